@@ -1,0 +1,392 @@
+"""The Vision Transformer of Dosovitskiy et al., "An Image is Worth 16x16 Words" (ICLR 2021).
+
+Read the first 150 lines beside the paper:
+
+    paper                                             here
+    Sec. 3.1  x_p E, patches to tokens                line 39, PatchEmbedding
+    App. A    Eq. 5 to 8, multi-head attention        line 56, MultiHeadAttention
+    Sec. 3.1  MLP: two layers with a GELU             line 80, MLP
+    Sec. 3.1  Eq. 2 and 3, the encoder block          line 94, TransformerBlock
+    Sec. 3.1  Eq. 1 and 4, the whole model            line 113, VisionTransformer
+    Sec. 3.2  another resolution                      resize_positions, below
+    Table 1   the variants                            VARIANTS, below
+
+Letters:  B images, C channels, P patch side, N tokens, D width (embed_dim), H heads,
+          K = D / H width of a head, L blocks (depth).
+
+Parameters carry timm's names (blocks.0.attn.qkv.weight, ...), so state dicts pass both ways.
+Dropout follows App. B.1 of the paper: after every dense layer but q, k, v, and after the positions are
+added; never on the attention weights.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class InputError(ValueError):
+    """What a person gave cannot work. The message is one line: the value, what was expected, what to do."""
+
+
+def pair(size):
+    """A side, or (height, width), as (height, width)."""
+    return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+
+
+class PatchEmbedding(nn.Module):
+    """(B, C, height, width) -> (B, N, D), one token a patch, row by row: N = (height / P) * (width / P)."""
+
+    def __init__(self, img_size=224, patch_size=16, in_channels=3, embed_dim=768):
+        super().__init__()
+        self.img_size, self.patch_size, self.in_channels = pair(img_size), pair(patch_size), in_channels
+        self.grid_size = grid_of(self.img_size, self.patch_size)
+        self.n_patches = self.grid_size[0] * self.grid_size[1]
+        # Cutting into patches and multiplying each by one matrix E is a convolution whose stride is its kernel.
+        self.proj = nn.Conv2d(in_channels, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
+
+    def forward(self, images):
+        check_images(images, self.in_channels, self.img_size)
+        x = self.proj(images)  # (B, D, height / P, width / P)
+        return x.flatten(2).transpose(1, 2)  # (B, N, D)
+
+
+class MultiHeadAttention(nn.Module):
+    """(B, N, D) -> (B, N, D): every token looks at every token, in H heads side by side."""
+
+    def __init__(self, embed_dim, n_heads, dropout=0.0):
+        super().__init__()
+        if n_heads < 1 or embed_dim % n_heads:
+            raise InputError(f"embed_dim {embed_dim} is not divisible by n_heads {n_heads}; choose n_heads among "
+                             f"its divisors")
+        self.n_heads = n_heads
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, return_attention=False):
+        """With return_attention=True also the maps A, (B, H, N, N): rows are queries and sum to one."""
+        B, N, D = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.n_heads, D // self.n_heads)  # (B, N, 3, H, K)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, K)                             Eq. 5
+        heads, attention = attend(q, k, v, return_attention)  # (B, H, N, K), (B, H, N, N)   Eq. 6, 7
+        x = heads.transpose(1, 2).reshape(B, N, D)  # (B, N, D), the heads side by side
+        x = self.dropout(self.proj(x))  #                                                    Eq. 8
+        return (x, attention) if return_attention else x
+
+
+class MLP(nn.Module):
+    """(B, N, D) -> (B, N, D): each token by itself, through a wider layer."""
+
+    def __init__(self, embed_dim, hidden_dim, dropout=0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, embed_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        x = self.dropout(F.gelu(self.fc1(x)))  # (B, N, hidden_dim)
+        return self.dropout(self.fc2(x))  # (B, N, D)
+
+
+class TransformerBlock(nn.Module):
+    """(B, N, D) -> (B, N, D): attention mixes the tokens, the MLP each token's channels, both as residuals."""
+
+    def __init__(self, embed_dim, n_heads, mlp_ratio=4.0, dropout=0.0, drop_path=0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.attn = MultiHeadAttention(embed_dim, n_heads, dropout)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.mlp = MLP(embed_dim, int(embed_dim * mlp_ratio), dropout)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x, return_attention=False):
+        mixed = self.attn(self.norm1(x), return_attention)
+        mixed, attention = mixed if return_attention else (mixed, None)
+        x = x + self.drop_path(mixed)  #                                                     Eq. 2
+        x = x + self.drop_path(self.mlp(self.norm2(x)))  #                                   Eq. 3
+        return (x, attention) if return_attention else x
+
+
+class VisionTransformer(nn.Module):
+    """(B, C, height, width) -> (B, n_classes) logits; the options are explained at ViTConfig."""
+
+    def __init__(self, img_size=224, patch_size=16, in_channels=3, n_classes=1000, embed_dim=768, depth=12,
+                 n_heads=12, mlp_ratio=4.0, dropout=0.0, pool="cls", drop_path=0.0, position="learned"):
+        super().__init__()
+        self.config = ViTConfig(img_size, patch_size, in_channels, n_classes, embed_dim, depth, n_heads,
+                                mlp_ratio, dropout, pool, drop_path, position)
+        self.patch_embed = PatchEmbedding(img_size, patch_size, in_channels, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.add_positions(position)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(TransformerBlock(embed_dim, n_heads, mlp_ratio, dropout, rate)
+                                    for rate in drop_path_rates(drop_path, depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head = nn.Linear(embed_dim, n_classes) if n_classes else nn.Identity()
+        initialise(self)
+
+    def forward(self, images):
+        return self.forward_head(self.forward_features(images))  # (B, n_classes)
+
+    def forward_features(self, images, return_attention=False):
+        """Tokens after the last norm, (B, N, D), CLS first; on request also the maps of each block, L x (B, H, N, N)."""
+        x = self.patch_embed(images)  # (B, N - 1, D)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, N, D)
+        x = self.dropout(x if self.pos_embed is None else x + self.pos_embed)  #             Eq. 1
+        maps = []
+        for block in self.blocks:
+            x = block(x, return_attention)
+            if return_attention:
+                x, attention = x
+                maps.append(attention)
+        x = self.norm(x)  # its first token is y                                             Eq. 4
+        return (x, maps) if return_attention else x
+
+    def forward_head(self, x, pre_logits=False):
+        """Tokens (B, N, D) -> logits (B, n_classes), or with pre_logits=True what the head reads, (B, D)."""
+        x = x[:, 0] if self.config.pool == "cls" else x[:, 1:].mean(dim=1)  # (B, D)
+        return x if pre_logits else self.head(x)  # (B, n_classes)
+
+    def add_positions(self, position):
+        """Sets `pos_embed`, (1, N, D) with CLS first: a parameter, a fixed buffer, or None."""
+        grid, D = self.patch_embed.grid_size, self.cls_token.shape[-1]
+        if position == "learned":
+            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], D))
+        elif position == "sincos":
+            self.register_buffer("pos_embed", sincos_positions(grid, D))
+        else:
+            self.pos_embed = None
+
+
+# ---- What the equations above lean on ---------------------------------------------------------------------
+
+
+def attend(q, k, v, return_attention=False):
+    """softmax(q k^T / sqrt(K)) v, and the softmax where asked for, else None (Eq. 6 and 7).
+
+    q, k, v: (B, H, N, K). Without maps torch's fused kernel does the same sums and never holds the (N, N) matrix.
+    """
+    if not return_attention:
+        return F.scaled_dot_product_attention(q, k, v), None  # (B, H, N, K)
+    attention = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)  # (B, H, N, N)
+    return attention @ v, attention  # (B, H, N, K), (B, H, N, N)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training a residual branch is dropped for a whole image with probability `rate`
+    and scaled by 1 / (1 - rate) where it is kept, so its mean stays. (Huang et al. 2016.)"""
+
+    def __init__(self, rate=0.0):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):
+        if self.rate == 0.0 or not self.training:
+            return x
+        keep = 1.0 - self.rate
+        mask = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(keep)  # (B, 1, 1)
+        return x * mask / keep
+
+
+def drop_path_rates(last, depth):
+    """From 0 at the first block in equal steps to `last` at the last one (Huang et al. 2016, Sec. 3)."""
+    return [last * block / max(depth - 1, 1) for block in range(depth)]
+
+
+def sincos_positions(grid_size, embed_dim):
+    """Fixed two-dimensional positions, (1, 1 + rows * columns, D), zero for CLS, as in MAE (He et al. 2022).
+
+    The first half of the channels encodes the column, the second the row, each as sines, then cosines, of
+    D / 4 frequencies from 1 down to nearly 1 / 10000 radians a patch.
+    """
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid_size), indexing="ij")
+    frequencies = 10000.0 ** -(torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim // 4))  # (D / 4)
+    angles = [place.reshape(-1, 1) * frequencies for place in (columns, rows)]  # 2 x (N - 1, D / 4)
+    patches = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)  # (N - 1, D)
+    return F.pad(patches, (0, 0, 1, 0)).float().unsqueeze(0)  # (1, N, D)
+
+
+def grid_of(img_size, patch_size):
+    """Patches along (height, width). Raises InputError where the patch does not divide the image."""
+    for side, patch in zip(img_size, patch_size, strict=True):
+        if min(side, patch) < 1 or side % patch:
+            near = max(patch, round(side / max(patch, 1)) * patch)
+            raise InputError(f"img_size {img_size[0]}x{img_size[1]} is not divisible by patch_size "
+                             f"{patch_size[0]}x{patch_size[1]}; the nearest side that is: {near}")
+    return img_size[0] // patch_size[0], img_size[1] // patch_size[1]
+
+
+def check_images(images, in_channels, img_size=None):
+    """Raises InputError unless images are (B, in_channels, *img_size); img_size=None allows any size."""
+    if images.ndim != 4 or images.shape[1] != in_channels:
+        raise InputError(f"got images of shape {tuple(images.shape)}, expected (B, {in_channels}, height, width); "
+                         f"convert them, or build the model with that in_channels")
+    if img_size and tuple(images.shape[2:]) != img_size:
+        raise InputError(f"got images of {images.shape[2]}x{images.shape[3]} pixels, expected "
+                         f"{img_size[0]}x{img_size[1]}; resize them, or move the model with resize_positions")
+
+
+def initialise(model):
+    """The initialisation of the paper's released code (google-research/vision_transformer).
+
+    Dense layers: Xavier-uniform weights (q, k and v each as a layer of its own) and zero biases; the patch
+    projection: LeCun-normal; positions: normal, std 0.02; CLS: zero. One departure: the head there starts at
+    zero, which makes a fresh model answer 0 everywhere; here it is Xavier-uniform like the rest.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            for weight in module.weight.chunk(3) if name.endswith("qkv") else [module.weight]:
+                nn.init.xavier_uniform_(weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, PatchEmbedding):
+            fan_in = module.proj.weight[0].numel()
+            nn.init.trunc_normal_(module.proj.weight, std=fan_in**-0.5)
+            nn.init.zeros_(module.proj.bias)
+    if model.config.position == "learned":
+        nn.init.normal_(model.pos_embed, std=0.02)
+
+
+# ---- Configuration and variants ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """All that is needed to build the model again: VisionTransformer(**vars(config)).
+
+    img_size, patch_size  a side or (height, width), in pixels
+    n_classes             0: no head, the model gives the pooled features (B, D)
+    embed_dim             D                              (Table 1: "Hidden size D")
+    depth, n_heads        L blocks of H heads            (Table 1)
+    mlp_ratio             width of the MLP over D        (Table 1: 4 throughout)
+    dropout               rate, in [0, 1)
+    pool                  what the head reads: "cls", the CLS token (the paper), or "mean", the mean over the
+                          patch tokens (App. D.3). CLS stays in the sequence either way, as in timm
+    drop_path             stochastic depth of the last block, in [0, 1)
+    position              "learned" (the paper), "sincos" (fixed) or "none" (patch order is then invisible)
+
+    Raises InputError for a value out of range.
+    """
+
+    img_size: int | tuple[int, int] = 224
+    patch_size: int | tuple[int, int] = 16
+    in_channels: int = 3
+    n_classes: int = 1000
+    embed_dim: int = 768
+    depth: int = 12
+    n_heads: int = 12
+    mlp_ratio: float = 4.0
+    dropout: float = 0.0
+    pool: str = "cls"
+    drop_path: float = 0.0
+    position: str = "learned"
+
+    def __post_init__(self):
+        for name, least in dict(in_channels=1, n_classes=0, embed_dim=1, depth=1, n_heads=1).items():
+            check_whole(name, getattr(self, name), least)
+        for name in ("dropout", "drop_path"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise InputError(f"{name} {getattr(self, name)} is out of range; expected 0 <= {name} < 1")
+        if not 1 <= self.embed_dim * self.mlp_ratio < math.inf:
+            raise InputError(f"mlp_ratio {self.mlp_ratio} leaves no hidden unit; expected a positive number such as 4")
+        check_choice("pool", self.pool, ("cls", "mean"))
+        check_choice("position", self.position, ("learned", "sincos", "none"))
+        if self.position == "sincos" and self.embed_dim % 4:
+            raise InputError(f"embed_dim {self.embed_dim} is not divisible by 4, which position='sincos' needs")
+
+
+def check_whole(name, value, least):
+    """Raises InputError unless value is a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} {value!r} is out of range; expected a whole number of at least {least}")
+
+
+def check_choice(name, value, choices):
+    """Raises InputError unless value is one of the choices."""
+    if value not in choices:
+        raise InputError(f"{name} {value!r} is unknown; choose one of: {', '.join(map(str, choices))}")
+
+
+# Tiny is DeiT's (Touvron et al. 2021, Table 1), Small too; Base and Large are Table 1 of the paper; nano is
+# ours, for images of 32 pixels on a laptop.
+VARIANTS = {
+    "vit_nano": ViTConfig(img_size=32, patch_size=4, embed_dim=96, depth=4, n_heads=3),
+    "vit_tiny": ViTConfig(embed_dim=192, depth=12, n_heads=3),
+    "vit_small": ViTConfig(embed_dim=384, depth=12, n_heads=6),
+    "vit_base": ViTConfig(embed_dim=768, depth=12, n_heads=12),
+    "vit_large": ViTConfig(embed_dim=1024, depth=24, n_heads=16),
+}
+
+
+def create_vit(variant, n_classes=1000, **overrides):
+    """A VisionTransformer of the table; any field of ViTConfig may be overridden.
+
+    Raises InputError for an unknown variant or field.
+    """
+    check_choice("variant", variant, tuple(VARIANTS))
+    for name in overrides:
+        check_choice("argument", name, tuple(ViTConfig.__dataclass_fields__))
+    return VisionTransformer(**vars(replace(VARIANTS[variant], n_classes=n_classes, **overrides)))
+
+
+def create_vit_nano(n_classes=1000, **overrides):
+    """For 32 x 32 images: 64 patches of 4 x 4, D 96, 4 blocks of 3 heads."""
+    return create_vit("vit_nano", n_classes, **overrides)
+
+
+def create_vit_tiny(n_classes=1000, **overrides):
+    """ViT-Ti/16 at 224 x 224: 5,717,416 parameters with 1000 classes."""
+    return create_vit("vit_tiny", n_classes, **overrides)
+
+
+def create_vit_small(n_classes=1000, **overrides):
+    """ViT-S/16 at 224 x 224: 22,050,664 parameters with 1000 classes."""
+    return create_vit("vit_small", n_classes, **overrides)
+
+
+def create_vit_base(n_classes=1000, **overrides):
+    """ViT-B/16 at 224 x 224: 86,567,656 parameters with 1000 classes."""
+    return create_vit("vit_base", n_classes, **overrides)
+
+
+def create_vit_large(n_classes=1000, **overrides):
+    """ViT-L/16 at 224 x 224: 304,326,632 parameters with 1000 classes."""
+    return create_vit("vit_large", n_classes, **overrides)
+
+
+# ---- Moving a model to other work -------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def resize_positions(model, img_size):
+    """Moves a model, in place, to another resolution (Sec. 3.2): the patch stays, so the grid of positions grows.
+
+    Learned positions are resampled over the grid (bicubic with antialiasing, as in timm), fixed ones computed
+    anew; CLS keeps its own. The parameter is replaced, so make the optimiser afterwards. Returns the model.
+    """
+    img_size, embed = pair(img_size), model.patch_embed
+    old, new = embed.grid_size, grid_of(img_size, embed.patch_size)
+    if model.config.position == "learned":
+        prefix, patches = model.pos_embed[:, :1], model.pos_embed[:, 1:]  # (1, 1, D), (1, N - 1, D)
+        patches = patches.reshape(1, *old, -1).permute(0, 3, 1, 2).float()  # (1, D, rows, columns)
+        patches = F.interpolate(patches, size=new, mode="bicubic", antialias=True)  # (1, D, new rows, new columns)
+        patches = patches.flatten(2).transpose(1, 2).to(prefix.dtype)  # (1, new N - 1, D)
+        model.pos_embed = nn.Parameter(torch.cat([prefix, patches], dim=1), model.pos_embed.requires_grad)
+    elif model.config.position == "sincos":
+        model.pos_embed = sincos_positions(new, model.config.embed_dim).to(model.pos_embed)
+    embed.img_size, embed.grid_size, embed.n_patches = img_size, new, new[0] * new[1]
+    model.config = replace(model.config, img_size=img_size)
+    return model
+
+
+def freeze_backbone(model):
+    """Leaves exactly the head trainable, of any model here, and returns the model.
+
+    Freezing `patch_embed` and `blocks` alone, as is often shown, leaves the CLS token, the positions and the
+    last norm training.
+    """
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    return model
