@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from cnn_model import ConvNet, ConvNetConfig, HybridCNNViT
-from vit_model import VARIANTS, InputError, ViTConfig, VisionTransformer, check_choice, pair
+from vit_model import VARIANTS, InputError, VisionTransformer, ViTConfig, check_choice, pair
 
 CONFIGS = {VisionTransformer: ViTConfig, HybridCNNViT: ViTConfig, ConvNet: ConvNetConfig}
 CLASSES = {model_class.__name__: model_class for model_class in CONFIGS}
@@ -122,9 +122,9 @@ def read_checkpoint(path):
 
 
 def first_line(error):
-    """The first sentence of an error, for quoting inside a line of ours."""
-    lines = str(error).strip().splitlines()
-    return lines[0].split(". ")[0] if lines else type(error).__name__
+    """Type and first sentence of an error, for quoting inside a line of ours."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0].split('. ')[0]}".rstrip(": ")
 
 
 def load_model(path):

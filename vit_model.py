@@ -132,7 +132,7 @@ class VisionTransformer(nn.Module):
         return self.forward_head(self.forward_features(images))  # (B, n_classes)
 
     def forward_features(self, images, return_attention=False):
-        """Tokens after the last norm, (B, N, D), CLS first; on request also the maps of each block, L x (B, H, N, N)."""
+        """Tokens after the last norm, (B, N, D), CLS first; on request also each block's map, L x (B, H, N, N)."""
         x = self.patch_embed(images)  # (B, N - 1, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, N, D)
         x = self.dropout(x if self.pos_embed is None else x + self.pos_embed)  #             Eq. 1
