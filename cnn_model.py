@@ -27,7 +27,7 @@ class ConvStem(nn.Module):
 
     def __init__(self, img_size=224, patch_size=16, in_channels=3, embed_dim=384):
         super().__init__()
-        self.img_size, self.patch_size, self.in_channels = pair(img_size), pair(patch_size), in_channels
+        self.img_size, self.patch_size, self.in_channels = pair(img_size), pair(patch_size, "patch_size"), in_channels
         side = self.patch_size[0]
         if self.patch_size[1] != side or side < 2 or side & (side - 1):
             raise InputError(f"patch_size {patch_size} cannot be reached by halving; a convolutional stem takes "
@@ -161,8 +161,7 @@ class ConvNetConfig:
         for name in ("widths", "depths"):
             for value in getattr(self, name):
                 check_whole(name, value, 1)
-        for side in pair(self.img_size):
-            check_whole("img_size", side, 1)
+        pair(self.img_size)
         check_choice("stem_stride", self.stem_stride, (1, 2, 4))
 
 

@@ -9,7 +9,7 @@ all that is needed to feed it an image and to read its answer.
 """
 
 import os
-import pickle
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,8 +78,12 @@ def save_model(model, path, class_names=None, mean=None, std=None, dtype=None, *
     dtype                    e.g. torch.float16 to halve the file; load_model gives float32 again
     more                     further entries, kept as they are (a trainer's state, an accuracy)
 
-    The file appears whole or not at all. Raises InputError where it cannot be written.
+    The file appears whole or not at all. Raises InputError where it cannot be written, and for a model of another
+    class than those of this project.
     """
+    if type(model) not in CONFIGS:
+        raise InputError(f"a {type(model).__name__} cannot be saved as a checkpoint; expected one of {', '.join(CLASSES)}"
+                         f" itself, not compiled or wrapped")
     state = {key: value.detach().cpu().to(dtype) if dtype and value.is_floating_point() else value.detach().cpu()
              for key, value in model.state_dict().items()}
     config = replace(model.config, n_classes=getattr(model.head, "out_features", 0))
@@ -92,15 +96,17 @@ def save_model(model, path, class_names=None, mean=None, std=None, dtype=None, *
         torch.save(entries, part)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error}; choose a folder that exists, is writable and has "
-                         f"room") from error
+        raise InputError(f"cannot write {path} ({first_line(error)}); choose a folder that exists, is writable and "
+                         f"has room") from error
+    finally:
+        with suppress(OSError):  # there is none where all went well
+            part.unlink()
 
 
 def own(value, model, name):
-    """value, or the model's own where there is none, as a list (None where neither is known)."""
+    """value, or the model's own where there is none, as a list of plain values (None where neither is known)."""
     value = getattr(model, name, None) if value is None else value
-    return None if value is None else list(value)
+    return None if value is None else [x.item() if hasattr(x, "item") else x for x in value]
 
 
 def read_checkpoint(path):
@@ -112,7 +118,7 @@ def read_checkpoint(path):
         raise InputError(f"no file {path}; expected a checkpoint that train_vit.py or save_model wrote")
     try:
         entries = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # random bytes make torch's unpickler fail with nearly every kind
         raise InputError(f"{path} is no checkpoint, or a damaged one ({first_line(error)}); expected a file that "
                          f"train_vit.py or save_model wrote") from error
     if not isinstance(entries, dict) or entries.get("format") != CHECKPOINT_FORMAT:
@@ -136,11 +142,11 @@ def load_model(path):
     try:
         model = CLASSES[entries["model_class"]](**entries["config"])
         model.load_state_dict(entries["state_dict"])
-    except (KeyError, TypeError, RuntimeError, InputError) as error:
+        for name in ("class_names", "img_size", "mean", "std"):
+            setattr(model, name, entries[name])
+    except Exception as error:
         raise InputError(f"{path} is damaged: its weights and its configuration do not fit "
                          f"({first_line(error)})") from error
-    for name in ("class_names", "img_size", "mean", "std"):
-        setattr(model, name, entries[name])
     return model.eval()
 
 
@@ -149,11 +155,16 @@ def load_checkpoint(model, path):
 
     Raises InputError, with the model unchanged, where they differ.
     """
-    entries = read_checkpoint(path)
-    if entries["model_class"] != type(model).__name__:
-        raise InputError(f"{path} holds a {entries['model_class']}, the model is a {type(model).__name__}; build "
-                         f"that one, or take load_model(path), which builds what the file holds")
-    theirs, ours = entries["state_dict"], model.state_dict()
+    other = load_model(path)
+    if type(other) is not type(model):
+        raise InputError(f"{path} holds a {type(other).__name__}, the model is a {type(model).__name__}; build that "
+                         f"one, or take load_model(path), which builds what the file holds")
+    for name in ("n_heads", "pool", "position", "stem_stride"):  # these leave no trace in the shapes
+        theirs, ours = getattr(other.config, name, None), getattr(model.config, name, None)
+        if theirs != ours:
+            raise InputError(f"{path} is for another architecture: {name} is {theirs} there, {ours} in the model; "
+                             f"take load_model(path), which builds what the file holds")
+    theirs, ours = other.state_dict(), model.state_dict()
     if theirs.keys() != ours.keys():
         odd = sorted(theirs.keys() ^ ours.keys())
         raise InputError(f"{path} is for another architecture: {len(odd)} tensors stand in only one of the two, "

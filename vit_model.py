@@ -3,11 +3,11 @@
 Read the first 150 lines beside the paper:
 
     paper                                             here
-    Sec. 3.1  x_p E, patches to tokens                line 39, PatchEmbedding
-    App. A    Eq. 5 to 8, multi-head attention        line 56, MultiHeadAttention
-    Sec. 3.1  MLP: two layers with a GELU             line 80, MLP
-    Sec. 3.1  Eq. 2 and 3, the encoder block          line 94, TransformerBlock
-    Sec. 3.1  Eq. 1 and 4, the whole model            line 113, VisionTransformer
+    Sec. 3.1  x_p E, patches to tokens                line 34, PatchEmbedding
+    App. A    Eq. 5 to 8, multi-head attention        line 51, MultiHeadAttention
+    Sec. 3.1  MLP: two layers with a GELU             line 75, MLP
+    Sec. 3.1  Eq. 2 and 3, the encoder block          line 89, TransformerBlock
+    Sec. 3.1  Eq. 1 and 4, the whole model            line 108, VisionTransformer
     Sec. 3.2  another resolution                      resize_positions, below
     Table 1   the variants                            VARIANTS, below
 
@@ -31,17 +31,12 @@ class InputError(ValueError):
     """What a person gave cannot work. The message is one line: the value, what was expected, what to do."""
 
 
-def pair(size):
-    """A side, or (height, width), as (height, width)."""
-    return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-
-
 class PatchEmbedding(nn.Module):
     """(B, C, height, width) -> (B, N, D), one token a patch, row by row: N = (height / P) * (width / P)."""
 
     def __init__(self, img_size=224, patch_size=16, in_channels=3, embed_dim=768):
         super().__init__()
-        self.img_size, self.patch_size, self.in_channels = pair(img_size), pair(patch_size), in_channels
+        self.img_size, self.patch_size, self.in_channels = pair(img_size), pair(patch_size, "patch_size"), in_channels
         self.grid_size = grid_of(self.img_size, self.patch_size)
         self.n_patches = self.grid_size[0] * self.grid_size[1]
         # Cutting into patches and multiplying each by one matrix E is a convolution whose stride is its kernel.
@@ -209,11 +204,21 @@ def sincos_positions(grid_size, embed_dim):
     return F.pad(patches, (0, 0, 1, 0)).float().unsqueeze(0)  # (1, N, D)
 
 
+def pair(size, name="img_size"):
+    """A side, or (height, width), as (height, width). Raises InputError for anything else, naming it."""
+    sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(sides) != 2:
+        raise InputError(f"{name} {size!r} has {len(sides)} sides; expected a side or (height, width)")
+    for side in sides:
+        check_whole(name, side, 1)
+    return sides
+
+
 def grid_of(img_size, patch_size):
     """Patches along (height, width). Raises InputError where the patch does not divide the image."""
     for side, patch in zip(img_size, patch_size, strict=True):
-        if min(side, patch) < 1 or side % patch:
-            near = max(patch, round(side / max(patch, 1)) * patch)
+        if side % patch:
+            near = max(patch, round(side / patch) * patch)
             raise InputError(f"img_size {img_size[0]}x{img_size[1]} is not divisible by patch_size "
                              f"{patch_size[0]}x{patch_size[1]}; the nearest side that is: {near}")
     return img_size[0] // patch_size[0], img_size[1] // patch_size[1]
@@ -287,8 +292,9 @@ class ViTConfig:
         for name, least in dict(in_channels=1, n_classes=0, embed_dim=1, depth=1, n_heads=1).items():
             check_whole(name, getattr(self, name), least)
         for name in ("dropout", "drop_path"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise InputError(f"{name} {getattr(self, name)} is out of range; expected 0 <= {name} < 1")
+            rate = getattr(self, name)
+            if not isinstance(rate, (int, float)) or not 0.0 <= rate < 1.0:
+                raise InputError(f"{name} {rate!r} is out of range; expected 0 <= {name} < 1")
         if not 1 <= self.embed_dim * self.mlp_ratio < math.inf:
             raise InputError(f"mlp_ratio {self.mlp_ratio} leaves no hidden unit; expected a positive number such as 4")
         check_choice("pool", self.pool, ("cls", "mean"))
@@ -378,6 +384,8 @@ def resize_positions(model, img_size):
         model.pos_embed = sincos_positions(new, model.config.embed_dim).to(model.pos_embed)
     embed.img_size, embed.grid_size, embed.n_patches = img_size, new, new[0] * new[1]
     model.config = replace(model.config, img_size=img_size)
+    if hasattr(model, "img_size"):  # as load_model sets it
+        model.img_size = img_size
     return model
 
 

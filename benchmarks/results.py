@@ -1,0 +1,98 @@
+"""The results that the project keeps: one JSON file a run, and the page that is drawn from them.
+
+    python benchmarks/results.py add TABLE runs/NAME     keeps the result of a run of train_vit.py in a table
+    python benchmarks/results.py page                    writes benchmarks/RESULTS.md anew from all of them
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+
+HERE = Path(__file__).parent
+TABLES = {
+    "shapes": "The built-in shapes, two minutes (`python train_vit.py --seed SEED`)",
+    "cifar10-jpeg": "CIFAR-10 (JPEG), five minutes (`python train_vit.py --data-dir DIR --minutes 5 --model MODEL`). "
+                    "JPEG is lossy: accuracies published for the original files are 2 to 3 points higher",
+    "ten-minutes": "vit_nano on the built-in shapes, ten minutes (`python train_vit.py --minutes 10`)",
+    "weights": "The models in benchmarks/weights (`python train_vit.py --model MODEL --epochs 8`, then "
+               "`python benchmarks/results.py ship NAME runs/RUN`)",
+}
+
+
+def machine():
+    """What a figure was measured on, in words."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+    return f"{cpu}, {os.cpu_count()} cores, {platform.system()}"
+
+
+def add(table, run):
+    """Writes results/<table>-<model>-<seed>.json from the result.json of a run."""
+    result = json.loads((run / "result.json").read_text())
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True,
+                            check=True).stdout.strip()
+    cell = dict(table=table, commit=commit, date=datetime.date.today().isoformat(), machine=machine(),
+                versions=dict(python=platform.python_version(), torch=result["torch"],
+                              torchvision=result["torchvision"]),
+                seed=result["seed"], command=result["command"], result=result)
+    path = HERE / "results" / f"{table}-{result['model']}-{result['seed']}.json"
+    path.write_text(json.dumps(cell, indent=2) + "\n")
+    print(path)
+
+
+def page():
+    """RESULTS.md: a table for each group of results, a row a run, and the mean over seeds."""
+    tables = defaultdict(list)
+    for path in sorted((HERE / "results").glob("*.json")):
+        cell = json.loads(path.read_text())
+        tables[cell["table"]].append(cell)
+    lines = ["# Results", "", "Drawn from the files in results/ by `python benchmarks/results.py page`. Accuracies are",
+             "of the test images, read once at the end of a run, with their 95% Wilson interval; `linear` is a linear",
+             "classifier on the pixels, trained and tested on the same images.", ""]
+    for table, title in TABLES.items():
+        if not tables[table]:
+            continue
+        lines += [f"## {table}", "", f"{title}.", "",
+                  "| model | seed | test accuracy | interval | linear | images/s | data | steps | seconds | commit |",
+                  "|---|---:|---:|---|---:|---:|---:|---:|---:|---|"]
+        by_model = defaultdict(list)
+        for cell in tables[table]:
+            r = cell["result"]
+            by_model[r["model"]].append(r["test_acc"])
+            low, high = r["test_interval"]
+            lines.append(f"| {r['model']} | {r['seed']} | {r['test_acc']:.1%} | {low:.1%} to {high:.1%} | "
+                         f"{r['linear_test_acc']:.1%} | {r['images_per_second']:.0f} | {r['data_share']:.1%} | "
+                         f"{r['n_steps']} | {r['seconds']:.0f} | {cell['commit']} |")
+        lines.append("")
+        for model, accuracies in by_model.items():
+            if len(accuracies) > 1:
+                lines += [f"{model}, {len(accuracies)} seeds: mean {mean(accuracies):.1%}, standard deviation "
+                          f"{100 * stdev(accuracies):.1f} points.", ""]
+        for where in sorted({f"{c['machine']}; torch {c['versions']['torch']}; {c['date']}" for c in tables[table]}):
+            lines += [f"Measured on {where}.", ""]
+    (HERE / "RESULTS.md").write_text("\n".join(lines).rstrip() + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    adding = commands.add_parser("add")
+    adding.add_argument("table", choices=TABLES)
+    adding.add_argument("run", type=Path)
+    commands.add_parser("page")
+    options = parser.parse_args()
+    if options.command == "add":
+        add(options.table, options.run)
+    page()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,343 @@
+"""Eleven short demos, from a photograph cut into patches to a trained model that is looked into.
+
+    python examples.py                  all of them, in about a minute
+    python examples.py --list           their names
+    python examples.py --only heads     one of them
+
+Each prints what to look at and the figure that it measured, and saves a picture in --output-dir.
+
+Letters:  B images, P patch side, N tokens, D width, H heads, K = D / H width of a head.
+"""
+
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib import cbook
+from torch import nn
+
+from cnn_model import HybridCNNViT
+from measurements import attention_maps, count_flops, count_parameters, receptive_field, wilson_interval
+from model_zoo import create_pretrained
+from train_vit import OneLineParser, Trainer, percent, script
+from vit_data import MemoryLoader, SetFacts, eval_transform, get_data_loaders, make_shapes, open_image
+from vit_model import (
+    VARIANTS,
+    InputError,
+    MultiHeadAttention,
+    PatchEmbedding,
+    VisionTransformer,
+    create_vit,
+    create_vit_nano,
+    freeze_backbone,
+)
+from visualizations import (
+    plot_bars,
+    plot_images,
+    plot_matrices,
+    plot_training_curves,
+    save_figure,
+    visualize_attention_grid,
+    visualize_patch_embedding,
+)
+
+
+def photograph():
+    """The portrait of Grace Hopper that comes with matplotlib, as a PIL image."""
+    return open_image(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+
+
+def photograph_tensor(img_size=224):
+    """The same as a normalised batch, (1, 3, img_size, img_size)."""
+    return eval_transform(img_size, (0.5,) * 3, (0.5,) * 3)(photograph()).unsqueeze(0)
+
+
+def shape_images(n_images, start=50_000):
+    """Images of the built-in set that no training has seen, normalised: (B, 3, 32, 32), and what was drawn."""
+    drawn = make_shapes(n_images, 32, start=start)
+    return (drawn.images.float() / 255 - 0.5) / 0.25, drawn
+
+
+# ---- The parts --------------------------------------------------------------------------------------------
+
+
+def patches():
+    """An image becomes a sequence: cutting into patches and projecting them is one strided convolution."""
+    image, embed = photograph_tensor(), PatchEmbedding(img_size=224, patch_size=16, embed_dim=192)
+    tokens = embed(image)  # (1, 196, 192)
+    cut = F.unfold(image, kernel_size=16, stride=16).transpose(1, 2)  # (1, 196, 768), the patches one by one
+    by_hand = cut @ embed.proj.weight.flatten(1).T + embed.proj.bias  # (1, 196, 192)
+    print(f"224 x 224 x 3 = {image.numel():,} numbers became {tokens.shape[1]} tokens of {tokens.shape[2]}.")
+    print(f"Cut, flattened and multiplied by a matrix instead: largest difference {largest(tokens - by_hand):.1e}.")
+    print("Look at: the order of the patches, row by row. The model is told nothing else of where they were.")
+    return visualize_patch_embedding(photograph(), 16)
+
+
+def attention():
+    """Attention by hand: queries against keys, a softmax, a weighted mean of values."""
+    x, layer = torch.randn(1, 7, 8), MultiHeadAttention(embed_dim=8, n_heads=1)
+    q, k, v = layer.qkv(x).chunk(3, dim=-1)  # 3 x (1, 7, 8)
+    weights = (q @ k.transpose(1, 2) / math.sqrt(8)).softmax(dim=-1)  # (1, 7, 7)
+    by_hand = layer.proj(weights @ v)  # (1, 7, 8)
+    print(f"By hand against the module: largest difference {largest(by_hand - layer(x)):.1e}.")
+    print(f"Rows sum to one: within {largest(weights.sum(-1) - 1):.1e}.")
+    print("Look at: each row says how one token (a query) shares its attention out among all seven (the keys).")
+    return plot_matrices([weights[0].detach()], ["attention of 7 random tokens"], "share of attention",
+                         xlabel="key", ylabel="query")
+
+
+def heads():
+    """Heads: the width is split, each part attends for itself, the results stand side by side again."""
+    x, layer = torch.randn(1, 7, 12), MultiHeadAttention(embed_dim=12, n_heads=3)
+    q, k, v = layer.qkv(x).chunk(3, dim=-1)  # 3 x (1, 7, 12)
+    maps, outputs = [], []
+    for head in range(3):
+        part = slice(4 * head, 4 * head + 4)  # this head's K = 4 of D = 12 channels
+        scores = q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(4)  # (1, 7, 7)
+        maps.append(scores.softmax(dim=-1))
+        outputs.append(maps[-1] @ v[..., part])  # (1, 7, 4)
+    by_hand = layer.proj(torch.cat(outputs, dim=-1))  # (1, 7, 12)
+    one_head = MultiHeadAttention(embed_dim=12, n_heads=1)
+    print(f"By hand against the module: largest difference {largest(by_hand - layer(x)):.1e}.")
+    print(f"Parameters with three heads and with one: {count_parameters(layer)} and {count_parameters(one_head)}.")
+    print("Look at: three different maps for the price of one.")
+    return plot_matrices([m[0].detach() for m in maps], [f"head {h}" for h in range(3)], "share of attention",
+                         xlabel="key", ylabel="query")
+
+
+def positions():
+    """What positions are for: shuffle the patches, with and without them."""
+    images, _ = shape_images(64)
+    order = torch.randperm(64)
+    cut = F.unfold(images, kernel_size=4, stride=4)  # (64, 48, 64), the last axis counts patches
+    shuffled = F.fold(cut[:, :, order], (32, 32), kernel_size=4, stride=4)  # (64, 3, 32, 32)
+    changes = {}
+    for position in ("none", "sincos", "learned"):
+        model = create_vit_nano(n_classes=10, position=position).eval()
+        with torch.no_grad():
+            before, after = model(images), model(shuffled)  # (64, 10)
+        changes[position] = ((after - before).norm() / before.norm()).item()
+    trained = create_pretrained("vit_nano_shapes")
+    with torch.no_grad():
+        same = (trained(images).argmax(1) == trained(shuffled).argmax(1)).float().mean().item()
+    print("Change of the logits when the patches are shuffled, relative to their size, random weights:",
+          ", ".join(f"{name} {change:.1e}" for name, change in changes.items()))
+    print(f"A trained model keeps its answer for {same:.0%} of 64 images so shuffled.")
+    print("Look at: without positions a ViT sees a bag of patches; the shuffled picture is the same picture to it.")
+    return plot_images([to_picture(images[0]), to_picture(shuffled[0])],
+                       ["as drawn", f"shuffled: logits move by {changes['none']:.0e} without positions,\n"
+                                    f"{changes['learned']:.0%} with learned, {changes['sincos']:.0%} with sincos"])
+
+
+def cls_token():
+    """The CLS token: the head reads it alone, so after the last block nothing else matters."""
+    images, drawn = shape_images(4)
+    model = create_pretrained("vit_nano_shapes")
+    tokens = model.forward_features(images).detach().requires_grad_()  # (4, 65, 96)
+    model.forward_head(tokens).sum().backward()
+    on_cls, on_patches = tokens.grad[:, 0], tokens.grad[:, 1:]  # (4, 96), (4, 64, 96)
+    maps = attention_maps(model, images)  # (L, 4, H, 65, 65)
+    to_itself = maps[:, :, :, 0, 0].mean(dim=(1, 2)).tolist()
+    print(f"Gradient of the logits after the last block: CLS {largest(on_cls):.3f}, patches {largest(on_patches):.1f}.")
+    print("Attention of CLS to itself, block by block:", ", ".join(f"{share:.0%}" for share in to_itself))
+    print("Look at: CLS gathers from the patches in every block; what it has not gathered by the last is lost.")
+    return visualize_attention_grid(model, images)
+
+
+# ---- The whole --------------------------------------------------------------------------------------------
+
+
+def vit_by_hand(images, w, patch_size, depth, n_heads):
+    """A Vision Transformer in tensor operations. images (B, 3, height, width), w a state dict -> logits."""
+
+    def norm(x, name):
+        x = x - x.mean(dim=-1, keepdim=True)
+        x = x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def gelu(x):
+        return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+    B, C, height, width = images.shape
+    P = patch_size
+    x = images.reshape(B, C, height // P, P, width // P, P)
+    x = x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * P * P)  # (B, N - 1, C P P)
+    x = x @ w["patch_embed.proj.weight"].flatten(1).T + w["patch_embed.proj.bias"]  # (B, N - 1, D)
+    x = torch.cat([w["cls_token"].expand(B, -1, -1), x], dim=1) + w["pos_embed"]  # (B, N, D)
+    N, D = x.shape[1:]
+    K = D // n_heads
+    for i in range(depth):
+        block = f"blocks.{i}"
+        qkv = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv")  # (B, N, 3 D)
+        heads = []
+        for h in range(n_heads):
+            q, k, v = (qkv[..., part * D + h * K :][..., :K] for part in range(3))  # 3 x (B, N, K)
+            scores = torch.exp(q @ k.transpose(1, 2) / math.sqrt(K))  # (B, N, N)
+            heads.append(scores / scores.sum(dim=-1, keepdim=True) @ v)  # (B, N, K)
+        x = x + linear(torch.cat(heads, dim=-1), f"{block}.attn.proj")  # (B, N, D)
+        hidden = gelu(linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1"))  # (B, N, 4 D)
+        x = x + linear(hidden, f"{block}.mlp.fc2")  # (B, N, D)
+    return linear(norm(x, "norm")[:, 0], "head")  # (B, n_classes)
+
+
+@torch.no_grad()
+def whole_vit():
+    """A whole ViT, written out in tensor operations, gives the same answers as the model."""
+    images, drawn = shape_images(256)
+    model = create_pretrained("vit_nano_shapes")
+    theirs = vit_by_hand(images, model.state_dict(), patch_size=4, depth=4, n_heads=3)  # (256, 10)
+    ours = model(images)  # (256, 10)
+    correct = int((theirs.argmax(1) == drawn.labels).sum())
+    print(f"Largest difference of the logits, which reach {largest(ours):.1f}: {largest(theirs - ours):.1e}.")
+    print(f"By hand it names {percent(correct, 256)} of 256 unseen images right.")
+    print("Look at: vit_by_hand above this function. That is all there is to a ViT.")
+    answers = [model.class_names[i] for i in theirs.argmax(1)]
+    return plot_images([to_picture(image) for image in images[:8]], answers[:8])
+
+
+def variants():
+    """The table of variants, counted; and a deeper model with fewer parameters."""
+    models = {name: torch.device("meta") for name in VARIANTS}
+    for name in VARIANTS:
+        with torch.device("meta"):  # shapes without numbers: counting needs no memory
+            models[name] = create_vit(name)
+    with torch.device("meta"):
+        models["384 wide, 24 deep"] = VisionTransformer(embed_dim=384, depth=24, n_heads=6, n_classes=1000)
+    counts = {name: count_parameters(model) for name, model in models.items()}
+    for name, model in models.items():
+        config = model.config
+        print(f"  {name:<18} D {config.embed_dim:>4}  blocks {config.depth:>2}  heads {config.n_heads:>2}  "
+              f"patch {config.patch_size:>2}  {counts[name]:>11,} parameters")
+    ratio = counts["vit_base"] / counts["384 wide, 24 deep"]
+    print(f"Look at: twice as deep as vit_base and half as wide, the last has {ratio:.1f} times fewer parameters, "
+          f"for a block has 12 D^2.")
+    return plot_bars({"million parameters, 1000 classes": {n: c / 1e6 for n, c in counts.items()}})
+
+
+# ---- Learning ---------------------------------------------------------------------------------------------
+
+
+def first_training():
+    """A first training: a small ViT on the built-in shapes, some 15 seconds."""
+    torch.manual_seed(0)
+    train_loader, val_loader = get_data_loaders(dataset="shapes", img_size=32, n_images=4_000)
+    trainer = Trainer(create_vit_nano(n_classes=10), device="cpu")
+    started = time.perf_counter()
+    history = trainer.train(train_loader, val_loader, n_epochs=2, learning_rate=1e-3)
+    correct = round(history["val_acc"][-1] * val_loader.n_images)
+    print(f"{time.perf_counter() - started:.0f} s: {percent(correct, val_loader.n_images)} of {val_loader.n_images} "
+          f"validation images, where guessing gives 10%.")
+    print("Look at: the loss still falls steeply. `python train_vit.py` goes on from here.")
+    return plot_training_curves(history)
+
+
+def transfer():
+    """Transfer: a frozen backbone that learned shapes, a new head that learns textures from 500 images."""
+    facts = SetFacts("textures", [f"texture {i}" for i in range(n_textures())], 32, (0.5,) * 3, (0.25,) * 3)
+    train, test = make_shapes(500, 32, start=60_000), make_shapes(1_000, 32, start=70_000)
+    train_loader = MemoryLoader(train.images, train.textures, facts, batch_size=50, training=True)
+    test_loader = MemoryLoader(test.images, test.textures, facts, batch_size=200)
+    results = {}
+    for name, model in (("trained on shapes", create_pretrained("vit_nano_shapes")),
+                        ("random (control)", create_vit_nano(n_classes=10))):
+        torch.manual_seed(0)
+        model.head = nn.Linear(model.head.in_features, len(facts.class_names))
+        trainer = Trainer(freeze_backbone(model), device="cpu")
+        trainer.train(train_loader, n_epochs=8, learning_rate=1e-2)
+        score = trainer.evaluate(test_loader)
+        results[name] = (score["acc"], *wilson_interval(score["correct"], score["n"]))
+        print(f"  backbone {name}: {percent(score['correct'], score['n'])} of 1,000 test images; "
+              f"{count_parameters(model, trainable_only=True):,} of {count_parameters(model):,} parameters trained")
+    print(f"Look at: the difference, against guessing at {1 / len(facts.class_names):.0%}. Features learned for one "
+          f"question serve another.")
+    return plot_bars({"test accuracy on textures, 95% interval": results})
+
+
+# ---- Looking inside ---------------------------------------------------------------------------------------
+
+
+def attention_map():
+    """Attention maps: where the CLS token of a trained ViT looks, block by block."""
+    images, drawn = shape_images(5)
+    model = create_pretrained("vit_nano_shapes")
+    trained = attention_maps(model, images)  # (L, 5, H, 65, 65)
+    fresh = attention_maps(create_vit_nano(n_classes=10).eval(), images)
+    for name, maps in (("trained", trained), ("random weights (control)", fresh)):
+        entropy = -(maps * maps.clamp_min(1e-12).log()).sum(-1).mean(dim=(1, 2, 3)).exp()  # (L)
+        print(f"  {name}: a token attends to", ", ".join(f"{n:.0f}" for n in entropy), "of 65 tokens, block by block")
+    print("Look at: bright patches are where CLS takes its information from. The number is exp(entropy).")
+    return visualize_attention_grid(model, images)
+
+
+def hybrid():
+    """The hybrid: the same Transformer, but its tokens come from convolutions and overlap."""
+    images, _ = shape_images(32)
+    models = {"ViT": create_pretrained("vit_nano_shapes"), "Hybrid": create_pretrained("hybrid_shapes")}
+    fields = {}
+    for name, model in models.items():
+        fields[name] = receptive_field(model, images, depth=0)  # (32, 32)
+        print(f"  {name}: a token sees {int((fields[name] > 0).sum())} pixels before the first attention; "
+              f"{count_parameters(model):,} parameters, {count_flops(model) / 1e6:.0f} MFLOPs")
+    large = HybridCNNViT(n_classes=10, embed_dim=384, depth=6)
+    print(f"HybridCNNViT(n_classes=10, embed_dim=384, depth=6): {count_parameters(large):,} parameters at 224 pixels.")
+    print("Look at: patches stand apart like tiles; the hybrid's tokens overlap, as a CNN's features do.")
+    return plot_matrices(list(fields.values()), [f"{name}, one token" for name in fields],
+                         "share of the mean absolute gradient", xlabel="pixel", ylabel="pixel")
+
+
+def largest(x):
+    """The largest absolute value."""
+    return x.abs().max().item()
+
+
+def to_picture(image):
+    """(3, S, S) normalised with 0.5 and 0.25 -> (S, S, 3) from 0 to 1."""
+    return (image * 0.25 + 0.5).clamp(0, 1).permute(1, 2, 0)
+
+
+def n_textures():
+    from vit_data import TEXTURES
+
+    return len(TEXTURES)
+
+
+DEMOS = {demo.__name__: demo for demo in (patches, attention, heads, positions, cls_token, whole_vit, variants,
+                                          first_training, transfer, attention_map, hybrid)}
+
+
+def main(argv=None):
+    parser = OneLineParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--list", action="store_true", help="say what there is")
+    parser.add_argument("--only", metavar="NAME", help="run one demo")
+    parser.add_argument("--output-dir", default="figures", help="where the pictures go (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="the demos without the two that train")
+    options = parser.parse_args(argv)
+    if options.list:
+        for name, demo in DEMOS.items():
+            print(f"{name:<15} {demo.__doc__}")
+        return
+    if options.only and options.only not in DEMOS:
+        raise InputError(f"--only {options.only} is unknown; choose one of: {', '.join(DEMOS)}")
+    names = [options.only] if options.only else list(DEMOS)
+    folder = Path(options.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make --output-dir {folder} ({error.strerror}); choose one that is writable") from error
+    started = time.perf_counter()
+    for name in names:
+        print(f"\n{name}: {DEMOS[name].__doc__}")
+        torch.manual_seed(0)
+        path = folder / f"{name}.png"
+        save_figure(DEMOS[name](), path)
+        print(f"Picture: {path}")
+    print(f"\n{len(names)} of {len(DEMOS)} demos in {time.perf_counter() - started:.0f} s.")
+
+
+if __name__ == "__main__":
+    script(main)

@@ -1,0 +1,436 @@
+"""What a model computes and costs, as numbers. The figures of visualizations.py draw what is returned here.
+
+    attention_maps, select_attention, cls_attention_grid    where tokens look
+    receptive_field, theoretical_receptive_field            which pixels one unit sees
+    count_parameters, count_flops, throughput, peak_memory  what a model costs
+    linear_classifier, wilson_interval                      what an accuracy is to be read beside
+
+No function here changes the model that it is given: weights, gradients, buffers, hooks and train or eval mode
+are afterwards as they were, also after an error.
+
+Letters:  B images, C channels, L blocks (depth), H heads, N tokens (CLS first), D width, K classes,
+          F features of the linear classifier.
+"""
+
+import copy
+import math
+import statistics
+import time
+from contextlib import contextmanager
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from cnn_model import ConvNet
+from vit_model import InputError, VisionTransformer, check_whole, pair
+
+# Strengths that linear_classifier tries, as multiples of the mean square of a feature.
+RIDGES = (0.01, 0.1, 1.0, 10.0)
+
+
+# ---- Attention --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def attention_maps(model, images):
+    """Softmax attention weights of every block and head, (L, B, H, N, N); rows are queries and sum to one.
+
+    images: normalised, (B, C, height, width). Raises InputError for a model without attention.
+    """
+    check_attends(model)
+    with evaluating(model):
+        _, maps = model.forward_features(images.to(device_of(model)), return_attention=True)
+    return torch.stack(maps)  # (L, B, H, N, N)
+
+
+def select_attention(maps, layer_idx=-1, head_idx=None):
+    """One layer's and head's map, (B, N, N), out of attention_maps' (L, B, H, N, N).
+
+    Indices count from 0, negative ones from the end; head_idx=None is the mean over the heads. Raises
+    InputError for an index out of range.
+    """
+    n_layers, _, n_heads = maps.shape[:3]
+    attention = maps[check_index("layer_idx", layer_idx, n_layers)]  # (B, H, N, N)
+    if head_idx is None:
+        return attention.mean(dim=1)  # (B, N, N)
+    return attention[:, check_index("head_idx", head_idx, n_heads)]  # (B, N, N)
+
+
+def cls_attention_grid(attention, grid_size):
+    """What CLS takes from each patch: maps (..., N, N) -> (..., rows, columns).
+
+    grid_size: (rows, columns), as model.patch_embed.grid_size. The weights are left as they are: with what CLS
+    takes from itself they sum to one. Raises InputError where the grid does not have N - 1 patches.
+    """
+    rows, columns = grid_size
+    if attention.shape[-1] != 1 + rows * columns:
+        raise InputError(f"a map over {attention.shape[-1]} tokens does not fit a grid of {rows}x{columns} "
+                         f"patches and CLS, {1 + rows * columns} tokens; give the grid_size of its model")
+    return attention[..., 0, 1:].unflatten(-1, (rows, columns))  # (..., rows, columns)
+
+
+@torch.no_grad()
+def position_similarity(model):
+    """Cosine similarity of the position embeddings of all pairs of patches, (rows, columns, rows, columns).
+
+    CLS is left out. ViT paper, Fig. 7 (centre). Raises InputError for a model without position embeddings.
+    """
+    if getattr(model, "pos_embed", None) is None:
+        raise InputError(f"this {type(model).__name__} has no position embeddings; expected a VisionTransformer "
+                         f"or HybridCNNViT with position 'learned' or 'sincos'")
+    positions = F.normalize(model.pos_embed[0, 1:].float(), dim=-1)  # (N - 1, D)
+    return (positions @ positions.T).reshape(2 * model.patch_embed.grid_size)  # (rows, columns, rows, columns)
+
+
+@torch.no_grad()
+def class_probabilities(model, images):
+    """Softmax of the logits, (B, K), in eval mode. images: normalised, (B, C, height, width)."""
+    with evaluating(model):
+        return model(images.to(device_of(model))).softmax(dim=-1)  # (B, K)
+
+
+# ---- Receptive fields -------------------------------------------------------------------------------------
+
+
+def receptive_field(model, images, depth=None):
+    """The effective receptive field of the centre unit: its share for each pixel, (height, width), sum 1, float64.
+
+    The unit is the place (rows // 2, columns // 2) of the feature map, or of the grid of patch tokens, after
+    `depth` blocks (ViT, hybrid) or stages (ConvNet); 0: after the patch embedding or the stem; None: the last.
+    Its channels are summed, and of the gradient of that sum to the input pixels the absolute value is averaged
+    over images and colours: Luo et al. 2016, "Understanding the Effective Receptive Field".
+
+    images: normalised, (B, C, height, width). Raises InputError for a depth out of range, and where the
+    gradient is zero everywhere.
+    """
+    layer = layers_of(model)[check_depth(model, depth)]
+    images = images.detach().to(device_of(model)).clone().requires_grad_()
+    outputs = []
+    hook = layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        with evaluating(model), torch.enable_grad():
+            model.forward_features(images)
+    finally:
+        hook.remove()
+    features = outputs[0]
+    if features.ndim == 3:
+        grid = model.patch_embed.grid_size
+        patches = features[:, -grid[0] * grid[1]:]  # (B, N - 1, D), without CLS
+        features = patches.transpose(1, 2).unflatten(2, grid)  # (B, D, rows, columns)
+    rows, columns = features.shape[2:]
+    unit = features[:, :, rows // 2, columns // 2].sum()
+    gradient, = torch.autograd.grad(unit, images)  # (B, C, height, width)
+    field = gradient.double().abs().mean(dim=(0, 1))  # (height, width)
+    if not field.sum() > 0:
+        raise InputError("the gradient of the centre unit is zero at every pixel, so it has no receptive field "
+                         "on these images; give other images, or another depth")
+    return (field / field.sum()).cpu()
+
+
+def theoretical_receptive_field(model, depth=None):
+    """(height, width) in pixels of the window that can reach one unit, at a depth as in receptive_field.
+
+    Convolutions and pooling: r + (k - 1) * j for each kernel k at total stride j (Araujo et al. 2019, "Computing
+    Receptive Fields of Convolutional Neural Networks", Eq. 2); it may be larger than the image. After an
+    attention block: the whole image.
+    """
+    depth = check_depth(model, depth)
+    if depth and isinstance(model, VisionTransformer):
+        return model.patch_embed.img_size
+    return tuple(walk_kernels(model, depth, axis)[0] for axis in (0, 1))
+
+
+def unit_centre(model, img_size, depth=None):
+    """(row, column) of the pixel below the middle of the unit that receptive_field takes; pixels count from 0.
+
+    It may lie between two pixels: the middle of a patch of 4 pixels is 1.5 pixels from its first.
+    """
+    centre = []
+    for axis, side in enumerate(pair(img_size)):
+        _, stride, first = walk_kernels(model, check_depth(model, depth), axis)
+        centre.append(first + math.ceil(side / stride) // 2 * stride)
+    return tuple(centre)
+
+
+def walk_kernels(model, depth, axis):
+    """Along one axis (0: height, 1: width), in pixels: window of one unit, step between units, first middle.
+
+    A residual block is walked along its main path; its shortcut has the same stride and no larger window.
+    """
+    window, stride, first = 1, 1, 0.0
+    for layer in layers_of(model)[:depth + 1]:
+        for name, module in layer.named_modules():
+            if isinstance(module, (nn.Conv2d, nn.MaxPool2d)) and "shortcut" not in name:
+                kernel, step, padding = (pair(size)[axis] for size in (module.kernel_size, module.stride,
+                                                                       module.padding))
+                window += (kernel - 1) * stride
+                first += ((kernel - 1) / 2 - padding) * stride
+                stride *= step
+    return window, stride, first
+
+
+def radius_holding(field, share, centre=None):
+    """The smallest radius in pixels around the centre within which `share` of the field's mass lies.
+
+    field   (height, width), not negative, as from receptive_field
+    share   in (0, 1], of the mass as it is
+    centre  (row, column), as from unit_centre; None: the middle of the image
+
+    Distances are between middles of pixels, so the field of a single pixel has radius 0.
+    Raises InputError for a share out of range.
+    """
+    if not 0 < share <= 1:
+        raise InputError(f"share {share} is out of range; expected 0 < share <= 1, such as 0.5 for half the mass")
+    height, width = field.shape
+    row, column = centre or ((height - 1) / 2, (width - 1) / 2)
+    rows = torch.arange(height, dtype=torch.float64) - row
+    columns = torch.arange(width, dtype=torch.float64) - column
+    distances, order = torch.hypot(rows[:, None], columns[None, :]).flatten().sort()  # (height * width)
+    mass = field.double().flatten()[order].cumsum(dim=0)  # (height * width)
+    enough = mass >= share * mass[-1] * (1 - 1e-12)  # the sum is rounded
+    return distances[enough.nonzero()[0, 0]].item()
+
+
+def layers_of(model):
+    """What makes the tokens or the first map, then the blocks (ViT, hybrid) or stages (ConvNet).
+
+    Raises InputError for another kind of model.
+    """
+    if isinstance(model, VisionTransformer):
+        return [model.patch_embed, *model.blocks]
+    if isinstance(model, ConvNet):
+        return [model.stem, *model.stages]
+    raise InputError(f"a {type(model).__name__} has no known layers; expected a VisionTransformer, HybridCNNViT "
+                     f"or ConvNet")
+
+
+def check_depth(model, depth):
+    """depth, or the last where it is None. Raises InputError where the model is not that deep."""
+    last = len(layers_of(model)) - 1
+    if depth is None:
+        return last
+    if not isinstance(depth, int) or not 0 <= depth <= last:
+        raise InputError(f"depth {depth!r} is out of range; this {type(model).__name__} has depths 0 to {last}")
+    return depth
+
+
+# ---- Costs ------------------------------------------------------------------------------------------------
+
+
+def count_parameters(model, trainable_only=False):
+    """Numbers in the model's parameters; with trainable_only=True those that an optimiser would change."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
+
+
+def count_flops(model, img_size=None):
+    """FLOPs of one forward pass of one image, a multiply-add counted as 2.
+
+    img_size: a side or (height, width); None: the model's own. Counted are matrix products and convolutions, as
+    torch.utils.flop_counter does: norms, softmax, activations, biases and additions are left out. Nothing is
+    computed: the pass runs on shapes alone (device "meta").
+    """
+    size = pair(model.config.img_size if img_size is None else img_size)
+    images = torch.empty(1, model.config.in_channels, *size, device="meta")
+    state = {name: value.to("meta") for name, value in model.state_dict().items()}
+    counter = FlopCounterMode(display=False)
+    # MATH spells attention out as two matrix products, which every version of torch counts.
+    with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        torch.func.functional_call(model, state, (images,))
+    return counter.get_total_flops()
+
+
+def throughput(model, img_size=None, batch_size=32, seconds=1.0, train=False, device=None):
+    """Images a second: batch_size over the median time of a pass, after two passes to warm up.
+
+    img_size  a side or (height, width); None: the model's own
+    seconds   how long to measure, at least three passes
+    train     False: forward, in eval mode, without gradients. True: forward and backward, without an optimiser
+    device    as in choose_device; None: where the model is
+
+    Measured on a copy of the model with random images that lie on the device beforehand.
+    """
+    check_whole("batch_size", batch_size, 1)
+    device = device_of(model) if device is None else choose_device(device)
+    size = pair(model.config.img_size if img_size is None else img_size)
+    images = torch.rand(batch_size, model.config.in_channels, *size, device=device,
+                        generator=torch.Generator(device).manual_seed(0))
+    model = copy.deepcopy(model).to(device).train(train)
+    for _ in range(2):
+        run_pass(model, images, train)
+    times = []
+    while len(times) < 3 or sum(times) < seconds:
+        start = time.perf_counter()
+        run_pass(model, images, train)
+        times.append(time.perf_counter() - start)
+    return batch_size / statistics.median(times)
+
+
+def peak_memory(model, images, train=False):
+    """Bytes that one pass needs beyond the weights and the images: the most that it holds at any one time.
+
+    That is the activations and the working memory of the operations, with train=True (forward and backward) also
+    the activations kept for the backward pass and the gradients of the weights; an optimiser's state comes on
+    top. images: (B, C, height, width). Measured on a copy of the model, where the model is: on CUDA with
+    torch.cuda.max_memory_allocated, on a CPU as the highest running sum of torch.profiler's allocations.
+    """
+    device = device_of(model)
+    model, images = copy.deepcopy(model).train(train), images.to(device)
+    run_pass(model, images, train)  # to warm up: libraries allocate their workspaces once
+    model.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run_pass(model, images, train)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run_pass(model, images, train)
+    records = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    records.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in records), default=0)  # a release has negative bytes
+
+
+def run_pass(model, images, train):
+    """A forward pass, with train=True also the backward pass of a cross-entropy; waits until it is done."""
+    with torch.set_grad_enabled(train):
+        logits = model(images)  # (B, K)
+        if train:
+            labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+            F.cross_entropy(logits, labels).backward()
+    if images.device.type == "cuda":
+        torch.cuda.synchronize(images.device)
+
+
+# ---- What an accuracy is to be read beside ----------------------------------------------------------------
+
+
+def wilson_interval(correct, n, z=1.96):
+    """(low, high): where the accuracy lies when `correct` of n independent images were right.
+
+    z=1.96 is 95 % confidence. Wilson 1927, "Probable Inference, the Law of Succession, and Statistical
+    Inference". Raises InputError unless 0 <= correct <= n and n >= 1.
+    """
+    if n < 1 or not 0 <= correct <= n:
+        raise InputError(f"{correct} correct of {n} is no count; expected 0 <= correct <= n and n of at least 1")
+    share = correct / n
+    middle = share + z**2 / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return max(0.0, (middle - half) / (1 + z**2 / n)), min(1.0, (middle + half) / (1 + z**2 / n))
+
+
+@torch.no_grad()
+def linear_classifier(train_loader, val_loader, test_loader=None, max_images=20_000):
+    """The control beside every trained accuracy: what pixels alone tell, without any layer of features.
+
+    Ridge regression from pixels to one-hot classes, the images averaged down to at most 32 x 32; the strength,
+    one of RIDGES, is the best on the validation images (the largest among equals), and the test images are read
+    once, after that choice. A loader yields images (B, C, height, width), labels (B,), and has class_names.
+    At most max_images training images, as augmented as the loader gives them, are used.
+
+    Returns a dict: val_acc and test_acc in 0..1, test_correct, test_n, ridge. Without a test_loader its three
+    are None. Raises InputError where a loader gives no images.
+    """
+    n_classes = len(train_loader.class_names)
+    gram, moments, n = None, None, 0
+    for images, labels in train_loader:
+        x = pixel_features(images[:max_images - n])  # (B, F)
+        y = F.one_hot(labels[:len(x)], n_classes).to(x)  # (B, K)
+        if gram is None:
+            gram, moments = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1], n_classes)
+        gram.addmm_(x.T, x)  # (F, F), the sum of x^T x over the batches
+        moments.addmm_(x.T, y)  # (F, K)
+        n += len(x)
+        if n >= max_images:
+            break
+    if n == 0:
+        raise InputError("the training loader gave 0 images; expected at least one batch, check the data")
+    gram, moments = gram.cpu().double(), moments.cpu().double()
+    penalty = torch.full((len(gram),), gram.diagonal()[:-1].mean().item(), dtype=torch.float64)  # (F)
+    penalty[-1] = 0  # the constant is free
+    ridges = sorted(RIDGES, reverse=True)
+    factors = (torch.linalg.cholesky(gram + torch.diag(ridge * penalty)) for ridge in ridges)  # each (F, F)
+    weights = [torch.cholesky_solve(moments, factor) for factor in factors]  # each (F, K)
+    correct, n = count_correct(weights, val_loader)
+    best = max(range(len(ridges)), key=correct.__getitem__)
+    result = dict(val_acc=correct[best] / n, test_acc=None, test_correct=None, test_n=None, ridge=ridges[best])
+    if test_loader is not None:
+        (test_correct,), n = count_correct([weights[best]], test_loader)
+        result.update(test_acc=test_correct / n, test_correct=test_correct, test_n=n)
+    return result
+
+
+def pixel_features(images):
+    """(B, C, height, width) -> (B, F): the pixels of at most 32 x 32, and a constant 1 at the end."""
+    size = [min(side, 32) for side in images.shape[2:]]
+    pixels = F.adaptive_avg_pool2d(images.float(), size).flatten(1)  # (B, F - 1)
+    return F.pad(pixels, (0, 1), value=1.0)  # (B, F)
+
+
+def count_correct(weights, loader):
+    """(how many images each of the weight matrices (F, K) gets right, how many images there are)."""
+    weights = torch.stack(weights).float()  # (classifiers, F, K)
+    correct, n = torch.zeros(len(weights), dtype=torch.long), 0
+    for images, labels in loader:
+        answers = (pixel_features(images).cpu() @ weights).argmax(dim=-1)  # (classifiers, B)
+        correct += (answers == labels.cpu()).sum(dim=1)
+        n += len(labels)
+    if n == 0:
+        raise InputError("a validation or test loader gave 0 images; expected at least one batch, check the data")
+    return correct.tolist(), n
+
+
+# ---- What the functions above lean on ---------------------------------------------------------------------
+
+
+@contextmanager
+def evaluating(model):
+    """Inside, the whole model is in eval mode; afterwards each of its modules is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def device_of(model):
+    """The device that the model's parameters are on."""
+    return next(model.parameters()).device
+
+
+def choose_device(device="auto"):
+    """"auto" (CUDA where there is one, else the CPU), "cpu", "cuda", "cuda:1", ... as a torch.device.
+
+    Raises InputError for a name that torch does not know, and for CUDA where there is none.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InputError(f"device {device!r} is unknown; choose 'auto', 'cpu' or 'cuda'") from None
+    n_gpus = torch.cuda.device_count()
+    if chosen.type == "cuda" and (chosen.index or 0) >= n_gpus:
+        raise InputError(f"device {str(device)!r} is not there: torch sees {n_gpus} CUDA devices; choose 'cpu' or "
+                         f"'auto'")
+    return chosen
+
+
+def check_attends(model):
+    """Raises InputError unless the model is one with attention."""
+    if not isinstance(model, VisionTransformer):
+        raise InputError(f"a {type(model).__name__} has no attention maps; expected a VisionTransformer or "
+                         f"HybridCNNViT")
+
+
+def check_index(name, index, length):
+    """index, counted from 0. Raises InputError where it is out of range."""
+    if not isinstance(index, int) or not -length <= index < length:
+        raise InputError(f"{name} {index!r} is out of range; expected 0 to {length - 1}, or {-length} to -1 from "
+                         f"the end")
+    return index % length

@@ -1,0 +1,268 @@
+import copy
+import pickle
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import resnet18
+
+from cnn_model import ConvNet, ConvStem, HybridCNNViT, ResidualBlock
+from vit_model import InputError, TransformerBlock, VisionTransformer, freeze_backbone, resize_positions
+
+torch.set_num_threads(1)  # on models this small a second thread costs more than it gives
+
+HYBRID = dict(n_classes=11, embed_dim=12, depth=2, n_heads=3, img_size=(20, 28), patch_size=4)  # 5 x 7 tokens
+CONVNET = dict(n_classes=11, in_channels=2, widths=(3, 5, 7), depths=(2, 1, 1), stem_stride=2)
+
+
+def randomised(model):
+    """The model in eval mode with every parameter and running mean random, so that no zero hides anything."""
+    torch.manual_seed(5)
+    for name, tensor in model.state_dict().items():
+        if name.endswith("running_var") or (tensor.ndim == 1 and name.endswith("weight")):
+            tensor.uniform_(0.5, 1.5)
+        elif tensor.ndim == 1:
+            tensor.normal_(std=0.3)
+    return model.eval()
+
+
+def one_line_with(text):
+    return rf"\A[^\n]*{re.escape(str(text))}[^\n]*\Z"
+
+
+# ---- ConvNet
+
+
+@pytest.fixture(scope="module")
+def twins():
+    """ConvNet with its default arguments and torchvision's ResNet-18, with the same random weights."""
+    ours, theirs = randomised(ConvNet().double()), resnet18().double().eval()
+    values = ours.state_dict().values()
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), values, strict=True)))
+    return ours, theirs
+
+
+def test_convnet_has_the_parameters_of_resnet18():
+    assert sum(p.numel() for p in ConvNet().parameters()) == 11_689_512
+
+
+def test_convnet_is_resnet18_number_for_number(twins):
+    images = torch.randn(2, 3, 64, 64).double()
+    logits, gradients = [], []
+    for model in twins:
+        logits.append(model(images))
+        (logits[-1] * torch.linspace(-1, 1, 1000)).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*logits, rtol=1e-9, atol=1e-9)
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).norm() <= 1e-9 * b.norm()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (37, 61), (7, 129)])
+def test_convnet_takes_any_size_as_resnet18_does(twins, size):
+    images = torch.randn(1, 3, *size).double()
+    with torch.no_grad():
+        torch.testing.assert_close(*(model(images) for model in twins), rtol=1e-9, atol=1e-9)
+
+
+def test_convolutions_start_he_normal_by_fan_out():
+    torch.manual_seed(0)
+    for convolution in (ConvNet().stages[3][1].conv2, ConvStem(32, 4, 3, 512).proj[3]):
+        assert convolution.weight.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)
+        assert convolution.weight.abs().max() > 3 * convolution.weight.std()  # normal, not uniform
+
+
+def test_residual_block_by_hand():
+    block = randomised(ResidualBlock(3, 5, stride=2))
+    x = torch.randn(2, 3, 7, 11)
+
+    def normalised(y, norm):
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        return (y - norm.running_mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]
+
+    y = normalised(F.conv2d(x, block.conv1.weight, stride=2, padding=1), block.bn1).relu()
+    y = normalised(F.conv2d(y, block.conv2.weight, padding=1), block.bn2)
+    shortcut = normalised(F.conv2d(x[:, :, ::2, ::2], block.shortcut[0].weight), block.shortcut[1])
+    torch.testing.assert_close(block(x), (y + shortcut).relu())
+
+
+@pytest.mark.parametrize(("channels", "stride", "identity"), [(3, 1, True), (5, 1, False), (3, 2, False)])
+def test_a_shortcut_is_projected_only_where_the_shape_changes(channels, stride, identity):
+    assert isinstance(ResidualBlock(3, channels, stride).shortcut, nn.Identity) is identity
+
+
+@pytest.mark.parametrize(("stem_stride", "shape"), [(1, (11, 6)), (2, (6, 3)), (4, (3, 2))])
+def test_features_are_the_last_map_at_the_total_stride(stem_stride, shape):
+    model = ConvNet(**{**CONVNET, "stem_stride": stem_stride}).eval()
+    assert model.forward_features(torch.randn(2, 2, 41, 23)).shape == (2, 7, *shape)
+
+
+def test_convnet_forward_is_the_head_of_the_mean_over_all_places():
+    model = randomised(ConvNet(**CONVNET))
+    images = torch.randn(3, 2, 13, 19)
+    features = model.forward_features(images)
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), features.flatten(2).mean(dim=2))
+    assert torch.equal(model(images), model.forward_head(features))
+    assert torch.equal(model(images), model.head(model.forward_head(features, pre_logits=True)))
+
+
+def test_convnet_without_classes_gives_its_pooled_features():
+    model = ConvNet(**{**CONVNET, "n_classes": 0}).eval()
+    images = torch.randn(3, 2, 13, 19)
+    assert torch.equal(model(images), model.forward_head(model.forward_features(images), pre_logits=True))
+    assert model(images).shape == (3, 7)
+
+
+# ---- HybridCNNViT
+
+
+def test_the_hybrid_of_the_readme():
+    model = HybridCNNViT(n_classes=10, embed_dim=384, depth=6).eval()
+    assert (model.config.img_size, model.config.patch_size, model.config.n_heads) == (224, 16, 6)
+    assert (len(model.blocks), model.patch_embed.grid_size) == (6, (14, 14))
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 224, 224)).shape == (1, 10)
+        assert model.forward_features(torch.randn(1, 3, 224, 224)).shape == (1, 197, 384)
+
+
+@pytest.mark.parametrize(("embed_dim", "heads"), [(32, 1), (64, 1), (128, 2), (192, 3), (768, 12)])
+def test_the_hybrid_has_one_head_for_every_64_channels(embed_dim, heads):
+    with torch.device("meta"):
+        assert HybridCNNViT(embed_dim=embed_dim, depth=1).blocks[0].attn.n_heads == heads
+
+
+def test_the_hybrid_is_our_vit_but_for_its_stem():
+    model = HybridCNNViT(**HYBRID, pool="mean", position="sincos", dropout=0.1)
+    assert isinstance(model, VisionTransformer)
+    assert isinstance(model.patch_embed, ConvStem)
+    assert [type(block) for block in model.blocks] == [TransformerBlock] * 2
+    vit = VisionTransformer(**vars(model.config))
+    for name in ("blocks", "norm", "head"):
+        getattr(vit, name).load_state_dict(getattr(model, name).state_dict())
+    vit.patch_embed = model.patch_embed
+    images = torch.randn(2, 3, 20, 28)
+    assert torch.equal(vit.eval()(images), model.eval()(images))
+
+
+def test_the_stem_is_two_convolutions_by_hand():
+    stem = randomised(ConvStem((12, 20), 4, 3, 14))
+    first, norm, _, last = stem.proj
+    images = torch.randn(2, 3, 12, 20)
+    x = F.conv2d(images, first.weight, stride=2, padding=1)
+    x = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias).relu()
+    x = F.conv2d(x, last.weight, last.bias, stride=2, padding=1)
+    assert x.shape == (2, 14, 3, 5)
+    by_hand = torch.stack([x[:, :, row, column] for row in range(3) for column in range(5)], dim=1)
+    torch.testing.assert_close(stem(images), by_hand)
+
+
+@pytest.mark.parametrize(("patch_size", "channels"), [(2, [48]), (4, [24, 48]), (8, [12, 24, 48]),
+                                                      (16, [6, 12, 24, 48]), (32, [3, 6, 12, 24, 48])])
+def test_the_channels_of_the_stem_double_up_to_the_width(patch_size, channels):
+    stem = ConvStem((64, 96), patch_size, 5, 48)
+    assert [m.out_channels for m in stem.proj if isinstance(m, nn.Conv2d)] == channels
+    assert [m.num_features for m in stem.proj if isinstance(m, nn.BatchNorm2d)] == channels[:-1]
+    assert isinstance(stem.proj[-1], nn.Conv2d)
+    biased = [m.bias is not None for m in stem.proj if isinstance(m, nn.Conv2d)]
+    assert biased == [False] * (len(channels) - 1) + [True]
+    grid = (64 // patch_size, 96 // patch_size)
+    assert stem.eval()(torch.zeros(2, 5, 64, 96)).shape == (2, grid[0] * grid[1], 48)
+    assert (stem.grid_size, stem.n_patches) == (grid, grid[0] * grid[1])
+
+
+def seen_by(stem, row, column):
+    """First and last row and column of the pixels on which a token depends."""
+    images = torch.randn(1, 3, *stem.img_size, requires_grad=True)
+    stem(images)[0, row * stem.grid_size[1] + column].sum().backward()
+    rows, columns = images.grad[0].abs().sum(dim=0).nonzero().T
+    return rows.min().item(), rows.max().item(), columns.min().item(), columns.max().item()
+
+
+@pytest.mark.parametrize("side", [2, 4, 8])
+def test_a_token_sees_two_patches_less_a_pixel_and_overlaps_its_neighbour(side):
+    stem = randomised(ConvStem((5 * side, 7 * side), side, 3, 64))
+    top, bottom, left, right = seen_by(stem, 2, 3)
+    assert (top, bottom) == (2 * side - (side - 1), 2 * side + side - 1)
+    assert (left, right) == (3 * side - (side - 1), 3 * side + side - 1)
+    assert right - left + 1 == 2 * side - 1
+    assert seen_by(stem, 2, 4)[2] <= right
+
+
+def test_resize_positions_moves_a_hybrid():
+    model = randomised(HybridCNNViT(**HYBRID))
+    assert resize_positions(model, (12, 44)) is model
+    assert model.config.img_size == model.patch_embed.img_size == (12, 44)
+    assert (model.patch_embed.grid_size, model.patch_embed.n_patches) == ((3, 11), 33)
+    assert model.forward_features(torch.randn(2, 3, 12, 44)).shape == (2, 34, 12)
+    with pytest.raises(InputError, match=one_line_with("20x28")):
+        model(torch.randn(2, 3, 20, 28))
+
+
+# ---- Both
+
+
+@pytest.mark.parametrize(("model_class", "arguments"), [(HybridCNNViT, HYBRID), (ConvNet, CONVNET)])
+def test_the_config_rebuilds_the_model_and_copies_answer_alike(model_class, arguments):
+    model = randomised(model_class(**arguments))
+    images = torch.randn(2, model.config.in_channels, 20, 28)
+    again = model_class(**vars(model.config)).eval()
+    again.load_state_dict(model.state_dict())
+    for twin in (again, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.config == model.config
+        assert torch.equal(twin(images), model(images))
+
+
+@pytest.mark.parametrize(("model_class", "arguments"), [(HybridCNNViT, HYBRID), (ConvNet, CONVNET)])
+def test_a_forward_pass_stores_nothing_on_any_module(model_class, arguments):
+    model = randomised(model_class(**arguments))
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    state = copy.deepcopy(model.state_dict())
+    model(torch.randn(2, model.config.in_channels, 20, 28))
+    after = {name: dict(vars(module)) for name, module in model.named_modules()}
+    assert {name: v.keys() for name, v in before.items()} == {name: v.keys() for name, v in after.items()}
+    assert all(after[name][key] is value for name, values in before.items() for key, value in values.items())
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("model_class", "arguments"), [(HybridCNNViT, HYBRID), (ConvNet, CONVNET)])
+def test_freeze_backbone_leaves_exactly_the_head(model_class, arguments):
+    model = freeze_backbone(model_class(**arguments))
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {"head.weight", "head.bias"}
+    assert model.head.weight.shape[0] == 11
+
+
+# ---- Bad input
+
+
+@pytest.mark.parametrize(("build", "value"), [
+    (lambda: HybridCNNViT(**{**HYBRID, "patch_size": 12, "img_size": 24}), "patch_size 12"),
+    (lambda: HybridCNNViT(**{**HYBRID, "patch_size": 1}), "patch_size 1"),
+    (lambda: HybridCNNViT(**{**HYBRID, "patch_size": (4, 2)}), "(4, 2)"),
+    (lambda: HybridCNNViT(**{**HYBRID, "patch_size": 16, "img_size": 32}), "embed_dim 12"),
+    (lambda: HybridCNNViT(**{**HYBRID, "img_size": 30}), "30x30"),
+    (lambda: HybridCNNViT(**{**HYBRID, "pool": "max"}), "'max'"),
+    (lambda: HybridCNNViT(embed_dim=131, depth=1), "embed_dim 131"),
+    (lambda: ConvStem(20, 4, 3, 13), "embed_dim 13"),
+    (lambda: ConvStem(20, 8, 3, 12), "20x20"),
+    (lambda: ConvNet(widths=(3, 5)), "(3, 5)"),
+    (lambda: ConvNet(widths=(), depths=()), "()"),
+    (lambda: ConvNet(widths=(3, 0), depths=(1, 1)), "widths 0"),
+    (lambda: ConvNet(widths=(3, 5), depths=(1, 1.5)), "depths 1.5"),
+    (lambda: ConvNet(stem_stride=3), "stem_stride 3"),
+    (lambda: ConvNet(in_channels=0), "in_channels 0"),
+    (lambda: ConvNet(n_classes=-1), "n_classes -1"),
+    (lambda: ConvNet(img_size=(32, 0)), "img_size 0")])
+def test_a_model_that_cannot_be_is_refused_in_one_line_naming_the_value(build, value):
+    with pytest.raises(InputError, match=one_line_with(value)):
+        build()
+
+
+@pytest.mark.parametrize(("model", "shape"), [
+    (HybridCNNViT(**HYBRID), (2, 1, 20, 28)), (HybridCNNViT(**HYBRID), (3, 20, 28)),
+    (ConvNet(**CONVNET), (2, 3, 20, 28)), (ConvNet(**CONVNET), (2, 20, 28))])
+def test_images_that_do_not_fit_the_model_are_refused(model, shape):
+    with pytest.raises(InputError, match=one_line_with(shape)):
+        model(torch.zeros(shape))

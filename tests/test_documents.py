@@ -1,0 +1,103 @@
+"""The documents are held to what they show: Python blocks run, commands start."""
+
+import functools
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+import pytest
+import torch
+from torch import nn
+
+import train_vit
+import vit_data
+from vit_model import create_vit_nano, create_vit_tiny
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+BRIEF = ROOT.parent / "shared" / "brief.md"
+
+
+def blocks(path, language):
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [pytest.param(block, id=f"{path.stem}-{i}") for i, block in enumerate(found)]
+
+
+@pytest.fixture
+def short_runs(tmp_path, monkeypatch):
+    """Long runs cut short: 40 drawn images, two of them a batch, one step of training; files go to tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mpl, "use", lambda backend: None)
+    train = train_vit.Trainer.train
+    monkeypatch.setattr(train_vit.Trainer, "train", functools.partialmethod(train, n_steps=1))
+
+    def few_images(*args, **kwargs):
+        return vit_data.get_data_loaders(*args, **{**kwargs, "n_images": 40, "batch_size": 2})
+
+    monkeypatch.setattr(train_vit, "get_data_loaders", few_images)
+
+
+def preamble():
+    """What the brief's blocks use and leave undefined."""
+    model, batch = create_vit_tiny(n_classes=10), (torch.randn(2, 3, 224, 224), torch.tensor([1, 7]))
+    return dict(
+        torch=torch, nn=nn, model=model, image=batch[0][:1], transformer_output=torch.randn(2, 197, 192),
+        classifier=nn.Linear(192, 10), train_loader=[batch], criterion=nn.CrossEntropyLoss(),
+        optimizer=torch.optim.AdamW(model.parameters()), create_vit_base=create_vit_tiny,
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # the brief uses torch.cuda.amp, which torch has renamed
+@pytest.mark.parametrize("block", blocks(BRIEF, "python"))
+def test_block_of_the_brief_runs(block, short_runs):
+    if not torch.cuda.is_available():
+        block = block.replace("'cuda'", "'cpu'")
+    exec(compile(block, "brief.md", "exec"), preamble())
+
+
+def test_brief_is_looked_for_where_it_lies():
+    if not BRIEF.exists():
+        pytest.skip("the brief lies outside the repository and is not here")
+    assert len(blocks(BRIEF, "python")) >= 17
+
+
+def test_blocks_of_the_readme_run_one_after_the_other(short_runs):
+    names = {}
+    found = blocks(README, "python")
+    assert len(found) >= 8
+    for block in found:
+        exec(compile(block.values[0], f"README.md, {block.id}", "exec"), names)
+
+
+SCRIPTS = ("train_vit.py", "cnn_vs_vit.py", "examples.py")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_runs_dry(script, tmp_path):
+    done = subprocess.run([sys.executable, ROOT / script, "--dry-run", "--device", "cpu"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "dry run" in done.stdout.lower()
+
+
+def test_commands_of_the_readme_have_arguments_that_the_scripts_know(monkeypatch):
+    commands = [line for block in blocks(README, "bash") for line in block.values[0].splitlines()
+                if line.startswith("python ") and ".py" in line]
+    assert {script for script in SCRIPTS for line in commands if script in line} == set(SCRIPTS)
+    for line in commands:
+        words = shlex.split(line.split("#")[0])
+        if words[1] == "train_vit.py":
+            train_vit.parse(words[2:])
+
+
+def test_python_lines_of_the_documents_are_not_wider_than_a_page():
+    for block in blocks(README, "python"):
+        assert max(map(len, block.values[0].splitlines())) <= 110
+
+
+def test_nano_is_what_the_readme_trains():
+    assert sum(p.numel() for p in create_vit_nano(n_classes=10).parameters()) == 459_562

@@ -1,0 +1,421 @@
+"""Measurements against closed forms and hand computations."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import measurements as m
+from cnn_model import ConvNet, HybridCNNViT
+from vit_model import InputError, VisionTransformer
+
+# 2 x 3 patches of 7 x 5 pixels, so that no swapped axis stays unseen.
+SIZE, PATCH, GRID, N = (14, 15), (7, 5), (2, 3), 7
+
+
+def vit(**options):
+    torch.manual_seed(0)
+    settings = dict(img_size=SIZE, patch_size=PATCH, n_classes=5, embed_dim=22, depth=3, n_heads=2, dropout=0.5)
+    return VisionTransformer(**{**settings, **options})
+
+
+def convnet(**options):
+    torch.manual_seed(0)
+    settings = dict(img_size=29, n_classes=5, widths=(3, 5, 7), depths=(1, 2, 1), stem_stride=1)
+    return ConvNet(**{**settings, **options})
+
+
+def hybrid():
+    torch.manual_seed(0)
+    return HybridCNNViT(n_classes=5, embed_dim=22, depth=2, n_heads=2, img_size=(12, 20), patch_size=4)
+
+
+def images_for(model, n=3):
+    size = m.pair(model.config.img_size)
+    return torch.randn(n, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def state_of(model):
+    modes = [module.training for module in model.modules()]
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    return modes, hooks, grads, weights
+
+
+def assert_same_state(before, after):
+    assert before[:2] == after[:2]
+    for old, new in zip(before[2], after[2], strict=True):
+        assert (old is None and new is None) or torch.equal(old, new)
+    for name, old in before[3].items():
+        assert torch.equal(old, after[3][name]), name
+
+
+# ---- Attention
+
+
+def test_zero_queries_attend_uniformly():
+    model = vit()
+    for block in model.blocks:
+        nn.init.zeros_(block.attn.qkv.weight)
+    maps = m.attention_maps(model, images_for(model))
+    assert maps.shape == (3, 3, 2, N, N)
+    assert torch.equal(maps, torch.full_like(maps, 1 / N))
+
+
+def test_maps_are_those_of_the_weights():
+    model = vit().train()
+    images = images_for(model)
+    maps = m.attention_maps(model, images)
+    model.eval()
+    with torch.no_grad():
+        x = torch.cat([model.cls_token.expand(3, -1, -1), model.patch_embed(images)], dim=1) + model.pos_embed
+        for block, layer in zip(model.blocks, maps, strict=True):
+            y = block.norm1(x)
+            for head in range(2):
+                rows = slice(11 * head, 11 * head + 11)
+                q = y @ block.attn.qkv.weight[:22][rows].T + block.attn.qkv.bias[:22][rows]
+                k = y @ block.attn.qkv.weight[22:44][rows].T + block.attn.qkv.bias[22:44][rows]
+                by_hand = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(11), dim=-1)
+                torch.testing.assert_close(layer[:, head], by_hand)
+            x = block(x)
+    torch.testing.assert_close(maps.sum(dim=-1), torch.ones(3, 3, 2, N))
+
+
+def test_select_attention():
+    maps = torch.rand(5, 3, 2, N, N)
+    assert torch.equal(m.select_attention(maps, 1, 1), maps[1, :, 1])
+    assert torch.equal(m.select_attention(maps, -5, -2), maps[0, :, 0])
+    torch.testing.assert_close(m.select_attention(maps), maps[4].mean(dim=1))
+
+
+@pytest.mark.parametrize(("layer", "head", "text"), [(5, 0, "layer_idx 5 .* 0 to 4"), (-6, 0, "layer_idx -6"),
+                                                     (0, 2, "head_idx 2 .* 0 to 1"), (0.5, 0, "layer_idx 0.5")])
+def test_select_attention_out_of_range(layer, head, text):
+    with pytest.raises(InputError, match=text):
+        m.select_attention(torch.rand(5, 3, 2, N, N), layer, head)
+
+
+def test_cls_grid_is_the_first_row_without_cls():
+    maps = torch.arange(2 * N * N, dtype=torch.float32).reshape(2, N, N)
+    grid = m.cls_attention_grid(maps, GRID)
+    assert torch.equal(grid[1], torch.tensor([[50.0, 51, 52], [53, 54, 55]]))
+    with pytest.raises(InputError, match="7 tokens .* 3x3"):
+        m.cls_attention_grid(maps, (3, 3))
+
+
+def test_position_similarity():
+    model = vit()
+    similarity = m.position_similarity(model)
+    assert similarity.shape == (*GRID, *GRID)
+    a, b = model.pos_embed[0, 1 + 3], model.pos_embed[0, 1 + 2]
+    assert similarity[1, 0, 0, 2].item() == pytest.approx((a @ b / a.norm() / b.norm()).item(), abs=1e-6)
+    for model in (vit(position="none"), convnet()):
+        with pytest.raises(InputError, match="no position embeddings"):
+            m.position_similarity(model)
+
+
+def test_a_convnet_has_no_maps():
+    with pytest.raises(InputError, match="ConvNet has no attention"):
+        m.attention_maps(convnet(), torch.zeros(1, 3, 29, 29))
+
+
+def test_class_probabilities():
+    model = vit().train()
+    images = images_for(model)
+    torch.testing.assert_close(m.class_probabilities(model, images), model.eval()(images).softmax(dim=-1))
+
+
+# ---- Receptive fields
+
+
+def test_a_vit_sees_one_patch_and_then_everything():
+    model = vit()
+    images = images_for(model)
+    field = m.receptive_field(model, images, 0)
+    assert field.shape == SIZE
+    inside = torch.zeros(SIZE, dtype=torch.bool)
+    inside[7:14, 5:10] = True  # the patch at (1, 1) of 2 x 3
+    assert torch.equal(field > 0, inside)
+    by_hand = model.patch_embed.proj.weight.sum(dim=0).abs().mean(dim=0).double()
+    torch.testing.assert_close(field[7:14, 5:10], by_hand / by_hand.sum(), rtol=1e-5, atol=1e-9)
+    assert m.unit_centre(model, SIZE, 0) == (10.0, 7.0)
+    for depth in (1, None):
+        field = m.receptive_field(model, images, depth)
+        assert (field > 0).all()
+        assert field.sum().item() == pytest.approx(1, abs=1e-12)
+    assert m.theoretical_receptive_field(model, 0) == PATCH
+    assert m.theoretical_receptive_field(model) == SIZE
+
+
+@pytest.mark.parametrize("stem_stride", [1, 2, 4])
+def test_a_convnet_sees_its_window(stem_stride):
+    size = {1: (73, 61), 2: (73, 61), 4: (257, 139)}[stem_stride]
+    model = convnet(stem_stride=stem_stride, img_size=size)
+    images = images_for(model, 2)
+    for depth in range(4):
+        field = m.receptive_field(model, images, depth)
+        assert field.sum().item() == pytest.approx(1, abs=1e-12)
+        centre, window = m.unit_centre(model, size, depth), m.theoretical_receptive_field(model, depth)
+        for axis, places in enumerate(field.nonzero().T):
+            first, last = centre[axis] - (window[axis] - 1) / 2, centre[axis] + (window[axis] - 1) / 2
+            # Nothing outside the window. Where no ReLU is dead on the way, all of it: so the centre is right.
+            assert places.min().item() >= max(0, first)
+            assert places.max().item() <= min(size[axis] - 1, last)
+            if depth == 0:
+                assert (places.min().item(), places.max().item()) == (first, last)
+
+
+def test_theoretical_window_by_hand():
+    # Stem 3 x 3: 3. Stage 1, two 3 x 3 at stride 1: 3 + 2 + 2 = 7. Stage 2, stride 2 in its first convolution:
+    # 7 + 2 + 4 = 13, second block + 4 + 4 = 21. Stage 3: 21 + 4 + 8 = 33.
+    assert [m.theoretical_receptive_field(convnet(), i) for i in range(4)] == [(3, 3), (7, 7), (21, 21), (33, 33)]
+    # ResNet-18: 435 is the number of Araujo et al. 2019, Table 1.
+    resnet = convnet(widths=(2, 2, 2, 2), depths=(2, 2, 2, 2), stem_stride=4)
+    assert m.theoretical_receptive_field(resnet) == (435, 435)
+    assert m.theoretical_receptive_field(hybrid(), 0) == (7, 7)
+    assert m.theoretical_receptive_field(hybrid(), 1) == (12, 20)
+
+
+def test_hybrid_stem_is_local():
+    model = hybrid()
+    rows, columns = m.receptive_field(model, images_for(model), 0).nonzero().T
+    row, column = m.unit_centre(model, (12, 20), 0)
+    assert (row, column) == (4.0, 8.0)
+    assert (rows.min().item(), rows.max().item()) == (1, 7)
+    assert (columns.min().item(), columns.max().item()) == (5, 11)
+
+
+@pytest.mark.parametrize("depth", [-1, 4, 1.0, "last"])
+def test_depth_out_of_range(depth):
+    model = vit()
+    with pytest.raises(InputError, match="has depths 0 to 3"):
+        m.receptive_field(model, images_for(model), depth)
+
+
+def test_no_gradient_is_an_error():
+    model = vit()
+    nn.init.zeros_(model.patch_embed.proj.weight)
+    with pytest.raises(InputError, match="zero at every pixel"):
+        m.receptive_field(model, images_for(model), 0)
+
+
+def test_other_models_have_no_known_layers():
+    with pytest.raises(InputError, match="Linear has no known layers"):
+        m.layers_of(nn.Linear(3, 7))
+
+
+def test_radius_holding():
+    field = torch.zeros(11, 13, dtype=torch.float64)
+    field[5, 6], field[5, 9], field[1, 9], field[5, 0] = 0.5, 0.3, 0.15, 0.05
+    for share, radius in ((0.5, 0), (0.51, 3), (0.8, 3), (0.9, 5), (0.96, 6), (1.0, 6)):
+        assert m.radius_holding(field, share) == pytest.approx(radius)
+    assert m.radius_holding(field, 0.5, centre=(5, 9)) == pytest.approx(3)
+    assert m.radius_holding(7 * field, 0.9) == pytest.approx(5)
+    even = torch.full((401, 401), 1 / 401**2)
+    assert m.radius_holding(even, 0.5) == pytest.approx(401 * math.sqrt(0.5 / math.pi), abs=1)
+    for share in (0, 1.01):
+        with pytest.raises(InputError, match="share"):
+            m.radius_holding(field, share)
+
+
+# ---- Nothing is changed
+
+
+def measure_everything(model, images):
+    m.receptive_field(model, images, 1)
+    m.class_probabilities(model, images)
+    m.count_flops(model)
+    m.throughput(model, batch_size=2, seconds=0, train=True)
+    m.peak_memory(model, images, train=True)
+    if isinstance(model, VisionTransformer):
+        m.attention_maps(model, images)
+
+
+@pytest.mark.parametrize("make", [vit, convnet, hybrid])
+def test_measuring_changes_nothing(make):
+    model = make().train()
+    model.head.eval()  # a mode of its own
+    images = images_for(model)
+    model(images).sum().backward()
+    before, copied, random_state = state_of(model), images.clone(), torch.get_rng_state()
+    measure_everything(model, images)
+    assert_same_state(before, state_of(model))
+    assert torch.equal(images, copied)
+    assert not images.requires_grad
+    if make is convnet:  # without dropout in a training pass nothing is drawn
+        assert torch.equal(random_state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("measure", [m.attention_maps, m.receptive_field, m.class_probabilities, m.peak_memory,
+                                     lambda model, images: m.count_flops(model, (14, 20))])
+def test_an_error_changes_nothing(measure):
+    model = vit().train()
+    before = state_of(model)
+    with pytest.raises(InputError):
+        measure(model, torch.zeros(2, 3, 14, 20))
+    assert_same_state(before, state_of(model))
+
+
+def test_measurements_repeat():
+    model = vit().train()
+    images = images_for(model)
+    assert torch.equal(m.attention_maps(model, images), m.attention_maps(model, images))
+    assert torch.equal(m.receptive_field(model, images), m.receptive_field(model, images))
+
+
+# ---- Costs
+
+
+def test_count_parameters():
+    model = nn.Sequential(nn.Linear(3, 7), nn.Linear(7, 5))
+    assert m.count_parameters(model) == 28 + 40
+    model[0].requires_grad_(False)
+    assert m.count_parameters(model, trainable_only=True) == 40
+
+
+def test_flops_of_a_vit():
+    D, hidden, patches = 22, 88, 6
+    embed = 2 * patches * (7 * 5 * 3) * D
+    block = 2 * N * D * 3 * D + 2 * 2 * N * N * D + 2 * N * D * D + 2 * 2 * N * D * hidden
+    assert m.count_flops(vit()) == embed + 3 * block + 2 * D * 5
+
+
+def test_flops_of_a_convnet():
+    model = convnet(depths=(1, 1, 1))
+    H, W = 17, 13
+    hand = 2 * 9 * 3 * 3 * H * W + 2 * 2 * 9 * 3 * 3 * H * W  # stem, stage 1
+    hand += 2 * (9 * 3 * 5 + 9 * 5 * 5 + 3 * 5) * 9 * 7  # stage 2 with its 1 x 1 shortcut
+    hand += 2 * (9 * 5 * 7 + 9 * 7 * 7 + 5 * 7) * 5 * 4
+    assert m.count_flops(model, (H, W)) == hand + 2 * 7 * 5
+
+
+def test_flops_of_a_published_model():
+    # DeiT-Ti: 1.3 G multiply-adds at 224 pixels (Touvron et al. 2021, released code: 1.258 G with attention)
+    tiny = VisionTransformer(embed_dim=192, depth=12, n_heads=3)
+    assert m.count_flops(tiny) / 2 == pytest.approx(1.26e9, rel=0.01)
+
+
+def test_throughput_is_images_over_the_median_time(monkeypatch):
+    ticks = iter([0, 1, 10, 12, 20, 27])  # passes of 1, 2 and 7 s
+    monkeypatch.setattr(m.time, "perf_counter", lambda: next(ticks))
+    assert m.throughput(vit(), batch_size=11, seconds=0) == 11 / 2
+    with pytest.raises(InputError, match="batch_size 0"):
+        m.throughput(vit(), batch_size=0)
+
+
+def test_peak_memory_by_hand():
+    assert m.peak_memory(nn.Linear(3, 7), torch.zeros(5, 3)) == 4 * 5 * 7
+    # The second layer's input is alive while its output is made; the first layer's is the images.
+    two = nn.Sequential(nn.Linear(3, 1000), nn.Linear(1000, 7))
+    assert m.peak_memory(two, torch.zeros(5, 3)) == 4 * 5 * (1000 + 7)
+
+
+def test_training_holds_activations_and_gradients():
+    model = vit()
+    images = images_for(model, 11)
+    weights = 4 * m.count_parameters(model)
+    assert m.peak_memory(model, images, train=True) > m.peak_memory(model, images) + weights
+
+
+# ---- Accuracies
+
+
+def test_wilson_interval():
+    assert m.wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=5e-5)
+    low, high = m.wilson_interval(0, 20)
+    assert low == 0
+    assert high == pytest.approx(1.96**2 / (20 + 1.96**2))
+    assert m.wilson_interval(20, 20)[1] == pytest.approx(1)
+    low, high = m.wilson_interval(37, 101, z=1.3)
+    for edge in (low, high):  # the edges p solve |share - p| = z sqrt(p (1 - p) / n)
+        assert abs(37 / 101 - edge) == pytest.approx(1.3 * math.sqrt(edge * (1 - edge) / 101))
+    for correct, n in ((-1, 10), (11, 10), (0, 0)):
+        with pytest.raises(InputError, match=f"{correct} correct of {n}"):
+            m.wilson_interval(correct, n)
+
+
+class ToyLoader(list):
+    class_names = ("a", "b", "c")
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return super().__iter__()
+
+
+def toy_loader(n, seed, separable, side=(7, 5), batch_size=64):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (n,), generator=generator)
+    images = torch.randn(n, 3, *side, generator=generator)
+    if separable:
+        images[torch.arange(n), labels, 0, 0] += 20
+    return ToyLoader(zip(images.split(batch_size), labels.split(batch_size), strict=True))
+
+
+def test_linear_classifier_separates():
+    test = toy_loader(101, 2, True)
+    result = m.linear_classifier(toy_loader(997, 0, True), toy_loader(211, 1, True), test)
+    assert result == dict(val_acc=1.0, test_acc=1.0, test_correct=101, test_n=101, ridge=result["ridge"])
+    assert result["ridge"] in m.RIDGES
+    assert test.passes == 1
+
+
+def test_linear_classifier_is_ridge_regression():
+    train, val = toy_loader(97, 0, False), toy_loader(211, 1, False)
+    x, y = torch.cat([images for images, _ in train]), torch.cat([labels for _, labels in train])
+    x = torch.cat([x.flatten(1), torch.ones(97, 1)], dim=1).double()
+    accuracies = {}
+    for ridge in m.RIDGES:
+        penalty = ridge * (x[:, :-1] ** 2).sum() / 105 * torch.eye(106).double()
+        penalty[-1, -1] = 0
+        weight = torch.linalg.solve(x.T @ x + penalty, x.T @ nn.functional.one_hot(y, 3).double())
+        answers = [torch.cat([images.flatten(1), torch.ones(len(images), 1)], dim=1).double() @ weight
+                   for images, _ in val]
+        labels = torch.cat([labels for _, labels in val])
+        accuracies[ridge] = (torch.cat(answers).argmax(dim=1) == labels).double().mean().item()
+    result = m.linear_classifier(train, val)
+    assert result["val_acc"] == pytest.approx(max(accuracies.values()))
+    assert accuracies[result["ridge"]] == max(accuracies.values())
+    assert result["test_acc"] is None
+
+
+def test_linear_classifier_on_noise_is_at_chance():
+    test = toy_loader(2003, 2, False)
+    result = m.linear_classifier(toy_loader(997, 0, False), toy_loader(211, 1, False), test)
+    low, high = m.wilson_interval(result["test_correct"], 2003, z=4)
+    assert low < 1 / 3 < high
+
+
+def test_linear_classifier_reads_at_most_max_images():
+    train, val = toy_loader(200, 0, True), toy_loader(211, 1, True)
+    poison = torch.full((64, 3, 7, 5), math.nan), torch.zeros(64, dtype=torch.long)
+    broken = ToyLoader([*list(train)[:2], poison])
+    assert m.linear_classifier(broken, val, max_images=128)["val_acc"] == 1
+
+
+def test_linear_classifier_pools_to_32():
+    assert m.pixel_features(torch.zeros(2, 3, 64, 96)).shape == (2, 3 * 32 * 32 + 1)
+    assert m.pixel_features(torch.zeros(2, 3, 7, 96)).shape == (2, 3 * 7 * 32 + 1)
+    images = torch.randn(1, 1, 64, 32)
+    assert m.pixel_features(images)[0, 0] == pytest.approx(images[0, 0, :2, 0].mean().item())
+
+
+def test_linear_classifier_without_images():
+    val = toy_loader(10, 1, True)
+    for train, other in ((ToyLoader(), val), (val, ToyLoader())):
+        with pytest.raises(InputError, match="gave 0 images"):
+            m.linear_classifier(train, other)
+
+
+# ---- Devices
+
+
+def test_choose_device():
+    assert m.choose_device("cpu") == torch.device("cpu")
+    assert m.choose_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(InputError, match="'gpu' is unknown"):
+        m.choose_device("gpu")
+    with pytest.raises(InputError, match="'cuda:99' is not there"):
+        m.choose_device("cuda:99")

@@ -1,0 +1,586 @@
+"""Figures for lessons and slides: numbers in, a matplotlib Figure out.
+
+    AttentionVisualizer           where a model looks: one map, or all heads of all layers
+    visualize_patch_embedding     an image as a sequence of patches
+    visualize_positions           how alike the position embeddings of two patches are
+    compare_receptive_fields      which pixels one unit of a CNN and of a ViT sees, before and after training
+    plot_training_curves, plot_bars, plot_images
+
+Every function returns its Figure and writes a file only where save_path is given (.png, .pdf, .svg, ...). The
+numbers come from measurements.py; nothing is computed here but the layout.
+
+An image may be
+    a picture: a path, a PIL image, an array (H, W, 3) or (H, W), uint8 or float in 0..1, or a uint8 tensor
+    (3, H, W) or (1, 3, H, W);
+    a model's input: a float tensor (3, H, W) or (1, 3, H, W), normalised. It is shown with the normalisation
+    undone, values outside 0..1 clipped.
+The normalisation is that of the model (its mean and std), or ImageNet's where nothing else is known.
+
+Letters:  N tokens, P patch side, H, W height and width.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle, Rectangle
+from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageOps
+from torchvision.transforms.v2 import functional as image_functional
+
+from cnn_model import ConvNet
+from measurements import (
+    attention_maps,
+    check_attends,
+    check_index,
+    choose_device,
+    class_probabilities,
+    cls_attention_grid,
+    layers_of,
+    position_similarity,
+    radius_holding,
+    receptive_field,
+    select_attention,
+    unit_centre,
+)
+from model_zoo import create_pretrained
+from vit_data import NORMALISATION, FitSquare, make_shapes, open_image, to_rgb
+from vit_model import InputError, PatchEmbedding, check_whole, pair
+
+# Okabe and Ito 2008, "Color Universal Design": told apart with every common kind of colour vision.
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
+
+
+# ---- Attention --------------------------------------------------------------------------------------------
+
+
+class AttentionVisualizer:
+    """Figures of what the CLS token of a model attends to.
+
+    The model is moved to the device ("auto": CUDA where there is one) and stays there; its weights and its mode
+    remain as they are. Where it has class_names, the figures name the class that it predicts. A model of
+    pool="mean" classifies from the patches, not from CLS: there the maps do not explain the prediction.
+
+    Raises InputError for a model without attention and for a device that is not there.
+    """
+
+    def __init__(self, model, device="auto"):
+        check_attends(model)
+        self.model = model.to(choose_device(device))
+
+    def visualize_attention(self, image, layer_idx=-1, head_idx=None, save_path=None):
+        """The image, the weights with which CLS attends to its patches, and those weights over the image.
+
+        layer_idx counts from 0, or from the end where negative; head_idx too, None is the mean over the heads.
+        Raises InputError for an index out of range or an image that cannot be used.
+        """
+        images, picture = prepare_image(image, self.model)
+        maps = attention_maps(self.model, images).cpu()  # (L, 1, H, N, N)
+        attention = select_attention(maps, layer_idx, head_idx)[0]  # (N, N)
+        grid = cls_attention_grid(attention, self.model.patch_embed.grid_size)  # (rows, columns)
+        figure = new_figure(12, 1.1 + 3.4 * proportion(picture))
+        left, middle, right = figure.subplots(1, 3)
+        left.imshow(picture)
+        left.set_title("the image, as the model sees it" + self.describe_prediction(images))
+        mappable = middle.imshow(grid, cmap="viridis", vmin=0, vmax=grid.max(), extent=extent_of(picture))
+        middle.set_title(f"weight of each patch\n(CLS itself: {attention[0, 0]:.1%})")
+        right.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=1)
+        right.imshow(grid, cmap="viridis", vmin=0, vmax=grid.max(), alpha=0.6, extent=extent_of(picture),
+                     interpolation="bilinear")
+        right.set_title("the same over the image,\nsmoothed")
+        figure.colorbar(mappable, ax=right, label="attention weight of a patch")
+        for axes in (left, middle, right):
+            hide_ticks(axes)
+        n_layers, _, n_heads = maps.shape[:3]
+        layer = check_index("layer_idx", layer_idx, n_layers)
+        head = f"mean of {n_heads} heads"
+        if head_idx is not None:
+            head = f"head {check_index('head_idx', head_idx, n_heads)} (of 0 to {n_heads - 1})"
+        figure.suptitle(f"Where CLS looks: layer {layer} (of 0 to {n_layers - 1}), {head}", fontsize=14)
+        return finish(figure, save_path)
+
+    def visualize_all_heads(self, image, layers=None, save_path=None):
+        """The weights of the patches for CLS, a row for each layer and a column for each head, on one scale.
+
+        layers: indices as layer_idx above; None: all, or six from the first to the last where there are more.
+        """
+        images, picture = prepare_image(image, self.model)
+        maps = attention_maps(self.model, images).cpu()[:, 0]  # (L, H, N, N)
+        grids = cls_attention_grid(maps, self.model.patch_embed.grid_size)  # (L, H, rows, columns)
+        n_layers, n_heads = grids.shape[:2]
+        chosen = spread(n_layers, 6) if layers is None else [check_index("layer", i, n_layers) for i in layers]
+        grids = grids[chosen]  # (layers chosen, H, rows, columns)
+        side = max(0.8, min(1.6, 12 / n_heads))
+        height = side * max(0.5, proportion(picture)) * len(chosen) + 1.0
+        figure = new_figure(max(6.5, side * (n_heads + 2)), max(3.0, height))
+        axes = figure.subplots(len(chosen), 1 + n_heads, squeeze=False)
+        for i, layer in enumerate(chosen):
+            axes[i, 0].imshow(picture)
+            axes[i, 0].set_ylabel(f"layer {layer}", fontsize=11)
+            for head in range(n_heads):
+                mappable = axes[i, 1 + head].imshow(grids[i, head], cmap="viridis", vmin=0, vmax=grids.max(),
+                                                    extent=extent_of(picture))
+                if i == 0:
+                    axes[i, 1 + head].set_title(f"head {head}", fontsize=11)
+        axes[0, 0].set_title("image", fontsize=11)
+        for panel in axes.flat:
+            hide_ticks(panel)
+        figure.colorbar(mappable, ax=axes, label="attention weight of a patch")
+        figure.suptitle("Where CLS looks, by layer and head", fontsize=14)
+        return finish(figure, save_path)
+
+    def describe_prediction(self, images):
+        """A line with the class predicted and its probability; empty where the classes have no names."""
+        class_names = getattr(self.model, "class_names", None)
+        if not class_names:
+            return ""
+        probability, label = class_probabilities(self.model, images)[0].max(dim=0)
+        return f"\npredicted: {class_names[label]} ({probability:.0%})"
+
+
+def visualize_positions(model, save_path=None):
+    """How alike the position embeddings are: one small map a patch, its cosine similarity to all patches.
+
+    ViT paper, Fig. 7 (centre). At most 8 x 8 of the patches have a map. Raises InputError for a model without
+    position embeddings.
+    """
+    similarity = position_similarity(model).cpu()  # (rows, columns, rows, columns)
+    rows, columns = (spread(n, 8) for n in similarity.shape[:2])
+    figure = new_figure(2.5 + 0.75 * len(columns), 1.5 + 0.75 * len(rows) * proportion(similarity))
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            mappable = axes[i, j].imshow(similarity[row, column], cmap="cividis", vmin=-1, vmax=1)
+            hide_ticks(axes[i, j])
+            if j == 0:
+                axes[i, j].set_ylabel(row, fontsize=11)
+            if i == len(rows) - 1:
+                axes[i, j].set_xlabel(column, fontsize=11)
+    figure.colorbar(mappable, ax=axes, label="cosine similarity")
+    figure.supxlabel("column of the patch")
+    figure.supylabel("row of the patch")
+    figure.suptitle("Position embeddings: similarity of one patch to all", fontsize=14)
+    return finish(figure, save_path)
+
+
+# ---- Patches ----------------------------------------------------------------------------------------------
+
+
+def visualize_patch_embedding(image, patch_size=16, save_path=None, img_size=None, mean=None, std=None):
+    """An image with the grid of its patches, and the patches as the sequence that a ViT reads.
+
+    image      of any kind; a float tensor is shown with the normalisation mean, std undone
+    img_size   a picture is resized and its centre cut to this side or (height, width); None: a picture with a
+               shorter side above 224 to 224 x 224, a smaller one keeps its size. Tensors keep theirs
+    Sides that are no whole number of patches lose the rest, half of it at each edge. Raises InputError for an
+    image smaller than a patch, or of more than 4096 patches.
+    """
+    picture = picture_to_cut(image, img_size, mean, std)
+    patch = pair(patch_size)
+    for side in patch:
+        check_whole("patch_size", side, 1)
+    picture, (rows, columns) = cut_to_patches(picture, patch)
+    n = rows * columns
+    figure = new_figure(11, 6.6)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(2.6, 1))
+    whole, numbered = top.subplots(1, 2)
+    whole.imshow(picture)
+    whole.set_title(f"the image: {picture.shape[0]} x {picture.shape[1]} pixels, 3 colours")
+    numbered.imshow(picture)
+    lines = dict(color="white", linewidth=max(0.3, min(1.5, 20 / max(rows, columns))))
+    numbered.vlines(np.arange(1, columns) * patch[1] - 0.5, -0.5, picture.shape[0] - 0.5, **lines)
+    numbered.hlines(np.arange(1, rows) * patch[0] - 0.5, -0.5, picture.shape[1] - 0.5, **lines)
+    numbered.set_title(f"cut into {rows} x {columns} = {n} patches")
+    chosen = spread(n, 12)
+    boxes = bottom.subplots(1, len(chosen), squeeze=False)[0]
+    for axes, index in zip(boxes, chosen, strict=True):
+        row, column = divmod(index, columns)
+        y, x = row * patch[0], column * patch[1]
+        axes.imshow(picture[y:y + patch[0], x:x + patch[1]], vmin=0, vmax=1)
+        axes.set_title(index + 1, fontsize=12)
+        numbered.add_patch(Rectangle((x - 0.5, y - 0.5), patch[1], patch[0], fill=False, edgecolor=ORANGE,
+                                     linewidth=2.5, zorder=3))
+    for axes in (whole, numbered, *boxes):
+        hide_ticks(axes)
+    which = "all of them" if len(chosen) == n else f"{len(chosen)} of them, framed above"
+    bottom.suptitle(f"read row by row as a sequence ({which})", fontsize=12)
+    numbers = patch[0] * patch[1] * 3
+    top.suptitle(f"{n} patches, each of {patch[0]} x {patch[1]} x 3 = {numbers} numbers", fontsize=14)
+    return finish(figure, save_path)
+
+
+def picture_to_cut(image, img_size, mean, std):
+    """The picture (H, W, 3) in 0..1 of visualize_patch_embedding, before the cut to whole patches."""
+    if is_input(image):
+        return undo_normalisation(as_batch(image), mean, std)
+    image = open_picture(image)
+    if img_size is None and min(image.size) > 224:
+        img_size = 224
+    if img_size is not None:
+        image = fit_picture(image, pair(img_size))
+    return np.asarray(image) / 255
+
+
+def cut_to_patches(picture, patch):
+    """The middle of the picture (H, W, 3) that holds whole patches, and their (rows, columns)."""
+    height, width = picture.shape[:2]
+    rows, columns = height // patch[0], width // patch[1]
+    if not 1 <= rows * columns <= 4096:
+        raise InputError(f"patches of {patch[0]}x{patch[1]} cut an image of {height}x{width} pixels into "
+                         f"{rows * columns}; expected 1 to 4096 of them, choose another patch_size")
+    top, left = (height - rows * patch[0]) // 2, (width - columns * patch[1]) // 2
+    return picture[top:top + rows * patch[0], left:left + columns * patch[1]], (rows, columns)
+
+
+# ---- Receptive fields -------------------------------------------------------------------------------------
+
+
+def compare_receptive_fields(save_path="receptive_fields.png", models=None, n_images=32):
+    """Measured receptive fields of CNN and ViT beside each other, each before and after training.
+
+    models     name -> trained model; None: the ConvNet and the ViT that create_pretrained has. The untrained
+               ones are made anew from their configurations, from seed 0
+    n_images   drawn shapes over which the gradients are averaged
+
+    A row for each model, a column for each of four depths. One colour scale throughout, and it is logarithmic;
+    white pixels have exactly no influence. The radii, of the circles too, hold 50% and 90% of the mass as it
+    is. Raises InputError as create_pretrained and measurements.receptive_field do.
+    """
+    if models is None:
+        models = {"ConvNet": create_pretrained("convnet_shapes"), "ViT": create_pretrained("vit_nano_shapes")}
+    rows = []
+    for name, model in models.items():
+        rows += [(f"{name}, untrained", untrained_copy(model)), (f"{name}, trained", model)]
+    figure = new_figure(11, 2.7 * len(rows) + 0.7)
+    panels = figure.subplots(len(rows), 4, squeeze=False)
+    scale = LogNorm(1e-6, 1e-1)
+    for (name, model), line in zip(rows, panels, strict=True):
+        images = shapes_for(model, n_images)
+        for i, (depth, axes) in enumerate(zip(four_depths(model), line, strict=True)):
+            if depth is None:
+                axes.set_axis_off()
+                continue
+            mappable = draw_field(axes, model, images, depth, scale)
+            if i == 0:
+                axes.set_ylabel(name, fontsize=12)
+    colorbar = figure.colorbar(mappable, ax=panels, shrink=min(0.9, 3 / len(rows)), aspect=30, extend="both")
+    colorbar.set_label("share of each pixel (log scale; white: exactly 0)", fontsize=12)
+    figure.suptitle("Which pixels one unit in the centre sees (axes and radii in pixels)\n"
+                    "circles hold 50% (solid) and 90% (dashed) of the gradient", fontsize=14)
+    return finish(figure, save_path)
+
+
+def draw_field(axes, model, images, depth, scale):
+    """One receptive field with its two circles; returns what a colour bar needs."""
+    field = receptive_field(model, images, depth)  # (height, width)
+    centre = unit_centre(model, field.shape, depth)
+    half, most = (radius_holding(field, share, centre) for share in (0.5, 0.9))
+    mappable = axes.imshow(np.ma.masked_equal(field.numpy(), 0), cmap="viridis", norm=scale)
+    for radius, style in ((half, "-"), (most, "--")):
+        axes.add_patch(Circle(centre[::-1], radius, fill=False, color=VERMILION, linewidth=1.8, linestyle=style))
+    layers = layers_of(model)
+    unit = "stage" if isinstance(model, ConvNet) else "block"
+    start = "patch embedding" if isinstance(layers[0], PatchEmbedding) else "stem"
+    place = f"after {unit} {depth} of {len(layers) - 1}" if depth else f"after the {start}"
+    axes.set_title(f"{place}\n50%: {half:.1f}   90%: {most:.1f} px", fontsize=11)
+    axes.set(xlim=(-0.5, field.shape[1] - 0.5), ylim=(field.shape[0] - 0.5, -0.5))
+    axes.set_xticks([0, field.shape[1] - 1])
+    axes.set_yticks([0, field.shape[0] - 1])
+    axes.tick_params(labelsize=9)
+    return mappable
+
+
+def four_depths(model):
+    """0, 1, one halfway and the last, as far as the model has them; None for each that it lacks."""
+    last = len(layers_of(model)) - 1
+    depths = sorted({0, 1, (1 + last) // 2, last})
+    return depths + [None] * (4 - len(depths))
+
+
+def untrained_copy(model):
+    """A new model of the same configuration, from seed 0, with the same normalisation; torch's own random
+    state stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        fresh = type(model)(**vars(model.config))
+    fresh.mean, fresh.std = statistics_of(model)
+    return fresh.eval()
+
+
+def shapes_for(model, n_images):
+    """Drawn shapes at the size and in the normalisation of the model, (n_images, 3, H, W)."""
+    height, width = pair(model.config.img_size)
+    images = make_shapes(n_images, max(height, width, 8)).images  # (n_images, 3, S, S)
+    images = image_functional.center_crop(images, [height, width])  # (n_images, 3, H, W)
+    return normalise(images, *statistics_of(model))
+
+
+# ---- Curves, bars, contact sheets -------------------------------------------------------------------------
+
+
+def plot_training_curves(history, save_path=None, baseline=None):
+    """Loss, accuracy and learning rate over the epochs.
+
+    history    dict of equally long lists, one entry an epoch: train_loss, val_loss, train_acc, val_acc (in
+               0..1), lr; others are ignored
+    baseline   (name, accuracy): drawn as a line across the accuracies, such as the linear classifier's
+    """
+    names = ("train_loss", "val_loss", "train_acc", "val_acc", "lr")
+    lengths = {name: len(history.get(name, [])) for name in names}
+    if len(set(lengths.values())) > 1 or not lengths["lr"]:
+        raise InputError(f"the history has lists of lengths {lengths}; expected one entry an epoch in each, as "
+                         f"Trainer.train returns")
+    epochs = range(1, lengths["lr"] + 1)
+    marker = "o" if len(epochs) <= 40 else None
+    figure = new_figure(13, 4.2)
+    loss, accuracy, rate = figure.subplots(1, 3)
+    for part, label, colour, style in (("train", "training", BLUE, "-"), ("val", "validation", VERMILION, "--")):
+        line = dict(color=colour, linestyle=style, marker=marker, markersize=4, linewidth=2, label=label)
+        loss.plot(epochs, history[f"{part}_loss"], **line)
+        accuracy.plot(epochs, [100 * share for share in history[f"{part}_acc"]], **line)
+    if baseline is not None:
+        name, share = baseline
+        accuracy.axhline(100 * share, color="black", linestyle=":", linewidth=2, label=f"{name}: {share:.1%}")
+    rate.plot(epochs, history["lr"], color=GREEN, marker=marker, markersize=4, linewidth=2)
+    loss.set(title="Loss", ylabel="cross-entropy (nats)")
+    accuracy.set(title="Accuracy", ylabel="images right (%)")
+    rate.set(title="Learning rate", ylabel="learning rate")
+    for axes in (loss, accuracy):
+        axes.legend(fontsize=11)
+    for axes in (loss, accuracy, rate):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    return finish(figure, save_path)
+
+
+def plot_bars(panels, save_path=None, title=None):
+    """Horizontal bars, a panel for each quantity.
+
+    panels: title of the panel, with its unit -> {name: value, or (value, low, high) for a value with an
+    interval}. A name has the same colour in every panel. Raises InputError where there is nothing to draw.
+    """
+    names = list(dict.fromkeys(name for bars in panels.values() for name in bars))
+    if not names:
+        raise InputError(f"panels {panels!r} hold no bars; expected panel title -> {{name: value}}")
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = new_figure(1 + 4 * columns, rows * (0.7 + 0.5 * len(names)) + (0.5 if title else 0))
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel in axes[len(panels):]:
+        panel.set_axis_off()
+    for panel, (heading, bars) in zip(axes, panels.items(), strict=False):
+        draw_bars(panel, bars, [COLOURS[names.index(name) % len(COLOURS)] for name in bars])
+        panel.set_title(heading, fontsize=12)
+        panel.set_ylim(len(names) - 0.5, -0.5)
+    if title:
+        figure.suptitle(title, fontsize=14)
+    return finish(figure, save_path)
+
+
+def draw_bars(axes, bars, colours):
+    """One panel of plot_bars: the bars from the top down, each with its value, and its interval, beside it."""
+    triples = [value if isinstance(value, (tuple, list)) else (value, value, value) for value in bars.values()]
+    values, lows, highs = np.array(triples, dtype=float).reshape(-1, 3).T
+    places = range(len(bars))
+    axes.barh(places, values, color=colours, height=0.65)
+    for place, value, low, high in zip(places, values, lows, highs, strict=True):
+        text = short_number(value)
+        if low < high:
+            axes.errorbar(value, place, xerr=[[value - low], [high - value]], color="black", capsize=4)
+            text += f" ({short_number(low)} to {short_number(high)})"
+        axes.annotate(text, (max(value, high), place), xytext=(6, 0), textcoords="offset points", va="center",
+                      fontsize=11)
+    axes.set_yticks(places, list(bars), fontsize=11)
+    axes.set_xticks([])
+    axes.set_xlim(0, (2.0 if (lows < highs).any() else 1.35) * max(highs.max(), values.max()) or 1)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def short_number(value):
+    """Three significant digits, and thousands with commas: 0.123, 4.57, 81.2, 459,562."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
+
+
+def plot_images(images, titles=None, columns=8, save_path=None, title=None, mean=None, std=None):
+    """A contact sheet: images of any kind, or a batch (N, 3, H, W), with a title above each.
+
+    Raises InputError where there are no images, or another number of titles.
+    """
+    pictures = [as_picture(image, mean, std) for image in images]
+    titles = [""] * len(pictures) if titles is None else [str(text) for text in titles]
+    if not pictures or len(titles) != len(pictures):
+        raise InputError(f"{len(pictures)} images and {len(titles)} titles do not make a sheet; expected at least "
+                         f"one image and a title for each, or titles=None")
+    check_whole("columns", columns, 1)
+    columns = min(columns, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    lines = max(text.count("\n") + 1 if text else 0 for text in titles)
+    figure = new_figure(max(1.5 * columns, 4), rows * (1.5 + 0.2 * lines) + (0.5 if title else 0))
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel in panels:
+        panel.set_axis_off()
+    for panel, picture, text in zip(panels, pictures, titles, strict=False):
+        panel.imshow(picture)
+        panel.set_title(text, fontsize=10)
+    if title:
+        figure.suptitle(title, fontsize=14)
+    return finish(figure, save_path)
+
+
+# ---- Images -----------------------------------------------------------------------------------------------
+
+
+def prepare_image(image, model):
+    """(what the model is fed, what it looks like): a tensor (1, 3, H, W) and an array (H, W, 3) in 0..1.
+
+    A picture is resized and its centre cut to the model's img_size, as the validation images are; a float
+    tensor must have that size. Raises InputError for an image that cannot be used.
+    """
+    if model.config.in_channels != 3:
+        raise InputError(f"the model takes images of {model.config.in_channels} channels; expected 3, build it "
+                         f"with in_channels=3 to give it pictures")
+    size, (mean, std) = pair(model.config.img_size), statistics_of(model)
+    if is_input(image):
+        images = as_batch(image)
+        if tuple(images.shape[2:]) != size:
+            raise InputError(f"got a tensor of {images.shape[2]}x{images.shape[3]} pixels, expected "
+                             f"{size[0]}x{size[1]}; resize it, or give a picture, which is resized here")
+    else:
+        picture = fit_picture(open_picture(image), size)
+        images = normalise(image_functional.pil_to_tensor(picture).unsqueeze(0), mean, std)  # (1, 3, H, W)
+    return images, undo_normalisation(images, mean, std)
+
+
+def as_picture(image, mean=None, std=None):
+    """An image of any kind as an array (H, W, 3) in 0..1, at its own size."""
+    if is_input(image):
+        return undo_normalisation(as_batch(image), mean, std)
+    return np.asarray(open_picture(image)) / 255
+
+
+def is_input(image):
+    """Whether the image is a model's input, a float tensor, and not a picture."""
+    return isinstance(image, torch.Tensor) and image.is_floating_point()
+
+
+def as_batch(image):
+    """A tensor (3, H, W) or (1, 3, H, W) as (1, 3, H, W) on the CPU. Raises InputError for another shape, NaN
+    or infinity."""
+    if tuple(image.shape[:-2]) not in ((3,), (1, 3)) or image.numel() == 0:
+        raise InputError(f"got a tensor of shape {tuple(image.shape)}, expected (3, H, W) or (1, 3, H, W); give "
+                         f"one image, such as images[0]")
+    batch = image.detach().cpu().reshape(1, *image.shape[-3:])  # (1, 3, H, W)
+    if is_input(batch) and not batch.isfinite().all():
+        raise InputError("the image has values that are not finite; expected a normalised float tensor, check how "
+                         "it was made")
+    return batch.float() if is_input(batch) else batch
+
+
+def open_picture(image):
+    """A picture of any kind as an upright PIL image in RGB. Raises InputError for what is no picture."""
+    if isinstance(image, (str, Path)):
+        return open_image(image)
+    if isinstance(image, Image.Image):
+        try:
+            return to_rgb(ImageOps.exif_transpose(image))
+        except OSError as error:
+            raise InputError(f"the PIL image cannot be read ({error}); replace its file by a sound one") from error
+    if isinstance(image, torch.Tensor) and image.dtype == torch.uint8:
+        return image_functional.to_pil_image(as_batch(image)[0])
+    if isinstance(image, np.ndarray) and image.size and (image.ndim == 2 or image.shape[2:] in ((3,), (4,))):
+        if np.issubdtype(image.dtype, np.floating):
+            low, high = image.min(), image.max()
+            if not (low >= 0 and high <= 1):
+                raise InputError(f"got a float array with values from {low:.3g} to {high:.3g}, expected 0..1; "
+                                 f"scale it, or give a normalised image as a torch tensor")
+            image = (image * 255).round().astype(np.uint8)
+        if image.dtype == np.uint8:
+            return to_rgb(Image.fromarray(image))
+    kind = type(image).__name__
+    if hasattr(image, "shape"):
+        kind = f"{kind} of {image.dtype} and shape {tuple(image.shape)}"
+    raise InputError(f"got a {kind}, which is no image; expected a path, a PIL image, an array (H, W, 3) or "
+                     f"(H, W), uint8 or float in 0..1, or a tensor (3, H, W)")
+
+
+def fit_picture(image, size):
+    """A PIL image resized and its centre cut to size, (height, width), as the validation images are.
+
+    Where the size is no square, which those always are, the picture just covers it.
+    """
+    height, width = size
+    for side in size:
+        check_whole("img_size", side, 1)
+    if height == width:
+        return FitSquare(height)(image)
+    return ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+
+
+def statistics_of(model):
+    """(mean, std) of the images that the model was trained on, or ImageNet's where it has none."""
+    mean, std = getattr(model, "mean", None), getattr(model, "std", None)
+    return NORMALISATION["folder"] if mean is None or std is None else (mean, std)
+
+
+def normalise(images, mean, std):
+    """uint8 (B, 3, H, W) -> normalised float32, the same shape."""
+    return image_functional.normalize(images.float() / 255, list(mean), list(std))
+
+
+def undo_normalisation(images, mean=None, std=None):
+    """A normalised tensor (1, 3, H, W) as an array (H, W, 3), clipped to 0..1; ImageNet's statistics for None."""
+    imagenet_mean, imagenet_std = NORMALISATION["folder"]
+    mean = torch.tensor(imagenet_mean if mean is None else tuple(mean)).view(3, 1, 1)
+    std = torch.tensor(imagenet_std if std is None else tuple(std)).view(3, 1, 1)
+    return (images[0] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()  # (H, W, 3)
+
+
+# ---- Figures ----------------------------------------------------------------------------------------------
+
+
+def new_figure(width, height):
+    """An empty Figure of so many inches that arranges its panels itself and needs no display."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def finish(figure, save_path):
+    """Saves the figure where there is a save_path, and returns it."""
+    if save_path is not None:
+        save_figure(figure, save_path)
+    return figure
+
+
+def save_figure(figure, save_path):
+    """Writes the figure as .png, .pdf, .svg, ... Raises InputError where it cannot be written."""
+    try:
+        figure.savefig(save_path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot save the figure as {str(save_path)!r} ({error}); choose a folder that exists "
+                         f"and is writable, and a name that ends in .png") from error
+
+
+def spread(n, most):
+    """At most `most` of the indices 0 .. n - 1, evenly from the first to the last."""
+    return sorted({round(i * (n - 1) / max(min(n, most) - 1, 1)) for i in range(min(n, most))})
+
+
+def hide_ticks(axes):
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def proportion(picture):
+    """Height over width, kept within what a figure bears."""
+    return min(2.5, max(0.4, picture.shape[0] / picture.shape[1]))
+
+
+def extent_of(picture):
+    """The frame in which a coarser map lies over the picture, for imshow."""
+    height, width = picture.shape[:2]
+    return (-0.5, width - 0.5, height - 0.5, -0.5)
