@@ -125,11 +125,11 @@ def receptive_field(model, images, depth=None):
     rows, columns = features.shape[2:]
     unit = features[:, :, rows // 2, columns // 2].sum()
     gradient, = torch.autograd.grad(unit, images)  # (B, C, height, width)
-    field = gradient.double().abs().mean(dim=(0, 1))  # (height, width)
+    field = gradient.cpu().double().abs().mean(dim=(0, 1))  # (height, width)
     if not field.sum() > 0:
         raise InputError("the gradient of the centre unit is zero at every pixel, so it has no receptive field "
                          "on these images; give other images, or another depth")
-    return (field / field.sum()).cpu()
+    return field / field.sum()
 
 
 def theoretical_receptive_field(model, depth=None):
@@ -166,8 +166,8 @@ def walk_kernels(model, depth, axis):
     for layer in layers_of(model)[:depth + 1]:
         for name, module in layer.named_modules():
             if isinstance(module, (nn.Conv2d, nn.MaxPool2d)) and "shortcut" not in name:
-                kernel, step, padding = (pair(size)[axis] for size in (module.kernel_size, module.stride,
-                                                                       module.padding))
+                kernel, step, padding = (size[axis] if isinstance(size, tuple) else size
+                                         for size in (module.kernel_size, module.stride, module.padding))
                 window += (kernel - 1) * stride
                 first += ((kernel - 1) / 2 - padding) * stride
                 stride *= step
@@ -275,11 +275,11 @@ def peak_memory(model, images, train=False):
 
     That is the activations and the working memory of the operations, with train=True (forward and backward) also
     the activations kept for the backward pass and the gradients of the weights; an optimiser's state comes on
-    top. images: (B, C, height, width). Measured on a copy of the model, where the model is: on CUDA with
-    torch.cuda.max_memory_allocated, on a CPU as the highest running sum of torch.profiler's allocations.
+    top. images: (B, C, height, width). Measured on a copy of the model: on CUDA, where the model is there, with
+    torch.cuda.max_memory_allocated; else on the CPU, as the highest running sum of torch.profiler's allocations.
     """
-    device = device_of(model)
-    model, images = copy.deepcopy(model).train(train), images.to(device)
+    device = device_of(model) if device_of(model).type == "cuda" else torch.device("cpu")
+    model, images = copy.deepcopy(model).to(device).train(train), images.to(device)
     run_pass(model, images, train)  # to warm up: libraries allocate their workspaces once
     model.zero_grad(set_to_none=True)
     if device.type == "cuda":
@@ -303,6 +303,8 @@ def run_pass(model, images, train):
             F.cross_entropy(logits, labels).backward()
     if images.device.type == "cuda":
         torch.cuda.synchronize(images.device)
+    elif images.device.type == "mps":
+        torch.mps.synchronize()
 
 
 # ---- What an accuracy is to be read beside ----------------------------------------------------------------
@@ -404,20 +406,21 @@ def device_of(model):
 
 
 def choose_device(device="auto"):
-    """"auto" (CUDA where there is one, else the CPU), "cpu", "cuda", "cuda:1", ... as a torch.device.
+    """"auto" (cuda where there is one, else mps, else cpu) or the name of any device, as a torch.device.
 
-    Raises InputError for a name that torch does not know, and for CUDA where there is none.
+    Raises InputError for a name that torch does not know, and for a device that is not there.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError):
-        raise InputError(f"device {device!r} is unknown; choose 'auto', 'cpu' or 'cuda'") from None
+        raise InputError(f"device {device!r} is unknown; choose auto, cpu, cuda, cuda:N or mps") from None
     n_gpus = torch.cuda.device_count()
     if chosen.type == "cuda" and (chosen.index or 0) >= n_gpus:
-        raise InputError(f"device {str(device)!r} is not there: torch sees {n_gpus} CUDA devices; choose 'cpu' or "
-                         f"'auto'")
+        raise InputError(f"device '{chosen}' is not there: torch sees {n_gpus} CUDA devices; choose auto or cpu")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device 'mps' is not there: torch sees no Apple GPU; choose auto or cpu")
     return chosen
 
 

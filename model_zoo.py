@@ -82,8 +82,8 @@ def save_model(model, path, class_names=None, mean=None, std=None, dtype=None, *
     class than those of this project.
     """
     if type(model) not in CONFIGS:
-        raise InputError(f"a {type(model).__name__} cannot be saved as a checkpoint; expected one of {', '.join(CLASSES)}"
-                         f" itself, not compiled or wrapped")
+        raise InputError(f"a {type(model).__name__} cannot be saved as a checkpoint; expected one of "
+                         f"{', '.join(CLASSES)} itself, not compiled or wrapped")
     state = {key: value.detach().cpu().to(dtype) if dtype and value.is_floating_point() else value.detach().cpu()
              for key, value in model.state_dict().items()}
     config = replace(model.config, n_classes=getattr(model.head, "out_features", 0))

@@ -29,7 +29,7 @@ import torchvision
 from torch import nn
 from tqdm.auto import tqdm
 
-from measurements import count_parameters, linear_classifier, wilson_interval
+from measurements import choose_device, count_parameters, linear_classifier, wilson_interval
 from model_zoo import MODELS, build_model, load_model, save_model
 from vit_data import get_data_loaders, get_test_loader
 from vit_model import InputError, VisionTransformer, check_choice, check_whole
@@ -39,22 +39,6 @@ HISTORY = ("train_loss", "train_acc", "val_loss", "val_acc", "lr", "seconds", "i
 
 
 # ---- Where and how to compute -----------------------------------------------------------------------------
-
-
-def choose_device(device="auto"):
-    """"auto" (cuda, else mps, else cpu) or any torch device. Raises InputError for one that is not there."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"device {device!r} is unknown; choose auto, cpu, cuda, cuda:N or mps") from error
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise InputError(f"device '{device}' is not there: torch sees {torch.cuda.device_count()} CUDA devices; "
-                         f"choose auto or cpu, or install a CUDA build of torch")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("device 'mps' is not there: torch sees no Apple GPU; choose auto or cpu")
-    return device
 
 
 def choose_precision(amp, device):

@@ -1,10 +1,12 @@
 """Figures for lessons and slides: numbers in, a matplotlib Figure out.
 
     AttentionVisualizer           where a model looks: one map, or all heads of all layers
+    visualize_attention_grid      the same for several images, layer by layer
     visualize_patch_embedding     an image as a sequence of patches
     visualize_positions           how alike the position embeddings of two patches are
     compare_receptive_fields      which pixels one unit of a CNN and of a ViT sees, before and after training
-    plot_training_curves, plot_bars, plot_images
+    plot_training_curves          one training; plot_histories   several beside each other
+    plot_bars, plot_matrices, plot_images
 
 Every function returns its Figure and writes a file only where save_path is given (.png, .pdf, .svg, ...). The
 numbers come from measurements.py; nothing is computed here but the layout.
@@ -46,7 +48,7 @@ from measurements import (
     select_attention,
     unit_centre,
 )
-from model_zoo import create_pretrained
+from model_zoo import create_pretrained, first_line
 from vit_data import NORMALISATION, FitSquare, make_shapes, open_image, to_rgb
 from vit_model import InputError, PatchEmbedding, check_whole, pair
 
@@ -81,7 +83,7 @@ class AttentionVisualizer:
         images, picture = prepare_image(image, self.model)
         maps = attention_maps(self.model, images).cpu()  # (L, 1, H, N, N)
         attention = select_attention(maps, layer_idx, head_idx)[0]  # (N, N)
-        grid = cls_attention_grid(attention, self.model.patch_embed.grid_size)  # (rows, columns)
+        grid = cls_attention_grid(attention, self.model.patch_embed.grid_size).numpy()  # (rows, columns)
         figure = new_figure(12, 1.1 + 3.4 * proportion(picture))
         left, middle, right = figure.subplots(1, 3)
         left.imshow(picture)
@@ -113,24 +115,8 @@ class AttentionVisualizer:
         grids = cls_attention_grid(maps, self.model.patch_embed.grid_size)  # (L, H, rows, columns)
         n_layers, n_heads = grids.shape[:2]
         chosen = spread(n_layers, 6) if layers is None else [check_index("layer", i, n_layers) for i in layers]
-        grids = grids[chosen]  # (layers chosen, H, rows, columns)
-        side = max(0.8, min(1.6, 12 / n_heads))
-        height = side * max(0.5, proportion(picture)) * len(chosen) + 1.0
-        figure = new_figure(max(6.5, side * (n_heads + 2)), max(3.0, height))
-        axes = figure.subplots(len(chosen), 1 + n_heads, squeeze=False)
-        for i, layer in enumerate(chosen):
-            axes[i, 0].imshow(picture)
-            axes[i, 0].set_ylabel(f"layer {layer}", fontsize=11)
-            for head in range(n_heads):
-                mappable = axes[i, 1 + head].imshow(grids[i, head], cmap="viridis", vmin=0, vmax=grids.max(),
-                                                    extent=extent_of(picture))
-                if i == 0:
-                    axes[i, 1 + head].set_title(f"head {head}", fontsize=11)
-        axes[0, 0].set_title("image", fontsize=11)
-        for panel in axes.flat:
-            hide_ticks(panel)
-        figure.colorbar(mappable, ax=axes, label="attention weight of a patch")
-        figure.suptitle("Where CLS looks, by layer and head", fontsize=14)
+        figure = draw_map_grid([picture] * len(chosen), grids[chosen], [f"layer {layer}" for layer in chosen],
+                               [f"head {head}" for head in range(n_heads)], "Where CLS looks, by layer and head")
         return finish(figure, save_path)
 
     def describe_prediction(self, images):
@@ -142,13 +128,52 @@ class AttentionVisualizer:
         return f"\npredicted: {class_names[label]} ({probability:.0%})"
 
 
+def visualize_attention_grid(model, images, save_path=None):
+    """Several images, a row each: the weights of the patches for CLS, mean over the heads, layer by layer.
+
+    images: normalised, (B, 3, H, W). Six layers are shown, from the first to the last, where there are more.
+    Raises InputError for a model without attention.
+    """
+    maps = attention_maps(model, images).cpu().mean(dim=2)  # (L, B, N, N)
+    grids = cls_attention_grid(maps, model.patch_embed.grid_size).transpose(0, 1)  # (B, L, rows, columns)
+    chosen = spread(grids.shape[1], 6)
+    pictures = [as_picture(image, *statistics_of(model)) for image in images]
+    labels = [f"layer {layer}" for layer in chosen]
+    figure = draw_map_grid(pictures, grids[:, chosen], [""] * len(pictures), labels,
+                           "Where CLS looks, mean over the heads")
+    return finish(figure, save_path)
+
+
+def draw_map_grid(pictures, grids, row_labels, column_labels, title):
+    """A Figure with a row for each picture (H, W, 3): the picture, then its maps, grids (rows of the figure,
+    maps in a row, rows, columns), all on one colour scale."""
+    n_rows, n_maps = grids.shape[:2]
+    scale = dict(cmap="viridis", vmin=0, vmax=grids.max().item())
+    side = max(0.8, min(1.6, 12 / n_maps))
+    height = side * max(0.5, proportion(pictures[0])) * n_rows + 1.0
+    figure = new_figure(max(6.5, side * (n_maps + 2)), max(3.0, height))
+    axes = figure.subplots(n_rows, 1 + n_maps, squeeze=False)
+    for picture, line, row_grids, label in zip(pictures, axes, grids, row_labels, strict=True):
+        line[0].imshow(picture)
+        line[0].set_ylabel(label, fontsize=11)
+        for panel, grid in zip(line[1:], row_grids.numpy(), strict=True):
+            mappable = panel.imshow(grid, extent=extent_of(picture), **scale)
+    for panel, label in zip(axes[0], ["image", *column_labels], strict=True):
+        panel.set_title(label, fontsize=11)
+    for panel in axes.flat:
+        hide_ticks(panel)
+    figure.colorbar(mappable, ax=axes, label="attention weight of a patch")
+    figure.suptitle(title, fontsize=14)
+    return figure
+
+
 def visualize_positions(model, save_path=None):
     """How alike the position embeddings are: one small map a patch, its cosine similarity to all patches.
 
     ViT paper, Fig. 7 (centre). At most 8 x 8 of the patches have a map. Raises InputError for a model without
     position embeddings.
     """
-    similarity = position_similarity(model).cpu()  # (rows, columns, rows, columns)
+    similarity = position_similarity(model).cpu().numpy()  # (rows, columns, rows, columns)
     rows, columns = (spread(n, 8) for n in similarity.shape[:2])
     figure = new_figure(2.5 + 0.75 * len(columns), 1.5 + 0.75 * len(rows) * proportion(similarity))
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
@@ -180,9 +205,7 @@ def visualize_patch_embedding(image, patch_size=16, save_path=None, img_size=Non
     image smaller than a patch, or of more than 4096 patches.
     """
     picture = picture_to_cut(image, img_size, mean, std)
-    patch = pair(patch_size)
-    for side in patch:
-        check_whole("patch_size", side, 1)
+    patch = pair(patch_size, "patch_size")
     picture, (rows, columns) = cut_to_patches(picture, patch)
     n = rows * columns
     figure = new_figure(11, 6.6)
@@ -239,12 +262,13 @@ def cut_to_patches(picture, patch):
 # ---- Receptive fields -------------------------------------------------------------------------------------
 
 
-def compare_receptive_fields(save_path="receptive_fields.png", models=None, n_images=32):
+def compare_receptive_fields(save_path="receptive_fields.png", models=None, images=None):
     """Measured receptive fields of CNN and ViT beside each other, each before and after training.
 
     models     name -> trained model; None: the ConvNet and the ViT that create_pretrained has. The untrained
                ones are made anew from their configurations, from seed 0
-    n_images   drawn shapes over which the gradients are averaged
+    images     over which the gradients are averaged, (B, 3, H, W), normalised for all the models; None: 32 drawn
+               shapes, at the size and in the normalisation of each model
 
     A row for each model, a column for each of four depths. One colour scale throughout, and it is logarithmic;
     white pixels have exactly no influence. The radii, of the circles too, hold 50% and 90% of the mass as it
@@ -254,17 +278,18 @@ def compare_receptive_fields(save_path="receptive_fields.png", models=None, n_im
         models = {"ConvNet": create_pretrained("convnet_shapes"), "ViT": create_pretrained("vit_nano_shapes")}
     rows = []
     for name, model in models.items():
-        rows += [(f"{name}, untrained", untrained_copy(model)), (f"{name}, trained", model)]
+        own_images = shapes_for(model, 32) if images is None else images
+        rows += [(f"{name}, untrained", untrained_copy(model), own_images),
+                 (f"{name}, trained", model, own_images)]
     figure = new_figure(11, 2.7 * len(rows) + 0.7)
     panels = figure.subplots(len(rows), 4, squeeze=False)
     scale = LogNorm(1e-6, 1e-1)
-    for (name, model), line in zip(rows, panels, strict=True):
-        images = shapes_for(model, n_images)
+    for (name, model, own_images), line in zip(rows, panels, strict=True):
         for i, (depth, axes) in enumerate(zip(four_depths(model), line, strict=True)):
             if depth is None:
                 axes.set_axis_off()
                 continue
-            mappable = draw_field(axes, model, images, depth, scale)
+            mappable = draw_field(axes, model, own_images, depth, scale)
             if i == 0:
                 axes.set_ylabel(name, fontsize=12)
     colorbar = figure.colorbar(mappable, ax=panels, shrink=min(0.9, 3 / len(rows)), aspect=30, extend="both")
@@ -329,12 +354,7 @@ def plot_training_curves(history, save_path=None, baseline=None):
                0..1), lr; others are ignored
     baseline   (name, accuracy): drawn as a line across the accuracies, such as the linear classifier's
     """
-    names = ("train_loss", "val_loss", "train_acc", "val_acc", "lr")
-    lengths = {name: len(history.get(name, [])) for name in names}
-    if len(set(lengths.values())) > 1 or not lengths["lr"]:
-        raise InputError(f"the history has lists of lengths {lengths}; expected one entry an epoch in each, as "
-                         f"Trainer.train returns")
-    epochs = range(1, lengths["lr"] + 1)
+    epochs = epochs_of(history)
     marker = "o" if len(epochs) <= 40 else None
     figure = new_figure(13, 4.2)
     loss, accuracy, rate = figure.subplots(1, 3)
@@ -351,12 +371,48 @@ def plot_training_curves(history, save_path=None, baseline=None):
     rate.set(title="Learning rate", ylabel="learning rate")
     for axes in (loss, accuracy):
         axes.legend(fontsize=11)
-    for axes in (loss, accuracy, rate):
+    label_epochs(figure.axes)
+    return finish(figure, save_path)
+
+
+def plot_histories(histories, save_path=None):
+    """Several trainings beside each other: training loss and validation accuracy over the epochs.
+
+    histories: name -> history, as in plot_training_curves. Raises InputError as that does, and for none at all.
+    """
+    if not histories:
+        raise InputError("there are 0 histories to draw; expected name -> history, as Trainer.train returns")
+    figure = new_figure(11, 4.2)
+    loss, accuracy = figure.subplots(1, 2)
+    for i, (name, history) in enumerate(histories.items()):
+        line = dict(color=COLOURS[i % len(COLOURS)], marker="osD^vP"[i % 6], markersize=5, linewidth=2, label=name)
+        epochs = epochs_of(history)
+        loss.plot(epochs, history["train_loss"], **line)
+        accuracy.plot(epochs, [100 * share for share in history["val_acc"]], **line)
+    loss.set(title="Training loss", ylabel="cross-entropy (nats)")
+    accuracy.set(title="Validation accuracy", ylabel="images right (%)")
+    accuracy.legend(fontsize=11)
+    label_epochs(figure.axes)
+    return finish(figure, save_path)
+
+
+def epochs_of(history):
+    """1, 2, ... for each entry of the history. Raises InputError unless its lists are equally long."""
+    names = ("train_loss", "val_loss", "train_acc", "val_acc", "lr")
+    lengths = {name: len(history.get(name, [])) for name in names}
+    if len(set(lengths.values())) > 1 or not lengths["lr"]:
+        raise InputError(f"the history has lists of lengths {lengths}; expected one entry an epoch in each, as "
+                         f"Trainer.train returns")
+    return range(1, lengths["lr"] + 1)
+
+
+def label_epochs(panels):
+    """Whole epochs along x, and y from zero."""
+    for axes in panels:
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    return finish(figure, save_path)
 
 
 def plot_bars(panels, save_path=None, title=None):
@@ -400,6 +456,28 @@ def draw_bars(axes, bars, colours):
     axes.set_xticks([])
     axes.set_xlim(0, (2.0 if (lows < highs).any() else 1.35) * max(highs.max(), values.max()) or 1)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def plot_matrices(matrices, titles, label, xlabel="", ylabel="", save_path=None):
+    """Matrices (rows, columns), not negative, side by side as heat maps on one colour scale from 0.
+
+    label: what the colours mean, with its unit. Raises InputError unless there is a title for each matrix.
+    """
+    if not len(matrices) or len(matrices) != len(titles):
+        raise InputError(f"{len(matrices)} matrices and {len(titles)} titles do not make a figure; expected at "
+                         f"least one matrix and a title for each")
+    most = max(float(matrix.max()) for matrix in matrices)
+    figure = new_figure(max(4.5, 3.4 * len(matrices) + 1), 3.9)
+    panels = figure.subplots(1, len(matrices), squeeze=False)[0]
+    for axes, matrix, title in zip(panels, matrices, titles, strict=True):
+        mappable = axes.imshow(np.asarray(matrix), cmap="viridis", vmin=0, vmax=most)
+        axes.set_title(title, fontsize=12)
+        axes.set_xlabel(xlabel, fontsize=11)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    panels[0].set_ylabel(ylabel, fontsize=11)
+    figure.colorbar(mappable, ax=panels, label=label)
+    return finish(figure, save_path)
 
 
 def short_number(value):
@@ -515,8 +593,6 @@ def fit_picture(image, size):
     Where the size is no square, which those always are, the picture just covers it.
     """
     height, width = size
-    for side in size:
-        check_whole("img_size", side, 1)
     if height == width:
         return FitSquare(height)(image)
     return ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
@@ -546,7 +622,9 @@ def undo_normalisation(images, mean=None, std=None):
 
 def new_figure(width, height):
     """An empty Figure of so many inches that arranges its panels itself and needs no display."""
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="compressed")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    return figure
 
 
 def finish(figure, save_path):
@@ -558,11 +636,14 @@ def finish(figure, save_path):
 
 def save_figure(figure, save_path):
     """Writes the figure as .png, .pdf, .svg, ... Raises InputError where it cannot be written."""
+    if not Path(save_path).suffix:
+        raise InputError(f"cannot save the figure as {str(save_path)!r}, a name without an ending; choose one "
+                         f"that ends in .png, .pdf or .svg")
     try:
         figure.savefig(save_path, dpi=150)
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot save the figure as {str(save_path)!r} ({error}); choose a folder that exists "
-                         f"and is writable, and a name that ends in .png") from error
+        raise InputError(f"cannot save the figure as {str(save_path)!r} ({first_line(error)}); choose a folder "
+                         f"that exists and is writable, and a name that ends in .png") from error
 
 
 def spread(n, most):

@@ -1,9 +1,12 @@
 """Figures: every accepted image gives the same picture, every panel is labelled, nothing is changed."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 import visualizations as v
@@ -13,6 +16,15 @@ from vit_data import NORMALISATION, eval_transform
 from vit_model import InputError, VisionTransformer
 
 SIZE, PATCH, GRID = (14, 15), (7, 5), (2, 3)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """On a busy machine threads that wait for each other cost models as small as these several times the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def vit(**options):
@@ -39,7 +51,7 @@ def pixels(height=14, width=15):
 
 def texts(figure):
     """All that is written in a figure, its subfigures included."""
-    return " | ".join(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")))
+    return " | ".join(text.get_text() for text in figure.findobj(Text))
 
 
 def data_of(figure):
@@ -53,7 +65,8 @@ def kinds(array, tmp_path):
     Image.fromarray(array).save(tmp_path / "image.png")
     tensor = torch.from_numpy(array).permute(2, 0, 1)
     return {"path": tmp_path / "image.png", "text": str(tmp_path / "image.png"), "pil": Image.fromarray(array),
-            "array": array, "float": array / 255, "rgba": np.dstack([array, np.full(array.shape[:2], 255, np.uint8)]),
+            "array": array, "float": array / 255, "float32": (array / 255).astype(np.float32),
+            "rgba": np.dstack([array, np.full(array.shape[:2], 255, np.uint8)]),
             "tensor": tensor, "batch": tensor[None]}
 
 
@@ -167,7 +180,7 @@ def test_visualize_attention_keeps_the_mode():
 def test_all_heads_share_one_scale():
     model, image = vit(), pixels()
     figure = v.AttentionVisualizer(model, device="cpu").visualize_all_heads(image)
-    grids = [panel.images[0] for panel in figure.axes if panel.images and panel.images[0].get_array().shape == GRID]
+    grids = [drawn for panel in figure.axes for drawn in panel.images if drawn.get_array().shape == GRID]
     maps = attention_maps(model, v.prepare_image(image, model)[0])[:, 0, :, 0, 1:]  # (L, H, N - 1)
     assert len(grids) == 6
     for drawn, expected in zip(grids, maps.reshape(6, *GRID), strict=True):
@@ -178,6 +191,21 @@ def test_all_heads_share_one_scale():
     some = v.AttentionVisualizer(model, device="cpu").visualize_all_heads(image, layers=[-1])
     assert "layer 2" in texts(some)
     assert "layer 0" not in texts(some)
+
+
+def test_attention_grid_of_several_images():
+    model = square_vit()
+    images = torch.randn(2, 3, 12, 12)
+    figure = v.visualize_attention_grid(model, images)
+    shown = data_of(figure)
+    expected = attention_maps(model, images).mean(dim=2)[:, :, 0, 1:].reshape(3, 2, 3, 3)  # (L, B, rows, columns)
+    for row in range(2):
+        np.testing.assert_allclose(shown[4 * row], v.prepare_image(images[row], model)[1], atol=1e-6)
+        for layer in range(3):
+            np.testing.assert_allclose(shown[4 * row + 1 + layer], expected[layer, row])
+    assert "layer 2" in texts(figure)
+    with pytest.raises(InputError, match="no attention"):
+        v.visualize_attention_grid(convnet(), images)
 
 
 def test_attention_visualizer_refuses():
@@ -255,12 +283,14 @@ def test_compare_receptive_fields(tmp_path, monkeypatch):
     made = {"convnet_shapes": convnet(), "vit_nano_shapes": square_vit()}
     monkeypatch.setattr(v, "create_pretrained", made.__getitem__)
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(7)
     random_state = torch.get_rng_state()
     figure = v.compare_receptive_fields()
     assert (tmp_path / "receptive_fields.png").stat().st_size > 0
     assert torch.equal(random_state, torch.get_rng_state())
-    for word in ("ConvNet, untrained", "ConvNet, trained", "ViT, untrained", "ViT, trained", "pixels", "50%", "90%",
-                 "after the stem", "after the patch embedding", "after stage 2 of 2", "after block 3 of 3", "share"):
+    for word in ("ConvNet, untrained", "ConvNet, trained", "ViT, untrained", "ViT, trained", "pixels", "50%",
+                 "90%", "after the stem", "after the patch embedding", "after stage 2 of 2",
+                 "after block 3 of 3", "share"):
         assert word in texts(figure), word
     fields = [axes.images[0] for axes in figure.axes if axes.images]
     assert len(fields) == 2 * 3 + 2 * 4
@@ -269,11 +299,12 @@ def test_compare_receptive_fields(tmp_path, monkeypatch):
     np.testing.assert_allclose([field.get_array().sum() for field in fields], 1)
 
 
-def test_compare_receptive_fields_uses_the_models_given(tmp_path):
+def test_compare_receptive_fields_uses_the_models_given():
     model = square_vit()
-    figures = [v.compare_receptive_fields(save_path=None, models={"mine": model}, n_images=3) for _ in range(2)]
-    assert "mine, untrained" in texts(figures[0])
-    for first, second in zip(*map(data_of, figures), strict=True):
+    figure = v.compare_receptive_fields(save_path=None, models={"mine": model})
+    assert "mine, untrained" in texts(figure)
+    given = v.compare_receptive_fields(None, {"mine": model}, v.shapes_for(model, 32))
+    for first, second in zip(data_of(figure), data_of(given), strict=True):
         np.testing.assert_array_equal(first, second)
 
 
@@ -322,6 +353,29 @@ def test_a_history_that_cannot_be_drawn(broken):
         v.plot_training_curves({**history(), **broken} if broken else {})
 
 
+def test_plot_histories():
+    figure = v.plot_histories({"ViT": history(), "CNN": history(2)})
+    loss, accuracy = figure.axes
+    assert list(loss.lines[0].get_ydata()) == history()["train_loss"]
+    assert list(accuracy.lines[1].get_ydata()) == pytest.approx([10, 30])
+    assert {"ViT", "CNN"} == {text.get_text() for text in accuracy.get_legend().get_texts()}
+    for histories, text in (({}, "0 histories"), ({"ViT": {}}, "lists of lengths")):
+        with pytest.raises(InputError, match=text):
+            v.plot_histories(histories)
+
+
+def test_plot_matrices():
+    matrices = [torch.rand(3, 5), torch.rand(3, 5)]
+    figure = v.plot_matrices(matrices, ["one", "two"], "share", xlabel="key", ylabel="query")
+    for axes, matrix in zip(figure.axes, matrices, strict=False):
+        np.testing.assert_allclose(axes.images[0].get_array(), matrix)
+        assert axes.images[0].get_clim() == (0, pytest.approx(torch.stack(matrices).max().item()))
+    for word in ("one", "two", "share", "key", "query"):
+        assert word in texts(figure)
+    with pytest.raises(InputError, match="2 matrices and 1 titles"):
+        v.plot_matrices(matrices, ["one"], "share")
+
+
 def test_plot_bars():
     figure = v.plot_bars({"parameters (millions)": {"ViT": 0.4596, "CNN": 0.481},
                           "accuracy (%)": {"CNN": (88.0, 86.5, 89.25), "ViT": (81.0, 80, 82)}}, title="both")
@@ -357,7 +411,7 @@ def test_plot_images():
 # ---- Files
 
 
-@pytest.mark.parametrize("name", ["missing/figure.png", "figure.xyz", "."])
+@pytest.mark.parametrize("name", ["missing/figure.png", "figure.xyz", "figure", "."])
 def test_where_no_figure_can_be_saved(name, tmp_path):
     with pytest.raises(InputError, match="cannot save the figure") as caught:
         v.plot_images([pixels()], save_path=tmp_path / name)
@@ -372,27 +426,28 @@ def test_no_global_state_of_pyplot():
     assert not helpers.Gcf.figs
 
 
-def test_nothing_is_written_or_clipped():
-    """All text lies inside the page, is no smaller than 9 points and does not cover other text of its kind."""
+def test_no_text_is_clipped():
+    """All text lies on the page and is no smaller than 9 points."""
     photo, model = pixels(40, 40), square_vit()
-    figures = [v.AttentionVisualizer(model, device="cpu").visualize_attention(photo),
-               v.AttentionVisualizer(model, device="cpu").visualize_all_heads(photo),
+    visualizer = v.AttentionVisualizer(model, device="cpu")
+    figures = [visualizer.visualize_attention(photo), visualizer.visualize_all_heads(photo),
+               v.AttentionVisualizer(vit(), device="cpu").visualize_all_heads(photo),
+               v.visualize_attention_grid(model, torch.randn(2, 3, 12, 12)),
                v.visualize_positions(model), v.visualize_patch_embedding(photo, 4),
-               v.compare_receptive_fields(None, {"ConvNet": convnet()}, 1),
+               v.compare_receptive_fields(None, {"ConvNet": convnet()}, torch.randn(3, 3, 12, 12)),
                v.plot_training_curves(history(), baseline=("linear classifier", 0.2)),
+               v.plot_histories({"ViT": history()}),
+               v.plot_matrices([torch.rand(7, 7)], ["attention of 7 tokens"], "share", "key", "query"),
                v.plot_bars({"accuracy (%)": {"a model of a long name": (88.0, 86.5, 89.25)}}),
                v.plot_images([photo] * 3, ["a", "b", "c"], columns=2)]
     for figure in figures:
-        figure.canvas.draw()
+        figure.savefig(io.BytesIO(), dpi=figure.dpi)  # lays it out
         page = figure.bbox.padded(1)
-        for text in figure.findobj(lambda artist: hasattr(artist, "get_fontsize") and hasattr(artist, "get_text")):
-            if text.get_text().strip() and text.get_visible() and text.axes is None or text in all_titles(figure):
-                assert text.get_fontsize() >= 9, text.get_text()
-                box = text.get_window_extent()
-                assert page.contains(box.x0, box.y0), text.get_text()
-                assert page.contains(box.x1, box.y1), text.get_text()
-
-
-def all_titles(figure):
-    return [text for axes in figure.axes for text in (axes.title, axes.xaxis.label, axes.yaxis.label)
-            if text.get_text()]
+        panels = [text for axes in figure.axes for text in (axes.title, axes.xaxis.label, axes.yaxis.label,
+                                                            *axes.texts)]
+        headings = [text for part in (figure, *figure.subfigs) for text in part.texts]
+        for text in filter(Text.get_text, panels + headings):
+            assert text.get_fontsize() >= 9, text.get_text()
+            box = text.get_window_extent()
+            assert page.contains(box.x0, box.y0), text.get_text()
+            assert page.contains(box.x1, box.y1), text.get_text()
