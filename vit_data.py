@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
-from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
+from torchvision.transforms.v2.functional import center_crop, resize
 from tqdm import tqdm
 
 from vit_model import InputError, check_choice, check_whole
@@ -62,7 +62,6 @@ DATASETS = ("auto", "folder", "shapes", *TORCHVISION_SETS)
 @dataclass(frozen=True)
 class SetFacts:
     """What a loader tells of its set; mean and std, three numbers each, are the normalisation it applies."""
-
     dataset_name: str
     class_names: list
     img_size: int
@@ -146,15 +145,11 @@ class Loader:
         self.epoch = epoch
 
     def begin_pass(self):
-        """The epoch of the pass that begins."""
+        """(epoch, order) of the pass that begins; order (N,) holds the places of the images in the set."""
+        epoch = self.n_passes if self.epoch is None else self.epoch
         self.n_passes += 1
-        return self.n_passes - 1 if self.epoch is None else self.epoch
-
-    def order(self, epoch):
-        """The places of the images in the set, int64 (N,), in the order of the epoch."""
-        if not self.training:
-            return torch.arange(self.n_images)
-        return torch.randperm(self.n_images, generator=generator_of(self.seed, epoch, 0))
+        shuffled = torch.randperm(self.n_images, generator=generator_of(self.seed, epoch, 0))
+        return epoch, shuffled if self.training else torch.arange(self.n_images)
 
     def __len__(self):
         """Batches in a pass. A last training batch of one image is left out, unless all batches are of one."""
@@ -181,11 +176,11 @@ class MemoryLoader(Loader):
         return self
 
     def __iter__(self):
-        epoch, reach = self.begin_pass(), self.images.shape[-1] // 8
-        generator = generator_of(self.seed, epoch, 1)
+        epoch, order = self.begin_pass()
+        generator, reach = generator_of(self.seed, epoch, 1), self.images.shape[-1] // 8
         top, left = torch.randint(-reach, reach + 1, (2, self.n_images), generator=generator)  # (N,) each
         flip = torch.rand(self.n_images, generator=generator) < (0.5 if self.mirrors else 0)  # (N,)
-        order, top, left, flip = (drawn.to(self.images.device) for drawn in (self.order(epoch), top, left, flip))
+        order, top, left, flip = (drawn.to(self.images.device) for drawn in (order, top, left, flip))
         for index in order.split(self.batch_size)[: len(self)]:
             images = self.images[index]  # (B, 3, H, W)
             if self.training:
@@ -235,8 +230,8 @@ class PhotoLoader(Loader):
         return self
 
     def __iter__(self):
-        epoch = self.begin_pass()
-        batches = self.order(epoch).split(self.batch_size)[: len(self)]
+        epoch, order = self.begin_pass()
+        batches = order.split(self.batch_size)[: len(self)]
         self.keys[:] = [[(epoch, index) for index in batch.tolist()] for batch in batches]
         for batch in self.loader:
             if isinstance(batch, InputError):
@@ -380,8 +375,7 @@ def read_training_folder(data_dir, img_size):
     root = Path(data_dir).expanduser()
     if not root.is_dir():
         raise InputError(f"there is no data folder {str(data_dir)!r}: give one with a folder of images for each class")
-    train_dir = first_folder(root, ("train",)) or root
-    other = first_folder(root, (*VALIDATION_FOLDERS, "test"))
+    train_dir, other = first_folder(root, ("train",)) or root, first_folder(root, (*VALIDATION_FOLDERS, "test"))
     if other and train_dir == root:
         raise InputError(f"{str(root)!r} has {other.name}/ but no train/: put the training images into train/")
     class_names = folders_in(train_dir)
@@ -443,20 +437,16 @@ def folder_loader(files, labels, facts, batch_size, seed, workers, training=Fals
     if facts.img_size <= SMALL_SIDE and len(files) * 3 * facts.img_size**2 <= MEMORY_LIMIT:
         return MemoryLoader(decode_images(files, facts.img_size), labels, facts, batch_size, seed, training)
     if workers is None:
-        workers = min(8, n_cores()) if len(files) >= 256 else 0
+        workers = min(8, os.cpu_count() or 1) if len(files) >= 256 else 0
     return PhotoLoader(files, labels, facts, batch_size, seed, training, workers)
 
 
-def n_cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def decode_images(files, S):
-    """The image files as one uint8 tensor (N, 3, S, S), read by a thread for each core."""
+    """The image files as one uint8 tensor (N, 3, S, S), read by several threads."""
     images = torch.empty(len(files), 3, S, S, dtype=torch.uint8)
     parts = [files[start : start + 256] for start in range(0, len(files), 256)]
     quiet = True if len(files) < 2000 else None  # None: a bar where there is a terminal
-    with ThreadPoolExecutor(n_cores()) as pool, tqdm(total=len(files), unit="image", disable=quiet) as bar:
+    with ThreadPoolExecutor() as pool, tqdm(total=len(files), unit="image", disable=quiet) as bar:
         decoded_parts = pool.map(decode_part, parts, [FitSquare(S)] * len(parts))
         for room, decoded in zip(images.split(256), decoded_parts, strict=True):
             room.copy_(decoded)
@@ -465,7 +455,8 @@ def decode_images(files, S):
 
 
 def decode_part(files, fit):
-    return torch.stack([pil_to_tensor(fit(open_image(file))) for file in files])  # (n, 3, S, S)
+    images = np.stack([np.asarray(fit(open_image(file))) for file in files])  # (n, S, S, 3)
+    return torch.from_numpy(images).permute(0, 3, 1, 2)  # (n, 3, S, S)
 
 
 def stratified_cut(labels, val_fraction, seed):
@@ -518,7 +509,7 @@ EDGES = {
     "cross": lambda u, v: torch.minimum(box(u, v, 0.95, 0.27), box(u, v, 0.27, 0.95)),
     "heart": lambda u, v: torch.minimum(length(u.abs() - 0.354, v - 0.354), (u.abs() + v.abs()) * 0.7071) - 0.5,
     "crescent": lambda u, v: torch.maximum(length(u, v) - 0.95, 0.75 - length(u - 0.5, v)),
-    "tee": lambda u, v: torch.minimum(box(u, v - 0.6, 0.8, 0.25), box(u, v, 0.25, 0.85)),
+    "tee": lambda u, v: torch.minimum(box(u, v - 0.48, 0.69, 0.22), box(u, v + 0.12, 0.22, 0.82)),
     "dumbbell": lambda u, v: torch.minimum(length(u.abs() - 0.6, v) - 0.38, box(u, v, 0.6, 0.14)),
 }
 # Each pattern as a function of coordinates p, q in periods (r: of the rings, the gradient): below 0 the first tone,
@@ -538,7 +529,6 @@ NOISE = 0.15  # the largest span of a pixel's noise, where 1 is from black to wh
 @dataclass(frozen=True)
 class DrawnShapes:
     """images uint8 (N, 3, S, S); labels, textures, colours int64 (N,): places in SHAPES, TEXTURES, COLOURS."""
-
     images: torch.Tensor
     labels: torch.Tensor
     textures: torch.Tensor
@@ -581,15 +571,14 @@ def choose_factor(name, wanted, names, drawn):
     if wanted is None:
         return drawn
     try:
-        numbers = torch.as_tensor(names.index(wanted) if isinstance(wanted, str) else wanted)
-        numbers = numbers.expand(drawn.shape).clone()  # (N,)
+        numbers = torch.as_tensor(names.index(wanted) if isinstance(wanted, str) else wanted).expand(drawn.shape)
         fits = numbers.dtype == torch.int64 and not ((numbers < 0) | (numbers >= len(names))).any()
     except (TypeError, ValueError, RuntimeError):
         fits = False
     if not fits:
         raise InputError(f"{name} {wanted!r} cannot be: expected one of {', '.join(names)}, or a number from 0 to "
                          f"{len(names) - 1}, or {len(drawn)} such numbers")
-    return numbers
+    return numbers.clone()
 
 
 def draw(chance, labels, textures, colours, S):
@@ -607,8 +596,8 @@ def draw(chance, labels, textures, colours, S):
     # The texture it is filled with, in periods.
     period = next(take) * 0.06 + 0.12
     p, q = turned(x - maps(next(take)), y - maps(next(take)), next(take), period)  # (n, S, S) each
-    filling = by_kind(PATTERNS, textures, p, q, length(u, v) * maps(radius / period))
-    filling = one_pixel_wide(filling, period * S)  # (n, S, S)
+    r = length(u, v) * maps(radius / period)
+    filling = one_pixel_wide(by_kind(PATTERNS, textures, p, q, r), period * S)  # (n, S, S)
 
     # The background: a pattern other than rings, or in their place a gradient from side to side.
     kind = (next(take) * len(PATTERNS)).long()
@@ -624,8 +613,8 @@ def draw(chance, labels, textures, colours, S):
     own = palette[colours]  # (n, 3)
     bold, soft = tone(own, side * (next(take) * 0.15 + 0.30)), tone(own, side * (next(take) * 0.15 + 0.05))
     others = [palette[(next(take) * len(palette)).long()] for _ in range(2)]  # (n, 3) each
-    behind = [tone(other, -side * (next(take) * 0.12 + 0.20)) for other in others]
-    return mixed(mixed(*behind, ground), mixed(bold, soft, filling), cover)  # (n, 3, S, S)
+    near, far = (tone(other, -side * (next(take) * 0.12 + 0.20)) for other in others)
+    return mixed(mixed(near, far, ground), mixed(bold, soft, filling), cover)  # (n, 3, S, S)
 
 
 def maps(values):
