@@ -16,10 +16,18 @@ import time
 import torch
 
 from cnn_model import HybridCNNViT
-from measurements import count_flops, count_parameters, peak_memory, receptive_field, radius_holding, throughput
+from measurements import (
+    count_flops,
+    count_parameters,
+    peak_memory,
+    radius_holding,
+    receptive_field,
+    throughput,
+    unit_centre,
+)
 from model_zoo import build_model
 from train_vit import OneLineParser, Trainer, choose_device, new_output_dir, percent, positive, script, whole
-from vit_data import get_data_loaders, get_test_loader
+from vit_data import choose_set, get_data_loaders, get_test_loader
 from visualizations import compare_receptive_fields, plot_bars, plot_histories, save_figure
 
 __all__ = ["HybridCNNViT", "compare_costs", "compare_training", "matched_models"]
@@ -53,7 +61,8 @@ def compare_costs(models, images, device="cpu", seconds=1.0):
             "images/s, inference": throughput(model, **run),
             "images/s, training": throughput(model, train=True, **run),
             "peak MiB, training": peak_memory(model, images.to(device), train=True) / 2**20,
-            "radius of half the gradient, pixels": radius_holding(receptive_field(model, images.to(device)), 0.5),
+            "radius of half the gradient, pixels": radius_holding(receptive_field(model, images.to(device)).cpu(), 0.5,
+                                                                  unit_centre(model, images.shape[2:])),
         }
     return rows
 
@@ -82,7 +91,8 @@ def print_table(rows):
 def compare(options, folder):
     """The whole comparison: table, pictures and results.json in the folder."""
     started, device = time.perf_counter(), choose_device(options.device)
-    few = dict(n_images=600) if options.dry_run else {}
+    drawn = choose_set(options.data_dir, options.dataset, None) == "shapes"
+    few = dict(n_images=600) if options.dry_run and drawn else {}
     data = dict(data_dir=options.data_dir, dataset=options.dataset, img_size=options.img_size,
                 batch_size=options.batch_size, seed=options.seed, **few)
     train_loader, val_loader = get_data_loaders(**data)

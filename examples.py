@@ -303,6 +303,7 @@ def to_picture(image):
 
 DEMOS = {demo.__name__: demo for demo in (patches, attention, heads, positions, cls_token, whole_vit, variants,
                                           first_training, transfer, attention_map, hybrid)}
+TRAINS = ("first_training", "transfer")  # what a dry run leaves out
 
 
 def main(argv=None):
@@ -318,7 +319,7 @@ def main(argv=None):
         return
     if options.only and options.only not in DEMOS:
         raise InputError(f"--only {options.only} is unknown; choose one of: {', '.join(DEMOS)}")
-    names = [options.only] if options.only else list(DEMOS)
+    names = [options.only] if options.only else [name for name in DEMOS if not (options.dry_run and name in TRAINS)]
     folder = Path(options.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -331,7 +332,8 @@ def main(argv=None):
         path = folder / f"{name}.png"
         save_figure(DEMOS[name](), path)
         print(f"Picture: {path}")
-    print(f"\n{len(names)} of {len(DEMOS)} demos in {time.perf_counter() - started:.0f} s.")
+    print(f"\n{'Dry run: ' if options.dry_run else ''}{len(names)} of {len(DEMOS)} demos in "
+          f"{time.perf_counter() - started:.0f} s.")
 
 
 if __name__ == "__main__":

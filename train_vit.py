@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from measurements import choose_device, count_parameters, linear_classifier, wilson_interval
 from model_zoo import MODELS, build_model, load_model, save_model
-from vit_data import get_data_loaders, get_test_loader
+from vit_data import choose_set, get_data_loaders, get_test_loader
 from vit_model import InputError, VisionTransformer, check_choice, check_whole
 from visualizations import plot_training_curves, save_figure, visualize_attention_grid
 
@@ -119,7 +119,7 @@ class Trainer:
         train_loader   gives (images, labels) batches, has len(); set_epoch(epoch) and to(device) are called where
                        it has them
         val_loader     evaluated after every epoch; None leaves NaN in its columns
-        warmup_epochs  None: a tenth of the run
+        warmup_epochs  None: a twentieth of the run
         n_steps        ends the run after so many steps, whatever n_epochs says; the last epoch may be a part
         on_epoch       called as on_epoch(history) after every epoch
         progress       a bar where there is a terminal
@@ -180,7 +180,7 @@ class Trainer:
         if n_steps is None:
             n_steps = n_epochs * len(train_loader)
         check_whole("n_steps", n_steps, 1)
-        warmup = n_steps / 10 if warmup_epochs is None else warmup_epochs * len(train_loader)
+        warmup = n_steps / 20 if warmup_epochs is None else warmup_epochs * len(train_loader)
         return n_steps, min(n_steps, math.ceil(warmup))
 
     def step(self, batch, optimizer, scaler, rate, tally):
@@ -320,7 +320,7 @@ def parse(argv=None):
     data.add_argument("--data-dir", default="./data", help="a folder with a folder for each class, or a known set")
     data.add_argument("--dataset", default="auto", help="auto, shapes, folder, cifar10, cifar100, mnist, fashion-mnist")
     data.add_argument("--img-size", type=whole(1), help="side in pixels (default: small images keep theirs, else 224)")
-    data.add_argument("--batch-size", type=whole(1), default=128)
+    data.add_argument("--batch-size", type=whole(1), default=64)
     data.add_argument("--val-fraction", type=float, default=0.1, help="cut from the training images without val/")
     data.add_argument("--workers", type=whole(0), help="processes that read photographs (default: one for each core)")
     model = parser.add_argument_group("model")
@@ -334,10 +334,10 @@ def parse(argv=None):
     length.add_argument("--steps", type=whole(1))
     length.add_argument("--minutes", type=positive(), help="measures the speed, then fixes the number of steps "
                                                            "(default: 2 minutes)")
-    run.add_argument("--lr", type=positive(), default=1e-3, help="the peak of the learning rate")
+    run.add_argument("--lr", type=positive(), default=2e-3, help="the peak of the learning rate")
     run.add_argument("--weight-decay", type=Bounded(float, 0, sys.float_info.max, "0 or more"), default=0.05)
     run.add_argument("--warmup-epochs", type=Bounded(float, 0, sys.float_info.max, "0 or more"),
-                     help="(default: a tenth of the run)")
+                     help="(default: a twentieth of the run)")
     run.add_argument("--label-smoothing", type=Bounded(float, 0, 1, "0 to 1"), default=0.1)
     run.add_argument("--seed", type=whole(0), default=0)
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
@@ -412,7 +412,8 @@ def train(options):
     """One run, from the images to result.json. Returns what is in result.json."""
     device = choose_device(options.device)
     torch.manual_seed(options.seed)
-    few = dict(n_images=600) if options.dry_run else {}
+    drawn = choose_set(options.data_dir, options.dataset, None) == "shapes"
+    few = dict(n_images=600) if options.dry_run and drawn else {}
     data = dict(data_dir=options.data_dir, batch_size=options.batch_size, img_size=options.img_size,
                 dataset=options.dataset, val_fraction=options.val_fraction, seed=options.seed,
                 workers=options.workers, **few)

@@ -523,7 +523,7 @@ PATTERNS = {
 }
 SHAPES, TEXTURES = tuple(EDGES), tuple(PATTERNS)
 TEST_START = 1_000_000_000  # the loaders' test images are numbered from here, their other images from 0
-NOISE = 0.15  # the largest span of a pixel's noise, where 1 is from black to white
+NOISE = 0.1  # the largest span of a pixel's noise, where 1 is from black to white
 
 
 @dataclass(frozen=True)
@@ -538,10 +538,10 @@ class DrawnShapes:
 def make_shapes(n_images, img_size=32, seed=0, start=0, *, shape=None, texture=None, colour=None):
     """Drawn shapes number start to start + n_images - 1 of the endless set that `seed` names.
 
-    Each has one of SHAPES at a random place, size and turn, filled with one of TEXTURES in two tones of one of COLOURS,
-    on a patterned background, under noise. The shape of image i is i modulo ten; texture and colour are drawn without
-    regard to it. shape, texture and colour override that: a name, a number, or N numbers in a sequence or tensor. All
-    else in the images stays as it was.
+    Each has one of SHAPES at a random place and size, turned by up to 45 degrees either way, filled with one of
+    TEXTURES in two tones of one of COLOURS, on a patterned background, under noise. The shape of image i is i modulo
+    ten; texture and colour are drawn without regard to it. shape, texture and colour override that: a name, a number,
+    or N numbers in a sequence or tensor. All else in the images stays as it was.
 
     Image i depends on (seed, i, img_size) alone, not on n_images or start. Its pixels are computed by operations that
     IEEE 754 rounds in one way only, so they should be the same on every machine.
@@ -590,7 +590,7 @@ def draw(chance, labels, textures, colours, S):
     # The shape, in coordinates in which it has radius 1.
     radius = next(take) * 0.10 + 0.32
     centre_x, centre_y = (next(take) * (1 - 2 * radius) + radius for _ in range(2))
-    u, v = turned(x - maps(centre_x), y - maps(centre_y), next(take), radius)  # (n, S, S) each
+    u, v = turned(x - maps(centre_x), y - maps(centre_y), next(take) / 4 - 0.125, radius)  # (n, S, S) each
     cover = one_pixel_wide(-by_kind(EDGES, labels, u, v), radius * S)  # (n, S, S)
 
     # The texture it is filled with, in periods.
@@ -611,9 +611,9 @@ def draw(chance, labels, textures, colours, S):
     palette = torch.tensor(list(COLOURS.values()))  # (8, 3)
     side = (next(take) < 0.5).float() * 2 - 1
     own = palette[colours]  # (n, 3)
-    bold, soft = tone(own, side * (next(take) * 0.15 + 0.30)), tone(own, side * (next(take) * 0.15 + 0.05))
-    others = [palette[(next(take) * len(palette)).long()] for _ in range(2)]  # (n, 3) each
-    near, far = (tone(other, -side * (next(take) * 0.12 + 0.20)) for other in others)
+    bold, soft = tone(own, side * (next(take) * 0.10 + 0.35)), tone(own, side * (next(take) * 0.10 + 0.15))
+    other = palette[(next(take) * len(palette)).long()]  # (n, 3)
+    near, far = (tone(other, -side * (next(take) * 0.15 + 0.15)) for _ in range(2))
     return mixed(mixed(near, far, ground), mixed(bold, soft, filling), cover)  # (n, 3, S, S)
 
 

@@ -1,6 +1,7 @@
 """The results that the project keeps: one JSON file a run, and the page that is drawn from them.
 
     python benchmarks/results.py add TABLE runs/NAME     keeps the result of a run of train_vit.py in a table
+    python benchmarks/results.py ship NAME runs/NAME     puts its best model into benchmarks/weights, in float16
     python benchmarks/results.py page                    writes benchmarks/RESULTS.md anew from all of them
 """
 
@@ -10,6 +11,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -19,8 +21,7 @@ TABLES = {
     "shapes": "The built-in shapes, two minutes (`python train_vit.py --seed SEED`)",
     "cifar10-jpeg": "CIFAR-10 (JPEG), five minutes (`python train_vit.py --data-dir DIR --minutes 5 --model MODEL`). "
                     "JPEG is lossy: accuracies published for the original files are 2 to 3 points higher",
-    "ten-minutes": "vit_nano on the built-in shapes, ten minutes (`python train_vit.py --minutes 10`)",
-    "weights": "The models in benchmarks/weights (`python train_vit.py --model MODEL --epochs 8`, then "
+    "weights": "The models in benchmarks/weights, on the built-in shapes (the command is in each result; then "
                "`python benchmarks/results.py ship NAME runs/RUN`)",
 }
 
@@ -46,6 +47,20 @@ def add(table, run):
     path = HERE / "results" / f"{table}-{result['model']}-{result['seed']}.json"
     path.write_text(json.dumps(cell, indent=2) + "\n")
     print(path)
+
+
+def ship(name, run):
+    """Writes weights/<name>.pt, which create_pretrained(name) loads, from the best.pt of a run."""
+    import torch
+
+    sys.path.insert(0, str(HERE.parent))
+    from model_zoo import load_model, save_model
+
+    result = json.loads((run / "result.json").read_text())
+    path = HERE / "weights" / f"{name}.pt"
+    save_model(load_model(run / "best.pt"), path, dtype=torch.float16, command=result["command"], seed=result["seed"],
+               test_acc=result["test_acc"])
+    print(f"{path}: {path.stat().st_size:,} bytes")
 
 
 def page():
@@ -87,10 +102,15 @@ def main():
     adding = commands.add_parser("add")
     adding.add_argument("table", choices=TABLES)
     adding.add_argument("run", type=Path)
+    shipping = commands.add_parser("ship")
+    shipping.add_argument("name")
+    shipping.add_argument("run", type=Path)
     commands.add_parser("page")
     options = parser.parse_args()
     if options.command == "add":
         add(options.table, options.run)
+    if options.command == "ship":
+        ship(options.name, options.run)
     page()
 
 

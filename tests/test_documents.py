@@ -78,8 +78,8 @@ SCRIPTS = ("train_vit.py", "cnn_vs_vit.py", "examples.py")
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_script_runs_dry(script, tmp_path):
-    done = subprocess.run([sys.executable, ROOT / script, "--dry-run", "--device", "cpu"], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run([sys.executable, ROOT / script, "--dry-run"], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     assert "dry run" in done.stdout.lower()
 

@@ -1,0 +1,50 @@
+import inspect
+
+import pytest
+import torch
+
+import examples
+import train_vit
+from vit_model import VisionTransformer
+
+QUICK = sorted(set(examples.DEMOS) - set(examples.TRAINS))
+
+
+def test_there_are_eleven_demos_each_with_a_line_of_its_own(capsys):
+    examples.main(["--list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(examples.DEMOS) == 11
+    assert len({line.split(maxsplit=1)[1] for line in lines}) == 11
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_demo_prints_what_to_look_at_and_saves_a_picture(name, tmp_path, capsys):
+    examples.main(["--only", name, "--output-dir", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "Look at:" in printed
+    assert any(character.isdigit() for character in printed)
+    assert (tmp_path / f"{name}.png").stat().st_size > 5_000
+
+
+def test_vit_by_hand_is_the_model_in_at_most_60_lines():
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=(6, 10), patch_size=(2, 2), n_classes=5, embed_dim=12, depth=2, n_heads=3).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    images = torch.randn(3, 3, 6, 10)
+    by_hand = examples.vit_by_hand(images, model.state_dict(), patch_size=2, depth=2, n_heads=3)
+    torch.testing.assert_close(by_hand, model(images), rtol=1e-5, atol=1e-5)
+    assert len(inspect.getsource(examples.vit_by_hand).splitlines()) <= 60
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    (["--only", "swin"], "--only swin is unknown"), (["--output-dir", "file/figures"], "cannot make --output-dir")])
+def test_bad_words_end_in_one_line_and_exit_code_2(words, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stop:
+        train_vit.script(lambda: examples.main(words))
+    error = capsys.readouterr().err
+    assert (stop.value.code, error.count("\n")) == (2, 1)
+    assert expected in error
