@@ -27,8 +27,8 @@ from measurements import (
 )
 from model_zoo import build_model
 from train_vit import OneLineParser, Trainer, choose_device, new_output_dir, percent, positive, script, whole
-from vit_data import choose_set, get_data_loaders, get_test_loader
 from visualizations import compare_receptive_fields, plot_bars, plot_histories, save_figure
+from vit_data import choose_set, get_data_loaders, get_test_loader
 
 __all__ = ["HybridCNNViT", "compare_costs", "compare_training", "matched_models"]
 

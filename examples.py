@@ -22,6 +22,15 @@ from cnn_model import HybridCNNViT
 from measurements import attention_maps, count_flops, count_parameters, receptive_field, wilson_interval
 from model_zoo import create_pretrained
 from train_vit import OneLineParser, Trainer, percent, script
+from visualizations import (
+    plot_bars,
+    plot_images,
+    plot_matrices,
+    plot_training_curves,
+    save_figure,
+    visualize_attention_grid,
+    visualize_patch_embedding,
+)
 from vit_data import TEXTURES, MemoryLoader, SetFacts, eval_transform, get_data_loaders, make_shapes, open_image
 from vit_model import (
     VARIANTS,
@@ -32,15 +41,6 @@ from vit_model import (
     create_vit,
     create_vit_nano,
     freeze_backbone,
-)
-from visualizations import (
-    plot_bars,
-    plot_images,
-    plot_matrices,
-    plot_training_curves,
-    save_figure,
-    visualize_attention_grid,
-    visualize_patch_embedding,
 )
 
 
@@ -133,7 +133,7 @@ def positions():
 
 def cls_token():
     """The CLS token: the head reads it alone, so after the last block nothing else matters."""
-    images, drawn = shape_images(4)
+    images, _ = shape_images(4)
     model = create_pretrained("vit_nano_shapes")
     tokens = model.forward_features(images).detach().requires_grad_()  # (4, 65, 96)
     model.forward_head(tokens).sum().backward()
@@ -169,7 +169,7 @@ def vit_by_hand(images, w, patch_size, depth, n_heads):
     x = x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * P * P)  # (B, N - 1, C P P)
     x = x @ w["patch_embed.proj.weight"].flatten(1).T + w["patch_embed.proj.bias"]  # (B, N - 1, D)
     x = torch.cat([w["cls_token"].expand(B, -1, -1), x], dim=1) + w["pos_embed"]  # (B, N, D)
-    N, D = x.shape[1:]
+    D = x.shape[2]
     K = D // n_heads
     for i in range(depth):
         block = f"blocks.{i}"
@@ -263,7 +263,7 @@ def transfer():
 
 def attention_map():
     """Attention maps: where the CLS token of a trained ViT looks, block by block."""
-    images, drawn = shape_images(5)
+    images, _ = shape_images(5)
     model = create_pretrained("vit_nano_shapes")
     trained = attention_maps(model, images)  # (L, 5, H, 65, 65)
     fresh = attention_maps(create_vit_nano(n_classes=10).eval(), images)
@@ -324,7 +324,7 @@ def main(argv=None):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make --output-dir {folder} ({error.strerror}); choose one that is writable") from error
+        raise InputError(f"cannot make --output-dir {folder} ({error.strerror}); choose a writable one") from error
     started = time.perf_counter()
     for name in names:
         print(f"\n{name}: {DEMOS[name].__doc__}")

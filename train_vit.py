@@ -31,9 +31,9 @@ from tqdm.auto import tqdm
 
 from measurements import choose_device, count_parameters, linear_classifier, wilson_interval
 from model_zoo import MODELS, build_model, load_model, save_model
+from visualizations import plot_training_curves, save_figure, visualize_attention_grid
 from vit_data import choose_set, get_data_loaders, get_test_loader
 from vit_model import InputError, VisionTransformer, check_choice, check_whole
-from visualizations import plot_training_curves, save_figure, visualize_attention_grid
 
 HISTORY = ("train_loss", "train_acc", "val_loss", "val_acc", "lr", "seconds", "images_per_second")
 
