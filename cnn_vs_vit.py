@@ -4,12 +4,12 @@
     python cnn_vs_vit.py --data-dir photos        on your own images
     python cnn_vs_vit.py --steps 1000 --seed 1    longer, and another seed
 
-The three have parameter counts within 10% of each other and train under one recipe: the same images in the
-same order, steps, learning rate and weight decay. One short run of each is a first look, not a verdict.
+At 32 pixels the three have parameter counts within 10% of each other. They train under one recipe: the same
+images in the same order, steps, learning rate and weight decay. One short run of each is a first look, not a
+verdict.
 """
 
 import itertools
-import json
 import tempfile
 import time
 
@@ -26,7 +26,18 @@ from measurements import (
     unit_centre,
 )
 from model_zoo import build_model
-from train_vit import OneLineParser, Trainer, choose_device, new_output_dir, percent, positive, script, whole
+from train_vit import (
+    OneLineParser,
+    Trainer,
+    choose_device,
+    new_output_dir,
+    percent,
+    positive,
+    script,
+    seed,
+    whole,
+    write_json,
+)
 from visualizations import compare_receptive_fields, plot_bars, plot_histories, save_figure
 from vit_data import choose_set, get_data_loaders, get_test_loader
 
@@ -67,16 +78,12 @@ def compare_costs(models, images, device="cpu", seconds=1.0):
     return rows
 
 
-def compare_training(models, train_loader, val_loader, test_loader=None, n_steps=150, learning_rate=1e-3,
-                     device="cpu", amp="auto"):
-    """Trains each model by one recipe. Returns two dicts by model: the histories, and the scores on the test images
-    (on the validation images where there are no others)."""
-    histories, scores = {}, {}
-    for name, model in models.items():
-        trainer = Trainer(model, device, amp=amp)
-        histories[name] = trainer.train(train_loader, val_loader, n_steps=n_steps, learning_rate=learning_rate)
-        scores[name] = trainer.evaluate(val_loader if test_loader is None else test_loader)
-    return histories, scores
+def compare_training(models, train_loader, val_loader, n_steps=300, learning_rate=2e-3, device="cpu", amp="auto"):
+    """Trains each model by one recipe. Returns two dicts by model: its Trainer and its history."""
+    trainers = {name: Trainer(model, device, amp=amp) for name, model in models.items()}
+    histories = {name: trainer.train(train_loader, val_loader, n_steps=n_steps, learning_rate=learning_rate)
+                 for name, trainer in trainers.items()}
+    return trainers, histories
 
 
 def print_table(rows):
@@ -88,18 +95,18 @@ def print_table(rows):
                                           for value in cells))
 
 
-def compare(options, folder):
-    """The whole comparison: table, pictures and results.json in the folder."""
+def compare(options, wanted_dir):
+    """The whole comparison: table, pictures and results.json in the folder wanted, or else a new one under runs/."""
     started, device = time.perf_counter(), choose_device(options.device)
     drawn = choose_set(options.data_dir, options.dataset, None) == "shapes"
     few = dict(n_images=600) if options.dry_run and drawn else {}
     data = dict(data_dir=options.data_dir, dataset=options.dataset, img_size=options.img_size,
                 batch_size=options.batch_size, seed=options.seed, **few)
     train_loader, val_loader = get_data_loaders(**data)
-    test_loader = get_test_loader(**data)
     img_size, n_classes = train_loader.img_size, len(train_loader.class_names)
     torch.manual_seed(options.seed)
     models = matched_models(n_classes, img_size)
+    folder = new_output_dir(wanted_dir, "cnn_vs_vit", train_loader.dataset_name)
     images = next(iter(val_loader))[0][:64]  # (64, 3, S, S)
 
     costs = compare_costs(models, images, device, seconds=0.1 if options.dry_run else 1.0)
@@ -110,10 +117,12 @@ def compare(options, folder):
 
     n_steps = 2 if options.dry_run else options.steps
     if options.dry_run:
-        val_loader = test_loader = list(itertools.islice(val_loader, 2))
+        val_loader = list(itertools.islice(val_loader, 2))
     print(f"\nTraining each for {n_steps} steps of {options.batch_size} images, seed {options.seed} ...")
-    histories, scores = compare_training(models, train_loader, val_loader, test_loader, n_steps, options.lr, device,
-                                         options.amp)
+    trainers, histories = compare_training(models, train_loader, val_loader, n_steps, options.lr, device, options.amp)
+    test_loader = None if options.dry_run else get_test_loader(**data)
+    scores = {name: trainer.evaluate(val_loader if test_loader is None else test_loader)
+              for name, trainer in trainers.items()}
     split = "validation" if test_loader is None else "test"
     print(f"Accuracy on {next(iter(scores.values()))['n']:,} {split} images, 95% Wilson interval; guessing gives "
           f"{1 / n_classes:.0%}:")
@@ -127,7 +136,7 @@ def compare(options, folder):
     compare_receptive_fields(folder / "receptive_fields.png", models, images)
     results = dict(options=vars(options), costs=costs, histories=histories, scores=scores,
                    torch=torch.__version__, seconds=round(time.perf_counter() - started, 1))
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_json(results, folder / "results.json")
     print(f"\n{results['seconds']:.0f} s; cost.png, training.png, receptive_fields.png and results.json in {folder}/")
 
 
@@ -135,22 +144,23 @@ def main(argv=None):
     parser = OneLineParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data-dir", default="./data", help="as in train_vit.py")
     parser.add_argument("--dataset", default="auto", help="as in train_vit.py")
-    parser.add_argument("--img-size", type=whole(1), help="side in pixels (default: the set's own, up to 64)")
-    parser.add_argument("--batch-size", type=whole(1), default=128)
-    parser.add_argument("--steps", type=whole(1), default=150, help="of training, for each model")
-    parser.add_argument("--lr", type=positive(), default=1e-3)
-    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--img-size", type=whole(1), help="side in pixels (default: small images keep theirs; 224)")
+    parser.add_argument("--batch-size", type=whole(1), default=64, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=whole(1), default=300, help="for each model (default: %(default)s)")
+    parser.add_argument("--lr", type=positive(), default=2e-3, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=seed(), default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"))
     parser.add_argument("--output-dir", help="a new folder (default: runs/cnn_vs_vit-<data>-<n>)")
-    parser.add_argument("--dry-run", action="store_true", help="two steps of everything; nothing is kept")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="two steps of everything; without --output-dir nothing is kept")
     options = parser.parse_args(argv)
     if options.dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            compare(options, new_output_dir(options.output_dir or folder, None, None))
+            compare(options, options.output_dir or folder)
         print("Dry run: all parts ran.")
     else:
-        compare(options, new_output_dir(options.output_dir, "cnn_vs_vit", options.dataset))
+        compare(options, options.output_dir)
 
 
 if __name__ == "__main__":

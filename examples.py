@@ -202,11 +202,8 @@ def whole_vit():
 
 def variants():
     """The table of variants, counted; and a deeper model with fewer parameters."""
-    models = {name: torch.device("meta") for name in VARIANTS}
-    for name in VARIANTS:
-        with torch.device("meta"):  # shapes without numbers: counting needs no memory
-            models[name] = create_vit(name)
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes without numbers: counting needs no memory
+        models = {name: create_vit(name) for name in VARIANTS}
         models["384 wide, 24 deep"] = VisionTransformer(embed_dim=384, depth=24, n_heads=6, n_classes=1000)
     counts = {name: count_parameters(model) for name, model in models.items()}
     for name, model in models.items():
@@ -232,7 +229,7 @@ def first_training():
     correct = round(history["val_acc"][-1] * val_loader.n_images)
     print(f"{time.perf_counter() - started:.0f} s: {percent(correct, val_loader.n_images)} of {val_loader.n_images} "
           f"validation images, where guessing gives 10%.")
-    print("Look at: the loss still falls steeply. `python train_vit.py` goes on from here.")
+    print("Look at: is the loss still falling at the end? `python train_vit.py` trains longer.")
     return plot_training_curves(history)
 
 
@@ -253,8 +250,7 @@ def transfer():
         results[name] = (score["acc"], *wilson_interval(score["correct"], score["n"]))
         print(f"  backbone {name}: {percent(score['correct'], score['n'])} of 1,000 test images; "
               f"{count_parameters(model, trainable_only=True):,} of {count_parameters(model):,} parameters trained")
-    print(f"Look at: the difference, against guessing at {1 / len(facts.class_names):.0%}. Features learned for one "
-          f"question serve another.")
+    print(f"Look at: do features learned for one question serve another? Guessing gives {1 / len(TEXTURES):.0%}.")
     return plot_bars({"test accuracy on textures, 95% interval": results})
 
 

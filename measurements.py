@@ -368,6 +368,8 @@ def linear_classifier(train_loader, val_loader, test_loader=None, max_images=20_
 def pixel_features(images):
     """(B, C, height, width) -> (B, F): the pixels of at most 32 x 32, and a constant 1 at the end."""
     size = [min(side, 32) for side in images.shape[2:]]
+    if images.device.type == "mps":  # which pools only to sizes that divide
+        images = images.cpu()
     pixels = F.adaptive_avg_pool2d(images.float(), size).flatten(1)  # (B, F - 1)
     return F.pad(pixels, (0, 1), value=1.0)  # (B, F)
 
@@ -406,7 +408,7 @@ def device_of(model):
 
 
 def choose_device(device="auto"):
-    """"auto" (cuda where there is one, else mps, else cpu) or the name of any device, as a torch.device.
+    """"auto" (cuda where there is one, else mps, else cpu) or "cpu", "cuda", "cuda:1", "mps", as a torch.device.
 
     Raises InputError for a name that torch does not know, and for a device that is not there.
     """
@@ -416,6 +418,8 @@ def choose_device(device="auto"):
         chosen = torch.device(device)
     except (RuntimeError, TypeError):
         raise InputError(f"device {device!r} is unknown; choose auto, cpu, cuda, cuda:N or mps") from None
+    if chosen.type not in ("cpu", "cuda", "mps") or (chosen.type == "mps" and chosen.index):
+        raise InputError(f"device '{chosen}' is unknown; choose auto, cpu, cuda, cuda:N or mps")
     n_gpus = torch.cuda.device_count()
     if chosen.type == "cuda" and (chosen.index or 0) >= n_gpus:
         raise InputError(f"device '{chosen}' is not there: torch sees {n_gpus} CUDA devices; choose auto or cpu")

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from cnn_model import ConvNet, ConvNetConfig, HybridCNNViT
 from vit_model import VARIANTS, InputError, VisionTransformer, ViTConfig, check_choice, pair
@@ -84,13 +85,17 @@ def save_model(model, path, class_names=None, mean=None, std=None, dtype=None, *
     if type(model) not in CONFIGS:
         raise InputError(f"a {type(model).__name__} cannot be saved as a checkpoint; expected one of "
                          f"{', '.join(CLASSES)} itself, not compiled or wrapped")
+    if not isinstance(model.head, (nn.Linear, nn.Identity)):
+        raise InputError(f"a head of class {type(model.head).__name__} cannot be saved; expected one nn.Linear")
+    config = replace(model.config, n_classes=getattr(model.head, "out_features", 0))
+    names = own(class_names, model, "class_names")
+    if names and config.n_classes and len(names) != config.n_classes:
+        raise InputError(f"{len(names)} class_names do not fit a head of {config.n_classes} classes; give class_names")
     state = {key: value.detach().cpu().to(dtype) if dtype and value.is_floating_point() else value.detach().cpu()
              for key, value in model.state_dict().items()}
-    config = replace(model.config, n_classes=getattr(model.head, "out_features", 0))
     entries = dict(format=CHECKPOINT_FORMAT, model_class=type(model).__name__, config=vars(config),
                    state_dict=state, img_size=config.img_size,
-                   class_names=own(class_names, model, "class_names"), mean=own(mean, model, "mean"),
-                   std=own(std, model, "std"), **more)
+                   class_names=names, mean=own(mean, model, "mean"), std=own(std, model, "std"), **more)
     part = Path(f"{path}.part")
     try:
         torch.save(entries, part)

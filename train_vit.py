@@ -17,8 +17,9 @@ import csv
 import itertools
 import json
 import math
-import platform
+import os
 import shlex
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,9 +28,9 @@ from pathlib import Path
 import torch
 import torchvision
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
-from measurements import choose_device, count_parameters, linear_classifier, wilson_interval
+from measurements import choose_device, count_parameters, evaluating, linear_classifier, wilson_interval
 from model_zoo import MODELS, build_model, load_model, save_model
 from visualizations import plot_training_curves, save_figure, visualize_attention_grid
 from vit_data import choose_set, get_data_loaders, get_test_loader
@@ -90,6 +91,10 @@ def set_train_mode(model):
         parameters = list(module.parameters())
         if parameters and not any(p.requires_grad for p in parameters):
             module.eval()
+    if not all(p.requires_grad for p in model.parameters()):
+        for child in model.children():
+            if not any(p.requires_grad for p in child.parameters()):
+                child.eval()  # also what has no parameters, such as the dropout after the positions
 
 
 class Trainer:
@@ -101,7 +106,8 @@ class Trainer:
     amp       "auto", "off", "bf16" or "fp16", as choose_precision has it
     clip_norm the gradient's largest norm
 
-    After train(), `data_share` is the share of its time that went to fetching and augmenting images.
+    After train(), `data_share` is the share of the training seconds that went to fetching and augmenting images;
+    on CUDA only what the CPU waited for is counted.
     """
 
     def __init__(self, model, device="auto", loss_fn=None, amp="auto", clip_norm=1.0):
@@ -122,7 +128,7 @@ class Trainer:
         warmup_epochs  None: a twentieth of the run
         n_steps        ends the run after so many steps, whatever n_epochs says; the last epoch may be a part
         on_epoch       called as on_epoch(history) after every epoch
-        progress       a bar where there is a terminal
+        progress       a bar with loss, accuracy, images a second and the time left
 
         Returns the history, a list for each of HISTORY with an entry an epoch: losses, accuracies from 0 to 1,
         the last learning rate, the seconds spent training and the images a second. Raises InputError for numbers
@@ -134,8 +140,8 @@ class Trainer:
         if hasattr(train_loader, "to"):
             train_loader.to(self.device)
         history = {name: [] for name in HISTORY}
-        step, data_seconds, started = 0, 0.0, time.perf_counter()
-        with tqdm(total=n_steps, unit="step", disable=None if progress else True, leave=False) as bar:
+        step, data_seconds = 0, 0.0
+        with tqdm(total=n_steps, unit="step", disable=not progress, leave=False) as bar:
             for epoch in itertools.count():
                 if hasattr(train_loader, "set_epoch"):
                     train_loader.set_epoch(epoch)
@@ -164,7 +170,7 @@ class Trainer:
                     on_epoch(history)
                 if step >= n_steps:
                     break
-        self.data_share = data_seconds / (time.perf_counter() - started)
+        self.data_share = data_seconds / sum(history["seconds"])
         return history
 
     @staticmethod
@@ -212,13 +218,11 @@ class Trainer:
         """A loader's images in eval mode, each counted once: dict(loss, acc, correct, n), acc from 0 to 1."""
         if hasattr(loader, "to"):
             loader.to(self.device)
-        was_training = self.model.training
-        self.model.eval()
         tally = Tally(self.device)
-        for batch in loader:
-            logits, labels = self.predict(batch)
-            tally.add(self.loss_fn(logits, labels), logits, labels)
-        self.model.train(was_training)
+        with evaluating(self.model):
+            for batch in loader:
+                logits, labels = self.predict(batch)
+                tally.add(self.loss_fn(logits, labels), logits, labels)
         if not tally.n:
             raise InputError("the loader gave no images to evaluate; expected at least one batch")
         loss, accuracy = tally.means()
@@ -264,8 +268,9 @@ def steps_within(seconds, model, train_loader, val_loader, **settings):
     batches = list(itertools.islice(val_loader, 4))
     trial.evaluate(batches)
     epoch_seconds = (time.perf_counter() - eval_started) * len(val_loader) / len(batches)
-    left = seconds - (time.perf_counter() - started)
-    return max(1, int(left / (step_seconds + epoch_seconds / len(train_loader))))
+    left = max(0.0, seconds - (time.perf_counter() - started))
+    epochs, rest = divmod(left, len(train_loader) * step_seconds + epoch_seconds)
+    return max(1, int(epochs) * len(train_loader) + int(max(0.0, rest - epoch_seconds) / step_seconds))
 
 
 # ---- The command line -------------------------------------------------------------------------------------
@@ -281,6 +286,11 @@ class OneLineParser(argparse.ArgumentParser):
 def whole(least):
     """An argparse type: a whole number of at least `least`."""
     return Bounded(int, least, math.inf, f"a whole number of at least {least}")
+
+
+def seed():
+    """An argparse type: a seed for torch's generators."""
+    return Bounded(int, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1")
 
 
 def positive():
@@ -305,24 +315,28 @@ class Bounded:
 
 
 def script(run):
-    """Runs a script's main part: what a person gave wrong ends in one line and exit code 2."""
+    """Runs a script's main part: what a person gave wrong, or a disk, ends in one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # consoles that lack a letter of a folder's name
     try:
         run()
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 def parse(argv=None):
-    parser = OneLineParser(description=__doc__.split("\n\n")[0],
-                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = OneLineParser(description=__doc__.split("\n\n")[0])
     data = parser.add_argument_group("data")
-    data.add_argument("--data-dir", default="./data", help="a folder with a folder for each class, or a known set")
+    data.add_argument("--data-dir", default="./data", help="a folder with a folder for each class, or a known set "
+                                                           "(default: %(default)s, without which shapes are drawn)")
     data.add_argument("--dataset", default="auto", help="auto, shapes, folder, cifar10, cifar100, mnist, fashion-mnist")
     data.add_argument("--img-size", type=whole(1), help="side in pixels (default: small images keep theirs, else 224)")
-    data.add_argument("--batch-size", type=whole(1), default=64)
+    data.add_argument("--batch-size", type=whole(1), default=64, help="(default: %(default)s)")
     data.add_argument("--val-fraction", type=float, default=0.1, help="cut from the training images without val/")
-    data.add_argument("--workers", type=whole(0), help="processes that read photographs (default: one for each core)")
+    data.add_argument("--workers", type=whole(0), help="processes that read photographs (default: one for each core, "
+                                                          "at most 8)")
     model = parser.add_argument_group("model")
     model.add_argument("--model", help=f"one of {', '.join(MODELS)} (default: vit_nano up to 64 pixels, else vit_tiny)")
     model.add_argument("--patch-size", type=whole(1), help="side in pixels (default: 4 up to 64 pixels, 8 up to 128, "
@@ -334,12 +348,12 @@ def parse(argv=None):
     length.add_argument("--steps", type=whole(1))
     length.add_argument("--minutes", type=positive(), help="measures the speed, then fixes the number of steps "
                                                            "(default: 2 minutes)")
-    run.add_argument("--lr", type=positive(), default=2e-3, help="the peak of the learning rate")
+    run.add_argument("--lr", type=positive(), default=2e-3, help="the peak of the learning rate (default: %(default)s)")
     run.add_argument("--weight-decay", type=Bounded(float, 0, sys.float_info.max, "0 or more"), default=0.05)
     run.add_argument("--warmup-epochs", type=Bounded(float, 0, sys.float_info.max, "0 or more"),
                      help="(default: a twentieth of the run)")
     run.add_argument("--label-smoothing", type=Bounded(float, 0, 1, "0 to 1"), default=0.1)
-    run.add_argument("--seed", type=whole(0), default=0)
+    run.add_argument("--seed", type=seed(), default=0)
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     run.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help="mixed precision")
     run.add_argument("--output-dir", help="a new folder for this run (default: runs/<model>-<data>-<n>)")
@@ -350,15 +364,13 @@ def parse(argv=None):
 
 def new_output_dir(wanted, model_name, dataset_name):
     """Makes the folder of a run. Raises InputError where it cannot, or where it already holds something."""
-    if wanted is None:
-        names = (Path("runs") / f"{model_name}-{dataset_name}-{n}" for n in itertools.count(1))
-        folder = next(name for name in names if not name.exists())
-    else:
-        folder = Path(wanted)
-        if folder.is_dir() and any(folder.iterdir()):
-            raise InputError(f"--output-dir {folder} already holds files; choose a new folder, so that no run is lost")
+    folder = Path(wanted or "runs")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if wanted is None:
+            folder = first_new_folder(folder / f"{model_name}-{dataset_name}")
+        elif any(folder.iterdir()):
+            raise InputError(f"--output-dir {folder} already holds files; choose a new folder, so that no run is lost")
         (folder / ".write-test").touch()
         (folder / ".write-test").unlink()
     except OSError as error:
@@ -367,11 +379,26 @@ def new_output_dir(wanted, model_name, dataset_name):
     return folder
 
 
+def first_new_folder(stem):
+    """Makes <stem>-1, or -2, ...: the first that nobody else has made."""
+    for n in itertools.count(1):
+        folder = stem.with_name(f"{stem.name}-{n}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+
+
 def write_history(history, path):
     with open(path, "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(("epoch", *history))
         rows.writerows((i + 1, *values) for i, values in enumerate(zip(*history.values(), strict=True)))
+
+
+def write_json(entries, path):
+    path.write_text(json.dumps(entries, indent=2) + "\n")
 
 
 def percent(correct, n):
@@ -382,11 +409,12 @@ def percent(correct, n):
 
 def command_of(options, n_steps):
     """The command that repeats a run exactly: its options, with the number of steps in the place of time."""
-    words = ["python", "train_vit.py"]
+    words, defaults = ["python", "train_vit.py"], parse([])
     for name, value in vars(options).items():
-        if value != getattr(parse([]), name) and name not in ("minutes", "epochs", "steps", "output_dir", "dry_run"):
+        if value != getattr(defaults, name) and name not in ("minutes", "epochs", "steps", "output_dir", "dry_run"):
             words += [f"--{name.replace('_', '-')}", str(value)]
-    return shlex.join([*words, "--steps", str(n_steps)])
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return join([*words, "--steps", str(n_steps)])
 
 
 class Saver:
@@ -440,24 +468,28 @@ def train(options):
     repeat = command_of(options, n_steps)
     print(f"{n_steps} steps, {n_steps / len(train_loader):.1f} epochs; the same run again: {repeat}")
     config = dict(options=vars(options), model=name, model_config=vars(model.config), n_steps=n_steps, command=repeat)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(config, folder / "config.json")
+    torch.manual_seed(options.seed)  # measuring the speed drew from it; --steps must find the same state
     history = trainer.train(train_loader, batches, n_steps=n_steps, learning_rate=options.lr,
                             weight_decay=options.weight_decay, warmup_epochs=options.warmup_epochs,
-                            on_epoch=Saver(folder, model, train_loader))
+                            on_epoch=Saver(folder, model, train_loader), progress=sys.stderr.isatty())
     seconds = time.perf_counter() - started
 
-    best = load_model(folder / "best.pt")
     result = dict(model=name, dataset=train_loader.dataset_name, seed=options.seed, n_steps=n_steps,
                   parameters=count_parameters(model), val_acc=max(history["val_acc"]), seconds=round(seconds, 1),
                   images_per_second=round(sum(s * r for s, r in zip(history["seconds"], history["images_per_second"],
                                                                     strict=True)) / sum(history["seconds"]), 1),
-                  data_share=round(trainer.data_share, 4), device=str(device), precision=str(trainer.dtype),
-                  torch=torch.__version__, torchvision=torchvision.__version__, machine=platform.machine(),
-                  command=repeat, **test_result(best, data, train_loader, val_loader, options, settings))
-    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+                  data_share=round(trainer.data_share, 4), device=str(device),
+                  precision=str(trainer.dtype or torch.float32), torch=torch.__version__,
+                  torchvision=torchvision.__version__, command=repeat)
+    write_json(result, folder / "result.json")  # before the test images are touched: a bad one loses nothing
+    save_figure(plot_training_curves(history), folder / "curves.png")
+    best = load_model(folder / "best.pt")
+    result |= test_result(best, data, train_loader, val_loader, options, settings)
+    write_json(result, folder / "result.json")
     draw(folder, history, best, val_loader, result)
-    print(f"{seconds:.0f} s, {result['images_per_second']:.0f} images/s, {trainer.data_share:.1%} of the time for "
-          f"fetching and augmenting; {folder}/")
+    print(f"{seconds:.0f} s, {result['images_per_second']:.0f} images/s, {trainer.data_share:.1%} of the training time "
+          f"for fetching and augmenting; {folder}/")
     return result
 
 
@@ -468,9 +500,11 @@ def test_result(model, data, train_loader, val_loader, options, settings):
     if split == "val":
         print("There are no test images: the accuracies are those of the validation images, on which the best "
               "epoch was chosen.")
-    batches = list(itertools.islice(loader, 2)) if options.dry_run else loader
-    score = Trainer(model, **settings).evaluate(batches)
-    linear = linear_classifier(train_loader, val_loader, test_loader, max_images=300 if options.dry_run else 20_000)
+    if options.dry_run:
+        loader, val_loader = list(itertools.islice(loader, 2)), list(itertools.islice(val_loader, 2))
+    score = Trainer(model, **settings).evaluate(loader)
+    linear = linear_classifier(train_loader, val_loader, loader if split == "test" else None,
+                               max_images=300 if options.dry_run else 20_000)
     print(f"{split} accuracy {percent(score['correct'], score['n'])} of {score['n']:,} images, 95% Wilson interval; "
           f"a linear classifier on the pixels: {linear[f'{split}_acc']:.1%}; guessing: "
           f"{1 / len(train_loader.class_names):.1%}")

@@ -122,9 +122,10 @@ class AttentionVisualizer:
     def describe_prediction(self, images):
         """A line with the class predicted and its probability; empty where the classes have no names."""
         class_names = getattr(self.model, "class_names", None)
-        if not class_names:
+        probabilities = class_probabilities(self.model, images)[0]  # (n_classes)
+        if not class_names or len(class_names) != len(probabilities):
             return ""
-        probability, label = class_probabilities(self.model, images)[0].max(dim=0)
+        probability, label = probabilities.max(dim=0)
         return f"\npredicted: {class_names[label]} ({probability:.0%})"
 
 

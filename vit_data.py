@@ -81,7 +81,8 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
     batch_size    images in a batch. A last training batch of a single image is left out (BatchNorm cannot train on one
                   image); every other batch is kept.
     img_size      side S in pixels, or None for the set's own: 32 for CIFAR and shapes, 28 for the MNIST kinds; for a
-                  folder the largest side among up to 64 of its images if that is 64 or less, else 224.
+                  folder the largest side among up to 64 of its images if that is 64 or less, rounded up to a multiple
+                  of 4, else 224.
     dataset       "auto" takes what lies in data_dir: a set in torchvision's layout, else class folders; where data_dir
                   is the default and does not exist, shapes, and says so. Or another name in DATASETS.
     val_fraction  the share of each class cut from the training images for validation, if there is no val/.
@@ -429,7 +430,7 @@ def own_side(files):
                 largest = max(largest, *image.size)
         except Exception:
             open_image(file)  # raises the InputError that names the file
-    return largest if largest <= SMALL_SIDE else 224
+    return -(-largest // 4) * 4 if largest <= SMALL_SIDE else 224
 
 
 def folder_loader(files, labels, facts, batch_size, seed, workers, training=False):

@@ -94,6 +94,13 @@ def test_commands_of_the_readme_have_arguments_that_the_scripts_know(monkeypatch
             train_vit.parse(words[2:])
 
 
+def test_what_the_readme_points_to_is_there():
+    text = README.read_text(encoding="utf-8")
+    assert "@@" not in text
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):
+        assert (ROOT / target).exists(), target
+
+
 def test_python_lines_of_the_documents_are_not_wider_than_a_page():
     for block in blocks(README, "python"):
         assert max(map(len, block.values[0].splitlines())) <= 110

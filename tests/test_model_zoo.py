@@ -448,3 +448,15 @@ def test_an_entry_that_cannot_be_pickled_leaves_no_part_of_a_file(whole, tmp_pat
         save_model(VisionTransformer(**VIT), tmp_path / "m.pt", note=lambda: None)
     assert os.listdir(tmp_path) == ["m.pt"]
     assert (tmp_path / "m.pt").read_bytes() == whole
+
+
+def test_class_names_that_do_not_fit_a_new_head_are_not_saved(tmp_path):
+    model = build_model("convnet", n_classes=2)
+    model.class_names = ["a", "b"]
+    model.head = torch.nn.Linear(model.head.in_features, 3)
+    with pytest.raises(InputError, match=r"\A2 class_names do not fit a head of 3 classes[^\n]*\Z"):
+        save_model(model, tmp_path / "m.pt")
+    save_model(model, tmp_path / "m.pt", class_names=["a", "b", "c"])
+    model.head = torch.nn.Sequential(model.head)
+    with pytest.raises(InputError, match=r"\Aa head of class Sequential cannot be saved[^\n]*\Z"):
+        save_model(model, tmp_path / "n.pt")

@@ -2,8 +2,10 @@ import csv
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import train_vit
@@ -91,8 +93,8 @@ def test_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
     assert rates[11] == pytest.approx(4.0 * (1 + math.cos(math.pi * 7 / 8)))
 
 
-@pytest.mark.parametrize(("warmup_epochs", "expected"), [(None, 2), (0, 0), (0.5, 3), (2, 10), (99, 15)])
-def test_warmup_is_a_tenth_of_the_run_or_what_is_asked_for(warmup_epochs, expected):
+@pytest.mark.parametrize(("warmup_epochs", "expected"), [(None, 1), (0, 0), (0.5, 3), (2, 10), (99, 15)])
+def test_warmup_is_a_twentieth_of_the_run_or_what_is_asked_for(warmup_epochs, expected):
     assert Trainer.plan(range(5), 3, None, warmup_epochs, 1e-3, 0.0) == (15, expected)
 
 
@@ -262,6 +264,55 @@ def test_a_run_leaves_its_files_and_they_agree(tmp_path, capsys):
     assert len(model.class_names) == 10
     assert not model.training
     assert "--seed 3 --device cpu --steps 2" in capsys.readouterr().out
+
+
+def make_folder(root, side, parts=("",)):
+    """Two classes of twelve JPEG images each, red and blue, in every part."""
+    generator = np.random.default_rng(0)
+    for part in parts:
+        for channel, name in ((0, "red"), (2, "blue")):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(12):
+                pixels = generator.integers(0, 60, (side, side, 3), dtype=np.uint8)
+                pixels[..., channel] += 150
+                Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    return root
+
+
+@pytest.mark.parametrize("side", [24, 72])
+@pytest.mark.parametrize("parts", [("",), ("train", "test")])
+def test_a_folder_of_images_from_nothing_to_a_result(side, parts, tmp_path, capsys):
+    data = make_folder(tmp_path / "photos", side, parts)
+    words = ["--dry-run", "--data-dir", data, "--output-dir", tmp_path / "run", "--device", "cpu",
+             "--model", "vit_nano", "--img-size", side, "--batch-size", 4]
+    train_vit.main(list(map(str, words)))
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    split = "val" if parts == ("",) else "test"
+    assert result[f"{split}_n"] == {"val": 2, "test": 8}[split]
+    assert ("There are no test images" in capsys.readouterr().out) == (split == "val")
+    assert load_model(tmp_path / "run" / "best.pt").class_names == ["blue", "red"]
+
+
+def test_a_corrupt_test_image_is_named_and_the_run_is_kept(tmp_path, capsys):
+    data = make_folder(tmp_path / "photos", 24, ("train", "test"))
+    (data / "test" / "red" / "5.jpg").write_bytes(b"no image")
+    code, error = run(["--dry-run", "--data-dir", data, "--output-dir", tmp_path / "run"], capsys)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "5.jpg" in error
+    assert {"best.pt", "result.json", "curves.png"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_the_printed_command_repeats_the_run(tmp_path, monkeypatch):
+    """Measuring the speed draws random numbers; the run after it must not notice."""
+    monkeypatch.setattr(train_vit, "steps_within", lambda *args, **settings: int(torch.rand(3).numel()))
+    data = make_folder(tmp_path / "photos", 24)
+    common = ["--data-dir", str(data), "--drop-path", "0.5", "--batch-size", "4", "--device", "cpu", "--seed", "5"]
+    weights = []
+    for name, length in (("a", ["--minutes", "1"]), ("b", ["--steps", "3"])):
+        train_vit.main([*common, *length, "--output-dir", str(tmp_path / name)])
+        weights.append(load_model(tmp_path / name / "last.pt").state_dict())
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
 def test_a_convnet_has_no_attention_picture(tmp_path):
