@@ -160,6 +160,8 @@ class Trainer:
                     bar.update()
                     if step % 10 == 0:
                         bar.set_postfix(epoch=epoch + 1, refresh=False, **tally.summary(epoch_started))
+                if not tally.n:
+                    raise InputError("the training loader gave no images; expected at least one batch")
                 loss, accuracy = tally.means()
                 seconds = time.perf_counter() - epoch_started
                 val = self.evaluate(val_loader) if val_loader is not None else dict(loss=math.nan, acc=math.nan)

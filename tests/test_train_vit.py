@@ -10,6 +10,7 @@ from torch import nn
 
 import train_vit
 from cnn_model import ConvNet
+from measurements import choose_device
 from model_zoo import load_model
 from train_vit import Trainer, choose_precision, learning_rate_at, parameter_groups, set_train_mode, steps_within
 from vit_data import make_shapes
@@ -186,6 +187,17 @@ def test_labels_past_the_head_are_named():
     images, labels = toy_batches(1)[0]
     with pytest.raises(InputError, match="label 5 has no place among the model's 3 classes"):
         toy_trainer().train([(images, labels.clamp(min=2) + 3)], n_epochs=1)
+
+
+def test_a_loader_without_images_is_named():
+    with pytest.raises(InputError, match="gave no images"):
+        toy_trainer().train([], n_steps=3)
+
+
+@pytest.mark.parametrize("device", ["abacus", "meta", "cuda:99"])
+def test_devices_that_cannot_be_are_named(device):
+    with pytest.raises(InputError, match=rf"\Adevice '{device}' is [^\n]*\Z"):
+        choose_device(device)
 
 
 def test_device_that_is_not_there():
