@@ -71,8 +71,8 @@ def page():
         tables[cell["table"]].append(cell)
     lines = ["# Results", "", "Drawn from the files in results/ by `python benchmarks/results.py page`. Accuracies are",
              "of the test images, read once at the end of a run, with their 95% Wilson interval; `linear` is a linear",
-             "classifier on the pixels, trained and tested on the same images; `data` the share of the training seconds that",
-             "went to fetching and augmenting (at commit 602f427 the share of the whole run's).", ""]
+             "classifier on the pixels, trained and tested on the same images; `data` the share of the training seconds",
+             "that went to fetching and augmenting (at commit 602f427 the share of the whole run's).", ""]
     for table, title in TABLES.items():
         if not tables[table]:
             continue
