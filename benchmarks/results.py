@@ -26,6 +26,14 @@ TABLES = {
 }
 
 
+INTRODUCTION = """# Results
+
+Drawn from the files in results/ by `python benchmarks/results.py page`. Accuracies are of the test images, read once
+at the end of a run, with their 95% Wilson interval; `linear` is a linear classifier on the pixels, trained and tested
+on the same images; `data` the share of the training seconds that went to fetching and augmenting (at commit 602f427
+the share of the whole run's)."""
+
+
 def machine():
     """What a figure was measured on, in words."""
     cpu = platform.processor() or platform.machine()
@@ -69,10 +77,7 @@ def page():
     for path in sorted((HERE / "results").glob("*.json")):
         cell = json.loads(path.read_text())
         tables[cell["table"]].append(cell)
-    lines = ["# Results", "", "Drawn from the files in results/ by `python benchmarks/results.py page`. Accuracies are",
-             "of the test images, read once at the end of a run, with their 95% Wilson interval; `linear` is a linear",
-             "classifier on the pixels, trained and tested on the same images; `data` the share of the training seconds",
-             "that went to fetching and augmenting (at commit 602f427 the share of the whole run's).", ""]
+    lines = [*INTRODUCTION.splitlines(), ""]
     for table, title in TABLES.items():
         if not tables[table]:
             continue

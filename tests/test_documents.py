@@ -7,14 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib as mpl
 import pytest
 import torch
 from torch import nn
 
 import train_vit
 import vit_data
-from vit_model import create_vit_nano, create_vit_tiny
+from vit_model import create_vit_base, create_vit_nano, create_vit_tiny
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -31,7 +30,6 @@ def blocks(path, language):
 def short_runs(tmp_path, monkeypatch):
     """Long runs cut short: 40 drawn images, two of them a batch, one step of training; files go to tmp_path."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(mpl, "use", lambda backend: None)
     train = train_vit.Trainer.train
     monkeypatch.setattr(train_vit.Trainer, "train", functools.partialmethod(train, n_steps=1))
 
@@ -47,7 +45,7 @@ def preamble():
     return dict(
         torch=torch, nn=nn, model=model, image=batch[0][:1], transformer_output=torch.randn(2, 197, 192),
         classifier=nn.Linear(192, 10), train_loader=[batch], criterion=nn.CrossEntropyLoss(),
-        optimizer=torch.optim.AdamW(model.parameters()), create_vit_base=create_vit_tiny,
+        optimizer=torch.optim.AdamW(model.parameters()), create_vit_base=create_vit_base,
     )
 
 
