@@ -10,6 +10,7 @@ verdict.
 """
 
 import itertools
+import sys
 import tempfile
 import time
 
@@ -78,11 +79,12 @@ def compare_costs(models, images, device="cpu", seconds=1.0):
     return rows
 
 
-def compare_training(models, train_loader, val_loader, n_steps=300, learning_rate=2e-3, device="cpu", amp="auto"):
+def compare_training(models, train_loader, val_loader, n_steps=300, learning_rate=2e-3, device="cpu", amp="auto",
+                     progress=True):
     """Trains each model by one recipe. Returns two dicts by model: its Trainer and its history."""
     trainers = {name: Trainer(model, device, amp=amp) for name, model in models.items()}
-    histories = {name: trainer.train(train_loader, val_loader, n_steps=n_steps, learning_rate=learning_rate)
-                 for name, trainer in trainers.items()}
+    run = dict(n_steps=n_steps, learning_rate=learning_rate, progress=progress)
+    histories = {name: trainer.train(train_loader, val_loader, **run) for name, trainer in trainers.items()}
     return trainers, histories
 
 
@@ -119,7 +121,8 @@ def compare(options, wanted_dir):
     if options.dry_run:
         val_loader = list(itertools.islice(val_loader, 2))
     print(f"\nTraining each for {n_steps} steps of {options.batch_size} images, seed {options.seed} ...")
-    trainers, histories = compare_training(models, train_loader, val_loader, n_steps, options.lr, device, options.amp)
+    trainers, histories = compare_training(models, train_loader, val_loader, n_steps, options.lr, device, options.amp,
+                                           progress=sys.stderr.isatty())
     test_loader = None if options.dry_run else get_test_loader(**data)
     scores = {name: trainer.evaluate(val_loader if test_loader is None else test_loader)
               for name, trainer in trainers.items()}

@@ -520,8 +520,9 @@ def draw(folder, history, model, val_loader, result):
     baseline = ("linear classifier", result.get("linear_test_acc", result.get("linear_val_acc")))
     save_figure(plot_training_curves(history, baseline=baseline), folder / "curves.png")
     if isinstance(model, VisionTransformer):
-        images, _ = next(iter(val_loader))
-        save_figure(visualize_attention_grid(model, images[:4]), folder / "attention.png")
+        apart = max(1, len(val_loader) // 4)  # folders come class by class, so take images from the whole of it
+        images = [images[0] for images, _ in itertools.islice(val_loader, 0, 4 * apart, apart)]  # of (3, S, S)
+        save_figure(visualize_attention_grid(model, torch.stack(images).cpu()), folder / "attention.png")
 
 
 def main(argv=None):

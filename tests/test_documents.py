@@ -13,7 +13,7 @@ from torch import nn
 
 import train_vit
 import vit_data
-from vit_model import create_vit_base, create_vit_nano, create_vit_tiny
+from vit_model import VisionTransformer, create_vit_base, create_vit_nano, create_vit_tiny
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -46,6 +46,7 @@ def preamble():
         torch=torch, nn=nn, model=model, image=batch[0][:1], transformer_output=torch.randn(2, 197, 192),
         classifier=nn.Linear(192, 10), train_loader=[batch], criterion=nn.CrossEntropyLoss(),
         optimizer=torch.optim.AdamW(model.parameters()), create_vit_base=create_vit_base,
+        VisionTransformer=VisionTransformer,
     )
 
 
