@@ -109,7 +109,7 @@ def compare(options, wanted_dir):
     torch.manual_seed(options.seed)
     models = matched_models(n_classes, img_size)
     folder = new_output_dir(wanted_dir, "cnn_vs_vit", train_loader.dataset_name)
-    images = next(iter(val_loader))[0][:64]  # (64, 3, S, S)
+    images = next(iter(val_loader))[0][:8 if options.dry_run else 64]  # (64, 3, S, S)
 
     costs = compare_costs(models, images, device, seconds=0.1 if options.dry_run else 1.0)
     print(f"Cost at {img_size} x {img_size} pixels, batches of {len(images)}, {device}, random weights:\n")
