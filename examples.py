@@ -255,7 +255,7 @@ def transfer():
         print(f"  backbone {name}: {percent(score['correct'], score['n'])} of 1,000 test images; "
               f"{count_parameters(model, trainable_only=True):,} of {count_parameters(model):,} parameters trained")
     print("Look at: do features learned for one question serve another? Guessing gives 50%.")
-    return plot_bars({"round or straight, 100 images: test accuracy, 95% interval": results})
+    return plot_bars({"test accuracy, 95% interval": results})
 
 
 # ---- Looking inside ---------------------------------------------------------------------------------------
