@@ -1,6 +1,6 @@
 """CNN, ViT and the hybrid between them, side by side: what they cost, what they see, how they learn.
 
-    python cnn_vs_vit.py                          on the built-in shapes, about 3 minutes on 2 cores
+    python cnn_vs_vit.py                          on the built-in shapes, a few minutes on 2 cores
     python cnn_vs_vit.py --data-dir photos        on your own images
     python cnn_vs_vit.py --steps 1000 --seed 1    longer, and another seed
 

@@ -238,8 +238,9 @@ def initialise(model):
     """The initialisation of the paper's released code (google-research/vision_transformer).
 
     Dense layers: Xavier-uniform weights (q, k and v each as a layer of its own) and zero biases; the patch
-    projection: LeCun-normal; positions: normal, std 0.02; CLS: zero. One departure: the head there starts at
-    zero, which makes a fresh model answer 0 everywhere; here it is Xavier-uniform like the rest.
+    projection: LeCun-normal; positions: normal, std 0.02; CLS: zero. Two departures: the biases of the MLP start
+    there at normal, std 1e-6; and the head at zero, which makes a fresh model answer 0 everywhere, so here it is
+    Xavier-uniform like the rest.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):

@@ -8,6 +8,6 @@ import torch
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the scripts that tests start
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)

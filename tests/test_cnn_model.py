@@ -11,8 +11,6 @@ from torchvision.models import resnet18
 from cnn_model import ConvNet, ConvStem, HybridCNNViT, ResidualBlock
 from vit_model import InputError, TransformerBlock, VisionTransformer, freeze_backbone, resize_positions
 
-torch.set_num_threads(1)  # on models this small a second thread costs more than it gives
-
 HYBRID = dict(n_classes=11, embed_dim=12, depth=2, n_heads=3, img_size=(20, 28), patch_size=4)  # 5 x 7 tokens
 CONVNET = dict(n_classes=11, in_channels=2, widths=(3, 5, 7), depths=(2, 1, 1), stem_stride=2)
 

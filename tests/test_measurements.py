@@ -14,15 +14,6 @@ from vit_model import InputError, VisionTransformer
 SIZE, PATCH, GRID, N = (14, 15), (7, 5), (2, 3), 7
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On a busy machine threads that wait for each other cost models as small as these several times the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def vit(**options):
     torch.manual_seed(0)
     settings = dict(img_size=SIZE, patch_size=PATCH, n_classes=5, embed_dim=22, depth=3, n_heads=2, dropout=0.5)

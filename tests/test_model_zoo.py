@@ -26,8 +26,6 @@ from model_zoo import (
 )
 from vit_model import InputError, VisionTransformer, resize_positions
 
-torch.set_num_threads(1)  # on models this small a second thread costs more than it gives
-
 MODULES = sorted(Path(model_zoo.__file__).parent.glob("*.py"))
 ALIKE = {"vit_nano": 459_562, "hybrid": 497_818, "convnet": 481_170}
 VIT = dict(n_classes=3, img_size=(10, 15), patch_size=5, embed_dim=12, depth=2, n_heads=3)

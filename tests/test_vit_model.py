@@ -28,8 +28,6 @@ from vit_model import (
     sincos_positions,
 )
 
-torch.set_num_threads(1)  # on models this small a second thread costs more than it gives
-
 SOURCE = Path(vit_model.__file__).read_text(encoding="utf-8").splitlines()
 PATCHED = dict(img_size=(15, 14), patch_size=(5, 2), in_channels=2)  # 3 x 7 patches
 SMALL = dict(**PATCHED, n_classes=11, embed_dim=12, depth=2, n_heads=3, mlp_ratio=2.0)
