@@ -8,7 +8,7 @@
 No function here changes the model that it is given: weights, gradients, buffers, hooks and train or eval mode
 are afterwards as they were, also after an error.
 
-Letters:  B images, C channels, L blocks (depth), H heads, N tokens (CLS first), D width, K classes,
+Letters:  B images, C channels, L blocks (depth), H heads, N tokens (CLS, registers, patches), D width, K classes,
           F features of the linear classifier.
 """
 
@@ -61,29 +61,36 @@ def select_attention(maps, layer_idx=-1, head_idx=None):
     return attention[:, check_index("head_idx", head_idx, n_heads)]  # (B, N, N)
 
 
-def cls_attention_grid(attention, grid_size):
+def cls_attention_grid(attention, grid_size, n_prefix_tokens=1):
     """What CLS takes from each patch: maps (..., N, N) -> (..., rows, columns).
 
-    grid_size: (rows, columns), as model.patch_embed.grid_size. The weights are left as they are: with what CLS
-    takes from itself they sum to one. Raises InputError where the grid does not have N - 1 patches.
+    grid_size        (rows, columns), as model.patch_embed.grid_size
+    n_prefix_tokens  tokens before the patches, as model.n_prefix_tokens: CLS and the registers
+
+    The weights are left as they are: with what CLS takes from itself and the registers they sum to one. Raises
+    InputError where prefix and grid do not make N tokens.
     """
     rows, columns = grid_size
-    if attention.shape[-1] != 1 + rows * columns:
-        raise InputError(f"a map over {attention.shape[-1]} tokens does not fit a grid of {rows}x{columns} "
-                         f"patches and CLS, {1 + rows * columns} tokens; give the grid_size of its model")
-    return attention[..., 0, 1:].unflatten(-1, (rows, columns))  # (..., rows, columns)
+    if attention.shape[-1] != n_prefix_tokens + rows * columns:
+        prefix = "CLS" if n_prefix_tokens == 1 else f"{n_prefix_tokens} tokens before them"
+        raise InputError(f"a map over {attention.shape[-1]} tokens does not fit a grid of {rows}x{columns} patches "
+                         f"and {prefix}, {n_prefix_tokens + rows * columns} tokens; give the grid_size and the "
+                         f"n_prefix_tokens of its model")
+    return attention[..., 0, n_prefix_tokens:].unflatten(-1, (rows, columns))  # (..., rows, columns)
 
 
 @torch.no_grad()
 def position_similarity(model):
     """Cosine similarity of the position embeddings of all pairs of patches, (rows, columns, rows, columns).
 
-    CLS is left out. ViT paper, Fig. 7 (centre). Raises InputError for a model without position embeddings.
+    CLS is left out, registers have none. ViT paper, Fig. 7 (centre). Raises InputError for a model without position
+    embeddings.
     """
     if getattr(model, "pos_embed", None) is None:
         raise InputError(f"this {type(model).__name__} has no position embeddings; expected a VisionTransformer "
                          f"or HybridCNNViT with position 'learned' or 'sincos'")
-    positions = F.normalize(model.pos_embed[0, 1:].float(), dim=-1)  # (N - 1, D)
+    n_patches = model.patch_embed.n_patches
+    positions = F.normalize(model.pos_embed[0, -n_patches:].float(), dim=-1)  # (n_patches, D)
     return (positions @ positions.T).reshape(2 * model.patch_embed.grid_size)  # (rows, columns, rows, columns)
 
 
@@ -120,7 +127,7 @@ def receptive_field(model, images, depth=None):
     features = outputs[0]
     if features.ndim == 3:
         grid = model.patch_embed.grid_size
-        patches = features[:, -grid[0] * grid[1]:]  # (B, N - 1, D), without CLS
+        patches = features[:, -grid[0] * grid[1]:]  # (B, n_patches, D), without CLS and registers
         features = patches.transpose(1, 2).unflatten(2, grid)  # (B, D, rows, columns)
     rows, columns = features.shape[2:]
     unit = features[:, :, rows // 2, columns // 2].sum()
@@ -231,16 +238,18 @@ def count_flops(model, img_size=None):
     """FLOPs of one forward pass of one image, a multiply-add counted as 2.
 
     img_size: a side or (height, width); None: the model's own. Counted are matrix products and convolutions, as
-    torch.utils.flop_counter does: norms, softmax, activations, biases and additions are left out. Nothing is
+    torch.utils.flop_counter does: norms, softmax, activations, biases and additions are left out. As in published
+    counts every token passes every block; a ViT whose head reads CLS alone saves most of its last one. Nothing is
     computed: the pass runs on shapes alone (device "meta").
     """
     size = pair(model.config.img_size if img_size is None else img_size)
     images = torch.empty(1, model.config.in_channels, *size, device="meta")
-    state = {name: value.to("meta") for name, value in model.state_dict().items()}
+    tensors = {id(tensor): tensor.detach().to("meta") for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, tensors).eval()  # with those in the place of its own
     counter = FlopCounterMode(display=False)
     # MATH spells attention out as two matrix products, which every version of torch counts.
-    with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        torch.func.functional_call(model, state, (images,))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        twin.forward_head(twin.forward_features(images))
     return counter.get_total_flops()
 
 

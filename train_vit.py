@@ -424,7 +424,8 @@ class Saver:
 
     def __init__(self, folder, model, loader):
         self.folder, self.model, self.best_acc = folder, model, -1.0
-        self.labels = dict(class_names=loader.class_names, mean=loader.mean, std=loader.std)
+        self.labels = dict(class_names=loader.class_names, mean=loader.mean, std=loader.std,
+                           interpolation=getattr(loader, "interpolation", None) or "bilinear")
 
     def __call__(self, history):
         epoch, acc = len(history["val_acc"]), history["val_acc"][-1]

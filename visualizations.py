@@ -83,7 +83,7 @@ class AttentionVisualizer:
         images, picture = prepare_image(image, self.model)
         maps = attention_maps(self.model, images).cpu()  # (L, 1, H, N, N)
         attention = select_attention(maps, layer_idx, head_idx)[0]  # (N, N)
-        grid = cls_attention_grid(attention, self.model.patch_embed.grid_size).numpy()  # (rows, columns)
+        grid = cls_attention_grid(attention, *token_layout(self.model)).numpy()  # (rows, columns)
         figure = new_figure(12, 1.1 + 3.4 * proportion(picture))
         left, middle, right = figure.subplots(1, 3)
         left.imshow(picture)
@@ -112,7 +112,7 @@ class AttentionVisualizer:
         """
         images, picture = prepare_image(image, self.model)
         maps = attention_maps(self.model, images).cpu()[:, 0]  # (L, H, N, N)
-        grids = cls_attention_grid(maps, self.model.patch_embed.grid_size)  # (L, H, rows, columns)
+        grids = cls_attention_grid(maps, *token_layout(self.model))  # (L, H, rows, columns)
         n_layers, n_heads = grids.shape[:2]
         chosen = spread(n_layers, 6) if layers is None else [check_index("layer", i, n_layers) for i in layers]
         figure = draw_map_grid([picture] * len(chosen), grids[chosen], [f"layer {layer}" for layer in chosen],
@@ -136,13 +136,18 @@ def visualize_attention_grid(model, images, save_path=None):
     Raises InputError for a model without attention.
     """
     maps = attention_maps(model, images).cpu().mean(dim=2)  # (L, B, N, N)
-    grids = cls_attention_grid(maps, model.patch_embed.grid_size).transpose(0, 1)  # (B, L, rows, columns)
+    grids = cls_attention_grid(maps, *token_layout(model)).transpose(0, 1)  # (B, L, rows, columns)
     chosen = spread(grids.shape[1], 6)
     pictures = [as_picture(image, *statistics_of(model)) for image in images]
     labels = [f"layer {layer}" for layer in chosen]
     figure = draw_map_grid(pictures, grids[:, chosen], [""] * len(pictures), labels,
                            "Where CLS looks, mean over the heads")
     return finish(figure, save_path)
+
+
+def token_layout(model):
+    """(grid_size, n_prefix_tokens), as cls_attention_grid asks for them."""
+    return model.patch_embed.grid_size, model.n_prefix_tokens
 
 
 def draw_map_grid(pictures, grids, row_labels, column_labels, title):
@@ -531,7 +536,7 @@ def prepare_image(image, model):
             raise InputError(f"got a tensor of {images.shape[2]}x{images.shape[3]} pixels, expected "
                              f"{size[0]}x{size[1]}; resize it, or give a picture, which is resized here")
     else:
-        picture = fit_picture(open_picture(image), size)
+        picture = fit_picture(open_picture(image), size, getattr(model, "interpolation", None) or "bilinear")
         images = normalise(image_functional.pil_to_tensor(picture).unsqueeze(0), mean, std)  # (1, 3, H, W)
     return images, undo_normalisation(images, mean, std)
 
@@ -588,15 +593,15 @@ def open_picture(image):
                      f"(H, W), uint8 or float in 0..1, or a tensor (3, H, W)")
 
 
-def fit_picture(image, size):
+def fit_picture(image, size, interpolation="bilinear"):
     """A PIL image resized and its centre cut to size, (height, width), as the validation images are.
 
     Where the size is no square, which those always are, the picture just covers it.
     """
     height, width = size
     if height == width:
-        return FitSquare(height)(image)
-    return ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+        return FitSquare(height, interpolation)(image)
+    return ImageOps.fit(image, (width, height), Image.Resampling[interpolation.upper()])
 
 
 def statistics_of(model):

@@ -2,7 +2,7 @@
 
     get_data_loaders   the training and the validation loader; get_test_loader   the test images, kept apart
     open_image         an image file as an upright RGB picture; eval_transform   that picture as a tensor
-    make_shapes        the built-in set: ten drawn shapes whose texture and colour tell nothing of the shape
+    make_shapes        the built-in set, which drawn_shapes holds
 
 Letters:  B images in a batch, N images in a set, n some of them, C channels (always 3), H, W height and width,
           S side of a square image in pixels.
@@ -17,7 +17,7 @@ images of the loaders do not depend on `seed`: they are the same in every run.
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,16 +27,18 @@ import torchvision
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2.functional import center_crop, resize
 from tqdm import tqdm
 
+from drawn_shapes import SHAPES, TEST_START, TEXTURES, make_shapes  # noqa: F401 - TEXTURES is handed on
 from vit_model import InputError, check_choice, check_whole
 
 DEFAULT_DATA_DIR = "./data"
 SMALL_SIDE = 64  # pixels: images up to this side are seen whole, and kept in memory
 MEMORY_LIMIT = 2 * 1024**3  # bytes: small images that decode to more are read file by file
 VALIDATION_FOLDERS = ("val", "valid", "validation")
+INTERPOLATIONS = ("bilinear", "bicubic")
 
 # Mean and standard deviation of each channel (red, green, blue), of values from 0 to 1.
 NORMALISATION = {
@@ -61,19 +63,21 @@ DATASETS = ("auto", "folder", "shapes", *TORCHVISION_SETS)
 
 @dataclass(frozen=True)
 class SetFacts:
-    """What a loader tells of its set; mean and std, three numbers each, are the normalisation it applies."""
+    """What a loader tells of its set; mean and std, three numbers each, are the normalisation it applies, and
+    interpolation, one of INTERPOLATIONS, is how it resizes."""
     dataset_name: str
     class_names: list
     img_size: int
     mean: tuple
     std: tuple
+    interpolation: str = "bilinear"
 
 
 # ---- The loaders ------------------------------------------------------------------------------------------
 
 
 def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, dataset="auto", val_fraction=0.1,
-                     *, seed=0, workers=None, n_images=None):
+                     *, seed=0, workers=None, n_images=None, mean=None, std=None, interpolation=None):
     """(training loader, validation loader). The validation images are never the test images.
 
     data_dir      the folder of the data. A folder of images holds train/<class>/*.jpg, with val/ (or valid/,
@@ -89,21 +93,25 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
     seed          of the validation cut, the order and the augmentation; a whole number from 0.
     workers       processes that read photographs; None: one a core, 8 at most, none for under 256 images.
     n_images      shapes only: training and validation images together; None: 20,000 at 32 pixels, 1,100 at 224.
+    mean, std     the normalisation, three numbers each, of values from 0 to 1: those of a pretrained model, say. None:
+                  the set's own, in NORMALISATION.
+    interpolation "bilinear" or "bicubic": how images are resized; None: bilinear.
 
-    Both loaders have class_names, img_size, mean, std, n_images, dataset_name, a length in batches, set_epoch(epoch)
-    and to(device). Raises InputError for arguments and data that cannot work.
+    Both loaders have class_names, img_size, mean, std, interpolation, n_images, dataset_name, a length in batches,
+    set_epoch(epoch) and to(device). Raises InputError for arguments and data that cannot work.
     """
     check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images)
+    wanted = wanted_facts(mean, std, interpolation)
     name = choose_set(data_dir, dataset, n_images)
     if name == "shapes" and dataset == "auto":
         print(f"There is no {data_dir}: using the built-in drawn shapes. For other data give data_dir (a folder "
               f"with a folder of images for each class) or dataset ({', '.join(TORCHVISION_SETS)}).")
     if name != "folder":
-        images, labels, facts = read_memory_set(name, data_dir, img_size, n_images, training=True)
+        images, labels, facts = read_memory_set(name, data_dir, img_size, n_images, wanted, training=True)
         train, val = stratified_cut(labels, val_fraction, seed)
         return (MemoryLoader(images[train], labels[train], facts, batch_size, seed, training=True),
                 MemoryLoader(images[val], labels[val], facts, batch_size, seed))
-    facts, files, labels = read_training_folder(data_dir, img_size)
+    facts, files, labels = read_training_folder(data_dir, img_size, wanted)
     val_dir, test_dir = first_folder(data_dir, VALIDATION_FOLDERS), first_folder(data_dir, ("test",))
     if test_dir:
         list_images(test_dir, facts.class_names)  # what is wrong with it is better known before the training
@@ -117,16 +125,17 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
 
 
 def get_test_loader(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, dataset="auto", val_fraction=0.1,
-                    *, seed=0, workers=None, n_images=None):
+                    *, seed=0, workers=None, n_images=None, mean=None, std=None, interpolation=None):
     """The loader of the test images, or None where the set has none: a folder without test/. It takes the arguments of
     get_data_loaders, so that the same ones serve both; val_fraction and seed change nothing here. Of shapes there are a
     fifth as many test images, none of them among the others."""
     check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images)
+    wanted = wanted_facts(mean, std, interpolation)
     name = choose_set(data_dir, dataset, n_images)
     if name != "folder":
-        images, labels, facts = read_memory_set(name, data_dir, img_size, n_images, training=False)
+        images, labels, facts = read_memory_set(name, data_dir, img_size, n_images, wanted, training=False)
         return MemoryLoader(images, labels, facts, batch_size, seed)
-    facts, _, _ = read_training_folder(data_dir, img_size)
+    facts, _, _ = read_training_folder(data_dir, img_size, wanted)
     test_dir = first_folder(data_dir, ("test",))
     return test_dir and folder_loader(*list_images(test_dir, facts.class_names), facts, batch_size, seed, workers)
 
@@ -136,7 +145,8 @@ class Loader:
 
     def __init__(self, labels, facts, batch_size, seed, training):
         self.dataset_name, self.class_names = facts.dataset_name, facts.class_names
-        self.img_size, self.mean, self.std = facts.img_size, facts.mean, facts.std
+        self.img_size, self.interpolation = facts.img_size, facts.interpolation
+        self.mean, self.std = facts.mean, facts.std
         self.labels, self.n_images = labels, len(labels)
         self.batch_size, self.seed, self.training = batch_size, seed, training
         self.epoch, self.n_passes = None, 0
@@ -192,9 +202,11 @@ class MemoryLoader(Loader):
         """uint8 (B, 3, H, W) to float32 (B, 3, S, S)."""
         images = images.float()
         if images.shape[-1] != self.img_size:
-            images = F.interpolate(images, (self.img_size,) * 2, mode="bilinear", antialias=True)  # (B, 3, S, S)
+            images = F.interpolate(images, (self.img_size,) * 2, mode=self.interpolation, antialias=True)
+            if self.interpolation == "bicubic":
+                images.clamp_(0, 255)  # beside an edge it goes beyond what pixels can be
         mean, std = self.normalisation
-        return images.sub_(mean).div_(std)
+        return images.sub_(mean).div_(std)  # (B, 3, S, S)
 
 
 def crop_and_flip(images, top, left, flip):
@@ -248,7 +260,7 @@ class PhotoDataset(Dataset):
     def __init__(self, files, labels, facts, seed, training):
         self.files, self.labels, self.seed = files, labels, seed
         make_transform = train_transform if training else eval_transform
-        self.transform = make_transform(facts.img_size, facts.mean, facts.std)
+        self.transform = make_transform(facts.img_size, facts.mean, facts.std, facts.interpolation)
 
     def __getitem__(self, key):
         epoch, index = key
@@ -298,15 +310,16 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def train_transform(img_size, mean, std):
+def train_transform(img_size, mean, std, interpolation="bilinear"):
     """The training augmentation of photographs: PIL RGB image -> normalised float32 tensor (3, S, S)."""
-    return v2.Compose([v2.RandomResizedCrop(img_size), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4),
-                       v2.AutoAugment(), eval_transform(img_size, mean, std)])
+    show = eval_transform(img_size, mean, std, interpolation)
+    return v2.Compose([v2.RandomResizedCrop(img_size, interpolation=InterpolationMode(interpolation)),
+                       v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4), v2.AutoAugment(), show])
 
 
-def eval_transform(img_size, mean, std):
+def eval_transform(img_size, mean, std, interpolation="bilinear"):
     """PIL RGB image -> normalised float32 tensor (3, S, S), as the validation and test loaders show an image."""
-    return v2.Compose([FitSquare(img_size), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+    return v2.Compose([FitSquare(img_size, interpolation), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
                        v2.Normalize(list(mean), list(std))])
 
 
@@ -315,14 +328,15 @@ class FitSquare:
     256 / 224 of S before the cut, as is usual for ImageNet. Images up to 64 pixels, and all images where S is, lose
     nothing but the ends of the longer side. An image of S x S stays as it is."""
 
-    def __init__(self, img_size):
-        self.img_size = img_size
+    def __init__(self, img_size, interpolation="bilinear"):
+        check_choice("interpolation", interpolation, INTERPOLATIONS)
+        self.img_size, self.interpolation = img_size, InterpolationMode(interpolation)
 
     def __call__(self, image):
         if image.size == (self.img_size, self.img_size):
             return image
         small = min(self.img_size, *image.size) <= SMALL_SIDE
-        image = resize(image, [self.img_size if small else round(self.img_size * 256 / 224)])
+        image = resize(image, [self.img_size if small else round(self.img_size * 256 / 224)], self.interpolation)
         return center_crop(image, [self.img_size])
 
 
@@ -342,15 +356,17 @@ def choose_set(data_dir, dataset, n_images):
     return name
 
 
-def read_memory_set(name, data_dir, img_size, n_images, training):
-    """Images uint8 (N, 3, H, W), labels int64 (N,) and the facts of shapes or one of torchvision's sets."""
+def read_memory_set(name, data_dir, img_size, n_images, wanted, training):
+    """Images uint8 (N, 3, H, W), labels int64 (N,) and the facts of shapes or one of torchvision's sets, the wanted
+    ones in the place of its own."""
     if name == "shapes":
         S = img_size or 32
         n_images = n_images or max(500, min(20_000, round(200 * (32 / S) ** 1.5) * 100))  # large ones take longer
         drawn = make_shapes(n_images, S) if training else make_shapes(n_images // 5, S, start=TEST_START)
-        return drawn.images, drawn.labels, SetFacts(name, list(SHAPES), S, *NORMALISATION[name])
+        return drawn.images, drawn.labels, replace(SetFacts(name, list(SHAPES), S, *NORMALISATION[name]), **wanted)
     images, labels, class_names = read_torchvision_set(name, data_dir, training)
-    return images, labels, SetFacts(name, class_names, img_size or images.shape[-1], *NORMALISATION[name])
+    facts = SetFacts(name, class_names, img_size or images.shape[-1], *NORMALISATION[name])
+    return images, labels, replace(facts, **wanted)
 
 
 def read_torchvision_set(name, data_dir, training):
@@ -371,8 +387,9 @@ def read_torchvision_set(name, data_dir, training):
     return images.contiguous(), torch.as_tensor(data.targets), list(data.classes)  # (N, 3, H, W), (N,)
 
 
-def read_training_folder(data_dir, img_size):
-    """(facts, files, labels (N,)) of the images in train/, or in data_dir itself where there is no train/."""
+def read_training_folder(data_dir, img_size, wanted):
+    """(facts, files, labels (N,)) of the images in train/, or in data_dir itself where there is no train/; the wanted
+    facts in the place of the set's own."""
     root = Path(data_dir).expanduser()
     if not root.is_dir():
         raise InputError(f"there is no data folder {str(data_dir)!r}: give one with a folder of images for each class")
@@ -388,7 +405,8 @@ def read_training_folder(data_dir, img_size):
     if empty:
         raise InputError(f"class folder {str(train_dir / empty[0])!r} has no images ({', '.join(IMG_EXTENSIONS)}): "
                          f"add some or remove it")
-    return SetFacts("folder", class_names, img_size or own_side(files), *NORMALISATION["folder"]), files, labels
+    facts = SetFacts("folder", class_names, img_size or own_side(files), *NORMALISATION["folder"])
+    return replace(facts, **wanted), files, labels
 
 
 def first_folder(root, names):
@@ -436,19 +454,20 @@ def own_side(files):
 def folder_loader(files, labels, facts, batch_size, seed, workers, training=False):
     """A MemoryLoader where the images are small and fit in memory, else a PhotoLoader."""
     if facts.img_size <= SMALL_SIDE and len(files) * 3 * facts.img_size**2 <= MEMORY_LIMIT:
-        return MemoryLoader(decode_images(files, facts.img_size), labels, facts, batch_size, seed, training)
+        images = decode_images(files, facts.img_size, facts.interpolation)
+        return MemoryLoader(images, labels, facts, batch_size, seed, training)
     if workers is None:
         workers = min(8, os.cpu_count() or 1) if len(files) >= 256 else 0
     return PhotoLoader(files, labels, facts, batch_size, seed, training, workers)
 
 
-def decode_images(files, S):
+def decode_images(files, S, interpolation):
     """The image files as one uint8 tensor (N, 3, S, S), read by several threads."""
     images = torch.empty(len(files), 3, S, S, dtype=torch.uint8)
     parts = [files[start : start + 256] for start in range(0, len(files), 256)]
     quiet = True if len(files) < 2000 else None  # None: a bar where there is a terminal
     with ThreadPoolExecutor() as pool, tqdm(total=len(files), unit="image", disable=quiet) as bar:
-        decoded_parts = pool.map(decode_part, parts, [FitSquare(S)] * len(parts))
+        decoded_parts = pool.map(decode_part, parts, [FitSquare(S, interpolation)] * len(parts))
         for room, decoded in zip(images.split(256), decoded_parts, strict=True):
             room.copy_(decoded)
             bar.update(len(decoded))
@@ -493,205 +512,35 @@ def check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images)
         raise InputError(f"val_fraction {val_fraction!r} is out of range: expected a share between 0 and 1, as 0.1")
 
 
-# ---- Drawn shapes -----------------------------------------------------------------------------------------
-
-COLOURS = {  # red, green, blue from 0 to 1
-    "red": (1.0, 0.1, 0.1), "orange": (1.0, 0.6, 0.0), "yellow": (0.9, 0.9, 0.0), "green": (0.1, 0.8, 0.1),
-    "cyan": (0.0, 0.8, 0.9), "blue": (0.1, 0.2, 1.0), "purple": (0.6, 0.0, 0.9), "pink": (1.0, 0.2, 0.7),
-}
-# Each shape as a function of coordinates (n, S, S) in which it has radius 1: below 0 inside, above 0 outside, near the
-# edge about the distance from it. All are their own mirror images, so that mirroring in training keeps the label.
-EDGES = {
-    "circle": lambda u, v: length(u, v) - 0.85,
-    "ring": lambda u, v: (length(u, v) - 0.74).abs() - 0.22,
-    "triangle": lambda u, v: torch.maximum(u.abs() * 0.8660254 + v * 0.5, -v) - 0.5,
-    "square": lambda u, v: box(u, v, 0.72, 0.72),
-    "star": lambda u, v: star(u.abs(), v),
-    "cross": lambda u, v: torch.minimum(box(u, v, 0.95, 0.27), box(u, v, 0.27, 0.95)),
-    "heart": lambda u, v: torch.minimum(length(u.abs() - 0.354, v - 0.354), (u.abs() + v.abs()) * 0.7071) - 0.5,
-    "crescent": lambda u, v: torch.maximum(length(u, v) - 0.95, 0.75 - length(u - 0.5, v)),
-    "tee": lambda u, v: torch.minimum(box(u, v - 0.48, 0.69, 0.22), box(u, v + 0.12, 0.22, 0.82)),
-    "dumbbell": lambda u, v: torch.minimum(length(u.abs() - 0.6, v) - 0.38, box(u, v, 0.6, 0.14)),
-}
-# Each pattern as a function of coordinates p, q in periods (r: of the rings, the gradient): below 0 the first tone,
-# above 0 the second, near an edge about the distance from it.
-PATTERNS = {
-    "plain": lambda p, q, r: torch.full_like(p, -1),
-    "stripes": lambda p, q, r: wave(p) * 0.5,
-    "checks": lambda p, q, r: wave(p) * wave(q),
-    "dots": lambda p, q, r: 0.33 - length(p - p.floor() - 0.5, q - q.floor() - 0.5),
-    "rings": lambda p, q, r: wave(r) * 0.5,
-}
-SHAPES, TEXTURES = tuple(EDGES), tuple(PATTERNS)
-TEST_START = 1_000_000_000  # the loaders' test images are numbered from here, their other images from 0
-NOISE = 0.1  # the largest span of a pixel's noise, where 1 is from black to white
+def wanted_facts(mean, std, interpolation):
+    """The fields of SetFacts that the caller wants otherwise than the set has them, after a look at each."""
+    if (mean is None) != (std is None):
+        name, absent, value = ("mean", "std", mean) if std is None else ("std", "mean", std)
+        raise InputError(f"{name} {in_one_line(value)} has no {absent} beside it: expected both or neither; give "
+                         f"{absent} too, as a model or a loader carries it")
+    wanted = {}
+    if mean is not None:
+        wanted = dict(mean=three_numbers("mean", mean), std=three_numbers("std", std))
+    if interpolation is not None:
+        check_choice("interpolation", interpolation, INTERPOLATIONS)
+        wanted["interpolation"] = interpolation
+    return wanted
 
 
-@dataclass(frozen=True)
-class DrawnShapes:
-    """images uint8 (N, 3, S, S); labels, textures, colours int64 (N,): places in SHAPES, TEXTURES, COLOURS."""
-    images: torch.Tensor
-    labels: torch.Tensor
-    textures: torch.Tensor
-    colours: torch.Tensor
-
-
-def make_shapes(n_images, img_size=32, seed=0, start=0, *, shape=None, texture=None, colour=None):
-    """Drawn shapes number start to start + n_images - 1 of the endless set that `seed` names.
-
-    Each has one of SHAPES at a random place and size, turned by up to 45 degrees either way, filled with one of
-    TEXTURES in two tones of one of COLOURS, on a patterned background, under noise. The shape of image i is i modulo
-    ten; texture and colour are drawn without regard to it. shape, texture and colour override that: a name, a number,
-    or N numbers in a sequence or tensor. All else in the images stays as it was.
-
-    Image i depends on (seed, i, img_size) alone, not on n_images or start. Its pixels are computed by operations that
-    IEEE 754 rounds in one way only, so they should be the same on every machine.
-
-    Returns DrawnShapes. Raises InputError for names and numbers that cannot be.
-    """
-    for name, value in (("n_images", n_images), ("seed", seed), ("start", start)):
-        check_whole(name, value, 0)
-    check_whole("img_size", img_size, 8)
-    index = np.arange(start, start + n_images, dtype=np.uint64)
-    chance = torch.from_numpy((random_bits(seed, index, np.arange(64)) >> np.uint64(40)).astype(np.float32)) / 2**24
-    labels = choose_factor("shape", shape, SHAPES, torch.arange(start, start + n_images) % len(SHAPES))
-    textures = choose_factor("texture", texture, TEXTURES, (chance[:, 0] * len(TEXTURES)).long())
-    colours = choose_factor("colour", colour, tuple(COLOURS), (chance[:, 1] * len(COLOURS)).long())
-    images = torch.empty(n_images, 3, img_size, img_size, dtype=torch.uint8)
-    step = max(1, 2**18 // img_size**2)  # images at a time: few enough to stay in the processor's caches
-    for first in range(0, n_images, step):
-        part = slice(first, first + step)
-        drawn = draw(chance[part], labels[part], textures[part], colours[part], img_size)  # (n, 3, S, S)
-        drawn += chance[part, 2, None, None, None] * NOISE * pixel_noise(seed, index[part], img_size)
-        images[part] = (drawn.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
-    return DrawnShapes(images, labels, textures, colours)
-
-
-def choose_factor(name, wanted, names, drawn):
-    """A factor's numbers, int64 (N,): those drawn (N,), or those that the caller wants."""
-    if wanted is None:
-        return drawn
+def three_numbers(name, values):
+    """A mean or a std, in any kind of sequence, as a tuple of three floats."""
     try:
-        numbers = torch.as_tensor(names.index(wanted) if isinstance(wanted, str) else wanted).expand(drawn.shape)
-        fits = numbers.dtype == torch.int64 and not ((numbers < 0) | (numbers >= len(names))).any()
-    except (TypeError, ValueError, RuntimeError):
+        numbers = torch.as_tensor(values, dtype=torch.float64)
+        sound = numbers.isfinite() & (numbers > 0) if name == "std" else numbers.isfinite()
+        fits = numbers.shape == (3,) and bool(sound.all())
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         fits = False
     if not fits:
-        raise InputError(f"{name} {wanted!r} cannot be: expected one of {', '.join(names)}, or a number from 0 to "
-                         f"{len(names) - 1}, or {len(drawn)} such numbers")
-    return numbers.clone()
+        raise InputError(f"{name} {in_one_line(values)} is out of range: expected three finite numbers"
+                         f"{' above 0' if name == 'std' else ''}, one a channel; give the model's own, or leave out "
+                         f"mean and std")
+    return tuple(numbers.tolist())
 
 
-def draw(chance, labels, textures, colours, S):
-    """The images before their noise: float32 (n, 3, S, S), about 0 to 1. chance (n, 64) is uniform from 0 to 1."""
-    take = iter(chance[:, 3:].T)  # one column (n,) at a time
-    pixels = (torch.arange(S) + 0.5) / S
-    x, y = pixels.view(1, 1, S), pixels.view(1, S, 1)
-
-    # The shape, in coordinates in which it has radius 1.
-    radius = next(take) * 0.10 + 0.32
-    centre_x, centre_y = (next(take) * (1 - 2 * radius) + radius for _ in range(2))
-    u, v = turned(x - maps(centre_x), y - maps(centre_y), next(take) / 4 - 0.125, radius)  # (n, S, S) each
-    cover = one_pixel_wide(-by_kind(EDGES, labels, u, v), radius * S)  # (n, S, S)
-
-    # The texture it is filled with, in periods.
-    period = next(take) * 0.06 + 0.12
-    p, q = turned(x - maps(next(take)), y - maps(next(take)), next(take), period)  # (n, S, S) each
-    r = length(u, v) * maps(radius / period)
-    filling = one_pixel_wide(by_kind(PATTERNS, textures, p, q, r), period * S)  # (n, S, S)
-
-    # The background: a pattern other than rings, or in their place a gradient from side to side.
-    kind = (next(take) * len(PATTERNS)).long()
-    period = next(take) * 0.2 + 0.15
-    p, q = turned(x - maps(next(take)), y - maps(next(take)), next(take), period)  # (n, S, S) each
-    ground = one_pixel_wide(by_kind(PATTERNS, kind, p, q, p), period * S)
-    gradient = (p * maps(period) * 0.7 + 0.5).clamp(0, 1)
-    ground = torch.where(maps(kind == TEXTURES.index("rings")), gradient, ground)  # (n, S, S)
-
-    # Two tones each for shape and background, on either side of mid-grey.
-    palette = torch.tensor(list(COLOURS.values()))  # (8, 3)
-    side = (next(take) < 0.5).float() * 2 - 1
-    own = palette[colours]  # (n, 3)
-    bold, soft = tone(own, side * (next(take) * 0.10 + 0.35)), tone(own, side * (next(take) * 0.10 + 0.15))
-    other = palette[(next(take) * len(palette)).long()]  # (n, 3)
-    near, far = (tone(other, -side * (next(take) * 0.15 + 0.15)) for _ in range(2))
-    return mixed(mixed(near, far, ground), mixed(bold, soft, filling), cover)  # (n, 3, S, S)
-
-
-def maps(values):
-    """(n,) as (n, 1, 1), to go with maps (n, S, S)."""
-    return values[:, None, None]
-
-
-def length(u, v):
-    return (u.square() + v.square()).sqrt()
-
-
-def box(u, v, half_width, half_height):
-    return torch.maximum(u.abs() - half_width, v.abs() - half_height)
-
-
-def star(u, v):
-    for across in (0.809017, -0.809017):  # mirror four of the five points on to the one at v = 1
-        beyond = (u * across - v * 0.5877853).clamp(min=0) * 2
-        u, v = u - beyond * across, v + beyond * 0.5877853
-    return u.abs() * 0.95 + (v - 1) * 0.31
-
-
-def wave(p):
-    """0.5 at whole p, -0.5 halfway between, and straight lines from one to the other."""
-    return ((p - p.floor()) * 2 - 1).abs() - 0.5
-
-
-def one_pixel_wide(inside, pixels):
-    """Distances (n, S, S) in units of `pixels` (n,) as shares: 0 below 0, 1 above, a ramp of a pixel between."""
-    return (inside * maps(pixels) + 0.5).clamp(0, 1)
-
-
-def turned(x, y, turn, unit):
-    """Offsets x (n, 1, S), y (n, S, 1) turned by `turn` (n,) of a circle, in units of `unit` (n,): (n, S, S) each."""
-    angle = turn.double().numpy() * (2 * np.pi)
-    # Rounded to 20 bits: the last bit of a cosine differs between machines.
-    rounded = torch.from_numpy(np.rint(np.stack([np.cos(angle), np.sin(angle)]) * 2**20) / 2**20).float()  # (2, n)
-    cos, sin = (rounded / unit)[:, :, None, None]
-    return cos * x + sin * y, cos * y - sin * x
-
-
-def tone(colour, level):
-    """The colour (n, 3) at a level (n,) from -0.5, dark, to 0.5, bright: (n, 3, 1, 1)."""
-    chroma = colour - (colour[:, :1] + colour[:, 1:2] + colour[:, 2:]) / 3
-    return (0.5 + level[:, None] + 0.25 * chroma)[:, :, None, None]
-
-
-def mixed(first, second, share):
-    """From the first image or tone, where share (n, S, S) is 0, to the second, where it is 1: (n, 3, S, S)."""
-    return first + (second - first) * share[:, None]
-
-
-def by_kind(functions, kinds, *arguments):
-    """The kinds[i]-th function of the i-th part of each argument, put together again: (n, S, S)."""
-    result = torch.empty_like(arguments[0])
-    for kind, function in enumerate(functions.values()):
-        members = (kinds == kind).nonzero()[:, 0]
-        result[members] = function(*(argument[members] for argument in arguments))
-    return result
-
-
-def random_bits(seed, index, places):
-    """uint64 (n, k): 64 bits for each image number (n,) and place (k,), by the hash of splitmix64."""
-    image = scrambled(scrambled(np.full(1, seed, np.uint64)) + index)  # (n,)
-    steps = (places.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # (k,)
-    return scrambled(image[:, None] + steps)
-
-
-def scrambled(bits):
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
-
-
-def pixel_noise(seed, index, S):
-    """float32 (n, 3, S, S), uniform from -0.5 to below 0.5: 21 of a pixel's 64 bits for each channel."""
-    bits = random_bits(seed, index, np.arange(64, 64 + S * S)).reshape(-1, 1, S, S)
-    channels = (bits >> np.array([0, 21, 42], np.uint64).reshape(3, 1, 1)) & np.uint64(2**21 - 1)  # (n, 3, S, S)
-    return torch.from_numpy(channels.astype(np.float32)) / 2**21 - 0.5
+def in_one_line(value):
+    return " ".join(repr(value).split())[:200]

@@ -5,9 +5,9 @@ Read the first 150 lines beside the paper:
     paper                                             here
     Sec. 3.1  x_p E, patches to tokens                line 34, PatchEmbedding
     App. A    Eq. 5 to 8, multi-head attention        line 51, MultiHeadAttention
-    Sec. 3.1  MLP: two layers with a GELU             line 75, MLP
-    Sec. 3.1  Eq. 2 and 3, the encoder block          line 89, TransformerBlock
-    Sec. 3.1  Eq. 1 and 4, the whole model            line 108, VisionTransformer
+    Sec. 3.1  MLP: two layers with a GELU             line 76, MLP
+    Sec. 3.1  Eq. 2 and 3, the encoder block          line 90, TransformerBlock
+    Sec. 3.1  Eq. 1 and 4, the whole model            line 112, VisionTransformer
     Sec. 3.2  another resolution                      resize_positions, below
     Table 1   the variants                            VARIANTS, below
 
@@ -51,23 +51,24 @@ class PatchEmbedding(nn.Module):
 class MultiHeadAttention(nn.Module):
     """(B, N, D) -> (B, N, D): every token looks at every token, in H heads side by side."""
 
-    def __init__(self, embed_dim, n_heads, dropout=0.0):
+    def __init__(self, embed_dim, n_heads, dropout=0.0, qk_norm=False, norm_eps=1e-6):
         super().__init__()
-        if n_heads < 1 or embed_dim % n_heads:
-            raise InputError(f"embed_dim {embed_dim} is not divisible by n_heads {n_heads}; choose n_heads among "
-                             f"its divisors")
-        self.n_heads = n_heads
+        self.n_heads, K = n_heads, head_width(embed_dim, n_heads)
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.q_norm = nn.LayerNorm(K, eps=norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(K, eps=norm_eps) if qk_norm else nn.Identity()
         self.proj = nn.Linear(embed_dim, embed_dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, return_attention=False):
-        """With return_attention=True also the maps A, (B, H, N, N): rows are queries and sum to one."""
+    def forward(self, x, return_attention=False, n_queries=None):
+        """With return_attention=True also the maps A, (B, H, N, N): rows are queries and sum to one. With n_queries
+        all tokens are read, but only the first n answered for: (B, n, D), (B, H, n, N)."""
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.n_heads, D // self.n_heads)  # (B, N, 3, H, K)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, K)                             Eq. 5
-        heads, attention = attend(q, k, v, return_attention)  # (B, H, N, K), (B, H, N, N)   Eq. 6, 7
-        x = heads.transpose(1, 2).reshape(B, N, D)  # (B, N, D), the heads side by side
+        q, k = self.q_norm(q[:, :, :n_queries]), self.k_norm(k)  # (B, H, n, K), (B, H, N, K)
+        heads, attention = attend(q, k, v, return_attention)  # (B, H, n, K), (B, H, n, N)   Eq. 6, 7
+        x = heads.transpose(1, 2).flatten(2)  # (B, n, D), the heads side by side
         x = self.dropout(self.proj(x))  #                                                    Eq. 8
         return (x, attention) if return_attention else x
 
@@ -89,19 +90,22 @@ class MLP(nn.Module):
 class TransformerBlock(nn.Module):
     """(B, N, D) -> (B, N, D): attention mixes the tokens, the MLP each token's channels, both as residuals."""
 
-    def __init__(self, embed_dim, n_heads, mlp_ratio=4.0, dropout=0.0, drop_path=0.0):
+    def __init__(self, embed_dim, n_heads, mlp_ratio=4.0, dropout=0.0, drop_path=0.0, layer_scale=None,
+                 qk_norm=False, norm_eps=1e-6):
         super().__init__()
-        self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.attn = MultiHeadAttention(embed_dim, n_heads, dropout)
-        self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.attn = MultiHeadAttention(embed_dim, n_heads, dropout, qk_norm, norm_eps)
+        self.ls1 = LayerScale(embed_dim, layer_scale) if layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.mlp = MLP(embed_dim, int(embed_dim * mlp_ratio), dropout)
+        self.ls2 = LayerScale(embed_dim, layer_scale) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x, return_attention=False):
-        mixed = self.attn(self.norm1(x), return_attention)
+    def forward(self, x, return_attention=False, n_queries=None):
+        mixed = self.attn(self.norm1(x), return_attention, n_queries)  # (B, n, D)
         mixed, attention = mixed if return_attention else (mixed, None)
-        x = x + self.drop_path(mixed)  #                                                     Eq. 2
-        x = x + self.drop_path(self.mlp(self.norm2(x)))  #                                   Eq. 3
+        x = x[:, :n_queries] + self.drop_path(self.ls1(mixed))  # (B, n, D)                  Eq. 2
+        x = x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))  #                         Eq. 3
         return (x, attention) if return_attention else x
 
 
@@ -109,31 +113,35 @@ class VisionTransformer(nn.Module):
     """(B, C, height, width) -> (B, n_classes) logits; the options are explained at ViTConfig."""
 
     def __init__(self, img_size=224, patch_size=16, in_channels=3, n_classes=1000, embed_dim=768, depth=12,
-                 n_heads=12, mlp_ratio=4.0, dropout=0.0, pool="cls", drop_path=0.0, position="learned"):
+                 n_heads=12, mlp_ratio=4.0, dropout=0.0, pool="cls", drop_path=0.0, position="learned",
+                 n_registers=0, layer_scale=None, qk_norm=False, norm_eps=1e-6):
         super().__init__()
-        self.config = ViTConfig(img_size, patch_size, in_channels, n_classes, embed_dim, depth, n_heads,
-                                mlp_ratio, dropout, pool, drop_path, position)
+        self.config = ViTConfig(img_size, patch_size, in_channels, n_classes, embed_dim, depth, n_heads, mlp_ratio,
+                                dropout, pool, drop_path, position, n_registers, layer_scale, qk_norm, norm_eps)
+        self.n_prefix_tokens = 1 + n_registers
         self.patch_embed = PatchEmbedding(img_size, patch_size, in_channels, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.reg_token = nn.Parameter(torch.zeros(1, n_registers, embed_dim)) if n_registers else None
         self.add_positions(position)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(TransformerBlock(embed_dim, n_heads, mlp_ratio, dropout, rate)
-                                    for rate in drop_path_rates(drop_path, depth))
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(embed_dim, n_heads, mlp_ratio, dropout, rate, layer_scale, qk_norm, norm_eps)
+            for rate in drop_path_rates(drop_path, depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.head = nn.Linear(embed_dim, n_classes) if n_classes else nn.Identity()
         initialise(self)
 
     def forward(self, images):
-        return self.forward_head(self.forward_features(images))  # (B, n_classes)
+        n_queries = 1 if self.config.pool == "cls" else None  # of the last block the head then reads CLS alone
+        return self.forward_head(self.forward_features(images, n_queries=n_queries))  # (B, n_classes)
 
-    def forward_features(self, images, return_attention=False):
-        """Tokens after the last norm, (B, N, D), CLS first; on request also each block's map, L x (B, H, N, N)."""
-        x = self.patch_embed(images)  # (B, N - 1, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, N, D)
-        x = self.dropout(x if self.pos_embed is None else x + self.pos_embed)  #             Eq. 1
+    def forward_features(self, images, return_attention=False, n_queries=None):
+        """Tokens after the last norm, (B, N, D): CLS, registers, patches; on request also L maps (B, H, N, N).
+        With n_queries the first n alone, (B, n, D): the last block is worked out for no others."""
+        x = self.dropout(self.add_prefix(self.patch_embed(images)))  # (B, N, D)             Eq. 1
         maps = []
-        for block in self.blocks:
-            x = block(x, return_attention)
+        for i, block in enumerate(self.blocks, start=1):
+            x = block(x, return_attention, n_queries if i == len(self.blocks) else None)
             if return_attention:
                 x, attention = x
                 maps.append(attention)
@@ -142,16 +150,30 @@ class VisionTransformer(nn.Module):
 
     def forward_head(self, x, pre_logits=False):
         """Tokens (B, N, D) -> logits (B, n_classes), or with pre_logits=True what the head reads, (B, D)."""
-        x = x[:, 0] if self.config.pool == "cls" else x[:, 1:].mean(dim=1)  # (B, D)
+        x = x[:, 0] if self.config.pool == "cls" else x[:, self.n_prefix_tokens:].mean(dim=1)  # (B, D)
         return x if pre_logits else self.head(x)  # (B, n_classes)
 
+    def add_prefix(self, patches):
+        """CLS and the registers before the patches, and the positions added: (B, n_patches, D) -> (B, N, D)."""
+        cls = self.cls_token.expand(len(patches), -1, -1)  # (B, 1, D)
+        if self.reg_token is None:
+            x = torch.cat([cls, patches], dim=1)  # (B, N, D)
+            return x if self.pos_embed is None else x + self.pos_embed
+        registers = self.reg_token.expand(len(patches), -1, -1)  # (B, n_registers, D)
+        patches = patches if self.pos_embed is None else patches + self.pos_embed
+        return torch.cat([cls, registers, patches], dim=1)  # (B, N, D)
+
     def add_positions(self, position):
-        """Sets `pos_embed`, (1, N, D) with CLS first: a parameter, a fixed buffer, or None."""
-        grid, D = self.patch_embed.grid_size, self.cls_token.shape[-1]
+        """Sets `pos_embed`: a parameter, a fixed buffer, or None.
+
+        It is (1, 1 + n_patches, D), CLS first; with registers (1, n_patches, D), for the patches alone, as in timm:
+        a CLS token needs no position beside its own learned vector, and DINOv2's is added to it when loaded.
+        """
+        D, n_positions = self.cls_token.shape[-1], self.patch_embed.n_patches + (self.reg_token is None)
         if position == "learned":
-            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], D))
+            self.pos_embed = nn.Parameter(torch.zeros(1, n_positions, D))
         elif position == "sincos":
-            self.register_buffer("pos_embed", sincos_positions(grid, D))
+            self.register_buffer("pos_embed", sincos_positions(self.patch_embed.grid_size, D)[:, -n_positions:])
         else:
             self.pos_embed = None
 
@@ -159,15 +181,43 @@ class VisionTransformer(nn.Module):
 # ---- What the equations above lean on ---------------------------------------------------------------------
 
 
+def head_width(embed_dim, n_heads):
+    """K, the width of one head. Raises InputError where the heads do not divide the width."""
+    if n_heads < 1 or embed_dim % n_heads:
+        raise InputError(f"embed_dim {embed_dim} is not divisible by n_heads {n_heads}; choose n_heads among its "
+                         f"divisors")
+    return embed_dim // n_heads
+
+
+# Where torch's fused attention trains slower than the explicit softmax, and up to how many tokens: device and type.
+# ViT-Tiny/16, 16 images, training step, images/s, explicit and fused: 63 and 49 in bf16 on 2 cores with AMX; 15.6 and
+# 17.5 in float32 on 2 cores with AVX2. Without gradients the fused one was nowhere slower (benchmarks/growth.py).
+EXPLICIT_TRAINING = {("cpu", torch.bfloat16): 1024}
+
+
 def attend(q, k, v, return_attention=False):
     """softmax(q k^T / sqrt(K)) v, and the softmax where asked for, else None (Eq. 6 and 7).
 
-    q, k, v: (B, H, N, K). Without maps torch's fused kernel does the same sums and never holds the (N, N) matrix.
+    q: (B, H, n, K); k, v: (B, H, N, K). Without maps torch's fused kernel does the same sums and never holds the
+    (n, N) matrix, except where EXPLICIT_TRAINING says otherwise.
     """
-    if not return_attention:
-        return F.scaled_dot_product_attention(q, k, v), None  # (B, H, N, K)
-    attention = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)  # (B, H, N, N)
-    return attention @ v, attention  # (B, H, N, K), (B, H, N, N)
+    few = k.shape[2] <= EXPLICIT_TRAINING.get((q.device.type, q.dtype), 0)
+    if not (return_attention or (few and q.requires_grad)):
+        return F.scaled_dot_product_attention(q, k, v), None  # (B, H, n, K)
+    attention = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)  # (B, H, n, N)
+    return attention @ v, attention if return_attention else None  # (B, H, n, K), (B, H, n, N)
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel of a residual branch, small at first (Touvron et al. 2021, "Going deeper
+    with Image Transformers", Eq. 3)."""
+
+    def __init__(self, embed_dim, start):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((embed_dim,), float(start)))
+
+    def forward(self, x):
+        return x * self.gamma
 
 
 class DropPath(nn.Module):
@@ -253,6 +303,8 @@ def initialise(model):
             nn.init.zeros_(module.proj.bias)
     if model.config.position == "learned":
         nn.init.normal_(model.pos_embed, std=0.02)
+    if model.reg_token is not None:
+        nn.init.normal_(model.reg_token, std=1e-6)
 
 
 # ---- Configuration and variants ---------------------------------------------------------------------------
@@ -272,6 +324,13 @@ class ViTConfig:
                           patch tokens (App. D.3). CLS stays in the sequence either way, as in timm
     drop_path             stochastic depth of the last block, in [0, 1)
     position              "learned" (the paper), "sincos" (fixed) or "none" (patch order is then invisible)
+    n_registers           learned tokens after CLS that no head reads and that have no place in the image (Darcet et
+                          al. 2024, "Vision Transformers Need Registers")
+    layer_scale           None, or the value from which each channel's factor on a residual branch starts to be
+                          learned (CaiT, DeiT-III, DINOv2: 1e-5)
+    qk_norm               a LayerNorm over each head's queries and keys (Dehghani et al. 2023, Sec. 2)
+    norm_eps              added to the variance in every LayerNorm: 1e-6 in the released code, timm and torchvision,
+                          1e-12 in transformers' ViT
 
     Raises InputError for a value out of range.
     """
@@ -288,9 +347,14 @@ class ViTConfig:
     pool: str = "cls"
     drop_path: float = 0.0
     position: str = "learned"
+    n_registers: int = 0
+    layer_scale: float | None = None
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
 
     def __post_init__(self):
-        for name, least in dict(in_channels=1, n_classes=0, embed_dim=1, depth=1, n_heads=1).items():
+        for name, least in dict(in_channels=1, n_classes=0, embed_dim=1, depth=1, n_heads=1,
+                                 n_registers=0).items():
             check_whole(name, getattr(self, name), least)
         for name in ("dropout", "drop_path"):
             rate = getattr(self, name)
@@ -298,6 +362,12 @@ class ViTConfig:
                 raise InputError(f"{name} {rate!r} is out of range; expected 0 <= {name} < 1")
         if not 1 <= self.embed_dim * self.mlp_ratio < math.inf:
             raise InputError(f"mlp_ratio {self.mlp_ratio} leaves no hidden unit; expected a positive number such as 4")
+        for name in ("layer_scale", "norm_eps"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and 0 < value < math.inf
+            if not number and (name, value) != ("layer_scale", None):
+                raise InputError(f"{name} {value!r} is out of range; expected a positive number such as 1e-6")
+        check_choice("qk_norm", self.qk_norm, (False, True))
         check_choice("pool", self.pool, ("cls", "mean"))
         check_choice("position", self.position, ("learned", "sincos", "none"))
         if self.position == "sincos" and self.embed_dim % 4:
@@ -366,23 +436,32 @@ def create_vit_large(n_classes=1000, **overrides):
 # ---- Moving a model to other work -------------------------------------------------------------------------
 
 
+def resample_positions(positions, old, new):
+    """(1, n + old patches, D) -> (1, n + new patches, D), from one grid (rows, columns) to another: bicubic with
+    antialiasing, as in timm. The first n, CLS or none, stay as they are."""
+    if old == new:
+        return positions
+    prefix, patches = positions.split([positions.shape[1] - old[0] * old[1], old[0] * old[1]], dim=1)
+    patches = patches.reshape(1, *old, -1).permute(0, 3, 1, 2).float()  # (1, D, rows, columns)
+    patches = F.interpolate(patches, size=new, mode="bicubic", antialias=True)  # (1, D, new rows, new columns)
+    patches = patches.flatten(2).transpose(1, 2).to(positions.dtype)  # (1, new patches, D)
+    return torch.cat([prefix, patches], dim=1)
+
+
 @torch.no_grad()
 def resize_positions(model, img_size):
     """Moves a model, in place, to another resolution (Sec. 3.2): the patch stays, so the grid of positions grows.
 
-    Learned positions are resampled over the grid (bicubic with antialiasing, as in timm), fixed ones computed
-    anew; CLS keeps its own. The parameter is replaced, so make the optimiser afterwards. Returns the model.
+    Learned positions are resampled over the grid, fixed ones computed anew; CLS keeps its own. The parameter is
+    replaced, so make the optimiser afterwards. Returns the model.
     """
     img_size, embed = pair(img_size), model.patch_embed
     old, new = embed.grid_size, grid_of(img_size, embed.patch_size)
     if model.config.position == "learned":
-        prefix, patches = model.pos_embed[:, :1], model.pos_embed[:, 1:]  # (1, 1, D), (1, N - 1, D)
-        patches = patches.reshape(1, *old, -1).permute(0, 3, 1, 2).float()  # (1, D, rows, columns)
-        patches = F.interpolate(patches, size=new, mode="bicubic", antialias=True)  # (1, D, new rows, new columns)
-        patches = patches.flatten(2).transpose(1, 2).to(prefix.dtype)  # (1, new N - 1, D)
-        model.pos_embed = nn.Parameter(torch.cat([prefix, patches], dim=1), model.pos_embed.requires_grad)
+        model.pos_embed = nn.Parameter(resample_positions(model.pos_embed, old, new), model.pos_embed.requires_grad)
     elif model.config.position == "sincos":
-        model.pos_embed = sincos_positions(new, model.config.embed_dim).to(model.pos_embed)
+        n_positions = new[0] * new[1] + (model.reg_token is None)
+        model.pos_embed = sincos_positions(new, model.config.embed_dim)[:, -n_positions:].to(model.pos_embed)
     embed.img_size, embed.grid_size, embed.n_patches = img_size, new, new[0] * new[1]
     model.config = replace(model.config, img_size=img_size)
     if hasattr(model, "img_size"):  # as load_model sets it

@@ -13,6 +13,8 @@ import platform
 import subprocess
 import sys
 from collections import defaultdict
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -46,15 +48,37 @@ def machine():
 def add(table, run):
     """Writes results/<table>-<model>-<seed>.json from the result.json of a run."""
     result = json.loads((run / "result.json").read_text())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True,
-                            check=True).stdout.strip()
-    cell = dict(table=table, commit=commit, date=datetime.date.today().isoformat(), machine=machine(),
-                versions=dict(python=platform.python_version(), torch=result["torch"],
-                              torchvision=result["torchvision"]),
-                seed=result["seed"], command=result["command"], result=result)
-    path = HERE / "results" / f"{table}-{result['model']}-{result['seed']}.json"
+    write_cell(table, f"{result['model']}-{result['seed']}", result["seed"], result["command"], result,
+               versions=dict(torch=result["torch"], torchvision=result["torchvision"]))
+
+
+def write_cell(table, name, seed, command, result, versions=None):
+    """Writes results/<table>-<name>.json: the result, and where it comes from.
+
+    versions: of packages, by name; None: of those installed here that a result may depend on.
+    """
+    cell = dict(table=table, commit=commit(), date=datetime.date.today().isoformat(), machine=machine(),
+                versions=dict(python=platform.python_version(), **(versions or installed())), seed=seed,
+                command=command, result=result)
+    path = HERE / "results" / f"{table}-{name}.json"
     path.write_text(json.dumps(cell, indent=2) + "\n")
     print(path)
+
+
+def commit():
+    """The short hash of the checkout's commit, with -dirty where a tracked file differs from it; or "unknown"."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=HERE, capture_output=True,
+                          text=True)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def installed():
+    """The versions of the packages that are measured or measured against."""
+    versions = {}
+    for package in ("torch", "torchvision", "timm", "transformers", "vit-pytorch"):
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
 
 
 def ship(name, run):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["vit_model", "cnn_model", "model_zoo", "vit_data", "measurements", "visualizations", "train_vit",
-         "cnn_vs_vit", "examples"]  # a module may import those before it
+ORDER = ["vit_model", "cnn_model", "checkpoints", "model_zoo", "drawn_shapes", "vit_data", "measurements",
+         "visualizations", "train_vit", "cnn_vs_vit", "examples"]  # a module may import those before it
 OTHERS = {"torch", "torchvision", "numpy", "matplotlib", "tqdm", "PIL"}
 ENTRIES = {*(f"{module}.py" for module in ORDER), "tests", "benchmarks", "README.md", "requirements.txt",
            "requirements-dev.txt", "LICENSE", "pyproject.toml", ".gitignore", ".ci"}

@@ -88,6 +88,10 @@ def test_pictures_are_fed_as_the_validation_images_are():
     images, picture = v.prepare_image(photo, model)
     torch.testing.assert_close(images[0], eval_transform(12, model.mean, model.std)(photo))
     assert picture.shape == (12, 12, 3)
+    model.interpolation = "bicubic"
+    bicubic, _ = v.prepare_image(photo, model)
+    torch.testing.assert_close(bicubic[0], eval_transform(12, model.mean, model.std, "bicubic")(photo))
+    assert not torch.allclose(bicubic, images, atol=0.01)
     images, picture = v.prepare_image(photo, vit())
     assert picture.shape == (*SIZE, 3)
     assert images.shape == (1, 3, *SIZE)

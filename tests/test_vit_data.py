@@ -14,12 +14,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import vit_data
+from drawn_shapes import TEST_START
 from vit_data import (
-    COLOURS,
     NORMALISATION,
     SHAPES,
-    TEST_START,
-    TEXTURES,
     InputError,
     MemoryLoader,
     PhotoDataset,
@@ -101,6 +99,7 @@ def test_batches_and_attributes(kind, tmp_path, photos):
         assert (loader.img_size, loader.class_names) == (side, names)
         assert loader.dataset_name == ("shapes" if kind == "shapes" else "folder")
         assert (loader.mean, loader.std) == NORMALISATION[loader.dataset_name]
+        assert loader.interpolation == "bilinear"
         assert loader.to("cpu") is loader
         assert len(loader) == len(list(loader)) == -(-loader.n_images // 5)
         for images, labels in loader:
@@ -339,6 +338,89 @@ def test_the_own_size_of_a_folder(tmp_path, size, n, expected):
     assert get_data_loaders(root, img_size=None)[0].img_size == expected
 
 
+# ---- The caller's normalisation and interpolation ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["shapes", "small folder", "photos"])
+@pytest.mark.parametrize("convert", [tuple, list, torch.tensor, np.array])
+def test_the_callers_mean_and_std_are_applied(kind, convert, tmp_path):
+    mean, std = (0.125, 0.25, 0.5), (0.5, 0.25, 2.0)
+    if kind == "shapes":
+        args = dict(dataset="shapes", n_images=40, img_size=8)
+    else:
+        side = 72 if kind == "photos" else 16
+        args = dict(data_dir=write_images(tmp_path, {"train/x": 4, "train/y": 4, "test/y": 3}, (side, side)),
+                    img_size=side)
+    own, wanted = get_test_loader(**args), dict(mean=convert(mean), std=convert(std))
+    test = get_test_loader(**args, **wanted)
+    for loader in (test, *get_data_loaders(**args, **wanted)):
+        assert (loader.mean, loader.std, loader.interpolation) == (mean, std, "bilinear")
+    if kind == "photos":
+        files = test.loader.dataset.files
+        pixels = np.stack([np.asarray(Image.open(file)) for file in files]).transpose(0, 3, 1, 2)  # (N, 3, S, S)
+    else:
+        pixels = test.images.numpy()
+    for loader, (m, s) in ((test, (mean, std)), (own, NORMALISATION[own.dataset_name])):
+        expected = (pixels / 255 - np.reshape(m, (3, 1, 1))) / np.reshape(s, (3, 1, 1))
+        torch.testing.assert_close(one_pass(loader)[0], torch.from_numpy(expected).float(), atol=1e-5, rtol=1e-5)
+    images, _ = one_pass(get_data_loaders(**args, **wanted)[0])
+    lowest, highest = ((limit - torch.tensor(mean)) / torch.tensor(std) for limit in (0, 1))
+    assert (images.amin((0, 2, 3)) >= lowest - 1e-5).all()
+    assert (images.amax((0, 2, 3)) <= highest + 1e-5).all()
+
+
+@pytest.mark.parametrize("name", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("size", "img_size", "shorter"), [
+    ((90, 120), 72, 82), ((300, 200), 96, 110), ((40, 30), 24, 24)])
+def test_files_are_resized_as_torchvision_does(tmp_path, name, size, img_size, shorter):
+    root = write_images(tmp_path, {"train/x": 2, "train/y": 2, "val/x": 2, "test/x": 2}, size)
+    mode, v1, facts = torchvision.transforms.InterpolationMode(name), torchvision.transforms, NORMALISATION["folder"]
+    reference = v1.Compose([v1.Resize(shorter, mode), v1.CenterCrop(img_size), v1.ToTensor(), v1.Normalize(*facts)])
+    train, val = get_data_loaders(root, img_size=img_size, interpolation=name)
+    for loader, folder in ((val, "val"), (get_test_loader(root, img_size=img_size, interpolation=name), "test")):
+        assert loader.interpolation == name
+        pictures = [Image.open(root / folder / "x" / file) for file in ("000.png", "001.png")]
+        torch.testing.assert_close(one_pass(loader)[0], torch.stack([reference(picture) for picture in pictures]))
+        ours = torch.stack([eval_transform(img_size, *facts, name)(picture) for picture in pictures])
+        torch.testing.assert_close(one_pass(loader)[0], ours)
+    assert train.interpolation == name
+    if isinstance(train, PhotoLoader):
+        assert train.loader.dataset.transform.transforms[0].interpolation == mode
+    else:
+        cut = v1.Compose([v1.Resize(shorter, mode), v1.CenterCrop(img_size), v1.PILToTensor()])
+        assert torch.equal(train.images[0], cut(Image.open(root / "train/x/000.png")))
+
+
+@pytest.mark.parametrize("name", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("side", [20, 40])
+def test_a_set_in_memory_is_resized_as_torch_does(tmp_path, name, side):
+    loader = get_test_loader(write_idx(tmp_path, "MNIST", 60), img_size=side, interpolation=name)
+    resized = torch.nn.functional.interpolate(loader.images.float(), (side, side), mode=name, antialias=True)
+    assert (resized.max() > 256) == (name == "bicubic" and side == 40)  # there it goes beyond what pixels can be
+    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in NORMALISATION["mnist"])
+    torch.testing.assert_close(one_pass(loader)[0], (resized.clamp(0, 255) / 255 - mean) / std)
+
+
+@pytest.mark.parametrize(("argument", "value"), [
+    ("mean", (0.5, 0.5)), ("mean", 0.5), ("mean", "0.5"), ("mean", ("0.5",) * 3), ("mean", (0.5, 0.5, float("nan"))),
+    ("mean", {}), ("mean", torch.eye(3)), ("std", (1, 1, 0)), ("std", (1, -1, 1)), ("std", (1, 1, float("inf"))),
+    ("std", (1, 1, 1, 1)), ("std", None), ("mean", None), ("interpolation", "nearest"), ("interpolation", 3),
+])
+def test_a_normalisation_that_cannot_be_is_named(argument, value):
+    wanted = {"mean": (0.5, 0.25, 0.125), "std": (0.2, 0.3, 0.4), argument: value}
+    for function in (get_data_loaders, get_test_loader):
+        message = error_of(function, dataset="shapes", n_images=20, img_size=8, **wanted)
+        assert argument in message
+        given = value if value is not None else wanted["std" if argument == "mean" else "mean"]
+        assert " ".join(repr(given).split()) in message
+
+
+def test_a_transform_knows_no_other_interpolation():
+    for transform in (eval_transform, vit_data.train_transform):
+        for unknown in ("nearest", "blob"):
+            assert repr(unknown) in error_of(transform, 32, (0.5,) * 3, (0.5,) * 3, unknown)
+
+
 # ---- Image files ------------------------------------------------------------------------------------------
 
 
@@ -509,83 +591,6 @@ def test_a_named_set_prints_nothing(capsys):
 # ---- Shapes -----------------------------------------------------------------------------------------------
 
 
-def test_an_image_depends_on_its_number_alone():
-    whole = make_shapes(700, 32)
-    for start, n in ((0, 1), (3, 300), (511, 2), (699, 1)):
-        part = make_shapes(n, 32, start=start)
-        for name in ("images", "labels", "textures", "colours"):
-            assert torch.equal(getattr(part, name), getattr(whole, name)[start : start + n])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert torch.equal(make_shapes(700, 32).images, whole.images)
-    finally:
-        torch.set_num_threads(threads)
-    assert not torch.equal(make_shapes(700, 32, seed=1).textures, whole.textures)
-    assert make_shapes(0).images.shape == (0, 3, 32, 32)
-
-
-def test_the_images_are_the_ones_they_were():
-    blocks = make_shapes(10, 32, seed=7).images.float().unfold(2, 8, 8).unfold(3, 8, 8).mean((1, 4, 5))  # (10, 4, 4)
-    pinned = [
-        [54, 123, 202, 71], [88, 151, 92, 104], [177, 136, 67, 176], [78, 201, 156, 68], [182, 106, 95, 181],
-        [88, 174, 178, 88], [62, 187, 162, 62], [67, 208, 145, 66], [88, 87, 168, 88], [84, 128, 86, 86],
-    ]
-    assert (blocks.flatten(1)[:, [0, 5, 10, 15]] - torch.tensor(pinned)).abs().max() <= 1
-
-
-def test_larger_images_show_the_same_scene():
-    small, large = make_shapes(20, 32).images.float(), make_shapes(20, 96).images.float()
-    shrunk = torch.nn.functional.avg_pool2d(large, 3)
-    assert (shrunk - small).abs().mean() < 12  # noise, and what a coarse grid does to edges and textures
-
-
-def test_shape_texture_and_colour_are_independent():
-    drawn = make_shapes(20_000, 8)
-    n = {"labels": len(SHAPES), "textures": len(TEXTURES), "colours": len(COLOURS)}
-    assert drawn.labels.bincount().tolist() == [2000] * 10
-    for first, second in (("labels", "textures"), ("labels", "colours"), ("textures", "colours")):
-        table = torch.zeros(n[first], n[second])
-        table.index_put_((getattr(drawn, first), getattr(drawn, second)), torch.ones(20_000), accumulate=True)
-        expected = 20_000 / table.numel()
-        chi_squared = ((table - expected).square() / expected).sum()
-        freedom = table.numel() - 1
-        assert chi_squared < freedom + 4 * (2 * freedom) ** 0.5, (first, second)
-
-
-def test_factors_can_be_chosen_and_the_rest_stays():
-    drawn = make_shapes(60, 32)
-    assert torch.equal(make_shapes(60, shape=drawn.labels, texture=drawn.textures.tolist()).images, drawn.images)
-    stars = make_shapes(60, shape="star", texture=TEXTURES.index("dots"))
-    assert set(stars.labels.tolist()) == {SHAPES.index("star")}
-    assert set(stars.textures.tolist()) == {TEXTURES.index("dots")}
-    assert torch.equal(stars.colours, drawn.colours)
-    repainted = make_shapes(60, texture=(drawn.textures + 1) % len(TEXTURES))
-    changed = (repainted.images != drawn.images).any(1).float().mean((1, 2))
-    assert (changed < 0.6).all()  # only inside the shape
-    assert (changed > 0).float().mean() > 0.9
-    red = make_shapes(200, 32, colour="red", shape="circle", texture="plain").images.float()
-    blue = make_shapes(200, 32, colour="blue", shape="circle", texture="plain").images.float()
-    assert (red - blue)[:, 0].mean() > 5 > -5 > (red - blue)[:, 2].mean()
-
-
-def test_the_shapes_differ_and_are_their_own_mirror_images():
-    axis = torch.linspace(-1.1, 1.1, 221)
-    v, u = torch.meshgrid(axis, axis, indexing="ij")
-    inside = {name: edge(u, v) < 0 for name, edge in vit_data.EDGES.items()}
-    for name, mask in inside.items():
-        assert 0.05 < mask.float().mean() < 0.7, name
-        assert not (mask & (u.square() + v.square() > 1.02)).any(), name
-        assert (mask != mask.flip(1)).float().mean() < 0.01 or (mask != mask.flip(0)).float().mean() < 0.01, name
-    for name, mask in inside.items():  # share of pixels at each distance from the centre: turning keeps it
-        for other, other_mask in inside.items():
-            if name < other:
-                rings = ((u.square() + v.square()).sqrt() * 10).long()
-                parts = (mask.float(), other_mask.float(), torch.ones(221, 221))
-                one, two, all_of = (torch.zeros(20).index_add_(0, rings.flatten(), part.flatten()) for part in parts)
-                assert ((one - two) / all_of.clamp(min=1)).abs().max() > 0.15, (name, other)
-
-
 def test_training_and_test_images_are_never_the_same():
     train, val = get_data_loaders(dataset="shapes", n_images=100, img_size=16)
     test = get_test_loader(dataset="shapes", n_images=100, img_size=16)
@@ -606,15 +611,6 @@ def test_how_many_shapes_there_are(monkeypatch, img_size, n):
     get_data_loaders(dataset="shapes", img_size=img_size)
     get_test_loader(dataset="shapes", img_size=img_size)
     assert asked == [(n, img_size, 0), (n // 5, img_size, TEST_START)]
-
-
-def test_a_linear_classifier_learns_little():
-    train, test = make_shapes(4000, 16), make_shapes(1000, 16, start=TEST_START)
-    mean = train.images.float().mean(0).flatten()
-    x, y = ((drawn.images.float().flatten(1) - mean) / 255 for drawn in (train, test))
-    targets = torch.nn.functional.one_hot(train.labels, 10).float()
-    weights = torch.linalg.solve(x.T @ x + 300 * torch.eye(x.shape[1]), x.T @ (targets - 0.1))
-    assert ((y @ weights).argmax(1) == test.labels).float().mean() < 0.30
 
 
 # ---- What cannot work -------------------------------------------------------------------------------------
@@ -687,14 +683,6 @@ def test_a_broken_image_is_named_in_one_line(tmp_path, content, img_size, worker
 
 def test_an_image_that_is_not_there():
     assert "'nowhere.jpg'" in error_of(open_image, "nowhere.jpg")
-
-
-@pytest.mark.parametrize("wrong", [{"shape": "blob"}, {"texture": 5}, {"colour": -1}, {"shape": [0, 1]}, {"shape": 1.5},
-                                   {"shape": ["star"] * 3}, {"n_images": -1}, {"img_size": 4}, {"seed": 0.5}])
-def test_shapes_that_cannot_be(wrong):
-    message = error_of(make_shapes, **{"n_images": 3, **wrong})
-    assert next(iter(wrong)) in message
-    assert repr(next(iter(wrong.values()))) in message
 
 
 def test_a_dataset_gives_an_error_as_a_value(tmp_path):

@@ -182,6 +182,23 @@ def test_fused_and_explicit_attention_agree_in_output_and_gradients():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+def test_bf16_on_a_cpu_trains_with_the_explicit_softmax_up_to_a_limit(monkeypatch):
+    fused = []
+    kernel = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args: fused.append(1) or kernel(*args))
+    monkeypatch.setattr(vit_model, "EXPLICIT_TRAINING", {("cpu", torch.bfloat16): 7})
+    used = []
+    for n_tokens, dtype, trains in ((7, torch.bfloat16, True), (8, torch.bfloat16, True), (7, torch.float32, True),
+                                    (7, torch.bfloat16, False)):
+        q = torch.randn(2, 3, n_tokens, 5, dtype=dtype, requires_grad=trains)
+        fused.clear()
+        heads, maps = vit_model.attend(q, q, q)
+        assert maps is None
+        torch.testing.assert_close(heads, kernel(q, q, q))
+        used.append(len(fused))
+    assert used == [0, 1, 1, 1]
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_attention_rows_sum_to_one_and_dropout_leaves_them_alone(training):
     attention = MultiHeadAttention(15, 5, dropout=0.5).train(training)
@@ -234,7 +251,8 @@ def test_each_head_reads_its_own_slice_of_queries_keys_and_values():
 def test_after_the_last_block_logits_depend_only_on_the_pooled_tokens(pool, read, unread):
     model, outputs = small_vit(pool=pool), []
     model.blocks[-1].register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    gradient, = torch.autograd.grad(model(images_for(model))[:, 3].sum(), outputs)
+    logits = model.forward_head(model.forward_features(images_for(model)))
+    gradient, = torch.autograd.grad(logits[:, 3].sum(), outputs)
     assert (gradient[:, unread] == 0).all()
     assert (gradient[:, read].norm(dim=-1) > 0).all()
 
@@ -244,8 +262,27 @@ def test_forward_is_the_head_of_the_features():
     images = images_for(model)
     features = model.forward_features(images)
     assert features.shape == (3, 22, 12)
-    assert torch.equal(model(images), model.forward_head(features))
-    assert torch.equal(model(images), model.head(model.forward_head(features, pre_logits=True)))
+    torch.testing.assert_close(model(images), model.forward_head(features))
+    torch.testing.assert_close(model(images), model.head(model.forward_head(features, pre_logits=True)))
+
+
+@pytest.mark.parametrize("n", [1, 2, 22])
+def test_the_last_block_answers_for_as_many_tokens_as_are_asked_for(n):
+    model, shapes = small_vit(), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[1]))
+    images = images_for(model)
+    first = model.forward_features(images, n_queries=n)
+    assert shapes == [22, n]
+    torch.testing.assert_close(first, model.forward_features(images)[:, :n])
+
+
+@pytest.mark.parametrize(("pool", "n"), [("cls", 1), ("mean", 22)])
+def test_the_last_block_is_worked_out_for_what_the_head_reads(pool, n):
+    model, shapes = small_vit(pool=pool), []
+    model.blocks[-1].mlp.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[1]))
+    model(images_for(model))
+    assert shapes == [n]
 
 
 @pytest.mark.parametrize(("pool", "expected"), [("cls", 0.0), ("mean", 3.5)])
@@ -260,7 +297,8 @@ def test_without_classes_the_model_gives_its_pooled_features(pool):
     model = small_vit(n_classes=0, pool=pool)
     images = images_for(model)
     assert model(images).shape == (3, 12)
-    assert torch.equal(model(images), model.forward_head(model.forward_features(images), pre_logits=True))
+    pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(model(images), pooled)
 
 
 # ---- Positions

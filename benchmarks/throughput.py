@@ -1,0 +1,297 @@
+"""VisionTransformer beside the four libraries that people take it from, in one process, pass by pass in turn.
+
+    python benchmarks/throughput.py                         every column, with what this machine can multiply (an hour)
+    python benchmarks/throughput.py --columns tiny-16-inference-float32 --rounds 5
+    python benchmarks/throughput.py --device cuda
+
+A column is a model, a batch, a pass (inference, or a training step: forward, backward, AdamW), a precision, and
+eager or compiled. In each round every library does one turn, in a new order; a turn is as many passes as take a
+fifth of a second. A ratio is the peer's seconds over ours in the same round, so above 1 ours is the faster; given are
+the median over rounds and its 95% interval from order statistics, which assumes no distribution. `share` is the
+matrix products a second (torch's FLOP counter) over those of a plain 2048 x 2048 product measured in the same rounds.
+
+Needs timm, transformers and vit-pytorch (requirements-dev.txt). A library that is missing is left out, and said.
+"""
+
+import argparse
+import random
+import statistics
+import sys
+import time
+from collections import defaultdict
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import VisionTransformer as TorchvisionViT
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from results import write_cell
+
+from measurements import choose_device, peak_memory
+from train_vit import choose_precision
+from vit_model import VARIANTS, InputError, VisionTransformer
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+SECONDS_A_TURN = 0.2
+
+
+@dataclass(frozen=True)
+class Column:
+    variant: str
+    batch: int
+    train: bool
+    precision: str = "float32"
+    compiled: bool = False
+
+    @property
+    def name(self):
+        return "-".join([self.variant.removeprefix("vit_"), str(self.batch), "training" if self.train else "inference",
+                         self.precision, *["compiled"] * self.compiled])
+
+
+def all_columns():
+    """What the table holds: for each precision, both passes of four models; and Tiny with 16 images compiled."""
+    columns = []
+    for precision in DTYPES:
+        for variant, batch in (("vit_tiny", 1), ("vit_tiny", 16), ("vit_small", 16), ("vit_nano", 128)):
+            columns += [Column(variant, batch, train, precision) for train in (False, True)]
+        columns += [Column("vit_tiny", 16, train, precision, compiled=True) for train in (False, True)]
+    return columns
+
+
+# ---- The models
+
+
+class Logits(nn.Module):
+    """A model of transformers, whose answer is an object, as one that gives its logits (B, n_classes)."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return self.model(images).logits
+
+
+def build_ours(c):
+    return VisionTransformer(**vars(c))
+
+
+def build_timm(c):
+    from timm.models import VisionTransformer as TimmViT
+
+    return TimmViT(img_size=c.img_size, patch_size=c.patch_size, num_classes=c.n_classes, embed_dim=c.embed_dim,
+                   depth=c.depth, num_heads=c.n_heads)
+
+
+def build_torchvision(c):
+    return TorchvisionViT(c.img_size, c.patch_size, c.depth, c.n_heads, c.embed_dim, 4 * c.embed_dim,
+                          num_classes=c.n_classes)
+
+
+def build_transformers(c):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return Logits(ViTForImageClassification(ViTConfig(
+        hidden_size=c.embed_dim, num_hidden_layers=c.depth, num_attention_heads=c.n_heads,
+        intermediate_size=4 * c.embed_dim, image_size=c.img_size, patch_size=c.patch_size, num_labels=c.n_classes)))
+
+
+def build_vit_pytorch(c):
+    from vit_pytorch import ViT
+
+    return ViT(image_size=c.img_size, patch_size=c.patch_size, num_classes=c.n_classes, dim=c.embed_dim, depth=c.depth,
+               heads=c.n_heads, mlp_dim=4 * c.embed_dim, dim_head=c.embed_dim // c.n_heads)
+
+
+LIBRARIES = {"ours": build_ours, "timm": build_timm, "torchvision": build_torchvision,
+             "transformers": build_transformers, "vit-pytorch": build_vit_pytorch}
+
+
+def available_libraries():
+    """Names of the libraries that are installed; the others are named on the screen."""
+    found = []
+    for name, build in LIBRARIES.items():
+        try:
+            build(VARIANTS["vit_nano"])
+            found.append(name)
+        except ImportError as error:
+            print(f"{name} is left out: {error}")
+    return found
+
+
+# ---- Measuring
+
+
+class Turn:
+    """One library's passes in one column."""
+
+    def __init__(self, model, images, column, device):
+        self.model, self.images, self.column, self.device = model.to(device).train(column.train), images, column, device
+        if column.train:
+            self.optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+            self.labels = torch.arange(len(images), device=device) % 1000
+        self.step = torch.compile(self.model) if column.compiled else self.model
+        self.n_passes = 1
+
+    def run(self):
+        """One pass, begun but not waited for."""
+        autocast = nullcontext()
+        if self.column.precision != "float32":
+            autocast = torch.autocast(self.device.type, DTYPES[self.column.precision])
+        if not self.column.train:
+            with torch.inference_mode(), autocast:
+                self.step(self.images)
+            return
+        with autocast:
+            logits = self.step(self.images)
+        F.cross_entropy(logits.float(), self.labels).backward()
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+
+    def seconds(self):
+        """Seconds of one pass, over n_passes of them."""
+        wait(self.device)
+        start = time.perf_counter()
+        for _ in range(self.n_passes):
+            self.run()
+        wait(self.device)
+        return (time.perf_counter() - start) / self.n_passes
+
+    def warm_up(self):
+        for _ in range(3):
+            self.seconds()
+        self.n_passes = max(1, round(SECONDS_A_TURN / self.seconds()))
+
+
+class Product:
+    """The machine's own rate: a product of two square matrices, as a Turn."""
+
+    def __init__(self, dtype, device, side=2048):
+        self.a, self.b = torch.randn(2, side, side, device=device).to(dtype)
+        self.device, self.n_passes, self.flops = device, 1, 2 * side**3
+
+    def run(self):
+        torch.mm(self.a, self.b)
+
+    seconds, warm_up = Turn.seconds, Turn.warm_up
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def count_pass(model, images, train):
+    """FLOPs of one pass of the whole batch, a multiply-add as 2; a backward pass is twice a forward one.
+
+    Counted on the device "meta", with attention spelled out, so that every library is counted alike.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    state = {name: value.to("meta") for name, value in model.state_dict().items()}
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        torch.func.functional_call(model.eval(), state, (images.to("meta"),))
+    return counter.get_total_flops() * (3 if train else 1)
+
+
+def median_interval(values, confidence=0.95):
+    """(median, low, high): the interval between order statistics that holds the median with this confidence at least,
+    by the binomial distribution of the number of values below it; with fewer than 6 values it is their range."""
+    values, n = sorted(values), len(values)
+    below, k, chance = 0.5**n, 0, 0.5**n
+    while k + 1 < n / 2:
+        chance = chance * (n - k) / (k + 1)
+        if 2 * (below + chance) > 1 - confidence:
+            break
+        below, k = below + chance, k + 1
+    return statistics.median(values), values[k], values[n - 1 - k]
+
+
+def measure(column, names, n_rounds, device, max_seconds=600):
+    """Every library's figures in one column, and the ratios to ours."""
+    config = VARIANTS[column.variant]
+    side = config.img_size
+    images = torch.rand(column.batch, 3, side, side, device=device, generator=torch.Generator(device).manual_seed(0))
+    turns, flops, memory = {}, {}, {}
+    for name in names:
+        torch.manual_seed(0)
+        model = LIBRARIES[name](config)
+        flops[name] = count_pass(model, images, column.train)
+        if not column.compiled and column.precision == "float32":
+            memory[name] = peak_memory(model.to(device), images, column.train)
+        turns[name] = Turn(model, images, column, device)
+    turns["product"] = Product(DTYPES[column.precision], device)
+    for turn in turns.values():
+        turn.warm_up()
+    seconds, order, start = defaultdict(list), list(turns), time.perf_counter()
+    for done in range(n_rounds):
+        if done >= 5 and time.perf_counter() - start > max_seconds:
+            break
+        random.Random(done).shuffle(order)
+        for name in order:
+            seconds[name].append(turns[name].seconds())
+    rate = turns["product"].flops / statistics.median(seconds["product"])
+    result = dict(column=column.name, variant=column.variant, batch=column.batch, train=column.train,
+                  precision=column.precision, compiled=column.compiled, rounds=len(seconds["ours"]),
+                  product_gflops=rate / 1e9, libraries={})
+    for name in names:
+        median, low, high = median_interval([column.batch / s for s in seconds[name]])
+        result["libraries"][name] = dict(images_per_second=median, interval=[low, high], flops=flops[name],
+                                         share=flops[name] / statistics.median(seconds[name]) / rate,
+                                         peak_bytes=memory.get(name))
+    for name in names[1:]:
+        ratios = [theirs / ours for theirs, ours in zip(seconds[name], seconds["ours"], strict=True)]
+        result["libraries"][name]["ratio"] = median_interval(ratios)
+    peers = names[1:]
+    if peers:
+        best = max(peers, key=lambda name: result["libraries"][name]["images_per_second"])
+        result.update(best_peer=best, ratio=result["libraries"][best]["ratio"])
+    return result
+
+
+def describe(result):
+    """The column in a few lines."""
+    lines = [f"{result['column']}  ({result['rounds']} rounds, product {result['product_gflops']:.0f} GFLOP/s)"]
+    for name, cell in result["libraries"].items():
+        ratio = "" if name == "ours" else "  ours/it {:.2f} ({:.2f} to {:.2f})".format(*cell["ratio"])
+        memory = "" if cell["peak_bytes"] is None else f"  {cell['peak_bytes'] / 2**20:.0f} MiB"
+        lines.append(f"    {name:13s} {cell['images_per_second']:8.1f} images/s  share {cell['share']:.0%}{memory}"
+                     f"{ratio}")
+    return "\n".join(lines)
+
+
+def main():
+    names = [column.name for column in all_columns()]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--columns", nargs="+", choices=names, metavar="NAME", help=" ".join(names))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--keep", action="store_true", help="write benchmarks/results/throughput-*.json")
+    options = parser.parse_args()
+    try:
+        device = choose_device(options.device)
+    except InputError as error:
+        parser.error(str(error))
+    libraries = available_libraries()
+    for column in all_columns():
+        if options.columns and column.name not in options.columns:
+            continue
+        if not options.columns and column.precision == "bf16" and choose_precision("auto", device) is None:
+            print(f"{column.name}: left out, {device} does not multiply bfloat16 (name it in --columns all the same)")
+            continue
+        result = measure(column, libraries, options.rounds, device)
+        print(describe(result), flush=True)
+        if options.keep:
+            write_cell("throughput", f"{device.type}-{column.name}", 0, f"python benchmarks/throughput.py --columns "
+                       f"{column.name} --device {device.type} --rounds {options.rounds} --keep", result)
+
+
+if __name__ == "__main__":
+    main()
