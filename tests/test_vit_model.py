@@ -194,7 +194,7 @@ def test_bf16_on_a_cpu_trains_with_the_explicit_softmax_up_to_a_limit(monkeypatc
         fused.clear()
         heads, maps = vit_model.attend(q, q, q)
         assert maps is None
-        torch.testing.assert_close(heads, kernel(q, q, q))
+        torch.testing.assert_close(heads, kernel(q, q, q), rtol=0.05, atol=0.05)
         used.append(len(fused))
     assert used == [0, 1, 1, 1]
 
