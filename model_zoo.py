@@ -1,26 +1,41 @@
-"""Models by name, and from files.
+"""Models by name.
 
-    model = build_model("hybrid", n_classes=10)          a new one
-    model = create_pretrained("vit_nano_shapes")         one that we trained
-    model = load_model("runs/first/best.pt")             one that you trained
+    model = build_model("hybrid", n_classes=10)                         a new one
+    model = create_pretrained("vit_nano_shapes")                        one that we trained
+    model = create_pretrained("deit_tiny_patch16_224", n_classes=5)     a public one, with a new head
+    model = load_model("runs/first/best.pt")                            one that you trained (checkpoints.py)
 
-A loaded model is in eval mode and carries class_names, img_size, mean and std, as the loaders of vit_data do:
-all that is needed to feed it an image and to read its answer.
+    python model_zoo.py            lists them
+    python model_zoo.py FILE       says what a checkpoint is, and whether and how it would load
+
+A loaded model is in eval mode and carries class_names, img_size, mean, std and interpolation, as the loaders of
+vit_data do and take them: all that is needed to feed it an image and to read its answer.
 """
 
-import os
-from contextlib import suppress
-from dataclasses import replace
+import argparse
+import hashlib
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from urllib.error import URLError
 
 import torch
-from torch import nn
+from torchvision.models import ViT_B_16_Weights
 
-from cnn_model import ConvNet, ConvNetConfig, HybridCNNViT
-from vit_model import VARIANTS, InputError, VisionTransformer, ViTConfig, check_choice, pair
+from checkpoints import (
+    CLASSES,
+    CONFIGS,
+    describe_checkpoint,
+    first_line,
+    load_checkpoint,
+    load_model,
+    read_checkpoint,
+    save_model,
+)
+from cnn_model import ConvNet, HybridCNNViT
+from vit_model import VARIANTS, InputError, VisionTransformer, check_choice, pair
 
-CONFIGS = {VisionTransformer: ViTConfig, HybridCNNViT: ViTConfig, ConvNet: ConvNetConfig}
-CLASSES = {model_class.__name__: model_class for model_class in CONFIGS}
+__all__ = ["CLASSES", "CONFIGS", "MODELS", "PRETRAINED", "Pretrained", "build_model", "create_pretrained",
+           "describe_checkpoint", "first_line", "load_checkpoint", "load_model", "read_checkpoint", "save_model"]
 
 # vit_nano, hybrid and convnet are within 10% of each other in parameters, with 10 classes and 32 x 32 images:
 # 459,562, 497,818 and 481,170.
@@ -32,11 +47,104 @@ MODELS = {
     "resnet18": (ConvNet, dict(img_size=224, widths=(64, 128, 256, 512), depths=(2, 2, 2, 2), stem_stride=4)),
 }
 
-# Trained by us on the built-in shapes; the commands and accuracies are in benchmarks/RESULTS.md.
-PRETRAINED = ("vit_nano_shapes", "hybrid_shapes", "convnet_shapes")
-PRETRAINED_FOLDER = Path(__file__).parent / "benchmarks" / "weights"
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+HALF = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
 
-CHECKPOINT_FORMAT = "vit-bridge 1"
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A public checkpoint.
+
+    variant        row of vit_model.VARIANTS; `config` overrides its fields
+    url            where the file is; None: ours, in benchmarks/weights
+    checksum       as published, "sha256:" or "md5:" and the first hex digits of the file's sum; None: none published
+    top1           accuracy on ImageNet-1k's validation images in per cent, as its authors report it: of the model as
+                   it is, or where it has no head as `measured` says
+    licence        of the weights
+    source         who made it: paper and repository
+    """
+    variant: str
+    url: str
+    checksum: str | None
+    top1: float
+    licence: str
+    source: str
+    measured: str = "as it is"
+    mean: tuple = IMAGENET["mean"]
+    std: tuple = IMAGENET["std"]
+    interpolation: str = "bicubic"
+    config: dict = field(default_factory=dict)
+
+    @property
+    def arguments(self):
+        """Those of VisionTransformer; without a head of its own the model has n_classes=0."""
+        return vars(replace(VARIANTS[self.variant], **self.config))
+
+
+def deit(variant, file, checksum, top1, **config):
+    return Pretrained(variant, f"https://dl.fbaipublicfiles.com/deit/{file}", checksum, top1, "Apache-2.0",
+                      "DeiT, Touvron et al. 2021, github.com/facebookresearch/deit", config=config)
+
+
+def deit3(variant, file, top1):
+    return Pretrained(variant, f"https://dl.fbaipublicfiles.com/deit/{file}", None, top1, "Apache-2.0",
+                      "DeiT-III, Touvron et al. 2022, github.com/facebookresearch/deit",
+                      config=dict(layer_scale=1e-4))
+
+
+def of_torchvision(variant, file, checksum, top1):
+    return Pretrained(variant, f"https://download.pytorch.org/models/{file}", checksum, top1, "BSD-3-Clause",
+                      "torchvision, IMAGENET1K_V1, github.com/pytorch/vision", interpolation="bilinear")
+
+
+def dino(variant, folder, top1):
+    return Pretrained(variant, f"https://dl.fbaipublicfiles.com/dino/{folder}/{folder}.pth", None, top1, "Apache-2.0",
+                      "DINO, Caron et al. 2021, github.com/facebookresearch/dino",
+                      "a linear classifier on its features", config=dict(n_classes=0))
+
+
+def dinov2(variant, name, top1, n_registers=0):
+    file = f"{name}_reg4_pretrain.pth" if n_registers else f"{name}_pretrain.pth"
+    paper = "Darcet et al. 2024" if n_registers else "Oquab et al. 2023"
+    return Pretrained(variant, f"https://dl.fbaipublicfiles.com/dinov2/{name}/{file}", None, top1, "Apache-2.0",
+                      f"DINOv2, {paper}, github.com/facebookresearch/dinov2", "a linear classifier on its features",
+                      config=dict(n_classes=0, img_size=518, patch_size=14, layer_scale=1e-5, n_registers=n_registers))
+
+
+def mae(variant, file, checksum, top1):
+    return Pretrained(variant, f"https://dl.fbaipublicfiles.com/mae/pretrain/{file}", checksum, top1, "CC-BY-NC-4.0",
+                      "MAE, He et al. 2022, github.com/facebookresearch/mae", "after fine-tuning the whole model",
+                      config=dict(n_classes=0))
+
+
+# Names are those of their authors. Published sums: DeiT's and torchvision's stand in the names of their files.
+PUBLIC = {
+    "deit_tiny_patch16_224": deit("vit_tiny", "deit_tiny_patch16_224-a1311bcf.pth", "sha256:a1311bcf", 72.2),
+    "deit_small_patch16_224": deit("vit_small", "deit_small_patch16_224-cd65a155.pth", "sha256:cd65a155", 79.9),
+    "deit_base_patch16_224": deit("vit_base", "deit_base_patch16_224-b5f2ef4d.pth", "sha256:b5f2ef4d", 81.8),
+    "deit_base_patch16_384": deit("vit_base", "deit_base_patch16_384-8de9b5d1.pth", "sha256:8de9b5d1", 82.9,
+                                  img_size=384),
+    "deit3_small_patch16_224": deit3("vit_small", "deit_3_small_224_1k.pth", 81.4),
+    "deit3_base_patch16_224": deit3("vit_base", "deit_3_base_224_1k.pth", 83.8),
+    "deit3_large_patch16_224": deit3("vit_large", "deit_3_large_224_1k.pth", 84.9),
+    "vit_b_16": of_torchvision("vit_base", "vit_b_16-c867db91.pth", "sha256:c867db91", 81.072),
+    "vit_l_16": of_torchvision("vit_large", "vit_l_16-852ce7e3.pth", "sha256:852ce7e3", 79.662),
+    "dino_vits16": dino("vit_small", "dino_deitsmall16_pretrain", 77.0),
+    "dino_vitb16": dino("vit_base", "dino_vitbase16_pretrain", 78.2),
+    "dinov2_vits14": dinov2("vit_small", "dinov2_vits14", 81.1),
+    "dinov2_vitb14": dinov2("vit_base", "dinov2_vitb14", 84.5),
+    "dinov2_vitl14": dinov2("vit_large", "dinov2_vitl14", 86.3),
+    "dinov2_vits14_reg": dinov2("vit_small", "dinov2_vits14", 80.9, n_registers=4),
+    "dinov2_vitb14_reg": dinov2("vit_base", "dinov2_vitb14", 84.6, n_registers=4),
+    "dinov2_vitl14_reg": dinov2("vit_large", "dinov2_vitl14", 86.7, n_registers=4),
+    "mae_vit_base_patch16": mae("vit_base", "mae_pretrain_vit_base.pth", "md5:8cad7c", 83.664),
+    "mae_vit_large_patch16": mae("vit_large", "mae_pretrain_vit_large.pth", "md5:b8b06e", 85.952),
+}
+
+# Trained by us on the built-in shapes; the commands and accuracies are in benchmarks/RESULTS.md.
+OURS = ("vit_nano_shapes", "hybrid_shapes", "convnet_shapes")
+OURS_FOLDER = Path(__file__).parent / "benchmarks" / "weights"
+PRETRAINED = (*OURS, *PUBLIC)
 
 
 def build_model(name, **arguments):
@@ -49,8 +157,7 @@ def build_model(name, **arguments):
     """
     check_choice("model", name, tuple(MODELS))
     model_class, defaults = MODELS[name]
-    for argument in arguments:
-        check_choice("argument", argument, tuple(CONFIGS[model_class].__dataclass_fields__))
+    check_arguments(model_class, arguments)
     fitted = {}
     if "img_size" in arguments:
         side = max(pair(arguments["img_size"]))
@@ -59,126 +166,101 @@ def build_model(name, **arguments):
     return model_class(**{**defaults, **fitted, **arguments})
 
 
-def create_pretrained(name):
-    """A model that we trained, ready to use: see the table PRETRAINED.
+def create_pretrained(name, n_classes=None, **overrides):
+    """A trained model of the table PRETRAINED, in eval mode, with class_names, img_size, mean, std, interpolation.
 
-    Raises InputError for an unknown name, or where the file is not beside this module (weights are part of the
-    checkout, so install with `pip install -e .`).
+    n_classes   None: the head of the checkpoint, or none where it has none (the model then gives features, (B, D));
+                a number: a new head, untrained, unless it is the checkpoint's own number
+    overrides   other fields of the configuration: img_size resamples the positions, dropout and drop_path are for
+                fine-tuning; those that change the architecture are refused, as the weights would not fit
+
+    A public file is fetched once, with torch.hub, into its usual folder of checkpoints. Raises InputError for an
+    unknown name or field; where the file cannot be fetched (with its address, and where to put it by hand) or is
+    damaged; and where one of ours is not beside this module (weights are part of the checkout, so install with
+    `pip install -e .`).
     """
     check_choice("model", name, PRETRAINED)
-    return load_model(PRETRAINED_FOLDER / f"{name}.pt")
-
-
-# ---- Checkpoints ------------------------------------------------------------------------------------------
-
-
-def save_model(model, path, class_names=None, mean=None, std=None, dtype=None, **more):
-    """Writes a model of ours as a checkpoint: plain tensors, numbers and text, which need no unpickling.
-
-    class_names, mean, std   as a loader of vit_data carries them; those of the model itself where not given
-    dtype                    e.g. torch.float16 to halve the file; load_model gives float32 again
-    more                     further entries, kept as they are (a trainer's state, an accuracy)
-
-    The file appears whole or not at all. Raises InputError where it cannot be written, and for a model of another
-    class than those of this project.
-    """
-    if type(model) not in CONFIGS:
-        raise InputError(f"a {type(model).__name__} cannot be saved as a checkpoint; expected one of "
-                         f"{', '.join(CLASSES)} itself, not compiled or wrapped")
-    if not isinstance(model.head, (nn.Linear, nn.Identity)):
-        raise InputError(f"a head of class {type(model.head).__name__} cannot be saved; expected one nn.Linear")
-    config = replace(model.config, n_classes=getattr(model.head, "out_features", 0))
-    names = own(class_names, model, "class_names")
-    if names and config.n_classes and len(names) != config.n_classes:
-        raise InputError(f"{len(names)} class_names do not fit a head of {config.n_classes} classes; give class_names")
-    state = {key: value.detach().cpu().to(dtype) if dtype and value.is_floating_point() else value.detach().cpu()
-             for key, value in model.state_dict().items()}
-    entries = dict(format=CHECKPOINT_FORMAT, model_class=type(model).__name__, config=vars(config),
-                   state_dict=state, img_size=config.img_size,
-                   class_names=names, mean=own(mean, model, "mean"), std=own(std, model, "std"), **more)
-    part = Path(f"{path}.part")
-    try:
-        torch.save(entries, part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"cannot write {path} ({first_line(error)}); choose a folder that exists, is writable and "
-                         f"has room") from error
-    finally:
-        with suppress(OSError):  # there is none where all went well
-            part.unlink()
-
-
-def own(value, model, name):
-    """value, or the model's own where there is none, as a list of plain values (None where neither is known)."""
-    value = getattr(model, name, None) if value is None else value
-    return None if value is None else [x.item() if hasattr(x, "item") else x for x in value]
-
-
-def read_checkpoint(path):
-    """The entries of a checkpoint of ours, as save_model wrote them. Nothing in the file is executed.
-
-    Raises InputError where there is no file, or it is not a checkpoint, or not one of ours.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"no file {path}; expected a checkpoint that train_vit.py or save_model wrote")
-    try:
-        entries = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # random bytes make torch's unpickler fail with nearly every kind
-        raise InputError(f"{path} is no checkpoint, or a damaged one ({first_line(error)}); expected a file that "
-                         f"train_vit.py or save_model wrote") from error
-    if not isinstance(entries, dict) or entries.get("format") != CHECKPOINT_FORMAT:
-        raise InputError(f"{path} is not a checkpoint of this project; expected a file that train_vit.py or "
-                         f"save_model wrote")
-    return entries
-
-
-def first_line(error):
-    """Type and first sentence of an error, for quoting inside a line of ours."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0].split('. ')[0]}".rstrip(": ")
-
-
-def load_model(path):
-    """The model of a checkpoint, in eval mode, on the CPU, in float32, with class_names, img_size, mean, std.
-
-    Raises InputError as read_checkpoint does, and where weights and configuration do not fit.
-    """
-    entries = read_checkpoint(path)
-    try:
-        model = CLASSES[entries["model_class"]](**entries["config"])
-        model.load_state_dict(entries["state_dict"])
-        for name in ("class_names", "img_size", "mean", "std"):
-            setattr(model, name, entries[name])
-    except Exception as error:
-        raise InputError(f"{path} is damaged: its weights and its configuration do not fit "
-                         f"({first_line(error)})") from error
+    if name in OURS:
+        path = OURS_FOLDER / f"{name}.pt"
+        entries = read_checkpoint(path)
+        model_class, arguments, facts = CLASSES[entries["model_class"]], entries["config"], entries
+        class_names = entries["class_names"]
+    else:
+        entry = PUBLIC[name]
+        model_class, arguments, facts = VisionTransformer, entry.arguments, vars(entry)
+        class_names = ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"] if arguments["n_classes"] else None
+    check_arguments(model_class, overrides)
+    own_classes, wanted = arguments["n_classes"], arguments["n_classes"] if n_classes is None else n_classes
+    model = model_class(**{**arguments, "n_classes": wanted, **overrides})
+    load_checkpoint(model, path if name in OURS else fetch(name))
+    model.class_names = class_names if wanted == own_classes else None
+    model.img_size = model.config.img_size
+    model.mean, model.std = facts["mean"], facts["std"]
+    model.interpolation = facts.get("interpolation") or "bilinear"
     return model.eval()
 
 
-def load_checkpoint(model, path):
-    """Loads the weights of a checkpoint into a model of the same architecture and class count; returns the model.
+def check_arguments(model_class, arguments):
+    """Raises InputError for an argument that the model's configuration does not have."""
+    for argument in arguments:
+        check_choice("argument", argument, tuple(CONFIGS[model_class].__dataclass_fields__))
 
-    Raises InputError, with the model unchanged, where they differ.
-    """
-    other = load_model(path)
-    if type(other) is not type(model):
-        raise InputError(f"{path} holds a {type(other).__name__}, the model is a {type(model).__name__}; build that "
-                         f"one, or take load_model(path), which builds what the file holds")
-    for name in ("n_heads", "pool", "position", "stem_stride"):  # these leave no trace in the shapes
-        theirs, ours = getattr(other.config, name, None), getattr(model.config, name, None)
-        if theirs != ours:
-            raise InputError(f"{path} is for another architecture: {name} is {theirs} there, {ours} in the model; "
-                             f"take load_model(path), which builds what the file holds")
-    theirs, ours = other.state_dict(), model.state_dict()
-    if theirs.keys() != ours.keys():
-        odd = sorted(theirs.keys() ^ ours.keys())
-        raise InputError(f"{path} is for another architecture: {len(odd)} tensors stand in only one of the two, "
-                         f"such as {odd[0]}; take load_model(path), which builds what the file holds")
-    for key, value in ours.items():
-        if value.shape != theirs[key].shape:
-            what = "another class count" if key.startswith("head.") else "another architecture"
-            raise InputError(f"{path} is for {what}: {key} is {tuple(theirs[key].shape)} there, "
-                             f"{tuple(value.shape)} in the model; take load_model(path), which builds what the "
-                             f"file holds")
-    model.load_state_dict(theirs)
-    return model
+
+def fetch(name):
+    """The file of a public checkpoint, downloaded where it is not in torch.hub's folder yet."""
+    entry = PUBLIC[name]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / entry.url.rsplit("/", 1)[1]
+    if path.is_file():
+        return path
+    part = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(entry.url, str(part))
+        check_sum(part, entry.checksum)
+        part.replace(path)
+    except (OSError, URLError) as error:
+        raise InputError(f"cannot download {name} from {entry.url} ({first_line(error)}); fetch it by other means and "
+                         f"put it at {path}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def check_sum(path, checksum):
+    """Raises InputError where the file's sum does not begin with the published digits."""
+    if checksum is None:
+        return
+    kind, digits = checksum.split(":")
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, kind).hexdigest()
+    if not found.startswith(digits):
+        raise InputError(f"{path} is not the published file: its {kind} begins {found[:len(digits)]}, expected "
+                         f"{digits}; fetch it again")
+
+
+def describe_pretrained():
+    """The table PRETRAINED in lines of text."""
+    lines = [f"{'name':25s} {'pixels':>6s} {'patch':>5s} {'classes':>7s} {'top-1':>6s}  licence, source"]
+    for name in OURS:
+        lines.append(f"{name:25s} {32:6d} {'':5s} {10:7d} {'':6s}  MIT, this project, on the drawn shapes "
+                     f"(benchmarks/RESULTS.md)")
+    for name, entry in PUBLIC.items():
+        c = entry.arguments
+        how = "" if entry.measured == "as it is" else f" (top-1: {entry.measured})"
+        lines.append(f"{name:25s} {c['img_size']:6d} {c['patch_size']:5d} {c['n_classes']:7d} {entry.top1:6.1f}  "
+                     f"{entry.licence}, {entry.source}{how}")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="What a checkpoint is, and whether and how it would load.")
+    parser.add_argument("file", nargs="?", help="a checkpoint; without one the pretrained models are listed")
+    options = parser.parse_args()
+    try:
+        print(describe_checkpoint(options.file) if options.file else describe_pretrained())
+    except InputError as error:
+        parser.exit(2, f"model_zoo.py: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -16,17 +16,30 @@ from collections import defaultdict
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import geometric_mean, mean, stdev
 
 HERE = Path(__file__).parent
-TABLES = {
+TRAINING_TABLES = {
     "shapes": "The built-in shapes, two minutes (`python train_vit.py --seed SEED`)",
     "cifar10-jpeg": "CIFAR-10 (JPEG), five minutes (`python train_vit.py --data-dir DIR --minutes 5 --model MODEL`). "
                     "JPEG is lossy: accuracies published for the original files are 2 to 3 points higher",
     "weights": "The models in benchmarks/weights, on the built-in shapes (the command is in each result; then "
                "`python benchmarks/results.py ship NAME runs/RUN`)",
 }
-
+TABLES = {
+    **TRAINING_TABLES,
+    "throughput": "VisionTransformer beside its peers, images a second (`python benchmarks/throughput.py --keep`; its "
+                  "head says how). Medians over rounds in which every library takes a turn; a ratio is the peer's "
+                  "seconds over ours in the same round, with the 95% interval of the median, and the peer named is the "
+                  "fastest; `share` is ours of the machine's own rate in a 2048 x 2048 product, from FLOPs really "
+                  "computed; `memory` is what ours holds beyond weights and images in a pass, and what the leanest "
+                  "peer does",
+    "growth": "Time and memory against the number of tokens (`python benchmarks/growth.py --keep`), exponents from the "
+              "upper half of the sizes",
+    "formats": "Formats of checkpoints (`python benchmarks/formats.py --keep`): the source model is built at random, "
+               "saved in its own format and loaded by `load_checkpoint`; the difference is the largest of all tokens "
+               "and logits, over their largest value, in float64 unless the format is float32",
+}
 
 INTRODUCTION = """# Results
 
@@ -96,7 +109,7 @@ def ship(name, run):
 
 
 def page():
-    """RESULTS.md: a table for each group of results, a row a run, and the mean over seeds."""
+    """RESULTS.md: a section for each table that has results, with where they were measured."""
     tables = defaultdict(list)
     for path in sorted((HERE / "results").glob("*.json")):
         cell = json.loads(path.read_text())
@@ -105,32 +118,91 @@ def page():
     for table, title in TABLES.items():
         if not tables[table]:
             continue
-        lines += [f"## {table}", "", f"{title}.", "",
-                  "| model | seed | test accuracy | interval | linear | images/s | data | steps | seconds | commit |",
-                  "|---|---:|---:|---|---:|---:|---:|---:|---:|---|"]
-        by_model = defaultdict(list)
-        for cell in tables[table]:
-            r = cell["result"]
-            by_model[r["model"]].append(r["test_acc"])
-            low, high = r["test_interval"]
-            lines.append(f"| {r['model']} | {r['seed']} | {r['test_acc']:.1%} | {low:.1%} to {high:.1%} | "
-                         f"{r['linear_test_acc']:.1%} | {r['images_per_second']:.0f} | {r['data_share']:.1%} | "
-                         f"{r['n_steps']} | {r['seconds']:.0f} | {cell['commit']} |")
-        lines.append("")
-        for model, accuracies in by_model.items():
-            if len(accuracies) > 1:
-                lines += [f"{model}, {len(accuracies)} seeds: mean {mean(accuracies):.1%}, standard deviation "
-                          f"{100 * stdev(accuracies):.1f} points.", ""]
-        for where in sorted({f"{c['machine']}; torch {c['versions']['torch']}; {c['date']}" for c in tables[table]}):
+        draw = {"throughput": throughput_lines, "growth": growth_lines, "formats": format_lines}.get(table, run_lines)
+        lines += [f"## {table}", "", f"{title}.", "", *draw(tables[table])]
+        for where in sorted({describe_origin(cell) for cell in tables[table]}):
             lines += [f"Measured on {where}.", ""]
     (HERE / "RESULTS.md").write_text("\n".join(lines).rstrip() + "\n")
+
+
+def describe_origin(cell):
+    versions = ", ".join(f"{name} {version}" for name, version in cell["versions"].items() if name != "python")
+    return f"{cell['machine']}; {versions}; {cell['date']}; commit {cell['commit']}"
+
+
+def run_lines(cells):
+    """A row a run of train_vit.py, and the mean over seeds."""
+    lines = ["| model | seed | test accuracy | interval | linear | images/s | data | steps | seconds |",
+             "|---|---:|---:|---|---:|---:|---:|---:|---:|"]
+    by_model = defaultdict(list)
+    for cell in cells:
+        r = cell["result"]
+        by_model[r["model"]].append(r["test_acc"])
+        low, high = r["test_interval"]
+        lines.append(f"| {r['model']} | {r['seed']} | {r['test_acc']:.1%} | {low:.1%} to {high:.1%} | "
+                     f"{r['linear_test_acc']:.1%} | {r['images_per_second']:.0f} | {r['data_share']:.1%} | "
+                     f"{r['n_steps']} | {r['seconds']:.0f} |")
+    lines.append("")
+    for model, accuracies in by_model.items():
+        if len(accuracies) > 1:
+            lines += [f"{model}, {len(accuracies)} seeds: mean {mean(accuracies):.1%}, standard deviation "
+                      f"{100 * stdev(accuracies):.1f} points.", ""]
+    return lines
+
+
+def throughput_lines(cells):
+    """A row a column of the benchmark, by device, and the geometric mean of the ratios to the fastest peer."""
+    lines = []
+    for device in sorted({cell["result"]["device"] for cell in cells}):
+        results = [cell["result"] for cell in cells if cell["result"]["device"] == device]
+        results.sort(key=lambda r: (r["precision"], r["compiled"], r["variant"], r["batch"], r["train"]))
+        peers = list(dict.fromkeys(name for r in results for name in r["libraries"] if name != "ours"))
+        lines += [f"| {device} | ours | {' | '.join(peers)} | ours over the fastest peer | share | memory, MiB |",
+                  f"|---|---:|{'---:|' * len(peers)}---|---:|---|"]
+        for r in results:
+            ours = r["libraries"]["ours"]
+            speeds = " | ".join(f"{r['libraries'][peer]['images_per_second']:.1f}" if peer in r["libraries"] else ""
+                                for peer in peers)
+            ratio, low, high = r["ratio"]
+            held = [r["libraries"][peer]["peak_bytes"] for peer in peers if peer in r["libraries"]]
+            memory = f"{ours['peak_bytes'] / 2**20:.0f}, {min(held) / 2**20:.0f}" if all(held) else ""
+            lines.append(f"| {r['column']} | {ours['images_per_second']:.1f} | {speeds} | {ratio:.2f} ({low:.2f} to "
+                         f"{high:.2f}), {r['best_peer']} | {ours['share']:.0%} | {memory} |")
+        middle = geometric_mean([r["ratio"][0] for r in results])
+        behind = [r["column"] for r in results if r["ratio"][2] < 1]
+        lines += ["", f"Geometric mean of the ratios over these {len(results)} columns: {middle:.3f} (the aim: 1.10). "
+                  f"Columns whose whole interval lies below 1: {', '.join(behind) or 'none'}.", ""]
+    return lines
+
+
+def growth_lines(cells):
+    lines = []
+    for cell in cells:
+        r = cell["result"]
+        heads = [f"{c['path']}, {'training' if c['train'] else 'inference'}" for c in r["curves"]]
+        lines += [f"| {r['device']}: tokens | {' | '.join(heads)} |", f"|---:|{'---:|' * len(heads)}"]
+        for i, n in enumerate(r["tokens"]):
+            values = " | ".join(f"{1e3 * c['seconds'][i]:.1f} ms, {c['bytes'][i] / 2**20:.1f} MiB" for c in r["curves"])
+            lines.append(f"| {n:,} | {values} |")
+        exponents = " | ".join(f"time N^{c['seconds_exponent']:.2f}, memory N^{c['bytes_exponent']:.2f}"
+                               for c in r["curves"])
+        lines += [f"| slope | {exponents} |", "",
+                  f"The count 12 N D² + 2 N² D of multiplications: N^{r['multiplications_exponent']:.2f}.", ""]
+    return lines
+
+
+def format_lines(cells):
+    lines = ["| format | model and writer | largest difference | verified |", "|---|---|---:|---|"]
+    for row in cells[0]["result"]["rows"]:
+        lines.append(f"| {row['format']} | {row['source']} | {row['difference']:.1e} | {row['verified']} |")
+    return [*lines, ""]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     adding = commands.add_parser("add")
-    adding.add_argument("table", choices=TABLES)
+    adding.add_argument("table", choices=TRAINING_TABLES)
     adding.add_argument("run", type=Path)
     shipping = commands.add_parser("ship")
     shipping.add_argument("name")

@@ -238,8 +238,7 @@ def measure(column, names, n_rounds, device, max_seconds=600):
         for name in order:
             seconds[name].append(turns[name].seconds())
     rate = turns["product"].flops / statistics.median(seconds["product"])
-    result = dict(column=column.name, variant=column.variant, batch=column.batch, train=column.train,
-                  precision=column.precision, compiled=column.compiled, rounds=len(seconds["ours"]),
+    result = dict(column=column.name, device=device.type, **vars(column), rounds=len(seconds["ours"]),
                   product_gflops=rate / 1e9, libraries={})
     for name in names:
         median, low, high = median_interval([column.batch / s for s in seconds[name]])

@@ -1,0 +1,473 @@
+"""Checkpoints: ours, and those of the libraries and papers that people take weights from.
+
+    save_model(model, path)                     writes one of ours
+    model = load_model(path)                    builds the model that one of ours holds
+    print(load_checkpoint(model, path))         fills a model from a file of any of checkpoint_formats.FORMATS
+    print(describe_checkpoint(path))            what a file is, and whether and how it would load
+
+Nothing in a file is executed: torch.load with weights_only=True, numpy without pickle, safetensors.
+
+Loading is strict. Each tensor of the file is used or listed as dropped on purpose, each shape is compared, and where
+anything does not fit, the model stays as it was. Two things may differ and are said: a head of another class count
+(the model keeps its own) and another resolution (positions are resampled).
+
+Letters:  B images, D width, K width of a head, P patch side, C channels.
+"""
+
+import argparse
+import math
+import os
+import re
+import zipfile
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from checkpoint_formats import Format, Weights, translate
+from cnn_model import ConvNet, ConvNetConfig, HybridCNNViT
+from vit_model import InputError, VisionTransformer, ViTConfig, pair, resample_positions, sincos_positions
+
+CONFIGS = {VisionTransformer: ViTConfig, HybridCNNViT: ViTConfig, ConvNet: ConvNetConfig}
+CLASSES = {model_class.__name__: model_class for model_class in CONFIGS}
+
+CHECKPOINT_FORMAT = "vit-bridge 1"
+
+
+# ---- Ours -------------------------------------------------------------------------------------------------
+
+
+def save_model(model, path, class_names=None, mean=None, std=None, dtype=None, **more):
+    """Writes a model of ours as a checkpoint: plain tensors, numbers and text, which need no unpickling.
+
+    class_names, mean, std   as a loader of vit_data carries them; those of the model itself where not given
+    dtype                    e.g. torch.float16 to halve the file; load_model gives float32 again
+    more                     further entries, kept as they are (a trainer's state, an accuracy, interpolation)
+
+    The file appears whole or not at all. Raises InputError where it cannot be written, and for a model of another
+    class than those of this project.
+    """
+    if type(model) not in CONFIGS:
+        raise InputError(f"a {type(model).__name__} cannot be saved as a checkpoint; expected one of "
+                         f"{', '.join(CLASSES)} itself, not compiled or wrapped")
+    if not isinstance(model.head, (nn.Linear, nn.Identity)):
+        raise InputError(f"a head of class {type(model.head).__name__} cannot be saved; expected one nn.Linear")
+    config = replace(model.config, n_classes=getattr(model.head, "out_features", 0))
+    names = own(class_names, model, "class_names")
+    if names and config.n_classes and len(names) != config.n_classes:
+        raise InputError(f"{len(names)} class_names do not fit a head of {config.n_classes} classes; give class_names")
+    state = {key: value.detach().cpu().to(dtype) if dtype and value.is_floating_point() else value.detach().cpu()
+             for key, value in model.state_dict().items()}
+    entries = dict(format=CHECKPOINT_FORMAT, model_class=type(model).__name__, config=vars(config),
+                   state_dict=state, img_size=config.img_size, class_names=names, mean=own(mean, model, "mean"),
+                   std=own(std, model, "std"), **dict(interpolation=getattr(model, "interpolation", None)) | more)
+    part = Path(f"{path}.part")
+    try:
+        torch.save(entries, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"cannot write {path} ({first_line(error)}); choose a folder that exists, is writable and "
+                         f"has room") from error
+    finally:
+        with suppress(OSError):  # there is none where all went well
+            part.unlink()
+
+
+def own(value, model, name):
+    """value, or the model's own where there is none, as a list of plain values (None where neither is known)."""
+    value = getattr(model, name, None) if value is None else value
+    return None if value is None else [x.item() if hasattr(x, "item") else x for x in value]
+
+
+def read_checkpoint(path):
+    """The entries of a checkpoint of ours, as save_model wrote them. Nothing in the file is executed.
+
+    Raises InputError where there is no file, or it is not a checkpoint, or not one of ours.
+    """
+    entries = read_file(path)
+    if entries.get("format") != CHECKPOINT_FORMAT:
+        raise InputError(f"{path} is not a checkpoint of this project; expected a file that train_vit.py or "
+                         f"save_model wrote. `python model_zoo.py {path}` says what it is")
+    return entries
+
+
+def load_model(path):
+    """The model of a checkpoint of ours, in eval mode, on the CPU, in float32, with class_names, img_size, mean,
+    std and interpolation.
+
+    Raises InputError as read_checkpoint does, and where weights and configuration do not fit.
+    """
+    entries = read_checkpoint(path)
+    try:
+        model = CLASSES[entries["model_class"]](**entries["config"])
+        model.load_state_dict(entries["state_dict"])
+        for name in ("class_names", "img_size", "mean", "std"):
+            setattr(model, name, entries[name])
+        model.interpolation = entries.get("interpolation") or "bilinear"  # older files do not say
+    except Exception as error:
+        raise InputError(f"{path} is damaged: its weights and its configuration do not fit "
+                         f"({first_line(error)})") from error
+    return model.eval()
+
+
+# ---- Reading a file of any kind ---------------------------------------------------------------------------
+
+
+def read_file(path):
+    """What a file holds, as a dict. Nothing in it is executed. Raises InputError where that cannot be."""
+    if not Path(path).is_file():
+        raise InputError(f"no file {path}; expected a checkpoint")
+    try:
+        if str(path).endswith(".safetensors"):
+            return read_safetensors(path)
+        if zipfile.is_zipfile(path) and any(name.endswith(".npy") for name in zipfile.ZipFile(path).namelist()):
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        # Training scripts keep their parsed arguments beside the weights: text and numbers, no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            entries = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except Exception as error:  # random bytes make torch's unpickler fail with nearly every kind
+        found = re.search(r"Unsupported (?:global|class)[^\n]*?([\w.]+) was not an allowed", str(error))
+        if found:
+            raise InputError(f"{path} holds Python objects ({found[1]}), which are not loaded, as unpickling them can "
+                             f"run code; save the model's state_dict alone") from error
+        raise InputError(f"{path} is no checkpoint, or a damaged one ({first_line(error)}); expected a file that "
+                         f"torch.save, safetensors or numpy wrote") from error
+    if not isinstance(entries, dict):
+        raise InputError(f"{path} holds a {type(entries).__name__}; expected a dict of tensors, as state_dict() gives")
+    return entries
+
+
+def read_safetensors(path):
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise InputError(f"{path} needs the package safetensors to be read; python -m pip install "
+                         f"safetensors") from error
+    return load_file(path)
+
+
+def first_line(error):
+    """Type and first sentence of an error, for quoting inside a line of ours."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0].split('. ')[0]}".rstrip(": ")
+
+
+# What training scripts put around a state dict, best first: of two, the average of the weights is the one to use.
+WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "teacher", "target")
+PREFIXES = ("module.", "_orig_mod.", "model.")
+
+
+def unwrap(entries, path):
+    """(the state dict inside, names of what was around it). Raises InputError where there is none."""
+    around = []
+    while inner := next((name for name in WRAPPERS if isinstance(entries.get(name), dict)), None):
+        entries, around = entries[inner], [*around, inner]
+    if not any(isinstance(value, torch.Tensor) for value in entries.values()):
+        raise InputError(f"{path} holds no tensors under {', '.join(map(str, list(entries)[:5])) or 'any name'}; "
+                         f"expected a state dict, or one under {', '.join(WRAPPERS)}")
+    odd = [name for name, value in entries.items() if not (isinstance(name, str) and isinstance(value, torch.Tensor))]
+    if odd:
+        raise InputError(f"{path} holds {odd[0]!r}, a {type(entries[odd[0]]).__name__}, among its tensors; expected a "
+                         f"state dict of tensors alone")
+    while prefix := common_prefix([name for name in entries if name != "n_averaged"]):
+        entries, around = {name.removeprefix(prefix): value for name, value in entries.items()}, [*around, prefix]
+    return entries, around
+
+
+def common_prefix(names):
+    """The one of PREFIXES with which all names begin, else None."""
+    return next((prefix for prefix in PREFIXES if names and all(name.startswith(prefix) for name in names)), None)
+
+
+# ---- Into a model -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What load_checkpoint did with each tensor of a file; as text, in a few lines.
+
+    path, format    the file, and how it names its weights
+    used            names in the file that were loaded
+    dropped         {name in the file: why it has no place in the model}
+    notes           what differs between the file and the model, and what was done about it
+    """
+    path: str
+    format: str
+    used: tuple
+    dropped: dict
+    notes: tuple
+
+    def __str__(self):
+        by_reason = {}
+        for name, reason in self.dropped.items():
+            by_reason.setdefault(reason, []).append(name)
+        lines = [f"{self.path}: {self.format}; {len(self.used)} tensors loaded, {len(self.dropped)} dropped"]
+        for reason, names in by_reason.items():
+            lines.append(f"  dropped: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} ({reason})")
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+
+def load_checkpoint(model, path):
+    """Fills a model from a file of any kind in FORMATS, or of ours, or with the names of its own state dict.
+
+    Returns a LoadReport. Raises InputError, with the model unchanged, where a tensor is missing, left over or of
+    another shape, and for what cannot be read or held. A file that does not tell how many heads it was trained with
+    (only Google's and ours do) fits any number: take the one of its paper.
+    """
+    weights = read_weights(path, model)
+    state, report = fit(weights, model)
+    model.load_state_dict(state)
+    return report
+
+
+def read_weights(path, model=None):
+    """A file as Weights; model: one whose own names are known too."""
+    entries = read_file(path)
+    if entries.get("format") == CHECKPOINT_FORMAT:
+        other = load_model(path)
+        if model is not None:
+            check_same_kind(other, model, path)
+        state = other.state_dict()
+        return Weights(str(path), Format("ours", ()), [], dict(state), {name: [name] for name in state},
+                       config=other.config)
+    state, around = unwrap(entries, path)
+    if model is not None and type(model) is not VisionTransformer and state.keys() == model.state_dict().keys():
+        return Weights(str(path), Format(f"state dict of a {type(model).__name__}", ()), around, dict(state),
+                       {name: [name] for name in state})
+    if model is not None and type(model) is not VisionTransformer:
+        raise InputError(f"{path} is for another architecture: its tensors, such as {next(iter(state))}, are not those "
+                         f"of a {type(model).__name__}; build the model that it was saved from")
+    return translate(state, path, around)
+
+
+def check_same_kind(other, model, path):
+    """Raises InputError where a model of ours differs from another in what leaves no trace in shapes."""
+    if type(other) is not type(model):
+        raise InputError(f"{path} holds a {type(other).__name__}, the model is a {type(model).__name__}; build that "
+                         f"one, or take load_model(path), which builds what the file holds")
+    for name in ("n_heads", "pool", "position", "norm_eps", "stem_stride"):
+        theirs, ours = getattr(other.config, name, None), getattr(model.config, name, None)
+        if theirs != ours:
+            raise InputError(f"{path} is for another architecture: {name} is {theirs} there, {ours} in the model; "
+                             f"take load_model(path), which builds what the file holds")
+
+
+def fit(weights, model):
+    """(state dict for the model, LoadReport). Raises InputError where the weights do not fit."""
+    expected, notes = model.state_dict(), []
+    if weights.around:
+        notes.append(f"the weights lie under {' / '.join(weights.around)}")
+    if weights.n_heads not in (None, getattr(model.config, "n_heads", None)):
+        raise InputError(f"{weights.path} is for another architecture: n_heads is {weights.n_heads} there, "
+                         f"{model.config.n_heads} in the model")
+    if weights.format.norm_eps != getattr(model.config, "norm_eps", weights.format.norm_eps):
+        notes.append(f"norms: the file's library adds {weights.format.norm_eps} to the variance unless told otherwise, "
+                     f"the model {model.config.norm_eps}; norm_eps={weights.format.norm_eps} makes them equal")
+    notes += fit_head(weights, expected)
+    notes += fit_positions(weights, model)
+    tensors = weights.tensors
+    missing = [name for name in expected if name not in tensors and not name.startswith("head.")]
+    extra = [name for name in tensors if name not in expected]
+    for wrong, where in ((extra, "the file has {} and the model does not"), (missing, "the file lacks {}")):
+        if wrong:
+            name = weights.sources[wrong[0]][0] if wrong is extra else wrong[0]
+            more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
+            raise InputError(f"{weights.path} is for another architecture: {where.format(name + more)}"
+                             f"{advice(wrong[0], weights)}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise InputError(f"{weights.path} is for another architecture: {weights.sources[name][0]} is "
+                             f"{tuple(tensor.shape)} there, {tuple(expected[name].shape)} in the model"
+                             f"{advice(name, weights)}")
+        if tensor.is_floating_point() != expected[name].is_floating_point():
+            raise InputError(f"{weights.path} is damaged or quantised: {weights.sources[name][0]} is {tensor.dtype}, "
+                             f"expected {expected[name].dtype}")
+    state = {**expected, **{name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}}
+    used = tuple(name for ours in tensors for name in weights.sources[ours])
+    return state, LoadReport(weights.path, weights.format.name, used, weights.dropped, tuple(notes))
+
+
+def advice(name, weights):
+    """How to build the model that a tensor asks for, where the tensor tells; begins with a semicolon."""
+    if ".ls" in name:
+        return f"; build the model with layer_scale={1e-5 if name in weights.tensors else None}"
+    if "_norm." in name:
+        return f"; build the model with qk_norm={name in weights.tensors}"
+    if name == "reg_token":
+        return f"; build the model with n_registers={weights.tensors[name].shape[1] if name in weights.tensors else 0}"
+    return f"; `python model_zoo.py {weights.path}` says what it was saved from"
+
+
+def fit_head(weights, expected):
+    """Notes on the head. One that does not fit is dropped, and the model keeps its own."""
+    theirs = {name: weights.tensors[name] for name in ("head.weight", "head.bias") if name in weights.tensors}
+    if "head.weight" not in expected:
+        reason = "the model has no head"
+    elif not theirs:
+        return ["head: the file has none; the model keeps its own, untrained"]
+    elif len(theirs) == 2 and all(theirs[name].shape == expected[name].shape for name in theirs):
+        return []
+    elif theirs["head.weight"].ndim == 2 and theirs["head.weight"].shape[1] != expected["head.weight"].shape[1]:
+        reason = (f"reads {theirs['head.weight'].shape[1]} features, the model's head "
+                  f"{expected['head.weight'].shape[1]}")
+    else:
+        reason = f"for {len(theirs['head.weight'])} classes, the model's head for {len(expected['head.weight'])}"
+    for name in theirs:
+        weights.dropped[weights.sources.pop(name)[0]] = reason
+        del weights.tensors[name]
+    if not theirs or "head.weight" not in expected:
+        return []
+    return [f"head: replaced by the model's own, untrained; that of the file is {reason}"]
+
+
+def fit_positions(weights, model):
+    """Notes on the positions, which are brought to the model's grid, with or without CLS as it has them."""
+    theirs, grid = weights.tensors.get("pos_embed"), getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if grid is None or theirs is None:
+        return []
+    if model.pos_embed is None:
+        raise InputError(f"{weights.path} is for another architecture: it has positions, the model was built with "
+                         f"position='none'; build it with position='learned'")
+    if theirs.ndim != 3 or theirs.shape[0] != 1 or theirs.shape[2] != model.config.embed_dim:
+        raise InputError(f"{weights.path} is for another architecture: {weights.sources['pos_embed'][0]} is "
+                         f"{tuple(theirs.shape)} there, {tuple(model.pos_embed.shape)} in the model"
+                         f"{advice('', weights)}")
+    n_registers, notes = weights.tensors["reg_token"].shape[1] if "reg_token" in weights.tensors else 0, []
+    old, n_prefix = grid_in_file(weights, theirs.shape[1], n_registers, grid)
+    if n_prefix > 1:  # registers with positions: each is added to its own token, once for all
+        weights.tensors["reg_token"] = weights.tensors["reg_token"] + theirs[:, 1:n_prefix]
+        theirs = torch.cat([theirs[:, :1], theirs[:, n_prefix:]], dim=1)  # (1, 1 + patches, D)
+        notes.append("positions: those of the registers were added to the registers")
+    n_cls, wanted = min(n_prefix, 1), int(model.reg_token is None)
+    if n_cls > wanted and "cls_token" in weights.tensors:
+        weights.tensors["cls_token"] = weights.tensors["cls_token"] + theirs[:, :1]
+        theirs = theirs[:, 1:]  # (1, patches, D)
+        notes.append("positions: that of CLS was added to the CLS token, as a model with registers has none for it")
+    if n_cls < wanted:
+        theirs = torch.cat([torch.zeros_like(theirs[:, :1]), theirs], dim=1)  # (1, 1 + patches, D)
+        notes.append("positions: the file has none for CLS; it gets zeros")
+    if model.config.position == "sincos":
+        own = sincos_positions(old, model.config.embed_dim)[:, 1 - wanted:]
+        if not torch.allclose(theirs.float(), own, atol=1e-3):
+            raise InputError(f"{weights.path} is for another architecture: its positions are learned, the model was "
+                             f"built with position='sincos'; build it with position='learned'")
+        theirs = model.pos_embed
+    elif old != grid:
+        theirs = resample_positions(theirs, old, grid)
+    if old != grid:
+        notes.append(f"positions: resampled from a grid of {old[0]}x{old[1]} to {grid[0]}x{grid[1]} patches")
+    weights.tensors["pos_embed"] = theirs
+    return notes
+
+
+def grid_in_file(weights, n_positions, n_registers, grid=None):
+    """((rows, columns), positions before them) that n_positions are: those of the model's grid if their number is
+    that, else a square. Raises InputError where there is no such square."""
+    if weights.config is not None:  # ours tells
+        embed = [side // patch for side, patch in zip(pair(weights.config.img_size), pair(weights.config.patch_size),
+                                                      strict=True)]
+        return tuple(embed), n_positions - embed[0] * embed[1]
+    choices = {True: [1], False: [0], None: [1, 0]}[weights.format.pos_cls]
+    if weights.format.pos_cls is None and n_registers:
+        choices = [1 + n_registers, 0, 1]
+    for n_prefix in choices:
+        if grid and n_positions - n_prefix == grid[0] * grid[1]:
+            return grid, n_prefix
+    for n_prefix in choices:
+        side = math.isqrt(max(n_positions - n_prefix, 0))
+        if side and side * side == n_positions - n_prefix:
+            return (side, side), n_prefix
+    raise InputError(f"{weights.path} has positions for {n_positions} tokens, which with or without CLS are no square "
+                     f"grid{f' and not the {grid[0]}x{grid[1]} of the model' if grid else ''}; build the model with "
+                     f"the img_size that the file was trained at")
+
+
+# ---- What a file is ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint is: the format, the configuration of the model that it fits, and the report of loading it
+    into such a model. heads says where the number of heads comes from."""
+    report: LoadReport
+    model_class: str
+    config: object
+    n_parameters: int
+    heads: str
+
+    def __str__(self):
+        settings = {f.name: getattr(self.config, f.name) for f in fields(self.config)
+                    if getattr(self.config, f.name) != f.default}
+        lines = [str(self.report)]
+        if self.heads:
+            lines.append(f"  heads: {self.heads}")
+        return "\n".join([*lines, f"  {self.n_parameters:,} parameters. It loads with", "",
+                          f"    model = {self.model_class}({', '.join(f'{k}={v!r}' for k, v in settings.items())})",
+                          f"    load_checkpoint(model, {self.report.path!r})"])
+
+
+def describe_checkpoint(path):
+    """What a file is, and how it would load, as a Description. Raises InputError where it would not, with the reason.
+
+    The model is built on the device "meta", so nothing but the file takes memory.
+    """
+    weights = read_weights(path)
+    heads = ""
+    if weights.config is None:
+        config, heads = infer_config(weights)
+        model_class = VisionTransformer
+    else:
+        config, model_class = weights.config, CLASSES[read_checkpoint(path)["model_class"]]
+    with torch.device("meta"):
+        model = model_class(**vars(config))
+    _, report = fit(weights, model)
+    return Description(report, model_class.__name__, config, sum(p.numel() for p in model.parameters()), heads)
+
+
+def infer_config(weights):
+    """(ViTConfig of the model that a file fits, where its number of heads comes from)."""
+    tensors = weights.tensors
+    needed = ("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
+    missing = [name for name in needed if name not in tensors]
+    if missing:
+        raise InputError(f"{weights.path} ({weights.format.name}) is no whole ViT: it lacks {', '.join(missing)}")
+    D, C, *patch = tensors["patch_embed.proj.weight"].shape
+    depth = 1 + max(int(name.split(".")[1]) for name in tensors if re.match(r"blocks\.\d+\.", name))
+    n_registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
+    grid = (1, 1)
+    if "pos_embed" in tensors:
+        grid, _ = grid_in_file(weights, tensors["pos_embed"].shape[1], n_registers)
+    K = len(tensors["blocks.0.attn.q_norm.weight"]) if "blocks.0.attn.q_norm.weight" in tensors else None
+    n_heads = weights.n_heads or (D // K if K else likely_heads(D))
+    told = weights.n_heads or K
+    hidden = len(tensors["blocks.0.mlp.fc1.weight"])
+    ratio = next(r for r in (hidden / D, math.nextafter(hidden / D, math.inf)) if int(D * r) == hidden)
+    n_classes = 0
+    head = tensors.get("head.weight")
+    if head is not None and head.ndim == 2 and head.shape[1] == D:
+        n_classes = len(head)
+    img_size = tuple(n * side for n, side in zip(grid, patch, strict=True))
+    config = ViTConfig(
+        one_side(img_size), one_side(tuple(patch)), C, n_classes, D, depth, n_heads, ratio,
+        position="learned" if "pos_embed" in tensors else "none", n_registers=n_registers,
+        layer_scale=1e-5 if "blocks.0.ls1.gamma" in tensors else None, qk_norm=K is not None,
+        norm_eps=weights.format.norm_eps)
+    return config, "" if told else f"the file does not say; {n_heads} of {D // n_heads} channels, as is usual"
+
+
+def one_side(sides):
+    """(height, width), as one number where they are equal."""
+    return sides[0] if sides[0] == sides[1] else sides
+
+
+def likely_heads(D):
+    """Heads of a ViT of this width: of 64 channels, as in Table 1 of the ViT paper, but for Huge (16 of 80)."""
+    if D == 1280:
+        return 16
+    return next(n for n in range(max(1, D // 64), 0, -1) if D % n == 0)
