@@ -267,22 +267,60 @@ def test_forward_is_the_head_of_the_features():
 
 
 @pytest.mark.parametrize("n", [1, 2, 22])
-def test_the_last_block_answers_for_as_many_tokens_as_are_asked_for(n):
-    model, shapes = small_vit(), []
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_the_last_block_answers_for_as_many_tokens_as_are_asked_for(n, qk_norm):
+    model, shapes = small_vit(qk_norm=qk_norm).double(), []
     for block in model.blocks:
         block.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[1]))
     images = images_for(model)
     first = model.forward_features(images, n_queries=n)
     assert shapes == [22, n]
-    torch.testing.assert_close(first, model.forward_features(images)[:, :n])
+    torch.testing.assert_close(first, model.forward_features(images)[:, :n], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(("pool", "n"), [("cls", 1), ("mean", 22)])
-def test_the_last_block_is_worked_out_for_what_the_head_reads(pool, n):
+def test_the_last_block_is_worked_out_for_what_the_head_reads(pool, n, monkeypatch):
     model, shapes = small_vit(pool=pool), []
-    model.blocks[-1].mlp.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[1]))
+    forward = MLP.forward
+    monkeypatch.setattr(MLP, "forward", lambda self, x: shapes.append(x.shape[1]) or forward(self, x))
     model(images_for(model))
-    assert shapes == [n]
+    assert shapes == [22, n]
+
+
+@pytest.mark.parametrize("where", ["", "attn.qkv", "mlp", "norm2", "attn.proj"])
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
+                                  "register_full_backward_pre_hook"])
+def test_a_hook_in_the_last_block_sees_every_token(where, kind):
+    model, shapes = small_vit(), []
+    images = images_for(model)
+    alone = model(images)
+    hooked = model.blocks[-1].get_submodule(where)
+
+    def note(module, *tensors):
+        shapes.append(tensors[-1][0].shape[-2] if isinstance(tensors[-1], tuple) else tensors[-1].shape[-2])
+
+    handle = getattr(hooked, kind)(note)
+    logits = model(images)
+    logits.sum().backward()
+    handle.remove()
+    assert shapes == [22]
+    torch.testing.assert_close(logits, alone)
+
+
+class Halved(nn.Linear):
+    """A layer in the place of another, as adapters and quantisation put there."""
+
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def test_a_replaced_layer_is_called_not_read():
+    model = small_vit().double()
+    layer, images = model.blocks[-1].attn.qkv, images_for(model)
+    halved = Halved(12, 36).double()
+    halved.load_state_dict(layer.state_dict())
+    model.blocks[-1].attn.qkv = halved
+    torch.testing.assert_close(model(images), model.forward_head(model.forward_features(images)))
 
 
 @pytest.mark.parametrize(("pool", "expected"), [("cls", 0.0), ("mean", 3.5)])
