@@ -25,17 +25,20 @@ class Format:
     marks    patterns: a file is of this format where each of them is found in some name
     names    (pattern, our name), the first that matches the whole name; a name that none matches stays
     drops    (pattern, reason): what a VisionTransformer has no use for
+    note     what the names cannot tell, said whenever a file is loaded
     """
     name: str
     marks: tuple
     names: tuple = ()
     drops: tuple = ()
-    norm_eps: float = 1e-6
+    norm_eps: float | None = 1e-6  # what the format's library adds to variances; None: as the model has it
     pos_cls: bool | None = None  # whether positions begin with that of CLS; None: seen from their number
+    note: str = ""
 
 
 # What wrappers and pre-training leave in a file.
 AVERAGED = (r"n_averaged", "a counter of averaged steps")
+PRE_LOGITS = (r"(heads\.)?pre_logits[./].*", "a layer between the features and the head of its pre-training")
 MASK = (r"(.*\.)?mask_token", "stands for hidden patches in pre-training")
 BLOCK = r"(?:vit|deit|dinov2|dinov2_with_registers)?\.?(?:encoder\.)?layers?\.(\d+)\."
 ROOT = r"(?:vit|deit|dinov2|dinov2_with_registers)?\.?"
@@ -72,11 +75,11 @@ FORMATS = (
         (TV_BLOCK + r"mlp\.(?:0|linear_1)\.(\w+)", r"blocks.\1.mlp.fc1.\2"),
         (TV_BLOCK + r"mlp\.(?:3|linear_2)\.(\w+)", r"blocks.\1.mlp.fc2.\2"),
         (r"encoder\.ln\.(\w+)", r"norm.\1"),
-        (r"heads\.head\.(\w+)", r"head.\1")), (AVERAGED,)),
+        (r"heads\.head\.(\w+)", r"head.\1")), (PRE_LOGITS, AVERAGED), pos_cls=True),
     Format("transformers Dinov2", (r"embeddings\.patch_embeddings\.projection\.weight$", r"layer_scale1\.lambda1$"),
-           TRANSFORMERS_NAMES, (*TRANSFORMERS_DROPS, AVERAGED)),
+           TRANSFORMERS_NAMES, (*TRANSFORMERS_DROPS, AVERAGED), pos_cls=True),
     Format("transformers ViT", (r"embeddings\.patch_embeddings\.projection\.weight$",),
-           TRANSFORMERS_NAMES, (*TRANSFORMERS_DROPS, AVERAGED), norm_eps=1e-12),
+           TRANSFORMERS_NAMES, (*TRANSFORMERS_DROPS, AVERAGED), norm_eps=1e-12, pos_cls=True),
     Format("Google's npz", (r"^embedding/kernel$", NPZ_BLOCK), (
         (r"cls", "cls_token"),
         (r"Transformer/posembed_input/pos_embedding", "pos_embed"),
@@ -88,39 +91,39 @@ FORMATS = (
         (NPZ_BLOCK + r"MlpBlock_3/Dense_0/(\w+)", r"blocks.\1.mlp.fc1.\2"),
         (NPZ_BLOCK + r"MlpBlock_3/Dense_1/(\w+)", r"blocks.\1.mlp.fc2.\2"),
         (r"Transformer/encoder_norm/(\w+)", r"norm.\1"),
-        (r"head/(\w+)", r"head.\1"))),
+        (r"head/(\w+)", r"head.\1")), (PRE_LOGITS,), pos_cls=True),
     Format("MAE with its decoder", (r"^decoder_embed\.weight$", r"^patch_embed\.proj\.weight$"), (),
-           (MASK, (r"decoder_.*", "MAE's decoder, for pre-training"), AVERAGED)),
+           (MASK, (r"decoder_.*", "MAE's decoder, for pre-training"), AVERAGED), pos_cls=True),
     Format("DeiT-III", (r"^blocks\.0\.gamma_1$",), ((r"blocks\.(\d+)\.gamma_([12])", r"blocks.\1.ls\2.gamma"),),
-           (AVERAGED,), pos_cls=False),
+           (AVERAGED,), pos_cls=False, note="RoPE-ViT has the names of DeiT-III too, and its rotation leaves no trace "
+           "in them: do not load one"),
     Format("DINOv2", (r"^mask_token$", r"^blocks\.0\.ls1\.gamma$"), ((r"register_tokens", "reg_token"),),
            (MASK, AVERAGED), pos_cls=True),
     Format("DINO in training", (r"^backbone\.patch_embed\.proj\.weight$",), (
         (r"backbone\.register_tokens", "reg_token"), (r"backbone\.(.*)", r"\1")),
-           ((r"(backbone\.)?mask_token", MASK[1]), (r"(?!backbone\.).*", "DINO's projection heads, for pre-training"))),
+           ((r"(backbone\.)?mask_token", MASK[1]),
+            (r"(head|dino_head|ibot_head)\.(mlp|last_layer)\b.*", "DINO's projection head, for pre-training"))),
     Format("timm's names (timm, DeiT, DINO, MAE's encoder)", (r"^patch_embed\.proj\.weight$", r"^blocks\.0\.attn\.qkv"),
-           (), (MASK, AVERAGED)),
+           (), (MASK, PRE_LOGITS, AVERAGED)),
 )
 
 # What is known and cannot be held: a pattern found in some name, and why.
+SWIN = "a Swin Transformer or a relative of it, whose windows and stages VisionTransformer does not have"
 REFUSED = (
     (r"dist_token|distillation_token|^head_dist\.", "a distilled DeiT, whose second class token VisionTransformer "
      "does not have; take the DeiT without distillation"),
-    (r"^(model\.)?layers\.\d+\.blocks\.\d+\.|^swin", "a Swin Transformer, whose windows and stages VisionTransformer "
-     "does not have"),
-    (r"^features\.\d+\.\d+\.attn\.relative_position", "a Swin Transformer, whose windows and stages VisionTransformer "
-     "does not have"),
-    (r"relative_position_bias|attn\.q_bias$|^beit\.", "a BEiT, whose relative positions VisionTransformer does not "
-     "have"),
-    (r"visual\.class_embedding|vision_model\.embeddings", "a CLIP, whose norm before the first block "
+    (r"(^|\.)layers\.\d+\.blocks\.\d+\.|^swin|^stages\.\d+\.blocks|^features\.\d+\.\d+\.attn\.relative_position", SWIN),
+    (r"relative_position_bias|attn\.q_bias$|^beit\.", "a BEiT or EVA, whose relative positions or biases "
      "VisionTransformer does not have"),
-    (r"mlp\.w12\.|mlp\.weights_in\.", "a ViT with gated MLPs (DINOv2 giant), which VisionTransformer does not have"),
-    (r"(^|\.)(rope|rotary)", "a ViT with rotary positions, which VisionTransformer does not have"),
-    (r"^fc_norm\.", "a ViT that is normalised after its tokens are averaged (fc_norm), VisionTransformer before; "
-     "build timm's with fc_norm=False"),
-    (r"Transformer/encoderblock/|MAPHead", "a big_vision file with stacked blocks or a pooling head"),
-    (r"^pre_logits\.|^pre_logits/", "a ViT with a layer before its head (pre_logits), which VisionTransformer does not "
+    (r"visual\.class_embedding|vision_model\.embeddings|^norm_pre\.", "a CLIP or SigLIP, which normalises before its "
+     "first block or pools by attention, as VisionTransformer does not"),
+    (r"mlp\.(w12|weights_in|gate_proj)\.", "a ViT with gated MLPs (DINOv2 giant), which VisionTransformer does not "
      "have"),
+    (r"(^|\.)(rope|rotary)", "a ViT with rotary positions, which VisionTransformer does not have"),
+    (r"^fc_norm\.", "a ViT that normalises its features after the mean over tokens (fc_norm); VisionTransformer "
+     "normalises before, which is another function"),
+    (r"Transformer/encoderblock/|MAPHead", "a big_vision file with stacked blocks or a pooling head, which "
+     "VisionTransformer does not have"),
 )
 
 
@@ -142,6 +145,9 @@ def recognise(names, path):
     for pattern, reason in REFUSED:
         if any(re.search(pattern, name) for name in names):
             raise InputError(f"{path} is {reason}")
+    if "blocks.0.gamma_1" in names and "pos_embed" not in names:
+        raise InputError(f"{path} has DeiT-III's names and no positions, so it is a RoPE-ViT, whose rotation "
+                         f"VisionTransformer does not have")
     for known in FORMATS:
         if all(any(re.search(mark, name) for name in names) for mark in known.marks):
             return known
@@ -150,7 +156,8 @@ def recognise(names, path):
 
 
 def translate(state, path, around):
-    """A state dict of any of the FORMATS as Weights. Raises InputError where a tensor cannot be placed."""
+    """A state dict of any of the FORMATS as Weights, in float32 or wider. Raises InputError where a tensor cannot be
+    placed."""
     state = {re.sub(r"^(opt/target|params)/", "", name): tensor for name, tensor in state.items()}
     weights = Weights(str(path), recognise(state, path), around)
     for name, tensor in state.items():
@@ -158,6 +165,8 @@ def translate(state, path, around):
         if reason:
             weights.dropped[name] = reason
             continue
+        if tensor.is_floating_point() and tensor.element_size() < 4:
+            tensor = tensor.float()
         ours = next((re.sub(pattern, new, name) for pattern, new in weights.format.names
                      if re.fullmatch(pattern, name)), name)
         if weights.format.name == "Google's npz":

@@ -20,7 +20,8 @@ import os
 import re
 import zipfile
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -118,9 +119,9 @@ def load_model(path):
 
 def read_file(path):
     """What a file holds, as a dict. Nothing in it is executed. Raises InputError where that cannot be."""
-    if not Path(path).is_file():
-        raise InputError(f"no file {path}; expected a checkpoint")
     try:
+        if not Path(path).is_file():
+            raise InputError(f"no file {path}; expected a checkpoint")
         if str(path).endswith(".safetensors"):
             return read_safetensors(path)
         if zipfile.is_zipfile(path) and any(name.endswith(".npy") for name in zipfile.ZipFile(path).namelist()):
@@ -159,25 +160,38 @@ def first_line(error):
 
 
 # What training scripts put around a state dict, best first: of two, the average of the weights is the one to use.
-WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "teacher", "target")
+WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model", "module", "teacher",
+            "target")
 PREFIXES = ("module.", "_orig_mod.", "model.")
+MOST_WRAPPERS = 8
 
 
 def unwrap(entries, path):
     """(the state dict inside, names of what was around it). Raises InputError where there is none."""
-    around = []
-    while inner := next((name for name in WRAPPERS if isinstance(entries.get(name), dict)), None):
-        entries, around = entries[inner], [*around, inner]
-    if not any(isinstance(value, torch.Tensor) for value in entries.values()):
-        raise InputError(f"{path} holds no tensors under {', '.join(map(str, list(entries)[:5])) or 'any name'}; "
+    around = way_to_tensors(entries)
+    if around is None:
+        raise InputError(f"{path} holds no tensors under {', '.join(map(repr, list(entries)[:5])) or 'any name'}; "
                          f"expected a state dict, or one under {', '.join(WRAPPERS)}")
-    odd = [name for name, value in entries.items() if not (isinstance(name, str) and isinstance(value, torch.Tensor))]
-    if odd:
-        raise InputError(f"{path} holds {odd[0]!r}, a {type(entries[odd[0]]).__name__}, among its tensors; expected a "
-                         f"state dict of tensors alone")
+    for name in around:
+        entries = entries[name]
+    for name, value in entries.items():
+        if not (isinstance(name, str) and name.isprintable() and isinstance(value, torch.Tensor)):
+            raise InputError(f"{path} holds {name!r}, a {type(value).__name__}, among its tensors; expected a state "
+                             f"dict of tensors alone")
+        if value.layout != torch.strided or value.is_meta:
+            raise InputError(f"{path} holds {name!r} without plain numbers; expected dense tensors")
     while prefix := common_prefix([name for name in entries if name != "n_averaged"]):
         entries, around = {name.removeprefix(prefix): value for name, value in entries.items()}, [*around, prefix]
     return entries, around
+
+
+def way_to_tensors(entries, depth=0):
+    """Names of the WRAPPERS to go through, best first; None where they lead to no tensors."""
+    for name in WRAPPERS if depth < MOST_WRAPPERS else ():
+        inner = entries.get(name)
+        if isinstance(inner, dict) and (rest := way_to_tensors(inner, depth + 1)) is not None:
+            return [name, *rest]
+    return [] if any(isinstance(value, torch.Tensor) for value in entries.values()) else None
 
 
 def common_prefix(names):
@@ -213,15 +227,24 @@ class LoadReport:
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
 
-def load_checkpoint(model, path):
+def load_checkpoint(model, path, grid_size=None):
     """Fills a model from a file of any kind in FORMATS, or of ours, or with the names of its own state dict.
+
+    grid_size: (rows, columns) of the patches that the file was trained on, for the rare one whose number of positions
+    can be read in two ways; what was taken is then said.
 
     Returns a LoadReport. Raises InputError, with the model unchanged, where a tensor is missing, left over or of
     another shape, and for what cannot be read or held. A file that does not tell how many heads it was trained with
-    (only Google's and ours do) fits any number: take the one of its paper.
+    (only Google's and ours do) fits any number: take the one of its paper. A compiled or wrapped model
+    (torch.compile, DistributedDataParallel) is filled inside.
     """
+    while hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
+        model = getattr(model, "_orig_mod", None) or model.module
+    if not isinstance(model, tuple(CONFIGS)):
+        raise InputError(f"a {type(model).__name__} cannot be filled from a checkpoint; expected one of "
+                         f"{', '.join(CLASSES)}")
     weights = read_weights(path, model)
-    state, report = fit(weights, model)
+    state, report = fitted(weights, model, grid_size)
     model.load_state_dict(state)
     return report
 
@@ -233,22 +256,34 @@ def read_weights(path, model=None):
         other = load_model(path)
         if model is not None:
             check_same_kind(other, model, path)
-        state = other.state_dict()
-        return Weights(str(path), Format("ours", ()), [], dict(state), {name: [name] for name in state},
-                       config=other.config)
+        weights = own_names("ours", path, [], other.state_dict())
+        weights.config = other.config
+        return weights
     state, around = unwrap(entries, path)
-    if model is not None and type(model) is not VisionTransformer and state.keys() == model.state_dict().keys():
-        return Weights(str(path), Format(f"state dict of a {type(model).__name__}", ()), around, dict(state),
-                       {name: [name] for name in state})
-    if model is not None and type(model) is not VisionTransformer:
-        raise InputError(f"{path} is for another architecture: its tensors, such as {next(iter(state))}, are not those "
-                         f"of a {type(model).__name__}; build the model that it was saved from")
-    return translate(state, path, around)
+    if isinstance(model, (HybridCNNViT, ConvNet)):
+        if state.keys() - {"n_averaged"} != model.state_dict().keys():
+            raise InputError(f"{path} is for another architecture: its tensors, such as {next(iter(state))}, are not "
+                             f"those of a {type(model).__name__}; build the model that it was saved from")
+        return own_names(f"state dict of a {type(model).__name__}", path, around, state)
+    try:
+        return translate(state, path, around)
+    except InputError:
+        raise
+    except Exception as error:  # tensors of a rank that no ViT has
+        raise InputError(f"{path} is damaged, or of no format that is known ({first_line(error)})") from error
+
+
+def own_names(kind, path, around, state):
+    """Weights whose names are the model's own."""
+    tensors = {name: tensor for name, tensor in state.items() if name != "n_averaged"}
+    dropped = {name: "a counter of averaged steps" for name in state.keys() - tensors.keys()}
+    return Weights(str(path), Format(kind, (), norm_eps=None), around, tensors, {name: [name] for name in tensors},
+                   dropped)
 
 
 def check_same_kind(other, model, path):
     """Raises InputError where a model of ours differs from another in what leaves no trace in shapes."""
-    if type(other) is not type(model):
+    if not isinstance(model, type(other)) or isinstance(model, HybridCNNViT) != isinstance(other, HybridCNNViT):
         raise InputError(f"{path} holds a {type(other).__name__}, the model is a {type(model).__name__}; build that "
                          f"one, or take load_model(path), which builds what the file holds")
     for name in ("n_heads", "pool", "position", "norm_eps", "stem_stride"):
@@ -258,19 +293,34 @@ def check_same_kind(other, model, path):
                              f"take load_model(path), which builds what the file holds")
 
 
-def fit(weights, model):
-    """(state dict for the model, LoadReport). Raises InputError where the weights do not fit."""
-    expected, notes = model.state_dict(), []
+def fitted(weights, model, grid_size=None, advise=True):
+    """(state dict for the model, LoadReport). Raises InputError where the weights do not fit.
+
+    advise: whether an error points to what the command line can say of the file.
+    """
+    try:
+        return fit(weights, model, grid_size)
+    except InputError as error:
+        hint = f"; `python model_zoo.py {weights.path}` says what it was saved from"
+        raise InputError(f"{error}{hint if advise and '; ' not in str(error) else ''}") from error
+    except Exception as error:  # tensors of a rank that no ViT has
+        raise InputError(f"{weights.path} is damaged: its tensors do not belong together "
+                         f"({first_line(error)})") from error
+
+
+def fit(weights, model, grid_size):
+    """fitted, for tensors of ranks that fit."""
+    expected, notes = model.state_dict(), [weights.format.note] if weights.format.note else []
     if weights.around:
         notes.append(f"the weights lie under {' / '.join(weights.around)}")
     if weights.n_heads not in (None, getattr(model.config, "n_heads", None)):
         raise InputError(f"{weights.path} is for another architecture: n_heads is {weights.n_heads} there, "
                          f"{model.config.n_heads} in the model")
-    if weights.format.norm_eps != getattr(model.config, "norm_eps", weights.format.norm_eps):
+    if weights.format.norm_eps not in (None, getattr(model.config, "norm_eps", None)):
         notes.append(f"norms: the file's library adds {weights.format.norm_eps} to the variance unless told otherwise, "
                      f"the model {model.config.norm_eps}; norm_eps={weights.format.norm_eps} makes them equal")
     notes += fit_head(weights, expected)
-    notes += fit_positions(weights, model)
+    notes += fit_positions(weights, model, grid_size)
     tensors = weights.tensors
     missing = [name for name in expected if name not in tensors and not name.startswith("head.")]
     extra = [name for name in tensors if name not in expected]
@@ -295,38 +345,48 @@ def fit(weights, model):
 
 def advice(name, weights):
     """How to build the model that a tensor asks for, where the tensor tells; begins with a semicolon."""
-    if ".ls" in name:
-        return f"; build the model with layer_scale={1e-5 if name in weights.tensors else None}"
-    if "_norm." in name:
-        return f"; build the model with qk_norm={name in weights.tensors}"
+    there = name in weights.tensors
+    if re.search(r"\.ls[12]\.", name):
+        return f"; build the model with layer_scale={1e-5 if there else None}"
+    if re.search(r"attn\.[qk]_norm\.", name):
+        return f"; build the model with qk_norm={there}"
     if name == "reg_token":
-        return f"; build the model with n_registers={weights.tensors[name].shape[1] if name in weights.tensors else 0}"
-    return f"; `python model_zoo.py {weights.path}` says what it was saved from"
+        return f"; build the model with n_registers={weights.tensors[name].shape[1] if there else 0}"
+    return ""
 
 
 def fit_head(weights, expected):
-    """Notes on the head. One that does not fit is dropped, and the model keeps its own."""
+    """Notes on the head. One that does not fit the model's is dropped, and the model keeps its own."""
     theirs = {name: weights.tensors[name] for name in ("head.weight", "head.bias") if name in weights.tensors}
-    if "head.weight" not in expected:
-        reason = "the model has no head"
-    elif not theirs:
-        return ["head: the file has none; the model keeps its own, untrained"]
-    elif len(theirs) == 2 and all(theirs[name].shape == expected[name].shape for name in theirs):
-        return []
-    elif theirs["head.weight"].ndim == 2 and theirs["head.weight"].shape[1] != expected["head.weight"].shape[1]:
-        reason = (f"reads {theirs['head.weight'].shape[1]} features, the model's head "
-                  f"{expected['head.weight'].shape[1]}")
+    wanted = expected.get("head.weight")
+    if not theirs:
+        has_head = any(name.startswith("head.") for name in expected)
+        return ["head: the file has none; the model keeps its own, untrained"] if has_head else []
+    weight, bias = theirs.get("head.weight"), theirs.get("head.bias")
+    if weight is None or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        shapes = ", ".join(f"{weights.sources[name][0]} {tuple(tensor.shape)}" for name, tensor in theirs.items())
+        raise InputError(f"{weights.path} is damaged: weights and biases of its head do not belong together ({shapes})")
+    if wanted is None:
+        reason = "the model has no head, or not one nn.Linear"
+    elif any("pre_logits" in name for name in weights.dropped):
+        reason = "reads the layer before it, which was dropped"
+    elif weight.shape[1] != wanted.shape[1]:
+        reason = f"reads {weight.shape[1]} features, the model's head {wanted.shape[1]}"
+    elif len(weight) != len(wanted):
+        reason = f"for {len(weight)} classes, the model's head for {len(wanted)}"
+    elif theirs.keys() != {name for name in expected if name.startswith("head.")}:
+        reason = "with a bias where the model's head has none, or the other way round"
     else:
-        reason = f"for {len(theirs['head.weight'])} classes, the model's head for {len(expected['head.weight'])}"
+        return []
     for name in theirs:
         weights.dropped[weights.sources.pop(name)[0]] = reason
         del weights.tensors[name]
-    if not theirs or "head.weight" not in expected:
+    if wanted is None:
         return []
-    return [f"head: replaced by the model's own, untrained; that of the file is {reason}"]
+    return [f"head: the model keeps its own, untrained; that of the file is {reason}"]
 
 
-def fit_positions(weights, model):
+def fit_positions(weights, model, grid_size):
     """Notes on the positions, which are brought to the model's grid, with or without CLS as it has them."""
     theirs, grid = weights.tensors.get("pos_embed"), getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if grid is None or theirs is None:
@@ -334,58 +394,70 @@ def fit_positions(weights, model):
     if model.pos_embed is None:
         raise InputError(f"{weights.path} is for another architecture: it has positions, the model was built with "
                          f"position='none'; build it with position='learned'")
-    if theirs.ndim != 3 or theirs.shape[0] != 1 or theirs.shape[2] != model.config.embed_dim:
+    D = model.config.embed_dim
+    if theirs.ndim != 3 or theirs.shape[0] != 1 or theirs.shape[2] != D:
         raise InputError(f"{weights.path} is for another architecture: {weights.sources['pos_embed'][0]} is "
-                         f"{tuple(theirs.shape)} there, {tuple(model.pos_embed.shape)} in the model"
-                         f"{advice('', weights)}")
-    n_registers, notes = weights.tensors["reg_token"].shape[1] if "reg_token" in weights.tensors else 0, []
-    old, n_prefix = grid_in_file(weights, theirs.shape[1], n_registers, grid)
-    if n_prefix > 1:  # registers with positions: each is added to its own token, once for all
-        weights.tensors["reg_token"] = weights.tensors["reg_token"] + theirs[:, 1:n_prefix]
-        theirs = torch.cat([theirs[:, :1], theirs[:, n_prefix:]], dim=1)  # (1, 1 + patches, D)
-        notes.append("positions: those of the registers were added to the registers")
+                         f"{tuple(theirs.shape)} there, {tuple(model.pos_embed.shape)} in the model")
+    old, n_prefix, notes = read_grid(weights, grid, grid_size)
     n_cls, wanted = min(n_prefix, 1), int(model.reg_token is None)
-    if n_cls > wanted and "cls_token" in weights.tensors:
-        weights.tensors["cls_token"] = weights.tensors["cls_token"] + theirs[:, :1]
-        theirs = theirs[:, 1:]  # (1, patches, D)
+    if n_prefix > 1:
+        add_to_token(weights, "reg_token", theirs[:, 1:n_prefix])
+        notes.append("positions: those of the registers were added to the registers")
+    if n_cls > wanted:
+        add_to_token(weights, "cls_token", theirs[:, :1])
         notes.append("positions: that of CLS was added to the CLS token, as a model with registers has none for it")
     if n_cls < wanted:
-        theirs = torch.cat([torch.zeros_like(theirs[:, :1]), theirs], dim=1)  # (1, 1 + patches, D)
         notes.append("positions: the file has none for CLS; it gets zeros")
+    first = theirs[:, :1] if n_cls else torch.zeros_like(theirs[:, :1])  # (1, 1, D)
+    theirs = torch.cat([first[:, :wanted], theirs[:, n_prefix:]], dim=1)  # (1, wanted + patches, D)
     if model.config.position == "sincos":
-        own = sincos_positions(old, model.config.embed_dim)[:, 1 - wanted:]
-        if not torch.allclose(theirs.float(), own, atol=1e-3):
+        if not torch.allclose(theirs.float(), sincos_positions(old, D)[:, 1 - wanted:], atol=1e-3):
             raise InputError(f"{weights.path} is for another architecture: its positions are learned, the model was "
                              f"built with position='sincos'; build it with position='learned'")
-        theirs = model.pos_embed
+        theirs = model.pos_embed  # the same waves, on the model's grid
     elif old != grid:
         theirs = resample_positions(theirs, old, grid)
-    if old != grid:
         notes.append(f"positions: resampled from a grid of {old[0]}x{old[1]} to {grid[0]}x{grid[1]} patches")
     weights.tensors["pos_embed"] = theirs
     return notes
 
 
-def grid_in_file(weights, n_positions, n_registers, grid=None):
-    """((rows, columns), positions before them) that n_positions are: those of the model's grid if their number is
-    that, else a square. Raises InputError where there is no such square."""
-    if weights.config is not None:  # ours tells
-        embed = [side // patch for side, patch in zip(pair(weights.config.img_size), pair(weights.config.patch_size),
-                                                      strict=True)]
-        return tuple(embed), n_positions - embed[0] * embed[1]
-    choices = {True: [1], False: [0], None: [1, 0]}[weights.format.pos_cls]
-    if weights.format.pos_cls is None and n_registers:
-        choices = [1 + n_registers, 0, 1]
-    for n_prefix in choices:
-        if grid and n_positions - n_prefix == grid[0] * grid[1]:
-            return grid, n_prefix
-    for n_prefix in choices:
-        side = math.isqrt(max(n_positions - n_prefix, 0))
-        if side and side * side == n_positions - n_prefix:
-            return (side, side), n_prefix
-    raise InputError(f"{weights.path} has positions for {n_positions} tokens, which with or without CLS are no square "
-                     f"grid{f' and not the {grid[0]}x{grid[1]} of the model' if grid else ''}; build the model with "
-                     f"the img_size that the file was trained at")
+def add_to_token(weights, name, positions):
+    """Adds positions to the token that they belong to, once for all. Raises InputError where it is not there."""
+    token = weights.tensors.get(name)
+    if token is None or token.shape != positions.shape:
+        raise InputError(f"{weights.path} is damaged: it has {positions.shape[1]} positions for a {name} of "
+                         f"{None if token is None else tuple(token.shape)}")
+    weights.tensors[name] = token + positions
+
+
+def read_grid(weights, grid=None, given=None):
+    """((rows, columns), positions before them, notes): how the positions of a file are to be read.
+
+    Ours tells. Else the ways are tried in this order: the grid that was given; that of the model, if their number is
+    right; a square. Raises InputError where no way is left.
+    """
+    M = weights.tensors["pos_embed"].shape[1]
+    if weights.config is not None:
+        sides = zip(pair(weights.config.img_size), pair(weights.config.patch_size), strict=True)
+        rows, columns = (side // patch for side, patch in sides)
+        return (rows, columns), M - rows * columns, []
+    registers = weights.tensors.get("reg_token")
+    n_registers = 0 if registers is None or registers.ndim != 3 else registers.shape[1]
+    prefixes = {True: [1], False: [0], None: [1 + n_registers, 0] if n_registers else [1, 0]}[weights.format.pos_cls]
+    grids = [tuple(given)] if given else [grid] if grid else []
+    ways = [(known, n) for known in grids for n in prefixes if known[0] * known[1] == M - n]
+    if not given:
+        sides = [(math.isqrt(max(M - n, 0)), n) for n in prefixes]
+        ways += [((side, side), n) for side, n in sides if side and side * side == M - n]
+    ways = list(dict.fromkeys(ways))
+    if not ways:
+        wanted = f"the grid {given[0]}x{given[1]}" if given else "a square grid"
+        raise InputError(f"{weights.path} has {M} positions, not {wanted} with {' or '.join(map(str, prefixes))} "
+                         f"before it; give grid_size=(rows, columns) of the patches that it was trained on")
+    texts = [f"{rows}x{columns} patches with {n} before them" for (rows, columns), n in ways]
+    notes = [f"positions: {M} can be {' or '.join(texts)}; taken as the first, grid_size would say"] if ways[1:] else []
+    return *ways[0], notes
 
 
 # ---- What a file is ---------------------------------------------------------------------------------------
@@ -402,8 +474,9 @@ class Description:
     heads: str
 
     def __str__(self):
-        settings = {f.name: getattr(self.config, f.name) for f in fields(self.config)
-                    if getattr(self.config, f.name) != f.default}
+        usual = signature(CLASSES[self.model_class]).parameters
+        settings = {name: value for name, value in vars(self.config).items()
+                    if name not in usual or value != usual[name].default}
         lines = [str(self.report)]
         if self.heads:
             lines.append(f"  heads: {self.heads}")
@@ -420,13 +493,19 @@ def describe_checkpoint(path):
     weights = read_weights(path)
     heads = ""
     if weights.config is None:
-        config, heads = infer_config(weights)
+        try:
+            config, heads = infer_config(weights)
+        except (ValueError, IndexError, TypeError, StopIteration) as error:  # tensors of a rank that no ViT has
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path} ({weights.format.name}) has tensors of shapes that no ViT has "
+                             f"({first_line(error)})") from error
         model_class = VisionTransformer
     else:
         config, model_class = weights.config, CLASSES[read_checkpoint(path)["model_class"]]
     with torch.device("meta"):
         model = model_class(**vars(config))
-    _, report = fit(weights, model)
+    _, report = fitted(weights, model, advise=False)
     return Description(report, model_class.__name__, config, sum(p.numel() for p in model.parameters()), heads)
 
 
@@ -438,11 +517,15 @@ def infer_config(weights):
     if missing:
         raise InputError(f"{weights.path} ({weights.format.name}) is no whole ViT: it lacks {', '.join(missing)}")
     D, C, *patch = tensors["patch_embed.proj.weight"].shape
-    depth = 1 + max(int(name.split(".")[1]) for name in tensors if re.match(r"blocks\.\d+\.", name))
+    blocks = {int(name.split(".")[1]) for name in tensors if re.match(r"blocks\.\d+\.", name)}
+    depth = len(blocks)
+    if blocks != set(range(depth)):
+        raise InputError(f"{weights.path} ({weights.format.name}) is no whole ViT: it has {depth} blocks, numbered up "
+                         f"to {max(blocks)}")
     n_registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
     grid = (1, 1)
     if "pos_embed" in tensors:
-        grid, _ = grid_in_file(weights, tensors["pos_embed"].shape[1], n_registers)
+        grid, _, _ = read_grid(weights)
     K = len(tensors["blocks.0.attn.q_norm.weight"]) if "blocks.0.attn.q_norm.weight" in tensors else None
     n_heads = weights.n_heads or (D // K if K else likely_heads(D))
     told = weights.n_heads or K
@@ -458,7 +541,7 @@ def infer_config(weights):
         position="learned" if "pos_embed" in tensors else "none", n_registers=n_registers,
         layer_scale=1e-5 if "blocks.0.ls1.gamma" in tensors else None, qk_norm=K is not None,
         norm_eps=weights.format.norm_eps)
-    return config, "" if told else f"the file does not say; {n_heads} of {D // n_heads} channels, as is usual"
+    return config, "" if told else f"the file does not say how many; {n_heads} of {D // n_heads} channels are usual"
 
 
 def one_side(sides):

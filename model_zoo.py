@@ -14,6 +14,7 @@ vit_data do and take them: all that is needed to feed it an image and to read it
 
 import argparse
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.error import URLError
@@ -48,7 +49,6 @@ MODELS = {
 }
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-HALF = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,15 @@ def of_torchvision(variant, file, checksum, top1):
 def dino(variant, folder, top1):
     return Pretrained(variant, f"https://dl.fbaipublicfiles.com/dino/{folder}/{folder}.pth", None, top1, "Apache-2.0",
                       "DINO, Caron et al. 2021, github.com/facebookresearch/dino",
-                      "a linear classifier on its features", config=dict(n_classes=0))
+                      "a linear classifier on features of its last blocks", config=dict(n_classes=0))
 
 
 def dinov2(variant, name, top1, n_registers=0):
     file = f"{name}_reg4_pretrain.pth" if n_registers else f"{name}_pretrain.pth"
     paper = "Darcet et al. 2024" if n_registers else "Oquab et al. 2023"
     return Pretrained(variant, f"https://dl.fbaipublicfiles.com/dinov2/{name}/{file}", None, top1, "Apache-2.0",
-                      f"DINOv2, {paper}, github.com/facebookresearch/dinov2", "a linear classifier on its features",
+                      f"DINOv2, {paper}, github.com/facebookresearch/dinov2",
+                      "a linear classifier on its features, at 224 pixels",
                       config=dict(n_classes=0, img_size=518, patch_size=14, layer_scale=1e-5, n_registers=n_registers))
 
 
@@ -146,6 +147,9 @@ OURS = ("vit_nano_shapes", "hybrid_shapes", "convnet_shapes")
 OURS_FOLDER = Path(__file__).parent / "benchmarks" / "weights"
 PRETRAINED = (*OURS, *PUBLIC)
 
+# What may differ from the configuration that weights were trained in.
+FREE = ("img_size", "dropout", "drop_path")
+
 
 def build_model(name, **arguments):
     """A new model of the table MODELS; the arguments override its own.
@@ -171,8 +175,8 @@ def create_pretrained(name, n_classes=None, **overrides):
 
     n_classes   None: the head of the checkpoint, or none where it has none (the model then gives features, (B, D));
                 a number: a new head, untrained, unless it is the checkpoint's own number
-    overrides   other fields of the configuration: img_size resamples the positions, dropout and drop_path are for
-                fine-tuning; those that change the architecture are refused, as the weights would not fit
+    overrides   img_size (resamples the positions), dropout, drop_path; pool where the head is not the checkpoint's.
+                Any other field belongs to the weights, and is refused if it is not theirs
 
     A public file is fetched once, with torch.hub, into its usual folder of checkpoints. Raises InputError for an
     unknown name or field; where the file cannot be fetched (with its address, and where to put it by hand) or is
@@ -191,13 +195,30 @@ def create_pretrained(name, n_classes=None, **overrides):
         class_names = ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"] if arguments["n_classes"] else None
     check_arguments(model_class, overrides)
     own_classes, wanted = arguments["n_classes"], arguments["n_classes"] if n_classes is None else n_classes
+    free = FREE if wanted and wanted == own_classes else (*FREE, "pool")
+    for argument, value in overrides.items():
+        if argument not in free and value != arguments[argument]:
+            raise InputError(f"{argument} {value!r} is not that of {name}, {arguments[argument]!r}; the weights allow "
+                             f"another {', '.join(free)} or n_classes")
     model = model_class(**{**arguments, "n_classes": wanted, **overrides})
-    load_checkpoint(model, path if name in OURS else fetch(name))
+    if name in OURS:
+        load_checkpoint(model, path)
+    else:
+        side = arguments["img_size"] // arguments["patch_size"]
+        load_public(model, fetch(name), (side, side))
     model.class_names = class_names if wanted == own_classes else None
     model.img_size = model.config.img_size
     model.mean, model.std = facts["mean"], facts["std"]
     model.interpolation = facts.get("interpolation") or "bilinear"
     return model.eval()
+
+
+def load_public(model, path, grid_size):
+    """load_checkpoint, for a file in a folder that people do not look into."""
+    try:
+        load_checkpoint(model, path, grid_size)
+    except InputError as error:
+        raise InputError(f"{error}; where the file came incomplete, delete it and it is fetched again") from error
 
 
 def check_arguments(model_class, arguments):
@@ -211,6 +232,7 @@ def fetch(name):
     entry = PUBLIC[name]
     path = Path(torch.hub.get_dir()) / "checkpoints" / entry.url.rsplit("/", 1)[1]
     if path.is_file():
+        check_sum(path, entry.checksum)
         return path
     part = path.with_name(f"{path.name}.part")
     try:
@@ -222,7 +244,8 @@ def fetch(name):
         raise InputError(f"cannot download {name} from {entry.url} ({first_line(error)}); fetch it by other means and "
                          f"put it at {path}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # there is none where all went well
+            part.unlink()
     return path
 
 
@@ -235,7 +258,7 @@ def check_sum(path, checksum):
         found = hashlib.file_digest(file, kind).hexdigest()
     if not found.startswith(digits):
         raise InputError(f"{path} is not the published file: its {kind} begins {found[:len(digits)]}, expected "
-                         f"{digits}; fetch it again")
+                         f"{digits}; delete it and fetch it again")
 
 
 def describe_pretrained():

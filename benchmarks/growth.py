@@ -2,8 +2,8 @@
 
     python benchmarks/growth.py --keep        results/growth-*.json and figures/growth.png (about 15 minutes)
 
-Four blocks of ViT-Tiny (D 192, 3 heads) on one image whose patches of 4 pixels make N = 64 .. 4,096 tokens, CLS on
-top; pool="mean", so that the last block answers for every token. For each N the two paths take turns, inference and
+Four blocks of ViT-Tiny (D 192, 3 heads) on one image whose patches of 4 pixels make N = 64 .. 4,096 tokens, beside
+CLS; pool="mean", so that the last block answers for every token. For each N the two paths take turns, inference and
 training (forward and backward), and the median of the rounds is kept. Memory is measurements.peak_memory. Beside the
 measurements stands the count of Sec. 3.1 and App. A: a block multiplies 12 N D^2 times in its dense layers and
 2 N^2 D times in attention.
@@ -157,7 +157,7 @@ def main():
     print(f"multiplications N^{result['multiplications_exponent']:.2f}")
     if options.keep:
         write_cell("growth", device.type, 0, f"python benchmarks/growth.py --device {device.type} --rounds "
-                   f"{options.rounds} --keep", result)
+                   f"{options.rounds} --grids {' '.join(map(str, options.grids))} --keep", result)
         draw(result, HERE / "figures" / f"growth{'' if device.type == 'cpu' else '-' + device.type}.png")
 
 

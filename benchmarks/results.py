@@ -30,10 +30,10 @@ TABLES = {
     **TRAINING_TABLES,
     "throughput": "VisionTransformer beside its peers, images a second (`python benchmarks/throughput.py --keep`; its "
                   "head says how). Medians over rounds in which every library takes a turn; a ratio is the peer's "
-                  "seconds over ours in the same round, with the 95% interval of the median, and the peer named is the "
-                  "fastest; `share` is ours of the machine's own rate in a 2048 x 2048 product, from FLOPs really "
-                  "computed; `memory` is what ours holds beyond weights and images in a pass, and what the leanest "
-                  "peer does",
+                  "seconds over ours in the same round, with the 95% interval of the median (of rounds taken as "
+                  "independent), and the peer named is the one where it is smallest; `share` is ours of the machine's "
+                  "own rate in a 2048 x 2048 product, from FLOPs really computed; `memory` is what ours holds beyond "
+                  "weights and images in a pass, and what the leanest peer does",
     "growth": "Time and memory against the number of tokens (`python benchmarks/growth.py --keep`), exponents from the "
               "upper half of the sizes",
     "formats": "Formats of checkpoints (`python benchmarks/formats.py --keep`): the source model is built at random, "
@@ -49,13 +49,18 @@ on the same images; `data` the share of the training seconds that went to fetchi
 the share of the whole run's)."""
 
 
-def machine():
-    """What a figure was measured on, in words."""
+def machine(device="cpu"):
+    """What a figure was measured on, in words; with device="cuda" the GPU too."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
-    return f"{cpu}, {os.cpu_count()} cores, {platform.system()}"
+    words = f"{cpu}, {os.cpu_count()} cores, {platform.system()}"
+    if device == "cuda":
+        import torch
+
+        words = f"{torch.cuda.get_device_name()}, {words}"
+    return words
 
 
 def add(table, run):
@@ -70,7 +75,8 @@ def write_cell(table, name, seed, command, result, versions=None):
 
     versions: of packages, by name; None: of those installed here that a result may depend on.
     """
-    cell = dict(table=table, commit=commit(), date=datetime.date.today().isoformat(), machine=machine(),
+    cell = dict(table=table, commit=commit(), date=datetime.date.today().isoformat(),
+                machine=machine(result.get("device")),
                 versions=dict(python=platform.python_version(), **(versions or installed())), seed=seed,
                 command=command, result=result)
     path = HERE / "results" / f"{table}-{name}.json"
@@ -154,22 +160,27 @@ def throughput_lines(cells):
     """A row a column of the benchmark, by device, and the geometric mean of the ratios to the fastest peer."""
     lines = []
     for device in sorted({cell["result"]["device"] for cell in cells}):
-        results = [cell["result"] for cell in cells if cell["result"]["device"] == device]
+        results = [cell["result"] for cell in cells if cell["result"]["device"] == device
+                   and len(cell["result"]["libraries"]) > 1]
         results.sort(key=lambda r: (r["precision"], r["compiled"], r["variant"], r["batch"], r["train"]))
         peers = list(dict.fromkeys(name for r in results for name in r["libraries"] if name != "ours"))
-        lines += [f"| {device} | ours | {' | '.join(peers)} | ours over the fastest peer | share | memory, MiB |",
+        lines += [f"| {device} | ours | {' | '.join(peers)} | ours over the best peer | share | memory, MiB |",
                   f"|---|---:|{'---:|' * len(peers)}---|---:|---|"]
+        ratios = []
         for r in results:
             ours = r["libraries"]["ours"]
             speeds = " | ".join(f"{r['libraries'][peer]['images_per_second']:.1f}" if peer in r["libraries"] else ""
                                 for peer in peers)
-            ratio, low, high = r["ratio"]
+            best = min((peer for peer in peers if peer in r["libraries"]),
+                       key=lambda peer: r["libraries"][peer]["ratio"][0])
+            ratio, low, high = r["libraries"][best]["ratio"]
+            ratios.append((ratio, high, r["column"]))
             held = [r["libraries"][peer]["peak_bytes"] for peer in peers if peer in r["libraries"]]
             memory = f"{ours['peak_bytes'] / 2**20:.0f}, {min(held) / 2**20:.0f}" if all(held) else ""
             lines.append(f"| {r['column']} | {ours['images_per_second']:.1f} | {speeds} | {ratio:.2f} ({low:.2f} to "
-                         f"{high:.2f}), {r['best_peer']} | {ours['share']:.0%} | {memory} |")
-        middle = geometric_mean([r["ratio"][0] for r in results])
-        behind = [r["column"] for r in results if r["ratio"][2] < 1]
+                         f"{high:.2f}), {best} | {ours['share']:.0%} | {memory} |")
+        middle = geometric_mean([ratio for ratio, _, _ in ratios])
+        behind = [column for _, high, column in ratios if high < 1]
         lines += ["", f"Geometric mean of the ratios over these {len(results)} columns: {middle:.3f} (the aim: 1.10). "
                   f"Columns whose whole interval lies below 1: {', '.join(behind) or 'none'}.", ""]
     return lines

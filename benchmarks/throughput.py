@@ -7,8 +7,9 @@
 A column is a model, a batch, a pass (inference, or a training step: forward, backward, AdamW), a precision, and
 eager or compiled. In each round every library does one turn, in a new order; a turn is as many passes as take a
 fifth of a second. A ratio is the peer's seconds over ours in the same round, so above 1 ours is the faster; given are
-the median over rounds and its 95% interval from order statistics, which assumes no distribution. `share` is the
-matrix products a second (torch's FLOP counter) over those of a plain 2048 x 2048 product measured in the same rounds.
+the median over rounds and its 95% interval from order statistics, which assumes independent rounds and no
+distribution. `share` is the matrix products a second (torch's FLOP counter) over those of a plain 2048 x 2048 product
+measured in the same rounds.
 
 Needs timm, transformers and vit-pytorch (requirements-dev.txt). A library that is missing is left out, and said.
 """
@@ -248,10 +249,6 @@ def measure(column, names, n_rounds, device, max_seconds=600):
     for name in names[1:]:
         ratios = [theirs / ours for theirs, ours in zip(seconds[name], seconds["ours"], strict=True)]
         result["libraries"][name]["ratio"] = median_interval(ratios)
-    peers = names[1:]
-    if peers:
-        best = max(peers, key=lambda name: result["libraries"][name]["images_per_second"])
-        result.update(best_peer=best, ratio=result["libraries"][best]["ratio"])
     return result
 
 
