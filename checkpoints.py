@@ -20,7 +20,7 @@ import os
 import re
 import zipfile
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from inspect import signature
 from pathlib import Path
 
@@ -474,9 +474,9 @@ class Description:
     heads: str
 
     def __str__(self):
-        usual = signature(CLASSES[self.model_class]).parameters
-        settings = {name: value for name, value in vars(self.config).items()
-                    if name not in usual or value != usual[name].default}
+        usual = {f.name: f.default for f in fields(self.config)}  # a HybridCNNViT has some defaults of its own
+        usual |= {name: argument.default for name, argument in signature(CLASSES[self.model_class]).parameters.items()}
+        settings = {name: value for name, value in vars(self.config).items() if value != usual[name]}
         lines = [str(self.report)]
         if self.heads:
             lines.append(f"  heads: {self.heads}")

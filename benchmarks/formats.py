@@ -1,0 +1,46 @@
+"""How exactly each format of checkpoints loads: the table that tests/test_checkpoint_formats.py holds below 1e-12.
+
+    python benchmarks/formats.py --keep        prints it, and writes results/formats.json (a minute)
+
+Needs timm, torchvision and transformers (requirements-dev.txt).
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from results import write_cell
+from test_checkpoint_formats import SOURCES, difference
+
+PACKAGES = ("timm", "torchvision", "transformers")
+
+
+def how_verified(name):
+    """Against what a source's files can be trusted to be real ones."""
+    if name.startswith(PACKAGES):
+        return "yes: the package's own model and names"
+    if name.startswith("Google"):
+        return "no real file: layout of the published code, against timm's reader"
+    return "no real file: layout of the published code, on timm's model"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", action="store_true", help="write benchmarks/results/formats.json")
+    options = parser.parse_args()
+    rows = []
+    for name, source in SOURCES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            largest, report, _ = difference(name, Path(folder))
+        rows.append(dict(format=name, recognised_as=report.format, source=source.against, difference=largest,
+                         used=len(report.used), dropped=len(report.dropped), verified=how_verified(name)))
+        print(f"{name:45s} {source.against:35s} {largest:.1e}  {how_verified(name)}", flush=True)
+    if options.keep:
+        write_cell("formats", "all", 0, "python benchmarks/formats.py --keep", dict(rows=rows))
+
+
+if __name__ == "__main__":
+    main()
