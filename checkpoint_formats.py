@@ -102,7 +102,8 @@ FORMATS = (
     Format("DINO in training", (r"^backbone\.patch_embed\.proj\.weight$",), (
         (r"backbone\.register_tokens", "reg_token"), (r"backbone\.(.*)", r"\1")),
            ((r"(backbone\.)?mask_token", MASK[1]),
-            (r"(head|dino_head|ibot_head)\.(mlp|last_layer)\b.*", "DINO's projection head, for pre-training"))),
+            (r"(head|dino_head|ibot_head)\.(mlp|last_layer)\b.*", "DINO's projection head, for pre-training")),
+           pos_cls=True),
     Format("timm's names (timm, DeiT, DINO, MAE's encoder)", (r"^patch_embed\.proj\.weight$", r"^blocks\.0\.attn\.qkv"),
            (), (MASK, PRE_LOGITS, AVERAGED)),
 )
@@ -158,7 +159,11 @@ def recognise(names, path):
 def translate(state, path, around):
     """A state dict of any of the FORMATS as Weights, in float32 or wider. Raises InputError where a tensor cannot be
     placed."""
-    state = {re.sub(r"^(opt/target|params)/", "", name): tensor for name, tensor in state.items()}
+    names = {re.sub(r"^(opt/target|params)/", "", name): name for name in state}
+    if len(names) < len(state):
+        twice = next(name for name in state if name not in names.values())
+        raise InputError(f"{path} is damaged: it holds {twice} twice, with what is before its name and without")
+    state = {name: state[source] for name, source in names.items()}
     weights = Weights(str(path), recognise(state, path), around)
     for name, tensor in state.items():
         reason = next((reason for pattern, reason in weights.format.drops if re.fullmatch(pattern, name)), None)

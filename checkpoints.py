@@ -133,7 +133,8 @@ def read_file(path):
     except InputError:
         raise
     except Exception as error:  # random bytes make torch's unpickler fail with nearly every kind
-        found = re.search(r"Unsupported (?:global|class)[^\n]*?([\w.]+) was not an allowed", str(error))
+        found = re.search(r"[Uu]nsupported (?:global|GLOBAL|class)[^\n]*?([\w.]+) (?:was not an allowed|whose module)",
+                          str(error))
         if found:
             raise InputError(f"{path} holds Python objects ({found[1]}), which are not loaded, as unpickling them can "
                              f"run code; save the model's state_dict alone") from error
@@ -163,7 +164,7 @@ def first_line(error):
 WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model", "module", "teacher",
             "target")
 PREFIXES = ("module.", "_orig_mod.", "model.")
-MOST_WRAPPERS = 8
+MOST_WRAPPERS = 4  # ways grow with its power: a file may hold itself under every name
 
 
 def unwrap(entries, path):
@@ -425,9 +426,9 @@ def fit_positions(weights, model, grid_size):
 def add_to_token(weights, name, positions):
     """Adds positions to the token that they belong to, once for all. Raises InputError where it is not there."""
     token = weights.tensors.get(name)
-    if token is None or token.shape != positions.shape:
+    if token is None or token.shape != positions.shape or not token.is_floating_point():
         raise InputError(f"{weights.path} is damaged: it has {positions.shape[1]} positions for a {name} of "
-                         f"{None if token is None else tuple(token.shape)}")
+                         f"{None if token is None else (*token.shape, token.dtype)}")
     weights.tensors[name] = token + positions
 
 

@@ -175,7 +175,7 @@ def create_pretrained(name, n_classes=None, **overrides):
 
     n_classes   None: the head of the checkpoint, or none where it has none (the model then gives features, (B, D));
                 a number: a new head, untrained, unless it is the checkpoint's own number
-    overrides   img_size (resamples the positions), dropout, drop_path; pool where the head is not the checkpoint's.
+    overrides   img_size (resamples the positions), dropout, drop_path; pool of a public one without its own head.
                 Any other field belongs to the weights, and is refused if it is not theirs
 
     A public file is fetched once, with torch.hub, into its usual folder of checkpoints. Raises InputError for an
@@ -187,7 +187,8 @@ def create_pretrained(name, n_classes=None, **overrides):
     if name in OURS:
         path = OURS_FOLDER / f"{name}.pt"
         entries = read_checkpoint(path)
-        model_class, arguments, facts = CLASSES[entries["model_class"]], entries["config"], entries
+        model_class, facts = CLASSES[entries["model_class"]], entries
+        arguments = vars(CONFIGS[model_class](**entries["config"]))  # older files lack younger options
         class_names = entries["class_names"]
     else:
         entry = PUBLIC[name]
@@ -195,7 +196,7 @@ def create_pretrained(name, n_classes=None, **overrides):
         class_names = ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"] if arguments["n_classes"] else None
     check_arguments(model_class, overrides)
     own_classes, wanted = arguments["n_classes"], arguments["n_classes"] if n_classes is None else n_classes
-    free = FREE if wanted and wanted == own_classes else (*FREE, "pool")
+    free = FREE if name in OURS or (wanted and wanted == own_classes) else (*FREE, "pool")
     for argument, value in overrides.items():
         if argument not in free and value != arguments[argument]:
             raise InputError(f"{argument} {value!r} is not that of {name}, {arguments[argument]!r}; the weights allow "

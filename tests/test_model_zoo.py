@@ -1,65 +1,43 @@
-import ast
-import errno
-import io
-import os
-import pickle
+import hashlib
 import re
-from contextlib import suppress
+import shutil
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.error import HTTPError, URLError
 
-import numpy as np
 import pytest
+import timm
 import torch
-from torch import nn
+import torchvision
 
 import model_zoo
-from cnn_model import ConvNet, HybridCNNViT
+from checkpoints import load_model
+from cnn_model import ConvNet
 from model_zoo import (
     MODELS,
+    OURS,
+    OURS_FOLDER,
     PRETRAINED,
-    PRETRAINED_FOLDER,
+    PUBLIC,
+    Pretrained,
     build_model,
+    check_sum,
     create_pretrained,
-    load_checkpoint,
-    load_model,
-    save_model,
+    fetch,
 )
-from vit_model import InputError, VisionTransformer, resize_positions
+from vit_data import get_data_loaders
+from vit_model import InputError, VisionTransformer, resample_positions
 
-MODULES = sorted(Path(model_zoo.__file__).parent.glob("*.py"))
 ALIKE = {"vit_nano": 459_562, "hybrid": 497_818, "convnet": 481_170}
-VIT = dict(n_classes=3, img_size=(10, 15), patch_size=5, embed_dim=12, depth=2, n_heads=3)
-HYBRID = dict(n_classes=3, img_size=(8, 12), patch_size=4, embed_dim=12, depth=1, n_heads=3)
-CONVNET = dict(n_classes=3, img_size=(8, 12), widths=(3, 5), depths=(1, 2))
-SMALL = [(VisionTransformer, VIT), (VisionTransformer, {**VIT, "position": "sincos", "pool": "mean"}),
-         (VisionTransformer, {**VIT, "position": "none", "n_classes": 0}), (HybridCNNViT, HYBRID),
-         (ConvNet, CONVNET)]
-
-
-def randomised(model_class, arguments):
-    """A model in eval mode in which every number of the state dict is random."""
-    torch.manual_seed(5)
-    model = model_class(**arguments).eval()
-    for tensor in model.state_dict().values():
-        tensor.copy_(torch.rand(tensor.shape) * 7)
-    return model
-
-
-def images_for(model):
-    return torch.rand(2, model.config.in_channels, *model.config.img_size)
 
 
 def one_line_with(text):
     return rf"\A[^\n]*{re.escape(str(text))}[^\n]*\Z"
 
 
-def bits(model):
-    return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def same_bits(model, before):
-    after = model.state_dict()
-    return after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+def same(state, other):
+    return state.keys() == other.keys() and all(torch.equal(state[key], other[key]) for key in other)
 
 
 # ---- Models by name
@@ -123,338 +101,351 @@ def test_an_unknown_model_is_told_the_known_ones():
         build_model("vit")
 
 
-@pytest.mark.parametrize("name", PRETRAINED)
-def test_pretrained_models_load_ready_to_use(name):
-    if not (PRETRAINED_FOLDER / f"{name}.pt").exists():
-        pytest.skip(f"{name}.pt is not there yet")
-    model = create_pretrained(name)
-    assert not model.training
-    assert len(model.class_names) == model.head.out_features
+# ---- Those that we trained
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_pretrained_models_of_ours_load_ready_to_use(name):
+    model, saved = create_pretrained(name), load_model(OURS_FOLDER / f"{name}.pt")
+    assert not any(module.training for module in model.modules())
+    assert same(model.state_dict(), saved.state_dict())
+    assert (model.config, model.class_names, model.mean, model.std, model.img_size, model.interpolation) == (
+        saved.config, saved.class_names, saved.mean, saved.std, saved.img_size, saved.interpolation)
+    assert len(model.class_names) == model.head.out_features == 10
     assert len(model.mean) == len(model.std) == model.config.in_channels
-    assert model.img_size == model.config.img_size
-    side = model.img_size
-    assert model(torch.zeros(2, 3, side, side)).isfinite().all()
+    assert model.img_size == model.config.img_size == 32
+    assert model(torch.zeros(2, 3, 32, 32)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_pretrained_model_of_ours_takes_a_new_head(name):
+    saved = load_model(OURS_FOLDER / f"{name}.pt").state_dict()
+    for n_classes in (5, 0):
+        model = create_pretrained(name, n_classes=n_classes)
+        assert model.class_names is None
+        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, n_classes or (160 if name == "convnet_shapes" else 96))
+        state = model.state_dict()
+        assert same({k: v for k, v in state.items() if not k.startswith("head.")},
+                    {k: v for k, v in saved.items() if not k.startswith("head.")})
+    own = create_pretrained(name, n_classes=10)
+    assert len(own.class_names) == 10
+    assert same(own.state_dict(), saved)
+
+
+def test_overrides_are_for_resolution_and_fine_tuning():
+    saved = load_model(OURS_FOLDER / "vit_nano_shapes.pt")
+    model = create_pretrained("vit_nano_shapes", img_size=(44, 28), dropout=0.3, drop_path=0.1)
+    assert model.img_size == model.config.img_size == (44, 28)
+    assert (model.config.dropout, model.config.drop_path) == (0.3, 0.1)
+    assert torch.equal(model.pos_embed, resample_positions(saved.pos_embed, (8, 8), (11, 7)))
+    assert model(torch.zeros(1, 3, 44, 28)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(("overrides", "value"), [
+    (dict(n_heads=6), "n_heads 6 is not that of vit_nano_shapes, 3"), (dict(depth=5), "depth 5"),
+    (dict(embed_dim=48), "embed_dim 48"), (dict(pool="mean"), "pool 'mean'"), (dict(norm_eps=1e-5), "norm_eps"),
+    (dict(position="none"), "position 'none'"), (dict(n_registers=2), "n_registers 2"),
+    (dict(patch_size=8), "patch_size 8"), (dict(head=5), "'head'"), (dict(img_size=30), "30x30"),
+    (dict(n_classes=-1), "n_classes"), (dict(n_classes=5, pool="mean"), "pool")])
+def test_overrides_that_the_weights_do_not_fit_are_refused_in_one_line(overrides, value):
+    with pytest.raises(InputError, match=one_line_with(value)):
+        create_pretrained("vit_nano_shapes", **overrides)
 
 
 def test_pretrained_weights_that_are_missing_are_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(model_zoo, "PRETRAINED_FOLDER", tmp_path)
+    monkeypatch.setattr(model_zoo, "OURS_FOLDER", tmp_path)
     with pytest.raises(InputError, match=one_line_with("hybrid_shapes.pt")):
         create_pretrained("hybrid_shapes")
 
 
-# ---- There and back
+# ---- Public ones, without a network
 
 
-@pytest.mark.parametrize(("model_class", "arguments"), SMALL)
-def test_a_saved_model_comes_back_the_same(model_class, arguments, tmp_path):
-    model = randomised(model_class, arguments)
-    save_model(model.train(), tmp_path / "m.pt", ["a", "b", "c"], mean=(0.1, 0.2, 0.3), std=[0.5, 0.7, 1.1])
-    loaded = load_model(tmp_path / "m.pt")
-    assert type(loaded) is model_class
-    assert same_bits(loaded, bits(model))
-    assert loaded.config == model.config
-    assert not any(module.training for module in loaded.modules())
-    images = images_for(model)
-    assert torch.equal(loaded(images), model.eval()(images))
-    assert (loaded.class_names, loaded.mean, loaded.std) == (["a", "b", "c"], [0.1, 0.2, 0.3], [0.5, 0.7, 1.1])
-    assert loaded.img_size == model.config.img_size
-    assert os.listdir(tmp_path) == ["m.pt"]
+SMALL = dict(img_size=20, patch_size=5, embed_dim=12, depth=2, n_heads=3)
 
 
-def test_what_is_not_known_is_none_and_what_was_loaded_is_saved_again(tmp_path):
-    save_model(randomised(*SMALL[0]), tmp_path / "bare.pt")
-    loaded = load_model(tmp_path / "bare.pt")
-    assert (loaded.class_names, loaded.mean, loaded.std) == (None, None, None)
-    save_model(loaded, tmp_path / "full.pt", class_names=["a", "b", "c"], mean=[0.5], std=[0.25])
-    save_model(load_model(tmp_path / "full.pt"), tmp_path / "again.pt", mean=[0.125])
-    again = load_model(tmp_path / "again.pt")
-    assert (again.class_names, again.mean, again.std) == (["a", "b", "c"], [0.125], [0.25])
+@dataclass
+class Public:
+    """Stand-ins in the table, the folder that files go to, and the addresses that were asked for."""
+    models: dict
+    folder: Path
+    asked: list
 
 
-def test_further_entries_are_kept(tmp_path):
-    save_model(randomised(*SMALL[0]), tmp_path / "m.pt", accuracy=0.75, trainer=dict(step=7, rates=[0.1]))
-    entries = model_zoo.read_checkpoint(tmp_path / "m.pt")
-    assert (entries["accuracy"], entries["trainer"]) == (0.75, dict(step=7, rates=[0.1]))
+@pytest.fixture
+def public(tmp_path, monkeypatch):
+    """Two small entries, whose random weights lie where torch.hub would put them, and no network."""
+    torch.manual_seed(5)
+    folder, asked, entries, models = tmp_path / "hub" / "checkpoints", [], {}, {}
+    folder.mkdir(parents=True)
+    for name, n_classes in (("small", 1000), ("headless", 0)):
+        models[name] = VisionTransformer(**SMALL, n_classes=n_classes)
+        torch.save({"model": models[name].state_dict()}, folder / f"{name}.pth")
+        digits = hashlib.sha256((folder / f"{name}.pth").read_bytes()).hexdigest()[:8]
+        checksum = f"sha256:{digits}" if n_classes else None  # as some authors publish one and some do not
+        entries[name] = Pretrained("vit_tiny", f"https://example.org/of/{name}.pth", checksum, 12.5, "MIT",
+                                   "nobody", mean=(0.25, 0.5, 0.75), std=(0.125, 0.25, 0.5),
+                                   config=dict(**SMALL, n_classes=n_classes))
+    monkeypatch.setattr(model_zoo, "PUBLIC", entries)
+    monkeypatch.setattr(model_zoo, "PRETRAINED", (*OURS, *entries))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **_: asked.append(url))
+    return Public(models, folder, asked)
 
 
-@pytest.mark.parametrize("mean", [torch.tensor([0.5, 0.25]), np.array([0.5, 0.25]), (np.float64(0.5), 0.25)],
-                         ids=["tensor", "array", "tuple"])
-def test_a_mean_of_any_kind_comes_back_as_plain_numbers(mean, tmp_path):
-    save_model(randomised(*SMALL[0]), tmp_path / "m.pt", mean=mean)
-    loaded = load_model(tmp_path / "m.pt")
-    assert loaded.mean == [0.5, 0.25]
-    assert [type(value) for value in loaded.mean] == [float, float]
+def test_a_public_model_loads_ready_to_use(public):
+    model = create_pretrained("small")
+    assert same(model.state_dict(), public.models["small"].state_dict())
+    assert not any(module.training for module in model.modules())
+    assert model.class_names == torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"]
+    assert (model.class_names[0], len(model.class_names)) == ("tench", 1000)
+    assert (model.img_size, model.mean, model.std, model.interpolation) == (
+        20, (0.25, 0.5, 0.75), (0.125, 0.25, 0.5), "bicubic")
+    assert public.asked == []
 
 
-@pytest.mark.parametrize("name", ALIKE)
-def test_a_file_in_float16_is_under_a_mebibyte_and_loads_as_float32(name, tmp_path):
-    model = build_model(name, n_classes=10)
-    save_model(model, tmp_path / "m.pt", dtype=torch.float16)
-    assert (tmp_path / "m.pt").stat().st_size < 2**20
-    loaded = load_model(tmp_path / "m.pt")
-    for key, value in model.state_dict().items():
-        ours = loaded.state_dict()[key]
-        assert ours.dtype == value.dtype
-        assert torch.equal(ours, value.half().to(value.dtype))
-    assert next(model.parameters()).dtype == torch.float32
+@pytest.mark.parametrize(("name", "n_classes", "wanted", "has_names"), [
+    ("small", 1000, 1000, True), ("small", 5, 5, False), ("small", 0, 0, False), ("headless", None, 0, False),
+    ("headless", 5, 5, False)])
+def test_the_head_of_a_public_model_and_its_class_names(name, n_classes, wanted, has_names, public):
+    model = create_pretrained(name, n_classes=n_classes, img_size=35)
+    assert (model.config.n_classes, model.class_names is not None) == (wanted, has_names)
+    assert model(torch.zeros(2, 3, 35, 35)).shape == (2, wanted or 12)
+    source = public.models[name].state_dict()
+    assert torch.equal(model.pos_embed, resample_positions(source["pos_embed"], (4, 4), (7, 7)))
+    assert same({k: v for k, v in model.state_dict().items() if k.startswith("blocks.")},
+                {k: v for k, v in source.items() if k.startswith("blocks.")})
 
 
-@pytest.mark.parametrize(("model_class", "arguments"), SMALL[:2] + SMALL[3:])
-def test_a_replaced_head_survives(model_class, arguments, tmp_path):
-    model = randomised(model_class, arguments)
-    model.head = nn.Linear(model.head.in_features, 7)
-    save_model(model, tmp_path / "m.pt")
-    loaded, images = load_model(tmp_path / "m.pt"), images_for(model)
-    assert loaded.config.n_classes == 7
-    assert torch.equal(loaded(images), model(images))
+def test_the_grid_of_a_public_file_is_that_of_its_entry_whatever_the_models(public):
+    model = create_pretrained("small", img_size=(85, 5))  # 17 x 1 patches, as many as the positions of the file
+    positions = public.models["small"].pos_embed
+    assert torch.equal(model.pos_embed, resample_positions(positions, (4, 4), (17, 1)))
 
 
-def test_a_removed_head_survives(tmp_path):
-    model = randomised(*SMALL[0])
-    model.head = nn.Identity()
-    save_model(model, tmp_path / "m.pt")
-    images = images_for(model)
-    assert torch.equal(load_model(tmp_path / "m.pt")(images), model(images))
-
-
-def test_a_resized_model_survives(tmp_path):
-    model = resize_positions(randomised(*SMALL[0]), (20, 35))
-    save_model(model, tmp_path / "m.pt")
-    loaded = load_model(tmp_path / "m.pt")
-    assert loaded.img_size == loaded.config.img_size == (20, 35)
-    assert same_bits(loaded, bits(model))
-
-
-def test_a_loaded_model_that_is_resized_says_its_new_size(tmp_path):
-    save_model(randomised(*SMALL[0]), tmp_path / "m.pt")
-    model = resize_positions(load_model(tmp_path / "m.pt"), (20, 35))
-    assert model.img_size == model.config.img_size == (20, 35)
-
-
-@pytest.mark.parametrize(("model_class", "arguments"), SMALL)
-def test_load_checkpoint_fills_a_model_of_the_same_architecture(model_class, arguments, tmp_path):
-    model, other = randomised(model_class, arguments), model_class(**arguments)
-    save_model(model, tmp_path / "m.pt")
-    assert load_checkpoint(other, tmp_path / "m.pt") is other
-    assert same_bits(other, bits(model))
-    assert other.training
-
-
-@pytest.mark.parametrize(("model_class", "arguments", "value"), [
-    (VisionTransformer, {**VIT, "n_classes": 5}, "class count"),
-    (VisionTransformer, {**VIT, "n_classes": 0}, "head."),
-    (VisionTransformer, {**VIT, "img_size": 20}, "pos_embed"),
-    (VisionTransformer, {**VIT, "depth": 3}, "blocks.2"),
-    (VisionTransformer, {**VIT, "embed_dim": 24}, "architecture"),
-    (VisionTransformer, {**VIT, "n_heads": 2}, "n_heads"),
-    (VisionTransformer, {**VIT, "pool": "mean"}, "pool"),
-    (VisionTransformer, {**VIT, "position": "sincos"}, "position"),
-    (VisionTransformer, {**VIT, "position": "none"}, "pos"),
-    (HybridCNNViT, HYBRID, "HybridCNNViT"), (ConvNet, CONVNET, "ConvNet")])
-def test_load_checkpoint_refuses_another_model_and_leaves_ours_alone(model_class, arguments, value, tmp_path):
-    model = randomised(model_class, arguments)
-    before = bits(model)
-    save_model(VisionTransformer(**VIT), tmp_path / "m.pt")
+@pytest.mark.parametrize(("overrides", "value"), [
+    (dict(n_heads=2), "n_heads 2 is not that of small, 3"), (dict(norm_eps=1e-5), "norm_eps"), (dict(depth=3), "depth"),
+    (dict(position="sincos"), "position"), (dict(layer_scale=0.1), "layer_scale"), (dict(heads=2), "'heads'"),
+    (dict(pool="mean"), "pool"), (dict(pool="mean", n_classes=1000), "pool")])
+def test_overrides_that_do_not_fit_a_public_model_are_refused(overrides, value, public):
     with pytest.raises(InputError, match=one_line_with(value)):
-        load_checkpoint(model, tmp_path / "m.pt")
-    assert same_bits(model, before)
+        create_pretrained("small", **overrides)
 
 
-def test_load_checkpoint_refuses_another_stem_stride_though_every_shape_fits(tmp_path):
-    save_model(ConvNet(**CONVNET, stem_stride=1), tmp_path / "m.pt")
-    with pytest.raises(InputError, match=one_line_with("stem_stride")):
-        load_checkpoint(ConvNet(**CONVNET, stem_stride=2), tmp_path / "m.pt")
+@pytest.mark.parametrize(("name", "n_classes"), [("small", 5), ("small", 0), ("headless", None), ("headless", 5)])
+def test_another_pool_is_free_where_the_head_is_not_the_checkpoints(name, n_classes, public):
+    model = create_pretrained(name, n_classes=n_classes, pool="mean")
+    assert model.config.pool == "mean"
 
 
-# ---- Files that are not checkpoints of ours
+def test_what_a_public_model_carries_reaches_the_loaders(public):
+    model = create_pretrained("small")
+    loaders = get_data_loaders(dataset="shapes", img_size=model.img_size, n_images=20, batch_size=5, mean=model.mean,
+                               std=model.std, interpolation=model.interpolation)
+    for loader in loaders:
+        assert (loader.mean, loader.std) == (model.mean, model.std)
+        assert (loader.interpolation, loader.img_size) == ("bicubic", 20)
+        images, _ = next(iter(loader))
+        assert model(images).shape == (len(images), 1000)
 
 
-class Trap:
-    def __init__(self, path):
-        self.path = path
+def test_a_file_that_is_not_there_is_fetched_once(public, monkeypatch):
+    away = public.folder.parent / "away.pth"
+    shutil.move(public.folder / "small.pth", away)
+    asked = []
 
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+    def download(url, path, **_):
+        asked.append(url)
+        shutil.copy(away, path)
 
-
-def torch_bytes(value, **options):
-    buffer = io.BytesIO()
-    torch.save(value, buffer, **options)
-    return buffer.getvalue()
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The bytes of a whole checkpoint of a small model."""
-    path = tmp_path_factory.mktemp("whole") / "m.pt"
-    save_model(randomised(VisionTransformer, VIT), path, ["a", "b", "c"], [0.5], [0.25])
-    return path.read_bytes()
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for _ in range(2):
+        assert same(create_pretrained("small").state_dict(), public.models["small"].state_dict())
+    assert asked == ["https://example.org/of/small.pth"]
+    assert sorted(path.name for path in public.folder.iterdir()) == ["headless.pth", "small.pth"]
 
 
-def refuse(path, contents=None):
-    """Both ways of loading must refuse the file in one line that names it, and leave the model alone."""
-    if contents is not None:
-        path.write_bytes(contents)
-    model = randomised(VisionTransformer, VIT)
-    before = bits(model)
-    for load in (load_model, lambda path: load_checkpoint(model, path)):
+def test_the_folder_is_made_where_there_is_none(public, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "new" / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file",
+                        lambda url, path, **_: shutil.copy(public.folder / "small.pth", path))
+    assert fetch("small") == tmp_path / "new" / "hub" / "checkpoints" / "small.pth"
+    assert fetch("small").is_file()
+
+
+ERRORS = [URLError("no route to host"), HTTPError("https://example.org", 404, "Not Found", None, None),
+          TimeoutError("timed out"), OSError(28, "No space left on device")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_without_a_network_the_address_and_the_place_are_named(error, public, monkeypatch):
+    def download(url, path, **_):
+        Path(path).write_bytes(b"half")
+        raise error
+
+    (public.folder / "small.pth").unlink()
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with pytest.raises(InputError, match=one_line_with("https://example.org/of/small.pth")) as caught:
+        create_pretrained("small")
+    assert str(public.folder / "small.pth") in str(caught.value)
+    assert [path.name for path in public.folder.iterdir()] == ["headless.pth"]
+
+
+def test_a_file_of_another_sum_is_refused_and_not_kept(public, monkeypatch):
+    (public.folder / "small.pth").unlink()
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **_: Path(path).write_bytes(b"another"))
+    digits = hashlib.sha256(b"another").hexdigest()[:8]
+    with pytest.raises(InputError, match=one_line_with(f"its sha256 begins {digits}, expected")):
+        create_pretrained("small")
+    assert [path.name for path in public.folder.iterdir()] == ["headless.pth"]
+
+
+@pytest.mark.parametrize(("name", "reason"), [
+    ("small", "its sha256 begins"), ("headless", "delete it and it is fetched again")])
+def test_a_damaged_file_in_the_folder_is_refused_with_its_place(name, reason, public):
+    path = public.folder / f"{name}.pth"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(InputError, match=one_line_with(path)) as caught:
+        create_pretrained(name)
+    assert reason in str(caught.value)
+
+
+def test_sums_are_compared_by_their_published_digits(tmp_path):
+    path = tmp_path / "empty"
+    path.touch()
+    for checksum in ("sha256:e3b0c442", "md5:d41d8c", None):
+        check_sum(path, checksum)
+    for checksum in ("sha256:e3b0c443", "md5:e3b0c4"):
         with pytest.raises(InputError, match=one_line_with(path)):
-            load(path)
-    assert same_bits(model, before)
+            check_sum(path, checksum)
 
 
-def test_a_missing_file_and_a_folder_are_refused(tmp_path):
-    refuse(tmp_path / "none.pt")
-    refuse(tmp_path)
+# ---- The table of public ones
 
 
-@pytest.mark.parametrize("contents", [
-    b"", b"\x80", b"accuracy 0.93\n", b"{}", bytes(1000), "Größe\n".encode("latin-1"), b"PK\x03\x04",
-    b"\x80\x02}q\x00.", b"a0", b"0", b"\x80\x02R", b"\x8e", b"\x89PNG\r\n\x1a\n" + bytes(64),
-    torch_bytes([1, 2]), torch_bytes("text"), torch_bytes({}), torch_bytes(nn.Linear(2, 3)),
-    torch_bytes(nn.Linear(2, 3).state_dict()),
-    torch_bytes({"format": "vit-bridge 0"}), torch_bytes({"format": "vit-bridge 1"}), pickle.dumps([1, 2], 2)],
-    ids=lambda contents: f"{len(contents)} bytes")
-def test_files_of_another_kind_are_refused(contents, tmp_path):
-    refuse(tmp_path / "m.pt", contents)
+def parameters_of(c):
+    """Of a VisionTransformer of these arguments, by arithmetic."""
+    D, hidden, n_patches = c["embed_dim"], 4 * c["embed_dim"], (c["img_size"] // c["patch_size"]) ** 2
+    tokens = 1 + c["n_registers"] + n_patches + (c["n_registers"] == 0)  # CLS, registers, and the positions
+    block = 2 * 2 * D + (D + 1) * 3 * D + (D + 1) * D + (D + 1) * hidden + (hidden + 1) * D
+    block += 2 * D if c["layer_scale"] else 0
+    embedding = (3 * c["patch_size"] ** 2 + 1) * D
+    return embedding + tokens * D + c["depth"] * block + 2 * D + (D + 1) * c["n_classes"] * (c["n_classes"] > 0)
 
 
-def test_random_bytes_are_refused(tmp_path):
-    generator = torch.Generator().manual_seed(7)
-    for n in range(101):
-        contents = bytes(torch.randint(256, (n,), generator=generator).tolist())
-        refuse(tmp_path / "m.pt", contents if n % 2 else b"\x80\x02" + contents)
+KNOWN = {"deit_tiny_patch16_224": 5_717_416, "deit_base_patch16_224": 86_567_656, "vit_b_16": 86_567_656,
+         "vit_l_16": 304_326_632, "dinov2_vits14": 22_056_192, "dino_vits16": 21_665_664}
 
 
-@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.9, 0.99, 0.9999])
-def test_a_truncated_checkpoint_is_refused(share, whole, tmp_path):
-    refuse(tmp_path / "m.pt", whole[:int(share * len(whole))])
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_entry_builds_with_the_parameters_of_its_architecture(name):
+    arguments = PUBLIC[name].arguments
+    with torch.device("meta"):
+        model = VisionTransformer(**arguments)
+    count = sum(p.numel() for p in model.parameters())
+    assert count == parameters_of(arguments)
+    assert count == KNOWN.get(name, count)
+    assert type(model.head) is (torch.nn.Linear if PUBLIC[name].measured == "as it is" else torch.nn.Identity)
 
 
-def test_a_checkpoint_with_a_damaged_byte_is_refused_or_loads(whole, tmp_path):
-    start, generator = whole.index(b"data.pkl"), torch.Generator().manual_seed(7)
-    for place in (start + torch.randint(2500, (199,), generator=generator)).tolist():
-        (tmp_path / "m.pt").write_bytes(whole[:place] + bytes([whole[place] ^ 7]) + whole[place + 1:])
-        for load in (load_model, lambda path: load_checkpoint(VisionTransformer(**VIT), path)):
-            try:
-                load(tmp_path / "m.pt")
-            except InputError as error:
-                assert "\n" not in str(error)  # noqa: PT017
+@pytest.mark.parametrize(("name", "weights"), [
+    ("vit_b_16", torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1),
+    ("vit_l_16", torchvision.models.ViT_L_16_Weights.IMAGENET1K_V1)])
+def test_entries_of_torchvision_are_what_torchvision_says(name, weights):
+    entry, transforms = PUBLIC[name], weights.transforms()
+    assert entry.url == weights.url
+    assert entry.checksum == f"sha256:{re.search(r'-([0-9a-f]{8})', weights.url)[1]}"
+    assert entry.top1 == weights.meta["_metrics"]["ImageNet-1K"]["acc@1"]
+    assert (list(entry.mean), list(entry.std)) == (list(transforms.mean), list(transforms.std))
+    assert entry.interpolation == transforms.interpolation.value
+    assert [entry.arguments["img_size"]] == transforms.crop_size
+    assert parameters_of(entry.arguments) == weights.meta["num_params"]
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda trap: pickle.dumps(trap, 2), torch_bytes,
-    lambda trap: torch_bytes({"format": "vit-bridge 1", "x": trap}),
-    lambda trap: torch_bytes(trap, _use_new_zipfile_serialization=False)],
-    ids=["pickle", "torch.save", "checkpoint", "torch.save as of old"])
-def test_code_in_a_file_is_not_executed(wrap, tmp_path):
-    trap = tmp_path / "sprung"
-    refuse(tmp_path / "m.pt", wrap(Trap(trap)))
-    assert not trap.exists()
-    with suppress(RuntimeError):  # for the bare pickle, after the trap
-        torch.load(tmp_path / "m.pt", weights_only=False)
-    assert trap.exists()  # so the trap was live
+TIMM_NAMES = {
+    **{name: f"{name}.fb_in1k" for name in PUBLIC if name.startswith("deit")},
+    "dino_vits16": "vit_small_patch16_224.dino", "dino_vitb16": "vit_base_patch16_224.dino",
+    **{f"dinov2_vit{letter}14{end}": f"vit_{size}_patch14{infix}_dinov2.lvd142m"
+       for letter, size in (("s", "small"), ("b", "base"), ("l", "large"))
+       for end, infix in (("", ""), ("_reg", "_reg4"))},
+    "mae_vit_base_patch16": "vit_base_patch16_224.mae", "mae_vit_large_patch16": "vit_large_patch16_224.mae"}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_every_torch_load_is_with_weights_only(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("torch", "pickle"):
-            assert not {name.name for name in node.names} & {"load", "loads", "Unpickler"}
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads"):
-            assert ast.unparse(node.func) == "torch.load"
-            assert {k.arg: ast.unparse(k.value) for k in node.keywords}.get("weights_only") == "True"
+def test_every_public_entry_is_held_to_a_library():
+    assert {*TIMM_NAMES, "vit_b_16", "vit_l_16"} == set(PUBLIC)
 
 
-def changed(whole, **changes):
-    """The checkpoint with entries changed; those changed to `...` are removed."""
-    entries = {**torch.load(io.BytesIO(whole), weights_only=True), **changes}
-    return torch_bytes({key: value for key, value in entries.items() if value is not ...})
+@pytest.mark.parametrize("name", TIMM_NAMES)
+def test_entries_are_what_timm_says(name):
+    entry, theirs = PUBLIC[name], timm.get_pretrained_cfg(TIMM_NAMES[name])
+    assert entry.url == theirs.url
+    assert (entry.mean, entry.std, entry.interpolation) == (theirs.mean, theirs.std, theirs.interpolation)
+    side, n_classes = entry.arguments["img_size"], entry.arguments["n_classes"]
+    assert ((3, side, side), n_classes) == (theirs.input_size, theirs.num_classes)
+    assert entry.licence.lower() == theirs.license
+    digits = re.search(r"-([0-9a-f]{8})\.pth", theirs.url)
+    assert entry.checksum == (f"sha256:{digits[1]}" if digits else entry.checksum)
+    assert digits or entry.checksum is None or entry.checksum.startswith("md5:")
 
 
-@pytest.mark.parametrize("key", ["format", "model_class", "config", "state_dict", "img_size", "class_names",
-                                 "mean", "std"])
-def test_a_checkpoint_with_an_entry_missing_is_refused(key, whole, tmp_path):
-    refuse(tmp_path / "m.pt", changed(whole, **{key: ...}))
+@pytest.mark.parametrize("name", TIMM_NAMES)
+def test_entries_have_the_blocks_of_timm(name):
+    with torch.device("meta"):
+        theirs = timm.create_model(TIMM_NAMES[name].split(".")[0], depth=1)
+        ours = VisionTransformer(**{**PUBLIC[name].arguments, "depth": 1})
+    entry = PUBLIC[name]
+    assert ours.blocks[0].attn.n_heads == theirs.blocks[0].attn.num_heads
+    assert ours.norm.eps == theirs.norm.eps
+    shapes = {key: tensor.shape for key, tensor in theirs.state_dict().items()
+              if not key.startswith("head.") and key != "pos_embed"}
+    assert {key: tensor.shape for key, tensor in ours.state_dict().items()
+            if not key.startswith("head.") and key != "pos_embed"} == shapes
+    assert ours.patch_embed.img_size == theirs.patch_embed.img_size
+    assert entry.arguments["n_classes"] in (0, 1000)
 
 
-@pytest.mark.parametrize("change", [
-    dict(format="vit-bridge 2"), dict(format=["vit-bridge 1"]), dict(model_class="VisionTransformer2"),
-    dict(model_class="nn.Linear"), dict(model_class=["VisionTransformer"]), dict(model_class=None),
-    dict(config=None), dict(config=[1]), dict(config=dict(VIT, heads=3)), dict(config=dict(VIT, embed_dim=-12)),
-    dict(config=dict(VIT, patch_size=(5, 5, 5))), dict(config=dict(VIT, depth=7)), dict(config={5: 5}),
-    dict(state_dict=None), dict(state_dict=[1]), dict(state_dict={}), dict(state_dict={5: 5})], ids=str)
-def test_a_checkpoint_with_an_entry_that_cannot_be_is_refused(change, whole, tmp_path):
-    refuse(tmp_path / "m.pt", changed(whole, **change))
+# ---- From the command line
 
 
-@pytest.mark.parametrize("change", [
-    {"blocks.7.extra": torch.zeros(2)}, {5: torch.zeros(2)}, {"head.bias": torch.zeros(5)}, {"head.bias": 3},
-    {"cls_token": [1.0] * 12}, {"norm.weight": None}, {"norm.weight": torch.zeros(1)}], ids=str)
-def test_a_checkpoint_with_weights_that_do_not_fit_is_refused(change, whole, tmp_path):
-    state = torch.load(io.BytesIO(whole), weights_only=True)["state_dict"]
-    refuse(tmp_path / "m.pt", changed(whole, state_dict={**state, **change}))
+def run_main(monkeypatch, capsys, *arguments):
+    """(exit code, what it printed, what it complained)."""
+    monkeypatch.setattr(sys, "argv", ["model_zoo.py", *map(str, arguments)])
+    code = 0
+    try:
+        model_zoo.main()
+    except SystemExit as error:
+        code = error.code
+    return code, *capsys.readouterr()
 
 
-def test_a_checkpoint_with_a_tensor_missing_is_refused(whole, tmp_path):
-    state = torch.load(io.BytesIO(whole), weights_only=True)["state_dict"]
-    del state["blocks.1.norm2.bias"]
-    refuse(tmp_path / "m.pt", changed(whole, state_dict=state))
+def test_main_says_what_a_file_is(monkeypatch, capsys, public):
+    code, out, err = run_main(monkeypatch, capsys, public.folder / "small.pth")
+    assert (code, err) == (0, "")
+    assert out == f"{model_zoo.describe_checkpoint(public.folder / 'small.pth')}\n"
+    assert f"{public.folder / 'small.pth'}: timm's names" in out
+    assert "    model = VisionTransformer(img_size=20, patch_size=5, embed_dim=12, depth=2, n_heads=1" in out
 
 
-# ---- Places that cannot be written
+@pytest.mark.parametrize("contents", [None, b"", b"accuracy 0.93\n"])
+def test_main_refuses_a_bad_file_in_one_line(contents, monkeypatch, capsys, tmp_path):
+    if contents is not None:
+        (tmp_path / "m.pt").write_bytes(contents)
+    code, out, err = run_main(monkeypatch, capsys, tmp_path / "m.pt")
+    assert (code, out) == (2, "")
+    assert err.startswith("model_zoo.py: ")
+    assert str(tmp_path / "m.pt") in err
+    assert (err.count("\n"), err[-1]) == (1, "\n")
 
 
-@pytest.mark.parametrize("target", ["missing/m.pt", "folder", "file/m.pt"])
-def test_an_unwritable_target_is_refused_and_leaves_nothing(target, tmp_path):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=one_line_with(tmp_path / target)):
-        save_model(randomised(*SMALL[0]), tmp_path / target)
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["file", "folder"]
-
-
-def save_half(entries, path):
-    Path(path).write_bytes(b"half")
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def save_half_as_torch_does(entries, path):
-    Path(path).write_bytes(b"half")
-    raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed\nframe #0: somewhere")
-
-
-def refuse_to_replace(source, target):
-    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-
-@pytest.mark.parametrize(("module", "name", "failing"), [
-    (torch, "save", save_half), (torch, "save", save_half_as_torch_does), (os, "replace", refuse_to_replace)])
-def test_a_failed_save_keeps_the_previous_file_whole(module, name, failing, whole, tmp_path, monkeypatch):
-    path = tmp_path / "m.pt"
-    path.write_bytes(whole)
-    monkeypatch.setattr(module, name, failing)
-    with pytest.raises(InputError, match=one_line_with(path)):
-        save_model(VisionTransformer(**VIT), path)
-    assert os.listdir(tmp_path) == ["m.pt"]
-    assert path.read_bytes() == whole
-
-
-def test_an_entry_that_cannot_be_pickled_leaves_no_part_of_a_file(whole, tmp_path):
-    (tmp_path / "m.pt").write_bytes(whole)
-    with pytest.raises(Exception, match="pickle"):
-        save_model(VisionTransformer(**VIT), tmp_path / "m.pt", note=lambda: None)
-    assert os.listdir(tmp_path) == ["m.pt"]
-    assert (tmp_path / "m.pt").read_bytes() == whole
-
-
-def test_class_names_that_do_not_fit_a_new_head_are_not_saved(tmp_path):
-    model = build_model("convnet", n_classes=2)
-    model.class_names = ["a", "b"]
-    model.head = torch.nn.Linear(model.head.in_features, 3)
-    with pytest.raises(InputError, match=r"\A2 class_names do not fit a head of 3 classes[^\n]*\Z"):
-        save_model(model, tmp_path / "m.pt")
-    save_model(model, tmp_path / "m.pt", class_names=["a", "b", "c"])
-    model.head = torch.nn.Sequential(model.head)
-    with pytest.raises(InputError, match=r"\Aa head of class Sequential cannot be saved[^\n]*\Z"):
-        save_model(model, tmp_path / "n.pt")
+def test_main_without_a_file_lists_every_name(monkeypatch, capsys):
+    code, out, err = run_main(monkeypatch, capsys)
+    assert (code, err) == (0, "")
+    rows = {line.split()[0]: line for line in out.splitlines()[1:]}
+    assert tuple(rows) == PRETRAINED
+    for name, entry in PUBLIC.items():
+        c = entry.arguments
+        assert rows[name].split()[1:5] == [str(c["img_size"]), str(c["patch_size"]), str(c["n_classes"]),
+                                           f"{entry.top1:.1f}"]
+        assert entry.licence in rows[name]
+        assert entry.source in rows[name]
+        assert (entry.measured in rows[name]) == (entry.measured != "as it is")
