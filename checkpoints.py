@@ -384,7 +384,7 @@ def fit_head(weights, expected):
         del weights.tensors[name]
     if wanted is None:
         return []
-    return [f"head: the model keeps its own, untrained; that of the file is {reason}"]
+    return [f"head: the model keeps its own, untrained; that of the file: {reason}"]
 
 
 def fit_positions(weights, model, grid_size):

@@ -335,6 +335,17 @@ def test_another_norm_eps_than_that_of_the_library_is_said(name, tmp_path):
     assert f"norm_eps={eps} makes them equal" in str(report)
 
 
+@pytest.mark.parametrize("which", ["old", "new"])
+def test_a_head_that_reads_cls_and_mean_side_by_side_is_not_taken(which, tmp_path):
+    sample = SOURCES[f"transformers Dinov2 with head, {which} names"].write(tmp_path)
+    model = VisionTransformer(**{**sample.arguments, "n_classes": CLASSES})
+    head = model.head.weight.clone()
+    report = load_checkpoint(model, sample.path)
+    assert torch.equal(model.head.weight, head)
+    assert "head: the model keeps its own, untrained; that of the file is reads 56 features, the model's head 28" in (
+        report.notes)
+
+
 # Where a number of positions could be read in two ways, the format tells: of 4 x 4 patches and CLS, never 17 x 1.
 @pytest.mark.parametrize(("name", "config", "grid"), [
     ("Dinov2WithRegistersModel", dict(num_register_tokens=4), (3, 4)), ("Dinov2Model", {}, (17, 1)),

@@ -241,7 +241,7 @@ def test_a_head_of_another_class_count_gives_way_to_the_models_own_and_is_said(m
     assert set(report.dropped) == {"head.weight", "head.bias"}
     assert same_bits(other, {**{k: v for k, v in bits(model).items() if not k.startswith("head.")},
                              **{k: v for k, v in before.items() if k.startswith("head.")}})
-    said = "head: the model keeps its own, untrained; that of the file is for 3 classes, the model's head for 5"
+    said = "head: the model keeps its own, untrained; that of the file: for 3 classes, the model's head for 5"
     assert report.notes == ((said,) if n_classes else ())
     assert ("the model has no head, or not one nn.Linear" in str(report)) == (not n_classes)
 
@@ -561,7 +561,7 @@ def test_a_report_in_words_counts_and_names(tmp_path):
         f"{tmp_path / 'm.pt'}: timm's names (timm, DeiT, DINO, MAE's encoder); 30 tensors loaded, 3 dropped",
         "  dropped: mask_token (stands for hidden patches in pre-training)",
         "  dropped: head.weight and 1 more (for 3 classes, the model's head for 7)",
-        "  head: the model keeps its own, untrained; that of the file is for 3 classes, the model's head for 7"]
+        "  head: the model keeps its own, untrained; that of the file: for 3 classes, the model's head for 7"]
 
 
 # ---- Places that cannot be written

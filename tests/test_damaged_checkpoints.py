@@ -359,7 +359,8 @@ def test_a_damaged_checkpoint_is_refused(name, options, tmp_path):
     ("transposed head.pt", "biases of its head"), ("None among the tensors.pt", "'norm.bias', a NoneType"),
     ("empty model.pt", "'model', a dict"), ("missing key.pt", "lacks blocks.1.norm2.bias"),
     ("extra key.pt", "has blocks.1.extra"), ("transposed.pt", "(48, 12) there, (12, 48) in the model"),
-    ("positions of no square.pt", "has 8 positions"), ("code among the tensors.pt", "holds Python objects (posix.mkdir)"), ("list.pt", "holds a list")])
+    ("positions of no square.pt", "has 8 positions"),
+    ("code among the tensors.pt", "holds Python objects (posix.mkdir)"), ("list.pt", "holds a list")])
 @pytest.mark.filterwarnings("ignore")
 def test_the_reason_names_what_is_wrong(name, reason, tmp_path):
     DAMAGES[name](tmp_path / name, bits(randomised(SQUARE)))
