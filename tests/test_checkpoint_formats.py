@@ -342,7 +342,7 @@ def test_a_head_that_reads_cls_and_mean_side_by_side_is_not_taken(which, tmp_pat
     head = model.head.weight.clone()
     report = load_checkpoint(model, sample.path)
     assert torch.equal(model.head.weight, head)
-    assert "head: the model keeps its own, untrained; that of the file is reads 56 features, the model's head 28" in (
+    assert "head: the model keeps its own, untrained; that of the file: reads 56 features, the model's head 28" in (
         report.notes)
 
 
