@@ -121,7 +121,8 @@ def read_file(path):
     """What a file holds, as a dict. Nothing in it is executed. Raises InputError where that cannot be."""
     try:
         if not Path(path).is_file():
-            raise InputError(f"no file {path}; expected a checkpoint")
+            found = "a folder is at" if Path(path).is_dir() else "no file"
+            raise InputError(f"{found} {path}; expected a checkpoint file")
         if str(path).endswith(".safetensors"):
             return read_safetensors(path)
         if zipfile.is_zipfile(path) and any(name.endswith(".npy") for name in zipfile.ZipFile(path).namelist()):
@@ -211,12 +212,14 @@ class LoadReport:
     used            names in the file that were loaded
     dropped         {name in the file: why it has no place in the model}
     notes           what differs between the file and the model, and what was done about it
+    heads           what is to be known of their number, where the file does not tell it
     """
     path: str
     format: str
     used: tuple
     dropped: dict
     notes: tuple
+    heads: str = ""
 
     def __str__(self):
         by_reason = {}
@@ -225,7 +228,8 @@ class LoadReport:
         lines = [f"{self.path}: {self.format}; {len(self.used)} tensors loaded, {len(self.dropped)} dropped"]
         for reason, names in by_reason.items():
             lines.append(f"  dropped: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} ({reason})")
-        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+        lines += [f"  {note}" for note in self.notes]
+        return "\n".join([*lines, *([f"  heads: {self.heads}"] if self.heads else [])])
 
 
 def load_checkpoint(model, path, grid_size=None):
@@ -341,7 +345,16 @@ def fit(weights, model, grid_size):
                              f"expected {expected[name].dtype}")
     state = {**expected, **{name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}}
     used = tuple(name for ours in tensors for name in weights.sources[ours])
-    return state, LoadReport(weights.path, weights.format.name, used, weights.dropped, tuple(notes))
+    heads = ""
+    if weights.format.norm_eps is not None and weights.n_heads is None and not has_qk_norm(weights):
+        heads = (f"the file does not say how many; the model's {model.config.n_heads} are right only if it was trained "
+                 f"with as many")
+    return state, LoadReport(weights.path, weights.format.name, used, weights.dropped, tuple(notes), heads)
+
+
+def has_qk_norm(weights):
+    """Whether the file has norms over queries and keys, whose width is that of a head."""
+    return "blocks.0.attn.q_norm.weight" in weights.tensors
 
 
 def advice(name, weights):
@@ -467,20 +480,17 @@ def read_grid(weights, grid=None, given=None):
 @dataclass(frozen=True)
 class Description:
     """What a checkpoint is: the format, the configuration of the model that it fits, and the report of loading it
-    into such a model. heads says where the number of heads comes from."""
+    into such a model."""
     report: LoadReport
     model_class: str
     config: object
     n_parameters: int
-    heads: str
 
     def __str__(self):
         usual = {f.name: f.default for f in fields(self.config)}  # a HybridCNNViT has some defaults of its own
         usual |= {name: argument.default for name, argument in signature(CLASSES[self.model_class]).parameters.items()}
         settings = {name: value for name, value in vars(self.config).items() if value != usual[name]}
         lines = [str(self.report)]
-        if self.heads:
-            lines.append(f"  heads: {self.heads}")
         return "\n".join([*lines, f"  {self.n_parameters:,} parameters. It loads with", "",
                           f"    model = {self.model_class}({', '.join(f'{k}={v!r}' for k, v in settings.items())})",
                           f"    load_checkpoint(model, {self.report.path!r})"])
@@ -507,7 +517,8 @@ def describe_checkpoint(path):
     with torch.device("meta"):
         model = model_class(**vars(config))
     _, report = fitted(weights, model, advise=False)
-    return Description(report, model_class.__name__, config, sum(p.numel() for p in model.parameters()), heads)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    return Description(replace(report, heads=heads), model_class.__name__, config, n_parameters)
 
 
 def infer_config(weights):
@@ -542,7 +553,9 @@ def infer_config(weights):
         position="learned" if "pos_embed" in tensors else "none", n_registers=n_registers,
         layer_scale=1e-5 if "blocks.0.ls1.gamma" in tensors else None, qk_norm=K is not None,
         norm_eps=weights.format.norm_eps)
-    return config, "" if told else f"the file does not say how many; {n_heads} of {D // n_heads} channels are usual"
+    guess = (f"the file does not say how many; {n_heads} is a guess ({D // n_heads} channels each), and any number "
+             f"that divides {D} loads")
+    return config, "" if told else guess
 
 
 def one_side(sides):

@@ -243,7 +243,7 @@ def fetch(name):
         part.replace(path)
     except (OSError, URLError) as error:
         raise InputError(f"cannot download {name} from {entry.url} ({first_line(error)}); fetch it by other means and "
-                         f"put it at {path}") from error
+                         f"put it at {path}") from None
     finally:
         with suppress(OSError):  # there is none where all went well
             part.unlink()
@@ -281,6 +281,9 @@ def main():
     parser.add_argument("file", nargs="?", help="a checkpoint; without one the pretrained models are listed")
     options = parser.parse_args()
     try:
+        if options.file in PRETRAINED and not Path(options.file).exists():
+            raise InputError(f"{options.file} is a pretrained model's name; expected a file. "
+                             f"create_pretrained({options.file!r}) makes that model")
         print(describe_checkpoint(options.file) if options.file else describe_pretrained())
     except InputError as error:
         parser.exit(2, f"model_zoo.py: {error}\n")

@@ -307,9 +307,9 @@ def test_a_description_finds_the_architecture_of_the_source(loaded):
     assert (found.config.layer_scale is None) == (wanted.layer_scale is None)
     assert sorted([*found.report.used, *found.report.dropped]) == sorted(sample.names)
     if "npz" in name or "qk_norm" in name:
-        assert (found.config.n_heads, found.heads) == (HEADS, "")
+        assert (found.config.n_heads, found.report.heads) == (HEADS, "")
     else:
-        assert "the file does not say how many" in found.heads
+        assert "the file does not say how many" in found.report.heads
 
 
 @torch.no_grad()

@@ -546,7 +546,8 @@ def test_heads_that_a_file_does_not_tell_are_guessed_and_said(embed_dim, n_heads
     raw(tmp_path / "m.pt", VisionTransformer(**{**SQUARE, "embed_dim": embed_dim, "n_heads": 2, "depth": 1}))
     description = describe_checkpoint(tmp_path / "m.pt")
     assert description.config.n_heads == n_heads
-    assert f"the file does not say how many; {n_heads} of {embed_dim // n_heads} channels are usual" in str(description)
+    guess = f"the file does not say how many; {n_heads} is a guess ({embed_dim // n_heads} channels each)"
+    assert guess in str(description)
 
 
 def test_the_widths_of_published_models_have_their_heads():
@@ -561,7 +562,16 @@ def test_a_report_in_words_counts_and_names(tmp_path):
         f"{tmp_path / 'm.pt'}: timm's names (timm, DeiT, DINO, MAE's encoder); 30 tensors loaded, 3 dropped",
         "  dropped: mask_token (stands for hidden patches in pre-training)",
         "  dropped: head.weight and 1 more (for 3 classes, the model's head for 7)",
-        "  head: the model keeps its own, untrained; that of the file: for 3 classes, the model's head for 7"]
+        "  head: the model keeps its own, untrained; that of the file: for 3 classes, the model's head for 7",
+        "  heads: the file does not say how many; the model's 3 are right only if it was trained with as many"]
+
+
+@pytest.mark.parametrize(("options", "known"), [({}, False), (dict(qk_norm=True), True)])
+def test_that_a_file_does_not_tell_its_heads_is_said(options, known, tmp_path):
+    raw(tmp_path / "m.pt", VisionTransformer(**SQUARE, **options))
+    save_model(VisionTransformer(**SQUARE, **options), tmp_path / "ours.pt")
+    reports = [load_checkpoint(VisionTransformer(**SQUARE, **options), tmp_path / name) for name in ("m.pt", "ours.pt")]
+    assert [report.heads == "" for report in reports] == [known, True]
 
 
 # ---- Places that cannot be written

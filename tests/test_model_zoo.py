@@ -449,3 +449,11 @@ def test_main_without_a_file_lists_every_name(monkeypatch, capsys):
         assert entry.licence in rows[name]
         assert entry.source in rows[name]
         assert (entry.measured in rows[name]) == (entry.measured != "as it is")
+
+
+def test_a_name_in_the_place_of_a_file_is_told_what_it_is(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["model_zoo.py", "dinov2_vits14"])
+    with pytest.raises(SystemExit) as stopped:
+        model_zoo.main()
+    assert stopped.value.code == 2
+    assert "create_pretrained('dinov2_vits14') makes that model" in capsys.readouterr().err
