@@ -139,7 +139,7 @@ class Weights:
     sources: dict = field(default_factory=dict)
     dropped: dict = field(default_factory=dict)
     n_heads: int | None = None  # where the file tells it
-    config: object = None  # where the file is ours
+    model: object = None  # that of a file of ours
 
 
 def recognise(names, path):
@@ -183,6 +183,8 @@ def translate(state, path, around):
             raise InputError(f"{path} is damaged: {name} and {weights.sources[ours][0]} are the same tensor of a ViT")
         weights.tensors[ours], weights.sources[ours] = tensor, [name]
     join_qkv(weights)
+    if "cls_token" in weights.tensors and "blocks.0.attn.q_norm.weight" in weights.tensors:  # as wide as a head
+        weights.n_heads = weights.tensors["cls_token"].shape[-1] // len(weights.tensors["blocks.0.attn.q_norm.weight"])
     for name, tensor in weights.tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise InputError(f"{path} is damaged: {weights.sources[name][0]} holds values that are not finite")

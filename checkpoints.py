@@ -30,7 +30,7 @@ from torch import nn
 
 from checkpoint_formats import Format, Weights, translate
 from cnn_model import ConvNet, ConvNetConfig, HybridCNNViT
-from vit_model import InputError, VisionTransformer, ViTConfig, pair, resample_positions, sincos_positions
+from vit_model import InputError, VisionTransformer, ViTConfig, resample_positions, sincos_positions
 
 CONFIGS = {VisionTransformer: ViTConfig, HybridCNNViT: ViTConfig, ConvNet: ConvNetConfig}
 CLASSES = {model_class.__name__: model_class for model_class in CONFIGS}
@@ -262,7 +262,7 @@ def read_weights(path, model=None):
         if model is not None:
             check_same_kind(other, model, path)
         weights = own_names("ours", path, [], other.state_dict())
-        weights.config = other.config
+        weights.model = other
         return weights
     state, around = unwrap(entries, path)
     if isinstance(model, (HybridCNNViT, ConvNet)):
@@ -346,15 +346,10 @@ def fit(weights, model, grid_size):
     state = {**expected, **{name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}}
     used = tuple(name for ours in tensors for name in weights.sources[ours])
     heads = ""
-    if weights.format.norm_eps is not None and weights.n_heads is None and not has_qk_norm(weights):
+    if weights.model is None and weights.n_heads is None and isinstance(model, VisionTransformer):
         heads = (f"the file does not say how many; the model's {model.config.n_heads} are right only if it was trained "
                  f"with as many")
     return state, LoadReport(weights.path, weights.format.name, used, weights.dropped, tuple(notes), heads)
-
-
-def has_qk_norm(weights):
-    """Whether the file has norms over queries and keys, whose width is that of a head."""
-    return "blocks.0.attn.q_norm.weight" in weights.tensors
 
 
 def advice(name, weights):
@@ -452,9 +447,8 @@ def read_grid(weights, grid=None, given=None):
     right; a square. Raises InputError where no way is left.
     """
     M = weights.tensors["pos_embed"].shape[1]
-    if weights.config is not None:
-        sides = zip(pair(weights.config.img_size), pair(weights.config.patch_size), strict=True)
-        rows, columns = (side // patch for side, patch in sides)
+    if weights.model is not None:
+        rows, columns = weights.model.patch_embed.grid_size
         return (rows, columns), M - rows * columns, []
     registers = weights.tensors.get("reg_token")
     n_registers = 0 if registers is None or registers.ndim != 3 else registers.shape[1]
@@ -499,26 +493,23 @@ class Description:
 def describe_checkpoint(path):
     """What a file is, and how it would load, as a Description. Raises InputError where it would not, with the reason.
 
-    The model is built on the device "meta", so nothing but the file takes memory.
+    The model of a file that is not ours is built on the device "meta", so that nothing but the file takes memory.
     """
     weights = read_weights(path)
-    heads = ""
-    if weights.config is None:
+    model, heads = weights.model, ""
+    if model is None:
         try:
             config, heads = infer_config(weights)
+        except InputError:
+            raise
         except (ValueError, IndexError, TypeError, StopIteration) as error:  # tensors of a rank that no ViT has
-            if isinstance(error, InputError):
-                raise
             raise InputError(f"{path} ({weights.format.name}) has tensors of shapes that no ViT has "
                              f"({first_line(error)})") from error
-        model_class = VisionTransformer
-    else:
-        config, model_class = weights.config, CLASSES[read_checkpoint(path)["model_class"]]
-    with torch.device("meta"):
-        model = model_class(**vars(config))
+        with torch.device("meta"):
+            model = VisionTransformer(**vars(config))
     _, report = fitted(weights, model, advise=False)
     n_parameters = sum(p.numel() for p in model.parameters())
-    return Description(replace(report, heads=heads), model_class.__name__, config, n_parameters)
+    return Description(replace(report, heads=heads), type(model).__name__, model.config, n_parameters)
 
 
 def infer_config(weights):
@@ -538,9 +529,7 @@ def infer_config(weights):
     grid = (1, 1)
     if "pos_embed" in tensors:
         grid, _, _ = read_grid(weights)
-    K = len(tensors["blocks.0.attn.q_norm.weight"]) if "blocks.0.attn.q_norm.weight" in tensors else None
-    n_heads = weights.n_heads or (D // K if K else likely_heads(D))
-    told = weights.n_heads or K
+    n_heads = weights.n_heads or likely_heads(D)
     hidden = len(tensors["blocks.0.mlp.fc1.weight"])
     ratio = next(r for r in (hidden / D, math.nextafter(hidden / D, math.inf)) if int(D * r) == hidden)
     n_classes = 0
@@ -551,11 +540,11 @@ def infer_config(weights):
     config = ViTConfig(
         one_side(img_size), one_side(tuple(patch)), C, n_classes, D, depth, n_heads, ratio,
         position="learned" if "pos_embed" in tensors else "none", n_registers=n_registers,
-        layer_scale=1e-5 if "blocks.0.ls1.gamma" in tensors else None, qk_norm=K is not None,
+        layer_scale=1e-5 if "blocks.0.ls1.gamma" in tensors else None, qk_norm="blocks.0.attn.q_norm.weight" in tensors,
         norm_eps=weights.format.norm_eps)
     guess = (f"the file does not say how many; {n_heads} is a guess ({D // n_heads} channels each), and any number "
              f"that divides {D} loads")
-    return config, "" if told else guess
+    return config, "" if weights.n_heads else guess
 
 
 def one_side(sides):

@@ -12,7 +12,7 @@ Read the first 150 lines beside the paper:
     Table 1   the variants                            VARIANTS, below
 
 Letters:  B images, C channels, P patch side, N tokens, D width (embed_dim), H heads,
-          K = D / H width of a head, L blocks (depth).
+          K = D / H width of a head, L blocks (depth), n those of the N tokens that are answered for.
 
 Parameters carry timm's names (blocks.0.attn.qkv.weight, ...), so state dicts pass both ways.
 Dropout follows App. B.1 of the paper: after every dense layer but q, k, v, and after the positions are
@@ -192,8 +192,9 @@ def head_width(embed_dim, n_heads):
 
 
 # Where torch's fused attention trains slower than the explicit softmax, and up to how many tokens: device and type.
-# ViT-Tiny/16, 16 images, training step, images/s, explicit and fused: 63 and 49 in bf16 on 2 cores with AMX; 15.6 and
-# 17.5 in float32 on 2 cores with AVX2. Without gradients the fused one was nowhere slower (benchmarks/growth.py).
+# ViT-Tiny/16, 16 images, training step, images/s, explicit and fused: 63 and 49 in bf16 on another machine, 2 cores
+# with AMX; 15.6 and 17.5 in float32 on ours, 2 cores with AVX2. Without gradients the fused one was nowhere slower
+# (benchmarks/growth.py).
 EXPLICIT_TRAINING = {("cpu", torch.bfloat16): 1024}
 
 
