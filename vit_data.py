@@ -1,6 +1,7 @@
 """Data: from a folder of images, a known data set or drawn shapes to batches that a model can train on.
 
     get_data_loaders   the training and the validation loader; get_test_loader   the test images, kept apart
+    get_evaluation_loader   images to score a trained model on, labelled by its own class names
     open_image         an image file as an upright RGB picture; eval_transform   that picture as a tensor
     make_shapes        the built-in set, which drawn_shapes holds
 
@@ -16,8 +17,10 @@ images of the loaders do not depend on `seed`: they are the same in every run.
 """
 
 import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +80,8 @@ class SetFacts:
 
 
 def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, dataset="auto", val_fraction=0.1,
-                     *, seed=0, workers=None, n_images=None, mean=None, std=None, interpolation=None):
+                     *, seed=0, workers=None, n_images=None, mean=None, std=None, interpolation=None,
+                     skip_corrupt=False):
     """(training loader, validation loader). The validation images are never the test images.
 
     data_dir      the folder of the data. A folder of images holds train/<class>/*.jpg, with val/ (or valid/,
@@ -96,9 +100,12 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
     mean, std     the normalisation, three numbers each, of values from 0 to 1: those of a pretrained model, say. None:
                   the set's own, in NORMALISATION.
     interpolation "bilinear" or "bicubic": how images are resized; None: bilinear.
+    skip_corrupt  whether an image file that cannot be read is left out, as loader.skipped tells, or is an InputError.
+                  Of a set in memory it is no part from the start; photographs are left out of their batch when met.
 
-    Both loaders have class_names, img_size, mean, std, interpolation, n_images, dataset_name, a length in batches,
-    set_epoch(epoch) and to(device). Raises InputError for arguments and data that cannot work.
+    Both loaders have class_names, class_counts, files, skipped, img_size, mean, std, interpolation, n_images,
+    dataset_name, a length in batches, to(device) and the methods of Loader. Raises InputError for arguments and data
+    that cannot work, such as a set in memory of which no image can be read.
     """
     check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images)
     wanted = wanted_facts(mean, std, interpolation)
@@ -111,7 +118,7 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
         train, val = stratified_cut(labels, val_fraction, seed)
         return (MemoryLoader(images[train], labels[train], facts, batch_size, seed, training=True),
                 MemoryLoader(images[val], labels[val], facts, batch_size, seed))
-    facts, files, labels = read_training_folder(data_dir, img_size, wanted)
+    facts, files, labels = read_training_folder(data_dir, img_size, wanted, skip_corrupt)
     val_dir, test_dir = first_folder(data_dir, VALIDATION_FOLDERS), first_folder(data_dir, ("test",))
     if test_dir:
         list_images(test_dir, facts.class_names)  # what is wrong with it is better known before the training
@@ -120,47 +127,121 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
     else:
         cut = stratified_cut(labels, val_fraction, seed)
         train_set, val_set = (([files[i] for i in part], labels[part]) for part in cut)
-    return (folder_loader(*train_set, facts, batch_size, seed, workers, training=True),
-            folder_loader(*val_set, facts, batch_size, seed, workers))
+    return (folder_loader(*train_set, facts, batch_size, seed, workers, skip_corrupt, training=True),
+            folder_loader(*val_set, facts, batch_size, seed, workers, skip_corrupt))
 
 
 def get_test_loader(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, dataset="auto", val_fraction=0.1,
-                    *, seed=0, workers=None, n_images=None, mean=None, std=None, interpolation=None):
+                    *, seed=0, workers=None, n_images=None, mean=None, std=None, interpolation=None,
+                    skip_corrupt=False):
     """The loader of the test images, or None where the set has none: a folder without test/. It takes the arguments of
     get_data_loaders, so that the same ones serve both; val_fraction and seed change nothing here. Of shapes there are a
     fifth as many test images, none of them among the others."""
     check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images)
+    wanted, class_names = wanted_facts(mean, std, interpolation), None
+    if choose_set(data_dir, dataset, n_images) == "folder":
+        facts, _, _ = read_training_folder(data_dir, img_size, wanted, skip_corrupt)
+        if first_folder(data_dir, ("test",)) is None:
+            return None
+        class_names, img_size = facts.class_names, facts.img_size
+    return get_evaluation_loader(data_dir, class_names, batch_size, img_size, dataset, seed=seed, workers=workers,
+                                 n_images=n_images, skip_corrupt=skip_corrupt, **wanted)
+
+
+def get_evaluation_loader(data_dir, class_names, batch_size=128, img_size=None, dataset="auto", *, held_out=False,
+                          val_fraction=0.1, seed=0, workers=None, n_images=None, mean=None, std=None,
+                          interpolation=None, skip_corrupt=False):
+    """The loader of the images on which a trained model is scored; the labels count in the model's class_names.
+
+    class_names   the model's, in the order of its outputs; of a known set they must be the set's own, as None is. A
+                  folder may lack some of the classes.
+    held_out      says that the model was trained by get_data_loaders on the other images of this folder, with the same
+                  val_fraction and seed. It matters only where there are no images kept apart from training.
+
+    The other arguments are those of get_data_loaders; img_size None is the side of the images that are scored. The
+    loader's split tells which they are: "test" (a known set's test images, or those in test/), else "val" (in val/,
+    valid/ or validation/), else of the images in train/ or in the class folders of data_dir those that
+    get_data_loaders cut off for validation, "held out", or without held_out "all". Raises InputError for a class that
+    the model does not know, and as get_data_loaders does."""
+    check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images)
     wanted = wanted_facts(mean, std, interpolation)
-    name = choose_set(data_dir, dataset, n_images)
+    name, split = choose_set(data_dir, dataset, n_images), "test"
     if name != "folder":
         images, labels, facts = read_memory_set(name, data_dir, img_size, n_images, wanted, training=False)
-        return MemoryLoader(images, labels, facts, batch_size, seed)
-    facts, _, _ = read_training_folder(data_dir, img_size, wanted)
-    test_dir = first_folder(data_dir, ("test",))
-    return test_dir and folder_loader(*list_images(test_dir, facts.class_names), facts, batch_size, seed, workers)
+        if class_names is not None and list(class_names) != facts.class_names:
+            raise InputError(f"data set {name!r} has the classes {', '.join(facts.class_names)}, but the model knows "
+                             f"{', '.join(class_names)}: score it on images of its own classes")
+        loader = MemoryLoader(images, labels, facts, batch_size, seed)
+    else:
+        if not class_names:
+            raise InputError(f"class_names {class_names} cannot label a folder: expected those of the model; give them")
+        root = existing_folder(data_dir)
+        parts = dict(test=first_folder(root, ("test",)), val=first_folder(root, VALIDATION_FOLDERS),
+                     all=first_folder(root, ("train",)) or root)
+        split = next(part for part, folder in parts.items() if folder)
+        files, labels = list_images(parts[split], class_names)
+        if split == "all" and held_out:
+            split, (_, cut) = "held out", stratified_cut(labels, val_fraction, seed)
+            files, labels = [files[i] for i in cut], labels[cut]
+        facts = SetFacts(name, list(class_names), img_size or own_side(files, skip_corrupt), *NORMALISATION[name])
+        loader = folder_loader(files, labels, replace(facts, **wanted), batch_size, seed, workers, skip_corrupt)
+    loader.split = split
+    return loader
 
 
 class Loader:
-    """What MemoryLoader and PhotoLoader share: the facts of the set, the epochs, the order of the images."""
+    """What MemoryLoader and PhotoLoader share: the facts of the set, the epochs, the order of the images and what part
+    of them a pass gives. files is the list of their paths, or None where the set is none of files; skipped is
+    {path: reason} of the files left out; split, "test" for instance, is set by get_evaluation_loader."""
 
-    def __init__(self, labels, facts, batch_size, seed, training):
-        self.dataset_name, self.class_names = facts.dataset_name, facts.class_names
+    def __init__(self, labels, facts, batch_size, seed, training, files=None, skipped=None):
+        self.facts, self.dataset_name, self.class_names = facts, facts.dataset_name, facts.class_names
         self.img_size, self.interpolation = facts.img_size, facts.interpolation
         self.mean, self.std = facts.mean, facts.std
         self.labels, self.n_images = labels, len(labels)
+        self.files, self.skipped, self.split = files, dict(skipped or {}), None
         self.batch_size, self.seed, self.training = batch_size, seed, training
         self.epoch, self.n_passes = None, 0
+        self.first_batch, self.rank, self.n_ranks = 0, 0, 1
+
+    @property
+    def class_counts(self):
+        """How many images there are of each class, a list in the order of class_names."""
+        return self.labels.bincount(minlength=len(self.class_names)).tolist()
 
     def set_epoch(self, epoch):
         """Fixes the epoch of the passes to come. As long as it is not called, they are epochs 0, 1, 2 and so on."""
-        self.epoch = epoch
+        self.epoch, self.first_batch = epoch, 0
+
+    def set_position(self, epoch, batch=0):
+        """Fixes the epoch as set_epoch does, and lets the next pass, and only that, begin at a batch of it: it gives
+        what a whole pass gives from there, and the batches before are neither read nor computed. The length stays that
+        of a whole pass. Raises InputError for a batch past the end; len(loader), for nothing more, is allowed."""
+        check_whole("epoch", epoch, 0)
+        check_whole("batch", batch, 0)
+        if batch > len(self):
+            raise InputError(f"batch {batch} is out of range: expected 0 to {len(self)}, as a pass has {len(self)} "
+                             f"batches; give the batch size and the images of the run that was interrupted")
+        self.epoch, self.first_batch = epoch, batch
+
+    def set_share(self, rank, n_ranks):
+        """For one of several processes: of every batch only the images at its places rank, rank + n_ranks and so on are
+        given. The shares of all ranks are together the batches of one process, augmented alike. One may be empty:
+        images (0, 3, S, S), labels (0,). The length and n_images stay those of the whole. Raises InputError for a rank
+        that is not below n_ranks."""
+        check_whole("n_ranks", n_ranks, 1)
+        check_choice("rank", rank, range(n_ranks))
+        self.rank, self.n_ranks = rank, n_ranks
 
     def begin_pass(self):
-        """(epoch, order) of the pass that begins; order (N,) holds the places of the images in the set."""
+        """(epoch, batches) of the pass that begins; a batch holds the places (B,) in the set of the images to give."""
         epoch = self.n_passes if self.epoch is None else self.epoch
         self.n_passes += 1
+        first, self.first_batch = self.first_batch, 0
         shuffled = torch.randperm(self.n_images, generator=generator_of(self.seed, epoch, 0))
-        return epoch, shuffled if self.training else torch.arange(self.n_images)
+        order = shuffled if self.training else torch.arange(self.n_images)
+        batches = order.to(self.labels.device).split(self.batch_size)[first : len(self)]
+        return epoch, [batch[self.rank :: self.n_ranks] for batch in batches]
 
     def __len__(self):
         """Batches in a pass. A last training batch of one image is left out, unless all batches are of one."""
@@ -174,8 +255,8 @@ class MemoryLoader(Loader):
     mnist, mirrored left to right with probability 1/2: a mirrored digit is no digit. Images whose side is not img_size
     are resized a batch at a time."""
 
-    def __init__(self, images, labels, facts, batch_size, seed=0, training=False):
-        super().__init__(labels, facts, batch_size, seed, training)
+    def __init__(self, images, labels, facts, batch_size, seed=0, training=False, files=None, skipped=None):
+        super().__init__(labels, facts, batch_size, seed, training, files, skipped)
         self.images = images
         self.mirrors = facts.dataset_name != "mnist"
         self.normalisation = torch.tensor([self.mean, self.std]).view(2, 3, 1, 1) * 255
@@ -186,13 +267,19 @@ class MemoryLoader(Loader):
         self.normalisation = self.normalisation.to(device)
         return self
 
+    def plain(self):
+        """A new loader of the same images, each once, in the order of the set and not augmented: for features that are
+        computed once. It gives whole batches, whatever the share and the position of this one."""
+        return MemoryLoader(self.images, self.labels, self.facts, self.batch_size, self.seed, files=self.files,
+                            skipped=self.skipped).to(self.images.device)
+
     def __iter__(self):
-        epoch, order = self.begin_pass()
+        epoch, batches = self.begin_pass()
         generator, reach = generator_of(self.seed, epoch, 1), self.images.shape[-1] // 8
         top, left = torch.randint(-reach, reach + 1, (2, self.n_images), generator=generator)  # (N,) each
         flip = torch.rand(self.n_images, generator=generator) < (0.5 if self.mirrors else 0)  # (N,)
-        order, top, left, flip = (drawn.to(self.images.device) for drawn in (order, top, left, flip))
-        for index in order.split(self.batch_size)[: len(self)]:
+        top, left, flip = (drawn.to(self.images.device) for drawn in (top, left, flip))
+        for index in batches:
             images = self.images[index]  # (B, 3, H, W)
             if self.training:
                 images = crop_and_flip(images, top[index], left[index], flip[index])
@@ -228,28 +315,35 @@ def reflected(places, length):
 
 class PhotoLoader(Loader):
     """Batches of images read file by file: files, a list of paths, and labels, int64 (N,). The augmentation of a
-    photograph is a function of (seed, epoch, its place in the set), whatever the workers."""
+    photograph is a function of (seed, epoch, its place in the set), whatever the workers. With skip_corrupt files that
+    cannot be read are left out of their batch and told in skipped; n_images and the length still count them."""
 
-    def __init__(self, files, labels, facts, batch_size, seed=0, training=False, workers=0):
-        super().__init__(labels, facts, batch_size, seed, training)
+    def __init__(self, files, labels, facts, batch_size, seed=0, training=False, workers=0, skip_corrupt=False):
+        super().__init__(labels, facts, batch_size, seed, training, files)
+        self.workers, self.skip_corrupt = workers, skip_corrupt
         self.keys, self.device = [], torch.device("cpu")  # keys: the batches of a pass, as lists of (epoch, place)
         self.loader = DataLoader(
             PhotoDataset(files, labels.tolist(), facts, seed, training), batch_sampler=self.keys, num_workers=workers,
-            persistent_workers=workers > 0, collate_fn=collate_photos, pin_memory=torch.cuda.is_available())
+            persistent_workers=workers > 0, collate_fn=partial(collate_photos, img_size=self.img_size),
+            worker_init_fn=leave_signals_to_main, pin_memory=torch.cuda.is_available())
 
     def to(self, device):
         """Has batches moved to the device as they come. Returns the loader."""
         self.device = torch.device(device)
         return self
 
+    def plain(self):
+        """As MemoryLoader.plain; it reads the files anew."""
+        return PhotoLoader(self.files, self.labels, self.facts, self.batch_size, self.seed, workers=self.workers,
+                           skip_corrupt=self.skip_corrupt).to(self.device)
+
     def __iter__(self):
-        epoch, order = self.begin_pass()
-        batches = order.split(self.batch_size)[: len(self)]
+        epoch, batches = self.begin_pass()
         self.keys[:] = [[(epoch, index) for index in batch.tolist()] for batch in batches]
-        for batch in self.loader:
-            if isinstance(batch, InputError):
-                raise batch
-            images, labels = batch
+        for images, labels, errors in self.loader:
+            if errors and not self.skip_corrupt:
+                raise errors[0].in_a_set()
+            self.skipped.update((error.path, error.reason) for error in errors)
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
 
@@ -273,16 +367,42 @@ class PhotoDataset(Dataset):
             return self.transform(image), self.labels[index]
 
 
-def collate_photos(samples):
-    """Samples as one pair (images (B, 3, S, S), labels (B,)), or the first InputError among them."""
+def collate_photos(samples, img_size):
+    """Samples as (images (B, 3, S, S), labels (B,), the InputErrors among them, a list); B may be 0."""
     errors = [sample for sample in samples if isinstance(sample, InputError)]
-    if errors:
-        return errors[0]
-    images, labels = zip(*samples, strict=True)
-    return torch.stack(images), torch.tensor(labels)  # (B, 3, S, S), (B,)
+    whole = [sample for sample in samples if not isinstance(sample, InputError)]
+    labels = torch.tensor([label for _, label in whole], dtype=torch.int64)  # (B,)
+    if not whole:
+        return torch.empty(0, 3, img_size, img_size), labels, errors
+    return torch.stack([image for image, _ in whole]), labels, errors  # (B, 3, S, S)
+
+
+def leave_signals_to_main(worker):
+    """For a worker process, which a Ctrl-C in a terminal reaches too, and a SIGTERM that ends a job with all that it
+    started: the main process still needs it for its step. It ends with the main process, whose end it notices."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ---- One image --------------------------------------------------------------------------------------------
+
+
+class UnreadableImage(InputError):
+    """An image file that cannot be read, and why. All it holds is in args, so that it passes between processes."""
+
+    def __init__(self, path, reason, advice="replace or remove it"):
+        super().__init__(path, reason, advice)
+        self.path, self.reason = path, reason
+
+    def __str__(self):
+        path, reason, advice = self.args
+        return (f"image file {path!r} cannot be read ({reason}): expected a whole image in a format that Pillow knows; "
+                f"{advice}")
+
+    def in_a_set(self):
+        """The same with the advice for one image of many."""
+        return UnreadableImage(self.path, self.reason, "replace or remove it, or go on without it: --skip-corrupt (in "
+                                                       "Python skip_corrupt=True)")
 
 
 def open_image(path):
@@ -293,8 +413,18 @@ def open_image(path):
             return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"image file {str(path)!r} cannot be read ({reason}): expected a whole image in a format "
-                         f"that Pillow knows; replace or remove it") from None
+        raise UnreadableImage(str(path), reason) from None
+
+
+def open_or_skip(path, skip_corrupt, skipped):
+    """open_image for one of many files. With skip_corrupt one that cannot be read is None, and its reason goes into
+    the dict skipped."""
+    try:
+        return open_image(path)
+    except UnreadableImage as error:
+        if not skip_corrupt:
+            raise error.in_a_set() from None
+        skipped[path] = error.reason
 
 
 def to_rgb(image):
@@ -387,12 +517,10 @@ def read_torchvision_set(name, data_dir, training):
     return images.contiguous(), torch.as_tensor(data.targets), list(data.classes)  # (N, 3, H, W), (N,)
 
 
-def read_training_folder(data_dir, img_size, wanted):
+def read_training_folder(data_dir, img_size, wanted, skip_corrupt):
     """(facts, files, labels (N,)) of the images in train/, or in data_dir itself where there is no train/; the wanted
     facts in the place of the set's own."""
-    root = Path(data_dir).expanduser()
-    if not root.is_dir():
-        raise InputError(f"there is no data folder {str(data_dir)!r}: give one with a folder of images for each class")
+    root = existing_folder(data_dir)
     train_dir, other = first_folder(root, ("train",)) or root, first_folder(root, (*VALIDATION_FOLDERS, "test"))
     if other and train_dir == root:
         raise InputError(f"{str(root)!r} has {other.name}/ but no train/: put the training images into train/")
@@ -405,8 +533,15 @@ def read_training_folder(data_dir, img_size, wanted):
     if empty:
         raise InputError(f"class folder {str(train_dir / empty[0])!r} has no images ({', '.join(IMG_EXTENSIONS)}): "
                          f"add some or remove it")
-    facts = SetFacts("folder", class_names, img_size or own_side(files), *NORMALISATION["folder"])
+    facts = SetFacts("folder", class_names, img_size or own_side(files, skip_corrupt), *NORMALISATION["folder"])
     return replace(facts, **wanted), files, labels
+
+
+def existing_folder(data_dir):
+    root = Path(data_dir).expanduser()
+    if not root.is_dir():
+        raise InputError(f"there is no data folder {str(data_dir)!r}: give one with a folder of images for each class")
+    return root
 
 
 def first_folder(root, names):
@@ -424,8 +559,8 @@ def list_images(folder, class_names):
     InputError for a folder that is none of the classes, and where there is no image at all."""
     extra = sorted(set(folders_in(folder)) - set(class_names))
     if extra:
-        raise InputError(f"{str(folder)!r} has a class folder {extra[0]!r} that the training images lack: rename or "
-                         f"remove it (the classes: {', '.join(class_names)})")
+        raise InputError(f"{str(folder)!r} has a class folder {extra[0]!r}, and the classes known are "
+                         f"{', '.join(class_names)}: rename or remove it")
     files, labels = [], []
     for label, class_name in enumerate(class_names):
         for parent, subfolders, names in os.walk(Path(folder) / class_name, followlinks=True):
@@ -439,44 +574,63 @@ def list_images(folder, class_names):
     return files, torch.tensor(labels)
 
 
-def own_side(files):
+def own_side(files, skip_corrupt):
     """The img_size of a folder: the largest side among 64 of its images if that is small, else 224."""
-    largest = 0
+    largest, skipped = 0, {}
     for file in files[:: -(-len(files) // 64)]:
         try:
             with Image.open(file) as image:
                 largest = max(largest, *image.size)
         except Exception:
-            open_image(file)  # raises the InputError that names the file
+            open_or_skip(file, skip_corrupt, skipped)
+    check_any_read(largest, skipped)
     return -(-largest // 4) * 4 if largest <= SMALL_SIDE else 224
 
 
-def folder_loader(files, labels, facts, batch_size, seed, workers, training=False):
+def folder_loader(files, labels, facts, batch_size, seed, workers, skip_corrupt, training=False):
     """A MemoryLoader where the images are small and fit in memory, else a PhotoLoader."""
     if facts.img_size <= SMALL_SIDE and len(files) * 3 * facts.img_size**2 <= MEMORY_LIMIT:
-        images = decode_images(files, facts.img_size, facts.interpolation)
-        return MemoryLoader(images, labels, facts, batch_size, seed, training)
+        images, skipped = decode_images(files, facts.img_size, facts.interpolation, skip_corrupt)
+        kept = [i for i, file in enumerate(files) if file not in skipped]
+        return MemoryLoader(images, labels[kept], facts, batch_size, seed, training, [files[i] for i in kept], skipped)
     if workers is None:
         workers = min(8, os.cpu_count() or 1) if len(files) >= 256 else 0
-    return PhotoLoader(files, labels, facts, batch_size, seed, training, workers)
+    return PhotoLoader(files, labels, facts, batch_size, seed, training, workers, skip_corrupt)
 
 
-def decode_images(files, S, interpolation):
-    """The image files as one uint8 tensor (N, 3, S, S), read by several threads."""
-    images = torch.empty(len(files), 3, S, S, dtype=torch.uint8)
+def decode_images(files, S, interpolation, skip_corrupt):
+    """The image files as one uint8 tensor (n, 3, S, S), read by several threads, and {path: reason} of those left out
+    because they cannot be read. Raises InputError for the first of them without skip_corrupt, or if none is left."""
+    images, n_read, all_skipped = torch.empty(len(files), 3, S, S, dtype=torch.uint8), 0, {}
     parts = [files[start : start + 256] for start in range(0, len(files), 256)]
     quiet = True if len(files) < 2000 else None  # None: a bar where there is a terminal
     with ThreadPoolExecutor() as pool, tqdm(total=len(files), unit="image", disable=quiet) as bar:
-        decoded_parts = pool.map(decode_part, parts, [FitSquare(S, interpolation)] * len(parts))
-        for room, decoded in zip(images.split(256), decoded_parts, strict=True):
-            room.copy_(decoded)
-            bar.update(len(decoded))
-    return images
+        read = partial(decode_part, fit=FitSquare(S, interpolation), skip_corrupt=skip_corrupt)
+        for decoded, skipped in pool.map(read, parts):
+            images[n_read : n_read + len(decoded)] = decoded
+            n_read += len(decoded)
+            all_skipped |= skipped
+            bar.update(len(decoded) + len(skipped))
+    check_any_read(n_read, all_skipped)
+    return images[:n_read], all_skipped  # (n, 3, S, S)
 
 
-def decode_part(files, fit):
-    images = np.stack([np.asarray(fit(open_image(file))) for file in files])  # (n, S, S, 3)
-    return torch.from_numpy(images).permute(0, 3, 1, 2)  # (n, 3, S, S)
+def decode_part(files, fit, skip_corrupt):
+    """What decode_images gives, of some of the files."""
+    pictures, skipped = [], {}
+    for file in files:
+        picture = open_or_skip(file, skip_corrupt, skipped)
+        if picture is not None:
+            pictures.append(np.asarray(fit(picture)))
+    images = np.array(pictures, dtype=np.uint8).reshape(-1, fit.img_size, fit.img_size, 3)  # (n, S, S, 3)
+    return torch.from_numpy(images).permute(0, 3, 1, 2), skipped  # (n, 3, S, S)
+
+
+def check_any_read(read, skipped):
+    if not read:
+        path, reason = next(iter(skipped.items()))
+        raise InputError(f"none of {len(skipped)} image files can be read (the first: {path!r}, {reason}): expected "
+                         f"whole images in a format that Pillow knows; replace them")
 
 
 def stratified_cut(labels, val_fraction, seed):

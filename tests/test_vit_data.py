@@ -274,9 +274,9 @@ def test_the_number_of_workers_changes_nothing(photos):
 def test_photographs_are_read_in_spawned_processes_too(photos):
     loader = photo_loader(photos)
     keys = [[(0, index) for index in range(4)]]
-    spawned = DataLoader(loader.loader.dataset, batch_sampler=keys, num_workers=1, collate_fn=vit_data.collate_photos,
+    spawned = DataLoader(loader.loader.dataset, batch_sampler=keys, num_workers=1, collate_fn=loader.loader.collate_fn,
                          multiprocessing_context=multiprocessing.get_context("spawn"))
-    (images, _), = list(spawned)
+    (images, _, _), = list(spawned)
     assert torch.equal(images, torch.stack([loader.loader.dataset[0, index][0] for index in range(4)]))
 
 
