@@ -65,16 +65,40 @@ def save_model(model, path, class_names=None, mean=None, std=None, dtype=None, *
     entries = dict(format=CHECKPOINT_FORMAT, model_class=type(model).__name__, config=vars(config),
                    state_dict=state, img_size=config.img_size, class_names=names, mean=own(mean, model, "mean"),
                    std=own(std, model, "std"), **dict(interpolation=getattr(model, "interpolation", None)) | more)
+    write_whole(path, lambda file: torch.save(entries, file))
+
+
+def write_whole(path, write):
+    """Writes a file that appears whole or not at all, whatever happens meanwhile; one that was there stays until then.
+
+    write: called with the open file, which takes bytes. Raises InputError where it cannot be written.
+    """
     part = Path(f"{path}.part")
     try:
-        torch.save(entries, part)
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
+        sync_folder(part.parent)
     except (OSError, RuntimeError) as error:
-        raise InputError(f"cannot write {path} ({first_line(error)}); choose a folder that exists, is writable and "
-                         f"has room") from error
+        # what torch.save raises for a full disk hides the disk's own error behind it
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise InputError(f"cannot write {path} ({getattr(reason, 'strerror', None) or first_line(reason)}); choose a "
+                         f"folder that exists, is writable and has room") from error
     finally:
         with suppress(OSError):  # there is none where all went well
             part.unlink()
+
+
+def sync_folder(folder):
+    """Has the disk keep the names in a folder; Windows does so by itself, and refuses."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def own(value, model, name):

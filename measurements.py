@@ -3,6 +3,7 @@
     attention_maps, select_attention, cls_attention_grid    where tokens look
     receptive_field, theoretical_receptive_field            which pixels one unit sees
     count_parameters, count_flops, throughput, peak_memory  what a model costs
+    confusion_matrix, class_recalls, balanced_accuracy      which classes are taken for which
     linear_classifier, wilson_interval                      what an accuracy is to be read beside
 
 No function here changes the model that it is given: weights, gradients, buffers, hooks and train or eval mode
@@ -27,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from cnn_model import ConvNet
-from vit_model import InputError, VisionTransformer, check_whole, pair
+from vit_model import InputError, VisionTransformer, check_choice, check_whole, pair
 
 # Strengths that linear_classifier tries, as multiples of the mean square of a feature.
 RIDGES = (0.01, 0.1, 1.0, 10.0)
@@ -316,6 +317,45 @@ def run_pass(model, images, train):
         torch.mps.synchronize()
 
 
+# ---- Which classes are taken for which --------------------------------------------------------------------
+
+
+def confusion_matrix(labels, predictions, n_classes):
+    """How many images of each class were taken for each class, (K, K) int64: rows are true, columns predicted.
+
+    labels, predictions: class numbers from 0, int64 (n). Raises InputError where they are not equally many, and for
+    a number out of range.
+    """
+    if labels.shape != predictions.shape or labels.ndim != 1:
+        raise InputError(f"labels of shape {tuple(labels.shape)} and predictions of shape {tuple(predictions.shape)} "
+                         f"are no pairs; expected one of each for an image, (n)")
+    labels, predictions = labels.cpu(), predictions.cpu()
+    for name, values in (("labels", labels), ("predictions", predictions)):
+        if len(values) and not 0 <= values.min() <= values.max() < n_classes:
+            raise InputError(f"{name} from {values.min()} to {values.max()} are out of range; expected 0 to "
+                             f"{n_classes - 1}, a number for each class of the model")
+    pairs = labels * n_classes + predictions  # (n)
+    return pairs.bincount(minlength=n_classes**2).reshape(n_classes, n_classes)  # (K, K)
+
+
+def class_recalls(confusion):
+    """The share of each class's images that were recognised, (K) float64; NaN for a class without images.
+
+    confusion: (K, K), as from confusion_matrix.
+    """
+    return confusion.diagonal().double() / confusion.sum(dim=1)
+
+
+def balanced_accuracy(confusion):
+    """The mean of class_recalls over the classes that have images: rare classes count as much as frequent ones.
+
+    Raises InputError where no class has images.
+    """
+    if not confusion.any():
+        raise InputError("the confusion matrix counts 0 images; expected at least one, check the data")
+    return class_recalls(confusion).nanmean().item()
+
+
 # ---- What an accuracy is to be read beside ----------------------------------------------------------------
 
 
@@ -435,6 +475,24 @@ def choose_device(device="auto"):
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise InputError("device 'mps' is not there: torch sees no Apple GPU; choose auto or cpu")
     return chosen
+
+
+def choose_precision(amp, device):
+    """The autocast type for a device, None for plain float32.
+
+    amp: "auto", "off", "bf16" or "fp16". "auto" is bf16 on CUDA where it has it, else fp16 there; bf16 on a CPU
+    that multiplies it in hardware (AMX or AVX512-BF16, 2 to 3 times faster; without them it is far slower);
+    float32 elsewhere.
+    """
+    check_choice("amp", amp, ("auto", "off", "bf16", "fp16"))
+    if amp != "auto":
+        return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "cpu":
+        abilities = torch.cpu.get_capabilities()
+        return torch.bfloat16 if abilities.get("amx_bf16") or abilities.get("avx512_bf16") else None
+    return None
 
 
 def check_attends(model):

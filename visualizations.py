@@ -6,7 +6,7 @@
     visualize_positions           how alike the position embeddings of two patches are
     compare_receptive_fields      which pixels one unit of a CNN and of a ViT sees, before and after training
     plot_training_curves          one training; plot_histories   several beside each other
-    plot_bars, plot_matrices, plot_images
+    plot_bars, plot_matrices, plot_confusion, plot_images
 
 Every function returns its Figure and writes a file only where save_path is given (.png, .pdf, .svg, ...). The
 numbers come from measurements.py; nothing is computed here but the layout.
@@ -486,6 +486,33 @@ def plot_matrices(matrices, titles, label, xlabel="", ylabel="", save_path=None)
     return finish(figure, save_path)
 
 
+def plot_confusion(confusion, class_names, save_path=None, title=None):
+    """Which classes are taken for which: confusion (K, K), counts of images, rows true, columns predicted.
+
+    Each row is coloured by its shares. Up to 20 classes have their counts written in, up to 40 their names beside.
+    """
+    counts, K = np.asarray(confusion), len(class_names)
+    if counts.shape != (K, K):
+        raise InputError(f"counts of shape {counts.shape} do not fit {K} class names; expected ({K}, {K})")
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # (K, K)
+    side = min(4.5 + 0.45 * K, 13.5)
+    figure = new_figure(side + 1.5, side)
+    axes = figure.subplots()
+    mappable = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1)
+    hide_ticks(axes)
+    if K <= 40:
+        names = [name if len(name) <= 18 else f"{name[:17]}…" for name in class_names]
+        font = dict(fontsize=11 if K <= 20 else 9, parse_math=False)
+        axes.set_xticks(range(K), names, rotation=90, **font)
+        axes.set_yticks(range(K), names, **font)
+    for (row, column), count in np.ndenumerate(counts) if K <= 20 else ():
+        axes.text(column, row, count, ha="center", va="center", fontsize=11 if counts.max() < 1000 else 9,
+                  color="white" if shares[row, column] < 0.43 else "black")
+    axes.set(title=title or "Which classes are taken for which", xlabel="predicted class", ylabel="true class")
+    figure.colorbar(mappable, label="share of the true class")
+    return finish(figure, save_path)
+
+
 def short_number(value):
     """Three significant digits, and thousands with commas: 0.123, 4.57, 81.2, 459,562."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
@@ -511,7 +538,7 @@ def plot_images(images, titles=None, columns=8, save_path=None, title=None, mean
         panel.set_axis_off()
     for panel, picture, text in zip(panels, pictures, titles, strict=False):
         panel.imshow(picture)
-        panel.set_title(text, fontsize=10)
+        panel.set_title(text, fontsize=10, parse_math=False)  # names of classes may hold a $
     if title:
         figure.suptitle(title, fontsize=14)
     return finish(figure, save_path)

@@ -157,11 +157,11 @@ class VisionTransformer(nn.Module):
 
     def add_prefix(self, patches):
         """CLS and the registers before the patches, and the positions added: (B, n_patches, D) -> (B, N, D)."""
-        cls = self.cls_token.expand(len(patches), -1, -1)  # (B, 1, D)
+        cls = self.cls_token.expand(patches.shape[0], -1, -1)  # (B, 1, D)
         if self.reg_token is None:
             x = torch.cat([cls, patches], dim=1)  # (B, N, D)
             return x if self.pos_embed is None else x + self.pos_embed
-        registers = self.reg_token.expand(len(patches), -1, -1)  # (B, n_registers, D)
+        registers = self.reg_token.expand(patches.shape[0], -1, -1)  # (B, n_registers, D)
         patches = patches if self.pos_embed is None else patches + self.pos_embed
         return torch.cat([cls, registers, patches], dim=1)  # (B, N, D)
 
@@ -257,7 +257,7 @@ class DropPath(nn.Module):
         if self.rate == 0.0 or not self.training:
             return x
         keep = 1.0 - self.rate
-        mask = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(keep)  # (B, 1, 1)
+        mask = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep)  # (B, 1, 1)
         return x * mask / keep
 
 

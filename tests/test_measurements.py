@@ -328,6 +328,36 @@ def test_training_holds_activations_and_gradients():
     assert m.peak_memory(model, images, train=True) > m.peak_memory(model, images) + weights
 
 
+# ---- Which classes are taken for which
+
+
+def test_confusion_by_hand():
+    labels, predictions = torch.tensor([0, 0, 0, 2, 2, 0]), torch.tensor([0, 1, 0, 2, 0, 1])
+    confusion = m.confusion_matrix(labels, predictions, 4)
+    assert confusion.tolist() == [[2, 2, 0, 0], [0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
+    assert confusion.dtype == torch.int64
+    assert m.class_recalls(confusion).nan_to_num(-1).tolist() == [0.5, -1, 0.5, -1]
+    assert m.confusion_matrix(labels[:0], labels[:0], 2).tolist() == [[0, 0], [0, 0]]
+
+
+def test_balanced_accuracy_by_hand():
+    assert m.balanced_accuracy(torch.tensor([[90, 10], [4, 1]])) == pytest.approx((0.9 + 0.2) / 2)
+    assert m.balanced_accuracy(torch.tensor([[3, 1, 0], [0, 0, 0], [1, 1, 0]])) == pytest.approx(0.75 / 2)
+    with pytest.raises(InputError, match="0 images"):
+        m.balanced_accuracy(torch.zeros(3, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(("labels", "predictions", "text"), [
+    ([0, 3], [0, 1], "labels from 0 to 3 are out of range; expected 0 to 2"),
+    ([0, -1], [0, 1], "labels from -1 to 0"),
+    ([0, 1], [0, 3], "predictions from 0 to 3"),
+    ([0, 1], [0], "no pairs"),
+])
+def test_confusion_of_impossible_classes(labels, predictions, text):
+    with pytest.raises(InputError, match=text):
+        m.confusion_matrix(torch.tensor(labels), torch.tensor(predictions), 3)
+
+
 # ---- Accuracies
 
 

@@ -371,6 +371,32 @@ def test_plot_matrices():
         v.plot_matrices(matrices, ["one"], "share")
 
 
+def test_plot_confusion():
+    confusion = torch.tensor([[8, 2, 0], [0, 0, 0], [1, 3, 0]])
+    figure = v.plot_confusion(confusion, ["ant", "a name of more than 18 letters", "$a_b$"], title="12 images")
+    (shares,) = data_of(figure)[:1]
+    np.testing.assert_allclose(shares, [[0.8, 0.2, 0], [0, 0, 0], [0.25, 0.75, 0]])
+    axes = figure.axes[0]
+    assert axes.images[0].get_clim() == (0, 1)
+    places = {(int(text.get_position()[1]), int(text.get_position()[0])): text for text in axes.texts}
+    assert {place: int(text.get_text()) for place, text in places.items()} == {
+        (row, column): confusion[row, column].item() for row in range(3) for column in range(3)}
+    assert (places[0, 0].get_color(), places[0, 1].get_color()) == ("black", "white")
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [label.get_text() for label in labels] == ["ant", "a name of more th…", "$a_b$"]
+    for word in ("true class", "predicted class", "share", "12 images"):
+        assert word in texts(figure)
+    with pytest.raises(InputError, match=r"shape \(3, 3\) do not fit 2 class names"):
+        v.plot_confusion(confusion, ["ant", "bee"])
+
+
+@pytest.mark.parametrize(("n_classes", "n_counts", "n_names"), [(20, 400, 20), (21, 0, 21), (41, 0, 0), (1000, 0, 0)])
+def test_plot_confusion_of_many_classes(n_classes, n_counts, n_names):
+    figure = v.plot_confusion(torch.eye(n_classes, dtype=torch.int64), list(map(str, range(n_classes))))
+    axes = figure.axes[0]
+    assert (len(axes.texts), len(axes.get_xticks()), len(axes.get_yticks())) == (n_counts, n_names, n_names)
+
+
 def test_plot_bars():
     figure = v.plot_bars({"parameters (millions)": {"ViT": 0.4596, "CNN": 0.481},
                           "accuracy (%)": {"CNN": (88.0, 86.5, 89.25), "ViT": (81.0, 80, 82)}}, title="both")
@@ -434,6 +460,8 @@ def test_no_text_is_clipped():
                v.plot_histories({"ViT": history()}),
                v.plot_matrices([torch.rand(7, 7)], ["attention of 7 tokens"], "share", "key", "query"),
                v.plot_bars({"accuracy (%)": {"a model of a long name": (88.0, 86.5, 89.25)}}),
+               v.plot_confusion(torch.full((2, 2), 99_999), ["a name of more than 18 letters"] * 2),
+               v.plot_confusion(torch.full((20, 20), 99_999), ["a name of more than 18 letters"] * 20),
                v.plot_images([photo] * 3, ["a", "b", "c"], columns=2)]
     for figure in figures:
         figure.savefig(io.BytesIO(), dpi=figure.dpi)  # lays it out
