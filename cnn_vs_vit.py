@@ -17,7 +17,9 @@ import time
 import torch
 
 from cnn_model import HybridCNNViT
+from command_line import OneLineParser, new_output_dir, percent, positive, script, seed, whole, write_json
 from measurements import (
+    choose_device,
     count_flops,
     count_parameters,
     peak_memory,
@@ -27,18 +29,7 @@ from measurements import (
     unit_centre,
 )
 from model_zoo import build_model
-from train_vit import (
-    OneLineParser,
-    Trainer,
-    choose_device,
-    new_output_dir,
-    percent,
-    positive,
-    script,
-    seed,
-    whole,
-    write_json,
-)
+from trainer import Trainer
 from visualizations import compare_receptive_fields, plot_bars, plot_histories, save_figure
 from vit_data import choose_set, get_data_loaders, get_test_loader
 

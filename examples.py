@@ -20,9 +20,10 @@ from matplotlib import cbook
 from torch import nn
 
 from cnn_model import HybridCNNViT
+from command_line import OneLineParser, percent, script
 from measurements import attention_maps, count_flops, count_parameters, receptive_field, wilson_interval
 from model_zoo import create_pretrained
-from train_vit import OneLineParser, Trainer, percent, script
+from trainer import Trainer
 from visualizations import (
     plot_bars,
     plot_images,

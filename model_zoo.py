@@ -23,6 +23,7 @@ import torch
 from torchvision.models import ViT_B_16_Weights
 
 from checkpoints import (
+    CHECKPOINT_FORMAT,
     CLASSES,
     CONFIGS,
     describe_checkpoint,
@@ -30,6 +31,7 @@ from checkpoints import (
     load_checkpoint,
     load_model,
     read_checkpoint,
+    read_file,
     save_model,
 )
 from cnn_model import ConvNet, HybridCNNViT
@@ -173,6 +175,8 @@ def build_model(name, **arguments):
 def create_pretrained(name, n_classes=None, **overrides):
     """A trained model of the table PRETRAINED, in eval mode, with class_names, img_size, mean, std, interpolation.
 
+    name        in the table, or the path of a checkpoint: ours, or one of a ViT in any format that load_checkpoint
+                knows (whose mean and std are taken to be ImageNet's)
     n_classes   None: the head of the checkpoint, or none where it has none (the model then gives features, (B, D));
                 a number: a new head, untrained, unless it is the checkpoint's own number
     overrides   img_size (resamples the positions), dropout, drop_path; pool of a public one without its own head.
@@ -183,6 +187,11 @@ def create_pretrained(name, n_classes=None, **overrides):
     damaged; and where one of ours is not beside this module (weights are part of the checkout, so install with
     `pip install -e .`).
     """
+    if name not in PRETRAINED and Path(name).is_file():
+        return model_of_file(name, n_classes, overrides)
+    if Path(name).suffix:
+        raise InputError(f"there is no file {name}; expected the path of a checkpoint, or one of "
+                         f"{', '.join(PRETRAINED)}")
     check_choice("model", name, PRETRAINED)
     if name in OURS:
         path = OURS_FOLDER / f"{name}.pt"
@@ -210,6 +219,30 @@ def create_pretrained(name, n_classes=None, **overrides):
     model.class_names = class_names if wanted == own_classes else None
     model.img_size = model.config.img_size
     model.mean, model.std = facts["mean"], facts["std"]
+    model.interpolation = facts.get("interpolation") or "bilinear"
+    return model.eval()
+
+
+def model_of_file(path, n_classes=None, overrides=None):
+    """create_pretrained, for the path of a checkpoint."""
+    description, overrides = describe_checkpoint(path), overrides or {}
+    model_class, config = CLASSES[description.model_class], description.config
+    check_arguments(model_class, overrides)
+    for argument, value in overrides.items():
+        if argument not in FREE and value != getattr(config, argument):
+            raise InputError(f"{argument} {value!r} is not that of {path}, {getattr(config, argument)!r}; the weights "
+                             f"allow another {', '.join(FREE)} or n_classes")
+    wanted = config.n_classes if n_classes is None else n_classes
+    model = model_class(**{**vars(config), "n_classes": wanted, **overrides})
+    grid = None
+    if model_class is not ConvNet:
+        grid = tuple(size // side for size, side in zip(pair(config.img_size), pair(config.patch_size), strict=True))
+    load_checkpoint(model, path, grid)
+    entries = read_file(path)
+    facts = entries if entries.get("format") == CHECKPOINT_FORMAT else IMAGENET
+    model.class_names = facts.get("class_names") if wanted == config.n_classes else None
+    model.img_size = model.config.img_size
+    model.mean, model.std = facts["mean"] or IMAGENET["mean"], facts["std"] or IMAGENET["std"]
     model.interpolation = facts.get("interpolation") or "bilinear"
     return model.eval()
 

@@ -41,6 +41,16 @@ TABLES = {
     "formats": "Formats of checkpoints (`python benchmarks/formats.py --keep`): the source model is built at random, "
                "saved in its own format and loaded by `load_checkpoint`; the difference is the largest of all tokens "
                "and logits, over their largest value, in float64 unless the format is float32",
+    "kills": "Runs killed (SIGKILL) at random instants and gone on with by `--resume`, each compared with one that was "
+             "never cut: all tensors of last.pt (weights, average, optimiser) and best.pt, and the history without its "
+             "times (`python benchmarks/kills.py --keep`)",
+    "processes": "One process beside several, and a batch in parts (`python benchmarks/processes.py --keep`): the "
+                 "largest difference, over six epochs, from the losses of one process; each of the 43 test images "
+                 "counted. The images/s are of 32 pixels and one thread a process, 3 processes on 2 cores",
+    "few-images": "500 CIFAR-10 (JPEG) images of five classes, 90 a class to train on and 10 to choose by, 5,000 to "
+                  "test; pre-training on 25,000 images of the five other classes (`python benchmarks/few_images.py "
+                  "--data-dir CIFAR --keep`). The learning rate is the best of three by validation accuracy, mean of "
+                  "three seeds; a seed draws the images, the weights and the order",
 }
 
 INTRODUCTION = """# Results
@@ -126,7 +136,8 @@ def page():
     for table, title in TABLES.items():
         if not tables[table]:
             continue
-        draw = {"throughput": throughput_lines, "growth": growth_lines, "formats": format_lines}.get(table, run_lines)
+        draw = {"throughput": throughput_lines, "growth": growth_lines, "formats": format_lines, "kills": kill_lines,
+                "processes": process_lines, "few-images": few_image_lines}.get(table, run_lines)
         lines += [f"## {table}", "", f"{title}.", "", *draw(tables[table])]
         for where in sorted({describe_origin(cell) for cell in tables[table]}):
             lines += [f"Measured on {where}.", ""]
@@ -213,6 +224,46 @@ def format_lines(cells):
     lines = ["| format | model and writer | largest difference | verified |", "|---|---|---:|---|"]
     for row in cells[0]["result"]["rows"]:
         lines.append(f"| {row['format']} | {row['source']} | {row['difference']:.1e} | {row['verified']} |")
+    return [*lines, ""]
+
+
+def kill_lines(cells):
+    rows = [row for cell in cells for row in cell["result"]["rows"]]
+    lines = ["| kind of run | kills | in a write | before the first checkpoint | after the end | equal to the bit |",
+             "|---|---:|---:|---:|---:|---:|"]
+    for kind in [*dict.fromkeys(row["kind"] for row in rows), "all"]:
+        of_kind = [row for row in rows if kind in ("all", row["kind"])]
+        lines.append(f"| {kind} | {len(of_kind)} | {sum(bool(row['in_a_write_of']) for row in of_kind)} | "
+                     f"{sum(row['kept_step'] is None for row in of_kind)} | {sum(row['ended'] for row in of_kind)} | "
+                     f"{sum(row['equal'] for row in of_kind)} |")
+    return [*lines, ""]
+
+
+def process_lines(cells):
+    lines = ["| | training loss differs by | validation loss by | validation accuracy by | test images counted | "
+             "right | images/s |", "|---|---:|---:|---:|---:|---:|---:|"]
+    for row in cells[0]["result"]["rows"]:
+        lines.append(f"| {row['way']} | {row['train_loss difference']:.1e} | {row['val_loss difference']:.1e} | "
+                     f"{row['val_acc difference']:.1e} | {row['test_n']} | {row['test_correct']} | "
+                     f"{row['images_per_second']:.0f} |")
+    return [*lines, "", "![Losses of one process and of several](figures/processes.png)", ""]
+
+
+def few_image_lines(cells):
+    by_method = defaultdict(list)
+    for cell in sorted(cells, key=lambda cell: cell["seed"]):
+        by_method[cell["result"]["method"]].append(cell)
+    lines = ["| method | learning rate | test accuracy of each seed, 95% interval | mean | standard deviation | linear "
+             "classifier on pixels, validation | seconds |", "|---|---:|---|---:|---:|---:|---:|"]
+    for method, of_method in by_method.items():
+        tests, runs = ([cell["result"][part] for cell in of_method] for part in ("test", "run"))
+        accuracies = [test["accuracy"] for test in tests]
+        each = ", ".join(f"{test['accuracy']:.1%} ({100 * test['interval'][0]:.1f} to {100 * test['interval'][1]:.1f})"
+                         for test in tests)
+        spread = f"{100 * stdev(accuracies):.1f} points" if len(accuracies) > 1 else ""
+        lines.append(f"| {method} | {of_method[0]['result']['rate']:g} | {each} | {mean(accuracies):.1%} | {spread} | "
+                     f"{mean(run['linear_val_acc'] for run in runs):.1%} | "
+                     f"{mean(run['seconds'] for run in runs):.0f} |")
     return [*lines, ""]
 
 

@@ -33,8 +33,7 @@ from torchvision.models import VisionTransformer as TorchvisionViT
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from results import write_cell
 
-from measurements import choose_device, peak_memory
-from train_vit import choose_precision
+from measurements import choose_device, choose_precision, peak_memory
 from vit_model import VARIANTS, InputError, VisionTransformer
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}

@@ -1,0 +1,95 @@
+"""500 images of five classes: from scratch, fine-tuned, linear probe, from a checkpoint that saw five other classes.
+
+    python benchmarks/few_images.py --data-dir CIFAR             every run in runs/few-images, gone on with where cut
+    python benchmarks/few_images.py --data-dir CIFAR --keep      and the table in benchmarks/results/
+
+CIFAR holds train/<class>/ and test/<class>/ of CIFAR-10. vit_nano is trained on airplane, bird, deer, horse and truck
+(25,000 images); then, for each of three seeds, 100 images of each of automobile, cat, dog, frog and ship are drawn, 90
+to train on and 10 to choose by. The learning rate of each method is the best of three by the mean over the seeds of
+the validation accuracy; the 5,000 test images are read once for each method and seed, after that choice.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+from results import write_cell  # noqa: E402
+
+SEEN, NEW = ("airplane", "bird", "deer", "horse", "truck"), ("automobile", "cat", "dog", "frog", "ship")
+SEEDS = (0, 1, 2)
+METHODS = {  # words of the command, and the learning rates to choose from
+    "from scratch": (["--epochs", "60"], (5e-4, 1e-3, 2e-3)),
+    "fine-tuned": (["--pretrained", "CHECKPOINT", "--epochs", "60"], (2e-4, 5e-4, 1e-3)),
+    "fine-tuned, layer decay 0.75": (["--pretrained", "CHECKPOINT", "--epochs", "60", "--layer-decay", "0.75"],
+                                     (2e-4, 5e-4, 1e-3)),
+    "linear probe": (["--pretrained", "CHECKPOINT", "--freeze-backbone"], (2e-3, 1e-2, 5e-2)),
+}
+
+
+def draw_images(source, folder, seed):
+    """100 images of each new class, as drawn by the seed."""
+    for class_name in NEW:
+        (folder / class_name).mkdir(parents=True, exist_ok=True)
+        files = sorted((source / "train" / class_name).iterdir())
+        for file in random.Random(seed).sample(files, 100):
+            shutil.copy(file, folder / class_name)
+
+
+def link(source, folder, parts, classes):
+    """folder/<part>/<class>, pointing to those of the source."""
+    for part in parts:
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        for class_name in classes:
+            if not (folder / part / class_name).exists():
+                (folder / part / class_name).symlink_to((source / part / class_name).resolve())
+
+
+def train_vit(*words):
+    subprocess.run([sys.executable, str(HERE.parent / "train_vit.py"), *map(str, words)], check=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=Path("runs/few-images"))
+    parser.add_argument("--keep", action="store_true")
+    options = parser.parse_args()
+    source, runs = options.data_dir, options.runs
+    link(source, runs / "seen", ("train", "test"), SEEN)
+    link(source, runs / "new", ("test",), NEW)
+    checkpoint = runs / "pretraining" / "best.pt"
+    train_vit("--data-dir", runs / "seen", "--epochs", 12, "--drop-path", 0.05, "--resume",
+              "--output-dir", checkpoint.parent)
+    for seed in SEEDS:
+        if not (runs / f"images-{seed}").exists():
+            draw_images(source, runs / f"images-{seed}", seed)
+    for method, (words, rates) in METHODS.items():
+        folders = {(rate, seed): runs / f"{method.replace(' ', '-')}-{rate}-{seed}" for rate in rates for seed in SEEDS}
+        for (rate, seed), folder in folders.items():
+            train_vit("--data-dir", runs / f"images-{seed}", "--seed", seed, "--lr", rate, "--resume", "--output-dir",
+                      folder, *(checkpoint if word == "CHECKPOINT" else word for word in words))
+        chosen = {rate: mean(json.loads((folders[rate, seed] / "result.json").read_text())["val_acc"]
+                             for seed in SEEDS) for rate in rates}
+        best = max(chosen, key=chosen.get)
+        print(f"{method}: validation accuracies {chosen}, chosen {best}", flush=True)
+        for seed in SEEDS:
+            folder = folders[best, seed]
+            if not (folder / "test" / "result.json").exists():
+                train_vit("evaluate", "--checkpoint", folder / "best.pt", "--data-dir", runs / "new", "--output-dir",
+                          folder / "test")
+            if options.keep:
+                run, test = (json.loads((path / "result.json").read_text()) for path in (folder, folder / "test"))
+                write_cell("few-images", f"{method.replace(' ', '-').replace(',', '')}-{seed}", seed, run["command"],
+                           dict(method=method, rates=chosen, rate=best, device=run["device"], run=run, test=test))
+
+
+if __name__ == "__main__":
+    main()

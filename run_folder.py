@@ -1,0 +1,199 @@
+"""The folder of a training run: what is kept there, and how a run goes on from it.
+
+    config.json    the options, the number of steps and the command that repeats the run, from the first second
+    last.pt        the state of the training, after every epoch and every few minutes: --resume goes on from it
+    best.pt        the weights of the best epoch, alone
+    history.csv    a line an epoch
+    .lock          held by the process that writes here, and by the system given up when that ends, however it ends
+
+Every file appears whole or not at all (checkpoints.write_whole). best.pt is written before last.pt, which says which
+epoch was the best: a run cut between the two does that epoch's end again, with the same outcome.
+"""
+
+import copy
+import csv
+import io
+import json
+import os
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from checkpoints import read_checkpoint, save_model, write_whole
+from vit_model import InputError
+
+CONFIG, LAST, BEST, HISTORY_TABLE, LOCK = "config.json", "last.pt", "best.pt", "history.csv", ".lock"
+
+# What may be another when a run goes on: where and how fast it computes, where its images lie now, what it skips.
+CHANGEABLE = ("resume", "output_dir", "data_dir", "device", "workers", "skip_corrupt", "save_minutes", "compile",
+              "dry_run")
+
+
+def lock_folder(folder):
+    """The open lock file of a folder: as long as it is open no other process has it.
+
+    Raises InputError where another process does.
+    """
+    file = open(folder / LOCK, "w")  # noqa: SIM115 - it stays open
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process alone: its workers do not inherit it
+    except OSError as error:
+        file.close()
+        raise InputError(f"another run is writing to {folder}; wait for it, or choose another --output-dir") from error
+    return file
+
+
+def folder_to_resume(resume, output_dir):
+    """The folder of the run that --resume means; it may not be there yet where --output-dir alone names it.
+
+    resume: True where --resume stands alone, else the run's folder or its last.pt. Raises InputError where there is
+    no such run.
+    """
+    if resume is True:
+        if output_dir is None:
+            raise InputError("--resume alone does not say which run; expected its folder, --resume runs/NAME, or "
+                             "beside it the run's own --output-dir")
+        folder = Path(output_dir)
+        if folder.is_dir() and not holds_run(folder) and any(
+                entry.name[0] != "." and entry.suffix != ".part" for entry in folder.iterdir()):
+            raise InputError(f"--output-dir {folder} holds files, and no run to go on with; choose a new folder")
+        return folder
+    path = Path(resume)
+    folder = path.parent if path.name == LAST and not path.is_dir() else path
+    if path.is_file() and path.name != LAST:
+        raise InputError(f"--resume {resume} is no run's folder and no {LAST}, which holds the state of the training; "
+                         f"give one of them, or start a new run from these weights: --pretrained {resume}")
+    if not holds_run(folder):
+        raise InputError(f"--resume {resume}: there is no run; expected a folder with {LAST} or {CONFIG}")
+    if output_dir is not None and Path(output_dir).resolve() != folder.resolve():
+        raise InputError(f"--output-dir {output_dir} is not the folder of --resume {resume}; leave it out, as a run "
+                         f"goes on in its own folder")
+    return folder
+
+
+def holds_run(folder):
+    return any((folder / name).is_file() for name in (LAST, CONFIG))
+
+
+def read_run(folder):
+    """What is known of the run in a folder: the entries of last.pt, before there is one those of config.json, and
+    None where there is neither."""
+    if (folder / LAST).is_file():
+        entries = read_checkpoint(folder / LAST)
+        if not {"options", "n_steps", "training"} <= entries.keys():
+            raise InputError(f"{folder / LAST} holds no state of a training; expected one that train_vit.py wrote. "
+                             f"--pretrained {folder / LAST} starts a new run from its weights")
+        return entries
+    try:
+        entries = json.loads((folder / CONFIG).read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise InputError(f"{folder / CONFIG} is damaged ({error}); choose another --output-dir") from error
+    if not isinstance(entries, dict) or not {"options", "n_steps", "n_images", "class_names"} <= entries.keys():
+        raise InputError(f"{folder / CONFIG} is not that of a training run; choose another --output-dir")
+    return entries
+
+
+def options_to_resume(given, saved):
+    """The options of a run that goes on: the saved ones, but for what may change and was given.
+
+    given: {name: value} of those on the command line. Raises InputError for one that would make another run of it.
+    """
+    for name, value in given.items():
+        if name not in CHANGEABLE and value != saved.get(name):
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} {value} is not that of the run, {saved.get(name)}; leave {flag} out to go on "
+                             f"with it, or start a new run, from its weights with --pretrained")
+    return {**saved, **{name: value for name, value in given.items() if name in CHANGEABLE}}
+
+
+def check_same_data(saved, class_names, n_images):
+    """A warning, or "", where the images of a run that goes on are not as many as they were. Raises InputError where
+    their classes are others."""
+    if saved["class_names"] != class_names:
+        raise InputError(f"the classes of the images, {', '.join(class_names)}, are not those of the run, "
+                         f"{', '.join(saved['class_names'])}; give the --data-dir that it had")
+    if saved["n_images"] != n_images:
+        return (f"there are {n_images:,} training images, and the run had {saved['n_images']:,}: it goes on, but does "
+                f"not end as it would have ended without the change")
+    return ""
+
+
+class Saver:
+    """Writes what a run is to keep, and prints its lines.
+
+    folder, model   where, and the whole model as it is to be saved
+    labels          class_names, mean, std, interpolation of the checkpoints
+    config          further entries of last.pt; best.pt gets the options among them
+    head_only       whether what is trained is model.head alone
+    criterion       the entry of the history by which the best epoch is chosen
+    every           seconds between two writings of last.pt inside an epoch
+    best, step      of a run that goes on: dict(epoch, value), and the step that last.pt holds
+
+    Writing takes at most about a tenth of the time: short epochs are written together.
+    """
+
+    def __init__(self, folder, model, labels, config, head_only=False, criterion="val_acc", every=180.0, best=None,
+                 step=0):
+        self.folder, self.model, self.labels, self.config = folder, model, labels, config
+        self.head_only, self.criterion, self.every = head_only, criterion, every
+        self.best, self.best_weights = best or dict(epoch=0, value=-1.0), None  # weights that are not yet written
+        self.saved_at, self.saved_step, self.cost, self.printed_at = time.monotonic(), step, 0.0, 0.0
+
+    def on_epoch(self, state):
+        value, epoch = state.history[self.criterion][-1], len(state.history["lr"])
+        if value > self.best["value"]:
+            self.best = dict(epoch=epoch, value=value)
+            self.best_weights = copy.deepcopy(state.trained.state_dict())
+        is_last, now = state.step >= self.config["n_steps"], time.monotonic()
+        if is_last or now - self.saved_at >= 9 * self.cost:
+            self.save(state)
+        if is_last or now - self.printed_at >= 1:
+            self.printed_at = now
+            line = {name: values[-1] for name, values in state.history.items()}
+            tqdm.write("epoch {epoch:>3}  train loss {train_loss:.3f} acc {train_acc:.1%}   val loss {val_loss:.3f} "
+                       "acc {val_acc:.1%}   {images_per_second:.0f} images/s".format(epoch=epoch, **line))
+
+    def on_batch(self, state):
+        if time.monotonic() - self.saved_at >= self.every and state.is_sound():
+            self.save(state)
+
+    def save(self, state):
+        """best.pt where there is a better one, last.pt and history.csv."""
+        started = time.monotonic()
+        if self.best_weights is not None:
+            options = dict(self.config["options"], data_dir=str(Path(self.config["options"]["data_dir"]).resolve()))
+            self.write(BEST, self.best_weights, epoch=self.best["epoch"], options=options,
+                       val_acc=state.history["val_acc"][self.best["epoch"] - 1])
+            self.best_weights = None
+        weights = None if state.average is None else state.average.state_dict()
+        self.write(LAST, weights, epoch=len(state.history["lr"]),
+                   training=dict(state.state_dict(), best=self.best), **self.config)
+        write_history(state.history, self.folder / HISTORY_TABLE)
+        self.saved_at, self.saved_step = time.monotonic(), state.step
+        self.cost = self.saved_at - started
+
+    def write(self, name, weights, **more):
+        """A checkpoint of the whole model with these weights in it; None: with those that it has."""
+        model = self.model
+        if weights is not None:
+            model = copy.deepcopy(model)
+            (model.head if self.head_only else model).load_state_dict(weights)
+        save_model(model, self.folder / name, **self.labels, **more)
+
+
+def write_history(history, path):
+    text = io.StringIO(newline="")
+    rows = csv.writer(text)
+    rows.writerow(("epoch", *history))
+    rows.writerows((i + 1, *values) for i, values in enumerate(zip(*history.values(), strict=True)))
+    write_whole(path, lambda file: file.write(text.getvalue().encode()))
