@@ -150,14 +150,14 @@ class Interrupted(KeyboardInterrupt):
 
 class Interrupts:
     """Ctrl-C (SIGINT) and SIGTERM while this is entered: the first raises Interrupted, or, while `held`, is only noted
-    in `caught`; a second one ends the process at once.
+    in `caught`; a second one ends the process at once. `advice` is what the person is then told.
 
     Under a launcher of several processes the terminal and the launcher both pass on one Ctrl-C: what comes within a
     second of the first is then the same one.
     """
 
     def __init__(self):
-        self.caught, self.held, self.time, self.before = None, False, 0.0, {}
+        self.caught, self.held, self.advice, self.time, self.before = None, False, "", 0.0, {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # elsewhere Python has no signals
@@ -173,7 +173,7 @@ class Interrupts:
         if self.caught is None:
             self.caught, self.time = number, time.monotonic()
             if not self.held:
-                raise Interrupted(number)
+                raise Interrupted(number, self.advice)
         elif n_processes() == 1 or time.monotonic() - self.time > 1:
             os._exit(128 + number)
 

@@ -355,8 +355,9 @@ class TrainingRun:
         except InputError as error:
             raise InputError(f"{error}. {self.what_is_kept(error, go_on)}") from error
         self.interrupts.held = False
+        self.interrupts.advice = f"the training is done, its test is not; go on with: {go_on}"
         if self.interrupts.caught:
-            raise Interrupted(self.interrupts.caught, f"the training is done, its test is not; go on with: {go_on}")
+            raise Interrupted(self.interrupts.caught, self.interrupts.advice)
         of_first(None)  # the first process has written best.pt
 
     def between_batches(self, state):

@@ -278,8 +278,8 @@ class Trainer:
                 share = (len(answers) if n_own else 0) * self.n_ranks / n_all
                 state.scaler.scale(loss * share).backward()
             total += loss.detach() * share
-            if n_own:
-                state.tally.add(loss, logits, answers)
+            if n_own:  # the loss of a step that the scaler skips may be no number: it is left out of the sum
+                state.tally.add(loss.nan_to_num(0.0, 0.0, 0.0), logits, answers)
         state.scaler.unscale_(state.optimizer)  # clip true gradients, not scaled ones
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         state.watch(norm.isfinite() & total.isfinite())
@@ -301,6 +301,9 @@ class Trainer:
         val = dict(loss=math.nan, acc=math.nan, balanced_acc=math.nan)
         if val_loader is not None:
             val = self.evaluate(val_loader, state.average, state, run.on_batch)
+            if not math.isfinite(val["loss"]):
+                raise NotFinite(f"the validation loss is {val['loss']} after step {state.step} of {run.n_steps}, "
+                                f"learning rate {state.rate:.3g}; try a lower learning rate or a longer warm-up")
         entries = (tally.loss.item() / tally.n, tally.correct / tally.n, val["loss"], val["acc"], val["balanced_acc"],
                    state.rate, state.seconds, tally.n / state.seconds)
         for name, value in zip(HISTORY, entries, strict=True):
@@ -498,13 +501,13 @@ class Tally:
         self.loss, self.n, self.classes = torch.zeros((), device=device), 0, None
 
     def add(self, loss, logits, labels):
-        """loss: the mean over the images; one that is not finite (a step that the scaler skips) is left out."""
+        """loss: the mean over the images."""
         if self.classes is None:
             self.classes = torch.zeros(2, logits.shape[1], device=logits.device)  # (2, C)
         hits = (logits.detach().argmax(dim=1) == labels).float()  # (b)
         self.classes[0].index_add_(0, labels, torch.ones_like(hits))
         self.classes[1].index_add_(0, labels, hits)
-        self.loss += loss.detach().nan_to_num(0.0, 0.0, 0.0) * len(labels)
+        self.loss += loss.detach() * len(labels)
         self.n += len(labels)
 
     @property
