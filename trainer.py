@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from tqdm import tqdm
 
 from measurements import choose_device, choose_precision, evaluating
@@ -170,8 +171,8 @@ class Trainer:
         val_loader     evaluated after every epoch; None leaves NaN in its columns
         warmup_epochs  None: a twentieth of the run
         n_steps        ends the run after so many steps, whatever n_epochs says; the last epoch may be a part
-        seed           of dropout, step by step; None: drawn from torch's generator. That generator is afterwards as
-                       it was
+        seed           of dropout, step by step; None: one number drawn from torch's generator, which is otherwise left
+                       as it was
         rate_factors   as parameter_groups has it
         ema_decay      keeps an average of the weights (update_average), which is then what is evaluated; None: none
         resume         what state_dict() of an earlier TrainState gave: the training goes on from there, exactly,
@@ -188,6 +189,7 @@ class Trainer:
         """
         n_steps, warmup_steps = self.plan(train_loader, n_epochs, n_steps, warmup_epochs, learning_rate, weight_decay)
         seed = int(torch.randint(2**62, ())) if seed is None else seed
+        check_whole("seed", seed, 0)
         forward = self.model
         if self.n_ranks > 1:
             # it gives all processes the first one's weights, before a copy of them is made for the average
@@ -370,13 +372,14 @@ class Trainer:
         reasons = []
         if any(isinstance(module, _BatchNorm) for module in modules):
             reasons.append("batch statistics are taken of each part alone")
-        rates = [getattr(module, "p", 0) for module in modules if isinstance(module, nn.Dropout)]
+        rates = [module.p for module in modules if isinstance(module, _DropoutNd)]
         if any(rates + [getattr(module, "rate", 0) for module in modules if type(module).__name__ == "DropPath"]):
             reasons.append("dropout is drawn for each part")
         if self.dtype is not None:
             reasons.append(f"sums in {str(self.dtype).removeprefix('torch.')} are rounded part by part")
-        split = f"batches split over {self.n_ranks} processes in {self.accumulate} part{'s'[:self.accumulate - 1]} each"
-        return f"{split}: the losses will not be those of whole batches, as {'; '.join(reasons)}" if reasons else ""
+        ways = [f"over {self.n_ranks} processes"] * (self.n_ranks > 1)
+        ways += [f"in {self.accumulate} parts"] * (self.accumulate > 1)
+        return f"batches split {' and '.join(ways)}: the losses will not be those of whole batches, as {'; '.join(reasons)}" if reasons else ""
 
     # ---- Several processes ----
 

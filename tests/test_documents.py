@@ -1,5 +1,6 @@
 """The documents are held to what they show: Python blocks run, commands start."""
 
+import argparse
 import functools
 import re
 import shlex
@@ -13,6 +14,7 @@ from torch import nn
 
 import train_vit
 import vit_data
+from command_line import OneLineParser
 from vit_model import VisionTransformer, create_vit_base, create_vit_nano, create_vit_tiny
 
 ROOT = Path(__file__).parent.parent
@@ -83,14 +85,31 @@ def test_script_runs_dry(script, tmp_path):
     assert "dry run" in done.stdout.lower()
 
 
+class Understood(Exception):
+    """A command's words were parsed."""
+
+
 def test_commands_of_the_readme_have_arguments_that_the_scripts_know(monkeypatch):
     commands = [line for block in blocks(README, "bash") for line in block.values[0].splitlines()
-                if line.startswith("python ") and ".py" in line]
+                if line.startswith(("python ", "torchrun ")) and ".py" in line]
     assert {script for script in SCRIPTS for line in commands if script in line} == set(SCRIPTS)
+
+    def parse_alone(self, argv=None, namespace=None):
+        argparse.ArgumentParser.parse_args(self, argv, namespace)
+        raise Understood
+
     for line in commands:
         words = shlex.split(line.split("#")[0])
-        if words[1] == "train_vit.py":
-            train_vit.parse(words[2:])
+        if "train_vit.py" not in words:
+            continue
+        words = words[words.index("train_vit.py") + 1:]
+        if words and words[0] in train_vit.COMMANDS:
+            with monkeypatch.context() as patch:
+                patch.setattr(OneLineParser, "parse_args", parse_alone, raising=False)
+                with pytest.raises(Understood):
+                    train_vit.COMMANDS[words[0]](words[1:])
+        else:
+            train_vit.parse(words)
 
 
 def test_what_the_readme_points_to_is_there():

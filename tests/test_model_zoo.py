@@ -158,6 +158,56 @@ def test_pretrained_weights_that_are_missing_are_named(monkeypatch, tmp_path):
         create_pretrained("hybrid_shapes")
 
 
+# ---- Files of one's own
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_path_of_a_checkpoint_of_ours_is_as_good_as_a_name(name, tmp_path):
+    path = shutil.copy(OURS_FOLDER / f"{name}.pt", tmp_path / "my best.pt")
+    for given in (path, str(path)):
+        model, named = create_pretrained(given), create_pretrained(name)
+        assert type(model) is type(named)
+        assert same(model.state_dict(), named.state_dict())
+        for fact in ("config", "class_names", "mean", "std", "img_size", "interpolation", "training"):
+            assert getattr(model, fact) == getattr(named, fact), fact
+    other = create_pretrained(path, n_classes=4)
+    assert other.class_names is None
+    assert other(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
+
+
+def test_a_file_takes_the_overrides_that_a_name_takes(tmp_path):
+    path = shutil.copy(OURS_FOLDER / "vit_nano_shapes.pt", tmp_path)
+    model = create_pretrained(path, img_size=24, drop_path=0.1)
+    assert torch.equal(model.pos_embed, create_pretrained("vit_nano_shapes", img_size=24).pos_embed)
+    assert (model.img_size, model.config.drop_path) == (24, 0.1)
+    for overrides, value in ((dict(depth=5), "depth 5 is not that of"), (dict(widths=(3,)), "'widths'")):
+        with pytest.raises(InputError, match=one_line_with(value)):
+            create_pretrained(path, **overrides)
+
+
+@pytest.mark.parametrize("n_classes", [0, 6])
+def test_a_state_dict_of_timm_is_a_start_too(n_classes, tmp_path):
+    """With its size and its head, ImageNet's normalisation and no names of classes."""
+    torch.manual_seed(0)
+    theirs = timm.models.VisionTransformer(img_size=16, patch_size=4, embed_dim=64, depth=2, num_heads=1,
+                                           num_classes=n_classes).eval()
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    model, images = create_pretrained(tmp_path / "theirs.pth"), torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(model(images), theirs(images))
+    assert (model.img_size, model.class_names, model.interpolation, model.training) == (16, None, "bilinear", False)
+    assert (model.mean, model.std) == (model_zoo.IMAGENET["mean"], model_zoo.IMAGENET["std"])
+    assert create_pretrained(tmp_path / "theirs.pth", n_classes=3)(images).shape == (2, 3)
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("nowhere.pt", None), ("a/b.pth", None), ("damaged.pt", b"no checkpoint"), ("empty.pt", b"")])
+def test_a_file_that_is_none_is_refused_in_one_line(name, content, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=one_line_with(tmp_path / name)):
+        create_pretrained(str(tmp_path / name))
+
+
 # ---- Public ones, without a network
 
 

@@ -1,214 +1,34 @@
+"""The training command: what it is given, what it leaves, and how it goes on after whatever cut it."""
+
+import argparse
 import csv
 import json
-import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import train_vit
+import trainer
+from checkpoints import read_checkpoint, save_model
 from cnn_model import ConvNet
-from measurements import choose_device
-from model_zoo import load_model
-from train_vit import Trainer, choose_precision, learning_rate_at, parameter_groups, set_train_mode, steps_within
+from command_line import Interrupts
+from drawn_shapes import SHAPES
+from model_zoo import OURS_FOLDER, load_model
+from run_folder import CHANGEABLE
+from train_vit import fit_head, parse, unevenness
 from vit_data import make_shapes
-from vit_model import InputError, VisionTransformer, freeze_backbone
+from vit_model import VisionTransformer
 
-TINY = dict(img_size=8, patch_size=4, embed_dim=12, depth=1, n_heads=3, n_classes=3)
-
-
-def toy_batches(n_batches=5, batch_size=7):
-    """Three classes that a linear model can part: the mean of a channel says which."""
-    generator = torch.Generator().manual_seed(3)
-    batches = []
-    for _ in range(n_batches):
-        labels = torch.randint(0, 3, (batch_size,), generator=generator)
-        images = 0.1 * torch.randn(batch_size, 3, 8, 8, generator=generator)
-        images[torch.arange(batch_size), labels] += 1.0
-        batches.append((images, labels))
-    return batches
-
-
-def toy_trainer(seed=0, **settings):
-    torch.manual_seed(seed)
-    return Trainer(VisionTransformer(**TINY), device="cpu", **settings)
-
-
-def test_history_has_an_entry_an_epoch_in_every_list_and_accuracies_are_shares():
-    history = toy_trainer().train(toy_batches(), toy_batches(2), n_epochs=3, learning_rate=1e-3)
-    assert tuple(history) == ("train_loss", "train_acc", "val_loss", "val_acc", "lr", "seconds", "images_per_second")
-    assert {len(values) for values in history.values()} == {3}
-    assert all(0 <= share <= 1 for share in history["train_acc"] + history["val_acc"])
-
-
-def test_it_learns_what_can_be_learned():
-    history = toy_trainer().train(toy_batches(), toy_batches(), n_epochs=30, learning_rate=1e-2)
-    assert history["val_acc"][-1] == 1.0
-
-
-def test_the_same_seed_gives_the_same_weights_and_another_does_not():
-    weights = []
-    for seed in (0, 0, 1):
-        trainer = toy_trainer(seed)
-        trainer.train(toy_batches(), n_epochs=1)
-        weights.append(trainer.model.head.weight)
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
-
-
-def test_without_validation_its_columns_are_nan():
-    history = toy_trainer().train(toy_batches(), n_epochs=1)
-    assert math.isnan(history["val_loss"][0])
-    assert math.isnan(history["val_acc"][0])
-
-
-def test_n_steps_ends_the_run_inside_an_epoch():
-    trainer = toy_trainer()
-    trainer.train(toy_batches(1), n_epochs=1)
-    history = trainer.train(toy_batches(5), n_steps=7)
-    assert len(history["lr"]) == 2  # five steps, then two
-
-
-def test_one_step_is_adamw_on_the_clipped_gradient():
-    torch.manual_seed(0)
-    model, by_hand = nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
-    by_hand.load_state_dict(model.state_dict())
-    (images, labels), = toy_batches(1)
-    Trainer(model, "cpu", loss_fn=nn.CrossEntropyLoss(), clip_norm=0.01).train(
-        [(images, labels)], n_epochs=1, learning_rate=0.1, weight_decay=0.5, warmup_epochs=0)
-    nn.functional.cross_entropy(by_hand(images), labels).backward()
-    norm = torch.cat([p.grad.flatten() for p in by_hand.parameters()]).norm()
-    for name, p in by_hand.named_parameters():
-        gradient = p.grad * 0.01 / (norm + 1e-6)
-        decay = 0.5 if p.ndim == 2 else 0.0
-        expected = p * (1 - 0.1 * decay) - 0.1 * gradient / (gradient.abs() + 1e-8)  # Adam's first step is a sign
-        torch.testing.assert_close(model.get_parameter(name), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
-    rates = [learning_rate_at(step, 12, 4, 8.0) for step in range(12)]
-    assert rates[:5] == [2.0, 4.0, 6.0, 8.0, 8.0]
-    assert rates[8] == pytest.approx(4.0)  # halfway between 4 and 12
-    assert rates[11] == pytest.approx(4.0 * (1 + math.cos(math.pi * 7 / 8)))
-
-
-@pytest.mark.parametrize(("warmup_epochs", "expected"), [(None, 1), (0, 0), (0.5, 3), (2, 10), (99, 15)])
-def test_warmup_is_a_twentieth_of_the_run_or_what_is_asked_for(warmup_epochs, expected):
-    assert Trainer.plan(range(5), 3, None, warmup_epochs, 1e-3, 0.0) == (15, expected)
-
-
-def test_no_weight_decay_on_biases_norms_positions_and_tokens():
-    model = VisionTransformer(**TINY)
-    decayed, plain = (group["params"] for group in parameter_groups(model, 0.3))
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert {names[id(p)] for p in decayed} == {
-        "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.attn.proj.weight",
-        "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight", "head.weight"}
-    assert {"cls_token", "pos_embed", "norm.weight", "head.bias"} < {names[id(p)] for p in plain}
-    assert len(decayed) + len(plain) == len(names)
-
-
-def test_a_frozen_model_has_nothing_to_train():
-    with pytest.raises(InputError, match="no trainable parameter"):
-        parameter_groups(VisionTransformer(**TINY).requires_grad_(False), 0.0)
-
-
-def test_a_frozen_backbone_stays_as_it_is_with_its_batch_statistics():
-    model = freeze_backbone(ConvNet(8, 3, 3, (5,), (1,), 1))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    Trainer(model, "cpu").train(toy_batches(), n_epochs=1)
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {"head.weight", "head.bias"}
-
-
-def test_train_mode_leaves_what_is_not_frozen_in_training():
-    model = VisionTransformer(**TINY, dropout=0.1)
-    set_train_mode(model)
-    assert all(module.training for module in model.modules())
-
-
-def test_evaluate_counts_every_image_once_and_gives_the_mode_back():
-    trainer = toy_trainer()
-    trainer.model.train()
-    batches = [*toy_batches(2, 7), *toy_batches(1, 3)]
-    score = trainer.evaluate(batches)
-    trainer.model.eval()
-    logits = torch.cat([trainer.model(images) for images, _ in batches])
-    labels = torch.cat([labels for _, labels in batches])
-    assert (score["n"], score["correct"]) == (17, int((logits.argmax(1) == labels).sum()))
-    assert score["acc"] == pytest.approx(score["correct"] / 17)
-    assert score["loss"] == pytest.approx(trainer.loss_fn(logits, labels).item(), rel=1e-5)
-    trainer.model.train()
-    trainer.evaluate(batches)
-    assert trainer.model.training
-
-
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_mixed_precision_follows_float32(amp):
-    """fp16 goes through the gradient scaler, on the CPU as on CUDA; it may skip the first steps to find its scale."""
-    losses = {}
-    for precision in ("off", amp):
-        trainer = toy_trainer(amp=precision)
-        losses[precision] = trainer.train(toy_batches(1), n_epochs=12, learning_rate=1e-2)["train_loss"]
-        assert trainer.model.head.weight.dtype == torch.float32
-    assert losses[amp][0] == pytest.approx(losses["off"][0], rel=0.01)  # before any step
-    assert losses[amp][0] != losses["off"][0]
-    assert losses[amp][-1] < 0.7 * losses[amp][0]
-
-
-def test_bf16_on_a_cpu_only_where_the_hardware_multiplies_it(monkeypatch):
-    for abilities, expected in (({}, None), (dict(amx_bf16=True), torch.bfloat16),
-                                (dict(avx512_bf16=True), torch.bfloat16), (dict(amx_bf16=False), None)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=abilities: found)
-        assert choose_precision("auto", torch.device("cpu")) == expected
-
-
-def test_steps_within_fills_the_time_and_leaves_the_model_as_it_is():
-    trainer, batches = toy_trainer(), toy_batches(3)
-    before = trainer.model.head.weight.clone()
-    n_steps = steps_within(6.0, trainer.model, batches, batches, device="cpu")
-    assert torch.equal(trainer.model.head.weight, before)
-    history = trainer.train(batches, batches, n_steps=n_steps)
-    assert 0.5 < sum(history["seconds"]) < 9.0
-
-
-@pytest.mark.parametrize(("numbers", "value"), [
-    (dict(n_epochs=0), "n_epochs 0"), (dict(n_steps=0), "n_steps 0"), (dict(n_epochs=1.5), "n_epochs 1.5"),
-    (dict(learning_rate=math.nan), "learning_rate nan"), (dict(learning_rate=0), "learning_rate 0"),
-    (dict(learning_rate=math.inf), "learning_rate inf"), (dict(weight_decay=-1), "weight_decay -1"),
-    (dict(warmup_epochs=-1), "warmup_epochs -1")])
-def test_nonsense_numbers_are_named(numbers, value):
-    with pytest.raises(InputError, match=rf"\A{value} is out of range; [^\n]*\Z"):
-        toy_trainer().train(toy_batches(), **numbers)
-
-
-def test_labels_past_the_head_are_named():
-    images, labels = toy_batches(1)[0]
-    with pytest.raises(InputError, match="label 5 has no place among the model's 3 classes"):
-        toy_trainer().train([(images, labels.clamp(min=2) + 3)], n_epochs=1)
-
-
-def test_a_loader_without_images_is_named():
-    with pytest.raises(InputError, match="gave no images"):
-        toy_trainer().train([], n_steps=3)
-
-
-@pytest.mark.parametrize("device", ["abacus", "meta", "cuda:99"])
-def test_devices_that_cannot_be_are_named(device):
-    with pytest.raises(InputError, match=rf"\Adevice '{device}' is [^\n]*\Z"):
-        choose_device(device)
-
-
-def test_device_that_is_not_there():
-    if torch.cuda.is_available():
-        pytest.skip("CUDA is there")
-    with pytest.raises(InputError, match="'cuda' is not there"):
-        Trainer(VisionTransformer(**TINY), device="cuda")
-
-
-# ---- The command line -------------------------------------------------------------------------------------
+ROOT = Path(__file__).parent.parent
 
 
 def run(words, capsys):
@@ -230,7 +50,19 @@ def run(words, capsys):
     (["--val-fraction", 2], "2.0"),
     (["--model", "vgg"], "vgg"),
     (["--patch-size", 5, "--img-size", 32], "not divisible by patch_size 5x5"),
-    (["--drop-path", 1], "drop_path 1.0")])
+    (["--drop-path", 1], "drop_path 1.0"),
+    (["--layer-decay", 0], "--layer-decay: 0 is out of range"),
+    (["--model-ema", 2], "--model-ema: 2 is out of range"),
+    (["--accumulate", 0], "--accumulate: 0 is out of range"),
+    (["--save-minutes", 0], "--save-minutes: 0 is out of range"),
+    (["--pretrained", "vit_giant"], "vit_giant"),
+    (["--pretrained", "nowhere.pt"], "there is no file nowhere.pt"),
+    (["--pretrained", "vit_nano_shapes", "--model", "vit_tiny"], "--model vit_tiny has no place beside --pretrained"),
+    (["--pretrained", "vit_nano_shapes", "--patch-size", 8], "--patch-size 8 has no place beside --pretrained"),
+    (["--freeze-backbone"], "give --pretrained"),
+    (["--resume"], "--resume alone does not say which run"),
+    (["--resume", "nowhere"], "--resume nowhere: there is no run"),
+    (["evaluate"], "--checkpoint")])
 def test_bad_words_end_in_one_line_and_exit_code_2(words, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     drawn = make_shapes(40, 32)
@@ -262,7 +94,7 @@ def test_a_run_leaves_its_files_and_they_agree(tmp_path, capsys):
     train_vit.main(["--dry-run", "--output-dir", str(tmp_path / "run"), "--seed", "3", "--device", "cpu"])
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "history.csv", "result.json", "best.pt", "last.pt", "curves.png", "attention.png"}
+        ".lock", "config.json", "history.csv", "result.json", "best.pt", "last.pt", "curves.png", "attention.png"}
     result = json.loads((folder / "result.json").read_text())
     assert result["seed"] == 3
     assert result["test_acc"] == result["test_correct"] / result["test_n"]
@@ -279,14 +111,14 @@ def test_a_run_leaves_its_files_and_they_agree(tmp_path, capsys):
     assert "--seed 3 --device cpu --steps 2" in capsys.readouterr().out
 
 
-def make_folder(root, side, parts=("",)):
-    """Two classes of twelve JPEG images each, red and blue, in every part."""
+def make_folder(root, side, parts=("",), classes=("red", "blue"), n=12):
+    """Two classes of twelve JPEG images each, red and blue, in every part; or other classes."""
     generator = np.random.default_rng(0)
     for part in parts:
-        for channel, name in ((0, "red"), (2, "blue")):
+        for channel, name in zip((0, 2) * len(classes), classes, strict=False):
             folder = root / part / name
             folder.mkdir(parents=True)
-            for i in range(12):
+            for i in range(n):
                 pixels = generator.integers(0, 60, (side, side, 3), dtype=np.uint8)
                 pixels[..., channel] += 150
                 Image.fromarray(pixels).save(folder / f"{i}.jpg")
@@ -316,7 +148,576 @@ def test_a_corrupt_test_image_is_named_and_the_run_is_kept(tmp_path, capsys):
     assert {"best.pt", "result.json", "curves.png"} <= {path.name for path in (tmp_path / "run").iterdir()}
 
 
-def test_the_printed_command_repeats_the_run(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """24 images of 24 pixels, which no test may change: 22 train, 2 validate."""
+    return make_folder(tmp_path_factory.mktemp("data") / "my photos", 24)
+
+
+@pytest.fixture
+def untested(monkeypatch):
+    """Trainings end with their last step: no test, no pictures, no result.json."""
+    monkeypatch.setattr(train_vit.TrainingRun, "finish", lambda self: None)
+
+
+def train(folder, *words):
+    train_vit.main([*map(str, words), "--device", "cpu", "--amp", "off", "--output-dir", str(folder)])
+
+
+def prepared(*words):
+    """A TrainingRun that stands before its first step."""
+    options = parse([*map(str, words), "--device", "cpu", "--steps", "1"])
+    with train_vit.processes(options.device) as device, Interrupts() as interrupts:
+        made = train_vit.TrainingRun(options, device, interrupts)
+        made.prepare()
+    return made
+
+
+def tensors_in(entries, path=""):
+    """The tensors in nested dicts and lists, by their place."""
+    if isinstance(entries, torch.Tensor):
+        return {path: entries}
+    items = entries.items() if isinstance(entries, dict) else enumerate(entries) if isinstance(entries, list) else ()
+    return {place: tensor for key, value in items for place, tensor in tensors_in(value, f"{path}/{key}").items()}
+
+
+def outcome(folder):
+    """All that a run becomes but its times: the tensors of both checkpoints, and the history."""
+    last, best = (read_checkpoint(folder / name) for name in ("last.pt", "best.pt"))
+    history = {name: values for name, values in last["training"]["history"].items()
+               if name not in ("seconds", "images_per_second")}
+    with open(folder / "history.csv") as file:
+        rows = [{name: row[name] for name in history} for row in csv.DictReader(file)]
+    facts = history, rows, last["training"]["step"], last["training"]["best"], best["epoch"], last["epoch"]
+    return tensors_in(dict(last=last, best=best)), facts
+
+
+def assert_same_run(folder, other):
+    (tensors, facts), (others, other_facts) = outcome(folder), outcome(other)
+    assert facts == other_facts
+    assert tensors.keys() == others.keys()
+    assert len(tensors) > 100
+    assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
+
+
+def at_step(monkeypatch, number, act):
+    """Has act() called in the middle of the training step of this number, once."""
+    step, done = trainer.Trainer.step, []
+
+    def acting(self, images, labels, n_all, state, run):
+        if state.step == number and not done:
+            done.append(True)
+            act()
+        step(self, images, labels, n_all, state, run)
+
+    monkeypatch.setattr(trainer.Trainer, "step", acting)
+
+
+class PowerCut(BaseException):
+    """Ends the process, as it were: nothing catches it."""
+
+
+def cut():
+    raise PowerCut
+
+
+# ---- A run that is cut
+
+# Seven steps in three epochs of three batches, the last epoch a part, with all that chance and state go into.
+SEVEN = ["--steps", 7, "--batch-size", 8, "--drop-path", 0.3, "--model-ema", 0.9, "--class-weights",
+         "--layer-decay", 0.7, "--seed", 4]
+
+
+@pytest.fixture(scope="module")
+def uncut(photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uncut") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_vit.TrainingRun, "finish", lambda self: None)
+        train(folder, "--data-dir", photos, *SEVEN)
+    return folder
+
+
+@pytest.mark.parametrize(("number", "code", "step"), [
+    (signal.SIGINT, 130, 0), (signal.SIGINT, 130, 4), (signal.SIGTERM, 143, 5)])
+def test_a_signal_in_training_saves_says_the_command_and_the_run_ends_as_if_uncut(
+        number, code, step, photos, uncut, untested, tmp_path, capsys, monkeypatch):
+    folder, before = tmp_path / "a run", [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    at_step(monkeypatch, step, lambda: os.kill(os.getpid(), number))
+    words = ["--data-dir", photos, *SEVEN, "--device", "cpu", "--amp", "off", "--output-dir", folder]
+    ended, error = run(words, capsys)
+    assert (ended, error.count("\n")) == (code, 1)
+    assert f"kept at step {step + 1} of 7; go on with: " in error
+    assert read_checkpoint(folder / "last.pt")["training"]["step"] == step + 1
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    command = shlex.split(error.split("go on with: ")[1])
+    assert command == ["python", "train_vit.py", "--resume", str(folder)]
+    train_vit.main(command[2:])
+    assert f"Going on with {folder}." in capsys.readouterr().out
+    assert_same_run(folder, uncut)
+
+
+def test_a_signal_in_an_evaluation_is_kept_too(photos, uncut, untested, tmp_path, capsys, monkeypatch):
+    evaluate = trainer.Trainer.evaluate
+
+    def interrupted(self, loader, model=None, state=None, on_batch=None):
+        if state is not None and state.step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(self, loader, model, state, on_batch)
+
+    monkeypatch.setattr(trainer.Trainer, "evaluate", interrupted)
+    words = ["--data-dir", photos, *SEVEN, "--device", "cpu", "--amp", "off", "--output-dir", tmp_path / "run"]
+    code, error = run(words, capsys)
+    assert (code, error.count("\n")) == (130, 1)
+    assert "kept at step 6 of 7" in error
+    monkeypatch.setattr(trainer.Trainer, "evaluate", evaluate)
+    train_vit.main(["--resume", str(tmp_path / "run" / "last.pt")])
+    assert_same_run(tmp_path / "run", uncut)
+
+
+def test_a_second_signal_ends_the_training_at_once(photos, untested, tmp_path, monkeypatch):
+    codes = []
+
+    def end(code):
+        codes.append(code)
+        raise PowerCut
+
+    monkeypatch.setattr(os, "_exit", end)
+    at_step(monkeypatch, 1, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    with pytest.raises(PowerCut):
+        train(tmp_path / "run", "--data-dir", photos, *SEVEN)
+    assert codes == [130]
+
+
+def test_a_signal_before_the_training_leaves_no_folder(photos, tmp_path, capsys, monkeypatch):
+    def interrupted(**_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train_vit, "get_data_loaders", interrupted)
+    code, error = run(["--data-dir", photos, "--output-dir", tmp_path / "run"], capsys)
+    assert (code, error.count("\n")) == (143, 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_real_ctrl_c_in_a_terminal(photos, tmp_path):
+    """The same from outside, once: another process, a real signal, the state kept."""
+    folder = tmp_path / "run"
+    words = ["--data-dir", photos, "--steps", "100000", "--batch-size", "8", "--device", "cpu", "--output-dir", folder]
+    process = subprocess.Popen([sys.executable, ROOT / "train_vit.py", *words], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.count("\n") == 1
+    step = read_checkpoint(folder / "last.pt")["training"]["step"]
+    assert f"stopped by SIGINT; kept at step {step} of 100000; go on with: python train_vit.py --resume" in error
+
+
+@pytest.mark.parametrize("form", ["folder", "last.pt", "output-dir"])
+def test_a_power_cut_costs_what_was_done_since_the_last_checkpoint(form, photos, uncut, untested, tmp_path, monkeypatch,
+                                                                   capsys):
+    folder = tmp_path / "run"
+    at_step(monkeypatch, 4, cut)
+    with pytest.raises(PowerCut):
+        train(folder, "--data-dir", photos, *SEVEN, "--save-minutes", "0.00001")
+    assert read_checkpoint(folder / "last.pt")["training"]["step"] == 4
+    again = {"folder": ["--resume", folder], "last.pt": ["--resume", folder / "last.pt"],
+             "output-dir": ["--resume", "--output-dir", folder, "--data-dir", photos, *SEVEN]}[form]
+    train_vit.main(list(map(str, again)))
+    assert_same_run(folder, uncut)
+
+
+def test_with_output_dir_the_same_command_begins_and_goes_on(photos, uncut, untested, tmp_path, monkeypatch, capsys):
+    words = ["--data-dir", photos, *SEVEN, "--resume"]
+    at_step(monkeypatch, 1, cut)
+    with pytest.raises(PowerCut):
+        train(tmp_path / "run", *words)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.json"}
+    assert "Going on" not in capsys.readouterr().out
+    train(tmp_path / "run", *words)
+    assert "Going on" in capsys.readouterr().out
+    assert_same_run(tmp_path / "run", uncut)
+
+
+def test_a_run_by_the_clock_goes_on_with_its_number_of_steps(photos, untested, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_vit, "steps_within", lambda *args, **settings: 4)
+    at_step(monkeypatch, 2, cut)
+    with pytest.raises(PowerCut):
+        train(tmp_path / "run", "--data-dir", photos, "--minutes", "3", "--batch-size", "8")
+    monkeypatch.setattr(train_vit, "steps_within", lambda *args, **settings: pytest.fail("measured again"))
+    train_vit.main(["--resume", str(tmp_path / "run"), "--minutes", "3"])
+    entries = read_checkpoint(tmp_path / "run" / "last.pt")
+    assert (entries["n_steps"], entries["training"]["step"]) == (4, 4)
+
+
+def test_what_a_run_may_not_go_on_with(photos, uncut, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(trainer.Trainer, "step", lambda *_: pytest.fail("a step was taken"))
+    folder = shutil.copytree(uncut, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    others = make_folder(tmp_path / "others", 24, classes=("red", "pink"))
+    for words, expected in (
+            (["--resume", folder, "--batch-size", 4], "--batch-size 4 is not that of the run, 8"),
+            (["--resume", folder, "--epochs", 2], "--epochs 2 is not that of the run, None"),
+            (["--resume", folder, "--model-ema"], "--model-ema 0.999 is not that of the run, 0.9"),
+            (["--resume", folder, "--lr", "2e-3"], "--lr 0.002 is not that of the run, None"),
+            (["--resume", folder, "--data-dir", others], "are not those of the run, blue, red"),
+            (["--resume", folder / "best.pt"], "--pretrained"),
+            (["--resume", photos], "there is no run"),
+            (["--output-dir", folder], "already holds files")):
+        code, error = run(words, capsys)
+        assert (code, error.count("\n")) == (2, 1), error
+        assert expected in error
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_other_images_of_the_same_classes_are_a_warning(photos, untested, tmp_path, capsys, monkeypatch):
+    at_step(monkeypatch, 2, cut)
+    with pytest.raises(PowerCut):
+        train(tmp_path / "run", "--data-dir", photos, "--steps", 4, "--batch-size", 8, "--save-minutes", "0.00001")
+    moved = make_folder(tmp_path / "moved", 24, n=11)
+    train_vit.main(["--resume", str(tmp_path / "run"), "--data-dir", str(moved)])
+    assert "Warning: there are 20 training images, and the run had 22" in capsys.readouterr().out
+    entries = read_checkpoint(tmp_path / "run" / "last.pt")
+    assert (entries["training"]["step"], entries["options"]["data_dir"]) == (4, str(moved))
+
+
+def test_a_run_cut_in_its_test_is_tested_and_a_complete_one_is_left_as_it_is(photos, tmp_path, capsys, monkeypatch):
+    folder, test_loader = tmp_path / "run", train_vit.get_test_loader
+    monkeypatch.setattr(train_vit, "get_test_loader", lambda **_: os.kill(os.getpid(), signal.SIGINT))
+    code, error = run(["--data-dir", photos, "--steps", 2, "--batch-size", 8, "--output-dir", folder], capsys)
+    assert (code, error.count("\n")) == (130, 1)
+    assert "val_n" not in json.loads((folder / "result.json").read_text())
+    monkeypatch.setattr(train_vit, "get_test_loader", test_loader)
+    monkeypatch.setattr(trainer.Trainer, "step", lambda *_: pytest.fail("a step was taken"))
+    train_vit.main(["--resume", str(folder)])
+    result = (folder / "result.json").read_bytes()
+    assert json.loads(result)["val_n"] == 2
+    for name in ("get_data_loaders", "get_test_loader"):
+        monkeypatch.setattr(train_vit, name, lambda **_: pytest.fail("images were read"))
+    capsys.readouterr()
+    train_vit.main(["--resume", str(folder)])
+    assert f"The run is complete; its results are in {folder}/result.json." in capsys.readouterr().out
+    assert (folder / "result.json").read_bytes() == result
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(photos, uncut, tmp_path, capsys):
+    folder = shutil.copytree(uncut, tmp_path / "run")
+    holder = subprocess.Popen(
+        [sys.executable, "-S", "-c", "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, 2); "
+         "print('held', flush=True); input()", folder / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        code, error = run(["--resume", folder], capsys)
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert (code, error.count("\n")) == (2, 1)
+    assert "another run is writing to" in error
+
+
+# ---- What goes wrong in a training
+
+
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_from_the_file_before(
+        photos, uncut, untested, tmp_path, capsys, monkeypatch):
+    folder, full, fsync = tmp_path / "run", [], os.fsync
+
+    def sync(handle):
+        if full:
+            raise OSError(28, "No space left on device")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    at_step(monkeypatch, 4, lambda: full.append(True))
+    code, error = run(["--data-dir", photos, *SEVEN, "--device", "cpu", "--amp", "off", "--save-minutes", "0.00001",
+                       "--output-dir", folder], capsys)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "No space left on device" in error
+    assert f"The last good checkpoint is {folder}/last.pt, step 4 of 7; go on with: python train_vit.py --" in error
+    assert not list(folder.glob("*.part"))
+    assert read_checkpoint(folder / "last.pt")["training"]["step"] == 4
+    full.clear()
+    train_vit.main(["--resume", str(folder)])
+    assert_same_run(folder, uncut)
+
+
+def test_a_rate_that_is_too_high_is_named_with_the_step(photos, tmp_path, capsys):
+    code, error = run(["--data-dir", photos, "--lr", "1e30", "--batch-size", 8, "--epochs", 2, "--device", "cpu",
+                       "--output-dir", tmp_path / "run"], capsys)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "not finite since step 2 of 6, learning rate 1e+30" in error
+    assert "Nothing was kept yet" in error
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_after_nan_the_last_good_checkpoint_is_named_and_good(photos, untested, tmp_path, capsys, monkeypatch):
+    forward, calls = trainer.CrossEntropy.forward, []
+
+    def failing(self, logits, labels):
+        calls.append(torch.is_grad_enabled())
+        return forward(self, logits, labels) * (torch.nan if sum(calls) == 5 else 1)
+
+    monkeypatch.setattr(trainer.CrossEntropy, "forward", failing)
+    code, error = run(["--data-dir", photos, "--batch-size", 8, "--epochs", 3, "--lr", "0.001", "--device", "cpu",
+                       "--save-minutes", "0.00001", "--output-dir", tmp_path / "run"], capsys)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "not finite since step 5 of 9, learning rate 0.0" in error
+    assert f"The last good checkpoint is {tmp_path}/run/last.pt, step 4" in error
+    entries = read_checkpoint(tmp_path / "run" / "last.pt")
+    assert entries["training"]["step"] == 4
+    assert all(tensor.isfinite().all() for tensor in tensors_in(entries).values())
+
+
+# ---- Classes and images
+
+
+def test_uneven_classes_are_said_and_weights_are_offered(tmp_path, untested, capsys):
+    data = make_folder(tmp_path / "photos", 24)
+    for i in range(3, 12):
+        (data / "blue" / f"{i}.jpg").unlink()
+    even = prepared("--data-dir", data, "--output-dir", tmp_path / "a")
+    assert "Classes differ in size: red 11, blue 2: look at the balanced accuracy; --class-weights" in \
+        capsys.readouterr().out
+    assert even.settings["loss_fn"].class_weights is None
+    weighted = prepared("--data-dir", data, "--output-dir", tmp_path / "b", "--class-weights")
+    assert "red 11, blue 2: --class-weights lets them count alike." in capsys.readouterr().out
+    torch.testing.assert_close(weighted.settings["loss_fn"].class_weights, torch.tensor([13 / 4, 13 / 22]))
+
+
+def test_classes_are_uneven_from_twice_as_many_and_ten_are_shown():
+    assert unevenness(["a", "b"], [19, 10]) == ""
+    assert unevenness(["a", "b"], [10, 2000]) == "Classes differ in size: b 2,000, a 10"
+    many = unevenness([f"c{i}" for i in range(12)], [100 + i for i in range(11)] + [1])
+    assert many == ("Classes differ in size: c10 110, c9 109, c8 108, c7 107, c6 106, c3 103, c2 102, c1 101, c0 100, "
+                    "c11 1 (the largest and smallest of 12)")
+
+
+@pytest.mark.parametrize(("words", "criterion"), [([], "val_acc"), (["--class-weights"], "val_balanced_acc")])
+def test_with_class_weights_the_best_epoch_is_that_of_the_balanced_accuracy(
+        words, criterion, photos, untested, tmp_path, monkeypatch):
+    made = []
+
+    class Seen(train_vit.Saver):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(train_vit, "Saver", Seen)
+    train(tmp_path / "run", "--data-dir", photos, "--steps", 1, *words)
+    assert made[0].criterion == criterion
+
+
+@pytest.mark.parametrize("side", [24, 72])
+def test_a_corrupt_image_is_named_with_what_to_do_about_it(side, tmp_path, capsys):
+    data = make_folder(tmp_path / "photos", side, n=3)
+    (data / "red" / "1.jpg").write_bytes(b"no image")
+    code, error = run(["--data-dir", data, "--output-dir", tmp_path / "run", "--model", "vit_nano", "--img-size", side,
+                       "--epochs", 1, "--device", "cpu"], capsys)
+    assert (code, error.count("\n")) == (2, 1)
+    assert str(data / "red" / "1.jpg") in error
+    assert "--skip-corrupt" in error
+
+
+@pytest.mark.parametrize("side", [24, 72])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_corrupt_images_are_skipped_counted_and_named(side, frozen, tmp_path, capsys, monkeypatch):
+    data = make_folder(tmp_path / "photos", side, n=12)
+    bad = [data / "red" / f"{i}.jpg" for i in range(7)]
+    for path in bad:
+        path.write_bytes(b"no image")
+    start = ["--model", "vit_nano", "--img-size", side]
+    if frozen:
+        save_model(ConvNet(side, 3, 2, (4,), (1,), 1), tmp_path / "start.pt", mean=[0.5] * 3, std=[0.5] * 3)
+        start = ["--pretrained", tmp_path / "start.pt", "--freeze-backbone"]
+    monkeypatch.setattr(train_vit, "load_model", cut)  # all of the training's images have been read
+    with pytest.raises(TypeError):
+        train(tmp_path / "run", "--data-dir", data, *start, "--epochs", 1, "--skip-corrupt", "--batch-size", 8)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "eft out" in line or "more" in line]
+    named = [line.removeprefix("Left out, as it cannot be read: ") for line in lines[:5]]
+    assert set(named) < set(map(str, bad))
+    assert lines[5:] == ["... and 2 more, 7 in all."]
+
+
+# ---- Pretrained weights
+
+
+def shapes_model():
+    return load_model(OURS_FOLDER / "vit_nano_shapes.pt")
+
+
+def test_a_pretrained_model_keeps_its_size_its_normalisation_and_gets_a_head_of_zeros(photos, tmp_path, capsys):
+    made, source = prepared("--data-dir", photos, "--output-dir", tmp_path / "run", "--pretrained",
+                            "vit_nano_shapes"), shapes_model()
+    for loader in (made.train_loader, made.val_loader):
+        assert (loader.img_size, tuple(loader.mean), tuple(loader.std), loader.interpolation) == (
+            32, tuple(source.mean), tuple(source.std), source.interpolation)
+    assert made.data["mean"] == source.mean  # the test images' too
+    state, expected = made.model.state_dict(), source.state_dict()
+    assert [key for key in expected if key not in ("head.weight", "head.bias")
+            and not torch.equal(state[key], expected[key])] == []
+    assert state["head.weight"].shape == (2, 96)
+    assert not state["head.weight"].any()
+    assert not state["head.bias"].any()
+    assert "vit_nano_shapes: " in capsys.readouterr().out
+
+
+def test_another_image_size_resamples_the_positions(photos, tmp_path):
+    made = prepared("--data-dir", photos, "--output-dir", tmp_path / "run", "--pretrained", "vit_nano_shapes",
+                    "--img-size", 24)
+    assert made.train_loader.img_size == made.model.config.img_size == 24
+    assert made.model.pos_embed.shape[1] == 1 + 6 * 6
+
+
+def test_the_head_is_kept_where_the_classes_are_the_same(tmp_path):
+    data = make_folder(tmp_path / "photos", 24, classes=sorted(SHAPES), n=2)
+    source = shapes_model()
+    renamed = tmp_path / "sorted.pt"  # folders come by the alphabet
+    save_model(source, renamed, class_names=sorted(SHAPES))
+    made = prepared("--data-dir", data, "--output-dir", tmp_path / "run", "--pretrained", renamed)
+    assert torch.equal(made.model.head.weight, source.head.weight)
+    assert torch.equal(made.model.head.bias, source.head.bias)
+
+
+def test_a_head_of_zeros_has_the_width_of_its_model_also_where_there_was_none():
+    for n_classes in (0, 3):
+        for model in (VisionTransformer(8, 4, 3, n_classes, 12, 1, 3), ConvNet(8, 3, n_classes, (4, 6), (1, 1), 1)):
+            model.class_names = None
+            width = 12 if isinstance(model, VisionTransformer) else 6
+            assert fit_head(model, ["a", "b"]).head.weight.shape == (2, width)
+            assert model.class_names == ["a", "b"]
+            assert model.eval()(torch.zeros(1, 3, 8, 8)).tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("source", ["vit_nano_shapes", "hybrid_shapes", "convnet_shapes", "raw"])
+def test_fine_tuning_starts_from_a_file_of_any_kind(source, photos, untested, tmp_path):
+    """One step at a rate of 1e-12 leaves the weights where they were."""
+    path = OURS_FOLDER / f"{source}.pt"
+    if source == "raw":
+        torch.manual_seed(0)
+        path, model = tmp_path / "raw.pth", VisionTransformer(24, 8, 3, 5, 64, 2, 1)
+        torch.save(model.state_dict(), path)
+    expected = torch.load(path, weights_only=True)
+    expected = expected if source == "raw" else expected["state_dict"]
+    train(tmp_path / "run", "--data-dir", photos, "--pretrained", path, "--steps", 1, "--lr", "1e-12")
+    model = load_model(tmp_path / "run" / "best.pt")
+    assert model.class_names == ["blue", "red"]
+    for name, p in model.named_parameters():
+        if not name.startswith("head."):
+            torch.testing.assert_close(p.detach(), expected[name].float(), rtol=0, atol=1e-6)
+
+
+def test_the_peak_of_the_rate_is_lower_for_pretrained_weights_unless_the_head_alone_learns(photos, untested, tmp_path):
+    rates = {}
+    for name, words in (("new", []), ("fine", ["--pretrained", "vit_nano_shapes"]),
+                        ("head", ["--pretrained", "vit_nano_shapes", "--freeze-backbone"]), ("own", ["--lr", "0.125"])):
+        train(tmp_path / name, "--data-dir", photos, "--steps", 1, *words)
+        rates[name] = read_checkpoint(tmp_path / name / "last.pt")["training"]["rate"]
+    assert rates == dict(new=2e-3, fine=5e-4, head=2e-3, own=0.125)
+
+
+@pytest.mark.parametrize("source", ["vit_nano_shapes", "convnet_shapes"])
+def test_a_frozen_backbone_is_computed_once_and_exactly_the_head_changes(
+        source, photos, untested, tmp_path, monkeypatch, capsys):
+    expected = load_model(OURS_FOLDER / f"{source}.pt")
+    seen, forward = [], type(expected).forward_features
+
+    def counted(self, images, *args, **kwargs):
+        seen.append(len(images))
+        return forward(self, images, *args, **kwargs)
+
+    monkeypatch.setattr(type(expected), "forward_features", counted)
+    folder = tmp_path / "run"
+    at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    words = ["--data-dir", photos, "--pretrained", source, "--freeze-backbone", "--epochs", 3, "--batch-size", 8]
+    code, _ = run([*words, "--output-dir", folder, "--device", "cpu"], capsys)
+    assert (code, sum(seen)) == (130, 24)
+    train_vit.main(["--resume", str(folder)])
+    train(tmp_path / "uncut", *words)
+    for name in ("best.pt", "last.pt"):
+        saved, other = (load_model(tmp_path / run / name).state_dict() for run in ("run", "uncut"))
+        changed = {key for key, value in expected.state_dict().items()
+                   if value.shape != saved[key].shape or not torch.equal(value, saved[key])}
+        assert changed == {"head.weight", "head.bias"}
+        assert saved["head.weight"].any()
+        assert torch.equal(saved["head.weight"], other["head.weight"])
+    assert sum(seen) == 3 * 24
+
+
+# ---- The words of a command
+
+
+def test_given_are_exactly_the_words_on_the_command_line():
+    assert parse([]).given == {}
+    assert parse(["--seed", "0", "--lr", "1e-3"]).given == dict(seed=0, lr=1e-3)  # 0 is the default
+    assert parse(["--model-ema", "--class-weights"]).given == dict(model_ema=0.999, class_weights=True)
+    assert parse(["--data-dir=./data", "--resume", "x"]).given == dict(data_dir="./data", resume="x")
+    assert parse(["--resume"]).given == dict(resume=True)
+
+
+@pytest.mark.parametrize("words", [
+    [], ["--data-dir", "my photos/it's \"here\"", "--seed", "9", "--lr", "3e-05"],
+    ["--model-ema", "--class-weights", "--skip-corrupt", "--compile"], ["--model-ema", "0.99", "--accumulate", "4"],
+    ["--model-ema", "1"], ["--model-ema", "0"], ["--drop-path", "0"], ["--warmup-epochs", "0", "--weight-decay", "0"],
+    ["--pretrained", "/tmp/a b/best.pt", "--freeze-backbone", "--layer-decay", "0.75"],
+    ["--img-size", "48", "--patch-size", "6", "--model", "vit_nano", "--dataset", "shapes", "--workers", "0"],
+    ["--val-fraction", "0.3", "--label-smoothing", "0", "--amp", "bf16", "--device", "cuda:1", "--batch-size", "3"],
+    ["--minutes", "4", "--output-dir", "x y", "--save-minutes", "9"], ["--epochs", "4", "--resume", "--dry-run",
+                                                                       "--output-dir", "z"]])
+def test_the_command_of_a_run_means_the_run(words):
+    options = {name: value for name, value in vars(parse(words)).items() if name != "given"}
+    command = shlex.split(train_vit.command_of(options, 7))
+    assert command[:2] == ["python", "train_vit.py"]
+    again = parse(command[2:])
+    changed = dict(steps=7, minutes=None, epochs=None, output_dir=None, resume=None, save_minutes=3, dry_run=False)
+    assert {name: value for name, value in vars(again).items() if name != "given"} == options | changed
+
+
+def test_every_option_is_of_a_kind_that_can_be_written_again():
+    """A new option of a kind that as_words() cannot write would be noticed here."""
+    kinds = {action.dest: type(action) for action in train_vit.make_parser()._actions if action.dest != "help"}
+    assert set(kinds.values()) <= {argparse._StoreAction, argparse._StoreTrueAction}
+    assert set(CHANGEABLE) <= set(kinds)
+
+
+def test_several_processes_are_part_of_the_command(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert train_vit.command("--resume", "a b") == "torchrun --nproc-per-node=4 train_vit.py --resume 'a b'"
+
+
+# ---- Several processes
+
+
+def test_two_processes_train_as_one(photos, tmp_path):
+    """The slowest test here: torchrun starts two processes, which share every batch."""
+    words = ["--data-dir", photos, "--steps", 3, "--batch-size", 9, "--class-weights", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", ROOT / "train_vit.py",
+         *map(str, words), "--output-dir", tmp_path / "two"],
+        capture_output=True, text=True, timeout=200, check=False, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("3 steps, ") == done.stdout.count("val accuracy ") == 1  # the first process alone prints
+    assert "torchrun --nproc-per-node=2 train_vit.py" in done.stdout
+    folder = tmp_path / "two"
+    assert {path.name for path in folder.iterdir()} == {
+        ".lock", "config.json", "history.csv", "result.json", "best.pt", "last.pt", "curves.png", "attention.png"}
+    train(tmp_path / "one", *words)
+    one, two = (read_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two"))
+    for name, values in one["training"]["history"].items():
+        if name not in ("seconds", "images_per_second"):
+            assert two["training"]["history"][name] == pytest.approx(values, abs=1e-4), name
+    for name, value in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], value, rtol=0, atol=2e-3)
+    scores = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
+    assert scores[0]["val_correct"] == scores[1]["val_correct"]
+
+
+# ---- The command repeats the run
+
+
+def test_the_printed_command_repeats_the_run(untested, tmp_path, monkeypatch):
     """Measuring the speed draws random numbers; the run after it must not notice."""
     monkeypatch.setattr(train_vit, "steps_within", lambda *args, **settings: int(torch.rand(3).numel()))
     data = make_folder(tmp_path / "photos", 24)
@@ -328,6 +729,7 @@ def test_the_printed_command_repeats_the_run(tmp_path, monkeypatch):
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
-def test_a_convnet_has_no_attention_picture(tmp_path):
-    train_vit.main(["--dry-run", "--output-dir", str(tmp_path / "run"), "--model", "convnet", "--device", "cpu"])
+def test_a_convnet_has_no_attention_picture(photos, tmp_path):
+    train(tmp_path / "run", "--data-dir", photos, "--model", "convnet", "--steps", 1)
+    assert (tmp_path / "run" / "curves.png").exists()
     assert not (tmp_path / "run" / "attention.png").exists()

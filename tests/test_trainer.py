@@ -1,0 +1,909 @@
+"""The Trainer: its recipe, and that a run that was cut, split or spread over processes ends as a whole one does."""
+
+import copy
+import io
+import math
+import os
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from cnn_model import ConvNet
+from measurements import choose_device, choose_precision
+from trainer import (
+    HISTORY,
+    CrossEntropy,
+    NotFinite,
+    Stopped,
+    Trainer,
+    balancing_weights,
+    batches_from,
+    learning_rate_at,
+    parameter_groups,
+    set_train_mode,
+    steps_within,
+    update_average,
+)
+from vit_data import MemoryLoader, SetFacts
+from vit_model import DropPath, InputError, VisionTransformer, freeze_backbone
+
+TINY = dict(img_size=8, patch_size=4, embed_dim=12, depth=1, n_heads=3, n_classes=3)
+
+
+def toy_batches(n_batches=5, batch_size=7):
+    """Three classes that a linear model can part: the mean of a channel says which."""
+    generator = torch.Generator().manual_seed(3)
+    batches = []
+    for _ in range(n_batches):
+        labels = torch.randint(0, 3, (batch_size,), generator=generator)
+        images = 0.1 * torch.randn(batch_size, 3, 8, 8, generator=generator)
+        images[torch.arange(batch_size), labels] += 1.0
+        batches.append((images, labels))
+    return batches
+
+
+def toy_trainer(seed=0, **settings):
+    torch.manual_seed(seed)
+    return Trainer(VisionTransformer(**TINY), device="cpu", **settings)
+
+
+def test_history_has_an_entry_an_epoch_in_every_list_and_accuracies_are_shares():
+    history = toy_trainer().train(toy_batches(), toy_batches(2), n_epochs=3, learning_rate=1e-3)
+    assert tuple(history) == HISTORY == ("train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc", "lr",
+                                         "seconds", "images_per_second")
+    assert {len(values) for values in history.values()} == {3}
+    assert all(0 <= share <= 1 for share in history["train_acc"] + history["val_acc"] + history["val_balanced_acc"])
+
+
+def test_it_learns_what_can_be_learned():
+    history = toy_trainer().train(toy_batches(), toy_batches(), n_epochs=11, learning_rate=1e-2)
+    assert history["val_acc"][-1] == 1.0
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not():
+    weights = []
+    for seed in (0, 0, 1):
+        trainer = toy_trainer(seed)
+        trainer.train(toy_batches(), n_epochs=1)
+        weights.append(trainer.model.head.weight)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_without_validation_its_columns_are_nan():
+    history = toy_trainer().train(toy_batches(), n_epochs=1)
+    assert all(math.isnan(history[name][0]) for name in ("val_loss", "val_acc", "val_balanced_acc"))
+
+
+def test_n_steps_ends_the_run_inside_an_epoch():
+    trainer = toy_trainer()
+    trainer.train(toy_batches(1), n_epochs=1)
+    history = trainer.train(toy_batches(5), n_steps=7)
+    assert len(history["lr"]) == 2  # five steps, then two
+
+
+def test_one_step_is_adamw_on_the_clipped_gradient():
+    torch.manual_seed(0)
+    model, by_hand = nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    by_hand.load_state_dict(model.state_dict())
+    (images, labels), = toy_batches(1)
+    Trainer(model, "cpu", loss_fn=nn.CrossEntropyLoss(), clip_norm=0.01).train(
+        [(images, labels)], n_epochs=1, learning_rate=0.1, weight_decay=0.5, warmup_epochs=0)
+    nn.functional.cross_entropy(by_hand(images), labels).backward()
+    norm = torch.cat([p.grad.flatten() for p in by_hand.parameters()]).norm()
+    for name, p in by_hand.named_parameters():
+        gradient = p.grad * 0.01 / (norm + 1e-6)
+        decay = 0.5 if p.ndim == 2 else 0.0
+        expected = p * (1 - 0.1 * decay) - 0.1 * gradient / (gradient.abs() + 1e-8)  # Adam's first step is a sign
+        torch.testing.assert_close(model.get_parameter(name), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
+    rates = [learning_rate_at(step, 12, 4, 8.0) for step in range(12)]
+    assert rates[:5] == [2.0, 4.0, 6.0, 8.0, 8.0]
+    assert rates[8] == pytest.approx(4.0)  # halfway between 4 and 12
+    assert rates[11] == pytest.approx(4.0 * (1 + math.cos(math.pi * 7 / 8)))
+
+
+@pytest.mark.parametrize(("warmup_epochs", "expected"), [(None, 1), (0, 0), (0.5, 3), (2, 10), (99, 15)])
+def test_warmup_is_a_twentieth_of_the_run_or_what_is_asked_for(warmup_epochs, expected):
+    assert Trainer.plan(range(5), 3, None, warmup_epochs, 1e-3, 0.0) == (15, expected)
+
+
+def test_no_weight_decay_on_biases_norms_positions_and_tokens():
+    model = VisionTransformer(**TINY)
+    decayed, plain = (group["params"] for group in parameter_groups(model, 0.3))
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)] for p in decayed} == {
+        "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.attn.proj.weight",
+        "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight", "head.weight"}
+    assert {"cls_token", "pos_embed", "norm.weight", "head.bias"} < {names[id(p)] for p in plain}
+    assert len(decayed) + len(plain) == len(names)
+
+
+def test_a_frozen_model_has_nothing_to_train():
+    with pytest.raises(InputError, match="no trainable parameter"):
+        parameter_groups(VisionTransformer(**TINY).requires_grad_(False), 0.0)
+
+
+def test_a_frozen_backbone_stays_as_it_is_with_its_batch_statistics():
+    model = freeze_backbone(ConvNet(8, 3, 3, (5,), (1,), 1))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    Trainer(model, "cpu").train(toy_batches(), n_epochs=1)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"head.weight", "head.bias"}
+
+
+def test_train_mode_leaves_what_is_not_frozen_in_training():
+    model = VisionTransformer(**TINY, dropout=0.1)
+    set_train_mode(model)
+    assert all(module.training for module in model.modules())
+
+
+def test_evaluate_counts_every_image_once_and_gives_the_mode_back():
+    trainer = toy_trainer()
+    trainer.model.train()
+    batches = [*toy_batches(2, 7), *toy_batches(1, 3)]
+    score = trainer.evaluate(batches)
+    trainer.model.eval()
+    logits = torch.cat([trainer.model(images) for images, _ in batches])
+    labels = torch.cat([labels for _, labels in batches])
+    assert (score["n"], score["correct"]) == (17, int((logits.argmax(1) == labels).sum()))
+    assert score["acc"] == pytest.approx(score["correct"] / 17)
+    assert score["loss"] == pytest.approx(trainer.loss_fn(logits, labels).item(), rel=1e-5)
+    trainer.model.train()
+    trainer.evaluate(batches)
+    assert trainer.model.training
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_follows_float32(amp):
+    """fp16 goes through the gradient scaler, on the CPU as on CUDA; it may skip the first steps to find its scale."""
+    losses = {}
+    for precision in ("off", amp):
+        trainer = toy_trainer(amp=precision)
+        losses[precision] = trainer.train(toy_batches(1), n_epochs=12, learning_rate=1e-2)["train_loss"]
+        assert trainer.model.head.weight.dtype == torch.float32
+    assert losses[amp][0] == pytest.approx(losses["off"][0], rel=0.01)  # before any step
+    assert losses[amp][0] != losses["off"][0]
+    assert losses[amp][-1] < 0.7 * losses[amp][0]
+
+
+def test_bf16_on_a_cpu_only_where_the_hardware_multiplies_it(monkeypatch):
+    for abilities, expected in (({}, None), (dict(amx_bf16=True), torch.bfloat16),
+                                (dict(avx512_bf16=True), torch.bfloat16), (dict(amx_bf16=False), None)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=abilities: found)
+        assert choose_precision("auto", torch.device("cpu")) == expected
+
+
+class Clock:
+    """A clock that only the loaders move on."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+class Slow:
+    """Batches that take their seconds, by that clock."""
+
+    def __init__(self, clock, batches, seconds):
+        self.clock, self.batches, self.seconds = clock, batches, seconds
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        for batch in self.batches:
+            self.clock.now += self.seconds
+            yield batch
+
+
+def test_steps_within_fills_the_time_and_leaves_the_model_as_it_is(monkeypatch):
+    """Measuring takes 2 + 4 steps and an evaluation, 7 seconds. Of the other 33 an epoch takes 5 + 1: there are 5 of
+    them, then 2 steps and an evaluation."""
+    clock, trainer = Clock(), toy_trainer()
+    monkeypatch.setattr("trainer.time", clock)
+    train_loader, val_loader = Slow(clock, toy_batches(5), 1.0), Slow(clock, toy_batches(2), 0.5)
+    before = copy_of(trainer.model)
+    assert steps_within(40.0, trainer.model, train_loader, val_loader, device="cpu") == 5 * 5 + 2
+    assert same(copy_of(trainer.model), before)
+    assert clock.now == 7
+    train_quietly(trainer, train_loader, val_loader, n_steps=5 * 5 + 2)
+    assert clock.now == 40
+    assert steps_within(3.0, trainer.model, train_loader, val_loader, device="cpu") == 1
+
+
+@pytest.mark.parametrize(("numbers", "value"), [
+    (dict(n_epochs=0), "n_epochs 0"), (dict(n_steps=0), "n_steps 0"), (dict(n_epochs=1.5), "n_epochs 1.5"),
+    (dict(learning_rate=math.nan), "learning_rate nan"), (dict(learning_rate=0), "learning_rate 0"),
+    (dict(learning_rate=math.inf), "learning_rate inf"), (dict(weight_decay=-1), "weight_decay -1"),
+    (dict(warmup_epochs=-1), "warmup_epochs -1")])
+def test_nonsense_numbers_are_named(numbers, value):
+    with pytest.raises(InputError, match=rf"\A{value} is out of range; [^\n]*\Z"):
+        toy_trainer().train(toy_batches(), **numbers)
+
+
+def test_labels_past_the_head_are_named():
+    images, labels = toy_batches(1)[0]
+    with pytest.raises(InputError, match="label 5 has no place among the model's 3 classes"):
+        toy_trainer().train([(images, labels.clamp(min=2) + 3)], n_epochs=1)
+
+
+def test_a_loader_without_images_is_named():
+    with pytest.raises(InputError, match="gave no images"):
+        toy_trainer().train([], n_steps=3)
+
+
+@pytest.mark.parametrize("device", ["abacus", "meta", "cuda:99"])
+def test_devices_that_cannot_be_are_named(device):
+    with pytest.raises(InputError, match=rf"\Adevice '{device}' is [^\n]*\Z"):
+        choose_device(device)
+
+
+def test_device_that_is_not_there():
+    if torch.cuda.is_available():
+        pytest.skip("CUDA is there")
+    with pytest.raises(InputError, match="'cuda' is not there"):
+        Trainer(VisionTransformer(**TINY), device="cuda")
+
+
+def small_net():
+    """No bias here has a gradient of zero but for rounding, which Adam would make a step of full length."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 11), nn.GELU(), nn.Linear(11, 3))
+
+
+def memory_loader(n, batch_size, training=False):
+    generator = torch.Generator().manual_seed(n)
+    images = torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    facts = SetFacts("folder", ["a", "b", "c"], 8, (0.5,) * 3, (0.25,) * 3)
+    return MemoryLoader(images, torch.arange(n) % 3, facts, batch_size, 5, training)
+
+
+def train_quietly(trainer, *loaders, **settings):
+    return trainer.train(*loaders, **(dict(learning_rate=1e-2, seed=7, progress=False) | settings))
+
+
+def copy_of(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(weights, others):
+    return weights.keys() == others.keys() and all(torch.equal(value, others[name]) for name, value in weights.items())
+
+
+def assert_close(weights, others, tolerance):
+    for name, value in weights.items():
+        torch.testing.assert_close(value, others[name], rtol=0, atol=tolerance, msg=lambda text, name=name: name + text)
+
+
+def without_times(history):
+    return {name: values for name, values in history.items() if name not in ("seconds", "images_per_second")}
+
+
+def through_a_file(entries):
+    file = io.BytesIO()
+    torch.save(entries, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+# ---- The loss, the average, the groups --------------------------------------------------------------------
+
+
+def test_class_weights_count_by_class_and_are_divided_by_the_number_of_images():
+    logits, labels = torch.tensor([[0.0, math.log(3)], [0.0, 0.0], [0.0, math.log(7)]]), torch.tensor([1, 0, 0])
+    expected = (2 * -math.log(3 / 4) + 5 * math.log(2) + 5 * math.log(8)) / 3
+    assert CrossEntropy(class_weights=[5, 2])(logits, labels).item() == pytest.approx(expected)
+
+
+def test_the_losses_of_parts_add_up_to_that_of_the_whole():
+    loss_fn = CrossEntropy(0.1, class_weights=[5, 0.5, 2])
+    logits, labels = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 2, 0, 1, 1])
+    parts = sum(len(part) * loss_fn(logits[part], labels[part]) for part in torch.arange(7).split(3))
+    torch.testing.assert_close(parts / 7, loss_fn(logits, labels))
+
+
+def test_without_class_weights_and_with_label_smoothing_it_is_that_of_torch():
+    logits, labels = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 2, 0, 1, 1])
+    torch.testing.assert_close(CrossEntropy(0.1)(logits, labels),
+                               F.cross_entropy(logits, labels, label_smoothing=0.1))
+    weights = torch.tensor([5, 0.5, 2])
+    one_by_one = F.cross_entropy(logits, labels, weights, reduction="none", label_smoothing=0.1)
+    torch.testing.assert_close(CrossEntropy(0.1, weights)(logits, labels), one_by_one.mean())
+
+
+def test_balancing_weights_let_all_classes_count_alike():
+    assert balancing_weights([2, 3, 7]) == [12 / 6, 12 / 9, 12 / 21]
+    assert sum(n * weight for n, weight in zip([2, 3, 7], balancing_weights([2, 3, 7]), strict=True)) / 12 == \
+        pytest.approx(1)
+    assert balancing_weights([5, 0, 2]) == [7 / 15, 0.0, 7 / 6]
+
+
+class Numbers(nn.Module):
+    """A weight, a buffer of floats and one of whole numbers."""
+
+    def __init__(self, weight, buffer, count):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([weight]))
+        self.register_buffer("mean", torch.tensor([buffer]))
+        self.register_buffer("count", torch.tensor(count))
+
+
+@pytest.mark.parametrize(("step", "decay", "kept"), [(0, 0.9, 0.1), (5, 0.9, 0.4), (90, 0.9, 0.9), (5, 0.3, 0.3)])
+def test_the_average_keeps_its_decay_but_less_at_first(step, decay, kept):
+    average, model = Numbers(10.0, -3.0, 2), Numbers(20.0, 7.0, 5)
+    update_average(average, model, step, decay)
+    assert average.weight.item() == pytest.approx(20 - 10 * kept)
+    assert average.mean.item() == pytest.approx(7 - 10 * kept)
+    assert average.count.item() == 5
+    assert (model.weight.item(), model.mean.item(), model.count.item()) == (20, 7, 5)
+
+
+def test_the_average_of_a_training_is_the_averages_of_its_steps():
+    torch.manual_seed(0)
+    trainer, weights = Trainer(small_net(), "cpu"), []
+    train_quietly(trainer, toy_batches(5), n_epochs=1, ema_decay=0.25,
+                  on_batch=lambda state: weights.append(copy_of(state.model)))
+    expected = weights[0]
+    for step, now in enumerate(weights[1:]):
+        kept = min(0.25, (1 + step) / (10 + step))
+        expected = {name: kept * value + (1 - kept) * now[name] for name, value in expected.items()}
+    assert len(weights) == 6
+    assert_close(trainer.average.state_dict(), expected, 1e-6)
+
+
+def test_the_average_is_what_is_evaluated_and_handed_on():
+    trainer, trained = toy_trainer(), []
+    history = train_quietly(trainer, toy_batches(), toy_batches(2), n_epochs=2, ema_decay=0.9,
+                            on_epoch=lambda state: trained.append(state.trained))
+    assert trained == [trainer.average] * 2
+    assert history["val_loss"][-1] == trainer.evaluate(toy_batches(2), trainer.average)["loss"]
+    assert history["val_loss"][-1] != trainer.evaluate(toy_batches(2))["loss"]
+    train_quietly(trainer, toy_batches(2), n_epochs=1, on_epoch=lambda state: trained.append(state.trained))
+    assert (trainer.average, trained[-1]) == (None, trainer.model)
+
+
+def test_balanced_accuracy_is_the_mean_over_the_classes_that_have_images():
+    answers, labels = torch.tensor([0, 0, 0, 1, 2, 1, 3, 3]), torch.tensor([0, 0, 0, 0, 0, 1, 1, 1])
+    answers, labels = torch.cat([answers, torch.tensor([1, 1])]), torch.cat([labels, torch.tensor([3, 3])])
+    logits = F.one_hot(answers, 4).float()  # the images of a model that hands them on
+    score = Trainer(nn.Flatten(), "cpu").evaluate(list(zip(logits.split(3), labels.split(3), strict=True)))
+    assert (score["n"], score["correct"], score["acc"]) == (10, 4, 0.4)
+    assert score["balanced_acc"] == pytest.approx((3 / 5 + 1 / 3 + 0 / 2) / 3)  # of class 2 there are none
+
+
+def test_groups_carry_the_factor_of_their_rate():
+    model = small_net()
+    groups = parameter_groups(model, 0.3, {"1.weight": 0.5, "3.bias": 0.25})
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)]: (group["weight_decay"], group["rate_factor"]) for group in groups for p in group["params"]}
+    assert found == {"1.weight": (0.3, 0.5), "1.bias": (0.0, 1.0), "3.weight": (0.3, 1.0), "3.bias": (0.0, 0.25)}
+
+
+def test_the_factor_multiplies_the_length_of_a_step():
+    torch.manual_seed(0)
+    trainer, factors = Trainer(small_net(), "cpu"), {"1.weight": 0.5, "1.bias": 0.0}
+    before, rates = copy_of(trainer.model), []
+    train_quietly(trainer, toy_batches(1), n_epochs=1, weight_decay=0.0, warmup_epochs=0, rate_factors=factors,
+                  on_epoch=lambda state: rates.extend(group["lr"] for group in state.optimizer.param_groups))
+    assert sorted(rates) == [0.0, 0.005, 0.01, 0.01]
+    for name, p in trainer.model.named_parameters():  # Adam's first step is as long as the rate
+        longest = (p - before[name]).abs().max().item()
+        assert longest == pytest.approx(0.01 * factors.get(name, 1), rel=1e-3)
+
+
+# ---- Chance -----------------------------------------------------------------------------------------------
+
+
+class Drawing(nn.Module):
+    """A model that draws a number in every training step, and notes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.drawn = small_net(), []
+
+    def forward(self, images):
+        if self.training:
+            self.drawn.append(torch.rand(()).item())
+        return self.net(images)
+
+
+def drawn_by(*loaders, start=0, **settings):
+    model = Drawing()
+    torch.manual_seed(start)
+    train_quietly(Trainer(model, "cpu"), *loaders, **settings)
+    return model.drawn
+
+
+def test_what_dropout_draws_is_a_function_of_seed_and_step():
+    drawn = drawn_by(toy_batches(3), n_epochs=2)
+    assert len(set(drawn)) == 6
+    assert drawn_by(toy_batches(3), toy_batches(1), start=1, n_epochs=2) == drawn
+    assert drawn_by(toy_batches(2), n_steps=6, on_batch=lambda state: torch.rand(3).sum() < 0) == drawn
+    assert not set(drawn) & set(drawn_by(toy_batches(3), n_epochs=2, seed=8))
+
+
+def test_without_a_seed_the_generator_of_torch_decides():
+    drawn = drawn_by(toy_batches(3), n_epochs=1, seed=None)
+    assert drawn_by(toy_batches(3), n_epochs=1, seed=None) == drawn
+    assert not set(drawn) & set(drawn_by(toy_batches(3), n_epochs=1, seed=None, start=1))
+
+
+def test_training_leaves_the_generator_of_torch_as_it_was():
+    torch.manual_seed(3)
+    trainer, before = Trainer(VisionTransformer(**TINY, dropout=0.5), "cpu"), torch.get_rng_state()
+    train_quietly(trainer, toy_batches(2), toy_batches(1), n_epochs=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(Stopped):
+        train_quietly(trainer, toy_batches(2), n_epochs=2, on_batch=lambda state: state.step == 1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dropout_of_another_seed_gives_other_weights():
+    weights = []
+    for seed in (7, 7, 8):
+        trainer = Trainer(copy.deepcopy(toy_trainer().model), "cpu")
+        trainer.model.dropout.p = 0.5
+        train_quietly(trainer, toy_batches(2), n_epochs=1, seed=seed)
+        weights.append(copy_of(trainer.model))
+    assert same(weights[0], weights[1])
+    assert not same(weights[0], weights[2])
+
+
+# ---- To stop and to go on ---------------------------------------------------------------------------------
+
+
+def vit_with_chance():
+    model = VisionTransformer(**TINY, dropout=0.3)
+    model.blocks[0].drop_path.rate = 0.5
+    return model
+
+
+def vit_with_sincos():
+    return VisionTransformer(**TINY, position="sincos")
+
+
+def convnet():
+    return ConvNet(8, 3, 3, (5,), (1,), 1)
+
+
+def steep_loss(logits, labels):
+    return 3 * F.cross_entropy(logits, labels)
+
+
+KINDS = {  # a model, what its Trainer gets, what train() gets
+    "chance": (vit_with_chance, dict(accumulate=2, loss_fn=CrossEntropy(0.1, [0.5, 1, 2])), dict(ema_decay=0.9)),
+    "batchnorm": (convnet, {}, dict(ema_decay=0.9)),
+    "fp16": (vit_with_sincos, dict(amp="fp16", loss_fn=steep_loss), {})}
+
+
+def loaders_of(kind):
+    """Two batches to train on, two to evaluate."""
+    if kind == "list":
+        return toy_batches(2, 5), toy_batches(2, 3)
+    return memory_loader(11, 7, training=True), memory_loader(5, 3)
+
+
+class Call:
+    """An on_batch that asks to stop when it is called for the n-th time, counted from 0."""
+
+    def __init__(self, n=None):
+        self.n, self.count = n, 0
+
+    def __call__(self, state):
+        self.count += 1
+        return self.count - 1 == self.n
+
+
+def build(kind, seed):
+    torch.manual_seed(seed)
+    make, settings, arguments = KINDS[kind]
+    return Trainer(make(), "cpu", **dict(amp="off") | settings), dict(n_steps=5, **arguments)
+
+
+@pytest.mark.parametrize(("kind", "data"), [("chance", "list"), ("chance", "memory"), ("batchnorm", "list"),
+                                            ("batchnorm", "memory"), ("fp16", "list")])
+def test_a_run_cut_anywhere_ends_as_the_whole_one(kind, data):
+    """Two and a half epochs of two steps, each with an evaluation of two batches."""
+    trainer, arguments = build(kind, 0)
+    calls, scales = Call(), []
+    history = train_quietly(trainer, *loaders_of(data), on_batch=calls, **arguments,
+                            on_epoch=lambda state: scales.append(state.scaler.get_scale()))
+    weights, average = copy_of(trainer.model), trainer.average and copy_of(trainer.average)
+    assert calls.count == (2 + 1 + 2) + (2 + 1 + 2) + (1 + 1 + 2)
+    if kind == "fp16":
+        assert 65536 > scales[0] == scales[-1]  # the first steps were too large for fp16 and left out, the last not
+    steps = []
+    for n in range(calls.count):
+        trainer, arguments = build(kind, 0)
+        with pytest.raises(Stopped, match=r"\Astopped after step \d+\Z") as stop:
+            train_quietly(trainer, *loaders_of(data), on_batch=Call(n), **arguments)
+        steps.append(stop.value.state.step)
+        saved = through_a_file(stop.value.state.state_dict())
+        trainer, arguments = build(kind, 99)
+        again = train_quietly(trainer, *loaders_of(data), resume=saved, **arguments)
+        assert same(copy_of(trainer.model), weights), n
+        assert average is None or same(copy_of(trainer.average), average), n
+        assert without_times(again) == without_times(history), n
+    assert steps == [0, 1, 2, 2, 2, 2, 3, 4, 4, 4, 4, 5, 5, 5]
+
+
+def test_a_state_kept_in_memory_stays_what_it_was_and_serves_twice():
+    kept, (trainer, arguments) = [], build("chance", 0)
+    history = train_quietly(trainer, *loaders_of("list"), **arguments,
+                            on_epoch=lambda state: kept.append(state.state_dict()))
+    for seed in (99, 98):
+        again, arguments = build("chance", seed)
+        found = train_quietly(again, *loaders_of("list"), resume=kept[0], **arguments)
+        assert same(copy_of(again.model), copy_of(trainer.model))
+        assert without_times(found) == without_times(history)
+    assert [len(entries["history"]["lr"]) for entries in kept] == [1, 2, 3]
+
+
+def test_a_finished_run_goes_on_with_nothing():
+    kept, (trainer, arguments) = [], build("chance", 0)
+    history = train_quietly(trainer, *loaders_of("list"), **arguments,
+                            on_epoch=lambda state: kept.append(state.state_dict()))
+    again, arguments = build("chance", 99)
+    assert train_quietly(again, *loaders_of("list"), resume=kept[-1], **arguments) == history
+    assert same(copy_of(again.average), copy_of(trainer.average))
+
+
+def test_the_state_of_another_model_is_an_error_in_one_line():
+    trainer, arguments = build("chance", 0)
+    with pytest.raises(Stopped) as stop:
+        train_quietly(trainer, *loaders_of("list"), on_batch=Call(2), **arguments)
+    saved = stop.value.state.state_dict()
+    torch.manual_seed(0)
+    deeper = Trainer(VisionTransformer(**TINY | dict(depth=2)), "cpu")
+    others = [(deeper, saved, arguments), (trainer, saved, dict(n_steps=5)), (trainer, {}, arguments),
+              (trainer, saved, dict(arguments, rate_factors={"head.weight": 0.5}))]
+    for other, entries, settings in others:
+        with pytest.raises(InputError, match=r"\Athe training state does not fit this training \([^\n]{9,200}\); "
+                                             r"resume with the arguments that it was saved from\Z"):
+            train_quietly(other, toy_batches(2), resume=entries, **settings)
+
+
+class Steps:
+    """Five batches, and a note of what the Trainer says to the loader."""
+
+    def __init__(self):
+        self.said = []
+
+    def __len__(self):
+        return 5
+
+    def __iter__(self):
+        return iter(toy_batches(5))
+
+    def to(self, device):
+        self.said.append(("to", device.type))
+
+    def set_epoch(self, epoch):
+        self.said.append(("epoch", epoch))
+
+
+class Positions(Steps):
+    def set_position(self, epoch, batch):
+        self.said.append(("position", epoch, batch))
+
+    def set_share(self, rank, n_ranks):
+        self.said.append(("share", rank, n_ranks))
+
+
+def test_loaders_are_told_device_share_and_place():
+    for kind, expected in ((Steps, [("to", "cpu"), ("epoch", 0), ("epoch", 1)]),
+                           (Positions, [("to", "cpu"), ("share", 0, 1), ("position", 0, 0), ("position", 1, 0)])):
+        loader = kind()
+        train_quietly(Trainer(small_net(), "cpu"), loader, n_epochs=2)
+        assert loader.said == expected
+
+
+def test_batches_begin_where_the_state_stands():
+    loader, memory = Steps(), memory_loader(17, 5, training=True)
+    assert [torch.equal(batch[0], other[0]) for batch, other in
+            zip(batches_from(loader, 2, 3), toy_batches(5)[3:], strict=True)] == [True, True]
+    assert loader.said == [("epoch", 2)]
+    memory.set_epoch(2)
+    whole = [labels.tolist() for _, labels in memory]
+    assert [labels.tolist() for _, labels in batches_from(memory, 2, 3)] == whole[3:]
+    assert list(batches_from(memory, 2, 4)) == list(batches_from(toy_batches(2), 2, 2)) == []
+
+
+def test_on_epoch_sees_the_history_so_far():
+    seen = []
+    history = train_quietly(toy_trainer(), toy_batches(), n_epochs=3,
+                            on_epoch=lambda state: seen.append((state.step, list(state.history["lr"]))))
+    assert seen == [(5 * n, history["lr"][:n]) for n in (1, 2, 3)]
+
+
+def test_seconds_and_shares_are_told():
+    trainer = toy_trainer()
+    history = train_quietly(trainer, toy_batches(), n_epochs=2)
+    assert 0 < trainer.data_share < 0.5
+    for seconds, speed in zip(history["seconds"], history["images_per_second"], strict=True):
+        assert seconds * speed == pytest.approx(35)
+
+
+# ---- In parts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("class_weights", [None, (0.25, 1, 3)])
+@pytest.mark.parametrize("accumulate", [2, 3, 7, 11])
+def test_a_batch_in_parts_gives_the_step_of_the_whole(accumulate, class_weights):
+    results = []
+    for n_parts in (1, accumulate):
+        torch.manual_seed(0)
+        trainer = Trainer(small_net(), "cpu", CrossEntropy(0.1, class_weights), clip_norm=0.1, accumulate=n_parts)
+        history = train_quietly(trainer, toy_batches(4, 7), n_epochs=1, learning_rate=1e-3)
+        results.append((copy_of(trainer.model), history))
+    assert_close(results[1][0], results[0][0], 1e-6)
+    assert results[1][1]["train_loss"] == pytest.approx(results[0][1]["train_loss"], abs=1e-6)
+    assert results[1][1]["train_acc"] == results[0][1]["train_acc"]
+
+
+def test_a_batch_really_goes_through_the_model_in_parts():
+    sizes = []
+    model = small_net()
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    train_quietly(Trainer(model, "cpu", accumulate=3), toy_batches(2, 7), n_epochs=1)
+    assert sizes == [3, 3, 1] * 2
+
+
+def test_differences_are_told_where_there_are_some():
+    plain = dict(device="cpu", amp="off")
+    with_path = nn.Sequential(small_net(), DropPath(0.1))
+    with_dropout = nn.Sequential(small_net(), nn.Dropout(0.1))
+    for model in (VisionTransformer(**TINY), convnet(), with_path, with_dropout):
+        assert Trainer(model, **plain).differences() == ""
+    assert Trainer(VisionTransformer(**TINY), "cpu", amp="bf16").differences() == ""
+    assert Trainer(VisionTransformer(**TINY), **plain, accumulate=2).differences() == ""
+    for model, word in ((convnet(), "batch statistics"), (with_path, "dropout"), (with_dropout, "dropout")):
+        text = Trainer(model, **plain, accumulate=3).differences()
+        assert word in text
+        assert "in 3 parts" in text
+        assert ";" not in text  # one reason
+    assert "bfloat16" in Trainer(VisionTransformer(**TINY), "cpu", amp="bf16", accumulate=2).differences()
+
+
+# ---- What can go wrong ------------------------------------------------------------------------------------
+
+
+def batches_with_nan_at(step, n_batches=5):
+    batches = toy_batches(n_batches)
+    batches[step] = (batches[step][0] * math.nan, batches[step][1])
+    return batches
+
+
+def test_a_loss_that_is_not_finite_is_an_error_and_the_weights_are_those_before():
+    torch.manual_seed(0)
+    trainer, weights = Trainer(small_net(), "cpu", amp="off"), []
+    rate = learning_rate_at(2, 10, 5, 0.5)
+    with pytest.raises(NotFinite, match=rf"\Aloss or gradient are not finite since step 3 of 10, learning rate "
+                                        rf"{rate:.3g}; [^\n]*\Z"):
+        train_quietly(trainer, batches_with_nan_at(2), n_epochs=2, learning_rate=0.5, warmup_epochs=1, ema_decay=0.5,
+                      on_batch=lambda state: weights.append((copy_of(state.model), copy_of(state.average))))
+    assert len(weights) == 3
+    assert same(copy_of(trainer.model), weights[2][0])
+    assert not same(weights[1][0], weights[2][0])
+    assert all(value.isfinite().all() for value in weights[2][1].values())
+
+
+def test_a_gradient_that_is_not_finite_is_one_too():
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(3))
+
+        def forward(self, images):
+            return self.weight.sqrt() + images.flatten(1)[:, :3]  # the slope at 0 is infinite, the value is not
+
+    with pytest.raises(NotFinite, match="since step 1 of 2,"):
+        train_quietly(Trainer(Root(), "cpu", amp="off"), toy_batches(2), n_epochs=1)
+
+
+def test_an_overflow_in_fp16_leaves_out_a_step_and_the_training_goes_on():
+    torch.manual_seed(0)
+    trainer, seen = Trainer(small_net(), "cpu", amp="fp16"), []
+    history = train_quietly(trainer, batches_with_nan_at(2), n_epochs=1, on_batch=lambda state: seen.append(
+        (copy_of(state.model), state.scaler.get_scale(), state.is_sound())))
+    assert same(seen[2][0], seen[3][0])
+    assert seen[3][1] == seen[2][1] / 2
+    assert [sound for _, _, sound in seen[2:]] == [True, False, True, True]
+    assert not same(seen[3][0], seen[4][0])
+    assert math.isfinite(history["train_loss"][0])
+
+
+def test_a_loss_that_is_never_finite_ends_in_fp16_too():
+    trainer, calls = Trainer(small_net(), "cpu", amp="fp16"), Call()
+    with pytest.raises(NotFinite, match="since step 1 of 999,"):
+        train_quietly(trainer, batches_with_nan_at(0, 1), n_steps=999, on_batch=calls)
+    assert calls.count <= 2 * 18  # before a step, and before the end of its epoch; 2 ** 16 halved 17 times is below 1
+
+
+class Failing(nn.Module):
+    def __init__(self, error):
+        super().__init__()
+        self.head, self.error = nn.Linear(1, 3), error
+
+    def forward(self, images):
+        raise self.error
+
+
+NO_MEMORY = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes"),
+             RuntimeError("MPS backend out of memory")]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
+def test_lack_of_memory_names_the_batch_and_the_way_out(error):
+    for accumulate in (1, 3):
+        trainer = Trainer(Failing(error), "cpu", accumulate=accumulate)
+        with pytest.raises(InputError, match=r"\Acpu has not memory enough for a batch of 7 images[^\n]*\Z") as caught:
+            train_quietly(trainer, toy_batches(1), n_epochs=1)
+        assert f"accumulate={2 * accumulate})" in str(caught.value)
+        assert caught.value.__cause__ is error
+        with pytest.raises(InputError, match=r"batch of 7 images.*; a smaller batch size takes less"):
+            trainer.evaluate(toy_batches(1))
+
+
+def test_other_errors_pass_untouched():
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    trainer = Trainer(Failing(error), "cpu")
+    for call in (trainer.evaluate, lambda batches: train_quietly(trainer, batches)):
+        with pytest.raises(RuntimeError) as caught:
+            call(toy_batches(1))
+        assert caught.value is error
+
+
+def test_an_empty_batch_is_stepped_over_and_counts_as_a_step():
+    torch.manual_seed(0)
+    trainer, weights, batches = Trainer(small_net(), "cpu"), [], toy_batches(5)
+    batches[2] = (torch.empty(0, 3, 8, 8), torch.empty(0, dtype=torch.int64))
+    history = train_quietly(trainer, batches, [batches[2], *toy_batches(2)], n_epochs=1,
+                            on_batch=lambda state: weights.append((state.step, copy_of(state.model))))
+    assert [step for step, _ in weights] == [0, 1, 2, 3, 4, 5, 5, 5, 5]
+    assert same(weights[2][1], weights[3][1])
+    assert not same(weights[3][1], weights[4][1])
+    assert history["seconds"][0] * history["images_per_second"][0] == pytest.approx(28)
+    assert math.isfinite(history["val_loss"][0])
+
+
+def test_an_evaluation_without_images_is_named():
+    with pytest.raises(InputError, match="gave no images to evaluate"):
+        toy_trainer().evaluate([(torch.empty(0, 3, 8, 8), torch.empty(0, dtype=torch.int64))])
+
+
+# ---- Several processes ------------------------------------------------------------------------------------
+
+
+SIZES = (7, 3, 1)  # of the last batch the second of two processes gets nothing
+RUNS = {  # a model, training and validation loader, what the Trainer gets, what train() gets
+    "list": (small_net, lambda: (sized_batches(SIZES), sized_batches((5, 1))),
+             dict(accumulate=2, loss_fn=CrossEntropy(0.1, [0.5, 1, 2])), dict(ema_decay=0.9)),
+    "memory": (small_net, lambda: (memory_loader(17, 5, training=True), memory_loader(11, 5)), {}, {}),
+    "one image": (small_net, lambda: (memory_loader(17, 5, training=True), sized_batches((1,))), {}, {}),
+    "one in memory": (small_net, lambda: (sized_batches((5,)), memory_loader(1, 5)), {}, {}),
+    "vit": (vit_with_sincos, lambda: (sized_batches(SIZES), memory_loader(11, 5)), dict(clip_norm=0.1), {})}
+
+
+def sized_batches(sizes):
+    return [(images[:size], labels[:size]) for (images, labels), size in zip(toy_batches(len(sizes)), sizes,
+                                                                             strict=True)]
+
+
+def run_of(name):
+    """(Trainer, history, weights, average) of one of RUNS, by this process alone or with the others."""
+    make, loaders, settings, arguments = RUNS[name]
+    torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)  # it is the first one's weights that count
+    trainer = Trainer(make(), "cpu", amp="off", **settings)
+    history = train_quietly(trainer, *loaders(), n_epochs=2, **arguments)
+    return dict(history=history, weights=copy_of(trainer.model), average=trainer.average and copy_of(trainer.average))
+
+
+def stopped_run(stop_rank, n, resume=None):
+    """The run "list", in which one rank wishes to stop; or the rest of such a run."""
+    make, loaders, settings, arguments = RUNS["list"]
+    torch.manual_seed(dist.get_rank())
+    trainer = Trainer(make(), "cpu", amp="off", **settings)
+    call = Call(n if dist.get_rank() == stop_rank else None)
+    try:
+        history = train_quietly(trainer, *loaders(), n_epochs=2, resume=resume, **arguments,
+                                on_batch=call if resume is None else None)
+    except Stopped as stop:
+        return dict(step=stop.state.step, count=call.count, saved=stop.state.state_dict())
+    return dict(history=history, weights=copy_of(trainer.model), average=copy_of(trainer.average))
+
+
+def work_of_a_rank(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2,
+                            timeout=timedelta(seconds=60))  # rather an error than to wait for ever for the other
+    results = {name: run_of(name) for name in RUNS}
+    for name, n in (("stop", 8), ("stop in evaluation", 5)):  # an epoch calls 3 + 1 + 2 times
+        results[name] = [stopped_run(1, n)]
+        torch.save(results[name][0]["saved"], f"{folder}/{name} {rank}.pt")
+        dist.barrier()
+        results[name].append(stopped_run(1, n, torch.load(f"{folder}/{name} 0.pt", weights_only=True)))
+    torch.manual_seed(rank)
+    trainer = Trainer(convnet(), "cpu", amp="off")
+    history = train_quietly(trainer, toy_batches(2, 7), toy_batches(1, 5), n_epochs=2)
+    results["batchnorm"] = dict(history=history, text=trainer.differences(), weights=copy_of(trainer.model))
+    torch.manual_seed(rank)
+    drawing = Drawing()
+    train_quietly(Trainer(drawing, "cpu"), toy_batches(2, 7), n_epochs=1)
+    results["drawn"] = drawing.drawn
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    torch.multiprocessing.spawn(work_of_a_rank, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name, (_, _, _, arguments) in RUNS.items():
+        alone, one, two = run_of(name), first[name], second[name]
+        assert same(one["weights"], two["weights"]), name
+        for column in ("train_loss", "val_loss"):
+            assert one["history"][column] == pytest.approx(alone["history"][column], abs=1e-4), (name, column)
+            assert one["history"][column] == pytest.approx(two["history"][column]), (name, column)
+        for column in ("train_acc", "val_acc", "val_balanced_acc", "lr"):
+            assert one["history"][column] == two["history"][column], (name, column)
+            assert one["history"][column] == pytest.approx(alone["history"][column]), (name, column)
+        counts, others = ([s * v for s, v in zip(run["history"]["seconds"], run["history"]["images_per_second"],
+                                                 strict=True)] for run in (one, alone))
+        assert counts == pytest.approx(others), name
+        if name != "vit":  # in which Adam makes steps of rounding errors
+            assert_close(one["weights"], alone["weights"], 1e-4)
+        if arguments:
+            assert same(one["average"], two["average"])
+            assert_close(one["average"], alone["average"], 1e-4)
+    for name, step in (("stop", 5), ("stop in evaluation", 3)):
+        (stopped, rest), (other, _) = first[name], second[name]
+        assert stopped["step"] == other["step"] == step
+        assert stopped["count"] == other["count"]
+        assert same(rest["weights"], first["list"]["weights"])
+        assert same(rest["average"], first["list"]["average"])
+        for column, values in without_times(rest["history"]).items():
+            assert values == pytest.approx(first["list"]["history"][column]), (name, column)
+    assert without_times(first["batchnorm"]["history"]) == without_times(second["batchnorm"]["history"])
+    alone = Trainer(convnet(), "cpu", amp="off")  # the batch statistics are those of the first process
+    alone.model.load_state_dict(first["batchnorm"]["weights"])
+    assert first["batchnorm"]["history"]["val_loss"][-1] == pytest.approx(alone.evaluate(toy_batches(1, 5))["loss"])
+    assert "2 processes" in first["batchnorm"]["text"]
+    assert "batch statistics" in first["batchnorm"]["text"]
+    assert not set(first["drawn"]) & set(second["drawn"])
+
+
+# ---- Through the compiler ---------------------------------------------------------------------------------
+
+
+def test_training_goes_through_the_compiler_and_evaluation_does_not(monkeypatch):
+    torch.manual_seed(0)
+    sizes, model = [], small_net()
+
+    def compile_module(module):
+        assert module is model
+        return lambda images: (sizes.append(len(images)), module(images))[1]
+
+    monkeypatch.setattr(torch, "compile", compile_module)
+    train_quietly(Trainer(model, "cpu", compile=True, accumulate=2), toy_batches(2, 7), toy_batches(1, 5), n_epochs=1)
+    assert sizes == [4, 3, 4, 3]
+
+
+@pytest.mark.skipif("TEST_COMPILE" not in os.environ, reason="half a minute of compiling; set TEST_COMPILE to run it")
+def test_a_compiled_model_is_trained_as_one_that_is_not():
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        trainer = Trainer(VisionTransformer(**TINY), "cpu", compile=compiled, amp="off")
+        results.append(train_quietly(trainer, toy_batches(3), toy_batches(2), n_epochs=2, learning_rate=1e-3))
+    for column in ("train_loss", "val_loss"):
+        assert results[1][column] == pytest.approx(results[0][column], abs=1e-4)
