@@ -379,7 +379,8 @@ class Trainer:
             reasons.append(f"sums in {str(self.dtype).removeprefix('torch.')} are rounded part by part")
         ways = [f"over {self.n_ranks} processes"] * (self.n_ranks > 1)
         ways += [f"in {self.accumulate} parts"] * (self.accumulate > 1)
-        return f"batches split {' and '.join(ways)}: the losses will not be those of whole batches, as {'; '.join(reasons)}" if reasons else ""
+        split = f"batches split {' and '.join(ways)}"
+        return f"{split}: the losses will not be those of whole batches, as {'; '.join(reasons)}" if reasons else ""
 
     # ---- Several processes ----
 
