@@ -124,7 +124,7 @@ def processes(device="auto"):
             if "gloo" not in str(error) and not isinstance(error, dist.DistError):
                 raise
             raise InputError(f"another process ended before its time ({str(error).splitlines()[0][:150]}); what ended "
-                             f"it stands beside this") from None
+                             f"it stands beside this, and a training goes on with --resume and its folder") from None
     dist.destroy_process_group()
 
 
