@@ -41,11 +41,12 @@ CHECKPOINT_FORMAT = "vit-bridge 1"
 # ---- Ours -------------------------------------------------------------------------------------------------
 
 
-def save_model(model, path, class_names=None, mean=None, std=None, dtype=None, **more):
+def save_model(model, path, class_names=None, mean=None, std=None, dtype=None, state_dict=None, **more):
     """Writes a model of ours as a checkpoint: plain tensors, numbers and text, which need no unpickling.
 
     class_names, mean, std   as a loader of vit_data carries them; those of the model itself where not given
     dtype                    e.g. torch.float16 to halve the file; load_model gives float32 again
+    state_dict               other weights of this model than it has now, an average of them for instance
     more                     further entries, kept as they are (a trainer's state, an accuracy, interpolation)
 
     The file appears whole or not at all. Raises InputError where it cannot be written, and for a model of another
@@ -61,7 +62,7 @@ def save_model(model, path, class_names=None, mean=None, std=None, dtype=None, *
     if names and config.n_classes and len(names) != config.n_classes:
         raise InputError(f"{len(names)} class_names do not fit a head of {config.n_classes} classes; give class_names")
     state = {key: value.detach().cpu().to(dtype) if dtype and value.is_floating_point() else value.detach().cpu()
-             for key, value in model.state_dict().items()}
+             for key, value in (state_dict or model.state_dict()).items()}
     entries = dict(format=CHECKPOINT_FORMAT, model_class=type(model).__name__, config=vars(config),
                    state_dict=state, img_size=config.img_size, class_names=names, mean=own(mean, model, "mean"),
                    std=own(std, model, "std"), **dict(interpolation=getattr(model, "interpolation", None)) | more)

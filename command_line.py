@@ -1,7 +1,7 @@
 """What the scripts share: arguments that are checked, errors and interruptions in one line, folders of results.
 
     script(main)                 runs a script's main(): what a person gave wrong ends in one line and exit code 2
-    processes, of_first          several processes, started by torchrun
+    processes, of_first, of_all  several processes, started by torchrun
     Interrupts                   Ctrl-C and SIGTERM, held back where work is to be brought to a safe place first
     OneLineParser, whole, ...    argparse with checked numbers
     new_output_dir, write_json   a run's folder, which no other run has
@@ -135,6 +135,15 @@ def of_first(value):
     box = [value]
     dist.broadcast_object_list(box, 0)
     return box[0]
+
+
+def of_all(value):
+    """The values of all processes, in a list, on each of them."""
+    if n_processes() == 1:
+        return [value]
+    values = [None] * n_processes()
+    dist.all_gather_object(values, value)
+    return values
 
 
 # ---- Interruptions ----------------------------------------------------------------------------------------

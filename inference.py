@@ -15,6 +15,7 @@ Letters:  B images in a batch, K classes, n mistakes, H, W height and width.
 
 import copy
 import csv
+import hashlib
 import itertools
 import json
 import logging
@@ -393,19 +394,37 @@ def evaluation_loader(model, options):
     if not isinstance(img_size, int):
         raise InputError(f"the model takes images of {img_size[0]}x{img_size[1]} pixels; expected a square, as the "
                          f"loaders give; use inference.score with batches of your own")
-    held_out = training_cut(options.checkpoint, options.data_dir)
-    return get_evaluation_loader(options.data_dir, model.class_names, options.batch_size, img_size, options.dataset,
-                                 workers=options.workers, mean=model.mean, std=model.std,
-                                 interpolation=model.interpolation, skip_corrupt=options.skip_corrupt, **held_out)
+    shown = dict(workers=options.workers, mean=model.mean, std=model.std, interpolation=model.interpolation,
+                 skip_corrupt=options.skip_corrupt)
+    images = (options.data_dir, model.class_names, options.batch_size, img_size, options.dataset)
+    cut, known = training_cut(options.checkpoint, options.data_dir)
+    loader = get_evaluation_loader(*images, **shown, **cut)
+    if loader.split == "held out" and known not in (None, fingerprint(loader)):
+        print("The images of the folder have changed since the training: which were held out of it cannot be told.")
+        loader = get_evaluation_loader(*images, **shown)
+    return loader
 
 
 def training_cut(checkpoint, data_dir):
-    """Arguments of get_evaluation_loader, if the checkpoint tells that it was trained on a part of this folder."""
-    training = read_checkpoint(checkpoint).get("options") or {}
+    """(arguments of get_evaluation_loader, fingerprint of the images held out), if the checkpoint tells that it was
+    trained on a part of this folder; else nothing."""
+    entries = read_checkpoint(checkpoint)
+    training = entries.get("options") or {}
     folders = [Path(folder).expanduser().resolve() for folder in (data_dir, training.get("data_dir", data_dir))]
     if "data_dir" not in training or folders[0] != folders[1]:
-        return {}
-    return dict(held_out=True) | {name: training[name] for name in ("val_fraction", "seed") if name in training}
+        return {}, None
+    cut = {name: training[name] for name in ("val_fraction", "seed") if name in training}
+    return dict(cut, held_out=True), entries.get("validation_files")
+
+
+def fingerprint(loader):
+    """Of the names of a loader's files, with those left out: a sum that is the same for the same ones. None for sets
+    that are not files."""
+    if loader.files is None:
+        return None
+    names = sorted({*map(str, loader.files), *map(str, loader.skipped)})
+    ends = "\n".join("/".join(Path(name).parts[-2:]) for name in names)
+    return hashlib.sha256(ends.encode(errors="surrogateescape")).hexdigest()
 
 
 def describe(found, loader):

@@ -1,6 +1,6 @@
 """The folder of a training run: what is kept there, and how a run goes on from it.
 
-    config.json    the options, the number of steps and the command that repeats the run, from the first second
+    config.json    the options, the number of steps and the command that repeats the run, before its first step
     last.pt        the state of the training, after every epoch and every few minutes: --resume goes on from it
     best.pt        the weights of the best epoch, alone
     history.csv    a line an epoch
@@ -10,7 +10,6 @@ Every file appears whole or not at all (checkpoints.write_whole). best.pt is wri
 epoch was the best: a run cut between the two does that epoch's end again, with the same outcome.
 """
 
-import copy
 import csv
 import io
 import json
@@ -21,13 +20,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from checkpoints import read_checkpoint, save_model, write_whole
+from trainer import on_cpu
 from vit_model import InputError
 
 CONFIG, LAST, BEST, HISTORY_TABLE, LOCK = "config.json", "last.pt", "best.pt", "history.csv", ".lock"
 
 # What may be another when a run goes on: where and how fast it computes, where its images lie now, what it skips.
 CHANGEABLE = ("resume", "output_dir", "data_dir", "device", "workers", "skip_corrupt", "save_minutes", "compile",
-              "dry_run")
+              "accumulate")
 
 
 def lock_folder(folder):
@@ -92,6 +92,11 @@ def read_run(folder):
             raise InputError(f"{folder / LAST} holds no state of a training; expected one that train_vit.py wrote. "
                              f"--pretrained {folder / LAST} starts a new run from its weights")
         return entries
+    return read_config(folder)
+
+
+def read_config(folder):
+    """The entries of config.json, or None where there is none. Raises InputError where it is not that of a run."""
     try:
         entries = json.loads((folder / CONFIG).read_text())
     except FileNotFoundError:
@@ -101,6 +106,14 @@ def read_run(folder):
     if not isinstance(entries, dict) or not {"options", "n_steps", "n_images", "class_names"} <= entries.keys():
         raise InputError(f"{folder / CONFIG} is not that of a training run; choose another --output-dir")
     return entries
+
+
+def device_to_resume(options):
+    """The device that the options ask for; where they go on with a run and name none, the run's."""
+    if options.resume and "device" not in options.given:
+        config = read_config(folder_to_resume(options.resume, options.output_dir))
+        return config["options"]["device"] if config else options.device
+    return options.device
 
 
 def options_to_resume(given, saved):
@@ -116,16 +129,19 @@ def options_to_resume(given, saved):
     return {**saved, **{name: value for name, value in given.items() if name in CHANGEABLE}}
 
 
-def check_same_data(saved, class_names, n_images):
-    """A warning, or "", where the images of a run that goes on are not as many as they were. Raises InputError where
-    their classes are others."""
+def changes_since(saved, class_names, n_images, n_processes):
+    """Warnings, in a list, of what is no longer as it was when a run that goes on was begun. Raises InputError where
+    the classes are others."""
     if saved["class_names"] != class_names:
         raise InputError(f"the classes of the images, {', '.join(class_names)}, are not those of the run, "
                          f"{', '.join(saved['class_names'])}; give the --data-dir that it had")
-    if saved["n_images"] != n_images:
-        return (f"there are {n_images:,} training images, and the run had {saved['n_images']:,}: it goes on, but does "
-                f"not end as it would have ended without the change")
-    return ""
+    changes = []
+    for name, now in (("training images", n_images), ("processes", n_processes)):
+        before = saved.get(f"n_{name.split()[-1]}", now)
+        if before != now:
+            changes.append(f"there are {now:,} {name}, and the run had {before:,}: it goes on, but does not end as it "
+                           f"would have ended without the change")
+    return changes
 
 
 class Saver:
@@ -133,27 +149,32 @@ class Saver:
 
     folder, model   where, and the whole model as it is to be saved
     labels          class_names, mean, std, interpolation of the checkpoints
-    config          further entries of last.pt; best.pt gets the options among them
+    config          further entries of last.pt; best.pt gets the options among them, and validation_files
     head_only       whether what is trained is model.head alone
     criterion       the entry of the history by which the best epoch is chosen
-    every           seconds between two writings of last.pt inside an epoch
-    best, step      of a run that goes on: dict(epoch, value), and the step that last.pt holds
+    resumed         the training entries of last.pt of a run that goes on
 
     Writing takes at most about a tenth of the time: short epochs are written together.
     """
 
-    def __init__(self, folder, model, labels, config, head_only=False, criterion="val_acc", every=180.0, best=None,
-                 step=0):
+    def __init__(self, folder, model, labels, config, head_only=False, criterion="val_acc", resumed=None):
         self.folder, self.model, self.labels, self.config = folder, model, labels, config
-        self.head_only, self.criterion, self.every = head_only, criterion, every
-        self.best, self.best_weights = best or dict(epoch=0, value=-1.0), None  # weights that are not yet written
-        self.saved_at, self.saved_step, self.cost, self.printed_at = time.monotonic(), step, 0.0, 0.0
+        self.head_only, self.criterion, resumed = head_only, criterion, resumed or {}
+        self.best, self.best_weights = resumed.get("best", dict(epoch=0, value=-1.0)), None  # weights not yet written
+        self.saved_step, self.elapsed_before = resumed.get("step", 0), resumed.get("elapsed", 0.0)
+        self.started = self.saved_at = time.monotonic()
+        self.cost = self.printed_at = 0.0
+
+    @property
+    def elapsed(self):
+        """Seconds of the run, all its parts together."""
+        return self.elapsed_before + time.monotonic() - self.started
 
     def on_epoch(self, state):
         value, epoch = state.history[self.criterion][-1], len(state.history["lr"])
         if value > self.best["value"]:
             self.best = dict(epoch=epoch, value=value)
-            self.best_weights = copy.deepcopy(state.trained.state_dict())
+            self.best_weights = on_cpu(state.trained.state_dict())
         is_last, now = state.step >= self.config["n_steps"], time.monotonic()
         if is_last or now - self.saved_at >= 9 * self.cost:
             self.save(state)
@@ -163,32 +184,25 @@ class Saver:
             tqdm.write("epoch {epoch:>3}  train loss {train_loss:.3f} acc {train_acc:.1%}   val loss {val_loss:.3f} "
                        "acc {val_acc:.1%}   {images_per_second:.0f} images/s".format(epoch=epoch, **line))
 
-    def on_batch(self, state):
-        if time.monotonic() - self.saved_at >= self.every and state.is_sound():
-            self.save(state)
-
     def save(self, state):
         """best.pt where there is a better one, last.pt and history.csv."""
         started = time.monotonic()
         if self.best_weights is not None:
-            options = dict(self.config["options"], data_dir=str(Path(self.config["options"]["data_dir"]).resolve()))
-            self.write(BEST, self.best_weights, epoch=self.best["epoch"], options=options,
+            self.write(BEST, self.best_weights, epoch=self.best["epoch"], options=self.config["options"],
+                       validation_files=self.config["validation_files"],
                        val_acc=state.history["val_acc"][self.best["epoch"] - 1])
             self.best_weights = None
-        weights = None if state.average is None else state.average.state_dict()
-        self.write(LAST, weights, epoch=len(state.history["lr"]),
-                   training=dict(state.state_dict(), best=self.best), **self.config)
+        self.write(LAST, state.trained.state_dict(), epoch=len(state.history["lr"]),
+                   training=dict(state.state_dict(), best=self.best, elapsed=self.elapsed), **self.config)
         write_history(state.history, self.folder / HISTORY_TABLE)
         self.saved_at, self.saved_step = time.monotonic(), state.step
         self.cost = self.saved_at - started
 
     def write(self, name, weights, **more):
-        """A checkpoint of the whole model with these weights in it; None: with those that it has."""
-        model = self.model
-        if weights is not None:
-            model = copy.deepcopy(model)
-            (model.head if self.head_only else model).load_state_dict(weights)
-        save_model(model, self.folder / name, **self.labels, **more)
+        """A checkpoint of the whole model with these weights of what was trained in it."""
+        if self.head_only:
+            weights = self.model.state_dict() | {f"head.{key}": value for key, value in weights.items()}
+        save_model(self.model, self.folder / name, **self.labels, state_dict=weights, **more)
 
 
 def write_history(history, path):

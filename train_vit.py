@@ -41,6 +41,7 @@ from command_line import (
     OneLineParser,
     n_processes,
     new_output_dir,
+    of_all,
     of_first,
     percent,
     positive,
@@ -51,7 +52,7 @@ from command_line import (
     whole,
     write_json,
 )
-from inference import evaluate_command, export_command, predict, predict_command
+from inference import evaluate_command, export_command, fingerprint, predict, predict_command
 from measurements import count_parameters, linear_classifier, wilson_interval
 from model_zoo import MODELS, PRETRAINED, build_model, create_pretrained, load_model
 from run_folder import (
@@ -59,13 +60,14 @@ from run_folder import (
     CONFIG,
     LAST,
     Saver,
-    check_same_data,
+    changes_since,
+    device_to_resume,
     folder_to_resume,
     lock_folder,
     options_to_resume,
     read_run,
 )
-from trainer import CrossEntropy, NotFinite, Stopped, Trainer, balancing_weights, steps_within
+from trainer import CrossEntropy, NotFinite, OutOfMemory, Stopped, Trainer, balancing_weights, steps_within
 from transfer import feature_loaders, layer_factors
 from visualizations import plot_training_curves, save_figure, visualize_attention_grid
 from vit_data import TORCHVISION_SETS, choose_set, get_data_loaders, get_test_loader
@@ -115,7 +117,7 @@ def make_parser():
     length.add_argument("--epochs", type=whole(1))
     length.add_argument("--steps", type=whole(1))
     length.add_argument("--minutes", type=positive(), help="measures the speed, then fixes the number of steps "
-                                                           "(default: 2 minutes)")
+                                                           "(default: 2 minutes; with --freeze-backbone 100 epochs)")
     run.add_argument("--lr", type=positive(), help="the peak of the learning rate (default: 2e-3; with --pretrained "
                                                    "5e-4)")
     run.add_argument("--weight-decay", type=Bounded(float, 0, sys.float_info.max, "0 or more"), default=0.05)
@@ -149,6 +151,11 @@ def parse(argv=None):
     blank = argparse.Namespace(**dict.fromkeys(vars(options), unset))
     words = vars(make_parser().parse_args(argv, blank))
     options.given = {name: value for name, value in words.items() if value is not unset}
+    if options.resume and options.dry_run:
+        raise InputError("--dry-run is a run of its own and cannot go on with another; leave out --resume")
+    if options.freeze_backbone and options.layer_decay:
+        raise InputError("--layer-decay has no place beside --freeze-backbone, which trains the last layer alone; "
+                         "leave one of them out")
     if options.freeze_backbone and not options.pretrained and not options.resume:
         raise InputError("--freeze-backbone freezes what was trained before; give --pretrained NAME or PATH too")
     for name in ("model", "patch_size"):
@@ -189,7 +196,7 @@ def train(options):
 
     options: as parse() gives them.
     """
-    with processes(options.device) as device, Interrupts() as interrupts:
+    with processes(device_to_resume(options)) as device, Interrupts() as interrupts:
         run = TrainingRun(options, device, interrupts)
         if run.result is None:
             run.prepare()
@@ -222,6 +229,7 @@ class TrainingRun:
         known = {name: value for name, value in vars(options).items() if name != "given"}
         if self.saved:
             known = options_to_resume(options.given, self.saved["options"])
+        if self.saved and not self.result:
             print(f"Going on with {self.folder}.")
         if self.result:
             print(f"The run is complete; its results are in {self.folder}/result.json.")
@@ -245,8 +253,9 @@ class TrainingRun:
         weights = balancing_weights(self.train_loader.class_counts) if options.class_weights else None
         self.settings = dict(device=self.device, amp=options.amp, accumulate=options.accumulate,
                              compile=options.compile, loss_fn=CrossEntropy(options.label_smoothing, weights))
-        if self.saved and (warning := check_same_data(self.saved, class_names, self.train_loader.n_images)):
-            print(f"Warning: {warning}.")
+        if self.saved:
+            for change in changes_since(self.saved, class_names, self.train_loader.n_images, n_processes()):
+                print(f"Warning: {change}.")
         if self.first and not self.folder:
             self.folder = new_output_dir(options.output_dir, self.name, self.train_loader.dataset_name)
             self.lock = lock_folder(self.folder)
@@ -260,11 +269,14 @@ class TrainingRun:
         self.n_steps = self.saved["n_steps"] if self.saved else self.count_steps()
         repeat = command_of(vars(options), self.n_steps)
         print(f"{self.n_steps} steps, {self.n_steps / len(self.loaders[0]):.1f} epochs; the same run again: {repeat}")
-        self.config = dict(options=vars(options), n_steps=self.n_steps, n_images=self.train_loader.n_images,
-                           command=repeat)
+        data_dir = Path(options.data_dir).expanduser()  # so that it is found from another folder too
+        lasting = dict(vars(options), data_dir=str(data_dir.resolve()) if data_dir.exists() else options.data_dir)
+        self.config = dict(options=lasting, n_steps=self.n_steps, n_images=self.train_loader.n_images, command=repeat,
+                           n_processes=n_processes(), validation_files=fingerprint(self.val_loader))
         if self.first:
-            write_json(dict(self.config, model=self.name, model_config=vars(self.model.config),
-                            class_names=class_names), self.folder / CONFIG)
+            model_config = dict(vars(self.model.config), n_classes=len(class_names))
+            write_json(dict(self.config, model=self.name, model_config=model_config, class_names=class_names),
+                       self.folder / CONFIG)
 
     def pretrained_model(self):
         """The model to start from: a run that goes on has it in last.pt, wherever it came from."""
@@ -319,7 +331,7 @@ class TrainingRun:
             return (options.epochs or HEAD_EPOCHS) * len(self.loaders[0])
         if options.epochs or options.steps:
             return options.steps or options.epochs * len(self.loaders[0])
-        spent = time.perf_counter() - self.started if options.freeze_backbone else 0.0  # on the features
+        spent = of_first(time.perf_counter() - self.started) if options.freeze_backbone else 0.0  # on the features
         return steps_within(max(1.0, 60 * (options.minutes or 2) - spent), self.trained, *self.loaders,
                             **self.settings)
 
@@ -330,9 +342,7 @@ class TrainingRun:
         if self.first:
             facts = ("class_names", "mean", "std", "interpolation")
             self.saver = Saver(self.folder, self.model, {name: getattr(self.train_loader, name) for name in facts},
-                               self.config, options.freeze_backbone,
-                               "val_balanced_acc" if options.class_weights else "val_acc", 60 * options.save_minutes,
-                               resume and resume["best"], resume["step"] if resume else 0)
+                               self.config, options.freeze_backbone, self.criterion(), resume)
         if options.dry_run:
             loaders = loaders[0], list(itertools.islice(loaders[1], 2))
         rate = options.lr or (PRETRAINED_RATE if options.pretrained and not options.freeze_backbone else RATE)
@@ -343,15 +353,18 @@ class TrainingRun:
                 *loaders, n_steps=self.n_steps, learning_rate=rate, weight_decay=options.weight_decay,
                 warmup_epochs=options.warmup_epochs, seed=options.seed, ema_decay=options.model_ema, resume=resume,
                 rate_factors=layer_factors(self.trained, options.layer_decay) if options.layer_decay else None,
-                on_batch=self.between_batches, on_epoch=self.saver and self.saver.on_epoch,
+                on_batch=self.is_interrupted, on_epoch=self.saver and self.saver.on_epoch,
+                on_save=self.saver and self.saver.save, save_every=60 * options.save_minutes,
                 progress=sys.stderr.isatty())
         except Stopped as stop:
-            if self.saver and stop.state.is_sound():
+            kept = stop.state.is_sound() or stop.state.scaler.is_enabled()  # a scaler skips steps that are not
+            if self.saver and kept:
                 self.saver.save(stop.state)
             of_first(None)  # where one process ends the launcher ends the others: not before all is written
-            number = self.interrupts.caught or signal.SIGTERM
-            raise Interrupted(number, f"kept at step {stop.state.step} of {self.n_steps}; go on with: "
-                                      f"{go_on}") from None
+            text = f"kept at step {stop.state.step} of {self.n_steps}; go on with: {go_on}"
+            raise Interrupted(self.interrupts.caught or signal.SIGTERM,
+                              text if kept else "loss or gradient were no longer finite, so this state was not kept; "
+                                                f"go on from the one before with: {go_on}") from None
         except InputError as error:
             raise InputError(f"{error}. {self.what_is_kept(error, go_on)}") from error
         self.interrupts.held = False
@@ -360,28 +373,33 @@ class TrainingRun:
             raise Interrupted(self.interrupts.caught, self.interrupts.advice)
         of_first(None)  # the first process has written best.pt
 
-    def between_batches(self, state):
-        """Whether to stop; writes last.pt every few minutes."""
-        if self.saver:
-            self.saver.on_batch(state)
+    def is_interrupted(self, state):
         return self.interrupts.caught is not None
 
+    def criterion(self):
+        """The entry of the history by which the best epoch is chosen."""
+        return "val_balanced_acc" if self.options.class_weights else "val_acc"
+
     def what_is_kept(self, error, go_on):
-        if not (self.folder / LAST).is_file():
-            return f"Nothing was kept yet in {self.folder}"
-        kept = f"The last good checkpoint is {self.folder / LAST}"
-        if self.saver:
+        """In words, what the run has on the disk after an error, and how to go on."""
+        last = self.folder / LAST
+        kept = f"The last good checkpoint is {last}" if last.is_file() else f"Nothing was kept yet in {self.folder}"
+        if self.saver and last.is_file():
             kept += f", step {self.saver.saved_step} of {self.n_steps}"
-        return kept if isinstance(error, NotFinite) else f"{kept}; go on with: {go_on}"
+        if isinstance(error, NotFinite):
+            return kept
+        return f"{kept}; go on with: {go_on}" + (f" --accumulate {error.accumulate}" if isinstance(error, OutOfMemory)
+                                                  else "")
 
     def finish(self):
         """The test, the pictures and result.json."""
-        report_skipped(self.train_loader, self.val_loader)
         best = load_model(self.folder / BEST)
         speed = sum(s * r for s, r in zip(self.history["seconds"], self.history["images_per_second"], strict=True))
+        scores = self.history[self.criterion()]
+        seconds = self.saver.elapsed if self.first else 0.0
         result = dict(model=self.name, dataset=self.train_loader.dataset_name, seed=self.options.seed,
                       n_steps=self.n_steps, parameters=count_parameters(self.model),
-                      val_acc=max(self.history["val_acc"]), seconds=round(time.perf_counter() - self.started, 1),
+                      val_acc=self.history["val_acc"][scores.index(max(scores))], seconds=round(seconds, 1),
                       images_per_second=round(speed / sum(self.history["seconds"]), 1),
                       data_share=round(self.trainer.data_share, 4), device=str(self.device),
                       precision=str(self.trainer.dtype or torch.float32), torch=torch.__version__,
@@ -397,11 +415,14 @@ class TrainingRun:
         if self.options.dry_run:
             loader = list(itertools.islice(loader, 2))
         score = Trainer(best, **self.settings).evaluate(loader)
+        skipped = [getattr(each, "skipped", {}) for each in (self.train_loader, self.val_loader, loader)]
+        skipped = {file for part in of_all(skipped) for files in part for file in files}
         if not self.first:
             return
-        self.result = result | self.compare(score, split, loader)
-        write_json(self.result, self.folder / "result.json")
+        self.result = result | self.compare(score, split, loader) | dict(skipped=len(skipped))
+        report_skipped(sorted(skipped))
         self.draw(best)
+        write_json(self.result, self.folder / "result.json")  # last: with it the run is complete
         print(f"{result['seconds']:.0f} s, {result['images_per_second']:.0f} images/s, {self.trainer.data_share:.1%} "
               f"of the training time for fetching and augmenting; {self.folder}/")
 
@@ -411,6 +432,7 @@ class TrainingRun:
         for whole_loader in loaders:
             if hasattr(whole_loader, "set_share"):
                 whole_loader.set_share(0, 1)
+                whole_loader.set_epoch(0)  # wherever the training began or ended
         val_loader = list(itertools.islice(self.val_loader, 2)) if dry else self.val_loader
         linear = linear_classifier(self.train_loader, val_loader, loader if split == "test" else None,
                                    max_images=300 if dry else 20_000)
@@ -419,7 +441,6 @@ class TrainingRun:
         print(f"{split} accuracy {percent(score['correct'], score['n'])} of {score['n']:,} images, 95% Wilson interval"
               f"{balanced}; a linear classifier on the pixels: {linear[f'{split}_acc']:.1%}; guessing: "
               f"{1 / n_classes:.1%}")
-        report_skipped(loader)
         return {f"{split}_acc": score["acc"], f"{split}_correct": score["correct"], f"{split}_n": score["n"],
                 f"{split}_balanced_acc": score["balanced_acc"],
                 f"{split}_interval": wilson_interval(score["correct"], score["n"]),
@@ -466,13 +487,12 @@ def unevenness(class_names, class_counts):
         + (f" (the largest and smallest of {len(by_size)})" if len(by_size) > 10 else "")
 
 
-def report_skipped(*loaders):
+def report_skipped(files):
     """Prints which image files were left out, where there were some."""
-    skipped = {file: reason for loader in loaders for file, reason in getattr(loader, "skipped", {}).items()}
-    for file in list(skipped)[:5]:
+    for file in files[:5]:
         print(f"Left out, as it cannot be read: {file}")
-    if len(skipped) > 5:
-        print(f"... and {len(skipped) - 5} more, {len(skipped)} in all.")
+    if len(files) > 5:
+        print(f"... and {len(files) - 5} more, {len(files)} in all.")
 
 
 # ---- The commands -----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import copy
 import itertools
 import math
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -107,8 +107,9 @@ def update_average(average, model, step, decay):
 class CrossEntropy(nn.Module):
     """Cross-entropy of logits (B, C) and labels (B): the mean over the images, each weighted by its class.
 
-    class_weights: C numbers, or None for 1. torch's own divides by the sum of a batch's weights; this divides by the
-    number of images, so that parts of a batch add up to the whole.
+    class_weights: C numbers, or None for 1. torch's own divides by the sum of a batch's weights, and weighs what label
+    smoothing adds by all classes; this divides by the number of images, so that parts of a batch add up to the whole,
+    and weighs all of an image's loss by its own class.
     """
 
     def __init__(self, label_smoothing=0.0, class_weights=None):
@@ -117,9 +118,8 @@ class CrossEntropy(nn.Module):
         self.register_buffer("class_weights", None if class_weights is None else torch.as_tensor(class_weights).float())
 
     def forward(self, logits, labels):
-        losses = F.cross_entropy(logits, labels, self.class_weights, reduction="none",
-                                 label_smoothing=self.label_smoothing)  # (B)
-        return losses.mean()
+        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)  # (B)
+        return (losses if self.class_weights is None else losses * self.class_weights[labels]).mean()
 
 
 def balancing_weights(class_counts):
@@ -127,6 +127,32 @@ def balancing_weights(class_counts):
     images is 1 where every class has some."""
     total, n_classes = sum(class_counts), len(class_counts)
     return [total / (n_classes * n) if n else 0.0 for n in class_counts]
+
+
+class OutOfMemory(InputError):
+    """Memory does not suffice; `accumulate` is a number of parts that may be enough."""
+
+    def __init__(self, text, accumulate):
+        super().__init__(text)
+        self.accumulate = accumulate
+
+
+@contextmanager
+def memory_explained(device, batch_size, accumulate=1, training=False):
+    """Inside, an error of memory becomes an OutOfMemory that names the batch and what to do; others stay."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        kinds, words = (torch.OutOfMemoryError, MemoryError), str(error).lower()
+        if not isinstance(error, kinds) and "out of memory" not in words and "allocate memory" not in words:
+            raise
+        parts = f" in {accumulate} parts" if accumulate > 1 else ""
+        advice = "a smaller batch size takes less"
+        if training:
+            advice = (f"--accumulate {2 * accumulate} (in Python accumulate={2 * accumulate}) takes the same steps in "
+                      f"smaller parts, and {advice}")
+        raise OutOfMemory(f"{device} has not memory enough for a batch of {batch_size} images{parts}; {advice}",
+                          2 * accumulate) from error
 
 
 # ---- The Trainer ------------------------------------------------------------------------------------------
@@ -163,7 +189,7 @@ class Trainer:
 
     def train(self, train_loader, val_loader=None, n_epochs=10, learning_rate=1e-3, weight_decay=0.05,
               warmup_epochs=None, n_steps=None, *, seed=None, rate_factors=None, ema_decay=None, resume=None,
-              on_batch=None, on_epoch=None, progress=True):
+              on_batch=None, on_epoch=None, on_save=None, save_every=180.0, progress=True):
         """AdamW, the rate warmed up and then let down by a cosine, step by step.
 
         train_loader   gives (images, labels) batches, has len(); set_position(epoch, batch) or set_epoch(epoch),
@@ -180,6 +206,8 @@ class Trainer:
         on_batch       called as on_batch(state) between two batches, of evaluation too; if it returns True, Stopped
                        is raised, with a state that can be resumed
         on_epoch       called as on_epoch(state) after every epoch; state.history is the history so far
+        on_save        called as on_save(state) between two batches, every save_every seconds (of the first process's
+                       clock), with a state that can be resumed
         progress       a bar with loss, accuracy, images a second and the time left
 
         Returns the history, a list for each of HISTORY with an entry an epoch: losses, accuracies from 0 to 1 (the
@@ -202,7 +230,7 @@ class Trainer:
         if self.compile:
             forward = torch.compile(forward)
         self.give_share(train_loader)
-        run = Run(n_steps, warmup_steps, learning_rate, seed, forward, on_batch)
+        run = Run(n_steps, warmup_steps, learning_rate, seed, forward, on_batch, on_save, save_every)
         with (torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
               tqdm(total=n_steps, initial=state.step, unit="step", disable=not progress or self.rank > 0,
                    leave=False) as bar):
@@ -237,29 +265,48 @@ class Trainer:
         batches = batches_from(loader, len(state.history["lr"]), state.batch)
         batches = itertools.islice(batches, run.n_steps - state.step)
         while True:
-            wish = bool(run.on_batch and run.on_batch(state))
             started = time.perf_counter()
-            batch = next(batches, None)
+            with memory_explained(self.device, getattr(loader, "batch_size", "its")):
+                batch = next(batches, None)
             fetched = time.perf_counter()
             images, labels = self.share_of(batch, loader) if batch is not None else (None, ())
-            n_all, wishes = self.sums(len(labels), wish)
-            if wishes:
-                self.stop(state)
+            n_all = self.pause(state, run, len(labels))
             if batch is None:
                 break
+            resumed = time.perf_counter()
             state.rate = learning_rate_at(state.step, run.n_steps, run.warmup_steps, run.peak)
             if n_all:
                 torch.manual_seed(mix_seed(run.seed, state.step, self.rank))
-                try:
-                    self.step(images, labels, int(n_all), state, run)
-                except (RuntimeError, MemoryError) as error:
-                    self.explain(error, len(labels))
+                with memory_explained(self.device, len(labels), self.accumulate, training=True):
+                    self.step(images, labels, n_all, state, run)
             state.step, state.batch = state.step + 1, state.batch + 1
-            state.data_seconds += fetched - started
-            state.seconds += time.perf_counter() - started
             bar.update()
-            if state.step % 10 == 0:
-                bar.set_postfix(epoch=len(state.history["lr"]) + 1, refresh=False, **state.tally.summary(state.seconds))
+            if state.step % 10 == 0 and not bar.disable:
+                summary = state.tally.summary(state.seconds + time.perf_counter() - resumed)
+                bar.set_postfix(epoch=len(state.history["lr"]) + 1, refresh=False, **summary)
+            state.data_seconds += fetched - started
+            state.seconds += fetched - started + time.perf_counter() - resumed
+        started = time.perf_counter()
+        state.check(run.n_steps)  # which waits for a GPU to finish: that belongs to the training's time
+        state.seconds += time.perf_counter() - started
+
+    def pause(self, state, run, n_own=0):
+        """Between two batches: stops or saves where one process wishes it, all of them alike. Returns how many images
+        all processes have in their next batch, given this one's."""
+        stop = bool(run.on_batch and run.on_batch(state))
+        due = self.rank == 0 and run.on_save is not None and time.perf_counter() - run.saved_at >= run.save_every
+        n_all, stops, saves = self.sums(n_own, stop, due and state.is_sound())
+        if stops or saves:
+            tally = state.tally.of_all(self)
+        if stops:
+            state.tally = tally
+            raise Stopped(state)
+        if saves:
+            state.tally = tally if self.rank == 0 else Tally(self.device)
+            if run.on_save:
+                run.on_save(state)
+            run.saved_at = time.perf_counter()
+        return int(n_all)
 
     def step(self, images, labels, n_all, state, run):
         """One step of the optimiser on this process's share of a batch of n_all images.
@@ -270,6 +317,7 @@ class Trainer:
         n_own, total = len(labels), 0.0
         if n_own == 0:  # there is nothing to learn from, but the other processes wait for this one's gradients
             images, labels = images.new_zeros(1, *images.shape[1:]), labels.new_zeros(1)
+            self.model.eval()  # a made-up image leaves no trace in batch statistics
         size = math.ceil(len(labels) / self.accumulate)
         parts = list(zip(images.split(size), labels.split(size), strict=True))
         for i, part in enumerate(parts):
@@ -282,6 +330,8 @@ class Trainer:
             total += loss.detach() * share
             if n_own:  # the loss of a step that the scaler skips may be no number: it is left out of the sum
                 state.tally.add(loss.nan_to_num(0.0, 0.0, 0.0), logits, answers)
+        if n_own == 0:
+            set_train_mode(self.model)
         state.scaler.unscale_(state.optimizer)  # clip true gradients, not scaled ones
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         state.watch(norm.isfinite() & total.isfinite())
@@ -296,13 +346,12 @@ class Trainer:
 
     def end_epoch(self, val_loader, state, run):
         """Evaluates, and adds the epoch to the history."""
-        state.check(run.n_steps)
         tally = state.tally.of_all(self)
         if not tally.n:
             raise InputError("the training loader gave no images; expected at least one batch")
         val = dict(loss=math.nan, acc=math.nan, balanced_acc=math.nan)
         if val_loader is not None:
-            val = self.evaluate(val_loader, state.average, state, run.on_batch)
+            val = self.evaluate(val_loader, state.average, state, run)
             if not math.isfinite(val["loss"]):
                 raise NotFinite(f"the validation loss is {val['loss']} after step {state.step} of {run.n_steps}, "
                                 f"learning rate {state.rate:.3g}; try a lower learning rate or a longer warm-up")
@@ -313,11 +362,11 @@ class Trainer:
         state.batch, state.seconds, state.tally = 0, 0.0, Tally(self.device)
 
     @torch.no_grad()
-    def evaluate(self, loader, model=None, state=None, on_batch=None):
+    def evaluate(self, loader, model=None, state=None, run=None):
         """A loader's images in eval mode, each counted once: dict(loss, acc, balanced_acc, correct, n), accuracies
         from 0 to 1; the balanced one is the mean of those of the classes that have images.
 
-        model: another than the Trainer's own, on its device. state, on_batch: as in train().
+        model: another than the Trainer's own, on its device. state, run: of the training that this belongs to.
         """
         model = self.model if model is None else model
         self.give_share(loader)
@@ -328,14 +377,12 @@ class Trainer:
         with evaluating(model):
             for batch in loader:
                 images, labels = self.share_of(batch, loader)
-                if on_batch and self.sums(bool(on_batch(state)))[0]:
-                    self.stop(state)
+                if run is not None:
+                    self.pause(state, run)
                 if len(labels):
-                    try:
+                    with memory_explained(self.device, len(labels)):
                         logits, labels = self.logits_of((images, labels), model)
                         tally.add(self.loss_fn(logits, labels), logits, labels)
-                    except (RuntimeError, MemoryError) as error:
-                        self.explain(error, len(labels), "a smaller batch size takes less")
         tally = tally.of_all(self)
         if not tally.n:
             raise InputError("the loader gave no images to evaluate; expected at least one batch")
@@ -351,18 +398,6 @@ class Trainer:
             raise InputError(f"label {int(labels.max())} has no place among the model's {logits.shape[1]} classes; "
                              f"build the model with n_classes={int(labels.max()) + 1} or more")
         return logits.float(), labels
-
-    def explain(self, error, n, advice=None):
-        """Raises InputError in the place of an error of memory, and the error itself where it is another."""
-        words = str(error).lower()
-        kinds = (torch.OutOfMemoryError, MemoryError)
-        if not isinstance(error, kinds) and "out of memory" not in words and "allocate memory" not in words:
-            raise error
-        more = 2 * self.accumulate
-        advice = advice or (f"--accumulate {more} (in Python accumulate={more}) takes the same steps in smaller parts, "
-                            f"and a smaller batch size takes less")
-        raise InputError(f"{self.device} has not memory enough for a batch of {n} images in {self.accumulate} "
-                         f"part{'s' if self.accumulate > 1 else ''}; {advice}") from error
 
     def differences(self):
         """In words, where this training differs from one process with whole batches; "" where it does not."""
@@ -397,13 +432,8 @@ class Trainer:
             return batch
         return tuple(tensor[self.rank::self.n_ranks] for tensor in batch)
 
-    def stop(self, state):
-        """Raises Stopped. What all processes have counted is then in the state of each; the first alone loads it."""
-        state.tally = state.tally.of_all(self)
-        raise Stopped(state)
-
     def sums(self, *numbers):
-        """Each number summed over the processes."""
+        """Each number summed over the processes, whose group needs gloo beside nccl: "cpu:gloo,cuda:nccl"."""
         if self.n_ranks == 1:
             return numbers
         numbers = torch.tensor(numbers, dtype=torch.float64)
@@ -414,9 +444,9 @@ class Trainer:
 class Run:
     """What a call of Trainer.train() keeps from its arguments."""
 
-    def __init__(self, n_steps, warmup_steps, peak, seed, forward, on_batch):
-        self.n_steps, self.warmup_steps, self.peak, self.seed = n_steps, warmup_steps, peak, seed
-        self.forward, self.on_batch = forward, on_batch
+    def __init__(self, n_steps, warmup_steps, peak, seed, forward, on_batch, on_save, save_every):
+        self.n_steps, self.warmup_steps, self.peak, self.seed, self.forward = n_steps, warmup_steps, peak, seed, forward
+        self.on_batch, self.on_save, self.save_every, self.saved_at = on_batch, on_save, save_every, time.perf_counter()
 
 
 class TrainState:
@@ -565,7 +595,8 @@ def batches_from(loader, epoch, batch):
 def steps_within(seconds, model, train_loader, val_loader, **settings):
     """How many steps, with an evaluation after every epoch, fill so many seconds: measured on a copy of the model.
 
-    settings go to the Trainer. The measurement itself takes about 3% of the time and is counted in.
+    settings go to the Trainer. The measurement itself takes about 3% of the time and is counted in. Of several
+    processes each must give the same `seconds`.
     """
     started = time.perf_counter()
     trial = Trainer(copy.deepcopy(model), **settings)
@@ -575,7 +606,7 @@ def steps_within(seconds, model, train_loader, val_loader, **settings):
     while trial_seconds < max(1.0, 0.02 * seconds):
         history = trial.train(train_loader, n_steps=max(4, n_trial), **run)
         n_trial += max(4, n_trial)
-        trial_seconds += trial.sums(sum(history["seconds"]))[0] / trial.n_ranks  # all processes decide alike
+        trial_seconds += trial.sums(sum(history["seconds"]))[0] / trial.n_ranks  # so all processes decide alike
     step_seconds = trial_seconds / n_trial
     eval_started = time.perf_counter()
     batches = list(itertools.islice(val_loader, 4))

@@ -11,6 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from measurements import evaluating
+from trainer import memory_explained
 from vit_data import Loader
 from vit_model import InputError
 
@@ -77,7 +78,8 @@ def head_inputs(model, loader, device):
     try:
         with evaluating(model):
             for images, answers in tqdm(loader.to(device), desc="features", unit="batch", leave=False, disable=None):
-                features.append(model(images).cpu())  # (B, D)
+                with memory_explained(device, len(images)):
+                    features.append(model(images).cpu())  # (B, D)
                 labels.append(answers.cpu())
     finally:
         model.head = head

@@ -36,11 +36,13 @@ METHODS = {  # words of the command, and the learning rates to choose from
 
 def draw_images(source, folder, seed):
     """100 images of each new class, as drawn by the seed."""
+    part = folder.with_name(f"{folder.name}.part")
     for class_name in NEW:
-        (folder / class_name).mkdir(parents=True, exist_ok=True)
+        (part / class_name).mkdir(parents=True, exist_ok=True)
         files = sorted((source / "train" / class_name).iterdir())
         for file in random.Random(seed).sample(files, 100):
-            shutil.copy(file, folder / class_name)
+            shutil.copy(file, part / class_name)
+    part.rename(folder)
 
 
 def link(source, folder, parts, classes):

@@ -18,6 +18,7 @@ from cnn_model import ConvNet, HybridCNNViT
 from command_line import script
 from inference import export_onnx, predict, score
 from measurements import wilson_interval
+from vit_data import get_evaluation_loader
 from vit_model import InputError, VisionTransformer
 
 COLOURS = ["red", "green", "blue"]
@@ -379,6 +380,25 @@ def test_evaluate_without_mistakes_has_no_picture_of_them(tmp_path, checkpoint, 
     assert list(json.loads((out / "result.json").read_text())["skipped"]) == [str(data / "test" / "red" / "broken.png")]
 
 
+def test_a_folder_that_changed_since_the_training_has_nothing_held_out(tmp_path, capsys):
+    data, path = tmp_path / "data", tmp_path / "best.pt"
+    for name in COLOURS:
+        for k in range(4):
+            save(data / name / f"{k}.png", 10 * k, 0, 0)
+    val_loader = get_evaluation_loader(data, colour_model().class_names, img_size=8, held_out=True, val_fraction=0.5,
+                                       seed=3)
+    options = dict(data_dir=str(data), val_fraction=0.5, seed=3)
+    save_model(colour_model(), path, options=options, validation_files=inference.fingerprint(val_loader))
+    words = ("--checkpoint", path, "--data-dir", data, "--device", "cpu", "--output-dir")
+    assert run(inference.evaluate_command, *words, tmp_path / "a") == 0
+    assert "6 validation images, held out" in capsys.readouterr().out
+    save(data / next(iter(COLOURS)) / "0 new.png", 5, 0, 0)
+    assert run(inference.evaluate_command, *words, tmp_path / "b") == 0
+    printed = capsys.readouterr().out
+    assert "have changed since the training" in printed
+    assert "13 images, all of the folder" in printed
+
+
 def test_evaluate_takes_the_images_held_out_of_the_training(tmp_path, monkeypatch, capsys):
     data = tmp_path / "data"
     for name in COLOURS:
@@ -393,7 +413,8 @@ def test_evaluate_takes_the_images_held_out_of_the_training(tmp_path, monkeypatc
     data.rename(tmp_path / "other")
     assert run(inference.evaluate_command, "--checkpoint", path, "--data-dir", "other", "--device", "cpu") == 0
     assert "folder: 12 images, all of the folder: a test only if" in capsys.readouterr().out
-    assert inference.training_cut(path, tmp_path / "x" / ".." / "data") == dict(held_out=True, val_fraction=0.5, seed=3)
+    cut = dict(held_out=True, val_fraction=0.5, seed=3)
+    assert inference.training_cut(path, tmp_path / "x" / ".." / "data") == (cut, None)
 
 
 def test_describe_names_the_classes_with_the_lowest_recall():

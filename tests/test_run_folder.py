@@ -1,5 +1,6 @@
 """A run's folder: files that are whole or not there, one run at a time, and what may change when it goes on."""
 
+import argparse
 import builtins
 import copy
 import csv
@@ -21,7 +22,8 @@ from model_zoo import load_model
 from run_folder import (
     CHANGEABLE,
     Saver,
-    check_same_data,
+    changes_since,
+    device_to_resume,
     folder_to_resume,
     lock_folder,
     options_to_resume,
@@ -279,18 +281,29 @@ def test_what_may_change_takes_the_value_given_and_else_the_runs():
     for name in CHANGEABLE:
         assert options_to_resume({name: "new"}, saved) == {**saved, name: "new"}
     assert set(CHANGEABLE) == {"resume", "output_dir", "data_dir", "device", "workers", "skip_corrupt", "save_minutes",
-                               "compile", "dry_run"}
+                               "compile", "accumulate"}
 
 
-def test_other_classes_are_refused_and_another_number_of_images_is_a_warning():
-    saved = dict(class_names=NAMES, n_images=1200)
-    assert check_same_data(saved, list(NAMES), 1200) == ""
-    warning = check_same_data(saved, list(NAMES), 1100)
-    assert "1,100" in warning
-    assert "1,200" in warning
+def test_other_classes_are_refused_and_other_numbers_are_warnings():
+    saved = dict(class_names=NAMES, n_images=1200, n_processes=1)
+    assert changes_since(saved, list(NAMES), 1200, 1) == []
+    images, processes = changes_since(saved, list(NAMES), 1100, 2)
+    assert "1,100 training images, and the run had 1,200" in images
+    assert "2 processes, and the run had 1" in processes
     for other in (["cat", "dog"], ["dog", "cat", "eel"]):
         with pytest.raises(InputError, match=rf"{', '.join(other)}, are not those of the run, cat, dog, eel"):
-            check_same_data(saved, other, 1200)
+            changes_since(saved, other, 1200, 1)
+
+
+def test_a_run_goes_on_where_it_computed_unless_told_otherwise(tmp_path):
+    config = dict(options=dict(device="cuda:1"), n_steps=3, n_images=5, class_names=NAMES)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    asked = dict(resume=str(tmp_path), output_dir=None, device="auto")
+    assert device_to_resume(argparse.Namespace(**asked, given={})) == "cuda:1"
+    assert device_to_resume(argparse.Namespace(**asked | dict(device="cpu"), given=dict(device="cpu"))) == "cpu"
+    assert device_to_resume(argparse.Namespace(**asked | dict(resume=None), given={})) == "auto"
+    new = dict(resume=True, output_dir=str(tmp_path / "new"), device="auto")
+    assert device_to_resume(argparse.Namespace(**new, given={})) == "auto"
 
 
 # ---- Writing
@@ -351,7 +364,8 @@ def clock(monkeypatch):
 
 
 def saver_of(folder, model, n_steps=100, **more):
-    return Saver(folder, model, LABELS, dict(options=dict(seed=3, data_dir="photos"), n_steps=n_steps), **more)
+    config = dict(options=dict(seed=3, data_dir="photos"), n_steps=n_steps, validation_files="a1b2")
+    return Saver(folder, model, LABELS, config, **more)
 
 
 @pytest.mark.parametrize(("criterion", "best"), [("val_acc", 2), ("val_balanced_acc", 3)])
@@ -363,7 +377,8 @@ def test_the_best_epoch_is_the_first_of_the_largest_criterion(criterion, best, t
     entries = read_checkpoint(tmp_path / "best.pt")
     assert (entries["epoch"], value_in(tmp_path / "best.pt")) == (best, best)
     assert entries["val_acc"] == (0.9 if criterion == "val_acc" else 0.7)
-    assert entries["options"] == dict(seed=3, data_dir=os.path.abspath("photos"))  # for an evaluation from elsewhere
+    assert entries["options"] == dict(seed=3, data_dir="photos")
+    assert entries["validation_files"] == "a1b2"
     assert value_in(tmp_path / "last.pt") == 4
     assert read_checkpoint(tmp_path / "last.pt")["training"]["best"] == saver.best
     assert saver.best["epoch"] == best
@@ -399,23 +414,6 @@ def test_short_epochs_are_written_together_and_the_last_always(tmp_path, clock):
     assert saver.saved_step == 20
 
 
-def test_inside_an_epoch_the_clock_decides_and_only_what_is_sound_is_kept(tmp_path, clock):
-    state = State(small_model())
-    saver = saver_of(tmp_path, state.model, every=60.0)
-    fill(state.model, 7)
-    clock[0] += 59
-    saver.on_batch(state)
-    assert names_in(tmp_path) == []
-    clock[0] += 1
-    state.sound = False
-    saver.on_batch(state)
-    assert names_in(tmp_path) == []
-    state.sound = True
-    saver.on_batch(state)
-    assert value_in(tmp_path / "last.pt") == 7
-    assert names_in(tmp_path) == ["history.csv", "last.pt"]
-
-
 def test_the_average_of_the_weights_is_what_both_files_hold(tmp_path, clock):
     state = State(small_model(), average=True)
     saver_of(tmp_path, state.model).on_epoch(state.epoch(0.5))
@@ -449,7 +447,8 @@ def test_best_weights_that_wait_to_be_written_are_a_copy(tmp_path, clock):
 
 def test_a_run_that_goes_on_knows_its_best_epoch(tmp_path, clock):
     state = State(small_model())
-    saver = saver_of(tmp_path, state.model, best=dict(epoch=1, value=0.8))
+    saver = saver_of(tmp_path, state.model, resumed=dict(best=dict(epoch=1, value=0.8), step=4, elapsed=60.0))
+    assert (saver.saved_step, saver.elapsed) == (4, 60.0)
     saver.on_epoch(state.epoch(0.7))
     assert names_in(tmp_path) == ["history.csv", "last.pt"]
     saver.on_epoch(state.epoch(0.85))

@@ -220,6 +220,18 @@ def test_steps_within_fills_the_time_and_leaves_the_model_as_it_is(monkeypatch):
     assert steps_within(3.0, trainer.model, train_loader, val_loader, device="cpu") == 1
 
 
+def test_on_save_is_called_by_the_clock_with_a_state_that_can_be_resumed(monkeypatch):
+    clock, states = Clock(), []
+    monkeypatch.setattr("trainer.time", clock)
+    loader = Slow(clock, toy_batches(5), 1.0)
+    whole, cut = toy_trainer(), toy_trainer(1)
+    train_quietly(whole, loader, n_epochs=2, seed=0, save_every=2.5, on_save=lambda state: states.append(
+        state.state_dict()))
+    assert [state["step"] for state in states] == [2, 5, 8]  # after 3, 6 and 9 batches were fetched
+    train_quietly(cut, loader, n_epochs=2, seed=0, resume=states[1])
+    assert same(copy_of(cut.model), copy_of(whole.model))
+
+
 @pytest.mark.parametrize(("numbers", "value"), [
     (dict(n_epochs=0), "n_epochs 0"), (dict(n_steps=0), "n_steps 0"), (dict(n_epochs=1.5), "n_epochs 1.5"),
     (dict(learning_rate=math.nan), "learning_rate nan"), (dict(learning_rate=0), "learning_rate 0"),
@@ -314,9 +326,14 @@ def test_without_class_weights_and_with_label_smoothing_it_is_that_of_torch():
     logits, labels = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 2, 0, 1, 1])
     torch.testing.assert_close(CrossEntropy(0.1)(logits, labels),
                                F.cross_entropy(logits, labels, label_smoothing=0.1))
-    weights = torch.tensor([5, 0.5, 2])
-    one_by_one = F.cross_entropy(logits, labels, weights, reduction="none", label_smoothing=0.1)
-    torch.testing.assert_close(CrossEntropy(0.1, weights)(logits, labels), one_by_one.mean())
+
+
+def test_smoothing_is_weighted_by_the_class_of_the_image_alone():
+    """Else the best answer for an image of a common class would be the rarest one."""
+    logits, weights = torch.tensor([[3.0, 0.0, 1.0]]), [0.37, 3.7, 25.0]
+    for label in range(3):
+        alone = F.cross_entropy(logits, torch.tensor([label]), label_smoothing=0.1)
+        torch.testing.assert_close(CrossEntropy(0.1, weights)(logits, torch.tensor([label])), weights[label] * alone)
 
 
 def test_balancing_weights_let_all_classes_count_alike():
