@@ -30,7 +30,10 @@ from vit_model import InputError
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line, without the usage text, and exit code 2."""
+    """An argparse parser whose errors are one line, without the usage text, and exit code 2; no abbreviations."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")

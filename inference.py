@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib import font_manager
 from torch import nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
@@ -373,7 +374,8 @@ def evaluate(options):
     found = score(model, loader, device, options.amp)
     print(describe(found, loader))
     heading = f"accuracy {percent(found.correct, found.n)}\n{found.n:,} images"
-    save_figure(plot_confusion(found.confusion, found.class_names, title=heading), folder / "confusion.png")
+    names = list(map(drawable, found.class_names))
+    save_figure(plot_confusion(found.confusion, names, title=heading), folder / "confusion.png")
     write_rows(folder / "confusion.csv", ["true \\ predicted", *found.class_names],
                ([name, *counts] for name, counts in zip(found.class_names, found.confusion.tolist(), strict=True)))
     write_mistakes(found, loader, folder)
@@ -479,8 +481,14 @@ def write_mistakes(found, loader, folder):
 
 def mistake_title(true, predicted, probability):
     """'true: predicted 98%' in lines that fit above a small picture."""
-    true, predicted = (textwrap.fill(name, 14, max_lines=2, placeholder="…") for name in (true, predicted))
+    true, predicted = (textwrap.fill(drawable(name), 14, max_lines=2, placeholder="…") for name in (true, predicted))
     return f"{true}:\n{predicted}\n{probability:.0%}"
+
+
+def drawable(name):
+    """A name with what the font of the figures has no sign for written as U+9CE5, say."""
+    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    return "".join(sign if font.get_char_index(ord(sign)) else f"U+{ord(sign):04X}" for sign in name)
 
 
 # ---- python train_vit.py predict --------------------------------------------------------------------------

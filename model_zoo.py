@@ -189,6 +189,9 @@ def create_pretrained(name, n_classes=None, **overrides):
     """
     if name not in PRETRAINED and Path(name).is_file():
         return model_of_file(name, n_classes, overrides)
+    if name not in PRETRAINED and Path(name).is_dir():
+        raise InputError(f"{name} is a folder; expected the path of a checkpoint in it, such as "
+                         f"{Path(name) / 'best.pt'}, or one of {', '.join(PRETRAINED)}")
     if Path(name).suffix:
         raise InputError(f"there is no file {name}; expected the path of a checkpoint, or one of "
                          f"{', '.join(PRETRAINED)}")

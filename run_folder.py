@@ -124,7 +124,8 @@ def options_to_resume(given, saved):
     for name, value in given.items():
         if name not in CHANGEABLE and value != saved.get(name):
             flag = f"--{name.replace('_', '-')}"
-            raise InputError(f"{flag} {value} is not that of the run, {saved.get(name)}; leave {flag} out to go on "
+            own = "which had none" if saved.get(name) is None else f"{saved[name]}"
+            raise InputError(f"{flag} {value} is not that of the run, {own}; leave {flag} out to go on "
                              f"with it, or start a new run, from its weights with --pretrained")
     return {**saved, **{name: value for name, value in given.items() if name in CHANGEABLE}}
 
@@ -181,8 +182,10 @@ class Saver:
         if is_last or now - self.printed_at >= 1:
             self.printed_at = now
             line = {name: values[-1] for name, values in state.history.items()}
+            balanced = f" balanced {value:.1%}" if self.criterion == "val_balanced_acc" else ""
             tqdm.write("epoch {epoch:>3}  train loss {train_loss:.3f} acc {train_acc:.1%}   val loss {val_loss:.3f} "
-                       "acc {val_acc:.1%}   {images_per_second:.0f} images/s".format(epoch=epoch, **line))
+                       "acc {val_acc:.1%}{balanced}   {images_per_second:.0f} images/s".format(
+                           epoch=epoch, balanced=balanced, **line))
 
     def save(self, state):
         """best.pt where there is a better one, last.pt and history.csv."""

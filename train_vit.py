@@ -63,6 +63,7 @@ from run_folder import (
     changes_since,
     device_to_resume,
     folder_to_resume,
+    holds_run,
     lock_folder,
     options_to_resume,
     read_run,
@@ -238,6 +239,9 @@ class TrainingRun:
     def prepare(self):
         """Images, model and Trainer, the folder, and the number of steps."""
         options = self.options
+        if options.output_dir and not self.folder and holds_run(Path(options.output_dir)):
+            raise InputError(f"--output-dir {options.output_dir} already holds files of a run; go on with that by "
+                             f"--resume {options.output_dir}, or choose a new folder")
         torch.manual_seed(options.seed)
         start = self.pretrained_model() if options.pretrained else None
         self.train_loader, self.val_loader = self.load_data(start)
@@ -332,8 +336,13 @@ class TrainingRun:
         if options.epochs or options.steps:
             return options.steps or options.epochs * len(self.loaders[0])
         spent = of_first(time.perf_counter() - self.started) if options.freeze_backbone else 0.0  # on the features
-        return steps_within(max(1.0, 60 * (options.minutes or 2) - spent), self.trained, *self.loaders,
-                            **self.settings)
+        minutes = options.minutes or 2
+        print(f"Measuring the speed, for the number of steps in {minutes:g} minutes ...", flush=True)
+        n_steps = steps_within(max(1.0, 60 * minutes - spent), self.trained, *self.loaders, **self.settings)
+        if n_steps < len(self.loaders[0]):
+            print(f"Warning: {minutes:g} minutes are too few to see each image once ({n_steps} of "
+                  f"{len(self.loaders[0])} steps); a smaller --img-size or model, or more minutes, would help.")
+        return n_steps
 
     def fit(self):
         """The training. Raises Interrupted, with the command to go on, where a signal stopped it."""
@@ -436,15 +445,20 @@ class TrainingRun:
         val_loader = list(itertools.islice(self.val_loader, 2)) if dry else self.val_loader
         linear = linear_classifier(self.train_loader, val_loader, loader if split == "test" else None,
                                    max_images=300 if dry else 20_000)
-        n_classes, counts = len(self.train_loader.class_names), self.train_loader.class_counts
-        balanced = f", balanced {score['balanced_acc']:.1%}" if unevenness(range(n_classes), counts) else ""
+        names, counts = self.train_loader.class_names, self.train_loader.class_counts
+        chance, largest = f"guessing: {1 / len(names):.1%}", None
+        balanced = ""
+        if unevenness(names, counts) and hasattr(loader, "class_counts"):
+            place = counts.index(max(counts))
+            largest = loader.class_counts[place] / sum(loader.class_counts)
+            balanced = f", balanced {score['balanced_acc']:.1%}"
+            chance = f"always {names[place]}: {largest:.1%}, balanced {1 / len(names):.1%}"
         print(f"{split} accuracy {percent(score['correct'], score['n'])} of {score['n']:,} images, 95% Wilson interval"
-              f"{balanced}; a linear classifier on the pixels: {linear[f'{split}_acc']:.1%}; guessing: "
-              f"{1 / n_classes:.1%}")
+              f"{balanced}; a linear classifier on the pixels: {linear[f'{split}_acc']:.1%}; {chance}")
         return {f"{split}_acc": score["acc"], f"{split}_correct": score["correct"], f"{split}_n": score["n"],
                 f"{split}_balanced_acc": score["balanced_acc"],
                 f"{split}_interval": wilson_interval(score["correct"], score["n"]),
-                f"linear_{split}_acc": linear[f"{split}_acc"]}
+                f"linear_{split}_acc": linear[f"{split}_acc"], f"largest_class_{split}_acc": largest}
 
     def draw(self, model):
         """curves.png, and attention.png where the model has attention."""
@@ -503,6 +517,8 @@ def main(argv=None):
     if argv and argv[0] in COMMANDS:
         COMMANDS[argv[0]](argv[1:])
         return
+    if argv and argv[0][:1] != "-":
+        raise InputError(f"command {argv[0]!r} is unknown; expected {', '.join(COMMANDS)}, or options of a training")
     options = parse(argv)
     if options.dry_run and options.output_dir is None:
         with tempfile.TemporaryDirectory() as folder:

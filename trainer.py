@@ -595,21 +595,22 @@ def batches_from(loader, epoch, batch):
 def steps_within(seconds, model, train_loader, val_loader, **settings):
     """How many steps, with an evaluation after every epoch, fill so many seconds: measured on a copy of the model.
 
-    settings go to the Trainer. The measurement itself takes about 3% of the time and is counted in. Of several
-    processes each must give the same `seconds`.
+    settings go to the Trainer. The measurement itself is counted in: about 3% of the time, or two steps and
+    an evaluation's batch where those take longer. Of several processes each must give the same `seconds`.
     """
     started = time.perf_counter()
     trial = Trainer(copy.deepcopy(model), **settings)
     run = dict(learning_rate=1e-6, progress=False)
-    trial.train(train_loader, n_steps=2, **run)  # the first steps are slower: memory, kernels, workers
+    trial.train(train_loader, n_steps=1, **run)  # the first step is slower: memory, kernels, workers
     n_trial, trial_seconds = 0, 0.0
     while trial_seconds < max(1.0, 0.02 * seconds):
-        history = trial.train(train_loader, n_steps=max(4, n_trial), **run)
-        n_trial += max(4, n_trial)
+        history = trial.train(train_loader, n_steps=max(1, n_trial), **run)
+        n_trial += max(1, n_trial)
         trial_seconds += trial.sums(sum(history["seconds"]))[0] / trial.n_ranks  # so all processes decide alike
     step_seconds = trial_seconds / n_trial
+    trial.give_share(val_loader)
     eval_started = time.perf_counter()
-    batches = list(itertools.islice(val_loader, 4))
+    batches = list(itertools.islice(val_loader, 4 if step_seconds < 0.01 * seconds else 1))
     trial.evaluate(batches)
     epoch_seconds = (time.perf_counter() - eval_started) * len(val_loader) / len(batches)
     left = max(0.0, seconds - (time.perf_counter() - started))

@@ -415,7 +415,7 @@ def epochs_of(history):
 def label_epochs(panels):
     """Whole epochs along x, and y from zero."""
     for axes in panels:
-        axes.set_xlabel("epoch")
+        axes.set(xlabel="epoch", xlim=None if len(axes.lines[0].get_xdata()) > 1 else (0.5, 1.5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)

@@ -378,8 +378,7 @@ def collate_photos(samples, img_size):
 
 
 def leave_signals_to_main(worker):
-    """For a worker process, which a Ctrl-C in a terminal reaches too, and a SIGTERM that ends a job with all that it
-    started: the main process still needs it for its step. It ends with the main process, whose end it notices."""
+    """For a worker process: the main one, whose end it notices, still needs it for its step after a Ctrl-C."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -411,9 +410,10 @@ def open_image(path):
     try:
         with Image.open(path) as image:
             return to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise InputError(f"there is no image file {str(path)!r}: give the path of one") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UnreadableImage(str(path), reason) from None
+        raise UnreadableImage(str(path), " ".join(str(error).split()) or type(error).__name__) from None
 
 
 def open_or_skip(path, skip_corrupt, skipped):

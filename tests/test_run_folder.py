@@ -267,7 +267,7 @@ def test_an_option_that_makes_another_run_is_named_with_both_values():
     saved = dict(lr=1e-3, seed=0, label_smoothing=0.1, minutes=2.0, epochs=None, class_weights=False, data_dir="x")
     for given, words in ((dict(lr=2e-3), "--lr 0.002 is not that of the run, 0.001"),
                          (dict(label_smoothing=0.0), "--label-smoothing 0.0 is not that of the run, 0.1"),
-                         (dict(epochs=3), "--epochs 3 is not that of the run, None"),
+                         (dict(epochs=3), "--epochs 3 is not that of the run, which had none"),
                          (dict(class_weights=True), "--class-weights True is not that of the run, False")):
         with pytest.raises(InputError) as error:
             options_to_resume(given, saved)

@@ -359,9 +359,9 @@ def test_what_a_run_may_not_go_on_with(photos, uncut, tmp_path, capsys, monkeypa
     others = make_folder(tmp_path / "others", 24, classes=("red", "pink"))
     for words, expected in (
             (["--resume", folder, "--batch-size", 4], "--batch-size 4 is not that of the run, 8"),
-            (["--resume", folder, "--epochs", 2], "--epochs 2 is not that of the run, None"),
+            (["--resume", folder, "--epochs", 2], "--epochs 2 is not that of the run, which had none"),
             (["--resume", folder, "--model-ema"], "--model-ema 0.999 is not that of the run, 0.9"),
-            (["--resume", folder, "--lr", "2e-3"], "--lr 0.002 is not that of the run, None"),
+            (["--resume", folder, "--lr", "2e-3"], "--lr 0.002 is not that of the run, which had none"),
             (["--resume", folder, "--data-dir", others], "are not those of the run, blue, red"),
             (["--resume", folder / "best.pt"], "--pretrained"),
             (["--resume", photos], "there is no run"),

@@ -206,17 +206,17 @@ class Slow:
 
 
 def test_steps_within_fills_the_time_and_leaves_the_model_as_it_is(monkeypatch):
-    """Measuring takes 2 + 4 steps and an evaluation, 7 seconds. Of the other 33 an epoch takes 5 + 1: there are 5 of
-    them, then 2 steps and an evaluation."""
+    """Measuring takes 1 + 1 steps and a batch of the evaluation, 2.5 seconds. Of the other 40.5 an epoch takes 5 + 1:
+    there are 6 of them, then 3 steps and an evaluation."""
     clock, trainer = Clock(), toy_trainer()
     monkeypatch.setattr("trainer.time", clock)
     train_loader, val_loader = Slow(clock, toy_batches(5), 1.0), Slow(clock, toy_batches(2), 0.5)
     before = copy_of(trainer.model)
-    assert steps_within(40.0, trainer.model, train_loader, val_loader, device="cpu") == 5 * 5 + 2
+    assert steps_within(43.0, trainer.model, train_loader, val_loader, device="cpu") == 6 * 5 + 3
     assert same(copy_of(trainer.model), before)
-    assert clock.now == 7
-    train_quietly(trainer, train_loader, val_loader, n_steps=5 * 5 + 2)
-    assert clock.now == 40
+    assert clock.now == 2.5
+    train_quietly(trainer, train_loader, val_loader, n_steps=6 * 5 + 3)
+    assert clock.now == 42.5
     assert steps_within(3.0, trainer.model, train_loader, val_loader, device="cpu") == 1
 
 
