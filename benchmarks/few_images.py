@@ -89,7 +89,8 @@ def main():
                           folder / "test")
             if options.keep:
                 run, test = (json.loads((path / "result.json").read_text()) for path in (folder, folder / "test"))
-                write_cell("few-images", f"{method.replace(' ', '-').replace(',', '')}-{seed}", seed, run["command"],
+                command = f"python benchmarks/few_images.py --data-dir CIFAR --keep (in it: {run['command']})"
+                write_cell("few-images", f"{method.replace(' ', '-').replace(',', '')}-{seed}", seed, command,
                            dict(method=method, rates=chosen, rate=best, device=run["device"], run=run, test=test))
 
 

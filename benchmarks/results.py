@@ -253,17 +253,17 @@ def few_image_lines(cells):
     by_method = defaultdict(list)
     for cell in sorted(cells, key=lambda cell: cell["seed"]):
         by_method[cell["result"]["method"]].append(cell)
-    lines = ["| method | learning rate | test accuracy of each seed, 95% interval | mean | standard deviation | linear "
-             "classifier on pixels, validation | seconds |", "|---|---:|---|---:|---:|---:|---:|"]
+    lines = ["| method | learning rate | test accuracy of each seed, 95% interval | mean | standard deviation | "
+             "validation accuracy of each rate |", "|---|---:|---|---:|---:|---|"]
     for method, of_method in by_method.items():
-        tests, runs = ([cell["result"][part] for cell in of_method] for part in ("test", "run"))
+        tests = [cell["result"]["test"] for cell in of_method]
         accuracies = [test["accuracy"] for test in tests]
         each = ", ".join(f"{test['accuracy']:.1%} ({100 * test['interval'][0]:.1f} to {100 * test['interval'][1]:.1f})"
                          for test in tests)
         spread = f"{100 * stdev(accuracies):.1f} points" if len(accuracies) > 1 else ""
+        rates = ", ".join(f"{float(rate):g}: {share:.1%}" for rate, share in of_method[0]["result"]["rates"].items())
         lines.append(f"| {method} | {of_method[0]['result']['rate']:g} | {each} | {mean(accuracies):.1%} | {spread} | "
-                     f"{mean(run['linear_val_acc'] for run in runs):.1%} | "
-                     f"{mean(run['seconds'] for run in runs):.0f} |")
+                     f"{rates} |")
     return [*lines, ""]
 
 

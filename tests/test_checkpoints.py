@@ -3,7 +3,6 @@ import errno
 import os
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -594,13 +593,13 @@ def test_an_unwritable_target_is_refused_and_leaves_nothing(target, tmp_path):
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["file", "folder"]
 
 
-def save_half(entries, path):
-    Path(path).write_bytes(b"half")
+def save_half(entries, file):
+    file.write(b"half")
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def save_half_as_torch_does(entries, path):
-    Path(path).write_bytes(b"half")
+def save_half_as_torch_does(entries, file):
+    file.write(b"half")
     raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed\nframe #0: somewhere")
 
 
