@@ -18,9 +18,11 @@ images of the loaders do not depend on `seed`: they are the same in every run.
 
 import os
 import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import parent_process
 from pathlib import Path
 
 import numpy as np
@@ -86,11 +88,9 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
 
     data_dir      the folder of the data. A folder of images holds train/<class>/*.jpg, with val/ (or valid/,
                   validation/) and test/ beside train/ where there are such; or simply <class>/*.jpg.
-    batch_size    images in a batch. A last training batch of a single image is left out (BatchNorm cannot train on one
-                  image); every other batch is kept.
+    batch_size    images in a batch. A last training batch of one image, too few for BatchNorm, is left out.
     img_size      side S in pixels, or None for the set's own: 32 for CIFAR and shapes, 28 for the MNIST kinds; for a
-                  folder the largest side among up to 64 of its images if that is 64 or less, rounded up to a multiple
-                  of 4, else 224.
+                  folder the largest side among up to 64 images if that is 64 or less, rounded up to 4 n, else 224.
     dataset       "auto" takes what lies in data_dir: a set in torchvision's layout, else class folders; where data_dir
                   is the default and does not exist, shapes, and says so. Or another name in DATASETS.
     val_fraction  the share of each class cut from the training images for validation, if there is no val/.
@@ -100,12 +100,10 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
     mean, std     the normalisation, three numbers each, of values from 0 to 1: those of a pretrained model, say. None:
                   the set's own, in NORMALISATION.
     interpolation "bilinear" or "bicubic": how images are resized; None: bilinear.
-    skip_corrupt  whether an image file that cannot be read is left out, as loader.skipped tells, or is an InputError.
-                  Of a set in memory it is no part from the start; photographs are left out of their batch when met.
+    skip_corrupt  whether an image file that cannot be read is left out, as loader.skipped tells (in memory from the
+                  start, of photographs when it is met), or is an InputError.
 
-    Both loaders have class_names, class_counts, files, skipped, img_size, mean, std, interpolation, n_images,
-    dataset_name, a length in batches, to(device) and the methods of Loader. Raises InputError for arguments and data
-    that cannot work, such as a set in memory of which no image can be read.
+    Both loaders have what Loader has, and to(device). Raises InputError for arguments and data that cannot work.
     """
     check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images)
     wanted = wanted_facts(mean, std, interpolation)
@@ -134,9 +132,8 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
 def get_test_loader(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, dataset="auto", val_fraction=0.1,
                     *, seed=0, workers=None, n_images=None, mean=None, std=None, interpolation=None,
                     skip_corrupt=False):
-    """The loader of the test images, or None where the set has none: a folder without test/. It takes the arguments of
-    get_data_loaders, so that the same ones serve both; val_fraction and seed change nothing here. Of shapes there are a
-    fifth as many test images, none of them among the others."""
+    """The loader of the test images, or None for a folder without test/. The arguments are those of get_data_loaders;
+    val_fraction and seed change nothing. Of shapes there are a fifth as many, none of them among the others."""
     check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images)
     wanted, class_names = wanted_facts(mean, std, interpolation), None
     if choose_set(data_dir, dataset, n_images) == "folder":
@@ -190,9 +187,8 @@ def get_evaluation_loader(data_dir, class_names, batch_size=128, img_size=None, 
 
 
 class Loader:
-    """What MemoryLoader and PhotoLoader share: the facts of the set, the epochs, the order of the images and what part
-    of them a pass gives. files is the list of their paths, or None where the set is none of files; skipped is
-    {path: reason} of the files left out; split, "test" for instance, is set by get_evaluation_loader."""
+    """What MemoryLoader and PhotoLoader share: the facts of the set, the order of the images and what part of them a
+    pass gives. files: their paths, or None; skipped: {path: reason} of those left out; split: "test", for instance."""
 
     def __init__(self, labels, facts, batch_size, seed, training, files=None, skipped=None):
         self.facts, self.dataset_name, self.class_names = facts, facts.dataset_name, facts.class_names
@@ -214,9 +210,8 @@ class Loader:
         self.epoch, self.first_batch = epoch, 0
 
     def set_position(self, epoch, batch=0):
-        """Fixes the epoch as set_epoch does, and lets the next pass, and only that, begin at a batch of it: it gives
-        what a whole pass gives from there, and the batches before are neither read nor computed. The length stays that
-        of a whole pass. Raises InputError for a batch past the end; len(loader), for nothing more, is allowed."""
+        """Fixes the epoch as set_epoch does, and lets the next pass, and only that, begin at a batch of it: those
+        before are not computed. Raises InputError for a batch past len(loader), where nothing more comes."""
         check_whole("epoch", epoch, 0)
         check_whole("batch", batch, 0)
         if batch > len(self):
@@ -225,10 +220,9 @@ class Loader:
         self.epoch, self.first_batch = epoch, batch
 
     def set_share(self, rank, n_ranks):
-        """For one of several processes: of every batch only the images at its places rank, rank + n_ranks and so on are
-        given. The shares of all ranks are together the batches of one process, augmented alike. One may be empty:
-        images (0, 3, S, S), labels (0,). The length and n_images stay those of the whole. Raises InputError for a rank
-        that is not below n_ranks."""
+        """For one of several processes: gives of every batch only the images at its places rank, rank + n_ranks and so
+        on. All shares together are the batches of one process. One may be empty: images (0, 3, S, S), labels (0,).
+        Raises InputError for a rank that is not below n_ranks."""
         check_whole("n_ranks", n_ranks, 1)
         check_choice("rank", rank, range(n_ranks))
         self.rank, self.n_ranks = rank, n_ranks
@@ -250,10 +244,9 @@ class Loader:
 
 
 class MemoryLoader(Loader):
-    """Batches of a set in memory: images, uint8 (N, 3, H, W), and labels, int64 (N,). In training they are shuffled,
-    shifted at random by up to an eighth of the side either way (what comes in is mirrored at the border) and, but for
-    mnist, mirrored left to right with probability 1/2: a mirrored digit is no digit. Images whose side is not img_size
-    are resized a batch at a time."""
+    """Batches of a set in memory: images, uint8 (N, 3, H, W), and labels, int64 (N,), resized to img_size. In training
+    they are shuffled, shifted at random by up to an eighth of the side (what comes in is mirrored at the border) and,
+    but for mnist, mirrored left to right with probability 1/2: a mirrored digit is no digit."""
 
     def __init__(self, images, labels, facts, batch_size, seed=0, training=False, files=None, skipped=None):
         super().__init__(labels, facts, batch_size, seed, training, files, skipped)
@@ -297,9 +290,8 @@ class MemoryLoader(Loader):
 
 
 def crop_and_flip(images, top, left, flip):
-    """Each image of (B, 3, H, W) through a window moved `top` rows down and `left` columns right, each (B,). What lies
-    outside is mirrored at the border, as padding with mode "reflect" does. Images for which flip (B,) is true are then
-    mirrored left to right. Returns (B, 3, H, W)."""
+    """Each image of (B, 3, H, W) through a window moved `top` rows down and `left` columns right, each (B,), outside
+    mirrored at the border; then mirrored left to right where flip (B,) is true. Returns (B, 3, H, W)."""
     B, C, H, W = images.shape
     rows = reflected(torch.arange(H, device=images.device) + top[:, None], H)  # (B, H)
     columns = reflected(torch.arange(W, device=images.device) + left[:, None], W)  # (B, W)
@@ -378,9 +370,18 @@ def collate_photos(samples, img_size):
 
 
 def leave_signals_to_main(worker):
-    """For a worker process: the main one, whose end it notices, still needs it for its step after a Ctrl-C."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """For a worker process: after a Ctrl-C or a SIGTERM to all, the main process still needs it for its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux; elsewhere a SIGTERM ends it
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=end_for_main, daemon=True).start()
+
+
+def end_for_main():
+    """Ends this process when the main one says so; a SIGTERM from anywhere else is for the main one to answer."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent_process().pid:
+        pass
+    os._exit(0)
 
 
 # ---- One image --------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def test_a_patch_that_is_given_stays_and_so_do_the_defaults_without_a_size():
     (lambda: build_model("resnet19"), "'resnet19'"), (lambda: build_model("vit_nano", widths=(3,)), "'widths'"),
     (lambda: build_model("convnet", depth=8), "'depth'"), (lambda: build_model("hybrid", dept=1), "'dept'"),
     (lambda: build_model("vit_nano", img_size=30), "30x30"), (lambda: build_model("hybrid", patch_size=12), "12"),
-    (lambda: create_pretrained("vit_nano"), "'vit_nano'"), (lambda: create_pretrained("../x"), "'../x'")])
+    (lambda: create_pretrained("vit_nano"), "'vit_nano'"), (lambda: create_pretrained("../no such"), "'../no such'")])
 def test_an_unknown_name_or_argument_is_refused_in_one_line(build, value):
     with pytest.raises(InputError, match=one_line_with(value)):
         build()

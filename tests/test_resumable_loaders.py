@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -281,28 +282,19 @@ def test_nothing_is_skipped_of_a_sound_set(tmp_path):
 # ---- Worker processes and signals -------------------------------------------------------------------------
 
 
-def handlers(image):
-    """In the place of a transform: whether SIGINT and SIGTERM are ignored here."""
-    return torch.tensor([signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM)])
-
-
-def handle(number, frame):
-    pass
-
-
-def test_worker_processes_leave_an_interrupt_to_the_main_process(tmp_path):
+def test_worker_processes_leave_signals_to_the_main_process_and_end_with_it(tmp_path):
     loader = make_loader("photos", tmp_path, workers=2)
-    loader.loader.dataset.transform = handlers
-    before = [(number, signal.signal(number, handle)) for number in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        assert all(seen.all() for seen, _ in loader)
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)
-    for worker in loader.loader._iterator._workers:
+    list(loader)
+    workers = loader.loader._iterator._workers
+    for worker in workers:
         os.kill(worker.pid, signal.SIGINT)
-        os.kill(worker.pid, signal.SIGTERM)
-    assert len(list(loader)) == 4  # by the same processes
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # from another process than the main one
+    assert len(list(loader)) == 4
+    assert loader.loader._iterator._workers is workers  # the same ones
+    for worker in workers:
+        worker.terminate()  # as the end of Python does with those that are left
+        worker.join(10)
+        assert worker.exitcode is not None
 
 
 # ---- What a loader tells ----------------------------------------------------------------------------------
