@@ -91,8 +91,7 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
     batch_size    images in a batch. A last training batch of one image, too few for BatchNorm, is left out.
     img_size      side S in pixels, or None for the set's own: 32 for CIFAR and shapes, 28 for the MNIST kinds; for a
                   folder the largest side among up to 64 images if that is 64 or less, rounded up to 4 n, else 224.
-    dataset       "auto" takes what lies in data_dir: a set in torchvision's layout, else class folders; where data_dir
-                  is the default and does not exist, shapes, and says so. Or another name in DATASETS.
+    dataset       a name in DATASETS; "auto": what lies in data_dir, and shapes where the default one does not exist.
     val_fraction  the share of each class cut from the training images for validation, if there is no val/.
     seed          of the validation cut, the order and the augmentation; a whole number from 0.
     workers       processes that read photographs; None: one a core, 8 at most, none for under 256 images.
