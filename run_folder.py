@@ -1,7 +1,8 @@
 """The folder of a training run: what is kept there, and how a run goes on from it.
 
     config.json    the options, the number of steps and the command that repeats the run, before its first step
-    last.pt        the state of the training, after every epoch and every few minutes: --resume goes on from it
+    last.pt        the state of the training, after every epoch (short ones together) and every few minutes: --resume
+                   goes on from it
     best.pt        the weights of the best epoch, alone
     history.csv    a line an epoch
     .lock          held by the process that writes here, and by the system given up when that ends, however it ends
@@ -25,7 +26,7 @@ from vit_model import InputError
 
 CONFIG, LAST, BEST, HISTORY_TABLE, LOCK = "config.json", "last.pt", "best.pt", "history.csv", ".lock"
 
-# What may be another when a run goes on: where and how fast it computes, where its images lie now, what it skips.
+# What may be another when a run goes on: where it computes and in how many parts, where its images lie, what it skips.
 CHANGEABLE = ("resume", "output_dir", "data_dir", "device", "workers", "skip_corrupt", "save_minutes", "compile",
               "accumulate")
 

@@ -15,7 +15,7 @@
 A run leaves runs/NAME/ with config.json, history.csv, result.json, best.pt, last.pt, curves.png and, where the model
 has attention, attention.png. Checkpoints open with model_zoo.load_model.
 
-Letters:  B images in a batch, N images of a set, D features that the head reads.
+Letters:  S side of an image in pixels.
 """
 
 import argparse

@@ -65,10 +65,9 @@ def parameter_groups(model, weight_decay, rate_factors=None):
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            decay = 0.0 if p.ndim < 2 or p.shape[0] == 1 else weight_decay
-            factor = (rate_factors or {}).get(name, 1.0)
-            key = (p.ndim < 2 or p.shape[0] == 1, factor)
-            groups.setdefault(key, dict(params=[], weight_decay=decay, rate_factor=factor))["params"].append(p)
+            plain, factor = p.ndim < 2 or p.shape[0] == 1, (rate_factors or {}).get(name, 1.0)
+            group = dict(params=[], weight_decay=0.0 if plain else weight_decay, rate_factor=factor)
+            groups.setdefault((plain, factor), group)["params"].append(p)
     if not groups:
         raise InputError("the model has no trainable parameter; unfreeze at least its head")
     return [groups[key] for key in sorted(groups)]

@@ -90,7 +90,7 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
                   validation/) and test/ beside train/ where there are such; or simply <class>/*.jpg.
     batch_size    images in a batch. A last training batch of one image, too few for BatchNorm, is left out.
     img_size      side S in pixels, or None for the set's own: 32 for CIFAR and shapes, 28 for the MNIST kinds; for a
-                  folder the largest side among up to 64 images if that is 64 or less, rounded up to 4 n, else 224.
+                  folder the largest side of up to 64 images if at most 64, rounded up to a multiple of 4, else 224.
     dataset       a name in DATASETS; "auto": what lies in data_dir, and shapes where the default one does not exist.
     val_fraction  the share of each class cut from the training images for validation, if there is no val/.
     seed          of the validation cut, the order and the augmentation; a whole number from 0.

@@ -220,6 +220,14 @@ def test_steps_within_fills_the_time_and_leaves_the_model_as_it_is(monkeypatch):
     assert steps_within(3.0, trainer.model, train_loader, val_loader, device="cpu") == 1
 
 
+def test_weights_that_evaluate_to_no_number_end_the_training_before_anything_is_kept():
+    kept, trainer = [], toy_trainer()
+    with pytest.raises(NotFinite, match=r"validation loss is nan after step 1 of 3, learning rate 1e\+30;"):
+        train_quietly(trainer, toy_batches(1), toy_batches(2), n_steps=3, learning_rate=1e30, warmup_epochs=0,
+                      on_epoch=kept.append)
+    assert kept == []
+
+
 def test_on_save_is_called_by_the_clock_with_a_state_that_can_be_resumed(monkeypatch):
     clock, states = Clock(), []
     monkeypatch.setattr("trainer.time", clock)
