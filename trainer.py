@@ -25,9 +25,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from tqdm import tqdm
 
+from augmentation import mix_seed
 from measurements import choose_device, choose_precision, evaluating
-from vit_data import mix_seed
-from vit_model import InputError, check_whole
+from optimizers import SCHEDULES, learning_rate_at, make_optimizer, update_average
+from vit_model import InputError, check_choice, check_whole
 
 HISTORY = ("train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc", "lr", "seconds", "images_per_second")
 CHECK_EVERY = 10  # steps between two looks at whether all is finite, where looking makes the CPU wait for a GPU
@@ -48,31 +49,6 @@ class Stopped(Exception):
 # ---- The recipe of a step ---------------------------------------------------------------------------------
 
 
-def learning_rate_at(step, n_steps, warmup_steps, peak):
-    """The rate of step 0 .. n_steps - 1: a linear rise to the peak, then half a cosine towards 0."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, n_steps - warmup_steps)))
-
-
-def parameter_groups(model, weight_decay, rate_factors=None):
-    """The trainable parameters in groups for an optimiser: with weight decay and without, by factor of the rate.
-
-    Without decay are vectors (biases, norms) and what is added to every image alike (positions and tokens: a first
-    dimension of one). rate_factors: {name of a parameter: what the learning rate is multiplied by}, 1 for the others;
-    each group carries its own as "rate_factor".
-    """
-    groups = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            plain, factor = p.ndim < 2 or p.shape[0] == 1, (rate_factors or {}).get(name, 1.0)
-            group = dict(params=[], weight_decay=0.0 if plain else weight_decay, rate_factor=factor)
-            groups.setdefault((plain, factor), group)["params"].append(p)
-    if not groups:
-        raise InputError("the model has no trainable parameter; unfreeze at least its head")
-    return [groups[key] for key in sorted(groups)]
-
-
 def set_train_mode(model):
     """model.train(), but what is wholly frozen stays in eval mode: no dropout there, batch statistics kept."""
     model.train()
@@ -86,25 +62,9 @@ def set_train_mode(model):
                 child.eval()  # also what has no parameters, such as the dropout after the positions
 
 
-@torch.no_grad()
-def update_average(average, model, step, decay):
-    """Moves the weights of `average` towards those of the model: w <- d w + (1 - d) w_model.
-
-    d is the decay, but at most (1 + step) / (10 + step), so that the first steps are forgotten soon. Whole numbers
-    (BatchNorm's count of batches) are copied. Polyak and Juditsky 1992, "Acceleration of Stochastic Approximation by
-    Averaging".
-    """
-    rate = 1 - min(decay, (1 + step) / (10 + step))
-    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
-    floats = [pair for pair in pairs if pair[0].is_floating_point()]
-    torch._foreach_lerp_([mean for mean, _ in floats], [value for _, value in floats], rate)
-    for mean, value in pairs:
-        if not mean.is_floating_point():
-            mean.copy_(value)
-
-
 class CrossEntropy(nn.Module):
-    """Cross-entropy of logits (B, C) and labels (B): the mean over the images, each weighted by its class.
+    """Cross-entropy of logits (B, C) and labels (B), or shares of the classes (B, C): the mean over the images, each
+    weighted by its class.
 
     class_weights: C numbers, or None for 1. torch's own divides by the sum of a batch's weights, and weighs what label
     smoothing adds by all classes; this divides by the number of images, so that parts of a batch add up to the whole,
@@ -118,7 +78,9 @@ class CrossEntropy(nn.Module):
 
     def forward(self, logits, labels):
         losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)  # (B)
-        return (losses if self.class_weights is None else losses * self.class_weights[labels]).mean()
+        if self.class_weights is not None:
+            losses = losses * (labels @ self.class_weights if labels.ndim == 2 else self.class_weights[labels])
+        return losses.mean()
 
 
 def balancing_weights(class_counts):
@@ -188,8 +150,9 @@ class Trainer:
 
     def train(self, train_loader, val_loader=None, n_epochs=10, learning_rate=1e-3, weight_decay=0.05,
               warmup_epochs=None, n_steps=None, *, seed=None, rate_factors=None, ema_decay=None, resume=None,
-              on_batch=None, on_epoch=None, on_save=None, save_every=180.0, progress=True):
-        """AdamW, the rate warmed up and then let down by a cosine, step by step.
+              on_batch=None, on_epoch=None, on_save=None, save_every=180.0, progress=True, optimizer="adamw",
+              schedule="cosine", mixing=None):
+        """The learning rate is warmed up and then let down, step by step.
 
         train_loader   gives (images, labels) batches, has len(); set_position(epoch, batch) or set_epoch(epoch),
                        set_share(rank, n_ranks) and to(device) are called where it has them
@@ -208,12 +171,17 @@ class Trainer:
         on_save        called as on_save(state) between two batches, every save_every seconds (of the first process's
                        clock), with a state that can be resumed
         progress       a bar with loss, accuracy, images a second and the time left
+        optimizer      "adamw", or "muon", as make_optimizer has them
+        schedule       "cosine" or "linear", as learning_rate_at has them
+        mixing         (images, labels) -> (images, answers (B, C)), such as Mixing; the accuracy is then of the class
+                       with the larger share
 
         Returns the history, a list for each of HISTORY with an entry an epoch: losses, accuracies from 0 to 1 (the
         balanced one is the mean of the classes'), the last learning rate, the seconds spent training and the images a
         second. Raises InputError for numbers out of range, where loss or gradient are not finite (with fp16: where no
         scale of the gradient helps), and where memory does not suffice.
         """
+        check_choice("schedule", schedule, SCHEDULES)
         n_steps, warmup_steps = self.plan(train_loader, n_epochs, n_steps, warmup_epochs, learning_rate, weight_decay)
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         check_whole("seed", seed, 0)
@@ -223,13 +191,14 @@ class Trainer:
             forward = nn.parallel.DistributedDataParallel(
                 self.model, device_ids=[self.device] if self.device.type == "cuda" else None)
         self.parallel = forward
-        state = TrainState(self, weight_decay, rate_factors, ema_decay)
+        state = TrainState(self, weight_decay, rate_factors, ema_decay, optimizer)
         if resume is not None:
             state.load_state_dict(resume)
         if self.compile:
             forward = torch.compile(forward)
         self.give_share(train_loader)
-        run = Run(n_steps, warmup_steps, learning_rate, seed, forward, on_batch, on_save, save_every)
+        run = Run(n_steps, warmup_steps, learning_rate, seed, forward, on_batch, on_save, save_every, schedule,
+                  mixing)
         with (torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
               tqdm(total=n_steps, initial=state.step, unit="step", disable=not progress or self.rank > 0,
                    leave=False) as bar):
@@ -273,7 +242,7 @@ class Trainer:
             if batch is None:
                 break
             resumed = time.perf_counter()
-            state.rate = learning_rate_at(state.step, run.n_steps, run.warmup_steps, run.peak)
+            state.rate = learning_rate_at(state.step, run.n_steps, run.warmup_steps, run.peak, run.schedule)
             if n_all:
                 torch.manual_seed(mix_seed(run.seed, state.step, self.rank))
                 with memory_explained(self.device, len(labels), self.accumulate, training=True):
@@ -321,6 +290,7 @@ class Trainer:
         parts = list(zip(images.split(size), labels.split(size), strict=True))
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
+            part = run.mixing(*part) if run.mixing else part
             with nullcontext() if last or self.n_ranks == 1 else self.parallel.no_sync():
                 logits, answers = self.logits_of(part, run.forward)  # (b, C), (b)
                 loss = self.loss_fn(logits, answers)
@@ -393,7 +363,7 @@ class Trainer:
         images, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             logits = forward(images)  # (b, C)
-        if labels.device.type == "cpu" and labels.max() >= logits.shape[1]:
+        if labels.ndim == 1 and labels.device.type == "cpu" and labels.max() >= logits.shape[1]:
             raise InputError(f"label {int(labels.max())} has no place among the model's {logits.shape[1]} classes; "
                              f"build the model with n_classes={int(labels.max()) + 1} or more")
         return logits.float(), labels
@@ -443,8 +413,9 @@ class Trainer:
 class Run:
     """What a call of Trainer.train() keeps from its arguments."""
 
-    def __init__(self, n_steps, warmup_steps, peak, seed, forward, on_batch, on_save, save_every):
+    def __init__(self, n_steps, warmup_steps, peak, seed, forward, on_batch, on_save, save_every, schedule, mixing):
         self.n_steps, self.warmup_steps, self.peak, self.seed, self.forward = n_steps, warmup_steps, peak, seed, forward
+        self.schedule, self.mixing = schedule, mixing
         self.on_batch, self.on_save, self.save_every, self.saved_at = on_batch, on_save, save_every, time.perf_counter()
 
 
@@ -456,9 +427,9 @@ class TrainState:
     trained   the module that is evaluated and kept: the average of the weights where there is one, else the model
     """
 
-    def __init__(self, trainer, weight_decay, rate_factors=None, ema_decay=None):
+    def __init__(self, trainer, weight_decay, rate_factors=None, ema_decay=None, optimizer="adamw"):
         self.model, self.ema_decay, self.first = trainer.model, ema_decay, trainer.rank == 0
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, weight_decay, rate_factors))
+        self.optimizer = make_optimizer(optimizer, self.model, weight_decay, rate_factors)
         self.scaler = torch.amp.GradScaler(trainer.device.type, enabled=trainer.dtype == torch.float16)
         self.average = None if ema_decay is None else copy.deepcopy(self.model).requires_grad_(False)
         self.history = {name: [] for name in HISTORY}
@@ -534,7 +505,8 @@ class Tally:
         self.loss, self.n, self.classes = torch.zeros((), device=device), 0, None
 
     def add(self, loss, logits, labels):
-        """loss: the mean over the images."""
+        """loss: the mean over the images; labels (B), or the shares of the classes (B, C), of which the largest."""
+        labels = labels.argmax(dim=1) if labels.ndim == 2 else labels
         if self.classes is None:
             self.classes = torch.zeros(2, logits.shape[1], device=logits.device)  # (2, C)
         hits = (logits.detach().argmax(dim=1) == labels).float()  # (b)

@@ -5,6 +5,8 @@
     open_image         an image file as an upright RGB picture; eval_transform   that picture as a tensor
     make_shapes        the built-in set, which drawn_shapes holds
 
+What happens to the pixels of an image is in augmentation, and eval_transform handed on from there.
+
 Letters:  B images in a batch, N images in a set, n some of them, C channels (always 3), H, W height and width,
           S side of a square image in pixels.
 
@@ -32,18 +34,25 @@ import torchvision
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.v2.functional import center_crop, resize
 from tqdm import tqdm
 
+from augmentation import (
+    INTERPOLATIONS,
+    SMALL_SIDE,
+    Augmentation,
+    Draws,
+    FitSquare,
+    eval_transform,
+    generator_of,
+    mix_seed,
+    train_transform,
+)
 from drawn_shapes import SHAPES, TEST_START, TEXTURES, make_shapes  # noqa: F401 - TEXTURES is handed on
 from vit_model import InputError, check_choice, check_whole
 
 DEFAULT_DATA_DIR = "./data"
-SMALL_SIDE = 64  # pixels: images up to this side are seen whole, and kept in memory
 MEMORY_LIMIT = 2 * 1024**3  # bytes: small images that decode to more are read file by file
 VALIDATION_FOLDERS = ("val", "valid", "validation")
-INTERPOLATIONS = ("bilinear", "bicubic")
 
 # Mean and standard deviation of each channel (red, green, blue), of values from 0 to 1.
 NORMALISATION = {
@@ -83,7 +92,7 @@ class SetFacts:
 
 def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, dataset="auto", val_fraction=0.1,
                      *, seed=0, workers=None, n_images=None, mean=None, std=None, interpolation=None,
-                     skip_corrupt=False):
+                     skip_corrupt=False, augmentation=None):
     """(training loader, validation loader). The validation images are never the test images.
 
     data_dir      the folder of the data. A folder of images holds train/<class>/*.jpg, with val/ (or valid/,
@@ -102,6 +111,8 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
     skip_corrupt  whether an image file that cannot be read is left out, as loader.skipped tells (in memory from the
                   start, of photographs when it is met), or is an InputError.
 
+    augmentation  of training images in memory; None: Augmentation(). Photographs have train_transform's.
+
     Both loaders have what Loader has, and to(device). Raises InputError for arguments and data that cannot work.
     """
     check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images)
@@ -113,7 +124,7 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
     if name != "folder":
         images, labels, facts = read_memory_set(name, data_dir, img_size, n_images, wanted, training=True)
         train, val = stratified_cut(labels, val_fraction, seed)
-        return (MemoryLoader(images[train], labels[train], facts, batch_size, seed, training=True),
+        return (MemoryLoader(images[train], labels[train], facts, batch_size, seed, True, augmentation=augmentation),
                 MemoryLoader(images[val], labels[val], facts, batch_size, seed))
     facts, files, labels = read_training_folder(data_dir, img_size, wanted, skip_corrupt)
     val_dir, test_dir = first_folder(data_dir, VALIDATION_FOLDERS), first_folder(data_dir, ("test",))
@@ -124,7 +135,7 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
     else:
         cut = stratified_cut(labels, val_fraction, seed)
         train_set, val_set = (([files[i] for i in part], labels[part]) for part in cut)
-    return (folder_loader(*train_set, facts, batch_size, seed, workers, skip_corrupt, training=True),
+    return (folder_loader(*train_set, facts, batch_size, seed, workers, skip_corrupt, True, augmentation),
             folder_loader(*val_set, facts, batch_size, seed, workers, skip_corrupt))
 
 
@@ -244,13 +255,14 @@ class Loader:
 
 class MemoryLoader(Loader):
     """Batches of a set in memory: images, uint8 (N, 3, H, W), and labels, int64 (N,), resized to img_size. In training
-    they are shuffled, shifted at random by up to an eighth of the side (what comes in is mirrored at the border) and,
-    but for mnist, mirrored left to right with probability 1/2: a mirrored digit is no digit."""
+    they are shuffled and varied as `augmentation` says, but never mirrored for mnist: a mirrored digit is no digit."""
 
-    def __init__(self, images, labels, facts, batch_size, seed=0, training=False, files=None, skipped=None):
+    def __init__(self, images, labels, facts, batch_size, seed=0, training=False, files=None, skipped=None,
+                 augmentation=None):
         super().__init__(labels, facts, batch_size, seed, training, files, skipped)
-        self.images = images
-        self.mirrors = facts.dataset_name != "mnist"
+        self.images, self.augmentation = images, augmentation or Augmentation()
+        if facts.dataset_name == "mnist":
+            self.augmentation = replace(self.augmentation, flip="none")
         self.normalisation = torch.tensor([self.mean, self.std]).view(2, 3, 1, 1) * 255
 
     def to(self, device):
@@ -267,15 +279,15 @@ class MemoryLoader(Loader):
 
     def __iter__(self):
         epoch, batches = self.begin_pass()
-        generator, reach = generator_of(self.seed, epoch, 1), self.images.shape[-1] // 8
-        top, left = torch.randint(-reach, reach + 1, (2, self.n_images), generator=generator)  # (N,) each
-        flip = torch.rand(self.n_images, generator=generator) < (0.5 if self.mirrors else 0)  # (N,)
-        top, left, flip = (drawn.to(self.images.device) for drawn in (top, left, flip))
-        for index in batches:
-            images = self.images[index]  # (B, 3, H, W)
-            if self.training:
-                images = crop_and_flip(images, top[index], left[index], flip[index])
-            yield self.normalised(images), self.labels[index]
+        N, _, H, W = self.images.shape
+        draws = Draws(self.augmentation, N, H, W, self.seed, epoch, self.images.device) if self.training else None
+        for places in batches:
+            images = self.images[places]  # (B, 3, H, W)
+            if draws is None:
+                images = self.normalised(images)
+            else:
+                images = draws.hide(self.normalised(draws.move(images, places)), places)
+            yield images, self.labels[places]
 
     def normalised(self, images):
         """uint8 (B, 3, H, W) to float32 (B, 3, S, S)."""
@@ -286,22 +298,6 @@ class MemoryLoader(Loader):
                 images.clamp_(0, 255)  # beside an edge it goes beyond what pixels can be
         mean, std = self.normalisation
         return images.sub_(mean).div_(std)  # (B, 3, S, S)
-
-
-def crop_and_flip(images, top, left, flip):
-    """Each image of (B, 3, H, W) through a window moved `top` rows down and `left` columns right, each (B,), outside
-    mirrored at the border; then mirrored left to right where flip (B,) is true. Returns (B, 3, H, W)."""
-    B, C, H, W = images.shape
-    rows = reflected(torch.arange(H, device=images.device) + top[:, None], H)  # (B, H)
-    columns = reflected(torch.arange(W, device=images.device) + left[:, None], W)  # (B, W)
-    columns = torch.where(flip[:, None], columns.flip(1), columns)
-    pixels = (rows[:, :, None] * W + columns[:, None, :]).view(B, 1, H * W)  # (B, 1, H * W), places in an image
-    return images.reshape(B, C, H * W).gather(2, pixels.expand(B, C, H * W)).view(B, C, H, W)
-
-
-def reflected(places, length):
-    """Places outside 0 .. length - 1, by less than length, mirrored at the first and the last."""
-    return torch.minimum(places.abs(), 2 * (length - 1) - places.abs())
 
 
 class PhotoLoader(Loader):
@@ -440,36 +436,6 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def train_transform(img_size, mean, std, interpolation="bilinear"):
-    """The training augmentation of photographs: PIL RGB image -> normalised float32 tensor (3, S, S)."""
-    show = eval_transform(img_size, mean, std, interpolation)
-    return v2.Compose([v2.RandomResizedCrop(img_size, interpolation=InterpolationMode(interpolation)),
-                       v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4), v2.AutoAugment(), show])
-
-
-def eval_transform(img_size, mean, std, interpolation="bilinear"):
-    """PIL RGB image -> normalised float32 tensor (3, S, S), as the validation and test loaders show an image."""
-    return v2.Compose([FitSquare(img_size, interpolation), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
-                       v2.Normalize(list(mean), list(std))])
-
-
-class FitSquare:
-    """PIL image -> PIL image of S x S: the shorter side resized, then the middle cut out. A photograph is resized to
-    256 / 224 of S before the cut, as is usual for ImageNet. Images up to 64 pixels, and all images where S is, lose
-    nothing but the ends of the longer side. An image of S x S stays as it is."""
-
-    def __init__(self, img_size, interpolation="bilinear"):
-        check_choice("interpolation", interpolation, INTERPOLATIONS)
-        self.img_size, self.interpolation = img_size, InterpolationMode(interpolation)
-
-    def __call__(self, image):
-        if image.size == (self.img_size, self.img_size):
-            return image
-        small = min(self.img_size, *image.size) <= SMALL_SIDE
-        image = resize(image, [self.img_size if small else round(self.img_size * 256 / 224)], self.interpolation)
-        return center_crop(image, [self.img_size])
-
-
 # ---- Reading a set ----------------------------------------------------------------------------------------
 
 
@@ -587,12 +553,13 @@ def own_side(files, skip_corrupt):
     return -(-largest // 4) * 4 if largest <= SMALL_SIDE else 224
 
 
-def folder_loader(files, labels, facts, batch_size, seed, workers, skip_corrupt, training=False):
+def folder_loader(files, labels, facts, batch_size, seed, workers, skip_corrupt, training=False, augmentation=None):
     """A MemoryLoader where the images are small and fit in memory, else a PhotoLoader."""
     if facts.img_size <= SMALL_SIDE and len(files) * 3 * facts.img_size**2 <= MEMORY_LIMIT:
         images, skipped = decode_images(files, facts.img_size, facts.interpolation, skip_corrupt)
         kept = [i for i, file in enumerate(files) if file not in skipped]
-        return MemoryLoader(images, labels[kept], facts, batch_size, seed, training, [files[i] for i in kept], skipped)
+        return MemoryLoader(images, labels[kept], facts, batch_size, seed, training, [files[i] for i in kept], skipped,
+                            augmentation)
     if workers is None:
         workers = min(8, os.cpu_count() or 1) if len(files) >= 256 else 0
     return PhotoLoader(files, labels, facts, batch_size, seed, training, workers, skip_corrupt)
@@ -646,15 +613,6 @@ def stratified_cut(labels, val_fraction, seed):
     if not to_validation.any():
         raise InputError("no class has 2 images, so none can be kept for validation: add images, or a folder val/")
     return (~to_validation).nonzero()[:, 0], to_validation.nonzero()[:, 0]
-
-
-def mix_seed(*numbers):
-    """One seed of 63 bits out of whole numbers from 0."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def generator_of(*numbers):
-    return torch.Generator().manual_seed(mix_seed(*numbers))
 
 
 def check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images):

@@ -14,6 +14,7 @@ from torch import nn
 
 from cnn_model import ConvNet
 from measurements import choose_device, choose_precision
+from optimizers import learning_rate_at
 from trainer import (
     HISTORY,
     CrossEntropy,
@@ -22,11 +23,8 @@ from trainer import (
     Trainer,
     balancing_weights,
     batches_from,
-    learning_rate_at,
-    parameter_groups,
     set_train_mode,
     steps_within,
-    update_average,
 )
 from vit_data import MemoryLoader, SetFacts
 from vit_model import DropPath, InputError, VisionTransformer, freeze_backbone
@@ -102,32 +100,9 @@ def test_one_step_is_adamw_on_the_clipped_gradient():
         torch.testing.assert_close(model.get_parameter(name), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
-    rates = [learning_rate_at(step, 12, 4, 8.0) for step in range(12)]
-    assert rates[:5] == [2.0, 4.0, 6.0, 8.0, 8.0]
-    assert rates[8] == pytest.approx(4.0)  # halfway between 4 and 12
-    assert rates[11] == pytest.approx(4.0 * (1 + math.cos(math.pi * 7 / 8)))
-
-
 @pytest.mark.parametrize(("warmup_epochs", "expected"), [(None, 1), (0, 0), (0.5, 3), (2, 10), (99, 15)])
 def test_warmup_is_a_twentieth_of_the_run_or_what_is_asked_for(warmup_epochs, expected):
     assert Trainer.plan(range(5), 3, None, warmup_epochs, 1e-3, 0.0) == (15, expected)
-
-
-def test_no_weight_decay_on_biases_norms_positions_and_tokens():
-    model = VisionTransformer(**TINY)
-    decayed, plain = (group["params"] for group in parameter_groups(model, 0.3))
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert {names[id(p)] for p in decayed} == {
-        "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.attn.proj.weight",
-        "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight", "head.weight"}
-    assert {"cls_token", "pos_embed", "norm.weight", "head.bias"} < {names[id(p)] for p in plain}
-    assert len(decayed) + len(plain) == len(names)
-
-
-def test_a_frozen_model_has_nothing_to_train():
-    with pytest.raises(InputError, match="no trainable parameter"):
-        parameter_groups(VisionTransformer(**TINY).requires_grad_(False), 0.0)
 
 
 def test_a_frozen_backbone_stays_as_it_is_with_its_batch_statistics():
@@ -351,26 +326,6 @@ def test_balancing_weights_let_all_classes_count_alike():
     assert balancing_weights([5, 0, 2]) == [7 / 15, 0.0, 7 / 6]
 
 
-class Numbers(nn.Module):
-    """A weight, a buffer of floats and one of whole numbers."""
-
-    def __init__(self, weight, buffer, count):
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor([weight]))
-        self.register_buffer("mean", torch.tensor([buffer]))
-        self.register_buffer("count", torch.tensor(count))
-
-
-@pytest.mark.parametrize(("step", "decay", "kept"), [(0, 0.9, 0.1), (5, 0.9, 0.4), (90, 0.9, 0.9), (5, 0.3, 0.3)])
-def test_the_average_keeps_its_decay_but_less_at_first(step, decay, kept):
-    average, model = Numbers(10.0, -3.0, 2), Numbers(20.0, 7.0, 5)
-    update_average(average, model, step, decay)
-    assert average.weight.item() == pytest.approx(20 - 10 * kept)
-    assert average.mean.item() == pytest.approx(7 - 10 * kept)
-    assert average.count.item() == 5
-    assert (model.weight.item(), model.mean.item(), model.count.item()) == (20, 7, 5)
-
-
 def test_the_average_of_a_training_is_the_averages_of_its_steps():
     torch.manual_seed(0)
     trainer, weights = Trainer(small_net(), "cpu"), []
@@ -402,14 +357,6 @@ def test_balanced_accuracy_is_the_mean_over_the_classes_that_have_images():
     score = Trainer(nn.Flatten(), "cpu").evaluate(list(zip(logits.split(3), labels.split(3), strict=True)))
     assert (score["n"], score["correct"], score["acc"]) == (10, 4, 0.4)
     assert score["balanced_acc"] == pytest.approx((3 / 5 + 1 / 3 + 0 / 2) / 3)  # of class 2 there are none
-
-
-def test_groups_carry_the_factor_of_their_rate():
-    model = small_net()
-    groups = parameter_groups(model, 0.3, {"1.weight": 0.5, "3.bias": 0.25})
-    names = {id(p): name for name, p in model.named_parameters()}
-    found = {names[id(p)]: (group["weight_decay"], group["rate_factor"]) for group in groups for p in group["params"]}
-    assert found == {"1.weight": (0.3, 0.5), "1.bias": (0.0, 1.0), "3.weight": (0.3, 1.0), "3.bias": (0.0, 0.25)}
 
 
 def test_the_factor_multiplies_the_length_of_a_step():

@@ -13,6 +13,7 @@ import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import augmentation
 import vit_data
 from drawn_shapes import TEST_START
 from vit_data import (
@@ -23,7 +24,6 @@ from vit_data import (
     PhotoDataset,
     PhotoLoader,
     SetFacts,
-    crop_and_flip,
     eval_transform,
     get_data_loaders,
     get_test_loader,
@@ -161,18 +161,6 @@ def test_validation_and_test_images_are_neither_shuffled_nor_augmented():
 # ---- Augmentation in memory -------------------------------------------------------------------------------
 
 
-def test_crop_and_flip_against_one_image_at_a_time():
-    images = torch.randint(0, 256, (81 * 2, 3, 10, 10), dtype=torch.uint8)
-    top, left, flip = (grid.flatten() for grid in torch.meshgrid(
-        torch.arange(-4, 5), torch.arange(-4, 5), torch.tensor([0, 1]), indexing="ij"))
-    flip = flip.bool()
-    changed = crop_and_flip(images, top, left, flip)
-    for i in range(len(images)):
-        padded = torch.from_numpy(np.pad(images[i].numpy(), ((0, 0), (4, 4), (4, 4)), mode="reflect"))
-        window = padded[:, 4 + top[i] : 14 + top[i], 4 + left[i] : 14 + left[i]]
-        assert torch.equal(changed[i], window.flip(2) if flip[i] else window)
-
-
 def test_training_images_are_shifted_by_up_to_an_eighth_and_half_of_them_mirrored():
     across, down = torch.arange(32).expand(32, 32) * 4, torch.arange(32)[:, None].expand(32, 32) * 4
     images = torch.stack([across, down, down]).expand(4000, 3, 32, 32).to(torch.uint8)
@@ -300,12 +288,6 @@ def test_loaders_can_be_pickled(photos):
         assert same(pickle.loads(pickle.dumps(loader)), loader)
 
 
-def test_the_training_recipe():
-    steps = vit_data.train_transform(64, (0.5,) * 3, (0.5,) * 3).transforms
-    assert [type(step).__name__ for step in steps[:4]] == ["RandomResizedCrop", "RandomHorizontalFlip", "ColorJitter",
-                                                           "AutoAugment"]
-
-
 def test_eval_transform_of_a_photograph_is_resize_and_centre_crop():
     photo, v1 = random_picture(300, 400, 0), torchvision.transforms
     reference = v1.Compose([v1.Resize(256), v1.CenterCrop(224), v1.ToTensor(), v1.Normalize(*NORMALISATION["folder"])])
@@ -416,7 +398,7 @@ def test_a_normalisation_that_cannot_be_is_named(argument, value):
 
 
 def test_a_transform_knows_no_other_interpolation():
-    for transform in (eval_transform, vit_data.train_transform):
+    for transform in (eval_transform, augmentation.train_transform):
         for unknown in ("nearest", "blob"):
             assert repr(unknown) in error_of(transform, 32, (0.5,) * 3, (0.5,) * 3, unknown)
 
