@@ -115,10 +115,10 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, img_size=224, patch_size=16, in_channels=3, n_classes=1000, embed_dim=768, depth=12,
                  n_heads=12, mlp_ratio=4.0, dropout=0.0, pool="cls", drop_path=0.0, position="learned",
-                 n_registers=0, layer_scale=None, qk_norm=False, norm_eps=1e-6):
+                 n_registers=0, layer_scale=None, qk_norm=False, norm_eps=1e-6, init="xavier"):
         super().__init__()
         self.config = ViTConfig(img_size, patch_size, in_channels, n_classes, embed_dim, depth, n_heads, mlp_ratio,
-                                dropout, pool, drop_path, position, n_registers, layer_scale, qk_norm, norm_eps)
+                                dropout, pool, drop_path, position, n_registers, layer_scale, qk_norm, norm_eps, init)
         self.n_prefix_tokens = 1 + n_registers
         self.patch_embed = PatchEmbedding(img_size, patch_size, in_channels, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -330,6 +330,33 @@ def initialise(model):
         nn.init.normal_(model.pos_embed, std=0.02)
     if model.reg_token is not None:
         nn.init.normal_(model.reg_token, std=1e-6)
+    if model.config.init == "mimetic":
+        mimic_trained_attention(model)
+
+
+@torch.no_grad()
+def mimic_trained_attention(model):
+    """Gives attention the shape that it has after long training, and positions their waves, before any training.
+
+    In trained ViTs the product W_q^T W_k of a head is near a multiple of the identity, and W_proj W_v near a negative
+    one. Here they begin as 0.7 Z + 0.7 I, as near as a head of K channels can come, and 0.4 Z - 0.4 I, with Z normal
+    of variance 1 / D; learned positions begin as sincos_positions. Tokens then look at first at those that resemble
+    them in content or in place. (Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers", Sec. 4.)
+    """
+    D, H = model.config.embed_dim, model.config.n_heads
+    K, identity = D // H, torch.eye(D)
+    for block in model.blocks:
+        w_q, w_k, w_v = block.attn.qkv.weight.unflatten(0, (3, H, K))  # 3 x (H, K, D), parts of the weight
+        U, S, V = torch.linalg.svd(0.7 * torch.randn(H, D, D) / math.sqrt(D) + 0.7 * identity)  # (H, D, D), (H, D)
+        root = S[:, :K, None].sqrt()  # (H, K, 1)
+        w_q.copy_(root * U.transpose(1, 2)[:, :K])
+        w_k.copy_(root * V[:, :K])
+        U, S, V = torch.linalg.svd(0.4 * torch.randn(D, D) / math.sqrt(D) - 0.4 * identity)  # (D, D), (D)
+        w_v.copy_((S.sqrt()[:, None] * V).unflatten(0, (H, K)))
+        block.attn.proj.weight.copy_(U * S.sqrt())
+    if model.config.position == "learned":
+        n_positions = model.pos_embed.shape[1]
+        model.pos_embed.copy_(sincos_positions(model.patch_embed.grid_size, D)[:, -n_positions:])
 
 
 # ---- Configuration and variants ---------------------------------------------------------------------------
@@ -356,6 +383,8 @@ class ViTConfig:
     qk_norm               a LayerNorm over each head's queries and keys (Dehghani et al. 2023, Sec. 2)
     norm_eps              added to the variance in every LayerNorm: 1e-6 in the released code, timm and torchvision,
                           1e-12 in transformers' ViT
+    init                  "xavier" (the paper's code, see initialise) or "mimetic" (see mimic_trained_attention): where
+                          training starts; a model whose weights are loaded does not care
 
     Raises InputError for a value out of range.
     """
@@ -376,6 +405,7 @@ class ViTConfig:
     layer_scale: float | None = None
     qk_norm: bool = False
     norm_eps: float = 1e-6
+    init: str = "xavier"
 
     def __post_init__(self):
         for name, least in dict(in_channels=1, n_classes=0, embed_dim=1, depth=1, n_heads=1,
@@ -395,8 +425,11 @@ class ViTConfig:
         check_choice("qk_norm", self.qk_norm, (False, True))
         check_choice("pool", self.pool, ("cls", "mean"))
         check_choice("position", self.position, ("learned", "sincos", "none"))
-        if self.position == "sincos" and self.embed_dim % 4:
-            raise InputError(f"embed_dim {self.embed_dim} is not divisible by 4, which position='sincos' needs")
+        check_choice("init", self.init, ("xavier", "mimetic"))
+        waves = self.position == "sincos" or (self.position, self.init) == ("learned", "mimetic")
+        if waves and self.embed_dim % 4:
+            cause = "position='sincos'" if self.position == "sincos" else "init='mimetic'"
+            raise InputError(f"embed_dim {self.embed_dim} is not divisible by 4, which {cause} needs")
 
 
 def check_whole(name, value, least):
