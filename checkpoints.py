@@ -29,10 +29,10 @@ import torch
 from torch import nn
 
 from checkpoint_formats import Format, Weights, translate
-from cnn_model import ConvNet, ConvNetConfig, HybridCNNViT
+from cnn_model import ConvNet, ConvNetConfig, HybridCNNViT, HybridConfig
 from vit_model import InputError, VisionTransformer, ViTConfig, resample_positions, sincos_positions
 
-CONFIGS = {VisionTransformer: ViTConfig, HybridCNNViT: ViTConfig, ConvNet: ConvNetConfig}
+CONFIGS = {VisionTransformer: ViTConfig, HybridCNNViT: HybridConfig, ConvNet: ConvNetConfig}
 CLASSES = {model_class.__name__: model_class for model_class in CONFIGS}
 
 CHECKPOINT_FORMAT = "vit-bridge 1"
@@ -316,7 +316,7 @@ def check_same_kind(other, model, path):
     if not isinstance(model, type(other)) or isinstance(model, HybridCNNViT) != isinstance(other, HybridCNNViT):
         raise InputError(f"{path} holds a {type(other).__name__}, the model is a {type(model).__name__}; build that "
                          f"one, or take load_model(path), which builds what the file holds")
-    for name in ("n_heads", "pool", "position", "norm_eps", "stem_stride"):
+    for name in ("n_heads", "pool", "position", "norm_eps", "stem_stride", "stem", "block"):
         theirs, ours = getattr(other.config, name, None), getattr(model.config, name, None)
         if theirs != ours:
             raise InputError(f"{path} is for another architecture: {name} is {theirs} there, {ours} in the model; "

@@ -3,19 +3,32 @@
 HybridCNNViT    a ViT whose tokens come from a small stack of convolutions (Sec. 3.1 of the ViT paper, "Hybrid
                 Architecture"; the stack is that of Xiao et al. 2021, "Early Convolutions Help Transformers See
                 Better", less its last 1 x 1 convolution)
-ConvNet         a residual network (He et al. 2016): convolutions from the first pixel to the last feature
+ConvNet         convolutions from the first pixel to the last feature: a residual network (He et al. 2016), or the
+                faster one of Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU"
 
 Both have the forward_features / forward_head / head / config of VisionTransformer.
 
-Letters:  B images, C channels, P patch side, N tokens, D width (embed_dim), S total stride of a ConvNet.
+Letters:  B images, C channels, P patch side, N tokens, D width (embed_dim), S total stride of a ConvNet, k side of
+          a kernel.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vit_model import InputError, VisionTransformer, check_choice, check_images, check_whole, grid_of, pair
+from vit_model import (
+    InputError,
+    VisionTransformer,
+    ViTConfig,
+    check_choice,
+    check_images,
+    check_whole,
+    grid_of,
+    pair,
+)
 
 
 class ConvStem(nn.Module):
@@ -28,14 +41,10 @@ class ConvStem(nn.Module):
     def __init__(self, img_size=224, patch_size=16, in_channels=3, embed_dim=384):
         super().__init__()
         self.img_size, self.patch_size, self.in_channels = pair(img_size), pair(patch_size, "patch_size"), in_channels
-        side = self.patch_size[0]
-        if self.patch_size[1] != side or side < 2 or side & (side - 1):
-            raise InputError(f"patch_size {patch_size} cannot be reached by halving; a convolutional stem takes "
-                             f"2, 4, 8, 16 or 32")
-        n_convs = side.bit_length() - 1
+        n_convs = halvings(patch_size, self.patch_size)
         if embed_dim % 2 ** (n_convs - 1):
             raise InputError(f"embed_dim {embed_dim} cannot be halved {n_convs - 1} times, which the stem for "
-                             f"patch_size {side} does; choose a multiple of {2 ** (n_convs - 1)}")
+                             f"patch_size {patch_size} does; choose a multiple of {2 ** (n_convs - 1)}")
         self.grid_size = grid_of(self.img_size, self.patch_size)
         self.n_patches = self.grid_size[0] * self.grid_size[1]
         layers = []
@@ -54,19 +63,89 @@ class ConvStem(nn.Module):
         return x.flatten(2).transpose(1, 2)  # (B, N, D)
 
 
-class HybridCNNViT(VisionTransformer):
-    """(B, C, height, width) -> (B, n_classes) logits: ConvStem, then VisionTransformer as it is.
+def halvings(given, patch_size):
+    """log2(P) of a patch size, (P, P). Raises InputError, naming what was given, for one that halving cannot reach."""
+    side = patch_size[0]
+    if patch_size[1] != side or side < 2 or side & (side - 1):
+        raise InputError(f"patch_size {given} cannot be reached by halving; a convolutional stem takes 2, 4, 8, 16 or "
+                         f"32")
+    return side.bit_length() - 1
 
-    n_heads=None means one head for every 64 channels, as throughout Table 1 of the ViT paper. `options` are the
-    other fields of ViTConfig. Raises InputError as VisionTransformer and ConvStem do.
+
+class PooledStage(nn.Sequential):
+    """(B, C, h, w) -> (B, C', h // 2, w // 2): a convolution, the largest of each 2 x 2, and `depth` convolutions more,
+    each with batch norm and GELU. (Jordan 2024, Sec. 3.1 and Listing 4, without its frozen norms.)"""
+
+    def __init__(self, in_channels, channels, depth=1):
+        layers = [nn.Conv2d(in_channels, channels, 3, padding=1, bias=False), nn.MaxPool2d(2),
+                  nn.BatchNorm2d(channels), nn.GELU()]
+        for _ in range(depth):
+            layers += [nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.GELU()]
+        super().__init__(*layers)
+
+
+class PooledStem(nn.Module):
+    """(B, C, height, width) -> (B, N, D), in the place of PatchEmbedding: the first layers of a pooled ConvNet.
+
+    A convolution of 2 x 2, for which whitening_filters are meant, and log2(P) stages, the channels doubling; where the
+    last stage is narrower than D a 1 x 1 convolution widens it.
+
+    channels   of the first stage
+    """
+
+    def __init__(self, img_size=224, patch_size=16, in_channels=3, embed_dim=384, channels=32):
+        super().__init__()
+        self.img_size, self.patch_size, self.in_channels = pair(img_size), pair(patch_size, "patch_size"), in_channels
+        n_stages = halvings(patch_size, self.patch_size)
+        self.grid_size = grid_of(self.img_size, self.patch_size)
+        self.n_patches = self.grid_size[0] * self.grid_size[1]
+        self.whiten = nn.Conv2d(in_channels, 2 * in_channels * 4, 2)
+        widths = [self.whiten.out_channels, *(channels << i for i in range(n_stages))]
+        self.stages = nn.ModuleList(PooledStage(*two) for two in pairwise(widths))
+        self.proj = nn.Conv2d(widths[-1], embed_dim, 1)
+        initialise_convolutions(self)
+
+    def forward(self, images):
+        check_images(images, self.in_channels, self.img_size)
+        x = F.pad(images.contiguous(memory_format=torch.channels_last), (0, 1, 0, 1))  # (B, C, height + 1, width + 1)
+        x = F.gelu(self.whiten(x))  # (B, 8C, height, width)
+        for stage in self.stages:
+            x = stage(x)  # half the height and width
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, N, D)
+
+
+STEMS = dict(strided=ConvStem, pooled=PooledStem)
+
+
+class HybridCNNViT(VisionTransformer):
+    """(B, C, height, width) -> (B, n_classes) logits: a convolutional stem, then VisionTransformer as it is.
+
+    stem: "strided" (ConvStem) or "pooled" (PooledStem). n_heads=None means one head for every 64 channels, as
+    throughout Table 1 of the ViT paper. `options` are the other fields of ViTConfig. Raises InputError as
+    VisionTransformer and the stems do.
     """
 
     def __init__(self, n_classes=1000, embed_dim=384, depth=6, n_heads=None, img_size=224, patch_size=16,
-                 in_channels=3, **options):
+                 in_channels=3, stem="strided", **options):
         if n_heads is None:
             n_heads = max(1, embed_dim // 64)
         super().__init__(img_size, patch_size, in_channels, n_classes, embed_dim, depth, n_heads, **options)
-        self.patch_embed = ConvStem(img_size, patch_size, in_channels, embed_dim)
+        self.config = HybridConfig(**vars(self.config), stem=stem)
+        self.patch_embed = STEMS[stem](img_size, patch_size, in_channels, embed_dim)
+
+
+@dataclass(frozen=True)
+class HybridConfig(ViTConfig):
+    """All that is needed to build the model again: HybridCNNViT(**vars(config)).
+
+    stem   what makes the tokens: "strided" or "pooled", as HybridCNNViT has them
+    """
+
+    stem: str = "strided"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("stem", self.stem, tuple(STEMS))
 
 
 class ResidualBlock(nn.Module):
@@ -91,15 +170,19 @@ class ResidualBlock(nn.Module):
 class ConvNet(nn.Module):
     """(B, C, height, width) -> (B, n_classes) logits.
 
-    A stem, stages of residual blocks, each stage but the first at half the resolution of the one before, the
-    mean over all places, a linear head. With its default arguments it is ResNet-18, number for number.
+    A stem, stages, the mean over all places, a linear head. With its default arguments it is ResNet-18, number for
+    number: stages of residual blocks, each stage but the first at half the resolution of the one before. With
+    block="pooled" they are PooledStages on one convolution, for which whitening_filters are meant.
     """
 
     def __init__(self, img_size=224, in_channels=3, n_classes=1000, widths=(64, 128, 256, 512),
-                 depths=(2, 2, 2, 2), stem_stride=4):
+                 depths=(2, 2, 2, 2), stem_stride=4, block="residual"):
         super().__init__()
-        self.config = ConvNetConfig(img_size, in_channels, n_classes, tuple(widths), tuple(depths), stem_stride)
-        if stem_stride == 4:
+        self.config = ConvNetConfig(img_size, in_channels, n_classes, tuple(widths), tuple(depths), stem_stride, block)
+        if block == "pooled":
+            side = max(2, stem_stride)
+            self.stem = nn.Sequential(nn.Conv2d(in_channels, 2 * in_channels * side**2, side, stem_stride), nn.GELU())
+        elif stem_stride == 4:
             self.stem = nn.Sequential(nn.Conv2d(in_channels, widths[0], 7, stride=2, padding=3, bias=False),
                                       nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True),
                                       nn.MaxPool2d(3, stride=2, padding=1))
@@ -107,8 +190,12 @@ class ConvNet(nn.Module):
             self.stem = nn.Sequential(nn.Conv2d(in_channels, widths[0], 3, stem_stride, padding=1, bias=False),
                                       nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True))
         self.stages = nn.ModuleList()
-        channels = widths[0]
+        channels = self.stem[0].out_channels
         for i, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+            if block == "pooled":
+                self.stages.append(PooledStage(channels, width, depth))
+                channels = width
+                continue
             strides = [1 if i == 0 else 2] + [1] * (depth - 1)
             self.stages.append(nn.Sequential(*(ResidualBlock(channels if j == 0 else width, width, stride)
                                                for j, stride in enumerate(strides))))
@@ -120,11 +207,12 @@ class ConvNet(nn.Module):
         return self.forward_head(self.forward_features(images))  # (B, n_classes)
 
     def forward_features(self, images):
-        """The last stage's map, (B, C, height / S, width / S), S = stem_stride * 2^(stages - 1), rounded up."""
+        """The last stage's map, (B, C, height / S, width / S), S = stem_stride * 2^(stages - 1), rounded up; pooled
+        stages halve once more, and round down."""
         check_images(images, self.config.in_channels)
-        x = self.stem(images)  # (B, widths[0], height / stem_stride, width / stem_stride)
+        x = self.stem(images.contiguous(memory_format=torch.channels_last))  # (B, C, height / stem_stride, ...)
         for stage in self.stages:
-            x = stage(x)  # half the height and width from the second stage on
+            x = stage(x)  # half the height and width, but for the first of residual blocks
         return x
 
     def forward_head(self, x, pre_logits=False):
@@ -139,8 +227,10 @@ class ConvNetConfig:
 
     img_size      the size that it is meant for, in pixels; as a CNN it takes any other as well
     widths        channels of each stage
-    depths        residual blocks of each stage
-    stem_stride   1 or 2: one 3 x 3 convolution, for small images; 4: ResNet's 7 x 7 convolution and max-pooling
+    depths        residual blocks of each stage; of a pooled one the convolutions after its pooling
+    stem_stride   1 or 2: one 3 x 3 convolution, for small images; 4: ResNet's 7 x 7 convolution and max-pooling. Before
+                  pooled stages a convolution of 2 x 2, 2 x 2 or 4 x 4
+    block         "residual" or "pooled", as ConvNet has them
 
     Raises InputError for a value out of range.
     """
@@ -151,6 +241,7 @@ class ConvNetConfig:
     widths: tuple[int, ...] = (64, 128, 256, 512)
     depths: tuple[int, ...] = (2, 2, 2, 2)
     stem_stride: int = 4
+    block: str = "residual"
 
     def __post_init__(self):
         check_whole("in_channels", self.in_channels, 1)
@@ -163,6 +254,7 @@ class ConvNetConfig:
                 check_whole(name, value, 1)
         pair(self.img_size)
         check_choice("stem_stride", self.stem_stride, (1, 2, 4))
+        check_choice("block", self.block, ("residual", "pooled"))
 
 
 def initialise_convolutions(model):
@@ -170,3 +262,36 @@ def initialise_convolutions(model):
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+# ---- Whitening --------------------------------------------------------------------------------------------
+
+
+def whitening_layer(model):
+    """The convolution of a pooled ConvNet or of a hybrid with a pooled stem that meets the pixels; None in others."""
+    if isinstance(model, HybridCNNViT) and model.config.stem == "pooled":
+        return model.patch_embed.whiten
+    return model.stem[0] if isinstance(model, ConvNet) and model.config.block == "pooled" else None
+
+
+@torch.no_grad()
+def whiten_first_layer(model, images):
+    """Gives the whitening_layer of a model, if it has one, the whitening_filters of images (B, C, height, width),
+    normalised as the model will see them; they stay as they are in training. Returns the model."""
+    layer = whitening_layer(model)
+    if layer is not None:
+        filters = whitening_filters(images, layer.kernel_size[0])  # (C k k, C, k, k)
+        layer.weight.copy_(torch.cat([filters, -filters]))
+        layer.bias.zero_()
+        layer.requires_grad_(False)
+    return model
+
+
+def whitening_filters(images, side, floor=0.01):
+    """(C k k, C, k, k), k = side: the principal directions of the patches of images (B, C, height, width), largest
+    first, each divided by the root of its variance and of `floor`, so that their answers are uncorrelated and of
+    nearly equal size. (Page 2019, "How to Train Your ResNet"; Jordan 2024, Sec. 3.2.)"""
+    patches = F.unfold(images.float(), side, stride=side).transpose(1, 2).flatten(0, 1).double()  # (patches, C k k)
+    variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))  # (C k k), (C k k, C k k)
+    filters = (directions / (variances + floor).sqrt()).flip(1).T  # (C k k, C k k), a row a filter
+    return filters.to(images.dtype).reshape(-1, images.shape[1], side, side)

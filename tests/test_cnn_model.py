@@ -8,7 +8,17 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet18
 
-from cnn_model import ConvNet, ConvStem, HybridCNNViT, ResidualBlock
+from cnn_model import (
+    ConvNet,
+    ConvStem,
+    HybridCNNViT,
+    PooledStage,
+    PooledStem,
+    ResidualBlock,
+    whiten_first_layer,
+    whitening_filters,
+    whitening_layer,
+)
 from vit_model import InputError, TransformerBlock, VisionTransformer, freeze_backbone, resize_positions
 
 HYBRID = dict(n_classes=11, embed_dim=12, depth=2, n_heads=3, img_size=(20, 28), patch_size=4)  # 5 x 7 tokens
@@ -136,7 +146,9 @@ def test_the_hybrid_is_our_vit_but_for_its_stem():
     assert isinstance(model, VisionTransformer)
     assert isinstance(model.patch_embed, ConvStem)
     assert [type(block) for block in model.blocks] == [TransformerBlock] * 2
-    vit = VisionTransformer(**vars(model.config))
+    arguments = dict(vars(model.config))
+    assert arguments.pop("stem") == "strided"
+    vit = VisionTransformer(**arguments)
     for name in ("blocks", "norm", "head"):
         getattr(vit, name).load_state_dict(getattr(model, name).state_dict())
     vit.patch_embed = model.patch_embed
@@ -264,3 +276,93 @@ def test_a_model_that_cannot_be_is_refused_in_one_line_naming_the_value(build, v
 def test_images_that_do_not_fit_the_model_are_refused(model, shape):
     with pytest.raises(InputError, match=one_line_with(shape)):
         model(torch.zeros(shape))
+
+
+# ---- Pooled stages and whitening --------------------------------------------------------------------------
+
+
+POOLED = dict(img_size=22, in_channels=2, n_classes=3, widths=(5, 7), depths=(1, 2), stem_stride=1, block="pooled")
+
+
+def test_a_pooled_stage_by_hand():
+    stage = randomised(PooledStage(3, 5, depth=1)).eval()
+    x = torch.randn(2, 3, 7, 11)
+    first, _, norm1, _, second, norm2, _ = stage
+    y = F.max_pool2d(F.conv2d(x, first.weight, padding=1), 2)  # (2, 5, 3, 5)
+    y = F.gelu((y - norm1.running_mean[:, None, None]) / (norm1.running_var + norm1.eps).sqrt()[:, None, None]
+               * norm1.weight[:, None, None] + norm1.bias[:, None, None])
+    y = F.conv2d(y, second.weight, padding=1)
+    y = F.gelu((y - norm2.running_mean[:, None, None]) / (norm2.running_var + norm2.eps).sqrt()[:, None, None]
+               * norm2.weight[:, None, None] + norm2.bias[:, None, None])
+    torch.testing.assert_close(stage(x), y)
+    assert y.shape == (2, 5, 3, 5)
+
+
+def test_a_pooled_convnet_halves_at_every_stage():
+    model = ConvNet(**POOLED).eval()
+    assert model.forward_features(torch.randn(2, 2, 22, 27)).shape == (2, 7, 5, 6)  # 21 and 26, halved twice
+    assert [type(stage) for stage in model.stages] == [PooledStage] * 2
+    wide = ConvNet(**{**POOLED, "stem_stride": 4, "img_size": 88}).eval()
+    assert wide.stem[0].weight.shape == (64, 2, 4, 4)
+    assert wide.forward_features(torch.randn(1, 2, 88, 88)).shape == (1, 7, 5, 5)
+
+
+def test_a_pooled_stem_gives_the_tokens_of_a_patch_embedding():
+    model = HybridCNNViT(3, 12, 1, 3, (16, 24), 4, 2, stem="pooled").eval()
+    assert isinstance(model.patch_embed, PooledStem)
+    tokens = model.patch_embed(torch.randn(2, 2, 16, 24))
+    assert tokens.shape == (2, 24, 12)
+    assert model.patch_embed.grid_size == (4, 6)
+    assert model(torch.randn(2, 2, 16, 24)).shape == (2, 3)
+    assert HybridCNNViT(**vars(model.config)).config == model.config
+
+
+def test_a_token_of_a_pooled_stem_sits_where_its_patch_does():
+    stem = PooledStem(32, 8, 3, 12).eval()
+    images = torch.zeros(1, 3, 32, 32)
+    images[0, :, 20, 11] = 5.0
+    change = (stem(images) - stem(torch.zeros(1, 3, 32, 32))).abs().sum(2).view(4, 4)
+    assert divmod(change.argmax().item(), 4) == (20 // 8, 11 // 8)
+
+
+def test_whitened_patches_are_uncorrelated():
+    torch.manual_seed(0)
+    images = F.avg_pool2d(torch.randn(53, 3, 20, 20), 5, stride=1)  # (53, 3, 16, 16), neighbours alike
+    filters = whitening_filters(images, 2, floor=0.0)  # (12, 3, 2, 2)
+    answers = F.conv2d(images, filters, stride=2).transpose(0, 1).flatten(1)  # (12, 53 * 64)
+    torch.testing.assert_close(answers @ answers.T / answers.shape[1], torch.eye(12), atol=1e-3, rtol=0)
+    raw = F.unfold(images, 2, stride=2).transpose(0, 1).flatten(1)  # the control
+    assert (raw @ raw.T / raw.shape[1] - torch.eye(12)).abs().max() > 0.5
+
+
+def test_the_floor_keeps_small_directions_small():
+    images = 1e-4 * torch.randn(53, 3, 16, 16)
+    answers = F.conv2d(images, whitening_filters(images, 2), stride=2)
+    assert answers.std() == pytest.approx(1e-4 / 0.1, rel=0.05)
+
+
+@pytest.mark.parametrize("model", [ConvNet(**POOLED), HybridCNNViT(3, 12, 1, 3, 16, 4, 2, stem="pooled")])
+def test_the_whitened_layer_holds_each_filter_and_its_negative_and_is_not_trained(model):
+    images = torch.randn(31, 2, 16, 16)
+    layer = whitening_layer(whiten_first_layer(model, images))
+    assert torch.equal(layer.weight[:8], whitening_filters(images, 2))
+    assert torch.equal(layer.weight[8:], -layer.weight[:8])
+    assert not any(p.requires_grad for p in layer.parameters())
+    assert all(p.requires_grad for name, p in model.named_parameters() if p is not layer.weight and p is not layer.bias)
+
+
+def test_other_models_have_no_layer_to_whiten():
+    for model in (ConvNet(**CONVNET), HybridCNNViT(**HYBRID), VisionTransformer(8, 4, 3, 2, 12, 1, 3)):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        assert whitening_layer(model) is None
+        whiten_first_layer(model, torch.randn(3, 3, 8, 8))
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("make", "named"), [
+    (lambda: ConvNet(**{**POOLED, "block": "dense"}), "block 'dense'"),
+    (lambda: HybridCNNViT(**HYBRID, stem="deep"), "stem 'deep'"),
+    (lambda: PooledStem(24, 12, 3, 12), "patch_size 12 cannot be reached by halving")])
+def test_a_wrong_block_or_stem_is_named(make, named):
+    with pytest.raises(InputError, match=named):
+        make()
