@@ -268,21 +268,35 @@ def initialise_convolutions(model):
 
 
 def whitening_layer(model):
-    """The convolution of a pooled ConvNet or of a hybrid with a pooled stem that meets the pixels; None in others."""
-    if isinstance(model, HybridCNNViT) and model.config.stem == "pooled":
-        return model.patch_embed.whiten
-    return model.stem[0] if isinstance(model, ConvNet) and model.config.block == "pooled" else None
+    """The convolution that meets the pixels, where whitening_filters have a place: the patch projection of a ViT, the
+    first layer of a pooled ConvNet and of a pooled stem; None in other models."""
+    if isinstance(model, ConvNet):
+        return model.stem[0] if model.config.block == "pooled" else None
+    embed = getattr(model, "patch_embed", None)
+    if isinstance(embed, PooledStem):
+        return embed.whiten
+    return embed.proj if isinstance(embed, PatchEmbedding) else None
 
 
 @torch.no_grad()
 def whiten_first_layer(model, images):
     """Gives the whitening_layer of a model, if it has one, the whitening_filters of images (B, C, height, width),
-    normalised as the model will see them; they stay as they are in training. Returns the model."""
+    normalised as the model will see them. Returns the model.
+
+    Convolutional layers have room for each filter and its negative, and keep them in training. A patch projection
+    takes the filters of the largest variance, as many as it has channels, and little noise in the channels that are
+    left, and learns on from there.
+    """
     layer = whitening_layer(model)
-    if layer is not None:
-        filters = whitening_filters(images, layer.kernel_size[0])  # (C k k, C, k, k)
+    if layer is None:
+        return model
+    filters = whitening_filters(images, layer.kernel_size[0])  # (C k k, C, k, k)
+    layer.bias.zero_()
+    if isinstance(model, VisionTransformer) and isinstance(model.patch_embed, PatchEmbedding):
+        n = min(len(filters), len(layer.weight))
+        layer.weight.normal_(std=0.02)[:n] = filters[:n]
+    else:
         layer.weight.copy_(torch.cat([filters, -filters]))
-        layer.bias.zero_()
         layer.requires_grad_(False)
     return model
 

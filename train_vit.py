@@ -28,12 +28,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torchvision
 
-from cnn_model import ConvNet
+from augmentation import FLIPS, MIXINGS, Mixing
+from cnn_model import ConvNet, whiten_first_layer, whitening_layer
 from command_line import (
     Bounded,
     Interrupted,
@@ -55,6 +57,8 @@ from command_line import (
 from inference import evaluate_command, export_command, fingerprint, predict, predict_command
 from measurements import count_parameters, linear_classifier, wilson_interval
 from model_zoo import MODELS, PRETRAINED, build_model, create_pretrained, load_model
+from optimizers import OPTIMIZERS, SCHEDULES
+from recipes import RECIPES, choose_recipe
 from run_folder import (
     BEST,
     CONFIG,
@@ -71,13 +75,14 @@ from run_folder import (
 from trainer import CrossEntropy, NotFinite, OutOfMemory, Stopped, Trainer, balancing_weights, steps_within
 from transfer import feature_loaders, layer_factors
 from visualizations import plot_training_curves, save_figure, visualize_attention_grid
-from vit_data import TORCHVISION_SETS, choose_set, get_data_loaders, get_test_loader
-from vit_model import InputError, VisionTransformer, freeze_backbone, pair
+from vit_data import SMALL_SIDE, TORCHVISION_SETS, choose_set, get_data_loaders, get_test_loader
+from vit_model import InputError, VisionTransformer, check_choice, freeze_backbone, pair
 
 __all__ = ["Trainer", "get_data_loaders", "predict"]
 
 COMMANDS = dict(evaluate=evaluate_command, predict=predict_command, export=export_command)
-RATE, PRETRAINED_RATE = 2e-3, 5e-4  # peaks of the learning rate
+WHITENED_BY = 2000  # images from which a first layer is whitened
+MINUTES = 2  # of a training whose length is not given
 HEAD_EPOCHS = 100  # of --freeze-backbone, whose epochs take a moment
 UNEVEN = 2  # classes are called uneven where the largest has so many times the images of the smallest
 
@@ -95,8 +100,7 @@ def make_parser():
     data.add_argument("--dataset", default="auto", help="auto, shapes, folder, cifar10, cifar100, mnist, fashion-mnist")
     data.add_argument("--img-size", type=whole(1), help="side in pixels (default: that of the pretrained model; small "
                                                         "images keep theirs, else 224)")
-    data.add_argument("--batch-size", type=whole(1), default=64, help="images of a step, over all processes (default: "
-                                                                      "%(default)s)")
+    data.add_argument("--batch-size", type=whole(1), help="images of a step, over all processes")
     data.add_argument("--val-fraction", type=float, default=0.1, help="cut from the training images without val/")
     data.add_argument("--workers", type=whole(0), help="processes that read photographs (default: one for each core, "
                                                        "at most 8)")
@@ -113,22 +117,32 @@ def make_parser():
                                                                       "computed once, without augmentation")
     model.add_argument("--layer-decay", type=Bounded(float, 0.01, 1, "0.01 to 1"), help="each layer's learning rate "
                        "is this times that of the layer after it (fine-tuning: about 0.75)")
+    recipe = parser.add_argument_group("recipe", "What is not given is as the recipe has it.")
+    recipe.add_argument("--recipe", help=f"one of {', '.join(RECIPES)} (default: chosen by model, image size and "
+                                         f"minutes, and printed)")
+    recipe.add_argument("--optimizer", choices=OPTIMIZERS)
+    recipe.add_argument("--lr", type=positive(), help="the peak of the learning rate")
+    recipe.add_argument("--weight-decay", type=Bounded(float, 0, sys.float_info.max, "0 or more"))
+    recipe.add_argument("--schedule", choices=SCHEDULES, help="how the learning rate falls")
+    recipe.add_argument("--warmup-epochs", type=Bounded(float, 0, sys.float_info.max, "0 or more"),
+                        help="(default: a twentieth of the run)")
+    recipe.add_argument("--label-smoothing", type=Bounded(float, 0, 1, "0 to 1"))
+    recipe.add_argument("--shift", type=Bounded(float, 0, 0.5, "0 to 0.5"), help="share of the side by which small "
+                                                                                 "images are shifted at most")
+    recipe.add_argument("--flip", choices=FLIPS, help="how small images are mirrored")
+    recipe.add_argument("--cutout", type=Bounded(float, 0, 2, "0 to 2"), help="share of the side of a small image that "
+                                                                              "a hidden square has")
+    recipe.add_argument("--mixing", choices=MIXINGS, help="two images in one")
+    recipe.add_argument("--model-ema", type=Bounded(float, 0, 1, "0 to 1"), nargs="?", const=0.999, metavar="DECAY",
+                        help="keep a moving average of the weights, and evaluate that (decay without a number: 0.999)")
     run = parser.add_argument_group("run")
     length = run.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=whole(1))
     length.add_argument("--steps", type=whole(1))
     length.add_argument("--minutes", type=positive(), help="measures the speed, then fixes the number of steps "
                                                            "(default: 2 minutes; with --freeze-backbone 100 epochs)")
-    run.add_argument("--lr", type=positive(), help="the peak of the learning rate (default: 2e-3; with --pretrained "
-                                                   "5e-4)")
-    run.add_argument("--weight-decay", type=Bounded(float, 0, sys.float_info.max, "0 or more"), default=0.05)
-    run.add_argument("--warmup-epochs", type=Bounded(float, 0, sys.float_info.max, "0 or more"),
-                     help="(default: a twentieth of the run)")
-    run.add_argument("--label-smoothing", type=Bounded(float, 0, 1, "0 to 1"), default=0.1)
     run.add_argument("--class-weights", action="store_true", help="let every class count alike, however many images it "
                      "has; the best epoch is then that of the best balanced accuracy")
-    run.add_argument("--model-ema", type=Bounded(float, 0, 1, "0 to 1"), nargs="?", const=0.999, metavar="DECAY",
-                     help="keep a moving average of the weights, and evaluate that (decay without a number: 0.999)")
     run.add_argument("--accumulate", type=whole(1), default=1, help="parts in which a batch goes through the model, "
                                                                     "for less memory (default: %(default)s)")
     run.add_argument("--seed", type=seed(), default=0)
@@ -152,6 +166,8 @@ def parse(argv=None):
     blank = argparse.Namespace(**dict.fromkeys(vars(options), unset))
     words = vars(make_parser().parse_args(argv, blank))
     options.given = {name: value for name, value in words.items() if value is not unset}
+    if options.recipe:
+        check_choice("recipe", options.recipe, tuple(RECIPES))
     if options.resume and options.dry_run:
         raise InputError("--dry-run is a run of its own and cannot go on with another; leave out --resume")
     if options.freeze_backbone and options.layer_decay:
@@ -229,7 +245,7 @@ class TrainingRun:
             self.result = of_first(complete_result(self.folder))
         known = {name: value for name, value in vars(options).items() if name != "given"}
         if self.saved:
-            known = options_to_resume(options.given, self.saved["options"])
+            known = options_to_resume(options.given, before_recipes(self.saved["options"]))
         if self.saved and not self.result:
             print(f"Going on with {self.folder}.")
         if self.result:
@@ -246,17 +262,20 @@ class TrainingRun:
         start = self.pretrained_model() if options.pretrained else None
         self.train_loader, self.val_loader = self.load_data(start)
         class_names, img_size = self.train_loader.class_names, self.train_loader.img_size
+        self.name = options.model or ("vit_nano" if img_size <= SMALL_SIDE else "vit_tiny")
+        self.choose(img_size)
         if start is None:
-            self.name = options.model or ("vit_nano" if img_size <= 64 else "vit_tiny")
-            self.model = build_model(self.name, n_classes=len(class_names), img_size=img_size,
-                                     **self.chosen("patch_size", "drop_path"))
+            arguments = self.recipe.options | self.chosen("patch_size", "drop_path")
+            self.model = build_model(self.name, n_classes=len(class_names), img_size=img_size, **arguments)
+            if self.recipe.whiten and whitening_layer(self.model) is not None:
+                whiten_first_layer(self.model, first_images(self.train_loader, WHITENED_BY))
         else:
             path = Path(options.pretrained)
             self.name = path.parent.name or "best" if path.name in (BEST, LAST) else path.stem
             self.model = fit_head(start, class_names)
         weights = balancing_weights(self.train_loader.class_counts) if options.class_weights else None
         self.settings = dict(device=self.device, amp=options.amp, accumulate=options.accumulate,
-                             compile=options.compile, loss_fn=CrossEntropy(options.label_smoothing, weights))
+                             compile=options.compile, loss_fn=CrossEntropy(self.recipe.label_smoothing, weights))
         if self.saved:
             for change in changes_since(self.saved, class_names, self.train_loader.n_images, n_processes()):
                 print(f"Warning: {change}.")
@@ -282,6 +301,26 @@ class TrainingRun:
             write_json(dict(self.config, model=self.name, model_config=model_config, class_names=class_names),
                        self.folder / CONFIG)
 
+    def choose(self, img_size):
+        """Sets `recipe`: the one asked for, or that for these images and minutes, with what the options override; and
+        has the loaders follow it."""
+        options = self.options
+        if not options.recipe:
+            budget = None if options.epochs or options.steps else options.minutes or MINUTES
+            start = "head" if options.freeze_backbone else "pretrained" if options.pretrained else "new"
+            options.recipe = choose_recipe(self.name, img_size, budget, start)
+        recipe = RECIPES[options.recipe]
+        given = self.chosen("batch_size", "optimizer", "weight_decay", "schedule", "label_smoothing", "mixing",
+                            "model_ema")
+        if options.lr:
+            given["learning_rate"] = options.lr
+        augmentation = replace(recipe.augmentation, **self.chosen("shift", "flip", "cutout"))
+        self.recipe = replace(recipe, augmentation=augmentation, **given)
+        self.data["batch_size"] = self.recipe.batch_size
+        for loader in (self.train_loader, self.val_loader):
+            loader.batch_size = self.recipe.batch_size
+        self.train_loader.use(self.recipe.augmentation)
+
     def pretrained_model(self):
         """The model to start from: a run that goes on has it in last.pt, wherever it came from."""
         if self.saved and "training" in self.saved:
@@ -296,7 +335,7 @@ class TrainingRun:
         """(training loader, validation loader), normalised and resized as the pretrained model wants it."""
         options = self.options
         kind = choose_set(options.data_dir, options.dataset, None)
-        self.data = dict(data_dir=options.data_dir, batch_size=options.batch_size, img_size=options.img_size,
+        self.data = dict(data_dir=options.data_dir, img_size=options.img_size,
                          dataset=options.dataset, val_fraction=options.val_fraction, seed=options.seed,
                          workers=options.workers, skip_corrupt=options.skip_corrupt,
                          **(dict(n_images=600) if options.dry_run and kind == "shapes" else {}))
@@ -319,6 +358,7 @@ class TrainingRun:
         print(f"{self.name}: {count_parameters(self.model):,} parameters{frozen}; {train.dataset_name}: "
               f"{train.n_images:,} training and {val.n_images:,} validation images of {train.img_size} pixels, "
               f"{len(train.class_names)} classes; {self.device}, {trainer.dtype or torch.float32}")
+        print(f"Recipe {self.options.recipe}: {self.recipe.describe()}")
         if text := unevenness(train.class_names, train.class_counts):
             weighted = "--class-weights lets them count alike" if self.options.class_weights else \
                 "look at the balanced accuracy; --class-weights would let all classes count alike"
@@ -336,9 +376,10 @@ class TrainingRun:
         if options.epochs or options.steps:
             return options.steps or options.epochs * len(self.loaders[0])
         spent = of_first(time.perf_counter() - self.started) if options.freeze_backbone else 0.0  # on the features
-        minutes = options.minutes or 2
+        minutes = options.minutes or MINUTES
         print(f"Measuring the speed, for the number of steps in {minutes:g} minutes ...", flush=True)
-        n_steps = steps_within(max(1.0, 60 * minutes - spent), self.trained, *self.loaders, **self.settings)
+        n_steps = steps_within(max(1.0, 60 * minutes - spent), self.trained, *self.loaders,
+                               self.recipe.optimizer, **self.settings)
         if n_steps < len(self.loaders[0]):
             print(f"Warning: {minutes:g} minutes are too few to see each image once ({n_steps} of "
                   f"{len(self.loaders[0])} steps); a smaller --img-size or model, or more minutes, would help.")
@@ -354,13 +395,15 @@ class TrainingRun:
                                self.config, options.freeze_backbone, self.criterion(), resume)
         if options.dry_run:
             loaders = loaders[0], list(itertools.islice(loaders[1], 2))
-        rate = options.lr or (PRETRAINED_RATE if options.pretrained and not options.freeze_backbone else RATE)
+        recipe, n_classes = self.recipe, len(self.train_loader.class_names)
         go_on = command("--resume", self.folder)
         self.interrupts.held = True
         try:
             self.history = self.trainer.train(
-                *loaders, n_steps=self.n_steps, learning_rate=rate, weight_decay=options.weight_decay,
-                warmup_epochs=options.warmup_epochs, seed=options.seed, ema_decay=options.model_ema, resume=resume,
+                *loaders, n_steps=self.n_steps, learning_rate=recipe.learning_rate,
+                weight_decay=recipe.weight_decay, warmup_epochs=options.warmup_epochs, seed=options.seed,
+                ema_decay=recipe.model_ema, resume=resume, optimizer=recipe.optimizer, schedule=recipe.schedule,
+                mixing=None if recipe.mixing == "none" else Mixing(recipe.mixing, n_classes),
                 rate_factors=layer_factors(self.trained, options.layer_decay) if options.layer_decay else None,
                 on_batch=self.is_interrupted, on_epoch=self.saver and self.saver.on_epoch,
                 on_save=self.saver and self.saver.save, save_every=60 * options.save_minutes,
@@ -472,6 +515,12 @@ class TrainingRun:
             save_figure(visualize_attention_grid(model, torch.stack(images).cpu()), self.folder / "attention.png")
 
 
+def first_images(loader, n_images):
+    """At least so many images of a training loader, if it has them, as a model will see them: (B, 3, S, S)."""
+    loader.set_epoch(0)
+    return torch.cat([images for images, _ in itertools.islice(loader, -(-n_images // loader.batch_size))])
+
+
 def fit_head(model, class_names):
     """The model with a head for these classes: its own where it was trained on the same ones, else one of zeros, as in
     section 3.2 of the ViT paper."""
@@ -482,6 +531,14 @@ def fit_head(model, class_names):
         torch.nn.init.zeros_(model.head.bias)
     model.class_names = class_names
     return model
+
+
+def before_recipes(options):
+    """A run's saved options; those of one that was begun before there were recipes with the recipe that it had."""
+    if "recipe" in options:
+        return options
+    name = "fine_tuning" if options.get("pretrained") and not options.get("freeze_backbone") else "classic"
+    return vars(make_parser().parse_args([])) | dict(recipe=name) | options
 
 
 def complete_result(folder):

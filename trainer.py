@@ -563,7 +563,7 @@ def batches_from(loader, epoch, batch):
     return itertools.islice(loader, batch, None)
 
 
-def steps_within(seconds, model, train_loader, val_loader, **settings):
+def steps_within(seconds, model, train_loader, val_loader, optimizer="adamw", **settings):
     """How many steps, with an evaluation after every epoch, fill so many seconds: measured on a copy of the model.
 
     settings go to the Trainer. The measurement itself is counted in: about 3% of the time, or two steps and
@@ -571,7 +571,7 @@ def steps_within(seconds, model, train_loader, val_loader, **settings):
     """
     started = time.perf_counter()
     trial = Trainer(copy.deepcopy(model), **settings)
-    run = dict(learning_rate=1e-6, progress=False)
+    run = dict(learning_rate=1e-6, progress=False, optimizer=optimizer)
     trial.train(train_loader, n_steps=1, **run)  # the first step is slower: memory, kernels, workers
     n_trial, trial_seconds = 0, 0.0
     while trial_seconds < max(1.0, 0.02 * seconds):

@@ -237,6 +237,9 @@ class Loader:
         check_choice("rank", rank, range(n_ranks))
         self.rank, self.n_ranks = rank, n_ranks
 
+    def use(self, augmentation):
+        """Has images in memory varied in this way in the passes to come; photographs keep train_transform."""
+
     def begin_pass(self):
         """(epoch, batches) of the pass that begins; a batch holds the places (B,) in the set of the images to give."""
         epoch = self.n_passes if self.epoch is None else self.epoch
@@ -260,10 +263,14 @@ class MemoryLoader(Loader):
     def __init__(self, images, labels, facts, batch_size, seed=0, training=False, files=None, skipped=None,
                  augmentation=None):
         super().__init__(labels, facts, batch_size, seed, training, files, skipped)
-        self.images, self.augmentation = images, augmentation or Augmentation()
-        if facts.dataset_name == "mnist":
-            self.augmentation = replace(self.augmentation, flip="none")
+        self.images = images
+        self.use(augmentation or Augmentation())
         self.normalisation = torch.tensor([self.mean, self.std]).view(2, 3, 1, 1) * 255
+
+    def use(self, augmentation):
+        """Has the passes to come varied in this way."""
+        mirrors = self.dataset_name != "mnist"
+        self.augmentation = augmentation if mirrors else replace(augmentation, flip="none")
 
     def to(self, device):
         """Moves the set to the device, where the batches are then made. Returns the loader."""

@@ -351,8 +351,17 @@ def test_the_whitened_layer_holds_each_filter_and_its_negative_and_is_not_traine
     assert all(p.requires_grad for name, p in model.named_parameters() if p is not layer.weight and p is not layer.bias)
 
 
+@pytest.mark.parametrize("embed_dim", [60, 12])
+def test_a_whitened_patch_projection_learns_on(embed_dim):
+    images, model = torch.randn(97, 3, 12, 16), VisionTransformer((12, 16), 4, 3, 2, embed_dim, 1, 3)
+    layer, filters = whitening_layer(whiten_first_layer(model, images)), whitening_filters(images, 4)  # 48 of them
+    assert torch.equal(layer.weight[:48], filters[:embed_dim])
+    assert layer.weight[48:].std().item() == pytest.approx(0.02, rel=0.1) if embed_dim > 48 else True
+    assert layer.weight.requires_grad and layer is model.patch_embed.proj
+
+
 def test_other_models_have_no_layer_to_whiten():
-    for model in (ConvNet(**CONVNET), HybridCNNViT(**HYBRID), VisionTransformer(8, 4, 3, 2, 12, 1, 3)):
+    for model in (ConvNet(**CONVNET), HybridCNNViT(**HYBRID), nn.Linear(3, 2)):
         before = {name: value.clone() for name, value in model.state_dict().items()}
         assert whitening_layer(model) is None
         whiten_first_layer(model, torch.randn(3, 3, 8, 8))

@@ -1,0 +1,93 @@
+"""Recipes: everything that a training is told but the images and the length, by name.
+
+    recipe = choose_recipe("vit_nano", img_size=32, minutes=10)
+
+Each was chosen on the validation images of CIFAR-10 (JPEG) with 2 cores, one factor after the other; what each factor
+gave is in benchmarks/RESULTS.md#factors, what the whole reaches on the test images in #targets.
+"""
+
+from dataclasses import dataclass, field
+
+from augmentation import MIXINGS, SMALL_SIDE, Augmentation
+from optimizers import OPTIMIZERS, SCHEDULES
+from vit_model import check_choice
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained. What the command line gives overrides it.
+
+    model           the name in model_zoo.MODELS that it was found for; None: any
+    small           whether it is meant for images of at most SMALL_SIDE pixels; None: for all
+    minutes         from how many it is meant, on 2 cores
+    options         arguments of build_model
+    batch_size      images of a step
+    optimizer, learning_rate, weight_decay, schedule    as Trainer.train has them; the warm-up is a twentieth of a run
+    label_smoothing share of the answer that is spread over all classes
+    augmentation    of small images in memory
+    mixing          "none", "mixup" or "cutmix"
+    model_ema       decay of the average of the weights, or None
+    whiten          whether the first layer gets whitening filters (cnn_model.whiten_first_layer)
+    command         that shows what it is worth, and `expected`, what came of it
+    """
+    model: str | None = None
+    small: bool | None = None
+    minutes: float = 0.0
+    options: dict = field(default_factory=dict)
+    batch_size: int = 64
+    optimizer: str = "adamw"
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    schedule: str = "cosine"
+    label_smoothing: float = 0.1
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    mixing: str = "none"
+    model_ema: float | None = None
+    whiten: bool = False
+    command: str = ""
+    expected: str = ""
+
+    def __post_init__(self):
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("mixing", self.mixing, MIXINGS)
+
+    def describe(self):
+        """What it does, in one line."""
+        a = self.augmentation
+        parts = [f"{name} {value}" for name, value in self.options.items()]
+        parts += [f"batches of {self.batch_size}", f"{self.optimizer} at {self.learning_rate:g}", self.schedule,
+                  f"label smoothing {self.label_smoothing:g}", f"shift {a.shift:g}", f"{a.flip} flip"]
+        parts += [f"cutout {a.cutout:g}"] * bool(a.cutout) + [self.mixing] * (self.mixing != "none")
+        parts += [f"average {self.model_ema}"] * bool(self.model_ema) + ["whitened first layer"] * self.whiten
+        return ", ".join(parts)
+
+
+FAST = dict(small=True, batch_size=128, optimizer="muon", schedule="linear",
+            augmentation=Augmentation(flip="alternating"))
+RECIPES = {
+    "classic": Recipe(),  # as in most scripts
+    "fine_tuning": Recipe(learning_rate=5e-4),
+    "vit_nano_fast": Recipe("vit_nano", options=dict(pool="mean", init="mimetic"), whiten=True, **FAST,
+                            command="python train_vit.py --data-dir CIFAR --minutes 10"),
+    "hybrid_fast": Recipe("hybrid", options=dict(stem="pooled", patch_size=8, embed_dim=128, depth=2, n_heads=4,
+                                                 pool="mean", init="mimetic"), whiten=True, **FAST,
+                          command="python train_vit.py --data-dir CIFAR --minutes 10 --model hybrid"),
+    "convnet_fast": Recipe("convnet", options=dict(block="pooled", widths=(32, 64, 128)), whiten=True, **FAST,
+                           command="python train_vit.py --data-dir CIFAR --minutes 10 --model convnet"),
+}
+
+
+def choose_recipe(model, img_size, minutes=None, start="new"):
+    """The name in RECIPES for a model (its name), a side in pixels and a budget in minutes: of those that fit the one
+    meant for most minutes. Without minutes the budget is taken to be long.
+
+    start   "new": all weights; "pretrained": weights that were trained before; "head": those with a new head, which
+            alone is trained
+    """
+    if start != "new":
+        return "fine_tuning" if start == "pretrained" else "classic"
+    fitting = {name: recipe for name, recipe in RECIPES.items()
+               if recipe.model == model and recipe.small in (None, img_size <= SMALL_SIDE)
+               and (minutes is None or recipe.minutes <= minutes)}
+    return max(fitting, key=lambda name: fitting[name].minutes, default="classic")

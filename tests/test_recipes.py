@@ -1,0 +1,47 @@
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+
+from model_zoo import MODELS, build_model
+from recipes import RECIPES, Recipe, choose_recipe
+from vit_model import InputError
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_builds_its_model_and_says_what_it_does(name):
+    recipe = RECIPES[name]
+    assert recipe.model is None or recipe.model in MODELS
+    model = build_model(recipe.model or "vit_nano", n_classes=3, img_size=32, **recipe.options).eval()
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+    text = recipe.describe()
+    assert "\n" not in text
+    assert f"batches of {recipe.batch_size}" in text and f"{recipe.optimizer} at {recipe.learning_rate:g}" in text
+    assert all(f"{option} {value}" in text for option, value in recipe.options.items())
+
+
+@pytest.mark.parametrize(("arguments", "name"), [
+    (("vit_nano", 32, 10.0), "vit_nano_fast"), (("convnet", 64, 10.0), "convnet_fast"), (("hybrid", 32), "hybrid_fast"),
+    (("vit_nano", 224, 10.0), "classic"), (("vit_tiny", 32, 10.0), "classic"), (("resnet18", 224), "classic"),
+    (("vit_nano", 32, 10.0, "pretrained"), "fine_tuning"), (("vit_nano", 32, 10.0, "head"), "classic")])
+def test_the_recipe_fits_model_images_and_start(arguments, name):
+    assert choose_recipe(*arguments) == name
+
+
+def test_of_those_that_fit_the_one_for_most_minutes_is_chosen(monkeypatch):
+    for minutes in (2, 30, 8):
+        monkeypatch.setitem(RECIPES, f"m{minutes}", Recipe("vit_tiny", minutes=minutes))
+    chosen = [choose_recipe("vit_tiny", 32, minutes) for minutes in (1, 2, 9.5, 31, None)]
+    assert chosen == ["classic", "m2", "m8", "m30", "m30"]
+
+
+def test_a_recipe_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        RECIPES["classic"].batch_size = 3
+
+
+@pytest.mark.parametrize("arguments", [dict(optimizer="sgd"), dict(schedule="step"), dict(mixing="both")])
+def test_a_wrong_recipe_is_named(arguments):
+    (name, value), = arguments.items()
+    with pytest.raises(InputError, match=f"{name} {value!r}"):
+        Recipe(**arguments)
