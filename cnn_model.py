@@ -21,6 +21,7 @@ from torch import nn
 
 from vit_model import (
     InputError,
+    PatchEmbedding,
     VisionTransformer,
     ViTConfig,
     check_choice,

@@ -357,7 +357,8 @@ def test_a_whitened_patch_projection_learns_on(embed_dim):
     layer, filters = whitening_layer(whiten_first_layer(model, images)), whitening_filters(images, 4)  # 48 of them
     assert torch.equal(layer.weight[:48], filters[:embed_dim])
     assert layer.weight[48:].std().item() == pytest.approx(0.02, rel=0.1) if embed_dim > 48 else True
-    assert layer.weight.requires_grad and layer is model.patch_embed.proj
+    assert layer.weight.requires_grad
+    assert layer is model.patch_embed.proj
 
 
 def test_other_models_have_no_layer_to_whiten():

@@ -16,7 +16,8 @@ def test_a_recipe_builds_its_model_and_says_what_it_does(name):
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
     text = recipe.describe()
     assert "\n" not in text
-    assert f"batches of {recipe.batch_size}" in text and f"{recipe.optimizer} at {recipe.learning_rate:g}" in text
+    assert f"batches of {recipe.batch_size}" in text
+    assert f"{recipe.optimizer} at {recipe.learning_rate:g}" in text
     assert all(f"{option} {value}" in text for option, value in recipe.options.items())
 
 
