@@ -58,6 +58,18 @@ PROTOBUF_LIMIT = 2**31 - 1  # bytes of a file that onnx can write as one
 # ---- Predictions ------------------------------------------------------------------------------------------
 
 
+class Mirrored(nn.Module):
+    """A model that also looks at each image mirrored left to right: the log of the mean of both probabilities."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        both = torch.stack([self.model(images), self.model(images.flip(3))])  # (2, B, K)
+        return both.softmax(dim=2).mean(dim=0).log()  # (B, K)
+
+
 def predict(model, images, top=5):
     """The likeliest classes, best first: at most `top` pairs (class name, probability), the probability in 0..1.
 

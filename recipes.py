@@ -8,7 +8,7 @@ gave is in benchmarks/RESULTS.md#factors, what the whole reaches on the test ima
 
 from dataclasses import dataclass, field
 
-from augmentation import MIXINGS, SMALL_SIDE, Augmentation
+from augmentation import MIXINGS, SMALL_SIDE, Augmentation, Mixing
 from optimizers import OPTIMIZERS, SCHEDULES
 from vit_model import check_choice
 
@@ -51,6 +51,12 @@ class Recipe:
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("mixing", self.mixing, MIXINGS)
+
+    def training(self, n_classes):
+        """The arguments of Trainer.train that it decides."""
+        return dict(learning_rate=self.learning_rate, weight_decay=self.weight_decay, optimizer=self.optimizer,
+                    schedule=self.schedule, ema_decay=self.model_ema,
+                    mixing=None if self.mixing == "none" else Mixing(self.mixing, n_classes))
 
     def describe(self):
         """What it does, in one line."""

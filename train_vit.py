@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from augmentation import FLIPS, MIXINGS, Mixing
+from augmentation import FLIPS, MIXINGS
 from cnn_model import ConvNet, whiten_first_layer, whitening_layer
 from command_line import (
     Bounded,
@@ -54,7 +54,7 @@ from command_line import (
     whole,
     write_json,
 )
-from inference import evaluate_command, export_command, fingerprint, predict, predict_command
+from inference import Mirrored, evaluate_command, export_command, fingerprint, predict, predict_command
 from measurements import count_parameters, linear_classifier, wilson_interval
 from model_zoo import MODELS, PRETRAINED, build_model, create_pretrained, load_model
 from optimizers import OPTIMIZERS, SCHEDULES
@@ -395,15 +395,12 @@ class TrainingRun:
                                self.config, options.freeze_backbone, self.criterion(), resume)
         if options.dry_run:
             loaders = loaders[0], list(itertools.islice(loaders[1], 2))
-        recipe, n_classes = self.recipe, len(self.train_loader.class_names)
         go_on = command("--resume", self.folder)
         self.interrupts.held = True
         try:
             self.history = self.trainer.train(
-                *loaders, n_steps=self.n_steps, learning_rate=recipe.learning_rate,
-                weight_decay=recipe.weight_decay, warmup_epochs=options.warmup_epochs, seed=options.seed,
-                ema_decay=recipe.model_ema, resume=resume, optimizer=recipe.optimizer, schedule=recipe.schedule,
-                mixing=None if recipe.mixing == "none" else Mixing(recipe.mixing, n_classes),
+                *loaders, n_steps=self.n_steps, warmup_epochs=options.warmup_epochs, seed=options.seed, resume=resume,
+                **self.recipe.training(len(self.train_loader.class_names)),
                 rate_factors=layer_factors(self.trained, options.layer_decay) if options.layer_decay else None,
                 on_batch=self.is_interrupted, on_epoch=self.saver and self.saver.on_epoch,
                 on_save=self.saver and self.saver.save, save_every=60 * options.save_minutes,
@@ -466,7 +463,10 @@ class TrainingRun:
                   "epoch was chosen.")
         if self.options.dry_run:
             loader = list(itertools.islice(loader, 2))
-        score = Trainer(best, **self.settings).evaluate(loader)
+        trainer = Trainer(best, **self.settings)
+        score = trainer.evaluate(loader)
+        if self.recipe.augmentation.flip != "none":
+            result[f"{split}_mirrored_acc"] = trainer.evaluate(loader, Mirrored(best))["acc"]
         skipped = [getattr(each, "skipped", {}) for each in (self.train_loader, self.val_loader, loader)]
         skipped = {file for part in of_all(skipped) for files in part for file in files}
         if not self.first:

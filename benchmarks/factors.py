@@ -1,0 +1,190 @@
+"""What each part of a recipe gives and costs: one change at a time, on the validation images.
+
+    python benchmarks/factors.py --data-dir CIFAR speeds                  images/s of every variant; alone on the machine
+    python benchmarks/factors.py --data-dir CIFAR run                     every cell that is not there yet
+    python benchmarks/factors.py --data-dir CIFAR run vit_nano adamw 0    one cell, kept or not
+
+A variant is the recipe of a model with one change. It trains for as many steps as it does in 2 minutes with the
+machine to itself: the speed is measured first, in rounds in which all variants of a model take turns, with all cores.
+What it then learns in so many steps does not depend on what else the machine does, so the trainings themselves go two
+at a time, on one thread each. The validation images are the 5,000 that train_vit.py cuts off; no test image is read.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from results import HERE, write_cell
+
+from cnn_model import whiten_first_layer
+from inference import Mirrored
+from model_zoo import build_model
+from recipes import RECIPES
+from train_vit import WHITENED_BY, first_images
+from trainer import CrossEntropy, Trainer
+from vit_data import get_data_loaders
+
+MINUTES, ROUNDS, ROUND_SECONDS = 2.0, 3, 0.8
+OPTIMISER = {
+    "adamw": dict(optimizer="adamw"),
+    "not whitened": dict(whiten=False),
+    "rate 1e-3": dict(learning_rate=1e-3),
+    "rate 4e-3": dict(learning_rate=4e-3),
+}
+ATTENTION = {
+    "xavier": dict(init="xavier"),
+    "head reads CLS": dict(pool="cls"),
+}
+PIXELS = {
+    "no flip": dict(flip="none"),
+    "no shift": dict(shift=0.0),
+    "cutout 0.25": dict(cutout=0.25),
+    "cutmix": dict(mixing="cutmix"),
+    "mixup": dict(mixing="mixup"),
+    "label smoothing 0": dict(label_smoothing=0.0),
+    "average 0.99": dict(model_ema=0.99),
+    "batch 64": dict(batch_size=64),
+    "batch 256": dict(batch_size=256),
+}
+MINOR = {
+    "random flip": dict(flip="random"),
+    "cosine": dict(schedule="cosine"),
+    "weight decay 0": dict(weight_decay=0.0),
+    "adamw, rate 4e-3": dict(optimizer="adamw", learning_rate=4e-3),
+}
+MINOR_ATTENTION = {
+    "drop path 0.1": dict(drop_path=0.1),
+    "fixed positions": dict(position="sincos"),
+    "normed queries and keys": dict(qk_norm=True),
+}
+FACTORS = {
+    "vit_nano": {"the recipe": {}, **OPTIMISER, **ATTENTION,
+                 "64 wide": dict(embed_dim=64, n_heads=2), "128 wide": dict(embed_dim=128, n_heads=4),
+                 "6 deep": dict(depth=6), "128 wide, 3 deep": dict(embed_dim=128, n_heads=4, depth=3),
+                 "MLP 2 wide": dict(mlp_ratio=2.0), "patches of 8": dict(patch_size=8), **PIXELS, **MINOR_ATTENTION,
+                 **MINOR},
+    "hybrid": {"the recipe": {}, **OPTIMISER, **ATTENTION,
+               "strided stem, patches of 4": dict(stem="strided", patch_size=4),
+               "pooled stem, patches of 4": dict(patch_size=4),
+               "1 block": dict(depth=1), "4 blocks": dict(depth=4), "192 wide": dict(embed_dim=192, n_heads=6),
+               **PIXELS, **MINOR_ATTENTION, **MINOR},
+    "convnet": {"the recipe": {}, **OPTIMISER,
+                "residual blocks": dict(block="residual"),
+                "24, 48, 96 channels": dict(widths=(24, 48, 96)), "48, 96, 192 channels": dict(widths=(48, 96, 192)),
+                "2 convolutions after pooling": dict(depths=(2, 2, 2)), **PIXELS, **MINOR},
+}
+SEEDS_OF_RECIPE = 3  # of a change there is one: that of the recipe with the same number is its like
+AUGMENTATION = ("shift", "flip", "cutout")
+
+
+def variant(model_name, factor):
+    """The recipe of a model with the change that a factor is."""
+    recipe, changes = RECIPES[f"{model_name}_fast"], FACTORS[model_name][factor]
+    pixels = {name: value for name, value in changes.items() if name in AUGMENTATION}
+    of_recipe = {name: value for name, value in changes.items() if name in vars(recipe) and name not in pixels}
+    options = {name: value for name, value in changes.items() if name not in pixels and name not in of_recipe}
+    return replace(recipe, augmentation=replace(recipe.augmentation, **pixels), options=recipe.options | options,
+                   **of_recipe)
+
+
+def prepare(model_name, factor, loader, seed):
+    """(recipe, trainer) of a variant, ready to train on the loader."""
+    recipe = variant(model_name, factor)
+    loader.batch_size, loader.seed = recipe.batch_size, seed
+    loader.use(recipe.augmentation)
+    torch.manual_seed(seed)
+    model = build_model(model_name, n_classes=len(loader.class_names), img_size=loader.img_size, **recipe.options)
+    if recipe.whiten:
+        whiten_first_layer(model, first_images(loader, WHITENED_BY))
+    return recipe, Trainer(model, loss_fn=CrossEntropy(recipe.label_smoothing))
+
+
+def measure_speeds(model_name, loader):
+    """{factor: images a second}, the medians of rounds in which all variants take turns."""
+    variants = {factor: prepare(model_name, factor, loader, 0) for factor in FACTORS[model_name]}
+    speeds = {factor: [] for factor in variants}
+    for i in range(ROUNDS + 1):
+        for factor, (recipe, trainer) in variants.items():
+            loader.batch_size = recipe.batch_size
+            loader.use(recipe.augmentation)
+            run = recipe.training(len(loader.class_names)) | dict(learning_rate=1e-6, progress=False)
+            n_steps = 2 if i == 0 else max(2, round(ROUND_SECONDS * speeds[factor][0] / recipe.batch_size))
+            history = trainer.train(loader, n_steps=n_steps, **run)
+            speeds[factor].append(history["images_per_second"][0])
+    return {factor: round(statistics.median(values[1:]), 1) for factor, values in speeds.items()}
+
+
+def run_cell(model_name, factor, seed, loaders, speed):
+    """Trains a variant and returns its result."""
+    train_loader, val_loader = loaders
+    recipe, trainer = prepare(model_name, factor, train_loader, seed)
+    n_steps, started = int(60 * MINUTES * speed / recipe.batch_size), time.perf_counter()
+    trainer.train(train_loader, n_steps=n_steps, seed=seed, progress=False, **recipe.training(10))
+    trained = trainer.average or trainer.model
+    plain, mirrored = (trainer.evaluate(val_loader, model) for model in (trained, Mirrored(trained)))
+    return dict(model=model_name, factor=factor, recipe=recipe.describe(), change=FACTORS[model_name][factor], images_per_second=speed,
+                n_steps=n_steps, epochs=round(n_steps * recipe.batch_size / train_loader.n_images, 2),
+                val_acc=plain["acc"], val_correct=plain["correct"], val_n=plain["n"], val_mirrored_acc=mirrored["acc"],
+                training_seconds=round(time.perf_counter() - started), threads=torch.get_num_threads(), device="cpu")
+
+
+def cell_name(model_name, factor, seed):
+    return f"{model_name}-{factor.replace(', ', '-').replace(' ', '-')}-{seed}"
+
+
+def missing_cells():
+    wanted = [(place, seed, model_name, factor) for model_name, factors in FACTORS.items()
+              for place, factor in enumerate(factors) for seed in range(SEEDS_OF_RECIPE if not place else 1)]
+    return [(model_name, factor, seed) for _, seed, model_name, factor in sorted(wanted, key=lambda cell: cell[:2])
+            if not (HERE / "results" / f"factors-{cell_name(model_name, factor, seed)}.json").exists()]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data-dir", required=True)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("speeds")
+    running = commands.add_parser("run")
+    running.add_argument("cell", nargs="*", metavar="MODEL FACTOR SEED")
+    running.add_argument("--jobs", type=int, default=2)
+    running.add_argument("--part", type=int, help="of the jobs, for this process alone")
+    running.add_argument("--keep", action="store_true")
+    options = parser.parse_args()
+    if options.command == "run" and not options.cell and options.part is None:
+        script = [sys.executable, __file__, "--data-dir", options.data_dir, "run", "--jobs", str(options.jobs),
+                  *["--keep"] * options.keep]
+        jobs = [subprocess.Popen([*script, "--part", str(part)], env=dict(os.environ, OMP_NUM_THREADS="1"))
+                for part in range(options.jobs)]
+        sys.exit(max(job.wait() for job in jobs))
+    loaders = get_data_loaders(options.data_dir, img_size=None)
+    command = "python benchmarks/factors.py --data-dir CIFAR"
+    if options.command == "speeds":
+        for model_name in FACTORS:
+            speeds = measure_speeds(model_name, loaders[0])
+            write_cell("speeds", model_name, 0, f"{command} speeds", dict(model=model_name, speeds=speeds))
+        return
+    if options.cell:
+        model_name, factor, seed = options.cell
+        cells = [(model_name, factor, int(seed))]
+    else:
+        cells = missing_cells()[options.part::options.jobs]
+    for model_name, factor, seed in cells:
+        speeds = json.loads((HERE / "results" / f"speeds-{model_name}.json").read_text())["result"]["speeds"]
+        result = run_cell(model_name, factor, seed, loaders, speeds[factor])
+        print(f"{model_name}, {factor}, seed {seed}: {result['val_acc']:.2%}", flush=True)
+        if options.keep:
+            write_cell("factors", cell_name(model_name, factor, seed), seed,
+                       f"{command} run {model_name} {factor!r} {seed}", result)
+
+
+if __name__ == "__main__":
+    main()
