@@ -1,0 +1,141 @@
+"""Where the time of a training step goes, by recipe, and how far it is from its floor.
+
+    python benchmarks/steps.py --keep        alone on the machine, about 2 minutes
+
+Shares are of the profiler's own times of torch's operators, in groups. The floor is the time that the step's
+multiplications (torch's FlopCounterMode, a multiply-add is 2) would take at the rate of a 2048 x 2048 product, measured
+between the steps. Then the optimisers by themselves, a step each on the matrices of vit_nano, and convolutions with
+channels last and first: medians of rounds in which they take turns.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from results import write_cell
+
+from cnn_model import ConvNet
+from model_zoo import build_model
+from optimizers import Muon, hidden_matrices
+from recipes import RECIPES
+from trainer import CrossEntropy, Trainer
+from vit_data import MemoryLoader, SetFacts
+
+ROUNDS = 9
+GROUPS = {  # what the names of torch's operators begin with, behind aten::
+    "matrix products": ("mm", "addmm", "bmm", "baddbmm"),
+    "convolutions": ("convolution", "mkldnn_convolution", "thnn_conv2d", "_slow_conv2d", "unfold"),
+    "attention": ("_scaled_dot_product", "_flash_attention", "softmax", "_softmax"),
+    "norms": ("native_layer_norm", "native_batch_norm", "layer_norm", "batch_norm"),
+    "GELU": ("gelu",),
+    "pooling": ("max_pool", "mean", "max"),
+    "copies": ("copy_", "cat", "clone", "contiguous", "stack", "index", "gather"),
+}
+
+
+def time_of(work):
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def medians(works):
+    """{name: median seconds} of functions that take turns."""
+    seconds = {name: [] for name in works}
+    for _ in range(ROUNDS + 1):
+        for name, work in works.items():
+            seconds[name].append(time_of(work))
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def loader_of(recipe):
+    torch.manual_seed(0)
+    images, labels = torch.randint(0, 256, (4096, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (4096,))
+    facts = SetFacts("cifar10", [str(i) for i in range(10)], 32, (0.5,) * 3, (0.25,) * 3)
+    return MemoryLoader(images, labels, facts, recipe.batch_size, 0, True, augmentation=recipe.augmentation)
+
+
+def profile_recipe(name):
+    recipe = RECIPES[name]
+    loader = loader_of(recipe)
+    model = build_model(recipe.model, n_classes=10, img_size=32, **recipe.options)
+    trainer = Trainer(model, "cpu", loss_fn=CrossEntropy(recipe.label_smoothing))
+    run = recipe.training(10) | dict(learning_rate=1e-6, progress=False)
+    matrix = torch.randn(2048, 2048)
+    n_steps = 8
+    works = dict(step=lambda: trainer.train(loader, n_steps=n_steps, **run), product=lambda: matrix @ matrix)
+    seconds = medians(works)
+    with FlopCounterMode(display=False) as counter:
+        trainer.train(loader, n_steps=1, **run)
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        trainer.train(loader, n_steps=n_steps, **run)
+    shares = defaultdict(float)
+    for event in record.key_averages():
+        operator = event.key.removeprefix("aten::")
+        group = next((group for group, starts in GROUPS.items() if operator.startswith(starts)), "all else")
+        shares[group] += event.self_cpu_time_total
+    total = sum(shares.values())
+    floor = counter.get_total_flops() * seconds["product"] / (2 * 2048**3)
+    step = seconds["step"] / n_steps
+    return dict(recipe=name, seconds=step, images_per_second=round(recipe.batch_size / step, 1),
+                mflops_an_image=round(counter.get_total_flops() / recipe.batch_size / 1e6, 1), floor_seconds=floor,
+                share_of_floor=round(floor / step, 3), product_gflops=round(2 * 2048**3 / seconds["product"] / 1e9, 1),
+                shares={group: round(share / total, 3) for group, share in sorted(shares.items(), key=lambda s: -s[1])},
+                data_share=round(trainer.data_share, 4))
+
+
+def optimizer_seconds():
+    """A step of each optimiser on the hidden matrices of vit_nano's recipe; torch's Muon takes q, k and v as one."""
+    recipe, works = RECIPES["vit_nano_fast"], {}
+    for name in ("AdamW", "Muon, ours", "Muon, torch's"):
+        model = build_model("vit_nano", n_classes=10, img_size=32, **recipe.options)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        hidden = hidden_matrices(model)
+        works[name] = {"AdamW": torch.optim.AdamW(hidden), "Muon, ours": Muon(
+            [dict(params=[p for p in hidden if hidden[p] == parts], parts=parts) for parts in (1, 3)]),
+            "Muon, torch's": torch.optim.Muon(list(hidden))}[name].step
+    return medians(works)
+
+
+def layout_seconds():
+    """Forward and backward of the ConvNet's recipe on 128 images, by the order of memory."""
+    torch.manual_seed(0)
+    model = ConvNet(32, 3, 10, **dict(dict(depths=(1, 1, 1), stem_stride=1), **RECIPES["convnet_fast"].options))
+    works = {}
+    for name, order in (("channels last", torch.channels_last), ("channels first", torch.contiguous_format)):
+        images = torch.randn(128, 3, 32, 32).contiguous(memory_format=order)
+
+        def work(images=images):
+            x = model.stem(images)
+            for stage in model.stages:
+                x = stage(x)
+            model.forward_head(x).sum().backward()
+
+        works[name] = work
+    return medians(works)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--keep", action="store_true")
+    options = parser.parse_args()
+    rows = [profile_recipe(name) for name in ("vit_nano_fast", "hybrid_fast", "convnet_fast")]
+    result = dict(device="cpu", rows=rows, optimizers=optimizer_seconds(), layouts=layout_seconds())
+    for row in rows:
+        print(row)
+    print(result["optimizers"], result["layouts"])
+    if options.keep:
+        write_cell("steps", "cpu", 0, "python benchmarks/steps.py --keep", result)
+
+
+if __name__ == "__main__":
+    main()
