@@ -1,8 +1,8 @@
 """What each part of a recipe gives and costs: one change at a time, on the validation images.
 
-    python benchmarks/factors.py --data-dir CIFAR speeds                  images/s of every variant; alone on the machine
-    python benchmarks/factors.py --data-dir CIFAR run                     every cell that is not there yet
-    python benchmarks/factors.py --data-dir CIFAR run vit_nano adamw 0    one cell, kept or not
+    python benchmarks/factors.py --data-dir CIFAR speeds                images/s of every variant; alone on the machine
+    python benchmarks/factors.py --data-dir CIFAR run                   every cell that is not there yet
+    python benchmarks/factors.py --data-dir CIFAR run --minutes 10 vit_nano adamw 0    one cell; with --keep it is kept
 
 A variant is the recipe of a model with one change. It trains for as many steps as it does in 2 minutes with the
 machine to itself: the speed is measured first, in rounds in which all variants of a model take turns, with all cores.
@@ -33,7 +33,7 @@ from train_vit import WHITENED_BY, first_images
 from trainer import CrossEntropy, Trainer
 from vit_data import get_data_loaders
 
-MINUTES, ROUNDS, ROUND_SECONDS = 2.0, 3, 0.8
+ROUNDS, ROUND_SECONDS = 3, 0.8
 OPTIMISER = {
     "adamw": dict(optimizer="adamw"),
     "not whitened": dict(whiten=False),
@@ -125,15 +125,16 @@ def measure_speeds(model_name, loader):
     return {factor: round(statistics.median(values[1:]), 1) for factor, values in speeds.items()}
 
 
-def run_cell(model_name, factor, seed, loaders, speed):
+def run_cell(model_name, factor, seed, minutes, loaders, speed):
     """Trains a variant and returns its result."""
     train_loader, val_loader = loaders
     recipe, trainer = prepare(model_name, factor, train_loader, seed)
-    n_steps, started = int(60 * MINUTES * speed / recipe.batch_size), time.perf_counter()
+    n_steps, started = int(60 * minutes * speed / recipe.batch_size), time.perf_counter()
     trainer.train(train_loader, n_steps=n_steps, seed=seed, progress=False, **recipe.training(10))
     trained = trainer.average or trainer.model
     plain, mirrored = (trainer.evaluate(val_loader, model) for model in (trained, Mirrored(trained)))
-    return dict(model=model_name, factor=factor, change=FACTORS[model_name][factor], recipe=recipe.describe(),
+    return dict(model=model_name, factor=factor, minutes=minutes, change=FACTORS[model_name][factor],
+                recipe=recipe.describe(),
                 images_per_second=speed, n_steps=n_steps,
                 epochs=round(n_steps * recipe.batch_size / train_loader.n_images, 2), val_acc=plain["acc"],
                 val_correct=plain["correct"], val_n=plain["n"], val_mirrored_acc=mirrored["acc"], device="cpu",
@@ -146,15 +147,15 @@ def speed_of(model_name, factor):
     return speeds["the recipe" if FACTORS[model_name][factor].keys() <= FREE else factor]
 
 
-def cell_name(model_name, factor, seed):
-    return f"{model_name}-{factor.replace(', ', '-').replace(' ', '-')}-{seed}"
+def cell_name(model_name, factor, seed, minutes):
+    return f"{model_name}-{factor.replace(', ', '-').replace(' ', '-')}-{minutes:g}-{seed}"
 
 
-def missing_cells():
+def missing_cells(minutes):
     wanted = [(place, seed, model_name, factor) for model_name, factors in FACTORS.items()
               for place, factor in enumerate(factors) for seed in range(SEEDS_OF_RECIPE if not place else 1)]
     return [(model_name, factor, seed) for _, seed, model_name, factor in sorted(wanted, key=lambda cell: cell[:2])
-            if not (HERE / "results" / f"factors-{cell_name(model_name, factor, seed)}.json").exists()]
+            if not (HERE / "results" / f"factors-{cell_name(model_name, factor, seed, minutes)}.json").exists()]
 
 
 def main():
@@ -164,12 +165,14 @@ def main():
     commands.add_parser("speeds")
     running = commands.add_parser("run")
     running.add_argument("cell", nargs="*", metavar="MODEL FACTOR SEED")
+    running.add_argument("--minutes", type=float, default=2)
     running.add_argument("--jobs", type=int, default=2)
     running.add_argument("--part", type=int, help="of the jobs, for this process alone")
     running.add_argument("--keep", action="store_true")
     options = parser.parse_args()
     if options.command == "run" and not options.cell and options.part is None:
         script = [sys.executable, __file__, "--data-dir", options.data_dir, "run", "--jobs", str(options.jobs),
+                  "--minutes", str(options.minutes),
                   *["--keep"] * options.keep]
         jobs = [subprocess.Popen([*script, "--part", str(part)], env=dict(os.environ, OMP_NUM_THREADS="1"))
                 for part in range(options.jobs)]
@@ -185,13 +188,13 @@ def main():
         model_name, factor, seed = options.cell
         cells = [(model_name, factor, int(seed))]
     else:
-        cells = missing_cells()[options.part::options.jobs]
+        cells = missing_cells(options.minutes)[options.part::options.jobs]
     for model_name, factor, seed in cells:
-        result = run_cell(model_name, factor, seed, loaders, speed_of(model_name, factor))
+        result = run_cell(model_name, factor, seed, options.minutes, loaders, speed_of(model_name, factor))
         print(f"{model_name}, {factor}, seed {seed}: {result['val_acc']:.2%}", flush=True)
         if options.keep:
-            write_cell("factors", cell_name(model_name, factor, seed), seed,
-                       f"{command} run {model_name} {factor!r} {seed}", result)
+            write_cell("factors", cell_name(model_name, factor, seed, options.minutes), seed,
+                       f"{command} run --minutes {options.minutes:g} {model_name} {factor!r} {seed}", result)
 
 
 if __name__ == "__main__":
