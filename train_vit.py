@@ -447,7 +447,8 @@ class TrainingRun:
         scores = self.history[self.criterion()]
         seconds = self.saver.elapsed if self.first else 0.0
         result = dict(model=self.name, dataset=self.train_loader.dataset_name, seed=self.options.seed,
-                      n_steps=self.n_steps, parameters=count_parameters(self.model),
+                      recipe=self.options.recipe, minutes=self.options.minutes, n_steps=self.n_steps,
+                      parameters=count_parameters(self.model),
                       val_acc=self.history["val_acc"][scores.index(max(scores))], seconds=round(seconds, 1),
                       images_per_second=round(speed / sum(self.history["seconds"]), 1),
                       data_share=round(self.trainer.data_share, 4), device=str(self.device),
