@@ -26,7 +26,7 @@ from results import write_cell  # noqa: E402
 SEEN, NEW = ("airplane", "bird", "deer", "horse", "truck"), ("automobile", "cat", "dog", "frog", "ship")
 SEEDS = (0, 1, 2)
 METHODS = {  # words of the command, and the learning rates to choose from
-    "from scratch": (["--epochs", "60"], (5e-4, 1e-3, 2e-3)),
+    "from scratch": (["--recipe", "classic", "--epochs", "60"], (5e-4, 1e-3, 2e-3)),
     "fine-tuned": (["--pretrained", "CHECKPOINT", "--epochs", "60"], (2e-4, 5e-4, 1e-3)),
     "fine-tuned, layer decay 0.75": (["--pretrained", "CHECKPOINT", "--epochs", "60", "--layer-decay", "0.75"],
                                      (2e-4, 5e-4, 1e-3)),
@@ -68,8 +68,8 @@ def main():
     link(source, runs / "seen", ("train", "test"), SEEN)
     link(source, runs / "new", ("test",), NEW)
     checkpoint = runs / "pretraining" / "best.pt"
-    train_vit("--data-dir", runs / "seen", "--epochs", 12, "--drop-path", 0.05, "--resume",
-              "--output-dir", checkpoint.parent)
+    train_vit("--data-dir", runs / "seen", "--recipe", "classic", "--epochs", 12, "--drop-path", 0.05,
+              "--resume", "--output-dir", checkpoint.parent)
     for seed in SEEDS:
         if not (runs / f"images-{seed}").exists():
             draw_images(source, runs / f"images-{seed}", seed)
