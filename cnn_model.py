@@ -46,7 +46,7 @@ class ConvStem(nn.Module):
         if embed_dim % 2 ** (n_convs - 1):
             raise InputError(f"embed_dim {embed_dim} cannot be halved {n_convs - 1} times, which the stem for "
                              f"patch_size {patch_size} does; choose a multiple of {2 ** (n_convs - 1)}")
-        self.grid_size = grid_of(self.img_size, self.patch_size)
+        self.grid_size, self.any_size = grid_of(self.img_size, self.patch_size), False
         self.n_patches = self.grid_size[0] * self.grid_size[1]
         layers = []
         for i in reversed(range(n_convs)):
@@ -59,7 +59,7 @@ class ConvStem(nn.Module):
         initialise_convolutions(self)
 
     def forward(self, images):
-        check_images(images, self.in_channels, self.img_size)
+        check_images(images, self.in_channels, None if self.any_size else self.img_size)
         x = self.proj(images)  # (B, D, height / P, width / P)
         return x.flatten(2).transpose(1, 2)  # (B, N, D)
 
@@ -98,7 +98,7 @@ class PooledStem(nn.Module):
         super().__init__()
         self.img_size, self.patch_size, self.in_channels = pair(img_size), pair(patch_size, "patch_size"), in_channels
         n_stages = halvings(patch_size, self.patch_size)
-        self.grid_size = grid_of(self.img_size, self.patch_size)
+        self.grid_size, self.any_size = grid_of(self.img_size, self.patch_size), False
         self.n_patches = self.grid_size[0] * self.grid_size[1]
         self.whiten = nn.Conv2d(in_channels, 2 * in_channels * 4, 2)
         widths = [self.whiten.out_channels, *(channels << i for i in range(n_stages))]
@@ -107,7 +107,7 @@ class PooledStem(nn.Module):
         initialise_convolutions(self)
 
     def forward(self, images):
-        check_images(images, self.in_channels, self.img_size)
+        check_images(images, self.in_channels, None if self.any_size else self.img_size)
         x = F.pad(images.contiguous(memory_format=torch.channels_last), (0, 1, 0, 1))  # (B, C, height + 1, width + 1)
         x = F.gelu(self.whiten(x))  # (B, 8C, height, width)
         for stage in self.stages:

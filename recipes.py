@@ -26,6 +26,8 @@ class Recipe:
     label_smoothing share of the answer that is spread over all classes
     augmentation    of small images in memory
     mixing          "none", "mixup" or "cutmix"
+    low             (share of the side, share of the steps): images are so much smaller for so long at first; None:
+                    never
     model_ema       decay of the average of the weights, or None
     whiten          whether the first layer gets whitening filters (cnn_model.whiten_first_layer)
     command         that shows what it is worth, and `expected`, what came of it
@@ -42,6 +44,7 @@ class Recipe:
     label_smoothing: float = 0.1
     augmentation: Augmentation = field(default_factory=Augmentation)
     mixing: str = "none"
+    low: tuple[float, float] | None = None
     model_ema: float | None = None
     whiten: bool = False
     command: str = ""
@@ -52,9 +55,12 @@ class Recipe:
         check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("mixing", self.mixing, MIXINGS)
 
-    def training(self, n_classes):
-        """The arguments of Trainer.train that it decides."""
-        return dict(learning_rate=self.learning_rate, weight_decay=self.weight_decay, optimizer=self.optimizer,
+    def training(self, n_classes, img_size):
+        """The arguments of Trainer.train that it decides, for images of this side. The smaller images' side is a
+        multiple of the patch's."""
+        patch = self.options.get("patch_size", 4)
+        low = self.low and (max(patch, round(self.low[0] * img_size / patch) * patch), self.low[1])
+        return dict(low=low, learning_rate=self.learning_rate, weight_decay=self.weight_decay, optimizer=self.optimizer,
                     schedule=self.schedule, ema_decay=self.model_ema,
                     mixing=None if self.mixing == "none" else Mixing(self.mixing, n_classes))
 
@@ -64,12 +70,13 @@ class Recipe:
         parts = [f"{name} {value}" for name, value in self.options.items()]
         parts += [f"batches of {self.batch_size}", f"{self.optimizer} at {self.learning_rate:g}", self.schedule,
                   f"label smoothing {self.label_smoothing:g}", f"shift {a.shift:g}", f"{a.flip} flip"]
+        parts += [f"the first {self.low[1]:.0%} of the steps at {self.low[0]:.0%} of the side"] if self.low else []
         parts += [f"cutout {a.cutout:g}"] * bool(a.cutout) + [self.mixing] * (self.mixing != "none")
         parts += [f"average {self.model_ema}"] * bool(self.model_ema) + ["whitened first layer"] * self.whiten
         return ", ".join(parts)
 
 
-FAST = dict(small=True, batch_size=128, optimizer="muon", schedule="linear",
+FAST = dict(small=True, low=(0.75, 0.6), batch_size=128, optimizer="muon", schedule="linear",
             augmentation=Augmentation(flip="alternating"))
 RECIPES = {
     "classic": Recipe(),  # as in most scripts
@@ -95,5 +102,6 @@ def choose_recipe(model, img_size, minutes=None, start="new"):
         return "fine_tuning" if start == "pretrained" else "classic"
     fitting = {name: recipe for name, recipe in RECIPES.items()
                if recipe.model == model and recipe.small in (None, img_size <= SMALL_SIDE)
+               and img_size % recipe.options.get("patch_size", 1) == 0
                and (minutes is None or recipe.minutes <= minutes)}
     return max(fitting, key=lambda name: fitting[name].minutes, default="classic")

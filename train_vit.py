@@ -76,7 +76,7 @@ from trainer import CrossEntropy, NotFinite, OutOfMemory, Stopped, Trainer, bala
 from transfer import feature_loaders, layer_factors
 from visualizations import plot_training_curves, save_figure, visualize_attention_grid
 from vit_data import SMALL_SIDE, TORCHVISION_SETS, choose_set, get_data_loaders, get_test_loader
-from vit_model import InputError, VisionTransformer, check_choice, freeze_backbone, pair
+from vit_model import InputError, VisionTransformer, allow_any_size, check_choice, freeze_backbone, pair
 
 __all__ = ["Trainer", "get_data_loaders", "predict"]
 
@@ -265,8 +265,9 @@ class TrainingRun:
         self.name = options.model or ("vit_nano" if img_size <= SMALL_SIDE else "vit_tiny")
         self.choose(img_size)
         if start is None:
-            arguments = self.recipe.options | self.chosen("patch_size", "drop_path")
-            self.model = build_model(self.name, n_classes=len(class_names), img_size=img_size, **arguments)
+            self.model = build_model(self.name, n_classes=len(class_names), img_size=img_size, **self.recipe.options)
+            if self.recipe.low:
+                allow_any_size(self.model)
             if self.recipe.whiten and whitening_layer(self.model) is not None:
                 whiten_first_layer(self.model, first_images(self.train_loader, WHITENED_BY))
         else:
@@ -315,11 +316,15 @@ class TrainingRun:
         if options.lr:
             given["learning_rate"] = options.lr
         augmentation = replace(recipe.augmentation, **self.chosen("shift", "flip", "cutout"))
-        self.recipe = replace(recipe, augmentation=augmentation, **given)
+        arguments = recipe.options | self.chosen("patch_size", "drop_path")
+        self.recipe = replace(recipe, augmentation=augmentation, options=arguments, **given)
         self.data["batch_size"] = self.recipe.batch_size
         for loader in (self.train_loader, self.val_loader):
             loader.batch_size = self.recipe.batch_size
         self.train_loader.use(self.recipe.augmentation)
+
+    def recipe_arguments(self):
+        return self.recipe.training(len(self.train_loader.class_names), self.train_loader.img_size)
 
     def pretrained_model(self):
         """The model to start from: a run that goes on has it in last.pt, wherever it came from."""
@@ -379,7 +384,7 @@ class TrainingRun:
         minutes = options.minutes or MINUTES
         print(f"Measuring the speed, for the number of steps in {minutes:g} minutes ...", flush=True)
         n_steps = steps_within(max(1.0, 60 * minutes - spent), self.trained, *self.loaders,
-                               self.recipe.optimizer, **self.settings)
+                               self.recipe.optimizer, self.recipe_arguments()["low"], **self.settings)
         if n_steps < len(self.loaders[0]):
             print(f"Warning: {minutes:g} minutes are too few to see each image once ({n_steps} of "
                   f"{len(self.loaders[0])} steps); a smaller --img-size or model, or more minutes, would help.")
@@ -400,7 +405,7 @@ class TrainingRun:
         try:
             self.history = self.trainer.train(
                 *loaders, n_steps=self.n_steps, warmup_epochs=options.warmup_epochs, seed=options.seed, resume=resume,
-                **self.recipe.training(len(self.train_loader.class_names)),
+                **self.recipe_arguments(),
                 rate_factors=layer_factors(self.trained, options.layer_decay) if options.layer_decay else None,
                 on_batch=self.is_interrupted, on_epoch=self.saver and self.saver.on_epoch,
                 on_save=self.saver and self.saver.save, save_every=60 * options.save_minutes,

@@ -151,7 +151,7 @@ class Trainer:
     def train(self, train_loader, val_loader=None, n_epochs=10, learning_rate=1e-3, weight_decay=0.05,
               warmup_epochs=None, n_steps=None, *, seed=None, rate_factors=None, ema_decay=None, resume=None,
               on_batch=None, on_epoch=None, on_save=None, save_every=180.0, progress=True, optimizer="adamw",
-              schedule="cosine", mixing=None):
+              schedule="cosine", mixing=None, low=None):
         """The learning rate is warmed up and then let down, step by step.
 
         train_loader   gives (images, labels) batches, has len(); set_position(epoch, batch) or set_epoch(epoch),
@@ -175,6 +175,9 @@ class Trainer:
         schedule       "cosine" or "linear", as learning_rate_at has them
         mixing         (images, labels) -> (images, answers (B, C)), such as Mixing; the accuracy is then of the class
                        with the larger share
+        low            (side, share): for this share of the steps images are made smaller, to side x side pixels, which
+                       the model must take; big steps first in little time, as in Howard's fast.ai entry to DAWNBench
+                       (2018). None: never
 
         Returns the history, a list for each of HISTORY with an entry an epoch: losses, accuracies from 0 to 1 (the
         balanced one is the mean of the classes'), the last learning rate, the seconds spent training and the images a
@@ -198,7 +201,7 @@ class Trainer:
             forward = torch.compile(forward)
         self.give_share(train_loader)
         run = Run(n_steps, warmup_steps, learning_rate, seed, forward, on_batch, on_save, save_every, schedule,
-                  mixing)
+                  mixing, low)
         with (torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
               tqdm(total=n_steps, initial=state.step, unit="step", disable=not progress or self.rank > 0,
                    leave=False) as bar):
@@ -290,6 +293,7 @@ class Trainer:
         parts = list(zip(images.split(size), labels.split(size), strict=True))
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
+            part = run.sized(part[0], state.step), part[1]
             part = run.mixing(*part) if run.mixing else part
             with nullcontext() if last or self.n_ranks == 1 else self.parallel.no_sync():
                 logits, answers = self.logits_of(part, run.forward)  # (b, C), (b)
@@ -413,10 +417,18 @@ class Trainer:
 class Run:
     """What a call of Trainer.train() keeps from its arguments."""
 
-    def __init__(self, n_steps, warmup_steps, peak, seed, forward, on_batch, on_save, save_every, schedule, mixing):
+    def __init__(self, n_steps, warmup_steps, peak, seed, forward, on_batch, on_save, save_every, schedule, mixing,
+                 low):
         self.n_steps, self.warmup_steps, self.peak, self.seed, self.forward = n_steps, warmup_steps, peak, seed, forward
-        self.schedule, self.mixing = schedule, mixing
+        self.schedule, self.mixing, self.low = schedule, mixing, low
         self.on_batch, self.on_save, self.save_every, self.saved_at = on_batch, on_save, save_every, time.perf_counter()
+
+    def sized(self, images, step):
+        """images (B, C, height, width) as this step has them."""
+        if self.low is None or step >= self.low[1] * self.n_steps:
+            return images
+        side = self.low[0]
+        return F.interpolate(images, (side, side), mode="bilinear", antialias=True)  # (B, C, side, side)
 
 
 class TrainState:
@@ -563,7 +575,7 @@ def batches_from(loader, epoch, batch):
     return itertools.islice(loader, batch, None)
 
 
-def steps_within(seconds, model, train_loader, val_loader, optimizer="adamw", **settings):
+def steps_within(seconds, model, train_loader, val_loader, optimizer="adamw", low=None, **settings):
     """How many steps, with an evaluation after every epoch, fill so many seconds: measured on a copy of the model.
 
     settings go to the Trainer. The measurement itself is counted in: about 3% of the time, or two steps and
@@ -573,12 +585,15 @@ def steps_within(seconds, model, train_loader, val_loader, optimizer="adamw", **
     trial = Trainer(copy.deepcopy(model), **settings)
     run = dict(learning_rate=1e-6, progress=False, optimizer=optimizer)
     trial.train(train_loader, n_steps=1, **run)  # the first step is slower: memory, kernels, workers
-    n_trial, trial_seconds = 0, 0.0
-    while trial_seconds < max(1.0, 0.02 * seconds):
-        history = trial.train(train_loader, n_steps=max(1, n_trial), **run)
-        n_trial += max(1, n_trial)
-        trial_seconds += trial.sums(sum(history["seconds"]))[0] / trial.n_ranks  # so all processes decide alike
-    step_seconds = trial_seconds / n_trial
+    parts = [(1.0, None)] if low is None else [(low[1], (low[0], 1.0)), (1 - low[1], None)]  # shares of the steps
+    step_seconds = 0.0
+    for share, sizes in parts:
+        n_trial, trial_seconds = 0, 0.0
+        while trial_seconds < max(1.0, 0.02 * seconds) / len(parts):
+            history = trial.train(train_loader, n_steps=max(1, n_trial), low=sizes, **run)
+            n_trial += max(1, n_trial)
+            trial_seconds += trial.sums(sum(history["seconds"]))[0] / trial.n_ranks  # so all processes decide alike
+        step_seconds += share * trial_seconds / n_trial
     trial.give_share(val_loader)
     eval_started = time.perf_counter()
     batches = list(itertools.islice(val_loader, 4 if step_seconds < 0.01 * seconds else 1))

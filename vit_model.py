@@ -37,13 +37,13 @@ class PatchEmbedding(nn.Module):
     def __init__(self, img_size=224, patch_size=16, in_channels=3, embed_dim=768):
         super().__init__()
         self.img_size, self.patch_size, self.in_channels = pair(img_size), pair(patch_size, "patch_size"), in_channels
-        self.grid_size = grid_of(self.img_size, self.patch_size)
+        self.grid_size, self.any_size = grid_of(self.img_size, self.patch_size), False
         self.n_patches = self.grid_size[0] * self.grid_size[1]
         # Cutting into patches and multiplying each by one matrix E is a convolution whose stride is its kernel.
         self.proj = nn.Conv2d(in_channels, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
 
     def forward(self, images):
-        check_images(images, self.in_channels, self.img_size)
+        check_images(images, self.in_channels, None if self.any_size else self.img_size)
         x = self.proj(images)  # (B, D, height / P, width / P)
         return x.flatten(2).transpose(1, 2)  # (B, N, D)
 
@@ -140,7 +140,7 @@ class VisionTransformer(nn.Module):
     def forward_features(self, images, return_attention=False, n_queries=None):
         """Tokens after the last norm, (B, N, D): CLS, registers, patches; on request also L maps (B, H, N, N).
         With n_queries the first n alone, (B, n, D): the last block is worked out for no others."""
-        x = self.dropout(self.add_prefix(self.patch_embed(images)))  # (B, N, D)             Eq. 1
+        x = self.dropout(self.add_prefix(self.patch_embed(images), images.shape[2:]))  # (B, N, D)  Eq. 1
         maps = []
         for i, block in enumerate(self.blocks, start=1):
             x = block(x, return_attention, n_queries if i == len(self.blocks) else None)
@@ -155,15 +155,24 @@ class VisionTransformer(nn.Module):
         x = x[:, 0] if self.config.pool == "cls" else x[:, self.n_prefix_tokens:].mean(dim=1)  # (B, D)
         return x if pre_logits else self.head(x)  # (B, n_classes)
 
-    def add_prefix(self, patches):
-        """CLS and the registers before the patches, and the positions added: (B, n_patches, D) -> (B, N, D)."""
+    def add_prefix(self, patches, size):
+        """CLS and the registers before the patches of images of this size, and the positions added: (B, n_patches, D)
+        -> (B, N, D)."""
+        pos_embed = self.positions_at(size)
         cls = self.cls_token.expand(patches.shape[0], -1, -1)  # (B, 1, D)
         if self.reg_token is None:
             x = torch.cat([cls, patches], dim=1)  # (B, N, D)
-            return x if self.pos_embed is None else x + self.pos_embed
+            return x if pos_embed is None else x + pos_embed
         registers = self.reg_token.expand(patches.shape[0], -1, -1)  # (B, n_registers, D)
-        patches = patches if self.pos_embed is None else patches + self.pos_embed
+        patches = patches if pos_embed is None else patches + pos_embed
         return torch.cat([cls, registers, patches], dim=1)  # (B, N, D)
+
+    def positions_at(self, size):
+        """The positions for images of this size: the model's own, or where allow_any_size let others in, resampled."""
+        embed = self.patch_embed
+        if self.pos_embed is None or tuple(size) == embed.img_size:
+            return self.pos_embed
+        return fitted_positions(self, grid_of(tuple(size), embed.patch_size))
 
     def add_positions(self, position):
         """Sets `pos_embed`: a parameter, a fixed buffer, or None.
@@ -506,6 +515,14 @@ def resample_positions(positions, old, new):
     return torch.cat([prefix, patches], dim=1)
 
 
+def fitted_positions(model, grid_size):
+    """A model's positions for another grid: learned ones resampled, fixed ones computed anew."""
+    if model.config.position == "learned":
+        return resample_positions(model.pos_embed, model.patch_embed.grid_size, grid_size)
+    n_positions = grid_size[0] * grid_size[1] + (model.reg_token is None)
+    return sincos_positions(grid_size, model.config.embed_dim)[:, -n_positions:].to(model.pos_embed)
+
+
 @torch.no_grad()
 def resize_positions(model, img_size):
     """Moves a model, in place, to another resolution (Sec. 3.2): the patch stays, so the grid of positions grows.
@@ -514,16 +531,23 @@ def resize_positions(model, img_size):
     replaced, so make the optimiser afterwards. Returns the model.
     """
     img_size, embed = pair(img_size), model.patch_embed
-    old, new = embed.grid_size, grid_of(img_size, embed.patch_size)
+    new = grid_of(img_size, embed.patch_size)
     if model.config.position == "learned":
-        model.pos_embed = nn.Parameter(resample_positions(model.pos_embed, old, new), model.pos_embed.requires_grad)
+        model.pos_embed = nn.Parameter(fitted_positions(model, new), model.pos_embed.requires_grad)
     elif model.config.position == "sincos":
-        n_positions = new[0] * new[1] + (model.reg_token is None)
-        model.pos_embed = sincos_positions(new, model.config.embed_dim)[:, -n_positions:].to(model.pos_embed)
+        model.pos_embed = fitted_positions(model, new)
     embed.img_size, embed.grid_size, embed.n_patches = img_size, new, new[0] * new[1]
     model.config = replace(model.config, img_size=img_size)
     if hasattr(model, "img_size"):  # as load_model sets it
         model.img_size = img_size
+    return model
+
+
+def allow_any_size(model):
+    """Lets a model take images of every size that its patch divides, from now on; positions are resampled as they come
+    (where resize_positions moves the model itself). A ConvNet does anyway. Returns the model."""
+    if hasattr(model, "patch_embed"):
+        model.patch_embed.any_size = True
     return model
 
 

@@ -4,7 +4,8 @@
     python benchmarks/factors.py --data-dir CIFAR run                   every cell that is not there yet
     python benchmarks/factors.py --data-dir CIFAR run --minutes 10 vit_nano adamw 0    one cell; with --keep it is kept
 
-A variant is the recipe of a model with one change. It trains for as many steps as it does in 2 minutes with the
+A variant is the recipe of a model with one change; the recipe here is the one without smaller images at the start,
+which are a change like the others. It trains for as many steps as it does in 2 minutes with the
 machine to itself: the speed is measured first, in rounds in which all variants of a model take turns, with all cores.
 What it then learns in so many steps does not depend on what else the machine does, so the trainings themselves go two
 at a time, on one thread each. The validation images are the 5,000 that train_vit.py cuts off; no test image is read.
@@ -32,6 +33,7 @@ from recipes import RECIPES
 from train_vit import WHITENED_BY, first_images
 from trainer import CrossEntropy, Trainer
 from vit_data import get_data_loaders
+from vit_model import allow_any_size
 
 ROUNDS, ROUND_SECONDS = 3, 0.8
 OPTIMISER = {
@@ -52,6 +54,7 @@ PIXELS = {
     "mixup": dict(mixing="mixup"),
     "label smoothing 0": dict(label_smoothing=0.0),
     "average 0.99": dict(model_ema=0.99),
+    "24 pixels for 60%": dict(low=(0.75, 0.6)),
     "batch 64": dict(batch_size=64),
     "batch 256": dict(batch_size=256),
 }
@@ -90,7 +93,7 @@ AUGMENTATION = ("shift", "flip", "cutout")
 
 def variant(model_name, factor):
     """The recipe of a model with the change that a factor is."""
-    recipe, changes = RECIPES[f"{model_name}_fast"], FACTORS[model_name][factor]
+    recipe, changes = replace(RECIPES[f"{model_name}_fast"], low=None), FACTORS[model_name][factor]
     pixels = {name: value for name, value in changes.items() if name in AUGMENTATION}
     of_recipe = {name: value for name, value in changes.items() if name in vars(recipe) and name not in pixels}
     options = {name: value for name, value in changes.items() if name not in pixels and name not in of_recipe}
@@ -105,6 +108,8 @@ def prepare(model_name, factor, loader, seed):
     loader.use(recipe.augmentation)
     torch.manual_seed(seed)
     model = build_model(model_name, n_classes=len(loader.class_names), img_size=loader.img_size, **recipe.options)
+    if recipe.low:
+        allow_any_size(model)
     if recipe.whiten:
         whiten_first_layer(model, first_images(loader, WHITENED_BY))
     return recipe, Trainer(model, loss_fn=CrossEntropy(recipe.label_smoothing))
@@ -118,7 +123,7 @@ def measure_speeds(model_name, loader):
         for factor, (recipe, trainer) in variants.items():
             loader.batch_size = recipe.batch_size
             loader.use(recipe.augmentation)
-            run = recipe.training(len(loader.class_names)) | dict(learning_rate=1e-6, progress=False)
+            run = recipe.training(len(loader.class_names), 32) | dict(learning_rate=1e-6, progress=False)
             n_steps = 2 if i == 0 else max(2, round(ROUND_SECONDS * speeds[factor][0] / recipe.batch_size))
             history = trainer.train(loader, n_steps=n_steps, **run)
             speeds[factor].append(history["images_per_second"][0])
@@ -130,7 +135,7 @@ def run_cell(model_name, factor, seed, minutes, loaders, speed):
     train_loader, val_loader = loaders
     recipe, trainer = prepare(model_name, factor, train_loader, seed)
     n_steps, started = int(60 * minutes * speed / recipe.batch_size), time.perf_counter()
-    trainer.train(train_loader, n_steps=n_steps, seed=seed, progress=False, **recipe.training(10))
+    trainer.train(train_loader, n_steps=n_steps, seed=seed, progress=False, **recipe.training(10, 32))
     trained = trainer.average or trainer.model
     plain, mirrored = (trainer.evaluate(val_loader, model) for model in (trained, Mirrored(trained)))
     return dict(model=model_name, factor=factor, minutes=minutes, change=FACTORS[model_name][factor],

@@ -68,7 +68,7 @@ def profile_recipe(name):
     loader = loader_of(recipe)
     model = build_model(recipe.model, n_classes=10, img_size=32, **recipe.options)
     trainer = Trainer(model, "cpu", loss_fn=CrossEntropy(recipe.label_smoothing))
-    run = recipe.training(10) | dict(learning_rate=1e-6, progress=False)
+    run = recipe.training(10, 32) | dict(low=None) | dict(learning_rate=1e-6, progress=False)
     matrix = torch.randn(2048, 2048)
     n_steps = 8
     works = dict(step=lambda: trainer.train(loader, n_steps=n_steps, **run), product=lambda: matrix @ matrix)

@@ -879,3 +879,52 @@ def test_a_compiled_model_is_trained_as_one_that_is_not():
         results.append(train_quietly(trainer, toy_batches(3), toy_batches(2), n_epochs=2, learning_rate=1e-3))
     for column in ("train_loss", "val_loss"):
         assert results[1][column] == pytest.approx(results[0][column], abs=1e-4)
+
+
+# ---- Smaller images first ---------------------------------------------------------------------------------
+
+
+class Sizes(nn.Module):
+    """Notes the sides of what it is shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.scale = [], nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        self.seen.append(tuple(images.shape[2:]))
+        return self.scale * images.mean(dim=(2, 3))  # (b, 3)
+
+
+def test_images_are_smaller_for_a_share_of_the_steps_and_never_in_an_evaluation():
+    model = Sizes()
+    trainer, batches = Trainer(model, "cpu"), toy_batches(5)
+    train_quietly(trainer, batches, n_steps=10, low=(6, 0.7))
+    assert model.seen == [(6, 6)] * 7 + [(8, 8)] * 3
+    trainer.evaluate(batches[:1])
+    assert model.seen[-1] == (8, 8)
+
+
+def test_a_smaller_image_is_an_antialiased_one():
+    model, shown = Sizes(), []
+    model.register_forward_pre_hook(lambda module, args: shown.append(args[0]))
+    (images, labels), = toy_batches(1)
+    train_quietly(Trainer(model, "cpu"), [(images, labels)], n_steps=1, low=(4, 1.0))
+    expected = F.interpolate(images, (4, 4), mode="bilinear", antialias=True)
+    torch.testing.assert_close(shown[0], expected)
+
+
+def test_the_number_of_steps_counts_small_and_large_ones(monkeypatch):
+    """A clock on which a step of small images takes 1 second and one of large images 3: 0.5 * 1 + 0.5 * 3 = 2."""
+    now, real = [0.0], Trainer.step
+
+    def step(self, images, labels, n_all, state, run):
+        now[0] += 1.0 if run.sized(images, state.step).shape[-1] == 4 else 3.0
+        real(self, images, labels, n_all, state, run)
+
+    monkeypatch.setattr("trainer.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(Trainer, "step", step)
+    model, loader = Sizes(), toy_batches(5)
+    n_steps = steps_within(1000.0, model, loader, loader[:1], device="cpu", low=(4, 0.5))
+    assert 0.9 * 500 < n_steps <= 500
+    assert steps_within(1000.0, model, loader, loader[:1], device="cpu") < 0.7 * n_steps

@@ -56,9 +56,10 @@ def test_what_is_given_overrides_the_recipe(prepared):
                    "--flip", "none", "--cutout", 0.5, "--mixing", "mixup",
                    "--label-smoothing", 0.2, "--weight-decay", 0,
                    "--model-ema", 0.5, "--patch-size", 8)
-    training = run.recipe.training(10)
+    training = run.recipe.training(10, 32)
     assert isinstance(training.pop("mixing"), Mixing)
-    assert training == dict(learning_rate=0.5, weight_decay=0.0, optimizer="adamw", schedule="cosine", ema_decay=0.5)
+    assert training == dict(learning_rate=0.5, weight_decay=0.0, optimizer="adamw", schedule="cosine", ema_decay=0.5,
+                            low=(24, 0.6))
     assert run.train_loader.augmentation == Augmentation(0.25, "none", 0.5)
     assert (run.train_loader.batch_size, run.recipe.label_smoothing, run.model.config.patch_size) == (7, 0.2, 8)
     assert run.settings["loss_fn"].label_smoothing == 0.2

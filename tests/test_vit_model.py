@@ -21,6 +21,7 @@ from vit_model import (
     PatchEmbedding,
     TransformerBlock,
     VisionTransformer,
+    allow_any_size,
     create_vit,
     drop_path_rates,
     freeze_backbone,
@@ -691,3 +692,28 @@ def test_mimetic_takes_registers_and_other_positions():
                              ).pos_embed is None
     with pytest.raises(InputError, match="embed_dim 14 is not divisible by 4, which init='mimetic' needs"):
         VisionTransformer(16, 8, 3, 5, embed_dim=14, depth=1, n_heads=2, init="mimetic")
+
+
+# ---- Images of any size -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [dict(), dict(position="sincos"), dict(position="none"), dict(n_registers=2)])
+def test_an_image_of_another_size_is_seen_as_by_a_model_that_was_moved(options):
+    torch.manual_seed(0)
+    model = VisionTransformer((12, 20), 4, 3, 5, 12, 2, 3, **options).eval()
+    moved = resize_positions(copy.deepcopy(model), (8, 28))
+    images = torch.randn(2, 3, 8, 28)
+    with pytest.raises(InputError, match="expected 12x20"):
+        model(images)
+    assert allow_any_size(model) is model
+    torch.testing.assert_close(model(images), moved(images))
+    own = torch.randn(2, 3, 12, 20)
+    kept = model(own)
+    model.patch_embed.any_size = False
+    assert torch.equal(model(own), kept)
+
+
+def test_any_size_is_one_that_the_patch_divides():
+    model = allow_any_size(VisionTransformer(12, 4, 3, 5, 12, 1, 3))
+    with pytest.raises(InputError, match="img_size 10x12 is not divisible by patch_size 4x4"):
+        model(torch.randn(1, 3, 10, 12))
