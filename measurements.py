@@ -62,14 +62,15 @@ def select_attention(maps, layer_idx=-1, head_idx=None):
     return attention[:, check_index("head_idx", head_idx, n_heads)]  # (B, N, N)
 
 
-def cls_attention_grid(attention, grid_size, n_prefix_tokens=1):
-    """What CLS takes from each patch: maps (..., N, N) -> (..., rows, columns).
+def cls_attention_grid(attention, grid_size, n_prefix_tokens=1, pool="cls"):
+    """What the tokens that the head reads take from each patch: maps (..., N, N) -> (..., rows, columns).
 
     grid_size        (rows, columns), as model.patch_embed.grid_size
     n_prefix_tokens  tokens before the patches, as model.n_prefix_tokens: CLS and the registers
+    pool             as model.config.pool: "cls", what CLS takes; "mean", what a patch takes, mean over the patches
 
-    The weights are left as they are: with what CLS takes from itself and the registers they sum to one. Raises
-    InputError where prefix and grid do not make N tokens.
+    The weights are left as they are: with what is taken from CLS and the registers they sum to one. Raises InputError
+    where prefix and grid do not make N tokens.
     """
     rows, columns = grid_size
     if attention.shape[-1] != n_prefix_tokens + rows * columns:
@@ -77,7 +78,13 @@ def cls_attention_grid(attention, grid_size, n_prefix_tokens=1):
         raise InputError(f"a map over {attention.shape[-1]} tokens does not fit a grid of {rows}x{columns} patches "
                          f"and {prefix}, {n_prefix_tokens + rows * columns} tokens; give the grid_size and the "
                          f"n_prefix_tokens of its model")
-    return attention[..., 0, n_prefix_tokens:].unflatten(-1, (rows, columns))  # (..., rows, columns)
+    readers = attention[..., 0, :] if pool == "cls" else attention[..., n_prefix_tokens:, :].mean(dim=-2)  # (..., N)
+    return readers[..., n_prefix_tokens:].unflatten(-1, (rows, columns))  # (..., rows, columns)
+
+
+def where_it_looks(model):
+    """What cls_attention_grid gives of a model, in words."""
+    return "Where CLS looks" if model.config.pool == "cls" else "Where patches look, on average"
 
 
 @torch.no_grad()

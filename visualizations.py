@@ -47,6 +47,7 @@ from measurements import (
     receptive_field,
     select_attention,
     unit_centre,
+    where_it_looks,
 )
 from model_zoo import create_pretrained, first_line
 from vit_data import NORMALISATION, FitSquare, make_shapes, open_image, to_rgb
@@ -61,11 +62,10 @@ COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
 
 
 class AttentionVisualizer:
-    """Figures of what the CLS token of a model attends to.
+    """Figures of what the CLS token of a model attends to; with pool="mean", what its patches do on average.
 
     The model is moved to the device ("auto": CUDA where there is one) and stays there; its weights and its mode
-    remain as they are. Where it has class_names, the figures name the class that it predicts. A model of
-    pool="mean" classifies from the patches, not from CLS: there the maps do not explain the prediction.
+    remain as they are. Where it has class_names, the figures name the class that it predicts.
 
     Raises InputError for a model without attention and for a device that is not there.
     """
@@ -89,7 +89,7 @@ class AttentionVisualizer:
         left.imshow(picture)
         left.set_title("the image, as the model sees it" + self.describe_prediction(images))
         mappable = middle.imshow(grid, cmap="viridis", vmin=0, vmax=grid.max(), extent=extent_of(picture))
-        middle.set_title(f"weight of each patch\n(CLS itself: {attention[0, 0]:.1%})")
+        middle.set_title(f"weight of each patch\n(of all weights: {grid.sum():.1%})")
         right.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=1)
         right.imshow(grid, cmap="viridis", vmin=0, vmax=grid.max(), alpha=0.6, extent=extent_of(picture),
                      interpolation="bilinear")
@@ -102,7 +102,7 @@ class AttentionVisualizer:
         head = f"mean of {n_heads} heads"
         if head_idx is not None:
             head = f"head {check_index('head_idx', head_idx, n_heads)} (of 0 to {n_heads - 1})"
-        figure.suptitle(f"Where CLS looks: layer {layer} (of 0 to {n_layers - 1}), {head}", fontsize=14)
+        figure.suptitle(f"{where_it_looks(self.model)}: layer {layer} (of 0 to {n_layers - 1}), {head}", fontsize=14)
         return finish(figure, save_path)
 
     def visualize_all_heads(self, image, layers=None, save_path=None):
@@ -116,7 +116,7 @@ class AttentionVisualizer:
         n_layers, n_heads = grids.shape[:2]
         chosen = spread(n_layers, 6) if layers is None else [check_index("layer", i, n_layers) for i in layers]
         figure = draw_map_grid([picture] * len(chosen), grids[chosen], [f"layer {layer}" for layer in chosen],
-                               [f"head {head}" for head in range(n_heads)], "Where CLS looks, by layer and head")
+                               [f"head {head}" for head in range(n_heads)], where_it_looks(self.model))
         return finish(figure, save_path)
 
     def describe_prediction(self, images):
@@ -130,7 +130,7 @@ class AttentionVisualizer:
 
 
 def visualize_attention_grid(model, images, save_path=None):
-    """Several images, a row each: the weights of the patches for CLS, mean over the heads, layer by layer.
+    """Several images, a row each: the weights of the patches for what the head reads, mean over the heads.
 
     images: normalised, (B, 3, H, W). Six layers are shown, from the first to the last, where there are more.
     Raises InputError for a model without attention.
@@ -141,13 +141,13 @@ def visualize_attention_grid(model, images, save_path=None):
     pictures = [as_picture(image, *statistics_of(model)) for image in images]
     labels = [f"layer {layer}" for layer in chosen]
     figure = draw_map_grid(pictures, grids[:, chosen], [""] * len(pictures), labels,
-                           "Where CLS looks, mean over the heads")
+                           f"{where_it_looks(model)}, mean over the heads")
     return finish(figure, save_path)
 
 
 def token_layout(model):
-    """(grid_size, n_prefix_tokens), as cls_attention_grid asks for them."""
-    return model.patch_embed.grid_size, model.n_prefix_tokens
+    """(grid_size, n_prefix_tokens, pool), as cls_attention_grid asks for them."""
+    return model.patch_embed.grid_size, model.n_prefix_tokens, model.config.pool
 
 
 def draw_map_grid(pictures, grids, row_labels, column_labels, title):

@@ -462,3 +462,13 @@ def test_choose_device():
     if not torch.backends.mps.is_available():
         with pytest.raises(InputError, match="'mps' is not there"):
             m.choose_device("mps")
+
+
+def test_the_grid_of_a_model_that_reads_the_mean_is_that_of_its_patches():
+    maps = torch.rand(5, 2 + 6, 2 + 6).softmax(dim=-1)
+    grid = m.cls_attention_grid(maps, (2, 3), 2, "mean")
+    for i in range(5):
+        expected = torch.stack([maps[i, patch, 2:] for patch in range(2, 8)]).mean(dim=0).view(2, 3)
+        torch.testing.assert_close(grid[i], expected)
+    uniform = m.cls_attention_grid(torch.full((8, 8), 1 / 8), (2, 3), 2, "mean")
+    torch.testing.assert_close(uniform, torch.full((2, 3), 1 / 8))

@@ -151,7 +151,7 @@ def test_visualize_attention(tmp_path):
     np.testing.assert_allclose(shown, picture, atol=1e-6)
     np.testing.assert_allclose(grid, expected, rtol=1e-6)
     np.testing.assert_allclose(smooth, expected, rtol=1e-6)
-    assert f"CLS itself: {maps[2, 0].mean(dim=0)[0, 0]:.1%}" in texts(figure)
+    assert f"of all weights: {maps[2, 0].mean(dim=0)[0, 1:].sum():.1%}" in texts(figure)
     model.eval()
     with torch.no_grad():
         probability, label = model(images).softmax(dim=1)[0].max(dim=0)
@@ -474,3 +474,13 @@ def test_no_text_is_clipped():
             box = text.get_window_extent()
             assert page.contains(box.x0, box.y0), text.get_text()
             assert page.contains(box.x1, box.y1), text.get_text()
+
+
+def test_a_model_that_reads_the_mean_is_said_to_look_with_its_patches():
+    model = VisionTransformer(img_size=12, patch_size=4, embed_dim=12, depth=2, n_heads=3, n_classes=5, pool="mean")
+    images = torch.randn(1, 3, 12, 12)
+    figure = v.visualize_attention_grid(model, images)
+    assert "Where patches look, on average" in texts(figure)
+    expected = attention_maps(model, images).mean(dim=2)[:, 0, 1:, 1:].mean(dim=1).reshape(2, 3, 3)
+    for layer in range(2):
+        np.testing.assert_allclose(data_of(figure)[1 + layer], expected[layer], rtol=1e-5)
