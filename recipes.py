@@ -55,11 +55,10 @@ class Recipe:
         check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("mixing", self.mixing, MIXINGS)
 
-    def training(self, n_classes, img_size):
-        """The arguments of Trainer.train that it decides, for images of this side. The smaller images' side is a
+    def training(self, n_classes, img_size, patch_size=4):
+        """The arguments of Trainer.train that it decides, for images of this side; the smaller images' side is a
         multiple of the patch's."""
-        patch = self.options.get("patch_size", 4)
-        low = self.low and (max(patch, round(self.low[0] * img_size / patch) * patch), self.low[1])
+        low = self.low and (max(1, round(self.low[0] * img_size / patch_size)) * patch_size, self.low[1])
         return dict(low=low, learning_rate=self.learning_rate, weight_decay=self.weight_decay, optimizer=self.optimizer,
                     schedule=self.schedule, ema_decay=self.model_ema,
                     mixing=None if self.mixing == "none" else Mixing(self.mixing, n_classes))

@@ -266,14 +266,14 @@ class TrainingRun:
         self.choose(img_size)
         if start is None:
             self.model = build_model(self.name, n_classes=len(class_names), img_size=img_size, **self.recipe.options)
-            if self.recipe.low:
-                allow_any_size(self.model)
             if self.recipe.whiten and whitening_layer(self.model) is not None:
                 whiten_first_layer(self.model, first_images(self.train_loader, WHITENED_BY))
         else:
             path = Path(options.pretrained)
             self.name = path.parent.name or "best" if path.name in (BEST, LAST) else path.stem
             self.model = fit_head(start, class_names)
+        if self.recipe.low:
+            allow_any_size(self.model)
         weights = balancing_weights(self.train_loader.class_counts) if options.class_weights else None
         self.settings = dict(device=self.device, amp=options.amp, accumulate=options.accumulate,
                              compile=options.compile, loss_fn=CrossEntropy(self.recipe.label_smoothing, weights))
@@ -324,7 +324,10 @@ class TrainingRun:
         self.train_loader.use(self.recipe.augmentation)
 
     def recipe_arguments(self):
-        return self.recipe.training(len(self.train_loader.class_names), self.train_loader.img_size)
+        """What the recipe tells Trainer.train. A head alone is trained on features, which are no images."""
+        recipe = replace(self.recipe, low=None, mixing="none") if self.options.freeze_backbone else self.recipe
+        patch = max(pair(getattr(self.model.config, "patch_size", 4)))
+        return recipe.training(len(self.train_loader.class_names), self.train_loader.img_size, patch)
 
     def pretrained_model(self):
         """The model to start from: a run that goes on has it in last.pt, wherever it came from."""

@@ -115,6 +115,10 @@ def prepare(model_name, factor, loader, seed):
     return recipe, Trainer(model, loss_fn=CrossEntropy(recipe.label_smoothing))
 
 
+def arguments(recipe):
+    return recipe.training(10, 32, recipe.options.get("patch_size", 4))
+
+
 def measure_speeds(model_name, loader):
     """{factor: images a second}, the medians of rounds in which all variants take turns."""
     variants = {factor: prepare(model_name, factor, loader, 0) for factor in FACTORS[model_name]}
@@ -123,7 +127,7 @@ def measure_speeds(model_name, loader):
         for factor, (recipe, trainer) in variants.items():
             loader.batch_size = recipe.batch_size
             loader.use(recipe.augmentation)
-            run = recipe.training(len(loader.class_names), 32) | dict(learning_rate=1e-6, progress=False)
+            run = arguments(recipe) | dict(learning_rate=1e-6, progress=False)
             n_steps = 2 if i == 0 else max(2, round(ROUND_SECONDS * speeds[factor][0] / recipe.batch_size))
             history = trainer.train(loader, n_steps=n_steps, **run)
             speeds[factor].append(history["images_per_second"][0])
@@ -135,7 +139,7 @@ def run_cell(model_name, factor, seed, minutes, loaders, speed):
     train_loader, val_loader = loaders
     recipe, trainer = prepare(model_name, factor, train_loader, seed)
     n_steps, started = int(60 * minutes * speed / recipe.batch_size), time.perf_counter()
-    trainer.train(train_loader, n_steps=n_steps, seed=seed, progress=False, **recipe.training(10, 32))
+    trainer.train(train_loader, n_steps=n_steps, seed=seed, progress=False, **arguments(recipe))
     trained = trainer.average or trainer.model
     plain, mirrored = (trainer.evaluate(val_loader, model) for model in (trained, Mirrored(trained)))
     return dict(model=model_name, factor=factor, minutes=minutes, change=FACTORS[model_name][factor],

@@ -151,3 +151,16 @@ def test_a_training_with_mixing_goes_on_as_one_that_was_never_cut(kind):
     plain = Trainer(VisionTransformer(8, 4, 3, 3, 12, 1, 3), "cpu")
     plain.train(batches, **{**run, "mixing": None})
     assert not torch.equal(plain.model.head.weight, ends[0]["head.weight"])
+
+
+@pytest.mark.parametrize(("words", "low"), [
+    (["--recipe", "vit_nano_fast"], (24, 0.6)),
+    (["--pretrained", "vit_nano_shapes", "--recipe", "vit_nano_fast"], (24, 0.6)),
+    (["--pretrained", "vit_nano_shapes", "--freeze-backbone", "--recipe", "vit_nano_fast", "--mixing", "mixup"], None),
+    (["--model", "hybrid"], (24, 0.6)), (["--patch-size", 16], (32, 0.6))])
+def test_smaller_images_have_a_side_that_the_patch_divides(words, low, prepared):
+    run = prepared(*words)
+    arguments = run.recipe_arguments()
+    assert arguments["low"] == low
+    assert low or arguments["mixing"] is None
+    run.trainer.train(run.loaders[0], n_steps=1, progress=False, **arguments)
