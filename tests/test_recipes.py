@@ -22,7 +22,8 @@ def test_a_recipe_builds_its_model_and_says_what_it_does(name):
 
 
 @pytest.mark.parametrize(("arguments", "name"), [
-    (("vit_nano", 32, 10.0), "vit_nano_fast"), (("convnet", 64, 10.0), "convnet_fast"), (("hybrid", 32), "hybrid_fast"),
+    (("vit_nano", 32, 10.0), "vit_nano_fast"), (("convnet", 64, 2.0), "convnet_fast"),
+    (("convnet", 32, 10.0), "convnet_wide"), (("hybrid", 28, 10.0), "classic"), (("hybrid", 32), "hybrid_fast"),
     (("vit_nano", 224, 10.0), "classic"), (("vit_tiny", 32, 10.0), "classic"), (("resnet18", 224), "classic"),
     (("vit_nano", 32, 10.0, "pretrained"), "fine_tuning"), (("vit_nano", 32, 10.0, "head"), "classic")])
 def test_the_recipe_fits_model_images_and_start(arguments, name):
