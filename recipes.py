@@ -87,8 +87,8 @@ RECIPES = {
                           command="python train_vit.py --data-dir CIFAR --minutes 10 --model hybrid"),
     "convnet_fast": Recipe("convnet", options=dict(block="pooled", widths=(32, 64, 128)), whiten=True, **FAST,
                            command="python train_vit.py --data-dir CIFAR --minutes 2 --model convnet"),
-    "convnet_wide": Recipe("convnet", minutes=8, options=dict(block="pooled", widths=(48, 96, 192)), whiten=True, **FAST,
-                           command="python train_vit.py --data-dir CIFAR --minutes 10 --model convnet"),
+    "convnet_wide": Recipe("convnet", minutes=8, options=dict(block="pooled", widths=(48, 96, 192)), whiten=True,
+                           **FAST, command="python train_vit.py --data-dir CIFAR --minutes 10 --model convnet"),
 }
 
 
