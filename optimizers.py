@@ -12,7 +12,7 @@ from vit_model import InputError, check_choice
 
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear")
-MATRIX_RATE = 5.0  # Muon's learning rate over AdamW's: of 2.5, 5 and 10 the best (benchmarks/RESULTS.md#factors)
+MATRIX_RATE = 5.0  # Muon's learning rate over AdamW's
 
 
 def learning_rate_at(step, n_steps, warmup_steps, peak, schedule="cosine"):
@@ -71,9 +71,9 @@ class Muon(torch.optim.Optimizer):
     Each group may have "parts": into so many each of its matrices is cut along the rows, as 3 for q, k and v in one,
     which are matrices apart. A convolution's kernel is the matrix with a row for each channel that it gives.
 
-    torch.optim.Muon takes neither kernels nor parts, and multiplies in bfloat16, which a CPU without instructions for
-    it does hundreds of times slower than float32 (benchmarks/RESULTS.md#steps). Here it is bfloat16 on CUDA alone, and
-    matrices of one shape are multiplied together.
+    torch.optim.Muon takes neither kernels nor parts, and multiplies in bfloat16, for which many CPUs have no
+    instructions: on one of them its step took 361 ms, ours 16 (benchmarks/RESULTS.md#steps). Here it is bfloat16 on CUDA
+    alone, and matrices of one shape are multiplied together.
     """
 
     def __init__(self, groups, lr=1e-2, momentum=0.95, weight_decay=0.0):
