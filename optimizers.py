@@ -72,8 +72,8 @@ class Muon(torch.optim.Optimizer):
     which are matrices apart. A convolution's kernel is the matrix with a row for each channel that it gives.
 
     torch.optim.Muon takes neither kernels nor parts, and multiplies in bfloat16, for which many CPUs have no
-    instructions: on one of them its step took 361 ms, ours 16 (benchmarks/RESULTS.md#steps). Here it is bfloat16 on CUDA
-    alone, and matrices of one shape are multiplied together.
+    instructions: on one of them its step took 361 ms, ours 16 (benchmarks/RESULTS.md#steps). Here it is bfloat16 on
+    CUDA alone, and matrices of one shape are multiplied together.
     """
 
     def __init__(self, groups, lr=1e-2, momentum=0.95, weight_decay=0.0):
