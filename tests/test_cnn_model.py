@@ -331,6 +331,7 @@ def test_whitened_patches_are_uncorrelated():
     filters = whitening_filters(images, 2, floor=0.0)  # (12, 3, 2, 2)
     answers = F.conv2d(images, filters, stride=2).transpose(0, 1).flatten(1)  # (12, 53 * 64)
     torch.testing.assert_close(answers @ answers.T / answers.shape[1], torch.eye(12), atol=1e-3, rtol=0)
+    assert (filters.flatten(1).norm(dim=1).diff() >= 0).all()  # the larger the variance, the shorter; largest first
     raw = F.unfold(images, 2, stride=2).transpose(0, 1).flatten(1)  # the control
     assert (raw @ raw.T / raw.shape[1] - torch.eye(12)).abs().max() > 0.5
 
