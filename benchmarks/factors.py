@@ -58,6 +58,7 @@ PIXELS = {
     "batch 64": dict(batch_size=64),
     "batch 256": dict(batch_size=256),
 }
+LOW = PIXELS["24 pixels for 60%"]
 MINOR = {
     "random flip": dict(flip="random"),
     "cosine": dict(schedule="cosine"),
@@ -74,16 +75,19 @@ FACTORS = {
                  "64 wide": dict(embed_dim=64, n_heads=2), "128 wide": dict(embed_dim=128, n_heads=4),
                  "6 deep": dict(depth=6), "128 wide, 3 deep": dict(embed_dim=128, n_heads=4, depth=3),
                  "MLP 2 wide": dict(mlp_ratio=2.0), "patches of 8": dict(patch_size=8), **PIXELS, **MINOR_ATTENTION,
-                 **MINOR},
+                 **MINOR, "128 wide, 24 pixels for 60%": dict(embed_dim=128, n_heads=4, **LOW)},
     "hybrid": {"the recipe": {}, **OPTIMISER, **ATTENTION,
                "strided stem, patches of 4": dict(stem="strided", patch_size=4),
                "pooled stem, patches of 4": dict(patch_size=4),
                "1 block": dict(depth=1), "4 blocks": dict(depth=4), "192 wide": dict(embed_dim=192, n_heads=6),
-               **PIXELS, **MINOR_ATTENTION, **MINOR},
+               **PIXELS, **MINOR_ATTENTION, **MINOR,
+               "192 wide, 24 pixels for 60%": dict(embed_dim=192, n_heads=6, **LOW)},
     "convnet": {"the recipe": {}, **OPTIMISER,
                 "residual blocks": dict(block="residual"),
                 "24, 48, 96 channels": dict(widths=(24, 48, 96)), "48, 96, 192 channels": dict(widths=(48, 96, 192)),
-                "2 convolutions after pooling": dict(depths=(2, 2, 2)), **PIXELS, **MINOR},
+                "2 convolutions after pooling": dict(depths=(2, 2, 2)), **PIXELS, **MINOR,
+                "48, 96, 192 channels, 24 pixels for 60%": dict(widths=(48, 96, 192), **LOW),
+                "64, 128, 256 channels, 24 pixels for 60%": dict(widths=(64, 128, 256), **LOW)},
 }
 SEEDS_OF_RECIPE = 3  # of a change there is one: that of the recipe with the same number is its like
 FREE = {"learning_rate", "schedule", "weight_decay", "label_smoothing", "whiten", "init", "position", "flip", "shift",
