@@ -14,6 +14,7 @@ at a time, on one thread each. The validation images are the 5,000 that train_vi
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -161,7 +162,8 @@ def speed_of(model_name, factor):
 
 
 def cell_name(model_name, factor, seed, minutes):
-    return f"{model_name}-{factor.replace(', ', '-').replace(' ', '-')}-{minutes:g}-{seed}"
+    factor = re.sub(r"[^\w.]+", "-", factor).strip("-")
+    return f"{model_name}-{factor}-{minutes:g}-{seed}"
 
 
 def missing_cells(minutes):

@@ -111,10 +111,16 @@ def write_cell(table, name, seed, command, result, versions=None):
 
 
 def commit():
-    """The short hash of the checkout's commit, with -dirty where a tracked file differs from it; or "unknown"."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=HERE, capture_output=True,
-                          text=True)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+    """The short hash of the checkout's commit, with -dirty where a tracked file other than a result differs from it; or
+    "unknown"."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=HERE.parent, capture_output=True, text=True)
+
+    done = git("rev-parse", "--short", "HEAD")
+    if done.returncode:
+        return "unknown"
+    results = (":!benchmarks/results", ":!benchmarks/figures", ":!benchmarks/RESULTS.md")
+    return done.stdout.strip() + "-dirty" * git("diff", "--quiet", "HEAD", "--", ".", *results).returncode
 
 
 def installed():
