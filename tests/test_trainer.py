@@ -1,16 +1,24 @@
-"""The Trainer: its recipe, and that a run that was cut, split or spread over processes ends as a whole one does."""
+"""The Trainer: its recipe, its losses and averages, what it tells, what can go wrong."""
 
-import copy
-import io
 import math
 import os
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from toy_training import (
+    TINY,
+    Call,
+    assert_close,
+    copy_of,
+    memory_loader,
+    same,
+    small_net,
+    toy_batches,
+    toy_trainer,
+    train_quietly,
+)
 
 from cnn_model import ConvNet
 from measurements import choose_device, choose_precision
@@ -19,34 +27,13 @@ from trainer import (
     HISTORY,
     CrossEntropy,
     NotFinite,
-    Stopped,
     Trainer,
     balancing_weights,
     batches_from,
     set_train_mode,
     steps_within,
 )
-from vit_data import MemoryLoader, SetFacts
-from vit_model import DropPath, InputError, VisionTransformer, freeze_backbone
-
-TINY = dict(img_size=8, patch_size=4, embed_dim=12, depth=1, n_heads=3, n_classes=3)
-
-
-def toy_batches(n_batches=5, batch_size=7):
-    """Three classes that a linear model can part: the mean of a channel says which."""
-    generator = torch.Generator().manual_seed(3)
-    batches = []
-    for _ in range(n_batches):
-        labels = torch.randint(0, 3, (batch_size,), generator=generator)
-        images = 0.1 * torch.randn(batch_size, 3, 8, 8, generator=generator)
-        images[torch.arange(batch_size), labels] += 1.0
-        batches.append((images, labels))
-    return batches
-
-
-def toy_trainer(seed=0, **settings):
-    torch.manual_seed(seed)
-    return Trainer(VisionTransformer(**TINY), device="cpu", **settings)
+from vit_model import InputError, VisionTransformer, freeze_backbone
 
 
 def test_history_has_an_entry_an_epoch_in_every_list_and_accuracies_are_shares():
@@ -249,46 +236,6 @@ def test_device_that_is_not_there():
         Trainer(VisionTransformer(**TINY), device="cuda")
 
 
-def small_net():
-    """No bias here has a gradient of zero but for rounding, which Adam would make a step of full length."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(192, 11), nn.GELU(), nn.Linear(11, 3))
-
-
-def memory_loader(n, batch_size, training=False):
-    generator = torch.Generator().manual_seed(n)
-    images = torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8, generator=generator)
-    facts = SetFacts("folder", ["a", "b", "c"], 8, (0.5,) * 3, (0.25,) * 3)
-    return MemoryLoader(images, torch.arange(n) % 3, facts, batch_size, 5, training)
-
-
-def train_quietly(trainer, *loaders, **settings):
-    return trainer.train(*loaders, **(dict(learning_rate=1e-2, seed=7, progress=False) | settings))
-
-
-def copy_of(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def same(weights, others):
-    return weights.keys() == others.keys() and all(torch.equal(value, others[name]) for name, value in weights.items())
-
-
-def assert_close(weights, others, tolerance):
-    for name, value in weights.items():
-        torch.testing.assert_close(value, others[name], rtol=0, atol=tolerance, msg=lambda text, name=name: name + text)
-
-
-def without_times(history):
-    return {name: values for name, values in history.items() if name not in ("seconds", "images_per_second")}
-
-
-def through_a_file(entries):
-    file = io.BytesIO()
-    torch.save(entries, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 # ---- The loss, the average, the groups --------------------------------------------------------------------
 
 
@@ -371,176 +318,7 @@ def test_the_factor_multiplies_the_length_of_a_step():
         assert longest == pytest.approx(0.01 * factors.get(name, 1), rel=1e-3)
 
 
-# ---- Chance -----------------------------------------------------------------------------------------------
-
-
-class Drawing(nn.Module):
-    """A model that draws a number in every training step, and notes it."""
-
-    def __init__(self):
-        super().__init__()
-        self.net, self.drawn = small_net(), []
-
-    def forward(self, images):
-        if self.training:
-            self.drawn.append(torch.rand(()).item())
-        return self.net(images)
-
-
-def drawn_by(*loaders, start=0, **settings):
-    model = Drawing()
-    torch.manual_seed(start)
-    train_quietly(Trainer(model, "cpu"), *loaders, **settings)
-    return model.drawn
-
-
-def test_what_dropout_draws_is_a_function_of_seed_and_step():
-    drawn = drawn_by(toy_batches(3), n_epochs=2)
-    assert len(set(drawn)) == 6
-    assert drawn_by(toy_batches(3), toy_batches(1), start=1, n_epochs=2) == drawn
-    assert drawn_by(toy_batches(2), n_steps=6, on_batch=lambda state: torch.rand(3).sum() < 0) == drawn
-    assert not set(drawn) & set(drawn_by(toy_batches(3), n_epochs=2, seed=8))
-
-
-def test_without_a_seed_the_generator_of_torch_decides():
-    drawn = drawn_by(toy_batches(3), n_epochs=1, seed=None)
-    assert drawn_by(toy_batches(3), n_epochs=1, seed=None) == drawn
-    assert not set(drawn) & set(drawn_by(toy_batches(3), n_epochs=1, seed=None, start=1))
-
-
-def test_training_leaves_the_generator_of_torch_as_it_was():
-    torch.manual_seed(3)
-    trainer, before = Trainer(VisionTransformer(**TINY, dropout=0.5), "cpu"), torch.get_rng_state()
-    train_quietly(trainer, toy_batches(2), toy_batches(1), n_epochs=2)
-    assert torch.equal(torch.get_rng_state(), before)
-    with pytest.raises(Stopped):
-        train_quietly(trainer, toy_batches(2), n_epochs=2, on_batch=lambda state: state.step == 1)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_dropout_of_another_seed_gives_other_weights():
-    weights = []
-    for seed in (7, 7, 8):
-        trainer = Trainer(copy.deepcopy(toy_trainer().model), "cpu")
-        trainer.model.dropout.p = 0.5
-        train_quietly(trainer, toy_batches(2), n_epochs=1, seed=seed)
-        weights.append(copy_of(trainer.model))
-    assert same(weights[0], weights[1])
-    assert not same(weights[0], weights[2])
-
-
-# ---- To stop and to go on ---------------------------------------------------------------------------------
-
-
-def vit_with_chance():
-    model = VisionTransformer(**TINY, dropout=0.3)
-    model.blocks[0].drop_path.rate = 0.5
-    return model
-
-
-def vit_with_sincos():
-    return VisionTransformer(**TINY, position="sincos")
-
-
-def convnet():
-    return ConvNet(8, 3, 3, (5,), (1,), 1)
-
-
-def steep_loss(logits, labels):
-    return 3 * F.cross_entropy(logits, labels)
-
-
-KINDS = {  # a model, what its Trainer gets, what train() gets
-    "chance": (vit_with_chance, dict(accumulate=2, loss_fn=CrossEntropy(0.1, [0.5, 1, 2])), dict(ema_decay=0.9)),
-    "batchnorm": (convnet, {}, dict(ema_decay=0.9)),
-    "fp16": (vit_with_sincos, dict(amp="fp16", loss_fn=steep_loss), {})}
-
-
-def loaders_of(kind):
-    """Two batches to train on, two to evaluate."""
-    if kind == "list":
-        return toy_batches(2, 5), toy_batches(2, 3)
-    return memory_loader(11, 7, training=True), memory_loader(5, 3)
-
-
-class Call:
-    """An on_batch that asks to stop when it is called for the n-th time, counted from 0."""
-
-    def __init__(self, n=None):
-        self.n, self.count = n, 0
-
-    def __call__(self, state):
-        self.count += 1
-        return self.count - 1 == self.n
-
-
-def build(kind, seed):
-    torch.manual_seed(seed)
-    make, settings, arguments = KINDS[kind]
-    return Trainer(make(), "cpu", **dict(amp="off") | settings), dict(n_steps=5, **arguments)
-
-
-@pytest.mark.parametrize(("kind", "data"), [("chance", "list"), ("chance", "memory"), ("batchnorm", "list"),
-                                            ("batchnorm", "memory"), ("fp16", "list")])
-def test_a_run_cut_anywhere_ends_as_the_whole_one(kind, data):
-    """Two and a half epochs of two steps, each with an evaluation of two batches."""
-    trainer, arguments = build(kind, 0)
-    calls, scales = Call(), []
-    history = train_quietly(trainer, *loaders_of(data), on_batch=calls, **arguments,
-                            on_epoch=lambda state: scales.append(state.scaler.get_scale()))
-    weights, average = copy_of(trainer.model), trainer.average and copy_of(trainer.average)
-    assert calls.count == (2 + 1 + 2) + (2 + 1 + 2) + (1 + 1 + 2)
-    if kind == "fp16":
-        assert 65536 > scales[0] == scales[-1]  # the first steps were too large for fp16 and left out, the last not
-    steps = []
-    for n in range(calls.count):
-        trainer, arguments = build(kind, 0)
-        with pytest.raises(Stopped, match=r"\Astopped after step \d+\Z") as stop:
-            train_quietly(trainer, *loaders_of(data), on_batch=Call(n), **arguments)
-        steps.append(stop.value.state.step)
-        saved = through_a_file(stop.value.state.state_dict())
-        trainer, arguments = build(kind, 99)
-        again = train_quietly(trainer, *loaders_of(data), resume=saved, **arguments)
-        assert same(copy_of(trainer.model), weights), n
-        assert average is None or same(copy_of(trainer.average), average), n
-        assert without_times(again) == without_times(history), n
-    assert steps == [0, 1, 2, 2, 2, 2, 3, 4, 4, 4, 4, 5, 5, 5]
-
-
-def test_a_state_kept_in_memory_stays_what_it_was_and_serves_twice():
-    kept, (trainer, arguments) = [], build("chance", 0)
-    history = train_quietly(trainer, *loaders_of("list"), **arguments,
-                            on_epoch=lambda state: kept.append(state.state_dict()))
-    for seed in (99, 98):
-        again, arguments = build("chance", seed)
-        found = train_quietly(again, *loaders_of("list"), resume=kept[0], **arguments)
-        assert same(copy_of(again.model), copy_of(trainer.model))
-        assert without_times(found) == without_times(history)
-    assert [len(entries["history"]["lr"]) for entries in kept] == [1, 2, 3]
-
-
-def test_a_finished_run_goes_on_with_nothing():
-    kept, (trainer, arguments) = [], build("chance", 0)
-    history = train_quietly(trainer, *loaders_of("list"), **arguments,
-                            on_epoch=lambda state: kept.append(state.state_dict()))
-    again, arguments = build("chance", 99)
-    assert train_quietly(again, *loaders_of("list"), resume=kept[-1], **arguments) == history
-    assert same(copy_of(again.average), copy_of(trainer.average))
-
-
-def test_the_state_of_another_model_is_an_error_in_one_line():
-    trainer, arguments = build("chance", 0)
-    with pytest.raises(Stopped) as stop:
-        train_quietly(trainer, *loaders_of("list"), on_batch=Call(2), **arguments)
-    saved = stop.value.state.state_dict()
-    torch.manual_seed(0)
-    deeper = Trainer(VisionTransformer(**TINY | dict(depth=2)), "cpu")
-    others = [(deeper, saved, arguments), (trainer, saved, dict(n_steps=5)), (trainer, {}, arguments),
-              (trainer, saved, dict(arguments, rate_factors={"head.weight": 0.5}))]
-    for other, entries, settings in others:
-        with pytest.raises(InputError, match=r"\Athe training state does not fit this training \([^\n]{9,200}\); "
-                                             r"resume with the arguments that it was saved from\Z"):
-            train_quietly(other, toy_batches(2), resume=entries, **settings)
+# ---- What it tells ----------------------------------------------------------------------------------------
 
 
 class Steps:
@@ -602,47 +380,6 @@ def test_seconds_and_shares_are_told():
     assert 0 < trainer.data_share < 0.5
     for seconds, speed in zip(history["seconds"], history["images_per_second"], strict=True):
         assert seconds * speed == pytest.approx(35)
-
-
-# ---- In parts ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("class_weights", [None, (0.25, 1, 3)])
-@pytest.mark.parametrize("accumulate", [2, 3, 7, 11])
-def test_a_batch_in_parts_gives_the_step_of_the_whole(accumulate, class_weights):
-    results = []
-    for n_parts in (1, accumulate):
-        torch.manual_seed(0)
-        trainer = Trainer(small_net(), "cpu", CrossEntropy(0.1, class_weights), clip_norm=0.1, accumulate=n_parts)
-        history = train_quietly(trainer, toy_batches(4, 7), n_epochs=1, learning_rate=1e-3)
-        results.append((copy_of(trainer.model), history))
-    assert_close(results[1][0], results[0][0], 1e-6)
-    assert results[1][1]["train_loss"] == pytest.approx(results[0][1]["train_loss"], abs=1e-6)
-    assert results[1][1]["train_acc"] == results[0][1]["train_acc"]
-
-
-def test_a_batch_really_goes_through_the_model_in_parts():
-    sizes = []
-    model = small_net()
-    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
-    train_quietly(Trainer(model, "cpu", accumulate=3), toy_batches(2, 7), n_epochs=1)
-    assert sizes == [3, 3, 1] * 2
-
-
-def test_differences_are_told_where_there_are_some():
-    plain = dict(device="cpu", amp="off")
-    with_path = nn.Sequential(small_net(), DropPath(0.1))
-    with_dropout = nn.Sequential(small_net(), nn.Dropout(0.1))
-    for model in (VisionTransformer(**TINY), convnet(), with_path, with_dropout):
-        assert Trainer(model, **plain).differences() == ""
-    assert Trainer(VisionTransformer(**TINY), "cpu", amp="bf16").differences() == ""
-    assert Trainer(VisionTransformer(**TINY), **plain, accumulate=2).differences() == ""
-    for model, word in ((convnet(), "batch statistics"), (with_path, "dropout"), (with_dropout, "dropout")):
-        text = Trainer(model, **plain, accumulate=3).differences()
-        assert word in text
-        assert "in 3 parts" in text
-        assert ";" not in text  # one reason
-    assert "bfloat16" in Trainer(VisionTransformer(**TINY), "cpu", amp="bf16", accumulate=2).differences()
 
 
 # ---- What can go wrong ------------------------------------------------------------------------------------
@@ -751,107 +488,6 @@ def test_an_empty_batch_is_stepped_over_and_counts_as_a_step():
 def test_an_evaluation_without_images_is_named():
     with pytest.raises(InputError, match="gave no images to evaluate"):
         toy_trainer().evaluate([(torch.empty(0, 3, 8, 8), torch.empty(0, dtype=torch.int64))])
-
-
-# ---- Several processes ------------------------------------------------------------------------------------
-
-
-SIZES = (7, 3, 1)  # of the last batch the second of two processes gets nothing
-RUNS = {  # a model, training and validation loader, what the Trainer gets, what train() gets
-    "list": (small_net, lambda: (sized_batches(SIZES), sized_batches((5, 1))),
-             dict(accumulate=2, loss_fn=CrossEntropy(0.1, [0.5, 1, 2])), dict(ema_decay=0.9)),
-    "memory": (small_net, lambda: (memory_loader(17, 5, training=True), memory_loader(11, 5)), {}, {}),
-    "one image": (small_net, lambda: (memory_loader(17, 5, training=True), sized_batches((1,))), {}, {}),
-    "one in memory": (small_net, lambda: (sized_batches((5,)), memory_loader(1, 5)), {}, {}),
-    "vit": (vit_with_sincos, lambda: (sized_batches(SIZES), memory_loader(11, 5)), dict(clip_norm=0.1), {})}
-
-
-def sized_batches(sizes):
-    return [(images[:size], labels[:size]) for (images, labels), size in zip(toy_batches(len(sizes)), sizes,
-                                                                             strict=True)]
-
-
-def run_of(name):
-    """(Trainer, history, weights, average) of one of RUNS, by this process alone or with the others."""
-    make, loaders, settings, arguments = RUNS[name]
-    torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)  # it is the first one's weights that count
-    trainer = Trainer(make(), "cpu", amp="off", **settings)
-    history = train_quietly(trainer, *loaders(), n_epochs=2, **arguments)
-    return dict(history=history, weights=copy_of(trainer.model), average=trainer.average and copy_of(trainer.average))
-
-
-def stopped_run(stop_rank, n, resume=None):
-    """The run "list", in which one rank wishes to stop; or the rest of such a run."""
-    make, loaders, settings, arguments = RUNS["list"]
-    torch.manual_seed(dist.get_rank())
-    trainer = Trainer(make(), "cpu", amp="off", **settings)
-    call = Call(n if dist.get_rank() == stop_rank else None)
-    try:
-        history = train_quietly(trainer, *loaders(), n_epochs=2, resume=resume, **arguments,
-                                on_batch=call if resume is None else None)
-    except Stopped as stop:
-        return dict(step=stop.state.step, count=call.count, saved=stop.state.state_dict())
-    return dict(history=history, weights=copy_of(trainer.model), average=copy_of(trainer.average))
-
-
-def work_of_a_rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2,
-                            timeout=timedelta(seconds=60))  # rather an error than to wait for ever for the other
-    results = {name: run_of(name) for name in RUNS}
-    for name, n in (("stop", 8), ("stop in evaluation", 5)):  # an epoch calls 3 + 1 + 2 times
-        results[name] = [stopped_run(1, n)]
-        torch.save(results[name][0]["saved"], f"{folder}/{name} {rank}.pt")
-        dist.barrier()
-        results[name].append(stopped_run(1, n, torch.load(f"{folder}/{name} 0.pt", weights_only=True)))
-    torch.manual_seed(rank)
-    trainer = Trainer(convnet(), "cpu", amp="off")
-    history = train_quietly(trainer, toy_batches(2, 7), toy_batches(1, 5), n_epochs=2)
-    results["batchnorm"] = dict(history=history, text=trainer.differences(), weights=copy_of(trainer.model))
-    torch.manual_seed(rank)
-    drawing = Drawing()
-    train_quietly(Trainer(drawing, "cpu"), toy_batches(2, 7), n_epochs=1)
-    results["drawn"] = drawing.drawn
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def test_two_processes_do_what_one_does(tmp_path):
-    torch.multiprocessing.spawn(work_of_a_rank, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    for name, (_, _, _, arguments) in RUNS.items():
-        alone, one, two = run_of(name), first[name], second[name]
-        assert same(one["weights"], two["weights"]), name
-        for column in ("train_loss", "val_loss"):
-            assert one["history"][column] == pytest.approx(alone["history"][column], abs=1e-4), (name, column)
-            assert one["history"][column] == pytest.approx(two["history"][column]), (name, column)
-        for column in ("train_acc", "val_acc", "val_balanced_acc", "lr"):
-            assert one["history"][column] == two["history"][column], (name, column)
-            assert one["history"][column] == pytest.approx(alone["history"][column]), (name, column)
-        counts, others = ([s * v for s, v in zip(run["history"]["seconds"], run["history"]["images_per_second"],
-                                                 strict=True)] for run in (one, alone))
-        assert counts == pytest.approx(others), name
-        if name != "vit":  # in which Adam makes steps of rounding errors
-            assert_close(one["weights"], alone["weights"], 1e-4)
-        if arguments:
-            assert same(one["average"], two["average"])
-            assert_close(one["average"], alone["average"], 1e-4)
-    for name, step in (("stop", 5), ("stop in evaluation", 3)):
-        (stopped, rest), (other, _) = first[name], second[name]
-        assert stopped["step"] == other["step"] == step
-        assert stopped["count"] == other["count"]
-        assert same(rest["weights"], first["list"]["weights"])
-        assert same(rest["average"], first["list"]["average"])
-        for column, values in without_times(rest["history"]).items():
-            assert values == pytest.approx(first["list"]["history"][column]), (name, column)
-    assert without_times(first["batchnorm"]["history"]) == without_times(second["batchnorm"]["history"])
-    alone = Trainer(convnet(), "cpu", amp="off")  # the batch statistics are those of the first process
-    alone.model.load_state_dict(first["batchnorm"]["weights"])
-    assert first["batchnorm"]["history"]["val_loss"][-1] == pytest.approx(alone.evaluate(toy_batches(1, 5))["loss"])
-    assert "2 processes" in first["batchnorm"]["text"]
-    assert "batch statistics" in first["batchnorm"]["text"]
-    assert not set(first["drawn"]) & set(second["drawn"])
 
 
 # ---- Through the compiler ---------------------------------------------------------------------------------
