@@ -202,7 +202,10 @@ class ConvNet(nn.Module):
                                                for j, stride in enumerate(strides))))
             channels = width
         self.head = nn.Linear(channels, n_classes) if n_classes else nn.Identity()
-        initialise_convolutions(self)
+        if block == "pooled":
+            initialise_as_identity(self.stages)
+        else:
+            initialise_convolutions(self)
 
     def forward(self, images):
         return self.forward_head(self.forward_features(images))  # (B, n_classes)
@@ -263,6 +266,15 @@ def initialise_convolutions(model):
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+@torch.no_grad()
+def initialise_as_identity(stages):
+    """Convolutions whose first channels hand on those that come in, as many as there are; the other channels as torch
+    makes them. (Jordan 2024, Sec. 3.3.)"""
+    for module in stages.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.dirac_(module.weight[:module.in_channels])
 
 
 # ---- Whitening --------------------------------------------------------------------------------------------

@@ -307,6 +307,18 @@ def test_a_pooled_convnet_halves_at_every_stage():
     assert wide.forward_features(torch.randn(1, 2, 88, 88)).shape == (1, 7, 5, 5)
 
 
+def test_convolutions_of_a_pooled_convnet_start_by_handing_on_what_comes_in():
+    model = ConvNet(img_size=22, n_classes=3, widths=(29, 13), depths=(1, 1), stem_stride=1, block="pooled")
+    convolutions = [module for module in model.stages.modules() if isinstance(module, nn.Conv2d)]
+    assert [(conv.in_channels, conv.out_channels) for conv in convolutions] == [(24, 29), (29, 29), (29, 13), (13, 13)]
+    for conv in convolutions:
+        kept = min(conv.in_channels, conv.out_channels)
+        x = torch.randn(2, conv.in_channels, 5, 7)
+        torch.testing.assert_close(conv(x)[:, :kept], x[:, :kept])
+    assert convolutions[0].weight[24:].abs().min() > 0
+    assert convolutions[0].weight[24:].abs().max() <= (24 * 9) ** -0.5
+
+
 def test_a_pooled_stem_gives_the_tokens_of_a_patch_embedding():
     model = HybridCNNViT(3, 12, 1, 3, (16, 24), 4, 2, stem="pooled").eval()
     assert isinstance(model.patch_embed, PooledStem)
