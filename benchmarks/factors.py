@@ -37,56 +37,38 @@ from vit_data import get_data_loaders
 from vit_model import allow_any_size
 
 ROUNDS, ROUND_SECONDS = 3, 0.8
-OPTIMISER = {
-    "adamw": dict(optimizer="adamw"),
-    "not whitened": dict(whiten=False),
-    "rate 1e-3": dict(learning_rate=1e-3),
-    "rate 4e-3": dict(learning_rate=4e-3),
-}
-ATTENTION = {
-    "xavier": dict(init="xavier"),
-    "head reads CLS": dict(pool="cls"),
-}
-PIXELS = {
+ADAMW = {"adamw": dict(optimizer="adamw"), "adamw, rate 4e-3": dict(optimizer="adamw", learning_rate=4e-3)}
+NOT_WHITENED = {"not whitened": dict(whiten=False)}
+RATES = {"rate 1e-3": dict(learning_rate=1e-3), "rate 4e-3": dict(learning_rate=4e-3)}
+ATTENTION = {"xavier": dict(init="xavier"), "head reads CLS": dict(pool="cls")}
+LOW = dict(low=(0.75, 0.6))
+REGULARISATION = {
     "no flip": dict(flip="none"),
-    "no shift": dict(shift=0.0),
     "cutout 0.25": dict(cutout=0.25),
     "cutmix": dict(mixing="cutmix"),
-    "mixup": dict(mixing="mixup"),
     "label smoothing 0": dict(label_smoothing=0.0),
-    "average 0.99": dict(model_ema=0.99),
-    "24 pixels for 60%": dict(low=(0.75, 0.6)),
-    "batch 64": dict(batch_size=64),
-    "batch 256": dict(batch_size=256),
+    "24 pixels for 60%": LOW,
 }
-LOW = PIXELS["24 pixels for 60%"]
-MINOR = {
-    "random flip": dict(flip="random"),
-    "cosine": dict(schedule="cosine"),
-    "weight decay 0": dict(weight_decay=0.0),
-    "adamw, rate 4e-3": dict(optimizer="adamw", learning_rate=4e-3),
-}
-MINOR_ATTENTION = {
-    "drop path 0.1": dict(drop_path=0.1),
-    "fixed positions": dict(position="sincos"),
-    "normed queries and keys": dict(qk_norm=True),
-}
-FACTORS = {
-    "vit_nano": {"the recipe": {}, **OPTIMISER, **ATTENTION,
+STEPS = {"average 0.99": dict(model_ema=0.99), "batch 64": dict(batch_size=64), "batch 256": dict(batch_size=256)}
+FACTORS = {  # the ViT is asked most; of the others what may differ for a convolution
+    "vit_nano": {"the recipe": {}, **ADAMW, **NOT_WHITENED, **ATTENTION,
                  "64 wide": dict(embed_dim=64, n_heads=2), "128 wide": dict(embed_dim=128, n_heads=4),
-                 "6 deep": dict(depth=6), "128 wide, 3 deep": dict(embed_dim=128, n_heads=4, depth=3),
-                 "MLP 2 wide": dict(mlp_ratio=2.0), "patches of 8": dict(patch_size=8), **PIXELS, **MINOR_ATTENTION,
-                 **MINOR, "128 wide, 24 pixels for 60%": dict(embed_dim=128, n_heads=4, **LOW)},
-    "hybrid": {"the recipe": {}, **OPTIMISER, **ATTENTION,
+                 "128 wide, 3 deep": dict(embed_dim=128, n_heads=4, depth=3), "6 deep": dict(depth=6),
+                 "MLP 2 wide": dict(mlp_ratio=2.0), "patches of 8": dict(patch_size=8), **REGULARISATION, **RATES,
+                 **STEPS, "no shift": dict(shift=0.0), "mixup": dict(mixing="mixup"),
+                 "fixed positions": dict(position="sincos"), "drop path 0.1": dict(drop_path=0.1),
+                 "normed queries and keys": dict(qk_norm=True), "random flip": dict(flip="random"),
+                 "cosine": dict(schedule="cosine"), "weight decay 0": dict(weight_decay=0.0),
+                 "128 wide, 24 pixels for 60%": dict(embed_dim=128, n_heads=4, **LOW)},
+    "hybrid": {"the recipe": {}, **ADAMW, **NOT_WHITENED, **ATTENTION,
                "strided stem, patches of 4": dict(stem="strided", patch_size=4),
                "pooled stem, patches of 4": dict(patch_size=4),
                "1 block": dict(depth=1), "4 blocks": dict(depth=4), "192 wide": dict(embed_dim=192, n_heads=6),
-               **PIXELS, **MINOR_ATTENTION, **MINOR,
-               "192 wide, 24 pixels for 60%": dict(embed_dim=192, n_heads=6, **LOW)},
-    "convnet": {"the recipe": {}, **OPTIMISER,
+               **REGULARISATION, **RATES, "192 wide, 24 pixels for 60%": dict(embed_dim=192, n_heads=6, **LOW)},
+    "convnet": {"the recipe": {}, **ADAMW, **NOT_WHITENED,
                 "residual blocks": dict(block="residual"),
                 "24, 48, 96 channels": dict(widths=(24, 48, 96)), "48, 96, 192 channels": dict(widths=(48, 96, 192)),
-                "2 convolutions after pooling": dict(depths=(2, 2, 2)), **PIXELS, **MINOR,
+                "2 convolutions after pooling": dict(depths=(2, 2, 2)), **REGULARISATION, **RATES,
                 "48, 96, 192 channels, 24 pixels for 60%": dict(widths=(48, 96, 192), **LOW),
                 "64, 128, 256 channels, 24 pixels for 60%": dict(widths=(64, 128, 256), **LOW)},
 }

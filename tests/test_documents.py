@@ -77,12 +77,13 @@ def test_blocks_of_the_readme_run_one_after_the_other(short_runs):
 SCRIPTS = ("train_vit.py", "cnn_vs_vit.py", "examples.py")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_script_runs_dry(script, tmp_path):
-    done = subprocess.run([sys.executable, ROOT / script, "--dry-run"], cwd=tmp_path, capture_output=True, text=True,
-                          timeout=200, check=False)
+def test_the_training_runs_dry(tmp_path):
+    """The other two do so in tests of their own."""
+    done = subprocess.run([sys.executable, ROOT / "train_vit.py", "--dry-run"], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     assert "dry run" in done.stdout.lower()
+    assert not list(tmp_path.iterdir())
 
 
 class Understood(Exception):

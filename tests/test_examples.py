@@ -1,13 +1,17 @@
 import inspect
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
+from command_runs import ROOT
 
 import examples
 import train_vit
 from vit_model import VisionTransformer
 
-QUICK = sorted(set(examples.DEMOS) - set(examples.TRAINS))
+QUICK = [name for name in examples.DEMOS if name not in examples.TRAINS]
 
 
 def test_there_are_eleven_demos_each_with_a_line_of_its_own(capsys):
@@ -17,13 +21,17 @@ def test_there_are_eleven_demos_each_with_a_line_of_its_own(capsys):
     assert len({line.split(maxsplit=1)[1] for line in lines}) == 11
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_a_demo_prints_what_to_look_at_and_saves_a_picture(name, tmp_path, capsys):
-    examples.main(["--only", name, "--output-dir", str(tmp_path)])
-    printed = capsys.readouterr().out
-    assert "Look at:" in printed
-    assert any(character.isdigit() for character in printed)
-    assert (tmp_path / f"{name}.png").stat().st_size > 5_000
+def test_demos_print_what_to_look_at_and_save_a_picture_each(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "examples.py", "--dry-run"], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    *shown, last = re.split(r"^Picture: .*\n", done.stdout, flags=re.MULTILINE)
+    assert "Dry run" in last
+    assert [text.split(":")[0].strip() for text in shown] == QUICK
+    for name, text in zip(QUICK, shown, strict=True):
+        assert "Look at:" in text, name
+        assert any(character.isdigit() for character in text), name
+        assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 5_000
 
 
 def test_vit_by_hand_is_the_model_in_at_most_60_lines():
