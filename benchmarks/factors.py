@@ -36,7 +36,7 @@ from trainer import CrossEntropy, Trainer
 from vit_data import get_data_loaders
 from vit_model import allow_any_size
 
-ROUNDS, ROUND_SECONDS = 3, 0.8
+ROUNDS, ROUND_SECONDS = 4, 0.8
 ADAMW = {"adamw": dict(optimizer="adamw"), "adamw, rate 4e-3": dict(optimizer="adamw", learning_rate=4e-3)}
 NOT_WHITENED = {"not whitened": dict(whiten=False)}
 RATES = {"rate 1e-3": dict(learning_rate=1e-3), "rate 4e-3": dict(learning_rate=4e-3)}
@@ -116,7 +116,8 @@ def measure_speeds(model_name, loader):
             loader.batch_size = recipe.batch_size
             loader.use(recipe.augmentation)
             run = arguments(recipe) | dict(learning_rate=1e-6, progress=False)
-            n_steps = 2 if i == 0 else max(2, round(ROUND_SECONDS * speeds[factor][0] / recipe.batch_size))
+            wanted = 0 if i == 0 else ROUND_SECONDS * speeds[factor][0] / recipe.batch_size
+            n_steps = 5 * max(1, round(wanted / 5)) if recipe.low else max(2, round(wanted))  # three of five small
             history = trainer.train(loader, n_steps=n_steps, **run)
             speeds[factor].append(history["images_per_second"][0])
     return {factor: round(statistics.median(values[1:]), 1) for factor, values in speeds.items()}
