@@ -259,6 +259,10 @@ class ConvNetConfig:
         pair(self.img_size)
         check_choice("stem_stride", self.stem_stride, (1, 2, 4))
         check_choice("block", self.block, ("residual", "pooled"))
+        least = self.stem_stride * (2 ** len(self.widths) - 1) + max(2, self.stem_stride)
+        if self.block == "pooled" and min(pair(self.img_size)) < least:
+            raise InputError(f"img_size {self.img_size} leaves nothing after {len(self.widths)} pooled stages; they "
+                             f"need at least {least} pixels, or fewer stages")
 
 
 def initialise_convolutions(model):

@@ -167,26 +167,34 @@ def unit_centre(model, img_size, depth=None):
     """
     centre = []
     for axis, side in enumerate(pair(img_size)):
-        _, stride, first = walk_kernels(model, check_depth(model, depth), axis)
-        centre.append(first + math.ceil(side / stride) // 2 * stride)
+        depth, n_units = check_depth(model, depth), side
+        for kernel, step, padding in kernels_of(model, depth, axis):
+            n_units = (n_units + 2 * padding - kernel) // step + 1
+        _, stride, first = walk_kernels(model, depth, axis)
+        centre.append(first + n_units // 2 * stride)
     return tuple(centre)
 
 
 def walk_kernels(model, depth, axis):
-    """Along one axis (0: height, 1: width), in pixels: window of one unit, step between units, first middle.
+    """Along one axis (0: height, 1: width), in pixels: window of one unit, step between units, first middle."""
+    window, stride, first = 1, 1, 0.0
+    for kernel, step, padding in kernels_of(model, depth, axis):
+        window += (kernel - 1) * stride
+        first += ((kernel - 1) / 2 - padding) * stride
+        stride *= step
+    return window, stride, first
+
+
+def kernels_of(model, depth, axis):
+    """(size, step, padding) along one axis of each convolution and pooling up to a depth, in their order.
 
     A residual block is walked along its main path; its shortcut has the same stride and no larger window.
     """
-    window, stride, first = 1, 1, 0.0
     for layer in layers_of(model)[:depth + 1]:
         for name, module in layer.named_modules():
             if isinstance(module, (nn.Conv2d, nn.MaxPool2d)) and "shortcut" not in name:
-                kernel, step, padding = (size[axis] if isinstance(size, tuple) else size
-                                         for size in (module.kernel_size, module.stride, module.padding))
-                window += (kernel - 1) * stride
-                first += ((kernel - 1) / 2 - padding) * stride
-                stride *= step
-    return window, stride, first
+                yield tuple(size[axis] if isinstance(size, tuple) else size
+                            for size in (module.kernel_size, module.stride, module.padding))
 
 
 def radius_holding(field, share, centre=None):

@@ -20,6 +20,7 @@ class Recipe:
     model           the name in model_zoo.MODELS that it was found for; None: any
     small           whether it is meant for images of at most SMALL_SIDE pixels; None: for all
     minutes         from how many it is meant, on 2 cores
+    smallest        the least side in pixels that its layers can take, at the smaller size too
     options         arguments of build_model
     batch_size      images of a step
     optimizer, learning_rate, weight_decay, schedule    as Trainer.train has them; the warm-up is a twentieth of a run
@@ -36,6 +37,7 @@ class Recipe:
     model: str | None = None
     small: bool | None = None
     minutes: float = 0.0
+    smallest: int = 1
     options: dict = field(default_factory=dict)
     batch_size: int = 64
     optimizer: str = "adamw"
@@ -64,14 +66,23 @@ class Recipe:
                     schedule=self.schedule, ema_decay=self.model_ema,
                     mixing=None if self.mixing == "none" else Mixing(self.mixing, n_classes))
 
-    def describe(self):
-        """What it does, in one line."""
+    @classmethod
+    def saved(cls, entries):
+        """The recipe of which asdict() gave the entries, on their way through JSON or not."""
+        options = {name: tuple(value) if isinstance(value, list) else value
+                   for name, value in entries["options"].items()}
+        return cls(**entries | dict(augmentation=Augmentation(**entries["augmentation"]), options=options,
+                                    low=entries["low"] and tuple(entries["low"])))
+
+    def describe(self, small=True):
+        """What it does, in one line; small: with images that are varied as `augmentation` says."""
         a = self.augmentation
         parts = [f"{name} {value}" for name, value in self.options.items()]
         parts += [f"batches of {self.batch_size}", f"{self.optimizer} at {self.learning_rate:g}", self.schedule,
-                  f"label smoothing {self.label_smoothing:g}", f"shift {a.shift:g}", f"{a.flip} flip"]
+                  f"label smoothing {self.label_smoothing:g}"]
+        parts += [f"shift {a.shift:g}", f"{a.flip} flip", *[f"cutout {a.cutout:g}"] * bool(a.cutout)] if small else []
         parts += [f"the first {self.low[1]:.0%} of the steps at {self.low[0]:.0%} of the side"] if self.low else []
-        parts += [f"cutout {a.cutout:g}"] * bool(a.cutout) + [self.mixing] * (self.mixing != "none")
+        parts += [self.mixing] * (self.mixing != "none")
         parts += [f"average {self.model_ema}"] * bool(self.model_ema) + ["whitened first layer"] * self.whiten
         return ", ".join(parts)
 
@@ -89,10 +100,11 @@ RECIPES = {
                           command="python train_vit.py --data-dir CIFAR --minutes 10 --model hybrid",
                           expected="83.7% of the test images (three seeds, spread 0.3), 2 cores with AVX2; 86.1% "
                                    "after 30 minutes (one seed)"),
-    "convnet_fast": Recipe("convnet", options=dict(block="pooled", widths=(32, 64, 128)), whiten=True, **FAST,
+    "convnet_fast": Recipe("convnet", smallest=16, options=dict(block="pooled", widths=(32, 64, 128)), whiten=True,
+                           **FAST,
                            command="python train_vit.py --data-dir CIFAR --minutes 2 --model convnet"),
-    "convnet_wide": Recipe("convnet", minutes=8, options=dict(block="pooled", widths=(48, 96, 192)), whiten=True,
-                           **FAST | dict(low=None),
+    "convnet_wide": Recipe("convnet", minutes=8, smallest=9, options=dict(block="pooled", widths=(48, 96, 192)),
+                           whiten=True, **FAST | dict(low=None),
                            command="python train_vit.py --data-dir CIFAR --minutes 10 --model convnet",
                            expected="85.9% of the test images (three seeds, spread 0.3), 2 cores with AVX2"),
 }
@@ -109,6 +121,7 @@ def choose_recipe(model, img_size, minutes=None, start="new"):
         return "fine_tuning" if start == "pretrained" else "classic"
     fitting = {name: recipe for name, recipe in RECIPES.items()
                if recipe.model == model and recipe.small in (None, img_size <= SMALL_SIDE)
+               and img_size >= recipe.smallest
                and img_size % recipe.options.get("patch_size", 1) == 0
                and (minutes is None or recipe.minutes <= minutes)}
     return max(fitting, key=lambda name: fitting[name].minutes, default="classic")

@@ -28,13 +28,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 import torchvision
 
-from augmentation import FLIPS, MIXINGS
+from augmentation import FLIPS, MIXINGS, Augmentation
 from cnn_model import ConvNet, whiten_first_layer, whitening_layer
 from command_line import (
     Bounded,
@@ -58,7 +58,7 @@ from inference import Mirrored, evaluate_command, export_command, fingerprint, p
 from measurements import count_parameters, linear_classifier, wilson_interval
 from model_zoo import MODELS, PRETRAINED, build_model, create_pretrained, load_model
 from optimizers import OPTIMIZERS, SCHEDULES
-from recipes import RECIPES, choose_recipe
+from recipes import RECIPES, Recipe, choose_recipe
 from run_folder import (
     BEST,
     CONFIG,
@@ -75,7 +75,7 @@ from run_folder import (
 from trainer import CrossEntropy, NotFinite, OutOfMemory, Stopped, Trainer, balancing_weights, steps_within
 from transfer import feature_loaders, layer_factors
 from visualizations import plot_training_curves, save_figure, visualize_attention_grid
-from vit_data import SMALL_SIDE, TORCHVISION_SETS, choose_set, get_data_loaders, get_test_loader
+from vit_data import SMALL_SIDE, TORCHVISION_SETS, MemoryLoader, choose_set, get_data_loaders, get_test_loader
 from vit_model import InputError, VisionTransformer, allow_any_size, check_choice, freeze_backbone, pair
 
 __all__ = ["Trainer", "get_data_loaders", "predict"]
@@ -296,38 +296,67 @@ class TrainingRun:
         data_dir = Path(options.data_dir).expanduser()  # so that it is found from another folder too
         lasting = dict(vars(options), data_dir=str(data_dir.resolve()) if data_dir.exists() else options.data_dir)
         self.config = dict(options=lasting, n_steps=self.n_steps, n_images=self.train_loader.n_images, command=repeat,
-                           n_processes=n_processes(), validation_files=fingerprint(self.val_loader))
+                           n_processes=n_processes(), validation_files=fingerprint(self.val_loader),
+                           recipe=asdict(self.recipe))
         if self.first:
             model_config = dict(vars(self.model.config), n_classes=len(class_names))
             write_json(dict(self.config, model=self.name, model_config=model_config, class_names=class_names),
                        self.folder / CONFIG)
 
     def choose(self, img_size):
-        """Sets `recipe`: the one asked for, or that for these images and minutes, with what the options override; and
-        has the loaders follow it."""
-        options = self.options
-        if not options.recipe:
-            budget = None if options.epochs or options.steps else options.minutes or MINUTES
-            start = "head" if options.freeze_backbone else "pretrained" if options.pretrained else "new"
-            options.recipe = choose_recipe(self.name, img_size, budget, start)
-        recipe = RECIPES[options.recipe]
-        given = self.chosen("batch_size", "optimizer", "weight_decay", "schedule", "label_smoothing", "mixing",
-                            "model_ema")
-        if options.lr:
-            given["learning_rate"] = options.lr
-        augmentation = replace(recipe.augmentation, **self.chosen("shift", "flip", "cutout"))
-        arguments = recipe.options | self.chosen("patch_size", "drop_path")
-        self.recipe = replace(recipe, augmentation=augmentation, options=arguments, **given)
+        """Sets `recipe`, that which the run began with or a new one, and has the loaders follow it."""
+        if self.saved and "recipe" in self.saved:
+            self.recipe = Recipe.saved(self.saved["recipe"])
+        else:
+            self.recipe = self.new_recipe(img_size)
         self.data["batch_size"] = self.recipe.batch_size
         for loader in (self.train_loader, self.val_loader):
             loader.batch_size = self.recipe.batch_size
         self.train_loader.use(self.recipe.augmentation)
+        if self.in_memory:
+            self.recipe = replace(self.recipe, augmentation=self.train_loader.augmentation)
+
+    def new_recipe(self, img_size):
+        """The recipe asked for, or that for these images and minutes, with what the options override."""
+        options = self.options
+        if not options.recipe:
+            start = "head" if options.freeze_backbone else "pretrained" if options.pretrained else "new"
+            options.recipe = choose_recipe(self.name, img_size, self.budget(), start)
+        check_choice("recipe", options.recipe, RECIPES)
+        recipe = RECIPES[options.recipe]
+        if img_size < recipe.smallest:
+            raise InputError(f"--recipe {options.recipe} needs images of at least {recipe.smallest} pixels, these have "
+                             f"{img_size}; choose a larger --img-size or another recipe")
+        pixels = self.chosen("shift", "flip", "cutout")
+        if pixels and not self.in_memory:
+            raise InputError(f"--{next(iter(pixels))} is for small images in memory; photographs of {img_size} pixels "
+                             f"are cropped, flipped and recoloured as they are read: leave it out")
+        given = self.chosen("batch_size", "optimizer", "weight_decay", "schedule", "label_smoothing", "mixing",
+                            "model_ema")
+        if options.lr:
+            given["learning_rate"] = options.lr
+        recipe = replace(recipe, augmentation=replace(recipe.augmentation, **pixels),
+                         options=recipe.options | self.chosen("patch_size", "drop_path"), **given)
+        if options.pretrained:  # which is a model already
+            recipe = replace(recipe, options={}, whiten=False)
+        if options.freeze_backbone:  # its features are computed once, of each image as it is
+            recipe = replace(recipe, augmentation=Augmentation(0.0, "none"), low=None, mixing="none")
+        return recipe
+
+    @property
+    def in_memory(self):
+        return isinstance(self.train_loader, MemoryLoader)
+
+    def budget(self):
+        """In minutes; None where the length is one of epochs or steps."""
+        options = self.options
+        in_steps = options.epochs or options.steps or (options.freeze_backbone and not options.minutes)
+        return None if in_steps else options.minutes or MINUTES
 
     def recipe_arguments(self):
-        """What the recipe tells Trainer.train. A head alone is trained on features, which are no images."""
-        recipe = replace(self.recipe, low=None, mixing="none") if self.options.freeze_backbone else self.recipe
+        """What the recipe tells Trainer.train."""
         patch = max(pair(getattr(self.model.config, "patch_size", 4)))
-        return recipe.training(len(self.train_loader.class_names), self.train_loader.img_size, patch)
+        return self.recipe.training(len(self.train_loader.class_names), self.train_loader.img_size, patch)
 
     def pretrained_model(self):
         """The model to start from: a run that goes on has it in last.pt, wherever it came from."""
@@ -366,12 +395,12 @@ class TrainingRun:
         print(f"{self.name}: {count_parameters(self.model):,} parameters{frozen}; {train.dataset_name}: "
               f"{train.n_images:,} training and {val.n_images:,} validation images of {train.img_size} pixels, "
               f"{len(train.class_names)} classes; {self.device}, {trainer.dtype or torch.float32}")
-        print(f"Recipe {self.options.recipe}: {self.recipe.describe()}")
+        print(f"Recipe {self.options.recipe}: {self.recipe.describe(self.in_memory)}")
         if text := unevenness(train.class_names, train.class_counts):
             weighted = "--class-weights lets them count alike" if self.options.class_weights else \
                 "look at the balanced accuracy; --class-weights would let all classes count alike"
             print(f"{text}: {weighted}.")
-        if text := trainer.differences():
+        if text := trainer.differences(self.recipe_arguments()["mixing"]):
             print(f"Warning: {text}.")
 
     def count_steps(self):
@@ -455,7 +484,7 @@ class TrainingRun:
         scores = self.history[self.criterion()]
         seconds = self.saver.elapsed if self.first else 0.0
         result = dict(model=self.name, dataset=self.train_loader.dataset_name, seed=self.options.seed,
-                      recipe=self.options.recipe, minutes=self.options.minutes, n_steps=self.n_steps,
+                      recipe=self.options.recipe, minutes=self.budget(), n_steps=self.n_steps,
                       parameters=count_parameters(self.model),
                       val_acc=self.history["val_acc"][scores.index(max(scores))], seconds=round(seconds, 1),
                       images_per_second=round(speed / sum(self.history["seconds"]), 1),

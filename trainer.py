@@ -16,6 +16,7 @@ import itertools
 import math
 import time
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -56,10 +57,12 @@ def set_train_mode(model):
         parameters = list(module.parameters())
         if parameters and not any(p.requires_grad for p in parameters):
             module.eval()
-    if not all(p.requires_grad for p in model.parameters()):
-        for child in model.children():
-            if not any(p.requires_grad for p in child.parameters()):
-                child.eval()  # also what has no parameters, such as the dropout after the positions
+    own, layers = list(model.parameters(recurse=False)), [list(child.parameters()) for child in model.children()]
+    before_head = [*own, *chain(*list(filter(None, layers))[:-1])]
+    if before_head and not any(p.requires_grad for p in before_head):
+        for child, parameters in zip(model.children(), layers, strict=True):
+            if not parameters:
+                child.eval()  # such as the dropout after the positions
 
 
 class CrossEntropy(nn.Module):
@@ -372,8 +375,9 @@ class Trainer:
                              f"build the model with n_classes={int(labels.max()) + 1} or more")
         return logits.float(), labels
 
-    def differences(self):
-        """In words, where this training differs from one process with whole batches; "" where it does not."""
+    def differences(self, mixing=None):
+        """In words, where this training, with the mixing that train() will get, differs from one process with whole
+        batches; "" where it does not."""
         if self.n_ranks == 1 and self.accumulate == 1:
             return ""
         modules = list(self.model.modules())
@@ -383,6 +387,8 @@ class Trainer:
         rates = [module.p for module in modules if isinstance(module, _DropoutNd)]
         if any(rates + [getattr(module, "rate", 0) for module in modules if type(module).__name__ == "DropPath"]):
             reasons.append("dropout is drawn for each part")
+        if mixing is not None:
+            reasons.append("images are mixed within each part")
         if self.dtype is not None:
             reasons.append(f"sums in {str(self.dtype).removeprefix('torch.')} are rounded part by part")
         ways = [f"over {self.n_ranks} processes"] * (self.n_ranks > 1)

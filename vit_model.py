@@ -510,8 +510,10 @@ def resample_positions(positions, old, new):
         return positions
     prefix, patches = positions.split([positions.shape[1] - old[0] * old[1], old[0] * old[1]], dim=1)
     patches = patches.reshape(1, *old, -1).permute(0, 3, 1, 2).float()  # (1, D, rows, columns)
+    if patches.device.type == "mps":
+        patches = patches.cpu()  # before torch 2.15 Apple GPUs have no gradient of what follows
     patches = F.interpolate(patches, size=new, mode="bicubic", antialias=True)  # (1, D, new rows, new columns)
-    patches = patches.flatten(2).transpose(1, 2).to(positions.dtype)  # (1, new patches, D)
+    patches = patches.flatten(2).transpose(1, 2).to(positions)  # (1, new patches, D)
     return torch.cat([prefix, patches], dim=1)
 
 

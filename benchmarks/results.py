@@ -36,8 +36,9 @@ TABLES = {
     "factors": "What each part of a recipe gives and costs: one change, the validation images of CIFAR-10 (JPEG), as "
                "many steps as the variant does in so many minutes on 2 cores (`python benchmarks/factors.py`). Of "
                "5,000 images one standard error is 0.7 points at 60% and 0.5 at 85%; what seeds differ by is said "
-               "below. The images/s of a change that costs nothing are the recipe's. The ConvNet's cells of 10 minutes "
-               "are older than its start as the identity",
+               "below. The images/s of a change that costs nothing are the recipe's. The cells "
+               "of 10 minutes of vit_nano and hybrid rest on an older measurement of speed, which gave those with "
+               "smaller images about a tenth too many steps",
     "steps": "Where the time of a training step goes, and the time that its multiplications alone would take at the "
              "machine's own rate, its floor (`python benchmarks/steps.py --keep`)",
     "augmentation": "Augmentation of 32 x 32 images in batches of 128 against torchvision's, an image at a time, on "
@@ -92,6 +93,8 @@ def machine(device="cpu"):
 def add(table, run):
     """Writes results/<table>-<model>-<seed>.json from the result.json of a run."""
     result = json.loads((run / "result.json").read_text())
+    if table in ADDED and result["minutes"] is None:
+        sys.exit(f"{run}: its length was given in steps or epochs; the table {table} takes runs of --minutes")
     minutes = f"-{result['minutes']:g}" if table in ADDED else ""
     write_cell(table, f"{result['model']}{minutes}-{result['seed']}", result["seed"], result["command"], result,
                versions=dict(torch=result["torch"], torchvision=result["torchvision"]))

@@ -391,6 +391,9 @@ def test_other_models_have_no_layer_to_whiten():
 
 @pytest.mark.parametrize(("make", "named"), [
     (lambda: ConvNet(**{**POOLED, "block": "dense"}), "block 'dense'"),
+    (lambda: ConvNet(8, 3, 3, (2, 3, 5), (1, 1, 1), 1, "pooled"), "at least 9 pixels"),
+    (lambda: ConvNet(16, 3, 3, (2, 3), (1, 1), 4, "pooled").config and ConvNet(15, 3, 3, (2, 3), (1, 1), 4, "pooled"),
+     "img_size 15"),
     (lambda: HybridCNNViT(**HYBRID, stem="deep"), "stem 'deep'"),
     (lambda: PooledStem(24, 12, 3, 12), "patch_size 12 cannot be reached by halving")])
 def test_a_wrong_block_or_stem_is_named(make, named):

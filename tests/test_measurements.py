@@ -158,6 +158,13 @@ def test_without_attention_a_token_sees_its_patch_at_every_depth():
         assert (rows.min().item(), rows.max().item(), columns.min().item(), columns.max().item()) == (7, 13, 5, 9)
 
 
+def test_the_centre_of_a_pooled_convnet_counts_the_units_that_are_there():
+    """Maps of 31, 15, 7 and 3 units, of which the ones at 15, 7, 3 and 1 are taken."""
+    model = ConvNet(32, 3, 5, (5, 7, 11), (1, 1, 1), 1, "pooled")
+    assert [m.unit_centre(model, (32, 32), depth) for depth in range(4)] == [(15.5,) * 2, (15,) * 2, (14,) * 2,
+                                                                           (12,) * 2]
+
+
 @pytest.mark.parametrize("stem_stride", [1, 2, 4])
 def test_a_convnet_sees_its_window(stem_stride):
     size = {1: (73, 61), 2: (73, 61), 4: (257, 139)}[stem_stride]

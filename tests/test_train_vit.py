@@ -21,7 +21,7 @@ from model_zoo import OURS_FOLDER, load_model
 from run_folder import CHANGEABLE
 from train_vit import fit_head, parse, unevenness
 from vit_data import make_shapes
-from vit_model import VisionTransformer
+from vit_model import InputError, VisionTransformer
 
 
 @pytest.mark.parametrize(("words", "expected"), [
@@ -384,6 +384,18 @@ def test_the_printed_command_repeats_the_run(untested, tmp_path, monkeypatch):
         train_vit.main([*common, *length, "--output-dir", str(tmp_path / name)])
         weights.append(load_model(tmp_path / name / "last.pt").state_dict())
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+@pytest.mark.parametrize(("words", "named"), [(["--flip", "none"], "--flip is for small images"),
+                                              (["--cutout", "0"], "--cutout is for small images")])
+def test_what_photographs_do_not_take_is_refused(words, named, tmp_path):
+    with pytest.raises(InputError, match=named):
+        prepared("--data-dir", make_folder(tmp_path / "photos", 72), *words)
+
+
+def test_a_recipe_for_larger_images_is_refused(photos):
+    with pytest.raises(InputError, match="--recipe convnet_fast needs images of at least 16 pixels, these have 12"):
+        prepared("--data-dir", photos, "--img-size", 12, "--model", "convnet", "--recipe", "convnet_fast")
 
 
 def test_a_convnet_has_no_attention_picture(photos, tmp_path):

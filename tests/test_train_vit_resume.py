@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from command_runs import ROOT, PowerCut, at_step, cut, make_folder, run, tensors
 import train_vit
 import trainer
 from checkpoints import read_checkpoint
+from recipes import RECIPES
 
 
 def outcome(folder):
@@ -71,6 +73,16 @@ def test_a_signal_in_training_saves_says_the_command_and_the_run_ends_as_if_uncu
     train_vit.main(command[2:])
     assert f"Going on with {folder}." in capsys.readouterr().out
     assert_same_run(folder, uncut)
+
+
+def test_a_run_goes_on_with_the_recipe_that_it_began_with(photos, uncut, untested, tmp_path, monkeypatch):
+    at_step(monkeypatch, 4, cut)
+    with pytest.raises(PowerCut):
+        train(tmp_path / "run", "--data-dir", photos, *SEVEN, "--save-minutes", "0.00001")
+    for name, recipe in RECIPES.items():
+        monkeypatch.setitem(RECIPES, name, replace(recipe, learning_rate=0.5, schedule="linear"))
+    train_vit.main(["--resume", str(tmp_path / "run")])
+    assert_same_run(tmp_path / "run", uncut)
 
 
 def test_a_signal_in_an_evaluation_is_kept_too(photos, uncut, untested, tmp_path, capsys, monkeypatch):

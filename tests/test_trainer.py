@@ -104,6 +104,11 @@ def test_train_mode_leaves_what_is_not_frozen_in_training():
     model = VisionTransformer(**TINY, dropout=0.1)
     set_train_mode(model)
     assert all(module.training for module in model.modules())
+    model.patch_embed.requires_grad_(False)  # as whitened ones are
+    set_train_mode(model)
+    assert {name for name, module in model.named_children() if not module.training} == {"patch_embed"}
+    set_train_mode(freeze_backbone(model))
+    assert {name for name, module in model.named_children() if module.training} == {"head"}
 
 
 def test_evaluate_counts_every_image_once_and_gives_the_mode_back():

@@ -67,6 +67,8 @@ def test_differences_are_told_where_there_are_some():
         assert word in text
         assert "in 3 parts" in text
         assert ";" not in text  # one reason
+    assert "mixed within each part" in Trainer(VisionTransformer(**TINY), **plain, accumulate=2).differences(mixing=max)
+    assert Trainer(VisionTransformer(**TINY), **plain).differences(mixing=max) == ""
     assert "bfloat16" in Trainer(VisionTransformer(**TINY), "cpu", amp="bf16", accumulate=2).differences()
 
 

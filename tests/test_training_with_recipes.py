@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,9 +44,11 @@ def prepared(tmp_path):
 def test_the_recipe_is_chosen_printed_and_part_of_the_command(words, name, prepared, capsys):
     run = prepared(*words)
     printed = capsys.readouterr().out
-    assert f"Recipe {name}: {RECIPES[name].describe()}" in printed
+    assert f"Recipe {name}: {run.recipe.describe()}" in printed
     assert re.search(rf"the same run again: .* --recipe {name}\b", printed)
-    assert run.recipe == RECIPES[name]
+    assert replace(run.recipe, augmentation=RECIPES[name].augmentation) == RECIPES[name]
+    frozen = "--freeze-backbone" in words
+    assert run.recipe.augmentation == (Augmentation(0.0, "none") if frozen else RECIPES[name].augmentation)
     assert run.train_loader.batch_size == run.val_loader.batch_size == RECIPES[name].batch_size
     for option, value in RECIPES[name].options.items():
         assert getattr(run.model.config, option) == value
