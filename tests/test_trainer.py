@@ -109,6 +109,11 @@ def test_train_mode_leaves_what_is_not_frozen_in_training():
     assert {name for name, module in model.named_children() if not module.training} == {"patch_embed"}
     set_train_mode(freeze_backbone(model))
     assert {name for name, module in model.named_children() if module.training} == {"head"}
+    for n_frozen, training in ((2, {1, 2, 3, 4}), (3, {4})):
+        layers = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.1), nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 7))
+        layers[:n_frozen].requires_grad_(False)
+        set_train_mode(layers)
+        assert {i for i, layer in enumerate(layers) if layer.training} == training
 
 
 def test_evaluate_counts_every_image_once_and_gives_the_mode_back():
