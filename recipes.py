@@ -80,7 +80,8 @@ class Recipe:
         parts = [f"{name} {value}" for name, value in self.options.items()]
         parts += [f"batches of {self.batch_size}", f"{self.optimizer} at {self.learning_rate:g}", self.schedule,
                   f"label smoothing {self.label_smoothing:g}"]
-        parts += [f"shift {a.shift:g}", f"{a.flip} flip", *[f"cutout {a.cutout:g}"] * bool(a.cutout)] if small else []
+        flip = "no flip" if a.flip == "none" else f"{a.flip} flip"
+        parts += [f"shift {a.shift:g}", flip, *[f"cutout {a.cutout:g}"] * bool(a.cutout)] if small else []
         parts += [f"the first {self.low[1]:.0%} of the steps at {self.low[0]:.0%} of the side"] if self.low else []
         parts += [self.mixing] * (self.mixing != "none")
         parts += [f"average {self.model_ema}"] * bool(self.model_ema) + ["whitened first layer"] * self.whiten

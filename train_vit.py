@@ -324,6 +324,9 @@ class TrainingRun:
             options.recipe = choose_recipe(self.name, img_size, self.budget(), start)
         check_choice("recipe", options.recipe, RECIPES)
         recipe = RECIPES[options.recipe]
+        if recipe.model not in (None, self.name) and not options.pretrained:
+            raise InputError(f"--recipe {options.recipe} is for --model {recipe.model}, and the model is {self.name}; "
+                             f"give both, or another recipe")
         if img_size < recipe.smallest:
             raise InputError(f"--recipe {options.recipe} needs images of at least {recipe.smallest} pixels, these have "
                              f"{img_size}; choose a larger --img-size or another recipe")

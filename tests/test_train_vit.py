@@ -393,6 +393,11 @@ def test_what_photographs_do_not_take_is_refused(words, named, tmp_path):
         prepared("--data-dir", make_folder(tmp_path / "photos", 72), *words)
 
 
+def test_a_recipe_of_another_model_is_refused(photos):
+    with pytest.raises(InputError, match="--recipe hybrid_fast is for --model hybrid, and the model is vit_nano"):
+        prepared("--data-dir", photos, "--recipe", "hybrid_fast")
+
+
 def test_a_recipe_for_larger_images_is_refused(photos):
     with pytest.raises(InputError, match="--recipe convnet_fast needs images of at least 16 pixels, these have 12"):
         prepared("--data-dir", photos, "--img-size", 12, "--model", "convnet", "--recipe", "convnet_fast")
