@@ -332,8 +332,9 @@ class TrainingRun:
                              f"{img_size}; choose a larger --img-size or another recipe")
         pixels = self.chosen("shift", "flip", "cutout")
         if pixels and not self.in_memory:
-            raise InputError(f"--{next(iter(pixels))} is for small images in memory; photographs of {img_size} pixels "
-                             f"are cropped, flipped and recoloured as they are read: leave it out")
+            raise InputError(f"--{next(iter(pixels))} is for small images in memory; those of more "
+                             f"than {SMALL_SIDE} pixels are cropped, flipped and recoloured as they are read: leave it "
+                             f"out, or give --img-size {SMALL_SIDE}")
         given = self.chosen("batch_size", "optimizer", "weight_decay", "schedule", "label_smoothing", "mixing",
                             "model_ema")
         if options.lr:

@@ -51,7 +51,8 @@ class Stopped(Exception):
 
 
 def set_train_mode(model):
-    """model.train(), but what is wholly frozen stays in eval mode: no dropout there, batch statistics kept."""
+    """model.train(), but what is wholly frozen stays in eval mode: no dropout there, batch statistics kept. Where
+    nothing but the last layer is trained, so do layers without parameters, such as the dropout after the positions."""
     model.train()
     for module in model.modules():
         parameters = list(module.parameters())
@@ -62,7 +63,7 @@ def set_train_mode(model):
     if before_head and not any(p.requires_grad for p in before_head):
         for child, parameters in zip(model.children(), layers, strict=True):
             if not parameters:
-                child.eval()  # such as the dropout after the positions
+                child.eval()
 
 
 class CrossEntropy(nn.Module):
