@@ -6,7 +6,7 @@ That script trains vit-pytorch's ViT: patches of 4, 512 wide, 6 blocks of 8 head
 of 512 in float32, Adam at 1e-4 with a cosine over 200 epochs; images one at a time by torchvision: RandAugment (2
 operations, magnitude 14), a crop out of 4 pixels of black border, a flip. Here it is stopped when the time is up, and
 sees the test images once. --batch-size 128 --fit-schedule is a generous form: four times the steps, and a rate that
-has fallen when the time is up.
+has fallen when the time is up; --bf16 lets machines with instructions for it multiply in bfloat16.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def image_loader(folder, batch_size, training):
     return DataLoader(images, batch_size, shuffle=training, num_workers=2, persistent_workers=True)
 
 
-def train(model, loader, seconds, fit_schedule):
+def train(model, loader, seconds, fit_schedule, bf16):
     """Until the seconds are over. Returns (steps, images)."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     started, steps, images_seen = time.perf_counter(), 0, 0
@@ -51,7 +51,9 @@ def train(model, loader, seconds, fit_schedule):
             for group in optimizer.param_groups:
                 group["lr"] = 1e-4 * 0.5 * (1 + math.cos(math.pi * done))
             optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                logits = model(images)
+            F.cross_entropy(logits.float(), labels).backward()
             optimizer.step()
             steps, images_seen = steps + 1, images_seen + len(images)
 
@@ -68,6 +70,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--fit-schedule", action="store_true")
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
@@ -75,18 +78,21 @@ def main():
     model = ViT(image_size=32, patch_size=4, num_classes=10, dim=512, depth=6, heads=8, mlp_dim=512, dropout=0.1,
                 emb_dropout=0.1)
     loader = image_loader(options.data_dir / "train", options.batch_size, True)
-    steps, images = train(model, loader, 60 * options.minutes, options.fit_schedule)
+    steps, images = train(model, loader, 60 * options.minutes, options.fit_schedule, options.bf16)
     test = image_loader(options.data_dir / "test", 250, False)
     right, n = count_right(model, test), len(test.dataset)
     name = "peer, generous" if options.fit_schedule else "peer"
     words = f" --batch-size {options.batch_size} --fit-schedule" if options.fit_schedule else ""
+    words += " --bf16" * options.bf16
     result = dict(model=name, seed=options.seed, minutes=options.minutes, n_steps=steps, device="cpu",
+                  precision="torch.bfloat16" if options.bf16 else "torch.float32",
                   parameters=sum(p.numel() for p in model.parameters()), seconds=60 * options.minutes,
                   images_per_second=round(images / (60 * options.minutes), 1), test_acc=right / n, test_correct=right,
                   test_n=n, test_interval=wilson_interval(right, n))
     print(f"{name}: {right / n:.1%} of {n:,} test images, {result['images_per_second']} images/s, {steps} steps")
     if options.keep:
-        write_cell("targets", f"{name.replace(', ', '-')}-{options.minutes:g}-{options.seed}", options.seed,
+        precision = "-bf16" * options.bf16
+        write_cell("targets", f"{name.replace(', ', '-')}-{options.minutes:g}{precision}-{options.seed}", options.seed,
                    f"python benchmarks/peer.py --data-dir CIFAR --minutes {options.minutes:g} --seed {options.seed}"
                    f"{words}", result)
 

@@ -76,12 +76,19 @@ on the same images; `data` the share of the training seconds that went to fetchi
 the share of the whole run's)."""
 
 
+INSTRUCTIONS = dict(amx_bf16="AMX", avx512_bf16="AVX512-BF16", avx512f="AVX512", avx2="AVX2")  # the fastest first
+
+
 def machine(device="cpu"):
     """What a figure was measured on, in words; with device="cuda" the GPU too."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+        facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in
+                                                                  info.read_text().splitlines())}
+        cpu = facts.get("model name", cpu)
+        widest = [words for flag, words in INSTRUCTIONS.items() if flag in facts.get("flags", "").split()][:1]
+        cpu = " with ".join([cpu, *widest])
     words = f"{cpu}, {os.cpu_count()} cores, {platform.system()}"
     if device == "cuda":
         import torch
@@ -96,8 +103,9 @@ def add(table, run):
     if table in ADDED and result["minutes"] is None:
         sys.exit(f"{run}: its length was given in steps or epochs; the table {table} takes runs of --minutes")
     minutes = f"-{result['minutes']:g}" if table in ADDED else ""
-    write_cell(table, f"{result['model']}{minutes}-{result['seed']}", result["seed"], result["command"], result,
-               versions=dict(torch=result["torch"], torchvision=result["torchvision"]))
+    precision = "-bf16" * (result["precision"] == "torch.bfloat16")
+    write_cell(table, f"{result['model']}{minutes}{precision}-{result['seed']}", result["seed"], result["command"],
+               result, versions=dict(torch=result["torch"], torchvision=result["torchvision"]))
 
 
 def write_cell(table, name, seed, command, result, versions=None):
@@ -299,17 +307,18 @@ TARGETS = {("vit_nano", 10): 0.74, ("hybrid", 10): 0.86, ("convnet", 10): 0.89, 
 def target_lines(cells):
     groups = defaultdict(list)
     for cell in sorted(cells, key=lambda cell: cell["seed"]):
-        groups[cell["result"]["model"], cell["result"]["minutes"]].append(cell["result"])
-    lines = ["| model | minutes | test accuracy of each seed, 95% interval | mean | standard deviation | mirrored | "
-             "aim | images/s |", "|---|---:|---|---:|---:|---:|---:|---:|"]
-    for (model, minutes), results in groups.items():
+        r = cell["result"]
+        groups[r["model"], r["minutes"], r.get("precision", "torch.float32").removeprefix("torch.")].append(r)
+    lines = ["| model | minutes | precision | test accuracy of each seed, 95% interval | mean | standard deviation | "
+             "mirrored | aim | images/s |", "|---|---:|---|---|---:|---:|---:|---:|---:|"]
+    for (model, minutes, precision), results in sorted(groups.items()):
         accuracies = [r["test_acc"] for r in results]
         each = ", ".join(f"{r['test_acc']:.1%} ({100 * r['test_interval'][0]:.1f} to {100 * r['test_interval'][1]:.1f})"
                          for r in results)
         spread = f"{100 * stdev(accuracies):.1f}" if len(accuracies) > 1 else ""
         mirrored = [r["test_mirrored_acc"] for r in results if "test_mirrored_acc" in r]
         aim = TARGETS.get((model, minutes))
-        lines.append(f"| {model} | {minutes:g} | {each} | {mean(accuracies):.1%} | {spread} | "
+        lines.append(f"| {model} | {minutes:g} | {precision} | {each} | {mean(accuracies):.1%} | {spread} | "
                      f"{f'{mean(mirrored):.1%}' if mirrored else ''} | {f'{aim:.0%}' if aim else ''} | "
                      f"{mean([r['images_per_second'] for r in results]):.0f} |")
     return [*lines, ""]
