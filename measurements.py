@@ -395,7 +395,7 @@ def linear_classifier(train_loader, val_loader, test_loader=None, max_images=20_
     Ridge regression from pixels to one-hot classes, the images averaged down to at most 32 x 32; the strength,
     one of RIDGES, is the best on the validation images (the largest among equals), and the test images are read
     once, after that choice. A loader yields images (B, C, height, width), labels (B,), and has class_names.
-    At most max_images training images, as augmented as the loader gives them, are used.
+    At most max_images training images, the first that the loader gives, are used.
 
     Returns a dict: val_acc and test_acc in 0..1, test_correct, test_n, ridge. Without a test_loader its three
     are None. Raises InputError where a loader gives no images.
@@ -415,7 +415,8 @@ def linear_classifier(train_loader, val_loader, test_loader=None, max_images=20_
     if n == 0:
         raise InputError("the training loader gave 0 images; expected at least one batch, check the data")
     gram, moments = gram.cpu().double(), moments.cpu().double()
-    penalty = torch.full((len(gram),), gram.diagonal()[:-1].mean().item(), dtype=torch.float64)  # (F)
+    mean_square = max(gram.diagonal()[:-1].mean().item(), 1e-12)  # images of nothing but zeros have a solution too
+    penalty = torch.full((len(gram),), mean_square, dtype=torch.float64)  # (F)
     penalty[-1] = 0  # the constant is free
     ridges = sorted(RIDGES, reverse=True)
     factors = (torch.linalg.cholesky(gram + torch.diag(ridge * penalty)) for ridge in ridges)  # each (F, F)

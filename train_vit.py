@@ -84,6 +84,7 @@ COMMANDS = dict(evaluate=evaluate_command, predict=predict_command, export=expor
 WHITENED_BY = 2000  # images from which a first layer is whitened
 MINUTES = 2  # of a training whose length is not given
 HEAD_EPOCHS = 100  # of --freeze-backbone, whose epochs take a moment
+LINEAR_IMAGES = 20_000  # at most, from which the linear classifier beside a test learns
 UNEVEN = 2  # classes are called uneven where the largest has so many times the images of the smallest
 
 
@@ -418,7 +419,8 @@ class TrainingRun:
             return options.steps or options.epochs * len(self.loaders[0])
         spent = of_first(time.perf_counter() - self.started) if options.freeze_backbone else 0.0  # on the features
         minutes = options.minutes or MINUTES
-        print(f"Measuring the speed, for the number of steps in {minutes:g} minutes ...", flush=True)
+        print(f"Measuring the speed, for the number of steps in {minutes:g} minutes of training and validation ...",
+              flush=True)
         n_steps = steps_within(max(1.0, 60 * minutes - spent), self.trained, *self.loaders,
                                self.recipe.optimizer, self.recipe_arguments()["low"], **self.settings)
         if n_steps < len(self.loaders[0]):
@@ -498,6 +500,9 @@ class TrainingRun:
         if self.first:
             write_json(result, self.folder / "result.json")  # before the test: a bad image there loses nothing
             save_figure(plot_training_curves(self.history), self.folder / "curves.png")
+        best_epoch = scores.index(max(scores)) + 1
+        print(f"Trained in {seconds:.0f} s. Best {self.criterion()} {max(scores):.1%}, epoch {best_epoch} of "
+              f"{len(scores)}; its test comes now, and a linear classifier to compare with ...", flush=True)
         loader, split = get_test_loader(**self.data), "test"
         if loader is None:
             loader, split = self.val_loader, "val"
@@ -517,8 +522,12 @@ class TrainingRun:
         report_skipped(sorted(skipped))
         self.draw(best)
         write_json(self.result, self.folder / "result.json")  # last: with it the run is complete
-        print(f"{result['seconds']:.0f} s, {result['images_per_second']:.0f} images/s, {self.trainer.data_share:.1%} "
-              f"of the training time for fetching and augmenting; {self.folder}/")
+        mirrored = result.get(f"{split}_mirrored_acc")
+        if mirrored is not None:
+            print(f"Each image shown mirrored too: {mirrored:.1%}.")
+        print(f"{result['images_per_second']:.0f} images/s, {self.trainer.data_share:.1%} of the training time for "
+              f"fetching and augmenting; {self.folder}/"
+              + (" (without attention.png: this model has no attention)" if not attends(best) else ""))
 
     def compare(self, score, split, loader):
         """The accuracy beside a linear classifier's on the same images, printed, and as entries of the result."""
@@ -528,8 +537,9 @@ class TrainingRun:
                 whole_loader.set_share(0, 1)
                 whole_loader.set_epoch(0)  # wherever the training began or ended
         val_loader = list(itertools.islice(self.val_loader, 2)) if dry else self.val_loader
-        linear = linear_classifier(self.train_loader, val_loader, loader if split == "test" else None,
-                                   max_images=300 if dry else 20_000)
+        plain = self.train_loader.plain(300 if dry else LINEAR_IMAGES)
+        linear = linear_classifier(plain, val_loader, loader if split == "test" else None)
+        self.train_loader.skipped.update(plain.skipped)
         names, counts = self.train_loader.class_names, self.train_loader.class_counts
         chance, largest = f"guessing: {1 / len(names):.1%}", None
         balanced = ""
@@ -550,11 +560,15 @@ class TrainingRun:
         result = self.result
         baseline = ("linear classifier", result.get("linear_test_acc", result.get("linear_val_acc")))
         save_figure(plot_training_curves(self.history, baseline=baseline), self.folder / "curves.png")
-        if isinstance(model, VisionTransformer):
+        if attends(model):
             apart = max(1, len(self.val_loader) // 4)  # folders come class by class, so take images from all of it
             batches = itertools.islice(self.val_loader, 0, 4 * apart, apart)
             images = [images[0] for images, _ in batches if len(images)]  # of (3, S, S)
             save_figure(visualize_attention_grid(model, torch.stack(images).cpu()), self.folder / "attention.png")
+
+
+def attends(model):
+    return isinstance(model, VisionTransformer)
 
 
 def first_images(loader, n_images):

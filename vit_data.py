@@ -240,6 +240,13 @@ class Loader:
     def use(self, augmentation):
         """Has images in memory varied in this way in the passes to come; photographs keep train_transform."""
 
+    def some_places(self, n_images):
+        """At most so many places of the set (n), drawn by the seed, in order; None: all."""
+        if n_images is None or n_images >= self.n_images:
+            return torch.arange(self.n_images, device=self.labels.device)
+        drawn = torch.randperm(self.n_images, generator=generator_of(self.seed, 3))[:n_images]
+        return drawn.sort().values.to(self.labels.device)
+
     def begin_pass(self):
         """(epoch, batches) of the pass that begins; a batch holds the places (B,) in the set of the images to give."""
         epoch = self.n_passes if self.epoch is None else self.epoch
@@ -278,10 +285,13 @@ class MemoryLoader(Loader):
         self.normalisation = self.normalisation.to(device)
         return self
 
-    def plain(self):
-        """A new loader of the same images, each once, in the order of the set and not augmented: for features that are
-        computed once. It gives whole batches, whatever the share and the position of this one."""
-        return MemoryLoader(self.images, self.labels, self.facts, self.batch_size, self.seed, files=self.files,
+    def plain(self, n_images=None):
+        """A new loader of the same images, or of so many drawn from them, each once, in the order of the set and not
+        augmented. It gives whole batches, whatever the share and the position of this one."""
+        places = self.some_places(n_images)
+        files = self.files and [self.files[place] for place in places.tolist()]
+        images = self.images if len(places) == self.n_images else self.images[places]  # no copy of a whole set
+        return MemoryLoader(images, self.labels[places], self.facts, self.batch_size, self.seed, files=files,
                             skipped=self.skipped).to(self.images.device)
 
     def __iter__(self):
@@ -326,9 +336,11 @@ class PhotoLoader(Loader):
         self.device = torch.device(device)
         return self
 
-    def plain(self):
+    def plain(self, n_images=None):
         """As MemoryLoader.plain; it reads the files anew."""
-        return PhotoLoader(self.files, self.labels, self.facts, self.batch_size, self.seed, workers=self.workers,
+        places = self.some_places(n_images)
+        return PhotoLoader([self.files[place] for place in places.tolist()], self.labels[places], self.facts,
+                           self.batch_size, self.seed, workers=self.workers,
                            skip_corrupt=self.skip_corrupt).to(self.device)
 
     def __iter__(self):

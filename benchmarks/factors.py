@@ -3,12 +3,14 @@
     python benchmarks/factors.py --data-dir CIFAR speeds                images/s of every variant; alone on the machine
     python benchmarks/factors.py --data-dir CIFAR run                   every cell that is not there yet
     python benchmarks/factors.py --data-dir CIFAR run --minutes 10 vit_nano adamw 0    one cell; with --keep it is kept
+    python benchmarks/factors.py --data-dir CIFAR --amp bf16 ...        the same on a machine that multiplies bfloat16
 
 A variant is the recipe of a model with one change; the recipe here is the one without smaller images at the start,
-which are a change like the others. It trains for as many steps as it does in 2 minutes with the
-machine to itself: the speed is measured first, in rounds in which all variants of a model take turns, with all cores.
-What it then learns in so many steps does not depend on what else the machine does, so the trainings themselves go two
-at a time, on one thread each. The validation images are the 5,000 that train_vit.py cuts off; no test image is read.
+which are a change like the others. It trains for as many steps as it does in 2 minutes with the machine to itself: the
+speed is measured first, in rounds in which all variants of a model take turns, with all cores. What it then learns in
+so many steps does not depend on what else the machine does, so the trainings themselves go two at a time, on one thread
+each. Speeds and cells in bfloat16 are kept apart from those in float32. The validation images are the 5,000 that
+train_vit.py cuts off; no test image is read.
 """
 
 import argparse
@@ -69,6 +71,9 @@ FACTORS = {  # the ViT is asked most; of the others what may differ for a convol
                 "residual blocks": dict(block="residual"),
                 "24, 48, 96 channels": dict(widths=(24, 48, 96)), "48, 96, 192 channels": dict(widths=(48, 96, 192)),
                 "2 convolutions after pooling": dict(depths=(2, 2, 2)), **REGULARISATION, **RATES,
+                "48, 96, 192 channels, cutout 0.25": dict(widths=(48, 96, 192), cutout=0.25),
+                "48, 96, 192 channels, shift 0.0625": dict(widths=(48, 96, 192), shift=0.0625),
+                "64, 128, 256 channels": dict(widths=(64, 128, 256)),
                 "48, 96, 192 channels, 24 pixels for 60%": dict(widths=(48, 96, 192), **LOW),
                 "64, 128, 256 channels, 24 pixels for 60%": dict(widths=(64, 128, 256), **LOW)},
 }
@@ -88,7 +93,7 @@ def variant(model_name, factor):
                    **of_recipe)
 
 
-def prepare(model_name, factor, loader, seed):
+def prepare(model_name, factor, loader, seed, amp="off"):
     """(recipe, trainer) of a variant, ready to train on the loader."""
     recipe = variant(model_name, factor)
     loader.batch_size, loader.seed = recipe.batch_size, seed
@@ -99,7 +104,7 @@ def prepare(model_name, factor, loader, seed):
         allow_any_size(model)
     if recipe.whiten:
         whiten_first_layer(model, first_images(loader, WHITENED_BY))
-    return recipe, Trainer(model, loss_fn=CrossEntropy(recipe.label_smoothing))
+    return recipe, Trainer(model, loss_fn=CrossEntropy(recipe.label_smoothing), amp=amp)
 
 
 def arguments(recipe):
@@ -107,9 +112,9 @@ def arguments(recipe):
     return recipe.training(10, 32, recipe.options.get("patch_size", 4))
 
 
-def measure_speeds(model_name, loader):
+def measure_speeds(model_name, loader, amp):
     """{factor: images a second}, the medians of rounds in which all variants take turns."""
-    variants = {factor: prepare(model_name, factor, loader, 0) for factor in FACTORS[model_name]}
+    variants = {factor: prepare(model_name, factor, loader, 0, amp) for factor in FACTORS[model_name]}
     speeds = {factor: [] for factor in variants}
     for i in range(ROUNDS + 1):
         for factor, (recipe, trainer) in variants.items():
@@ -123,10 +128,10 @@ def measure_speeds(model_name, loader):
     return {factor: round(statistics.median(values[1:]), 1) for factor, values in speeds.items()}
 
 
-def run_cell(model_name, factor, seed, minutes, loaders, speed):
+def run_cell(model_name, factor, seed, minutes, loaders, speed, amp="off"):
     """Trains a variant and returns its result."""
     train_loader, val_loader = loaders
-    recipe, trainer = prepare(model_name, factor, train_loader, seed)
+    recipe, trainer = prepare(model_name, factor, train_loader, seed, amp)
     n_steps, started = int(60 * minutes * speed / recipe.batch_size), time.perf_counter()
     trainer.train(train_loader, n_steps=n_steps, seed=seed, progress=False, **arguments(recipe))
     trained = trainer.average or trainer.model
@@ -136,32 +141,43 @@ def run_cell(model_name, factor, seed, minutes, loaders, speed):
                 images_per_second=speed, n_steps=n_steps,
                 epochs=round(n_steps * recipe.batch_size / train_loader.n_images, 2), val_acc=plain["acc"],
                 val_correct=plain["correct"], val_n=plain["n"], val_mirrored_acc=mirrored["acc"], device="cpu",
+                precision=str(trainer.dtype or torch.float32),
                 training_seconds=round(time.perf_counter() - started), threads=torch.get_num_threads())
 
 
-def speed_of(model_name, factor):
-    """Images a second of a variant, as measured; that of the recipe where the change costs nothing."""
-    speeds = json.loads((HERE / "results" / f"speeds-{model_name}.json").read_text())["result"]["speeds"]
-    return speeds["the recipe" if FACTORS[model_name][factor].keys() <= FREE else factor]
+def speed_of(model_name, factor, amp):
+    """Images a second of a variant, as measured; where the change costs nothing, that of the variant without it."""
+    path = HERE / "results" / f"speeds-{model_name}{suffix(amp)}.json"
+    speeds, changes = json.loads(path.read_text())["result"]["speeds"], costly(FACTORS[model_name][factor])
+    return speeds[next((name for name, those in FACTORS[model_name].items() if those == changes), factor)]
 
 
-def cell_name(model_name, factor, seed, minutes):
+def costly(changes):
+    return {name: value for name, value in changes.items() if name not in FREE}
+
+
+def suffix(amp):
+    return "" if amp == "off" else f"-{amp}"
+
+
+def cell_name(model_name, factor, seed, minutes, amp):
     factor = re.sub(r"[^\w.]+", "-", factor).strip("-")
-    return f"{model_name}-{factor}-{minutes:g}-{seed}"
+    return f"{model_name}-{factor}-{minutes:g}{suffix(amp)}-{seed}"
 
 
-def missing_cells(minutes):
+def missing_cells(minutes, amp):
     wanted = [(place, seed, model_name, factor) for model_name, factors in FACTORS.items()
               for place, factor in enumerate(factors) for seed in range(SEEDS_OF_RECIPE if not place else 1)]
     return [(model_name, factor, seed) for _, seed, model_name, factor in sorted(wanted, key=lambda cell: cell[:2])
-            if not (HERE / "results" / f"factors-{cell_name(model_name, factor, seed, minutes)}.json").exists()]
+            if not (HERE / "results" / f"factors-{cell_name(model_name, factor, seed, minutes, amp)}.json").exists()]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--amp", default="off", choices=("off", "bf16"))
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("speeds")
+    commands.add_parser("speeds").add_argument("models", nargs="*", metavar="MODEL")
     running = commands.add_parser("run")
     running.add_argument("cell", nargs="*", metavar="MODEL FACTOR SEED")
     running.add_argument("--minutes", type=float, default=2)
@@ -170,29 +186,31 @@ def main():
     running.add_argument("--keep", action="store_true")
     options = parser.parse_args()
     if options.command == "run" and not options.cell and options.part is None:
-        script = [sys.executable, __file__, "--data-dir", options.data_dir, "run", "--jobs", str(options.jobs),
-                  "--minutes", str(options.minutes),
-                  *["--keep"] * options.keep]
+        script = [sys.executable, __file__, "--data-dir", options.data_dir, "--amp", options.amp, "run",
+                  "--jobs", str(options.jobs), "--minutes", str(options.minutes), *["--keep"] * options.keep]
         jobs = [subprocess.Popen([*script, "--part", str(part)], env=dict(os.environ, OMP_NUM_THREADS="1"))
                 for part in range(options.jobs)]
         sys.exit(max(job.wait() for job in jobs))
     loaders = get_data_loaders(options.data_dir, img_size=None)
-    command = "python benchmarks/factors.py --data-dir CIFAR"
+    command, amp = "python benchmarks/factors.py --data-dir CIFAR", options.amp
+    command += f" --amp {amp}" * (amp != "off")
     if options.command == "speeds":
-        for model_name in FACTORS:
-            speeds = measure_speeds(model_name, loaders[0])
-            write_cell("speeds", model_name, 0, f"{command} speeds", dict(model=model_name, speeds=speeds))
+        for model_name in options.models or FACTORS:
+            speeds = measure_speeds(model_name, loaders[0], amp)
+            write_cell("speeds", model_name + suffix(amp), 0, f"{command} speeds {model_name}",
+                       dict(model=model_name, amp=amp, speeds=speeds))
         return
     if options.cell:
         model_name, factor, seed = options.cell
         cells = [(model_name, factor, int(seed))]
     else:
-        cells = missing_cells(options.minutes)[options.part::options.jobs]
+        cells = missing_cells(options.minutes, amp)[options.part::options.jobs]
     for model_name, factor, seed in cells:
-        result = run_cell(model_name, factor, seed, options.minutes, loaders, speed_of(model_name, factor))
+        speed = speed_of(model_name, factor, amp)
+        result = run_cell(model_name, factor, seed, options.minutes, loaders, speed, amp)
         print(f"{model_name}, {factor}, seed {seed}: {result['val_acc']:.2%}", flush=True)
         if options.keep:
-            write_cell("factors", cell_name(model_name, factor, seed, options.minutes), seed,
+            write_cell("factors", cell_name(model_name, factor, seed, options.minutes, amp), seed,
                        f"{command} run --minutes {options.minutes:g} {model_name} {factor!r} {seed}", result)
 
 

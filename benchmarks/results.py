@@ -21,9 +21,10 @@ from statistics import geometric_mean, mean, stdev
 HERE = Path(__file__).parent
 ADDED = ("targets",)  # beside the training tables: those that take the result of a run
 TRAINING_TABLES = {
-    "shapes": "The built-in shapes, two minutes (`python train_vit.py --seed SEED`)",
-    "cifar10-jpeg": "CIFAR-10 (JPEG), five minutes (`python train_vit.py --data-dir DIR --minutes 5 --model MODEL`). "
-                    "JPEG is lossy: accuracies published for the original files are 2 to 3 points higher",
+    "shapes": "The built-in shapes, two minutes (`python train_vit.py --recipe classic --seed SEED`)",
+    "cifar10-jpeg": "CIFAR-10 (JPEG), five minutes (`python train_vit.py --data-dir DIR --minutes 5 --model MODEL "
+                    "--recipe classic`). JPEG is lossy: accuracies published for the original files are 2 to 3 points "
+                    "higher",
     "weights": "The models in benchmarks/weights, on the built-in shapes (the command is in each result; then "
                "`python benchmarks/results.py ship NAME runs/RUN`)",
 }
@@ -328,10 +329,12 @@ def factor_lines(cells):
     """A table for each model and number of minutes, the changes in the order of what they gave."""
     groups, lines = defaultdict(list), []
     for cell in cells:
-        groups[cell["result"]["model"], cell["result"]["minutes"]].append(cell["result"])
-    for (model, minutes), results in groups.items():
+        r = cell["result"]
+        groups[r["model"], r["minutes"], r.get("precision", "torch.float32").removeprefix("torch.")].append(r)
+    for (model, minutes, precision), results in sorted(groups.items()):
         recipe = [r for r in results if r["factor"] == "the recipe"]
-        lines += [f"**{model}, {minutes:g} minutes**" + (f" ({recipe[0]['recipe']})" if recipe else ""), "",
+        told = f" ({recipe[0]['recipe']})" if recipe else ""
+        lines += [f"**{model}, {minutes:g} minutes, {precision}**{told}", "",
                   "| change | validation accuracy | points | images/s | epochs | mirrored adds |",
                   "|---|---:|---:|---:|---:|---:|"]
         by_factor = defaultdict(list)
