@@ -33,7 +33,9 @@ TABLES = {
     "targets": "CIFAR-10 (JPEG), test accuracy after so many minutes on 2 cores (`python train_vit.py --data-dir "
                "CIFAR --minutes MINUTES --model MODEL --seed SEED`, then `python benchmarks/results.py add targets "
                "runs/RUN`), and of a public script's plain ViT, rebuilt (`python benchmarks/peer.py`). `mirrored` is "
-               "the accuracy when each test image is also shown mirrored",
+               "the accuracy when each test image is also shown mirrored; `seconds` is what training and validation "
+               "took: the number of steps is fixed by the speed measured at the start, and the machine's own speed "
+               "drifts",
     "factors": "What each part of a recipe gives and costs: one change, the validation images of CIFAR-10 (JPEG), as "
                "many steps as the variant does in so many minutes on 2 cores (`python benchmarks/factors.py`). Of "
                "5,000 images one standard error is 0.7 points at 60% and 0.5 at 85%; what seeds differ by is said "
@@ -311,7 +313,7 @@ def target_lines(cells):
         r = cell["result"]
         groups[r["model"], r["minutes"], r.get("precision", "torch.float32").removeprefix("torch.")].append(r)
     lines = ["| model | minutes | precision | test accuracy of each seed, 95% interval | mean | standard deviation | "
-             "mirrored | aim | images/s |", "|---|---:|---|---|---:|---:|---:|---:|---:|"]
+             "mirrored | aim | images/s | seconds |", "|---|---:|---|---|---:|---:|---:|---:|---:|---:|"]
     for (model, minutes, precision), results in sorted(groups.items()):
         accuracies = [r["test_acc"] for r in results]
         each = ", ".join(f"{r['test_acc']:.1%} ({100 * r['test_interval'][0]:.1f} to {100 * r['test_interval'][1]:.1f})"
@@ -321,7 +323,8 @@ def target_lines(cells):
         aim = TARGETS.get((model, minutes))
         lines.append(f"| {model} | {minutes:g} | {precision} | {each} | {mean(accuracies):.1%} | {spread} | "
                      f"{f'{mean(mirrored):.1%}' if mirrored else ''} | {f'{aim:.0%}' if aim else ''} | "
-                     f"{mean([r['images_per_second'] for r in results]):.0f} |")
+                     f"{mean([r['images_per_second'] for r in results]):.0f} | "
+                     f"{mean([r['seconds'] for r in results]):.0f} |")
     return [*lines, ""]
 
 

@@ -442,6 +442,15 @@ def test_linear_classifier_reads_at_most_max_images():
     assert m.linear_classifier(train, val, max_images=64 + 50)["val_acc"] == 1
 
 
+def test_linear_classifier_of_images_that_tell_nothing():
+    train, val = toy_loader(97, 0, False), toy_loader(53, 1, False)
+    for images, _ in train:
+        images.zero_()
+    labels = torch.cat([labels for _, labels in train])
+    expected = torch.cat([labels for _, labels in val]) == labels.bincount().argmax()
+    assert m.linear_classifier(train, val)["val_acc"] == pytest.approx(expected.double().mean().item())
+
+
 def test_linear_classifier_pools_to_32():
     assert m.pixel_features(torch.zeros(2, 3, 64, 96)).shape == (2, 3 * 32 * 32 + 1)
     assert m.pixel_features(torch.zeros(2, 3, 7, 96)).shape == (2, 3 * 7 * 32 + 1)

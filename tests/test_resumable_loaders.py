@@ -181,6 +181,22 @@ def test_a_plain_loader_gives_each_image_once_in_order_and_unchanged(kind, tmp_p
     assert len(list(loader)) == 1  # where it was to begin is still to come
 
 
+@KINDS
+def test_a_plain_loader_of_some_images_draws_them_from_the_whole_set(kind, tmp_path):
+    loader = make_loader(kind, tmp_path, n=11)
+    everything = torch.cat([images for images, _ in loader.plain()])
+    part = loader.plain(7)
+    images, labels = (torch.cat(tensors) for tensors in zip(*part, strict=True))
+    places = labels.tolist()  # which are the places in the set here
+    assert part.n_images == len(set(places)) == 7
+    assert places == sorted(places)
+    assert places != list(range(7))
+    assert part.files == (loader.files and [loader.files[place] for place in places])
+    assert torch.equal(images, everything[places])
+    assert torch.cat([labels for _, labels in loader.plain(7)]).tolist() == places
+    assert loader.plain(12).n_images == 11
+
+
 # ---- Corrupt files ----------------------------------------------------------------------------------------
 
 

@@ -167,3 +167,21 @@ def test_smaller_images_have_a_side_that_the_patch_divides(words, low, prepared)
     assert arguments["low"] == low
     assert low or arguments["mixing"] is None
     run.trainer.train(run.loaders[0], n_steps=1, progress=False, **arguments)
+
+
+def test_the_linear_control_learns_from_plain_images_whatever_the_augmentation(tmp_path, capsys, monkeypatch):
+    seen, learn = [], train_vit.linear_classifier
+
+    def watched(train_loader, *loaders):
+        seen.append(torch.cat([images for images, _ in train_loader]))
+        return learn(train_loader, *loaders)
+
+    monkeypatch.setattr(train_vit, "linear_classifier", watched)
+    for i, words in enumerate((["--cutout", "2", "--shift", "0.5"], ["--cutout", "0", "--shift", "0"])):
+        train_vit.main([*QUICK, *words, "--model", "convnet", "--output-dir", str(tmp_path / str(i))])
+    assert torch.equal(*seen)
+    assert seen[0].abs().sum() > 0
+    printed = capsys.readouterr().out
+    assert re.search(r"Trained in \d+ s. Best val_acc [\d.]+%, epoch 1 of 1; its test comes now", printed)
+    assert re.search(r"Each image shown mirrored too: [\d.]+%", printed)
+    assert "without attention.png: this model has no attention" in printed
