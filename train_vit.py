@@ -55,7 +55,7 @@ from command_line import (
     write_json,
 )
 from inference import Mirrored, evaluate_command, export_command, fingerprint, predict, predict_command
-from measurements import count_parameters, linear_classifier, wilson_interval
+from measurements import choose_precision, count_parameters, linear_classifier, wilson_interval
 from model_zoo import MODELS, PRETRAINED, build_model, create_pretrained, load_model
 from optimizers import OPTIMIZERS, SCHEDULES
 from recipes import RECIPES, Recipe, choose_recipe
@@ -322,7 +322,8 @@ class TrainingRun:
         options = self.options
         if not options.recipe:
             start = "head" if options.freeze_backbone else "pretrained" if options.pretrained else "new"
-            options.recipe = choose_recipe(self.name, img_size, self.budget(), start)
+            precision = choose_precision(options.amp, self.device)
+            options.recipe = choose_recipe(self.name, img_size, self.budget(), start, precision)
         check_choice("recipe", options.recipe, RECIPES)
         recipe = RECIPES[options.recipe]
         if recipe.model not in (None, self.name) and not options.pretrained:

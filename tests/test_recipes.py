@@ -27,6 +27,9 @@ def test_a_recipe_builds_its_model_and_says_what_it_does(name):
     (("convnet", 32, 10.0), "convnet_wide"), (("hybrid", 28, 10.0), "classic"), (("hybrid", 32), "hybrid_fast"),
     (("convnet", 15, 2.0), "classic"), (("convnet", 12, 10.0), "convnet_wide"), (("convnet", 8), "classic"),
     (("vit_nano", 224, 10.0), "classic"), (("vit_tiny", 32, 10.0), "classic"), (("resnet18", 224), "classic"),
+    (("convnet", 32), "convnet_wider"), (("convnet", 32, 10.0, "new", torch.bfloat16), "convnet_wider"),
+    (("convnet", 32, 5.0, "new", torch.bfloat16), "convnet_wide"),
+    (("convnet", 32, 2.0, "new", torch.bfloat16), "convnet_fast"),
     (("vit_nano", 32, 10.0, "pretrained"), "fine_tuning"), (("vit_nano", 32, 10.0, "head"), "classic")])
 def test_the_recipe_fits_model_images_and_start(arguments, name):
     assert choose_recipe(*arguments) == name
