@@ -106,8 +106,9 @@ def add(table, run):
     if table in ADDED and result["minutes"] is None:
         sys.exit(f"{run}: its length was given in steps or epochs; the table {table} takes runs of --minutes")
     minutes = f"-{result['minutes']:g}" if table in ADDED else ""
-    precision = "-bf16" * (result["precision"] == "torch.bfloat16")
-    write_cell(table, f"{result['model']}{minutes}{precision}-{result['seed']}", result["seed"], result["command"],
+    words = "-bf16" * (result["precision"] == "torch.bfloat16")
+    words += f"-{result['recipe']}" * (table in ADDED)
+    write_cell(table, f"{result['model']}{minutes}{words}-{result['seed']}", result["seed"], result["command"],
                result, versions=dict(torch=result["torch"], torchvision=result["torchvision"]))
 
 
@@ -311,17 +312,18 @@ def target_lines(cells):
     groups = defaultdict(list)
     for cell in sorted(cells, key=lambda cell: cell["seed"]):
         r = cell["result"]
-        groups[r["model"], r["minutes"], r.get("precision", "torch.float32").removeprefix("torch.")].append(r)
-    lines = ["| model | minutes | precision | test accuracy of each seed, 95% interval | mean | standard deviation | "
-             "mirrored | aim | images/s | seconds |", "|---|---:|---|---|---:|---:|---:|---:|---:|---:|"]
-    for (model, minutes, precision), results in sorted(groups.items()):
+        groups[r["model"], r["minutes"], r.get("precision", "torch.float32").removeprefix("torch."),
+               r.get("recipe") or ""].append(r)
+    lines = ["| model | minutes | precision | recipe | test accuracy of each seed, 95% interval | mean | standard deviation | "
+             "mirrored | aim | images/s | seconds |", "|---|---:|---|---|---|---:|---:|---:|---:|---:|---:|"]
+    for (model, minutes, precision, recipe), results in sorted(groups.items()):
         accuracies = [r["test_acc"] for r in results]
         each = ", ".join(f"{r['test_acc']:.1%} ({100 * r['test_interval'][0]:.1f} to {100 * r['test_interval'][1]:.1f})"
                          for r in results)
         spread = f"{100 * stdev(accuracies):.1f}" if len(accuracies) > 1 else ""
         mirrored = [r["test_mirrored_acc"] for r in results if "test_mirrored_acc" in r]
         aim = TARGETS.get((model, minutes))
-        lines.append(f"| {model} | {minutes:g} | {precision} | {each} | {mean(accuracies):.1%} | {spread} | "
+        lines.append(f"| {model} | {minutes:g} | {precision} | {recipe} | {each} | {mean(accuracies):.1%} | {spread} | "
                      f"{f'{mean(mirrored):.1%}' if mirrored else ''} | {f'{aim:.0%}' if aim else ''} | "
                      f"{mean([r['images_per_second'] for r in results]):.0f} | "
                      f"{mean([r['seconds'] for r in results]):.0f} |")
