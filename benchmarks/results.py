@@ -314,8 +314,9 @@ def target_lines(cells):
         r = cell["result"]
         groups[r["model"], r["minutes"], r.get("precision", "torch.float32").removeprefix("torch."),
                r.get("recipe") or ""].append(r)
-    lines = ["| model | minutes | precision | recipe | test accuracy of each seed, 95% interval | mean | standard deviation | "
-             "mirrored | aim | images/s | seconds |", "|---|---:|---|---|---|---:|---:|---:|---:|---:|---:|"]
+    lines = ["| model | minutes | precision | recipe | test accuracy of each seed, 95% interval | mean | standard "
+             "deviation | mirrored | aim | images/s | seconds |",
+             "|---|---:|---|---|---|---:|---:|---:|---:|---:|---:|"]
     for (model, minutes, precision, recipe), results in sorted(groups.items()):
         accuracies = [r["test_acc"] for r in results]
         each = ", ".join(f"{r['test_acc']:.1%} ({100 * r['test_interval'][0]:.1f} to {100 * r['test_interval'][1]:.1f})"
