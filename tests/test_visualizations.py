@@ -1,12 +1,10 @@
 """Figures: every accepted image gives the same picture, every panel is labelled, nothing is changed."""
 
-import io
-
 import numpy as np
 import pytest
 import torch
+from figure_checks import assert_no_text_clipped, data_of, texts
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from PIL import Image
 
 import visualizations as v
@@ -38,15 +36,6 @@ def convnet():
 
 def pixels(height=14, width=15):
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def texts(figure):
-    """All that is written in a figure, its subfigures included."""
-    return " | ".join(text.get_text() for text in figure.findobj(Text))
-
-
-def data_of(figure):
-    return [image.get_array() for axes in figure.axes for image in axes.images]
 
 
 # ---- Images
@@ -321,99 +310,7 @@ def test_shapes_for_a_model():
     assert v.shapes_for(vit(), 2).shape == (2, 3, *SIZE)
 
 
-# ---- Curves, bars, contact sheets
-
-
-def history(n=3):
-    return dict(train_loss=[2.0, 1.0, 0.5][:n], val_loss=[2.1, 1.2, 0.9][:n], train_acc=[0.1, 0.4, 0.6][:n],
-                val_acc=[0.1, 0.3, 0.5][:n], lr=[1e-3, 5e-4, 1e-4][:n], seconds=[1, 1, 1], images_per_second=[])
-
-
-@pytest.mark.parametrize("n", [1, 3])
-def test_plot_training_curves(n, tmp_path):
-    figure = v.plot_training_curves(history(n), tmp_path / "curves.pdf", baseline=("linear classifier", 0.25))
-    loss, accuracy, rate = figure.axes
-    assert list(loss.lines[1].get_ydata()) == history(n)["val_loss"]
-    assert list(accuracy.lines[0].get_ydata()) == pytest.approx([100 * share for share in history(n)["train_acc"]])
-    assert list(accuracy.lines[2].get_ydata()) == [25, 25]
-    assert list(rate.lines[0].get_ydata()) == history(n)["lr"]
-    assert list(rate.lines[0].get_xdata()) == list(range(1, n + 1))
-    assert {axes.get_xlabel() for axes in figure.axes} == {"epoch"}
-    assert "linear classifier: 25.0%" in texts(figure)
-
-
-@pytest.mark.parametrize("broken", [{}, dict(lr=[]), dict(val_acc=[0.1])])
-def test_a_history_that_cannot_be_drawn(broken):
-    with pytest.raises(InputError, match="lists of lengths"):
-        v.plot_training_curves({**history(), **broken} if broken else {})
-
-
-def test_plot_histories():
-    figure = v.plot_histories({"ViT": history(), "CNN": history(2)})
-    loss, accuracy = figure.axes
-    assert list(loss.lines[0].get_ydata()) == history()["train_loss"]
-    assert list(accuracy.lines[1].get_ydata()) == pytest.approx([10, 30])
-    assert {"ViT", "CNN"} == {text.get_text() for text in accuracy.get_legend().get_texts()}
-    for histories, text in (({}, "0 histories"), ({"ViT": {}}, "lists of lengths")):
-        with pytest.raises(InputError, match=text):
-            v.plot_histories(histories)
-
-
-def test_plot_matrices():
-    matrices = [torch.rand(3, 5), torch.rand(3, 5)]
-    figure = v.plot_matrices(matrices, ["one", "two"], "share", xlabel="key", ylabel="query")
-    for axes, matrix in zip(figure.axes, matrices, strict=False):
-        np.testing.assert_allclose(axes.images[0].get_array(), matrix)
-        assert axes.images[0].get_clim() == (0, pytest.approx(torch.stack(matrices).max().item()))
-    for word in ("one", "two", "share", "key", "query"):
-        assert word in texts(figure)
-    with pytest.raises(InputError, match="2 matrices and 1 titles"):
-        v.plot_matrices(matrices, ["one"], "share")
-
-
-def test_plot_confusion():
-    confusion = torch.tensor([[8, 2, 0], [0, 0, 0], [1, 3, 0]])
-    figure = v.plot_confusion(confusion, ["ant", "a name of more than 18 letters", "$a_b$"], title="12 images")
-    (shares,) = data_of(figure)[:1]
-    np.testing.assert_allclose(shares, [[0.8, 0.2, 0], [0, 0, 0], [0.25, 0.75, 0]])
-    axes = figure.axes[0]
-    assert axes.images[0].get_clim() == (0, 1)
-    places = {(int(text.get_position()[1]), int(text.get_position()[0])): text for text in axes.texts}
-    assert {place: int(text.get_text()) for place, text in places.items()} == {
-        (row, column): confusion[row, column].item() for row in range(3) for column in range(3)}
-    assert (places[0, 0].get_color(), places[0, 1].get_color()) == ("black", "white")
-    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
-        assert [label.get_text() for label in labels] == ["ant", "a name of more th…", "$a_b$"]
-    for word in ("true class", "predicted class", "share", "12 images"):
-        assert word in texts(figure)
-    with pytest.raises(InputError, match=r"shape \(3, 3\) do not fit 2 class names"):
-        v.plot_confusion(confusion, ["ant", "bee"])
-
-
-@pytest.mark.parametrize(("n_classes", "n_counts", "n_names"), [(20, 400, 20), (21, 0, 21), (41, 0, 0), (1000, 0, 0)])
-def test_plot_confusion_of_many_classes(n_classes, n_counts, n_names):
-    figure = v.plot_confusion(torch.eye(n_classes, dtype=torch.int64), list(map(str, range(n_classes))))
-    axes = figure.axes[0]
-    assert (len(axes.texts), len(axes.get_xticks()), len(axes.get_yticks())) == (n_counts, n_names, n_names)
-
-
-def test_plot_bars():
-    figure = v.plot_bars({"parameters (millions)": {"ViT": 0.4596, "CNN": 0.481},
-                          "accuracy (%)": {"CNN": (88.0, 86.5, 89.25), "ViT": (81.0, 80, 82)}}, title="both")
-    first, second = figure.axes
-    assert [bar.get_width() for bar in first.patches] == [0.4596, 0.481]
-    assert first.patches[0].get_facecolor() == second.patches[1].get_facecolor()
-    for word in ("0.460", "88.0 (86.5 to 89.2)", "parameters (millions)", "accuracy (%)", "both", "ViT"):
-        assert word in texts(figure), word
-    for panels in ({}, {"empty": {}}):
-        with pytest.raises(InputError, match="hold no bars"):
-            v.plot_bars(panels)
-
-
-@pytest.mark.parametrize(("value", "text"), [(459562, "459,562"), (100, "100"), (81.25, "81.2"), (4.567, "4.57"),
-                                             (0.1234, "0.123"), (0, "0.00")])
-def test_short_number(value, text):
-    assert v.short_number(value) == text
+# ---- A contact sheet
 
 
 def test_plot_images():
@@ -456,24 +353,9 @@ def test_no_text_is_clipped():
                v.visualize_attention_grid(model, torch.randn(2, 3, 12, 12)),
                v.visualize_positions(model), v.visualize_patch_embedding(photo, 4),
                v.compare_receptive_fields(None, {"ConvNet": convnet()}, torch.randn(3, 3, 12, 12)),
-               v.plot_training_curves(history(), baseline=("linear classifier", 0.2)),
-               v.plot_histories({"ViT": history()}),
-               v.plot_matrices([torch.rand(7, 7)], ["attention of 7 tokens"], "share", "key", "query"),
-               v.plot_bars({"accuracy (%)": {"a model of a long name": (88.0, 86.5, 89.25)}}),
-               v.plot_confusion(torch.full((2, 2), 99_999), ["a name of more than 18 letters"] * 2),
-               v.plot_confusion(torch.full((20, 20), 99_999), ["a name of more than 18 letters"] * 20),
                v.plot_images([photo] * 3, ["a", "b", "c"], columns=2)]
     for figure in figures:
-        figure.savefig(io.BytesIO(), dpi=figure.dpi)  # lays it out
-        page = figure.bbox.padded(1)
-        panels = [text for axes in figure.axes for text in (axes.title, axes.xaxis.label, axes.yaxis.label,
-                                                            *axes.texts)]
-        headings = [text for part in (figure, *figure.subfigs) for text in part.texts]
-        for text in filter(Text.get_text, panels + headings):
-            assert text.get_fontsize() >= 9, text.get_text()
-            box = text.get_window_extent()
-            assert page.contains(box.x0, box.y0), text.get_text()
-            assert page.contains(box.x1, box.y1), text.get_text()
+        assert_no_text_clipped(figure)
 
 
 def test_a_model_that_reads_the_mean_is_said_to_look_with_its_patches():
