@@ -1,15 +1,16 @@
 """Two steps away from the Vision Transformer, towards the CNN.
 
+ConvolutionAsAttention   the bridge itself: attention that does what a given convolution does
 HybridCNNViT    a ViT whose tokens come from a small stack of convolutions (Sec. 3.1 of the ViT paper, "Hybrid
                 Architecture"; the stack is that of Xiao et al. 2021, "Early Convolutions Help Transformers See
                 Better", less its last 1 x 1 convolution)
 ConvNet         convolutions from the first pixel to the last feature: a residual network (He et al. 2016), or the
                 faster one of Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU"
 
-Both have the forward_features / forward_head / head / config of VisionTransformer.
+ConvNet and HybridCNNViT have the forward_features / forward_head / head / config of VisionTransformer.
 
-Letters:  B images, C channels, P patch side, N tokens, D width (embed_dim), S total stride of a ConvNet, k side of
-          a kernel.
+Letters:  B images, C channels, P patch side, N tokens, M tokens with those around the image, D width (embed_dim),
+          S total stride of a ConvNet, k side of a kernel.
 """
 
 from dataclasses import dataclass
@@ -279,6 +280,69 @@ def initialise_as_identity(stages):
     for module in stages.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.dirac_(module.weight[:module.in_channels])
+
+
+# ---- A convolution as attention ---------------------------------------------------------------------------
+
+
+class ConvolutionAsAttention(nn.Module):
+    """(B, C, h, w) -> (B, C', h, w): what a convolution of k x k does, done by attention between pixels.
+
+    Every pixel is a token, and every place of the kernel a head: k k heads. A head scores a pixel by where it lies
+    from the query alone, -sharpness |offset - own offset|^2, so that its softmax comes to rest on the one pixel that
+    its place of the kernel lies on. Values are the pixels as they are; the projection after the heads holds the
+    kernel. Around the image lie tokens of zeros, the convolution's padding, which are read but not answered for.
+    Cordonnier, Loukas and Jaggi 2020, "On the Relationship between Self-Attention and Convolutional Layers", Theorem 1
+    and Eq. 9.
+
+    `places` (k k, 3), from which the scores are made, and `proj` are parameters: training may leave the convolution.
+    """
+
+    def __init__(self, in_channels, out_channels, kernel_size=3, sharpness=50.0):
+        super().__init__()
+        check_whole("kernel_size", kernel_size, 1)
+        if kernel_size % 2 == 0:
+            raise InputError(f"kernel_size {kernel_size} has no middle; expected an odd one, such as 3")
+        self.reach = kernel_size // 2
+        offsets = offsets_between((1, 1), self.reach)[0]  # (k k, 2), of the places of the kernel from its middle
+        self.places = nn.Parameter(-sharpness * torch.cat([torch.ones(len(offsets), 1), -2 * offsets], dim=1))
+        self.proj = nn.Linear(len(offsets) * in_channels, out_channels)
+
+    @classmethod
+    @torch.no_grad()
+    def from_conv(cls, conv, sharpness=50.0):
+        """The layer that equals a Conv2d. Raises InputError for one with a stride, groups, dilation or another padding
+        than that which keeps the size."""
+        k = conv.kernel_size[0]
+        plain = dict(kernel_size=(k, k), stride=(1, 1), dilation=(1, 1), groups=1, padding=(k // 2, k // 2),
+                     padding_mode="zeros")
+        for name, expected in plain.items():
+            if getattr(conv, name) != expected:
+                raise InputError(f"a convolution with {name} {getattr(conv, name)} has no such attention; expected "
+                                 f"{name} {expected}")
+        layer = cls(conv.in_channels, conv.out_channels, k, sharpness)
+        layer.proj.weight.copy_(conv.weight.permute(0, 2, 3, 1).flatten(1))  # (C', k k C), the heads side by side
+        layer.proj.bias.copy_(torch.zeros(conv.out_channels) if conv.bias is None else conv.bias)
+        return layer
+
+    def forward(self, x, return_attention=False):
+        """With return_attention=True also the maps, (k k, N, M): N pixels look at M, those of the padding included."""
+        size, (left, right) = x.shape[2:], (self.reach,) * 2
+        tokens = F.pad(x, (left, right, left, right)).flatten(2).transpose(1, 2)  # (B, M, C)
+        offsets = offsets_between(size, self.reach).to(x)  # (N, M, 2)
+        encoding = torch.cat([offsets.square().sum(dim=2, keepdim=True), offsets], dim=2)  # (N, M, 3)
+        attention = (encoding @ self.places.T).permute(2, 0, 1).softmax(dim=2)  # (k k, N, M)
+        heads = attention @ tokens[:, None]  # (B, k k, N, C)
+        y = self.proj(heads.transpose(1, 2).flatten(2))  # (B, N, C')
+        y = y.transpose(1, 2).unflatten(2, tuple(size))  # (B, C', h, w)
+        return (y, attention) if return_attention else y
+
+
+def offsets_between(size, reach):
+    """(N, M, 2): rows and columns from each pixel of a map of `size` to each of the map with `reach` more around it."""
+    inner = torch.cartesian_prod(*(torch.arange(side) for side in size))  # (N, 2)
+    outer = torch.cartesian_prod(*(torch.arange(-reach, side + reach) for side in size))  # (M, 2)
+    return (outer[None] - inner[:, None]).float()  # (N, M, 2)
 
 
 # ---- Whitening --------------------------------------------------------------------------------------------

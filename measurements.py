@@ -1,6 +1,7 @@
 """What a model computes and costs, as numbers. The figures of visualizations.py draw what is returned here.
 
     attention_maps, select_attention, cls_attention_grid    where tokens look
+    attention_distance, uniform_attention_distance          how far
     receptive_field, theoretical_receptive_field            which pixels one unit sees
     count_parameters, count_flops, throughput, peak_memory  what a model costs
     confusion_matrix, class_recalls, balanced_accuracy      which classes are taken for which
@@ -80,6 +81,38 @@ def cls_attention_grid(attention, grid_size, n_prefix_tokens=1, pool="cls"):
                          f"n_prefix_tokens of its model")
     readers = attention[..., 0, :] if pool == "cls" else attention[..., n_prefix_tokens:, :].mean(dim=-2)  # (..., N)
     return readers[..., n_prefix_tokens:].unflatten(-1, (rows, columns))  # (..., rows, columns)
+
+
+def patch_distances(grid_size, patch_size):
+    """Pixels between the middles of all pairs of patches, (n, n), n = rows * columns, float64."""
+    sides = zip(grid_size, pair(patch_size, "patch_size"), strict=True)
+    places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) * side for n, side in sides))  # (n, 2)
+    return torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist")  # (n, n)
+
+
+def attention_distance(maps, grid_size, patch_size, n_prefix_tokens=1, renormalise=True):
+    """How far patches look, in pixels: the mean over them of sum_j A_ij distance_ij, (L, H) float64.
+
+    maps         (L, B, H, N, N), as from attention_maps; the mean is over images and patches
+    renormalise  True: what a patch gives to patches, itself among them, is scaled to a sum of one, so that CLS and the
+                 registers do not count. False: they count as no distance
+
+    ViT paper, Fig. 7 (right). Raises InputError where prefix and grid do not make N tokens.
+    """
+    n = grid_size[0] * grid_size[1]
+    if maps.shape[-1] != n_prefix_tokens + n:
+        raise InputError(f"maps over {maps.shape[-1]} tokens do not fit a grid of {grid_size[0]}x{grid_size[1]} "
+                         f"patches and {n_prefix_tokens} tokens before them; expected {n_prefix_tokens + n} tokens")
+    weights = maps[..., n_prefix_tokens:, n_prefix_tokens:].cpu().double()  # (L, B, H, n, n)
+    distances = (weights * patch_distances(grid_size, patch_size)).sum(dim=-1)  # (L, B, H, n)
+    if renormalise:
+        distances = distances / weights.sum(dim=-1)
+    return distances.mean(dim=(1, 3))  # (L, H)
+
+
+def uniform_attention_distance(grid_size, patch_size):
+    """The attention_distance of a patch that looks at all patches alike, in pixels: the control of the others."""
+    return patch_distances(grid_size, patch_size).mean().item()
 
 
 def where_it_looks(model):
@@ -267,6 +300,20 @@ def count_flops(model, img_size=None):
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         twin.forward_head(twin.forward_features(images))
     return counter.get_total_flops()
+
+
+def fitted_exponent(sizes, values):
+    """The slope b of the line through log(value) = a + b log(size), by least squares: value grows as size^b.
+
+    Raises InputError for fewer than two sizes, or a size or value that is not positive.
+    """
+    x, y = (torch.tensor(list(numbers), dtype=torch.float64) for numbers in (sizes, values))
+    if len(x) < 2 or x.shape != y.shape or not (x > 0).all() or not (y > 0).all():
+        raise InputError(f"no exponent follows from sizes {sizes} and values {values}; expected two or more positive "
+                         f"sizes and a positive value for each")
+    x, y = x.log(), y.log()
+    x = x - x.mean()
+    return (x @ y / (x @ x)).item()
 
 
 def throughput(model, img_size=None, batch_size=32, seconds=1.0, train=False, device=None):

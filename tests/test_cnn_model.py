@@ -10,6 +10,7 @@ from torchvision.models import resnet18
 
 from cnn_model import (
     ConvNet,
+    ConvolutionAsAttention,
     ConvStem,
     HybridCNNViT,
     PooledStage,
@@ -399,3 +400,48 @@ def test_other_models_have_no_layer_to_whiten():
 def test_a_wrong_block_or_stem_is_named(make, named):
     with pytest.raises(InputError, match=named):
         make()
+
+
+# ---- A convolution as attention ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("k", "bias"), [(1, True), (3, True), (3, False), (5, True)])
+def test_attention_equals_the_convolution_that_it_is_set_to(k, bias):
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(3, 5, k, padding=k // 2, bias=bias), torch.randn(2, 3, 7, 11)
+    layer = ConvolutionAsAttention.from_conv(conv)
+    y, attention = layer(x, return_attention=True)
+    assert (y - conv(x)).abs().max() < 1e-5
+    assert torch.equal(layer(x), y)
+    assert attention.shape == (k * k, 7 * 11, (7 + k - 1) * (11 + k - 1))
+    assert torch.allclose(attention.sum(dim=2), torch.ones(k * k, 77))
+
+
+def test_each_head_looks_at_one_neighbour():
+    layer = ConvolutionAsAttention(3, 5, 3)
+    _, attention = layer(torch.zeros(1, 3, 5, 7), return_attention=True)
+    of_pixel = attention[:, 2 * 7 + 3].unflatten(1, (7, 9))  # row 2, column 3, in the padded map row 3, column 4
+    for head, (row, column) in enumerate((row, column) for row in (2, 3, 4) for column in (3, 4, 5)):
+        assert of_pixel[head, row, column] > 1 - 1e-6
+
+
+def test_softer_attention_is_no_convolution_and_learns():
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(3, 5, 3, padding=1), torch.randn(2, 3, 7, 11)
+    layer = ConvolutionAsAttention.from_conv(conv, sharpness=0.5)
+    assert (layer(x) - conv(x)).abs().max() > 0.1
+    layer(x).square().sum().backward()
+    assert layer.places.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    (dict(stride=2, padding=1), "stride"), (dict(padding=0), "padding"), (dict(padding=2, dilation=2), "dilation"),
+    (dict(padding=1, groups=3), "groups"), (dict(padding=1, padding_mode="reflect"), "padding_mode")])
+def test_a_convolution_without_such_attention(settings, words):
+    with pytest.raises(InputError, match=f"{words} .* has no such attention"):
+        ConvolutionAsAttention.from_conv(nn.Conv2d(3, 6, 3, **settings))
+
+
+def test_an_even_kernel_has_no_middle():
+    with pytest.raises(InputError, match="kernel_size 4 has no middle"):
+        ConvolutionAsAttention(3, 5, 4)

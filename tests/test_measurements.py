@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -127,6 +128,56 @@ def test_class_probabilities():
     torch.testing.assert_close(m.class_probabilities(model, images), model.eval()(images).softmax(dim=-1))
 
 
+# ---- How far attention looks
+
+
+def test_attention_distance_of_uniform_attention_is_its_closed_form():
+    for grid, patch, expected in (((14, 14), 16, 116.49), ((8, 8), 4, 16.55)):
+        n = grid[0] * grid[1]
+        assert m.uniform_attention_distance(grid, patch) == pytest.approx(expected, abs=5e-3)
+        maps = torch.full((2, 3, 5, n + 1, n + 1), 1 / (n + 1))
+        uniform = m.uniform_attention_distance(grid, patch)
+        assert m.attention_distance(maps, grid, patch).flatten().tolist() == pytest.approx([uniform] * 10)
+        counted = m.attention_distance(maps, grid, patch, renormalise=False)
+        assert counted.flatten().tolist() == pytest.approx([uniform * n / (n + 1)] * 10)
+
+
+def test_attention_distance_is_that_of_the_patches_looked_at():
+    """Each patch of 2 x 3 looks at its right neighbour, or stays where there is none; a quarter goes to CLS."""
+    maps = torch.zeros(1, 1, 1, 7, 7)
+    for patch in range(6):
+        maps[0, 0, 0, 1 + patch, 1 + (patch if patch % 3 == 2 else patch + 1)] = 0.75
+    maps[..., 0] += 0.25
+    maps[0, 0, 0, 0, 0] = 100  # what CLS looks at does not matter
+    assert m.attention_distance(maps, GRID, PATCH).item() == pytest.approx(5 * 4 / 6)
+    assert m.attention_distance(maps, GRID, PATCH, renormalise=False).item() == pytest.approx(0.75 * 5 * 4 / 6)
+
+
+def test_attention_distance_by_a_plain_program():
+    """Again, in numpy, patch by patch."""
+    model = vit(n_registers=2)
+    maps = m.attention_maps(model, images_for(model))
+    ours = m.attention_distance(maps, GRID, PATCH, model.n_prefix_tokens).numpy()
+    A, (rows, columns), (height, width) = maps.double().numpy(), GRID, PATCH
+    places = [(row * height, column * width) for row in range(rows) for column in range(columns)]
+    expected = np.zeros(A.shape[:1] + A.shape[2:3])
+    for layer in range(A.shape[0]):
+        for head in range(A.shape[2]):
+            total = 0.0
+            for image in range(A.shape[1]):
+                for i, (y, x) in enumerate(places):
+                    weights = A[layer, image, head, 3 + i, 3:]
+                    weights = weights / weights.sum()
+                    total += sum(w * np.hypot(y - v, x - u) for w, (v, u) in zip(weights, places, strict=True))
+            expected[layer, head] = total / (A.shape[1] * len(places))
+    assert np.abs(ours - expected).max() < 1e-9
+
+
+def test_attention_distance_of_maps_that_do_not_fit():
+    with pytest.raises(InputError, match="maps over 7 tokens do not fit"):
+        m.attention_distance(torch.ones(1, 1, 1, 7, 7), GRID, PATCH, 2)
+
+
 # ---- Receptive fields
 
 
@@ -236,6 +287,36 @@ def test_radius_holding():
             m.radius_holding(field, share)
 
 
+def test_receptive_field_by_finite_differences():
+    """Again, in numpy: each pixel is moved a little both ways, and the unit in the centre read off."""
+    for model, depth in ((vit(dropout=0.0), 1), (convnet(img_size=9, widths=(3, 5), depths=(1, 1)), 2)):
+        model = model.double().eval()
+        images = images_for(model, 2).double()
+        height, width = images.shape[2:]
+
+        def unit(pixels, model=model, depth=depth):
+            outputs = []
+            hook = m.layers_of(model)[depth].register_forward_hook(lambda module, args, output: outputs.append(output))
+            with torch.no_grad():
+                model.forward_features(torch.from_numpy(pixels)[None])
+            hook.remove()
+            features = outputs[0][0].numpy()
+            if features.ndim == 2:  # tokens (1 + rows * columns, D)
+                rows, columns = GRID
+                return features[1 + rows // 2 * columns + columns // 2].sum()
+            return features[:, features.shape[1] // 2, features.shape[2] // 2].sum()
+
+        field = np.zeros((height, width))
+        for image in images.numpy():
+            for place in np.ndindex(*image.shape):
+                step = np.zeros_like(image)
+                step[place] = 1e-5
+                field[place[1:]] += abs(unit(image + step) - unit(image - step)) / 2e-5
+        expected = field / field.sum()
+        ours = m.receptive_field(model, images, depth).numpy()
+        assert np.abs(ours - expected).max() < 1e-6
+
+
 # ---- Nothing is changed
 
 
@@ -333,6 +414,13 @@ def test_training_holds_activations_and_gradients():
     images = images_for(model, 11)
     weights = 4 * m.count_parameters(model)
     assert m.peak_memory(model, images, train=True) > m.peak_memory(model, images) + weights
+
+
+def test_fitted_exponent():
+    assert m.fitted_exponent([2, 3, 7], [5 * n**1.5 for n in (2, 3, 7)]) == pytest.approx(1.5)
+    for sizes, values in (([2], [3]), ([2, 3], [1]), ([2, 0], [1, 1]), ([2, 3], [1, -1])):
+        with pytest.raises(InputError, match="no exponent follows"):
+            m.fitted_exponent(sizes, values)
 
 
 # ---- Which classes are taken for which
