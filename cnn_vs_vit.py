@@ -1,41 +1,62 @@
-"""CNN, ViT and the hybrid between them, side by side: what they cost, what they see, how they learn.
+"""CNN, ViT and the hybrid between them, measured side by side: each claim an experiment with its control.
 
-    python cnn_vs_vit.py                          on the built-in shapes, a few minutes on 2 cores
-    python cnn_vs_vit.py --data-dir photos        on your own images
-    python cnn_vs_vit.py --steps 1000 --seed 1    longer, and another seed
+    python cnn_vs_vit.py                                    the models that come with the project, under 3 minutes
+    python cnn_vs_vit.py --only position                    one experiment
+    python cnn_vs_vit.py --full                             those that train too; goes on where it was cut
+    python cnn_vs_vit.py --full --only data --data-dir CIFAR --shares 0.01 0.1 1      data efficiency on other images
+    python cnn_vs_vit.py --data-dir photos --minutes 30     which for my images? trains all three on them
 
-At 32 pixels the three have parameter counts within 10% of each other. They train under one recipe: the same
-images in the same order, steps, learning rate and weight decay. One short run of each is a first look, not a
-verdict.
+A run leaves a folder with report.html (one file, to open and to send), results.json and the figures.
+
+Letters:  N images, S side of an image in pixels.
 """
 
-import itertools
-import sys
+import json
+import shlex
 import tempfile
 import time
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
+import torchvision
+from tqdm import tqdm
 
+from augmentation import SMALL_SIDE
+from charts import plot_bars, save_figure
 from cnn_model import HybridCNNViT
-from command_line import OneLineParser, new_output_dir, percent, positive, script, seed, whole, write_json
-from measurements import (
-    choose_device,
-    count_flops,
-    count_parameters,
-    peak_memory,
-    radius_holding,
-    receptive_field,
-    throughput,
-    unit_centre,
+from command_line import Bounded, OneLineParser, new_output_dir, positive, script, seed, whole, write_json
+from drawn_shapes import TEST_START
+from experiments import EXPERIMENTS, Subjects, listed
+from learning import (
+    LEARNING,
+    RECIPE,
+    SEEDS,
+    SHARES,
+    STEPS_BETWEEN,
+    banded,
+    build_kind,
+    judge,
+    measure_data,
+    numbers_of_images,
+    verdict,
 )
-from model_zoo import build_model
-from trainer import Trainer
-from visualizations import compare_receptive_fields, plot_bars, plot_histories, save_figure
-from vit_data import choose_set, get_data_loaders, get_test_loader
+from measurements import choose_device, linear_classifier, throughput
+from model_zoo import build_model, create_pretrained
+from report import Section, write_report
+from run_folder import commit, machine
+from train_vit import LINEAR_IMAGES
+from visualizations import normalise
+from vit_data import MemoryLoader, get_data_loaders, get_test_loader, make_shapes
+from vit_model import InputError, check_choice
 
-__all__ = ["HybridCNNViT", "compare_costs", "compare_training", "matched_models"]
+__all__ = ["HybridCNNViT", "matched_models", "shipped_models", "shipped_subjects"]
 
 NAMES = {"ConvNet": "convnet", "Hybrid": "hybrid", "ViT": "vit_nano"}
+COMMITTED = Path(__file__).parent / "benchmarks" / "results"
+INTRODUCTION = ("ConvNet, hybrid and ViT of nearly equal size, measured side by side. Each experiment has a control: "
+                "the same model with random weights, uniform attention, a formula, or guessing. The sentences are made "
+                "from the numbers.")
 
 
 def matched_models(n_classes=10, img_size=32):
@@ -46,115 +67,286 @@ def matched_models(n_classes=10, img_size=32):
     return {name: build_model(key, n_classes=n_classes, img_size=img_size) for name, key in NAMES.items()}
 
 
-def compare_costs(models, images, device="cpu", seconds=1.0):
-    """What each model costs, and how far a feature in the middle of its last layer sees.
+def shipped_models():
+    """The three that come with the project, trained on the drawn shapes: a dict by name."""
+    return {name: create_pretrained(f"{key}_shapes") for name, key in NAMES.items()}
 
-    images: (B, 3, S, S), normalised. Returns a dict by model of parameters, MFLOPs for an image, images a second
-    (inference and training, batches of B), peak memory of a training step in MiB, and the radius in pixels around
-    the centre that holds half of the gradient.
+
+def shipped_subjects(n_images=500, **settings):
+    """The shipped models and test images of the drawn shapes, as the experiments take them."""
+    models = shipped_models()
+    one = next(iter(models.values()))
+    drawn = make_shapes(n_images, one.img_size, start=TEST_START)
+    return Subjects(models, normalise(drawn.images, one.mean, one.std), drawn.labels, one.mean, one.std, **settings)
+
+
+# ---- What is measured -------------------------------------------------------------------------------------
+
+
+def look(subjects, names, folder, progress=True):
+    """The experiments of these names: ({name: data}, sections of the report), printed and drawn as they come."""
+    results, sections = {}, []
+    for name in names:
+        experiment, started = EXPERIMENTS[name], time.perf_counter()
+        data = experiment.measure(subjects)
+        figures = experiment.show(subjects) | experiment.draw(data)
+        results[name] = dict(data=data, finding=experiment.say(data), seconds=round(time.perf_counter() - started, 1))
+        tell(experiment.title, results[name]["finding"], results[name]["seconds"])
+        keep(figures, folder)
+        sections.append(Section(experiment.title, experiment.question, results[name]["finding"], figures,
+                                note=f"Measured now, in {results[name]['seconds']:.0f} s."))
+    return results, sections
+
+
+def show_cells(names, folder, cells):
+    """The experiments that train, from cells {name: [cell, ...]} that are there: as look()."""
+    results, sections = {}, []
+    for name in names:
+        experiment, own = LEARNING[name], cells.get(name, [])
+        if not own:
+            print(f"\n{experiment.title}: not measured yet; python cnn_vs_vit.py --full --only {name} does.")
+            continue
+        for group, of_group in grouped(own).items():
+            data = [cell["result"] for cell in of_group]
+            figures, finding = experiment.draw(data), experiment.say(data)
+            figures = {f"{key}{group and '_' + group}": figure for key, figure in figures.items()}
+            dates = sorted({cell["date"] for cell in of_group})
+            days = " to ".join(dict.fromkeys([dates[0], dates[-1]]))
+            note = f"{len(of_group)} cells, measured {days}, by: {of_group[0]['command']}"
+            title = f"{experiment.title}{group and f' ({group})'}"
+            tell(title, finding)
+            print(f"({note})")
+            keep(figures, folder)
+            results[f"{name}{group and '_' + group}"] = dict(data=data, finding=finding)
+            sections.append(Section(title, experiment.question, finding, figures, note=note))
+    return results, sections
+
+
+def grouped(cells):
+    """{data set: cells}, "" for those of the built-in sets."""
+    groups = {}
+    for cell in cells:
+        groups.setdefault(cell["result"].get("dataset", ""), []).append(cell)
+    return groups
+
+
+def tell(title, finding, seconds=None):
+    print(f"\n{title}{f' ({seconds:.0f} s)' if seconds else ''}\n{finding}", flush=True)
+
+
+def keep(figures, folder):
+    for name, figure in figures.items():
+        save_figure(figure, folder / f"{name}.png")
+
+
+# ---- Cells: one training each, one file each --------------------------------------------------------------
+
+
+def planned(names, numbers, seeds=SEEDS):
+    """(experiment, kind, seed, number of images) of every cell; the last is None but for "data", whose most images come
+    first."""
+    return [(name, kind, number, n_images) for name in names for n_images in (numbers if name == "data" else (None,))
+            for number in seeds for kind in STEPS_BETWEEN]
+
+
+def cell_file(name, kind, number, n_images, dataset):
+    words = [name, dataset, kind.replace(", ", "-").replace(" ", "-"), n_images and str(n_images), str(number)]
+    return "-".join(filter(None, words)) + ".json"
+
+
+def train_cells(names, folder, options, recipe=RECIPE):
+    """Measures every planned cell that has no file yet. Returns {name: cells}.
+
+    Raises InputError where a file is of other images or another recipe.
     """
-    img_size, batch_size = images.shape[-1], len(images)
-    rows = {}
-    for name, model in models.items():
-        model = model.to(device)
-        run = dict(img_size=img_size, batch_size=batch_size, seconds=seconds, device=device)
-        rows[name] = {
-            "parameters": count_parameters(model),
-            "MFLOPs": count_flops(model) / 1e6,
-            "images/s, inference": throughput(model, **run),
-            "images/s, training": throughput(model, train=True, **run),
-            "peak MiB, training": peak_memory(model, images.to(device), train=True) / 2**20,
-            "radius of half the gradient, pixels": radius_holding(receptive_field(model, images.to(device)).cpu(), 0.5,
-                                                                  unit_centre(model, images.shape[2:])),
-        }
-    return rows
+    folder.mkdir(parents=True, exist_ok=True)
+    loaders, numbers, dataset, images = None, (), "", {}
+    if "data" in names:
+        loaders = loaders_of(options)
+        train_loader, _, test_loader = loaders
+        if test_loader is None:
+            raise InputError(f"{options.data_dir} has no test images, and the validation images choose the learning "
+                             f"rates; put some into test/<class>/")
+        numbers = numbers_of_images(options.shares, train_loader.n_images, len(train_loader.class_names))
+        dataset = name_of(options.data_dir, train_loader)
+        images = dict(n_images=train_loader.n_images, img_size=train_loader.img_size, n_test=test_loader.n_images,
+                      class_names=list(train_loader.class_names), cut=options.seed)
+    seeds, few = (SEEDS[:1], dict(n_images=40, n_test=8)) if options.dry_run else (SEEDS, {})
+    bar = tqdm(planned(names, numbers, seeds), unit="cell", disable=None)
+    for name, kind, number, n_images in bar:
+        path = folder / cell_file(name, kind, number, n_images, dataset if name == "data" else "")
+        bar.set_description(path.stem)
+        setting = json.loads(json.dumps(dict(recipe=asdict(recipe), images=images if name == "data" else few)))
+        if path.exists():
+            if json.loads(path.read_text())["setting"] != setting:
+                raise InputError(f"{path} was measured on other images or by another recipe; remove it, or give "
+                                 f"another folder with --cells")
+            continue
+        run = dict(recipe=recipe, device=options.device, amp=options.amp)
+        measured = measure_data(kind, number, n_images, loaders, **run) | dict(dataset=dataset) if name == "data" else \
+            LEARNING[name].measure(kind, number, **run, **few)
+        device = choose_device(options.device).type
+        write_json(dict(table=name, commit=commit(), date=time.strftime("%Y-%m-%d"), machine=machine(device),
+                        versions=dict(torch=torch.__version__, torchvision=torchvision.__version__), seed=number,
+                        command=command_of(name, options), setting=setting, result=measured | dict(device=device)),
+                   path)
+    return read_cells(names, [folder])
 
 
-def compare_training(models, train_loader, val_loader, n_steps=300, learning_rate=2e-3, device="cpu", amp="auto",
-                     progress=True):
-    """Trains each model by one recipe. Returns two dicts by model: its Trainer and its history."""
-    trainers = {name: Trainer(model, device, amp=amp) for name, model in models.items()}
-    run = dict(n_steps=n_steps, learning_rate=learning_rate, progress=progress)
-    histories = {name: trainer.train(train_loader, val_loader, **run) for name, trainer in trainers.items()}
-    return trainers, histories
+def name_of(data_dir, loader):
+    """What the images are called: "" for the built-in ones, the folder's name, or that of a known set."""
+    if data_dir is None:
+        return ""
+    return Path(data_dir).resolve().name if loader.dataset_name == "folder" else loader.dataset_name
 
 
-def print_table(rows):
-    """A dict by model of dicts by quantity, as text: a line a quantity."""
-    print(f"{'':<38}" + "".join(f"{name:>12}" for name in rows))
-    for quantity in next(iter(rows.values())):
-        cells = (row[quantity] for row in rows.values())
-        print(f"{quantity:<38}" + "".join(f"{value:>12,.0f}" if value >= 100 else f"{value:>12.1f}"
-                                          for value in cells))
+def command_of(name, options):
+    """The command that measures the cells of this experiment again."""
+    words = ["python", "cnn_vs_vit.py", "--full", "--only", name]
+    if name == "data":
+        words += ["--data-dir", options.data_dir] if options.data_dir else []
+        words += ["--img-size", str(options.img_size)] if options.img_size else []
+        words += ["--shares", *(f"{share:g}" for share in options.shares)]
+    return shlex.join(words)
 
 
-def compare(options, wanted_dir):
-    """The whole comparison: table, pictures and results.json in the folder wanted, or else a new one under runs/."""
-    started, device = time.perf_counter(), choose_device(options.device)
-    drawn = choose_set(options.data_dir, options.dataset, None) == "shapes"
-    few = dict(n_images=600) if options.dry_run and drawn else {}
-    data = dict(data_dir=options.data_dir, dataset=options.dataset, img_size=options.img_size,
-                batch_size=options.batch_size, seed=options.seed, **few)
-    train_loader, val_loader = get_data_loaders(**data)
-    img_size, n_classes = train_loader.img_size, len(train_loader.class_names)
-    torch.manual_seed(options.seed)
-    models = matched_models(n_classes, img_size)
-    folder = new_output_dir(wanted_dir, "cnn_vs_vit", train_loader.dataset_name)
-    images = next(iter(val_loader))[0][:8 if options.dry_run else 64]  # (64, 3, S, S)
+def read_cells(names, folders):
+    """{name: cells} of all files there; of one that is in several folders the first."""
+    cells = {}
+    for name in names:
+        files = {}
+        for folder in reversed(folders):
+            files |= {path.name: path for path in sorted(folder.glob(f"{name}-*.json"))}
+        cells[name] = [json.loads(path.read_text()) for _, path in sorted(files.items())]
+    return cells
 
-    costs = compare_costs(models, images, device, seconds=0.1 if options.dry_run else 1.0)
-    print(f"Cost at {img_size} x {img_size} pixels, batches of {len(images)}, {device}, random weights:\n")
-    print_table(costs)
-    save_figure(plot_bars({quantity: {name: row[quantity] for name, row in costs.items()}
-                           for quantity in next(iter(costs.values()))}), folder / "cost.png")
 
-    n_steps = 2 if options.dry_run else options.steps
-    if options.dry_run:
-        val_loader = list(itertools.islice(val_loader, 2))
-    print(f"\nTraining each for {n_steps} steps of {options.batch_size} images, seed {options.seed} ...")
-    trainers, histories = compare_training(models, train_loader, val_loader, n_steps, options.lr, device, options.amp,
-                                           progress=sys.stderr.isatty())
-    test_loader = None if options.dry_run else get_test_loader(**data)
-    scores = {name: trainer.evaluate(val_loader if test_loader is None else test_loader)
-              for name, trainer in trainers.items()}
+def loaders_of(options):
+    """(training, validation, test) images of --data-dir, or the built-in shapes. Photographs are made small."""
+    data = dict(data_dir=options.data_dir or "./no-such-folder", img_size=options.img_size, seed=options.seed,
+                dataset="auto" if options.data_dir else "shapes", batch_size=RECIPE.batch_size)
+    if options.data_dir and not Path(options.data_dir).exists():
+        raise InputError(f"--data-dir {options.data_dir} does not exist; give a folder with a folder for each class")
+    loaders = get_data_loaders(**data)
+    if loaders[0].img_size > SMALL_SIDE:
+        data["img_size"] = SMALL_SIDE
+        print(f"Photographs are compared at {SMALL_SIDE} x {SMALL_SIDE} pixels (--img-size; train_vit.py trains on "
+              f"larger ones).")
+        loaders = get_data_loaders(**data)
+    if not isinstance(loaders[0], MemoryLoader):
+        raise InputError(f"{loaders[0].n_images:,} images of {loaders[0].img_size} pixels are too many to be kept in "
+                         f"memory; give fewer, or a smaller --img-size")
+    return (*loaders, get_test_loader(**data))
+
+
+# ---- Which for my data? -----------------------------------------------------------------------------------
+
+
+def judge_folder(options, folder):
+    """Trains all three on somebody's images, and says which, if any, is better there: as look()."""
+    loaders = loaders_of(options)
+    train_loader, val_loader, test_loader = loaders
+    print(f"{train_loader.n_images:,} training images of {train_loader.img_size} pixels, "
+          f"{len(train_loader.class_names)} classes; {options.minutes:g} minutes for three models, {len(SEEDS)} seeds "
+          f"each")
+    rows = judge(loaders, 0.01 if options.dry_run else options.minutes, device=options.device, amp=options.amp)
+    device = choose_device(options.device)
+    costs = {kind: 1e3 / throughput(build_kind(kind, len(train_loader.class_names), train_loader.img_size),
+                                    batch_size=32, seconds=0.5, device=device) for kind in rows}
     split = "validation" if test_loader is None else "test"
-    print(f"Accuracy on {next(iter(scores.values()))['n']:,} {split} images, 95% Wilson interval; guessing gives "
-          f"{1 / n_classes:.0%}:")
-    for name, score in scores.items():
-        print(f"  {name:<8} {percent(score['correct'], score['n'])}   in {sum(histories[name]['seconds']):.0f} s")
-    print("One run each: the intervals are those of the images, not of the seeds. No verdict follows from it.")
-    save_figure(plot_histories(histories), folder / "training.png")
+    asked = val_loader if test_loader is None else test_loader
+    linear = linear_classifier(train_loader.plain(LINEAR_IMAGES), val_loader, test_loader)
+    controls = {"a linear classifier on the pixels": linear["val_acc" if test_loader is None else "test_acc"],
+                "always the largest class": max(asked.class_counts) / asked.n_images}
+    finding = verdict(rows, costs) + " For comparison: " + listed(f"{share:.1%} by {name}" for name, share in
+                                                                  controls.items()) + "."
+    tell("Which for these images?", finding)
+    levels = {name: banded([row["accuracy"] for row in own]) for name, own in rows.items()}
+    panels = {f"accuracy on the {split} images\n(lines: lowest and highest seed)": levels | controls,
+              f"milliseconds an image\n({device.type}, batches of 32)": costs}
+    figures = {"verdict": plot_bars(panels)}
+    keep(figures, folder)
+    table = [["model", *(f"seed {row['seed']}" for row in next(iter(rows.values()))), "steps", "ms an image"],
+             *[[name, *(f"{row['accuracy']:.1%}" for row in own), own[0]["n_steps"], f"{costs[name]:.2f}"]
+               for name, own in rows.items()]]
+    section = Section("Which for these images?", "Which of the three is better here, and how sure is that?", finding,
+                      figures, [(f"Accuracy on the {split} images", table)],
+                      "Each has the same minutes and the same recipe. A lead counts where it is larger than what seeds "
+                      "and images vary by: Student's t over both, 5% for the three comparisons together.")
+    return {"verdict": dict(rows=rows, costs=costs, controls=controls, finding=finding)}, [section]
 
-    for model in models.values():
-        model.cpu().mean, model.std = train_loader.mean, train_loader.std
-    compare_receptive_fields(folder / "receptive_fields.png", models, images)
-    results = dict(options=vars(options), costs=costs, histories=histories, scores=scores,
-                   torch=torch.__version__, seconds=round(time.perf_counter() - started, 1))
-    write_json(results, folder / "results.json")
-    print(f"\n{results['seconds']:.0f} s; cost.png, training.png, receptive_fields.png and results.json in {folder}/")
+
+# ---- The command ------------------------------------------------------------------------------------------
 
 
-def main(argv=None):
+def compare(options, folder):
+    """Everything that the options ask for, into the folder."""
+    started = time.perf_counter()
+    if options.minutes:
+        results, sections = judge_folder(options, folder)
+    else:
+        looked = [name for name in EXPERIMENTS if not options.only or name in options.only]
+        trained = [name for name in LEARNING if not options.only or name in options.only]
+        results, sections = {}, []
+        if looked and not options.data_dir:
+            subjects = shipped_subjects(40 if options.dry_run else 500, seconds=0.01 if options.dry_run else 0.3,
+                                        sizes=(32,) if options.dry_run else (32, 64, 128))
+            results, sections = look(subjects, looked, folder)
+        own = folder / "cells" if options.dry_run else Path(options.cells)
+        recipe = replace(RECIPE, n_steps=1, batch_size=8) if options.dry_run else RECIPE
+        cells = train_cells(trained, own, options, recipe) if options.full else read_cells(trained, [own, COMMITTED])
+        more_results, more_sections = show_cells(trained, folder, cells)
+        results, sections = results | more_results, sections + more_sections
+        if not options.full:
+            print("\nThese are the shipped models and committed results: no verdict for other images follows. "
+                  "--data-dir DIR --minutes M asks yours.")
+    introduction = INTRODUCTION if not options.minutes else \
+        "ConvNet, hybrid and ViT of nearly equal size, trained on the same images for the same time."
+    seconds = round(time.perf_counter() - started, 1)
+    write_json(dict(options=vars(options), torch=torch.__version__, seconds=seconds, results=results),
+               folder / "results.json")
+    write_report(folder / "report.html", "CNN and ViT, side by side", introduction, sections)
+    print(f"\n{seconds:.0f} s; {folder}/report.html, results.json and the figures")
+
+
+def make_parser():
     parser = OneLineParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data-dir", default="./data", help="as in train_vit.py")
-    parser.add_argument("--dataset", default="auto", help="as in train_vit.py")
-    parser.add_argument("--img-size", type=whole(1), help="side in pixels (default: small images keep theirs; 224)")
-    parser.add_argument("--batch-size", type=whole(1), default=64, help="(default: %(default)s)")
-    parser.add_argument("--steps", type=whole(1), default=300, help="for each model (default: %(default)s)")
-    parser.add_argument("--lr", type=positive(), default=2e-3, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=seed(), default=0)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of {', '.join([*EXPERIMENTS, *LEARNING])}")
+    parser.add_argument("--full", action="store_true", help="measure those too that train: hours, and resumable")
+    parser.add_argument("--cells", default="runs/cnn_vs_vit-cells", help="where --full keeps what it has measured")
+    parser.add_argument("--data-dir", help="a folder with a folder for each class, or a known set, as in train_vit.py")
+    parser.add_argument("--img-size", type=whole(8), help=f"side in pixels, at most {SMALL_SIDE} (default: small "
+                                                          f"images keep theirs, photographs get {SMALL_SIDE})")
+    parser.add_argument("--minutes", type=positive(), help="with --data-dir: train all three on these images within so "
+                                                           "many, and say which is better there")
+    parser.add_argument("--shares", nargs="+", type=Bounded(float, 1e-6, 1, "above 0 to 1"), default=list(SHARES),
+                        help="of the training images, for data efficiency")
+    parser.add_argument("--seed", type=seed(), default=0, help="of the validation cut")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"))
     parser.add_argument("--output-dir", help="a new folder (default: runs/cnn_vs_vit-<data>-<n>)")
-    parser.add_argument("--dry-run", action="store_true",
-                        help="two steps of everything; without --output-dir nothing is kept")
-    options = parser.parse_args(argv)
-    if options.dry_run:
+    parser.add_argument("--dry-run", action="store_true", help="little of everything; without --output-dir nothing is "
+                                                               "kept")
+    return parser
+
+
+def main(argv=None):
+    options = make_parser().parse_args(argv)
+    for name in options.only or ():
+        check_choice("--only", name, (*EXPERIMENTS, *LEARNING))
+    if options.minutes and not options.data_dir:
+        raise InputError("--minutes is for images of one's own; give --data-dir DIR too")
+    if options.data_dir and not (options.minutes or options.full):
+        raise InputError("--data-dir wants to know what for: --minutes M for which of the three suits these images, or "
+                         "--full --only data for data efficiency on them")
+    choose_device(options.device)
+    if options.dry_run and not options.output_dir:
         with tempfile.TemporaryDirectory() as folder:
-            compare(options, options.output_dir or folder)
+            compare(options, Path(folder))
         print("Dry run: all parts ran.")
     else:
-        compare(options, options.output_dir)
+        compare(options, new_output_dir(options.output_dir, "cnn_vs_vit",
+                                        Path(options.data_dir).name if options.data_dir else "shapes"))
 
 
 if __name__ == "__main__":

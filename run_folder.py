@@ -15,9 +15,12 @@ import csv
 import io
 import json
 import os
+import platform
+import subprocess
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from checkpoints import read_checkpoint, save_model, write_whole
@@ -25,6 +28,8 @@ from trainer import on_cpu
 from vit_model import InputError
 
 CONFIG, LAST, BEST, HISTORY_TABLE, LOCK = "config.json", "last.pt", "best.pt", "history.csv", ".lock"
+
+INSTRUCTIONS = dict(amx_bf16="AMX", avx512_bf16="AVX512-BF16", avx512f="AVX512", avx2="AVX2")  # the fastest first
 
 # What may be another when a run goes on: where it computes and in how many parts, where its images lie, what it skips.
 CHANGEABLE = ("resume", "output_dir", "data_dir", "device", "workers", "skip_corrupt", "save_minutes", "compile",
@@ -215,3 +220,35 @@ def write_history(history, path):
     rows.writerow(("epoch", *history))
     rows.writerows((i + 1, *values) for i, values in enumerate(zip(*history.values(), strict=True)))
     write_whole(path, lambda file: file.write(text.getvalue().encode()))
+
+
+# ---- What a result was measured on ------------------------------------------------------------------------
+
+
+def machine(device="cpu"):
+    """What a figure was measured on, in words; with device="cuda" the GPU too."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in
+                                                                  info.read_text().splitlines())}
+        cpu = facts.get("model name", cpu)
+        widest = [words for flag, words in INSTRUCTIONS.items() if flag in facts.get("flags", "").split()][:1]
+        cpu = " with ".join([cpu, *widest])
+    words = f"{cpu}, {os.cpu_count()} cores, {platform.system()}"
+    if device == "cuda":
+        words = f"{torch.cuda.get_device_name()}, {words}"
+    return words
+
+
+def commit():
+    """The short hash of the checkout's commit, with -dirty where a tracked file other than a result differs from it; or
+    "unknown"."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+
+    done = git("rev-parse", "--short", "HEAD")
+    if done.returncode:
+        return "unknown"
+    results = (":!benchmarks/results", ":!benchmarks/figures", ":!benchmarks/RESULTS.md")
+    return done.stdout.strip() + "-dirty" * git("diff", "--quiet", "HEAD", "--", ".", *results).returncode

@@ -2,15 +2,15 @@
 
     python benchmarks/results.py add TABLE runs/NAME     keeps the result of a run of train_vit.py in a table
     python benchmarks/results.py ship NAME runs/NAME     puts its best model into benchmarks/weights, in float16
+    python benchmarks/results.py cells FOLDER            keeps what cnn_vs_vit.py --full has measured
     python benchmarks/results.py page                    writes benchmarks/RESULTS.md anew from all of them
 """
 
 import argparse
 import datetime
 import json
-import os
 import platform
-import subprocess
+import shutil
 import sys
 from collections import defaultdict
 from contextlib import suppress
@@ -19,6 +19,10 @@ from pathlib import Path
 from statistics import geometric_mean, mean, stdev
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from run_folder import commit, machine  # noqa: E402
+
 ADDED = ("targets",)  # beside the training tables: those that take the result of a run
 TRAINING_TABLES = {
     "shapes": "The built-in shapes, two minutes (`python train_vit.py --recipe classic --seed SEED`)",
@@ -46,6 +50,14 @@ TABLES = {
              "machine's own rate, its floor (`python benchmarks/steps.py --keep`)",
     "augmentation": "Augmentation of 32 x 32 images in batches of 128 against torchvision's, an image at a time, on "
                     "one core, images a second (`python benchmarks/batch_augmentation.py --keep`)",
+    "reach": "Two marks, the same or different, against their distance (`python cnn_vs_vit.py --full --only reach`, "
+             "then `python benchmarks/results.py cells runs/cnn_vs_vit-cells`); test images right of 1,000 at each "
+             "distance, mean of the seeds",
+    "cues": "Outline against texture (`python cnn_vs_vit.py --full --only cues`)",
+    "data": "Data efficiency: test accuracy against the number of training images, the same steps (`python "
+            "cnn_vs_vit.py --full --only data`; CIFAR-10 (JPEG): with `--data-dir CIFAR --shares 0.01 0.1 1`)",
+    "verdicts": "What `python cnn_vs_vit.py --data-dir DIR --minutes M` says of folders where the truth is known "
+                "(`python benchmarks/verdicts.py --keep`)",
     "throughput": "VisionTransformer beside its peers, images a second (`python benchmarks/throughput.py --keep`; its "
                   "head says how). Medians over rounds in which every library takes a turn; a ratio is the peer's "
                   "seconds over ours in the same round, with the 95% interval of the median (of rounds taken as "
@@ -79,27 +91,6 @@ on the same images; `data` the share of the training seconds that went to fetchi
 the share of the whole run's)."""
 
 
-INSTRUCTIONS = dict(amx_bf16="AMX", avx512_bf16="AVX512-BF16", avx512f="AVX512", avx2="AVX2")  # the fastest first
-
-
-def machine(device="cpu"):
-    """What a figure was measured on, in words; with device="cuda" the GPU too."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in
-                                                                  info.read_text().splitlines())}
-        cpu = facts.get("model name", cpu)
-        widest = [words for flag, words in INSTRUCTIONS.items() if flag in facts.get("flags", "").split()][:1]
-        cpu = " with ".join([cpu, *widest])
-    words = f"{cpu}, {os.cpu_count()} cores, {platform.system()}"
-    if device == "cuda":
-        import torch
-
-        words = f"{torch.cuda.get_device_name()}, {words}"
-    return words
-
-
 def add(table, run):
     """Writes results/<table>-<model>-<seed>.json from the result.json of a run."""
     result = json.loads((run / "result.json").read_text())
@@ -126,19 +117,6 @@ def write_cell(table, name, seed, command, result, versions=None):
     print(path)
 
 
-def commit():
-    """The short hash of the checkout's commit, with -dirty where a tracked file other than a result differs from it; or
-    "unknown"."""
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=HERE.parent, capture_output=True, text=True)
-
-    done = git("rev-parse", "--short", "HEAD")
-    if done.returncode:
-        return "unknown"
-    results = (":!benchmarks/results", ":!benchmarks/figures", ":!benchmarks/RESULTS.md")
-    return done.stdout.strip() + "-dirty" * git("diff", "--quiet", "HEAD", "--", ".", *results).returncode
-
-
 def installed():
     """The versions of the packages that are measured or measured against."""
     versions = {}
@@ -152,7 +130,6 @@ def ship(name, run):
     """Writes weights/<name>.pt, which create_pretrained(name) loads, from the best.pt of a run."""
     import torch
 
-    sys.path.insert(0, str(HERE.parent))
     from model_zoo import load_model, save_model
 
     result = json.loads((run / "result.json").read_text())
@@ -174,7 +151,8 @@ def page():
             continue
         draw = {"throughput": throughput_lines, "growth": growth_lines, "formats": format_lines, "kills": kill_lines,
                 "processes": process_lines, "few-images": few_image_lines, "targets": target_lines,
-                "factors": factor_lines, "steps": step_lines,
+                "factors": factor_lines, "steps": step_lines, "reach": reach_lines, "cues": cue_lines,
+                "data": data_lines, "verdicts": verdict_lines,
                 "augmentation": augmentation_lines}.get(table, run_lines)
         lines += [f"## {table}", "", f"{title}.", "", *draw(tables[table])]
         for where in sorted({describe_origin(cell) for cell in tables[table]}):
@@ -382,6 +360,57 @@ def step_lines(cells):
     return lines
 
 
+def by_kind(cells, *keys):
+    """{(kind, and these entries): results}, in the order of their kinds."""
+    groups = defaultdict(list)
+    for cell in cells:
+        groups[tuple(cell["result"].get(key) or "" for key in ("kind", *keys))].append(cell["result"])
+    return dict(sorted(groups.items()))
+
+
+def rates_of(results):
+    return ", ".join(f"{r['rate']:g}" for r in results)
+
+
+def reach_lines(cells):
+    distances = cells[0]["result"]["distances"]
+    lines = [f"| | seeds | {' | '.join(f'{distance} px' for distance in distances)} | learning rates |",
+             f"|---|---:|{'---:|' * len(distances)}---|"]
+    for (kind,), results in by_kind(cells).items():
+        shares = " | ".join(f"{mean([r['correct'][i] / r['n'] for r in results]):.1%}" for i in range(len(distances)))
+        lines.append(f"| {kind} | {len(results)} | {shares} | {rates_of(results)} |")
+    return [*lines, ""]
+
+
+def cue_lines(cells):
+    lines = ["| | by outline | by texture | by neither | shape bias of each seed | mean |",
+             "|---|---:|---:|---:|---|---:|"]
+    for (kind,), results in by_kind(cells).items():
+        totals = " | ".join(f"{sum(r['choices'][cue] for r in results):,}" for cue in ("outline", "texture", "neither"))
+        each = ", ".join(f"{r['shape_bias']:.0%}" for r in results)
+        lines.append(f"| {kind} | {totals} | {each} | {mean([r['shape_bias'] for r in results]):.0%} |")
+    return [*lines, ""]
+
+
+def data_lines(cells):
+    lines = ["| images | training images | model | test accuracy of each seed | mean | learning rates |",
+             "|---|---:|---|---|---:|---|"]
+    for (kind, dataset, n_images), results in by_kind(cells, "dataset", "n_images").items():
+        accuracies = [r["correct"] / r["n"] for r in results]
+        lines.append(f"| {dataset or 'drawn shapes'} | {n_images:,} | {kind} | "
+                     f"{', '.join(f'{accuracy:.1%}' for accuracy in accuracies)} | {mean(accuracies):.1%} | "
+                     f"{rates_of(results)} |")
+    return [*lines, ""]
+
+
+def verdict_lines(cells):
+    lines = ["| folder | minutes | what it says |", "|---|---:|---|"]
+    for cell in cells:
+        r = cell["result"]
+        lines.append(f"| {r['name']} | {r['minutes']:g} | {r['finding']} |")
+    return [*lines, ""]
+
+
 def augmentation_lines(cells):
     lines = ["| | ours | torchvision | ratio, lowest and highest round |", "|---|---:|---:|---|"]
     for row in cells[0]["result"]["rows"]:
@@ -399,10 +428,15 @@ def main():
     shipping = commands.add_parser("ship")
     shipping.add_argument("name")
     shipping.add_argument("run", type=Path)
+    kept = commands.add_parser("cells")
+    kept.add_argument("folder", type=Path)
     commands.add_parser("page")
     options = parser.parse_args()
     if options.command == "add":
         add(options.table, options.run)
+    if options.command == "cells":
+        for path in sorted(options.folder.glob("*.json")):
+            shutil.copy(path, HERE / "results" / path.name)
     if options.command == "ship":
         ship(options.name, options.run)
     page()

@@ -1,62 +1,170 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from command_runs import ROOT
+from command_runs import ROOT, make_folder
 
 import cnn_model
-import cnn_vs_vit
+import cnn_vs_vit as cv
 import train_vit
-from cnn_vs_vit import HybridCNNViT, compare_costs, compare_training, matched_models
+from drawn_tasks import make_mark
+from learning import SEEDS, SHARES, STEPS_BETWEEN, Recipe, loader_of
 from measurements import count_parameters
+from vit_model import InputError
 
 
 def test_the_three_have_nearly_the_same_number_of_parameters():
-    counts = {name: count_parameters(model) for name, model in matched_models().items()}
+    counts = {name: count_parameters(model) for name, model in cv.matched_models().items()}
     assert set(counts) == {"ConvNet", "Hybrid", "ViT"}
     assert max(counts.values()) <= 1.1 * min(counts.values())
 
 
 def test_the_hybrid_is_the_one_of_cnn_model():
-    assert HybridCNNViT is cnn_model.HybridCNNViT
+    assert cv.HybridCNNViT is cnn_model.HybridCNNViT
 
 
-def test_costs_are_positive_numbers_of_the_same_quantities():
-    torch.manual_seed(0)
-    rows = compare_costs(matched_models(n_classes=3, img_size=16), torch.randn(2, 3, 16, 16), seconds=0.01)
-    assert len({tuple(row) for row in rows.values()}) == 1
-    assert all(value > 0 for row in rows.values() for value in row.values())
-
-
-def test_all_train_by_one_recipe():
-    batches = [(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]))] * 3
-    trainers, histories = compare_training(matched_models(n_classes=3, img_size=16), batches, batches[:1], n_steps=3)
-    assert trainers.keys() == histories.keys()
-    assert len({tuple(history["lr"]) for history in histories.values()}) == 1
+def test_the_shipped_models_are_asked_about_images_that_they_know():
+    subjects = cv.shipped_subjects(50)
+    for name, model in subjects.models.items():
+        right = (model(subjects.images).argmax(dim=1) == subjects.labels).float().mean()
+        assert right > 0.8, name
 
 
 def test_a_dry_run_leaves_its_files(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "cnn_vs_vit.py", "--dry-run", "--output-dir", "comparison"],
-                          cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+                          cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "comparison"
-    assert {path.name for path in folder.iterdir()} == {"cost.png", "training.png", "receptive_fields.png",
-                                                        "results.json"}
-    results = json.loads((folder / "results.json").read_text())
-    assert set(results["costs"]) == set(results["histories"]) == set(results["scores"])
-    for words in ("No verdict", "MFLOPs", "Dry run"):
-        assert words in done.stdout
+    names = {path.name for path in folder.iterdir()}
+    assert {"report.html", "results.json", "cost_flops.png", "receptive_fields.png", "attention_distance.png",
+            "similarity_within.png", "patches_changed.png", "convolution_as_attention.png"} <= names
+    results = json.loads((folder / "results.json").read_text())["results"]
+    assert set(cv.EXPERIMENTS) <= set(results)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    for name in cv.EXPERIMENTS:
+        assert results[name]["finding"] in done.stdout
+        assert results[name]["finding"] in page
+    assert "no verdict" in done.stdout
 
 
-@pytest.mark.parametrize(("words", "expected"), [(["--steps", "0"], "--steps: 0"), (["--lr", "inf"], "--lr: inf"),
-                                                 (["--data-dir", "nowhere"], "nowhere")])
+# ---- Cells
+
+
+def test_cells_are_planned_seed_by_seed_and_named_by_what_they_are():
+    cells = cv.planned(["reach", "data"], (450, 10))
+    assert len(cells) == len(SEEDS) * len(STEPS_BETWEEN) * 3
+    files = [cv.cell_file(*cell, "photos" if cell[0] == "data" else "") for cell in cells]
+    assert len(set(files)) == len(files)
+    assert files[0] == "reach-ViT-0.json"
+    assert cv.cell_file("data", "ViT, mean pooling", 2, 450, "photos") == "data-photos-ViT-mean-pooling-450-2.json"
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Cells that are measured at once, and a list of those that were."""
+    measured = []
+
+    def cell(kind, number, **run):
+        measured.append((kind, number))
+        return dict(kind=kind, seed=number, distances=[8, 20], correct=[9, 7], n=10)
+
+    monkeypatch.setitem(cv.LEARNING, "reach", replace(cv.LEARNING["reach"], measure=cell))
+    return measured
+
+
+def options(*words):
+    return cv.make_parser().parse_args([*words])
+
+
+def test_cells_that_are_there_are_not_measured_again(few, tmp_path):
+    cells = cv.train_cells(["reach"], tmp_path, options("--full"))
+    assert len(few) == len(cells["reach"]) == 12
+    (tmp_path / "reach-ConvNet-1.json").unlink()
+    again = cv.train_cells(["reach"], tmp_path, options("--full"))
+    assert few[12:] == [("ConvNet", 1)]
+    assert again == cells
+    first = cells["reach"][0]
+    assert first["command"] == "python cnn_vs_vit.py --full --only reach"
+    assert first["result"]["kind"] in STEPS_BETWEEN
+    assert {"commit", "machine", "versions", "date", "seed", "setting"} <= set(first)
+    with pytest.raises(InputError, match="measured on other images or by another recipe"):
+        cv.train_cells(["reach"], tmp_path, options("--full"), Recipe(n_steps=3))
+
+
+def test_sets_of_cells_are_told_apart(few, tmp_path, capsys):
+    cells = cv.train_cells(["reach"], tmp_path, options("--full"))["reach"]
+    for cell in cells[:6]:
+        cell["result"]["dataset"] = "photos"
+    assert {group: len(own) for group, own in cv.grouped(cells).items()} == {"photos": 6, "": 6}
+    results, sections = cv.show_cells(["reach", "cues"], tmp_path, dict(reach=cells))
+    assert set(results) == {"reach", "reach_photos"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"reach.png", "reach_photos.png"}
+    assert "6 cells, measured " in sections[0].note
+    assert "python cnn_vs_vit.py --full --only cues" in capsys.readouterr().out
+
+
+def test_data_cells_of_a_folder_hold_its_name_and_are_of_its_images(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path / "a" / "my set", 16, ("train", "test"))
+    monkeypatch.setattr(cv, "measure_data", lambda kind, number, n_images, loaders, **run: dict(
+        kind=kind, seed=number, n_images=n_images))
+    words = ["--full", "--data-dir", str(folder), "--shares", "1", "0.5"]
+    cells = cv.train_cells(["data"], tmp_path / "cells", options(*words))
+    assert len(cells["data"]) == 24
+    assert {cell["result"]["dataset"] for cell in cells["data"]} == {"my set"}
+    assert cells["data"][0]["command"].endswith(f"--full --only data --data-dir '{folder}' --shares 1 0.5")
+    other = make_folder(tmp_path / "b" / "my set", 16, ("train", "test"), n=20)
+    with pytest.raises(InputError, match="measured on other images"):
+        cv.train_cells(["data"], tmp_path / "cells", options("--full", "--data-dir", str(other)))
+    with pytest.raises(InputError, match="has no test images"):
+        cv.train_cells(["data"], tmp_path / "cells", options("--full", "--data-dir", str(folder / "train")))
+
+
+# ---- Which for my data?
+
+
+def test_a_folder_is_judged(tmp_path, monkeypatch, capsys):
+    drawn = [make_mark(n, 32, start=start) for n, start in ((40, 0), (12, 100), (30, 200))]
+    loaders = tuple(loader_of(one.images, one.labels, one.class_names, Recipe(batch_size=8), training=i == 0)
+                    for i, one in enumerate(drawn))
+    monkeypatch.setattr(cv, "loaders_of", lambda options: loaders)
+    monkeypatch.setattr("learning.steps_within", lambda *words, **run: 1)
+    cv.main(["--data-dir", "x", "--minutes", "1", "--device", "cpu", "--output-dir", str(tmp_path / "out")])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["verdict"]
+    assert set(results["rows"]) == {"ConvNet", "Hybrid", "ViT"}
+    assert results["finding"] in capsys.readouterr().out
+    assert (tmp_path / "out" / "verdict.png").is_file()
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert results["finding"] in page
+    assert "Accuracy on the test images" in page
+    assert "by a linear classifier on the pixels and 50.0% by always the largest class" in results["finding"]
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    (["--only", "costs"], "--only 'costs' is unknown"), (["--minutes", "3"], "give --data-dir DIR too"),
+    (["--data-dir", "nowhere"], "--data-dir wants to know what for"), (["--shares", "2"], "--shares: 2"),
+    (["--data-dir", "data", "--minutes", "3"], "--data-dir data does not exist"),
+    (["--device", "gpu"], "device 'gpu' is unknown")])
 def test_bad_words_end_in_one_line_and_exit_code_2(words, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        train_vit.script(lambda: cnn_vs_vit.main(words))
+        train_vit.script(lambda: cv.main(words))
     error = capsys.readouterr().err
     assert (stop.value.code, error.count("\n")) == (2, 1)
     assert expected in error
-    assert not list(tmp_path.iterdir())
+
+
+def test_the_shares_are_those_of_the_experiment():
+    assert options().shares == list(SHARES)
+    assert torch.is_tensor(cv.shipped_subjects(3).images)
+
+
+def test_photographs_are_made_small(tmp_path, capsys):
+    folder = make_folder(tmp_path / "photos", 100, ("train", "test"))
+    loaders = cv.loaders_of(options("--data-dir", str(folder)))
+    assert [loader.img_size for loader in loaders] == [64, 64, 64]
+    assert "compared at 64 x 64 pixels" in capsys.readouterr().out
+    assert cv.loaders_of(options("--data-dir", str(folder), "--img-size", "24"))[0].img_size == 24
+    assert cv.loaders_of(options("--data-dir", str(folder), "--img-size", "96"))[0].img_size == 64

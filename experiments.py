@@ -1,0 +1,446 @@
+"""CNN against ViT, experiment by experiment: what is measured, the pictures, and a sentence made from the numbers.
+
+    EXPERIMENTS[name].measure(subjects) -> data      plain numbers, as they go into results.json
+    EXPERIMENTS[name].draw(data) -> {name: Figure}
+    EXPERIMENTS[name].say(data) -> one or more sentences, which turn with the numbers
+
+Here are those that look at trained models; those that train are in learning.py. Each has its control beside it: the
+same model with random weights, uniform attention, guessing, or a count from the formula.
+
+Letters:  N images, S side of an image in pixels, L blocks, H heads.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from charts import plot_curves, plot_matrices
+from cnn_model import ConvNet, ConvolutionAsAttention
+from measurements import (
+    attention_distance,
+    attention_maps,
+    count_flops,
+    count_parameters,
+    fitted_exponent,
+    layers_of,
+    peak_memory,
+    radius_holding,
+    receptive_field,
+    theoretical_receptive_field,
+    throughput,
+    uniform_attention_distance,
+    unit_centre,
+    wilson_interval,
+)
+from perturbations import accuracy_curve, mean_consistency, occlude, shift_consistency, shuffle_patches
+from representations import layer_similarity
+from visualizations import compare_receptive_fields, plot_images, untrained_copy
+from vit_model import VisionTransformer, pair
+
+SHARES = (0.5, 0.9, 0.99)  # of the gradient, that radii hold
+HIDDEN = (0.0, 0.125, 0.25, 0.5, 0.75)  # shares of the patches that are hidden or shuffled
+SIZES, COUNTED_SIZES = (32, 64, 128, 256), (32, 64, 128, 256, 512)  # in pixels: timed, and counted
+PATCHES, PATCH_SIZE_IMAGE = (4, 8, 16, 32), 128  # patch sizes, at one image size
+RANDOM = "random weights"
+
+
+@dataclass
+class Subjects:
+    """What the experiments look at.
+
+    models        name -> trained model, all for one image size and normalisation
+    images        normalised test images, (N, 3, S, S); labels (N,)
+    mean, std     of the normalisation
+    patch_size    of the patches that are shuffled and hidden
+    seconds       how long a speed is measured
+    """
+    models: dict[str, nn.Module]
+    images: torch.Tensor
+    labels: torch.Tensor
+    mean: tuple
+    std: tuple
+    patch_size: int = 4
+    seconds: float = 0.3
+    sizes: tuple = SIZES
+
+    def attending(self):
+        return {name: model for name, model in self.models.items() if isinstance(model, VisionTransformer)}
+
+
+def no_pictures(subjects):
+    return {}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """title, question: as they stand in the report; measure, draw, say: as the head of this file has them; show:
+    subjects -> {name: Figure}, pictures that need more than the numbers."""
+    title: str
+    question: str
+    measure: Callable
+    draw: Callable
+    say: Callable
+    show: Callable = no_pictures
+
+
+def level_with_the_best(shares, n):
+    """The names of the largest share and of those that n images cannot tell from it, the best first."""
+    order = sorted(shares, key=shares.get, reverse=True)
+    best = shares[order[0]]
+    return [name for name in order
+            if best - shares[name] <= 1.96 * math.sqrt((best * (1 - best) + shares[name] * (1 - shares[name])) / n)]
+
+
+def listed(words):
+    """"a", "a and b", "a, b and c"."""
+    words = list(words)
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+# ---- 1. Cost ----------------------------------------------------------------------------------------------
+
+
+def measure_cost(subjects):
+    """Parameters, FLOPs, images a second and memory of a model of each kind, new, against the image's side and the
+    patch's; exponents of the FLOPs in the number of pixels."""
+    data = dict(resolution={}, patch=[], exponents={})
+    for name, model in subjects.models.items():
+        rows = []
+        for size in sorted({*COUNTED_SIZES, *subjects.sizes}):
+            twin = resized(model, img_size=size)
+            row = dict(size=size, parameters=count_parameters(twin), flops=count_flops(twin))
+            if size in subjects.sizes:
+                row |= costs_of(twin, size, subjects.seconds)
+            rows.append(row)
+        data["resolution"][name] = rows
+        data["exponents"][name] = dict(
+            flops=fitted_exponent([row["size"] ** 2 for row in rows], [row["flops"] for row in rows]),
+            formula=fitted_exponent([row["size"] ** 2 for row in rows], [formula(model, row["size"]) for row in rows]))
+    vit = next((model for model in subjects.models.values() if type(model) is VisionTransformer), None)
+    for patch in PATCHES if vit is not None else ():
+        twin = resized(vit, img_size=PATCH_SIZE_IMAGE, patch_size=patch)
+        data["patch"].append(dict(patch_size=patch, tokens=twin.patch_embed.n_patches, flops=count_flops(twin),
+                                  parameters=count_parameters(twin), **costs_of(twin, PATCH_SIZE_IMAGE,
+                                                                                subjects.seconds)))
+    return data
+
+
+def resized(model, **changes):
+    """A new model like this one but for what changes in its configuration; its weights are random."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return type(model)(**vars(model.config) | changes).eval()
+
+
+def costs_of(model, size, seconds):
+    batch = max(1, min(64, 64 * 32**2 // size**2))
+    images = torch.zeros(batch, 3, size, size)
+    return dict(images_per_second=throughput(model, size, batch, seconds), batch=batch,
+                training_images_per_second=throughput(model, size, batch, seconds, train=True),
+                peak_mib=peak_memory(model, images) / 2**20 / batch,
+                training_peak_mib=peak_memory(model, images, train=True) / 2**20 / batch)
+
+
+def formula(model, size):
+    """How textbooks have it grow: H W, times a constant k k C C', for convolutions; 12 N D^2 + 2 N^2 D for a block of
+    attention and MLP, in multiplications."""
+    if not isinstance(model, VisionTransformer):
+        return size**2
+    n, D = (size // pair(model.config.patch_size, "patch_size")[0]) ** 2, model.config.embed_dim
+    return 12 * n * D**2 + 2 * n**2 * D
+
+
+def draw_cost(data):
+    sizes = {name: [(row["size"], row["flops"] / 1e6) for row in rows] for name, rows in data["resolution"].items()}
+    speeds, memory = ({heading: {name: [(row["size"], row[key]) for row in rows if key in row]
+                                 for name, rows in data["resolution"].items()} for heading, key in keys} for keys in (
+        (("Inference", "images_per_second"), ("Training: forward and backward", "training_images_per_second")),
+        (("Inference", "peak_mib"), ("Training: forward and backward", "training_peak_mib"))))
+    figures = {
+        "cost_flops": plot_curves({"Counted": sizes}, "side of the image (pixels)", "MFLOPs an image", log=("x", "y"),
+                                  title="What an image costs"),
+        "cost_speed": plot_curves(speeds, "side of the image (pixels)", "images a second",
+                                  log=("x", "y"), title="How fast"),
+        "cost_memory": plot_curves(memory, "side of the image (pixels)",
+                                   "MiB an image, beside the weights", log=("x", "y"), title="How much memory")}
+    if data["patch"]:
+        panels = {heading: {"ViT": [(row["patch_size"], row[key]) for row in data["patch"]]} for heading, key in
+                  (("Inference", "images_per_second"), ("Training: forward and backward",
+                                                        "training_images_per_second"))}
+        figures["cost_patches"] = plot_curves(panels, "side of a patch (pixels)", "images a second", log=("x", "y"),
+                                              title=f"Patch size, images of {PATCH_SIZE_IMAGE} pixels")
+    return figures
+
+
+def say_cost(data):
+    """Which is fastest at the smallest and at the largest timed size, and how the FLOPs grow."""
+    timed = {name: [row for row in rows if "images_per_second" in row] for name, rows in data["resolution"].items()}
+    first = {name: rows[0] for name, rows in timed.items()}
+    last = {name: rows[-1] for name, rows in timed.items()}
+    small, large = (max(rows, key=lambda name: rows[name]["images_per_second"]) for rows in (first, last))
+    size = {which: next(iter(rows.values()))["size"] for which, rows in (("first", first), ("last", last))}
+    same = f"{small} is the fastest at {size['first']} pixels, and still at {size['last']}" if small == large else \
+        f"{small} is the fastest at {size['first']} pixels, {large} at {size['last']}"
+    sizes = [row["size"] for row in next(iter(data["resolution"].values()))]
+    growth = listed(f"{exponents['flops']:.2f} ({name})" for name, exponents in data["exponents"].items())
+    return (f"{same}. From {sizes[0]} to {sizes[-1]} pixels a side the FLOPs grow with the number of "
+            f"pixels to the power {growth}: 1 is in proportion, as for convolutions; 2 is what attention alone does.")
+
+
+# ---- 2. Receptive field -----------------------------------------------------------------------------------
+
+
+def measure_receptive_fields(subjects, n_images=32):
+    """Radii in pixels that hold SHARES of the centre unit's gradient, for every depth, trained and with random
+    weights; for convolutional layers also the side of the window that theory allows."""
+    images, data = subjects.images[:n_images], {}
+    for name, model in subjects.models.items():
+        twin, rows = untrained_copy(model), []
+        for depth in range(len(layers_of(model))):
+            row = dict(depth=depth)
+            centre = unit_centre(model, images.shape[2:], depth)
+            for weights, which in (("trained", model), (RANDOM, twin)):
+                field = receptive_field(which, images, depth)
+                row[weights] = [radius_holding(field, share, centre) for share in SHARES]
+            if isinstance(model, ConvNet) or depth == 0:
+                row["window"] = max(theoretical_receptive_field(model, depth))
+            rows.append(row)
+        data[name] = rows
+    return data
+
+
+def show_receptive_fields(subjects):
+    return {"receptive_fields": compare_receptive_fields(None, subjects.models, subjects.images[:32])}
+
+
+def draw_receptive_fields(data):
+    panels = {}
+    for weights in ("trained", RANDOM):
+        panels[f"{weights}: radius holding half"] = {
+            name: [(row["depth"], row[weights][0]) for row in rows] for name, rows in data.items()}
+    return {"receptive_field_radii": plot_curves(panels, "depth (blocks or stages)", "radius (pixels)",
+                                                 title="How far the gradient of the centre unit reaches")}
+
+
+def say_receptive_fields(data):
+    last = {name: rows[-1] for name, rows in data.items()}
+    radii = listed(f"{row['trained'][0]:.1f} pixels ({name})" for name, row in last.items())
+    parts = [f"In the last layer half of the gradient of the centre unit lies within {radii}."]
+    moved = {name: row["trained"][0] - row[RANDOM][0] for name, row in last.items()}
+    for word, names in (("widened", [name for name, by in moved.items() if by >= 0.5]),
+                        ("narrowed", [name for name, by in moved.items() if by <= -0.5]),
+                        ("hardly moved", [name for name, by in moved.items() if abs(by) < 0.5])):
+        if names:
+            parts.append(f"Training has {word} that of {listed(names)}.")
+    return " ".join(parts)
+
+
+# ---- 3. Attention distance --------------------------------------------------------------------------------
+
+
+def measure_attention_distance(subjects, n_images=64):
+    """Mean distance in pixels of what patches look at, (L, H) a model: trained, with random weights, both with the
+    mass on CLS left out and counted as no distance; and the line of uniform attention."""
+    images, data = subjects.images[:n_images], {}
+    for name, model in subjects.attending().items():
+        layout = model.patch_embed.grid_size, model.config.patch_size, model.n_prefix_tokens
+        rows = {}
+        for weights, which in (("trained", model), (RANDOM, untrained_copy(model))):
+            maps = attention_maps(which, images)  # (L, N, H, tokens, tokens)
+            rows[weights] = attention_distance(maps, *layout).tolist()
+            rows[f"{weights}, CLS counted"] = attention_distance(maps, *layout, renormalise=False).tolist()
+        data[name] = dict(rows, uniform=uniform_attention_distance(*layout[:2]))
+    return data
+
+
+def draw_attention_distance(data):
+    panels = {}
+    for name, rows in data.items():
+        panels[name] = {
+            weights: [(layer + 1, sum(heads) / len(heads), min(heads), max(heads))
+                      for layer, heads in enumerate(rows[weights])] for weights in ("trained", RANDOM)}
+    if not data:
+        return {}
+    uniform = next(iter(data.values()))["uniform"]
+    return {"attention_distance": plot_curves(
+        panels, "block", "mean distance (pixels)", lines=[(f"uniform: {uniform:.1f}", uniform)],
+        title="How far patches look: mean over the heads, from the nearest to the farthest")}
+
+
+def say_attention_distance(data):
+    parts = []
+    for name, rows in data.items():
+        first, last, uniform = rows["trained"][0], rows["trained"][-1], rows["uniform"]
+        spread, control = max(first) - min(first), max(rows[RANDOM][0]) - min(rows[RANDOM][0])
+        text = (f"{name}: the heads of the first block look {min(first):.1f} to {max(first):.1f} pixels far on "
+                f"average, those of the last {min(last):.1f} to {max(last):.1f}; uniform attention {uniform:.1f}")
+        text += f"; its first heads lie {spread:.1f} pixels apart, with random weights {control:.1f}"
+        text += ": near and far heads side by side are learned" if spread > max(2 * control, 0.1 * uniform) else ""
+        parts.append(text + ".")
+    return " ".join(parts) or "None of the models has attention."
+
+
+# ---- 4. What they represent -------------------------------------------------------------------------------
+
+
+def measure_similarity(subjects, n_images=256):
+    """Linear CKA, layers x layers: of each model with itself, trained and with random weights, and of each pair."""
+    images, names = subjects.images[:n_images], list(subjects.models)
+    within = {name: layer_similarity(model, model, images).tolist() for name, model in subjects.models.items()}
+    random = {name: layer_similarity(twin, twin, images).tolist()
+              for name, twin in ((name, untrained_copy(model)) for name, model in subjects.models.items())}
+    across = {f"{a} and {b}": layer_similarity(subjects.models[a], subjects.models[b], images).tolist()
+              for i, a in enumerate(names) for b in names[i + 1:]}
+    return {"within": within, RANDOM: random, "across": across}
+
+
+def draw_similarity(data):
+    matrices = {**data["within"], **{f"{name},\n{RANDOM}": matrix for name, matrix in data[RANDOM].items()}}
+    label, title = "linear CKA", "How alike layers are (1: the same up to rotation and scale)"
+    figures = {"similarity_within": plot_matrices([torch.tensor(m) for m in matrices.values()], list(matrices), label,
+                                                  "layer", "layer", most=1, title=title, columns=3)}
+    if data["across"]:
+        figures["similarity_across"] = plot_matrices(
+            [torch.tensor(m) for m in data["across"].values()], list(data["across"]), label,
+            "layer of the second", "layer of the first", most=1, title=title)
+    return figures
+
+
+def off_diagonal(matrix):
+    """The mean similarity of two different layers."""
+    matrix = torch.tensor(matrix)
+    return ((matrix.sum() - matrix.diagonal().sum()) / (matrix.numel() - len(matrix))).item()
+
+
+def say_similarity(data):
+    own = {name: off_diagonal(matrix) for name, matrix in data["within"].items()}
+    random = {name: off_diagonal(matrix) for name, matrix in data[RANDOM].items()}
+    most, least = max(own, key=own.get), min(own, key=own.get)
+    values = listed(f"{name} {value:.2f} (random weights {random[name]:.2f})" for name, value in own.items())
+    return (f"Two different layers of a model are alike by CKA, on average: {values}. The layers of {most} are most "
+            f"alike, those of {least} least.")
+
+
+# ---- 5. Position and shape --------------------------------------------------------------------------------
+
+
+def show_position(subjects, n_images=5):
+    """What the models are asked about: images as they are, half of the patches shuffled, half of them hidden."""
+    images, patch = subjects.images[:n_images], subjects.patch_size
+    rows = {"as it is": images, "half shuffled": shuffle_patches(images, patch, 0.5),
+            "half hidden": occlude(images, patch, 0.5)}
+    return {"patches_examples": plot_images(
+        torch.cat(list(rows.values())), [text for text, row in rows.items() for _ in row], columns=n_images,
+        mean=subjects.mean, std=subjects.std, title="Patches shuffled and hidden")}
+
+
+def measure_position(subjects, n_images=400, n_shifted=64, reach=4):
+    """Shift consistency, and how many images are right while patches are shuffled or hidden (black, or by the mean)."""
+    images, labels = subjects.images[:n_images], subjects.labels[:n_images]
+    changes = {
+        "shuffled": partial(shuffle_patches, patch_size=subjects.patch_size, seed=0),
+        "hidden, mean": partial(occlude, patch_size=subjects.patch_size, fill="mean", seed=0),
+        "hidden, black": partial(occlude, patch_size=subjects.patch_size, fill="black", seed=0, mean=subjects.mean,
+                                 std=subjects.std)}
+    data = dict(n=len(images), n_shifted=min(n_shifted, len(images)), shares=list(HIDDEN),
+                classes=len(set(labels.tolist())), models={})
+    for name, model in subjects.models.items():
+        stays = shift_consistency(model, images[:n_shifted], reach)
+        curves = {what: accuracy_curve(model, images, labels, change, HIDDEN) for what, change in changes.items()}
+        data["models"][name] = dict(shift_map=stays.tolist(), consistency=mean_consistency(stays), correct=curves)
+    return data
+
+
+def draw_position(data):
+    panels = {what: {name: [(share, correct / data["n"], *wilson_interval(correct, data["n"]))
+                            for share, correct in zip(data["shares"], model["correct"][what], strict=True)]
+                     for name, model in data["models"].items()}
+              for what in ("shuffled", "hidden, mean", "hidden, black")}
+    maps = [torch.tensor(model["shift_map"]) for model in data["models"].values()]
+    return {"patches_changed": plot_curves(panels, "share of the patches", "images right (%)", percent=True,
+                                           lines=[("guessing", 1 / data["classes"])],
+                                           title="With patches shuffled or hidden (bands: 95% Wilson)"),
+            "shift_consistency": plot_matrices(maps, list(data["models"]), "share of images whose class stays",
+                                               "shift to the right (pixels)", "shift down (pixels)", most=1,
+                                               centred=True, title="How often the answer stays when the image moves")}
+
+
+def say_position(data):
+    models = data["models"]
+    consistency = {name: model["consistency"] for name, model in models.items()}
+    steady = level_with_the_best(consistency, data["n_shifted"])
+    left = {name: model["correct"]["shuffled"][-1] / max(1, model["correct"]["shuffled"][0])
+            for name, model in models.items()}
+    tough = level_with_the_best({name: min(1.0, share) for name, share in left.items()}, data["n"])
+    at = data["shares"][-1]
+    return (f"When the image moves by up to {(len(next(iter(models.values()))['shift_map']) - 1) // 2} pixels the "
+            f"predicted class stays in {listed(f'{value:.0%} ({name})' for name, value in consistency.items())} of the "
+            f"cases: {told(steady)} least. With {at:.0%} of the patches shuffled "
+            f"{listed(f'{value:.0%} ({name})' for name, value in left.items())} of as many right answers remain: "
+            f"{told(tough, 'leans on the order of the patches', 'lean on the order of the patches')} least.")
+
+
+def told(names, one="minds it", several="mind it"):
+    """The names with a verb, where there are several as not to be told apart."""
+    return f"{names[0]} {one}" if len(names) == 1 else f"{listed(names)}, not to be told apart, {several}"
+
+
+# ---- 8. A convolution as attention ------------------------------------------------------------------------
+
+
+def measure_convolution_as_attention(subjects, side=16):
+    """The largest difference between a trained convolution and the attention that is set to equal it, over the
+    convolutions of the first ConvNet among the models; and where the heads of one pixel look."""
+    model = next((model for model in subjects.models.values() if isinstance(model, ConvNet)), None)
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size[0] == 3 and m.stride[0] == 1] \
+        if model is not None else [nn.Conv2d(3, 8, 3, padding=1)]
+    rows, maps = [], None
+    generator = torch.Generator().manual_seed(0)
+    for conv in convs:
+        x = torch.randn(2, conv.in_channels, side, side, generator=generator)
+        layer = ConvolutionAsAttention.from_conv(conv)
+        with torch.no_grad():
+            ours, attention = layer(x, return_attention=True)
+            difference = (ours - conv(x)).abs().max().item()
+        rows.append(dict(channels=[conv.in_channels, conv.out_channels], difference=difference))
+        middle = attention[:, side * side // 2 + side // 2]  # (9, M)
+        maps = middle.unflatten(1, (side + 2, side + 2))[:, 5:-4, 5:-4].tolist()  # (9, 9, 9), around the pixel
+    return dict(rows=rows, maps=maps, trained=model is not None)
+
+
+def draw_convolution_as_attention(data):
+    return {"convolution_as_attention": plot_matrices(
+        [torch.tensor(head) for head in data["maps"]], [f"head {i + 1}" for i in range(len(data["maps"]))],
+        "attention weight", "columns from the pixel", "rows from the pixel", most=1, centred=True, columns=3,
+        title="Nine heads, each at one place of a 3 x 3 kernel")}
+
+
+def say_convolution_as_attention(data):
+    worst, n = max(row["difference"] for row in data["rows"]), len(data["rows"])
+    which = f"{n} {'trained' if data['trained'] else 'random'} 3 x 3 convolution{'s' * (n > 1)}"
+    if worst >= 1e-4:
+        return f"Attention that was set to equal {which} differs by up to {worst:.1e}: it is not the same."
+    return (f"Attention with nine heads that look at fixed neighbours, set to equal {which}, gives the same numbers "
+            f"(largest difference {worst:.1e}): a convolution is attention that has decided beforehand where to look.")
+
+
+EXPERIMENTS = {
+    "cost": Experiment("Cost", "What do parameters, time and memory do as images grow and patches shrink?",
+                       measure_cost, draw_cost, say_cost),
+    "receptive_field": Experiment("Receptive field", "Which pixels does a unit in the centre see, layer by layer?",
+                                  measure_receptive_fields, draw_receptive_fields, say_receptive_fields,
+                                  show_receptive_fields),
+    "attention_distance": Experiment("Attention distance", "How far do patches look?", measure_attention_distance,
+                                     draw_attention_distance, say_attention_distance),
+    "similarity": Experiment("What they represent", "Which layers tell images apart in the same way?",
+                             measure_similarity, draw_similarity, say_similarity),
+    "position": Experiment("Position and shape", "What do shifted, shuffled and hidden patches do to the answers?",
+                           measure_position, draw_position, say_position, show_position),
+    "convolution": Experiment("A convolution as attention", "Can attention do what a convolution does?",
+                              measure_convolution_as_attention, draw_convolution_as_attention,
+                              say_convolution_as_attention),
+}

@@ -1,0 +1,378 @@
+"""CNN against ViT, by training them: how far-apart marks are told, how many images are needed, which for my data.
+
+    train_once      one model, one training: the same recipe for every model
+    LEARNING[name]  "reach", "cues" and "data": measure() gives a cell, of one kind of model, one seed and, for "data",
+                    one number of images; draw() and say() take many cells, as those of experiments.py take data
+    judge           the three trained on somebody's own images, several seeds each; verdict() puts it into words
+
+A cell is a file: what was measured stays when the next one is cut off. Learning rates are chosen on validation images,
+of one grid that all models share; test images are read once, with the chosen one.
+
+Letters:  N images, S seeds, n test images.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass, field, replace
+from statistics import mean, stdev
+
+import torch
+
+from augmentation import Augmentation
+from charts import plot_bars, plot_curves
+from drawn_tasks import CUES, make_cues, make_marks
+from experiments import Experiment, listed
+from measurements import count_parameters
+from model_zoo import build_model
+from perturbations import cue_choices, predictions, shape_bias
+from trainer import NotFinite, Trainer, steps_within
+from vit_data import MemoryLoader, SetFacts
+from vit_model import InputError
+
+# From the plain ViT to the CNN, locality added back step by step; parameters within 10% of each other.
+STEPS_BETWEEN = {
+    "ViT": ("vit_nano", {}),
+    "ViT, mean pooling": ("vit_nano", dict(pool="mean")),
+    "Hybrid": ("hybrid", {}),
+    "ConvNet": ("convnet", {}),
+}
+RATES = (5e-4, 1e-3, 2e-3)  # the grid of learning rates
+SEEDS = (0, 1, 2)
+SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the training images
+DISTANCES = (8, 14, 20, 26, 32, 42)  # in pixels, at which reach is tested
+CENTRED = dict(mean=(0.5,) * 3, std=(0.25,) * 3)
+FEW = 20  # of fewer images no winner is named
+# Student's t by degrees of freedom: two-sided 5% over three comparisons together (Bonferroni: 5% / 3 each).
+CONFIDENCE = {2: 7.649, 3: 4.857, 4: 3.961, 5: 3.534, 6: 3.287, 8: 3.016, 10: 2.870, 15: 2.694, 20: 2.613, 30: 2.536,
+              60: 2.463, 120: 2.428}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every model is trained here. Steps, not epochs: fewer images are seen more often."""
+    n_steps: int = 800
+    batch_size: int = 64
+    weight_decay: float = 0.05
+    schedule: str = "linear"
+    optimizer: str = "muon"
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+
+RECIPE = Recipe()
+
+
+def loader_of(images, labels, class_names, recipe, seed=0, training=False, name="drawn", mean=None, std=None):
+    """A loader of uint8 images (N, 3, S, S) and labels (N,), varied as the recipe says where training."""
+    facts = SetFacts(name, list(class_names), images.shape[-1], mean or CENTRED["mean"], std or CENTRED["std"])
+    return MemoryLoader(images, labels, facts, recipe.batch_size, seed, training, augmentation=recipe.augmentation)
+
+
+def build_kind(kind, n_classes, img_size):
+    """A new model of STEPS_BETWEEN for images of this side. From 64 pixels on patches have twice the side, so that
+    there are no more of them than in 32."""
+    name, options = STEPS_BETWEEN[kind]
+    patch = dict(patch_size=8) if img_size >= 64 and img_size % 8 == 0 and name != "convnet" else {}
+    return build_model(name, n_classes=n_classes, img_size=img_size, **options, **patch)
+
+
+def train_once(kind, loader, val_loader, recipe, rate, seed, device="auto", amp="auto", progress=False):
+    """A trained model of STEPS_BETWEEN and its validation accuracy."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = build_kind(kind, len(loader.class_names), loader.img_size)
+    loader.seed = seed
+    trainer = Trainer(model, device, amp=amp)
+    trainer.train(loader, n_steps=recipe.n_steps, learning_rate=rate, weight_decay=recipe.weight_decay, seed=seed,
+                  schedule=recipe.schedule, optimizer=recipe.optimizer, progress=progress)
+    return model, trainer.evaluate(val_loader)["acc"]
+
+
+def best_of_rates(kind, loader, val_loader, recipe, seed, rates=RATES, **run):
+    """(model, {rate: validation accuracy}, the best rate) of one training with each rate; the least among equals. A
+    training that comes to no finite numbers has accuracy 0; where all do, the last one's error is raised."""
+    found = {}
+    for rate in rates:
+        try:
+            found[rate] = train_once(kind, loader, val_loader, recipe, rate, seed, **run)
+        except NotFinite:
+            if rate == rates[-1] and not any(model for model, _ in found.values()):
+                raise
+            found[rate] = None, 0.0
+    best = max((rate for rate in found if found[rate][0]), key=lambda rate: found[rate][1])
+    return found[best][0], {rate: accuracy for rate, (_, accuracy) in found.items()}, best
+
+
+# ---- 6. Reach ---------------------------------------------------------------------------------------------
+
+
+def measure_reach(kind, seed, recipe=RECIPE, n_images=20_000, n_test=1000, distances=DISTANCES, img_size=48, **run):
+    """Trained on two marks at all distances, tested at some: how many of n_test answers are right at each."""
+    recipe = replace(recipe, augmentation=Augmentation(0.0, "random"))  # a border that mirrors would add marks
+    drawn, val = (make_marks(n, img_size, seed=1 + seed, start=start) for n, start in ((n_images, 0), (2000, 10**9)))
+    loader = loader_of(drawn.images, drawn.labels, drawn.class_names, recipe, seed, True)
+    val_loader = loader_of(val.images, val.labels, val.class_names, recipe)
+    model, rates, rate = best_of_rates(kind, loader, val_loader, recipe, seed, **run)
+    correct = []
+    for distance in distances:
+        test = make_marks(n_test, img_size, seed=0, start=2 * 10**9, distance=distance)
+        images = torch.cat([images for images, _ in loader_of(test.images, test.labels, test.class_names, recipe)])
+        correct.append(int((predictions(model, images) == test.labels).sum()))
+    return dict(kind=kind, seed=seed, distances=list(distances), correct=correct, n=n_test, rates=rates, rate=rate,
+                parameters=count_parameters(model))
+
+
+def draw_reach(cells):
+    points = {}
+    for kind in kinds_of(cells):
+        own = [cell for cell in cells if cell["kind"] == kind]
+        points[kind] = [(distance, *banded([cell["correct"][i] / cell["n"] for cell in own]))
+                        for i, distance in enumerate(own[0]["distances"])]
+    return {"reach": plot_curves({"Two marks: the same, or different?": points}, "distance of the marks (pixels)",
+                                 "images right (%)", percent=True, lines=[("guessing", 0.5)], title=bands(cells))}
+
+
+def say_reach(cells):
+    parts, near, far, top = [], {}, {}, {}
+    for kind in kinds_of(cells):
+        own = [cell for cell in cells if cell["kind"] == kind]
+        near[kind], far[kind] = (mean(cell["correct"][i] / cell["n"] for cell in own) for i in (0, -1))
+        top[kind] = max(mean(cell["correct"][i] / cell["n"] for cell in own) for i in range(len(own[0]["correct"])))
+    at = next(iter(cells))["distances"]
+    ends = listed(f"{near[kind]:.0%} and {far[kind]:.0%} ({kind})" for kind in near)
+    parts.append(f"Whether two marks are the same is answered rightly at {at[0]} and at {at[-1]} pixels in {ends} of "
+                 f"the cases; guessing gives 50%.")
+    learned = [kind for kind in near if top[kind] > 0.6]
+    fall = {kind: near[kind] - far[kind] for kind in learned}
+    if not learned:
+        return parts[0] + " None has learned the task in these steps, so nothing follows about reach."
+    most = max(fall, key=fall.get)
+    parts.append(f"{most} loses most with distance, {100 * fall[most]:.0f} points." if fall[most] > 0.05 else
+                 "None that has learned it loses more than 5 points with distance.")
+    return " ".join(parts)
+
+
+# ---- 5, second part: outline against texture --------------------------------------------------------------
+
+
+def measure_cues(kind, seed, recipe=RECIPE, n_images=10_000, n_test=1000, img_size=32, **run):
+    """Trained where outline and texture name the same class, then asked where they are of different ones."""
+    images, outlines, _ = make_cues(n_images, img_size, seed=1 + seed)
+    val_images, val_outlines, _ = make_cues(1000, img_size, seed=1 + seed, start=10**9)
+    loader = loader_of(images, outlines, CUES, recipe, seed, True)
+    model, rates, rate = best_of_rates(kind, loader, loader_of(val_images, val_outlines, CUES, recipe), recipe, seed,
+                                       **run)
+    test, outlines, textures = make_cues(n_test, img_size, seed=0, start=2 * 10**9, agree=False)
+    shown = torch.cat([images for images, _ in loader_of(test, outlines, CUES, recipe)])
+    choices = cue_choices(predictions(model, shown), outlines, textures)
+    return dict(kind=kind, seed=seed, choices=choices, shape_bias=shape_bias(choices), val_acc=rates[rate],
+                rates=rates, rate=rate)
+
+
+def draw_cues(cells):
+    bars = {kind: banded(biases_of(cells, kind)) for kind in kinds_of(cells) if biases_of(cells, kind)}
+    heading = "answers by outline, of those by outline or texture"
+    return {"shape_bias": plot_bars({heading: bars}, title=bands(cells, "lines"))}
+
+
+def biases_of(cells, kind):
+    """The shape bias of each seed that has one."""
+    return [cell["shape_bias"] for cell in cells if cell["kind"] == kind and not math.isnan(cell["shape_bias"])]
+
+
+def say_cues(cells):
+    of_seeds = {kind: biases_of(cells, kind) for kind in kinds_of(cells)}
+    bias = {kind: mean(values) for kind, values in of_seeds.items() if values}
+    if not bias:
+        return "No model answers by outline or by texture."
+    values = listed(f"{value:.0%} ({kind})" for kind, value in bias.items())
+    outline = [kind for kind in bias if min(of_seeds[kind]) > 0.5]
+    texture = [kind for kind in bias if max(of_seeds[kind]) < 0.5]
+    parts = [f"{listed(kinds)} {'goes' if len(kinds) == 1 else 'go'} by {cue} with every seed"
+             for kinds, cue in ((outline, "outline"), (texture, "texture")) if kinds]
+    leaning = f"{', '.join(parts)}." if parts else "None goes by the same cue with every seed."
+    return f"Where outline and texture are at odds, the outline decides in {values} of the answers by either. {leaning}"
+
+
+# ---- 7. Data efficiency -----------------------------------------------------------------------------------
+
+
+def measure_data(kind, seed, n_images, loaders, recipe=RECIPE, **run):
+    """Trained on so many of the training images, drawn by the seed, the same steps whatever their number; test accuracy
+    at the rate that the validation images, always all of them, chose.
+
+    loaders: (training, validation, test), MemoryLoaders.
+    """
+    train_loader, val_loader, test_loader = loaders
+    train_loader.seed = seed
+    part = train_loader.plain(n_images)
+    part.training, part.batch_size = True, min(recipe.batch_size, n_images)
+    part.use(recipe.augmentation)
+    model, rates, rate = best_of_rates(kind, part, val_loader, recipe, seed, **run)
+    score = Trainer(model, run.get("device", "auto"), amp="off").evaluate(test_loader)
+    return dict(kind=kind, seed=seed, n_images=n_images, correct=score["correct"], n=score["n"],
+                rates=rates, rate=rate, parameters=count_parameters(model))
+
+
+def numbers_of_images(shares, n_images, n_classes):
+    """How many of n_images each share is, at least one a class; each number once, the largest first."""
+    return sorted({max(n_classes, round(share * n_images)) for share in shares}, reverse=True)
+
+
+def draw_data(cells):
+    points = {}
+    for kind in kinds_of(cells):
+        own = [cell for cell in cells if cell["kind"] == kind]
+        points[kind] = [(n_images, *banded([cell["correct"] / cell["n"] for cell in own
+                                            if cell["n_images"] == n_images]))
+                        for n_images in sorted({cell["n_images"] for cell in own})]
+    return {"data_efficiency": plot_curves({"Test accuracy, the same steps": points}, "training images",
+                                           "images right (%)", percent=True, log=("x",), title=bands(cells))}
+
+
+def say_data(cells):
+    """What each step from the ViT to the ConvNet brings at the fewest and at the most images."""
+    parts, n = [], cells[0]["n"]
+    numbers = sorted({cell["n_images"] for cell in cells})
+    for which, n_images in [("With the fewest", numbers[0]), ("With the most", numbers[-1])][-len(numbers):]:
+        at = {kind: [c["correct"] / c["n"] for c in cells if c["kind"] == kind and c["n_images"] == n_images]
+              for kind in kinds_of(cells)}
+        at = {kind: values for kind, values in at.items() if values}
+        best, others = max(at, key=lambda kind: mean(at[kind])), []
+        for kind, values in at.items():
+            if kind != best and mean(at[best]) - mean(values) <= margin(at[best], values, n):
+                others.append(kind)
+        values = listed(f"{mean(values):.1%} ({kind})" for kind, values in at.items())
+        lead = f"{best} is ahead" if not others else f"{best} and {listed(others)} cannot be told apart"
+        parts.append(f"{which} images, {n_images:,}, {values}: {lead}.")
+    return " ".join(parts)
+
+
+# ---- Which for my data? -----------------------------------------------------------------------------------
+
+
+def judge(loaders, minutes, seeds=SEEDS, kinds=("ConvNet", "Hybrid", "ViT"), recipe=RECIPE, device="auto", amp="auto",
+          report=print):
+    """Trains each kind for its share of the minutes, each seed anew: {kind: [a row a seed]}.
+
+    loaders: (training, validation, test). Where there are no test images (None) the validation images are asked, which
+    no choice was made on: one learning rate for all, one length by time. A row has answers, right or not, image by
+    image.
+    """
+    train_loader, val_loader, test_loader = loaders
+    asked, rows = test_loader or val_loader, {kind: [] for kind in kinds}
+    train_loader.batch_size = min(recipe.batch_size, train_loader.n_images)
+    seconds = 60 * minutes / len(kinds) / len(seeds)
+    for kind in kinds:
+        model = build_kind(kind, len(train_loader.class_names), train_loader.img_size)
+        one_batch = list(itertools.islice(val_loader, 1))  # the trainings evaluate once, at their end
+        n_steps = steps_within(seconds, model, train_loader, one_batch, recipe.optimizer, device=device, amp=amp)
+        for seed in seeds:
+            own = replace(recipe, n_steps=n_steps)
+            try:
+                model, _ = train_once(kind, train_loader, val_loader, own, RATES[1], seed, device, amp)
+                right = torch.cat([predictions(model, images) == labels.cpu() for images, labels in asked])
+            except NotFinite as error:
+                report(f"{kind}, seed {seed}: {error}; it counts as no image right")
+                right = torch.zeros(asked.n_images, dtype=torch.bool)
+            rows[kind].append(dict(seed=seed, n_steps=n_steps, right=right.tolist(),
+                                   accuracy=right.double().mean().item()))
+            report(f"{kind}, seed {seed}: {rows[kind][-1]['accuracy']:.1%} of {len(right):,} images, {n_steps} steps")
+    return rows
+
+
+def t_quantile(df):
+    """That of CONFIDENCE, for 2 degrees of freedom or more; of a number not listed the next lower's, which is wider."""
+    return CONFIDENCE[max(known for known in CONFIDENCE if known <= df)]
+
+
+def compare_two(first, second):
+    """(difference of the mean accuracies, half the width of its interval): rows of judge(), of S seeds and n images.
+
+    The variance is that between seeds, plus that between images: of the differences image by image, each the mean over
+    the seeds, with one image more that speaks for each side, so that few images that agree prove little. Degrees of
+    freedom by Welch and Satterthwaite.
+    """
+    accuracies = [[row["accuracy"] for row in rows] for rows in (first, second)]
+    by_image = [torch.tensor([row["right"] for row in rows]).double().mean(dim=0) for rows in (first, second)]  # (n)
+    differences = torch.cat([by_image[0] - by_image[1], torch.tensor([1.0, -1.0]).double()])  # (n + 2)
+    parts = [(differences.var().item() / len(differences), len(differences) - 1),
+             *((stdev(values) ** 2 / len(values), len(values) - 1) for values in accuracies)]
+    return mean(accuracies[0]) - mean(accuracies[1]), half_width(parts)
+
+
+def verdict(rows, costs=None):
+    """Which model for these images, in words: a winner only where its lead over both others is larger than what chance
+    does. rows: as from judge(); costs: {kind: milliseconds an image}.
+
+    Raises InputError for fewer than two kinds or two seeds.
+    """
+    if len(rows) < 2 or min(len(own) for own in rows.values()) < 2:
+        raise InputError("a verdict needs two kinds of model and two seeds of each at least; give more minutes")
+    levels = {kind: mean(row["accuracy"] for row in own) for kind, own in rows.items()}
+    order = sorted(levels, key=levels.get, reverse=True)
+    best, n = order[0], len(rows[order[0]][0]["right"])
+    told = {kind: compare_two(rows[best], rows[kind]) for kind in order[1:]}
+    tied = [kind for kind, (difference, half) in told.items() if difference <= half or n < FEW]
+    values = listed(f"{levels[kind]:.1%} ({kind})" for kind in order)
+    seen = f"{len(rows[best])} seeds each, {n:,} images: {values}."
+    if not tied:
+        leads = listed(f"{100 * d:.1f} points ({100 * (d - h):.1f} to {100 * (d + h):.1f}) before {kind}"
+                       for kind, (d, h) in told.items())
+        return f"{best}. {seen} It is {leads}: more than seeds and images vary by."
+    level = [best, *tied]
+    lost = [kind for kind in order if kind not in level]
+    widest = max(told[kind][1] for kind in tied)
+    text = f"No winner among {listed(level)}. {seen} A lead of up to {100 * widest:.1f} points could be chance here"
+    text += f", and of fewer than {FEW} images nothing can be told" if n < FEW else ""
+    text += f"; {listed(lost)} {'is' if len(lost) == 1 else 'are'} behind." if lost else "."
+    if costs:
+        cheapest = min(level, key=lambda kind: costs[kind])
+        text += f" Of these {cheapest} costs least, {costs[cheapest]:.2f} ms an image."
+    return text
+
+
+# ---- What the functions above lean on ---------------------------------------------------------------------
+
+
+def kinds_of(cells):
+    """The kinds of the cells, in the order of STEPS_BETWEEN. Raises InputError where there is no cell."""
+    if not cells:
+        raise InputError("there are no cells yet; python cnn_vs_vit.py --full measures them")
+    return [kind for kind in STEPS_BETWEEN if any(cell["kind"] == kind for cell in cells)]
+
+
+def banded(values):
+    """(mean, lowest, highest)."""
+    return mean(values), min(values), max(values)
+
+
+def bands(cells, what="bands"):
+    """What bands, or lines, in a figure of cells show."""
+    return f"{what}: from the lowest to the highest of {len({cell['seed'] for cell in cells})} seeds"
+
+
+def margin(first, second, n):
+    """What the means of two samples of accuracies, each of n images, may differ by chance, between seeds and between
+    images (as if each had images of its own); without end where there are fewer than two of a sample."""
+    if min(len(first), len(second)) < 2:
+        return math.inf
+    parts = [(stdev(values) ** 2 / len(values), len(values) - 1) for values in (first, second)]
+    parts += [(mean(values) * (1 - mean(values)) / n + 1 / n**2, n) for values in (first, second)]
+    return half_width(parts)
+
+
+def half_width(parts):
+    """Half an interval of a sum whose parts have these (variance, degrees of freedom), by Welch and Satterthwaite."""
+    variance = sum(part for part, _ in parts)
+    df = variance**2 / sum(part**2 / own for part, own in parts)
+    return t_quantile(max(2, df)) * math.sqrt(variance)
+
+
+LEARNING = {
+    "cues": Experiment("Outline or texture", "Where the two are at odds, by which does a model go?", measure_cues,
+                       draw_cues, say_cues),
+    "reach": Experiment("Reach", "Can a model compare two marks that lie far apart?", measure_reach, draw_reach,
+                        say_reach),
+    "data": Experiment("Data efficiency", "How many images does each need, and what does each step from the ViT to the "
+                       "CNN buy?", measure_data, draw_data, say_data),
+}

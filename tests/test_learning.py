@@ -1,0 +1,282 @@
+"""Trainings side by side: the same recipe for all, choices by validation images, and verdicts that hold back."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+
+import learning as le
+from augmentation import Augmentation
+from drawn_tasks import make_mark
+from measurements import count_parameters
+from model_zoo import build_model
+from trainer import NotFinite
+from vit_model import InputError
+
+QUICK = le.Recipe(n_steps=2, batch_size=8)
+ON_CPU = dict(device="cpu", amp="off")
+
+
+def loaders(n=40, img_size=16):
+    made = [make_mark(count, img_size, start=start) for count, start in ((n, 0), (12, 1000), (14, 2000))]
+    return tuple(le.loader_of(drawn.images, drawn.labels, drawn.class_names, QUICK, training=i == 0)
+                 for i, drawn in enumerate(made))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The four kinds, of the same names, in small."""
+    tiny = dict(vit_nano=dict(embed_dim=12, depth=1, n_heads=2), hybrid=dict(embed_dim=12, depth=1, n_heads=2),
+                convnet=dict(widths=(3, 5), depths=(1, 1)))
+    monkeypatch.setattr(le, "build_model", lambda name, **options: build_model(name, **tiny[name] | options))
+
+
+def test_the_steps_from_vit_to_convnet_have_parameters_within_10_percent():
+    counts = {kind: count_parameters(build_model(name, n_classes=10, img_size=32, **options))
+              for kind, (name, options) in le.STEPS_BETWEEN.items()}
+    assert max(counts.values()) <= 1.1 * min(counts.values())
+
+
+@pytest.mark.usefixtures("small")
+def test_a_training_is_a_function_of_its_seed():
+    def weights(seed):
+        train, val, _ = loaders()
+        state = torch.get_rng_state()
+        model, accuracy = le.train_once("ViT", train, val, QUICK, 1e-3, seed, **ON_CPU)
+        assert torch.equal(state, torch.get_rng_state())
+        assert 0 <= accuracy <= 1
+        return model.head.weight
+
+    assert torch.equal(weights(3), weights(3))
+    assert not torch.equal(weights(3), weights(4))
+
+
+def test_the_rate_is_the_best_on_the_validation_images_and_the_least_among_equals(monkeypatch):
+    accuracies = {1e-3: 0.7, 2e-3: 0.9, 4e-3: 0.9}
+    monkeypatch.setattr(le, "train_once", lambda kind, train, val, recipe, rate, seed, **run: (rate, accuracies[rate]))
+    assert le.best_of_rates("ViT", None, None, QUICK, 0, tuple(accuracies)) == (2e-3, accuracies, 2e-3)
+
+
+@pytest.mark.usefixtures("small")
+def test_cells_of_reach_and_cues(monkeypatch):
+    for cell in (le.measure_reach("Hybrid", 1, QUICK, 24, 20, (8, 20), 32, **ON_CPU),
+                 le.measure_cues("Hybrid", 1, QUICK, 25, 20, 16, **ON_CPU)):
+        assert (cell["kind"], cell["seed"], cell["rate"] in le.RATES, len(cell["rates"])) == ("Hybrid", 1, True, 3)
+    reach = le.measure_reach("ViT", 0, QUICK, 24, 20, (8, 20), 32, **ON_CPU)
+    assert [0 <= correct <= 20 for correct in reach["correct"]] == [True, True]
+    cues = le.measure_cues("ViT", 0, QUICK, 25, 20, 16, **ON_CPU)
+    assert sum(cues["choices"].values()) == 20
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("n_images", [2, 4, 40])
+def test_a_cell_of_data_trains_on_so_many_of_the_images(n_images, monkeypatch):
+    seen, train = [], le.train_once
+
+    def watched(kind, loader, *rest, **run):
+        seen.append((loader.n_images, loader.training, loader.augmentation, loader.seed))
+        return train(kind, loader, *rest, **run)
+
+    monkeypatch.setattr(le, "train_once", watched)
+    cell = le.measure_data("ConvNet", 5, n_images, loaders(), QUICK, **ON_CPU)
+    assert seen == [(n_images, True, Augmentation(), 5)] * 3
+    assert (cell["n_images"], cell["n"]) == (n_images, 14)
+
+
+# ---- Sentences and figures
+
+
+def reach_cells(levels):
+    return [dict(kind=kind, seed=seed, distances=[8, 42], correct=[near, far], n=100)
+            for kind, (near, far) in levels.items() for seed in le.SEEDS]
+
+
+def test_the_reach_sentence_turns_with_the_numbers():
+    first = le.say_reach(reach_cells(dict(ViT=(98, 97), ConvNet=(99, 55))))
+    assert "98% and 97% (ViT) and 99% and 55% (ConvNet)" in first
+    assert "ConvNet loses most with distance, 44 points" in first
+    assert "ViT loses most" in le.say_reach(reach_cells(dict(ViT=(99, 55), ConvNet=(98, 97))))
+    assert "loses more than 5 points" in le.say_reach(reach_cells(dict(ViT=(98, 97), ConvNet=(99, 96))))
+    assert "None has learned the task" in le.say_reach(reach_cells(dict(ViT=(50, 49), ConvNet=(52, 55))))
+
+
+def test_the_cue_sentence_turns_with_the_numbers():
+    def sentence(**levels):
+        return le.say_cues([dict(kind=kind, shape_bias=level) for kind, level in levels.items() for _ in le.SEEDS])
+
+    assert "ViT goes by outline with every seed, ConvNet goes by texture" in sentence(ViT=0.8, ConvNet=0.1)
+    assert "ConvNet goes by outline with every seed, ViT goes" in sentence(ViT=0.1, ConvNet=0.8)
+    assert "ViT and ConvNet go by texture with every seed" in sentence(ViT=0.1, ConvNet=0.2)
+    assert "None goes by the same cue" in sentence(ViT=0.5, ConvNet=0.5)
+    assert "No model answers by outline or by texture" in sentence(ViT=math.nan)
+
+
+def data_cells(levels):
+    return [dict(kind=kind, seed=seed, n_images=n_images, correct=correct + seed, n=1000)
+            for kind, pairs in levels.items() for n_images, correct in zip((100, 9000), pairs, strict=True)
+            for seed in le.SEEDS]
+
+
+def test_the_data_sentence_turns_with_the_numbers():
+    first = le.say_data(data_cells(dict(ViT=(300, 800), ConvNet=(400, 801))))
+    assert "With the fewest images, 100, 30.1% (ViT) and 40.1% (ConvNet): ConvNet is ahead" in first
+    assert "With the most images, 9,000, 80.1% (ViT) and 80.2% (ConvNet): ConvNet and ViT cannot be told apart" in first
+    assert "ViT is ahead" in le.say_data(data_cells(dict(ViT=(400, 900), ConvNet=(300, 800))))
+
+
+def test_what_is_measured_once_is_not_told_apart():
+    cells = [cell for cell in data_cells(dict(ViT=(300, 300), ConvNet=(900, 900))) if cell["seed"] == 0]
+    assert "cannot be told apart" in le.say_data(cells)
+
+
+@pytest.mark.parametrize(("draw", "cells"), [
+    (le.draw_reach, reach_cells(dict(ViT=(98, 97), ConvNet=(99, 55)))),
+    (le.draw_cues, [dict(kind="ViT", shape_bias=level, seed=0) for level in (0.2, 0.4, math.nan)]),
+    (le.draw_data, data_cells(dict(ViT=(300, 800), ConvNet=(400, 801))))])
+def test_cells_become_figures_with_bands(draw, cells):
+    (figure,) = draw(cells).values()
+    assert figure.axes
+
+
+def test_without_cells_there_is_nothing_to_say():
+    with pytest.raises(InputError, match="no cells yet"):
+        le.say_reach([])
+
+
+# ---- Verdicts
+
+
+def rows_of(shares, n=400, seeds=3, spread=0.0, generator=None):
+    """Rows of judge(): each kind right in so many images by chance, the same images hard for all."""
+    generator = generator or random.Random(0)
+    hard = [generator.random() for _ in range(n)]
+    rows = {}
+    for kind, share in shares.items():
+        rows[kind] = []
+        for seed in range(seeds):
+            level = share + spread * generator.gauss(0, 1)
+            right = [0.5 * h + 0.5 * generator.random() < level for h in hard]
+            rows[kind].append(dict(seed=seed, n_steps=1, right=right, accuracy=sum(right) / n))
+    return rows
+
+
+def test_a_clear_lead_is_named_with_its_interval():
+    text = le.verdict(rows_of(dict(ConvNet=0.9, Hybrid=0.6, ViT=0.5)))
+    assert text.startswith("ConvNet. 3 seeds each, 400 images: ")
+    assert "before Hybrid" in text
+    assert "before ViT" in text
+    assert le.verdict(rows_of(dict(ConvNet=0.5, Hybrid=0.6, ViT=0.9))).startswith("ViT. ")
+
+
+def test_a_lead_within_the_noise_is_no_winner_and_the_cheapest_is_named():
+    rows = rows_of(dict(ConvNet=0.71, Hybrid=0.70, ViT=0.3))
+    text = le.verdict(rows, dict(ConvNet=2.0, Hybrid=0.5, ViT=0.1))
+    assert text.startswith("No winner among ")
+    assert "ViT is behind" in text
+    assert "Of these Hybrid costs least, 0.50 ms" in text
+
+
+def test_seeds_that_differ_much_hide_a_lead():
+    clear = rows_of(dict(ConvNet=0.75, Hybrid=0.6, ViT=0.6), n=2000)
+    noisy = {kind: [dict(row, accuracy=row["accuracy"] + by) for row, by in zip(own, (-0.2, 0, 0.2), strict=True)]
+             for kind, own in clear.items()}
+    assert le.verdict(clear).startswith("ConvNet. ")
+    assert le.verdict(noisy).startswith("No winner among ConvNet")
+
+
+def test_where_nothing_differs_hardly_ever_a_winner_is_named():
+    generator = random.Random(7)
+    named = sum(not le.verdict(rows_of(dict(ConvNet=0.7, Hybrid=0.7, ViT=0.7), 200, spread=0.02, generator=generator))
+                .startswith("No winner") for _ in range(200))
+    assert named <= 10  # 5% of 200
+
+
+def test_a_verdict_needs_two_of_each():
+    with pytest.raises(InputError, match="two seeds"):
+        le.verdict(rows_of(dict(ConvNet=0.9, ViT=0.1), seeds=1))
+    with pytest.raises(InputError, match="two kinds"):
+        le.verdict(rows_of(dict(ConvNet=0.9)))
+
+
+def student_tail(t, df, step=1e-3, end=400.0):
+    """P(T > t) for Student's t, by the trapezoid rule."""
+    constant = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+    x = torch.arange(t, end, step, dtype=torch.float64)
+    return (constant * torch.trapezoid((1 + x**2 / df) ** (-(df + 1) / 2), x)).item()
+
+
+@pytest.mark.parametrize("df", sorted(le.CONFIDENCE))
+def test_the_quantiles_are_students(df):
+    assert student_tail(le.CONFIDENCE[df], df) == pytest.approx(0.05 / 3 / 2, rel=2e-3)
+
+
+def test_quantiles_of_other_degrees_of_freedom_are_wider():
+    assert [le.t_quantile(df) for df in (2, 2.9, 5, 7, 400)] == [7.649, 7.649, 3.534, 3.287, 2.428]
+
+
+def test_an_interval_of_equal_parts_has_their_degrees_of_freedom_together():
+    assert le.half_width([(0.25, 2), (0.25, 2)]) == pytest.approx(le.CONFIDENCE[4] * 0.5**0.5)
+    assert le.half_width([(1.0, 120), (0.0, 2)]) == pytest.approx(le.CONFIDENCE[120])
+
+
+def test_few_images_that_agree_prove_little():
+    rows = {kind: [dict(seed=seed, right=[right] * 2, accuracy=float(right)) for seed in range(3)]
+            for kind, right in (("ConvNet", True), ("ViT", False))}
+    text = le.verdict(rows)
+    assert text.startswith("No winner among ConvNet and ViT")
+    assert "of fewer than 20 images nothing can be told" in text
+    cells = [dict(kind=kind, seed=seed, n_images=9, correct=correct, n=50)
+             for kind, correct in (("ViT", 44), ("ConvNet", 45)) for seed in le.SEEDS]
+    assert "cannot be told apart" in le.say_data(cells)
+    assert le.say_data(cells).count("images") == 1
+
+
+def test_numbers_of_images_come_once():
+    assert le.numbers_of_images((0.01, 0.03, 0.1, 1.0), 90, 10) == [90, 10]
+
+
+def test_a_training_that_diverges_loses_only_itself(monkeypatch):
+    def train(kind, loader, val_loader, recipe, rate, *rest, **run):
+        if rate > limit:
+            raise NotFinite("loss or gradient are not finite")
+        return torch.nn.Identity(), 0.5
+
+    monkeypatch.setattr(le, "train_once", train)
+    limit = 1e-3
+    _, rates, best = le.best_of_rates("ViT", None, None, QUICK, 0)
+    assert (rates, best) == ({5e-4: 0.5, 1e-3: 0.5, 2e-3: 0.0}, 5e-4)
+    limit = 0
+    with pytest.raises(NotFinite):
+        le.best_of_rates("ViT", None, None, QUICK, 0)
+    monkeypatch.setattr(le, "steps_within", lambda *words, **run: 1)
+    lines = []
+    rows = le.judge(loaders(), 1, report=lines.append, recipe=QUICK, **ON_CPU)
+    assert {row["accuracy"] for own in rows.values() for row in own} == {0.0}
+    assert "counts as no image right" in lines[0]
+
+
+@pytest.mark.usefixtures("small")
+def test_judge_trains_each_kind_with_each_seed_within_its_share_of_the_time(monkeypatch):
+    asked = []
+    monkeypatch.setattr(le, "steps_within", lambda seconds, *rest, **run: asked.append(seconds) or 2)
+    lines = []
+    rows = le.judge(loaders(), 3, recipe=QUICK, report=lines.append, **ON_CPU)
+    assert asked == [20, 20, 20]
+    assert list(rows) == ["ConvNet", "Hybrid", "ViT"]
+    assert {len(row["right"]) for own in rows.values() for row in own} == {14}
+    assert [row["seed"] for own in rows.values() for row in own] == [0, 1, 2] * 3
+    assert len(lines) == 9
+    train, val, _ = loaders()
+    rows = le.judge((train, val, None), 3, recipe=QUICK, report=lines.append, **ON_CPU)
+    assert {len(row["right"]) for own in rows.values() for row in own} == {12}
+    for own in rows.values():
+        assert all(a["accuracy"] == sum(a["right"]) / 12 for a, _ in itertools.pairwise(own))
+
+
+def test_larger_images_have_larger_patches_and_the_three_stay_alike():
+    for kind in ("ViT", "Hybrid"):
+        assert [le.build_kind(kind, 3, side).patch_embed.n_patches for side in (32, 64)] == [64, 64]
+    counts = [count_parameters(le.build_kind(kind, 10, 64)) for kind in le.STEPS_BETWEEN]
+    assert max(counts) <= 1.15 * min(counts)
