@@ -16,6 +16,7 @@ Letters:  B images, C channels, L blocks (depth), H heads, N tokens (CLS, regist
 
 import copy
 import math
+import os
 import statistics
 import time
 from contextlib import contextmanager
@@ -359,6 +360,7 @@ def peak_memory(model, images, train=False):
         before = torch.cuda.memory_allocated(device)
         run_pass(model, images, train)
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler of torch 2.14 prints lines of its own
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run_pass(model, images, train)
     records = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
