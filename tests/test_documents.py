@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import cnn_vs_vit
 import train_vit
 import vit_data
 from command_line import OneLineParser
@@ -101,6 +102,8 @@ def test_commands_of_the_readme_have_arguments_that_the_scripts_know(monkeypatch
 
     for line in commands:
         words = shlex.split(line.split("#")[0])
+        if "cnn_vs_vit.py" in words:
+            cnn_vs_vit.make_parser().parse_args(words[words.index("cnn_vs_vit.py") + 1:])
         if "train_vit.py" not in words:
             continue
         words = words[words.index("train_vit.py") + 1:]
