@@ -345,6 +345,7 @@ def step_lines(cells):
     for cell in cells:
         r = cell["result"]
         groups = list(dict.fromkeys(group for row in r["rows"] for group in row["shares"]))
+        lines += [f"**{r.get('precision', 'float32')}, {cell['machine']}**", ""]
         lines += [f"| recipe | a step, ms | images/s | MFLOPs an image | floor, ms | floor over step | "
                   f"{' | '.join(groups)} |", f"|---|---:|---:|---:|---:|---:|{'---:|' * len(groups)}"]
         for row in r["rows"]:

@@ -1,14 +1,16 @@
 """Where the time of a training step goes, by recipe, and how far it is from its floor.
 
-    python benchmarks/steps.py --keep        alone on the machine, about 2 minutes
+    python benchmarks/steps.py --keep                alone on the machine, about 2 minutes
+    python benchmarks/steps.py --amp bf16 --keep     the same where bfloat16 is multiplied
 
 Shares are of the profiler's own times of torch's operators, in groups. The floor is the time that the step's
-multiplications (torch's FlopCounterMode, a multiply-add is 2) would take at the rate of a 2048 x 2048 product, measured
-between the steps. Then the optimisers by themselves, a step each on the matrices of vit_nano, and convolutions with
+multiplications (torch's FlopCounterMode, a multiply-add is 2) would take at the rate of a 2048 x 2048 product, of the same
+precision, measured between the steps. Then the optimisers by themselves, a step each on the matrices of vit_nano, and convolutions with
 channels last and first: medians of rounds in which they take turns.
 """
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -63,13 +65,13 @@ def loader_of(recipe):
     return MemoryLoader(images, labels, facts, recipe.batch_size, 0, True, augmentation=recipe.augmentation)
 
 
-def profile_recipe(name):
+def profile_recipe(name, amp):
     recipe = RECIPES[name]
     loader = loader_of(recipe)
     model = build_model(recipe.model, n_classes=10, img_size=32, **recipe.options)
-    trainer = Trainer(model, "cpu", loss_fn=CrossEntropy(recipe.label_smoothing))
+    trainer = Trainer(model, "cpu", loss_fn=CrossEntropy(recipe.label_smoothing), amp=amp)
     run = recipe.training(10, 32) | dict(low=None) | dict(learning_rate=1e-6, progress=False)
-    matrix = torch.randn(2048, 2048)
+    matrix = torch.randn(2048, 2048).to(trainer.dtype or torch.float32)
     n_steps = 8
     works = dict(step=lambda: trainer.train(loader, n_steps=n_steps, **run), product=lambda: matrix @ matrix)
     seconds = medians(works)
@@ -126,15 +128,20 @@ def layout_seconds():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--amp", default="off", choices=("off", "bf16"))
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
-    rows = [profile_recipe(name) for name in ("vit_nano_fast", "hybrid_fast", "convnet_fast")]
-    result = dict(device="cpu", rows=rows, optimizers=optimizer_seconds(), layouts=layout_seconds())
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler of torch 2.14 prints lines of its own
+    recipes = ["vit_nano_fast", "hybrid_fast", "convnet_fast", *["convnet_wider"] * (options.amp == "bf16")]
+    rows = [profile_recipe(name, options.amp) for name in recipes]
+    precision = "bfloat16" if options.amp == "bf16" else "float32"
+    result = dict(device="cpu", precision=precision, rows=rows, optimizers=optimizer_seconds(), layouts=layout_seconds())
     for row in rows:
         print(row)
     print(result["optimizers"], result["layouts"])
     if options.keep:
-        write_cell("steps", "cpu", 0, "python benchmarks/steps.py --keep", result)
+        words = f" --amp {options.amp}" * (options.amp != "off")
+        write_cell("steps", f"cpu{words.replace(' --amp ', '-')}", 0, f"python benchmarks/steps.py{words} --keep", result)
 
 
 if __name__ == "__main__":
