@@ -4,9 +4,9 @@
     python benchmarks/steps.py --amp bf16 --keep     the same where bfloat16 is multiplied
 
 Shares are of the profiler's own times of torch's operators, in groups. The floor is the time that the step's
-multiplications (torch's FlopCounterMode, a multiply-add is 2) would take at the rate of a 2048 x 2048 product, of the same
-precision, measured between the steps. Then the optimisers by themselves, a step each on the matrices of vit_nano, and convolutions with
-channels last and first: medians of rounds in which they take turns.
+multiplications (torch's FlopCounterMode, a multiply-add is 2) would take at the rate of a 2048 x 2048 product, of the
+same precision, measured between the steps. Then the optimisers by themselves, a step each on the matrices of vit_nano,
+and convolutions with channels last and first, both in float32: medians of rounds in which they take turns.
 """
 
 import argparse
@@ -135,13 +135,15 @@ def main():
     recipes = ["vit_nano_fast", "hybrid_fast", "convnet_fast", *["convnet_wider"] * (options.amp == "bf16")]
     rows = [profile_recipe(name, options.amp) for name in recipes]
     precision = "bfloat16" if options.amp == "bf16" else "float32"
-    result = dict(device="cpu", precision=precision, rows=rows, optimizers=optimizer_seconds(), layouts=layout_seconds())
+    result = dict(device="cpu", precision=precision, rows=rows, optimizers=optimizer_seconds(),
+                  layouts=layout_seconds())
     for row in rows:
         print(row)
     print(result["optimizers"], result["layouts"])
     if options.keep:
         words = f" --amp {options.amp}" * (options.amp != "off")
-        write_cell("steps", f"cpu{words.replace(' --amp ', '-')}", 0, f"python benchmarks/steps.py{words} --keep", result)
+        name = "cpu" if options.amp == "off" else f"cpu-{options.amp}"
+        write_cell("steps", name, 0, f"python benchmarks/steps.py{words} --keep", result)
 
 
 if __name__ == "__main__":
