@@ -94,7 +94,7 @@ def look(subjects, names, folder, progress=True):
         tell(experiment.title, results[name]["finding"], results[name]["seconds"])
         keep(figures, folder)
         sections.append(Section(experiment.title, experiment.question, results[name]["finding"], figures,
-                                note=f"Measured now, in {results[name]['seconds']:.0f} s."))
+                                note=f"Measured now, in {results[name]['seconds']:.1f} s."))
     return results, sections
 
 
@@ -131,7 +131,7 @@ def grouped(cells):
 
 
 def tell(title, finding, seconds=None):
-    print(f"\n{title}{f' ({seconds:.0f} s)' if seconds else ''}\n{finding}", flush=True)
+    print(f"\n{title}{f' ({seconds:.1f} s)' if seconds is not None else ''}\n{finding}", flush=True)
 
 
 def keep(figures, folder):

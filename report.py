@@ -19,6 +19,7 @@ nav a { margin-right: 1rem; white-space: nowrap; }
 .note { opacity: .8; font-size: .9rem; overflow-wrap: anywhere; }
 figure { margin: 1.2rem 0; overflow-x: auto; } figcaption { font-size: .9rem; opacity: .8; }
 img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
+@media (max-width: 44rem) { figure img { max-width: none; width: 44rem; } }
 .table { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child, td:first-child { text-align: left; } thead th { background: var(--soft); }
