@@ -7,6 +7,8 @@ import csv
 import errno
 import json
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
@@ -485,3 +487,35 @@ def test_lines_are_printed_at_most_once_a_second_and_the_last_always(tmp_path, c
         saver.on_epoch(state.epoch(0.5))
     printed = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
     assert printed == ["1", "5", "9"]
+
+
+# ---- What a result was measured on ------------------------------------------------------------------------
+
+
+def test_the_machine_is_told_with_its_widest_instructions(monkeypatch, tmp_path):
+    info = tmp_path / "cpuinfo"
+    info.write_text("model name\t: Chip 9\nflags\t\t: fpu avx2 avx512f avx512_bf16\n")
+    monkeypatch.setattr(run_folder, "Path", lambda name: info)
+    assert run_folder.machine() == f"Chip 9 with AVX512-BF16, {os.cpu_count()} cores, {platform.system()}"
+    info.write_text("model name\t: Chip 1\nflags\t\t: fpu\n")
+    assert run_folder.machine().startswith("Chip 1, ")
+
+
+def test_the_commit_says_where_a_tracked_file_differs(monkeypatch, tmp_path):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True,
+                       capture_output=True)
+
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "run_folder.py"))
+    assert run_folder.commit() == "unknown"
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    for name in ("code.py", "benchmarks/results/a.json"):
+        (tmp_path / name).write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "x")
+    assert re.fullmatch(r"[0-9a-f]{7,}", run_folder.commit())
+    (tmp_path / "benchmarks" / "results" / "a.json").write_text("2")
+    assert "dirty" not in run_folder.commit()
+    (tmp_path / "code.py").write_text("2")
+    assert run_folder.commit().endswith("-dirty")
