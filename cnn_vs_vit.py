@@ -2,7 +2,7 @@
 
     python cnn_vs_vit.py                                    the models that come with the project, under 3 minutes
     python cnn_vs_vit.py --only position                    one experiment
-    python cnn_vs_vit.py --full                             those that train too; goes on where it was cut
+    python cnn_vs_vit.py --full                             those that train too, hours; what is in --cells stays
     python cnn_vs_vit.py --full --only data --data-dir CIFAR --shares 0.01 0.1 1      data efficiency on other images
     python cnn_vs_vit.py --data-dir photos --minutes 30     which for my images? trains all three on them
 
@@ -41,11 +41,12 @@ from learning import (
     numbers_of_images,
     verdict,
 )
-from measurements import choose_device, linear_classifier, throughput
+from measurements import choose_device, choose_precision, linear_classifier, throughput
 from model_zoo import build_model, create_pretrained
 from report import Section, write_report
 from run_folder import commit, machine
 from train_vit import LINEAR_IMAGES
+from trainer import NotFinite
 from visualizations import normalise
 from vit_data import MemoryLoader, get_data_loaders, get_test_loader, make_shapes
 from vit_model import InputError, check_choice
@@ -172,25 +173,38 @@ def train_cells(names, folder, options, recipe=RECIPE):
         images = dict(n_images=train_loader.n_images, img_size=train_loader.img_size, n_test=test_loader.n_images,
                       class_names=list(train_loader.class_names), cut=options.seed)
     seeds, few = (SEEDS[:1], dict(n_images=40, n_test=8)) if options.dry_run else (SEEDS, {})
+    device = choose_device(options.device)
+    precision = choose_precision(options.amp, device)
     bar = tqdm(planned(names, numbers, seeds), unit="cell", disable=None)
     for name, kind, number, n_images in bar:
         path = folder / cell_file(name, kind, number, n_images, dataset if name == "data" else "")
         bar.set_description(path.stem)
-        setting = json.loads(json.dumps(dict(recipe=asdict(recipe), images=images if name == "data" else few)))
+        setting = json.loads(json.dumps(dict(recipe=asdict(recipe), images=images if name == "data" else few,
+                                             precision=str(precision or torch.float32))))
+        check_setting(setting, name, dataset if name == "data" else "", folder)
         if path.exists():
-            if json.loads(path.read_text())["setting"] != setting:
-                raise InputError(f"{path} was measured on other images or by another recipe; remove it, or give "
-                                 f"another folder with --cells")
             continue
         run = dict(recipe=recipe, device=options.device, amp=options.amp)
-        measured = measure_data(kind, number, n_images, loaders, **run) | dict(dataset=dataset) if name == "data" else \
-            LEARNING[name].measure(kind, number, **run, **few)
-        device = choose_device(options.device).type
-        write_json(dict(table=name, commit=commit(), date=time.strftime("%Y-%m-%d"), machine=machine(device),
+        try:
+            measured = measure_data(kind, number, n_images, loaders, **run) | dict(dataset=dataset) \
+                if name == "data" else LEARNING[name].measure(kind, number, **run, **few)
+        except NotFinite as error:
+            tqdm.write(f"{path.stem} is left out: {error}")
+            continue
+        write_json(dict(table=name, commit=commit(), date=time.strftime("%Y-%m-%d"), machine=machine(device.type),
                         versions=dict(torch=torch.__version__, torchvision=torchvision.__version__), seed=number,
-                        command=command_of(name, options), setting=setting, result=measured | dict(device=device)),
-                   path)
+                        command=command_of(name, options), setting=setting,
+                        result=measured | dict(device=device.type)), path)
     return read_cells(names, [folder])
+
+
+def check_setting(setting, name, dataset, folder):
+    """Raises InputError where a cell of the same experiment and data set in the folder has another setting."""
+    for path in folder.glob(f"{name}-*.json"):
+        cell = json.loads(path.read_text())
+        if cell["result"].get("dataset", "") == dataset and cell.get("setting") != setting:
+            raise InputError(f"{path} was measured on other images, in another precision or by another recipe; remove "
+                             f"it, or give another folder with --cells")
 
 
 def name_of(data_dir, loader):
@@ -211,22 +225,24 @@ def command_of(name, options):
 
 
 def read_cells(names, folders):
-    """{name: cells} of all files there; of one that is in several folders the first."""
+    """{name: cells}; those of an experiment and a data set come from the first folder that has some."""
     cells = {}
     for name in names:
-        files = {}
-        for folder in reversed(folders):
-            files |= {path.name: path for path in sorted(folder.glob(f"{name}-*.json"))}
-        cells[name] = [json.loads(path.read_text()) for _, path in sorted(files.items())]
+        groups = {}
+        for folder in folders:
+            own = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}-*.json"))]
+            groups = grouped(own) | groups
+        cells[name] = [cell for group in groups.values() for cell in group]
     return cells
 
 
 def loaders_of(options):
     """(training, validation, test) images of --data-dir, or the built-in shapes. Photographs are made small."""
     data = dict(data_dir=options.data_dir or "./no-such-folder", img_size=options.img_size, seed=options.seed,
-                dataset="auto" if options.data_dir else "shapes", batch_size=RECIPE.batch_size)
-    if options.data_dir and not Path(options.data_dir).exists():
-        raise InputError(f"--data-dir {options.data_dir} does not exist; give a folder with a folder for each class")
+                dataset="auto" if options.data_dir else "shapes", batch_size=RECIPE.batch_size,
+                skip_corrupt=options.skip_corrupt)
+    if options.dry_run and not options.data_dir:
+        data["n_images"] = 60
     loaders = get_data_loaders(**data)
     if loaders[0].img_size > SMALL_SIDE:
         data["img_size"] = SMALL_SIDE
@@ -322,6 +338,7 @@ def make_parser():
     parser.add_argument("--shares", nargs="+", type=Bounded(float, 1e-6, 1, "above 0 to 1"), default=list(SHARES),
                         help="of the training images, for data efficiency")
     parser.add_argument("--seed", type=seed(), default=0, help="of the validation cut")
+    parser.add_argument("--skip-corrupt", action="store_true", help="leave out image files that cannot be read")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"))
     parser.add_argument("--output-dir", help="a new folder (default: runs/cnn_vs_vit-<data>-<n>)")
@@ -345,6 +362,9 @@ def main(argv=None):
             compare(options, Path(folder))
         print("Dry run: all parts ran.")
     else:
+        if options.data_dir and not Path(options.data_dir).exists():
+            raise InputError(f"--data-dir {options.data_dir} does not exist; give a folder with a folder for each "
+                             f"class")
         compare(options, new_output_dir(options.output_dir, "cnn_vs_vit",
                                         Path(options.data_dir).name if options.data_dir else "shapes"))
 

@@ -171,6 +171,8 @@ def measure_cues(kind, seed, recipe=RECIPE, n_images=10_000, n_test=1000, img_si
 def draw_cues(cells):
     bars = {kind: banded(biases_of(cells, kind)) for kind in kinds_of(cells) if biases_of(cells, kind)}
     heading = "answers by outline, of those by outline or texture"
+    if not bars:
+        return {}
     return {"shape_bias": plot_bars({heading: bars}, title=bands(cells, "lines"))}
 
 
@@ -262,6 +264,8 @@ def judge(loaders, minutes, seeds=SEEDS, kinds=("ConvNet", "Hybrid", "ViT"), rec
     asked, rows = test_loader or val_loader, {kind: [] for kind in kinds}
     train_loader.batch_size = min(recipe.batch_size, train_loader.n_images)
     seconds = 60 * minutes / len(kinds) / len(seeds)
+    for kind in kinds:  # what cannot be built is said before anything is trained
+        build_kind(kind, len(train_loader.class_names), train_loader.img_size)
     for kind in kinds:
         model = build_kind(kind, len(train_loader.class_names), train_loader.img_size)
         one_batch = list(itertools.islice(val_loader, 1))  # the trainings evaluate once, at their end

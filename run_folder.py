@@ -247,8 +247,11 @@ def commit():
     def git(*words):
         return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
 
-    done = git("rev-parse", "--short", "HEAD")
+    try:
+        done = git("rev-parse", "--short", "HEAD")
+    except OSError:  # no git
+        return "unknown"
     if done.returncode:
         return "unknown"
     results = (":!benchmarks/results", ":!benchmarks/figures", ":!benchmarks/RESULTS.md")
-    return done.stdout.strip() + "-dirty" * git("diff", "--quiet", "HEAD", "--", ".", *results).returncode
+    return done.stdout.strip() + "-dirty" * bool(git("diff", "--quiet", "HEAD", "--", ".", *results).returncode)

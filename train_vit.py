@@ -519,7 +519,9 @@ class TrainingRun:
         skipped = {file for part in of_all(skipped) for files in part for file in files}
         if not self.first:
             return
-        self.result = result | self.compare(score, split, loader) | dict(skipped=len(skipped))
+        result |= self.compare(score, split, loader)
+        skipped |= set(self.train_loader.skipped)
+        self.result = result | dict(skipped=len(skipped))
         report_skipped(sorted(skipped))
         self.draw(best)
         write_json(self.result, self.folder / "result.json")  # last: with it the run is complete

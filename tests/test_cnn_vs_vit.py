@@ -4,7 +4,6 @@ import sys
 from dataclasses import replace
 
 import pytest
-import torch
 from command_runs import ROOT, make_folder
 
 import cnn_model
@@ -13,6 +12,7 @@ import train_vit
 from drawn_tasks import make_mark
 from learning import SEEDS, SHARES, STEPS_BETWEEN, Recipe, loader_of
 from measurements import count_parameters
+from trainer import NotFinite
 from vit_model import InputError
 
 
@@ -90,7 +90,7 @@ def test_cells_that_are_there_are_not_measured_again(few, tmp_path):
     assert first["command"] == "python cnn_vs_vit.py --full --only reach"
     assert first["result"]["kind"] in STEPS_BETWEEN
     assert {"commit", "machine", "versions", "date", "seed", "setting"} <= set(first)
-    with pytest.raises(InputError, match="measured on other images or by another recipe"):
+    with pytest.raises(InputError, match="measured on other images, in another precision or by another recipe"):
         cv.train_cells(["reach"], tmp_path, options("--full"), Recipe(n_steps=3))
 
 
@@ -116,8 +116,9 @@ def test_data_cells_of_a_folder_hold_its_name_and_are_of_its_images(tmp_path, mo
     assert {cell["result"]["dataset"] for cell in cells["data"]} == {"my set"}
     assert cells["data"][0]["command"].endswith(f"--full --only data --data-dir '{folder}' --shares 1 0.5")
     other = make_folder(tmp_path / "b" / "my set", 16, ("train", "test"), n=20)
-    with pytest.raises(InputError, match="measured on other images"):
-        cv.train_cells(["data"], tmp_path / "cells", options("--full", "--data-dir", str(other)))
+    with pytest.raises(InputError, match="measured on other images"):  # whose cells would have other names
+        cv.train_cells(["data"], tmp_path / "cells", options("--full", "--data-dir", str(other), "--shares", "1"))
+    assert len(list((tmp_path / "cells").iterdir())) == 24
     with pytest.raises(InputError, match="has no test images"):
         cv.train_cells(["data"], tmp_path / "cells", options("--full", "--data-dir", str(folder / "train")))
 
@@ -131,7 +132,7 @@ def test_a_folder_is_judged(tmp_path, monkeypatch, capsys):
                     for i, one in enumerate(drawn))
     monkeypatch.setattr(cv, "loaders_of", lambda options: loaders)
     monkeypatch.setattr("learning.steps_within", lambda *words, **run: 1)
-    cv.main(["--data-dir", "x", "--minutes", "1", "--device", "cpu", "--output-dir", str(tmp_path / "out")])
+    cv.main(["--data-dir", str(tmp_path), "--minutes", "1", "--device", "cpu", "--output-dir", str(tmp_path / "out")])
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["verdict"]
     assert set(results["rows"]) == {"ConvNet", "Hybrid", "ViT"}
     assert results["finding"] in capsys.readouterr().out
@@ -158,7 +159,34 @@ def test_bad_words_end_in_one_line_and_exit_code_2(words, expected, capsys, tmp_
 
 def test_the_shares_are_those_of_the_experiment():
     assert options().shares == list(SHARES)
-    assert torch.is_tensor(cv.shipped_subjects(3).images)
+
+
+def test_own_cells_come_before_those_of_the_project(few, tmp_path):
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    cv.train_cells(["reach"], mine, options("--full"))
+    assert len(cv.read_cells(["reach"], [mine, theirs])["reach"]) == 12
+    assert len(cv.read_cells(["reach"], [theirs, mine])["reach"]) == 12
+    cv.train_cells(["reach"], theirs, options("--full"))
+    for path in list(theirs.iterdir())[:5]:
+        path.unlink()
+    assert len(cv.read_cells(["reach"], [theirs, mine])["reach"]) == 7  # never some of both
+
+
+def test_a_dry_run_of_what_trains(tmp_path, capsys):
+    cv.main(["--full", "--dry-run", "--only", "data", "cues", "--shares", "1", "--device", "cpu", "--amp", "off"])
+    printed = capsys.readouterr().out
+    assert "Data efficiency" in printed
+    assert "4 cells, measured" in printed
+    assert "Dry run" in printed
+
+
+def test_a_cell_that_diverges_is_left_out(tmp_path, monkeypatch, capsys):
+    def diverges(kind, number, **run):
+        raise NotFinite("loss or gradient are not finite")
+
+    monkeypatch.setitem(cv.LEARNING, "reach", replace(cv.LEARNING["reach"], measure=diverges))
+    assert cv.train_cells(["reach"], tmp_path, options("--full")) == dict(reach=[])
+    assert "reach-ViT-0 is left out" in capsys.readouterr().out
 
 
 def test_photographs_are_made_small(tmp_path, capsys):

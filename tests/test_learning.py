@@ -1,11 +1,11 @@
 """Trainings side by side: the same recipe for all, choices by validation images, and verdicts that hold back."""
 
-import itertools
 import math
 import random
 
 import pytest
 import torch
+from matplotlib.collections import PolyCollection
 
 import learning as le
 from augmentation import Augmentation
@@ -137,7 +137,26 @@ def test_what_is_measured_once_is_not_told_apart():
     (le.draw_data, data_cells(dict(ViT=(300, 800), ConvNet=(400, 801))))])
 def test_cells_become_figures_with_bands(draw, cells):
     (figure,) = draw(cells).values()
-    assert figure.axes
+    axes = figure.axes[0]
+    if draw is not le.draw_cues:
+        bands = [part.get_paths()[0].vertices[:, 1] for part in axes.collections if isinstance(part, PolyCollection)]
+        assert len(bands) == 2
+        shares = sorted(100 * cell["correct"][0] / cell["n"] if draw is le.draw_reach else
+                        100 * cell["correct"] / cell["n"] for cell in cells)
+        assert max(map(max, bands)) == pytest.approx(shares[-1])
+    assert "of 3 seeds" in figure.get_suptitle() or draw is le.draw_cues
+
+
+def test_without_answers_by_either_cue_there_is_no_figure():
+    cells = [dict(kind="ViT", shape_bias=math.nan, seed=0)]
+    assert le.draw_cues(cells) == {}
+    assert "No model answers" in le.say_cues(cells)
+
+
+def test_what_cannot_be_built_is_said_before_anything_is_trained(monkeypatch):
+    monkeypatch.setattr(le, "train_once", None)
+    with pytest.raises(InputError, match="not divisible by patch_size"):
+        le.judge(loaders(img_size=18), 1, **ON_CPU)
 
 
 def test_without_cells_there_is_nothing_to_say():
@@ -272,7 +291,7 @@ def test_judge_trains_each_kind_with_each_seed_within_its_share_of_the_time(monk
     rows = le.judge((train, val, None), 3, recipe=QUICK, report=lines.append, **ON_CPU)
     assert {len(row["right"]) for own in rows.values() for row in own} == {12}
     for own in rows.values():
-        assert all(a["accuracy"] == sum(a["right"]) / 12 for a, _ in itertools.pairwise(own))
+        assert all(row["accuracy"] == pytest.approx(sum(row["right"]) / 12) for row in own)
 
 
 def test_larger_images_have_larger_patches_and_the_three_stay_alike():

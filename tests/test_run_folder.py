@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -501,6 +502,7 @@ def test_the_machine_is_told_with_its_widest_instructions(monkeypatch, tmp_path)
     assert run_folder.machine().startswith("Chip 1, ")
 
 
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
 def test_the_commit_says_where_a_tracked_file_differs(monkeypatch, tmp_path):
     def git(*words):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True,
@@ -519,3 +521,8 @@ def test_the_commit_says_where_a_tracked_file_differs(monkeypatch, tmp_path):
     assert "dirty" not in run_folder.commit()
     (tmp_path / "code.py").write_text("2")
     assert run_folder.commit().endswith("-dirty")
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert run_folder.commit() == "unknown"
