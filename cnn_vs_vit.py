@@ -305,8 +305,8 @@ def compare(options, folder):
         trained = [name for name in LEARNING if not options.only or name in options.only]
         results, sections = {}, []
         if looked and not options.data_dir:
-            subjects = shipped_subjects(40 if options.dry_run else 500, seconds=0.01 if options.dry_run else 0.3,
-                                        sizes=(32,) if options.dry_run else (32, 64, 128))
+            little = dict(n_images=16, seconds=0.01, sizes=(32,), patches=(32,), reach=1)
+            subjects = shipped_subjects(**little if options.dry_run else {})
             results, sections = look(subjects, looked, folder)
         own = folder / "cells" if options.dry_run else Path(options.cells)
         recipe = replace(RECIPE, n_steps=1, batch_size=8) if options.dry_run else RECIPE

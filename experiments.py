@@ -43,7 +43,7 @@ from vit_model import VisionTransformer, pair
 
 SHARES = (0.5, 0.9, 0.99)  # of the gradient, that radii hold
 HIDDEN = (0.0, 0.125, 0.25, 0.5, 0.75)  # shares of the patches that are hidden or shuffled
-SIZES, COUNTED_SIZES = (32, 64, 128, 256), (32, 64, 128, 256, 512)  # in pixels: timed, and counted
+SIZES, COUNTED_SIZES = (32, 64, 128), (32, 64, 128, 256, 512)  # in pixels: timed, and counted
 PATCHES, PATCH_SIZE_IMAGE = (4, 8, 16, 32), 128  # patch sizes, at one image size
 RANDOM = "random weights"
 
@@ -57,6 +57,8 @@ class Subjects:
     mean, std     of the normalisation
     patch_size    of the patches that are shuffled and hidden
     seconds       how long a speed is measured
+    sizes         sides of images, in pixels, for which speed and memory are measured; patches: of patches
+    reach         the largest shift in pixels
     """
     models: dict[str, nn.Module]
     images: torch.Tensor
@@ -66,6 +68,8 @@ class Subjects:
     patch_size: int = 4
     seconds: float = 0.3
     sizes: tuple = SIZES
+    patches: tuple = PATCHES
+    reach: int = 4
 
     def attending(self):
         return {name: model for name, model in self.models.items() if isinstance(model, VisionTransformer)}
@@ -121,7 +125,7 @@ def measure_cost(subjects):
             flops=fitted_exponent([row["size"] ** 2 for row in rows], [row["flops"] for row in rows]),
             formula=fitted_exponent([row["size"] ** 2 for row in rows], [formula(model, row["size"]) for row in rows]))
     vit = next((model for model in subjects.models.values() if type(model) is VisionTransformer), None)
-    for patch in PATCHES if vit is not None else ():
+    for patch in subjects.patches if vit is not None else ():
         twin = resized(vit, img_size=PATCH_SIZE_IMAGE, patch_size=patch)
         data["patch"].append(dict(patch_size=patch, tokens=twin.patch_embed.n_patches, flops=count_flops(twin),
                                   parameters=count_parameters(twin), **costs_of(twin, PATCH_SIZE_IMAGE,
@@ -185,6 +189,8 @@ def say_cost(data):
     size = {which: next(iter(rows.values()))["size"] for which, rows in (("first", first), ("last", last))}
     same = f"{small} is the fastest at {size['first']} pixels, and still at {size['last']}" if small == large else \
         f"{small} is the fastest at {size['first']} pixels, {large} at {size['last']}"
+    if size["first"] == size["last"]:
+        same = f"{small} is the fastest at {size['first']} pixels"
     sizes = [row["size"] for row in next(iter(data["resolution"].values()))]
     growth = listed(f"{exponents['flops']:.2f} ({name})" for name, exponents in data["exponents"].items())
     return (f"{same}. From {sizes[0]} to {sizes[-1]} pixels a side the FLOPs grow with the number of "
@@ -338,7 +344,7 @@ def show_position(subjects, n_images=5):
         mean=subjects.mean, std=subjects.std, title="Patches shuffled and hidden")}
 
 
-def measure_position(subjects, n_images=400, n_shifted=64, reach=4):
+def measure_position(subjects, n_images=400, n_shifted=64):
     """Shift consistency, and how many images are right while patches are shuffled or hidden (black, or by the mean)."""
     images, labels = subjects.images[:n_images], subjects.labels[:n_images]
     changes = {
@@ -349,7 +355,7 @@ def measure_position(subjects, n_images=400, n_shifted=64, reach=4):
     data = dict(n=len(images), n_shifted=min(n_shifted, len(images)), shares=list(HIDDEN),
                 classes=len(set(labels.tolist())), models={})
     for name, model in subjects.models.items():
-        stays = shift_consistency(model, images[:n_shifted], reach)
+        stays = shift_consistency(model, images[:n_shifted], subjects.reach)
         curves = {what: accuracy_curve(model, images, labels, change, HIDDEN) for what, change in changes.items()}
         data["models"][name] = dict(shift_map=stays.tolist(), consistency=mean_consistency(stays), correct=curves)
     return data

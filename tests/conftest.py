@@ -27,3 +27,9 @@ def photos(tmp_path_factory):
 def untested(monkeypatch):
     """Trainings end with their last step: no test, no pictures, no result.json."""
     monkeypatch.setattr(train_vit.TrainingRun, "finish", lambda self: None)
+
+
+@pytest.fixture(autouse=True)
+def float32_unless_asked(monkeypatch):
+    """amp="auto" is float32, also on a CPU that multiplies bfloat16, so that what is compared is the same anywhere."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)

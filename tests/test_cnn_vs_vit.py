@@ -173,7 +173,7 @@ def test_own_cells_come_before_those_of_the_project(few, tmp_path):
 
 
 def test_a_dry_run_of_what_trains(tmp_path, capsys):
-    cv.main(["--full", "--dry-run", "--only", "data", "cues", "--shares", "1", "--device", "cpu", "--amp", "off"])
+    cv.main(["--full", "--dry-run", "--only", "data", "--shares", "1", "--device", "cpu", "--amp", "off"])
     printed = capsys.readouterr().out
     assert "Data efficiency" in printed
     assert "4 cells, measured" in printed
