@@ -30,6 +30,7 @@ from drawn_shapes import TEST_START
 from experiments import EXPERIMENTS, Subjects, listed
 from learning import (
     LEARNING,
+    RATES,
     RECIPE,
     SEEDS,
     SHARES,
@@ -54,6 +55,9 @@ from vit_model import InputError, check_choice
 __all__ = ["HybridCNNViT", "matched_models", "shipped_models", "shipped_subjects"]
 
 NAMES = {"ConvNet": "convnet", "Hybrid": "hybrid", "ViT": "vit_nano"}
+FEW_STEPS = 100  # with fewer a verdict says that it is one of too little training
+RECIPE_WORDS = (f"All have the same time and one recipe, not those of train_vit.py: {RECIPE.optimizer} at "
+                f"{RATES[1]:g}, batches of {RECIPE.batch_size}.")
 COMMITTED = Path(__file__).parent / "benchmarks" / "results"
 INTRODUCTION = ("ConvNet, hybrid and ViT of nearly equal size, measured side by side. Each experiment has a control: "
                 "the same model with random weights, uniform attention, a formula, or guessing. The sentences are made "
@@ -175,7 +179,10 @@ def train_cells(names, folder, options, recipe=RECIPE):
     seeds, few = (SEEDS[:1], dict(n_images=40, n_test=8)) if options.dry_run else (SEEDS, {})
     device = choose_device(options.device)
     precision = choose_precision(options.amp, device)
-    bar = tqdm(planned(names, numbers, seeds), unit="cell", disable=None)
+    todo = planned(names, numbers, seeds)
+    print(f"{len(todo)} cells, each a training or three, kept in {folder} as they end: a later run goes on there.",
+          flush=True)
+    bar = tqdm(todo, unit="cell", disable=None)
     for name, kind, number, n_images in bar:
         path = folder / cell_file(name, kind, number, n_images, dataset if name == "data" else "")
         bar.set_description(path.stem)
@@ -216,7 +223,7 @@ def name_of(data_dir, loader):
 
 def command_of(name, options):
     """The command that measures the cells of this experiment again."""
-    words = ["python", "cnn_vs_vit.py", "--full", "--only", name]
+    words = ["python", "cnn_vs_vit.py", "--full", *["--dry-run"] * options.dry_run, "--only", name]
     if name == "data":
         words += ["--data-dir", options.data_dir] if options.data_dir else []
         words += ["--img-size", str(options.img_size)] if options.img_size else []
@@ -262,20 +269,21 @@ def judge_folder(options, folder):
     """Trains all three on somebody's images, and says which, if any, is better there: as look()."""
     loaders = loaders_of(options)
     train_loader, val_loader, test_loader = loaders
+    split = "validation" if test_loader is None else "test"
+    asked = val_loader if test_loader is None else test_loader
     print(f"{train_loader.n_images:,} training images of {train_loader.img_size} pixels, "
-          f"{len(train_loader.class_names)} classes; {options.minutes:g} minutes for three models, {len(SEEDS)} seeds "
-          f"each")
+          f"{len(train_loader.class_names)} classes; {options.minutes:g} min in all for three models, {len(SEEDS)} "
+          f"seeds each; asked are {asked.n_images:,} {split} images. {RECIPE_WORDS}")
     rows = judge(loaders, 0.01 if options.dry_run else options.minutes, device=options.device, amp=options.amp)
     device = choose_device(options.device)
     costs = {kind: 1e3 / throughput(build_kind(kind, len(train_loader.class_names), train_loader.img_size),
                                     batch_size=32, seconds=0.5, device=device) for kind in rows}
-    split = "validation" if test_loader is None else "test"
-    asked = val_loader if test_loader is None else test_loader
     linear = linear_classifier(train_loader.plain(LINEAR_IMAGES), val_loader, test_loader)
     controls = {"a linear classifier on the pixels": linear["val_acc" if test_loader is None else "test_acc"],
-                "always the largest class": max(asked.class_counts) / asked.n_images}
+                "naming the largest class every time": max(asked.class_counts) / asked.n_images}
     finding = verdict(rows, costs) + " For comparison: " + listed(f"{share:.1%} by {name}" for name, share in
                                                                   controls.items()) + "."
+    finding += weakness(rows, controls)
     tell("Which for these images?", finding)
     levels = {name: banded([row["accuracy"] for row in own]) for name, own in rows.items()}
     panels = {f"accuracy on the {split} images\n(lines: lowest and highest seed)": levels | controls,
@@ -287,9 +295,20 @@ def judge_folder(options, folder):
                for name, own in rows.items()]]
     section = Section("Which for these images?", "Which of the three is better here, and how sure is that?", finding,
                       figures, [(f"Accuracy on the {split} images", table)],
-                      "Each has the same minutes and the same recipe. A lead counts where it is larger than what seeds "
+                      f"{RECIPE_WORDS} A lead counts where it is larger than what seeds "
                       "and images vary by: Student's t over both, 5% for the three comparisons together.")
     return {"verdict": dict(rows=rows, costs=costs, controls=controls, finding=finding)}, [section]
+
+
+def weakness(rows, controls):
+    """In words, why the models of judge() may not be what they could be; "" where nothing speaks for it."""
+    least, best = min(own[0]["n_steps"] for own in rows.values()), max(banded([row["accuracy"] for row in own])[0]
+                                                                       for own in rows.values())
+    text = f" Only {least} steps fitted into the time of one of them: too few to judge by, give more minutes." \
+        if least < FEW_STEPS else ""
+    if best <= max(controls.values()):
+        text += " No model does better than that: they have not learned what is there, or there is nothing."
+    return text
 
 
 # ---- The command ------------------------------------------------------------------------------------------
@@ -302,7 +321,7 @@ def compare(options, folder):
         results, sections = judge_folder(options, folder)
     else:
         looked = [name for name in EXPERIMENTS if not options.only or name in options.only]
-        trained = [name for name in LEARNING if not options.only or name in options.only]
+        trained = [name for name in LEARNING if name in (options.only or (["data"] if options.data_dir else LEARNING))]
         results, sections = {}, []
         if looked and not options.data_dir:
             little = dict(n_images=16, seconds=0.01, sizes=(32,), patches=(32,), reach=1)
@@ -322,7 +341,8 @@ def compare(options, folder):
     write_json(dict(options=vars(options), torch=torch.__version__, seconds=seconds, results=results),
                folder / "results.json")
     write_report(folder / "report.html", "CNN and ViT, side by side", introduction, sections)
-    print(f"\n{seconds:.0f} s; {folder}/report.html, results.json and the figures")
+    gone = options.dry_run and not options.output_dir
+    print(f"\n{seconds:.0f} s" + ("" if gone else f"; {folder}/report.html, results.json and the figures"))
 
 
 def make_parser():
@@ -354,8 +374,8 @@ def main(argv=None):
     if options.minutes and not options.data_dir:
         raise InputError("--minutes is for images of one's own; give --data-dir DIR too")
     if options.data_dir and not (options.minutes or options.full):
-        raise InputError("--data-dir wants to know what for: --minutes M for which of the three suits these images, or "
-                         "--full --only data for data efficiency on them")
+        raise InputError(f"--data-dir {options.data_dir} alone asks nothing; give --minutes M too (which of the three "
+                         f"suits these images), or --full (data efficiency on them)")
     choose_device(options.device)
     if options.dry_run and not options.output_dir:
         with tempfile.TemporaryDirectory() as folder:

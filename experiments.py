@@ -284,7 +284,7 @@ def say_attention_distance(data):
         spread, control = max(first) - min(first), max(rows[RANDOM][0]) - min(rows[RANDOM][0])
         text = (f"{name}: the heads of the first block look {min(first):.1f} to {max(first):.1f} pixels far on "
                 f"average, those of the last {min(last):.1f} to {max(last):.1f}; uniform attention {uniform:.1f}")
-        text += f"; its first heads lie {spread:.1f} pixels apart, with random weights {control:.1f}"
+        text += f"; those of the first block differ by {spread:.1f} pixels, with random weights by {control:.1f}"
         text += ": near and far heads side by side are learned" if spread > max(2 * control, 0.1 * uniform) else ""
         parts.append(text + ".")
     return " ".join(parts) or "None of the models has attention."
@@ -383,16 +383,20 @@ def say_position(data):
             for name, model in models.items()}
     tough = level_with_the_best({name: min(1.0, share) for name, share in left.items()}, data["n"])
     at = data["shares"][-1]
-    return (f"When the image moves by up to {(len(next(iter(models.values()))['shift_map']) - 1) // 2} pixels the "
+    reach = (len(next(iter(models.values()))["shift_map"]) - 1) // 2
+    return (f"When the image moves by up to {reach} pixel{'s' * (reach > 1)} the "
             f"predicted class stays in {listed(f'{value:.0%} ({name})' for name, value in consistency.items())} of the "
-            f"cases: {told(steady)} least. With {at:.0%} of the patches shuffled "
-            f"{listed(f'{value:.0%} ({name})' for name, value in left.items())} of as many right answers remain: "
-            f"{told(tough, 'leans on the order of the patches', 'lean on the order of the patches')} least.")
+            f"cases: {told(steady, len(models))}. With {at:.0%} of the patches shuffled "
+            f"{listed(f'{value:.0%} ({name})' for name, value in left.items())} of as many right answers as without "
+            f"remain: {told(tough, len(models), 'leans on their order', 'lean on their order')}.")
 
 
-def told(names, one="minds it", several="mind it"):
-    """The names with a verb, where there are several as not to be told apart."""
-    return f"{names[0]} {one}" if len(names) == 1 else f"{listed(names)}, not to be told apart, {several}"
+def told(names, n, one="minds it", several="mind it"):
+    """Which of n names do the least: where there are several as not to be told apart, where there are all as that."""
+    if len(names) == 1:
+        return f"{names[0]} {one} least"
+    return f"no difference between {listed(names)} shows" if len(names) == n else \
+        f"{listed(names)}, not to be told apart, {several} least"
 
 
 # ---- 8. A convolution as attention ------------------------------------------------------------------------

@@ -141,13 +141,14 @@ def say_reach(cells):
     ends = listed(f"{near[kind]:.0%} and {far[kind]:.0%} ({kind})" for kind in near)
     parts.append(f"Whether two marks are the same is answered rightly at {at[0]} and at {at[-1]} pixels in {ends} of "
                  f"the cases; guessing gives 50%.")
-    learned = [kind for kind in near if top[kind] > 0.6]
+    n = cells[0]["n"]
+    learned = [kind for kind in near if top[kind] > max(0.6, 0.5 + 3 * math.sqrt(0.25 / n))]
     fall = {kind: near[kind] - far[kind] for kind in learned}
     if not learned:
         return parts[0] + " None has learned the task in these steps, so nothing follows about reach."
     most = max(fall, key=fall.get)
     parts.append(f"{most} loses most with distance, {100 * fall[most]:.0f} points." if fall[most] > 0.05 else
-                 "None that has learned it loses more than 5 points with distance.")
+                 f"Of those that have learned it, {listed(learned)}, none loses more than 5 points with distance.")
     return " ".join(parts)
 
 
@@ -324,10 +325,13 @@ def verdict(rows, costs=None):
                        for kind, (d, h) in told.items())
         return f"{best}. {seen} It is {leads}: more than seeds and images vary by."
     level = [best, *tied]
+    if n < FEW:
+        return f"No winner: {n} images are too few to tell, {FEW} are the least. {seen}"
     lost = [kind for kind in order if kind not in level]
-    widest = max(told[kind][1] for kind in tied)
-    text = f"No winner among {listed(level)}. {seen} A lead of up to {100 * widest:.1f} points could be chance here"
-    text += f", and of fewer than {FEW} images nothing can be told" if n < FEW else ""
+    leads = listed(f"{kind} by {100 * told[kind][0]:.1f} points, where chance gives up to "
+                   f"{100 * min(1, told[kind][1]):.1f}"
+                   for kind in tied)
+    text = f"No winner among {listed(level)}. {seen} {best} leads {leads}"
     text += f"; {listed(lost)} {'is' if len(lost) == 1 else 'are'} behind." if lost else "."
     if costs:
         cheapest = min(level, key=lambda kind: costs[kind])

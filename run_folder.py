@@ -179,7 +179,7 @@ class Saver:
 
     def on_epoch(self, state):
         value, epoch = state.history[self.criterion][-1], len(state.history["lr"])
-        if value > self.best["value"]:
+        if value >= self.best["value"]:  # the last among equals, as the rate has fallen further
             self.best = dict(epoch=epoch, value=value)
             self.best_weights = on_cpu(state.trained.state_dict())
         is_last, now = state.step >= self.config["n_steps"], time.monotonic()

@@ -489,11 +489,12 @@ class TrainingRun:
         best = load_model(self.folder / BEST)
         speed = sum(s * r for s, r in zip(self.history["seconds"], self.history["images_per_second"], strict=True))
         scores = self.history[self.criterion()]
+        best_epoch = max(range(len(scores)), key=lambda i: (scores[i], i)) + 1  # as Saver has it
         seconds = self.saver.elapsed if self.first else 0.0
         result = dict(model=self.name, dataset=self.train_loader.dataset_name, seed=self.options.seed,
                       recipe=self.options.recipe, minutes=self.budget(), n_steps=self.n_steps,
                       parameters=count_parameters(self.model),
-                      val_acc=self.history["val_acc"][scores.index(max(scores))], seconds=round(seconds, 1),
+                      val_acc=self.history["val_acc"][best_epoch - 1], seconds=round(seconds, 1),
                       images_per_second=round(speed / sum(self.history["seconds"]), 1),
                       data_share=round(self.trainer.data_share, 4), device=str(self.device),
                       precision=str(self.trainer.dtype or torch.float32), torch=torch.__version__,
@@ -501,7 +502,6 @@ class TrainingRun:
         if self.first:
             write_json(result, self.folder / "result.json")  # before the test: a bad image there loses nothing
             save_figure(plot_training_curves(self.history), self.folder / "curves.png")
-        best_epoch = scores.index(max(scores)) + 1
         print(f"Trained in {seconds:.0f} s. Best {self.criterion()} {max(scores):.1%}, epoch {best_epoch} of "
               f"{len(scores)}; its test comes now, and a linear classifier to compare with ...", flush=True)
         loader, split = get_test_loader(**self.data), "test"

@@ -140,12 +140,13 @@ def test_a_folder_is_judged(tmp_path, monkeypatch, capsys):
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert results["finding"] in page
     assert "Accuracy on the test images" in page
-    assert "by a linear classifier on the pixels and 50.0% by always the largest class" in results["finding"]
+    assert "Only 1 steps fitted" in results["finding"]
+    assert "by a linear classifier on the pixels and 50.0% by naming the largest class every time" in results["finding"]
 
 
 @pytest.mark.parametrize(("words", "expected"), [
     (["--only", "costs"], "--only 'costs' is unknown"), (["--minutes", "3"], "give --data-dir DIR too"),
-    (["--data-dir", "nowhere"], "--data-dir wants to know what for"), (["--shares", "2"], "--shares: 2"),
+    (["--data-dir", "nowhere"], "--data-dir nowhere alone asks nothing"), (["--shares", "2"], "--shares: 2"),
     (["--data-dir", "data", "--minutes", "3"], "--data-dir data does not exist"),
     (["--device", "gpu"], "device 'gpu' is unknown")])
 def test_bad_words_end_in_one_line_and_exit_code_2(words, expected, capsys, tmp_path, monkeypatch):

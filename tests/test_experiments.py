@@ -112,9 +112,9 @@ def test_the_attention_distance_sentence_turns_with_the_numbers():
     def sentence(trained, random):
         return EXPERIMENTS["attention_distance"].say({"A": {"trained": [trained], RANDOM: [random], "uniform": 16.5}})
 
-    assert "13.0 pixels apart, with random weights 0.2: near and far heads side by side are learned" in sentence(
+    assert "differ by 13.0 pixels, with random weights by 0.2: near and far heads side by side are learned" in sentence(
         [2.0, 15.0], [8.0, 8.2])
-    assert sentence([8.0, 8.2], [8.0, 8.2]).endswith("with random weights 0.2.")
+    assert sentence([8.0, 8.2], [8.0, 8.2]).endswith("with random weights by 0.2.")
     assert "uniform attention 16.5" in sentence([8.0, 8.2], [8.0, 8.2])
 
 
@@ -137,14 +137,14 @@ def test_the_position_sentence_turns_with_the_numbers():
     first = sentence((0.9, 0.2), (0.5, 0.8))
     assert "up to 4 pixels" in first
     assert "A minds it least" in first
-    assert "B leans on the order of the patches least" in first
-    assert "With 75% of the patches shuffled 20% (A) and 80% (B) of as many right answers remain" in first
+    assert "B leans on their order least" in first
+    assert "With 75% of the patches shuffled 20% (A) and 80% (B) of as many right answers as without remain" in first
     few = sentence((0.9, 0.2), (0.88, 0.25), n=50)
-    assert "A and B, not to be told apart, mind it least" in few
-    assert "B and A, not to be told apart, lean on the order of the patches least" in few
+    assert "no difference between A and B shows" in few
+    assert "no difference between B and A shows" in few
     second = sentence((0.5, 0.8), (0.9, 0.2))
     assert "B minds it least" in second
-    assert "A leans on the order of the patches least" in second
+    assert "A leans on their order least" in second
 
 
 def test_position_counts_the_images_as_they_are_first(measured, subjects):
