@@ -160,10 +160,13 @@ def formula(model, size):
 
 def draw_cost(data):
     sizes = {name: [(row["size"], row["flops"] / 1e6) for row in rows] for name, rows in data["resolution"].items()}
-    speeds, memory = ({heading: {name: [(row["size"], row[key]) for row in rows if key in row]
-                                 for name, rows in data["resolution"].items()} for heading, key in keys} for keys in (
-        (("Inference", "images_per_second"), ("Training: forward and backward", "training_images_per_second")),
-        (("Inference", "peak_mib"), ("Training: forward and backward", "training_peak_mib"))))
+    def against_size(key):
+        return {name: [(row["size"], row[key]) for row in rows if key in row]
+                for name, rows in data["resolution"].items()}
+
+    training = "Training: forward and backward"
+    speeds = {"Inference": against_size("images_per_second"), training: against_size("training_images_per_second")}
+    memory = {"Inference": against_size("peak_mib"), training: against_size("training_peak_mib")}
     figures = {
         "cost_flops": plot_curves({"Counted": sizes}, "side of the image (pixels)", "MFLOPs an image", log=("x", "y"),
                                   title="What an image costs"),
