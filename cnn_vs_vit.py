@@ -25,7 +25,18 @@ from tqdm import tqdm
 from augmentation import SMALL_SIDE
 from charts import plot_bars, save_figure
 from cnn_model import HybridCNNViT
-from command_line import Bounded, OneLineParser, new_output_dir, positive, script, seed, whole, write_json
+from command_line import (
+    Bounded,
+    Interrupts,
+    OneLineParser,
+    new_output_dir,
+    positive,
+    script,
+    seed,
+    unless_empty,
+    whole,
+    write_json,
+)
 from drawn_shapes import TEST_START
 from experiments import EXPERIMENTS, Subjects, listed
 from learning import (
@@ -109,7 +120,9 @@ def show_cells(names, folder, cells):
     for name in names:
         experiment, own = LEARNING[name], cells.get(name, [])
         if not own:
-            print(f"\n{experiment.title}: not measured yet; python cnn_vs_vit.py --full --only {name} does.")
+            finding = f"Not measured yet; python cnn_vs_vit.py --full --only {name} does."
+            tell(experiment.title, finding)
+            sections.append(Section(experiment.title, experiment.question, finding))
             continue
         for group, of_group in grouped(own).items():
             data = [cell["result"] for cell in of_group]
@@ -162,6 +175,8 @@ def cell_file(name, kind, number, n_images, dataset):
 def train_cells(names, folder, options, recipe=RECIPE):
     """Measures every planned cell that has no file yet. Returns {name: cells}.
 
+    Learning rates are chosen with the first seed, for each kind and number of images; the other seeds take them over.
+
     Raises InputError where a file is of other images or another recipe.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,26 +197,32 @@ def train_cells(names, folder, options, recipe=RECIPE):
     todo = planned(names, numbers, seeds)
     print(f"{len(todo)} cells, each a training or three, kept in {folder} as they end: a later run goes on there.",
           flush=True)
-    bar = tqdm(todo, unit="cell", disable=None)
-    for name, kind, number, n_images in bar:
-        path = folder / cell_file(name, kind, number, n_images, dataset if name == "data" else "")
-        bar.set_description(path.stem)
-        setting = json.loads(json.dumps(dict(recipe=asdict(recipe), images=images if name == "data" else few,
-                                             precision=str(precision or torch.float32))))
-        check_setting(setting, name, dataset if name == "data" else "", folder)
-        if path.exists():
-            continue
-        run = dict(recipe=recipe, device=options.device, amp=options.amp)
-        try:
-            measured = measure_data(kind, number, n_images, loaders, **run) | dict(dataset=dataset) \
-                if name == "data" else LEARNING[name].measure(kind, number, **run, **few)
-        except NotFinite as error:
-            tqdm.write(f"{path.stem} is left out: {error}")
-            continue
-        write_json(dict(table=name, commit=commit(), date=time.strftime("%Y-%m-%d"), machine=machine(device.type),
-                        versions=dict(torch=torch.__version__, torchvision=torchvision.__version__), seed=number,
-                        command=command_of(name, options), setting=setting,
-                        result=measured | dict(device=device.type)), path)
+    bar, there = tqdm(todo, unit="cell", disable=None), 0
+    with Interrupts() as interrupts:
+        for name, kind, number, n_images in bar:
+            interrupts.advice = f"{there} of {len(todo)} cells are in {folder}; the same command goes on with the next"
+            own = dataset if name == "data" else ""
+            path, first = (folder / cell_file(name, kind, each, n_images, own) for each in (number, seeds[0]))
+            bar.set_description(path.stem)
+            setting = json.loads(json.dumps(dict(recipe=asdict(recipe), images=images if name == "data" else few,
+                                                 precision=str(precision or torch.float32))))
+            check_setting(setting, name, own, folder)
+            if path.exists():
+                there += 1
+                continue
+            rates = (json.loads(first.read_text())["result"]["rate"],) if first.exists() else RATES
+            run = dict(recipe=recipe, device=options.device, amp=options.amp, rates=rates)
+            try:
+                measured = measure_data(kind, number, n_images, loaders, **run) | dict(dataset=dataset) \
+                    if name == "data" else LEARNING[name].measure(kind, number, **run, **few)
+            except NotFinite as error:
+                tqdm.write(f"{path.stem} is left out: {error}")
+                continue
+            write_json(dict(table=name, commit=commit(), date=time.strftime("%Y-%m-%d"), machine=machine(device.type),
+                            versions=dict(torch=torch.__version__, torchvision=torchvision.__version__), seed=number,
+                            command=command_of(name, options), setting=setting,
+                            result=measured | dict(device=device.type)), path)
+            there += 1
     return read_cells(names, [folder])
 
 
@@ -385,8 +406,9 @@ def main(argv=None):
         if options.data_dir and not Path(options.data_dir).exists():
             raise InputError(f"--data-dir {options.data_dir} does not exist; give a folder with a folder for each "
                              f"class")
-        compare(options, new_output_dir(options.output_dir, "cnn_vs_vit",
-                                        Path(options.data_dir).name if options.data_dir else "shapes"))
+        with unless_empty(new_output_dir(options.output_dir, "cnn_vs_vit", Path(options.data_dir).resolve().name
+                                         if options.data_dir else "shapes")) as folder:
+            compare(options, folder)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 
 import torch
@@ -72,7 +72,8 @@ class Bounded:
 
 def script(run):
     """Runs a script's main part. What a person gave wrong, or a disk, ends in one line and exit code 2; an
-    interruption in one line and 128 + the signal's number, 130 for Ctrl-C and 143 for SIGTERM."""
+    interruption in one line and 128 + the signal's number, 130 for Ctrl-C and 143 for SIGTERM; output that nobody
+    reads any more without a word, in 141."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # consoles that lack a letter of a folder's name
@@ -81,6 +82,9 @@ def script(run):
         name = f"[process {process_number()}] {name}"
     try:
         run()
+    except BrokenPipeError:  # who reads the output, head for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)
     except (InputError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -208,6 +212,17 @@ def new_output_dir(wanted, model_name, dataset_name):
         raise InputError(f"cannot write to --output-dir {folder} ({error.strerror}); choose a folder that is "
                          f"writable") from error
     return folder
+
+
+@contextmanager
+def unless_empty(folder):
+    """The folder as long as this is entered; where an error ends that before anything was written, it goes away."""
+    try:
+        yield folder
+    except BaseException:
+        with suppress(OSError):  # what holds something cannot be removed so
+            folder.rmdir()
+        raise
 
 
 def first_new_folder(stem):

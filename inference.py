@@ -35,7 +35,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from checkpoints import first_line, load_model, one_side, own, read_checkpoint, write_whole
-from command_line import OneLineParser, new_output_dir, percent, whole, write_json
+from command_line import OneLineParser, new_output_dir, percent, unless_empty, whole, write_json
 from measurements import (
     balanced_accuracy,
     choose_device,
@@ -382,8 +382,8 @@ def evaluate(options):
     model = load_model(options.checkpoint)
     check_head(model)
     loader = evaluation_loader(model, options)
-    folder = new_output_dir(options.output_dir, "evaluation", loader.dataset_name)
-    found = score(model, loader, device, options.amp)
+    with unless_empty(new_output_dir(options.output_dir, "evaluation", loader.dataset_name)) as folder:
+        found = score(model, loader, device, options.amp)
     print(describe(found, loader))
     heading = f"accuracy {percent(found.correct, found.n)}\n{found.n:,} images"
     names = list(map(drawable, found.class_names))

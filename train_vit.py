@@ -131,8 +131,9 @@ def make_parser():
     recipe.add_argument("--shift", type=Bounded(float, 0, 0.5, "0 to 0.5"), help="share of the side by which small "
                                                                                  "images are shifted at most")
     recipe.add_argument("--flip", choices=FLIPS, help="how small images are mirrored")
-    recipe.add_argument("--cutout", type=Bounded(float, 0, 2, "0 to 2"), help="share of the side of a small image that "
-                                                                              "a hidden square has")
+    recipe.add_argument("--cutout", type=Bounded(float, 0, 2, "a share of the image's side, 0 to 2: 0.25 is 8 of 32 "
+                                                              "pixels"),
+                        help="share of the side of a small image that a hidden square has")
     recipe.add_argument("--mixing", choices=MIXINGS, help="two images in one")
     recipe.add_argument("--model-ema", type=Bounded(float, 0, 1, "0 to 1"), nargs="?", const=0.999, metavar="DECAY",
                         help="keep a moving average of the weights, and evaluate that (decay without a number: 0.999)")
@@ -503,12 +504,14 @@ class TrainingRun:
             write_json(result, self.folder / "result.json")  # before the test: a bad image there loses nothing
             save_figure(plot_training_curves(self.history), self.folder / "curves.png")
         print(f"Trained in {seconds:.0f} s. Best {self.criterion()} {max(scores):.1%}, epoch {best_epoch} of "
-              f"{len(scores)}; its test comes now, and a linear classifier to compare with ...", flush=True)
+              f"{len(scores)}.", flush=True)
         loader, split = get_test_loader(**self.data), "test"
         if loader is None:
             loader, split = self.val_loader, "val"
             print("There are no test images: the accuracies are those of the validation images, on which the best "
-                  "epoch was chosen.")
+                  "epoch was chosen. A linear classifier comes now, to compare with ...", flush=True)
+        else:
+            print("Its test comes now, and a linear classifier to compare with ...", flush=True)
         if self.options.dry_run:
             loader = list(itertools.islice(loader, 2))
         trainer = Trainer(best, **self.settings)

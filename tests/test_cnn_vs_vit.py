@@ -1,4 +1,5 @@
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,8 +10,9 @@ from command_runs import ROOT, make_folder
 import cnn_model
 import cnn_vs_vit as cv
 import train_vit
+from command_line import Interrupted
 from drawn_tasks import make_mark
-from learning import SEEDS, SHARES, STEPS_BETWEEN, Recipe, loader_of
+from learning import RATES, SEEDS, SHARES, STEPS_BETWEEN, Recipe, loader_of
 from measurements import count_parameters
 from trainer import NotFinite
 from vit_model import InputError
@@ -64,12 +66,12 @@ def test_cells_are_planned_seed_by_seed_and_named_by_what_they_are():
 
 @pytest.fixture
 def few(monkeypatch):
-    """Cells that are measured at once, and a list of those that were."""
+    """Cells that are measured at once, and a list of those that were, with the learning rates that they tried."""
     measured = []
 
-    def cell(kind, number, **run):
-        measured.append((kind, number))
-        return dict(kind=kind, seed=number, distances=[8, 20], correct=[9, 7], n=10)
+    def cell(kind, number, rates, **run):
+        measured.append((kind, number, rates))
+        return dict(kind=kind, seed=number, distances=[8, 20], correct=[9, 7], n=10, rate=rates[-1])
 
     monkeypatch.setitem(cv.LEARNING, "reach", replace(cv.LEARNING["reach"], measure=cell))
     return measured
@@ -84,7 +86,9 @@ def test_cells_that_are_there_are_not_measured_again(few, tmp_path):
     assert len(few) == len(cells["reach"]) == 12
     (tmp_path / "reach-ConvNet-1.json").unlink()
     again = cv.train_cells(["reach"], tmp_path, options("--full"))
-    assert few[12:] == [("ConvNet", 1)]
+    assert few[12:] == [("ConvNet", 1, RATES[-1:])]
+    assert {rates for _, number, rates in few if number == SEEDS[0]} == {RATES}  # the first seed chooses
+    assert {rates for _, number, rates in few if number != SEEDS[0]} == {RATES[-1:]}
     assert again == cells
     first = cells["reach"][0]
     assert first["command"] == "python cnn_vs_vit.py --full --only reach"
@@ -92,6 +96,19 @@ def test_cells_that_are_there_are_not_measured_again(few, tmp_path):
     assert {"commit", "machine", "versions", "date", "seed", "setting"} <= set(first)
     with pytest.raises(InputError, match="measured on other images, in another precision or by another recipe"):
         cv.train_cells(["reach"], tmp_path, options("--full"), Recipe(n_steps=3))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_says_what_is_kept_and_how_to_go_on(number, few, tmp_path, monkeypatch):
+    def cut_off(kind, seed, **run):
+        if (kind, seed) == ("ConvNet", 0):
+            signal.raise_signal(number)
+        return dict(kind=kind, seed=seed, distances=[8], correct=[9], n=10, rate=1e-3)
+
+    monkeypatch.setitem(cv.LEARNING, "reach", replace(cv.LEARNING["reach"], measure=cut_off))
+    with pytest.raises(Interrupted, match=r"3 of 12 cells are in .*; the same command goes on with the next"):
+        cv.train_cells(["reach"], tmp_path, options("--full"))
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_sets_of_cells_are_told_apart(few, tmp_path, capsys):
@@ -104,12 +121,14 @@ def test_sets_of_cells_are_told_apart(few, tmp_path, capsys):
     assert {path.name for path in tmp_path.glob("*.png")} == {"reach.png", "reach_photos.png"}
     assert "6 cells, measured " in sections[0].note
     assert "python cnn_vs_vit.py --full --only cues" in capsys.readouterr().out
+    assert [section.finding[:16] for section in sections if section.title == "Outline or texture"] == [
+        "Not measured yet"]
 
 
 def test_data_cells_of_a_folder_hold_its_name_and_are_of_its_images(tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "a" / "my set", 16, ("train", "test"))
     monkeypatch.setattr(cv, "measure_data", lambda kind, number, n_images, loaders, **run: dict(
-        kind=kind, seed=number, n_images=n_images))
+        kind=kind, seed=number, n_images=n_images, rate=1e-3))
     words = ["--full", "--data-dir", str(folder), "--shares", "1", "0.5"]
     cells = cv.train_cells(["data"], tmp_path / "cells", options(*words))
     assert len(cells["data"]) == 24

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 from contextlib import nullcontext
 
@@ -27,6 +29,7 @@ from command_line import (
     processes,
     script,
     seed,
+    unless_empty,
     whole,
     write_json,
 )
@@ -130,6 +133,26 @@ def test_what_ends_a_script_is_one_line_and_an_exit_code(error, code, words, cap
 def test_a_mistake_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         script(raiser(ZeroDivisionError()))
+
+
+def test_output_that_nobody_reads_any_more_ends_a_script_without_a_word():
+    lines = "from command_line import script; script(lambda: [print('a line') for _ in range(100_000)])"
+    child = subprocess.Popen([sys.executable, "-c", lines], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.readline()
+    child.stdout.close()
+    assert (child.stderr.read(), child.wait()) == (b"", 141)
+    child.stderr.close()
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_an_error_leaves_no_empty_folder_and_removes_no_file(tmp_path, written):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if written:
+        (folder / "result.json").touch()
+    with pytest.raises(InputError), unless_empty(folder):
+        raise InputError("no such image")
+    assert folder.exists() == written
 
 
 def test_a_script_that_runs_through_just_returns():

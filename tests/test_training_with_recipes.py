@@ -182,6 +182,6 @@ def test_the_linear_control_learns_from_plain_images_whatever_the_augmentation(t
     assert torch.equal(*seen)
     assert seen[0].abs().sum() > 0
     printed = capsys.readouterr().out
-    assert re.search(r"Trained in \d+ s. Best val_acc [\d.]+%, epoch 1 of 1; its test comes now", printed)
+    assert re.search(r"Trained in \d+ s. Best val_acc [\d.]+%, epoch 1 of 1\.\nIts test comes now", printed)
     assert re.search(r"Each image shown mirrored too: [\d.]+%", printed)
     assert "without attention.png: this model has no attention" in printed
