@@ -67,6 +67,7 @@ __all__ = ["HybridCNNViT", "matched_models", "shipped_models", "shipped_subjects
 
 NAMES = {"ConvNet": "convnet", "Hybrid": "hybrid", "ViT": "vit_nano"}
 FEW_STEPS = 100  # with fewer a verdict says that it is one of too little training
+FEW_IMAGES = 1000  # with fewer it names fine-tuning
 RECIPE_WORDS = (f"All have the same time and one recipe, not those of train_vit.py: {RECIPE.optimizer} at "
                 f"{RATES[1]:g}, batches of {RECIPE.batch_size}.")
 COMMITTED = Path(__file__).parent / "benchmarks" / "results"
@@ -304,7 +305,7 @@ def judge_folder(options, folder):
                 "naming the largest class every time": max(asked.class_counts) / asked.n_images}
     finding = verdict(rows, costs) + " For comparison: " + listed(f"{share:.1%} by {name}" for name, share in
                                                                   controls.items()) + "."
-    finding += weakness(rows, controls)
+    finding += weakness(rows, controls, train_loader.n_images)
     tell("Which for these images?", finding)
     levels = {name: banded([row["accuracy"] for row in own]) for name, own in rows.items()}
     panels = {f"accuracy on the {split} images\n(lines: lowest and highest seed)": levels | controls,
@@ -321,7 +322,7 @@ def judge_folder(options, folder):
     return {"verdict": dict(rows=rows, costs=costs, controls=controls, finding=finding)}, [section]
 
 
-def weakness(rows, controls):
+def weakness(rows, controls, n_images):
     """In words, why the models of judge() may not be what they could be; "" where nothing speaks for it."""
     least, best = min(own[0]["n_steps"] for own in rows.values()), max(banded([row["accuracy"] for row in own])[0]
                                                                        for own in rows.values())
@@ -329,6 +330,9 @@ def weakness(rows, controls):
         if least < FEW_STEPS else ""
     if best <= max(controls.values()):
         text += " No model does better than that: they have not learned what is there, or there is nothing."
+    if n_images < FEW_IMAGES:
+        text += (f" {n_images:,} training images are few: a model that has learned from others first may do better "
+                 f"than all three (train_vit.py --pretrained NAME; benchmarks/RESULTS.md, few-images).")
     return text
 
 

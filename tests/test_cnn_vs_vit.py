@@ -160,6 +160,7 @@ def test_a_folder_is_judged(tmp_path, monkeypatch, capsys):
     assert results["finding"] in page
     assert "Accuracy on the test images" in page
     assert "Only 1 steps fitted" in results["finding"]
+    assert "40 training images are few: a model that has learned from others first" in results["finding"]
     assert "by a linear classifier on the pixels and 50.0% by naming the largest class every time" in results["finding"]
 
 
