@@ -176,7 +176,7 @@ def cell_file(name, kind, number, n_images, dataset):
 def train_cells(names, folder, options, recipe=RECIPE):
     """Measures every planned cell that has no file yet. Returns {name: cells}.
 
-    Learning rates are chosen with the first seed, for each kind and number of images; the other seeds take them over.
+    Each kind's learning rate is chosen with the first seed and the most images; its other cells take it over.
 
     Raises InputError where a file is of other images or another recipe.
     """
@@ -203,7 +203,9 @@ def train_cells(names, folder, options, recipe=RECIPE):
         for name, kind, number, n_images in bar:
             interrupts.advice = f"{there} of {len(todo)} cells are in {folder}; the same command goes on with the next"
             own = dataset if name == "data" else ""
-            path, first = (folder / cell_file(name, kind, each, n_images, own) for each in (number, seeds[0]))
+            most = n_images and numbers[0]
+            path, first = (folder / cell_file(name, kind, *which, own) for which in ((number, n_images),
+                                                                                     (seeds[0], most)))
             bar.set_description(path.stem)
             setting = json.loads(json.dumps(dict(recipe=asdict(recipe), images=images if name == "data" else few,
                                                  precision=str(precision or torch.float32))))

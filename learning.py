@@ -6,7 +6,8 @@
     judge           the three trained on somebody's own images, several seeds each; verdict() puts it into words
 
 A cell is a file: what was measured stays when the next one is cut off. Learning rates are chosen on validation images,
-of one grid that all models share, by the first seed; test images are read once, with the chosen one.
+of one grid that all models share, by the first seed and the most images; test images are read once, with the chosen
+one.
 
 Letters:  N images, S seeds, n test images.
 """

@@ -127,12 +127,19 @@ def test_sets_of_cells_are_told_apart(few, tmp_path, capsys):
 
 def test_data_cells_of_a_folder_hold_its_name_and_are_of_its_images(tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "a" / "my set", 16, ("train", "test"))
-    monkeypatch.setattr(cv, "measure_data", lambda kind, number, n_images, loaders, **run: dict(
-        kind=kind, seed=number, n_images=n_images, rate=1e-3))
+    tried = []
+
+    def measure(kind, number, n_images, loaders, rates, **run):
+        tried.append((number, n_images, rates))
+        return dict(kind=kind, seed=number, n_images=n_images, rate=rates[-1])
+
+    monkeypatch.setattr(cv, "measure_data", measure)
     words = ["--full", "--data-dir", str(folder), "--shares", "1", "0.5"]
     cells = cv.train_cells(["data"], tmp_path / "cells", options(*words))
     assert len(cells["data"]) == 24
     assert {cell["result"]["dataset"] for cell in cells["data"]} == {"my set"}
+    most = max(n_images for _, n_images, _ in tried)  # with which the first seed chooses the rates
+    assert all((rates == RATES) == ((number, n_images) == (SEEDS[0], most)) for number, n_images, rates in tried)
     assert cells["data"][0]["command"].endswith(f"--full --only data --data-dir '{folder}' --shares 1 0.5")
     other = make_folder(tmp_path / "b" / "my set", 16, ("train", "test"), n=20)
     with pytest.raises(InputError, match="measured on other images"):  # whose cells would have other names

@@ -115,6 +115,7 @@ def test_the_attention_distance_sentence_turns_with_the_numbers():
     assert "differ by 13.0 pixels, with random weights by 0.2: near and far heads side by side are learned" in sentence(
         [2.0, 15.0], [8.0, 8.2])
     assert sentence([8.0, 8.2], [8.0, 8.2]).endswith("with random weights by 0.2.")
+    assert sentence([4.0, 12.0], [4.0, 10.0]).endswith("by 8.0 pixels, with random weights by 6.0.")  # less than twice
     assert "uniform attention 16.5" in sentence([8.0, 8.2], [8.0, 8.2])
 
 

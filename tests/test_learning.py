@@ -112,6 +112,8 @@ def test_the_cue_sentence_turns_with_the_numbers():
     assert "ViT and ConvNet go by texture with every seed" in sentence(ViT=0.1, ConvNet=0.2)
     assert "None goes by the same cue" in sentence(ViT=0.5, ConvNet=0.5)
     assert "No model answers by outline or by texture" in sentence(ViT=math.nan)
+    cells = [dict(kind="ViT", shape_bias=level) for level in (0.8, 0.7, 0.4)]  # not with every seed
+    assert le.say_cues(cells).endswith("None goes by the same cue with every seed.")
 
 
 def data_cells(levels):
