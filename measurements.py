@@ -19,7 +19,6 @@ import math
 import os
 import statistics
 import time
-from contextlib import contextmanager
 from itertools import accumulate
 
 import torch
@@ -30,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from cnn_model import ConvNet
+from recording import attention_maps, device_of, evaluating  # noqa: F401 - handed on
 from vit_model import InputError, VisionTransformer, check_choice, check_whole, pair
 
 # Strengths that linear_classifier tries, as multiples of the mean square of a feature.
@@ -37,18 +37,6 @@ RIDGES = (0.01, 0.1, 1.0, 10.0)
 
 
 # ---- Attention --------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def attention_maps(model, images):
-    """Softmax attention weights of every block and head, (L, B, H, N, N); rows are queries and sum to one.
-
-    images: normalised, (B, C, height, width). Raises InputError for a model without attention.
-    """
-    check_attends(model)
-    with evaluating(model):
-        _, maps = model.forward_features(images.to(device_of(model)), return_attention=True)
-    return torch.stack(maps)  # (L, B, H, N, N)
 
 
 def select_attention(maps, layer_idx=-1, head_idx=None):
@@ -504,23 +492,6 @@ def count_correct(weights, loader):
 # ---- What the functions above lean on ---------------------------------------------------------------------
 
 
-@contextmanager
-def evaluating(model):
-    """Inside, the whole model is in eval mode; afterwards each of its modules is in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def device_of(model):
-    """The device that the model's parameters are on."""
-    return next(model.parameters()).device
-
-
 def choose_device(device="auto"):
     """"auto" (cuda where there is one, else mps, else cpu) or "cpu", "cuda", "cuda:1", "mps", as a torch.device.
 
@@ -558,13 +529,6 @@ def choose_precision(amp, device):
         abilities = torch.cpu.get_capabilities()
         return torch.bfloat16 if abilities.get("amx_bf16") or abilities.get("avx512_bf16") else None
     return None
-
-
-def check_attends(model):
-    """Raises InputError unless the model is one with attention."""
-    if not isinstance(model, VisionTransformer):
-        raise InputError(f"a {type(model).__name__} has no attention maps; expected a VisionTransformer or "
-                         f"HybridCNNViT")
 
 
 def check_index(name, index, length):

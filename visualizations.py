@@ -52,7 +52,6 @@ from charts import (  # noqa: F401 - some are handed on
 from cnn_model import ConvNet
 from measurements import (
     attention_maps,
-    check_attends,
     check_index,
     choose_device,
     class_probabilities,
@@ -66,6 +65,7 @@ from measurements import (
     where_it_looks,
 )
 from model_zoo import create_pretrained
+from recording import anatomy_of
 from vit_data import NORMALISATION, FitSquare, make_shapes, open_image, to_rgb
 from vit_model import InputError, PatchEmbedding, check_whole, pair
 
@@ -82,7 +82,7 @@ class AttentionVisualizer:
     """
 
     def __init__(self, model, device="auto"):
-        check_attends(model)
+        anatomy_of(model)
         self.model = model.to(choose_device(device))
 
     def visualize_attention(self, image, layer_idx=-1, head_idx=None, save_path=None):

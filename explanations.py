@@ -1,0 +1,435 @@
+"""Where in an image an answer comes from, by every usual method, and how far each is to be trusted.
+
+    rollout, relevance, token_cam     the formulas: attention maps, gradients and tokens in, a heat map's numbers out
+    explain(model, images, method)    one method of METHODS on a model, for a class
+    logit_lens                        what the head would say after every block
+    token_norms, feature_colours      what patch tokens hold
+    patch_filters                     what the patch projection looks for
+    deletion_insertion                how the answer changes as patches are hidden, or shown, in a map's order
+    compare_explanations              all methods on the same images: agreement, and that test beside random order
+    selfcheck                         the closed forms, on a model: what holds
+
+Models are ours, or timm's, transformers' and torchvision's, as recording.py takes them. What a method cannot do on a
+model it refuses with the reason; nothing is put in its place.
+
+Letters:  B images, L blocks, H heads, N tokens (prefix tokens, then patches), D width, K classes, n patches,
+          M methods, S steps of a curve.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from cnn_model import ConvNet
+from measurements import attention_distance, check_index, cls_attention_grid, layers_of, uniform_attention_distance
+from recording import anatomy_of, device_of, evaluating, logits_of, record
+from vit_model import InputError, check_choice, check_whole
+
+OUTLIER = 3.0  # a patch token whose norm is so many times the median counts as a register artefact
+
+
+# ---- The formulas -----------------------------------------------------------------------------------------
+
+
+def rollout(maps, discard_ratio=0.0):
+    """How much of each token of the input is in each token at the end, (L, B, H, N, N) -> (B, N, N), rows sum to one.
+
+    Each block is taken as half attention, mean over the heads, and half the residual: A = (mean_h A_h + I) / 2; the
+    product goes from the last block to the first. Abnar and Zuidema 2020, "Quantifying Attention Flow in Transformers",
+    Sec. 4. discard_ratio: in [0, 1), so large a part of each block's weights, the smallest, is set to zero before I is
+    added, and the rows are scaled back to one. Raises InputError for a ratio out of range.
+    """
+    if not 0 <= discard_ratio < 1:
+        raise InputError(f"discard_ratio {discard_ratio} is out of range; expected 0 <= ratio < 1")
+    mixing = maps.mean(dim=2)  # (L, B, N, N)
+    n_tokens = mixing.shape[-1]
+    if n_dropped := int(discard_ratio * n_tokens**2):
+        flat = mixing.flatten(2)  # (L, B, N N)
+        smallest = flat.topk(n_dropped, dim=2, largest=False).indices
+        mixing = flat.scatter(2, smallest, 0.0).view_as(mixing)
+    mixing = mixing + torch.eye(n_tokens, dtype=maps.dtype, device=maps.device)
+    mixing = mixing / mixing.sum(dim=-1, keepdim=True)
+    rolled = mixing[-1]
+    for earlier in mixing[:-1].flip(0):
+        rolled = rolled @ earlier
+    return rolled  # (B, N, N)
+
+
+def relevance(maps, gradients):
+    """How much each token of the input speaks for a class in each token at the end: 2 x (L, B, H, N, N) -> (B, N, N).
+
+    maps and the gradients of the class's logit to them. Block by block, from the first, R <- R + A R, with A the mean
+    over the heads of what is positive in map times gradient; R starts as I. Chefer, Gur and Wolf 2021, "Generic
+    Attention-model Explainability", Eq. 5 and 6.
+    """
+    speaking = (maps * gradients).clamp(min=0).mean(dim=2)  # (L, B, N, N): negative heads do not cancel others
+    related = torch.eye(maps.shape[-1], dtype=maps.dtype, device=maps.device).expand_as(speaking[0])  # (B, N, N)
+    for block in speaking:
+        related = related + block @ related
+    return related
+
+
+def token_cam(features, gradients):
+    """Grad-CAM of places: 2 x (B, n, D) -> (B, n). Channels are weighted by their gradient's mean over the places, and
+    what is negative in their sum is zero. Selvaraju et al. 2017, "Grad-CAM", Eq. 1 and 2."""
+    weights = gradients.mean(dim=1, keepdim=True)  # (B, 1, D)
+    return (features * weights).sum(dim=2).clamp(min=0)  # (B, n)
+
+
+# ---- The methods on a model -------------------------------------------------------------------------------
+
+
+@dataclass
+class Explanation:
+    """heat (B, rows, columns), not negative; targets (B), the classes that are explained; probabilities (B), theirs."""
+    heat: torch.Tensor
+    targets: torch.Tensor
+    probabilities: torch.Tensor
+
+
+def explain(model, images, method="relevance", target=None, **options):
+    """An Explanation by one of METHODS.
+
+    images   normalised, (B, C, height, width)
+    target   a class number, one for each image (B), or None: the class that is predicted
+    options  rollout: discard_ratio; grad_cam: layer_idx; attention: layer_idx and head_idx
+
+    Raises InputError where the method cannot work on the model, with the reason.
+    """
+    check_choice("method", method, METHODS)
+    with evaluating(model), torch.no_grad():
+        logits = logits_of(model(images.to(device_of(model))))  # (B, K)
+    targets = choose_targets(logits, target)
+    heat = METHODS[method](model, images, targets, **options).detach().cpu()
+    probabilities = logits.softmax(dim=1).gather(1, targets[:, None])[:, 0].cpu()
+    return Explanation(heat, targets.cpu(), probabilities)
+
+
+def attention_heat(model, images, targets, layer_idx=-1, head_idx=None):
+    """What the head's token takes from each patch in one block, as it is; the class does not matter."""
+    seen = record(model, images)
+    maps = seen.maps[check_index("layer_idx", layer_idx, len(seen.maps))]  # (B, H, N, N)
+    attention = maps.mean(dim=1) if head_idx is None else maps[:, check_index("head_idx", head_idx, maps.shape[1])]
+    return for_the_head(attention, seen)
+
+
+def rollout_heat(model, images, targets, discard_ratio=0.0):
+    """rollout, of the head's token; the class does not matter."""
+    seen = record(model, images)
+    return for_the_head(rollout(torch.stack(seen.maps), discard_ratio), seen)
+
+
+def relevance_heat(model, images, targets):
+    """relevance, of the head's token, for the class."""
+    check_head(model)
+    seen = record(model, images, gradients=True)
+    gradients = torch.autograd.grad(chosen(seen.logits, targets), seen.maps)
+    return for_the_head(relevance(torch.stack(seen.maps), torch.stack(gradients)), seen)
+
+
+def cam_heat(model, images, targets, layer_idx=None):
+    """Grad-CAM of the patch tokens after a block, or of the places after a stage of a ConvNet.
+
+    layer_idx: counts from 0, or from the end; None: the last whose places the head can still see, which is the last
+    but one where it reads CLS. Raises InputError where the map would be blank because nothing of the places reaches the
+    head.
+    """
+    if isinstance(model, ConvNet):
+        return convolutional_cam(model, images, targets, -1 if layer_idx is None else layer_idx)
+    check_head(model)
+    seen = record(model, images, gradients=True)
+    n_blocks, by_cls = len(seen.maps), seen.anatomy.pool == "cls"
+    layer = (n_blocks - 2 if by_cls else n_blocks - 1) if layer_idx is None else \
+        check_index("layer_idx", layer_idx, n_blocks)
+    if (by_cls and layer >= n_blocks - 1) or layer < 0:
+        raise InputError(f"Grad-CAM after the last block is blank: the head reads CLS alone, and what the patch "
+                         f"tokens are there goes nowhere; choose an earlier layer_idx (this model has {n_blocks} "
+                         f"blocks)")
+    gradient, = torch.autograd.grad(chosen(seen.logits, targets), seen.tokens[layer + 1])  # (B, N, D)
+    first = seen.anatomy.n_prefix
+    return token_cam(seen.tokens[layer + 1][:, first:], gradient[:, first:]).unflatten(1, seen.grid)
+
+
+def convolutional_cam(model, images, targets, layer_idx):
+    """Grad-CAM after a stage of a ConvNet: (B, rows, columns) of its feature map."""
+    layers, outputs = layers_of(model), []
+    layer = layers[check_index("layer_idx", layer_idx, len(layers))]
+    hook = layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        with evaluating(model), torch.enable_grad():
+            logits = model(images.detach().to(device_of(model)).clone().requires_grad_())
+    finally:
+        hook.remove()
+    gradient, = torch.autograd.grad(chosen(logits, targets), outputs[0])  # (B, D, rows, columns)
+    places = [part.flatten(2).transpose(1, 2) for part in (outputs[0], gradient)]  # 2 x (B, n, D)
+    return token_cam(*places).unflatten(1, outputs[0].shape[2:])
+
+
+METHODS = {"attention": attention_heat, "rollout": rollout_heat, "relevance": relevance_heat, "grad_cam": cam_heat}
+
+
+# ---- What tokens hold -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def logit_lens(model, images):
+    """What the head would say if it read the tokens after every block: probabilities (L + 1, B, K), the first before
+    the first block. nostalgebraist 2020, "interpreting GPT: the logit lens". Raises InputError without a head."""
+    check_head(model)
+    seen = record(model, images)
+    with evaluating(model):
+        return torch.stack([seen.anatomy.read(tokens).softmax(dim=1) for tokens in seen.tokens]).cpu()
+
+
+def token_norms(recording):
+    """(norms, artefacts), both (L, B, rows, columns): the length of each patch token after each block, and whether it
+    is OUTLIER times the median of its image and block or more, as tokens that the model uses for something else are
+    (Darcet et al. 2024, "Vision Transformers Need Registers")."""
+    first = recording.anatomy.n_prefix
+    norms = torch.stack([tokens[:, first:].norm(dim=2) for tokens in recording.tokens[1:]]).detach().cpu()  # (L, B, n)
+    artefacts = norms >= OUTLIER * norms.median(dim=2, keepdim=True).values
+    return norms.unflatten(2, recording.grid), artefacts.unflatten(2, recording.grid)
+
+
+def feature_colours(features):
+    """The three directions in which features (B, rows, columns, D) differ most, over all images together, as red, green
+    and blue: (B, rows, columns, 3) in 0..1. Alike in colour is alike in content, across the images too. Each direction
+    is scaled from its 2nd to its 98th percentile; its sign is that which makes the skew positive."""
+    flat = features.detach().cpu().double().flatten(0, 2)  # (B n, D)
+    centred = flat - flat.mean(dim=0)
+    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
+    parts = centred @ directions[:3].T  # (B n, 3)
+    parts = parts * torch.where((parts**3).sum(dim=0) < 0, -1.0, 1.0)
+    low, high = parts.quantile(torch.tensor([0.02, 0.98]).double(), dim=0)
+    return ((parts - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).view(*features.shape[:3], -1)
+
+
+@torch.no_grad()
+def patch_filters(model, n_filters=28):
+    """(filters (n, C, P, P), shares (n)): the principal components of the patch projection's filters, the strongest
+    first, and how much of their squares each holds. ViT paper, Fig. 7 (left). Raises InputError where the first layer
+    is no projection of whole patches, as in a hybrid."""
+    projection = anatomy_of(model).projection
+    if not isinstance(projection, torch.nn.Conv2d):
+        raise InputError(f"the first layer of this {type(model).__name__} is a {type(projection).__name__}, no "
+                         f"projection of patches; its filters have no principal components to look at")
+    check_whole("n_filters", n_filters, 1)
+    weight = projection.weight.detach().cpu().double()  # (D, C, P, P)
+    _, strengths, components = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+    shares = strengths**2 / (strengths**2).sum()
+    return components[:n_filters].unflatten(1, weight.shape[1:]), shares[:n_filters]
+
+
+# ---- How far to trust a map -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def deletion_insertion(model, images, heat, targets, n_steps=16, batch_size=128):
+    """(deletion, insertion), each (S + 1, B): the probability of the target class while patches are hidden, the hottest
+    first, and while they are shown on an empty image, the hottest first.
+
+    heat (B, rows, columns). Hidden is what the normalisation takes for the mean. A map that finds what the answer hangs
+    on makes the first curve fall early and the second rise early; the mean of a curve is its area. Petsiuk, Das and
+    Saenko 2018, "RISE", Sec. 4.1.
+    """
+    check_whole("n_steps", n_steps, 1)
+    images, n, grid = images.cpu(), heat[0].numel(), heat.shape[1:]
+    rows, columns = (torch.arange(side) * count // side for side, count in zip(images.shape[2:], grid, strict=True))
+    ranks = heat.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # (B, n), 0 the hottest
+    curves = []
+    for inserting in (False, True):
+        curve = []
+        for step in range(n_steps + 1):
+            shown = ((ranks < round(step / n_steps * n)) == inserting).unflatten(1, grid)  # (B, rows, columns)
+            changed = images * shown[:, rows[:, None], columns][:, None]  # (B, C, height, width)
+            curve.append(class_probability(model, changed, targets, batch_size))
+        curves.append(torch.stack(curve))
+    return tuple(curves)
+
+
+def class_probability(model, images, targets, batch_size):
+    """The probability of each image's target class, (B), on the CPU."""
+    with evaluating(model):
+        parts = [logits_of(model(part.to(device_of(model)))).softmax(dim=1).cpu() for part in images.split(batch_size)]
+    return torch.cat(parts).gather(1, targets[:, None].cpu())[:, 0]
+
+
+def rank_correlation(first, second):
+    """Spearman's correlation of two maps of each image, 2 x (B, ...) -> (B), equal values sharing their mean rank; NaN
+    where one map is the same everywhere."""
+    ranks = []
+    for values in (first.flatten(1).double(), second.flatten(1).double()):
+        others = values[:, None]  # (B, 1, n)
+        rank = (values[:, :, None] > others).double() + 0.5 * (values[:, :, None] == others).double()  # (B, n, n)
+        rank = rank.sum(dim=2)  # (B, n)
+        ranks.append(rank - rank.mean(dim=1, keepdim=True))
+    a, b = ranks
+    return (a * b).sum(dim=1) / ((a**2).sum(dim=1) * (b**2).sum(dim=1)).sqrt()  # (B)
+
+
+@dataclass
+class Comparison:
+    """heats: method -> (B, rows, columns); refused: method -> why not; correlations (M, M), means over the images;
+    deletion, insertion: method -> (S + 1, B), "random order" among them; targets and probabilities (B)."""
+    heats: dict
+    refused: dict
+    correlations: torch.Tensor
+    deletion: dict
+    insertion: dict
+    targets: torch.Tensor
+    probabilities: torch.Tensor
+
+
+def compare_explanations(model, images, target=None, methods=tuple(METHODS), n_steps=16, seed=0):
+    """A Comparison of the methods on images (B, C, height, width), normalised; random order is drawn from the seed."""
+    heats, refused, explained = {}, {}, None
+    for method in methods:
+        try:
+            explained = explain(model, images, method, target)
+        except InputError as error:
+            refused[method] = str(error)
+            continue
+        heats[method] = explained.heat
+    if not heats:
+        raise InputError(f"none of {', '.join(methods)} works on this model: {next(iter(refused.values()))}")
+    shape = next(iter(heats.values())).shape
+    orders = heats | {"random order": torch.rand(shape, generator=torch.Generator().manual_seed(seed))}
+    curves = {name: deletion_insertion(model, images, heat, explained.targets, n_steps)
+              for name, heat in orders.items()}
+    correlations = torch.stack([torch.stack([rank_correlation(a, b).nanmean() for b in heats.values()])
+                                for a in heats.values()])  # (M, M)
+    return Comparison(heats, refused, correlations, {name: pair[0] for name, pair in curves.items()},
+                      {name: pair[1] for name, pair in curves.items()}, explained.targets, explained.probabilities)
+
+
+# ---- The closed forms, on a model -------------------------------------------------------------------------
+
+
+@dataclass
+class Check:
+    """What should hold, whether it does (None: it does not apply), and the figure or the reason."""
+    name: str
+    holds: bool | None
+    found: str
+
+
+def selfcheck(model, images, seed=0):
+    """The closed forms on a model and images (B, C, height, width), normalised: a list of Check."""
+    seen = record(model, images)
+    n_blocks, n_tokens = len(seen.maps), seen.maps[0].shape[-1]
+    first = seen.anatomy.n_prefix
+    checks = [check_own_answers(model, images, seen)]
+    sums = torch.stack(seen.maps).sum(dim=-1)  # (L, B, H, N)
+    checks.append(within("attention rows sum to one", (sums - 1).abs().max(), 1e-5))
+    rolled = rollout(torch.stack(seen.maps).double())
+    checks.append(within("rollout rows sum to one", (rolled.sum(dim=-1) - 1).abs().max(), 1e-9))
+    uniform = record(model, images[:1], change=uniform_attention)
+    expected = 2.0**-n_blocks * torch.eye(n_tokens) + (1 - 2.0**-n_blocks) / n_tokens
+    checks.append(within(f"rollout of uniform attention is 2^-{n_blocks} I + (1 - 2^-{n_blocks}) J / {n_tokens}",
+                         (rollout(torch.stack(uniform.maps))[0].cpu() - expected).abs().max(), 1e-6))
+    distance = attention_distance(torch.stack(uniform.maps), seen.grid, seen.anatomy.patch_size, first)
+    line = uniform_attention_distance(seen.grid, seen.anatomy.patch_size)
+    checks.append(within(f"attention distance of uniform attention is {line:.2f} pixels",
+                         (distance - line).abs().max(), 1e-4 * line))
+    if not seen.anatomy.has_head:
+        return [*checks, Check("gradients of the attention maps, logit lens", None, "this model has no head")]
+    checks.append(check_map_gradients(model, images[:1], seed))
+    checks.append(check_last_gradient(model, images[:1]))
+    last = logit_lens(model, images)[-1]
+    checks.append(within("the logit lens ends in the model's own answer",
+                         (last - seen.logits.softmax(dim=1).cpu()).abs().max(), 1e-5))
+    return checks
+
+
+def within(name, difference, most):
+    return Check(name, bool(difference <= most), f"largest difference {float(difference):.1e}, at most {most:.0e}")
+
+
+def uniform_attention(block, attention):
+    return torch.full_like(attention, 1 / attention.shape[-1])
+
+
+def check_own_answers(model, images, seen):
+    """Whether the model answers alike when watched, and leaves no hook."""
+    with evaluating(model), torch.no_grad():
+        own = logits_of(model(images.to(device_of(model))))
+    left = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    check = within("answers are the same when watched", (own - seen.logits).abs().max(),
+                   1e-4 * max(1.0, own.abs().max().item()))
+    return check if not left else Check(check.name, False, f"{left} hooks are left")
+
+
+def check_map_gradients(model, images, seed, step=1e-2):
+    """The gradient to each block's map against a finite difference: a small change of that map alone. A wrong order of
+    the gradients, or maps that the answer does not come from, would show."""
+    plain = record(model, images, gradients=True)
+    target = choose_targets(plain.logits, None)
+    gradients = torch.autograd.grad(chosen(plain.logits, target), plain.maps)
+    generator, worst = torch.Generator().manual_seed(seed), 0.0
+    for block, gradient in enumerate(gradients):
+        noise = torch.randn(gradient.shape, generator=generator).to(gradient)
+        direction = gradient / gradient.norm().clamp(min=1e-30) + noise / noise.norm()
+        ends = [chosen(record(model, images, change=Nudge(block, sign * step * direction)).logits, target).item()
+                for sign in (1, -1)]
+        expected = (gradient * direction).sum().item()
+        scale = max(abs(expected), gradient.norm().item(), 1e-6)
+        worst = max(worst, abs((ends[0] - ends[1]) / (2 * step) - expected) / scale)
+    return within("gradients of the attention maps are those of finite differences, block by block", worst, 0.05)
+
+
+@dataclass
+class Nudge:
+    """A `change` for record: adds to the map of one block."""
+    block: int
+    amount: torch.Tensor
+
+    def __call__(self, block, attention):
+        return attention + self.amount if block == self.block else attention
+
+
+def check_last_gradient(model, images):
+    """Where the head reads CLS, patch tokens after the last block have no gradient, and before it they have."""
+    seen = record(model, images, gradients=True)
+    if seen.anatomy.pool != "cls":
+        return Check("patch tokens have no gradient after the last block", None,
+                     f"the head reads {seen.anatomy.pool}, so they have")
+    gradients = torch.autograd.grad(seen.logits.square().sum(), seen.tokens[-2:])
+    first = seen.anatomy.n_prefix
+    before, after = (gradient[:, first:].abs().max().item() for gradient in gradients)
+    return Check("patch tokens have no gradient after the last block, and one before", after == 0 < before,
+                 f"largest after {after:.1e}, before {before:.1e}")
+
+
+# ---- What the functions above lean on ---------------------------------------------------------------------
+
+
+def check_head(model):
+    """Raises InputError for a ViT without a head."""
+    if not anatomy_of(model).has_head:
+        raise InputError(f"this {type(model).__name__} has no head, so there is no class to explain; give one with a "
+                         f"head, or ask for attention or rollout")
+
+
+def for_the_head(matrix, seen):
+    """What the head's token, or its patches on average, hold of each patch: (B, N, N) -> (B, rows, columns)."""
+    pool = seen.anatomy.pool
+    if pool not in ("cls", "mean"):
+        raise InputError(f"the head reads {pool!r}, neither CLS nor the mean of the patches; there is no row of tokens "
+                         f"to show for it")
+    return cls_attention_grid(matrix, seen.grid, seen.anatomy.n_prefix, pool)
+
+
+def choose_targets(logits, target):
+    """Class numbers (B), on the device of the logits (B, K). Raises InputError for a class that is not there."""
+    B, K = logits.shape
+    if target is None:
+        return logits.argmax(dim=1)
+    targets = torch.as_tensor(target, device=logits.device).expand(B)
+    if targets.is_floating_point() or not bool(((targets >= 0) & (targets < K)).all()):
+        raise InputError(f"target {target} is out of range; expected a class from 0 to {K - 1}")
+    return targets
+
+
+def chosen(logits, targets):
+    """The sum of the target classes' logits, to take gradients of; images do not mix, so each has its own."""
+    return logits.gather(1, targets[:, None]).sum()

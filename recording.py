@@ -1,0 +1,261 @@
+"""A forward pass, watched: the tokens after every block, the attention maps of every head, and the logits.
+
+    record(model, images)           all three, as a Recording; with gradients where asked for
+    attention_maps(model, images)   the maps alone, as one tensor
+    anatomy_of(model)               where blocks, patches, prefix tokens, positions and head of a ViT lie
+
+Our own models go in, and the ViTs of timm, transformers (ViT, DeiT) and torchvision, as they are. Fused attention holds
+no maps; so while a pass is watched its softmax is worked out beside it, and what goes on is computed from that. Nothing
+is stored on a module, and afterwards hooks, modes and weights are as they were, also after an error.
+
+Letters:  B images, C channels, L blocks, H heads, N tokens (prefix tokens, then patches), D width, K classes,
+          n patches.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from vit_model import InputError, VisionTransformer, grid_of, pair
+
+SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax)
+ALIKE = 1e-4  # by so much, of the largest logit, a watched pass of another library's model may differ from its own
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where the parts of a ViT lie.
+
+    library      whose model it is: "ours", "timm", "transformers" or "torchvision"
+    blocks       its L encoder blocks, each (B, N, D) -> (B, N, D)
+    patch_size   (height, width) in pixels
+    n_prefix     tokens before the patches: CLS, distillation token, registers
+    pool         what the head reads: "cls", "mean" (over the patches), or a word for another way
+    read         tokens after any block, (B, N, D) -> logits (B, K): the last norm, the pooling and the head
+    has_head     whether there is one; without it `read` gives features
+    projection   the layer that makes patches into tokens, or the stem before them
+    positions    (n, D), of the patches; None where there are none
+    """
+    library: str
+    blocks: list
+    patch_size: tuple
+    n_prefix: int
+    pool: str
+    read: Callable
+    has_head: bool
+    projection: torch.nn.Module
+    positions: torch.Tensor | None
+
+    def grid(self, images):
+        """Patches of these images along (height, width)."""
+        return grid_of(tuple(images.shape[2:]), self.patch_size)
+
+
+@dataclass
+class Recording:
+    """tokens: L + 1 of (B, N, D), before the first block and after each; maps: L of (B, H, N, N), rows are queries and
+    sum to one; logits (B, K); grid (rows, columns) of the patches; anatomy of the model."""
+    tokens: list
+    maps: list
+    logits: torch.Tensor
+    grid: tuple
+    anatomy: Anatomy
+
+
+def record(model, images, gradients=False, change=None):
+    """Recording of a model in eval mode.
+
+    images     normalised, (B, C, height, width)
+    gradients  True: logits, maps and tokens hang together, for torch.autograd.grad
+    change     a function (block number, map) -> map; the pass goes on with what it gives
+
+    Raises InputError for a model that is no ViT known here, for images that it does not take, and where the maps are
+    not those that its own answers come from.
+    """
+    anatomy, tokens = anatomy_of(model), []
+    grid = anatomy.grid(images)
+    images = images.detach().to(device_of(model)).clone().requires_grad_(gradients)
+    hooks = [anatomy.blocks[0].register_forward_pre_hook(lambda module, args: tokens.append(args[0]))]
+    hooks += [block.register_forward_hook(lambda module, args, output: tokens.append(only(output)))
+              for block in anatomy.blocks]
+    recorder = AttentionRecorder(change)
+    try:
+        with evaluating(model), torch.set_grad_enabled(gradients), recorder:
+            logits = logits_of(model(images))  # (B, K)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    check_maps(recorder.maps, len(anatomy.blocks), anatomy.n_prefix + grid[0] * grid[1])
+    if change is None and anatomy.library != "ours":
+        check_answers(model, images[:1], logits[:1])
+    return Recording(tokens, recorder.maps, logits, grid, anatomy)
+
+
+def attention_maps(model, images):
+    """Softmax attention weights of every block and head, (L, B, H, N, N); rows are queries and sum to one.
+
+    images: normalised, (B, C, height, width). Raises InputError as record does.
+    """
+    return torch.stack(record(model, images).maps)  # (L, B, H, N, N)
+
+
+class AttentionRecorder(TorchFunctionMode):
+    """While this is entered attention is worked out by an explicit softmax, and `maps` collects that, (B, H, N, N).
+
+    It sees the functions of torch that attention is made of, not the modules, so that it asks nothing of a library.
+    """
+
+    def __init__(self, change=None):
+        super().__init__()
+        self.maps, self.change = [], change
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self.attend(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            return self.attend_in_projection(*args, **kwargs)
+        result = func(*args, **kwargs)
+        return self.note(result) if func in SOFTMAXES and is_map(result) else result
+
+    def note(self, attention):
+        if self.change is not None:
+            attention = self.change(len(self.maps), attention)
+        self.maps.append(attention)
+        return attention
+
+    def attend(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        """As torch's scaled_dot_product_attention: (B, H, N, K) each -> (B, H, N, K)."""
+        if is_causal or enable_gqa:
+            raise InputError("causal or grouped attention is not what a ViT has; its maps are not worked out here")
+        scores = query @ key.transpose(-2, -1)  # (B, H, N, N)
+        scores = scores / math.sqrt(query.shape[-1]) if scale is None else scores * scale
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        return self.note(scores.softmax(dim=-1)) @ value
+
+    def attend_in_projection(self, query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias,
+                             bias_k, bias_v, add_zero_attn, dropout_p, out_proj_weight, out_proj_bias, **others):
+        """As torch's multi_head_attention_forward, tokens first: (N, B, D) -> (N, B, D), and None for the weights."""
+        if query is not key or key is not value or in_proj_weight is None or bias_k is not None or add_zero_attn \
+                or others.get("attn_mask") is not None or others.get("key_padding_mask") is not None:
+            raise InputError("attention between two sequences, or masked, is not what a ViT has; its maps are not "
+                             "worked out here")
+        qkv = F.linear(query, in_proj_weight, in_proj_bias)  # (N, B, 3 D)
+        q, k, v = qkv.unflatten(2, (3, num_heads, -1)).permute(2, 1, 3, 0, 4)  # 3 x (B, H, N, K)
+        heads = self.attend(q, k, v)  # (B, H, N, K)
+        return F.linear(heads.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias), None  # (N, B, D)
+
+
+def is_map(result):
+    return result.ndim == 4 and result.shape[-1] == result.shape[-2] > 1
+
+
+def check_maps(maps, n_blocks, n_tokens):
+    """Raises InputError unless there is a map over so many tokens for each block."""
+    sizes = sorted({tuple(one.shape[-2:]) for one in maps})
+    if len(maps) != n_blocks or sizes != [(n_tokens, n_tokens)]:
+        raise InputError(f"{len(maps)} attention maps of {sizes or 'no'} tokens were seen, expected {n_blocks}, one a "
+                         f"block, of {n_tokens} tokens; this model does not attend as a plain ViT does")
+
+
+def check_answers(model, images, logits):
+    """Raises InputError unless the model gives these logits when nobody watches."""
+    with evaluating(model), torch.no_grad():
+        own = logits_of(model(images.detach()))
+    difference, scale = (own - logits.detach()).abs().max().item(), max(1.0, own.abs().max().item())
+    if not difference <= ALIKE * scale:
+        raise InputError(f"with its attention worked out this {type(model).__name__} answers otherwise than by itself "
+                         f"(largest difference {difference:.1e}); its maps would not be those it uses")
+
+
+# ---- Whose model it is ------------------------------------------------------------------------------------
+
+
+def anatomy_of(model):
+    """The Anatomy of a ViT. Raises InputError for what is none that is known here."""
+    for name, describe in ANATOMIES.items():
+        if any(f"{cls.__module__}.{cls.__qualname__}" == name for cls in type(model).__mro__):
+            return describe(model)
+    raise InputError(f"a {type(model).__name__} has no attention maps that are known here; expected a "
+                     f"VisionTransformer or HybridCNNViT, or a ViT of timm, transformers (for image classification) or "
+                     f"torchvision")
+
+
+def of_ours(model):
+    n = model.patch_embed.n_patches
+    return Anatomy("ours", list(model.blocks), pair(model.config.patch_size, "patch_size"), model.n_prefix_tokens,
+                   model.config.pool, lambda x: model.forward_head(model.norm(x)), bool(model.config.n_classes),
+                   model.patch_embed.proj, None if model.pos_embed is None else model.pos_embed[0, -n:].detach())
+
+
+def of_timm(model):
+    pool = {"token": "cls", "avg": "mean"}.get(model.global_pool, model.global_pool)
+    if pool == "mean" and getattr(model, "pool_include_prefix", False):
+        pool = "mean of all tokens"
+    n = model.patch_embed.num_patches
+    positions = None if model.pos_embed is None else model.pos_embed.reshape(-1, model.embed_dim)[-n:].detach()
+    return Anatomy("timm", list(model.blocks), tuple(model.patch_embed.patch_size), model.num_prefix_tokens, pool,
+                   lambda x: model.forward_head(model.norm(x)), model.num_classes > 0, model.patch_embed.proj,
+                   positions)
+
+
+def of_torchvision(model):
+    return Anatomy("torchvision", list(model.encoder.layers), pair(model.patch_size, "patch_size"), 1, "cls",
+                   lambda x: model.heads(model.encoder.ln(x)[:, 0]), True, model.conv_proj,
+                   model.encoder.pos_embedding[0, 1:].detach())
+
+
+def of_transformers(model):
+    """ViTForImageClassification and DeiTForImageClassification, whose head reads CLS."""
+    base, config = getattr(model, model.base_model_prefix), model.config
+    layers = base.layers if hasattr(base, "layers") else base.encoder.layer  # since version 5, before
+    n_prefix = 2 if config.model_type == "deit" else 1
+    positions = base.embeddings.position_embeddings[0, n_prefix:].detach()
+    return Anatomy("transformers", list(layers), pair(config.patch_size, "patch_size"), n_prefix, "cls",
+                   lambda x: model.classifier(base.layernorm(x)[:, 0]), config.num_labels > 0,
+                   base.embeddings.patch_embeddings.projection, positions)
+
+
+ANATOMIES = {
+    f"{VisionTransformer.__module__}.VisionTransformer": of_ours,
+    "timm.models.vision_transformer.VisionTransformer": of_timm,
+    "torchvision.models.vision_transformer.VisionTransformer": of_torchvision,
+    "transformers.models.vit.modeling_vit.ViTForImageClassification": of_transformers,
+    "transformers.models.deit.modeling_deit.DeiTForImageClassification": of_transformers,
+}
+
+
+# ---- What the functions above lean on ---------------------------------------------------------------------
+
+
+def only(output):
+    """A block's tokens, where a library gives them in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def logits_of(output):
+    """What a model gave, as logits: transformers has them in an object."""
+    return getattr(output, "logits", output)
+
+
+@contextmanager
+def evaluating(model):
+    """Inside, the whole model is in eval mode; afterwards each of its modules is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def device_of(model):
+    """The device that the model's parameters are on."""
+    return next(model.parameters()).device

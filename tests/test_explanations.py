@@ -1,0 +1,344 @@
+"""Each method against its closed form, a hand-computed value or a finite difference, and against other libraries."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from other_models import BUILDERS, shared
+from torch import nn
+
+import explanations as e
+from cnn_model import ConvNet
+from recording import record
+from vit_model import InputError, VisionTransformer
+
+SIZE, PATCH, GRID, N, L, H = (14, 15), (7, 5), (2, 3), 7, 3, 2
+
+
+def vit(**options):
+    torch.manual_seed(0)
+    settings = dict(img_size=SIZE, patch_size=PATCH, n_classes=5, embed_dim=22, depth=L, n_heads=H)
+    model = VisionTransformer(**{**settings, **options}).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape))
+    return model
+
+
+def images_of(n=3, size=SIZE):
+    return torch.randn(n, 3, *size, generator=torch.Generator().manual_seed(1)).double()
+
+
+def random_maps(seed=0, shape=(L, 2, H, N, N)):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double().softmax(dim=-1)
+
+
+# ---- Rollout
+
+
+@pytest.mark.parametrize(("depth", "n"), [(1, 5), (3, 7), (12, 197)])
+def test_rollout_of_uniform_attention_is_its_closed_form(depth, n):
+    expected = 2.0**-depth * np.eye(n) + (1 - 2.0**-depth) * np.full((n, n), 1 / n)
+    found = e.rollout(torch.full((depth, 2, 3, n, n), 1 / n).double())
+    np.testing.assert_allclose(found, np.stack([expected] * 2), atol=1e-14)
+
+
+def test_rollout_goes_from_the_last_block_to_the_first():
+    maps = random_maps()
+    half = [(maps[i].mean(dim=1).numpy() + np.eye(N)) / 2 for i in range(L)]
+    np.testing.assert_allclose(e.rollout(maps), half[2] @ half[1] @ half[0], atol=1e-14)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.9])
+def test_rollout_rows_sum_to_one(ratio):
+    sums = e.rollout(random_maps(), ratio).sum(dim=-1)
+    torch.testing.assert_close(sums, torch.ones(2, N).double(), rtol=0, atol=1e-14)
+
+
+def test_what_is_discarded_is_the_smallest():
+    maps = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.15, 0.05, 0.8]]).double()[None, None, None]
+    kept = np.array([[1.6, 0.3, 0], [0, 1.5, 0.3], [0, 0, 1.8]])  # 4 of 9 are dropped: 0.05, 0.1, 0.15, 0.2
+    np.testing.assert_allclose(e.rollout(maps, 0.45)[0], kept / kept.sum(axis=1, keepdims=True), atol=1e-14)
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, math.nan])
+def test_a_ratio_out_of_range_is_refused(ratio):
+    with pytest.raises(InputError, match="discard_ratio"):
+        e.rollout(random_maps(), ratio)
+
+
+# ---- Relevance
+
+
+def test_relevance_is_that_of_the_definition():
+    maps, gradients = random_maps(), random_maps(1) - random_maps(2)
+    for image in range(2):
+        expected = np.eye(N)
+        for block in range(L):
+            speaking = np.mean([np.maximum(maps[block, image, h].numpy() * gradients[block, image, h].numpy(), 0)
+                                for h in range(H)], axis=0)
+            expected = expected + speaking @ expected
+        np.testing.assert_allclose(e.relevance(maps, gradients)[image], expected, atol=1e-14)
+
+
+def test_heads_that_speak_against_a_class_do_not_cancel_others():
+    maps = torch.full((1, 1, 2, 2, 2), 0.5).double()
+    gradients = torch.stack([torch.ones(2, 2), -torch.ones(2, 2)])[None, None].double()
+    np.testing.assert_allclose(e.relevance(maps, gradients)[0], [[1.25, 0.25], [0.25, 1.25]])
+
+
+def test_relevance_of_a_model_takes_each_gradient_with_its_map():
+    model, images = vit(), images_of()
+    found = e.explain(model, images, "relevance", target=3)
+    seen = record(model, images)
+    speaking = []
+    for block in range(L):  # the gradient by differences, one weight at a time, of the first image
+        A, gradient = seen.maps[block][:1], torch.zeros(H, N, N).double()
+        for place in np.ndindex(H, N, N):
+            step = torch.zeros_like(A)
+            step[0][place] = 1e-6
+            ends = [record(model, images[:1], change=e.Nudge(block, sign * step)).logits[0, 3] for sign in (1, -1)]
+            gradient[place] = (ends[0] - ends[1]) / 2e-6
+        speaking.append((A[0] * gradient).clamp(min=0).mean(dim=0))
+    related = torch.eye(N).double()
+    for block in speaking:
+        related = related + block @ related
+    torch.testing.assert_close(found.heat[0], related[0, 1:].view(GRID), rtol=1e-6, atol=1e-9)
+
+
+# ---- Grad-CAM
+
+
+def test_token_cam_by_hand():
+    features = torch.tensor([[[1.0, 2.0], [3.0, -1.0], [0.0, 1.0]]])
+    gradients = torch.tensor([[[1.0, 0.0], [2.0, -3.0], [3.0, 0.0]]])  # means 2 and -1
+    assert e.token_cam(features, gradients).tolist() == [[0.0, 7.0, 0.0]]
+
+
+@pytest.mark.parametrize(("options", "layer"), [({}, L - 2), (dict(pool="mean"), L - 1), (dict(n_registers=2), L - 2)])
+def test_grad_cam_stands_at_the_last_block_that_the_head_still_sees(options, layer):
+    model, images = vit(**options), images_of()
+    found = e.explain(model, images, "grad_cam").heat
+    assert found.shape == (3, *GRID)
+    assert found.sum() > 0
+    assert torch.equal(found, e.explain(model, images, "grad_cam", layer_idx=layer).heat)
+    assert torch.equal(found, e.explain(model, images, "grad_cam", layer_idx=layer - L).heat)
+
+
+def test_grad_cam_after_the_last_block_says_why_it_is_blank():
+    with pytest.raises(InputError, match=r"\AGrad-CAM after the last block is blank: the head reads CLS alone[^\n]*\Z"):
+        e.explain(vit(), images_of(), "grad_cam", layer_idx=-1)
+
+
+def test_grad_cam_of_a_model_is_by_differences_of_its_tokens():
+    model, images = vit(), images_of(1)
+    found = e.explain(model, images, "grad_cam", target=2, layer_idx=0).heat[0].flatten()
+    tokens = record(model, images).tokens[1]
+
+    def logit(x):
+        for block in model.blocks[1:]:
+            x = block(x)
+        return model.forward_head(model.norm(x))[0, 2]
+
+    gradient = torch.zeros(N - 1, 22).double()
+    for place in np.ndindex(N - 1, 22):
+        step = torch.zeros_like(tokens)
+        step[0, place[0] + 1, place[1]] = 1e-6
+        with torch.no_grad():
+            gradient[place] = (logit(tokens + step) - logit(tokens - step)) / 2e-6
+    expected = (tokens[0, 1:] * gradient.mean(dim=0)).sum(dim=1).clamp(min=0)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_grad_cam_of_a_convnet():
+    torch.manual_seed(0)
+    model = ConvNet(img_size=29, n_classes=5, widths=(3, 5, 7), depths=(1, 2, 1), stem_stride=1).double().eval()
+    images = images_of(2, (29, 29))
+    last = e.explain(model, images, "grad_cam", target=1).heat
+    features = model.forward_features(images)
+    weights = model.head.weight[1] / features[0, 0].numel()  # the head reads the mean over the places
+    torch.testing.assert_close(last, (features * weights[:, None, None]).sum(dim=1).clamp(min=0).detach())
+    for method in ("attention", "rollout", "relevance"):
+        with pytest.raises(InputError, match="ConvNet has no attention maps"):
+            e.explain(model, images, method)
+    comparison = e.compare_explanations(model, images, n_steps=2)
+    assert (set(comparison.heats), set(comparison.refused)) == ({"grad_cam"}, {"attention", "rollout", "relevance"})
+
+
+# ---- All methods
+
+
+@pytest.mark.parametrize("method", e.METHODS)
+@pytest.mark.parametrize("name", [name for name in BUILDERS if "eager" not in name])
+def test_other_libraries_are_explained_as_ours_is(name, method, tmp_path):
+    theirs, ours, images = shared(name, tmp_path)
+    found, expected = (e.explain(model, images, method, target=4) for model in (theirs, ours))
+    torch.testing.assert_close(found.heat, expected.heat, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(found.probabilities, expected.probabilities, rtol=0, atol=1e-12)
+    torch.testing.assert_close(e.logit_lens(theirs, images), e.logit_lens(ours, images), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", e.METHODS)
+@pytest.mark.parametrize("options", [{}, dict(pool="mean"), dict(n_registers=3), dict(position="none")])
+def test_every_method_gives_a_map_of_the_patches_and_leaves_the_model_as_it_was(options, method):
+    model, images = vit(**options).train(), images_of()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    found = e.explain(model, images, method)
+    assert found.heat.shape == (3, *GRID)
+    assert (found.heat >= 0).all()
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    model.eval()
+    torch.testing.assert_close(found.probabilities, model(images).softmax(dim=1).max(dim=1).values, rtol=0, atol=1e-9)
+    assert torch.equal(found.targets, model(images).argmax(dim=1))
+
+
+def test_images_do_not_mix():
+    model, images = vit(), images_of()
+    for method in e.METHODS:
+        together = e.explain(model, images, method, target=[1, 0, 4]).heat
+        alone = [e.explain(model, images[i:i + 1], method, target=target).heat for i, target in enumerate((1, 0, 4))]
+        torch.testing.assert_close(together, torch.cat(alone), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("target", [-1, 5, 1.5, [0, 1, 7]])
+def test_a_class_that_is_not_there_is_refused(target):
+    with pytest.raises(InputError, match="expected a class from 0 to 4"):
+        e.explain(vit(), images_of(), target=target)
+
+
+def test_a_model_without_a_head_has_no_class_to_explain():
+    model = vit(n_classes=0)
+    for method in ("relevance", "grad_cam"):
+        with pytest.raises(InputError, match="has no head, so there is no class to explain"):
+            e.explain(model, images_of(), method)
+    with pytest.raises(InputError, match="has no head"):
+        e.logit_lens(model, images_of())
+    assert e.explain(model, images_of(), "rollout").heat.shape == (3, *GRID)
+
+
+# ---- Tokens
+
+
+def test_the_logit_lens_is_the_head_on_each_blocks_tokens():
+    model, images = vit(), images_of()
+    found = e.logit_lens(model, images)
+    assert found.shape == (L + 1, 3, 5)
+    torch.testing.assert_close(found[-1], model(images).softmax(dim=1), rtol=0, atol=1e-12)
+    first = model.forward_head(model.norm(record(model, images).tokens[0])).softmax(dim=1)
+    torch.testing.assert_close(found[0], first, rtol=0, atol=1e-12)
+
+
+def test_norms_are_of_patch_tokens_and_long_ones_are_marked():
+    seen = record(vit(n_registers=2), images_of())
+    seen.tokens[1][0, 3 + 4] = 100 / math.sqrt(22)  # the fifth patch, 2 x 3: row 1, column 1
+    seen.tokens[1][:, 0] = 1e6  # CLS is no patch
+    norms, artefacts = e.token_norms(seen)
+    assert norms.shape == artefacts.shape == (L, 3, *GRID)
+    assert norms[0, 0, 1, 1].item() == pytest.approx(100)
+    assert artefacts[0].nonzero().tolist() == [[0, 1, 1]]
+
+
+def test_feature_colours_are_the_main_directions_over_all_images():
+    generator = torch.Generator().manual_seed(0)
+    parts = torch.rand(4, 5, 6, 3, generator=generator).double()**2 * torch.tensor([9.0, 3.0, 1.0])
+    directions, _ = torch.linalg.qr(torch.randn(11, 3, generator=generator).double())
+    colours = e.feature_colours(parts @ directions.T + 7)
+    assert colours.shape == (4, 5, 6, 3)
+    assert (colours.min(), colours.max()) == (0, 1)
+    for i in range(3):
+        r = np.corrcoef(colours[..., i].flatten(), parts[..., i].flatten())[0, 1]
+        assert r > 0.95
+
+
+def test_patch_filters_are_the_principal_components():
+    model = vit()
+    filters, shares = e.patch_filters(model, 4)
+    weight = model.patch_embed.proj.weight.detach().flatten(1).numpy()
+    values, vectors = np.linalg.eigh(weight.T @ weight)
+    assert filters.shape == (4, 3, 7, 5)
+    np.testing.assert_allclose(shares, values[::-1][:4] / values.sum(), atol=1e-12)
+    for i in range(4):
+        assert abs(float(filters[i].flatten().numpy() @ vectors[:, -1 - i])) == pytest.approx(1, abs=1e-9)
+
+
+# ---- Deletion and insertion
+
+
+class Counting(nn.Module):
+    """Its logit for class 1 is the sum of an image's first channel, for class 0 zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, images):
+        total = images[:, 0].sum(dim=(1, 2)) * self.scale
+        return torch.stack([torch.zeros_like(total), total], dim=1)
+
+
+def test_deletion_and_insertion_by_hand():
+    images = torch.zeros(1, 3, 4, 6)  # 2 x 3 patches of 2 x 2
+    images[:, :, :2, :2], images[:, :, 2:, 4:] = 1.0, 0.5  # 4 in patch 0, 2 in patch 5
+    heat = torch.tensor([[[9.0, 1.0, 2.0], [3.0, 4.0, 8.0]]])
+    deletion, insertion = e.deletion_insertion(Counting(), images, heat, torch.tensor([1]), n_steps=3)
+    left, shown = [6, 0, 0, 0], [0, 6, 6, 6]
+    torch.testing.assert_close(deletion[:, 0], torch.tensor(left).float().sigmoid())
+    torch.testing.assert_close(insertion[:, 0], torch.tensor(shown).float().sigmoid())
+    deletion, _ = e.deletion_insertion(Counting(), images, -heat, torch.tensor([1]), n_steps=3)
+    torch.testing.assert_close(deletion[:, 0], torch.tensor([6, 6, 6, 0]).float().sigmoid())
+
+
+def test_rank_correlation_is_spearmans():
+    a = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0], [3.0, 1.0, 4.0, 1.0, 5.0]])
+    b = torch.tensor([[5.0, 6.0, 7.0, 8.0, 7.0], [9.0, 2.0, 6.0, 5.0, 3.0]])
+    # Ranks 1 2 3 4 5 and 1 2 3.5 5 3.5; 3 1.5 4 1.5 5 and 5 1 4 3 2.
+    assert e.rank_correlation(a, b).tolist() == pytest.approx([8 / math.sqrt(95), 2 / math.sqrt(95)])
+    assert e.rank_correlation(a[:1], torch.ones(1, 5)).isnan().all()
+
+
+def test_explanations_are_compared_beside_random_order():
+    model, images = vit(), images_of()
+    found = e.compare_explanations(model, images, n_steps=6)
+    assert set(found.deletion) == set(found.insertion) == {*e.METHODS, "random order"}
+    torch.testing.assert_close(found.correlations.diagonal(), torch.ones(4).double())
+    probabilities = model(images).softmax(dim=1).max(dim=1).values.detach()
+    empty = model(torch.zeros_like(images)).softmax(dim=1).gather(1, found.targets[:, None])[:, 0].detach()
+    for name in found.deletion:
+        torch.testing.assert_close(found.deletion[name][[0, -1]], torch.stack([probabilities, empty]))
+        torch.testing.assert_close(found.insertion[name][[0, -1]], torch.stack([empty, probabilities]))
+    assert not torch.equal(found.deletion["rollout"], found.deletion["random order"])
+
+
+def test_nothing_that_works_is_an_error():
+    with pytest.raises(InputError, match="none of attention works on this model"):
+        e.compare_explanations(ConvNet(img_size=29, n_classes=5), images_of(1, (29, 29)).float(), methods=["attention"])
+
+
+# ---- The closed forms on a model
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_the_closed_forms_hold_for_every_library(name, tmp_path):
+    theirs, _, images = shared(name, tmp_path)
+    checks = e.selfcheck(theirs.float(), images.float())
+    assert len(checks) == 8
+    assert all(check.holds is not False for check in checks), checks
+    assert [check.holds for check in checks].count(None) == ("mean" in name)
+
+
+def test_a_selfcheck_sees_what_is_broken(monkeypatch):
+    def failed():
+        return {check.name.split(" ")[0] for check in e.selfcheck(vit(), images_of()) if check.holds is False}
+
+    assert failed() == set()
+    whole = e.rollout
+    monkeypatch.setattr(e, "rollout", lambda maps, ratio=0.0: whole(maps) * 1.01)
+    assert failed() == {"rollout"}
+    monkeypatch.setattr(e, "rollout", whole)
+    of_torch = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda out, maps: of_torch(out, maps)[::-1])  # vit-explain's mistake
+    assert "gradients" in failed()

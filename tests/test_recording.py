@@ -1,0 +1,193 @@
+"""What a watched pass gives: our own maps, those of other libraries on shared weights, and nothing left behind."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from other_models import BUILDERS, CLASSES, DEPTH, HF, shared, timm_vit, torchvision_vit
+from torch import nn
+
+import recording as r
+from cnn_model import ConvNet, HybridCNNViT
+from vit_model import InputError, VisionTransformer
+
+SIZE, PATCH, GRID, N = (14, 15), (7, 5), (2, 3), 7  # no swapped axis stays unseen
+
+
+def vit(**options):
+    torch.manual_seed(0)
+    settings = dict(img_size=SIZE, patch_size=PATCH, n_classes=5, embed_dim=22, depth=3, n_heads=2, dropout=0.5)
+    return VisionTransformer(**{**settings, **options})
+
+
+def images_of(n=3, size=SIZE):
+    return torch.randn(n, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+# ---- Our own
+
+
+@pytest.mark.parametrize("options", [{}, dict(pool="mean"), dict(n_registers=2), dict(position="none"),
+                                     dict(qk_norm=True)])
+def test_maps_are_those_that_the_model_gives_by_itself(options):
+    model = vit(**options).eval()
+    seen = r.record(model, images_of())
+    tokens, maps = model.forward_features(images_of(), return_attention=True)
+    assert torch.equal(torch.stack(maps), torch.stack(seen.maps))
+    torch.testing.assert_close(model.norm(seen.tokens[-1]), tokens, rtol=0, atol=1e-6)
+    torch.testing.assert_close(seen.logits, model(images_of()), rtol=0, atol=1e-5)
+    assert (len(seen.tokens), seen.grid, seen.anatomy.n_prefix) == (4, GRID, 1 + options.get("n_registers", 0))
+
+
+def test_tokens_are_those_between_the_blocks():
+    model = vit().eval()
+    seen = r.record(model, images_of())
+    for i, block in enumerate(model.blocks):
+        torch.testing.assert_close(block(seen.tokens[i]), seen.tokens[i + 1], rtol=0, atol=1e-6)
+
+
+def test_a_hybrid_is_watched_too():
+    model = HybridCNNViT(n_classes=5, embed_dim=22, depth=2, n_heads=2, img_size=(12, 20), patch_size=4)
+    assert r.record(model, images_of(2, (12, 20))).grid == (3, 5)
+
+
+def test_gradients_of_the_maps_are_those_of_a_change_of_them():
+    model, images = vit().double(), images_of().double()
+    seen = r.record(model, images, gradients=True)
+    gradients = torch.autograd.grad(seen.logits[:, 2].sum(), seen.maps)
+    for place, gradient in enumerate(gradients):
+        step = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(place)).double()
+        ends = [r.record(model, images, change=lambda i, A, s=s, place=place, step=step: A + s * 1e-5 * step * (
+            i == place)).logits[:, 2].sum() for s in (1, -1)]
+        torch.testing.assert_close((ends[0] - ends[1]) / 2e-5, (gradient * step).sum(), rtol=1e-6, atol=1e-8)
+
+
+def test_frozen_weights_have_gradients_too():
+    model = vit().requires_grad_(False)
+    seen = r.record(model, images_of(), gradients=True)
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(seen.logits.sum(), seen.maps))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# ---- Other libraries
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_other_libraries_give_what_ours_gives(name, tmp_path):
+    theirs, ours, images = shared(name, tmp_path)
+    seen, expected = r.record(theirs, images), r.record(ours, images)
+    assert len(seen.maps) == len(expected.maps) == DEPTH
+    for a, b in zip([*seen.maps, *seen.tokens, seen.logits], [*expected.maps, *expected.tokens, expected.logits],
+                    strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-5 if "eager" in name else 1e-10)
+    assert (seen.grid, seen.anatomy.n_prefix, seen.anatomy.pool, seen.anatomy.patch_size) == (
+        expected.grid, expected.anatomy.n_prefix, expected.anatomy.pool, expected.anatomy.patch_size)
+    torch.testing.assert_close(seen.anatomy.positions, expected.anatomy.positions, rtol=0, atol=1e-12)
+    tokens = expected.tokens[1]
+    torch.testing.assert_close(seen.anatomy.read(tokens), expected.anatomy.read(tokens), rtol=0, atol=1e-10)
+
+
+def test_deit_of_transformers_has_two_prefix_tokens():
+    torch.manual_seed(0)
+    model = transformers.DeiTForImageClassification(transformers.DeiTConfig(**HF)).eval()
+    seen = r.record(model, images_of(2, (15, 15)))
+    assert (seen.anatomy.n_prefix, len(seen.maps), tuple(seen.maps[0].shape)) == (2, DEPTH, (2, 7, 11, 11))
+    torch.testing.assert_close(seen.anatomy.read(seen.tokens[-1]), seen.logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("build", [vit, torchvision_vit, timm_vit])
+def test_a_model_is_afterwards_as_it_was(build):
+    model = build().train()
+    model.requires_grad_(True)
+    weights, state = copy.deepcopy(model.state_dict()), set(vars(model))
+    images = images_of(2, SIZE if build is vit else (15, 15))
+    r.record(model, images, gradients=True)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    assert set(vars(model)) == state
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Failing(nn.Module):
+    def forward(self, x):
+        raise ZeroDivisionError
+
+
+def test_hooks_and_recorder_are_gone_after_an_error():
+    model = vit()
+    model.norm = Failing()
+    with pytest.raises(ZeroDivisionError):
+        r.record(model, images_of())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    q = torch.randn(1, 2, 3, 4)
+    assert torch.equal(F.scaled_dot_product_attention(q, q, q), F.scaled_dot_product_attention(q, q, q))
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+# ---- What is refused
+
+
+def test_what_is_no_vit_is_refused():
+    with pytest.raises(InputError, match=r"ConvNet has no attention maps that are known here; expected a Vision"):
+        r.record(ConvNet(img_size=29, n_classes=5), images_of(1, (29, 29)))
+
+
+class Sharp(nn.Module):
+    """Attention that hides its softmax: maps of another temperature are seen than those that count."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, **options):
+        q, k, v = self.inner.qkv(x).unflatten(2, (3, self.inner.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        (q @ k.transpose(2, 3)).softmax(dim=-1)
+        if len(torch.overrides._get_current_function_mode_stack()):
+            return self.inner.proj(v.transpose(1, 2).flatten(2))
+        return self.inner(x)
+
+
+def test_maps_that_are_not_the_ones_used_are_refused():
+    torch.manual_seed(0)
+    model = timm_vit().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    for block in model.blocks:
+        block.attn = Sharp(block.attn)
+    with pytest.raises(InputError, match="answers otherwise than by itself"):
+        r.record(model, images_of(1, (15, 15)))
+
+
+def test_a_model_whose_maps_are_too_few_is_refused():
+    model = timm_vit()
+    model.blocks[1] = nn.Identity()
+    with pytest.raises(InputError, match=r"2 attention maps of .* were seen, expected 3"):
+        r.record(model, images_of(1, (15, 15)))
+
+
+@pytest.mark.parametrize("more", [dict(is_causal=True), dict(enable_gqa=True)])
+def test_attention_of_another_kind_is_refused(more):
+    q = torch.randn(1, 2, 3, 4)
+    with r.AttentionRecorder(), pytest.raises(InputError, match="not what a ViT has"):
+        F.scaled_dot_product_attention(q, q, q, **more)
+
+
+@pytest.mark.parametrize("mask", [None, torch.tensor([[True, False, True]] * 3), torch.tensor([[0.5, -1.0, 2.0]] * 3)])
+def test_recorded_attention_is_that_of_torch(mask):
+    q, k, v = torch.randn(3, 1, 2, 3, 4, generator=torch.Generator().manual_seed(0)).double()
+    mask = mask.double() if mask is not None and mask.is_floating_point() else mask
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
+    with r.AttentionRecorder() as recorder:
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert recorder.maps[0].shape == (1, 2, 3, 3)
+
+
+def test_other_softmaxes_are_left_alone():
+    with r.AttentionRecorder() as recorder:
+        torch.randn(2, CLASSES).softmax(dim=-1)
+        torch.randn(2, 3, 4, 5).softmax(dim=-1)
+    assert recorder.maps == []
