@@ -209,8 +209,9 @@ def patch_filters(model, n_filters=28):
     """(filters (n, C, P, P), shares (n)): the principal components of the patch projection's filters, the strongest
     first, and how much of their squares each holds. ViT paper, Fig. 7 (left). Raises InputError where the first layer
     is no projection of whole patches, as in a hybrid."""
-    projection = anatomy_of(model).projection
-    if not isinstance(projection, torch.nn.Conv2d):
+    anatomy = anatomy_of(model)
+    projection = anatomy.projection
+    if getattr(projection, "kernel_size", None) != anatomy.patch_size:
         raise InputError(f"the first layer of this {type(model).__name__} is a {type(projection).__name__}, no "
                          f"projection of patches; its filters have no principal components to look at")
     check_whole("n_filters", n_filters, 1)

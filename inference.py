@@ -46,7 +46,8 @@ from measurements import (
     evaluating,
     wilson_interval,
 )
-from visualizations import plot_confusion, plot_images, prepare_image, save_figure
+from pictures import prepare_image
+from visualizations import plot_confusion, plot_images, save_figure
 from vit_data import DATASETS, DEFAULT_DATA_DIR, get_evaluation_loader
 from vit_model import InputError, check_whole, pair
 

@@ -29,8 +29,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from cnn_model import ConvNet
-from recording import attention_maps, device_of, evaluating  # noqa: F401 - handed on
-from vit_model import InputError, VisionTransformer, check_choice, check_whole, pair
+from recording import anatomy_of, attention_maps, device_of, evaluating, logits_of  # noqa: F401 - handed on
+from vit_model import InputError, VisionTransformer, check_choice, check_whole, grid_of, pair
 
 # Strengths that linear_classifier tries, as multiples of the mean square of a feature.
 RIDGES = (0.01, 0.1, 1.0, 10.0)
@@ -104,11 +104,6 @@ def uniform_attention_distance(grid_size, patch_size):
     return patch_distances(grid_size, patch_size).mean().item()
 
 
-def where_it_looks(model):
-    """What cls_attention_grid gives of a model, in words."""
-    return "Where CLS looks" if model.config.pool == "cls" else "Where patches look, on average"
-
-
 @torch.no_grad()
 def position_similarity(model):
     """Cosine similarity of the position embeddings of all pairs of patches, (rows, columns, rows, columns).
@@ -116,19 +111,19 @@ def position_similarity(model):
     CLS is left out, registers have none. ViT paper, Fig. 7 (centre). Raises InputError for a model without position
     embeddings.
     """
-    if getattr(model, "pos_embed", None) is None:
+    anatomy = None if isinstance(model, ConvNet) else anatomy_of(model)
+    if anatomy is None or anatomy.positions is None:
         raise InputError(f"this {type(model).__name__} has no position embeddings; expected a VisionTransformer "
                          f"or HybridCNNViT with position 'learned' or 'sincos'")
-    n_patches = model.patch_embed.n_patches
-    positions = F.normalize(model.pos_embed[0, -n_patches:].float(), dim=-1)  # (n_patches, D)
-    return (positions @ positions.T).reshape(2 * model.patch_embed.grid_size)  # (rows, columns, rows, columns)
+    positions = F.normalize(anatomy.positions.float(), dim=-1)  # (n_patches, D)
+    return (positions @ positions.T).reshape(2 * grid_of(anatomy.img_size, anatomy.patch_size))  # rows, columns, twice
 
 
 @torch.no_grad()
 def class_probabilities(model, images):
     """Softmax of the logits, (B, K), in eval mode. images: normalised, (B, C, height, width)."""
     with evaluating(model):
-        return model(images.to(device_of(model))).softmax(dim=-1)  # (B, K)
+        return logits_of(model(images.to(device_of(model)))).softmax(dim=-1)  # (B, K)
 
 
 # ---- Receptive fields -------------------------------------------------------------------------------------

@@ -40,6 +40,9 @@ class Anatomy:
     has_head     whether there is one; without it `read` gives features
     projection   the layer that makes patches into tokens, or the stem before them
     positions    (n, D), of the patches; None where there are none
+    img_size     (height, width) in pixels that it is built for
+    in_channels  of its images
+    class_names  a list of K, or None where the model has none
     """
     library: str
     blocks: list
@@ -50,6 +53,9 @@ class Anatomy:
     has_head: bool
     projection: torch.nn.Module
     positions: torch.Tensor | None
+    img_size: tuple
+    in_channels: int
+    class_names: list | None
 
     def grid(self, images):
         """Patches of these images along (height, width)."""
@@ -191,7 +197,8 @@ def of_ours(model):
     n = model.patch_embed.n_patches
     return Anatomy("ours", list(model.blocks), pair(model.config.patch_size, "patch_size"), model.n_prefix_tokens,
                    model.config.pool, lambda x: model.forward_head(model.norm(x)), bool(model.config.n_classes),
-                   model.patch_embed.proj, None if model.pos_embed is None else model.pos_embed[0, -n:].detach())
+                   model.patch_embed.proj, None if model.pos_embed is None else model.pos_embed[0, -n:].detach(),
+                   model.patch_embed.img_size, model.config.in_channels, getattr(model, "class_names", None))
 
 
 def of_timm(model):
@@ -202,13 +209,13 @@ def of_timm(model):
     positions = None if model.pos_embed is None else model.pos_embed.reshape(-1, model.embed_dim)[-n:].detach()
     return Anatomy("timm", list(model.blocks), tuple(model.patch_embed.patch_size), model.num_prefix_tokens, pool,
                    lambda x: model.forward_head(model.norm(x)), model.num_classes > 0, model.patch_embed.proj,
-                   positions)
+                   positions, tuple(model.patch_embed.img_size), model.patch_embed.proj.in_channels, None)
 
 
 def of_torchvision(model):
     return Anatomy("torchvision", list(model.encoder.layers), pair(model.patch_size, "patch_size"), 1, "cls",
                    lambda x: model.heads(model.encoder.ln(x)[:, 0]), True, model.conv_proj,
-                   model.encoder.pos_embedding[0, 1:].detach())
+                   model.encoder.pos_embedding[0, 1:].detach(), pair(model.image_size), 3, None)
 
 
 def of_transformers(model):
@@ -219,7 +226,8 @@ def of_transformers(model):
     positions = base.embeddings.position_embeddings[0, n_prefix:].detach()
     return Anatomy("transformers", list(layers), pair(config.patch_size, "patch_size"), n_prefix, "cls",
                    lambda x: model.classifier(base.layernorm(x)[:, 0]), config.num_labels > 0,
-                   base.embeddings.patch_embeddings.projection, positions)
+                   base.embeddings.patch_embeddings.projection, positions, pair(config.image_size), config.num_channels,
+                   [config.id2label[i] for i in range(config.num_labels)])
 
 
 ANATOMIES = {

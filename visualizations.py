@@ -1,37 +1,29 @@
 """Figures for lessons and slides: numbers in, a matplotlib Figure out.
 
-    AttentionVisualizer           where a model looks: one map, or all heads of all layers
-    visualize_attention_grid      the same for several images, layer by layer
     visualize_patch_embedding     an image as a sequence of patches
+    visualize_patch_filters       what the patch projection looks for
     visualize_positions           how alike the position embeddings of two patches are
+    visualize_features            what patch tokens hold, as colours, over several images
     compare_receptive_fields      which pixels one unit of a CNN and of a ViT sees, before and after training
     plot_images                   a contact sheet
 
-The charts of charts.py are handed on from here.
+The charts of charts.py and the views of attention_views.py, AttentionVisualizer among them, are handed on from here.
 
 Every function returns its Figure and writes a file only where save_path is given (.png, .pdf, .svg, ...). The
-numbers come from measurements.py; nothing is computed here but the layout.
+numbers come from measurements.py and explanations.py; nothing is computed here but the layout.
 
-An image may be
-    a picture: a path, a PIL image, an array (H, W, 3) or (H, W), uint8 or float in 0..1, or a uint8 tensor
-    (3, H, W) or (1, 3, H, W);
-    a model's input: a float tensor (3, H, W) or (1, 3, H, W), normalised. It is shown with the normalisation
-    undone, values outside 0..1 clipped.
-The normalisation is that of the model (its mean and std), or ImageNet's where nothing else is known.
-
-Letters:  N tokens, P patch side, H, W height and width.
+Letters:  B images, P patch side, H, W height and width.
 """
 
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.colors import LogNorm
 from matplotlib.patches import Circle, Rectangle
-from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as image_functional
 
+from attention_views import AttentionVisualizer, visualize_attention_grid  # noqa: F401 - handed on
 from charts import (  # noqa: F401 - some are handed on
     BLUE,
     COLOURS,
@@ -50,138 +42,71 @@ from charts import (  # noqa: F401 - some are handed on
     save_figure,
 )
 from cnn_model import ConvNet
-from measurements import (
-    attention_maps,
-    check_index,
-    choose_device,
-    class_probabilities,
-    cls_attention_grid,
-    layers_of,
-    position_similarity,
-    radius_holding,
-    receptive_field,
-    select_attention,
-    unit_centre,
-    where_it_looks,
-)
+from explanations import feature_colours, patch_filters
+from measurements import layers_of, position_similarity, radius_holding, receptive_field, unit_centre
 from model_zoo import create_pretrained
-from recording import anatomy_of
-from vit_data import NORMALISATION, FitSquare, make_shapes, open_image, to_rgb
+from pictures import (
+    as_batch,
+    as_picture,
+    fit_picture,
+    is_input,
+    normalise,
+    open_picture,
+    proportion,
+    spread,
+    statistics_of,
+    undo_normalisation,
+)
+from recording import record
+from vit_data import make_shapes
 from vit_model import InputError, PatchEmbedding, check_whole, pair
 
-# ---- Attention --------------------------------------------------------------------------------------------
+# ---- What a model has learned -----------------------------------------------------------------------------
 
 
-class AttentionVisualizer:
-    """Figures of what the CLS token of a model attends to; with pool="mean", what its patches do on average.
+def visualize_patch_filters(model, n_filters=28, save_path=None):
+    """The principal components of the filters with which patches become tokens, the strongest first.
 
-    The model is moved to the device ("auto": CUDA where there is one) and stays there; its weights and its mode
-    remain as they are. Where it has class_names, the figures name the class that it predicts.
-
-    Raises InputError for a model without attention and for a device that is not there.
+    Each has a scale of its own, grey is zero; below it the share of the squares that it holds. ViT paper, Fig. 7
+    (left). Raises InputError for a model whose first layer is no projection of patches.
     """
-
-    def __init__(self, model, device="auto"):
-        anatomy_of(model)
-        self.model = model.to(choose_device(device))
-
-    def visualize_attention(self, image, layer_idx=-1, head_idx=None, save_path=None):
-        """The image, the weights with which CLS attends to its patches, and those weights over the image.
-
-        layer_idx counts from 0, or from the end where negative; head_idx too, None is the mean over the heads.
-        Raises InputError for an index out of range or an image that cannot be used.
-        """
-        images, picture = prepare_image(image, self.model)
-        maps = attention_maps(self.model, images).cpu()  # (L, 1, H, N, N)
-        attention = select_attention(maps, layer_idx, head_idx)[0]  # (N, N)
-        grid = cls_attention_grid(attention, *token_layout(self.model)).numpy()  # (rows, columns)
-        figure = new_figure(12, 1.1 + 3.4 * proportion(picture))
-        left, middle, right = figure.subplots(1, 3)
-        left.imshow(picture)
-        left.set_title("the image, as the model sees it" + self.describe_prediction(images))
-        mappable = middle.imshow(grid, cmap="viridis", vmin=0, vmax=grid.max(), extent=extent_of(picture))
-        middle.set_title(f"weight of each patch\n(of all weights: {grid.sum():.1%})")
-        right.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=1)
-        right.imshow(grid, cmap="viridis", vmin=0, vmax=grid.max(), alpha=0.6, extent=extent_of(picture),
-                     interpolation="bilinear")
-        right.set_title("the same over the image,\nsmoothed")
-        figure.colorbar(mappable, ax=right, label="attention weight of a patch")
-        for axes in (left, middle, right):
-            hide_ticks(axes)
-        n_layers, _, n_heads = maps.shape[:3]
-        layer = check_index("layer_idx", layer_idx, n_layers)
-        head = f"mean of {n_heads} heads"
-        if head_idx is not None:
-            head = f"head {check_index('head_idx', head_idx, n_heads)} (of 0 to {n_heads - 1})"
-        figure.suptitle(f"{where_it_looks(self.model)}: layer {layer} (of 0 to {n_layers - 1}), {head}", fontsize=14)
-        return finish(figure, save_path)
-
-    def visualize_all_heads(self, image, layers=None, save_path=None):
-        """The weights of the patches for CLS, a row for each layer and a column for each head, on one scale.
-
-        layers: indices as layer_idx above; None: all, or six from the first to the last where there are more.
-        """
-        images, picture = prepare_image(image, self.model)
-        maps = attention_maps(self.model, images).cpu()[:, 0]  # (L, H, N, N)
-        grids = cls_attention_grid(maps, *token_layout(self.model))  # (L, H, rows, columns)
-        n_layers, n_heads = grids.shape[:2]
-        chosen = spread(n_layers, 6) if layers is None else [check_index("layer", i, n_layers) for i in layers]
-        figure = draw_map_grid([picture] * len(chosen), grids[chosen], [f"layer {layer}" for layer in chosen],
-                               [f"head {head}" for head in range(n_heads)], where_it_looks(self.model))
-        return finish(figure, save_path)
-
-    def describe_prediction(self, images):
-        """A line with the class predicted and its probability; empty where the classes have no names."""
-        class_names = getattr(self.model, "class_names", None)
-        probabilities = class_probabilities(self.model, images)[0]  # (n_classes)
-        if not class_names or len(class_names) != len(probabilities):
-            return ""
-        probability, label = probabilities.max(dim=0)
-        return f"\npredicted: {class_names[label]} ({probability:.0%})"
-
-
-def visualize_attention_grid(model, images, save_path=None):
-    """Several images, a row each: the weights of the patches for what the head reads, mean over the heads.
-
-    images: normalised, (B, 3, H, W). Six layers are shown, from the first to the last, where there are more.
-    Raises InputError for a model without attention.
-    """
-    maps = attention_maps(model, images).cpu().mean(dim=2)  # (L, B, N, N)
-    grids = cls_attention_grid(maps, *token_layout(model)).transpose(0, 1)  # (B, L, rows, columns)
-    chosen = spread(grids.shape[1], 6)
-    pictures = [as_picture(image, *statistics_of(model)) for image in images]
-    labels = [f"layer {layer}" for layer in chosen]
-    figure = draw_map_grid(pictures, grids[:, chosen], [""] * len(pictures), labels,
-                           f"{where_it_looks(model)}, mean over the heads")
+    filters, shares = patch_filters(model, n_filters)  # (n, C, P, P), (n)
+    columns = min(7, len(filters))
+    n_rows = math.ceil(len(filters) / columns)
+    figure = new_figure(1.2 * columns + 0.6, 1.45 * n_rows + 1.1)
+    panels = figure.subplots(n_rows, columns, squeeze=False).flat
+    for axes in panels:
+        axes.set_axis_off()
+    for axes, one, share in zip(figure.axes, filters, shares.tolist(), strict=False):
+        axes.imshow((0.5 + one / one.abs().max() / 2).permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
+        axes.set_title(f"{share:.1%}", fontsize=10)
+    figure.suptitle(f"Filters of the patch projection: the first {len(filters)} principal components\n"
+                    f"(shares of all; these together {shares.sum():.0%})", fontsize=12)
     return finish(figure, save_path)
 
 
-def token_layout(model):
-    """(grid_size, n_prefix_tokens, pool), as cls_attention_grid asks for them."""
-    return model.patch_embed.grid_size, model.n_prefix_tokens, model.config.pool
+def visualize_features(model, images, save_path=None):
+    """Patch tokens of several images as colours: their three main directions after three blocks, over all images.
 
-
-def draw_map_grid(pictures, grids, row_labels, column_labels, title):
-    """A Figure with a row for each picture (H, W, 3): the picture, then its maps, grids (rows of the figure,
-    maps in a row, rows, columns), all on one colour scale."""
-    n_rows, n_maps = grids.shape[:2]
-    scale = dict(cmap="viridis", vmin=0, vmax=grids.max().item())
-    side = max(0.8, min(1.6, 12 / n_maps))
-    height = side * max(0.5, proportion(pictures[0])) * n_rows + 1.0
-    figure = new_figure(max(6.5, side * (n_maps + 2)), max(3.0, height))
-    axes = figure.subplots(n_rows, 1 + n_maps, squeeze=False)
-    for picture, line, row_grids, label in zip(pictures, axes, grids, row_labels, strict=True):
-        line[0].imshow(picture)
-        line[0].set_ylabel(label, fontsize=11)
-        for panel, grid in zip(line[1:], row_grids.numpy(), strict=True):
-            mappable = panel.imshow(grid, extent=extent_of(picture), **scale)
-    for panel, label in zip(axes[0], ["image", *column_labels], strict=True):
-        panel.set_title(label, fontsize=11)
-    for panel in axes.flat:
-        hide_ticks(panel)
-    figure.colorbar(mappable, ax=axes, label="attention weight of a patch")
-    figure.suptitle(title, fontsize=14)
-    return figure
+    images: normalised, (B, 3, H, W). Alike in colour is alike in content, across the images, within one row.
+    """
+    seen = record(model, images)
+    first = seen.anatomy.n_prefix
+    depths = spread(len(seen.tokens), 4)[1:]
+    colours = [feature_colours(seen.tokens[depth][:, first:].unflatten(1, seen.grid)) for depth in depths]
+    pictures = [as_picture(image, *statistics_of(model)) for image in images]
+    figure = new_figure(1.0 + 1.6 * len(pictures), 1.0 + 1.6 * proportion(pictures[0]) * (1 + len(depths)))
+    panels = figure.subplots(1 + len(depths), len(pictures), squeeze=False)
+    for axes, picture in zip(panels[0], pictures, strict=True):
+        axes.imshow(picture)
+    for line, depth, rows in zip(panels[1:], depths, colours, strict=True):
+        line[0].set_ylabel(f"after block {depth}\n(of {len(seen.tokens) - 1})", fontsize=11)
+        for axes, one in zip(line, rows.numpy(), strict=True):
+            axes.imshow(one)
+    for axes in panels.flat:
+        hide_ticks(axes)
+    figure.suptitle("Patch tokens as colours: their three main directions as red, green and blue", fontsize=12)
+    return finish(figure, save_path)
 
 
 def visualize_positions(model, save_path=None):
@@ -388,128 +313,3 @@ def plot_images(images, titles=None, columns=8, save_path=None, title=None, mean
     if title:
         figure.suptitle(title, fontsize=14)
     return finish(figure, save_path)
-
-
-# ---- Images -----------------------------------------------------------------------------------------------
-
-
-def prepare_image(image, model):
-    """(what the model is fed, what it looks like): a tensor (1, 3, H, W) and an array (H, W, 3) in 0..1.
-
-    A picture is resized and its centre cut to the model's img_size, as the validation images are; a float
-    tensor must have that size. Raises InputError for an image that cannot be used.
-    """
-    if model.config.in_channels != 3:
-        raise InputError(f"the model takes images of {model.config.in_channels} channels; expected 3, build it "
-                         f"with in_channels=3 to give it pictures")
-    size, (mean, std) = pair(model.config.img_size), statistics_of(model)
-    if is_input(image):
-        images = as_batch(image)
-        if tuple(images.shape[2:]) != size:
-            raise InputError(f"got a tensor of {images.shape[2]}x{images.shape[3]} pixels, expected "
-                             f"{size[0]}x{size[1]}; resize it, or give a picture, which is resized here")
-    else:
-        picture = fit_picture(open_picture(image), size, getattr(model, "interpolation", None) or "bilinear")
-        images = normalise(image_functional.pil_to_tensor(picture).unsqueeze(0), mean, std)  # (1, 3, H, W)
-    return images, undo_normalisation(images, mean, std)
-
-
-def as_picture(image, mean=None, std=None):
-    """An image of any kind as an array (H, W, 3) in 0..1, at its own size."""
-    if is_input(image):
-        return undo_normalisation(as_batch(image), mean, std)
-    return np.asarray(open_picture(image)) / 255
-
-
-def is_input(image):
-    """Whether the image is a model's input, a float tensor, and not a picture."""
-    return isinstance(image, torch.Tensor) and image.is_floating_point()
-
-
-def as_batch(image):
-    """A tensor (3, H, W) or (1, 3, H, W) as (1, 3, H, W) on the CPU. Raises InputError for another shape, NaN
-    or infinity."""
-    if tuple(image.shape[:-2]) not in ((3,), (1, 3)) or image.numel() == 0:
-        raise InputError(f"got a tensor of shape {tuple(image.shape)}, expected (3, H, W) or (1, 3, H, W); give "
-                         f"one image, such as images[0]")
-    batch = image.detach().cpu().reshape(1, *image.shape[-3:])  # (1, 3, H, W)
-    if is_input(batch) and not batch.isfinite().all():
-        raise InputError("the image has values that are not finite; expected a normalised float tensor, check how "
-                         "it was made")
-    return batch.float() if is_input(batch) else batch
-
-
-def open_picture(image):
-    """A picture of any kind as an upright PIL image in RGB. Raises InputError for what is no picture."""
-    if isinstance(image, (str, Path)):
-        return open_image(image)
-    if isinstance(image, Image.Image):
-        try:
-            return to_rgb(ImageOps.exif_transpose(image))
-        except OSError as error:
-            raise InputError(f"the PIL image cannot be read ({error}); replace its file by a sound one") from error
-    if isinstance(image, torch.Tensor) and image.dtype == torch.uint8:
-        return image_functional.to_pil_image(as_batch(image)[0])
-    if isinstance(image, np.ndarray) and image.size and (image.ndim == 2 or image.shape[2:] in ((3,), (4,))):
-        if np.issubdtype(image.dtype, np.floating):
-            low, high = image.min(), image.max()
-            if not (low >= 0 and high <= 1):
-                raise InputError(f"got a float array with values from {low:.3g} to {high:.3g}, expected 0..1; "
-                                 f"scale it, or give a normalised image as a torch tensor")
-            image = (image * 255).round().astype(np.uint8)
-        if image.dtype == np.uint8:
-            return to_rgb(Image.fromarray(image))
-    kind = type(image).__name__
-    if hasattr(image, "shape"):
-        kind = f"{kind} of {image.dtype} and shape {tuple(image.shape)}"
-    raise InputError(f"got a {kind}, which is no image; expected a path, a PIL image, an array (H, W, 3) or "
-                     f"(H, W), uint8 or float in 0..1, or a tensor (3, H, W)")
-
-
-def fit_picture(image, size, interpolation="bilinear"):
-    """A PIL image resized and its centre cut to size, (height, width), as the validation images are.
-
-    Where the size is no square, which those always are, the picture just covers it.
-    """
-    height, width = size
-    if height == width:
-        return FitSquare(height, interpolation)(image)
-    return ImageOps.fit(image, (width, height), Image.Resampling[interpolation.upper()])
-
-
-def statistics_of(model):
-    """(mean, std) of the images that the model was trained on, or ImageNet's where it has none."""
-    mean, std = getattr(model, "mean", None), getattr(model, "std", None)
-    return NORMALISATION["folder"] if mean is None or std is None else (mean, std)
-
-
-def normalise(images, mean, std):
-    """uint8 (B, 3, H, W) -> normalised float32, the same shape."""
-    return image_functional.normalize(images.float() / 255, list(mean), list(std))
-
-
-def undo_normalisation(images, mean=None, std=None):
-    """A normalised tensor (1, 3, H, W) as an array (H, W, 3), clipped to 0..1; ImageNet's statistics for None."""
-    imagenet_mean, imagenet_std = NORMALISATION["folder"]
-    mean = torch.tensor(imagenet_mean if mean is None else tuple(mean)).view(3, 1, 1)
-    std = torch.tensor(imagenet_std if std is None else tuple(std)).view(3, 1, 1)
-    return (images[0] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()  # (H, W, 3)
-
-
-# ---- Panels -----------------------------------------------------------------------------------------------
-
-
-def spread(n, most):
-    """At most `most` of the indices 0 .. n - 1, evenly from the first to the last."""
-    return sorted({round(i * (n - 1) / max(min(n, most) - 1, 1)) for i in range(min(n, most))})
-
-
-def proportion(picture):
-    """Height over width, kept within what a figure bears."""
-    return min(2.5, max(0.4, picture.shape[0] / picture.shape[1]))
-
-
-def extent_of(picture):
-    """The frame in which a coarser map lies over the picture, for imshow."""
-    height, width = picture.shape[:2]
-    return (-0.5, width - 0.5, height - 0.5, -0.5)

@@ -2,7 +2,36 @@
 
 import io
 
+import numpy as np
+import torch
 from matplotlib.text import Text
+
+from cnn_model import ConvNet
+from vit_model import VisionTransformer
+
+SIZE, PATCH, GRID = (14, 15), (7, 5), (2, 3)
+
+
+def vit(**options):
+    torch.manual_seed(0)
+    settings = dict(img_size=SIZE, patch_size=PATCH, n_classes=5, embed_dim=22, depth=3, n_heads=2)
+    return VisionTransformer(**{**settings, **options})
+
+
+def square_vit():
+    model = vit(img_size=12, patch_size=4)
+    model.mean, model.std = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+    model.class_names = ["ant", "bee", "cat", "dog", "elk"]
+    return model
+
+
+def convnet():
+    torch.manual_seed(0)
+    return ConvNet(img_size=12, n_classes=5, widths=(3, 5), depths=(1, 1), stem_stride=1)
+
+
+def pixels(height=14, width=15):
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def texts(figure):

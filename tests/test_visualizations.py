@@ -3,218 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from figure_checks import assert_no_text_clipped, data_of, texts
-from matplotlib.figure import Figure
-from PIL import Image
+from figure_checks import GRID, SIZE, assert_no_text_clipped, convnet, data_of, pixels, square_vit, texts, vit
 
 import visualizations as v
-from cnn_model import ConvNet
-from measurements import attention_maps
-from vit_data import NORMALISATION, eval_transform
+from cnn_model import HybridCNNViT
 from vit_model import InputError, VisionTransformer
-
-SIZE, PATCH, GRID = (14, 15), (7, 5), (2, 3)
-
-
-def vit(**options):
-    torch.manual_seed(0)
-    settings = dict(img_size=SIZE, patch_size=PATCH, n_classes=5, embed_dim=22, depth=3, n_heads=2)
-    return VisionTransformer(**{**settings, **options})
-
-
-def square_vit():
-    model = vit(img_size=12, patch_size=4)
-    model.mean, model.std = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
-    model.class_names = ["ant", "bee", "cat", "dog", "elk"]
-    return model
-
-
-def convnet():
-    torch.manual_seed(0)
-    return ConvNet(img_size=12, n_classes=5, widths=(3, 5), depths=(1, 1), stem_stride=1)
-
-
-def pixels(height=14, width=15):
-    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-# ---- Images
-
-
-def kinds(array, tmp_path):
-    Image.fromarray(array).save(tmp_path / "image.png")
-    tensor = torch.from_numpy(array).permute(2, 0, 1)
-    return {"path": tmp_path / "image.png", "text": str(tmp_path / "image.png"), "pil": Image.fromarray(array),
-            "array": array, "float": array / 255, "float32": (array / 255).astype(np.float32),
-            "rgba": np.dstack([array, np.full(array.shape[:2], 255, np.uint8)]),
-            "tensor": tensor, "batch": tensor[None]}
-
-
-def test_every_kind_of_picture_gives_the_same(tmp_path):
-    model, array = vit(), pixels()
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in NORMALISATION["folder"])
-    expected = (torch.from_numpy(array).permute(2, 0, 1)[None] / 255 - mean) / std
-    for kind, image in kinds(array, tmp_path).items():
-        images, picture = v.prepare_image(image, model)
-        torch.testing.assert_close(images, expected, msg=kind)
-        np.testing.assert_allclose(picture, array / 255, atol=1e-6, err_msg=kind)
-        np.testing.assert_allclose(v.as_picture(image), array / 255, atol=1e-6, err_msg=kind)
-    for image in (expected, expected[0], expected.double()):
-        images, picture = v.prepare_image(image, model)
-        torch.testing.assert_close(images, expected)
-        np.testing.assert_allclose(picture, array / 255, atol=1e-6)
-
-
-def test_grey_is_repeated():
-    grey = pixels()[:, :, 0]
-    images, picture = v.prepare_image(grey, vit())
-    np.testing.assert_allclose(picture, np.repeat(grey[:, :, None], 3, axis=2) / 255, atol=1e-6)
-    assert images.shape == (1, 3, *SIZE)
-
-
-def test_pictures_are_fed_as_the_validation_images_are():
-    model, photo = square_vit(), Image.fromarray(pixels(41, 53))
-    images, picture = v.prepare_image(photo, model)
-    torch.testing.assert_close(images[0], eval_transform(12, model.mean, model.std)(photo))
-    assert picture.shape == (12, 12, 3)
-    model.interpolation = "bicubic"
-    bicubic, _ = v.prepare_image(photo, model)
-    torch.testing.assert_close(bicubic[0], eval_transform(12, model.mean, model.std, "bicubic")(photo))
-    assert not torch.allclose(bicubic, images, atol=0.01)
-    images, picture = v.prepare_image(photo, vit())
-    assert picture.shape == (*SIZE, 3)
-    assert images.shape == (1, 3, *SIZE)
-
-
-def test_a_tensor_is_shown_with_the_models_statistics():
-    _, picture = v.prepare_image(torch.zeros(1, 3, 12, 12), square_vit())
-    np.testing.assert_allclose(picture, np.broadcast_to([0.5, 0.4, 0.3], (12, 12, 3)), atol=1e-6)
-    shown = v.as_picture(torch.ones(3, 2, 5), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.9))
-    np.testing.assert_allclose(shown, np.broadcast_to([0.7, 0.65, 1.0], (2, 5, 3)), atol=1e-6)
-
-
-@pytest.mark.parametrize(("image", "text"), [
-    (torch.zeros(1, 3, 15, 14), "15x14 pixels, expected 14x15"),
-    (torch.zeros(2, 3, 14, 15), r"\(2, 3, 14, 15\), expected \(3, H, W\)"),
-    (torch.zeros(14, 15), r"\(14, 15\), expected"),
-    (torch.zeros(4, 14, 15), r"\(4, 14, 15\), expected"),
-    (torch.zeros(3, 0, 15), r"\(3, 0, 15\), expected"),
-    (torch.zeros(3, 14, 15, dtype=torch.int64), "Tensor of torch.int64"),
-    (torch.full((3, 14, 15), torch.nan), "not finite"),
-    (np.full((14, 15, 3), 1.5), "from 1.5 to 1.5, expected 0..1"),
-    (np.full((14, 15, 3), np.nan), "from nan to nan"),
-    (np.zeros((3, 14, 15)), "ndarray of float64"),
-    (np.zeros((0, 15, 3)), "ndarray of float64"),
-    (np.zeros((14, 15), dtype=np.int64), "ndarray of int64"),
-    ("nowhere.png", "nowhere.png"),
-    (None, "NoneType, which is no image"),
-])
-def test_what_is_no_image(image, text):
-    with pytest.raises(InputError, match=text) as caught:
-        v.prepare_image(image, vit())
-    assert "\n" not in str(caught.value)
-
-
-def test_a_model_of_another_number_of_channels():
-    with pytest.raises(InputError, match="1 channels; expected 3"):
-        v.prepare_image(pixels(), vit(in_channels=1))
-
-
-# ---- Attention
-
-
-def test_visualize_attention(tmp_path):
-    model, image = square_vit().train(), pixels(12, 12)
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    path = tmp_path / "attention_map.png"
-    figure = v.AttentionVisualizer(model, device="cpu").visualize_attention(
-        image=image, layer_idx=-1, head_idx=None, save_path=path)
-    assert isinstance(figure, Figure)
-    assert Image.open(path).size == tuple(150 * figure.get_size_inches())
-    assert "layer 2 (of 0 to 2), mean of 2 heads" in texts(figure)
-    assert "attention weight of a patch" in texts(figure)
-    images, picture = v.prepare_image(image, model)
-    maps = attention_maps(model, images)  # (3, 1, 2, 10, 10)
-    expected = maps[2, 0].mean(dim=0)[0, 1:].reshape(3, 3).numpy()
-    shown, grid, _, smooth = data_of(figure)[:4]
-    np.testing.assert_allclose(shown, picture, atol=1e-6)
-    np.testing.assert_allclose(grid, expected, rtol=1e-6)
-    np.testing.assert_allclose(smooth, expected, rtol=1e-6)
-    assert f"of all weights: {maps[2, 0].mean(dim=0)[0, 1:].sum():.1%}" in texts(figure)
-    model.eval()
-    with torch.no_grad():
-        probability, label = model(images).softmax(dim=1)[0].max(dim=0)
-    assert f"predicted: {model.class_names[label]} ({probability:.0%})" in texts(figure)
-    model.train()
-    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_visualize_attention_keeps_the_mode():
-    model = vit().train()
-    model.blocks[1].eval()
-    modes = [module.training for module in model.modules()]
-    figure = v.AttentionVisualizer(model, device="cpu").visualize_attention(torch.randn(1, 3, *SIZE), 1, -1)
-    assert [module.training for module in model.modules()] == modes
-    assert "layer 1 (of 0 to 2), head 1 (of 0 to 1)" in texts(figure)
-    assert "predicted" not in texts(figure)
-    assert data_of(figure)[1].shape == GRID
-
-
-def test_all_heads_share_one_scale():
-    model, image = vit(), pixels()
-    figure = v.AttentionVisualizer(model, device="cpu").visualize_all_heads(image)
-    grids = [drawn for panel in figure.axes for drawn in panel.images if drawn.get_array().shape == GRID]
-    maps = attention_maps(model, v.prepare_image(image, model)[0])[:, 0, :, 0, 1:]  # (L, H, N - 1)
-    assert len(grids) == 6
-    for drawn, expected in zip(grids, maps.reshape(6, *GRID), strict=True):
-        np.testing.assert_allclose(drawn.get_array(), expected)
-        assert drawn.get_clim() == (0, pytest.approx(maps.max().item()))
-    for word in ("layer 0", "layer 2", "head 1", "attention weight"):
-        assert word in texts(figure)
-    some = v.AttentionVisualizer(model, device="cpu").visualize_all_heads(image, layers=[-1])
-    assert "layer 2" in texts(some)
-    assert "layer 0" not in texts(some)
-
-
-def test_attention_grid_of_several_images():
-    model = square_vit()
-    images = torch.randn(2, 3, 12, 12)
-    figure = v.visualize_attention_grid(model, images)
-    shown = data_of(figure)
-    expected = attention_maps(model, images).mean(dim=2)[:, :, 0, 1:].reshape(3, 2, 3, 3)  # (L, B, rows, columns)
-    for row in range(2):
-        np.testing.assert_allclose(shown[4 * row], v.prepare_image(images[row], model)[1], atol=1e-6)
-        for layer in range(3):
-            np.testing.assert_allclose(shown[4 * row + 1 + layer], expected[layer, row])
-    assert "layer 2" in texts(figure)
-    with pytest.raises(InputError, match="no attention"):
-        v.visualize_attention_grid(convnet(), images)
-
-
-def test_attention_visualizer_refuses():
-    with pytest.raises(InputError, match="ConvNet has no attention"):
-        v.AttentionVisualizer(convnet())
-    if not torch.cuda.is_available():
-        with pytest.raises(InputError, match="'cuda' is not there"):
-            v.AttentionVisualizer(vit(), device="cuda")
-    visualizer = v.AttentionVisualizer(vit(), device="cpu")
-    with pytest.raises(InputError, match="layer_idx 3"):
-        visualizer.visualize_attention(pixels(), layer_idx=3)
-    with pytest.raises(InputError, match="head_idx 2"):
-        visualizer.visualize_attention(pixels(), head_idx=2)
-    with pytest.raises(InputError, match="layer 7"):
-        visualizer.visualize_all_heads(pixels(), layers=[7])
-
-
-def test_the_call_of_the_introduction(tmp_path):
-    image, model = torch.randn(1, 3, 224, 224), vit(img_size=224, patch_size=16, depth=1)
-    v.AttentionVisualizer(model, device="cpu").visualize_attention(
-        image=image, layer_idx=-1, head_idx=None, save_path=str(tmp_path / "attention_map.png"))
-    figure = v.visualize_patch_embedding(image=image, patch_size=16, save_path=str(tmp_path / "patches.png"))
-    assert (tmp_path / "attention_map.png").stat().st_size > 0
-    assert (tmp_path / "patches.png").stat().st_size > 0
-    assert "196 patches, each of 16 x 16 x 3 = 768 numbers" in texts(figure)
 
 
 def test_visualize_positions():
@@ -233,7 +26,7 @@ def test_visualize_positions():
 
 def test_patches_are_those_of_the_image():
     array = pixels(14, 15)
-    figure = v.visualize_patch_embedding(array, PATCH)
+    figure = v.visualize_patch_embedding(array, (7, 5))
     shown = data_of(figure)
     np.testing.assert_allclose(shown[0], array / 255)
     assert len(shown) == 2 + 6
@@ -358,11 +151,30 @@ def test_no_text_is_clipped():
         assert_no_text_clipped(figure)
 
 
-def test_a_model_that_reads_the_mean_is_said_to_look_with_its_patches():
-    model = VisionTransformer(img_size=12, patch_size=4, embed_dim=12, depth=2, n_heads=3, n_classes=5, pool="mean")
-    images = torch.randn(1, 3, 12, 12)
-    figure = v.visualize_attention_grid(model, images)
-    assert "Where patches look, on average" in texts(figure)
-    expected = attention_maps(model, images).mean(dim=2)[:, 0, 1:, 1:].mean(dim=1).reshape(2, 3, 3)
-    for layer in range(2):
-        np.testing.assert_allclose(data_of(figure)[1 + layer], expected[layer], rtol=1e-5)
+# ---- What a model has learned
+
+
+def test_patch_filters_are_drawn_with_their_shares():
+    figure = v.visualize_patch_filters(vit(), 9)
+    assert len(data_of(figure)) == 9
+    assert "the first 9 principal components" in texts(figure)
+    assert_no_text_clipped(figure)
+    with pytest.raises(InputError, match="no projection of patches"):
+        v.visualize_patch_filters(HybridCNNViT(embed_dim=22, depth=2, n_heads=2, img_size=12, patch_size=4))
+
+
+def test_features_as_colours_of_several_images():
+    figure = v.visualize_features(vit(), torch.randn(4, 3, *SIZE))
+    shown = data_of(figure)
+    assert [one.shape for one in shown] == [(*SIZE, 3)] * 4 + [(*GRID, 3)] * 12
+    assert_no_text_clipped(figure)
+
+
+def test_the_call_of_the_introduction(tmp_path):
+    image, model = torch.randn(1, 3, 224, 224), vit(img_size=224, patch_size=16, depth=1)
+    v.AttentionVisualizer(model, device="cpu").visualize_attention(
+        image=image, layer_idx=-1, head_idx=None, save_path=str(tmp_path / "attention_map.png"))
+    figure = v.visualize_patch_embedding(image=image, patch_size=16, save_path=str(tmp_path / "patches.png"))
+    assert (tmp_path / "attention_map.png").stat().st_size > 0
+    assert (tmp_path / "patches.png").stat().st_size > 0
+    assert "196 patches, each of 16 x 16 x 3 = 768 numbers" in texts(figure)

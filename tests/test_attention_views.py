@@ -1,0 +1,217 @@
+"""Views of one model: each panel is labelled and shows the numbers that it says, and nothing is changed."""
+
+import numpy as np
+import pytest
+import torch
+from figure_checks import GRID, SIZE, assert_no_text_clipped, convnet, data_of, pixels, square_vit, texts, vit
+from matplotlib.figure import Figure
+from other_models import shared
+from PIL import Image
+
+import attention_views as v
+from measurements import attention_maps
+from pictures import prepare_image
+from vit_model import InputError, VisionTransformer
+
+
+def test_visualize_attention(tmp_path):
+    model, image = square_vit().train(), pixels(12, 12)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    path = tmp_path / "attention_map.png"
+    figure = v.AttentionVisualizer(model, device="cpu").visualize_attention(
+        image=image, layer_idx=-1, head_idx=None, save_path=path)
+    assert isinstance(figure, Figure)
+    assert Image.open(path).size == tuple(150 * figure.get_size_inches())
+    assert "layer 2 (of 0 to 2), mean of 2 heads" in texts(figure)
+    assert "attention weight of a patch" in texts(figure)
+    images, picture = prepare_image(image, model)
+    maps = attention_maps(model, images)  # (3, 1, 2, 10, 10)
+    expected = maps[2, 0].mean(dim=0)[0, 1:].reshape(3, 3).numpy()
+    shown, grid, _, smooth = data_of(figure)[:4]
+    np.testing.assert_allclose(shown, picture, atol=1e-6)
+    np.testing.assert_allclose(grid, expected, rtol=1e-6)
+    np.testing.assert_allclose(smooth, expected, rtol=1e-6)
+    assert f"of all weights: {maps[2, 0].mean(dim=0)[0, 1:].sum():.1%}" in texts(figure)
+    model.eval()
+    with torch.no_grad():
+        probability, label = model(images).softmax(dim=1)[0].max(dim=0)
+    assert f"predicted: {model.class_names[label]} ({probability:.0%})" in texts(figure)
+    model.train()
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_visualize_attention_keeps_the_mode():
+    model = vit().train()
+    model.blocks[1].eval()
+    modes = [module.training for module in model.modules()]
+    figure = v.AttentionVisualizer(model, device="cpu").visualize_attention(torch.randn(1, 3, *SIZE), 1, -1)
+    assert [module.training for module in model.modules()] == modes
+    assert "layer 1 (of 0 to 2), head 1 (of 0 to 1)" in texts(figure)
+    assert "predicted: class 1 (" in texts(figure)  # it has no names
+    assert data_of(figure)[1].shape == GRID
+
+
+def test_all_heads_share_one_scale():
+    model, image = vit(), pixels()
+    figure = v.AttentionVisualizer(model, device="cpu").visualize_all_heads(image)
+    grids = [drawn for panel in figure.axes for drawn in panel.images if drawn.get_array().shape == GRID]
+    maps = attention_maps(model, prepare_image(image, model)[0])[:, 0, :, 0, 1:]  # (L, H, N - 1)
+    assert len(grids) == 6
+    for drawn, expected in zip(grids, maps.reshape(6, *GRID), strict=True):
+        np.testing.assert_allclose(drawn.get_array(), expected)
+        assert drawn.get_clim() == (0, pytest.approx(maps.max().item()))
+    for word in ("layer 0", "layer 2", "head 1", "attention weight"):
+        assert word in texts(figure)
+    some = v.AttentionVisualizer(model, device="cpu").visualize_all_heads(image, layers=[-1])
+    assert "layer 2" in texts(some)
+    assert "layer 0" not in texts(some)
+
+
+def test_attention_grid_of_several_images():
+    model = square_vit()
+    images = torch.randn(2, 3, 12, 12)
+    figure = v.visualize_attention_grid(model, images)
+    shown = data_of(figure)
+    expected = attention_maps(model, images).mean(dim=2)[:, :, 0, 1:].reshape(3, 2, 3, 3)  # (L, B, rows, columns)
+    for row in range(2):
+        np.testing.assert_allclose(shown[4 * row], prepare_image(images[row], model)[1], atol=1e-6)
+        for layer in range(3):
+            np.testing.assert_allclose(shown[4 * row + 1 + layer], expected[layer, row])
+    assert "layer 2" in texts(figure)
+    with pytest.raises(InputError, match="no attention"):
+        v.visualize_attention_grid(convnet(), images)
+
+
+def test_attention_visualizer_refuses():
+    with pytest.raises(InputError, match="ConvNet has no attention"):
+        v.AttentionVisualizer(convnet())
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="'cuda' is not there"):
+            v.AttentionVisualizer(vit(), device="cuda")
+    visualizer = v.AttentionVisualizer(vit(), device="cpu")
+    with pytest.raises(InputError, match="layer_idx 3"):
+        visualizer.visualize_attention(pixels(), layer_idx=3)
+    with pytest.raises(InputError, match="head_idx 2"):
+        visualizer.visualize_attention(pixels(), head_idx=2)
+    with pytest.raises(InputError, match="layer 7"):
+        visualizer.visualize_all_heads(pixels(), layers=[7])
+
+
+def test_a_model_that_reads_the_mean_is_said_to_look_with_its_patches():
+    model = VisionTransformer(img_size=12, patch_size=4, embed_dim=12, depth=2, n_heads=3, n_classes=5, pool="mean")
+    images = torch.randn(1, 3, 12, 12)
+    figure = v.visualize_attention_grid(model, images)
+    assert "Where patches look, on average" in texts(figure)
+    expected = attention_maps(model, images).mean(dim=2)[:, 0, 1:, 1:].mean(dim=1).reshape(2, 3, 3)
+    for layer in range(2):
+        np.testing.assert_allclose(data_of(figure)[1 + layer], expected[layer], rtol=1e-5)
+
+
+# ---- From any patch, over all layers
+
+
+def test_a_patch_in_the_place_of_cls():
+    model, image = vit(n_registers=2), pixels()
+    views = v.AttentionVisualizer(model, device="cpu")
+    maps = views.attention_maps(image)
+    assert maps.shape == (3, 2, 9, 9)
+    shown = data_of(views.visualize_attention(image, 1, 0, patch=(1, 2)))[1]
+    np.testing.assert_allclose(shown, maps[1, 0, 3 + 5, 3:].view(GRID), atol=1e-7)
+    figure = views.visualize_attention(image, 1, 0, patch=(-1, 0))
+    assert "Where the framed patch (-1, 0) looks" in texts(figure)
+    frame = figure.axes[0].patches[0].get_bbox().bounds
+    assert frame == (-0.5, 6.5, 5, 7)  # x, y, width, height: the second row of two, the first column of three
+    with pytest.raises(InputError, match=r"patch 2 is out of range; expected 0 to 1"):
+        views.visualize_attention(image, patch=(2, 0))
+
+
+def test_all_layers_share_one_scale():
+    model, image = vit(), pixels()
+    figure = v.AttentionVisualizer(model, device="cpu").visualize_all_layers(image)
+    maps = attention_maps(model, prepare_image(image, model)[0])[:, 0].mean(dim=1)[:, 0, 1:]
+    for shown, expected in zip(data_of(figure), maps, strict=True):
+        np.testing.assert_allclose(shown, expected.view(GRID), atol=1e-7)
+    assert {image.norm.vmax for axes in figure.axes for image in axes.images} == {maps.max().item()}
+
+
+# ---- Where the answer comes from
+
+
+@pytest.mark.parametrize("method", ["rollout", "relevance", "grad_cam"])
+def test_an_explanation_is_drawn_as_it_is_given(method):
+    model, image = square_vit(), pixels(12, 12)
+    views = v.AttentionVisualizer(model, device="cpu")
+    figure, numbers = getattr(views, f"visualize_{method}")(image), getattr(views, method)(image)
+    np.testing.assert_allclose(data_of(figure)[2], numbers, atol=1e-7)
+    probability, label = model(prepare_image(image, model)[0]).softmax(dim=1)[0].max(dim=0)
+    assert f"class explained: {model.class_names[label]} (probability {probability:.0%})" in texts(figure)
+    if method != "rollout":
+        other = (label.item() + 1) % 5
+        figure = getattr(views, f"visualize_{method}")(image, target=other)
+        assert f"class explained: {model.class_names[other]}" in texts(figure)
+        assert not np.array_equal(data_of(figure)[2], numbers)
+
+
+def test_all_explanations_side_by_side():
+    model, image = square_vit(), pixels(12, 12)
+    figure = v.AttentionVisualizer(model, device="cpu").visualize_explanations(image, n_steps=4)
+    words = texts(figure)
+    for title in (*v.TITLES.values(), "random order: area 0.", "Spearman", "class explained:"):
+        assert title in words
+    for shown in data_of(figure)[1:5]:
+        assert shown.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_the_logit_lens_ends_in_the_prediction():
+    model, image = square_vit(), pixels(12, 12)
+    figure = v.AttentionVisualizer(model, device="cpu").visualize_logit_lens(image, 3)
+    lines = figure.axes[1].lines
+    probabilities = model(prepare_image(image, model)[0]).softmax(dim=1)[0].detach()
+    first = lines[0].get_ydata()
+    assert len(first) == 4
+    assert first[-1] == pytest.approx(100 * probabilities.max().item(), abs=1e-3)
+    assert lines[0].get_label() == model.class_names[probabilities.argmax()]
+
+
+# ---- Over images
+
+
+def test_attention_distance_has_a_point_for_each_head_and_the_uniform_line():
+    model = vit()
+    views = v.AttentionVisualizer(model, device="cpu")
+    images = torch.randn(4, 3, *SIZE)
+    figure, numbers = views.visualize_attention_distance(images), views.attention_distance(images)
+    assert numbers.shape == (3, 2)
+    shown = np.stack([line.get_ydata() for line in figure.axes[0].lines[:2]], axis=1)
+    np.testing.assert_allclose(shown, numbers)
+    assert "uniform attention: " in " ".join(figure.axes[0].get_legend_handles_labels()[1])
+
+
+def test_register_artefacts_are_framed():
+    model = vit()
+    with torch.no_grad():
+        model.pos_embed[0, 1 + 4] = 30  # the fifth patch
+    figure = v.AttentionVisualizer(model, device="cpu").visualize_token_norms(pixels())
+    assert "3 register artefacts (framed) in 3 layers" in texts(figure)
+    assert [axes.patches[0].get_bbox().bounds for axes in figure.axes[1:4]] == [(4.5, 6.5, 5, 7)] * 3
+
+
+def test_no_text_of_a_view_is_clipped():
+    model, image = square_vit(), pixels(12, 12)
+    views = v.AttentionVisualizer(model, device="cpu")
+    for figure in (views.visualize_all_layers(image), views.visualize_relevance(image),
+                   views.visualize_explanations(image, n_steps=2), views.visualize_logit_lens(image),
+                   views.visualize_attention_distance(torch.randn(2, 3, 12, 12)), views.visualize_token_norms(image)):
+        assert_no_text_clipped(figure)
+
+
+@pytest.mark.parametrize("name", ["timm", "timm, registers", "torchvision", "transformers"])
+def test_models_of_other_libraries_go_in_as_they_are(name, tmp_path):
+    theirs, ours, _ = shared(name, tmp_path)
+    image = pixels(15, 15)
+    first, second = (v.AttentionVisualizer(model.float(), device="cpu") for model in (theirs, ours))
+    for method in ("attention_maps", "rollout", "relevance", "grad_cam"):
+        torch.testing.assert_close(getattr(first, method)(image), getattr(second, method)(image), rtol=1e-4, atol=1e-5)
+    assert isinstance(first.visualize_explanations(image, n_steps=2), Figure)
+    assert isinstance(v.visualize_attention_grid(theirs, torch.randn(2, 3, 15, 15)), Figure)

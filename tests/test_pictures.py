@@ -1,0 +1,90 @@
+"""Every accepted image gives the same picture, and what is none is refused."""
+
+import numpy as np
+import pytest
+import torch
+from figure_checks import SIZE, pixels, square_vit, vit
+from PIL import Image
+
+import pictures
+from vit_data import NORMALISATION, eval_transform
+from vit_model import InputError
+
+
+def kinds(array, tmp_path):
+    Image.fromarray(array).save(tmp_path / "image.png")
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    return {"path": tmp_path / "image.png", "text": str(tmp_path / "image.png"), "pil": Image.fromarray(array),
+            "array": array, "float": array / 255, "float32": (array / 255).astype(np.float32),
+            "rgba": np.dstack([array, np.full(array.shape[:2], 255, np.uint8)]),
+            "tensor": tensor, "batch": tensor[None]}
+
+
+def test_every_kind_of_picture_gives_the_same(tmp_path):
+    model, array = vit(), pixels()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in NORMALISATION["folder"])
+    expected = (torch.from_numpy(array).permute(2, 0, 1)[None] / 255 - mean) / std
+    for kind, image in kinds(array, tmp_path).items():
+        images, picture = pictures.prepare_image(image, model)
+        torch.testing.assert_close(images, expected, msg=kind)
+        np.testing.assert_allclose(picture, array / 255, atol=1e-6, err_msg=kind)
+        np.testing.assert_allclose(pictures.as_picture(image), array / 255, atol=1e-6, err_msg=kind)
+    for image in (expected, expected[0], expected.double()):
+        images, picture = pictures.prepare_image(image, model)
+        torch.testing.assert_close(images, expected)
+        np.testing.assert_allclose(picture, array / 255, atol=1e-6)
+
+
+def test_grey_is_repeated():
+    grey = pixels()[:, :, 0]
+    images, picture = pictures.prepare_image(grey, vit())
+    np.testing.assert_allclose(picture, np.repeat(grey[:, :, None], 3, axis=2) / 255, atol=1e-6)
+    assert images.shape == (1, 3, *SIZE)
+
+
+def test_pictures_are_fed_as_the_validation_images_are():
+    model, photo = square_vit(), Image.fromarray(pixels(41, 53))
+    images, picture = pictures.prepare_image(photo, model)
+    torch.testing.assert_close(images[0], eval_transform(12, model.mean, model.std)(photo))
+    assert picture.shape == (12, 12, 3)
+    model.interpolation = "bicubic"
+    bicubic, _ = pictures.prepare_image(photo, model)
+    torch.testing.assert_close(bicubic[0], eval_transform(12, model.mean, model.std, "bicubic")(photo))
+    assert not torch.allclose(bicubic, images, atol=0.01)
+    images, picture = pictures.prepare_image(photo, vit())
+    assert picture.shape == (*SIZE, 3)
+    assert images.shape == (1, 3, *SIZE)
+
+
+def test_a_tensor_is_shown_with_the_models_statistics():
+    _, picture = pictures.prepare_image(torch.zeros(1, 3, 12, 12), square_vit())
+    np.testing.assert_allclose(picture, np.broadcast_to([0.5, 0.4, 0.3], (12, 12, 3)), atol=1e-6)
+    shown = pictures.as_picture(torch.ones(3, 2, 5), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.9))
+    np.testing.assert_allclose(shown, np.broadcast_to([0.7, 0.65, 1.0], (2, 5, 3)), atol=1e-6)
+
+
+@pytest.mark.parametrize(("image", "text"), [
+    (torch.zeros(1, 3, 15, 14), "15x14 pixels, expected 14x15"),
+    (torch.zeros(2, 3, 14, 15), r"\(2, 3, 14, 15\), expected \(3, H, W\)"),
+    (torch.zeros(14, 15), r"\(14, 15\), expected"),
+    (torch.zeros(4, 14, 15), r"\(4, 14, 15\), expected"),
+    (torch.zeros(3, 0, 15), r"\(3, 0, 15\), expected"),
+    (torch.zeros(3, 14, 15, dtype=torch.int64), "Tensor of torch.int64"),
+    (torch.full((3, 14, 15), torch.nan), "not finite"),
+    (np.full((14, 15, 3), 1.5), "from 1.5 to 1.5, expected 0..1"),
+    (np.full((14, 15, 3), np.nan), "from nan to nan"),
+    (np.zeros((3, 14, 15)), "ndarray of float64"),
+    (np.zeros((0, 15, 3)), "ndarray of float64"),
+    (np.zeros((14, 15), dtype=np.int64), "ndarray of int64"),
+    ("nowhere.png", "nowhere.png"),
+    (None, "NoneType, which is no image"),
+])
+def test_what_is_no_image(image, text):
+    with pytest.raises(InputError, match=text) as caught:
+        pictures.prepare_image(image, vit())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_another_number_of_channels():
+    with pytest.raises(InputError, match="1 channels; expected 3"):
+        pictures.prepare_image(pixels(), vit(in_channels=1))
