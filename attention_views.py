@@ -199,9 +199,11 @@ class AttentionVisualizer:
         found = compare_explanations(self.model, images, target, n_steps=n_steps)
         names = list(found.heats)
         grids = [(heat[0] / heat[0].sum().clamp(min=1e-12)).numpy() for heat in found.heats.values()]
-        figure = new_figure(12.5, 5.2 + 2.5 * proportion(picture))
-        top, bottom = figure.subfigures(2, 1, height_ratios=(2.5 * proportion(picture), 4.2))
-        panels = top.subplots(1, 1 + len(names))
+        figure = new_figure(12.5, 6.2 + 2.5 * proportion(picture))
+        n_panels = 1 + len(names)
+        cells = figure.add_gridspec(2, 3 * n_panels, height_ratios=(2.5 * proportion(picture), 5.2))
+        panels = [figure.add_subplot(cells[0, 3 * i:3 * i + 3]) for i in range(n_panels)]
+        agreement, *curves = [figure.add_subplot(cells[1, i * n_panels:(i + 1) * n_panels]) for i in range(3)]
         panels[0].imshow(picture)
         panels[0].set_title("the image", fontsize=11)
         most = max(grid.max() for grid in grids)
@@ -210,9 +212,8 @@ class AttentionVisualizer:
             axes.set_title(TITLES[name], fontsize=11)
         for axes in panels:
             hide_ticks(axes)
-        top.colorbar(mappable, ax=panels, label="share of a patch")
-        top.suptitle(self.describe_class(found), fontsize=13)
-        agreement, *curves = bottom.subplots(1, 3)
+        figure.colorbar(mappable, ax=panels, label="share of a patch")
+        figure.suptitle(self.describe_class(found), fontsize=13)
         draw_agreement(agreement, found.correlations.numpy(), names)
         for axes, values, heading in zip(curves, (found.deletion, found.insertion), (
                 "hiding the hottest patches first\n(falls early: the map matters)",
@@ -374,9 +375,9 @@ def draw_agreement(axes, correlations, names):
     for row, column in np.ndindex(correlations.shape):
         value = correlations[row, column]
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.2 else "black")
-    axes.set_xticks(range(len(names)), [TITLES[name].replace(" of", "\nof") for name in names], rotation=30, ha="right",
-                    fontsize=9)
-    axes.set_yticks(range(len(names)), [TITLES[name].replace(" of", "\nof") for name in names], fontsize=9)
+    words = [TITLES[name].replace("attention ", "attention\n", 1).replace(" block", "\nblock") for name in names]
+    axes.set_xticks(range(len(names)), words, fontsize=9)
+    axes.set_yticks(range(len(names)), words, fontsize=9)
     axes.set_title("how alike the maps rank the patches\n(Spearman: 1 the same, 0 unrelated)", fontsize=11)
 
 
@@ -390,4 +391,4 @@ def draw_trust(axes, curves, heading):
                   label=f"{TITLES.get(name, name)}: area {values.mean():.2f}")
     axes.set(xlabel="patches (%)", ylabel="probability of the class (%)", ylim=(0, 102))
     axes.set_title(heading, fontsize=11)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16))
