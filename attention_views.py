@@ -1,6 +1,7 @@
 """What one model does with images, drawn: where it looks, where its answer comes from, and how it comes about.
 
     AttentionVisualizer         the views of one model; each also as numbers
+    AttentionVisualizer.explore the same to play with, as one HTML page
     visualize_attention_grid    several images, a row each, layer by layer
 
 A Figure names the class that is predicted, where the classes have names, and its probability. Maps that are compared
@@ -18,6 +19,7 @@ from matplotlib.patches import Rectangle
 
 from charts import COLOURS, VERMILION, finish, hide_ticks, new_figure
 from explanations import METHODS, compare_explanations, explain, logit_lens, selfcheck, token_norms
+from explorer import explore
 from measurements import (
     attention_distance,
     check_index,
@@ -281,6 +283,13 @@ class AttentionVisualizer:
             for place in artefacts[layer, 0].nonzero().tolist():
                 frame_patch(axes, picture, norms.shape[2:], place)
         return finish(figure, save_path)
+
+    # ---- To play with
+
+    def explore(self, images, save_path="attention.html", compare_with=None, **options):
+        """One self-contained HTML page of images, as explorer.explore makes it: an ExplorerPage, which a notebook
+        shows. compare_with: a second model beside this one, a ViT or a ConvNet."""
+        return explore(self.model, images, save_path, compare_with, **options)
 
     # ---- Words
 

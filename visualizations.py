@@ -1,5 +1,8 @@
 """Figures for lessons and slides: numbers in, a matplotlib Figure out.
 
+    python visualizations.py selfcheck                       what holds of a model's views, method by method
+    python visualizations.py explore PHOTO ... --pretrained NAME     a page to play with
+
     visualize_patch_embedding     an image as a sequence of patches
     visualize_patch_filters       what the patch projection looks for
     visualize_positions           how alike the position embeddings of two patches are
@@ -42,16 +45,21 @@ from charts import (  # noqa: F401 - some are handed on
     save_figure,
 )
 from cnn_model import ConvNet
-from explanations import feature_colours, patch_filters
+from command_line import OneLineParser, script, whole
+from drawn_shapes import TEST_START
+from explanations import feature_colours, patch_filters, selfcheck
+from explorer import explore
 from measurements import layers_of, position_similarity, radius_holding, receptive_field, unit_centre
 from model_zoo import create_pretrained
 from pictures import (
     as_batch,
     as_picture,
     fit_picture,
+    input_of,
     is_input,
     normalise,
     open_picture,
+    prepare_image,
     proportion,
     spread,
     statistics_of,
@@ -278,10 +286,10 @@ def untrained_copy(model):
     return fresh.eval()
 
 
-def shapes_for(model, n_images):
+def shapes_for(model, n_images, start=0):
     """Drawn shapes at the size and in the normalisation of the model, (n_images, 3, H, W)."""
-    height, width = pair(model.config.img_size)
-    images = make_shapes(n_images, max(height, width, 8)).images  # (n_images, 3, S, S)
+    height, width = input_of(model)[1]
+    images = make_shapes(n_images, max(height, width, 8), start=start).images  # (n_images, 3, S, S)
     images = image_functional.center_crop(images, [height, width])  # (n_images, 3, H, W)
     return normalise(images, *statistics_of(model))
 
@@ -313,3 +321,52 @@ def plot_images(images, titles=None, columns=8, save_path=None, title=None, mean
     if title:
         figure.suptitle(title, fontsize=14)
     return finish(figure, save_path)
+
+
+# ---- The commands -----------------------------------------------------------------------------------------
+
+
+def run_selfcheck(options):
+    """Prints what holds of a model; ends with 1 where something does not."""
+    model = create_pretrained(options.pretrained)
+    images = torch.cat([prepare_image(image, model)[0] for image in images_for(model, options.photos, 4)])
+    checks = selfcheck(model, images)
+    words = {True: "holds", False: "DOES NOT HOLD", None: "does not apply"}
+    for check in checks:
+        print(f"{words[check.holds]}: {check.name} ({check.found})")
+    if any(check.holds is False for check in checks):
+        raise SystemExit(1)
+
+
+def run_explore(options):
+    model = create_pretrained(options.pretrained)
+    other = create_pretrained(options.compare_with) if options.compare_with else None
+    names = [options.pretrained, *[options.compare_with] * bool(options.compare_with)]
+    page = explore(model, images_for(model, options.photos, options.n_images), options.output, other, names)
+    print(f"{page.path}: {len(page.html) / 2**20:.1f} MiB, to be opened in any browser")
+
+
+def images_for(model, photos, n_images):
+    """The photographs given, or drawn shapes."""
+    return photos or list(shapes_for(model, n_images, TEST_START))
+
+
+def main(argv=None):
+    parser = OneLineParser(description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, run, words in (("selfcheck", run_selfcheck, "the closed forms, on a model"),
+                             ("explore", run_explore, "a page to play with")):
+        command = commands.add_parser(name, help=words)
+        command.add_argument("photos", nargs="*", help="image files (default: drawn shapes)")
+        command.add_argument("--pretrained", "--checkpoint", default="vit_nano_shapes", metavar="NAME",
+                             help="the model: a name of model_zoo.py, or a checkpoint")
+        command.set_defaults(run=run)
+    command.add_argument("--compare-with", metavar="NAME", help="a second model beside it, a ViT or a ConvNet")
+    command.add_argument("--output", default="attention.html", help="where the page is written")
+    command.add_argument("--n-images", type=whole(1), default=6, help="of drawn shapes")
+    options = parser.parse_args(argv)
+    options.run(options)
+
+
+if __name__ == "__main__":
+    script(main)

@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = ["vit_model", "cnn_model", "checkpoint_formats", "checkpoints", "model_zoo", "drawn_shapes", "drawn_tasks",
          "augmentation", "vit_data", "recording", "measurements", "representations", "perturbations", "explanations",
-         "charts", "pictures", "attention_views", "visualizations", "command_line", "inference", "optimizers",
-         "trainer", "transfer", "recipes", "run_folder", "train_vit", "experiments", "learning", "report",
-         "cnn_vs_vit", "examples"]
+         "command_line", "charts", "pictures", "explorer_page", "explorer", "attention_views", "visualizations",
+         "inference", "optimizers", "trainer", "transfer", "recipes", "run_folder", "train_vit", "experiments",
+         "learning", "report", "cnn_vs_vit", "examples"]
 # A module may import those before it.
 OTHERS = {"torch", "torchvision", "numpy", "matplotlib", "tqdm", "PIL"}
 OPTIONAL = {"checkpoints": {"safetensors"}, "inference": {"onnx", "onnxscript", "onnxruntime"}}  # imported where used

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 import torch
 from figure_checks import GRID, SIZE, assert_no_text_clipped, convnet, data_of, pixels, square_vit, texts, vit
+from PIL import Image
 
 import visualizations as v
 from cnn_model import HybridCNNViT
+from command_line import script
+from explanations import Check
 from vit_model import InputError, VisionTransformer
 
 
@@ -178,3 +181,43 @@ def test_the_call_of_the_introduction(tmp_path):
     assert (tmp_path / "attention_map.png").stat().st_size > 0
     assert (tmp_path / "patches.png").stat().st_size > 0
     assert "196 patches, each of 16 x 16 x 3 = 768 numbers" in texts(figure)
+
+
+# ---- The commands
+
+
+def test_selfcheck_prints_what_holds(capsys):
+    v.main(["selfcheck"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8
+    assert all(line.startswith("holds: ") for line in lines)
+
+
+def test_selfcheck_ends_with_1_where_something_does_not_hold(monkeypatch, capsys):
+    monkeypatch.setattr(v, "selfcheck", lambda model, images: [Check("one", True, "0"), Check("two", False, "7")])
+    with pytest.raises(SystemExit) as stop:
+        v.main(["selfcheck"])
+    assert stop.value.code == 1
+    assert "DOES NOT HOLD: two (7)" in capsys.readouterr().out
+
+
+def test_a_page_is_written(tmp_path, capsys):
+    Image.fromarray(pixels(40, 50)).save(tmp_path / "photo.png")
+    v.main(["explore", str(tmp_path / "photo.png"), "--output", str(tmp_path / "page.html"), "--compare-with",
+            "convnet_shapes"])
+    assert "photo.png" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "page.html: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    (["lok"], "invalid choice: 'lok'"), (["explore", "nowhere.jpg"], "no image file 'nowhere.jpg'"),
+    (["explore", "--pretrained", "convnet_shapes"], "ConvNet has no attention maps"),
+    (["explore", "--n-images", "0"], "--n-images: 0 is out of range"), ([], "required")])
+def test_bad_words_end_in_one_line(words, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        script(lambda: v.main(words))
+    error = capsys.readouterr().err
+    assert (stop.value.code, error.count("\n")) == (2, 1)
+    assert expected in error
+    assert list(tmp_path.iterdir()) == []

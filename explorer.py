@@ -1,0 +1,188 @@
+"""Attention to play with: one self-contained HTML page, without server and network, of images and one or two models.
+
+    explore(model, images, save_path, compare_with=None)    AttentionVisualizer.explore is the same
+
+The page holds the attention of every layer and head, rollout and relevance for the predicted class, each as bytes with
+a factor for every row; how far that is from the numbers themselves stands on the page. Of a ConvNet it holds, in their
+place, which patches of the image each unit sees, depth by depth. explorer_page.py has the page itself.
+
+Letters:  L layers, H heads, N tokens (prefix tokens, then patches), n patches, K classes.
+"""
+
+import base64
+import html
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+
+from checkpoints import write_whole
+from cnn_model import ConvNet
+from explanations import logit_lens, relevance, rollout
+from explorer_page import PAGE
+from measurements import class_probabilities, layers_of
+from pictures import prepare_image
+from recording import anatomy_of, device_of, evaluating, record
+from vit_model import InputError, check_whole
+
+N_CLASSES = 6  # of the logit lens
+
+
+@dataclass
+class ExplorerPage:
+    """A page: its HTML, where it was written (None: nowhere), the largest quantisation error. A notebook shows it."""
+    html: str
+    path: Path | None
+    quantisation_error: float
+
+    def _repr_html_(self):
+        return (f'<iframe srcdoc="{html.escape(self.html, quote=True)}" width="100%" height="900" '
+                f'style="border:0" title="attention explorer"></iframe>')
+
+
+def explore(model, images, save_path="attention.html", compare_with=None, names=None, title="Where a ViT looks"):
+    """An ExplorerPage of images, written to save_path where that is given.
+
+    images        one of what pictures.py takes, or a list of them
+    compare_with  a second model beside it: a ViT, or a ConvNet, whose receptive field is shown at the same place
+    names         of the model, and of the second one; None: their types
+
+    Raises InputError for a first model without attention, and for images that cannot be used.
+    """
+    images = list(images) if isinstance(images, (list, tuple)) else [images]
+    if not images:
+        raise InputError("there is no image to explore; give at least one")
+    models = [model] if compare_with is None else [model, compare_with]
+    anatomy_of(model)
+    names = names or [type(one).__name__ for one in models]
+    prepared = [[prepare_image(image, one) for image in images] for one in models]
+    described = [describe(one, name, [images for images, _ in own])
+                 for one, name, own in zip(models, names, prepared, strict=True)]
+    pictures = [dict(name=image_name(image, i), png=as_png(picture))
+                for i, (image, (_, picture)) in enumerate(zip(images, prepared[0], strict=True), start=1)]
+    error = max(part.pop("error") for one in described for part in one["images"])
+    note = (f"Values are stored as bytes; the largest difference to the numbers themselves is {error:.1e} of a row's "
+            f"sum. Made by explorer.py, with everything that is shown in this file.")
+    page = fill(dict(models=described, pictures=pictures), title, note)
+    if save_path is not None:
+        write_whole(save_path, lambda file: file.write(page.encode()))
+    return ExplorerPage(page, None if save_path is None else Path(save_path), error)
+
+
+def fill(data, title, note):
+    """The page with its data. What stands in a script may not end it."""
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    colours = np.round(255 * matplotlib.colormaps["viridis"](np.linspace(0, 1, 64))[:, :3]).astype(int).tolist()
+    return Template(PAGE).safe_substitute(TITLE=html.escape(title), NOTE=html.escape(note), DATA=text,
+                                          COLOURS=json.dumps(colours))
+
+
+# ---- What a model does, as the page reads it --------------------------------------------------------------
+
+
+def describe(model, name, images):
+    """A model and what it does with images, each (1, 3, H, W)."""
+    if isinstance(model, ConvNet):
+        return describe_convnet(model, name, images)
+    anatomy = anatomy_of(model)
+    own = [describe_image(model, anatomy, one) for one in images]
+    rows, columns = anatomy.grid(images[0])
+    maps = record(model, images[0]).maps
+    return dict(kind="vit", name=name, layers=len(maps), heads=maps[0].shape[1], tokens=maps[0].shape[-1],
+                prefix=anatomy.n_prefix, rows=rows, columns=columns, pool=anatomy.pool, images=own)
+
+
+def describe_image(model, anatomy, image):
+    seen = record(model, image, gradients=anatomy.has_head)
+    maps = torch.stack(seen.maps)  # (L, 1, H, N, N)
+    parts = dict(attention=maps[:, 0].flatten(0, 1), rollout=rollout(maps))  # (L H, N, N), (1, N, N)
+    text = dict(prediction="", target="", lens=dict(classes=[], rows=[]))
+    if anatomy.has_head:
+        label = seen.logits[0].argmax().item()
+        gradients = torch.autograd.grad(seen.logits[0, label], seen.maps)
+        parts["relevance"] = relevance(maps, torch.stack(gradients))  # (1, N, N)
+        text = words(logit_lens(model, image)[:, 0], anatomy.class_names)
+    parts = {key: pack(part) for key, part in parts.items()}
+    return {key: part for key, (part, _) in parts.items()} | text | dict(error=max(e for _, e in parts.values()))
+
+
+def words(lens, class_names):
+    """Prediction and logit lens, probabilities (L + 1, K), as the page shows them: the likeliest classes at the end."""
+    shown = lens[-1].topk(min(N_CLASSES, lens.shape[1])).indices.tolist()
+    named = [class_names[label] if class_names else f"class {label}" for label in shown]
+    return dict(prediction=f"{named[0]} ({lens[-1].max():.0%})", target=named[0],
+                lens=dict(classes=named, rows=[[round(value, 4) for value in row[shown].tolist()] for row in lens]))
+
+
+def pack(matrices):
+    """({values, factors}, error): matrices (m, N, N) as bytes, each row from 0 to its largest value; and the largest
+    difference that makes, in parts of the row's sum."""
+    matrices = matrices.detach().cpu().double()
+    factors = (matrices.amax(dim=2, keepdim=True) / 255).clamp(min=1e-30).float()  # (m, N, 1)
+    values = (matrices / factors).round().clamp(0, 255)
+    differences = (values * factors - matrices).abs() / matrices.sum(dim=2, keepdim=True).clamp(min=1e-30)
+    packed = dict(values=base64.b64encode(values.to(torch.uint8).numpy().tobytes()).decode(),
+                  factors=base64.b64encode(factors.numpy().astype("<f4").tobytes()).decode())
+    return packed, differences.max().item()
+
+
+# ---- A ConvNet beside it ----------------------------------------------------------------------------------
+
+
+def describe_convnet(model, name, images, side=8):
+    """A ConvNet as the page reads it: for every depth the share of each patch of the image in the gradient of each
+    unit, the image cut into side x side patches, or fewer where it has fewer pixels."""
+    check_whole("side", side, 1)
+    n_depths = len(layers_of(model))
+    rows, columns = (min(side, n) for n in images[0].shape[2:])
+    own = []
+    for image in images:
+        packed, error = pack(torch.stack([unit_fields(model, image, depth, (rows, columns))
+                                          for depth in range(n_depths)]))
+        probabilities = class_probabilities(model, image).cpu()
+        own.append(dict(words(probabilities, getattr(model, "class_names", None)), attention=packed, error=error))
+    depths = ["the stem", *(f"stage {i}" for i in range(1, n_depths))]
+    return dict(kind="cnn", name=name, layers=n_depths, heads=1, tokens=rows * columns, prefix=0, rows=rows,
+                columns=columns, pool="mean", images=own, depths=depths)
+
+
+def unit_fields(model, image, depth, grid):
+    """(n, n): row i is the share of every patch in the gradient of the unit at the middle of patch i, summed over its
+    channels (measurements.receptive_field is the same, of the unit in the middle of the image)."""
+    outputs, rows = [], []
+    hook = layers_of(model)[depth].register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        with evaluating(model), torch.enable_grad():
+            pixels = image.detach().to(device_of(model)).clone().requires_grad_()
+            model(pixels)
+    finally:
+        hook.remove()
+    features = outputs[0]  # (1, D, rows, columns)
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            y, x = (int((place + 0.5) / n * count) for place, n, count in zip((row, column), grid, features.shape[2:],
+                                                                              strict=True))
+            gradient, = torch.autograd.grad(features[0, :, y, x].sum(), pixels, retain_graph=True)
+            field = torch.nn.functional.adaptive_avg_pool2d(gradient.abs().mean(dim=1), grid).flatten()  # (n)
+            rows.append(field / field.sum().clamp(min=1e-30))
+    return torch.stack(rows)  # (n, n)
+
+
+# ---- Pictures ---------------------------------------------------------------------------------------------
+
+
+def image_name(image, number):
+    return Path(image).name if isinstance(image, (str, Path)) else f"image {number}"
+
+
+def as_png(picture):
+    """A picture (H, W, 3) in 0..1 as a data URI."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.round(255 * picture).astype(np.uint8)).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
