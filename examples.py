@@ -3,6 +3,8 @@
     python examples.py                  all of them, in about a minute
     python examples.py --list           their names
     python examples.py --only heads     one of them
+    python examples.py quiz             guess first, then see it measured
+    python examples.py exercise NAME    write it yourself: a file to fill in, then checked
 
 Each prints what to look at and the figure that it measured, and saves a picture in --output-dir.
 
@@ -21,8 +23,10 @@ from torch import nn
 
 from cnn_model import HybridCNNViT
 from command_line import OneLineParser, percent, script
+from exercises import EXERCISES, check_file, write_stub
 from measurements import attention_maps, count_flops, count_parameters, receptive_field, wilson_interval
 from model_zoo import create_pretrained
+from quiz import ask
 from trainer import Trainer
 from visualizations import (
     plot_bars,
@@ -307,7 +311,39 @@ DEMOS = {demo.__name__: demo for demo in (patches, attention, heads, positions, 
 TRAINS = ("first_training", "transfer")  # what a dry run leaves out
 
 
+# ---- The commands -----------------------------------------------------------------------------------------
+
+
+def run_quiz(argv):
+    OneLineParser(prog="examples.py quiz", description="questions: guess, then see it measured").parse_args(argv)
+    torch.manual_seed(0)
+    ask()
+
+
+def run_exercise(argv):
+    parser = OneLineParser(prog="examples.py exercise", description="a part of a ViT to write, checked against ours")
+    parser.add_argument("name", choices=list(EXERCISES))
+    parser.add_argument("--file", help="where it is written (default: <name>_exercise.py)")
+    options = parser.parse_args(argv)
+    path = Path(options.file or f"{options.name}_exercise.py")
+    if not path.exists():
+        write_stub(options.name, path)
+        print(f"{path}: fill it in, then run the same command again.")
+        return
+    verdict = check_file(options.name, path)
+    print(f"{path}: {verdict.words}")
+    if not verdict.right:
+        raise SystemExit(1)
+
+
+COMMANDS = dict(quiz=run_quiz, exercise=run_exercise)
+
+
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        COMMANDS[argv[0]](argv[1:])
+        return
     parser = OneLineParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--list", action="store_true", help="say what there is")
     parser.add_argument("--only", metavar="NAME", help="run one demo")

@@ -56,3 +56,30 @@ def test_bad_words_end_in_one_line_and_exit_code_2(words, expected, capsys, tmp_
     error = capsys.readouterr().err
     assert (stop.value.code, error.count("\n")) == (2, 1)
     assert expected in error
+
+
+# ---- Quiz and exercises
+
+
+def test_an_exercise_is_written_and_then_checked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    examples.main(["exercise", "attention"])
+    assert "fill it in, then run the same command again" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        examples.main(["exercise", "attention"])
+    assert stop.value.code == 1
+    assert "not filled in yet" in capsys.readouterr().out
+    path = tmp_path / "attention_exercise.py"
+    path.write_text(path.read_text().replace('raise NotImplementedError("fill this in")',
+                                             "return (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1) @ v"))
+    examples.main(["exercise", "attention"])
+    assert "right: values" in capsys.readouterr().out
+
+
+def test_the_quiz_is_asked_and_takes_no_options(monkeypatch, capsys):
+    monkeypatch.setattr(examples, "ask", lambda: print("asked"))
+    examples.main(["quiz"])
+    assert capsys.readouterr().out == "asked\n"
+    with pytest.raises(SystemExit) as stop:
+        examples.main(["quiz", "--loud"])
+    assert stop.value.code == 2

@@ -13,12 +13,12 @@ ORDER = ["vit_model", "cnn_model", "checkpoint_formats", "checkpoints", "model_z
          "augmentation", "vit_data", "recording", "measurements", "representations", "perturbations", "explanations",
          "command_line", "charts", "pictures", "explorer_page", "explorer", "attention_views", "visualizations",
          "inference", "optimizers", "trainer", "transfer", "recipes", "run_folder", "train_vit", "experiments",
-         "learning", "report", "cnn_vs_vit", "examples"]
+         "learning", "report", "cnn_vs_vit", "exercises", "quiz", "lesson", "examples"]
 # A module may import those before it.
 OTHERS = {"torch", "torchvision", "numpy", "matplotlib", "tqdm", "PIL"}
 OPTIONAL = {"checkpoints": {"safetensors"}, "inference": {"onnx", "onnxscript", "onnxruntime"}}  # imported where used
-ENTRIES = {*(f"{module}.py" for module in ORDER), "tests", "benchmarks", "README.md", "requirements.txt",
-           "requirements-dev.txt", "LICENSE", "pyproject.toml", ".gitignore", ".ci"}
+ENTRIES = {*(f"{module}.py" for module in ORDER), "tests", "benchmarks", "README.md", "lesson.ipynb",
+           "requirements.txt", "requirements-dev.txt", "LICENSE", "pyproject.toml", ".gitignore", ".ci"}
 
 
 def source_of(module):

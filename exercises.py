@@ -1,0 +1,318 @@
+"""Write it yourself: five parts of a ViT as functions to fill in, checked against ours in values and gradients.
+
+    EXERCISES[name]            the task, the file to fill in, our solution and the usual mistakes
+    write_stub(name, path)     the file to fill in
+    check_file(name, path)     what is off in somebody's file, in words that do not give the solution away
+
+A mistake is told by doing it too: where somebody's numbers are those of a usual mistake, its hint is given.
+
+Letters:  B images, C channels, P patch side, N tokens, n patches, D width, H heads, K width of a head, L blocks.
+"""
+
+import importlib.util
+import math
+import textwrap
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from checkpoints import write_whole
+from vit_model import InputError, check_choice
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """function: its name in the file; task: what it is to do; signature: its arguments; inputs: seed -> arguments, each
+    a tensor or a function; solution; mistakes: (a hint, a function that makes it)."""
+    function: str
+    signature: str
+    task: str
+    inputs: Callable
+    solution: Callable
+    mistakes: tuple
+
+
+@dataclass
+class Verdict:
+    """Whether the file is right, and a line about it."""
+    right: bool
+    words: str
+
+
+def drawn(seed, *shapes):
+    """Normal tensors of these shapes, float64, that want gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+# ---- Attention --------------------------------------------------------------------------------------------
+
+
+def attention(q, k, v):
+    weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)  # (B, H, N, N)
+    return weights @ v  # (B, H, N, K)
+
+
+def attention_scaled(q, k, v, by):
+    return (q @ k.transpose(-2, -1) / by).softmax(dim=-1) @ v
+
+
+ATTENTION_MISTAKES = (
+    ("the softmax is too sharp: the longer the vectors, the larger their products; what does the paper divide by?",
+     lambda q, k, v: attention_scaled(q, k, v, 1)),
+    ("the softmax is too flat: what the paper divides by grows more slowly with the width of a head",
+     lambda q, k, v: attention_scaled(q, k, v, q.shape[-1])),
+    ("what is divided by should come from the width of a head, not from the number of tokens",
+     lambda q, k, v: attention_scaled(q, k, v, math.sqrt(q.shape[-2]))),
+    ("over whom do the weights sum to one? Each query shares its attention out among the keys",
+     lambda q, k, v: (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-2) @ v),
+    ("queries and keys have changed places: a row should belong to a query",
+     lambda q, k, v: (k @ q.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1) @ v),
+)
+
+
+# ---- Patch embedding --------------------------------------------------------------------------------------
+
+
+def patch_embedding(images, weight, bias):
+    side = math.isqrt(weight.shape[1] // images.shape[1])
+    return F.unfold(images, side, stride=side).transpose(1, 2) @ weight.T + bias  # (B, n, D)
+
+
+def patches_cut(images, weight, order, by_columns=False):
+    """Patches (B, n, C P P) with the axes of the inside in some order, row by row or column by column."""
+    side = math.isqrt(weight.shape[1] // images.shape[1])
+    cut = images.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (B, C, rows, P, columns, P)
+    cut = cut.permute(0, *((4, 2) if by_columns else (2, 4)), *order)
+    return cut.flatten(3).flatten(1, 2)
+
+
+PATCH_MISTAKES = (
+    ("the patches come column by column; a page is read row by row",
+     lambda x, w, b: patches_cut(x, w, (1, 3, 5), True) @ w.T + b),
+    ("inside a patch the colours come last; the weight expects all of one colour first",
+     lambda x, w, b: patches_cut(x, w, (3, 5, 1)) @ w.T + b),
+    ("inside a patch rows and columns have changed places", lambda x, w, b: patches_cut(x, w, (1, 5, 3)) @ w.T + b),
+    ("something is missing that is added to every token alike", lambda x, w, b: patches_cut(x, w, (1, 3, 5)) @ w.T),
+    ("these are no squares of the image: a reshape alone takes numbers in the order of the memory, across patches",
+     lambda x, w, b: x.reshape(x.shape[0], -1, w.shape[1]) @ w.T + b),
+)
+
+
+# ---- Positions --------------------------------------------------------------------------------------------
+
+
+def add_positions(patches, cls_token, positions):
+    cls = cls_token.expand(len(patches), -1, -1)  # (B, 1, D)
+    return torch.cat([cls, patches], dim=1) + positions  # (B, 1 + n, D)
+
+
+POSITION_MISTAKES = (
+    ("CLS stands at the wrong end of the sequence",
+     lambda x, c, p: torch.cat([x, c.expand(len(x), -1, -1)], dim=1) + p),
+    ("CLS has a position too, the first one",
+     lambda x, c, p: torch.cat([c.expand(len(x), -1, -1), x + p[:, 1:]], dim=1)),
+    ("the positions are shifted by one against the tokens",
+     lambda x, c, p: torch.cat([c.expand(len(x), -1, -1), x], dim=1) + p.roll(1, dims=1)),
+    ("positions are added; they do not scale the tokens",
+     lambda x, c, p: torch.cat([c.expand(len(x), -1, -1), x], dim=1) * p),
+    ("there are no positions in it", lambda x, c, p: torch.cat([c.expand(len(x), -1, -1), x], dim=1) + 0 * p),
+)
+
+
+# ---- Rollout ----------------------------------------------------------------------------------------------
+
+
+def attention_rollout(maps):
+    mixing = (maps.mean(dim=1) + torch.eye(maps.shape[-1], dtype=maps.dtype)) / 2  # (L, N, N)
+    rolled = mixing[0]
+    for block in mixing[1:]:
+        rolled = block @ rolled
+    return rolled  # (N, N)
+
+
+def rolled_up(mixing, backwards=False):
+    rolled = mixing[0]
+    for block in mixing[1:]:
+        rolled = rolled @ block if backwards else block @ rolled
+    return rolled
+
+
+def with_residual(maps):
+    return maps + torch.eye(maps.shape[-1], dtype=maps.dtype)
+
+
+ROLLOUT_MISTAKES = (
+    ("the residual connection is missing: half of each token comes from itself",
+     lambda maps: rolled_up(maps.mean(dim=1))),
+    ("the order of the product is turned round: the last block reads what the earlier ones have made",
+     lambda maps: rolled_up(with_residual(maps.mean(dim=1)) / 2, True)),
+    ("the rows no longer sum to one after the residual is added",
+     lambda maps: rolled_up(with_residual(maps.mean(dim=1)))),
+    ("this is the last block alone; the earlier ones have mixed the tokens too",
+     lambda maps: with_residual(maps.mean(dim=1))[-1] / 2),
+    ("the heads are put together in another way than by their mean",
+     lambda maps: rolled_up(with_residual(maps.amax(dim=1)) / with_residual(maps.amax(dim=1)).sum(-1, keepdim=True))),
+)
+
+
+# ---- The block --------------------------------------------------------------------------------------------
+
+
+def block(x, norm1, attend, norm2, mlp):
+    x = x + attend(norm1(x))
+    return x + mlp(norm2(x))
+
+
+BLOCK_MISTAKES = (
+    ("this normalises after each part, as in the first Transformers; a ViT normalises before",
+     lambda x, n1, a, n2, m: n2(n1(x + a(x)) + m(n1(x + a(x))))),
+    ("a residual connection is missing around the MLP", lambda x, n1, a, n2, m: m(n2(x + a(n1(x))))),
+    ("a residual connection is missing around the attention", lambda x, n1, a, n2, m: a(n1(x)) + m(n2(a(n1(x))))),
+    ("the MLP should read what the attention has made, not what came in",
+     lambda x, n1, a, n2, m: x + a(n1(x)) + m(n2(x))),
+    ("each part has a norm of its own", lambda x, n1, a, n2, m: x + a(n1(x)) + m(n1(x + a(n1(x))))),
+)
+
+
+def block_inputs(seed):
+    """Tokens, and four functions that are told apart by their numbers."""
+    x, scale1, scale2, mixing, inner = drawn(seed, (2, 5, 6), (6,), (6,), (5, 5), (6, 6))
+    return (x, lambda t: F.layer_norm(t, (6,)) * scale1, lambda t: mixing.softmax(dim=1) @ t,
+            lambda t: F.layer_norm(t, (6,)) * scale2, lambda t: F.gelu(t @ inner))
+
+
+def random_maps(seed):
+    (scores,) = drawn(seed, (3, 2, 7, 7))
+    return (scores.softmax(dim=-1),)
+
+
+EXERCISES = {
+    "attention": Exercise(
+        "attention", "q, k, v",
+        "Scaled dot-product attention: how much every query looks at every key, then the mean of the values by these "
+        "weights. q, k, v: (B, H, N, K) each; returns (B, H, N, K). ViT paper, Eq. 6 and 7.",
+        lambda seed: drawn(seed, *[(2, 3, 7, 5)] * 3), attention, ATTENTION_MISTAKES),
+    "patch_embedding": Exercise(
+        "patch_embedding", "images, weight, bias",
+        "Patches to tokens: cut images (B, C, height, width) into squares, row by row, and multiply each by one "
+        "matrix. weight: (D, C P P), a row for each channel of a token, which reads colour by colour, and in each row "
+        "by row; bias: (D). Returns (B, n, D). ViT paper, Eq. 1.",
+        lambda seed: drawn(seed, (2, 3, 4, 6), (5, 12), (5,)), patch_embedding, PATCH_MISTAKES),
+    "positions": Exercise(
+        "add_positions", "patches, cls_token, positions",
+        "The sequence that the blocks read: the CLS token before the patches, and positions added. patches: (B, n, D); "
+        "cls_token: (1, 1, D), the same for every image; positions: (1, 1 + n, D). Returns (B, 1 + n, D). ViT paper, "
+        "Eq. 1.",
+        lambda seed: drawn(seed, (3, 4, 5), (1, 1, 5), (1, 5, 5)), add_positions, POSITION_MISTAKES),
+    "rollout": Exercise(
+        "rollout", "maps",
+        "Attention rollout: how much of each token of the input is in each token at the end. maps: (L, H, N, N), the "
+        "first block first, rows are queries. Each block counts as half attention, mean over the heads, half residual. "
+        "Returns (N, N), whose rows sum to one. Abnar and Zuidema 2020.",
+        random_maps, attention_rollout, ROLLOUT_MISTAKES),
+    "block": Exercise(
+        "block", "x, norm1, attend, norm2, mlp",
+        "An encoder block out of its four parts, all functions (B, N, D) -> (B, N, D). x: (B, N, D). Returns "
+        "(B, N, D). ViT paper, Eq. 2 and 3.",
+        block_inputs, block, BLOCK_MISTAKES),
+}
+
+
+# ---- Stub and check ---------------------------------------------------------------------------------------
+
+
+def exercise_named(name):
+    check_choice("exercise", name, EXERCISES)
+    return EXERCISES[name]
+
+
+def stub(name):
+    """The text of the file to fill in."""
+    exercise = exercise_named(name)
+    task = textwrap.fill(exercise.task, 100, initial_indent='    """', subsequent_indent="    ")
+    return (f'"""Exercise: {name}. Fill it in, then: python examples.py exercise {name}"""\n\nimport torch\n\n\n'
+            f'def {exercise.function}({exercise.signature}):\n{task}\n    """\n'
+            f'    raise NotImplementedError("fill this in")\n')
+
+
+def write_stub(name, path):
+    """Writes the file to fill in. Raises InputError where there is a file already."""
+    if Path(path).exists():
+        raise InputError(f"{path} is there already, and is left as it is; expected a new file")
+    write_whole(path, lambda file: file.write(stub(name).encode()))
+
+
+def check_file(name, path):
+    """A Verdict on somebody's file. Raises InputError where the file cannot be read or has no such function."""
+    exercise = exercise_named(name)
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever somebody's file does
+        raise InputError(f"{path} cannot be run: {described(error, path)}") from error
+    function = getattr(module, exercise.function, None)
+    if not callable(function):
+        raise InputError(f"{path} has no function {exercise.function}({exercise.signature}); keep its name")
+    return check_function(name, function, path)
+
+
+def check_function(name, function, path=""):
+    """A Verdict on a function: its shape, its values on three sets of inputs, its gradients."""
+    exercise = exercise_named(name)
+    for seed in range(3):
+        inputs = exercise.inputs(seed)
+        expected = exercise.solution(*inputs)
+        try:
+            found = function(*inputs)
+        except NotImplementedError:
+            return Verdict(False, "not filled in yet")
+        except Exception as error:  # whatever somebody's code does
+            return Verdict(False, f"it stops: {described(error, path)}")
+        if not isinstance(found, torch.Tensor):
+            return Verdict(False, f"it returns a {type(found).__name__}; expected a tensor of shape "
+                                  f"{tuple(expected.shape)}")
+        if found.shape != expected.shape:
+            return Verdict(False, f"it returns the shape {tuple(found.shape)}; expected {tuple(expected.shape)}")
+        if not alike(found, expected):
+            return Verdict(False, hint(exercise, inputs, found, expected))
+    leaves = [value for value in inputs if isinstance(value, torch.Tensor)]
+    if not found.requires_grad:
+        return Verdict(False, "the values are right, but no gradient comes back to the inputs: it could not be trained")
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9), dtype=expected.dtype)
+    ours, theirs = (torch.autograd.grad((result * weights).sum(), leaves, retain_graph=True, allow_unused=True)
+                    for result in (expected, found))
+    for place, (a, b) in enumerate(zip(ours, theirs, strict=True), start=1):
+        if b is None or not alike(a, b):
+            return Verdict(False, f"the values are right, but the gradient of argument {place} is not: something was "
+                                  f"taken out of the computation")
+    return Verdict(True, "right: values on three sets of inputs, and the gradients")
+
+
+def hint(exercise, inputs, found, expected):
+    """What is off, by the usual mistake that gives the same numbers; else how far off it is."""
+    for words, mistaken in exercise.mistakes:
+        wrong = mistaken(*inputs)
+        if wrong.shape == found.shape and alike(wrong, found):
+            return words
+    return (f"the shape is right, the values are not: the largest difference is "
+            f"{(found - expected).abs().max().item():.2g}, where values go up to {expected.abs().max().item():.2g}")
+
+
+def alike(a, b):
+    return torch.allclose(a.double(), b.double(), rtol=1e-6, atol=1e-8)
+
+
+def described(error, path):
+    """An error in one line, with the line of the file where it came up."""
+    if isinstance(error, SyntaxError):
+        return f"line {error.lineno}: {error.msg}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    text = str(error).splitlines()
+    place = f"line {lines[-1]}: " if lines else ""
+    return f"{place}{type(error).__name__}{f': {text[0]}' if text else ''}"

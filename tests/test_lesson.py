@@ -1,0 +1,60 @@
+"""The notebook is the one that the script writes, and it runs from top to bottom."""
+
+import json
+import math
+from itertools import pairwise
+
+import torch
+from matplotlib.figure import Figure
+
+import lesson
+
+CODE = [(number, text) for number, (kind, text) in enumerate(lesson.SECTIONS) if kind == "code"]
+
+
+def test_the_notebook_is_that_of_the_script(tmp_path, capsys):
+    lesson.main(["--output", str(tmp_path / "lesson.ipynb")])
+    assert (tmp_path / "lesson.ipynb").read_bytes() == lesson.NOTEBOOK.read_bytes()
+    book = json.loads(lesson.NOTEBOOK.read_text(encoding="utf-8"))
+    assert book["nbformat"] == 4
+    assert len({cell["id"] for cell in book["cells"]}) == len(book["cells"])
+
+
+def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names, figures = {}, 0
+    for number, text in CODE:
+        text = text.removeprefix("%matplotlib inline\n").replace("n_images=4_000", "n_images=40").replace(
+            "shipped_subjects(200)", "shipped_subjects(8, reach=1)")
+        last = text.rstrip().splitlines()[-1]
+        code = compile(text, f"cell {number}", "exec")
+        exec(code, names)
+        if not last.startswith((" ", "print", ")")):
+            figures += isinstance(eval(last, names), Figure)
+    printed = capsys.readouterr().out
+    assert printed.count("not filled in yet") == 5
+    assert "does not hold" not in printed
+    assert "gives the same numbers" in printed
+    assert figures >= 6
+
+
+def test_the_exercises_have_their_solutions_folded_below():
+    folded = [text for kind, text in lesson.SECTIONS if text.startswith("<details>")]
+    assert len(folded) == 5
+    for name, one in lesson.exercises.EXERCISES.items():
+        stub, solution = next((lesson.SECTIONS[i][1], lesson.SECTIONS[i + 1][1]) for i, (_, text) in
+                              enumerate(lesson.SECTIONS) if f"check_function('{name}'" in text)
+        names = dict(math=math, torch=torch, F=torch.nn.functional)
+        exec(solution.split("```python\n")[1].split("```")[0], names)
+        found = names[one.solution.__name__]
+        assert lesson.exercises.check_function(name, found).right
+        assert one.function in stub
+
+
+def test_the_timetable_fills_ninety_minutes():
+    headings = [line for kind, text in lesson.SECTIONS if kind == "text" for line in text.splitlines()
+                if line.startswith("## ")]
+    spans = [tuple(map(int, heading.split(":")[0].removeprefix("## ").split(" to "))) for heading in headings]
+    assert spans[0][0] == 0
+    assert spans[-1][1] == 90
+    assert all(a[1] == b[0] for a, b in pairwise(spans))
