@@ -132,8 +132,8 @@ To play with, any image of your own: `views.explore(["photo.jpg"])` gives a page
 
 A convolution is attention that has decided beforehand where to look, exactly: nine heads, each at one place of the
 kernel. What it gives up is reach; what it gets is that near things matter from the first step on."""),
-    ("code", """from experiments import EXPERIMENTS
-from cnn_vs_vit import shipped_subjects
+    ("code", """from cnn_vs_vit import shipped_subjects
+from experiments import EXPERIMENTS
 
 subjects = shipped_subjects(200)
 bridge = EXPERIMENTS["convolution"]
