@@ -15,6 +15,7 @@ import math
 
 import numpy as np
 import torch
+from matplotlib.colors import PowerNorm
 from matplotlib.patches import Rectangle
 
 from charts import COLOURS, VERMILION, finish, hide_ticks, new_figure
@@ -208,13 +209,13 @@ class AttentionVisualizer:
         agreement, *curves = [figure.add_subplot(cells[1, i * n_panels:(i + 1) * n_panels]) for i in range(3)]
         panels[0].imshow(picture)
         panels[0].set_title("the image", fontsize=11)
-        most = max(grid.max() for grid in grids)
+        scale = PowerNorm(0.5, 0, max(grid.max() for grid in grids))  # weak and strong maps on one scale
         for axes, name, grid in zip(panels[1:], names, grids, strict=True):
-            mappable = axes.imshow(grid, cmap="viridis", vmin=0, vmax=most, extent=extent_of(picture))
+            mappable = axes.imshow(grid, cmap="viridis", norm=scale, extent=extent_of(picture))
             axes.set_title(TITLES[name], fontsize=11)
         for axes in panels:
             hide_ticks(axes)
-        figure.colorbar(mappable, ax=panels, label="share of a patch")
+        figure.colorbar(mappable, ax=panels, label="share of a patch (root scale)")
         figure.suptitle(self.describe_class(found), fontsize=13)
         draw_agreement(agreement, found.correlations.numpy(), names)
         for axes, values, heading in zip(curves, (found.deletion, found.insertion), (
