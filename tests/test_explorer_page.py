@@ -2,10 +2,11 @@
 
 import shutil
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
-from figure_checks import pixels, square_vit
+from figure_checks import pixels, square_vit, vit
 from test_explorer import data_of, small_convnet, unpacked
 
 from explorer import explore
@@ -151,3 +152,19 @@ def test_nothing_sticks_out(opened, width):
     view = opened.locator("canvas.view").first.bounding_box()
     assert view["x"] >= 0
     assert view["width"] > 250
+
+
+def test_every_patch_has_the_colour_of_its_value(chromium, tmp_path):
+    page = chromium.new_page()
+    explore(vit(), pixels(), tmp_path / "page.html")  # 2 x 3 patches, so that no swapped axis stays unseen
+    page.goto((tmp_path / "page.html").as_uri())
+    page.wait_for_function("document.getElementById('say').textContent.length > 20")
+    page.evaluate("byId('opacity').value = 100; change({patch: -1, layer: 1, head: 0})")
+    values = np.array(page.evaluate("[...shown(0, 1, 0, -1).values]"))
+    found = page.evaluate("""() => { const view = panels[0].view, pen = view.getContext('2d');
+        return [0, 1, 2, 3, 4, 5].map(i => [...pen.getImageData((i % 3 + .3) * view.width / 3,
+            (Math.floor(i / 3) + .3) * view.height / 2, 1, 1).data.slice(0, 3)]); }""")
+    expected = matplotlib.colormaps["viridis"](values / values.max())[:, :3] * 255
+    np.testing.assert_allclose(found, expected, atol=6)  # 64 colours
+    assert len({tuple(colour) for colour in found}) > 2
+    page.close()
