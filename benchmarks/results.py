@@ -58,6 +58,9 @@ TABLES = {
             "cnn_vs_vit.py --full --only data`; CIFAR-10 (JPEG): with `--data-dir CIFAR --shares 0.01 0.1 1`)",
     "verdicts": "What `python cnn_vs_vit.py --data-dir DIR --minutes M` says of folders where the truth is known "
                 "(`python benchmarks/verdicts.py --keep`)",
+    "trust": "How far to trust each explanation (`python benchmarks/trust.py --keep`): the mean probability of the "
+             "class while patches are hidden in a map's order (deletion: less is better) and while they are shown "
+             "(insertion: more is better), over 500 test images of the drawn shapes, three trained models",
     "throughput": "VisionTransformer beside its peers, images a second (`python benchmarks/throughput.py --keep`; its "
                   "head says how). Medians over rounds in which every library takes a turn; a ratio is the peer's "
                   "seconds over ours in the same round, with the 95% interval of the median (of rounds taken as "
@@ -152,7 +155,7 @@ def page():
         draw = {"throughput": throughput_lines, "growth": growth_lines, "formats": format_lines, "kills": kill_lines,
                 "processes": process_lines, "few-images": few_image_lines, "targets": target_lines,
                 "factors": factor_lines, "steps": step_lines, "reach": reach_lines, "cues": cue_lines,
-                "data": data_lines, "verdicts": verdict_lines,
+                "data": data_lines, "verdicts": verdict_lines, "trust": trust_lines,
                 "augmentation": augmentation_lines}.get(table, run_lines)
         lines += [f"## {table}", "", f"{title}.", "", *draw(tables[table])]
         for where in sorted({describe_origin(cell) for cell in tables[table]}):
@@ -409,6 +412,17 @@ def verdict_lines(cells):
     for cell in cells:
         r = cell["result"]
         lines.append(f"| {r['name']} | {r['minutes']:g} | {r['finding']} |")
+    return [*lines, ""]
+
+
+def trust_lines(cells):
+    names = list(cells[0]["result"]["deletion"])
+    lines = ["| | seed | right of 500 | " + " | ".join(names) + " |", "|---|---:|---:|" + "---:|" * len(names)]
+    for what in ("deletion", "insertion"):
+        for cell in cells:
+            r = cell["result"]
+            values = " | ".join(f"{r[what][name]:.3f}" for name in names)
+            lines.append(f"| {what} | {cell['seed']} | {r['right']} | {values} |")
     return [*lines, ""]
 
 
