@@ -12,6 +12,7 @@ Letters:  B images, L blocks, H heads, N tokens (prefix tokens, then patches), K
 """
 
 import math
+import textwrap
 
 import numpy as np
 import torch
@@ -19,7 +20,15 @@ from matplotlib.colors import PowerNorm
 from matplotlib.patches import Rectangle
 
 from charts import COLOURS, VERMILION, finish, hide_ticks, new_figure
-from explanations import METHODS, compare_explanations, explain, logit_lens, selfcheck, token_norms
+from explanations import (
+    METHODS,
+    check_pool,
+    compare_explanations,
+    explain,
+    logit_lens,
+    selfcheck,
+    token_norms,
+)
 from explorer import explore
 from measurements import (
     attention_distance,
@@ -79,8 +88,8 @@ class AttentionVisualizer:
         """An explanations.Explanation of one image."""
         return explain(self.model, prepare_image(image, self.model)[0], method, target, **options)
 
-    def selfcheck(self, images):
-        """explanations.selfcheck of the model."""
+    def selfcheck(self, images=None):
+        """explanations.selfcheck of the model; images: normalised, None: noise."""
         return selfcheck(self.model, images)
 
     # ---- Attention
@@ -130,7 +139,8 @@ class AttentionVisualizer:
         maps = attention_maps(self.model, images).cpu()[:, 0]  # (L, H, N, N)
         grids = self.looks_at(maps, images, patch)  # (L, H, rows, columns)
         n_layers, n_heads = grids.shape[:2]
-        chosen = spread(n_layers, 6) if layers is None else [check_index("layer", i, n_layers) for i in layers]
+        layers = [layers] if isinstance(layers, int) else layers
+        chosen = [check_index("layer", i, n_layers) for i in layers or spread(n_layers, 6)]
         who = self.who_looks() if patch is None else f"Where the framed patch {tuple(patch)} looks"
         figure = draw_map_grid([picture] * len(chosen), grids[chosen], [f"layer {layer}" for layer in chosen],
                                [f"head {head}" for head in range(n_heads)],
@@ -189,7 +199,10 @@ class AttentionVisualizer:
         figure.colorbar(mappable, ax=right, label="value of a patch")
         for axes in (left, right):
             hide_ticks(axes)
-        figure.suptitle(self.describe_class(found), fontsize=13)
+        words = self.describe_class(found)
+        if method in ("attention", "rollout"):
+            words = self.describe_prediction(images).strip() + "\n(this map is the same for every class)"
+        figure.suptitle(words.strip(), fontsize=13)
         return finish(figure, save_path)
 
     def visualize_explanations(self, image, target=None, n_steps=16, save_path=None):
@@ -215,8 +228,9 @@ class AttentionVisualizer:
             axes.set_title(TITLES[name], fontsize=11)
         for axes in panels:
             hide_ticks(axes)
-        figure.colorbar(mappable, ax=panels, label="share of a patch (root scale)")
-        figure.suptitle(self.describe_class(found), fontsize=13)
+        figure.colorbar(mappable, ax=panels, label="share of a patch\n(root scale)")
+        refused = [textwrap.fill(f"{TITLES[name]}: {reason}", 150) for name, reason in found.refused.items()]
+        figure.suptitle("\n".join([self.describe_class(found), *refused]), fontsize=13 if not refused else 10)
         draw_agreement(agreement, found.correlations.numpy(), names)
         for axes, values, heading in zip(curves, (found.deletion, found.insertion), (
                 "hiding the hottest patches first\n(falls early: the map matters)",
@@ -277,9 +291,10 @@ class AttentionVisualizer:
         images, picture = prepare_image(image, self.model)
         norms, artefacts = token_norms(record(self.model, images))  # (L, 1, rows, columns)
         chosen = spread(len(norms), 6)
-        figure = draw_map_grid([picture], norms[chosen].transpose(0, 1), [""], [f"layer {i}" for i in chosen],
-                               f"Length of the patch tokens; {int(artefacts.sum())} register artefacts (framed) in "
-                               f"{len(norms)} layers{self.describe_prediction(images)}", "length of a token")
+        title = (f"Length of the patch tokens; {int(artefacts[chosen].sum())} register artefacts (framed) in these "
+                 f"{len(chosen)} of {len(norms)} layers{self.describe_prediction(images)}")
+        figure = draw_map_grid([picture], norms[chosen].transpose(0, 1), [""], [f"layer {i}" for i in chosen], title,
+                               "length of a token")
         for axes, layer in zip(figure.axes[1:], chosen, strict=False):
             for place in artefacts[layer, 0].nonzero().tolist():
                 frame_patch(axes, picture, norms.shape[2:], place)
@@ -299,10 +314,10 @@ class AttentionVisualizer:
         columns)."""
         grid, first = self.anatomy.grid(images), self.anatomy.n_prefix
         if patch is None:
-            if self.anatomy.pool not in ("cls", "mean"):
-                raise InputError(f"the head reads {self.anatomy.pool!r}, neither CLS nor the mean of the patches; "
-                                 f"choose a patch=(row, column)")
+            check_pool(self.anatomy.pool)
             return cls_attention_grid(attention, grid, first, self.anatomy.pool)
+        if not isinstance(patch, (tuple, list)) or len(patch) != 2:
+            raise InputError(f"patch {patch!r} is no place; expected (row, column), such as (0, {grid[1] - 1})")
         row, column = (check_index("patch", place, n) for place, n in zip(patch, grid, strict=True))
         return attention[..., first + row * grid[1] + column, first:].unflatten(-1, grid)
 
@@ -322,7 +337,7 @@ class AttentionVisualizer:
 
     def describe_class(self, found):
         """In words, the class of an Explanation or Comparison of one image."""
-        if not self.anatomy.has_head:
+        if found.targets is None:
             return "a model without a head"
         return f"class explained: {self.name_of(found.targets[0].item())} (probability {found.probabilities[0]:.0%})"
 

@@ -249,7 +249,9 @@ def write_stub(name, path):
 
 def check_file(name, path):
     """A Verdict on somebody's file. Raises InputError where the file cannot be read or has no such function."""
-    exercise = exercise_named(name)
+    exercise, path = exercise_named(name), Path(path).resolve()
+    if path.suffix != ".py" or not path.is_file():
+        raise InputError(f"{path} is no Python file; expected one whose name ends in .py")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     try:

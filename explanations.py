@@ -18,11 +18,12 @@ Letters:  B images, L blocks, H heads, N tokens (prefix tokens, then patches), D
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from cnn_model import ConvNet
 from measurements import attention_distance, check_index, cls_attention_grid, layers_of, uniform_attention_distance
-from recording import anatomy_of, device_of, evaluating, logits_of, record
+from recording import anatomy_of, at_least_float32, evaluating, logits_of, record, to_model
 from vit_model import InputError, check_choice, check_whole
 
 OUTLIER = 3.0  # a patch token whose norm is so many times the median counts as a register artefact
@@ -81,27 +82,34 @@ def token_cam(features, gradients):
 
 @dataclass
 class Explanation:
-    """heat (B, rows, columns), not negative; targets (B), the classes that are explained; probabilities (B), theirs."""
+    """heat (B, rows, columns), not negative; targets (B), the classes that are explained; probabilities (B), theirs;
+    both None for a model without a head."""
     heat: torch.Tensor
-    targets: torch.Tensor
-    probabilities: torch.Tensor
+    targets: torch.Tensor | None
+    probabilities: torch.Tensor | None
 
 
 def explain(model, images, method="relevance", target=None, **options):
     """An Explanation by one of METHODS.
 
     images   normalised, (B, C, height, width)
-    target   a class number, one for each image (B), or None: the class that is predicted
+    target   a class, by number or name, one for all images or one for each (B); None: the class that is predicted.
+             Attention and rollout are the same for every class
     options  rollout: discard_ratio; grad_cam: layer_idx; attention: layer_idx and head_idx
 
     Raises InputError where the method cannot work on the model, with the reason.
     """
     check_choice("method", method, METHODS)
+    for name in options:
+        check_choice(f"option of {method}", name, OPTIONS[method])
+    if not has_head(model):
+        heat = METHODS[method](model, images, None, **options)
+        return Explanation(at_least_float32(heat.detach().cpu()), None, None)
     with evaluating(model), torch.no_grad():
-        logits = logits_of(model(images.to(device_of(model))))  # (B, K)
-    targets = choose_targets(logits, target)
-    heat = METHODS[method](model, images, targets, **options).detach().cpu()
-    probabilities = logits.softmax(dim=1).gather(1, targets[:, None])[:, 0].cpu()
+        logits = logits_of(model(to_model(images, model)))  # (B, K)
+    targets = choose_targets(logits, target, class_names_of(model))
+    heat = at_least_float32(METHODS[method](model, images, targets, **options).detach().cpu())
+    probabilities = at_least_float32(logits).softmax(dim=1).gather(1, targets[:, None])[:, 0].cpu()
     return Explanation(heat, targets.cpu(), probabilities)
 
 
@@ -120,34 +128,45 @@ def rollout_heat(model, images, targets, discard_ratio=0.0):
 
 
 def relevance_heat(model, images, targets):
-    """relevance, of the head's token, for the class."""
+    """relevance, of the head's token, for the class; without the I that each token has of itself."""
     check_head(model)
     seen = record(model, images, gradients=True)
     gradients = torch.autograd.grad(chosen(seen.logits, targets), seen.maps)
-    return for_the_head(relevance(torch.stack(seen.maps), torch.stack(gradients)), seen)
+    related = relevance(torch.stack(seen.maps), torch.stack(gradients))  # (B, N, N)
+    return for_the_head(related - torch.eye(related.shape[-1]).to(related), seen)
 
 
 def cam_heat(model, images, targets, layer_idx=None):
     """Grad-CAM of the patch tokens after a block, or of the places after a stage of a ConvNet.
 
     layer_idx: counts from 0, or from the end; None: the last whose places the head can still see, which is the last
-    but one where it reads CLS. Raises InputError where the map would be blank because nothing of the places reaches the
-    head.
+    but one where it reads CLS. Raises InputError where the map would be blank for every image: because nothing of the
+    places reaches the head, or because nothing at any place speaks for the class.
     """
-    if isinstance(model, ConvNet):
-        return convolutional_cam(model, images, targets, -1 if layer_idx is None else layer_idx)
     check_head(model)
+    if isinstance(model, ConvNet):
+        return not_blank(convolutional_cam(model, images, targets, -1 if layer_idx is None else layer_idx))
     seen = record(model, images, gradients=True)
     n_blocks, by_cls = len(seen.maps), seen.anatomy.pool == "cls"
     layer = (n_blocks - 2 if by_cls else n_blocks - 1) if layer_idx is None else \
         check_index("layer_idx", layer_idx, n_blocks)
-    if (by_cls and layer >= n_blocks - 1) or layer < 0:
+    if by_cls and n_blocks == 1:
+        raise InputError("Grad-CAM after the only block is blank: the head reads CLS alone, and what the patch tokens "
+                         "are there goes nowhere; ask for relevance or attention")
+    if by_cls and layer == n_blocks - 1:
         raise InputError(f"Grad-CAM after the last block is blank: the head reads CLS alone, and what the patch "
-                         f"tokens are there goes nowhere; choose an earlier layer_idx (this model has {n_blocks} "
-                         f"blocks)")
+                         f"tokens are there goes nowhere; choose a layer_idx from 0 to {n_blocks - 2}")
     gradient, = torch.autograd.grad(chosen(seen.logits, targets), seen.tokens[layer + 1])  # (B, N, D)
     first = seen.anatomy.n_prefix
-    return token_cam(seen.tokens[layer + 1][:, first:], gradient[:, first:]).unflatten(1, seen.grid)
+    return not_blank(token_cam(seen.tokens[layer + 1][:, first:], gradient[:, first:]).unflatten(1, seen.grid))
+
+
+def not_blank(heat):
+    """Raises InputError where Grad-CAM is zero everywhere, in every image."""
+    if not (heat > 0).any():
+        raise InputError("Grad-CAM is blank: at no place do the weighted channels speak for the class here; choose "
+                         "another layer_idx, or another method")
+    return heat
 
 
 def convolutional_cam(model, images, targets, layer_idx):
@@ -157,7 +176,7 @@ def convolutional_cam(model, images, targets, layer_idx):
     hook = layer.register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
         with evaluating(model), torch.enable_grad():
-            logits = model(images.detach().to(device_of(model)).clone().requires_grad_())
+            logits = model(to_model(images.detach(), model).clone().requires_grad_())
     finally:
         hook.remove()
     gradient, = torch.autograd.grad(chosen(logits, targets), outputs[0])  # (B, D, rows, columns)
@@ -166,6 +185,8 @@ def convolutional_cam(model, images, targets, layer_idx):
 
 
 METHODS = {"attention": attention_heat, "rollout": rollout_heat, "relevance": relevance_heat, "grad_cam": cam_heat}
+OPTIONS = {"attention": ("layer_idx", "head_idx"), "rollout": ("discard_ratio",), "relevance": (),
+           "grad_cam": ("layer_idx",)}
 
 
 # ---- What tokens hold -------------------------------------------------------------------------------------
@@ -178,7 +199,7 @@ def logit_lens(model, images):
     check_head(model)
     seen = record(model, images)
     with evaluating(model):
-        return torch.stack([seen.anatomy.read(tokens).softmax(dim=1) for tokens in seen.tokens]).cpu()
+        return torch.stack([at_least_float32(seen.anatomy.read(tokens)).softmax(dim=1) for tokens in seen.tokens]).cpu()
 
 
 def token_norms(recording):
@@ -186,7 +207,8 @@ def token_norms(recording):
     is OUTLIER times the median of its image and block or more, as tokens that the model uses for something else are
     (Darcet et al. 2024, "Vision Transformers Need Registers")."""
     first = recording.anatomy.n_prefix
-    norms = torch.stack([tokens[:, first:].norm(dim=2) for tokens in recording.tokens[1:]]).detach().cpu()  # (L, B, n)
+    tokens = at_least_float32(torch.stack(recording.tokens[1:]).detach().cpu())  # (L, B, N, D)
+    norms = tokens[:, :, first:].norm(dim=3)  # (L, B, n)
     artefacts = norms >= OUTLIER * norms.median(dim=2, keepdim=True).values
     return norms.unflatten(2, recording.grid), artefacts.unflatten(2, recording.grid)
 
@@ -251,8 +273,8 @@ def deletion_insertion(model, images, heat, targets, n_steps=16, batch_size=128)
 def class_probability(model, images, targets, batch_size):
     """The probability of each image's target class, (B), on the CPU."""
     with evaluating(model):
-        parts = [logits_of(model(part.to(device_of(model)))).softmax(dim=1).cpu() for part in images.split(batch_size)]
-    return torch.cat(parts).gather(1, targets[:, None].cpu())[:, 0]
+        parts = [logits_of(model(to_model(part, model))).cpu() for part in images.split(batch_size)]
+    return at_least_float32(torch.cat(parts)).softmax(dim=1).gather(1, targets[:, None].cpu())[:, 0]
 
 
 def rank_correlation(first, second):
@@ -282,8 +304,18 @@ class Comparison:
 
 
 def compare_explanations(model, images, target=None, methods=tuple(METHODS), n_steps=16, seed=0):
-    """A Comparison of the methods on images (B, C, height, width), normalised; random order is drawn from the seed."""
+    """A Comparison of the methods on images (B, C, height, width), normalised; random order is drawn from the seed.
+
+    Raises InputError for a model without a head, which has no answer to follow, and where no method works.
+    """
     heats, refused, explained = {}, {}, None
+    for method in methods:
+        check_choice("method", method, METHODS)
+    if not has_head(model):
+        raise InputError(f"this {type(model).__name__} has no head, so there is no answer that hiding patches could "
+                         f"change; give one with a head")
+    with evaluating(model), torch.no_grad():
+        target = choose_targets(logits_of(model(to_model(images, model))), target, class_names_of(model)).cpu()
     for method in methods:
         try:
             explained = explain(model, images, method, target)
@@ -314,31 +346,39 @@ class Check:
     found: str
 
 
-def selfcheck(model, images, seed=0):
-    """The closed forms on a model and images (B, C, height, width), normalised: a list of Check."""
+def selfcheck(model, images=None, seed=0):
+    """The closed forms on a model and images (B, C, height, width), normalised: a list of Check. images=None: four of
+    normal noise. In half precision the tolerances are wider, by as much as its rounding is."""
+    anatomy = anatomy_of(model)
+    if images is None:
+        size = (4, anatomy.in_channels, *anatomy.img_size)
+        images = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    rounding = max(1.0, torch.finfo(next(model.parameters()).dtype).eps / torch.finfo(torch.float32).eps)
+    hooks = count_hooks(model)
     seen = record(model, images)
     n_blocks, n_tokens = len(seen.maps), seen.maps[0].shape[-1]
     first = seen.anatomy.n_prefix
-    checks = [check_own_answers(model, images, seen)]
+    checks = [check_own_answers(model, images, seen, hooks)]
     sums = torch.stack(seen.maps).sum(dim=-1)  # (L, B, H, N)
-    checks.append(within("attention rows sum to one", (sums - 1).abs().max(), 1e-5))
-    rolled = rollout(torch.stack(seen.maps).double())
-    checks.append(within("rollout rows sum to one", (rolled.sum(dim=-1) - 1).abs().max(), 1e-9))
+    checks.append(within("attention rows sum to one", (sums - 1).abs().max(), 1e-5 * rounding))
+    rolled = rollout(torch.stack(seen.maps).cpu().double())
+    checks.append(within("rollout rows sum to one", (rolled.sum(dim=-1) - 1).abs().max(), 1e-9 + 1e-6 * (rounding > 1)
+                         * rounding))
     uniform = record(model, images[:1], change=uniform_attention)
     expected = 2.0**-n_blocks * torch.eye(n_tokens) + (1 - 2.0**-n_blocks) / n_tokens
     checks.append(within(f"rollout of uniform attention is 2^-{n_blocks} I + (1 - 2^-{n_blocks}) J / {n_tokens}",
-                         (rollout(torch.stack(uniform.maps))[0].cpu() - expected).abs().max(), 1e-6))
+                         (rollout(torch.stack(uniform.maps).float())[0].cpu() - expected).abs().max(), 1e-6 * rounding))
     distance = attention_distance(torch.stack(uniform.maps), seen.grid, seen.anatomy.patch_size, first)
     line = uniform_attention_distance(seen.grid, seen.anatomy.patch_size)
     checks.append(within(f"attention distance of uniform attention is {line:.2f} pixels",
-                         (distance - line).abs().max(), 1e-4 * line))
+                         (distance - line).abs().max(), 1e-4 * line * rounding))
     if not seen.anatomy.has_head:
         return [*checks, Check("gradients of the attention maps, logit lens", None, "this model has no head")]
     checks.append(check_map_gradients(model, images[:1], seed))
     checks.append(check_last_gradient(model, images[:1]))
     last = logit_lens(model, images)[-1]
     checks.append(within("the logit lens ends in the model's own answer",
-                         (last - seen.logits.softmax(dim=1).cpu()).abs().max(), 1e-5))
+                         (last - seen.logits.cpu().float().softmax(dim=1)).abs().max(), 1e-5 * rounding))
     return checks
 
 
@@ -350,19 +390,26 @@ def uniform_attention(block, attention):
     return torch.full_like(attention, 1 / attention.shape[-1])
 
 
-def check_own_answers(model, images, seen):
-    """Whether the model answers alike when watched, and leaves no hook."""
+def count_hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def check_own_answers(model, images, seen, hooks):
+    """Whether the model answers alike when watched, and has as many hooks as before."""
     with evaluating(model), torch.no_grad():
-        own = logits_of(model(images.to(device_of(model))))
-    left = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+        own = logits_of(model(to_model(images, model)))
     check = within("answers are the same when watched", (own - seen.logits).abs().max(),
-                   1e-4 * max(1.0, own.abs().max().item()))
+                   max(1e-4, 8 * torch.finfo(own.dtype).eps) * max(1.0, own.abs().max().item()))
+    left = count_hooks(model) - hooks
     return check if not left else Check(check.name, False, f"{left} hooks are left")
 
 
 def check_map_gradients(model, images, seed, step=1e-2):
     """The gradient to each block's map against a finite difference: a small change of that map alone. A wrong order of
     the gradients, or maps that the answer does not come from, would show."""
+    name = "gradients of the attention maps are those of finite differences, block by block"
+    if torch.finfo(next(model.parameters()).dtype).eps > 1e-6:
+        return Check(name, None, "half precision is too coarse for differences; .float() tells")
     plain = record(model, images, gradients=True)
     target = choose_targets(plain.logits, None)
     gradients = torch.autograd.grad(chosen(plain.logits, target), plain.maps)
@@ -375,7 +422,7 @@ def check_map_gradients(model, images, seed, step=1e-2):
         expected = (gradient * direction).sum().item()
         scale = max(abs(expected), gradient.norm().item(), 1e-6)
         worst = max(worst, abs((ends[0] - ends[1]) / (2 * step) - expected) / scale)
-    return within("gradients of the attention maps are those of finite differences, block by block", worst, 0.05)
+    return within(name, worst, 0.05)
 
 
 @dataclass
@@ -397,6 +444,9 @@ def check_last_gradient(model, images):
     gradients = torch.autograd.grad(seen.logits.square().sum(), seen.tokens[-2:])
     first = seen.anatomy.n_prefix
     before, after = (gradient[:, first:].abs().max().item() for gradient in gradients)
+    if before == after == 0:
+        return Check("patch tokens have no gradient after the last block", None, "no answer has a gradient at all, as "
+                     "where the head is zero before any training")
     return Check("patch tokens have no gradient after the last block, and one before", after == 0 < before,
                  f"largest after {after:.1e}, before {before:.1e}")
 
@@ -405,30 +455,51 @@ def check_last_gradient(model, images):
 
 
 def check_head(model):
-    """Raises InputError for a ViT without a head."""
-    if not anatomy_of(model).has_head:
+    """Raises InputError for a model without a head."""
+    if not has_head(model):
         raise InputError(f"this {type(model).__name__} has no head, so there is no class to explain; give one with a "
                          f"head, or ask for attention or rollout")
 
 
+def has_head(model):
+    return bool(model.config.n_classes) if isinstance(model, ConvNet) else anatomy_of(model).has_head
+
+
+def class_names_of(model):
+    return getattr(model, "class_names", None) if isinstance(model, ConvNet) else anatomy_of(model).class_names
+
+
+def check_pool(pool):
+    """Raises InputError where the head reads neither CLS nor the mean of the patches."""
+    if pool not in ("cls", "mean"):
+        raise InputError(f"the head reads {pool}, neither CLS alone nor the mean of the patches; there is no row of "
+                         f"tokens to show for it")
+
+
 def for_the_head(matrix, seen):
     """What the head's token, or its patches on average, hold of each patch: (B, N, N) -> (B, rows, columns)."""
-    pool = seen.anatomy.pool
-    if pool not in ("cls", "mean"):
-        raise InputError(f"the head reads {pool!r}, neither CLS nor the mean of the patches; there is no row of tokens "
-                         f"to show for it")
-    return cls_attention_grid(matrix, seen.grid, seen.anatomy.n_prefix, pool)
+    check_pool(seen.anatomy.pool)
+    return cls_attention_grid(matrix, seen.grid, seen.anatomy.n_prefix, seen.anatomy.pool)
 
 
-def choose_targets(logits, target):
-    """Class numbers (B), on the device of the logits (B, K). Raises InputError for a class that is not there."""
+def choose_targets(logits, target, class_names=None):
+    """Class numbers (B), on the device of the logits (B, K), out of numbers or names. Raises InputError for a class
+    that is not there, and for another number of them than one or B."""
+    if logits.ndim != 2:
+        raise InputError(f"the model gives {tuple(logits.shape)} for a batch of images; expected logits (B, K)")
     B, K = logits.shape
     if target is None:
         return logits.argmax(dim=1)
-    targets = torch.as_tensor(target, device=logits.device).expand(B)
-    if targets.is_floating_point() or not bool(((targets >= 0) & (targets < K)).all()):
-        raise InputError(f"target {target} is out of range; expected a class from 0 to {K - 1}")
-    return targets
+    given = target.tolist() if isinstance(target, (torch.Tensor, np.ndarray)) else target
+    given = list(given) if isinstance(given, (list, tuple)) else [given]
+    if len(given) not in (1, B):
+        raise InputError(f"{len(given)} targets were given for {B} images; expected one, or one for each")
+    labels = [class_names.index(one) if class_names and one in class_names else one for one in given]
+    for one in labels:
+        if isinstance(one, bool) or not isinstance(one, (int, np.integer)) or not 0 <= one < K:
+            raise InputError(f"target {one!r} is out of range; expected a class from 0 to {K - 1}"
+                             + (", or its name" if class_names else ""))
+    return torch.tensor(labels, device=logits.device).expand(B)
 
 
 def chosen(logits, targets):

@@ -24,11 +24,11 @@ from PIL import Image
 
 from checkpoints import write_whole
 from cnn_model import ConvNet
-from explanations import logit_lens, relevance, rollout
+from explanations import check_pool, class_names_of, has_head, logit_lens, relevance, rollout
 from explorer_page import PAGE
 from measurements import class_probabilities, layers_of
 from pictures import prepare_image
-from recording import anatomy_of, device_of, evaluating, record
+from recording import anatomy_of, evaluating, record, to_model
 from vit_model import InputError, check_whole
 
 N_CLASSES = 6  # of the logit lens
@@ -60,15 +60,18 @@ def explore(model, images, save_path="attention.html", compare_with=None, names=
         raise InputError("there is no image to explore; give at least one")
     models = [model] if compare_with is None else [model, compare_with]
     anatomy_of(model)
-    names = names or [type(one).__name__ for one in models]
+    names = list(names) if names else [type(one).__name__ for one in models]
+    if len(names) != len(models):
+        raise InputError(f"{len(names)} names were given for {len(models)} models; expected one for each")
     prepared = [[prepare_image(image, one) for image in images] for one in models]
     described = [describe(one, name, [images for images, _ in own])
                  for one, name, own in zip(models, names, prepared, strict=True)]
     pictures = [dict(name=image_name(image, i), png=as_png(picture))
                 for i, (image, (_, picture)) in enumerate(zip(images, prepared[0], strict=True), start=1)]
     error = max(part.pop("error") for one in described for part in one["images"])
-    note = (f"Values are stored as bytes; the largest difference to the numbers themselves is {error:.1e} of a row's "
-            f"sum. Made by explorer.py, with everything that is shown in this file.")
+    note = (f"Values are stored as bytes; the largest difference to the numbers themselves is {error:.2%} of the "
+            f"largest value in a token's row. Relevance is shown without the 1 that each token has of "
+            f"itself. All that is shown is in this file.")
     page = fill(dict(models=described, pictures=pictures), title, note)
     if save_path is not None:
         write_whole(save_path, lambda file: file.write(page.encode()))
@@ -91,6 +94,7 @@ def describe(model, name, images):
     if isinstance(model, ConvNet):
         return describe_convnet(model, name, images)
     anatomy = anatomy_of(model)
+    check_pool(anatomy.pool)
     own = [describe_image(model, anatomy, one) for one in images]
     rows, columns = anatomy.grid(images[0])
     maps = record(model, images[0]).maps
@@ -106,7 +110,8 @@ def describe_image(model, anatomy, image):
     if anatomy.has_head:
         label = seen.logits[0].argmax().item()
         gradients = torch.autograd.grad(seen.logits[0, label], seen.maps)
-        parts["relevance"] = relevance(maps, torch.stack(gradients))  # (1, N, N)
+        related = relevance(maps, torch.stack(gradients))  # (1, N, N)
+        parts["relevance"] = related - torch.eye(related.shape[-1]).to(related)
         text = words(logit_lens(model, image)[:, 0], anatomy.class_names)
     parts = {key: pack(part) for key, part in parts.items()}
     return {key: part for key, (part, _) in parts.items()} | text | dict(error=max(e for _, e in parts.values()))
@@ -122,11 +127,11 @@ def words(lens, class_names):
 
 def pack(matrices):
     """({values, factors}, error): matrices (m, N, N) as bytes, each row from 0 to its largest value; and the largest
-    difference that makes, in parts of the row's sum."""
+    difference that makes, as a share of that value: 1 / 510 at most."""
     matrices = matrices.detach().cpu().double()
     factors = (matrices.amax(dim=2, keepdim=True) / 255).clamp(min=1e-30).float()  # (m, N, 1)
     values = (matrices / factors).round().clamp(0, 255)
-    differences = (values * factors - matrices).abs() / matrices.sum(dim=2, keepdim=True).clamp(min=1e-30)
+    differences = (values * factors - matrices).abs() / matrices.amax(dim=2, keepdim=True).clamp(min=1e-30)
     packed = dict(values=base64.b64encode(values.to(torch.uint8).numpy().tobytes()).decode(),
                   factors=base64.b64encode(factors.numpy().astype("<f4").tobytes()).decode())
     return packed, differences.max().item()
@@ -145,8 +150,10 @@ def describe_convnet(model, name, images, side=8):
     for image in images:
         packed, error = pack(torch.stack([unit_fields(model, image, depth, (rows, columns))
                                           for depth in range(n_depths)]))
-        probabilities = class_probabilities(model, image).cpu()
-        own.append(dict(words(probabilities, getattr(model, "class_names", None)), attention=packed, error=error))
+        text = dict(prediction="", target="", lens=dict(classes=[], rows=[]))
+        if has_head(model):
+            text = words(class_probabilities(model, image).cpu(), class_names_of(model))
+        own.append(dict(text, attention=packed, error=error))
     depths = ["the stem", *(f"stage {i}" for i in range(1, n_depths))]
     return dict(kind="cnn", name=name, layers=n_depths, heads=1, tokens=rows * columns, prefix=0, rows=rows,
                 columns=columns, pool="mean", images=own, depths=depths)
@@ -159,7 +166,7 @@ def unit_fields(model, image, depth, grid):
     hook = layers_of(model)[depth].register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
         with evaluating(model), torch.enable_grad():
-            pixels = image.detach().to(device_of(model)).clone().requires_grad_()
+            pixels = to_model(image.detach(), model).clone().requires_grad_()
             model(pixels)
     finally:
         hook.remove()

@@ -56,7 +56,8 @@ BODY = """
   <button id="save" type="button">save as PNG</button>
   <button id="theme" type="button">light or dark</button>
 </div>
-<p class="note">Point at a patch, tap it, or move with the arrow keys when an image has the focus. Keys:
+<p class="note">Point at a patch; click or tap to keep it, and again to let it go; or move with the arrow keys when an
+  image has the focus. Keys:
   <kbd>c</kbd> what the head reads, <kbd>[</kbd> <kbd>]</kbd> layer, <kbd>,</kbd> <kbd>.</kbd> head, <kbd>m</kbd>
   method, <kbd>d</kbd> direction, <kbd>n</kbd> next image, <kbd>s</kbd> save.</p>
 <main id="panels"></main>
@@ -72,7 +73,7 @@ const make = (tag, options = {}, ...children) => {
   node.append(...children);
   return node;
 };
-const state = {image: 0, method: 'attention', direction: 'from', layer: 0, head: -1, patch: -1};
+const state = {image: 0, method: 'attention', direction: 'from', layer: 0, head: -1, patch: -1, kept: false};
 const METHODS = {attention: 'attention', rollout: 'rollout', relevance: 'relevance'};
 const percent = (value, digits = 1) => (100 * value).toFixed(digits) + '%';
 
@@ -200,6 +201,7 @@ function sentence(values, before) {
     const heads = state.head < 0 ? 'mean of ' + m.heads + ' heads' : 'head ' + headOf(m);
     text = who + (looks ? ' looks most at ' : ' is looked at most by ') + places + ', in layer ' + layerOf(m) + ', '
       + heads + '. ' + (looks ? percent(before) + ' of its attention goes to tokens that are no patch.'
+                      : state.patch < 0 && m.pool !== 'cls' ? 'Each value is what a patch of that row gives on average.'
                       : 'Each value is the part of that patch’s attention that goes here.');
   } else if (state.method === 'rollout') {
     text = who + (looks ? ' holds, by rollout, most of ' : ' has gone, by rollout, mostly into ') + places
@@ -216,7 +218,7 @@ function sentence(values, before) {
 
 const panels = DATA.models.map((m, model) => {
   const view = make('canvas', {className: 'view', tabIndex: 0}), scale = make('canvas'), most = make('span');
-  view.setAttribute('role', 'img');
+  view.setAttribute('role', 'application');
   const strip = make('canvas', {className: 'strip'}), numbers = make('tbody'), lens = make('table'), title = make('h2');
   strip.setAttribute('role', 'img');
   strip.setAttribute('aria-label', 'all layers (rows) and heads (columns); choose them with the controls above');
@@ -226,7 +228,7 @@ const panels = DATA.models.map((m, model) => {
   const article = make('article', {}, title, view, make('div', {className: 'scale'}, '0', scale, most), jump,
     make('h3', {textContent: m.kind === 'cnn' ? 'likeliest classes'
       : 'likeliest classes, layer by layer (logit lens)'}), make('div', {className: 'scroll'}, lens),
-    make('details', {}, make('summary', {textContent: 'the numbers'}), make('table', {}, make('thead', {},
+    make('details', {}, make('summary', {textContent: 'the twelve largest values'}), make('table', {}, make('thead', {},
       make('tr', {}, make('th', {textContent: 'patch'}), make('th', {textContent: 'value'}))), numbers)));
   byId('panels').append(article);
   const pick = event => {
@@ -234,10 +236,16 @@ const panels = DATA.models.map((m, model) => {
     const column = Math.floor((event.clientX - box.left) / box.width * main.columns);
     const row = Math.floor((event.clientY - box.top) / box.height * main.rows);
     const inside = row >= 0 && row < main.rows && column >= 0 && column < main.columns;
-    if (inside) change({patch: row * main.columns + column});
+    return inside ? row * main.columns + column : -1;
   };
-  view.addEventListener('pointerdown', pick);
-  view.addEventListener('pointermove', event => { if (event.pointerType === 'mouse') pick(event); });
+  view.addEventListener('click', event => {
+    const patch = pick(event);
+    change({patch, kept: !(state.kept && patch === state.patch)});
+  });
+  view.addEventListener('pointermove', event => {
+    const patch = pick(event);
+    if (event.pointerType === 'mouse' && !state.kept && patch !== state.patch) change({patch});
+  });
   strip.addEventListener('click', event => {
     const box = strip.getBoundingClientRect(), cell = box.width / m.heads;
     change({layer: Math.floor((event.clientY - box.top) / cell), head: m.kind === 'cnn' ? state.head
@@ -254,11 +262,13 @@ function show() {
   panels.forEach(({m, model, view, most: label, jump, strip, numbers, lens, title}, i) => {
     const own = m.images[state.image], values = all[i].values, cnn = m.kind === 'cnn';
     const top = cnn || state.method === 'relevance' ? most[i] : Math.max(...attending);
-    title.textContent = m.name + ': ' + own.prediction
-      + (cnn ? '; what the unit at this place sees, after ' + m.depths[layerOf(m)] : '');
+    const place = cnn ? (state.direction === 'from' ? 'what the unit at this place sees' : 'which units see this place')
+      + ', after ' + m.depths[layerOf(m)] : state.method !== 'attention' ? METHODS[state.method]
+      : 'layer ' + layerOf(m) + (headOf(m) < 0 ? ', mean of ' + m.heads + ' heads' : ', head ' + headOf(m));
+    title.textContent = [m.name, own.prediction, place].filter(text => text).join('; ');
     drawView(view, m, values, top, placeIn(m));
     label.textContent = state.method === 'relevance' && !cnn ? top.toPrecision(3) : percent(top)
-      + (cnn ? ' of its gradient' : '');
+      + (cnn ? ' of a unit’s gradient' : '');
     view.setAttribute('aria-label', m.name + ', ' + DATA.pictures[state.image].name + '. Arrow keys choose a patch.');
     jump.hidden = !cnn && state.method !== 'attention';
     if (!jump.hidden) drawStrip(strip, model);
@@ -287,7 +297,7 @@ function step(key, by, least, most) {
 
 const main = DATA.models[0];
 const option = (value, text) => make('option', {value: String(value), textContent: text});
-const methods = Object.keys(METHODS).filter(key => main.images[0][key]);
+const methods = Object.keys(METHODS).filter(key => DATA.models.every(m => m.kind === 'cnn' || m.images[0][key]));
 methods.forEach(key => byId('method').append(option(key, METHODS[key])));
 for (let l = 0; l < main.layers; l++) byId('layer').append(option(l, l + ' (of 0 to ' + (main.layers - 1) + ')'));
 byId('head').append(option(-1, 'mean of ' + main.heads));
@@ -303,7 +313,7 @@ byId('method').addEventListener('change', event => change({method: event.target.
 byId('direction').addEventListener('change', event => change({direction: event.target.value}));
 byId('layer').addEventListener('change', event => change({layer: Number(event.target.value)}));
 byId('head').addEventListener('change', event => change({head: Number(event.target.value)}));
-byId('reader').addEventListener('click', () => change({patch: -1}));
+byId('reader').addEventListener('click', () => change({patch: -1, kept: false}));
 byId('opacity').addEventListener('input', show);
 byId('theme').addEventListener('click', () => {
   const root = document.documentElement, dark = matchMedia('(prefers-color-scheme: dark)').matches;
@@ -311,22 +321,24 @@ byId('theme').addEventListener('click', () => {
 });
 function save() {
   const views = panels.map(panel => panel.view), height = Math.max(...views.map(view => view.height));
-  const out = make('canvas', {width: views.reduce((sum, view) => sum + view.width + 16, 16), height: height + 96});
-  const pen = out.getContext('2d');
+  const out = make('canvas', {width: views.reduce((sum, view) => sum + view.width + 16, 16)});
+  const pen = out.getContext('2d'), font = '15px sans-serif';
+  pen.font = font;
+  const words = byId('say').textContent.split(' '), lines = [''];
+  words.forEach(word => {
+    if (pen.measureText(lines[lines.length - 1] + ' ' + word).width > out.width - 32) lines.push('');
+    lines[lines.length - 1] += ' ' + word;
+  });
+  out.height = height + 54 + 20 * lines.length;  // which also sets the pen back
   pen.fillStyle = '#fff'; pen.fillRect(0, 0, out.width, out.height);
-  pen.fillStyle = '#000'; pen.font = '15px sans-serif';
+  pen.fillStyle = '#000'; pen.font = font;
   let x = 16;
   panels.forEach(panel => {
     pen.fillText(panel.title.textContent, x, 24, panel.view.width);
     pen.drawImage(panel.view, x, 36);
     x += panel.view.width + 16;
   });
-  const words = byId('say').textContent.split(' '), lines = [''];
-  words.forEach(word => {
-    if (pen.measureText(lines[lines.length - 1] + ' ' + word).width > out.width - 32) lines.push('');
-    lines[lines.length - 1] += ' ' + word;
-  });
-  lines.slice(0, 3).forEach((line, i) => pen.fillText(line.trim(), 16, height + 54 + 18 * i));
+  lines.forEach((line, i) => pen.fillText(line.trim(), 16, height + 58 + 20 * i));
   make('a', {href: out.toDataURL('image/png'), download: 'attention.png'}).click();
 }
 byId('save').addEventListener('click', save);
@@ -338,9 +350,10 @@ document.addEventListener('keydown', event => {
       : state.patch, to = from + moves[event.key];
     const stays = event.key === 'ArrowLeft' ? from % main.columns > 0 : event.key === 'ArrowRight'
       ? to % main.columns > 0 : to >= 0 && to < main.rows * main.columns;
-    change({patch: state.patch < 0 ? from : stays ? to : from});
+    change({patch: state.patch < 0 ? from : stays ? to : from, kept: true});
     event.preventDefault();
-  } else if (event.key === 'c') change({patch: -1});
+  } else if (event.key === 'c') change({patch: -1, kept: false});
+  else if ('[],.'.includes(event.key) && state.method !== 'attention') return;
   else if (event.key === '[') step('layer', -1, 0, main.layers - 1);
   else if (event.key === ']') step('layer', 1, 0, main.layers - 1);
   else if (event.key === ',') step('head', -1, -1, main.heads - 1);

@@ -16,10 +16,10 @@ NOTEBOOK = Path(__file__).parent / "lesson.ipynb"
 
 
 def exercise(name):
-    """Three cells: the task with its stub, the check, and the folded solution."""
+    """Two cells: the stub with its check, and the folded solution, under the name that the check asks for."""
     one = exercises.EXERCISES[name]
     stub = exercises.stub(name).split("\n\n\n")[1].strip()
-    solution = inspect.getsource(one.solution).strip()
+    solution = inspect.getsource(one.solution).strip().replace(f"def {one.solution.__name__}(", f"def {one.function}(")
     return [("code", f"{stub}\n\n\nprint(check_function({name!r}, {one.function}).words)"),
             ("text", f"<details><summary>A solution</summary>\n\n```python\n{solution}\n```\n\n</details>")]
 
@@ -28,7 +28,7 @@ SECTIONS = [
     ("text", """# From CNNs to Vision Transformers, in 90 minutes
 
 Everything here is measured while you watch: run the cells from top to bottom. Exercises are functions to fill in; the
-cell below each says what is off. The computing takes a few minutes in all and needs neither a GPU nor a network.
+last line of each cell says what is off. The computing takes a few minutes in all and needs neither a GPU nor a network.
 
 | minutes | |
 |---|---|
@@ -123,7 +123,7 @@ answer: hide the patches that it calls important, and see whether the answer goe
     ("code", """from explanations import selfcheck
 
 for check in selfcheck(model, images[:4]):
-    print("holds:" if check.holds else "does not hold:", check.name, f"({check.found})")"""),
+    print({True: "holds:", False: "does not hold:", None: "does not apply:"}[check.holds], check.name)"""),
     ("text", """**Talk about it:** which map would you show to somebody, and what would you say about it?
 
 To play with, any image of your own: `views.explore(["photo.jpg"])` gives a page.

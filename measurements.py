@@ -21,6 +21,7 @@ import statistics
 import time
 from itertools import accumulate
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -29,7 +30,14 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from cnn_model import ConvNet
-from recording import anatomy_of, attention_maps, device_of, evaluating, logits_of  # noqa: F401 - handed on
+from recording import (  # noqa: F401 - attention_maps is handed on
+    anatomy_of,
+    attention_maps,
+    device_of,
+    evaluating,
+    logits_of,
+    to_model,
+)
 from vit_model import InputError, VisionTransformer, check_choice, check_whole, grid_of, pair
 
 # Strengths that linear_classifier tries, as multiples of the mean square of a feature.
@@ -123,7 +131,7 @@ def position_similarity(model):
 def class_probabilities(model, images):
     """Softmax of the logits, (B, K), in eval mode. images: normalised, (B, C, height, width)."""
     with evaluating(model):
-        return logits_of(model(images.to(device_of(model)))).softmax(dim=-1)  # (B, K)
+        return logits_of(model(to_model(images, model))).float().softmax(dim=-1)  # (B, K)
 
 
 # ---- Receptive fields -------------------------------------------------------------------------------------
@@ -528,7 +536,7 @@ def choose_precision(amp, device):
 
 def check_index(name, index, length):
     """index, counted from 0. Raises InputError where it is out of range."""
-    if not isinstance(index, int) or not -length <= index < length:
-        raise InputError(f"{name} {index!r} is out of range; expected 0 to {length - 1}, or {-length} to -1 from "
+    if not isinstance(index, (int, np.integer)) or not -length <= index < length:
+        raise InputError(f"{name} {index} is out of range; expected 0 to {length - 1}, or {-length} to -1 from "
                          f"the end")
-    return index % length
+    return int(index) % length

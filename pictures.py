@@ -5,8 +5,9 @@ An image may be
     (3, H, W) or (1, 3, H, W);
     a model's input: a float tensor (3, H, W) or (1, 3, H, W), normalised. It is shown with the normalisation
     undone, values outside 0..1 clipped.
-The normalisation is that of the model (its mean and std, or what timm keeps with it), or ImageNet's where nothing else
-is known.
+The normalisation is that of the model: its mean and std, or what timm keeps with it. For a ViT of transformers, which
+keeps it apart from the model, it is that of Google's checkpoints, 0.5 and 0.5; where nothing else is known it is
+ImageNet's. `model.mean, model.std = ...` says another one.
 
 Letters:  H, W height and width.
 """
@@ -30,27 +31,29 @@ def prepare_image(image, model):
     A picture is resized and its centre cut to the model's img_size, as the validation images are; a float
     tensor must have that size. Raises InputError for an image that cannot be used.
     """
-    (channels, size), (mean, std) = input_of(model), statistics_of(model)
+    (channels, size, any_size), (mean, std) = input_of(model), statistics_of(model)
     if channels != 3:
         raise InputError(f"the model takes images of {channels} channels; expected 3, build it with in_channels=3 to "
                          f"give it pictures")
     if is_input(image):
         images = as_batch(image)
-        if tuple(images.shape[2:]) != size:
+        if tuple(images.shape[2:]) != size and not any_size:
             raise InputError(f"got a tensor of {images.shape[2]}x{images.shape[3]} pixels, expected "
                              f"{size[0]}x{size[1]}; resize it, or give a picture, which is resized here")
     else:
-        picture = fit_picture(open_picture(image), size, getattr(model, "interpolation", None) or "bilinear")
+        kept = getattr(model, "pretrained_cfg", None) or {}  # timm's
+        interpolation = getattr(model, "interpolation", None) or kept.get("interpolation") or "bilinear"
+        picture = fit_picture(open_picture(image), size, interpolation)
         images = normalise(image_functional.pil_to_tensor(picture).unsqueeze(0), mean, std)  # (1, 3, H, W)
     return images, undo_normalisation(images, mean, std)
 
 
 def input_of(model):
-    """(channels, (height, width)) of the images that a model takes."""
+    """(channels, (height, width), whether other sizes will do too) of the images that a model takes."""
     if isinstance(model, ConvNet):
-        return model.config.in_channels, pair(model.config.img_size)
+        return model.config.in_channels, pair(model.config.img_size), False
     anatomy = anatomy_of(model)
-    return anatomy.in_channels, anatomy.img_size
+    return anatomy.in_channels, anatomy.img_size, anatomy.any_size
 
 
 def as_picture(image, mean=None, std=None):
@@ -119,6 +122,8 @@ def fit_picture(image, size, interpolation="bilinear"):
 def statistics_of(model):
     """(mean, std) of the images that the model was trained on, or ImageNet's where it has none."""
     kept = getattr(model, "pretrained_cfg", None) or {}  # timm's
+    if getattr(getattr(model, "config", None), "model_type", None) == "vit":  # of transformers
+        kept = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
     mean, std = (getattr(model, name, None) or kept.get(name) for name in ("mean", "std"))
     return NORMALISATION["folder"] if mean is None or std is None else (mean, std)
 

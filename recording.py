@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from vit_model import InputError, VisionTransformer, grid_of, pair
+from vit_model import InputError, VisionTransformer, check_images, grid_of, pair
 
 SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax)
 ALIKE = 1e-4  # by so much, of the largest logit, a watched pass of another library's model may differ from its own
@@ -35,14 +35,15 @@ class Anatomy:
     blocks       its L encoder blocks, each (B, N, D) -> (B, N, D)
     patch_size   (height, width) in pixels
     n_prefix     tokens before the patches: CLS, distillation token, registers
-    pool         what the head reads: "cls", "mean" (over the patches), or a word for another way
+    pool         what the head reads: "cls", "mean" (over the patches), or words for another way
     read         tokens after any block, (B, N, D) -> logits (B, K): the last norm, the pooling and the head
-    has_head     whether there is one; without it `read` gives features
+    n_classes    K, of the last linear layer of the head; None where there is none, and `read` gives features
     projection   the layer that makes patches into tokens, or the stem before them
     positions    (n, D), of the patches; None where there are none
     img_size     (height, width) in pixels that it is built for
     in_channels  of its images
-    class_names  a list of K, or None where the model has none
+    class_names  a list of K, or None where the model has none that fit its head
+    any_size     whether it takes images of other sizes too
     """
     library: str
     blocks: list
@@ -50,12 +51,17 @@ class Anatomy:
     n_prefix: int
     pool: str
     read: Callable
-    has_head: bool
+    n_classes: int | None
     projection: torch.nn.Module
     positions: torch.Tensor | None
     img_size: tuple
     in_channels: int
     class_names: list | None
+    any_size: bool = False
+
+    @property
+    def has_head(self):
+        return self.n_classes is not None
 
     def grid(self, images):
         """Patches of these images along (height, width)."""
@@ -84,8 +90,11 @@ def record(model, images, gradients=False, change=None):
     not those that its own answers come from.
     """
     anatomy, tokens = anatomy_of(model), []
+    check_images(images, anatomy.in_channels, None if anatomy.any_size else anatomy.img_size)
+    if not images.is_floating_point():
+        raise InputError(f"got images of {images.dtype}; expected normalised floating-point numbers")
     grid = anatomy.grid(images)
-    images = images.detach().to(device_of(model)).clone().requires_grad_(gradients)
+    images = to_model(images.detach(), model).clone().requires_grad_(gradients)
     hooks = [anatomy.blocks[0].register_forward_pre_hook(lambda module, args: tokens.append(args[0]))]
     hooks += [block.register_forward_hook(lambda module, args, output: tokens.append(only(output)))
               for block in anatomy.blocks]
@@ -103,11 +112,12 @@ def record(model, images, gradients=False, change=None):
 
 
 def attention_maps(model, images):
-    """Softmax attention weights of every block and head, (L, B, H, N, N); rows are queries and sum to one.
+    """Softmax attention weights of every block and head, (L, B, H, N, N); rows are queries and sum to one. Of a model
+    in half precision they are float32.
 
     images: normalised, (B, C, height, width). Raises InputError as record does.
     """
-    return torch.stack(record(model, images).maps)  # (L, B, H, N, N)
+    return at_least_float32(torch.stack(record(model, images).maps))  # (L, B, H, N, N)
 
 
 class AttentionRecorder(TorchFunctionMode):
@@ -173,9 +183,9 @@ def check_maps(maps, n_blocks, n_tokens):
 def check_answers(model, images, logits):
     """Raises InputError unless the model gives these logits when nobody watches."""
     with evaluating(model), torch.no_grad():
-        own = logits_of(model(images.detach()))
+        own = logits_of(model(to_model(images.detach(), model)))
     difference, scale = (own - logits.detach()).abs().max().item(), max(1.0, own.abs().max().item())
-    if not difference <= ALIKE * scale:
+    if not difference <= max(ALIKE, 8 * torch.finfo(own.dtype).eps) * scale:
         raise InputError(f"with its attention worked out this {type(model).__name__} answers otherwise than by itself "
                          f"(largest difference {difference:.1e}); its maps would not be those it uses")
 
@@ -196,26 +206,35 @@ def anatomy_of(model):
 def of_ours(model):
     n = model.patch_embed.n_patches
     return Anatomy("ours", list(model.blocks), pair(model.config.patch_size, "patch_size"), model.n_prefix_tokens,
-                   model.config.pool, lambda x: model.forward_head(model.norm(x)), bool(model.config.n_classes),
+                   model.config.pool, lambda x: model.forward_head(model.norm(x)), classes_of(model.head),
                    model.patch_embed.proj, None if model.pos_embed is None else model.pos_embed[0, -n:].detach(),
-                   model.patch_embed.img_size, model.config.in_channels, getattr(model, "class_names", None))
+                   model.patch_embed.img_size, model.config.in_channels, names_of(model, model.head),
+                   model.patch_embed.any_size)
 
 
 def of_timm(model):
     pool = {"token": "cls", "avg": "mean"}.get(model.global_pool, model.global_pool)
     if pool == "mean" and getattr(model, "pool_include_prefix", False):
-        pool = "mean of all tokens"
+        pool = "the mean of all tokens"
+    if hasattr(model, "head_dist"):
+        pool = "CLS and the distillation token"
+    projection = getattr(model.patch_embed, "proj", None)
+    if not isinstance(projection, torch.nn.Conv2d):
+        raise InputError(f"this {type(model).__name__} of timm makes its tokens in another way than by one projection "
+                         f"of patches, and is not known here; give a plain ViT")
     n = model.patch_embed.num_patches
     positions = None if model.pos_embed is None else model.pos_embed.reshape(-1, model.embed_dim)[-n:].detach()
     return Anatomy("timm", list(model.blocks), tuple(model.patch_embed.patch_size), model.num_prefix_tokens, pool,
-                   lambda x: model.forward_head(model.norm(x)), model.num_classes > 0, model.patch_embed.proj,
-                   positions, tuple(model.patch_embed.img_size), model.patch_embed.proj.in_channels, None)
+                   lambda x: model.forward_head(model.norm(x)), classes_of(model.head), projection, positions,
+                   tuple(model.patch_embed.img_size), projection.in_channels, names_of(model, model.head),
+                   bool(getattr(model, "dynamic_img_size", False)))
 
 
 def of_torchvision(model):
     return Anatomy("torchvision", list(model.encoder.layers), pair(model.patch_size, "patch_size"), 1, "cls",
-                   lambda x: model.heads(model.encoder.ln(x)[:, 0]), True, model.conv_proj,
-                   model.encoder.pos_embedding[0, 1:].detach(), pair(model.image_size), 3, None)
+                   lambda x: model.heads(model.encoder.ln(x)[:, 0]), classes_of(model.heads), model.conv_proj,
+                   model.encoder.pos_embedding[0, 1:].detach(), pair(model.image_size), 3,
+                   names_of(model, model.heads))
 
 
 def of_transformers(model):
@@ -225,9 +244,21 @@ def of_transformers(model):
     n_prefix = 2 if config.model_type == "deit" else 1
     positions = base.embeddings.position_embeddings[0, n_prefix:].detach()
     return Anatomy("transformers", list(layers), pair(config.patch_size, "patch_size"), n_prefix, "cls",
-                   lambda x: model.classifier(base.layernorm(x)[:, 0]), config.num_labels > 0,
+                   lambda x: model.classifier(base.layernorm(x)[:, 0]), classes_of(model.classifier),
                    base.embeddings.patch_embeddings.projection, positions, pair(config.image_size), config.num_channels,
-                   [config.id2label[i] for i in range(config.num_labels)])
+                   names_of(model, model.classifier, list(config.id2label.values())))
+
+
+def classes_of(head):
+    """How many classes a head tells apart, by its last linear layer; None where it has none."""
+    layers = [layer for layer in head.modules() if isinstance(layer, torch.nn.Linear)]
+    return layers[-1].out_features if layers else None
+
+
+def names_of(model, head, names=None):
+    """Names of the classes, where the model has as many as its head has classes; else None."""
+    names = getattr(model, "class_names", None) or names
+    return list(names) if names and len(names) == classes_of(head) else None
 
 
 ANATOMIES = {
@@ -267,3 +298,13 @@ def evaluating(model):
 def device_of(model):
     """The device that the model's parameters are on."""
     return next(model.parameters()).device
+
+
+def to_model(images, model):
+    """Images on the device and in the precision of the model's parameters."""
+    one = next(model.parameters())
+    return images.to(one.device, one.dtype) if one.is_floating_point() else images.to(one.device)
+
+
+def at_least_float32(values):
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

@@ -65,7 +65,7 @@ from pictures import (
     statistics_of,
     undo_normalisation,
 )
-from recording import record
+from recording import anatomy_of, record
 from vit_data import make_shapes
 from vit_model import InputError, PatchEmbedding, check_whole, pair
 
@@ -286,10 +286,10 @@ def untrained_copy(model):
     return fresh.eval()
 
 
-def shapes_for(model, n_images, start=0):
+def shapes_for(model, n_images):
     """Drawn shapes at the size and in the normalisation of the model, (n_images, 3, H, W)."""
     height, width = input_of(model)[1]
-    images = make_shapes(n_images, max(height, width, 8), start=start).images  # (n_images, 3, S, S)
+    images = make_shapes(n_images, max(height, width, 8)).images  # (n_images, 3, S, S)
     images = image_functional.center_crop(images, [height, width])  # (n_images, 3, H, W)
     return normalise(images, *statistics_of(model))
 
@@ -329,6 +329,7 @@ def plot_images(images, titles=None, columns=8, save_path=None, title=None, mean
 def run_selfcheck(options):
     """Prints what holds of a model; ends with 1 where something does not."""
     model = create_pretrained(options.pretrained)
+    anatomy_of(model)
     images = torch.cat([prepare_image(image, model)[0] for image in images_for(model, options.photos, 4)])
     checks = selfcheck(model, images)
     words = {True: "holds", False: "DOES NOT HOLD", None: "does not apply"}
@@ -347,8 +348,8 @@ def run_explore(options):
 
 
 def images_for(model, photos, n_images):
-    """The photographs given, or drawn shapes."""
-    return photos or list(shapes_for(model, n_images, TEST_START))
+    """The photographs given, or drawn shapes, as pictures: each model normalises them for itself."""
+    return photos or list(make_shapes(n_images, max(*input_of(model)[1], 8), start=TEST_START).images)
 
 
 def main(argv=None):

@@ -10,7 +10,7 @@ from PIL import Image
 
 import attention_views as v
 from measurements import attention_maps
-from pictures import prepare_image
+from pictures import prepare_image, statistics_of
 from vit_model import InputError, VisionTransformer
 
 
@@ -145,7 +145,8 @@ def test_an_explanation_is_drawn_as_it_is_given(method):
     figure, numbers = getattr(views, f"visualize_{method}")(image), getattr(views, method)(image)
     np.testing.assert_allclose(data_of(figure)[2], numbers, atol=1e-7)
     probability, label = model(prepare_image(image, model)[0]).softmax(dim=1)[0].max(dim=0)
-    assert f"class explained: {model.class_names[label]} (probability {probability:.0%})" in texts(figure)
+    words = "predicted: {} ({:.0%})" if method == "rollout" else "class explained: {} (probability {:.0%})"
+    assert words.format(model.class_names[label], probability) in texts(figure)
     if method != "rollout":
         other = (label.item() + 1) % 5
         figure = getattr(views, f"visualize_{method}")(image, target=other)
@@ -193,7 +194,7 @@ def test_register_artefacts_are_framed():
     with torch.no_grad():
         model.pos_embed[0, 1 + 4] = 30  # the fifth patch
     figure = v.AttentionVisualizer(model, device="cpu").visualize_token_norms(pixels())
-    assert "3 register artefacts (framed) in 3 layers" in texts(figure)
+    assert "3 register artefacts (framed) in these 3 of 3 layers" in texts(figure)
     assert [axes.patches[0].get_bbox().bounds for axes in figure.axes[1:4]] == [(4.5, 6.5, 5, 7)] * 3
 
 
@@ -209,9 +210,42 @@ def test_no_text_of_a_view_is_clipped():
 @pytest.mark.parametrize("name", ["timm", "timm, registers", "torchvision", "transformers"])
 def test_models_of_other_libraries_go_in_as_they_are(name, tmp_path):
     theirs, ours, _ = shared(name, tmp_path)
+    ours.mean, ours.std = statistics_of(theirs)
     image = pixels(15, 15)
     first, second = (v.AttentionVisualizer(model.float(), device="cpu") for model in (theirs, ours))
     for method in ("attention_maps", "rollout", "relevance", "grad_cam"):
         torch.testing.assert_close(getattr(first, method)(image), getattr(second, method)(image), rtol=1e-4, atol=1e-5)
     assert isinstance(first.visualize_explanations(image, n_steps=2), Figure)
     assert isinstance(v.visualize_attention_grid(theirs, torch.randn(2, 3, 15, 15)), Figure)
+
+
+def test_a_map_that_is_the_same_for_every_class_says_so():
+    figure = v.AttentionVisualizer(square_vit(), device="cpu").visualize_rollout(pixels(12, 12))
+    assert "this map is the same for every class" in texts(figure)
+    assert "class explained" not in texts(figure)
+
+
+def test_what_was_refused_stands_in_the_figure():
+    model = vit(depth=1)
+    figure = v.AttentionVisualizer(model, device="cpu").visualize_explanations(pixels(), n_steps=2)
+    assert "Grad-CAM: Grad-CAM after the only block is blank" in " ".join(texts(figure).split())
+    assert_no_text_clipped(figure)
+
+
+@pytest.mark.parametrize("patch", [17, (1, 2, 3), "a"])
+def test_what_is_no_patch_is_refused(patch):
+    with pytest.raises(InputError, match="is no place; expected"):
+        v.AttentionVisualizer(vit(), device="cpu").visualize_attention(pixels(), patch=patch)
+
+
+def test_numpy_indices_and_one_layer_alone():
+    views, image = v.AttentionVisualizer(vit(), device="cpu"), pixels()
+    assert "layer 1 (of 0 to 2)" in texts(views.visualize_attention(image, np.int64(1)))
+    assert len(data_of(views.visualize_all_heads(image, layers=1))) == 3
+
+
+def test_half_precision_is_drawn():
+    views = v.AttentionVisualizer(vit().bfloat16(), device="cpu")
+    assert isinstance(views.visualize_explanations(pixels(), n_steps=2), Figure)
+    assert isinstance(views.visualize_token_norms(pixels()), Figure)
+    assert isinstance(views.visualize_logit_lens(pixels()), Figure)

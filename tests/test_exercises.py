@@ -90,3 +90,13 @@ def test_a_stub_waits_to_be_filled_in_and_is_never_written_over(name, tmp_path):
         e.write_stub(name, path)
     with pytest.raises(InputError, match="exercise 'atention' is unknown"):
         e.check_file("atention", path)
+
+
+def test_a_relative_path_has_line_numbers_too_and_other_files_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def attention(q, k, v):\n    return q @ k\n", encoding="utf-8")
+    assert e.check_file("attention", "mine.py").words.startswith("it stops: line 2: RuntimeError")
+    (tmp_path / "mine").touch()
+    for path in ("mine", "."):
+        with pytest.raises(InputError, match=r"is no Python file; expected one whose name ends in \.py"):
+            e.check_file("attention", path)

@@ -16,7 +16,7 @@ from cnn_model import ConvNet
 from explanations import explain
 from explorer_page import BODY, SCRIPT, STYLE
 from measurements import receptive_field
-from pictures import prepare_image
+from pictures import prepare_image, statistics_of
 from recording import attention_maps
 from vit_model import InputError, create_vit_base
 
@@ -51,20 +51,21 @@ def test_the_page_holds_the_numbers_to_the_error_that_it_states(tmp_path):
         rolled = unpacked(part["rollout"], 10)[0]
         np.testing.assert_allclose(rolled[0, 1:], explain(model, fed, "rollout").heat[0].flatten(), atol=1 / 510 + 1e-6)
         heat = explain(model, fed, "relevance").heat[0].flatten().numpy()
-        np.testing.assert_allclose(unpacked(part["relevance"], 10)[0][0, 1:], heat, atol=2.5 / 510)
+        np.testing.assert_allclose(unpacked(part["relevance"], 10)[0][0, 1:], heat, atol=heat.max() / 250)
         probabilities = model(fed).softmax(dim=1)[0].detach()
         assert part["target"] == model.class_names[probabilities.argmax()]
         assert part["lens"]["rows"][-1][0] == pytest.approx(probabilities.max().item(), abs=1e-4)
         assert len(part["lens"]["rows"]) == 4
     assert 0 < worst <= page.quantisation_error + 1e-6 <= 1 / 509
-    assert f"{page.quantisation_error:.1e} of a row" in page.html
+    assert f"{page.quantisation_error:.2%} of the largest value" in page.html
 
 
 def test_bytes_are_as_near_as_they_can_be():
     matrices = torch.tensor([[[0.0, 0.5, 0.5], [0.2, 0.3, 0.5], [0.0, 0.0, 1.0]]])
     packed, error = explorer.pack(matrices)
     np.testing.assert_allclose(unpacked(packed, 3), matrices, atol=0.5 / 510 + 1e-7)
-    assert error == pytest.approx(np.abs(unpacked(packed, 3) - matrices.numpy()).max(), abs=1e-6)
+    rows = np.abs(unpacked(packed, 3) - matrices.numpy()) / matrices.numpy().max(axis=2, keepdims=True)
+    assert error == pytest.approx(rows.max(), abs=1e-6)
     assert np.isfinite(unpacked(explorer.pack(torch.zeros(1, 3, 3))[0], 3)).all()
 
 
@@ -87,6 +88,7 @@ def test_a_convnet_beside_it_shows_what_each_unit_sees():
 @pytest.mark.parametrize("name", ["timm", "torchvision", "transformers", "timm, registers"])
 def test_models_of_other_libraries(name, tmp_path):
     theirs, ours, _ = shared(name, tmp_path)
+    ours.mean, ours.std = statistics_of(theirs)
     first, second = (data_of(explorer.explore(model.float(), pixels(15, 15), None))["models"][0]
                      for model in (theirs, ours))
     n = first["tokens"]
@@ -122,7 +124,6 @@ def test_a_notebook_shows_the_page():
     page = explorer.explore(square_vit(), pixels(12, 12), None)
     frame = page._repr_html_()
     assert frame.startswith("<iframe srcdoc=")
-    assert frame.count('"') == 2 * frame.split(">")[0].count("=") or '"' in frame
     assert "<script" not in frame
 
 

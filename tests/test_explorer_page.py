@@ -168,3 +168,32 @@ def test_every_patch_has_the_colour_of_its_value(chromium, tmp_path):
     np.testing.assert_allclose(found, expected, atol=6)  # 64 colours
     assert len({tuple(colour) for colour in found}) > 2
     page.close()
+
+
+def test_a_click_keeps_a_patch_until_the_next(opened):
+    view = opened.locator("canvas.view").first
+    box = view.bounding_box()
+    at = [(box["x"] + box["width"] * (i + 0.5) / 3, box["y"] + box["height"] / 2) for i in range(3)]
+    opened.mouse.click(*at[0])
+    opened.mouse.move(*at[2])
+    assert state(opened)["patch"] == 3
+    opened.mouse.click(*at[0])
+    opened.mouse.move(*at[2])
+    assert state(opened)["patch"] == 5
+
+
+def test_two_vits_side_by_side_where_one_has_no_head(chromium, tmp_path):
+    page, errors = chromium.new_page(), []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    first, second = square_vit(), vit(img_size=12, patch_size=6, n_classes=0)
+    explore(first, pixels(12, 12), tmp_path / "page.html", second, names=["A", "B"])
+    page.goto((tmp_path / "page.html").as_uri())
+    page.wait_for_function("document.getElementById('say').textContent.length > 20")
+    assert page.evaluate("methods") == ["attention", "rollout"]
+    page.evaluate("change({patch: 8})")  # of 3 x 3: the last; of 2 x 2 too
+    assert page.evaluate("placeIn(DATA.models[1])") == 3
+    assert page.locator("h2").all_inner_texts()[1].startswith("B; layer 2, mean of 2 heads")
+    for key in "mmddcn":
+        page.keyboard.press(key)
+    assert errors == []
+    page.close()

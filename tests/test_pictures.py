@@ -2,13 +2,15 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
 from figure_checks import SIZE, pixels, square_vit, vit
+from other_models import shared
 from PIL import Image
 
 import pictures
 from vit_data import NORMALISATION, eval_transform
-from vit_model import InputError
+from vit_model import InputError, allow_any_size
 
 
 def kinds(array, tmp_path):
@@ -88,3 +90,24 @@ def test_what_is_no_image(image, text):
 def test_a_model_of_another_number_of_channels():
     with pytest.raises(InputError, match="1 channels; expected 3"):
         pictures.prepare_image(pixels(), vit(in_channels=1))
+
+
+# ---- Other libraries
+
+
+def test_what_is_known_of_another_librarys_normalisation(tmp_path):
+    timm_model = timm.create_model("vit_tiny_patch16_224", img_size=32)
+    assert pictures.statistics_of(timm_model) == ((0.5,) * 3, (0.5,) * 3)
+    theirs, ours, _ = shared("transformers", tmp_path)
+    assert pictures.statistics_of(theirs) == ((0.5,) * 3, (0.5,) * 3)
+    assert pictures.statistics_of(ours) == NORMALISATION["folder"]
+    theirs.mean, theirs.std = (0.1,) * 3, (0.2,) * 3
+    assert pictures.statistics_of(theirs) == ((0.1,) * 3, (0.2,) * 3)
+
+
+def test_a_tensor_of_another_size_where_the_model_takes_it():
+    model = vit()
+    with pytest.raises(InputError, match="expected 14x15"):
+        pictures.prepare_image(torch.randn(1, 3, 28, 15), model)
+    allow_any_size(model)
+    assert pictures.prepare_image(torch.randn(1, 3, 28, 15), model)[1].shape == (28, 15, 3)

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import transformers
@@ -11,7 +12,7 @@ from torch import nn
 
 import recording as r
 from cnn_model import ConvNet, HybridCNNViT
-from vit_model import InputError, VisionTransformer
+from vit_model import InputError, VisionTransformer, allow_any_size
 
 SIZE, PATCH, GRID, N = (14, 15), (7, 5), (2, 3), 7  # no swapped axis stays unseen
 
@@ -122,8 +123,6 @@ def test_hooks_and_recorder_are_gone_after_an_error():
     with pytest.raises(ZeroDivisionError):
         r.record(model, images_of())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    q = torch.randn(1, 2, 3, 4)
-    assert torch.equal(F.scaled_dot_product_attention(q, q, q), F.scaled_dot_product_attention(q, q, q))
     assert not torch.overrides._get_current_function_mode_stack()
 
 
@@ -191,3 +190,69 @@ def test_other_softmaxes_are_left_alone():
         torch.randn(2, CLASSES).softmax(dim=-1)
         torch.randn(2, 3, 4, 5).softmax(dim=-1)
     assert recorder.maps == []
+
+
+# ---- Heads, names, precisions, sizes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_models_of_another_precision(dtype):
+    expected = r.attention_maps(vit().double(), images_of())
+    found = r.attention_maps(vit().to(dtype), images_of())
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.02)
+    r.record(timm_vit().to(dtype), images_of(1, (15, 15)))  # its answers are the same to its own rounding
+
+
+def test_the_head_that_is_there_counts():
+    model = vit(n_classes=0)
+    assert (r.anatomy_of(model).has_head, r.anatomy_of(model).n_classes) == (False, None)
+    model.head = nn.Linear(22, 4)
+    assert (r.anatomy_of(model).has_head, r.anatomy_of(model).n_classes) == (True, 4)
+    model.class_names = ["a", "b", "c"]
+    assert r.anatomy_of(model).class_names is None  # they are of another head
+    model.class_names.append("d")
+    assert r.anatomy_of(model).class_names == ["a", "b", "c", "d"]
+    other = torchvision_vit()
+    other.heads = nn.Identity()
+    assert not r.anatomy_of(other).has_head
+    third = transformers.ViTForImageClassification(transformers.ViTConfig(**HF))
+    assert r.anatomy_of(third).class_names[2] == "LABEL_2"
+
+
+def test_a_distilled_model_reads_two_tokens():
+    model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32)
+    assert r.anatomy_of(model).pool == "CLS and the distillation token"
+    assert r.record(model, images_of(1, (32, 32))).maps[0].shape == (1, 3, 6, 6)
+
+
+def test_no_class_token_and_a_norm_after_pooling():
+    model = timm_vit(class_token=False, global_pool="avg", fc_norm=True).eval()
+    seen = r.record(model, images_of(2, (15, 15)))
+    assert (seen.anatomy.n_prefix, seen.anatomy.pool) == (0, "mean")
+    torch.testing.assert_close(seen.anatomy.read(seen.tokens[-1]), seen.logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("build", [lambda: timm_vit(dynamic_img_size=True), lambda: vit(img_size=15, patch_size=5)])
+def test_another_size_where_the_model_takes_it(build):
+    model = build()
+    if isinstance(model, VisionTransformer):
+        allow_any_size(model)
+    assert r.record(model, images_of(1, (10, 20))).grid == (2, 4)
+
+
+@pytest.mark.parametrize("build", [vit, lambda: timm_vit(img_size=(14, 15), patch_size=(7, 5))])
+@pytest.mark.parametrize(("images", "words"), [
+    (torch.zeros(3, 14, 15), "expected"), (torch.zeros(1, 3, 28, 15), "expected 14x15"),
+    (torch.zeros(1, 1, 14, 15), "expected"),
+    (torch.zeros(1, 3, 14, 15, dtype=torch.uint8), "got images of torch.uint8")])
+def test_images_that_do_not_fit_are_refused(build, images, words):
+    with pytest.raises(InputError, match=rf"\A[^\n]*{words}[^\n]*\Z"):
+        r.record(build(), images, gradients=True)
+
+
+def test_a_timm_hybrid_is_refused():
+    model = timm_vit()
+    model.patch_embed.proj = nn.Identity()
+    with pytest.raises(InputError, match="makes its tokens in another way"):
+        r.record(model, images_of(1, (15, 15)))
