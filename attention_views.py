@@ -215,9 +215,9 @@ class AttentionVisualizer:
         found = compare_explanations(self.model, images, target, n_steps=n_steps)
         names = list(found.heats)
         grids = [(heat[0] / heat[0].sum().clamp(min=1e-12)).numpy() for heat in found.heats.values()]
-        figure = new_figure(12.5, 6.2 + 2.5 * proportion(picture))
+        figure = new_figure(12.5, 6.4 + 2.5 * max(0.8, proportion(picture)) + 0.5 * len(found.refused))
         n_panels = 1 + len(names)
-        cells = figure.add_gridspec(2, 3 * n_panels, height_ratios=(2.5 * proportion(picture), 5.2))
+        cells = figure.add_gridspec(2, 3 * n_panels, height_ratios=(2.5 * max(0.8, proportion(picture)), 5.2))
         panels = [figure.add_subplot(cells[0, 3 * i:3 * i + 3]) for i in range(n_panels)]
         agreement, *curves = [figure.add_subplot(cells[1, i * n_panels:(i + 1) * n_panels]) for i in range(3)]
         panels[0].imshow(picture)
@@ -228,7 +228,7 @@ class AttentionVisualizer:
             axes.set_title(TITLES[name], fontsize=11)
         for axes in panels:
             hide_ticks(axes)
-        figure.colorbar(mappable, ax=panels, label="share of a patch\n(root scale)")
+        figure.colorbar(mappable, ax=panels, label="share, root scale")
         refused = [textwrap.fill(f"{TITLES[name]}: {reason}", 150) for name, reason in found.refused.items()]
         figure.suptitle("\n".join([self.describe_class(found), *refused]), fontsize=13 if not refused else 10)
         draw_agreement(agreement, found.correlations.numpy(), names)
