@@ -160,6 +160,7 @@ def test_convolutions_are_attention(measured):
     data = measured["convolution"]
     assert len(data["rows"]) == 4  # all but the strided one
     assert max(row["difference"] for row in data["rows"]) < 1e-5
+    assert min(row["unset"] for row in data["rows"]) > 0.1
     assert "gives the same numbers" in EXPERIMENTS["convolution"].say(data)
     data["rows"][0]["difference"] = 0.1
     assert "it is not the same" in EXPERIMENTS["convolution"].say(data)
