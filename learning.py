@@ -247,7 +247,13 @@ def say_data(cells):
                 others.append(kind)
         values = listed(f"{mean(values):.1%} ({kind})" for kind, values in at.items())
         lead = f"{best} is ahead" if not others else f"{best} and {listed(others)} cannot be told apart"
-        parts.append(f"{which} images, {n_images:,}, {values}: {lead}.")
+        steps = []
+        for before, kind in itertools.pairwise(at):
+            gain = mean(at[kind]) - mean(at[before])
+            chance = " (no more than chance)" if abs(gain) <= margin(at[before], at[kind], n) else ""
+            steps.append(f"{kind} {100 * gain:+.1f}{chance}")
+        steps = f" Step by step, in points: {listed(steps)}." if steps else ""
+        parts.append(f"{which} images, {n_images:,}, {values}: {lead}.{steps}")
     return " ".join(parts)
 
 

@@ -126,6 +126,8 @@ def test_the_data_sentence_turns_with_the_numbers():
     first = le.say_data(data_cells(dict(ViT=(300, 800), ConvNet=(400, 801))))
     assert "With the fewest images, 100, 30.1% (ViT) and 40.1% (ConvNet): ConvNet is ahead" in first
     assert "With the most images, 9,000, 80.1% (ViT) and 80.2% (ConvNet): ConvNet and ViT cannot be told apart" in first
+    assert "ConvNet is ahead. Step by step, in points: ConvNet +10.0. With the most" in first
+    assert first.endswith("Step by step, in points: ConvNet +0.1 (no more than chance).")
     assert "ViT is ahead" in le.say_data(data_cells(dict(ViT=(400, 900), ConvNet=(300, 800))))
 
 
