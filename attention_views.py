@@ -39,7 +39,7 @@ from measurements import (
     select_attention,
     uniform_attention_distance,
 )
-from pictures import as_picture, extent_of, prepare_image, proportion, spread, statistics_of
+from pictures import as_picture, extent_of, prepare_image, prepare_images, proportion, spread, statistics_of
 from recording import anatomy_of, attention_maps, record
 from vit_model import InputError, check_whole
 
@@ -80,8 +80,9 @@ class AttentionVisualizer:
         return self.explain(image, "grad_cam", target, layer_idx=layer_idx).heat[0]
 
     def attention_distance(self, images):
-        """(L, H) in pixels: how far patches look, over images (B, C, height, width), normalised."""
-        seen = record(self.model, images)
+        """(L, H) in pixels: how far patches look, over images: a list of them, or a normalised batch (B, C, height,
+        width)."""
+        seen = record(self.model, prepare_images(images, self.model))
         return attention_distance(torch.stack(seen.maps), seen.grid, seen.anatomy.patch_size, seen.anatomy.n_prefix)
 
     def explain(self, image, method, target=None, **options):
@@ -90,7 +91,7 @@ class AttentionVisualizer:
 
     def selfcheck(self, images=None):
         """explanations.selfcheck of the model; images: normalised, None: noise."""
-        return selfcheck(self.model, images)
+        return selfcheck(self.model, None if images is None else prepare_images(images, self.model))
 
     # ---- Attention
 
@@ -142,9 +143,10 @@ class AttentionVisualizer:
         layers = [layers] if isinstance(layers, int) else layers
         chosen = [check_index("layer", i, n_layers) for i in layers or spread(n_layers, 6)]
         who = self.who_looks() if patch is None else f"Where the framed patch {tuple(patch)} looks"
+        some = f" ({len(chosen)} of {n_layers} layers)" if len(chosen) < n_layers else ""
         figure = draw_map_grid([picture] * len(chosen), grids[chosen], [f"layer {layer}" for layer in chosen],
                                [f"head {head}" for head in range(n_heads)],
-                               f"{who}{self.describe_prediction(images)}", patch=patch)
+                               f"{who}{some}{self.describe_prediction(images)}", patch=patch)
         return finish(figure, save_path)
 
     def visualize_all_layers(self, image, save_path=None, patch=None):
@@ -188,22 +190,33 @@ class AttentionVisualizer:
         images, picture = prepare_image(image, self.model)
         found = explain(self.model, images, method, target, **options)
         grid = found.heat[0].numpy()
-        figure = new_figure(9, 1.2 + 3.6 * proportion(picture))
-        left, right = figure.subplots(1, 2)
+        figure = new_figure(12, 1.2 + 3.4 * proportion(picture))
+        left, middle, right = figure.subplots(1, 3)
         left.imshow(picture)
         left.set_title("the image, as the model sees it")
+        scale = dict(cmap="viridis", vmin=0, vmax=max(grid.max(), 1e-12), extent=extent_of(picture))
+        mappable = middle.imshow(grid, **scale)
+        middle.set_title(TITLES[method] + self.where_it_stands(method, options))
         right.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=1)
-        mappable = right.imshow(grid, cmap="viridis", vmin=0, vmax=max(grid.max(), 1e-12), alpha=0.65,
-                                extent=extent_of(picture))
-        right.set_title(TITLES[method])
-        figure.colorbar(mappable, ax=right, label="value of a patch")
-        for axes in (left, right):
+        right.imshow(grid, alpha=0.6, **scale)
+        right.set_title("the same over the image")
+        figure.colorbar(mappable, ax=middle, label="value of a patch")
+        for axes in (left, middle, right):
             hide_ticks(axes)
         words = self.describe_class(found)
         if method in ("attention", "rollout"):
             words = self.describe_prediction(images).strip() + "\n(this map is the same for every class)"
         figure.suptitle(words.strip(), fontsize=13)
         return finish(figure, save_path)
+
+    def where_it_stands(self, method, options):
+        """The layer of Grad-CAM, as a title has it."""
+        if method != "grad_cam":
+            return ""
+        n_layers, given = len(self.anatomy.blocks), options.get("layer_idx")
+        default = n_layers - 2 if self.anatomy.pool == "cls" else n_layers - 1
+        layer = default if given is None else check_index("layer_idx", given, n_layers)
+        return f" after layer {layer} (of 0 to {n_layers - 1})"
 
     def visualize_explanations(self, image, target=None, n_steps=16, save_path=None):
         """All methods on one image: their maps, how far they agree, and what each is worth beside random order.
@@ -229,7 +242,7 @@ class AttentionVisualizer:
         for axes in panels:
             hide_ticks(axes)
         figure.colorbar(mappable, ax=panels, label="share, root scale")
-        refused = [textwrap.fill(f"{TITLES[name]}: {reason}", 150) for name, reason in found.refused.items()]
+        refused = [textwrap.fill(f"left out: {reason}", 150) for reason in found.refused.values()]
         figure.suptitle("\n".join([self.describe_class(found), *refused]), fontsize=13 if not refused else 10)
         draw_agreement(agreement, found.correlations.numpy(), names)
         for axes, values, heading in zip(curves, (found.deletion, found.insertion), (
@@ -267,8 +280,9 @@ class AttentionVisualizer:
     def visualize_attention_distance(self, images, save_path=None):
         """How far patches look, a point for each head of each block, beside the line of uniform attention.
 
-        images: normalised, (B, C, height, width). ViT paper, Fig. 7 (right).
+        images: a list of them, or a normalised batch (B, C, height, width). ViT paper, Fig. 7 (right).
         """
+        images = prepare_images(images, self.model)
         distances = self.attention_distance(images).numpy()  # (L, H)
         grid = self.anatomy.grid(images)
         line = uniform_attention_distance(grid, self.anatomy.patch_size)
@@ -345,9 +359,10 @@ class AttentionVisualizer:
 def visualize_attention_grid(model, images, save_path=None):
     """Several images, a row each: the weights of the patches for what the head reads, mean over the heads.
 
-    images: normalised, (B, 3, H, W). Six layers are shown, from the first to the last, where there are more.
-    Raises InputError for a model without attention.
+    images: a list of them, or a normalised batch (B, 3, H, W). Six layers are shown, from the first to the last, where
+    there are more. Raises InputError for a model without attention.
     """
+    images = prepare_images(images, model)
     views = AttentionVisualizer(model, next(model.parameters()).device)
     maps = attention_maps(model, images).cpu().mean(dim=2)  # (L, B, N, N)
     grids = views.looks_at(maps, images, None).transpose(0, 1)  # (B, L, rows, columns)

@@ -344,7 +344,8 @@ def main(argv=None):
     if argv and argv[0] in COMMANDS:
         COMMANDS[argv[0]](argv[1:])
         return
-    parser = OneLineParser(description=__doc__.split("\n\n")[0])
+    parser = OneLineParser(description=__doc__.split("\n\n")[0], epilog="also: examples.py quiz, and examples.py "
+                                                                        f"exercise NAME, of {', '.join(EXERCISES)}")
     parser.add_argument("--list", action="store_true", help="say what there is")
     parser.add_argument("--only", metavar="NAME", help="run one demo")
     parser.add_argument("--output-dir", default="figures", help="where the pictures go (default: %(default)s)")

@@ -275,7 +275,9 @@ def check_function(name, function, path=""):
         except NotImplementedError:
             return Verdict(False, "not filled in yet")
         except Exception as error:  # whatever somebody's code does
-            return Verdict(False, f"it stops: {described(error, path)}")
+            advice = " (do not change an argument in place, as x += y does; write x = x + y)" \
+                if "in-place" in str(error) else ""
+            return Verdict(False, f"it stops: {described(error, path)}{advice}")
         if not isinstance(found, torch.Tensor):
             return Verdict(False, f"it returns a {type(found).__name__}; expected a tensor of shape "
                                   f"{tuple(expected.shape)}")

@@ -56,8 +56,8 @@ BODY = """
   <button id="save" type="button">save as PNG</button>
   <button id="theme" type="button">light or dark</button>
 </div>
-<p class="note">Point at a patch; click or tap to keep it, and again to let it go; or move with the arrow keys when an
-  image has the focus. Keys:
+<p class="note">Rows, columns, layers and heads count from 0. Point at a patch; click or tap to keep it, and again to
+  let it go; or move with the arrow keys when an image has the focus. Keys:
   <kbd>c</kbd> what the head reads, <kbd>[</kbd> <kbd>]</kbd> layer, <kbd>,</kbd> <kbd>.</kbd> head, <kbd>m</kbd>
   method, <kbd>d</kbd> direction, <kbd>n</kbd> next image, <kbd>s</kbd> save.</p>
 <main id="panels"></main>
@@ -73,7 +73,8 @@ const make = (tag, options = {}, ...children) => {
   node.append(...children);
   return node;
 };
-const state = {image: 0, method: 'attention', direction: 'from', layer: 0, head: -1, patch: -1, kept: false};
+const state = {image: 0, method: 'attention', direction: 'from', layer: 0, head: -1, patch: -1, kept: false,
+  depth: -1};  // of a ConvNet, where it has been chosen apart
 const METHODS = {attention: 'attention', rollout: 'rollout', relevance: 'relevance'};
 const percent = (value, digits = 1) => (100 * value).toFixed(digits) + '%';
 
@@ -115,7 +116,8 @@ function shown(model, layer, head, patch) {
   }
   return {values, before};
 }
-const layerOf = m => Math.min(m.layers - 1, state.layer), headOf = m => Math.min(m.heads - 1, state.head);
+const layerOf = m => m.kind === 'cnn' && state.depth >= 0 ? state.depth : Math.min(m.layers - 1, state.layer);
+const headOf = m => Math.min(m.heads - 1, state.head);
 // The patch of another model at the same place of the image.
 function placeIn(m) {
   if (state.patch < 0) return m.kind === 'cnn' ? Math.floor(m.rows / 2) * m.columns + Math.floor(m.columns / 2) : -1;
@@ -186,7 +188,7 @@ function drawStrip(canvas, model) {
 
 // ---- Words
 
-const placeName = (m, i) => 'row ' + (Math.floor(i / m.columns) + 1) + ', column ' + (i % m.columns + 1);
+const placeName = (m, i) => 'row ' + Math.floor(i / m.columns) + ', column ' + i % m.columns;
 function asker(m) {
   if (state.patch >= 0) return 'The patch in ' + placeName(m, state.patch);
   return m.pool === 'cls' ? 'CLS, the token that the head reads,' : 'What the head reads, the mean of the patches,';
@@ -248,8 +250,9 @@ const panels = DATA.models.map((m, model) => {
   });
   strip.addEventListener('click', event => {
     const box = strip.getBoundingClientRect(), cell = box.width / m.heads;
-    change({layer: Math.floor((event.clientY - box.top) / cell), head: m.kind === 'cnn' ? state.head
-      : Math.floor((event.clientX - box.left) / cell), method: 'attention'});
+    const layer = Math.floor((event.clientY - box.top) / cell);
+    if (m.kind === 'cnn') change({depth: layer});
+    else change({layer, head: Math.floor((event.clientX - box.left) / cell), method: 'attention'});
   });
   return {m, model, view, most, jump, strip, numbers, lens, title};
 });
@@ -292,7 +295,7 @@ function change(part) {
   show();
 }
 function step(key, by, least, most) {
-  change({[key]: Math.max(least, Math.min(most, state[key] + by))});
+  change({[key]: Math.max(least, Math.min(most, state[key] + by)), depth: -1});
 }
 
 const main = DATA.models[0];
@@ -308,10 +311,9 @@ DATA.pictures.forEach((picture, i) => {
   button.addEventListener('click', () => change({image: i}));
   byId('images').append(button);
 });
-byId('images').hidden = DATA.pictures.length < 2;
 byId('method').addEventListener('change', event => change({method: event.target.value}));
 byId('direction').addEventListener('change', event => change({direction: event.target.value}));
-byId('layer').addEventListener('change', event => change({layer: Number(event.target.value)}));
+byId('layer').addEventListener('change', event => change({layer: Number(event.target.value), depth: -1}));
 byId('head').addEventListener('change', event => change({head: Number(event.target.value)}));
 byId('reader').addEventListener('click', () => change({patch: -1, kept: false}));
 byId('opacity').addEventListener('input', show);

@@ -75,9 +75,13 @@ convolution."""),
     ("code", """views = AttentionVisualizer(create_pretrained("vit_nano_shapes"), device="cpu")
 views.visualize_attention(drawn.images[0], layer_idx=-1)"""),
     ("text", """**Look:** the weights of one row sum to one, with those that go to CLS. What does the frame show when
-you choose a patch, `patch=(3, 3)`, in the place of CLS? Which heads look near, which far?"""),
+you choose a patch, `patch=(3, 3)`, in the place of CLS? Do the heads look at the same things?"""),
     ("code", "views.visualize_all_heads(drawn.images[0])"),
-    ("text", """## 30 to 40: positions and the CLS token
+    ("code", "views.visualize_attention_distance(drawn.images[:32])"),
+    ("text", """Each point is a head: how far it looks on average. A convolution of 3 x 3 would lie near the bottom.
+**Look:** how far are the points from the line of attention to all places alike?
+
+## 30 to 40: positions and the CLS token
 
 Attention reads a set. Without positions the order of the patches is invisible; the head reads one token more than there
 are patches, CLS, which has no pixels and starts the same for every image."""),

@@ -4,7 +4,8 @@ An image may be
     a picture: a path, a PIL image, an array (H, W, 3) or (H, W), uint8 or float in 0..1, or a uint8 tensor
     (3, H, W) or (1, 3, H, W);
     a model's input: a float tensor (3, H, W) or (1, 3, H, W), normalised. It is shown with the normalisation
-    undone, values outside 0..1 clipped.
+    undone, values outside 0..1 clipped. A float tensor that has merely been scaled to 0..1 is none: pictures.normalise
+    makes one of uint8 images.
 The normalisation is that of the model: its mean and std, or what timm keeps with it. For a ViT of transformers, which
 keeps it apart from the model, it is that of Google's checkpoints, 0.5 and 0.5; where nothing else is known it is
 ImageNet's. `model.mean, model.std = ...` says another one.
@@ -46,6 +47,19 @@ def prepare_image(image, model):
         picture = fit_picture(open_picture(image), size, interpolation)
         images = normalise(image_functional.pil_to_tensor(picture).unsqueeze(0), mean, std)  # (1, 3, H, W)
     return images, undo_normalisation(images, mean, std)
+
+
+def prepare_images(images, model):
+    """What the model is fed, (B, 3, H, W), from a batch that it can be fed already, or from one image or a list of
+    them, of any kind. Raises InputError for no image."""
+    if isinstance(images, torch.Tensor) and images.is_floating_point() and images.ndim == 4:
+        return images
+    listed = list(images) if isinstance(images, (list, tuple)) else [images]
+    if isinstance(images, torch.Tensor) and images.ndim == 4:
+        listed = list(images)
+    if not listed:
+        raise InputError("there is no image; expected at least one")
+    return torch.cat([prepare_image(image, model)[0] for image in listed])
 
 
 def input_of(model):

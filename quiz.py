@@ -82,13 +82,11 @@ def who_needs_the_order():
 
 
 def who_minds_a_shift():
-    stays = {}
-    for name, key in (("ConvNet", "convnet_shapes"), ("hybrid", "hybrid_shapes"), ("ViT", "vit_nano_shapes")):
-        model = create_pretrained(key)
-        stays[name] = mean_consistency(shift_consistency(model, drawn_images(model, 64)[0], 2))
-    names = list(stays)
-    values = ", ".join(f"{name} {value:.0%}" for name, value in stays.items())
-    return names.index(min(stays, key=stays.get)), f"The class stays at shifts of up to 2 pixels: {values}."
+    model = create_pretrained("vit_nano_shapes")
+    stays = mean_consistency(shift_consistency(model, drawn_images(model, 64)[0], 2))
+    return (0 if stays < 0.6 else 1 if stays < 0.9 else 2), (
+        f"At all shifts of up to 2 pixels the class of 64 images stays in {stays:.0%} of the cases, though patches are "
+        f"cut elsewhere: its training moved the images, too.")
 
 
 def how_far_the_first_block_looks():
@@ -122,21 +120,32 @@ QUESTIONS = (
              ("exactly zero", "small, not zero"), gradient_after_the_last_block),
     Question("Three quarters of the patches of a drawn shape change places. How many of its right answers does our "
              "trained ViT keep?", ("fewer than half", "half to nine in ten", "nearly all"), who_needs_the_order),
-    Question("Images move by one or two pixels. Which of our three changes its mind most often?",
-             ("ConvNet", "hybrid", "ViT"), who_minds_a_shift),
+    Question("Images move by one or two pixels, so that every patch is another. How often does our trained ViT keep "
+             "its answer?", ("less than 60%", "60 to 90%", "more than 90%"), who_minds_a_shift),
     Question("How far does the nearest head of the first block of our trained ViT look, beside attention to all places "
              "alike?", ("less than half as far", "about two thirds", "nearly as far"), how_far_the_first_block_looks),
 )
 
 
+END = "q"
+
+
 def ask(questions=QUESTIONS, read=input, write=print):
     """Asks them all; without anybody there to answer it tells the answers. Returns (right guesses, guesses)."""
     right = guessed = 0
+    anybody = True
     for number, question in enumerate(questions, start=1):
         write(f"\n{number}. {question.text}")
         for place, guess in enumerate(question.guesses, start=1):
             write(f"   {place}) {guess}")
-        answer = guess_of(read, write, len(question.guesses))
+        answer = None
+        try:
+            answer = guess_of(read, write, len(question.guesses)) if anybody else None
+        except EOFError:
+            anybody = False
+            write("")
+        if answer == END:
+            break
         place, sentence = question.measure()
         verdict = ""
         if answer is not None:
@@ -149,15 +158,13 @@ def ask(questions=QUESTIONS, read=input, write=print):
 
 
 def guess_of(read, write, n_guesses):
-    """The place of somebody's guess, from 0; None for no guess."""
+    """The place of somebody's guess, from 0; None for no guess; END where it is enough."""
     while True:
-        try:
-            text = read("   Your guess, or Enter to see: ").strip()
-        except EOFError:
-            write("")
-            return None
+        text = read(f"   Your guess, Enter to see, or {END} to end: ").strip()
         if not text:
             return None
+        if text == END:
+            return END
         if text.isdecimal() and 1 <= int(text) <= n_guesses:
             return int(text) - 1
         write(f"   {text!r} is none of them; expected 1 to {n_guesses}.")

@@ -59,7 +59,7 @@ from pictures import (
     is_input,
     normalise,
     open_picture,
-    prepare_image,
+    prepare_images,
     proportion,
     spread,
     statistics_of,
@@ -96,8 +96,10 @@ def visualize_patch_filters(model, n_filters=28, save_path=None):
 def visualize_features(model, images, save_path=None):
     """Patch tokens of several images as colours: their three main directions after three blocks, over all images.
 
-    images: normalised, (B, 3, H, W). Alike in colour is alike in content, across the images, within one row.
+    images: a list of them, or a normalised batch (B, 3, H, W). Alike in colour is alike in content, across the images,
+    within one row.
     """
+    images = prepare_images(images, model)
     seen = record(model, images)
     first = seen.anatomy.n_prefix
     depths = spread(len(seen.tokens), 4)[1:]
@@ -330,8 +332,7 @@ def run_selfcheck(options):
     """Prints what holds of a model; ends with 1 where something does not."""
     model = create_pretrained(options.pretrained)
     anatomy_of(model)
-    images = torch.cat([prepare_image(image, model)[0] for image in images_for(model, options.photos, 4)])
-    checks = selfcheck(model, images)
+    checks = selfcheck(model, prepare_images(images_for(model, options.photos, 4), model))
     words = {True: "holds", False: "DOES NOT HOLD", None: "does not apply"}
     for check in checks:
         print(f"{words[check.holds]}: {check.name} ({check.found})")
@@ -344,7 +345,9 @@ def run_explore(options):
     other = create_pretrained(options.compare_with) if options.compare_with else None
     names = [options.pretrained, *[options.compare_with] * bool(options.compare_with)]
     page = explore(model, images_for(model, options.photos, options.n_images), options.output, other, names)
-    print(f"{page.path}: {len(page.html) / 2**20:.1f} MiB, to be opened in any browser")
+    height, width = input_of(model)[1]
+    print(f"{page.path}: {len(page.html) / 2**20:.1f} MiB, to be opened in any browser. Images are shown as the model "
+          f"sees them, {height} x {width} pixels, cut square from their middle; it knows no classes but its own.")
 
 
 def images_for(model, photos, n_images):
@@ -360,11 +363,12 @@ def main(argv=None):
         command = commands.add_parser(name, help=words)
         command.add_argument("photos", nargs="*", help="image files (default: drawn shapes)")
         command.add_argument("--pretrained", "--checkpoint", default="vit_nano_shapes", metavar="NAME",
-                             help="the model: a name of model_zoo.py, or a checkpoint")
+                             help="the model: a name of model_zoo.py, or a checkpoint (default: %(default)s, which "
+                                  "knows ten drawn shapes and nothing else)")
         command.set_defaults(run=run)
     command.add_argument("--compare-with", metavar="NAME", help="a second model beside it, a ViT or a ConvNet")
-    command.add_argument("--output", default="attention.html", help="where the page is written")
-    command.add_argument("--n-images", type=whole(1), default=6, help="of drawn shapes")
+    command.add_argument("--output", default="attention.html", help="where the page is written (default: %(default)s)")
+    command.add_argument("--n-images", type=whole(1), default=6, help="of drawn shapes (default: %(default)s)")
     options = parser.parse_args(argv)
     options.run(options)
 

@@ -143,7 +143,7 @@ def test_an_explanation_is_drawn_as_it_is_given(method):
     model, image = square_vit(), pixels(12, 12)
     views = v.AttentionVisualizer(model, device="cpu")
     figure, numbers = getattr(views, f"visualize_{method}")(image), getattr(views, method)(image)
-    np.testing.assert_allclose(data_of(figure)[2], numbers, atol=1e-7)
+    np.testing.assert_allclose(data_of(figure)[1], numbers, atol=1e-7)
     probability, label = model(prepare_image(image, model)[0]).softmax(dim=1)[0].max(dim=0)
     words = "predicted: {} ({:.0%})" if method == "rollout" else "class explained: {} (probability {:.0%})"
     assert words.format(model.class_names[label], probability) in texts(figure)
@@ -151,7 +151,7 @@ def test_an_explanation_is_drawn_as_it_is_given(method):
         other = (label.item() + 1) % 5
         figure = getattr(views, f"visualize_{method}")(image, target=other)
         assert f"class explained: {model.class_names[other]}" in texts(figure)
-        assert not np.array_equal(data_of(figure)[2], numbers)
+        assert not np.array_equal(data_of(figure)[1], numbers)
 
 
 def test_all_explanations_side_by_side():
@@ -228,7 +228,7 @@ def test_a_map_that_is_the_same_for_every_class_says_so():
 def test_what_was_refused_stands_in_the_figure():
     model = vit(depth=1)
     figure = v.AttentionVisualizer(model, device="cpu").visualize_explanations(pixels(), n_steps=2)
-    assert "Grad-CAM: Grad-CAM after the only block is blank" in " ".join(texts(figure).split())
+    assert "left out: Grad-CAM after the only block is blank" in " ".join(texts(figure).split())
     assert_no_text_clipped(figure)
 
 
@@ -249,3 +249,22 @@ def test_half_precision_is_drawn():
     assert isinstance(views.visualize_explanations(pixels(), n_steps=2), Figure)
     assert isinstance(views.visualize_token_norms(pixels()), Figure)
     assert isinstance(views.visualize_logit_lens(pixels()), Figure)
+
+
+def test_lists_of_images_go_in_where_several_are_asked_for(tmp_path):
+    model, images = square_vit(), [pixels(12, 12), pixels(40, 30)]
+    Image.fromarray(images[1]).save(tmp_path / "photo.png")
+    views = v.AttentionVisualizer(model, device="cpu")
+    batch = torch.cat([prepare_image(image, model)[0] for image in images])
+    for given in (images, [images[0], tmp_path / "photo.png"], batch):
+        torch.testing.assert_close(views.attention_distance(given), views.attention_distance(batch))
+    assert isinstance(views.visualize_attention_distance(images), Figure)
+    assert isinstance(v.visualize_attention_grid(model, images), Figure)
+    assert "Grad-CAM after layer 1 (of 0 to 2)" in texts(views.visualize_grad_cam(images[0]))
+    with pytest.raises(InputError, match="there is no image"):
+        views.attention_distance([])
+
+
+def test_layers_that_are_left_out_are_counted():
+    figure = v.AttentionVisualizer(vit(depth=8), device="cpu").visualize_all_heads(pixels())
+    assert "(6 of 8 layers)" in texts(figure)

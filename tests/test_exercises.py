@@ -53,6 +53,7 @@ def test_patches_and_positions_are_those_of_the_model():
 
 @pytest.mark.parametrize(("body", "words"), [
     ("return q.transpose(0, 1) @ k", "it stops: line 5: RuntimeError: "),
+    ("q += k; return q @ k.mT @ v", "do not change an argument in place"),
     ("return attend(q)", "it stops: line 5: NameError: name 'attend' is not defined"),
     ("return 7", "it returns a int; expected a tensor of shape (2, 3, 7, 5)"),
     ("return q[:1] + 0 * k", "the shape is right, the values are not: the largest difference is "),

@@ -60,8 +60,8 @@ def test_it_begins_with_what_the_head_reads_in_the_last_layer(opened, written):
     part = written[1]["models"][0]["images"][0]["attention"]
     row = unpacked(part, 10)[4:6].mean(axis=0)[0, 1:]
     best = int(row.argmax())
-    assert said(opened).startswith(f"CLS, the token that the head reads, looks most at row {best // 3 + 1}, column "
-                                   f"{best % 3 + 1} ({100 * row[best]:.1f}%)")
+    assert said(opened).startswith(f"CLS, the token that the head reads, looks most at row {best // 3}, column "
+                                   f"{best % 3} ({100 * row[best]:.1f}%)")
     assert "in layer 2, mean of 2 heads" in said(opened)
 
 
@@ -70,7 +70,7 @@ def test_pointing_at_a_patch_shows_where_it_looks(opened, written):
     opened.mouse.move(box["x"] + box["width"] * 5 / 6, box["y"] + box["height"] / 6)
     assert state(opened)["patch"] == 2
     row = unpacked(written[1]["models"][0]["images"][0]["attention"], 10)[4:6].mean(axis=0)[3, 1:]
-    assert f"The patch in row 1, column 3 looks most at row {row.argmax() // 3 + 1}" in said(opened)
+    assert f"The patch in row 0, column 2 looks most at row {row.argmax() // 3}" in said(opened)
     shown = opened.evaluate("[...shown(0, 2, -1, 2).values]")
     np.testing.assert_allclose(shown, row, atol=1e-6)
 
@@ -80,7 +80,7 @@ def test_who_looks_at_a_patch_is_a_column(opened, written):
     opened.evaluate("change({patch: 7})")
     column = unpacked(written[1]["models"][0]["images"][0]["attention"], 10)[1][1:, 8]
     np.testing.assert_allclose(opened.evaluate("[...shown(0, 0, 1, 7).values]"), column, atol=1e-6)
-    assert "The patch in row 3, column 2 is looked at most by " in said(opened)
+    assert "The patch in row 2, column 1 is looked at most by " in said(opened)
 
 
 @pytest.mark.parametrize("method", ["rollout", "relevance"])
@@ -197,3 +197,11 @@ def test_two_vits_side_by_side_where_one_has_no_head(chromium, tmp_path):
         page.keyboard.press(key)
     assert errors == []
     page.close()
+
+
+def test_a_depth_of_the_convnet_is_chosen_apart(opened):
+    opened.select_option("#method", "relevance")
+    box = opened.locator("canvas.strip").nth(1).bounding_box()
+    opened.locator("canvas.strip").nth(1).click(position=dict(x=box["width"] / 2, y=box["height"] / 6))
+    assert state(opened)["method"] == "relevance"
+    assert opened.locator("h2").all_inner_texts()[1].endswith("after the stem")

@@ -46,6 +46,12 @@ def test_what_is_no_guess_is_asked_again():
     assert "'9' is none of them; expected 1 to 2." in "\n".join(said)
 
 
+def test_enough_is_enough():
+    said = []
+    assert quiz.ask([FAST] * 3, read_from("2", "q"), said.append) == (1, 1)
+    assert sum("Measured" in line for line in said) == 1
+
+
 def test_with_nobody_there_the_answers_are_told():
     said = []
     assert quiz.ask([FAST, FAST], read_from(), said.append) == (0, 0)
