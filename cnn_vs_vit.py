@@ -12,6 +12,7 @@ Letters:  N images, S side of an image in pixels.
 """
 
 import json
+import re
 import shlex
 import tempfile
 import time
@@ -128,7 +129,8 @@ def show_cells(names, folder, cells):
         for group, of_group in grouped(own).items():
             data = [cell["result"] for cell in of_group]
             figures, finding = experiment.draw(data), experiment.say(data)
-            figures = {f"{key}{group and '_' + group}": figure for key, figure in figures.items()}
+            ending = re.sub(r"[^\w-]+", "-", f"_{group}" if group else "").rstrip("-")  # of a file's name
+            figures = {f"{key}{ending}": figure for key, figure in figures.items()}
             dates = sorted({cell["date"] for cell in of_group})
             days = " to ".join(dict.fromkeys([dates[0], dates[-1]]))
             note = f"{len(of_group)} cells, measured {days}, by: {of_group[0]['command']}"

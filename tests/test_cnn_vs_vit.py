@@ -119,6 +119,10 @@ def test_sets_of_cells_are_told_apart(few, tmp_path, capsys):
     results, sections = cv.show_cells(["reach", "cues"], tmp_path, dict(reach=cells))
     assert set(results) == {"reach", "reach_photos"}
     assert {path.name for path in tmp_path.glob("*.png")} == {"reach.png", "reach_photos.png"}
+    for cell in cells[:6]:
+        cell["result"]["dataset"] = "CIFAR-10 (JPEG)"
+    cv.show_cells(["reach"], tmp_path, dict(reach=cells))
+    assert (tmp_path / "reach_CIFAR-10-JPEG.png").is_file()
     assert "6 cells, measured " in sections[0].note
     assert "python cnn_vs_vit.py --full --only cues" in capsys.readouterr().out
     assert [section.finding[:16] for section in sections if section.title == "Outline or texture"] == [
