@@ -172,7 +172,7 @@ def measure_cues(kind, seed, recipe=RECIPE, n_images=10_000, n_test=1000, img_si
 
 def draw_cues(cells):
     bars = {kind: banded(biases_of(cells, kind)) for kind in kinds_of(cells) if biases_of(cells, kind)}
-    heading = "answers by outline, of those by outline or texture"
+    heading = "answers by outline,\nof those by outline or texture"
     if not bars:
         return {}
     return {"shape_bias": plot_bars({heading: bars}, title=bands(cells, "lines"))}
@@ -229,7 +229,8 @@ def draw_data(cells):
         points[kind] = [(n_images, *banded([cell["correct"] / cell["n"] for cell in own
                                             if cell["n_images"] == n_images]))
                         for n_images in sorted({cell["n_images"] for cell in own})]
-    return {"data_efficiency": plot_curves({"Test accuracy, the same steps": points}, "training images",
+    heading = f"Test accuracy after the same steps: {cells[0].get('dataset') or 'drawn shapes'}"
+    return {"data_efficiency": plot_curves({heading: points}, "training images",
                                            "images right (%)", percent=True, log=("x",), title=bands(cells))}
 
 
