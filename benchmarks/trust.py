@@ -55,7 +55,7 @@ def main():
         for name in deletion:
             print(f"  {name:<14} deletion {deletion[name]:.3f}, insertion {insertion[name]:.3f}", flush=True)
         if options.keep:
-            write_cell("trust", "vit_nano", seed, f"python benchmarks/trust.py --keep --seeds {seed}",
+            write_cell("trust", f"vit_nano-{seed}", seed, f"python benchmarks/trust.py --keep --seeds {seed}",
                        dict(steps=options.steps, n=len(images), right=right, val_acc=val_acc, deletion=deletion,
                             insertion=insertion, correlations=correlations, device="cpu"))
 
