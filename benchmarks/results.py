@@ -60,7 +60,7 @@ TABLES = {
                 "(`python benchmarks/verdicts.py --keep`)",
     "trust": "How far to trust each explanation (`python benchmarks/trust.py --keep`): the mean probability of the "
              "class while patches are hidden in a map's order (deletion: less is better) and while they are shown "
-             "(insertion: more is better), over 500 test images of the drawn shapes, a model trained anew for each seed",
+             "(insertion: more is better), over 500 test images of the drawn shapes, a new model for each seed",
     "throughput": "VisionTransformer beside its peers, images a second (`python benchmarks/throughput.py --keep`; its "
                   "head says how). Medians over rounds in which every library takes a turn; a ratio is the peer's "
                   "seconds over ours in the same round, with the 95% interval of the median (of rounds taken as "
