@@ -126,7 +126,7 @@ class AttentionVisualizer:
         head = f"mean of {n_heads} heads"
         if head_idx is not None:
             head = f"head {check_index('head_idx', head_idx, n_heads)} (of 0 to {n_heads - 1})"
-        who = self.who_looks() if patch is None else f"Where the framed patch {tuple(patch)} looks"
+        who = self.who_looks(patch)
         figure.suptitle(f"{who}: layer {layer} (of 0 to {n_layers - 1}), {head}", fontsize=14)
         return finish(figure, save_path)
 
@@ -142,7 +142,7 @@ class AttentionVisualizer:
         n_layers, n_heads = grids.shape[:2]
         layers = [layers] if isinstance(layers, int) else layers
         chosen = [check_index("layer", i, n_layers) for i in layers or spread(n_layers, 6)]
-        who = self.who_looks() if patch is None else f"Where the framed patch {tuple(patch)} looks"
+        who = self.who_looks(patch)
         some = f" ({len(chosen)} of {n_layers} layers)" if len(chosen) < n_layers else ""
         figure = draw_map_grid([picture] * len(chosen), grids[chosen], [f"layer {layer}" for layer in chosen],
                                [f"head {head}" for head in range(n_heads)],
@@ -168,7 +168,7 @@ class AttentionVisualizer:
             if patch is not None:
                 frame_patch(axes, picture, grid.shape, patch)
         figure.colorbar(mappable, ax=figure.axes, label="attention weight of a patch")
-        who = self.who_looks() if patch is None else f"Where the framed patch {tuple(patch)} looks"
+        who = self.who_looks(patch)
         figure.suptitle(f"{who}, mean over the heads{self.describe_prediction(images)}", fontsize=13)
         return finish(figure, save_path)
 
@@ -335,7 +335,9 @@ class AttentionVisualizer:
         row, column = (check_index("patch", place, n) for place, n in zip(patch, grid, strict=True))
         return attention[..., first + row * grid[1] + column, first:].unflatten(-1, grid)
 
-    def who_looks(self):
+    def who_looks(self, patch=None):
+        if patch is not None:
+            return f"Where the framed patch {tuple(patch)} looks"
         return "Where CLS looks" if self.anatomy.pool == "cls" else "Where patches look, on average"
 
     def name_of(self, label):

@@ -23,7 +23,7 @@ import torch
 
 from cnn_model import ConvNet
 from measurements import attention_distance, check_index, cls_attention_grid, layers_of, uniform_attention_distance
-from recording import anatomy_of, at_least_float32, evaluating, logits_of, record, to_model
+from recording import anatomy_of, at_least_float32, evaluating, logits_of, record, to_model, watch_layer
 from vit_model import InputError, check_choice, check_whole
 
 OUTLIER = 3.0  # a patch token whose norm is so many times the median counts as a register artefact
@@ -171,17 +171,12 @@ def not_blank(heat):
 
 def convolutional_cam(model, images, targets, layer_idx):
     """Grad-CAM after a stage of a ConvNet: (B, rows, columns) of its feature map."""
-    layers, outputs = layers_of(model), []
+    layers = layers_of(model)
     layer = layers[check_index("layer_idx", layer_idx, len(layers))]
-    hook = layer.register_forward_hook(lambda module, args, output: outputs.append(output))
-    try:
-        with evaluating(model), torch.enable_grad():
-            logits = model(to_model(images.detach(), model).clone().requires_grad_())
-    finally:
-        hook.remove()
-    gradient, = torch.autograd.grad(chosen(logits, targets), outputs[0])  # (B, D, rows, columns)
-    places = [part.flatten(2).transpose(1, 2) for part in (outputs[0], gradient)]  # 2 x (B, n, D)
-    return token_cam(*places).unflatten(1, outputs[0].shape[2:])
+    _, features, logits = watch_layer(model, layer, images)  # (B, D, rows, columns), (B, K)
+    gradient, = torch.autograd.grad(chosen(logits, targets), features)  # (B, D, rows, columns)
+    places = [part.flatten(2).transpose(1, 2) for part in (features, gradient)]  # 2 x (B, n, D)
+    return token_cam(*places).unflatten(1, features.shape[2:])
 
 
 METHODS = {"attention": attention_heat, "rollout": rollout_heat, "relevance": relevance_heat, "grad_cam": cam_heat}
@@ -362,8 +357,8 @@ def selfcheck(model, images=None, seed=0):
     sums = torch.stack(seen.maps).sum(dim=-1)  # (L, B, H, N)
     checks.append(within("attention rows sum to one", (sums - 1).abs().max(), 1e-5 * rounding))
     rolled = rollout(torch.stack(seen.maps).cpu().double())
-    checks.append(within("rollout rows sum to one", (rolled.sum(dim=-1) - 1).abs().max(), 1e-9 + 1e-6 * (rounding > 1)
-                         * rounding))
+    checks.append(within("rollout rows sum to one", (rolled.sum(dim=-1) - 1).abs().max(),
+                         1e-9 if rounding == 1 else 1e-6 * rounding))
     uniform = record(model, images[:1], change=uniform_attention)
     expected = 2.0**-n_blocks * torch.eye(n_tokens) + (1 - 2.0**-n_blocks) / n_tokens
     checks.append(within(f"rollout of uniform attention is 2^-{n_blocks} I + (1 - 2^-{n_blocks}) J / {n_tokens}",

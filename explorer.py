@@ -28,7 +28,7 @@ from explanations import check_pool, class_names_of, has_head, logit_lens, relev
 from explorer_page import PAGE
 from measurements import class_probabilities, layers_of
 from pictures import prepare_image
-from recording import anatomy_of, evaluating, record, to_model
+from recording import anatomy_of, record, watch_layer
 from vit_model import InputError, check_whole
 
 N_CLASSES = 6  # of the logit lens
@@ -106,7 +106,7 @@ def describe_image(model, anatomy, image):
     seen = record(model, image, gradients=anatomy.has_head)
     maps = torch.stack(seen.maps)  # (L, 1, H, N, N)
     parts = dict(attention=maps[:, 0].flatten(0, 1), rollout=rollout(maps))  # (L H, N, N), (1, N, N)
-    text = dict(prediction="", target="", lens=dict(classes=[], rows=[]))
+    text = no_words()
     if anatomy.has_head:
         label = seen.logits[0].argmax().item()
         gradients = torch.autograd.grad(seen.logits[0, label], seen.maps)
@@ -115,6 +115,11 @@ def describe_image(model, anatomy, image):
         text = words(logit_lens(model, image)[:, 0], anatomy.class_names)
     parts = {key: pack(part) for key, part in parts.items()}
     return {key: part for key, (part, _) in parts.items()} | text | dict(error=max(e for _, e in parts.values()))
+
+
+def no_words():
+    """words() of a model without a head."""
+    return dict(prediction="", target="", lens=dict(classes=[], rows=[]))
 
 
 def words(lens, class_names):
@@ -150,7 +155,7 @@ def describe_convnet(model, name, images, side=8):
     for image in images:
         packed, error = pack(torch.stack([unit_fields(model, image, depth, (rows, columns))
                                           for depth in range(n_depths)]))
-        text = dict(prediction="", target="", lens=dict(classes=[], rows=[]))
+        text = no_words()
         if has_head(model):
             text = words(class_probabilities(model, image).cpu(), class_names_of(model))
         own.append(dict(text, attention=packed, error=error))
@@ -162,15 +167,8 @@ def describe_convnet(model, name, images, side=8):
 def unit_fields(model, image, depth, grid):
     """(n, n): row i is the share of every patch in the gradient of the unit at the middle of patch i, summed over its
     channels (measurements.receptive_field is the same, of the unit in the middle of the image)."""
-    outputs, rows = [], []
-    hook = layers_of(model)[depth].register_forward_hook(lambda module, args, output: outputs.append(output))
-    try:
-        with evaluating(model), torch.enable_grad():
-            pixels = to_model(image.detach(), model).clone().requires_grad_()
-            model(pixels)
-    finally:
-        hook.remove()
-    features = outputs[0]  # (1, D, rows, columns)
+    rows = []
+    pixels, features, _ = watch_layer(model, layers_of(model)[depth], image)  # (1, 3, H, W), (1, D, rows, columns)
     for row in range(grid[0]):
         for column in range(grid[1]):
             y, x = (int((place + 0.5) / n * count) for place, n, count in zip((row, column), grid, features.shape[2:],

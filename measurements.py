@@ -37,6 +37,7 @@ from recording import (  # noqa: F401 - attention_maps is handed on
     evaluating,
     logits_of,
     to_model,
+    watch_layer,
 )
 from vit_model import InputError, VisionTransformer, check_choice, check_whole, grid_of, pair
 
@@ -149,15 +150,7 @@ def receptive_field(model, images, depth=None):
     gradient is zero everywhere.
     """
     layer = layers_of(model)[check_depth(model, depth)]
-    images = images.detach().to(device_of(model)).clone().requires_grad_()
-    outputs = []
-    hook = layer.register_forward_hook(lambda module, args, output: outputs.append(output))
-    try:
-        with evaluating(model), torch.enable_grad():
-            model.forward_features(images)
-    finally:
-        hook.remove()
-    features = outputs[0]
+    images, features, _ = watch_layer(model, layer, images, model.forward_features)
     if features.ndim == 3:
         grid = model.patch_embed.grid_size
         patches = features[:, -grid[0] * grid[1]:]  # (B, n_patches, D), without CLS and registers

@@ -120,6 +120,20 @@ def attention_maps(model, images):
     return at_least_float32(torch.stack(record(model, images).maps))  # (L, B, H, N, N)
 
 
+def watch_layer(model, layer, images, run=None):
+    """(pixels, output, answer) of one layer, hanging together for torch.autograd.grad: the images that gradients go to,
+    what the layer gave of them, and what `run`, the model itself where it is None, gave at the end."""
+    outputs = []
+    hook = layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        with evaluating(model), torch.enable_grad():
+            pixels = to_model(images.detach(), model).clone().requires_grad_()
+            answer = (run or model)(pixels)
+    finally:
+        hook.remove()
+    return pixels, outputs[0], answer
+
+
 class AttentionRecorder(TorchFunctionMode):
     """While this is entered attention is worked out by an explicit softmax, and `maps` collects that, (B, H, N, N).
 
