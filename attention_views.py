@@ -49,7 +49,8 @@ TITLES = {"attention": "attention of the last block", "rollout": "attention roll
 
 class AttentionVisualizer:
     """Views of a ViT: ours, or one of timm, transformers or torchvision. Without further words they are of what the
-    head reads: the CLS token, or with pool="mean" the patches on average.
+    head reads: the CLS token, or with pool="mean" the patches on average. Layer i is the block with the number i, from
+    0; layers of tokens have one more, as tokens stand before the first block too.
 
     attention_maps, rollout, relevance, grad_cam, attention_distance give numbers; visualize_... a Figure.
 
@@ -111,7 +112,9 @@ class AttentionVisualizer:
         left.imshow(picture)
         left.set_title("the image, as the model sees it" + self.describe_prediction(images))
         mappable = middle.imshow(grid, cmap="viridis", vmin=0, vmax=grid.max(), extent=extent_of(picture))
-        middle.set_title(f"weight of each patch\n(of all weights: {grid.sum():.1%})")
+        rest = "CLS" if self.anatomy.n_prefix == 1 else "CLS and registers"
+        middle.set_title("weight of each patch" + (f"\n(in all {grid.sum():.1%}; the rest goes to {rest})"
+                                                   if self.anatomy.n_prefix else ""))
         right.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=1)
         right.imshow(grid, cmap="viridis", vmin=0, vmax=grid.max(), alpha=0.6, extent=extent_of(picture),
                      interpolation="bilinear")

@@ -72,6 +72,12 @@ ATTENTION_MISTAKES = (
      lambda q, k, v: (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-2) @ v),
     ("queries and keys have changed places: a row should belong to a query",
      lambda q, k, v: (k @ q.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1) @ v),
+    ("these weights do not sum to one, and some are negative: something is missing between the products and the mean",
+     lambda q, k, v: q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]) @ v),
+    ("these weights do not sum to one, and some are negative; the products are not divided by anything either",
+     lambda q, k, v: q @ k.transpose(-2, -1) @ v),
+    ("what is divided by acts on the weights; it belongs to the products, before they become weights",
+     lambda q, k, v: (q @ k.transpose(-2, -1)).softmax(dim=-1) / math.sqrt(q.shape[-1]) @ v),
 )
 
 
@@ -121,6 +127,8 @@ POSITION_MISTAKES = (
     ("positions are added; they do not scale the tokens",
      lambda x, c, p: torch.cat([c.expand(len(x), -1, -1), x], dim=1) * p),
     ("there are no positions in it", lambda x, c, p: torch.cat([c.expand(len(x), -1, -1), x], dim=1) + 0 * p),
+    ("CLS is missing: the first place holds its position alone",
+     lambda x, c, p: torch.cat([0 * c.expand(len(x), -1, -1), x], dim=1) + p),
 )
 
 
@@ -157,6 +165,13 @@ ROLLOUT_MISTAKES = (
      lambda maps: with_residual(maps.mean(dim=1))[-1] / 2),
     ("the heads are put together in another way than by their mean",
      lambda maps: rolled_up(with_residual(maps.amax(dim=1)) / with_residual(maps.amax(dim=1)).sum(-1, keepdim=True))),
+    ("the heads are added up; each block is to count as half attention, half residual",
+     lambda maps: rolled_up(with_residual(maps.sum(dim=1)) / with_residual(maps.sum(dim=1)).sum(-1, keepdim=True))),
+    ("the first block is left out", lambda maps: rolled_up(with_residual(maps.mean(dim=1))[1:] / 2)),
+    ("the blocks are put together by a mean; what the last one reads has already been mixed by the earlier ones",
+     lambda maps: (with_residual(maps.mean(dim=1)) / 2).mean(dim=0)),
+    ("the blocks are multiplied number by number; this wants the product of matrices",
+     lambda maps: (with_residual(maps.mean(dim=1)) / 2).prod(dim=0)),
 )
 
 
@@ -176,6 +191,12 @@ BLOCK_MISTAKES = (
     ("the MLP should read what the attention has made, not what came in",
      lambda x, n1, a, n2, m: x + a(n1(x)) + m(n2(x))),
     ("each part has a norm of its own", lambda x, n1, a, n2, m: x + a(n1(x)) + m(n1(x + a(n1(x))))),
+    ("there is no residual connection in it: each part adds to what comes in", lambda x, n1, a, n2, m: m(n2(a(n1(x))))),
+    ("the two norms have changed places", lambda x, n1, a, n2, m: x + a(n2(x)) + m(n1(x + a(n2(x))))),
+    ("there are no norms in it", lambda x, n1, a, n2, m: x + a(x) + m(x + a(x))),
+    ("the MLP comes before the attention", lambda x, n1, a, n2, m: x + m(n2(x)) + a(n1(x + m(n2(x))))),
+    ("the residual connection goes around the norm: it should bring what comes in as it is",
+     lambda x, n1, a, n2, m: n2(n1(x) + a(n1(x))) + m(n2(n1(x) + a(n1(x))))),
 )
 
 

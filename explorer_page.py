@@ -31,7 +31,12 @@ article { min-width: 0; } canvas { display: block; max-width: 100%; }
 canvas.view { width: 100%; max-width: 32rem; touch-action: manipulation; cursor: crosshair; border-radius: 4px; }
 canvas:focus-visible, select:focus-visible, button:focus-visible, input:focus-visible { outline: 3px solid var(--mark);
   outline-offset: 2px; }
-canvas.strip { cursor: pointer; } .scroll { overflow-x: auto; }
+canvas.strip { cursor: pointer; }
+.scroll { overflow-x: auto; background:
+  linear-gradient(to right, var(--page) 30%, transparent) left / 3rem 100% no-repeat local,
+  linear-gradient(to left, var(--page) 30%, transparent) right / 3rem 100% no-repeat local,
+  linear-gradient(to right, var(--line), transparent) left / 1rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--line), transparent) right / 1rem 100% no-repeat scroll; }
 .scale { display: flex; align-items: center; gap: .5rem; font-size: .85rem; margin: .4rem 0; }
 .scale canvas { width: 10rem; height: .8rem; border-radius: 3px; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
@@ -275,7 +280,7 @@ function show() {
     view.setAttribute('aria-label', m.name + ', ' + DATA.pictures[state.image].name + '. Arrow keys choose a patch.');
     jump.hidden = !cnn && state.method !== 'attention';
     if (!jump.hidden) drawStrip(strip, model);
-    lens.replaceChildren(make('thead', {}, make('tr', {}, make('th', {textContent: cnn ? '' : 'after block'}),
+    lens.replaceChildren(make('thead', {}, make('tr', {}, make('th', {textContent: cnn ? '' : 'blocks passed'}),
       ...own.lens.classes.map(name => make('th', {textContent: name})))),
       make('tbody', {}, ...own.lens.rows.map((row, depth) => make('tr', {}, make('td', {textContent: cnn ? 'answer'
         : String(depth)}), ...row.map(value => make('td', {textContent: percent(value, 0),

@@ -24,6 +24,12 @@ def exercise(name):
             ("text", f"<details><summary>A solution</summary>\n\n```python\n{solution}\n```\n\n</details>")]
 
 
+def talk(question, answer):
+    """A question to talk about, and our answer to it, folded."""
+    return ("text", f"**Talk about it:** {question}\n\n<details><summary>What we would say</summary>\n\n{answer}\n\n"
+                    f"</details>")
+
+
 SECTIONS = [
     ("text", """# From CNNs to Vision Transformers, in 90 minutes
 
@@ -64,9 +70,10 @@ matrix: the only place where pixels meet weights. **Guess:** how many patches of
 and how many numbers has each?"""),
     ("code", "visualize_patch_embedding(drawn.images[0], patch_size=4)"),
     *exercise("patch_embedding"),
-    ("text", """**Talk about it:** which layer of a CNN does the same with its stride set to its kernel size?
-
-## 10 to 30: attention
+    talk("which layer of a CNN does the same with its stride set to its kernel size?",
+         """A convolution: its windows lie side by side and no longer overlap. Written that way it is the layer
+`PatchEmbedding.proj` in `vit_model.py`."""),
+    ("text", """## 10 to 30: attention
 
 Every token asks (query), every token offers (key) and gives (value). The answer is a mean of the values, weighted by
 how well queries meet keys. No weight here knows how far apart two tokens are: that is the first difference from a
@@ -75,7 +82,8 @@ convolution."""),
     ("code", """views = AttentionVisualizer(create_pretrained("vit_nano_shapes"), device="cpu")
 views.visualize_attention(drawn.images[0], layer_idx=-1)"""),
     ("text", """**Look:** the weights of one row sum to one, with those that go to CLS. What does the frame show when
-you choose a patch, `patch=(3, 3)`, in the place of CLS? Do the heads look at the same things?"""),
+you choose a patch, `patch=(3, 3)`, in the place of CLS? Do the heads look at the same things? Layers and heads count
+from 0; layer 0 is the first block."""),
     ("code", "views.visualize_all_heads(drawn.images[0])"),
     ("code", "views.visualize_attention_distance(drawn.images[:32])"),
     ("text", """Each point is a head: how far it looks on average. A convolution of 3 x 3 would lie near the bottom.
@@ -91,9 +99,10 @@ images = normalise(drawn.images, model.mean, model.std)
 for share in (0.0, 0.25, 0.5, 0.75):
     right = predictions(model, shuffle_patches(images, 4, share)) == drawn.labels
     print(f"{share:.0%} of the patches shuffled: {right.float().mean():.0%} right")"""),
-    ("text", """**Talk about it:** this ViT has positions. What does it use them for, if the shuffle costs it so little?
-
-## 40 to 50: the block and the whole model
+    talk("this ViT has positions. What does it use them for, if the shuffle costs it so little?",
+         """For little: which pieces are there is enough to tell these shapes apart, wherever they lie, and training
+takes what suffices. The last section asks the ConvNet and the hybrid the same question; they need the order."""),
+    ("text", """## 40 to 50: the block and the whole model
 
 Attention mixes the tokens, the MLP works on each by itself; both add to what comes in, and both read it
 normalised."""),
@@ -114,10 +123,10 @@ trainer = Trainer(create_vit_nano(n_classes=10), device="cpu")
 history = trainer.train(train_loader, val_loader, n_epochs=n_epochs, learning_rate=2e-3, progress=False)
 print(f"validation accuracy {history['val_acc'][-1]:.1%}")
 plot_training_curves(history)"""),
-    ("text", """**Talk about it:** is the loss still falling at the end? The model of the next section was trained for
-longer.
-
-## 65 to 80: looking inside
+    talk("is the loss still falling at the end? The model of the next section was trained for longer.",
+         """It is: two epochs are a beginning. While the curves of training and validation stay close together, more
+steps help; where they part, more images or more augmentation do."""),
+    ("text", """## 65 to 80: looking inside
 
 Where does an answer come from? Every method gives a map; they do not agree. So ask each map a question that has an
 answer: hide the patches that it calls important, and see whether the answer goes, sooner than in random order."""),
@@ -128,9 +137,11 @@ answer: hide the patches that it calls important, and see whether the answer goe
 
 for check in selfcheck(model, images[:4]):
     print({True: "holds:", False: "does not hold:", None: "does not apply:"}[check.holds], check.name)"""),
-    ("text", """**Talk about it:** which map would you show to somebody, and what would you say about it?
-
-To play with, any image of your own: `views.explore(["photo.jpg"])` gives a page.
+    talk("which map would you show to somebody, and what would you say about it?",
+         """Any of them, together with its curves: how much sooner the answer goes, on this image, than in random order.
+Over 500 images all four do better than that; which does best depends on whether patches are hidden or shown (README,
+Looking inside). None of them says why the model answers as it does."""),
+    ("text", """To play with, any image of your own: `views.explore(["photo.jpg"])` gives a page.
 
 ## 80 to 90: and the CNN?
 

@@ -214,7 +214,7 @@ def anatomy_of(model):
             return describe(model)
     raise InputError(f"a {type(model).__name__} has no attention maps that are known here; expected a "
                      f"VisionTransformer or HybridCNNViT, or a ViT of timm, transformers (for image classification) or "
-                     f"torchvision")
+                     f"torchvision (of a ConvNet there is explanations.explain(model, images, 'grad_cam'))")
 
 
 def of_ours(model):

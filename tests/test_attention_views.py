@@ -31,7 +31,7 @@ def test_visualize_attention(tmp_path):
     np.testing.assert_allclose(shown, picture, atol=1e-6)
     np.testing.assert_allclose(grid, expected, rtol=1e-6)
     np.testing.assert_allclose(smooth, expected, rtol=1e-6)
-    assert f"of all weights: {maps[2, 0].mean(dim=0)[0, 1:].sum():.1%}" in texts(figure)
+    assert f"in all {maps[2, 0].mean(dim=0)[0, 1:].sum():.1%}; the rest goes to CLS" in texts(figure)
     model.eval()
     with torch.no_grad():
         probability, label = model(images).softmax(dim=1)[0].max(dim=0)

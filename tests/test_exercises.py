@@ -21,9 +21,10 @@ def test_each_usual_mistake_has_its_own_words(name, words, mistaken):
     assert e.check_function(name, mistaken) == e.Verdict(False, words)
 
 
-def test_five_mistakes_each():
-    assert all(len(exercise.mistakes) == 5 for exercise in e.EXERCISES.values())
-    assert len({words for exercise in e.EXERCISES.values() for words, _ in exercise.mistakes}) == 25
+def test_five_mistakes_or_more_each():
+    assert all(len(exercise.mistakes) >= 5 for exercise in e.EXERCISES.values())
+    words = [words for exercise in e.EXERCISES.values() for words, _ in exercise.mistakes]
+    assert len(set(words)) == len(words)
 
 
 # ---- The solutions are what the library does
