@@ -12,14 +12,13 @@ Letters:  B images, L blocks, H heads, N tokens (prefix tokens, then patches), K
 """
 
 import math
-import textwrap
 
 import numpy as np
 import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.patches import Rectangle
 
-from charts import COLOURS, VERMILION, finish, hide_ticks, new_figure
+from charts import COLOURS, VERMILION, finish, hide_ticks, new_figure, set_heading
 from explanations import (
     METHODS,
     check_pool,
@@ -130,7 +129,7 @@ class AttentionVisualizer:
         if head_idx is not None:
             head = f"head {check_index('head_idx', head_idx, n_heads)} (of 0 to {n_heads - 1})"
         who = self.who_looks(patch)
-        figure.suptitle(f"{who}: layer {layer} (of 0 to {n_layers - 1}), {head}", fontsize=14)
+        set_heading(figure, f"{who}: layer {layer} (of 0 to {n_layers - 1}), {head}", fontsize=14)
         return finish(figure, save_path)
 
     def visualize_all_heads(self, image, layers=None, save_path=None, patch=None):
@@ -172,7 +171,7 @@ class AttentionVisualizer:
                 frame_patch(axes, picture, grid.shape, patch)
         figure.colorbar(mappable, ax=figure.axes, label="attention weight of a patch")
         who = self.who_looks(patch)
-        figure.suptitle(f"{who}, mean over the heads{self.describe_prediction(images)}", fontsize=13)
+        set_heading(figure, f"{who}, mean over the heads{self.describe_prediction(images)}", fontsize=13)
         return finish(figure, save_path)
 
     # ---- Where the answer comes from
@@ -209,7 +208,7 @@ class AttentionVisualizer:
         words = self.describe_class(found)
         if method in ("attention", "rollout"):
             words = self.describe_prediction(images).strip() + "\n(this map is the same for every class)"
-        figure.suptitle(words.strip(), fontsize=13)
+        set_heading(figure, words.strip(), fontsize=13)
         return finish(figure, save_path)
 
     def where_it_stands(self, method, options):
@@ -245,8 +244,8 @@ class AttentionVisualizer:
         for axes in panels:
             hide_ticks(axes)
         figure.colorbar(mappable, ax=panels, label="share, root scale")
-        refused = [textwrap.fill(f"left out: {reason}", 150) for reason in found.refused.values()]
-        figure.suptitle("\n".join([self.describe_class(found), *refused]), fontsize=13 if not refused else 10)
+        refused = [f"left out: {reason}" for reason in found.refused.values()]
+        set_heading(figure, "\n".join([self.describe_class(found), *refused]), fontsize=13 if not refused else 10)
         draw_agreement(agreement, found.correlations.numpy(), names)
         for axes, values, heading in zip(curves, (found.deletion, found.insertion), (
                 "hiding the hottest patches first\n(falls early: the map matters)",
@@ -275,7 +274,7 @@ class AttentionVisualizer:
         right.set_title("what the head says when it reads earlier tokens")
         right.set_xticks(spread(len(lens), 13))
         right.legend(fontsize=10)
-        figure.suptitle("Logit lens", fontsize=14)
+        set_heading(figure, "Logit lens", fontsize=14)
         return finish(figure, save_path)
 
     # ---- Over images
@@ -300,7 +299,7 @@ class AttentionVisualizer:
         axes.set(xlabel="block", ylabel="mean distance (pixels)", ylim=(0, 1.15 * max(line, distances.max())))
         axes.set_xticks(spread(len(distances), 13))
         axes.legend(fontsize=10)
-        axes.set_title(f"How far patches look, over {len(images)} images")
+        axes.set_title(f"How far patches look, over {len(images)} image{'s' * (len(images) > 1)}")
         return finish(figure, save_path)
 
     def visualize_token_norms(self, image, save_path=None):
@@ -403,7 +402,7 @@ def draw_map_grid(pictures, grids, row_labels, column_labels, title, label="atte
     for panel in axes.flat:
         hide_ticks(panel)
     figure.colorbar(mappable, ax=axes, label=label)
-    figure.suptitle(title, fontsize=14)
+    set_heading(figure, title, fontsize=14)
     return figure
 
 

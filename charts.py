@@ -11,6 +11,7 @@ Letters:  K classes, n points of a line.
 """
 
 import math
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,7 @@ def plot_curves(panels, xlabel, ylabel, save_path=None, title=None, log=(), perc
     order = [*names, *(label for label, _ in lines)]
     axes[-1].legend([shown[label] for label in order], order, fontsize=11)
     if title:
-        figure.suptitle(title, fontsize=14)
+        set_heading(figure, title, fontsize=14)
     return finish(figure, save_path)
 
 
@@ -173,7 +174,7 @@ def plot_bars(panels, save_path=None, title=None):
         panel.set_title(heading, fontsize=12)
         panel.set_ylim(len(names) - 0.5, -0.5)
     if title:
-        figure.suptitle(title, fontsize=14)
+        set_heading(figure, title, fontsize=14)
     return finish(figure, save_path)
 
 
@@ -228,7 +229,7 @@ def plot_matrices(matrices, titles, label, xlabel="", ylabel="", save_path=None,
         axes.set_ylabel(ylabel, fontsize=11)
     figure.colorbar(mappable, ax=panels, label=label)
     if title:
-        figure.suptitle(title, fontsize=14)
+        set_heading(figure, title, fontsize=14)
     return finish(figure, save_path)
 
 
@@ -272,6 +273,12 @@ def new_figure(width, height):
     figure = Figure(figsize=(width, height), layout="compressed")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     return figure
+
+
+def set_heading(figure, text, fontsize=14):
+    """The heading of a figure, in as many lines as its width asks for."""
+    n_letters = int(figure.get_figwidth() * 72 / (0.62 * fontsize))
+    figure.suptitle("\n".join(textwrap.fill(line, n_letters) for line in text.split("\n")), fontsize=fontsize)
 
 
 def finish(figure, save_path):

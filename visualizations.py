@@ -43,6 +43,7 @@ from charts import (  # noqa: F401 - some are handed on
     plot_matrices,
     plot_training_curves,
     save_figure,
+    set_heading,
 )
 from cnn_model import ConvNet
 from command_line import OneLineParser, script, whole
@@ -88,7 +89,7 @@ def visualize_patch_filters(model, n_filters=28, save_path=None):
     for axes, one, share in zip(figure.axes, filters, shares.tolist(), strict=False):
         axes.imshow((0.5 + one / one.abs().max() / 2).permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
         axes.set_title(f"{share:.1%}", fontsize=10)
-    figure.suptitle(f"Filters of the patch projection: the first {len(filters)} principal components\n"
+    set_heading(figure, f"Filters of the patch projection: the first {len(filters)} principal components\n"
                     f"(shares of all; these together {shares.sum():.0%})", fontsize=12)
     return finish(figure, save_path)
 
@@ -115,7 +116,7 @@ def visualize_features(model, images, save_path=None):
             axes.imshow(one)
     for axes in panels.flat:
         hide_ticks(axes)
-    figure.suptitle("Patch tokens as colours: their three main directions as red, green and blue", fontsize=12)
+    set_heading(figure, "Patch tokens as colours: their three main directions as red, green and blue", fontsize=12)
     return finish(figure, save_path)
 
 
@@ -140,7 +141,7 @@ def visualize_positions(model, save_path=None):
     figure.colorbar(mappable, ax=axes, label="cosine similarity")
     figure.supxlabel("column of the patch")
     figure.supylabel("row of the patch")
-    figure.suptitle("Position embeddings: similarity of one patch to all", fontsize=14)
+    set_heading(figure, "Position embeddings: similarity of one patch to all", fontsize=14)
     return finish(figure, save_path)
 
 
@@ -246,7 +247,7 @@ def compare_receptive_fields(save_path="receptive_fields.png", models=None, imag
                 axes.set_ylabel(name, fontsize=12)
     colorbar = figure.colorbar(mappable, ax=panels, shrink=min(0.9, 3 / len(rows)), aspect=30, extend="both")
     colorbar.set_label("share of each pixel (log scale; white: exactly 0)", fontsize=12)
-    figure.suptitle("Which pixels one unit in the centre sees (axes and radii in pixels)\n"
+    set_heading(figure, "Which pixels one unit in the centre sees (axes and radii in pixels)\n"
                     "circles hold 50% (solid) and 90% (dashed) of the gradient", fontsize=14)
     return finish(figure, save_path)
 
@@ -321,7 +322,7 @@ def plot_images(images, titles=None, columns=8, save_path=None, title=None, mean
         panel.imshow(picture)
         panel.set_title(text, fontsize=10, parse_math=False)  # names of classes may hold a $
     if title:
-        figure.suptitle(title, fontsize=14)
+        set_heading(figure, title, fontsize=14)
     return finish(figure, save_path)
 
 

@@ -194,16 +194,20 @@ def test_register_artefacts_are_framed():
     with torch.no_grad():
         model.pos_embed[0, 1 + 4] = 30  # the fifth patch
     figure = v.AttentionVisualizer(model, device="cpu").visualize_token_norms(pixels())
-    assert "3 register artefacts (framed) in these 3 of 3 layers" in texts(figure)
+    assert "3 register artefacts (framed) in these 3 of 3 layers" in " ".join(texts(figure).split())
     assert [axes.patches[0].get_bbox().bounds for axes in figure.axes[1:4]] == [(4.5, 6.5, 5, 7)] * 3
 
 
-def test_no_text_of_a_view_is_clipped():
-    model, image = square_vit(), pixels(12, 12)
+@pytest.mark.parametrize("model", [square_vit, lambda: vit(depth=2, n_heads=1, pool="mean")], ids=["wide", "narrow"])
+def test_no_text_of_a_view_is_clipped(model):
+    model, image = model(), pixels(12, 12)
+    images = torch.randn(2, 3, *prepare_image(image, model)[0].shape[2:])
     views = v.AttentionVisualizer(model, device="cpu")
     for figure in (views.visualize_all_layers(image), views.visualize_relevance(image),
                    views.visualize_explanations(image, n_steps=2), views.visualize_logit_lens(image),
-                   views.visualize_attention_distance(torch.randn(2, 3, 12, 12)), views.visualize_token_norms(image)):
+                   views.visualize_attention_distance(images), views.visualize_token_norms(image),
+                   views.visualize_attention(image), views.visualize_all_heads(image),
+                   v.visualize_attention_grid(model, images)):
         assert_no_text_clipped(figure)
 
 
