@@ -120,6 +120,14 @@ def attention_maps(model, images):
     return at_least_float32(torch.stack(record(model, images).maps))  # (L, B, H, N, N)
 
 
+@contextmanager
+def differentiable():
+    """Gradients are computed here, also where the caller has switched them off (no_grad, inference_mode). A function is
+    decorated with it: @differentiable()."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
 def watch_layer(model, layer, images, run=None):
     """(pixels, output, answer) of one layer, hanging together for torch.autograd.grad: the images that gradients go to,
     what the layer gave of them, and what `run`, the model itself where it is None, gave at the end."""
