@@ -23,7 +23,7 @@ from augmentation import Augmentation
 from charts import plot_bars, plot_curves
 from drawn_tasks import CUES, make_cues, make_marks
 from experiments import Experiment, listed
-from measurements import count_parameters
+from measurements import count_parameters, wilson_interval
 from model_zoo import build_model
 from perturbations import cue_choices, predictions, shape_bias
 from trainer import NotFinite, Trainer, steps_within
@@ -44,8 +44,8 @@ DISTANCES = (8, 14, 20, 26, 32, 42)  # in pixels, at which reach is tested
 CENTRED = dict(mean=(0.5,) * 3, std=(0.25,) * 3)
 FEW = 20  # of fewer images no winner is named
 # Student's t by degrees of freedom: two-sided 5% over three comparisons together (Bonferroni: 5% / 3 each).
-CONFIDENCE = {2: 7.649, 3: 4.857, 4: 3.961, 5: 3.534, 6: 3.287, 8: 3.016, 10: 2.870, 15: 2.694, 20: 2.613, 30: 2.536,
-              60: 2.463, 120: 2.428}
+CONFIDENCE = {1: 38.19, 2: 7.649, 3: 4.857, 4: 3.961, 5: 3.534, 6: 3.287, 8: 3.016, 10: 2.870, 15: 2.694, 20: 2.613,
+              30: 2.536, 60: 2.463, 120: 2.428}
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,17 @@ def loader_of(images, labels, class_names, recipe, seed=0, training=False, name=
 
 
 def build_kind(kind, n_classes, img_size):
-    """A new model of STEPS_BETWEEN for images of this side. From 64 pixels on patches have twice the side, so that
-    there are no more of them than in 32."""
+    """A new model of STEPS_BETWEEN for images of this side. From 64 pixels on patches have twice the side and the stem
+    of the ConvNet twice the stride, so that there are no more places than in 32 and the cost of all grows alike."""
     name, options = STEPS_BETWEEN[kind]
-    patch = dict(patch_size=8) if img_size >= 64 and img_size % 8 == 0 and name != "convnet" else {}
-    return build_model(name, n_classes=n_classes, img_size=img_size, **options, **patch)
+    coarser = {}
+    if img_size >= 64 and img_size % 8 == 0:
+        coarser = dict(stem_stride=2) if name == "convnet" else dict(patch_size=8)
+    return build_model(name, n_classes=n_classes, img_size=img_size, **options, **coarser)
 
 
-def train_once(kind, loader, val_loader, recipe, rate, seed, device="auto", amp="auto", progress=False):
-    """A trained model of STEPS_BETWEEN and its validation accuracy."""
+def train_once(kind, loader, recipe, rate, seed, device="auto", amp="auto", progress=False):
+    """The Trainer of a model of STEPS_BETWEEN, after its training."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = build_kind(kind, len(loader.class_names), loader.img_size)
@@ -85,7 +87,7 @@ def train_once(kind, loader, val_loader, recipe, rate, seed, device="auto", amp=
     trainer = Trainer(model, device, amp=amp)
     trainer.train(loader, n_steps=recipe.n_steps, learning_rate=rate, weight_decay=recipe.weight_decay, seed=seed,
                   schedule=recipe.schedule, optimizer=recipe.optimizer, progress=progress)
-    return model, trainer.evaluate(val_loader)["acc"]
+    return trainer
 
 
 def best_of_rates(kind, loader, val_loader, recipe, seed, rates=RATES, **run):
@@ -94,7 +96,8 @@ def best_of_rates(kind, loader, val_loader, recipe, seed, rates=RATES, **run):
     found = {}
     for rate in rates:
         try:
-            found[rate] = train_once(kind, loader, val_loader, recipe, rate, seed, **run)
+            trainer = train_once(kind, loader, recipe, rate, seed, **run)
+            found[rate] = trainer.model, trainer.evaluate(val_loader)["acc"]
         except NotFinite:
             if rate == rates[-1] and not any(model for model, _ in found.values()):
                 raise
@@ -133,24 +136,40 @@ def draw_reach(cells):
 
 
 def say_reach(cells):
-    parts, near, far, top = [], {}, {}, {}
-    for kind in kinds_of(cells):
-        own = [cell for cell in cells if cell["kind"] == kind]
-        near[kind], far[kind] = (mean(cell["correct"][i] / cell["n"] for cell in own) for i in (0, -1))
-        top[kind] = max(mean(cell["correct"][i] / cell["n"] for cell in own) for i in range(len(own[0]["correct"])))
-    at = next(iter(cells))["distances"]
-    ends = listed(f"{near[kind]:.0%} and {far[kind]:.0%} ({kind})" for kind in near)
-    parts.append(f"Whether two marks are the same is answered rightly at {at[0]} and at {at[-1]} pixels in {ends} of "
-                 f"the cases; guessing gives 50%.")
-    n = cells[0]["n"]
-    learned = [kind for kind in near if top[kind] > max(0.6, 0.5 + 3 * math.sqrt(0.25 / n))]
-    fall = {kind: near[kind] - far[kind] for kind in learned}
+    """Who loses most as the marks move apart, of those that have learned the task at some distance at all."""
+    at, n, kinds = cells[0]["distances"] if cells else (), cells[0]["n"] if cells else 0, kinds_of(cells)
+    shares = {kind: torch.tensor([cell["correct"] for cell in cells if cell["kind"] == kind]).double() / n
+              for kind in kinds}  # kind -> (seeds, distances)
+    ends = listed(f"{own[:, 0].mean():.0%} and {own[:, -1].mean():.0%} ({kind})" for kind, own in shares.items())
+    parts = [f"Whether two marks are the same is answered rightly at {at[0]} and at {at[-1]} pixels in {ends} of the "
+             f"cases; guessing gives 50%."]
+    least = max(0.6, 0.5 + 3 * math.sqrt(0.25 / n))
+    learned = [kind for kind in kinds if shares[kind].mean(dim=0).max() > least]
     if not learned:
         return parts[0] + " None has learned the task in these steps, so nothing follows about reach."
-    most = max(fall, key=fall.get)
-    parts.append(f"{most} loses most with distance, {100 * fall[most]:.0f} points." if fall[most] > 0.05 else
-                 f"Of those that have learned it, {listed(learned)}, none loses more than 5 points with distance.")
+    falls = {kind: (shares[kind].cummax(dim=1).values - shares[kind]).amax(dim=1).tolist() for kind in learned}
+    order = sorted(learned, key=lambda kind: mean(falls[kind]), reverse=True)
+    most, biggest = order[0], mean(falls[order[0]])
+    level = [kind for kind in order if biggest - mean(falls[kind]) <= margin_of_falls(falls[most], falls[kind], n)]
+    if biggest <= 0.05:
+        parts.append(f"Of those that have learned it, {listed(learned)}, none loses more than 5 points from a shorter "
+                     f"distance to a longer.")
+    elif len(level) == 1:
+        parts.append(f"{most} loses most with distance, {100 * biggest:.0f} points.")
+    else:
+        parts.append(f"{most} loses {100 * biggest:.0f} points with distance, but {listed(level)} cannot be told apart "
+                     f"in that.")
+    if len(learned) < len(kinds):
+        parts.append(f"{listed(kind for kind in kinds if kind not in learned)} did not learn the task at any distance.")
     return " ".join(parts)
+
+
+def margin_of_falls(first, second, n):
+    """What the means of two samples of falls, each between two accuracies of n images, may differ by chance."""
+    if min(len(first), len(second)) < 2:
+        return math.inf
+    parts = [(stdev(values) ** 2 / len(values), len(values) - 1) for values in (first, second)]
+    return half_width([*parts, (0.5 / n, n), (0.5 / n, n)])
 
 
 # ---- 5, second part: outline against texture --------------------------------------------------------------
@@ -189,12 +208,20 @@ def say_cues(cells):
     if not bias:
         return "No model answers by outline or by texture."
     values = listed(f"{value:.0%} ({kind})" for kind, value in bias.items())
-    outline = [kind for kind in bias if min(of_seeds[kind]) > 0.5]
-    texture = [kind for kind in bias if max(of_seeds[kind]) < 0.5]
     parts = [f"{listed(kinds)} {'goes' if len(kinds) == 1 else 'go'} by {cue} with every seed"
-             for kinds, cue in ((outline, "outline"), (texture, "texture")) if kinds]
+             for cue in ("outline", "texture") if (kinds := [kind for kind in of_seeds if goes_by(cue, cells, kind)])]
     leaning = f"{', '.join(parts)}." if parts else "None goes by the same cue with every seed."
+    silent = [kind for kind in of_seeds if kind not in bias]
+    leaning += f" {listed(silent)} never answered by either." if silent else ""
     return f"Where outline and texture are at odds, the outline decides in {values} of the answers by either. {leaning}"
+
+
+def goes_by(cue, cells, kind):
+    """Whether with two seeds or more, and every one, the answers by either cue are more by this one than chance gives:
+    a Wilson interval on one side of a half."""
+    of_seeds = [(cell["choices"][cue], cell["choices"]["outline"] + cell["choices"]["texture"]) for cell in cells
+                if cell["kind"] == kind]
+    return len(of_seeds) > 1 and all(n and wilson_interval(correct, n)[0] > 0.5 for correct, n in of_seeds)
 
 
 # ---- 7. Data efficiency -----------------------------------------------------------------------------------
@@ -248,6 +275,10 @@ def say_data(cells):
                 others.append(kind)
         values = listed(f"{mean(values):.1%} ({kind})" for kind, values in at.items())
         lead = f"{best} is ahead" if not others else f"{best} and {listed(others)} cannot be told apart"
+        missing = [kind for kind in kinds_of(cells) if kind not in at]
+        if len(at) == 1:
+            lead = "there is nothing to compare it with yet"
+        lead += f" ({listed(missing)} not measured yet)" if missing else ""
         steps = []
         for before, kind in itertools.pairwise(at):
             gain = mean(at[kind]) - mean(at[before])
@@ -277,24 +308,24 @@ def judge(loaders, minutes, seeds=SEEDS, kinds=("ConvNet", "Hybrid", "ViT"), rec
         build_kind(kind, len(train_loader.class_names), train_loader.img_size)
     for kind in kinds:
         model = build_kind(kind, len(train_loader.class_names), train_loader.img_size)
-        one_batch = list(itertools.islice(val_loader, 1))  # the trainings evaluate once, at their end
+        one_batch = list(itertools.islice(val_loader, 1))  # the trainings do not evaluate
         n_steps = steps_within(seconds, model, train_loader, one_batch, recipe.optimizer, device=device, amp=amp)
         for seed in seeds:
-            own = replace(recipe, n_steps=n_steps)
+            own, diverged = replace(recipe, n_steps=n_steps), False
             try:
-                model, _ = train_once(kind, train_loader, val_loader, own, RATES[1], seed, device, amp)
+                model = train_once(kind, train_loader, own, RATES[1], seed, device, amp).model
                 right = torch.cat([predictions(model, images) == labels.cpu() for images, labels in asked])
             except NotFinite as error:
                 report(f"{kind}, seed {seed}: {error}; it counts as no image right")
-                right = torch.zeros(asked.n_images, dtype=torch.bool)
-            rows[kind].append(dict(seed=seed, n_steps=n_steps, right=right.tolist(),
+                right, diverged = torch.zeros(asked.n_images, dtype=torch.bool), True
+            rows[kind].append(dict(seed=seed, n_steps=n_steps, right=right.tolist(), diverged=diverged,
                                    accuracy=right.double().mean().item()))
             report(f"{kind}, seed {seed}: {rows[kind][-1]['accuracy']:.1%} of {len(right):,} images, {n_steps} steps")
     return rows
 
 
 def t_quantile(df):
-    """That of CONFIDENCE, for 2 degrees of freedom or more; of a number not listed the next lower's, which is wider."""
+    """That of CONFIDENCE, for 1 degree of freedom or more; of a number not listed the next lower's, which is wider."""
     return CONFIDENCE[max(known for known in CONFIDENCE if known <= df)]
 
 
@@ -328,8 +359,12 @@ def verdict(rows, costs=None):
     tied = [kind for kind, (difference, half) in told.items() if difference <= half or n < FEW]
     values = listed(f"{levels[kind]:.1%} ({kind})" for kind in order)
     seen = f"{len(rows[best])} seeds each, {n:,} images: {values}."
+    for kind, own in rows.items():
+        diverged = sum(row.get("diverged", False) for row in own)
+        seen += f" {diverged} training{'s' * (diverged > 1)} of {kind} diverged and count" \
+                f"{'s' * (diverged == 1)} as no image right." if diverged else ""
     if not tied:
-        leads = listed(f"{100 * d:.1f} points ({100 * (d - h):.1f} to {100 * (d + h):.1f}) before {kind}"
+        leads = listed(f"{100 * d:.1f} points ({100 * (d - h):.1f} to {100 * min(1, d + h):.1f}) before {kind}"
                        for kind, (d, h) in told.items())
         return f"{best}. {seen} It is {leads}: more than seeds and images vary by."
     level = [best, *tied]
@@ -381,7 +416,7 @@ def half_width(parts):
     """Half an interval of a sum whose parts have these (variance, degrees of freedom), by Welch and Satterthwaite."""
     variance = sum(part for part, _ in parts)
     df = variance**2 / sum(part**2 / own for part, own in parts)
-    return t_quantile(max(2, df)) * math.sqrt(variance)
+    return t_quantile(max(1, df)) * math.sqrt(variance)
 
 
 LEARNING = {

@@ -10,7 +10,7 @@ from matplotlib.collections import PolyCollection
 import learning as le
 from augmentation import Augmentation
 from drawn_tasks import make_mark
-from measurements import count_parameters
+from measurements import count_flops, count_parameters
 from model_zoo import build_model
 from trainer import NotFinite
 from vit_model import InputError
@@ -33,6 +33,17 @@ def small(monkeypatch):
     monkeypatch.setattr(le, "build_model", lambda name, **options: build_model(name, **tiny[name] | options))
 
 
+class Answers:
+    """A trainer whose model is its learning rate, and which has an accuracy on the validation images alone."""
+
+    def __init__(self, rate, accuracies):
+        self.model, self.accuracies = rate, accuracies
+
+    def evaluate(self, loader):
+        assert loader == "validation"
+        return dict(acc=self.accuracies[self.model])
+
+
 def test_the_steps_from_vit_to_convnet_have_parameters_within_10_percent():
     counts = {kind: count_parameters(build_model(name, n_classes=10, img_size=32, **options))
               for kind, (name, options) in le.STEPS_BETWEEN.items()}
@@ -44,10 +55,10 @@ def test_a_training_is_a_function_of_its_seed():
     def weights(seed):
         train, val, _ = loaders()
         state = torch.get_rng_state()
-        model, accuracy = le.train_once("ViT", train, val, QUICK, 1e-3, seed, **ON_CPU)
+        trainer = le.train_once("ViT", train, QUICK, 1e-3, seed, **ON_CPU)
         assert torch.equal(state, torch.get_rng_state())
-        assert 0 <= accuracy <= 1
-        return model.head.weight
+        assert 0 <= trainer.evaluate(val)["acc"] <= 1
+        return trainer.model.head.weight
 
     assert torch.equal(weights(3), weights(3))
     assert not torch.equal(weights(3), weights(4))
@@ -55,8 +66,8 @@ def test_a_training_is_a_function_of_its_seed():
 
 def test_the_rate_is_the_best_on_the_validation_images_and_the_least_among_equals(monkeypatch):
     accuracies = {1e-3: 0.7, 2e-3: 0.9, 4e-3: 0.9}
-    monkeypatch.setattr(le, "train_once", lambda kind, train, val, recipe, rate, seed, **run: (rate, accuracies[rate]))
-    assert le.best_of_rates("ViT", None, None, QUICK, 0, tuple(accuracies)) == (2e-3, accuracies, 2e-3)
+    monkeypatch.setattr(le, "train_once", lambda kind, train, recipe, rate, seed, **run: Answers(rate, accuracies))
+    assert le.best_of_rates("ViT", None, "validation", QUICK, 0, tuple(accuracies)) == (2e-3, accuracies, 2e-3)
 
 
 @pytest.mark.usefixtures("small")
@@ -68,6 +79,28 @@ def test_cells_of_reach_and_cues(monkeypatch):
     assert [0 <= correct <= 20 for correct in reach["correct"]] == [True, True]
     cues = le.measure_cues("ViT", 0, QUICK, 25, 20, 16, **ON_CPU)
     assert sum(cues["choices"].values()) == 20
+
+
+@pytest.mark.usefixtures("small")
+def test_reach_is_asked_of_images_that_were_not_trained_on_and_nothing_adds_or_hides_a_mark(monkeypatch):
+    drawn, trained, make, train = [], [], le.make_marks, le.train_once
+    monkeypatch.setattr(le, "make_marks", lambda n, side, **how: drawn.append(how) or make(n, side, **how))
+    monkeypatch.setattr(le, "train_once", lambda kind, loader, recipe, *rest, **run: trained.append(
+        (loader.augmentation, recipe.augmentation)) or train(kind, loader, recipe, *rest, **run))
+    le.measure_reach("ViT", 1, QUICK, 24, 20, (8, 20), 32, **ON_CPU)
+    first, val, *tests = [(how["seed"], how["start"], how.get("distance")) for how in drawn]
+    assert (first, val) == ((2, 0, None), (2, 10**9, None))
+    assert tests == [(0, 2 * 10**9, 8), (0, 2 * 10**9, 20)]
+    assert {one.shift for pair in trained for one in pair} == {0.0}
+
+
+@pytest.mark.usefixtures("small")
+def test_a_rate_is_chosen_on_validation_images_and_the_test_images_are_read_once(monkeypatch):
+    parts, asked, evaluate = loaders(), [], le.Trainer.evaluate
+    monkeypatch.setattr(le.Trainer, "evaluate", lambda self, loader: asked.append(parts.index(loader)) or evaluate(
+        self, loader))
+    le.measure_data("ViT", 0, 40, parts, QUICK, **ON_CPU)
+    assert asked == [1, 1, 1, 2]
 
 
 @pytest.mark.usefixtures("small")
@@ -100,20 +133,36 @@ def test_the_reach_sentence_turns_with_the_numbers():
     assert "ViT loses most" in le.say_reach(reach_cells(dict(ViT=(99, 55), ConvNet=(98, 97))))
     both = le.say_reach(reach_cells(dict(ViT=(98, 97), ConvNet=(99, 96))))
     assert "ViT and ConvNet, none loses more than 5 points" in both
+    alike = le.say_reach(reach_cells({"ViT": (99, 55), "Hybrid": (98, 97), "ConvNet": (99, 54)}))
+    assert "ConvNet loses 45 points with distance, but ConvNet and ViT cannot be told apart in that" in alike
+    partly = le.say_reach(reach_cells(dict(ViT=(51, 50), ConvNet=(99, 55))))
+    assert partly.endswith("ConvNet loses most with distance, 44 points. ViT did not learn the task at any distance.")
+    dip = [dict(cell, distances=[8, 20, 42], correct=[99, 51, 98]) for cell in reach_cells(dict(ViT=(1, 1)))]
+    assert "ViT loses most with distance, 48 points" in le.say_reach(dip)
+    once = reach_cells(dict(ViT=(99, 97), ConvNet=(99, 55)))[::3]
+    assert "cannot be told apart" in le.say_reach(once)
     assert "None has learned the task" in le.say_reach(reach_cells(dict(ViT=(50, 49), ConvNet=(52, 55))))
+
+
+def cue_cell(kind, level):
+    choices = dict(outline=round(100 * level), texture=round(100 - 100 * level)) if not math.isnan(level) else \
+        dict(outline=0, texture=0)
+    return dict(kind=kind, shape_bias=level, choices=choices | dict(neither=7))
 
 
 def test_the_cue_sentence_turns_with_the_numbers():
     def sentence(**levels):
-        return le.say_cues([dict(kind=kind, shape_bias=level) for kind, level in levels.items() for _ in le.SEEDS])
+        return le.say_cues([cue_cell(kind, level) for kind, level in levels.items() for _ in le.SEEDS])
 
     assert "ViT goes by outline with every seed, ConvNet goes by texture" in sentence(ViT=0.8, ConvNet=0.1)
     assert "ConvNet goes by outline with every seed, ViT goes" in sentence(ViT=0.1, ConvNet=0.8)
     assert "ViT and ConvNet go by texture with every seed" in sentence(ViT=0.1, ConvNet=0.2)
-    assert "None goes by the same cue" in sentence(ViT=0.5, ConvNet=0.5)
+    assert "None goes by the same cue" in sentence(ViT=0.5, ConvNet=0.55)  # 0.55 of 100 answers is chance
     assert "No model answers by outline or by texture" in sentence(ViT=math.nan)
-    cells = [dict(kind="ViT", shape_bias=level) for level in (0.8, 0.7, 0.4)]  # not with every seed
-    assert le.say_cues(cells).endswith("None goes by the same cue with every seed.")
+    assert sentence(ViT=0.8, ConvNet=math.nan).endswith("every seed. ConvNet never answered by either.")
+    for levels in ((0.8, 0.7, 0.4), (0.8, math.nan, math.nan), (0.8,)):  # not with every seed, or one alone
+        cells = [cue_cell("ViT", level) for level in levels]
+        assert le.say_cues(cells).endswith("None goes by the same cue with every seed.")
 
 
 def data_cells(levels):
@@ -129,6 +178,15 @@ def test_the_data_sentence_turns_with_the_numbers():
     assert "ConvNet is ahead. Step by step, in points: ConvNet +10.0. With the most" in first
     assert first.endswith("Step by step, in points: ConvNet +0.1 (no more than chance).")
     assert "ViT is ahead" in le.say_data(data_cells(dict(ViT=(400, 900), ConvNet=(300, 800))))
+
+
+def test_a_kind_alone_is_ahead_of_nobody():
+    cells = data_cells(dict(ViT=(300, 800), ConvNet=(400, 900)))
+    alone = le.say_data([cell for cell in cells if cell["kind"] == "ViT"])
+    assert alone.count("there is nothing to compare it with yet") == 2
+    cut = [cell for cell in cells if cell["kind"] == "ViT" or cell["n_images"] == 9000]
+    assert "30.1% (ViT): there is nothing to compare it with yet (ConvNet not measured yet)." in le.say_data(cut)
+    assert "ConvNet is ahead. Step" in le.say_data(cut)
 
 
 def test_what_is_measured_once_is_not_told_apart():
@@ -217,6 +275,29 @@ def test_where_nothing_differs_hardly_ever_a_winner_is_named():
     assert named <= 10  # 5% of 200
 
 
+def test_images_alone_can_hide_a_lead():
+    """Seeds that are all alike: what is left are the images, of which 30 do not tell 10 points apart."""
+    def rows(n, share):
+        right = [i < round(share * n) for i in range(n)]
+        return [dict(seed=seed, right=right, accuracy=sum(right) / n) for seed in range(3)]
+
+    for n, start in ((30, "No winner among ConvNet"), (3000, "ConvNet. ")):
+        assert le.verdict(dict(ConvNet=rows(n, 0.8), Hybrid=rows(n, 0.7), ViT=rows(n, 0.7))).startswith(start)
+    difference, half = le.compare_two(rows(30, 0.8), rows(30, 0.7))
+    assert difference == pytest.approx(0.1)
+    differences = torch.tensor([0.0] * 27 + [1.0] * 3 + [1.0, -1.0])  # image by image, and one more for each side
+    assert half == pytest.approx(le.t_quantile(31) * (differences.var().item() / 32) ** 0.5, rel=1e-6)
+
+
+def test_trainings_that_diverged_are_told():
+    rows = rows_of(dict(ConvNet=0.9, Hybrid=0.6, ViT=0.5))
+    assert "diverged" not in le.verdict(rows)
+    rows["ViT"][1] |= dict(diverged=True, right=[False] * 400, accuracy=0.0)
+    assert "1 training of ViT diverged and counts as no image right." in le.verdict(rows)
+    rows["ViT"][2]["diverged"] = True
+    assert "2 trainings of ViT diverged and count as no image right." in le.verdict(rows)
+
+
 def test_a_verdict_needs_two_of_each():
     with pytest.raises(InputError, match="two seeds"):
         le.verdict(rows_of(dict(ConvNet=0.9, ViT=0.1), seeds=1))
@@ -225,7 +306,9 @@ def test_a_verdict_needs_two_of_each():
 
 
 def student_tail(t, df, step=1e-3, end=400.0):
-    """P(T > t) for Student's t, by the trapezoid rule."""
+    """P(T > t) for Student's t, by the trapezoid rule; of df = 1, whose tail is too long for that, by its formula."""
+    if df == 1:
+        return 0.5 - math.atan(t) / math.pi
     constant = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
     x = torch.arange(t, end, step, dtype=torch.float64)
     return (constant * torch.trapezoid((1 + x**2 / df) ** (-(df + 1) / 2), x)).item()
@@ -237,7 +320,7 @@ def test_the_quantiles_are_students(df):
 
 
 def test_quantiles_of_other_degrees_of_freedom_are_wider():
-    assert [le.t_quantile(df) for df in (2, 2.9, 5, 7, 400)] == [7.649, 7.649, 3.534, 3.287, 2.428]
+    assert [le.t_quantile(df) for df in (1, 2, 2.9, 5, 7, 400)] == [38.19, 7.649, 7.649, 3.534, 3.287, 2.428]
 
 
 def test_an_interval_of_equal_parts_has_their_degrees_of_freedom_together():
@@ -261,22 +344,22 @@ def test_numbers_of_images_come_once():
 
 
 def test_a_training_that_diverges_loses_only_itself(monkeypatch):
-    def train(kind, loader, val_loader, recipe, rate, *rest, **run):
+    def train(kind, loader, recipe, rate, *rest, **run):
         if rate > limit:
             raise NotFinite("loss or gradient are not finite")
-        return torch.nn.Identity(), 0.5
+        return Answers(rate, dict.fromkeys(le.RATES, 0.5))
 
     monkeypatch.setattr(le, "train_once", train)
     limit = 1e-3
-    _, rates, best = le.best_of_rates("ViT", None, None, QUICK, 0)
+    _, rates, best = le.best_of_rates("ViT", None, "validation", QUICK, 0)
     assert (rates, best) == ({5e-4: 0.5, 1e-3: 0.5, 2e-3: 0.0}, 5e-4)
     limit = 0
     with pytest.raises(NotFinite):
-        le.best_of_rates("ViT", None, None, QUICK, 0)
+        le.best_of_rates("ViT", None, "validation", QUICK, 0)
     monkeypatch.setattr(le, "steps_within", lambda *words, **run: 1)
     lines = []
     rows = le.judge(loaders(), 1, report=lines.append, recipe=QUICK, **ON_CPU)
-    assert {row["accuracy"] for own in rows.values() for row in own} == {0.0}
+    assert {(row["accuracy"], row["diverged"]) for own in rows.values() for row in own} == {(0.0, True)}
     assert "counts as no image right" in lines[0]
 
 
@@ -285,14 +368,18 @@ def test_judge_trains_each_kind_with_each_seed_within_its_share_of_the_time(monk
     asked = []
     monkeypatch.setattr(le, "steps_within", lambda seconds, *rest, **run: asked.append(seconds) or 2)
     lines = []
+    trained, train = [], le.train_once
+    monkeypatch.setattr(le, "train_once", lambda kind, loader, recipe, rate, *rest, **run: trained.append(
+        (recipe, rate)) or train(kind, loader, recipe, rate, *rest, **run))
     rows = le.judge(loaders(), 3, recipe=QUICK, report=lines.append, **ON_CPU)
+    assert trained == [(QUICK, le.RATES[1])] * 9  # one recipe for all
     assert asked == [20, 20, 20]
     assert list(rows) == ["ConvNet", "Hybrid", "ViT"]
     assert {len(row["right"]) for own in rows.values() for row in own} == {14}
     assert [row["seed"] for own in rows.values() for row in own] == [0, 1, 2] * 3
     assert len(lines) == 9
-    train, val, _ = loaders()
-    rows = le.judge((train, val, None), 3, recipe=QUICK, report=lines.append, **ON_CPU)
+    train_loader, val, _ = loaders()
+    rows = le.judge((train_loader, val, None), 3, recipe=QUICK, report=lines.append, **ON_CPU)
     assert {len(row["right"]) for own in rows.values() for row in own} == {12}
     for own in rows.values():
         assert all(row["accuracy"] == pytest.approx(sum(row["right"]) / 12) for row in own)
@@ -303,3 +390,6 @@ def test_larger_images_have_larger_patches_and_the_three_stay_alike():
         assert [le.build_kind(kind, 3, side).patch_embed.n_patches for side in (32, 64)] == [64, 64]
     counts = [count_parameters(le.build_kind(kind, 10, 64)) for kind in le.STEPS_BETWEEN]
     assert max(counts) <= 1.15 * min(counts)
+    for kind in le.STEPS_BETWEEN:  # a step from 32 to 64 pixels costs each of them about as much more
+        small, large = (count_flops(le.build_kind(kind, 10, side)) for side in (32, 64))
+        assert large <= 1.15 * small
