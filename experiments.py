@@ -43,9 +43,9 @@ from vit_model import VisionTransformer, pair
 
 SHARES = (0.5, 0.9, 0.99)  # of the gradient, that radii hold
 HIDDEN = (0.0, 0.125, 0.25, 0.5, 0.75)  # shares of the patches that are hidden or shuffled
-SIZES, COUNTED_SIZES = (32, 64, 128), (32, 64, 128, 256, 512)  # in pixels: timed, and counted
+SIZES, COUNTED_SIZES = (32, 64, 128, 256), (32, 64, 128, 256, 512)  # in pixels: timed, and counted
 PATCHES, PATCH_SIZE_IMAGE = (4, 8, 16, 32), 128  # patch sizes, at one image size
-RANDOM = "random weights"
+RANDOM, MOVED = "random weights", "shuffled, grid moved"
 
 
 @dataclass
@@ -59,6 +59,7 @@ class Subjects:
     seconds       how long a speed is measured
     sizes         sides of images, in pixels, for which speed and memory are measured; patches: of patches
     reach         the largest shift in pixels
+    trained_shift the largest by which the models' training moved its images
     """
     models: dict[str, nn.Module]
     images: torch.Tensor
@@ -69,7 +70,8 @@ class Subjects:
     seconds: float = 0.3
     sizes: tuple = SIZES
     patches: tuple = PATCHES
-    reach: int = 4
+    reach: int = 8
+    trained_shift: int = 4
 
     def attending(self):
         return {name: model for name, model in self.models.items() if isinstance(model, VisionTransformer)}
@@ -79,16 +81,22 @@ def no_pictures(subjects):
     return {}
 
 
+def no_tables(data):
+    return []
+
+
 @dataclass(frozen=True)
 class Experiment:
     """title, question: as they stand in the report; measure, draw, say: as the head of this file has them; show:
-    subjects -> {name: Figure}, pictures that need more than the numbers."""
+    subjects -> {name: Figure}, pictures that need more than the numbers; table: data -> [(caption, rows)], the first
+    row the heads."""
     title: str
     question: str
     measure: Callable
     draw: Callable
     say: Callable
     show: Callable = no_pictures
+    table: Callable = no_tables
 
 
 def level_with_the_best(shares, n):
@@ -188,16 +196,30 @@ def say_cost(data):
     timed = {name: [row for row in rows if "images_per_second" in row] for name, rows in data["resolution"].items()}
     first = {name: rows[0] for name, rows in timed.items()}
     last = {name: rows[-1] for name, rows in timed.items()}
-    small, large = (max(rows, key=lambda name: rows[name]["images_per_second"]) for rows in (first, last))
     size = {which: next(iter(rows.values()))["size"] for which, rows in (("first", first), ("last", last))}
-    same = f"{small} is the fastest at {size['first']} pixels, and still at {size['last']}" if small == large else \
-        f"{small} is the fastest at {size['first']} pixels, {large} at {size['last']}"
-    if size["first"] == size["last"]:
-        same = f"{small} is the fastest at {size['first']} pixels"
+    fast = [f"{listed(names)} {'is' if len(names) == 1 else 'are'} the fastest at {size[which]} pixels"
+            for which, rows in (("first", first), ("last", last)) for names in [fastest(rows)]]
     sizes = [row["size"] for row in next(iter(data["resolution"].values()))]
-    growth = listed(f"{exponents['flops']:.2f} ({name})" for name, exponents in data["exponents"].items())
-    return (f"{same}. From {sizes[0]} to {sizes[-1]} pixels a side the FLOPs grow with the number of "
-            f"pixels to the power {growth}: 1 is in proportion, as for convolutions; 2 is what attention alone does.")
+    growth = listed(f"{exponents['flops']:.2f} ({name}; by the formula {exponents['formula']:.2f})"
+                    for name, exponents in data["exponents"].items())
+    return (f"{listed(dict.fromkeys(fast))}. From {sizes[0]} to {sizes[-1]} pixels a side the FLOPs grow with the "
+            f"number of pixels to the power {growth}: 1 is in proportion, as for convolutions, k k C C' H W; 2 is what "
+            f"attention alone does, N N D of N N D + N D D.")
+
+
+def fastest(rows):
+    """The names of the fastest, and of those that are less than a tenth slower, which one measurement does not tell."""
+    speed = {name: row["images_per_second"] for name, row in rows.items()}
+    return [name for name in sorted(speed, key=speed.get, reverse=True) if speed[name] > 0.9 * max(speed.values())]
+
+
+def table_of_costs(data):
+    heads = ["", "pixels a side", "parameters", "MFLOPs", "images/s", "training", "MiB an image", "training"]
+    keys = ("images_per_second", "training_images_per_second", "peak_mib", "training_peak_mib")
+    return [("New models, one machine; memory is what is held beside the weights", [heads] + [
+        [name, row["size"], f"{row['parameters']:,}", f"{row['flops'] / 1e6:,.1f}",
+         *(f"{row[key]:,.4g}" if key in row else "" for key in keys)]
+        for name, rows in data["resolution"].items() for row in rows])]
 
 
 # ---- 2. Receptive field -----------------------------------------------------------------------------------
@@ -248,6 +270,14 @@ def say_receptive_fields(data):
     return " ".join(parts)
 
 
+def table_of_receptive_fields(data):
+    shares = [f"{share:.0%}" for share in SHARES]
+    return [("Radius in pixels that holds so much of the gradient; side of the window that theory allows", [
+        ["", "depth", *shares, *(f"{share}, {RANDOM}" for share in shares), "window"]] + [
+        [name, row["depth"], *(f"{radius:.1f}" for weights in ("trained", RANDOM) for radius in row[weights]),
+         row.get("window", "")] for name, rows in data.items() for row in rows])]
+
+
 # ---- 3. Attention distance --------------------------------------------------------------------------------
 
 
@@ -293,6 +323,16 @@ def say_attention_distance(data):
     return " ".join(parts) or "None of the models has attention."
 
 
+def table_of_distances(data):
+    def span(heads):
+        return f"{min(heads):.1f} to {max(heads):.1f}"
+
+    table = [["", "block", "trained", RANDOM, "trained, CLS as no distance", "uniform"]]
+    table += [[name, i + 1, *(span(rows[key][i]) for key in ("trained", RANDOM, "trained, CLS counted")),
+               f"{rows['uniform']:.1f}"] for name, rows in data.items() for i in range(len(rows["trained"]))]
+    return [("Pixels, nearest to farthest head of a block", table)] * bool(data)
+
+
 # ---- 4. What they represent -------------------------------------------------------------------------------
 
 
@@ -328,10 +368,28 @@ def off_diagonal(matrix):
 def say_similarity(data):
     own = {name: off_diagonal(matrix) for name, matrix in data["within"].items()}
     random = {name: off_diagonal(matrix) for name, matrix in data[RANDOM].items()}
-    most, least = max(own, key=own.get), min(own, key=own.get)
     values = listed(f"{name} {value:.2f} (random weights {random[name]:.2f})" for name, value in own.items())
-    return (f"Two different layers of a model are alike by CKA, on average: {values}. The layers of {most} are most "
-            f"alike, those of {least} least.")
+    parts = [f"Two different layers of a model are alike by CKA, on average: {values}."]
+    moved = {name: own[name] - random[name] for name in own}
+    for words, names in (("less alike", [name for name, by in moved.items() if by <= -0.05]),
+                         ("more alike", [name for name, by in moved.items() if by >= 0.05]),
+                         ("neither more nor less alike", [name for name, by in moved.items() if abs(by) < 0.05])):
+        if names:
+            parts.append(f"Training has made those of {listed(names)} {words}.")
+    if data["across"]:
+        ends = listed(f"{matrix[-1][-1]:.2f} ({pair_name})" for pair_name, matrix in data["across"].items())
+        parts.append(f"Of two models the last layers are alike by {ends}.")
+    return " ".join(parts)
+
+
+def table_of_similarities(data):
+    rows = [["", "two layers of one, mean", f"{RANDOM}"]]
+    rows += [[name, f"{off_diagonal(matrix):.2f}", f"{off_diagonal(data[RANDOM][name]):.2f}"]
+             for name, matrix in data["within"].items()]
+    pairs = [["", "last layers", "most alike layers"]]
+    pairs += [[name, f"{matrix[-1][-1]:.2f}", f"{max(map(max, matrix)):.2f}"]
+              for name, matrix in data["across"].items()]
+    return [("Linear CKA within a model", rows)] + [("Linear CKA of two models", pairs)] * bool(data["across"])
 
 
 # ---- 5. Position and shape --------------------------------------------------------------------------------
@@ -348,27 +406,45 @@ def show_position(subjects, n_images=5):
 
 
 def measure_position(subjects, n_images=400, n_shifted=64):
-    """Shift consistency, and how many images are right while patches are shuffled or hidden (black, or by the mean)."""
+    """Shift consistency, and how many images are right while patches are shuffled or hidden (black, or by the mean).
+
+    Shuffled patches are those that the ViT reads, which leaves its tokens whole; the control is the same grid moved by
+    half a patch. The control of the shifts are the same models with random weights, which answer much alike whatever
+    they see.
+    """
     images, labels = subjects.images[:n_images], subjects.labels[:n_images]
+    shuffle = partial(shuffle_patches, patch_size=subjects.patch_size, seed=0)
     changes = {
-        "shuffled": partial(shuffle_patches, patch_size=subjects.patch_size, seed=0),
+        "shuffled": shuffle, MOVED: partial(shuffle, offset=max(1, subjects.patch_size // 2)),
         "hidden, mean": partial(occlude, patch_size=subjects.patch_size, fill="mean", seed=0),
         "hidden, black": partial(occlude, patch_size=subjects.patch_size, fill="black", seed=0, mean=subjects.mean,
                                  std=subjects.std)}
     data = dict(n=len(images), n_shifted=min(n_shifted, len(images)), shares=list(HIDDEN),
-                classes=len(set(labels.tolist())), models={})
+                trained_shift=min(subjects.trained_shift, subjects.reach), classes=len(set(labels.tolist())), models={})
     for name, model in subjects.models.items():
         stays = shift_consistency(model, images[:n_shifted], subjects.reach)
+        control = shift_consistency(untrained_copy(model), images[:n_shifted // 4], data["trained_shift"])
+        near, far = consistencies(stays, data["trained_shift"])
         curves = {what: accuracy_curve(model, images, labels, change, HIDDEN) for what, change in changes.items()}
-        data["models"][name] = dict(shift_map=stays.tolist(), consistency=mean_consistency(stays), correct=curves)
+        data["models"][name] = dict(shift_map=stays.tolist(), consistency=near, consistency_beyond=far, correct=curves,
+                                    **{f"consistency, {RANDOM}": mean_consistency(control)})
     return data
+
+
+def consistencies(stays, within):
+    """Of shift_consistency's map: the mean over the offsets of at most so many pixels either way, and over those beyond
+    (None where there are none)."""
+    reach = len(stays) // 2
+    inner = stays[reach - within:reach + within + 1, reach - within:reach + within + 1]
+    n_beyond = stays.numel() - inner.numel()
+    return mean_consistency(inner), ((stays.sum() - inner.sum()) / n_beyond).item() if n_beyond else None
 
 
 def draw_position(data):
     panels = {what: {name: [(share, correct / data["n"], *wilson_interval(correct, data["n"]))
                             for share, correct in zip(data["shares"], model["correct"][what], strict=True)]
                      for name, model in data["models"].items()}
-              for what in ("shuffled", "hidden, mean", "hidden, black")}
+              for what in ("shuffled", MOVED, "hidden, mean", "hidden, black")}
     maps = [torch.tensor(model["shift_map"]) for model in data["models"].values()]
     return {"patches_changed": plot_curves(panels, "share of the patches", "images right (%)", percent=True,
                                            lines=[("guessing", 1 / data["classes"])],
@@ -379,27 +455,55 @@ def draw_position(data):
 
 
 def say_position(data):
-    models = data["models"]
-    consistency = {name: model["consistency"] for name, model in models.items()}
-    steady = level_with_the_best(consistency, data["n_shifted"])
-    left = {name: model["correct"]["shuffled"][-1] / max(1, model["correct"]["shuffled"][0])
-            for name, model in models.items()}
-    tough = level_with_the_best({name: min(1.0, share) for name, share in left.items()}, data["n"])
-    at = data["shares"][-1]
+    models, within, at = data["models"], data["trained_shift"], f"{data['shares'][-1]:.0%}"
     reach = (len(next(iter(models.values()))["shift_map"]) - 1) // 2
-    return (f"When the image moves by up to {reach} pixel{'s' * (reach > 1)} the "
-            f"predicted class stays in {listed(f'{value:.0%} ({name})' for name, value in consistency.items())} of the "
-            f"cases: {told(steady, len(models))}. With {at:.0%} of the patches shuffled "
-            f"{listed(f'{value:.0%} ({name})' for name, value in left.items())} of as many right answers as without "
-            f"remain: {told(tough, len(models), 'leans on their order', 'lean on their order')}.")
+
+    def staying(key):
+        shares = {name: model[key] for name, model in models.items()}
+        values = listed(f"{value:.0%} ({name})" for name, value in shares.items())
+        return f"{values}: {told(level_with_the_best(shares, data['n_shifted']), len(models))}"
+
+    control = listed(f"{model[f'consistency, {RANDOM}']:.0%} ({name})" for name, model in models.items())
+    beyond = f" Moved further, by up to {reach}, in {staying('consistency_beyond')}." if reach > within else ""
+    return (f"When the image moves by up to {within} pixel{'s' * (within > 1)}, as in training, the predicted class "
+            f"stays in {staying('consistency')}.{beyond} With random weights, which answer much alike whatever they "
+            f"see, it stays in {control}. With {at} of the patches of the ViT's own grid shuffled "
+            f"{what_remains(data, 'shuffled')}. On a grid moved by half a patch, which cuts its tokens too, "
+            f"{what_remains(data, MOVED)}. With {at} hidden by the mean {what_remains(data, 'hidden, mean')}.")
 
 
-def told(names, n, one="minds it", several="mind it"):
-    """Which of n names do the least: where there are several as not to be told apart, where there are all as that."""
+def what_remains(data, change):
+    """In words, the right answers left at the largest share, for each model that has some beyond guessing to lose."""
+    guessing, n, left = data["n"] / data["classes"], data["n"], {}
+    for name, model in data["models"].items():
+        before, after = model["correct"][change][0], model["correct"][change][-1]
+        if wilson_interval(before, n)[0] > 1 / data["classes"]:
+            left[name] = after / before, guessing / before
+    if not left:
+        return "nothing follows, as no model does better than guessing to begin with"
+    values = listed(f"{share:.0%} ({name}; guessing {chance:.0%})" for name, (share, chance) in left.items())
+    tough = level_with_the_best({name: min(1.0, share) for name, (share, _) in left.items()}, n)
+    return f"{values} of as many right answers remain: {told(tough, len(left))}"
+
+
+def table_of_positions(data):
+    heads = ["", "moved as in training", "further", f"as in training, {RANDOM}",
+             *(f"{what}, {data['shares'][-1]:.0%}" for what in next(iter(data["models"].values()))["correct"])]
+    return [(f"Class that stays, and images of {data['n']} still right", [heads] + [
+        [name, f"{model['consistency']:.0%}",
+         "" if model["consistency_beyond"] is None else f"{model['consistency_beyond']:.0%}",
+         f"{model[f'consistency, {RANDOM}']:.0%}", *(counts[-1] for counts in model["correct"].values())]
+        for name, model in data["models"].items()])]
+
+
+def told(names, n):
+    """Which of n names mind least: where there are several as not to be told apart, where there are all as that."""
+    if n == 1:
+        return "there is no other to compare it with"
     if len(names) == 1:
-        return f"{names[0]} {one} least"
+        return f"{names[0]} minds it least"
     return f"no difference between {listed(names)} shows" if len(names) == n else \
-        f"{listed(names)}, not to be told apart, {several} least"
+        f"{listed(names)}, not to be told apart, mind it least"
 
 
 # ---- 8. A convolution as attention ------------------------------------------------------------------------
@@ -445,19 +549,25 @@ def say_convolution_as_attention(data):
             f"that has decided beforehand where to look.")
 
 
+def table_of_convolutions(data):
+    return [("Largest difference of attention and convolution", [["channels", "set to equal it", "not set"]] + [
+        [" to ".join(map(str, row["channels"])), f"{row['difference']:.1e}", f"{row['unset']:.2g}"]
+        for row in data["rows"]])]
+
+
 EXPERIMENTS = {
     "cost": Experiment("Cost", "What do parameters, time and memory do as images grow and patches shrink?",
-                       measure_cost, draw_cost, say_cost),
+                       measure_cost, draw_cost, say_cost, table=table_of_costs),
     "receptive_field": Experiment("Receptive field", "Which pixels does a unit in the centre see, layer by layer?",
                                   measure_receptive_fields, draw_receptive_fields, say_receptive_fields,
-                                  show_receptive_fields),
+                                  show_receptive_fields, table_of_receptive_fields),
     "attention_distance": Experiment("Attention distance", "How far do patches look?", measure_attention_distance,
-                                     draw_attention_distance, say_attention_distance),
+                                     draw_attention_distance, say_attention_distance, table=table_of_distances),
     "similarity": Experiment("What they represent", "Which layers tell images apart in the same way?",
-                             measure_similarity, draw_similarity, say_similarity),
+                             measure_similarity, draw_similarity, say_similarity, table=table_of_similarities),
     "position": Experiment("Position and shape", "What do shifted, shuffled and hidden patches do to the answers?",
-                           measure_position, draw_position, say_position, show_position),
+                           measure_position, draw_position, say_position, show_position, table_of_positions),
     "convolution": Experiment("A convolution as attention", "Can attention do what a convolution does?",
                               measure_convolution_as_attention, draw_convolution_as_attention,
-                              say_convolution_as_attention),
+                              say_convolution_as_attention, table=table_of_convolutions),
 }

@@ -164,6 +164,13 @@ def say_reach(cells):
     return " ".join(parts)
 
 
+def table_of_reach(cells):
+    return [("Images right at each distance in pixels: mean of the seeds, lowest to highest", [
+        ["", "seeds", *(f"{distance} px" for distance in cells[0]["distances"])]] + [
+        [kind, len(own), *(spelled([cell["correct"][i] / cell["n"] for cell in own])
+                           for i in range(len(cells[0]["distances"])))] for kind, own in by_kind(cells).items()])]
+
+
 def margin_of_falls(first, second, n):
     """What the means of two samples of falls, each between two accuracies of n images, may differ by chance."""
     if min(len(first), len(second)) < 2:
@@ -214,6 +221,16 @@ def say_cues(cells):
     silent = [kind for kind in of_seeds if kind not in bias]
     leaning += f" {listed(silent)} never answered by either." if silent else ""
     return f"Where outline and texture are at odds, the outline decides in {values} of the answers by either. {leaning}"
+
+
+def table_of_cues(cells):
+    table = [["", "seeds", "by outline, of those by either", "by outline", "by texture", "by neither"]]
+    for kind, own in by_kind(cells).items():
+        biases = biases_of(cells, kind)
+        table.append([kind, len(own), spelled(biases) if biases else "",
+                      *(f"{mean(cell['choices'][cue] for cell in own):,.0f}"
+                        for cue in ("outline", "texture", "neither"))])
+    return [("Answers where the cues are at odds, means of the seeds", table)]
 
 
 def goes_by(cue, cells, kind):
@@ -287,6 +304,16 @@ def say_data(cells):
         steps = f" Step by step, in points: {listed(steps)}." if steps else ""
         parts.append(f"{which} images, {n_images:,}, {values}: {lead}.{steps}")
     return " ".join(parts)
+
+
+def table_of_data(cells):
+    numbers = sorted({cell["n_images"] for cell in cells})
+    table = [["training images", *by_kind(cells)]]
+    for n_images in numbers:
+        shares = [[cell["correct"] / cell["n"] for cell in own if cell["n_images"] == n_images]
+                  for own in by_kind(cells).values()]
+        table.append([f"{n_images:,}", *(spelled(values) if values else "" for values in shares)])
+    return [("Test images right: mean of the seeds, lowest to highest", table)]
 
 
 # ---- Which for my data? -----------------------------------------------------------------------------------
@@ -392,6 +419,16 @@ def kinds_of(cells):
     return [kind for kind in STEPS_BETWEEN if any(cell["kind"] == kind for cell in cells)]
 
 
+def by_kind(cells):
+    """{kind: its cells}."""
+    return {kind: [cell for cell in cells if cell["kind"] == kind] for kind in kinds_of(cells)}
+
+
+def spelled(shares):
+    """Mean, lowest and highest in words."""
+    return f"{mean(shares):.1%} ({100 * min(shares):.1f} to {100 * max(shares):.1f})"
+
+
 def banded(values):
     """(mean, lowest, highest)."""
     return mean(values), min(values), max(values)
@@ -421,9 +458,9 @@ def half_width(parts):
 
 LEARNING = {
     "cues": Experiment("Outline or texture", "Where the two are at odds, by which does a model go?", measure_cues,
-                       draw_cues, say_cues),
+                       draw_cues, say_cues, table=table_of_cues),
     "reach": Experiment("Reach", "Can a model compare two marks that lie far apart?", measure_reach, draw_reach,
-                        say_reach),
+                        say_reach, table=table_of_reach),
     "data": Experiment("Data efficiency", "How many images does each need, and what does each step from the ViT to the "
-                       "CNN buy?", measure_data, draw_data, say_data),
+                       "CNN buy?", measure_data, draw_data, say_data, table=table_of_data),
 }

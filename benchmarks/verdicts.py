@@ -1,11 +1,14 @@
-"""Three folders where the truth is known, and what cnn_vs_vit.py says of each.
+"""Four folders where the truth is known, and what cnn_vs_vit.py says of each.
 
-    python benchmarks/verdicts.py --minutes 9 --keep [locality reach nothing]
+    python benchmarks/verdicts.py --minutes 9 --keep [locality near far nothing]
 
-locality   one small mark anywhere in noise, its kind is the class, and few images to learn from: what looks at every
-           place alike needs to see fewer
-reach      two marks, the same or different, farther apart than the ConvNet's window of 25 pixels
+locality   one faint mark somewhere in noise, its kind is the class, and few images: who looks at every place through
+           one window, wherever it lies, needs to see fewer than who cuts the image at fixed places
+near       two marks, the same or different, close enough for one window of the ConvNet, 25 pixels: the control of
+far        the same, farther apart than that window
 nothing    noise, the classes drawn by lot: nothing can be learned, and no model may be said to win
+
+All marks keep so far from the border that no training image loses one when it is moved.
 """
 
 import argparse
@@ -23,30 +26,65 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from results import write_cell  # noqa: E402
 
-from drawn_tasks import make_mark, make_marks  # noqa: E402
+from drawn_tasks import ANSWERS, KINDS, MARKS, M  # noqa: E402
 
 TEST_START = 10**9
 
 
-def locality(n, start):
-    drawn = make_mark(n, 32, start=start)
-    return drawn.images, [drawn.class_names[label] for label in drawn.labels]
+def locality(n, start, side=32, strength=0.3):
+    """Kinds of MARKS by turns, added to the noise at this share of black to white."""
+    generator = generator_from(start)
+    images = torch.rand(n, 1, side, side, generator=generator) / 2 + 0.25  # (n, 1, S, S)
+    labels = torch.arange(n) % 2
+    for image, label, (row, column) in zip(images, labels, torch.randint(4, side - 4 - M + 1, (n, 2),
+                                                                         generator=generator).tolist(), strict=True):
+        image[0, row:row + M, column:column + M] += strength * (MARKS[label] - 0.5)
+    return as_bytes(images), [KINDS[label] for label in labels]
 
 
-def reach(n, start):
-    generator = torch.Generator().manual_seed(start % 2**31)
-    distances = 30 + 12 * torch.rand(n, generator=generator)
-    drawn = [make_marks(1, 48, start=start + i, distance=distance.item()) for i, distance in enumerate(distances)]
-    return torch.cat([one.images for one in drawn]), [one.class_names[one.labels.item()] for one in drawn]
+def pairs(n, start, least, most, side=48, border=7):
+    """Two marks of which the middles lie from least to most pixels apart, the same or different by turns."""
+    generator = generator_from(start)
+    corners, todo = torch.zeros(n, 2, 2, dtype=torch.long), torch.arange(n)
+    while len(todo):
+        drawn = torch.randint(border, side - border - M + 1, (len(todo), 2, 2), generator=generator)
+        distances = (drawn[:, 0] - drawn[:, 1]).double().norm(dim=1)
+        good = (distances >= least) & (distances <= most)
+        corners[todo[good]] = drawn[good]
+        todo = todo[~good]
+    images = torch.rand(n, 1, side, side, generator=generator) / 2 + 0.25  # (n, 1, S, S)
+    labels, kinds = torch.arange(n) % 2, torch.randint(2, (n,), generator=generator)
+    for image, two, kind, same in zip(images, corners.tolist(), kinds, labels, strict=True):
+        for (row, column), which in zip(two, (kind, kind ^ (1 - same)), strict=True):
+            image[0, row:row + M, column:column + M] = MARKS[which]
+    return as_bytes(images), [ANSWERS[same] for same in labels]
+
+
+def near(n, start):
+    return pairs(n, start, 8, 14)
+
+
+def far(n, start):
+    return pairs(n, start, 30, 41)
 
 
 def nothing(n, start):
-    generator = torch.Generator().manual_seed(start % 2**31)
+    generator = generator_from(start)
     images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
     return images, [("heads", "tails")[side] for side in torch.randint(0, 2, (n,), generator=generator).tolist()]
 
 
-FOLDERS = {"locality": (locality, 400, 1000), "reach": (reach, 20_000, 1000), "nothing": (nothing, 2000, 1000)}
+def generator_from(start):
+    return torch.Generator().manual_seed(start)
+
+
+def as_bytes(grey):
+    """(n, 1, S, S) from 0 to 1 -> uint8 (n, 3, S, S)."""
+    return (grey.clamp(0, 1) * 255 + 0.5).to(torch.uint8).expand(-1, 3, -1, -1)
+
+
+FOLDERS = {"locality": (locality, 400, 1000), "near": (near, 20_000, 1000), "far": (far, 20_000, 1000),
+           "nothing": (nothing, 2000, 1000)}
 
 
 def write_folder(name, folder):

@@ -175,10 +175,22 @@ def test_a_folder_is_judged(tmp_path, monkeypatch, capsys):
     assert "by a linear classifier on the pixels and 50.0% by naming the largest class every time" in results["finding"]
 
 
+def test_a_verdict_that_is_stopped_says_that_nothing_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(cv, "judge", lambda *loaders, **run: signal.raise_signal(signal.SIGTERM))
+    folder = make_folder(tmp_path / "photos", 16, ("train", "test"))
+    with pytest.raises(Interrupted, match="nothing of it is kept; give fewer --minutes"):
+        cv.main(["--data-dir", str(folder), "--minutes", "1", "--output-dir", str(tmp_path / "out")])
+    assert not list((tmp_path / "out").iterdir()) if (tmp_path / "out").exists() else True
+
+
 @pytest.mark.parametrize(("words", "expected"), [
     (["--only", "costs"], "--only 'costs' is unknown"), (["--minutes", "3"], "give --data-dir DIR too"),
     (["--data-dir", "nowhere"], "--data-dir nowhere alone asks nothing"), (["--shares", "2"], "--shares: 2"),
     (["--data-dir", "data", "--minutes", "3"], "--data-dir data does not exist"),
+    (["--data-dir", "data", "--minutes", "3", "--dry-run"], "--data-dir data does not exist"),
+    (["--data-dir", ".", "--minutes", "3", "--full"], "leave out --full and --only"),
+    (["--data-dir", ".", "--minutes", "3", "--only", "cost"], "leave out --full and --only"),
+    (["--data-dir", ".", "--full", "--only", "position"], "--only position asks other things"),
     (["--device", "gpu"], "device 'gpu' is unknown")])
 def test_bad_words_end_in_one_line_and_exit_code_2(words, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -201,7 +213,47 @@ def test_own_cells_come_before_those_of_the_project(few, tmp_path):
     cv.train_cells(["reach"], theirs, options("--full"))
     for path in list(theirs.iterdir())[:5]:
         path.unlink()
-    assert len(cv.read_cells(["reach"], [theirs, mine])["reach"]) == 7  # never some of both
+    assert len(cv.read_cells(["reach"], [mine, theirs])["reach"]) == 12  # never some of both
+    assert len(cv.read_cells(["reach"], [theirs, mine])["reach"]) == 12  # and rather all than some
+    first = cv.read_cells(["reach"], [mine, theirs])["reach"][0] | dict(commit="mine")
+    (mine / "reach-ViT-0.json").write_text(json.dumps(first))
+    cv.train_cells(["reach"], theirs, options("--full"))
+    commits = [[cell["commit"] for cell in cv.read_cells(["reach"], folders)["reach"]].count("mine")
+               for folders in ([mine, theirs], [theirs, mine])]
+    assert commits == [1, 0]  # the first of equals
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"result": {}}', '{"result": {"kind": "ViT"}, "date": ""}'])
+def test_a_file_that_is_no_cell_is_named(text, tmp_path, few):
+    (tmp_path / "reach-ViT-0.json").write_text(text)
+    for read in (lambda: cv.read_cells(["reach"], [tmp_path]),
+                 lambda: cv.train_cells(["reach"], tmp_path, options("--full"))):
+        with pytest.raises(InputError, match=r"reach-ViT-0.json holds no result of cnn_vs_vit.py --full .*; remove it"):
+            read()
+    assert not few
+
+
+def test_no_model_beyond_the_control_by_more_than_chance_is_told():
+    def said(share, control, n=1000):
+        rows = {kind: [dict(n_steps=200, right=[True] * n, accuracy=share + by) for by in (-0.01, 0, 0.01)]
+                for kind in ("ConvNet", "ViT")}
+        return cv.weakness(rows, {"luck": 0.2, "pixels": control}, 5000)
+
+    assert said(0.9, 0.5) == ""
+    for share in (0.49, 0.51):
+        assert said(share, 0.5).startswith(" No model does better than pixels by more than chance gives")
+
+
+def test_the_largest_class_is_that_of_the_training_images():
+    counts = [type("Loader", (), dict(class_counts=own, n_images=sum(own))) for own in ([3, 7], [30, 10])]
+    assert cv.largest_class(*counts) == 0.25
+
+
+def test_the_introduction_has_the_trainings_of_the_models_that_come_along():
+    for key in ("convnet", "hybrid", "vit_nano"):
+        cell = json.loads((cv.COMMITTED / f"weights-{key}-0.json").read_text())["result"]
+        assert f"{cell['n_steps']:,}" in cv.INTRODUCTION
+        assert f"{cell['test_acc']:.1%}" in cv.INTRODUCTION
 
 
 def test_a_dry_run_of_what_trains(tmp_path, capsys):

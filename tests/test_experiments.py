@@ -9,8 +9,29 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from cnn_model import ConvNet, HybridCNNViT
-from experiments import EXPERIMENTS, HIDDEN, RANDOM, Subjects, formula, listed, off_diagonal
-from measurements import count_flops, receptive_field, unit_centre
+from experiments import (
+    EXPERIMENTS,
+    HIDDEN,
+    MOVED,
+    RANDOM,
+    Subjects,
+    consistencies,
+    formula,
+    listed,
+    off_diagonal,
+    resized,
+    what_remains,
+)
+from measurements import (
+    attention_distance,
+    attention_maps,
+    count_flops,
+    peak_memory,
+    radius_holding,
+    receptive_field,
+    unit_centre,
+)
+from perturbations import mean_consistency, occlude, predictions, shift_consistency, shuffle_patches
 from visualizations import untrained_copy
 from vit_model import VisionTransformer
 
@@ -45,6 +66,10 @@ def test_data_become_figures_and_a_sentence(name, measured):
     sentence = EXPERIMENTS[name].say(measured[name])
     assert sentence.endswith(".")
     assert "nan" not in sentence
+    for caption, (heads, *rows) in EXPERIMENTS[name].table(measured[name]):
+        assert caption
+        assert rows
+        assert {len(row) for row in rows} == {len(heads)}
 
 
 def test_costs_are_of_the_models_at_each_size(measured, subjects):
@@ -70,12 +95,15 @@ def test_the_formula_is_half_the_flops_of_the_blocks(subjects):
 
 def test_the_cost_sentence_turns_with_the_numbers(measured):
     data = copy.deepcopy(measured["cost"])
-    for speeds, words in (((9, 9), "A is the fastest at 16 pixels, and still at 32"),
-                          ((9, 1), "A is the fastest at 16 pixels, B at 32")):
+    for speeds, words in (((9, 9), "A is the fastest at 16 pixels and A is the fastest at 32 pixels."),
+                          ((9, 1), "A is the fastest at 16 pixels and B is the fastest at 32 pixels."),
+                          ((9, 4.8), "A is the fastest at 16 pixels and B and A are the fastest at 32 pixels.")):
         data["resolution"] = {"A": [dict(size=size, images_per_second=speed)
                                     for size, speed in zip((16, 32), speeds, strict=True)],
                               "B": [dict(size=size, images_per_second=5) for size in (16, 32)]}
         assert words in EXPERIMENTS["cost"].say(data)
+    data["exponents"] = dict(A=dict(flops=1.234, formula=1.5))
+    assert "to the power 1.23 (A; by the formula 1.50)" in EXPERIMENTS["cost"].say(data)
 
 
 def test_before_the_first_attention_a_vit_sees_one_patch(measured, subjects):
@@ -121,31 +149,95 @@ def test_the_attention_distance_sentence_turns_with_the_numbers():
 
 def test_the_similarity_sentence_turns_with_the_numbers():
     def sentence(a, b):
-        matrices = {name: [[1, value], [value, 1]] for name, value in (("A", a), ("B", b))}
-        return EXPERIMENTS["similarity"].say({"within": matrices, RANDOM: matrices, "across": {}})
+        matrices, random = ({name: [[1, value], [value, 1]] for name, value in (("A", own[0]), ("B", own[1]))}
+                            for own in ((a, b), (0.6, 0.6)))
+        return EXPERIMENTS["similarity"].say({"within": matrices, RANDOM: random,
+                                              "across": {"A and B": [[0.1, 0.2], [0.3, 0.45]]}})
 
-    assert "The layers of A are most alike, those of B least" in sentence(0.9, 0.4)
-    assert "The layers of B are most alike, those of A least" in sentence(0.4, 0.9)
+    first = sentence(0.9, 0.4)
+    assert "A 0.90 (random weights 0.60) and B 0.40 (random weights 0.60)" in first
+    assert "Training has made those of B less alike. Training has made those of A more alike." in first
+    assert first.endswith("Of two models the last layers are alike by 0.45 (A and B).")
+    assert "made those of A and B neither more nor less alike" in sentence(0.62, 0.58)
     assert off_diagonal([[1, 0.2, 0.4], [0.2, 1, 0.6], [0.4, 0.6, 1]]) == pytest.approx(0.4)
 
 
 def test_the_position_sentence_turns_with_the_numbers():
     def sentence(a, b, n=1000):
-        models = {name: dict(consistency=share, shift_map=[[1] * 9] * 9, correct={"shuffled": [100, round(100 * left)]})
+        models = {name: {"consistency": share, "consistency_beyond": share - 0.3, "shift_map": [[1] * 13] * 13,
+                         f"consistency, {RANDOM}": 0.97,
+                         "correct": {"shuffled": [n // 2, round(n // 2 * left)], MOVED: [n // 2, n // 4],
+                                     "hidden, mean": [n // 2, n // 10]}}
                   for name, (share, left) in (("A", a), ("B", b))}
-        return EXPERIMENTS["position"].say(dict(models=models, shares=[0, 0.75], n=n, n_shifted=n))
+        return EXPERIMENTS["position"].say(dict(models=models, shares=[0, 0.75], n=n, n_shifted=n, trained_shift=4,
+                                                classes=10))
 
     first = sentence((0.9, 0.2), (0.5, 0.8))
-    assert "up to 4 pixels" in first
-    assert "A minds it least" in first
-    assert "B leans on their order least" in first
-    assert "With 75% of the patches shuffled 20% (A) and 80% (B) of as many right answers as without remain" in first
+    assert "by up to 4 pixels, as in training, the predicted class stays in 90% (A) and 50% (B): A minds it" in first
+    assert "Moved further, by up to 6, in 60% (A) and 20% (B): A minds it least." in first
+    assert "it stays in 97% (A) and 97% (B)." in first
+    assert ("With 75% of the patches of the ViT's own grid shuffled 20% (A; guessing 20%) and 80% (B; guessing 20%) of "
+            "as many right answers remain: B minds it least.") in first
+    assert "half a patch, which cuts its tokens too, 50% (A; guessing 20%) and 50% (B; guessing 20%)" in first
+    assert "remain: no difference between A and B shows." in first
+    assert "hidden by the mean 20% (A; guessing 20%)" in first
     few = sentence((0.9, 0.2), (0.88, 0.25), n=50)
     assert "no difference between A and B shows" in few
     assert "no difference between B and A shows" in few
     second = sentence((0.5, 0.8), (0.9, 0.2))
-    assert "B minds it least" in second
-    assert "A leans on their order least" in second
+    assert "stays in 50% (A) and 90% (B): B minds it least" in second
+    assert "of as many right answers remain: A minds it least" in second
+
+
+def test_who_guesses_to_begin_with_has_nothing_to_lose():
+    def counts(first):
+        return {change: [first, 30] for change in ("shuffled", MOVED, "hidden, mean")}
+
+    data = dict(models=dict(A=dict(correct=counts(90)), B=dict(correct=counts(12))), n=100, classes=10)
+    assert what_remains(data, "shuffled") == (
+        "33% (A; guessing 11%) of as many right answers remain: there is no other to compare it with")
+    del data["models"]["A"]
+    assert what_remains(data, MOVED) == "nothing follows, as no model does better than guessing to begin with"
+
+
+def test_shifts_as_in_training_are_told_from_those_beyond():
+    stays = torch.full((7, 7), 0.25)
+    stays[2:5, 2:5] = 0.75
+    stays[3, 3] = 1
+    assert consistencies(stays, 1) == (0.75, 0.25)
+    assert consistencies(stays, 3)[1] is None
+
+
+def test_each_number_is_that_of_the_function_it_is_named_after(measured, subjects):
+    """Trained is trained and random is random, black is black: the entries against one call each."""
+    model = subjects.models["ViT"]
+    twin, layout = untrained_copy(model), ((4, 4), 4, 1)
+    distance = measured["attention_distance"]["ViT"]
+    for key, which, options in (("trained", model, {}), (RANDOM, twin, {}),
+                                ("trained, CLS counted", model, dict(renormalise=False))):
+        found = attention_distance(attention_maps(which, subjects.images), *layout, **options)
+        torch.testing.assert_close(torch.tensor(distance[key]), found, check_dtype=False)
+    row = measured["receptive_field"]["ViT"][1]
+    for key, which in (("trained", model), (RANDOM, twin)):
+        field = receptive_field(which, subjects.images, 1)
+        assert row[key][0] == pytest.approx(radius_holding(field, 0.5, unit_centre(which, (16, 16), 1)))
+    position, patch, at = measured["position"]["models"]["ViT"], subjects.patch_size, HIDDEN[-2]
+    black = dict(fill="black", mean=subjects.mean, std=subjects.std)
+    for key, images in (("shuffled", shuffle_patches(subjects.images, patch, at)),
+                        (MOVED, shuffle_patches(subjects.images, patch, at, offset=2)),
+                        ("hidden, mean", occlude(subjects.images, patch, at)),
+                        ("hidden, black", occlude(subjects.images, patch, at, **black))):
+        assert position["correct"][key][-2] == int((predictions(model, images) == subjects.labels).sum())
+    stays = shift_consistency(model, subjects.images, subjects.reach)
+    assert position["shift_map"] == stays.tolist()
+    assert position[f"consistency, {RANDOM}"] == pytest.approx(
+        mean_consistency(shift_consistency(twin, subjects.images[:16], subjects.trained_shift)))
+    first = measured["cost"]["resolution"]["ViT"][0]
+    images = torch.zeros(first["batch"], 3, 16, 16)
+    for key, train in (("peak_mib", False), ("training_peak_mib", True)):
+        expected = peak_memory(resized(model, img_size=16), images, train=train) / 2**20 / first["batch"]
+        assert first[key] == pytest.approx(expected, rel=0.2)
+    assert first["training_images_per_second"] < first["images_per_second"]
 
 
 def test_position_counts_the_images_as_they_are_first(measured, subjects):

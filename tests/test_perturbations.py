@@ -90,6 +90,16 @@ def test_so_many_patches_change_places_and_none_is_lost(share, taking_part):
     assert moved.float().mean() == pytest.approx(max(0, taking_part - 1), abs=0.3)  # one stays where it was, on average
 
 
+def test_a_grid_that_is_moved_cuts_every_patch_and_loses_none_of_its_own():
+    images = numbered(5)
+    moved = p.shuffle_patches(images, (2, 3), 1, offset=1)
+    patches, _ = p.to_patches(moved, (2, 3))
+    assert ((patches != patches[..., :1, :1]).flatten(2).any(dim=2)).float().mean() > 0.9
+    before, after = (p.to_patches(one.roll((-1, -1), dims=(2, 3)), (2, 3))[0].flatten(2) for one in (images, moved))
+    for one, other in zip(before, after, strict=True):
+        assert sorted(map(tuple, one.tolist())) == sorted(map(tuple, other.tolist()))
+
+
 def test_each_image_has_a_permutation_of_its_own_and_a_seed_repeats_it():
     images = numbered(7)
     first, again, other = (p.shuffle_patches(images, (2, 3), 1, seed) for seed in (3, 3, 5))
