@@ -247,7 +247,7 @@ const panels = DATA.models.map((m, model) => {
   const jump = make('div', {className: 'scroll'},
     make('h3', {textContent: m.kind === 'cnn' ? 'all depths' : 'all layers (down) and heads (across)'}), strip);
   const heading = m.kind === 'cnn' ? 'likeliest classes'
-    : 'what the head would say after each block (logit lens), and the likeliest classes at the end';
+    : 'what the head would say after so many blocks (logit lens), and the likeliest classes at the end';
   const answers = make('div', {hidden: !m.images[0].lens.classes.length}, make('h3', {textContent: heading}),
     make('div', {className: 'scroll'}, lens));
   const article = make('article', {}, title, view, make('div', {className: 'scale'}, '0', scale, most), jump, answers,
