@@ -27,8 +27,8 @@ from cnn_model import ConvNet
 from explanations import check_pool, class_names_of, has_head, logit_lens, relevance, rollout
 from explorer_page import PAGE
 from measurements import class_probabilities, layers_of
-from pictures import prepare_image
-from recording import anatomy_of, record, watch_layer
+from pictures import is_input, prepare_image, statistics_of
+from recording import anatomy_of, differentiable, record, watch_layer
 from vit_model import InputError, check_whole
 
 N_CLASSES = 6  # of the logit lens
@@ -46,14 +46,17 @@ class ExplorerPage:
                 f'style="border:0" title="attention explorer"></iframe>')
 
 
+@differentiable()
 def explore(model, images, save_path="attention.html", compare_with=None, names=None, title="Where a ViT looks"):
     """An ExplorerPage of images, written to save_path where that is given.
 
-    images        one of what pictures.py takes, or a list of them
+    images        one of what pictures.py takes, or a list of them; a float tensor is normalised for `model`, and the
+                  second model is given it with its own normalisation instead
     compare_with  a second model beside it: a ViT, or a ConvNet, whose receptive field is shown at the same place
     names         of the model, and of the second one; None: their types
 
-    Raises InputError for a first model without attention, and for images that cannot be used.
+    Raises InputError for a first model without attention, for images that cannot be used, and for images that the same
+    model takes at different sizes.
     """
     images = list(images) if isinstance(images, (list, tuple)) else [images]
     if not images:
@@ -63,19 +66,29 @@ def explore(model, images, save_path="attention.html", compare_with=None, names=
     names = list(names) if names else [type(one).__name__ for one in models]
     if len(names) != len(models):
         raise InputError(f"{len(names)} names were given for {len(models)} models; expected one for each")
-    prepared = [[prepare_image(image, one) for image in images] for one in models]
-    described = [describe(one, name, [images for images, _ in own])
+    prepared = [[prepare_for(image, one, model) for image in images] for one in models]
+    described = [describe(one, name, check_one_size(name, [images for images, _ in own]))
                  for one, name, own in zip(models, names, prepared, strict=True)]
-    pictures = [dict(name=image_name(image, i), png=as_png(picture))
-                for i, (image, (_, picture)) in enumerate(zip(images, prepared[0], strict=True), start=1)]
+    pictures = [dict(name=image_name(image, i), pngs=pngs_of([picture for _, picture in own]))
+                for i, (image, *own) in enumerate(zip(images, *prepared, strict=True), start=1)]
     error = max(part.pop("error") for one in described for part in one["images"])
-    note = (f"Values are stored as bytes; the largest difference to the numbers themselves is {error:.2%} of the "
-            f"largest value in a token's row. Relevance is shown without the 1 that each token has of "
-            f"itself. All that is shown is in this file.")
-    page = fill(dict(models=described, pictures=pictures), title, note)
+    page = fill(dict(models=described, pictures=pictures), title, note_of(described, pictures, error))
     if save_path is not None:
         write_whole(save_path, lambda file: file.write(page.encode()))
     return ExplorerPage(page, None if save_path is None else Path(save_path), error)
+
+
+def note_of(described, pictures, error):
+    """What stands at the foot of the page."""
+    note = (f"Values are stored as bytes; the largest difference to the numbers themselves is {error:.2%} of the "
+            f"largest value in a token's row. Relevance is shown without the 1 that each token has of "
+            f"itself. All that is shown is in this file.")
+    if len(described) > 1:
+        note += " Layers and heads count up to the most that a model here has; one with fewer stays at its last."
+    if any(len(one["pngs"]) > 1 for one in pictures):
+        note += (" Each model's picture is what it is given, cut and resized as it needs it; the same place in both "
+                 "pictures need not be quite the same place of a photograph.")
+    return note
 
 
 def fill(data, title, note):
@@ -119,15 +132,19 @@ def describe_image(model, anatomy, image):
 
 def no_words():
     """words() of a model without a head."""
-    return dict(prediction="", target="", lens=dict(classes=[], rows=[]))
+    return dict(prediction="", target="", lens=dict(classes=[], rows=[], says=[]))
 
 
 def words(lens, class_names):
-    """Prediction and logit lens, probabilities (L + 1, K), as the page shows them: the likeliest classes at the end."""
+    """Prediction and logit lens, probabilities (L + 1, K), as the page shows them: which of all classes is likeliest
+    after each block, and how likely those are there that are the likeliest at the end."""
+    named = class_names or [f"class {label}" for label in range(lens.shape[1])]
     shown = lens[-1].topk(min(N_CLASSES, lens.shape[1])).indices.tolist()
-    named = [class_names[label] if class_names else f"class {label}" for label in shown]
-    return dict(prediction=f"{named[0]} ({lens[-1].max():.0%})", target=named[0],
-                lens=dict(classes=named, rows=[[round(value, 4) for value in row[shown].tolist()] for row in lens]))
+    best = lens.argmax(dim=1).tolist()
+    says = [f"{named[label]} ({row[label]:.0%})" for label, row in zip(best, lens.tolist(), strict=True)]
+    rows = [[round(value, 4) for value in row] for row in lens[:, shown].tolist()]
+    return dict(prediction=says[-1], target=named[best[-1]],
+                lens=dict(classes=[named[label] for label in shown], rows=rows, says=says))
 
 
 def pack(matrices):
@@ -182,6 +199,26 @@ def unit_fields(model, image, depth, grid):
 # ---- Pictures ---------------------------------------------------------------------------------------------
 
 
+def prepare_for(image, model, first):
+    """prepare_image. A float tensor is normalised for the first model; another gets it with its own normalisation, and
+    the picture stays."""
+    images, picture = prepare_image(image, model)  # (1, 3, H, W), (H, W, 3)
+    if not is_input(image) or model is first:
+        return images, picture
+    mean, std, own_mean, own_std = (torch.tensor(tuple(values)).view(3, 1, 1) for one in (first, model)
+                                    for values in statistics_of(one))
+    return images * (std / own_std) + (mean - own_mean) / own_std, prepare_image(image, first)[1]
+
+
+def check_one_size(name, images):
+    """The images, each (1, 3, H, W). Raises InputError unless they have one size."""
+    sizes = list(dict.fromkeys(f"{image.shape[2]}x{image.shape[3]}" for image in images))
+    if len(sizes) > 1:
+        raise InputError(f"{name} is given images of {' and '.join(sizes)} pixels; expected one size for all images of "
+                         f"a page, resize them or make a page for each size")
+    return images
+
+
 def image_name(image, number):
     return Path(image).name if isinstance(image, (str, Path)) else f"image {number}"
 
@@ -191,3 +228,8 @@ def as_png(picture):
     buffer = io.BytesIO()
     Image.fromarray(np.round(255 * picture).astype(np.uint8)).save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def pngs_of(pictures):
+    """A picture for each model, as data URIs; one where they are the same."""
+    return list(dict.fromkeys(as_png(picture) for picture in pictures))

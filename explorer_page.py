@@ -1,7 +1,7 @@
 """The page of explorer.py: its HTML, style and script. Data, colours and title are put in where $NAME stands.
 
-The script keeps one state: image, method, direction, layer, head, patch. Every control changes it and calls show(),
-which draws all of it anew; nothing else is remembered.
+The script keeps one state: image, method, direction, layer, head, patch, depth of the ConvNet. Every control changes it
+and calls show(), which draws all of it anew; nothing else is remembered.
 """
 
 STYLE = """
@@ -41,7 +41,7 @@ canvas.strip { cursor: pointer; }
 .scale canvas { width: 10rem; height: .8rem; border-radius: 3px; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .15rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } td.best { font-weight: 700; }
+th:first-child, td:first-child { text-align: left; }
 footer, .note { font-size: .85rem; opacity: .85; }
 kbd { border: 1px solid var(--line); border-radius: 4px; padding: 0 .3em; }
 """
@@ -56,6 +56,7 @@ BODY = """
     <option value="to">who looks at it</option></select></label>
   <label><span id="layername">layer</span> <select id="layer"></select></label>
   <label>head <select id="head"></select></label>
+  <label id="ofconvnet" hidden>depth of the ConvNet <select id="depth"></select></label>
   <button id="reader" type="button">what the head reads</button>
   <label>strength <input id="opacity" type="range" min="0" max="100" value="75"></label>
   <button id="save" type="button">save as PNG</button>
@@ -63,8 +64,8 @@ BODY = """
 </div>
 <p class="note">Rows, columns, layers and heads count from 0. Point at a patch; click or tap to keep it, and again to
   let it go; or move with the arrow keys when an image has the focus. Keys:
-  <kbd>c</kbd> what the head reads, <kbd>[</kbd> <kbd>]</kbd> layer, <kbd>,</kbd> <kbd>.</kbd> head, <kbd>m</kbd>
-  method, <kbd>d</kbd> direction, <kbd>n</kbd> next image, <kbd>s</kbd> save.</p>
+  <kbd>c</kbd> what the head reads, <kbd>[</kbd> <kbd>]</kbd> layer (or depth of a ConvNet), <kbd>,</kbd> <kbd>.</kbd>
+  head, <kbd>m</kbd> method, <kbd>d</kbd> direction, <kbd>n</kbd> next image, <kbd>s</kbd> save.</p>
 <main id="panels"></main>
 <footer><p>$NOTE</p></footer>
 """
@@ -78,6 +79,9 @@ const make = (tag, options = {}, ...children) => {
   node.append(...children);
   return node;
 };
+const main = DATA.models[0], vits = DATA.models.filter(m => m.kind !== 'cnn');
+const convnet = DATA.models.find(m => m.kind === 'cnn');
+const [nLayers, nHeads] = ['layers', 'heads'].map(key => Math.max(...DATA.models.map(m => m[key])));
 const state = {image: 0, method: 'attention', direction: 'from', layer: 0, head: -1, patch: -1, kept: false,
   depth: -1};  // of a ConvNet, where it has been chosen apart
 const METHODS = {attention: 'attention', rollout: 'rollout', relevance: 'relevance'};
@@ -126,7 +130,7 @@ const headOf = m => Math.min(m.heads - 1, state.head);
 // The patch of another model at the same place of the image.
 function placeIn(m) {
   if (state.patch < 0) return m.kind === 'cnn' ? Math.floor(m.rows / 2) * m.columns + Math.floor(m.columns / 2) : -1;
-  const main = DATA.models[0], row = Math.floor(state.patch / main.columns), column = state.patch % main.columns;
+  const row = Math.floor(state.patch / main.columns), column = state.patch % main.columns;
   return Math.floor((row + .5) / main.rows * m.rows) * m.columns + Math.floor((column + .5) / main.columns * m.columns);
 }
 
@@ -136,9 +140,10 @@ function colour(value) {
   const c = COLOURS[Math.max(0, Math.min(COLOURS.length - 1, Math.round(value * (COLOURS.length - 1))))];
   return 'rgb(' + c.join(',') + ')';
 }
-const pictures = DATA.pictures.map(source => { const image = new Image(); image.src = source.png; return image; });
-function drawView(canvas, m, values, most, patch) {
-  const image = pictures[state.image], k = Math.max(1, Math.round(512 / image.naturalWidth));
+const pictures = DATA.pictures.map(({pngs}) => pngs.map(src => Object.assign(new Image(), {src})));
+const pictureOf = model => pictures[state.image][Math.min(model, pictures[state.image].length - 1)];  // one for all?
+function drawView(canvas, image, m, values, most, patch) {
+  const k = Math.max(1, Math.round(512 / image.naturalWidth));
   canvas.width = image.naturalWidth * k; canvas.height = image.naturalHeight * k;
   const pen = canvas.getContext('2d'), w = canvas.width / m.columns, h = canvas.height / m.rows;
   pen.imageSmoothingEnabled = k < 4;
@@ -190,6 +195,13 @@ function drawStrip(canvas, model) {
     if (here) { pen.strokeStyle = '#e69f00'; pen.lineWidth = 2; pen.strokeRect(x, y, cell - 3, cell - 3); }
   });
 }
+const makeRow = (tag, texts) => make('tr', {}, ...texts.map(text => make(tag, {textContent: text})));
+function drawLens(table, m, {classes, rows, says}) {
+  const cnn = m.kind === 'cnn', first = depth => cnn ? ['answer'] : [depth, says[depth]];
+  table.replaceChildren(
+    make('thead', {}, makeRow('th', [...(cnn ? [''] : ['blocks passed', 'says']), ...classes])),
+    make('tbody', {}, ...rows.map((row, depth) => makeRow('td', [...first(depth), ...row.map(p => percent(p, 0))]))));
+}
 
 // ---- Words
 
@@ -199,7 +211,7 @@ function asker(m) {
   return m.pool === 'cls' ? 'CLS, the token that the head reads,' : 'What the head reads, the mean of the patches,';
 }
 function sentence(values, before) {
-  const m = DATA.models[0], order = [...values.keys()].sort((a, b) => values[b] - values[a]).slice(0, 3);
+  const m = main, order = [...values.keys()].sort((a, b) => values[b] - values[a]).slice(0, 3);
   const number = value => state.method === 'relevance' ? value.toPrecision(3) : percent(value);
   const places = order.map(i => placeName(m, i) + ' (' + number(values[i]) + ')').join('; ');
   const looks = state.direction === 'from', who = asker(m);
@@ -208,7 +220,8 @@ function sentence(values, before) {
     const heads = state.head < 0 ? 'mean of ' + m.heads + ' heads' : 'head ' + headOf(m);
     text = who + (looks ? ' looks most at ' : ' is looked at most by ') + places + ', in layer ' + layerOf(m) + ', '
       + heads + '. ' + (looks ? percent(before) + ' of its attention goes to tokens that are no patch.'
-                      : state.patch < 0 && m.pool !== 'cls' ? 'Each value is what a patch of that row gives on average.'
+                      : state.patch < 0 && m.pool !== 'cls'
+                      ? 'Each value is what that patch gives to a patch, on average.'
                       : 'Each value is the part of that patch’s attention that goes here.');
   } else if (state.method === 'rollout') {
     text = who + (looks ? ' holds, by rollout, most of ' : ' has gone, by rollout, mostly into ') + places
@@ -228,18 +241,21 @@ const panels = DATA.models.map((m, model) => {
   view.setAttribute('role', 'application');
   const strip = make('canvas', {className: 'strip'}), numbers = make('tbody'), lens = make('table'), title = make('h2');
   strip.setAttribute('role', 'img');
-  strip.setAttribute('aria-label', 'all layers (rows) and heads (columns); choose them with the controls above');
+  strip.setAttribute('aria-label', m.kind === 'cnn' ? 'all depths, from the top; choose one above'
+    : 'all layers (rows) and heads (columns); choose them with the controls above');
   drawScale(scale);
   const jump = make('div', {className: 'scroll'},
     make('h3', {textContent: m.kind === 'cnn' ? 'all depths' : 'all layers (down) and heads (across)'}), strip);
-  const article = make('article', {}, title, view, make('div', {className: 'scale'}, '0', scale, most), jump,
-    make('h3', {textContent: m.kind === 'cnn' ? 'likeliest classes'
-      : 'likeliest classes, layer by layer (logit lens)'}), make('div', {className: 'scroll'}, lens),
+  const heading = m.kind === 'cnn' ? 'likeliest classes'
+    : 'what the head would say after so many blocks (logit lens), and the likeliest classes at the end';
+  const answers = make('div', {hidden: !m.images[0].lens.classes.length}, make('h3', {textContent: heading}),
+    make('div', {className: 'scroll'}, lens));
+  const article = make('article', {}, title, view, make('div', {className: 'scale'}, '0', scale, most), jump, answers,
     make('details', {}, make('summary', {textContent: 'the twelve largest values'}), make('table', {}, make('thead', {},
-      make('tr', {}, make('th', {textContent: 'patch'}), make('th', {textContent: 'value'}))), numbers)));
+      makeRow('th', ['patch', 'value'])), numbers)));
   byId('panels').append(article);
   const pick = event => {
-    const box = view.getBoundingClientRect(), main = DATA.models[0];
+    const box = view.getBoundingClientRect();
     const column = Math.floor((event.clientX - box.left) / box.width * main.columns);
     const row = Math.floor((event.clientY - box.top) / box.height * main.rows);
     const inside = row >= 0 && row < main.rows && column >= 0 && column < main.columns;
@@ -247,11 +263,14 @@ const panels = DATA.models.map((m, model) => {
   };
   view.addEventListener('click', event => {
     const patch = pick(event);
-    change({patch, kept: !(state.kept && patch === state.patch)});
+    change(state.kept && patch === state.patch ? {patch: -1, kept: false} : {patch, kept: patch >= 0});
   });
   view.addEventListener('pointermove', event => {
     const patch = pick(event);
     if (event.pointerType === 'mouse' && !state.kept && patch !== state.patch) change({patch});
+  });
+  view.addEventListener('pointerleave', event => {
+    if (event.pointerType === 'mouse' && !state.kept && state.patch >= 0) change({patch: -1});
   });
   strip.addEventListener('click', event => {
     const box = strip.getBoundingClientRect(), cell = box.width / m.heads;
@@ -263,7 +282,6 @@ const panels = DATA.models.map((m, model) => {
 });
 
 function show() {
-  const main = DATA.models[0];
   const all = panels.map(({m, model}) => shown(model, layerOf(m), headOf(m), placeIn(m)));
   const most = panels.map(({m}, i) => Math.max(...all[i].values));
   const attending = most.filter((value, i) => panels[i].m.kind !== 'cnn');
@@ -274,24 +292,19 @@ function show() {
       + ', after ' + m.depths[layerOf(m)] : state.method !== 'attention' ? METHODS[state.method]
       : 'layer ' + layerOf(m) + (headOf(m) < 0 ? ', mean of ' + m.heads + ' heads' : ', head ' + headOf(m));
     title.textContent = [m.name, own.prediction, place].filter(text => text).join('; ');
-    drawView(view, m, values, top, placeIn(m));
+    drawView(view, pictureOf(model), m, values, top, placeIn(m));
     label.textContent = state.method === 'relevance' && !cnn ? top.toPrecision(3) : percent(top)
       + (cnn ? ' of a unit’s gradient' : '');
     view.setAttribute('aria-label', m.name + ', ' + DATA.pictures[state.image].name + '. Arrow keys choose a patch.');
     jump.hidden = !cnn && state.method !== 'attention';
     if (!jump.hidden) drawStrip(strip, model);
-    lens.replaceChildren(make('thead', {}, make('tr', {}, make('th', {textContent: cnn ? '' : 'blocks passed'}),
-      ...own.lens.classes.map(name => make('th', {textContent: name})))),
-      make('tbody', {}, ...own.lens.rows.map((row, depth) => make('tr', {}, make('td', {textContent: cnn ? 'answer'
-        : String(depth)}), ...row.map(value => make('td', {textContent: percent(value, 0),
-        className: value === Math.max(...row) ? 'best' : ''}))))));
+    drawLens(lens, m, own.lens);
     const order = [...values.keys()].sort((a, b) => values[b] - values[a]).slice(0, 12);
-    numbers.replaceChildren(...order.map(k => make('tr', {}, make('td', {textContent: placeName(m, k)}),
-      make('td', {textContent: values[k].toPrecision(3)}))));
+    numbers.replaceChildren(...order.map(k => makeRow('td', [placeName(m, k), values[k].toPrecision(3)])));
   });
   byId('say').textContent = sentence(all[0].values, all[0].before);
   byId('method').value = state.method; byId('direction').value = state.direction;
-  byId('layer').value = String(layerOf(main)); byId('head').value = String(headOf(main));
+  for (const id of ['layer', 'head', 'depth']) byId(id).value = String(state[id]);
   for (const id of ['layer', 'head']) byId(id).disabled = state.method !== 'attention';
   [...byId('images').children].forEach((button, i) => button.setAttribute('aria-pressed', String(i === state.image)));
 }
@@ -299,19 +312,23 @@ function change(part) {
   Object.assign(state, part);
   show();
 }
-function step(key, by, least, most) {
-  change({[key]: Math.max(least, Math.min(most, state[key] + by)), depth: -1});
+const within = (value, least, most) => Math.max(least, Math.min(most, value));
+const stepHead = by => change({head: within(state.head + by, -1, nHeads - 1)});
+function stepLayer(by) {
+  if (state.method === 'attention') change({layer: within(state.layer + by, 0, nLayers - 1), depth: -1});
+  else if (convnet) change({depth: within(layerOf(convnet) + by, 0, convnet.layers - 1)});
 }
 
-const main = DATA.models[0];
 const option = (value, text) => make('option', {value: String(value), textContent: text});
 const methods = Object.keys(METHODS).filter(key => DATA.models.every(m => m.kind === 'cnn' || m.images[0][key]));
 methods.forEach(key => byId('method').append(option(key, METHODS[key])));
-for (let l = 0; l < main.layers; l++) byId('layer').append(option(l, l + ' (of 0 to ' + (main.layers - 1) + ')'));
-byId('head').append(option(-1, 'mean of ' + main.heads));
-for (let h = 0; h < main.heads; h++) byId('head').append(option(h, h));
+for (let l = 0; l < nLayers; l++) byId('layer').append(option(l, l + ' (of 0 to ' + (nLayers - 1) + ')'));
+byId('head').append(option(-1, 'mean of ' + (vits.every(m => m.heads === nHeads) ? nHeads : 'all')));
+for (let h = 0; h < nHeads; h++) byId('head').append(option(h, h));
+byId('ofconvnet').hidden = !convnet;
+byId('depth').append(option(-1, 'as the layer'), ...(convnet ? convnet.depths : []).map((name, l) => option(l, name)));
 DATA.pictures.forEach((picture, i) => {
-  const face = make('img', {src: picture.png, alt: picture.name});
+  const face = make('img', {src: picture.pngs[0], alt: picture.name});
   const button = make('button', {type: 'button', title: picture.name}, face);
   button.addEventListener('click', () => change({image: i}));
   byId('images').append(button);
@@ -320,6 +337,7 @@ byId('method').addEventListener('change', event => change({method: event.target.
 byId('direction').addEventListener('change', event => change({direction: event.target.value}));
 byId('layer').addEventListener('change', event => change({layer: Number(event.target.value), depth: -1}));
 byId('head').addEventListener('change', event => change({head: Number(event.target.value)}));
+byId('depth').addEventListener('change', event => change({depth: Number(event.target.value)}));
 byId('reader').addEventListener('click', () => change({patch: -1, kept: false}));
 byId('opacity').addEventListener('input', show);
 byId('theme').addEventListener('click', () => {
@@ -350,7 +368,10 @@ function save() {
 }
 byId('save').addEventListener('click', save);
 document.addEventListener('keydown', event => {
-  if (event.ctrlKey || event.metaKey || event.altKey || ['SELECT', 'INPUT'].includes(event.target.tagName)) return;
+  // Brackets are typed with AltGr on many keyboards, which Windows sends as Ctrl and Alt, and with Option on a Mac.
+  const typed = event.getModifierState('AltGraph') || event.altKey && '[]'.includes(event.key);
+  if (!typed && (event.ctrlKey || event.metaKey || event.altKey)) return;
+  if (['SELECT', 'INPUT'].includes(event.target.tagName)) return;
   const moves = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -main.columns, ArrowDown: main.columns};
   if (event.key in moves && event.target.tagName === 'CANVAS') {
     const from = state.patch < 0 ? Math.floor(main.rows / 2) * main.columns + Math.floor(main.columns / 2)
@@ -360,17 +381,15 @@ document.addEventListener('keydown', event => {
     change({patch: state.patch < 0 ? from : stays ? to : from, kept: true});
     event.preventDefault();
   } else if (event.key === 'c') change({patch: -1, kept: false});
-  else if ('[],.'.includes(event.key) && state.method !== 'attention') return;
-  else if (event.key === '[') step('layer', -1, 0, main.layers - 1);
-  else if (event.key === ']') step('layer', 1, 0, main.layers - 1);
-  else if (event.key === ',') step('head', -1, -1, main.heads - 1);
-  else if (event.key === '.') step('head', 1, -1, main.heads - 1);
+  else if (event.key === '[') stepLayer(-1);
+  else if (event.key === ']') stepLayer(1);
+  else if (',.'.includes(event.key) && state.method === 'attention') stepHead(event.key === ',' ? -1 : 1);
   else if (event.key === 'm') change({method: methods[(methods.indexOf(state.method) + 1) % methods.length]});
   else if (event.key === 'd') change({direction: state.direction === 'from' ? 'to' : 'from'});
   else if (event.key === 'n') change({image: (state.image + 1) % DATA.pictures.length});
   else if (event.key === 's') save();
 });
-Promise.all(pictures.map(image => image.decode())).then(() => change({layer: main.layers - 1}));
+Promise.all(pictures.flat().map(image => image.decode())).then(() => change({layer: nLayers - 1}));
 """
 
 PAGE = ("""<!doctype html>

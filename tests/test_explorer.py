@@ -1,6 +1,7 @@
 """The page holds the numbers, says how far off they are, needs nothing but itself, and stays small."""
 
 import base64
+import io
 import json
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from figure_checks import pixels, square_vit, vit
 from other_models import shared
+from PIL import Image
 
 import explorer
 from cnn_model import ConvNet
@@ -18,7 +20,7 @@ from explorer_page import BODY, SCRIPT, STYLE
 from measurements import receptive_field
 from pictures import prepare_image, statistics_of
 from recording import attention_maps
-from vit_model import InputError, create_vit_base
+from vit_model import InputError, allow_any_size, create_vit_base
 
 READY = Path(__file__).parent.parent / "benchmarks" / "figures" / "explorer.html"
 
@@ -32,9 +34,14 @@ def unpacked(part, n):
     return values * np.frombuffer(base64.b64decode(part["factors"]), "<f4").reshape(-1, n, 1).astype(float)
 
 
-def small_convnet():
+def small_convnet(**options):
     torch.manual_seed(0)
-    return ConvNet(img_size=12, n_classes=5, widths=(3, 5), depths=(1, 1), stem_stride=1)
+    return ConvNet(**dict(img_size=12, n_classes=5, widths=(3, 5), depths=(1, 1), stem_stride=1) | options)
+
+
+def picture_in(uri):
+    """The picture (H, W, 3), uint8, of a data URI."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("RGB"))
 
 
 def test_the_page_holds_the_numbers_to_the_error_that_it_states(tmp_path):
@@ -110,6 +117,63 @@ def test_the_page_needs_nothing_but_itself():
     assert not re.search(r"https?://|import\s*\(|fetch\s*\(|XMLHttpRequest", page)
     assert "&lt;b&gt;a &amp; b&lt;/b&gt;" in page
     assert "$" not in SCRIPT.replace("$COLOURS", "")
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_worked_out_where_the_caller_has_none(mode):
+    model, image, other = square_vit(), prepare_image(pixels(12, 12), square_vit())[0][0], small_convnet()
+    expected = [explorer.explore(model, image, None).html, explorer.explore(model, image, None, other).html]
+    with mode():
+        image = image.clone()  # in inference mode a tensor that gradients cannot go through
+        assert [explorer.explore(model, image, None).html, explorer.explore(model, image, None, other).html] == expected
+        assert torch.is_grad_enabled() is False
+
+
+def test_each_model_has_the_picture_that_it_is_given():
+    first, second, photo = vit(img_size=72, patch_size=24), small_convnet(), pixels(150, 150)
+    page = explorer.explore(first, [photo, pixels(12, 12)], None, second)
+    found = data_of(page)["pictures"][0]["pngs"]
+    assert len(found) == 2  # above 64 pixels an eighth is cut off, below nothing
+    for uri, model in zip(found, (first, second), strict=True):
+        np.testing.assert_array_equal(picture_in(uri), np.round(255 * prepare_image(photo, model)[1]))
+    assert "cut and resized as it needs it" in page.html
+    page = explorer.explore(square_vit(), pixels(12, 12), None, second)
+    one, = data_of(page)["pictures"][0]["pngs"]
+    np.testing.assert_array_equal(picture_in(one), pixels(12, 12))
+    assert "cut and resized as it needs it" not in page.html
+
+
+@pytest.mark.parametrize("second", [small_convnet(), vit(img_size=12, patch_size=6)])
+def test_a_tensor_normalised_for_one_model_is_normalised_anew_for_the_other(second):
+    first = square_vit()
+    second.mean, second.std = [0.1, 0.2, 0.3], [0.6, 0.7, 0.8]
+    tensor = prepare_image(pixels(12, 12), first)[0]
+    from_tensor, from_picture = (data_of(explorer.explore(first, image, None, second))
+                                 for image in (tensor, pixels(12, 12)))
+    assert from_tensor["pictures"] == from_picture["pictures"]
+    for one, other in zip(from_tensor["models"], from_picture["models"], strict=True):
+        assert one["images"][0]["prediction"] == other["images"][0]["prediction"]
+        np.testing.assert_allclose(one["images"][0]["lens"]["rows"], other["images"][0]["lens"]["rows"], atol=2e-4)
+        a, b = (unpacked(part["images"][0]["attention"], part["tokens"]) for part in (one, other))
+        np.testing.assert_allclose(a, b, atol=b.max() / 250)
+
+
+def test_images_of_two_sizes_are_refused_and_another_size_is_not():
+    model, images = allow_any_size(square_vit()), [torch.zeros(3, 12, 12), torch.zeros(3, 16, 8)]
+    with pytest.raises(InputError, match="VisionTransformer is given images of 12x12 and 16x8 pixels; expected one"):
+        explorer.explore(model, images, None)
+    described = data_of(explorer.explore(model, images[1:] * 2, None))["models"][0]
+    assert (described["rows"], described["columns"], described["tokens"]) == (4, 2, 9)
+
+
+def test_the_lens_says_what_is_likeliest_of_all_classes():
+    lens = torch.tensor([[0.05, 0.05, 0.0, 0.0, 0.0, 0.0, 0.1, 0.8], [0.3, 0.1, 0.08, 0.07, 0.26, 0.09, 0.06, 0.04]])
+    words = explorer.words(lens, list("abcdefgh"))
+    assert words["lens"]["says"] == ["h (80%)", "a (30%)"]  # h is none of the six
+    assert words["lens"]["classes"] == ["a", "e", "b", "f", "c", "d"]
+    assert words["lens"]["rows"] == [[0.05, 0.0, 0.05, 0.0, 0.0, 0.0], [0.3, 0.26, 0.1, 0.09, 0.08, 0.07]]
+    assert (words["prediction"], words["target"]) == ("a (30%)", "a")
+    assert explorer.words(lens[:1, :2], None)["lens"]["says"] == ["class 0 (5%)"]
 
 
 def test_what_stands_in_a_name_cannot_end_the_script():
