@@ -80,9 +80,16 @@ def random_ranks(n_images, n, seed):
     return torch.rand(n_images, n, generator=generator_of(seed, 4), dtype=torch.float64).argsort(dim=1)
 
 
-def shuffle_patches(images, patch_size, share=1.0, seed=0):
+def shuffle_patches(images, patch_size, share=1.0, seed=0, offset=0):
     """Images in which this share of the patches, chosen at random, have changed places among themselves; a permutation
-    of its own for each image. Naseer et al. 2021, "Intriguing Properties of Vision Transformers", Sec. 3.3."""
+    of its own for each image. Naseer et al. 2021, "Intriguing Properties of Vision Transformers", Sec. 3.3.
+
+    offset: the grid lies so many pixels further down and right, the image being taken round its borders. A ViT whose
+    patches are these gets its own tokens whole where it is 0, and none of them where it is half a patch.
+    """
+    if offset:
+        moved = shuffle_patches(images.cpu().roll((-offset, -offset), dims=(2, 3)), patch_size, share, seed)
+        return moved.roll((offset, offset), dims=(2, 3))
     patches, grid = to_patches(images.cpu(), patch_size)  # (B, n, C, P, P)
     B, n = patches.shape[:2]
     chosen = random_ranks(B, n, seed)[:, :share_of(share, n)]  # (B, m) places that take part
