@@ -23,7 +23,7 @@ from torch import nn
 
 from cnn_model import HybridCNNViT
 from command_line import OneLineParser, percent, script
-from exercises import EXERCISES, check_file, write_stub
+from exercises import EXERCISES, check_file, default_path, write_stub
 from measurements import attention_maps, count_flops, count_parameters, receptive_field, wilson_interval
 from model_zoo import create_pretrained
 from quiz import ask
@@ -323,9 +323,9 @@ def run_quiz(argv):
 def run_exercise(argv):
     parser = OneLineParser(prog="examples.py exercise", description="a part of a ViT to write, checked against ours")
     parser.add_argument("name", choices=list(EXERCISES))
-    parser.add_argument("--file", help="where it is written (default: <name>_exercise.py)")
+    parser.add_argument("--file", help="where it is written, a name in .py (default: <name>_exercise.py)")
     options = parser.parse_args(argv)
-    path = Path(options.file or f"{options.name}_exercise.py")
+    path = Path(options.file) if options.file else default_path(options.name)
     if not path.exists():
         write_stub(options.name, path)
         print(f"{path}: fill it in, then run the same command again.")

@@ -4,13 +4,15 @@
     write_stub(name, path)     the file to fill in
     check_file(name, path)     what is off in somebody's file, in words that do not give the solution away
 
-A mistake is told by doing it too: where somebody's numbers are those of a usual mistake, its hint is given.
+A mistake is told by doing it too: where somebody's numbers are those of a usual mistake, its hint is given. The sizes
+differ between the three sets of inputs, so that none can be written down as a number.
 
 Letters:  B images, C channels, P patch side, N tokens, n patches, D width, H heads, K width of a head, L blocks.
 """
 
 import importlib.util
 import math
+import shlex
 import textwrap
 import traceback
 from collections.abc import Callable
@@ -21,19 +23,26 @@ import torch
 import torch.nn.functional as F
 
 from checkpoints import write_whole
+from recording import differentiable
 from vit_model import InputError, check_choice
+
+FILL_IN = "fill this in"  # what a stub raises
+FLOAT32 = 1e-5  # what is no further off may be rounding in float32
 
 
 @dataclass(frozen=True)
 class Exercise:
-    """function: its name in the file; task: what it is to do; signature: its arguments; inputs: seed -> arguments, each
-    a tensor or a function; solution; mistakes: (a hint, a function that makes it)."""
+    """function: its name in the file; signature: its arguments; task: what it is to do; sizes: of each set of inputs;
+    shapes: sizes -> the shape of a leaf behind each argument, to which gradients are taken; solution; mistakes: (a
+    hint, a function that makes it); arguments: leaves -> arguments, each a tensor or a function."""
     function: str
     signature: str
     task: str
-    inputs: Callable
+    sizes: tuple
+    shapes: Callable
     solution: Callable
     mistakes: tuple
+    arguments: Callable = list
 
 
 @dataclass
@@ -43,10 +52,11 @@ class Verdict:
     words: str
 
 
-def drawn(seed, *shapes):
-    """Normal tensors of these shapes, float64, that want gradients."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+def drawn(exercise, seed):
+    """Set number `seed` of an exercise's inputs, made anew: (leaves, arguments). Leaves are normal numbers, float64."""
+    generator, shapes = torch.Generator().manual_seed(seed), exercise.shapes(*exercise.sizes[seed])
+    leaves = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    return leaves, exercise.arguments(leaves)
 
 
 # ---- Attention --------------------------------------------------------------------------------------------
@@ -200,16 +210,12 @@ BLOCK_MISTAKES = (
 )
 
 
-def block_inputs(seed):
+def block_arguments(leaves):
     """Tokens, and four functions that are told apart by their numbers."""
-    x, scale1, scale2, mixing, inner = drawn(seed, (2, 5, 6), (6,), (6,), (5, 5), (6, 6))
-    return (x, lambda t: F.layer_norm(t, (6,)) * scale1, lambda t: mixing.softmax(dim=1) @ t,
-            lambda t: F.layer_norm(t, (6,)) * scale2, lambda t: F.gelu(t @ inner))
-
-
-def random_maps(seed):
-    (scores,) = drawn(seed, (3, 2, 7, 7))
-    return (scores.softmax(dim=-1),)
+    x, scale1, mixing, scale2, inner = leaves
+    D = x.shape[-1]
+    return (x, lambda t: F.layer_norm(t, (D,)) * scale1, lambda t: mixing.softmax(dim=1) @ t,
+            lambda t: F.layer_norm(t, (D,)) * scale2, lambda t: F.gelu(t @ inner))
 
 
 EXERCISES = {
@@ -217,30 +223,36 @@ EXERCISES = {
         "attention", "q, k, v",
         "Scaled dot-product attention: how much every query looks at every key, then the mean of the values by these "
         "weights. q, k, v: (B, H, N, K) each; returns (B, H, N, K). ViT paper, Eq. 6 and 7.",
-        lambda seed: drawn(seed, *[(2, 3, 7, 5)] * 3), attention, ATTENTION_MISTAKES),
+        ((2, 3, 7, 5), (3, 2, 6, 8), (4, 5, 3, 6)), lambda B, H, N, K: [(B, H, N, K)] * 3, attention,
+        ATTENTION_MISTAKES),
     "patch_embedding": Exercise(
         "patch_embedding", "images, weight, bias",
         "Patches to tokens: cut images (B, C, height, width) into squares, row by row, and multiply each by one "
         "matrix. weight: (D, C P P), a row for each channel of a token, which reads colour by colour, and in each row "
         "by row; bias: (D). Returns (B, n, D). ViT paper, Eq. 1.",
-        lambda seed: drawn(seed, (2, 3, 4, 6), (5, 12), (5,)), patch_embedding, PATCH_MISTAKES),
+        ((2, 3, 4, 6, 5, 2), (4, 2, 12, 9, 7, 3), (3, 4, 8, 20, 6, 4)),
+        lambda B, C, height, width, D, P: [(B, C, height, width), (D, C * P * P), (D,)], patch_embedding,
+        PATCH_MISTAKES),
     "positions": Exercise(
         "add_positions", "patches, cls_token, positions",
         "The sequence that the blocks read: the CLS token before the patches, and positions added. patches: (B, n, D); "
         "cls_token: (1, 1, D), the same for every image; positions: (1, 1 + n, D). Returns (B, 1 + n, D). ViT paper, "
         "Eq. 1.",
-        lambda seed: drawn(seed, (3, 4, 5), (1, 1, 5), (1, 5, 5)), add_positions, POSITION_MISTAKES),
+        ((3, 4, 6), (2, 6, 5), (5, 3, 7)), lambda B, n, D: [(B, n, D), (1, 1, D), (1, 1 + n, D)], add_positions,
+        POSITION_MISTAKES),
     "rollout": Exercise(
         "rollout", "maps",
         "Attention rollout: how much of each token of the input is in each token at the end. maps: (L, H, N, N), the "
         "first block first, rows are queries. Each block counts as half attention, mean over the heads, half residual. "
         "Returns (N, N), whose rows sum to one. Abnar and Zuidema 2020.",
-        random_maps, attention_rollout, ROLLOUT_MISTAKES),
+        ((3, 2, 7), (4, 3, 5), (2, 4, 6)), lambda L, H, N: [(L, H, N, N)], attention_rollout, ROLLOUT_MISTAKES,
+        lambda scores: [scores[0].softmax(dim=-1)]),
     "block": Exercise(
         "block", "x, norm1, attend, norm2, mlp",
         "An encoder block out of its four parts, all functions (B, N, D) -> (B, N, D). x: (B, N, D). Returns "
         "(B, N, D). ViT paper, Eq. 2 and 3.",
-        block_inputs, block, BLOCK_MISTAKES),
+        ((2, 5, 6), (3, 4, 7), (4, 6, 5)), lambda B, N, D: [(B, N, D), (D,), (N, N), (D,), (D, D)], block,
+        BLOCK_MISTAKES, block_arguments),
 }
 
 
@@ -252,32 +264,51 @@ def exercise_named(name):
     return EXERCISES[name]
 
 
-def stub(name):
-    """The text of the file to fill in."""
+def default_path(name):
+    """Where the file to fill in is, unless told otherwise."""
+    return Path(f"{name}_exercise.py")
+
+
+def first_argument(exercise):
+    return exercise.signature.split(",")[0]
+
+
+def stub(name, path=None):
+    """The text of the file to fill in; path: where it will be, unless at its default path."""
     exercise = exercise_named(name)
-    task = textwrap.fill(exercise.task, 100, initial_indent='    """', subsequent_indent="    ")
-    return (f'"""Exercise: {name}. Fill it in, then: python examples.py exercise {name}"""\n\nimport torch\n\n\n'
+    task = f"{exercise.task} All numbers are float64: a new tensor takes dtype={first_argument(exercise)}.dtype."
+    task = textwrap.fill(task, 100, initial_indent='    """', subsequent_indent="    ")
+    elsewhere = path is not None and Path(path) != default_path(name)
+    place = f" --file {shlex.quote(Path(path).as_posix())}" if elsewhere else ""
+    return (f'# Exercise: {name}. Fill it in, then: python examples.py exercise {name}{place}\n\nimport torch\n\n\n'
             f'def {exercise.function}({exercise.signature}):\n{task}\n    """\n'
-            f'    raise NotImplementedError("fill this in")\n')
+            f'    raise NotImplementedError("{FILL_IN}")\n')
 
 
 def write_stub(name, path):
-    """Writes the file to fill in. Raises InputError where there is a file already."""
+    """Writes the file to fill in. Raises InputError where there is a file already, or for a name not in .py."""
+    check_suffix(path)
     if Path(path).exists():
         raise InputError(f"{path} is there already, and is left as it is; expected a new file")
-    write_whole(path, lambda file: file.write(stub(name).encode()))
+    write_whole(path, lambda file: file.write(stub(name, path).encode()))
+
+
+def check_suffix(path):
+    if Path(path).suffix != ".py":
+        raise InputError(f"{path} is no Python file; expected one whose name ends in .py")
 
 
 def check_file(name, path):
     """A Verdict on somebody's file. Raises InputError where the file cannot be read or has no such function."""
     exercise, path = exercise_named(name), Path(path).resolve()
-    if path.suffix != ".py" or not path.is_file():
-        raise InputError(f"{path} is no Python file; expected one whose name ends in .py")
+    check_suffix(path)
+    if not path.is_file():
+        raise InputError(f"{path} is no file; expected one that write_stub has written")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever somebody's file does
+    except (Exception, SystemExit) as error:  # whatever somebody's file does
         raise InputError(f"{path} cannot be run: {described(error, path)}") from error
     function = getattr(module, exercise.function, None)
     if not callable(function):
@@ -285,52 +316,89 @@ def check_file(name, path):
     return check_function(name, function, path)
 
 
+@differentiable()
 def check_function(name, function, path=""):
-    """A Verdict on a function: its shape, its values on three sets of inputs, its gradients."""
+    """A Verdict on a function: its shape, its values and its gradients on three sets of inputs, whose sizes differ."""
     exercise = exercise_named(name)
-    for seed in range(3):
-        inputs = exercise.inputs(seed)
-        expected = exercise.solution(*inputs)
-        try:
-            found = function(*inputs)
-        except NotImplementedError:
-            return Verdict(False, "not filled in yet")
-        except Exception as error:  # whatever somebody's code does
-            advice = " (do not change an argument in place, as x += y does; write x = x + y)" \
-                if "in-place" in str(error) else ""
-            return Verdict(False, f"it stops: {described(error, path)}{advice}")
-        if not isinstance(found, torch.Tensor):
-            return Verdict(False, f"it returns a {type(found).__name__}; expected a tensor of shape "
-                                  f"{tuple(expected.shape)}")
-        if found.shape != expected.shape:
-            return Verdict(False, f"it returns the shape {tuple(found.shape)}; expected {tuple(expected.shape)}")
-        if not alike(found, expected):
-            return Verdict(False, hint(exercise, inputs, found, expected))
-    leaves = [value for value in inputs if isinstance(value, torch.Tensor)]
+    for seed in range(len(exercise.sizes)):
+        words = what_is_off(exercise, function, seed, path)
+        if words and seed:
+            words = (f"right at one set of sizes, but not where {sizes_said(exercise, seed)}: {words}; take sizes from "
+                     f"the shapes of the arguments")
+        if words:
+            return Verdict(False, words)
+    return Verdict(True, "right: values and gradients on three sets of inputs")
+
+
+def sizes_said(exercise, seed):
+    """The shapes of the arguments that are tensors, by name."""
+    arguments = zip(exercise.signature.split(", "), drawn(exercise, seed)[1], strict=True)
+    return ", ".join(f"{name} is {tuple(value.shape)}" for name, value in arguments if isinstance(value, torch.Tensor))
+
+
+def what_is_off(exercise, function, seed, path):
+    """What is off with a function on one set of inputs, in words; None where nothing is."""
+    (our_leaves, arguments), (leaves, given) = drawn(exercise, seed), drawn(exercise, seed)
+    expected = exercise.solution(*arguments)
+    try:
+        found = function(*given)
+    except (Exception, SystemExit) as error:  # whatever somebody's code does
+        if isinstance(error, NotImplementedError) and str(error) in ("", FILL_IN):
+            return "not filled in yet"
+        return f"it stops: {described(error, path)}{advice(exercise, error)}"
+    if not isinstance(found, torch.Tensor):
+        return f"it returns a {type(found).__name__}; expected a tensor of shape {tuple(expected.shape)}"
+    if found.shape != expected.shape:
+        return f"it returns the shape {tuple(found.shape)}; expected {tuple(expected.shape)}"
+    if found.dtype != expected.dtype:
+        return (f"it returns {str(found.dtype).removeprefix('torch.')}, and all arguments are float64: give new "
+                f"tensors dtype={first_argument(exercise)}.dtype")
+    if not alike(found, expected) and alike(found, expected, FLOAT32):
+        return (f"the values are right but for rounding, as if float32 came in: give new tensors "
+                f"dtype={first_argument(exercise)}.dtype")
+    if not alike(found, expected):
+        return hint(exercise.mistakes if seed == 0 else (), arguments, found, expected)
     if not found.requires_grad:
-        return Verdict(False, "the values are right, but no gradient comes back to the inputs: it could not be trained")
-    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9), dtype=expected.dtype)
-    ours, theirs = (torch.autograd.grad((result * weights).sum(), leaves, retain_graph=True, allow_unused=True)
-                    for result in (expected, found))
-    for place, (a, b) in enumerate(zip(ours, theirs, strict=True), start=1):
+        return "the values are right, but no gradient comes back to the inputs: it could not be trained"
+    try:
+        theirs = gradients(found, leaves)
+    except Exception as error:
+        return f"the values are right, but the gradient stops: {described(error, path)}{advice(exercise, error)}"
+    for place, (a, b) in enumerate(zip(gradients(expected, our_leaves), theirs, strict=True), start=1):
         if b is None or not alike(a, b):
-            return Verdict(False, f"the values are right, but the gradient of argument {place} is not: something was "
-                                  f"taken out of the computation")
-    return Verdict(True, "right: values on three sets of inputs, and the gradients")
+            return (f"the values are right, but the gradient of argument {place} is not: something was taken out of "
+                    f"the computation")
+    return None
 
 
-def hint(exercise, inputs, found, expected):
+def gradients(result, leaves):
+    """Of a sum of the result with fixed random weights, for each leaf; None for one that it does not hang on."""
+    weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(9), dtype=result.dtype)
+    return torch.autograd.grad((result * weights).sum(), leaves, allow_unused=True)
+
+
+def advice(exercise, error):
+    """What to do about an error of torch whose words do not say it."""
+    text = str(error)
+    if "in-place" in text or "inplace" in text:
+        return " (do not change a tensor in place, as x += y does; write x = x + y)"
+    if isinstance(error, RuntimeError) and ("dtype" in text or ("type" in text and "double" in text.lower())):
+        return f" (all arguments are float64; give new tensors dtype={first_argument(exercise)}.dtype)"
+    return ""
+
+
+def hint(mistakes, arguments, found, expected):
     """What is off, by the usual mistake that gives the same numbers; else how far off it is."""
-    for words, mistaken in exercise.mistakes:
-        wrong = mistaken(*inputs)
-        if wrong.shape == found.shape and alike(wrong, found):
+    for words, mistaken in mistakes:
+        wrong = mistaken(*arguments)
+        if wrong.shape == found.shape and alike(wrong, found, FLOAT32):
             return words
     return (f"the shape is right, the values are not: the largest difference is "
             f"{(found - expected).abs().max().item():.2g}, where values go up to {expected.abs().max().item():.2g}")
 
 
-def alike(a, b):
-    return torch.allclose(a.double(), b.double(), rtol=1e-6, atol=1e-8)
+def alike(a, b, tolerance=1e-9):
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
 def described(error, path):
@@ -338,6 +406,8 @@ def described(error, path):
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: {error.msg}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    text = str(error).splitlines()
+    text = str(error).partition(" Hint: enable anomaly detection")[0].splitlines()
     place = f"line {lines[-1]}: " if lines else ""
+    if isinstance(error, SystemExit):
+        return f"{place}sys.exit, exit or quit would end whatever runs it; leave it out"
     return f"{place}{type(error).__name__}{f': {text[0]}' if text else ''}"

@@ -81,8 +81,8 @@ convolution."""),
     *exercise("attention"),
     ("code", """views = AttentionVisualizer(create_pretrained("vit_nano_shapes"), device="cpu")
 views.visualize_attention(drawn.images[0], layer_idx=-1)"""),
-    ("text", """**Look:** the weights of one row sum to one, with those that go to CLS. What does the frame show when
-you choose a patch, `patch=(3, 3)`, in the place of CLS? Do the heads look at the same things? Layers and heads count
+    ("text", """**Look:** the weights of one row sum to one, with those that go to CLS. What does the map show when you
+choose a patch, `patch=(3, 3)`, in the place of CLS? Do the heads look at the same things? Layers and heads count
 from 0; layer 0 is the first block."""),
     ("code", "views.visualize_all_heads(drawn.images[0])"),
     ("code", "views.visualize_attention_distance(drawn.images[:32])"),
@@ -91,17 +91,23 @@ from 0; layer 0 is the first block."""),
 
 ## 30 to 40: positions and the CLS token
 
-Attention reads a set. Without positions the order of the patches is invisible; the head reads one token more than there
-are patches, CLS, which has no pixels and starts the same for every image."""),
+Attention reads a set: without positions the order of the patches is invisible to it. The blocks read one token more
+than there are patches, CLS, which has no pixels and starts the same for every image. The head reads CLS alone."""),
     *exercise("positions"),
+    ("text", """**Guess:** squares of 4 x 4 pixels change places, first on the grid of the ViT's own patches, then on
+the same grid moved by 2 pixels, which cuts through them. How many answers stay right?"""),
     ("code", """model = create_pretrained("vit_nano_shapes")
 images = normalise(drawn.images, model.mean, model.std)
 for share in (0.0, 0.25, 0.5, 0.75):
-    right = predictions(model, shuffle_patches(images, 4, share)) == drawn.labels
-    print(f"{share:.0%} of the patches shuffled: {right.float().mean():.0%} right")"""),
-    talk("this ViT has positions. What does it use them for, if the shuffle costs it so little?",
-         """For little: which pieces are there is enough to tell these shapes apart, wherever they lie, and training
-takes what suffices. The last section asks the ConvNet and the hybrid the same question; they need the order."""),
+    own, moved = ((predictions(model, shuffle_patches(images, 4, share, offset=offset)) == drawn.labels).float().mean()
+                  for offset in (0, 2))
+    print(f"{share:.0%} of the squares shuffled: {own:.0%} right on its own grid, {moved:.0%} on the moved one")"""),
+    talk("this ViT has positions. What does it use them for, if a shuffle of its own patches costs it so little, and "
+         "one that cuts them so much?",
+         """For little. On its own grid every token arrives whole, only at another position, and which pieces are there
+is enough to tell these shapes apart. On the moved grid hardly a token is whole, and most answers go: what this ViT does
+without is the order of its own patches, not that of any squares. To a ConvNet neither grid is its own, as its windows
+overlap."""),
     ("text", """## 40 to 50: the block and the whole model
 
 Attention mixes the tokens, the MLP works on each by itself; both add to what comes in, and both read it
@@ -124,8 +130,8 @@ history = trainer.train(train_loader, val_loader, n_epochs=n_epochs, learning_ra
 print(f"validation accuracy {history['val_acc'][-1]:.1%}")
 plot_training_curves(history)"""),
     talk("is the loss still falling at the end? The model of the next section was trained for longer.",
-         """It is: two epochs are a beginning. While the curves of training and validation stay close together, more
-steps help; where they part, more images or more augmentation do."""),
+         """Compare the last two points of each curve; two epochs are a beginning. While training and validation stay
+close together, more steps may help; where they part, more images or more augmentation may."""),
     ("text", """## 65 to 80: looking inside
 
 Where does an answer come from? Every method gives a map; they do not agree. So ask each map a question that has an
@@ -139,14 +145,18 @@ for check in selfcheck(model, images[:4]):
     print({True: "holds:", False: "does not hold:", None: "does not apply:"}[check.holds], check.name)"""),
     talk("which map would you show to somebody, and what would you say about it?",
          """Any of them, together with its curves: how much sooner the answer goes, on this image, than in random order.
-Over 500 images all four do better than that; which does best depends on whether patches are hidden or shown (README,
-Looking inside). None of them says why the model answers as it does."""),
+Over 500 images all four did better than that on average, in each of the models that we trained for it; which did best
+depends on whether patches are hidden or shown (README, Looking inside). None of them says why the model answers as it
+does."""),
     ("text", """To play with, any image of your own: `views.explore(["photo.jpg"])` gives a page.
 
 ## 80 to 90: and the CNN?
 
 A convolution is attention that has decided beforehand where to look, exactly: nine heads, each at one place of the
-kernel. What it gives up is reach; what it gets is that near things matter from the first step on."""),
+kernel. What it gives up is reach; what it gets is that near things matter from the first step on.
+
+In the last figure "shuffled" means the grid of the ViT's own patches again, which leaves its tokens whole and cuts
+through the windows of the other two: what it costs them and what it costs the ViT are no answers to one question."""),
     ("code", """from cnn_vs_vit import shipped_subjects
 from experiments import EXPERIMENTS
 

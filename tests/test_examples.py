@@ -1,5 +1,6 @@
 import inspect
 import re
+import shlex
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ from command_runs import ROOT
 
 import examples
 import train_vit
-from vit_model import VisionTransformer
+from vit_model import InputError, VisionTransformer
 
 QUICK = [name for name in examples.DEMOS if name not in examples.TRAINS]
 
@@ -74,6 +75,27 @@ def test_an_exercise_is_written_and_then_checked(tmp_path, monkeypatch, capsys):
                                              "return (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1) @ v"))
     examples.main(["exercise", "attention"])
     assert "right: values" in capsys.readouterr().out
+
+
+def test_an_exercise_elsewhere_says_so_in_its_own_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my work").mkdir()
+    examples.main(["exercise", "block", "--file", "my work/mine.py"])
+    first = (tmp_path / "my work" / "mine.py").read_text().splitlines()[0]
+    command = shlex.split(first.split("then: ")[1])
+    assert command == ["python", "examples.py", "exercise", "block", "--file", "my work/mine.py"]
+    with pytest.raises(SystemExit):
+        examples.main(command[2:])
+    assert "not filled in yet" in capsys.readouterr().out
+    examples.main(["exercise", "block", "--file", "./block_exercise.py"])
+    assert (tmp_path / "block_exercise.py").read_text().splitlines()[0].endswith("examples.py exercise block")
+
+
+def test_an_exercise_that_could_not_be_checked_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"foo\.txt is no Python file; expected one whose name ends in \.py"):
+        examples.main(["exercise", "block", "--file", "foo.txt"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_quiz_is_asked_and_takes_no_options(monkeypatch, capsys):

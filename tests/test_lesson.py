@@ -2,12 +2,15 @@
 
 import json
 import math
+import re
 from itertools import pairwise
 
 import torch
 from matplotlib.figure import Figure
 
 import lesson
+from measurements import count_parameters
+from vit_model import create_vit_nano
 
 CODE = [(number, text) for number, (kind, text) in enumerate(lesson.SECTIONS) if kind == "code"]
 
@@ -36,6 +39,37 @@ def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     assert "does not hold" not in printed
     assert "gives the same numbers" in printed
     assert figures >= 6
+    check_shuffled(printed)
+
+
+def check_shuffled(printed):
+    """What the lesson says of the positions: a shuffle of the ViT's own patches costs it little, another one most."""
+    line = r"(\d+)% of the squares shuffled: (\d+)% right on its own grid, (\d+)% on the moved one"
+    lines = re.findall(line, printed)
+    shares, own, moved = zip(*[map(int, line) for line in lines], strict=True)
+    assert shares == (0, 25, 50, 75)
+    assert own[0] == moved[0]
+    assert min(own) > own[0] - 5
+    assert max(moved[1:]) < own[0] / 2
+
+
+def test_what_is_said_of_the_explanations_holds_in_every_saved_model():
+    cells = [json.loads(path.read_text(encoding="utf-8"))["result"]
+             for path in (lesson.NOTEBOOK.parent / "benchmarks" / "results").glob("trust-*.json")]
+    assert len(cells) >= 2
+    for cell in cells:
+        assert cell["n"] == 500
+        hidden, shown = ({name: area for name, area in cell[what].items() if name != "random order"}
+                         for what in ("deletion", "insertion"))
+        assert len(hidden) == len(shown) == 4
+        assert max(hidden.values()) < cell["deletion"]["random order"]
+        assert min(shown.values()) > cell["insertion"]["random order"]
+        assert min(hidden, key=hidden.get) != max(shown, key=shown.get)
+
+
+def test_the_model_that_is_trained_is_as_large_as_the_text_says():
+    assert "A ViT of half a million parameters" in " ".join(text for _, text in lesson.SECTIONS)
+    assert 0.45e6 < count_parameters(create_vit_nano(n_classes=10)) < 0.55e6
 
 
 def test_the_exercises_have_their_solutions_folded_below():

@@ -1,8 +1,18 @@
 """Every question is answered by measuring, among its own guesses; guesses are counted, and nobody has to give one."""
 
+import re
+
 import pytest
+import torch
 
 import quiz
+from drawn_shapes import TEST_START
+from measurements import attention_distance
+from model_zoo import create_pretrained
+from perturbations import predictions, shift_consistency, shuffle_patches
+from pictures import normalise
+from recording import attention_maps
+from vit_data import make_shapes
 
 FAST = quiz.Question("Which?", ("this", "that"), lambda: (1, "It is so."))
 
@@ -29,6 +39,84 @@ def test_a_measured_answer_is_one_of_the_guesses(question):
 def test_the_answers_that_are_exact():
     assert [quiz.shuffled_without_positions()[0], quiz.gradient_after_the_last_block()[0], quiz.price_of_heads()[0],
             quiz.cost_of_twice_the_side()[0]] == [0, 0, 1, 1]
+
+
+# ---- The answers that are measured, from the measurements themselves
+
+
+def shapes(model, n_images):
+    drawn = make_shapes(n_images, 32, start=TEST_START)
+    return normalise(drawn.images, model.mean, model.std), drawn.labels
+
+
+def numbers_in(sentence, unit):
+    return [float(number) for number in re.findall(rf"([\d.]+){unit}", sentence)]
+
+
+def test_who_needs_the_order_counts_on_both_grids():
+    shares = []
+    for key in ("vit_nano_shapes", "convnet_shapes"):
+        model = create_pretrained(key)
+        images, labels = shapes(model, 200)
+        right = set((predictions(model, images) == labels).nonzero().flatten().tolist())
+        for offset in (0, 2):
+            shuffled = shuffle_patches(images, 4, 0.75, offset=offset)
+            still = set((predictions(model, shuffled) == labels).nonzero().flatten().tolist())
+            shares.append(round(100 * len(right & still) / len(right)))
+    place, sentence = quiz.who_needs_the_order()
+    assert numbers_in(sentence, "%") == shares
+    assert place == (0 if shares[0] < 50 else 1 if shares[0] < 90 else 2)
+    assert sentence.endswith(quiz.about_the_order(shares[0] / 100, shares[1] / 100))
+
+
+def test_kept_is_what_is_right_before_and_after(monkeypatch):
+    model = create_pretrained("convnet_shapes")
+    labels = shapes(model, 200)[1]
+    before, after = labels.clone(), labels.clone()
+    before[50:] += 1  # right: 0 to 49
+    after[:30] += 1  # right: 30 to 199, of which 20 were right before
+    answers = [before, after]
+    monkeypatch.setattr(quiz, "predictions", lambda model, images: answers.pop(0))
+    assert quiz.share_kept(model, 4, 0) == 20 / 50
+
+
+@pytest.mark.parametrize(("own", "moved", "words"), [
+    (0.89, 0.1, "uses where its patches lie"), (0.95, 0.2, "less well without that of other squares"),
+    (0.95, 0.94, "its own or others")])
+def test_what_the_order_means_hangs_on_the_numbers(own, moved, words):
+    assert words in quiz.about_the_order(own, moved)
+
+
+def test_who_minds_a_shift_looks_at_two_pixels(monkeypatch):
+    model = create_pretrained("vit_nano_shapes")
+    stays = shift_consistency(model, shapes(model, 64)[0], 2)
+    expected = (stays.sum().item() - 1) / 24
+    place, sentence = quiz.who_minds_a_shift()
+    assert f"stays in {expected:.0%} of the cases" in sentence
+    assert place == (0 if expected < 0.6 else 1 if expected < 0.9 else 2)
+    reaches = []
+    monkeypatch.setattr(quiz, "shift_consistency", lambda model, images, reach: reaches.append(reach) or stays)
+    quiz.who_minds_a_shift()
+    assert reaches == [2]
+
+
+def test_how_far_the_first_block_looks_is_of_its_nearest_head():
+    model = create_pretrained("vit_nano_shapes")
+    maps = attention_maps(model, shapes(model, 32)[0])  # (L, B, H, N, N)
+    nearest = attention_distance(maps, (8, 8), (4, 4), 1)[0].min().item()
+    place, sentence = quiz.how_far_the_first_block_looks()
+    assert numbers_in(sentence, " pixels") == [round(nearest, 1)]
+    between = torch.cdist(*[torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0)) * 4] * 2)  # (n, n)
+    assert f"all places alike would be {between.mean():.1f}." in sentence
+    assert place == (0 if nearest < 0.5 * between.mean() else 1 if nearest < 0.8 * between.mean() else 2)
+
+
+@pytest.mark.parametrize(("distance", "place", "said"), [(4.0, 0, False), (10.0, 1, False), (16.0, 2, True)])
+def test_near_heads_are_missed_only_where_there_are_none(distance, place, said, monkeypatch):
+    monkeypatch.setattr(quiz, "attention_distance", lambda *args: torch.tensor([[distance, 20.0], [1.0, 1.0]]))
+    found, sentence = quiz.how_far_the_first_block_looks()
+    assert found == place
+    assert ("Fig. 7" in sentence) == said
 
 
 def test_guesses_are_told_right_or_wrong_and_counted():
