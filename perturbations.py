@@ -85,7 +85,8 @@ def shuffle_patches(images, patch_size, share=1.0, seed=0, offset=0):
     of its own for each image. Naseer et al. 2021, "Intriguing Properties of Vision Transformers", Sec. 3.3.
 
     offset: the grid lies so many pixels further down and right, the image being taken round its borders. A ViT whose
-    patches are these gets its own tokens whole where it is 0, and none of them where it is half a patch.
+    patches are these gets its own tokens whole where it is 0; where it is half a patch, every patch that a moved one
+    touches is cut.
     """
     if offset:
         moved = shuffle_patches(images.cpu().roll((-offset, -offset), dims=(2, 3)), patch_size, share, seed)
