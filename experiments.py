@@ -70,7 +70,7 @@ class Subjects:
     seconds: float = 0.3
     sizes: tuple = SIZES
     patches: tuple = PATCHES
-    reach: int = 8
+    reach: int = 6
     trained_shift: int = 4
 
     def attending(self):
@@ -483,7 +483,7 @@ def what_remains(data, change):
         return "nothing follows, as no model does better than guessing to begin with"
     values = listed(f"{share:.0%} ({name}; guessing {chance:.0%})" for name, (share, chance) in left.items())
     tough = level_with_the_best({name: min(1.0, share) for name, (share, _) in left.items()}, n)
-    return f"{values} of as many right answers remain: {told(tough, len(left))}"
+    return f"there are {values} as many right answers as before: {told(tough, len(left))}"
 
 
 def table_of_positions(data):

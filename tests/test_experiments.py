@@ -176,17 +176,17 @@ def test_the_position_sentence_turns_with_the_numbers():
     assert "by up to 4 pixels, as in training, the predicted class stays in 90% (A) and 50% (B): A minds it" in first
     assert "Moved further, by up to 6, in 60% (A) and 20% (B): A minds it least." in first
     assert "it stays in 97% (A) and 97% (B)." in first
-    assert ("With 75% of the patches of the ViT's own grid shuffled 20% (A; guessing 20%) and 80% (B; guessing 20%) of "
-            "as many right answers remain: B minds it least.") in first
-    assert "half a patch, which cuts its tokens too, 50% (A; guessing 20%) and 50% (B; guessing 20%)" in first
-    assert "remain: no difference between A and B shows." in first
-    assert "hidden by the mean 20% (A; guessing 20%)" in first
+    assert ("With 75% of the patches of the ViT's own grid shuffled there are 20% (A; guessing 20%) and 80% (B; "
+            "guessing 20%) as many right answers as before: B minds it least.") in first
+    assert "half a patch, which cuts its tokens too, there are 50% (A; guessing 20%) and 50% (B; guessing 20%)" in first
+    assert "as before: no difference between A and B shows." in first
+    assert "hidden by the mean there are 20% (A; guessing 20%)" in first
     few = sentence((0.9, 0.2), (0.88, 0.25), n=50)
     assert "no difference between A and B shows" in few
     assert "no difference between B and A shows" in few
     second = sentence((0.5, 0.8), (0.9, 0.2))
     assert "stays in 50% (A) and 90% (B): B minds it least" in second
-    assert "of as many right answers remain: A minds it least" in second
+    assert "as many right answers as before: A minds it least" in second
 
 
 def test_who_guesses_to_begin_with_has_nothing_to_lose():
@@ -195,7 +195,7 @@ def test_who_guesses_to_begin_with_has_nothing_to_lose():
 
     data = dict(models=dict(A=dict(correct=counts(90)), B=dict(correct=counts(12))), n=100, classes=10)
     assert what_remains(data, "shuffled") == (
-        "33% (A; guessing 11%) of as many right answers remain: there is no other to compare it with")
+        "there are 33% (A; guessing 11%) as many right answers as before: there is no other to compare it with")
     del data["models"]["A"]
     assert what_remains(data, MOVED) == "nothing follows, as no model does better than guessing to begin with"
 
