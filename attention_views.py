@@ -220,17 +220,18 @@ class AttentionVisualizer:
         layer = default if given is None else check_index("layer_idx", given, n_layers)
         return f" after layer {layer} (of 0 to {n_layers - 1})"
 
-    def visualize_explanations(self, image, target=None, n_steps=16, save_path=None):
+    def visualize_explanations(self, image, target=None, n_steps=16, save_path=None, n_draws=8):
         """All methods on one image: their maps, how far they agree, and what each is worth beside random order.
 
         Maps are scaled to a sum of one and share a scale. Below: Spearman's rank correlation of each pair; the
-        probability of the class while patches are hidden, and while they are shown, the hottest first.
+        probability of the class while patches are hidden, and while they are shown, the hottest first. Random order is
+        drawn n_draws times: the line is the mean, the band two standard deviations of the draws to each side.
         """
         images, picture = prepare_image(image, self.model)
-        found = compare_explanations(self.model, images, target, n_steps=n_steps)
+        found = compare_explanations(self.model, images, target, n_steps=n_steps, n_draws=n_draws)
         names = list(found.heats)
         grids = [(heat[0] / heat[0].sum().clamp(min=1e-12)).numpy() for heat in found.heats.values()]
-        figure = new_figure(12.5, 6.4 + 2.5 * max(0.8, proportion(picture)) + 0.5 * len(found.refused))
+        figure = new_figure(12.5, 6.7 + 2.5 * max(0.8, proportion(picture)) + 0.5 * len(found.refused))
         n_panels = 1 + len(names)
         cells = figure.add_gridspec(2, 3 * n_panels, height_ratios=(2.5 * max(0.8, proportion(picture)), 5.2))
         panels = [figure.add_subplot(cells[0, 3 * i:3 * i + 3]) for i in range(n_panels)]
@@ -247,10 +248,10 @@ class AttentionVisualizer:
         refused = [f"left out: {reason}" for reason in found.refused.values()]
         set_heading(figure, "\n".join([self.describe_class(found), *refused]), fontsize=13 if not refused else 10)
         draw_agreement(agreement, found.correlations.numpy(), names)
-        for axes, values, heading in zip(curves, (found.deletion, found.insertion), (
-                "hiding the hottest patches first\n(falls early: the map matters)",
-                "showing the hottest patches first\n(rises early: the map matters)"), strict=True):
-            draw_trust(axes, values, heading)
+        draw_trust(curves[0], found.deletion, found.draws["deletion"],
+                   "hiding the hottest patches first\n(falls early: the map matters)")
+        draw_trust(curves[1], found.insertion, found.draws["insertion"],
+                   "showing the hottest patches first\n(rises early: the map matters)")
         return finish(figure, save_path)
 
     def visualize_logit_lens(self, image, n_classes=5, save_path=None):
@@ -425,14 +426,22 @@ def draw_agreement(axes, correlations, names):
     axes.set_title("how alike the maps rank the patches\n(Spearman: 1 the same, 0 unrelated)", fontsize=11)
 
 
-def draw_trust(axes, curves, heading):
-    """Curves {name: (S + 1, B)}, the mean over the images; random order dashed."""
+def draw_trust(axes, curves, draws, heading):
+    """Curves {name: (S + 1, B)}, the mean over the images; random order dashed, in the band of its draws (R, S + 1, B):
+    two standard deviations to each side."""
+    draws = draws.mean(dim=2)  # (R, S + 1)
     for place, (name, values) in enumerate(curves.items()):
-        values = values.mean(dim=1).numpy()
+        values = values.nanmean(dim=1).numpy()
         control = name not in METHODS
-        axes.plot(np.linspace(0, 100, len(values)), 100 * values, color="0.35" if control else COLOURS[place],
-                  linestyle="--" if control else "-",
-                  label=f"{TITLES.get(name, name)}: area {values.mean():.2f}")
+        share = np.linspace(0, 100, len(values))
+        words = f"{TITLES.get(name, name)}: area {values.mean():.2f}"
+        if control and len(draws) > 1:
+            reach = 2 * draws.std(dim=0).numpy()
+            axes.fill_between(share, 100 * (values - reach).clip(min=0), 100 * (values + reach).clip(max=1),
+                              color="0.35", alpha=0.2, linewidth=0)
+            words += f" ± {2 * draws.mean(dim=1).std():.2f}\n({len(draws)} draws, ± 2 standard deviations)"
+        axes.plot(share, 100 * values, color="0.35" if control else COLOURS[place], linestyle="--" if control else "-",
+                  label=words)
     axes.set(xlabel="patches (%)", ylabel="probability of the class (%)", ylim=(0, 102))
     axes.set_title(heading, fontsize=11)
     axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16))

@@ -13,9 +13,10 @@ Models are ours, or timm's, transformers' and torchvision's, as recording.py tak
 model it refuses with the reason; nothing is put in its place.
 
 Letters:  B images, L blocks, H heads, N tokens (prefix tokens, then patches), D width, K classes, n patches,
-          M methods, S steps of a curve.
+          M methods, R random orders, S steps of a curve.
 """
 
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,8 +83,8 @@ def token_cam(features, gradients):
 
 @dataclass
 class Explanation:
-    """heat (B, rows, columns), not negative; targets (B), the classes that are explained; probabilities (B), theirs;
-    both None for a model without a head."""
+    """heat (B, rows, columns), not negative, and NaN for an image of several whose Grad-CAM is blank; targets (B), the
+    classes that are explained; probabilities (B), theirs; both None for a model without a head."""
     heat: torch.Tensor
     targets: torch.Tensor | None
     probabilities: torch.Tensor | None
@@ -141,7 +142,8 @@ def cam_heat(model, images, targets, layer_idx=None):
 
     layer_idx: counts from 0, or from the end; None: the last whose places the head can still see, which is the last
     but one where it reads CLS. Raises InputError where the map would be blank for every image: because nothing of the
-    places reaches the head, or because nothing at any place speaks for the class.
+    places reaches the head, or because nothing at any place speaks for the class. Where it is blank for some images
+    these have NaN.
     """
     check_head(model)
     if isinstance(model, ConvNet):
@@ -162,11 +164,13 @@ def cam_heat(model, images, targets, layer_idx=None):
 
 
 def not_blank(heat):
-    """Raises InputError where Grad-CAM is zero everywhere, in every image."""
-    if not (heat > 0).any():
+    """Grad-CAM (B, rows, columns), with NaN for an image where it is zero everywhere, as that is no map. Raises
+    InputError where it is so in every image."""
+    blank = ~(heat > 0).flatten(1).any(dim=1)  # (B)
+    if blank.all():
         raise InputError("Grad-CAM is blank: at no place do the weighted channels speak for the class here; choose "
                          "another layer_idx, or another method")
-    return heat
+    return heat.masked_fill(blank[:, None, None], torch.nan)
 
 
 def convolutional_cam(model, images, targets, layer_idx):
@@ -242,18 +246,21 @@ def patch_filters(model, n_filters=28):
 
 
 @torch.no_grad()
-def deletion_insertion(model, images, heat, targets, n_steps=16, batch_size=128):
+def deletion_insertion(model, images, heat, targets, n_steps=16, batch_size=128, seed=0):
     """(deletion, insertion), each (S + 1, B): the probability of the target class while patches are hidden, the hottest
     first, and while they are shown on an empty image, the hottest first.
 
-    heat (B, rows, columns). Hidden is what the normalisation takes for the mean. A map that finds what the answer hangs
-    on makes the first curve fall early and the second rise early; the mean of a curve is its area. Petsiuk, Das and
+    heat (B, rows, columns). Patches of the same heat go in a random order, another for each image; it comes from the
+    seed and the image alone, so that a heat that is the same everywhere is the control, random order. An image whose
+    heat has NaN has NaN. Hidden is what the normalisation takes for the mean. A map that finds what the answer hangs on
+    makes the first curve fall early and the second rise early; the mean of a curve is its area. Petsiuk, Das and
     Saenko 2018, "RISE", Sec. 4.1.
     """
     check_whole("n_steps", n_steps, 1)
-    images, n, grid = images.cpu(), heat[0].numel(), heat.shape[1:]
+    images, heat, n, grid = images.cpu(), heat.cpu(), heat[0].numel(), heat.shape[1:]
     rows, columns = (torch.arange(side) * count // side for side, count in zip(images.shape[2:], grid, strict=True))
-    ranks = heat.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # (B, n), 0 the hottest
+    ranks = ranks_of(heat.flatten(1), random_orders(images, n, seed))  # (B, n), 0 the hottest
+    no_map = heat.flatten(1).isnan().any(dim=1)  # (B)
     curves = []
     for inserting in (False, True):
         curve = []
@@ -261,8 +268,21 @@ def deletion_insertion(model, images, heat, targets, n_steps=16, batch_size=128)
             shown = ((ranks < round(step / n_steps * n)) == inserting).unflatten(1, grid)  # (B, rows, columns)
             changed = images * shown[:, rows[:, None], columns][:, None]  # (B, C, height, width)
             curve.append(class_probability(model, changed, targets, batch_size))
-        curves.append(torch.stack(curve))
+        curves.append(torch.stack(curve).masked_fill(no_map, torch.nan))
     return tuple(curves)
+
+
+def ranks_of(heat, orders):
+    """The rank of each patch, 0 the hottest; equals as they come in the orders: 2 x (B, n) -> (B, n)."""
+    ranking = heat.gather(1, orders).argsort(dim=1, descending=True, stable=True)  # (B, n) places in the orders
+    return orders.gather(1, ranking).argsort(dim=1)
+
+
+def random_orders(images, n, seed):
+    """A random order of n patches for each image, (B, n), out of the seed and the image's numbers, so that it is the
+    same in every batch. images (B, C, height, width), on the CPU."""
+    seeds = [zlib.crc32(image.float().contiguous().numpy(), seed % 2**32) for image in images]
+    return torch.stack([torch.randperm(n, generator=torch.Generator().manual_seed(one)) for one in seeds])
 
 
 def class_probability(model, images, targets, batch_size):
@@ -285,24 +305,43 @@ def rank_correlation(first, second):
     return (a * b).sum(dim=1) / ((a**2).sum(dim=1) * (b**2).sum(dim=1)).sqrt()  # (B)
 
 
+def agreement(heats):
+    """rank_correlation of each pair of maps, the mean over the images that have both: M of (B, ...) -> (M, M)."""
+    return torch.stack([torch.stack([rank_correlation(a, b).nanmean() for b in heats]) for a in heats])
+
+
 @dataclass
 class Comparison:
-    """heats: method -> (B, rows, columns); refused: method -> why not; correlations (M, M), means over the images;
-    deletion, insertion: method -> (S + 1, B), "random order" among them; targets and probabilities (B)."""
+    """heats: method -> (B, rows, columns), NaN for an image for which the method has no map; refused: method -> why it
+    has none for any; correlations (M, M), means over the images; deletion, insertion: method -> (S + 1, B), NaN as in
+    heats, and "random order", the mean of the draws; draws: "deletion" and "insertion" -> (R, S + 1, B), of each random
+    order; targets and probabilities (B)."""
     heats: dict
     refused: dict
     correlations: torch.Tensor
     deletion: dict
     insertion: dict
+    draws: dict
     targets: torch.Tensor
     probabilities: torch.Tensor
 
+    @property
+    def blank(self):
+        """Method -> the number of images for which it has no map, where there are such."""
+        counts = {name: int(heat.flatten(1).isnan().any(dim=1).sum()) for name, heat in self.heats.items()}
+        return {name: count for name, count in counts.items() if count}
 
-def compare_explanations(model, images, target=None, methods=tuple(METHODS), n_steps=16, seed=0):
-    """A Comparison of the methods on images (B, C, height, width), normalised; random order is drawn from the seed.
+
+def compare_explanations(model, images, target=None, methods=tuple(METHODS), n_steps=16, seed=0, n_draws=8):
+    """A Comparison of the methods on images (B, C, height, width), normalised.
+
+    Beside them stands random order, n_draws times for each image, from the seed: how far the draws differ says which
+    lead of a method means anything. Each method and each draw takes 2 (n_steps + 1) passes of the images; for a large
+    model n_draws may be lower.
 
     Raises InputError for a model without a head, which has no answer to follow, and where no method works.
     """
+    check_whole("n_draws", n_draws, 1)
     heats, refused, explained = {}, {}, None
     for method in methods:
         check_choice("method", method, METHODS)
@@ -320,14 +359,15 @@ def compare_explanations(model, images, target=None, methods=tuple(METHODS), n_s
         heats[method] = explained.heat
     if not heats:
         raise InputError(f"none of {', '.join(methods)} works on this model: {next(iter(refused.values()))}")
-    shape = next(iter(heats.values())).shape
-    orders = heats | {"random order": torch.rand(shape, generator=torch.Generator().manual_seed(seed))}
-    curves = {name: deletion_insertion(model, images, heat, explained.targets, n_steps)
-              for name, heat in orders.items()}
-    correlations = torch.stack([torch.stack([rank_correlation(a, b).nanmean() for b in heats.values()])
-                                for a in heats.values()])  # (M, M)
-    return Comparison(heats, refused, correlations, {name: pair[0] for name, pair in curves.items()},
-                      {name: pair[1] for name, pair in curves.items()}, explained.targets, explained.probabilities)
+    curves = {name: deletion_insertion(model, images, heat, target, n_steps, seed=seed)
+              for name, heat in heats.items()}
+    alike = torch.ones(next(iter(heats.values())).shape)
+    pairs = [deletion_insertion(model, images, alike, target, n_steps, seed=seed + 1 + i) for i in range(n_draws)]
+    draws = {what: torch.stack([pair[i] for pair in pairs]) for i, what in enumerate(("deletion", "insertion"))}
+    deletion, insertion = ({name: pair[i] for name, pair in curves.items()} | {"random order": draws[what].mean(dim=0)}
+                           for i, what in enumerate(draws))
+    return Comparison(heats, refused, agreement(list(heats.values())), deletion, insertion, draws, target,
+                      explained.probabilities)
 
 
 # ---- The closed forms, on a model -------------------------------------------------------------------------

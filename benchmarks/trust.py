@@ -1,10 +1,12 @@
 """How far to trust each explanation: deletion and insertion areas beside random order.
 
-    python benchmarks/trust.py --keep [--seeds 0 1 2]
+    python benchmarks/trust.py --keep [--seeds 0 1 2] [--steps 2000] [--n-images 500]
 
 For each seed a vit_nano is trained on the drawn shapes (learning.py's recipe, more steps) and 500 test images, which no
 training has seen, are explained for the class that it predicts. A map that finds what the answer hangs on has a smaller
-deletion area and a larger insertion area than random order has.
+deletion area and a larger insertion area than random order has. Random order is drawn eight times for each image; its
+area is the mean, and how far the draws differ is kept beside it. Images for which a method has no map are left out of
+its means, and their number is kept.
 """
 
 import argparse
@@ -20,27 +22,48 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 from results import write_cell  # noqa: E402
 
 from drawn_shapes import TEST_START  # noqa: E402
-from explanations import compare_explanations  # noqa: E402
+from explanations import agreement, compare_explanations  # noqa: E402
 from learning import RATES, RECIPE, train_once  # noqa: E402
 from perturbations import predictions  # noqa: E402
 from pictures import normalise  # noqa: E402
 from vit_data import get_data_loaders, make_shapes  # noqa: E402
+from vit_model import InputError  # noqa: E402
+
+STEPS, N_IMAGES = 2000, 500
 
 
-def areas(model, images, seed, chunk=100):
-    """(deletion, insertion): method -> the mean area over the images; and the mean rank correlations of the methods."""
-    found = [compare_explanations(model, part, seed=seed + i) for i, part in enumerate(images.split(chunk))]
-    deletion, insertion = ({name: torch.cat([getattr(one, what)[name] for one in found], dim=1).mean().item()
-                            for name in getattr(found[0], what)} for what in ("deletion", "insertion"))
-    correlations = torch.stack([one.correlations for one in found]).mean(dim=0)
-    return deletion, insertion, dict(names=list(found[0].heats), values=correlations.tolist())
+def areas(model, images, seed, chunk=100, **options):
+    """A dict: deletion and insertion, method -> the mean area over the images that have a map; draws, "deletion" and
+    "insertion" -> the mean area of each random order; blank, method -> the number of images without a map; the mean
+    rank correlations of the methods. options: of compare_explanations."""
+    found = [compare_explanations(model, part, seed=seed, **options) for part in images.split(chunk)]
+    for one in found:
+        if one.refused:
+            raise InputError(f"a method has no map for any of {chunk} images: {next(iter(one.refused.values()))}")
+    result = {}
+    for what in ("deletion", "insertion"):
+        curves = {name: torch.cat([getattr(one, what)[name] for one in found], dim=1)
+                  for name in getattr(found[0], what)}  # (S + 1, B) each
+        result[what] = {name: values.mean(dim=0).nanmean().item() for name, values in curves.items()}
+    result["draws"] = {what: torch.cat([one.draws[what] for one in found], dim=2).mean(dim=(1, 2)).tolist()
+                       for what in ("deletion", "insertion")}
+    heats = {name: torch.cat([one.heats[name] for one in found]) for name in found[0].heats}
+    result["blank"] = {name: sum(one.blank.get(name, 0) for one in found) for name in heats}
+    result["correlations"] = dict(names=list(heats), values=agreement(list(heats.values())).tolist())
+    return result
+
+
+def command_of(seed, steps, n_images):
+    """The command that repeats one cell."""
+    return (f"python benchmarks/trust.py --keep --seeds {seed}" + f" --steps {steps}" * (steps != STEPS)
+            + f" --n-images {n_images}" * (n_images != N_IMAGES))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--n-images", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--n-images", type=int, default=N_IMAGES)
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
     for seed in options.seeds:
@@ -50,14 +73,16 @@ def main():
         drawn = make_shapes(options.n_images, 32, start=TEST_START)
         images = normalise(drawn.images, loaders[0].mean, loaders[0].std)
         right = int((predictions(model, images) == drawn.labels).sum())
-        deletion, insertion, correlations = areas(model, images, seed)
+        result = areas(model, images, 100 * seed)  # the draws take the numbers that follow
         print(f"seed {seed}: {right} of {len(images)} right")
-        for name in deletion:
-            print(f"  {name:<14} deletion {deletion[name]:.3f}, insertion {insertion[name]:.3f}", flush=True)
+        for name, deletion in result["deletion"].items():
+            blank = f", without {n} images" if (n := result["blank"].get(name)) else ""
+            print(f"  {name:<14} deletion {deletion:.3f}, insertion {result['insertion'][name]:.3f}{blank}", flush=True)
+        for what, values in result["draws"].items():
+            print(f"  {what} of random orders: {min(values):.3f} to {max(values):.3f}", flush=True)
         if options.keep:
-            write_cell("trust", f"vit_nano-{seed}", seed, f"python benchmarks/trust.py --keep --seeds {seed}",
-                       dict(steps=options.steps, n=len(images), right=right, val_acc=val_acc, deletion=deletion,
-                            insertion=insertion, correlations=correlations, device="cpu"))
+            write_cell("trust", f"vit_nano-{seed}", seed, command_of(seed, options.steps, options.n_images),
+                       dict(steps=options.steps, n=len(images), right=right, val_acc=val_acc, **result, device="cpu"))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from other_models import shared
 from PIL import Image
 
 import attention_views as v
+from explanations import compare_explanations
 from measurements import attention_maps
 from pictures import prepare_image, statistics_of
 from vit_model import InputError, VisionTransformer
@@ -162,6 +163,34 @@ def test_all_explanations_side_by_side():
         assert title in words
     for shown in data_of(figure)[1:5]:
         assert shown.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_the_curves_and_the_band_are_those_of_the_comparison():
+    model, image = square_vit(), pixels(12, 12)
+    figure = v.AttentionVisualizer(model, device="cpu").visualize_explanations(image, n_steps=4, n_draws=5)
+    found = compare_explanations(model, prepare_image(image, model)[0], n_steps=4, n_draws=5)
+    hiding, showing = (next(axes for axes in figure.axes if axes.get_title().startswith(word))
+                       for word in ("hiding", "showing"))
+    for axes, what in ((hiding, "deletion"), (showing, "insertion")):
+        curves, draws = getattr(found, what), found.draws[what][:, :, 0]  # (R, S + 1)
+        assert len(axes.lines) == len(curves) == 5
+        for line, (name, values) in zip(axes.lines, curves.items(), strict=True):
+            np.testing.assert_allclose(line.get_ydata(), 100 * values[:, 0], rtol=1e-5)
+            assert line.get_label().startswith(f"{v.TITLES.get(name, name)}: area {values.mean():.2f}")
+        reach = 2 * draws.std(dim=0)
+        band = axes.collections[0].get_paths()[0].vertices
+        for end in (draws.mean(dim=0) - reach, draws.mean(dim=0) + reach):
+            for share, value in zip((0, 25, 50, 75, 100), end, strict=True):
+                assert min(np.abs(band - [share, 100 * value.item()]).sum(axis=1)) < 1e-3
+        assert (f"± {2 * draws.mean(dim=1).std():.2f}\n(5 draws, ± 2 standard deviations)"
+                in axes.lines[-1].get_label())
+
+
+def test_one_draw_has_no_band():
+    views = v.AttentionVisualizer(square_vit(), device="cpu")
+    figure = views.visualize_explanations(pixels(12, 12), n_steps=2, n_draws=1)
+    assert not any(axes.collections for axes in figure.axes if axes.get_title().startswith(("hiding", "showing")))
+    assert "±" not in texts(figure)
 
 
 def test_the_logit_lens_ends_in_the_prediction():

@@ -203,9 +203,12 @@ def test_images_do_not_mix():
     for method in e.METHODS:
         together = e.explain(model, images, method, target=[1, 0, 4]).heat
         for i, target in enumerate((1, 0, 4)):
-            if together[i].any():  # Grad-CAM of an image alone may be blank
-                alone = e.explain(model, images[i:i + 1], method, target=target).heat[0]
-                torch.testing.assert_close(together[i], alone, rtol=1e-9, atol=1e-12)
+            if together[i].isnan().all():
+                with pytest.raises(InputError, match="Grad-CAM is blank"):
+                    e.explain(model, images[i:i + 1], method, target=target)
+                continue
+            alone = e.explain(model, images[i:i + 1], method, target=target).heat[0]
+            torch.testing.assert_close(together[i], alone, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("target", [-1, 5, 1.5, [0, 1, 7]])
@@ -296,6 +299,47 @@ def test_deletion_and_insertion_by_hand():
     torch.testing.assert_close(deletion[:, 0], torch.tensor([6, 6, 6, 0]).float().sigmoid())
 
 
+def test_patches_of_the_same_heat_go_in_a_random_order_of_their_own():
+    images = images_of(300).float()
+    orders = e.random_orders(images, 6, 3)
+    assert (orders.sort(dim=1).values == torch.arange(6)).all()
+    for place in range(6):  # each patch stands at each place in one of six images, give or take 5 standard deviations
+        counts = orders[:, place].bincount(minlength=6)
+        assert (counts - 50).abs().max() < 5 * math.sqrt(300 * 5 / 36)
+    assert torch.equal(e.random_orders(images[7:9], 6, 3), orders[7:9])  # whatever the batch
+    assert not torch.equal(e.random_orders(images, 6, 4), orders)
+    heat = torch.tensor([[0.0, 7, 0, 8, 0, 7]]).expand(300, 6)
+    ranks = e.ranks_of(heat, orders)
+    assert (ranks[:, 3] == 0).all()
+    assert (ranks[:, [1, 5]].sort(dim=1).values == torch.tensor([1, 2])).all()
+    before = orders.argsort(dim=1)  # the place of each patch in the random order
+    assert torch.equal(ranks[:, 1] < ranks[:, 5], before[:, 1] < before[:, 5])
+    assert torch.equal(ranks[:, 0] < ranks[:, 4], before[:, 0] < before[:, 4])
+
+
+def test_a_heat_that_is_the_same_everywhere_has_the_areas_of_random_order():
+    images = torch.zeros(500, 3, 4, 6)  # 2 x 3 patches of 2 x 2, the first of which decides
+    images[:, :, :2, :2] = 1.0
+    images[:, 1, 3, 5] = torch.arange(500)  # which tells the images apart, and which the model does not see
+    deletion, insertion = e.deletion_insertion(Counting(), images, torch.ones(500, 2, 3), torch.ones(500).long(), 6)
+    seen, unseen = torch.tensor(4.0).sigmoid().item(), 0.5
+    for step in range(7):  # after so many patches the first is hidden in step / 6 of the images
+        mean = unseen * step / 6 + seen * (6 - step) / 6
+        margin = 4 * (seen - unseen) * math.sqrt(step * (6 - step) / 36 / 500)
+        assert deletion[step].mean().item() == pytest.approx(mean, abs=margin + 1e-6)
+        assert insertion[6 - step].mean().item() == pytest.approx(mean, abs=margin + 1e-6)
+
+
+def test_an_image_without_a_map_has_no_curve():
+    images, heat = torch.randn(3, 3, 4, 6), torch.rand(3, 2, 3)
+    heat[1] = torch.nan
+    for curve, expected in zip(e.deletion_insertion(Counting(), images, heat, torch.ones(3).long(), 4),
+                               e.deletion_insertion(Counting(), images[::2], heat[::2], torch.ones(2).long(), 4),
+                               strict=True):
+        assert curve[:, 1].isnan().all()
+        torch.testing.assert_close(curve[:, ::2], expected)
+
+
 def test_rank_correlation_is_spearmans():
     a = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0], [3.0, 1.0, 4.0, 1.0, 5.0]])
     b = torch.tensor([[5.0, 6.0, 7.0, 8.0, 7.0], [9.0, 2.0, 6.0, 5.0, 3.0]])
@@ -315,6 +359,39 @@ def test_explanations_are_compared_beside_random_order():
         torch.testing.assert_close(found.deletion[name][[0, -1]], torch.stack([probabilities, empty]))
         torch.testing.assert_close(found.insertion[name][[0, -1]], torch.stack([empty, probabilities]))
     assert not torch.equal(found.deletion["rollout"], found.deletion["random order"])
+
+
+def test_random_order_is_the_mean_of_several_draws():
+    model, images = vit(), images_of()
+    found = e.compare_explanations(model, images, methods=["rollout"], n_steps=5, seed=2, n_draws=3)
+    for what, curves in (("deletion", found.deletion), ("insertion", found.insertion)):
+        draws = found.draws[what]
+        assert draws.shape == (3, 6, 3)
+        torch.testing.assert_close(draws.mean(dim=0), curves["random order"], rtol=0, atol=0)
+        assert not torch.equal(draws[0], draws[1])
+    single = e.deletion_insertion(model, images, torch.ones(3, *GRID), found.targets, 5, seed=4)
+    for what, one in zip(("deletion", "insertion"), single, strict=True):
+        torch.testing.assert_close(found.draws[what][1], one)
+    alone = e.compare_explanations(model, images[1:2], methods=["rollout"], n_steps=5, seed=2, n_draws=3)
+    torch.testing.assert_close(alone.draws["deletion"][:, :, 0], found.draws["deletion"][:, :, 1])
+    with pytest.raises(InputError, match="n_draws 0 is out of range"):
+        e.compare_explanations(model, images, n_draws=0)
+
+
+def test_a_grad_cam_that_is_blank_for_one_image_has_no_share_in_the_comparison():
+    model, images, targets = vit(), images_of(), [3, 1, 2]  # of images 1, 0 and 2: alone, that of 0 is refused
+    images = images[[1, 0, 2]]
+    found = e.compare_explanations(model, images, targets, n_steps=4, n_draws=2)
+    assert found.heats["grad_cam"].flatten(1).isnan().all(dim=1).tolist() == [False, True, False]
+    assert found.blank == {"grad_cam": 1}
+    assert found.deletion["grad_cam"].isnan().any(dim=0).tolist() == [False, True, False]
+    assert found.insertion["grad_cam"].isnan().all(dim=0).tolist() == [False, True, False]
+    assert not found.deletion["rollout"].isnan().any()
+    others = e.compare_explanations(model, images[::2], targets[::2], n_steps=4, n_draws=2)
+    torch.testing.assert_close(found.deletion["grad_cam"].nanmean(dim=1), others.deletion["grad_cam"].mean(dim=1))
+    last = list(found.heats).index("grad_cam")
+    torch.testing.assert_close(found.correlations[last, 1], others.correlations[last, 1])
+    assert others.blank == {}
 
 
 def test_nothing_that_works_is_an_error():
