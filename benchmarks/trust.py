@@ -69,7 +69,8 @@ def main():
     for seed in options.seeds:
         loaders = get_data_loaders(dataset="shapes", img_size=32, batch_size=RECIPE.batch_size, seed=seed)
         recipe = replace(RECIPE, n_steps=options.steps)
-        model, val_acc = train_once("ViT", *loaders, recipe, RATES[1], seed)
+        trainer = train_once("ViT", loaders[0], recipe, RATES[1], seed)
+        model, val_acc = trainer.model, trainer.evaluate(loaders[1])["acc"]
         drawn = make_shapes(options.n_images, 32, start=TEST_START)
         images = normalise(drawn.images, loaders[0].mean, loaders[0].std)
         right = int((predictions(model, images) == drawn.labels).sum())
