@@ -60,7 +60,8 @@ TABLES = {
                 "(`python benchmarks/verdicts.py --keep`)",
     "trust": "How far to trust each explanation (`python benchmarks/trust.py --keep`): the mean probability of the "
              "class while patches are hidden in a map's order (deletion: less is better) and while they are shown "
-             "(insertion: more is better), over 500 test images of the drawn shapes, a new model for each seed",
+             "(insertion: more is better), over 500 test images of the drawn shapes, a new model for each seed. Equal "
+             "values go in a random order; random order is the mean of eight draws; images without a map are left out",
     "throughput": "VisionTransformer beside its peers, images a second (`python benchmarks/throughput.py --keep`; its "
                   "head says how). Medians over rounds in which every library takes a turn; a ratio is the peer's "
                   "seconds over ours in the same round, with the 95% interval of the median (of rounds taken as "
@@ -417,12 +418,14 @@ def verdict_lines(cells):
 
 def trust_lines(cells):
     names = list(cells[0]["result"]["deletion"])
-    lines = ["| | seed | right of 500 | " + " | ".join(names) + " |", "|---|---:|---:|" + "---:|" * len(names)]
+    lines = ["| | seed | right of 500 | " + " | ".join(names) + " | its draws | images without Grad-CAM |",
+             "|---|---:|---:|" + "---:|" * len(names) + "---|---:|"]
     for what in ("deletion", "insertion"):
         for cell in cells:
             r = cell["result"]
             values = " | ".join(f"{r[what][name]:.3f}" for name in names)
-            lines.append(f"| {what} | {cell['seed']} | {r['right']} | {values} |")
+            draws = f"{min(r['draws'][what]):.3f} to {max(r['draws'][what]):.3f}"
+            lines.append(f"| {what} | {cell['seed']} | {r['right']} | {values} | {draws} | {r['blank']['grad_cam']} |")
     return [*lines, ""]
 
 
