@@ -24,7 +24,17 @@ import torch
 
 from cnn_model import ConvNet
 from measurements import attention_distance, check_index, cls_attention_grid, layers_of, uniform_attention_distance
-from recording import anatomy_of, at_least_float32, evaluating, logits_of, record, to_model, watch_layer
+from recording import (
+    anatomy_of,
+    at_least_float32,
+    check_input,
+    differentiable,
+    evaluating,
+    logits_of,
+    record,
+    to_model,
+    watch_layer,
+)
 from vit_model import InputError, check_choice, check_whole
 
 OUTLIER = 3.0  # a patch token whose norm is so many times the median counts as a register artefact
@@ -90,6 +100,7 @@ class Explanation:
     probabilities: torch.Tensor | None
 
 
+@differentiable()
 def explain(model, images, method="relevance", target=None, **options):
     """An Explanation by one of METHODS.
 
@@ -98,7 +109,8 @@ def explain(model, images, method="relevance", target=None, **options):
              Attention and rollout are the same for every class
     options  rollout: discard_ratio; grad_cam: layer_idx; attention: layer_idx and head_idx
 
-    Raises InputError where the method cannot work on the model, with the reason.
+    It works also where the caller has switched gradients off. Raises InputError for images that the model does not
+    take, and where the method cannot work on the model, with the reason.
     """
     check_choice("method", method, METHODS)
     for name in options:
@@ -106,8 +118,7 @@ def explain(model, images, method="relevance", target=None, **options):
     if not has_head(model):
         heat = METHODS[method](model, images, None, **options)
         return Explanation(at_least_float32(heat.detach().cpu()), None, None)
-    with evaluating(model), torch.no_grad():
-        logits = logits_of(model(to_model(images, model)))  # (B, K)
+    logits = answers_of(model, images)  # (B, K)
     targets = choose_targets(logits, target, class_names_of(model))
     heat = at_least_float32(METHODS[method](model, images, targets, **options).detach().cpu())
     probabilities = at_least_float32(logits).softmax(dim=1).gather(1, targets[:, None])[:, 0].cpu()
@@ -339,7 +350,8 @@ def compare_explanations(model, images, target=None, methods=tuple(METHODS), n_s
     lead of a method means anything. Each method and each draw takes 2 (n_steps + 1) passes of the images; for a large
     model n_draws may be lower.
 
-    Raises InputError for a model without a head, which has no answer to follow, and where no method works.
+    Raises InputError for images that the model does not take, for a model without a head, which has no answer to
+    follow, and where no method works.
     """
     check_whole("n_draws", n_draws, 1)
     heats, refused, explained = {}, {}, None
@@ -348,8 +360,7 @@ def compare_explanations(model, images, target=None, methods=tuple(METHODS), n_s
     if not has_head(model):
         raise InputError(f"this {type(model).__name__} has no head, so there is no answer that hiding patches could "
                          f"change; give one with a head")
-    with evaluating(model), torch.no_grad():
-        target = choose_targets(logits_of(model(to_model(images, model))), target, class_names_of(model)).cpu()
+    target = choose_targets(answers_of(model, images), target, class_names_of(model)).cpu()
     for method in methods:
         try:
             explained = explain(model, images, method, target)
@@ -381,6 +392,7 @@ class Check:
     found: str
 
 
+@differentiable()
 def selfcheck(model, images=None, seed=0):
     """The closed forms on a model and images (B, C, height, width), normalised: a list of Check. images=None: four of
     normal noise. In half precision the tolerances are wider, by as much as its rounding is."""
@@ -431,8 +443,7 @@ def count_hooks(model):
 
 def check_own_answers(model, images, seen, hooks):
     """Whether the model answers alike when watched, and has as many hooks as before."""
-    with evaluating(model), torch.no_grad():
-        own = logits_of(model(to_model(images, model)))
+    own = answers_of(model, images)
     check = within("answers are the same when watched", (own - seen.logits).abs().max(),
                    max(1e-4, 8 * torch.finfo(own.dtype).eps) * max(1.0, own.abs().max().item()))
     left = count_hooks(model) - hooks
@@ -515,6 +526,15 @@ def for_the_head(matrix, seen):
     """What the head's token, or its patches on average, hold of each patch: (B, N, N) -> (B, rows, columns)."""
     check_pool(seen.anatomy.pool)
     return cls_attention_grid(matrix, seen.grid, seen.anatomy.n_prefix, seen.anatomy.pool)
+
+
+@torch.no_grad()
+def answers_of(model, images):
+    """The model's logits, (B, K), in eval mode. Raises InputError for images that it does not take."""
+    if not isinstance(model, ConvNet):
+        check_input(images, anatomy_of(model))
+    with evaluating(model):
+        return logits_of(model(to_model(images, model)))
 
 
 def choose_targets(logits, target, class_names=None):

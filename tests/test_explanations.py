@@ -198,6 +198,40 @@ def test_every_method_gives_a_map_of_the_patches_and_leaves_the_model_as_it_was(
     assert torch.equal(found.targets, model(images).argmax(dim=1))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("build", ["ours", "timm", "torchvision", "transformers", "convnet"])
+def test_methods_work_where_the_caller_has_switched_gradients_off(build, mode, tmp_path):
+    torch.manual_seed(0)
+    model = ConvNet(img_size=15, n_classes=5, widths=(3, 5), depths=(1, 1), stem_stride=1).double() \
+        if build == "convnet" else vit() if build == "ours" else shared(build, tmp_path)[0]
+    size, methods = (SIZE if build == "ours" else (15, 15)), (["grad_cam"] if build == "convnet" else e.METHODS)
+    expected = {method: e.explain(model, images_of(size=size), method, target=3) for method in methods}
+    with mode():
+        images = images_of(size=size)
+        for method in methods:
+            found = e.explain(model, images, method, target=torch.tensor([3, 3, 3]))
+            torch.testing.assert_close(found.heat, expected[method].heat, equal_nan=True)
+            torch.testing.assert_close(found.probabilities, expected[method].probabilities)
+        compared = e.compare_explanations(model, images, n_steps=2, n_draws=2)
+        assert set(compared.heats) == set(methods)
+        if build != "convnet":
+            assert all(check.holds is not False for check in e.selfcheck(model, images))
+
+
+@pytest.mark.parametrize("build", ["ours", "timm", "torchvision", "transformers", "convnet"])
+def test_images_that_do_not_fit_end_in_one_line(build, tmp_path):
+    model = ConvNet(img_size=15, n_classes=5, widths=(3, 5), depths=(1, 1), stem_stride=1) if build == "convnet" \
+        else vit() if build == "ours" else shared(build, tmp_path)[0]
+    size = SIZE if build == "ours" else (15, 15)
+    bad = [torch.zeros(2, 1, *size), torch.zeros(3, *size)]
+    if build != "convnet":  # which takes every size
+        bad += [torch.zeros(1, 3, 48, 48), torch.zeros(1, 3, *size, dtype=torch.uint8), [torch.zeros(3, *size)]]
+    for images in bad:
+        for ask in (lambda x: e.explain(model, x, "grad_cam"), lambda x: e.compare_explanations(model, x)):
+            with pytest.raises(InputError, match=r"\Agot images [^\n]*expected[^\n]*\Z"):
+                ask(images)
+
+
 def test_images_do_not_mix():
     model, images = vit(), images_of()
     for method in e.METHODS:
