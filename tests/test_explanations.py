@@ -440,7 +440,7 @@ def test_nothing_that_works_is_an_error():
 def test_the_closed_forms_hold_for_every_library(name, tmp_path):
     theirs, _, images = shared(name, tmp_path)
     checks = e.selfcheck(theirs.float(), images.float())
-    assert len(checks) == 8
+    assert len(checks) == 12
     assert all(check.holds is not False for check in checks), checks
     assert [check.holds for check in checks].count(None) == ("mean" in name)
 
@@ -455,8 +455,8 @@ def test_a_selfcheck_sees_what_is_broken(monkeypatch):
     assert failed() == {"rollout"}
     monkeypatch.setattr(e, "rollout", whole)
     of_torch = torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, "grad", lambda out, maps: of_torch(out, maps)[::-1])  # vit-explain's mistake
-    assert "gradients" in failed()
+    monkeypatch.setattr(torch.autograd, "grad", lambda out, maps, **options: of_torch(out, maps, **options)[::-1])
+    assert failed() >= {"gradients", "relevance"}  # vit-explain's mistake
 
 
 # ---- Names, heads, options
@@ -531,13 +531,48 @@ def test_a_hybrid_is_explained():
 
 
 def test_selfcheck_needs_nothing_but_a_model():
-    assert [check.holds for check in e.selfcheck(vit().float())] == [True] * 8
+    assert [check.holds for check in e.selfcheck(vit().float())] == [True] * 12
     model = vit().float()
     model.blocks[0].register_forward_hook(lambda module, args, output: None)  # somebody's own
     assert all(check.holds for check in e.selfcheck(model))
     fresh = torchvision.models.VisionTransformer(15, 5, 2, 2, 8, 16, num_classes=3)  # its head is zero
     checks = e.selfcheck(fresh)
-    assert [check.holds for check in checks].count(None) == 1
+    assert [check.name.split(" ")[0] for check in checks if check.holds is None] == ["relevance", "Grad-CAM", "patch"]
     assert all(check.holds is not False for check in checks)
-    checks = e.selfcheck(vit().bfloat16())
-    assert all(check.holds is not False for check in checks), checks
+    for dtype in (torch.bfloat16, torch.float16):
+        checks = e.selfcheck(vit().to(dtype))
+        assert all(check.holds is not False for check in checks), checks
+    headless = e.selfcheck(vit(n_classes=0))
+    assert [check.holds for check in headless] == [True] * 7 + [None]
+
+
+def test_a_sound_model_holds_under_autocast_too():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        checks = e.selfcheck(vit().float())
+        assert torch.is_autocast_enabled("cpu")
+    assert [check.holds for check in checks] == [True] * 12, checks
+
+
+@pytest.mark.parametrize(("broken", "replacement", "names"), [
+    ("relevance", lambda maps, gradients: torch.ones_like(maps[0, :, 0]) + torch.eye(N), {"relevance"}),
+    ("relevance", lambda maps, gradients: (maps * gradients).clamp(min=0).mean(dim=2).sum(dim=0) + torch.eye(N),
+     {"relevance"}),
+    ("token_cam", lambda features, gradients: torch.ones_like(features[:, :, 0]), {"Grad-CAM"}),
+    ("token_cam", lambda features, gradients: (features * gradients).sum(dim=2).clamp(min=0), {"Grad-CAM"}),
+    ("cls_attention_grid", lambda maps, grid, first, pool: maps[..., 0, first - 1:-1].unflatten(-1, grid),
+     {"attention", "relevance"}),
+    ("cls_attention_grid", lambda maps, grid, first, pool: maps[..., first:, 0].unflatten(-1, grid),
+     {"attention", "relevance"}),
+])
+def test_a_selfcheck_sees_a_method_that_is_broken(broken, replacement, names, monkeypatch):
+    monkeypatch.setattr(e, broken, replacement)
+    checks = e.selfcheck(vit(), images_of())
+    assert {check.name.split(" ")[0] for check in checks if check.holds is False} == names
+
+
+def test_a_selfcheck_sees_tokens_that_are_not_of_their_places(monkeypatch):
+    model = vit(n_registers=2, pool="mean")
+    whole = model.patch_embed.forward
+    monkeypatch.setattr(model.patch_embed, "forward", lambda images: whole(images).flip(1))
+    wrong = [check for check in e.selfcheck(model, images_of()) if check.holds is False]
+    assert [check.found for check in wrong] == ["of the corners: tokens [[6], [5]], expected [[5], [6]]"]

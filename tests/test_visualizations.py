@@ -189,7 +189,7 @@ def test_the_call_of_the_introduction(tmp_path):
 def test_selfcheck_prints_what_holds(capsys):
     v.main(["selfcheck"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8
+    assert len(lines) == 12
     assert all(line.startswith("holds: ") for line in lines)
 
 
