@@ -12,6 +12,7 @@ Letters:  B images, L blocks, H heads, N tokens (prefix tokens, then patches), K
 """
 
 import math
+import textwrap
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from matplotlib.patches import Rectangle
 from charts import COLOURS, VERMILION, finish, hide_ticks, new_figure, set_heading
 from explanations import (
     METHODS,
+    cam_layer,
     check_pool,
     compare_explanations,
     explain,
@@ -58,8 +60,13 @@ class AttentionVisualizer:
     """
 
     def __init__(self, model, device="auto"):
-        self.anatomy = anatomy_of(model)
+        anatomy_of(model)
         self.model = model.to(choose_device(device))
+
+    @property
+    def anatomy(self):
+        """recording.anatomy_of the model as it is now; its head and its class names may have been changed."""
+        return anatomy_of(self.model)
 
     # ---- Numbers
 
@@ -111,7 +118,8 @@ class AttentionVisualizer:
         left.imshow(picture)
         left.set_title("the image, as the model sees it" + self.describe_prediction(images))
         mappable = middle.imshow(grid, cmap="viridis", vmin=0, vmax=grid.max(), extent=extent_of(picture))
-        rest = "CLS" if self.anatomy.n_prefix == 1 else "CLS and registers"
+        only_cls = self.anatomy.n_prefix == 1 and getattr(self.model, "cls_token", True) is not None
+        rest = "CLS" if only_cls else "tokens that are no patch"
         middle.set_title("weight of each patch" + (f"\n(in all {grid.sum():.1%}; the rest goes to {rest})"
                                                    if self.anatomy.n_prefix else ""))
         right.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=1)
@@ -195,7 +203,7 @@ class AttentionVisualizer:
         figure = new_figure(12, 1.2 + 3.4 * proportion(picture))
         left, middle, right = figure.subplots(1, 3)
         left.imshow(picture)
-        left.set_title("the image, as the model sees it")
+        left.set_title("the image, as the model sees it" + self.describe_prediction(images))
         scale = dict(cmap="viridis", vmin=0, vmax=max(grid.max(), 1e-12), extent=extent_of(picture))
         mappable = middle.imshow(grid, **scale)
         middle.set_title(TITLES[method] + self.where_it_stands(method, options))
@@ -205,20 +213,16 @@ class AttentionVisualizer:
         figure.colorbar(mappable, ax=middle, label="value of a patch")
         for axes in (left, middle, right):
             hide_ticks(axes)
-        words = self.describe_class(found)
-        if method in ("attention", "rollout"):
-            words = self.describe_prediction(images).strip() + "\n(this map is the same for every class)"
-        set_heading(figure, words.strip(), fontsize=13)
+        same = method in ("attention", "rollout")
+        set_heading(figure, "this map is the same for every class" if same else self.describe_class(found), fontsize=13)
         return finish(figure, save_path)
 
     def where_it_stands(self, method, options):
         """The layer of Grad-CAM, as a title has it."""
         if method != "grad_cam":
             return ""
-        n_layers, given = len(self.anatomy.blocks), options.get("layer_idx")
-        default = n_layers - 2 if self.anatomy.pool == "cls" else n_layers - 1
-        layer = default if given is None else check_index("layer_idx", given, n_layers)
-        return f" after layer {layer} (of 0 to {n_layers - 1})"
+        layer = cam_layer(self.anatomy, options.get("layer_idx"))
+        return f" after layer {layer} (of 0 to {len(self.anatomy.blocks) - 1})"
 
     def visualize_explanations(self, image, target=None, n_steps=16, save_path=None, n_draws=8):
         """All methods on one image: their maps, how far they agree, and what each is worth beside random order.
@@ -231,7 +235,7 @@ class AttentionVisualizer:
         found = compare_explanations(self.model, images, target, n_steps=n_steps, n_draws=n_draws)
         names = list(found.heats)
         grids = [(heat[0] / heat[0].sum().clamp(min=1e-12)).numpy() for heat in found.heats.values()]
-        figure = new_figure(12.5, 6.7 + 2.5 * max(0.8, proportion(picture)) + 0.5 * len(found.refused))
+        figure = new_figure(12.5, 7.0 + 2.5 * max(0.8, proportion(picture)) + 0.5 * len(found.refused))
         n_panels = 1 + len(names)
         cells = figure.add_gridspec(2, 3 * n_panels, height_ratios=(2.5 * max(0.8, proportion(picture)), 5.2))
         panels = [figure.add_subplot(cells[0, 3 * i:3 * i + 3]) for i in range(n_panels)]
@@ -246,7 +250,8 @@ class AttentionVisualizer:
             hide_ticks(axes)
         figure.colorbar(mappable, ax=panels, label="share, root scale")
         refused = [f"left out: {reason}" for reason in found.refused.values()]
-        set_heading(figure, "\n".join([self.describe_class(found), *refused]), fontsize=13 if not refused else 10)
+        words = [self.describe_class(found) + self.describe_prediction(images), *refused]
+        set_heading(figure, "\n".join(words), fontsize=13 if not refused else 10)
         draw_agreement(agreement, found.correlations.numpy(), names)
         draw_trust(curves[0], found.deletion, found.draws["deletion"],
                    "hiding the hottest patches first\n(falls early: the map matters)")
@@ -255,9 +260,12 @@ class AttentionVisualizer:
         return finish(figure, save_path)
 
     def visualize_logit_lens(self, image, n_classes=5, save_path=None):
-        """What the head would say after every block: the probabilities of the classes that are likeliest at the end, or
-        were anywhere."""
+        """What the head would say after every block: the probabilities of the n_classes that are likeliest at the end,
+        and of those that were anywhere, six in all at most. Raises InputError for more than six n_classes."""
         check_whole("n_classes", n_classes, 1)
+        if n_classes > len(COLOURS):
+            raise InputError(f"n_classes {n_classes} is out of range; expected 1 to {len(COLOURS)}, which can be "
+                             f"told apart; explanations.logit_lens gives the numbers of all")
         images, picture = prepare_image(image, self.model)
         lens = logit_lens(self.model, images)[:, 0]  # (L + 1, K)
         order = lens[-1].argsort(descending=True).tolist()
@@ -348,11 +356,16 @@ class AttentionVisualizer:
         return names[label] if names else f"class {label}"
 
     def describe_prediction(self, images):
-        """A line with the class predicted and its probability; empty for a model without a head."""
+        """A line with the class predicted for the first image and its probability; empty for a model without a head."""
+        return self.describe_predictions(images[:1])[0]
+
+    def describe_predictions(self, images):
+        """Such a line for each image."""
         if not self.anatomy.has_head:
-            return ""
-        probability, label = class_probabilities(self.model, images)[0].max(dim=0)
-        return f"\npredicted: {self.name_of(label.item())} ({probability:.0%})"
+            return [""] * len(images)
+        probabilities, labels = class_probabilities(self.model, images).max(dim=1)  # (B), (B)
+        return [f"\npredicted: {self.name_of(label)} ({probability:.0%})"
+                for label, probability in zip(labels.tolist(), probabilities.tolist(), strict=True)]
 
     def describe_class(self, found):
         """In words, the class of an Explanation or Comparison of one image."""
@@ -362,7 +375,8 @@ class AttentionVisualizer:
 
 
 def visualize_attention_grid(model, images, save_path=None):
-    """Several images, a row each: the weights of the patches for what the head reads, mean over the heads.
+    """Several images, a row each, with the class predicted: the weights of the patches for what the head reads, mean
+    over the heads.
 
     images: a list of them, or a normalised batch (B, 3, H, W). Six layers are shown, from the first to the last, where
     there are more. Raises InputError for a model without attention.
@@ -374,7 +388,8 @@ def visualize_attention_grid(model, images, save_path=None):
     chosen = spread(grids.shape[1], 6)
     pictures = [as_picture(image, *statistics_of(model)) for image in images]
     labels = [f"layer {layer}" for layer in chosen]
-    figure = draw_map_grid(pictures, grids[:, chosen], [""] * len(pictures), labels,
+    predicted = [textwrap.fill(words.strip(), 14) for words in views.describe_predictions(images)]
+    figure = draw_map_grid(pictures, grids[:, chosen], predicted, labels,
                            f"{views.who_looks()}, mean over the heads")
     return finish(figure, save_path)
 
@@ -389,11 +404,12 @@ def draw_map_grid(pictures, grids, row_labels, column_labels, title, label="atte
     scale = dict(cmap="viridis", vmin=0, vmax=grids.max().item())
     side = max(0.8, min(1.6, 12 / n_maps))
     height = side * max(0.5, proportion(pictures[0])) * n_rows + 1.0
-    figure = new_figure(max(6.5, side * (n_maps + 2)), max(3.0, height))
+    beside = 0.08 * max(len(words) for label in row_labels for words in label.split("\n"))  # inches
+    figure = new_figure(max(6.5, side * (n_maps + 2)) + beside, max(3.0, height))
     axes = figure.subplots(n_rows, 1 + n_maps, squeeze=False)
     for picture, line, row_grids, row_label in zip(pictures, axes, grids, row_labels, strict=True):
         line[0].imshow(picture)
-        line[0].set_ylabel(row_label, fontsize=11)
+        line[0].set_ylabel(row_label, fontsize=10, rotation=0, ha="right", va="center")
         for panel, grid in zip(line[1:], row_grids.numpy(), strict=True):
             mappable = panel.imshow(grid, extent=extent_of(picture), **scale)
         for panel in line if patch is not None else ():

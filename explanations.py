@@ -24,7 +24,19 @@ import torch
 
 from cnn_model import ConvNet
 from measurements import attention_distance, check_index, cls_attention_grid, layers_of, uniform_attention_distance
-from recording import anatomy_of, at_least_float32, evaluating, logits_of, record, to_model, watch_layer
+from recording import (
+    anatomy_of,
+    at_least_float32,
+    check_input,
+    device_of,
+    differentiable,
+    evaluating,
+    logits_of,
+    only,
+    record,
+    to_model,
+    watch_layer,
+)
 from vit_model import InputError, check_choice, check_whole
 
 OUTLIER = 3.0  # a patch token whose norm is so many times the median counts as a register artefact
@@ -90,6 +102,7 @@ class Explanation:
     probabilities: torch.Tensor | None
 
 
+@differentiable()
 def explain(model, images, method="relevance", target=None, **options):
     """An Explanation by one of METHODS.
 
@@ -98,7 +111,8 @@ def explain(model, images, method="relevance", target=None, **options):
              Attention and rollout are the same for every class
     options  rollout: discard_ratio; grad_cam: layer_idx; attention: layer_idx and head_idx
 
-    Raises InputError where the method cannot work on the model, with the reason.
+    It works also where the caller has switched gradients off. Raises InputError for images that the model does not
+    take, and where the method cannot work on the model, with the reason.
     """
     check_choice("method", method, METHODS)
     for name in options:
@@ -106,8 +120,7 @@ def explain(model, images, method="relevance", target=None, **options):
     if not has_head(model):
         heat = METHODS[method](model, images, None, **options)
         return Explanation(at_least_float32(heat.detach().cpu()), None, None)
-    with evaluating(model), torch.no_grad():
-        logits = logits_of(model(to_model(images, model)))  # (B, K)
+    logits = answers_of(model, images)  # (B, K)
     targets = choose_targets(logits, target, class_names_of(model))
     heat = at_least_float32(METHODS[method](model, images, targets, **options).detach().cpu())
     probabilities = at_least_float32(logits).softmax(dim=1).gather(1, targets[:, None])[:, 0].cpu()
@@ -150,8 +163,7 @@ def cam_heat(model, images, targets, layer_idx=None):
         return not_blank(convolutional_cam(model, images, targets, -1 if layer_idx is None else layer_idx))
     seen = record(model, images, gradients=True)
     n_blocks, by_cls = len(seen.maps), seen.anatomy.pool == "cls"
-    layer = (n_blocks - 2 if by_cls else n_blocks - 1) if layer_idx is None else \
-        check_index("layer_idx", layer_idx, n_blocks)
+    layer = cam_layer(seen.anatomy, layer_idx)
     if by_cls and n_blocks == 1:
         raise InputError("Grad-CAM after the only block is blank: the head reads CLS alone, and what the patch tokens "
                          "are there goes nowhere; ask for relevance or attention")
@@ -161,6 +173,14 @@ def cam_heat(model, images, targets, layer_idx=None):
     gradient, = torch.autograd.grad(chosen(seen.logits, targets), seen.tokens[layer + 1])  # (B, N, D)
     first = seen.anatomy.n_prefix
     return not_blank(token_cam(seen.tokens[layer + 1][:, first:], gradient[:, first:]).unflatten(1, seen.grid))
+
+
+def cam_layer(anatomy, layer_idx=None):
+    """The block after which cam_heat stands in a ViT, from 0."""
+    n_blocks = len(anatomy.blocks)
+    if layer_idx is not None:
+        return check_index("layer_idx", layer_idx, n_blocks)
+    return n_blocks - 2 if anatomy.pool == "cls" else n_blocks - 1
 
 
 def not_blank(heat):
@@ -339,7 +359,8 @@ def compare_explanations(model, images, target=None, methods=tuple(METHODS), n_s
     lead of a method means anything. Each method and each draw takes 2 (n_steps + 1) passes of the images; for a large
     model n_draws may be lower.
 
-    Raises InputError for a model without a head, which has no answer to follow, and where no method works.
+    Raises InputError for images that the model does not take, for a model without a head, which has no answer to
+    follow, and where no method works.
     """
     check_whole("n_draws", n_draws, 1)
     heats, refused, explained = {}, {}, None
@@ -348,8 +369,7 @@ def compare_explanations(model, images, target=None, methods=tuple(METHODS), n_s
     if not has_head(model):
         raise InputError(f"this {type(model).__name__} has no head, so there is no answer that hiding patches could "
                          f"change; give one with a head")
-    with evaluating(model), torch.no_grad():
-        target = choose_targets(logits_of(model(to_model(images, model))), target, class_names_of(model)).cpu()
+    target = choose_targets(answers_of(model, images), target, class_names_of(model)).cpu()
     for method in methods:
         try:
             explained = explain(model, images, method, target)
@@ -381,21 +401,46 @@ class Check:
     found: str
 
 
+@differentiable()
 def selfcheck(model, images=None, seed=0):
     """The closed forms on a model and images (B, C, height, width), normalised: a list of Check. images=None: four of
-    normal noise. In half precision the tolerances are wider, by as much as its rounding is."""
+    normal noise. What is looked at, method by method:
+
+    attention   the answers when watched; row sums; the row of the head, and which patch each token is of; the distance
+                of uniform attention
+    rollout     row sums; what it makes of uniform attention
+    relevance   the gradients of the maps against finite differences; the map against another order of the products
+    Grad-CAM    the map against one shift of all patch tokens; where their gradients end
+    logit lens  its last row
+
+    Models are looked at in the precision of their weights: autocast is off meanwhile, and in half precision the
+    tolerances are wider, by as much as its rounding is.
+    """
     anatomy = anatomy_of(model)
     if images is None:
         size = (4, anatomy.in_channels, *anatomy.img_size)
         images = torch.randn(size, generator=torch.Generator().manual_seed(seed))
     rounding = max(1.0, torch.finfo(next(model.parameters()).dtype).eps / torch.finfo(torch.float32).eps)
+    with torch.autocast(device_of(model).type, enabled=False):
+        checks = check_attention_and_rollout(model, images, rounding)
+        if not anatomy.has_head:
+            return [*checks, Check("relevance, Grad-CAM, logit lens", None, "this model has no head")]
+        checks += [check_map_gradients(model, images[:1], seed), check_relevance(model, images, rounding),
+                   check_grad_cam(model, images, rounding), check_last_gradient(model, images[:1])]
+        difference = logit_lens(model, images)[-1] - answers_of(model, images).cpu().float().softmax(dim=1)
+        return [*checks, within("the logit lens ends in the model's own answer", difference.abs().max(),
+                                1e-5 * rounding)]
+
+
+def check_attention_and_rollout(model, images, rounding):
+    """The checks that need no class."""
     hooks = count_hooks(model)
     seen = record(model, images)
-    n_blocks, n_tokens = len(seen.maps), seen.maps[0].shape[-1]
-    first = seen.anatomy.n_prefix
+    n_blocks, n_tokens, first = len(seen.maps), seen.maps[0].shape[-1], seen.anatomy.n_prefix
     checks = [check_own_answers(model, images, seen, hooks)]
     sums = torch.stack(seen.maps).sum(dim=-1)  # (L, B, H, N)
     checks.append(within("attention rows sum to one", (sums - 1).abs().max(), 1e-5 * rounding))
+    checks += [check_head_row(model, images, seen), check_places(model, images)]
     rolled = rollout(torch.stack(seen.maps).cpu().double())
     checks.append(within("rollout rows sum to one", (rolled.sum(dim=-1) - 1).abs().max(),
                          1e-9 if rounding == 1 else 1e-6 * rounding))
@@ -407,13 +452,6 @@ def selfcheck(model, images=None, seed=0):
     line = uniform_attention_distance(seen.grid, seen.anatomy.patch_size)
     checks.append(within(f"attention distance of uniform attention is {line:.2f} pixels",
                          (distance - line).abs().max(), 1e-4 * line * rounding))
-    if not seen.anatomy.has_head:
-        return [*checks, Check("gradients of the attention maps, logit lens", None, "this model has no head")]
-    checks.append(check_map_gradients(model, images[:1], seed))
-    checks.append(check_last_gradient(model, images[:1]))
-    last = logit_lens(model, images)[-1]
-    checks.append(within("the logit lens ends in the model's own answer",
-                         (last - seen.logits.cpu().float().softmax(dim=1)).abs().max(), 1e-5 * rounding))
     return checks
 
 
@@ -431,12 +469,109 @@ def count_hooks(model):
 
 def check_own_answers(model, images, seen, hooks):
     """Whether the model answers alike when watched, and has as many hooks as before."""
-    with evaluating(model), torch.no_grad():
-        own = logits_of(model(to_model(images, model)))
+    own = answers_of(model, images)
     check = within("answers are the same when watched", (own - seen.logits).abs().max(),
                    max(1e-4, 8 * torch.finfo(own.dtype).eps) * max(1.0, own.abs().max().item()))
     left = count_hooks(model) - hooks
     return check if not left else Check(check.name, False, f"{left} hooks are left")
+
+
+def check_head_row(model, images, seen):
+    """The map of attention against the row of the head, read place by place."""
+    name = "attention of a patch is the weight at its place in the row that the head reads"
+    try:
+        heat = explain(model, images, "attention").heat  # (B, rows, columns)
+    except InputError as error:
+        return Check(name, None, str(error))
+    attention, first = at_least_float32(seen.maps[-1].mean(dim=1)).cpu(), seen.anatomy.n_prefix  # (B, N, N)
+    readers = [0] if seen.anatomy.pool == "cls" else list(range(first, attention.shape[-1]))
+    worst = 0.0
+    for row, column in np.ndindex(*seen.grid):
+        expected = attention[:, readers, first + row * seen.grid[1] + column].mean(dim=1)  # (B)
+        worst = max(worst, (heat[:, row, column] - expected).abs().max().item())
+    return within(name, worst, 1e-6)
+
+
+def check_places(model, images):
+    """Which token changes with a patch of the image: in the upper right corner, and in the lower left."""
+    name = "a change of one patch of the image is one of the token of its place"
+    anatomy = anatomy_of(model)
+    if getattr(anatomy.projection, "kernel_size", None) != anatomy.patch_size:
+        return Check(name, None, "tokens come from convolutions that overlap")
+    (height, width), (rows, columns) = anatomy.patch_size, anatomy.grid(images)
+    changed = images[:1].repeat(3, 1, 1, 1)  # (3, C, height, width)
+    changed[1, :, :height, -width:] += 1
+    changed[2, :, -height:, :width] += 1
+    tokens = record(model, changed).tokens[0]
+    moved = (tokens[1:] - tokens[:1]).abs().amax(dim=2)  # (2, N)
+    moved = moved > 1e-3 * moved.amax(dim=1, keepdim=True)
+    expected = [[anatomy.n_prefix + columns - 1], [anatomy.n_prefix + (rows - 1) * columns]]
+    found = [place.nonzero()[:, 0].tolist() for place in moved]
+    return Check(name, found == expected, f"of the corners: tokens {found}, expected {expected}")
+
+
+def check_relevance(model, images, rounding):
+    """The map of relevance against the product taken from its other end: the row of the head alone, from the last block
+    to the first, with each block's gradient asked for by itself."""
+    name = "relevance is what the row of the head gathers, from the last block to the first"
+    try:
+        found = explain(model, images, "relevance")
+    except InputError as error:
+        return Check(name, None, str(error))
+    seen = record(model, images, gradients=True)
+    first, answer = seen.anatomy.n_prefix, chosen(seen.logits, found.targets.to(seen.logits.device))
+    start = seen.maps[0].new_zeros(len(images), 1, seen.maps[0].shape[-1])  # (B, 1, N)
+    start[:, :, 0 if seen.anatomy.pool == "cls" else slice(first, None)] = 1
+    start = start / start.sum(dim=2, keepdim=True)
+    row = start
+    for attention in reversed(seen.maps):
+        gradient, = torch.autograd.grad(answer, attention, retain_graph=True)  # (B, H, N, N)
+        row = row + row @ (attention * gradient).clamp(min=0).mean(dim=1)
+    gathered = (row - start)[:, 0, first:].unflatten(1, seen.grid)  # (B, rows, columns)
+    return alike(name, found.heat, gathered, rounding)
+
+
+def check_grad_cam(model, images, rounding):
+    """Grad-CAM against the tokens weighted by the gradient to one shift of all patches, in the place of the mean of
+    their gradients."""
+    name = "Grad-CAM is the patch tokens, weighted by what one shift of them all does to the answer"
+    try:
+        found = explain(model, images, "grad_cam")
+    except InputError as error:
+        return Check(name, None, str(error))
+    seen = record(model, images)
+    first, layer = seen.anatomy.n_prefix, cam_layer(seen.anatomy)
+    patches = seen.tokens[layer + 1][:, first:]  # (B, n, D)
+    shift = Shift(first, torch.zeros_like(patches[:, :1]).requires_grad_())
+    hook = seen.anatomy.blocks[layer].register_forward_hook(shift)
+    try:
+        with evaluating(model):
+            logits = logits_of(model(to_model(images, model).clone()))  # no longer of an inference_mode
+    finally:
+        hook.remove()
+    gradient, = torch.autograd.grad(chosen(logits, found.targets.to(logits.device)), shift.amount)  # (B, 1, D)
+    weighted = (patches * gradient / patches.shape[1]).sum(dim=2).clamp(min=0)  # (B, n)
+    return alike(name, found.heat.nan_to_num(), weighted.unflatten(1, seen.grid), rounding)
+
+
+@dataclass
+class Shift:
+    """A forward hook of a block: all its patch tokens are moved by the same amount, (B, 1, D)."""
+    first: int
+    amount: torch.Tensor
+
+    def __call__(self, module, args, output):
+        tokens = only(output)
+        moved = torch.cat([tokens[:, :self.first], tokens[:, self.first:] + self.amount], dim=1)
+        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+
+def alike(name, heat, expected, rounding):
+    """A Check of two maps (B, rows, columns), within a part of their largest value."""
+    expected = at_least_float32(expected.detach()).cpu()
+    if not expected.any():
+        return Check(name, None, "no answer has a gradient at all, as where the head is zero before any training")
+    return within(name, (heat - expected).abs().max() / expected.max(), 1e-4 if rounding == 1 else 0.1)
 
 
 def check_map_gradients(model, images, seed, step=1e-2):
@@ -515,6 +650,15 @@ def for_the_head(matrix, seen):
     """What the head's token, or its patches on average, hold of each patch: (B, N, N) -> (B, rows, columns)."""
     check_pool(seen.anatomy.pool)
     return cls_attention_grid(matrix, seen.grid, seen.anatomy.n_prefix, seen.anatomy.pool)
+
+
+@torch.no_grad()
+def answers_of(model, images):
+    """The model's logits, (B, K), in eval mode. Raises InputError for images that it does not take."""
+    if not isinstance(model, ConvNet):
+        check_input(images, anatomy_of(model))
+    with evaluating(model):
+        return logits_of(model(to_model(images, model)))
 
 
 def choose_targets(logits, target, class_names=None):

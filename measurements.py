@@ -33,9 +33,12 @@ from cnn_model import ConvNet
 from recording import (  # noqa: F401 - attention_maps is handed on
     anatomy_of,
     attention_maps,
+    check_input,
     device_of,
+    differentiable,
     evaluating,
     logits_of,
+    only,
     to_model,
     watch_layer,
 )
@@ -138,6 +141,7 @@ def class_probabilities(model, images):
 # ---- Receptive fields -------------------------------------------------------------------------------------
 
 
+@differentiable()
 def receptive_field(model, images, depth=None):
     """The effective receptive field of the centre unit: its share for each pixel, (height, width), sum 1, float64.
 
@@ -146,18 +150,22 @@ def receptive_field(model, images, depth=None):
     Its channels are summed, and of the gradient of that sum to the input pixels the absolute value is averaged
     over images and colours: Luo et al. 2016, "Understanding the Effective Receptive Field".
 
-    images: normalised, (B, C, height, width). Raises InputError for a depth out of range, and where the
-    gradient is zero everywhere.
+    images: normalised, (B, C, height, width); a ViT is ours, or timm's, transformers' or torchvision's. Raises
+    InputError for images that the model does not take, for a depth out of range, and where the gradient is zero
+    everywhere.
     """
     layer = layers_of(model)[check_depth(model, depth)]
-    images, features, _ = watch_layer(model, layer, images, model.forward_features)
+    if not isinstance(model, ConvNet):
+        check_input(images, anatomy_of(model))
+    pixels, features, _ = watch_layer(model, layer, images, getattr(model, "forward_features", None))
+    features = only(features)
     if features.ndim == 3:
-        grid = model.patch_embed.grid_size
+        grid = anatomy_of(model).grid(images)
         patches = features[:, -grid[0] * grid[1]:]  # (B, n_patches, D), without CLS and registers
         features = patches.transpose(1, 2).unflatten(2, grid)  # (B, D, rows, columns)
     rows, columns = features.shape[2:]
     unit = features[:, :, rows // 2, columns // 2].sum()
-    gradient, = torch.autograd.grad(unit, images)  # (B, C, height, width)
+    gradient, = torch.autograd.grad(unit, pixels)  # (B, C, height, width)
     field = gradient.cpu().double().abs().mean(dim=(0, 1))  # (height, width)
     if not field.sum() > 0:
         raise InputError("the gradient of the centre unit is zero at every pixel, so it has no receptive field "
@@ -173,8 +181,8 @@ def theoretical_receptive_field(model, depth=None):
     attention block: the whole image.
     """
     depth = check_depth(model, depth)
-    if depth and isinstance(model, VisionTransformer):
-        return model.patch_embed.img_size
+    if depth and not isinstance(model, ConvNet):
+        return anatomy_of(model).img_size
     return tuple(walk_kernels(model, depth, axis)[0] for axis in (0, 1))
 
 
@@ -240,14 +248,18 @@ def radius_holding(field, share, centre=None):
 def layers_of(model):
     """What makes the tokens or the first map, then the blocks (ViT, hybrid) or stages (ConvNet).
 
-    Raises InputError for another kind of model.
+    Raises InputError for another kind of model than a ConvNet and the ViTs that recording.anatomy_of knows.
     """
     if isinstance(model, VisionTransformer):
         return [model.patch_embed, *model.blocks]
     if isinstance(model, ConvNet):
         return [model.stem, *model.stages]
-    raise InputError(f"a {type(model).__name__} has no known layers; expected a VisionTransformer, HybridCNNViT "
-                     f"or ConvNet")
+    try:
+        anatomy = anatomy_of(model)
+    except InputError:
+        raise InputError(f"a {type(model).__name__} has no known layers; expected a ConvNet, a VisionTransformer or "
+                         f"HybridCNNViT, or a ViT of timm, transformers or torchvision") from None
+    return [anatomy.projection, *anatomy.blocks]
 
 
 def check_depth(model, depth):

@@ -51,15 +51,22 @@ def prepare_image(image, model):
 
 def prepare_images(images, model):
     """What the model is fed, (B, 3, H, W), from a batch that it can be fed already, or from one image or a list of
-    them, of any kind. Raises InputError for no image."""
-    if isinstance(images, torch.Tensor) and images.is_floating_point() and images.ndim == 4:
+    them, of any kind. Raises InputError for no image, for values that are not finite, and for images of several sizes,
+    which make no batch."""
+    if isinstance(images, torch.Tensor) and images.is_floating_point() and images.ndim == 4 and len(images):
+        check_finite(images)
         return images
     listed = list(images) if isinstance(images, (list, tuple)) else [images]
     if isinstance(images, torch.Tensor) and images.ndim == 4:
         listed = list(images)
     if not listed:
         raise InputError("there is no image; expected at least one")
-    return torch.cat([prepare_image(image, model)[0] for image in listed])
+    fed = [prepare_image(image, model)[0] for image in listed]
+    sizes = sorted({f"{one.shape[2]}x{one.shape[3]}" for one in fed})
+    if len(sizes) > 1:
+        raise InputError(f"got images of {' and '.join(sizes)} pixels, expected one size; give those of one size "
+                         f"together, or pictures, which are resized here")
+    return torch.cat(fed)
 
 
 def input_of(model):
@@ -89,10 +96,15 @@ def as_batch(image):
         raise InputError(f"got a tensor of shape {tuple(image.shape)}, expected (3, H, W) or (1, 3, H, W); give "
                          f"one image, such as images[0]")
     batch = image.detach().cpu().reshape(1, *image.shape[-3:])  # (1, 3, H, W)
-    if is_input(batch) and not batch.isfinite().all():
+    check_finite(batch)
+    return batch.float() if is_input(batch) else batch
+
+
+def check_finite(images):
+    """Raises InputError where a model's input has NaN or infinity."""
+    if is_input(images) and not images.isfinite().all():
         raise InputError("the image has values that are not finite; expected a normalised float tensor, check how "
                          "it was made")
-    return batch.float() if is_input(batch) else batch
 
 
 def open_picture(image):

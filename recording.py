@@ -86,22 +86,23 @@ def record(model, images, gradients=False, change=None):
     gradients  True: logits, maps and tokens hang together, for torch.autograd.grad
     change     a function (block number, map) -> map; the pass goes on with what it gives
 
-    Raises InputError for a model that is no ViT known here, for images that it does not take, and where the maps are
-    not those that its own answers come from.
+    It does so also where the caller has switched gradients off (no_grad, inference_mode). Raises InputError for a model
+    that is no ViT known here, for images that it does not take, for gradients of a model that does not keep its blocks'
+    tokens for them, and where the maps are not those that its own answers come from.
     """
     anatomy, tokens = anatomy_of(model), []
-    check_images(images, anatomy.in_channels, None if anatomy.any_size else anatomy.img_size)
-    if not images.is_floating_point():
-        raise InputError(f"got images of {images.dtype}; expected normalised floating-point numbers")
+    check_input(images, anatomy)
+    if gradients:
+        check_kept(model)
     grid = anatomy.grid(images)
-    images = to_model(images.detach(), model).clone().requires_grad_(gradients)
     hooks = [anatomy.blocks[0].register_forward_pre_hook(lambda module, args: tokens.append(args[0]))]
     hooks += [block.register_forward_hook(lambda module, args, output: tokens.append(only(output)))
               for block in anatomy.blocks]
     recorder = AttentionRecorder(change)
     try:
-        with evaluating(model), torch.set_grad_enabled(gradients), recorder:
-            logits = logits_of(model(images))  # (B, K)
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients), evaluating(model), recorder:
+            pixels = to_model(images.detach(), model).clone().requires_grad_(gradients)
+            logits = logits_of(model(pixels))  # (B, K)
     finally:
         for hook in hooks:
             hook.remove()
@@ -130,11 +131,13 @@ def differentiable():
 
 def watch_layer(model, layer, images, run=None):
     """(pixels, output, answer) of one layer, hanging together for torch.autograd.grad: the images that gradients go to,
-    what the layer gave of them, and what `run`, the model itself where it is None, gave at the end."""
+    what the layer gave of them, and what `run`, the model itself where it is None, gave at the end. Raises InputError
+    for a model that does not keep its blocks' tokens for gradients."""
+    check_kept(model)
     outputs = []
     hook = layer.register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
-        with evaluating(model), torch.enable_grad():
+        with differentiable(), evaluating(model):
             pixels = to_model(images.detach(), model).clone().requires_grad_()
             answer = (run or model)(pixels)
     finally:
@@ -192,6 +195,31 @@ class AttentionRecorder(TorchFunctionMode):
 
 def is_map(result):
     return result.ndim == 4 and result.shape[-1] == result.shape[-2] > 1
+
+
+def check_input(images, anatomy):
+    """Raises InputError unless images are normalised, (B, C, height, width), of a size that the model takes."""
+    if not isinstance(images, torch.Tensor):
+        raise InputError(f"got images as a {type(images).__name__}; expected a tensor (B, {anatomy.in_channels}, "
+                         f"height, width), which pictures.prepare_images(images, model) makes")
+    size = None if anatomy.any_size else anatomy.img_size
+    if anatomy.library == "ours":
+        check_images(images, anatomy.in_channels, size)
+    elif images.ndim != 4 or images.shape[1] != anatomy.in_channels or tuple(images.shape[2:]) != (
+            size or tuple(images.shape[2:])):
+        sides = "height, width" if size is None else f"{size[0]}, {size[1]}"
+        raise InputError(f"got images of shape {tuple(images.shape)}, expected (B, {anatomy.in_channels}, {sides}); "
+                         f"convert or resize them")
+    if not images.is_floating_point():
+        raise InputError(f"got images of {images.dtype}; expected normalised floating-point numbers")
+    anatomy.grid(images)
+
+
+def check_kept(model):
+    """Raises InputError for a model of timm whose blocks are computed again in the backward pass."""
+    if getattr(model, "grad_checkpointing", False):
+        raise InputError(f"this {type(model).__name__} computes its blocks again in the backward pass, where nobody "
+                         f"watches; call model.set_grad_checkpointing(False) first")
 
 
 def check_maps(maps, n_blocks, n_tokens):

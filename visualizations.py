@@ -68,7 +68,7 @@ from pictures import (
 )
 from recording import anatomy_of, record
 from vit_data import make_shapes
-from vit_model import InputError, PatchEmbedding, check_whole, pair
+from vit_model import InputError, PatchEmbedding, VisionTransformer, check_whole, pair
 
 # ---- What a model has learned -----------------------------------------------------------------------------
 
@@ -218,8 +218,9 @@ def cut_to_patches(picture, patch):
 def compare_receptive_fields(save_path="receptive_fields.png", models=None, images=None):
     """Measured receptive fields of CNN and ViT beside each other, each before and after training.
 
-    models     name -> trained model; None: the ConvNet and the ViT that create_pretrained has. The untrained
-               ones are made anew from their configurations, from seed 0
+    models     name -> trained model, a ConvNet or a ViT; None: the ConvNet and the ViT that create_pretrained has. The
+               untrained ones are made anew from their configurations, from seed 0; a ViT of another library, whose
+               beginning is not known here, is shown trained alone
     images     over which the gradients are averaged, (B, 3, H, W), normalised for all the models; None: 32 drawn
                shapes, at the size and in the normalisation of each model
 
@@ -232,8 +233,9 @@ def compare_receptive_fields(save_path="receptive_fields.png", models=None, imag
     rows = []
     for name, model in models.items():
         own_images = shapes_for(model, 32) if images is None else images
-        rows += [(f"{name}, untrained", untrained_copy(model), own_images),
-                 (f"{name}, trained", model, own_images)]
+        if isinstance(model, (VisionTransformer, ConvNet)):
+            rows.append((f"{name}, untrained", untrained_copy(model), own_images))
+        rows.append((f"{name}, trained", model, own_images))
     figure = new_figure(11, 2.7 * len(rows) + 0.7)
     panels = figure.subplots(len(rows), 4, squeeze=False)
     scale = LogNorm(1e-6, 1e-1)
@@ -262,7 +264,7 @@ def draw_field(axes, model, images, depth, scale):
         axes.add_patch(Circle(centre[::-1], radius, fill=False, color=VERMILION, linewidth=1.8, linestyle=style))
     layers = layers_of(model)
     unit = "stage" if isinstance(model, ConvNet) else "block"
-    start = "patch embedding" if isinstance(layers[0], PatchEmbedding) else "stem"
+    start = "patch embedding" if isinstance(layers[0], (PatchEmbedding, torch.nn.Conv2d)) else "stem"
     place = f"after {unit} {depth} of {len(layers) - 1}" if depth else f"after the {start}"
     axes.set_title(f"{place}\n50%: {half:.1f}   90%: {most:.1f} px", fontsize=11)
     axes.set(xlim=(-0.5, field.shape[1] - 0.5), ylim=(field.shape[0] - 0.5, -0.5))

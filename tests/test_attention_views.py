@@ -3,14 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from figure_checks import GRID, SIZE, assert_no_text_clipped, convnet, data_of, pixels, square_vit, texts, vit
+import transformers
+from figure_checks import GRID, PATCH, SIZE, assert_no_text_clipped, convnet, data_of, pixels, square_vit, texts, vit
 from matplotlib.figure import Figure
-from other_models import shared
+from other_models import HF, shared, timm_vit, torchvision_vit, transformers_vit
 from PIL import Image
 
 import attention_views as v
-from explanations import compare_explanations
-from measurements import attention_maps
+from explanations import compare_explanations, explain
+from measurements import attention_distance, attention_maps, uniform_attention_distance
 from pictures import prepare_image, statistics_of
 from vit_model import InputError, VisionTransformer
 
@@ -71,7 +72,8 @@ def test_all_heads_share_one_scale():
 
 def test_attention_grid_of_several_images():
     model = square_vit()
-    images = torch.randn(2, 3, 12, 12)
+    torch.nn.init.normal_(model.head.weight)
+    images = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(4))
     figure = v.visualize_attention_grid(model, images)
     shown = data_of(figure)
     expected = attention_maps(model, images).mean(dim=2)[:, :, 0, 1:].reshape(3, 2, 3, 3)  # (L, B, rows, columns)
@@ -80,8 +82,15 @@ def test_attention_grid_of_several_images():
         for layer in range(3):
             np.testing.assert_allclose(shown[4 * row + 1 + layer], expected[layer, row])
     assert "layer 2" in texts(figure)
+    probabilities, classes = model(images).softmax(dim=1).max(dim=1)
+    assert f"{probabilities[0]:.0%}" != f"{probabilities[1]:.0%}"
+    for row in range(2):
+        label = " ".join(figure.axes[4 * row].get_ylabel().split())
+        assert label == f"predicted: {model.class_names[classes[row]]} ({probabilities[row]:.0%})"
     with pytest.raises(InputError, match="no attention"):
         v.visualize_attention_grid(convnet(), images)
+    headless = vit(n_classes=0)
+    assert "predicted" not in texts(v.visualize_attention_grid(headless, torch.randn(2, 3, *SIZE)))
 
 
 def test_attention_visualizer_refuses():
@@ -139,6 +148,28 @@ def test_all_layers_share_one_scale():
 # ---- Where the answer comes from
 
 
+@pytest.mark.parametrize(("method", "options"), [("rollout", dict(discard_ratio=0.4)), ("grad_cam", dict(layer_idx=0)),
+                                                 ("grad_cam", dict(target=2)), ("relevance", dict(target=2))])
+def test_options_and_classes_reach_the_method(method, options):
+    model, image = square_vit(), pixels(12, 12)
+    views, images = v.AttentionVisualizer(model, device="cpu"), prepare_image(image, model)[0]
+    expected = explain(model, images, method, **options).heat[0]
+    assert not torch.equal(expected, explain(model, images, method).heat[0])
+    torch.testing.assert_close(getattr(views, method)(image, **options), expected)
+    np.testing.assert_allclose(data_of(getattr(views, f"visualize_{method}")(image, **options))[1], expected)
+
+
+@pytest.mark.parametrize("method", ["relevance", "grad_cam", "explanations"])
+def test_the_class_predicted_is_named_where_another_is_explained(method):
+    model, image = square_vit(), pixels(12, 12)
+    probabilities = model(prepare_image(image, model)[0]).softmax(dim=1)[0]
+    label = probabilities.argmax().item()
+    other = (label + 1) % 5
+    words = texts(getattr(v.AttentionVisualizer(model, device="cpu"), f"visualize_{method}")(image, target=other))
+    assert f"predicted: {model.class_names[label]} ({probabilities[label]:.0%})" in words
+    assert f"class explained: {model.class_names[other]} (probability {probabilities[other]:.0%})" in words
+
+
 @pytest.mark.parametrize("method", ["rollout", "relevance", "grad_cam"])
 def test_an_explanation_is_drawn_as_it_is_given(method):
     model, image = square_vit(), pixels(12, 12)
@@ -146,10 +177,10 @@ def test_an_explanation_is_drawn_as_it_is_given(method):
     figure, numbers = getattr(views, f"visualize_{method}")(image), getattr(views, method)(image)
     np.testing.assert_allclose(data_of(figure)[1], numbers, atol=1e-7)
     probability, label = model(prepare_image(image, model)[0]).softmax(dim=1)[0].max(dim=0)
-    words = "predicted: {} ({:.0%})" if method == "rollout" else "class explained: {} (probability {:.0%})"
-    assert words.format(model.class_names[label], probability) in texts(figure)
+    assert f"predicted: {model.class_names[label]} ({probability:.0%})" in texts(figure)
     if method != "rollout":
         other = (label.item() + 1) % 5
+        assert f"class explained: {model.class_names[label]} (probability {probability:.0%})" in texts(figure)
         figure = getattr(views, f"visualize_{method}")(image, target=other)
         assert f"class explained: {model.class_names[other]}" in texts(figure)
         assert not np.array_equal(data_of(figure)[1], numbers)
@@ -161,8 +192,13 @@ def test_all_explanations_side_by_side():
     words = texts(figure)
     for title in (*v.TITLES.values(), "random order: area 0.", "Spearman", "class explained:"):
         assert title in words
-    for shown in data_of(figure)[1:5]:
-        assert shown.sum() == pytest.approx(1, abs=1e-5)
+    found = compare_explanations(model, prepare_image(image, model)[0], n_steps=4)
+    for shown, heat in zip(data_of(figure)[1:5], found.heats.values(), strict=True):
+        np.testing.assert_allclose(shown, heat[0] / heat[0].sum(), rtol=1e-5)
+    agreement = next(axes for axes in figure.axes if axes.get_title().startswith("how alike"))
+    np.testing.assert_allclose(agreement.images[0].get_array(), found.correlations)
+    assert [text.get_text() for text in agreement.texts] == [f"{value:.2f}" for value in found.correlations.flatten()]
+    assert len({text.get_text() for text in agreement.texts}) > 2
 
 
 def test_the_curves_and_the_band_are_those_of_the_comparison():
@@ -193,6 +229,36 @@ def test_one_draw_has_no_band():
     assert "±" not in texts(figure)
 
 
+@pytest.mark.parametrize(("build", "rest"), [
+    (square_vit, "CLS"), (lambda: vit(n_registers=2), "tokens that are no patch"),
+    (lambda: timm_vit(), "CLS"), (lambda: timm_vit(class_token=False, reg_tokens=1, global_pool="avg"),
+                                  "tokens that are no patch"),
+    (lambda: timm_vit(class_token=False, reg_tokens=2, global_pool="avg"), "tokens that are no patch"),
+    (torchvision_vit, "CLS"), (transformers_vit, "CLS"),
+    (lambda: transformers.DeiTForImageClassification(transformers.DeiTConfig(**HF)), "tokens that are no patch"),
+])
+def test_what_the_rest_of_the_weights_goes_to_is_said_as_it_is(build, rest):
+    figure = v.AttentionVisualizer(build().eval(), device="cpu").visualize_attention(pixels(15, 15), patch=(0, 1))
+    assert f"the rest goes to {rest})" in texts(figure)
+
+
+def test_a_head_that_is_changed_afterwards_has_its_own_names():
+    model = square_vit()
+    views = v.AttentionVisualizer(model, device="cpu")
+    model.head, model.class_names = torch.nn.Linear(22, 3), ["oak", "ash", "elm"]
+    with torch.no_grad():
+        model.head.bias[1] = 100
+    assert "predicted: ash (100%)" in texts(views.visualize_attention(pixels(12, 12)))
+    assert views.anatomy.n_classes == 3
+
+
+def test_no_more_lines_are_asked_for_than_are_drawn():
+    views = v.AttentionVisualizer(vit(n_classes=9), device="cpu")
+    assert len(views.visualize_logit_lens(pixels(), 6).axes[1].lines) == 6
+    with pytest.raises(InputError, match=r"\An_classes 8 is out of range; expected 1 to 6[^\n]*\Z"):
+        views.visualize_logit_lens(pixels(), 8)
+
+
 def test_the_logit_lens_ends_in_the_prediction():
     model, image = square_vit(), pixels(12, 12)
     figure = v.AttentionVisualizer(model, device="cpu").visualize_logit_lens(image, 3)
@@ -213,9 +279,13 @@ def test_attention_distance_has_a_point_for_each_head_and_the_uniform_line():
     images = torch.randn(4, 3, *SIZE)
     figure, numbers = views.visualize_attention_distance(images), views.attention_distance(images)
     assert numbers.shape == (3, 2)
-    shown = np.stack([line.get_ydata() for line in figure.axes[0].lines[:2]], axis=1)
-    np.testing.assert_allclose(shown, numbers)
-    assert "uniform attention: " in " ".join(figure.axes[0].get_legend_handles_labels()[1])
+    torch.testing.assert_close(numbers, attention_distance(attention_maps(model, images), GRID, PATCH))
+    *heads, mean, uniform = figure.axes[0].lines
+    np.testing.assert_allclose(np.stack([line.get_ydata() for line in heads], axis=1), numbers)
+    np.testing.assert_allclose(mean.get_ydata(), numbers.mean(dim=1))
+    line = uniform_attention_distance(GRID, PATCH)
+    assert list(uniform.get_ydata()) == [line, line]
+    assert uniform.get_label() == f"uniform attention: {line:.1f}"
 
 
 def test_register_artefacts_are_framed():

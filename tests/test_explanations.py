@@ -198,6 +198,40 @@ def test_every_method_gives_a_map_of_the_patches_and_leaves_the_model_as_it_was(
     assert torch.equal(found.targets, model(images).argmax(dim=1))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("build", ["ours", "timm", "torchvision", "transformers", "convnet"])
+def test_methods_work_where_the_caller_has_switched_gradients_off(build, mode, tmp_path):
+    torch.manual_seed(0)
+    model = ConvNet(img_size=15, n_classes=5, widths=(3, 5), depths=(1, 1), stem_stride=1).double() \
+        if build == "convnet" else vit() if build == "ours" else shared(build, tmp_path)[0]
+    size, methods = (SIZE if build == "ours" else (15, 15)), (["grad_cam"] if build == "convnet" else e.METHODS)
+    expected = {method: e.explain(model, images_of(size=size), method, target=3) for method in methods}
+    with mode():
+        images = images_of(size=size)
+        for method in methods:
+            found = e.explain(model, images, method, target=torch.tensor([3, 3, 3]))
+            torch.testing.assert_close(found.heat, expected[method].heat, equal_nan=True)
+            torch.testing.assert_close(found.probabilities, expected[method].probabilities)
+        compared = e.compare_explanations(model, images, n_steps=2, n_draws=2)
+        assert set(compared.heats) == set(methods)
+        if build != "convnet":
+            assert all(check.holds is not False for check in e.selfcheck(model, images))
+
+
+@pytest.mark.parametrize("build", ["ours", "timm", "torchvision", "transformers", "convnet"])
+def test_images_that_do_not_fit_end_in_one_line(build, tmp_path):
+    model = ConvNet(img_size=15, n_classes=5, widths=(3, 5), depths=(1, 1), stem_stride=1) if build == "convnet" \
+        else vit() if build == "ours" else shared(build, tmp_path)[0]
+    size = SIZE if build == "ours" else (15, 15)
+    bad = [torch.zeros(2, 1, *size), torch.zeros(3, *size)]
+    if build != "convnet":  # which takes every size
+        bad += [torch.zeros(1, 3, 48, 48), torch.zeros(1, 3, *size, dtype=torch.uint8), [torch.zeros(3, *size)]]
+    for images in bad:
+        for ask in (lambda x: e.explain(model, x, "grad_cam"), lambda x: e.compare_explanations(model, x)):
+            with pytest.raises(InputError, match=r"\Agot images [^\n]*expected[^\n]*\Z"):
+                ask(images)
+
+
 def test_images_do_not_mix():
     model, images = vit(), images_of()
     for method in e.METHODS:
@@ -406,7 +440,7 @@ def test_nothing_that_works_is_an_error():
 def test_the_closed_forms_hold_for_every_library(name, tmp_path):
     theirs, _, images = shared(name, tmp_path)
     checks = e.selfcheck(theirs.float(), images.float())
-    assert len(checks) == 8
+    assert len(checks) == 12
     assert all(check.holds is not False for check in checks), checks
     assert [check.holds for check in checks].count(None) == ("mean" in name)
 
@@ -421,8 +455,8 @@ def test_a_selfcheck_sees_what_is_broken(monkeypatch):
     assert failed() == {"rollout"}
     monkeypatch.setattr(e, "rollout", whole)
     of_torch = torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, "grad", lambda out, maps: of_torch(out, maps)[::-1])  # vit-explain's mistake
-    assert "gradients" in failed()
+    monkeypatch.setattr(torch.autograd, "grad", lambda out, maps, **options: of_torch(out, maps, **options)[::-1])
+    assert failed() >= {"gradients", "relevance"}  # vit-explain's mistake
 
 
 # ---- Names, heads, options
@@ -497,13 +531,48 @@ def test_a_hybrid_is_explained():
 
 
 def test_selfcheck_needs_nothing_but_a_model():
-    assert [check.holds for check in e.selfcheck(vit().float())] == [True] * 8
+    assert [check.holds for check in e.selfcheck(vit().float())] == [True] * 12
     model = vit().float()
     model.blocks[0].register_forward_hook(lambda module, args, output: None)  # somebody's own
     assert all(check.holds for check in e.selfcheck(model))
     fresh = torchvision.models.VisionTransformer(15, 5, 2, 2, 8, 16, num_classes=3)  # its head is zero
     checks = e.selfcheck(fresh)
-    assert [check.holds for check in checks].count(None) == 1
+    assert [check.name.split(" ")[0] for check in checks if check.holds is None] == ["relevance", "Grad-CAM", "patch"]
     assert all(check.holds is not False for check in checks)
-    checks = e.selfcheck(vit().bfloat16())
-    assert all(check.holds is not False for check in checks), checks
+    for dtype in (torch.bfloat16, torch.float16):
+        checks = e.selfcheck(vit().to(dtype))
+        assert all(check.holds is not False for check in checks), checks
+    headless = e.selfcheck(vit(n_classes=0))
+    assert [check.holds for check in headless] == [True] * 7 + [None]
+
+
+def test_a_sound_model_holds_under_autocast_too():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        checks = e.selfcheck(vit().float())
+        assert torch.is_autocast_enabled("cpu")
+    assert [check.holds for check in checks] == [True] * 12, checks
+
+
+@pytest.mark.parametrize(("broken", "replacement", "names"), [
+    ("relevance", lambda maps, gradients: torch.ones_like(maps[0, :, 0]) + torch.eye(N), {"relevance"}),
+    ("relevance", lambda maps, gradients: (maps * gradients).clamp(min=0).mean(dim=2).sum(dim=0) + torch.eye(N),
+     {"relevance"}),
+    ("token_cam", lambda features, gradients: torch.ones_like(features[:, :, 0]), {"Grad-CAM"}),
+    ("token_cam", lambda features, gradients: (features * gradients).sum(dim=2).clamp(min=0), {"Grad-CAM"}),
+    ("cls_attention_grid", lambda maps, grid, first, pool: maps[..., 0, first - 1:-1].unflatten(-1, grid),
+     {"attention", "relevance"}),
+    ("cls_attention_grid", lambda maps, grid, first, pool: maps[..., first:, 0].unflatten(-1, grid),
+     {"attention", "relevance"}),
+])
+def test_a_selfcheck_sees_a_method_that_is_broken(broken, replacement, names, monkeypatch):
+    monkeypatch.setattr(e, broken, replacement)
+    checks = e.selfcheck(vit(), images_of())
+    assert {check.name.split(" ")[0] for check in checks if check.holds is False} == names
+
+
+def test_a_selfcheck_sees_tokens_that_are_not_of_their_places(monkeypatch):
+    model = vit(n_registers=2, pool="mean")
+    whole = model.patch_embed.forward
+    monkeypatch.setattr(model.patch_embed, "forward", lambda images: whole(images).flip(1))
+    wrong = [check for check in e.selfcheck(model, images_of()) if check.holds is False]
+    assert [check.found for check in wrong] == ["of the corners: tokens [[6], [5]], expected [[5], [6]]"]

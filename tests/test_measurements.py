@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from other_models import BUILDERS, shared
 from torch import nn
 
 import measurements as m
 from cnn_model import ConvNet, HybridCNNViT
-from vit_model import InputError, VisionTransformer
+from vit_model import InputError, VisionTransformer, allow_any_size
 
 # 2 x 3 patches of 7 x 5 pixels, so that no swapped axis stays unseen.
 SIZE, PATCH, GRID, N = (14, 15), (7, 5), (2, 3), 7
@@ -266,6 +267,32 @@ def test_no_gradient_is_an_error():
     nn.init.zeros_(model.patch_embed.proj.weight)
     with pytest.raises(InputError, match="zero at every pixel"):
         m.receptive_field(model, images_for(model), 0)
+
+
+@pytest.mark.parametrize("name", [name for name in BUILDERS if "eager" not in name])
+def test_a_vit_of_another_library_sees_what_ours_sees(name, tmp_path):
+    theirs, ours, images = shared(name, tmp_path)
+    for depth in (0, 1, None):
+        field = m.receptive_field(theirs, images, depth)
+        torch.testing.assert_close(field, m.receptive_field(ours, images, depth), rtol=1e-8, atol=1e-12)
+        assert m.unit_centre(theirs, images.shape[2:], depth) == m.unit_centre(ours, images.shape[2:], depth)
+        assert m.theoretical_receptive_field(theirs, depth) == m.theoretical_receptive_field(ours, depth)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(m.receptive_field(theirs, images), field)
+    with pytest.raises(InputError, match=r"\Agot images of shape[^\n]*\Z"):
+        m.receptive_field(theirs, images[:, :1])
+
+
+def test_the_unit_is_in_the_middle_of_the_images_that_are_given():
+    model = allow_any_size(vit())
+    images = torch.randn(2, 3, 28, 10, generator=torch.Generator().manual_seed(1))  # 4 x 2 patches
+    rows, columns = m.receptive_field(model, images, 0).nonzero().T
+    assert (rows.min().item(), rows.max().item(), columns.min().item(), columns.max().item()) == (14, 20, 5, 9)
+    nn.init.zeros_(model.blocks[0].attn.proj.weight)  # so that a token sees its own patch after the block too
+    rows, columns = m.receptive_field(model, images, 1).nonzero().T
+    assert (rows.min().item(), rows.max().item(), columns.min().item(), columns.max().item()) == (14, 20, 5, 9)
+    assert m.unit_centre(model, (28, 10), 1) == (17.0, 7.0)
 
 
 def test_other_models_have_no_known_layers():

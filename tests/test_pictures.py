@@ -111,3 +111,18 @@ def test_a_tensor_of_another_size_where_the_model_takes_it():
         pictures.prepare_image(torch.randn(1, 3, 28, 15), model)
     allow_any_size(model)
     assert pictures.prepare_image(torch.randn(1, 3, 28, 15), model)[1].shape == (28, 15, 3)
+
+
+def test_what_makes_no_batch_is_refused():
+    model = allow_any_size(vit())
+    images = [torch.randn(3, 14, 15), torch.randn(3, 28, 15)]
+    with pytest.raises(InputError, match=r"\Agot images of 14x15 and 28x15 pixels, expected one size[^\n]*\Z"):
+        pictures.prepare_images(images, model)
+    assert pictures.prepare_images(images[1:] * 2, model).shape == (2, 3, 28, 15)
+    batch = torch.randn(2, 3, *SIZE)
+    assert pictures.prepare_images(batch, model) is batch
+    batch[1, 2, 3, 4] = torch.nan
+    with pytest.raises(InputError, match="values that are not finite"):
+        pictures.prepare_images(batch, model)
+    with pytest.raises(InputError, match="there is no image"):
+        pictures.prepare_images(batch[:0], model)

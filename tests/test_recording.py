@@ -7,7 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
-from other_models import BUILDERS, CLASSES, DEPTH, HF, shared, timm_vit, torchvision_vit
+from other_models import BUILDERS, CLASSES, DEPTH, HF, shared, timm_vit, torchvision_vit, transformers_vit
 from torch import nn
 
 import recording as r
@@ -243,12 +243,53 @@ def test_another_size_where_the_model_takes_it(build):
 
 @pytest.mark.parametrize("build", [vit, lambda: timm_vit(img_size=(14, 15), patch_size=(7, 5))])
 @pytest.mark.parametrize(("images", "words"), [
-    (torch.zeros(3, 14, 15), "expected"), (torch.zeros(1, 3, 28, 15), "expected 14x15"),
-    (torch.zeros(1, 1, 14, 15), "expected"),
+    (torch.zeros(3, 14, 15), "expected"), (torch.zeros(1, 3, 28, 15), r"(expected 14x15|expected \(B, 3, 14, 15\))"),
+    (torch.zeros(1, 1, 14, 15), "expected"), ([torch.zeros(3, 14, 15)], "as a list"),
     (torch.zeros(1, 3, 14, 15, dtype=torch.uint8), "got images of torch.uint8")])
 def test_images_that_do_not_fit_are_refused(build, images, words):
     with pytest.raises(InputError, match=rf"\A[^\n]*{words}[^\n]*\Z"):
         r.record(build(), images, gradients=True)
+
+
+def test_models_of_other_libraries_are_not_told_of_what_only_ours_have():
+    with pytest.raises(InputError, match="resize_positions"):
+        r.record(vit(), images_of(1, (28, 15)))
+    for build in (timm_vit, torchvision_vit, transformers_vit):
+        for images in (images_of(1, (20, 15)), images_of(1, (15, 15))[:, :1], images_of(1, (15, 15))[0]):
+            with pytest.raises(InputError, match=r"expected \(B, 3, 15, 15\); convert or resize them\Z"):
+                r.record(build(), images)
+    with pytest.raises(InputError, match=r"\Aimg_size 12x20 is not divisible by patch_size 5x5[^\n]*\Z"):
+        r.record(timm_vit(dynamic_img_size=True), images_of(1, (12, 20)))
+
+
+def test_blocks_that_are_computed_again_have_no_gradients_here():
+    model = timm_vit().eval()
+    model.set_grad_checkpointing(True)
+    for watch in (lambda: r.record(model, images_of(1, (15, 15)), gradients=True),
+                  lambda: r.watch_layer(model, model.blocks[1], images_of(1, (15, 15)))):
+        with pytest.raises(InputError, match=r"\A[^\n]*call model.set_grad_checkpointing\(False\) first\Z"):
+            watch()
+    assert len(r.record(model, images_of(1, (15, 15))).maps) == DEPTH
+    theirs = transformers_vit()
+    theirs.gradient_checkpointing_enable()  # which takes effect in training alone
+    seen = r.record(theirs.train(), images_of(1, (15, 15)), gradients=True)
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(seen.logits.sum(), seen.maps))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_there_where_the_caller_has_switched_them_off(mode):
+    model, plain = vit(), r.record(vit(), images_of(), gradients=True)
+    expected = torch.autograd.grad(plain.logits.square().sum(), plain.maps)
+    with mode():
+        images = images_of()  # in inference mode a tensor that autograd does not take
+        seen = r.record(model, images, gradients=True)
+        pixels, output, logits = r.watch_layer(model, model.blocks[1], images)
+        assert not r.record(model, images).logits.requires_grad
+        with r.differentiable():
+            found = torch.autograd.grad(seen.logits.square().sum(), seen.maps)
+            assert torch.autograd.grad(logits.sum(), (pixels, output))[0].abs().sum() > 0
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_timm_hybrid_is_refused():

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 from figure_checks import GRID, SIZE, assert_no_text_clipped, convnet, data_of, pixels, square_vit, texts, vit
+from other_models import shared
 from PIL import Image
 
 import visualizations as v
 from cnn_model import HybridCNNViT
 from command_line import script
-from explanations import Check
+from explanations import Check, feature_colours
+from recording import record
 from vit_model import InputError, VisionTransformer
 
 
@@ -86,6 +88,17 @@ def test_compare_receptive_fields_uses_the_models_given():
     given = v.compare_receptive_fields(None, {"mine": model}, v.shapes_for(model, 32))
     for first, second in zip(data_of(figure), data_of(given), strict=True):
         np.testing.assert_array_equal(first, second)
+
+
+def test_a_vit_of_another_library_is_drawn_as_ours_but_for_its_beginning(tmp_path):
+    theirs, ours, images = shared("timm", tmp_path)
+    figure = v.compare_receptive_fields(None, {"theirs": theirs}, images)
+    assert [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel() and axes.images] == ["theirs, trained"]
+    assert "after the patch embedding" in texts(figure)
+    untrained, trained = (data_of(v.compare_receptive_fields(None, {"ours": ours}, images))[i:i + 4] for i in (0, 4))
+    for shown, expected, other in zip(data_of(figure), trained, untrained, strict=False):
+        np.testing.assert_allclose(shown.filled(0), expected.filled(0), rtol=1e-8)
+        assert not np.allclose(shown.filled(0), other.filled(0))
 
 
 def test_untrained_copy():
@@ -167,8 +180,13 @@ def test_patch_filters_are_drawn_with_their_shares():
 
 
 def test_features_as_colours_of_several_images():
-    figure = v.visualize_features(vit(), torch.randn(4, 3, *SIZE))
-    shown = data_of(figure)
+    model, images = vit(), torch.randn(4, 3, *SIZE)
+    figure = v.visualize_features(model, images)
+    shown, tokens = data_of(figure), record(model, images).tokens
+    for depth in (1, 2, 3):
+        expected = feature_colours(tokens[depth][:, 1:].unflatten(1, GRID))  # (B, rows, columns, 3)
+        np.testing.assert_allclose(shown[4 * depth:4 * depth + 4], expected, rtol=1e-5)
+        assert figure.axes[4 * depth].get_ylabel() == f"after block {depth}\n(of 3)"
     assert [one.shape for one in shown] == [(*SIZE, 3)] * 4 + [(*GRID, 3)] * 12
     assert_no_text_clipped(figure)
 
@@ -189,7 +207,7 @@ def test_the_call_of_the_introduction(tmp_path):
 def test_selfcheck_prints_what_holds(capsys):
     v.main(["selfcheck"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8
+    assert len(lines) == 12
     assert all(line.startswith("holds: ") for line in lines)
 
 
