@@ -145,9 +145,9 @@ for check in selfcheck(model, images[:4]):
     print({True: "holds:", False: "does not hold:", None: "does not apply:"}[check.holds], check.name)"""),
     talk("which map would you show to somebody, and what would you say about it?",
          """Any of them, together with its curves: how much sooner the answer goes, on this image, than in random order.
-Over 500 images all four did better than that on average, in each of the models that we trained for it; which did best
-depends on whether patches are hidden or shown (README, Looking inside). None of them says why the model answers as it
-does."""),
+Over 500 images, in each of three models that we trained for it, all four did better than that where patches are hidden;
+where they are shown only rollout and relevance always did (README, Looking inside). None of them says why the model
+answers as it does."""),
     ("text", """To play with, any image of your own: `views.explore(["photo.jpg"])` gives a page.
 
 ## 80 to 90: and the CNN?
