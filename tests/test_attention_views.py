@@ -245,6 +245,7 @@ def test_what_the_rest_of_the_weights_goes_to_is_said_as_it_is(build, rest):
 def test_a_head_that_is_changed_afterwards_has_its_own_names():
     model = square_vit()
     views = v.AttentionVisualizer(model, device="cpu")
+    assert views.anatomy.class_names[0] == "ant"
     model.head, model.class_names = torch.nn.Linear(22, 3), ["oak", "ash", "elm"]
     with torch.no_grad():
         model.head.bias[1] = 100
