@@ -127,8 +127,7 @@ def measure_reach(kind, seed, recipe=RECIPE, n_images=20_000, n_test=1000, dista
 
 def draw_reach(cells):
     points = {}
-    for kind in kinds_of(cells):
-        own = [cell for cell in cells if cell["kind"] == kind]
+    for kind, own in by_kind(cells).items():
         points[kind] = [(distance, *banded([cell["correct"][i] / cell["n"] for cell in own]))
                         for i, distance in enumerate(own[0]["distances"])]
     return {"reach": plot_curves({"Two marks: the same, or different?": points}, "distance of the marks (pixels)",
@@ -137,9 +136,10 @@ def draw_reach(cells):
 
 def say_reach(cells):
     """Who loses most as the marks move apart, of those that have learned the task at some distance at all."""
-    at, n, kinds = cells[0]["distances"] if cells else (), cells[0]["n"] if cells else 0, kinds_of(cells)
-    shares = {kind: torch.tensor([cell["correct"] for cell in cells if cell["kind"] == kind]).double() / n
-              for kind in kinds}  # kind -> (seeds, distances)
+    of_kinds = by_kind(cells)
+    at, n, kinds = cells[0]["distances"], cells[0]["n"], list(of_kinds)
+    shares = {kind: torch.tensor([cell["correct"] for cell in own]).double() / n
+              for kind, own in of_kinds.items()}  # kind -> (seeds, distances)
     ends = listed(f"{own[:, 0].mean():.0%} and {own[:, -1].mean():.0%} ({kind})" for kind, own in shares.items())
     parts = [f"Whether two marks are the same is answered rightly at {at[0]} and at {at[-1]} pixels in {ends} of the "
              f"cases; guessing gives 50%."]
@@ -150,7 +150,7 @@ def say_reach(cells):
     falls = {kind: (shares[kind].cummax(dim=1).values - shares[kind]).amax(dim=1).tolist() for kind in learned}
     order = sorted(learned, key=lambda kind: mean(falls[kind]), reverse=True)
     most, biggest = order[0], mean(falls[order[0]])
-    level = [kind for kind in order if biggest - mean(falls[kind]) <= margin_of_falls(falls[most], falls[kind], n)]
+    level = [kind for kind in order if biggest - mean(falls[kind]) <= margin(falls[most], falls[kind], n, 0.5 / n)]
     if biggest <= 0.05:
         parts.append(f"Of those that have learned it, {listed(learned)}, none loses more than 5 points from a shorter "
                      f"distance to a longer.")
@@ -169,14 +169,6 @@ def table_of_reach(cells):
         ["", "seeds", *(f"{distance} px" for distance in cells[0]["distances"])]] + [
         [kind, len(own), *(spelled([cell["correct"][i] / cell["n"] for cell in own])
                            for i in range(len(cells[0]["distances"])))] for kind, own in by_kind(cells).items()])]
-
-
-def margin_of_falls(first, second, n):
-    """What the means of two samples of falls, each between two accuracies of n images, may differ by chance."""
-    if min(len(first), len(second)) < 2:
-        return math.inf
-    parts = [(stdev(values) ** 2 / len(values), len(values) - 1) for values in (first, second)]
-    return half_width([*parts, (0.5 / n, n), (0.5 / n, n)])
 
 
 # ---- 5, second part: outline against texture --------------------------------------------------------------
@@ -268,8 +260,7 @@ def numbers_of_images(shares, n_images, n_classes):
 
 def draw_data(cells):
     points = {}
-    for kind in kinds_of(cells):
-        own = [cell for cell in cells if cell["kind"] == kind]
+    for kind, own in by_kind(cells).items():
         points[kind] = [(n_images, *banded([cell["correct"] / cell["n"] for cell in own
                                             if cell["n_images"] == n_images]))
                         for n_images in sorted({cell["n_images"] for cell in own})]
@@ -283,8 +274,8 @@ def say_data(cells):
     parts, n = [], cells[0]["n"]
     numbers = sorted({cell["n_images"] for cell in cells})
     for which, n_images in [("With the fewest", numbers[0]), ("With the most", numbers[-1])][-len(numbers):]:
-        at = {kind: [c["correct"] / c["n"] for c in cells if c["kind"] == kind and c["n_images"] == n_images]
-              for kind in kinds_of(cells)}
+        at = {kind: [c["correct"] / c["n"] for c in own if c["n_images"] == n_images]
+              for kind, own in by_kind(cells).items()}
         at = {kind: values for kind, values in at.items() if values}
         best, others = max(at, key=lambda kind: mean(at[kind])), []
         for kind, values in at.items():
@@ -439,13 +430,15 @@ def bands(cells, what="bands"):
     return f"{what}: from the lowest to the highest of {len({cell['seed'] for cell in cells})} seeds"
 
 
-def margin(first, second, n):
+def margin(first, second, n, of_images=None):
     """What the means of two samples of accuracies, each of n images, may differ by chance, between seeds and between
-    images (as if each had images of its own); without end where there are fewer than two of a sample."""
+    images (as if each had images of its own); without end where there are fewer than two of a sample. of_images: the
+    variance between images; None: that of an accuracy; of a fall from one accuracy to another it is 0.5 / n at most."""
     if min(len(first), len(second)) < 2:
         return math.inf
     parts = [(stdev(values) ** 2 / len(values), len(values) - 1) for values in (first, second)]
-    parts += [(mean(values) * (1 - mean(values)) / n + 1 / n**2, n) for values in (first, second)]
+    parts += [(mean(values) * (1 - mean(values)) / n + 1 / n**2 if of_images is None else of_images, n)
+              for values in (first, second)]
     return half_width(parts)
 
 

@@ -88,15 +88,13 @@ def shuffle_patches(images, patch_size, share=1.0, seed=0, offset=0):
     patches are these gets its own tokens whole where it is 0; where it is half a patch, every patch that a moved one
     touches is cut.
     """
-    if offset:
-        moved = shuffle_patches(images.cpu().roll((-offset, -offset), dims=(2, 3)), patch_size, share, seed)
-        return moved.roll((offset, offset), dims=(2, 3))
-    patches, grid = to_patches(images.cpu(), patch_size)  # (B, n, C, P, P)
+    patches, grid = to_patches(images.cpu().roll((-offset, -offset), dims=(2, 3)), patch_size)  # (B, n, C, P, P)
     B, n = patches.shape[:2]
     chosen = random_ranks(B, n, seed)[:, :share_of(share, n)]  # (B, m) places that take part
     order = torch.arange(n).expand(B, n).clone()  # (B, n)
     order.scatter_(1, chosen, chosen.gather(1, random_ranks(B, chosen.shape[1], seed + 1)))
-    return from_patches(patches[torch.arange(B)[:, None], order], grid)  # (B, C, height, width)
+    moved = from_patches(patches[torch.arange(B)[:, None], order], grid)  # (B, C, height, width)
+    return moved.roll((offset, offset), dims=(2, 3))
 
 
 def occlude(images, patch_size, share, fill="mean", seed=0, mean=None, std=None):
