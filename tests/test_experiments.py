@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -209,7 +210,7 @@ def test_shifts_as_in_training_are_told_from_those_beyond():
 
 
 def test_each_number_is_that_of_the_function_it_is_named_after(measured, subjects):
-    """Trained is trained and random is random, black is black: the entries against one call each."""
+    """Trained is trained and random is random: the entries against one call each."""
     model = subjects.models["ViT"]
     twin, layout = untrained_copy(model), ((4, 4), 4, 1)
     distance = measured["attention_distance"]["ViT"]
@@ -221,13 +222,7 @@ def test_each_number_is_that_of_the_function_it_is_named_after(measured, subject
     for key, which in (("trained", model), (RANDOM, twin)):
         field = receptive_field(which, subjects.images, 1)
         assert row[key][0] == pytest.approx(radius_holding(field, 0.5, unit_centre(which, (16, 16), 1)))
-    position, patch, at = measured["position"]["models"]["ViT"], subjects.patch_size, HIDDEN[-2]
-    black = dict(fill="black", mean=subjects.mean, std=subjects.std)
-    for key, images in (("shuffled", shuffle_patches(subjects.images, patch, at)),
-                        (MOVED, shuffle_patches(subjects.images, patch, at, offset=2)),
-                        ("hidden, mean", occlude(subjects.images, patch, at)),
-                        ("hidden, black", occlude(subjects.images, patch, at, **black))):
-        assert position["correct"][key][-2] == int((predictions(model, images) == subjects.labels).sum())
+    position = measured["position"]["models"]["ViT"]
     stays = shift_consistency(model, subjects.images, subjects.reach)
     assert position["shift_map"] == stays.tolist()
     assert position[f"consistency, {RANDOM}"] == pytest.approx(
@@ -238,6 +233,25 @@ def test_each_number_is_that_of_the_function_it_is_named_after(measured, subject
         expected = peak_memory(resized(model, img_size=16), images, train=train) / 2**20 / first["batch"]
         assert first[key] == pytest.approx(expected, rel=0.2)
     assert first["training_images_per_second"] < first["images_per_second"]
+
+
+def test_patches_are_changed_as_their_curves_say(subjects):
+    """On a model that answers every class and is right until the images are changed, so that its four curves differ:
+    each count against one call."""
+    images = torch.randn(60, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    model = copy.deepcopy(subjects.models["ViT"])
+    with torch.no_grad():
+        model.head.bias -= model(images).mean(dim=0)
+    labels, normal = predictions(model, images), dict(mean=(0.5,) * 3, std=(0.25,) * 3)
+    own = Subjects({"ViT": model}, images, labels, **normal, reach=1, trained_shift=1)
+    curves = EXPERIMENTS["position"].measure(own)["models"]["ViT"]["correct"]
+    changes = {"shuffled": partial(shuffle_patches, patch_size=4),
+               MOVED: partial(shuffle_patches, patch_size=4, offset=2),
+               "hidden, mean": partial(occlude, patch_size=4),
+               "hidden, black": partial(occlude, patch_size=4, fill="black", **normal)}
+    assert curves == {what: [int((predictions(model, change(images, share=share)) == labels).sum()) for share in HIDDEN]
+                      for what, change in changes.items()}
+    assert len({tuple(counts) for counts in curves.values()}) == 4
 
 
 def test_position_counts_the_images_as_they_are_first(measured, subjects):
