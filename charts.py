@@ -31,7 +31,7 @@ MARKERS = "osD^vP"
 
 
 def plot_curves(panels, xlabel, ylabel, save_path=None, title=None, log=(), percent=False, lines=()):
-    """One quantity against another, a panel for each heading.
+    """One quantity against another, a panel for each heading; more than three stand in two rows.
 
     panels    heading -> {name: points}; points are (x, y) or, with a band, (x, y, low, high). A name has the same
               colour and marker in every panel
@@ -45,8 +45,13 @@ def plot_curves(panels, xlabel, ylabel, save_path=None, title=None, log=(), perc
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     if not names:
         raise InputError(f"panels {panels!r} hold no curves; expected heading -> {{name: [(x, y), ...]}}")
-    figure = new_figure(2.2 + 4.6 * len(panels), 4.4 + (0.3 if title else 0))
-    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    n_rows = 1 if len(panels) <= 3 else 2
+    n_columns = math.ceil(len(panels) / n_rows)
+    figure = new_figure(2.2 + 4.6 * n_columns, 4.4 * n_rows + (0.3 if title else 0))
+    grid = figure.subplots(n_rows, n_columns, squeeze=False, sharey=True)
+    for panel in grid.flat[len(panels):]:
+        panel.remove()
+    axes = grid.flat[:len(panels)]
     scale = 100 if percent else 1
     for panel, (heading, curves) in zip(axes, panels.items(), strict=True):
         for name, points in curves.items():
@@ -73,7 +78,8 @@ def plot_curves(panels, xlabel, ylabel, save_path=None, title=None, log=(), perc
             panel.set_ylim(0, 104)
         elif "y" not in log:
             panel.set_ylim(bottom=0)
-    axes[0].set_ylabel(ylabel)
+    for panel in grid[:, 0]:
+        panel.set_ylabel(ylabel)
     shown = {line.get_label(): line for panel in reversed(axes) for line in panel.lines}
     order = [*names, *(label for label, _ in lines)]
     axes[-1].legend([shown[label] for label in order], order, fontsize=11)

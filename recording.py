@@ -216,7 +216,11 @@ def check_input(images, anatomy):
 
 
 def check_kept(model):
-    """Raises InputError for a model of timm whose blocks are computed again in the backward pass."""
+    """Raises InputError for a model that keeps nothing for gradients: one made in inference mode, or one of timm whose
+    blocks are computed again in the backward pass."""
+    if any(weight.is_inference() for weight in model.parameters()):
+        raise InputError(f"this {type(model).__name__} was made inside torch.inference_mode(), and its weights take no "
+                         f"part in gradients; make or load it outside")
     if getattr(model, "grad_checkpointing", False):
         raise InputError(f"this {type(model).__name__} computes its blocks again in the backward pass, where nobody "
                          f"watches; call model.set_grad_checkpointing(False) first")

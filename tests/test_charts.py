@@ -126,6 +126,13 @@ def test_plot_curves():
         c.plot_curves({"empty": {}}, "x", "y")
 
 
+def test_many_panels_of_curves_stand_in_two_rows():
+    figure = c.plot_curves({heading: BANDED for heading in "abcde"}, "images", "right (%)")
+    rows = [axes.get_subplotspec().rowspan.start for axes in figure.axes]
+    assert rows == [0, 0, 0, 1, 1]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["right (%)", "", "", "right (%)", ""]
+
+
 def test_matrices_in_rows_and_numbered_from_the_middle():
     figure = c.plot_matrices([torch.rand(5, 5)] * 7, list("abcdefg"), "share", most=1, centred=True, title="shifts")
     panels = [axes for axes in figure.axes if axes.images]
@@ -142,5 +149,6 @@ def test_no_text_is_clipped():
                    c.plot_bars({"accuracy (%)": {"a model of a long name": (88.0, 86.5, 89.25)}}),
                    c.plot_confusion(torch.full((2, 2), 99_999), ["a name of more than 18 letters"] * 2),
                    c.plot_confusion(torch.full((20, 20), 99_999), ["a name of more than 18 letters"] * 20),
-                   c.plot_curves({"a panel": BANDED}, "images", "right (%)", percent=True, title="a title of all")):
+                   c.plot_curves({"a panel": BANDED}, "images", "right (%)", percent=True, title="a title of all"),
+                   c.plot_curves({heading: BANDED for heading in "abcd"}, "images", "right (%)", title="of all")):
         assert_no_text_clipped(figure)

@@ -292,6 +292,17 @@ def test_gradients_are_there_where_the_caller_has_switched_them_off(mode):
         torch.testing.assert_close(a, b)
 
 
+def test_a_model_made_in_inference_mode_has_maps_and_no_gradients():
+    with torch.inference_mode():
+        model = vit()
+    images = images_of()
+    assert len(r.record(model, images).maps) == DEPTH
+    for watch in (lambda: r.record(model, images, gradients=True),
+                  lambda: r.watch_layer(model, model.blocks[1], images)):
+        with pytest.raises(InputError, match=r"\A[^\n]*made inside torch.inference_mode[^\n]*load it outside\Z"):
+            watch()
+
+
 def test_a_timm_hybrid_is_refused():
     model = timm_vit()
     model.patch_embed.proj = nn.Identity()
