@@ -123,16 +123,17 @@ def visualize_features(model, images, save_path=None):
 def visualize_positions(model, save_path=None):
     """How alike the position embeddings are: one small map a patch, its cosine similarity to all patches.
 
-    ViT paper, Fig. 7 (centre). At most 8 x 8 of the patches have a map. Raises InputError for a model without
-    position embeddings.
+    ViT paper, Fig. 7 (centre); all maps share one scale, from the least similarity to 1. At most 8 x 8 of the patches
+    have a map. Raises InputError for a model without position embeddings.
     """
     similarity = position_similarity(model).cpu().numpy()  # (rows, columns, rows, columns)
+    lowest = min(similarity.min(), 0.99)  # a scale also where all are alike
     rows, columns = (spread(n, 8) for n in similarity.shape[:2])
     figure = new_figure(2.5 + 0.75 * len(columns), 1.5 + 0.75 * len(rows) * proportion(similarity))
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
-            mappable = axes[i, j].imshow(similarity[row, column], cmap="cividis", vmin=-1, vmax=1)
+            mappable = axes[i, j].imshow(similarity[row, column], cmap="cividis", vmin=lowest, vmax=1)
             hide_ticks(axes[i, j])
             if j == 0:
                 axes[i, j].set_ylabel(row, fontsize=11)

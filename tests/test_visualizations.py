@@ -22,6 +22,8 @@ def test_visualize_positions():
     for index, similarity in enumerate(data_of(figure)[:6]):
         assert similarity.argmax() == index
         assert similarity.max() == pytest.approx(1)
+    lowest = min(similarity.min() for similarity in data_of(figure)[:6])
+    assert all(axes.images[0].get_clim() == (lowest, 1) for axes in figure.axes[:6])
     with pytest.raises(InputError, match="no position embeddings"):
         v.visualize_positions(vit(position="none"))
 
