@@ -99,12 +99,12 @@ class Experiment:
     table: Callable = no_tables
 
 
-def level_with_the_best(shares, n):
-    """The names of the largest share and of those that n images cannot tell from it, the best first."""
-    order = sorted(shares, key=shares.get, reverse=True)
-    best = shares[order[0]]
+def level_with_the_best(values, variances):
+    """The names of the largest value and of those that cannot be told from it (95%), the best first; both by name."""
+    order = sorted(values, key=values.get, reverse=True)
+    best = order[0]
     return [name for name in order
-            if best - shares[name] <= 1.96 * math.sqrt((best * (1 - best) + shares[name] * (1 - shares[name])) / n)]
+            if values[best] - values[name] <= 1.96 * math.sqrt(variances[best] + variances[name])]
 
 
 def listed(words):
@@ -461,7 +461,8 @@ def say_position(data):
     def staying(key):
         shares = {name: model[key] for name, model in models.items()}
         values = listed(f"{value:.0%} ({name})" for name, value in shares.items())
-        return f"{values}: {told(level_with_the_best(shares, data['n_shifted']), len(models))}"
+        level = level_with_the_best(shares, {name: p * (1 - p) / data["n_shifted"] for name, p in shares.items()})
+        return f"{values}: {told(level, len(models))}"
 
     control = listed(f"{model[f'consistency, {RANDOM}']:.0%} ({name})" for name, model in models.items())
     beyond = f" Moved further, by up to {reach}, in {staying('consistency_beyond')}." if reach > within else ""
@@ -474,16 +475,31 @@ def say_position(data):
 
 def what_remains(data, change):
     """In words, the right answers left at the largest share, for each model that has some beyond guessing to lose."""
-    guessing, n, left = data["n"] / data["classes"], data["n"], {}
-    for name, model in data["models"].items():
-        before, after = model["correct"][change][0], model["correct"][change][-1]
-        if wilson_interval(before, n)[0] > 1 / data["classes"]:
-            left[name] = after / before, guessing / before
-    if not left:
+    guessing, n = data["n"] / data["classes"], data["n"]
+    counts = {name: (model["correct"][change][0], model["correct"][change][-1])
+              for name, model in data["models"].items()}
+    counts = {name: (before, after) for name, (before, after) in counts.items() if beats_guessing(before, data)}
+    if not counts:
         return "nothing follows, as no model does better than guessing to begin with"
-    values = listed(f"{share:.0%} ({name}; guessing {chance:.0%})" for name, (share, chance) in left.items())
-    tough = level_with_the_best({name: min(1.0, share) for name, (share, _) in left.items()}, n)
-    return f"there are {values} as many right answers as before: {told(tough, len(left))}"
+    values = listed(f"{after / before:.0%} ({name}; guessing {guessing / before:.0%})"
+                    for name, (before, after) in counts.items())
+    if not any(beats_guessing(after, data) for _, after in counts.values()):
+        end = "no model does better than guessing then" if len(counts) > 1 else "that is no more than guessing gives"
+    else:
+        tough = level_with_the_best({name: after / before for name, (before, after) in counts.items()},
+                                    {name: variance_of_ratio(*pair, n) for name, pair in counts.items()})
+        end = told(tough, len(counts))
+    return f"there are {values} as many right answers as before: {end}"
+
+
+def beats_guessing(correct, data):
+    return wilson_interval(correct, data["n"])[0] > 1 / data["classes"]
+
+
+def variance_of_ratio(before, after, n):
+    """Of after / before, two numbers of right answers of n, as if each had images of its own (delta method)."""
+    after = max(after, 1)
+    return (after / before) ** 2 * ((1 - after / n) / after + (1 - before / n) / before)
 
 
 def table_of_positions(data):

@@ -21,6 +21,7 @@ from experiments import (
     listed,
     off_diagonal,
     resized,
+    variance_of_ratio,
     what_remains,
 )
 from measurements import (
@@ -182,7 +183,7 @@ def test_the_position_sentence_turns_with_the_numbers():
     assert "half a patch, which cuts its tokens too, there are 50% (A; guessing 20%) and 50% (B; guessing 20%)" in first
     assert "as before: no difference between A and B shows." in first
     assert "hidden by the mean there are 20% (A; guessing 20%)" in first
-    few = sentence((0.9, 0.2), (0.88, 0.25), n=50)
+    few = sentence((0.9, 0.5), (0.88, 0.6), n=50)
     assert "no difference between A and B shows" in few
     assert "no difference between B and A shows" in few
     second = sentence((0.5, 0.8), (0.9, 0.2))
@@ -199,6 +200,19 @@ def test_who_guesses_to_begin_with_has_nothing_to_lose():
         "there are 33% (A; guessing 11%) as many right answers as before: there is no other to compare it with")
     del data["models"]["A"]
     assert what_remains(data, MOVED) == "nothing follows, as no model does better than guessing to begin with"
+
+
+def test_nobody_minds_least_by_chance_or_at_guessing():
+    def said(*pairs):
+        counts = {name: dict(correct={MOVED: list(pair)}) for name, pair in zip("AB", pairs, strict=False)}
+        return what_remains(dict(models=counts, n=400, classes=10), MOVED).split(": ")[1]
+
+    assert said((80, 50), (80, 62)) == "no difference between B and A shows"  # 63% and 78%, of 80 answers each
+    assert said((380, 50), (380, 90)) == "B minds it least"
+    assert said((60, 30), (60, 36)) == "no model does better than guessing then"
+    assert said((60, 30)) == "that is no more than guessing gives"
+    # 90 and 50 of 380 with p = 0.225 and 0.125: (90/380)^2 (0.775/90 + 0.05/380)
+    assert variance_of_ratio(380, 90, 400) == pytest.approx(0.05609 * (0.008611 + 0.0001316), rel=1e-3)
 
 
 def test_shifts_as_in_training_are_told_from_those_beyond():
