@@ -11,12 +11,13 @@ A run leaves a folder with report.html (one file, to open and to send), results.
 Letters:  N images, S side of an image in pixels.
 """
 
+import hashlib
 import json
 import re
 import shlex
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 
@@ -36,7 +37,6 @@ from command_line import (
     script,
     seed,
     unless_empty,
-    whole,
     write_json,
 )
 from drawn_shapes import TEST_START
@@ -50,6 +50,7 @@ from learning import (
     STEPS_BETWEEN,
     banded,
     build_kind,
+    check_result,
     judge,
     margin,
     measure_data,
@@ -60,7 +61,7 @@ from measurements import choose_device, choose_precision, linear_classifier, thr
 from model_zoo import build_model, create_pretrained
 from report import Section, write_report
 from run_folder import commit, machine
-from train_vit import LINEAR_IMAGES
+from train_vit import LINEAR_IMAGES, report_skipped
 from trainer import NotFinite
 from visualizations import normalise
 from vit_data import MemoryLoader, get_data_loaders, get_test_loader, make_shapes
@@ -76,9 +77,10 @@ RECIPE_WORDS = (f"All have the same time and one recipe, not those of train_vit.
 COMMITTED = Path(__file__).parent / "benchmarks" / "results"
 INTRODUCTION = ("ConvNet, hybrid and ViT of nearly equal size, measured side by side. Each experiment has a control: "
                 "the same model with random weights, uniform attention, a formula, or guessing. The sentences are made "
-                "from the numbers. The models are those that come along, trained on the drawn shapes, not for equally "
-                "long: ConvNet 250 steps of 64 images (95.9% of test images right), hybrid 600 (93.0%), ViT 3,200 "
-                "(97.9%); what differs between them may be due to that too.")
+                "from the numbers.")
+SHIPPED = ("What was measured now was asked of the models that come along, trained on the drawn shapes, not for "
+           "equally long: ConvNet 250 steps of 64 images (95.9% of test images right), hybrid 600 (93.0%), ViT 3,200 "
+           "(97.9%); what differs between them there may be due to that too.")
 
 
 def matched_models(n_classes=10, img_size=32):
@@ -179,69 +181,118 @@ def cell_file(name, kind, number, n_images, dataset):
     return "-".join(filter(None, words)) + ".json"
 
 
-def train_cells(names, folder, options, recipe=RECIPE):
-    """Measures every planned cell that has no file yet. Returns {name: cells}.
+@dataclass(frozen=True)
+class Plan:
+    """What --full trains: cells as planned() gives them, kept in folder; settings: experiment -> what its cells have in
+    common; loaders and dataset, of the images of "data"; few: how many images a dry run draws; options: the command's.
+    """
+    cells: list
+    folder: Path
+    recipe: object
+    settings: dict
+    loaders: tuple
+    dataset: str
+    few: dict
+    options: object
 
-    Each kind's learning rate is chosen with the first seed and the most images; its other cells take it over.
+    def path(self, name, kind, number, n_images):
+        return self.folder / cell_file(name, kind, number, n_images, self.dataset_of(name))
 
-    Raises InputError where a file is of other images or another recipe.
+    def dataset_of(self, name):
+        return self.dataset if name == "data" else ""
+
+
+def plan_cells(names, folder, options, recipe=RECIPE):
+    """The Plan for experiments that train, with all that can be wrong looked at before anything is measured.
+
+    Raises InputError where there are no test images, where a file in the folder is of other images or another recipe,
+    and for images of a size that a model cannot take.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    loaders, numbers, dataset, images = None, (), "", {}
+    tempfile.TemporaryFile(dir=folder).close()  # OSError where nothing can be kept there
+    loaders, numbers, dataset, images = (), (), "", {}
+    few = dict(n_images=40, n_test=8) if options.dry_run else {}
     if "data" in names:
         loaders = loaders_of(options)
         train_loader, _, test_loader = loaders
         if test_loader is None:
             raise InputError(f"{options.data_dir} has no test images, and the validation images choose the learning "
                              f"rates; put some into test/<class>/")
+        for kind in STEPS_BETWEEN:
+            build_kind(kind, len(train_loader.class_names), train_loader.img_size)
         numbers = numbers_of_images(options.shares, train_loader.n_images, len(train_loader.class_names))
         dataset = name_of(options.data_dir, train_loader)
         images = dict(n_images=train_loader.n_images, img_size=train_loader.img_size, n_test=test_loader.n_images,
-                      class_names=list(train_loader.class_names), cut=options.seed)
-    seeds, few = (SEEDS[:1], dict(n_images=40, n_test=8)) if options.dry_run else (SEEDS, {})
-    device = choose_device(options.device)
-    precision = choose_precision(options.amp, device)
-    todo = planned(names, numbers, seeds)
-    print(f"{len(todo)} cells, each a training or three, kept in {folder} as they end: a later run goes on there.",
-          flush=True)
-    bar, there = tqdm(todo, unit="cell", disable=None), 0
+                      class_names=list(train_loader.class_names), cut=options.seed, content=content_of(loaders))
+    precision = choose_precision(options.amp, choose_device(options.device))
+    settings = {name: json.loads(json.dumps(dict(recipe=asdict(recipe), images=images if name == "data" else few,
+                                                 precision=str(precision or torch.float32)))) for name in names}
+    plan = Plan(planned(names, numbers, SEEDS[:1] if options.dry_run else SEEDS), folder, recipe, settings, loaders,
+                dataset, few, options)
+    for name in names:
+        check_setting(settings[name], name, plan.dataset_of(name), folder)
+    return plan
+
+
+def train_cells(plan):
+    """Measures every cell of a Plan that has no file yet. Returns {name: cells}.
+
+    Each kind's learning rate is chosen with the first seed and the most images; its other cells take it over.
+    """
+    options, there = plan.options, 0
+    print(f"{len(plan.cells)} cells, each a training or three, kept in {plan.folder} as they end: a later run goes on "
+          f"there.", flush=True)
+    again = "the same command with another --output-dir" if options.output_dir else "the same command"
+    most = max((n_images for _, _, _, n_images in plan.cells if n_images), default=None)
+    bar = tqdm(plan.cells, unit="cell", disable=None)
     with Interrupts() as interrupts:
         for name, kind, number, n_images in bar:
-            interrupts.advice = f"{there} of {len(todo)} cells are in {folder}; the same command goes on with the next"
-            own = dataset if name == "data" else ""
-            most = n_images and numbers[0]
-            path, first = (folder / cell_file(name, kind, *which, own) for which in ((number, n_images),
-                                                                                     (seeds[0], most)))
+            interrupts.advice = (f"{there} of {len(plan.cells)} cells are in {plan.folder}; {again} goes on with the "
+                                 f"next")
+            path, first = plan.path(name, kind, number, n_images), plan.path(name, kind, SEEDS[0], n_images and most)
             bar.set_description(path.stem)
-            setting = json.loads(json.dumps(dict(recipe=asdict(recipe), images=images if name == "data" else few,
-                                                 precision=str(precision or torch.float32))))
-            check_setting(setting, name, own, folder)
             if path.exists():
                 there += 1
                 continue
             rates = (read_cell(first)["result"]["rate"],) if first.exists() else RATES
-            run = dict(recipe=recipe, device=options.device, amp=options.amp, rates=rates)
+            run = dict(recipe=plan.recipe, device=options.device, amp=options.amp, rates=rates)
             try:
-                measured = measure_data(kind, number, n_images, loaders, **run) | dict(dataset=dataset) \
-                    if name == "data" else LEARNING[name].measure(kind, number, **run, **few)
+                measured = measure_data(kind, number, n_images, plan.loaders, **run) | dict(dataset=plan.dataset) \
+                    if name == "data" else LEARNING[name].measure(kind, number, **run, **plan.few)
             except NotFinite as error:
                 tqdm.write(f"{path.stem} is left out: {error}")
                 continue
-            write_json(dict(table=name, commit=commit(), date=time.strftime("%Y-%m-%d"), machine=machine(device.type),
+            device = choose_device(options.device).type
+            write_json(dict(table=name, commit=commit(), date=time.strftime("%Y-%m-%d"), machine=machine(device),
                             versions=dict(torch=torch.__version__, torchvision=torchvision.__version__), seed=number,
-                            command=command_of(name, options), setting=setting,
-                            result=measured | dict(device=device.type)), path)
+                            command=command_of(name, options), setting=plan.settings[name],
+                            result=measured | dict(device=device)), path)
             there += 1
-    return read_cells(names, [folder])
+    return read_cells(plan.settings, [plan.folder])
 
 
 def check_setting(setting, name, dataset, folder):
-    """Raises InputError where a cell of the same experiment and data set in the folder has another setting."""
+    """Raises InputError where a cell of the same experiment and data set in the folder has another setting. Cells of
+    before the images' content was kept are compared without it."""
     for path in folder.glob(f"{name}-*.json"):
         cell = read_cell(path)
-        if cell["result"].get("dataset", "") == dataset and cell.get("setting") != setting:
+        if cell["result"].get("dataset", "") != dataset:
+            continue
+        own = cell.get("setting") or {}
+        images = {key: value for key, value in setting["images"].items()
+                  if key != "content" or "content" in own.get("images", {})}
+        if own != setting | dict(images=images):
             raise InputError(f"{path} was measured on other images, in another precision or by another recipe; remove "
                              f"it, or give another folder with --cells")
+
+
+def content_of(loaders):
+    """A sum that is the same for the same images and labels in MemoryLoaders."""
+    total = hashlib.sha256()
+    for loader in loaders:
+        total.update(loader.images.cpu().numpy().tobytes())
+        total.update(loader.labels.cpu().numpy().tobytes())
+    return total.hexdigest()
 
 
 def name_of(data_dir, loader):
@@ -258,6 +309,10 @@ def command_of(name, options):
         words += ["--data-dir", options.data_dir] if options.data_dir else []
         words += ["--img-size", str(options.img_size)] if options.img_size else []
         words += ["--shares", *(f"{share:g}" for share in options.shares)]
+        words += ["--seed", str(options.seed)] if options.seed else []
+        words += ["--skip-corrupt"] * options.skip_corrupt
+    words += [word for key in ("device", "amp") if getattr(options, key) != "auto"
+              for word in (f"--{key}", getattr(options, key))]
     return shlex.join(words)
 
 
@@ -278,7 +333,9 @@ def read_cell(path):
     """A cell as a dict. Raises InputError for a file that holds none."""
     try:
         cell = json.loads(path.read_text(encoding="utf-8"))
-        _ = cell["result"]["kind"], cell["date"], cell["command"]
+        if not all(isinstance(cell[key], str) for key in ("date", "command")):
+            raise TypeError("date and command are words")
+        check_result(path.name.split("-")[0], cell["result"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} holds no result of cnn_vs_vit.py --full ({type(error).__name__}); remove it, or give "
                          f"another folder with --cells") from error
@@ -301,7 +358,23 @@ def loaders_of(options):
     if not isinstance(loaders[0], MemoryLoader):
         raise InputError(f"{loaders[0].n_images:,} images of {loaders[0].img_size} pixels are too many to be kept in "
                          f"memory; give fewer, or a smaller --img-size")
-    return (*loaders, get_test_loader(**data))
+    loaders = (*loaders, get_test_loader(**data))
+    report_skipped(skipped_of(loaders))
+    return loaders
+
+
+def skipped_of(loaders):
+    """The image files that were left out, each once."""
+    return sorted({str(file) for loader in loaders if loader is not None for file in loader.skipped})
+
+
+def fit_and_choose(train_loader):
+    """(four of five, every fifth) of the training images, not augmented: to fit a linear classifier, and to choose its
+    strength where the validation images are those that are asked."""
+    plain = train_loader.plain(LINEAR_IMAGES)
+    fifth = torch.arange(plain.n_images, device=plain.labels.device) % 5 == 0  # (n)
+    return [MemoryLoader(plain.images[part], plain.labels[part], plain.facts, plain.batch_size)
+            for part in (~fifth, fifth)]
 
 
 # ---- Which for my data? -----------------------------------------------------------------------------------
@@ -322,12 +395,14 @@ def judge_folder(options, folder):
     device = choose_device(options.device)
     costs = {kind: 1e3 / throughput(build_kind(kind, len(train_loader.class_names), train_loader.img_size),
                                     batch_size=32, seconds=0.5, device=device) for kind in rows}
-    linear = linear_classifier(train_loader.plain(LINEAR_IMAGES), val_loader, test_loader)
-    controls = {"a linear classifier on the pixels": linear["val_acc" if test_loader is None else "test_acc"],
+    parts = fit_and_choose(train_loader) if test_loader is None else (train_loader.plain(LINEAR_IMAGES), val_loader)
+    controls = {"a linear classifier on the pixels": linear_classifier(*parts, asked)["test_acc"],
                 "naming the largest class every time": largest_class(train_loader, asked)}
     finding = verdict(rows, costs) + " For comparison: " + listed(f"{share:.1%} by {name}" for name, share in
                                                                   controls.items()) + "."
     finding += weakness(rows, controls, train_loader.n_images)
+    skipped = skipped_of(loaders)
+    finding += f" Left out: {len(skipped)} image files that cannot be read." if skipped else ""
     tell("Which for these images?", finding)
     levels = {name: banded([row["accuracy"] for row in own]) for name, own in rows.items()}
     panels = {f"accuracy on the {split} images\n(lines: lowest and highest seed)": levels | controls,
@@ -341,7 +416,7 @@ def judge_folder(options, folder):
                       figures, [(f"Accuracy on the {split} images", table)],
                       f"{RECIPE_WORDS} A lead counts where it is larger than what seeds "
                       "and images vary by: Student's t over both, 5% for the three comparisons together.")
-    return {"verdict": dict(rows=rows, costs=costs, controls=controls, finding=finding)}, [section]
+    return {"verdict": dict(rows=rows, costs=costs, controls=controls, finding=finding, skipped=skipped)}, [section]
 
 
 def largest_class(train_loader, asked):
@@ -371,27 +446,34 @@ def weakness(rows, controls, n_images):
 
 def compare(options, folder):
     """Everything that the options ask for, into the folder."""
-    started = time.perf_counter()
+    started, introduction = time.perf_counter(), INTRODUCTION
     if options.minutes:
         results, sections = judge_folder(options, folder)
+        introduction = "ConvNet, hybrid and ViT of nearly equal size, trained on the same images for the same time."
     else:
-        looked = [name for name in EXPERIMENTS if not options.only or name in options.only]
+        looked = [name for name in EXPERIMENTS if not options.data_dir and name in (options.only or EXPERIMENTS)]
         trained = [name for name in LEARNING if name in (options.only or (["data"] if options.data_dir else LEARNING))]
+        recipe = replace(RECIPE, n_steps=1, batch_size=8) if options.dry_run else RECIPE
+        own = folder / "cells" if options.dry_run else Path(options.cells)
+        if own.exists() and not own.is_dir():
+            raise InputError(f"--cells {own} is a file; expected a folder, where --full keeps what it has measured")
+        if options.full:
+            plan = plan_cells(trained, own, options, recipe)
+        else:
+            cells = read_cells(trained, [own, COMMITTED])
         results, sections = {}, []
-        if looked and not options.data_dir:
+        if looked:
             little = dict(n_images=16, seconds=0.01, sizes=(32,), patches=(32,), reach=1)
             subjects = shipped_subjects(**little if options.dry_run else {})
             results, sections = look(subjects, looked, folder)
-        own = folder / "cells" if options.dry_run else Path(options.cells)
-        recipe = replace(RECIPE, n_steps=1, batch_size=8) if options.dry_run else RECIPE
-        cells = train_cells(trained, own, options, recipe) if options.full else read_cells(trained, [own, COMMITTED])
+            introduction += f" {SHIPPED}"
+        if options.full:
+            cells = train_cells(plan)
         more_results, more_sections = show_cells(trained, folder, cells)
         results, sections = results | more_results, sections + more_sections
         if not options.full:
             print("\nThese are the shipped models and committed results: no verdict for other images follows. "
                   "--data-dir DIR --minutes M asks yours.")
-    introduction = INTRODUCTION if not options.minutes else \
-        "ConvNet, hybrid and ViT of nearly equal size, trained on the same images for the same time."
     seconds = round(time.perf_counter() - started, 1)
     write_json(dict(options=vars(options), torch=torch.__version__, seconds=seconds, results=results),
                folder / "results.json")
@@ -406,8 +488,9 @@ def make_parser():
     parser.add_argument("--full", action="store_true", help="measure those too that train: hours, and resumable")
     parser.add_argument("--cells", default="runs/cnn_vs_vit-cells", help="where --full keeps what it has measured")
     parser.add_argument("--data-dir", help="a folder with a folder for each class, or a known set, as in train_vit.py")
-    parser.add_argument("--img-size", type=whole(8), help=f"side in pixels, at most {SMALL_SIDE} (default: small "
-                                                          f"images keep theirs, photographs get {SMALL_SIDE})")
+    parser.add_argument("--img-size", type=Bounded(int, 8, SMALL_SIDE, f"a whole number from 8 to {SMALL_SIDE}"),
+                        help=f"side in pixels, at most {SMALL_SIDE} (default: small images keep theirs, photographs "
+                             f"get {SMALL_SIDE})")
     parser.add_argument("--minutes", type=positive(), help="with --data-dir: train all three on these images within so "
                                                            "many, and say which is better there")
     parser.add_argument("--shares", nargs="+", type=Bounded(float, 1e-6, 1, "above 0 to 1"), default=list(SHARES),

@@ -449,6 +449,24 @@ def half_width(parts):
     return t_quantile(max(1, df)) * math.sqrt(variance)
 
 
+def check_result(name, result):
+    """Raises KeyError, TypeError or ValueError where `result` is not what measure() of LEARNING[name] gives."""
+    if result["kind"] not in STEPS_BETWEEN:
+        raise ValueError(f"{result['kind']!r} is none of {', '.join(STEPS_BETWEEN)}")
+    if not isinstance(result["rate"], float):
+        raise TypeError(f"the rate {result['rate']!r} is no number")
+    counts = [result["seed"]]
+    if name == "cues":
+        counts += [result["choices"][cue] for cue in ("outline", "texture", "neither")]
+        math.isnan(result["shape_bias"])  # NaN where no answer was by either
+    elif name == "reach":
+        counts += [result["n"], *(count for _, count in zip(result["distances"], result["correct"], strict=True))]
+    else:
+        counts += [result["n"], result["n_images"], result["correct"]]
+    if not all(type(count) is int and count >= 0 for count in counts) or result.get("n") == 0:
+        raise ValueError(f"{counts} are no numbers of images")
+
+
 LEARNING = {
     "cues": Experiment("Outline or texture", "Where the two are at odds, by which does a model go?", measure_cues,
                        draw_cues, say_cues, table=table_of_cues),

@@ -1,11 +1,14 @@
 import html
 import json
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from command_runs import ROOT, make_folder
 
 import cnn_model
@@ -82,11 +85,15 @@ def options(*words):
     return cv.make_parser().parse_args([*words])
 
 
+def train(names, folder, options, *recipe):
+    return cv.train_cells(cv.plan_cells(names, folder, options, *recipe))
+
+
 def test_cells_that_are_there_are_not_measured_again(few, tmp_path):
-    cells = cv.train_cells(["reach"], tmp_path, options("--full"))
+    cells = train(["reach"], tmp_path, options("--full"))
     assert len(few) == len(cells["reach"]) == 12
     (tmp_path / "reach-ConvNet-1.json").unlink()
-    again = cv.train_cells(["reach"], tmp_path, options("--full"))
+    again = train(["reach"], tmp_path, options("--full"))
     assert few[12:] == [("ConvNet", 1, RATES[-1:])]
     assert {rates for _, number, rates in few if number == SEEDS[0]} == {RATES}  # the first seed chooses
     assert {rates for _, number, rates in few if number != SEEDS[0]} == {RATES[-1:]}
@@ -96,7 +103,7 @@ def test_cells_that_are_there_are_not_measured_again(few, tmp_path):
     assert first["result"]["kind"] in STEPS_BETWEEN
     assert {"commit", "machine", "versions", "date", "seed", "setting"} <= set(first)
     with pytest.raises(InputError, match="measured on other images, in another precision or by another recipe"):
-        cv.train_cells(["reach"], tmp_path, options("--full"), Recipe(n_steps=3))
+        train(["reach"], tmp_path, options("--full"), Recipe(n_steps=3))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -108,12 +115,12 @@ def test_a_stop_says_what_is_kept_and_how_to_go_on(number, few, tmp_path, monkey
 
     monkeypatch.setitem(cv.LEARNING, "reach", replace(cv.LEARNING["reach"], measure=cut_off))
     with pytest.raises(Interrupted, match=r"3 of 12 cells are in .*; the same command goes on with the next"):
-        cv.train_cells(["reach"], tmp_path, options("--full"))
+        train(["reach"], tmp_path, options("--full"))
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_sets_of_cells_are_told_apart(few, tmp_path, capsys):
-    cells = cv.train_cells(["reach"], tmp_path, options("--full"))["reach"]
+    cells = train(["reach"], tmp_path, options("--full"))["reach"]
     for cell in cells[:6]:
         cell["result"]["dataset"] = "photos"
     assert {group: len(own) for group, own in cv.grouped(cells).items()} == {"photos": 6, "": 6}
@@ -136,11 +143,11 @@ def test_data_cells_of_a_folder_hold_its_name_and_are_of_its_images(tmp_path, mo
 
     def measure(kind, number, n_images, loaders, rates, **run):
         tried.append((number, n_images, rates))
-        return dict(kind=kind, seed=number, n_images=n_images, rate=rates[-1])
+        return dict(kind=kind, seed=number, n_images=n_images, correct=3, n=4, rate=rates[-1])
 
     monkeypatch.setattr(cv, "measure_data", measure)
     words = ["--full", "--data-dir", str(folder), "--shares", "1", "0.5"]
-    cells = cv.train_cells(["data"], tmp_path / "cells", options(*words))
+    cells = train(["data"], tmp_path / "cells", options(*words))
     assert len(cells["data"]) == 24
     assert {cell["result"]["dataset"] for cell in cells["data"]} == {"my set"}
     most = max(n_images for _, n_images, _ in tried)  # with which the first seed chooses the rates
@@ -148,13 +155,97 @@ def test_data_cells_of_a_folder_hold_its_name_and_are_of_its_images(tmp_path, mo
     assert cells["data"][0]["command"].endswith(f"--full --only data --data-dir '{folder}' --shares 1 0.5")
     other = make_folder(tmp_path / "b" / "my set", 16, ("train", "test"), n=20)
     with pytest.raises(InputError, match="measured on other images"):  # whose cells would have other names
-        cv.train_cells(["data"], tmp_path / "cells", options("--full", "--data-dir", str(other), "--shares", "1"))
+        train(["data"], tmp_path / "cells", options("--full", "--data-dir", str(other), "--shares", "1"))
     assert len(list((tmp_path / "cells").iterdir())) == 24
     with pytest.raises(InputError, match="has no test images"):
-        cv.train_cells(["data"], tmp_path / "cells", options("--full", "--data-dir", str(folder / "train")))
+        train(["data"], tmp_path / "cells", options("--full", "--data-dir", str(folder / "train")))
+
+
+def test_images_of_the_same_names_and_numbers_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(cv, "measure_data", lambda kind, number, n_images, loaders, rates, **run: dict(
+        kind=kind, seed=number, n_images=n_images, correct=3, n=4, rate=rates[-1]))
+    first = make_folder(tmp_path / "a" / "photos", 16, ("train", "test"))
+    other = make_folder(tmp_path / "b" / "photos", 16, ("train", "test"))
+    shutil.copy(other / "train" / "red" / "0.jpg", other / "train" / "red" / "1.jpg")
+    words, cells = ["--full", "--shares", "1", "--data-dir"], tmp_path / "cells"
+    assert len(train(["data"], cells, options(*words, str(first)))["data"]) == 12
+    with pytest.raises(InputError, match="measured on other images"):
+        cv.plan_cells(["data"], cells, options(*words, str(other)))
+    for path in cells.iterdir():  # as cells were before the content was kept
+        cell = json.loads(path.read_text())
+        del cell["setting"]["images"]["content"]
+        path.write_text(json.dumps(cell))
+    assert len(train(["data"], cells, options(*words, str(first)))["data"]) == 12
+
+
+def test_all_that_can_be_wrong_is_told_before_anything_is_measured(few, tmp_path, monkeypatch):
+    for measures in ("look", "train_cells"):
+        monkeypatch.setattr(cv, measures, lambda *words: pytest.fail("measured first"))
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "reach-ViT-0.json").write_text("{")
+    (tmp_path / "file").touch()
+    folder = make_folder(tmp_path / "photos", 16, ("train", "test"))
+    for words, expected in ((["--only", "reach", "convolution", "--cells", "cells"], "holds no result"),
+                            (["--only", "reach", "convolution", "--cells", "file"], "--cells file is a file; expected"),
+                            (["--full", "--only", "reach", "convolution", "--cells", "cells"], "holds no result"),
+                            (["--full", "--cells", "file"], "--cells file is a file; expected a folder"),
+                            (["--full", "--data-dir", str(folder), "--img-size", "18"], "not divisible by patch")):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(InputError, match=expected):
+            cv.main([*words, "--output-dir", "out"])
+    assert not few
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_of_a_cell_has_all_that_its_numbers_hang_on():
+    words = ["--seed", "5", "--skip-corrupt", "--amp", "bf16", "--device", "cpu", "--img-size", "24", "--shares", "1",
+             "--data-dir", "a b"]
+    command = cv.command_of("data", options("--full", *words))
+    own, again = (vars(options(*part)) for part in (["--full", *words], shlex.split(command)[2:]))
+    assert own | dict(only=["data"]) == again
+
+
+def test_a_stop_with_an_output_folder_asks_for_another(few, tmp_path, monkeypatch):
+    def cut_off(kind, seed, **run):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setitem(cv.LEARNING, "reach", replace(cv.LEARNING["reach"], measure=cut_off))
+    with pytest.raises(Interrupted, match=r"0 of 12 cells .*; the same command with another --output-dir goes on"):
+        train(["reach"], tmp_path, options("--full", "--output-dir", "out"))
+
+
+def test_the_introduction_speaks_of_the_shipped_models_where_they_were_asked(tmp_path):
+    for name, there in (("convolution", True), ("reach", False)):
+        cv.main(["--only", name, "--output-dir", str(tmp_path / name)])
+        page = (tmp_path / name / "report.html").read_text(encoding="utf-8")
+        assert (cv.SHIPPED in page, cv.INTRODUCTION in page) == (there, True)
 
 
 # ---- Which for my data?
+
+
+def test_images_left_out_are_told(tmp_path, monkeypatch, capsys):
+    folder = make_folder(tmp_path / "photos", 16, ("train", "test"))
+    broken = [next((folder / part).rglob("*.jpg")) for part in ("train", "test")]
+    for path in broken:
+        path.write_text("no picture")
+    monkeypatch.setattr("learning.steps_within", lambda *words, **run: 1)
+    cv.main(["--data-dir", str(folder), "--minutes", "1", "--skip-corrupt", "--output-dir", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert all(f"Left out, as it cannot be read: {path}" in printed for path in broken)
+    assert "Left out: 2 image files that cannot be read." in printed
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["verdict"]
+    assert found["skipped"] == sorted(map(str, broken))
+
+
+def test_without_test_images_a_fifth_of_the_training_images_chooses_for_the_linear_classifier():
+    drawn = make_mark(17, 32)
+    loader = loader_of(drawn.images, drawn.labels, drawn.class_names, Recipe(batch_size=8), training=True)
+    fit, choose = cv.fit_and_choose(loader)
+    assert torch.equal(choose.images, drawn.images[[0, 5, 10, 15]])
+    assert torch.equal(choose.labels, drawn.labels[[0, 5, 10, 15]])
+    assert fit.n_images == 13
+    assert not fit.training
 
 
 def test_a_folder_is_judged(tmp_path, monkeypatch, capsys):
@@ -192,7 +283,7 @@ def test_a_verdict_that_is_stopped_says_that_nothing_is_kept(tmp_path, monkeypat
     (["--data-dir", ".", "--minutes", "3", "--full"], "leave out --full and --only"),
     (["--data-dir", ".", "--minutes", "3", "--only", "cost"], "leave out --full and --only"),
     (["--data-dir", ".", "--full", "--only", "position"], "--only position asks other things"),
-    (["--device", "gpu"], "device 'gpu' is unknown")])
+    (["--device", "gpu"], "device 'gpu' is unknown"), (["--img-size", "96"], "a whole number from 8 to 64")])
 def test_bad_words_end_in_one_line_and_exit_code_2(words, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
@@ -208,17 +299,17 @@ def test_the_shares_are_those_of_the_experiment():
 
 def test_own_cells_come_before_those_of_the_project(few, tmp_path):
     mine, theirs = tmp_path / "mine", tmp_path / "theirs"
-    cv.train_cells(["reach"], mine, options("--full"))
+    train(["reach"], mine, options("--full"))
     assert len(cv.read_cells(["reach"], [mine, theirs])["reach"]) == 12
     assert len(cv.read_cells(["reach"], [theirs, mine])["reach"]) == 12
-    cv.train_cells(["reach"], theirs, options("--full"))
+    train(["reach"], theirs, options("--full"))
     for path in list(theirs.iterdir())[:5]:
         path.unlink()
     assert len(cv.read_cells(["reach"], [mine, theirs])["reach"]) == 12  # never some of both
     assert len(cv.read_cells(["reach"], [theirs, mine])["reach"]) == 12  # and rather all than some
     first = cv.read_cells(["reach"], [mine, theirs])["reach"][0] | dict(commit="mine")
     (mine / "reach-ViT-0.json").write_text(json.dumps(first))
-    cv.train_cells(["reach"], theirs, options("--full"))
+    train(["reach"], theirs, options("--full"))
     commits = [[cell["commit"] for cell in cv.read_cells(["reach"], folders)["reach"]].count("mine")
                for folders in ([mine, theirs], [theirs, mine])]
     assert commits == [1, 0]  # the first of equals
@@ -228,7 +319,7 @@ def test_own_cells_come_before_those_of_the_project(few, tmp_path):
 def test_a_file_that_is_no_cell_is_named(text, tmp_path, few):
     (tmp_path / "reach-ViT-0.json").write_text(text)
     for read in (lambda: cv.read_cells(["reach"], [tmp_path]),
-                 lambda: cv.train_cells(["reach"], tmp_path, options("--full"))):
+                 lambda: train(["reach"], tmp_path, options("--full"))):
         with pytest.raises(InputError, match=r"reach-ViT-0.json holds no result of cnn_vs_vit.py --full .*; remove it"):
             read()
     assert not few
@@ -253,8 +344,8 @@ def test_the_largest_class_is_that_of_the_training_images():
 def test_the_introduction_has_the_trainings_of_the_models_that_come_along():
     for key in ("convnet", "hybrid", "vit_nano"):
         cell = json.loads((cv.COMMITTED / f"weights-{key}-0.json").read_text())["result"]
-        assert f"{cell['n_steps']:,}" in cv.INTRODUCTION
-        assert f"{cell['test_acc']:.1%}" in cv.INTRODUCTION
+        assert f"{cell['n_steps']:,}" in cv.SHIPPED
+        assert f"{cell['test_acc']:.1%}" in cv.SHIPPED
 
 
 def test_a_dry_run_of_what_trains(tmp_path, capsys):
@@ -270,8 +361,24 @@ def test_a_cell_that_diverges_is_left_out(tmp_path, monkeypatch, capsys):
         raise NotFinite("loss or gradient are not finite")
 
     monkeypatch.setitem(cv.LEARNING, "reach", replace(cv.LEARNING["reach"], measure=diverges))
-    assert cv.train_cells(["reach"], tmp_path, options("--full")) == dict(reach=[])
+    assert train(["reach"], tmp_path, options("--full")) == dict(reach=[])
     assert "reach-ViT-0 is left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "change"), [
+    ("reach-ViT-0", dict(correct=[1])), ("reach-ViT-0", dict(seed=None)), ("reach-ViT-0", dict(n=0)),
+    ("reach-ViT-0", dict(kind="Foo")), ("reach-ViT-0", dict(rate="0.1")), ("cues-ViT-0", dict(choices={})),
+    ("cues-ViT-0", dict(shape_bias=None)), ("data-ViT-18000-0", dict(correct="9")), ("data-ViT-18000-0", dict(n="9")),
+    ("data-ViT-18000-0", dict(n_images=-1))])
+def test_a_cell_with_a_wrong_part_is_named(name, change, tmp_path):
+    cell = json.loads((cv.COMMITTED / f"{name}.json").read_text())
+    (tmp_path / f"{name}.json").write_text(json.dumps(cell))
+    experiment = name.split("-")[0]
+    assert len(cv.read_cells([experiment], [tmp_path])[experiment]) == 1
+    cell["result"] |= change
+    (tmp_path / f"{name}.json").write_text(json.dumps(cell))
+    with pytest.raises(InputError, match=rf"\A[^\n]*{name}.json holds no result of [^\n]*; remove it"):
+        cv.read_cells([experiment], [tmp_path])
 
 
 def test_photographs_are_made_small(tmp_path, capsys):
@@ -280,4 +387,3 @@ def test_photographs_are_made_small(tmp_path, capsys):
     assert [loader.img_size for loader in loaders] == [64, 64, 64]
     assert "compared at 64 x 64 pixels" in capsys.readouterr().out
     assert cv.loaders_of(options("--data-dir", str(folder), "--img-size", "24"))[0].img_size == 24
-    assert cv.loaders_of(options("--data-dir", str(folder), "--img-size", "96"))[0].img_size == 64
