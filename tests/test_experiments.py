@@ -34,6 +34,7 @@ from measurements import (
     unit_centre,
 )
 from perturbations import mean_consistency, occlude, predictions, shift_consistency, shuffle_patches
+from representations import layer_similarity
 from visualizations import untrained_copy
 from vit_model import VisionTransformer
 
@@ -247,6 +248,19 @@ def test_each_number_is_that_of_the_function_it_is_named_after(measured, subject
         expected = peak_memory(resized(model, img_size=16), images, train=train) / 2**20 / first["batch"]
         assert first[key] == pytest.approx(expected, rel=0.2)
     assert first["training_images_per_second"] < first["images_per_second"]
+
+
+def test_similarities_are_of_the_model_and_of_its_random_twin(measured, subjects):
+    """Against one call each."""
+    data, images = measured["similarity"], subjects.images
+    for name, model in subjects.models.items():
+        twin = untrained_copy(model)
+        for key, which in (("within", model), (RANDOM, twin)):
+            found = layer_similarity(which, which, images)
+            torch.testing.assert_close(torch.tensor(data[key][name]), found, check_dtype=False)
+        assert abs(off_diagonal(data["within"][name]) - off_diagonal(data[RANDOM][name])) > 0.01
+    found = layer_similarity(subjects.models["ConvNet"], subjects.models["ViT"], images)
+    torch.testing.assert_close(torch.tensor(data["across"]["ConvNet and ViT"]), found, check_dtype=False)
 
 
 def test_patches_are_changed_as_their_curves_say(subjects):

@@ -2,14 +2,16 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from matplotlib.collections import PolyCollection
+from torch import nn
 
 import learning as le
 from augmentation import Augmentation
-from drawn_tasks import make_mark
+from drawn_tasks import make_cues, make_mark, make_marks
 from measurements import count_flops, count_parameters
 from model_zoo import build_model
 from trainer import NotFinite
@@ -42,6 +44,18 @@ class Answers:
     def evaluate(self, loader):
         assert loader == "validation"
         return dict(acc=self.accuracies[self.model])
+
+
+class Says(nn.Module):
+    """A model that gives these answers, class numbers, one after the other, whatever the images."""
+
+    def __init__(self, answers, n_classes=2):
+        super().__init__()
+        self.answers, self.n_classes, self.weight = list(answers), n_classes, nn.Parameter(torch.zeros(1))
+
+    def forward(self, images):
+        given, self.answers = self.answers[:len(images)], self.answers[len(images):]
+        return nn.functional.one_hot(torch.tensor(given), self.n_classes).float()
 
 
 def test_the_steps_from_vit_to_convnet_have_parameters_within_10_percent():
@@ -79,6 +93,25 @@ def test_cells_of_reach_and_cues(monkeypatch):
     assert [0 <= correct <= 20 for correct in reach["correct"]] == [True, True]
     cues = le.measure_cues("ViT", 0, QUICK, 25, 20, 16, **ON_CPU)
     assert sum(cues["choices"].values()) == 20
+
+
+def test_the_right_answers_are_counted_at_each_distance(monkeypatch):
+    monkeypatch.setattr(le, "make_marks", lambda n, side, **how: make_marks(min(n, 9), side, **how))
+    model = Says([0, 1, 0, 1, 0, 0, 0, 1, 1, 1])  # where 0, 1, 0, 1, 0 are right, at each distance
+    monkeypatch.setattr(le, "best_of_rates", lambda *words, **run: (model, {1e-3: 0.9}, 1e-3))
+    cell = le.measure_reach("ViT", 0, QUICK, n_test=5, distances=(8, 20), img_size=32)
+    assert (cell["distances"], cell["correct"], cell["n"]) == ([8, 20], [5, 2], 5)
+
+
+def test_answers_by_outline_are_told_from_those_by_texture(monkeypatch):
+    _, outlines, textures = make_cues(8, 16, start=2 * 10**9, agree=False)
+    neither = min({0, 1, 2} - {outlines[7].item(), textures[7].item()})
+    model = Says([*outlines[:5].tolist(), *textures[5:7].tolist(), neither], n_classes=len(le.CUES))
+    monkeypatch.setattr(le, "make_cues", lambda n, side, **how: make_cues(min(n, 8), side, **how))
+    monkeypatch.setattr(le, "best_of_rates", lambda *words, **run: (model, {1e-3: 0.9}, 1e-3))
+    cell = le.measure_cues("ViT", 0, QUICK, n_test=8, img_size=16)
+    assert cell["choices"] == dict(outline=5, texture=2, neither=1)
+    assert cell["shape_bias"] == 5 / 7
 
 
 @pytest.mark.usefixtures("small")
@@ -383,6 +416,27 @@ def test_judge_trains_each_kind_with_each_seed_within_its_share_of_the_time(monk
     assert {len(row["right"]) for own in rows.values() for row in own} == {12}
     for own in rows.values():
         assert all(row["accuracy"] == pytest.approx(sum(row["right"]) / 12) for row in own)
+
+
+@pytest.mark.usefixtures("small")
+def test_judge_counts_right_answers_and_the_verdict_names_who_has_most(monkeypatch):
+    train, val, _ = loaders()
+    drawn = make_mark(60, 16, start=2000)
+    test = le.loader_of(drawn.images, drawn.labels, drawn.class_names, QUICK)
+    right = dict(ConvNet=[True] * 60, Hybrid=[True] * 20 + [False] * 40, ViT=[False] * 60)
+
+    def train_once(kind, *words):
+        answers = [label if knows else 1 - label for label, knows in zip(drawn.labels.tolist(), right[kind],
+                                                                         strict=True)]
+        return SimpleNamespace(model=Says(answers))
+
+    monkeypatch.setattr(le, "train_once", train_once)
+    monkeypatch.setattr(le, "steps_within", lambda *words, **run: 1)
+    rows = le.judge((train, val, test), 1, recipe=QUICK, report=lambda line: None, **ON_CPU)
+    assert {kind: [row["right"] for row in own] for kind, own in rows.items()} == {
+        kind: [answers] * 3 for kind, answers in right.items()}
+    assert [own[0]["accuracy"] for own in rows.values()] == pytest.approx([1, 1 / 3, 0])
+    assert le.verdict(rows).startswith("ConvNet. 3 seeds each, 60 images: 100.0% (ConvNet), 33.3% (Hybrid) and 0.0%")
 
 
 def test_larger_images_have_larger_patches_and_the_three_stay_alike():
