@@ -300,13 +300,21 @@ def of_transformers(model):
     return Anatomy("transformers", list(layers), pair(config.patch_size, "patch_size"), n_prefix, "cls",
                    lambda x: model.classifier(base.layernorm(x)[:, 0]), classes_of(model.classifier),
                    base.embeddings.patch_embeddings.projection, positions, pair(config.image_size), config.num_channels,
-                   names_of(model, model.classifier, list(config.id2label.values())))
+                   names_of(model, model.classifier, listed_names(config.id2label)))
 
 
 def classes_of(head):
     """How many classes a head tells apart, by its last linear layer; None where it has none."""
     layers = [layer for layer in head.modules() if isinstance(layer, torch.nn.Linear)]
     return layers[-1].out_features if layers else None
+
+
+def listed_names(id2label):
+    """The names of transformers' {0: name, ...} by number: its order is any, and its keys may be words. None where one
+    is missing."""
+    by_number = {str(key): name for key, name in id2label.items()}
+    names = [by_number.get(str(i)) for i in range(len(by_number))]
+    return None if None in names else names
 
 
 def names_of(model, head, names=None):

@@ -199,6 +199,14 @@ def test_a_file_is_told_what_is_off(body, words, tmp_path):
     assert verdict.right == words.startswith("right")
 
 
+def test_a_gradient_that_is_there_but_another_is_refused():
+    def without_one_way(x, norm1, attend, norm2, mlp):
+        y = x + attend(norm1(x))
+        return y + mlp(norm2(y.detach()))
+
+    assert "the gradient of argument 1 is not" in e.check_function("block", without_one_way).words
+
+
 @pytest.mark.parametrize(("text", "words"), [
     ("def attention(q, k, v)\n    return q", "line 1: "), ("import nowhere", "ModuleNotFoundError"),
     ("def other(q): return q", r"has no function attention\(q, k, v\)"), ("1 / 0", "line 1: ZeroDivisionError"),

@@ -65,6 +65,18 @@ def test_a_tensor_is_shown_with_the_models_statistics():
     np.testing.assert_allclose(shown, np.broadcast_to([0.7, 0.65, 1.0], (2, 5, 3)), atol=1e-6)
 
 
+def test_a_pil_image_is_turned_upright():
+    photo = Image.fromarray(pixels())
+    photo.getexif()[0x0112] = 3  # orientation: upside down
+    np.testing.assert_array_equal(pictures.as_picture(photo), pixels()[::-1, ::-1] / 255)
+
+
+def test_the_centre_is_cut_where_the_size_is_no_square():
+    wide = np.zeros((14, 35, 3), np.uint8)
+    wide[:, 10:25] = pixels()
+    np.testing.assert_array_equal(pictures.fit_picture(Image.fromarray(wide), SIZE), pixels())
+
+
 @pytest.mark.parametrize(("image", "text"), [
     (torch.zeros(1, 3, 15, 14), "15x14 pixels, expected 14x15"),
     (torch.zeros(2, 3, 14, 15), r"\(2, 3, 14, 15\), expected \(3, H, W\)"),

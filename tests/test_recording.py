@@ -220,6 +220,18 @@ def test_the_head_that_is_there_counts():
     assert r.anatomy_of(third).class_names[2] == "LABEL_2"
 
 
+def test_names_are_of_their_numbers_whatever_the_order_of_the_file(tmp_path):
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**HF | dict(num_labels=12)))
+    names = [f"name {i}" for i in range(12)]
+    model.config.id2label = {str(i): name for i, name in enumerate(names)}  # as transformers' own example has it
+    model.save_pretrained(tmp_path)  # whose file is sorted by words: 0, 1, 10, 11, 2
+    loaded = transformers.ViTForImageClassification.from_pretrained(tmp_path)
+    assert list(loaded.config.id2label.values()) != names
+    assert r.anatomy_of(loaded).class_names == r.anatomy_of(model).class_names == names
+    loaded.config.id2label = {i + 1: name for i, name in enumerate(names)}
+    assert r.anatomy_of(loaded).class_names is None
+
+
 def test_a_distilled_model_reads_two_tokens():
     model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32)
     assert r.anatomy_of(model).pool == "CLS and the distillation token"
