@@ -349,10 +349,11 @@ def run_explore(options):
     other = create_pretrained(options.compare_with) if options.compare_with else None
     names = [options.pretrained, *[options.compare_with] * bool(options.compare_with)]
     page = explore(model, images_for(model, options.photos, options.n_images), options.output, other, names)
-    sizes = dict.fromkeys("{} x {}".format(*input_of(one)[1]) for one in (model, other) if one is not None)
+    sizes = dict.fromkeys(input_of(one)[1] for one in (model, other) if one is not None)
+    shape = "square" if all(height == width for height, width in sizes) else "to that shape"
     print(f"{page.path}: {len(page.html) / 2**20:.1f} MiB, to be opened in any browser. Images are shown as "
-          f"{'each' if other else 'the'} model sees them, {' and '.join(sizes)} pixels, cut square from their middle; a "
-          f"model knows no classes but its own.")
+          f"{'each' if other else 'the'} model sees them, {' and '.join('{} x {}'.format(*size) for size in sizes)} "
+          f"pixels, cut {shape} from their middle; a model knows no classes but its own.")
 
 
 def images_for(model, photos, n_images):

@@ -107,7 +107,7 @@ def test_untrained_copy():
     model = square_vit()
     fresh = v.untrained_copy(model)
     assert fresh.config == model.config
-    assert (fresh.mean, fresh.std) == (model.mean, model.std)
+    assert (fresh.mean, fresh.std) == (tuple(model.mean), tuple(model.std))
     torch.manual_seed(0)
     again = VisionTransformer(**vars(model.config))
     assert torch.equal(fresh.blocks[0].attn.qkv.weight, again.blocks[0].attn.qkv.weight)
@@ -226,7 +226,17 @@ def test_a_page_is_written(tmp_path, capsys):
     v.main(["explore", str(tmp_path / "photo.png"), "--output", str(tmp_path / "page.html"), "--compare-with",
             "convnet_shapes"])
     assert "photo.png" in (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "page.html: " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "page.html: " in said
+    assert "as each model sees them, 32 x 32 pixels, cut square from their middle; a model" in said
+
+
+@pytest.mark.parametrize(("build", "words"), [(square_vit, "12 x 12 pixels, cut square from their middle; "),
+                                              (vit, "14 x 15 pixels, cut to that shape from their middle; ")])
+def test_the_page_is_said_to_be_cut_as_the_model_asks(build, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(v, "create_pretrained", lambda name: build())
+    v.main(["explore", "--n-images", "1", "--output", str(tmp_path / "page.html")])
+    assert f"Images are shown as the model sees them, {words}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("words", "expected"), [
