@@ -142,7 +142,7 @@ def check_scale(image):
     """Raises InputError for a PIL image of a mode that does not tell where white is, unless its values do."""
     if image.mode in ("I", "F"):
         low, high = image.getextrema()
-        if image.mode == "F" or not (low == high == 0 or 0 <= low and 255 < high < 65536):
+        if image.mode == "F" or not (low == high == 0 or (low >= 0 and 255 < high < 65536)):
             raise InputError(f"got a PIL image of mode {image.mode!r} with values from {low:.3g} to {high:.3g}, which "
                              f"does not tell where white is; give a float array in 0..1, or one of uint8")
 
