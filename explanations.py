@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from cnn_model import ConvNet
 from measurements import attention_distance, check_index, cls_attention_grid, layers_of, uniform_attention_distance
 from recording import (
-    NotFinite,
+    NoNumbers,
     anatomy_of,
     answers_of,
     at_least_float32,
@@ -429,12 +429,12 @@ def selfcheck(model, images=None, seed=0):
     """
     try:
         return closed_forms(model, images, seed)
-    except NotFinite as error:
+    except NoNumbers as error:
         return [Check("answers and attention maps are finite numbers", False, str(error))]
 
 
 def closed_forms(model, images, seed):
-    """The checks of selfcheck. Raises NotFinite for a model that gives NaN or infinity."""
+    """The checks of selfcheck. Raises NoNumbers for a model that gives NaN or infinity."""
     anatomy = anatomy_of(model)
     if images is None:
         size = (4, anatomy.in_channels, *anatomy.img_size)

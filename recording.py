@@ -90,7 +90,7 @@ def record(model, images, gradients=False, change=None):
 
     It does so also where the caller has switched gradients off (no_grad, inference_mode). Raises InputError for a model
     that is no ViT known here, for images that it does not take, for gradients of a model that does not keep its blocks'
-    tokens for them, and where the maps are not those that its own answers come from; NotFinite where they or the
+    tokens for them, and where the maps are not those that its own answers come from; NoNumbers where they or the
     answers are no numbers.
     """
     anatomy, tokens = anatomy_of(model), []
@@ -266,14 +266,14 @@ def check_maps(maps, n_blocks, n_tokens):
                          f"block, of {n_tokens} tokens; this model does not attend as a plain ViT does")
 
 
-class NotFinite(InputError):
+class NoNumbers(InputError):
     """A model gives NaN or infinity."""
 
 
 def check_finite_numbers(model, *values):
-    """Raises NotFinite unless all that a model gives are numbers."""
+    """Raises NoNumbers unless all that a model gives are numbers."""
     if not all(value.isfinite().all() for value in values):
-        raise NotFinite(f"this {type(model).__name__} gives NaN or infinity for these images, and nothing can be seen "
+        raise NoNumbers(f"this {type(model).__name__} gives NaN or infinity for these images, and nothing can be seen "
                         f"in that; give a model whose training went well, or call .float() on one in half precision")
 
 
@@ -310,7 +310,7 @@ def of_ours(model):
 
 
 def of_timm(model):
-    pool = {"token": "cls", "avg": "mean"}.get(model.global_pool, model.global_pool)
+    pool = {"token": "cls", "avg": "mean", "": "every token by itself"}.get(model.global_pool, model.global_pool)
     if pool == "mean" and getattr(model, "pool_include_prefix", False):
         pool = "the mean of all tokens"
     if hasattr(model, "head_dist"):

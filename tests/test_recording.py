@@ -220,6 +220,10 @@ def test_the_head_that_is_there_counts():
     assert r.anatomy_of(third).class_names[2] == "LABEL_2"
 
 
+def test_a_model_that_pools_nothing_says_so():
+    assert r.anatomy_of(timm_vit(num_classes=0, global_pool="")).pool == "every token by itself"
+
+
 def test_names_are_of_their_numbers_whatever_the_order_of_the_file(tmp_path):
     model = transformers.ViTForImageClassification(transformers.ViTConfig(**HF | dict(num_labels=12)))
     names = [f"name {i}" for i in range(12)]
@@ -293,11 +297,11 @@ def test_blocks_that_are_computed_again_have_no_gradients_here():
 def test_what_are_no_numbers_is_refused(build):
     model = build()
     list(model.parameters())[-1].data[0] = torch.nan  # the bias of the head
-    with pytest.raises(r.NotFinite, match=r"\Athis \w+ gives NaN or infinity for these images, [^\n]*\Z"):
+    with pytest.raises(r.NoNumbers, match=r"\Athis \w+ gives NaN or infinity for these images, [^\n]*\Z"):
         r.record(model, images_of(1, (15, 15)))
     headless = vit(n_classes=0)
     headless.norm = nn.Identity()  # so that nothing but a map is wrong
-    with pytest.raises(r.NotFinite):
+    with pytest.raises(r.NoNumbers):
         r.record(headless, images_of(), change=lambda block, attention: attention.fill_(torch.inf))
 
 
