@@ -19,7 +19,7 @@ import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.patches import Rectangle
 
-from charts import COLOURS, VERMILION, finish, hide_ticks, new_figure, set_heading
+from charts import COLOURS, VERMILION, finish, hide_ticks, new_figure, set_heading, show_legend
 from explanations import (
     METHODS,
     cam_layer,
@@ -150,7 +150,7 @@ class AttentionVisualizer:
         maps = attention_maps(self.model, images).cpu()[:, 0]  # (L, H, N, N)
         grids = self.looks_at(maps, images, patch)  # (L, H, rows, columns)
         n_layers, n_heads = grids.shape[:2]
-        layers = [layers] if isinstance(layers, int) else layers
+        layers = [] if layers is None else np.ravel(layers).tolist()
         chosen = [check_index("layer", i, n_layers) for i in layers or spread(n_layers, 6)]
         who = self.who_looks(patch)
         some = f" ({len(chosen)} of {n_layers} layers)" if len(chosen) < n_layers else ""
@@ -206,7 +206,7 @@ class AttentionVisualizer:
         left.set_title("the image, as the model sees it" + self.describe_prediction(images))
         scale = dict(cmap="viridis", vmin=0, vmax=max(grid.max(), 1e-12), extent=extent_of(picture))
         mappable = middle.imshow(grid, **scale)
-        middle.set_title(TITLES[method] + self.where_it_stands(method, options))
+        middle.set_title(self.title_of(method, options))
         right.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=1)
         right.imshow(grid, alpha=0.6, **scale)
         right.set_title("the same over the image")
@@ -217,12 +217,15 @@ class AttentionVisualizer:
         set_heading(figure, "this map is the same for every class" if same else self.describe_class(found), fontsize=13)
         return finish(figure, save_path)
 
-    def where_it_stands(self, method, options):
-        """The layer of Grad-CAM, as a title has it."""
-        if method != "grad_cam":
-            return ""
-        layer = cam_layer(self.anatomy, options.get("layer_idx"))
-        return f" after layer {layer} (of 0 to {len(self.anatomy.blocks) - 1})"
+    def title_of(self, method, options):
+        """What a map is, with its layer and its head where the method has a choice."""
+        n_blocks, head = len(self.anatomy.blocks), options.get("head_idx")
+        if method == "grad_cam":
+            return f"Grad-CAM after layer {cam_layer(self.anatomy, options.get('layer_idx'))} (of 0 to {n_blocks - 1})"
+        if method == "attention" and options:
+            layer = check_index("layer_idx", options.get("layer_idx", -1), n_blocks)
+            return f"attention of layer {layer} (of 0 to {n_blocks - 1})" + ("" if head is None else f"\nhead {head}")
+        return TITLES[method]
 
     def visualize_explanations(self, image, target=None, n_steps=16, save_path=None, n_draws=8):
         """All methods on one image: their maps, how far they agree, and what each is worth beside random order.
@@ -282,7 +285,7 @@ class AttentionVisualizer:
         right.set(xlabel="blocks that the tokens have passed", ylabel="probability (%)", ylim=(0, 102))
         right.set_title("what the head says when it reads earlier tokens")
         right.set_xticks(spread(len(lens), 13))
-        right.legend(fontsize=10)
+        show_legend(right, fontsize=10)
         set_heading(figure, "Logit lens", fontsize=14)
         return finish(figure, save_path)
 

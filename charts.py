@@ -111,7 +111,7 @@ def plot_training_curves(history, save_path=None, baseline=None):
     accuracy.set(title="Accuracy", ylabel="images right (%)")
     rate.set(title="Learning rate", ylabel="learning rate")
     for axes in (loss, accuracy):
-        axes.legend(fontsize=11)
+        show_legend(axes, fontsize=11)
     label_epochs(figure.axes)
     return finish(figure, save_path)
 
@@ -133,7 +133,7 @@ def plot_histories(histories, save_path=None):
         accuracy.plot(epochs, [100 * share for share in history["val_acc"]], **line)
     loss.set(title="Training loss", ylabel="cross-entropy (nats)")
     accuracy.set(title="Validation accuracy", ylabel="images right (%)")
-    accuracy.legend(fontsize=11)
+    show_legend(accuracy, fontsize=11)
     label_epochs(figure.axes)
     return finish(figure, save_path)
 
@@ -197,7 +197,7 @@ def draw_bars(axes, bars, colours):
             text += f" ({short_number(low)} to {short_number(high)})"
         axes.annotate(text, (max(value, high), place), xytext=(6, 0), textcoords="offset points", va="center",
                       fontsize=11)
-    axes.set_yticks(places, list(bars), fontsize=11)
+    axes.set_yticks(places, list(bars), fontsize=11, parse_math=False)
     axes.set_xticks([])
     axes.set_xlim(0, (2.0 if (lows < highs).any() else 1.35) * max(highs.max(), values.max()) or 1)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
@@ -288,7 +288,15 @@ def set_heading(figure, text, fontsize=14):
 
 
 def finish(figure, save_path):
-    """Saves the figure where there is a save_path, and returns it."""
+    """Saves the figure where there is a save_path, and returns it. Nothing written in it is read as maths, as the names
+    of classes, models and files may hold a $; tick labels are left to those who set them."""
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts, *(legend.texts if legend else ())):
+            text.set_parse_math(False)
+    for part in (figure, *figure.subfigs):
+        for text in part.texts:
+            text.set_parse_math(False)
     if save_path is not None:
         save_figure(figure, save_path)
     return figure
@@ -304,6 +312,11 @@ def save_figure(figure, save_path):
     except (OSError, ValueError) as error:
         raise InputError(f"cannot save the figure as {str(save_path)!r} ({first_line(error)}); choose a folder "
                          f"that exists and is writable, and a name that ends in .png") from error
+
+
+def show_legend(axes, **options):
+    """A legend of all lines, also of those whose names begin with _, which matplotlib leaves out by itself."""
+    axes.legend(axes.lines, [line.get_label() for line in axes.lines], **options)
 
 
 def hide_ticks(axes):

@@ -13,6 +13,7 @@ Letters:  B images, C channels, P patch side, N tokens, n patches, D width, H he
 import importlib.util
 import math
 import shlex
+import sys
 import textwrap
 import traceback
 from collections.abc import Callable
@@ -304,16 +305,19 @@ def check_file(name, path):
     check_suffix(path)
     if not path.is_file():
         raise InputError(f"{path} is no file; expected one that write_stub has written")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(f"exercise in {path.name}", path)  # no name that any module has
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever somebody's file does
-        raise InputError(f"{path} cannot be run: {described(error, path)}") from error
-    function = getattr(module, exercise.function, None)
-    if not callable(function):
-        raise InputError(f"{path} has no function {exercise.function}({exercise.signature}); keep its name")
-    return check_function(name, function, path)
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:  # whatever somebody's file does
+            raise InputError(f"{path} cannot be run: {described(error, path)}") from error
+        function = getattr(module, exercise.function, None)
+        if not callable(function):
+            raise InputError(f"{path} has no function {exercise.function}({exercise.signature}); keep its name")
+        return check_function(name, function, path)
+    finally:
+        del sys.modules[spec.name]
 
 
 @differentiable()
@@ -404,7 +408,7 @@ def alike(a, b, tolerance=1e-9):
 def described(error, path):
     """An error in one line, with the line of the file where it came up."""
     if isinstance(error, SyntaxError):
-        return f"line {error.lineno}: {error.msg}"
+        return f"line {error.lineno}: {error.msg}" if error.lineno else error.msg
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     text = str(error).partition(" Hint: enable anomaly detection")[0].splitlines()
     place = f"line {lines[-1]}: " if lines else ""

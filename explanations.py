@@ -18,16 +18,20 @@ Letters:  B images, L blocks, H heads, N tokens (prefix tokens, then patches), D
 
 import zlib
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from cnn_model import ConvNet
 from measurements import attention_distance, check_index, cls_attention_grid, layers_of, uniform_attention_distance
 from recording import (
+    NoNumbers,
     anatomy_of,
+    answers_of,
     at_least_float32,
-    check_input,
+    check_finite_numbers,
     device_of,
     differentiable,
     evaluating,
@@ -53,8 +57,8 @@ def rollout(maps, discard_ratio=0.0):
     Sec. 4. discard_ratio: in [0, 1), so large a part of each block's weights, the smallest, is set to zero before I is
     added, and the rows are scaled back to one. Raises InputError for a ratio out of range.
     """
-    if not 0 <= discard_ratio < 1:
-        raise InputError(f"discard_ratio {discard_ratio} is out of range; expected 0 <= ratio < 1")
+    if not isinstance(discard_ratio, Real) or not 0 <= discard_ratio < 1:
+        raise InputError(f"discard_ratio {discard_ratio!r} is out of range; expected 0 <= ratio < 1")
     mixing = maps.mean(dim=2)  # (L, B, N, N)
     n_tokens = mixing.shape[-1]
     if n_dropped := int(discard_ratio * n_tokens**2):
@@ -147,6 +151,7 @@ def relevance_heat(model, images, targets):
     seen = record(model, images, gradients=True)
     gradients = torch.autograd.grad(chosen(seen.logits, targets), seen.maps)
     related = relevance(torch.stack(seen.maps), torch.stack(gradients))  # (B, N, N)
+    check_finite_numbers(model, related)
     return for_the_head(related - torch.eye(related.shape[-1]).to(related), seen)
 
 
@@ -218,7 +223,9 @@ def logit_lens(model, images):
     check_head(model)
     seen = record(model, images)
     with evaluating(model):
-        return torch.stack([at_least_float32(seen.anatomy.read(tokens)).softmax(dim=1) for tokens in seen.tokens]).cpu()
+        lens = torch.stack([at_least_float32(seen.anatomy.read(tokens)).softmax(dim=1) for tokens in seen.tokens])
+    check_finite_numbers(model, lens)
+    return lens.cpu()
 
 
 def token_norms(recording):
@@ -235,14 +242,16 @@ def token_norms(recording):
 def feature_colours(features):
     """The three directions in which features (B, rows, columns, D) differ most, over all images together, as red, green
     and blue: (B, rows, columns, 3) in 0..1. Alike in colour is alike in content, across the images too. Each direction
-    is scaled from its 2nd to its 98th percentile; its sign is that which makes the skew positive."""
+    is scaled from its 2nd to its 98th percentile; its sign is that which makes the skew positive. Where there are fewer
+    than three, as of two patches, the rest is 0.5."""
     flat = features.detach().cpu().double().flatten(0, 2)  # (B n, D)
     centred = flat - flat.mean(dim=0)
     _, _, directions = torch.linalg.svd(centred, full_matrices=False)
-    parts = centred @ directions[:3].T  # (B n, 3)
+    parts = centred @ directions[:3].T  # (B n, 3), or fewer
     parts = parts * torch.where((parts**3).sum(dim=0) < 0, -1.0, 1.0)
     low, high = parts.quantile(torch.tensor([0.02, 0.98]).double(), dim=0)
-    return ((parts - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).view(*features.shape[:3], -1)
+    colours = ((parts - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return F.pad(colours, (0, 3 - colours.shape[1]), value=0.5).view(*features.shape[:3], 3)
 
 
 @torch.no_grad()
@@ -364,6 +373,8 @@ def compare_explanations(model, images, target=None, methods=tuple(METHODS), n_s
     """
     check_whole("n_draws", n_draws, 1)
     heats, refused, explained = {}, {}, None
+    if not len(methods):
+        raise InputError(f"methods {methods!r} name none; expected at least one of {', '.join(METHODS)}")
     for method in methods:
         check_choice("method", method, METHODS)
     if not has_head(model):
@@ -414,8 +425,16 @@ def selfcheck(model, images=None, seed=0):
     logit lens  its last row
 
     Models are looked at in the precision of their weights: autocast is off meanwhile, and in half precision the
-    tolerances are wider, by as much as its rounding is.
+    tolerances are wider, by as much as its rounding is. Of a model that gives NaN or infinity nothing else is said.
     """
+    try:
+        return closed_forms(model, images, seed)
+    except NoNumbers as error:
+        return [Check("answers and attention maps are finite numbers", False, str(error))]
+
+
+def closed_forms(model, images, seed):
+    """The checks of selfcheck. Raises NoNumbers for a model that gives NaN or infinity."""
     anatomy = anatomy_of(model)
     if images is None:
         size = (4, anatomy.in_channels, *anatomy.img_size)
@@ -650,15 +669,6 @@ def for_the_head(matrix, seen):
     """What the head's token, or its patches on average, hold of each patch: (B, N, N) -> (B, rows, columns)."""
     check_pool(seen.anatomy.pool)
     return cls_attention_grid(matrix, seen.grid, seen.anatomy.n_prefix, seen.anatomy.pool)
-
-
-@torch.no_grad()
-def answers_of(model, images):
-    """The model's logits, (B, K), in eval mode. Raises InputError for images that it does not take."""
-    if not isinstance(model, ConvNet):
-        check_input(images, anatomy_of(model))
-    with evaluating(model):
-        return logits_of(model(to_model(images, model)))
 
 
 def choose_targets(logits, target, class_names=None):

@@ -28,7 +28,7 @@ from explanations import check_pool, class_names_of, has_head, logit_lens, relev
 from explorer_page import PAGE
 from measurements import class_probabilities, layers_of
 from pictures import is_input, prepare_image, statistics_of
-from recording import anatomy_of, differentiable, record, watch_layer
+from recording import anatomy_of, check_finite_numbers, differentiable, record, watch_layer
 from vit_model import InputError, check_whole
 
 N_CLASSES = 6  # of the logit lens
@@ -93,7 +93,7 @@ def note_of(described, pictures, error):
 
 def fill(data, title, note):
     """The page with its data. What stands in a script may not end it."""
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     colours = np.round(255 * matplotlib.colormaps["viridis"](np.linspace(0, 1, 64))[:, :3]).astype(int).tolist()
     return Template(PAGE).safe_substitute(TITLE=html.escape(title), NOTE=html.escape(note), DATA=text,
                                           COLOURS=json.dumps(colours))
@@ -126,6 +126,7 @@ def describe_image(model, anatomy, image):
         related = relevance(maps, torch.stack(gradients))  # (1, N, N)
         parts["relevance"] = related - torch.eye(related.shape[-1]).to(related)
         text = words(logit_lens(model, image)[:, 0], anatomy.class_names)
+    check_finite_numbers(model, *parts.values())
     parts = {key: pack(part) for key, part in parts.items()}
     return {key: part for key, (part, _) in parts.items()} | text | dict(error=max(e for _, e in parts.values()))
 
@@ -170,11 +171,12 @@ def describe_convnet(model, name, images, side=8):
     rows, columns = (min(side, n) for n in images[0].shape[2:])
     own = []
     for image in images:
-        packed, error = pack(torch.stack([unit_fields(model, image, depth, (rows, columns))
-                                          for depth in range(n_depths)]))
-        text = no_words()
+        fields = torch.stack([unit_fields(model, image, depth, (rows, columns)) for depth in range(n_depths)])
+        packed, error = pack(fields)  # (depths, n, n)
+        text, answer = no_words(), class_probabilities(model, image).cpu()
+        check_finite_numbers(model, fields, answer)
         if has_head(model):
-            text = words(class_probabilities(model, image).cpu(), class_names_of(model))
+            text = words(answer, class_names_of(model))
         own.append(dict(text, attention=packed, error=error))
     depths = ["the stem", *(f"stage {i}" for i in range(1, n_depths))]
     return dict(kind="cnn", name=name, layers=n_depths, heads=1, tokens=rows * columns, prefix=0, rows=rows,

@@ -14,6 +14,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
   max-width: 78rem; }
 h1 { font-size: 1.5rem; line-height: 1.2; margin: 0 0 .5rem; } h2 { font-size: 1.1rem; margin: 0 0 .4rem; }
 h3 { font-size: 1rem; margin: 1.1rem 0 .3rem; }
+h1, h2, #say, footer { overflow-wrap: anywhere; }
 #say { border-left: 4px solid var(--mark); padding: .2rem 0 .2rem .8rem; min-height: 4.6em; margin: .6rem 0; }
 #images { display: flex; flex-wrap: wrap; gap: .4rem; margin: .6rem 0; }
 #images button { padding: 2px; border: 3px solid transparent; background: none; border-radius: 6px; cursor: pointer; }

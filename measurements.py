@@ -33,7 +33,7 @@ from cnn_model import ConvNet
 from recording import (  # noqa: F401 - attention_maps is handed on
     anatomy_of,
     attention_maps,
-    check_input,
+    check_batch,
     device_of,
     differentiable,
     evaluating,
@@ -155,8 +155,7 @@ def receptive_field(model, images, depth=None):
     everywhere.
     """
     layer = layers_of(model)[check_depth(model, depth)]
-    if not isinstance(model, ConvNet):
-        check_input(images, anatomy_of(model))
+    check_batch(images, model)
     pixels, features, _ = watch_layer(model, layer, images, getattr(model, "forward_features", None))
     features = only(features)
     if features.ndim == 3:

@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional as image_functional
 
 from cnn_model import ConvNet
 from recording import anatomy_of
-from vit_data import NORMALISATION, FitSquare, open_image, to_rgb
+from vit_data import NORMALISATION, FitSquare, channel_numbers, open_image, three_numbers, to_rgb
 from vit_model import InputError, pair
 
 
@@ -32,10 +32,11 @@ def prepare_image(image, model):
     A picture is resized and its centre cut to the model's img_size, as the validation images are; a float
     tensor must have that size. Raises InputError for an image that cannot be used.
     """
-    (channels, size, any_size), (mean, std) = input_of(model), statistics_of(model)
+    channels, size, any_size = input_of(model)
     if channels != 3:
         raise InputError(f"the model takes images of {channels} channels; expected 3, build it with in_channels=3 to "
                          f"give it pictures")
+    mean, std = statistics_of(model)
     if is_input(image):
         images = as_batch(image)
         if tuple(images.shape[2:]) != size and not any_size:
@@ -113,9 +114,12 @@ def open_picture(image):
         return open_image(image)
     if isinstance(image, Image.Image):
         try:
-            return to_rgb(ImageOps.exif_transpose(image))
-        except OSError as error:
-            raise InputError(f"the PIL image cannot be read ({error}); replace its file by a sound one") from error
+            upright = ImageOps.exif_transpose(image)  # which reads it whole
+        except (OSError, ValueError) as error:  # ValueError: it is closed
+            raise InputError(f"the PIL image cannot be read ({error}); replace its file by a sound one, or open it "
+                             f"anew") from error
+        check_scale(upright)
+        return to_rgb(upright)
     if isinstance(image, torch.Tensor) and image.dtype == torch.uint8:
         return image_functional.to_pil_image(as_batch(image)[0])
     if isinstance(image, np.ndarray) and image.size and (image.ndim == 2 or image.shape[2:] in ((3,), (4,))):
@@ -134,6 +138,15 @@ def open_picture(image):
                      f"(H, W), uint8 or float in 0..1, or a tensor (3, H, W)")
 
 
+def check_scale(image):
+    """Raises InputError for a PIL image of a mode that does not tell where white is, unless its values do."""
+    if image.mode in ("I", "F"):
+        low, high = image.getextrema()
+        if image.mode == "F" or not (low == high == 0 or (low >= 0 and 255 < high < 65536)):
+            raise InputError(f"got a PIL image of mode {image.mode!r} with values from {low:.3g} to {high:.3g}, which "
+                             f"does not tell where white is; give a float array in 0..1, or one of uint8")
+
+
 def fit_picture(image, size, interpolation="bilinear"):
     """A PIL image resized and its centre cut to size, (height, width), as the validation images are.
 
@@ -146,12 +159,17 @@ def fit_picture(image, size, interpolation="bilinear"):
 
 
 def statistics_of(model):
-    """(mean, std) of the images that the model was trained on, or ImageNet's where it has none."""
+    """(mean, std) of the images that the model was trained on, each a tuple of floats, or ImageNet's where it has none.
+    Raises InputError where those of the model are not one number for each of its channels."""
     kept = getattr(model, "pretrained_cfg", None) or {}  # timm's
     if getattr(getattr(model, "config", None), "model_type", None) == "vit":  # of transformers
         kept = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
-    mean, std = (getattr(model, name, None) or kept.get(name) for name in ("mean", "std"))
-    return NORMALISATION["folder"] if mean is None or std is None else (mean, std)
+    own = {name: getattr(model, name, None) for name in ("mean", "std")}
+    own = {name: kept.get(name) if values is None else values for name, values in own.items()}
+    if any(values is None for values in own.values()):
+        return NORMALISATION["folder"]
+    n_channels, advice = input_of(model)[0], "set model.mean and model.std to those of its training"
+    return tuple(channel_numbers(name, values, n_channels, advice) for name, values in own.items())
 
 
 def normalise(images, mean, std):
@@ -162,8 +180,8 @@ def normalise(images, mean, std):
 def undo_normalisation(images, mean=None, std=None):
     """A normalised tensor (1, 3, H, W) as an array (H, W, 3), clipped to 0..1; ImageNet's statistics for None."""
     imagenet_mean, imagenet_std = NORMALISATION["folder"]
-    mean = torch.tensor(imagenet_mean if mean is None else tuple(mean)).view(3, 1, 1)
-    std = torch.tensor(imagenet_std if std is None else tuple(std)).view(3, 1, 1)
+    mean, std = imagenet_mean if mean is None else mean, imagenet_std if std is None else std
+    mean, std = (torch.tensor(three_numbers(*one)).view(3, 1, 1) for one in (("mean", mean), ("std", std)))
     return (images[0] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()  # (H, W, 3)
 
 

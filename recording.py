@@ -2,6 +2,7 @@
 
     record(model, images)           all three, as a Recording; with gradients where asked for
     attention_maps(model, images)   the maps alone, as one tensor
+    answers_of(model, images)       the logits alone, of a ConvNet too
     anatomy_of(model)               where blocks, patches, prefix tokens, positions and head of a ViT lie
 
 Our own models go in, and the ViTs of timm, transformers (ViT, DeiT) and torchvision, as they are. Fused attention holds
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from cnn_model import ConvNet
 from vit_model import InputError, VisionTransformer, check_images, grid_of, pair
 
 SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax)
@@ -88,7 +90,8 @@ def record(model, images, gradients=False, change=None):
 
     It does so also where the caller has switched gradients off (no_grad, inference_mode). Raises InputError for a model
     that is no ViT known here, for images that it does not take, for gradients of a model that does not keep its blocks'
-    tokens for them, and where the maps are not those that its own answers come from.
+    tokens for them, and where the maps are not those that its own answers come from; NoNumbers where they or the
+    answers are no numbers.
     """
     anatomy, tokens = anatomy_of(model), []
     check_input(images, anatomy)
@@ -107,6 +110,7 @@ def record(model, images, gradients=False, change=None):
         for hook in hooks:
             hook.remove()
     check_maps(recorder.maps, len(anatomy.blocks), anatomy.n_prefix + grid[0] * grid[1])
+    check_finite_numbers(model, logits, *recorder.maps)
     if change is None and anatomy.library != "ours":
         check_answers(model, images[:1], logits[:1])
     return Recording(tokens, recorder.maps, logits, grid, anatomy)
@@ -119,6 +123,17 @@ def attention_maps(model, images):
     images: normalised, (B, C, height, width). Raises InputError as record does.
     """
     return at_least_float32(torch.stack(record(model, images).maps))  # (L, B, H, N, N)
+
+
+@torch.no_grad()
+def answers_of(model, images):
+    """The model's logits, (B, K), in eval mode. Raises InputError for images that it does not take, and where it gives
+    no numbers."""
+    check_batch(images, model)
+    with evaluating(model):
+        logits = logits_of(model(to_model(images, model)))
+    check_finite_numbers(model, logits)
+    return logits
 
 
 @contextmanager
@@ -198,10 +213,8 @@ def is_map(result):
 
 
 def check_input(images, anatomy):
-    """Raises InputError unless images are normalised, (B, C, height, width), of a size that the model takes."""
-    if not isinstance(images, torch.Tensor):
-        raise InputError(f"got images as a {type(images).__name__}; expected a tensor (B, {anatomy.in_channels}, "
-                         f"height, width), which pictures.prepare_images(images, model) makes")
+    """Raises InputError unless images are normalised, (B, C, height, width), B > 0, of a size that the model takes."""
+    check_kind(images, anatomy.in_channels)
     size = None if anatomy.any_size else anatomy.img_size
     if anatomy.library == "ours":
         check_images(images, anatomy.in_channels, size)
@@ -210,9 +223,28 @@ def check_input(images, anatomy):
         sides = "height, width" if size is None else f"{size[0]}, {size[1]}"
         raise InputError(f"got images of shape {tuple(images.shape)}, expected (B, {anatomy.in_channels}, {sides}); "
                          f"convert or resize them")
-    if not images.is_floating_point():
-        raise InputError(f"got images of {images.dtype}; expected normalised floating-point numbers")
     anatomy.grid(images)
+
+
+def check_batch(images, model):
+    """check_input, of any model that is known here, a ConvNet too, which minds no size."""
+    if isinstance(model, ConvNet):
+        check_kind(images, model.config.in_channels)
+    else:
+        check_input(images, anatomy_of(model))
+
+
+def check_kind(images, in_channels):
+    """Raises InputError unless images are a tensor of floating-point numbers that holds one image at least."""
+    if not isinstance(images, torch.Tensor):
+        raise InputError(f"got images as a {type(images).__name__}; expected a tensor (B, {in_channels}, height, "
+                         f"width), which pictures.prepare_images(images, model) makes")
+    if not images.is_floating_point():
+        raise InputError(f"got images of {images.dtype}; expected normalised floating-point numbers, which "
+                         f"pictures.prepare_images(images, model) makes of pictures")
+    if not images.numel():
+        raise InputError(f"got images of shape {tuple(images.shape)}, in which there is no image; expected at least "
+                         f"one")
 
 
 def check_kept(model):
@@ -232,6 +264,17 @@ def check_maps(maps, n_blocks, n_tokens):
     if len(maps) != n_blocks or sizes != [(n_tokens, n_tokens)]:
         raise InputError(f"{len(maps)} attention maps of {sizes or 'no'} tokens were seen, expected {n_blocks}, one a "
                          f"block, of {n_tokens} tokens; this model does not attend as a plain ViT does")
+
+
+class NoNumbers(InputError):
+    """A model gives NaN or infinity."""
+
+
+def check_finite_numbers(model, *values):
+    """Raises NoNumbers unless all that a model gives are numbers."""
+    if not all(value.isfinite().all() for value in values):
+        raise NoNumbers(f"this {type(model).__name__} gives NaN or infinity for these images, and nothing can be seen "
+                        f"in that; give a model whose training went well, or call .float() on one in half precision")
 
 
 def check_answers(model, images, logits):
@@ -267,7 +310,7 @@ def of_ours(model):
 
 
 def of_timm(model):
-    pool = {"token": "cls", "avg": "mean"}.get(model.global_pool, model.global_pool)
+    pool = {"token": "cls", "avg": "mean", "": "every token by itself"}.get(model.global_pool, model.global_pool)
     if pool == "mean" and getattr(model, "pool_include_prefix", False):
         pool = "the mean of all tokens"
     if hasattr(model, "head_dist"):
@@ -300,13 +343,21 @@ def of_transformers(model):
     return Anatomy("transformers", list(layers), pair(config.patch_size, "patch_size"), n_prefix, "cls",
                    lambda x: model.classifier(base.layernorm(x)[:, 0]), classes_of(model.classifier),
                    base.embeddings.patch_embeddings.projection, positions, pair(config.image_size), config.num_channels,
-                   names_of(model, model.classifier, list(config.id2label.values())))
+                   names_of(model, model.classifier, listed_names(config.id2label)))
 
 
 def classes_of(head):
     """How many classes a head tells apart, by its last linear layer; None where it has none."""
     layers = [layer for layer in head.modules() if isinstance(layer, torch.nn.Linear)]
     return layers[-1].out_features if layers else None
+
+
+def listed_names(id2label):
+    """The names of transformers' {0: name, ...} by number: its order is any, and its keys may be words. None where one
+    is missing."""
+    by_number = {str(key): name for key, name in id2label.items()}
+    names = [by_number.get(str(i)) for i in range(len(by_number))]
+    return None if None in names else names
 
 
 def names_of(model, head, names=None):

@@ -12,13 +12,15 @@
 
 The charts of charts.py and the views of attention_views.py, AttentionVisualizer among them, are handed on from here.
 
-Every function returns its Figure and writes a file only where save_path is given (.png, .pdf, .svg, ...). The
-numbers come from measurements.py and explanations.py; nothing is computed here but the layout.
+Every function returns its Figure and writes a file only where save_path is given (.png, .pdf, .svg, ...), but for
+compare_receptive_fields, which writes receptive_fields.png unless it is given another save_path, or None. The numbers
+come from measurements.py and explanations.py; nothing is computed here but the layout.
 
 Letters:  B images, P patch side, H, W height and width.
 """
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -77,9 +79,13 @@ def visualize_patch_filters(model, n_filters=28, save_path=None):
     """The principal components of the filters with which patches become tokens, the strongest first.
 
     Each has a scale of its own, grey is zero; below it the share of the squares that it holds. ViT paper, Fig. 7
-    (left). Raises InputError for a model whose first layer is no projection of patches.
+    (left). Raises InputError for a model whose first layer is no projection of patches, and unless its images have 1
+    or 3 channels.
     """
     filters, shares = patch_filters(model, n_filters)  # (n, C, P, P), (n)
+    if filters.shape[1] not in (1, 3):
+        raise InputError(f"the filters of this {type(model).__name__} have {filters.shape[1]} channels; expected 1 or "
+                         f"3, which can be drawn; explanations.patch_filters gives the numbers of all")
     columns = min(7, len(filters))
     n_rows = math.ceil(len(filters) / columns)
     figure = new_figure(1.2 * columns + 0.6, 1.45 * n_rows + 1.1)
@@ -227,10 +233,13 @@ def compare_receptive_fields(save_path="receptive_fields.png", models=None, imag
 
     A row for each model, a column for each of four depths. One colour scale throughout, and it is logarithmic;
     white pixels have exactly no influence. The radii, of the circles too, hold 50% and 90% of the mass as it
-    is. Raises InputError as create_pretrained and measurements.receptive_field do.
+    is. Raises InputError as create_pretrained and measurements.receptive_field do, and for models without names.
     """
     if models is None:
         models = {"ConvNet": create_pretrained("convnet_shapes"), "ViT": create_pretrained("vit_nano_shapes")}
+    if not isinstance(models, dict) or not models:
+        raise InputError(f"models is {'empty' if isinstance(models, dict) else f'a {type(models).__name__}'}; expected "
+                         f"name -> trained model, such as {{'ViT': model}}")
     rows = []
     for name, model in models.items():
         own_images = shapes_for(model, 32) if images is None else images
@@ -304,10 +313,13 @@ def shapes_for(model, n_images):
 
 
 def plot_images(images, titles=None, columns=8, save_path=None, title=None, mean=None, std=None):
-    """A contact sheet: images of any kind, or a batch (N, 3, H, W), with a title above each.
+    """A contact sheet: a list of images of any kind, or a batch (N, 3, H, W), with a title above each.
 
-    Raises InputError where there are no images, or another number of titles.
+    Raises InputError where there are no images, for one that is in no list, and for another number of titles.
     """
+    if isinstance(images, (str, Path)) or (isinstance(images, np.ndarray) and images.shape[2:] in ((), (3,), (4,))):
+        what = f"an array of shape {images.shape}" if isinstance(images, np.ndarray) else repr(str(images))
+        raise InputError(f"got {what}, one image; expected several, give a list, such as [image]")
     pictures = [as_picture(image, mean, std) for image in images]
     titles = [""] * len(pictures) if titles is None else [str(text) for text in titles]
     if not pictures or len(titles) != len(pictures):
@@ -349,10 +361,11 @@ def run_explore(options):
     other = create_pretrained(options.compare_with) if options.compare_with else None
     names = [options.pretrained, *[options.compare_with] * bool(options.compare_with)]
     page = explore(model, images_for(model, options.photos, options.n_images), options.output, other, names)
-    sizes = dict.fromkeys("{} x {}".format(*input_of(one)[1]) for one in (model, other) if one is not None)
+    sizes = dict.fromkeys(input_of(one)[1] for one in (model, other) if one is not None)
+    shape = "square" if all(height == width for height, width in sizes) else "to that shape"
     print(f"{page.path}: {len(page.html) / 2**20:.1f} MiB, to be opened in any browser. Images are shown as "
-          f"{'each' if other else 'the'} model sees them, {' and '.join(sizes)} pixels, cut square from their middle; a "
-          f"model knows no classes but its own.")
+          f"{'each' if other else 'the'} model sees them, {' and '.join('{} x {}'.format(*size) for size in sizes)} "
+          f"pixels, cut {shape} from their middle; a model knows no classes but its own.")
 
 
 def images_for(model, photos, n_images):

@@ -450,6 +450,7 @@ def to_rgb(image):
         grey = (np.asarray(image, dtype=np.float64).clip(0, 65535) / 257).round()
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
+        image = image.convert("LA") if image.mode == "La" else image  # for which there is no direct way
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
@@ -659,17 +660,23 @@ def wanted_facts(mean, std, interpolation):
 
 
 def three_numbers(name, values):
-    """A mean or a std, in any kind of sequence, as a tuple of three floats."""
+    """A mean or a std as a tuple of three floats."""
+    return channel_numbers(name, values, 3, "give the model's own, or leave out mean and std")
+
+
+def channel_numbers(name, values, n_channels, advice):
+    """A mean or a std, in any kind of sequence, as a tuple of floats, one a channel. Raises InputError, with the
+    advice, for another number of them, and for what is not finite or no std."""
     try:
         numbers = torch.as_tensor(values, dtype=torch.float64)
         sound = numbers.isfinite() & (numbers > 0) if name == "std" else numbers.isfinite()
-        fits = numbers.shape == (3,) and bool(sound.all())
+        fits = numbers.shape == (n_channels,) and bool(sound.all())
     except (TypeError, ValueError, RuntimeError, OverflowError):
         fits = False
     if not fits:
-        raise InputError(f"{name} {in_one_line(values)} is out of range: expected three finite numbers"
-                         f"{' above 0' if name == 'std' else ''}, one a channel; give the model's own, or leave out "
-                         f"mean and std")
+        count = "three finite numbers" if n_channels == 3 else f"finite numbers, {n_channels} of them"
+        raise InputError(f"{name} {in_one_line(values)} is out of range: expected {count}"
+                         f"{' above 0' if name == 'std' else ''}, one a channel; {advice}")
     return tuple(numbers.tolist())
 
 

@@ -6,6 +6,7 @@ import torch
 import transformers
 from figure_checks import GRID, PATCH, SIZE, assert_no_text_clipped, convnet, data_of, pixels, square_vit, texts, vit
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from other_models import HF, shared, timm_vit, torchvision_vit, transformers_vit
 from PIL import Image
 
@@ -269,6 +270,42 @@ def test_the_logit_lens_ends_in_the_prediction():
     assert len(first) == 4
     assert first[-1] == pytest.approx(100 * probabilities.max().item(), abs=1e-3)
     assert lines[0].get_label() == model.class_names[probabilities.argmax()]
+
+
+def test_names_with_a_dollar_or_an_underscore_are_written_as_they_are():
+    model = square_vit()
+    model.class_names = ["$\\x$", "_a", "US$ or $", "$x^2$", "_"]
+    views, image = v.AttentionVisualizer(model, device="cpu"), pixels(12, 12)
+    lens = views.visualize_logit_lens(image)
+    assert {text.get_text() for text in lens.axes[1].get_legend().get_texts()} == set(model.class_names)
+    figures = [lens, views.visualize_attention(image), views.visualize_relevance(image, 0),
+               views.visualize_explanations(image, 0, n_steps=1, n_draws=1), views.visualize_token_norms(image),
+               v.visualize_attention_grid(model, [image])]
+    for figure in figures:
+        figure.canvas.draw()  # as maths $\\x$ would be an error
+        written = [text for text in figure.findobj(Text) if "$" in text.get_text() or "predicted" in text.get_text()]
+        assert written
+        assert not any(text.get_parse_math() for text in written)
+
+
+def test_layers_may_be_given_as_numpy_gives_them():
+    views = v.AttentionVisualizer(vit(), device="cpu")
+    for layers, shown in ((np.int64(1), [1]), (np.array([0, 2]), [0, 2]), (torch.tensor([0, -1]), [0, 2]),
+                          ((1, 2), [1, 2]), (0, [0])):
+        figure = views.visualize_all_heads(pixels(), layers)
+        assert [axes.get_ylabel() for axes in figure.axes if "layer" in axes.get_ylabel()] == [
+            f"layer {layer}" for layer in shown]
+    for layers in (1.5, [0.5], "last"):
+        with pytest.raises(InputError, match=r"\Alayer (1\.5|0\.5|last) is out of range; expected 0 to 2, [^\n]*\Z"):
+            views.visualize_all_heads(pixels(), layers)
+
+
+@pytest.mark.parametrize(("options", "title"), [
+    ({}, "attention of the last block"), (dict(layer_idx=0), "attention of layer 0 (of 0 to 2)"),
+    (dict(layer_idx=-1, head_idx=1), "attention of layer 2 (of 0 to 2)\nhead 1")])
+def test_a_map_of_attention_is_called_by_its_layer_and_head(options, title):
+    figure = v.AttentionVisualizer(vit(), device="cpu").draw_explanation(pixels(), "attention", **options)
+    assert figure.axes[1].get_title() == title
 
 
 # ---- Over images

@@ -141,6 +141,22 @@ def test_matrices_in_rows_and_numbered_from_the_middle():
     assert panels[0].images[0].get_extent() == [-2.5, 2.5, 2.5, -2.5]
 
 
+def test_names_are_written_as_they_are():
+    names = ["$\\x$", "_a"]
+    curves = c.plot_curves({"$\\x$": {name: [(1, 2)] for name in names}}, "$\\x$", "$\\x$")
+    histories = c.plot_histories({name: history() for name in names})
+    training = c.plot_training_curves(history(), baseline=("_$\\x$", 0.25))
+    figures = [curves, histories, training, c.plot_bars({"$\\x$": dict.fromkeys(names, 1)}, title="$\\x$"),
+               c.plot_matrices([torch.rand(2, 2)], ["$\\x$"], "$\\x$"),
+               c.plot_confusion(torch.eye(2), names, title="$\\x$")]
+    for figure in figures:
+        figure.canvas.draw()  # as maths $\x$ is an error
+        assert "$\\x$" in texts(figure)
+    for figure in (curves, histories):
+        assert [text.get_text() for text in figure.axes[-1].get_legend().get_texts()] == names
+    assert training.axes[1].get_legend().get_texts()[2].get_text() == "_$\\x$: 25.0%"
+
+
 def test_no_text_is_clipped():
     for figure in (c.plot_training_curves(history(), baseline=("linear classifier", 0.2)),
                    c.plot_histories({"ViT": history()}),

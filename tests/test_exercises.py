@@ -1,5 +1,6 @@
 """Right answers pass, the usual mistakes are told by name, and whatever else is off is said in one line."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -199,6 +200,14 @@ def test_a_file_is_told_what_is_off(body, words, tmp_path):
     assert verdict.right == words.startswith("right")
 
 
+def test_a_gradient_that_is_there_but_another_is_refused():
+    def without_one_way(x, norm1, attend, norm2, mlp):
+        y = x + attend(norm1(x))
+        return y + mlp(norm2(y.detach()))
+
+    assert "the gradient of argument 1 is not" in e.check_function("block", without_one_way).words
+
+
 @pytest.mark.parametrize(("text", "words"), [
     ("def attention(q, k, v)\n    return q", "line 1: "), ("import nowhere", "ModuleNotFoundError"),
     ("def other(q): return q", r"has no function attention\(q, k, v\)"), ("1 / 0", "line 1: ZeroDivisionError"),
@@ -207,6 +216,39 @@ def test_a_file_that_cannot_be_run(text, words, tmp_path):
     path = tmp_path / "attention_exercise.py"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=words):
+        e.check_file("attention", path)
+
+
+WITH_DATACLASS = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Sizes:
+    width: int
+
+
+def attention(q, k, v):
+    return torch.softmax(q @ k.mT / Sizes(q.shape[-1]).width ** 0.5, -1) @ v
+"""
+
+
+@pytest.mark.parametrize("name", ["mine.py", "torch.py"])  # which is not the torch that it imports
+def test_a_file_with_a_dataclass_runs_and_leaves_nothing_behind(name, tmp_path):
+    path = tmp_path / name
+    path.write_text(WITH_DATACLASS, encoding="utf-8")
+    assert e.check_file("attention", path).right
+    assert sys.modules["torch"] is torch
+    assert not [name for name, module in sys.modules.items() if getattr(module, "__file__", None) == str(path)]
+
+
+def test_a_file_with_a_nul_byte_has_no_line(tmp_path):
+    path = tmp_path / "attention_exercise.py"
+    path.write_bytes(b"x = 1\0\n")
+    with pytest.raises(InputError, match=r"cannot be run: (ValueError: )?source code [^\n]*null bytes\Z"):
         e.check_file("attention", path)
 
 

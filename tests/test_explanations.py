@@ -12,6 +12,7 @@ from torch import nn
 
 import explanations as e
 from cnn_model import ConvNet, HybridCNNViT
+from measurements import receptive_field
 from recording import record
 from vit_model import InputError, VisionTransformer
 
@@ -295,6 +296,14 @@ def test_feature_colours_are_the_main_directions_over_all_images():
         assert r > 0.95
 
 
+def test_two_patches_have_colours_too():
+    colours = e.feature_colours(torch.tensor([[[[1.0, 2.0, 5.0, 0.0], [3.0, 2.0, 1.0, 0.0]]]]))
+    assert colours.shape == (1, 1, 2, 3)
+    assert colours[0, 0, :, 0].sort().values.tolist() == pytest.approx([0, 1])
+    assert colours[..., 2].flatten().tolist() == [0.5, 0.5]
+    assert e.feature_colours(torch.ones(1, 1, 1, 4)).shape == (1, 1, 1, 3)
+
+
 def test_patch_filters_are_the_principal_components():
     model = vit()
     filters, shares = e.patch_filters(model, 4)
@@ -445,6 +454,16 @@ def test_the_closed_forms_hold_for_every_library(name, tmp_path):
     assert [check.holds for check in checks].count(None) == ("mean" in name)
 
 
+def test_a_selfcheck_says_that_a_model_gives_no_numbers():
+    model = vit()
+    torch.nn.init.constant_(model.head.bias, torch.nan)
+    check, = e.selfcheck(model, images_of())
+    assert (check.name, check.holds) == ("answers and attention maps are finite numbers", False)
+    for see in (e.explain, e.compare_explanations, e.logit_lens):
+        with pytest.raises(InputError, match=r"\Athis VisionTransformer gives NaN or infinity [^\n]*\Z"):
+            see(model, images_of())
+
+
 def test_a_selfcheck_sees_what_is_broken(monkeypatch):
     def failed():
         return {check.name.split(" ")[0] for check in e.selfcheck(vit(), images_of()) if check.holds is False}
@@ -481,6 +500,33 @@ def test_unknown_methods_and_options_are_refused():
         e.explain(vit(), images_of(), "rollout", layer_idx=1)
     with pytest.raises(InputError, match="target 99 is out of range"):
         e.compare_explanations(vit(), images_of(), target=99)
+
+
+@pytest.mark.parametrize(("images", "words"), [
+    ("x.jpg", "got images as a str; expected a tensor"), (np.zeros((29, 29, 3)), "got images as a ndarray"),
+    (torch.zeros(1, 3, 29, 29, dtype=torch.uint8), "got images of torch.uint8"),
+    (torch.zeros(0, 3, 29, 29), "in which there is no image"), (torch.zeros(1, 1, 29, 29), "expected"),
+    (torch.zeros(3, 29, 29), "expected")])
+def test_a_convnet_is_given_images_as_a_vit_is(images, words):
+    model = ConvNet(img_size=29, n_classes=5, widths=(3, 5), depths=(1, 1))
+    for see in (lambda: e.explain(model, images, "grad_cam"), lambda: receptive_field(model, images)):
+        with pytest.raises(InputError, match=rf"\A[^\n]*{words}[^\n]*\Z"):
+            see()
+
+
+def test_no_images_and_no_methods_are_refused():
+    for see in (e.compare_explanations, e.selfcheck, e.logit_lens):
+        with pytest.raises(InputError, match=r"\A[^\n]*\(0, 3, 14, 15\), in which there is no image[^\n]*\Z"):
+            see(vit(), images_of()[:0])
+    with pytest.raises(InputError, match=r"\Amethods \(\) name none; expected at least one of attention, rollout, "):
+        e.compare_explanations(vit(), images_of(), methods=())
+
+
+@pytest.mark.parametrize("ratio", ["0.5", None, math.nan, 1, -0.1])
+def test_a_ratio_that_is_none_is_refused(ratio):
+    with pytest.raises(InputError, match=rf"\Adiscard_ratio {ratio!r} is out of range; expected 0 <= ratio < 1\Z"):
+        e.explain(vit(), images_of(), "rollout", discard_ratio=ratio)
+    e.explain(vit(), images_of(), "rollout", discard_ratio=np.float32(0.5))
 
 
 def test_without_a_head_there_is_no_class_and_no_answer_to_follow():

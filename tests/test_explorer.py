@@ -184,6 +184,19 @@ def test_what_stands_in_a_name_cannot_end_the_script():
     assert data_of(page)["models"][0]["images"][0]["target"] == "</script><b>"
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_no_page_is_made_of_what_are_no_numbers(value, tmp_path):
+    sound, broken, other = square_vit(), square_vit(), small_convnet()
+    for model in (broken, other):
+        torch.nn.init.constant_(next(model.parameters()), value)
+    for models in ((broken, None), (sound, broken), (sound, other)):
+        with pytest.raises(InputError, match=r"\Athis \w+ gives NaN or infinity for these images, [^\n]*\Z"):
+            explorer.explore(models[0], pixels(12, 12), tmp_path / "page.html", models[1])
+    assert not (tmp_path / "page.html").exists()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        explorer.fill(dict(value=value), "", "")
+
+
 def test_a_notebook_shows_the_page():
     page = explorer.explore(square_vit(), pixels(12, 12), None)
     frame = page._repr_html_()

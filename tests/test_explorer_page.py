@@ -249,6 +249,19 @@ def test_nothing_sticks_out(opened, width):
     assert view["width"] > 250
 
 
+@pytest.mark.parametrize("width", [320, 390])
+def test_long_names_do_not_stick_out(visit, tmp_path, width):
+    model, long = square_vit(), "a_name_without_a_space" * 8
+    model.class_names = [long] * 5
+    explore(model, pixels(12, 12), tmp_path / "page.html", names=[f"/home/somebody/{long}.pt"], title=long)
+    page = visit(tmp_path / "page.html")
+    page.set_viewport_size(dict(width=width, height=800))
+    for method in ("attention", "relevance"):
+        page.select_option("#method", method)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert long in said(page)
+
+
 def test_every_patch_has_the_colour_of_its_value(visit, tmp_path):
     explore(vit(), pixels(), tmp_path / "page.html")  # 2 x 3 patches, so that no swapped axis stays unseen
     page = visit(tmp_path / "page.html")

@@ -65,6 +65,66 @@ def test_a_tensor_is_shown_with_the_models_statistics():
     np.testing.assert_allclose(shown, np.broadcast_to([0.7, 0.65, 1.0], (2, 5, 3)), atol=1e-6)
 
 
+def test_a_pil_image_is_turned_upright():
+    photo = Image.fromarray(pixels())
+    photo.getexif()[0x0112] = 3  # orientation: upside down
+    np.testing.assert_array_equal(pictures.as_picture(photo), pixels()[::-1, ::-1] / 255)
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+@pytest.mark.parametrize("high", [1, 255])
+def test_a_pil_image_that_does_not_tell_where_white_is_is_refused(mode, high):
+    with pytest.raises(InputError, match=rf"\Agot a PIL image of mode '{mode}' with values from {high} to [^\n]*\Z"):
+        pictures.open_picture(Image.new(mode, (5, 5), high))
+
+
+def test_pil_images_of_rarer_modes():
+    grey = Image.fromarray(pixels()).convert("L")
+    opaque = grey.convert("LA").convert("La")
+    np.testing.assert_array_equal(pictures.open_picture(opaque), np.asarray(grey.convert("RGB")))
+    sixteen = Image.fromarray(np.full((5, 5), 257 * 200, np.int32))  # mode I, as 16 bits of grey are opened
+    assert np.asarray(pictures.open_picture(sixteen)).max() == 200
+    assert np.asarray(pictures.open_picture(Image.new("I", (5, 5), 0))).max() == 0
+    grey.close()
+    with pytest.raises(InputError, match=r"\Athe PIL image cannot be read \(Operation on closed image\)[^\n]*\Z"):
+        pictures.open_picture(grey)
+
+
+def test_the_centre_is_cut_where_the_size_is_no_square():
+    wide = np.zeros((14, 35, 3), np.uint8)
+    wide[:, 10:25] = pixels()
+    np.testing.assert_array_equal(pictures.fit_picture(Image.fromarray(wide), SIZE), pixels())
+
+
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor, np.array])
+def test_the_models_statistics_may_be_of_any_kind(kind):
+    model = vit()
+    model.mean, model.std = kind([0.0, 0.5, 0.25]), kind([0.5, 0.25, 0.125])
+    assert pictures.statistics_of(model) == ((0.0, 0.5, 0.25), (0.5, 0.25, 0.125))
+    assert type(pictures.statistics_of(model)[0]) is tuple
+    _, picture = pictures.prepare_image(torch.zeros(3, *SIZE), model)
+    np.testing.assert_array_equal(picture, np.broadcast_to([0.0, 0.5, 0.25], (*SIZE, 3)))
+
+
+@pytest.mark.parametrize(("mean", "std", "words"), [
+    (0.5, 0.2, r"mean 0\.5"), ([0.5], [0.2], r"mean \[0\.5\]"), ((0.5,) * 3, (0.2, 0.0, 0.2), r"std \(0\.2, 0\.0"),
+    ((0.5,) * 3, [0.2] * 4, "std"), ((0.5, 0.5, np.nan), (0.2,) * 3, "mean"), ("dark", (0.2,) * 3, "mean 'dark'")])
+def test_statistics_that_are_not_one_number_a_channel_are_refused(mean, std, words):
+    model = vit()
+    model.mean, model.std = mean, std
+    with pytest.raises(InputError, match=rf"\A{words}[^\n]*expected three[^\n]*; set model.mean [^\n]*\Z"):
+        pictures.prepare_image(pixels(), model)
+
+
+def test_a_model_of_one_channel_has_one_number():
+    model = vit(in_channels=1)
+    model.mean, model.std = [0.5], [0.25]
+    assert pictures.statistics_of(model) == ((0.5,), (0.25,))
+    model.std = [0.25] * 3
+    with pytest.raises(InputError, match="expected finite numbers, 1 of them above 0, one a channel"):
+        pictures.statistics_of(model)
+
+
 @pytest.mark.parametrize(("image", "text"), [
     (torch.zeros(1, 3, 15, 14), "15x14 pixels, expected 14x15"),
     (torch.zeros(2, 3, 14, 15), r"\(2, 3, 14, 15\), expected \(3, H, W\)"),

@@ -220,6 +220,22 @@ def test_the_head_that_is_there_counts():
     assert r.anatomy_of(third).class_names[2] == "LABEL_2"
 
 
+def test_a_model_that_pools_nothing_says_so():
+    assert r.anatomy_of(timm_vit(num_classes=0, global_pool="")).pool == "every token by itself"
+
+
+def test_names_are_of_their_numbers_whatever_the_order_of_the_file(tmp_path):
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**HF | dict(num_labels=12)))
+    names = [f"name {i}" for i in range(12)]
+    model.config.id2label = {str(i): name for i, name in enumerate(names)}  # as transformers' own example has it
+    model.save_pretrained(tmp_path)  # whose file is sorted by words: 0, 1, 10, 11, 2
+    loaded = transformers.ViTForImageClassification.from_pretrained(tmp_path)
+    assert list(loaded.config.id2label.values()) != names
+    assert r.anatomy_of(loaded).class_names == r.anatomy_of(model).class_names == names
+    loaded.config.id2label = {i + 1: name for i, name in enumerate(names)}
+    assert r.anatomy_of(loaded).class_names is None
+
+
 def test_a_distilled_model_reads_two_tokens():
     model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32)
     assert r.anatomy_of(model).pool == "CLS and the distillation token"
@@ -245,6 +261,7 @@ def test_another_size_where_the_model_takes_it(build):
 @pytest.mark.parametrize(("images", "words"), [
     (torch.zeros(3, 14, 15), "expected"), (torch.zeros(1, 3, 28, 15), r"(expected 14x15|expected \(B, 3, 14, 15\))"),
     (torch.zeros(1, 1, 14, 15), "expected"), ([torch.zeros(3, 14, 15)], "as a list"),
+    (torch.zeros(0, 3, 14, 15), r"\(0, 3, 14, 15\), in which there is no image"),
     (torch.zeros(1, 3, 14, 15, dtype=torch.uint8), "got images of torch.uint8")])
 def test_images_that_do_not_fit_are_refused(build, images, words):
     with pytest.raises(InputError, match=rf"\A[^\n]*{words}[^\n]*\Z"):
@@ -274,6 +291,18 @@ def test_blocks_that_are_computed_again_have_no_gradients_here():
     theirs.gradient_checkpointing_enable()  # which takes effect in training alone
     seen = r.record(theirs.train(), images_of(1, (15, 15)), gradients=True)
     assert all(g.abs().sum() > 0 for g in torch.autograd.grad(seen.logits.sum(), seen.maps))
+
+
+@pytest.mark.parametrize("build", [lambda: vit(img_size=15, patch_size=5), timm_vit, transformers_vit])
+def test_what_are_no_numbers_is_refused(build):
+    model = build()
+    list(model.parameters())[-1].data[0] = torch.nan  # the bias of the head
+    with pytest.raises(r.NoNumbers, match=r"\Athis \w+ gives NaN or infinity for these images, [^\n]*\Z"):
+        r.record(model, images_of(1, (15, 15)))
+    headless = vit(n_classes=0)
+    headless.norm = nn.Identity()  # so that nothing but a map is wrong
+    with pytest.raises(r.NoNumbers):
+        r.record(headless, images_of(), change=lambda block, attention: attention.fill_(torch.inf))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

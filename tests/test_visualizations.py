@@ -107,7 +107,7 @@ def test_untrained_copy():
     model = square_vit()
     fresh = v.untrained_copy(model)
     assert fresh.config == model.config
-    assert (fresh.mean, fresh.std) == (model.mean, model.std)
+    assert (fresh.mean, fresh.std) == (tuple(model.mean), tuple(model.std))
     torch.manual_seed(0)
     again = VisionTransformer(**vars(model.config))
     assert torch.equal(fresh.blocks[0].attn.qkv.weight, again.blocks[0].attn.qkv.weight)
@@ -119,6 +119,12 @@ def test_shapes_for_a_model():
     assert images[:, 0].max() <= 0.5 / 0.2 + 1e-6
     assert images[:, 0].min() >= -0.5 / 0.2 - 1e-6
     assert v.shapes_for(vit(), 2).shape == (2, 3, *SIZE)
+
+
+@pytest.mark.parametrize(("models", "words"), [({}, "empty"), ([1], "a list"), (vit(), "a VisionTransformer")])
+def test_models_to_compare_have_names(models, words):
+    with pytest.raises(InputError, match=rf"\Amodels is {words}; expected name -> trained model, [^\n]*\Z"):
+        v.compare_receptive_fields(None, models)
 
 
 # ---- A contact sheet
@@ -135,6 +141,11 @@ def test_plot_images():
     for images, titles in (([], None), (batch, ["one"])):
         with pytest.raises(InputError, match=r"images and \d titles"):
             v.plot_images(images, titles)
+    for image, words in ((pixels(), r"an array of shape \(14, 15, 3\)"), (pixels()[:, :, 0], "an array"),
+                         ("a.png", "'a.png'")):
+        with pytest.raises(InputError, match=rf"\Agot {words}[^\n]*, one image; expected several, give a list[^\n]*\Z"):
+            v.plot_images(image)
+    v.plot_images([pixels()], title="$\\x$").canvas.draw()  # as maths an error
 
 
 # ---- Files
@@ -179,6 +190,16 @@ def test_patch_filters_are_drawn_with_their_shares():
     assert_no_text_clipped(figure)
     with pytest.raises(InputError, match="no projection of patches"):
         v.visualize_patch_filters(HybridCNNViT(embed_dim=22, depth=2, n_heads=2, img_size=12, patch_size=4))
+
+
+@pytest.mark.parametrize("n_channels", [1, 2, 4, 5])
+def test_filters_of_one_channel_are_grey_and_of_others_refused(n_channels):
+    model = vit(in_channels=n_channels)
+    if n_channels == 1:
+        assert data_of(v.visualize_patch_filters(model, 1))[0].shape == (7, 5)
+        return
+    with pytest.raises(InputError, match=rf"\A[^\n]*have {n_channels} channels; expected 1 or 3[^\n]*patch_filters"):
+        v.visualize_patch_filters(model)
 
 
 def test_features_as_colours_of_several_images():
@@ -226,7 +247,17 @@ def test_a_page_is_written(tmp_path, capsys):
     v.main(["explore", str(tmp_path / "photo.png"), "--output", str(tmp_path / "page.html"), "--compare-with",
             "convnet_shapes"])
     assert "photo.png" in (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "page.html: " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "page.html: " in said
+    assert "as each model sees them, 32 x 32 pixels, cut square from their middle; a model" in said
+
+
+@pytest.mark.parametrize(("build", "words"), [(square_vit, "12 x 12 pixels, cut square from their middle; "),
+                                              (vit, "14 x 15 pixels, cut to that shape from their middle; ")])
+def test_the_page_is_said_to_be_cut_as_the_model_asks(build, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(v, "create_pretrained", lambda name: build())
+    v.main(["explore", "--n-images", "1", "--output", str(tmp_path / "page.html")])
+    assert f"Images are shown as the model sees them, {words}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("words", "expected"), [
