@@ -80,11 +80,17 @@ def relevance(maps, gradients):
     over the heads of what is positive in map times gradient; R starts as I. Chefer, Gur and Wolf 2021, "Generic
     Attention-model Explainability", Eq. 5 and 6.
     """
+    return relevance_gained(maps, gradients) + torch.eye(maps.shape[-1], dtype=maps.dtype, device=maps.device)
+
+
+def relevance_gained(maps, gradients):
+    """relevance without the I that each token has of itself, to its own precision: what is small beside 1 is not
+    rounded away. G <- G + A (I + G) is R <- R + A R with R = I + G."""
     speaking = (maps * gradients).clamp(min=0).mean(dim=2)  # (L, B, N, N): negative heads do not cancel others
-    related = torch.eye(maps.shape[-1], dtype=maps.dtype, device=maps.device).expand_as(speaking[0])  # (B, N, N)
+    gained = torch.zeros_like(speaking[0])  # (B, N, N)
     for block in speaking:
-        related = related + block @ related
-    return related
+        gained = gained + block + block @ gained
+    return gained
 
 
 def token_cam(features, gradients):
@@ -542,12 +548,11 @@ def check_relevance(model, images, rounding):
     start = seen.maps[0].new_zeros(len(images), 1, seen.maps[0].shape[-1])  # (B, 1, N)
     start[:, :, 0 if seen.anatomy.pool == "cls" else slice(first, None)] = 1
     start = start / start.sum(dim=2, keepdim=True)
-    row = start
+    gathered = torch.zeros_like(start)
     for attention in reversed(seen.maps):
         gradient, = torch.autograd.grad(answer, attention, retain_graph=True)  # (B, H, N, N)
-        row = row + row @ (attention * gradient).clamp(min=0).mean(dim=1)
-    gathered = (row - start)[:, 0, first:].unflatten(1, seen.grid)  # (B, rows, columns)
-    return alike(name, found.heat, gathered, rounding)
+        gathered = gathered + (start + gathered) @ (attention * gradient).clamp(min=0).mean(dim=1)  # (B, 1, N)
+    return alike(name, found.heat, gathered[:, 0, first:].unflatten(1, seen.grid), rounding)
 
 
 def check_grad_cam(model, images, rounding):

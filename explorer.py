@@ -24,7 +24,7 @@ from PIL import Image
 
 from checkpoints import write_whole
 from cnn_model import ConvNet
-from explanations import check_pool, class_names_of, has_head, logit_lens, relevance, rollout
+from explanations import check_pool, class_names_of, has_head, logit_lens, relevance_gained, rollout
 from explorer_page import PAGE
 from measurements import class_probabilities, layers_of
 from pictures import is_input, prepare_image, statistics_of
@@ -123,8 +123,7 @@ def describe_image(model, anatomy, image):
     if anatomy.has_head:
         label = seen.logits[0].argmax().item()
         gradients = torch.autograd.grad(seen.logits[0, label], seen.maps)
-        related = relevance(maps, torch.stack(gradients))  # (1, N, N)
-        parts["relevance"] = related - torch.eye(related.shape[-1]).to(related)
+        parts["relevance"] = relevance_gained(maps, torch.stack(gradients))  # (1, N, N)
         text = words(logit_lens(model, image)[:, 0], anatomy.class_names)
     check_finite_numbers(model, *parts.values())
     parts = {key: pack(part) for key, part in parts.items()}

@@ -558,6 +558,12 @@ def test_a_head_that_reads_otherwise_is_refused_with_the_reason():
             e.explain(model, images, method)
 
 
+def test_small_relevance_is_not_rounded_away_beside_one():
+    maps, gradients = torch.rand(3, 1, 2, 5, 5), 1e-6 * torch.rand(3, 1, 2, 5, 5)
+    exact = e.relevance(maps.double(), gradients.double()) - torch.eye(5).double()
+    torch.testing.assert_close(e.relevance_gained(maps, gradients).double(), exact, rtol=1e-5, atol=0)
+
+
 def test_mean_pooled_relevance_leaves_out_what_each_token_is_of_itself():
     model, images = vit(pool="mean"), images_of(1)
     seen = record(model, images, gradients=True)
@@ -600,9 +606,8 @@ def test_a_sound_model_holds_under_autocast_too():
 
 
 @pytest.mark.parametrize(("broken", "replacement", "names"), [
-    ("relevance", lambda maps, gradients: torch.ones_like(maps[0, :, 0]) + torch.eye(N), {"relevance"}),
-    ("relevance", lambda maps, gradients: (maps * gradients).clamp(min=0).mean(dim=2).sum(dim=0) + torch.eye(N),
-     {"relevance"}),
+    ("relevance_gained", lambda maps, gradients: torch.ones_like(maps[0, :, 0]), {"relevance"}),
+    ("relevance_gained", lambda maps, gradients: (maps * gradients).clamp(min=0).mean(dim=2).sum(dim=0), {"relevance"}),
     ("token_cam", lambda features, gradients: torch.ones_like(features[:, :, 0]), {"Grad-CAM"}),
     ("token_cam", lambda features, gradients: (features * gradients).sum(dim=2).clamp(min=0), {"Grad-CAM"}),
     ("cls_attention_grid", lambda maps, grid, first, pool: maps[..., 0, first - 1:-1].unflatten(-1, grid),
