@@ -84,8 +84,7 @@ def relevance(maps, gradients):
 
 
 def relevance_gained(maps, gradients):
-    """relevance without the I that each token has of itself, to its own precision: what is small beside 1 is not
-    rounded away. G <- G + A (I + G) is R <- R + A R with R = I + G."""
+    """relevance without the I that each token has of itself, so that nothing small is rounded away beside 1."""
     speaking = (maps * gradients).clamp(min=0).mean(dim=2)  # (L, B, N, N): negative heads do not cancel others
     gained = torch.zeros_like(speaking[0])  # (B, N, N)
     for block in speaking:
