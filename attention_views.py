@@ -308,7 +308,7 @@ class AttentionVisualizer:
                       label="a head" if head == 0 else None)
         axes.plot(blocks, distances.mean(axis=1), color=COLOURS[1], label="mean over the heads")
         axes.axhline(line, color="0.4", linestyle="--", label=f"uniform attention: {line:.1f}")
-        axes.set(xlabel="block", ylabel="mean distance (pixels)", ylim=(0, 1.15 * max(line, distances.max())))
+        axes.set(xlabel="layer", ylabel="mean distance (pixels)", ylim=(0, 1.15 * max(line, distances.max())))
         axes.set_xticks(spread(len(distances), 13))
         axes.legend(fontsize=10)
         axes.set_title(f"How far patches look, over {len(images)} image{'s' * (len(images) > 1)}")

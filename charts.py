@@ -76,8 +76,8 @@ def plot_curves(panels, xlabel, ylabel, save_path=None, title=None, log=(), perc
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         if percent:
             panel.set_ylim(0, 104)
-        elif "y" not in log:
-            panel.set_ylim(bottom=0)
+    if not percent and "y" not in log:
+        grid[0, 0].set_ylim(bottom=0)  # of all panels, once all are drawn
     for panel in grid[:, 0]:
         panel.set_ylabel(ylabel)
     shown = {line.get_label(): line for panel in reversed(axes) for line in panel.lines}

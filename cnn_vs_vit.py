@@ -241,7 +241,7 @@ def train_cells(plan):
     """
     options, there = plan.options, 0
     print(f"{len(plan.cells)} cells, each a training or three, kept in {plan.folder} as they end: a later run goes on "
-          f"there.", flush=True)
+          f"there; one that is cut off is begun anew.", flush=True)
     again = "the same command with another --output-dir" if options.output_dir else "the same command"
     most = max((n_images for _, _, _, n_images in plan.cells if n_images), default=None)
     bar = tqdm(plan.cells, unit="cell", disable=None)
@@ -268,6 +268,7 @@ def train_cells(plan):
                             command=command_of(name, options), setting=plan.settings[name],
                             result=measured | dict(device=device)), path)
             there += 1
+            tqdm.write(f"{path.stem}: kept, {there} of {len(plan.cells)}")
     return read_cells(plan.settings, [plan.folder])
 
 

@@ -419,11 +419,12 @@ def measure_position(subjects, n_images=400, n_shifted=64):
         "hidden, mean": partial(occlude, patch_size=subjects.patch_size, fill="mean", seed=0),
         "hidden, black": partial(occlude, patch_size=subjects.patch_size, fill="black", seed=0, mean=subjects.mean,
                                  std=subjects.std)}
-    data = dict(n=len(images), n_shifted=min(n_shifted, len(images)), shares=list(HIDDEN),
+    data = dict(n=len(images), n_shifted=min(n_shifted, len(images)), n_control=min(n_shifted // 4, len(images)),
+                shares=list(HIDDEN),
                 trained_shift=min(subjects.trained_shift, subjects.reach), classes=len(set(labels.tolist())), models={})
     for name, model in subjects.models.items():
         stays = shift_consistency(model, images[:n_shifted], subjects.reach)
-        control = shift_consistency(untrained_copy(model), images[:n_shifted // 4], data["trained_shift"])
+        control = shift_consistency(untrained_copy(model), images[:data["n_control"]], data["trained_shift"])
         near, far = consistencies(stays, data["trained_shift"])
         curves = {what: accuracy_curve(model, images, labels, change, HIDDEN) for what, change in changes.items()}
         data["models"][name] = dict(shift_map=stays.tolist(), consistency=near, consistency_beyond=far, correct=curves,
@@ -466,11 +467,11 @@ def say_position(data):
 
     control = listed(f"{model[f'consistency, {RANDOM}']:.0%} ({name})" for name, model in models.items())
     beyond = f" Moved further, by up to {reach}, in {staying('consistency_beyond')}." if reach > within else ""
-    return (f"When the image moves by up to {within} pixel{'s' * (within > 1)}, as in training, the predicted class "
-            f"stays in {staying('consistency')}.{beyond} With random weights, which answer much alike whatever they "
-            f"see, it stays in {control}. With {at} of the patches of the ViT's own grid shuffled "
-            f"{what_remains(data, 'shuffled')}. On a grid moved by half a patch, which cuts its tokens too, "
-            f"{what_remains(data, MOVED)}. With {at} hidden by the mean {what_remains(data, 'hidden, mean')}.")
+    return (f"When {data['n_shifted']} images move by up to {within} pixel{'s' * (within > 1)}, as in training, the "
+            f"predicted class stays in {staying('consistency')}.{beyond} With random weights, which answer much alike "
+            f"whatever they see, it stays in {control} ({data['n_control']} images). With {at} of the patches of the "
+            f"ViT's own grid shuffled {what_remains(data, 'shuffled')}. On a grid moved by half a patch, which cuts its "
+            f"tokens too, {what_remains(data, MOVED)}. With {at} hidden by the mean {what_remains(data, 'hidden, mean')}.")
 
 
 def what_remains(data, change):
@@ -483,11 +484,14 @@ def what_remains(data, change):
         return "nothing follows, as no model does better than guessing to begin with"
     values = listed(f"{after / before:.0%} ({name}; guessing {guessing / before:.0%})"
                     for name, (before, after) in counts.items())
-    if not any(beats_guessing(after, data) for _, after in counts.values()):
+    left = {name: pair for name, pair in counts.items() if beats_guessing(pair[1], data)}
+    if not left:
         end = "no model does better than guessing then" if len(counts) > 1 else "that is no more than guessing gives"
+    elif len(left) == 1 and len(counts) > 1:
+        end = f"only {listed(left)} still does better than guessing"
     else:
-        tough = level_with_the_best({name: after / before for name, (before, after) in counts.items()},
-                                    {name: variance_of_ratio(*pair, n) for name, pair in counts.items()})
+        tough = level_with_the_best({name: after / before for name, (before, after) in left.items()},
+                                    {name: variance_of_ratio(*pair, n) for name, pair in left.items()})
         end = told(tough, len(counts))
     return f"there are {values} as many right answers as before: {end}"
 
@@ -505,7 +509,8 @@ def variance_of_ratio(before, after, n):
 def table_of_positions(data):
     heads = ["", "moved as in training", "further", f"as in training, {RANDOM}",
              *(f"{what}, {data['shares'][-1]:.0%}" for what in next(iter(data["models"].values()))["correct"])]
-    return [(f"Class that stays, and images of {data['n']} still right", [heads] + [
+    return [(f"Class that stays, of {data['n_shifted']} images moved ({data['n_control']} with random weights), and "
+             f"images of {data['n']} still right", [heads] + [
         [name, f"{model['consistency']:.0%}",
          "" if model["consistency_beyond"] is None else f"{model['consistency_beyond']:.0%}",
          f"{model[f'consistency, {RANDOM}']:.0%}", *(counts[-1] for counts in model["correct"].values())]

@@ -691,7 +691,7 @@ def choose_targets(logits, target, class_names=None):
     for one in labels:
         if isinstance(one, bool) or not isinstance(one, (int, np.integer)) or not 0 <= one < K:
             raise InputError(f"target {one!r} is out of range; expected a class from 0 to {K - 1}"
-                             + (", or its name" if class_names else ""))
+                             + (f", or a name such as {class_names[0]!r}" if class_names else ""))
     return torch.tensor(labels, device=logits.device).expand(B)
 
 

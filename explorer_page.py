@@ -289,8 +289,10 @@ function show() {
   panels.forEach(({m, model, view, most: label, jump, strip, numbers, lens, title}, i) => {
     const own = m.images[state.image], values = all[i].values, cnn = m.kind === 'cnn';
     const top = cnn || state.method === 'relevance' ? most[i] : Math.max(...attending);
-    const place = cnn ? (state.direction === 'from' ? 'what the unit at this place sees' : 'which units see this place')
-      + ', after ' + m.depths[layerOf(m)] : state.method !== 'attention' ? METHODS[state.method]
+    const middle = state.patch < 0 ? 'in the middle (' + placeName(m, placeIn(m)) + '; the head reads all)' : '';
+    const place = cnn ? (state.direction === 'from' ? 'what the unit ' + (middle || 'at this place') + ' sees'
+                        : 'which units see the place ' + (middle || 'chosen')) + ', after ' + m.depths[layerOf(m)]
+      : state.method !== 'attention' ? METHODS[state.method]
       : 'layer ' + layerOf(m) + (headOf(m) < 0 ? ', mean of ' + m.heads + ' heads' : ', head ' + headOf(m));
     title.textContent = [m.name, own.prediction, place].filter(text => text).join('; ');
     drawView(view, pictureOf(model), m, values, top, placeIn(m));

@@ -427,6 +427,8 @@ def open_image(path):
             return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise InputError(f"there is no image file {str(path)!r}: give the path of one") from None
+    except IsADirectoryError:
+        raise InputError(f"{str(path)!r} is a folder: give the path of an image file in it") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise UnreadableImage(str(path), " ".join(str(error).split()) or type(error).__name__) from None
 

@@ -133,6 +133,12 @@ def test_many_panels_of_curves_stand_in_two_rows():
     assert [axes.get_ylabel() for axes in figure.axes] == ["right (%)", "", "", "right (%)", ""]
 
 
+def test_panels_share_an_axis_that_holds_all_their_points():
+    figure = c.plot_curves({"low": {"A": [(0, 2), (1, 5)]}, "high": {"A": [(0, 3), (1, 11)]}}, "depth", "radius")
+    assert {axes.get_ylim()[0] for axes in figure.axes} == {0}
+    assert min(axes.get_ylim()[1] for axes in figure.axes) >= 11
+
+
 def test_matrices_in_rows_and_numbered_from_the_middle():
     figure = c.plot_matrices([torch.rand(5, 5)] * 7, list("abcdefg"), "share", most=1, centred=True, title="shifts")
     panels = [axes for axes in figure.axes if axes.images]
