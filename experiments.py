@@ -470,8 +470,9 @@ def say_position(data):
     return (f"When {data['n_shifted']} images move by up to {within} pixel{'s' * (within > 1)}, as in training, the "
             f"predicted class stays in {staying('consistency')}.{beyond} With random weights, which answer much alike "
             f"whatever they see, it stays in {control} ({data['n_control']} images). With {at} of the patches of the "
-            f"ViT's own grid shuffled {what_remains(data, 'shuffled')}. On a grid moved by half a patch, which cuts its "
-            f"tokens too, {what_remains(data, MOVED)}. With {at} hidden by the mean {what_remains(data, 'hidden, mean')}.")
+            f"ViT's own grid shuffled {what_remains(data, 'shuffled')}. On a grid moved by half a patch, which cuts "
+            f"its tokens too, {what_remains(data, MOVED)}. With {at} hidden by the mean "
+            f"{what_remains(data, 'hidden, mean')}.")
 
 
 def what_remains(data, change):
