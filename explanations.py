@@ -155,9 +155,9 @@ def relevance_heat(model, images, targets):
     check_head(model)
     seen = record(model, images, gradients=True)
     gradients = torch.autograd.grad(chosen(seen.logits, targets), seen.maps)
-    related = relevance(torch.stack(seen.maps), torch.stack(gradients))  # (B, N, N)
-    check_finite_numbers(model, related)
-    return for_the_head(related - torch.eye(related.shape[-1]).to(related), seen)
+    gained = relevance_gained(torch.stack(seen.maps), torch.stack(gradients))  # (B, N, N)
+    check_finite_numbers(model, gained)
+    return for_the_head(gained, seen)
 
 
 def cam_heat(model, images, targets, layer_idx=None):
