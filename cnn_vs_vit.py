@@ -11,6 +11,7 @@ A run leaves a folder with report.html (one file, to open and to send), results.
 Letters:  N images, S side of an image in pixels.
 """
 
+import argparse
 import hashlib
 import json
 import re
@@ -48,6 +49,7 @@ from learning import (
     SEEDS,
     SHARES,
     STEPS_BETWEEN,
+    Recipe,
     banded,
     build_kind,
     check_result,
@@ -184,22 +186,26 @@ def cell_file(name, kind, number, n_images, dataset):
 @dataclass(frozen=True)
 class Plan:
     """What --full trains: cells as planned() gives them, kept in folder; settings: experiment -> what its cells have in
-    common; loaders and dataset, of the images of "data"; few: how many images a dry run draws; options: the command's.
+    common; loaders and dataset, of the images of "data"; options: the command's.
     """
     cells: list
     folder: Path
-    recipe: object
+    recipe: Recipe
     settings: dict
     loaders: tuple
     dataset: str
-    few: dict
-    options: object
+    options: argparse.Namespace
 
     def path(self, name, kind, number, n_images):
         return self.folder / cell_file(name, kind, number, n_images, self.dataset_of(name))
 
     def dataset_of(self, name):
         return self.dataset if name == "data" else ""
+
+
+def fewer(options):
+    """How many images reach and cues draw in a dry run; nothing else, for their own numbers."""
+    return dict(n_images=40, n_test=8) if options.dry_run else {}
 
 
 def plan_cells(names, folder, options, recipe=RECIPE):
@@ -211,7 +217,6 @@ def plan_cells(names, folder, options, recipe=RECIPE):
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()  # OSError where nothing can be kept there
     loaders, numbers, dataset, images = (), (), "", {}
-    few = dict(n_images=40, n_test=8) if options.dry_run else {}
     if "data" in names:
         loaders = loaders_of(options)
         train_loader, _, test_loader = loaders
@@ -225,10 +230,11 @@ def plan_cells(names, folder, options, recipe=RECIPE):
         images = dict(n_images=train_loader.n_images, img_size=train_loader.img_size, n_test=test_loader.n_images,
                       class_names=list(train_loader.class_names), cut=options.seed, content=content_of(loaders))
     precision = choose_precision(options.amp, choose_device(options.device))
-    settings = {name: json.loads(json.dumps(dict(recipe=asdict(recipe), images=images if name == "data" else few,
-                                                 precision=str(precision or torch.float32)))) for name in names}
+    common = dict(recipe=asdict(recipe), precision=str(precision or torch.float32))
+    settings = {name: json.loads(json.dumps(common | dict(images=images if name == "data" else fewer(options))))
+                for name in names}
     plan = Plan(planned(names, numbers, SEEDS[:1] if options.dry_run else SEEDS), folder, recipe, settings, loaders,
-                dataset, few, options)
+                dataset, options)
     for name in names:
         check_setting(settings[name], name, plan.dataset_of(name), folder)
     return plan
@@ -258,7 +264,7 @@ def train_cells(plan):
             run = dict(recipe=plan.recipe, device=options.device, amp=options.amp, rates=rates)
             try:
                 measured = measure_data(kind, number, n_images, plan.loaders, **run) | dict(dataset=plan.dataset) \
-                    if name == "data" else LEARNING[name].measure(kind, number, **run, **plan.few)
+                    if name == "data" else LEARNING[name].measure(kind, number, **run, **fewer(options))
             except NotFinite as error:
                 tqdm.write(f"{path.stem} is left out: {error}")
                 continue

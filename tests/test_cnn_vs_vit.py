@@ -89,8 +89,9 @@ def train(names, folder, options, *recipe):
     return cv.train_cells(cv.plan_cells(names, folder, options, *recipe))
 
 
-def test_cells_that_are_there_are_not_measured_again(few, tmp_path):
+def test_cells_that_are_there_are_not_measured_again(few, tmp_path, capsys):
     cells = train(["reach"], tmp_path, options("--full"))
+    assert "reach-ViT-0: kept, 1 of 12" in capsys.readouterr().out
     assert len(few) == len(cells["reach"]) == 12
     (tmp_path / "reach-ConvNet-1.json").unlink()
     again = train(["reach"], tmp_path, options("--full"))

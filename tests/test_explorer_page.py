@@ -390,3 +390,12 @@ def test_a_depth_of_the_convnet_is_chosen_apart(opened):
     opened.locator("canvas.strip").nth(1).click(position=dict(x=box["width"] / 2, y=box["height"] / 6))
     assert state(opened)["method"] == "relevance"
     assert headings(opened)[1].endswith("after the stem")
+
+
+def test_the_unit_of_the_convnet_is_named_while_nothing_is_pointed_at(opened):
+    assert "what the unit in the middle (row" in headings(opened)[1]
+    opened.locator("canvas.view").first.focus()
+    opened.keyboard.press("ArrowRight")
+    assert "what the unit at this place sees" in headings(opened)[1]
+    opened.keyboard.press("d")
+    assert "which units see the place chosen" in headings(opened)[1]

@@ -262,6 +262,7 @@ def test_the_page_is_said_to_be_cut_as_the_model_asks(build, words, tmp_path, mo
 
 @pytest.mark.parametrize(("words", "expected"), [
     (["lok"], "invalid choice: 'lok'"), (["explore", "nowhere.jpg"], "no image file 'nowhere.jpg'"),
+    (["explore", "."], "'.' is a folder: give the path of an image file in it"),
     (["explore", "--pretrained", "convnet_shapes"], "ConvNet has no attention maps"),
     (["explore", "--n-images", "0"], "--n-images: 0 is out of range"), ([], "required")])
 def test_bad_words_end_in_one_line(words, expected, capsys, tmp_path, monkeypatch):
