@@ -8,7 +8,7 @@
 
 A run leaves a folder with report.html (one file, to open and to send), results.json and the figures.
 
-Letters:  N images, S side of an image in pixels.
+Shapes:  N images, S side of an image in pixels.
 """
 
 import argparse
@@ -26,57 +26,46 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from augmentation import SMALL_SIDE
-from charts import plot_bars, save_figure
-from cnn_model import HybridCNNViT
-from command_line import (
-    Bounded,
-    Interrupts,
-    OneLineParser,
-    new_output_dir,
-    positive,
-    script,
-    seed,
-    unless_empty,
-    write_json,
-)
-from drawn_shapes import TEST_START
-from experiments import EXPERIMENTS, Subjects, listed
-from learning import (
+from train_vit import LINEAR_IMAGES, NotFinite, report_skipped
+from vit_bridge.analysis.cost import throughput
+from vit_bridge.cli import Bounded, OneLineParser, positive, script, seed
+from vit_bridge.compare.experiments import EXPERIMENTS, ComparisonSetup
+from vit_bridge.compare.report import Section, write_report
+from vit_bridge.compare.statistics import join_words, margin, mean_min_max
+from vit_bridge.compare.trials import (
+    CNN_TO_VIT_MODELS,
     LEARNING,
     RATES,
     RECIPE,
     SEEDS,
-    SHARES,
-    STEPS_BETWEEN,
+    TRAIN_FRACTIONS,
     Recipe,
-    banded,
     build_kind,
     check_result,
-    judge,
-    margin,
+    compare_on_dataset,
     measure_data,
     numbers_of_images,
-    verdict,
+    summarise,
 )
-from measurements import choose_device, choose_precision, linear_classifier, throughput
-from model_zoo import build_model, create_pretrained
-from report import Section, write_report
-from run_folder import commit, machine
-from train_vit import LINEAR_IMAGES, report_skipped
-from trainer import NotFinite
-from visualizations import normalise
-from vit_data import MemoryLoader, get_data_loaders, get_test_loader, make_shapes
-from vit_model import InputError, check_choice
+from vit_bridge.data.images import normalise
+from vit_bridge.data.loaders import MemoryLoader, get_data_loaders, get_test_loader
+from vit_bridge.data.shapes import TEST_START, make_shapes
+from vit_bridge.errors import InputError, check_choice
+from vit_bridge.models.hybrid import HybridCNNViT
+from vit_bridge.plots.charts import plot_bars, save_figure
+from vit_bridge.preprocessing import SMALL_SIDE
+from vit_bridge.runtime import choose_device, choose_precision
+from vit_bridge.system import ROOT, Interrupts, commit, machine, new_output_dir, unless_empty, write_json
+from vit_bridge.training.linear_probe import linear_classifier
+from vit_bridge.weights.pretrained import create_pretrained
 
-__all__ = ["HybridCNNViT", "matched_models", "shipped_models", "shipped_subjects"]
-
+__all__ = ["HybridCNNViT", "shipped_models", "shipped_setup"]
 NAMES = {"ConvNet": "convnet", "Hybrid": "hybrid", "ViT": "vit_nano"}
 FEW_STEPS = 100  # with fewer a verdict says that it is one of too little training
 FEW_IMAGES = 1000  # with fewer it names fine-tuning
 RECIPE_WORDS = (f"All have the same time and one recipe, not those of train_vit.py: {RECIPE.optimizer} at "
                 f"{RATES[1]:g}, batches of {RECIPE.batch_size}.")
-COMMITTED = Path(__file__).parent / "benchmarks" / "results"
+COMMITTED = ROOT / "benchmarks" / "results"
 INTRODUCTION = ("ConvNet, hybrid and ViT of nearly equal size, measured side by side. Each experiment has a control: "
                 "the same model with random weights, uniform attention, a formula, or guessing. The sentences are made "
                 "from the numbers.")
@@ -85,37 +74,29 @@ SHIPPED = ("What was measured now was asked of the models that come along, train
            "(97.9%); what differs between them there may be due to that too.")
 
 
-def matched_models(n_classes=10, img_size=32):
-    """ConvNet, hybrid and ViT of nearly the same parameter count, untrained: a dict by name.
-
-    Within 10% with 10 classes at 32 pixels; at other sizes positions and patch projections differ more.
-    """
-    return {name: build_model(key, n_classes=n_classes, img_size=img_size) for name, key in NAMES.items()}
-
-
 def shipped_models():
     """The three that come with the project, trained on the drawn shapes: a dict by name."""
     return {name: create_pretrained(f"{key}_shapes") for name, key in NAMES.items()}
 
 
-def shipped_subjects(n_images=500, **settings):
+def shipped_setup(n_images=500, **settings):
     """The shipped models and test images of the drawn shapes, as the experiments take them."""
     models = shipped_models()
     one = next(iter(models.values()))
     drawn = make_shapes(n_images, one.img_size, start=TEST_START)
-    return Subjects(models, normalise(drawn.images, one.mean, one.std), drawn.labels, one.mean, one.std, **settings)
+    return ComparisonSetup(models, normalise(drawn.images, one.mean, one.std), drawn.labels, one.mean, one.std, **settings)
 
 
 # ---- What is measured -------------------------------------------------------------------------------------
 
 
-def look(subjects, names, folder, progress=True):
+def look(setup, names, folder, progress=True):
     """The experiments of these names: ({name: data}, sections of the report), printed and drawn as they come."""
     results, sections = {}, []
     for name in names:
         experiment, started = EXPERIMENTS[name], time.perf_counter()
-        data = experiment.measure(subjects)
-        figures = experiment.show(subjects) | experiment.draw(data)
+        data = experiment.measure(setup)
+        figures = experiment.show(setup) | experiment.draw(data)
         results[name] = dict(data=data, finding=experiment.say(data), seconds=round(time.perf_counter() - started, 1))
         tell(experiment.title, results[name]["finding"], results[name]["seconds"])
         keep(figures, folder)
@@ -175,7 +156,7 @@ def planned(names, numbers, seeds=SEEDS):
     """(experiment, kind, seed, number of images) of every cell; the last is None but for "data", whose most images come
     first."""
     return [(name, kind, number, n_images) for name in names for n_images in (numbers if name == "data" else (None,))
-            for number in seeds for kind in STEPS_BETWEEN]
+            for number in seeds for kind in CNN_TO_VIT_MODELS]
 
 
 def cell_file(name, kind, number, n_images, dataset):
@@ -223,7 +204,7 @@ def plan_cells(names, folder, options, recipe=RECIPE):
         if test_loader is None:
             raise InputError(f"{options.data_dir} has no test images, and the validation images choose the learning "
                              f"rates; put some into test/<class>/")
-        for kind in STEPS_BETWEEN:
+        for kind in CNN_TO_VIT_MODELS:
             build_kind(kind, len(train_loader.class_names), train_loader.img_size)
         numbers = numbers_of_images(options.shares, train_loader.n_images, len(train_loader.class_names))
         dataset = name_of(options.data_dir, train_loader)
@@ -378,7 +359,7 @@ def skipped_of(loaders):
 def fit_and_choose(train_loader):
     """(four of five, every fifth) of the training images, not augmented: to fit a linear classifier, and to choose its
     strength where the validation images are those that are asked."""
-    plain = train_loader.plain(LINEAR_IMAGES)
+    plain = train_loader.without_augmentation(LINEAR_IMAGES)
     fifth = torch.arange(plain.n_images, device=plain.labels.device) % 5 == 0  # (n)
     return [MemoryLoader(plain.images[part], plain.labels[part], plain.facts, plain.batch_size)
             for part in (~fifth, fifth)]
@@ -398,20 +379,20 @@ def judge_folder(options, folder):
           f"seeds each; asked are {asked.n_images:,} {split} images. {RECIPE_WORDS}")
     with Interrupts() as interrupts:
         interrupts.advice = "a verdict needs all trainings, and nothing of it is kept; give fewer --minutes"
-        rows = judge(loaders, 0.01 if options.dry_run else options.minutes, device=options.device, amp=options.amp)
+        rows = compare_on_dataset(loaders, 0.01 if options.dry_run else options.minutes, device=options.device, amp=options.amp)
     device = choose_device(options.device)
     costs = {kind: 1e3 / throughput(build_kind(kind, len(train_loader.class_names), train_loader.img_size),
                                     batch_size=32, seconds=0.5, device=device) for kind in rows}
-    parts = fit_and_choose(train_loader) if test_loader is None else (train_loader.plain(LINEAR_IMAGES), val_loader)
+    parts = fit_and_choose(train_loader) if test_loader is None else (train_loader.without_augmentation(LINEAR_IMAGES), val_loader)
     controls = {"a linear classifier on the pixels": linear_classifier(*parts, asked)["test_acc"],
                 "naming the largest class every time": largest_class(train_loader, asked)}
-    finding = verdict(rows, costs) + " For comparison: " + listed(f"{share:.1%} by {name}" for name, share in
+    finding = summarise(rows, costs) + " For comparison: " + join_words(f"{share:.1%} by {name}" for name, share in
                                                                   controls.items()) + "."
-    finding += weakness(rows, controls, train_loader.n_images)
+    finding += caveats(rows, controls, train_loader.n_images)
     skipped = skipped_of(loaders)
     finding += f" Left out: {len(skipped)} image files that cannot be read." if skipped else ""
     tell("Which for these images?", finding)
-    levels = {name: banded([row["accuracy"] for row in own]) for name, own in rows.items()}
+    levels = {name: mean_min_max([row["accuracy"] for row in own]) for name, own in rows.items()}
     panels = {f"accuracy on the {split} images\n(lines: lowest and highest seed)": levels | controls,
               f"milliseconds an image\n({device.type}, batches of 32)": costs}
     figures = {"verdict": plot_bars(panels)}
@@ -432,7 +413,7 @@ def largest_class(train_loader, asked):
     return asked.class_counts[counts.index(max(counts))] / asked.n_images
 
 
-def weakness(rows, controls, n_images):
+def caveats(rows, controls, n_images):
     """In words, why the models of judge() may not be what they could be; "" where nothing speaks for it."""
     least, n = min(own[0]["n_steps"] for own in rows.values()), len(next(iter(rows.values()))[0]["right"])
     text = f" Only {least} steps fitted into the time of one of them: too few to judge by, give more minutes." \
@@ -471,8 +452,8 @@ def compare(options, folder):
         results, sections = {}, []
         if looked:
             little = dict(n_images=16, seconds=0.01, sizes=(32,), patches=(32,), reach=1)
-            subjects = shipped_subjects(**little if options.dry_run else {})
-            results, sections = look(subjects, looked, folder)
+            setup = shipped_setup(**little if options.dry_run else {})
+            results, sections = look(setup, looked, folder)
             introduction += f" {SHIPPED}"
         if options.full:
             cells = train_cells(plan)
@@ -500,7 +481,7 @@ def make_parser():
                              f"get {SMALL_SIDE})")
     parser.add_argument("--minutes", type=positive(), help="with --data-dir: train all three on these images within so "
                                                            "many, and say which is better there")
-    parser.add_argument("--shares", nargs="+", type=Bounded(float, 1e-6, 1, "above 0 to 1"), default=list(SHARES),
+    parser.add_argument("--shares", nargs="+", type=Bounded(float, 1e-6, 1, "above 0 to 1"), default=list(TRAIN_FRACTIONS),
                         help="of the training images, for data efficiency")
     parser.add_argument("--seed", type=seed(), default=0, help="of the validation cut")
     parser.add_argument("--skip-corrupt", action="store_true", help="leave out image files that cannot be read")

@@ -8,7 +8,7 @@
 
 Each prints what to look at and the figure that it measured, and saves a picture in --output-dir.
 
-Letters:  B images, P patch side, N tokens, D width, H heads, K = D / H width of a head.
+Shapes:  B images, P patch side, N tokens, D width, H heads, K = D / H width of a head.
 """
 
 import math
@@ -21,26 +21,26 @@ import torch.nn.functional as F
 from matplotlib import cbook
 from torch import nn
 
-from cnn_model import HybridCNNViT
-from command_line import OneLineParser, percent, script
-from exercises import EXERCISES, check_file, default_path, write_stub
-from measurements import attention_maps, count_flops, count_parameters, receptive_field, wilson_interval
-from model_zoo import create_pretrained
-from quiz import ask
-from trainer import Trainer
-from visualizations import (
-    plot_bars,
-    plot_images,
-    plot_matrices,
-    plot_training_curves,
-    save_figure,
-    visualize_attention_grid,
-    visualize_patch_embedding,
-)
-from vit_data import SHAPES, MemoryLoader, SetFacts, eval_transform, get_data_loaders, make_shapes, open_image
+from train_vit import Trainer
+from visualizations import plot_images, visualize_attention_grid, visualize_patch_embedding
+from vit_bridge.analysis.capture import attention_maps
+from vit_bridge.analysis.cost import count_flops, count_parameters
+from vit_bridge.analysis.metrics import percent, wilson_interval
+from vit_bridge.analysis.receptive_field import receptive_field
+from vit_bridge.cli import OneLineParser, script
+from vit_bridge.data.datasets import DatasetInfo
+from vit_bridge.data.images import open_image
+from vit_bridge.data.loaders import MemoryLoader, get_data_loaders
+from vit_bridge.data.shapes import SHAPES, make_shapes
+from vit_bridge.errors import InputError
+from vit_bridge.lessons.exercises import EXERCISES, check_file, default_path, write_stub
+from vit_bridge.lessons.quiz import ask
+from vit_bridge.models.hybrid import HybridCNNViT
+from vit_bridge.plots.charts import plot_bars, plot_matrices, plot_training_curves, save_figure
+from vit_bridge.preprocessing import eval_transform
+from vit_bridge.weights.pretrained import create_pretrained
 from vit_model import (
     VARIANTS,
-    InputError,
     MultiHeadAttention,
     PatchEmbedding,
     VisionTransformer,
@@ -243,7 +243,7 @@ def first_training():
 
 def transfer():
     """Transfer: a frozen backbone that learned ten shapes, a new head that learns round or straight from 100 images."""
-    facts = SetFacts("edges", ["round", "straight"], 32, (0.5,) * 3, (0.25,) * 3)
+    facts = DatasetInfo("edges", ["round", "straight"], 32, (0.5,) * 3, (0.25,) * 3)
     straight = torch.tensor([name in ("triangle", "square", "star", "cross", "tee") for name in SHAPES]).long()
     train, test = make_shapes(100, 32, start=60_000), make_shapes(1_000, 32, start=70_000)
     train_loader = MemoryLoader(train.images, straight[train.labels], facts, batch_size=20, training=True)

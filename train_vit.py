@@ -11,55 +11,90 @@
     python train_vit.py evaluate --checkpoint runs/NAME/best.pt --data-dir photos
     python train_vit.py predict --checkpoint runs/NAME/best.pt a.jpg b.jpg
     python train_vit.py export --checkpoint runs/NAME/best.pt
+    python train_vit.py inspect FILE                            what a checkpoint is, and how it would load
 
 A run leaves runs/NAME/ with config.json, history.csv, result.json, best.pt, last.pt, curves.png and, where the model
-has attention, attention.png. Checkpoints open with model_zoo.load_model.
+has attention, attention.png. Checkpoints open with vit_bridge.weights.checkpoints.load_model.
 
-Letters:  S side of an image in pixels.
+Shapes:  S side of an image in pixels.
 """
 
 import argparse
+import copy
+import csv
+import hashlib
 import itertools
 import json
+import math
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 import torchvision
+from matplotlib import font_manager
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
 
-from augmentation import FLIPS, MIXINGS, Augmentation
-from cnn_model import ConvNet, whiten_first_layer, whitening_layer
-from command_line import (
-    Bounded,
+from visualizations import plot_images, visualize_attention_grid
+from vit_bridge.analysis.cost import count_parameters
+from vit_bridge.analysis.metrics import class_recalls, percent, wilson_interval
+from vit_bridge.cli import Bounded, OneLineParser, int_at_least, positive, script, seed
+from vit_bridge.data.augmentation import FLIPS, MIXINGS, Augmentation, mix_seed
+from vit_bridge.data.datasets import DATASETS, DEFAULT_DATA_DIR, TORCHVISION_SETS, choose_set
+from vit_bridge.data.images import prepare_image
+from vit_bridge.data.loaders import MemoryLoader, get_data_loaders, get_evaluation_loader, get_test_loader
+from vit_bridge.errors import InputError, check_choice, check_int
+from vit_bridge.inference import Mirrored, batches_of, check_has_head, export_onnx, predict, ranked, score
+from vit_bridge.models.convnet import ConvNet
+from vit_bridge.models.registry import MODELS, build_model, whiten_first_layer, whitening_layer
+from vit_bridge.plots.charts import plot_confusion, plot_training_curves, save_figure
+from vit_bridge.preprocessing import SMALL_SIDE
+from vit_bridge.runtime import (
+    OutOfMemory,
+    choose_device,
+    choose_precision,
+    evaluating,
+    explain_out_of_memory,
+    processes,
+)
+from vit_bridge.system import (
     Interrupted,
     Interrupts,
-    OneLineParser,
+    all_gather_object,
+    broadcast_object,
     n_processes,
     new_output_dir,
-    of_all,
-    of_first,
-    percent,
-    positive,
     process_number,
-    processes,
-    script,
-    seed,
-    whole,
+    unless_empty,
     write_json,
 )
-from inference import Mirrored, evaluate_command, export_command, fingerprint, predict, predict_command
-from measurements import choose_precision, count_parameters, linear_classifier, wilson_interval
-from model_zoo import MODELS, PRETRAINED, build_model, create_pretrained, load_model
-from optimizers import OPTIMIZERS, SCHEDULES
-from recipes import RECIPES, Recipe, choose_recipe
-from run_folder import (
+from vit_bridge.training.config import RECIPES, Recipe, choose_recipe
+from vit_bridge.training.linear_probe import feature_loaders, linear_classifier
+from vit_bridge.training.objectives import ClassificationMetrics, CrossEntropy, balancing_weights
+from vit_bridge.training.optimizers import (
+    OPTIMIZERS,
+    SCHEDULES,
+    layer_lr_scales,
+    learning_rate_at,
+    make_optimizer,
+    update_average,
+)
+from vit_bridge.training.run_folder import (
     BEST,
     CONFIG,
     LAST,
@@ -69,18 +104,477 @@ from run_folder import (
     folder_to_resume,
     holds_run,
     lock_folder,
+    on_cpu,
     options_to_resume,
     read_run,
 )
-from trainer import CrossEntropy, NotFinite, OutOfMemory, Stopped, Trainer, balancing_weights, steps_within
-from transfer import feature_loaders, layer_factors
-from visualizations import plot_training_curves, save_figure, visualize_attention_grid
-from vit_data import SMALL_SIDE, TORCHVISION_SETS, MemoryLoader, choose_set, get_data_loaders, get_test_loader
-from vit_model import InputError, VisionTransformer, allow_any_size, check_choice, freeze_backbone, pair
+from vit_bridge.weights.checkpoints import describe_checkpoint, load_model, one_side, read_checkpoint
+from vit_bridge.weights.pretrained import PRETRAINED, create_pretrained, describe_pretrained
+from vit_model import VisionTransformer, allow_any_size, freeze_backbone, pair
 
 __all__ = ["Trainer", "get_data_loaders", "predict"]
+HISTORY = ("train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc", "lr", "seconds", "images_per_second")
+CHECK_EVERY = 10  # steps between two looks at whether all is finite, where looking makes the CPU wait for a GPU
 
-COMMANDS = dict(evaluate=evaluate_command, predict=predict_command, export=export_command)
+
+class NotFinite(InputError):
+    """Loss or gradient ceased to be finite numbers."""
+
+
+class Stopped(Exception):
+    """A training was asked to stop; `state`, a TrainState, says where it stands."""
+
+    def __init__(self, state):
+        super().__init__(f"stopped after step {state.step}")
+        self.state = state
+
+
+# ---- The recipe of a step ---------------------------------------------------------------------------------
+
+
+def set_train_mode(model):
+    """model.train(), but what is wholly frozen stays in eval mode: no dropout there, batch statistics kept. Where
+    nothing but the last layer is trained, so do layers without parameters, such as the dropout after the positions."""
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            module.eval()
+    own, layers = list(model.parameters(recurse=False)), [list(child.parameters()) for child in model.children()]
+    before_head = [*own, *chain(*list(filter(None, layers))[:-1])]
+    if before_head and not any(p.requires_grad for p in before_head):
+        for child, parameters in zip(model.children(), layers, strict=True):
+            if not parameters:
+                child.eval()
+
+
+# ---- The Trainer ------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """Trains any module that maps images (B, ...) to logits (B, C).
+
+    device     "auto", "cpu", "cuda", "cuda:N" or "mps"; the model is moved there
+    loss_fn    (logits, labels) -> a scalar, the mean over the images; None: cross-entropy with label smoothing 0.1. It
+               serves training and evaluation alike, so that the two curves can be compared
+    amp        "auto", "off", "bf16" or "fp16", as choose_precision has it
+    clip_norm  the gradient's largest norm
+    accumulate every batch goes through the model in so many parts, one after the other: the same step with less memory
+               (but see differences())
+    compile    trains through torch.compile
+
+    After train(), `data_share` is the share of the training seconds that went to fetching and augmenting images;
+    on CUDA only what the CPU waited for is counted. `average` is the average of the weights, where one was asked for.
+    """
+
+    def __init__(self, model, device="auto", loss_fn=None, amp="auto", clip_norm=1.0, accumulate=1, compile=False):
+        check_int("accumulate", accumulate, 1)
+        self.device = choose_device(device)
+        self.dtype = choose_precision(amp, self.device)
+        self.model = model.to(self.device)
+        self.loss_fn = loss_fn or CrossEntropy(label_smoothing=0.1)
+        if isinstance(self.loss_fn, nn.Module):
+            self.loss_fn.to(self.device)
+        self.clip_norm, self.accumulate, self.compile = clip_norm, accumulate, compile
+        parallel = dist.is_available() and dist.is_initialized()
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
+        self.parallel, self.average, self.data_share = None, None, 0.0
+
+    def train(self, train_loader, val_loader=None, n_epochs=10, learning_rate=1e-3, weight_decay=0.05,
+              warmup_epochs=None, n_steps=None, *, seed=None, lr_scales=None, ema_decay=None, resume=None,
+              on_batch=None, on_epoch=None, on_save=None, save_every=180.0, progress=True, optimizer="adamw",
+              schedule="cosine", mixing=None, low=None):
+        """The learning rate is warmed up and then let down, step by step.
+
+        train_loader   gives (images, labels) batches, has len(); set_position(epoch, batch) or set_epoch(epoch),
+                       set_share(rank, n_ranks) and to(device) are called where it has them
+        val_loader     evaluated after every epoch; None leaves NaN in its columns
+        warmup_epochs  None: a twentieth of the run
+        n_steps        ends the run after so many steps, whatever n_epochs says; the last epoch may be a part
+        seed           of dropout, step by step; None: one number drawn from torch's generator, which is otherwise left
+                       as it was
+        rate_factors   as parameter_groups has it
+        ema_decay      keeps an average of the weights (update_average), which is then what is evaluated; None: none
+        resume         what state_dict() of an earlier TrainState gave: the training goes on from there, exactly,
+                       given the same arguments
+        on_batch       called as on_batch(state) between two batches, of evaluation too; if it returns True, Stopped
+                       is raised, with a state that can be resumed
+        on_epoch       called as on_epoch(state) after every epoch; state.history is the history so far
+        on_save        called as on_save(state) between two batches, every save_every seconds (of the first process's
+                       clock), with a state that can be resumed
+        progress       a bar with loss, accuracy, images a second and the time left
+        optimizer      "adamw", or "muon", as make_optimizer has them
+        schedule       "cosine" or "linear", as learning_rate_at has them
+        mixing         (images, labels) -> (images, answers (B, C)), such as Mixing; the accuracy is then of the class
+                       with the larger share
+        low            (side, share): for this share of the steps images are made smaller, to side x side pixels, which
+                       the model must take; big steps first in little time, as in Howard's fast.ai entry to DAWNBench
+                       (2018). None: never
+
+        Returns the history, a list for each of HISTORY with an entry an epoch: losses, accuracies from 0 to 1 (the
+        balanced one is the mean of the classes'), the last learning rate, the seconds spent training and the images a
+        second. Raises InputError for numbers out of range, where loss or gradient are not finite (with fp16: where no
+        scale of the gradient helps), and where memory does not suffice.
+        """
+        check_choice("schedule", schedule, SCHEDULES)
+        n_steps, warmup_steps = self.plan(train_loader, n_epochs, n_steps, warmup_epochs, learning_rate, weight_decay)
+        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        check_int("seed", seed, 0)
+        forward = self.model
+        if self.world_size > 1:
+            # it gives all processes the first one's weights, before a copy of them is made for the average
+            forward = nn.parallel.DistributedDataParallel(
+                self.model, device_ids=[self.device] if self.device.type == "cuda" else None)
+        self.parallel = forward
+        state = TrainState(self, weight_decay, lr_scales, ema_decay, optimizer)
+        if resume is not None:
+            state.load_state_dict(resume)
+        if self.compile:
+            forward = torch.compile(forward)
+        self.give_share(train_loader)
+        run = Run(n_steps, warmup_steps, learning_rate, seed, forward, on_batch, on_save, save_every, schedule,
+                  mixing, low)
+        with (torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
+              tqdm(total=n_steps, initial=state.step, unit="step", disable=not progress or self.rank > 0,
+                   leave=False) as bar):
+            while state.step < n_steps or state.batch:
+                self.train_epoch(train_loader, state, run, bar)
+                self.end_epoch(val_loader, state, run)
+                if on_epoch:
+                    on_epoch(state)
+        self.average = state.average
+        self.data_share = state.data_seconds / sum(state.history["seconds"])
+        return state.history
+
+    @staticmethod
+    def plan(train_loader, n_epochs, n_steps, warmup_epochs, learning_rate, weight_decay):
+        """(n_steps, warmup_steps) of a run, after a look at every number."""
+        check_int("n_epochs", n_epochs, 1)
+        if not 0 < learning_rate < math.inf:
+            raise InputError(f"learning_rate {learning_rate} is out of range; expected a positive number such as 1e-3")
+        if not 0 <= weight_decay < math.inf:
+            raise InputError(f"weight_decay {weight_decay} is out of range; expected 0 or a positive number")
+        if warmup_epochs is not None and not 0 <= warmup_epochs < math.inf:
+            raise InputError(f"warmup_epochs {warmup_epochs} is out of range; expected 0 or a positive number")
+        if n_steps is None:
+            n_steps = n_epochs * len(train_loader)
+        check_int("n_steps", n_steps, 1)
+        warmup = n_steps / 20 if warmup_epochs is None else warmup_epochs * len(train_loader)
+        return n_steps, min(n_steps, math.ceil(warmup))
+
+    def train_epoch(self, loader, state, run, bar):
+        """The batches of an epoch that are left, from where the state stands."""
+        set_train_mode(self.model)
+        batches = batches_from(loader, len(state.history["lr"]), state.batch)
+        batches = itertools.islice(batches, run.n_steps - state.step)
+        while True:
+            started = time.perf_counter()
+            with explain_out_of_memory(self.device, getattr(loader, "batch_size", "its")):
+                batch = next(batches, None)
+            fetched = time.perf_counter()
+            images, labels = self.share_of(batch, loader) if batch is not None else (None, ())
+            n_all = self.pause(state, run, len(labels))
+            if batch is None:
+                break
+            resumed = time.perf_counter()
+            state.rate = learning_rate_at(state.step, run.n_steps, run.warmup_steps, run.peak, run.schedule)
+            if n_all:
+                torch.manual_seed(mix_seed(run.seed, state.step, self.rank))
+                with explain_out_of_memory(self.device, len(labels), self.accumulate, training=True):
+                    self.step(images, labels, n_all, state, run)
+            state.step, state.batch = state.step + 1, state.batch + 1
+            bar.update()
+            if state.step % 10 == 0 and not bar.disable:
+                summary = state.metrics.summary(state.seconds + time.perf_counter() - resumed)
+                bar.set_postfix(epoch=len(state.history["lr"]) + 1, refresh=False, **summary)
+            state.data_seconds += fetched - started
+            state.seconds += fetched - started + time.perf_counter() - resumed
+        started = time.perf_counter()
+        state.check(run.n_steps)  # which waits for a GPU to finish: that belongs to the training's time
+        state.seconds += time.perf_counter() - started
+
+    def pause(self, state, run, n_own=0):
+        """Between two batches: stops or saves where one process wishes it, all of them alike. Returns how many images
+        all processes have in their next batch, given this one's."""
+        stop = bool(run.on_batch and run.on_batch(state))
+        due = self.rank == 0 and run.on_save is not None and time.perf_counter() - run.saved_at >= run.save_every
+        n_all, stops, saves = self.sums(n_own, stop, due and state.is_finite())
+        if stops or saves:
+            metrics = state.metrics.all_gather_object(self)
+        if stops:
+            state.metrics = metrics
+            raise Stopped(state)
+        if saves:
+            state.metrics = metrics if self.rank == 0 else ClassificationMetrics(self.device)
+            if run.on_save:
+                run.on_save(state)
+            run.saved_at = time.perf_counter()
+        return int(n_all)
+
+    def step(self, images, labels, n_all, state, run):
+        """One step of the optimiser on this process's share of a batch of n_all images.
+
+        The gradient is that of the mean loss over all n_all: each part's loss counts by its images.
+        """
+        state.optimizer.zero_grad(set_to_none=True)
+        n_own, total = len(labels), 0.0
+        if n_own == 0:  # there is nothing to learn from, but the other processes wait for this one's gradients
+            images, labels = images.new_zeros(1, *images.shape[1:]), labels.new_zeros(1)
+            self.model.eval()  # a made-up image leaves no trace in batch statistics
+        size = math.ceil(len(labels) / self.accumulate)
+        parts = list(zip(images.split(size), labels.split(size), strict=True))
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            part = run.sized(part[0], state.step), part[1]
+            part = run.mixing(*part) if run.mixing else part
+            with nullcontext() if last or self.world_size == 1 else self.parallel.no_sync():
+                logits, answers = self.logits_of(part, run.forward)  # (b, C), (b)
+                loss = self.loss_fn(logits, answers)
+                share = (len(answers) if n_own else 0) * self.world_size / n_all
+                state.scaler.scale(loss * share).backward()
+            total += loss.detach() * share
+            if n_own:  # the loss of a step that the scaler skips may be no number: it is left out of the sum
+                state.metrics.add(loss.nan_to_num(0.0, 0.0, 0.0), logits, answers)
+        if n_own == 0:
+            set_train_mode(self.model)
+        state.scaler.unscale_(state.optimizer)  # clip true gradients, not scaled ones
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        state.track_finite(norm.isfinite() & total.isfinite())
+        if self.device.type == "cpu" or state.step % CHECK_EVERY == 0:
+            state.check(run.n_steps)
+        for group in state.optimizer.param_groups:
+            group["lr"] = state.rate * group["rate_factor"]
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        if state.average is not None:
+            update_average(state.average, self.model, state.step, state.ema_decay)
+
+    def end_epoch(self, val_loader, state, run):
+        """Evaluates, and adds the epoch to the history."""
+        metrics = state.metrics.all_gather_object(self)
+        if not metrics.n:
+            raise InputError("the training loader gave no images; expected at least one batch")
+        val = dict(loss=math.nan, acc=math.nan, balanced_acc=math.nan)
+        if val_loader is not None:
+            val = self.evaluate(val_loader, state.average, state, run)
+            if not math.isfinite(val["loss"]):
+                raise NotFinite(f"the validation loss is {val['loss']} after step {state.step} of {run.n_steps}, "
+                                f"learning rate {state.rate:.3g}; try a lower learning rate or a longer warm-up")
+        entries = (metrics.loss.item() / metrics.n, metrics.correct / metrics.n, val["loss"], val["acc"], val["balanced_acc"],
+                   state.rate, state.seconds, metrics.n / state.seconds)
+        for name, value in zip(HISTORY, entries, strict=True):
+            state.history[name].append(value)
+        state.batch, state.seconds, state.metrics = 0, 0.0, ClassificationMetrics(self.device)
+
+    @torch.no_grad()
+    def evaluate(self, loader, model=None, state=None, run=None):
+        """A loader's images in eval mode, each counted once: dict(loss, acc, balanced_acc, correct, n), accuracies
+        from 0 to 1; the balanced one is the mean of those of the classes that have images.
+
+        model: another than the Trainer's own, on its device. state, run: of the training that this belongs to.
+        """
+        model = self.model if model is None else model
+        self.give_share(loader)
+        if self.world_size > 1:
+            for buffer in model.buffers():  # batch statistics are those of the first process everywhere
+                dist.broadcast(buffer, 0)
+        metrics = ClassificationMetrics(self.device)
+        with evaluating(model):
+            for batch in loader:
+                images, labels = self.share_of(batch, loader)
+                if run is not None:
+                    self.pause(state, run)
+                if len(labels):
+                    with explain_out_of_memory(self.device, len(labels)):
+                        logits, labels = self.logits_of((images, labels), model)
+                        metrics.add(self.loss_fn(logits, labels), logits, labels)
+        metrics = metrics.all_gather_object(self)
+        if not metrics.n:
+            raise InputError("the loader gave no images to evaluate; expected at least one batch")
+        return dict(loss=metrics.loss.item() / metrics.n, acc=metrics.correct / metrics.n, balanced_acc=metrics.balanced,
+                    correct=metrics.correct, n=metrics.n)
+
+    def logits_of(self, batch, forward):
+        """(logits in float32, labels) of a batch, on the device. Raises InputError for labels past the head."""
+        images, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            logits = forward(images)  # (b, C)
+        if labels.ndim == 1 and labels.device.type == "cpu" and labels.max() >= logits.shape[1]:
+            raise InputError(f"label {int(labels.max())} has no place among the model's {logits.shape[1]} classes; "
+                             f"build the model with n_classes={int(labels.max()) + 1} or more")
+        return logits.float(), labels
+
+    def batch_split_warning(self, mixing=None):
+        """In words, where this training, with the mixing that train() will get, differs from one process with whole
+        batches; "" where it does not."""
+        if self.world_size == 1 and self.accumulate == 1:
+            return ""
+        modules = list(self.model.modules())
+        reasons = []
+        if any(isinstance(module, _BatchNorm) for module in modules):
+            reasons.append("batch statistics are taken of each part alone")
+        rates = [module.p for module in modules if isinstance(module, _DropoutNd)]
+        if any(rates + [getattr(module, "rate", 0) for module in modules if type(module).__name__ == "DropPath"]):
+            reasons.append("dropout is drawn for each part")
+        if mixing is not None:
+            reasons.append("images are mixed within each part")
+        if self.dtype is not None:
+            reasons.append(f"sums in {str(self.dtype).removeprefix('torch.')} are rounded part by part")
+        ways = [f"over {self.world_size} processes"] * (self.world_size > 1)
+        ways += [f"in {self.accumulate} parts"] * (self.accumulate > 1)
+        split = f"batches split {' and '.join(ways)}"
+        return f"{split}: the losses will not be those of whole batches, as {'; '.join(reasons)}" if reasons else ""
+
+    # ---- Several processes ----
+
+    def give_share(self, loader):
+        """Moves a loader to the device, and tells it its share of the batches, where it can take one."""
+        if hasattr(loader, "to"):
+            loader.to(self.device)
+        if hasattr(loader, "set_shard"):
+            loader.set_shard(self.rank, self.world_size)
+
+    def share_of(self, batch, loader):
+        """This process's part of a batch: every R-th image, unless the loader gave no other."""
+        if self.world_size == 1 or hasattr(loader, "set_shard"):
+            return batch
+        return tuple(tensor[self.rank::self.world_size] for tensor in batch)
+
+    def sums(self, *numbers):
+        """Each number summed over the processes, whose group needs gloo beside nccl: "cpu:gloo,cuda:nccl"."""
+        if self.world_size == 1:
+            return numbers
+        numbers = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(numbers)
+        return numbers.tolist()
+
+
+class Run:
+    """What a call of Trainer.train() keeps from its arguments."""
+
+    def __init__(self, n_steps, warmup_steps, peak, seed, forward, on_batch, on_save, save_every, schedule, mixing,
+                 low):
+        self.n_steps, self.warmup_steps, self.peak, self.seed, self.forward = n_steps, warmup_steps, peak, seed, forward
+        self.schedule, self.mixing, self.low = schedule, mixing, low
+        self.on_batch, self.on_save, self.save_every, self.saved_at = on_batch, on_save, save_every, time.perf_counter()
+
+    def sized(self, images, step):
+        """images (B, C, height, width) as this step has them."""
+        if self.low is None or step >= self.low[1] * self.n_steps:
+            return images
+        side = self.low[0]
+        return F.interpolate(images, (side, side), mode="bilinear", antialias=True)  # (B, C, side, side)
+
+
+class TrainState:
+    """Where a training stands: model, optimiser, scaler, average and counters.
+
+    step      steps done; `batch` of them in the epoch that is not finished
+    history   of the finished epochs; tally, seconds: of the unfinished one
+    trained   the module that is evaluated and kept: the average of the weights where there is one, else the model
+    """
+
+    def __init__(self, trainer, weight_decay, lr_scales=None, ema_decay=None, optimizer="adamw"):
+        self.model, self.ema_decay, self.first = trainer.model, ema_decay, trainer.rank == 0
+        self.optimizer = make_optimizer(optimizer, self.model, weight_decay, lr_scales)
+        self.scaler = torch.amp.GradScaler(trainer.device.type, enabled=trainer.dtype == torch.float16)
+        self.average = None if ema_decay is None else copy.deepcopy(self.model).requires_grad_(False)
+        self.history = {name: [] for name in HISTORY}
+        self.metrics = ClassificationMetrics(trainer.device)
+        self.first_nonfinite_step = torch.tensor(-1, device=trainer.device)  # the step since which something is not finite
+        self.step, self.batch, self.rate, self.seconds, self.data_seconds = 0, 0, 0.0, 0.0, 0.0
+
+    @property
+    def trained(self):
+        return self.model if self.average is None else self.average
+
+    def state_dict(self):
+        """Plain tensors, numbers and text, on the CPU."""
+        counters = {name: getattr(self, name) for name in ("step", "batch", "rate", "seconds", "data_seconds")}
+        average = None if self.average is None else self.average.state_dict()
+        return on_cpu(dict(counters, model=self.model.state_dict(), average=average, tally=self.metrics.state_dict(),
+                           optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
+                           history=copy.deepcopy(self.history)))
+
+    def load_state_dict(self, entries):
+        """Raises InputError where the entries are of another model or optimiser."""
+        try:
+            if (entries["average"] is None) != (self.average is None):
+                raise ValueError("of one and not of the other an average was kept")
+            self.model.load_state_dict(entries["model"])
+            if self.average is not None:
+                self.average.load_state_dict(entries["average"])
+            self.optimizer.load_state_dict(copy.deepcopy(entries["optimizer"]))  # it would take the tensors themselves
+            self.scaler.load_state_dict(entries["scaler"])
+            if self.first:  # the processes' tallies are added up, and this one is of all of them
+                self.metrics.load_state_dict(entries["tally"])
+            self.history = {name: list(entries["history"][name]) for name in HISTORY}
+            for name in ("step", "batch", "rate", "seconds", "data_seconds"):
+                setattr(self, name, entries[name])
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            raise InputError(f"the training state does not fit this training ({' '.join(str(error).split())[:200]}); "
+                             f"resume with the arguments that it was saved from") from error
+
+    def track_finite(self, sound):
+        """Notes the step since which something is not finite. With a scaler, which skips such steps, a sound step
+        clears the note."""
+        kept = torch.where(self.first_nonfinite_step >= 0, self.first_nonfinite_step, self.step)
+        clear = -1 if self.scaler.is_enabled() else self.first_nonfinite_step
+        self.first_nonfinite_step = torch.where(sound, clear, kept)
+
+    def is_finite(self):
+        return self.first_nonfinite_step.item() < 0
+
+    def check(self, n_steps):
+        """Raises InputError where loss or gradient were not finite, unless the scaler may still mend it."""
+        if self.is_finite() or (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
+            return
+        raise NotFinite(f"loss or gradient are not finite since step {self.first_nonfinite_step.item() + 1} of {n_steps}, "
+                        f"learning rate {self.rate:.3g}; try a lower learning rate or a longer warm-up")
+
+
+def batches_from(loader, epoch, batch):
+    """The batches of an epoch from the given one on."""
+    if batch and batch >= len(loader):
+        return iter(())
+    if hasattr(loader, "set_position"):
+        loader.set_position(epoch, batch)
+        return iter(loader)
+    if hasattr(loader, "set_epoch"):
+        loader.set_epoch(epoch)
+    return itertools.islice(loader, batch, None)
+
+
+def steps_within(seconds, model, train_loader, val_loader, optimizer="adamw", low=None, **settings):
+    """How many steps, with an evaluation after every epoch, fill so many seconds: measured on a copy of the model.
+
+    settings go to the Trainer. The measurement itself is counted in: about 3% of the time, or two steps and
+    an evaluation's batch where those take longer. Of several processes each must give the same `seconds`.
+    """
+    started = time.perf_counter()
+    trial = Trainer(copy.deepcopy(model), **settings)
+    run = dict(learning_rate=1e-6, progress=False, optimizer=optimizer)
+    trial.train(train_loader, n_steps=1, **run)  # the first step is slower: memory, kernels, workers
+    parts = [(1.0, None)] if low is None else [(low[1], (low[0], 1.0)), (1 - low[1], None)]  # shares of the steps
+    step_seconds = 0.0
+    for share, sizes in parts:
+        n_trial, trial_seconds = 0, 0.0
+        while trial_seconds < max(1.0, 0.02 * seconds) / len(parts):
+            history = trial.train(train_loader, n_steps=max(1, n_trial), low=sizes, **run)
+            n_trial += max(1, n_trial)
+            trial_seconds += trial.sums(sum(history["seconds"]))[0] / trial.world_size  # so all processes decide alike
+        step_seconds += share * trial_seconds / n_trial
+    trial.give_share(val_loader)
+    eval_started = time.perf_counter()
+    batches = list(itertools.islice(val_loader, 4 if step_seconds < 0.01 * seconds else 1))
+    trial.evaluate(batches)
+    epoch_seconds = (time.perf_counter() - eval_started) * len(val_loader) / len(batches)
+    left = max(0.0, seconds - (time.perf_counter() - started))
+    epochs, rest = divmod(left, len(train_loader) * step_seconds + epoch_seconds)
+    n_steps = max(1, int(epochs) * len(train_loader) + int(max(0.0, rest - epoch_seconds) / step_seconds))
+    return int(trial.sums(n_steps if trial.rank == 0 else 0)[0])
+
+
 WHITENED_BY = 2000  # images from which a first layer is whitened
 MINUTES = 2  # of a training whose length is not given
 HEAD_EPOCHS = 100  # of --freeze-backbone, whose epochs take a moment
@@ -99,17 +593,17 @@ def make_parser():
     data.add_argument("--data-dir", default="./data", help="a folder with a folder for each class, or a known set "
                                                            "(default: %(default)s, without which shapes are drawn)")
     data.add_argument("--dataset", default="auto", help="auto, shapes, folder, cifar10, cifar100, mnist, fashion-mnist")
-    data.add_argument("--img-size", type=whole(1), help="side in pixels (default: that of the pretrained model; small "
+    data.add_argument("--img-size", type=int_at_least(1), help="side in pixels (default: that of the pretrained model; small "
                                                         "images keep theirs, else 224)")
-    data.add_argument("--batch-size", type=whole(1), help="images of a step, over all processes")
+    data.add_argument("--batch-size", type=int_at_least(1), help="images of a step, over all processes")
     data.add_argument("--val-fraction", type=float, default=0.1, help="cut from the training images without val/")
-    data.add_argument("--workers", type=whole(0), help="processes that read photographs (default: one for each core, "
+    data.add_argument("--workers", type=int_at_least(0), help="processes that read photographs (default: one for each core, "
                                                        "at most 8)")
     data.add_argument("--skip-corrupt", action="store_true", help="leave out image files that cannot be read, and say "
                                                                   "how many")
     model = parser.add_argument_group("model")
     model.add_argument("--model", help=f"one of {', '.join(MODELS)} (default: vit_nano up to 64 pixels, else vit_tiny)")
-    model.add_argument("--patch-size", type=whole(1), help="side in pixels (default: 4 up to 64 pixels, 8 up to 128, "
+    model.add_argument("--patch-size", type=int_at_least(1), help="side in pixels (default: 4 up to 64 pixels, 8 up to 128, "
                                                            "16 above)")
     model.add_argument("--drop-path", type=float, help="stochastic depth of the last block (default: the model's own)")
     model.add_argument("--pretrained", metavar="NAME|PATH", help=f"start from the weights of one of "
@@ -139,13 +633,13 @@ def make_parser():
                         help="keep a moving average of the weights, and evaluate that (decay without a number: 0.999)")
     run = parser.add_argument_group("run")
     length = run.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=whole(1))
-    length.add_argument("--steps", type=whole(1))
+    length.add_argument("--epochs", type=int_at_least(1))
+    length.add_argument("--steps", type=int_at_least(1))
     length.add_argument("--minutes", type=positive(), help="measures the speed, then fixes the number of steps "
                                                            "(default: 2 minutes; with --freeze-backbone 100 epochs)")
     run.add_argument("--class-weights", action="store_true", help="let every class count alike, however many images it "
                      "has; the best epoch is then that of the best balanced accuracy")
-    run.add_argument("--accumulate", type=whole(1), default=1, help="parts in which a batch goes through the model, "
+    run.add_argument("--accumulate", type=int_at_least(1), default=1, help="parts in which a batch goes through the model, "
                                                                     "for less memory (default: %(default)s)")
     run.add_argument("--seed", type=seed(), default=0)
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
@@ -242,9 +736,9 @@ class TrainingRun:
                 self.folder = folder_to_resume(options.resume, options.output_dir)
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.lock = lock_folder(self.folder)
-            self.folder = of_first(self.folder)
+            self.folder = broadcast_object(self.folder)
             self.saved = read_run(self.folder)
-            self.result = of_first(complete_result(self.folder))
+            self.result = broadcast_object(complete_result(self.folder))
         known = {name: value for name, value in vars(options).items() if name != "given"}
         if self.saved:
             known = options_to_resume(options.given, before_recipes(self.saved["options"]))
@@ -285,7 +779,7 @@ class TrainingRun:
         if self.first and not self.folder:
             self.folder = new_output_dir(options.output_dir, self.name, self.train_loader.dataset_name)
             self.lock = lock_folder(self.folder)
-        self.folder = of_first(self.folder)
+        self.folder = broadcast_object(self.folder)
         self.loaders, self.trained = (self.train_loader, self.val_loader), self.model
         if options.freeze_backbone:
             self.loaders = feature_loaders(freeze_backbone(self.model), self.loaders, self.device)
@@ -314,7 +808,7 @@ class TrainingRun:
         self.data["batch_size"] = self.recipe.batch_size
         for loader in (self.train_loader, self.val_loader):
             loader.batch_size = self.recipe.batch_size
-        self.train_loader.use(self.recipe.augmentation)
+        self.train_loader.set_augmentation(self.recipe.augmentation)
         if self.in_memory:
             self.recipe = replace(self.recipe, augmentation=self.train_loader.augmentation)
 
@@ -388,10 +882,10 @@ class TrainingRun:
                               interpolation=start.interpolation)
         if kind in TORCHVISION_SETS:  # which may have to be downloaded, once
             if not self.first:
-                of_first(None)
+                broadcast_object(None)
             loaders = get_data_loaders(**self.data)
             if self.first:
-                of_first(None)
+                broadcast_object(None)
             return loaders
         return get_data_loaders(**self.data)
 
@@ -407,7 +901,7 @@ class TrainingRun:
             weighted = "--class-weights lets them count alike" if self.options.class_weights else \
                 "look at the balanced accuracy; --class-weights would let all classes count alike"
             print(f"{text}: {weighted}.")
-        if text := trainer.differences(self.recipe_arguments()["mixing"]):
+        if text := trainer.batch_split_warning(self.recipe_arguments()["mixing"]):
             print(f"Warning: {text}.")
 
     def count_steps(self):
@@ -419,7 +913,7 @@ class TrainingRun:
             return (options.epochs or HEAD_EPOCHS) * len(self.loaders[0])
         if options.epochs or options.steps:
             return options.steps or options.epochs * len(self.loaders[0])
-        spent = of_first(time.perf_counter() - self.started) if options.freeze_backbone else 0.0  # on the features
+        spent = broadcast_object(time.perf_counter() - self.started) if options.freeze_backbone else 0.0  # on the features
         minutes = options.minutes or MINUTES
         print(f"Measuring the speed, for the number of steps in {minutes:g} minutes of training and validation ...",
               flush=True)
@@ -446,15 +940,15 @@ class TrainingRun:
             self.history = self.trainer.train(
                 *loaders, n_steps=self.n_steps, warmup_epochs=options.warmup_epochs, seed=options.seed, resume=resume,
                 **self.recipe_arguments(),
-                rate_factors=layer_factors(self.trained, options.layer_decay) if options.layer_decay else None,
+                lr_scales=layer_lr_scales(self.trained, options.layer_decay) if options.layer_decay else None,
                 on_batch=self.is_interrupted, on_epoch=self.saver and self.saver.on_epoch,
                 on_save=self.saver and self.saver.save, save_every=60 * options.save_minutes,
                 progress=sys.stderr.isatty())
         except Stopped as stop:
-            kept = stop.state.is_sound() or stop.state.scaler.is_enabled()  # a scaler skips steps that are not
+            kept = stop.state.is_finite() or stop.state.scaler.is_enabled()  # a scaler skips steps that are not
             if self.saver and kept:
                 self.saver.save(stop.state)
-            of_first(None)  # where one process ends the launcher ends the others: not before all is written
+            broadcast_object(None)  # where one process ends the launcher ends the others: not before all is written
             text = f"kept at step {stop.state.step} of {self.n_steps}; go on with: {go_on}"
             raise Interrupted(self.interrupts.caught or signal.SIGTERM,
                               text if kept else "loss or gradient were no longer finite, so this state was not kept; "
@@ -465,7 +959,7 @@ class TrainingRun:
         self.interrupts.advice = f"the training is done, its test is not; go on with: {go_on}"
         if self.interrupts.caught:
             raise Interrupted(self.interrupts.caught, self.interrupts.advice)
-        of_first(None)  # the first process has written best.pt
+        broadcast_object(None)  # the first process has written best.pt
 
     def is_interrupted(self, state):
         return self.interrupts.caught is not None
@@ -519,7 +1013,7 @@ class TrainingRun:
         if self.recipe.augmentation.flip != "none":
             result[f"{split}_mirrored_acc"] = trainer.evaluate(loader, Mirrored(best))["acc"]
         skipped = [getattr(each, "skipped", {}) for each in (self.train_loader, self.val_loader, loader)]
-        skipped = {file for part in of_all(skipped) for files in part for file in files}
+        skipped = {file for part in all_gather_object(skipped) for files in part for file in files}
         if not self.first:
             return
         result |= self.compare(score, split, loader)
@@ -539,11 +1033,11 @@ class TrainingRun:
         """The accuracy beside a linear classifier's on the same images, printed, and as entries of the result."""
         dry, loaders = self.options.dry_run, (self.train_loader, self.val_loader, loader)
         for whole_loader in loaders:
-            if hasattr(whole_loader, "set_share"):
-                whole_loader.set_share(0, 1)
+            if hasattr(whole_loader, "set_shard"):
+                whole_loader.set_shard(0, 1)
                 whole_loader.set_epoch(0)  # wherever the training began or ended
         val_loader = list(itertools.islice(self.val_loader, 2)) if dry else self.val_loader
-        plain = self.train_loader.plain(300 if dry else LINEAR_IMAGES)
+        plain = self.train_loader.without_augmentation(300 if dry else LINEAR_IMAGES)
         linear = linear_classifier(plain, val_loader, loader if split == "test" else None)
         self.train_loader.skipped.update(plain.skipped)
         names, counts = self.train_loader.class_names, self.train_loader.class_counts
@@ -629,6 +1123,284 @@ def report_skipped(files):
 
 
 # ---- The commands -----------------------------------------------------------------------------------------
+# ---- python train_vit.py evaluate -------------------------------------------------------------------------
+
+# What the parts of a set are worth as a test, by Loader.split.
+SPLITS = {
+    "test": "test images",
+    "val": "validation images, as there are no test images: a training on this folder chose its best epoch on them",
+    "held out": "validation images, held out of the training; its best epoch was chosen on them",
+    "all": "images, all of the folder: a test only if the model was trained on none of them",
+}
+
+
+def evaluate_command(argv=None):
+    parser = OneLineParser(prog="train_vit.py evaluate", description="Scores a checkpoint on a set: accuracy, "
+                           "confusion matrix and the worst mistakes, printed and kept in a folder. Taken are the test "
+                           "images, where there are none the validation images, else all; but of the folder that the "
+                           "checkpoint was trained on only those held out.")
+    add_checkpoint(parser)
+    parser.add_argument("--data-dir", default=DEFAULT_DATA_DIR, help="as for the training: a folder with a folder for "
+                        "each class, or a known set (default: %(default)s, without which shapes are drawn)")
+    parser.add_argument("--dataset", default="auto", help=f"{', '.join(DATASETS)} (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int_at_least(1), default=64, help="(default: %(default)s)")
+    add_device(parser)
+    parser.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
+                        help="mixed precision (default: %(default)s)")
+    parser.add_argument("--workers", type=int_at_least(0), help="processes that read photographs (default: one for each core, "
+                                                         "at most 8)")
+    parser.add_argument("--skip-corrupt", action="store_true", help="leave out image files that cannot be read")
+    parser.add_argument("--output-dir", help="a new folder for the results (default: runs/evaluation-<data>-<n>)")
+    evaluate(parser.parse_args(argv))
+
+
+def evaluate(options):
+    """The evaluation of a checkpoint, from the images to result.json. Returns what is in result.json."""
+    device = choose_device(options.device)
+    model = load_model(options.checkpoint)
+    check_has_head(model)
+    loader = evaluation_loader(model, options)
+    with unless_empty(new_output_dir(options.output_dir, "evaluation", loader.dataset_name)) as folder:
+        found = score(model, loader, device, options.amp)
+    print(describe_score(found, loader))
+    heading = f"accuracy {percent(found.correct, found.n)}\n{found.n:,} images"
+    names = list(map(drawable, found.class_names))
+    save_figure(plot_confusion(found.confusion, names, title=heading), folder / "confusion.png")
+    write_rows(folder / "confusion.csv", ["true \\ predicted", *found.class_names],
+               ([name, *counts] for name, counts in zip(found.class_names, found.confusion.tolist(), strict=True)))
+    write_mistakes(found, loader, folder)
+    result = dict(checkpoint=options.checkpoint, data_dir=options.data_dir, dataset=loader.dataset_name,
+                  split=loader.split, n=found.n, correct=found.correct, accuracy=found.accuracy,
+                  interval=found.interval, balanced_accuracy=found.balanced_accuracy, top5=found.top5,
+                  classes=[dict(name=name, n=n, correct=correct) for name, n, correct in per_class(found)],
+                  skipped=loader.skipped, device=str(device), torch=torch.__version__,
+                  precision=str(choose_precision(options.amp, device) or torch.float32))
+    write_json(result, folder / "result.json")
+    print(f"{folder}/ has {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    return result
+
+
+def evaluation_loader(model, options):
+    """The images to score a model on, shown to it as those of its training."""
+    img_size = one_side(pair(model.img_size))
+    if not isinstance(img_size, int):
+        raise InputError(f"the model takes images of {img_size[0]}x{img_size[1]} pixels; expected a square, as the "
+                         f"loaders give; use inference.score with batches of your own")
+    shown = dict(workers=options.workers, mean=model.mean, std=model.std, interpolation=model.interpolation,
+                 skip_corrupt=options.skip_corrupt)
+    images = (options.data_dir, model.class_names, options.batch_size, img_size, options.dataset)
+    cut, known = training_cut(options.checkpoint, options.data_dir)
+    loader = get_evaluation_loader(*images, **shown, **cut)
+    if loader.split == "held out" and known not in (None, fingerprint(loader)):
+        print("The images of the folder have changed since the training: which were held out of it cannot be told.")
+        loader = get_evaluation_loader(*images, **shown)
+    return loader
+
+
+def training_cut(checkpoint, data_dir):
+    """(arguments of get_evaluation_loader, fingerprint of the images held out), if the checkpoint tells that it was
+    trained on a part of this folder; else nothing."""
+    entries = read_checkpoint(checkpoint)
+    training = entries.get("options") or {}
+    folders = [Path(folder).expanduser().resolve() for folder in (data_dir, training.get("data_dir", data_dir))]
+    if "data_dir" not in training or folders[0] != folders[1]:
+        return {}, None
+    cut = {name: training[name] for name in ("val_fraction", "seed") if name in training}
+    return dict(cut, held_out=True), entries.get("validation_files")
+
+
+def fingerprint(loader):
+    """Of the names of a loader's files, with those left out: a sum that is the same for the same ones. None for sets
+    that are not files."""
+    if loader.files is None:
+        return None
+    names = sorted({*map(str, loader.files), *map(str, loader.skipped)})
+    ends = "\n".join("/".join(Path(name).parts[-2:]) for name in names)
+    return hashlib.sha256(ends.encode(errors="surrogateescape")).hexdigest()
+
+
+def describe_score(found, loader):
+    """A Score in lines of text."""
+    n_seen = (found.confusion.sum(dim=1) > 0).sum().item()
+    lines = [f"{loader.dataset_name}: {found.n:,} {SPLITS.get(loader.split, 'images')}"]
+    if loader.skipped:
+        lines.append(f"left out: {len(loader.skipped)} image files that cannot be read")
+    lines += [f"accuracy           {percent(found.correct, found.n)}, {found.correct:,} right; 95% Wilson interval",
+              f"balanced accuracy  {found.balanced_accuracy:.1%}, the mean of the recalls of {n_seen} classes"]
+    if n_seen < len(found.class_names):
+        lines[-1] += f"; the other {len(found.class_names) - n_seen} have no images here"
+    if found.top5 is not None:
+        lines.append(f"top-5 accuracy     {found.top5:.1%}")
+    places, heading = range(len(found.class_names)), "recall of each class:"
+    if n_seen > 20:
+        places = class_recalls(found.confusion).argsort(stable=True)[:20].tolist()  # those without images are last
+        heading = "recall of the 20 classes with the lowest:"
+    classes = per_class(found)
+    shown = [classes[place] for place in places if classes[place][1]]
+    width = max(len(name) for name, _, _ in shown)
+    return "\n".join([*lines, heading, *(f"  {name:{width}}  {correct / n:6.1%}  {correct:,} of {n:,}"
+                                         for name, n, correct in shown)])
+
+
+def per_class(found):
+    """(name, images, how many of them were right) for each class of a Score."""
+    return list(zip(found.class_names, found.confusion.sum(dim=1).tolist(), found.confusion.diagonal().tolist(),
+                    strict=True))
+
+
+def write_rows(path, header, rows):
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def write_mistakes(found, loader, folder):
+    """mistakes.csv and, where there are any, mistakes.png."""
+    worst, names = found.mistakes, found.class_names
+    true, predicted = ([names[label] for label in labels.tolist()] for labels in (worst.labels, worst.predictions))
+    probabilities = worst.probabilities.tolist()
+    write_rows(folder / "mistakes.csv", ["file", "true", "predicted", "probability"],
+               zip([file or "" for file in worst.files], true, predicted, probabilities, strict=True))
+    if probabilities:
+        titles = list(map(mistake_title, true, predicted, probabilities))
+        heading = f"{len(titles)} of {found.n - found.correct:,} mistakes,\nthe most confident first\n(true: predicted)"
+        save_figure(plot_images(worst.images, titles, columns=6, title=heading, mean=loader.mean, std=loader.std),
+                    folder / "mistakes.png")
+
+
+def mistake_title(true, predicted, probability):
+    """'true: predicted 98%' in lines that fit above a small picture."""
+    true, predicted = (textwrap.fill(drawable(name), 14, max_lines=2, placeholder="…") for name in (true, predicted))
+    return f"{true}:\n{predicted}\n{probability:.0%}"
+
+
+def drawable(name):
+    """A name with what the font of the figures has no sign for written as U+9CE5, say."""
+    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    return "".join(sign if font.get_char_index(ord(sign)) else f"U+{ord(sign):04X}" for sign in name)
+
+
+# ---- python train_vit.py predict --------------------------------------------------------------------------
+
+
+def predict_command(argv=None):
+    parser = OneLineParser(prog="train_vit.py predict", description="The likeliest classes of image files, a line "
+                           "each. Files that cannot be read are named on stderr; the others are answered, and the "
+                           "exit code is 2.")
+    add_checkpoint(parser)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="an image file, or a folder: all image files in "
+                        "it, at any depth, but hidden ones")
+    parser.add_argument("--top", type=int_at_least(1), default=3, help="classes to name at most (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help='print a JSON list of {"file", "predictions": [{"class", '
+                        '"probability"}]} or {"file", "error"}')
+    add_device(parser)
+    options = parser.parse_args(argv)
+    model = load_model(options.checkpoint).to(choose_device(options.device))
+    check_has_head(model)
+    files = [file for path in options.images for file in files_at(path)]
+    width, entries, n_failed = min(80, max(map(len, files))), [], 0
+    for entry in answers_for(model, files, options.top):
+        if "error" in entry:
+            n_failed += 1
+            print(f"{parser.prog}: {entry['error']}", file=sys.stderr)
+        elif not options.json:
+            print(f"{entry['file']:{width}}  {in_words(entry['predictions'])}")
+        if options.json:
+            entries.append(entry)
+    if options.json:
+        print(json.dumps(entries, indent=2))
+    if n_failed:
+        sys.exit(2)
+
+
+def files_at(path):
+    """The image files of a folder, at any depth, sorted, without hidden ones; what is none, or has none, itself."""
+    files = []
+    for parent, subfolders, names in os.walk(path, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
+        files += [os.path.join(parent, name) for name in sorted(names)
+                  if name[0] != "." and name.lower().endswith(IMG_EXTENSIONS)]
+    return files or [path]
+
+
+def answers_for(model, files, top):
+    """Yields {"file", "predictions"} or {"file", "error"} for each of the files, which are read a batch at a time."""
+    for batch in batches_of(files):
+        inputs, entries = [], []
+        for file in batch:
+            entries.append(dict(file=file))
+            try:
+                inputs.append(read_input(file, model))
+            except InputError as error:
+                entries[-1]["error"] = str(error)
+        answers = iter(ranked(model, inputs, top) if inputs else ())
+        for entry in entries:
+            if "error" not in entry:
+                entry["predictions"] = [{"class": name, "probability": share} for name, share in next(answers)]
+            yield entry
+
+
+def read_input(file, model):
+    """A file as the model's input, (1, 3, H, W)."""
+    if os.path.isdir(file):
+        raise InputError(f"folder {file!r} has no image files ({', '.join(IMG_EXTENSIONS)}); give another, or files")
+    return prepare_image(file, model)[0]
+
+
+def in_words(predictions):
+    return ", ".join(f"{entry['class']} {entry['probability']:.1%}" for entry in predictions)
+
+
+# ---- python train_vit.py export ---------------------------------------------------------------------------
+
+
+def export_command(argv=None):
+    parser = OneLineParser(prog="train_vit.py export", description="Writes a checkpoint as one ONNX file, checked "
+                           "against the model, for programs without PyTorch. Needs the packages onnx and onnxscript.")
+    add_checkpoint(parser)
+    parser.add_argument("--output", metavar="FILE", help="(default: the checkpoint's name with .onnx)")
+    options = parser.parse_args(argv)
+    path = Path(options.output or Path(options.checkpoint).with_suffix(".onnx"))
+    if path.exists():
+        raise InputError(f"{path} exists already; choose another name with --output, or remove it")
+    model = load_model(options.checkpoint)
+    difference = export_onnx(model, path)
+    height, width = pair(model.config.img_size)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; images (batch, {model.config.in_channels}, {height}, {width}) "
+          f"to logits (batch, {model.config.n_classes}); largest difference from the model {difference:.1e} of the "
+          f"largest logit")
+
+
+# ---- python train_vit.py inspect --------------------------------------------------------------------------
+
+
+def inspect_command(argv=None):
+    parser = OneLineParser(prog="train_vit.py inspect", description="What a checkpoint is, and whether and how it would "
+                           "load; without a file the pretrained models are listed.")
+    parser.add_argument("file", nargs="?", help="a checkpoint of this project, or of timm, torchvision, transformers, "
+                        "Google's npz, DeiT, DINO or MAE")
+    options = parser.parse_args(argv)
+    if options.file in PRETRAINED and not Path(options.file).exists():
+        raise InputError(f"{options.file} is the name of a pretrained model; expected a file. "
+                         f"create_pretrained({options.file!r}) makes that model")
+    print(describe_checkpoint(options.file) if options.file else describe_pretrained())
+
+
+# ---- What the commands share ------------------------------------------------------------------------------
+
+
+def add_checkpoint(parser):
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="as a training wrote it: best.pt; it "
+                        "tells the classes, the image size and the normalisation")
+
+
+def add_device(parser):
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+
+
+COMMANDS = dict(evaluate=evaluate_command, predict=predict_command, export=export_command,
+                inspect=inspect_command)
 
 
 def main(argv=None):

@@ -11,7 +11,7 @@ Read the first 150 lines beside the paper:
     Sec. 3.2  another resolution                      resize_positions, below
     Table 1   the variants                            VARIANTS, below
 
-Letters:  B images, C channels, P patch side, N tokens, D width (embed_dim), H heads,
+Shapes:  B images, C channels, P patch side, N tokens, D width (embed_dim), H heads,
           K = D / H width of a head, L blocks (depth), n those of the N tokens that are answered for.
 
 Parameters carry timm's names (blocks.0.attn.qkv.weight, ...), so state dicts pass both ways.
@@ -60,14 +60,14 @@ class MultiHeadAttention(nn.Module):
         self.proj = nn.Linear(embed_dim, embed_dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, return_attention=False, n_queries=None):
+    def forward(self, x, return_attention=False, n_query_tokens=None):
         """With return_attention=True also the maps A, (B, H, N, N): rows are queries and sum to one. With n_queries
         all tokens are read, but only the first n answered for: (B, n, D), (B, H, n, N)."""
-        if n_queries and not return_attention and type(self.qkv) is nn.Linear and type(self.k_norm) is nn.Identity:
-            return self.dropout(self.proj(attend_from(x, n_queries, self.qkv, self.n_heads)))  # (B, n, D)
+        if n_query_tokens and not return_attention and type(self.qkv) is nn.Linear and type(self.k_norm) is nn.Identity:
+            return self.dropout(self.proj(attend_from(x, n_query_tokens, self.qkv, self.n_heads)))  # (B, n, D)
         qkv = self.qkv(x).unflatten(2, (3, self.n_heads, -1))  # (B, N, 3, H, K)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, K)                             Eq. 5
-        q, k = self.q_norm(q[:, :, :n_queries]), self.k_norm(k)  # (B, H, n, K), (B, H, N, K)
+        q, k = self.q_norm(q[:, :, :n_query_tokens]), self.k_norm(k)  # (B, H, n, K), (B, H, N, K)
         heads, attention = attend(q, k, v, return_attention)  # (B, H, n, K), (B, H, n, N)   Eq. 6, 7
         x = heads.transpose(1, 2).flatten(2)  # (B, n, D), the heads side by side
         x = self.dropout(self.proj(x))  #                                                    Eq. 8
@@ -102,10 +102,10 @@ class TransformerBlock(nn.Module):
         self.ls2 = LayerScale(embed_dim, layer_scale) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x, return_attention=False, n_queries=None):
-        mixed = self.attn(self.norm1(x), return_attention, n_queries)  # (B, n, D)
+    def forward(self, x, return_attention=False, n_query_tokens=None):
+        mixed = self.attn(self.norm1(x), return_attention, n_query_tokens)  # (B, n, D)
         mixed, attention = mixed if return_attention else (mixed, None)
-        x = x[:, :n_queries] + self.drop_path(self.ls1(mixed))  # (B, n, D)                  Eq. 2
+        x = x[:, :n_query_tokens] + self.drop_path(self.ls1(mixed))  # (B, n, D)                  Eq. 2
         x = x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))  #                         Eq. 3
         return (x, attention) if return_attention else x
 
@@ -134,16 +134,16 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images):
         reads_cls_alone = self.config.pool == "cls" and not is_hooked(self.blocks[-1])
-        n_queries = 1 if reads_cls_alone else None  # the last block then answers for no other token
-        return self.forward_head(self.forward_features(images, n_queries=n_queries))  # (B, n_classes)
+        n_query_tokens = 1 if reads_cls_alone else None  # the last block then answers for no other token
+        return self.forward_head(self.forward_features(images, n_query_tokens=n_query_tokens))  # (B, n_classes)
 
-    def forward_features(self, images, return_attention=False, n_queries=None):
+    def forward_features(self, images, return_attention=False, n_query_tokens=None):
         """Tokens after the last norm, (B, N, D): CLS, registers, patches; on request also L maps (B, H, N, N).
         With n_queries the first n alone, (B, n, D): the last block is worked out for no others."""
         x = self.dropout(self.add_prefix(self.patch_embed(images), images.shape[2:]))  # (B, N, D)  Eq. 1
         maps = []
         for i, block in enumerate(self.blocks, start=1):
-            x = block(x, return_attention, n_queries if i == len(self.blocks) else None)
+            x = block(x, return_attention, n_query_tokens if i == len(self.blocks) else None)
             if return_attention:
                 x, attention = x
                 maps.append(attention)
@@ -204,7 +204,7 @@ def head_width(embed_dim, n_heads):
 # ViT-Tiny/16, 16 images, training step, images/s, explicit and fused: 63 and 49 in bf16 on another machine, 2 cores
 # with AMX; 15.6 and 17.5 in float32 on ours, 2 cores with AVX2. Without gradients the fused one was nowhere slower
 # (benchmarks/growth.py).
-EXPLICIT_TRAINING = {("cpu", torch.bfloat16): 1024}
+MATH_ATTENTION_MAX_TOKENS = {("cpu", torch.bfloat16): 1024}
 
 
 def attend(q, k, v, return_attention=False):
@@ -213,7 +213,7 @@ def attend(q, k, v, return_attention=False):
     q: (B, H, n, K); k, v: (B, H, N, K). Without maps torch's fused kernel does the same sums and never holds the
     (n, N) matrix, except where EXPLICIT_TRAINING says otherwise.
     """
-    few = k.shape[2] <= EXPLICIT_TRAINING.get((q.device.type, q.dtype), 0)
+    few = k.shape[2] <= MATH_ATTENTION_MAX_TOKENS.get((q.device.type, q.dtype), 0)
     if not (return_attention or (few and q.requires_grad)):
         return F.scaled_dot_product_attention(q, k, v), None  # (B, H, n, K)
     attention = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)  # (B, H, n, N)
@@ -294,7 +294,7 @@ def pair(size, name="img_size"):
     if len(sides) != 2:
         raise InputError(f"{name} {size!r} has {len(sides)} sides; expected a side or (height, width)")
     for side in sides:
-        check_whole(name, side, 1)
+        check_int(name, side, 1)
     return sides
 
 
@@ -419,7 +419,7 @@ class ViTConfig:
     def __post_init__(self):
         for name, least in dict(in_channels=1, n_classes=0, embed_dim=1, depth=1, n_heads=1,
                                  n_registers=0).items():
-            check_whole(name, getattr(self, name), least)
+            check_int(name, getattr(self, name), least)
         for name in ("dropout", "drop_path"):
             rate = getattr(self, name)
             if not isinstance(rate, (int, float)) or not 0.0 <= rate < 1.0:
@@ -441,7 +441,7 @@ class ViTConfig:
             raise InputError(f"embed_dim {self.embed_dim} is not divisible by 4, which {cause} needs")
 
 
-def check_whole(name, value, least):
+def check_int(name, value, least):
     """Raises InputError unless value is a whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InputError(f"{name} {value!r} is out of range; expected a whole number of at least {least}")

@@ -20,8 +20,9 @@ from torchvision.transforms.v2.functional import to_pil_image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from results import write_cell
 
-from augmentation import Augmentation
-from vit_data import MemoryLoader, SetFacts
+from vit_bridge.data.augmentation import Augmentation
+from vit_bridge.data.datasets import DatasetInfo
+from vit_bridge.data.loaders import MemoryLoader
 
 N_IMAGES, BATCH, ROUNDS = 5120, 128, 7
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -51,7 +52,7 @@ def main():
     torch.manual_seed(0)
     images = torch.randint(0, 256, (N_IMAGES, 3, 32, 32), dtype=torch.uint8)
     pictures = [to_pil_image(image) for image in images]
-    facts, rows = SetFacts("cifar10", ["any"], 32, MEAN, STD), []
+    facts, rows = DatasetInfo("cifar10", ["any"], 32, MEAN, STD), []
     for cutout in (False, True):
         augmentation = Augmentation(cutout=0.25 * cutout)
         loader = MemoryLoader(images, torch.zeros(N_IMAGES, dtype=torch.int64), facts, BATCH, 0, True,

@@ -29,13 +29,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from results import HERE, write_cell
 
-from cnn_model import whiten_first_layer
-from inference import Mirrored
-from model_zoo import build_model
-from recipes import RECIPES
-from train_vit import WHITENED_BY, first_images
-from trainer import CrossEntropy, Trainer
-from vit_data import get_data_loaders
+from train_vit import WHITENED_BY, Trainer, first_images
+from vit_bridge.data.loaders import get_data_loaders
+from vit_bridge.inference import Mirrored
+from vit_bridge.models.registry import build_model, whiten_first_layer
+from vit_bridge.training.config import RECIPES
+from vit_bridge.training.objectives import CrossEntropy
 from vit_model import allow_any_size
 
 ROUNDS, ROUND_SECONDS = 4, 0.8
@@ -97,7 +96,7 @@ def prepare(model_name, factor, loader, seed, amp="off"):
     """(recipe, trainer) of a variant, ready to train on the loader."""
     recipe = variant(model_name, factor)
     loader.batch_size, loader.seed = recipe.batch_size, seed
-    loader.use(recipe.augmentation)
+    loader.set_augmentation(recipe.augmentation)
     torch.manual_seed(seed)
     model = build_model(model_name, n_classes=len(loader.class_names), img_size=loader.img_size, **recipe.options)
     if recipe.low:
@@ -119,7 +118,7 @@ def measure_speeds(model_name, loader, amp):
     for i in range(ROUNDS + 1):
         for factor, (recipe, trainer) in variants.items():
             loader.batch_size = recipe.batch_size
-            loader.use(recipe.augmentation)
+            loader.set_augmentation(recipe.augmentation)
             run = arguments(recipe) | dict(learning_rate=1e-6, progress=False)
             wanted = 0 if i == 0 else ROUND_SECONDS * speeds[factor][0] / recipe.batch_size
             n_steps = 5 * max(1, round(wanted / 5)) if recipe.low else max(2, round(wanted))  # three of five small

@@ -27,8 +27,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from results import HERE, write_cell
 
 import vit_model
-from measurements import choose_device, peak_memory
-from visualizations import BLUE, GREEN, ORANGE, finish, new_figure
+from vit_bridge.analysis.cost import peak_memory
+from vit_bridge.plots.charts import BLUE, GREEN, ORANGE, finish, new_figure
+from vit_bridge.runtime import choose_device
 
 GRIDS = (8, 11, 16, 23, 32, 45, 64)
 D, DEPTH = 192, 4

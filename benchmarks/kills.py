@@ -29,7 +29,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import torch  # noqa: E402
 from results import write_cell  # noqa: E402
 
-from checkpoints import read_checkpoint  # noqa: E402
+from vit_bridge.weights.checkpoints import read_checkpoint
 
 KINDS = {
     "ViT in memory": (24, ["--model", "vit_nano", "--drop-path", "0.3", "--model-ema", "0.9", "--class-weights"]),

@@ -25,7 +25,7 @@ from vit_pytorch import ViT
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from results import write_cell
 
-from measurements import wilson_interval
+from vit_bridge.analysis.metrics import wilson_interval
 
 EPOCHS = 200
 

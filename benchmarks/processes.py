@@ -23,7 +23,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from results import write_cell  # noqa: E402
 
-from visualizations import plot_histories, save_figure  # noqa: E402
+from vit_bridge.plots.charts import plot_curves, save_figure
 
 WAYS = {"1 process": (1, []), "2 processes": (2, []), "3 processes": (3, []),
         "1 process, in 4 parts": (1, ["--accumulate", "4"])}
@@ -60,9 +60,9 @@ def compare(histories, results):
     """A row a way: the largest differences of its losses from those of one process, and what it counted."""
     rows, base = [], histories["1 process"]
     for way, history in histories.items():
-        differences = {f"{name} difference": max(abs(a - b) for a, b in zip(history[name], base[name], strict=True))
+        batch_split_warning = {f"{name} difference": max(abs(a - b) for a, b in zip(history[name], base[name], strict=True))
                        for name in ("train_loss", "val_loss", "val_acc")}
-        rows.append(dict(way=way, **differences, test_n=results[way]["test_n"],
+        rows.append(dict(way=way, **batch_split_warning, test_n=results[way]["test_n"],
                          test_correct=results[way]["test_correct"],
                          images_per_second=results[way]["images_per_second"]))
     return rows
@@ -86,7 +86,8 @@ def main():
         write_cell("processes", "cpu", 0, "python benchmarks/processes.py --keep",
                    dict(device="cpu", rows=rows, curves={way: {name: histories[way][name] for name in curves}
                                                          for way in WAYS}))
-        save_figure(plot_histories(histories), HERE / "figures" / "processes.png")
+        save_figure(plot_curves({"Training loss": {way: [(i + 1, loss) for i, loss in enumerate(history["train_loss"])]
+                                                    for way, history in histories.items()}}, "epoch", "cross-entropy (nats)"), HERE / "figures" / "processes.png")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The results that the project keeps: one JSON file a run, and the page that is drawn from them.
 
     python benchmarks/results.py add TABLE runs/NAME     keeps the result of a run of train_vit.py in a table
-    python benchmarks/results.py ship NAME runs/NAME     puts its best model into benchmarks/weights, in float16
+    python benchmarks/results.py ship NAME runs/NAME     puts its best model into vit_bridge/weights/shipped, in float16
     python benchmarks/results.py cells FOLDER            keeps what cnn_vs_vit.py --full has measured
     python benchmarks/results.py page                    writes benchmarks/RESULTS.md anew from all of them
 """
@@ -21,7 +21,7 @@ from statistics import geometric_mean, mean, stdev
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from run_folder import commit, machine  # noqa: E402
+from vit_bridge.system import commit, machine
 
 ADDED = ("targets",)  # beside the training tables: those that take the result of a run
 TRAINING_TABLES = {
@@ -29,7 +29,7 @@ TRAINING_TABLES = {
     "cifar10-jpeg": "CIFAR-10 (JPEG), five minutes (`python train_vit.py --data-dir DIR --minutes 5 --model MODEL "
                     "--recipe classic`). JPEG is lossy: accuracies published for the original files are 2 to 3 points "
                     "higher",
-    "weights": "The models in benchmarks/weights, on the built-in shapes (the command is in each result; then "
+    "weights": "The models in vit_bridge/weights/shipped, on the built-in shapes (the command is in each result; then "
                "`python benchmarks/results.py ship NAME runs/RUN`)",
 }
 TABLES = {
@@ -134,10 +134,10 @@ def ship(name, run):
     """Writes weights/<name>.pt, which create_pretrained(name) loads, from the best.pt of a run."""
     import torch
 
-    from model_zoo import load_model, save_model
+    from vit_bridge.weights.checkpoints import load_model, save_model
 
     result = json.loads((run / "result.json").read_text())
-    path = HERE / "weights" / f"{name}.pt"
+    path = HERE.parent / "vit_bridge" / "weights" / "shipped" / f"{name}.pt"
     save_model(load_model(run / "best.pt"), path, dtype=torch.float16, command=result["command"], seed=result["seed"],
                test_acc=result["test_acc"])
     print(f"{path}: {path.stat().st_size:,} bytes")

@@ -24,12 +24,14 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from results import write_cell
 
-from cnn_model import ConvNet
-from model_zoo import build_model
-from optimizers import Muon, hidden_matrices
-from recipes import RECIPES
-from trainer import CrossEntropy, Trainer
-from vit_data import MemoryLoader, SetFacts
+from train_vit import Trainer
+from vit_bridge.data.datasets import DatasetInfo
+from vit_bridge.data.loaders import MemoryLoader
+from vit_bridge.models.convnet import ConvNet
+from vit_bridge.models.registry import build_model
+from vit_bridge.training.config import RECIPES
+from vit_bridge.training.objectives import CrossEntropy
+from vit_bridge.training.optimizers import Muon, hidden_matrices
 
 ROUNDS = 9
 GROUPS = {  # what the names of torch's operators begin with, behind aten::
@@ -61,7 +63,7 @@ def medians(works):
 def loader_of(recipe):
     torch.manual_seed(0)
     images, labels = torch.randint(0, 256, (4096, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (4096,))
-    facts = SetFacts("cifar10", [str(i) for i in range(10)], 32, (0.5,) * 3, (0.25,) * 3)
+    facts = DatasetInfo("cifar10", [str(i) for i in range(10)], 32, (0.5,) * 3, (0.25,) * 3)
     return MemoryLoader(images, labels, facts, recipe.batch_size, 0, True, augmentation=recipe.augmentation)
 
 
@@ -77,10 +79,10 @@ def profile_recipe(name, amp):
     seconds = medians(works)
     with FlopCounterMode(display=False) as counter:
         trainer.train(loader, n_steps=1, **run)
-    with profile(activities=[ProfilerActivity.CPU]) as record:
+    with profile(activities=[ProfilerActivity.CPU]) as capture:
         trainer.train(loader, n_steps=n_steps, **run)
     shares = defaultdict(float)
-    for event in record.key_averages():
+    for event in capture.key_averages():
         operator = event.key.removeprefix("aten::")
         group = next((group for group, starts in GROUPS.items() if operator.startswith(starts)), "all else")
         shares[group] += event.self_cpu_time_total

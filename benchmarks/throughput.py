@@ -33,7 +33,8 @@ from torchvision.models import VisionTransformer as TorchvisionViT
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from results import write_cell
 
-from measurements import choose_device, choose_precision, peak_memory
+from vit_bridge.analysis.cost import peak_memory
+from vit_bridge.runtime import choose_device, choose_precision
 from vit_model import VARIANTS, InputError, VisionTransformer
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}

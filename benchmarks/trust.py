@@ -21,12 +21,12 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from results import write_cell  # noqa: E402
 
-from drawn_shapes import TEST_START  # noqa: E402
-from explanations import agreement, compare_explanations  # noqa: E402
-from learning import RATES, RECIPE, train_once  # noqa: E402
-from perturbations import predictions  # noqa: E402
-from pictures import normalise  # noqa: E402
-from vit_data import get_data_loaders, make_shapes  # noqa: E402
+from vit_bridge.analysis.explanations import agreement, compare_explanations
+from vit_bridge.compare.trials import RATES, RECIPE, train_once
+from vit_bridge.data.images import normalise
+from vit_bridge.data.loaders import get_data_loaders
+from vit_bridge.data.shapes import TEST_START, make_shapes
+from vit_bridge.runtime import predictions
 from vit_model import InputError  # noqa: E402
 
 STEPS, N_IMAGES = 2000, 500
@@ -47,9 +47,9 @@ def areas(model, images, seed, chunk=100, **options):
         result[what] = {name: values.mean(dim=0).nanmean().item() for name, values in curves.items()}
     result["draws"] = {what: torch.cat([one.draws[what] for one in found], dim=2).mean(dim=(1, 2)).tolist()
                        for what in ("deletion", "insertion")}
-    heats = {name: torch.cat([one.heats[name] for one in found]) for name in found[0].heats}
-    result["blank"] = {name: sum(one.blank.get(name, 0) for one in found) for name in heats}
-    result["correlations"] = dict(names=list(heats), values=agreement(list(heats.values())).tolist())
+    saliencies = {name: torch.cat([one.saliencies[name] for one in found]) for name in found[0].saliencies}
+    result["blank"] = {name: sum(one.blank.get(name, 0) for one in found) for name in saliencies}
+    result["correlations"] = dict(names=list(saliencies), values=agreement(list(saliencies.values())).tolist())
     return result
 
 

@@ -26,7 +26,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from results import write_cell  # noqa: E402
 
-from drawn_tasks import ANSWERS, KINDS, MARKS, M  # noqa: E402
+from vit_bridge.data.shapes import ANSWERS, KINDS, MARKS, M
 
 TEST_START = 10**9
 

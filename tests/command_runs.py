@@ -8,9 +8,11 @@ import torch
 from PIL import Image
 
 import train_vit
-import trainer
-from command_line import Interrupts
+import train_vit as trainer
 from train_vit import parse
+from vit_bridge import cli as cli_module
+from vit_bridge import runtime as runtime_module
+from vit_bridge.system import Interrupts
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 def run(words, capsys):
     """Exit code, and what was printed as errors, of train_vit.py with these words."""
     with pytest.raises(SystemExit) as stop:
-        train_vit.script(lambda: train_vit.main(list(map(str, words))))
+        cli_module.script(lambda: train_vit.main(list(map(str, words))))
     return stop.value.code, capsys.readouterr().err
 
 
@@ -43,7 +45,7 @@ def train(folder, *words):
 def prepared(*words):
     """A TrainingRun that stands before its first step."""
     options = parse([*map(str, words), "--device", "cpu", "--steps", "1"])
-    with train_vit.processes(options.device) as device, Interrupts() as interrupts:
+    with runtime_module.processes(options.device) as device, Interrupts() as interrupts:
         made = train_vit.TrainingRun(options, device, interrupts)
         made.prepare()
     return made

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from matplotlib.text import Text
 
-from cnn_model import ConvNet
+from vit_bridge.models.convnet import ConvNet
 from vit_model import VisionTransformer
 
 SIZE, PATCH, GRID = (14, 15), (7, 5), (2, 3)

@@ -5,7 +5,7 @@ import torch
 import torchvision
 import transformers
 
-from checkpoints import load_checkpoint
+from vit_bridge.weights.checkpoints import load_checkpoint
 from vit_model import VisionTransformer
 
 D, HEADS, PATCH, SIDE, CLASSES, DEPTH = 28, 7, 5, 15, 11, 3  # K = 4, a grid of 3 x 3

@@ -10,10 +10,12 @@ from matplotlib.text import Text
 from other_models import HF, shared, timm_vit, torchvision_vit, transformers_vit
 from PIL import Image
 
-import attention_views as v
-from explanations import compare_explanations, explain
-from measurements import attention_distance, attention_maps, uniform_attention_distance
-from pictures import prepare_image, statistics_of
+import visualizations as v
+from vit_bridge.analysis.attention import attention_distance, uniform_attention_distance
+from vit_bridge.analysis.capture import attention_maps
+from vit_bridge.analysis.explanations import compare_explanations, explain
+from vit_bridge.data.images import prepare_image
+from vit_bridge.models.adapters import statistics_of
 from vit_model import InputError, VisionTransformer
 
 
@@ -154,8 +156,8 @@ def test_all_layers_share_one_scale():
 def test_options_and_classes_reach_the_method(method, options):
     model, image = square_vit(), pixels(12, 12)
     views, images = v.AttentionVisualizer(model, device="cpu"), prepare_image(image, model)[0]
-    expected = explain(model, images, method, **options).heat[0]
-    assert not torch.equal(expected, explain(model, images, method).heat[0])
+    expected = explain(model, images, method, **options).saliency[0]
+    assert not torch.equal(expected, explain(model, images, method).saliency[0])
     torch.testing.assert_close(getattr(views, method)(image, **options), expected)
     np.testing.assert_allclose(data_of(getattr(views, f"visualize_{method}")(image, **options))[1], expected)
 
@@ -194,8 +196,8 @@ def test_all_explanations_side_by_side():
     for title in (*v.TITLES.values(), "random order: area 0.", "Spearman", "class explained:"):
         assert title in words
     found = compare_explanations(model, prepare_image(image, model)[0], n_steps=4)
-    for shown, heat in zip(data_of(figure)[1:5], found.heats.values(), strict=True):
-        np.testing.assert_allclose(shown, heat[0] / heat[0].sum(), rtol=1e-5)
+    for shown, saliency in zip(data_of(figure)[1:5], found.saliencies.values(), strict=True):
+        np.testing.assert_allclose(shown, saliency[0] / saliency[0].sum(), rtol=1e-5)
     agreement = next(axes for axes in figure.axes if axes.get_title().startswith("how alike"))
     np.testing.assert_allclose(agreement.images[0].get_array(), found.correlations)
     assert [text.get_text() for text in agreement.texts] == [f"{value:.2f}" for value in found.correlations.flatten()]
@@ -246,12 +248,12 @@ def test_what_the_rest_of_the_weights_goes_to_is_said_as_it_is(build, rest):
 def test_a_head_that_is_changed_afterwards_has_its_own_names():
     model = square_vit()
     views = v.AttentionVisualizer(model, device="cpu")
-    assert views.anatomy.class_names[0] == "ant"
+    assert views.adapter.class_names[0] == "ant"
     model.head, model.class_names = torch.nn.Linear(22, 3), ["oak", "ash", "elm"]
     with torch.no_grad():
         model.head.bias[1] = 100
     assert "predicted: ash (100%)" in texts(views.visualize_attention(pixels(12, 12)))
-    assert views.anatomy.n_classes == 3
+    assert views.adapter.n_classes == 3
 
 
 def test_no_more_lines_are_asked_for_than_are_drawn():

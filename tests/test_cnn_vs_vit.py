@@ -11,31 +11,22 @@ import pytest
 import torch
 from command_runs import ROOT, make_folder
 
-import cnn_model
 import cnn_vs_vit as cv
-import train_vit
-from command_line import Interrupted
-from drawn_tasks import make_mark
-from learning import RATES, SEEDS, SHARES, STEPS_BETWEEN, Recipe, loader_of
-from measurements import count_parameters
-from trainer import NotFinite
+from train_vit import NotFinite
+from vit_bridge import cli as train_vit
+from vit_bridge.compare import experiments as experiments_module
+from vit_bridge.compare import trials as trials_module
+from vit_bridge.compare.trials import CNN_TO_VIT_MODELS, RATES, SEEDS, Recipe, loader_of
+from vit_bridge.compare.trials import TRAIN_FRACTIONS as SHARES
+from vit_bridge.data.shapes import make_mark
+from vit_bridge.system import Interrupted
 from vit_model import InputError
 
 
-def test_the_three_have_nearly_the_same_number_of_parameters():
-    counts = {name: count_parameters(model) for name, model in cv.matched_models().items()}
-    assert set(counts) == {"ConvNet", "Hybrid", "ViT"}
-    assert max(counts.values()) <= 1.1 * min(counts.values())
-
-
-def test_the_hybrid_is_the_one_of_cnn_model():
-    assert cv.HybridCNNViT is cnn_model.HybridCNNViT
-
-
 def test_the_shipped_models_are_asked_about_images_that_they_know():
-    subjects = cv.shipped_subjects(50)
-    for name, model in subjects.models.items():
-        right = (model(subjects.images).argmax(dim=1) == subjects.labels).float().mean()
+    setup = cv.shipped_setup(50)
+    for name, model in setup.models.items():
+        right = (model(setup.images).argmax(dim=1) == setup.labels).float().mean()
         assert right > 0.8, name
 
 
@@ -48,9 +39,9 @@ def test_a_dry_run_leaves_its_files(tmp_path):
     assert {"report.html", "results.json", "cost_flops.png", "receptive_fields.png", "attention_distance.png",
             "similarity_within.png", "patches_changed.png", "convolution_as_attention.png"} <= names
     results = json.loads((folder / "results.json").read_text())["results"]
-    assert set(cv.EXPERIMENTS) <= set(results)
+    assert set(experiments_module.EXPERIMENTS) <= set(results)
     page = (folder / "report.html").read_text(encoding="utf-8")
-    for name in cv.EXPERIMENTS:
+    for name in experiments_module.EXPERIMENTS:
         assert results[name]["finding"] in done.stdout
         assert html.escape(results[name]["finding"]) in page
     assert "no verdict" in done.stdout
@@ -61,7 +52,7 @@ def test_a_dry_run_leaves_its_files(tmp_path):
 
 def test_cells_are_planned_seed_by_seed_and_named_by_what_they_are():
     cells = cv.planned(["reach", "data"], (450, 10))
-    assert len(cells) == len(SEEDS) * len(STEPS_BETWEEN) * 3
+    assert len(cells) == len(SEEDS) * len(CNN_TO_VIT_MODELS) * 3
     files = [cv.cell_file(*cell, "photos" if cell[0] == "data" else "") for cell in cells]
     assert len(set(files)) == len(files)
     assert files[0] == "reach-ViT-0.json"
@@ -77,7 +68,7 @@ def few(monkeypatch):
         measured.append((kind, number, rates))
         return dict(kind=kind, seed=number, distances=[8, 20], correct=[9, 7], n=10, rate=rates[-1])
 
-    monkeypatch.setitem(cv.LEARNING, "reach", replace(cv.LEARNING["reach"], measure=cell))
+    monkeypatch.setitem(trials_module.LEARNING, "reach", replace(trials_module.LEARNING["reach"], measure=cell))
     return measured
 
 
@@ -101,7 +92,7 @@ def test_cells_that_are_there_are_not_measured_again(few, tmp_path, capsys):
     assert again == cells
     first = cells["reach"][0]
     assert first["command"] == "python cnn_vs_vit.py --full --only reach"
-    assert first["result"]["kind"] in STEPS_BETWEEN
+    assert first["result"]["kind"] in CNN_TO_VIT_MODELS
     assert {"commit", "machine", "versions", "date", "seed", "setting"} <= set(first)
     with pytest.raises(InputError, match="measured on other images, in another precision or by another recipe"):
         train(["reach"], tmp_path, options("--full"), Recipe(n_steps=3))
@@ -114,7 +105,7 @@ def test_a_stop_says_what_is_kept_and_how_to_go_on(number, few, tmp_path, monkey
             signal.raise_signal(number)
         return dict(kind=kind, seed=seed, distances=[8], correct=[9], n=10, rate=1e-3)
 
-    monkeypatch.setitem(cv.LEARNING, "reach", replace(cv.LEARNING["reach"], measure=cut_off))
+    monkeypatch.setitem(trials_module.LEARNING, "reach", replace(trials_module.LEARNING["reach"], measure=cut_off))
     with pytest.raises(Interrupted, match=r"3 of 12 cells are in .*; the same command goes on with the next"):
         train(["reach"], tmp_path, options("--full"))
     assert len(list(tmp_path.iterdir())) == 3
@@ -211,7 +202,7 @@ def test_a_stop_with_an_output_folder_asks_for_another(few, tmp_path, monkeypatc
     def cut_off(kind, seed, **run):
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setitem(cv.LEARNING, "reach", replace(cv.LEARNING["reach"], measure=cut_off))
+    monkeypatch.setitem(trials_module.LEARNING, "reach", replace(trials_module.LEARNING["reach"], measure=cut_off))
     with pytest.raises(Interrupted, match=r"0 of 12 cells .*; the same command with another --output-dir goes on"):
         train(["reach"], tmp_path, options("--full", "--output-dir", "out"))
 
@@ -231,7 +222,7 @@ def test_images_left_out_are_told(tmp_path, monkeypatch, capsys):
     broken = [next((folder / part).rglob("*.jpg")) for part in ("train", "test")]
     for path in broken:
         path.write_text("no picture")
-    monkeypatch.setattr("learning.steps_within", lambda *words, **run: 1)
+    monkeypatch.setattr("vit_bridge.compare.trials.steps_within", lambda *words, **run: 1)
     cv.main(["--data-dir", str(folder), "--minutes", "1", "--skip-corrupt", "--output-dir", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert all(f"Left out, as it cannot be read: {path}" in printed for path in broken)
@@ -255,7 +246,7 @@ def test_a_folder_is_judged(tmp_path, monkeypatch, capsys):
     loaders = tuple(loader_of(one.images, one.labels, one.class_names, Recipe(batch_size=8), training=i == 0)
                     for i, one in enumerate(drawn))
     monkeypatch.setattr(cv, "loaders_of", lambda options: loaders)
-    monkeypatch.setattr("learning.steps_within", lambda *words, **run: 1)
+    monkeypatch.setattr("vit_bridge.compare.trials.steps_within", lambda *words, **run: 1)
     cv.main(["--data-dir", str(tmp_path), "--minutes", "1", "--device", "cpu", "--output-dir", str(tmp_path / "out")])
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["verdict"]
     assert set(results["rows"]) == {"ConvNet", "Hybrid", "ViT"}
@@ -276,7 +267,7 @@ def judged(monkeypatch):
     speeds = dict(ConvNet=500, Hybrid=250, ViT=1000)
     right = [True] * 15 + [False] * 5
     rows = {kind: [dict(seed=seed, n_steps=200, right=right, accuracy=0.75) for seed in SEEDS] for kind in speeds}
-    monkeypatch.setattr(cv, "judge", lambda loaders, minutes, **run: rows)
+    monkeypatch.setattr(cv, "compare_on_dataset", lambda loaders, minutes, **run: rows)
     monkeypatch.setattr(cv, "build_kind", lambda kind, n_classes, img_size: kind)
     monkeypatch.setattr(cv, "throughput", lambda model, **run: speeds[model])
     monkeypatch.setattr(cv, "linear_classifier", lambda fit, choose, asked: dict(
@@ -301,7 +292,7 @@ def test_a_verdict_says_which_images_were_asked_and_what_an_image_costs(parts, s
 
 
 def test_a_verdict_that_is_stopped_says_that_nothing_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(cv, "judge", lambda *loaders, **run: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(cv, "compare_on_dataset", lambda *loaders, **run: signal.raise_signal(signal.SIGTERM))
     folder = make_folder(tmp_path / "photos", 16, ("train", "test"))
     with pytest.raises(Interrupted, match="nothing of it is kept; give fewer --minutes"):
         cv.main(["--data-dir", str(folder), "--minutes", "1", "--output-dir", str(tmp_path / "out")])
@@ -362,7 +353,7 @@ def test_no_model_beyond_the_control_by_more_than_chance_is_told():
     def said(share, control, n=1000):
         rows = {kind: [dict(n_steps=200, right=[True] * n, accuracy=share + by) for by in (-0.01, 0, 0.01)]
                 for kind in ("ConvNet", "ViT")}
-        return cv.weakness(rows, {"luck": 0.2, "pixels": control}, 5000)
+        return cv.caveats(rows, {"luck": 0.2, "pixels": control}, 5000)
 
     assert said(0.9, 0.5) == ""
     for share in (0.49, 0.51):
@@ -393,7 +384,7 @@ def test_a_cell_that_diverges_is_left_out(tmp_path, monkeypatch, capsys):
     def diverges(kind, number, **run):
         raise NotFinite("loss or gradient are not finite")
 
-    monkeypatch.setitem(cv.LEARNING, "reach", replace(cv.LEARNING["reach"], measure=diverges))
+    monkeypatch.setitem(trials_module.LEARNING, "reach", replace(trials_module.LEARNING["reach"], measure=diverges))
     assert train(["reach"], tmp_path, options("--full")) == dict(reach=[])
     assert "reach-ViT-0 is left out" in capsys.readouterr().out
 

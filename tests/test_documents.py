@@ -14,8 +14,8 @@ from torch import nn
 
 import cnn_vs_vit
 import train_vit
-import vit_data
-from command_line import OneLineParser
+from vit_bridge.cli import OneLineParser
+from vit_bridge.data import loaders as vit_data
 from vit_model import VisionTransformer, create_vit_base, create_vit_nano, create_vit_tiny
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ import torch
 from command_runs import ROOT
 
 import examples
-import train_vit
+from vit_bridge import cli as train_vit
 from vit_model import InputError, VisionTransformer
 
 QUICK = [name for name in examples.DEMOS if name not in examples.TRAINS]

@@ -12,13 +12,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-import inference
-from checkpoints import save_model
-from cnn_model import ConvNet, HybridCNNViT
-from command_line import script
-from inference import export_onnx, predict, score
-from measurements import wilson_interval
-from vit_data import get_evaluation_loader
+import train_vit
+from vit_bridge import inference
+from vit_bridge.analysis.metrics import wilson_interval
+from vit_bridge.cli import script
+from vit_bridge.data.loaders import get_evaluation_loader
+from vit_bridge.inference import export_onnx, predict, score
+from vit_bridge.models.convnet import ConvNet
+from vit_bridge.models.hybrid import HybridCNNViT
+from vit_bridge.weights.checkpoints import save_model
 from vit_model import InputError, VisionTransformer
 
 COLOURS = ["red", "green", "blue"]
@@ -342,7 +344,7 @@ def colour_folder(root):
 
 def test_evaluate(tmp_path, checkpoint, capsys):
     data, out = colour_folder(tmp_path / "data"), tmp_path / "out"
-    assert run(inference.evaluate_command, "--checkpoint", checkpoint, "--data-dir", data, "--output-dir", out,
+    assert run(train_vit.evaluate_command, "--checkpoint", checkpoint, "--data-dir", data, "--output-dir", out,
                "--device", "cpu") == 0
     printed = capsys.readouterr().out
     assert "folder: 7 test images\n" in printed
@@ -371,9 +373,9 @@ def test_evaluate_without_mistakes_has_no_picture_of_them(tmp_path, checkpoint, 
     (data / "test" / "red" / "a wrong é.png").unlink()
     (data / "test" / "red" / "broken.png").write_bytes(b"no image")
     command = ("--checkpoint", checkpoint, "--data-dir", data, "--output-dir", out, "--device", "cpu")
-    assert run(inference.evaluate_command, *command) == 2
+    assert run(train_vit.evaluate_command, *command) == 2
     assert "broken.png" in capsys.readouterr().err
-    assert run(inference.evaluate_command, *command, "--skip-corrupt") == 0
+    assert run(train_vit.evaluate_command, *command, "--skip-corrupt") == 0
     assert "left out: 1 image files" in capsys.readouterr().out
     assert not (out / "mistakes.png").exists()
     assert (out / "mistakes.csv").read_text().split() == ["file,true,predicted,probability"]
@@ -388,12 +390,12 @@ def test_a_folder_that_changed_since_the_training_has_nothing_held_out(tmp_path,
     val_loader = get_evaluation_loader(data, colour_model().class_names, img_size=8, held_out=True, val_fraction=0.5,
                                        seed=3)
     options = dict(data_dir=str(data), val_fraction=0.5, seed=3)
-    save_model(colour_model(), path, options=options, validation_files=inference.fingerprint(val_loader))
+    save_model(colour_model(), path, options=options, validation_files=train_vit.fingerprint(val_loader))
     words = ("--checkpoint", path, "--data-dir", data, "--device", "cpu", "--output-dir")
-    assert run(inference.evaluate_command, *words, tmp_path / "a") == 0
+    assert run(train_vit.evaluate_command, *words, tmp_path / "a") == 0
     assert "6 validation images, held out" in capsys.readouterr().out
     save(data / next(iter(COLOURS)) / "0 new.png", 5, 0, 0)
-    assert run(inference.evaluate_command, *words, tmp_path / "b") == 0
+    assert run(train_vit.evaluate_command, *words, tmp_path / "b") == 0
     printed = capsys.readouterr().out
     assert "have changed since the training" in printed
     assert "13 images, all of the folder" in printed
@@ -407,14 +409,14 @@ def test_evaluate_takes_the_images_held_out_of_the_training(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "best.pt"
     save_model(colour_model(), path, options=dict(data_dir="data", val_fraction=0.5, seed=3))
-    assert run(inference.evaluate_command, "--checkpoint", path, "--data-dir", data, "--device", "cpu") == 0
+    assert run(train_vit.evaluate_command, "--checkpoint", path, "--data-dir", data, "--device", "cpu") == 0
     assert "folder: 6 validation images, held out" in capsys.readouterr().out
     assert (tmp_path / "runs" / "evaluation-folder-1" / "result.json").exists()
     data.rename(tmp_path / "other")
-    assert run(inference.evaluate_command, "--checkpoint", path, "--data-dir", "other", "--device", "cpu") == 0
+    assert run(train_vit.evaluate_command, "--checkpoint", path, "--data-dir", "other", "--device", "cpu") == 0
     assert "folder: 12 images, all of the folder: a test only if" in capsys.readouterr().out
     cut = dict(held_out=True, val_fraction=0.5, seed=3)
-    assert inference.training_cut(path, tmp_path / "x" / ".." / "data") == (cut, None)
+    assert train_vit.training_cut(path, tmp_path / "x" / ".." / "data") == (cut, None)
 
 
 def test_describe_names_the_classes_with_the_lowest_recall():
@@ -422,7 +424,7 @@ def test_describe_names_the_classes_with_the_lowest_recall():
     confusion[7, 8] = 100
     found = SimpleNamespace(confusion=confusion, class_names=[f"class {i}" for i in range(25)], n=400, correct=300,
                             balanced_accuracy=0.5, top5=0.9)
-    text = inference.describe(found, SimpleNamespace(dataset_name="folder", split="val", skipped={}))
+    text = train_vit.describe_score(found, SimpleNamespace(dataset_name="folder", split="val", skipped={}))
     assert "the mean of the recalls of 24 classes; the other 1 have no images" in text
     assert "top-5 accuracy     90.0%" in text
     assert "class 0 " not in text
@@ -438,7 +440,7 @@ def test_predict_command(tmp_path, checkpoint, capsys):
     save(folder / ".hidden.png", 0, 0, 255)
     (folder / "notes.txt").write_text("no image")
     lone = save(tmp_path / "lone.png", 0, 0, 255)
-    assert run(inference.predict_command, "--checkpoint", checkpoint, folder, lone, "--top", 2, "--device", "cpu") == 0
+    assert run(train_vit.predict_command, "--checkpoint", checkpoint, folder, lone, "--top", 2, "--device", "cpu") == 0
     shares = torch.tensor([2.0, 10.0, 0.0]).softmax(dim=0)
     width = min(80, len(str(red)))
     assert capsys.readouterr().out.splitlines() == [
@@ -454,7 +456,7 @@ def test_predict_goes_on_after_files_that_cannot_be_read(tmp_path, checkpoint, c
     bad.write_bytes(b"no image")
     good = save(tmp_path / "good.png", 0, 0, 255)
     words = ("--checkpoint", checkpoint, bad, good, "absent.png", tmp_path / "empty", good, "--device", "cpu")
-    assert run(inference.predict_command, *words) == 2
+    assert run(train_vit.predict_command, *words) == 2
     out, err = capsys.readouterr()
     assert [line.split()[0] for line in out.splitlines()] == [str(good)] * 2
     errors = err.splitlines()
@@ -463,7 +465,7 @@ def test_predict_goes_on_after_files_that_cannot_be_read(tmp_path, checkpoint, c
     assert "bad.png" in errors[0]
     assert "absent.png" in errors[1]
     assert f"folder '{tmp_path / 'empty'}' has no image files" in errors[2]
-    assert run(inference.predict_command, *words, "--json", "--top", 1) == 2
+    assert run(train_vit.predict_command, *words, "--json", "--top", 1) == 2
     entries = json.loads(capsys.readouterr().out)
     assert [entry["file"] for entry in entries] == [str(word) for word in words[2:7]]
     assert ["error" in entry for entry in entries] == [True, False, True, True, False]
@@ -474,33 +476,33 @@ def test_export_command_does_not_overwrite(checkpoint, capsys, untraced):
     untraced(lambda content, images: 10 * images.mean(dim=(2, 3)).clamp(min=0))
     model = colour_model()
     untraced(lambda content, images: model(images).detach())
-    assert run(inference.export_command, "--checkpoint", checkpoint) == 0
+    assert run(train_vit.export_command, "--checkpoint", checkpoint) == 0
     path = checkpoint.with_suffix(".onnx")
     assert path.read_bytes() == b"graph"
     assert capsys.readouterr().out.startswith(f"{path}: 0.0 MB; ")
-    assert run(inference.export_command, "--checkpoint", checkpoint) == 2
+    assert run(train_vit.export_command, "--checkpoint", checkpoint) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert f"{path} exists already" in err
-    assert run(inference.export_command, "--checkpoint", checkpoint, "--output", path.with_name("other.onnx")) == 0
+    assert run(train_vit.export_command, "--checkpoint", checkpoint, "--output", path.with_name("other.onnx")) == 0
     assert path.with_name("other.onnx").exists()
 
 
 @pytest.mark.parametrize(("command", "words", "text"), [
-    (inference.evaluate_command, ["--checkpoint", "absent.pt"], "no file absent.pt"),
-    (inference.evaluate_command, [], "--checkpoint"),
-    (inference.evaluate_command, ["--checkpoint", "best.pt", "--data-dir", "absent"], "no data folder 'absent'"),
-    (inference.evaluate_command, ["--checkpoint", "best.pt", "--data-dir", "other"], "class folder 'cat'"),
-    (inference.evaluate_command, ["--checkpoint", "best.pt", "--dataset", "shapes"], "classes circle"),
-    (inference.evaluate_command, ["--checkpoint", "best.pt", "--device", "gpu"], "device 'gpu'"),
-    (inference.evaluate_command, ["--checkpoint", "best.pt", "--batch-size", "0"], "--batch-size"),
-    (inference.evaluate_command, ["--checkpoint", "wide.pt"], "8x16 pixels"),
-    (inference.predict_command, ["--checkpoint", "best.pt"], "IMAGE"),
-    (inference.predict_command, ["--checkpoint", "absent.pt", "x.png"], "no file absent.pt"),
-    (inference.predict_command, ["--checkpoint", "best.pt", "x.png", "--top", "0"], "--top"),
-    (inference.predict_command, ["--checkpoint", "headless.pt", "x.png"], "no head"),
-    (inference.export_command, ["--checkpoint", "absent.pt"], "no file absent.pt"),
-    (inference.export_command, ["--checkpoint", "best.pt", "--output", "absent/model.onnx"], "no folder absent"),
+    (train_vit.evaluate_command, ["--checkpoint", "absent.pt"], "no file absent.pt"),
+    (train_vit.evaluate_command, [], "--checkpoint"),
+    (train_vit.evaluate_command, ["--checkpoint", "best.pt", "--data-dir", "absent"], "no data folder 'absent'"),
+    (train_vit.evaluate_command, ["--checkpoint", "best.pt", "--data-dir", "other"], "class folder 'cat'"),
+    (train_vit.evaluate_command, ["--checkpoint", "best.pt", "--dataset", "shapes"], "classes circle"),
+    (train_vit.evaluate_command, ["--checkpoint", "best.pt", "--device", "gpu"], "device 'gpu'"),
+    (train_vit.evaluate_command, ["--checkpoint", "best.pt", "--batch-size", "0"], "--batch-size"),
+    (train_vit.evaluate_command, ["--checkpoint", "wide.pt"], "8x16 pixels"),
+    (train_vit.predict_command, ["--checkpoint", "best.pt"], "IMAGE"),
+    (train_vit.predict_command, ["--checkpoint", "absent.pt", "x.png"], "no file absent.pt"),
+    (train_vit.predict_command, ["--checkpoint", "best.pt", "x.png", "--top", "0"], "--top"),
+    (train_vit.predict_command, ["--checkpoint", "headless.pt", "x.png"], "no head"),
+    (train_vit.export_command, ["--checkpoint", "absent.pt"], "no file absent.pt"),
+    (train_vit.export_command, ["--checkpoint", "best.pt", "--output", "absent/model.onnx"], "no folder absent"),
 ])
 def test_what_a_person_gave_wrong_is_said_in_one_line(command, words, text, checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -8,10 +8,12 @@ from other_models import shared
 from PIL import Image
 
 import visualizations as v
-from cnn_model import HybridCNNViT
-from command_line import script
-from explanations import Check, feature_colours
-from recording import record
+from vit_bridge.analysis import receptive_field as receptive_field_module
+from vit_bridge.analysis.capture import capture
+from vit_bridge.analysis.explanations import feature_colours
+from vit_bridge.analysis.selfcheck import Check
+from vit_bridge.cli import script
+from vit_bridge.models.hybrid import HybridCNNViT
 from vit_model import InputError, VisionTransformer
 
 
@@ -105,7 +107,7 @@ def test_a_vit_of_another_library_is_drawn_as_ours_but_for_its_beginning(tmp_pat
 
 def test_untrained_copy():
     model = square_vit()
-    fresh = v.untrained_copy(model)
+    fresh = receptive_field_module.untrained_copy(model)
     assert fresh.config == model.config
     assert (fresh.mean, fresh.std) == (tuple(model.mean), tuple(model.std))
     torch.manual_seed(0)
@@ -205,7 +207,7 @@ def test_filters_of_one_channel_are_grey_and_of_others_refused(n_channels):
 def test_features_as_colours_of_several_images():
     model, images = vit(), torch.randn(4, 3, *SIZE)
     figure = v.visualize_features(model, images)
-    shown, tokens = data_of(figure), record(model, images).tokens
+    shown, tokens = data_of(figure), capture(model, images).tokens
     for depth in (1, 2, 3):
         expected = feature_colours(tokens[depth][:, 1:].unflatten(1, GRID))  # (B, rows, columns, 3)
         np.testing.assert_allclose(shown[4 * depth:4 * depth + 4], expected, rtol=1e-5)

@@ -186,7 +186,7 @@ def test_bf16_on_a_cpu_trains_with_the_explicit_softmax_up_to_a_limit(monkeypatc
     fused = []
     kernel = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args: fused.append(1) or kernel(*args))
-    monkeypatch.setattr(vit_model, "EXPLICIT_TRAINING", {("cpu", torch.bfloat16): 7})
+    monkeypatch.setattr(vit_model, "MATH_ATTENTION_MAX_TOKENS", {("cpu", torch.bfloat16): 7})
     used = []
     for n_tokens, dtype, trains in ((7, torch.bfloat16, True), (8, torch.bfloat16, True), (7, torch.float32, True),
                                     (7, torch.bfloat16, False)):
@@ -273,7 +273,7 @@ def test_the_last_block_answers_for_as_many_tokens_as_are_asked_for(n, qk_norm):
     for block in model.blocks:
         block.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[1]))
     images = images_for(model)
-    first = model.forward_features(images, n_queries=n)
+    first = model.forward_features(images, n_query_tokens=n)
     assert shapes == [22, n]
     torch.testing.assert_close(first, model.forward_features(images)[:, :n], rtol=1e-10, atol=1e-10)
 

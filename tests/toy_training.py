@@ -5,11 +5,10 @@ import io
 import torch
 from torch import nn
 
-from cnn_model import ConvNet
-from trainer import (
-    Trainer,
-)
-from vit_data import MemoryLoader, SetFacts
+from train_vit import Trainer
+from vit_bridge.data.datasets import DatasetInfo
+from vit_bridge.data.loaders import MemoryLoader
+from vit_bridge.models.convnet import ConvNet
 from vit_model import VisionTransformer
 
 TINY = dict(img_size=8, patch_size=4, embed_dim=12, depth=1, n_heads=3, n_classes=3)
@@ -48,7 +47,7 @@ def convnet():
 def memory_loader(n, batch_size, training=False):
     generator = torch.Generator().manual_seed(n)
     images = torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8, generator=generator)
-    facts = SetFacts("folder", ["a", "b", "c"], 8, (0.5,) * 3, (0.25,) * 3)
+    facts = DatasetInfo("folder", ["a", "b", "c"], 8, (0.5,) * 3, (0.25,) * 3)
     return MemoryLoader(images, torch.arange(n) % 3, facts, batch_size, 5, training)
 
 

@@ -1,0 +1,341 @@
+"""What a watched pass gives: our own maps, those of other libraries on shared weights, and nothing left behind."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import transformers
+from other_models import BUILDERS, CLASSES, DEPTH, HF, shared, timm_vit, torchvision_vit, transformers_vit
+from torch import nn
+
+from vit_bridge.analysis import capture as r
+from vit_bridge.models import adapters as adapters_module
+from vit_bridge.models.convnet import ConvNet
+from vit_bridge.models.hybrid import HybridCNNViT
+from vit_model import InputError, VisionTransformer, allow_any_size
+
+SIZE, PATCH, GRID, N = (14, 15), (7, 5), (2, 3), 7  # no swapped axis stays unseen
+
+
+def vit(**options):
+    torch.manual_seed(0)
+    settings = dict(img_size=SIZE, patch_size=PATCH, n_classes=5, embed_dim=22, depth=3, n_heads=2, dropout=0.5)
+    return VisionTransformer(**{**settings, **options})
+
+
+def images_of(n=3, size=SIZE):
+    return torch.randn(n, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+# ---- Our own
+
+
+@pytest.mark.parametrize("options", [{}, dict(pool="mean"), dict(n_registers=2), dict(position="none"),
+                                     dict(qk_norm=True)])
+def test_maps_are_those_that_the_model_gives_by_itself(options):
+    model = vit(**options).eval()
+    seen = r.capture(model, images_of())
+    tokens, maps = model.forward_features(images_of(), return_attention=True)
+    assert torch.equal(torch.stack(maps), torch.stack(seen.maps))
+    torch.testing.assert_close(model.norm(seen.tokens[-1]), tokens, rtol=0, atol=1e-6)
+    torch.testing.assert_close(seen.logits, model(images_of()), rtol=0, atol=1e-5)
+    assert (len(seen.tokens), seen.grid, seen.adapter.n_prefix) == (4, GRID, 1 + options.get("n_registers", 0))
+
+
+def test_tokens_are_those_between_the_blocks():
+    model = vit().eval()
+    seen = r.capture(model, images_of())
+    for i, block in enumerate(model.blocks):
+        torch.testing.assert_close(block(seen.tokens[i]), seen.tokens[i + 1], rtol=0, atol=1e-6)
+
+
+def test_a_hybrid_is_watched_too():
+    model = HybridCNNViT(n_classes=5, embed_dim=22, depth=2, n_heads=2, img_size=(12, 20), patch_size=4)
+    assert r.capture(model, images_of(2, (12, 20))).grid == (3, 5)
+
+
+def test_gradients_of_the_maps_are_those_of_a_change_of_them():
+    model, images = vit().double(), images_of().double()
+    seen = r.capture(model, images, gradients=True)
+    gradients = torch.autograd.grad(seen.logits[:, 2].sum(), seen.maps)
+    for place, gradient in enumerate(gradients):
+        step = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(place)).double()
+        ends = [r.capture(model, images, change=lambda i, A, s=s, place=place, step=step: A + s * 1e-5 * step * (
+            i == place)).logits[:, 2].sum() for s in (1, -1)]
+        torch.testing.assert_close((ends[0] - ends[1]) / 2e-5, (gradient * step).sum(), rtol=1e-6, atol=1e-8)
+
+
+def test_frozen_weights_have_gradients_too():
+    model = vit().requires_grad_(False)
+    seen = r.capture(model, images_of(), gradients=True)
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(seen.logits.sum(), seen.maps))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# ---- Other libraries
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_other_libraries_give_what_ours_gives(name, tmp_path):
+    theirs, ours, images = shared(name, tmp_path)
+    seen, expected = r.capture(theirs, images), r.capture(ours, images)
+    assert len(seen.maps) == len(expected.maps) == DEPTH
+    for a, b in zip([*seen.maps, *seen.tokens, seen.logits], [*expected.maps, *expected.tokens, expected.logits],
+                    strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-5 if "eager" in name else 1e-10)
+    assert (seen.grid, seen.adapter.n_prefix, seen.adapter.pool, seen.adapter.patch_size) == (
+        expected.grid, expected.adapter.n_prefix, expected.adapter.pool, expected.adapter.patch_size)
+    torch.testing.assert_close(seen.adapter.positions, expected.adapter.positions, rtol=0, atol=1e-12)
+    tokens = expected.tokens[1]
+    torch.testing.assert_close(seen.adapter.read(tokens), expected.adapter.read(tokens), rtol=0, atol=1e-10)
+
+
+def test_deit_of_transformers_has_two_prefix_tokens():
+    torch.manual_seed(0)
+    model = transformers.DeiTForImageClassification(transformers.DeiTConfig(**HF)).eval()
+    seen = r.capture(model, images_of(2, (15, 15)))
+    assert (seen.adapter.n_prefix, len(seen.maps), tuple(seen.maps[0].shape)) == (2, DEPTH, (2, 7, 11, 11))
+    torch.testing.assert_close(seen.adapter.read(seen.tokens[-1]), seen.logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("build", [vit, torchvision_vit, timm_vit])
+def test_a_model_is_afterwards_as_it_was(build):
+    model = build().train()
+    model.requires_grad_(True)
+    weights, state = copy.deepcopy(model.state_dict()), set(vars(model))
+    images = images_of(2, SIZE if build is vit else (15, 15))
+    r.capture(model, images, gradients=True)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    assert set(vars(model)) == state
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Failing(nn.Module):
+    def forward(self, x):
+        raise ZeroDivisionError
+
+
+def test_hooks_and_recorder_are_gone_after_an_error():
+    model = vit()
+    model.norm = Failing()
+    with pytest.raises(ZeroDivisionError):
+        r.capture(model, images_of())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+# ---- What is refused
+
+
+def test_what_is_no_vit_is_refused():
+    with pytest.raises(InputError, match=r"ConvNet has no attention maps that are known here; expected a Vision"):
+        r.capture(ConvNet(img_size=29, n_classes=5), images_of(1, (29, 29)))
+
+
+class Sharp(nn.Module):
+    """Attention that hides its softmax: maps of another temperature are seen than those that count."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, **options):
+        q, k, v = self.inner.qkv(x).unflatten(2, (3, self.inner.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        (q @ k.transpose(2, 3)).softmax(dim=-1)
+        if len(torch.overrides._get_current_function_mode_stack()):
+            return self.inner.proj(v.transpose(1, 2).flatten(2))
+        return self.inner(x)
+
+
+def test_maps_that_are_not_the_ones_used_are_refused():
+    torch.manual_seed(0)
+    model = timm_vit().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    for block in model.blocks:
+        block.attn = Sharp(block.attn)
+    with pytest.raises(InputError, match="answers otherwise than by itself"):
+        r.capture(model, images_of(1, (15, 15)))
+
+
+def test_a_model_whose_maps_are_too_few_is_refused():
+    model = timm_vit()
+    model.blocks[1] = nn.Identity()
+    with pytest.raises(InputError, match=r"2 attention maps of .* were seen, expected 3"):
+        r.capture(model, images_of(1, (15, 15)))
+
+
+@pytest.mark.parametrize("more", [dict(is_causal=True), dict(enable_gqa=True)])
+def test_attention_of_another_kind_is_refused(more):
+    q = torch.randn(1, 2, 3, 4)
+    with r.AttentionCapture(), pytest.raises(InputError, match="not what a ViT has"):
+        F.scaled_dot_product_attention(q, q, q, **more)
+
+
+@pytest.mark.parametrize("mask", [None, torch.tensor([[True, False, True]] * 3), torch.tensor([[0.5, -1.0, 2.0]] * 3)])
+def test_recorded_attention_is_that_of_torch(mask):
+    q, k, v = torch.randn(3, 1, 2, 3, 4, generator=torch.Generator().manual_seed(0)).double()
+    mask = mask.double() if mask is not None and mask.is_floating_point() else mask
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
+    with r.AttentionCapture() as recorder:
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert recorder.maps[0].shape == (1, 2, 3, 3)
+
+
+def test_other_softmaxes_are_left_alone():
+    with r.AttentionCapture() as recorder:
+        torch.randn(2, CLASSES).softmax(dim=-1)
+        torch.randn(2, 3, 4, 5).softmax(dim=-1)
+    assert recorder.maps == []
+
+
+# ---- Heads, names, precisions, sizes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_models_of_another_precision(dtype):
+    expected = r.attention_maps(vit().double(), images_of())
+    found = r.attention_maps(vit().to(dtype), images_of())
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.02)
+    r.capture(timm_vit().to(dtype), images_of(1, (15, 15)))  # its answers are the same to its own rounding
+
+
+def test_the_head_that_is_there_counts():
+    model = vit(n_classes=0)
+    assert (adapters_module.adapt(model).has_head, adapters_module.adapt(model).n_classes) == (False, None)
+    model.head = nn.Linear(22, 4)
+    assert (adapters_module.adapt(model).has_head, adapters_module.adapt(model).n_classes) == (True, 4)
+    model.class_names = ["a", "b", "c"]
+    assert adapters_module.adapt(model).class_names is None  # they are of another head
+    model.class_names.append("d")
+    assert adapters_module.adapt(model).class_names == ["a", "b", "c", "d"]
+    other = torchvision_vit()
+    other.heads = nn.Identity()
+    assert not adapters_module.adapt(other).has_head
+    third = transformers.ViTForImageClassification(transformers.ViTConfig(**HF))
+    assert adapters_module.adapt(third).class_names[2] == "LABEL_2"
+
+
+def test_a_model_that_pools_nothing_says_so():
+    assert adapters_module.adapt(timm_vit(num_classes=0, global_pool="")).pool == "every token by itself"
+
+
+def test_names_are_of_their_numbers_whatever_the_order_of_the_file(tmp_path):
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**HF | dict(num_labels=12)))
+    names = [f"name {i}" for i in range(12)]
+    model.config.id2label = {str(i): name for i, name in enumerate(names)}  # as transformers' own example has it
+    model.save_pretrained(tmp_path)  # whose file is sorted by words: 0, 1, 10, 11, 2
+    loaded = transformers.ViTForImageClassification.from_pretrained(tmp_path)
+    assert list(loaded.config.id2label.values()) != names
+    assert adapters_module.adapt(loaded).class_names == adapters_module.adapt(model).class_names == names
+    loaded.config.id2label = {i + 1: name for i, name in enumerate(names)}
+    assert adapters_module.adapt(loaded).class_names is None
+
+
+def test_a_distilled_model_reads_two_tokens():
+    model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32)
+    assert adapters_module.adapt(model).pool == "CLS and the distillation token"
+    assert r.capture(model, images_of(1, (32, 32))).maps[0].shape == (1, 3, 6, 6)
+
+
+def test_no_class_token_and_a_norm_after_pooling():
+    model = timm_vit(class_token=False, global_pool="avg", fc_norm=True).eval()
+    seen = r.capture(model, images_of(2, (15, 15)))
+    assert (seen.adapter.n_prefix, seen.adapter.pool) == (0, "mean")
+    torch.testing.assert_close(seen.adapter.read(seen.tokens[-1]), seen.logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("build", [lambda: timm_vit(dynamic_img_size=True), lambda: vit(img_size=15, patch_size=5)])
+def test_another_size_where_the_model_takes_it(build):
+    model = build()
+    if isinstance(model, VisionTransformer):
+        allow_any_size(model)
+    assert r.capture(model, images_of(1, (10, 20))).grid == (2, 4)
+
+
+@pytest.mark.parametrize("build", [vit, lambda: timm_vit(img_size=(14, 15), patch_size=(7, 5))])
+@pytest.mark.parametrize(("images", "words"), [
+    (torch.zeros(3, 14, 15), "expected"), (torch.zeros(1, 3, 28, 15), r"(expected 14x15|expected \(B, 3, 14, 15\))"),
+    (torch.zeros(1, 1, 14, 15), "expected"), ([torch.zeros(3, 14, 15)], "as a list"),
+    (torch.zeros(0, 3, 14, 15), r"\(0, 3, 14, 15\), in which there is no image"),
+    (torch.zeros(1, 3, 14, 15, dtype=torch.uint8), "got images of torch.uint8")])
+def test_images_that_do_not_fit_are_refused(build, images, words):
+    with pytest.raises(InputError, match=rf"\A[^\n]*{words}[^\n]*\Z"):
+        r.capture(build(), images, gradients=True)
+
+
+def test_models_of_other_libraries_are_not_told_of_what_only_ours_have():
+    with pytest.raises(InputError, match="resize_positions"):
+        r.capture(vit(), images_of(1, (28, 15)))
+    for build in (timm_vit, torchvision_vit, transformers_vit):
+        for images in (images_of(1, (20, 15)), images_of(1, (15, 15))[:, :1], images_of(1, (15, 15))[0]):
+            with pytest.raises(InputError, match=r"expected \(B, 3, 15, 15\); convert or resize them\Z"):
+                r.capture(build(), images)
+    with pytest.raises(InputError, match=r"\Aimg_size 12x20 is not divisible by patch_size 5x5[^\n]*\Z"):
+        r.capture(timm_vit(dynamic_img_size=True), images_of(1, (12, 20)))
+
+
+def test_blocks_that_are_computed_again_have_no_gradients_here():
+    model = timm_vit().eval()
+    model.set_grad_checkpointing(True)
+    for track_finite in (lambda: r.capture(model, images_of(1, (15, 15)), gradients=True),
+                  lambda: r.watch_layer(model, model.blocks[1], images_of(1, (15, 15)))):
+        with pytest.raises(InputError, match=r"\A[^\n]*call model.set_grad_checkpointing\(False\) first\Z"):
+            track_finite()
+    assert len(r.capture(model, images_of(1, (15, 15))).maps) == DEPTH
+    theirs = transformers_vit()
+    theirs.gradient_checkpointing_enable()  # which takes effect in training alone
+    seen = r.capture(theirs.train(), images_of(1, (15, 15)), gradients=True)
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(seen.logits.sum(), seen.maps))
+
+
+@pytest.mark.parametrize("build", [lambda: vit(img_size=15, patch_size=5), timm_vit, transformers_vit])
+def test_what_are_no_numbers_is_refused(build):
+    model = build()
+    list(model.parameters())[-1].data[0] = torch.nan  # the bias of the head
+    with pytest.raises(r.NoNumbers, match=r"\Athis \w+ gives NaN or infinity for these images, [^\n]*\Z"):
+        r.capture(model, images_of(1, (15, 15)))
+    headless = vit(n_classes=0)
+    headless.norm = nn.Identity()  # so that nothing but a map is wrong
+    with pytest.raises(r.NoNumbers):
+        r.capture(headless, images_of(), change=lambda block, attention: attention.fill_(torch.inf))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_there_where_the_caller_has_switched_them_off(mode):
+    model, plain = vit(), r.capture(vit(), images_of(), gradients=True)
+    expected = torch.autograd.grad(plain.logits.square().sum(), plain.maps)
+    with mode():
+        images = images_of()  # in inference mode a tensor that autograd does not take
+        seen = r.capture(model, images, gradients=True)
+        pixels, output, logits = r.watch_layer(model, model.blocks[1], images)
+        assert not r.capture(model, images).logits.requires_grad
+        with r.differentiable():
+            found = torch.autograd.grad(seen.logits.square().sum(), seen.maps)
+            assert torch.autograd.grad(logits.sum(), (pixels, output))[0].abs().sum() > 0
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_model_made_in_inference_mode_has_maps_and_no_gradients():
+    with torch.inference_mode():
+        model = vit()
+    images = images_of()
+    assert len(r.capture(model, images).maps) == DEPTH
+    for track_finite in (lambda: r.capture(model, images, gradients=True),
+                  lambda: r.watch_layer(model, model.blocks[1], images)):
+        with pytest.raises(InputError, match=r"\A[^\n]*made inside torch.inference_mode[^\n]*load it outside\Z"):
+            track_finite()
+
+
+def test_a_timm_hybrid_is_refused():
+    model = timm_vit()
+    model.patch_embed.proj = nn.Identity()
+    with pytest.raises(InputError, match="makes its tokens in another way"):
+        r.capture(model, images_of(1, (15, 15)))

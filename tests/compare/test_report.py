@@ -1,0 +1,63 @@
+import base64
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from vit_bridge.compare.report import Section, write_report
+from vit_bridge.plots.charts import plot_bars
+from vit_model import InputError
+
+
+class Tags(HTMLParser):
+    """Checks that what is opened is closed, and keeps the tags with their attributes."""
+    void = ("meta", "img", "!doctype")
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.found, self.text = [], [], []
+        self.feed(page)
+        assert self.open == ["html"] or not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture
+def page(tmp_path):
+    figure = plot_bars({"Speed <fast>": {"A & B": 3.0}}, title='Bars "quoted"')
+    write_report(tmp_path / "report.html", "Title <1>", "Intro & more", [
+        Section("First", "Why?", "A < B", {"bars": figure}, [("A table", [["model", "x"], ["<ViT>", 5]])], "A note"),
+        Section("Second")])
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_is_one_well_formed_file_that_loads_nothing(page):
+    tags = Tags(page).found
+    images = [attributes for tag, attributes in tags if tag == "img"]
+    assert len(images) == 1
+    assert base64.b64decode(images[0]["src"].removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
+    assert images[0]["alt"] == 'Bars "quoted"; Speed <fast>'
+    assert not [tag for tag, _ in tags if tag in ("script", "link", "iframe")]
+    assert not re.search(r"(https?:)?//", re.sub(r'src="data:[^"]*"', "", page))
+    assert [attributes["href"] for tag, attributes in tags if tag == "a"] == ["#part1", "#part2"]
+    assert {attributes["id"] for tag, attributes in tags if tag == "section"} == {"part1", "part2"}
+
+
+def test_what_is_written_is_shown_as_it_is(page):
+    text = "".join(Tags(page).text)
+    for words in ("Title <1>", "Intro & more", "1. First", "Why?", "A < B", "A table", "<ViT>", "A note", "2. Second"):
+        assert words in text
+
+
+def test_where_no_page_can_be_written(tmp_path):
+    with pytest.raises(InputError, match="cannot write"):
+        write_report(tmp_path / "missing" / "report.html", "T", "I", [])

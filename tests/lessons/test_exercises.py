@@ -1,0 +1,288 @@
+"""Right answers pass, the usual mistakes are told by name, and whatever else is off is said in one line."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vit_bridge.analysis.explanations import rollout
+from vit_bridge.lessons import exercises as e
+from vit_model import InputError, MultiHeadAttention, PatchEmbedding, TransformerBlock, VisionTransformer
+
+MISTAKES = [pytest.param(name, words, mistaken, id=f"{name}, {words[:30]}") for name, exercise in e.EXERCISES.items()
+            for words, mistaken in exercise.mistakes]
+
+
+@pytest.mark.parametrize("name", e.EXERCISES)
+def test_the_solution_passes(name):
+    assert e.check_function(name, e.EXERCISES[name].solution) == e.Verdict(
+        True, "right: values and gradients on three sets of inputs")
+
+
+def positions_written_into(dtype):
+    def add_positions(patches, cls_token, positions):
+        B, n, D = patches.shape
+        tokens = torch.zeros(B, 1 + n, D, dtype=dtype)
+        tokens[:, :1], tokens[:, 1:] = cls_token, patches
+        return tokens + positions
+
+    return add_positions
+
+
+def convolution(images, weight, bias):
+    side = round((weight.shape[1] / images.shape[1]) ** 0.5)
+    kernel = weight.unflatten(1, (images.shape[1], side, side))
+    return F.conv2d(images, kernel, bias, stride=side).flatten(2).mT
+
+
+def rolled_from(start):
+    """As Abnar has it: the identity is added, and each row is divided by its sum."""
+    def rollout(maps):
+        rolled = start(maps)
+        for block in e.with_residual(maps.mean(dim=1)):
+            rolled = block / block.sum(dim=-1, keepdim=True) @ rolled
+        return rolled
+
+    return rollout
+
+
+OTHER_ANSWERS = [
+    pytest.param("rollout", rolled_from(lambda maps: torch.eye(maps.shape[-1], dtype=maps.dtype)), id="rows scaled"),
+    pytest.param("rollout", lambda maps: rollout(maps[:, None])[0], id="that of explanations.py"),
+    pytest.param("rollout", lambda maps: F.normalize(e.attention_rollout(maps), p=1.0, dim=-1), id="scaled at the end"),
+    pytest.param("rollout", lambda maps: torch.linalg.multi_dot(list((e.with_residual(maps.mean(1)) / 2).flip(0))),
+                 id="multi_dot"),
+    pytest.param("attention", F.scaled_dot_product_attention, id="fused"),
+    pytest.param("patch_embedding", convolution, id="convolution"),
+    pytest.param("positions", positions_written_into(torch.float64), id="written into zeros"),
+]
+
+
+@pytest.mark.parametrize(("name", "function"), OTHER_ANSWERS)
+def test_answers_in_another_form_pass(name, function):
+    assert e.check_function(name, function) == e.Verdict(True, "right: values and gradients on three sets of inputs")
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_asked_for_where_the_caller_has_switched_them_off(off):
+    with off():
+        assert e.check_function("rollout", e.attention_rollout).right
+
+
+@pytest.mark.parametrize(("name", "words", "mistaken"), MISTAKES)
+def test_each_usual_mistake_has_its_own_words(name, words, mistaken):
+    assert e.check_function(name, mistaken) == e.Verdict(False, words)
+
+
+def test_five_mistakes_or_more_each():
+    assert all(len(exercise.mistakes) >= 5 for exercise in e.EXERCISES.values())
+    words = [words for exercise in e.EXERCISES.values() for words, _ in exercise.mistakes]
+    assert len(set(words)) == len(words)
+
+
+# ---- The solutions are what the library does
+
+
+def test_attention_and_block_are_those_of_the_model():
+    torch.manual_seed(0)
+    layer, x = MultiHeadAttention(embed_dim=12, n_heads=3), torch.randn(2, 7, 12)
+    q, k, v = layer.qkv(x).unflatten(2, (3, 3, 4)).permute(2, 0, 3, 1, 4)
+    torch.testing.assert_close(layer.proj(e.attention(q, k, v).transpose(1, 2).flatten(2)), layer(x))
+    block = TransformerBlock(12, 3)
+    torch.testing.assert_close(e.block(x, block.norm1, block.attn, block.norm2, block.mlp), block(x))
+
+
+def test_patches_and_positions_are_those_of_the_model():
+    torch.manual_seed(0)
+    embed, images = PatchEmbedding(img_size=(8, 12), patch_size=4, embed_dim=6), torch.randn(2, 3, 8, 12)
+    torch.testing.assert_close(e.patch_embedding(images, embed.proj.weight.flatten(1), embed.proj.bias), embed(images))
+    model = VisionTransformer(img_size=8, patch_size=4, embed_dim=6, depth=1, n_heads=2, n_classes=3)
+    patches = torch.randn(2, 4, 6)
+    torch.testing.assert_close(e.add_positions(patches, model.cls_token, model.pos_embed),
+                               model.add_prefix(patches, (8, 8)))
+
+
+# ---- Sizes
+
+
+@pytest.mark.parametrize("name", e.EXERCISES)
+def test_every_size_differs_between_the_three_sets(name):
+    for values in zip(*e.EXERCISES[name].sizes, strict=True):
+        assert len(set(values)) == len(values) == 3
+
+
+@pytest.mark.parametrize(("name", "function", "where", "words"), [
+    ("rollout", lambda maps: (lambda a: a[2] @ a[1] @ a[0])(e.with_residual(maps.mean(1)) / 2),
+     "maps is (4, 3, 5, 5)", "the shape is right, the values are not: "),
+    ("rollout", lambda maps: e.rolled_up((maps.mean(1) + torch.eye(7, dtype=maps.dtype)) / 2),
+     "maps is (4, 3, 5, 5)", "it stops: RuntimeError: "),
+    ("attention", lambda q, k, v: e.attention_scaled(q, k, v, 5**0.5),
+     "q is (3, 2, 6, 8), k is (3, 2, 6, 8), v is (3, 2, 6, 8)", "the shape is right, the values are not: "),
+    ("patch_embedding", lambda i, w, b: F.unfold(i, 2, stride=2).mT @ w.T + b,
+     "images is (4, 2, 12, 9), weight is (7, 18), bias is (7,)", "it stops: RuntimeError: "),
+    ("positions", lambda x, c, p: torch.cat([c.expand(3, -1, -1), x], dim=1) + p,
+     "patches is (2, 6, 5), cls_token is (1, 1, 5), positions is (1, 7, 5)", "it stops: RuntimeError: "),
+    ("block", lambda x, n1, a, n2, m: e.block(x, n1, a, n2, m)[:2], "x is (3, 4, 7)",
+     "it returns the shape (2, 4, 7); expected (3, 4, 7)")])
+def test_a_size_written_as_a_number_is_refused(name, function, where, words):
+    verdict = e.check_function(name, function)
+    assert verdict.words.startswith(f"right at one set of sizes, but not where {where}: {words}")
+    assert verdict.words.endswith("; take sizes from the shapes of the arguments")
+    assert not verdict.right
+
+
+# ---- float64
+
+
+@pytest.mark.parametrize(("name", "function", "words"), [
+    ("rollout", rolled_from(lambda maps: torch.eye(maps.shape[-1])),
+     "(all arguments are float64; give new tensors dtype=maps.dtype)"),
+    ("positions", positions_written_into(torch.float32),
+     "the values are right but for rounding, as if float32 came in: give new tensors dtype=patches.dtype"),
+    ("positions", lambda x, c, p: e.add_positions(x, c, p).float(),
+     "it returns float32, and all arguments are float64: give new tensors dtype=patches.dtype"),
+    ("positions", lambda x, c, p: torch.zeros(3, 5, 6).scatter(1, torch.zeros(3, 4, 6, dtype=torch.long), x),
+     "(all arguments are float64; give new tensors dtype=patches.dtype)"),
+    ("patch_embedding", lambda i, w, b: F.conv2d(i, torch.ones(5, 3, 2, 2), stride=2).flatten(2).mT,
+     "(all arguments are float64; give new tensors dtype=images.dtype)"),
+    ("block", lambda x, n1, a, n2, m: F.layer_norm(x, (6,), torch.ones(6)),
+     "(all arguments are float64; give new tensors dtype=x.dtype)")])
+def test_float32_is_named(name, function, words):
+    verdict = e.check_function(name, function)
+    assert verdict.words.endswith(words)
+    assert not verdict.right
+
+
+def test_a_usual_mistake_is_told_in_float32_too():
+    def at_the_wrong_end(patches, cls_token, positions):
+        return positions_written_into(torch.float32)(patches, cls_token, 0 * positions).roll(-1, dims=1) + positions
+
+    assert e.check_function("positions", at_the_wrong_end).words == "CLS stands at the wrong end of the sequence"
+
+
+@pytest.mark.parametrize(("name", "first"), [("attention", "q"), ("rollout", "maps"), ("block", "x")])
+def test_the_stub_says_what_the_numbers_are(name, first):
+    assert f"All numbers are float64: a new tensor takes dtype={first}.dtype." in " ".join(e.stub(name).split())
+
+
+# ---- What else is off
+
+
+@pytest.mark.parametrize(("body", "words"), [
+    ("return q.transpose(0, 1) @ k", "it stops: line 5: RuntimeError: "),
+    ("q += k; return q @ k.mT @ v", "it stops: line 5: RuntimeError: a leaf Variable"),
+    ("q += k; return q @ k.mT @ v", " (do not change a tensor in place, as x += y does; write x = x + y)"),
+    ("w = (q @ k.mT / q.shape[-1] ** 0.5).exp(); w /= w.sum(-1, keepdim=True); return w @ v",
+     "the values are right, but the gradient stops: RuntimeError: one of the variables needed for gradient "),
+    ("w = (q @ k.mT / q.shape[-1] ** 0.5).exp(); w /= w.sum(-1, keepdim=True); return w @ v",
+     "expected version 0 instead. (do not change a tensor in place, as x += y does; write x = x + y)"),
+    ("exit()", "it stops: line 5: sys.exit, exit or quit would end whatever runs it; leave it out"),
+    ("raise SystemExit(0)", "it stops: line 5: sys.exit, exit or quit would end whatever runs it; leave it out"),
+    ("return q @ (k > 0).mT @ (k > 0)", "it stops: line 5: RuntimeError: "),
+    ("return (q > 0) @ (k > 0).mT", "it stops: line 5: "),
+    ("return attend(q)", "it stops: line 5: NameError: name 'attend' is not defined"),
+    ("return 7", "it returns a int; expected a tensor of shape (2, 3, 7, 5)"),
+    ("return q[:1] + 0 * k", "the shape is right, the values are not: the largest difference is "),
+    ("return q.mean(dim=1)", "it returns the shape (2, 7, 5); expected (2, 3, 7, 5)"),
+    ("raise NotImplementedError", "not filled in yet"),
+    ('raise NotImplementedError("fill this in")', "not filled in yet"),
+    ("return ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).detach()", "no gradient comes back"),
+    ("return (q @ k.detach().mT / q.shape[-1] ** 0.5).softmax(-1) @ v", "the gradient of argument 2 is not"),
+    ("return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v", "right: ")])
+def test_a_file_is_told_what_is_off(body, words, tmp_path):
+    path = tmp_path / "attention_exercise.py"
+    path.write_text(f"import torch\n\n\ndef attention(q, k, v):\n    {body}\n", encoding="utf-8")
+    verdict = e.check_file("attention", path)
+    assert words in verdict.words
+    assert "\n" not in verdict.words
+    assert verdict.right == words.startswith("right")
+
+
+def test_a_gradient_that_is_there_but_another_is_refused():
+    def without_one_way(x, norm1, attend, norm2, mlp):
+        y = x + attend(norm1(x))
+        return y + mlp(norm2(y.detach()))
+
+    assert "the gradient of argument 1 is not" in e.check_function("block", without_one_way).words
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("def attention(q, k, v)\n    return q", "line 1: "), ("import nowhere", "ModuleNotFoundError"),
+    ("def other(q): return q", r"has no function attention\(q, k, v\)"), ("1 / 0", "line 1: ZeroDivisionError"),
+    ("import sys\nsys.exit(0)", "cannot be run: line 2: sys.exit, exit or quit would end whatever runs it; leave")])
+def test_a_file_that_cannot_be_run(text, words, tmp_path):
+    path = tmp_path / "attention_exercise.py"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=words):
+        e.check_file("attention", path)
+
+
+WITH_DATACLASS = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Sizes:
+    width: int
+
+
+def attention(q, k, v):
+    return torch.softmax(q @ k.mT / Sizes(q.shape[-1]).width ** 0.5, -1) @ v
+"""
+
+
+@pytest.mark.parametrize("name", ["mine.py", "torch.py"])  # which is not the torch that it imports
+def test_a_file_with_a_dataclass_runs_and_leaves_nothing_behind(name, tmp_path):
+    path = tmp_path / name
+    path.write_text(WITH_DATACLASS, encoding="utf-8")
+    assert e.check_file("attention", path).right
+    assert sys.modules["torch"] is torch
+    assert not [name for name, module in sys.modules.items() if getattr(module, "__file__", None) == str(path)]
+
+
+def test_a_file_with_a_nul_byte_has_no_line(tmp_path):
+    path = tmp_path / "attention_exercise.py"
+    path.write_bytes(b"x = 1\0\n")
+    with pytest.raises(InputError, match=r"cannot be run: (ValueError: )?source code [^\n]*null bytes\Z"):
+        e.check_file("attention", path)
+
+
+def test_somebody_who_interrupts_is_heard():
+    def interrupted(x, norm1, attend, norm2, mlp):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        e.check_function("block", interrupted)
+
+
+@pytest.mark.parametrize("name", e.EXERCISES)
+def test_a_stub_waits_to_be_filled_in_and_is_never_written_over(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = e.default_path(name)
+    e.write_stub(name, path)
+    assert e.check_file(name, path) == e.Verdict(False, "not filled in yet")
+    assert max(map(len, path.read_text(encoding="utf-8").splitlines())) <= 100
+    with pytest.raises(InputError, match="is there already, and is left as it is"):
+        e.write_stub(name, path)
+    with pytest.raises(InputError, match="exercise 'atention' is unknown"):
+        e.check_file("atention", path)
+
+
+def test_a_relative_path_has_line_numbers_too_and_other_files_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def attention(q, k, v):\n    return q @ k\n", encoding="utf-8")
+    assert e.check_file("attention", "mine.py").words.startswith("it stops: line 2: RuntimeError")
+    (tmp_path / "mine").touch()
+    for path in ("mine", "."):
+        with pytest.raises(InputError, match=r"is no Python file; expected one whose name ends in \.py"):
+            e.check_file("attention", path)
+    with pytest.raises(InputError, match=r"other\.py is no file; expected one that write_stub has written"):
+        e.check_file("attention", "other.py")
+    with pytest.raises(InputError, match=r"stub\.txt is no Python file; expected one whose name ends in \.py"):
+        e.write_stub("attention", "stub.txt")
+    assert not Path("stub.txt").exists()

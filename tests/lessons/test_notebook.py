@@ -1,0 +1,95 @@
+"""The notebook runs from top to bottom, and what it says holds."""
+
+import json
+import math
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from vit_bridge.analysis.cost import count_parameters
+from vit_bridge.lessons import exercises
+from vit_model import create_vit_nano
+
+ROOT = Path(__file__).parents[2]
+BOOK = json.loads((ROOT / "lesson.ipynb").read_text(encoding="utf-8"))
+SECTIONS = [({"code": "code", "markdown": "text"}[cell["cell_type"]], "".join(cell["source"])) for cell in BOOK["cells"]]
+CODE = [(number, text) for number, (kind, text) in enumerate(SECTIONS) if kind == "code"]
+
+
+def test_the_cells_are_sound():
+    assert BOOK["nbformat"] == 4
+    assert len({cell["id"] for cell in BOOK["cells"]}) == len(BOOK["cells"])
+
+
+def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names, figures = {}, 0
+    for number, text in CODE:
+        text = text.removeprefix("%matplotlib inline\n").replace("n_images=4_000", "n_images=40").replace(
+            "shipped_setup(200)", "shipped_setup(8, reach=1)")
+        last = text.rstrip().splitlines()[-1]
+        code = compile(text, f"cell {number}", "exec")
+        exec(code, names)
+        if not last.startswith((" ", "print", ")")):
+            figures += isinstance(eval(last, names), Figure)
+    printed = capsys.readouterr().out
+    assert printed.count("not filled in yet") == 5
+    assert "does not hold" not in printed
+    assert "gives the same numbers" in printed
+    assert figures >= 6
+    check_shuffled(printed)
+
+
+def check_shuffled(printed):
+    """What the lesson says of the positions: a shuffle of the ViT's own patches costs it little, another one most."""
+    line = r"(\d+)% of the squares shuffled: (\d+)% right on its own grid, (\d+)% on the moved one"
+    lines = re.findall(line, printed)
+    shares, own, moved = zip(*[map(int, line) for line in lines], strict=True)
+    assert shares == (0, 25, 50, 75)
+    assert own[0] == moved[0]
+    assert min(own) > own[0] - 5
+    assert max(moved[1:]) < own[0] / 2
+
+
+def test_what_is_said_of_the_explanations_holds_in_every_saved_model():
+    cells = [json.loads(path.read_text(encoding="utf-8"))["result"]
+             for path in (ROOT / "benchmarks" / "results").glob("trust-*.json")]
+    assert len(cells) == 3
+    for cell in cells:
+        assert cell["n"] == 500
+        hidden, shown = ({name: area for name, area in cell[what].items() if name != "random order"}
+                         for what in ("deletion", "insertion"))
+        assert len(hidden) == len(shown) == 4
+        assert max(hidden.values()) < cell["deletion"]["random order"]
+    always = {name for name in shown
+              if all(cell["insertion"][name] > cell["insertion"]["random order"] for cell in cells)}
+    assert always == {"rollout", "relevance"}
+
+
+def test_the_model_that_is_trained_is_as_large_as_the_text_says():
+    assert "A ViT of half a million parameters" in " ".join(text for _, text in SECTIONS)
+    assert 0.45e6 < count_parameters(create_vit_nano(n_classes=10)) < 0.55e6
+
+
+def test_the_exercises_have_their_solutions_folded_below():
+    folded = [text for kind, text in SECTIONS if text.startswith("<details>")]
+    assert len(folded) == 5
+    for name, one in exercises.EXERCISES.items():
+        stub, solution = next((SECTIONS[i][1], SECTIONS[i + 1][1]) for i, (_, text) in
+                              enumerate(SECTIONS) if f"check_function('{name}'" in text)
+        names = dict(math=math, torch=torch, F=torch.nn.functional)
+        exec(solution.split("```python\n")[1].split("```")[0], names)
+        assert exercises.check_function(name, names[one.function]).right
+        assert one.function in stub
+
+
+def test_the_timetable_fills_ninety_minutes():
+    headings = [line for kind, text in SECTIONS if kind == "text" for line in text.splitlines()
+                if line.startswith("## ")]
+    spans = [tuple(map(int, heading.split(":")[0].removeprefix("## ").split(" to "))) for heading in headings]
+    assert spans[0][0] == 0
+    assert spans[-1][1] == 90
+    assert all(a[1] == b[0] for a, b in pairwise(spans))

@@ -1,0 +1,146 @@
+"""Every question is answered by measuring, among its own guesses; guesses are counted, and nobody has to give one."""
+
+import re
+
+import pytest
+import torch
+
+from vit_bridge.analysis.attention import attention_distance
+from vit_bridge.analysis.capture import attention_maps
+from vit_bridge.analysis.perturbations import shift_consistency, shuffle_patches
+from vit_bridge.data.images import normalise
+from vit_bridge.data.shapes import TEST_START, make_shapes
+from vit_bridge.lessons import quiz
+from vit_bridge.runtime import predictions
+from vit_bridge.weights.pretrained import create_pretrained
+
+FAST = quiz.Question("Which?", ("this", "that"), lambda: (1, "It is so."))
+
+
+def read_from(*answers):
+    waiting = list(answers)
+
+    def read(prompt):
+        if not waiting:
+            raise EOFError
+        return waiting.pop(0)
+
+    return read
+
+
+@pytest.mark.parametrize("question", quiz.QUESTIONS, ids=lambda question: question.measure.__name__)
+def test_a_measured_answer_is_one_of_the_guesses(question):
+    place, sentence = question.measure()
+    assert 0 <= place < len(question.guesses)
+    assert sentence.endswith(".")
+    assert any(letter.isdigit() for letter in sentence)
+
+
+def test_the_answers_that_are_exact():
+    assert [quiz.shuffled_without_positions()[0], quiz.gradient_after_the_last_block()[0], quiz.price_of_heads()[0],
+            quiz.cost_of_twice_the_side()[0]] == [0, 0, 1, 1]
+
+
+# ---- The answers that are measured, from the measurements themselves
+
+
+def shapes(model, n_images):
+    drawn = make_shapes(n_images, 32, start=TEST_START)
+    return normalise(drawn.images, model.mean, model.std), drawn.labels
+
+
+def numbers_in(sentence, unit):
+    return [float(number) for number in re.findall(rf"([\d.]+){unit}", sentence)]
+
+
+def test_who_needs_the_order_counts_on_both_grids():
+    shares = []
+    for key in ("vit_nano_shapes", "convnet_shapes"):
+        model = create_pretrained(key)
+        images, labels = shapes(model, 200)
+        right = set((predictions(model, images) == labels).nonzero().flatten().tolist())
+        for offset in (0, 2):
+            shuffled = shuffle_patches(images, 4, 0.75, offset=offset)
+            still = set((predictions(model, shuffled) == labels).nonzero().flatten().tolist())
+            shares.append(round(100 * len(right & still) / len(right)))
+    place, sentence = quiz.who_needs_the_order()
+    assert numbers_in(sentence, "%") == shares
+    assert place == (0 if shares[0] < 50 else 1 if shares[0] < 90 else 2)
+    assert sentence.endswith(quiz.about_the_order(shares[0] / 100, shares[1] / 100))
+
+
+def test_kept_is_what_is_right_before_and_after(monkeypatch):
+    model = create_pretrained("convnet_shapes")
+    labels = shapes(model, 200)[1]
+    before, after = labels.clone(), labels.clone()
+    before[50:] += 1  # right: 0 to 49
+    after[:30] += 1  # right: 30 to 199, of which 20 were right before
+    answers = [before, after]
+    monkeypatch.setattr(quiz, "predictions", lambda model, images: answers.pop(0))
+    assert quiz.share_kept(model, 4, 0) == 20 / 50
+
+
+@pytest.mark.parametrize(("own", "moved", "words"), [
+    (0.89, 0.1, "uses where its patches lie"), (0.95, 0.2, "less well without that of other squares"),
+    (0.95, 0.94, "its own or others")])
+def test_what_the_order_means_hangs_on_the_numbers(own, moved, words):
+    assert words in quiz.about_the_order(own, moved)
+
+
+def test_who_minds_a_shift_looks_at_two_pixels(monkeypatch):
+    model = create_pretrained("vit_nano_shapes")
+    stays = shift_consistency(model, shapes(model, 64)[0], 2)
+    expected = (stays.sum().item() - 1) / 24
+    place, sentence = quiz.who_minds_a_shift()
+    assert f"stays in {expected:.0%} of the cases" in sentence
+    assert place == (0 if expected < 0.6 else 1 if expected < 0.9 else 2)
+    reaches = []
+    monkeypatch.setattr(quiz, "shift_consistency", lambda model, images, reach: reaches.append(reach) or stays)
+    quiz.who_minds_a_shift()
+    assert reaches == [2]
+
+
+def test_how_far_the_first_block_looks_is_of_its_nearest_head():
+    model = create_pretrained("vit_nano_shapes")
+    maps = attention_maps(model, shapes(model, 32)[0])  # (L, B, H, N, N)
+    nearest = attention_distance(maps, (8, 8), (4, 4), 1)[0].min().item()
+    place, sentence = quiz.how_far_the_first_block_looks()
+    assert numbers_in(sentence, " pixels") == [round(nearest, 1)]
+    between = torch.cdist(*[torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0)) * 4] * 2)  # (n, n)
+    assert f"all places alike would be {between.mean():.1f}." in sentence
+    assert place == (0 if nearest < 0.5 * between.mean() else 1 if nearest < 0.8 * between.mean() else 2)
+
+
+@pytest.mark.parametrize(("distance", "place", "said"), [(4.0, 0, False), (10.0, 1, False), (16.0, 2, True)])
+def test_near_heads_are_missed_only_where_there_are_none(distance, place, said, monkeypatch):
+    monkeypatch.setattr(quiz, "attention_distance", lambda *args: torch.tensor([[distance, 20.0], [1.0, 1.0]]))
+    found, sentence = quiz.how_far_the_first_block_looks()
+    assert found == place
+    assert ("Fig. 7" in sentence) == said
+
+
+def test_guesses_are_told_right_or_wrong_and_counted():
+    said = []
+    assert quiz.ask([FAST] * 3, read_from("2", "1", ""), said.append) == (1, 2)
+    text = "\n".join(said)
+    assert "Right. Measured: that. It is so." in text
+    assert "No. Measured: that. It is so." in text
+    assert text.endswith("\n1 of 2 right.")
+
+
+def test_what_is_no_guess_is_asked_again():
+    said = []
+    assert quiz.ask([FAST], read_from("9", "perhaps", " 2 "), said.append) == (1, 1)
+    assert "'9' is none of them; expected 1 to 2." in "\n".join(said)
+
+
+def test_enough_is_enough():
+    said = []
+    assert quiz.ask([FAST] * 3, read_from("2", "q"), said.append) == (1, 1)
+    assert sum("Measured" in line for line in said) == 1
+
+
+def test_with_nobody_there_the_answers_are_told():
+    said = []
+    assert quiz.ask([FAST, FAST], read_from(), said.append) == (0, 0)
+    assert sum("Measured: that" in line for line in said) == 2

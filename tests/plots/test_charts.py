@@ -1,0 +1,162 @@
+"""Charts: what is drawn are the numbers given, every panel is labelled, no text is clipped."""
+
+import numpy as np
+import pytest
+import torch
+from figure_checks import assert_no_text_clipped, data_of, texts
+from matplotlib.collections import PolyCollection
+
+from vit_bridge.plots import charts as c
+from vit_model import InputError
+
+
+def history(n=3):
+    return dict(train_loss=[2.0, 1.0, 0.5][:n], val_loss=[2.1, 1.2, 0.9][:n], train_acc=[0.1, 0.4, 0.6][:n],
+                val_acc=[0.1, 0.3, 0.5][:n], lr=[1e-3, 5e-4, 1e-4][:n], seconds=[1, 1, 1], images_per_second=[])
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_plot_training_curves(n, tmp_path):
+    figure = c.plot_training_curves(history(n), tmp_path / "curves.pdf", baseline=("linear classifier", 0.25))
+    loss, accuracy, rate = figure.axes
+    assert list(loss.lines[1].get_ydata()) == history(n)["val_loss"]
+    assert list(accuracy.lines[0].get_ydata()) == pytest.approx([100 * share for share in history(n)["train_acc"]])
+    assert list(accuracy.lines[2].get_ydata()) == [25, 25]
+    assert list(rate.lines[0].get_ydata()) == history(n)["lr"]
+    assert list(rate.lines[0].get_xdata()) == list(range(1, n + 1))
+    assert {axes.get_xlabel() for axes in figure.axes} == {"epoch"}
+    assert "linear classifier: 25.0%" in texts(figure)
+
+
+@pytest.mark.parametrize("broken", [{}, dict(lr=[]), dict(val_acc=[0.1])])
+def test_a_history_that_cannot_be_drawn(broken):
+    with pytest.raises(InputError, match="lists of lengths"):
+        c.plot_training_curves({**history(), **broken} if broken else {})
+
+
+def test_plot_matrices():
+    matrices = [torch.rand(3, 5), torch.rand(3, 5)]
+    figure = c.plot_matrices(matrices, ["one", "two"], "share", xlabel="key", ylabel="query")
+    for axes, matrix in zip(figure.axes, matrices, strict=False):
+        np.testing.assert_allclose(axes.images[0].get_array(), matrix)
+        assert axes.images[0].get_clim() == (0, pytest.approx(torch.stack(matrices).max().item()))
+    for word in ("one", "two", "share", "key", "query"):
+        assert word in texts(figure)
+    with pytest.raises(InputError, match="2 matrices and 1 titles"):
+        c.plot_matrices(matrices, ["one"], "share")
+
+
+def test_plot_confusion():
+    confusion = torch.tensor([[8, 2, 0], [0, 0, 0], [1, 3, 0]])
+    figure = c.plot_confusion(confusion, ["ant", "a name of more than 18 letters", "$a_b$"], title="12 images")
+    (shares,) = data_of(figure)[:1]
+    np.testing.assert_allclose(shares, [[0.8, 0.2, 0], [0, 0, 0], [0.25, 0.75, 0]])
+    axes = figure.axes[0]
+    assert axes.images[0].get_clim() == (0, 1)
+    places = {(int(text.get_position()[1]), int(text.get_position()[0])): text for text in axes.texts}
+    assert {place: int(text.get_text()) for place, text in places.items()} == {
+        (row, column): confusion[row, column].item() for row in range(3) for column in range(3)}
+    assert (places[0, 0].get_color(), places[0, 1].get_color()) == ("black", "white")
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [label.get_text() for label in labels] == ["ant", "a name of more th…", "$a_b$"]
+    for word in ("true class", "predicted class", "share", "12 images"):
+        assert word in texts(figure)
+    with pytest.raises(InputError, match=r"shape \(3, 3\) do not fit 2 class names"):
+        c.plot_confusion(confusion, ["ant", "bee"])
+
+
+@pytest.mark.parametrize(("n_classes", "n_counts", "n_names"), [(20, 400, 20), (21, 0, 21), (41, 0, 0), (1000, 0, 0)])
+def test_plot_confusion_of_many_classes(n_classes, n_counts, n_names):
+    figure = c.plot_confusion(torch.eye(n_classes, dtype=torch.int64), list(map(str, range(n_classes))))
+    axes = figure.axes[0]
+    assert (len(axes.texts), len(axes.get_xticks()), len(axes.get_yticks())) == (n_counts, n_names, n_names)
+
+
+def test_plot_bars():
+    figure = c.plot_bars({"parameters (millions)": {"ViT": 0.4596, "CNN": 0.481},
+                          "accuracy (%)": {"CNN": (88.0, 86.5, 89.25), "ViT": (81.0, 80, 82)}}, title="both")
+    first, second = figure.axes
+    assert [bar.get_width() for bar in first.patches] == [0.4596, 0.481]
+    assert first.patches[0].get_facecolor() == second.patches[1].get_facecolor()
+    for word in ("0.460", "88.0 (86.5 to 89.2)", "parameters (millions)", "accuracy (%)", "both", "ViT"):
+        assert word in texts(figure), word
+    for panels in ({}, {"empty": {}}):
+        with pytest.raises(InputError, match="hold no bars"):
+            c.plot_bars(panels)
+
+
+@pytest.mark.parametrize(("value", "text"), [(459562, "459,562"), (100, "100"), (81.25, "81.2"), (4.567, "4.57"),
+                                             (0.1234, "0.123"), (0, "0.00")])
+def test_short_number(value, text):
+    assert c.short_number(value) == text
+
+
+# ---- Curves
+
+
+BANDED = {"ViT": [(8, 0.9, 0.85, 0.95), (2, 0.5, 0.4, 0.7)], "CNN": [(2, 0.6, 0.6, 0.6), (8, 0.8, 0.7, 0.9)]}
+
+
+def test_plot_curves():
+    figure = c.plot_curves({"one": BANDED, "two": {"CNN": [(3, 0.25)]}}, "images", "right (%)", percent=True,
+                           log=("x",), lines=[("guessing", 0.1)], title="both")
+    first, second = figure.axes
+    assert list(first.lines[0].get_xdata()) == [2, 8]  # in order
+    assert list(first.lines[0].get_ydata()) == pytest.approx([50, 90])
+    assert first.lines[1].get_color() == second.lines[0].get_color()
+    band = next(part for part in first.collections if isinstance(part, PolyCollection)).get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == (pytest.approx(40), pytest.approx(95))
+    assert list(first.lines[2].get_ydata()) == pytest.approx([10, 10])
+    assert first.get_xscale() == "log"
+    assert [tick.get_text() for tick in first.get_xticklabels()] == ["2", "8"]
+    for word in ("one", "two", "images", "right (%)", "both", "guessing", "ViT"):
+        assert word in texts(figure)
+    with pytest.raises(InputError, match="hold no curves"):
+        c.plot_curves({"empty": {}}, "x", "y")
+
+
+def test_many_panels_of_curves_stand_in_two_rows():
+    figure = c.plot_curves({heading: BANDED for heading in "abcde"}, "images", "right (%)")
+    rows = [axes.get_subplotspec().rowspan.start for axes in figure.axes]
+    assert rows == [0, 0, 0, 1, 1]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["right (%)", "", "", "right (%)", ""]
+
+
+def test_panels_share_an_axis_that_holds_all_their_points():
+    figure = c.plot_curves({"low": {"A": [(0, 2), (1, 5)]}, "high": {"A": [(0, 3), (1, 11)]}}, "depth", "radius")
+    assert {axes.get_ylim()[0] for axes in figure.axes} == {0}
+    assert min(axes.get_ylim()[1] for axes in figure.axes) >= 11
+
+
+def test_matrices_in_rows_and_numbered_from_the_middle():
+    figure = c.plot_matrices([torch.rand(5, 5)] * 7, list("abcdefg"), "share", most=1, centred=True, title="shifts")
+    panels = [axes for axes in figure.axes if axes.images]
+    assert len(panels) == 7
+    assert panels[0].images[0].get_clim() == (0, 1)
+    assert panels[0].images[0].get_extent() == [-2.5, 2.5, 2.5, -2.5]
+
+
+def test_names_are_written_as_they_are():
+    names = ["$\\x$", "_a"]
+    curves = c.plot_curves({"$\\x$": {name: [(1, 2)] for name in names}}, "$\\x$", "$\\x$")
+    training = c.plot_training_curves(history(), baseline=("_$\\x$", 0.25))
+    figures = [curves, training, c.plot_bars({"$\\x$": dict.fromkeys(names, 1)}, title="$\\x$"),
+               c.plot_matrices([torch.rand(2, 2)], ["$\\x$"], "$\\x$"),
+               c.plot_confusion(torch.eye(2), names, title="$\\x$")]
+    for figure in figures:
+        figure.canvas.draw()  # as maths $\x$ is an error
+        assert "$\\x$" in texts(figure)
+    assert [text.get_text() for text in curves.axes[-1].get_legend().get_texts()] == names
+    assert training.axes[1].get_legend().get_texts()[2].get_text() == "_$\\x$: 25.0%"
+
+
+def test_no_text_is_clipped():
+    for figure in (c.plot_training_curves(history(), baseline=("linear classifier", 0.2)),
+                   c.plot_matrices([torch.rand(7, 7)], ["attention of 7 tokens"], "share", "key", "query"),
+                   c.plot_matrices([torch.rand(7, 7)] * 6, ["a model,\nrandom weights"] * 6, "share", "key", "query"),
+                   c.plot_bars({"accuracy (%)": {"a model of a long name": (88.0, 86.5, 89.25)}}),
+                   c.plot_confusion(torch.full((2, 2), 99_999), ["a name of more than 18 letters"] * 2),
+                   c.plot_confusion(torch.full((20, 20), 99_999), ["a name of more than 18 letters"] * 20),
+                   c.plot_curves({"a panel": BANDED}, "images", "right (%)", percent=True, title="a title of all"),
+                   c.plot_curves({heading: BANDED for heading in "abcd"}, "images", "right (%)", title="of all")):
+        assert_no_text_clipped(figure)

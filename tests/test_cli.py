@@ -1,0 +1,320 @@
+"""What a person gives wrong ends in one line; signals find the work in a safe place; no folder is written over."""
+
+import argparse
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from vit_bridge import system as command_line
+from vit_bridge.analysis.metrics import percent
+from vit_bridge.cli import OneLineParser, int_at_least, positive, script, seed
+from vit_bridge.runtime import processes
+from vit_bridge.system import (
+    Interrupted,
+    Interrupts,
+    broadcast_object,
+    first_new_folder,
+    n_processes,
+    new_output_dir,
+    process_number,
+    unless_empty,
+    write_json,
+)
+from vit_model import InputError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class ProcessEnd(Exception):
+    """What os._exit does here."""
+
+
+@pytest.fixture
+def exits(monkeypatch):
+    """os._exit raises ProcessEnd with the exit code."""
+    def end(code):
+        raise ProcessEnd(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """As the second of three processes that torchrun started."""
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "3")):
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands at clock[0]."""
+    now = [100.0]
+    monkeypatch.setattr(command_line.time, "monotonic", lambda: now[0])
+    return now
+
+
+def send(number):
+    """A signal to this process; its handler has run when this returns."""
+    signal.raise_signal(number)
+
+
+def stopped(run, capsys):
+    """(exit code, what was printed as errors) of script(run)."""
+    with pytest.raises(SystemExit) as stop:
+        script(run)
+    return stop.value.code, capsys.readouterr().err
+
+
+def raiser(error):
+    def run():
+        raise error
+
+    return run
+
+
+# ---- Arguments
+
+
+@pytest.mark.parametrize(("kind", "text", "value"), [
+    (int_at_least(1), "1", 1), (int_at_least(0), "0", 0), (int_at_least(2), str(10**30), 10**30), (seed(), "0", 0),
+    (seed(), str(2**63 - 1), 2**63 - 1), (positive(), "1e-3", 1e-3), (positive(), "5e-324", 5e-324)])
+def test_numbers_in_range_are_taken(kind, text, value):
+    taken = kind(text)
+    assert (taken, type(taken)) == (value, type(value))
+
+
+@pytest.mark.parametrize(("kind", "text"), [
+    (int_at_least(1), "0"), (int_at_least(1), "1.5"), (int_at_least(1), "many"), (int_at_least(0), "-1"), (int_at_least(0), ""), (seed(), "-1"),
+    (seed(), str(2**63)), (positive(), "0"), (positive(), "-1"), (positive(), "nan"), (positive(), "inf"),
+    (positive(), "1e999")])
+def test_numbers_out_of_range_are_named_with_what_is_expected(kind, text):
+    with pytest.raises(argparse.ArgumentTypeError, match=rf"\A{text} is out of range; expected a .*number[^\n]*\Z"):
+        kind(text)
+
+
+def test_a_parser_says_what_is_wrong_in_one_line_and_ends_with_2(capsys):
+    parser = OneLineParser(prog="name.py")
+    parser.add_argument("--n", type=int_at_least(3))
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["--n", "2"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == ("name.py: argument --n: 2 is out of range; expected a whole number of at least "
+                                       "3\n")
+
+
+@pytest.mark.parametrize(("error", "code", "words"), [
+    (InputError("no such model"), 2, "no such model"),
+    (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device"),
+    (KeyboardInterrupt(), 130, "stopped by SIGINT"),
+    (Interrupted(signal.SIGINT), 130, "stopped by SIGINT"),
+    (Interrupted(signal.SIGTERM, "kept at step 3"), 143, "stopped by SIGTERM; kept at step 3")])
+def test_what_ends_a_script_is_one_line_and_an_exit_code(error, code, words, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/some/where/name.py"])
+    ended, text = stopped(raiser(error), capsys)
+    assert ended == code
+    assert text.startswith("name.py: ")
+    assert text.endswith(f"{words}\n")
+    assert text.count("\n") == 1
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        script(raiser(ZeroDivisionError()))
+
+
+def test_output_that_nobody_reads_any_more_ends_a_script_without_a_word():
+    lines = "from vit_bridge.cli import script; script(lambda: [print('a line') for _ in range(100_000)])"
+    child = subprocess.Popen([sys.executable, "-c", lines], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.readline()
+    child.stdout.close()
+    assert (child.stderr.read(), child.wait()) == (b"", 141)
+    child.stderr.close()
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_an_error_leaves_no_empty_folder_and_removes_no_file(tmp_path, written):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if written:
+        (folder / "result.json").touch()
+    with pytest.raises(InputError), unless_empty(folder):
+        raise InputError("no such image")
+    assert folder.exists() == written
+
+
+def test_a_script_that_runs_through_just_returns():
+    assert script(lambda: None) is None
+
+
+def test_one_of_several_processes_says_which_it_is(launched, capsys):
+    _, text = stopped(raiser(InputError("no such model")), capsys)
+    assert text.startswith("[process 1] ")
+
+
+# ---- Several processes
+
+
+def test_without_a_launcher_there_is_one_process(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "8")  # some schedulers set it for every job
+    assert (n_processes(), process_number(), broadcast_object("value")) == (1, 0, "value")
+    with processes("cpu") as device:
+        assert device == torch.device("cpu")
+        assert not torch.distributed.is_initialized()
+
+
+def test_a_launcher_says_how_many_there_are(launched):
+    assert (n_processes(), process_number()) == (3, 1)
+
+
+def test_a_device_that_is_not_there_is_named_before_anything_else():
+    with pytest.raises(InputError, match="abacus"), processes("abacus"):
+        pytest.fail("entered")
+
+
+@pytest.mark.parametrize("message", ["[..gloo/transport/tcp/pair.cc:534] Connection closed by peer\nmore"])
+def test_the_end_of_another_process_is_one_line(message, launched, monkeypatch, capsys):
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
+    with pytest.raises(InputError, match=r"\Aanother process ended before its time [^\n]*\Z"), processes("cpu"):
+        raise RuntimeError(message)
+    with pytest.raises(RuntimeError, match="shapes"), processes("cpu"):
+        raise RuntimeError(print("of the second process") or "shapes do not fit")
+    assert capsys.readouterr().out == ""  # only the first one prints
+
+
+# ---- Interruptions
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_raises_and_says_which_it_was(number):
+    with pytest.raises(Interrupted) as stop, Interrupts() as interrupts:
+        send(number)
+    assert stop.value.number == interrupts.caught == number
+    assert isinstance(stop.value, KeyboardInterrupt)  # no `except Exception` on the way may swallow it
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_is_held_back_is_noted_alone(number):
+    with Interrupts() as interrupts:
+        interrupts.held = True
+        assert interrupts.caught is None
+        send(number)
+        assert interrupts.caught == number
+
+
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize(("second", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_the_process_at_once(second, code, held, exits):
+    with Interrupts() as interrupts:
+        interrupts.held = held
+        with nullcontext() if held else pytest.raises(Interrupted):
+            send(signal.SIGINT)
+        with pytest.raises(ProcessEnd) as end:
+            send(second)
+    assert end.value.args == (code,)
+
+
+def test_in_a_group_of_processes_a_signal_within_a_second_is_the_same(launched, clock, exits):
+    with Interrupts() as interrupts:
+        interrupts.held = True
+        send(signal.SIGINT)
+        clock[0] += 0.9
+        send(signal.SIGTERM)
+        assert interrupts.caught == signal.SIGINT
+        clock[0] += 0.2
+        with pytest.raises(ProcessEnd):
+            send(signal.SIGTERM)
+
+
+def test_one_process_alone_does_not_wait_that_second(clock, exits):
+    with Interrupts() as interrupts:
+        interrupts.held = True
+        send(signal.SIGINT)
+        with pytest.raises(ProcessEnd):
+            send(signal.SIGINT)
+
+
+@pytest.mark.parametrize("error", [None, ValueError("inside")])
+def test_the_handlers_are_afterwards_what_they_were(error):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with pytest.raises(ValueError, match="inside") if error else nullcontext(), Interrupts() as interrupts:
+        assert [signal.getsignal(number) for number in SIGNALS] == [interrupts.handle] * 2
+        if error:
+            raise error
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_outside_the_main_thread_signals_are_left_alone():
+    found, before = [], signal.getsignal(signal.SIGINT)
+
+    def enter():
+        with Interrupts():
+            found.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert found == [before]
+
+
+# ---- Folders and text
+
+
+def test_runs_are_counted_up(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [new_output_dir(None, "vit", "photos").as_posix() for _ in range(3)]
+    assert names == [f"runs/vit-photos-{n}" for n in (1, 2, 3)]
+    (tmp_path / "runs" / "vit-photos-4").touch()  # a file of that name
+    assert first_new_folder(tmp_path / "runs" / "vit-photos").name == "vit-photos-5"
+
+
+def test_a_folder_that_holds_files_is_refused_and_hidden_ones_do_not_count(tmp_path):
+    (tmp_path / ".DS_Store").touch()
+    assert new_output_dir(tmp_path, "vit", "photos") == tmp_path
+    assert [path.name for path in tmp_path.iterdir()] == [".DS_Store"]
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InputError, match=r"already holds files; choose a new folder"):
+        new_output_dir(tmp_path, "vit", "photos")
+
+
+def test_a_new_folder_is_made_with_those_above_it(tmp_path):
+    assert new_output_dir(str(tmp_path / "a" / "b c"), "vit", "photos").is_dir()
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_with_the_reason(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot write to --output-dir .*file.*Not a directory"):
+        new_output_dir(tmp_path / "file" / "run", "vit", "photos")
+    monkeypatch.setattr(command_line.Path, "touch", raiser_of_disk)
+    with pytest.raises(InputError, match=r"cannot write to --output-dir .*Read-only file system"):
+        new_output_dir(tmp_path / "run", "vit", "photos")
+
+
+def raiser_of_disk(path, *_, **__):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+
+def test_json_is_whole_and_readable(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(dict(name="Grün", rate=1e-3, best=None), path)
+    assert json.loads(path.read_text()) == dict(name="Grün", rate=1e-3, best=None)
+    with pytest.raises(TypeError):
+        write_json(dict(bad=object()), path)
+    assert json.loads(path.read_text())["rate"] == 1e-3  # the one before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_an_accuracy_stands_beside_its_interval():
+    z, n, k = 1.959964, 80, 70
+    middle, half = (k / n + z * z / 2 / n), z * math.sqrt(k / n * (1 - k / n) / n + z * z / 4 / n / n)
+    low, high = (100 * (middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    assert percent(k, n) == f"87.5% ({low:.1f} to {high:.1f})"

@@ -1,0 +1,409 @@
+"""The training command: what it is given and what it leaves."""
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from command_runs import ROOT, at_step, make_folder, prepared, run, train
+
+import train_vit
+from train_vit import fit_head, parse, unevenness
+from vit_bridge.data.shapes import SHAPES, make_shapes
+from vit_bridge.models.convnet import ConvNet
+from vit_bridge.training import run_folder as run_folder_module
+from vit_bridge.training.run_folder import CHANGEABLE
+from vit_bridge.weights.checkpoints import load_model, read_checkpoint, save_model
+from vit_bridge.weights.pretrained import OURS_FOLDER
+from vit_model import InputError, VisionTransformer
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    (["--epochs", 0], "--epochs: 0 is out of range"),
+    (["--lr", "nan"], "--lr: nan is out of range"),
+    (["--minutes", -1], "--minutes: -1 is out of range"),
+    (["--batch-size", "many"], "--batch-size: many is out of range"),
+    (["--epochs", 1, "--minutes", 1], "not allowed with"),
+    (["--data-dir", "nowhere"], "nowhere"),
+    (["--dataset", "imagenet"], "imagenet"),
+    (["--device", "abacus"], "abacus"),
+    (["--val-fraction", 2], "2.0"),
+    (["--model", "vgg"], "vgg"),
+    (["--patch-size", 5, "--img-size", 32], "not divisible by patch_size 5x5"),
+    (["--drop-path", 1], "drop_path 1.0"),
+    (["--layer-decay", 0], "--layer-decay: 0 is out of range"),
+    (["--model-ema", 2], "--model-ema: 2 is out of range"),
+    (["--accumulate", 0], "--accumulate: 0 is out of range"),
+    (["--save-minutes", 0], "--save-minutes: 0 is out of range"),
+    (["--pretrained", "vit_giant"], "vit_giant"),
+    (["--pretrained", "nowhere.pt"], "there is no file nowhere.pt"),
+    (["--pretrained", "vit_nano_shapes", "--model", "vit_tiny"], "--model vit_tiny has no place beside --pretrained"),
+    (["--pretrained", "vit_nano_shapes", "--patch-size", 8], "--patch-size 8 has no place beside --pretrained"),
+    (["--freeze-backbone"], "give --pretrained"),
+    (["--resume"], "--resume alone does not say which run"),
+    (["--resume", "nowhere"], "--resume nowhere: there is no run"),
+    (["evaluate"], "--checkpoint")])
+def test_bad_words_end_in_one_line_and_exit_code_2(words, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawn = make_shapes(40, 32)
+    monkeypatch.setattr("vit_bridge.data.datasets.make_shapes", lambda *args, **kwargs: drawn)
+    code, error = run(words, capsys)
+    assert code == 2
+    assert expected in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_folder_that_holds_files_is_left_alone(capsys, tmp_path):
+    (tmp_path / "best.pt").write_text("of an earlier run")
+    code, error = run(["--output-dir", tmp_path, "--dry-run"], capsys)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "already holds files" in error
+    assert (tmp_path / "best.pt").read_text() == "of an earlier run"
+
+
+def test_an_output_folder_that_cannot_be_made(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    code, error = run(["--output-dir", tmp_path / "file" / "run", "--dry-run"], capsys)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "cannot write to --output-dir" in error
+
+
+def test_a_run_leaves_its_files_and_they_agree(tmp_path, capsys):
+    torch.manual_seed(0)
+    train_vit.main(["--dry-run", "--output-dir", str(tmp_path / "run"), "--seed", "3", "--device", "cpu"])
+    folder = tmp_path / "run"
+    assert {path.name for path in folder.iterdir()} == {
+        ".lock", "config.json", "history.csv", "result.json", "best.pt", "last.pt", "curves.png", "attention.png"}
+    result = json.loads((folder / "result.json").read_text())
+    assert result["seed"] == 3
+    assert result["test_acc"] == result["test_correct"] / result["test_n"]
+    low, high = result["test_interval"]
+    assert low <= result["test_acc"] <= high
+    assert {"seconds", "images_per_second", "data_share", "linear_test_acc"} <= set(result)
+    with open(folder / "history.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 1
+    assert float(rows[0]["val_acc"]) == result["val_acc"]
+    model = load_model(folder / "best.pt")
+    assert len(model.class_names) == 10
+    assert not model.training
+    assert "--seed 3 --device cpu --steps 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("side", [24, 72])
+@pytest.mark.parametrize("parts", [("",), ("train", "test")])
+def test_a_folder_of_images_from_nothing_to_a_result(side, parts, tmp_path, capsys):
+    data = make_folder(tmp_path / "photos", side, parts)
+    words = ["--dry-run", "--data-dir", data, "--output-dir", tmp_path / "run", "--device", "cpu",
+             "--model", "vit_nano", "--img-size", side, "--batch-size", 4]
+    train_vit.main(list(map(str, words)))
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    split = "val" if parts == ("",) else "test"
+    assert result[f"{split}_n"] == {"val": 2, "test": 8}[split]
+    assert ("There are no test images" in capsys.readouterr().out) == (split == "val")
+    assert load_model(tmp_path / "run" / "best.pt").class_names == ["blue", "red"]
+
+
+def test_a_corrupt_test_image_is_named_and_the_run_is_kept(tmp_path, capsys):
+    data = make_folder(tmp_path / "photos", 24, ("train", "test"))
+    (data / "test" / "red" / "5.jpg").write_bytes(b"no image")
+    code, error = run(["--dry-run", "--data-dir", data, "--output-dir", tmp_path / "run"], capsys)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "5.jpg" in error
+    assert {"best.pt", "result.json", "curves.png"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
+# ---- Classes and images
+
+
+def test_uneven_classes_are_said_and_weights_are_offered(tmp_path, untested, capsys):
+    data = make_folder(tmp_path / "photos", 24)
+    for i in range(3, 12):
+        (data / "blue" / f"{i}.jpg").unlink()
+    even = prepared("--data-dir", data, "--output-dir", tmp_path / "a")
+    assert "Classes differ in size: red 11, blue 2: look at the balanced accuracy; --class-weights" in \
+        capsys.readouterr().out
+    assert even.settings["loss_fn"].class_weights is None
+    weighted = prepared("--data-dir", data, "--output-dir", tmp_path / "b", "--class-weights")
+    assert "red 11, blue 2: --class-weights lets them count alike." in capsys.readouterr().out
+    torch.testing.assert_close(weighted.settings["loss_fn"].class_weights, torch.tensor([13 / 4, 13 / 22]))
+
+
+def test_classes_are_uneven_from_twice_as_many_and_ten_are_shown():
+    assert unevenness(["a", "b"], [19, 10]) == ""
+    assert unevenness(["a", "b"], [10, 2000]) == "Classes differ in size: b 2,000, a 10"
+    many = unevenness([f"c{i}" for i in range(12)], [100 + i for i in range(11)] + [1])
+    assert many == ("Classes differ in size: c10 110, c9 109, c8 108, c7 107, c6 106, c3 103, c2 102, c1 101, c0 100, "
+                    "c11 1 (the largest and smallest of 12)")
+
+
+@pytest.mark.parametrize(("words", "criterion"), [([], "val_acc"), (["--class-weights"], "val_balanced_acc")])
+def test_with_class_weights_the_best_epoch_is_that_of_the_balanced_accuracy(
+        words, criterion, photos, untested, tmp_path, monkeypatch):
+    made = []
+
+    class Seen(run_folder_module.Saver):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(train_vit, "Saver", Seen)
+    train(tmp_path / "run", "--data-dir", photos, "--steps", 1, *words)
+    assert made[0].criterion == criterion
+
+
+@pytest.mark.parametrize("side", [24, 72])
+def test_a_corrupt_image_is_named_with_what_to_do_about_it(side, tmp_path, capsys):
+    data = make_folder(tmp_path / "photos", side, n=3)
+    (data / "red" / "1.jpg").write_bytes(b"no image")
+    code, error = run(["--data-dir", data, "--output-dir", tmp_path / "run", "--model", "vit_nano", "--img-size", side,
+                       "--epochs", 1, "--device", "cpu"], capsys)
+    assert (code, error.count("\n")) == (2, 1)
+    assert str(data / "red" / "1.jpg") in error
+    assert "--skip-corrupt" in error
+
+
+@pytest.mark.parametrize("side", [24, 72])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_corrupt_images_are_skipped_counted_and_named(side, frozen, tmp_path, capsys):
+    data = make_folder(tmp_path / "photos", side, n=12)
+    bad = [data / "red" / f"{i}.jpg" for i in range(7)]
+    for path in bad:
+        path.write_bytes(b"no image")
+    start = ["--model", "vit_nano", "--img-size", side]
+    if frozen:
+        save_model(ConvNet(side, 3, 2, (4,), (1,), 1), tmp_path / "start.pt", mean=[0.5] * 3, std=[0.5] * 3)
+        start = ["--pretrained", tmp_path / "start.pt", "--freeze-backbone"]
+    train(tmp_path / "run", "--data-dir", data, *start, "--epochs", 1, "--skip-corrupt", "--batch-size", 8)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "eft out" in line or "more" in line]
+    named = [line.removeprefix("Left out, as it cannot be read: ") for line in lines[:5]]
+    assert set(named) < set(map(str, bad))
+    assert lines[5:] == ["... and 2 more, 7 in all."]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["skipped"] == 7
+
+
+# ---- Pretrained weights
+
+
+def shapes_model():
+    return load_model(OURS_FOLDER / "vit_nano_shapes.pt")
+
+
+def test_a_pretrained_model_keeps_its_size_its_normalisation_and_gets_a_head_of_zeros(photos, tmp_path, capsys):
+    made, source = prepared("--data-dir", photos, "--output-dir", tmp_path / "run", "--pretrained",
+                            "vit_nano_shapes"), shapes_model()
+    for loader in (made.train_loader, made.val_loader):
+        assert (loader.img_size, tuple(loader.mean), tuple(loader.std), loader.interpolation) == (
+            32, tuple(source.mean), tuple(source.std), source.interpolation)
+    assert made.data["mean"] == source.mean  # the test images' too
+    state, expected = made.model.state_dict(), source.state_dict()
+    assert [key for key in expected if key not in ("head.weight", "head.bias")
+            and not torch.equal(state[key], expected[key])] == []
+    assert state["head.weight"].shape == (2, 96)
+    assert not state["head.weight"].any()
+    assert not state["head.bias"].any()
+    assert "vit_nano_shapes: " in capsys.readouterr().out
+
+
+def test_another_image_size_resamples_the_positions(photos, tmp_path):
+    made = prepared("--data-dir", photos, "--output-dir", tmp_path / "run", "--pretrained", "vit_nano_shapes",
+                    "--img-size", 24)
+    assert made.train_loader.img_size == made.model.config.img_size == 24
+    assert made.model.pos_embed.shape[1] == 1 + 6 * 6
+
+
+def test_the_head_is_kept_where_the_classes_are_the_same(tmp_path):
+    data = make_folder(tmp_path / "photos", 24, classes=sorted(SHAPES), n=2)
+    source = shapes_model()
+    renamed = tmp_path / "sorted.pt"  # folders come by the alphabet
+    save_model(source, renamed, class_names=sorted(SHAPES))
+    made = prepared("--data-dir", data, "--output-dir", tmp_path / "run", "--pretrained", renamed)
+    assert torch.equal(made.model.head.weight, source.head.weight)
+    assert torch.equal(made.model.head.bias, source.head.bias)
+
+
+def test_a_head_of_zeros_has_the_width_of_its_model_also_where_there_was_none():
+    for n_classes in (0, 3):
+        for model in (VisionTransformer(8, 4, 3, n_classes, 12, 1, 3), ConvNet(8, 3, n_classes, (4, 6), (1, 1), 1)):
+            model.class_names = None
+            width = 12 if isinstance(model, VisionTransformer) else 6
+            assert fit_head(model, ["a", "b"]).head.weight.shape == (2, width)
+            assert model.class_names == ["a", "b"]
+            assert model.eval()(torch.zeros(1, 3, 8, 8)).tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("source", ["vit_nano_shapes", "hybrid_shapes", "convnet_shapes", "raw"])
+def test_fine_tuning_starts_from_a_file_of_any_kind(source, photos, untested, tmp_path):
+    """One step at a rate of 1e-12 leaves the weights where they were."""
+    path = OURS_FOLDER / f"{source}.pt"
+    if source == "raw":
+        torch.manual_seed(0)
+        path, model = tmp_path / "raw.pth", VisionTransformer(24, 8, 3, 5, 64, 2, 1)
+        torch.save(model.state_dict(), path)
+    expected = torch.load(path, weights_only=True)
+    expected = expected if source == "raw" else expected["state_dict"]
+    train(tmp_path / "run", "--data-dir", photos, "--pretrained", path, "--steps", 1, "--lr", "1e-12")
+    model = load_model(tmp_path / "run" / "best.pt")
+    assert model.class_names == ["blue", "red"]
+    for name, p in model.named_parameters():
+        if not name.startswith("head."):
+            torch.testing.assert_close(p.detach(), expected[name].float(), rtol=0, atol=1e-6)
+
+
+def test_the_peak_of_the_rate_is_lower_for_pretrained_weights_unless_the_head_alone_learns(photos, untested, tmp_path):
+    rates = {}
+    for name, words in (("new", []), ("fine", ["--pretrained", "vit_nano_shapes"]),
+                        ("head", ["--pretrained", "vit_nano_shapes", "--freeze-backbone"]), ("own", ["--lr", "0.125"])):
+        train(tmp_path / name, "--data-dir", photos, "--steps", 1, *words)
+        rates[name] = read_checkpoint(tmp_path / name / "last.pt")["training"]["rate"]
+    assert rates == dict(new=2e-3, fine=5e-4, head=2e-3, own=0.125)
+
+
+@pytest.mark.parametrize("source", ["vit_nano_shapes", "convnet_shapes"])
+def test_a_frozen_backbone_is_computed_once_and_exactly_the_head_changes(
+        source, photos, untested, tmp_path, monkeypatch, capsys):
+    expected = load_model(OURS_FOLDER / f"{source}.pt")
+    seen, forward = [], type(expected).forward_features
+
+    def counted(self, images, *args, **kwargs):
+        seen.append(len(images))
+        return forward(self, images, *args, **kwargs)
+
+    monkeypatch.setattr(type(expected), "forward_features", counted)
+    folder = tmp_path / "run"
+    at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    words = ["--data-dir", photos, "--pretrained", source, "--freeze-backbone", "--epochs", 3, "--batch-size", 8]
+    code, _ = run([*words, "--output-dir", folder, "--device", "cpu"], capsys)
+    assert (code, sum(seen)) == (130, 24)
+    train_vit.main(["--resume", str(folder)])
+    train(tmp_path / "uncut", *words)
+    for name in ("best.pt", "last.pt"):
+        saved, other = (load_model(tmp_path / run / name).state_dict() for run in ("run", "uncut"))
+        changed = {key for key, value in expected.state_dict().items()
+                   if value.shape != saved[key].shape or not torch.equal(value, saved[key])}
+        assert changed == {"head.weight", "head.bias"}
+        assert saved["head.weight"].any()
+        assert torch.equal(saved["head.weight"], other["head.weight"])
+    assert sum(seen) == 3 * 24
+
+
+# ---- The words of a command
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    (["--resume", "x", "--dry-run"], "--dry-run is a run of its own"),
+    (["--pretrained", "x", "--freeze-backbone", "--layer-decay", "0.7"], "--layer-decay has no place")])
+def test_words_that_contradict_each_other_are_refused_before_anything_is_read(words, expected):
+    with pytest.raises(ValueError, match=expected):
+        parse(words)
+
+
+def test_given_are_exactly_the_words_on_the_command_line():
+    assert parse([]).given == {}
+    assert parse(["--seed", "0", "--lr", "1e-3"]).given == dict(seed=0, lr=1e-3)  # 0 is the default
+    assert parse(["--model-ema", "--class-weights"]).given == dict(model_ema=0.999, class_weights=True)
+    assert parse(["--data-dir=./data", "--resume", "x"]).given == dict(data_dir="./data", resume="x")
+    assert parse(["--resume"]).given == dict(resume=True)
+
+
+@pytest.mark.parametrize("words", [
+    [], ["--data-dir", "my photos/it's \"here\"", "--seed", "9", "--lr", "3e-05"],
+    ["--model-ema", "--class-weights", "--skip-corrupt", "--compile"], ["--model-ema", "0.99", "--accumulate", "4"],
+    ["--model-ema", "1"], ["--model-ema", "0"], ["--drop-path", "0"], ["--warmup-epochs", "0", "--weight-decay", "0"],
+    ["--pretrained", "/tmp/a b/best.pt", "--freeze-backbone"], ["--pretrained", "x", "--layer-decay", "0.75"],
+    ["--img-size", "48", "--patch-size", "6", "--model", "vit_nano", "--dataset", "shapes", "--workers", "0"],
+    ["--val-fraction", "0.3", "--label-smoothing", "0", "--amp", "bf16", "--device", "cuda:1", "--batch-size", "3"],
+    ["--minutes", "4", "--output-dir", "x y", "--save-minutes", "9"], ["--epochs", "4", "--resume", "--output-dir",
+                                                                       "z"]])
+def test_the_command_of_a_run_means_the_run(words):
+    options = {name: value for name, value in vars(parse(words)).items() if name != "given"}
+    command = shlex.split(train_vit.command_of(options, 7))
+    assert command[:2] == ["python", "train_vit.py"]
+    again = parse(command[2:])
+    changed = dict(steps=7, minutes=None, epochs=None, output_dir=None, resume=None, save_minutes=3, dry_run=False)
+    assert {name: value for name, value in vars(again).items() if name != "given"} == options | changed
+
+
+def test_every_option_is_of_a_kind_that_can_be_written_again():
+    """A new option of a kind that as_words() cannot write would be noticed here."""
+    kinds = {action.dest: type(action) for action in train_vit.make_parser()._actions if action.dest != "help"}
+    assert set(kinds.values()) <= {argparse._StoreAction, argparse._StoreTrueAction}
+    assert set(CHANGEABLE) <= set(kinds)
+
+
+def test_several_processes_are_part_of_the_command(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert train_vit.command("--resume", "a b") == "torchrun --nproc-per-node=4 train_vit.py --resume 'a b'"
+
+
+# ---- Several processes
+
+
+def test_two_processes_train_as_one(photos, tmp_path):
+    """The slowest test here: torchrun starts two processes, which share every batch."""
+    words = ["--data-dir", photos, "--steps", 3, "--batch-size", 9, "--class-weights", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", ROOT / "train_vit.py",
+         *map(str, words), "--amp", "off", "--output-dir", tmp_path / "two"],
+        capture_output=True, text=True, timeout=200, check=False, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("3 steps, ") == done.stdout.count("val accuracy ") == 1  # the first process alone prints
+    assert "torchrun --nproc-per-node=2 train_vit.py" in done.stdout
+    folder = tmp_path / "two"
+    assert {path.name for path in folder.iterdir()} == {
+        ".lock", "config.json", "history.csv", "result.json", "best.pt", "last.pt", "curves.png", "attention.png"}
+    train(tmp_path / "one", *words)
+    one, two = (read_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two"))
+    for name, values in one["training"]["history"].items():
+        if name not in ("seconds", "images_per_second"):
+            assert two["training"]["history"][name] == pytest.approx(values, abs=1e-4), name
+    for name, value in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], value, rtol=0, atol=2e-3)
+    scores = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
+    assert scores[0]["val_correct"] == scores[1]["val_correct"]
+
+
+# ---- The command repeats the run
+
+
+def test_the_printed_command_repeats_the_run(untested, tmp_path, monkeypatch):
+    """Measuring the speed draws random numbers; the run after it must not notice."""
+    monkeypatch.setattr(train_vit, "steps_within", lambda *args, **settings: int(torch.rand(3).numel()))
+    data = make_folder(tmp_path / "photos", 24)
+    common = ["--data-dir", str(data), "--drop-path", "0.5", "--batch-size", "4", "--device", "cpu", "--seed", "5"]
+    weights = []
+    for name, length in (("a", ["--minutes", "1"]), ("b", ["--steps", "3"])):
+        train_vit.main([*common, *length, "--output-dir", str(tmp_path / name)])
+        weights.append(load_model(tmp_path / name / "last.pt").state_dict())
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+@pytest.mark.parametrize(("words", "named"), [(["--flip", "none"], "--flip is for small images"),
+                                              (["--cutout", "0"], "--cutout is for small images")])
+def test_what_photographs_do_not_take_is_refused(words, named, tmp_path):
+    with pytest.raises(InputError, match=named):
+        prepared("--data-dir", make_folder(tmp_path / "photos", 72), *words)
+
+
+def test_a_recipe_of_another_model_is_refused(photos):
+    with pytest.raises(InputError, match="--recipe hybrid_fast is for --model hybrid, and the model is vit_nano"):
+        prepared("--data-dir", photos, "--recipe", "hybrid_fast")
+
+
+def test_a_recipe_for_larger_images_is_refused(photos):
+    with pytest.raises(InputError, match="--recipe convnet_fast needs images of at least 16 pixels, these have 12"):
+        prepared("--data-dir", photos, "--img-size", 12, "--model", "convnet", "--recipe", "convnet_fast")
+
+
+def test_a_convnet_has_no_attention_picture(photos, tmp_path):
+    train(tmp_path / "run", "--data-dir", photos, "--model", "convnet", "--steps", 1)
+    assert (tmp_path / "run" / "curves.png").exists()
+    assert not (tmp_path / "run" / "attention.png").exists()

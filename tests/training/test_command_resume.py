@@ -1,0 +1,301 @@
+"""The training command: how it goes on after whatever cut it."""
+
+import csv
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from command_runs import ROOT, PowerCut, at_step, cut, make_folder, run, tensors_in, train
+
+import train_vit
+import train_vit as trainer
+from vit_bridge.data import loaders as loaders_module
+from vit_bridge.training import objectives as objectives_module
+from vit_bridge.training.config import RECIPES
+from vit_bridge.weights.checkpoints import read_checkpoint
+
+
+def outcome(folder):
+    """All that a run becomes but its times: the tensors of both checkpoints, and the history."""
+    last, best = (read_checkpoint(folder / name) for name in ("last.pt", "best.pt"))
+    history = {name: values for name, values in last["training"]["history"].items()
+               if name not in ("seconds", "images_per_second")}
+    with open(folder / "history.csv") as file:
+        rows = [{name: row[name] for name in history} for row in csv.DictReader(file)]
+    facts = history, rows, last["training"]["step"], last["training"]["best"], best["epoch"], last["epoch"]
+    return tensors_in(dict(last=last, best=best)), facts
+
+
+def assert_same_run(folder, other):
+    (tensors, facts), (others, other_facts) = outcome(folder), outcome(other)
+    assert facts == other_facts
+    assert tensors.keys() == others.keys()
+    assert len(tensors) > 100
+    assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
+
+
+# ---- A run that is cut
+
+
+# Seven steps in three epochs of three batches, the last epoch a part, with all that chance and state go into.
+SEVEN = ["--steps", 7, "--batch-size", 8, "--drop-path", 0.3, "--model-ema", 0.9, "--class-weights",
+         "--layer-decay", 0.7, "--seed", 4]
+
+
+@pytest.fixture(scope="module")
+def uncut(photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uncut") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_vit.TrainingRun, "finish", lambda self: None)
+        train(folder, "--data-dir", photos, *SEVEN)
+    return folder
+
+
+@pytest.mark.parametrize(("number", "code", "step"), [
+    (signal.SIGINT, 130, 0), (signal.SIGINT, 130, 4), (signal.SIGTERM, 143, 5)])
+def test_a_signal_in_training_saves_says_the_command_and_the_run_ends_as_if_uncut(
+        number, code, step, photos, uncut, untested, tmp_path, capsys, monkeypatch):
+    folder, before = tmp_path / "a run", [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    at_step(monkeypatch, step, lambda: os.kill(os.getpid(), number))
+    words = ["--data-dir", photos, *SEVEN, "--device", "cpu", "--amp", "off", "--output-dir", folder]
+    ended, error = run(words, capsys)
+    assert (ended, error.count("\n")) == (code, 1)
+    assert f"kept at step {step + 1} of 7; go on with: " in error
+    assert read_checkpoint(folder / "last.pt")["training"]["step"] == step + 1
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    command = shlex.split(error.split("go on with: ")[1])
+    assert command == ["python", "train_vit.py", "--resume", str(folder)]
+    train_vit.main(command[2:])
+    assert f"Going on with {folder}." in capsys.readouterr().out
+    assert_same_run(folder, uncut)
+
+
+def test_a_run_goes_on_with_the_recipe_that_it_began_with(photos, uncut, untested, tmp_path, monkeypatch):
+    at_step(monkeypatch, 4, cut)
+    with pytest.raises(PowerCut):
+        train(tmp_path / "run", "--data-dir", photos, *SEVEN, "--save-minutes", "0.00001")
+    for name, recipe in RECIPES.items():
+        monkeypatch.setitem(RECIPES, name, replace(recipe, learning_rate=0.5, schedule="linear"))
+    train_vit.main(["--resume", str(tmp_path / "run")])
+    assert_same_run(tmp_path / "run", uncut)
+
+
+def test_a_signal_in_an_evaluation_is_kept_too(photos, uncut, untested, tmp_path, capsys, monkeypatch):
+    evaluate = trainer.Trainer.evaluate
+
+    def interrupted(self, loader, model=None, state=None, run=None):
+        if state is not None and state.step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(self, loader, model, state, run)
+
+    monkeypatch.setattr(trainer.Trainer, "evaluate", interrupted)
+    words = ["--data-dir", photos, *SEVEN, "--device", "cpu", "--amp", "off", "--output-dir", tmp_path / "run"]
+    code, error = run(words, capsys)
+    assert (code, error.count("\n")) == (130, 1)
+    assert "kept at step 6 of 7" in error
+    monkeypatch.setattr(trainer.Trainer, "evaluate", evaluate)
+    train_vit.main(["--resume", str(tmp_path / "run" / "last.pt")])
+    assert_same_run(tmp_path / "run", uncut)
+
+
+def test_a_second_signal_ends_the_training_at_once(photos, untested, tmp_path, monkeypatch):
+    codes = []
+
+    def end(code):
+        codes.append(code)
+        raise PowerCut
+
+    monkeypatch.setattr(os, "_exit", end)
+    at_step(monkeypatch, 1, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    with pytest.raises(PowerCut):
+        train(tmp_path / "run", "--data-dir", photos, *SEVEN)
+    assert codes == [130]
+
+
+def test_a_signal_before_the_training_leaves_no_folder(photos, tmp_path, capsys, monkeypatch):
+    def interrupted(**_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train_vit, "get_data_loaders", interrupted)
+    code, error = run(["--data-dir", photos, "--output-dir", tmp_path / "run"], capsys)
+    assert (code, error.count("\n")) == (143, 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_real_ctrl_c_in_a_terminal(photos, tmp_path):
+    """The same from outside, once: another process, a real signal, the state kept."""
+    folder = tmp_path / "run"
+    words = ["--data-dir", photos, "--steps", "100000", "--batch-size", "8", "--device", "cpu", "--output-dir", folder]
+    process = subprocess.Popen([sys.executable, ROOT / "train_vit.py", *words], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.count("\n") == 1
+    step = read_checkpoint(folder / "last.pt")["training"]["step"]
+    assert f"stopped by SIGINT; kept at step {step} of 100000; go on with: python train_vit.py --resume" in error
+
+
+@pytest.mark.parametrize("form", ["folder", "last.pt", "output-dir"])
+def test_a_power_cut_costs_what_was_done_since_the_last_checkpoint(form, photos, uncut, untested, tmp_path, monkeypatch,
+                                                                   capsys):
+    folder = tmp_path / "run"
+    at_step(monkeypatch, 4, cut)
+    with pytest.raises(PowerCut):
+        train(folder, "--data-dir", photos, *SEVEN, "--save-minutes", "0.00001")
+    assert read_checkpoint(folder / "last.pt")["training"]["step"] == 4
+    again = {"folder": ["--resume", folder], "last.pt": ["--resume", folder / "last.pt"],
+             "output-dir": ["--resume", "--output-dir", folder, "--data-dir", photos, *SEVEN]}[form]
+    train_vit.main(list(map(str, again)))
+    assert_same_run(folder, uncut)
+
+
+def test_with_output_dir_the_same_command_begins_and_goes_on(photos, uncut, untested, tmp_path, monkeypatch, capsys):
+    words = ["--data-dir", photos, *SEVEN, "--resume"]
+    at_step(monkeypatch, 1, cut)
+    with pytest.raises(PowerCut):
+        train(tmp_path / "run", *words)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.json"}
+    assert "Going on" not in capsys.readouterr().out
+    train(tmp_path / "run", *words)
+    assert "Going on" in capsys.readouterr().out
+    assert_same_run(tmp_path / "run", uncut)
+
+
+def test_a_run_by_the_clock_goes_on_with_its_number_of_steps(photos, untested, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_vit, "steps_within", lambda *args, **settings: 4)
+    at_step(monkeypatch, 2, cut)
+    with pytest.raises(PowerCut):
+        train(tmp_path / "run", "--data-dir", photos, "--minutes", "3", "--batch-size", "8")
+    monkeypatch.setattr(train_vit, "steps_within", lambda *args, **settings: pytest.fail("measured again"))
+    train_vit.main(["--resume", str(tmp_path / "run"), "--minutes", "3"])
+    entries = read_checkpoint(tmp_path / "run" / "last.pt")
+    assert (entries["n_steps"], entries["training"]["step"]) == (4, 4)
+
+
+def test_what_a_run_may_not_go_on_with(photos, uncut, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(trainer.Trainer, "step", lambda *_: pytest.fail("a step was taken"))
+    folder = shutil.copytree(uncut, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    others = make_folder(tmp_path / "others", 24, classes=("red", "pink"))
+    for words, expected in (
+            (["--resume", folder, "--batch-size", 4], "--batch-size 4 is not that of the run, 8"),
+            (["--resume", folder, "--epochs", 2], "--epochs 2 is not that of the run, which had none"),
+            (["--resume", folder, "--model-ema"], "--model-ema 0.999 is not that of the run, 0.9"),
+            (["--resume", folder, "--lr", "2e-3"], "--lr 0.002 is not that of the run, which had none"),
+            (["--resume", folder, "--data-dir", others], "are not those of the run, blue, red"),
+            (["--resume", folder / "best.pt"], "--pretrained"),
+            (["--resume", photos], "there is no run"),
+            (["--output-dir", folder], "already holds files")):
+        code, error = run(words, capsys)
+        assert (code, error.count("\n")) == (2, 1), error
+        assert expected in error
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_other_images_of_the_same_classes_are_a_warning(photos, untested, tmp_path, capsys, monkeypatch):
+    at_step(monkeypatch, 2, cut)
+    with pytest.raises(PowerCut):
+        train(tmp_path / "run", "--data-dir", photos, "--steps", 4, "--batch-size", 8, "--save-minutes", "0.00001")
+    moved = make_folder(tmp_path / "moved", 24, n=11)
+    train_vit.main(["--resume", str(tmp_path / "run"), "--data-dir", str(moved)])
+    assert "Warning: there are 20 training images, and the run had 22" in capsys.readouterr().out
+    entries = read_checkpoint(tmp_path / "run" / "last.pt")
+    assert (entries["training"]["step"], entries["options"]["data_dir"]) == (4, str(moved))
+
+
+def test_a_run_cut_in_its_test_is_tested_and_a_complete_one_is_left_as_it_is(photos, tmp_path, capsys, monkeypatch):
+    folder, test_loader = tmp_path / "run", loaders_module.get_test_loader
+    monkeypatch.setattr(train_vit, "get_test_loader", lambda **_: os.kill(os.getpid(), signal.SIGINT))
+    code, error = run(["--data-dir", photos, "--steps", 2, "--batch-size", 8, "--output-dir", folder], capsys)
+    assert (code, error.count("\n")) == (130, 1)
+    assert "val_n" not in json.loads((folder / "result.json").read_text())
+    monkeypatch.setattr(train_vit, "get_test_loader", test_loader)
+    monkeypatch.setattr(trainer.Trainer, "step", lambda *_: pytest.fail("a step was taken"))
+    train_vit.main(["--resume", str(folder)])
+    result = (folder / "result.json").read_bytes()
+    assert json.loads(result)["val_n"] == 2
+    for name in ("get_data_loaders", "get_test_loader"):
+        monkeypatch.setattr(train_vit, name, lambda **_: pytest.fail("images were read"))
+    capsys.readouterr()
+    train_vit.main(["--resume", str(folder)])
+    assert f"The run is complete; its results are in {folder}/result.json." in capsys.readouterr().out
+    assert (folder / "result.json").read_bytes() == result
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(photos, uncut, tmp_path, capsys):
+    folder = shutil.copytree(uncut, tmp_path / "run")
+    holder = subprocess.Popen(
+        [sys.executable, "-S", "-c", "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, 2); "
+         "print('held', flush=True); input()", folder / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        code, error = run(["--resume", folder], capsys)
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert (code, error.count("\n")) == (2, 1)
+    assert "another run is writing to" in error
+
+
+# ---- What goes wrong in a training
+
+
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_from_the_file_before(
+        photos, uncut, untested, tmp_path, capsys, monkeypatch):
+    folder, full, fsync = tmp_path / "run", [], os.fsync
+
+    def sync(handle):
+        if full:
+            raise OSError(28, "No space left on device")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    at_step(monkeypatch, 4, lambda: full.append(True))
+    code, error = run(["--data-dir", photos, *SEVEN, "--device", "cpu", "--amp", "off", "--save-minutes", "0.00001",
+                       "--output-dir", folder], capsys)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "No space left on device" in error
+    assert f"The last good checkpoint is {folder}/last.pt, step 4 of 7; go on with: python train_vit.py --" in error
+    assert not list(folder.glob("*.part"))
+    assert read_checkpoint(folder / "last.pt")["training"]["step"] == 4
+    full.clear()
+    train_vit.main(["--resume", str(folder)])
+    assert_same_run(folder, uncut)
+
+
+def test_a_rate_that_is_too_high_is_named_with_the_step(photos, tmp_path, capsys):
+    code, error = run(["--data-dir", photos, "--lr", "1e30", "--batch-size", 8, "--epochs", 2, "--device", "cpu",
+                       "--output-dir", tmp_path / "run"], capsys)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "not finite since step 2 of 6, learning rate 1e+30" in error
+    assert "Nothing was kept yet" in error
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_after_nan_the_last_good_checkpoint_is_named_and_good(photos, untested, tmp_path, capsys, monkeypatch):
+    forward, calls = objectives_module.CrossEntropy.forward, []
+
+    def failing(self, logits, labels):
+        calls.append(torch.is_grad_enabled())
+        return forward(self, logits, labels) * (torch.nan if sum(calls) == 5 else 1)
+
+    monkeypatch.setattr(objectives_module.CrossEntropy, "forward", failing)
+    code, error = run(["--data-dir", photos, "--batch-size", 8, "--epochs", 3, "--lr", "0.001", "--device", "cpu",
+                       "--save-minutes", "0.00001", "--output-dir", tmp_path / "run"], capsys)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "not finite since step 5 of 9, learning rate 0.0" in error
+    assert f"The last good checkpoint is {tmp_path}/run/last.pt, step 4" in error
+    entries = read_checkpoint(tmp_path / "run" / "last.pt")
+    assert entries["training"]["step"] == 4
+    assert all(tensor.isfinite().all() for tensor in tensors_in(entries).values())

@@ -1,0 +1,181 @@
+"""Fine-tuning: rates by layer, and features that are computed once."""
+
+import pytest
+import torch
+from torch import nn
+
+from vit_bridge.data.datasets import DatasetInfo
+from vit_bridge.data.loaders import MemoryLoader
+from vit_bridge.models.convnet import ConvNet
+from vit_bridge.models.hybrid import HybridCNNViT
+from vit_bridge.training.linear_probe import FeatureLoader, feature_loaders, head_inputs
+from vit_bridge.training.optimizers import layer_lr_scales
+from vit_model import InputError, VisionTransformer, freeze_backbone
+
+VIT = dict(img_size=8, patch_size=4, embed_dim=12, depth=2, n_heads=3, n_classes=2)
+MODELS = {
+    "cls": lambda: VisionTransformer(**VIT),
+    "mean": lambda: VisionTransformer(**VIT, pool="mean", n_registers=2, dropout=0.5),
+    "hybrid": lambda: HybridCNNViT(**VIT),
+    "convnet": lambda: ConvNet(8, 3, 2, (4, 6), (1, 1), 1),
+}
+
+
+def images_loader(n=11, batch_size=4, training=True):
+    """n noisy images of 8 pixels in two classes."""
+    generator = torch.Generator().manual_seed(1)
+    facts = DatasetInfo("noise", ["even", "odd"], 8, (0.5,) * 3, (0.25,) * 3)
+    images = torch.randint(0, 256, (n, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    return MemoryLoader(images, torch.arange(n) % 2, facts, batch_size, seed=7, training=training)
+
+
+# ---- Layer-wise decay
+
+
+def test_factors_of_a_vit_are_those_worked_out_by_hand():
+    """Two blocks: the head at 1, the blocks at 1/2 and 1/4, what comes before them at 1/8."""
+    factors = layer_lr_scales(VisionTransformer(**VIT, n_registers=1), 0.5)
+    expected = {"cls_token": 0.125, "reg_token": 0.125, "pos_embed": 0.125, "patch_embed.proj.weight": 0.125,
+                "patch_embed.proj.bias": 0.125, "norm.weight": 1, "norm.bias": 1, "head.weight": 1, "head.bias": 1}
+    for name, factor in factors.items():
+        block = {"blocks.0.": 0.25, "blocks.1.": 0.5}.get(name[:9])
+        assert factor == (expected[name] if block is None else block), name
+    assert expected.keys() < factors.keys()
+
+
+def test_factors_of_a_hybrid_count_its_stem_as_one_layer():
+    factors = layer_lr_scales(HybridCNNViT(**VIT), 0.5)
+    assert {factor for name, factor in factors.items() if name.startswith("patch_embed.")} == {0.125}
+    assert (factors["blocks.1.attn.qkv.weight"], factors["head.bias"]) == (0.5, 1)
+
+
+def test_factors_of_a_convnet_go_by_stage():
+    factors = layer_lr_scales(MODELS["convnet"](), 0.1)
+    by_layer = {}
+    for name, factor in factors.items():
+        by_layer.setdefault(".".join(name.split(".")[:2]) if name.startswith("stages") else name.split(".")[0],
+                            set()).add(round(factor, 12))
+    assert by_layer == {"stem": {0.001}, "stages.0": {0.01}, "stages.1": {0.1}, "head": {1}}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_has_a_factor_and_a_decay_of_1_changes_none(name):
+    model = MODELS[name]()
+    factors = layer_lr_scales(model, 1.0)
+    assert list(factors) == [name for name, _ in model.named_parameters()]
+    assert set(factors.values()) == {1.0}
+
+
+def test_ten_blocks_and_more_are_numbers_not_text():
+    factors = layer_lr_scales(VisionTransformer(**{**VIT, "depth": 12}), 0.9)
+    assert factors["blocks.11.norm1.weight"] == pytest.approx(0.9)
+    assert factors["blocks.2.norm1.weight"] == pytest.approx(0.9**10)
+
+
+def test_a_model_without_layers_is_refused_by_its_class():
+    with pytest.raises(InputError, match=r"\Aa Linear has neither blocks nor stages[^\n]*\Z"):
+        layer_lr_scales(nn.Linear(2, 2), 0.5)
+
+
+# ---- Features
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_head_inputs_are_what_the_head_reads(name):
+    model, loader = MODELS[name]().train(), images_loader(training=False)
+    features, labels = head_inputs(model, loader, torch.device("cpu"))
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        expected = torch.cat([model.forward_head(model.forward_features(images), pre_logits=True)
+                              for images, _ in loader])
+    torch.testing.assert_close(features, expected)
+    assert torch.equal(labels, torch.arange(11) % 2)
+    assert not features.requires_grad
+
+
+def test_the_head_is_back_also_after_an_exception():
+    model, loader = MODELS["cls"](), images_loader()
+    head = model.head
+    head_inputs(model, loader, torch.device("cpu"))
+    assert model.head is head
+    with pytest.raises(InputError):
+        head_inputs(model, BadLoader(), torch.device("cpu"))
+    assert model.head is head
+
+
+class BadLoader:
+    """Gives images of five channels."""
+
+    def to(self, device):
+        return self
+
+    def __len__(self):
+        return 1
+
+    def __iter__(self):
+        yield torch.zeros(1, 5, 8, 8), torch.zeros(1)
+
+
+def test_features_come_in_the_order_positions_and_shares_of_a_loader():
+    """Features that are the places of the images show which of them a pass gives."""
+    source = images_loader()
+    places = FeatureLoader(torch.arange(11.0)[:, None], source.labels, source)
+    assert (len(places), places.n_images, places.class_counts) == (len(source), 11, [6, 5])
+    for epoch in (0, 1):
+        places.set_epoch(epoch)
+        order = torch.cat([features[:, 0] for features, _ in places]).long()
+        source.set_epoch(epoch)
+        assert torch.equal(source.labels[order], torch.cat([labels for _, labels in source]))
+        assert sorted(order.tolist()) == list(range(11))
+        assert order.tolist() == torch.cat([batch for batch in source.epoch_batches()[1]]).tolist()
+    whole = list(places)
+    places.set_position(1, 2)
+    rest = list(places)
+    assert len(rest) == 1
+    assert all(torch.equal(one, other) for one, other in zip(rest[0], whole[2], strict=True))
+    places.set_epoch(1)
+    shares = []
+    for rank in (0, 1):
+        places.set_shard(rank, 2)
+        shares.append([features[:, 0] for features, _ in places])
+    for batch, first, second in zip(whole, *shares, strict=True):
+        assert torch.equal(batch[0][0::2, 0], first)
+        assert torch.equal(batch[0][1::2, 0], second)
+
+
+def test_feature_loaders_compute_every_image_once_and_never_augment(monkeypatch):
+    model, seen = freeze_backbone(MODELS["cls"]()), []
+    forward = VisionTransformer.forward_features
+
+    def counted(self, images, *args, **kwargs):
+        seen.append(len(images))
+        return forward(self, images, *args, **kwargs)
+
+    monkeypatch.setattr(VisionTransformer, "forward_features", counted)
+    loaders = images_loader(), images_loader(5, training=False)
+    loaders[0].set_shard(1, 2)
+    train, val = feature_loaders(model, loaders, torch.device("cpu"))
+    assert sum(seen) == 11 + 5
+    assert (train.training, val.training, len(train.features), len(val.features)) == (True, False, 11, 5)
+    for loader in (train, val):
+        for _ in range(2):
+            list(loader)
+    assert sum(seen) == 11 + 5
+    with torch.no_grad():
+        expected = model.forward_head(forward(model, next(iter(loaders[1].without_augmentation()))[0]), pre_logits=True)
+    torch.testing.assert_close(val.features[:4], expected)
+    assert model.head.in_features == 12
+
+
+def test_what_could_not_be_read_while_features_were_computed_is_told():
+    class Skipping(MemoryLoader):
+        def without_augmentation(self):
+            plain = super().without_augmentation()
+            plain.skipped["bad.jpg"] = "truncated"
+            return plain
+
+    loader = images_loader()
+    loader.__class__ = Skipping
+    feature_loaders(MODELS["cls"](), (loader,), torch.device("cpu"))
+    assert loader.skipped == {"bad.jpg": "truncated"}

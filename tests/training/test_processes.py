@@ -1,0 +1,172 @@
+"""The Trainer: a batch in parts, or over several processes, gives the step of the whole."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from toy_training import (
+    TINY,
+    Call,
+    Drawing,
+    assert_close,
+    convnet,
+    copy_of,
+    memory_loader,
+    same,
+    small_net,
+    toy_batches,
+    train_quietly,
+    vit_with_sincos,
+    without_times,
+)
+
+from train_vit import Stopped, Trainer
+from vit_bridge.training.objectives import CrossEntropy
+from vit_model import DropPath, VisionTransformer
+
+# ---- In parts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("class_weights", [None, (0.25, 1, 3)])
+@pytest.mark.parametrize("accumulate", [2, 3, 7, 11])
+def test_a_batch_in_parts_gives_the_step_of_the_whole(accumulate, class_weights):
+    results = []
+    for n_parts in (1, accumulate):
+        torch.manual_seed(0)
+        trainer = Trainer(small_net(), "cpu", CrossEntropy(0.1, class_weights), clip_norm=0.1, accumulate=n_parts)
+        history = train_quietly(trainer, toy_batches(4, 7), n_epochs=1, learning_rate=1e-3)
+        results.append((copy_of(trainer.model), history))
+    assert_close(results[1][0], results[0][0], 1e-6)
+    assert results[1][1]["train_loss"] == pytest.approx(results[0][1]["train_loss"], abs=1e-6)
+    assert results[1][1]["train_acc"] == results[0][1]["train_acc"]
+
+
+def test_a_batch_really_goes_through_the_model_in_parts():
+    sizes = []
+    model = small_net()
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    train_quietly(Trainer(model, "cpu", accumulate=3), toy_batches(2, 7), n_epochs=1)
+    assert sizes == [3, 3, 1] * 2
+
+
+def test_differences_are_told_where_there_are_some():
+    plain = dict(device="cpu", amp="off")
+    with_path = nn.Sequential(small_net(), DropPath(0.1))
+    with_dropout = nn.Sequential(small_net(), nn.Dropout(0.1))
+    for model in (VisionTransformer(**TINY), convnet(), with_path, with_dropout):
+        assert Trainer(model, **plain).batch_split_warning() == ""
+    assert Trainer(VisionTransformer(**TINY), "cpu", amp="bf16").batch_split_warning() == ""
+    assert Trainer(VisionTransformer(**TINY), **plain, accumulate=2).batch_split_warning() == ""
+    for model, word in ((convnet(), "batch statistics"), (with_path, "dropout"), (with_dropout, "dropout")):
+        text = Trainer(model, **plain, accumulate=3).batch_split_warning()
+        assert word in text
+        assert "in 3 parts" in text
+        assert ";" not in text  # one reason
+    assert "mixed within each part" in Trainer(VisionTransformer(**TINY), **plain, accumulate=2).batch_split_warning(mixing=max)
+    assert Trainer(VisionTransformer(**TINY), **plain).batch_split_warning(mixing=max) == ""
+    assert "bfloat16" in Trainer(VisionTransformer(**TINY), "cpu", amp="bf16", accumulate=2).batch_split_warning()
+
+
+# ---- Several processes ------------------------------------------------------------------------------------
+
+
+SIZES = (7, 3, 1)  # of the last batch the second of two processes gets nothing
+
+
+RUNS = {  # a model, training and validation loader, what the Trainer gets, what train() gets
+    "list": (small_net, lambda: (sized_batches(SIZES), sized_batches((5, 1))),
+             dict(accumulate=2, loss_fn=CrossEntropy(0.1, [0.5, 1, 2])), dict(ema_decay=0.9)),
+    "memory": (small_net, lambda: (memory_loader(17, 5, training=True), memory_loader(11, 5)), {}, {}),
+    "one image": (small_net, lambda: (memory_loader(17, 5, training=True), sized_batches((1,))), {}, {}),
+    "one in memory": (small_net, lambda: (sized_batches((5,)), memory_loader(1, 5)), {}, {}),
+    "vit": (vit_with_sincos, lambda: (sized_batches(SIZES), memory_loader(11, 5)), dict(clip_norm=0.1), {})}
+
+
+def sized_batches(sizes):
+    return [(images[:size], labels[:size]) for (images, labels), size in zip(toy_batches(len(sizes)), sizes,
+                                                                             strict=True)]
+
+
+def run_of(name):
+    """(Trainer, history, weights, average) of one of RUNS, by this process alone or with the others."""
+    make, loaders, settings, arguments = RUNS[name]
+    torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)  # it is the first one's weights that count
+    trainer = Trainer(make(), "cpu", amp="off", **settings)
+    history = train_quietly(trainer, *loaders(), n_epochs=2, **arguments)
+    return dict(history=history, weights=copy_of(trainer.model), average=trainer.average and copy_of(trainer.average))
+
+
+def stopped_run(stop_rank, n, resume=None):
+    """The run "list", in which one rank wishes to stop; or the rest of such a run."""
+    make, loaders, settings, arguments = RUNS["list"]
+    torch.manual_seed(dist.get_rank())
+    trainer = Trainer(make(), "cpu", amp="off", **settings)
+    call = Call(n if dist.get_rank() == stop_rank else None)
+    try:
+        history = train_quietly(trainer, *loaders(), n_epochs=2, resume=resume, **arguments,
+                                on_batch=call if resume is None else None)
+    except Stopped as stop:
+        return dict(step=stop.state.step, count=call.count, saved=stop.state.state_dict())
+    return dict(history=history, weights=copy_of(trainer.model), average=copy_of(trainer.average))
+
+
+def work_of_a_rank(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2,
+                            timeout=timedelta(seconds=60))  # rather an error than to wait for ever for the other
+    results = {name: run_of(name) for name in RUNS}
+    for name, n in (("stop", 8), ("stop in evaluation", 5)):  # an epoch calls 3 + 1 + 2 times
+        results[name] = [stopped_run(1, n)]
+        torch.save(results[name][0]["saved"], f"{folder}/{name} {rank}.pt")
+        dist.barrier()
+        results[name].append(stopped_run(1, n, torch.load(f"{folder}/{name} 0.pt", weights_only=True)))
+    torch.manual_seed(rank)
+    trainer = Trainer(convnet(), "cpu", amp="off")
+    history = train_quietly(trainer, toy_batches(2, 7), toy_batches(1, 5), n_epochs=2)
+    results["batchnorm"] = dict(history=history, text=trainer.batch_split_warning(), weights=copy_of(trainer.model))
+    torch.manual_seed(rank)
+    drawing = Drawing()
+    train_quietly(Trainer(drawing, "cpu"), toy_batches(2, 7), n_epochs=1)
+    results["drawn"] = drawing.drawn
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    torch.multiprocessing.spawn(work_of_a_rank, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name, (_, _, _, arguments) in RUNS.items():
+        alone, one, two = run_of(name), first[name], second[name]
+        assert same(one["weights"], two["weights"]), name
+        for column in ("train_loss", "val_loss"):
+            assert one["history"][column] == pytest.approx(alone["history"][column], abs=1e-4), (name, column)
+            assert one["history"][column] == pytest.approx(two["history"][column]), (name, column)
+        for column in ("train_acc", "val_acc", "val_balanced_acc", "lr"):
+            assert one["history"][column] == two["history"][column], (name, column)
+            assert one["history"][column] == pytest.approx(alone["history"][column]), (name, column)
+        counts, others = ([s * v for s, v in zip(run["history"]["seconds"], run["history"]["images_per_second"],
+                                                 strict=True)] for run in (one, alone))
+        assert counts == pytest.approx(others), name
+        if name != "vit":  # in which Adam makes steps of rounding errors
+            assert_close(one["weights"], alone["weights"], 1e-4)
+        if arguments:
+            assert same(one["average"], two["average"])
+            assert_close(one["average"], alone["average"], 1e-4)
+    for name, step in (("stop", 5), ("stop in evaluation", 3)):
+        (stopped, rest), (other, _) = first[name], second[name]
+        assert stopped["step"] == other["step"] == step
+        assert stopped["count"] == other["count"]
+        assert same(rest["weights"], first["list"]["weights"])
+        assert same(rest["average"], first["list"]["average"])
+        for column, values in without_times(rest["history"]).items():
+            assert values == pytest.approx(first["list"]["history"][column]), (name, column)
+    assert without_times(first["batchnorm"]["history"]) == without_times(second["batchnorm"]["history"])
+    alone = Trainer(convnet(), "cpu", amp="off")  # the batch statistics are those of the first process
+    alone.model.load_state_dict(first["batchnorm"]["weights"])
+    assert first["batchnorm"]["history"]["val_loss"][-1] == pytest.approx(alone.evaluate(toy_batches(1, 5))["loss"])
+    assert "2 processes" in first["batchnorm"]["text"]
+    assert "batch statistics" in first["batchnorm"]["text"]
+    assert not set(first["drawn"]) & set(second["drawn"])

@@ -1,0 +1,192 @@
+"""The training command and its recipes: which is chosen, what overrides it, and that a run keeps to it."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import train_vit
+from train_vit import Trainer, before_recipes, first_images, parse
+from vit_bridge import cli as cli_module
+from vit_bridge import runtime as runtime_module
+from vit_bridge.data.augmentation import Augmentation, Mixing
+from vit_bridge.data.datasets import DatasetInfo
+from vit_bridge.data.loaders import MemoryLoader
+from vit_bridge.inference import Mirrored
+from vit_bridge.models.initialisation import whitening_filters
+from vit_bridge.models.registry import whitening_layer
+from vit_bridge.system import Interrupts
+from vit_bridge.training import linear_probe as linear_probe_module
+from vit_bridge.training.config import RECIPES
+from vit_bridge.training.objectives import ClassificationMetrics, CrossEntropy
+from vit_model import VisionTransformer
+
+QUICK = ["--dataset", "shapes", "--device", "cpu", "--dry-run"]
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """A function that gives the TrainingRun of these words as it stands before its first step."""
+
+    def prepare(*words):
+        options = parse([*map(str, words), *QUICK, "--output-dir", str(tmp_path / "run")])
+        with runtime_module.processes(options.device) as device, Interrupts() as interrupts:
+            run = train_vit.TrainingRun(options, device, interrupts)
+            run.prepare()
+        return run
+
+    return prepare
+
+
+@pytest.mark.parametrize(("words", "name"), [
+    ([], "vit_nano_fast"), (["--model", "convnet"], "convnet_fast"), (["--recipe", "classic"], "classic"),
+    (["--model", "hybrid", "--minutes", 10], "hybrid_fast"), (["--model", "vit_tiny"], "classic"),
+    (["--pretrained", "vit_nano_shapes"], "fine_tuning"),
+    (["--pretrained", "vit_nano_shapes", "--freeze-backbone"], "classic")])
+def test_the_recipe_is_chosen_printed_and_part_of_the_command(words, name, prepared, capsys):
+    run = prepared(*words)
+    printed = capsys.readouterr().out
+    assert f"Recipe {name}: {run.recipe.describe()}" in printed
+    assert re.search(rf"the same run again: .* --recipe {name}\b", printed)
+    assert replace(run.recipe, augmentation=RECIPES[name].augmentation) == RECIPES[name]
+    frozen = "--freeze-backbone" in words
+    assert run.recipe.augmentation == (Augmentation(0.0, "none") if frozen else RECIPES[name].augmentation)
+    assert run.train_loader.batch_size == run.val_loader.batch_size == RECIPES[name].batch_size
+    for option, value in RECIPES[name].options.items():
+        assert getattr(run.model.config, option) == value
+
+
+def test_what_is_given_overrides_the_recipe(prepared):
+    run = prepared("--batch-size", 7, "--lr", 0.5, "--optimizer", "adamw", "--schedule", "cosine", "--shift", 0.25,
+                   "--flip", "none", "--cutout", 0.5, "--mixing", "mixup",
+                   "--label-smoothing", 0.2, "--weight-decay", 0,
+                   "--model-ema", 0.5, "--patch-size", 8)
+    training = run.recipe.training(10, 32)
+    assert isinstance(training.pop("mixing"), Mixing)
+    assert training == dict(learning_rate=0.5, weight_decay=0.0, optimizer="adamw", schedule="cosine", ema_decay=0.5,
+                            low=(24, 0.6))
+    assert run.train_loader.augmentation == Augmentation(0.25, "none", 0.5)
+    assert (run.train_loader.batch_size, run.recipe.label_smoothing, run.model.config.patch_size) == (7, 0.2, 8)
+    assert run.settings["loss_fn"].label_smoothing == 0.2
+
+
+def test_an_unknown_recipe_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli_module.script(lambda: train_vit.main(["--recipe", "soup"]))
+    error = capsys.readouterr().err
+    assert (stop.value.code, error.count("\n")) == (2, 1)
+    assert "recipe 'soup' is unknown; choose one of: classic" in error
+
+
+@pytest.mark.parametrize("model", ["vit_nano", "hybrid", "convnet"])
+def test_the_first_layer_is_whitened_by_training_images(model, prepared):
+    run = prepared("--model", model)
+    layer = whitening_layer(run.model)
+    filters = whitening_filters(first_images(run.train_loader, train_vit.WHITENED_BY), layer.kernel_size[0])
+    n = min(len(filters), len(layer.weight))
+    torch.testing.assert_close(layer.weight[:n], filters[:n])
+
+
+def test_first_images_are_as_many_as_asked_for():
+    images = torch.randint(0, 256, (53, 3, 8, 8), dtype=torch.uint8)
+    loader = MemoryLoader(images, torch.zeros(53), DatasetInfo("folder", ["a"], 8, (0.5,) * 3, (0.5,) * 3), 10, 0, True)
+    assert [len(first_images(loader, n)) for n in (1, 20, 21, 999)] == [10, 20, 30, 53]
+
+
+def test_a_run_from_before_recipes_keeps_what_it_was_trained_with():
+    old = dict(lr=None, batch_size=64, model="hybrid", pretrained=None, freeze_backbone=False)
+    assert before_recipes(old)["recipe"] == "classic"
+    assert before_recipes(old)["schedule"] is None
+    assert before_recipes(old)["batch_size"] == 64
+    assert before_recipes(old | dict(pretrained="a.pt"))["recipe"] == "fine_tuning"
+    assert before_recipes(old | dict(pretrained="a.pt", freeze_backbone=True))["recipe"] == "classic"
+    assert before_recipes(dict(recipe="convnet_fast")) == dict(recipe="convnet_fast")
+
+
+def test_the_result_names_recipe_and_minutes_and_has_the_mirrored_accuracy_apart(tmp_path):
+    train_vit.main([*QUICK, "--minutes", "3", "--output-dir", str(tmp_path / "run")])
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["recipe"], result["minutes"]) == ("vit_nano_fast", 3)
+    assert 0 <= result["test_mirrored_acc"] <= 1
+
+
+# ---- What recipes use --------------------------------------------------------------------------------------
+
+
+def test_a_mirrored_model_gives_the_mean_of_both_probabilities():
+    torch.manual_seed(0)
+    model, images = VisionTransformer(8, 4, 3, 5, 12, 1, 3), torch.randn(3, 3, 8, 8)
+    both = (model(images).softmax(1) + model(images.flip(3)).softmax(1)) / 2
+    torch.testing.assert_close(Mirrored(model)(images).exp(), both)
+    torch.testing.assert_close(Mirrored(model)(images.flip(3)), Mirrored(model)(images))
+
+
+def test_shares_of_classes_are_losses_in_their_shares():
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    first, second = torch.tensor([0, 1, 2, 2]), torch.tensor([1, 1, 0, 2])
+    shares = 0.3 * nn.functional.one_hot(first, 3) + 0.7 * nn.functional.one_hot(second, 3)
+    expected = 0.3 * CrossEntropy()(logits, first) + 0.7 * CrossEntropy()(logits, second)
+    torch.testing.assert_close(CrossEntropy()(logits, shares), expected)
+    weighted, weights = CrossEntropy(class_weights=[1, 5, 2])(logits, shares), torch.tensor([1.0, 5.0, 2.0])
+    losses = -(shares * logits.log_softmax(1)).sum(1) * (shares @ weights)
+    torch.testing.assert_close(weighted, losses.mean())
+
+
+def test_a_mixed_image_counts_as_right_where_its_larger_part_is_answered():
+    metrics = ClassificationMetrics(torch.device("cpu"))
+    metrics.add(torch.tensor(1.0), torch.tensor([[2.0, 1.0], [2.0, 1.0]]), torch.tensor([[0.6, 0.4], [0.4, 0.6]]))
+    assert (metrics.n, metrics.correct) == (2, 1)
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_a_training_with_mixing_goes_on_as_one_that_was_never_cut(kind):
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(7, 3, 8, 8, generator=generator), torch.randint(3, (7,), generator=generator))
+               for _ in range(3)]
+    run = dict(n_steps=6, seed=3, mixing=Mixing(kind, 3), progress=False)
+    ends, states = [], []
+    for resume in (False, True):
+        torch.manual_seed(0)
+        trainer = Trainer(VisionTransformer(8, 4, 3, 3, 12, 1, 3), "cpu")
+        trainer.train(batches, on_epoch=lambda state: states.append(state.state_dict()),
+                      resume=states[0] if resume else None, **run)
+        ends.append(trainer.model.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    torch.manual_seed(0)
+    plain = Trainer(VisionTransformer(8, 4, 3, 3, 12, 1, 3), "cpu")
+    plain.train(batches, **{**run, "mixing": None})
+    assert not torch.equal(plain.model.head.weight, ends[0]["head.weight"])
+
+
+@pytest.mark.parametrize(("words", "low"), [
+    (["--recipe", "vit_nano_fast"], (24, 0.6)),
+    (["--pretrained", "vit_nano_shapes", "--recipe", "vit_nano_fast"], (24, 0.6)),
+    (["--pretrained", "vit_nano_shapes", "--freeze-backbone", "--recipe", "vit_nano_fast", "--mixing", "mixup"], None),
+    (["--model", "hybrid"], (24, 0.6)), (["--patch-size", 16], (32, 0.6))])
+def test_smaller_images_have_a_side_that_the_patch_divides(words, low, prepared):
+    run = prepared(*words)
+    arguments = run.recipe_arguments()
+    assert arguments["low"] == low
+    assert low or arguments["mixing"] is None
+    run.trainer.train(run.loaders[0], n_steps=1, progress=False, **arguments)
+
+
+def test_the_linear_control_learns_from_plain_images_whatever_the_augmentation(tmp_path, capsys, monkeypatch):
+    seen, learn = [], linear_probe_module.linear_classifier
+
+    def watched(train_loader, *loaders):
+        seen.append(torch.cat([images for images, _ in train_loader]))
+        return learn(train_loader, *loaders)
+
+    monkeypatch.setattr(train_vit, "linear_classifier", watched)
+    for i, words in enumerate((["--cutout", "2", "--shift", "0.5"], ["--cutout", "0", "--shift", "0"])):
+        train_vit.main([*QUICK, *words, "--model", "convnet", "--output-dir", str(tmp_path / str(i))])
+    assert torch.equal(*seen)
+    assert seen[0].abs().sum() > 0
+    printed = capsys.readouterr().out
+    assert re.search(r"Trained in \d+ s. Best val_acc [\d.]+%, epoch 1 of 1\.\nIts test comes now", printed)
+    assert re.search(r"Each image shown mirrored too: [\d.]+%", printed)
+    assert "without attention.png: this model has no attention" in printed

@@ -1,0 +1,510 @@
+import hashlib
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import HTTPError, URLError
+
+import pytest
+import timm
+import torch
+import torchvision
+
+import train_vit
+from vit_bridge.cli import script
+from vit_bridge.data.loaders import get_data_loaders
+from vit_bridge.models import registry
+from vit_bridge.models.convnet import ConvNet
+from vit_bridge.models.registry import MODELS, build_model
+from vit_bridge.weights import checkpoints as checkpoints_module
+from vit_bridge.weights import pretrained as model_zoo
+from vit_bridge.weights.checkpoints import load_model
+from vit_bridge.weights.pretrained import (
+    OURS,
+    OURS_FOLDER,
+    PRETRAINED,
+    PUBLIC,
+    Pretrained,
+    check_sum,
+    create_pretrained,
+    fetch,
+)
+from vit_model import InputError, VisionTransformer, resample_positions
+
+ALIKE = {"vit_nano": 459_562, "hybrid": 497_818, "convnet": 481_170}
+
+
+def one_line_with(text):
+    return rf"\A[^\n]*{re.escape(str(text))}[^\n]*\Z"
+
+
+def same(state, other):
+    return state.keys() == other.keys() and all(torch.equal(state[key], other[key]) for key in other)
+
+
+# ---- Models by name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_name_builds_a_model_that_runs(name):
+    with torch.device("meta"):
+        model = build_model(name, n_classes=7)
+        images = torch.empty(2, 3, model.config.img_size, model.config.img_size)
+        assert type(model) is MODELS[name][0]
+        assert model(images).shape == (2, 7)
+        assert build_model(name).head.out_features == 1000
+
+
+def test_resnet18_of_the_table_is_convnet_with_its_defaults():
+    with torch.device("meta"):
+        assert build_model("resnet18").config == ConvNet().config
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_three_small_models_have_the_parameters_that_the_comment_says(name):
+    assert sum(p.numel() for p in build_model(name, n_classes=10).parameters()) == ALIKE[name]
+    assert build_model(name).config.img_size == 32
+    assert f"{ALIKE[name]:,}" in Path(registry.__file__).read_text(encoding="utf-8")
+
+
+def test_three_small_models_are_within_a_tenth_of_each_other():
+    assert max(ALIKE.values()) <= 1.1 * min(ALIKE.values())
+
+
+@pytest.mark.parametrize(("img_size", "patch", "stride"), [
+    (32, 4, 1), (64, 4, 1), (72, 8, 2), (128, 8, 2), (144, 16, 4), (224, 16, 4),
+    ((32, 96), 8, 2), ((64, 28), 4, 1)])
+def test_patch_and_stem_fit_the_image(img_size, patch, stride):
+    with torch.device("meta"):
+        for name in ("vit_nano", "vit_base", "hybrid", "hybrid_small"):
+            assert build_model(name, img_size=img_size).config.patch_size == patch
+        for name in ("convnet", "resnet18"):
+            assert build_model(name, img_size=img_size).config.stem_stride == stride
+
+
+def test_a_patch_that_is_given_stays_and_so_do_the_defaults_without_a_size():
+    assert build_model("vit_nano", img_size=112, patch_size=7).config.patch_size == 7
+    assert build_model("convnet", img_size=224, stem_stride=1).config.stem_stride == 1
+    assert build_model("vit_nano").config.patch_size == 4
+
+
+@pytest.mark.parametrize(("build", "value"), [
+    (lambda: build_model("resnet19"), "'resnet19'"), (lambda: build_model("vit_nano", widths=(3,)), "'widths'"),
+    (lambda: build_model("convnet", depth=8), "'depth'"), (lambda: build_model("hybrid", dept=1), "'dept'"),
+    (lambda: build_model("vit_nano", img_size=30), "30x30"), (lambda: build_model("hybrid", patch_size=12), "12"),
+    (lambda: create_pretrained("vit_nano"), "'vit_nano'"), (lambda: create_pretrained("../no such"), "'../no such'")])
+def test_an_unknown_name_or_argument_is_refused_in_one_line(build, value):
+    with pytest.raises(InputError, match=one_line_with(value)):
+        build()
+
+
+def test_an_unknown_model_is_told_the_known_ones():
+    with pytest.raises(InputError, match=", ".join(MODELS)):
+        build_model("vit")
+
+
+# ---- Those that we trained
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_pretrained_models_of_ours_load_ready_to_use(name):
+    model, saved = create_pretrained(name), load_model(OURS_FOLDER / f"{name}.pt")
+    assert not any(module.training for module in model.modules())
+    assert same(model.state_dict(), saved.state_dict())
+    assert (model.config, model.class_names, model.mean, model.std, model.img_size, model.interpolation) == (
+        saved.config, saved.class_names, saved.mean, saved.std, saved.img_size, saved.interpolation)
+    assert len(model.class_names) == model.head.out_features == 10
+    assert len(model.mean) == len(model.std) == model.config.in_channels
+    assert model.img_size == model.config.img_size == 32
+    assert model(torch.zeros(2, 3, 32, 32)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_pretrained_model_of_ours_takes_a_new_head(name):
+    saved = load_model(OURS_FOLDER / f"{name}.pt").state_dict()
+    for n_classes in (5, 0):
+        model = create_pretrained(name, n_classes=n_classes)
+        assert model.class_names is None
+        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, n_classes or (160 if name == "convnet_shapes" else 96))
+        state = model.state_dict()
+        assert same({k: v for k, v in state.items() if not k.startswith("head.")},
+                    {k: v for k, v in saved.items() if not k.startswith("head.")})
+    own = create_pretrained(name, n_classes=10)
+    assert len(own.class_names) == 10
+    assert same(own.state_dict(), saved)
+
+
+def test_overrides_are_for_resolution_and_fine_tuning():
+    saved = load_model(OURS_FOLDER / "vit_nano_shapes.pt")
+    model = create_pretrained("vit_nano_shapes", img_size=(44, 28), dropout=0.3, drop_path=0.1)
+    assert model.img_size == model.config.img_size == (44, 28)
+    assert (model.config.dropout, model.config.drop_path) == (0.3, 0.1)
+    assert torch.equal(model.pos_embed, resample_positions(saved.pos_embed, (8, 8), (11, 7)))
+    assert model(torch.zeros(1, 3, 44, 28)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(("overrides", "value"), [
+    (dict(n_heads=6), "n_heads 6 is not that of vit_nano_shapes, 3"), (dict(depth=5), "depth 5"),
+    (dict(embed_dim=48), "embed_dim 48"), (dict(pool="mean"), "pool 'mean'"), (dict(norm_eps=1e-5), "norm_eps"),
+    (dict(position="none"), "position 'none'"), (dict(n_registers=2), "n_registers 2"),
+    (dict(patch_size=8), "patch_size 8"), (dict(head=5), "'head'"), (dict(img_size=30), "30x30"),
+    (dict(n_classes=-1), "n_classes"), (dict(n_classes=5, pool="mean"), "pool")])
+def test_overrides_that_the_weights_do_not_fit_are_refused_in_one_line(overrides, value):
+    with pytest.raises(InputError, match=one_line_with(value)):
+        create_pretrained("vit_nano_shapes", **overrides)
+
+
+def test_pretrained_weights_that_are_missing_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(model_zoo, "OURS_FOLDER", tmp_path)
+    with pytest.raises(InputError, match=one_line_with("hybrid_shapes.pt")):
+        create_pretrained("hybrid_shapes")
+
+
+# ---- Files of one's own
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_path_of_a_checkpoint_of_ours_is_as_good_as_a_name(name, tmp_path):
+    path = shutil.copy(OURS_FOLDER / f"{name}.pt", tmp_path / "my best.pt")
+    for given in (path, str(path)):
+        model, named = create_pretrained(given), create_pretrained(name)
+        assert type(model) is type(named)
+        assert same(model.state_dict(), named.state_dict())
+        for fact in ("config", "class_names", "mean", "std", "img_size", "interpolation", "training"):
+            assert getattr(model, fact) == getattr(named, fact), fact
+    other = create_pretrained(path, n_classes=4)
+    assert other.class_names is None
+    assert other(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
+
+
+def test_a_file_takes_the_overrides_that_a_name_takes(tmp_path):
+    path = shutil.copy(OURS_FOLDER / "vit_nano_shapes.pt", tmp_path)
+    model = create_pretrained(path, img_size=24, drop_path=0.1)
+    assert torch.equal(model.pos_embed, create_pretrained("vit_nano_shapes", img_size=24).pos_embed)
+    assert (model.img_size, model.config.drop_path) == (24, 0.1)
+    for overrides, value in ((dict(depth=5), "depth 5 is not that of"), (dict(widths=(3,)), "'widths'")):
+        with pytest.raises(InputError, match=one_line_with(value)):
+            create_pretrained(path, **overrides)
+
+
+@pytest.mark.parametrize("n_classes", [0, 6])
+def test_a_state_dict_of_timm_is_a_start_too(n_classes, tmp_path):
+    """With its size and its head, ImageNet's normalisation and no names of classes."""
+    torch.manual_seed(0)
+    theirs = timm.models.VisionTransformer(img_size=16, patch_size=4, embed_dim=64, depth=2, num_heads=1,
+                                           num_classes=n_classes).eval()
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    model, images = create_pretrained(tmp_path / "theirs.pth"), torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(model(images), theirs(images))
+    assert (model.img_size, model.class_names, model.interpolation, model.training) == (16, None, "bilinear", False)
+    assert (model.mean, model.std) == (model_zoo.IMAGENET["mean"], model_zoo.IMAGENET["std"])
+    assert create_pretrained(tmp_path / "theirs.pth", n_classes=3)(images).shape == (2, 3)
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("nowhere.pt", None), ("a/b.pth", None), ("damaged.pt", b"no checkpoint"), ("empty.pt", b"")])
+def test_a_file_that_is_none_is_refused_in_one_line(name, content, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=one_line_with(tmp_path / name)):
+        create_pretrained(str(tmp_path / name))
+
+
+# ---- Public ones, without a network
+
+
+SMALL = dict(img_size=20, patch_size=5, embed_dim=12, depth=2, n_heads=3)
+
+
+@dataclass
+class Public:
+    """Stand-ins in the table, the folder that files go to, and the addresses that were asked for."""
+    models: dict
+    folder: Path
+    asked: list
+
+
+@pytest.fixture
+def public(tmp_path, monkeypatch):
+    """Two small entries, whose random weights lie where torch.hub would put them, and no network."""
+    torch.manual_seed(5)
+    folder, asked, entries, models = tmp_path / "hub" / "checkpoints", [], {}, {}
+    folder.mkdir(parents=True)
+    for name, n_classes in (("small", 1000), ("headless", 0)):
+        models[name] = VisionTransformer(**SMALL, n_classes=n_classes)
+        torch.save({"model": models[name].state_dict()}, folder / f"{name}.pth")
+        digits = hashlib.sha256((folder / f"{name}.pth").read_bytes()).hexdigest()[:8]
+        checksum = f"sha256:{digits}" if n_classes else None  # as some authors publish one and some do not
+        entries[name] = Pretrained("vit_tiny", f"https://example.org/of/{name}.pth", checksum, 12.5, "MIT",
+                                   "nobody", mean=(0.25, 0.5, 0.75), std=(0.125, 0.25, 0.5),
+                                   config=dict(**SMALL, n_classes=n_classes))
+    monkeypatch.setattr(model_zoo, "PUBLIC", entries)
+    monkeypatch.setattr(model_zoo, "PRETRAINED", (*OURS, *entries))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **_: asked.append(url))
+    return Public(models, folder, asked)
+
+
+def test_a_public_model_loads_ready_to_use(public):
+    model = create_pretrained("small")
+    assert same(model.state_dict(), public.models["small"].state_dict())
+    assert not any(module.training for module in model.modules())
+    assert model.class_names == torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"]
+    assert (model.class_names[0], len(model.class_names)) == ("tench", 1000)
+    assert (model.img_size, model.mean, model.std, model.interpolation) == (
+        20, (0.25, 0.5, 0.75), (0.125, 0.25, 0.5), "bicubic")
+    assert public.asked == []
+
+
+@pytest.mark.parametrize(("name", "n_classes", "wanted", "has_names"), [
+    ("small", 1000, 1000, True), ("small", 5, 5, False), ("small", 0, 0, False), ("headless", None, 0, False),
+    ("headless", 5, 5, False)])
+def test_the_head_of_a_public_model_and_its_class_names(name, n_classes, wanted, has_names, public):
+    model = create_pretrained(name, n_classes=n_classes, img_size=35)
+    assert (model.config.n_classes, model.class_names is not None) == (wanted, has_names)
+    assert model(torch.zeros(2, 3, 35, 35)).shape == (2, wanted or 12)
+    source = public.models[name].state_dict()
+    assert torch.equal(model.pos_embed, resample_positions(source["pos_embed"], (4, 4), (7, 7)))
+    assert same({k: v for k, v in model.state_dict().items() if k.startswith("blocks.")},
+                {k: v for k, v in source.items() if k.startswith("blocks.")})
+
+
+def test_the_grid_of_a_public_file_is_that_of_its_entry_whatever_the_models(public):
+    model = create_pretrained("small", img_size=(85, 5))  # 17 x 1 patches, as many as the positions of the file
+    positions = public.models["small"].pos_embed
+    assert torch.equal(model.pos_embed, resample_positions(positions, (4, 4), (17, 1)))
+
+
+@pytest.mark.parametrize(("overrides", "value"), [
+    (dict(n_heads=2), "n_heads 2 is not that of small, 3"), (dict(norm_eps=1e-5), "norm_eps"), (dict(depth=3), "depth"),
+    (dict(position="sincos"), "position"), (dict(layer_scale=0.1), "layer_scale"), (dict(heads=2), "'heads'"),
+    (dict(pool="mean"), "pool"), (dict(pool="mean", n_classes=1000), "pool")])
+def test_overrides_that_do_not_fit_a_public_model_are_refused(overrides, value, public):
+    with pytest.raises(InputError, match=one_line_with(value)):
+        create_pretrained("small", **overrides)
+
+
+@pytest.mark.parametrize(("name", "n_classes"), [("small", 5), ("small", 0), ("headless", None), ("headless", 5)])
+def test_another_pool_is_free_where_the_head_is_not_the_checkpoints(name, n_classes, public):
+    model = create_pretrained(name, n_classes=n_classes, pool="mean")
+    assert model.config.pool == "mean"
+
+
+def test_what_a_public_model_carries_reaches_the_loaders(public):
+    model = create_pretrained("small")
+    loaders = get_data_loaders(dataset="shapes", img_size=model.img_size, n_images=20, batch_size=5, mean=model.mean,
+                               std=model.std, interpolation=model.interpolation)
+    for loader in loaders:
+        assert (loader.mean, loader.std) == (model.mean, model.std)
+        assert (loader.interpolation, loader.img_size) == ("bicubic", 20)
+        images, _ = next(iter(loader))
+        assert model(images).shape == (len(images), 1000)
+
+
+def test_a_file_that_is_not_there_is_fetched_once(public, monkeypatch):
+    away = public.folder.parent / "away.pth"
+    shutil.move(public.folder / "small.pth", away)
+    asked = []
+
+    def download(url, path, **_):
+        asked.append(url)
+        shutil.copy(away, path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for _ in range(2):
+        assert same(create_pretrained("small").state_dict(), public.models["small"].state_dict())
+    assert asked == ["https://example.org/of/small.pth"]
+    assert sorted(path.name for path in public.folder.iterdir()) == ["headless.pth", "small.pth"]
+
+
+def test_the_folder_is_made_where_there_is_none(public, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "new" / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file",
+                        lambda url, path, **_: shutil.copy(public.folder / "small.pth", path))
+    assert fetch("small") == tmp_path / "new" / "hub" / "checkpoints" / "small.pth"
+    assert fetch("small").is_file()
+
+
+ERRORS = [URLError("no route to host"), HTTPError("https://example.org", 404, "Not Found", None, None),
+          TimeoutError("timed out"), OSError(28, "No space left on device")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_without_a_network_the_address_and_the_place_are_named(error, public, monkeypatch):
+    def download(url, path, **_):
+        Path(path).write_bytes(b"half")
+        raise error
+
+    (public.folder / "small.pth").unlink()
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with pytest.raises(InputError, match=one_line_with("https://example.org/of/small.pth")) as caught:
+        create_pretrained("small")
+    assert str(public.folder / "small.pth") in str(caught.value)
+    assert [path.name for path in public.folder.iterdir()] == ["headless.pth"]
+
+
+def test_a_file_of_another_sum_is_refused_and_not_kept(public, monkeypatch):
+    (public.folder / "small.pth").unlink()
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **_: Path(path).write_bytes(b"another"))
+    digits = hashlib.sha256(b"another").hexdigest()[:8]
+    with pytest.raises(InputError, match=one_line_with(f"its sha256 begins {digits}, expected")):
+        create_pretrained("small")
+    assert [path.name for path in public.folder.iterdir()] == ["headless.pth"]
+
+
+@pytest.mark.parametrize(("name", "reason"), [
+    ("small", "its sha256 begins"), ("headless", "delete it and it is fetched again")])
+def test_a_damaged_file_in_the_folder_is_refused_with_its_place(name, reason, public):
+    path = public.folder / f"{name}.pth"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(InputError, match=one_line_with(path)) as caught:
+        create_pretrained(name)
+    assert reason in str(caught.value)
+
+
+def test_sums_are_compared_by_their_published_digits(tmp_path):
+    path = tmp_path / "empty"
+    path.touch()
+    for checksum in ("sha256:e3b0c442", "md5:d41d8c", None):
+        check_sum(path, checksum)
+    for checksum in ("sha256:e3b0c443", "md5:e3b0c4"):
+        with pytest.raises(InputError, match=one_line_with(path)):
+            check_sum(path, checksum)
+
+
+# ---- The table of public ones
+
+
+def parameters_of(c):
+    """Of a VisionTransformer of these arguments, by arithmetic."""
+    D, hidden, n_patches = c["embed_dim"], 4 * c["embed_dim"], (c["img_size"] // c["patch_size"]) ** 2
+    tokens = 1 + c["n_registers"] + n_patches + (c["n_registers"] == 0)  # CLS, registers, and the positions
+    block = 2 * 2 * D + (D + 1) * 3 * D + (D + 1) * D + (D + 1) * hidden + (hidden + 1) * D
+    block += 2 * D if c["layer_scale"] else 0
+    embedding = (3 * c["patch_size"] ** 2 + 1) * D
+    return embedding + tokens * D + c["depth"] * block + 2 * D + (D + 1) * c["n_classes"] * (c["n_classes"] > 0)
+
+
+KNOWN = {"deit_tiny_patch16_224": 5_717_416, "deit_base_patch16_224": 86_567_656, "vit_b_16": 86_567_656,
+         "vit_l_16": 304_326_632, "dinov2_vits14": 22_056_192, "dino_vits16": 21_665_664}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_entry_builds_with_the_parameters_of_its_architecture(name):
+    arguments = PUBLIC[name].arguments
+    with torch.device("meta"):
+        model = VisionTransformer(**arguments)
+    count = sum(p.numel() for p in model.parameters())
+    assert count == parameters_of(arguments)
+    assert count == KNOWN.get(name, count)
+    assert type(model.head) is (torch.nn.Linear if PUBLIC[name].measured == "as it is" else torch.nn.Identity)
+
+
+@pytest.mark.parametrize(("name", "weights"), [
+    ("vit_b_16", torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1),
+    ("vit_l_16", torchvision.models.ViT_L_16_Weights.IMAGENET1K_V1)])
+def test_entries_of_torchvision_are_what_torchvision_says(name, weights):
+    entry, transforms = PUBLIC[name], weights.transforms()
+    assert entry.url == weights.url
+    assert entry.checksum == f"sha256:{re.search(r'-([0-9a-f]{8})', weights.url)[1]}"
+    assert entry.top1 == weights.meta["_metrics"]["ImageNet-1K"]["acc@1"]
+    assert (list(entry.mean), list(entry.std)) == (list(transforms.mean), list(transforms.std))
+    assert entry.interpolation == transforms.interpolation.value
+    assert [entry.arguments["img_size"]] == transforms.crop_size
+    assert parameters_of(entry.arguments) == weights.meta["num_params"]
+
+
+TIMM_NAMES = {
+    **{name: f"{name}.fb_in1k" for name in PUBLIC if name.startswith("deit")},
+    "dino_vits16": "vit_small_patch16_224.dino", "dino_vitb16": "vit_base_patch16_224.dino",
+    **{f"dinov2_vit{letter}14{end}": f"vit_{size}_patch14{infix}_dinov2.lvd142m"
+       for letter, size in (("s", "small"), ("b", "base"), ("l", "large"))
+       for end, infix in (("", ""), ("_reg", "_reg4"))},
+    "mae_vit_base_patch16": "vit_base_patch16_224.mae", "mae_vit_large_patch16": "vit_large_patch16_224.mae"}
+
+
+def test_every_public_entry_is_held_to_a_library():
+    assert {*TIMM_NAMES, "vit_b_16", "vit_l_16"} == set(PUBLIC)
+
+
+@pytest.mark.parametrize("name", TIMM_NAMES)
+def test_entries_are_what_timm_says(name):
+    entry, theirs = PUBLIC[name], timm.get_pretrained_cfg(TIMM_NAMES[name])
+    assert entry.url == theirs.url
+    assert (entry.mean, entry.std, entry.interpolation) == (theirs.mean, theirs.std, theirs.interpolation)
+    side, n_classes = entry.arguments["img_size"], entry.arguments["n_classes"]
+    assert ((3, side, side), n_classes) == (theirs.input_size, theirs.num_classes)
+    assert entry.licence.lower() == theirs.license
+    digits = re.search(r"-([0-9a-f]{8})\.pth", theirs.url)
+    assert entry.checksum == (f"sha256:{digits[1]}" if digits else entry.checksum)
+    assert digits or entry.checksum is None or entry.checksum.startswith("md5:")
+
+
+@pytest.mark.parametrize("name", TIMM_NAMES)
+def test_entries_have_the_blocks_of_timm(name):
+    with torch.device("meta"):
+        theirs = timm.create_model(TIMM_NAMES[name].split(".")[0], depth=1)
+        ours = VisionTransformer(**{**PUBLIC[name].arguments, "depth": 1})
+    entry = PUBLIC[name]
+    assert ours.blocks[0].attn.n_heads == theirs.blocks[0].attn.num_heads
+    assert ours.norm.eps == theirs.norm.eps
+    shapes = {key: tensor.shape for key, tensor in theirs.state_dict().items()
+              if not key.startswith("head.") and key != "pos_embed"}
+    assert {key: tensor.shape for key, tensor in ours.state_dict().items()
+            if not key.startswith("head.") and key != "pos_embed"} == shapes
+    assert ours.patch_embed.img_size == theirs.patch_embed.img_size
+    assert entry.arguments["n_classes"] in (0, 1000)
+
+
+# ---- From the command line
+
+
+def run_main(monkeypatch, capsys, *arguments):
+    """(exit code, what it printed, what it complained)."""
+    monkeypatch.setattr(sys, "argv", ["train_vit.py"])
+    code = 0
+    try:
+        script(lambda: train_vit.main(["inspect", *map(str, arguments)]))
+    except SystemExit as error:
+        code = error.code
+    return code, *capsys.readouterr()
+
+
+def test_main_says_what_a_file_is(monkeypatch, capsys, public):
+    code, out, err = run_main(monkeypatch, capsys, public.folder / "small.pth")
+    assert (code, err) == (0, "")
+    assert out == f"{checkpoints_module.describe_checkpoint(public.folder / 'small.pth')}\n"
+    assert f"{public.folder / 'small.pth'}: timm's names" in out
+    assert "    model = VisionTransformer(img_size=20, patch_size=5, embed_dim=12, depth=2, n_heads=1" in out
+
+
+@pytest.mark.parametrize("contents", [None, b"", b"accuracy 0.93\n"])
+def test_main_refuses_a_bad_file_in_one_line(contents, monkeypatch, capsys, tmp_path):
+    if contents is not None:
+        (tmp_path / "m.pt").write_bytes(contents)
+    code, out, err = run_main(monkeypatch, capsys, tmp_path / "m.pt")
+    assert (code, out) == (2, "")
+    assert err.startswith("train_vit.py: ")
+    assert str(tmp_path / "m.pt") in err
+    assert (err.count("\n"), err[-1]) == (1, "\n")
+
+
+def test_main_without_a_file_lists_every_name(monkeypatch, capsys):
+    code, out, err = run_main(monkeypatch, capsys)
+    assert (code, err) == (0, "")
+    rows = {line.split()[0]: line for line in out.splitlines()[1:]}
+    assert tuple(rows) == PRETRAINED
+    for name, entry in PUBLIC.items():
+        c = entry.arguments
+        assert rows[name].split()[1:5] == [str(c["img_size"]), str(c["patch_size"]), str(c["n_classes"]),
+                                           f"{entry.top1:.1f}"]
+        assert entry.licence in rows[name]
+        assert entry.source in rows[name]
+        assert (entry.measured in rows[name]) == (entry.measured != "as it is")
+
+
+def test_a_name_in_the_place_of_a_file_is_told_what_it_is(monkeypatch, capsys):
+    code, _, err = run_main(monkeypatch, capsys, "dinov2_vits14")
+    assert code == 2
+    assert "create_pretrained('dinov2_vits14') makes that model" in err

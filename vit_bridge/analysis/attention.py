@@ -1,0 +1,93 @@
+"""Where tokens look, and how far.
+
+Shapes:  B images, L blocks, H heads, N tokens (CLS, registers, patches), n patches."""
+
+import torch
+import torch.nn.functional as F
+
+from vit_bridge.errors import InputError, check_index
+from vit_bridge.models.adapters import adapt
+from vit_bridge.models.convnet import ConvNet
+from vit_model import grid_of, pair
+
+# ---- Attention --------------------------------------------------------------------------------------------
+
+
+def select_attention(maps, layer_idx=-1, head_idx=None):
+    """One layer's and head's map, (B, N, N), out of attention_maps' (L, B, H, N, N).
+
+    Indices count from 0, negative ones from the end; head_idx=None is the mean over the heads. Raises
+    InputError for an index out of range.
+    """
+    n_layers, _, n_heads = maps.shape[:3]
+    attention = maps[check_index("layer_idx", layer_idx, n_layers)]  # (B, H, N, N)
+    if head_idx is None:
+        return attention.mean(dim=1)  # (B, N, N)
+    return attention[:, check_index("head_idx", head_idx, n_heads)]  # (B, N, N)
+
+
+def cls_attention_grid(attention, grid_size, n_prefix_tokens=1, pool="cls"):
+    """What the tokens that the head reads take from each patch: maps (..., N, N) -> (..., rows, columns).
+
+    grid_size        (rows, columns), as model.patch_embed.grid_size
+    n_prefix_tokens  tokens before the patches, as model.n_prefix_tokens: CLS and the registers
+    pool             as model.config.pool: "cls", what CLS takes; "mean", what a patch takes, mean over the patches
+
+    The weights are left as they are: with what is taken from CLS and the registers they sum to one. Raises InputError
+    where prefix and grid do not make N tokens.
+    """
+    rows, columns = grid_size
+    if attention.shape[-1] != n_prefix_tokens + rows * columns:
+        prefix = "CLS" if n_prefix_tokens == 1 else f"{n_prefix_tokens} tokens before them"
+        raise InputError(f"a map over {attention.shape[-1]} tokens does not fit a grid of {rows}x{columns} patches "
+                         f"and {prefix}, {n_prefix_tokens + rows * columns} tokens; give the grid_size and the "
+                         f"n_prefix_tokens of its model")
+    readers = attention[..., 0, :] if pool == "cls" else attention[..., n_prefix_tokens:, :].mean(dim=-2)  # (..., N)
+    return readers[..., n_prefix_tokens:].unflatten(-1, (rows, columns))  # (..., rows, columns)
+
+
+def patch_distances(grid_size, patch_size):
+    """Pixels between the middles of all pairs of patches, (n, n), n = rows * columns, float64."""
+    sides = zip(grid_size, pair(patch_size, "patch_size"), strict=True)
+    places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) * side for n, side in sides))  # (n, 2)
+    return torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist")  # (n, n)
+
+
+def attention_distance(maps, grid_size, patch_size, n_prefix_tokens=1, renormalise=True):
+    """How far patches look, in pixels: the mean over them of sum_j A_ij distance_ij, (L, H) float64.
+
+    maps         (L, B, H, N, N), as from attention_maps; the mean is over images and patches
+    renormalise  True: what a patch gives to patches, itself among them, is scaled to a sum of one, so that CLS and the
+                 registers do not count. False: they count as no distance
+
+    ViT paper, Fig. 7 (right). Raises InputError where prefix and grid do not make N tokens.
+    """
+    n = grid_size[0] * grid_size[1]
+    if maps.shape[-1] != n_prefix_tokens + n:
+        raise InputError(f"maps over {maps.shape[-1]} tokens do not fit a grid of {grid_size[0]}x{grid_size[1]} "
+                         f"patches and {n_prefix_tokens} tokens before them; expected {n_prefix_tokens + n} tokens")
+    weights = maps[..., n_prefix_tokens:, n_prefix_tokens:].cpu().double()  # (L, B, H, n, n)
+    distances = (weights * patch_distances(grid_size, patch_size)).sum(dim=-1)  # (L, B, H, n)
+    if renormalise:
+        distances = distances / weights.sum(dim=-1)
+    return distances.mean(dim=(1, 3))  # (L, H)
+
+
+def uniform_attention_distance(grid_size, patch_size):
+    """The attention_distance of a patch that looks at all patches alike, in pixels: the control of the others."""
+    return patch_distances(grid_size, patch_size).mean().item()
+
+
+@torch.no_grad()
+def position_similarity(model):
+    """Cosine similarity of the position embeddings of all pairs of patches, (rows, columns, rows, columns).
+
+    CLS is left out, registers have none. ViT paper, Fig. 7 (centre). Raises InputError for a model without position
+    embeddings.
+    """
+    adapter = None if isinstance(model, ConvNet) else adapt(model)
+    if adapter is None or adapter.positions is None:
+        raise InputError(f"this {type(model).__name__} has no position embeddings; expected a VisionTransformer "
+                         f"or HybridCNNViT with position 'learned' or 'sincos'")
+    positions = F.normalize(adapter.positions.float(), dim=-1)  # (n_patches, D)
+    return (positions @ positions.T).reshape(2 * grid_of(adapter.img_size, adapter.patch_size))  # rows, columns, twice

@@ -1,0 +1,144 @@
+"""What changes in the answers of a model when the images change: shifted, shuffled, hidden, or with cues at odds.
+
+    shift_consistency                 how often the answer stays when the image is moved by some pixels
+    shuffle_patches, occlude          images whose patches change places, or are hidden
+    accuracy_curve                    the accuracy against how many patches are shuffled or hidden
+    cue_choices, shape_bias           outline against texture
+
+Every change is drawn from a seed, anew for each image; images are normalised, (B, C, height, width), and changed on
+the CPU.
+
+Shapes:  B images in a batch, N images, C channels, n patches of an image, R the largest shift in pixels.
+"""
+
+import torch
+
+from vit_bridge.data.augmentation import crop_and_flip, generator_of
+from vit_bridge.errors import InputError, check_choice, check_int
+from vit_bridge.runtime import predictions
+from vit_model import grid_of, pair
+
+FILLS = ("black", "mean")
+
+
+def shift_consistency(model, images, reach=4, batch_size=128):
+    """The share of images whose predicted class stays when they are moved, for every offset: (2R + 1, 2R + 1) float64.
+
+    Row and column R + r, R + c hold the offset of r rows down and c columns right; the middle is 1. What comes in at
+    the border is mirrored, as in training. As in Zhang 2019, "Making Convolutional Networks Shift-Invariant Again",
+    Sec. 4, but that every offset is compared with none, in the place of two random ones with each other. Raises
+    InputError for a reach below 1 or not below the side.
+    """
+    check_int("reach", reach, 1)
+    if reach >= min(images.shape[2:]):
+        raise InputError(f"reach {reach} moves images of {images.shape[2]}x{images.shape[3]} pixels out of sight; "
+                         f"expected less than their side")
+    images = images.cpu()
+    unmoved, whole = predictions(model, images, batch_size), torch.ones(len(images), dtype=torch.long)
+    still = torch.zeros(len(images), dtype=torch.bool)
+    stays = torch.ones(2 * reach + 1, 2 * reach + 1, dtype=torch.float64)
+    for row in range(-reach, reach + 1):
+        for column in range(-reach, reach + 1):
+            if row or column:
+                moved = crop_and_flip(images, -row * whole, -column * whole, still)
+                same = predictions(model, moved, batch_size) == unmoved
+                stays[row + reach, column + reach] = same.double().mean()
+    return stays
+
+
+def mean_consistency(stays):
+    """The mean of shift_consistency's map over all offsets but none at all."""
+    return ((stays.sum() - 1) / (stays.numel() - 1)).item()
+
+
+# ---- Patches ----------------------------------------------------------------------------------------------
+
+
+def to_patches(images, patch_size):
+    """(B, C, height, width) -> (B, n, C, P, P), row by row; and the (rows, columns) of the grid."""
+    (height, width), (rows, columns) = pair(patch_size, "patch_size"), grid_of(tuple(images.shape[2:]),
+                                                                              pair(patch_size, "patch_size"))
+    patches = images.unflatten(3, (columns, width)).unflatten(2, (rows, height))  # (B, C, rows, P, columns, P)
+    return patches.permute(0, 2, 4, 1, 3, 5).flatten(1, 2), (rows, columns)  # (B, n, C, P, P)
+
+
+def from_patches(patches, grid_size):
+    """The images that to_patches cut: (B, n, C, P, P) -> (B, C, height, width)."""
+    grid = patches.unflatten(1, tuple(grid_size)).permute(0, 3, 1, 4, 2, 5)  # (B, C, rows, P, columns, P)
+    return grid.flatten(4, 5).flatten(2, 3)  # (B, C, height, width)
+
+
+def random_ranks(n_images, n, seed):
+    """For each image a fresh random order of n places: (N, n), each row the numbers 0 to n - 1."""
+    return torch.rand(n_images, n, generator=generator_of(seed, 4), dtype=torch.float64).argsort(dim=1)
+
+
+def shuffle_patches(images, patch_size, share=1.0, seed=0, offset=0):
+    """Images in which this share of the patches, chosen at random, have changed places among themselves; a permutation
+    of its own for each image. Naseer et al. 2021, "Intriguing Properties of Vision Transformers", Sec. 3.3.
+
+    offset: the grid lies so many pixels further down and right, the image being taken round its borders. A ViT whose
+    patches are these gets its own tokens whole where it is 0; where it is half a patch, every patch that a moved one
+    touches is cut.
+    """
+    patches, grid = to_patches(images.cpu().roll((-offset, -offset), dims=(2, 3)), patch_size)  # (B, n, C, P, P)
+    B, n = patches.shape[:2]
+    chosen = random_ranks(B, n, seed)[:, :share_of(share, n)]  # (B, m) places that take part
+    order = torch.arange(n).expand(B, n).clone()  # (B, n)
+    order.scatter_(1, chosen, chosen.gather(1, random_ranks(B, chosen.shape[1], seed + 1)))
+    moved = from_patches(patches[torch.arange(B)[:, None], order], grid)  # (B, C, height, width)
+    return moved.roll((offset, offset), dims=(2, 3))
+
+
+def occlude(images, patch_size, share, fill="mean", seed=0, mean=None, std=None):
+    """Images in which this share of the patches, chosen at random for each, is hidden.
+
+    fill   "mean": what the normalisation takes for the mean, which is 0 after it; "black": pixels of 0, for which
+           mean and std of the normalisation are needed
+
+    Naseer et al. 2021, Sec. 3.1. Raises InputError for an unknown fill.
+    """
+    check_choice("fill", fill, FILLS)
+    if fill == "black" and (mean is None or std is None):
+        raise InputError("fill 'black' is another number in every normalisation; give mean and std, as a loader or a "
+                         "trained model has them")
+    patches, grid = to_patches(images.cpu(), patch_size)  # (B, n, C, P, P)
+    B, n = patches.shape[:2]
+    hidden = random_ranks(B, n, seed) < share_of(share, n)  # (B, n)
+    value = torch.zeros(images.shape[1]) if fill == "mean" else -torch.tensor(mean) / torch.tensor(std)  # (C)
+    patches = torch.where(hidden[:, :, None, None, None], value.to(patches)[:, None, None], patches)
+    return from_patches(patches, grid)  # (B, C, height, width)
+
+
+def share_of(share, n):
+    """How many of n a share is. Raises InputError for a share that is none."""
+    if not 0 <= share <= 1:
+        raise InputError(f"share {share} is out of range; expected 0 to 1")
+    return round(share * n)
+
+
+def accuracy_curve(model, images, labels, change, shares):
+    """How many images are still answered rightly when `change(images, share=s)` changes them, for each share s: a list
+    of counts."""
+    return [int((predictions(model, change(images, share=share)) == labels.cpu()).sum()) for share in shares]
+
+
+# ---- Outline against texture ------------------------------------------------------------------------------
+
+
+def cue_choices(answers, outlines, textures):
+    """Of images whose outline is that of one class and whose texture that of another: how many are answered by the
+    outline, by the texture, and by neither. answers, outlines, textures: class numbers (N,). Raises InputError where
+    the two cues agree in an image."""
+    if (outlines == textures).any():
+        raise InputError(f"outline and texture agree in {int((outlines == textures).sum())} images; expected images in "
+                         f"which they are of different classes")
+    by_outline, by_texture = int((answers == outlines).sum()), int((answers == textures).sum())
+    return dict(outline=by_outline, texture=by_texture, neither=len(answers) - by_outline - by_texture)
+
+
+def shape_bias(choices):
+    """The share of outline among the answers by either cue, from cue_choices; NaN where there is none. Geirhos et al.
+    2019, "ImageNet-trained CNNs are biased towards texture"."""
+    either = choices["outline"] + choices["texture"]
+    return choices["outline"] / either if either else float("nan")

@@ -1,0 +1,252 @@
+"""The closed forms of attention, rollout, relevance and Grad-CAM, checked on a model.
+
+Shapes:  B images, L blocks, H heads, N tokens, D width, K classes, n patches."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vit_bridge.analysis.attention import attention_distance, uniform_attention_distance
+from vit_bridge.analysis.capture import NoNumbers, capture, differentiable, predict_logits
+from vit_bridge.analysis.explanations import cam_layer, choose_targets, chosen, explain, logit_lens, rollout
+from vit_bridge.errors import InputError
+from vit_bridge.models.adapters import adapt, only
+from vit_bridge.runtime import at_least_float32, device_of, evaluating, logits_of, to_model
+
+# ---- The closed forms, on a model -------------------------------------------------------------------------
+
+
+@dataclass
+class Check:
+    """What should hold, whether it does (None: it does not apply), and the figure or the reason."""
+    name: str
+    holds: bool | None
+    found: str
+
+
+@differentiable()
+def selfcheck(model, images=None, seed=0):
+    """The closed forms on a model and images (B, C, height, width), normalised: a list of Check. images=None: four of
+    normal noise. What is looked at, method by method:
+
+    attention   the answers when watched; row sums; the row of the head, and which patch each token is of; the distance
+                of uniform attention
+    rollout     row sums; what it makes of uniform attention
+    relevance   the gradients of the maps against finite differences; the map against another order of the products
+    Grad-CAM    the map against one shift of all patch tokens; where their gradients end
+    logit lens  its last row
+
+    Models are looked at in the precision of their weights: autocast is off meanwhile, and in half precision the
+    tolerances are wider, by as much as its rounding is. Of a model that gives NaN or infinity nothing else is said.
+    """
+    try:
+        return closed_forms(model, images, seed)
+    except NoNumbers as error:
+        return [Check("answers and attention maps are finite numbers", False, str(error))]
+
+
+def closed_forms(model, images, seed):
+    """The checks of selfcheck. Raises NoNumbers for a model that gives NaN or infinity."""
+    adapter = adapt(model)
+    if images is None:
+        size = (4, adapter.in_channels, *adapter.img_size)
+        images = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    rounding = max(1.0, torch.finfo(next(model.parameters()).dtype).eps / torch.finfo(torch.float32).eps)
+    with torch.autocast(device_of(model).type, enabled=False):
+        checks = check_attention_and_rollout(model, images, rounding)
+        if not adapter.has_head:
+            return [*checks, Check("relevance, Grad-CAM, logit lens", None, "this model has no head")]
+        checks += [check_map_gradients(model, images[:1], seed), check_relevance(model, images, rounding),
+                   check_grad_cam(model, images, rounding), check_last_gradient(model, images[:1])]
+        difference = logit_lens(model, images)[-1] - predict_logits(model, images).cpu().float().softmax(dim=1)
+        return [*checks, within("the logit lens ends in the model's own answer", difference.abs().max(),
+                                1e-5 * rounding)]
+
+
+def check_attention_and_rollout(model, images, rounding):
+    """The checks that need no class."""
+    hooks = count_hooks(model)
+    seen = capture(model, images)
+    n_blocks, n_tokens, first = len(seen.maps), seen.maps[0].shape[-1], seen.adapter.n_prefix
+    checks = [check_own_answers(model, images, seen, hooks)]
+    sums = torch.stack(seen.maps).sum(dim=-1)  # (L, B, H, N)
+    checks.append(within("attention rows sum to one", (sums - 1).abs().max(), 1e-5 * rounding))
+    checks += [check_head_row(model, images, seen), check_places(model, images)]
+    rolled = rollout(torch.stack(seen.maps).cpu().double())
+    checks.append(within("rollout rows sum to one", (rolled.sum(dim=-1) - 1).abs().max(),
+                         1e-9 if rounding == 1 else 1e-6 * rounding))
+    uniform = capture(model, images[:1], change=uniform_attention)
+    expected = 2.0**-n_blocks * torch.eye(n_tokens) + (1 - 2.0**-n_blocks) / n_tokens
+    checks.append(within(f"rollout of uniform attention is 2^-{n_blocks} I + (1 - 2^-{n_blocks}) J / {n_tokens}",
+                         (rollout(torch.stack(uniform.maps).float())[0].cpu() - expected).abs().max(), 1e-6 * rounding))
+    distance = attention_distance(torch.stack(uniform.maps), seen.grid, seen.adapter.patch_size, first)
+    line = uniform_attention_distance(seen.grid, seen.adapter.patch_size)
+    checks.append(within(f"attention distance of uniform attention is {line:.2f} pixels",
+                         (distance - line).abs().max(), 1e-4 * line * rounding))
+    return checks
+
+
+def within(name, difference, most):
+    return Check(name, bool(difference <= most), f"largest difference {float(difference):.1e}, at most {most:.0e}")
+
+
+def uniform_attention(block, attention):
+    return torch.full_like(attention, 1 / attention.shape[-1])
+
+
+def count_hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def check_own_answers(model, images, seen, hooks):
+    """Whether the model answers alike when watched, and has as many hooks as before."""
+    own = predict_logits(model, images)
+    check = within("answers are the same when watched", (own - seen.logits).abs().max(),
+                   max(1e-4, 8 * torch.finfo(own.dtype).eps) * max(1.0, own.abs().max().item()))
+    left = count_hooks(model) - hooks
+    return check if not left else Check(check.name, False, f"{left} hooks are left")
+
+
+def check_head_row(model, images, seen):
+    """The map of attention against the row of the head, read place by place."""
+    name = "attention of a patch is the weight at its place in the row that the head reads"
+    try:
+        saliency = explain(model, images, "attention").saliency  # (B, rows, columns)
+    except InputError as error:
+        return Check(name, None, str(error))
+    attention, first = at_least_float32(seen.maps[-1].mean(dim=1)).cpu(), seen.adapter.n_prefix  # (B, N, N)
+    readers = [0] if seen.adapter.pool == "cls" else list(range(first, attention.shape[-1]))
+    worst = 0.0
+    for row, column in np.ndindex(*seen.grid):
+        expected = attention[:, readers, first + row * seen.grid[1] + column].mean(dim=1)  # (B)
+        worst = max(worst, (saliency[:, row, column] - expected).abs().max().item())
+    return within(name, worst, 1e-6)
+
+
+def check_places(model, images):
+    """Which token changes with a patch of the image: in the upper right corner, and in the lower left."""
+    name = "a change of one patch of the image is one of the token of its place"
+    adapter = adapt(model)
+    if getattr(adapter.projection, "kernel_size", None) != adapter.patch_size:
+        return Check(name, None, "tokens come from convolutions that overlap")
+    (height, width), (rows, columns) = adapter.patch_size, adapter.grid(images)
+    changed = images[:1].repeat(3, 1, 1, 1)  # (3, C, height, width)
+    changed[1, :, :height, -width:] += 1
+    changed[2, :, -height:, :width] += 1
+    tokens = capture(model, changed).tokens[0]
+    moved = (tokens[1:] - tokens[:1]).abs().amax(dim=2)  # (2, N)
+    moved = moved > 1e-3 * moved.amax(dim=1, keepdim=True)
+    expected = [[adapter.n_prefix + columns - 1], [adapter.n_prefix + (rows - 1) * columns]]
+    found = [place.nonzero()[:, 0].tolist() for place in moved]
+    return Check(name, found == expected, f"of the corners: tokens {found}, expected {expected}")
+
+
+def check_relevance(model, images, rounding):
+    """The map of relevance against the product taken from its other end: the row of the head alone, from the last block
+    to the first, with each block's gradient asked for by itself."""
+    name = "relevance is what the row of the head gathers, from the last block to the first"
+    try:
+        found = explain(model, images, "relevance")
+    except InputError as error:
+        return Check(name, None, str(error))
+    seen = capture(model, images, gradients=True)
+    first, answer = seen.adapter.n_prefix, chosen(seen.logits, found.targets.to(seen.logits.device))
+    start = seen.maps[0].new_zeros(len(images), 1, seen.maps[0].shape[-1])  # (B, 1, N)
+    start[:, :, 0 if seen.adapter.pool == "cls" else slice(first, None)] = 1
+    start = start / start.sum(dim=2, keepdim=True)
+    gathered = torch.zeros_like(start)
+    for attention in reversed(seen.maps):
+        gradient, = torch.autograd.grad(answer, attention, retain_graph=True)  # (B, H, N, N)
+        gathered = gathered + (start + gathered) @ (attention * gradient).clamp(min=0).mean(dim=1)  # (B, 1, N)
+    return alike(name, found.saliency, gathered[:, 0, first:].unflatten(1, seen.grid), rounding)
+
+
+def check_grad_cam(model, images, rounding):
+    """Grad-CAM against the tokens weighted by the gradient to one shift of all patches, in the place of the mean of
+    their gradients."""
+    name = "Grad-CAM is the patch tokens, weighted by what one shift of them all does to the answer"
+    try:
+        found = explain(model, images, "grad_cam")
+    except InputError as error:
+        return Check(name, None, str(error))
+    seen = capture(model, images)
+    first, layer = seen.adapter.n_prefix, cam_layer(seen.adapter)
+    patches = seen.tokens[layer + 1][:, first:]  # (B, n, D)
+    shift = Shift(first, torch.zeros_like(patches[:, :1]).requires_grad_())
+    hook = seen.adapter.blocks[layer].register_forward_hook(shift)
+    try:
+        with evaluating(model):
+            logits = logits_of(model(to_model(images, model).clone()))  # no longer of an inference_mode
+    finally:
+        hook.remove()
+    gradient, = torch.autograd.grad(chosen(logits, found.targets.to(logits.device)), shift.amount)  # (B, 1, D)
+    weighted = (patches * gradient / patches.shape[1]).sum(dim=2).clamp(min=0)  # (B, n)
+    return alike(name, found.saliency.nan_to_num(), weighted.unflatten(1, seen.grid), rounding)
+
+
+@dataclass
+class Shift:
+    """A forward hook of a block: all its patch tokens are moved by the same amount, (B, 1, D)."""
+    first: int
+    amount: torch.Tensor
+
+    def __call__(self, module, args, output):
+        tokens = only(output)
+        moved = torch.cat([tokens[:, :self.first], tokens[:, self.first:] + self.amount], dim=1)
+        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+
+def alike(name, saliency, expected, rounding):
+    """A Check of two maps (B, rows, columns), within a part of their largest value."""
+    expected = at_least_float32(expected.detach()).cpu()
+    if not expected.any():
+        return Check(name, None, "no answer has a gradient at all, as where the head is zero before any training")
+    return within(name, (saliency - expected).abs().max() / expected.max(), 1e-4 if rounding == 1 else 0.1)
+
+
+def check_map_gradients(model, images, seed, step=1e-2):
+    """The gradient to each block's map against a finite difference: a small change of that map alone. A wrong order of
+    the gradients, or maps that the answer does not come from, would show."""
+    name = "gradients of the attention maps are those of finite differences, block by block"
+    if torch.finfo(next(model.parameters()).dtype).eps > 1e-6:
+        return Check(name, None, "half precision is too coarse for differences; .float() tells")
+    plain = capture(model, images, gradients=True)
+    target = choose_targets(plain.logits, None)
+    gradients = torch.autograd.grad(chosen(plain.logits, target), plain.maps)
+    generator, worst = torch.Generator().manual_seed(seed), 0.0
+    for block, gradient in enumerate(gradients):
+        noise = torch.randn(gradient.shape, generator=generator).to(gradient)
+        direction = gradient / gradient.norm().clamp(min=1e-30) + noise / noise.norm()
+        ends = [chosen(capture(model, images, change=Nudge(block, sign * step * direction)).logits, target).item()
+                for sign in (1, -1)]
+        expected = (gradient * direction).sum().item()
+        scale = max(abs(expected), gradient.norm().item(), 1e-6)
+        worst = max(worst, abs((ends[0] - ends[1]) / (2 * step) - expected) / scale)
+    return within(name, worst, 0.05)
+
+
+@dataclass
+class Nudge:
+    """A `change` for record: adds to the map of one block."""
+    block: int
+    amount: torch.Tensor
+
+    def __call__(self, block, attention):
+        return attention + self.amount if block == self.block else attention
+
+
+def check_last_gradient(model, images):
+    """Where the head reads CLS, patch tokens after the last block have no gradient, and before it they have."""
+    seen = capture(model, images, gradients=True)
+    if seen.adapter.pool != "cls":
+        return Check("patch tokens have no gradient after the last block", None,
+                     f"the head reads {seen.adapter.pool}, so they have")
+    gradients = torch.autograd.grad(seen.logits.square().sum(), seen.tokens[-2:])
+    first = seen.adapter.n_prefix
+    before, after = (gradient[:, first:].abs().max().item() for gradient in gradients)
+    if before == after == 0:
+        return Check("patch tokens have no gradient after the last block", None, "no answer has a gradient at all, as "
+                     "where the head is zero before any training")
+    return Check("patch tokens have no gradient after the last block, and one before", after == 0 < before,
+                 f"largest after {after:.1e}, before {before:.1e}")

@@ -1,0 +1,87 @@
+"""What the scripts share: arguments that are checked, errors and interruptions in one line, folders of results.
+
+    script(main)                 runs a script's main(): what a person gave wrong ends in one line and exit code 2
+    processes, of_first, of_all  several processes, started by torchrun
+    Interrupts                   Ctrl-C and SIGTERM, held back where work is to be brought to a safe place first
+    OneLineParser, whole, ...    argparse with checked numbers
+    new_output_dir, write_json   a run's folder, which no other run has
+"""
+
+import argparse
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+
+from vit_bridge.errors import InputError
+from vit_bridge.system import Interrupted, n_processes, process_number
+
+# ---- Arguments and errors ---------------------------------------------------------------------------------
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line, without the usage text, and exit code 2; no abbreviations."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def int_at_least(least):
+    """An argparse type: a whole number of at least `least`."""
+    return Bounded(int, least, math.inf, f"a whole number of at least {least}")
+
+
+def seed():
+    """An argparse type: a seed for torch's generators."""
+    return Bounded(int, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1")
+
+
+def positive():
+    """An argparse type: a number above 0."""
+    return Bounded(float, math.ulp(0.0), sys.float_info.max, "a positive number")
+
+
+class Bounded:
+    """An argparse type: a number between two bounds, with its own words for what is expected."""
+
+    def __init__(self, kind, low, high, expected):
+        self.kind, self.low, self.high, self.expected = kind, low, high, expected
+
+    def __call__(self, text):
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = math.nan
+        if not self.low <= value <= self.high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range; expected {self.expected}")
+        return value
+
+
+def script(run):
+    """Runs a script's main part. What a person gave wrong, or a disk, ends in one line and exit code 2; an
+    interruption in one line and 128 + the signal's number, 130 for Ctrl-C and 143 for SIGTERM; output that nobody
+    reads any more without a word, in 141."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # consoles that lack a letter of a folder's name
+    name = Path(sys.argv[0]).name
+    if n_processes() > 1:
+        name = f"[process {process_number()}] {name}"
+    try:
+        run()
+    except BrokenPipeError:  # who reads the output, head for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)
+    except (InputError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+        if process_number() == 0:
+            print(f"{name}: stopped by {signal.Signals(number).name}{f'; {error}' if str(error) else ''}",
+                  file=sys.stderr)
+        sys.exit(128 + number)

@@ -1,0 +1,84 @@
+"""One self-contained HTML page out of sentences, tables and figures: no script, no network, readable on a phone.
+
+    write_report(path, title, introduction, sections)
+"""
+
+import base64
+import html
+import io
+from dataclasses import dataclass, field
+
+from vit_bridge.system import write_whole
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8886; --soft: #8882; --page: Canvas; }
+body { font: 17px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.7rem; line-height: 1.2; } h2 { font-size: 1.3rem; margin-top: 2.5rem; }
+nav a { margin-right: 1rem; white-space: nowrap; }
+.finding { font-size: 1.1rem; border-left: 4px solid #0072b2; padding: .1rem 0 .1rem 1rem; margin: 1rem 0; }
+.note { opacity: .8; font-size: .9rem; overflow-wrap: anywhere; }
+figure { margin: 1.2rem 0; overflow-x: auto; } figcaption { font-size: .9rem; opacity: .8; }
+img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
+@media (max-width: 44rem) { figure img { max-width: none; width: 44rem; } }
+.table { overflow-x: auto; background:
+  linear-gradient(to right, var(--page) 30%, transparent) left / 3rem 100% no-repeat local,
+  linear-gradient(to left, var(--page) 30%, transparent) right / 3rem 100% no-repeat local,
+  linear-gradient(to right, var(--line), transparent) left / 1rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--line), transparent) right / 1rem 100% no-repeat scroll; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
+th:first-child, td:first-child { text-align: left; } thead th { background: var(--soft); }
+"""
+
+
+@dataclass
+class Section:
+    """A part of the report. figures: name -> Figure; tables: (caption, [a row of cells, ...]), the first the heads;
+    note: where it comes from."""
+    title: str
+    question: str = ""
+    finding: str = ""
+    figures: dict = field(default_factory=dict)
+    tables: list = field(default_factory=list)
+    note: str = ""
+
+
+def write_report(path, title, introduction, sections):
+    """Writes the page, whole or not at all."""
+    links = " ".join(f'<a href="#part{i}">{html.escape(section.title)}</a>' for i, section in enumerate(sections, 1))
+    parts = "\n".join(section_html(section, i) for i, section in enumerate(sections, 1))
+    page = (f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{html.escape(title)}</title>\n"
+            f"<style>{STYLE}</style>\n<body>\n<h1>{html.escape(title)}</h1>\n<p>{html.escape(introduction)}</p>\n"
+            f"<nav>{links}</nav>\n{parts}\n</body>\n</html>\n")
+    write_whole(path, lambda file: file.write(page.encode()))
+
+
+def section_html(section, number):
+    parts = [f'<section id="part{number}">', f"<h2>{number}. {html.escape(section.title)}</h2>"]
+    parts += [f"<p>{html.escape(section.question)}</p>"] * bool(section.question)
+    parts += [f'<p class="finding">{html.escape(section.finding)}</p>'] * bool(section.finding)
+    parts += [figure_html(name, figure) for name, figure in section.figures.items()]
+    parts += [table_html(caption, rows) for caption, rows in section.tables]
+    parts += [f'<p class="note">{html.escape(section.note)}</p>'] * bool(section.note)
+    return "\n".join([*parts, "</section>"])
+
+
+def figure_html(name, figure):
+    """The figure as a PNG inside the page, with its own titles as the text for those who do not see it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    titles = [figure.get_suptitle(), *(axes.get_title() for axes in figure.axes)]
+    words = html.escape("; ".join(" ".join(text.split()) for text in titles if text), quote=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<figure><img alt="{words}" src="data:image/png;base64,{data}"><figcaption>{html.escape(name)}.png' \
+           f"</figcaption></figure>"
+
+
+def table_html(caption, rows):
+    head, *body = [[html.escape(str(cell)) for cell in row] for row in rows]
+    lines = ["".join(f"<td>{cell}</td>" for cell in row) for row in body]
+    return (f'<div class="table"><table><caption>{html.escape(caption)}</caption><thead><tr>'
+            + "".join(f"<th>{cell}</th>" for cell in head) + "</tr></thead><tbody>"
+            + "".join(f"<tr>{line}</tr>" for line in lines) + "</tbody></table></div>")

@@ -1,0 +1,236 @@
+"""Sets of images: where they lie, what they are called, how they are read and cut."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
+
+from vit_bridge.data.augmentation import generator_of
+from vit_bridge.data.images import open_or_skip
+from vit_bridge.data.shapes import SHAPES, TEST_START, make_shapes
+from vit_bridge.errors import InputError, check_choice, check_int
+from vit_bridge.preprocessing import INTERPOLATIONS, NORMALISATION, SMALL_SIDE, FitSquare, in_one_line, three_numbers
+
+DEFAULT_DATA_DIR = "./data"
+MEMORY_LIMIT = 2 * 1024**3  # bytes: small images that decode to more are read file by file
+VALIDATION_FOLDERS = ("val", "valid", "validation")
+# torchvision's class for each known set, the folder in data_dir where it lies, and its files.
+IDX_FILES = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
+TORCHVISION_SETS = {
+    "cifar10": (torchvision.datasets.CIFAR10, "cifar-10-batches-py", "data_batch_1 to 5, test_batch, batches.meta"),
+    "cifar100": (torchvision.datasets.CIFAR100, "cifar-100-python", "train, test, meta"),
+    "fashion-mnist": (torchvision.datasets.FashionMNIST, "FashionMNIST/raw", IDX_FILES),
+    "mnist": (torchvision.datasets.MNIST, "MNIST/raw", IDX_FILES),
+}
+DATASETS = ("auto", "folder", "shapes", *TORCHVISION_SETS)
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What a loader tells of its set; mean and std, three numbers each, are the normalisation it applies, and
+    interpolation, one of INTERPOLATIONS, is how it resizes."""
+    dataset_name: str
+    class_names: list
+    img_size: int
+    mean: tuple
+    std: tuple
+    interpolation: str = "bilinear"
+
+
+# ---- Reading a set ----------------------------------------------------------------------------------------
+
+
+def choose_set(data_dir, dataset, n_images):
+    """The set that `dataset` means in data_dir: a name in DATASETS other than "auto"."""
+    check_choice("dataset", dataset, DATASETS)
+    root, name = Path(data_dir).expanduser(), dataset
+    if dataset == "auto":
+        found = [known for known, (_, layout, _) in TORCHVISION_SETS.items() if (root / layout).is_dir()]
+        nothing_given = Path(data_dir) == Path(DEFAULT_DATA_DIR) and not root.exists()
+        name = found[0] if found else "shapes" if nothing_given else "folder"
+    if n_images is not None and name != "shapes":
+        raise InputError(f"n_images {n_images} is for the data set 'shapes', and this is {name!r}: leave it out")
+    return name
+
+
+def read_memory_set(name, data_dir, img_size, n_images, wanted, training):
+    """Images uint8 (N, 3, H, W), labels int64 (N,) and the facts of shapes or one of torchvision's sets, the wanted
+    ones in the place of its own."""
+    if name == "shapes":
+        S = img_size or 32
+        n_images = n_images or max(500, min(20_000, round(200 * (32 / S) ** 1.5) * 100))  # large ones take longer
+        drawn = make_shapes(n_images, S) if training else make_shapes(n_images // 5, S, start=TEST_START)
+        return drawn.images, drawn.labels, replace(DatasetInfo(name, list(SHAPES), S, *NORMALISATION[name]), **wanted)
+    images, labels, class_names = read_torchvision_set(name, data_dir, training)
+    facts = DatasetInfo(name, class_names, img_size or images.shape[-1], *NORMALISATION[name])
+    return images, labels, replace(facts, **wanted)
+
+
+def read_torchvision_set(name, data_dir, training):
+    """(images uint8 (N, 3, H, W), labels int64 (N,), class names), downloaded to data_dir where needed."""
+    maker, layout, files = TORCHVISION_SETS[name]
+    root = Path(data_dir).expanduser()
+    absent = [folder for folder in (root / layout, (root / layout).parent, root) if not folder.exists()]
+    try:
+        data = maker(root, train=training, download=True)
+    except Exception as error:  # no network, a broken file, no right to write
+        for folder in (folder for folder in absent if folder.is_dir() and not any(folder.iterdir())):
+            folder.rmdir()
+        raise InputError(f"data set {name!r} is neither in {str(root)!r} nor can it be downloaded "
+                         f"({' '.join(str(error).split())[:200]}): put its files ({files}) into "
+                         f"{str(root / layout)!r}, or choose dataset 'shapes', which needs none") from None
+    images = torch.as_tensor(data.data)  # (N, H, W) in grey or (N, H, W, 3)
+    images = images[:, None].expand(-1, 3, -1, -1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    return images.contiguous(), torch.as_tensor(data.targets), list(data.classes)  # (N, 3, H, W), (N,)
+
+
+def read_training_folder(data_dir, img_size, wanted, skip_corrupt):
+    """(facts, files, labels (N,)) of the images in train/, or in data_dir itself where there is no train/; the wanted
+    facts in the place of the set's own."""
+    root = existing_folder(data_dir)
+    train_dir, other = first_folder(root, ("train",)) or root, first_folder(root, (*VALIDATION_FOLDERS, "test"))
+    if other and train_dir == root:
+        raise InputError(f"{str(root)!r} has {other.name}/ but no train/: put the training images into train/")
+    class_names = folders_in(train_dir)
+    if len(class_names) < 2:
+        raise InputError(f"{str(train_dir)!r} has {len(class_names)} class folders {class_names}, expected 2 or more: "
+                         f"put the images of each class into a folder of its own")
+    files, labels = list_images(train_dir, class_names)
+    empty = [name for label, name in enumerate(class_names) if not (labels == label).any()]
+    if empty:
+        raise InputError(f"class folder {str(train_dir / empty[0])!r} has no images ({', '.join(IMG_EXTENSIONS)}): "
+                         f"add some or remove it")
+    facts = DatasetInfo("folder", class_names, img_size or own_side(files, skip_corrupt), *NORMALISATION["folder"])
+    return replace(facts, **wanted), files, labels
+
+
+def existing_folder(data_dir):
+    root = Path(data_dir).expanduser()
+    if not root.is_dir():
+        raise InputError(f"there is no data folder {str(data_dir)!r}: give one with a folder of images for each class")
+    return root
+
+
+def first_folder(root, names):
+    """The first of the named folders that exists in root, or None."""
+    folders = [Path(root).expanduser() / name for name in names]
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def folders_in(folder):
+    return sorted(entry.name for entry in Path(folder).iterdir() if entry.is_dir() and entry.name[0] != ".")
+
+
+def list_images(folder, class_names):
+    """(files, labels (N,)) of the images in folder/<class>/, at any depth; hidden files and folders are ignored. Raises
+    InputError for a folder that is none of the classes, and where there is no image at all."""
+    extra = sorted(set(folders_in(folder)) - set(class_names))
+    if extra:
+        raise InputError(f"{str(folder)!r} has a class folder {extra[0]!r}, and the classes known are "
+                         f"{', '.join(class_names)}: rename or remove it")
+    files, labels = [], []
+    for label, class_name in enumerate(class_names):
+        for parent, subfolders, names in os.walk(Path(folder) / class_name, followlinks=True):
+            subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
+            images = sorted(name for name in names if name[0] != "." and name.lower().endswith(IMG_EXTENSIONS))
+            files += [os.path.join(parent, name) for name in images]
+            labels += [label] * len(images)
+    if not files:
+        raise InputError(f"{str(folder)!r} has no images ({', '.join(IMG_EXTENSIONS)}) in folders of the classes "
+                         f"{', '.join(class_names)}: add some or remove it")
+    return files, torch.tensor(labels)
+
+
+def own_side(files, skip_corrupt):
+    """The img_size of a folder: the largest side among 64 of its images if that is small, else 224."""
+    largest, skipped = 0, {}
+    for file in files[:: -(-len(files) // 64)]:
+        try:
+            with Image.open(file) as image:
+                largest = max(largest, *image.size)
+        except Exception:
+            open_or_skip(file, skip_corrupt, skipped)
+    check_any_read(largest, skipped)
+    return -(-largest // 4) * 4 if largest <= SMALL_SIDE else 224
+
+
+def decode_images(files, S, interpolation, skip_corrupt):
+    """The image files as one uint8 tensor (n, 3, S, S), read by several threads, and {path: reason} of those left out
+    because they cannot be read. Raises InputError for the first of them without skip_corrupt, or if none is left."""
+    images, n_read, all_skipped = torch.empty(len(files), 3, S, S, dtype=torch.uint8), 0, {}
+    parts = [files[start : start + 256] for start in range(0, len(files), 256)]
+    quiet = True if len(files) < 2000 else None  # None: a bar where there is a terminal
+    with ThreadPoolExecutor() as pool, tqdm(total=len(files), unit="image", disable=quiet) as bar:
+        read = partial(decode_part, fit=FitSquare(S, interpolation), skip_corrupt=skip_corrupt)
+        for decoded, skipped in pool.map(read, parts):
+            images[n_read : n_read + len(decoded)] = decoded
+            n_read += len(decoded)
+            all_skipped |= skipped
+            bar.update(len(decoded) + len(skipped))
+    check_any_read(n_read, all_skipped)
+    return images[:n_read], all_skipped  # (n, 3, S, S)
+
+
+def decode_part(files, fit, skip_corrupt):
+    """What decode_images gives, of some of the files."""
+    pictures, skipped = [], {}
+    for file in files:
+        picture = open_or_skip(file, skip_corrupt, skipped)
+        if picture is not None:
+            pictures.append(np.asarray(fit(picture)))
+    images = np.array(pictures, dtype=np.uint8).reshape(-1, fit.img_size, fit.img_size, 3)  # (n, S, S, 3)
+    return torch.from_numpy(images).permute(0, 3, 1, 2), skipped  # (n, 3, S, S)
+
+
+def check_any_read(read, skipped):
+    if not read:
+        path, reason = next(iter(skipped.items()))
+        raise InputError(f"none of {len(skipped)} image files can be read (the first: {path!r}, {reason}): expected "
+                         f"whole images in a format that Pillow knows; replace them")
+
+
+def stratified_cut(labels, val_fraction, seed):
+    """Cuts the places of labels (N,) class by class in two, (training, validation), each in ascending order. Of each
+    class the share val_fraction is drawn for validation by (seed, class): at least one image, and not all. The image of
+    a class with only one goes to training. Raises InputError if all classes are of that kind."""
+    to_validation = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero()[:, 0]  # (images of the class,)
+        n_val = min(max(int(len(members) * val_fraction + 0.5), 1), len(members) - 1)
+        drawn = torch.randperm(len(members), generator=generator_of(seed, label))[:n_val]  # (n_val,)
+        to_validation[members[drawn]] = True
+    if not to_validation.any():
+        raise InputError("no class has 2 images, so none can be kept for validation: add images, or a folder val/")
+    return (~to_validation).nonzero()[:, 0], to_validation.nonzero()[:, 0]
+
+
+def check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images):
+    for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("img_size", img_size, 8),
+                               ("workers", workers, 0), ("n_images", n_images, 20)):
+        if value is not None or name in ("batch_size", "seed"):
+            check_int(name, value, least)
+    if isinstance(val_fraction, bool) or not isinstance(val_fraction, int | float) or not 0 < val_fraction < 1:
+        raise InputError(f"val_fraction {val_fraction!r} is out of range: expected a share between 0 and 1, as 0.1")
+
+
+def wanted_facts(mean, std, interpolation):
+    """The fields of SetFacts that the caller wants otherwise than the set has them, after a look at each."""
+    if (mean is None) != (std is None):
+        name, absent, value = ("mean", "std", mean) if std is None else ("std", "mean", std)
+        raise InputError(f"{name} {in_one_line(value)} has no {absent} beside it: expected both or neither; give "
+                         f"{absent} too, as a model or a loader carries it")
+    wanted = {}
+    if mean is not None:
+        wanted = dict(mean=three_numbers("mean", mean), std=three_numbers("std", std))
+    if interpolation is not None:
+        check_choice("interpolation", interpolation, INTERPOLATIONS)
+        wanted["interpolation"] = interpolation
+    return wanted

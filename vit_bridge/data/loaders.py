@@ -1,0 +1,375 @@
+"""Data: from a folder of images, a known data set or drawn shapes to batches that a model can train on.
+
+    get_data_loaders   the training and the validation loader; get_test_loader   the test images, kept apart
+    get_evaluation_loader   images to score a trained model on, labelled by its own class names
+    open_image         an image file as an upright RGB picture; eval_transform   that picture as a tensor
+    make_shapes        the built-in set, which drawn_shapes holds
+
+What happens to the pixels of an image is in augmentation, and eval_transform handed on from there.
+
+Shapes:  B images in a batch, N images in a set, n some of them, C channels (always 3), H, W height and width,
+          S side of a square image in pixels.
+
+Sets of small images (CIFAR, MNIST, shapes, folders at 64 pixels or less) are kept in memory as one uint8 tensor and
+augmented a batch at a time: MemoryLoader. Folders of photographs are read file by file by worker processes:
+PhotoLoader. Both give normalised float32 images (B, 3, S, S) and int64 labels (B).
+
+All chance comes from seeds: the validation cut from `seed`, order and augmentation from (seed, epoch). The drawn
+images of the loaders do not depend on `seed`: they are the same in every run.
+"""
+
+import os
+import signal
+import threading
+from dataclasses import replace
+from functools import partial
+from multiprocessing import parent_process
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from vit_bridge.data.augmentation import Augmentation, EpochAugmentation, generator_of, mix_seed, train_transform
+from vit_bridge.data.datasets import (
+    DEFAULT_DATA_DIR,
+    MEMORY_LIMIT,
+    TORCHVISION_SETS,
+    VALIDATION_FOLDERS,
+    DatasetInfo,
+    check_arguments,
+    choose_set,
+    decode_images,
+    existing_folder,
+    first_folder,
+    list_images,
+    own_side,
+    read_memory_set,
+    read_training_folder,
+    stratified_cut,
+    wanted_facts,
+)
+from vit_bridge.data.images import open_image
+from vit_bridge.errors import InputError, check_choice, check_int
+from vit_bridge.preprocessing import NORMALISATION, SMALL_SIDE, eval_transform
+
+# ---- The loaders ------------------------------------------------------------------------------------------
+
+
+def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, dataset="auto", val_fraction=0.1,
+                     *, seed=0, workers=None, n_images=None, mean=None, std=None, interpolation=None,
+                     skip_corrupt=False, augmentation=None):
+    """(training loader, validation loader). The validation images are never the test images.
+
+    data_dir      the folder of the data. A folder of images holds train/<class>/*.jpg, with val/ (or valid/,
+                  validation/) and test/ beside train/ where there are such; or simply <class>/*.jpg.
+    batch_size    images in a batch. A last training batch of one image, too few for BatchNorm, is left out.
+    img_size      side S in pixels, or None for the set's own: 32 for CIFAR and shapes, 28 for the MNIST kinds; for a
+                  folder the largest side of up to 64 images if at most 64, rounded up to a multiple of 4, else 224.
+    dataset       a name in DATASETS; "auto": what lies in data_dir, and shapes where the default one does not exist.
+    val_fraction  the share of each class cut from the training images for validation, if there is no val/.
+    seed          of the validation cut, the order and the augmentation; a whole number from 0.
+    workers       processes that read photographs; None: one a core, 8 at most, none for under 256 images.
+    n_images      shapes only: training and validation images together; None: 20,000 at 32 pixels, 1,100 at 224.
+    mean, std     the normalisation, three numbers each, of values from 0 to 1: those of a pretrained model, say. None:
+                  the set's own, in NORMALISATION.
+    interpolation "bilinear" or "bicubic": how images are resized; None: bilinear.
+    skip_corrupt  whether an image file that cannot be read is left out, as loader.skipped tells (in memory from the
+                  start, of photographs when it is met), or is an InputError.
+
+    augmentation  of training images in memory; None: Augmentation(). Photographs have train_transform's.
+
+    Both loaders have what Loader has, and to(device). Raises InputError for arguments and data that cannot work.
+    """
+    check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images)
+    wanted = wanted_facts(mean, std, interpolation)
+    name = choose_set(data_dir, dataset, n_images)
+    if name == "shapes" and dataset == "auto":
+        print(f"There is no {data_dir}: using the built-in drawn shapes. For other data give data_dir (a folder "
+              f"with a folder of images for each class) or dataset ({', '.join(TORCHVISION_SETS)}).")
+    if name != "folder":
+        images, labels, facts = read_memory_set(name, data_dir, img_size, n_images, wanted, training=True)
+        train, val = stratified_cut(labels, val_fraction, seed)
+        return (MemoryLoader(images[train], labels[train], facts, batch_size, seed, True, augmentation=augmentation),
+                MemoryLoader(images[val], labels[val], facts, batch_size, seed))
+    facts, files, labels = read_training_folder(data_dir, img_size, wanted, skip_corrupt)
+    val_dir, test_dir = first_folder(data_dir, VALIDATION_FOLDERS), first_folder(data_dir, ("test",))
+    if test_dir:
+        list_images(test_dir, facts.class_names)  # what is wrong with it is better known before the training
+    if val_dir:
+        train_set, val_set = (files, labels), list_images(val_dir, facts.class_names)
+    else:
+        cut = stratified_cut(labels, val_fraction, seed)
+        train_set, val_set = (([files[i] for i in part], labels[part]) for part in cut)
+    return (folder_loader(*train_set, facts, batch_size, seed, workers, skip_corrupt, True, augmentation),
+            folder_loader(*val_set, facts, batch_size, seed, workers, skip_corrupt))
+
+
+def get_test_loader(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, dataset="auto", val_fraction=0.1,
+                    *, seed=0, workers=None, n_images=None, mean=None, std=None, interpolation=None,
+                    skip_corrupt=False):
+    """The loader of the test images, or None for a folder without test/. The arguments are those of get_data_loaders;
+    val_fraction and seed change nothing. Of shapes there are a fifth as many, none of them among the others."""
+    check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images)
+    wanted, class_names = wanted_facts(mean, std, interpolation), None
+    if choose_set(data_dir, dataset, n_images) == "folder":
+        facts, _, _ = read_training_folder(data_dir, img_size, wanted, skip_corrupt)
+        if first_folder(data_dir, ("test",)) is None:
+            return None
+        class_names, img_size = facts.class_names, facts.img_size
+    return get_evaluation_loader(data_dir, class_names, batch_size, img_size, dataset, seed=seed, workers=workers,
+                                 n_images=n_images, skip_corrupt=skip_corrupt, **wanted)
+
+
+def get_evaluation_loader(data_dir, class_names, batch_size=128, img_size=None, dataset="auto", *, held_out=False,
+                          val_fraction=0.1, seed=0, workers=None, n_images=None, mean=None, std=None,
+                          interpolation=None, skip_corrupt=False):
+    """The loader of the images on which a trained model is scored; the labels count in the model's class_names.
+
+    class_names   the model's, in the order of its outputs; of a known set they must be the set's own, as None is. A
+                  folder may lack some of the classes.
+    held_out      says that the model was trained by get_data_loaders on the other images of this folder, with the same
+                  val_fraction and seed. It matters only where there are no images kept apart from training.
+
+    The other arguments are those of get_data_loaders; img_size None is the side of the images that are scored. The
+    loader's split tells which they are: "test" (a known set's test images, or those in test/), else "val" (in val/,
+    valid/ or validation/), else of the images in train/ or in the class folders of data_dir those that
+    get_data_loaders cut off for validation, "held out", or without held_out "all". Raises InputError for a class that
+    the model does not know, and as get_data_loaders does."""
+    check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images)
+    wanted = wanted_facts(mean, std, interpolation)
+    name, split = choose_set(data_dir, dataset, n_images), "test"
+    if name != "folder":
+        images, labels, facts = read_memory_set(name, data_dir, img_size, n_images, wanted, training=False)
+        if class_names is not None and list(class_names) != facts.class_names:
+            raise InputError(f"data set {name!r} has the classes {', '.join(facts.class_names)}, but the model knows "
+                             f"{', '.join(class_names)}: score it on images of its own classes")
+        loader = MemoryLoader(images, labels, facts, batch_size, seed)
+    else:
+        if not class_names:
+            raise InputError(f"class_names {class_names} cannot label a folder: expected those of the model; give them")
+        root = existing_folder(data_dir)
+        parts = dict(test=first_folder(root, ("test",)), val=first_folder(root, VALIDATION_FOLDERS),
+                     all=first_folder(root, ("train",)) or root)
+        split = next(part for part, folder in parts.items() if folder)
+        files, labels = list_images(parts[split], class_names)
+        if split == "all" and held_out:
+            split, (_, cut) = "held out", stratified_cut(labels, val_fraction, seed)
+            files, labels = [files[i] for i in cut], labels[cut]
+        facts = DatasetInfo(name, list(class_names), img_size or own_side(files, skip_corrupt), *NORMALISATION[name])
+        loader = folder_loader(files, labels, replace(facts, **wanted), batch_size, seed, workers, skip_corrupt)
+    loader.split = split
+    return loader
+
+
+class Loader:
+    """What MemoryLoader and PhotoLoader share: the facts of the set, the order of the images and what part of them a
+    pass gives. files: their paths, or None; skipped: {path: reason} of those left out; split: "test", for instance."""
+
+    def __init__(self, labels, facts, batch_size, seed, training, files=None, skipped=None):
+        self.facts, self.dataset_name, self.class_names = facts, facts.dataset_name, facts.class_names
+        self.img_size, self.interpolation = facts.img_size, facts.interpolation
+        self.mean, self.std = facts.mean, facts.std
+        self.labels, self.n_images = labels, len(labels)
+        self.files, self.skipped, self.split = files, dict(skipped or {}), None
+        self.batch_size, self.seed, self.training = batch_size, seed, training
+        self.epoch, self.n_passes = None, 0
+        self.first_batch, self.rank, self.world_size = 0, 0, 1
+
+    @property
+    def class_counts(self):
+        """How many images there are of each class, a list in the order of class_names."""
+        return self.labels.bincount(minlength=len(self.class_names)).tolist()
+
+    def set_epoch(self, epoch):
+        """Fixes the epoch of the passes to come. As long as it is not called, they are epochs 0, 1, 2 and so on."""
+        self.epoch, self.first_batch = epoch, 0
+
+    def set_position(self, epoch, batch=0):
+        """Fixes the epoch as set_epoch does, and lets the next pass, and only that, begin at a batch of it: those
+        before are not computed. Raises InputError for a batch past len(loader), where nothing more comes."""
+        check_int("epoch", epoch, 0)
+        check_int("batch", batch, 0)
+        if batch > len(self):
+            raise InputError(f"batch {batch} is out of range: expected 0 to {len(self)}, as a pass has {len(self)} "
+                             f"batches; give the batch size and the images of the run that was interrupted")
+        self.epoch, self.first_batch = epoch, batch
+
+    def set_shard(self, rank, world_size):
+        """For one of several processes: gives of every batch only the images at its places rank, rank + n_ranks and so
+        on. All shares together are the batches of one process. One may be empty: images (0, 3, S, S), labels (0,).
+        Raises InputError for a rank that is not below n_ranks."""
+        check_int("n_ranks", world_size, 1)
+        check_choice("rank", rank, range(world_size))
+        self.rank, self.world_size = rank, world_size
+
+    def set_augmentation(self, augmentation):
+        """Has images in memory varied in this way in the passes to come; photographs keep train_transform."""
+
+    def subset(self, n_images):
+        """At most so many places of the set (n), drawn by the seed, in order; None: all."""
+        if n_images is None or n_images >= self.n_images:
+            return torch.arange(self.n_images, device=self.labels.device)
+        drawn = torch.randperm(self.n_images, generator=generator_of(self.seed, 3))[:n_images]
+        return drawn.sort().values.to(self.labels.device)
+
+    def epoch_batches(self):
+        """(epoch, batches) of the pass that begins; a batch holds the places (B,) in the set of the images to give."""
+        epoch = self.n_passes if self.epoch is None else self.epoch
+        self.n_passes += 1
+        first, self.first_batch = self.first_batch, 0
+        shuffled = torch.randperm(self.n_images, generator=generator_of(self.seed, epoch, 0))
+        order = shuffled if self.training else torch.arange(self.n_images)
+        batches = order.to(self.labels.device).split(self.batch_size)[first : len(self)]
+        return epoch, [batch[self.rank :: self.world_size] for batch in batches]
+
+    def __len__(self):
+        """Batches in a pass. A last training batch of one image is left out, unless all batches are of one."""
+        n_batches, rest = -(-self.n_images // self.batch_size), self.n_images % self.batch_size
+        return n_batches - 1 if self.training and rest == 1 and n_batches > 1 else n_batches
+
+
+class MemoryLoader(Loader):
+    """Batches of a set in memory: images, uint8 (N, 3, H, W), and labels, int64 (N,), resized to img_size. In training
+    they are shuffled and varied as `augmentation` says, but never mirrored for mnist: a mirrored digit is no digit."""
+
+    def __init__(self, images, labels, facts, batch_size, seed=0, training=False, files=None, skipped=None,
+                 augmentation=None):
+        super().__init__(labels, facts, batch_size, seed, training, files, skipped)
+        self.images = images
+        self.set_augmentation(augmentation or Augmentation())
+        self.normalisation = torch.tensor([self.mean, self.std]).view(2, 3, 1, 1) * 255
+
+    def set_augmentation(self, augmentation):
+        """Has the passes to come varied in this way."""
+        mirrors = self.dataset_name != "mnist"
+        self.augmentation = augmentation if mirrors else replace(augmentation, flip="none")
+
+    def to(self, device):
+        """Moves the set to the device, where the batches are then made. Returns the loader."""
+        self.images, self.labels = self.images.to(device), self.labels.to(device)
+        self.normalisation = self.normalisation.to(device)
+        return self
+
+    def without_augmentation(self, n_images=None):
+        """A new loader of the same images, or of so many drawn from them, each once, in the order of the set and not
+        augmented. It gives whole batches, whatever the share and the position of this one."""
+        places = self.subset(n_images)
+        files = self.files and [self.files[place] for place in places.tolist()]
+        images = self.images if len(places) == self.n_images else self.images[places]  # no copy of a whole set
+        return MemoryLoader(images, self.labels[places], self.facts, self.batch_size, self.seed, files=files,
+                            skipped=self.skipped).to(self.images.device)
+
+    def __iter__(self):
+        epoch, batches = self.epoch_batches()
+        N, _, H, W = self.images.shape
+        draws = EpochAugmentation(self.augmentation, N, H, W, self.seed, epoch, self.images.device) if self.training else None
+        for places in batches:
+            images = self.images[places]  # (B, 3, H, W)
+            if draws is None:
+                images = self.normalised(images)
+            else:
+                images = draws.hide(self.normalised(draws.move(images, places)), places)
+            yield images, self.labels[places]
+
+    def normalised(self, images):
+        """uint8 (B, 3, H, W) to float32 (B, 3, S, S)."""
+        images = images.float()
+        if images.shape[-1] != self.img_size:
+            images = F.interpolate(images, (self.img_size,) * 2, mode=self.interpolation, antialias=True)
+            if self.interpolation == "bicubic":
+                images.clamp_(0, 255)  # beside an edge it goes beyond what pixels can be
+        mean, std = self.normalisation
+        return images.sub_(mean).div_(std)  # (B, 3, S, S)
+
+
+class PhotoLoader(Loader):
+    """Batches of images read file by file: files, a list of paths, and labels, int64 (N,). The augmentation of a
+    photograph is a function of (seed, epoch, its place in the set), whatever the workers. With skip_corrupt files that
+    cannot be read are left out of their batch and told in skipped; n_images and the length still count them."""
+
+    def __init__(self, files, labels, facts, batch_size, seed=0, training=False, workers=0, skip_corrupt=False):
+        super().__init__(labels, facts, batch_size, seed, training, files)
+        self.workers, self.skip_corrupt = workers, skip_corrupt
+        self.keys, self.device = [], torch.device("cpu")  # keys: the batches of a pass, as lists of (epoch, place)
+        self.loader = DataLoader(
+            PhotoDataset(files, labels.tolist(), facts, seed, training), batch_sampler=self.keys, num_workers=workers,
+            persistent_workers=workers > 0, collate_fn=partial(collate_photos, img_size=self.img_size),
+            worker_init_fn=leave_signals_to_main, pin_memory=torch.cuda.is_available())
+
+    def to(self, device):
+        """Has batches moved to the device as they come. Returns the loader."""
+        self.device = torch.device(device)
+        return self
+
+    def without_augmentation(self, n_images=None):
+        """As MemoryLoader.plain; it reads the files anew."""
+        places = self.subset(n_images)
+        return PhotoLoader([self.files[place] for place in places.tolist()], self.labels[places], self.facts,
+                           self.batch_size, self.seed, workers=self.workers,
+                           skip_corrupt=self.skip_corrupt).to(self.device)
+
+    def __iter__(self):
+        epoch, batches = self.epoch_batches()
+        self.keys[:] = [[(epoch, index) for index in batch.tolist()] for batch in batches]
+        for images, labels, errors in self.loader:
+            if errors and not self.skip_corrupt:
+                raise errors[0].in_a_set()
+            self.skipped.update((error.path, error.reason) for error in errors)
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+
+class PhotoDataset(Dataset):
+    """Image files as (normalised image (3, S, S), label), by keys (epoch, place in the set). A file that cannot be read
+    gives its InputError as a value: raised in a worker process it would come out wrapped in a traceback."""
+
+    def __init__(self, files, labels, facts, seed, training):
+        self.files, self.labels, self.seed = files, labels, seed
+        make_transform = train_transform if training else eval_transform
+        self.transform = make_transform(facts.img_size, facts.mean, facts.std, facts.interpolation)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        try:
+            image = open_image(self.files[index])
+        except InputError as error:
+            return error
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
+            return self.transform(image), self.labels[index]
+
+
+def collate_photos(samples, img_size):
+    """Samples as (images (B, 3, S, S), labels (B,), the InputErrors among them, a list); B may be 0."""
+    errors = [sample for sample in samples if isinstance(sample, InputError)]
+    whole = [sample for sample in samples if not isinstance(sample, InputError)]
+    labels = torch.tensor([label for _, label in whole], dtype=torch.int64)  # (B,)
+    if not whole:
+        return torch.empty(0, 3, img_size, img_size), labels, errors
+    return torch.stack([image for image, _ in whole]), labels, errors  # (B, 3, S, S)
+
+
+def leave_signals_to_main(worker):
+    """For a worker process: after a Ctrl-C or a SIGTERM to all, the main process still needs it for its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux; elsewhere a SIGTERM ends it
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=end_for_main, daemon=True).start()
+
+
+def end_for_main():
+    """Ends this process when the main one says so; a SIGTERM from anywhere else is for the main one to answer."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent_process().pid:
+        pass
+    os._exit(0)
+
+
+def folder_loader(files, labels, facts, batch_size, seed, workers, skip_corrupt, training=False, augmentation=None):
+    """A MemoryLoader where the images are small and fit in memory, else a PhotoLoader."""
+    if facts.img_size <= SMALL_SIDE and len(files) * 3 * facts.img_size**2 <= MEMORY_LIMIT:
+        images, skipped = decode_images(files, facts.img_size, facts.interpolation, skip_corrupt)
+        kept = [i for i, file in enumerate(files) if file not in skipped]
+        return MemoryLoader(images, labels[kept], facts, batch_size, seed, training, [files[i] for i in kept], skipped,
+                            augmentation)
+    if workers is None:
+        workers = min(8, os.cpu_count() or 1) if len(files) >= 256 else 0
+    return PhotoLoader(files, labels, facts, batch_size, seed, training, workers, skip_corrupt)

@@ -1,0 +1,8 @@
+"""The models by name: from vit_bridge.models import ConvNet, HybridCNNViT, VisionTransformer, build_model."""
+
+from vit_bridge.models.convnet import ConvNet
+from vit_bridge.models.hybrid import HybridCNNViT
+from vit_bridge.models.registry import build_model
+from vit_model import VisionTransformer
+
+__all__ = ["ConvNet", "HybridCNNViT", "VisionTransformer", "build_model"]

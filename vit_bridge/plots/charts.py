@@ -1,0 +1,301 @@
+"""Charts: numbers in, a matplotlib Figure out.
+
+    plot_curves                   a quantity against another, with bands, several lines in a panel
+    plot_training_curves          one training; plot_histories   several beside each other
+    plot_bars, plot_matrices, plot_confusion
+
+Every function returns its Figure and writes a file only where save_path is given (.png, .pdf, .svg, ...). Pictures of
+images and of what a model sees in them are in visualizations.py.
+
+Shapes:  K classes, n points of a line.
+"""
+
+import math
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from vit_bridge.errors import InputError, first_line
+
+# Okabe and Ito 2008, "Color Universal Design": told apart with every common kind of colour vision.
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
+MARKERS = "osD^vP"
+
+
+# ---- Lines ------------------------------------------------------------------------------------------------
+
+
+def plot_curves(panels, xlabel, ylabel, save_path=None, title=None, log=(), percent=False, lines=()):
+    """One quantity against another, a panel for each heading; more than three stand in two rows.
+
+    panels    heading -> {name: points}; points are (x, y) or, with a band, (x, y, low, high). A name has the same
+              colour and marker in every panel
+    xlabel    of all panels; ylabel too; each with its unit
+    log       the axes that are logarithmic: "x", "y" or both
+    percent   y is a share from 0 to 1, and shown in per cent from 0 to 100
+    lines     (label, y): dotted lines across every panel, such as chance
+
+    Raises InputError where there is nothing to draw.
+    """
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    if not names:
+        raise InputError(f"panels {panels!r} hold no curves; expected heading -> {{name: [(x, y), ...]}}")
+    n_rows = 1 if len(panels) <= 3 else 2
+    n_columns = math.ceil(len(panels) / n_rows)
+    figure = new_figure(2.2 + 4.6 * n_columns, 4.4 * n_rows + (0.3 if title else 0))
+    grid = figure.subplots(n_rows, n_columns, squeeze=False, sharey=True)
+    for panel in grid.flat[len(panels):]:
+        panel.remove()
+    axes = grid.flat[:len(panels)]
+    scale = 100 if percent else 1
+    for panel, (heading, curves) in zip(axes, panels.items(), strict=True):
+        for name, points in curves.items():
+            place = names.index(name)
+            x, y, *band = np.array(sorted(points), dtype=float).T  # (n) each
+            style = dict(color=COLOURS[place % len(COLOURS)])
+            panel.plot(x, scale * y, marker=MARKERS[place % len(MARKERS)], markersize=5, linewidth=2, label=name,
+                       **style)
+            if band:
+                panel.fill_between(x, scale * band[0], scale * band[1], alpha=0.2, linewidth=0, **style)
+        for label, level in lines:
+            panel.axhline(scale * level, color="black", linestyle=":", linewidth=1.5, label=label)
+        panel.set(title=heading, xlabel=xlabel)
+        panel.grid(alpha=0.3)
+        for axis in log:
+            getattr(panel, f"set_{axis}scale")("log")
+        if "x" in log:
+            ticks = sorted({point[0] for points in curves.values() for point in points})
+            panel.set_xticks(ticks, [f"{tick:,.0f}" if tick == round(tick) else f"{tick:g}" for tick in ticks])
+            panel.minorticks_off()
+        elif all(point[0] == round(point[0]) for points in curves.values() for point in points):
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if percent:
+            panel.set_ylim(0, 104)
+    if not percent and "y" not in log:
+        grid[0, 0].set_ylim(bottom=0)  # of all panels, once all are drawn
+    for panel in grid[:, 0]:
+        panel.set_ylabel(ylabel)
+    shown = {line.get_label(): line for panel in reversed(axes) for line in panel.lines}
+    order = [*names, *(label for label, _ in lines)]
+    axes[-1].legend([shown[label] for label in order], order, fontsize=11)
+    if title:
+        set_heading(figure, title, fontsize=14)
+    return finish(figure, save_path)
+
+
+def plot_training_curves(history, save_path=None, baseline=None):
+    """Loss, accuracy and learning rate over the epochs.
+
+    history    dict of equally long lists, one entry an epoch: train_loss, val_loss, train_acc, val_acc (in
+               0..1), lr; others are ignored
+    baseline   (name, accuracy): drawn as a line across the accuracies, such as the linear classifier's
+    """
+    epochs = epochs_of(history)
+    marker = "o" if len(epochs) <= 40 else None
+    figure = new_figure(13, 4.2)
+    loss, accuracy, rate = figure.subplots(1, 3)
+    for part, label, colour, style in (("train", "training", BLUE, "-"), ("val", "validation", VERMILION, "--")):
+        line = dict(color=colour, linestyle=style, marker=marker, markersize=4, linewidth=2, label=label)
+        loss.plot(epochs, history[f"{part}_loss"], **line)
+        accuracy.plot(epochs, [100 * share for share in history[f"{part}_acc"]], **line)
+    if baseline is not None:
+        name, share = baseline
+        accuracy.axhline(100 * share, color="black", linestyle=":", linewidth=2, label=f"{name}: {share:.1%}")
+    rate.plot(epochs, history["lr"], color=GREEN, marker=marker, markersize=4, linewidth=2)
+    loss.set(title="Loss", ylabel="cross-entropy (nats)")
+    accuracy.set(title="Accuracy", ylabel="images right (%)")
+    rate.set(title="Learning rate", ylabel="learning rate")
+    for axes in (loss, accuracy):
+        show_legend(axes, fontsize=11)
+    label_epochs(figure.axes)
+    return finish(figure, save_path)
+
+
+def epochs_of(history):
+    """1, 2, ... for each entry of the history. Raises InputError unless its lists are equally long."""
+    names = ("train_loss", "val_loss", "train_acc", "val_acc", "lr")
+    lengths = {name: len(history.get(name, [])) for name in names}
+    if len(set(lengths.values())) > 1 or not lengths["lr"]:
+        raise InputError(f"the history has lists of lengths {lengths}; expected one entry an epoch in each, as "
+                         f"Trainer.train returns")
+    return range(1, lengths["lr"] + 1)
+
+
+def label_epochs(panels):
+    """Whole epochs along x, and y from zero."""
+    for axes in panels:
+        axes.set(xlabel="epoch", xlim=None if len(axes.lines[0].get_xdata()) > 1 else (0.5, 1.5))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+
+
+# ---- Bars and matrices ------------------------------------------------------------------------------------
+
+
+def plot_bars(panels, save_path=None, title=None):
+    """Horizontal bars, a panel for each quantity.
+
+    panels: title of the panel, with its unit -> {name: value, or (value, low, high) for a value with an
+    interval}. A name has the same colour in every panel. Raises InputError where there is nothing to draw.
+    """
+    names = list(dict.fromkeys(name for bars in panels.values() for name in bars))
+    if not names:
+        raise InputError(f"panels {panels!r} hold no bars; expected panel title -> {{name: value}}")
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = new_figure(1 + 4 * columns, rows * (0.7 + 0.5 * len(names)) + (0.5 if title else 0))
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel in axes[len(panels):]:
+        panel.set_axis_off()
+    for panel, (heading, bars) in zip(axes, panels.items(), strict=False):
+        draw_bars(panel, bars, [COLOURS[names.index(name) % len(COLOURS)] for name in bars])
+        panel.set_title(heading, fontsize=12)
+        panel.set_ylim(len(names) - 0.5, -0.5)
+    if title:
+        set_heading(figure, title, fontsize=14)
+    return finish(figure, save_path)
+
+
+def draw_bars(axes, bars, colours):
+    """One panel of plot_bars: the bars from the top down, each with its value, and its interval, beside it."""
+    triples = [value if isinstance(value, (tuple, list)) else (value, value, value) for value in bars.values()]
+    values, lows, highs = np.array(triples, dtype=float).reshape(-1, 3).T
+    places = range(len(bars))
+    axes.barh(places, values, color=colours, height=0.65)
+    for place, value, low, high in zip(places, values, lows, highs, strict=True):
+        text = short_number(value)
+        if low < high:
+            axes.errorbar(value, place, xerr=[[max(0, value - low)], [max(0, high - value)]], color="black", capsize=4)
+            text += f" ({short_number(low)} to {short_number(high)})"
+        axes.annotate(text, (max(value, high), place), xytext=(6, 0), textcoords="offset points", va="center",
+                      fontsize=11)
+    axes.set_yticks(places, list(bars), fontsize=11, parse_math=False)
+    axes.set_xticks([])
+    axes.set_xlim(0, (2.0 if (lows < highs).any() else 1.35) * max(highs.max(), values.max()) or 1)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def plot_matrices(matrices, titles, label, xlabel="", ylabel="", save_path=None, most=None, centred=False, title=None,
+                  columns=5):
+    """Matrices (rows, columns), not negative, as heat maps on one colour scale from 0, up to `columns` in a row.
+
+    label    what the colours mean, with its unit
+    most     the end of the scale; None: the largest value
+    centred  rows and columns are numbered from the middle
+
+    Raises InputError unless there is a title for each matrix.
+    """
+    if not len(matrices) or len(matrices) != len(titles):
+        raise InputError(f"{len(matrices)} matrices and {len(titles)} titles do not make a figure; expected at "
+                         f"least one matrix and a title for each")
+    most = max(float(matrix.max()) for matrix in matrices) if most is None else most
+    rows = math.ceil(len(matrices) / columns)
+    columns = math.ceil(len(matrices) / rows)
+    figure = new_figure(max(4.5, 3.4 * columns + 1), 3.5 * rows + 0.4 + (0.4 if title else 0))
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes in panels.flat[len(matrices):]:
+        axes.set_axis_off()
+    for axes, matrix, heading in zip(panels.flat, matrices, titles, strict=False):
+        height, width = matrix.shape
+        edges = (-width / 2, width / 2, height / 2, -height / 2) if centred else None  # numbers from the middle
+        mappable = axes.imshow(np.asarray(matrix), cmap="viridis", vmin=0, vmax=most, extent=edges)
+        axes.set_title(heading, fontsize=12)
+        axes.set_xlabel(xlabel, fontsize=11)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    for axes in panels[:, 0]:
+        axes.set_ylabel(ylabel, fontsize=11)
+    figure.colorbar(mappable, ax=panels, label=label)
+    if title:
+        set_heading(figure, title, fontsize=14)
+    return finish(figure, save_path)
+
+
+def plot_confusion(confusion, class_names, save_path=None, title=None):
+    """Which classes are taken for which: confusion (K, K), counts of images, rows true, columns predicted.
+
+    Each row is coloured by its shares. Up to 20 classes have their counts written in, up to 40 their names beside.
+    """
+    counts, K = np.asarray(confusion), len(class_names)
+    if counts.shape != (K, K):
+        raise InputError(f"counts of shape {counts.shape} do not fit {K} class names; expected ({K}, {K})")
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # (K, K)
+    side = min(4.5 + 0.45 * K, 13.5)
+    figure = new_figure(side + 1.5, side)
+    axes = figure.subplots()
+    mappable = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1)
+    hide_ticks(axes)
+    if K <= 40:
+        names = [name if len(name) <= 18 else f"{name[:17]}…" for name in class_names]
+        font = dict(fontsize=11 if K <= 20 else 9, parse_math=False)
+        axes.set_xticks(range(K), names, rotation=90, **font)
+        axes.set_yticks(range(K), names, **font)
+    for (row, column), count in np.ndenumerate(counts) if K <= 20 else ():
+        axes.text(column, row, count, ha="center", va="center", fontsize=11 if counts.max() < 1000 else 9,
+                  color="white" if shares[row, column] < 0.43 else "black")
+    axes.set(title=title or "Which classes are taken for which", xlabel="predicted class", ylabel="true class")
+    figure.colorbar(mappable, label="share of the true class")
+    return finish(figure, save_path)
+
+
+def short_number(value):
+    """Three significant digits, and thousands with commas: 0.123, 4.57, 81.2, 459,562."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
+
+
+# ---- Figures ----------------------------------------------------------------------------------------------
+
+
+def new_figure(width, height):
+    """An empty Figure of so many inches that arranges its panels itself and needs no display."""
+    figure = Figure(figsize=(width, height), layout="compressed")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    return figure
+
+
+def set_heading(figure, text, fontsize=14):
+    """The heading of a figure, in as many lines as its width asks for."""
+    n_letters = int(figure.get_figwidth() * 72 / (0.62 * fontsize))
+    figure.suptitle("\n".join(textwrap.fill(line, n_letters) for line in text.split("\n")), fontsize=fontsize)
+
+
+def finish(figure, save_path):
+    """Saves the figure where there is a save_path, and returns it. Nothing written in it is read as maths, as the names
+    of classes, models and files may hold a $; tick labels are left to those who set them."""
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts, *(legend.texts if legend else ())):
+            text.set_parse_math(False)
+    for part in (figure, *figure.subfigs):
+        for text in part.texts:
+            text.set_parse_math(False)
+    if save_path is not None:
+        save_figure(figure, save_path)
+    return figure
+
+
+def save_figure(figure, save_path):
+    """Writes the figure as .png, .pdf, .svg, ... Raises InputError where it cannot be written."""
+    if not Path(save_path).suffix:
+        raise InputError(f"cannot save the figure as {str(save_path)!r}, a name without an ending; choose one "
+                         f"that ends in .png, .pdf or .svg")
+    try:
+        figure.savefig(save_path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot save the figure as {str(save_path)!r} ({first_line(error)}); choose a folder "
+                         f"that exists and is writable, and a name that ends in .png") from error
+
+
+def show_legend(axes, **options):
+    """A legend of all lines, also of those whose names begin with _, which matplotlib leaves out by itself."""
+    axes.legend(axes.lines, [line.get_label() for line in axes.lines], **options)
+
+
+def hide_ticks(axes):
+    axes.set_xticks([])
+    axes.set_yticks([])

@@ -1,0 +1,150 @@
+"""The one way to run a model over images: device, precision, eval mode, and what to do when memory runs out."""
+
+import os
+from contextlib import contextmanager, nullcontext, redirect_stdout
+
+import torch
+import torch.distributed as dist
+
+from vit_bridge.errors import InputError, check_choice
+from vit_bridge.system import n_processes, process_number
+
+# ---- What the functions above lean on ---------------------------------------------------------------------
+
+
+def choose_device(device="auto"):
+    """"auto" (cuda where there is one, else mps, else cpu) or "cpu", "cuda", "cuda:1", "mps", as a torch.device.
+
+    Raises InputError for a name that torch does not know, and for a device that is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InputError(f"device {device!r} is unknown; choose auto, cpu, cuda, cuda:N or mps") from None
+    if chosen.type not in ("cpu", "cuda", "mps") or (chosen.type == "mps" and chosen.index):
+        raise InputError(f"device '{chosen}' is unknown; choose auto, cpu, cuda, cuda:N or mps")
+    n_gpus = torch.cuda.device_count()
+    if chosen.type == "cuda" and (chosen.index or 0) >= n_gpus:
+        raise InputError(f"device '{chosen}' is not there: torch sees {n_gpus} CUDA devices; choose auto or cpu")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device 'mps' is not there: torch sees no Apple GPU; choose auto or cpu")
+    return chosen
+
+
+def choose_precision(amp, device):
+    """The autocast type for a device, None for plain float32.
+
+    amp: "auto", "off", "bf16" or "fp16". "auto" is bf16 on CUDA where it has it, else fp16 there; bf16 on a CPU
+    that multiplies it in hardware (AMX, 2 to 3 times faster; AVX512-BF16, 1.4 to 2; without them far slower);
+    float32 elsewhere.
+    """
+    check_choice("amp", amp, ("auto", "off", "bf16", "fp16"))
+    if amp != "auto":
+        return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "cpu":
+        abilities = torch.cpu.get_capabilities()
+        return torch.bfloat16 if abilities.get("amx_bf16") or abilities.get("avx512_bf16") else None
+    return None
+
+
+def logits_of(output):
+    """What a model gave, as logits: transformers has them in an object."""
+    return getattr(output, "logits", output)
+
+
+@contextmanager
+def evaluating(model):
+    """Inside, the whole model is in eval mode; afterwards each of its modules is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def device_of(model):
+    """The device that the model's parameters are on."""
+    return next(model.parameters()).device
+
+
+def to_model(images, model):
+    """Images on the device and in the precision of the model's parameters."""
+    one = next(model.parameters())
+    return images.to(one.device, one.dtype) if one.is_floating_point() else images.to(one.device)
+
+
+def at_least_float32(values):
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+@torch.no_grad()
+def class_probabilities(model, images):
+    """Softmax of the logits, (B, K), in eval mode. images: normalised, (B, C, height, width)."""
+    with evaluating(model):
+        return logits_of(model(to_model(images, model))).float().softmax(dim=-1)  # (B, K)
+
+
+@torch.no_grad()
+def predictions(model, images, batch_size=128):
+    """The class that the model gives each image: int64 (N,), on the CPU."""
+    with evaluating(model):
+        answers = [model(part.to(device_of(model))).argmax(dim=1).cpu() for part in images.split(batch_size)]
+    return torch.cat(answers)  # (N)
+
+
+class OutOfMemory(InputError):
+    """Memory does not suffice; `accumulate` is a number of parts that may be enough."""
+
+    def __init__(self, text, accumulate):
+        super().__init__(text)
+        self.accumulate = accumulate
+
+
+@contextmanager
+def explain_out_of_memory(device, batch_size, accumulate=1, training=False):
+    """Inside, an error of memory becomes an OutOfMemory that names the batch and what to do; others stay."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        kinds, words = (torch.OutOfMemoryError, MemoryError), str(error).lower()
+        if not isinstance(error, kinds) and "out of memory" not in words and "allocate memory" not in words:
+            raise
+        parts = f" in {accumulate} parts" if accumulate > 1 else ""
+        advice = "a smaller batch size takes less"
+        if training:
+            advice = (f"--accumulate {2 * accumulate} (in Python accumulate={2 * accumulate}) takes the same steps in "
+                      f"smaller parts, and {advice}")
+        raise OutOfMemory(f"{device} has not memory enough for a batch of {batch_size} images{parts}; {advice}",
+                          2 * accumulate) from error
+
+
+@contextmanager
+def processes(device="auto"):
+    """Gives the device to compute on; of several processes each its own, and they are joined as long as this is
+    entered. Only the first one prints.
+
+    Raises InputError for a device that is not there, and where another process ended before its time.
+    """
+    device = choose_device(device)
+    if n_processes() == 1:
+        yield device
+        return
+    if device.type == "cuda":
+        device = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if process_number() else nullcontext():
+        try:
+            yield device
+        except RuntimeError as error:
+            if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+                raise
+            raise InputError(f"another process ended before its time ({str(error).splitlines()[0][:150]}); what ended "
+                             f"it stands beside this, and a training goes on with --resume and its folder") from None
+    dist.destroy_process_group()
