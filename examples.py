@@ -1,4 +1,4 @@
-"""Eleven short demos, from a photograph cut into patches to a trained model that is looked into.
+"""Eleven short demos, from a photograph cut into patches to a look inside a trained model.
 
     python examples.py                  all of them, in about a minute
     python examples.py --list           their names
@@ -6,7 +6,7 @@
     python examples.py quiz             guess first, then see it measured
     python examples.py exercise NAME    write it yourself: a file to fill in, then checked
 
-Each prints what to look at and the figure that it measured, and saves a picture in --output-dir.
+Each prints what to look at and the numbers that it measured, and saves a picture in --output-dir.
 
 Shapes:  B images, P patch side, N tokens, D width, H heads, K = D / H width of a head.
 """
@@ -14,11 +14,11 @@ Shapes:  B images, P patch side, N tokens, D width, H heads, K = D / H width of 
 import math
 import sys
 import time
+from importlib.resources import files
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib import cbook
 from torch import nn
 
 from train_vit import Trainer
@@ -37,8 +37,8 @@ from vit_bridge.lessons.exercises import EXERCISES, check_file, default_path, wr
 from vit_bridge.lessons.quiz import ask
 from vit_bridge.models.hybrid import HybridCNNViT
 from vit_bridge.plots.charts import plot_bars, plot_matrices, plot_training_curves, save_figure
-from vit_bridge.preprocessing import eval_transform
-from vit_bridge.weights.pretrained import create_pretrained
+from vit_bridge.preprocessing import Preprocessing, eval_transform
+from vit_bridge.weights.checkpoints import load
 from vit_model import (
     VARIANTS,
     MultiHeadAttention,
@@ -51,17 +51,17 @@ from vit_model import (
 
 
 def photograph():
-    """The portrait of Grace Hopper that comes with matplotlib, as a PIL image."""
-    return open_image(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+    """The portrait of the astronaut Eileen Collins among the sample photographs, as a PIL image."""
+    return open_image(files("vit_bridge.data") / "samples" / "astronaut.jpg")
 
 
 def photograph_tensor(img_size=224):
     """The same as a normalised batch, (1, 3, img_size, img_size)."""
-    return eval_transform(img_size, (0.5,) * 3, (0.5,) * 3)(photograph()).unsqueeze(0)
+    return eval_transform(Preprocessing(img_size, (0.5,) * 3, (0.5,) * 3))(photograph()).unsqueeze(0)
 
 
 def shape_images(n_images, start=50_000):
-    """Images of the built-in set that no training has seen, normalised: (B, 3, 32, 32), and what was drawn."""
+    """Images of the built-in set that no training has seen, normalised, (B, 3, 32, 32); and what make_shapes gave."""
     drawn = make_shapes(n_images, 32, start=start)
     return (drawn.images.float() / 255 - 0.5) / 0.25, drawn
 
@@ -76,8 +76,8 @@ def patches():
     cut = F.unfold(image, kernel_size=16, stride=16).transpose(1, 2)  # (1, 196, 768), the patches one by one
     by_hand = cut @ embed.proj.weight.flatten(1).T + embed.proj.bias  # (1, 196, 192)
     print(f"224 x 224 x 3 = {image.numel():,} numbers became {tokens.shape[1]} tokens of {tokens.shape[2]}.")
-    print(f"Cut, flattened and multiplied by a matrix instead: largest difference {largest(tokens - by_hand):.1e}.")
-    print("Look at: the order of the patches, row by row. The model is told nothing else of where they were.")
+    print(f"Cut, flattened and multiplied by a matrix instead: largest difference {_largest(tokens - by_hand):.1e}.")
+    print("Look at: the order of the patches, row by row. The model knows nothing else about where they were.")
     return visualize_patch_embedding(photograph(), 16)
 
 
@@ -87,15 +87,15 @@ def attention():
     q, k, v = layer.qkv(x).chunk(3, dim=-1)  # 3 x (1, 7, 8)
     weights = (q @ k.transpose(1, 2) / math.sqrt(8)).softmax(dim=-1)  # (1, 7, 7)
     by_hand = layer.proj(weights @ v)  # (1, 7, 8)
-    print(f"By hand against the module: largest difference {largest(by_hand - layer(x)):.1e}.")
-    print(f"Rows sum to one: within {largest(weights.sum(-1) - 1):.1e}.")
-    print("Look at: each row says how one token (a query) shares its attention out among all seven (the keys).")
+    print(f"By hand against the module: largest difference {_largest(by_hand - layer(x)):.1e}.")
+    print(f"Rows sum to one: within {_largest(weights.sum(-1) - 1):.1e}.")
+    print("Look at: each row is how one token (a query) distributes its attention over all seven (the keys).")
     return plot_matrices([weights[0].detach()], ["attention of 7 random tokens"], "share of attention",
                          xlabel="key", ylabel="query")
 
 
 def heads():
-    """Heads: the width is split, each part attends for itself, the results stand side by side again."""
+    """Heads: the width is split, each part attends by itself, and the results are concatenated."""
     x, layer = torch.randn(1, 7, 12), MultiHeadAttention(embed_dim=12, n_heads=3)
     q, k, v = layer.qkv(x).chunk(3, dim=-1)  # 3 x (1, 7, 12)
     maps, outputs = [], []
@@ -106,9 +106,9 @@ def heads():
         outputs.append(maps[-1] @ v[..., part])  # (1, 7, 4)
     by_hand = layer.proj(torch.cat(outputs, dim=-1))  # (1, 7, 12)
     one_head = MultiHeadAttention(embed_dim=12, n_heads=1)
-    print(f"By hand against the module: largest difference {largest(by_hand - layer(x)):.1e}.")
+    print(f"By hand against the module: largest difference {_largest(by_hand - layer(x)):.1e}.")
     print(f"Parameters with three heads and with one: {count_parameters(layer)} and {count_parameters(one_head)}.")
-    print("Look at: three different maps for the price of one.")
+    print("Look at: three different maps for the parameters of one.")
     return plot_matrices([m[0].detach() for m in maps], [f"head {h}" for h in range(3)], "share of attention",
                          xlabel="key", ylabel="query")
 
@@ -125,32 +125,33 @@ def positions():
         with torch.no_grad():
             before, after = model(images), model(shuffled)  # (256, 10)
         changes[position] = ((after - before).norm() / before.norm()).item()
-    trained = create_pretrained("vit_nano_shapes")
+    trained = load("vit_nano_shapes")
     with torch.no_grad():
         right, still_right = ((trained(batch).argmax(1) == drawn.labels).float().mean().item()
                               for batch in (images, shuffled))
     print("Change of the logits when the patches are shuffled, relative to their size, random weights:",
           ", ".join(f"{name} {change:.1e}" for name, change in changes.items()))
-    print(f"A trained ViT with positions names {right:.1%} of 256 shapes right, shuffled {still_right:.1%}.")
+    print(f"Accuracy of a trained ViT with positions on 256 shapes: {right:.1%}, shuffled {still_right:.1%}.")
     print("Look at: without positions a ViT sees a bag of patches; the shuffled picture is the same picture to it.")
-    print("How far the trained one falls says how much it used the places, and how much the patches alone tell.")
-    return plot_images([to_picture(images[0]), to_picture(shuffled[0])],
+    print("How far its accuracy falls says how much the trained one used the places of the patches.")
+    return plot_images([_to_picture(images[0]), _to_picture(shuffled[0])],
                        ["as drawn", f"shuffled: without positions\nthe logits move by {changes['none']:.0e}"],
-                       title=f"Trained: {right:.0%} and {still_right:.0%} right", columns=2)
+                       title=f"Accuracy of the trained ViT: {right:.0%} and {still_right:.0%}", columns=2)
 
 
 def cls_token():
     """The CLS token: the head reads it alone, so after the last block nothing else matters."""
     images, _ = shape_images(4)
-    model = create_pretrained("vit_nano_shapes")
+    model = load("vit_nano_shapes")
     tokens = model.forward_features(images).detach().requires_grad_()  # (4, 65, 96)
     model.forward_head(tokens).sum().backward()
     on_cls, on_patches = tokens.grad[:, 0], tokens.grad[:, 1:]  # (4, 96), (4, 64, 96)
     maps = attention_maps(model, images)  # (L, 4, H, 65, 65)
     to_itself = maps[:, :, :, 0, 0].mean(dim=(1, 2)).tolist()
-    print(f"Gradient of the logits after the last block: CLS {largest(on_cls):.3f}, patches {largest(on_patches):.1f}.")
+    print(f"Gradient of the logits after the last block: CLS {_largest(on_cls):.3f}, patches "
+          f"{_largest(on_patches):.1f}.")
     print("Attention of CLS to itself, block by block:", ", ".join(f"{share:.0%}" for share in to_itself))
-    print("Look at: CLS gathers from the patches in every block; what it has not gathered by the last is lost.")
+    print("Look at: CLS gathers from the patches in every block; what it has not gathered by the last block is lost.")
     return visualize_attention_grid(model, images)
 
 
@@ -195,17 +196,17 @@ def vit_by_hand(images, w, patch_size, depth, n_heads):
 
 @torch.no_grad()
 def whole_vit():
-    """A whole ViT, written out in tensor operations, gives the same answers as the model."""
+    """A whole ViT, written out in tensor operations, gives the same logits as the model."""
     images, drawn = shape_images(256)
-    model = create_pretrained("vit_nano_shapes")
+    model = load("vit_nano_shapes")
     theirs = vit_by_hand(images, model.state_dict(), patch_size=4, depth=4, n_heads=3)  # (256, 10)
     ours = model(images)  # (256, 10)
     correct = int((theirs.argmax(1) == drawn.labels).sum())
-    print(f"Largest difference of the logits, which reach {largest(ours):.1f}: {largest(theirs - ours):.1e}.")
-    print(f"By hand it names {percent(correct, 256)} of 256 unseen images right.")
+    print(f"Largest difference of the logits, which reach {_largest(ours):.1f}: {_largest(theirs - ours):.1e}.")
+    print(f"By hand, its accuracy on 256 unseen images is {percent(correct, 256)}.")
     print("Look at: vit_by_hand above this function. That is all there is to a ViT.")
-    answers = [model.class_names[i] for i in theirs.argmax(1)]
-    return plot_images([to_picture(image) for image in images[:8]], answers[:8])
+    classes = [model.preprocessing.class_names[i] for i in theirs.argmax(1)]
+    return plot_images([_to_picture(image) for image in images[:8]], classes[:8])
 
 
 def variants():
@@ -228,7 +229,7 @@ def variants():
 
 
 def first_training():
-    """A first training: a small ViT on the built-in shapes, some 20 seconds."""
+    """A first training: a small ViT on the built-in shapes, about 20 seconds."""
     torch.manual_seed(0)
     train_loader, val_loader = get_data_loaders(dataset="shapes", img_size=32, n_images=4_000)
     trainer = Trainer(create_vit_nano(n_classes=10), device="cpu")
@@ -243,23 +244,23 @@ def first_training():
 
 def transfer():
     """Transfer: a frozen backbone that learned ten shapes, a new head that learns round or straight from 100 images."""
-    facts = DatasetInfo("edges", ["round", "straight"], 32, (0.5,) * 3, (0.25,) * 3)
+    info = DatasetInfo("edges", Preprocessing(32, (0.5,) * 3, (0.25,) * 3, class_names=["round", "straight"]))
     straight = torch.tensor([name in ("triangle", "square", "star", "cross", "tee") for name in SHAPES]).long()
     train, test = make_shapes(100, 32, start=60_000), make_shapes(1_000, 32, start=70_000)
-    train_loader = MemoryLoader(train.images, straight[train.labels], facts, batch_size=20, training=True)
-    test_loader = MemoryLoader(test.images, straight[test.labels], facts, batch_size=200)
+    train_loader = MemoryLoader(train.images, straight[train.labels], info, batch_size=20, training=True)
+    test_loader = MemoryLoader(test.images, straight[test.labels], info, batch_size=200)
     results = {}
-    for name, model in (("trained on shapes", create_pretrained("vit_nano_shapes")),
+    for name, model in (("trained on shapes", load("vit_nano_shapes")),
                         ("random (control)", create_vit_nano(n_classes=10))):
         torch.manual_seed(0)
-        model.head = nn.Linear(model.head.in_features, len(facts.class_names))
+        model.head = nn.Linear(model.head.in_features, len(info.class_names))
         trainer = Trainer(freeze_backbone(model), device="cpu")
         trainer.train(train_loader, n_epochs=20, learning_rate=1e-2, progress=sys.stderr.isatty())
         score = trainer.evaluate(test_loader)
         results[name] = (score["acc"], *wilson_interval(score["correct"], score["n"]))
         print(f"  backbone {name}: {percent(score['correct'], score['n'])} of 1,000 test images; "
               f"{count_parameters(model, trainable_only=True):,} of {count_parameters(model):,} parameters trained")
-    print("Look at: do features learned for one question serve another? Guessing gives 50%.")
+    print("Look at: do features learned for one task help with another? Guessing gives 50%.")
     return plot_bars({"test accuracy, 95% interval": results})
 
 
@@ -269,7 +270,7 @@ def transfer():
 def attention_map():
     """Attention maps: where the CLS token of a trained ViT looks, block by block."""
     images, _ = shape_images(5)
-    model = create_pretrained("vit_nano_shapes")
+    model = load("vit_nano_shapes")
     trained = attention_maps(model, images)  # (L, 5, H, 65, 65)
     fresh = attention_maps(create_vit_nano(n_classes=10).eval(), images)
     for name, maps in (("trained", trained), ("random weights (control)", fresh)):
@@ -283,7 +284,7 @@ def attention_map():
 def hybrid():
     """The hybrid: the same Transformer, but its tokens come from convolutions and overlap."""
     images, _ = shape_images(32)
-    models = {"ViT": create_pretrained("vit_nano_shapes"), "Hybrid": create_pretrained("hybrid_shapes")}
+    models = {"ViT": load("vit_nano_shapes"), "Hybrid": load("hybrid_shapes")}
     fields = {}
     for name, model in models.items():
         fields[name] = receptive_field(model, images, depth=0)  # (32, 32)
@@ -291,17 +292,17 @@ def hybrid():
               f"{count_parameters(model):,} parameters, {count_flops(model) / 1e6:.0f} MFLOPs")
     large = HybridCNNViT(n_classes=10, embed_dim=384, depth=6)
     print(f"HybridCNNViT(n_classes=10, embed_dim=384, depth=6): {count_parameters(large):,} parameters at 224 pixels.")
-    print("Look at: patches stand apart like tiles; the hybrid's tokens overlap, as a CNN's features do.")
+    print("Look at: patches lie side by side like tiles; the hybrid's tokens overlap, as a CNN's features do.")
     return plot_matrices(list(fields.values()), [f"{name}, one token" for name in fields],
                          "share of the mean absolute gradient", xlabel="pixel", ylabel="pixel")
 
 
-def largest(x):
+def _largest(x):
     """The largest absolute value."""
     return x.abs().max().item()
 
 
-def to_picture(image):
+def _to_picture(image):
     """(3, S, S) normalised with 0.5 and 0.25 -> (S, S, 3) from 0 to 1."""
     return (image * 0.25 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
 
@@ -314,16 +315,16 @@ TRAINS = ("first_training", "transfer")  # what a dry run leaves out
 # ---- The commands -----------------------------------------------------------------------------------------
 
 
-def run_quiz(argv):
-    OneLineParser(prog="examples.py quiz", description="questions: guess, then see it measured").parse_args(argv)
+def _run_quiz(argv):
+    OneLineParser(prog="examples.py quiz", description="guess first, then see the answer measured").parse_args(argv)
     torch.manual_seed(0)
     ask()
 
 
-def run_exercise(argv):
-    parser = OneLineParser(prog="examples.py exercise", description="a part of a ViT to write, checked against ours")
+def _run_exercise(argv):
+    parser = OneLineParser(prog="examples.py exercise", description="write a part of a ViT, then have it checked")
     parser.add_argument("name", choices=list(EXERCISES))
-    parser.add_argument("--file", help="where it is written, a name in .py (default: <name>_exercise.py)")
+    parser.add_argument("--file", help="the file to fill in, a name that ends in .py (default: <name>_exercise.py)")
     options = parser.parse_args(argv)
     path = Path(options.file) if options.file else default_path(options.name)
     if not path.exists():
@@ -336,7 +337,7 @@ def run_exercise(argv):
         raise SystemExit(1)
 
 
-COMMANDS = dict(quiz=run_quiz, exercise=run_exercise)
+COMMANDS = dict(quiz=_run_quiz, exercise=_run_exercise)
 
 
 def main(argv=None):
@@ -346,7 +347,7 @@ def main(argv=None):
         return
     parser = OneLineParser(description=__doc__.split("\n\n")[0], epilog="also: examples.py quiz, and examples.py "
                                                                         f"exercise NAME, of {', '.join(EXERCISES)}")
-    parser.add_argument("--list", action="store_true", help="say what there is")
+    parser.add_argument("--list", action="store_true", help="list the demos")
     parser.add_argument("--only", metavar="NAME", help="run one demo")
     parser.add_argument("--output-dir", default="figures", help="where the pictures go (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="the demos without the two that train")

@@ -5,8 +5,7 @@
     visualize_attention_grid    several images, a row each, layer by layer
 
 A Figure names the class that is predicted, where the classes have names, and its probability. Maps that are compared
-share one colour scale. What an image may be stands in pictures.py; the numbers come from recording.py and
-explanations.py.
+share one colour scale. What an image may be stands in data/images.py; the numbers come from analysis/.
 
 Shapes:  B images, L blocks, H heads, N tokens (prefix tokens, then patches), K classes.
 """
@@ -45,26 +44,33 @@ from vit_bridge.cli import OneLineParser, int_at_least, script
 from vit_bridge.data.images import (
     as_batch,
     as_picture,
-    extent_of,
     fit_picture,
     is_input,
-    normalise,
     open_picture,
     prepare_image,
     prepare_images,
-    proportion,
-    spread,
-    undo_normalisation,
+    to_array,
 )
 from vit_bridge.data.shapes import TEST_START, make_shapes
-from vit_bridge.errors import InputError, check_index, check_int
-from vit_bridge.models.adapters import adapt, check_pool, input_of, layers_of, statistics_of
-from vit_bridge.models.convnet import ConvNet
-from vit_bridge.plots.charts import COLOURS, ORANGE, VERMILION, finish, hide_ticks, new_figure, set_heading, show_legend
+from vit_bridge.errors import InputError, check_index, check_int, pair
+from vit_bridge.models.adapters import adapt, adapt_vit, check_pool
+from vit_bridge.models.protocol import class_name
+from vit_bridge.plots.charts import (
+    COLOURS,
+    ORANGE,
+    VERMILION,
+    extent_of,
+    finish,
+    hide_ticks,
+    new_figure,
+    proportion,
+    set_heading,
+    show_legend,
+    spread,
+)
 from vit_bridge.plots.explorer import explore
 from vit_bridge.runtime import choose_device, class_probabilities
-from vit_bridge.weights.pretrained import create_pretrained
-from vit_model import PatchEmbedding, VisionTransformer, pair
+from vit_bridge.weights.checkpoints import load
 
 TITLES = {"attention": "attention of the last block", "rollout": "attention rollout", "relevance": "relevance",
           "grad_cam": "Grad-CAM"}
@@ -82,13 +88,13 @@ class AttentionVisualizer:
     """
 
     def __init__(self, model, device="auto"):
-        adapt(model)
+        adapt_vit(model)
         self.model = model.to(choose_device(device))
 
     @property
     def adapter(self):
         """recording.anatomy_of the model as it is now; its head and its class names may have been changed."""
-        return adapt(self.model)
+        return adapt_vit(self.model)
 
     # ---- Numbers
 
@@ -411,7 +417,7 @@ def visualize_attention_grid(model, images, save_path=None):
     maps = attention_maps(model, images).cpu().mean(dim=2)  # (L, B, N, N)
     grids = views.looks_at(maps, images, None).transpose(0, 1)  # (B, L, rows, columns)
     chosen = spread(grids.shape[1], 6)
-    pictures = [as_picture(image, *statistics_of(model)) for image in images]
+    pictures = [as_picture(image, adapt(model).preprocessing) for image in images]
     labels = [f"layer {layer}" for layer in chosen]
     predicted = [textwrap.fill(words.strip(), 14) for words in views.describe_predictions(images)]
     figure = draw_map_grid(pictures, grids[:, chosen], predicted, labels,
@@ -500,7 +506,7 @@ def visualize_patch_filters(model, n_filters=28, save_path=None):
     """
     filters, shares = patch_filters(model, n_filters)  # (n, C, P, P), (n)
     if filters.shape[1] not in (1, 3):
-        raise InputError(f"the filters of this {type(model).__name__} have {filters.shape[1]} channels; expected 1 or "
+        raise InputError(f"the filters of this {class_name(model)} have {filters.shape[1]} channels; expected 1 or "
                          f"3, which can be drawn; explanations.patch_filters gives the numbers of all")
     columns = min(7, len(filters))
     n_rows = math.ceil(len(filters) / columns)
@@ -527,7 +533,7 @@ def visualize_features(model, images, save_path=None):
     first = seen.adapter.n_prefix
     depths = spread(len(seen.tokens), 4)[1:]
     colours = [feature_colours(seen.tokens[depth][:, first:].unflatten(1, seen.grid)) for depth in depths]
-    pictures = [as_picture(image, *statistics_of(model)) for image in images]
+    pictures = [as_picture(image, adapt(model).preprocessing) for image in images]
     figure = new_figure(1.0 + 1.6 * len(pictures), 1.0 + 1.6 * proportion(pictures[0]) * (1 + len(depths)))
     panels = figure.subplots(1 + len(depths), len(pictures), squeeze=False)
     for axes, picture in zip(panels[0], pictures, strict=True):
@@ -571,16 +577,16 @@ def visualize_positions(model, save_path=None):
 # ---- Patches ----------------------------------------------------------------------------------------------
 
 
-def visualize_patch_embedding(image, patch_size=16, save_path=None, img_size=None, mean=None, std=None):
+def visualize_patch_embedding(image, patch_size=16, save_path=None, img_size=None, preprocessing=None):
     """An image with the grid of its patches, and the patches as the sequence that a ViT reads.
 
-    image      of any kind; a float tensor is shown with the normalisation mean, std undone
+    image      of any kind; a float tensor is shown with this preprocessing's normalisation undone (None: ImageNet's)
     img_size   a picture is resized and its centre cut to this side or (height, width); None: a picture with a
                shorter side above 224 to 224 x 224, a smaller one keeps its size. Tensors keep theirs
     Sides that are no whole number of patches lose the rest, half of it at each edge. Raises InputError for an
     image smaller than a patch, or of more than 4096 patches.
     """
-    picture = picture_to_cut(image, img_size, mean, std)
+    picture = picture_to_cut(image, img_size, preprocessing)
     patch = pair(patch_size, "patch_size")
     picture, (rows, columns) = cut_to_patches(picture, patch)
     n = rows * columns
@@ -612,10 +618,10 @@ def visualize_patch_embedding(image, patch_size=16, save_path=None, img_size=Non
     return finish(figure, save_path)
 
 
-def picture_to_cut(image, img_size, mean, std):
+def picture_to_cut(image, img_size, preprocessing):
     """The picture (H, W, 3) in 0..1 of visualize_patch_embedding, before the cut to whole patches."""
     if is_input(image):
-        return undo_normalisation(as_batch(image), mean, std)
+        return to_array(as_batch(image), preprocessing)
     image = open_picture(image)
     if img_size is None and min(image.size) > 224:
         img_size = 224
@@ -641,7 +647,7 @@ def cut_to_patches(picture, patch):
 def compare_receptive_fields(save_path="receptive_fields.png", models=None, images=None):
     """Measured receptive fields of CNN and ViT beside each other, each before and after training.
 
-    models     name -> trained model, a ConvNet or a ViT; None: the ConvNet and the ViT that create_pretrained has. The
+    models     name -> trained model, a ConvNet or a ViT; None: the ConvNet and the ViT that load has. The
                untrained ones are made anew from their configurations, from seed 0; a ViT of another library, whose
                beginning is not known here, is shown trained alone
     images     over which the gradients are averaged, (B, 3, H, W), normalised for all the models; None: 32 drawn
@@ -649,17 +655,17 @@ def compare_receptive_fields(save_path="receptive_fields.png", models=None, imag
 
     A row for each model, a column for each of four depths. One colour scale throughout, and it is logarithmic;
     white pixels have exactly no influence. The radii, of the circles too, hold 50% and 90% of the mass as it
-    is. Raises InputError as create_pretrained and measurements.receptive_field do, and for models without names.
+    is. Raises InputError as load and measurements.receptive_field do, and for models without names.
     """
     if models is None:
-        models = {"ConvNet": create_pretrained("convnet_shapes"), "ViT": create_pretrained("vit_nano_shapes")}
+        models = {"ConvNet": load("convnet_shapes"), "ViT": load("vit_nano_shapes")}
     if not isinstance(models, dict) or not models:
         raise InputError(f"models is {'empty' if isinstance(models, dict) else f'a {type(models).__name__}'}; expected "
                          f"name -> trained model, such as {{'ViT': model}}")
     rows = []
     for name, model in models.items():
         own_images = shapes_for(model, 32) if images is None else images
-        if isinstance(model, (VisionTransformer, ConvNet)):
+        if adapt(model).library == "ours":
             rows.append((f"{name}, untrained", untrained_copy(model), own_images))
         rows.append((f"{name}, trained", model, own_images))
     figure = new_figure(11, 2.7 * len(rows) + 0.7)
@@ -688,10 +694,9 @@ def draw_field(axes, model, images, depth, scale):
     mappable = axes.imshow(np.ma.masked_equal(field.numpy(), 0), cmap="viridis", norm=scale)
     for radius, style in ((half, "-"), (most, "--")):
         axes.add_patch(Circle(centre[::-1], radius, fill=False, color=VERMILION, linewidth=1.8, linestyle=style))
-    layers = layers_of(model)
-    unit = "stage" if isinstance(model, ConvNet) else "block"
-    start = "patch embedding" if isinstance(layers[0], (PatchEmbedding, torch.nn.Conv2d)) else "stem"
-    place = f"after {unit} {depth} of {len(layers) - 1}" if depth else f"after the {start}"
+    adapter = adapt(model)
+    start = "patch embedding" if adapter.attends and adapter.projects_patches else "stem"
+    place = f"after {adapter.unit} {depth} of {len(adapter.layers) - 1}" if depth else f"after the {start}"
     axes.set_title(f"{place}\n50%: {half:.1f}   90%: {most:.1f} px", fontsize=11)
     axes.set(xlim=(-0.5, field.shape[1] - 0.5), ylim=(field.shape[0] - 0.5, -0.5))
     axes.set_xticks([0, field.shape[1] - 1])
@@ -702,23 +707,23 @@ def draw_field(axes, model, images, depth, scale):
 
 def four_depths(model):
     """0, 1, one halfway and the last, as far as the model has them; None for each that it lacks."""
-    last = len(layers_of(model)) - 1
+    last = len(adapt(model).layers) - 1
     depths = sorted({0, 1, (1 + last) // 2, last})
     return depths + [None] * (4 - len(depths))
 
 
 def shapes_for(model, n_images):
     """Drawn shapes at the size and in the normalisation of the model, (n_images, 3, H, W)."""
-    height, width = input_of(model)[1]
+    height, width = adapt(model).img_size
     images = make_shapes(n_images, max(height, width, 8)).images  # (n_images, 3, S, S)
     images = image_functional.center_crop(images, [height, width])  # (n_images, 3, H, W)
-    return normalise(images, *statistics_of(model))
+    return adapt(model).preprocessing.normalise(images)
 
 
 # ---- A contact sheet --------------------------------------------------------------------------------------
 
 
-def plot_images(images, titles=None, columns=8, save_path=None, title=None, mean=None, std=None):
+def plot_images(images, titles=None, columns=8, save_path=None, title=None, preprocessing=None):
     """A contact sheet: a list of images of any kind, or a batch (N, 3, H, W), with a title above each.
 
     Raises InputError where there are no images, for one that is in no list, and for another number of titles.
@@ -726,7 +731,7 @@ def plot_images(images, titles=None, columns=8, save_path=None, title=None, mean
     if isinstance(images, (str, Path)) or (isinstance(images, np.ndarray) and images.shape[2:] in ((), (3,), (4,))):
         what = f"an array of shape {images.shape}" if isinstance(images, np.ndarray) else repr(str(images))
         raise InputError(f"got {what}, one image; expected several, give a list, such as [image]")
-    pictures = [as_picture(image, mean, std) for image in images]
+    pictures = [as_picture(image, preprocessing) for image in images]
     titles = [""] * len(pictures) if titles is None else [str(text) for text in titles]
     if not pictures or len(titles) != len(pictures):
         raise InputError(f"{len(pictures)} images and {len(titles)} titles do not make a sheet; expected at least "
@@ -752,8 +757,8 @@ def plot_images(images, titles=None, columns=8, save_path=None, title=None, mean
 
 def run_selfcheck(options):
     """Prints what holds of a model; ends with 1 where something does not."""
-    model = create_pretrained(options.pretrained)
-    adapt(model)
+    model = load(options.pretrained)
+    adapt_vit(model)
     checks = selfcheck(model, prepare_images(images_for(model, options.photos, 4), model))
     words = {True: "holds", False: "DOES NOT HOLD", None: "does not apply"}
     for check in checks:
@@ -763,11 +768,11 @@ def run_selfcheck(options):
 
 
 def run_explore(options):
-    model = create_pretrained(options.pretrained)
-    other = create_pretrained(options.compare_with) if options.compare_with else None
+    model = load(options.pretrained)
+    other = load(options.compare_with) if options.compare_with else None
     names = [options.pretrained, *[options.compare_with] * bool(options.compare_with)]
     page = explore(model, images_for(model, options.photos, options.n_images), options.output, other, names)
-    sizes = dict.fromkeys(input_of(one)[1] for one in (model, other) if one is not None)
+    sizes = dict.fromkeys(adapt(one).img_size for one in (model, other) if one is not None)
     shape = "square" if all(height == width for height, width in sizes) else "to that shape"
     print(f"{page.path}: {len(page.html) / 2**20:.1f} MiB, to be opened in any browser. Images are shown as "
           f"{'each' if other else 'the'} model sees them, {' and '.join('{} x {}'.format(*size) for size in sizes)} "
@@ -776,7 +781,7 @@ def run_explore(options):
 
 def images_for(model, photos, n_images):
     """The photographs given, or drawn shapes, as pictures: each model normalises them for itself."""
-    return photos or list(make_shapes(n_images, max(*input_of(model)[1], 8), start=TEST_START).images)
+    return photos or list(make_shapes(n_images, max(*adapt(model).img_size, 8), start=TEST_START).images)
 
 
 def main(argv=None):
@@ -787,8 +792,8 @@ def main(argv=None):
         command = commands.add_parser(name, help=words)
         command.add_argument("photos", nargs="*", help="image files (default: drawn shapes)")
         command.add_argument("--pretrained", "--checkpoint", default="vit_nano_shapes", metavar="NAME",
-                             help="the model: a name that train_vit.py inspect lists, or a checkpoint (default: %(default)s, which "
-                                  "knows ten drawn shapes and nothing else)")
+                             help="the model: a name that train_vit.py inspect lists, or a checkpoint (default: "
+                                  "%(default)s, which knows ten drawn shapes and nothing else)")
         command.set_defaults(run=run)
     command.add_argument("--compare-with", metavar="NAME", help="a second model beside it, a ViT or a ConvNet")
     command.add_argument("--output", default="attention.html", help="where the page is written (default: %(default)s)")

@@ -12,7 +12,7 @@ Read the first 150 lines beside the paper:
     Table 1   the variants                            VARIANTS, below
 
 Shapes:  B images, C channels, P patch side, N tokens, D width (embed_dim), H heads,
-          K = D / H width of a head, L blocks (depth), n those of the N tokens that are answered for.
+          K = D / H width of a head, L blocks (depth), n the first of the N tokens, where only they are computed.
 
 Parameters carry timm's names (blocks.0.attn.qkv.weight, ...), so state dicts pass both ways.
 Dropout follows App. B.1 of the paper: after every dense layer but q, k, v, and after the positions are
@@ -28,7 +28,7 @@ from torch import nn
 
 
 class InputError(ValueError):
-    """What a person gave cannot work. The message is one line: the value, what was expected, what to do."""
+    """The input cannot work. The message is one line: the value, what was expected, what to do."""
 
 
 class PatchEmbedding(nn.Module):
@@ -61,8 +61,8 @@ class MultiHeadAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, return_attention=False, n_query_tokens=None):
-        """With return_attention=True also the maps A, (B, H, N, N): rows are queries and sum to one. With n_queries
-        all tokens are read, but only the first n answered for: (B, n, D), (B, H, n, N)."""
+        """With return_attention=True also the maps A, (B, H, N, N): rows are queries and sum to one. With
+        n_query_tokens=n only the first n tokens are queries: (B, n, D), (B, H, n, N)."""
         if n_query_tokens and not return_attention and type(self.qkv) is nn.Linear and type(self.k_norm) is nn.Identity:
             return self.dropout(self.proj(attend_from(x, n_query_tokens, self.qkv, self.n_heads)))  # (B, n, D)
         qkv = self.qkv(x).unflatten(2, (3, self.n_heads, -1))  # (B, N, 3, H, K)
@@ -111,35 +111,35 @@ class TransformerBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """(B, C, height, width) -> (B, n_classes) logits; the options are explained at ViTConfig."""
+    """(B, C, height, width) -> (B, n_classes) logits. The arguments are the fields of ViTConfig, in its order."""
 
-    def __init__(self, img_size=224, patch_size=16, in_channels=3, n_classes=1000, embed_dim=768, depth=12,
-                 n_heads=12, mlp_ratio=4.0, dropout=0.0, pool="cls", drop_path=0.0, position="learned",
-                 n_registers=0, layer_scale=None, qk_norm=False, norm_eps=1e-6, init="xavier"):
+    preprocessing = None  # what its images must be, once it is trained: vit_bridge.preprocessing.Preprocessing
+
+    def __init__(self, *args, **options):
         super().__init__()
-        self.config = ViTConfig(img_size, patch_size, in_channels, n_classes, embed_dim, depth, n_heads, mlp_ratio,
-                                dropout, pool, drop_path, position, n_registers, layer_scale, qk_norm, norm_eps, init)
-        self.n_prefix_tokens = 1 + n_registers
-        self.patch_embed = PatchEmbedding(img_size, patch_size, in_channels, embed_dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.reg_token = nn.Parameter(torch.zeros(1, n_registers, embed_dim)) if n_registers else None
-        self.add_positions(position)
-        self.dropout = nn.Dropout(dropout)
+        self.config = c = ViTConfig(*args, **options)
+        self.n_prefix_tokens = 1 + c.n_registers
+        self.patch_embed = PatchEmbedding(c.img_size, c.patch_size, c.in_channels, c.embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
+        self.reg_token = nn.Parameter(torch.zeros(1, c.n_registers, c.embed_dim)) if c.n_registers else None
+        self.add_positions(c.position)
+        self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(
-            TransformerBlock(embed_dim, n_heads, mlp_ratio, dropout, rate, layer_scale, qk_norm, norm_eps)
-            for rate in drop_path_rates(drop_path, depth))
-        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
-        self.head = nn.Linear(embed_dim, n_classes) if n_classes else nn.Identity()
+            TransformerBlock(c.embed_dim, c.n_heads, c.mlp_ratio, c.dropout, rate, c.layer_scale, c.qk_norm, c.norm_eps)
+            for rate in drop_path_rates(c.drop_path, c.depth))
+        self.norm = nn.LayerNorm(c.embed_dim, eps=c.norm_eps)
+        self.head = nn.Linear(c.embed_dim, c.n_classes) if c.n_classes else nn.Identity()
         initialise(self)
 
     def forward(self, images):
-        reads_cls_alone = self.config.pool == "cls" and not is_hooked(self.blocks[-1])
-        n_query_tokens = 1 if reads_cls_alone else None  # the last block then answers for no other token
-        return self.forward_head(self.forward_features(images, n_query_tokens=n_query_tokens))  # (B, n_classes)
+        # If the head reads only CLS, the last block only has to compute CLS.
+        only_cls = self.config.pool == "cls" and not is_hooked(self.blocks[-1])
+        tokens = self.forward_features(images, n_query_tokens=1 if only_cls else None)
+        return self.forward_head(tokens)  # (B, n_classes)
 
     def forward_features(self, images, return_attention=False, n_query_tokens=None):
         """Tokens after the last norm, (B, N, D): CLS, registers, patches; on request also L maps (B, H, N, N).
-        With n_queries the first n alone, (B, n, D): the last block is worked out for no others."""
+        With n_query_tokens=n the last block computes only the first n tokens: (B, n, D)."""
         x = self.dropout(self.add_prefix(self.patch_embed(images), images.shape[2:]))  # (B, N, D)  Eq. 1
         maps = []
         for i, block in enumerate(self.blocks, start=1):
@@ -168,7 +168,7 @@ class VisionTransformer(nn.Module):
         return torch.cat([cls, registers, patches], dim=1)  # (B, N, D)
 
     def positions_at(self, size):
-        """The positions for images of this size: the model's own, or where allow_any_size let others in, resampled."""
+        """The positions for images of this size: the model's own, or where any_size lets others in, resampled."""
         embed = self.patch_embed
         if self.pos_embed is None or tuple(size) == embed.img_size:
             return self.pos_embed
@@ -188,8 +188,35 @@ class VisionTransformer(nn.Module):
         else:
             self.pos_embed = None
 
+    # ---- What training and pictures ask of any model (vit_bridge/models/adapters.py has the defaults) ----
 
-# ---- What the equations above lean on ---------------------------------------------------------------------
+    attends = True  # its layers are attention blocks
+
+    @property
+    def n_features(self):
+        """D, what the head reads."""
+        return self.config.embed_dim
+
+    def layers(self):
+        """What makes the tokens, then the blocks."""
+        return [self.patch_embed, *self.blocks]
+
+    def whitening_layer(self):
+        """(the layer that meets the pixels, whether it holds each whitening filter and its negative)."""
+        return self.patch_embed.proj, False
+
+    @property
+    def any_size(self):
+        """Whether it takes images of every size that its patch divides; positions are resampled as they come (where
+        resize_positions moves the model itself). False at first."""
+        return self.patch_embed.any_size
+
+    @any_size.setter
+    def any_size(self, value):
+        self.patch_embed.any_size = value
+
+
+# ---- What the equations above use -------------------------------------------------------------------------
 
 
 def head_width(embed_dim, n_heads):
@@ -237,7 +264,7 @@ def attend_from(x, n, qkv, n_heads):
 
 
 def is_hooked(module):
-    """Whether a hook waits somewhere in a module, for tokens that a shortcut would leave out."""
+    """Whether a module, or one inside it, has a hook, which should see every token."""
     return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
                for m in module.modules())
 
@@ -453,6 +480,8 @@ def check_choice(name, value, choices):
         raise InputError(f"{name} {value!r} is unknown; choose one of: {', '.join(map(str, choices))}")
 
 
+VisionTransformer.config_class = ViTConfig
+
 # Tiny is DeiT's (Touvron et al. 2021, Table 1), Small too; Base and Large are Table 1 of the paper; nano is
 # ours, for images of 32 pixels on a laptop.
 VARIANTS = {
@@ -540,21 +569,13 @@ def resize_positions(model, img_size):
         model.pos_embed = fitted_positions(model, new)
     embed.img_size, embed.grid_size, embed.n_patches = img_size, new, new[0] * new[1]
     model.config = replace(model.config, img_size=img_size)
-    if hasattr(model, "img_size"):  # as load_model sets it
-        model.img_size = img_size
-    return model
-
-
-def allow_any_size(model):
-    """Lets a model take images of every size that its patch divides, from now on; positions are resampled as they come
-    (where resize_positions moves the model itself). A ConvNet does anyway. Returns the model."""
-    if hasattr(model, "patch_embed"):
-        model.patch_embed.any_size = True
+    if model.preprocessing is not None:
+        model.preprocessing = replace(model.preprocessing, img_size=img_size)
     return model
 
 
 def freeze_backbone(model):
-    """Leaves exactly the head trainable, of any model here, and returns the model.
+    """Leaves exactly the head trainable and returns the model.
 
     Freezing `patch_embed` and `blocks` alone, as is often shown, leaves the CLS token, the positions and the
     last norm training.

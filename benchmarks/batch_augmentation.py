@@ -17,6 +17,8 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import to_pil_image
 
+from vit_bridge.preprocessing import Preprocessing
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from results import write_cell
 
@@ -52,7 +54,7 @@ def main():
     torch.manual_seed(0)
     images = torch.randint(0, 256, (N_IMAGES, 3, 32, 32), dtype=torch.uint8)
     pictures = [to_pil_image(image) for image in images]
-    facts, rows = DatasetInfo("cifar10", ["any"], 32, MEAN, STD), []
+    facts, rows = DatasetInfo("cifar10", Preprocessing(32, MEAN, STD, class_names=["any"])), []
     for cutout in (False, True):
         augmentation = Augmentation(cutout=0.25 * cutout)
         loader = MemoryLoader(images, torch.zeros(N_IMAGES, dtype=torch.int64), facts, BATCH, 0, True,

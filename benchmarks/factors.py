@@ -26,23 +26,25 @@ from pathlib import Path
 
 import torch
 
+from vit_bridge.models.initialisation import whiten_first_layer
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from results import HERE, write_cell
 
 from train_vit import WHITENED_BY, Trainer, first_images
+from vit_bridge.data.augmentation import Mixing
 from vit_bridge.data.loaders import get_data_loaders
 from vit_bridge.inference import Mirrored
-from vit_bridge.models.registry import build_model, whiten_first_layer
+from vit_bridge.models.registry import build_model
 from vit_bridge.training.config import RECIPES
-from vit_bridge.training.objectives import CrossEntropy
-from vit_model import allow_any_size
+from vit_bridge.training.objectives import Classification
 
 ROUNDS, ROUND_SECONDS = 4, 0.8
 ADAMW = {"adamw": dict(optimizer="adamw"), "adamw, rate 4e-3": dict(optimizer="adamw", learning_rate=4e-3)}
 NOT_WHITENED = {"not whitened": dict(whiten=False)}
 RATES = {"rate 1e-3": dict(learning_rate=1e-3), "rate 4e-3": dict(learning_rate=4e-3)}
 ATTENTION = {"xavier": dict(init="xavier"), "head reads CLS": dict(pool="cls")}
-LOW = dict(low=(0.75, 0.6))
+LOW = dict(progressive_resize=(0.75, 0.6))
 REGULARISATION = {
     "no flip": dict(flip="none"),
     "cutout 0.25": dict(cutout=0.25),
@@ -50,7 +52,7 @@ REGULARISATION = {
     "label smoothing 0": dict(label_smoothing=0.0),
     "24 pixels for 60%": LOW,
 }
-STEPS = {"average 0.99": dict(model_ema=0.99), "batch 64": dict(batch_size=64), "batch 256": dict(batch_size=256)}
+STEPS = {"average 0.99": dict(ema_decay=0.99), "batch 64": dict(batch_size=64), "batch 256": dict(batch_size=256)}
 FACTORS = {  # the ViT is asked most; of the others what may differ for a convolution
     "vit_nano": {"the recipe": {}, **ADAMW, **NOT_WHITENED, **ATTENTION,
                  "64 wide": dict(embed_dim=64, n_heads=2), "128 wide": dict(embed_dim=128, n_heads=4),
@@ -84,12 +86,14 @@ AUGMENTATION = ("shift", "flip", "cutout")
 
 def variant(model_name, factor):
     """The recipe of a model with the change that a factor is."""
-    recipe, changes = replace(RECIPES[f"{model_name}_fast"], low=None), FACTORS[model_name][factor]
+    recipe, changes = RECIPES[f"{model_name}_fast"], FACTORS[model_name][factor]
     pixels = {name: value for name, value in changes.items() if name in AUGMENTATION}
-    of_recipe = {name: value for name, value in changes.items() if name in vars(recipe) and name not in pixels}
-    options = {name: value for name, value in changes.items() if name not in pixels and name not in of_recipe}
-    return replace(recipe, augmentation=replace(recipe.augmentation, **pixels), options=recipe.options | options,
-                   **of_recipe)
+    train = {name: value for name, value in changes.items() if name in vars(recipe.train)}
+    whole = {name: value for name, value in changes.items() if name in vars(recipe)}
+    options = {name: value for name, value in changes.items() if name not in pixels | train | whole}
+    return replace(recipe, augmentation=replace(recipe.augmentation, **pixels),
+                   train=replace(recipe.train, **dict(progressive_resize=None) | train),
+                   model_options=recipe.model_options | options, **whole)
 
 
 def prepare(model_name, factor, loader, seed, amp="off"):
@@ -98,17 +102,14 @@ def prepare(model_name, factor, loader, seed, amp="off"):
     loader.batch_size, loader.seed = recipe.batch_size, seed
     loader.set_augmentation(recipe.augmentation)
     torch.manual_seed(seed)
-    model = build_model(model_name, n_classes=len(loader.class_names), img_size=loader.img_size, **recipe.options)
-    if recipe.low:
-        allow_any_size(model)
+    model = build_model(model_name, n_classes=len(loader.class_names), img_size=loader.img_size, **recipe.model_options)
+    if recipe.train.progressive_resize:
+        model.any_size = True
     if recipe.whiten:
         whiten_first_layer(model, first_images(loader, WHITENED_BY))
-    return recipe, Trainer(model, loss_fn=CrossEntropy(recipe.label_smoothing), amp=amp)
-
-
-def arguments(recipe):
-    """Those of Trainer.train, for the ten classes and 32 pixels of CIFAR-10."""
-    return recipe.training(10, 32, recipe.options.get("patch_size", 4))
+    mixing = None if recipe.mixing == "none" else Mixing(recipe.mixing, len(loader.class_names))
+    return recipe, Trainer(model, "auto", Classification(recipe.label_smoothing, mixing=mixing), recipe.train, amp=amp,
+                           resize_multiple=recipe.model_options.get("patch_size", 4))
 
 
 def measure_speeds(model_name, loader, amp):
@@ -119,10 +120,11 @@ def measure_speeds(model_name, loader, amp):
         for factor, (recipe, trainer) in variants.items():
             loader.batch_size = recipe.batch_size
             loader.set_augmentation(recipe.augmentation)
-            run = arguments(recipe) | dict(learning_rate=1e-6, progress=False)
             wanted = 0 if i == 0 else ROUND_SECONDS * speeds[factor][0] / recipe.batch_size
-            n_steps = 5 * max(1, round(wanted / 5)) if recipe.low else max(2, round(wanted))  # three of five small
-            history = trainer.train(loader, n_steps=n_steps, **run)
+            n_steps = max(2, round(wanted))
+            if recipe.train.progressive_resize:
+                n_steps = 5 * max(1, round(wanted / 5))  # three of five small
+            history = trainer.train(loader, n_steps=n_steps, learning_rate=1e-6, progress=False)
             speeds[factor].append(history["images_per_second"][0])
     return {factor: round(statistics.median(values[1:]), 1) for factor, values in speeds.items()}
 
@@ -132,7 +134,7 @@ def run_cell(model_name, factor, seed, minutes, loaders, speed, amp="off"):
     train_loader, val_loader = loaders
     recipe, trainer = prepare(model_name, factor, train_loader, seed, amp)
     n_steps, started = int(60 * minutes * speed / recipe.batch_size), time.perf_counter()
-    trainer.train(train_loader, n_steps=n_steps, seed=seed, progress=False, **arguments(recipe))
+    trainer.train(train_loader, n_steps=n_steps, seed=seed, progress=False)
     trained = trainer.average or trainer.model
     plain, mirrored = (trainer.evaluate(val_loader, model) for model in (trained, Mirrored(trained)))
     return dict(model=model_name, factor=factor, minutes=minutes, change=FACTORS[model_name][factor],

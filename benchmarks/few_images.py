@@ -21,7 +21,7 @@ from statistics import mean
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from results import write_cell  # noqa: E402
+from results import write_cell
 
 SEEN, NEW = ("airplane", "bird", "deer", "horse", "truck"), ("automobile", "cat", "dog", "frog", "ship")
 SEEDS = (0, 1, 2)

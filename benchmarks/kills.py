@@ -26,15 +26,15 @@ from PIL import Image
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-import torch  # noqa: E402
-from results import write_cell  # noqa: E402
+import torch
+from results import write_cell
 
 from vit_bridge.weights.checkpoints import read_checkpoint
 
 KINDS = {
     "ViT in memory": (24, ["--model", "vit_nano", "--drop-path", "0.3", "--model-ema", "0.9", "--class-weights"]),
-    "ViT on photographs": (72, ["--model", "vit_nano", "--workers", "2", "--drop-path", "0.1"]),
-    "ConvNet in parts": (24, ["--model", "convnet", "--accumulate", "3"]),
+    "ViT on photographs": (72, ["--model", "vit_nano", "--num-workers", "2", "--drop-path", "0.1"]),
+    "ConvNet in parts": (24, ["--model", "convnet", "--grad-accum-steps", "3"]),
 }
 COMMON = ["--epochs", "4", "--batch-size", "16", "--save-minutes", "0.001", "--device", "cpu", "--amp", "off"]
 

@@ -21,12 +21,12 @@ from PIL import Image
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from results import write_cell  # noqa: E402
+from results import write_cell
 
-from vit_bridge.plots.charts import plot_curves, save_figure
+from vit_bridge.plots.charts import plot_curves
 
 WAYS = {"1 process": (1, []), "2 processes": (2, []), "3 processes": (3, []),
-        "1 process, in 4 parts": (1, ["--accumulate", "4"])}
+        "1 process, in 4 parts": (1, ["--grad-accum-steps", "4"])}
 COMMON = ["--epochs", "6", "--batch-size", "33", "--model", "vit_nano", "--device", "cpu", "--amp", "off"]
 
 
@@ -60,9 +60,9 @@ def compare(histories, results):
     """A row a way: the largest differences of its losses from those of one process, and what it counted."""
     rows, base = [], histories["1 process"]
     for way, history in histories.items():
-        batch_split_warning = {f"{name} difference": max(abs(a - b) for a, b in zip(history[name], base[name], strict=True))
+        differences = {f"{name} difference": max(abs(a - b) for a, b in zip(history[name], base[name], strict=True))
                        for name in ("train_loss", "val_loss", "val_acc")}
-        rows.append(dict(way=way, **batch_split_warning, test_n=results[way]["test_n"],
+        rows.append(dict(way=way, **differences, test_n=results[way]["test_n"],
                          test_correct=results[way]["test_correct"],
                          images_per_second=results[way]["images_per_second"]))
     return rows
@@ -86,8 +86,8 @@ def main():
         write_cell("processes", "cpu", 0, "python benchmarks/processes.py --keep",
                    dict(device="cpu", rows=rows, curves={way: {name: histories[way][name] for name in curves}
                                                          for way in WAYS}))
-        save_figure(plot_curves({"Training loss": {way: [(i + 1, loss) for i, loss in enumerate(history["train_loss"])]
-                                                    for way, history in histories.items()}}, "epoch", "cross-entropy (nats)"), HERE / "figures" / "processes.png")
+        losses = {way: list(enumerate(history["train_loss"], start=1)) for way, history in histories.items()}
+        plot_curves({"Training loss": losses}, "epoch", "cross-entropy (nats)", HERE / "figures" / "processes.png")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python benchmarks/results.py add TABLE runs/NAME     keeps the result of a run of train_vit.py in a table
     python benchmarks/results.py ship NAME runs/NAME     puts its best model into vit_bridge/weights/shipped, in float16
-    python benchmarks/results.py cells FOLDER            keeps what cnn_vs_vit.py --full has measured
+    python benchmarks/results.py cells FOLDER            keeps what cnn_vs_vit.py --train has measured
+    python benchmarks/results.py gpu OUT/cells.json      keeps what benchmarks/on_gpu.sh has measured
     python benchmarks/results.py page                    writes benchmarks/RESULTS.md anew from all of them
 """
 
@@ -10,6 +11,7 @@ import argparse
 import datetime
 import json
 import platform
+import re
 import shutil
 import sys
 from collections import defaultdict
@@ -18,11 +20,11 @@ from importlib import metadata
 from pathlib import Path
 from statistics import geometric_mean, mean, stdev
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from vit_bridge.system import commit, machine
 
+HERE = Path(__file__).parent
 ADDED = ("targets",)  # beside the training tables: those that take the result of a run
 TRAINING_TABLES = {
     "shapes": "The built-in shapes, two minutes (`python train_vit.py --recipe classic --seed SEED`)",
@@ -85,6 +87,9 @@ TABLES = {
                   "test; pre-training on 25,000 images of the five other classes (`python benchmarks/few_images.py "
                   "--data-dir CIFAR --keep`). The learning rate is the best of three by validation accuracy, mean of "
                   "three seeds; a seed draws the images, the weights and the order",
+    "gpu": "One GPU (`benchmarks/on_gpu.sh OUT`, then `python benchmarks/results.py gpu OUT/cells.json`): the tests "
+           "marked `cuda`; images a second at 224 pixels in bf16, measured as under throughput, but with a product of "
+           "8192 x 8192; and trainings of 45 seconds on CIFAR-10 (JPEG)",
 }
 
 INTRODUCTION = """# Results
@@ -108,17 +113,19 @@ def add(table, run):
 
 
 def write_cell(table, name, seed, command, result, versions=None):
-    """Writes results/<table>-<name>.json: the result, and where it comes from.
+    """Writes results/<table>-<name>.json: the result, and where it comes from."""
+    path = HERE / "results" / f"{table}-{name}.json"
+    path.write_text(json.dumps(make_cell(table, seed, command, result, versions), indent=2) + "\n")
+    print(path)
 
-    versions: of packages, by name; None: of those installed here that a result may depend on.
-    """
-    cell = dict(table=table, commit=commit(), date=datetime.date.today().isoformat(),
+
+def make_cell(table, seed, command, result, versions=None):
+    """A result with where it comes from. versions: of packages, by name; None: of those installed here that a result
+    may depend on."""
+    return dict(table=table, commit=commit(), date=datetime.date.today().isoformat(),
                 machine=machine(result.get("device")),
                 versions=dict(python=platform.python_version(), **(versions or installed())), seed=seed,
                 command=command, result=result)
-    path = HERE / "results" / f"{table}-{name}.json"
-    path.write_text(json.dumps(cell, indent=2) + "\n")
-    print(path)
 
 
 def installed():
@@ -131,24 +138,41 @@ def installed():
 
 
 def ship(name, run):
-    """Writes weights/<name>.pt, which create_pretrained(name) loads, from the best.pt of a run."""
+    """Writes weights/<name>.pt, which load(name) loads, from the best.pt of a run."""
     import torch
 
-    from vit_bridge.weights.checkpoints import load_model, save_model
+    from vit_bridge.weights.checkpoints import load, save_model
 
     result = json.loads((run / "result.json").read_text())
     path = HERE.parent / "vit_bridge" / "weights" / "shipped" / f"{name}.pt"
-    save_model(load_model(run / "best.pt"), path, dtype=torch.float16, command=result["command"], seed=result["seed"],
+    save_model(load(run / "best.pt"), path, dtype=torch.float16, command=result["command"], seed=result["seed"],
                test_acc=result["test_acc"])
     print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+def keep_gpu(path):
+    """Writes results/gpu-<device>.json from what on_gpu.sh wrote: a list of cells. The machine may have had no git: the
+    commit is then this checkout's."""
+    cells = json.loads(path.read_text())
+    for cell in cells:
+        cell["commit"] = commit() if cell["commit"] == "unknown" else cell["commit"]
+    device = re.sub(r"[^a-z0-9]+", "-", name_of_device(cells[0]).lower()).strip("-")
+    kept = HERE / "results" / f"gpu-{device}.json"
+    kept.write_text(json.dumps(cells, indent=2) + "\n")
+    print(kept)
+
+
+def name_of_device(cell):
+    return cell["machine"].partition(",")[0]
 
 
 def page():
     """RESULTS.md: a section for each table that has results, with where they were measured."""
     tables = defaultdict(list)
     for path in sorted((HERE / "results").glob("*.json")):
-        cell = json.loads(path.read_text())
-        tables[cell["table"]].append(cell)
+        kept = json.loads(path.read_text())
+        for cell in kept if isinstance(kept, list) else [kept]:
+            tables[cell["table"]].append(cell)
     lines = [*INTRODUCTION.splitlines(), ""]
     for table, title in TABLES.items():
         if not tables[table]:
@@ -157,7 +181,7 @@ def page():
                 "processes": process_lines, "few-images": few_image_lines, "targets": target_lines,
                 "factors": factor_lines, "steps": step_lines, "reach": reach_lines, "cues": cue_lines,
                 "data": data_lines, "verdicts": verdict_lines, "trust": trust_lines,
-                "augmentation": augmentation_lines}.get(table, run_lines)
+                "augmentation": augmentation_lines, "gpu": gpu_lines}.get(table, run_lines)
         lines += [f"## {table}", "", f"{title}.", "", *draw(tables[table])]
         for where in sorted({describe_origin(cell) for cell in tables[table]}):
             lines += [f"Measured on {where}.", ""]
@@ -437,6 +461,32 @@ def augmentation_lines(cells):
     return [*lines, ""]
 
 
+def gpu_lines(cells):
+    """For each GPU its tests, its table of throughput and its trainings; then what was not measured, and why."""
+    lines = []
+    for device in sorted({name_of_device(cell) for cell in cells}):
+        own = [cell for cell in cells if name_of_device(cell) == device]
+        failed = [cell for cell in own if "error" in cell["result"]]
+        parts = defaultdict(list)
+        for cell in own:
+            if cell not in failed:
+                parts[cell["result"]["part"]].append(cell)
+        lines += [f"### {device}{', dry run' * any(cell['result']['dry_run'] for cell in own)}", ""]
+        for cell in parts["tests"]:
+            r = cell["result"]
+            lines += [f"Tests: {r['passed']} passed, {len(r['failed'])} failed, {len(r['skipped'])} skipped, in "
+                      f"{r['seconds']:.0f} s.", ""]
+            lines += [f"- {what}: {entry['test']}: {entry['reason']}" for what in ("failed", "skipped")
+                      for entry in r[what]]
+            lines += [""] * bool(r["failed"] or r["skipped"])
+        compared = [cell for cell in parts["throughput"] if len(cell["result"]["libraries"]) > 1]
+        lines += throughput_lines(compared) if compared else []
+        lines += run_lines(parts["training"]) if parts["training"] else []
+        lines += [f"- {cell['result']['name']}: not measured, {cell['result']['error']}" for cell in failed]
+        lines += [""] * bool(failed)
+    return lines
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -448,6 +498,8 @@ def main():
     shipping.add_argument("run", type=Path)
     kept = commands.add_parser("cells")
     kept.add_argument("folder", type=Path)
+    gpu = commands.add_parser("gpu")
+    gpu.add_argument("file", type=Path)
     commands.add_parser("page")
     options = parser.parse_args()
     if options.command == "add":
@@ -455,6 +507,8 @@ def main():
     if options.command == "cells":
         for path in sorted(options.folder.glob("*.json")):
             shutil.copy(path, HERE / "results" / path.name)
+    if options.command == "gpu":
+        keep_gpu(options.file)
     if options.command == "ship":
         ship(options.name, options.run)
     page()

@@ -21,6 +21,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from vit_bridge.preprocessing import Preprocessing
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from results import write_cell
 
@@ -30,7 +32,7 @@ from vit_bridge.data.loaders import MemoryLoader
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.models.registry import build_model
 from vit_bridge.training.config import RECIPES
-from vit_bridge.training.objectives import CrossEntropy
+from vit_bridge.training.objectives import Classification
 from vit_bridge.training.optimizers import Muon, hidden_matrices
 
 ROUNDS = 9
@@ -63,16 +65,16 @@ def medians(works):
 def loader_of(recipe):
     torch.manual_seed(0)
     images, labels = torch.randint(0, 256, (4096, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (4096,))
-    facts = DatasetInfo("cifar10", [str(i) for i in range(10)], 32, (0.5,) * 3, (0.25,) * 3)
+    facts = DatasetInfo("cifar10", Preprocessing(32, (0.5,) * 3, (0.25,) * 3, class_names=map(str, range(10))))
     return MemoryLoader(images, labels, facts, recipe.batch_size, 0, True, augmentation=recipe.augmentation)
 
 
 def profile_recipe(name, amp):
     recipe = RECIPES[name]
     loader = loader_of(recipe)
-    model = build_model(recipe.model, n_classes=10, img_size=32, **recipe.options)
-    trainer = Trainer(model, "cpu", loss_fn=CrossEntropy(recipe.label_smoothing), amp=amp)
-    run = recipe.training(10, 32) | dict(low=None) | dict(learning_rate=1e-6, progress=False)
+    model = build_model(recipe.model, n_classes=10, img_size=32, **recipe.model_options)
+    trainer = Trainer(model, "cpu", Classification(recipe.label_smoothing), recipe.train, amp=amp)
+    run = dict(learning_rate=1e-6, progressive_resize=None, progress=False)
     matrix = torch.randn(2048, 2048).to(trainer.dtype or torch.float32)
     n_steps = 8
     works = dict(step=lambda: trainer.train(loader, n_steps=n_steps, **run), product=lambda: matrix @ matrix)
@@ -100,12 +102,12 @@ def optimizer_seconds():
     """A step of each optimiser on the hidden matrices of vit_nano's recipe; torch's Muon takes q, k and v as one."""
     recipe, works = RECIPES["vit_nano_fast"], {}
     for name in ("AdamW", "Muon, ours", "Muon, torch's"):
-        model = build_model("vit_nano", n_classes=10, img_size=32, **recipe.options)
+        model = build_model("vit_nano", n_classes=10, img_size=32, **recipe.model_options)
         for p in model.parameters():
             p.grad = torch.randn_like(p)
         hidden = hidden_matrices(model)
         works[name] = {"AdamW": torch.optim.AdamW(hidden), "Muon, ours": Muon(
-            [dict(params=[p for p in hidden if hidden[p] == parts], parts=parts) for parts in (1, 3)]),
+            [dict(params=[p for p in hidden if hidden[p] == n], n_splits=n) for n in (1, 3)]),
             "Muon, torch's": torch.optim.Muon(list(hidden))}[name].step
     return medians(works)
 
@@ -113,7 +115,7 @@ def optimizer_seconds():
 def layout_seconds():
     """Forward and backward of the ConvNet's recipe on 128 images, by the order of memory."""
     torch.manual_seed(0)
-    model = ConvNet(32, 3, 10, **dict(dict(depths=(1, 1, 1), stem_stride=1), **RECIPES["convnet_fast"].options))
+    model = ConvNet(32, 3, 10, **dict(dict(depths=(1, 1, 1), stem_stride=1), **RECIPES["convnet_fast"].model_options))
     works = {}
     for name, order in (("channels last", torch.channels_last), ("channels first", torch.contiguous_format)):
         images = torch.randn(128, 3, 32, 32).contiguous(memory_format=order)

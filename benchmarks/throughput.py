@@ -2,19 +2,20 @@
 
     python benchmarks/throughput.py                         every column, with what this machine can multiply (an hour)
     python benchmarks/throughput.py --columns tiny-16-inference-float32 --rounds 5
-    python benchmarks/throughput.py --device cuda
+    python benchmarks/throughput.py --device cuda --set gpu --budget 210 --output gpu.jsonl    as on_gpu.sh calls it
 
 A column is a model, a batch, a pass (inference, or a training step: forward, backward, AdamW), a precision, and
 eager or compiled. In each round every library does one turn, in a new order; a turn is as many passes as take a
 fifth of a second. A ratio is the peer's seconds over ours in the same round, so above 1 ours is the faster; given are
 the median over rounds and its 95% interval from order statistics, which assumes independent rounds and no
 distribution. `share` is the matrix products a second (torch's FLOP counter) over those of a plain 2048 x 2048 product
-measured in the same rounds.
+(8192 x 8192 on CUDA) measured in the same rounds.
 
 Needs timm, transformers and vit-pytorch (requirements-dev.txt). A library that is missing is left out, and said.
 """
 
 import argparse
+import json
 import random
 import statistics
 import sys
@@ -34,11 +35,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from results import write_cell
 
 from vit_bridge.analysis.cost import peak_memory
+from vit_bridge.errors import InputError, check_choice, first_line
 from vit_bridge.runtime import choose_device, choose_precision
-from vit_model import VARIANTS, InputError, VisionTransformer
+from vit_model import VARIANTS, VisionTransformer
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 SECONDS_A_TURN = 0.2
+PRODUCT_SIDES = {"cuda": 8192}  # 2048 elsewhere, which is too little work for a GPU
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,22 @@ def all_columns():
             columns += [Column(variant, batch, train, precision) for train in (False, True)]
         columns += [Column("vit_tiny", 16, train, precision, compiled=True) for train in (False, True)]
     return columns
+
+
+def gpu_columns():
+    """At 224 pixels in bf16, with batches that fill a large GPU. The compiled ones come last, as compiling may use up
+    what is left of a budget."""
+    sizes = (("vit_tiny", 256), ("vit_small", 256), ("vit_base", 128))
+    columns = [Column(variant, batch, train, "bf16") for variant, batch in sizes for train in (False, True)]
+    return columns + [Column("vit_base", 128, train, "bf16", compiled=True) for train in (False, True)]
+
+
+def dry_columns():
+    """The same, tiny, for a CPU."""
+    return [Column("vit_nano", 2, False, "bf16"), Column("vit_nano", 2, True, "bf16", compiled=True)]
+
+
+SETS = {"all": all_columns, "gpu": gpu_columns, "dry-run": dry_columns}
 
 
 # ---- The models
@@ -216,7 +235,11 @@ def median_interval(values, confidence=0.95):
 
 
 def measure(column, names, n_rounds, device, max_seconds=600):
-    """Every library's figures in one column, and the ratios to ours."""
+    """Every library's figures in one column, and the ratios to ours.
+
+    max_seconds: after so many, once there are five rounds, no other one begins.
+    """
+    start = time.perf_counter()
     config = VARIANTS[column.variant]
     side = config.img_size
     images = torch.rand(column.batch, 3, side, side, device=device, generator=torch.Generator(device).manual_seed(0))
@@ -228,10 +251,10 @@ def measure(column, names, n_rounds, device, max_seconds=600):
         if not column.compiled and column.precision == "float32":
             memory[name] = peak_memory(model.to(device), images, column.train)
         turns[name] = Turn(model, images, column, device)
-    turns["product"] = Product(DTYPES[column.precision], device)
+    turns["product"] = Product(DTYPES[column.precision], device, PRODUCT_SIDES.get(device.type, 2048))
     for turn in turns.values():
         turn.warm_up()
-    seconds, order, start = defaultdict(list), list(turns), time.perf_counter()
+    seconds, order = defaultdict(list), list(turns)
     for done in range(n_rounds):
         if done >= 5 and time.perf_counter() - start > max_seconds:
             break
@@ -248,7 +271,7 @@ def measure(column, names, n_rounds, device, max_seconds=600):
                                          peak_bytes=memory.get(name))
     for name in names[1:]:
         ratios = [theirs / ours for theirs, ours in zip(seconds[name], seconds["ours"], strict=True)]
-        result["libraries"][name]["ratio"] = median_interval(ratios)
+        result["libraries"][name].update(ratio=median_interval(ratios), ratios=[round(ratio, 4) for ratio in ratios])
     return result
 
 
@@ -263,27 +286,58 @@ def describe(result):
     return "\n".join(lines)
 
 
+def choose_columns(options, device):
+    """The columns that were asked for. Raises InputError for a name that the set does not have."""
+    columns = SETS[options.set]()
+    if options.columns:
+        for name in options.columns:
+            check_choice("column", name, [column.name for column in columns])
+        return [column for column in columns if column.name in options.columns]
+    if options.set == "all" and choose_precision("auto", device) is None:
+        print(f"{device} does not multiply bfloat16: columns in bf16 are left out, unless --columns names them")
+        return [column for column in columns if column.precision != "bf16"]
+    return columns
+
+
+def measure_within(column, libraries, n_rounds, device, seconds):
+    """As measure; where that fails, or no time is left for it, the reason in the place of the figures."""
+    if seconds <= 0:
+        return dict(column=column.name, device=device.type, error="no time was left for it")
+    names = [name for name in libraries if name in ("ours", "timm") or not column.compiled]
+    try:
+        return measure(column, names, n_rounds, device, seconds)
+    except Exception as error:  # whatever a library may raise: the other columns are measured all the same
+        return dict(column=column.name, device=device.type, error=first_line(error))
+
+
 def main():
-    names = [column.name for column in all_columns()]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--columns", nargs="+", choices=names, metavar="NAME", help=" ".join(names))
+    parser.add_argument("--set", choices=SETS, default="all", help="which columns there are (default: %(default)s)")
+    parser.add_argument("--columns", nargs="+", metavar="NAME",
+                        help=" ".join(column.name for columns in SETS.values() for column in columns()))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--keep", action="store_true", help="write benchmarks/results/throughput-*.json")
+    parser.add_argument("--output", type=Path, help="add each result to this file, a line of JSON")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="for all columns, shared out evenly; a column "
+                        "that fails, or gets no time, then has the reason as its result")
     options = parser.parse_args()
     try:
         device = choose_device(options.device)
+        columns = choose_columns(options, device)
     except InputError as error:
         parser.error(str(error))
-    libraries = available_libraries()
-    for column in all_columns():
-        if options.columns and column.name not in options.columns:
-            continue
-        if not options.columns and column.precision == "bf16" and choose_precision("auto", device) is None:
-            print(f"{column.name}: left out, {device} does not multiply bfloat16 (name it in --columns all the same)")
-            continue
-        result = measure(column, libraries, options.rounds, device)
-        print(describe(result), flush=True)
+    libraries, start = available_libraries(), time.perf_counter()
+    for done, column in enumerate(columns):
+        if options.budget is None:
+            result = measure(column, libraries, options.rounds, device)
+        else:
+            left = options.budget - (time.perf_counter() - start)
+            result = measure_within(column, libraries, options.rounds, device, left / (len(columns) - done))
+        print(f"{column.name}: {result['error']}" if "error" in result else describe(result), flush=True)
+        if options.output:
+            with options.output.open("a") as file:
+                file.write(json.dumps(result) + "\n")
         if options.keep:
             write_cell("throughput", f"{device.type}-{column.name}", 0, f"python benchmarks/throughput.py --columns "
                        f"{column.name} --device {device.type} --rounds {options.rounds} --keep", result)

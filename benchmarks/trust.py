@@ -19,15 +19,14 @@ import torch
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from results import write_cell  # noqa: E402
+from results import write_cell
 
 from vit_bridge.analysis.explanations import agreement, compare_explanations
 from vit_bridge.compare.trials import RATES, RECIPE, train_once
-from vit_bridge.data.images import normalise
 from vit_bridge.data.loaders import get_data_loaders
 from vit_bridge.data.shapes import TEST_START, make_shapes
 from vit_bridge.runtime import predictions
-from vit_model import InputError  # noqa: E402
+from vit_model import InputError
 
 STEPS, N_IMAGES = 2000, 500
 
@@ -72,7 +71,7 @@ def main():
         trainer = train_once("ViT", loaders[0], recipe, RATES[1], seed)
         model, val_acc = trainer.model, trainer.evaluate(loaders[1])["acc"]
         drawn = make_shapes(options.n_images, 32, start=TEST_START)
-        images = normalise(drawn.images, loaders[0].mean, loaders[0].std)
+        images = loaders[0].preprocessing.normalise(drawn.images)
         right = int((predictions(model, images) == drawn.labels).sum())
         result = areas(model, images, 100 * seed)  # the draws take the numbers that follow
         print(f"seed {seed}: {right} of {len(images)} right")

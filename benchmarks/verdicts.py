@@ -24,7 +24,7 @@ from PIL import Image
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from results import write_cell  # noqa: E402
+from results import write_cell
 
 from vit_bridge.data.shapes import ANSWERS, KINDS, MARKS, M
 

@@ -8,11 +8,9 @@ import torch
 from PIL import Image
 
 import train_vit
-import train_vit as trainer
 from train_vit import parse
-from vit_bridge import cli as cli_module
-from vit_bridge import runtime as runtime_module
-from vit_bridge.system import Interrupts
+from vit_bridge.cli import script
+from vit_bridge.runtime import processes
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 def run(words, capsys):
     """Exit code, and what was printed as errors, of train_vit.py with these words."""
     with pytest.raises(SystemExit) as stop:
-        cli_module.script(lambda: train_vit.main(list(map(str, words))))
+        script(lambda: train_vit.main(list(map(str, words))))
     return stop.value.code, capsys.readouterr().err
 
 
@@ -43,12 +41,11 @@ def train(folder, *words):
 
 
 def prepared(*words):
-    """A TrainingRun that stands before its first step."""
+    """The Run of these words, before its first step."""
     options = parse([*map(str, words), "--device", "cpu", "--steps", "1"])
-    with runtime_module.processes(options.device) as device, Interrupts() as interrupts:
-        made = train_vit.TrainingRun(options, device, interrupts)
-        made.prepare()
-    return made
+    del options.given
+    with processes(options.device) as device:
+        return train_vit.prepare(options, device)
 
 
 def tensors_in(entries, path=""):
@@ -61,15 +58,15 @@ def tensors_in(entries, path=""):
 
 def at_step(monkeypatch, number, act):
     """Has act() called in the middle of the training step of this number, once."""
-    step, done = trainer.Trainer.step, []
+    step, done = train_vit.Trainer.step, []
 
-    def acting(self, images, labels, n_all, state, run):
+    def acting(self, batch, n_all, state):
         if state.step == number and not done:
             done.append(True)
             act()
-        step(self, images, labels, n_all, state, run)
+        step(self, batch, n_all, state)
 
-    monkeypatch.setattr(trainer.Trainer, "step", acting)
+    monkeypatch.setattr(train_vit.Trainer, "step", acting)
 
 
 class PowerCut(BaseException):

@@ -7,6 +7,7 @@ import torch
 from matplotlib.text import Text
 
 from vit_bridge.models.convnet import ConvNet
+from vit_bridge.preprocessing import Preprocessing
 from vit_model import VisionTransformer
 
 SIZE, PATCH, GRID = (14, 15), (7, 5), (2, 3)
@@ -20,8 +21,8 @@ def vit(**options):
 
 def square_vit():
     model = vit(img_size=12, patch_size=4)
-    model.mean, model.std = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
-    model.class_names = ["ant", "bee", "cat", "dog", "elk"]
+    model.preprocessing = Preprocessing(12, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3),
+                                        class_names=["ant", "bee", "cat", "dog", "elk"])
     return model
 
 

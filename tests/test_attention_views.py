@@ -1,5 +1,7 @@
 """Views of one model: each panel is labelled and shows the numbers that it says, and nothing is changed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from vit_bridge.analysis.attention import attention_distance, uniform_attention_
 from vit_bridge.analysis.capture import attention_maps
 from vit_bridge.analysis.explanations import compare_explanations, explain
 from vit_bridge.data.images import prepare_image
-from vit_bridge.models.adapters import statistics_of
+from vit_bridge.models.adapters import adapt
 from vit_model import InputError, VisionTransformer
 
 
@@ -40,7 +42,7 @@ def test_visualize_attention(tmp_path):
     model.eval()
     with torch.no_grad():
         probability, label = model(images).softmax(dim=1)[0].max(dim=0)
-    assert f"predicted: {model.class_names[label]} ({probability:.0%})" in texts(figure)
+    assert f"predicted: {model.preprocessing.class_names[label]} ({probability:.0%})" in texts(figure)
     model.train()
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -89,7 +91,7 @@ def test_attention_grid_of_several_images():
     assert f"{probabilities[0]:.0%}" != f"{probabilities[1]:.0%}"
     for row in range(2):
         label = " ".join(figure.axes[4 * row].get_ylabel().split())
-        assert label == f"predicted: {model.class_names[classes[row]]} ({probabilities[row]:.0%})"
+        assert label == f"predicted: {model.preprocessing.class_names[classes[row]]} ({probabilities[row]:.0%})"
     with pytest.raises(InputError, match="no attention"):
         v.visualize_attention_grid(convnet(), images)
     headless = vit(n_classes=0)
@@ -165,12 +167,12 @@ def test_options_and_classes_reach_the_method(method, options):
 @pytest.mark.parametrize("method", ["relevance", "grad_cam", "explanations"])
 def test_the_class_predicted_is_named_where_another_is_explained(method):
     model, image = square_vit(), pixels(12, 12)
-    probabilities = model(prepare_image(image, model)[0]).softmax(dim=1)[0]
+    probabilities, names = model(prepare_image(image, model)[0]).softmax(dim=1)[0], model.preprocessing.class_names
     label = probabilities.argmax().item()
     other = (label + 1) % 5
     words = texts(getattr(v.AttentionVisualizer(model, device="cpu"), f"visualize_{method}")(image, target=other))
-    assert f"predicted: {model.class_names[label]} ({probabilities[label]:.0%})" in words
-    assert f"class explained: {model.class_names[other]} (probability {probabilities[other]:.0%})" in words
+    assert f"predicted: {names[label]} ({probabilities[label]:.0%})" in words
+    assert f"class explained: {names[other]} (probability {probabilities[other]:.0%})" in words
 
 
 @pytest.mark.parametrize("method", ["rollout", "relevance", "grad_cam"])
@@ -180,12 +182,13 @@ def test_an_explanation_is_drawn_as_it_is_given(method):
     figure, numbers = getattr(views, f"visualize_{method}")(image), getattr(views, method)(image)
     np.testing.assert_allclose(data_of(figure)[1], numbers, atol=1e-7)
     probability, label = model(prepare_image(image, model)[0]).softmax(dim=1)[0].max(dim=0)
-    assert f"predicted: {model.class_names[label]} ({probability:.0%})" in texts(figure)
+    assert f"predicted: {model.preprocessing.class_names[label]} ({probability:.0%})" in texts(figure)
     if method != "rollout":
         other = (label.item() + 1) % 5
-        assert f"class explained: {model.class_names[label]} (probability {probability:.0%})" in texts(figure)
+        name = model.preprocessing.class_names[label]
+        assert f"class explained: {name} (probability {probability:.0%})" in texts(figure)
         figure = getattr(views, f"visualize_{method}")(image, target=other)
-        assert f"class explained: {model.class_names[other]}" in texts(figure)
+        assert f"class explained: {model.preprocessing.class_names[other]}" in texts(figure)
         assert not np.array_equal(data_of(figure)[1], numbers)
 
 
@@ -249,7 +252,8 @@ def test_a_head_that_is_changed_afterwards_has_its_own_names():
     model = square_vit()
     views = v.AttentionVisualizer(model, device="cpu")
     assert views.adapter.class_names[0] == "ant"
-    model.head, model.class_names = torch.nn.Linear(22, 3), ["oak", "ash", "elm"]
+    model.head = torch.nn.Linear(22, 3)
+    model.preprocessing = replace(model.preprocessing, class_names=["oak", "ash", "elm"])
     with torch.no_grad():
         model.head.bias[1] = 100
     assert "predicted: ash (100%)" in texts(views.visualize_attention(pixels(12, 12)))
@@ -271,15 +275,16 @@ def test_the_logit_lens_ends_in_the_prediction():
     first = lines[0].get_ydata()
     assert len(first) == 4
     assert first[-1] == pytest.approx(100 * probabilities.max().item(), abs=1e-3)
-    assert lines[0].get_label() == model.class_names[probabilities.argmax()]
+    assert lines[0].get_label() == model.preprocessing.class_names[probabilities.argmax()]
 
 
 def test_names_with_a_dollar_or_an_underscore_are_written_as_they_are():
     model = square_vit()
-    model.class_names = ["$\\x$", "_a", "US$ or $", "$x^2$", "_"]
+    names = ["$\\x$", "_a", "US$ or $", "$x^2$", "_"]
+    model.preprocessing = replace(model.preprocessing, class_names=names)
     views, image = v.AttentionVisualizer(model, device="cpu"), pixels(12, 12)
     lens = views.visualize_logit_lens(image)
-    assert {text.get_text() for text in lens.axes[1].get_legend().get_texts()} == set(model.class_names)
+    assert {text.get_text() for text in lens.axes[1].get_legend().get_texts()} == set(names)
     figures = [lens, views.visualize_attention(image), views.visualize_relevance(image, 0),
                views.visualize_explanations(image, 0, n_steps=1, n_draws=1), views.visualize_token_norms(image),
                v.visualize_attention_grid(model, [image])]
@@ -353,7 +358,7 @@ def test_no_text_of_a_view_is_clipped(model):
 @pytest.mark.parametrize("name", ["timm", "timm, registers", "torchvision", "transformers"])
 def test_models_of_other_libraries_go_in_as_they_are(name, tmp_path):
     theirs, ours, _ = shared(name, tmp_path)
-    ours.mean, ours.std = statistics_of(theirs)
+    ours.preprocessing = adapt(theirs).preprocessing
     image = pixels(15, 15)
     first, second = (v.AttentionVisualizer(model.float(), device="cpu") for model in (theirs, ours))
     for method in ("attention_maps", "rollout", "relevance", "grad_cam"):

@@ -14,13 +14,13 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from vit_bridge import system as command_line
 from vit_bridge.analysis.metrics import percent
 from vit_bridge.cli import OneLineParser, int_at_least, positive, script, seed
 from vit_bridge.runtime import processes
 from vit_bridge.system import (
     Interrupted,
     Interrupts,
+    Path,
     broadcast_object,
     first_new_folder,
     n_processes,
@@ -58,7 +58,7 @@ def launched(monkeypatch):
 def clock(monkeypatch):
     """A clock that stands at clock[0]."""
     now = [100.0]
-    monkeypatch.setattr(command_line.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("vit_bridge.system.time.monotonic", lambda: now[0])
     return now
 
 
@@ -93,9 +93,9 @@ def test_numbers_in_range_are_taken(kind, text, value):
 
 
 @pytest.mark.parametrize(("kind", "text"), [
-    (int_at_least(1), "0"), (int_at_least(1), "1.5"), (int_at_least(1), "many"), (int_at_least(0), "-1"), (int_at_least(0), ""), (seed(), "-1"),
-    (seed(), str(2**63)), (positive(), "0"), (positive(), "-1"), (positive(), "nan"), (positive(), "inf"),
-    (positive(), "1e999")])
+    (int_at_least(1), "0"), (int_at_least(1), "1.5"), (int_at_least(1), "many"), (int_at_least(0), "-1"),
+    (int_at_least(0), ""), (seed(), "-1"), (seed(), str(2**63)), (positive(), "0"), (positive(), "-1"),
+    (positive(), "nan"), (positive(), "inf"), (positive(), "1e999")])
 def test_numbers_out_of_range_are_named_with_what_is_expected(kind, text):
     with pytest.raises(argparse.ArgumentTypeError, match=rf"\A{text} is out of range; expected a .*number[^\n]*\Z"):
         kind(text)
@@ -294,7 +294,7 @@ def test_a_folder_that_cannot_be_written_to_is_named_with_the_reason(tmp_path, m
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"cannot write to --output-dir .*file.*Not a directory"):
         new_output_dir(tmp_path / "file" / "run", "vit", "photos")
-    monkeypatch.setattr(command_line.Path, "touch", raiser_of_disk)
+    monkeypatch.setattr(Path, "touch", raiser_of_disk)
     with pytest.raises(InputError, match=r"cannot write to --output-dir .*Read-only file system"):
         new_output_dir(tmp_path / "run", "vit", "photos")
 

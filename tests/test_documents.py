@@ -15,7 +15,7 @@ from torch import nn
 import cnn_vs_vit
 import train_vit
 from vit_bridge.cli import OneLineParser
-from vit_bridge.data import loaders as vit_data
+from vit_bridge.data.loaders import get_data_loaders
 from vit_model import VisionTransformer, create_vit_base, create_vit_nano, create_vit_tiny
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +37,7 @@ def short_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(train_vit.Trainer, "train", functools.partialmethod(train, n_steps=1))
 
     def few_images(*args, **kwargs):
-        return vit_data.get_data_loaders(*args, **{**kwargs, "n_images": 40, "batch_size": 2})
+        return get_data_loaders(*args, **{**kwargs, "n_images": 40, "batch_size": 2})
 
     monkeypatch.setattr(train_vit, "get_data_loaders", few_images)
 

@@ -9,7 +9,7 @@ import torch
 from command_runs import ROOT
 
 import examples
-from vit_bridge import cli as train_vit
+from vit_bridge.cli import script
 from vit_model import InputError, VisionTransformer
 
 QUICK = [name for name in examples.DEMOS if name not in examples.TRAINS]
@@ -53,7 +53,7 @@ def test_bad_words_end_in_one_line_and_exit_code_2(words, expected, capsys, tmp_
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as stop:
-        train_vit.script(lambda: examples.main(words))
+        script(lambda: examples.main(words))
     error = capsys.readouterr().err
     assert (stop.value.code, error.count("\n")) == (2, 1)
     assert expected in error
@@ -93,7 +93,7 @@ def test_an_exercise_elsewhere_says_so_in_its_own_command(tmp_path, monkeypatch,
 
 def test_an_exercise_that_could_not_be_checked_is_not_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"foo\.txt is no Python file; expected one whose name ends in \.py"):
+    with pytest.raises(InputError, match=r"foo\.txt is not a Python file; expected a name that ends in \.py"):
         examples.main(["exercise", "block", "--file", "foo.txt"])
     assert not list(tmp_path.iterdir())
 

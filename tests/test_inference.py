@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,7 @@ from vit_bridge.data.loaders import get_evaluation_loader
 from vit_bridge.inference import export_onnx, predict, score
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.models.hybrid import HybridCNNViT
+from vit_bridge.preprocessing import Preprocessing
 from vit_bridge.weights.checkpoints import save_model
 from vit_model import InputError, VisionTransformer
 
@@ -49,7 +51,7 @@ def colour_model():
     model.stem[0].weight[range(3), range(3), 1, 1] = 1
     model.head.weight[:] = 10 * torch.eye(3)
     model.head.bias.zero_()
-    model.class_names, model.mean, model.std, model.interpolation = COLOURS, (0.0,) * 3, (1.0,) * 3, "bilinear"
+    model.preprocessing = Preprocessing(8, (0.0,) * 3, (1.0,) * 3, "bilinear", COLOURS)
     return model
 
 
@@ -121,7 +123,7 @@ def test_predict_leaves_the_model_as_it_was():
 
 def test_predict_without_names_and_among_equals():
     model = colour_model()
-    model.class_names = None
+    model.preprocessing = replace(model.preprocessing, class_names=None)
     assert [name for name, _ in predict(model, picture(9, 9, 9))] == ["0", "1", "2"]
 
 
@@ -207,7 +209,7 @@ def test_score_names_the_classes_or_refuses():
     loader, model = Batches(shown_batches()), Echo()
     loader.class_names = list("abcdef")
     assert score(model, loader, "cpu").class_names == list("abcdef")
-    model.class_names = list("abcdef")
+    model.preprocessing = Preprocessing((1, 2), class_names=list("abcdef"))
     assert score(model, loader, "cpu").class_names == list("abcdef")
     for names in (list("abcdfe"), list("abc")):
         loader.class_names = names
@@ -236,7 +238,8 @@ def test_an_exported_file_computes_what_the_model_does(name, tmp_path, capfd):
     pytest.importorskip("onnxscript")
     model = tiny(name).train()
     nn.init.normal_(model.head.weight)
-    model.class_names, model.mean, model.std = ["a", "b é", "c"], (0.1, 0.2, 0.3), torch.tensor([0.5, 0.5, 0.25])
+    std = torch.tensor([0.5, 0.5, 0.25])
+    model.preprocessing = Preprocessing(8, (0.1, 0.2, 0.3), std, class_names=["a", "b é", "c"])
     before = {key: value.clone() for key, value in model.state_dict().items()}
     path = tmp_path / "model.onnx"
     assert 0 <= export_onnx(model, path) < inference.TOLERANCE
@@ -248,7 +251,7 @@ def test_an_exported_file_computes_what_the_model_does(name, tmp_path, capfd):
     onnx.checker.check_model(proto, full_check=True)
     facts = {entry.key: json.loads(entry.value) for entry in proto.metadata_props}
     assert facts == dict(class_names=["a", "b é", "c"], mean=[0.1, 0.2, 0.3], std=[0.5, 0.5, 0.25], img_size=8,
-                         **dict(interpolation="bilinear") if name == "convnet" else {})
+                         interpolation="bilinear")
     assert b".py" not in path.read_bytes()  # no line tells of the machine that wrote it
     (images,), (logits,) = proto.graph.input, proto.graph.output
     assert (images.name, logits.name) == ("images", "logits")
@@ -387,8 +390,7 @@ def test_a_folder_that_changed_since_the_training_has_nothing_held_out(tmp_path,
     for name in COLOURS:
         for k in range(4):
             save(data / name / f"{k}.png", 10 * k, 0, 0)
-    val_loader = get_evaluation_loader(data, colour_model().class_names, img_size=8, held_out=True, val_fraction=0.5,
-                                       seed=3)
+    val_loader = get_evaluation_loader(data, COLOURS, img_size=8, held_out=True, val_fraction=0.5, seed=3)
     options = dict(data_dir=str(data), val_fraction=0.5, seed=3)
     save_model(colour_model(), path, options=options, validation_files=train_vit.fingerprint(val_loader))
     words = ("--checkpoint", path, "--data-dir", data, "--device", "cpu", "--output-dir")
@@ -508,7 +510,7 @@ def test_what_a_person_gave_wrong_is_said_in_one_line(command, words, text, chec
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "other" / "cat" / "0.png", 0, 0, 0)
     if "wide.pt" in words:
-        save_model(ConvNet((8, 16), 3, 3, (3,), (1,), 1), "wide.pt", class_names=COLOURS)
+        save_model(ConvNet((8, 16), 3, 3, (3,), (1,), 1), "wide.pt", Preprocessing((8, 16), class_names=COLOURS))
     if "headless.pt" in words:
         save_model(ConvNet(8, 3, 0, (3,), (1,), 1), "headless.pt")
     if "--output" in words:

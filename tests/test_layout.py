@@ -1,8 +1,10 @@
 """The house: who may import whom, what runs at import, and that the paths anchored at the root find something."""
 
 import ast
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -95,3 +97,45 @@ def test_vit_model_works_alone(tmp_path):
            "assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)\nassert 'vit_bridge' not in sys.modules"
     subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}"],
                    cwd=tmp_path, check=True, capture_output=True, timeout=100)
+
+
+def questions_of_class(path):
+    """Where a file asks which model it has, or what a loader can do: (line, code)."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        code = ast.unparse(node) if isinstance(node, ast.Call | ast.Attribute) else ""
+        asks = code.startswith(("isinstance(model,", "hasattr(model,", "hasattr(loader,"))
+        if asks or code == "type(model).__name__":
+            yield node.lineno, code
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_code_asks_the_protocol_and_no_class(path):
+    """Adapters know other libraries' models, and protocol.class_name names a class in messages."""
+    if path.parent.name != "models" or path.stem not in ("adapters", "protocol"):
+        assert not list(questions_of_class(path))
+
+
+def test_questions_of_class_are_seen(tmp_path):
+    path = tmp_path / "asks.py"
+    path.write_text("a = isinstance(model, VisionTransformer)\nb = type(model).__name__\nc = hasattr(loader, 'to')\n")
+    assert [line for line, _ in questions_of_class(path)] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_doors_and_the_package_with_its_data(tmp_path):
+    pytest.importorskip("setuptools", "77")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.txt", *(f"{door}.py" for door in DOORS)):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "vit_bridge", source / "vit_bridge", ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path,
+                    source], check=True, capture_output=True, timeout=200)
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    tops = {name for name in names if "/" not in name}
+    assert tops == {f"{door}.py" for door in DOORS if door != "examples"}
+    for kind, wanted in (("data/samples/*.jpg", 4), ("weights/shipped/*.pt", 3), ("plots/*.html", 1)):
+        shipped = {str(path.relative_to(ROOT)) for path in (ROOT / "vit_bridge").glob(kind)}
+        assert len(shipped) >= wanted
+        assert shipped <= set(names)
+    assert {str(path.relative_to(ROOT)) for path in FILES if path.parent != ROOT} <= set(names)

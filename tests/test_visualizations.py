@@ -8,9 +8,9 @@ from other_models import shared
 from PIL import Image
 
 import visualizations as v
-from vit_bridge.analysis import receptive_field as receptive_field_module
 from vit_bridge.analysis.capture import capture
 from vit_bridge.analysis.explanations import feature_colours
+from vit_bridge.analysis.receptive_field import untrained_copy
 from vit_bridge.analysis.selfcheck import Check
 from vit_bridge.cli import script
 from vit_bridge.models.hybrid import HybridCNNViT
@@ -67,7 +67,7 @@ def test_patch_figure_sizes():
 
 def test_compare_receptive_fields(tmp_path, monkeypatch):
     made = {"convnet_shapes": convnet(), "vit_nano_shapes": square_vit()}
-    monkeypatch.setattr(v, "create_pretrained", made.__getitem__)
+    monkeypatch.setattr(v, "load", made.__getitem__)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(7)
     random_state = torch.get_rng_state()
@@ -107,9 +107,9 @@ def test_a_vit_of_another_library_is_drawn_as_ours_but_for_its_beginning(tmp_pat
 
 def test_untrained_copy():
     model = square_vit()
-    fresh = receptive_field_module.untrained_copy(model)
+    fresh = untrained_copy(model)
     assert fresh.config == model.config
-    assert (fresh.mean, fresh.std) == (tuple(model.mean), tuple(model.std))
+    assert fresh.preprocessing == model.preprocessing
     torch.manual_seed(0)
     again = VisionTransformer(**vars(model.config))
     assert torch.equal(fresh.blocks[0].attn.qkv.weight, again.blocks[0].attn.qkv.weight)
@@ -257,7 +257,7 @@ def test_a_page_is_written(tmp_path, capsys):
 @pytest.mark.parametrize(("build", "words"), [(square_vit, "12 x 12 pixels, cut square from their middle; "),
                                               (vit, "14 x 15 pixels, cut to that shape from their middle; ")])
 def test_the_page_is_said_to_be_cut_as_the_model_asks(build, words, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(v, "create_pretrained", lambda name: build())
+    monkeypatch.setattr(v, "load", lambda name: build())
     v.main(["explore", "--n-images", "1", "--output", str(tmp_path / "page.html")])
     assert f"Images are shown as the model sees them, {words}" in capsys.readouterr().out
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from vit_model import InputError, VisionTransformer, allow_any_size, resize_positions, sincos_positions
+from vit_model import InputError, VisionTransformer, resize_positions, sincos_positions
 
 # ---- Mimetic initialisation -------------------------------------------------------------------------------
 
@@ -74,15 +74,17 @@ def test_an_image_of_another_size_is_seen_as_by_a_model_that_was_moved(options):
     images = torch.randn(2, 3, 8, 28)
     with pytest.raises(InputError, match="expected 12x20"):
         model(images)
-    assert allow_any_size(model) is model
+    assert model.any_size is False
+    model.any_size = True
     torch.testing.assert_close(model(images), moved(images))
     own = torch.randn(2, 3, 12, 20)
     kept = model(own)
-    model.patch_embed.any_size = False
+    model.any_size = False
     assert torch.equal(model(own), kept)
 
 
 def test_any_size_is_one_that_the_patch_divides():
-    model = allow_any_size(VisionTransformer(12, 4, 3, 5, 12, 1, 3))
+    model = VisionTransformer(12, 4, 3, 5, 12, 1, 3)
+    model.any_size = True
     with pytest.raises(InputError, match="img_size 10x12 is not divisible by patch_size 4x4"):
         model(torch.randn(1, 3, 10, 12))

@@ -9,6 +9,8 @@ from train_vit import Trainer
 from vit_bridge.data.datasets import DatasetInfo
 from vit_bridge.data.loaders import MemoryLoader
 from vit_bridge.models.convnet import ConvNet
+from vit_bridge.preprocessing import Preprocessing
+from vit_bridge.training.config import Callback
 from vit_model import VisionTransformer
 
 TINY = dict(img_size=8, patch_size=4, embed_dim=12, depth=1, n_heads=3, n_classes=3)
@@ -47,7 +49,7 @@ def convnet():
 def memory_loader(n, batch_size, training=False):
     generator = torch.Generator().manual_seed(n)
     images = torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8, generator=generator)
-    facts = DatasetInfo("folder", ["a", "b", "c"], 8, (0.5,) * 3, (0.25,) * 3)
+    facts = DatasetInfo("folder", Preprocessing(8, (0.5,) * 3, (0.25,) * 3, class_names=["a", "b", "c"]))
     return MemoryLoader(images, torch.arange(n) % 3, facts, batch_size, 5, training)
 
 
@@ -75,8 +77,18 @@ class Call:
         return self.count - 1 == self.n
 
 
-def train_quietly(trainer, *loaders, **settings):
-    return trainer.train(*loaders, **(dict(learning_rate=1e-2, seed=7, progress=False) | settings))
+class Calls(Callback):
+    """Calls these functions of a state."""
+
+    def __init__(self, on_batch=None, on_epoch=None, on_save=None):
+        for name, function in (("on_batch", on_batch), ("on_epoch", on_epoch), ("on_save", on_save)):
+            if function is not None:
+                setattr(self, name, function)
+
+
+def train_quietly(trainer, *loaders, on_batch=None, on_epoch=None, on_save=None, **settings):
+    return trainer.train(*loaders, callbacks=[Calls(on_batch, on_epoch, on_save)],
+                         **(dict(learning_rate=1e-2, seed=7, progress=False) | settings))
 
 
 def copy_of(module):

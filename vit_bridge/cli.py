@@ -1,10 +1,7 @@
-"""What the scripts share: arguments that are checked, errors and interruptions in one line, folders of results.
+"""What the command lines share: arguments that are checked, errors and interruptions in one line.
 
-    script(main)                 runs a script's main(): what a person gave wrong ends in one line and exit code 2
-    processes, of_first, of_all  several processes, started by torchrun
-    Interrupts                   Ctrl-C and SIGTERM, held back where work is to be brought to a safe place first
-    OneLineParser, whole, ...    argparse with checked numbers
-    new_output_dir, write_json   a run's folder, which no other run has
+    script(main)                         runs a script's main()
+    OneLineParser, int_at_least(1), ...  argparse with checked numbers
 """
 
 import argparse
@@ -16,8 +13,6 @@ from pathlib import Path
 
 from vit_bridge.errors import InputError
 from vit_bridge.system import Interrupted, n_processes, process_number
-
-# ---- Arguments and errors ---------------------------------------------------------------------------------
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -46,7 +41,7 @@ def positive():
 
 
 class Bounded:
-    """An argparse type: a number between two bounds, with its own words for what is expected."""
+    """An argparse type: a number between two bounds. expected: the range in words, for the error."""
 
     def __init__(self, kind, low, high, expected):
         self.kind, self.low, self.high, self.expected = kind, low, high, expected
@@ -62,18 +57,18 @@ class Bounded:
 
 
 def script(run):
-    """Runs a script's main part. What a person gave wrong, or a disk, ends in one line and exit code 2; an
+    """Runs a script's main part. An InputError or an error of the disk ends in one line and exit code 2; an
     interruption in one line and 128 + the signal's number, 130 for Ctrl-C and 143 for SIGTERM; output that nobody
-    reads any more without a word, in 141."""
+    reads any more in 141, silently."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # consoles that lack a letter of a folder's name
+            stream.reconfigure(errors="backslashreplace")  # for consoles that cannot show a letter of a folder's name
     name = Path(sys.argv[0]).name
     if n_processes() > 1:
         name = f"[process {process_number()}] {name}"
     try:
         run()
-    except BrokenPipeError:  # who reads the output, head for one, has seen enough
+    except BrokenPipeError:  # the reader of the output, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
     except (InputError, OSError) as error:

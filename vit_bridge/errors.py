@@ -1,14 +1,10 @@
-"""What a person gave cannot work: the error, and the checks that raise it.
-
-    InputError              one line: the value, what was expected, what to do
-    check_int, check_choice, check_index
-
-Those that vit_model.py needs itself are defined there.
-"""
+"""Bad input: the error, and the checks that raise it. Those that vit_model.py needs itself are defined there."""
 
 import numpy as np
 
-from vit_model import InputError, check_choice, check_int, pair  # noqa: F401 - handed on
+from vit_model import InputError, check_choice, check_int, pair
+
+__all__ = ["InputError", "check_choice", "check_index", "check_int", "first_line", "pair"]
 
 
 def first_line(error):

@@ -30,9 +30,10 @@ from tqdm import tqdm
 from vit_bridge.analysis.metrics import balanced_accuracy, confusion_matrix, wilson_interval
 from vit_bridge.data.images import prepare_image
 from vit_bridge.errors import InputError, check_int, first_line
+from vit_bridge.models.adapters import adapt
+from vit_bridge.models.protocol import class_name
 from vit_bridge.runtime import choose_device, choose_precision, class_probabilities, evaluating
 from vit_bridge.system import write_whole
-from vit_bridge.weights.checkpoints import own
 from vit_model import pair
 
 BATCH_SIZE = 64  # images that predict reads and feeds at a time
@@ -85,21 +86,20 @@ def ranked(model, inputs, top):
     check_has_head(model)
     probabilities = class_probabilities(model, torch.cat(inputs)).float().cpu()  # (B, K)
     check_finite_outputs(probabilities)
-    names = class_names_or_numbers(model, probabilities.shape[1])
+    names = names_or_numbers(adapt(model).class_names, probabilities.shape[1])
     values, labels = probabilities.sort(dim=1, descending=True, stable=True)  # (B, K) each
     return [[(names[label], value) for label, value in zip(*line, strict=True)]
             for line in zip(labels[:, :top].tolist(), values[:, :top].tolist(), strict=True)]
 
 
-def class_names_or_numbers(model, n_classes):
-    """The model's class names, or "0", "1", ... where it has none that fit."""
-    names = getattr(model, "class_names", None) or ()
-    return list(names) if len(names) == n_classes else [str(label) for label in range(n_classes)]
+def names_or_numbers(names, n_classes):
+    """The class names, or "0", "1", ... where there are none that fit."""
+    return list(names) if names and len(names) == n_classes else [str(label) for label in range(n_classes)]
 
 
 def check_has_head(model):
     if isinstance(getattr(model, "head", None), nn.Identity):
-        raise InputError(f"this {type(model).__name__} has no head, it gives features and no classes; build it with "
+        raise InputError(f"this {class_name(model)} has no head, it gives features and no classes; build it with "
                          f"n_classes and train it")
 
 
@@ -217,11 +217,12 @@ def with_files(worst, loader, n):
 def shared_names(model, loader, n_classes):
     """K class names. Raises InputError where those of model and loader are not the same."""
     theirs = getattr(loader, "class_names", None)
-    ours = getattr(model, "class_names", None) or theirs
+    shown = getattr(model, "preprocessing", None)
+    ours = (shown and shown.class_names) or theirs
     if theirs and (list(theirs) != list(ours) or len(theirs) != n_classes):
         raise InputError(f"the loader has the classes {', '.join(map(str, theirs))}, the model {n_classes} outputs "
                          f"for {', '.join(map(str, ours))}; score it on images labelled by its own classes")
-    return list(theirs) if theirs else class_names_or_numbers(model, n_classes)
+    return list(theirs) if theirs else names_or_numbers(ours, n_classes)
 
 
 # ---- Export -----------------------------------------------------------------------------------------------
@@ -272,7 +273,7 @@ def to_onnx(model, images):
             proto = torch.onnx.export(program, (images,), dynamo=True, verbose=False, input_names=["images"],
                                       output_names=["logits"], dynamic_shapes=shapes).model_proto
     except Exception as error:  # torch's exporter raises errors of its own and any of Python's
-        raise InputError(f"this {type(model).__name__} cannot be exported ({first_line(error)}); expected a model "
+        raise InputError(f"this {class_name(model)} cannot be exported ({first_line(error)}); expected a model "
                          f"that torch.export can trace, remove what was changed in it") from error
     for node in proto.graph.node:
         del node.metadata_props[:]  # where in this machine's files it came from
@@ -294,8 +295,8 @@ def silence():
 
 def metadata_of(model):
     """What somebody needs to feed the model and to read its answer, as plain values; without what is not known."""
-    facts = {name: own(None, model, name) for name in ("class_names", "mean", "std")}
-    facts |= dict(img_size=model.config.img_size, interpolation=getattr(model, "interpolation", None))
+    shown = model.preprocessing
+    facts = dict(vars(shown) if shown else {}, img_size=model.config.img_size)
     return {name: value for name, value in facts.items() if value is not None}
 
 

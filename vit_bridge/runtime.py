@@ -9,8 +9,6 @@ import torch.distributed as dist
 from vit_bridge.errors import InputError, check_choice
 from vit_bridge.system import n_processes, process_number
 
-# ---- What the functions above lean on ---------------------------------------------------------------------
-
 
 def choose_device(device="auto"):
     """"auto" (cuda where there is one, else mps, else cpu) or "cpu", "cuda", "cuda:1", "mps", as a torch.device.
@@ -56,6 +54,11 @@ def logits_of(output):
     return getattr(output, "logits", output)
 
 
+def tokens_of(output):
+    """What a block gave, as tokens: some libraries have them in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 @contextmanager
 def evaluating(model):
     """Inside, the whole model is in eval mode; afterwards each of its modules is in the mode it was in."""
@@ -99,15 +102,15 @@ def predictions(model, images, batch_size=128):
 
 
 class OutOfMemory(InputError):
-    """Memory does not suffice; `accumulate` is a number of parts that may be enough."""
+    """Memory does not suffice; `grad_accum_steps` is a number of parts that may be enough."""
 
-    def __init__(self, text, accumulate):
+    def __init__(self, text, grad_accum_steps):
         super().__init__(text)
-        self.accumulate = accumulate
+        self.grad_accum_steps = grad_accum_steps
 
 
 @contextmanager
-def explain_out_of_memory(device, batch_size, accumulate=1, training=False):
+def explain_out_of_memory(device, batch_size=None, grad_accum_steps=1, training=False):
     """Inside, an error of memory becomes an OutOfMemory that names the batch and what to do; others stay."""
     try:
         yield
@@ -115,13 +118,12 @@ def explain_out_of_memory(device, batch_size, accumulate=1, training=False):
         kinds, words = (torch.OutOfMemoryError, MemoryError), str(error).lower()
         if not isinstance(error, kinds) and "out of memory" not in words and "allocate memory" not in words:
             raise
-        parts = f" in {accumulate} parts" if accumulate > 1 else ""
-        advice = "a smaller batch size takes less"
-        if training:
-            advice = (f"--accumulate {2 * accumulate} (in Python accumulate={2 * accumulate}) takes the same steps in "
-                      f"smaller parts, and {advice}")
-        raise OutOfMemory(f"{device} has not memory enough for a batch of {batch_size} images{parts}; {advice}",
-                          2 * accumulate) from error
+        batch = f" with a batch of {batch_size} images" if batch_size else ""
+        parts = f" in {grad_accum_steps} parts" if grad_accum_steps > 1 else ""
+        more = 2 * grad_accum_steps
+        advice = f"--grad-accum-steps {more} (in Python grad_accum_steps={more}) or " if training else ""
+        raise OutOfMemory(f"out of memory on {device}{batch}{parts}; try {advice}a smaller batch size",
+                          more) from error
 
 
 @contextmanager

@@ -11,10 +11,11 @@ from other_models import BUILDERS, CLASSES, DEPTH, HF, shared, timm_vit, torchvi
 from torch import nn
 
 from vit_bridge.analysis import capture as r
-from vit_bridge.models import adapters as adapters_module
+from vit_bridge.models.adapters import adapt
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.models.hybrid import HybridCNNViT
-from vit_model import InputError, VisionTransformer, allow_any_size
+from vit_bridge.preprocessing import Preprocessing
+from vit_model import InputError, VisionTransformer
 
 SIZE, PATCH, GRID, N = (14, 15), (7, 5), (2, 3), 7  # no swapped axis stays unseen
 
@@ -132,7 +133,7 @@ def test_hooks_and_recorder_are_gone_after_an_error():
 
 
 def test_what_is_no_vit_is_refused():
-    with pytest.raises(InputError, match=r"ConvNet has no attention maps that are known here; expected a Vision"):
+    with pytest.raises(InputError, match=r"\Aa ConvNet has no attention maps; give a ViT[^\n]*\Z"):
         r.capture(ConvNet(img_size=29, n_classes=5), images_of(1, (29, 29)))
 
 
@@ -208,22 +209,22 @@ def test_models_of_another_precision(dtype):
 
 def test_the_head_that_is_there_counts():
     model = vit(n_classes=0)
-    assert (adapters_module.adapt(model).has_head, adapters_module.adapt(model).n_classes) == (False, None)
+    assert (adapt(model).has_head, adapt(model).n_classes) == (False, None)
     model.head = nn.Linear(22, 4)
-    assert (adapters_module.adapt(model).has_head, adapters_module.adapt(model).n_classes) == (True, 4)
-    model.class_names = ["a", "b", "c"]
-    assert adapters_module.adapt(model).class_names is None  # they are of another head
-    model.class_names.append("d")
-    assert adapters_module.adapt(model).class_names == ["a", "b", "c", "d"]
+    assert (adapt(model).has_head, adapt(model).n_classes) == (True, 4)
+    model.preprocessing = Preprocessing(SIZE, class_names=["a", "b", "c"])
+    assert adapt(model).class_names is None  # they are of another head
+    model.preprocessing = Preprocessing(SIZE, class_names=["a", "b", "c", "d"])
+    assert adapt(model).class_names == ["a", "b", "c", "d"]
     other = torchvision_vit()
     other.heads = nn.Identity()
-    assert not adapters_module.adapt(other).has_head
+    assert not adapt(other).has_head
     third = transformers.ViTForImageClassification(transformers.ViTConfig(**HF))
-    assert adapters_module.adapt(third).class_names[2] == "LABEL_2"
+    assert adapt(third).class_names[2] == "LABEL_2"
 
 
 def test_a_model_that_pools_nothing_says_so():
-    assert adapters_module.adapt(timm_vit(num_classes=0, global_pool="")).pool == "every token by itself"
+    assert adapt(timm_vit(num_classes=0, global_pool="")).pool == "every token by itself"
 
 
 def test_names_are_of_their_numbers_whatever_the_order_of_the_file(tmp_path):
@@ -233,14 +234,14 @@ def test_names_are_of_their_numbers_whatever_the_order_of_the_file(tmp_path):
     model.save_pretrained(tmp_path)  # whose file is sorted by words: 0, 1, 10, 11, 2
     loaded = transformers.ViTForImageClassification.from_pretrained(tmp_path)
     assert list(loaded.config.id2label.values()) != names
-    assert adapters_module.adapt(loaded).class_names == adapters_module.adapt(model).class_names == names
+    assert adapt(loaded).class_names == adapt(model).class_names == names
     loaded.config.id2label = {i + 1: name for i, name in enumerate(names)}
-    assert adapters_module.adapt(loaded).class_names is None
+    assert adapt(loaded).class_names is None
 
 
 def test_a_distilled_model_reads_two_tokens():
     model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32)
-    assert adapters_module.adapt(model).pool == "CLS and the distillation token"
+    assert adapt(model).pool == "CLS and the distillation token"
     assert r.capture(model, images_of(1, (32, 32))).maps[0].shape == (1, 3, 6, 6)
 
 
@@ -255,7 +256,7 @@ def test_no_class_token_and_a_norm_after_pooling():
 def test_another_size_where_the_model_takes_it(build):
     model = build()
     if isinstance(model, VisionTransformer):
-        allow_any_size(model)
+        model.any_size = True
     assert r.capture(model, images_of(1, (10, 20))).grid == (2, 4)
 
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from vit_bridge.analysis import perturbations as p
 from vit_bridge.data.augmentation import crop_and_flip
+from vit_bridge.preprocessing import Preprocessing
 from vit_model import InputError, VisionTransformer
 
 
@@ -111,8 +112,8 @@ def test_each_image_has_a_permutation_of_its_own_and_a_seed_repeats_it():
 @pytest.mark.parametrize(("fill", "values"), [("mean", (0, 0, 0)), ("black", (-2, -1, -3))])
 def test_so_many_patches_are_hidden(fill, values):
     images = numbered(100) + 1
-    mean, std = (0.5, 0.25, 0.75), (0.25, 0.25, 0.25)
-    hidden = p.occlude(images, (2, 3), 0.35, fill, mean=mean, std=std)
+    preprocessing = Preprocessing((8, 15), (0.5, 0.25, 0.75), (0.25, 0.25, 0.25))
+    hidden = p.occlude(images, (2, 3), 0.35, fill, preprocessing=preprocessing)
     patches, _ = p.to_patches(hidden, (2, 3))
     away = (patches == torch.tensor(values).view(3, 1, 1)).all(dim=(2, 3, 4))  # (100, 20)
     assert (away.sum(dim=1) == 7).all()
@@ -124,7 +125,7 @@ def test_changes_that_cannot_be():
     images = numbered(2)
     for refused, words in ((lambda: p.occlude(images, (2, 3), 1.5), "share 1.5"),
                            (lambda: p.occlude(images, (2, 3), 0.5, "white"), "fill 'white'"),
-                           (lambda: p.occlude(images, (2, 3), 0.5, "black"), "give mean and std"),
+                           (lambda: p.occlude(images, (2, 3), 0.5, "black"), "give the preprocessing of a loader"),
                            (lambda: p.shuffle_patches(images, 4), "not divisible by patch_size")):
         with pytest.raises(InputError, match=words):
             refused()

@@ -1,5 +1,7 @@
 """CKA: against its definition in plain numpy, and by what must be true of it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -93,7 +95,7 @@ class Layers(nn.Module):
 @pytest.fixture
 def similarity_of(monkeypatch):
     """A function that gives the CKA of two sets of features (n, F)."""
-    monkeypatch.setattr(r, "layers_of", lambda model: [model.layer])
+    monkeypatch.setattr(r, "adapt", lambda model: SimpleNamespace(layers=[model.layer]))
 
     def compute(a, b, batch_size=64):
         numbers = torch.arange(len(a)).view(-1, 1, 1, 1).float()

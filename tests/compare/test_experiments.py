@@ -1,4 +1,4 @@
-"""The experiments on small models: what they measure is what measurements.py measures, and the sentences follow it."""
+"""The experiments on small models: they measure what the functions of analysis/ do, and the findings follow."""
 
 import copy
 import json
@@ -21,17 +21,18 @@ from vit_bridge.compare.experiments import (
     MOVED,
     RANDOM,
     ComparisonSetup,
-    consistencies,
-    formula,
-    off_diagonal,
-    resized,
-    what_remains,
+    _consistencies,
+    _off_diagonal_mean,
+    _resized,
+    _textbook_cost,
 )
-from vit_bridge.compare.statistics import join_words, variance_of_ratio
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.models.hybrid import HybridCNNViT
+from vit_bridge.preprocessing import Preprocessing
 from vit_bridge.runtime import predictions
 from vit_model import VisionTransformer
+
+PREPROCESSING = Preprocessing(16, (0.5,) * 3, (0.25,) * 3)
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +43,12 @@ def setup():
               "Hybrid": HybridCNNViT(**common, embed_dim=12, depth=2, n_heads=2, patch_size=4),
               "ViT": VisionTransformer(**common, embed_dim=12, depth=2, n_heads=2, patch_size=4)}
     for model in models.values():
-        model.mean, model.std = (0.5,) * 3, (0.25,) * 3
+        model.preprocessing = PREPROCESSING
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.3)
     images = torch.randn(12, 3, 16, 16)
-    return ComparisonSetup({name: model.eval() for name, model in models.items()}, images, torch.arange(12) % 3, (0.5,) * 3,
-                    (0.25,) * 3, seconds=0.001, sizes=(16, 32))
+    return ComparisonSetup({name: model.eval() for name, model in models.items()}, images, torch.arange(12) % 3,
+                           PREPROCESSING, seconds=0.001, sizes=(16, 32))
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +58,14 @@ def measured(setup):
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_data_become_figures_and_a_sentence(name, measured):
-    figures = EXPERIMENTS[name].draw(measured[name])
+def test_data_become_figures_a_finding_and_tables(name, measured, setup):
+    figures = EXPERIMENTS[name].draw(measured[name], setup)
     assert figures
     assert all(isinstance(figure, Figure) for figure in figures.values())
-    sentence = EXPERIMENTS[name].say(measured[name])
+    sentence = EXPERIMENTS[name].finding(measured[name])
     assert sentence.endswith(".")
     assert "nan" not in sentence
-    for caption, (heads, *rows) in EXPERIMENTS[name].table(measured[name]):
+    for caption, (heads, *rows) in EXPERIMENTS[name].tables(measured[name]):
         assert caption
         assert rows
         assert {len(row) for row in rows} == {len(heads)}
@@ -85,23 +86,23 @@ def test_costs_are_of_the_models_at_each_size(measured, setup):
 def test_the_formula_is_half_the_flops_of_the_blocks(setup):
     model = setup.models["ViT"]
     n, D, depth = 16, 12, 2
-    assert formula(model, 16) == 12 * n * D**2 + 2 * n**2 * D
+    assert _textbook_cost(model, 16) == 12 * n * D**2 + 2 * n**2 * D
     blocks = 2 * depth * (12 * (n + 1) * D**2 + 2 * (n + 1) ** 2 * D)
     rest = 2 * (n * 48 * D + D * 3)
     assert count_flops(model) == blocks + rest
 
 
-def test_the_cost_sentence_turns_with_the_numbers(measured):
+def test_the_cost_finding_turns_with_the_numbers(measured):
     data = copy.deepcopy(measured["cost"])
-    for speeds, words in (((9, 9), "A is the fastest at 16 pixels and A is the fastest at 32 pixels."),
-                          ((9, 1), "A is the fastest at 16 pixels and B is the fastest at 32 pixels."),
-                          ((9, 4.8), "A is the fastest at 16 pixels and B and A are the fastest at 32 pixels.")):
+    for speeds, words in (((9, 9), "A is fastest at 16 pixels and A is fastest at 32 pixels."),
+                          ((9, 1), "A is fastest at 16 pixels and B is fastest at 32 pixels."),
+                          ((9, 4.8), "A is fastest at 16 pixels and B and A are fastest at 32 pixels.")):
         data["resolution"] = {"A": [dict(size=size, images_per_second=speed)
                                     for size, speed in zip((16, 32), speeds, strict=True)],
                               "B": [dict(size=size, images_per_second=5) for size in (16, 32)]}
-        assert words in EXPERIMENTS["cost"].say(data)
-    data["exponents"] = dict(A=dict(flops=1.234, formula=1.5))
-    assert "to the power 1.23 (A; by the formula 1.50)" in EXPERIMENTS["cost"].say(data)
+        assert EXPERIMENTS["cost"].finding(data).startswith(words)
+    data["exponents"] = dict(A=dict(flops=1.234, formula=1.5), B=dict(flops=1.6, formula=1.6))
+    assert EXPERIMENTS["cost"].finding(data).endswith("to the power 1.23 (A) to 1.60 (B).")
 
 
 def test_before_the_first_attention_a_vit_sees_one_patch(measured, setup):
@@ -123,102 +124,76 @@ def test_a_convnet_sees_no_more_than_its_window(measured, setup):
             assert (places - centre).abs().max() <= (row["window"] - 1) / 2 + 1e-9
 
 
-def test_the_receptive_field_sentence_turns_with_the_numbers():
-    def sentence(trained, random):
+def test_the_receptive_field_finding_turns_with_the_numbers():
+    def finding(trained, random):
         rows = [dict(depth=1, trained=[trained, 9, 9], **{RANDOM: [random, 9, 9]})]
-        return EXPERIMENTS["receptive_field"].say({"A": rows})
+        return EXPERIMENTS["receptive_field"].finding({"A": rows})
 
-    assert "widened that of A" in sentence(7.0, 3.0)
-    assert "narrowed that of A" in sentence(3.0, 7.0)
-    assert "hardly moved that of A" in sentence(3.0, 3.1)
-    assert "within 3.0 pixels (A)" in sentence(3.0, 3.1)
-
-
-def test_the_attention_distance_sentence_turns_with_the_numbers():
-    def sentence(trained, random):
-        return EXPERIMENTS["attention_distance"].say({"A": {"trained": [trained], RANDOM: [random], "uniform": 16.5}})
-
-    assert "differ by 13.0 pixels, with random weights by 0.2: near and far heads side by side are learned" in sentence(
-        [2.0, 15.0], [8.0, 8.2])
-    assert sentence([8.0, 8.2], [8.0, 8.2]).endswith("with random weights by 0.2.")
-    assert sentence([4.0, 12.0], [4.0, 10.0]).endswith("by 8.0 pixels, with random weights by 6.0.")  # less than twice
-    assert "uniform attention 16.5" in sentence([8.0, 8.2], [8.0, 8.2])
+    assert finding(7.0, 3.0).endswith("Training widened it for A.")
+    assert finding(3.0, 7.0).endswith("Training narrowed it for A.")
+    assert finding(3.0, 3.1).endswith("lies within 3.0 pixels (A). Training hardly moved it for A.")
 
 
-def test_the_similarity_sentence_turns_with_the_numbers():
-    def sentence(a, b):
+def test_the_attention_distance_finding_turns_with_the_numbers():
+    def finding(trained, random):
+        return EXPERIMENTS["attention_distance"].finding(
+            {"A": {"trained": [trained], RANDOM: [random], "uniform": 16.5}})
+
+    assert finding([2.0, 15.0], [8.0, 8.2]) == (
+        "A: the heads of the first block look 2.0 to 15.0 pixels far, uniform attention 16.5. Training put near and "
+        "far heads side by side in A.")
+    assert finding([8.0, 8.2], [8.0, 8.2]).endswith("in none of them.")
+
+
+def test_the_similarity_finding_turns_with_the_numbers():
+    def finding(a, b):
         matrices, random = ({name: [[1, value], [value, 1]] for name, value in (("A", own[0]), ("B", own[1]))}
                             for own in ((a, b), (0.6, 0.6)))
-        return EXPERIMENTS["similarity"].say({"within": matrices, RANDOM: random,
-                                              "across": {"A and B": [[0.1, 0.2], [0.3, 0.45]]}})
+        return EXPERIMENTS["similarity"].finding({"within": matrices, RANDOM: random, "across": {}})
 
-    first = sentence(0.9, 0.4)
-    assert "A 0.90 (random weights 0.60) and B 0.40 (random weights 0.60)" in first
-    assert "Training has made those of B less alike. Training has made those of A more alike." in first
-    assert first.endswith("Of two models the last layers are alike by 0.45 (A and B).")
-    assert "made those of A and B neither more nor less alike" in sentence(0.62, 0.58)
-    assert off_diagonal([[1, 0.2, 0.4], [0.2, 1, 0.6], [0.4, 0.6, 1]]) == pytest.approx(0.4)
+    assert finding(0.9, 0.4) == (
+        "Two different layers of a model have a mean CKA of 0.40 (B) to 0.90 (A). Training made layers less alike in B "
+        "and made layers more alike in A.")
+    assert finding(0.62, 0.58).endswith("Training changed little in A and B.")
+    assert _off_diagonal_mean([[1, 0.2, 0.4], [0.2, 1, 0.6], [0.4, 0.6, 1]]) == pytest.approx(0.4)
 
 
-def test_the_position_sentence_turns_with_the_numbers():
-    def sentence(a, b, n=1000):
-        models = {name: {"consistency": share, "consistency_beyond": share - 0.3, "shift_map": [[1] * 13] * 13,
-                         f"consistency, {RANDOM}": 0.97,
-                         "correct": {"shuffled": [n // 2, round(n // 2 * left)], MOVED: [n // 2, n // 4],
-                                     "hidden, mean": [n // 2, n // 10]}}
-                  for name, (share, left) in (("A", a), ("B", b))}
-        return EXPERIMENTS["position"].say(dict(models=models, shares=[0, 0.75], n=n, n_shifted=n, n_control=16,
-                                                trained_shift=4, classes=10))
-
-    first = sentence((0.9, 0.4), (0.5, 0.8))
-    assert "by up to 4 pixels, as in training, the predicted class stays in 90% (A) and 50% (B): A minds it" in first
-    assert "Moved further, by up to 6, in 60% (A) and 20% (B): A minds it least." in first
-    assert "it stays in 97% (A) and 97% (B) (16 images)." in first
-    assert first.startswith("When 1000 images move by up to 4 pixels")
-    assert ("With 75% of the patches of the ViT's own grid shuffled there are 40% (A; guessing 20%) and 80% (B; "
-            "guessing 20%) as many right answers as before: B minds it least.") in first
-    assert "half a patch, which cuts its tokens too, there are 50% (A; guessing 20%) and 50% (B; guessing 20%)" in first
-    assert "as before: no difference between A and B shows." in first
-    assert "hidden by the mean there are 20% (A; guessing 20%)" in first
-    few = sentence((0.9, 0.5), (0.88, 0.6), n=50)
-    assert "no difference between A and B shows" in few
-    assert "no difference between B and A shows" in few
-    second = sentence((0.5, 0.8), (0.9, 0.4))
-    assert "stays in 50% (A) and 90% (B): B minds it least" in second
-    assert "as many right answers as before: A minds it least" in second
+def position_data(n=1000, **models):
+    """name -> (share that stays, predictions left of a half after shuffling, on the moved grid, hidden)."""
+    return dict(n=n, n_shifted=n, n_control=16, trained_shift=4, classes=10, shares=[0, 0.75], models={
+        name: {"consistency": stays, "consistency_beyond": None, f"consistency, {RANDOM}": 0.97,
+               "correct": {what: [n // 2, round(n // 2 * left)] for what, left in zip(
+                   ("shuffled", MOVED, "hidden, mean"), kept, strict=True)}}
+        for name, (stays, *kept) in models.items()})
 
 
-def test_who_guesses_to_begin_with_has_nothing_to_lose():
-    def counts(first):
-        return {change: [first, 30] for change in ("shuffled", MOVED, "hidden, mean")}
+def test_the_position_finding_turns_with_the_numbers():
+    finding = EXPERIMENTS["position"].finding
+    moved, own, grid, hidden = finding(position_data(A=(0.9, 0.4, 0.5, 0.2), B=(0.5, 0.8, 0.5, 0.9))).split(": ")[1:]
+    assert moved.startswith("A is ahead of B by 40.0 points (95% interval ")
+    assert own.startswith("B is ahead of A by 40.0 points (95% interval ")
+    assert grid.startswith("A and B cannot be told apart.")
+    assert hidden == "only B still beats guessing."
+    few = finding(position_data(50, A=(0.9, 0.5, 0.5, 0.5), B=(0.88, 0.6, 0.5, 0.5)))
+    assert few.count("cannot be told apart") == 4
 
-    data = dict(models=dict(A=dict(correct=counts(90)), B=dict(correct=counts(12))), n=100, classes=10)
-    assert what_remains(data, "shuffled") == (
-        "there are 33% (A; guessing 11%) as many right answers as before: there is no other to compare it with")
-    del data["models"]["A"]
-    assert what_remains(data, MOVED) == "nothing follows, as no model does better than guessing to begin with"
 
-
-def test_nobody_minds_least_by_chance_or_at_guessing():
-    def said(*pairs):
-        counts = {name: dict(correct={MOVED: list(pair)}) for name, pair in zip("AB", pairs, strict=False)}
-        return what_remains(dict(models=counts, n=400, classes=10), MOVED).split(": ")[1]
-
-    assert said((80, 56), (80, 66)) == "no difference between B and A shows"  # 70% and 83%, of 80 answers each
-    assert said((380, 90), (380, 170)) == "B minds it least"
-    assert said((60, 30), (60, 36)) == "no model does better than guessing then"
-    assert said((380, 90), (380, 42)) == "only A still does better than guessing"
-    assert said((60, 30)) == "that is no more than guessing gives"
-    # 90 and 50 of 380 with p = 0.225 and 0.125: (90/380)^2 (0.775/90 + 0.05/380)
-    assert variance_of_ratio(380, 90, 400) == pytest.approx(0.05609 * (0.008611 + 0.0001316), rel=1e-3)
+def test_who_only_guesses_keeps_nothing():
+    data = position_data(A=(0.9, 0.1, 0.4, 0.4), B=(0.9, 0.1, 0.1, 0.4), C=(0.9, 0.1, 0.4, 0.4))
+    finding = EXPERIMENTS["position"].finding(data)
+    assert "own patches: no model beats guessing any more. " in finding
+    assert "half a patch: A and C cannot be told apart; no better than guessing: B. " in finding
+    for model in data["models"].values():
+        model["correct"] = {what: [100, 90] for what in model["correct"]}
+    assert EXPERIMENTS["position"].finding(data).count("no model beats guessing to begin with") == 3
 
 
 def test_shifts_as_in_training_are_told_from_those_beyond():
     stays = torch.full((7, 7), 0.25)
     stays[2:5, 2:5] = 0.75
     stays[3, 3] = 1
-    assert consistencies(stays, 1) == (0.75, 0.25)
-    assert consistencies(stays, 3)[1] is None
+    assert _consistencies(stays, 1) == (0.75, 0.25)
+    assert _consistencies(stays, 3)[1] is None
 
 
 def test_each_number_is_that_of_the_function_it_is_named_after(measured, setup):
@@ -242,7 +217,7 @@ def test_each_number_is_that_of_the_function_it_is_named_after(measured, setup):
     first = measured["cost"]["resolution"]["ViT"][0]
     images = torch.zeros(first["batch"], 3, 16, 16)
     for key, train in (("peak_mib", False), ("training_peak_mib", True)):
-        expected = peak_memory(resized(model, img_size=16), images, train=train) / 2**20 / first["batch"]
+        expected = peak_memory(_resized(model, img_size=16), images, train=train) / 2**20 / first["batch"]
         assert first[key] == pytest.approx(expected, rel=0.2)
     assert first["training_images_per_second"] < first["images_per_second"]
 
@@ -255,7 +230,7 @@ def test_similarities_are_of_the_model_and_of_its_random_twin(measured, setup):
         for key, which in (("within", model), (RANDOM, twin)):
             found = layer_similarity(which, which, images)
             torch.testing.assert_close(torch.tensor(data[key][name]), found, check_dtype=False)
-        assert abs(off_diagonal(data["within"][name]) - off_diagonal(data[RANDOM][name])) > 0.01
+        assert abs(_off_diagonal_mean(data["within"][name]) - _off_diagonal_mean(data[RANDOM][name])) > 0.01
     found = layer_similarity(setup.models["ConvNet"], setup.models["ViT"], images)
     torch.testing.assert_close(torch.tensor(data["across"]["ConvNet and ViT"]), found, check_dtype=False)
 
@@ -267,7 +242,7 @@ def test_patches_are_changed_as_their_curves_say(setup):
     model = copy.deepcopy(setup.models["ViT"])
     with torch.no_grad():
         model.head.bias -= model(images).mean(dim=0)
-    labels, normal = predictions(model, images), dict(mean=(0.5,) * 3, std=(0.25,) * 3)
+    labels, normal = predictions(model, images), dict(preprocessing=PREPROCESSING)
     own = ComparisonSetup({"ViT": model}, images, labels, **normal, reach=1, trained_shift=1)
     curves = EXPERIMENTS["position"].measure(own)["models"]["ViT"]["correct"]
     changes = {"shuffled": partial(shuffle_patches, patch_size=4),
@@ -292,9 +267,9 @@ def test_convolutions_are_attention(measured):
     assert len(data["rows"]) == 4  # all but the strided one
     assert max(row["difference"] for row in data["rows"]) < 1e-5
     assert min(row["unset"] for row in data["rows"]) > 0.1
-    assert "gives the same numbers" in EXPERIMENTS["convolution"].say(data)
+    assert "gives the same numbers" in EXPERIMENTS["convolution"].finding(data)
     data["rows"][0]["difference"] = 0.1
-    assert "it is not the same" in EXPERIMENTS["convolution"].say(data)
+    assert "it is not the same" in EXPERIMENTS["convolution"].finding(data)
     for i, head in enumerate(data["maps"]):  # around the pixel in the middle of 9 x 9
         place = torch.tensor(head).argmax().item()
         assert divmod(place, 9) == (3 + i // 3, 3 + i % 3)
@@ -303,7 +278,3 @@ def test_convolutions_are_attention(measured):
 def test_random_twins_are_untrained(setup):
     twin = untrained_copy(setup.models["ViT"])
     assert not torch.equal(twin.head.weight, setup.models["ViT"].head.weight)
-
-
-def test_listed():
-    assert [join_words(words) for words in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]

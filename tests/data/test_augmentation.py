@@ -13,6 +13,7 @@ from vit_bridge.data.augmentation import (
 )
 from vit_bridge.data.datasets import DatasetInfo
 from vit_bridge.data.loaders import MemoryLoader
+from vit_bridge.preprocessing import Preprocessing
 from vit_model import InputError
 
 
@@ -29,7 +30,7 @@ def test_crop_and_flip_against_one_image_at_a_time():
 
 
 def test_the_training_recipe():
-    steps = train_transform(64, (0.5,) * 3, (0.5,) * 3).transforms
+    steps = train_transform(Preprocessing(64, (0.5,) * 3, (0.5,) * 3)).transforms
     assert [type(step).__name__ for step in steps[:4]] == ["RandomResizedCrop", "RandomHorizontalFlip", "ColorJitter",
                                                            "AutoAugment"]
 
@@ -85,7 +86,7 @@ def test_an_image_of_two_sides_is_hidden_by_its_sides():
 
 
 def test_a_loader_hides_a_square_behind_the_mean():
-    facts = DatasetInfo("folder", ["a"], 16, (0.2,) * 3, (0.5,) * 3)
+    facts = DatasetInfo("folder", Preprocessing(16, (0.2,) * 3, (0.5,) * 3, class_names=["a"]))
     white = torch.full((50, 3, 16, 16), 255, dtype=torch.uint8)
     loader = MemoryLoader(white, torch.zeros(50), facts, 50, 0, True, augmentation=Augmentation(cutout=0.5))
     images, _ = next(iter(loader))

@@ -1,5 +1,7 @@
 """Every accepted image gives the same picture, and what is none is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import timm
@@ -8,10 +10,16 @@ from figure_checks import SIZE, pixels, square_vit, vit
 from other_models import shared
 from PIL import Image
 
-from vit_bridge.data import images as pictures
-from vit_bridge.models import adapters as adapters_module
-from vit_bridge.preprocessing import NORMALISATION, eval_transform
-from vit_model import InputError, allow_any_size
+from vit_bridge.data.images import as_picture, fit_picture, open_picture, prepare_image, prepare_images
+from vit_bridge.models.adapters import adapt
+from vit_bridge.preprocessing import NORMALISATION, Preprocessing, eval_transform
+from vit_model import InputError
+
+
+def statistics_of(model):
+    """(mean, std) of the images that the model takes."""
+    preprocessing = adapt(model).preprocessing
+    return preprocessing.mean, preprocessing.std
 
 
 def kinds(array, tmp_path):
@@ -28,102 +36,109 @@ def test_every_kind_of_picture_gives_the_same(tmp_path):
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in NORMALISATION["folder"])
     expected = (torch.from_numpy(array).permute(2, 0, 1)[None] / 255 - mean) / std
     for kind, image in kinds(array, tmp_path).items():
-        images, picture = pictures.prepare_image(image, model)
+        images, picture = prepare_image(image, model)
         torch.testing.assert_close(images, expected, msg=kind)
         np.testing.assert_allclose(picture, array / 255, atol=1e-6, err_msg=kind)
-        np.testing.assert_allclose(pictures.as_picture(image), array / 255, atol=1e-6, err_msg=kind)
+        np.testing.assert_allclose(as_picture(image), array / 255, atol=1e-6, err_msg=kind)
     for image in (expected, expected[0], expected.double()):
-        images, picture = pictures.prepare_image(image, model)
+        images, picture = prepare_image(image, model)
         torch.testing.assert_close(images, expected)
         np.testing.assert_allclose(picture, array / 255, atol=1e-6)
 
 
 def test_grey_is_repeated():
     grey = pixels()[:, :, 0]
-    images, picture = pictures.prepare_image(grey, vit())
+    images, picture = prepare_image(grey, vit())
     np.testing.assert_allclose(picture, np.repeat(grey[:, :, None], 3, axis=2) / 255, atol=1e-6)
     assert images.shape == (1, 3, *SIZE)
 
 
 def test_pictures_are_fed_as_the_validation_images_are():
     model, photo = square_vit(), Image.fromarray(pixels(41, 53))
-    images, picture = pictures.prepare_image(photo, model)
-    torch.testing.assert_close(images[0], eval_transform(12, model.mean, model.std)(photo))
+    images, picture = prepare_image(photo, model)
+    torch.testing.assert_close(images[0], eval_transform(model.preprocessing)(photo))
     assert picture.shape == (12, 12, 3)
-    model.interpolation = "bicubic"
-    bicubic, _ = pictures.prepare_image(photo, model)
-    torch.testing.assert_close(bicubic[0], eval_transform(12, model.mean, model.std, "bicubic")(photo))
+    model.preprocessing = replace(model.preprocessing, interpolation="bicubic")
+    bicubic, _ = prepare_image(photo, model)
+    torch.testing.assert_close(bicubic[0], eval_transform(model.preprocessing)(photo))
     assert not torch.allclose(bicubic, images, atol=0.01)
-    images, picture = pictures.prepare_image(photo, vit())
+    images, picture = prepare_image(photo, vit())
     assert picture.shape == (*SIZE, 3)
     assert images.shape == (1, 3, *SIZE)
 
 
 def test_a_tensor_is_shown_with_the_models_statistics():
-    _, picture = pictures.prepare_image(torch.zeros(1, 3, 12, 12), square_vit())
+    _, picture = prepare_image(torch.zeros(1, 3, 12, 12), square_vit())
     np.testing.assert_allclose(picture, np.broadcast_to([0.5, 0.4, 0.3], (12, 12, 3)), atol=1e-6)
-    shown = pictures.as_picture(torch.ones(3, 2, 5), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.9))
+    shown = as_picture(torch.ones(3, 2, 5), Preprocessing((2, 5), (0.5, 0.4, 0.3), (0.2, 0.25, 0.9)))
     np.testing.assert_allclose(shown, np.broadcast_to([0.7, 0.65, 1.0], (2, 5, 3)), atol=1e-6)
 
 
 def test_a_pil_image_is_turned_upright():
     photo = Image.fromarray(pixels())
     photo.getexif()[0x0112] = 3  # orientation: upside down
-    np.testing.assert_array_equal(pictures.as_picture(photo), pixels()[::-1, ::-1] / 255)
+    np.testing.assert_array_equal(as_picture(photo), pixels()[::-1, ::-1] / 255)
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])
 @pytest.mark.parametrize("high", [1, 255])
 def test_a_pil_image_that_does_not_tell_where_white_is_is_refused(mode, high):
     with pytest.raises(InputError, match=rf"\Agot a PIL image of mode '{mode}' with values from {high} to [^\n]*\Z"):
-        pictures.open_picture(Image.new(mode, (5, 5), high))
+        open_picture(Image.new(mode, (5, 5), high))
 
 
 def test_pil_images_of_rarer_modes():
     grey = Image.fromarray(pixels()).convert("L")
     opaque = grey.convert("LA").convert("La")
-    np.testing.assert_array_equal(pictures.open_picture(opaque), np.asarray(grey.convert("RGB")))
+    np.testing.assert_array_equal(open_picture(opaque), np.asarray(grey.convert("RGB")))
     sixteen = Image.fromarray(np.full((5, 5), 257 * 200, np.int32))  # mode I, as 16 bits of grey are opened
-    assert np.asarray(pictures.open_picture(sixteen)).max() == 200
-    assert np.asarray(pictures.open_picture(Image.new("I", (5, 5), 0))).max() == 0
+    assert np.asarray(open_picture(sixteen)).max() == 200
+    assert np.asarray(open_picture(Image.new("I", (5, 5), 0))).max() == 0
     grey.close()
     with pytest.raises(InputError, match=r"\Athe PIL image cannot be read \(Operation on closed image\)[^\n]*\Z"):
-        pictures.open_picture(grey)
+        open_picture(grey)
 
 
 def test_the_centre_is_cut_where_the_size_is_no_square():
     wide = np.zeros((14, 35, 3), np.uint8)
     wide[:, 10:25] = pixels()
-    np.testing.assert_array_equal(pictures.fit_picture(Image.fromarray(wide), SIZE), pixels())
+    np.testing.assert_array_equal(fit_picture(Image.fromarray(wide), SIZE), pixels())
 
 
 @pytest.mark.parametrize("kind", [list, tuple, torch.tensor, np.array])
 def test_the_models_statistics_may_be_of_any_kind(kind):
     model = vit()
-    model.mean, model.std = kind([0.0, 0.5, 0.25]), kind([0.5, 0.25, 0.125])
-    assert adapters_module.statistics_of(model) == ((0.0, 0.5, 0.25), (0.5, 0.25, 0.125))
-    assert type(adapters_module.statistics_of(model)[0]) is tuple
-    _, picture = pictures.prepare_image(torch.zeros(3, *SIZE), model)
+    model.preprocessing = Preprocessing(SIZE, kind([0.0, 0.5, 0.25]), kind([0.5, 0.25, 0.125]))
+    assert statistics_of(model) == ((0.0, 0.5, 0.25), (0.5, 0.25, 0.125))
+    assert type(statistics_of(model)[0]) is tuple
+    _, picture = prepare_image(torch.zeros(3, *SIZE), model)
     np.testing.assert_array_equal(picture, np.broadcast_to([0.0, 0.5, 0.25], (*SIZE, 3)))
 
 
+def show_to(model, mean, std):
+    model.preprocessing = Preprocessing(SIZE, mean, std)
+    return prepare_image(pixels(), model)
+
+
 @pytest.mark.parametrize(("mean", "std", "words"), [
-    (0.5, 0.2, r"mean 0\.5"), ([0.5], [0.2], r"mean \[0\.5\]"), ((0.5,) * 3, (0.2, 0.0, 0.2), r"std \(0\.2, 0\.0"),
-    ((0.5,) * 3, [0.2] * 4, "std"), ((0.5, 0.5, np.nan), (0.2,) * 3, "mean"), ("dark", (0.2,) * 3, "mean 'dark'")])
+    (0.5, 0.2, r"mean 0\.5 [^\n]*expected a finite number for each channel"),
+    ([0.5], [0.2], r"model\.preprocessing has a mean and std of 1 channels, [^\n]*takes 3; set model\.preprocessing"),
+    ((0.5,) * 3, (0.2, 0.0, 0.2), r"std \(0\.2, 0\.0[^\n]*expected a finite number above 0 for each channel"),
+    ((0.5,) * 3, [0.2] * 4, r"mean \(0\.5, [^\n]* and std \(0\.2, [^\n]* of 3 and 4 channels; expected one"),
+    ((0.5, 0.5, np.nan), (0.2,) * 3, r"mean \(0\.5, 0\.5, nan\)"), ("dark", (0.2,) * 3, "mean 'dark'")])
 def test_statistics_that_are_not_one_number_a_channel_are_refused(mean, std, words):
-    model = vit()
-    model.mean, model.std = mean, std
-    with pytest.raises(InputError, match=rf"\A{words}[^\n]*expected three[^\n]*; set model.mean [^\n]*\Z"):
-        pictures.prepare_image(pixels(), model)
+    with pytest.raises(InputError, match=rf"\A{words}[^\n]*\Z"):
+        show_to(vit(), mean, std)
 
 
 def test_a_model_of_one_channel_has_one_number():
     model = vit(in_channels=1)
-    model.mean, model.std = [0.5], [0.25]
-    assert adapters_module.statistics_of(model) == ((0.5,), (0.25,))
-    model.std = [0.25] * 3
-    with pytest.raises(InputError, match="expected finite numbers, 1 of them above 0, one a channel"):
-        adapters_module.statistics_of(model)
+    assert statistics_of(model) == ((0.0,), (1.0,))  # nothing is known of it: its images are shown as they are
+    model.preprocessing = Preprocessing(SIZE, [0.5], [0.25])
+    assert statistics_of(model) == ((0.5,), (0.25,))
+    model.preprocessing = Preprocessing(SIZE)
+    with pytest.raises(InputError, match="mean and std of 3 channels, and the model takes 1"):
+        statistics_of(model)
 
 
 @pytest.mark.parametrize(("image", "text"), [
@@ -144,13 +159,13 @@ def test_a_model_of_one_channel_has_one_number():
 ])
 def test_what_is_no_image(image, text):
     with pytest.raises(InputError, match=text) as caught:
-        pictures.prepare_image(image, vit())
+        prepare_image(image, vit())
     assert "\n" not in str(caught.value)
 
 
 def test_a_model_of_another_number_of_channels():
     with pytest.raises(InputError, match="1 channels; expected 3"):
-        pictures.prepare_image(pixels(), vit(in_channels=1))
+        prepare_image(pixels(), vit(in_channels=1))
 
 
 # ---- Other libraries
@@ -158,32 +173,33 @@ def test_a_model_of_another_number_of_channels():
 
 def test_what_is_known_of_another_librarys_normalisation(tmp_path):
     timm_model = timm.create_model("vit_tiny_patch16_224", img_size=32)
-    assert adapters_module.statistics_of(timm_model) == ((0.5,) * 3, (0.5,) * 3)
+    assert statistics_of(timm_model) == ((0.5,) * 3, (0.5,) * 3)
     theirs, ours, _ = shared("transformers", tmp_path)
-    assert adapters_module.statistics_of(theirs) == ((0.5,) * 3, (0.5,) * 3)
-    assert adapters_module.statistics_of(ours) == NORMALISATION["folder"]
-    theirs.mean, theirs.std = (0.1,) * 3, (0.2,) * 3
-    assert adapters_module.statistics_of(theirs) == ((0.1,) * 3, (0.2,) * 3)
+    assert statistics_of(theirs) == ((0.5,) * 3, (0.5,) * 3)
+    assert statistics_of(ours) == NORMALISATION["folder"]
+    theirs.preprocessing = Preprocessing(15, (0.1,) * 3, (0.2,) * 3)
+    assert statistics_of(theirs) == ((0.1,) * 3, (0.2,) * 3)
 
 
 def test_a_tensor_of_another_size_where_the_model_takes_it():
     model = vit()
     with pytest.raises(InputError, match="expected 14x15"):
-        pictures.prepare_image(torch.randn(1, 3, 28, 15), model)
-    allow_any_size(model)
-    assert pictures.prepare_image(torch.randn(1, 3, 28, 15), model)[1].shape == (28, 15, 3)
+        prepare_image(torch.randn(1, 3, 28, 15), model)
+    model.any_size = True
+    assert prepare_image(torch.randn(1, 3, 28, 15), model)[1].shape == (28, 15, 3)
 
 
 def test_what_makes_no_batch_is_refused():
-    model = allow_any_size(vit())
+    model = vit()
+    model.any_size = True
     images = [torch.randn(3, 14, 15), torch.randn(3, 28, 15)]
     with pytest.raises(InputError, match=r"\Agot images of 14x15 and 28x15 pixels, expected one size[^\n]*\Z"):
-        pictures.prepare_images(images, model)
-    assert pictures.prepare_images(images[1:] * 2, model).shape == (2, 3, 28, 15)
+        prepare_images(images, model)
+    assert prepare_images(images[1:] * 2, model).shape == (2, 3, 28, 15)
     batch = torch.randn(2, 3, *SIZE)
-    assert pictures.prepare_images(batch, model) is batch
+    assert prepare_images(batch, model) is batch
     batch[1, 2, 3, 4] = torch.nan
     with pytest.raises(InputError, match="values that are not finite"):
-        pictures.prepare_images(batch, model)
+        prepare_images(batch, model)
     with pytest.raises(InputError, match="there is no image"):
-        pictures.prepare_images(batch[:0], model)
+        prepare_images(batch[:0], model)

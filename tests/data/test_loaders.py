@@ -13,16 +13,14 @@ import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from vit_bridge.data import augmentation
-from vit_bridge.data import datasets as vit_data
-from vit_bridge.data.datasets import DatasetInfo, stratified_cut
+from vit_bridge.data.datasets import DATASETS, TORCHVISION_SETS, DatasetInfo, stratified_cut
 from vit_bridge.data.images import open_image
 from vit_bridge.data.loaders import MemoryLoader, PhotoDataset, PhotoLoader, get_data_loaders, get_test_loader
 from vit_bridge.data.shapes import SHAPES, TEST_START, make_shapes
-from vit_bridge.preprocessing import NORMALISATION, eval_transform
+from vit_bridge.preprocessing import NORMALISATION, FitSquare, Preprocessing, eval_transform
 from vit_model import InputError
 
-PLAIN = DatasetInfo("folder", ["a", "b"], 16, (0.5,) * 3, (0.25,) * 3)
+PLAIN = DatasetInfo("folder", Preprocessing(16, (0.5,) * 3, (0.25,) * 3, class_names=["a", "b"]))
 
 
 def random_picture(width, height, seed):
@@ -88,8 +86,8 @@ def test_batches_and_attributes(kind, tmp_path, photos):
     for loader in (train, val, test):
         assert (loader.img_size, loader.class_names) == (side, names)
         assert loader.dataset_name == ("shapes" if kind == "shapes" else "folder")
-        assert (loader.mean, loader.std) == NORMALISATION[loader.dataset_name]
-        assert loader.interpolation == "bilinear"
+        assert loader.preprocessing == Preprocessing(side, *NORMALISATION[loader.dataset_name], class_names=names)
+        assert loader.preprocessing.interpolation == "bilinear"
         assert loader.to("cpu") is loader
         assert len(loader) == len(list(loader)) == -(-loader.n_images // 5)
         for images, labels in loader:
@@ -101,7 +99,7 @@ def test_batches_and_attributes(kind, tmp_path, photos):
 
 def photo_loader(photos, training=True, workers=0):
     files = sorted(str(path) for path in (photos / "train").rglob("*.jpg"))
-    facts = DatasetInfo("folder", ["a", "b"], 72, *NORMALISATION["folder"])
+    facts = DatasetInfo("folder", Preprocessing(72, *NORMALISATION["folder"], class_names=["a", "b"]))
     return PhotoLoader(files, torch.arange(20), facts, batch_size=8, seed=3, training=training, workers=workers)
 
 
@@ -154,7 +152,7 @@ def test_validation_and_test_images_are_neither_shuffled_nor_augmented():
 def test_training_images_are_shifted_by_up_to_an_eighth_and_half_of_them_mirrored():
     across, down = torch.arange(32).expand(32, 32) * 4, torch.arange(32)[:, None].expand(32, 32) * 4
     images = torch.stack([across, down, down]).expand(4000, 3, 32, 32).to(torch.uint8)
-    facts = DatasetInfo("folder", ["a"], 32, (0.0,) * 3, (1.0,) * 3)
+    facts = DatasetInfo("folder", Preprocessing(32, (0.0,) * 3, (1.0,) * 3, class_names=["a"]))
     seen, _ = one_pass(MemoryLoader(images, torch.zeros(4000), facts, 500, training=True))
     across, down = (seen[:, :2] * 255 / 4).round().unbind(1)  # the column and the row that each pixel came from
     mirrored = across[:, 16, 20] < across[:, 16, 12]
@@ -167,18 +165,18 @@ def test_training_images_are_shifted_by_up_to_an_eighth_and_half_of_them_mirrore
 
 def test_digits_are_not_mirrored():
     ramp = (torch.arange(28) * 8).expand(200, 3, 28, 28).to(torch.uint8)
-    digits = DatasetInfo("mnist", ["0"], 28, (0.5,) * 3, (0.25,) * 3)
+    digits = DatasetInfo("mnist", Preprocessing(28, (0.5,) * 3, (0.25,) * 3, class_names=["0"]))
     images, _ = one_pass(MemoryLoader(ramp, torch.zeros(200), digits, 50, training=True))
     assert (images[..., 20] > images[..., 8]).all()
 
 
 def test_images_of_another_side_are_resized_a_batch_at_a_time_as_in_eval_transform():
     for side in (8, 40, 96):
-        facts = DatasetInfo("cifar10", ["a"], side, *NORMALISATION["cifar10"])
+        facts = DatasetInfo("cifar10", Preprocessing(side, *NORMALISATION["cifar10"], class_names=["a"]))
         pictures = [random_picture(32, 32, seed) for seed in range(4)]
         images = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
         ours, _ = one_pass(MemoryLoader(images, torch.zeros(4), facts, 2))
-        transform = eval_transform(side, facts.mean, facts.std)
+        transform = eval_transform(facts.preprocessing)
         assert ours.shape == (4, 3, side, side)
         torch.testing.assert_close(ours, torch.stack([transform(p) for p in pictures]), atol=0.02, rtol=0)
 
@@ -281,7 +279,7 @@ def test_loaders_can_be_pickled(photos):
 def test_eval_transform_of_a_photograph_is_resize_and_centre_crop():
     photo, v1 = random_picture(300, 400, 0), torchvision.transforms
     reference = v1.Compose([v1.Resize(256), v1.CenterCrop(224), v1.ToTensor(), v1.Normalize(*NORMALISATION["folder"])])
-    torch.testing.assert_close(eval_transform(224, *NORMALISATION["folder"])(photo), reference(photo))
+    torch.testing.assert_close(eval_transform(Preprocessing(224, *NORMALISATION["folder"]))(photo), reference(photo))
 
 
 @pytest.mark.parametrize(("size", "img_size"), [((72, 72), 72), ((48, 32), 16), ((48, 32), 96), ((320, 192), 48)])
@@ -291,7 +289,7 @@ def test_small_images_are_seen_whole(size, img_size):
     left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
     whole = picture.crop((left, top, left + side, top + side)).resize((img_size, img_size), Image.Resampling.BILINEAR)
     expected = torch.from_numpy(np.array(whole)).permute(2, 0, 1) / 255
-    ours = eval_transform(img_size, (0.0,) * 3, (1.0,) * 3)(picture)
+    ours = eval_transform(Preprocessing(img_size, (0.0,) * 3, (1.0,) * 3))(picture)
     assert (ours - expected).abs().mean() < 0.01
 
 
@@ -299,7 +297,7 @@ def test_both_loaders_show_an_image_as_eval_transform_does(tmp_path):
     for size, img_size in (((30, 40), 24), ((90, 120), 72)):
         root = write_images(tmp_path / str(img_size), {"train/x": 2, "train/y": 2, "test/x": 2}, size)
         images, _ = one_pass(get_test_loader(root, img_size=img_size))
-        transform = eval_transform(img_size, *NORMALISATION["folder"])
+        transform = eval_transform(Preprocessing(img_size, *NORMALISATION["folder"]))
         expected = [transform(open_image(root / "test/x" / name)) for name in ("000.png", "001.png")]
         torch.testing.assert_close(images, torch.stack(expected), atol=1e-5, rtol=1e-5)
 
@@ -323,10 +321,11 @@ def test_the_callers_mean_and_std_are_applied(kind, convert, tmp_path):
         side = 72 if kind == "photos" else 16
         args = dict(data_dir=write_images(tmp_path, {"train/x": 4, "train/y": 4, "test/y": 3}, (side, side)),
                     img_size=side)
-    own, wanted = get_test_loader(**args), dict(mean=convert(mean), std=convert(std))
+    own, wanted = get_test_loader(**args), dict(preprocessing=Preprocessing(99, convert(mean), convert(std)))
     test = get_test_loader(**args, **wanted)
     for loader in (test, *get_data_loaders(**args, **wanted)):
-        assert (loader.mean, loader.std, loader.interpolation) == (mean, std, "bilinear")
+        assert loader.preprocessing == Preprocessing(args["img_size"], mean, std, class_names=loader.class_names)
+        assert loader.preprocessing.interpolation == "bilinear"
     if kind == "photos":
         files = test.loader.dataset.files
         pixels = np.stack([np.asarray(Image.open(file)) for file in files]).transpose(0, 3, 1, 2)  # (N, 3, S, S)
@@ -348,14 +347,15 @@ def test_files_are_resized_as_torchvision_does(tmp_path, name, size, img_size, s
     root = write_images(tmp_path, {"train/x": 2, "train/y": 2, "val/x": 2, "test/x": 2}, size)
     mode, v1, facts = torchvision.transforms.InterpolationMode(name), torchvision.transforms, NORMALISATION["folder"]
     reference = v1.Compose([v1.Resize(shorter, mode), v1.CenterCrop(img_size), v1.ToTensor(), v1.Normalize(*facts)])
-    train, val = get_data_loaders(root, img_size=img_size, interpolation=name)
-    for loader, folder in ((val, "val"), (get_test_loader(root, img_size=img_size, interpolation=name), "test")):
-        assert loader.interpolation == name
+    given = Preprocessing(img_size, *facts, interpolation=name)
+    train, val = get_data_loaders(root, img_size=img_size, preprocessing=given)
+    for loader, folder in ((val, "val"), (get_test_loader(root, img_size=img_size, preprocessing=given), "test")):
+        assert loader.preprocessing.interpolation == name
         pictures = [Image.open(root / folder / "x" / file) for file in ("000.png", "001.png")]
         torch.testing.assert_close(one_pass(loader)[0], torch.stack([reference(picture) for picture in pictures]))
-        ours = torch.stack([eval_transform(img_size, *facts, name)(picture) for picture in pictures])
+        ours = torch.stack([eval_transform(given)(picture) for picture in pictures])
         torch.testing.assert_close(one_pass(loader)[0], ours)
-    assert train.interpolation == name
+    assert train.preprocessing.interpolation == name
     if isinstance(train, PhotoLoader):
         assert train.loader.dataset.transform.transforms[0].interpolation == mode
     else:
@@ -366,7 +366,8 @@ def test_files_are_resized_as_torchvision_does(tmp_path, name, size, img_size, s
 @pytest.mark.parametrize("name", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("side", [20, 40])
 def test_a_set_in_memory_is_resized_as_torch_does(tmp_path, name, side):
-    loader = get_test_loader(write_idx(tmp_path, "MNIST", 60), img_size=side, interpolation=name)
+    loader = get_test_loader(write_idx(tmp_path, "MNIST", 60), img_size=side,
+                             preprocessing=Preprocessing(side, *NORMALISATION["mnist"], interpolation=name))
     resized = torch.nn.functional.interpolate(loader.images.float(), (side, side), mode=name, antialias=True)
     assert (resized.max() > 256) == (name == "bicubic" and side == 40)  # there it goes beyond what pixels can be
     mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in NORMALISATION["mnist"])
@@ -380,17 +381,25 @@ def test_a_set_in_memory_is_resized_as_torch_does(tmp_path, name, side):
 ])
 def test_a_normalisation_that_cannot_be_is_named(argument, value):
     wanted = {"mean": (0.5, 0.25, 0.125), "std": (0.2, 0.3, 0.4), argument: value}
-    for function in (get_data_loaders, get_test_loader):
-        message = error_of(function, dataset="shapes", n_images=20, img_size=8, **wanted)
-        assert argument in message
-        given = value if value is not None else wanted["std" if argument == "mean" else "mean"]
-        assert " ".join(repr(given).split()) in message
+    message = error_of(Preprocessing, 8, **wanted)
+    assert argument in message
+    given = tuple(map(float, value)) if value in ((0.5, 0.5), (1, 1, 1, 1)) else value  # those that are numbers
+    assert " ".join(repr(given).split()) in message
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_normalisation_of_other_channels_is_named(n, tmp_path):
+    given = Preprocessing(8, (0.5,) * n, (0.25,) * n)
+    root = write_images(tmp_path, {"train/x": 2, "train/y": 2, "test/x": 1})
+    for args in (dict(dataset="shapes", n_images=20), dict(data_dir=root)):
+        for function in (get_data_loaders, get_test_loader):
+            assert repr((0.5,) * n) in error_of(function, img_size=8, preprocessing=given, **args)
 
 
 def test_a_transform_knows_no_other_interpolation():
-    for transform in (eval_transform, augmentation.train_transform):
-        for unknown in ("nearest", "blob"):
-            assert repr(unknown) in error_of(transform, 32, (0.5,) * 3, (0.5,) * 3, unknown)
+    for unknown in ("nearest", "blob"):
+        assert repr(unknown) in error_of(Preprocessing, 32, interpolation=unknown)
+        assert repr(unknown) in error_of(FitSquare, 32, unknown)
 
 
 # ---- Image files ------------------------------------------------------------------------------------------
@@ -477,10 +486,10 @@ def test_the_mnist_kinds_become_three_equal_channels(tmp_path, name, folder):
         test = get_test_loader(tmp_path, dataset=dataset, img_size=None)
         assert (train.n_images, val.n_images, test.n_images, train.img_size) == (50, 10, 30, 28)
         assert (train.dataset_name, len(train.class_names)) == (name, 10)
-        assert (test.mean, test.std) == NORMALISATION[name]
+        assert (test.preprocessing.mean, test.preprocessing.std) == NORMALISATION[name]
         images, labels = one_pass(test)
         assert torch.equal(images[:, 0], images[:, 2])
-        corner = (images[:, 0, 0, 0] * test.std[0] + test.mean[0]) * 255
+        corner = (images[:, 0, 0, 0] * test.preprocessing.std[0] + test.preprocessing.mean[0]) * 255
         assert torch.equal(corner.round().long(), labels)
     assert get_data_loaders(tmp_path, img_size=40)[1].img_size == 40
 
@@ -522,11 +531,11 @@ def test_cifar(tmp_path, monkeypatch, name, maker):
     images, labels = one_pass(get_test_loader(tmp_path, img_size=None))
     assert (train.dataset_name, train.img_size, train.class_names[-1]) == (name, 32, f"c{classes - 1}")
     assert val.n_images == (10 if name == "cifar10" else 100)
-    green = (images[:, 1, 0, 0] * train.std[1] + train.mean[1]) * 255
+    green = (images[:, 1, 0, 0] * train.preprocessing.std[1] + train.preprocessing.mean[1]) * 255
     assert torch.equal(green.round().long(), labels)
 
 
-@pytest.mark.parametrize("name", list(vit_data.TORCHVISION_SETS))
+@pytest.mark.parametrize("name", list(TORCHVISION_SETS))
 def test_without_a_network_one_line_names_the_files_and_the_folder(tmp_path, monkeypatch, name):
     def offline(*args, **kwargs):
         raise urllib.error.URLError("no network")
@@ -534,7 +543,7 @@ def test_without_a_network_one_line_names_the_files_and_the_folder(tmp_path, mon
     monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", offline)
     monkeypatch.setattr(torchvision.datasets.utils, "_get_redirect_url", offline)
     message = error_of(get_data_loaders, tmp_path / "new", dataset=name)
-    _, layout, files = vit_data.TORCHVISION_SETS[name]
+    _, layout, files = TORCHVISION_SETS[name]
     assert name in message
     assert str(tmp_path / "new" / layout) in message
     assert files in message
@@ -578,7 +587,7 @@ def test_training_and_test_images_are_never_the_same():
 @pytest.mark.parametrize(("img_size", "n"), [(8, 20_000), (32, 20_000), (64, 7_100), (224, 1_100), (2000, 500)])
 def test_how_many_shapes_there_are(monkeypatch, img_size, n):
     asked = []
-    monkeypatch.setattr(vit_data, "make_shapes",
+    monkeypatch.setattr("vit_bridge.data.datasets.make_shapes",
                         lambda n, S, start=0: asked.append((n, S, start)) or make_shapes(20, 8))
     get_data_loaders(dataset="shapes", img_size=img_size)
     get_test_loader(dataset="shapes", img_size=img_size)
@@ -602,7 +611,7 @@ def test_nonsense_is_named(argument, value):
 
 def test_an_unknown_set_is_answered_with_the_known_ones():
     message = error_of(get_data_loaders, dataset="cifar")
-    assert all(name in message for name in vit_data.DATASETS)
+    assert all(name in message for name in DATASETS)
 
 
 @pytest.mark.parametrize(("counts", "words"), [
@@ -659,6 +668,6 @@ def test_an_image_that_is_not_there():
 
 def test_a_dataset_gives_an_error_as_a_value(tmp_path):
     (tmp_path / "x.png").write_bytes(b"")
-    facts = DatasetInfo("folder", ["a"], 72, (0.5,) * 3, (0.5,) * 3)
+    facts = DatasetInfo("folder", Preprocessing(72, (0.5,) * 3, (0.5,) * 3, class_names=["a"]))
     item = PhotoDataset([str(tmp_path / "x.png")], [0], facts, 0, False)[0, 0]
     assert isinstance(item, InputError)

@@ -11,16 +11,22 @@ import pytest
 import torch
 from PIL import Image
 
-from vit_bridge import preprocessing as preprocessing_module
-from vit_bridge.data import datasets as vit_data
-from vit_bridge.data.datasets import DatasetInfo
+from vit_bridge.data.datasets import DatasetInfo, decode_images, list_images
 from vit_bridge.data.images import open_image
-from vit_bridge.data.loaders import MemoryLoader, PhotoLoader, get_data_loaders, get_evaluation_loader, get_test_loader
+from vit_bridge.data.loaders import (
+    MemoryLoader,
+    PhotoLoader,
+    as_loader,
+    get_data_loaders,
+    get_evaluation_loader,
+    get_test_loader,
+)
 from vit_bridge.data.shapes import SHAPES
+from vit_bridge.preprocessing import FitSquare, Preprocessing
 from vit_model import InputError
 
 N, BATCH, S = 17, 5, 13  # batches of 5, 5, 5 and 2 images
-FACTS = DatasetInfo("folder", ["a", "b"], S, (0.5,) * 3, (0.25,) * 3)
+FACTS = DatasetInfo("folder", Preprocessing(S, (0.5,) * 3, (0.25,) * 3, class_names=["a", "b"]))
 KINDS = pytest.mark.parametrize("kind", ["memory", "resized", "photos"])
 
 
@@ -96,7 +102,8 @@ def test_a_pass_from_a_batch_gives_what_a_whole_pass_gives_there(kind, training,
 def test_the_batches_before_are_neither_read_nor_computed(kind, tmp_path, monkeypatch):
     loader, seen = make_loader(kind, tmp_path, training=False), []
     if kind == "photos":
-        monkeypatch.setattr("vit_bridge.data.loaders.open_image", lambda path: seen.append(Path(path).stem) or open_image(path))
+        monkeypatch.setattr("vit_bridge.data.loaders.open_image",
+                            lambda path: seen.append(Path(path).stem) or open_image(path))
     else:
         real = loader.normalised
         loader.normalised = lambda images: seen.extend(f"{i:03d}" for i in range(15, 15 + len(images))) or real(images)
@@ -118,7 +125,7 @@ def test_positions_and_shares_that_cannot_be_are_named(tmp_path):
     assert "expected 0 to 4" in error_of(loader.set_position, 0, 5)
     assert "batch -1" in error_of(loader.set_position, 0, -1)
     assert "epoch None" in error_of(loader.set_position, None)
-    assert "n_ranks 0" in error_of(loader.set_shard, 0, 0)
+    assert "world_size 0" in error_of(loader.set_shard, 0, 0)
     assert "rank 3" in error_of(loader.set_shard, 3, 3)
     assert "rank -1" in error_of(loader.set_shard, -1, 3)
     assert len(list(loader)) == 4  # nothing of it was taken over
@@ -147,6 +154,36 @@ def test_the_shares_are_together_the_batches_of_one_process(kind, training, tmp_
     assert_same(list(shares[1]), [(images[1::3], labels[1::3]) for images, labels in whole])
 
 
+@pytest.mark.parametrize("kind", ["list", "DataLoader"])
+def test_a_list_and_a_dataloader_become_loaders(kind):
+    """They begin anywhere and give shards; the sampler hears of the epoch."""
+    images, labels = torch.randn(N, 3, S, S), torch.arange(N)
+    batches, epochs = list(zip(images.split(BATCH), labels.split(BATCH), strict=True)), []
+    if kind == "DataLoader":
+        sampler = torch.utils.data.SequentialSampler(range(N))
+        sampler.set_epoch = epochs.append
+        dataset = torch.utils.data.TensorDataset(images, labels)
+        batches = torch.utils.data.DataLoader(dataset, BATCH, sampler=sampler)
+    loader = as_loader(batches).to("cpu")
+    assert as_loader(loader) is loader
+    assert (len(loader), loader.batch_size) == (4, BATCH if kind == "DataLoader" else None)
+    loader.set_position(2, 1)
+    assert labels_of(loader) == [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14], [15, 16]]
+    loader.set_position(3, 4)
+    assert labels_of(loader) == []
+    loader.set_shard(1, 3)
+    assert labels_of(loader) == [[1, 4], [6, 9], [11, 14], [16]]
+    assert epochs == ([2, 3] if kind == "DataLoader" else [])
+
+
+def test_a_distributed_sampler_is_not_sharded_again():
+    dataset = torch.utils.data.TensorDataset(torch.arange(N)[:, None], torch.arange(N))
+    sampler = torch.utils.data.distributed.DistributedSampler(dataset, 2, 1, shuffle=False, drop_last=True)
+    loader = as_loader(torch.utils.data.DataLoader(dataset, BATCH, sampler=sampler)).to("cpu")
+    loader.set_shard(1, 2)
+    assert labels_of(loader) == [[1, 3, 5, 7, 9], [11, 13, 15]]
+
+
 def test_shares_and_places_with_worker_processes(tmp_path):
     alone, helped = make_loader("photos", tmp_path), make_loader("photos", tmp_path, workers=2)
     for loader in (alone, helped):
@@ -172,7 +209,7 @@ def test_a_plain_loader_gives_each_image_once_in_order_and_unchanged(kind, tmp_p
     assert (len(loader), len(plain), plain.n_images) == (2, 3, n)
     assert labels_of(plain) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10]]
     assert_same(list(plain), expected)
-    assert (plain.files, plain.class_names, plain.mean) == (loader.files, loader.class_names, loader.mean)
+    assert (plain.files, plain.preprocessing) == (loader.files, loader.preprocessing)
     assert len(list(loader)) == 1  # where it was to begin is still to come
 
 
@@ -211,7 +248,7 @@ def test_corrupt_files_of_a_set_in_memory_are_left_out(tmp_path):
         assert names_of(loader.skipped, root) == [name for name in files if name in broken]
         assert all("cannot identify" in reason for reason in loader.skipped.values())
         assert loader.without_augmentation().skipped == loader.skipped
-        expected = np.stack([preprocessing_module.FitSquare(S)(open_image(file)) for file in loader.files])  # (N, S, S, 3)
+        expected = np.stack([FitSquare(S)(open_image(file)) for file in loader.files])  # (N, S, S, 3)
         assert np.array_equal(loader.images.permute(0, 2, 3, 1), expected)
     assert train.class_counts == [8 - 1, 5 - 1]  # of 11 and 7, 3 and 2 went to validation
     assert val.class_counts == [3 - 1, 2]
@@ -220,8 +257,8 @@ def test_corrupt_files_of_a_set_in_memory_are_left_out(tmp_path):
 def test_parts_of_a_set_are_joined_in_order_where_some_are_corrupt(tmp_path):
     root = write_images(tmp_path, {"x": 257, "y": 263}, (8, 8))
     spoil(root / "x/003.png", root / "y/262.png", *(root / "y" / f"{i:03d}.png" for i in range(7)))
-    files, _ = vit_data.list_images(root, ["x", "y"])
-    images, skipped = vit_data.decode_images(files, 8, "bilinear", True)
+    files, _ = list_images(root, ["x", "y"])
+    images, skipped = decode_images(files, 8, "bilinear", True)
     assert (len(images), len(skipped)) == (520 - 9, 9)
     kept = [file for file in files if file not in skipped]
     for i in (0, 2, 3, 255, 256, 257, 510):
@@ -400,9 +437,10 @@ def test_a_known_set_gives_its_test_images_for_its_own_classes():
 def test_the_other_arguments_of_an_evaluation(tmp_path):
     root = write_images(tmp_path, {"test/a": 3})
     spoil(root / "test/a/001.png")
-    args = dict(batch_size=1, mean=(0.25,) * 3, std=(0.5,) * 3, interpolation="bicubic")
+    args = dict(batch_size=1, preprocessing=Preprocessing(99, (0.25,) * 3, (0.5,) * 3, "bicubic"))
     loader = get_evaluation_loader(root, ["a"], skip_corrupt=True, **args)
-    assert (len(loader), loader.mean, loader.std, loader.interpolation) == (2, (0.25,) * 3, (0.5,) * 3, "bicubic")
+    assert len(loader) == 2
+    assert loader.preprocessing == Preprocessing(loader.img_size, (0.25,) * 3, (0.5,) * 3, "bicubic", ["a"])
     assert names_of(loader.skipped, root) == ["test/a/001.png"]
     assert "--skip-corrupt" in error_of(get_evaluation_loader, root, ["a"], **args)
     assert "batch_size 0" in error_of(get_evaluation_loader, root, ["a"], batch_size=0)

@@ -41,7 +41,7 @@ def rolled_from(start):
     """As Abnar has it: the identity is added, and each row is divided by its sum."""
     def rollout(maps):
         rolled = start(maps)
-        for block in e.with_residual(maps.mean(dim=1)):
+        for block in e._with_residual(maps.mean(dim=1)):
             rolled = block / block.sum(dim=-1, keepdim=True) @ rolled
         return rolled
 
@@ -52,7 +52,7 @@ OTHER_ANSWERS = [
     pytest.param("rollout", rolled_from(lambda maps: torch.eye(maps.shape[-1], dtype=maps.dtype)), id="rows scaled"),
     pytest.param("rollout", lambda maps: rollout(maps[:, None])[0], id="that of explanations.py"),
     pytest.param("rollout", lambda maps: F.normalize(e.attention_rollout(maps), p=1.0, dim=-1), id="scaled at the end"),
-    pytest.param("rollout", lambda maps: torch.linalg.multi_dot(list((e.with_residual(maps.mean(1)) / 2).flip(0))),
+    pytest.param("rollout", lambda maps: torch.linalg.multi_dot(list((e._with_residual(maps.mean(1)) / 2).flip(0))),
                  id="multi_dot"),
     pytest.param("attention", F.scaled_dot_product_attention, id="fused"),
     pytest.param("patch_embedding", convolution, id="convolution"),
@@ -114,11 +114,11 @@ def test_every_size_differs_between_the_three_sets(name):
 
 
 @pytest.mark.parametrize(("name", "function", "where", "words"), [
-    ("rollout", lambda maps: (lambda a: a[2] @ a[1] @ a[0])(e.with_residual(maps.mean(1)) / 2),
+    ("rollout", lambda maps: (lambda a: a[2] @ a[1] @ a[0])(e._with_residual(maps.mean(1)) / 2),
      "maps is (4, 3, 5, 5)", "the shape is right, the values are not: "),
-    ("rollout", lambda maps: e.rolled_up((maps.mean(1) + torch.eye(7, dtype=maps.dtype)) / 2),
+    ("rollout", lambda maps: e._multiply((maps.mean(1) + torch.eye(7, dtype=maps.dtype)) / 2),
      "maps is (4, 3, 5, 5)", "it stops: RuntimeError: "),
-    ("attention", lambda q, k, v: e.attention_scaled(q, k, v, 5**0.5),
+    ("attention", lambda q, k, v: e._attention_scaled(q, k, v, 5**0.5),
      "q is (3, 2, 6, 8), k is (3, 2, 6, 8), v is (3, 2, 6, 8)", "the shape is right, the values are not: "),
     ("patch_embedding", lambda i, w, b: F.unfold(i, 2, stride=2).mT @ w.T + b,
      "images is (4, 2, 12, 9), weight is (7, 18), bias is (7,)", "it stops: RuntimeError: "),
@@ -267,7 +267,7 @@ def test_a_stub_waits_to_be_filled_in_and_is_never_written_over(name, tmp_path, 
     e.write_stub(name, path)
     assert e.check_file(name, path) == e.Verdict(False, "not filled in yet")
     assert max(map(len, path.read_text(encoding="utf-8").splitlines())) <= 100
-    with pytest.raises(InputError, match="is there already, and is left as it is"):
+    with pytest.raises(InputError, match="already exists and is left as it is"):
         e.write_stub(name, path)
     with pytest.raises(InputError, match="exercise 'atention' is unknown"):
         e.check_file("atention", path)
@@ -279,10 +279,10 @@ def test_a_relative_path_has_line_numbers_too_and_other_files_are_refused(tmp_pa
     assert e.check_file("attention", "mine.py").words.startswith("it stops: line 2: RuntimeError")
     (tmp_path / "mine").touch()
     for path in ("mine", "."):
-        with pytest.raises(InputError, match=r"is no Python file; expected one whose name ends in \.py"):
+        with pytest.raises(InputError, match=r"is not a Python file; expected a name that ends in \.py"):
             e.check_file("attention", path)
-    with pytest.raises(InputError, match=r"other\.py is no file; expected one that write_stub has written"):
+    with pytest.raises(InputError, match=r"there is no file .*other\.py; expected one that write_stub has written"):
         e.check_file("attention", "other.py")
-    with pytest.raises(InputError, match=r"stub\.txt is no Python file; expected one whose name ends in \.py"):
+    with pytest.raises(InputError, match=r"stub\.txt is not a Python file; expected a name that ends in \.py"):
         e.write_stub("attention", "stub.txt")
     assert not Path("stub.txt").exists()

@@ -15,7 +15,8 @@ from vit_model import create_vit_nano
 
 ROOT = Path(__file__).parents[2]
 BOOK = json.loads((ROOT / "lesson.ipynb").read_text(encoding="utf-8"))
-SECTIONS = [({"code": "code", "markdown": "text"}[cell["cell_type"]], "".join(cell["source"])) for cell in BOOK["cells"]]
+SECTIONS = [({"code": "code", "markdown": "text"}[cell["cell_type"]], "".join(cell["source"]))
+            for cell in BOOK["cells"]]
 CODE = [(number, text) for number, (kind, text) in enumerate(SECTIONS) if kind == "code"]
 
 

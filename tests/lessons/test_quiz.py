@@ -8,11 +8,10 @@ import torch
 from vit_bridge.analysis.attention import attention_distance
 from vit_bridge.analysis.capture import attention_maps
 from vit_bridge.analysis.perturbations import shift_consistency, shuffle_patches
-from vit_bridge.data.images import normalise
 from vit_bridge.data.shapes import TEST_START, make_shapes
 from vit_bridge.lessons import quiz
 from vit_bridge.runtime import predictions
-from vit_bridge.weights.pretrained import create_pretrained
+from vit_bridge.weights.checkpoints import load
 
 FAST = quiz.Question("Which?", ("this", "that"), lambda: (1, "It is so."))
 
@@ -46,7 +45,7 @@ def test_the_answers_that_are_exact():
 
 def shapes(model, n_images):
     drawn = make_shapes(n_images, 32, start=TEST_START)
-    return normalise(drawn.images, model.mean, model.std), drawn.labels
+    return model.preprocessing.normalise(drawn.images), drawn.labels
 
 
 def numbers_in(sentence, unit):
@@ -56,7 +55,7 @@ def numbers_in(sentence, unit):
 def test_who_needs_the_order_counts_on_both_grids():
     shares = []
     for key in ("vit_nano_shapes", "convnet_shapes"):
-        model = create_pretrained(key)
+        model = load(key)
         images, labels = shapes(model, 200)
         right = set((predictions(model, images) == labels).nonzero().flatten().tolist())
         for offset in (0, 2):
@@ -66,29 +65,29 @@ def test_who_needs_the_order_counts_on_both_grids():
     place, sentence = quiz.who_needs_the_order()
     assert numbers_in(sentence, "%") == shares
     assert place == (0 if shares[0] < 50 else 1 if shares[0] < 90 else 2)
-    assert sentence.endswith(quiz.about_the_order(shares[0] / 100, shares[1] / 100))
+    assert sentence.endswith(quiz._conclude_about_order(shares[0] / 100, shares[1] / 100))
 
 
 def test_kept_is_what_is_right_before_and_after(monkeypatch):
-    model = create_pretrained("convnet_shapes")
+    model = load("convnet_shapes")
     labels = shapes(model, 200)[1]
     before, after = labels.clone(), labels.clone()
     before[50:] += 1  # right: 0 to 49
     after[:30] += 1  # right: 30 to 199, of which 20 were right before
     answers = [before, after]
     monkeypatch.setattr(quiz, "predictions", lambda model, images: answers.pop(0))
-    assert quiz.share_kept(model, 4, 0) == 20 / 50
+    assert quiz._accuracy_kept(model, 4, 0) == 20 / 50
 
 
 @pytest.mark.parametrize(("own", "moved", "words"), [
-    (0.89, 0.1, "uses where its patches lie"), (0.95, 0.2, "less well without that of other squares"),
+    (0.89, 0.1, "uses where its patches lie"), (0.95, 0.2, "but it does need that of other squares"),
     (0.95, 0.94, "its own or others")])
 def test_what_the_order_means_hangs_on_the_numbers(own, moved, words):
-    assert words in quiz.about_the_order(own, moved)
+    assert words in quiz._conclude_about_order(own, moved)
 
 
 def test_who_minds_a_shift_looks_at_two_pixels(monkeypatch):
-    model = create_pretrained("vit_nano_shapes")
+    model = load("vit_nano_shapes")
     stays = shift_consistency(model, shapes(model, 64)[0], 2)
     expected = (stays.sum().item() - 1) / 24
     place, sentence = quiz.who_minds_a_shift()
@@ -101,13 +100,13 @@ def test_who_minds_a_shift_looks_at_two_pixels(monkeypatch):
 
 
 def test_how_far_the_first_block_looks_is_of_its_nearest_head():
-    model = create_pretrained("vit_nano_shapes")
+    model = load("vit_nano_shapes")
     maps = attention_maps(model, shapes(model, 32)[0])  # (L, B, H, N, N)
     nearest = attention_distance(maps, (8, 8), (4, 4), 1)[0].min().item()
     place, sentence = quiz.how_far_the_first_block_looks()
     assert numbers_in(sentence, " pixels") == [round(nearest, 1)]
     between = torch.cdist(*[torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0)) * 4] * 2)  # (n, n)
-    assert f"all places alike would be {between.mean():.1f}." in sentence
+    assert f"uniform attention: {between.mean():.1f}." in sentence
     assert place == (0 if nearest < 0.5 * between.mean() else 1 if nearest < 0.8 * between.mean() else 2)
 
 
@@ -131,7 +130,7 @@ def test_guesses_are_told_right_or_wrong_and_counted():
 def test_what_is_no_guess_is_asked_again():
     said = []
     assert quiz.ask([FAST], read_from("9", "perhaps", " 2 "), said.append) == (1, 1)
-    assert "'9' is none of them; expected 1 to 2." in "\n".join(said)
+    assert "'9' is not among them; expected 1 to 2." in "\n".join(said)
 
 
 def test_enough_is_enough():

@@ -10,8 +10,7 @@ from torchvision.models import resnet18
 
 from vit_bridge.models.convnet import ConvNet, ConvolutionAsAttention, PooledStage, ResidualBlock
 from vit_bridge.models.hybrid import ConvStem, HybridCNNViT, PooledStem
-from vit_bridge.models.initialisation import whitening_filters
-from vit_bridge.models.registry import whiten_first_layer, whitening_layer
+from vit_bridge.models.initialisation import whiten_first_layer, whitening_filters
 from vit_model import InputError, TransformerBlock, VisionTransformer, freeze_backbone, resize_positions
 
 HYBRID = dict(n_classes=11, embed_dim=12, depth=2, n_heads=3, img_size=(20, 28), patch_size=4)  # 5 x 7 tokens
@@ -356,7 +355,8 @@ def test_the_floor_keeps_small_directions_small():
 @pytest.mark.parametrize("model", [ConvNet(**POOLED), HybridCNNViT(3, 12, 1, 3, 16, 4, 2, stem="pooled")])
 def test_the_whitened_layer_holds_each_filter_and_its_negative_and_is_not_trained(model):
     images = torch.randn(31, 2, 16, 16)
-    layer = whitening_layer(whiten_first_layer(model, images))
+    layer, holds_negatives = whiten_first_layer(model, images).whitening_layer()
+    assert holds_negatives
     assert torch.equal(layer.weight[:8], whitening_filters(images, 2))
     assert torch.equal(layer.weight[8:], -layer.weight[:8])
     assert not any(p.requires_grad for p in layer.parameters())
@@ -366,7 +366,9 @@ def test_the_whitened_layer_holds_each_filter_and_its_negative_and_is_not_traine
 @pytest.mark.parametrize("embed_dim", [60, 12])
 def test_a_whitened_patch_projection_learns_on(embed_dim):
     images, model = torch.randn(97, 3, 12, 16), VisionTransformer((12, 16), 4, 3, 2, embed_dim, 1, 3)
-    layer, filters = whitening_layer(whiten_first_layer(model, images)), whitening_filters(images, 4)  # 48 of them
+    layer, holds_negatives = whiten_first_layer(model, images).whitening_layer()
+    filters = whitening_filters(images, 4)
+    assert (holds_negatives, len(filters)) == (False, 48)
     assert torch.equal(layer.weight[:48], filters[:embed_dim])
     if embed_dim > 48:
         assert layer.weight[48:].std().item() == pytest.approx(0.02, rel=0.1)
@@ -375,9 +377,9 @@ def test_a_whitened_patch_projection_learns_on(embed_dim):
 
 
 def test_other_models_have_no_layer_to_whiten():
-    for model in (ConvNet(**CONVNET), HybridCNNViT(**HYBRID), nn.Linear(3, 2)):
+    for model in (ConvNet(**CONVNET), HybridCNNViT(**HYBRID)):
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        assert whitening_layer(model) is None
+        assert model.whitening_layer() is None
         whiten_first_layer(model, torch.randn(3, 3, 8, 8))
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -17,11 +17,14 @@ from vit_bridge.analysis.capture import attention_maps
 from vit_bridge.analysis.explanations import explain
 from vit_bridge.analysis.receptive_field import receptive_field
 from vit_bridge.data.images import prepare_image
-from vit_bridge.models.adapters import statistics_of
+from vit_bridge.models.adapters import adapt
 from vit_bridge.plots import explorer
-from vit_bridge.plots.explorer_page import BODY, SCRIPT, STYLE
-from vit_model import InputError, allow_any_size, create_vit_base
+from vit_bridge.preprocessing import Preprocessing
+from vit_model import InputError, create_vit_base
 
+PAGE = explorer.PAGE.read_text(encoding="utf-8")
+STYLE, SCRIPT = (PAGE.split(f"<{tag}>")[1].split(f"</{tag}>")[0] for tag in ("style", "script"))
+BODY = PAGE.split("<body>")[1].split("<script")[0]
 READY = Path(__file__).parents[2] / "benchmarks" / "figures" / "explorer.html"
 
 
@@ -42,11 +45,12 @@ def test_the_page_holds_the_numbers_to_the_error_that_it_states(tmp_path):
         maps = attention_maps(model, fed)[:, 0].flatten(0, 1).numpy()
         worst = max(worst, np.abs(unpacked(part["attention"], 10) - maps).max())
         rolled = unpacked(part["rollout"], 10)[0]
-        np.testing.assert_allclose(rolled[0, 1:], explain(model, fed, "rollout").saliency[0].flatten(), atol=1 / 510 + 1e-6)
+        expected = explain(model, fed, "rollout").saliency[0].flatten()
+        np.testing.assert_allclose(rolled[0, 1:], expected, atol=1 / 510 + 1e-6)
         saliency = explain(model, fed, "relevance").saliency[0].flatten().numpy()
         np.testing.assert_allclose(unpacked(part["relevance"], 10)[0][0, 1:], saliency, atol=saliency.max() / 250)
         probabilities = model(fed).softmax(dim=1)[0].detach()
-        assert part["target"] == model.class_names[probabilities.argmax()]
+        assert part["target"] == model.preprocessing.class_names[probabilities.argmax()]
         assert part["lens"]["rows"][-1][0] == pytest.approx(probabilities.max().item(), abs=1e-4)
         assert len(part["lens"]["rows"]) == 4
     assert 0 < worst <= page.quantisation_error + 1e-6 <= 1 / 509
@@ -81,7 +85,7 @@ def test_a_convnet_beside_it_shows_what_each_unit_sees():
 @pytest.mark.parametrize("name", ["timm", "torchvision", "transformers", "timm, registers"])
 def test_models_of_other_libraries(name, tmp_path):
     theirs, ours, _ = shared(name, tmp_path)
-    ours.mean, ours.std = statistics_of(theirs)
+    ours.preprocessing = adapt(theirs).preprocessing
     first, second = (data_of(explorer.explore(model.float(), pixels(15, 15), None))["models"][0]
                      for model in (theirs, ours))
     n = first["tokens"]
@@ -132,7 +136,7 @@ def test_each_model_has_the_picture_that_it_is_given():
 @pytest.mark.parametrize("second", [small_convnet(), vit(img_size=12, patch_size=6)])
 def test_a_tensor_normalised_for_one_model_is_normalised_anew_for_the_other(second):
     first = square_vit()
-    second.mean, second.std = [0.1, 0.2, 0.3], [0.6, 0.7, 0.8]
+    second.preprocessing = Preprocessing(12, [0.1, 0.2, 0.3], [0.6, 0.7, 0.8])
     tensor = prepare_image(pixels(12, 12), first)[0]
     from_tensor, from_picture = (data_of(explorer.explore(first, image, None, second))
                                  for image in (tensor, pixels(12, 12)))
@@ -145,7 +149,8 @@ def test_a_tensor_normalised_for_one_model_is_normalised_anew_for_the_other(seco
 
 
 def test_images_of_two_sizes_are_refused_and_another_size_is_not():
-    model, images = allow_any_size(square_vit()), [torch.zeros(3, 12, 12), torch.zeros(3, 16, 8)]
+    model, images = square_vit(), [torch.zeros(3, 12, 12), torch.zeros(3, 16, 8)]
+    model.any_size = True
     with pytest.raises(InputError, match="VisionTransformer is given images of 12x12 and 16x8 pixels; expected one"):
         explorer.explore(model, images, None)
     described = data_of(explorer.explore(model, images[1:] * 2, None))["models"][0]
@@ -164,7 +169,7 @@ def test_the_lens_says_what_is_likeliest_of_all_classes():
 
 def test_what_stands_in_a_name_cannot_end_the_script():
     model = square_vit()
-    model.class_names = ["</script><b>"] * 5
+    model.preprocessing = Preprocessing(12, class_names=["</script><b>"] * 5)
     page = explorer.explore(model, pixels(12, 12), None)
     assert page.html.count("</script>") == 2
     assert data_of(page)["models"][0]["images"][0]["target"] == "</script><b>"

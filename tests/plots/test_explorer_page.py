@@ -3,6 +3,7 @@
 import base64
 import io
 import shutil
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
@@ -212,7 +213,8 @@ def test_registers_a_mean_and_a_grid_that_is_no_square(visit, tmp_path):
     for method in ("rollout", "relevance"):
         page.select_option("#method", method)
         saliency = explain(model, fed, method).saliency[0].flatten()
-        np.testing.assert_allclose(page.evaluate("[...shown(0, 0, -1, -1).values]"), saliency, atol=5e-3 * saliency.max())
+        values = page.evaluate("[...shown(0, 0, -1, -1).values]")
+        np.testing.assert_allclose(values, saliency, atol=5e-3 * saliency.max())
 
 
 def test_the_lens_as_it_is_read(opened, written):
@@ -221,11 +223,11 @@ def test_the_lens_as_it_is_read(opened, written):
     model = marked(square_vit())
     lens = logit_lens(model, prepare_image(pixels(12, 12), model)[0])[:, 0]
     order = lens[-1].argsort(descending=True).tolist()
-    assert cells[0] == ["blocks passed", "says", *[model.class_names[i] for i in order]]
+    assert cells[0] == ["blocks passed", "says", *[model.preprocessing.class_names[i] for i in order]]
     assert len(cells) == 5
     for depth, (row, values) in enumerate(zip(cells[1:], lens, strict=True)):
         best = int(values.argmax())
-        assert row[:2] == [str(depth), f"{model.class_names[best]} ({values[best]:.0%})"]
+        assert row[:2] == [str(depth), f"{model.preprocessing.class_names[best]} ({values[best]:.0%})"]
         np.testing.assert_allclose([int(cell[:-1]) for cell in row[2:]], 100 * values[order], atol=0.51)
     answer = opened.locator("article >> nth=1").locator(".scroll table tr").nth(1).locator("td").all_inner_texts()
     assert len(answer) == 6
@@ -252,7 +254,7 @@ def test_nothing_sticks_out(opened, width):
 @pytest.mark.parametrize("width", [320, 390])
 def test_long_names_do_not_stick_out(visit, tmp_path, width):
     model, long = square_vit(), "a_name_without_a_space" * 8
-    model.class_names = [long] * 5
+    model.preprocessing = replace(model.preprocessing, class_names=[long] * 5)
     explore(model, pixels(12, 12), tmp_path / "page.html", names=[f"/home/somebody/{long}.pt"], title=long)
     page = visit(tmp_path / "page.html")
     page.set_viewport_size(dict(width=width, height=800))

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ import train_vit
 from train_vit import fit_head, parse, unevenness
 from vit_bridge.data.shapes import SHAPES, make_shapes
 from vit_bridge.models.convnet import ConvNet
-from vit_bridge.training import run_folder as run_folder_module
-from vit_bridge.training.run_folder import CHANGEABLE
-from vit_bridge.weights.checkpoints import load_model, read_checkpoint, save_model
+from vit_bridge.preprocessing import Preprocessing
+from vit_bridge.training.run_folder import CHANGEABLE, Saver
+from vit_bridge.weights.checkpoints import load, read_checkpoint, save_model
 from vit_bridge.weights.pretrained import OURS_FOLDER
 from vit_model import InputError, VisionTransformer
 
@@ -39,12 +40,12 @@ from vit_model import InputError, VisionTransformer
     (["--drop-path", 1], "drop_path 1.0"),
     (["--layer-decay", 0], "--layer-decay: 0 is out of range"),
     (["--model-ema", 2], "--model-ema: 2 is out of range"),
-    (["--accumulate", 0], "--accumulate: 0 is out of range"),
+    (["--grad-accum-steps", 0], "--grad-accum-steps/--accumulate: 0 is out of range"),
     (["--save-minutes", 0], "--save-minutes: 0 is out of range"),
     (["--pretrained", "vit_giant"], "vit_giant"),
     (["--pretrained", "nowhere.pt"], "there is no file nowhere.pt"),
-    (["--pretrained", "vit_nano_shapes", "--model", "vit_tiny"], "--model vit_tiny has no place beside --pretrained"),
-    (["--pretrained", "vit_nano_shapes", "--patch-size", 8], "--patch-size 8 has no place beside --pretrained"),
+    (["--pretrained", "vit_nano_shapes", "--model", "vit_tiny"], "--model vit_tiny cannot be combined with"),
+    (["--pretrained", "vit_nano_shapes", "--patch-size", 8], "--patch-size 8 cannot be combined with --pretrained"),
     (["--freeze-backbone"], "give --pretrained"),
     (["--resume"], "--resume alone does not say which run"),
     (["--resume", "nowhere"], "--resume nowhere: there is no run"),
@@ -91,8 +92,8 @@ def test_a_run_leaves_its_files_and_they_agree(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert len(rows) == 1
     assert float(rows[0]["val_acc"]) == result["val_acc"]
-    model = load_model(folder / "best.pt")
-    assert len(model.class_names) == 10
+    model = load(folder / "best.pt")
+    assert len(model.preprocessing.class_names) == 10
     assert not model.training
     assert "--seed 3 --device cpu --steps 2" in capsys.readouterr().out
 
@@ -108,7 +109,7 @@ def test_a_folder_of_images_from_nothing_to_a_result(side, parts, tmp_path, caps
     split = "val" if parts == ("",) else "test"
     assert result[f"{split}_n"] == {"val": 2, "test": 8}[split]
     assert ("There are no test images" in capsys.readouterr().out) == (split == "val")
-    assert load_model(tmp_path / "run" / "best.pt").class_names == ["blue", "red"]
+    assert load(tmp_path / "run" / "best.pt").preprocessing.class_names == ["blue", "red"]
 
 
 def test_a_corrupt_test_image_is_named_and_the_run_is_kept(tmp_path, capsys):
@@ -130,10 +131,10 @@ def test_uneven_classes_are_said_and_weights_are_offered(tmp_path, untested, cap
     even = prepared("--data-dir", data, "--output-dir", tmp_path / "a")
     assert "Classes differ in size: red 11, blue 2: look at the balanced accuracy; --class-weights" in \
         capsys.readouterr().out
-    assert even.settings["loss_fn"].class_weights is None
+    assert even.trainer.objective.loss_fn.class_weights is None
     weighted = prepared("--data-dir", data, "--output-dir", tmp_path / "b", "--class-weights")
     assert "red 11, blue 2: --class-weights lets them count alike." in capsys.readouterr().out
-    torch.testing.assert_close(weighted.settings["loss_fn"].class_weights, torch.tensor([13 / 4, 13 / 22]))
+    torch.testing.assert_close(weighted.trainer.objective.loss_fn.class_weights, torch.tensor([13 / 4, 13 / 22]))
 
 
 def test_classes_are_uneven_from_twice_as_many_and_ten_are_shown():
@@ -149,14 +150,14 @@ def test_with_class_weights_the_best_epoch_is_that_of_the_balanced_accuracy(
         words, criterion, photos, untested, tmp_path, monkeypatch):
     made = []
 
-    class Seen(run_folder_module.Saver):
+    class Seen(Saver):
         def __init__(self, *args):
             super().__init__(*args)
             made.append(self)
 
     monkeypatch.setattr(train_vit, "Saver", Seen)
     train(tmp_path / "run", "--data-dir", photos, "--steps", 1, *words)
-    assert made[0].criterion == criterion
+    assert made[0].objective.criterion == criterion
 
 
 @pytest.mark.parametrize("side", [24, 72])
@@ -179,7 +180,8 @@ def test_corrupt_images_are_skipped_counted_and_named(side, frozen, tmp_path, ca
         path.write_bytes(b"no image")
     start = ["--model", "vit_nano", "--img-size", side]
     if frozen:
-        save_model(ConvNet(side, 3, 2, (4,), (1,), 1), tmp_path / "start.pt", mean=[0.5] * 3, std=[0.5] * 3)
+        save_model(ConvNet(side, 3, 2, (4,), (1,), 1), tmp_path / "start.pt",
+                   Preprocessing(side, [0.5] * 3, [0.5] * 3))
         start = ["--pretrained", tmp_path / "start.pt", "--freeze-backbone"]
     train(tmp_path / "run", "--data-dir", data, *start, "--epochs", 1, "--skip-corrupt", "--batch-size", 8)
     lines = [line for line in capsys.readouterr().out.splitlines() if "eft out" in line or "more" in line]
@@ -193,16 +195,16 @@ def test_corrupt_images_are_skipped_counted_and_named(side, frozen, tmp_path, ca
 
 
 def shapes_model():
-    return load_model(OURS_FOLDER / "vit_nano_shapes.pt")
+    return load(OURS_FOLDER / "vit_nano_shapes.pt")
 
 
 def test_a_pretrained_model_keeps_its_size_its_normalisation_and_gets_a_head_of_zeros(photos, tmp_path, capsys):
     made, source = prepared("--data-dir", photos, "--output-dir", tmp_path / "run", "--pretrained",
                             "vit_nano_shapes"), shapes_model()
     for loader in (made.train_loader, made.val_loader):
-        assert (loader.img_size, tuple(loader.mean), tuple(loader.std), loader.interpolation) == (
-            32, tuple(source.mean), tuple(source.std), source.interpolation)
-    assert made.data["mean"] == source.mean  # the test images' too
+        assert loader.img_size == 32
+        assert loader.preprocessing == replace(source.preprocessing, class_names=loader.class_names)
+    assert made.data["preprocessing"] == source.preprocessing  # the test images' too
     state, expected = made.model.state_dict(), source.state_dict()
     assert [key for key in expected if key not in ("head.weight", "head.bias")
             and not torch.equal(state[key], expected[key])] == []
@@ -223,7 +225,7 @@ def test_the_head_is_kept_where_the_classes_are_the_same(tmp_path):
     data = make_folder(tmp_path / "photos", 24, classes=sorted(SHAPES), n=2)
     source = shapes_model()
     renamed = tmp_path / "sorted.pt"  # folders come by the alphabet
-    save_model(source, renamed, class_names=sorted(SHAPES))
+    save_model(source, renamed, replace(source.preprocessing, class_names=sorted(SHAPES)))
     made = prepared("--data-dir", data, "--output-dir", tmp_path / "run", "--pretrained", renamed)
     assert torch.equal(made.model.head.weight, source.head.weight)
     assert torch.equal(made.model.head.bias, source.head.bias)
@@ -232,14 +234,13 @@ def test_the_head_is_kept_where_the_classes_are_the_same(tmp_path):
 def test_a_head_of_zeros_has_the_width_of_its_model_also_where_there_was_none():
     for n_classes in (0, 3):
         for model in (VisionTransformer(8, 4, 3, n_classes, 12, 1, 3), ConvNet(8, 3, n_classes, (4, 6), (1, 1), 1)):
-            model.class_names = None
             width = 12 if isinstance(model, VisionTransformer) else 6
             assert fit_head(model, ["a", "b"]).head.weight.shape == (2, width)
-            assert model.class_names == ["a", "b"]
+            assert model.preprocessing == Preprocessing(8, class_names=["a", "b"])
             assert model.eval()(torch.zeros(1, 3, 8, 8)).tolist() == [[0, 0]]
 
 
-@pytest.mark.parametrize("source", ["vit_nano_shapes", "hybrid_shapes", "convnet_shapes", "raw"])
+@pytest.mark.parametrize("source", ["vit_nano_shapes", "hybrid_shapes", "convnet_shapes", "raw", "bare"])
 def test_fine_tuning_starts_from_a_file_of_any_kind(source, photos, untested, tmp_path):
     """One step at a rate of 1e-12 leaves the weights where they were."""
     path = OURS_FOLDER / f"{source}.pt"
@@ -247,11 +248,14 @@ def test_fine_tuning_starts_from_a_file_of_any_kind(source, photos, untested, tm
         torch.manual_seed(0)
         path, model = tmp_path / "raw.pth", VisionTransformer(24, 8, 3, 5, 64, 2, 1)
         torch.save(model.state_dict(), path)
+    if source == "bare":  # nothing is known of its images
+        path, model = tmp_path / "bare.pt", VisionTransformer(24, 8, 3, 5, 64, 2, 1)
+        save_model(model, path)
     expected = torch.load(path, weights_only=True)
     expected = expected if source == "raw" else expected["state_dict"]
     train(tmp_path / "run", "--data-dir", photos, "--pretrained", path, "--steps", 1, "--lr", "1e-12")
-    model = load_model(tmp_path / "run" / "best.pt")
-    assert model.class_names == ["blue", "red"]
+    model = load(tmp_path / "run" / "best.pt")
+    assert model.preprocessing.class_names == ["blue", "red"]
     for name, p in model.named_parameters():
         if not name.startswith("head."):
             torch.testing.assert_close(p.detach(), expected[name].float(), rtol=0, atol=1e-6)
@@ -262,14 +266,14 @@ def test_the_peak_of_the_rate_is_lower_for_pretrained_weights_unless_the_head_al
     for name, words in (("new", []), ("fine", ["--pretrained", "vit_nano_shapes"]),
                         ("head", ["--pretrained", "vit_nano_shapes", "--freeze-backbone"]), ("own", ["--lr", "0.125"])):
         train(tmp_path / name, "--data-dir", photos, "--steps", 1, *words)
-        rates[name] = read_checkpoint(tmp_path / name / "last.pt")["training"]["rate"]
+        rates[name] = read_checkpoint(tmp_path / name / "last.pt")["training"]["lr"]
     assert rates == dict(new=2e-3, fine=5e-4, head=2e-3, own=0.125)
 
 
 @pytest.mark.parametrize("source", ["vit_nano_shapes", "convnet_shapes"])
 def test_a_frozen_backbone_is_computed_once_and_exactly_the_head_changes(
         source, photos, untested, tmp_path, monkeypatch, capsys):
-    expected = load_model(OURS_FOLDER / f"{source}.pt")
+    expected = load(OURS_FOLDER / f"{source}.pt")
     seen, forward = [], type(expected).forward_features
 
     def counted(self, images, *args, **kwargs):
@@ -285,7 +289,7 @@ def test_a_frozen_backbone_is_computed_once_and_exactly_the_head_changes(
     train_vit.main(["--resume", str(folder)])
     train(tmp_path / "uncut", *words)
     for name in ("best.pt", "last.pt"):
-        saved, other = (load_model(tmp_path / run / name).state_dict() for run in ("run", "uncut"))
+        saved, other = (load(tmp_path / run / name).state_dict() for run in ("run", "uncut"))
         changed = {key for key, value in expected.state_dict().items()
                    if value.shape != saved[key].shape or not torch.equal(value, saved[key])}
         assert changed == {"head.weight", "head.bias"}
@@ -299,7 +303,7 @@ def test_a_frozen_backbone_is_computed_once_and_exactly_the_head_changes(
 
 @pytest.mark.parametrize(("words", "expected"), [
     (["--resume", "x", "--dry-run"], "--dry-run is a run of its own"),
-    (["--pretrained", "x", "--freeze-backbone", "--layer-decay", "0.7"], "--layer-decay has no place")])
+    (["--pretrained", "x", "--freeze-backbone", "--layer-decay", "0.7"], "--layer-decay cannot be combined")])
 def test_words_that_contradict_each_other_are_refused_before_anything_is_read(words, expected):
     with pytest.raises(ValueError, match=expected):
         parse(words)
@@ -382,7 +386,7 @@ def test_the_printed_command_repeats_the_run(untested, tmp_path, monkeypatch):
     weights = []
     for name, length in (("a", ["--minutes", "1"]), ("b", ["--steps", "3"])):
         train_vit.main([*common, *length, "--output-dir", str(tmp_path / name)])
-        weights.append(load_model(tmp_path / name / "last.pt").state_dict())
+        weights.append(load(tmp_path / name / "last.pt").state_dict())
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 

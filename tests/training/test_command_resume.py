@@ -15,10 +15,9 @@ import torch
 from command_runs import ROOT, PowerCut, at_step, cut, make_folder, run, tensors_in, train
 
 import train_vit
-import train_vit as trainer
-from vit_bridge.data import loaders as loaders_module
-from vit_bridge.training import objectives as objectives_module
+from vit_bridge.data.loaders import get_test_loader
 from vit_bridge.training.config import RECIPES
+from vit_bridge.training.objectives import CrossEntropy
 from vit_bridge.weights.checkpoints import read_checkpoint
 
 
@@ -53,7 +52,7 @@ SEVEN = ["--steps", 7, "--batch-size", 8, "--drop-path", 0.3, "--model-ema", 0.9
 def uncut(photos, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uncut") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_vit.TrainingRun, "finish", lambda self: None)
+        patch.setattr(train_vit, "finish", lambda run, history, seconds: None)
         train(folder, "--data-dir", photos, *SEVEN)
     return folder
 
@@ -82,25 +81,26 @@ def test_a_run_goes_on_with_the_recipe_that_it_began_with(photos, uncut, unteste
     with pytest.raises(PowerCut):
         train(tmp_path / "run", "--data-dir", photos, *SEVEN, "--save-minutes", "0.00001")
     for name, recipe in RECIPES.items():
-        monkeypatch.setitem(RECIPES, name, replace(recipe, learning_rate=0.5, schedule="linear"))
+        changed = replace(recipe.train, learning_rate=0.5, schedule="linear")
+        monkeypatch.setitem(RECIPES, name, replace(recipe, train=changed))
     train_vit.main(["--resume", str(tmp_path / "run")])
     assert_same_run(tmp_path / "run", uncut)
 
 
 def test_a_signal_in_an_evaluation_is_kept_too(photos, uncut, untested, tmp_path, capsys, monkeypatch):
-    evaluate = trainer.Trainer.evaluate
+    evaluate = train_vit.Trainer.evaluate
 
-    def interrupted(self, loader, model=None, state=None, run=None):
+    def interrupted(self, loader, model=None, state=None):
         if state is not None and state.step == 6:
             os.kill(os.getpid(), signal.SIGINT)
-        return evaluate(self, loader, model, state, run)
+        return evaluate(self, loader, model, state)
 
-    monkeypatch.setattr(trainer.Trainer, "evaluate", interrupted)
+    monkeypatch.setattr(train_vit.Trainer, "evaluate", interrupted)
     words = ["--data-dir", photos, *SEVEN, "--device", "cpu", "--amp", "off", "--output-dir", tmp_path / "run"]
     code, error = run(words, capsys)
     assert (code, error.count("\n")) == (130, 1)
     assert "kept at step 6 of 7" in error
-    monkeypatch.setattr(trainer.Trainer, "evaluate", evaluate)
+    monkeypatch.setattr(train_vit.Trainer, "evaluate", evaluate)
     train_vit.main(["--resume", str(tmp_path / "run" / "last.pt")])
     assert_same_run(tmp_path / "run", uncut)
 
@@ -184,7 +184,7 @@ def test_a_run_by_the_clock_goes_on_with_its_number_of_steps(photos, untested, t
 
 
 def test_what_a_run_may_not_go_on_with(photos, uncut, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(trainer.Trainer, "step", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr(train_vit.Trainer, "step", lambda *_: pytest.fail("a step was taken"))
     folder = shutil.copytree(uncut, tmp_path / "run")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     others = make_folder(tmp_path / "others", 24, classes=("red", "pink"))
@@ -215,13 +215,13 @@ def test_other_images_of_the_same_classes_are_a_warning(photos, untested, tmp_pa
 
 
 def test_a_run_cut_in_its_test_is_tested_and_a_complete_one_is_left_as_it_is(photos, tmp_path, capsys, monkeypatch):
-    folder, test_loader = tmp_path / "run", loaders_module.get_test_loader
+    folder, test_loader = tmp_path / "run", get_test_loader
     monkeypatch.setattr(train_vit, "get_test_loader", lambda **_: os.kill(os.getpid(), signal.SIGINT))
     code, error = run(["--data-dir", photos, "--steps", 2, "--batch-size", 8, "--output-dir", folder], capsys)
     assert (code, error.count("\n")) == (130, 1)
     assert "val_n" not in json.loads((folder / "result.json").read_text())
     monkeypatch.setattr(train_vit, "get_test_loader", test_loader)
-    monkeypatch.setattr(trainer.Trainer, "step", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr(train_vit.Trainer, "step", lambda *_: pytest.fail("a step was taken"))
     train_vit.main(["--resume", str(folder)])
     result = (folder / "result.json").read_bytes()
     assert json.loads(result)["val_n"] == 2
@@ -284,13 +284,13 @@ def test_a_rate_that_is_too_high_is_named_with_the_step(photos, tmp_path, capsys
 
 
 def test_after_nan_the_last_good_checkpoint_is_named_and_good(photos, untested, tmp_path, capsys, monkeypatch):
-    forward, calls = objectives_module.CrossEntropy.forward, []
+    forward, calls = CrossEntropy.forward, []
 
     def failing(self, logits, labels):
         calls.append(torch.is_grad_enabled())
         return forward(self, logits, labels) * (torch.nan if sum(calls) == 5 else 1)
 
-    monkeypatch.setattr(objectives_module.CrossEntropy, "forward", failing)
+    monkeypatch.setattr(CrossEntropy, "forward", failing)
     code, error = run(["--data-dir", photos, "--batch-size", 8, "--epochs", 3, "--lr", "0.001", "--device", "cpu",
                        "--save-minutes", "0.00001", "--output-dir", tmp_path / "run"], capsys)
     assert (code, error.count("\n")) == (2, 1)

@@ -1,11 +1,14 @@
 import json
+import math
+import re
 from dataclasses import FrozenInstanceError, asdict
 
 import pytest
 import torch
 
 from vit_bridge.models.registry import MODELS, build_model
-from vit_bridge.training.config import RECIPES, Recipe, choose_recipe
+from vit_bridge.training.config import RECIPES, Recipe, TrainConfig, choose_recipe
+from vit_bridge.training.run_folder import renamed
 from vit_model import InputError
 
 
@@ -13,13 +16,13 @@ from vit_model import InputError
 def test_a_recipe_builds_its_model_and_says_what_it_does(name):
     recipe = RECIPES[name]
     assert recipe.model is None or recipe.model in MODELS
-    model = build_model(recipe.model or "vit_nano", n_classes=3, img_size=32, **recipe.options).eval()
+    model = build_model(recipe.model or "vit_nano", n_classes=3, img_size=32, **recipe.model_options).eval()
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
     text = recipe.describe()
     assert "\n" not in text
     assert f"batches of {recipe.batch_size}" in text
-    assert f"{recipe.optimizer} at {recipe.learning_rate:g}" in text
-    assert all(f"{option} {value}" in text for option, value in recipe.options.items())
+    assert f"{recipe.train.optimizer} at {recipe.train.learning_rate:g}" in text
+    assert all(f"{option} {value}" in text for option, value in recipe.model_options.items())
 
 
 @pytest.mark.parametrize(("arguments", "name"), [
@@ -37,7 +40,7 @@ def test_the_recipe_fits_model_images_and_start(arguments, name):
 
 def test_of_those_that_fit_the_one_for_most_minutes_is_chosen(monkeypatch):
     for minutes in (2, 30, 8):
-        monkeypatch.setitem(RECIPES, f"m{minutes}", Recipe("vit_tiny", minutes=minutes))
+        monkeypatch.setitem(RECIPES, f"m{minutes}", Recipe(model="vit_tiny", minutes=minutes))
     chosen = [choose_recipe("vit_tiny", 32, minutes) for minutes in (1, 2, 9.5, 31, None)]
     assert chosen == ["classic", "m2", "m8", "m30", "m30"]
 
@@ -45,17 +48,27 @@ def test_of_those_that_fit_the_one_for_most_minutes_is_chosen(monkeypatch):
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_that_was_saved_is_the_same(name):
     entries = asdict(RECIPES[name])
-    assert Recipe.saved(entries) == Recipe.saved(json.loads(json.dumps(entries))) == RECIPES[name]
+    assert Recipe.from_dict(entries) == Recipe.from_dict(json.loads(json.dumps(entries))) == RECIPES[name]
+
+
+def test_a_recipe_of_an_older_version_is_read_and_an_unknown_one_refused():
+    old = dict(model="convnet", small=True, minutes=0.0, smallest=16,
+               options=dict(block="pooled", widths=[32, 64, 128]), batch_size=128, optimizer="muon",
+               learning_rate=0.002, weight_decay=0.05, schedule="linear",
+               label_smoothing=0.1, augmentation=dict(shift=0.125, flip="alternating", cutout=0.0), mixing="none",
+               low=[0.75, 0.6], model_ema=None, whiten=True, command=RECIPES["convnet_fast"].command, expected="")
+    assert Recipe.from_dict(renamed(old, "recipe")) == RECIPES["convnet_fast"]
+    with pytest.raises(InputError, match=r"\Athe recipe of this run is not one that this version knows [^\n]*\Z"):
+        Recipe.from_dict(renamed(old | dict(colour="blue"), "recipe"))
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if RECIPES[name].smallest > 1])
 def test_the_smallest_images_of_a_recipe_and_their_smaller_ones_go_through_its_model(name):
     recipe = RECIPES[name]
     side = recipe.smallest
-    model = build_model(recipe.model, n_classes=3, img_size=side, **recipe.options).eval()
-    low = recipe.training(3, side)["low"]
-    for size in (side, low[0] if low else side):
-        assert model(torch.zeros(1, 3, size, size)).shape == (1, 3)
+    model = build_model(recipe.model, n_classes=3, img_size=side, **recipe.model_options).eval()
+    for size in ((side, side), recipe.train.image_size((side, side), 0, 100)):
+        assert model(torch.zeros(1, 3, *size)).shape == (1, 3)
 
 
 def test_a_recipe_cannot_be_changed():
@@ -63,8 +76,26 @@ def test_a_recipe_cannot_be_changed():
         RECIPES["classic"].batch_size = 3
 
 
-@pytest.mark.parametrize("arguments", [dict(optimizer="sgd"), dict(schedule="step"), dict(mixing="both")])
-def test_a_wrong_recipe_is_named(arguments):
-    (name, value), = arguments.items()
-    with pytest.raises(InputError, match=f"{name} {value!r}"):
-        Recipe(**arguments)
+@pytest.mark.parametrize(("name", "value"), [
+    ("n_epochs", 0), ("n_epochs", 2.5), ("n_steps", 0), ("learning_rate", 0), ("learning_rate", math.nan),
+    ("learning_rate", math.inf), ("weight_decay", -0.1), ("warmup_epochs", -1), ("seed", -1), ("optimizer", "sgd"),
+    ("schedule", "step"), ("progressive_resize", (24, 0.6)), ("grad_accum_steps", 0), ("amp", "fp8")])
+def test_what_a_trainer_cannot_do_is_named(name, value):
+    with pytest.raises(InputError, match=rf"\A{re.escape(f'{name} {value!r}')}[^\n]*\Z"):
+        TrainConfig(**{name: value})
+
+
+def test_a_wrong_mixing_is_named():
+    with pytest.raises(InputError, match="mixing 'both'"):
+        Recipe(mixing="both")
+
+
+@pytest.mark.parametrize(("warmup_epochs", "expected"), [(None, 1), (0, 0), (0.5, 3), (2, 10), (99, 15)])
+def test_warmup_is_a_twentieth_of_the_run_or_what_is_asked_for(warmup_epochs, expected):
+    assert TrainConfig(n_epochs=3, warmup_epochs=warmup_epochs).count_steps(5) == (15, expected)
+
+
+def test_smaller_sides_are_multiples_for_a_share_of_the_steps():
+    config = TrainConfig(progressive_resize=(0.75, 0.6), resize_multiple=4)
+    assert [config.image_size((32, 20), step, 10) for step in (0, 5, 6, 9)] == [(24, 16)] * 2 + [(32, 20)] * 2
+    assert TrainConfig().image_size((32, 20), 0, 10) == (32, 20)

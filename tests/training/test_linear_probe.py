@@ -1,14 +1,25 @@
-"""Fine-tuning: rates by layer, and features that are computed once."""
+"""Fine-tuning: rates by layer, features that are computed once, and what a linear model of the pixels reaches."""
+
+import math
 
 import pytest
 import torch
 from torch import nn
 
+from vit_bridge.analysis.metrics import wilson_interval
 from vit_bridge.data.datasets import DatasetInfo
 from vit_bridge.data.loaders import MemoryLoader
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.models.hybrid import HybridCNNViT
-from vit_bridge.training.linear_probe import FeatureLoader, feature_loaders, head_inputs
+from vit_bridge.preprocessing import Preprocessing
+from vit_bridge.training.linear_probe import (
+    RIDGES,
+    FeatureLoader,
+    feature_loaders,
+    head_inputs,
+    linear_classifier,
+    pixel_features,
+)
 from vit_bridge.training.optimizers import layer_lr_scales
 from vit_model import InputError, VisionTransformer, freeze_backbone
 
@@ -24,7 +35,7 @@ MODELS = {
 def images_loader(n=11, batch_size=4, training=True):
     """n noisy images of 8 pixels in two classes."""
     generator = torch.Generator().manual_seed(1)
-    facts = DatasetInfo("noise", ["even", "odd"], 8, (0.5,) * 3, (0.25,) * 3)
+    facts = DatasetInfo("noise", Preprocessing(8, (0.5,) * 3, (0.25,) * 3, class_names=["even", "odd"]))
     images = torch.randint(0, 256, (n, 3, 8, 8), generator=generator, dtype=torch.uint8)
     return MemoryLoader(images, torch.arange(n) % 2, facts, batch_size, seed=7, training=training)
 
@@ -73,7 +84,7 @@ def test_ten_blocks_and_more_are_numbers_not_text():
 
 
 def test_a_model_without_layers_is_refused_by_its_class():
-    with pytest.raises(InputError, match=r"\Aa Linear has neither blocks nor stages[^\n]*\Z"):
+    with pytest.raises(InputError, match=r"\Aa Linear has no layers whose learning rates could decay[^\n]*\Z"):
         layer_lr_scales(nn.Linear(2, 2), 0.5)
 
 
@@ -179,3 +190,89 @@ def test_what_could_not_be_read_while_features_were_computed_is_told():
     loader.__class__ = Skipping
     feature_loaders(MODELS["cls"](), (loader,), torch.device("cpu"))
     assert loader.skipped == {"bad.jpg": "truncated"}
+
+
+# ---- A linear model of the pixels
+
+
+class ToyLoader(list):
+    class_names = ("a", "b", "c")
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return super().__iter__()
+
+
+def toy_loader(n, seed, separable, side=(7, 5), batch_size=64):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (n,), generator=generator)
+    images = torch.randn(n, 3, *side, generator=generator)
+    if separable:
+        images[torch.arange(n), labels, 0, 0] += 20
+    return ToyLoader(zip(images.split(batch_size), labels.split(batch_size), strict=True))
+
+
+def test_linear_classifier_separates():
+    test = toy_loader(101, 2, True)
+    result = linear_classifier(toy_loader(997, 0, True), toy_loader(211, 1, True), test)
+    assert result == dict(val_acc=1.0, test_acc=1.0, test_correct=101, test_n=101, ridge=result["ridge"])
+    assert result["ridge"] in RIDGES
+    assert test.passes == 1
+
+
+def test_linear_classifier_is_ridge_regression():
+    train, val = toy_loader(97, 0, False), toy_loader(211, 1, False)
+    x, y = torch.cat([images for images, _ in train]), torch.cat([labels for _, labels in train])
+    x = torch.cat([x.flatten(1), torch.ones(97, 1)], dim=1).double()
+    accuracies = {}
+    for ridge in RIDGES:
+        penalty = ridge * (x[:, :-1] ** 2).sum() / 105 * torch.eye(106).double()
+        penalty[-1, -1] = 0
+        weight = torch.linalg.solve(x.T @ x + penalty, x.T @ nn.functional.one_hot(y, 3).double())
+        answers = [torch.cat([images.flatten(1), torch.ones(len(images), 1)], dim=1).double() @ weight
+                   for images, _ in val]
+        labels = torch.cat([labels for _, labels in val])
+        accuracies[ridge] = (torch.cat(answers).argmax(dim=1) == labels).double().mean().item()
+    result = linear_classifier(train, val)
+    assert result["val_acc"] == pytest.approx(max(accuracies.values()))
+    assert accuracies[result["ridge"]] == max(accuracies.values())
+    assert result["test_acc"] is None
+
+
+def test_linear_classifier_on_noise_is_at_chance():
+    test = toy_loader(2003, 2, False)
+    result = linear_classifier(toy_loader(997, 0, False), toy_loader(211, 1, False), test)
+    low, high = wilson_interval(result["test_correct"], 2003, z=4)
+    assert low < 1 / 3 < high
+
+
+def test_linear_classifier_reads_at_most_max_images():
+    train, val = toy_loader(200, 0, True), toy_loader(211, 1, True)
+    for images, _ in list(train)[2:]:
+        images[:] = math.nan
+    train[1][0][50:] = math.nan
+    assert linear_classifier(train, val, max_images=64 + 50)["val_acc"] == 1
+
+
+def test_linear_classifier_of_images_that_tell_nothing():
+    train, val = toy_loader(97, 0, False), toy_loader(53, 1, False)
+    for images, _ in train:
+        images.zero_()
+    labels = torch.cat([labels for _, labels in train])
+    expected = torch.cat([labels for _, labels in val]) == labels.bincount().argmax()
+    assert linear_classifier(train, val)["val_acc"] == pytest.approx(expected.double().mean().item())
+
+
+def test_linear_classifier_pools_to_32():
+    assert pixel_features(torch.zeros(2, 3, 64, 96)).shape == (2, 3 * 32 * 32 + 1)
+    assert pixel_features(torch.zeros(2, 3, 7, 96)).shape == (2, 3 * 7 * 32 + 1)
+    images = torch.randn(1, 1, 64, 32)
+    assert pixel_features(images)[0, 0] == pytest.approx(images[0, 0, :2, 0].mean().item())
+
+
+def test_linear_classifier_without_images():
+    val = toy_loader(10, 1, True)
+    for train, other in ((ToyLoader(), val), (val, ToyLoader())):
+        with pytest.raises(InputError, match="gave 0 images"):
+            linear_classifier(train, other)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from toy_training import Calls
 
 from train_vit import Trainer
 from vit_bridge.models.convnet import ConvNet
@@ -75,7 +76,7 @@ def test_groups_carry_the_factor_of_their_rate():
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.GELU(), nn.Linear(5, 3))
     groups = parameter_groups(model, 0.3, {"1.weight": 0.5, "3.bias": 0.25})
     names = {id(p): name for name, p in model.named_parameters()}
-    found = {names[id(p)]: (group["weight_decay"], group["rate_factor"]) for group in groups for p in group["params"]}
+    found = {names[id(p)]: (group["weight_decay"], group["lr_scale"]) for group in groups for p in group["params"]}
     assert found == {"1.weight": (0.3, 0.5), "1.bias": (0.0, 1.0), "3.weight": (0.3, 1.0), "3.bias": (0.0, 0.25)}
 
 
@@ -122,7 +123,7 @@ def test_a_step_is_torchs_but_for_its_bfloat16(shape):
     assert step > 1e-3
 
 
-def test_parts_and_kernels_are_matrices():
+def test_splits_and_kernels_are_matrices():
     torch.manual_seed(0)
     weight, gradient = torch.randn(15, 4, 3, 3), torch.randn(15, 4, 3, 3)
     kernel = nn.Parameter(weight.clone())
@@ -130,7 +131,7 @@ def test_parts_and_kernels_are_matrices():
     kernel.grad = gradient
     for third, part in zip(thirds, gradient.chunk(3), strict=True):
         third.grad = part.flatten(1).clone()
-    Muon([dict(params=[kernel], parts=3)], lr=0.1).step()
+    Muon([dict(params=[kernel], n_splits=3)], lr=0.1).step()
     Muon(thirds, lr=0.1).step()
     torch.testing.assert_close(kernel.flatten(1), torch.cat(thirds))
     assert not torch.allclose(kernel, weight)
@@ -161,7 +162,7 @@ def test_every_parameter_has_its_optimizer_once():
     optimizer = make_optimizer("muon", model, 0.3, {"blocks.0.attn.proj.weight": 0.5})
     found = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(found) == len(set(found)) == len(list(model.parameters()))
-    muon = {name: (group["rate_factor"], group["weight_decay"], group["parts"])
+    muon = {name: (group["lr_scale"], group["weight_decay"], group["n_splits"])
             for group in optimizer.optimizers[0].param_groups for name in names_of(model, group["params"])}
     assert muon == {"blocks.0.attn.qkv.weight": (MUON_LR_SCALE, 0.3, 3), "blocks.0.attn.proj.weight":
                     (0.5 * MUON_LR_SCALE, 0.3, 1), "blocks.0.mlp.fc1.weight": (MUON_LR_SCALE, 0.3, 1),
@@ -191,7 +192,8 @@ def test_a_run_with_muon_goes_on_as_one_that_was_never_cut():
         trainer, states = Trainer(VisionTransformer(**TINY), "cpu"), []
         run = dict(n_steps=9, optimizer="muon", schedule="linear", seed=0, progress=False)
         if cut:
-            trainer.train(batches(), on_epoch=lambda state, states=states: states.append(state.state_dict()), **run)
+            keep = Calls(on_epoch=lambda state, states=states: states.append(state.state_dict()))
+            trainer.train(batches(), callbacks=[keep], **run)
             trainer = Trainer(VisionTransformer(**TINY), "cpu")
             run["resume"] = copy.deepcopy(states[0])
         trainer.train(batches(), **run)

@@ -23,19 +23,20 @@ from toy_training import (
 )
 
 from train_vit import Stopped, Trainer
-from vit_bridge.training.objectives import CrossEntropy
+from vit_bridge.training.objectives import Classification, CrossEntropy
 from vit_model import DropPath, VisionTransformer
 
 # ---- In parts ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("class_weights", [None, (0.25, 1, 3)])
-@pytest.mark.parametrize("accumulate", [2, 3, 7, 11])
-def test_a_batch_in_parts_gives_the_step_of_the_whole(accumulate, class_weights):
+@pytest.mark.parametrize("grad_accum_steps", [2, 3, 7, 11])
+def test_a_batch_in_parts_gives_the_step_of_the_whole(grad_accum_steps, class_weights):
     results = []
-    for n_parts in (1, accumulate):
+    for n_parts in (1, grad_accum_steps):
         torch.manual_seed(0)
-        trainer = Trainer(small_net(), "cpu", CrossEntropy(0.1, class_weights), clip_norm=0.1, accumulate=n_parts)
+        trainer = Trainer(small_net(), "cpu", loss_fn=CrossEntropy(0.1, class_weights), clip_norm=0.1,
+                          grad_accum_steps=n_parts)
         history = train_quietly(trainer, toy_batches(4, 7), n_epochs=1, learning_rate=1e-3)
         results.append((copy_of(trainer.model), history))
     assert_close(results[1][0], results[0][0], 1e-6)
@@ -47,7 +48,7 @@ def test_a_batch_really_goes_through_the_model_in_parts():
     sizes = []
     model = small_net()
     model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
-    train_quietly(Trainer(model, "cpu", accumulate=3), toy_batches(2, 7), n_epochs=1)
+    train_quietly(Trainer(model, "cpu", grad_accum_steps=3), toy_batches(2, 7), n_epochs=1)
     assert sizes == [3, 3, 1] * 2
 
 
@@ -58,15 +59,17 @@ def test_differences_are_told_where_there_are_some():
     for model in (VisionTransformer(**TINY), convnet(), with_path, with_dropout):
         assert Trainer(model, **plain).batch_split_warning() == ""
     assert Trainer(VisionTransformer(**TINY), "cpu", amp="bf16").batch_split_warning() == ""
-    assert Trainer(VisionTransformer(**TINY), **plain, accumulate=2).batch_split_warning() == ""
+    assert Trainer(VisionTransformer(**TINY), **plain, grad_accum_steps=2).batch_split_warning() == ""
     for model, word in ((convnet(), "batch statistics"), (with_path, "dropout"), (with_dropout, "dropout")):
-        text = Trainer(model, **plain, accumulate=3).batch_split_warning()
+        text = Trainer(model, **plain, grad_accum_steps=3).batch_split_warning()
         assert word in text
         assert "in 3 parts" in text
         assert ";" not in text  # one reason
-    assert "mixed within each part" in Trainer(VisionTransformer(**TINY), **plain, accumulate=2).batch_split_warning(mixing=max)
-    assert Trainer(VisionTransformer(**TINY), **plain).batch_split_warning(mixing=max) == ""
-    assert "bfloat16" in Trainer(VisionTransformer(**TINY), "cpu", amp="bf16", accumulate=2).batch_split_warning()
+    mixed = dict(plain, objective=Classification(mixing=max))
+    assert "mixed within each part" in Trainer(VisionTransformer(**TINY), **mixed,
+                                               grad_accum_steps=2).batch_split_warning()
+    assert Trainer(VisionTransformer(**TINY), **mixed).batch_split_warning() == ""
+    assert "bfloat16" in Trainer(VisionTransformer(**TINY), "cpu", amp="bf16", grad_accum_steps=2).batch_split_warning()
 
 
 # ---- Several processes ------------------------------------------------------------------------------------
@@ -77,7 +80,7 @@ SIZES = (7, 3, 1)  # of the last batch the second of two processes gets nothing
 
 RUNS = {  # a model, training and validation loader, what the Trainer gets, what train() gets
     "list": (small_net, lambda: (sized_batches(SIZES), sized_batches((5, 1))),
-             dict(accumulate=2, loss_fn=CrossEntropy(0.1, [0.5, 1, 2])), dict(ema_decay=0.9)),
+             dict(grad_accum_steps=2, loss_fn=CrossEntropy(0.1, [0.5, 1, 2])), dict(ema_decay=0.9)),
     "memory": (small_net, lambda: (memory_loader(17, 5, training=True), memory_loader(11, 5)), {}, {}),
     "one image": (small_net, lambda: (memory_loader(17, 5, training=True), sized_batches((1,))), {}, {}),
     "one in memory": (small_net, lambda: (sized_batches((5,)), memory_loader(1, 5)), {}, {}),

@@ -7,21 +7,21 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from toy_training import Calls
 
 import train_vit
 from train_vit import Trainer, before_recipes, first_images, parse
-from vit_bridge import cli as cli_module
-from vit_bridge import runtime as runtime_module
+from vit_bridge.cli import script
 from vit_bridge.data.augmentation import Augmentation, Mixing
 from vit_bridge.data.datasets import DatasetInfo
 from vit_bridge.data.loaders import MemoryLoader
 from vit_bridge.inference import Mirrored
 from vit_bridge.models.initialisation import whitening_filters
-from vit_bridge.models.registry import whitening_layer
-from vit_bridge.system import Interrupts
-from vit_bridge.training import linear_probe as linear_probe_module
-from vit_bridge.training.config import RECIPES
-from vit_bridge.training.objectives import ClassificationMetrics, CrossEntropy
+from vit_bridge.preprocessing import Preprocessing
+from vit_bridge.runtime import processes
+from vit_bridge.training.config import RECIPES, TrainConfig
+from vit_bridge.training.linear_probe import linear_classifier
+from vit_bridge.training.objectives import Classification, ClassificationMetrics, CrossEntropy
 from vit_model import VisionTransformer
 
 QUICK = ["--dataset", "shapes", "--device", "cpu", "--dry-run"]
@@ -29,14 +29,13 @@ QUICK = ["--dataset", "shapes", "--device", "cpu", "--dry-run"]
 
 @pytest.fixture
 def prepared(tmp_path):
-    """A function that gives the TrainingRun of these words as it stands before its first step."""
+    """A function that gives the Run of these words, before its first step."""
 
     def prepare(*words):
         options = parse([*map(str, words), *QUICK, "--output-dir", str(tmp_path / "run")])
-        with runtime_module.processes(options.device) as device, Interrupts() as interrupts:
-            run = train_vit.TrainingRun(options, device, interrupts)
-            run.prepare()
-        return run
+        del options.given
+        with processes(options.device) as device:
+            return train_vit.prepare(options, device)
 
     return prepare
 
@@ -55,7 +54,7 @@ def test_the_recipe_is_chosen_printed_and_part_of_the_command(words, name, prepa
     frozen = "--freeze-backbone" in words
     assert run.recipe.augmentation == (Augmentation(0.0, "none") if frozen else RECIPES[name].augmentation)
     assert run.train_loader.batch_size == run.val_loader.batch_size == RECIPES[name].batch_size
-    for option, value in RECIPES[name].options.items():
+    for option, value in RECIPES[name].model_options.items():
         assert getattr(run.model.config, option) == value
 
 
@@ -64,18 +63,18 @@ def test_what_is_given_overrides_the_recipe(prepared):
                    "--flip", "none", "--cutout", 0.5, "--mixing", "mixup",
                    "--label-smoothing", 0.2, "--weight-decay", 0,
                    "--model-ema", 0.5, "--patch-size", 8)
-    training = run.recipe.training(10, 32)
-    assert isinstance(training.pop("mixing"), Mixing)
-    assert training == dict(learning_rate=0.5, weight_decay=0.0, optimizer="adamw", schedule="cosine", ema_decay=0.5,
-                            low=(24, 0.6))
+    assert isinstance(run.trainer.objective.mixing, Mixing)
+    expected = TrainConfig(learning_rate=0.5, weight_decay=0.0, ema_decay=0.5, progressive_resize=(0.75, 0.6))
+    assert run.recipe.train == expected
+    assert run.trainer.config == replace(expected, seed=0, resize_multiple=8)
     assert run.train_loader.augmentation == Augmentation(0.25, "none", 0.5)
     assert (run.train_loader.batch_size, run.recipe.label_smoothing, run.model.config.patch_size) == (7, 0.2, 8)
-    assert run.settings["loss_fn"].label_smoothing == 0.2
+    assert run.trainer.objective.loss_fn.label_smoothing == 0.2
 
 
 def test_an_unknown_recipe_is_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
-        cli_module.script(lambda: train_vit.main(["--recipe", "soup"]))
+        script(lambda: train_vit.main(["--recipe", "soup"]))
     error = capsys.readouterr().err
     assert (stop.value.code, error.count("\n")) == (2, 1)
     assert "recipe 'soup' is unknown; choose one of: classic" in error
@@ -84,7 +83,7 @@ def test_an_unknown_recipe_is_one_line(capsys):
 @pytest.mark.parametrize("model", ["vit_nano", "hybrid", "convnet"])
 def test_the_first_layer_is_whitened_by_training_images(model, prepared):
     run = prepared("--model", model)
-    layer = whitening_layer(run.model)
+    layer, _ = run.model.whitening_layer()
     filters = whitening_filters(first_images(run.train_loader, train_vit.WHITENED_BY), layer.kernel_size[0])
     n = min(len(filters), len(layer.weight))
     torch.testing.assert_close(layer.weight[:n], filters[:n])
@@ -92,7 +91,8 @@ def test_the_first_layer_is_whitened_by_training_images(model, prepared):
 
 def test_first_images_are_as_many_as_asked_for():
     images = torch.randint(0, 256, (53, 3, 8, 8), dtype=torch.uint8)
-    loader = MemoryLoader(images, torch.zeros(53), DatasetInfo("folder", ["a"], 8, (0.5,) * 3, (0.5,) * 3), 10, 0, True)
+    info = DatasetInfo("folder", Preprocessing(8, (0.5,) * 3, (0.5,) * 3, class_names=["a"]))
+    loader = MemoryLoader(images, torch.zeros(53), info, 10, 0, True)
     assert [len(first_images(loader, n)) for n in (1, 20, 21, 999)] == [10, 20, 30, 53]
 
 
@@ -137,8 +137,8 @@ def test_shares_of_classes_are_losses_in_their_shares():
 
 def test_a_mixed_image_counts_as_right_where_its_larger_part_is_answered():
     metrics = ClassificationMetrics(torch.device("cpu"))
-    metrics.add(torch.tensor(1.0), torch.tensor([[2.0, 1.0], [2.0, 1.0]]), torch.tensor([[0.6, 0.4], [0.4, 0.6]]))
-    assert (metrics.n, metrics.correct) == (2, 1)
+    metrics.update(torch.tensor(1.0), torch.tensor([[2.0, 1.0], [2.0, 1.0]]), torch.tensor([[0.6, 0.4], [0.4, 0.6]]))
+    assert metrics.compute() == dict(loss=1.0, acc=0.5, balanced_acc=0.5, correct=1, n=2)
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
@@ -146,36 +146,35 @@ def test_a_training_with_mixing_goes_on_as_one_that_was_never_cut(kind):
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.randn(7, 3, 8, 8, generator=generator), torch.randint(3, (7,), generator=generator))
                for _ in range(3)]
-    run = dict(n_steps=6, seed=3, mixing=Mixing(kind, 3), progress=False)
+    run = dict(n_steps=6, seed=3, progress=False)
     ends, states = [], []
     for resume in (False, True):
         torch.manual_seed(0)
-        trainer = Trainer(VisionTransformer(8, 4, 3, 3, 12, 1, 3), "cpu")
-        trainer.train(batches, on_epoch=lambda state: states.append(state.state_dict()),
+        trainer = Trainer(VisionTransformer(8, 4, 3, 3, 12, 1, 3), "cpu", Classification(mixing=Mixing(kind, 3)))
+        trainer.train(batches, callbacks=[Calls(on_epoch=lambda state: states.append(state.state_dict()))],
                       resume=states[0] if resume else None, **run)
         ends.append(trainer.model.state_dict())
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
     torch.manual_seed(0)
     plain = Trainer(VisionTransformer(8, 4, 3, 3, 12, 1, 3), "cpu")
-    plain.train(batches, **{**run, "mixing": None})
+    plain.train(batches, **run)
     assert not torch.equal(plain.model.head.weight, ends[0]["head.weight"])
 
 
-@pytest.mark.parametrize(("words", "low"), [
-    (["--recipe", "vit_nano_fast"], (24, 0.6)),
-    (["--pretrained", "vit_nano_shapes", "--recipe", "vit_nano_fast"], (24, 0.6)),
-    (["--pretrained", "vit_nano_shapes", "--freeze-backbone", "--recipe", "vit_nano_fast", "--mixing", "mixup"], None),
-    (["--model", "hybrid"], (24, 0.6)), (["--patch-size", 16], (32, 0.6))])
-def test_smaller_images_have_a_side_that_the_patch_divides(words, low, prepared):
+@pytest.mark.parametrize(("words", "side"), [
+    (["--recipe", "vit_nano_fast"], 24),
+    (["--pretrained", "vit_nano_shapes", "--recipe", "vit_nano_fast"], 24),
+    (["--pretrained", "vit_nano_shapes", "--freeze-backbone", "--recipe", "vit_nano_fast", "--mixing", "mixup"], 32),
+    (["--model", "hybrid"], 24), (["--patch-size", 16], 32)])
+def test_smaller_images_have_a_side_that_the_patch_divides(words, side, prepared):
     run = prepared(*words)
-    arguments = run.recipe_arguments()
-    assert arguments["low"] == low
-    assert low or arguments["mixing"] is None
-    run.trainer.train(run.loaders[0], n_steps=1, progress=False, **arguments)
+    assert run.trainer.config.image_size((32, 32), 0, 10) == (side, side)
+    assert run.trainer.objective.mixing is None
+    run.trainer.train(run.loaders[0], n_steps=1, progress=False)
 
 
 def test_the_linear_control_learns_from_plain_images_whatever_the_augmentation(tmp_path, capsys, monkeypatch):
-    seen, learn = [], linear_probe_module.linear_classifier
+    seen, learn = [], linear_classifier
 
     def watched(train_loader, *loaders):
         seen.append(torch.cat([images for images, _ in train_loader]))

@@ -20,8 +20,10 @@ import torch
 
 from vit_bridge import system
 from vit_bridge.models.convnet import ConvNet
+from vit_bridge.preprocessing import Preprocessing
 from vit_bridge.system import write_whole
 from vit_bridge.training import run_folder
+from vit_bridge.training.objectives import Classification
 from vit_bridge.training.run_folder import (
     CHANGEABLE,
     Saver,
@@ -32,11 +34,11 @@ from vit_bridge.training.run_folder import (
     options_to_resume,
     read_run,
 )
-from vit_bridge.weights.checkpoints import load_model, read_checkpoint, save_model
+from vit_bridge.weights.checkpoints import load, read_checkpoint, save_model
 from vit_model import InputError
 
 NAMES = ["cat", "dog", "eel"]
-LABELS = dict(class_names=NAMES, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="bicubic")
+PREPROCESSING = Preprocessing(8, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bicubic", NAMES)
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -242,7 +244,7 @@ def test_a_run_goes_on_in_its_own_folder(run_at, tmp_path):
 def test_what_is_known_of_a_run_is_in_last_pt_and_before_that_in_config_json(run_at, tmp_path):
     assert read_run(tmp_path) is None
     assert read_run(run_at)["n_steps"] == 3
-    save_model(small_model(), run_at / "last.pt", **LABELS, options={}, n_steps=5, n_images=4, training={})
+    save_model(small_model(), run_at / "last.pt", PREPROCESSING, options={}, n_steps=5, n_images=4, training={})
     assert read_run(run_at)["n_steps"] == 5
     assert read_run(run_at)["class_names"] == NAMES
 
@@ -257,7 +259,7 @@ def test_a_config_that_is_none_of_a_run_is_named(text, run_at):
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
 def test_a_last_checkpoint_that_is_none_of_a_run_is_named(content, run_at):
     if content is None:
-        save_model(small_model(), run_at / "last.pt", **LABELS)
+        save_model(small_model(), run_at / "last.pt", PREPROCESSING)
     else:
         (run_at / "last.pt").write_bytes(content)
     with pytest.raises(InputError, match=r"\A[^\n]*last\.pt [^\n]*\Z"):
@@ -284,8 +286,8 @@ def test_what_may_change_takes_the_value_given_and_else_the_runs():
     saved = {name: "old" for name in CHANGEABLE} | dict(lr=1.0)
     for name in CHANGEABLE:
         assert options_to_resume({name: "new"}, saved) == {**saved, name: "new"}
-    assert set(CHANGEABLE) == {"resume", "output_dir", "data_dir", "device", "workers", "skip_corrupt", "save_minutes",
-                               "compile", "accumulate"}
+    assert set(CHANGEABLE) == {"resume", "output_dir", "data_dir", "device", "num_workers", "skip_corrupt",
+                               "save_minutes", "compile", "grad_accum_steps"}
 
 
 def test_other_classes_are_refused_and_other_numbers_are_warnings():
@@ -369,13 +371,14 @@ def clock(monkeypatch):
 
 def saver_of(folder, model, n_steps=100, **more):
     config = dict(options=dict(seed=3, data_dir="photos"), n_steps=n_steps, validation_files="a1b2")
-    return Saver(folder, model, LABELS, config, **more)
+    return Saver(folder, model, PREPROCESSING, config, **dict(objective=Classification()) | more)
 
 
 @pytest.mark.parametrize(("criterion", "best"), [("val_acc", 4), ("val_balanced_acc", 3)])
 def test_the_best_epoch_is_the_last_of_the_largest_criterion(criterion, best, tmp_path, clock):
     state = State(small_model())
-    saver = saver_of(tmp_path, state.model, criterion=criterion)
+    weights = [1, 1, 1] if criterion == "val_balanced_acc" else None
+    saver = saver_of(tmp_path, state.model, objective=Classification(class_weights=weights))
     for val_acc, balanced in ((0.5, 0.1), (0.9, 0.2), (0.7, 0.6), (0.9, 0.5), (0.3, 0.1)):
         saver.on_epoch(state.epoch(val_acc, balanced))
     entries = read_checkpoint(tmp_path / "best.pt")
@@ -384,8 +387,8 @@ def test_the_best_epoch_is_the_last_of_the_largest_criterion(criterion, best, tm
     assert entries["options"] == dict(seed=3, data_dir="photos")
     assert entries["validation_files"] == "a1b2"
     assert value_in(tmp_path / "last.pt") == 5
-    assert read_checkpoint(tmp_path / "last.pt")["training"]["best"] == saver.best
-    assert saver.best["epoch"] == best
+    value = 0.9 if criterion == "val_acc" else 0.6
+    assert read_checkpoint(tmp_path / "last.pt")["training"]["best"] == dict(epoch=best, value=value)
 
 
 def test_a_first_epoch_without_a_hit_is_still_a_best_one(tmp_path, clock):
@@ -396,7 +399,7 @@ def test_a_first_epoch_without_a_hit_is_still_a_best_one(tmp_path, clock):
 
 def test_best_is_written_before_last(tmp_path, monkeypatch):
     state, written = State(small_model()), []
-    monkeypatch.setattr(run_folder, "save_model", lambda model, path, **_: written.append(path.name))
+    monkeypatch.setattr(run_folder, "save_model", lambda model, path, *_, **more: written.append(path.name))
     saver_of(tmp_path, state.model).on_epoch(state.epoch(0.5))
     assert written == ["best.pt", "last.pt"]
     assert names_in(tmp_path) == ["history.csv"]
@@ -432,7 +435,7 @@ def test_a_trained_head_is_saved_in_its_whole_model(average, tmp_path, clock):
     state = State(model.head, average)
     saver_of(tmp_path, model, head_only=True).on_epoch(state.epoch(0.5))
     for name in ("best.pt", "last.pt"):
-        saved = load_model(tmp_path / name).state_dict()
+        saved = load(tmp_path / name).state_dict()
         assert {key for key in before if not torch.equal(saved[key], before[key])} == {"head.weight", "head.bias"}
         assert value_in(tmp_path / name) == (101 if average else 1)
 
@@ -444,28 +447,36 @@ def test_best_weights_that_wait_to_be_written_are_a_copy(tmp_path, clock):
     saver.on_epoch(state.epoch(0.9))
     saver.on_epoch(state.epoch(0.1))
     assert names_in(tmp_path) == []
-    saver.save(state)
+    saver.on_save(state)
     assert value_in(tmp_path / "best.pt") == 1
     assert value_in(tmp_path / "last.pt") == 2
 
 
 def test_a_run_that_goes_on_knows_its_best_epoch(tmp_path, clock):
-    state = State(small_model())
-    saver = saver_of(tmp_path, state.model, resumed=dict(best=dict(epoch=1, value=0.8), step=4, elapsed=60.0))
+    state = State(small_model()).epoch(0.8)  # epoch 1, before the run was cut
+    saver = saver_of(tmp_path, state.model, resumed=dict(step=4, elapsed=60.0))
     assert (saver.saved_step, saver.elapsed) == (4, 60.0)
     saver.on_epoch(state.epoch(0.7))
     assert names_in(tmp_path) == ["history.csv", "last.pt"]
     saver.on_epoch(state.epoch(0.85))
-    assert value_in(tmp_path / "best.pt") == 2
+    assert value_in(tmp_path / "best.pt") == 3
+
+
+def test_names_of_older_versions_are_read(run_at):
+    old = dict(options=dict(accumulate=3, workers=2, lr=None), n_steps=3, n_images=4, class_names=NAMES,
+               recipe=dict(options=dict(pool="mean"), low=[0.75, 0.6], model_ema=None))
+    (run_at / "config.json").write_text(json.dumps(old))
+    entries = read_run(run_at)
+    assert entries["options"] == dict(grad_accum_steps=3, num_workers=2, lr=None)
+    assert entries["recipe"] == dict(model_options=dict(pool="mean"), progressive_resize=[0.75, 0.6], ema_decay=None)
 
 
 def test_last_alone_is_a_model_with_all_that_it_takes_to_use_it(tmp_path, clock):
     state = State(small_model())
     saver_of(tmp_path, state.model).on_epoch(state.epoch(0.5))
     moved = (tmp_path / "last.pt").rename(tmp_path.parent / "elsewhere.pt")
-    model = load_model(moved)
-    assert (model.class_names, tuple(model.mean), tuple(model.std), model.interpolation, model.img_size) == (
-        NAMES, LABELS["mean"], LABELS["std"], "bicubic", 8)
+    model = load(moved)
+    assert model.preprocessing == PREPROCESSING
     assert not model.training
 
 

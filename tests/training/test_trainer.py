@@ -12,7 +12,6 @@ from toy_training import (
     Call,
     assert_close,
     copy_of,
-    memory_loader,
     same,
     small_net,
     toy_batches,
@@ -20,7 +19,7 @@ from toy_training import (
     train_quietly,
 )
 
-from train_vit import HISTORY, NotFinite, Trainer, batches_from, set_train_mode, steps_within
+from train_vit import NotFinite, Trainer, set_train_mode, steps_within
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.runtime import choose_device, choose_precision
 from vit_bridge.training.objectives import CrossEntropy, balancing_weights
@@ -30,7 +29,7 @@ from vit_model import InputError, VisionTransformer, freeze_backbone
 
 def test_history_has_an_entry_an_epoch_in_every_list_and_accuracies_are_shares():
     history = toy_trainer().train(toy_batches(), toy_batches(2), n_epochs=3, learning_rate=1e-3)
-    assert tuple(history) == HISTORY == ("train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc", "lr",
+    assert tuple(history) == ("train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc", "lr",
                                          "seconds", "images_per_second")
     assert {len(values) for values in history.values()} == {3}
     assert all(0 <= share <= 1 for share in history["train_acc"] + history["val_acc"] + history["val_balanced_acc"])
@@ -79,11 +78,6 @@ def test_one_step_is_adamw_on_the_clipped_gradient():
         torch.testing.assert_close(model.get_parameter(name), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("warmup_epochs", "expected"), [(None, 1), (0, 0), (0.5, 3), (2, 10), (99, 15)])
-def test_warmup_is_a_twentieth_of_the_run_or_what_is_asked_for(warmup_epochs, expected):
-    assert Trainer.plan(range(5), 3, None, warmup_epochs, 1e-3, 0.0) == (15, expected)
-
-
 def test_a_frozen_backbone_stays_as_it_is_with_its_batch_statistics():
     model = freeze_backbone(ConvNet(8, 3, 3, (5,), (1,), 1))
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -118,7 +112,7 @@ def test_evaluate_counts_every_image_once_and_gives_the_mode_back():
     labels = torch.cat([labels for _, labels in batches])
     assert (score["n"], score["correct"]) == (17, int((logits.argmax(1) == labels).sum()))
     assert score["acc"] == pytest.approx(score["correct"] / 17)
-    assert score["loss"] == pytest.approx(trainer.loss_fn(logits, labels).item(), rel=1e-5)
+    assert score["loss"] == pytest.approx(trainer.objective.loss_fn(logits, labels).item(), rel=1e-5)
     trainer.model.train()
     trainer.evaluate(batches)
     assert trainer.model.training
@@ -216,8 +210,13 @@ def test_nonsense_numbers_are_named(numbers, value):
 
 def test_labels_past_the_head_are_named():
     images, labels = toy_batches(1)[0]
-    with pytest.raises(InputError, match="label 5 has no place among the model's 3 classes"):
+    with pytest.raises(InputError, match="label 5 is out of range for a model with 3 classes"):
         toy_trainer().train([(images, labels.clamp(min=2) + 3)], n_epochs=1)
+
+
+def test_a_loss_function_in_the_place_of_an_objective_is_named():
+    with pytest.raises(InputError, match="CrossEntropyLoss is not an Objective"):
+        Trainer(small_net(), "cpu", nn.CrossEntropyLoss())
 
 
 def test_a_loader_without_images_is_named():
@@ -323,11 +322,12 @@ def test_the_factor_multiplies_the_length_of_a_step():
 # ---- What it tells ----------------------------------------------------------------------------------------
 
 
-class Steps:
-    """Five batches, and a note of what the Trainer says to the loader."""
+class Epochs:
+    """Five batches as other libraries give them: a note of the epochs, and no positions."""
+    batch_size = 7
 
     def __init__(self):
-        self.said = []
+        self.calls = []
 
     def __len__(self):
         return 5
@@ -335,38 +335,31 @@ class Steps:
     def __iter__(self):
         return iter(toy_batches(5))
 
-    def to(self, device):
-        self.said.append(("to", device.type))
-
     def set_epoch(self, epoch):
-        self.said.append(("epoch", epoch))
+        self.calls.append(("epoch", epoch))
 
 
-class Positions(Steps):
-    def set_position(self, epoch, batch):
-        self.said.append(("position", epoch, batch))
+class Positions(Epochs):
+    """A Loader."""
+
+    def to(self, device):
+        self.calls.append(("to", device.type))
+        return self
+
+    def set_position(self, epoch, batch=0):
+        self.calls.append(("position", epoch, batch))
 
     def set_shard(self, rank, world_size):
-        self.said.append(("shard", rank, world_size))
+        self.calls.append(("shard", rank, world_size))
 
 
-def test_loaders_are_told_device_share_and_place():
-    for kind, expected in ((Steps, [("to", "cpu"), ("epoch", 0), ("epoch", 1)]),
-                           (Positions, [("to", "cpu"), ("shard", 0, 1), ("position", 0, 0), ("position", 1, 0)])):
-        loader = kind()
-        train_quietly(Trainer(small_net(), "cpu"), loader, n_epochs=2)
-        assert loader.said == expected
-
-
-def test_batches_begin_where_the_state_stands():
-    loader, memory = Steps(), memory_loader(17, 5, training=True)
-    assert [torch.equal(batch[0], other[0]) for batch, other in
-            zip(batches_from(loader, 2, 3), toy_batches(5)[3:], strict=True)] == [True, True]
-    assert loader.said == [("epoch", 2)]
-    memory.set_epoch(2)
-    whole = [labels.tolist() for _, labels in memory]
-    assert [labels.tolist() for _, labels in batches_from(memory, 2, 3)] == whole[3:]
-    assert list(batches_from(memory, 2, 4)) == list(batches_from(toy_batches(2), 2, 2)) == []
+@pytest.mark.parametrize(("kind", "expected"), [
+    (Epochs, [("epoch", 0), ("epoch", 1)]),
+    (Positions, [("to", "cpu"), ("shard", 0, 1), ("position", 0, 0), ("position", 1, 0)])])
+def test_a_loader_hears_its_device_shard_and_position(kind, expected):
+    loader = kind()
+    train_quietly(Trainer(small_net(), "cpu"), loader, n_epochs=2)
+    assert loader.calls == expected
 
 
 def test_on_epoch_sees_the_history_so_far():
@@ -455,13 +448,13 @@ NO_MEMORY = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB
 
 @pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
 def test_lack_of_memory_names_the_batch_and_the_way_out(error):
-    for accumulate in (1, 3):
-        trainer = Trainer(Failing(error), "cpu", accumulate=accumulate)
-        with pytest.raises(InputError, match=r"\Acpu has not memory enough for a batch of 7 images[^\n]*\Z") as caught:
+    for n_parts in (1, 3):
+        trainer = Trainer(Failing(error), "cpu", grad_accum_steps=n_parts)
+        with pytest.raises(InputError, match=r"\Aout of memory on cpu with a batch of 7 images[^\n]*\Z") as caught:
             train_quietly(trainer, toy_batches(1), n_epochs=1)
-        assert f"accumulate={2 * accumulate})" in str(caught.value)
+        assert f"try --grad-accum-steps {2 * n_parts} " in str(caught.value)
         assert caught.value.__cause__ is error
-        with pytest.raises(InputError, match=r"batch of 7 images.*; a smaller batch size takes less"):
+        with pytest.raises(InputError, match="batch of 7 images; try a smaller batch size"):
             trainer.evaluate(toy_batches(1))
 
 
@@ -504,7 +497,8 @@ def test_training_goes_through_the_compiler_and_evaluation_does_not(monkeypatch)
         return lambda images: (sizes.append(len(images)), module(images))[1]
 
     monkeypatch.setattr(torch, "compile", compile_module)
-    train_quietly(Trainer(model, "cpu", compile=True, accumulate=2), toy_batches(2, 7), toy_batches(1, 5), n_epochs=1)
+    train_quietly(Trainer(model, "cpu", compile=True, grad_accum_steps=2), toy_batches(2, 7), toy_batches(1, 5),
+                  n_epochs=1)
     assert sizes == [4, 3, 4, 3]
 
 
@@ -537,7 +531,7 @@ class Sizes(nn.Module):
 def test_images_are_smaller_for_a_share_of_the_steps_and_never_in_an_evaluation():
     model = Sizes()
     trainer, batches = Trainer(model, "cpu"), toy_batches(5)
-    train_quietly(trainer, batches, n_steps=10, low=(6, 0.7))
+    train_quietly(trainer, batches, n_steps=10, progressive_resize=(0.75, 0.7), resize_multiple=1)
     assert model.seen == [(6, 6)] * 7 + [(8, 8)] * 3
     trainer.evaluate(batches[:1])
     assert model.seen[-1] == (8, 8)
@@ -547,7 +541,7 @@ def test_a_smaller_image_is_an_antialiased_one():
     model, shown = Sizes(), []
     model.register_forward_pre_hook(lambda module, args: shown.append(args[0]))
     (images, labels), = toy_batches(1)
-    train_quietly(Trainer(model, "cpu"), [(images, labels)], n_steps=1, low=(4, 1.0))
+    train_quietly(Trainer(model, "cpu"), [(images, labels)], n_steps=1, progressive_resize=(0.5, 1.0))
     expected = F.interpolate(images, (4, 4), mode="bilinear", antialias=True)
     torch.testing.assert_close(shown[0], expected)
 
@@ -556,13 +550,13 @@ def test_the_number_of_steps_counts_small_and_large_ones(monkeypatch):
     """A clock on which a step of small images takes 1 second and one of large images 3: 0.5 * 1 + 0.5 * 3 = 2."""
     now, real = [0.0], Trainer.step
 
-    def step(self, images, labels, n_all, state, run):
-        now[0] += 1.0 if run.sized(images, state.step).shape[-1] == 4 else 3.0
-        real(self, images, labels, n_all, state, run)
+    def step(self, batch, n_all, state):
+        now[0] += 1.0 if state.resized(batch[0]).shape[-1] == 4 else 3.0
+        real(self, batch, n_all, state)
 
     monkeypatch.setattr("train_vit.time.perf_counter", lambda: now[0])
     monkeypatch.setattr(Trainer, "step", step)
     model, loader = Sizes(), toy_batches(5)
-    n_steps = steps_within(1000.0, model, loader, loader[:1], device="cpu", low=(4, 0.5))
+    n_steps = steps_within(1000.0, model, loader, loader[:1], device="cpu", progressive_resize=(0.5, 0.5))
     assert 0.9 * 500 < n_steps <= 500
     assert steps_within(1000.0, model, loader, loader[:1], device="cpu") < 0.7 * n_steps

@@ -84,7 +84,7 @@ def steep_loss(logits, labels):
 
 
 KINDS = {  # a model, what its Trainer gets, what train() gets
-    "chance": (vit_with_chance, dict(accumulate=2, loss_fn=CrossEntropy(0.1, [0.5, 1, 2])), dict(ema_decay=0.9)),
+    "chance": (vit_with_chance, dict(grad_accum_steps=2, loss_fn=CrossEntropy(0.1, [0.5, 1, 2])), dict(ema_decay=0.9)),
     "batchnorm": (convnet, {}, dict(ema_decay=0.9)),
     "fp16": (vit_with_sincos, dict(amp="fp16", loss_fn=steep_loss), {})}
 

@@ -3,6 +3,7 @@ import errno
 import os
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,14 +12,16 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from vit_bridge.models.adapters import adapt
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.models.hybrid import HybridCNNViT
 from vit_bridge.models.registry import build_model
+from vit_bridge.preprocessing import Preprocessing
 from vit_bridge.weights.checkpoints import (
     describe_checkpoint,
     likely_heads,
+    load,
     load_checkpoint,
-    load_model,
     read_checkpoint,
     save_model,
 )
@@ -96,44 +99,64 @@ def refuse_to_load(model, path, text):
 @pytest.mark.parametrize(("model_class", "arguments"), SMALL)
 def test_a_saved_model_comes_back_the_same(model_class, arguments, tmp_path):
     model = randomised(model_class, arguments)
-    save_model(model.train(), tmp_path / "m.pt", ["a", "b", "c"], mean=(0.1, 0.2, 0.3), std=[0.5, 0.7, 1.1])
-    loaded = load_model(tmp_path / "m.pt")
+    shown = Preprocessing(model.config.img_size, (0.1, 0.2, 0.3), [0.5, 0.7, 1.1], class_names=["a", "b", "c"])
+    save_model(model.train(), tmp_path / "m.pt", shown)
+    assert model.preprocessing is None
+    loaded = load(tmp_path / "m.pt")
     assert type(loaded) is model_class
     assert same_bits(loaded, bits(model))
     assert loaded.config == model.config
     assert not any(module.training for module in loaded.modules())
     images = images_for(model)
     assert torch.equal(loaded(images), model.eval()(images))
-    assert (loaded.class_names, loaded.mean, loaded.std) == (["a", "b", "c"], [0.1, 0.2, 0.3], [0.5, 0.7, 1.1])
-    assert loaded.img_size == model.config.img_size
+    assert loaded.preprocessing == shown
+    entries = read_checkpoint(tmp_path / "m.pt")  # whose keys files of all versions have
+    assert {name: entries[name] for name in ("class_names", "mean", "std", "interpolation", "img_size")} == dict(
+        class_names=["a", "b", "c"], mean=[0.1, 0.2, 0.3], std=[0.5, 0.7, 1.1], interpolation="bilinear",
+        img_size=model.config.img_size)
     assert os.listdir(tmp_path) == ["m.pt"]
 
 
 def test_what_is_not_known_is_none_and_what_was_loaded_is_saved_again(tmp_path):
     save_model(randomised(*SMALL[0]), tmp_path / "bare.pt")
-    loaded = load_model(tmp_path / "bare.pt")
-    assert (loaded.class_names, loaded.mean, loaded.std) == (None, None, None)
-    save_model(loaded, tmp_path / "full.pt", class_names=["a", "b", "c"], mean=[0.5], std=[0.25])
-    save_model(load_model(tmp_path / "full.pt"), tmp_path / "again.pt", mean=[0.125])
-    again = load_model(tmp_path / "again.pt")
-    assert (again.class_names, again.mean, again.std) == (["a", "b", "c"], [0.125], [0.25])
+    loaded = load(tmp_path / "bare.pt")
+    assert loaded.preprocessing is None
+    save_model(loaded, tmp_path / "full.pt", Preprocessing((10, 15), [0.5], [0.25], class_names=["a", "b", "c"]))
+    full = load(tmp_path / "full.pt")
+    save_model(full, tmp_path / "same.pt")
+    assert load(tmp_path / "same.pt").preprocessing == full.preprocessing
+    save_model(full, tmp_path / "again.pt", replace(full.preprocessing, mean=[0.125]))
+    assert load(tmp_path / "again.pt").preprocessing == Preprocessing((10, 15), [0.125], [0.25],
+                                                                      class_names=["a", "b", "c"])
+
+
+def test_files_that_know_a_part_open_as_before(tmp_path):
+    """Older versions wrote what they were given: names of classes without a mean, a mean without a name."""
+    model = randomised(*SMALL[0])
+    save_model(model, tmp_path / "m.pt")
+    entries = read_checkpoint(tmp_path / "m.pt")
+    assert [entries[name] for name in ("class_names", "mean", "std", "interpolation")] == [None] * 4
+    torch.save(entries | dict(class_names=["a", "b", "c"]), tmp_path / "names.pt")
+    assert load(tmp_path / "names.pt").preprocessing == Preprocessing((10, 15), class_names=["a", "b", "c"])
+    torch.save(entries | dict(mean=(0.5,) * 3, std=torch.tensor([0.25] * 3)), tmp_path / "mean.pt")
+    assert load(tmp_path / "mean.pt").preprocessing == Preprocessing((10, 15), (0.5,) * 3, (0.25,) * 3)
 
 
 def test_interpolation_comes_back_and_older_files_mean_bilinear(tmp_path):
     model = randomised(*SMALL[0])
-    model.interpolation = "bicubic"
+    model.preprocessing = Preprocessing((10, 15), interpolation="bicubic")
     save_model(model, tmp_path / "own.pt")
-    assert load_model(tmp_path / "own.pt").interpolation == "bicubic"
-    save_model(load_model(tmp_path / "own.pt"), tmp_path / "again.pt")
-    assert load_model(tmp_path / "again.pt").interpolation == "bicubic"
-    save_model(model, tmp_path / "given.pt", interpolation="bilinear")
-    assert load_model(tmp_path / "given.pt").interpolation == "bilinear"
+    assert load(tmp_path / "own.pt").preprocessing.interpolation == "bicubic"
+    save_model(load(tmp_path / "own.pt"), tmp_path / "again.pt")
+    assert load(tmp_path / "again.pt").preprocessing.interpolation == "bicubic"
+    save_model(model, tmp_path / "given.pt", replace(model.preprocessing, interpolation="bilinear"))
+    assert load(tmp_path / "given.pt").preprocessing.interpolation == "bilinear"
     entries = read_checkpoint(tmp_path / "own.pt")
     del entries["interpolation"]
     torch.save(entries, tmp_path / "older.pt")
-    assert load_model(tmp_path / "older.pt").interpolation == "bilinear"
+    assert load(tmp_path / "older.pt").preprocessing.interpolation == "bilinear"
     save_model(randomised(*SMALL[0]), tmp_path / "unknown.pt")
-    assert load_model(tmp_path / "unknown.pt").interpolation == "bilinear"
+    assert adapt(load(tmp_path / "unknown.pt")).preprocessing.interpolation == "bilinear"
 
 
 def test_further_entries_are_kept(tmp_path):
@@ -145,10 +168,10 @@ def test_further_entries_are_kept(tmp_path):
 @pytest.mark.parametrize("mean", [torch.tensor([0.5, 0.25]), np.array([0.5, 0.25]), (np.float64(0.5), 0.25)],
                          ids=["tensor", "array", "tuple"])
 def test_a_mean_of_any_kind_comes_back_as_plain_numbers(mean, tmp_path):
-    save_model(randomised(*SMALL[0]), tmp_path / "m.pt", mean=mean)
-    loaded = load_model(tmp_path / "m.pt")
-    assert loaded.mean == [0.5, 0.25]
-    assert [type(value) for value in loaded.mean] == [float, float]
+    save_model(randomised(*SMALL[0]), tmp_path / "m.pt", Preprocessing((10, 15), mean, (1, 1)))
+    for values in (load(tmp_path / "m.pt").preprocessing.mean, read_checkpoint(tmp_path / "m.pt")["mean"]):
+        assert list(values) == [0.5, 0.25]
+        assert [type(value) for value in values] == [float, float]
 
 
 @pytest.mark.parametrize("name", ["vit_nano", "hybrid", "convnet"])
@@ -156,7 +179,7 @@ def test_a_file_in_float16_is_under_a_mebibyte_and_loads_as_float32(name, tmp_pa
     model = build_model(name, n_classes=10)
     save_model(model, tmp_path / "m.pt", dtype=torch.float16)
     assert (tmp_path / "m.pt").stat().st_size < 2**20
-    loaded = load_model(tmp_path / "m.pt")
+    loaded = load(tmp_path / "m.pt")
     for key, value in model.state_dict().items():
         ours = loaded.state_dict()[key]
         assert ours.dtype == value.dtype
@@ -169,7 +192,7 @@ def test_a_replaced_head_survives(model_class, arguments, tmp_path):
     model = randomised(model_class, arguments)
     model.head = nn.Linear(model.head.in_features, 7)
     save_model(model, tmp_path / "m.pt")
-    loaded, images = load_model(tmp_path / "m.pt"), images_for(model)
+    loaded, images = load(tmp_path / "m.pt"), images_for(model)
     assert loaded.config.n_classes == 7
     assert torch.equal(loaded(images), model(images))
 
@@ -179,21 +202,22 @@ def test_a_removed_head_survives(tmp_path):
     model.head = nn.Identity()
     save_model(model, tmp_path / "m.pt")
     images = images_for(model)
-    assert torch.equal(load_model(tmp_path / "m.pt")(images), model(images))
+    assert torch.equal(load(tmp_path / "m.pt")(images), model(images))
 
 
 def test_a_resized_model_survives(tmp_path):
     model = resize_positions(randomised(*SMALL[0]), (20, 35))
     save_model(model, tmp_path / "m.pt")
-    loaded = load_model(tmp_path / "m.pt")
-    assert loaded.img_size == loaded.config.img_size == (20, 35)
+    loaded = load(tmp_path / "m.pt")
+    assert read_checkpoint(tmp_path / "m.pt")["img_size"] == loaded.config.img_size == (20, 35)
     assert same_bits(loaded, bits(model))
 
 
 def test_a_loaded_model_that_is_resized_says_its_new_size(tmp_path):
-    save_model(randomised(*SMALL[0]), tmp_path / "m.pt")
-    model = resize_positions(load_model(tmp_path / "m.pt"), (20, 35))
-    assert model.img_size == model.config.img_size == (20, 35)
+    save_model(randomised(*SMALL[0]), tmp_path / "m.pt", Preprocessing((10, 15), class_names=["a", "b", "c"]))
+    model = resize_positions(load(tmp_path / "m.pt"), (20, 35))
+    assert model.preprocessing == Preprocessing(model.config.img_size, class_names=["a", "b", "c"])
+    assert model.config.img_size == (20, 35)
 
 
 @pytest.mark.parametrize(("model_class", "arguments"), SMALL)
@@ -581,7 +605,8 @@ def test_that_a_file_does_not_tell_its_heads_is_said(options, known, tmp_path):
 def whole(tmp_path_factory):
     """The bytes of a whole checkpoint of a small model."""
     path = tmp_path_factory.mktemp("whole") / "m.pt"
-    save_model(randomised(VisionTransformer, VIT), path, ["a", "b", "c"], [0.5], [0.25])
+    save_model(randomised(VisionTransformer, VIT), path,
+               Preprocessing((10, 15), [0.5], [0.25], class_names=["a", "b", "c"]))
     return path.read_bytes()
 
 
@@ -630,11 +655,11 @@ def test_an_entry_that_cannot_be_pickled_leaves_no_part_of_a_file(whole, tmp_pat
 
 def test_class_names_that_do_not_fit_a_new_head_are_not_saved(tmp_path):
     model = build_model("convnet", n_classes=2)
-    model.class_names = ["a", "b"]
+    model.preprocessing = Preprocessing(32, class_names=["a", "b"])
     model.head = torch.nn.Linear(model.head.in_features, 3)
     with pytest.raises(InputError, match=r"\A2 class_names do not fit a head of 3 classes[^\n]*\Z"):
         save_model(model, tmp_path / "m.pt")
-    save_model(model, tmp_path / "m.pt", class_names=["a", "b", "c"])
+    save_model(model, tmp_path / "m.pt", Preprocessing(32, class_names=["a", "b", "c"]))
     model.head = torch.nn.Sequential(model.head)
     with pytest.raises(InputError, match=r"\Aa head of class Sequential cannot be saved[^\n]*\Z"):
         save_model(model, tmp_path / "n.pt")

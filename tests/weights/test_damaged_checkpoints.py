@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from vit_bridge.preprocessing import Preprocessing
 from vit_bridge.weights import checkpoints
-from vit_bridge.weights.checkpoints import describe_checkpoint, load_checkpoint, load_model, save_model
+from vit_bridge.weights.checkpoints import describe_checkpoint, load, load_checkpoint, save_model
 from vit_model import InputError, VisionTransformer
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +69,7 @@ def torch_bytes(value, **options):
 def whole(tmp_path_factory):
     """The bytes of a whole checkpoint of a small model."""
     path = tmp_path_factory.mktemp("whole") / "m.pt"
-    save_model(randomised(VIT), path, ["a", "b", "c"], [0.5], [0.25])
+    save_model(randomised(VIT), path, Preprocessing((10, 15), [0.5], [0.25], class_names=["a", "b", "c"]))
     return path.read_bytes()
 
 
@@ -78,9 +79,9 @@ def refuse(path, contents=None):
         path.write_bytes(contents)
     model = randomised(VIT)
     before = bits(model)
-    for load in (load_model, lambda path: load_checkpoint(model, path)):
+    for read in (load, lambda path: load_checkpoint(model, path)):
         with pytest.raises(InputError, match=one_line_with(path)):
-            load(path)
+            read(path)
     assert same_bits(model, before)
 
 
@@ -116,9 +117,9 @@ def test_a_checkpoint_with_a_damaged_byte_is_refused_or_loads(whole, tmp_path):
     start, generator = whole.index(b"data.pkl"), torch.Generator().manual_seed(7)
     for place in (start + torch.randint(2500, (61,), generator=generator)).tolist():
         (tmp_path / "m.pt").write_bytes(whole[:place] + bytes([whole[place] ^ 7]) + whole[place + 1:])
-        for load in (load_model, lambda path: load_checkpoint(VisionTransformer(**VIT), path)):
+        for read in (load, lambda path: load_checkpoint(VisionTransformer(**VIT), path)):
             try:
-                load(tmp_path / "m.pt")
+                read(tmp_path / "m.pt")
             except InputError as error:
                 assert "\n" not in str(error)  # noqa: PT017
 
@@ -163,7 +164,7 @@ def changed(whole, **changes):
 def test_a_checkpoint_of_another_format_is_a_bare_state_dict_to_load_checkpoint_alone(form, whole, tmp_path):
     (tmp_path / "m.pt").write_bytes(changed(whole, format=form))
     with pytest.raises(InputError, match=one_line_with(tmp_path / "m.pt")):
-        load_model(tmp_path / "m.pt")
+        load(tmp_path / "m.pt")
     model = VisionTransformer(**VIT)
     assert load_checkpoint(model, tmp_path / "m.pt").notes == ("the weights lie under state_dict",)
     assert same_bits(model, bits(randomised(VIT)))
@@ -351,9 +352,9 @@ def test_a_damaged_checkpoint_is_refused(name, options, tmp_path):
     model = randomised({**SQUARE, **options}, seed=7)
     before = bits(model)
     loads = [lambda path: load_checkpoint(model, path), describe_checkpoint]
-    for load in loads[:1] if name == "transposed patches.pt" else loads:  # which fit 5 channels
+    for read in loads[:1] if name == "transposed patches.pt" else loads:  # which fit 5 channels
         with pytest.raises(InputError, match=one_line_with(path)):
-            load(path)
+            read(path)
     assert same_bits(model, before)
     assert not (tmp_path / "sprung").exists()
 

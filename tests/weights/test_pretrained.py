@@ -2,7 +2,7 @@ import hashlib
 import re
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 
@@ -17,9 +17,9 @@ from vit_bridge.data.loaders import get_data_loaders
 from vit_bridge.models import registry
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.models.registry import MODELS, build_model
-from vit_bridge.weights import checkpoints as checkpoints_module
-from vit_bridge.weights import pretrained as model_zoo
-from vit_bridge.weights.checkpoints import load_model
+from vit_bridge.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from vit_bridge.weights import checkpoints, pretrained
+from vit_bridge.weights.checkpoints import describe_checkpoint, load, read_checkpoint
 from vit_bridge.weights.pretrained import (
     OURS,
     OURS_FOLDER,
@@ -27,7 +27,6 @@ from vit_bridge.weights.pretrained import (
     PUBLIC,
     Pretrained,
     check_sum,
-    create_pretrained,
     fetch,
 )
 from vit_model import InputError, VisionTransformer, resample_positions
@@ -51,7 +50,7 @@ def test_every_name_builds_a_model_that_runs(name):
     with torch.device("meta"):
         model = build_model(name, n_classes=7)
         images = torch.empty(2, 3, model.config.img_size, model.config.img_size)
-        assert type(model) is MODELS[name][0]
+        assert type(model) is MODELS[name].model_class
         assert model(images).shape == (2, 7)
         assert build_model(name).head.out_features == 1000
 
@@ -93,7 +92,7 @@ def test_a_patch_that_is_given_stays_and_so_do_the_defaults_without_a_size():
     (lambda: build_model("resnet19"), "'resnet19'"), (lambda: build_model("vit_nano", widths=(3,)), "'widths'"),
     (lambda: build_model("convnet", depth=8), "'depth'"), (lambda: build_model("hybrid", dept=1), "'dept'"),
     (lambda: build_model("vit_nano", img_size=30), "30x30"), (lambda: build_model("hybrid", patch_size=12), "12"),
-    (lambda: create_pretrained("vit_nano"), "'vit_nano'"), (lambda: create_pretrained("../no such"), "'../no such'")])
+    (lambda: load("vit_nano"), "'vit_nano'"), (lambda: load("../no such"), "'../no such'")])
 def test_an_unknown_name_or_argument_is_refused_in_one_line(build, value):
     with pytest.raises(InputError, match=one_line_with(value)):
         build()
@@ -109,36 +108,39 @@ def test_an_unknown_model_is_told_the_known_ones():
 
 @pytest.mark.parametrize("name", OURS)
 def test_pretrained_models_of_ours_load_ready_to_use(name):
-    model, saved = create_pretrained(name), load_model(OURS_FOLDER / f"{name}.pt")
+    model, saved = load(name), read_checkpoint(OURS_FOLDER / f"{name}.pt")
     assert not any(module.training for module in model.modules())
-    assert same(model.state_dict(), saved.state_dict())
-    assert (model.config, model.class_names, model.mean, model.std, model.img_size, model.interpolation) == (
-        saved.config, saved.class_names, saved.mean, saved.std, saved.img_size, saved.interpolation)
-    assert len(model.class_names) == model.head.out_features == 10
-    assert len(model.mean) == len(model.std) == model.config.in_channels
-    assert model.img_size == model.config.img_size == 32
+    state = {key: value.float() if value.is_floating_point() else value for key, value in saved["state_dict"].items()}
+    assert same(model.state_dict(), state)
+    assert model.config == type(model).config_class(**saved["config"])
+    shown = model.preprocessing
+    assert (shown.class_names, list(shown.mean), list(shown.std), shown.img_size, shown.interpolation) == (
+        saved["class_names"], saved["mean"], saved["std"], saved["img_size"], saved.get("interpolation", "bilinear"))
+    assert len(shown.class_names) == model.head.out_features == 10
+    assert len(shown.mean) == len(shown.std) == model.config.in_channels
+    assert shown.img_size == model.config.img_size == 32
     assert model(torch.zeros(2, 3, 32, 32)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_a_pretrained_model_of_ours_takes_a_new_head(name):
-    saved = load_model(OURS_FOLDER / f"{name}.pt").state_dict()
+    saved = load(OURS_FOLDER / f"{name}.pt").state_dict()
     for n_classes in (5, 0):
-        model = create_pretrained(name, n_classes=n_classes)
-        assert model.class_names is None
+        model = load(name, n_classes=n_classes)
+        assert model.preprocessing.class_names is None
         assert model(torch.zeros(2, 3, 32, 32)).shape == (2, n_classes or (160 if name == "convnet_shapes" else 96))
         state = model.state_dict()
         assert same({k: v for k, v in state.items() if not k.startswith("head.")},
                     {k: v for k, v in saved.items() if not k.startswith("head.")})
-    own = create_pretrained(name, n_classes=10)
-    assert len(own.class_names) == 10
+    own = load(name, n_classes=10)
+    assert len(own.preprocessing.class_names) == 10
     assert same(own.state_dict(), saved)
 
 
 def test_overrides_are_for_resolution_and_fine_tuning():
-    saved = load_model(OURS_FOLDER / "vit_nano_shapes.pt")
-    model = create_pretrained("vit_nano_shapes", img_size=(44, 28), dropout=0.3, drop_path=0.1)
-    assert model.img_size == model.config.img_size == (44, 28)
+    saved = load(OURS_FOLDER / "vit_nano_shapes.pt")
+    model = load("vit_nano_shapes", img_size=(44, 28), dropout=0.3, drop_path=0.1)
+    assert model.preprocessing.img_size == model.config.img_size == (44, 28)
     assert (model.config.dropout, model.config.drop_path) == (0.3, 0.1)
     assert torch.equal(model.pos_embed, resample_positions(saved.pos_embed, (8, 8), (11, 7)))
     assert model(torch.zeros(1, 3, 44, 28)).shape == (1, 10)
@@ -152,13 +154,13 @@ def test_overrides_are_for_resolution_and_fine_tuning():
     (dict(n_classes=-1), "n_classes"), (dict(n_classes=5, pool="mean"), "pool")])
 def test_overrides_that_the_weights_do_not_fit_are_refused_in_one_line(overrides, value):
     with pytest.raises(InputError, match=one_line_with(value)):
-        create_pretrained("vit_nano_shapes", **overrides)
+        load("vit_nano_shapes", **overrides)
 
 
 def test_pretrained_weights_that_are_missing_are_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(model_zoo, "OURS_FOLDER", tmp_path)
+    monkeypatch.setattr(checkpoints, "OURS_FOLDER", tmp_path)
     with pytest.raises(InputError, match=one_line_with("hybrid_shapes.pt")):
-        create_pretrained("hybrid_shapes")
+        load("hybrid_shapes")
 
 
 # ---- Files of one's own
@@ -168,24 +170,24 @@ def test_pretrained_weights_that_are_missing_are_named(monkeypatch, tmp_path):
 def test_the_path_of_a_checkpoint_of_ours_is_as_good_as_a_name(name, tmp_path):
     path = shutil.copy(OURS_FOLDER / f"{name}.pt", tmp_path / "my best.pt")
     for given in (path, str(path)):
-        model, named = create_pretrained(given), create_pretrained(name)
+        model, named = load(given), load(name)
         assert type(model) is type(named)
         assert same(model.state_dict(), named.state_dict())
-        for fact in ("config", "class_names", "mean", "std", "img_size", "interpolation", "training"):
+        for fact in ("config", "preprocessing", "training"):
             assert getattr(model, fact) == getattr(named, fact), fact
-    other = create_pretrained(path, n_classes=4)
-    assert other.class_names is None
+    other = load(path, n_classes=4)
+    assert other.preprocessing.class_names is None
     assert other(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
 
 
 def test_a_file_takes_the_overrides_that_a_name_takes(tmp_path):
     path = shutil.copy(OURS_FOLDER / "vit_nano_shapes.pt", tmp_path)
-    model = create_pretrained(path, img_size=24, drop_path=0.1)
-    assert torch.equal(model.pos_embed, create_pretrained("vit_nano_shapes", img_size=24).pos_embed)
-    assert (model.img_size, model.config.drop_path) == (24, 0.1)
+    model = load(path, img_size=24, drop_path=0.1)
+    assert torch.equal(model.pos_embed, load("vit_nano_shapes", img_size=24).pos_embed)
+    assert (model.preprocessing.img_size, model.config.drop_path) == (24, 0.1)
     for overrides, value in ((dict(depth=5), "depth 5 is not that of"), (dict(widths=(3,)), "'widths'")):
         with pytest.raises(InputError, match=one_line_with(value)):
-            create_pretrained(path, **overrides)
+            load(path, **overrides)
 
 
 @pytest.mark.parametrize("n_classes", [0, 6])
@@ -195,11 +197,11 @@ def test_a_state_dict_of_timm_is_a_start_too(n_classes, tmp_path):
     theirs = timm.models.VisionTransformer(img_size=16, patch_size=4, embed_dim=64, depth=2, num_heads=1,
                                            num_classes=n_classes).eval()
     torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
-    model, images = create_pretrained(tmp_path / "theirs.pth"), torch.randn(2, 3, 16, 16)
+    model, images = load(tmp_path / "theirs.pth"), torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(model(images), theirs(images))
-    assert (model.img_size, model.class_names, model.interpolation, model.training) == (16, None, "bilinear", False)
-    assert (model.mean, model.std) == (model_zoo.IMAGENET["mean"], model_zoo.IMAGENET["std"])
-    assert create_pretrained(tmp_path / "theirs.pth", n_classes=3)(images).shape == (2, 3)
+    assert model.preprocessing == Preprocessing(16, IMAGENET_MEAN, IMAGENET_STD, "bilinear", None)
+    assert not model.training
+    assert load(tmp_path / "theirs.pth", n_classes=3)(images).shape == (2, 3)
 
 
 @pytest.mark.parametrize(("name", "content"), [
@@ -208,7 +210,7 @@ def test_a_file_that_is_none_is_refused_in_one_line(name, content, tmp_path):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=one_line_with(tmp_path / name)):
-        create_pretrained(str(tmp_path / name))
+        load(str(tmp_path / name))
 
 
 # ---- Public ones, without a network
@@ -239,21 +241,21 @@ def public(tmp_path, monkeypatch):
         entries[name] = Pretrained("vit_tiny", f"https://example.org/of/{name}.pth", checksum, 12.5, "MIT",
                                    "nobody", mean=(0.25, 0.5, 0.75), std=(0.125, 0.25, 0.5),
                                    config=dict(**SMALL, n_classes=n_classes))
-    monkeypatch.setattr(model_zoo, "PUBLIC", entries)
-    monkeypatch.setattr(model_zoo, "PRETRAINED", (*OURS, *entries))
+    for module in (pretrained, checkpoints):
+        monkeypatch.setattr(module, "PUBLIC", entries)
+        monkeypatch.setattr(module, "PRETRAINED", (*OURS, *entries))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **_: asked.append(url))
     return Public(models, folder, asked)
 
 
 def test_a_public_model_loads_ready_to_use(public):
-    model = create_pretrained("small")
+    model = load("small")
     assert same(model.state_dict(), public.models["small"].state_dict())
     assert not any(module.training for module in model.modules())
-    assert model.class_names == torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"]
-    assert (model.class_names[0], len(model.class_names)) == ("tench", 1000)
-    assert (model.img_size, model.mean, model.std, model.interpolation) == (
-        20, (0.25, 0.5, 0.75), (0.125, 0.25, 0.5), "bicubic")
+    names = torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"]
+    assert (names[0], len(names)) == ("tench", 1000)
+    assert model.preprocessing == Preprocessing(20, (0.25, 0.5, 0.75), (0.125, 0.25, 0.5), "bicubic", names)
     assert public.asked == []
 
 
@@ -261,8 +263,8 @@ def test_a_public_model_loads_ready_to_use(public):
     ("small", 1000, 1000, True), ("small", 5, 5, False), ("small", 0, 0, False), ("headless", None, 0, False),
     ("headless", 5, 5, False)])
 def test_the_head_of_a_public_model_and_its_class_names(name, n_classes, wanted, has_names, public):
-    model = create_pretrained(name, n_classes=n_classes, img_size=35)
-    assert (model.config.n_classes, model.class_names is not None) == (wanted, has_names)
+    model = load(name, n_classes=n_classes, img_size=35)
+    assert (model.config.n_classes, model.preprocessing.class_names is not None) == (wanted, has_names)
     assert model(torch.zeros(2, 3, 35, 35)).shape == (2, wanted or 12)
     source = public.models[name].state_dict()
     assert torch.equal(model.pos_embed, resample_positions(source["pos_embed"], (4, 4), (7, 7)))
@@ -271,7 +273,7 @@ def test_the_head_of_a_public_model_and_its_class_names(name, n_classes, wanted,
 
 
 def test_the_grid_of_a_public_file_is_that_of_its_entry_whatever_the_models(public):
-    model = create_pretrained("small", img_size=(85, 5))  # 17 x 1 patches, as many as the positions of the file
+    model = load("small", img_size=(85, 5))  # 17 x 1 patches, as many as the positions of the file
     positions = public.models["small"].pos_embed
     assert torch.equal(model.pos_embed, resample_positions(positions, (4, 4), (17, 1)))
 
@@ -282,22 +284,22 @@ def test_the_grid_of_a_public_file_is_that_of_its_entry_whatever_the_models(publ
     (dict(pool="mean"), "pool"), (dict(pool="mean", n_classes=1000), "pool")])
 def test_overrides_that_do_not_fit_a_public_model_are_refused(overrides, value, public):
     with pytest.raises(InputError, match=one_line_with(value)):
-        create_pretrained("small", **overrides)
+        load("small", **overrides)
 
 
 @pytest.mark.parametrize(("name", "n_classes"), [("small", 5), ("small", 0), ("headless", None), ("headless", 5)])
 def test_another_pool_is_free_where_the_head_is_not_the_checkpoints(name, n_classes, public):
-    model = create_pretrained(name, n_classes=n_classes, pool="mean")
+    model = load(name, n_classes=n_classes, pool="mean")
     assert model.config.pool == "mean"
 
 
 def test_what_a_public_model_carries_reaches_the_loaders(public):
-    model = create_pretrained("small")
-    loaders = get_data_loaders(dataset="shapes", img_size=model.img_size, n_images=20, batch_size=5, mean=model.mean,
-                               std=model.std, interpolation=model.interpolation)
+    model = load("small")
+    own = model.preprocessing
+    loaders = get_data_loaders(dataset="shapes", img_size=own.img_size, n_images=20, batch_size=5, preprocessing=own)
     for loader in loaders:
-        assert (loader.mean, loader.std) == (model.mean, model.std)
-        assert (loader.interpolation, loader.img_size) == ("bicubic", 20)
+        assert loader.preprocessing == replace(own, class_names=loader.class_names)
+        assert (loader.preprocessing.interpolation, loader.img_size) == ("bicubic", 20)
         images, _ = next(iter(loader))
         assert model(images).shape == (len(images), 1000)
 
@@ -313,7 +315,7 @@ def test_a_file_that_is_not_there_is_fetched_once(public, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     for _ in range(2):
-        assert same(create_pretrained("small").state_dict(), public.models["small"].state_dict())
+        assert same(load("small").state_dict(), public.models["small"].state_dict())
     assert asked == ["https://example.org/of/small.pth"]
     assert sorted(path.name for path in public.folder.iterdir()) == ["headless.pth", "small.pth"]
 
@@ -339,7 +341,7 @@ def test_without_a_network_the_address_and_the_place_are_named(error, public, mo
     (public.folder / "small.pth").unlink()
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     with pytest.raises(InputError, match=one_line_with("https://example.org/of/small.pth")) as caught:
-        create_pretrained("small")
+        load("small")
     assert str(public.folder / "small.pth") in str(caught.value)
     assert [path.name for path in public.folder.iterdir()] == ["headless.pth"]
 
@@ -349,7 +351,7 @@ def test_a_file_of_another_sum_is_refused_and_not_kept(public, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **_: Path(path).write_bytes(b"another"))
     digits = hashlib.sha256(b"another").hexdigest()[:8]
     with pytest.raises(InputError, match=one_line_with(f"its sha256 begins {digits}, expected")):
-        create_pretrained("small")
+        load("small")
     assert [path.name for path in public.folder.iterdir()] == ["headless.pth"]
 
 
@@ -359,7 +361,7 @@ def test_a_damaged_file_in_the_folder_is_refused_with_its_place(name, reason, pu
     path = public.folder / f"{name}.pth"
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(InputError, match=one_line_with(path)) as caught:
-        create_pretrained(name)
+        load(name)
     assert reason in str(caught.value)
 
 
@@ -474,7 +476,7 @@ def run_main(monkeypatch, capsys, *arguments):
 def test_main_says_what_a_file_is(monkeypatch, capsys, public):
     code, out, err = run_main(monkeypatch, capsys, public.folder / "small.pth")
     assert (code, err) == (0, "")
-    assert out == f"{checkpoints_module.describe_checkpoint(public.folder / 'small.pth')}\n"
+    assert out == f"{describe_checkpoint(public.folder / 'small.pth')}\n"
     assert f"{public.folder / 'small.pth'}: timm's names" in out
     assert "    model = VisionTransformer(img_size=20, patch_size=5, embed_dim=12, depth=2, n_heads=1" in out
 
@@ -507,4 +509,4 @@ def test_main_without_a_file_lists_every_name(monkeypatch, capsys):
 def test_a_name_in_the_place_of_a_file_is_told_what_it_is(monkeypatch, capsys):
     code, _, err = run_main(monkeypatch, capsys, "dinov2_vits14")
     assert code == 2
-    assert "create_pretrained('dinov2_vits14') makes that model" in err
+    assert "load('dinov2_vits14') makes that model" in err

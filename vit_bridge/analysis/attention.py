@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from vit_bridge.errors import InputError, check_index
 from vit_bridge.models.adapters import adapt
-from vit_bridge.models.convnet import ConvNet
+from vit_bridge.models.protocol import class_name
 from vit_model import grid_of, pair
 
 # ---- Attention --------------------------------------------------------------------------------------------
@@ -85,9 +85,9 @@ def position_similarity(model):
     CLS is left out, registers have none. ViT paper, Fig. 7 (centre). Raises InputError for a model without position
     embeddings.
     """
-    adapter = None if isinstance(model, ConvNet) else adapt(model)
-    if adapter is None or adapter.positions is None:
-        raise InputError(f"this {type(model).__name__} has no position embeddings; expected a VisionTransformer "
+    adapter = adapt(model)
+    if not adapter.attends or adapter.positions is None:
+        raise InputError(f"this {class_name(model)} has no position embeddings; expected a VisionTransformer "
                          f"or HybridCNNViT with position 'learned' or 'sincos'")
     positions = F.normalize(adapter.positions.float(), dim=-1)  # (n_patches, D)
     return (positions @ positions.T).reshape(2 * grid_of(adapter.img_size, adapter.patch_size))  # rows, columns, twice

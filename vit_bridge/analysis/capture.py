@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from vit_bridge.errors import InputError
-from vit_bridge.models.adapters import ViTAdapter, adapt, check_batch, check_input, only
-from vit_bridge.runtime import at_least_float32, evaluating, logits_of, to_model
+from vit_bridge.models.adapters import ViTAdapter, adapt, adapt_vit
+from vit_bridge.models.protocol import class_name
+from vit_bridge.runtime import at_least_float32, evaluating, logits_of, to_model, tokens_of
 
 SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax)
 ALIKE = 1e-4  # by so much, of the largest logit, a watched pass of another library's model may differ from its own
@@ -32,7 +33,7 @@ ALIKE = 1e-4  # by so much, of the largest logit, a watched pass of another libr
 @dataclass
 class Capture:
     """tokens: L + 1 of (B, N, D), before the first block and after each; maps: L of (B, H, N, N), rows are queries and
-    sum to one; logits (B, K); grid (rows, columns) of the patches; anatomy of the model."""
+    sum to one; logits (B, K); grid (rows, columns) of the patches; adapter of the model."""
     tokens: list
     maps: list
     logits: torch.Tensor
@@ -41,7 +42,7 @@ class Capture:
 
 
 def capture(model, images, gradients=False, change=None):
-    """Recording of a model in eval mode.
+    """A Capture of a model in eval mode.
 
     images     normalised, (B, C, height, width)
     gradients  True: logits, maps and tokens hang together, for torch.autograd.grad
@@ -52,13 +53,13 @@ def capture(model, images, gradients=False, change=None):
     tokens for them, and where the maps are not those that its own answers come from; NoNumbers where they or the
     answers are no numbers.
     """
-    adapter, tokens = adapt(model), []
-    check_input(images, adapter)
+    adapter, tokens = adapt_vit(model), []
+    adapter.check_images(images)
     if gradients:
         check_kept(model)
     grid = adapter.grid(images)
     hooks = [adapter.blocks[0].register_forward_pre_hook(lambda module, args: tokens.append(args[0]))]
-    hooks += [block.register_forward_hook(lambda module, args, output: tokens.append(only(output)))
+    hooks += [block.register_forward_hook(lambda module, args, output: tokens.append(tokens_of(output)))
               for block in adapter.blocks]
     recorder = AttentionCapture(change)
     try:
@@ -79,7 +80,7 @@ def attention_maps(model, images):
     """Softmax attention weights of every block and head, (L, B, H, N, N); rows are queries and sum to one. Of a model
     in half precision they are float32.
 
-    images: normalised, (B, C, height, width). Raises InputError as record does.
+    images: normalised, (B, C, height, width). Raises InputError as capture does.
     """
     return at_least_float32(torch.stack(capture(model, images).maps))  # (L, B, H, N, N)
 
@@ -88,7 +89,7 @@ def attention_maps(model, images):
 def predict_logits(model, images):
     """The model's logits, (B, K), in eval mode. Raises InputError for images that it does not take, and where it gives
     no numbers."""
-    check_batch(images, model)
+    adapt(model).check_images(images)
     with evaluating(model):
         logits = logits_of(model(to_model(images, model)))
     check_finite_numbers(model, logits)
@@ -175,10 +176,10 @@ def check_kept(model):
     """Raises InputError for a model that keeps nothing for gradients: one made in inference mode, or one of timm whose
     blocks are computed again in the backward pass."""
     if any(weight.is_inference() for weight in model.parameters()):
-        raise InputError(f"this {type(model).__name__} was made inside torch.inference_mode(), and its weights take no "
+        raise InputError(f"this {class_name(model)} was made inside torch.inference_mode(), and its weights take no "
                          f"part in gradients; make or load it outside")
     if getattr(model, "grad_checkpointing", False):
-        raise InputError(f"this {type(model).__name__} computes its blocks again in the backward pass, where nobody "
+        raise InputError(f"this {class_name(model)} computes its blocks again in the backward pass, where nobody "
                          f"watches; call model.set_grad_checkpointing(False) first")
 
 
@@ -197,7 +198,7 @@ class NoNumbers(InputError):
 def check_finite_numbers(model, *values):
     """Raises NoNumbers unless all that a model gives are numbers."""
     if not all(value.isfinite().all() for value in values):
-        raise NoNumbers(f"this {type(model).__name__} gives NaN or infinity for these images, and nothing can be seen "
+        raise NoNumbers(f"this {class_name(model)} gives NaN or infinity for these images, and nothing can be seen "
                         f"in that; give a model whose training went well, or call .float() on one in half precision")
 
 
@@ -207,5 +208,5 @@ def check_answers(model, images, logits):
         own = logits_of(model(to_model(images.detach(), model)))
     difference, scale = (own - logits.detach()).abs().max().item(), max(1.0, own.abs().max().item())
     if not difference <= max(ALIKE, 8 * torch.finfo(own.dtype).eps) * scale:
-        raise InputError(f"with its attention worked out this {type(model).__name__} answers otherwise than by itself "
+        raise InputError(f"with its attention worked out this {class_name(model)} answers otherwise than by itself "
                          f"(largest difference {difference:.1e}); its maps would not be those it uses")

@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from vit_bridge.analysis.attention import cls_attention_grid
 from vit_bridge.analysis.capture import capture, check_finite_numbers, differentiable, predict_logits, watch_layer
 from vit_bridge.errors import InputError, check_choice, check_index, check_int
-from vit_bridge.models.adapters import adapt, check_head, check_pool, class_names_of, has_head, layers_of
-from vit_bridge.models.convnet import ConvNet
+from vit_bridge.models.adapters import adapt, adapt_vit, check_head, check_pool
+from vit_bridge.models.protocol import class_name
 from vit_bridge.runtime import at_least_float32, evaluating, logits_of, to_model
 
 OUTLIER = 3.0  # a patch token whose norm is so many times the median counts as a register artefact
@@ -114,11 +114,11 @@ def explain(model, images, method="relevance", target=None, **options):
     check_choice("method", method, METHODS)
     for name in options:
         check_choice(f"option of {method}", name, OPTIONS[method])
-    if not has_head(model):
+    if not adapt(model).has_head:
         saliency = METHODS[method](model, images, None, **options)
         return Explanation(at_least_float32(saliency.detach().cpu()), None, None)
     logits = predict_logits(model, images)  # (B, K)
-    targets = choose_targets(logits, target, class_names_of(model))
+    targets = choose_targets(logits, target, adapt(model).class_names)
     saliency = at_least_float32(METHODS[method](model, images, targets, **options).detach().cpu())
     probabilities = at_least_float32(logits).softmax(dim=1).gather(1, targets[:, None])[:, 0].cpu()
     return Explanation(saliency, targets.cpu(), probabilities)
@@ -157,7 +157,7 @@ def cam_saliency(model, images, targets, layer_idx=None):
     these have NaN.
     """
     check_head(model)
-    if isinstance(model, ConvNet):
+    if not adapt(model).attends:
         return not_blank(convolutional_cam(model, images, targets, -1 if layer_idx is None else layer_idx))
     seen = capture(model, images, gradients=True)
     n_blocks, by_cls = len(seen.maps), seen.adapter.pool == "cls"
@@ -193,7 +193,7 @@ def not_blank(saliency):
 
 def convolutional_cam(model, images, targets, layer_idx):
     """Grad-CAM after a stage of a ConvNet: (B, rows, columns) of its feature map."""
-    layers = layers_of(model)
+    layers = adapt(model).layers
     layer = layers[check_index("layer_idx", layer_idx, len(layers))]
     _, features, logits = watch_layer(model, layer, images)  # (B, D, rows, columns), (B, K)
     gradient, = torch.autograd.grad(chosen(logits, targets), features)  # (B, D, rows, columns)
@@ -201,7 +201,8 @@ def convolutional_cam(model, images, targets, layer_idx):
     return token_cam(*places).unflatten(1, features.shape[2:])
 
 
-METHODS = {"attention": attention_saliency, "rollout": rollout_saliency, "relevance": relevance_saliency, "grad_cam": cam_saliency}
+METHODS = {"attention": attention_saliency, "rollout": rollout_saliency, "relevance": relevance_saliency,
+           "grad_cam": cam_saliency}
 OPTIONS = {"attention": ("layer_idx", "head_idx"), "rollout": ("discard_ratio",), "relevance": (),
            "grad_cam": ("layer_idx",)}
 
@@ -252,10 +253,10 @@ def patch_filters(model, n_filters=28):
     """(filters (n, C, P, P), shares (n)): the principal components of the patch projection's filters, the strongest
     first, and how much of their squares each holds. ViT paper, Fig. 7 (left). Raises InputError where the first layer
     is no projection of whole patches, as in a hybrid."""
-    adapter = adapt(model)
+    adapter = adapt_vit(model)
     projection = adapter.projection
-    if getattr(projection, "kernel_size", None) != adapter.patch_size:
-        raise InputError(f"the first layer of this {type(model).__name__} is a {type(projection).__name__}, no "
+    if not adapter.projects_patches:
+        raise InputError(f"the first layer of this {class_name(model)} is a {type(projection).__name__}, no "
                          f"projection of patches; its filters have no principal components to look at")
     check_int("n_filters", n_filters, 1)
     weight = projection.weight.detach().cpu().double()  # (D, C, P, P)
@@ -370,10 +371,10 @@ def compare_explanations(model, images, target=None, methods=tuple(METHODS), n_s
         raise InputError(f"methods {methods!r} name none; expected at least one of {', '.join(METHODS)}")
     for method in methods:
         check_choice("method", method, METHODS)
-    if not has_head(model):
-        raise InputError(f"this {type(model).__name__} has no head, so there is no answer that hiding patches could "
+    if not adapt(model).has_head:
+        raise InputError(f"this {class_name(model)} has no head, so there is no answer that hiding patches could "
                          f"change; give one with a head")
-    target = choose_targets(predict_logits(model, images), target, class_names_of(model)).cpu()
+    target = choose_targets(predict_logits(model, images), target, adapt(model).class_names).cpu()
     for method in methods:
         try:
             explained = explain(model, images, method, target)

@@ -90,22 +90,24 @@ def shuffle_patches(images, patch_size, share=1.0, seed=0, offset=0):
     return moved.roll((offset, offset), dims=(2, 3))
 
 
-def occlude(images, patch_size, share, fill="mean", seed=0, mean=None, std=None):
+def occlude(images, patch_size, share, fill="mean", seed=0, preprocessing=None):
     """Images in which this share of the patches, chosen at random for each, is hidden.
 
     fill   "mean": what the normalisation takes for the mean, which is 0 after it; "black": pixels of 0, for which
-           mean and std of the normalisation are needed
+           the preprocessing of the images is needed
 
     Naseer et al. 2021, Sec. 3.1. Raises InputError for an unknown fill.
     """
     check_choice("fill", fill, FILLS)
-    if fill == "black" and (mean is None or std is None):
-        raise InputError("fill 'black' is another number in every normalisation; give mean and std, as a loader or a "
-                         "trained model has them")
+    if fill == "black" and preprocessing is None:
+        raise InputError("fill 'black' is another number in every normalisation; give the preprocessing of a loader or "
+                         "of a trained model")
     patches, grid = to_patches(images.cpu(), patch_size)  # (B, n, C, P, P)
     B, n = patches.shape[:2]
     hidden = random_ranks(B, n, seed) < share_of(share, n)  # (B, n)
-    value = torch.zeros(images.shape[1]) if fill == "mean" else -torch.tensor(mean) / torch.tensor(std)  # (C)
+    value = torch.zeros(images.shape[1])  # (C)
+    if fill == "black":
+        value = -torch.tensor(preprocessing.mean) / torch.tensor(preprocessing.std)
     patches = torch.where(hidden[:, :, None, None, None], value.to(patches)[:, None, None], patches)
     return from_patches(patches, grid)  # (B, C, height, width)
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from vit_bridge.analysis.capture import differentiable, watch_layer
 from vit_bridge.errors import InputError
-from vit_bridge.models.adapters import adapt, check_batch, check_depth, layers_of, only, statistics_of
-from vit_bridge.models.convnet import ConvNet
+from vit_bridge.models.adapters import adapt, check_depth
+from vit_bridge.runtime import tokens_of
 from vit_model import pair
 
 # ---- Receptive fields -------------------------------------------------------------------------------------
@@ -27,10 +27,10 @@ def receptive_field(model, images, depth=None):
     InputError for images that the model does not take, for a depth out of range, and where the gradient is zero
     everywhere.
     """
-    layer = layers_of(model)[check_depth(model, depth)]
-    check_batch(images, model)
+    layer = adapt(model).layers[check_depth(model, depth)]
+    adapt(model).check_images(images)
     pixels, features, _ = watch_layer(model, layer, images, getattr(model, "forward_features", None))
-    features = only(features)
+    features = tokens_of(features)
     if features.ndim == 3:
         grid = adapt(model).grid(images)
         patches = features[:, -grid[0] * grid[1]:]  # (B, n_patches, D), without CLS and registers
@@ -53,8 +53,9 @@ def theoretical_receptive_field(model, depth=None):
     attention block: the whole image.
     """
     depth = check_depth(model, depth)
-    if depth and not isinstance(model, ConvNet):
-        return adapt(model).img_size
+    adapter = adapt(model)
+    if depth and adapter.attends:
+        return adapter.img_size
     return tuple(walk_kernels(model, depth, axis)[0] for axis in (0, 1))
 
 
@@ -88,7 +89,7 @@ def kernels_of(model, depth, axis):
 
     A residual block is walked along its main path; its shortcut has the same stride and no larger window.
     """
-    for layer in layers_of(model)[:depth + 1]:
+    for layer in adapt(model).layers[:depth + 1]:
         for name, module in layer.named_modules():
             if isinstance(module, (nn.Conv2d, nn.MaxPool2d)) and "shortcut" not in name:
                 yield tuple(size[axis] if isinstance(size, tuple) else size
@@ -123,5 +124,5 @@ def untrained_copy(model):
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         fresh = type(model)(**vars(model.config))
-    fresh.mean, fresh.std = statistics_of(model)
+    fresh.preprocessing = adapt(model).preprocessing
     return fresh.eval()

@@ -11,8 +11,8 @@ from vit_bridge.analysis.attention import attention_distance, uniform_attention_
 from vit_bridge.analysis.capture import NoNumbers, capture, differentiable, predict_logits
 from vit_bridge.analysis.explanations import cam_layer, choose_targets, chosen, explain, logit_lens, rollout
 from vit_bridge.errors import InputError
-from vit_bridge.models.adapters import adapt, only
-from vit_bridge.runtime import at_least_float32, device_of, evaluating, logits_of, to_model
+from vit_bridge.models.adapters import adapt_vit
+from vit_bridge.runtime import at_least_float32, device_of, evaluating, logits_of, to_model, tokens_of
 
 # ---- The closed forms, on a model -------------------------------------------------------------------------
 
@@ -48,7 +48,7 @@ def selfcheck(model, images=None, seed=0):
 
 def closed_forms(model, images, seed):
     """The checks of selfcheck. Raises NoNumbers for a model that gives NaN or infinity."""
-    adapter = adapt(model)
+    adapter = adapt_vit(model)
     if images is None:
         size = (4, adapter.in_channels, *adapter.img_size)
         images = torch.randn(size, generator=torch.Generator().manual_seed(seed))
@@ -127,8 +127,8 @@ def check_head_row(model, images, seen):
 def check_places(model, images):
     """Which token changes with a patch of the image: in the upper right corner, and in the lower left."""
     name = "a change of one patch of the image is one of the token of its place"
-    adapter = adapt(model)
-    if getattr(adapter.projection, "kernel_size", None) != adapter.patch_size:
+    adapter = adapt_vit(model)
+    if not adapter.projects_patches:
         return Check(name, None, "tokens come from convolutions that overlap")
     (height, width), (rows, columns) = adapter.patch_size, adapter.grid(images)
     changed = images[:1].repeat(3, 1, 1, 1)  # (3, C, height, width)
@@ -192,7 +192,7 @@ class Shift:
     amount: torch.Tensor
 
     def __call__(self, module, args, output):
-        tokens = only(output)
+        tokens = tokens_of(output)
         moved = torch.cat([tokens[:, :self.first], tokens[:, self.first:] + self.amount], dim=1)
         return (moved, *output[1:]) if isinstance(output, tuple) else moved
 

@@ -15,19 +15,19 @@ Shapes:  B images of a batch, F features of an image in a layer, L layers of a m
 import torch
 
 from vit_bridge.errors import InputError, check_int
-from vit_bridge.models.adapters import layers_of
+from vit_bridge.models.adapters import adapt
 from vit_bridge.runtime import device_of, evaluating
 
 
 @torch.no_grad()
 def layer_features(model, images):
-    """What each of layers_of(model) gives of images (B, C, height, width): a list of L tensors (B, F), float32.
+    """What each of adapt(model).layers gives of images (B, C, height, width): a list of L tensors (B, F), float32.
 
     Tokens and places are features side by side, as in Raghu et al. 2021.
     """
     outputs, hooks = [], []
     try:
-        for layer in layers_of(model):
+        for layer in adapt(model).layers:
             hooks.append(layer.register_forward_hook(lambda module, args, output: outputs.append(output)))
         with evaluating(model):
             model.forward_features(images.to(device_of(model)))

@@ -25,11 +25,11 @@ MIXINGS = ("none", "mixup", "cutmix")
 # ---- A photograph -----------------------------------------------------------------------------------------
 
 
-def train_transform(img_size, mean, std, interpolation="bilinear"):
+def train_transform(preprocessing):
     """The training augmentation of photographs: PIL RGB image -> normalised float32 tensor (3, S, S)."""
-    show = eval_transform(img_size, mean, std, interpolation)
-    return v2.Compose([v2.RandomResizedCrop(img_size, interpolation=InterpolationMode(interpolation)),
-                       v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4), v2.AutoAugment(), show])
+    show = eval_transform(preprocessing)
+    crop = v2.RandomResizedCrop(preprocessing.img_size, interpolation=InterpolationMode(preprocessing.interpolation))
+    return v2.Compose([crop, v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4), v2.AutoAugment(), show])
 
 
 # ---- A batch of small images ------------------------------------------------------------------------------

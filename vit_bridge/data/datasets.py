@@ -17,7 +17,7 @@ from vit_bridge.data.augmentation import generator_of
 from vit_bridge.data.images import open_or_skip
 from vit_bridge.data.shapes import SHAPES, TEST_START, make_shapes
 from vit_bridge.errors import InputError, check_choice, check_int
-from vit_bridge.preprocessing import INTERPOLATIONS, NORMALISATION, SMALL_SIDE, FitSquare, in_one_line, three_numbers
+from vit_bridge.preprocessing import NORMALISATION, SMALL_SIDE, FitSquare, Preprocessing
 
 DEFAULT_DATA_DIR = "./data"
 MEMORY_LIMIT = 2 * 1024**3  # bytes: small images that decode to more are read file by file
@@ -35,14 +35,27 @@ DATASETS = ("auto", "folder", "shapes", *TORCHVISION_SETS)
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What a loader tells of its set; mean and std, three numbers each, are the normalisation it applies, and
-    interpolation, one of INTERPOLATIONS, is how it resizes."""
+    """What a set is called, and how a loader shows its images: the preprocessing of a model that is trained on them."""
     dataset_name: str
-    class_names: list
-    img_size: int
-    mean: tuple
-    std: tuple
-    interpolation: str = "bilinear"
+    preprocessing: Preprocessing
+
+    @property
+    def class_names(self):
+        return self.preprocessing.class_names
+
+    @property
+    def img_size(self):
+        return self.preprocessing.img_size
+
+
+def dataset_info(name, class_names, img_size, preprocessing=None):
+    """The DatasetInfo of a set: with a given preprocessing's mean, std and interpolation, or the set's own."""
+    if preprocessing is None:
+        preprocessing = Preprocessing(img_size, *NORMALISATION[name])
+    if len(preprocessing.mean) != 3:
+        raise InputError(f"preprocessing has the mean {preprocessing.mean} and the std {preprocessing.std}; expected 3 "
+                         f"numbers in each, as the images have 3 channels")
+    return DatasetInfo(name, replace(preprocessing, img_size=img_size, class_names=class_names))
 
 
 # ---- Reading a set ----------------------------------------------------------------------------------------
@@ -61,17 +74,15 @@ def choose_set(data_dir, dataset, n_images):
     return name
 
 
-def read_memory_set(name, data_dir, img_size, n_images, wanted, training):
-    """Images uint8 (N, 3, H, W), labels int64 (N,) and the facts of shapes or one of torchvision's sets, the wanted
-    ones in the place of its own."""
+def read_memory_set(name, data_dir, img_size, n_images, preprocessing, training):
+    """Images uint8 (N, 3, H, W), labels int64 (N,) and the DatasetInfo of shapes or one of torchvision's sets."""
     if name == "shapes":
         S = img_size or 32
         n_images = n_images or max(500, min(20_000, round(200 * (32 / S) ** 1.5) * 100))  # large ones take longer
         drawn = make_shapes(n_images, S) if training else make_shapes(n_images // 5, S, start=TEST_START)
-        return drawn.images, drawn.labels, replace(DatasetInfo(name, list(SHAPES), S, *NORMALISATION[name]), **wanted)
+        return drawn.images, drawn.labels, dataset_info(name, SHAPES, S, preprocessing)
     images, labels, class_names = read_torchvision_set(name, data_dir, training)
-    facts = DatasetInfo(name, class_names, img_size or images.shape[-1], *NORMALISATION[name])
-    return images, labels, replace(facts, **wanted)
+    return images, labels, dataset_info(name, class_names, img_size or images.shape[-1], preprocessing)
 
 
 def read_torchvision_set(name, data_dir, training):
@@ -92,9 +103,8 @@ def read_torchvision_set(name, data_dir, training):
     return images.contiguous(), torch.as_tensor(data.targets), list(data.classes)  # (N, 3, H, W), (N,)
 
 
-def read_training_folder(data_dir, img_size, wanted, skip_corrupt):
-    """(facts, files, labels (N,)) of the images in train/, or in data_dir itself where there is no train/; the wanted
-    facts in the place of the set's own."""
+def read_training_folder(data_dir, img_size, preprocessing, skip_corrupt):
+    """(DatasetInfo, files, labels (N,)) of the images in train/, or in data_dir itself where there is no train/."""
     root = existing_folder(data_dir)
     train_dir, other = first_folder(root, ("train",)) or root, first_folder(root, (*VALIDATION_FOLDERS, "test"))
     if other and train_dir == root:
@@ -108,8 +118,7 @@ def read_training_folder(data_dir, img_size, wanted, skip_corrupt):
     if empty:
         raise InputError(f"class folder {str(train_dir / empty[0])!r} has no images ({', '.join(IMG_EXTENSIONS)}): "
                          f"add some or remove it")
-    facts = DatasetInfo("folder", class_names, img_size or own_side(files, skip_corrupt), *NORMALISATION["folder"])
-    return replace(facts, **wanted), files, labels
+    return dataset_info("folder", class_names, img_size or own_side(files, skip_corrupt), preprocessing), files, labels
 
 
 def existing_folder(data_dir):
@@ -219,18 +228,3 @@ def check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images)
             check_int(name, value, least)
     if isinstance(val_fraction, bool) or not isinstance(val_fraction, int | float) or not 0 < val_fraction < 1:
         raise InputError(f"val_fraction {val_fraction!r} is out of range: expected a share between 0 and 1, as 0.1")
-
-
-def wanted_facts(mean, std, interpolation):
-    """The fields of SetFacts that the caller wants otherwise than the set has them, after a look at each."""
-    if (mean is None) != (std is None):
-        name, absent, value = ("mean", "std", mean) if std is None else ("std", "mean", std)
-        raise InputError(f"{name} {in_one_line(value)} has no {absent} beside it: expected both or neither; give "
-                         f"{absent} too, as a model or a loader carries it")
-    wanted = {}
-    if mean is not None:
-        wanted = dict(mean=three_numbers("mean", mean), std=three_numbers("std", std))
-    if interpolation is not None:
-        check_choice("interpolation", interpolation, INTERPOLATIONS)
-        wanted["interpolation"] = interpolation
-    return wanted

@@ -3,12 +3,11 @@
 An image may be
     a picture: a path, a PIL image, an array (H, W, 3) or (H, W), uint8 or float in 0..1, or a uint8 tensor
     (3, H, W) or (1, 3, H, W);
-    a model's input: a float tensor (3, H, W) or (1, 3, H, W), normalised. It is shown with the normalisation
-    undone, values outside 0..1 clipped. A float tensor that has merely been scaled to 0..1 is none: pictures.normalise
+    a model's input: a float tensor (3, H, W) or (1, 3, H, W), normalised. It is shown with the normalisation undone,
+    values outside 0..1 clipped. A float tensor that has merely been scaled to 0..1 is not one: Preprocessing.normalise
     makes one of uint8 images.
-The normalisation is that of the model: its mean and std, or what timm keeps with it. For a ViT of transformers, which
-keeps it apart from the model, it is that of Google's checkpoints, 0.5 and 0.5; where nothing else is known it is
-ImageNet's. `model.mean, model.std = ...` says another one.
+The normalisation is that of the model's preprocessing (models/adapters.py says where other libraries keep theirs);
+`model.preprocessing = Preprocessing(...)` sets another one.
 
 Shapes:  H, W height and width.
 """
@@ -21,8 +20,8 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as image_functional
 
 from vit_bridge.errors import InputError
-from vit_bridge.models.adapters import input_of, statistics_of
-from vit_bridge.preprocessing import NORMALISATION, FitSquare, three_numbers
+from vit_bridge.models.adapters import adapt
+from vit_bridge.preprocessing import FitSquare, Preprocessing
 
 # ---- One image --------------------------------------------------------------------------------------------
 
@@ -90,22 +89,20 @@ def prepare_image(image, model):
     A picture is resized and its centre cut to the model's img_size, as the validation images are; a float
     tensor must have that size. Raises InputError for an image that cannot be used.
     """
-    channels, size, any_size = input_of(model)
-    if channels != 3:
-        raise InputError(f"the model takes images of {channels} channels; expected 3, build it with in_channels=3 to "
-                         f"give it pictures")
-    mean, std = statistics_of(model)
+    adapter = adapt(model)
+    size, preprocessing = adapter.img_size, adapter.preprocessing
+    if adapter.in_channels != 3:
+        raise InputError(f"the model takes images of {adapter.in_channels} channels; expected 3, build it with "
+                         f"in_channels=3 to give it pictures")
     if is_input(image):
         images = as_batch(image)
-        if tuple(images.shape[2:]) != size and not any_size:
+        if tuple(images.shape[2:]) != size and not adapter.any_size:
             raise InputError(f"got a tensor of {images.shape[2]}x{images.shape[3]} pixels, expected "
                              f"{size[0]}x{size[1]}; resize it, or give a picture, which is resized here")
     else:
-        kept = getattr(model, "pretrained_cfg", None) or {}  # timm's
-        interpolation = getattr(model, "interpolation", None) or kept.get("interpolation") or "bilinear"
-        picture = fit_picture(open_picture(image), size, interpolation)
-        images = normalise(image_functional.pil_to_tensor(picture).unsqueeze(0), mean, std)  # (1, 3, H, W)
-    return images, undo_normalisation(images, mean, std)
+        picture = fit_picture(open_picture(image), size, preprocessing.interpolation)
+        images = preprocessing.normalise(image_functional.pil_to_tensor(picture).unsqueeze(0))  # (1, 3, H, W)
+    return images, to_array(images, preprocessing)
 
 
 def prepare_images(images, model):
@@ -115,12 +112,12 @@ def prepare_images(images, model):
     if isinstance(images, torch.Tensor) and images.is_floating_point() and images.ndim == 4 and len(images):
         check_finite(images)
         return images
-    join_words = list(images) if isinstance(images, (list, tuple)) else [images]
+    several = list(images) if isinstance(images, (list, tuple)) else [images]
     if isinstance(images, torch.Tensor) and images.ndim == 4:
-        join_words = list(images)
-    if not join_words:
+        several = list(images)
+    if not several:
         raise InputError("there is no image; expected at least one")
-    fed = [prepare_image(image, model)[0] for image in join_words]
+    fed = [prepare_image(image, model)[0] for image in several]
     sizes = sorted({f"{one.shape[2]}x{one.shape[3]}" for one in fed})
     if len(sizes) > 1:
         raise InputError(f"got images of {' and '.join(sizes)} pixels, expected one size; give those of one size "
@@ -128,11 +125,17 @@ def prepare_images(images, model):
     return torch.cat(fed)
 
 
-def as_picture(image, mean=None, std=None):
+def as_picture(image, preprocessing=None):
     """An image of any kind as an array (H, W, 3) in 0..1, at its own size."""
     if is_input(image):
-        return undo_normalisation(as_batch(image), mean, std)
+        return to_array(as_batch(image), preprocessing)
     return np.asarray(open_picture(image)) / 255
+
+
+def to_array(images, preprocessing=None):
+    """A normalised tensor (1, 3, H, W) as an array (H, W, 3) in 0..1; preprocessing None: ImageNet's mean and std."""
+    preprocessing = preprocessing or Preprocessing(tuple(images.shape[2:]))
+    return preprocessing.denormalise(images[0]).permute(1, 2, 0).numpy()  # (H, W, 3)
 
 
 def is_input(image):
@@ -206,35 +209,3 @@ def fit_picture(image, size, interpolation="bilinear"):
     if height == width:
         return FitSquare(height, interpolation)(image)
     return ImageOps.fit(image, (width, height), Image.Resampling[interpolation.upper()])
-
-
-def normalise(images, mean, std):
-    """uint8 (B, 3, H, W) -> normalised float32, the same shape."""
-    return image_functional.normalize(images.float() / 255, list(mean), list(std))
-
-
-def undo_normalisation(images, mean=None, std=None):
-    """A normalised tensor (1, 3, H, W) as an array (H, W, 3), clipped to 0..1; ImageNet's statistics for None."""
-    imagenet_mean, imagenet_std = NORMALISATION["folder"]
-    mean, std = imagenet_mean if mean is None else mean, imagenet_std if std is None else std
-    mean, std = (torch.tensor(three_numbers(*one)).view(3, 1, 1) for one in (("mean", mean), ("std", std)))
-    return (images[0] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()  # (H, W, 3)
-
-
-# ---- Panels -----------------------------------------------------------------------------------------------
-
-
-def spread(n, most):
-    """At most `most` of the indices 0 .. n - 1, evenly from the first to the last."""
-    return sorted({round(i * (n - 1) / max(min(n, most) - 1, 1)) for i in range(min(n, most))})
-
-
-def proportion(picture):
-    """Height over width, kept within what a figure bears."""
-    return min(2.5, max(0.4, picture.shape[0] / picture.shape[1]))
-
-
-def extent_of(picture):
-    """The frame in which a coarser map lies over the picture, for imshow."""
-    height, width = picture.shape[:2]
-    return (-0.5, width - 0.5, height - 0.5, -0.5)

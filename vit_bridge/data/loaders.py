@@ -18,16 +18,18 @@ All chance comes from seeds: the validation cut from `seed`, order and augmentat
 images of the loaders do not depend on `seed`: they are the same in every run.
 """
 
+import itertools
 import os
 import signal
 import threading
 from dataclasses import replace
 from functools import partial
 from multiprocessing import parent_process
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from vit_bridge.data.augmentation import Augmentation, EpochAugmentation, generator_of, mix_seed, train_transform
 from vit_bridge.data.datasets import (
@@ -35,9 +37,9 @@ from vit_bridge.data.datasets import (
     MEMORY_LIMIT,
     TORCHVISION_SETS,
     VALIDATION_FOLDERS,
-    DatasetInfo,
     check_arguments,
     choose_set,
+    dataset_info,
     decode_images,
     existing_folder,
     first_folder,
@@ -46,17 +48,16 @@ from vit_bridge.data.datasets import (
     read_memory_set,
     read_training_folder,
     stratified_cut,
-    wanted_facts,
 )
 from vit_bridge.data.images import open_image
 from vit_bridge.errors import InputError, check_choice, check_int
-from vit_bridge.preprocessing import NORMALISATION, SMALL_SIDE, eval_transform
+from vit_bridge.preprocessing import SMALL_SIDE, eval_transform
 
 # ---- The loaders ------------------------------------------------------------------------------------------
 
 
 def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, dataset="auto", val_fraction=0.1,
-                     *, seed=0, workers=None, n_images=None, mean=None, std=None, interpolation=None,
+                     *, seed=0, workers=None, n_images=None, preprocessing=None,
                      skip_corrupt=False, augmentation=None):
     """(training loader, validation loader). The validation images are never the test images.
 
@@ -70,59 +71,56 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
     seed          of the validation cut, the order and the augmentation; a whole number from 0.
     workers       processes that read photographs; None: one a core, 8 at most, none for under 256 images.
     n_images      shapes only: training and validation images together; None: 20,000 at 32 pixels, 1,100 at 224.
-    mean, std     the normalisation, three numbers each, of values from 0 to 1: those of a pretrained model, say. None:
-                  the set's own, in NORMALISATION.
-    interpolation "bilinear" or "bicubic": how images are resized; None: bilinear.
+    preprocessing whose mean, std and interpolation the images get, such as a pretrained model's; None: the set's own.
     skip_corrupt  whether an image file that cannot be read is left out, as loader.skipped tells (in memory from the
                   start, of photographs when it is met), or is an InputError.
 
     augmentation  of training images in memory; None: Augmentation(). Photographs have train_transform's.
 
-    Both loaders have what Loader has, and to(device). Raises InputError for arguments and data that cannot work.
+    Both are a DatasetLoader. Raises InputError for arguments and data that cannot work.
     """
     check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images)
-    wanted = wanted_facts(mean, std, interpolation)
     name = choose_set(data_dir, dataset, n_images)
     if name == "shapes" and dataset == "auto":
         print(f"There is no {data_dir}: using the built-in drawn shapes. For other data give data_dir (a folder "
               f"with a folder of images for each class) or dataset ({', '.join(TORCHVISION_SETS)}).")
     if name != "folder":
-        images, labels, facts = read_memory_set(name, data_dir, img_size, n_images, wanted, training=True)
+        images, labels, info = read_memory_set(name, data_dir, img_size, n_images, preprocessing, training=True)
         train, val = stratified_cut(labels, val_fraction, seed)
-        return (MemoryLoader(images[train], labels[train], facts, batch_size, seed, True, augmentation=augmentation),
-                MemoryLoader(images[val], labels[val], facts, batch_size, seed))
-    facts, files, labels = read_training_folder(data_dir, img_size, wanted, skip_corrupt)
+        return (MemoryLoader(images[train], labels[train], info, batch_size, seed, True, augmentation=augmentation),
+                MemoryLoader(images[val], labels[val], info, batch_size, seed))
+    info, files, labels = read_training_folder(data_dir, img_size, preprocessing, skip_corrupt)
     val_dir, test_dir = first_folder(data_dir, VALIDATION_FOLDERS), first_folder(data_dir, ("test",))
     if test_dir:
-        list_images(test_dir, facts.class_names)  # what is wrong with it is better known before the training
+        list_images(test_dir, info.class_names)  # what is wrong with it is better known before the training
     if val_dir:
-        train_set, val_set = (files, labels), list_images(val_dir, facts.class_names)
+        train_set, val_set = (files, labels), list_images(val_dir, info.class_names)
     else:
         cut = stratified_cut(labels, val_fraction, seed)
         train_set, val_set = (([files[i] for i in part], labels[part]) for part in cut)
-    return (folder_loader(*train_set, facts, batch_size, seed, workers, skip_corrupt, True, augmentation),
-            folder_loader(*val_set, facts, batch_size, seed, workers, skip_corrupt))
+    return (folder_loader(*train_set, info, batch_size, seed, workers, skip_corrupt, True, augmentation),
+            folder_loader(*val_set, info, batch_size, seed, workers, skip_corrupt))
 
 
 def get_test_loader(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, dataset="auto", val_fraction=0.1,
-                    *, seed=0, workers=None, n_images=None, mean=None, std=None, interpolation=None,
+                    *, seed=0, workers=None, n_images=None, preprocessing=None,
                     skip_corrupt=False):
     """The loader of the test images, or None for a folder without test/. The arguments are those of get_data_loaders;
     val_fraction and seed change nothing. Of shapes there are a fifth as many, none of them among the others."""
     check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images)
-    wanted, class_names = wanted_facts(mean, std, interpolation), None
+    class_names = None
     if choose_set(data_dir, dataset, n_images) == "folder":
-        facts, _, _ = read_training_folder(data_dir, img_size, wanted, skip_corrupt)
+        info, _, _ = read_training_folder(data_dir, img_size, preprocessing, skip_corrupt)
         if first_folder(data_dir, ("test",)) is None:
             return None
-        class_names, img_size = facts.class_names, facts.img_size
+        class_names, img_size = info.class_names, info.img_size
     return get_evaluation_loader(data_dir, class_names, batch_size, img_size, dataset, seed=seed, workers=workers,
-                                 n_images=n_images, skip_corrupt=skip_corrupt, **wanted)
+                                 n_images=n_images, preprocessing=preprocessing, skip_corrupt=skip_corrupt)
 
 
 def get_evaluation_loader(data_dir, class_names, batch_size=128, img_size=None, dataset="auto", *, held_out=False,
-                          val_fraction=0.1, seed=0, workers=None, n_images=None, mean=None, std=None,
-                          interpolation=None, skip_corrupt=False):
+                          val_fraction=0.1, seed=0, workers=None, n_images=None, preprocessing=None,
+                          skip_corrupt=False):
     """The loader of the images on which a trained model is scored; the labels count in the model's class_names.
 
     class_names   the model's, in the order of its outputs; of a known set they must be the set's own, as None is. A
@@ -136,14 +134,13 @@ def get_evaluation_loader(data_dir, class_names, batch_size=128, img_size=None, 
     get_data_loaders cut off for validation, "held out", or without held_out "all". Raises InputError for a class that
     the model does not know, and as get_data_loaders does."""
     check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images)
-    wanted = wanted_facts(mean, std, interpolation)
     name, split = choose_set(data_dir, dataset, n_images), "test"
     if name != "folder":
-        images, labels, facts = read_memory_set(name, data_dir, img_size, n_images, wanted, training=False)
-        if class_names is not None and list(class_names) != facts.class_names:
-            raise InputError(f"data set {name!r} has the classes {', '.join(facts.class_names)}, but the model knows "
+        images, labels, info = read_memory_set(name, data_dir, img_size, n_images, preprocessing, training=False)
+        if class_names is not None and list(class_names) != info.class_names:
+            raise InputError(f"data set {name!r} has the classes {', '.join(info.class_names)}, but the model knows "
                              f"{', '.join(class_names)}: score it on images of its own classes")
-        loader = MemoryLoader(images, labels, facts, batch_size, seed)
+        loader = MemoryLoader(images, labels, info, batch_size, seed)
     else:
         if not class_names:
             raise InputError(f"class_names {class_names} cannot label a folder: expected those of the model; give them")
@@ -155,20 +152,88 @@ def get_evaluation_loader(data_dir, class_names, batch_size=128, img_size=None, 
         if split == "all" and held_out:
             split, (_, cut) = "held out", stratified_cut(labels, val_fraction, seed)
             files, labels = [files[i] for i in cut], labels[cut]
-        facts = DatasetInfo(name, list(class_names), img_size or own_side(files, skip_corrupt), *NORMALISATION[name])
-        loader = folder_loader(files, labels, replace(facts, **wanted), batch_size, seed, workers, skip_corrupt)
+        info = dataset_info(name, class_names, img_size or own_side(files, skip_corrupt), preprocessing)
+        loader = folder_loader(files, labels, info, batch_size, seed, workers, skip_corrupt)
     loader.split = split
     return loader
 
 
-class Loader:
+@runtime_checkable
+class Loader(Protocol):
+    """What the Trainer needs from whatever gives it batches. as_loader() makes one of a list or a torch DataLoader.
+
+    A batch is a tuple of tensors, such as images (B, C, H, W) and labels (B), with one entry an image in each.
+    batch_size: images in a full batch, or None where that is not known.
+    """
+    batch_size: int | None
+
+    def __len__(self):
+        """Batches in an epoch."""
+
+    def __iter__(self):
+        """The batches of an epoch, from the position that was set; without one, from the first batch."""
+
+    def set_position(self, epoch, batch=0):
+        """Fixes the epoch of the passes to come. The next pass, and only that one, begins at this batch of it."""
+
+    def set_shard(self, rank, world_size):
+        """Gives only images rank, rank + world_size, ... of every batch, for one of several processes. A shard may be
+        empty: its tensors then have the first dimension 0."""
+
+    def to(self, device):
+        """Puts the batches to come on this device. Returns the loader."""
+
+
+def as_loader(batches):
+    """A Loader as it is; anything else that has a length and gives batches, wrapped in a BatchLoader."""
+    return batches if isinstance(batches, Loader) else BatchLoader(batches)
+
+
+class BatchLoader:
+    """A list of batches, or a torch DataLoader, as a Loader.
+
+    A pass that begins in the middle of an epoch makes the batches before that point and drops them. set_epoch() is
+    called where the DataLoader or its sampler has one. A DistributedSampler has sharded the set already, so its batches
+    are given as they come.
+    """
+
+    def __init__(self, batches):
+        self.batches, self.batch_size = batches, getattr(batches, "batch_size", None)
+        self.sampler = getattr(batches, "sampler", None)
+        self.first_batch, self.shard, self.device = 0, slice(None), None
+
+    def __len__(self):
+        return len(self.batches)
+
+    def set_position(self, epoch, batch=0):
+        for part in (self.batches, self.sampler):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+                break
+        self.first_batch = batch
+
+    def set_shard(self, rank, world_size):
+        if not isinstance(self.sampler, DistributedSampler):
+            self.shard = slice(rank, None, world_size)
+
+    def to(self, device):
+        self.device = device
+        return self
+
+    def __iter__(self):
+        first, self.first_batch = self.first_batch, 0
+        batches = itertools.islice(self.batches, first, None) if first < len(self) else ()
+        for batch in batches:
+            yield tuple(tensor[self.shard].to(self.device, non_blocking=True) for tensor in batch)
+
+
+class DatasetLoader:
     """What MemoryLoader and PhotoLoader share: the facts of the set, the order of the images and what part of them a
     pass gives. files: their paths, or None; skipped: {path: reason} of those left out; split: "test", for instance."""
 
-    def __init__(self, labels, facts, batch_size, seed, training, files=None, skipped=None):
-        self.facts, self.dataset_name, self.class_names = facts, facts.dataset_name, facts.class_names
-        self.img_size, self.interpolation = facts.img_size, facts.interpolation
-        self.mean, self.std = facts.mean, facts.std
+    def __init__(self, labels, info, batch_size, seed, training, files=None, skipped=None):
+        self.info, self.dataset_name, self.preprocessing = info, info.dataset_name, info.preprocessing
+        self.class_names, self.img_size = info.class_names, info.img_size
         self.labels, self.n_images = labels, len(labels)
         self.files, self.skipped, self.split = files, dict(skipped or {}), None
         self.batch_size, self.seed, self.training = batch_size, seed, training
@@ -195,10 +260,10 @@ class Loader:
         self.epoch, self.first_batch = epoch, batch
 
     def set_shard(self, rank, world_size):
-        """For one of several processes: gives of every batch only the images at its places rank, rank + n_ranks and so
-        on. All shares together are the batches of one process. One may be empty: images (0, 3, S, S), labels (0,).
-        Raises InputError for a rank that is not below n_ranks."""
-        check_int("n_ranks", world_size, 1)
+        """For one of several processes: gives only images rank, rank + world_size, ... of every batch. All shards
+        together are the batches of one process. One may be empty: images (0, 3, S, S), labels (0,). Raises InputError
+        for a rank that is not below world_size."""
+        check_int("world_size", world_size, 1)
         check_choice("rank", rank, range(world_size))
         self.rank, self.world_size = rank, world_size
 
@@ -228,16 +293,16 @@ class Loader:
         return n_batches - 1 if self.training and rest == 1 and n_batches > 1 else n_batches
 
 
-class MemoryLoader(Loader):
+class MemoryLoader(DatasetLoader):
     """Batches of a set in memory: images, uint8 (N, 3, H, W), and labels, int64 (N,), resized to img_size. In training
     they are shuffled and varied as `augmentation` says, but never mirrored for mnist: a mirrored digit is no digit."""
 
-    def __init__(self, images, labels, facts, batch_size, seed=0, training=False, files=None, skipped=None,
+    def __init__(self, images, labels, info, batch_size, seed=0, training=False, files=None, skipped=None,
                  augmentation=None):
-        super().__init__(labels, facts, batch_size, seed, training, files, skipped)
+        super().__init__(labels, info, batch_size, seed, training, files, skipped)
         self.images = images
         self.set_augmentation(augmentation or Augmentation())
-        self.normalisation = torch.tensor([self.mean, self.std]).view(2, 3, 1, 1) * 255
+        self.normalisation = torch.tensor([self.preprocessing.mean, self.preprocessing.std]).view(2, 3, 1, 1) * 255
 
     def set_augmentation(self, augmentation):
         """Has the passes to come varied in this way."""
@@ -256,13 +321,15 @@ class MemoryLoader(Loader):
         places = self.subset(n_images)
         files = self.files and [self.files[place] for place in places.tolist()]
         images = self.images if len(places) == self.n_images else self.images[places]  # no copy of a whole set
-        return MemoryLoader(images, self.labels[places], self.facts, self.batch_size, self.seed, files=files,
+        return MemoryLoader(images, self.labels[places], self.info, self.batch_size, self.seed, files=files,
                             skipped=self.skipped).to(self.images.device)
 
     def __iter__(self):
         epoch, batches = self.epoch_batches()
         N, _, H, W = self.images.shape
-        draws = EpochAugmentation(self.augmentation, N, H, W, self.seed, epoch, self.images.device) if self.training else None
+        draws = None
+        if self.training:
+            draws = EpochAugmentation(self.augmentation, N, H, W, self.seed, epoch, self.images.device)
         for places in batches:
             images = self.images[places]  # (B, 3, H, W)
             if draws is None:
@@ -275,24 +342,24 @@ class MemoryLoader(Loader):
         """uint8 (B, 3, H, W) to float32 (B, 3, S, S)."""
         images = images.float()
         if images.shape[-1] != self.img_size:
-            images = F.interpolate(images, (self.img_size,) * 2, mode=self.interpolation, antialias=True)
-            if self.interpolation == "bicubic":
+            images = F.interpolate(images, (self.img_size,) * 2, mode=self.preprocessing.interpolation, antialias=True)
+            if self.preprocessing.interpolation == "bicubic":
                 images.clamp_(0, 255)  # beside an edge it goes beyond what pixels can be
         mean, std = self.normalisation
         return images.sub_(mean).div_(std)  # (B, 3, S, S)
 
 
-class PhotoLoader(Loader):
+class PhotoLoader(DatasetLoader):
     """Batches of images read file by file: files, a list of paths, and labels, int64 (N,). The augmentation of a
     photograph is a function of (seed, epoch, its place in the set), whatever the workers. With skip_corrupt files that
     cannot be read are left out of their batch and told in skipped; n_images and the length still count them."""
 
-    def __init__(self, files, labels, facts, batch_size, seed=0, training=False, workers=0, skip_corrupt=False):
-        super().__init__(labels, facts, batch_size, seed, training, files)
+    def __init__(self, files, labels, info, batch_size, seed=0, training=False, workers=0, skip_corrupt=False):
+        super().__init__(labels, info, batch_size, seed, training, files)
         self.workers, self.skip_corrupt = workers, skip_corrupt
         self.keys, self.device = [], torch.device("cpu")  # keys: the batches of a pass, as lists of (epoch, place)
         self.loader = DataLoader(
-            PhotoDataset(files, labels.tolist(), facts, seed, training), batch_sampler=self.keys, num_workers=workers,
+            PhotoDataset(files, labels.tolist(), info, seed, training), batch_sampler=self.keys, num_workers=workers,
             persistent_workers=workers > 0, collate_fn=partial(collate_photos, img_size=self.img_size),
             worker_init_fn=leave_signals_to_main, pin_memory=torch.cuda.is_available())
 
@@ -304,7 +371,7 @@ class PhotoLoader(Loader):
     def without_augmentation(self, n_images=None):
         """As MemoryLoader.plain; it reads the files anew."""
         places = self.subset(n_images)
-        return PhotoLoader([self.files[place] for place in places.tolist()], self.labels[places], self.facts,
+        return PhotoLoader([self.files[place] for place in places.tolist()], self.labels[places], self.info,
                            self.batch_size, self.seed, workers=self.workers,
                            skip_corrupt=self.skip_corrupt).to(self.device)
 
@@ -322,10 +389,10 @@ class PhotoDataset(Dataset):
     """Image files as (normalised image (3, S, S), label), by keys (epoch, place in the set). A file that cannot be read
     gives its InputError as a value: raised in a worker process it would come out wrapped in a traceback."""
 
-    def __init__(self, files, labels, facts, seed, training):
+    def __init__(self, files, labels, info, seed, training):
         self.files, self.labels, self.seed = files, labels, seed
         make_transform = train_transform if training else eval_transform
-        self.transform = make_transform(facts.img_size, facts.mean, facts.std, facts.interpolation)
+        self.transform = make_transform(info.preprocessing)
 
     def __getitem__(self, key):
         epoch, index = key
@@ -363,13 +430,13 @@ def end_for_main():
     os._exit(0)
 
 
-def folder_loader(files, labels, facts, batch_size, seed, workers, skip_corrupt, training=False, augmentation=None):
+def folder_loader(files, labels, info, batch_size, seed, workers, skip_corrupt, training=False, augmentation=None):
     """A MemoryLoader where the images are small and fit in memory, else a PhotoLoader."""
-    if facts.img_size <= SMALL_SIDE and len(files) * 3 * facts.img_size**2 <= MEMORY_LIMIT:
-        images, skipped = decode_images(files, facts.img_size, facts.interpolation, skip_corrupt)
+    if info.img_size <= SMALL_SIDE and len(files) * 3 * info.img_size**2 <= MEMORY_LIMIT:
+        images, skipped = decode_images(files, info.img_size, info.preprocessing.interpolation, skip_corrupt)
         kept = [i for i, file in enumerate(files) if file not in skipped]
-        return MemoryLoader(images, labels[kept], facts, batch_size, seed, training, [files[i] for i in kept], skipped,
+        return MemoryLoader(images, labels[kept], info, batch_size, seed, training, [files[i] for i in kept], skipped,
                             augmentation)
     if workers is None:
         workers = min(8, os.cpu_count() or 1) if len(files) >= 256 else 0
-    return PhotoLoader(files, labels, facts, batch_size, seed, training, workers, skip_corrupt)
+    return PhotoLoader(files, labels, info, batch_size, seed, training, workers, skip_corrupt)

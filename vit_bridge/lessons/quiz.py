@@ -1,7 +1,7 @@
-"""Guess first, then measure: questions about ViTs and CNNs, each answered by running the models that come along.
+"""Guess first, then measure: questions about ViTs and CNNs, each answered by running the shipped models.
 
-    QUESTIONS     the question, what one may guess, and what measures it: (place of the right guess, a sentence)
-    ask(...)      the round, with a person's guesses
+    QUESTIONS     the question, the guesses to choose from, and measure() -> (index of the right guess, a sentence)
+    ask(...)      asks them one after the other
 
 Shapes:  N tokens, D width.
 """
@@ -15,10 +15,9 @@ from vit_bridge.analysis.attention import attention_distance, uniform_attention_
 from vit_bridge.analysis.capture import capture
 from vit_bridge.analysis.cost import count_flops, count_parameters
 from vit_bridge.analysis.perturbations import mean_consistency, shift_consistency, shuffle_patches
-from vit_bridge.data.images import normalise
 from vit_bridge.data.shapes import TEST_START, make_shapes
 from vit_bridge.runtime import predictions
-from vit_bridge.weights.pretrained import create_pretrained
+from vit_bridge.weights.checkpoints import load
 from vit_model import MultiHeadAttention, create_vit_base, create_vit_nano
 
 
@@ -29,9 +28,9 @@ class Question:
     measure: Callable
 
 
-def drawn_images(model, n_images):
+def _shapes_for(model, n_images):
     drawn = make_shapes(n_images, 32, start=TEST_START)
-    return normalise(drawn.images, model.mean, model.std), drawn.labels
+    return model.preprocessing.normalise(drawn.images), drawn.labels
 
 
 def where_the_parameters_are():
@@ -59,8 +58,8 @@ def shuffled_without_positions():
 
 
 def gradient_after_the_last_block():
-    model = create_pretrained("vit_nano_shapes")
-    seen = capture(model, drawn_images(model, 4)[0], gradients=True)
+    model = load("vit_nano_shapes")
+    seen = capture(model, _shapes_for(model, 4)[0], gradients=True)
     before, after = torch.autograd.grad(seen.logits.square().sum(), seen.tokens[-2:])
     before, after = (gradient[:, 1:].abs().max().item() for gradient in (before, after))
     return (0 if after == 0 else 1), (f"After the last block the largest gradient is {after:g}, one block earlier "
@@ -68,51 +67,51 @@ def gradient_after_the_last_block():
 
 
 def who_needs_the_order():
-    own = create_pretrained("vit_nano_shapes").patch_embed.patch_size[0]
-    vit, convnet = ([share_kept(create_pretrained(key), own, offset) for offset in (0, own // 2)]
+    own = load("vit_nano_shapes").patch_embed.patch_size[0]
+    vit, convnet = ([_accuracy_kept(load(key), own, offset) for offset in (0, own // 2)]
                     for key in ("vit_nano_shapes", "convnet_shapes"))
     return (0 if vit[0] < 0.5 else 1 if vit[0] < 0.9 else 2), (
-        f"Of its right answers the ViT keeps {vit[0]:.0%}; its tokens arrive whole, in another order. On the same grid "
-        f"moved by {own // 2} pixels, which cuts its patches, it keeps {vit[1]:.0%}. The ConvNet, whose windows both "
-        f"grids cut, keeps {convnet[0]:.0%} and {convnet[1]:.0%}. {about_the_order(*vit)}")
+        f"The ViT keeps {vit[0]:.0%} of its correct predictions: its tokens arrive whole, in another order. On the "
+        f"same grid moved by {own // 2} pixels, which cuts its patches, it keeps {vit[1]:.0%}. The ConvNet, whose "
+        f"windows are cut by both grids, keeps {convnet[0]:.0%} and {convnet[1]:.0%}. {_conclude_about_order(*vit)}")
 
 
-def share_kept(model, patch_size, offset):
-    """Of 200 images that the model has right, the share that it still has right when three quarters of the squares of
-    this side have changed places, on a grid moved by so many pixels."""
-    images, labels = drawn_images(model, 200)
+def _accuracy_kept(model, patch_size, offset):
+    """The share of the correct predictions among 200 that stay correct when three quarters of the squares of this side
+    are shuffled, on a grid moved by `offset` pixels."""
+    images, labels = _shapes_for(model, 200)
     before, after = (predictions(model, one) == labels
                      for one in (images, shuffle_patches(images, patch_size, 0.75, offset=offset)))  # (N)
     return (before & after).sum().item() / max(1, before.sum().item())
 
 
-def about_the_order(own, moved):
-    """What the shares kept on the ViT's own grid and on a moved one say of it."""
+def _conclude_about_order(own, moved):
+    """What follows from the shares kept on the ViT's own grid and on a moved one."""
     if own < 0.9:
         return "On these shapes this ViT uses where its patches lie."
     if moved < own - 0.1:
-        return ("On these shapes this ViT does without the order of its own patches, less well without that of other "
+        return ("On these shapes this ViT does not need the order of its own patches, but it does need that of other "
                 "squares.")
-    return "On these shapes this ViT does without the order of squares, its own or others."
+    return "On these shapes this ViT does not need the order of squares, its own or others."
 
 
 def who_minds_a_shift():
-    model = create_pretrained("vit_nano_shapes")
-    stays = mean_consistency(shift_consistency(model, drawn_images(model, 64)[0], 2))
+    model = load("vit_nano_shapes")
+    stays = mean_consistency(shift_consistency(model, _shapes_for(model, 64)[0], 2))
     return (0 if stays < 0.6 else 1 if stays < 0.9 else 2), (
-        f"At all shifts of up to 2 pixels the class of 64 images stays in {stays:.0%} of the cases, though patches are "
-        f"cut elsewhere: its training moved the images, too.")
+        f"Over all shifts of up to 2 pixels the class of 64 images stays in {stays:.0%} of the cases, although the "
+        f"patches are cut elsewhere: the images were shifted in training, too.")
 
 
 def how_far_the_first_block_looks():
-    model = create_pretrained("vit_nano_shapes")
-    seen = capture(model, drawn_images(model, 32)[0])
+    model = load("vit_nano_shapes")
+    seen = capture(model, _shapes_for(model, 32)[0])
     near = attention_distance(torch.stack(seen.maps), seen.grid, seen.adapter.patch_size, seen.adapter.n_prefix)[0]
     line = uniform_attention_distance(seen.grid, seen.adapter.patch_size)
     share = near.min().item() / line
     nearer = " In the paper's Fig. 7 some heads of the first blocks look much nearer." if share >= 0.8 else ""
     return (0 if share < 0.5 else 1 if share < 0.8 else 2), (
-        f"The nearest head of the first block looks {near.min():.1f} pixels far on average, all places alike would be "
+        f"The nearest head of the first block looks {near.min():.1f} pixels far on average; uniform attention: "
         f"{line:.1f}.{nearer}")
 
 
@@ -126,27 +125,28 @@ def price_of_heads():
 QUESTIONS = (
     Question("Where are most of the parameters of a ViT block?", ("in the attention", "in the MLP"),
              where_the_parameters_are),
-    Question("Twelve heads in the place of one: what do the parameters of the attention do?",
-             ("they grow twelvefold", "nothing"), price_of_heads),
-    Question("An image of twice the side, 448 for 224: how much more does ViT-Base compute?",
+    Question("Twelve heads instead of one: what happens to the number of parameters of the attention?",
+             ("it grows twelvefold", "nothing"), price_of_heads),
+    Question("An image of twice the side, 448 instead of 224: how much more does ViT-Base compute?",
              ("twice as much", "between three and six times", "sixteen times"), cost_of_twice_the_side),
-    Question("A ViT without positions: what do its logits do when all patches are shuffled?",
+    Question("A ViT without positions: what happens to its logits when all patches are shuffled?",
              ("nothing", "they change a little", "they change completely"), shuffled_without_positions),
     Question("The head reads CLS. How large is the gradient of the patch tokens after the last block?",
              ("exactly zero", "small, not zero"), gradient_after_the_last_block),
-    Question("Three quarters of the patches of a drawn shape, cut where our trained ViT cuts them, change places. How "
-             "many of its right answers does it keep?", ("fewer than half", "half to nine in ten", "nearly all"),
+    Question("Three quarters of the patches of drawn shapes are shuffled, on the grid of our trained ViT. How many of "
+             "its correct predictions does it keep?", ("fewer than half", "half to nine in ten", "nearly all"),
              who_needs_the_order),
-    Question("Images move by one or two pixels, so that every patch is another. How often does our trained ViT keep "
-             "its answer?", ("less than 60%", "60 to 90%", "more than 90%"), who_minds_a_shift),
-    Question("How far does the nearest head of the first block of our trained ViT look, beside attention to all places "
-             "alike?", ("less than half as far", "about two thirds", "nearly as far"), how_far_the_first_block_looks),
+    Question("Images move by one or two pixels, which changes every patch. How often does our trained ViT keep its "
+             "prediction?", ("less than 60%", "60 to 90%", "more than 90%"), who_minds_a_shift),
+    Question("How far does the nearest head of the first block of our trained ViT look, compared with uniform "
+             "attention?", ("less than half as far", "about two thirds", "nearly as far"),
+             how_far_the_first_block_looks),
 )
 END = "q"
 
 
 def ask(questions=QUESTIONS, read=input, write=print):
-    """Asks them all; without anybody there to answer it tells the answers. Returns (right guesses, guesses)."""
+    """Asks them all; at the end of the input it only prints the answers. Returns (right guesses, guesses)."""
     right = guessed = 0
     anybody = True
     for number, question in enumerate(questions, start=1):
@@ -155,7 +155,7 @@ def ask(questions=QUESTIONS, read=input, write=print):
             write(f"   {place}) {guess}")
         answer = None
         try:
-            answer = guess_of(read, write, len(question.guesses)) if anybody else None
+            answer = _read_guess(read, write, len(question.guesses)) if anybody else None
         except EOFError:
             anybody = False
             write("")
@@ -172,8 +172,8 @@ def ask(questions=QUESTIONS, read=input, write=print):
     return right, guessed
 
 
-def guess_of(read, write, n_guesses):
-    """The place of somebody's guess, from 0; None for no guess; END where it is enough."""
+def _read_guess(read, write, n_guesses):
+    """The index of a guess, from 0; None for no guess; END to stop."""
     while True:
         text = read(f"   Your guess, Enter to see, or {END} to end: ").strip()
         if not text:
@@ -182,4 +182,4 @@ def guess_of(read, write, n_guesses):
             return END
         if text.isdecimal() and 1 <= int(text) <= n_guesses:
             return int(text) - 1
-        write(f"   {text!r} is none of them; expected 1 to {n_guesses}.")
+        write(f"   {text!r} is not among them; expected 1 to {n_guesses}.")

@@ -10,6 +10,7 @@ from torch import nn
 
 from vit_bridge.errors import InputError, check_choice, check_int
 from vit_bridge.models.initialisation import initialise_as_identity, initialise_convolutions
+from vit_bridge.models.protocol import ImageModel
 from vit_model import check_images, pair
 
 
@@ -44,7 +45,7 @@ class ResidualBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))  # (B, C', h / stride, w / stride)
 
 
-class ConvNet(nn.Module):
+class ConvNet(ImageModel):
     """(B, C, height, width) -> (B, n_classes) logits.
 
     A stem, stages, the mean over all places, a linear head. With its default arguments it is ResNet-18, number for
@@ -83,8 +84,16 @@ class ConvNet(nn.Module):
         else:
             initialise_convolutions(self)
 
-    def forward(self, images):
-        return self.forward_head(self.forward_features(images))  # (B, n_classes)
+    @property
+    def n_features(self):
+        return self.config.widths[-1]
+
+    def layers(self):
+        """The stem, then the stages."""
+        return [self.stem, *self.stages]
+
+    def whitening_layer(self):
+        return (self.stem[0], True) if self.config.block == "pooled" else None
 
     def forward_features(self, images):
         """The last stage's map, (B, C, height / S, width / S), S = stem_stride * 2^(stages - 1), rounded up; pooled
@@ -139,6 +148,9 @@ class ConvNetConfig:
         if self.block == "pooled" and min(pair(self.img_size)) < least:
             raise InputError(f"img_size {self.img_size} leaves nothing after {len(self.widths)} pooled stages; they "
                              f"need at least {least} pixels, or fewer stages")
+
+
+ConvNet.config_class = ConvNetConfig
 
 
 # ---- A convolution as attention ---------------------------------------------------------------------------

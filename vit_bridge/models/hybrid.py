@@ -105,6 +105,9 @@ class HybridCNNViT(VisionTransformer):
         self.config = HybridConfig(**vars(self.config), stem=stem)
         self.patch_embed = STEMS[stem](img_size, patch_size, in_channels, embed_dim)
 
+    def whitening_layer(self):
+        return (self.patch_embed.whiten, True) if self.config.stem == "pooled" else None
+
 
 @dataclass(frozen=True)
 class HybridConfig(ViTConfig):
@@ -118,3 +121,6 @@ class HybridConfig(ViTConfig):
     def __post_init__(self):
         super().__post_init__()
         check_choice("stem", self.stem, tuple(STEMS))
+
+
+HybridCNNViT.config_class = HybridConfig

@@ -32,3 +32,27 @@ def whitening_filters(images, side, floor=0.01):
     variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))  # (C k k), (C k k, C k k)
     filters = (directions / (variances + floor).sqrt()).flip(1).T  # (C k k, C k k), a row a filter
     return filters.to(images.dtype).reshape(-1, images.shape[1], side, side)
+
+
+@torch.no_grad()
+def whiten_first_layer(model, images):
+    """Gives the model's whitening_layer, if it has one, the whitening_filters of images (B, C, height, width), which
+    are normalised as the model will see them. Returns the model.
+
+    A layer that holds each filter and its negative keeps them in training. Another, such as a patch projection, takes
+    the filters of the largest variance, as many as it has channels, and little noise in the channels that are left, and
+    learns on from there.
+    """
+    found = model.whitening_layer()
+    if found is None:
+        return model
+    layer, holds_negatives = found
+    filters = whitening_filters(images, layer.kernel_size[0])  # (C k k, C, k, k)
+    layer.bias.zero_()
+    if holds_negatives:
+        layer.weight.copy_(torch.cat([filters, -filters]))
+        layer.requires_grad_(False)
+    else:
+        n = min(len(filters), len(layer.weight))
+        layer.weight.normal_(std=0.02)[:n] = filters[:n]
+    return model

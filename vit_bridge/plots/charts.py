@@ -299,3 +299,22 @@ def show_legend(axes, **options):
 def hide_ticks(axes):
     axes.set_xticks([])
     axes.set_yticks([])
+
+
+# ---- Panels -----------------------------------------------------------------------------------------------
+
+
+def spread(n, most):
+    """At most `most` of the indices 0 .. n - 1, evenly from the first to the last."""
+    return sorted({round(i * (n - 1) / max(min(n, most) - 1, 1)) for i in range(min(n, most))})
+
+
+def proportion(picture):
+    """Height over width, kept within what a figure bears."""
+    return min(2.5, max(0.4, picture.shape[0] / picture.shape[1]))
+
+
+def extent_of(picture):
+    """The frame in which a coarser map lies over the picture, for imshow."""
+    height, width = picture.shape[:2]
+    return (-0.5, width - 0.5, height - 0.5, -0.5)

@@ -4,7 +4,7 @@
 
 The page holds the attention of every layer and head, rollout and relevance for the predicted class, each as bytes with
 a factor for every row; how far that is from the numbers themselves stands on the page. Of a ConvNet it holds, in their
-place, which patches of the image each unit sees, depth by depth. explorer_page.py has the page itself.
+place, which patches of the image each unit sees, depth by depth. explorer.html is the page itself.
 
 Shapes:  L layers, H heads, N tokens (prefix tokens, then patches), n patches, K classes.
 """
@@ -26,12 +26,11 @@ from vit_bridge.analysis.capture import capture, check_finite_numbers, different
 from vit_bridge.analysis.explanations import logit_lens, relevance_gained, rollout
 from vit_bridge.data.images import is_input, prepare_image
 from vit_bridge.errors import InputError, check_int
-from vit_bridge.models.adapters import adapt, check_pool, class_names_of, has_head, layers_of, statistics_of
-from vit_bridge.models.convnet import ConvNet
-from vit_bridge.plots.explorer_page import PAGE
+from vit_bridge.models.adapters import adapt, adapt_vit, check_pool
 from vit_bridge.runtime import class_probabilities
 from vit_bridge.system import write_whole
 
+PAGE = Path(__file__).with_name("explorer.html")  # $NAME stands for data, colours and title
 N_CLASSES = 6  # of the logit lens
 
 
@@ -63,7 +62,7 @@ def explore(model, images, save_path="attention.html", compare_with=None, names=
     if not images:
         raise InputError("there is no image to explore; give at least one")
     models = [model] if compare_with is None else [model, compare_with]
-    adapt(model)
+    adapt_vit(model)
     names = list(names) if names else [type(one).__name__ for one in models]
     if len(names) != len(models):
         raise InputError(f"{len(names)} names were given for {len(models)} models; expected one for each")
@@ -96,8 +95,9 @@ def fill(data, title, note):
     """The page with its data. What stands in a script may not end it."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     colours = np.round(255 * matplotlib.colormaps["viridis"](np.linspace(0, 1, 64))[:, :3]).astype(int).tolist()
-    return Template(PAGE).safe_substitute(TITLE=html.escape(title), NOTE=html.escape(note), DATA=text,
-                                          COLOURS=json.dumps(colours))
+    page = Template(PAGE.read_text(encoding="utf-8"))
+    return page.safe_substitute(TITLE=html.escape(title), NOTE=html.escape(note), DATA=text,
+                                COLOURS=json.dumps(colours))
 
 
 # ---- What a model does, as the page reads it --------------------------------------------------------------
@@ -105,9 +105,9 @@ def fill(data, title, note):
 
 def describe(model, name, images):
     """A model and what it does with images, each (1, 3, H, W)."""
-    if isinstance(model, ConvNet):
+    if not adapt(model).attends:
         return describe_convnet(model, name, images)
-    adapter = adapt(model)
+    adapter = adapt_vit(model)
     check_pool(adapter.pool)
     own = [describe_image(model, adapter, one) for one in images]
     rows, columns = adapter.grid(images[0])
@@ -167,7 +167,7 @@ def describe_convnet(model, name, images, side=8):
     """A ConvNet as the page reads it: for every depth the share of each patch of the image in the gradient of each
     unit, the image cut into side x side patches, or fewer where it has fewer pixels."""
     check_int("side", side, 1)
-    n_depths = len(layers_of(model))
+    n_depths = len(adapt(model).layers)
     rows, columns = (min(side, n) for n in images[0].shape[2:])
     own = []
     for image in images:
@@ -175,8 +175,8 @@ def describe_convnet(model, name, images, side=8):
         packed, error = pack(fields)  # (depths, n, n)
         text, answer = no_words(), class_probabilities(model, image).cpu()
         check_finite_numbers(model, fields, answer)
-        if has_head(model):
-            text = words(answer, class_names_of(model))
+        if adapt(model).has_head:
+            text = words(answer, adapt(model).class_names)
         own.append(dict(text, attention=packed, error=error))
     depths = ["the stem", *(f"stage {i}" for i in range(1, n_depths))]
     return dict(kind="cnn", name=name, layers=n_depths, heads=1, tokens=rows * columns, prefix=0, rows=rows,
@@ -187,7 +187,7 @@ def unit_fields(model, image, depth, grid):
     """(n, n): row i is the share of every patch in the gradient of the unit at the middle of patch i, summed over its
     channels (measurements.receptive_field is the same, of the unit in the middle of the image)."""
     rows = []
-    pixels, features, _ = watch_layer(model, layers_of(model)[depth], image)  # (1, 3, H, W), (1, D, rows, columns)
+    pixels, features, _ = watch_layer(model, adapt(model).layers[depth], image)  # (1, 3, H, W), (1, D, rows, columns)
     for row in range(grid[0]):
         for column in range(grid[1]):
             y, x = (int((place + 0.5) / n * count) for place, n, count in zip((row, column), grid, features.shape[2:],
@@ -207,8 +207,8 @@ def prepare_for(image, model, first):
     images, picture = prepare_image(image, model)  # (1, 3, H, W), (H, W, 3)
     if not is_input(image) or model is first:
         return images, picture
-    mean, std, own_mean, own_std = (torch.tensor(tuple(values)).view(3, 1, 1) for one in (first, model)
-                                    for values in statistics_of(one))
+    mean, std, own_mean, own_std = (torch.tensor(values).view(3, 1, 1) for one in (first, model)
+                                    for values in (adapt(one).preprocessing.mean, adapt(one).preprocessing.std))
     return images * (std / own_std) + (mean - own_mean) / own_std, prepare_image(image, first)[1]
 
 

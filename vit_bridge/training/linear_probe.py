@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from vit_bridge.data.loaders import Loader
+from vit_bridge.data.loaders import DatasetLoader
 from vit_bridge.errors import InputError
 from vit_bridge.runtime import evaluating, explain_out_of_memory
 
@@ -79,14 +79,14 @@ def count_correct(weights, loader):
     return correct.tolist(), n
 
 
-class FeatureLoader(Loader):
+class FeatureLoader(DatasetLoader):
     """Batches of features (B, D) and labels (B,) of the images of another loader, in memory, never augmented.
 
-    features: (N, D), in the order of labels (N,). Order, shares and positions are those of a Loader.
+    features: (N, D), in the order of labels (N,). Order, shards and positions are those of a DatasetLoader.
     """
 
     def __init__(self, features, labels, source):
-        super().__init__(labels, source.facts, source.batch_size, source.seed, source.training)
+        super().__init__(labels, source.info, source.batch_size, source.seed, source.training)
         self.features = features
 
     def to(self, device):

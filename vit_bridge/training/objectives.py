@@ -1,16 +1,155 @@
 """What a training minimises, and what it measures on the way.
 
-Shapes:  B images in a batch, C classes, R processes."""
+    loss = objective(model, batch, metrics)
+
+An objective also names the columns of the history, and the one that says which epoch is best. Classification is the
+first; a new one is a subclass of Objective, such as the one in tests/training/test_toy_objective.py.
+
+Shapes:  B images in a batch, C classes."""
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from vit_bridge.errors import InputError
+
+# ---- What every objective has -----------------------------------------------------------------------------
+
+
+class Metrics:
+    """Sums over images, kept on the device so that adding to them does not wait for it.
+
+    n       images counted
+    sums    {name: the sum of a value over these images}, tensors of any shape
+
+    With skip_nonfinite a value that is not finite counts as 0: a gradient scaler leaves out such a training step.
+    """
+
+    def __init__(self, device, skip_nonfinite=False):
+        self.device, self.skip_nonfinite = device, skip_nonfinite
+        self.n, self.sums = 0, {}
+
+    def update(self, n, **means):
+        """Adds n images. means: the mean of each value over them, scalar tensors."""
+        for name, mean in means.items():
+            mean = mean.detach().float()
+            self.add(name, (mean.nan_to_num(0.0, 0.0, 0.0) if self.skip_nonfinite else mean) * n)
+        self.n += n
+
+    def add(self, name, total):
+        """Adds a tensor to a sum."""
+        self.sums[name] = self.sums[name] + total if name in self.sums else total
+
+    def compute(self):
+        """{name: mean over the images counted}, as floats. The Trainer reads "loss"."""
+        return {name: total.item() / self.n for name, total in self.sums.items()}
+
+    def merge(self):
+        """The metrics of all processes together, on each of them."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return self
+        states = [None] * dist.get_world_size()
+        dist.all_gather_object(states, self.state_dict())
+        names = {name for state in states for name in state}
+        merged = type(self)(self.device, self.skip_nonfinite)
+        merged.load_state_dict({name: sum(state[name] for state in states if name in state) for name in names})
+        return merged
+
+    def state_dict(self):
+        """Plain numbers, and tensors on the CPU."""
+        return dict(n=self.n, **{name: total.cpu() if total.ndim else total.item()
+                                 for name, total in self.sums.items()})
+
+    def load_state_dict(self, entries):
+        self.n = entries["n"]
+        self.sums = {name: torch.as_tensor(value).to(self.device, copy=True) for name, value in entries.items()
+                     if name != "n" and value is not None}
+
+
+class Objective(nn.Module):
+    """What a training minimises: subclasses define forward(), the columns and the criterion.
+
+    columns    {name: format}: the columns of the history, each "train_" or "val_" and the name of a value that the
+               metrics compute
+    criterion  the column by which the best epoch is chosen
+    maximise   whether the best is the largest value; else the smallest
+    mixing     what combines the images of a batch, (images, labels) -> (images, soft targets), or None
+    """
+    columns = {"train_loss": ".3f", "val_loss": ".3f"}  # noqa: RUF012 - a subclass has its own
+    criterion, maximise, mixing = "val_loss", False, None
+
+    def forward(self, model, batch, metrics=None):
+        """The loss, a scalar: the mean over the images of the batch, so that parts of a batch add up to the whole.
+
+        model    gives its output in float32
+        batch    what the loader gives, on the model's device: images (B, C, H, W) first
+        metrics  of new_metrics(), updated where given
+
+        self.training tells a training step from an evaluation.
+        """
+        raise NotImplementedError
+
+    def new_metrics(self, device, skip_nonfinite=False):
+        return Metrics(device, skip_nonfinite)
+
+    def best_epoch(self, history):
+        """The best epoch, counted from 1: the last among equals, as the learning rate has fallen further. 0: none."""
+        values = history[self.criterion]
+        signed = values if self.maximise else [-value for value in values]
+        return max(range(len(values)), key=lambda i: (signed[i], i), default=-1) + 1
+
+    def describe(self, values):
+        """{column: value} in words: "train loss 1.889 acc 30.5%   val loss 1.613 acc 43.9%"."""
+        parts = {}
+        for column, spec in self.columns.items():
+            part, _, name = column.partition("_")
+            if column in values:
+                parts.setdefault(part, [part]).append(f"{name.replace('_', ' ')} {values[column]:{spec}}")
+        return "   ".join(" ".join(words) for words in parts.values())
+
+
+# ---- Classification ---------------------------------------------------------------------------------------
+
+
+class Classification(Objective):
+    """A class for each image: logits (B, C) against labels (B), or soft targets (B, C).
+
+    label_smoothing, class_weights   as CrossEntropy has them; with class weights the best epoch is that of the best
+                                     balanced accuracy
+    mixing    such as Mixing, applied to training batches; the accuracy is then of the class with the larger share
+    loss_fn   (logits, labels) -> a scalar, the mean over the images; takes the place of CrossEntropy
+    """
+    columns = {"train_loss": ".3f", "train_acc": ".1%",  # noqa: RUF012
+               "val_loss": ".3f", "val_acc": ".1%", "val_balanced_acc": ".1%"}
+    maximise = True
+
+    def __init__(self, label_smoothing=0.1, class_weights=None, mixing=None, loss_fn=None):
+        super().__init__()
+        self.loss_fn = loss_fn or CrossEntropy(label_smoothing, class_weights)
+        self.mixing = mixing
+        self.criterion = "val_acc" if class_weights is None else "val_balanced_acc"
+
+    def forward(self, model, batch, metrics=None):
+        images, labels = batch
+        if self.mixing is not None and self.training:
+            images, labels = self.mixing(images, labels)
+        logits = model(images)  # (B, C)
+        if labels.ndim == 1 and labels.device.type == "cpu" and labels.max() >= logits.shape[1]:
+            raise InputError(f"label {int(labels.max())} is out of range for a model with {logits.shape[1]} classes; "
+                             f"build the model with n_classes={int(labels.max()) + 1} or more")
+        loss = self.loss_fn(logits, labels)
+        if metrics is not None:
+            metrics.update(loss, logits, labels)
+        return loss
+
+    def new_metrics(self, device, skip_nonfinite=False):
+        return ClassificationMetrics(device, skip_nonfinite)
+
 
 class CrossEntropy(nn.Module):
-    """Cross-entropy of logits (B, C) and labels (B), or shares of the classes (B, C): the mean over the images, each
-    weighted by its class.
+    """Cross-entropy of logits (B, C) and labels (B), or soft targets (B, C): the mean over the images, each weighted
+    by its class.
 
     class_weights: C numbers, or None for 1. torch's own divides by the sum of a batch's weights, and weighs what label
     smoothing adds by all classes; this divides by the number of images, so that parts of a batch add up to the whole,
@@ -36,57 +175,23 @@ def balancing_weights(class_counts):
     return [total / (n_classes * n) if n else 0.0 for n in class_counts]
 
 
-class ClassificationMetrics:
-    """Sums of losses and hits, kept on the device so that counting does not wait for it.
+class ClassificationMetrics(Metrics):
+    """The loss, and in sums["classes"], (2, C), the images and the hits of each class."""
 
-    classes (2, C): images and hits of each class.
-    """
-
-    def __init__(self, device):
-        self.loss, self.n, self.classes = torch.zeros((), device=device), 0, None
-
-    def add(self, loss, logits, labels):
-        """loss: the mean over the images; labels (B), or the shares of the classes (B, C), of which the largest."""
+    def update(self, loss, logits, labels):
+        """loss: the mean over the images; labels (B), or soft targets (B, C), of which the largest counts."""
         labels = labels.argmax(dim=1) if labels.ndim == 2 else labels
-        if self.classes is None:
-            self.classes = torch.zeros(2, logits.shape[1], device=logits.device)  # (2, C)
-        hits = (logits.detach().argmax(dim=1) == labels).float()  # (b)
-        self.classes[0].index_add_(0, labels, torch.ones_like(hits))
-        self.classes[1].index_add_(0, labels, hits)
-        self.loss += loss.detach() * len(labels)
-        self.n += len(labels)
+        hits = (logits.detach().argmax(dim=1) == labels).float()  # (B)
+        classes = torch.zeros(2, logits.shape[1], device=logits.device)  # (2, C)
+        classes[0].index_add_(0, labels, torch.ones_like(hits))
+        classes[1].index_add_(0, labels, hits)
+        self.add("classes", classes)
+        super().update(len(labels), loss=loss)
 
-    @property
-    def correct(self):
-        return 0 if self.classes is None else int(self.classes[1].sum())
-
-    @property
-    def balanced(self):
-        n, hits = self.classes.cpu().double()  # (C), (C)
-        return (hits[n > 0] / n[n > 0]).mean().item()
-
-    def all_gather_object(self, trainer):
-        """The tally of all processes together."""
-        if trainer.world_size == 1:
-            return self
-        tallies, total = [None] * trainer.world_size, ClassificationMetrics(trainer.device)
-        dist.all_gather_object(tallies, self.state_dict())
-        for entries in tallies:
-            total.loss, total.n = total.loss + entries["loss"], total.n + entries["n"]
-            if entries["classes"] is not None:
-                classes = entries["classes"].to(trainer.device)
-                total.classes = classes if total.classes is None else total.classes + classes
-        return total
-
-    def summary(self, seconds):
-        return dict(loss=f"{self.loss.item() / max(1, self.n):.3f}", acc=f"{self.correct / max(1, self.n):.1%}",
-                    images_per_s=f"{self.n / seconds:.0f}")
-
-    def state_dict(self):
-        """Plain numbers and a tensor on the CPU."""
-        return dict(loss=self.loss.item(), n=self.n, classes=None if self.classes is None else self.classes.cpu())
-
-    def load_state_dict(self, entries):
-        device = self.loss.device
-        self.loss, self.n = torch.tensor(entries["loss"], device=device), entries["n"]
-        self.classes = None if entries["classes"] is None else entries["classes"].to(device)
+    def compute(self):
+        """loss, acc, balanced_acc, correct and n. Accuracies are from 0 to 1; the balanced one is the mean of those of
+        the classes that have images."""
+        n, hits = self.sums["classes"].cpu().double()  # (C), (C)
+        correct = int(hits.sum())
+        return dict(loss=self.sums["loss"].item() / self.n, acc=correct / self.n,
+                    balanced_acc=(hits[n > 0] / n[n > 0]).mean().item(), correct=correct, n=self.n)

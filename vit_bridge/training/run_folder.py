@@ -1,14 +1,6 @@
-"""The Trainer: it trains any module that maps images to logits, and knows no model.
+"""A run's folder: its files, what of them may change when a run goes on, and the Saver that writes them.
 
-    history = Trainer(model).train(train_loader, val_loader, n_epochs=10)
-
-What chance decides in a step (order, augmentation, dropout) is a function of (seed, step), and a TrainState holds all
-else that a training has become. One that goes on from a saved state therefore ends as one that was never cut.
-
-Under torchrun every process has a Trainer of its own and a share of every batch; gradients are averaged by
-DistributedDataParallel, weighted so that the step is that of one process with the whole batch.
-
-Shapes:  B images in a batch, C classes, R processes.
+config.json holds the options, last.pt the state of the training, best.pt the best model, history.csv a line an epoch.
 """
 
 import csv
@@ -23,6 +15,7 @@ from tqdm import tqdm
 
 from vit_bridge.errors import InputError
 from vit_bridge.system import write_whole
+from vit_bridge.training.config import Callback
 from vit_bridge.weights.checkpoints import read_checkpoint, save_model
 
 
@@ -37,8 +30,23 @@ def on_cpu(entries):
 
 CONFIG, LAST, BEST, HISTORY_TABLE, LOCK = "config.json", "last.pt", "best.pt", "history.csv", ".lock"
 # What may be another when a run goes on: where it computes and in how many parts, where its images lie, what it skips.
-CHANGEABLE = ("resume", "output_dir", "data_dir", "device", "workers", "skip_corrupt", "save_minutes", "compile",
-              "accumulate")
+CHANGEABLE = ("resume", "output_dir", "data_dir", "device", "num_workers", "skip_corrupt", "save_minutes", "compile",
+              "grad_accum_steps")
+
+# What older versions wrote in config.json and last.pt, and what it is called now.
+OLD_NAMES = {
+    "options": {"accumulate": "grad_accum_steps", "workers": "num_workers"},
+    "recipe": {"options": "model_options", "low": "progressive_resize", "model_ema": "ema_decay"},
+    "training": {"rate": "lr", "tally": "metrics"},
+    "optimizer": {"rate_factor": "lr_scale", "parts": "n_splits"},
+}
+
+
+def renamed(entries, section):
+    """The entries, dicts and lists in each other, with the names that OLD_NAMES[section] has for their keys today."""
+    if isinstance(entries, dict):
+        return {OLD_NAMES[section].get(key, key): renamed(value, section) for key, value in entries.items()}
+    return [renamed(value, section) for value in entries] if isinstance(entries, list) else entries
 
 
 def lock_folder(folder):
@@ -96,14 +104,17 @@ def holds_run(folder):
 
 def read_run(folder):
     """What is known of the run in a folder: the entries of last.pt, before there is one those of config.json, and
-    None where there is neither."""
+    None where there is neither. Options and recipe have their names of today."""
+    entries = read_config(folder)
     if (folder / LAST).is_file():
         entries = read_checkpoint(folder / LAST)
         if not {"options", "n_steps", "training"} <= entries.keys():
             raise InputError(f"{folder / LAST} holds no state of a training; expected one that train_vit.py wrote. "
                              f"--pretrained {folder / LAST} starts a new run from its weights")
-        return entries
-    return read_config(folder)
+    if entries is None:
+        return None
+    return entries | {section: renamed(entries[section], section) for section in ("options", "recipe")
+                      if section in entries}
 
 
 def read_config(folder):
@@ -156,23 +167,23 @@ def changes_since(saved, class_names, n_images, n_processes):
     return changes
 
 
-class Saver:
+class Saver(Callback):
     """Writes what a run is to keep, and prints its lines.
 
     folder, model   where, and the whole model as it is to be saved
-    labels          class_names, mean, std, interpolation of the checkpoints
+    preprocessing   of the checkpoints
     config          further entries of last.pt; best.pt gets the options among them, and validation_files
+    objective       says which epoch is the best one, and how its values are printed
     head_only       whether what is trained is model.head alone
-    criterion       the entry of the history by which the best epoch is chosen
     resumed         the training entries of last.pt of a run that goes on
 
     Writing takes at most about a tenth of the time: short epochs are written together.
     """
 
-    def __init__(self, folder, model, labels, config, head_only=False, criterion="val_acc", resumed=None):
-        self.folder, self.model, self.labels, self.config = folder, model, labels, config
-        self.head_only, self.criterion, resumed = head_only, criterion, resumed or {}
-        self.best, self.best_weights = resumed.get("best", dict(epoch=0, value=-1.0)), None  # weights not yet written
+    def __init__(self, folder, model, preprocessing, config, objective, head_only=False, resumed=None):
+        self.folder, self.model, self.preprocessing, self.config = folder, model, preprocessing, config
+        self.objective, self.head_only, resumed = objective, head_only, resumed or {}
+        self.best_weights = None  # not yet written
         self.saved_step, self.elapsed_before = resumed.get("step", 0), resumed.get("elapsed", 0.0)
         self.started = self.saved_at = time.monotonic()
         self.cost = self.printed_at = 0.0
@@ -183,31 +194,31 @@ class Saver:
         return self.elapsed_before + time.monotonic() - self.started
 
     def on_epoch(self, state):
-        value, epoch = state.history[self.criterion][-1], len(state.history["lr"])
-        if value >= self.best["value"]:  # the last among equals, as the rate has fallen further
-            self.best = dict(epoch=epoch, value=value)
+        epoch = len(state.history["lr"])
+        if self.objective.best_epoch(state.history) == epoch:
             self.best_weights = on_cpu(state.trained.state_dict())
         is_last, now = state.step >= self.config["n_steps"], time.monotonic()
         if is_last or now - self.saved_at >= 9 * self.cost:
-            self.save(state)
+            self.on_save(state)
         if is_last or now - self.printed_at >= 1:
             self.printed_at = now
-            line = {name: values[-1] for name, values in state.history.items()}
-            balanced = f" balanced {value:.1%}" if self.criterion == "val_balanced_acc" else ""
-            tqdm.write("epoch {epoch:>3}  train loss {train_loss:.3f} acc {train_acc:.1%}   val loss {val_loss:.3f} "
-                       "acc {val_acc:.1%}{balanced}   {images_per_second:.0f} images/s".format(
-                           epoch=epoch, balanced=balanced, **line))
+            values = {name: column[-1] for name, column in state.history.items()}
+            tqdm.write(f"epoch {epoch:>3}  {self.objective.describe(values)}   {values['images_per_second']:.0f} "
+                       f"images/s")
 
-    def save(self, state):
+    def on_save(self, state):
         """best.pt where there is a better one, last.pt and history.csv."""
         started = time.monotonic()
+        best = self.objective.best_epoch(state.history)
+        values = {name: column[best - 1] for name, column in state.history.items() if best}
         if self.best_weights is not None:
-            self.write(BEST, self.best_weights, epoch=self.best["epoch"], options=self.config["options"],
+            self.write(BEST, self.best_weights, epoch=best, options=self.config["options"],
                        validation_files=self.config["validation_files"],
-                       val_acc=state.history["val_acc"][self.best["epoch"] - 1])
+                       **{name: value for name, value in values.items() if name.startswith("val_")})
             self.best_weights = None
         self.write(LAST, state.trained.state_dict(), epoch=len(state.history["lr"]),
-                   training=dict(state.state_dict(), best=self.best, elapsed=self.elapsed), **self.config)
+                   training=dict(state.state_dict(), best=dict(epoch=best, value=values.get(self.objective.criterion)),
+                                 elapsed=self.elapsed), **self.config)
         write_history(state.history, self.folder / HISTORY_TABLE)
         self.saved_at, self.saved_step = time.monotonic(), state.step
         self.cost = self.saved_at - started
@@ -216,7 +227,7 @@ class Saver:
         """A checkpoint of the whole model with these weights of what was trained in it."""
         if self.head_only:
             weights = self.model.state_dict() | {f"head.{key}": value for key, value in weights.items()}
-        save_model(self.model, self.folder / name, **self.labels, state_dict=weights, **more)
+        save_model(self.model, self.folder / name, self.preprocessing, state_dict=weights, **more)
 
 
 def write_history(history, path):

@@ -1,8 +1,8 @@
 """Checkpoints: ours, and those of the libraries and papers that people take weights from.
 
+    model = load(name_or_path)                  a trained model: by name, or out of a file of any known format
+    print(load_checkpoint(model, path))         fills a model from such a file
     save_model(model, path)                     writes one of ours
-    model = load_model(path)                    builds the model that one of ours holds
-    print(load_checkpoint(model, path))         fills a model from a file of any of checkpoint_formats.FORMATS
     print(describe_checkpoint(path))            what a file is, and whether and how it would load
 
 Nothing in a file is executed: torch.load with weights_only=True, numpy without pickle, safetensors.
@@ -26,52 +26,53 @@ import numpy as np
 import torch
 from torch import nn
 
-from vit_bridge.errors import InputError, first_line
-from vit_bridge.models.convnet import ConvNet
-from vit_bridge.models.hybrid import HybridCNNViT
-from vit_bridge.models.registry import CLASSES, CONFIGS
+from vit_bridge.errors import InputError, check_choice, first_line, pair
+from vit_bridge.models.adapters import is_ours, unwrapped
+from vit_bridge.models.protocol import ask, class_name
+from vit_bridge.models.registry import check_arguments, model_classes
+from vit_bridge.preprocessing import Preprocessing
 from vit_bridge.system import write_whole
 from vit_bridge.weights.formats import Format, Weights, translate
+from vit_bridge.weights.pretrained import OURS, OURS_FOLDER, PRETRAINED, PUBLIC, fetch
 from vit_model import VisionTransformer, ViTConfig, resample_positions, sincos_positions
 
+WITHOUT_SHAPE = ("n_heads", "pool", "position", "norm_eps", "stem_stride", "stem", "block")  # seen in no tensor
+FREE = ("img_size", "dropout", "drop_path")  # what may differ from the configuration that weights were trained in
 CHECKPOINT_FORMAT = "vit-bridge 1"
 
 
 # ---- Ours -------------------------------------------------------------------------------------------------
 
 
-def save_model(model, path, class_names=None, mean=None, std=None, dtype=None, state_dict=None, **more):
+def save_model(model, path, preprocessing=None, dtype=None, state_dict=None, **more):
     """Writes a model of ours as a checkpoint: plain tensors, numbers and text, which need no unpickling.
 
-    class_names, mean, std   as a loader of vit_data carries them; those of the model itself where not given
-    dtype                    e.g. torch.float16 to halve the file; load_model gives float32 again
-    state_dict               other weights of this model than it has now, an average of them for instance
-    more                     further entries, kept as they are (a trainer's state, an accuracy, interpolation)
+    preprocessing  what its images must be; None: model.preprocessing
+    dtype          e.g. torch.float16 to halve the file; load gives float32 again
+    state_dict     other weights of this model than it has now, an average of them for instance
+    more           further entries, kept as they are (a trainer's state, an accuracy)
 
-    The file appears whole or not at all. Raises InputError where it cannot be written, and for a model of another
-    class than those of this project.
+    The file appears whole or not at all. Raises InputError where it cannot be written, and for a model that is not in
+    models.registry.MODELS.
     """
-    if type(model) not in CONFIGS:
-        raise InputError(f"a {type(model).__name__} cannot be saved as a checkpoint; expected one of "
-                         f"{', '.join(CLASSES)} itself, not compiled or wrapped")
+    if model_classes().get(class_name(model)) is not type(model):
+        raise InputError(f"a {class_name(model)} cannot be saved as a checkpoint; expected one of "
+                         f"{', '.join(model_classes())} itself, not compiled or wrapped")
     if not isinstance(model.head, (nn.Linear, nn.Identity)):
         raise InputError(f"a head of class {type(model.head).__name__} cannot be saved; expected one nn.Linear")
     config = replace(model.config, n_classes=getattr(model.head, "out_features", 0))
-    names = own(class_names, model, "class_names")
+    shown = model.preprocessing if preprocessing is None else preprocessing
+    names = shown and shown.class_names
     if names and config.n_classes and len(names) != config.n_classes:
-        raise InputError(f"{len(names)} class_names do not fit a head of {config.n_classes} classes; give class_names")
+        raise InputError(f"{len(names)} class_names do not fit a head of {config.n_classes} classes; set "
+                         f"model.preprocessing to one with the names of these classes")
     state = {key: value.detach().cpu().to(dtype) if dtype and value.is_floating_point() else value.detach().cpu()
              for key, value in (state_dict or model.state_dict()).items()}
-    entries = dict(format=CHECKPOINT_FORMAT, model_class=type(model).__name__, config=vars(config),
-                   state_dict=state, img_size=config.img_size, class_names=names, mean=own(mean, model, "mean"),
-                   std=own(std, model, "std"), **dict(interpolation=getattr(model, "interpolation", None)) | more)
+    facts = {name: getattr(shown, name, None) for name in ("class_names", "mean", "std", "interpolation")}
+    facts |= {name: list(facts[name]) for name in ("mean", "std") if facts[name] is not None}
+    entries = dict(format=CHECKPOINT_FORMAT, model_class=class_name(model), config=vars(config), state_dict=state,
+                   img_size=config.img_size, **facts, **more)
     write_whole(path, lambda file: torch.save(entries, file))
-
-
-def own(value, model, name):
-    """value, or the model's own where there is none, as a list of plain values (None where neither is known)."""
-    value = getattr(model, name, None) if value is None else value
-    return None if value is None else [x.item() if hasattr(x, "item") else x for x in value]
 
 
 def read_checkpoint(path):
@@ -86,19 +87,81 @@ def read_checkpoint(path):
     return entries
 
 
-def load_model(path):
-    """The model of a checkpoint of ours, in eval mode, on the CPU, in float32, with class_names, img_size, mean,
-    std and interpolation.
+def load(name_or_path, n_classes=None, **overrides):
+    """A trained model, in eval mode, on the CPU, in float32, with its preprocessing.
 
-    Raises InputError as read_checkpoint does, and where weights and configuration do not fit.
+    name_or_path  a name that describe_pretrained() lists, or the path of a checkpoint: ours, or one of a ViT in any
+                  format that load_checkpoint knows (whose mean and std are taken to be ImageNet's)
+    n_classes     None: the head of the checkpoint, or none where it has none (the model then gives features, (B, D));
+                  a number: a new head, untrained, unless it is the checkpoint's own number
+    overrides     img_size (resamples the positions), dropout, drop_path; pool of a public one without its own head.
+                  Any other field belongs to the weights, and is refused if it is not theirs
+
+    A public file is fetched once, with torch.hub, into its usual folder of checkpoints. Raises InputError for an
+    unknown name or field; where a file cannot be fetched (with its address, and where to put it by hand) or read; and
+    where weights and configuration do not fit.
     """
-    entries = read_checkpoint(path)
+    name, weights = str(name_or_path), None
+    if name in PUBLIC:
+        path, entry = fetch(name), PUBLIC[name]
+        model_class, config, preprocessing = VisionTransformer, entry.arguments, entry.preprocessing
+    else:
+        path = OURS_FOLDER / f"{name}.pt" if name in OURS else _existing_file(name)
+        weights = read_weights(path)
+        if weights.model is not None and n_classes is None and not overrides:
+            return weights.model
+        config, _ = (weights.model.config, "") if weights.model is not None else _inferred(weights)
+        model_class = VisionTransformer if weights.model is None else type(weights.model)
+        preprocessing = weights.model.preprocessing if weights.model is not None else None
+        config, preprocessing = vars(config), preprocessing or Preprocessing(config.img_size)
+    check_arguments(model_class, overrides)
+    wanted = config["n_classes"] if n_classes is None else n_classes
+    free = (*FREE, "pool") if name in PUBLIC and not (wanted and wanted == config["n_classes"]) else FREE
+    for argument, value in overrides.items():
+        if argument not in free and value != config[argument]:
+            raise InputError(f"{argument} {value!r} is not that of {name}, {config[argument]!r}; the weights allow "
+                             f"another {', '.join(free)} or n_classes")
+    model = model_class(**{**config, "n_classes": wanted, **overrides})
+    grid = None
+    if "patch_size" in config:
+        grid = tuple(size // side for size, side in zip(pair(config["img_size"]), pair(config["patch_size"]),
+                                                        strict=True))
     try:
-        model = CLASSES[entries["model_class"]](**entries["config"])
+        state, _ = fitted(weights or read_weights(path), model, grid)
+    except InputError as error:
+        if name not in PUBLIC:
+            raise
+        raise InputError(f"{error}; where the file came incomplete, delete it and it is fetched again") from error
+    model.load_state_dict(state)
+    names = preprocessing.class_names if wanted == config["n_classes"] else None
+    model.preprocessing = replace(preprocessing, img_size=model.config.img_size, class_names=names)
+    return model.eval()
+
+
+def _existing_file(name):
+    """The path of a checkpoint. Raises InputError, with the names that there are, where there is no such file."""
+    if Path(name).is_dir():
+        raise InputError(f"{name} is a folder; expected the path of a checkpoint in it, such as "
+                         f"{Path(name) / 'best.pt'}, or one of {', '.join(PRETRAINED)}")
+    if not Path(name).is_file() and Path(name).suffix:
+        raise InputError(f"there is no file {name}; expected the path of a checkpoint, or one of "
+                         f"{', '.join(PRETRAINED)}")
+    if not Path(name).is_file():
+        check_choice("model", name, PRETRAINED)
+    return name
+
+
+def _model_of(entries, path):
+    """The model of a checkpoint of ours, out of its entries. Raises InputError where weights and configuration do not
+    fit."""
+    try:
+        model = model_classes()[entries["model_class"]](**entries["config"])
         model.load_state_dict(entries["state_dict"])
-        for name in ("class_names", "img_size", "mean", "std"):
-            setattr(model, name, entries[name])
-        model.interpolation = entries.get("interpolation") or "bilinear"  # older files do not say
+        facts = {name: entries[name] for name in ("class_names", "mean", "std")}
+        facts["interpolation"] = entries.get("interpolation")  # older files do not say
+        if any(value is not None for value in facts.values()):
+            known = {name: value for name, value in facts.items() if value is not None}
+            model.preprocessing = Preprocessing(entries["img_size"], **known)
     except Exception as error:
         raise InputError(f"{path} is damaged: its weights and its configuration do not fit "
                          f"({first_line(error)})") from error
@@ -228,11 +291,10 @@ def load_checkpoint(model, path, grid_size=None):
     (only Google's and ours do) fits any number: take the one of its paper. A compiled or wrapped model
     (torch.compile, DistributedDataParallel) is filled inside.
     """
-    while hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
-        model = getattr(model, "_orig_mod", None) or model.module
-    if not isinstance(model, tuple(CONFIGS)):
-        raise InputError(f"a {type(model).__name__} cannot be filled from a checkpoint; expected one of "
-                         f"{', '.join(CLASSES)}")
+    model = unwrapped(model)
+    if not is_ours(model):
+        raise InputError(f"a {class_name(model)} cannot be filled from a checkpoint; expected one of "
+                         f"{', '.join(model_classes())}")
     weights = read_weights(path, model)
     state, report = fitted(weights, model, grid_size)
     model.load_state_dict(state)
@@ -243,18 +305,18 @@ def read_weights(path, model=None):
     """A file as Weights; model: one whose own names are known too."""
     entries = read_file(path)
     if entries.get("format") == CHECKPOINT_FORMAT:
-        other = load_model(path)
+        other = _model_of(entries, path)
         if model is not None:
             check_same_kind(other, model, path)
         weights = own_names("ours", path, [], other.state_dict())
         weights.model = other
         return weights
     state, around = unwrap(entries, path)
-    if isinstance(model, (HybridCNNViT, ConvNet)):
+    if model is not None and model.config_class is not VisionTransformer.config_class:
         if state.keys() - {"n_averaged"} != model.state_dict().keys():
             raise InputError(f"{path} is for another architecture: its tensors, such as {next(iter(state))}, are not "
-                             f"those of a {type(model).__name__}; build the model that it was saved from")
-        return own_names(f"state dict of a {type(model).__name__}", path, around, state)
+                             f"those of a {class_name(model)}; build the model that it was saved from")
+        return own_names(f"state dict of a {class_name(model)}", path, around, state)
     try:
         return translate(state, path, around)
     except InputError:
@@ -273,14 +335,14 @@ def own_names(kind, path, around, state):
 
 def check_same_kind(other, model, path):
     """Raises InputError where a model of ours differs from another in what leaves no trace in shapes."""
-    if not isinstance(model, type(other)) or isinstance(model, HybridCNNViT) != isinstance(other, HybridCNNViT):
-        raise InputError(f"{path} holds a {type(other).__name__}, the model is a {type(model).__name__}; build that "
-                         f"one, or take load_model(path), which builds what the file holds")
-    for name in ("n_heads", "pool", "position", "norm_eps", "stem_stride", "stem", "block"):
+    if model.config_class is not other.config_class:
+        raise InputError(f"{path} holds a {type(other).__name__}, the model is a {class_name(model)}; build that "
+                         f"one, or take load(path), which builds what the file holds")
+    for name in WITHOUT_SHAPE:
         theirs, ours = getattr(other.config, name, None), getattr(model.config, name, None)
         if theirs != ours:
             raise InputError(f"{path} is for another architecture: {name} is {theirs} there, {ours} in the model; "
-                             f"take load_model(path), which builds what the file holds")
+                             f"take load(path), which builds what the file holds")
 
 
 def fitted(weights, model, grid_size=None, advise=True):
@@ -331,7 +393,7 @@ def fit(weights, model, grid_size):
     state = {**expected, **{name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}}
     used = tuple(name for ours in tensors for name in weights.sources[ours])
     heads = ""
-    if weights.model is None and weights.n_heads is None and isinstance(model, VisionTransformer):
+    if weights.model is None and weights.n_heads is None and ask(model, "attends"):
         heads = (f"the file does not say how many; the model's {model.config.n_heads} are right only if it was trained "
                  f"with as many")
     return state, LoadReport(weights.path, weights.format.name, used, weights.dropped, tuple(notes), heads)
@@ -467,7 +529,8 @@ class Description:
 
     def __str__(self):
         usual = {f.name: f.default for f in fields(self.config)}  # a HybridCNNViT has some defaults of its own
-        usual |= {name: argument.default for name, argument in signature(CLASSES[self.model_class]).parameters.items()}
+        arguments = signature(model_classes()[self.model_class]).parameters
+        usual |= {name: argument.default for name, argument in arguments.items() if name in usual}
         settings = {name: value for name, value in vars(self.config).items() if value != usual[name]}
         lines = [str(self.report)]
         return "\n".join([*lines, f"  {self.n_parameters:,} parameters. It loads with", "",
@@ -483,18 +546,23 @@ def describe_checkpoint(path):
     weights = read_weights(path)
     model, heads = weights.model, ""
     if model is None:
-        try:
-            config, heads = infer_config(weights)
-        except InputError:
-            raise
-        except (ValueError, IndexError, TypeError, StopIteration) as error:  # tensors of a rank that no ViT has
-            raise InputError(f"{path} ({weights.format.name}) has tensors of shapes that no ViT has "
-                             f"({first_line(error)})") from error
+        config, heads = _inferred(weights)
         with torch.device("meta"):
             model = VisionTransformer(**vars(config))
     _, report = fitted(weights, model, advise=False)
     n_parameters = sum(p.numel() for p in model.parameters())
-    return Description(replace(report, heads=heads), type(model).__name__, model.config, n_parameters)
+    return Description(replace(report, heads=heads), class_name(model), model.config, n_parameters)
+
+
+def _inferred(weights):
+    """infer_config, with one line for tensors of a rank that no ViT has."""
+    try:
+        return infer_config(weights)
+    except InputError:
+        raise
+    except (ValueError, IndexError, TypeError, StopIteration) as error:
+        raise InputError(f"{weights.path} ({weights.format.name}) has tensors of shapes that no ViT has "
+                         f"({first_line(error)})") from error
 
 
 def infer_config(weights):

@@ -1,4 +1,7 @@
-"""Trained models: ours, public ones by name, and those in a checkpoint."""
+"""Trained models by name: ours, which lie beside this file, and public ones, which are fetched once.
+
+checkpoints.load(name) opens them; describe_pretrained() lists them.
+"""
 
 import hashlib
 from contextlib import suppress
@@ -9,19 +12,9 @@ from urllib.error import URLError
 import torch
 from torchvision.models import ViT_B_16_Weights
 
-from vit_bridge.errors import InputError, check_choice, first_line
-from vit_bridge.models.convnet import ConvNet
-from vit_bridge.models.registry import CLASSES, CONFIGS, check_arguments
-from vit_bridge.weights.checkpoints import (
-    CHECKPOINT_FORMAT,
-    describe_checkpoint,
-    load_checkpoint,
-    read_checkpoint,
-    read_file,
-)
-from vit_model import VARIANTS, VisionTransformer, pair
-
-IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+from vit_bridge.errors import InputError, first_line
+from vit_bridge.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from vit_model import VARIANTS
 
 
 @dataclass(frozen=True)
@@ -43,8 +36,8 @@ class Pretrained:
     licence: str
     source: str
     measured: str = "as it is"
-    mean: tuple = IMAGENET["mean"]
-    std: tuple = IMAGENET["std"]
+    mean: tuple = IMAGENET_MEAN
+    std: tuple = IMAGENET_STD
     interpolation: str = "bicubic"
     config: dict = field(default_factory=dict)
 
@@ -52,6 +45,12 @@ class Pretrained:
     def arguments(self):
         """Those of VisionTransformer; without a head of its own the model has n_classes=0."""
         return vars(replace(VARIANTS[self.variant], **self.config))
+
+    @property
+    def preprocessing(self):
+        """With the names of ImageNet's classes where it has a head for them."""
+        names = ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"] if self.arguments["n_classes"] else None
+        return Preprocessing(self.arguments["img_size"], self.mean, self.std, self.interpolation, names)
 
 
 def deit(variant, file, checksum, top1, **config):
@@ -118,94 +117,6 @@ PUBLIC = {
 OURS = ("vit_nano_shapes", "hybrid_shapes", "convnet_shapes")
 OURS_FOLDER = Path(__file__).parent / "shipped"
 PRETRAINED = (*OURS, *PUBLIC)
-# What may differ from the configuration that weights were trained in.
-FREE = ("img_size", "dropout", "drop_path")
-
-
-def create_pretrained(name, n_classes=None, **overrides):
-    """A trained model of the table PRETRAINED, in eval mode, with class_names, img_size, mean, std, interpolation.
-
-    name        in the table, or the path of a checkpoint: ours, or one of a ViT in any format that load_checkpoint
-                knows (whose mean and std are taken to be ImageNet's)
-    n_classes   None: the head of the checkpoint, or none where it has none (the model then gives features, (B, D));
-                a number: a new head, untrained, unless it is the checkpoint's own number
-    overrides   img_size (resamples the positions), dropout, drop_path; pool of a public one without its own head.
-                Any other field belongs to the weights, and is refused if it is not theirs
-
-    A public file is fetched once, with torch.hub, into its usual folder of checkpoints. Raises InputError for an
-    unknown name or field; where the file cannot be fetched (with its address, and where to put it by hand) or is
-    damaged; and where one of ours is not beside this module (weights are part of the checkout, so install with
-    `pip install -e .`).
-    """
-    if name not in PRETRAINED and Path(name).is_file():
-        return model_of_file(name, n_classes, overrides)
-    if name not in PRETRAINED and Path(name).is_dir():
-        raise InputError(f"{name} is a folder; expected the path of a checkpoint in it, such as "
-                         f"{Path(name) / 'best.pt'}, or one of {', '.join(PRETRAINED)}")
-    if Path(name).suffix:
-        raise InputError(f"there is no file {name}; expected the path of a checkpoint, or one of "
-                         f"{', '.join(PRETRAINED)}")
-    check_choice("model", name, PRETRAINED)
-    if name in OURS:
-        path = OURS_FOLDER / f"{name}.pt"
-        entries = read_checkpoint(path)
-        model_class, facts = CLASSES[entries["model_class"]], entries
-        arguments = vars(CONFIGS[model_class](**entries["config"]))  # older files lack younger options
-        class_names = entries["class_names"]
-    else:
-        entry = PUBLIC[name]
-        model_class, arguments, facts = VisionTransformer, entry.arguments, vars(entry)
-        class_names = ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"] if arguments["n_classes"] else None
-    check_arguments(model_class, overrides)
-    own_classes, wanted = arguments["n_classes"], arguments["n_classes"] if n_classes is None else n_classes
-    free = FREE if name in OURS or (wanted and wanted == own_classes) else (*FREE, "pool")
-    for argument, value in overrides.items():
-        if argument not in free and value != arguments[argument]:
-            raise InputError(f"{argument} {value!r} is not that of {name}, {arguments[argument]!r}; the weights allow "
-                             f"another {', '.join(free)} or n_classes")
-    model = model_class(**{**arguments, "n_classes": wanted, **overrides})
-    if name in OURS:
-        load_checkpoint(model, path)
-    else:
-        side = arguments["img_size"] // arguments["patch_size"]
-        load_public(model, fetch(name), (side, side))
-    model.class_names = class_names if wanted == own_classes else None
-    model.img_size = model.config.img_size
-    model.mean, model.std = facts["mean"], facts["std"]
-    model.interpolation = facts.get("interpolation") or "bilinear"
-    return model.eval()
-
-
-def model_of_file(path, n_classes=None, overrides=None):
-    """create_pretrained, for the path of a checkpoint."""
-    description, overrides = describe_checkpoint(path), overrides or {}
-    model_class, config = CLASSES[description.model_class], description.config
-    check_arguments(model_class, overrides)
-    for argument, value in overrides.items():
-        if argument not in FREE and value != getattr(config, argument):
-            raise InputError(f"{argument} {value!r} is not that of {path}, {getattr(config, argument)!r}; the weights "
-                             f"allow another {', '.join(FREE)} or n_classes")
-    wanted = config.n_classes if n_classes is None else n_classes
-    model = model_class(**{**vars(config), "n_classes": wanted, **overrides})
-    grid = None
-    if model_class is not ConvNet:
-        grid = tuple(size // side for size, side in zip(pair(config.img_size), pair(config.patch_size), strict=True))
-    load_checkpoint(model, path, grid)
-    entries = read_file(path)
-    facts = entries if entries.get("format") == CHECKPOINT_FORMAT else IMAGENET
-    model.class_names = facts.get("class_names") if wanted == config.n_classes else None
-    model.img_size = model.config.img_size
-    model.mean, model.std = facts["mean"] or IMAGENET["mean"], facts["std"] or IMAGENET["std"]
-    model.interpolation = facts.get("interpolation") or "bilinear"
-    return model.eval()
-
-
-def load_public(model, path, grid_size):
-    """load_checkpoint, for a file in a folder that people do not look into."""
-    try:
-        load_checkpoint(model, path, grid_size)
-    except InputError as error:
-        raise InputError(f"{error}; where the file came incomplete, delete it and it is fetched again") from error
 
 
 def fetch(name):

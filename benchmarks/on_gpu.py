@@ -1,0 +1,199 @@
+"""What one GPU shows, in one call of at most 9 minutes and without a network.
+
+    benchmarks/on_gpu.sh OUT                             tests, throughput, trainings; writes OUT/cells.json and logs
+    python benchmarks/results.py gpu OUT/cells.json      puts that into RESULTS.md
+    benchmarks/on_gpu.sh OUT --dry-run                   all of it, tiny, on the CPU
+
+The trainings need CIFAR-10 (JPEG): data/cifar10-jpeg/ or data/cifar10-jpeg.tar.xz in the checkout, both ignored by git.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from results import make_cell
+
+from vit_bridge.errors import InputError, first_line
+from vit_bridge.runtime import choose_device
+from vit_bridge.system import ROOT
+
+TOTAL_SECONDS = 520  # of the whole call; what still runs then is ended
+TEST_SECONDS, THROUGHPUT_SECONDS, TRAINING_SECONDS = 150, 210, 70  # the last: one of 45 seconds, its start and its test
+TRAINED = ("vit_nano", "hybrid", "convnet")
+DRY_ENVIRONMENT = dict(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1")  # torch.compile then gives the model as it is
+IMAGES = ROOT / "data" / "cifar10-jpeg"
+TAIL = 2000  # characters of a failed command's output that its cell keeps
+
+
+class Check:
+    """The parts of the check, one after the other; each adds its cells, and the file is written anew after each."""
+
+    def __init__(self, out, scratch, device, dry_run):
+        self.out, self.scratch, self.device, self.dry_run = out, scratch, device, dry_run
+        self.end, self.cells, self.failed_tests = time.monotonic() + TOTAL_SECONDS, [], False
+
+    @property
+    def seconds_left(self):
+        return self.end - time.monotonic()
+
+    def keep(self, part, name, command, result):
+        result = result | dict(part=part, name=name, dry_run=self.dry_run, device=self.device.type)
+        self.cells.append(make_cell("gpu", 0, in_words(command).replace(str(self.scratch), "OUT"), result))
+        (self.out / "cells.json").write_text(json.dumps(self.cells, indent=2) + "\n")
+
+    def run(self, name, command, seconds):
+        """Runs a command with its output in OUT/<name>.log. Returns None, or dict(error, tail) where it failed."""
+        log, seconds = self.out / f"{name}.log", min(seconds, self.seconds_left)
+        print(f"$ {in_words(command)}   (at most {seconds:.0f} s)", flush=True)
+        with log.open("w") as file:
+            process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+                                       env=os.environ | DRY_ENVIRONMENT if self.dry_run else None)
+            try:
+                code = process.wait(max(1, seconds))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                code = None
+        if code == 0:
+            return None
+        error = f"ended after {seconds:.0f} s" if code is None else f"exit status {code}"
+        return dict(error=error, tail=log.read_text(errors="replace")[-TAIL:])
+
+    def run_all(self):
+        for part in (self.test, self.measure, self.train):
+            try:
+                part()
+            except Exception as error:  # the other parts go on
+                self.failed_tests = self.failed_tests or part == self.test
+                self.keep(part.__name__, part.__name__, [], dict(error=first_line(error)))
+
+    # ---- The parts
+
+    def test(self):
+        report = self.scratch / "tests.xml"
+        # -o addopts=: without xdist, which this machine may lack
+        command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "-o",
+                   "addopts=--import-mode=importlib", "-m", "cuda", "-v", "-rs", f"--junitxml={report}", "tests/cuda"]
+        if self.dry_run:
+            command += ["-k", "planted or group"]
+        failure = dict(error="pytest is not installed")
+        if importlib.util.find_spec("pytest"):
+            failure = self.run("tests", command, TEST_SECONDS)
+        self.failed_tests = failure is not None
+        self.keep("tests", "tests", command, read_report(report) if report.exists() else failure)
+
+    def measure(self):
+        reserved = len(TRAINED) * TRAINING_SECONDS if find_images() else 0
+        seconds = min(THROUGHPUT_SECONDS, self.seconds_left - reserved)
+        lines = self.scratch / "throughput.jsonl"
+        command = [sys.executable, "benchmarks/throughput.py", "--device", self.device.type, "--output", str(lines),
+                   "--budget", f"{seconds - 20:.0f}"]  # 20: for its start
+        command += ["--set", "dry-run", "--rounds", "2"] if self.dry_run else ["--set", "gpu", "--rounds", "11"]
+        failure = self.run("throughput", command, seconds)
+        for line in lines.read_text().splitlines() if lines.exists() else ():
+            result = json.loads(line)
+            self.keep("throughput", result["column"], command, result)
+        if failure:
+            self.keep("throughput", "throughput", command, failure)
+
+    def train(self):
+        if not self.dry_run:
+            unpack_images()
+        for done, model in enumerate(TRAINED):
+            command = [sys.executable, "train_vit.py", "--model", model, "--device", self.device.type, "--seed", "0",
+                       "--output-dir", str(self.scratch / model)]
+            command += ["--dry-run", "--dataset", "shapes"] if self.dry_run else ["--minutes", "0.75", "--data-dir",
+                                                                                  str(IMAGES.relative_to(ROOT))]
+            seconds = self.seconds_left - TRAINING_SECONDS * (len(TRAINED) - done - 1)
+            if not self.dry_run and find_images() is None:
+                failure = dict(error=f"no images in {IMAGES.relative_to(ROOT)}/, and no {IMAGES.name}.tar.xz beside it")
+            elif seconds < TRAINING_SECONDS - 10:
+                failure = dict(error=f"only {seconds:.0f} s were left")
+            else:
+                failure = self.run(f"training-{model}", command, seconds)
+            result = failure or json.loads((self.scratch / model / "result.json").read_text())
+            self.keep("training", model, command, result)
+
+
+def find_images():
+    """The folder of images, or the archive of it; None where neither was carried along."""
+    archive = IMAGES.with_name(f"{IMAGES.name}.tar.xz")
+    return IMAGES if IMAGES.is_dir() else archive if archive.exists() else None
+
+
+def unpack_images():
+    """Makes the folder of images where only the archive is there."""
+    found, part = find_images(), IMAGES.with_name(f"{IMAGES.name}.part")
+    if found not in (None, IMAGES):
+        with tarfile.open(found) as archive:
+            archive.extractall(part, filter="data")
+        part.rename(IMAGES)
+
+
+def read_report(path):
+    """What a JUnit report says: dict(passed, failed, skipped, seconds), the middle two lists of dict(test, reason)."""
+    suite, failed, skipped = ElementTree.parse(path).getroot().find("testsuite"), [], []
+    for case in suite.iter("testcase"):
+        for kind, entries in (("failure", failed), ("error", failed), ("skipped", skipped)):
+            if (found := case.find(kind)) is not None:
+                reason = (found.get("message") or "").split("\n")[0][:300]
+                entries.append(dict(test=case.get("name"), reason=reason, tail=(found.text or "")[-TAIL:]))
+    tests = len(list(suite.iter("testcase")))
+    return dict(passed=tests - len(failed) - len(skipped), failed=failed, skipped=skipped,
+                seconds=float(suite.get("time")))
+
+
+def in_words(command):
+    return shlex.join(["python", *command[1:]])
+
+
+def summary(cells):
+    """A line a cell."""
+    lines = []
+    for cell in cells:
+        r = cell["result"]
+        if "error" in r:
+            text = r["error"]
+        elif r["part"] == "tests":
+            text = f"{r['passed']} passed, {len(r['failed'])} failed, {len(r['skipped'])} skipped"
+            text += "".join(f"\n    FAILED {entry['test']}: {entry['reason']}" for entry in r["failed"])
+        elif r["part"] == "throughput":
+            text = ", ".join(f"{name} {found['images_per_second']:.0f}" for name, found in r["libraries"].items())
+            text += " images/s"
+        else:
+            text = f"test accuracy {r['test_acc']:.1%}, {r['images_per_second']:.0f} images/s"
+        lines.append(f"{r['part']:10s} {r['name']}: {text}")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="a folder for cells.json and the logs")
+    parser.add_argument("--dry-run", action="store_true", help="everything tiny, on the CPU")
+    options = parser.parse_args()
+    try:
+        device = choose_device("cpu" if options.dry_run else "cuda")
+    except InputError as error:
+        parser.error(str(error))
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        check = Check(options.out.resolve(), Path(scratch), device, options.dry_run)
+        check.run_all()
+    print(f"\n{summary(check.cells)}\n{options.out / 'cells.json'}")
+    sys.exit(int(check.failed_tests))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""benchmarks/on_gpu.sh: what fails is kept and said, the rest goes on, and RESULTS.md draws what it wrote."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def module_of(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # where dataclasses look
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def results(monkeypatch, tmp_path):
+    """results.py with a folder of its own, which holds one table of the project's."""
+    module = module_of("results", monkeypatch)
+    (tmp_path / "results").mkdir()
+    shutil.copy(BENCHMARKS / "results" / "formats-all.json", tmp_path / "results")
+    monkeypatch.setattr(module, "HERE", tmp_path)
+    return module
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    return module_of("on_gpu", monkeypatch)
+
+
+@pytest.fixture
+def check(on_gpu, tmp_path):
+    for name in ("out", "scratch"):
+        (tmp_path / name).mkdir()
+    return on_gpu.Check(tmp_path / "out", tmp_path / "scratch", torch.device("cpu"), dry_run=True)
+
+
+def page_with(results, cells):
+    """(RESULTS.md without these cells, RESULTS.md with them)."""
+    results.page()
+    before = (results.HERE / "RESULTS.md").read_text()
+    (results.HERE / "cells.json").write_text(json.dumps(cells))
+    results.keep_gpu(results.HERE / "cells.json")
+    results.page()
+    return before, (results.HERE / "RESULTS.md").read_text()
+
+
+def python(code):
+    return [sys.executable, "-c", code]
+
+
+# ---- What fails -------------------------------------------------------------------------------------------
+
+
+def test_a_command_that_fails_leaves_the_end_of_its_output(check):
+    assert check.run("fine", python("print(1)"), 60) is None
+    assert (check.out / "fine.log").read_text() == "1\n"
+    assert check.run("bad", python("print('a word'); raise SystemExit(3)"), 60) == dict(error="exit status 3",
+                                                                                        tail="a word\n")
+
+
+def test_a_command_without_end_is_ended_with_all_that_it_started(check):
+    code = ("import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
+            "print(child.pid, flush=True); child.wait()")
+    found = check.run("long", python(code), 4)
+    assert found["error"] == "ended after 4 s"
+    child = Path(f"/proc/{int(found['tail'])}/stat")
+    assert not child.exists() or child.read_text().split()[2] == "Z"
+
+
+def test_a_part_that_breaks_is_said_and_the_others_go_on(check, monkeypatch):
+    def broken():
+        raise OSError("no room")
+
+    monkeypatch.setattr(check, "measure", broken)
+    monkeypatch.setattr(check, "test", lambda: check.keep("tests", "tests", [], dict(error="x")))
+    monkeypatch.setattr(check, "train", lambda: check.keep("training", "vit_nano", [], dict(error="y")))
+    check.run_all()
+    cells = json.loads((check.out / "cells.json").read_text())
+    assert [cell["result"]["error"] for cell in cells] == ["x", "OSError: no room", "y"]
+
+
+def test_without_images_no_model_is_trained_and_the_cells_say_so(check, on_gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(on_gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(on_gpu, "IMAGES", tmp_path / "data" / "photos")
+    check.dry_run = False
+    check.train()
+    assert [cell["result"]["name"] for cell in check.cells] == list(on_gpu.TRAINED)
+    assert {cell["result"]["error"] for cell in check.cells} == {
+        "no images in data/photos/, and no photos.tar.xz beside it"}
+
+
+def test_an_archive_of_images_is_unpacked_where_the_training_looks(on_gpu, monkeypatch, tmp_path):
+    (tmp_path / "train" / "bird").mkdir(parents=True)
+    (tmp_path / "train" / "bird" / "1.jpg").write_text("a bird")
+    with tarfile.open(tmp_path / "photos.tar.xz", "w:xz") as archive:
+        archive.add(tmp_path / "train", "train")
+    monkeypatch.setattr(on_gpu, "IMAGES", tmp_path / "photos")
+    on_gpu.unpack_images()
+    on_gpu.unpack_images()  # with nothing left to do
+    assert (tmp_path / "photos" / "train" / "bird" / "1.jpg").read_text() == "a bird"
+
+
+def test_a_library_that_fails_costs_its_column_alone(monkeypatch):
+    throughput = module_of("throughput", monkeypatch)
+
+    def broken(config):
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setitem(throughput.LIBRARIES, "timm", broken)
+    column, cpu = throughput.dry_columns()[0], torch.device("cpu")
+    assert throughput.measure_within(column, ["ours", "timm"], 1, cpu, 60) == dict(
+        column="nano-2-inference-bf16", device="cpu", error="RuntimeError: out of memory")
+    assert throughput.measure_within(column, ["ours"], 1, cpu, -1)["error"] == "no time was left for it"
+
+
+REPORT = """<testsuites><testsuite time="7.5">
+<testcase name="test_a"/><testcase name="test_b"><failure message="bf16: off&#10;more">the trace</failure></testcase>
+<testcase name="test_c"><skipped message="no CUDA"/></testcase></testsuite></testsuites>"""
+
+
+def test_a_failed_test_stands_in_the_page_with_its_reason(check, on_gpu, results, tmp_path):
+    (tmp_path / "report.xml").write_text(REPORT)
+    found = on_gpu.read_report(tmp_path / "report.xml")
+    assert found["failed"] == [dict(test="test_b", reason="bf16: off", tail="the trace")]
+    check.keep("tests", "tests", [], found)
+    check.keep("throughput", "base-128-training-bf16", [], dict(error="out of memory"))
+    before, page = page_with(results, check.cells)
+    assert page.startswith(before)
+    assert "## gpu" not in before
+    for line in ("Tests: 1 passed, 1 failed, 1 skipped, in 8 s.", "- failed: test_b: bf16: off",
+                 "- skipped: test_c: no CUDA", "- base-128-training-bf16: not measured, out of memory"):
+        assert f"\n{line}\n" in page
+
+
+def test_a_commit_that_the_machine_did_not_know_is_filled_in(check, results):
+    check.keep("tests", "tests", [], dict(error="x"))
+    check.cells[0]["commit"] = "unknown"
+    page_with(results, check.cells)
+    kept = [json.loads(path.read_text()) for path in (results.HERE / "results").glob("gpu-*.json")]
+    assert [cells[0]["commit"] for cells in kept] == [results.commit()]
+
+
+# ---- All of it --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_dry_run_goes_through_all_parts_and_is_drawn(results, tmp_path):
+    done = subprocess.run([BENCHMARKS / "on_gpu.sh", tmp_path / "out", "--dry-run"], capture_output=True, text=True,
+                          env=os.environ | dict(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = json.loads((tmp_path / "out" / "cells.json").read_text())
+    assert [cell["result"]["name"] for cell in cells] == [
+        "tests", "nano-2-inference-bf16", "nano-2-training-bf16-compiled", "vit_nano", "hybrid", "convnet"]
+    assert not any("error" in cell["result"] for cell in cells)
+    before, page = page_with(results, cells)
+    assert page.startswith(before)
+    section = page[len(before):]
+    for line in ("dry run\n", "Tests: 3 passed, 0 failed, 0 skipped", "| nano-2-inference-bf16 |", "| convnet | 0 |"):
+        assert line in section
