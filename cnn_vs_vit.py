@@ -131,7 +131,7 @@ def plan_trials(names, folder, options, recipe=RECIPE):
     for name in names:
         images, plan.arguments[name], numbers, dataset = few, few, (None,), ""
         if name == "data":
-            loaders = loaders_of(options)
+            loaders = _loaders_of(options)
             images, numbers, dataset = _describe_loaders(loaders, options)
             plan.arguments[name] = dict(loaders=loaders)
         settings = dict(recipe=asdict(recipe), precision=str(precision or torch.float32), images=images)
@@ -215,11 +215,11 @@ def _measure_trial(trial, plan, options):
     device = choose_device(options.device).type
     return dict(table=trial.experiment, commit=commit(), date=time.strftime("%Y-%m-%d"), machine=machine(device),
                 versions=dict(torch=torch.__version__, torchvision=torchvision.__version__), seed=trial.seed,
-                command=command_of(trial.experiment, options), setting=plan.settings[trial.experiment],
+                command=_command_of(trial.experiment, options), setting=plan.settings[trial.experiment],
                 result=result | dict(device=device))
 
 
-def command_of(name, options):
+def _command_of(name, options):
     """The command that measures the trials of this experiment again."""
     words, defaults = ["python", "cnn_vs_vit.py", "--train", "--only", name], vars(make_parser().parse_args([]))
     of_images = ("data_dir", "img_size", "train_fractions", "seed", "skip_corrupt") if name == "data" else ()
@@ -262,7 +262,7 @@ def show_trials(names, folder, trials):
 def compare_on_folder(options, folder):
     """Trains all three on the images of --data-dir and says which, if any, is better there. Returns ({"verdict": data},
     sections)."""
-    loaders = loaders_of(options)
+    loaders = _loaders_of(options)
     train_loader, val_loader, test_loader = loaders
     split, asked = ("validation", val_loader) if test_loader is None else ("test", test_loader)
     print(f"{train_loader.n_images:,} training images of {train_loader.img_size} pixels, "
@@ -275,10 +275,10 @@ def compare_on_folder(options, folder):
     device = choose_device(options.device)
     costs = {kind: 1e3 / throughput(build_kind(kind, len(train_loader.class_names), train_loader.img_size),
                                     batch_size=32, seconds=0.5, device=device) for kind in rows}
-    parts = split_for_linear(train_loader) if test_loader is None else (
+    parts = _split_for_linear(train_loader) if test_loader is None else (
         train_loader.without_augmentation(LINEAR_IMAGES), val_loader)
     controls = {"a linear classifier on the pixels": linear_classifier(*parts, asked)["test_acc"],
-                "predicting the largest class every time": share_of_largest_class(train_loader, asked)}
+                "predicting the largest class every time": _share_of_largest_class(train_loader, asked)}
     skipped = _skipped_files(loaders)
     finding = " ".join([summarise(rows, costs), *caveats(rows, controls, train_loader.n_images),
                         *([f"Left out: {len(skipped)} image files that cannot be read."] if skipped else [])])
@@ -297,7 +297,7 @@ def compare_on_folder(options, folder):
     return {"verdict": dict(rows=rows, costs=costs, controls=controls, finding=finding, skipped=skipped)}, [section]
 
 
-def split_for_linear(train_loader):
+def _split_for_linear(train_loader):
     """(four of five, every fifth) of the training images, not augmented: to fit a linear classifier, and to choose its
     strength where the validation images are needed for the comparison itself."""
     plain = train_loader.without_augmentation(LINEAR_IMAGES)
@@ -306,13 +306,13 @@ def split_for_linear(train_loader):
             for part in (~fifth, fifth)]
 
 
-def share_of_largest_class(train_loader, asked):
+def _share_of_largest_class(train_loader, asked):
     """The share of the images asked that belong to the class with the most training images."""
     counts = train_loader.class_counts
     return asked.class_counts[counts.index(max(counts))] / asked.n_images
 
 
-def loaders_of(options):
+def _loaders_of(options):
     """(training, validation, test) images of --data-dir, or the built-in shapes. Photographs are made small."""
     data = dict(data_dir=options.data_dir or "./no-such-folder", img_size=options.img_size, seed=options.seed,
                 dataset="auto" if options.data_dir else "shapes", batch_size=RECIPE.batch_size,

@@ -231,7 +231,7 @@ class Trainer:
 
     def train_epoch(self, loader, state, bar):
         """The batches of an epoch that are left, from where the state stands."""
-        set_train_mode(self.model)
+        _set_train_mode(self.model)
         self.objective.train()
         loader.set_position(len(state.history["lr"]), min(state.batch, len(loader)))
         batches = itertools.islice(loader, state.n_steps - state.step)
@@ -285,7 +285,7 @@ class Trainer:
                 state.scaler.scale(loss * share).backward()
             total += loss.detach() * share
         if n_own == 0:
-            set_train_mode(self.model)
+            _set_train_mode(self.model)
         state.scaler.unscale_(state.optimizer)  # clip true gradients, not scaled ones
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), state.config.clip_norm)
         state.track_finite(norm.isfinite() & total.isfinite())
@@ -487,7 +487,7 @@ class InPrecision:
         return tuple(map(at_least_float32, output)) if isinstance(output, tuple) else output.float()
 
 
-def set_train_mode(model):
+def _set_train_mode(model):
     """model.train(), but what is wholly frozen stays in eval mode: no dropout there, batch statistics kept. Where
     nothing but the last layer is trained, so do layers without parameters, such as the dropout after the positions."""
     model.train()
@@ -579,11 +579,11 @@ def train(options):
     options: as parse() gives them.
     """
     with processes(device_to_resume(options)) as device, Interrupts() as interrupts:
-        folder, lock, saved = open_run(options)
+        folder, lock, saved = _open_run(options)
         known = {name: value for name, value in vars(options).items() if name != "given"}
         if saved:
-            known = options_to_resume(options.given, before_recipes(saved["options"]))
-            if result := broadcast_object(complete_result(folder)):
+            known = options_to_resume(options.given, _before_recipes(saved["options"]))
+            if result := broadcast_object(_complete_result(folder)):
                 print(f"The run is complete; its results are in {folder}/result.json.")
                 return result
             print(f"Going on with {folder}.")
@@ -592,7 +592,7 @@ def train(options):
         return finish(run, history, seconds)
 
 
-def open_run(options):
+def _open_run(options):
     """(folder, its lock, what read_run() gives of it) of the run that --resume names; None for what is not there."""
     if not options.resume:
         return None, None, None
@@ -612,16 +612,16 @@ def prepare(options, device, folder=None, lock=None, saved=None):
         raise InputError(f"--output-dir {options.output_dir} already holds files of a run; go on with that by "
                          f"--resume {options.output_dir}, or choose a new folder")
     torch.manual_seed(options.seed)
-    start = pretrained_model(options, folder, saved) if options.pretrained else None
-    data = data_arguments(options, start)
+    start = _pretrained_model(options, folder, saved) if options.pretrained else None
+    data = _data_arguments(options, start)
     train_loader, val_loader = load_data(data)
-    name = model_name(options, train_loader.img_size)
-    recipe = choose_run_recipe(options, saved, name, train_loader, device)
+    name = _model_name(options, train_loader.img_size)
+    recipe = _choose_run_recipe(options, saved, name, train_loader, device)
     data["batch_size"] = train_loader.batch_size = val_loader.batch_size = recipe.batch_size
     train_loader.set_augmentation(recipe.augmentation)
     if isinstance(train_loader, MemoryLoader):
         recipe = replace(recipe, augmentation=train_loader.augmentation)  # digits are never mirrored
-    validation_files = fingerprint(val_loader)
+    validation_files = _fingerprint(val_loader)
     if options.dry_run:
         val_loader = val_loader.without_augmentation(2 * recipe.batch_size)
     class_names = train_loader.class_names
@@ -638,12 +638,12 @@ def prepare(options, device, folder=None, lock=None, saved=None):
     loaders, trained = (train_loader, val_loader), model
     if options.freeze_backbone:
         loaders, trained = feature_loaders(freeze_backbone(model), loaders, device), model.head
-    trainer = make_trainer(options, recipe, model, trained, train_loader, device)
-    describe_run(options, name, recipe, model, train_loader, val_loader, trainer)
+    trainer = _make_trainer(options, recipe, model, trained, train_loader, device)
+    _describe_run(options, name, recipe, model, train_loader, val_loader, trainer)
     spent = broadcast_object(time.perf_counter() - started) if options.freeze_backbone else 0.0  # on the features
-    n_steps = saved["n_steps"] if saved else count_steps(options, trainer, loaders, spent)
-    entries = dict(options=lasting(options), n_steps=n_steps, n_images=train_loader.n_images,
-                   command=command_of(vars(options), n_steps), n_processes=n_processes(),
+    n_steps = saved["n_steps"] if saved else _count_steps(options, trainer, loaders, spent)
+    entries = dict(options=_lasting(options), n_steps=n_steps, n_images=train_loader.n_images,
+                   command=_command_of(vars(options), n_steps), n_processes=n_processes(),
                    validation_files=validation_files, recipe=asdict(recipe))
     print(f"{n_steps} steps, {n_steps / len(loaders[0]):.1f} epochs; the same run again: {entries['command']}")
     if process_number() == 0:
@@ -653,7 +653,7 @@ def prepare(options, device, folder=None, lock=None, saved=None):
                trainer, entries, saved and saved.get("training"))
 
 
-def lasting(options):
+def _lasting(options):
     """The options as a dict, with the folder of the images as it is found from another folder too."""
     data_dir = Path(options.data_dir).expanduser()
     return dict(vars(options), data_dir=str(data_dir.resolve()) if data_dir.exists() else options.data_dir)
@@ -667,7 +667,7 @@ def chosen(options, *names):
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
-def data_arguments(options, start):
+def _data_arguments(options, start):
     """Arguments of get_data_loaders; images are normalised and resized as the pretrained model wants them."""
     data = dict(data_dir=options.data_dir, img_size=options.img_size, dataset=options.dataset,
                 val_fraction=options.val_fraction, seed=options.seed, workers=options.num_workers,
@@ -691,14 +691,14 @@ def load_data(data):
     return loaders
 
 
-def pretrained_model(options, folder, saved):
+def _pretrained_model(options, folder, saved):
     """The model to start from: a run that goes on has it in last.pt, wherever it came from."""
     if saved and "training" in saved:
         return load(folder / LAST)
     return load(options.pretrained, **chosen(options, "img_size", "drop_path"))
 
 
-def model_name(options, img_size):
+def _model_name(options, img_size):
     """What the model is called: its name in MODELS, or that of the pretrained one's file or run."""
     if not options.pretrained:
         return options.model or ("vit_nano" if img_size <= SMALL_SIDE else "vit_tiny")
@@ -736,7 +736,7 @@ def fit_head(model, class_names):
 # ---- Recipe, Trainer and steps
 
 
-def choose_run_recipe(options, saved, name, train_loader, device):
+def _choose_run_recipe(options, saved, name, train_loader, device):
     """The recipe that the run began with; for a new run the one asked for, or the one for these images and minutes,
     with what the options override."""
     if saved and "recipe" in saved:
@@ -745,7 +745,7 @@ def choose_run_recipe(options, saved, name, train_loader, device):
     if not options.recipe:
         kind = "head" if options.freeze_backbone else "pretrained" if options.pretrained else "new"
         precision = choose_precision(options.amp, device)
-        options.recipe = choose_recipe(name, img_size, budget(options), kind, precision)
+        options.recipe = choose_recipe(name, img_size, _budget(options), kind, precision)
     check_choice("recipe", options.recipe, RECIPES)
     recipe = RECIPES[options.recipe]
     if recipe.model not in (None, name) and not options.pretrained:
@@ -776,7 +776,7 @@ def choose_run_recipe(options, saved, name, train_loader, device):
     return recipe
 
 
-def make_trainer(options, recipe, model, trained, train_loader, device):
+def _make_trainer(options, recipe, model, trained, train_loader, device):
     """The Trainer of a run: the recipe's, at the precision and in the parts that the options say."""
     weights = balancing_weights(train_loader.class_counts) if options.class_weights else None
     mixing = None if recipe.mixing == "none" else Mixing(recipe.mixing, len(train_loader.class_names))
@@ -788,17 +788,17 @@ def make_trainer(options, recipe, model, trained, train_loader, device):
     return Trainer(trained, device, Classification(recipe.label_smoothing, weights, mixing), config)
 
 
-def budget(options):
+def _budget(options):
     """In minutes; None where the length is one of epochs or steps."""
     in_steps = options.epochs or options.steps or (options.freeze_backbone and not options.minutes)
     return None if in_steps else options.minutes or MINUTES
 
 
-def count_steps(options, trainer, loaders, spent):
+def _count_steps(options, trainer, loaders, spent):
     """The number of steps of a new run. spent: seconds that its minutes have lost already."""
     if options.dry_run:
         return 2
-    minutes = budget(options)
+    minutes = _budget(options)
     if minutes is None:
         return options.steps or (options.epochs or HEAD_EPOCHS) * len(loaders[0])
     print(f"Measuring the speed, for the number of steps in {minutes:g} minutes of training and validation ...",
@@ -811,14 +811,14 @@ def count_steps(options, trainer, loaders, spent):
     return n_steps
 
 
-def describe_run(options, name, recipe, model, train, val, trainer):
+def _describe_run(options, name, recipe, model, train, val, trainer):
     """Prints what is trained on what, and what is to be known of it. train, val: the loaders of the images."""
     frozen = f", {count_parameters(trainer.model):,} of them trained" if options.freeze_backbone else ""
     print(f"{name}: {count_parameters(model):,} parameters{frozen}; {train.dataset_name}: "
           f"{train.n_images:,} training and {val.n_images:,} validation images of {train.img_size} pixels, "
           f"{len(train.class_names)} classes; {trainer.device}, {trainer.dtype or torch.float32}")
     print(f"Recipe {options.recipe}: {recipe.describe(isinstance(train, MemoryLoader))}")
-    if text := unevenness(train.class_names, train.class_counts):
+    if text := _unevenness(train.class_names, train.class_counts):
         weighted = "--class-weights lets them count alike" if options.class_weights else \
             "look at the balanced accuracy; --class-weights would let all classes count alike"
         print(f"{text}: {weighted}.")
@@ -826,7 +826,7 @@ def describe_run(options, name, recipe, model, train, val, trainer):
         print(f"Warning: {text}.")
 
 
-def unevenness(class_names, class_counts):
+def _unevenness(class_names, class_counts):
     """In words, how many images the classes have, where they differ much; else ""."""
     by_size = sorted(zip(class_counts, class_names, strict=True), reverse=True)
     if by_size[0][0] < UNEVEN * by_size[-1][0]:
@@ -871,7 +871,7 @@ def fit(run, interrupts):
                           text if kept else "loss or gradient were no longer finite, so this state was not kept; "
                                             f"go on from the one before with: {go_on}") from None
     except InputError as error:
-        raise InputError(f"{error}. {what_is_kept(error, run.folder, saver, n_steps, go_on)}") from error
+        raise InputError(f"{error}. {_what_is_kept(error, run.folder, saver, n_steps, go_on)}") from error
     interrupts.held = False
     interrupts.advice = f"the training is done, its test is not; go on with: {go_on}"
     if interrupts.caught:
@@ -880,7 +880,7 @@ def fit(run, interrupts):
     return history, saver.elapsed if saver else 0.0
 
 
-def what_is_kept(error, folder, saver, n_steps, go_on):
+def _what_is_kept(error, folder, saver, n_steps, go_on):
     """In words, what the run has on the disk after an error, and how to go on."""
     last = folder / LAST
     kept = f"The last good checkpoint is {last}" if last.is_file() else f"Nothing was kept yet in {folder}"
@@ -898,7 +898,7 @@ def what_is_kept(error, folder, saver, n_steps, go_on):
 def finish(run, history, seconds):
     """Test, pictures and result.json. Returns what is in result.json, on the first process."""
     best, first = load(run.folder / BEST), process_number() == 0
-    result = training_result(run, history, seconds)
+    result = _training_result(run, history, seconds)
     if first:
         write_json(result, run.folder / "result.json")  # before the test: a bad image there loses nothing
         save_figure(plot_training_curves(history), run.folder / "curves.png")
@@ -919,7 +919,7 @@ def finish(run, history, seconds):
     skipped = {file for part in all_gather_object(skipped) for files in part for file in files}
     if not first:
         return None
-    result |= compare_with_linear(run, score, split, loader)
+    result |= _compare_with_linear(run, score, split, loader)
     skipped |= set(run.train_loader.skipped)
     result |= dict(skipped=len(skipped))
     report_skipped(sorted(skipped))
@@ -933,7 +933,7 @@ def finish(run, history, seconds):
     return result
 
 
-def training_result(run, history, seconds):
+def _training_result(run, history, seconds):
     """What result.json has of the training, printed in short."""
     objective, trainer = run.trainer.objective, run.trainer
     epoch = objective.best_epoch(history)
@@ -942,14 +942,14 @@ def training_result(run, history, seconds):
           f"epoch {epoch} of {len(history['lr'])}.", flush=True)
     speed = sum(s * r for s, r in zip(history["seconds"], history["images_per_second"], strict=True))
     return dict(model=run.name, dataset=run.train_loader.dataset_name, seed=run.options.seed, recipe=run.options.recipe,
-                minutes=budget(run.options), n_steps=run.entries["n_steps"], parameters=count_parameters(run.model),
+                minutes=_budget(run.options), n_steps=run.entries["n_steps"], parameters=count_parameters(run.model),
                 val_acc=history["val_acc"][epoch - 1], seconds=round(seconds, 1),
                 images_per_second=round(speed / sum(history["seconds"]), 1), data_share=round(trainer.data_share, 4),
                 device=str(run.device), precision=str(trainer.dtype or torch.float32), torch=torch.__version__,
                 torchvision=torchvision.__version__, command=run.entries["command"])
 
 
-def compare_with_linear(run, score, split, loader):
+def _compare_with_linear(run, score, split, loader):
     """The accuracy beside a linear classifier's on the same images, printed, and as entries of the result."""
     train_loader, val_loader = run.train_loader, run.val_loader
     for each in (val_loader, loader):
@@ -959,7 +959,7 @@ def compare_with_linear(run, score, split, loader):
     train_loader.skipped.update(plain.skipped)
     names, counts = train_loader.class_names, train_loader.class_counts
     chance, largest, balanced = f"guessing: {1 / len(names):.1%}", None, ""
-    if unevenness(names, counts):
+    if _unevenness(names, counts):
         place = counts.index(max(counts))
         largest = loader.class_counts[place] / sum(loader.class_counts)
         balanced = f", balanced {score['balanced_acc']:.1%}"
@@ -983,7 +983,7 @@ def draw(run, model, history, baseline):
         save_figure(visualize_attention_grid(model, torch.stack(images).cpu()), run.folder / "attention.png")
 
 
-def before_recipes(options):
+def _before_recipes(options):
     """A run's saved options; those of one that was begun before there were recipes with the recipe that it had."""
     if "recipe" in options:
         return options
@@ -991,7 +991,7 @@ def before_recipes(options):
     return vars(make_parser().parse_args([])) | dict(recipe=name) | options
 
 
-def complete_result(folder):
+def _complete_result(folder):
     """What is in a folder's result.json, where the test stands in it; else None."""
     path = folder / "result.json"
     result = json.loads(path.read_text()) if path.is_file() else {}
@@ -1101,7 +1101,7 @@ def parse(argv=None):
     return options
 
 
-def as_words(options):
+def _as_words(options):
     """The options that differ from the defaults, as words of a command."""
     defaults, words = vars(make_parser().parse_args([])), []
     for name, value in options.items():
@@ -1117,10 +1117,10 @@ def command(*words):
     return join([*start, "train_vit.py", *map(str, words)])
 
 
-def command_of(options, n_steps):
+def _command_of(options, n_steps):
     """The command that repeats a run exactly: its options, with the number of steps in the place of time."""
     left_out = ("minutes", "epochs", "steps", "output_dir", "resume", "save_minutes", "dry_run")
-    return command(*as_words({name: value for name, value in options.items() if name not in left_out}),
+    return command(*_as_words({name: value for name, value in options.items() if name not in left_out}),
                    "--steps", n_steps)
 
 
@@ -1140,12 +1140,12 @@ def evaluate_command(argv=None):
                            "confusion matrix and the worst mistakes, printed and kept in a folder. Taken are the test "
                            "images, where there are none the validation images, else all; but of the folder that the "
                            "checkpoint was trained on only those held out.")
-    add_checkpoint(parser)
+    _add_checkpoint(parser)
     parser.add_argument("--data-dir", default=DEFAULT_DATA_DIR, help="as for the training: a folder with a folder for "
                         "each class, or a known set (default: %(default)s, without which shapes are drawn)")
     parser.add_argument("--dataset", default="auto", help=f"{', '.join(DATASETS)} (default: %(default)s)")
     parser.add_argument("--batch-size", type=int_at_least(1), default=64, help="(default: %(default)s)")
-    add_device(parser)
+    _add_device(parser)
     parser.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
                         help="mixed precision (default: %(default)s)")
     parser.add_argument("--num-workers", "--workers", type=int_at_least(0), help=WORKERS_HELP)
@@ -1159,20 +1159,20 @@ def evaluate(options):
     device = choose_device(options.device)
     model = load(options.checkpoint)
     check_has_head(model)
-    loader = evaluation_loader(model, options)
+    loader = _evaluation_loader(model, options)
     with unless_empty(new_output_dir(options.output_dir, "evaluation", loader.dataset_name)) as folder:
         found = score(model, loader, device, options.amp)
-    print(describe_score(found, loader))
+    print(_describe_score(found, loader))
     heading = f"accuracy {percent(found.correct, found.n)}\n{found.n:,} images"
-    names = list(map(drawable, found.class_names))
+    names = list(map(_drawable, found.class_names))
     save_figure(plot_confusion(found.confusion, names, title=heading), folder / "confusion.png")
-    write_rows(folder / "confusion.csv", ["true \\ predicted", *found.class_names],
+    _write_rows(folder / "confusion.csv", ["true \\ predicted", *found.class_names],
                ([name, *counts] for name, counts in zip(found.class_names, found.confusion.tolist(), strict=True)))
-    write_mistakes(found, loader, folder)
+    _write_mistakes(found, loader, folder)
     result = dict(checkpoint=options.checkpoint, data_dir=options.data_dir, dataset=loader.dataset_name,
                   split=loader.split, n=found.n, correct=found.correct, accuracy=found.accuracy,
                   interval=found.interval, balanced_accuracy=found.balanced_accuracy, top5=found.top5,
-                  classes=[dict(name=name, n=n, correct=correct) for name, n, correct in per_class(found)],
+                  classes=[dict(name=name, n=n, correct=correct) for name, n, correct in _per_class(found)],
                   skipped=loader.skipped, device=str(device), torch=torch.__version__,
                   precision=str(choose_precision(options.amp, device) or torch.float32))
     write_json(result, folder / "result.json")
@@ -1180,7 +1180,7 @@ def evaluate(options):
     return result
 
 
-def evaluation_loader(model, options):
+def _evaluation_loader(model, options):
     """The images to score a model on, shown to it as those of its training."""
     shown = adapt(model).preprocessing
     img_size = one_side(shown.size)
@@ -1189,15 +1189,15 @@ def evaluation_loader(model, options):
                          f"loaders give; use inference.score with batches of your own")
     shown_as = dict(workers=options.num_workers, preprocessing=model.preprocessing, skip_corrupt=options.skip_corrupt)
     images = (options.data_dir, shown.class_names, options.batch_size, img_size, options.dataset)
-    cut, known = training_cut(options.checkpoint, options.data_dir)
+    cut, known = _training_cut(options.checkpoint, options.data_dir)
     loader = get_evaluation_loader(*images, **shown_as, **cut)
-    if loader.split == "held out" and known not in (None, fingerprint(loader)):
+    if loader.split == "held out" and known not in (None, _fingerprint(loader)):
         print("The images of the folder have changed since the training, so which were held out of it is unknown.")
         loader = get_evaluation_loader(*images, **shown_as)
     return loader
 
 
-def training_cut(checkpoint, data_dir):
+def _training_cut(checkpoint, data_dir):
     """(arguments of get_evaluation_loader, fingerprint of the images held out), if the checkpoint tells that it was
     trained on a part of this folder; else nothing."""
     entries = read_checkpoint(checkpoint)
@@ -1209,7 +1209,7 @@ def training_cut(checkpoint, data_dir):
     return dict(cut, held_out=True), entries.get("validation_files")
 
 
-def fingerprint(loader):
+def _fingerprint(loader):
     """Of the names of a loader's files, with those left out: a sum that is the same for the same ones. None for sets
     that are not files."""
     if loader.files is None:
@@ -1219,7 +1219,7 @@ def fingerprint(loader):
     return hashlib.sha256(ends.encode(errors="surrogateescape")).hexdigest()
 
 
-def describe_score(found, loader):
+def _describe_score(found, loader):
     """A Score in lines of text."""
     n_seen = (found.confusion.sum(dim=1) > 0).sum().item()
     lines = [f"{loader.dataset_name}: {found.n:,} {SPLITS.get(loader.split, 'images')}"]
@@ -1235,47 +1235,47 @@ def describe_score(found, loader):
     if n_seen > 20:
         places = class_recalls(found.confusion).argsort(stable=True)[:20].tolist()  # those without images are last
         heading = "recall of the 20 classes with the lowest:"
-    classes = per_class(found)
+    classes = _per_class(found)
     shown = [classes[place] for place in places if classes[place][1]]
     width = max(len(name) for name, _, _ in shown)
     return "\n".join([*lines, heading, *(f"  {name:{width}}  {correct / n:6.1%}  {correct:,} of {n:,}"
                                          for name, n, correct in shown)])
 
 
-def per_class(found):
+def _per_class(found):
     """(name, images, how many of them were right) for each class of a Score."""
     return list(zip(found.class_names, found.confusion.sum(dim=1).tolist(), found.confusion.diagonal().tolist(),
                     strict=True))
 
 
-def write_rows(path, header, rows):
+def _write_rows(path, header, rows):
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)
 
 
-def write_mistakes(found, loader, folder):
+def _write_mistakes(found, loader, folder):
     """mistakes.csv and, where there are any, mistakes.png."""
     worst, names = found.mistakes, found.class_names
     true, predicted = ([names[label] for label in labels.tolist()] for labels in (worst.labels, worst.predictions))
     probabilities = worst.probabilities.tolist()
-    write_rows(folder / "mistakes.csv", ["file", "true", "predicted", "probability"],
+    _write_rows(folder / "mistakes.csv", ["file", "true", "predicted", "probability"],
                zip([file or "" for file in worst.files], true, predicted, probabilities, strict=True))
     if probabilities:
-        titles = list(map(mistake_title, true, predicted, probabilities))
+        titles = list(map(_mistake_title, true, predicted, probabilities))
         heading = f"{len(titles)} of {found.n - found.correct:,} mistakes,\nthe most confident first\n(true: predicted)"
         save_figure(plot_images(worst.images, titles, columns=6, title=heading, preprocessing=loader.preprocessing),
                     folder / "mistakes.png")
 
 
-def mistake_title(true, predicted, probability):
+def _mistake_title(true, predicted, probability):
     """'true: predicted 98%' in lines that fit above a small picture."""
-    true, predicted = (textwrap.fill(drawable(name), 14, max_lines=2, placeholder="…") for name in (true, predicted))
+    true, predicted = (textwrap.fill(_drawable(name), 14, max_lines=2, placeholder="…") for name in (true, predicted))
     return f"{true}:\n{predicted}\n{probability:.0%}"
 
 
-def drawable(name):
+def _drawable(name):
     """A name with what the font of the figures has no sign for written as U+9CE5, say."""
     font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
     return "".join(sign if font.get_char_index(ord(sign)) else f"U+{ord(sign):04X}" for sign in name)
@@ -1288,24 +1288,24 @@ def predict_command(argv=None):
     parser = OneLineParser(prog="train_vit.py predict", description="The likeliest classes of image files, a line "
                            "each. Files that cannot be read are named on stderr; the others are predicted, and the "
                            "exit code is 2.")
-    add_checkpoint(parser)
+    _add_checkpoint(parser)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="an image file, or a folder: all image files in "
                         "it, at any depth, but hidden ones")
     parser.add_argument("--top", type=int_at_least(1), default=3, help="classes to name at most (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help='print a JSON list of {"file", "predictions": [{"class", '
                         '"probability"}]} or {"file", "error"}')
-    add_device(parser)
+    _add_device(parser)
     options = parser.parse_args(argv)
     model = load(options.checkpoint).to(choose_device(options.device))
     check_has_head(model)
-    files = [file for path in options.images for file in files_at(path)]
+    files = [file for path in options.images for file in _files_at(path)]
     width, entries, n_failed = min(80, max(map(len, files))), [], 0
-    for entry in predict_files(model, files, options.top):
+    for entry in _predict_files(model, files, options.top):
         if "error" in entry:
             n_failed += 1
             print(f"{parser.prog}: {entry['error']}", file=sys.stderr)
         elif not options.json:
-            print(f"{entry['file']:{width}}  {in_words(entry['predictions'])}")
+            print(f"{entry['file']:{width}}  {_in_words(entry['predictions'])}")
         if options.json:
             entries.append(entry)
     if options.json:
@@ -1314,7 +1314,7 @@ def predict_command(argv=None):
         sys.exit(2)
 
 
-def files_at(path):
+def _files_at(path):
     """The image files of a folder, at any depth, sorted, without hidden ones; what is none, or has none, itself."""
     files = []
     for parent, subfolders, names in os.walk(path, followlinks=True):
@@ -1324,14 +1324,14 @@ def files_at(path):
     return files or [path]
 
 
-def predict_files(model, files, top):
+def _predict_files(model, files, top):
     """Yields {"file", "predictions"} or {"file", "error"} for each of the files, which are read a batch at a time."""
     for batch in batches_of(files):
         inputs, entries = [], []
         for file in batch:
             entries.append(dict(file=file))
             try:
-                inputs.append(read_input(file, model))
+                inputs.append(_read_input(file, model))
             except InputError as error:
                 entries[-1]["error"] = str(error)
         found = iter(ranked(model, inputs, top) if inputs else ())
@@ -1341,14 +1341,14 @@ def predict_files(model, files, top):
             yield entry
 
 
-def read_input(file, model):
+def _read_input(file, model):
     """A file as the model's input, (1, 3, H, W)."""
     if os.path.isdir(file):
         raise InputError(f"folder {file!r} has no image files ({', '.join(IMG_EXTENSIONS)}); give another, or files")
     return prepare_image(file, model)[0]
 
 
-def in_words(predictions):
+def _in_words(predictions):
     return ", ".join(f"{entry['class']} {entry['probability']:.1%}" for entry in predictions)
 
 
@@ -1358,7 +1358,7 @@ def in_words(predictions):
 def export_command(argv=None):
     parser = OneLineParser(prog="train_vit.py export", description="Writes a checkpoint as one ONNX file, checked "
                            "against the model, for programs without PyTorch. Needs the packages onnx and onnxscript.")
-    add_checkpoint(parser)
+    _add_checkpoint(parser)
     parser.add_argument("--output", metavar="FILE", help="(default: the checkpoint's name with .onnx)")
     options = parser.parse_args(argv)
     path = Path(options.output or Path(options.checkpoint).with_suffix(".onnx"))
@@ -1390,12 +1390,12 @@ def inspect_command(argv=None):
 # ---- What the commands share ------------------------------------------------------------------------------
 
 
-def add_checkpoint(parser):
+def _add_checkpoint(parser):
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="as a training wrote it: best.pt; it "
                         "tells the classes, the image size and the normalisation")
 
 
-def add_device(parser):
+def _add_device(parser):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
 
 

@@ -93,7 +93,7 @@ class AttentionVisualizer:
 
     @property
     def adapter(self):
-        """recording.anatomy_of the model as it is now; its head and its class names may have been changed."""
+        """The ViTAdapter of the model as it is now; its head and its class names may have been changed."""
         return adapt_vit(self.model)
 
     # ---- Numbers
@@ -158,7 +158,7 @@ class AttentionVisualizer:
         for axes in (left, middle, right):
             hide_ticks(axes)
             if patch is not None:
-                frame_patch(axes, picture, grid.shape, patch)
+                _frame_patch(axes, picture, grid.shape, patch)
         n_layers, _, n_heads = maps.shape[:3]
         layer = check_index("layer_idx", layer_idx, n_layers)
         head = f"mean of {n_heads} heads"
@@ -182,7 +182,7 @@ class AttentionVisualizer:
         chosen = [check_index("layer", i, n_layers) for i in layers or spread(n_layers, 6)]
         who = self.who_looks(patch)
         some = f" ({len(chosen)} of {n_layers} layers)" if len(chosen) < n_layers else ""
-        figure = draw_map_grid([picture] * len(chosen), grids[chosen], [f"layer {layer}" for layer in chosen],
+        figure = _draw_map_grid([picture] * len(chosen), grids[chosen], [f"layer {layer}" for layer in chosen],
                                [f"head {head}" for head in range(n_heads)],
                                f"{who}{some}{self.describe_prediction(images)}", patch=patch)
         return finish(figure, save_path)
@@ -204,7 +204,7 @@ class AttentionVisualizer:
             mappable = axes.imshow(grid, cmap="viridis", vmin=0, vmax=grids.max().item(), extent=extent_of(picture))
             axes.set_title(f"layer {layer}", fontsize=11)
             if patch is not None:
-                frame_patch(axes, picture, grid.shape, patch)
+                _frame_patch(axes, picture, grid.shape, patch)
         figure.colorbar(mappable, ax=figure.axes, label="attention weight of a patch")
         who = self.who_looks(patch)
         set_heading(figure, f"{who}, mean over the heads{self.describe_prediction(images)}", fontsize=13)
@@ -283,10 +283,10 @@ class AttentionVisualizer:
         refused = [f"left out: {reason}" for reason in found.refused.values()]
         words = [self.describe_class(found) + self.describe_prediction(images), *refused]
         set_heading(figure, "\n".join(words), fontsize=13 if not refused else 10)
-        draw_agreement(agreement, found.correlations.numpy(), names)
-        draw_trust(curves[0], found.deletion, found.draws["deletion"],
+        _draw_agreement(agreement, found.correlations.numpy(), names)
+        _draw_trust(curves[0], found.deletion, found.draws["deletion"],
                    "hiding the hottest patches first\n(falls early: the map matters)")
-        draw_trust(curves[1], found.insertion, found.draws["insertion"],
+        _draw_trust(curves[1], found.insertion, found.draws["insertion"],
                    "showing the hottest patches first\n(rises early: the map matters)")
         return finish(figure, save_path)
 
@@ -349,11 +349,11 @@ class AttentionVisualizer:
         chosen = spread(len(norms), 6)
         title = (f"Length of the patch tokens; {int(artefacts[chosen].sum())} register artefacts (framed) in these "
                  f"{len(chosen)} of {len(norms)} layers{self.describe_prediction(images)}")
-        figure = draw_map_grid([picture], norms[chosen].transpose(0, 1), [""], [f"layer {i}" for i in chosen], title,
+        figure = _draw_map_grid([picture], norms[chosen].transpose(0, 1), [""], [f"layer {i}" for i in chosen], title,
                                "length of a token")
         for axes, layer in zip(figure.axes[1:], chosen, strict=False):
             for place in artefacts[layer, 0].nonzero().tolist():
-                frame_patch(axes, picture, norms.shape[2:], place)
+                _frame_patch(axes, picture, norms.shape[2:], place)
         return finish(figure, save_path)
 
     # ---- To play with
@@ -420,7 +420,7 @@ def visualize_attention_grid(model, images, save_path=None):
     pictures = [as_picture(image, adapt(model).preprocessing) for image in images]
     labels = [f"layer {layer}" for layer in chosen]
     predicted = [textwrap.fill(words.strip(), 14) for words in views.describe_predictions(images)]
-    figure = draw_map_grid(pictures, grids[:, chosen], predicted, labels,
+    figure = _draw_map_grid(pictures, grids[:, chosen], predicted, labels,
                            f"{views.who_looks()}, mean over the heads")
     return finish(figure, save_path)
 
@@ -428,7 +428,7 @@ def visualize_attention_grid(model, images, save_path=None):
 # ---- Panels -----------------------------------------------------------------------------------------------
 
 
-def draw_map_grid(pictures, grids, row_labels, column_labels, title, label="attention weight of a patch", patch=None):
+def _draw_map_grid(pictures, grids, row_labels, column_labels, title, label="attention weight of a patch", patch=None):
     """A Figure with a row for each picture (H, W, 3): the picture, then its maps, grids (rows of the figure,
     maps in a row, rows, columns), all on one colour scale; a patch (row, column) is framed."""
     n_rows, n_maps = grids.shape[:2]
@@ -444,7 +444,7 @@ def draw_map_grid(pictures, grids, row_labels, column_labels, title, label="atte
         for panel, grid in zip(line[1:], row_grids.numpy(), strict=True):
             mappable = panel.imshow(grid, extent=extent_of(picture), **scale)
         for panel in line if patch is not None else ():
-            frame_patch(panel, picture, grids.shape[2:], patch)
+            _frame_patch(panel, picture, grids.shape[2:], patch)
     for panel, heading in zip(axes[0], ["image", *column_labels], strict=True):
         panel.set_title(heading, fontsize=11)
     for panel in axes.flat:
@@ -454,7 +454,7 @@ def draw_map_grid(pictures, grids, row_labels, column_labels, title, label="atte
     return figure
 
 
-def frame_patch(axes, picture, grid, patch):
+def _frame_patch(axes, picture, grid, patch):
     """A frame around one patch of a picture (H, W, 3) that a grid (rows, columns) cuts."""
     height, width = (side / count for side, count in zip(picture.shape[:2], grid, strict=True))
     row, column = (place % count for place, count in zip(patch, grid, strict=True))
@@ -462,7 +462,7 @@ def frame_patch(axes, picture, grid, patch):
                              edgecolor=VERMILION, linewidth=2))
 
 
-def draw_agreement(axes, correlations, names):
+def _draw_agreement(axes, correlations, names):
     axes.imshow(correlations, cmap="cividis", vmin=-1, vmax=1)
     for row, column in np.ndindex(correlations.shape):
         value = correlations[row, column]
@@ -473,7 +473,7 @@ def draw_agreement(axes, correlations, names):
     axes.set_title("how alike the maps rank the patches\n(Spearman: 1 the same, 0 unrelated)", fontsize=11)
 
 
-def draw_trust(axes, curves, draws, heading):
+def _draw_trust(axes, curves, draws, heading):
     """Curves {name: (S + 1, B)}, the mean over the images; random order dashed, in the band of its draws (R, S + 1, B):
     two standard deviations to each side."""
     draws = draws.mean(dim=2)  # (R, S + 1)
@@ -586,9 +586,9 @@ def visualize_patch_embedding(image, patch_size=16, save_path=None, img_size=Non
     Sides that are no whole number of patches lose the rest, half of it at each edge. Raises InputError for an
     image smaller than a patch, or of more than 4096 patches.
     """
-    picture = picture_to_cut(image, img_size, preprocessing)
+    picture = _picture_to_cut(image, img_size, preprocessing)
     patch = pair(patch_size, "patch_size")
-    picture, (rows, columns) = cut_to_patches(picture, patch)
+    picture, (rows, columns) = _cut_to_patches(picture, patch)
     n = rows * columns
     figure = new_figure(11, 6.6)
     top, bottom = figure.subfigures(2, 1, height_ratios=(2.6, 1))
@@ -618,7 +618,7 @@ def visualize_patch_embedding(image, patch_size=16, save_path=None, img_size=Non
     return finish(figure, save_path)
 
 
-def picture_to_cut(image, img_size, preprocessing):
+def _picture_to_cut(image, img_size, preprocessing):
     """The picture (H, W, 3) in 0..1 of visualize_patch_embedding, before the cut to whole patches."""
     if is_input(image):
         return to_array(as_batch(image), preprocessing)
@@ -630,7 +630,7 @@ def picture_to_cut(image, img_size, preprocessing):
     return np.asarray(image) / 255
 
 
-def cut_to_patches(picture, patch):
+def _cut_to_patches(picture, patch):
     """The middle of the picture (H, W, 3) that holds whole patches, and their (rows, columns)."""
     height, width = picture.shape[:2]
     rows, columns = height // patch[0], width // patch[1]
@@ -664,7 +664,7 @@ def compare_receptive_fields(save_path="receptive_fields.png", models=None, imag
                          f"name -> trained model, such as {{'ViT': model}}")
     rows = []
     for name, model in models.items():
-        own_images = shapes_for(model, 32) if images is None else images
+        own_images = _shapes_for(model, 32) if images is None else images
         if adapt(model).library == "ours":
             rows.append((f"{name}, untrained", untrained_copy(model), own_images))
         rows.append((f"{name}, trained", model, own_images))
@@ -672,11 +672,11 @@ def compare_receptive_fields(save_path="receptive_fields.png", models=None, imag
     panels = figure.subplots(len(rows), 4, squeeze=False)
     scale = LogNorm(1e-6, 1e-1)
     for (name, model, own_images), line in zip(rows, panels, strict=True):
-        for i, (depth, axes) in enumerate(zip(four_depths(model), line, strict=True)):
+        for i, (depth, axes) in enumerate(zip(_four_depths(model), line, strict=True)):
             if depth is None:
                 axes.set_axis_off()
                 continue
-            mappable = draw_field(axes, model, own_images, depth, scale)
+            mappable = _draw_field(axes, model, own_images, depth, scale)
             if i == 0:
                 axes.set_ylabel(name, fontsize=12)
     colorbar = figure.colorbar(mappable, ax=panels, shrink=min(0.9, 3 / len(rows)), aspect=30, extend="both")
@@ -686,7 +686,7 @@ def compare_receptive_fields(save_path="receptive_fields.png", models=None, imag
     return finish(figure, save_path)
 
 
-def draw_field(axes, model, images, depth, scale):
+def _draw_field(axes, model, images, depth, scale):
     """One receptive field with its two circles; returns what a colour bar needs."""
     field = receptive_field(model, images, depth)  # (height, width)
     centre = unit_centre(model, field.shape, depth)
@@ -705,14 +705,14 @@ def draw_field(axes, model, images, depth, scale):
     return mappable
 
 
-def four_depths(model):
+def _four_depths(model):
     """0, 1, one halfway and the last, as far as the model has them; None for each that it lacks."""
     last = len(adapt(model).layers) - 1
     depths = sorted({0, 1, (1 + last) // 2, last})
     return depths + [None] * (4 - len(depths))
 
 
-def shapes_for(model, n_images):
+def _shapes_for(model, n_images):
     """Drawn shapes at the size and in the normalisation of the model, (n_images, 3, H, W)."""
     height, width = adapt(model).img_size
     images = make_shapes(n_images, max(height, width, 8)).images  # (n_images, 3, S, S)
@@ -755,11 +755,11 @@ def plot_images(images, titles=None, columns=8, save_path=None, title=None, prep
 # ---- The commands -----------------------------------------------------------------------------------------
 
 
-def run_selfcheck(options):
+def _run_selfcheck(options):
     """Prints what holds of a model; ends with 1 where something does not."""
     model = load(options.pretrained)
     adapt_vit(model)
-    checks = selfcheck(model, prepare_images(images_for(model, options.photos, 4), model))
+    checks = selfcheck(model, prepare_images(_images_for(model, options.photos, 4), model))
     words = {True: "holds", False: "DOES NOT HOLD", None: "does not apply"}
     for check in checks:
         print(f"{words[check.holds]}: {check.name} ({check.found})")
@@ -767,11 +767,11 @@ def run_selfcheck(options):
         raise SystemExit(1)
 
 
-def run_explore(options):
+def _run_explore(options):
     model = load(options.pretrained)
     other = load(options.compare_with) if options.compare_with else None
     names = [options.pretrained, *[options.compare_with] * bool(options.compare_with)]
-    page = explore(model, images_for(model, options.photos, options.n_images), options.output, other, names)
+    page = explore(model, _images_for(model, options.photos, options.n_images), options.output, other, names)
     sizes = dict.fromkeys(adapt(one).img_size for one in (model, other) if one is not None)
     shape = "square" if all(height == width for height, width in sizes) else "to that shape"
     print(f"{page.path}: {len(page.html) / 2**20:.1f} MiB, to be opened in any browser. Images are shown as "
@@ -779,7 +779,7 @@ def run_explore(options):
           f"pixels, cut {shape} from their middle; a model knows no classes but its own.")
 
 
-def images_for(model, photos, n_images):
+def _images_for(model, photos, n_images):
     """The photographs given, or drawn shapes, as pictures: each model normalises them for itself."""
     return photos or list(make_shapes(n_images, max(*adapt(model).img_size, 8), start=TEST_START).images)
 
@@ -787,8 +787,8 @@ def images_for(model, photos, n_images):
 def main(argv=None):
     parser = OneLineParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, run, words in (("selfcheck", run_selfcheck, "the closed forms, on a model"),
-                             ("explore", run_explore, "a page to play with")):
+    for name, run, words in (("selfcheck", _run_selfcheck, "the closed forms, on a model"),
+                             ("explore", _run_explore, "a page to play with")):
         command = commands.add_parser(name, help=words)
         command.add_argument("photos", nargs="*", help="image files (default: drawn shapes)")
         command.add_argument("--pretrained", "--checkpoint", default="vit_nano_shapes", metavar="NAME",

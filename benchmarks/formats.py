@@ -1,4 +1,4 @@
-"""How exactly each format of checkpoints loads: the table that tests/test_checkpoint_formats.py holds below 1e-12.
+"""How exactly each format of checkpoints loads: the table that tests/weights/test_formats.py holds below 1e-12.
 
     python benchmarks/formats.py --keep        prints it, and writes results/formats.json (a minute)
 
@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path[:0] = [str(Path(__file__).parent.parent / "tests"), str(Path(__file__).parent.parent / "tests" / "weights")]
 from results import write_cell
-from test_checkpoint_formats import SOURCES, difference
+from test_formats import SOURCES, difference
 
 PACKAGES = ("timm", "torchvision", "transformers")
 

@@ -21,7 +21,7 @@ from vit_bridge.models.adapters import adapt
 from vit_model import InputError, VisionTransformer
 
 
-def test_visualize_attention(tmp_path):
+def test_visualize_attention_draws_the_map_and_prediction(tmp_path):
     model, image = square_vit().train(), pixels(12, 12)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     path = tmp_path / "attention_map.png"
@@ -59,7 +59,7 @@ def test_visualize_attention_keeps_the_mode():
     assert data_of(figure)[1].shape == GRID
 
 
-def test_all_heads_share_one_scale():
+def test_visualize_all_heads_shares_one_scale():
     model, image = vit(), pixels()
     figure = v.AttentionVisualizer(model, device="cpu").visualize_all_heads(image)
     grids = [drawn for panel in figure.axes for drawn in panel.images if drawn.get_array().shape == GRID]
@@ -75,7 +75,7 @@ def test_all_heads_share_one_scale():
     assert "layer 0" not in texts(some)
 
 
-def test_attention_grid_of_several_images():
+def test_visualize_attention_grid_draws_several_images():
     model = square_vit()
     torch.nn.init.normal_(model.head.weight)
     images = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(4))
@@ -98,7 +98,7 @@ def test_attention_grid_of_several_images():
     assert "predicted" not in texts(v.visualize_attention_grid(headless, torch.randn(2, 3, *SIZE)))
 
 
-def test_attention_visualizer_refuses():
+def test_attention_visualizer_refuses_bad_models_and_indices():
     with pytest.raises(InputError, match="ConvNet has no attention"):
         v.AttentionVisualizer(convnet())
     if not torch.cuda.is_available():
@@ -113,7 +113,7 @@ def test_attention_visualizer_refuses():
         visualizer.visualize_all_heads(pixels(), layers=[7])
 
 
-def test_a_model_that_reads_the_mean_is_said_to_look_with_its_patches():
+def test_visualize_attention_grid_averages_patches_for_mean_pooling():
     model = VisionTransformer(img_size=12, patch_size=4, embed_dim=12, depth=2, n_heads=3, n_classes=5, pool="mean")
     images = torch.randn(1, 3, 12, 12)
     figure = v.visualize_attention_grid(model, images)
@@ -126,7 +126,7 @@ def test_a_model_that_reads_the_mean_is_said_to_look_with_its_patches():
 # ---- From any patch, over all layers
 
 
-def test_a_patch_in_the_place_of_cls():
+def test_visualize_attention_can_start_from_a_patch():
     model, image = vit(n_registers=2), pixels()
     views = v.AttentionVisualizer(model, device="cpu")
     maps = views.attention_maps(image)
@@ -141,7 +141,7 @@ def test_a_patch_in_the_place_of_cls():
         views.visualize_attention(image, patch=(2, 0))
 
 
-def test_all_layers_share_one_scale():
+def test_visualize_all_layers_shares_one_scale():
     model, image = vit(), pixels()
     figure = v.AttentionVisualizer(model, device="cpu").visualize_all_layers(image)
     maps = attention_maps(model, prepare_image(image, model)[0])[:, 0].mean(dim=1)[:, 0, 1:]
@@ -155,7 +155,7 @@ def test_all_layers_share_one_scale():
 
 @pytest.mark.parametrize(("method", "options"), [("rollout", dict(discard_ratio=0.4)), ("grad_cam", dict(layer_idx=0)),
                                                  ("grad_cam", dict(target=2)), ("relevance", dict(target=2))])
-def test_options_and_classes_reach_the_method(method, options):
+def test_attention_visualizer_passes_options_to_the_method(method, options):
     model, image = square_vit(), pixels(12, 12)
     views, images = v.AttentionVisualizer(model, device="cpu"), prepare_image(image, model)[0]
     expected = explain(model, images, method, **options).saliency[0]
@@ -165,7 +165,7 @@ def test_options_and_classes_reach_the_method(method, options):
 
 
 @pytest.mark.parametrize("method", ["relevance", "grad_cam", "explanations"])
-def test_the_class_predicted_is_named_where_another_is_explained(method):
+def test_attention_visualizer_names_predicted_and_explained_class(method):
     model, image = square_vit(), pixels(12, 12)
     probabilities, names = model(prepare_image(image, model)[0]).softmax(dim=1)[0], model.preprocessing.class_names
     label = probabilities.argmax().item()
@@ -176,7 +176,7 @@ def test_the_class_predicted_is_named_where_another_is_explained(method):
 
 
 @pytest.mark.parametrize("method", ["rollout", "relevance", "grad_cam"])
-def test_an_explanation_is_drawn_as_it_is_given(method):
+def test_attention_visualizer_draws_the_numbers_it_returns(method):
     model, image = square_vit(), pixels(12, 12)
     views = v.AttentionVisualizer(model, device="cpu")
     figure, numbers = getattr(views, f"visualize_{method}")(image), getattr(views, method)(image)
@@ -192,7 +192,7 @@ def test_an_explanation_is_drawn_as_it_is_given(method):
         assert not np.array_equal(data_of(figure)[1], numbers)
 
 
-def test_all_explanations_side_by_side():
+def test_visualize_explanations_draws_all_methods_side_by_side():
     model, image = square_vit(), pixels(12, 12)
     figure = v.AttentionVisualizer(model, device="cpu").visualize_explanations(image, n_steps=4)
     words = texts(figure)
@@ -207,7 +207,7 @@ def test_all_explanations_side_by_side():
     assert len({text.get_text() for text in agreement.texts}) > 2
 
 
-def test_the_curves_and_the_band_are_those_of_the_comparison():
+def test_visualize_explanations_curves_match_the_comparison():
     model, image = square_vit(), pixels(12, 12)
     figure = v.AttentionVisualizer(model, device="cpu").visualize_explanations(image, n_steps=4, n_draws=5)
     found = compare_explanations(model, prepare_image(image, model)[0], n_steps=4, n_draws=5)
@@ -228,7 +228,7 @@ def test_the_curves_and_the_band_are_those_of_the_comparison():
                 in axes.lines[-1].get_label())
 
 
-def test_one_draw_has_no_band():
+def test_visualize_explanations_draws_no_band_for_one_draw():
     views = v.AttentionVisualizer(square_vit(), device="cpu")
     figure = views.visualize_explanations(pixels(12, 12), n_steps=2, n_draws=1)
     assert not any(axes.collections for axes in figure.axes if axes.get_title().startswith(("hiding", "showing")))
@@ -243,12 +243,12 @@ def test_one_draw_has_no_band():
     (torchvision_vit, "CLS"), (transformers_vit, "CLS"),
     (lambda: transformers.DeiTForImageClassification(transformers.DeiTConfig(**HF)), "tokens that are no patch"),
 ])
-def test_what_the_rest_of_the_weights_goes_to_is_said_as_it_is(build, rest):
+def test_visualize_attention_says_where_remaining_weight_goes(build, rest):
     figure = v.AttentionVisualizer(build().eval(), device="cpu").visualize_attention(pixels(15, 15), patch=(0, 1))
     assert f"the rest goes to {rest})" in texts(figure)
 
 
-def test_a_head_that_is_changed_afterwards_has_its_own_names():
+def test_attention_visualizer_follows_a_changed_head():
     model = square_vit()
     views = v.AttentionVisualizer(model, device="cpu")
     assert views.adapter.class_names[0] == "ant"
@@ -260,14 +260,14 @@ def test_a_head_that_is_changed_afterwards_has_its_own_names():
     assert views.adapter.n_classes == 3
 
 
-def test_no_more_lines_are_asked_for_than_are_drawn():
+def test_visualize_logit_lens_refuses_too_many_lines():
     views = v.AttentionVisualizer(vit(n_classes=9), device="cpu")
     assert len(views.visualize_logit_lens(pixels(), 6).axes[1].lines) == 6
     with pytest.raises(InputError, match=r"\An_classes 8 is out of range; expected 1 to 6[^\n]*\Z"):
         views.visualize_logit_lens(pixels(), 8)
 
 
-def test_the_logit_lens_ends_in_the_prediction():
+def test_visualize_logit_lens_ends_in_the_prediction():
     model, image = square_vit(), pixels(12, 12)
     figure = v.AttentionVisualizer(model, device="cpu").visualize_logit_lens(image, 3)
     lines = figure.axes[1].lines
@@ -278,7 +278,7 @@ def test_the_logit_lens_ends_in_the_prediction():
     assert lines[0].get_label() == model.preprocessing.class_names[probabilities.argmax()]
 
 
-def test_names_with_a_dollar_or_an_underscore_are_written_as_they_are():
+def test_attention_visualizer_writes_names_literally():
     model = square_vit()
     names = ["$\\x$", "_a", "US$ or $", "$x^2$", "_"]
     model.preprocessing = replace(model.preprocessing, class_names=names)
@@ -295,7 +295,7 @@ def test_names_with_a_dollar_or_an_underscore_are_written_as_they_are():
         assert not any(text.get_parse_math() for text in written)
 
 
-def test_layers_may_be_given_as_numpy_gives_them():
+def test_visualize_all_heads_accepts_numpy_layers():
     views = v.AttentionVisualizer(vit(), device="cpu")
     for layers, shown in ((np.int64(1), [1]), (np.array([0, 2]), [0, 2]), (torch.tensor([0, -1]), [0, 2]),
                           ((1, 2), [1, 2]), (0, [0])):
@@ -310,7 +310,7 @@ def test_layers_may_be_given_as_numpy_gives_them():
 @pytest.mark.parametrize(("options", "title"), [
     ({}, "attention of the last block"), (dict(layer_idx=0), "attention of layer 0 (of 0 to 2)"),
     (dict(layer_idx=-1, head_idx=1), "attention of layer 2 (of 0 to 2)\nhead 1")])
-def test_a_map_of_attention_is_called_by_its_layer_and_head(options, title):
+def test_draw_explanation_titles_attention_by_layer_and_head(options, title):
     figure = v.AttentionVisualizer(vit(), device="cpu").draw_explanation(pixels(), "attention", **options)
     assert figure.axes[1].get_title() == title
 
@@ -318,7 +318,7 @@ def test_a_map_of_attention_is_called_by_its_layer_and_head(options, title):
 # ---- Over images
 
 
-def test_attention_distance_has_a_point_for_each_head_and_the_uniform_line():
+def test_visualize_attention_distance_draws_heads_and_uniform_line():
     model = vit()
     views = v.AttentionVisualizer(model, device="cpu")
     images = torch.randn(4, 3, *SIZE)
@@ -333,7 +333,7 @@ def test_attention_distance_has_a_point_for_each_head_and_the_uniform_line():
     assert uniform.get_label() == f"uniform attention: {line:.1f}"
 
 
-def test_register_artefacts_are_framed():
+def test_visualize_token_norms_frames_register_artefacts():
     model = vit()
     with torch.no_grad():
         model.pos_embed[0, 1 + 4] = 30  # the fifth patch
@@ -343,7 +343,7 @@ def test_register_artefacts_are_framed():
 
 
 @pytest.mark.parametrize("model", [square_vit, lambda: vit(depth=2, n_heads=1, pool="mean")], ids=["wide", "narrow"])
-def test_no_text_of_a_view_is_clipped(model):
+def test_attention_visualizer_clips_no_text(model):
     model, image = model(), pixels(12, 12)
     images = torch.randn(2, 3, *prepare_image(image, model)[0].shape[2:])
     views = v.AttentionVisualizer(model, device="cpu")
@@ -356,7 +356,7 @@ def test_no_text_of_a_view_is_clipped(model):
 
 
 @pytest.mark.parametrize("name", ["timm", "timm, registers", "torchvision", "transformers"])
-def test_models_of_other_libraries_go_in_as_they_are(name, tmp_path):
+def test_attention_visualizer_accepts_models_of_other_libraries(name, tmp_path):
     theirs, ours, _ = shared(name, tmp_path)
     ours.preprocessing = adapt(theirs).preprocessing
     image = pixels(15, 15)
@@ -367,13 +367,13 @@ def test_models_of_other_libraries_go_in_as_they_are(name, tmp_path):
     assert isinstance(v.visualize_attention_grid(theirs, torch.randn(2, 3, 15, 15)), Figure)
 
 
-def test_a_map_that_is_the_same_for_every_class_says_so():
+def test_visualize_rollout_says_it_ignores_the_class():
     figure = v.AttentionVisualizer(square_vit(), device="cpu").visualize_rollout(pixels(12, 12))
     assert "this map is the same for every class" in texts(figure)
     assert "class explained" not in texts(figure)
 
 
-def test_what_was_refused_stands_in_the_figure():
+def test_visualize_explanations_lists_refused_methods():
     model = vit(depth=1)
     figure = v.AttentionVisualizer(model, device="cpu").visualize_explanations(pixels(), n_steps=2)
     assert "left out: Grad-CAM after the only block is blank" in " ".join(texts(figure).split())
@@ -381,25 +381,25 @@ def test_what_was_refused_stands_in_the_figure():
 
 
 @pytest.mark.parametrize("patch", [17, (1, 2, 3), "a"])
-def test_what_is_no_patch_is_refused(patch):
+def test_visualize_attention_refuses_a_bad_patch(patch):
     with pytest.raises(InputError, match="is no place; expected"):
         v.AttentionVisualizer(vit(), device="cpu").visualize_attention(pixels(), patch=patch)
 
 
-def test_numpy_indices_and_one_layer_alone():
+def test_attention_visualizer_accepts_numpy_indices_and_one_layer():
     views, image = v.AttentionVisualizer(vit(), device="cpu"), pixels()
     assert "layer 1 (of 0 to 2)" in texts(views.visualize_attention(image, np.int64(1)))
     assert len(data_of(views.visualize_all_heads(image, layers=1))) == 3
 
 
-def test_half_precision_is_drawn():
+def test_attention_visualizer_draws_half_precision_models():
     views = v.AttentionVisualizer(vit().bfloat16(), device="cpu")
     assert isinstance(views.visualize_explanations(pixels(), n_steps=2), Figure)
     assert isinstance(views.visualize_token_norms(pixels()), Figure)
     assert isinstance(views.visualize_logit_lens(pixels()), Figure)
 
 
-def test_lists_of_images_go_in_where_several_are_asked_for(tmp_path):
+def test_attention_visualizer_accepts_lists_of_images(tmp_path):
     model, images = square_vit(), [pixels(12, 12), pixels(40, 30)]
     Image.fromarray(images[1]).save(tmp_path / "photo.png")
     views = v.AttentionVisualizer(model, device="cpu")
@@ -413,6 +413,6 @@ def test_lists_of_images_go_in_where_several_are_asked_for(tmp_path):
         views.attention_distance([])
 
 
-def test_layers_that_are_left_out_are_counted():
+def test_visualize_all_heads_counts_omitted_layers():
     figure = v.AttentionVisualizer(vit(depth=8), device="cpu").visualize_all_heads(pixels())
     assert "(6 of 8 layers)" in texts(figure)

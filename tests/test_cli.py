@@ -21,8 +21,8 @@ from vit_bridge.system import (
     Interrupted,
     Interrupts,
     Path,
+    _first_new_folder,
     broadcast_object,
-    first_new_folder,
     n_processes,
     new_output_dir,
     process_number,
@@ -87,7 +87,7 @@ def raiser(error):
 @pytest.mark.parametrize(("kind", "text", "value"), [
     (int_at_least(1), "1", 1), (int_at_least(0), "0", 0), (int_at_least(2), str(10**30), 10**30), (seed(), "0", 0),
     (seed(), str(2**63 - 1), 2**63 - 1), (positive(), "1e-3", 1e-3), (positive(), "5e-324", 5e-324)])
-def test_numbers_in_range_are_taken(kind, text, value):
+def test_number_types_accept_values_in_range(kind, text, value):
     taken = kind(text)
     assert (taken, type(taken)) == (value, type(value))
 
@@ -96,12 +96,12 @@ def test_numbers_in_range_are_taken(kind, text, value):
     (int_at_least(1), "0"), (int_at_least(1), "1.5"), (int_at_least(1), "many"), (int_at_least(0), "-1"),
     (int_at_least(0), ""), (seed(), "-1"), (seed(), str(2**63)), (positive(), "0"), (positive(), "-1"),
     (positive(), "nan"), (positive(), "inf"), (positive(), "1e999")])
-def test_numbers_out_of_range_are_named_with_what_is_expected(kind, text):
+def test_number_types_name_values_out_of_range(kind, text):
     with pytest.raises(argparse.ArgumentTypeError, match=rf"\A{text} is out of range; expected a .*number[^\n]*\Z"):
         kind(text)
 
 
-def test_a_parser_says_what_is_wrong_in_one_line_and_ends_with_2(capsys):
+def test_one_line_parser_reports_an_error_and_exits_with_2(capsys):
     parser = OneLineParser(prog="name.py")
     parser.add_argument("--n", type=int_at_least(3))
     with pytest.raises(SystemExit) as stop:
@@ -117,7 +117,7 @@ def test_a_parser_says_what_is_wrong_in_one_line_and_ends_with_2(capsys):
     (KeyboardInterrupt(), 130, "stopped by SIGINT"),
     (Interrupted(signal.SIGINT), 130, "stopped by SIGINT"),
     (Interrupted(signal.SIGTERM, "kept at step 3"), 143, "stopped by SIGTERM; kept at step 3")])
-def test_what_ends_a_script_is_one_line_and_an_exit_code(error, code, words, capsys, monkeypatch):
+def test_script_ends_with_one_line_and_an_exit_code(error, code, words, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/some/where/name.py"])
     ended, text = stopped(raiser(error), capsys)
     assert ended == code
@@ -126,12 +126,12 @@ def test_what_ends_a_script_is_one_line_and_an_exit_code(error, code, words, cap
     assert text.count("\n") == 1
 
 
-def test_a_mistake_of_ours_keeps_its_traceback():
+def test_script_keeps_the_traceback_of_a_bug():
     with pytest.raises(ZeroDivisionError):
         script(raiser(ZeroDivisionError()))
 
 
-def test_output_that_nobody_reads_any_more_ends_a_script_without_a_word():
+def test_script_ends_silently_on_a_closed_pipe():
     lines = "from vit_bridge.cli import script; script(lambda: [print('a line') for _ in range(100_000)])"
     child = subprocess.Popen([sys.executable, "-c", lines], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     child.stdout.readline()
@@ -141,7 +141,7 @@ def test_output_that_nobody_reads_any_more_ends_a_script_without_a_word():
 
 
 @pytest.mark.parametrize("written", [True, False])
-def test_an_error_leaves_no_empty_folder_and_removes_no_file(tmp_path, written):
+def test_unless_empty_removes_only_an_empty_folder_after_an_error(tmp_path, written):
     folder = tmp_path / "run"
     folder.mkdir()
     if written:
@@ -151,11 +151,11 @@ def test_an_error_leaves_no_empty_folder_and_removes_no_file(tmp_path, written):
     assert folder.exists() == written
 
 
-def test_a_script_that_runs_through_just_returns():
+def test_script_returns_none_on_success():
     assert script(lambda: None) is None
 
 
-def test_one_of_several_processes_says_which_it_is(launched, capsys):
+def test_script_names_its_process_among_several(launched, capsys):
     _, text = stopped(raiser(InputError("no such model")), capsys)
     assert text.startswith("[process 1] ")
 
@@ -163,7 +163,7 @@ def test_one_of_several_processes_says_which_it_is(launched, capsys):
 # ---- Several processes
 
 
-def test_without_a_launcher_there_is_one_process(monkeypatch):
+def test_n_processes_is_one_without_a_launcher(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "8")  # some schedulers set it for every job
     assert (n_processes(), process_number(), broadcast_object("value")) == (1, 0, "value")
@@ -172,17 +172,17 @@ def test_without_a_launcher_there_is_one_process(monkeypatch):
         assert not torch.distributed.is_initialized()
 
 
-def test_a_launcher_says_how_many_there_are(launched):
+def test_n_processes_comes_from_the_launcher(launched):
     assert (n_processes(), process_number()) == (3, 1)
 
 
-def test_a_device_that_is_not_there_is_named_before_anything_else():
+def test_processes_refuses_an_unknown_device_first():
     with pytest.raises(InputError, match="abacus"), processes("abacus"):
         pytest.fail("entered")
 
 
 @pytest.mark.parametrize("message", ["[..gloo/transport/tcp/pair.cc:534] Connection closed by peer\nmore"])
-def test_the_end_of_another_process_is_one_line(message, launched, monkeypatch, capsys):
+def test_processes_reports_the_end_of_another_process(message, launched, monkeypatch, capsys):
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
     with pytest.raises(InputError, match=r"\Aanother process ended before its time [^\n]*\Z"), processes("cpu"):
         raise RuntimeError(message)
@@ -195,7 +195,7 @@ def test_the_end_of_another_process_is_one_line(message, launched, monkeypatch, 
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_the_first_signal_raises_and_says_which_it_was(number):
+def test_interrupts_raises_on_the_first_signal_and_names_it(number):
     with pytest.raises(Interrupted) as stop, Interrupts() as interrupts:
         send(number)
     assert stop.value.number == interrupts.caught == number
@@ -203,7 +203,7 @@ def test_the_first_signal_raises_and_says_which_it_was(number):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_that_is_held_back_is_noted_alone(number):
+def test_interrupts_only_notes_a_held_signal(number):
     with Interrupts() as interrupts:
         interrupts.held = True
         assert interrupts.caught is None
@@ -213,7 +213,7 @@ def test_a_signal_that_is_held_back_is_noted_alone(number):
 
 @pytest.mark.parametrize("held", [True, False])
 @pytest.mark.parametrize(("second", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_second_signal_ends_the_process_at_once(second, code, held, exits):
+def test_interrupts_exits_at_once_on_a_second_signal(second, code, held, exits):
     with Interrupts() as interrupts:
         interrupts.held = held
         with nullcontext() if held else pytest.raises(Interrupted):
@@ -223,7 +223,7 @@ def test_a_second_signal_ends_the_process_at_once(second, code, held, exits):
     assert end.value.args == (code,)
 
 
-def test_in_a_group_of_processes_a_signal_within_a_second_is_the_same(launched, clock, exits):
+def test_interrupts_in_a_group_merges_signals_within_a_second(launched, clock, exits):
     with Interrupts() as interrupts:
         interrupts.held = True
         send(signal.SIGINT)
@@ -235,7 +235,7 @@ def test_in_a_group_of_processes_a_signal_within_a_second_is_the_same(launched, 
             send(signal.SIGTERM)
 
 
-def test_one_process_alone_does_not_wait_that_second(clock, exits):
+def test_interrupts_alone_does_not_merge_signals(clock, exits):
     with Interrupts() as interrupts:
         interrupts.held = True
         send(signal.SIGINT)
@@ -244,7 +244,7 @@ def test_one_process_alone_does_not_wait_that_second(clock, exits):
 
 
 @pytest.mark.parametrize("error", [None, ValueError("inside")])
-def test_the_handlers_are_afterwards_what_they_were(error):
+def test_interrupts_restores_the_handlers(error):
     before = [signal.getsignal(number) for number in SIGNALS]
     with pytest.raises(ValueError, match="inside") if error else nullcontext(), Interrupts() as interrupts:
         assert [signal.getsignal(number) for number in SIGNALS] == [interrupts.handle] * 2
@@ -253,7 +253,7 @@ def test_the_handlers_are_afterwards_what_they_were(error):
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-def test_outside_the_main_thread_signals_are_left_alone():
+def test_interrupts_leaves_handlers_alone_outside_the_main_thread():
     found, before = [], signal.getsignal(signal.SIGINT)
 
     def enter():
@@ -269,15 +269,15 @@ def test_outside_the_main_thread_signals_are_left_alone():
 # ---- Folders and text
 
 
-def test_runs_are_counted_up(tmp_path, monkeypatch):
+def test_new_output_dir_counts_runs_up(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = [new_output_dir(None, "vit", "photos").as_posix() for _ in range(3)]
     assert names == [f"runs/vit-photos-{n}" for n in (1, 2, 3)]
     (tmp_path / "runs" / "vit-photos-4").touch()  # a file of that name
-    assert first_new_folder(tmp_path / "runs" / "vit-photos").name == "vit-photos-5"
+    assert _first_new_folder(tmp_path / "runs" / "vit-photos").name == "vit-photos-5"
 
 
-def test_a_folder_that_holds_files_is_refused_and_hidden_ones_do_not_count(tmp_path):
+def test_new_output_dir_refuses_files_but_ignores_hidden_ones(tmp_path):
     (tmp_path / ".DS_Store").touch()
     assert new_output_dir(tmp_path, "vit", "photos") == tmp_path
     assert [path.name for path in tmp_path.iterdir()] == [".DS_Store"]
@@ -286,11 +286,11 @@ def test_a_folder_that_holds_files_is_refused_and_hidden_ones_do_not_count(tmp_p
         new_output_dir(tmp_path, "vit", "photos")
 
 
-def test_a_new_folder_is_made_with_those_above_it(tmp_path):
+def test_new_output_dir_makes_parent_folders(tmp_path):
     assert new_output_dir(str(tmp_path / "a" / "b c"), "vit", "photos").is_dir()
 
 
-def test_a_folder_that_cannot_be_written_to_is_named_with_the_reason(tmp_path, monkeypatch):
+def test_new_output_dir_names_why_it_cannot_write(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"cannot write to --output-dir .*file.*Not a directory"):
         new_output_dir(tmp_path / "file" / "run", "vit", "photos")
@@ -303,7 +303,7 @@ def raiser_of_disk(path, *_, **__):
     raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
 
-def test_json_is_whole_and_readable(tmp_path):
+def test_write_json_is_whole_and_readable(tmp_path):
     path = tmp_path / "a.json"
     write_json(dict(name="Grün", rate=1e-3, best=None), path)
     assert json.loads(path.read_text()) == dict(name="Grün", rate=1e-3, best=None)
@@ -313,7 +313,7 @@ def test_json_is_whole_and_readable(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_an_accuracy_stands_beside_its_interval():
+def test_percent_shows_an_accuracy_with_its_interval():
     z, n, k = 1.959964, 80, 70
     middle, half = (k / n + z * z / 2 / n), z * math.sqrt(k / n * (1 - k / n) / n + z * z / 4 / n / n)
     low, high = (100 * (middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))

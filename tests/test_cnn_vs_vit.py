@@ -33,14 +33,14 @@ from vit_bridge.system import Interrupted
 from vit_model import InputError
 
 
-def test_the_shipped_models_are_asked_about_images_that_they_know():
+def test_shipped_setup_uses_images_the_models_know():
     setup = cv.shipped_setup(50)
     for name, model in setup.models.items():
         right = (model(setup.images).argmax(dim=1) == setup.labels).float().mean()
         assert right > 0.8, name
 
 
-def test_a_dry_run_leaves_its_files(tmp_path):
+def test_cnn_vs_vit_dry_run_writes_its_files(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "cnn_vs_vit.py", "--dry-run", "--output-dir", "comparison"],
                           cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr
@@ -57,27 +57,27 @@ def test_a_dry_run_leaves_its_files(tmp_path):
     assert "they say nothing about other images" in done.stdout
 
 
-def test_the_door_hands_on_the_hybrid():
+def test_cnn_vs_vit_exports_the_hybrid():
     assert HybridCNNViT is HybridOfThePackage
 
 
 # ---- Trials
 
 
-def test_trials_are_planned_seed_by_seed(tmp_path):
+def test_plan_trials_goes_seed_by_seed(tmp_path):
     plan = cv.plan_trials(["reach", "cues"], tmp_path, options("--train"))
     assert len(set(plan.trials)) == len(plan.trials) == 2 * len(SEEDS) * len(CNN_TO_VIT_MODELS)
     assert [(trial.experiment, trial.kind, trial.seed) for trial in plan.trials[:5]] == [
         *(("reach", kind, SEEDS[0]) for kind in CNN_TO_VIT_MODELS), ("reach", "ViT", SEEDS[1])]
 
 
-def test_the_trials_of_the_checkout_are_found():
+def test_read_trials_finds_those_of_the_checkout():
     """Were the folder looked for elsewhere, the report would say that nothing has been measured."""
     found = read_trials(trials_module.TRAINING_EXPERIMENTS, [cv.COMMITTED])
     assert {name: len(own) for name, own in found.items()} == dict(cues=12, reach=12, data=72)
 
 
-def test_the_report_has_what_the_checkout_holds(tmp_path, monkeypatch, capsys):
+def test_cnn_vs_vit_reports_the_trials_of_the_checkout(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     cv.main(["--only", *trials_module.TRAINING_EXPERIMENTS, "--output-dir", "out"])
     assert "Not measured yet" not in capsys.readouterr().out
@@ -107,7 +107,7 @@ def train(names, folder, options, *recipe):
     return cv.run_trials(cv.plan_trials(names, folder, options, *recipe), options)
 
 
-def test_trials_that_are_there_are_not_measured_again(few, tmp_path, capsys):
+def test_run_trials_skips_trials_already_measured(few, tmp_path, capsys):
     trials = train(["reach"], tmp_path, options("--train"))
     assert "reach-ViT-0: kept, 1 of 12" in capsys.readouterr().out
     assert len(few) == len(trials["reach"]) == 12
@@ -126,7 +126,7 @@ def test_trials_that_are_there_are_not_measured_again(few, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_says_what_is_kept_and_how_to_go_on(number, few, tmp_path, monkeypatch):
+def test_run_trials_says_what_is_kept_when_stopped(number, few, tmp_path, monkeypatch):
     def cut_off(self, kind, seed, **run):
         if (kind, seed) == ("ConvNet", 0):
             signal.raise_signal(number)
@@ -138,7 +138,7 @@ def test_a_stop_says_what_is_kept_and_how_to_go_on(number, few, tmp_path, monkey
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_data_sets_of_trials_are_told_apart(few, tmp_path, capsys):
+def test_show_trials_separates_datasets(few, tmp_path, capsys):
     trials = train(["reach"], tmp_path, options("--train"))["reach"]
     for trial in trials[:6]:
         trial["result"]["dataset"] = "photos"
@@ -156,7 +156,7 @@ def test_data_sets_of_trials_are_told_apart(few, tmp_path, capsys):
         "Not measured yet"]
 
 
-def test_data_trials_of_a_folder_hold_its_name_and_are_of_its_images(tmp_path, monkeypatch):
+def test_run_trials_on_a_folder_records_name_and_checks_images(tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "a" / "my set", 16, ("train", "test"))
     tried = []
 
@@ -180,7 +180,7 @@ def test_data_trials_of_a_folder_hold_its_name_and_are_of_its_images(tmp_path, m
         train(["data"], tmp_path / "trials", options("--train", "--data-dir", str(folder / "train")))
 
 
-def test_images_of_the_same_names_and_numbers_are_told_apart(tmp_path, monkeypatch):
+def test_plan_trials_refuses_changed_images_of_the_same_names(tmp_path, monkeypatch):
     monkeypatch.setattr(trials_module.DataEfficiency, "measure", lambda self, kind, seed, n_images, rates, **run: dict(
         kind=kind, seed=seed, n_images=n_images, correct=3, n=4, rate=rates[-1]))
     first = make_folder(tmp_path / "a" / "photos", 16, ("train", "test"))
@@ -193,7 +193,7 @@ def test_images_of_the_same_names_and_numbers_are_told_apart(tmp_path, monkeypat
         cv.plan_trials(["data"], trials, options(*words, str(other)))
 
 
-def test_all_that_can_be_wrong_is_told_before_anything_is_measured(few, tmp_path, monkeypatch):
+def test_cnn_vs_vit_reports_every_error_before_measuring(few, tmp_path, monkeypatch):
     for measures in ("run_experiments", "run_trials"):
         monkeypatch.setattr(cv, measures, lambda *words: pytest.fail("measured first"))
     (tmp_path / "trials").mkdir()
@@ -213,20 +213,20 @@ def test_all_that_can_be_wrong_is_told_before_anything_is_measured(few, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_the_old_spellings_are_understood():
+def test_make_parser_accepts_the_old_spellings():
     old = options("--full", "--cells", "runs/x", "--shares", "0.5")
     assert old == options("--train", "--results-dir", "runs/x", "--train-fractions", "0.5")
 
 
-def test_the_command_of_a_trial_has_all_that_its_numbers_hang_on():
+def test_command_of_repeats_every_option_that_matters():
     words = ["--seed", "5", "--skip-corrupt", "--amp", "bf16", "--device", "cpu", "--img-size", "24", "--data-dir",
              "a b", "--train-fractions", "1"]
-    command = cv.command_of("data", options("--train", *words))
+    command = cv._command_of("data", options("--train", *words))
     own, again = (vars(options(*part)) for part in (["--train", *words], shlex.split(command)[2:]))
     assert own | dict(only=["data"]) == again
 
 
-def test_a_stop_with_an_output_folder_asks_for_another(few, tmp_path, monkeypatch):
+def test_run_trials_asks_for_another_output_folder_when_stopped(few, tmp_path, monkeypatch):
     def cut_off(self, kind, seed, **run):
         signal.raise_signal(signal.SIGINT)
 
@@ -235,7 +235,7 @@ def test_a_stop_with_an_output_folder_asks_for_another(few, tmp_path, monkeypatc
         train(["reach"], tmp_path, options("--train", "--output-dir", "out"))
 
 
-def test_the_introduction_speaks_of_the_shipped_models_where_they_were_asked(tmp_path):
+def test_cnn_vs_vit_mentions_shipped_models_only_where_used(tmp_path):
     for name, there in (("convolution", True), ("reach", False)):
         cv.main(["--only", name, "--output-dir", str(tmp_path / name)])
         page = (tmp_path / name / "report.html").read_text(encoding="utf-8")
@@ -245,7 +245,7 @@ def test_the_introduction_speaks_of_the_shipped_models_where_they_were_asked(tmp
 # ---- Which for my data?
 
 
-def test_images_left_out_are_told(tmp_path, monkeypatch, capsys):
+def test_cnn_vs_vit_reports_skipped_images(tmp_path, monkeypatch, capsys):
     folder = make_folder(tmp_path / "photos", 16, ("train", "test"))
     broken = [next((folder / part).rglob("*.jpg")) for part in ("train", "test")]
     for path in broken:
@@ -259,21 +259,21 @@ def test_images_left_out_are_told(tmp_path, monkeypatch, capsys):
     assert found["skipped"] == sorted(map(str, broken))
 
 
-def test_without_test_images_a_fifth_of_the_training_images_chooses_for_the_linear_classifier():
+def test_split_for_linear_sets_a_fifth_aside():
     drawn = make_mark(17, 32)
     loader = loader_of(drawn.images, drawn.labels, drawn.class_names, Recipe(batch_size=8), training=True)
-    fit, choose = cv.split_for_linear(loader)
+    fit, choose = cv._split_for_linear(loader)
     assert torch.equal(choose.images, drawn.images[[0, 5, 10, 15]])
     assert torch.equal(choose.labels, drawn.labels[[0, 5, 10, 15]])
     assert fit.n_images == 13
     assert not fit.training
 
 
-def test_a_folder_is_judged(tmp_path, monkeypatch, capsys):
+def test_cnn_vs_vit_judges_a_folder(tmp_path, monkeypatch, capsys):
     drawn = [make_mark(n, 32, start=start) for n, start in ((40, 0), (12, 100), (30, 200))]
     loaders = tuple(loader_of(one.images, one.labels, one.class_names, Recipe(batch_size=8), training=i == 0)
                     for i, one in enumerate(drawn))
-    monkeypatch.setattr(cv, "loaders_of", lambda options: loaders)
+    monkeypatch.setattr(cv, "_loaders_of", lambda options: loaders)
     monkeypatch.setattr("vit_bridge.compare.trials.steps_within", lambda *words, **run: 1)
     cv.main(["--data-dir", str(tmp_path), "--minutes", "1", "--device", "cpu", "--output-dir", str(tmp_path / "out")])
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["verdict"]
@@ -304,7 +304,7 @@ def judged(monkeypatch):
 
 @pytest.mark.usefixtures("judged")
 @pytest.mark.parametrize(("parts", "split"), [(("",), "validation"), (("train", "test"), "test")])
-def test_a_verdict_says_which_images_were_asked_and_what_an_image_costs(parts, split, tmp_path, capsys):
+def test_compare_on_folder_names_the_images_and_costs(parts, split, tmp_path, capsys):
     words = options("--data-dir", str(make_folder(tmp_path / "photos", 16, parts)), "--minutes", "1", "--device", "cpu")
     results, (section,) = cv.compare_on_folder(words, tmp_path)
     found = results["verdict"]
@@ -320,7 +320,7 @@ def test_a_verdict_says_which_images_were_asked_and_what_an_image_costs(parts, s
     assert [(name, cost) for name, *_, cost in rows[:3]] == [("ConvNet", "2.00"), ("Hybrid", "4.00"), ("ViT", "1.00")]
 
 
-def test_a_verdict_that_is_stopped_says_that_nothing_is_kept(tmp_path, monkeypatch):
+def test_cnn_vs_vit_says_a_stopped_verdict_keeps_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(cv, "compare_on_dataset", lambda *loaders, **run: signal.raise_signal(signal.SIGTERM))
     folder = make_folder(tmp_path / "photos", 16, ("train", "test"))
     with pytest.raises(Interrupted, match="nothing of them is kept; give fewer --minutes"):
@@ -338,7 +338,7 @@ def test_a_verdict_that_is_stopped_says_that_nothing_is_kept(tmp_path, monkeypat
     (["--data-dir", ".", "--minutes", "3", "--only", "cost"], "leave out --train and --only"),
     (["--data-dir", ".", "--train", "--only", "position"], "not for --only position"),
     (["--device", "gpu"], "device 'gpu' is unknown"), (["--img-size", "96"], "a whole number from 8 to 64")])
-def test_bad_words_end_in_one_line_and_exit_code_2(words, expected, capsys, tmp_path, monkeypatch):
+def test_cnn_vs_vit_reports_bad_options_in_one_line(words, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         script(lambda: cv.main(words))
@@ -347,17 +347,17 @@ def test_bad_words_end_in_one_line_and_exit_code_2(words, expected, capsys, tmp_
     assert expected in error
 
 
-def test_the_fractions_are_those_of_the_experiment():
+def test_make_parser_defaults_to_the_experiments_fractions():
     assert options().train_fractions == list(TRAIN_FRACTIONS)
 
 
-def test_a_trial_is_named_by_what_it_is():
+def test_trial_path_names_its_parts():
     trials = [Trial("reach", "ViT", 0), Trial("data", "ViT, mean pooling", 2, 450, "photos")]
     assert [trial.path(cv.COMMITTED).name for trial in trials] == [
         "reach-ViT-0.json", "data-photos-ViT-mean-pooling-450-2.json"]
 
 
-def test_own_trials_come_before_those_of_the_project(few, tmp_path):
+def test_read_trials_prefers_the_fuller_then_the_first_folder(few, tmp_path):
     mine, theirs = tmp_path / "mine", tmp_path / "theirs"
     train(["reach"], mine, options("--train"))
     assert len(read_trials(["reach"], [mine, theirs])["reach"]) == 12
@@ -376,7 +376,7 @@ def test_own_trials_come_before_those_of_the_project(few, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"result": {}}', '{"result": {"kind": "ViT"}, "date": ""}'])
-def test_a_file_that_is_no_trial_is_named(text, tmp_path, few):
+def test_read_trials_refuses_a_file_that_is_no_trial(text, tmp_path, few):
     (tmp_path / "reach-ViT-0.json").write_text(text)
     for read in (lambda: read_trials(["reach"], [tmp_path]),
                  lambda: train(["reach"], tmp_path, options("--train"))):
@@ -385,19 +385,19 @@ def test_a_file_that_is_no_trial_is_named(text, tmp_path, few):
     assert not few
 
 
-def test_the_largest_class_is_that_of_the_training_images():
+def test_share_of_largest_class_picks_it_by_training_images():
     counts = [type("Loader", (), dict(class_counts=own, n_images=sum(own))) for own in ([3, 7], [30, 10])]
-    assert cv.share_of_largest_class(*counts) == 0.25
+    assert cv._share_of_largest_class(*counts) == 0.25
 
 
-def test_the_introduction_has_the_trainings_of_the_models_that_come_along():
+def test_shipped_note_quotes_the_models_training_results():
     for key in ("convnet", "hybrid", "vit_nano"):
         trial = json.loads((cv.COMMITTED / f"weights-{key}-0.json").read_text())["result"]
         assert f"{trial['n_steps']:,}" in cv.SHIPPED_NOTE
         assert f"{trial['test_acc']:.1%}" in cv.SHIPPED_NOTE
 
 
-def test_a_dry_run_of_what_trains(tmp_path, capsys):
+def test_cnn_vs_vit_train_dry_run_finishes(tmp_path, capsys):
     cv.main(["--train", "--dry-run", "--only", "data", "--train-fractions", "1", "--device", "cpu", "--amp", "off"])
     printed = capsys.readouterr().out
     assert "Data efficiency" in printed
@@ -405,7 +405,7 @@ def test_a_dry_run_of_what_trains(tmp_path, capsys):
     assert "Dry run" in printed
 
 
-def test_a_trial_that_diverges_is_left_out(tmp_path, monkeypatch, capsys):
+def test_run_trials_leaves_out_a_diverging_trial(tmp_path, monkeypatch, capsys):
     def diverges(self, kind, seed, **run):
         raise NotFinite("loss or gradient are not finite")
 
@@ -419,7 +419,7 @@ def test_a_trial_that_diverges_is_left_out(tmp_path, monkeypatch, capsys):
     ("reach-ViT-0", dict(kind="Foo")), ("reach-ViT-0", dict(rate="0.1")), ("cues-ViT-0", dict(choices={})),
     ("cues-ViT-0", dict(shape_bias=None)), ("data-ViT-18000-0", dict(correct="9")), ("data-ViT-18000-0", dict(n="9")),
     ("data-ViT-18000-0", dict(n_images=-1))])
-def test_a_trial_with_a_wrong_part_is_named(name, change, tmp_path):
+def test_read_trials_refuses_a_trial_with_wrong_values(name, change, tmp_path):
     trial = json.loads((cv.COMMITTED / f"{name}.json").read_text())
     (tmp_path / f"{name}.json").write_text(json.dumps(trial))
     experiment = name.split("-")[0]
@@ -430,9 +430,9 @@ def test_a_trial_with_a_wrong_part_is_named(name, change, tmp_path):
         read_trials([experiment], [tmp_path])
 
 
-def test_photographs_are_made_small(tmp_path, capsys):
+def test_loaders_of_shrinks_photographs(tmp_path, capsys):
     folder = make_folder(tmp_path / "photos", 100, ("train", "test"))
-    loaders = cv.loaders_of(options("--data-dir", str(folder)))
+    loaders = cv._loaders_of(options("--data-dir", str(folder)))
     assert [loader.img_size for loader in loaders] == [64, 64, 64]
     assert "compared at 64 x 64 pixels" in capsys.readouterr().out
-    assert cv.loaders_of(options("--data-dir", str(folder), "--img-size", "24"))[0].img_size == 24
+    assert cv._loaders_of(options("--data-dir", str(folder), "--img-size", "24"))[0].img_size == 24

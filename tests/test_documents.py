@@ -55,19 +55,19 @@ def preamble():
 
 @pytest.mark.filterwarnings("ignore")  # the brief uses torch.cuda.amp, which torch has renamed
 @pytest.mark.parametrize("block", blocks(BRIEF, "python"))
-def test_block_of_the_brief_runs(block, short_runs):
+def test_brief_block_runs(block, short_runs):
     if not torch.cuda.is_available():
         block = block.replace("'cuda'", "'cpu'")
     exec(compile(block, "brief.md", "exec"), preamble())
 
 
-def test_brief_is_looked_for_where_it_lies():
+def test_brief_is_found_with_its_python_blocks():
     if not BRIEF.exists():
         pytest.skip("the brief lies outside the repository and is not here")
     assert len(blocks(BRIEF, "python")) >= 17
 
 
-def test_blocks_of_the_readme_run_one_after_the_other(short_runs):
+def test_readme_blocks_run_in_order(short_runs):
     names = {}
     found = blocks(README, "python")
     assert len(found) >= 8
@@ -78,7 +78,7 @@ def test_blocks_of_the_readme_run_one_after_the_other(short_runs):
 SCRIPTS = ("train_vit.py", "cnn_vs_vit.py", "examples.py")
 
 
-def test_the_training_runs_dry(tmp_path):
+def test_train_vit_dry_run_writes_nothing(tmp_path):
     """The other two do so in tests of their own."""
     done = subprocess.run([sys.executable, ROOT / "train_vit.py", "--dry-run"], cwd=tmp_path, capture_output=True,
                           text=True, timeout=200, check=False)
@@ -91,7 +91,7 @@ class Understood(Exception):
     """A command's words were parsed."""
 
 
-def test_commands_of_the_readme_have_arguments_that_the_scripts_know(monkeypatch):
+def test_readme_commands_have_arguments_the_scripts_know(monkeypatch):
     commands = [line for block in blocks(README, "bash") for line in block.values[0].splitlines()
                 if line.startswith(("python ", "torchrun ")) and ".py" in line]
     assert {script for script in SCRIPTS for line in commands if script in line} == set(SCRIPTS)
@@ -116,17 +116,17 @@ def test_commands_of_the_readme_have_arguments_that_the_scripts_know(monkeypatch
             train_vit.parse(words)
 
 
-def test_what_the_readme_points_to_is_there():
+def test_readme_links_point_to_existing_files():
     text = README.read_text(encoding="utf-8")
     assert "@@" not in text
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):
         assert (ROOT / target).exists(), target
 
 
-def test_python_lines_of_the_documents_are_not_wider_than_a_page():
+def test_readme_python_lines_fit_110_columns():
     for block in blocks(README, "python"):
         assert max(map(len, block.values[0].splitlines())) <= 110
 
 
-def test_nano_is_what_the_readme_trains():
+def test_create_vit_nano_has_the_readme_parameter_count():
     assert sum(p.numel() for p in create_vit_nano(n_classes=10).parameters()) == 459_562

@@ -15,14 +15,14 @@ from vit_model import InputError, VisionTransformer
 QUICK = [name for name in examples.DEMOS if name not in examples.TRAINS]
 
 
-def test_there_are_eleven_demos_each_with_a_line_of_its_own(capsys):
+def test_examples_lists_eleven_demos(capsys):
     examples.main(["--list"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(examples.DEMOS) == 11
     assert len({line.split(maxsplit=1)[1] for line in lines}) == 11
 
 
-def test_demos_print_what_to_look_at_and_save_a_picture_each(tmp_path):
+def test_examples_dry_run_prints_and_draws_each_demo(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "examples.py", "--dry-run"], cwd=tmp_path, capture_output=True,
                           text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
@@ -35,7 +35,7 @@ def test_demos_print_what_to_look_at_and_save_a_picture_each(tmp_path):
         assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 5_000
 
 
-def test_vit_by_hand_is_the_model_in_at_most_60_lines():
+def test_vit_by_hand_matches_the_model_in_60_lines():
     torch.manual_seed(0)
     model = VisionTransformer(img_size=(6, 10), patch_size=(2, 2), n_classes=5, embed_dim=12, depth=2, n_heads=3).eval()
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_vit_by_hand_is_the_model_in_at_most_60_lines():
 
 @pytest.mark.parametrize(("words", "expected"), [
     (["--only", "swin"], "--only swin is unknown"), (["--output-dir", "file/figures"], "cannot make --output-dir")])
-def test_bad_words_end_in_one_line_and_exit_code_2(words, expected, capsys, tmp_path, monkeypatch):
+def test_examples_reports_bad_options_in_one_line(words, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as stop:
@@ -62,7 +62,7 @@ def test_bad_words_end_in_one_line_and_exit_code_2(words, expected, capsys, tmp_
 # ---- Quiz and exercises
 
 
-def test_an_exercise_is_written_and_then_checked(tmp_path, monkeypatch, capsys):
+def test_exercise_is_written_then_checked(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     examples.main(["exercise", "attention"])
     assert "fill it in, then run the same command again" in capsys.readouterr().out
@@ -77,7 +77,7 @@ def test_an_exercise_is_written_and_then_checked(tmp_path, monkeypatch, capsys):
     assert "right: values" in capsys.readouterr().out
 
 
-def test_an_exercise_elsewhere_says_so_in_its_own_command(tmp_path, monkeypatch, capsys):
+def test_exercise_in_another_file_gives_its_own_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my work").mkdir()
     examples.main(["exercise", "block", "--file", "my work/mine.py"])
@@ -91,14 +91,14 @@ def test_an_exercise_elsewhere_says_so_in_its_own_command(tmp_path, monkeypatch,
     assert (tmp_path / "block_exercise.py").read_text().splitlines()[0].endswith("examples.py exercise block")
 
 
-def test_an_exercise_that_could_not_be_checked_is_not_written(tmp_path, monkeypatch):
+def test_exercise_refuses_a_file_that_is_not_python(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"foo\.txt is not a Python file; expected a name that ends in \.py"):
         examples.main(["exercise", "block", "--file", "foo.txt"])
     assert not list(tmp_path.iterdir())
 
 
-def test_the_quiz_is_asked_and_takes_no_options(monkeypatch, capsys):
+def test_quiz_is_asked_and_takes_no_options(monkeypatch, capsys):
     monkeypatch.setattr(examples, "ask", lambda: print("asked"))
     examples.main(["quiz"])
     assert capsys.readouterr().out == "asked\n"

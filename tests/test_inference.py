@@ -83,7 +83,7 @@ def run(command, *words):
 # ---- Predictions
 
 
-def test_predict_every_kind_of_image(tmp_path):
+def test_predict_accepts_every_kind_of_image(tmp_path):
     model, array = colour_model(), picture(255, 51, 102)
     shares = torch.tensor([10.0, 2.0, 4.0]).softmax(dim=0).tolist()
     expected = [("red", shares[0]), ("blue", shares[2]), ("green", shares[1])]
@@ -121,13 +121,13 @@ def test_predict_leaves_the_model_as_it_was():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_predict_without_names_and_among_equals():
+def test_predict_without_names_numbers_the_classes_in_order():
     model = colour_model()
     model.preprocessing = replace(model.preprocessing, class_names=None)
     assert [name for name, _ in predict(model, picture(9, 9, 9))] == ["0", "1", "2"]
 
 
-def test_predict_refuses():
+def test_predict_refuses_bad_arguments_and_models():
     with pytest.raises(InputError, match="top 0"):
         predict(colour_model(), picture(0, 0, 0), top=0)
     with pytest.raises(InputError, match=r"nowhere\.png"):
@@ -154,7 +154,7 @@ def shown_batches(size=3):
     return [*batches[:1], (images[:0], labels[:0]), *batches[1:]]
 
 
-def test_score_by_hand():
+def test_score_matches_counts_by_hand():
     model = Echo().train()
     found = score(model, shown_batches(), "cpu")
     expected = torch.zeros(6, 6, dtype=torch.int64)
@@ -167,7 +167,7 @@ def test_score_by_hand():
     assert model.training
 
 
-def test_the_worst_mistakes_come_first_whatever_the_batches():
+def test_score_lists_the_worst_mistakes_first():
     shares = [torch.tensor(logits, dtype=torch.float32).softmax(dim=0) for _, logits in SHOWN]
     for size in (1, 3, 7):
         worst = score(Echo(), shown_batches(size), "cpu").mistakes
@@ -188,7 +188,7 @@ class Batches(list):
     skipped = ()
 
 
-def test_the_files_of_the_mistakes():
+def test_score_names_the_files_of_mistakes():
     loader = Batches(shown_batches())
     loader.files = [f"{i}.png" for i in range(7)]
     assert score(Echo(), loader, "cpu").mistakes.files == ["3.png", "5.png", "1.png"]
@@ -200,7 +200,7 @@ def test_the_files_of_the_mistakes():
     assert score(Echo(), loader, "cpu").mistakes.files == [None] * 3
 
 
-def test_score_in_half_precision_is_that_of_its_logits():
+def test_score_works_in_half_precision():
     found = score(Echo(), shown_batches(), "cpu", amp="bf16")
     assert found.correct == 4
 
@@ -233,7 +233,7 @@ def tiny(name):
 
 
 @pytest.mark.parametrize("name", ["convnet", "vit", "hybrid"])
-def test_an_exported_file_computes_what_the_model_does(name, tmp_path, capfd):
+def test_export_onnx_computes_what_the_model_does(name, tmp_path, capfd):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     model = tiny(name).train()
@@ -259,11 +259,11 @@ def test_an_exported_file_computes_what_the_model_does(name, tmp_path, capfd):
     for n in (1, 5):
         x = torch.rand(n, 3, 8, 8)
         with torch.no_grad():
-            torch.testing.assert_close(inference.run_onnx(path.read_bytes(), x), model.eval()(x), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(inference._run_onnx(path.read_bytes(), x), model.eval()(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
-def test_an_export_without_its_packages_says_what_to_install(package, tmp_path, monkeypatch):
+def test_export_onnx_names_missing_packages(package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=r"pip install onnx onnxscript$") as error:
         export_onnx(colour_model(), tmp_path / "model.onnx")
@@ -286,11 +286,11 @@ def untraced(monkeypatch):
     """export_onnx without tracing: its file says 'graph', and answers what the returned function is told to."""
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
-    monkeypatch.setattr(inference, "to_onnx", lambda model, images: Proto())
-    return lambda answer: monkeypatch.setattr(inference, "run_onnx", answer)
+    monkeypatch.setattr(inference, "_to_onnx", lambda model, images: Proto())
+    return lambda answer: monkeypatch.setattr(inference, "_run_onnx", answer)
 
 
-def test_a_file_that_computes_something_else_is_not_kept(tmp_path, untraced):
+def test_export_onnx_keeps_no_file_that_computes_otherwise(tmp_path, untraced):
     model, path = colour_model(), tmp_path / "model.onnx"
     with torch.no_grad():
         for factor, sound in ((1, True), (1 + 5e-5, True), (1 + 2e-4, False), (torch.nan, False)):
@@ -311,7 +311,7 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path, untraced):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_exported_or_written(tmp_path, monkeypatch, untraced):
+def test_export_onnx_refuses_missing_folders_and_large_models(tmp_path, monkeypatch, untraced):
     with pytest.raises(InputError, match="there is no folder"):
         export_onnx(colour_model(), tmp_path / "absent" / "model.onnx")
     monkeypatch.setattr(inference, "PROTOBUF_LIMIT", 1000)
@@ -320,7 +320,7 @@ def test_what_cannot_be_exported_or_written(tmp_path, monkeypatch, untraced):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_that_cannot_be_traced_is_an_error_in_one_line():
+def test_to_onnx_refuses_an_untraceable_model_in_one_line():
     pytest.importorskip("onnxscript")
 
     class Untraceable(nn.Module):
@@ -328,7 +328,7 @@ def test_a_model_that_cannot_be_traced_is_an_error_in_one_line():
             return images if images.sum() > 0 else -images
 
     with pytest.raises(InputError, match=r"^this Untraceable cannot be exported \(.*\)") as error:
-        inference.to_onnx(Untraceable(), torch.zeros(2, 3, 8, 8))
+        inference._to_onnx(Untraceable(), torch.zeros(2, 3, 8, 8))
     assert "\n" not in str(error.value)
 
 
@@ -345,7 +345,7 @@ def colour_folder(root):
     return root
 
 
-def test_evaluate(tmp_path, checkpoint, capsys):
+def test_evaluate_writes_scores_confusion_and_mistakes(tmp_path, checkpoint, capsys):
     data, out = colour_folder(tmp_path / "data"), tmp_path / "out"
     assert run(train_vit.evaluate_command, "--checkpoint", checkpoint, "--data-dir", data, "--output-dir", out,
                "--device", "cpu") == 0
@@ -385,14 +385,14 @@ def test_evaluate_without_mistakes_has_no_picture_of_them(tmp_path, checkpoint, 
     assert list(json.loads((out / "result.json").read_text())["skipped"]) == [str(data / "test" / "red" / "broken.png")]
 
 
-def test_a_folder_that_changed_since_the_training_has_nothing_held_out(tmp_path, capsys):
+def test_evaluate_holds_nothing_out_of_a_changed_folder(tmp_path, capsys):
     data, path = tmp_path / "data", tmp_path / "best.pt"
     for name in COLOURS:
         for k in range(4):
             save(data / name / f"{k}.png", 10 * k, 0, 0)
     val_loader = get_evaluation_loader(data, COLOURS, img_size=8, held_out=True, val_fraction=0.5, seed=3)
     options = dict(data_dir=str(data), val_fraction=0.5, seed=3)
-    save_model(colour_model(), path, options=options, validation_files=train_vit.fingerprint(val_loader))
+    save_model(colour_model(), path, options=options, validation_files=train_vit._fingerprint(val_loader))
     words = ("--checkpoint", path, "--data-dir", data, "--device", "cpu", "--output-dir")
     assert run(train_vit.evaluate_command, *words, tmp_path / "a") == 0
     assert "6 validation images, held out" in capsys.readouterr().out
@@ -418,15 +418,15 @@ def test_evaluate_takes_the_images_held_out_of_the_training(tmp_path, monkeypatc
     assert run(train_vit.evaluate_command, "--checkpoint", path, "--data-dir", "other", "--device", "cpu") == 0
     assert "folder: 12 images, all of the folder: a test only if" in capsys.readouterr().out
     cut = dict(held_out=True, val_fraction=0.5, seed=3)
-    assert train_vit.training_cut(path, tmp_path / "x" / ".." / "data") == (cut, None)
+    assert train_vit._training_cut(path, tmp_path / "x" / ".." / "data") == (cut, None)
 
 
-def test_describe_names_the_classes_with_the_lowest_recall():
+def test_describe_score_lists_the_lowest_recalls():
     confusion = torch.diag(torch.arange(25))  # the first class has no images
     confusion[7, 8] = 100
     found = SimpleNamespace(confusion=confusion, class_names=[f"class {i}" for i in range(25)], n=400, correct=300,
                             balanced_accuracy=0.5, top5=0.9)
-    text = train_vit.describe_score(found, SimpleNamespace(dataset_name="folder", split="val", skipped={}))
+    text = train_vit._describe_score(found, SimpleNamespace(dataset_name="folder", split="val", skipped={}))
     assert "the mean of the recalls of 24 classes; the other 1 have no images" in text
     assert "top-5 accuracy     90.0%" in text
     assert "class 0 " not in text
@@ -435,7 +435,7 @@ def test_describe_names_the_classes_with_the_lowest_recall():
     assert lines[-21] == "recall of the 20 classes with the lowest:"
 
 
-def test_predict_command(tmp_path, checkpoint, capsys):
+def test_predict_command_prints_the_top_classes(tmp_path, checkpoint, capsys):
     folder = tmp_path / "a folder ü"
     red, green = save(folder / "b" / "red one.PNG", 255, 0, 0), save(folder / "green.png", 51, 255, 0)
     save(folder / ".hidden" / "x.png", 0, 0, 255)
@@ -451,7 +451,7 @@ def test_predict_command(tmp_path, checkpoint, capsys):
         f"{lone!s:{width}}  blue 100.0%, red 0.0%"]
 
 
-def test_predict_goes_on_after_files_that_cannot_be_read(tmp_path, checkpoint, capsys, monkeypatch):
+def test_predict_command_goes_on_after_unreadable_files(tmp_path, checkpoint, capsys, monkeypatch):
     monkeypatch.setattr(inference, "BATCH_SIZE", 2)
     (tmp_path / "empty").mkdir()
     bad = tmp_path / "bad.png"
@@ -506,7 +506,7 @@ def test_export_command_does_not_overwrite(checkpoint, capsys, untraced):
     (train_vit.export_command, ["--checkpoint", "absent.pt"], "no file absent.pt"),
     (train_vit.export_command, ["--checkpoint", "best.pt", "--output", "absent/model.onnx"], "no folder absent"),
 ])
-def test_what_a_person_gave_wrong_is_said_in_one_line(command, words, text, checkpoint, tmp_path, capsys, monkeypatch):
+def test_commands_report_bad_options_in_one_line(command, words, text, checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "other" / "cat" / "0.png", 0, 0, 0)
     if "wide.pt" in words:

@@ -58,7 +58,7 @@ def test_imports_run_downwards(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
-def test_imports_are_of_the_runtime_packages(path):
+def test_imports_use_only_runtime_packages(path):
     roots = {module.split(".")[0] for module in imports_of(path) if room_of(module) is None}
     allowed = {"torch"} if path.stem == "vit_model" else PACKAGES | OPTIONAL
     assert roots - sys.stdlib_module_names <= allowed
@@ -66,7 +66,7 @@ def test_imports_are_of_the_runtime_packages(path):
         assert "matplotlib" not in roots, "rooms below plots draw nothing"
 
 
-def test_the_package_has_few_modules():
+def test_package_has_few_modules():
     assert len([path for path in FILES if path.stem != "__init__" and path.stem not in DOORS]) <= 46
 
 
@@ -75,7 +75,7 @@ def is_guard(statement):
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
-def test_importing_a_module_only_defines(path):
+def test_modules_only_define_at_import(path):
     allowed = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
     body = ast.parse(path.read_text(encoding="utf-8")).body
     docstring = body and isinstance(body[0], ast.Expr)
@@ -84,7 +84,7 @@ def test_importing_a_module_only_defines(path):
 
 
 @pytest.mark.parametrize("script", ["train_vit", "visualizations"])
-def test_a_script_is_not_imported_again_by_its_own_path(script):
+def test_script_run_as_main_is_not_imported_again(script):
     """Run as __main__ it would be there twice, with classes that are not each other's."""
     code = f"import runpy, sys; sys.argv = ['{script}.py', '--help']\ntry:\n    runpy.run_path('{script}.py', " \
            f"run_name='__main__')\nexcept SystemExit:\n    pass\nassert '{script}' not in sys.modules"

@@ -17,7 +17,7 @@ from vit_bridge.models.hybrid import HybridCNNViT
 from vit_model import InputError, VisionTransformer
 
 
-def test_visualize_positions():
+def test_visualize_positions_draws_cosine_similarities():
     figure = v.visualize_positions(vit())
     assert len(data_of(figure)) == 6
     assert "cosine similarity" in texts(figure)
@@ -33,7 +33,7 @@ def test_visualize_positions():
 # ---- Patches
 
 
-def test_patches_are_those_of_the_image():
+def test_visualize_patch_embedding_draws_the_images_patches():
     array = pixels(14, 15)
     figure = v.visualize_patch_embedding(array, (7, 5))
     shown = data_of(figure)
@@ -46,7 +46,7 @@ def test_patches_are_those_of_the_image():
     assert "all of them" in texts(figure)
 
 
-def test_patch_figure_sizes():
+def test_visualize_patch_embedding_crops_to_whole_patches():
     def size(*args, **kwargs):
         return data_of(v.visualize_patch_embedding(*args, **kwargs))[0].shape[:2]
 
@@ -65,7 +65,7 @@ def test_patch_figure_sizes():
 # ---- Receptive fields
 
 
-def test_compare_receptive_fields(tmp_path, monkeypatch):
+def test_compare_receptive_fields_draws_untrained_and_trained_models(tmp_path, monkeypatch):
     made = {"convnet_shapes": convnet(), "vit_nano_shapes": square_vit()}
     monkeypatch.setattr(v, "load", made.__getitem__)
     monkeypatch.chdir(tmp_path)
@@ -89,12 +89,12 @@ def test_compare_receptive_fields_uses_the_models_given():
     model = square_vit()
     figure = v.compare_receptive_fields(save_path=None, models={"mine": model})
     assert "mine, untrained" in texts(figure)
-    given = v.compare_receptive_fields(None, {"mine": model}, v.shapes_for(model, 32))
+    given = v.compare_receptive_fields(None, {"mine": model}, v._shapes_for(model, 32))
     for first, second in zip(data_of(figure), data_of(given), strict=True):
         np.testing.assert_array_equal(first, second)
 
 
-def test_a_vit_of_another_library_is_drawn_as_ours_but_for_its_beginning(tmp_path):
+def test_compare_receptive_fields_draws_other_libraries_trained_only(tmp_path):
     theirs, ours, images = shared("timm", tmp_path)
     figure = v.compare_receptive_fields(None, {"theirs": theirs}, images)
     assert [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel() and axes.images] == ["theirs, trained"]
@@ -105,7 +105,7 @@ def test_a_vit_of_another_library_is_drawn_as_ours_but_for_its_beginning(tmp_pat
         assert not np.allclose(shown.filled(0), other.filled(0))
 
 
-def test_untrained_copy():
+def test_untrained_copy_keeps_the_config_with_fresh_weights():
     model = square_vit()
     fresh = untrained_copy(model)
     assert fresh.config == model.config
@@ -115,16 +115,16 @@ def test_untrained_copy():
     assert torch.equal(fresh.blocks[0].attn.qkv.weight, again.blocks[0].attn.qkv.weight)
 
 
-def test_shapes_for_a_model():
-    images = v.shapes_for(square_vit(), 2)
+def test_shapes_for_fits_the_model():
+    images = v._shapes_for(square_vit(), 2)
     assert images.shape == (2, 3, 12, 12)
     assert images[:, 0].max() <= 0.5 / 0.2 + 1e-6
     assert images[:, 0].min() >= -0.5 / 0.2 - 1e-6
-    assert v.shapes_for(vit(), 2).shape == (2, 3, *SIZE)
+    assert v._shapes_for(vit(), 2).shape == (2, 3, *SIZE)
 
 
 @pytest.mark.parametrize(("models", "words"), [({}, "empty"), ([1], "a list"), (vit(), "a VisionTransformer")])
-def test_models_to_compare_have_names(models, words):
+def test_compare_receptive_fields_refuses_models_without_names(models, words):
     with pytest.raises(InputError, match=rf"\Amodels is {words}; expected name -> trained model, [^\n]*\Z"):
         v.compare_receptive_fields(None, models)
 
@@ -132,7 +132,7 @@ def test_models_to_compare_have_names(models, words):
 # ---- A contact sheet
 
 
-def test_plot_images():
+def test_plot_images_draws_images_with_titles():
     batch = torch.from_numpy(np.stack([pixels()] * 3)).permute(0, 3, 1, 2)
     figure = v.plot_images(batch, ["ant", "bee", 7], columns=2, title="sheet")
     assert len(data_of(figure)) == 3
@@ -154,21 +154,21 @@ def test_plot_images():
 
 
 @pytest.mark.parametrize("name", ["missing/figure.png", "figure.xyz", "figure", "."])
-def test_where_no_figure_can_be_saved(name, tmp_path):
+def test_plot_images_says_when_it_cannot_save(name, tmp_path):
     with pytest.raises(InputError, match="cannot save the figure") as caught:
         v.plot_images([pixels()], save_path=tmp_path / name)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_no_global_state_of_pyplot():
+def test_plot_images_leaves_no_pyplot_state():
     import matplotlib._pylab_helpers as helpers
 
     v.plot_images([pixels()])
     assert not helpers.Gcf.figs
 
 
-def test_no_text_is_clipped():
+def test_figures_clip_no_text():
     """All text lies on the page and is no smaller than 9 points."""
     photo, model = pixels(40, 40), square_vit()
     visualizer = v.AttentionVisualizer(model, device="cpu")
@@ -185,7 +185,7 @@ def test_no_text_is_clipped():
 # ---- What a model has learned
 
 
-def test_patch_filters_are_drawn_with_their_shares():
+def test_visualize_patch_filters_draws_principal_components():
     figure = v.visualize_patch_filters(vit(), 9)
     assert len(data_of(figure)) == 9
     assert "the first 9 principal components" in texts(figure)
@@ -195,7 +195,7 @@ def test_patch_filters_are_drawn_with_their_shares():
 
 
 @pytest.mark.parametrize("n_channels", [1, 2, 4, 5])
-def test_filters_of_one_channel_are_grey_and_of_others_refused(n_channels):
+def test_visualize_patch_filters_takes_one_or_three_channels(n_channels):
     model = vit(in_channels=n_channels)
     if n_channels == 1:
         assert data_of(v.visualize_patch_filters(model, 1))[0].shape == (7, 5)
@@ -204,7 +204,7 @@ def test_filters_of_one_channel_are_grey_and_of_others_refused(n_channels):
         v.visualize_patch_filters(model)
 
 
-def test_features_as_colours_of_several_images():
+def test_visualize_features_colours_several_images():
     model, images = vit(), torch.randn(4, 3, *SIZE)
     figure = v.visualize_features(model, images)
     shown, tokens = data_of(figure), capture(model, images).tokens
@@ -216,7 +216,7 @@ def test_features_as_colours_of_several_images():
     assert_no_text_clipped(figure)
 
 
-def test_the_call_of_the_introduction(tmp_path):
+def test_attention_visualizer_runs_the_introduction_example(tmp_path):
     image, model = torch.randn(1, 3, 224, 224), vit(img_size=224, patch_size=16, depth=1)
     v.AttentionVisualizer(model, device="cpu").visualize_attention(
         image=image, layer_idx=-1, head_idx=None, save_path=str(tmp_path / "attention_map.png"))
@@ -244,7 +244,7 @@ def test_selfcheck_ends_with_1_where_something_does_not_hold(monkeypatch, capsys
     assert "DOES NOT HOLD: two (7)" in capsys.readouterr().out
 
 
-def test_a_page_is_written(tmp_path, capsys):
+def test_explore_writes_a_page(tmp_path, capsys):
     Image.fromarray(pixels(40, 50)).save(tmp_path / "photo.png")
     v.main(["explore", str(tmp_path / "photo.png"), "--output", str(tmp_path / "page.html"), "--compare-with",
             "convnet_shapes"])
@@ -256,7 +256,7 @@ def test_a_page_is_written(tmp_path, capsys):
 
 @pytest.mark.parametrize(("build", "words"), [(square_vit, "12 x 12 pixels, cut square from their middle; "),
                                               (vit, "14 x 15 pixels, cut to that shape from their middle; ")])
-def test_the_page_is_said_to_be_cut_as_the_model_asks(build, words, tmp_path, monkeypatch, capsys):
+def test_explore_says_how_images_are_cut(build, words, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(v, "load", lambda name: build())
     v.main(["explore", "--n-images", "1", "--output", str(tmp_path / "page.html")])
     assert f"Images are shown as the model sees them, {words}" in capsys.readouterr().out
@@ -267,7 +267,7 @@ def test_the_page_is_said_to_be_cut_as_the_model_asks(build, words, tmp_path, mo
     (["explore", "."], "'.' is a folder: give the path of an image file in it"),
     (["explore", "--pretrained", "convnet_shapes"], "ConvNet has no attention maps"),
     (["explore", "--n-images", "0"], "--n-images: 0 is out of range"), ([], "required")])
-def test_bad_words_end_in_one_line(words, expected, capsys, tmp_path, monkeypatch):
+def test_visualizations_reports_bad_options_in_one_line(words, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         script(lambda: v.main(words))

@@ -53,7 +53,7 @@ def one_line_with(text):
 # ---- The file itself
 
 
-def test_every_line_number_of_the_map_is_that_of_the_class():
+def test_vit_model_docstring_gives_the_line_of_each_class():
     places = re.findall(r"line (\d+), (\w+)", vit_model.__doc__)
     assert [name for _, name in places] == ["PatchEmbedding", "MultiHeadAttention", "MLP", "TransformerBlock",
                                             "VisionTransformer"]
@@ -61,12 +61,12 @@ def test_every_line_number_of_the_map_is_that_of_the_class():
         assert SOURCE[int(line) - 1].startswith(f"class {name}(")
 
 
-def test_every_equation_stands_as_a_comment_in_the_first_150_lines():
+def test_vit_model_first_150_lines_cite_every_equation():
     comments = re.findall(r"# .*\bEq\. ([\d, ]+)$", "\n".join(SOURCE[:150]), re.MULTILINE)
     assert sorted(int(number) for numbers in comments for number in numbers.split(",")) == list(range(1, 9))
 
 
-def test_nothing_but_the_model_stands_in_the_first_150_lines():
+def test_vit_model_first_150_lines_hold_only_the_model():
     classes = [line.split("(")[0] for line in SOURCE[:150] if line.startswith("class ")]
     assert classes == ["class InputError", "class PatchEmbedding", "class MultiHeadAttention", "class MLP",
                        "class TransformerBlock", "class VisionTransformer"]
@@ -77,20 +77,20 @@ def test_nothing_but_the_model_stands_in_the_first_150_lines():
 
 @pytest.mark.parametrize(("name", "count"), [("tiny", 5_717_416), ("small", 22_050_664), ("base", 86_567_656),
                                              ("large", 304_326_632)])
-def test_parameter_counts_are_those_of_the_papers(name, count):
+def test_create_vit_has_the_parameter_counts_of_the_papers(name, count):
     with torch.device("meta"):
         model = getattr(vit_model, f"create_vit_{name}")()
     assert sum(p.numel() for p in model.parameters()) == count
     assert model(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
 
 
-def test_nano_has_64_patches_of_4_pixels():
+def test_create_vit_nano_has_64_patches_of_4_pixels():
     model = vit_model.create_vit_nano(n_classes=7)
     assert (model.patch_embed.grid_size, model.patch_embed.n_patches, len(model.blocks)) == ((8, 8), 64, 4)
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
 
 
-def test_overrides_reach_the_config_and_the_model():
+def test_create_vit_passes_overrides_to_config_and_model():
     model = create_vit("vit_nano", 5, depth=3, pool="mean", img_size=(8, 12))
     assert (model.config.depth, model.config.pool, model.config.img_size) == (3, "mean", (8, 12))
     assert (len(model.blocks), model.patch_embed.grid_size, model.head.out_features) == (3, (2, 3), 5)
@@ -119,7 +119,7 @@ def timm_model(config):
 
 
 @pytest.mark.parametrize("case", TIMM_CASES)
-def test_state_dict_passes_to_timm_and_back_and_logits_agree(case):
+def test_vit_exchanges_state_dict_with_timm_and_logits_agree(case):
     ours, back = small_vit(**case), VisionTransformer(**case)
     theirs = timm_model(ours.config)
     theirs.load_state_dict(ours.state_dict(), strict=True)
@@ -131,7 +131,7 @@ def test_state_dict_passes_to_timm_and_back_and_logits_agree(case):
 
 
 @pytest.mark.parametrize("case", TIMM_CASES)
-def test_gradients_agree_with_timm(case):
+def test_vit_gradients_agree_with_timm(case):
     ours = small_vit(**case).double()
     theirs = timm_model(ours.config).double()
     theirs.load_state_dict(ours.state_dict())
@@ -158,7 +158,7 @@ def test_patch_embedding_is_unfold_and_one_matrix():
     torch.testing.assert_close(embed(images), by_hand)
 
 
-def test_patches_come_row_by_row():
+def test_patch_embedding_orders_patches_row_by_row():
     embed = PatchEmbedding((4, 9), (2, 3), in_channels=1, embed_dim=1)
     nn.init.constant_(embed.proj.weight, 1 / 6)
     nn.init.zeros_(embed.proj.bias)
@@ -169,7 +169,7 @@ def test_patches_come_row_by_row():
 # ---- Attention
 
 
-def test_fused_and_explicit_attention_agree_in_output_and_gradients():
+def test_attention_fused_and_explicit_agree_in_output_and_gradients():
     model = small_vit().double()
     images = images_for(model)
     fused = model.forward_features(images)
@@ -182,7 +182,7 @@ def test_fused_and_explicit_attention_agree_in_output_and_gradients():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_bf16_on_a_cpu_trains_with_the_explicit_softmax_up_to_a_limit(monkeypatch):
+def test_attend_uses_explicit_softmax_for_short_bf16_cpu_training(monkeypatch):
     fused = []
     kernel = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args: fused.append(1) or kernel(*args))
@@ -200,7 +200,7 @@ def test_bf16_on_a_cpu_trains_with_the_explicit_softmax_up_to_a_limit(monkeypatc
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_attention_rows_sum_to_one_and_dropout_leaves_them_alone(training):
+def test_attention_rows_sum_to_one_despite_dropout(training):
     attention = MultiHeadAttention(15, 5, dropout=0.5).train(training)
     _, maps = attention(torch.randn(2, 7, 15), return_attention=True)
     assert maps.shape == (2, 5, 7, 7)
@@ -208,7 +208,7 @@ def test_attention_rows_sum_to_one_and_dropout_leaves_them_alone(training):
     torch.testing.assert_close(maps.sum(dim=-1), torch.ones(2, 5, 7))
 
 
-def test_without_queries_and_keys_attention_is_uniform_and_the_output_the_mean():
+def test_attention_without_queries_and_keys_averages_the_values():
     attention = MultiHeadAttention(15, 5)
     nn.init.zeros_(attention.qkv.weight[:30])
     nn.init.zeros_(attention.qkv.bias)
@@ -219,7 +219,7 @@ def test_without_queries_and_keys_attention_is_uniform_and_the_output_the_mean()
     torch.testing.assert_close(mixed, attention.proj(values).unsqueeze(1).expand_as(mixed))
 
 
-def test_attention_of_two_tokens_by_hand():
+def test_attention_of_two_tokens_matches_hand_computation():
     attention = MultiHeadAttention(4, 1)
     attention.qkv.weight.data = torch.eye(4).repeat(3, 1)
     attention.proj.weight.data = torch.eye(4)
@@ -232,7 +232,7 @@ def test_attention_of_two_tokens_by_hand():
     torch.testing.assert_close(mixed, maps[0] @ x)
 
 
-def test_each_head_reads_its_own_slice_of_queries_keys_and_values():
+def test_attention_heads_read_their_own_queries_and_keys():
     attention = MultiHeadAttention(6, 3)
     x = torch.randn(1, 5, 6)
     _, before = attention(x, return_attention=True)
@@ -248,7 +248,7 @@ def test_each_head_reads_its_own_slice_of_queries_keys_and_values():
 
 @pytest.mark.parametrize(("pool", "read", "unread"), [("cls", slice(0, 1), slice(1, None)),
                                                       ("mean", slice(1, None), slice(0, 1))])
-def test_after_the_last_block_logits_depend_only_on_the_pooled_tokens(pool, read, unread):
+def test_forward_head_reads_only_the_pooled_tokens(pool, read, unread):
     model, outputs = small_vit(pool=pool), []
     model.blocks[-1].register_forward_hook(lambda module, inputs, output: outputs.append(output))
     logits = model.forward_head(model.forward_features(images_for(model)))
@@ -257,7 +257,7 @@ def test_after_the_last_block_logits_depend_only_on_the_pooled_tokens(pool, read
     assert (gradient[:, read].norm(dim=-1) > 0).all()
 
 
-def test_forward_is_the_head_of_the_features():
+def test_vit_forward_is_the_head_of_the_features():
     model = small_vit()
     images = images_for(model)
     features = model.forward_features(images)
@@ -268,7 +268,7 @@ def test_forward_is_the_head_of_the_features():
 
 @pytest.mark.parametrize("n", [1, 2, 22])
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_the_last_block_answers_for_as_many_tokens_as_are_asked_for(n, qk_norm):
+def test_last_block_computes_only_the_query_tokens(n, qk_norm):
     model, shapes = small_vit(qk_norm=qk_norm).double(), []
     for block in model.blocks:
         block.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[1]))
@@ -279,7 +279,7 @@ def test_the_last_block_answers_for_as_many_tokens_as_are_asked_for(n, qk_norm):
 
 
 @pytest.mark.parametrize(("pool", "n"), [("cls", 1), ("mean", 22)])
-def test_the_last_block_is_worked_out_for_what_the_head_reads(pool, n, monkeypatch):
+def test_last_block_computes_only_what_the_head_reads(pool, n, monkeypatch):
     model, shapes = small_vit(pool=pool), []
     forward = MLP.forward
     monkeypatch.setattr(MLP, "forward", lambda self, x: shapes.append(x.shape[1]) or forward(self, x))
@@ -290,7 +290,7 @@ def test_the_last_block_is_worked_out_for_what_the_head_reads(pool, n, monkeypat
 @pytest.mark.parametrize("where", ["", "attn.qkv", "mlp", "norm2", "attn.proj"])
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
                                   "register_full_backward_pre_hook"])
-def test_a_hook_in_the_last_block_sees_every_token(where, kind):
+def test_last_block_hook_sees_every_token(where, kind):
     model, shapes = small_vit(), []
     images = images_for(model)
     alone = model(images)
@@ -314,7 +314,7 @@ class Halved(nn.Linear):
         return super().forward(x) / 2
 
 
-def test_a_replaced_layer_is_called_not_read():
+def test_attention_calls_a_replaced_layer():
     model = small_vit().double()
     layer, images = model.blocks[-1].attn.qkv, images_for(model)
     halved = Halved(12, 36).double()
@@ -324,14 +324,14 @@ def test_a_replaced_layer_is_called_not_read():
 
 
 @pytest.mark.parametrize(("pool", "expected"), [("cls", 0.0), ("mean", 3.5)])
-def test_pre_logits_of_numbered_tokens(pool, expected):
+def test_forward_head_pools_cls_or_mean_of_patch_tokens(pool, expected):
     tokens = torch.arange(7.0).reshape(1, 7, 1).expand(2, 7, 12)
     features = small_vit(pool=pool).forward_head(tokens, pre_logits=True)
     torch.testing.assert_close(features, torch.full((2, 12), expected))
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
-def test_without_classes_the_model_gives_its_pooled_features(pool):
+def test_vit_without_classes_gives_its_pooled_features(pool):
     model = small_vit(n_classes=0, pool=pool)
     images = images_for(model)
     assert model(images).shape == (3, 12)
@@ -344,14 +344,14 @@ def test_without_classes_the_model_gives_its_pooled_features(pool):
 
 @pytest.mark.parametrize(("position", "same"), [("none", True), ("learned", False), ("sincos", False)])
 @pytest.mark.parametrize("pool", ["cls", "mean"])
-def test_patch_order_is_invisible_only_without_positions(position, same, pool):
+def test_vit_ignores_patch_order_only_without_positions(position, same, pool):
     model = small_vit(position=position, pool=pool).double()
     images = images_for(model)
     moved = images.roll((5, 4), dims=(2, 3))  # by one patch down and two to the right
     assert torch.allclose(model(images), model(moved), rtol=1e-9, atol=1e-9) is same
 
 
-def test_sincos_positions_by_hand():
+def test_sincos_positions_match_hand_computation():
     positions = sincos_positions((2, 3), 8)  # frequencies 1 and 1 / 100
     assert positions.shape == (1, 7, 8)
     assert positions.dtype == torch.float32
@@ -361,7 +361,7 @@ def test_sincos_positions_by_hand():
         torch.testing.assert_close(positions[0, 1 + 3 * row + column], torch.tensor(by_hand))
 
 
-def test_sincos_frequencies_fall_from_1_to_nearly_1_in_10000():
+def test_sincos_positions_frequencies_fall_to_nearly_1_in_10000():
     sines = sincos_positions((1, 2), 4 * 17)[0, 2, :17].double()
     torch.testing.assert_close(sines.asin(), 10000.0 ** -(torch.arange(17).double() / 17), rtol=1e-4, atol=0)
 
@@ -375,7 +375,7 @@ def test_sincos_positions_are_fixed_and_draw_no_random_number():
     assert torch.equal(model.state_dict()["pos_embed"], sincos_positions((3, 7), 12))
 
 
-def test_without_positions_none_are_stored():
+def test_vit_without_positions_stores_none():
     model = VisionTransformer(**SMALL, position="none")
     assert model.pos_embed is None
     assert "pos_embed" not in model.state_dict()
@@ -388,7 +388,7 @@ def test_without_positions_none_are_stored():
     ("blocks.0.attn.qkv", slice(0, 97), 97), ("blocks.0.attn.qkv", slice(97, 194), 97),
     ("blocks.0.attn.qkv", slice(194, 291), 97), ("blocks.1.attn.proj", slice(None), 97),
     ("blocks.0.mlp.fc1", slice(None), 291), ("head", slice(None), 53)])
-def test_dense_layers_start_xavier_uniform_with_q_k_and_v_apart(name, rows, fan_out):
+def test_vit_dense_layers_start_xavier_uniform_with_qkv_apart(name, rows, fan_out):
     torch.manual_seed(0)
     layer = VisionTransformer(4, 2, 3, 53, 97, 2, 1, mlp_ratio=3).get_submodule(name)
     weight, bound = layer.weight[rows], math.sqrt(6 / (97 + fan_out))
@@ -399,7 +399,7 @@ def test_dense_layers_start_xavier_uniform_with_q_k_and_v_apart(name, rows, fan_
     assert (layer.bias == 0).all()
 
 
-def test_patch_projection_starts_lecun_normal_positions_at_two_hundredths_and_cls_at_zero():
+def test_vit_starts_with_lecun_patches_small_positions_zero_cls():
     torch.manual_seed(0)
     model = VisionTransformer((22, 26), 2, 5, 3, 101, 1, 1)
     assert model.patch_embed.proj.weight.std().item() == pytest.approx(1 / math.sqrt(20), rel=0.05)
@@ -411,7 +411,7 @@ def test_patch_projection_starts_lecun_normal_positions_at_two_hundredths_and_cl
     assert (model.norm.weight == 1).all()
 
 
-def test_a_fresh_model_does_not_answer_zero():
+def test_vit_gives_nonzero_logits_when_fresh():
     assert VisionTransformer(**SMALL)(torch.ones(1, 2, 15, 14)).abs().min() > 0
 
 
@@ -428,20 +428,20 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
 
 
 @pytest.mark.parametrize(("rate", "training"), [(0.9, False), (0.0, True)])
-def test_drop_path_is_the_identity_in_eval_mode_and_at_rate_zero(rate, training):
+def test_drop_path_without_training_or_rate_is_the_identity(rate, training):
     x = torch.randn(5, 3)
     assert DropPath(rate).train(training)(x) is x
 
 
 @pytest.mark.parametrize(("last", "depth", "rates"), [(0.3, 4, [0, 0.1, 0.2, 0.3]), (0.3, 1, [0]),
                                                       (0.0, 3, [0, 0, 0])])
-def test_drop_path_rates_rise_in_equal_steps_to_the_last_block(last, depth, rates):
+def test_drop_path_rates_rise_evenly_to_the_last_block(last, depth, rates):
     assert drop_path_rates(last, depth) == pytest.approx(rates)
     model = small_vit(depth=depth, drop_path=last)
     assert [block.drop_path.rate for block in model.blocks] == pytest.approx(rates)
 
 
-def test_a_block_whose_branches_are_dropped_is_the_identity():
+def test_transformer_block_with_dropped_branches_is_the_identity():
     block = TransformerBlock(6, 3, drop_path=1 - 1e-12)
     x = torch.randn(2, 5, 6)
     assert torch.equal(block(x), x)
@@ -457,7 +457,7 @@ def test_dropout_is_active_only_in_training(option):
     assert torch.equal(model(images), plain(images))
 
 
-def test_dropout_follows_the_positions_and_every_dense_layer_but_queries_keys_and_values():
+def test_dropout_follows_positions_and_dense_layers_except_qkv():
     model, followed = small_vit(dropout=0.5, depth=1), []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Dropout):
@@ -469,7 +469,7 @@ def test_dropout_follows_the_positions_and_every_dense_layer_but_queries_keys_an
     assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.5}
 
 
-def test_the_mlp_works_on_each_token_by_itself():
+def test_mlp_works_on_each_token_by_itself():
     mlp = MLP(5, 13)
     x = torch.randn(2, 7, 5)
     by_hand = F.gelu(x[1, 3] @ mlp.fc1.weight.T + mlp.fc1.bias) @ mlp.fc2.weight.T + mlp.fc2.bias
@@ -480,7 +480,7 @@ def test_the_mlp_works_on_each_token_by_itself():
 
 
 @pytest.mark.parametrize("return_attention", [False, True])
-def test_a_forward_pass_stores_nothing_on_any_module(return_attention):
+def test_vit_forward_stores_nothing_on_any_module(return_attention):
     model = small_vit(dropout=0.1, drop_path=0.1)
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
     state = copy.deepcopy(model.state_dict())
@@ -494,7 +494,7 @@ def test_a_forward_pass_stores_nothing_on_any_module(return_attention):
 
 @pytest.mark.parametrize("position", ["learned", "sincos", "none"])
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_and_pickles_answer_alike(clone, position):
+def test_vit_copies_and_pickles_answer_alike(clone, position):
     model = small_vit(position=position)
     images, twin = images_for(model), clone(model)
     assert torch.equal(twin(images), model(images))
@@ -504,7 +504,7 @@ def test_copies_and_pickles_answer_alike(clone, position):
 
 @pytest.mark.parametrize("overrides", [{}, dict(position="sincos", pool="mean", dropout=0.3, drop_path=0.2),
                                        dict(n_classes=0, img_size=20, patch_size=5, position="none")])
-def test_the_config_rebuilds_the_model(overrides):
+def test_vit_config_rebuilds_the_model(overrides):
     model = small_vit(**overrides).eval()
     again = VisionTransformer(**vars(model.config)).eval()
     again.load_state_dict(model.state_dict())
@@ -516,7 +516,7 @@ def test_the_config_rebuilds_the_model(overrides):
 # ---- Another resolution
 
 
-def test_resized_positions_are_those_of_timm():
+def test_resize_positions_matches_timm():
     model = small_vit()
     theirs = resample_abs_pos_embed(model.pos_embed.detach(), new_size=[11, 5], old_size=[3, 7])
     assert resize_positions(model, (55, 10)) is model
@@ -524,7 +524,7 @@ def test_resized_positions_are_those_of_timm():
 
 
 @pytest.mark.parametrize("position", ["learned", "sincos", "none"])
-def test_a_resized_model_runs_at_its_new_size_and_says_so(position):
+def test_resize_positions_moves_the_model_to_the_new_size(position):
     model = resize_positions(small_vit(position=position), (10, 26))
     assert model.config.img_size == model.patch_embed.img_size == (10, 26)
     assert (model.patch_embed.grid_size, model.patch_embed.n_patches) == ((2, 13), 26)
@@ -535,13 +535,13 @@ def test_a_resized_model_runs_at_its_new_size_and_says_so(position):
     assert torch.equal(again(images), model(images))
 
 
-def test_resizing_to_the_same_size_leaves_the_positions():
+def test_resize_positions_to_the_same_size_changes_nothing():
     model = small_vit()
     before = model.pos_embed.detach().clone()
     torch.testing.assert_close(resize_positions(model, (15, 14)).pos_embed.detach(), before, rtol=0, atol=1e-6)
 
 
-def test_resizing_keeps_cls_and_a_constant_and_computes_sincos_anew():
+def test_resize_positions_keeps_cls_and_constants_and_recomputes_sincos():
     model = small_vit()
     nn.init.constant_(model.pos_embed, 0.7)
     nn.init.constant_(model.pos_embed[:, :1], -3.0)
@@ -552,7 +552,7 @@ def test_resizing_keeps_cls_and_a_constant_and_computes_sincos_anew():
 
 
 @pytest.mark.parametrize("trainable", [True, False])
-def test_resized_positions_train_as_they_did(trainable):
+def test_resize_positions_keeps_requires_grad(trainable):
     model = small_vit()
     model.pos_embed.requires_grad_(trainable)
     positions = resize_positions(model, 20).pos_embed
@@ -575,7 +575,7 @@ def test_freeze_backbone_leaves_exactly_the_head():
     assert trainable_names(model) == {"head.weight", "head.bias"}
 
 
-def test_freezing_patch_embed_and_blocks_leaves_more_than_the_head():
+def test_vit_with_frozen_blocks_trains_more_than_the_head():
     model = small_vit()
     for part in (model.patch_embed, model.blocks):
         for parameter in part.parameters():
@@ -598,19 +598,19 @@ def test_freezing_patch_embed_and_blocks_leaves_more_than_the_head():
     (dict(embed_dim=6, n_heads=3, position="sincos"), "embed_dim 6"),
     (dict(mlp_ratio=0), "mlp_ratio 0"), (dict(mlp_ratio=math.nan), "nan"), (dict(mlp_ratio=math.inf), "inf"),
     *[({name: rate}, f"{name} {rate}") for name in ("dropout", "drop_path") for rate in (-0.1, 1.0, 7, math.nan)]])
-def test_a_model_that_cannot_be_is_refused_in_one_line_naming_the_value(overrides, value):
+def test_vit_refuses_bad_arguments_naming_the_value(overrides, value):
     with pytest.raises(InputError, match=one_line_with(value)):
         VisionTransformer(**{**SMALL, **overrides})
 
 
-def test_the_refusal_of_a_size_names_the_nearest_that_fits():
+def test_patch_embedding_names_the_nearest_size_that_fits():
     with pytest.raises(InputError, match=one_line_with("the nearest side that is: 224")):
         PatchEmbedding(225, 16)
 
 
 @pytest.mark.parametrize(("shape", "value"), [((3, 2, 15, 15), "15x15"), ((3, 3, 15, 14), "(3, 3, 15, 14)"),
                                               ((2, 15, 14), "(2, 15, 14)"), ((3, 2, 14, 15), "14x15")])
-def test_images_that_do_not_fit_the_model_are_refused(shape, value):
+def test_vit_refuses_images_that_do_not_fit(shape, value):
     with pytest.raises(InputError, match=one_line_with(value)):
         small_vit()(torch.zeros(shape))
 
@@ -619,12 +619,12 @@ def test_images_that_do_not_fit_the_model_are_refused(shape, value):
     (lambda: create_vit("vit_huge"), "'vit_huge'"), (lambda: create_vit("vit_tiny", widht=3), "'widht'"),
     (lambda: MultiHeadAttention(7, 3), "embed_dim 7"), (lambda: MultiHeadAttention(7, 0), "n_heads 0"),
     (lambda: resize_positions(small_vit(), (15, 15)), "15x15")])
-def test_other_calls_that_cannot_work_are_refused(call, value):
+def test_vit_model_calls_refuse_bad_arguments_naming_the_value(call, value):
     with pytest.raises(InputError, match=one_line_with(value)):
         call()
 
 
-def test_a_refused_resize_leaves_the_model_alone():
+def test_resize_positions_when_refused_leaves_the_model_alone():
     model = small_vit()
     with pytest.raises(InputError):
         resize_positions(model, 16)
@@ -632,6 +632,6 @@ def test_a_refused_resize_leaves_the_model_alone():
     assert model(images_for(model)).shape == (3, 11)
 
 
-def test_an_unknown_variant_is_told_the_known_ones():
+def test_create_vit_lists_known_variants_for_an_unknown_one():
     with pytest.raises(ValueError, match=", ".join(VARIANTS)):
         create_vit("tiny")

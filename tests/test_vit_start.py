@@ -18,7 +18,7 @@ def products(model):
         yield w_q.transpose(1, 2) @ w_k, block.attn.proj.weight @ w_v.flatten(0, 1)
 
 
-def test_mimetic_attention_has_the_products_of_the_paper():
+def test_mimetic_init_gives_the_products_of_the_paper():
     torch.manual_seed(0)
     D = 192
     model = VisionTransformer(32, 8, 3, 5, embed_dim=D, depth=2, n_heads=1, init="mimetic")
@@ -31,7 +31,7 @@ def test_mimetic_attention_has_the_products_of_the_paper():
     assert torch.equal(model.pos_embed, sincos_positions((4, 4), D))
 
 
-def test_a_mimetic_head_is_the_nearest_matrix_of_its_rank():
+def test_mimetic_init_heads_are_low_rank_with_balanced_factors():
     torch.manual_seed(0)
     model = VisionTransformer(32, 8, 3, 5, embed_dim=48, depth=1, n_heads=3, init="mimetic")
     (qk, _), = products(model)
@@ -43,7 +43,7 @@ def test_a_mimetic_head_is_the_nearest_matrix_of_its_rank():
     torch.testing.assert_close(w_q.norm(dim=2), w_k.norm(dim=2))  # the factors share the singular values evenly
 
 
-def test_mimetic_tokens_look_first_at_their_like():
+def test_mimetic_init_makes_tokens_attend_to_themselves():
     """The control is the usual start, which looks at all tokens nearly alike."""
     looks = {}
     for init in ("xavier", "mimetic"):
@@ -54,7 +54,7 @@ def test_mimetic_tokens_look_first_at_their_like():
     assert looks["xavier"] < 2 < 4 < looks["mimetic"]
 
 
-def test_mimetic_takes_registers_and_other_positions():
+def test_mimetic_init_takes_registers_and_other_positions():
     model = VisionTransformer(16, 8, 3, 5, embed_dim=12, depth=1, n_heads=2, init="mimetic", n_registers=3)
     assert torch.equal(model.pos_embed, sincos_positions((2, 2), 12)[:, 1:])
     assert VisionTransformer(16, 8, 3, 5, embed_dim=14, depth=1, n_heads=2, init="mimetic", position="none"
@@ -67,7 +67,7 @@ def test_mimetic_takes_registers_and_other_positions():
 
 
 @pytest.mark.parametrize("options", [dict(), dict(position="sincos"), dict(position="none"), dict(n_registers=2)])
-def test_an_image_of_another_size_is_seen_as_by_a_model_that_was_moved(options):
+def test_any_size_answers_as_a_resized_model_does(options):
     torch.manual_seed(0)
     model = VisionTransformer((12, 20), 4, 3, 5, 12, 2, 3, **options).eval()
     moved = resize_positions(copy.deepcopy(model), (8, 28))
@@ -83,7 +83,7 @@ def test_an_image_of_another_size_is_seen_as_by_a_model_that_was_moved(options):
     assert torch.equal(model(own), kept)
 
 
-def test_any_size_is_one_that_the_patch_divides():
+def test_any_size_refuses_images_the_patch_does_not_divide():
     model = VisionTransformer(12, 4, 3, 5, 12, 1, 3)
     model.any_size = True
     with pytest.raises(InputError, match="img_size 10x12 is not divisible by patch_size 4x4"):

@@ -85,14 +85,14 @@ def ranked(model, inputs, top):
     """predict for a list of the model's inputs, each (1, 3, H, W)."""
     check_has_head(model)
     probabilities = class_probabilities(model, torch.cat(inputs)).float().cpu()  # (B, K)
-    check_finite_outputs(probabilities)
-    names = names_or_numbers(adapt(model).class_names, probabilities.shape[1])
+    _check_finite_outputs(probabilities)
+    names = _names_or_numbers(adapt(model).class_names, probabilities.shape[1])
     values, labels = probabilities.sort(dim=1, descending=True, stable=True)  # (B, K) each
     return [[(names[label], value) for label, value in zip(*line, strict=True)]
             for line in zip(labels[:, :top].tolist(), values[:, :top].tolist(), strict=True)]
 
 
-def names_or_numbers(names, n_classes):
+def _names_or_numbers(names, n_classes):
     """The class names, or "0", "1", ... where there are none that fit."""
     return list(names) if names and len(names) == n_classes else [str(label) for label in range(n_classes)]
 
@@ -103,7 +103,7 @@ def check_has_head(model):
                          f"n_classes and train it")
 
 
-def check_finite_outputs(outputs):
+def _check_finite_outputs(outputs):
     if not outputs.isfinite().all():
         raise InputError("the model's outputs are not finite; expected numbers, check its weights, or use amp 'off'")
 
@@ -173,21 +173,21 @@ def score(model, loader, device="auto", amp="off", n_worst=24):
             if not len(images):
                 continue
             logits, labels = model(images.to(device)).float().cpu(), labels.cpu()  # (B, K), (B)
-            check_finite_outputs(logits)
-            names = names if n else shared_names(model, loader, logits.shape[1])
+            _check_finite_outputs(logits)
+            names = names if n else _shared_names(model, loader, logits.shape[1])
             confusion = confusion + confusion_matrix(labels, logits.argmax(dim=1), logits.shape[1])  # (K, K)
             best = logits.topk(min(5, logits.shape[1])).indices  # (B, 5)
             top5_hits += (best == labels[:, None]).sum().item()
-            worst = worst_of(worst, mistakes_of(images, labels, logits, n), n_worst)
+            worst = _worst_of(worst, _mistakes_of(images, labels, logits, n), n_worst)
             n += len(images)
     if not n:
         raise InputError("the loader gave 0 images; expected at least one, check the data")
     K, correct = len(confusion), confusion.trace().item()
     return Score(confusion, n, correct, correct / n, wilson_interval(correct, n), balanced_accuracy(confusion),
-                 top5_hits / n if K > 5 else None, names, with_files(worst, loader, n))
+                 top5_hits / n if K > 5 else None, names, _with_files(worst, loader, n))
 
 
-def mistakes_of(images, labels, logits, n_before):
+def _mistakes_of(images, labels, logits, n_before):
     """A batch's mistakes: (their places in the pass, images, labels, predictions, probabilities of the label and of
     the prediction)."""
     probabilities = logits.softmax(dim=1)  # (B, K)
@@ -198,14 +198,14 @@ def mistakes_of(images, labels, logits, n_before):
     return n_before + wrong, images[wrong.to(images.device)].cpu(), labels, predictions, of_label, of_prediction
 
 
-def worst_of(worst, mistakes, n_worst):
+def _worst_of(worst, mistakes, n_worst):
     """The worst of those kept so far (None at first) and those of another batch, in the same fields."""
     fields = mistakes if worst is None else [torch.cat(both) for both in zip(worst, mistakes, strict=True)]
     order = fields[-1].sort(descending=True, stable=True).indices[:n_worst]
     return [field[order] for field in fields]
 
 
-def with_files(worst, loader, n):
+def _with_files(worst, loader, n):
     """Mistakes, with the files of their places where the loader tells the files of a pass of n images."""
     places, *fields = worst
     skipped = set(map(str, getattr(loader, "skipped", None) or ()))
@@ -214,7 +214,7 @@ def with_files(worst, loader, n):
     return Mistakes(*fields, [str(files[place]) if known else None for place in places.tolist()])
 
 
-def shared_names(model, loader, n_classes):
+def _shared_names(model, loader, n_classes):
     """K class names. Raises InputError where those of model and loader are not the same."""
     theirs = getattr(loader, "class_names", None)
     shown = getattr(model, "preprocessing", None)
@@ -222,7 +222,7 @@ def shared_names(model, loader, n_classes):
     if theirs and (list(theirs) != list(ours) or len(theirs) != n_classes):
         raise InputError(f"the loader has the classes {', '.join(map(str, theirs))}, the model {n_classes} outputs "
                          f"for {', '.join(map(str, ours))}; score it on images labelled by its own classes")
-    return list(theirs) if theirs else names_or_numbers(ours, n_classes)
+    return list(theirs) if theirs else _names_or_numbers(ours, n_classes)
 
 
 # ---- Export -----------------------------------------------------------------------------------------------
@@ -254,21 +254,21 @@ def export_onnx(model, path):
                          f".onnx file holds")
     twin = copy.deepcopy(model).cpu().float().eval()
     shape = (twin.config.in_channels, *pair(twin.config.img_size))
-    proto = to_onnx(twin, torch.zeros(2, *shape))
-    for key, value in metadata_of(model).items():
+    proto = _to_onnx(twin, torch.zeros(2, *shape))
+    for key, value in _metadata_of(model).items():
         proto.metadata_props.add(key=key, value=json.dumps(value))
     content = proto.SerializeToString()
     images = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))  # (3, C, H, W)
-    difference = largest_difference(content, twin, images)
+    difference = _largest_difference(content, twin, images)
     write_whole(path, operator.methodcaller("write", content))
     return difference
 
 
-def to_onnx(model, images):
+def _to_onnx(model, images):
     """The ModelProto of a model on the CPU, in eval mode, traced with a batch of images."""
     shapes = ({0: torch.export.Dim("batch")},)
     try:
-        with silence(), torch.no_grad():
+        with _silence(), torch.no_grad():
             program = torch.export.export(model, (images,), dynamic_shapes=shapes)
             proto = torch.onnx.export(program, (images,), dynamo=True, verbose=False, input_names=["images"],
                                       output_names=["logits"], dynamic_shapes=shapes).model_proto
@@ -281,7 +281,7 @@ def to_onnx(model, images):
 
 
 @contextmanager
-def silence():
+def _silence():
     """Inside, neither warnings nor log messages are shown."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
@@ -293,24 +293,24 @@ def silence():
         logging.disable(level)
 
 
-def metadata_of(model):
+def _metadata_of(model):
     """What somebody needs to feed the model and to read its answer, as plain values; without what is not known."""
     shown = model.preprocessing
     facts = dict(vars(shown) if shown else {}, img_size=model.config.img_size)
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def largest_difference(content, model, images):
+def _largest_difference(content, model, images):
     """How far the file's logits are from the model's, as a share of the largest. Raises InputError for TOLERANCE or
     more."""
     try:
-        theirs = run_onnx(content, images)  # (B, K)
+        theirs = _run_onnx(content, images)  # (B, K)
     except Exception as error:  # whatever an evaluator raises for a graph that it cannot run
         raise InputError(f"the exported file does not run ({first_line(error)}), so it was not kept; try other "
                          f"versions of onnx and onnxscript") from error
     with torch.no_grad():
         ours = model(images)  # (B, K)
-    check_finite_outputs(ours)
+    _check_finite_outputs(ours)
     largest = max(ours.abs().max().item(), torch.finfo(ours.dtype).tiny)
     difference = (theirs - ours).abs().max().item() / largest if theirs.shape == ours.shape else float("inf")
     if not difference < TOLERANCE:
@@ -319,7 +319,7 @@ def largest_difference(content, model, images):
     return difference
 
 
-def run_onnx(content, images):
+def _run_onnx(content, images):
     """The logits (B, K) of a file's content for images, by onnxruntime where it is installed, else by onnx itself."""
     try:
         from onnxruntime import InferenceSession

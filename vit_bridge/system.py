@@ -35,7 +35,7 @@ def write_whole(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        sync_folder(part.parent)
+        _sync_folder(part.parent)
     except (OSError, RuntimeError) as error:
         # what torch.save raises for a full disk hides the disk's own error behind it
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -46,7 +46,7 @@ def write_whole(path, write):
             part.unlink()
 
 
-def sync_folder(folder):
+def _sync_folder(folder):
     """Has the disk keep the names in a folder; Windows does so by itself, and refuses."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
@@ -137,7 +137,7 @@ def new_output_dir(wanted, model_name, dataset_name):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if wanted is None:
-            folder = first_new_folder(folder / f"{model_name}-{dataset_name}")
+            folder = _first_new_folder(folder / f"{model_name}-{dataset_name}")
         elif any(entry.name[0] != "." for entry in folder.iterdir()):
             raise InputError(f"--output-dir {folder} already holds files; choose a new folder, so that no run is lost")
         (folder / ".write-test").touch()
@@ -159,7 +159,7 @@ def unless_empty(folder):
         raise
 
 
-def first_new_folder(stem):
+def _first_new_folder(stem):
     """Makes <stem>-1, or -2, ...: the first that nobody else has made."""
     for n in itertools.count(1):
         folder = stem.with_name(f"{stem.name}-{n}")

@@ -19,7 +19,7 @@ from vit_bridge.analysis.capture import attention_maps
 from vit_model import InputError
 
 
-def test_zero_queries_attend_uniformly():
+def test_attention_maps_are_uniform_for_zero_queries():
     model = vit()
     for block in model.blocks:
         nn.init.zeros_(block.attn.qkv.weight)
@@ -28,7 +28,7 @@ def test_zero_queries_attend_uniformly():
     assert torch.equal(maps, torch.full_like(maps, 1 / N))
 
 
-def test_maps_are_those_of_the_weights():
+def test_attention_maps_match_the_weights_by_hand():
     model = vit().train()
     images = images_for(model)
     maps = attention_maps(model, images)
@@ -47,7 +47,7 @@ def test_maps_are_those_of_the_weights():
     torch.testing.assert_close(maps.sum(dim=-1), torch.ones(3, 3, 2, N))
 
 
-def test_select_attention():
+def test_select_attention_picks_layer_and_head():
     maps = torch.rand(5, 3, 2, N, N)
     assert torch.equal(select_attention(maps, 1, 1), maps[1, :, 1])
     assert torch.equal(select_attention(maps, -5, -2), maps[0, :, 0])
@@ -56,12 +56,12 @@ def test_select_attention():
 
 @pytest.mark.parametrize(("layer", "head", "text"), [(5, 0, "layer_idx 5 .* 0 to 4"), (-6, 0, "layer_idx -6"),
                                                      (0, 2, "head_idx 2 .* 0 to 1"), (0.5, 0, "layer_idx 0.5")])
-def test_select_attention_out_of_range(layer, head, text):
+def test_select_attention_refuses_indices_out_of_range(layer, head, text):
     with pytest.raises(InputError, match=text):
         select_attention(torch.rand(5, 3, 2, N, N), layer, head)
 
 
-def test_cls_grid_is_the_first_row_without_cls():
+def test_cls_attention_grid_is_the_first_row_without_cls():
     maps = torch.arange(2 * N * N, dtype=torch.float32).reshape(2, N, N)
     grid = cls_attention_grid(maps, GRID)
     assert torch.equal(grid[1], torch.tensor([[50.0, 51, 52], [53, 54, 55]]))
@@ -69,7 +69,7 @@ def test_cls_grid_is_the_first_row_without_cls():
         cls_attention_grid(maps, (3, 3))
 
 
-def test_position_similarity():
+def test_position_similarity_is_the_cosine_between_positions():
     model = vit()
     similarity = position_similarity(model)
     assert similarity.shape == (*GRID, *GRID)
@@ -80,12 +80,12 @@ def test_position_similarity():
             position_similarity(model)
 
 
-def test_a_convnet_has_no_maps():
+def test_attention_maps_refuse_a_convnet():
     with pytest.raises(InputError, match="ConvNet has no attention"):
         attention_maps(convnet(), torch.zeros(1, 3, 29, 29))
 
 
-def test_the_grid_of_a_model_that_reads_the_mean_is_that_of_its_patches():
+def test_cls_attention_grid_averages_patches_for_mean_pooling():
     maps = torch.rand(5, 2 + 6, 2 + 6).softmax(dim=-1)
     grid = cls_attention_grid(maps, (2, 3), 2, "mean")
     for i in range(5):
@@ -120,7 +120,7 @@ def test_attention_distance_is_that_of_the_patches_looked_at():
     assert attention_distance(maps, GRID, PATCH, renormalise=False).item() == pytest.approx(0.75 * 5 * 4 / 6)
 
 
-def test_attention_distance_by_a_plain_program():
+def test_attention_distance_matches_a_plain_numpy_program():
     """Again, in numpy, patch by patch."""
     model = vit(n_registers=2)
     maps = attention_maps(model, images_for(model))
@@ -140,6 +140,6 @@ def test_attention_distance_by_a_plain_program():
     assert np.abs(ours - expected).max() < 1e-9
 
 
-def test_attention_distance_of_maps_that_do_not_fit():
+def test_attention_distance_refuses_maps_that_do_not_fit():
     with pytest.raises(InputError, match="maps over 7 tokens do not fit"):
         attention_distance(torch.ones(1, 1, 1, 7, 7), GRID, PATCH, 2)

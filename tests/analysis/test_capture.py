@@ -35,7 +35,7 @@ def images_of(n=3, size=SIZE):
 
 @pytest.mark.parametrize("options", [{}, dict(pool="mean"), dict(n_registers=2), dict(position="none"),
                                      dict(qk_norm=True)])
-def test_maps_are_those_that_the_model_gives_by_itself(options):
+def test_capture_gives_the_models_own_maps(options):
     model = vit(**options).eval()
     seen = r.capture(model, images_of())
     tokens, maps = model.forward_features(images_of(), return_attention=True)
@@ -45,19 +45,19 @@ def test_maps_are_those_that_the_model_gives_by_itself(options):
     assert (len(seen.tokens), seen.grid, seen.adapter.n_prefix) == (4, GRID, 1 + options.get("n_registers", 0))
 
 
-def test_tokens_are_those_between_the_blocks():
+def test_capture_gives_the_tokens_between_blocks():
     model = vit().eval()
     seen = r.capture(model, images_of())
     for i, block in enumerate(model.blocks):
         torch.testing.assert_close(block(seen.tokens[i]), seen.tokens[i + 1], rtol=0, atol=1e-6)
 
 
-def test_a_hybrid_is_watched_too():
+def test_capture_works_on_a_hybrid():
     model = HybridCNNViT(n_classes=5, embed_dim=22, depth=2, n_heads=2, img_size=(12, 20), patch_size=4)
     assert r.capture(model, images_of(2, (12, 20))).grid == (3, 5)
 
 
-def test_gradients_of_the_maps_are_those_of_a_change_of_them():
+def test_capture_map_gradients_match_finite_differences():
     model, images = vit().double(), images_of().double()
     seen = r.capture(model, images, gradients=True)
     gradients = torch.autograd.grad(seen.logits[:, 2].sum(), seen.maps)
@@ -68,7 +68,7 @@ def test_gradients_of_the_maps_are_those_of_a_change_of_them():
         torch.testing.assert_close((ends[0] - ends[1]) / 2e-5, (gradient * step).sum(), rtol=1e-6, atol=1e-8)
 
 
-def test_frozen_weights_have_gradients_too():
+def test_capture_gives_map_gradients_for_frozen_weights():
     model = vit().requires_grad_(False)
     seen = r.capture(model, images_of(), gradients=True)
     assert all(g.abs().sum() > 0 for g in torch.autograd.grad(seen.logits.sum(), seen.maps))
@@ -79,7 +79,7 @@ def test_frozen_weights_have_gradients_too():
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_other_libraries_give_what_ours_gives(name, tmp_path):
+def test_capture_of_other_libraries_matches_ours(name, tmp_path):
     theirs, ours, images = shared(name, tmp_path)
     seen, expected = r.capture(theirs, images), r.capture(ours, images)
     assert len(seen.maps) == len(expected.maps) == DEPTH
@@ -93,7 +93,7 @@ def test_other_libraries_give_what_ours_gives(name, tmp_path):
     torch.testing.assert_close(seen.adapter.read(tokens), expected.adapter.read(tokens), rtol=0, atol=1e-10)
 
 
-def test_deit_of_transformers_has_two_prefix_tokens():
+def test_capture_sees_two_prefix_tokens_in_deit():
     torch.manual_seed(0)
     model = transformers.DeiTForImageClassification(transformers.DeiTConfig(**HF)).eval()
     seen = r.capture(model, images_of(2, (15, 15)))
@@ -102,7 +102,7 @@ def test_deit_of_transformers_has_two_prefix_tokens():
 
 
 @pytest.mark.parametrize("build", [vit, torchvision_vit, timm_vit])
-def test_a_model_is_afterwards_as_it_was(build):
+def test_capture_leaves_the_model_as_it_was(build):
     model = build().train()
     model.requires_grad_(True)
     weights, state = copy.deepcopy(model.state_dict()), set(vars(model))
@@ -120,7 +120,7 @@ class Failing(nn.Module):
         raise ZeroDivisionError
 
 
-def test_hooks_and_recorder_are_gone_after_an_error():
+def test_capture_removes_hooks_and_recorder_after_an_error():
     model = vit()
     model.norm = Failing()
     with pytest.raises(ZeroDivisionError):
@@ -132,7 +132,7 @@ def test_hooks_and_recorder_are_gone_after_an_error():
 # ---- What is refused
 
 
-def test_what_is_no_vit_is_refused():
+def test_capture_refuses_a_convnet():
     with pytest.raises(InputError, match=r"\Aa ConvNet has no attention maps; give a ViT[^\n]*\Z"):
         r.capture(ConvNet(img_size=29, n_classes=5), images_of(1, (29, 29)))
 
@@ -152,7 +152,7 @@ class Sharp(nn.Module):
         return self.inner(x)
 
 
-def test_maps_that_are_not_the_ones_used_are_refused():
+def test_capture_refuses_maps_the_model_does_not_use():
     torch.manual_seed(0)
     model = timm_vit().eval()
     for parameter in model.parameters():
@@ -163,7 +163,7 @@ def test_maps_that_are_not_the_ones_used_are_refused():
         r.capture(model, images_of(1, (15, 15)))
 
 
-def test_a_model_whose_maps_are_too_few_is_refused():
+def test_capture_refuses_too_few_maps():
     model = timm_vit()
     model.blocks[1] = nn.Identity()
     with pytest.raises(InputError, match=r"2 attention maps of .* were seen, expected 3"):
@@ -171,14 +171,14 @@ def test_a_model_whose_maps_are_too_few_is_refused():
 
 
 @pytest.mark.parametrize("more", [dict(is_causal=True), dict(enable_gqa=True)])
-def test_attention_of_another_kind_is_refused(more):
+def test_attention_capture_refuses_other_kinds_of_attention(more):
     q = torch.randn(1, 2, 3, 4)
     with r.AttentionCapture(), pytest.raises(InputError, match="not what a ViT has"):
         F.scaled_dot_product_attention(q, q, q, **more)
 
 
 @pytest.mark.parametrize("mask", [None, torch.tensor([[True, False, True]] * 3), torch.tensor([[0.5, -1.0, 2.0]] * 3)])
-def test_recorded_attention_is_that_of_torch(mask):
+def test_attention_capture_matches_torchs_attention(mask):
     q, k, v = torch.randn(3, 1, 2, 3, 4, generator=torch.Generator().manual_seed(0)).double()
     mask = mask.double() if mask is not None and mask.is_floating_point() else mask
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
@@ -188,7 +188,7 @@ def test_recorded_attention_is_that_of_torch(mask):
     assert recorder.maps[0].shape == (1, 2, 3, 3)
 
 
-def test_other_softmaxes_are_left_alone():
+def test_attention_capture_ignores_other_softmaxes():
     with r.AttentionCapture() as recorder:
         torch.randn(2, CLASSES).softmax(dim=-1)
         torch.randn(2, 3, 4, 5).softmax(dim=-1)
@@ -199,7 +199,7 @@ def test_other_softmaxes_are_left_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_models_of_another_precision(dtype):
+def test_attention_maps_work_in_other_precisions(dtype):
     expected = r.attention_maps(vit().double(), images_of())
     found = r.attention_maps(vit().to(dtype), images_of())
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -207,7 +207,7 @@ def test_models_of_another_precision(dtype):
     r.capture(timm_vit().to(dtype), images_of(1, (15, 15)))  # its answers are the same to its own rounding
 
 
-def test_the_head_that_is_there_counts():
+def test_adapt_reads_the_current_head():
     model = vit(n_classes=0)
     assert (adapt(model).has_head, adapt(model).n_classes) == (False, None)
     model.head = nn.Linear(22, 4)
@@ -223,11 +223,11 @@ def test_the_head_that_is_there_counts():
     assert adapt(third).class_names[2] == "LABEL_2"
 
 
-def test_a_model_that_pools_nothing_says_so():
+def test_adapt_says_when_a_model_pools_nothing():
     assert adapt(timm_vit(num_classes=0, global_pool="")).pool == "every token by itself"
 
 
-def test_names_are_of_their_numbers_whatever_the_order_of_the_file(tmp_path):
+def test_adapt_orders_class_names_by_number(tmp_path):
     model = transformers.ViTForImageClassification(transformers.ViTConfig(**HF | dict(num_labels=12)))
     names = [f"name {i}" for i in range(12)]
     model.config.id2label = {str(i): name for i, name in enumerate(names)}  # as transformers' own example has it
@@ -239,13 +239,13 @@ def test_names_are_of_their_numbers_whatever_the_order_of_the_file(tmp_path):
     assert adapt(loaded).class_names is None
 
 
-def test_a_distilled_model_reads_two_tokens():
+def test_adapt_sees_two_tokens_in_a_distilled_model():
     model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32)
     assert adapt(model).pool == "CLS and the distillation token"
     assert r.capture(model, images_of(1, (32, 32))).maps[0].shape == (1, 3, 6, 6)
 
 
-def test_no_class_token_and_a_norm_after_pooling():
+def test_capture_handles_no_class_token_and_late_norm():
     model = timm_vit(class_token=False, global_pool="avg", fc_norm=True).eval()
     seen = r.capture(model, images_of(2, (15, 15)))
     assert (seen.adapter.n_prefix, seen.adapter.pool) == (0, "mean")
@@ -253,7 +253,7 @@ def test_no_class_token_and_a_norm_after_pooling():
 
 
 @pytest.mark.parametrize("build", [lambda: timm_vit(dynamic_img_size=True), lambda: vit(img_size=15, patch_size=5)])
-def test_another_size_where_the_model_takes_it(build):
+def test_capture_takes_another_size_where_allowed(build):
     model = build()
     if isinstance(model, VisionTransformer):
         model.any_size = True
@@ -266,12 +266,12 @@ def test_another_size_where_the_model_takes_it(build):
     (torch.zeros(1, 1, 14, 15), "expected"), ([torch.zeros(3, 14, 15)], "as a list"),
     (torch.zeros(0, 3, 14, 15), r"\(0, 3, 14, 15\), in which there is no image"),
     (torch.zeros(1, 3, 14, 15, dtype=torch.uint8), "got images of torch.uint8")])
-def test_images_that_do_not_fit_are_refused(build, images, words):
+def test_capture_refuses_images_that_do_not_fit(build, images, words):
     with pytest.raises(InputError, match=rf"\A[^\n]*{words}[^\n]*\Z"):
         r.capture(build(), images, gradients=True)
 
 
-def test_models_of_other_libraries_are_not_told_of_what_only_ours_have():
+def test_capture_errors_suit_the_models_library():
     with pytest.raises(InputError, match="resize_positions"):
         r.capture(vit(), images_of(1, (28, 15)))
     for build in (timm_vit, torchvision_vit, transformers_vit):
@@ -282,7 +282,7 @@ def test_models_of_other_libraries_are_not_told_of_what_only_ours_have():
         r.capture(timm_vit(dynamic_img_size=True), images_of(1, (12, 20)))
 
 
-def test_blocks_that_are_computed_again_have_no_gradients_here():
+def test_capture_refuses_gradients_under_checkpointing():
     model = timm_vit().eval()
     model.set_grad_checkpointing(True)
     for track_finite in (lambda: r.capture(model, images_of(1, (15, 15)), gradients=True),
@@ -297,7 +297,7 @@ def test_blocks_that_are_computed_again_have_no_gradients_here():
 
 
 @pytest.mark.parametrize("build", [lambda: vit(img_size=15, patch_size=5), timm_vit, transformers_vit])
-def test_what_are_no_numbers_is_refused(build):
+def test_capture_refuses_nan_and_infinity(build):
     model = build()
     list(model.parameters())[-1].data[0] = torch.nan  # the bias of the head
     with pytest.raises(r.NoNumbers, match=r"\Athis \w+ gives NaN or infinity for these images, [^\n]*\Z"):
@@ -309,7 +309,7 @@ def test_what_are_no_numbers_is_refused(build):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_gradients_are_there_where_the_caller_has_switched_them_off(mode):
+def test_capture_gives_gradients_even_under_no_grad(mode):
     model, plain = vit(), r.capture(vit(), images_of(), gradients=True)
     expected = torch.autograd.grad(plain.logits.square().sum(), plain.maps)
     with mode():
@@ -324,7 +324,7 @@ def test_gradients_are_there_where_the_caller_has_switched_them_off(mode):
         torch.testing.assert_close(a, b)
 
 
-def test_a_model_made_in_inference_mode_has_maps_and_no_gradients():
+def test_capture_gives_inference_mode_models_maps_without_gradients():
     with torch.inference_mode():
         model = vit()
     images = images_of()
@@ -335,7 +335,7 @@ def test_a_model_made_in_inference_mode_has_maps_and_no_gradients():
             track_finite()
 
 
-def test_a_timm_hybrid_is_refused():
+def test_capture_refuses_a_timm_hybrid():
     model = timm_vit()
     model.patch_embed.proj = nn.Identity()
     with pytest.raises(InputError, match="makes its tokens in another way"):

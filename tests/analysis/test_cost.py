@@ -9,21 +9,21 @@ from vit_bridge.analysis.cost import count_flops, count_parameters, fitted_expon
 from vit_model import InputError, VisionTransformer
 
 
-def test_count_parameters():
+def test_count_parameters_counts_all_or_only_trainable():
     model = nn.Sequential(nn.Linear(3, 7), nn.Linear(7, 5))
     assert count_parameters(model) == 28 + 40
     model[0].requires_grad_(False)
     assert count_parameters(model, trainable_only=True) == 40
 
 
-def test_flops_of_a_vit():
+def test_count_flops_matches_a_vit_by_hand():
     D, hidden, patches = 22, 88, 6
     embed = 2 * patches * (7 * 5 * 3) * D
     block = 2 * N * D * 3 * D + 2 * 2 * N * N * D + 2 * N * D * D + 2 * 2 * N * D * hidden
     assert count_flops(vit()) == embed + 3 * block + 2 * D * 5
 
 
-def test_flops_of_a_convnet():
+def test_count_flops_matches_a_convnet_by_hand():
     model = convnet(depths=(1, 1, 1))
     H, W = 17, 13
     hand = 2 * 9 * 3 * 3 * H * W + 2 * 2 * 9 * 3 * 3 * H * W  # stem, stage 1
@@ -32,7 +32,7 @@ def test_flops_of_a_convnet():
     assert count_flops(model, (H, W)) == hand + 2 * 7 * 5
 
 
-def test_flops_of_a_published_model():
+def test_count_flops_matches_a_published_model():
     # DeiT-Ti: 1.3 G multiply-adds at 224 pixels (Touvron et al. 2021, released code: 1.258 G with attention)
     tiny = VisionTransformer(embed_dim=192, depth=12, n_heads=3)
     assert count_flops(tiny) / 2 == pytest.approx(1.26e9, rel=0.01)
@@ -46,21 +46,21 @@ def test_throughput_is_images_over_the_median_time(monkeypatch):
         throughput(vit(), batch_size=0)
 
 
-def test_peak_memory_by_hand():
+def test_peak_memory_matches_sizes_by_hand():
     assert peak_memory(nn.Linear(3, 7), torch.zeros(5, 3)) == 4 * 5 * 7
     # The second layer's input is alive while its output is made; the first layer's is the images.
     two = nn.Sequential(nn.Linear(3, 1000), nn.Linear(1000, 7))
     assert peak_memory(two, torch.zeros(5, 3)) == 4 * 5 * (1000 + 7)
 
 
-def test_training_holds_activations_and_gradients():
+def test_peak_memory_in_training_includes_activations_and_gradients():
     model = vit()
     images = images_for(model, 11)
     weights = 4 * count_parameters(model)
     assert peak_memory(model, images, train=True) > peak_memory(model, images) + weights
 
 
-def test_fitted_exponent():
+def test_fitted_exponent_recovers_a_power_law():
     assert fitted_exponent([2, 3, 7], [5 * n**1.5 for n in (2, 3, 7)]) == pytest.approx(1.5)
     for sizes, values in (([2], [3]), ([2, 3], [1]), ([2, 0], [1, 1]), ([2, 3], [1, -1])):
         with pytest.raises(InputError, match="no exponent follows"):

@@ -62,14 +62,14 @@ def test_rollout_rows_sum_to_one(ratio):
     torch.testing.assert_close(sums, torch.ones(2, N).double(), rtol=0, atol=1e-14)
 
 
-def test_what_is_discarded_is_the_smallest():
+def test_rollout_discards_the_smallest_weights():
     maps = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.15, 0.05, 0.8]]).double()[None, None, None]
     kept = np.array([[1.6, 0.3, 0], [0, 1.5, 0.3], [0, 0, 1.8]])  # 4 of 9 are dropped: 0.05, 0.1, 0.15, 0.2
     np.testing.assert_allclose(e.rollout(maps, 0.45)[0], kept / kept.sum(axis=1, keepdims=True), atol=1e-14)
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, math.nan])
-def test_a_ratio_out_of_range_is_refused(ratio):
+def test_rollout_refuses_a_ratio_out_of_range(ratio):
     with pytest.raises(InputError, match="discard_ratio"):
         e.rollout(random_maps(), ratio)
 
@@ -77,7 +77,7 @@ def test_a_ratio_out_of_range_is_refused(ratio):
 # ---- Relevance
 
 
-def test_relevance_is_that_of_the_definition():
+def test_relevance_matches_its_definition():
     maps, gradients = random_maps(), random_maps(1) - random_maps(2)
     for image in range(2):
         expected = np.eye(N)
@@ -88,13 +88,13 @@ def test_relevance_is_that_of_the_definition():
         np.testing.assert_allclose(e.relevance(maps, gradients)[image], expected, atol=1e-14)
 
 
-def test_heads_that_speak_against_a_class_do_not_cancel_others():
+def test_relevance_heads_do_not_cancel_each_other():
     maps = torch.full((1, 1, 2, 2, 2), 0.5).double()
     gradients = torch.stack([torch.ones(2, 2), -torch.ones(2, 2)])[None, None].double()
     np.testing.assert_allclose(e.relevance(maps, gradients)[0], [[1.25, 0.25], [0.25, 1.25]])
 
 
-def test_relevance_of_a_model_takes_each_gradient_with_its_map():
+def test_relevance_pairs_each_gradient_with_its_map():
     model, images = vit(), images_of()
     found = e.explain(model, images, "relevance", target=3)
     seen = capture(model, images)
@@ -116,14 +116,14 @@ def test_relevance_of_a_model_takes_each_gradient_with_its_map():
 # ---- Grad-CAM
 
 
-def test_token_cam_by_hand():
+def test_token_cam_matches_a_hand_value():
     features = torch.tensor([[[1.0, 2.0], [3.0, -1.0], [0.0, 1.0]]])
     gradients = torch.tensor([[[1.0, 0.0], [2.0, -3.0], [3.0, 0.0]]])  # means 2 and -1
     assert e.token_cam(features, gradients).tolist() == [[0.0, 7.0, 0.0]]
 
 
 @pytest.mark.parametrize(("options", "layer"), [({}, L - 2), (dict(pool="mean"), L - 1), (dict(n_registers=2), L - 2)])
-def test_grad_cam_stands_at_the_last_block_that_the_head_still_sees(options, layer):
+def test_grad_cam_uses_the_last_block_the_head_sees(options, layer):
     model, images = vit(**options), images_of()
     found = e.explain(model, images, "grad_cam").saliency
     assert found.shape == (3, *GRID)
@@ -132,12 +132,12 @@ def test_grad_cam_stands_at_the_last_block_that_the_head_still_sees(options, lay
     assert torch.equal(found, e.explain(model, images, "grad_cam", layer_idx=layer - L).saliency)
 
 
-def test_grad_cam_after_the_last_block_says_why_it_is_blank():
+def test_grad_cam_says_why_the_last_block_is_blank():
     with pytest.raises(InputError, match=r"\AGrad-CAM after the last block is blank: the head reads CLS alone[^\n]*\Z"):
         e.explain(vit(), images_of(), "grad_cam", layer_idx=-1)
 
 
-def test_grad_cam_of_a_model_is_by_differences_of_its_tokens():
+def test_grad_cam_matches_finite_differences_of_the_tokens():
     model, images = vit(), images_of(1)
     found = e.explain(model, images, "grad_cam", target=2, layer_idx=0).saliency[0].flatten()
     tokens = capture(model, images).tokens[1]
@@ -157,7 +157,7 @@ def test_grad_cam_of_a_model_is_by_differences_of_its_tokens():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
 
 
-def test_grad_cam_of_a_convnet():
+def test_grad_cam_of_a_convnet_weighs_its_last_features():
     torch.manual_seed(0)
     model = ConvNet(img_size=29, n_classes=5, widths=(3, 5, 7), depths=(1, 2, 1), stem_stride=1).double().eval()
     images = images_of(2, (29, 29))
@@ -178,7 +178,7 @@ def test_grad_cam_of_a_convnet():
 
 @pytest.mark.parametrize("method", e.METHODS)
 @pytest.mark.parametrize("name", [name for name in BUILDERS if "eager" not in name])
-def test_other_libraries_are_explained_as_ours_is(name, method, tmp_path):
+def test_explain_treats_other_libraries_as_ours(name, method, tmp_path):
     theirs, ours, images = shared(name, tmp_path)
     found, expected = (e.explain(model, images, method, target=4) for model in (theirs, ours))
     torch.testing.assert_close(found.saliency, expected.saliency, rtol=1e-8, atol=1e-10)
@@ -188,7 +188,7 @@ def test_other_libraries_are_explained_as_ours_is(name, method, tmp_path):
 
 @pytest.mark.parametrize("method", e.METHODS)
 @pytest.mark.parametrize("options", [{}, dict(pool="mean"), dict(n_registers=3), dict(position="none")])
-def test_every_method_gives_a_map_of_the_patches_and_leaves_the_model_as_it_was(options, method):
+def test_explain_maps_the_patches_and_keeps_the_model(options, method):
     model, images = vit(**options).train(), images_of()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     found = e.explain(model, images, method)
@@ -205,7 +205,7 @@ def test_every_method_gives_a_map_of_the_patches_and_leaves_the_model_as_it_was(
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("build", ["ours", "timm", "torchvision", "transformers", "convnet"])
-def test_methods_work_where_the_caller_has_switched_gradients_off(build, mode, tmp_path):
+def test_explain_works_with_gradients_switched_off(build, mode, tmp_path):
     torch.manual_seed(0)
     model = ConvNet(img_size=15, n_classes=5, widths=(3, 5), depths=(1, 1), stem_stride=1).double() \
         if build == "convnet" else vit() if build == "ours" else shared(build, tmp_path)[0]
@@ -224,7 +224,7 @@ def test_methods_work_where_the_caller_has_switched_gradients_off(build, mode, t
 
 
 @pytest.mark.parametrize("build", ["ours", "timm", "torchvision", "transformers", "convnet"])
-def test_images_that_do_not_fit_end_in_one_line(build, tmp_path):
+def test_explain_refuses_images_that_do_not_fit(build, tmp_path):
     model = ConvNet(img_size=15, n_classes=5, widths=(3, 5), depths=(1, 1), stem_stride=1) if build == "convnet" \
         else vit() if build == "ours" else shared(build, tmp_path)[0]
     size = SIZE if build == "ours" else (15, 15)
@@ -237,7 +237,7 @@ def test_images_that_do_not_fit_end_in_one_line(build, tmp_path):
                 ask(images)
 
 
-def test_images_do_not_mix():
+def test_explain_keeps_images_apart():
     model, images = vit(), images_of()
     for method in e.METHODS:
         together = e.explain(model, images, method, target=[1, 0, 4]).saliency
@@ -251,12 +251,12 @@ def test_images_do_not_mix():
 
 
 @pytest.mark.parametrize("target", [-1, 5, 1.5, [0, 1, 7]])
-def test_a_class_that_is_not_there_is_refused(target):
+def test_explain_refuses_an_unknown_class(target):
     with pytest.raises(InputError, match="expected a class from 0 to 4"):
         e.explain(vit(), images_of(), target=target)
 
 
-def test_a_model_without_a_head_has_no_class_to_explain():
+def test_explain_refuses_class_methods_without_a_head():
     model = vit(n_classes=0)
     for method in ("relevance", "grad_cam"):
         with pytest.raises(InputError, match="has no head, so there is no class to explain"):
@@ -269,7 +269,7 @@ def test_a_model_without_a_head_has_no_class_to_explain():
 # ---- Tokens
 
 
-def test_the_logit_lens_is_the_head_on_each_blocks_tokens():
+def test_logit_lens_applies_the_head_to_each_block():
     model, images = vit(), images_of()
     found = e.logit_lens(model, images)
     assert found.shape == (L + 1, 3, 5)
@@ -278,7 +278,7 @@ def test_the_logit_lens_is_the_head_on_each_blocks_tokens():
     torch.testing.assert_close(found[0], first, rtol=0, atol=1e-12)
 
 
-def test_norms_are_of_patch_tokens_and_long_ones_are_marked():
+def test_token_norms_cover_patches_and_mark_long_ones():
     seen = capture(vit(n_registers=2), images_of())
     seen.tokens[1][0, 3 + 4] = 100 / math.sqrt(22)  # the fifth patch, 2 x 3: row 1, column 1
     seen.tokens[1][:, 0] = 1e6  # CLS is no patch
@@ -300,7 +300,7 @@ def test_feature_colours_are_the_main_directions_over_all_images():
         assert r > 0.95
 
 
-def test_two_patches_have_colours_too():
+def test_feature_colours_work_for_two_patches():
     colours = e.feature_colours(torch.tensor([[[[1.0, 2.0, 5.0, 0.0], [3.0, 2.0, 1.0, 0.0]]]]))
     assert colours.shape == (1, 1, 2, 3)
     assert colours[0, 0, :, 0].sort().values.tolist() == pytest.approx([0, 1])
@@ -334,7 +334,7 @@ class Counting(nn.Module):
         return torch.stack([torch.zeros_like(total), total], dim=1)
 
 
-def test_deletion_and_insertion_by_hand():
+def test_deletion_insertion_matches_curves_by_hand():
     images = torch.zeros(1, 3, 4, 6)  # 2 x 3 patches of 2 x 2
     images[:, :, :2, :2], images[:, :, 2:, 4:] = 1.0, 0.5  # 4 in patch 0, 2 in patch 5
     saliency = torch.tensor([[[9.0, 1.0, 2.0], [3.0, 4.0, 8.0]]])
@@ -346,17 +346,17 @@ def test_deletion_and_insertion_by_hand():
     torch.testing.assert_close(deletion[:, 0], torch.tensor([6, 6, 6, 0]).float().sigmoid())
 
 
-def test_patches_of_the_same_heat_go_in_a_random_order_of_their_own():
+def test_random_orders_are_uniform_and_break_ties():
     images = images_of(300).float()
-    orders = e.random_orders(images, 6, 3)
+    orders = e._random_orders(images, 6, 3)
     assert (orders.sort(dim=1).values == torch.arange(6)).all()
     for place in range(6):  # each patch stands at each place in one of six images, give or take 5 standard deviations
         counts = orders[:, place].bincount(minlength=6)
         assert (counts - 50).abs().max() < 5 * math.sqrt(300 * 5 / 36)
-    assert torch.equal(e.random_orders(images[7:9], 6, 3), orders[7:9])  # whatever the batch
-    assert not torch.equal(e.random_orders(images, 6, 4), orders)
+    assert torch.equal(e._random_orders(images[7:9], 6, 3), orders[7:9])  # whatever the batch
+    assert not torch.equal(e._random_orders(images, 6, 4), orders)
     saliency = torch.tensor([[0.0, 7, 0, 8, 0, 7]]).expand(300, 6)
-    ranks = e.ranks_of(saliency, orders)
+    ranks = e._ranks_of(saliency, orders)
     assert (ranks[:, 3] == 0).all()
     assert (ranks[:, [1, 5]].sort(dim=1).values == torch.tensor([1, 2])).all()
     before = orders.argsort(dim=1)  # the place of each patch in the random order
@@ -364,7 +364,7 @@ def test_patches_of_the_same_heat_go_in_a_random_order_of_their_own():
     assert torch.equal(ranks[:, 0] < ranks[:, 4], before[:, 0] < before[:, 4])
 
 
-def test_a_heat_that_is_the_same_everywhere_has_the_areas_of_random_order():
+def test_deletion_insertion_of_even_heat_equals_random_order():
     images = torch.zeros(500, 3, 4, 6)  # 2 x 3 patches of 2 x 2, the first of which decides
     images[:, :, :2, :2] = 1.0
     images[:, 1, 3, 5] = torch.arange(500)  # which tells the images apart, and which the model does not see
@@ -377,7 +377,7 @@ def test_a_heat_that_is_the_same_everywhere_has_the_areas_of_random_order():
         assert insertion[6 - step].mean().item() == pytest.approx(mean, abs=margin + 1e-6)
 
 
-def test_an_image_without_a_map_has_no_curve():
+def test_deletion_insertion_gives_no_curve_without_a_map():
     images, saliency = torch.randn(3, 3, 4, 6), torch.rand(3, 2, 3)
     saliency[1] = torch.nan
     for curve, expected in zip(e.deletion_insertion(Counting(), images, saliency, torch.ones(3).long(), 4),
@@ -395,7 +395,7 @@ def test_rank_correlation_is_spearmans():
     assert e.rank_correlation(a[:1], torch.ones(1, 5)).isnan().all()
 
 
-def test_explanations_are_compared_beside_random_order():
+def test_compare_explanations_includes_random_order():
     model, images = vit(), images_of()
     found = e.compare_explanations(model, images, n_steps=6)
     assert set(found.deletion) == set(found.insertion) == {*e.METHODS, "random order"}
@@ -408,7 +408,7 @@ def test_explanations_are_compared_beside_random_order():
     assert not torch.equal(found.deletion["rollout"], found.deletion["random order"])
 
 
-def test_random_order_is_the_mean_of_several_draws():
+def test_compare_explanations_averages_several_random_draws():
     model, images = vit(), images_of()
     found = e.compare_explanations(model, images, methods=["rollout"], n_steps=5, seed=2, n_draws=3)
     for what, curves in (("deletion", found.deletion), ("insertion", found.insertion)):
@@ -425,7 +425,7 @@ def test_random_order_is_the_mean_of_several_draws():
         e.compare_explanations(model, images, n_draws=0)
 
 
-def test_a_grad_cam_that_is_blank_for_one_image_has_no_share_in_the_comparison():
+def test_compare_explanations_skips_images_with_blank_grad_cam():
     model, images, targets = vit(), images_of(), [3, 1, 2]  # of images 1, 0 and 2: alone, that of 0 is refused
     images = images[[1, 0, 2]]
     found = e.compare_explanations(model, images, targets, n_steps=4, n_draws=2)
@@ -441,7 +441,7 @@ def test_a_grad_cam_that_is_blank_for_one_image_has_no_share_in_the_comparison()
     assert others.blank == {}
 
 
-def test_nothing_that_works_is_an_error():
+def test_compare_explanations_refuses_when_no_method_works():
     with pytest.raises(InputError, match="none of attention works on this model"):
         e.compare_explanations(ConvNet(img_size=29, n_classes=5), images_of(1, (29, 29)).float(), methods=["attention"])
 
@@ -450,7 +450,7 @@ def test_nothing_that_works_is_an_error():
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_the_closed_forms_hold_for_every_library(name, tmp_path):
+def test_selfcheck_holds_for_every_library(name, tmp_path):
     theirs, _, images = shared(name, tmp_path)
     checks = selfcheck(theirs.float(), images.float())
     assert len(checks) == 12
@@ -458,7 +458,7 @@ def test_the_closed_forms_hold_for_every_library(name, tmp_path):
     assert [check.holds for check in checks].count(None) == ("mean" in name)
 
 
-def test_a_selfcheck_says_that_a_model_gives_no_numbers():
+def test_selfcheck_reports_a_model_that_gives_nan():
     model = vit()
     torch.nn.init.constant_(model.head.bias, torch.nan)
     check, = selfcheck(model, images_of())
@@ -468,7 +468,7 @@ def test_a_selfcheck_says_that_a_model_gives_no_numbers():
             see(model, images_of())
 
 
-def test_a_selfcheck_sees_what_is_broken(monkeypatch):
+def test_selfcheck_sees_broken_formulas(monkeypatch):
     def failed():
         return {check.name.split(" ")[0] for check in selfcheck(vit(), images_of()) if check.holds is False}
 
@@ -485,7 +485,7 @@ def test_a_selfcheck_sees_what_is_broken(monkeypatch):
 # ---- Names, heads, options
 
 
-def test_a_class_by_its_name():
+def test_explain_accepts_class_names():
     model, images = vit(), images_of()
     model.preprocessing = Preprocessing(model.config.img_size, class_names=["ant", "bee", "cat", "dog", "elk"])
     for target in ("dog", ["dog", 3, "dog"], torch.tensor([3, 3, 3]), np.int64(3)):
@@ -497,7 +497,7 @@ def test_a_class_by_its_name():
         e.explain(model, images, target=[1, 2])
 
 
-def test_unknown_methods_and_options_are_refused():
+def test_explain_refuses_unknown_methods_and_options():
     with pytest.raises(InputError, match="method 'gradcam' is unknown"):
         e.compare_explanations(vit(), images_of(), methods=["rollout", "gradcam"])
     with pytest.raises(InputError, match="option of rollout 'layer_idx' is unknown"):
@@ -511,14 +511,14 @@ def test_unknown_methods_and_options_are_refused():
     (torch.zeros(1, 3, 29, 29, dtype=torch.uint8), "got images of torch.uint8"),
     (torch.zeros(0, 3, 29, 29), "in which there is no image"), (torch.zeros(1, 1, 29, 29), "expected"),
     (torch.zeros(3, 29, 29), "expected")])
-def test_a_convnet_is_given_images_as_a_vit_is(images, words):
+def test_explain_refuses_bad_images_for_a_convnet(images, words):
     model = ConvNet(img_size=29, n_classes=5, widths=(3, 5), depths=(1, 1))
     for see in (lambda: e.explain(model, images, "grad_cam"), lambda: receptive_field(model, images)):
         with pytest.raises(InputError, match=rf"\A[^\n]*{words}[^\n]*\Z"):
             see()
 
 
-def test_no_images_and_no_methods_are_refused():
+def test_compare_explanations_refuses_no_images_or_methods():
     for see in (e.compare_explanations, selfcheck, e.logit_lens):
         with pytest.raises(InputError, match=r"\A[^\n]*\(0, 3, 14, 15\), in which there is no image[^\n]*\Z"):
             see(vit(), images_of()[:0])
@@ -527,13 +527,13 @@ def test_no_images_and_no_methods_are_refused():
 
 
 @pytest.mark.parametrize("ratio", ["0.5", None, math.nan, 1, -0.1])
-def test_a_ratio_that_is_none_is_refused(ratio):
+def test_explain_refuses_a_bad_discard_ratio(ratio):
     with pytest.raises(InputError, match=rf"\Adiscard_ratio {ratio!r} is out of range; expected 0 <= ratio < 1\Z"):
         e.explain(vit(), images_of(), "rollout", discard_ratio=ratio)
     e.explain(vit(), images_of(), "rollout", discard_ratio=np.float32(0.5))
 
 
-def test_without_a_head_there_is_no_class_and_no_answer_to_follow():
+def test_explain_without_a_head_gives_no_class():
     found = e.explain(vit(n_classes=0), images_of(), "attention")
     assert (found.targets, found.probabilities) == (None, None)
     with pytest.raises(InputError, match="no answer that hiding patches could change"):
@@ -543,7 +543,7 @@ def test_without_a_head_there_is_no_class_and_no_answer_to_follow():
                   "grad_cam")
 
 
-def test_a_blank_grad_cam_says_so_and_is_refused_in_a_comparison():
+def test_grad_cam_says_so_when_it_is_blank():
     model, images = vit(), images_of(1)
     with torch.no_grad():
         model.head.weight[3] = 0  # class 3 hangs on nothing
@@ -554,7 +554,7 @@ def test_a_blank_grad_cam_says_so_and_is_refused_in_a_comparison():
         e.explain(vit(depth=1), images, "grad_cam")
 
 
-def test_a_head_that_reads_otherwise_is_refused_with_the_reason():
+def test_explain_refuses_a_distilled_head_with_the_reason():
     model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, num_classes=5)
     images = images_of(1, (32, 32)).float()
     for method in ("attention", "rollout", "relevance"):
@@ -562,13 +562,13 @@ def test_a_head_that_reads_otherwise_is_refused_with_the_reason():
             e.explain(model, images, method)
 
 
-def test_small_relevance_is_not_rounded_away_beside_one():
+def test_relevance_gained_keeps_small_values():
     maps, gradients = torch.rand(3, 1, 2, 5, 5), 1e-6 * torch.rand(3, 1, 2, 5, 5)
     exact = e.relevance(maps.double(), gradients.double()) - torch.eye(5).double()
     torch.testing.assert_close(e.relevance_gained(maps, gradients).double(), exact, rtol=1e-5, atol=0)
 
 
-def test_mean_pooled_relevance_leaves_out_what_each_token_is_of_itself():
+def test_relevance_with_mean_pooling_leaves_out_the_identity():
     model, images = vit(pool="mean"), images_of(1)
     seen = capture(model, images, gradients=True)
     target = seen.logits.argmax(dim=1)
@@ -578,7 +578,7 @@ def test_mean_pooled_relevance_leaves_out_what_each_token_is_of_itself():
     torch.testing.assert_close(saliency, related.mean(dim=0), rtol=1e-9, atol=1e-12)
 
 
-def test_a_hybrid_is_explained():
+def test_explain_works_on_a_hybrid():
     torch.manual_seed(0)
     model = HybridCNNViT(n_classes=5, embed_dim=22, depth=2, n_heads=2, img_size=(12, 20), patch_size=4).eval()
     images = images_of(2, (12, 20)).float()
@@ -603,7 +603,7 @@ def test_selfcheck_needs_nothing_but_a_model():
     assert [check.holds for check in headless] == [True] * 7 + [None]
 
 
-def test_a_sound_model_holds_under_autocast_too():
+def test_selfcheck_holds_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         checks = selfcheck(vit().float())
         assert torch.is_autocast_enabled("cpu")
@@ -620,13 +620,13 @@ def test_a_sound_model_holds_under_autocast_too():
     ("cls_attention_grid", lambda maps, grid, first, pool: maps[..., first:, 0].unflatten(-1, grid),
      {"attention", "relevance"}),
 ])
-def test_a_selfcheck_sees_a_method_that_is_broken(broken, replacement, names, monkeypatch):
+def test_selfcheck_sees_a_broken_method(broken, replacement, names, monkeypatch):
     monkeypatch.setattr(e, broken, replacement)
     checks = selfcheck(vit(), images_of())
     assert {check.name.split(" ")[0] for check in checks if check.holds is False} == names
 
 
-def test_a_selfcheck_sees_tokens_that_are_not_of_their_places(monkeypatch):
+def test_selfcheck_sees_misplaced_tokens(monkeypatch):
     model = vit(n_registers=2, pool="mean")
     whole = model.patch_embed.forward
     monkeypatch.setattr(model.patch_embed, "forward", lambda images: whole(images).flip(1))

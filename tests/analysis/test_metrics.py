@@ -9,7 +9,7 @@ from vit_bridge.analysis.metrics import balanced_accuracy, class_recalls, confus
 from vit_model import InputError
 
 
-def test_confusion_by_hand():
+def test_confusion_matrix_matches_counts_by_hand():
     labels, predictions = torch.tensor([0, 0, 0, 2, 2, 0]), torch.tensor([0, 1, 0, 2, 0, 1])
     confusion = confusion_matrix(labels, predictions, 4)
     assert confusion.tolist() == [[2, 2, 0, 0], [0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
@@ -18,7 +18,7 @@ def test_confusion_by_hand():
     assert confusion_matrix(labels[:0], labels[:0], 2).tolist() == [[0, 0], [0, 0]]
 
 
-def test_balanced_accuracy_by_hand():
+def test_balanced_accuracy_averages_recalls_over_present_classes():
     assert balanced_accuracy(torch.tensor([[90, 10], [4, 1]])) == pytest.approx((0.9 + 0.2) / 2)
     assert balanced_accuracy(torch.tensor([[3, 1, 0], [0, 0, 0], [1, 1, 0]])) == pytest.approx(0.75 / 2)
     with pytest.raises(InputError, match="0 images"):
@@ -31,12 +31,12 @@ def test_balanced_accuracy_by_hand():
     ([0, 1], [0, 3], "predictions from 0 to 3"),
     ([0, 1], [0], "no pairs"),
 ])
-def test_confusion_of_impossible_classes(labels, predictions, text):
+def test_confusion_matrix_refuses_impossible_classes(labels, predictions, text):
     with pytest.raises(InputError, match=text):
         confusion_matrix(torch.tensor(labels), torch.tensor(predictions), 3)
 
 
-def test_wilson_interval():
+def test_wilson_interval_solves_its_equation():
     assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=5e-5)
     low, high = wilson_interval(0, 20)
     assert low == 0

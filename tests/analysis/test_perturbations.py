@@ -34,7 +34,7 @@ def dots(*places, size=(9, 11)):
     return images
 
 
-def test_an_answer_that_is_a_place_moves_with_the_image():
+def test_shift_consistency_drops_when_answers_move_with_the_image():
     stays = p.shift_consistency(Brightest(), dots((4, 5), (3, 6), (5, 4)), reach=2)
     expected = torch.zeros(5, 5).double()
     expected[:, 2] = 1  # moved up and down alone
@@ -42,7 +42,7 @@ def test_an_answer_that_is_a_place_moves_with_the_image():
     assert p.mean_consistency(stays) == pytest.approx(4 / 24)
 
 
-def test_the_map_of_shifts_has_its_rows_down_and_its_columns_right():
+def test_shift_consistency_maps_rows_down_and_columns_right():
     images = dots((4, 5))
     seen = []
 
@@ -59,12 +59,12 @@ def test_the_map_of_shifts_has_its_rows_down_and_its_columns_right():
 
 
 @pytest.mark.parametrize("reach", [0, 9])
-def test_a_reach_that_cannot_be(reach):
+def test_shift_consistency_refuses_an_impossible_reach(reach):
     with pytest.raises(InputError, match=f"reach {reach}"):
         p.shift_consistency(Constant(), dots((4, 5)), reach)
 
 
-def test_patches_and_back():
+def test_to_patches_is_undone_by_from_patches():
     images = torch.randn(2, 3, 6, 20)
     patches, grid = p.to_patches(images, (3, 5))
     assert (patches.shape, grid) == ((2, 8, 3, 3, 5), (2, 4))
@@ -79,7 +79,7 @@ def numbered(n_images, grid=(4, 5), patch=(2, 3)):
 
 
 @pytest.mark.parametrize(("share", "taking_part"), [(0, 0), (0.25, 5), (0.5, 10), (1, 20)])
-def test_so_many_patches_change_places_and_none_is_lost(share, taking_part):
+def test_shuffle_patches_moves_the_given_share_and_loses_none(share, taking_part):
     images = numbered(200)
     patches, _ = p.to_patches(p.shuffle_patches(images, (2, 3), share), (2, 3))
     assert (patches == patches[..., :1, :1]).all()  # each is still one patch
@@ -91,7 +91,7 @@ def test_so_many_patches_change_places_and_none_is_lost(share, taking_part):
     assert moved.float().mean() == pytest.approx(max(0, taking_part - 1), abs=0.3)  # one stays where it was, on average
 
 
-def test_a_grid_that_is_moved_cuts_every_patch_and_loses_none_of_its_own():
+def test_shuffle_patches_with_an_offset_cuts_every_patch():
     images = numbered(5)
     moved = p.shuffle_patches(images, (2, 3), 1, offset=1)
     patches, _ = p.to_patches(moved, (2, 3))
@@ -101,7 +101,7 @@ def test_a_grid_that_is_moved_cuts_every_patch_and_loses_none_of_its_own():
         assert sorted(map(tuple, one.tolist())) == sorted(map(tuple, other.tolist()))
 
 
-def test_each_image_has_a_permutation_of_its_own_and_a_seed_repeats_it():
+def test_shuffle_patches_is_repeatable_and_differs_by_image():
     images = numbered(7)
     first, again, other = (p.shuffle_patches(images, (2, 3), 1, seed) for seed in (3, 3, 5))
     assert torch.equal(first, again)
@@ -110,7 +110,7 @@ def test_each_image_has_a_permutation_of_its_own_and_a_seed_repeats_it():
 
 
 @pytest.mark.parametrize(("fill", "values"), [("mean", (0, 0, 0)), ("black", (-2, -1, -3))])
-def test_so_many_patches_are_hidden(fill, values):
+def test_occlude_hides_the_given_share(fill, values):
     images = numbered(100) + 1
     preprocessing = Preprocessing((8, 15), (0.5, 0.25, 0.75), (0.25, 0.25, 0.25))
     hidden = p.occlude(images, (2, 3), 0.35, fill, preprocessing=preprocessing)
@@ -121,7 +121,7 @@ def test_so_many_patches_are_hidden(fill, values):
     assert ((away.float().mean(dim=0) - 0.35).abs() < 0.2).all()
 
 
-def test_changes_that_cannot_be():
+def test_perturbations_refuse_bad_arguments():
     images = numbered(2)
     for refused, words in ((lambda: p.occlude(images, (2, 3), 1.5), "share 1.5"),
                            (lambda: p.occlude(images, (2, 3), 0.5, "white"), "fill 'white'"),
@@ -132,7 +132,7 @@ def test_changes_that_cannot_be():
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
-def test_a_vit_without_positions_does_not_see_the_order_of_its_patches(pool):
+def test_shuffle_patches_does_not_affect_a_vit_without_positions(pool):
     torch.manual_seed(0)
     options = dict(img_size=(14, 15), patch_size=(7, 5), n_classes=5, embed_dim=22, depth=2, n_heads=2, pool=pool)
     images = torch.randn(13, 3, 14, 15)
@@ -151,7 +151,7 @@ def test_accuracy_curve_counts_right_answers():
     assert p.accuracy_curve(Brightest(), images, labels, change, (0, 1)) == [3, 0]
 
 
-def test_cues_are_counted():
+def test_cue_choices_counts_outline_texture_and_neither():
     choices = p.cue_choices(torch.tensor([0, 1, 1, 2, 4]), torch.tensor([0, 1, 0, 2, 1]), torch.tensor([1, 2, 1, 3, 0]))
     assert choices == dict(outline=3, texture=1, neither=1)
     assert p.shape_bias(choices) == 0.75

@@ -20,7 +20,7 @@ from vit_bridge.models.convnet import ConvNet
 from vit_model import InputError
 
 
-def test_a_vit_sees_one_patch_and_then_everything():
+def test_receptive_field_grows_from_one_patch_to_everything():
     model = vit()
     images = images_for(model)
     field = receptive_field(model, images, 0)
@@ -39,7 +39,7 @@ def test_a_vit_sees_one_patch_and_then_everything():
     assert theoretical_receptive_field(model) == SIZE
 
 
-def test_without_attention_a_token_sees_its_patch_at_every_depth():
+def test_receptive_field_without_attention_stays_one_patch():
     model = vit()
     for block in model.blocks:
         nn.init.zeros_(block.attn.proj.weight)
@@ -48,7 +48,7 @@ def test_without_attention_a_token_sees_its_patch_at_every_depth():
         assert (rows.min().item(), rows.max().item(), columns.min().item(), columns.max().item()) == (7, 13, 5, 9)
 
 
-def test_the_centre_of_a_pooled_convnet_counts_the_units_that_are_there():
+def test_unit_centre_counts_the_units_of_a_pooled_convnet():
     """Maps of 31, 15, 7 and 3 units, of which the ones at 15, 7, 3 and 1 are taken."""
     model = ConvNet(32, 3, 5, (5, 7, 11), (1, 1, 1), 1, "pooled")
     assert [unit_centre(model, (32, 32), depth) for depth in range(4)] == [(15.5,) * 2, (15,) * 2, (14,) * 2,
@@ -56,7 +56,7 @@ def test_the_centre_of_a_pooled_convnet_counts_the_units_that_are_there():
 
 
 @pytest.mark.parametrize("stem_stride", [1, 2, 4])
-def test_a_convnet_sees_its_window(stem_stride):
+def test_receptive_field_of_a_convnet_fits_its_window(stem_stride):
     size = {1: (73, 61), 2: (73, 61), 4: (257, 139)}[stem_stride]
     model = convnet(stem_stride=stem_stride, img_size=size)
     images = images_for(model, 2)
@@ -73,7 +73,7 @@ def test_a_convnet_sees_its_window(stem_stride):
                 assert (places.min().item(), places.max().item()) == (first, last)
 
 
-def test_theoretical_window_by_hand():
+def test_theoretical_receptive_field_matches_windows_by_hand():
     # Stem 3 x 3: 3. Stage 1, two 3 x 3 at stride 1: 3 + 2 + 2 = 7. Stage 2, stride 2 in its first convolution:
     # 7 + 2 + 4 = 13, second block + 4 + 4 = 21. Stage 3: 21 + 4 + 8 = 33.
     assert [theoretical_receptive_field(convnet(), i) for i in range(4)] == [(3, 3), (7, 7), (21, 21), (33, 33)]
@@ -84,7 +84,7 @@ def test_theoretical_window_by_hand():
     assert theoretical_receptive_field(hybrid(), 1) == (12, 20)
 
 
-def test_hybrid_stem_is_local():
+def test_receptive_field_of_a_hybrid_stem_is_local():
     model = hybrid()
     rows, columns = receptive_field(model, images_for(model), 0).nonzero().T
     row, column = unit_centre(model, (12, 20), 0)
@@ -94,13 +94,13 @@ def test_hybrid_stem_is_local():
 
 
 @pytest.mark.parametrize("depth", [-1, 4, 1.0, "last"])
-def test_depth_out_of_range(depth):
+def test_receptive_field_refuses_a_depth_out_of_range(depth):
     model = vit()
     with pytest.raises(InputError, match="has depths 0 to 3"):
         receptive_field(model, images_for(model), depth)
 
 
-def test_no_gradient_is_an_error():
+def test_receptive_field_refuses_zero_gradients():
     model = vit()
     nn.init.zeros_(model.patch_embed.proj.weight)
     with pytest.raises(InputError, match="zero at every pixel"):
@@ -108,7 +108,7 @@ def test_no_gradient_is_an_error():
 
 
 @pytest.mark.parametrize("name", [name for name in BUILDERS if "eager" not in name])
-def test_a_vit_of_another_library_sees_what_ours_sees(name, tmp_path):
+def test_receptive_field_of_other_libraries_matches_ours(name, tmp_path):
     theirs, ours, images = shared(name, tmp_path)
     for depth in (0, 1, None):
         field = receptive_field(theirs, images, depth)
@@ -122,7 +122,7 @@ def test_a_vit_of_another_library_sees_what_ours_sees(name, tmp_path):
         receptive_field(theirs, images[:, :1])
 
 
-def test_the_unit_is_in_the_middle_of_the_images_that_are_given():
+def test_receptive_field_centres_on_the_given_images():
     model = vit()
     model.any_size = True
     images = torch.randn(2, 3, 28, 10, generator=torch.Generator().manual_seed(1))  # 4 x 2 patches
@@ -134,12 +134,12 @@ def test_the_unit_is_in_the_middle_of_the_images_that_are_given():
     assert unit_centre(model, (28, 10), 1) == (17.0, 7.0)
 
 
-def test_other_models_have_no_known_layers():
+def test_adapt_refuses_an_unknown_model():
     with pytest.raises(InputError, match="a Linear is not known here; expected a model of ours"):
         adapt(nn.Linear(3, 7))
 
 
-def test_radius_holding():
+def test_radius_holding_finds_the_radius_of_a_share():
     field = torch.zeros(11, 13, dtype=torch.float64)
     field[5, 6], field[5, 9], field[1, 9], field[5, 0] = 0.5, 0.3, 0.15, 0.05
     for share, radius in ((0.5, 0), (0.51, 3), (0.8, 3), (0.9, 5), (0.96, 6), (1.0, 6)):
@@ -153,7 +153,7 @@ def test_radius_holding():
             radius_holding(field, share)
 
 
-def test_receptive_field_by_finite_differences():
+def test_receptive_field_matches_finite_differences():
     """Again, in numpy: each pixel is moved a little both ways, and the unit in the centre read off."""
     for model, depth in ((vit(dropout=0.0), 1), (convnet(img_size=9, widths=(3, 5), depths=(1, 1)), 2)):
         model = model.double().eval()

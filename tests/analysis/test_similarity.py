@@ -53,7 +53,7 @@ def test_layer_features_are_those_of_each_layer():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_hooks_and_mode_are_as_before_also_after_an_error():
+def test_layer_features_restores_hooks_and_mode_after_an_error():
     model = vit().train()
     with pytest.raises(InputError, match="expected"):
         r.layer_features(model, torch.zeros(3, 3, 14, 20))
@@ -62,7 +62,7 @@ def test_hooks_and_mode_are_as_before_also_after_an_error():
 
 
 @pytest.mark.parametrize("batch_size", [13, 26])
-def test_similarity_is_that_of_the_definition(batch_size):
+def test_layer_similarity_matches_its_definition(batch_size):
     first, second, images = vit(), convnet(), images_for(26 + 3)  # the last 3 are no whole batch
     ours = r.layer_similarity(first, second, images, batch_size)
     parts = images[:26].split(batch_size)
@@ -74,7 +74,7 @@ def test_similarity_is_that_of_the_definition(batch_size):
     assert np.allclose(ours, expected, atol=1e-9)
 
 
-def test_a_layer_is_like_itself():
+def test_layer_similarity_of_a_layer_with_itself_is_one():
     similarity = r.layer_similarity(vit(), vit(), images_for(12), 12)
     assert torch.allclose(similarity.diagonal(), torch.ones(3).double())
     assert torch.allclose(similarity, similarity.T)
@@ -104,7 +104,7 @@ def similarity_of(monkeypatch):
     return compute
 
 
-def test_rotation_and_scale_change_nothing_and_a_stretch_does(similarity_of):
+def test_layer_similarity_ignores_rotation_and_scale_but_not_stretching(similarity_of):
     generator = torch.Generator().manual_seed(3)
     a = torch.randn(53, 7, generator=generator)
     rotation = torch.linalg.qr(torch.randn(7, 7, generator=generator)).Q
@@ -113,13 +113,13 @@ def test_rotation_and_scale_change_nothing_and_a_stretch_does(similarity_of):
 
 
 @pytest.mark.parametrize("batch_size", [16, 512])
-def test_independent_noise_is_near_0_in_batches_too(batch_size, similarity_of):
+def test_layer_similarity_of_independent_noise_is_near_zero(batch_size, similarity_of):
     generator = torch.Generator().manual_seed(4)
     a, b = (torch.randn(512, 300, generator=generator) for _ in range(2))
     assert abs(similarity_of(a, b, batch_size)) < 0.02  # the biased estimator gives 0.37 and more
 
 
-def test_what_has_no_similarity():
+def test_layer_similarity_refuses_too_few_or_equal_images():
     with pytest.raises(InputError, match="3 images are too few"):
         r.layer_similarity(vit(), vit(), images_for(3))
     with pytest.raises(InputError, match="batch_size 3"):

@@ -63,14 +63,14 @@ def python(code):
 # ---- What fails -------------------------------------------------------------------------------------------
 
 
-def test_a_command_that_fails_leaves_the_end_of_its_output(check):
+def test_check_keeps_the_output_of_a_failed_command(check):
     assert check.run("fine", python("print(1)"), 60) is None
     assert (check.out / "fine.log").read_text() == "1\n"
     assert check.run("bad", python("print('a word'); raise SystemExit(3)"), 60) == dict(error="exit status 3",
                                                                                         tail="a word\n")
 
 
-def test_a_command_without_end_is_ended_with_all_that_it_started(check):
+def test_check_ends_a_hanging_command_with_its_children(check):
     code = ("import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
             "print(child.pid, flush=True); child.wait()")
     found = check.run("long", python(code), 4)
@@ -79,7 +79,7 @@ def test_a_command_without_end_is_ended_with_all_that_it_started(check):
     assert not child.exists() or child.read_text().split()[2] == "Z"
 
 
-def test_a_part_that_breaks_is_said_and_the_others_go_on(check, monkeypatch):
+def test_check_goes_on_after_a_part_breaks(check, monkeypatch):
     def broken():
         raise OSError("no room")
 
@@ -91,7 +91,7 @@ def test_a_part_that_breaks_is_said_and_the_others_go_on(check, monkeypatch):
     assert [cell["result"]["error"] for cell in cells] == ["x", "OSError: no room", "y"]
 
 
-def test_without_images_no_model_is_trained_and_the_cells_say_so(check, on_gpu, monkeypatch, tmp_path):
+def test_check_trains_nothing_without_images(check, on_gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(on_gpu, "ROOT", tmp_path)
     monkeypatch.setattr(on_gpu, "IMAGES", tmp_path / "data" / "photos")
     check.dry_run = False
@@ -101,7 +101,7 @@ def test_without_images_no_model_is_trained_and_the_cells_say_so(check, on_gpu, 
         "no images in data/photos/, and no photos.tar.xz beside it"}
 
 
-def test_an_archive_of_images_is_unpacked_where_the_training_looks(on_gpu, monkeypatch, tmp_path):
+def test_unpack_images_puts_the_archive_in_place(on_gpu, monkeypatch, tmp_path):
     (tmp_path / "train" / "bird").mkdir(parents=True)
     (tmp_path / "train" / "bird" / "1.jpg").write_text("a bird")
     with tarfile.open(tmp_path / "photos.tar.xz", "w:xz") as archive:
@@ -112,7 +112,7 @@ def test_an_archive_of_images_is_unpacked_where_the_training_looks(on_gpu, monke
     assert (tmp_path / "photos" / "train" / "bird" / "1.jpg").read_text() == "a bird"
 
 
-def test_a_library_that_fails_costs_its_column_alone(monkeypatch):
+def test_measure_within_reports_a_failing_library(monkeypatch):
     throughput = module_of("throughput", monkeypatch)
 
     def broken(config):
@@ -130,7 +130,7 @@ REPORT = """<testsuites><testsuite time="7.5">
 <testcase name="test_c"><skipped message="no CUDA"/></testcase></testsuite></testsuites>"""
 
 
-def test_a_failed_test_stands_in_the_page_with_its_reason(check, on_gpu, results, tmp_path):
+def test_results_page_shows_a_failed_test_with_its_reason(check, on_gpu, results, tmp_path):
     (tmp_path / "report.xml").write_text(REPORT)
     found = on_gpu.read_report(tmp_path / "report.xml")
     assert found["failed"] == [dict(test="test_b", reason="bf16: off", tail="the trace")]
@@ -144,7 +144,7 @@ def test_a_failed_test_stands_in_the_page_with_its_reason(check, on_gpu, results
         assert f"\n{line}\n" in page
 
 
-def test_a_commit_that_the_machine_did_not_know_is_filled_in(check, results):
+def test_keep_gpu_fills_in_an_unknown_commit(check, results):
     check.keep("tests", "tests", [], dict(error="x"))
     check.cells[0]["commit"] = "unknown"
     page_with(results, check.cells)
@@ -156,7 +156,7 @@ def test_a_commit_that_the_machine_did_not_know_is_filled_in(check, results):
 
 
 @pytest.mark.slow
-def test_the_dry_run_goes_through_all_parts_and_is_drawn(results, tmp_path):
+def test_on_gpu_dry_run_goes_through_all_parts(results, tmp_path):
     done = subprocess.run([BENCHMARKS / "on_gpu.sh", tmp_path / "out", "--dry-run"], capture_output=True, text=True,
                           env=os.environ | dict(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}"))
     assert done.returncode == 0, done.stdout + done.stderr

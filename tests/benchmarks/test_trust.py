@@ -45,7 +45,7 @@ def test_areas_are_means_over_the_images_that_have_a_map(trust):
     torch.testing.assert_close(torch.tensor(result["correlations"]["values"]), whole.correlations.float())
 
 
-def test_a_method_that_is_refused_is_not_left_out_in_silence(trust):
+def test_areas_refuses_a_method_blank_for_every_image(trust):
     model, images = model_and_images()
     with torch.no_grad():
         model.head.weight.zero_()
@@ -53,6 +53,6 @@ def test_a_method_that_is_refused_is_not_left_out_in_silence(trust):
         trust.areas(model, images, seed=0, chunk=5, n_steps=2, n_draws=1)
 
 
-def test_the_command_that_is_kept_is_the_one_that_was_given(trust):
+def test_command_of_names_only_what_was_given(trust):
     assert trust.command_of(1, 2000, 500) == "python benchmarks/trust.py --keep --seeds 1"
     assert trust.command_of(0, 30, 40) == "python benchmarks/trust.py --keep --seeds 0 --steps 30 --n-images 40"

@@ -58,7 +58,7 @@ def measured(setup):
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_data_become_figures_a_finding_and_tables(name, measured, setup):
+def test_experiments_give_figures_findings_and_tables(name, measured, setup):
     figures = EXPERIMENTS[name].draw(measured[name], setup)
     assert figures
     assert all(isinstance(figure, Figure) for figure in figures.values())
@@ -71,7 +71,7 @@ def test_data_become_figures_a_finding_and_tables(name, measured, setup):
         assert {len(row) for row in rows} == {len(heads)}
 
 
-def test_costs_are_of_the_models_at_each_size(measured, setup):
+def test_cost_measures_the_models_at_each_size(measured, setup):
     data = measured["cost"]
     for name, rows in data["resolution"].items():
         assert [row["size"] for row in rows] == [16, 32, 64, 128, 256, 512]
@@ -83,7 +83,7 @@ def test_costs_are_of_the_models_at_each_size(measured, setup):
     assert [row["tokens"] for row in data["patch"]] == [1024, 256, 64, 16]
 
 
-def test_the_formula_is_half_the_flops_of_the_blocks(setup):
+def test_textbook_cost_is_half_the_flops_of_the_blocks(setup):
     model = setup.models["ViT"]
     n, D, depth = 16, 12, 2
     assert _textbook_cost(model, 16) == 12 * n * D**2 + 2 * n**2 * D
@@ -92,7 +92,7 @@ def test_the_formula_is_half_the_flops_of_the_blocks(setup):
     assert count_flops(model) == blocks + rest
 
 
-def test_the_cost_finding_turns_with_the_numbers(measured):
+def test_cost_finding_follows_the_numbers(measured):
     data = copy.deepcopy(measured["cost"])
     for speeds, words in (((9, 9), "A is fastest at 16 pixels and A is fastest at 32 pixels."),
                           ((9, 1), "A is fastest at 16 pixels and B is fastest at 32 pixels."),
@@ -105,7 +105,7 @@ def test_the_cost_finding_turns_with_the_numbers(measured):
     assert EXPERIMENTS["cost"].finding(data).endswith("to the power 1.23 (A) to 1.60 (B).")
 
 
-def test_before_the_first_attention_a_vit_sees_one_patch(measured, setup):
+def test_receptive_field_of_a_vit_starts_with_one_patch(measured, setup):
     assert max(measured["receptive_field"]["ViT"][0]["trained"]) <= 2**0.5 * 1.5 + 1e-9
     field = receptive_field(setup.models["ViT"], setup.images, 0)
     inside = torch.zeros(16, 16, dtype=torch.bool)
@@ -114,7 +114,7 @@ def test_before_the_first_attention_a_vit_sees_one_patch(measured, setup):
     assert (field[~inside] == 0).all()
 
 
-def test_a_convnet_sees_no_more_than_its_window(measured, setup):
+def test_receptive_field_of_a_convnet_stays_in_its_window(measured, setup):
     model = setup.models["ConvNet"]
     for row in measured["receptive_field"]["ConvNet"]:
         field = receptive_field(model, setup.images, row["depth"])
@@ -124,7 +124,7 @@ def test_a_convnet_sees_no_more_than_its_window(measured, setup):
             assert (places - centre).abs().max() <= (row["window"] - 1) / 2 + 1e-9
 
 
-def test_the_receptive_field_finding_turns_with_the_numbers():
+def test_receptive_field_finding_follows_the_numbers():
     def finding(trained, random):
         rows = [dict(depth=1, trained=[trained, 9, 9], **{RANDOM: [random, 9, 9]})]
         return EXPERIMENTS["receptive_field"].finding({"A": rows})
@@ -134,7 +134,7 @@ def test_the_receptive_field_finding_turns_with_the_numbers():
     assert finding(3.0, 3.1).endswith("lies within 3.0 pixels (A). Training hardly moved it for A.")
 
 
-def test_the_attention_distance_finding_turns_with_the_numbers():
+def test_attention_distance_finding_follows_the_numbers():
     def finding(trained, random):
         return EXPERIMENTS["attention_distance"].finding(
             {"A": {"trained": [trained], RANDOM: [random], "uniform": 16.5}})
@@ -145,7 +145,7 @@ def test_the_attention_distance_finding_turns_with_the_numbers():
     assert finding([8.0, 8.2], [8.0, 8.2]).endswith("in none of them.")
 
 
-def test_the_similarity_finding_turns_with_the_numbers():
+def test_similarity_finding_follows_the_numbers():
     def finding(a, b):
         matrices, random = ({name: [[1, value], [value, 1]] for name, value in (("A", own[0]), ("B", own[1]))}
                             for own in ((a, b), (0.6, 0.6)))
@@ -167,7 +167,7 @@ def position_data(n=1000, **models):
         for name, (stays, *kept) in models.items()})
 
 
-def test_the_position_finding_turns_with_the_numbers():
+def test_position_finding_follows_the_numbers():
     finding = EXPERIMENTS["position"].finding
     moved, own, grid, hidden = finding(position_data(A=(0.9, 0.4, 0.5, 0.2), B=(0.5, 0.8, 0.5, 0.9))).split(": ")[1:]
     assert moved.startswith("A is ahead of B by 40.0 points (95% interval ")
@@ -178,7 +178,7 @@ def test_the_position_finding_turns_with_the_numbers():
     assert few.count("cannot be told apart") == 4
 
 
-def test_who_only_guesses_keeps_nothing():
+def test_position_finding_sets_guessing_models_apart():
     data = position_data(A=(0.9, 0.1, 0.4, 0.4), B=(0.9, 0.1, 0.1, 0.4), C=(0.9, 0.1, 0.4, 0.4))
     finding = EXPERIMENTS["position"].finding(data)
     assert "own patches: no model beats guessing any more. " in finding
@@ -188,7 +188,7 @@ def test_who_only_guesses_keeps_nothing():
     assert EXPERIMENTS["position"].finding(data).count("no model beats guessing to begin with") == 3
 
 
-def test_shifts_as_in_training_are_told_from_those_beyond():
+def test_consistencies_separate_trained_shifts_from_larger_ones():
     stays = torch.full((7, 7), 0.25)
     stays[2:5, 2:5] = 0.75
     stays[3, 3] = 1
@@ -196,7 +196,7 @@ def test_shifts_as_in_training_are_told_from_those_beyond():
     assert _consistencies(stays, 3)[1] is None
 
 
-def test_each_number_is_that_of_the_function_it_is_named_after(measured, setup):
+def test_experiments_report_what_their_functions_return(measured, setup):
     """Trained is trained and random is random: the entries against one call each."""
     model = setup.models["ViT"]
     twin, layout = untrained_copy(model), ((4, 4), 4, 1)
@@ -222,7 +222,7 @@ def test_each_number_is_that_of_the_function_it_is_named_after(measured, setup):
     assert first["training_images_per_second"] < first["images_per_second"]
 
 
-def test_similarities_are_of_the_model_and_of_its_random_twin(measured, setup):
+def test_similarity_measures_the_model_and_its_random_twin(measured, setup):
     """Against one call each."""
     data, images = measured["similarity"], setup.images
     for name, model in setup.models.items():
@@ -235,7 +235,7 @@ def test_similarities_are_of_the_model_and_of_its_random_twin(measured, setup):
     torch.testing.assert_close(torch.tensor(data["across"]["ConvNet and ViT"]), found, check_dtype=False)
 
 
-def test_patches_are_changed_as_their_curves_say(setup):
+def test_position_curves_match_their_patch_changes(setup):
     """On a model that answers every class and is right until the images are changed, so that its four curves differ:
     each count against one call."""
     images = torch.randn(60, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -254,7 +254,7 @@ def test_patches_are_changed_as_their_curves_say(setup):
     assert len({tuple(counts) for counts in curves.values()}) == 4
 
 
-def test_position_counts_the_images_as_they_are_first(measured, setup):
+def test_position_curves_start_with_unchanged_images(measured, setup):
     for name, model in setup.models.items():
         right = int((model(setup.images).argmax(dim=1) == setup.labels).sum())
         curves = measured["position"]["models"][name]["correct"]
@@ -262,7 +262,7 @@ def test_position_counts_the_images_as_they_are_first(measured, setup):
         assert all(len(counts) == len(HIDDEN) for counts in curves.values())
 
 
-def test_convolutions_are_attention(measured):
+def test_convolution_experiment_reproduces_convolutions_by_attention(measured):
     data = measured["convolution"]
     assert len(data["rows"]) == 4  # all but the strided one
     assert max(row["difference"] for row in data["rows"]) < 1e-5
@@ -275,6 +275,6 @@ def test_convolutions_are_attention(measured):
         assert divmod(place, 9) == (3 + i // 3, 3 + i % 3)
 
 
-def test_random_twins_are_untrained(setup):
+def test_untrained_copy_has_other_weights(setup):
     twin = untrained_copy(setup.models["ViT"])
     assert not torch.equal(twin.head.weight, setup.models["ViT"].head.weight)

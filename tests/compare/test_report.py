@@ -40,7 +40,7 @@ def page(tmp_path):
     return (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_page_is_one_well_formed_file_that_loads_nothing(page):
+def test_write_report_makes_one_self_contained_page(page):
     tags = Tags(page).found
     images = [attributes for tag, attributes in tags if tag == "img"]
     assert len(images) == 1
@@ -52,12 +52,12 @@ def test_the_page_is_one_well_formed_file_that_loads_nothing(page):
     assert {attributes["id"] for tag, attributes in tags if tag == "section"} == {"part1", "part2"}
 
 
-def test_what_is_written_is_shown_as_it_is(page):
+def test_write_report_escapes_its_text(page):
     text = "".join(Tags(page).text)
     for words in ("Title <1>", "Intro & more", "1. First", "Why?", "A < B", "A table", "<ViT>", "A note", "2. Second"):
         assert words in text
 
 
-def test_where_no_page_can_be_written(tmp_path):
+def test_write_report_refuses_a_missing_folder(tmp_path):
     with pytest.raises(InputError, match="cannot write"):
         write_report(tmp_path / "missing" / "report.html", "T", "I", [])

@@ -32,7 +32,7 @@ def accuracies_of(levels):
 # ---- Trainings asked about the same images
 
 
-def test_a_clear_lead_is_a_winner_with_its_interval():
+def test_rank_trainings_names_a_clear_winner():
     ranking = st.rank_trainings(rows_of(dict(ConvNet=0.9, Hybrid=0.6, ViT=0.5)))
     assert (ranking.winner, ranking.tied, ranking.behind) == ("ConvNet", (), ("Hybrid", "ViT"))
     for name, difference in ranking.differences.items():
@@ -41,14 +41,14 @@ def test_a_clear_lead_is_a_winner_with_its_interval():
     assert st.rank_trainings(rows_of(dict(ConvNet=0.5, Hybrid=0.6, ViT=0.9))).winner == "ViT"
 
 
-def test_a_lead_within_the_noise_is_no_winner():
+def test_rank_trainings_ties_a_lead_within_the_noise():
     ranking = st.rank_trainings(rows_of(dict(ConvNet=0.71, Hybrid=0.70, ViT=0.3)))
     assert ranking.winner is None
     assert set(ranking.leaders) == {"ConvNet", "Hybrid"}
     assert ranking.behind == ("ViT",)
 
 
-def test_seeds_that_differ_much_hide_a_lead():
+def test_rank_trainings_ties_when_seeds_differ_much():
     clear = rows_of(dict(ConvNet=0.75, Hybrid=0.6, ViT=0.6), n=2000)
     noisy = {kind: [dict(row, accuracy=row["accuracy"] + by) for row, by in zip(own, (-0.2, 0, 0.2), strict=True)]
              for kind, own in clear.items()}
@@ -56,14 +56,14 @@ def test_seeds_that_differ_much_hide_a_lead():
     assert (st.rank_trainings(noisy).winner, st.rank_trainings(noisy).best) == (None, "ConvNet")
 
 
-def test_where_nothing_differs_hardly_ever_a_winner_is_named():
+def test_rank_trainings_rarely_finds_a_false_winner():
     generator = random.Random(7)
     named = sum(st.rank_trainings(rows_of(dict(ConvNet=0.7, Hybrid=0.7, ViT=0.7), 200, spread=0.02,
                                           generator=generator)).winner is not None for _ in range(200))
     assert named <= 10  # 5% of 200
 
 
-def test_images_alone_can_hide_a_lead():
+def test_rank_trainings_ties_when_images_are_few():
     """Seeds that are all alike: what is left are the images, of which 30 do not tell 10 points apart."""
     def rows(n, share):
         right = [i < round(share * n) for i in range(n)]
@@ -78,7 +78,7 @@ def test_images_alone_can_hide_a_lead():
     assert half == pytest.approx(st.t_quantile(31) * (by_image.var().item() / 32) ** 0.5, rel=1e-6)
 
 
-def test_few_images_that_agree_prove_little():
+def test_rank_trainings_names_no_winner_below_twenty_images():
     for n, winner in ((2, None), (19, None), (20, "ConvNet")):
         rows = {kind: [dict(seed=seed, right=[right] * n, accuracy=float(right)) for seed in range(3)]
                 for kind, right in (("ConvNet", True), ("ViT", False))}
@@ -86,7 +86,7 @@ def test_few_images_that_agree_prove_little():
     assert st.rank_samples(dict(ViT=[44 / 50] * 3, ConvNet=[45 / 50] * 3), 50).winner is None
 
 
-def test_ranking_trainings_needs_two_of_each():
+def test_rank_trainings_needs_two_seeds_and_two_kinds():
     with pytest.raises(InputError, match="two seeds"):
         st.rank_trainings(rows_of(dict(ConvNet=0.9, ViT=0.1), seeds=1))
     with pytest.raises(InputError, match="two kinds"):
@@ -96,24 +96,24 @@ def test_ranking_trainings_needs_two_of_each():
 # ---- Samples, shares, speeds
 
 
-def test_samples_of_one_seed_are_never_told_apart():
+def test_rank_samples_ties_samples_of_one_seed():
     assert st.rank_samples(dict(A=[0.9], B=[0.1]), 1000).tied == ("B",)
     assert st.margin([0.9], [0.1, 0.2], 1000) == math.inf
     assert st.rank_samples(accuracies_of(dict(A=0.9, B=0.1)), 1000).winner == "A"
 
 
-def test_a_name_alone_wins_nothing():
+def test_rank_samples_names_no_winner_among_one():
     alone = st.rank_samples(accuracies_of(dict(A=0.9)), 1000)
     assert (alone.best, alone.leaders, alone.winner) == ("A", ["A"], None)
     assert st.describe_ranking(alone) == "there is nothing to compare A with"
 
 
-def test_shares_of_few_images_are_tied():
+def test_rank_shares_ties_shares_of_few_images():
     assert st.rank_shares(dict(A=0.9, B=0.5), 1000).winner == "A"
     assert st.rank_shares(dict(A=0.88, B=0.9), 50).tied == ("A",)
 
 
-def test_speeds_less_than_a_tenth_apart_are_tied():
+def test_rank_speeds_ties_speeds_within_a_tenth():
     assert st.rank_speeds(dict(A=9, B=5)).winner == "A"
     assert st.rank_speeds(dict(A=4.8, B=5)).leaders == ["B", "A"]
 
@@ -121,7 +121,7 @@ def test_speeds_less_than_a_tenth_apart_are_tied():
 # ---- What is kept, and what is lost
 
 
-def test_nobody_keeps_most_by_chance_or_at_guessing():
+def test_rank_kept_ignores_chance_and_guessing():
     def kept(*pairs):
         return st.rank_kept(dict(zip("AB", pairs, strict=False)), 400, 10)
 
@@ -134,14 +134,14 @@ def test_nobody_keeps_most_by_chance_or_at_guessing():
     assert kept((60, 30)) == (None, ["A"])
 
 
-def test_who_guesses_to_begin_with_has_nothing_to_lose():
+def test_rank_kept_leaves_out_models_that_guessed_before():
     ranking, lost = st.rank_kept(dict(A=(90, 30), B=(12, 30)), 100, 10)
     assert (list(ranking.values), lost) == (["A"], [])
     assert ranking.values["A"] == pytest.approx(1 / 3)
     assert st.rank_kept(dict(B=(12, 30)), 100, 10) == (None, [])
 
 
-def test_the_variance_of_a_ratio():
+def test_variance_of_ratio_matches_a_hand_value():
     # 90 and 50 of 380 with p = 0.225 and 0.125: (90/380)^2 (0.775/90 + 0.05/380)
     assert st.variance_of_ratio(380, 90, 400) == pytest.approx(0.05609 * (0.008611 + 0.0001316), rel=1e-3)
 
@@ -150,7 +150,7 @@ def falls(**levels):
     return st.rank_falls({name: torch.tensor([own] * 3).double() / 100 for name, own in levels.items()}, 100)
 
 
-def test_the_largest_fall_is_from_a_step_to_a_later_one():
+def test_rank_falls_measures_from_earlier_to_later_steps():
     assert falls(ViT=(98, 97), ConvNet=(99, 55)).winner == "ConvNet"
     assert falls(ViT=(99, 51, 98), ConvNet=(99, 98, 97)).values["ViT"] == pytest.approx(0.48)
     assert falls(ViT=(55, 99), ConvNet=(99, 98)).best == "ConvNet"  # which rises loses nothing
@@ -158,12 +158,12 @@ def test_the_largest_fall_is_from_a_step_to_a_later_one():
     assert (alike.leaders, alike.behind) == (["ConvNet", "ViT"], ("Hybrid",))
 
 
-def test_who_has_not_learned_the_task_loses_nothing():
+def test_rank_falls_leaves_out_models_that_learned_nothing():
     assert list(falls(ViT=(51, 50), ConvNet=(99, 55)).values) == ["ConvNet"]
     assert falls(ViT=(50, 49), ConvNet=(52, 55)) is None
 
 
-def test_what_was_measured_once_loses_no_more_than_others():
+def test_rank_falls_ties_single_measurements():
     one = {name: torch.tensor([own]).double() / 100 for name, own in (("ViT", (99, 97)), ("ConvNet", (99, 55)))}
     assert st.rank_falls(one, 100).winner is None
 
@@ -171,7 +171,7 @@ def test_what_was_measured_once_loses_no_more_than_others():
 # ---- Yes or no
 
 
-def test_steps_gain_what_lies_between_neighbours():
+def test_step_gains_are_differences_between_neighbours():
     samples = accuracies_of(dict(ViT=0.3, Hybrid=0.301, ConvNet=0.4))
     (first, gain, half), (second, larger, other) = st.step_gains(samples, 1000)
     assert (first, second) == ("Hybrid", "ConvNet")
@@ -184,21 +184,21 @@ def test_steps_gain_what_lies_between_neighbours():
 @pytest.mark.parametrize(("counts", "expected"), [
     ([(80, 100)] * 3, True), ([(80, 100)], False), ([(80, 100), (70, 100), (40, 100)], False),
     ([(55, 100)] * 3, False), ([(80, 100), (0, 0), (0, 0)], False)])
-def test_a_majority_with_every_seed_is_beyond_chance(counts, expected):
+def test_majority_with_every_seed_must_beat_chance(counts, expected):
     assert st.majority_with_every_seed(counts) == expected
 
 
-def test_no_model_beats_a_control_by_chance():
+def test_none_beats_allows_for_chance():
     for share, none in ((0.9, False), (0.49, True), (0.51, True)):
         accuracies = {kind: [share - 0.01, share, share + 0.01] for kind in ("ConvNet", "ViT")}
         assert st.none_beats(accuracies, 0.5, 1000) == none
 
 
-def test_changes_are_sorted_by_their_sign():
+def test_sort_by_change_groups_by_sign():
     assert st.sort_by_change(dict(A=1, B=1, C=1), dict(A=2, B=0, C=1.4), 0.5) == (["A"], ["B"], ["C"])
 
 
-def test_a_spread_is_learned_where_random_heads_have_none():
+def test_spread_is_learned_compares_with_random_heads():
     assert st.spread_is_learned([2.0, 15.0], [8.0, 8.2], 16.5)
     assert not st.spread_is_learned([8.0, 8.2], [8.0, 8.2], 16.5)
     assert not st.spread_is_learned([4.0, 12.0], [4.0, 10.0], 16.5)  # less than twice
@@ -217,15 +217,15 @@ def student_tail(t, df, step=1e-3, end=400.0):
 
 
 @pytest.mark.parametrize("df", sorted(st.CONFIDENCE))
-def test_the_quantiles_are_students(df):
+def test_confidence_holds_students_t_quantiles(df):
     assert student_tail(st.CONFIDENCE[df], df) == pytest.approx(0.05 / 3 / 2, rel=2e-3)
 
 
-def test_quantiles_of_other_degrees_of_freedom_are_wider():
+def test_t_quantile_rounds_degrees_of_freedom_down():
     assert [st.t_quantile(df) for df in (1, 2, 2.9, 5, 7, 400)] == [38.19, 7.649, 7.649, 3.534, 3.287, 2.428]
 
 
-def test_an_interval_of_equal_parts_has_their_degrees_of_freedom_together():
+def test_half_width_combines_degrees_of_freedom():
     assert st.half_width([(0.25, 2), (0.25, 2)]) == pytest.approx(st.CONFIDENCE[4] * 0.5**0.5)
     assert st.half_width([(1.0, 120), (0.0, 2)]) == pytest.approx(st.CONFIDENCE[120])
 
@@ -233,7 +233,7 @@ def test_an_interval_of_equal_parts_has_their_degrees_of_freedom_together():
 # ---- Words
 
 
-def test_words_are_joined():
+def test_join_words_uses_commas_and_and():
     assert [st.join_words(words) for words in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
 
 
@@ -245,5 +245,5 @@ def test_words_are_joined():
     (dict(A=0.9, B=0.88, C=0.5, D=0.4), 0.05,
      "A and B cannot be told apart; C and D are behind, the closest by 40.0 points (95% interval 35.0 to 45.0)"),
     (dict(A=1.0, B=0.0), 0.2, "A is ahead of B by 100.0 points (95% interval 80.0 to 100.0)")])
-def test_a_ranking_in_words(values, half, words):
+def test_describe_ranking_puts_a_ranking_in_words(values, half, words):
     assert st.describe_ranking(st.rank(values, dict.fromkeys(values, half))) == words

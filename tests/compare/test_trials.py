@@ -59,14 +59,14 @@ class Says(nn.Module):
         return nn.functional.one_hot(torch.tensor(given), self.n_classes).float()
 
 
-def test_the_steps_from_vit_to_convnet_have_parameters_within_10_percent():
+def test_cnn_to_vit_models_have_similar_parameter_counts():
     counts = {kind: count_parameters(build_model(name, n_classes=10, img_size=32, **options))
               for kind, (name, options) in le.CNN_TO_VIT_MODELS.items()}
     assert max(counts.values()) <= 1.1 * min(counts.values())
 
 
 @pytest.mark.usefixtures("small")
-def test_a_training_is_a_function_of_its_seed():
+def test_train_once_depends_only_on_its_seed():
     def weights(seed):
         train, val, _ = loaders()
         state = torch.get_rng_state()
@@ -79,14 +79,14 @@ def test_a_training_is_a_function_of_its_seed():
     assert not torch.equal(weights(3), weights(4))
 
 
-def test_the_rate_is_the_best_on_the_validation_images_and_the_least_among_equals(monkeypatch):
+def test_best_of_rates_picks_the_smallest_of_the_best(monkeypatch):
     accuracies = {1e-3: 0.7, 2e-3: 0.9, 4e-3: 0.9}
     monkeypatch.setattr(le, "train_once", lambda kind, train, recipe, rate, seed, **run: Answers(rate, accuracies))
     assert le.best_of_rates("ViT", None, "validation", QUICK, 0, tuple(accuracies)) == (2e-3, accuracies, 2e-3)
 
 
 @pytest.mark.usefixtures("small")
-def test_trials_of_reach_and_cues(monkeypatch):
+def test_reach_and_cues_measure_a_trial(monkeypatch):
     for trial in (le.TRAINING_EXPERIMENTS["reach"].measure("Hybrid", 1, QUICK, 24, 20, (8, 20), 32, **ON_CPU),
                  le.TRAINING_EXPERIMENTS["cues"].measure("Hybrid", 1, QUICK, 25, 20, 16, **ON_CPU)):
         assert (trial["kind"], trial["seed"], trial["rate"] in le.RATES, len(trial["rates"])) == ("Hybrid", 1, True, 3)
@@ -96,7 +96,7 @@ def test_trials_of_reach_and_cues(monkeypatch):
     assert sum(cues["choices"].values()) == 20
 
 
-def test_the_right_answers_are_counted_at_each_distance(monkeypatch):
+def test_reach_counts_right_answers_at_each_distance(monkeypatch):
     monkeypatch.setattr(le, "make_marks", lambda n, side, **how: make_marks(min(n, 9), side, **how))
     model = Says([0, 1, 0, 1, 0, 0, 0, 1, 1, 1])  # where 0, 1, 0, 1, 0 are right, at each distance
     monkeypatch.setattr(le, "best_of_rates", lambda *words, **run: (model, {1e-3: 0.9}, 1e-3))
@@ -104,7 +104,7 @@ def test_the_right_answers_are_counted_at_each_distance(monkeypatch):
     assert (trial["distances"], trial["correct"], trial["n"]) == ([8, 20], [5, 2], 5)
 
 
-def test_answers_by_outline_are_told_from_those_by_texture(monkeypatch):
+def test_cues_separates_answers_by_outline_and_texture(monkeypatch):
     _, outlines, textures = make_cues(8, 16, start=2 * 10**9, agree=False)
     neither = min({0, 1, 2} - {outlines[7].item(), textures[7].item()})
     model = Says([*outlines[:5].tolist(), *textures[5:7].tolist(), neither], n_classes=len(shapes_module.CUES))
@@ -116,7 +116,7 @@ def test_answers_by_outline_are_told_from_those_by_texture(monkeypatch):
 
 
 @pytest.mark.usefixtures("small")
-def test_reach_is_asked_of_images_that_were_not_trained_on_and_nothing_adds_or_hides_a_mark(monkeypatch):
+def test_reach_tests_on_new_images_without_shifts(monkeypatch):
     drawn, trained, make, train = [], [], shapes_module.make_marks, le.train_once
     monkeypatch.setattr(le, "make_marks", lambda n, side, **how: drawn.append(how) or make(n, side, **how))
     monkeypatch.setattr(le, "train_once", lambda kind, loader, recipe, *rest, **run: trained.append(
@@ -129,7 +129,7 @@ def test_reach_is_asked_of_images_that_were_not_trained_on_and_nothing_adds_or_h
 
 
 @pytest.mark.usefixtures("small")
-def test_a_rate_is_chosen_on_validation_images_and_the_test_images_are_read_once(monkeypatch):
+def test_data_efficiency_tunes_on_validation_and_tests_once(monkeypatch):
     parts, asked, evaluate = loaders(), [], train_vit.Trainer.evaluate
     monkeypatch.setattr(train_vit.Trainer, "evaluate", lambda self, loader: asked.append(
         parts.index(loader)) or evaluate(self, loader))
@@ -139,7 +139,7 @@ def test_a_rate_is_chosen_on_validation_images_and_the_test_images_are_read_once
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("n_images", [2, 4, 40])
-def test_a_trial_of_data_trains_on_this_number_of_images(n_images, monkeypatch):
+def test_data_efficiency_trains_on_the_given_number_of_images(n_images, monkeypatch):
     seen, train = [], le.train_once
 
     def watched(kind, loader, *rest, **run):
@@ -160,7 +160,7 @@ def reach_trials(levels):
             for kind, (near, far) in levels.items() for seed in le.SEEDS]
 
 
-def test_the_reach_finding_turns_with_the_numbers():
+def test_reach_finding_follows_the_numbers():
     finding = le.TRAINING_EXPERIMENTS["reach"].finding
     assert finding(reach_trials(dict(ViT=(98, 97), ConvNet=(99, 55)))) == (
         "ConvNet loses most: 44 points with distance.")
@@ -179,7 +179,7 @@ def cue_trial(kind, level):
     return dict(kind=kind, shape_bias=level, choices=choices | dict(neither=7))
 
 
-def test_the_cue_finding_turns_with_the_numbers():
+def test_cues_finding_follows_the_numbers():
     def finding(**levels):
         return le.TRAINING_EXPERIMENTS["cues"].finding(
             [cue_trial(kind, level) for kind, level in levels.items() for _ in le.SEEDS])
@@ -203,7 +203,7 @@ def data_trials(levels):
             for seed in le.SEEDS]
 
 
-def test_the_data_finding_turns_with_the_numbers():
+def test_data_efficiency_finding_follows_the_numbers():
     finding = le.TRAINING_EXPERIMENTS["data"].finding
     few, many = finding(data_trials(dict(ViT=(300, 800), ConvNet=(400, 801)))).split(". With")
     assert few.startswith("With 100 images, ConvNet is ahead of ViT by 10.0 points (95% interval ")
@@ -211,21 +211,21 @@ def test_the_data_finding_turns_with_the_numbers():
     assert "ViT is ahead of ConvNet" in finding(data_trials(dict(ViT=(400, 900), ConvNet=(300, 800))))
 
 
-def test_the_data_tables_have_what_each_step_gains():
+def test_data_efficiency_tables_show_what_each_step_gains():
     accuracies, gains = le.TRAINING_EXPERIMENTS["data"].tables(data_trials(dict(ViT=(300, 800), ConvNet=(400, 801))))
     assert accuracies[1][1] == ["100", "30.1% (30.0 to 30.2)", "40.1% (40.0 to 40.2)"]
     assert gains[1][0] == ["training images", "ConvNet"]
     assert [row[1].split(" ± ")[0] for row in gains[1][1:]] == ["+10.0", "+0.1"]
 
 
-def test_a_kind_alone_is_ahead_of_nobody():
+def test_data_efficiency_finding_ranks_no_kind_alone():
     finding, trials = le.TRAINING_EXPERIMENTS["data"].finding, data_trials(dict(ViT=(300, 800), ConvNet=(400, 900)))
     assert finding([trial for trial in trials if trial["kind"] == "ViT"]).count("nothing to compare ViT with") == 2
     cut = finding([trial for trial in trials if trial["kind"] == "ViT" or trial["n_images"] == 9000])
     assert "With 100 images, there is nothing to compare ViT with. With 9,000 images, ConvNet is ahead" in cut
 
 
-def test_what_is_measured_once_is_not_told_apart():
+def test_data_efficiency_finding_ties_a_single_seed():
     trials = [one for one in data_trials(dict(ViT=(300, 300), ConvNet=(900, 900))) if one["seed"] == 0]
     assert le.TRAINING_EXPERIMENTS["data"].finding(trials).count("cannot be told apart") == 2
     one_number = [trial for trial in trials if trial["n_images"] == 100]
@@ -236,7 +236,7 @@ def test_what_is_measured_once_is_not_told_apart():
     ("reach", reach_trials(dict(ViT=(98, 97), ConvNet=(99, 55)))),
     ("cues", [cue_trial("ViT", level) | dict(seed=seed) for seed, level in enumerate((0.2, 0.4, math.nan))]),
     ("data", data_trials(dict(ViT=(300, 800), ConvNet=(400, 801))))])
-def test_trials_become_tables_and_figures_with_bands(name, trials):
+def test_training_experiments_give_tables_and_banded_figures(name, trials):
     experiment = le.TRAINING_EXPERIMENTS[name]
     (figure,) = experiment.draw(trials).values()
     if name != "cues":
@@ -253,19 +253,19 @@ def test_trials_become_tables_and_figures_with_bands(name, trials):
         assert {len(row) for row in rows} == {len(heads)}
 
 
-def test_without_predictions_by_either_cue_there_is_no_figure():
+def test_cues_draws_nothing_without_predictions_by_cue():
     trials = [cue_trial("ViT", math.nan) | dict(seed=0)]
     assert le.TRAINING_EXPERIMENTS["cues"].draw(trials) == {}
     assert "No model predicts" in le.TRAINING_EXPERIMENTS["cues"].finding(trials)
 
 
-def test_what_cannot_be_built_is_said_before_anything_is_trained(monkeypatch):
+def test_compare_on_dataset_refuses_a_bad_size_before_training(monkeypatch):
     monkeypatch.setattr(le, "train_once", None)
     with pytest.raises(InputError, match="not divisible by patch_size"):
         le.compare_on_dataset(loaders(img_size=18), 1, **ON_CPU)
 
 
-def test_without_trials_there_is_nothing_to_say():
+def test_training_experiments_need_trials_for_a_finding():
     for experiment in le.TRAINING_EXPERIMENTS.values():
         with pytest.raises(InputError, match="no trials yet"):
             experiment.finding([])
@@ -280,7 +280,7 @@ def rows_of(right, n=400):
                    for seed in le.SEEDS] for kind, count in right.items()}
 
 
-def test_a_summary_names_a_winner_or_none():
+def test_summarise_names_a_winner_or_none():
     first = le.summarise(rows_of(dict(ConvNet=360, Hybrid=240, ViT=200)))
     assert first.startswith("ConvNet is ahead of Hybrid by 30.0 points (95% interval ")
     rows = rows_of(dict(ConvNet=285, Hybrid=284, ViT=100))
@@ -291,7 +291,7 @@ def test_a_summary_names_a_winner_or_none():
     assert few == "No winner: 2 images are too few to tell; at least 20 are needed."
 
 
-def test_trainings_that_diverged_are_named():
+def test_summarise_names_diverged_trainings():
     rows = rows_of(dict(ConvNet=360, Hybrid=240, ViT=200))
     assert "diverged" not in le.summarise(rows)
     rows["ViT"][1] |= dict(diverged=True, right=[False] * 400, accuracy=0.0)
@@ -309,7 +309,7 @@ def test_caveats_are_those_that_hold():
     assert le.caveats(rows, {"luck": 0.2}, 5000)[0].startswith("Only 1 steps of one model fitted")
 
 
-def test_a_training_that_diverges_loses_only_itself(monkeypatch):
+def test_best_of_rates_counts_a_diverged_training_as_zero(monkeypatch):
     def train(kind, loader, recipe, rate, *rest, **run):
         if rate > limit:
             raise NotFinite("loss or gradient are not finite")
@@ -330,7 +330,7 @@ def test_a_training_that_diverges_loses_only_itself(monkeypatch):
 
 
 @pytest.mark.usefixtures("small")
-def test_compare_on_dataset_trains_each_kind_with_each_seed_within_its_share_of_the_time(monkeypatch):
+def test_compare_on_dataset_trains_every_kind_and_seed_in_time(monkeypatch):
     asked = []
     monkeypatch.setattr(le, "steps_within", lambda seconds, *rest, **run: asked.append(seconds) or 2)
     lines = []
@@ -352,7 +352,7 @@ def test_compare_on_dataset_trains_each_kind_with_each_seed_within_its_share_of_
 
 
 @pytest.mark.usefixtures("small")
-def test_compare_on_dataset_counts_right_predictions_and_the_summary_names_who_has_most(monkeypatch):
+def test_compare_on_dataset_counts_right_predictions(monkeypatch):
     train, val, _ = loaders()
     drawn = make_mark(60, 16, start=2000)
     test = le.loader_of(drawn.images, drawn.labels, drawn.class_names, QUICK)
@@ -372,7 +372,7 @@ def test_compare_on_dataset_counts_right_predictions_and_the_summary_names_who_h
     assert le.summarise(rows).startswith("ConvNet is ahead of Hybrid by 66.7 points")
 
 
-def test_larger_images_have_larger_patches_and_the_three_stay_alike():
+def test_build_kind_scales_patches_and_keeps_sizes_alike():
     for kind in ("ViT", "Hybrid"):
         assert [le.build_kind(kind, 3, side).patch_embed.n_patches for side in (32, 64)] == [64, 64]
     counts = [count_parameters(le.build_kind(kind, 10, 64)) for kind in le.CNN_TO_VIT_MODELS]

@@ -38,11 +38,11 @@ def test_mixed_precision_learns_what_float32_learns(device, amp):
 @pytest.mark.parametrize(("name", "amp"), [
     *[(name, "bf16") for name in SHIPPED], ("vit_nano_shapes", "fp16"),
     *[pytest.param(name, "fp16", marks=pytest.mark.slow) for name in SHIPPED[1:]]])  # CPUs convolve slowly in fp16
-def test_mixed_precision_gives_the_loss_and_the_gradient_of_float32(device, name, amp):
+def test_mixed_precision_matches_loss_and_gradient_of_float32(device, name, amp):
     assert_near_float32(*shipped(name), device, amp, SLACK.get(name, 1))
 
 
-def test_the_scaler_skips_a_step_that_overflows_and_training_goes_on(device):
+def test_scaler_skips_an_overflowing_step_and_training_continues(device):
     states = []
     model = toy_vit()
     with torch.no_grad():
@@ -76,7 +76,7 @@ RIGHT_ATTEND = vit_model.attend
 
 
 @pytest.mark.parametrize("fault", [attend_unscaled, attend_with_sums_in_bf16])
-def test_a_fault_planted_in_bf16_is_caught(device, monkeypatch, fault):
+def test_assert_near_float32_catches_a_planted_bf16_fault(device, monkeypatch, fault):
     model, images, labels = shipped("vit_nano_shapes")
     monkeypatch.setattr(vit_model, "attend", fault)
     with pytest.raises(AssertionError, match=r"(gradient|loss) is"):
@@ -88,7 +88,7 @@ def test_a_fault_planted_in_bf16_is_caught(device, monkeypatch, fault):
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 @pytest.mark.parametrize("cut_at", [3, 4])  # inside an epoch, and between two
-def test_a_resumed_training_ends_as_the_whole_one_to_the_bit(device, deterministic, amp, cut_at):
+def test_resume_on_the_device_is_exact_to_the_bit(device, deterministic, amp, cut_at):
     whole, resumed = cut_and_resumed(lambda: toy_vit(dropout=0.2, drop_path=0.2), device, amp, cut_at, n_steps=10)
     assert same(whole[0], resumed[0])
     assert same(whole[1], resumed[1])
@@ -96,7 +96,7 @@ def test_a_resumed_training_ends_as_the_whole_one_to_the_bit(device, determinist
 
 
 @pytest.mark.slow
-def test_a_compiled_training_is_the_eager_one(device):
+def test_compiled_training_matches_eager_training(device):
     plain, _ = train_toy(toy_vit(), device, n_steps=8, learning_rate=1e-3)
     compiled, _ = train_toy(toy_vit(), device, n_steps=8, learning_rate=1e-3, compiled=True)
     for column in ("train_loss", "val_loss"):
@@ -112,7 +112,7 @@ def process_group(device, tmp_path):
     dist.destroy_process_group()
 
 
-def test_one_process_of_a_group_trains_as_one_alone(device, deterministic, request):
+def test_process_group_of_one_trains_as_one_alone(device, deterministic, request):
     plain, trainer = train_toy(toy_vit(), device)
     request.getfixturevalue("process_group")
     history, weights = train_through_ddp(toy_vit(), device)

@@ -30,7 +30,7 @@ def assert_equal_views(found, exact):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_predictions_are_those_of_the_cpu(device, name):
+def test_predict_on_the_device_matches_the_cpu(device, name):
     exact, model, images, _ = pair_of(name, device)
     for found, right in zip(predict(model, images, top=3), predict(exact, images.double(), top=3), strict=True):
         assert [label for label, _ in found] == [label for label, _ in right]
@@ -38,7 +38,7 @@ def test_predictions_are_those_of_the_cpu(device, name):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_scores_are_those_of_the_cpu(device, name):
+def test_score_on_the_device_matches_the_cpu(device, name):
     exact, model, images, labels = pair_of(name, device)
     found = score(model, [(images[:40], labels[:40]), (images[40:], labels[40:])], device=str(device))
     right = score(exact, [(images.double(), labels)], device="cpu")
@@ -53,28 +53,28 @@ def test_scores_are_those_of_the_cpu(device, name):
 
 @pytest.mark.parametrize("name", ["vit_nano_shapes", "hybrid_shapes"])
 @pytest.mark.parametrize("view", ["attention_maps", "rollout", "relevance", "grad_cam"])
-def test_views_of_attention_are_those_of_the_cpu(device, name, view):
+def test_attention_visualizer_on_the_device_matches_the_cpu(device, name, view):
     exact, model, images, _ = pair_of(name, device)
     found, right = AttentionVisualizer(model, str(device)), AttentionVisualizer(exact, "cpu")
     for image in images[:4]:
         assert_equal_views(getattr(found, view)(image), getattr(right, view)(image.double()))
 
 
-def test_grad_cam_of_a_convnet_is_that_of_the_cpu(device):
+def test_grad_cam_of_a_convnet_matches_the_cpu(device):
     exact, model, images, labels = pair_of("convnet_shapes", device)
     found = explain(model, images[:4].to(device), "grad_cam", labels[:4]).saliency
     assert_equal_views(found, explain(exact, images[:4].double(), "grad_cam", labels[:4]).saliency)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_receptive_fields_are_those_of_the_cpu(device, name):
+def test_receptive_field_on_the_device_matches_the_cpu(device, name):
     exact, model, images, _ = pair_of(name, device)
     for depth in (1, None):
         assert_equal_views(receptive_field(model, images[:4].to(device), depth),
                            receptive_field(exact, images[:4].double(), depth))
 
 
-def test_images_on_the_cpu_are_taken_to_the_model(device):
+def test_receptive_field_moves_images_to_the_models_device(device):
     model, images, _ = shipped("vit_nano_shapes")
     assert_equal_views(receptive_field(model.to(device), images[:2]),
                        receptive_field(model, images[:2].to(device)))

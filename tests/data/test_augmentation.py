@@ -7,8 +7,8 @@ from vit_bridge.data.augmentation import (
     Augmentation,
     EpochAugmentation,
     Mixing,
+    _hide_square,
     crop_and_flip,
-    hide_square,
     train_transform,
 )
 from vit_bridge.data.datasets import DatasetInfo
@@ -17,7 +17,7 @@ from vit_bridge.preprocessing import Preprocessing
 from vit_model import InputError
 
 
-def test_crop_and_flip_against_one_image_at_a_time():
+def test_crop_and_flip_matches_one_image_at_a_time():
     images = torch.randint(0, 256, (81 * 2, 3, 10, 10), dtype=torch.uint8)
     top, left, flip = (grid.flatten() for grid in torch.meshgrid(
         torch.arange(-4, 5), torch.arange(-4, 5), torch.tensor([0, 1]), indexing="ij"))
@@ -29,7 +29,7 @@ def test_crop_and_flip_against_one_image_at_a_time():
         assert torch.equal(changed[i], window.flip(2) if flip[i] else window)
 
 
-def test_the_training_recipe():
+def test_train_transform_crops_flips_jitters_and_autoaugments():
     steps = train_transform(Preprocessing(64, (0.5,) * 3, (0.5,) * 3)).transforms
     assert [type(step).__name__ for step in steps[:4]] == ["RandomResizedCrop", "RandomHorizontalFlip", "ColorJitter",
                                                            "AutoAugment"]
@@ -39,7 +39,7 @@ def draws(augmentation, n=1000, height=12, width=10, seed=3, epoch=0):
     return EpochAugmentation(augmentation, n, height, width, seed, epoch)
 
 
-def test_draws_are_a_function_of_seed_and_epoch():
+def test_epoch_augmentation_depends_on_seed_and_epoch():
     kinds = [draws(Augmentation(), seed=seed, epoch=epoch) for seed, epoch in ((3, 0), (3, 0), (3, 1), (4, 0))]
     assert torch.equal(kinds[0].top, kinds[1].top)
     assert torch.equal(kinds[0].centre, kinds[1].centre)
@@ -48,14 +48,14 @@ def test_draws_are_a_function_of_seed_and_epoch():
             assert not torch.equal(getattr(kinds[0], name), getattr(other, name)), name
 
 
-def test_the_shift_is_a_share_of_each_side():
+def test_epoch_augmentation_shift_is_a_share_of_each_side():
     drawn = draws(Augmentation(shift=0.25), height=12, width=8)
     assert drawn.top.unique().tolist() == list(range(-3, 4))
     assert drawn.left.unique().tolist() == list(range(-2, 3))
     assert not draws(Augmentation(shift=0)).top.any()
 
 
-def test_the_alternating_flip_shows_both_sides_in_two_epochs():
+def test_epoch_augmentation_alternating_flip_shows_both_sides():
     flips = [draws(Augmentation(flip="alternating"), epoch=epoch).flip for epoch in range(4)]
     assert torch.equal(flips[0], ~flips[1])
     assert torch.equal(flips[0], flips[2])
@@ -64,10 +64,10 @@ def test_the_alternating_flip_shows_both_sides_in_two_epochs():
     assert not draws(Augmentation(flip="none")).flip.any()
 
 
-def test_the_hidden_square_against_one_image_at_a_time():
+def test_hide_square_matches_one_image_at_a_time():
     n, height, width, side = 300, 12, 12, 5
     centre = torch.rand(2, n, generator=torch.Generator().manual_seed(0))
-    images = hide_square(torch.ones(n, 3, height, width), centre, side / 12)
+    images = _hide_square(torch.ones(n, 3, height, width), centre, side / 12)
     sizes = set()
     for image, (row, column) in zip(images, centre.T.tolist(), strict=True):
         expected = torch.ones(3, height, width)
@@ -79,13 +79,13 @@ def test_the_hidden_square_against_one_image_at_a_time():
     assert min(sizes) == 3 * 3
 
 
-def test_an_image_of_two_sides_is_hidden_by_its_sides():
-    images = hide_square(torch.ones(1, 1, 8, 16), torch.full((2, 1), 0.5), 0.5)
+def test_hide_square_hides_a_share_of_each_side():
+    images = _hide_square(torch.ones(1, 1, 8, 16), torch.full((2, 1), 0.5), 0.5)
     assert torch.equal((images[0, 0] == 0).nonzero().amin(0), torch.tensor([2, 4]))
     assert int((images == 0).sum()) == 4 * 8
 
 
-def test_a_loader_hides_a_square_behind_the_mean():
+def test_memory_loader_cutout_fills_with_the_mean():
     facts = DatasetInfo("folder", Preprocessing(16, (0.2,) * 3, (0.5,) * 3, class_names=["a"]))
     white = torch.full((50, 3, 16, 16), 255, dtype=torch.uint8)
     loader = MemoryLoader(white, torch.zeros(50), facts, 50, 0, True, augmentation=Augmentation(cutout=0.5))
@@ -98,7 +98,7 @@ def test_a_loader_hides_a_square_behind_the_mean():
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
-def test_mixing_is_what_its_paper_says(kind):
+def test_mixing_mixes_images_and_labels_alike(kind):
     torch.manual_seed(2)
     labels = torch.arange(7) % 5
     images = labels.float().view(7, 1, 1, 1).expand(7, 3, 8, 8).clone()  # an image is as bright as its label
@@ -110,7 +110,7 @@ def test_mixing_is_what_its_paper_says(kind):
         assert torch.equal(mixed, mixed.round())  # every pixel is of one image
 
 
-def test_the_weight_of_mixing_is_drawn_by_the_usual_distribution():
+def test_mixing_uses_the_usual_alphas():
     assert isinstance(Mixing("mixup", 3).transform, v2.MixUp)
     assert Mixing("mixup", 3).transform.alpha == 0.2
     assert isinstance(Mixing("cutmix", 3).transform, v2.CutMix)
@@ -119,12 +119,12 @@ def test_the_weight_of_mixing_is_drawn_by_the_usual_distribution():
 
 @pytest.mark.parametrize("arguments", [dict(shift=0.6), dict(shift=-0.1), dict(flip="often"), dict(cutout=3.0),
                                        dict(cutout="half")])
-def test_a_wrong_augmentation_is_named(arguments):
+def test_augmentation_names_a_wrong_value(arguments):
     (name, value), = arguments.items()
     with pytest.raises(InputError, match=f"{name} {value!r}"):
         Augmentation(**arguments)
 
 
-def test_a_wrong_mixing_is_named():
+def test_mixing_names_a_wrong_kind():
     with pytest.raises(InputError, match="mixing 'none' is unknown; choose one of: mixup, cutmix"):
         Mixing("none", 3)

@@ -23,7 +23,7 @@ def marks_in(image):
 
 
 @pytest.mark.parametrize("distance", [None, 8, 17.5, 31])
-def test_two_marks_are_in_the_image_and_the_label_compares_them(distance):
+def test_make_marks_draws_two_marks_and_labels_compare_them(distance):
     drawn = make_marks(101, 37, seed=3, start=5, distance=distance)
     assert drawn.images.shape == (101, 3, 37, 37)
     assert drawn.labels.tolist() == [(5 + i) % 2 for i in range(101)]
@@ -38,26 +38,26 @@ def test_two_marks_are_in_the_image_and_the_label_compares_them(distance):
         assert drawn.distances.max() > 28
 
 
-def test_a_single_mark_or_place_tells_nothing():
+def test_make_marks_single_marks_tell_nothing_of_the_label():
     drawn = make_marks(2000, 32)
     kinds = torch.tensor([marks_in(image) for image in drawn.images])  # (2000, 2)
     for label in (0, 1):
         assert kinds[drawn.labels == label].float().mean() == pytest.approx(0.5, abs=0.05)
 
 
-def test_one_mark_of_the_kind_of_the_label_anywhere():
+def test_make_mark_draws_one_mark_of_the_labels_kind():
     drawn = make_mark(301, 23)
     assert drawn.class_names == KINDS
     assert all(marks_in(image) == [label] for image, label in zip(drawn.images, drawn.labels.tolist(), strict=True))
 
 
-def test_an_image_depends_on_its_number_alone():
+def test_make_marks_images_depend_on_their_number_alone():
     assert torch.equal(make_marks(3, 32, start=2).images, make_marks(5, 32).images[2:])
     assert torch.equal(make_mark(3, 32, start=2).images, make_mark(5, 32).images[2:])
     assert not torch.equal(make_marks(5, 32, seed=1).images, make_marks(5, 32).images)
 
 
-def test_cues_agree_or_are_at_odds():
+def test_make_cues_makes_cues_agree_or_conflict():
     images, outlines, textures = make_cues(23, 16, seed=1, start=3)
     assert torch.equal(outlines, textures)
     names = list(CUES)
@@ -72,6 +72,6 @@ def test_cues_agree_or_are_at_odds():
 
 @pytest.mark.parametrize(("settings", "words"), [(dict(distance=7), "distance 7"), (dict(distance=27), "8 to 26"),
                                                  (dict(img_size=15), "img_size 15"), (dict(n_images=-1), "n_images")])
-def test_marks_that_cannot_be(settings, words):
+def test_make_marks_refuses_bad_settings(settings, words):
     with pytest.raises(InputError, match=words):
         make_marks(**dict(n_images=2) | settings)

@@ -31,7 +31,7 @@ def kinds(array, tmp_path):
             "tensor": tensor, "batch": tensor[None]}
 
 
-def test_every_kind_of_picture_gives_the_same(tmp_path):
+def test_prepare_image_treats_every_kind_of_picture_alike(tmp_path):
     model, array = vit(), pixels()
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in NORMALISATION["folder"])
     expected = (torch.from_numpy(array).permute(2, 0, 1)[None] / 255 - mean) / std
@@ -46,14 +46,14 @@ def test_every_kind_of_picture_gives_the_same(tmp_path):
         np.testing.assert_allclose(picture, array / 255, atol=1e-6)
 
 
-def test_grey_is_repeated():
+def test_prepare_image_repeats_grey_in_three_channels():
     grey = pixels()[:, :, 0]
     images, picture = prepare_image(grey, vit())
     np.testing.assert_allclose(picture, np.repeat(grey[:, :, None], 3, axis=2) / 255, atol=1e-6)
     assert images.shape == (1, 3, *SIZE)
 
 
-def test_pictures_are_fed_as_the_validation_images_are():
+def test_prepare_image_transforms_pictures_as_eval_transform_does():
     model, photo = square_vit(), Image.fromarray(pixels(41, 53))
     images, picture = prepare_image(photo, model)
     torch.testing.assert_close(images[0], eval_transform(model.preprocessing)(photo))
@@ -67,14 +67,14 @@ def test_pictures_are_fed_as_the_validation_images_are():
     assert images.shape == (1, 3, *SIZE)
 
 
-def test_a_tensor_is_shown_with_the_models_statistics():
+def test_prepare_image_shows_a_tensor_with_the_models_statistics():
     _, picture = prepare_image(torch.zeros(1, 3, 12, 12), square_vit())
     np.testing.assert_allclose(picture, np.broadcast_to([0.5, 0.4, 0.3], (12, 12, 3)), atol=1e-6)
     shown = as_picture(torch.ones(3, 2, 5), Preprocessing((2, 5), (0.5, 0.4, 0.3), (0.2, 0.25, 0.9)))
     np.testing.assert_allclose(shown, np.broadcast_to([0.7, 0.65, 1.0], (2, 5, 3)), atol=1e-6)
 
 
-def test_a_pil_image_is_turned_upright():
+def test_as_picture_turns_a_pil_image_upright():
     photo = Image.fromarray(pixels())
     photo.getexif()[0x0112] = 3  # orientation: upside down
     np.testing.assert_array_equal(as_picture(photo), pixels()[::-1, ::-1] / 255)
@@ -82,12 +82,12 @@ def test_a_pil_image_is_turned_upright():
 
 @pytest.mark.parametrize("mode", ["F", "I"])
 @pytest.mark.parametrize("high", [1, 255])
-def test_a_pil_image_that_does_not_tell_where_white_is_is_refused(mode, high):
+def test_open_picture_refuses_modes_without_a_known_white(mode, high):
     with pytest.raises(InputError, match=rf"\Agot a PIL image of mode '{mode}' with values from {high} to [^\n]*\Z"):
         open_picture(Image.new(mode, (5, 5), high))
 
 
-def test_pil_images_of_rarer_modes():
+def test_open_picture_takes_rarer_pil_modes():
     grey = Image.fromarray(pixels()).convert("L")
     opaque = grey.convert("LA").convert("La")
     np.testing.assert_array_equal(open_picture(opaque), np.asarray(grey.convert("RGB")))
@@ -99,14 +99,14 @@ def test_pil_images_of_rarer_modes():
         open_picture(grey)
 
 
-def test_the_centre_is_cut_where_the_size_is_no_square():
+def test_fit_picture_cuts_the_centre_to_an_oblong_size():
     wide = np.zeros((14, 35, 3), np.uint8)
     wide[:, 10:25] = pixels()
     np.testing.assert_array_equal(fit_picture(Image.fromarray(wide), SIZE), pixels())
 
 
 @pytest.mark.parametrize("kind", [list, tuple, torch.tensor, np.array])
-def test_the_models_statistics_may_be_of_any_kind(kind):
+def test_prepare_image_takes_statistics_of_any_kind(kind):
     model = vit()
     model.preprocessing = Preprocessing(SIZE, kind([0.0, 0.5, 0.25]), kind([0.5, 0.25, 0.125]))
     assert statistics_of(model) == ((0.0, 0.5, 0.25), (0.5, 0.25, 0.125))
@@ -126,12 +126,12 @@ def show_to(model, mean, std):
     ((0.5,) * 3, (0.2, 0.0, 0.2), r"std \(0\.2, 0\.0[^\n]*expected a finite number above 0 for each channel"),
     ((0.5,) * 3, [0.2] * 4, r"mean \(0\.5, [^\n]* and std \(0\.2, [^\n]* of 3 and 4 channels; expected one"),
     ((0.5, 0.5, np.nan), (0.2,) * 3, r"mean \(0\.5, 0\.5, nan\)"), ("dark", (0.2,) * 3, "mean 'dark'")])
-def test_statistics_that_are_not_one_number_a_channel_are_refused(mean, std, words):
+def test_prepare_image_refuses_statistics_not_one_per_channel(mean, std, words):
     with pytest.raises(InputError, match=rf"\A{words}[^\n]*\Z"):
         show_to(vit(), mean, std)
 
 
-def test_a_model_of_one_channel_has_one_number():
+def test_adapt_gives_one_channel_models_one_mean_and_std():
     model = vit(in_channels=1)
     assert statistics_of(model) == ((0.0,), (1.0,))  # nothing is known of it: its images are shown as they are
     model.preprocessing = Preprocessing(SIZE, [0.5], [0.25])
@@ -157,13 +157,13 @@ def test_a_model_of_one_channel_has_one_number():
     ("nowhere.png", "nowhere.png"),
     (None, "NoneType, which is no image"),
 ])
-def test_what_is_no_image(image, text):
+def test_prepare_image_refuses_what_is_no_image(image, text):
     with pytest.raises(InputError, match=text) as caught:
         prepare_image(image, vit())
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_of_another_number_of_channels():
+def test_prepare_image_refuses_pictures_for_one_channel_models():
     with pytest.raises(InputError, match="1 channels; expected 3"):
         prepare_image(pixels(), vit(in_channels=1))
 
@@ -171,7 +171,7 @@ def test_a_model_of_another_number_of_channels():
 # ---- Other libraries
 
 
-def test_what_is_known_of_another_librarys_normalisation(tmp_path):
+def test_adapt_knows_other_libraries_normalisation(tmp_path):
     timm_model = timm.create_model("vit_tiny_patch16_224", img_size=32)
     assert statistics_of(timm_model) == ((0.5,) * 3, (0.5,) * 3)
     theirs, ours, _ = shared("transformers", tmp_path)
@@ -181,7 +181,7 @@ def test_what_is_known_of_another_librarys_normalisation(tmp_path):
     assert statistics_of(theirs) == ((0.1,) * 3, (0.2,) * 3)
 
 
-def test_a_tensor_of_another_size_where_the_model_takes_it():
+def test_prepare_image_takes_any_size_if_the_model_does():
     model = vit()
     with pytest.raises(InputError, match="expected 14x15"):
         prepare_image(torch.randn(1, 3, 28, 15), model)
@@ -189,7 +189,7 @@ def test_a_tensor_of_another_size_where_the_model_takes_it():
     assert prepare_image(torch.randn(1, 3, 28, 15), model)[1].shape == (28, 15, 3)
 
 
-def test_what_makes_no_batch_is_refused():
+def test_prepare_images_refuses_what_makes_no_batch():
     model = vit()
     model.any_size = True
     images = [torch.randn(3, 14, 15), torch.randn(3, 28, 15)]

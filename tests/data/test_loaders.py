@@ -70,7 +70,7 @@ def photos(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["shapes", "small folder", "photos"])
-def test_batches_and_attributes(kind, tmp_path, photos):
+def test_loaders_give_the_expected_batches_and_attributes(kind, tmp_path, photos):
     if kind == "shapes":
         args, side, names = dict(dataset="shapes", n_images=40, img_size=24), 24, list(SHAPES)
     elif kind == "photos":
@@ -104,7 +104,7 @@ def photo_loader(photos, training=True, workers=0):
 
 
 @pytest.mark.parametrize("kind", ["memory", "photos"])
-def test_chance_is_a_function_of_seed_and_epoch(kind, photos):
+def test_loaders_randomness_depends_on_seed_and_epoch(kind, photos):
     def make(seed=3):
         loader = photo_loader(photos) if kind == "photos" else memory_loader(training=True)
         loader.seed = seed
@@ -131,7 +131,7 @@ def test_chance_is_a_function_of_seed_and_epoch(kind, photos):
 
 
 @pytest.mark.parametrize(("n", "batch_size", "batches"), [(17, 8, 2), (16, 8, 2), (18, 8, 3), (1, 8, 1), (3, 1, 3)])
-def test_only_a_last_training_batch_of_one_image_is_left_out(n, batch_size, batches):
+def test_memory_loader_drops_only_a_last_batch_of_one(n, batch_size, batches):
     for training in (True, False):
         loader = memory_loader(n, training=training)
         loader.batch_size = batch_size
@@ -139,7 +139,7 @@ def test_only_a_last_training_batch_of_one_image_is_left_out(n, batch_size, batc
         assert len(loader) == len(list(loader)) == expected
 
 
-def test_validation_and_test_images_are_neither_shuffled_nor_augmented():
+def test_memory_loader_neither_shuffles_nor_augments_outside_training():
     loader = memory_loader(n=20)
     images, labels = one_pass(loader)
     assert labels.tolist() == list(range(20))
@@ -149,7 +149,7 @@ def test_validation_and_test_images_are_neither_shuffled_nor_augmented():
 # ---- Augmentation in memory -------------------------------------------------------------------------------
 
 
-def test_training_images_are_shifted_by_up_to_an_eighth_and_half_of_them_mirrored():
+def test_memory_loader_shifts_by_an_eighth_and_mirrors_half():
     across, down = torch.arange(32).expand(32, 32) * 4, torch.arange(32)[:, None].expand(32, 32) * 4
     images = torch.stack([across, down, down]).expand(4000, 3, 32, 32).to(torch.uint8)
     facts = DatasetInfo("folder", Preprocessing(32, (0.0,) * 3, (1.0,) * 3, class_names=["a"]))
@@ -163,14 +163,14 @@ def test_training_images_are_shifted_by_up_to_an_eighth_and_half_of_them_mirrore
         assert shift.int().add(4).bincount().min() > 4000 / 9 * 0.8
 
 
-def test_digits_are_not_mirrored():
+def test_memory_loader_does_not_mirror_digits():
     ramp = (torch.arange(28) * 8).expand(200, 3, 28, 28).to(torch.uint8)
     digits = DatasetInfo("mnist", Preprocessing(28, (0.5,) * 3, (0.25,) * 3, class_names=["0"]))
     images, _ = one_pass(MemoryLoader(ramp, torch.zeros(200), digits, 50, training=True))
     assert (images[..., 20] > images[..., 8]).all()
 
 
-def test_images_of_another_side_are_resized_a_batch_at_a_time_as_in_eval_transform():
+def test_memory_loader_resizes_batches_as_eval_transform_does():
     for side in (8, 40, 96):
         facts = DatasetInfo("cifar10", Preprocessing(side, *NORMALISATION["cifar10"], class_names=["a"]))
         pictures = [random_picture(32, 32, seed) for seed in range(4)]
@@ -185,7 +185,7 @@ def test_images_of_another_side_are_resized_a_batch_at_a_time_as_in_eval_transfo
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 0.99])
-def test_the_cut_is_disjoint_whole_and_stratified(fraction):
+def test_stratified_cut_is_disjoint_complete_and_proportional(fraction):
     labels = torch.tensor([0] * 100 + [1] * 37 + [2] * 2 + [3] + [4] * 10)[torch.randperm(150)]
     train, val = stratified_cut(labels, fraction, seed=0)
     assert sorted([*train.tolist(), *val.tolist()]) == list(range(150))
@@ -195,7 +195,7 @@ def test_the_cut_is_disjoint_whole_and_stratified(fraction):
         assert (labels[train] == label).sum() == count - expected
 
 
-def test_the_cut_depends_on_the_seed_and_nothing_else(tmp_path):
+def test_get_data_loaders_cut_depends_only_on_the_seed(tmp_path):
     root = write_images(tmp_path, {"x": 20, "y": 20}, (12, 12))
     args = dict(data_dir=root, img_size=12, val_fraction=0.3)
     images = one_pass(get_data_loaders(**args)[1])[0]
@@ -208,21 +208,21 @@ def test_the_cut_depends_on_the_seed_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
-def test_a_validation_folder_is_used_whole(tmp_path, name):
+def test_get_data_loaders_uses_a_validation_folder_whole(tmp_path, name):
     root = write_images(tmp_path, {"train/x": 6, "train/y": 6, f"{name}/x": 3, f"{name}/y": 1})
     train, val = get_data_loaders(root, img_size=16)
     assert (train.n_images, val.n_images) == (12, 4)
     assert get_test_loader(root, img_size=16) is None
 
 
-def test_class_folders_alone_have_no_test_images(tmp_path):
+def test_get_test_loader_is_none_for_class_folders_alone(tmp_path):
     root = write_images(tmp_path, {"x": 5, "y": 5})
     train, val = get_data_loaders(root, img_size=16)
     assert (train.n_images, val.n_images) == (8, 2)
     assert get_test_loader(root, img_size=16) is None
 
 
-def test_test_images_are_not_decoded_for_training_nor_training_images_for_the_test(tmp_path, monkeypatch):
+def test_loaders_decode_only_the_images_of_their_split(tmp_path, monkeypatch):
     root = write_images(tmp_path, {"train/x": 5, "train/y": 5, "test/x": 4})
     opened = []
     real = open_image
@@ -237,7 +237,7 @@ def test_test_images_are_not_decoded_for_training_nor_training_images_for_the_te
 # ---- Photographs ------------------------------------------------------------------------------------------
 
 
-def test_the_number_of_workers_changes_nothing(photos):
+def test_photo_loader_workers_change_nothing(photos):
     alone, helped = photo_loader(photos), photo_loader(photos, workers=2)
     for epoch in (0, 1):
         alone.set_epoch(epoch)
@@ -247,7 +247,7 @@ def test_the_number_of_workers_changes_nothing(photos):
     assert same(alone, helped)
 
 
-def test_photographs_are_read_in_spawned_processes_too(photos):
+def test_photo_dataset_works_in_spawned_processes(photos):
     loader = photo_loader(photos)
     keys = [[(0, index) for index in range(4)]]
     spawned = DataLoader(loader.loader.dataset, batch_sampler=keys, num_workers=1, collate_fn=loader.loader.collate_fn,
@@ -256,13 +256,13 @@ def test_photographs_are_read_in_spawned_processes_too(photos):
     assert torch.equal(images, torch.stack([loader.loader.dataset[0, index][0] for index in range(4)]))
 
 
-def test_the_same_photograph_in_two_places_is_augmented_in_two_ways(photos):
+def test_photo_dataset_augments_each_place_differently(photos):
     dataset = photo_loader(photos).loader.dataset
     dataset.files[1] = dataset.files[0]
     assert not torch.equal(dataset[0, 0][0], dataset[0, 1][0])
 
 
-def test_augmentation_leaves_the_callers_random_numbers_alone(photos):
+def test_photo_dataset_leaves_the_callers_random_numbers_alone(photos):
     dataset = photo_loader(photos).loader.dataset
     torch.manual_seed(0)
     expected = torch.rand(3)
@@ -276,14 +276,14 @@ def test_loaders_can_be_pickled(photos):
         assert same(pickle.loads(pickle.dumps(loader)), loader)
 
 
-def test_eval_transform_of_a_photograph_is_resize_and_centre_crop():
+def test_eval_transform_resizes_and_centre_crops_photographs():
     photo, v1 = random_picture(300, 400, 0), torchvision.transforms
     reference = v1.Compose([v1.Resize(256), v1.CenterCrop(224), v1.ToTensor(), v1.Normalize(*NORMALISATION["folder"])])
     torch.testing.assert_close(eval_transform(Preprocessing(224, *NORMALISATION["folder"]))(photo), reference(photo))
 
 
 @pytest.mark.parametrize(("size", "img_size"), [((72, 72), 72), ((48, 32), 16), ((48, 32), 96), ((320, 192), 48)])
-def test_small_images_are_seen_whole(size, img_size):
+def test_eval_transform_shows_small_images_whole(size, img_size):
     picture = random_picture(*size, 0)
     side = min(size)
     left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
@@ -293,7 +293,7 @@ def test_small_images_are_seen_whole(size, img_size):
     assert (ours - expected).abs().mean() < 0.01
 
 
-def test_both_loaders_show_an_image_as_eval_transform_does(tmp_path):
+def test_loaders_show_images_as_eval_transform_does(tmp_path):
     for size, img_size in (((30, 40), 24), ((90, 120), 72)):
         root = write_images(tmp_path / str(img_size), {"train/x": 2, "train/y": 2, "test/x": 2}, size)
         images, _ = one_pass(get_test_loader(root, img_size=img_size))
@@ -303,7 +303,7 @@ def test_both_loaders_show_an_image_as_eval_transform_does(tmp_path):
 
 
 @pytest.mark.parametrize(("size", "n", "expected"), [((20, 24), 80, 24), ((20, 65), 8, 224), ((64, 64), 3, 64)])
-def test_the_own_size_of_a_folder(tmp_path, size, n, expected):
+def test_get_data_loaders_finds_the_size_of_a_folder(tmp_path, size, n, expected):
     root = write_images(tmp_path, {"x": n, "y": 2}, size)
     assert get_data_loaders(root, img_size=None)[0].img_size == expected
 
@@ -313,7 +313,7 @@ def test_the_own_size_of_a_folder(tmp_path, size, n, expected):
 
 @pytest.mark.parametrize("kind", ["shapes", "small folder", "photos"])
 @pytest.mark.parametrize("convert", [tuple, list, torch.tensor, np.array])
-def test_the_callers_mean_and_std_are_applied(kind, convert, tmp_path):
+def test_loaders_apply_the_callers_mean_and_std(kind, convert, tmp_path):
     mean, std = (0.125, 0.25, 0.5), (0.5, 0.25, 2.0)
     if kind == "shapes":
         args = dict(dataset="shapes", n_images=40, img_size=8)
@@ -343,7 +343,7 @@ def test_the_callers_mean_and_std_are_applied(kind, convert, tmp_path):
 @pytest.mark.parametrize("name", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("size", "img_size", "shorter"), [
     ((90, 120), 72, 82), ((300, 200), 96, 110), ((40, 30), 24, 24)])
-def test_files_are_resized_as_torchvision_does(tmp_path, name, size, img_size, shorter):
+def test_loaders_resize_files_as_torchvision_does(tmp_path, name, size, img_size, shorter):
     root = write_images(tmp_path, {"train/x": 2, "train/y": 2, "val/x": 2, "test/x": 2}, size)
     mode, v1, facts = torchvision.transforms.InterpolationMode(name), torchvision.transforms, NORMALISATION["folder"]
     reference = v1.Compose([v1.Resize(shorter, mode), v1.CenterCrop(img_size), v1.ToTensor(), v1.Normalize(*facts)])
@@ -365,7 +365,7 @@ def test_files_are_resized_as_torchvision_does(tmp_path, name, size, img_size, s
 
 @pytest.mark.parametrize("name", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("side", [20, 40])
-def test_a_set_in_memory_is_resized_as_torch_does(tmp_path, name, side):
+def test_memory_loader_resizes_as_torch_does(tmp_path, name, side):
     loader = get_test_loader(write_idx(tmp_path, "MNIST", 60), img_size=side,
                              preprocessing=Preprocessing(side, *NORMALISATION["mnist"], interpolation=name))
     resized = torch.nn.functional.interpolate(loader.images.float(), (side, side), mode=name, antialias=True)
@@ -379,7 +379,7 @@ def test_a_set_in_memory_is_resized_as_torch_does(tmp_path, name, side):
     ("mean", {}), ("mean", torch.eye(3)), ("std", (1, 1, 0)), ("std", (1, -1, 1)), ("std", (1, 1, float("inf"))),
     ("std", (1, 1, 1, 1)), ("std", None), ("mean", None), ("interpolation", "nearest"), ("interpolation", 3),
 ])
-def test_a_normalisation_that_cannot_be_is_named(argument, value):
+def test_preprocessing_names_a_bad_normalisation(argument, value):
     wanted = {"mean": (0.5, 0.25, 0.125), "std": (0.2, 0.3, 0.4), argument: value}
     message = error_of(Preprocessing, 8, **wanted)
     assert argument in message
@@ -388,7 +388,7 @@ def test_a_normalisation_that_cannot_be_is_named(argument, value):
 
 
 @pytest.mark.parametrize("n", [1, 4])
-def test_a_normalisation_of_other_channels_is_named(n, tmp_path):
+def test_loaders_name_a_normalisation_of_other_channels(n, tmp_path):
     given = Preprocessing(8, (0.5,) * n, (0.25,) * n)
     root = write_images(tmp_path, {"train/x": 2, "train/y": 2, "test/x": 1})
     for args in (dict(dataset="shapes", n_images=20), dict(data_dir=root)):
@@ -396,7 +396,7 @@ def test_a_normalisation_of_other_channels_is_named(n, tmp_path):
             assert repr((0.5,) * n) in error_of(function, img_size=8, preprocessing=given, **args)
 
 
-def test_a_transform_knows_no_other_interpolation():
+def test_preprocessing_and_fit_square_refuse_unknown_interpolation():
     for unknown in ("nearest", "blob"):
         assert repr(unknown) in error_of(Preprocessing, 32, interpolation=unknown)
         assert repr(unknown) in error_of(FitSquare, 32, unknown)
@@ -406,7 +406,7 @@ def test_a_transform_knows_no_other_interpolation():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_rotated_photograph_is_read_upright(tmp_path, orientation):
+def test_open_image_reads_a_rotated_photograph_upright(tmp_path, orientation):
     upright = random_picture(60, 40, 0)
     undo = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # how a camera stored it: PIL's Transpose
     stored = upright if undo is None else upright.transpose(Image.Transpose(undo))
@@ -416,7 +416,7 @@ def test_a_rotated_photograph_is_read_upright(tmp_path, orientation):
     assert np.array_equal(open_image(tmp_path / "turned.png"), upright)
 
 
-def test_every_mode_becomes_rgb(tmp_path):
+def test_open_image_turns_every_mode_into_rgb(tmp_path):
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
     as_rgb = np.stack([grey] * 3, axis=2)
     Image.fromarray(grey).save(tmp_path / "8.png")
@@ -435,7 +435,7 @@ def test_every_mode_becomes_rgb(tmp_path):
     assert np.array(open_image(tmp_path / "bits.png")).min() == 255
 
 
-def test_what_is_transparent_is_white(tmp_path):
+def test_open_image_makes_transparent_pixels_white(tmp_path):
     rgba = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
     rgba.putpixel((1, 0), (200, 0, 0, 0))
     rgba.save(tmp_path / "rgba.png")
@@ -453,7 +453,7 @@ def test_what_is_transparent_is_white(tmp_path):
         assert [image.getpixel((0, 0)), image.getpixel((1, 0))] == [first, (255, 255, 255)], name
 
 
-def test_hidden_and_other_files_are_ignored(tmp_path):
+def test_get_data_loaders_ignores_hidden_and_other_files(tmp_path):
     root = write_images(tmp_path, {"x/deeper": 3, "y": 3, ".hidden": 2, "x/.cache": 2})
     (root / "x" / "._000.png").write_bytes(b"not an image")
     (root / "x" / "notes.txt").write_text("not an image")
@@ -479,7 +479,7 @@ def write_idx(root, name, count):
 
 
 @pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")])
-def test_the_mnist_kinds_become_three_equal_channels(tmp_path, name, folder):
+def test_get_data_loaders_gives_mnist_three_equal_channels(tmp_path, name, folder):
     write_idx(tmp_path, folder, 60)
     for dataset in ("auto", name):
         train, val = get_data_loaders(tmp_path, dataset=dataset, img_size=None)
@@ -494,7 +494,7 @@ def test_the_mnist_kinds_become_three_equal_channels(tmp_path, name, folder):
     assert get_data_loaders(tmp_path, img_size=40)[1].img_size == 40
 
 
-def test_an_unopened_archive_is_unpacked(tmp_path, monkeypatch):
+def test_get_test_loader_unpacks_an_archive(tmp_path, monkeypatch):
     write_idx(tmp_path, "MNIST", 20)
     sums = []
     for file in sorted((tmp_path / "MNIST/raw").iterdir()):
@@ -508,7 +508,7 @@ def test_an_unopened_archive_is_unpacked(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("name", "maker"), [("cifar10", torchvision.datasets.CIFAR10),
                                              ("cifar100", torchvision.datasets.CIFAR100)])
-def test_cifar(tmp_path, monkeypatch, name, maker):
+def test_get_data_loaders_reads_cifar(tmp_path, monkeypatch, name, maker):
     folder = tmp_path / maker.base_folder
     folder.mkdir()
     key, classes = ("labels", 10) if name == "cifar10" else ("fine_labels", 100)
@@ -536,7 +536,7 @@ def test_cifar(tmp_path, monkeypatch, name, maker):
 
 
 @pytest.mark.parametrize("name", list(TORCHVISION_SETS))
-def test_without_a_network_one_line_names_the_files_and_the_folder(tmp_path, monkeypatch, name):
+def test_get_data_loaders_offline_names_files_and_folder(tmp_path, monkeypatch, name):
     def offline(*args, **kwargs):
         raise urllib.error.URLError("no network")
 
@@ -550,7 +550,7 @@ def test_without_a_network_one_line_names_the_files_and_the_folder(tmp_path, mon
     assert not (tmp_path / "new").exists()
 
 
-def test_no_data_at_all_means_shapes_and_one_line(tmp_path, monkeypatch, capsys):
+def test_get_data_loaders_without_data_announces_shapes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train, _ = get_data_loaders(img_size=16, n_images=40)
     assert train.dataset_name == "shapes"
@@ -564,7 +564,7 @@ def test_no_data_at_all_means_shapes_and_one_line(tmp_path, monkeypatch, capsys)
     assert "0 class folders" in error_of(get_data_loaders)
 
 
-def test_a_named_set_prints_nothing(capsys):
+def test_get_data_loaders_prints_nothing_for_a_named_set(capsys):
     get_data_loaders(dataset="shapes", n_images=20, img_size=8)
     assert capsys.readouterr().out == ""
 
@@ -572,7 +572,7 @@ def test_a_named_set_prints_nothing(capsys):
 # ---- Shapes -----------------------------------------------------------------------------------------------
 
 
-def test_training_and_test_images_are_never_the_same():
+def test_shapes_loaders_never_share_images():
     train, val = get_data_loaders(dataset="shapes", n_images=100, img_size=16)
     test = get_test_loader(dataset="shapes", n_images=100, img_size=16)
     flat = torch.cat([train.images, val.images, test.images]).flatten(1)
@@ -585,7 +585,7 @@ def test_training_and_test_images_are_never_the_same():
 
 
 @pytest.mark.parametrize(("img_size", "n"), [(8, 20_000), (32, 20_000), (64, 7_100), (224, 1_100), (2000, 500)])
-def test_how_many_shapes_there_are(monkeypatch, img_size, n):
+def test_get_data_loaders_draws_fewer_shapes_at_larger_sizes(monkeypatch, img_size, n):
     asked = []
     monkeypatch.setattr("vit_bridge.data.datasets.make_shapes",
                         lambda n, S, start=0: asked.append((n, S, start)) or make_shapes(20, 8))
@@ -602,14 +602,14 @@ def test_how_many_shapes_there_are(monkeypatch, img_size, n):
     ("seed", -1), ("seed", True), ("n_images", 19), ("val_fraction", 0), ("val_fraction", 1.0),
     ("val_fraction", float("nan")), ("val_fraction", "0.1"), ("dataset", "imagenet"), ("dataset", None),
 ])
-def test_nonsense_is_named(argument, value):
+def test_get_data_loaders_names_a_bad_argument(argument, value):
     for function in (get_data_loaders, get_test_loader):
         message = error_of(function, **{"dataset": "shapes", argument: value})
         assert argument in message
         assert repr(value) in message
 
 
-def test_an_unknown_set_is_answered_with_the_known_ones():
+def test_get_data_loaders_answers_unknown_set_with_known_ones():
     message = error_of(get_data_loaders, dataset="cifar")
     assert all(name in message for name in DATASETS)
 
@@ -625,19 +625,19 @@ def test_an_unknown_set_is_answered_with_the_known_ones():
     ({"test/x": 3, "test/y": 2}, ["test/", "no train/"]),
     ({"x": 1, "y": 1}, ["no class has 2 images"]),
 ])
-def test_folders_that_cannot_work(tmp_path, counts, words):
+def test_get_data_loaders_refuses_unusable_folders(tmp_path, counts, words):
     write_images(tmp_path, counts)
     message = error_of(get_data_loaders, tmp_path, img_size=16)
     assert all(word in message.replace(str(tmp_path) + "/", "") for word in words), message
 
 
-def test_missing_classes_in_val_and_test_are_fine(tmp_path):
+def test_loaders_allow_missing_classes_in_val_and_test(tmp_path):
     root = write_images(tmp_path, {"train/x": 3, "train/y": 2, "val/y": 1, "test/y": 2})
     assert get_data_loaders(root, img_size=16)[1].labels.tolist() == [1]
     assert get_test_loader(root, img_size=16).labels.tolist() == [1, 1]
 
 
-def test_n_images_is_for_shapes_only(tmp_path):
+def test_get_data_loaders_takes_n_images_for_shapes_only(tmp_path):
     write_images(tmp_path, {"x": 3, "y": 3})
     message = error_of(get_data_loaders, tmp_path, n_images=100)
     assert "n_images 100" in message
@@ -645,7 +645,7 @@ def test_n_images_is_for_shapes_only(tmp_path):
 
 @pytest.mark.parametrize("content", ["empty", "text", "half"])
 @pytest.mark.parametrize(("img_size", "workers"), [(16, 0), (72, 0), (72, 1), (None, 0)])
-def test_a_broken_image_is_named_in_one_line(tmp_path, content, img_size, workers):
+def test_loaders_name_a_broken_image_in_one_line(tmp_path, content, img_size, workers):
     size = (16, 16) if img_size in (16, None) else (80, 80)
     root = write_images(tmp_path, {"x": 3, "y": 3}, size, ".jpg")
     broken = root / "y" / "000.jpg"
@@ -662,11 +662,11 @@ def test_a_broken_image_is_named_in_one_line(tmp_path, content, img_size, worker
     assert "Traceback" not in message
 
 
-def test_an_image_that_is_not_there():
+def test_open_image_names_a_missing_file():
     assert "'nowhere.jpg'" in error_of(open_image, "nowhere.jpg")
 
 
-def test_a_dataset_gives_an_error_as_a_value(tmp_path):
+def test_photo_dataset_returns_an_error_as_a_value(tmp_path):
     (tmp_path / "x.png").write_bytes(b"")
     facts = DatasetInfo("folder", Preprocessing(72, (0.5,) * 3, (0.5,) * 3, class_names=["a"]))
     item = PhotoDataset([str(tmp_path / "x.png")], [0], facts, 0, False)[0, 0]

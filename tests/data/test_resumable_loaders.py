@@ -83,7 +83,7 @@ def spoil(*paths):
 
 @KINDS
 @pytest.mark.parametrize("training", [True, False])
-def test_a_pass_from_a_batch_gives_what_a_whole_pass_gives_there(kind, training, tmp_path):
+def test_set_position_gives_the_rest_of_a_pass(kind, training, tmp_path):
     loader = make_loader(kind, tmp_path, training)
     loader.set_epoch(2)
     whole = list(loader)
@@ -99,7 +99,7 @@ def test_a_pass_from_a_batch_gives_what_a_whole_pass_gives_there(kind, training,
 
 
 @pytest.mark.parametrize("kind", ["memory", "photos"])
-def test_the_batches_before_are_neither_read_nor_computed(kind, tmp_path, monkeypatch):
+def test_set_position_skips_earlier_batches_without_reading_them(kind, tmp_path, monkeypatch):
     loader, seen = make_loader(kind, tmp_path, training=False), []
     if kind == "photos":
         monkeypatch.setattr("vit_bridge.data.loaders.open_image",
@@ -119,7 +119,7 @@ def test_set_epoch_begins_at_the_first_batch_again(tmp_path):
     assert labels_of(loader)[0] == [0, 1, 2, 3, 4]
 
 
-def test_positions_and_shares_that_cannot_be_are_named(tmp_path):
+def test_set_position_and_set_shard_name_bad_values(tmp_path):
     loader = make_loader("memory", tmp_path)
     assert "batch 5 " in error_of(loader.set_position, 0, 5)
     assert "expected 0 to 4" in error_of(loader.set_position, 0, 5)
@@ -136,7 +136,7 @@ def test_positions_and_shares_that_cannot_be_are_named(tmp_path):
 
 @KINDS
 @pytest.mark.parametrize("training", [True, False])
-def test_the_shares_are_together_the_batches_of_one_process(kind, training, tmp_path):
+def test_set_shard_splits_each_batch_between_ranks(kind, training, tmp_path):
     whole, shares = make_loader(kind, tmp_path, training), [make_loader(kind, tmp_path, training) for _ in range(3)]
     for rank, share in enumerate(shares):
         share.set_shard(rank, 3)
@@ -184,7 +184,7 @@ def test_a_distributed_sampler_is_not_sharded_again():
     assert labels_of(loader) == [[1, 3, 5, 7, 9], [11, 13, 15]]
 
 
-def test_shares_and_places_with_worker_processes(tmp_path):
+def test_photo_loader_workers_respect_shard_and_position(tmp_path):
     alone, helped = make_loader("photos", tmp_path), make_loader("photos", tmp_path, workers=2)
     for loader in (alone, helped):
         loader.set_shard(2, 3)
@@ -200,7 +200,7 @@ def test_shares_and_places_with_worker_processes(tmp_path):
 
 
 @KINDS
-def test_a_plain_loader_gives_each_image_once_in_order_and_unchanged(kind, tmp_path):
+def test_without_augmentation_gives_each_image_once_in_order(kind, tmp_path):
     n = 11  # batches of 5, 5 and 1: in training the last is left out
     loader, expected = make_loader(kind, tmp_path, n=n), list(make_loader(kind, tmp_path, training=False, n=n))
     loader.set_shard(1, 2)
@@ -214,7 +214,7 @@ def test_a_plain_loader_gives_each_image_once_in_order_and_unchanged(kind, tmp_p
 
 
 @KINDS
-def test_a_plain_loader_of_some_images_draws_them_from_the_whole_set(kind, tmp_path):
+def test_without_augmentation_draws_n_images_from_the_whole_set(kind, tmp_path):
     loader = make_loader(kind, tmp_path, n=11)
     everything = torch.cat([images for images, _ in loader.without_augmentation()])
     part = loader.without_augmentation(7)
@@ -232,7 +232,7 @@ def test_a_plain_loader_of_some_images_draws_them_from_the_whole_set(kind, tmp_p
 # ---- Corrupt files ----------------------------------------------------------------------------------------
 
 
-def test_corrupt_files_of_a_set_in_memory_are_left_out(tmp_path):
+def test_memory_loader_leaves_out_corrupt_files(tmp_path):
     root = write_images(tmp_path, {"train/x": 11, "train/y": 7, "test/y": 3})
     sound = [names_of(loader.files, root) for loader in get_data_loaders(root, img_size=S, val_fraction=0.3)]
     broken = [sound[0][0], sound[0][-1], sound[1][1], "test/y/001.png"]
@@ -254,7 +254,7 @@ def test_corrupt_files_of_a_set_in_memory_are_left_out(tmp_path):
     assert val.class_counts == [3 - 1, 2]
 
 
-def test_parts_of_a_set_are_joined_in_order_where_some_are_corrupt(tmp_path):
+def test_decode_images_keeps_order_around_corrupt_files(tmp_path):
     root = write_images(tmp_path, {"x": 257, "y": 263}, (8, 8))
     spoil(root / "x/003.png", root / "y/262.png", *(root / "y" / f"{i:03d}.png" for i in range(7)))
     files, _ = list_images(root, ["x", "y"])
@@ -266,7 +266,7 @@ def test_parts_of_a_set_are_joined_in_order_where_some_are_corrupt(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_corrupt_photographs_are_left_out_of_their_batch_when_met(tmp_path, workers):
+def test_photo_loader_leaves_out_corrupt_files_when_met(tmp_path, workers):
     loader = make_loader("photos", tmp_path, training=False, workers=workers, skip_corrupt=True)
     whole = list(make_loader("photos", tmp_path, training=False))
     spoil(*(Path(loader.files[i]) for i in (2, 15, 16)))
@@ -286,7 +286,7 @@ def test_corrupt_photographs_are_left_out_of_their_batch_when_met(tmp_path, work
 
 
 @pytest.mark.parametrize("img_size", [None, S, 67])
-def test_the_own_size_and_both_kinds_of_loader_cope_with_corrupt_files(tmp_path, img_size):
+def test_get_data_loaders_skips_corrupt_files_only_when_asked(tmp_path, img_size):
     root = write_images(tmp_path, {"x": 5, "y": 3, "z": 2})
     spoil(root / "x/000.png", root / "y/002.png")
     message = error_of(lambda: [list(loader) for loader in get_data_loaders(root, img_size=img_size)])
@@ -299,7 +299,7 @@ def test_the_own_size_and_both_kinds_of_loader_cope_with_corrupt_files(tmp_path,
     assert train.img_size == (img_size or 24)
 
 
-def test_a_set_of_which_no_image_can_be_read(tmp_path):
+def test_get_data_loaders_refuses_a_set_without_readable_images(tmp_path):
     root = write_images(tmp_path, {"x": 2, "y": 3})
     spoil(*root.rglob("*.png"))
     message = error_of(get_data_loaders, root, img_size=S, skip_corrupt=True)
@@ -308,7 +308,7 @@ def test_a_set_of_which_no_image_can_be_read(tmp_path):
     assert "none of 5 image files" in error_of(get_data_loaders, root, img_size=None, skip_corrupt=True)
 
 
-def test_one_image_by_itself_is_not_told_to_be_skipped(tmp_path):
+def test_open_image_error_pickles_and_suggests_no_skipping(tmp_path):
     spoil(tmp_path / "x.png")
     message = error_of(open_image, tmp_path / "x.png")
     assert repr(str(tmp_path / "x.png")) in message
@@ -319,7 +319,7 @@ def test_one_image_by_itself_is_not_told_to_be_skipped(tmp_path):
     assert (str(again), again.path, again.reason) == (message, str(tmp_path / "x.png"), caught.value.reason)
 
 
-def test_nothing_is_skipped_of_a_sound_set(tmp_path):
+def test_loaders_skip_nothing_of_a_sound_set(tmp_path):
     root = write_images(tmp_path, {"x": 3, "y": 2})
     for loader in (*get_data_loaders(root, img_size=S), *get_data_loaders(root, img_size=67, skip_corrupt=True),
                    *get_data_loaders(dataset="shapes", n_images=23, img_size=8)):
@@ -330,7 +330,7 @@ def test_nothing_is_skipped_of_a_sound_set(tmp_path):
 # ---- Worker processes and signals -------------------------------------------------------------------------
 
 
-def test_worker_processes_leave_signals_to_the_main_process_and_end_with_it(tmp_path):
+def test_photo_loader_workers_leave_signals_to_the_main_process(tmp_path):
     loader = make_loader("photos", tmp_path, workers=2)
     list(loader)
     workers = loader.loader._iterator._workers
@@ -349,7 +349,7 @@ def test_worker_processes_leave_signals_to_the_main_process_and_end_with_it(tmp_
 
 
 @pytest.mark.parametrize("img_size", [S, 67])
-def test_files_and_class_counts(tmp_path, img_size):
+def test_loaders_tell_files_and_class_counts(tmp_path, img_size):
     root = write_images(tmp_path, {"train/b": 3, "train/a": 2, "train/c": 7, "val/c": 2, "test/b": 1})
     train, val = get_data_loaders(root, img_size=img_size)
     assert (train.class_names, train.class_counts) == (["a", "b", "c"], [2, 3, 7])
@@ -380,7 +380,7 @@ def test_shapes_have_no_files():
     (["b"], True, "held out", None),
 ])
 @pytest.mark.parametrize("img_size", [None, 67])
-def test_which_images_score_a_model(tmp_path, folders, held_out, split, files, img_size):
+def test_get_evaluation_loader_chooses_the_images_to_score(tmp_path, folders, held_out, split, files, img_size):
     root = write_images(tmp_path, dict.fromkeys(folders, 2))
     loader = get_evaluation_loader(root, ("a", "b"), img_size=img_size, held_out=held_out)
     assert (loader.split, loader.class_names, loader.img_size) == (split, ["a", "b"], img_size or 24)
@@ -392,7 +392,7 @@ def test_which_images_score_a_model(tmp_path, folders, held_out, split, files, i
     assert set(loader.labels.tolist()) == letters
 
 
-def test_labels_count_in_the_class_names_of_the_model(tmp_path):
+def test_get_evaluation_loader_labels_follow_the_models_class_names(tmp_path):
     root = write_images(tmp_path, {"a": 2, "b": 3, "c": 1})
     assert get_evaluation_loader(root, ["c", "never seen", "b", "a"], img_size=S).class_counts == [1, 0, 3, 2]
     message = error_of(get_evaluation_loader, root, ["a", "d", "c"])
@@ -404,7 +404,7 @@ def test_labels_count_in_the_class_names_of_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["", "train/"])
-def test_what_was_held_out_is_the_validation_cut(tmp_path, folder):
+def test_get_evaluation_loader_held_out_is_the_validation_cut(tmp_path, folder):
     root = write_images(tmp_path, {f"{folder}a": 13, f"{folder}b": 11, f"{folder}c": 7})
     cut = dict(val_fraction=0.3, seed=5)
     _, val = get_data_loaders(root, img_size=S, **cut)
@@ -421,7 +421,7 @@ def test_what_was_held_out_is_the_validation_cut(tmp_path, folder):
     assert other.files != fewer.files
 
 
-def test_a_known_set_gives_its_test_images_for_its_own_classes():
+def test_get_evaluation_loader_gives_a_known_sets_test_images():
     args = dict(dataset="shapes", n_images=100, img_size=8)
     for names in (SHAPES, None):
         loader = get_evaluation_loader("./data", names, held_out=True, **args)
@@ -434,7 +434,7 @@ def test_a_known_set_gives_its_test_images_for_its_own_classes():
     assert "'shapes'" in error_of(get_evaluation_loader, "./data", SHAPES[::-1], **args)
 
 
-def test_the_other_arguments_of_an_evaluation(tmp_path):
+def test_get_evaluation_loader_heeds_its_other_arguments(tmp_path):
     root = write_images(tmp_path, {"test/a": 3})
     spoil(root / "test/a/001.png")
     args = dict(batch_size=1, preprocessing=Preprocessing(99, (0.25,) * 3, (0.5,) * 3, "bicubic"))

@@ -5,7 +5,7 @@ from vit_bridge.data.shapes import COLOURS, EDGES, SHAPES, TEST_START, TEXTURES,
 from vit_model import InputError
 
 
-def test_an_image_depends_on_its_number_alone():
+def test_make_shapes_images_depend_on_their_number_alone():
     whole = make_shapes(700, 32)
     for start, n in ((0, 1), (3, 300), (511, 2), (699, 1)):
         part = make_shapes(n, 32, start=start)
@@ -21,7 +21,7 @@ def test_an_image_depends_on_its_number_alone():
     assert make_shapes(0).images.shape == (0, 3, 32, 32)
 
 
-def test_the_images_are_the_ones_they_were():
+def test_make_shapes_images_match_the_pinned_ones():
     blocks = make_shapes(10, 32, seed=7).images.float().unfold(2, 8, 8).unfold(3, 8, 8).mean((1, 4, 5))  # (10, 4, 4)
     pinned = [
         [54, 123, 202, 71], [88, 151, 92, 104], [177, 136, 67, 176], [78, 201, 156, 68], [182, 106, 95, 181],
@@ -30,13 +30,13 @@ def test_the_images_are_the_ones_they_were():
     assert (blocks.flatten(1)[:, [0, 5, 10, 15]] - torch.tensor(pinned)).abs().max() <= 1
 
 
-def test_larger_images_show_the_same_scene():
+def test_make_shapes_shows_the_same_scene_when_larger():
     small, large = make_shapes(20, 32).images.float(), make_shapes(20, 96).images.float()
     shrunk = torch.nn.functional.avg_pool2d(large, 3)
     assert (shrunk - small).abs().mean() < 12  # noise, and what a coarse grid does to edges and textures
 
 
-def test_shape_texture_and_colour_are_independent():
+def test_make_shapes_draws_shape_texture_and_colour_independently():
     drawn = make_shapes(20_000, 8)
     n = {"labels": len(SHAPES), "textures": len(TEXTURES), "colours": len(COLOURS)}
     assert drawn.labels.bincount().tolist() == [2000] * 10
@@ -49,7 +49,7 @@ def test_shape_texture_and_colour_are_independent():
         assert chi_squared < freedom + 4 * (2 * freedom) ** 0.5, (first, second)
 
 
-def test_factors_can_be_chosen_and_the_rest_stays():
+def test_make_shapes_takes_chosen_factors_and_keeps_the_rest():
     drawn = make_shapes(60, 32)
     assert torch.equal(make_shapes(60, shape=drawn.labels, texture=drawn.textures.tolist()).images, drawn.images)
     stars = make_shapes(60, shape="star", texture=TEXTURES.index("dots"))
@@ -65,7 +65,7 @@ def test_factors_can_be_chosen_and_the_rest_stays():
     assert (red - blue)[:, 0].mean() > 5 > -5 > (red - blue)[:, 2].mean()
 
 
-def test_the_shapes_differ_and_are_their_own_mirror_images():
+def test_shapes_differ_and_are_their_own_mirror_images():
     axis = torch.linspace(-1.1, 1.1, 221)
     v, u = torch.meshgrid(axis, axis, indexing="ij")
     inside = {name: edge(u, v) < 0 for name, edge in EDGES.items()}
@@ -82,7 +82,7 @@ def test_the_shapes_differ_and_are_their_own_mirror_images():
                 assert ((one - two) / all_of.clamp(min=1)).abs().max() > 0.15, (name, other)
 
 
-def test_a_linear_classifier_learns_little():
+def test_make_shapes_teaches_a_linear_classifier_little():
     train, test = make_shapes(4000, 16), make_shapes(1000, 16, start=TEST_START)
     mean = train.images.float().mean(0).flatten()
     x, y = ((drawn.images.float().flatten(1) - mean) / 255 for drawn in (train, test))
@@ -93,7 +93,7 @@ def test_a_linear_classifier_learns_little():
 
 @pytest.mark.parametrize("wrong", [{"shape": "blob"}, {"texture": 5}, {"colour": -1}, {"shape": [0, 1]}, {"shape": 1.5},
                                    {"shape": ["star"] * 3}, {"n_images": -1}, {"img_size": 4}, {"seed": 0.5}])
-def test_shapes_that_cannot_be(wrong):
+def test_make_shapes_refuses_bad_arguments(wrong):
     with pytest.raises(InputError) as caught:
         make_shapes(**{"n_images": 3, **wrong})
     message = str(caught.value)

@@ -16,7 +16,7 @@ MISTAKES = [pytest.param(name, words, mistaken, id=f"{name}, {words[:30]}") for 
 
 
 @pytest.mark.parametrize("name", e.EXERCISES)
-def test_the_solution_passes(name):
+def test_check_function_passes_every_solution(name):
     assert e.check_function(name, e.EXERCISES[name].solution) == e.Verdict(
         True, "right: values and gradients on three sets of inputs")
 
@@ -61,22 +61,22 @@ OTHER_ANSWERS = [
 
 
 @pytest.mark.parametrize(("name", "function"), OTHER_ANSWERS)
-def test_answers_in_another_form_pass(name, function):
+def test_check_function_passes_answers_in_another_form(name, function):
     assert e.check_function(name, function) == e.Verdict(True, "right: values and gradients on three sets of inputs")
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
-def test_gradients_are_asked_for_where_the_caller_has_switched_them_off(off):
+def test_check_function_works_with_gradients_switched_off(off):
     with off():
         assert e.check_function("rollout", e.attention_rollout).right
 
 
 @pytest.mark.parametrize(("name", "words", "mistaken"), MISTAKES)
-def test_each_usual_mistake_has_its_own_words(name, words, mistaken):
+def test_check_function_names_each_usual_mistake(name, words, mistaken):
     assert e.check_function(name, mistaken) == e.Verdict(False, words)
 
 
-def test_five_mistakes_or_more_each():
+def test_exercises_have_at_least_five_distinct_mistakes():
     assert all(len(exercise.mistakes) >= 5 for exercise in e.EXERCISES.values())
     words = [words for exercise in e.EXERCISES.values() for words, _ in exercise.mistakes]
     assert len(set(words)) == len(words)
@@ -85,7 +85,7 @@ def test_five_mistakes_or_more_each():
 # ---- The solutions are what the library does
 
 
-def test_attention_and_block_are_those_of_the_model():
+def test_exercises_attention_and_block_match_the_model():
     torch.manual_seed(0)
     layer, x = MultiHeadAttention(embed_dim=12, n_heads=3), torch.randn(2, 7, 12)
     q, k, v = layer.qkv(x).unflatten(2, (3, 3, 4)).permute(2, 0, 3, 1, 4)
@@ -94,7 +94,7 @@ def test_attention_and_block_are_those_of_the_model():
     torch.testing.assert_close(e.block(x, block.norm1, block.attn, block.norm2, block.mlp), block(x))
 
 
-def test_patches_and_positions_are_those_of_the_model():
+def test_exercises_patches_and_positions_match_the_model():
     torch.manual_seed(0)
     embed, images = PatchEmbedding(img_size=(8, 12), patch_size=4, embed_dim=6), torch.randn(2, 3, 8, 12)
     torch.testing.assert_close(e.patch_embedding(images, embed.proj.weight.flatten(1), embed.proj.bias), embed(images))
@@ -108,7 +108,7 @@ def test_patches_and_positions_are_those_of_the_model():
 
 
 @pytest.mark.parametrize("name", e.EXERCISES)
-def test_every_size_differs_between_the_three_sets(name):
+def test_exercises_sizes_differ_between_the_three_sets(name):
     for values in zip(*e.EXERCISES[name].sizes, strict=True):
         assert len(set(values)) == len(values) == 3
 
@@ -126,7 +126,7 @@ def test_every_size_differs_between_the_three_sets(name):
      "patches is (2, 6, 5), cls_token is (1, 1, 5), positions is (1, 7, 5)", "it stops: RuntimeError: "),
     ("block", lambda x, n1, a, n2, m: e.block(x, n1, a, n2, m)[:2], "x is (3, 4, 7)",
      "it returns the shape (2, 4, 7); expected (3, 4, 7)")])
-def test_a_size_written_as_a_number_is_refused(name, function, where, words):
+def test_check_function_refuses_hard_coded_sizes(name, function, where, words):
     verdict = e.check_function(name, function)
     assert verdict.words.startswith(f"right at one set of sizes, but not where {where}: {words}")
     assert verdict.words.endswith("; take sizes from the shapes of the arguments")
@@ -149,13 +149,13 @@ def test_a_size_written_as_a_number_is_refused(name, function, where, words):
      "(all arguments are float64; give new tensors dtype=images.dtype)"),
     ("block", lambda x, n1, a, n2, m: F.layer_norm(x, (6,), torch.ones(6)),
      "(all arguments are float64; give new tensors dtype=x.dtype)")])
-def test_float32_is_named(name, function, words):
+def test_check_function_names_float32(name, function, words):
     verdict = e.check_function(name, function)
     assert verdict.words.endswith(words)
     assert not verdict.right
 
 
-def test_a_usual_mistake_is_told_in_float32_too():
+def test_check_function_names_mistakes_in_float32_too():
     def at_the_wrong_end(patches, cls_token, positions):
         return positions_written_into(torch.float32)(patches, cls_token, 0 * positions).roll(-1, dims=1) + positions
 
@@ -163,7 +163,7 @@ def test_a_usual_mistake_is_told_in_float32_too():
 
 
 @pytest.mark.parametrize(("name", "first"), [("attention", "q"), ("rollout", "maps"), ("block", "x")])
-def test_the_stub_says_what_the_numbers_are(name, first):
+def test_stub_says_all_numbers_are_float64(name, first):
     assert f"All numbers are float64: a new tensor takes dtype={first}.dtype." in " ".join(e.stub(name).split())
 
 
@@ -191,7 +191,7 @@ def test_the_stub_says_what_the_numbers_are(name, first):
     ("return ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).detach()", "no gradient comes back"),
     ("return (q @ k.detach().mT / q.shape[-1] ** 0.5).softmax(-1) @ v", "the gradient of argument 2 is not"),
     ("return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v", "right: ")])
-def test_a_file_is_told_what_is_off(body, words, tmp_path):
+def test_check_file_says_what_is_wrong(body, words, tmp_path):
     path = tmp_path / "attention_exercise.py"
     path.write_text(f"import torch\n\n\ndef attention(q, k, v):\n    {body}\n", encoding="utf-8")
     verdict = e.check_file("attention", path)
@@ -200,7 +200,7 @@ def test_a_file_is_told_what_is_off(body, words, tmp_path):
     assert verdict.right == words.startswith("right")
 
 
-def test_a_gradient_that_is_there_but_another_is_refused():
+def test_check_function_refuses_a_wrong_gradient():
     def without_one_way(x, norm1, attend, norm2, mlp):
         y = x + attend(norm1(x))
         return y + mlp(norm2(y.detach()))
@@ -212,7 +212,7 @@ def test_a_gradient_that_is_there_but_another_is_refused():
     ("def attention(q, k, v)\n    return q", "line 1: "), ("import nowhere", "ModuleNotFoundError"),
     ("def other(q): return q", r"has no function attention\(q, k, v\)"), ("1 / 0", "line 1: ZeroDivisionError"),
     ("import sys\nsys.exit(0)", "cannot be run: line 2: sys.exit, exit or quit would end whatever runs it; leave")])
-def test_a_file_that_cannot_be_run(text, words, tmp_path):
+def test_check_file_refuses_a_file_that_cannot_run(text, words, tmp_path):
     path = tmp_path / "attention_exercise.py"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=words):
@@ -237,7 +237,7 @@ def attention(q, k, v):
 
 
 @pytest.mark.parametrize("name", ["mine.py", "torch.py"])  # which is not the torch that it imports
-def test_a_file_with_a_dataclass_runs_and_leaves_nothing_behind(name, tmp_path):
+def test_check_file_runs_dataclasses_and_leaves_nothing_behind(name, tmp_path):
     path = tmp_path / name
     path.write_text(WITH_DATACLASS, encoding="utf-8")
     assert e.check_file("attention", path).right
@@ -245,14 +245,14 @@ def test_a_file_with_a_dataclass_runs_and_leaves_nothing_behind(name, tmp_path):
     assert not [name for name, module in sys.modules.items() if getattr(module, "__file__", None) == str(path)]
 
 
-def test_a_file_with_a_nul_byte_has_no_line(tmp_path):
+def test_check_file_refuses_a_nul_byte(tmp_path):
     path = tmp_path / "attention_exercise.py"
     path.write_bytes(b"x = 1\0\n")
     with pytest.raises(InputError, match=r"cannot be run: (ValueError: )?source code [^\n]*null bytes\Z"):
         e.check_file("attention", path)
 
 
-def test_somebody_who_interrupts_is_heard():
+def test_check_function_lets_keyboard_interrupts_through():
     def interrupted(x, norm1, attend, norm2, mlp):
         raise KeyboardInterrupt
 
@@ -261,7 +261,7 @@ def test_somebody_who_interrupts_is_heard():
 
 
 @pytest.mark.parametrize("name", e.EXERCISES)
-def test_a_stub_waits_to_be_filled_in_and_is_never_written_over(name, tmp_path, monkeypatch):
+def test_write_stub_starts_unfilled_and_never_overwrites(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = e.default_path(name)
     e.write_stub(name, path)
@@ -273,7 +273,7 @@ def test_a_stub_waits_to_be_filled_in_and_is_never_written_over(name, tmp_path, 
         e.check_file("atention", path)
 
 
-def test_a_relative_path_has_line_numbers_too_and_other_files_are_refused(tmp_path, monkeypatch):
+def test_check_file_takes_relative_paths_and_refuses_other_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("def attention(q, k, v):\n    return q @ k\n", encoding="utf-8")
     assert e.check_file("attention", "mine.py").words.startswith("it stops: line 2: RuntimeError")

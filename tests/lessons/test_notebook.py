@@ -20,12 +20,12 @@ SECTIONS = [({"code": "code", "markdown": "text"}[cell["cell_type"]], "".join(ce
 CODE = [(number, text) for number, (kind, text) in enumerate(SECTIONS) if kind == "code"]
 
 
-def test_the_cells_are_sound():
+def test_notebook_has_valid_cells():
     assert BOOK["nbformat"] == 4
     assert len({cell["id"] for cell in BOOK["cells"]}) == len(BOOK["cells"])
 
 
-def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names, figures = {}, 0
     for number, text in CODE:
@@ -55,7 +55,7 @@ def check_shuffled(printed):
     assert max(moved[1:]) < own[0] / 2
 
 
-def test_what_is_said_of_the_explanations_holds_in_every_saved_model():
+def test_notebook_claims_about_explanations_hold():
     cells = [json.loads(path.read_text(encoding="utf-8"))["result"]
              for path in (ROOT / "benchmarks" / "results").glob("trust-*.json")]
     assert len(cells) == 3
@@ -70,12 +70,12 @@ def test_what_is_said_of_the_explanations_holds_in_every_saved_model():
     assert always == {"rollout", "relevance"}
 
 
-def test_the_model_that_is_trained_is_as_large_as_the_text_says():
+def test_notebook_model_is_as_large_as_stated():
     assert "A ViT of half a million parameters" in " ".join(text for _, text in SECTIONS)
     assert 0.45e6 < count_parameters(create_vit_nano(n_classes=10)) < 0.55e6
 
 
-def test_the_exercises_have_their_solutions_folded_below():
+def test_notebook_folds_a_solution_below_each_exercise():
     folded = [text for kind, text in SECTIONS if text.startswith("<details>")]
     assert len(folded) == 5
     for name, one in exercises.EXERCISES.items():
@@ -87,7 +87,7 @@ def test_the_exercises_have_their_solutions_folded_below():
         assert one.function in stub
 
 
-def test_the_timetable_fills_ninety_minutes():
+def test_notebook_timetable_fills_ninety_minutes():
     headings = [line for kind, text in SECTIONS if kind == "text" for line in text.splitlines()
                 if line.startswith("## ")]
     spans = [tuple(map(int, heading.split(":")[0].removeprefix("## ").split(" to "))) for heading in headings]

@@ -28,16 +28,16 @@ def read_from(*answers):
 
 
 @pytest.mark.parametrize("question", quiz.QUESTIONS, ids=lambda question: question.measure.__name__)
-def test_a_measured_answer_is_one_of_the_guesses(question):
+def test_quiz_answer_is_one_of_the_guesses(question):
     place, sentence = question.measure()
     assert 0 <= place < len(question.guesses)
     assert sentence.endswith(".")
     assert any(letter.isdigit() for letter in sentence)
 
 
-def test_the_answers_that_are_exact():
-    assert [quiz.shuffled_without_positions()[0], quiz.gradient_after_the_last_block()[0], quiz.price_of_heads()[0],
-            quiz.cost_of_twice_the_side()[0]] == [0, 0, 1, 1]
+def test_quiz_gives_the_exact_answers():
+    assert [quiz._shuffled_without_positions()[0], quiz._gradient_after_the_last_block()[0], quiz._price_of_heads()[0],
+            quiz._cost_of_twice_the_side()[0]] == [0, 0, 1, 1]
 
 
 # ---- The answers that are measured, from the measurements themselves
@@ -62,13 +62,13 @@ def test_who_needs_the_order_counts_on_both_grids():
             shuffled = shuffle_patches(images, 4, 0.75, offset=offset)
             still = set((predictions(model, shuffled) == labels).nonzero().flatten().tolist())
             shares.append(round(100 * len(right & still) / len(right)))
-    place, sentence = quiz.who_needs_the_order()
+    place, sentence = quiz._who_needs_the_order()
     assert numbers_in(sentence, "%") == shares
     assert place == (0 if shares[0] < 50 else 1 if shares[0] < 90 else 2)
     assert sentence.endswith(quiz._conclude_about_order(shares[0] / 100, shares[1] / 100))
 
 
-def test_kept_is_what_is_right_before_and_after(monkeypatch):
+def test_accuracy_kept_counts_right_before_and_after(monkeypatch):
     model = load("convnet_shapes")
     labels = shapes(model, 200)[1]
     before, after = labels.clone(), labels.clone()
@@ -82,7 +82,7 @@ def test_kept_is_what_is_right_before_and_after(monkeypatch):
 @pytest.mark.parametrize(("own", "moved", "words"), [
     (0.89, 0.1, "uses where its patches lie"), (0.95, 0.2, "but it does need that of other squares"),
     (0.95, 0.94, "its own or others")])
-def test_what_the_order_means_hangs_on_the_numbers(own, moved, words):
+def test_conclude_about_order_follows_the_numbers(own, moved, words):
     assert words in quiz._conclude_about_order(own, moved)
 
 
@@ -90,20 +90,20 @@ def test_who_minds_a_shift_looks_at_two_pixels(monkeypatch):
     model = load("vit_nano_shapes")
     stays = shift_consistency(model, shapes(model, 64)[0], 2)
     expected = (stays.sum().item() - 1) / 24
-    place, sentence = quiz.who_minds_a_shift()
+    place, sentence = quiz._who_minds_a_shift()
     assert f"stays in {expected:.0%} of the cases" in sentence
     assert place == (0 if expected < 0.6 else 1 if expected < 0.9 else 2)
     reaches = []
     monkeypatch.setattr(quiz, "shift_consistency", lambda model, images, reach: reaches.append(reach) or stays)
-    quiz.who_minds_a_shift()
+    quiz._who_minds_a_shift()
     assert reaches == [2]
 
 
-def test_how_far_the_first_block_looks_is_of_its_nearest_head():
+def test_how_far_the_first_block_looks_uses_the_nearest_head():
     model = load("vit_nano_shapes")
     maps = attention_maps(model, shapes(model, 32)[0])  # (L, B, H, N, N)
     nearest = attention_distance(maps, (8, 8), (4, 4), 1)[0].min().item()
-    place, sentence = quiz.how_far_the_first_block_looks()
+    place, sentence = quiz._how_far_the_first_block_looks()
     assert numbers_in(sentence, " pixels") == [round(nearest, 1)]
     between = torch.cdist(*[torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0)) * 4] * 2)  # (n, n)
     assert f"uniform attention: {between.mean():.1f}." in sentence
@@ -111,14 +111,14 @@ def test_how_far_the_first_block_looks_is_of_its_nearest_head():
 
 
 @pytest.mark.parametrize(("distance", "place", "said"), [(4.0, 0, False), (10.0, 1, False), (16.0, 2, True)])
-def test_near_heads_are_missed_only_where_there_are_none(distance, place, said, monkeypatch):
+def test_how_far_the_first_block_looks_explains_missing_near_heads(distance, place, said, monkeypatch):
     monkeypatch.setattr(quiz, "attention_distance", lambda *args: torch.tensor([[distance, 20.0], [1.0, 1.0]]))
-    found, sentence = quiz.how_far_the_first_block_looks()
+    found, sentence = quiz._how_far_the_first_block_looks()
     assert found == place
     assert ("Fig. 7" in sentence) == said
 
 
-def test_guesses_are_told_right_or_wrong_and_counted():
+def test_ask_judges_and_counts_guesses():
     said = []
     assert quiz.ask([FAST] * 3, read_from("2", "1", ""), said.append) == (1, 2)
     text = "\n".join(said)
@@ -127,19 +127,19 @@ def test_guesses_are_told_right_or_wrong_and_counted():
     assert text.endswith("\n1 of 2 right.")
 
 
-def test_what_is_no_guess_is_asked_again():
+def test_ask_repeats_after_an_invalid_guess():
     said = []
     assert quiz.ask([FAST], read_from("9", "perhaps", " 2 "), said.append) == (1, 1)
     assert "'9' is not among them; expected 1 to 2." in "\n".join(said)
 
 
-def test_enough_is_enough():
+def test_ask_stops_at_q():
     said = []
     assert quiz.ask([FAST] * 3, read_from("2", "q"), said.append) == (1, 1)
     assert sum("Measured" in line for line in said) == 1
 
 
-def test_with_nobody_there_the_answers_are_told():
+def test_ask_tells_the_answers_without_input():
     said = []
     assert quiz.ask([FAST, FAST], read_from(), said.append) == (0, 0)
     assert sum("Measured: that" in line for line in said) == 2

@@ -74,7 +74,7 @@ def test_convolutions_start_he_normal_by_fan_out():
         assert convolution.weight.abs().max() > 3 * convolution.weight.std()  # normal, not uniform
 
 
-def test_residual_block_by_hand():
+def test_residual_block_matches_hand_computation():
     block = randomised(ResidualBlock(3, 5, stride=2))
     x = torch.randn(2, 3, 7, 11)
 
@@ -89,17 +89,17 @@ def test_residual_block_by_hand():
 
 
 @pytest.mark.parametrize(("channels", "stride", "identity"), [(3, 1, True), (5, 1, False), (3, 2, False)])
-def test_a_shortcut_is_projected_only_where_the_shape_changes(channels, stride, identity):
+def test_residual_block_projects_shortcut_only_where_shape_changes(channels, stride, identity):
     assert isinstance(ResidualBlock(3, channels, stride).shortcut, nn.Identity) is identity
 
 
 @pytest.mark.parametrize(("stem_stride", "shape"), [(1, (11, 6)), (2, (6, 3)), (4, (3, 2))])
-def test_features_are_the_last_map_at_the_total_stride(stem_stride, shape):
+def test_convnet_features_are_the_map_at_total_stride(stem_stride, shape):
     model = ConvNet(**{**CONVNET, "stem_stride": stem_stride}).eval()
     assert model.forward_features(torch.randn(2, 2, 41, 23)).shape == (2, 7, *shape)
 
 
-def test_convnet_forward_is_the_head_of_the_mean_over_all_places():
+def test_convnet_forward_is_the_head_of_the_mean_map():
     model = randomised(ConvNet(**CONVNET))
     images = torch.randn(3, 2, 13, 19)
     features = model.forward_features(images)
@@ -118,7 +118,7 @@ def test_convnet_without_classes_gives_its_pooled_features():
 # ---- HybridCNNViT
 
 
-def test_the_hybrid_of_the_readme():
+def test_hybrid_builds_and_runs_as_in_the_readme():
     model = HybridCNNViT(n_classes=10, embed_dim=384, depth=6).eval()
     assert (model.config.img_size, model.config.patch_size, model.config.n_heads) == (224, 16, 6)
     assert (len(model.blocks), model.patch_embed.grid_size) == (6, (14, 14))
@@ -128,12 +128,12 @@ def test_the_hybrid_of_the_readme():
 
 
 @pytest.mark.parametrize(("embed_dim", "heads"), [(32, 1), (64, 1), (128, 2), (192, 3), (768, 12)])
-def test_the_hybrid_has_one_head_for_every_64_channels(embed_dim, heads):
+def test_hybrid_has_one_head_per_64_channels(embed_dim, heads):
     with torch.device("meta"):
         assert HybridCNNViT(embed_dim=embed_dim, depth=1).blocks[0].attn.n_heads == heads
 
 
-def test_the_hybrid_is_our_vit_but_for_its_stem():
+def test_hybrid_is_a_vit_except_for_its_stem():
     model = HybridCNNViT(**HYBRID, pool="mean", position="sincos", dropout=0.1)
     assert isinstance(model, VisionTransformer)
     assert isinstance(model.patch_embed, ConvStem)
@@ -148,7 +148,7 @@ def test_the_hybrid_is_our_vit_but_for_its_stem():
     assert torch.equal(vit.eval()(images), model.eval()(images))
 
 
-def test_the_stem_is_two_convolutions_by_hand():
+def test_conv_stem_matches_two_convolutions_by_hand():
     stem = randomised(ConvStem((12, 20), 4, 3, 14))
     first, norm, _, last = stem.proj
     images = torch.randn(2, 3, 12, 20)
@@ -162,7 +162,7 @@ def test_the_stem_is_two_convolutions_by_hand():
 
 @pytest.mark.parametrize(("patch_size", "channels"), [(2, [48]), (4, [24, 48]), (8, [12, 24, 48]),
                                                       (16, [6, 12, 24, 48]), (32, [3, 6, 12, 24, 48])])
-def test_the_channels_of_the_stem_double_up_to_the_width(patch_size, channels):
+def test_conv_stem_channels_double_up_to_embed_dim(patch_size, channels):
     stem = ConvStem((64, 96), patch_size, 5, 48)
     assert [m.out_channels for m in stem.proj if isinstance(m, nn.Conv2d)] == channels
     assert [m.num_features for m in stem.proj if isinstance(m, nn.BatchNorm2d)] == channels[:-1]
@@ -183,7 +183,7 @@ def seen_by(stem, row, column):
 
 
 @pytest.mark.parametrize("side", [2, 4, 8])
-def test_a_token_sees_two_patches_less_a_pixel_and_overlaps_its_neighbour(side):
+def test_conv_stem_tokens_see_two_patches_minus_a_pixel(side):
     stem = randomised(ConvStem((5 * side, 7 * side), side, 3, 64))
     top, bottom, left, right = seen_by(stem, 2, 3)
     assert (top, bottom) == (2 * side - (side - 1), 2 * side + side - 1)
@@ -206,7 +206,7 @@ def test_resize_positions_moves_a_hybrid():
 
 
 @pytest.mark.parametrize(("model_class", "arguments"), [(HybridCNNViT, HYBRID), (ConvNet, CONVNET)])
-def test_the_config_rebuilds_the_model_and_copies_answer_alike(model_class, arguments):
+def test_convnet_and_hybrid_copies_and_rebuilds_answer_alike(model_class, arguments):
     model = randomised(model_class(**arguments))
     images = torch.randn(2, model.config.in_channels, 20, 28)
     again = model_class(**vars(model.config)).eval()
@@ -217,7 +217,7 @@ def test_the_config_rebuilds_the_model_and_copies_answer_alike(model_class, argu
 
 
 @pytest.mark.parametrize(("model_class", "arguments"), [(HybridCNNViT, HYBRID), (ConvNet, CONVNET)])
-def test_a_forward_pass_stores_nothing_on_any_module(model_class, arguments):
+def test_convnet_and_hybrid_forward_stores_nothing_on_any_module(model_class, arguments):
     model = randomised(model_class(**arguments))
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
     state = copy.deepcopy(model.state_dict())
@@ -257,7 +257,7 @@ def test_freeze_backbone_leaves_exactly_the_head(model_class, arguments):
     (lambda: ConvNet(in_channels=0), "in_channels 0"),
     (lambda: ConvNet(n_classes=-1), "n_classes -1"),
     (lambda: ConvNet(img_size=(32, 0)), "img_size 0")])
-def test_a_model_that_cannot_be_is_refused_in_one_line_naming_the_value(build, value):
+def test_convnet_and_hybrid_refuse_bad_arguments_naming_the_value(build, value):
     with pytest.raises(InputError, match=one_line_with(value)):
         build()
 
@@ -265,7 +265,7 @@ def test_a_model_that_cannot_be_is_refused_in_one_line_naming_the_value(build, v
 @pytest.mark.parametrize(("model", "shape"), [
     (HybridCNNViT(**HYBRID), (2, 1, 20, 28)), (HybridCNNViT(**HYBRID), (3, 20, 28)),
     (ConvNet(**CONVNET), (2, 3, 20, 28)), (ConvNet(**CONVNET), (2, 20, 28))])
-def test_images_that_do_not_fit_the_model_are_refused(model, shape):
+def test_convnet_and_hybrid_refuse_images_that_do_not_fit(model, shape):
     with pytest.raises(InputError, match=one_line_with(shape)):
         model(torch.zeros(shape))
 
@@ -276,7 +276,7 @@ def test_images_that_do_not_fit_the_model_are_refused(model, shape):
 POOLED = dict(img_size=22, in_channels=2, n_classes=3, widths=(5, 7), depths=(1, 2), stem_stride=1, block="pooled")
 
 
-def test_a_pooled_stage_by_hand():
+def test_pooled_stage_matches_hand_computation():
     stage = randomised(PooledStage(3, 5, depth=1)).eval()
     x = torch.randn(2, 3, 7, 11)
     first, _, norm1, _, second, norm2, _ = stage
@@ -290,7 +290,7 @@ def test_a_pooled_stage_by_hand():
     assert y.shape == (2, 5, 3, 5)
 
 
-def test_a_pooled_convnet_halves_at_every_stage():
+def test_pooled_convnet_halves_at_every_stage():
     model = ConvNet(**POOLED).eval()
     assert model.forward_features(torch.randn(2, 2, 22, 27)).shape == (2, 7, 5, 6)  # 21 and 26, halved twice
     assert [type(stage) for stage in model.stages] == [PooledStage] * 2
@@ -299,7 +299,7 @@ def test_a_pooled_convnet_halves_at_every_stage():
     assert wide.forward_features(torch.randn(1, 2, 88, 88)).shape == (1, 7, 5, 5)
 
 
-def test_convolutions_of_a_pooled_convnet_start_by_handing_on_what_comes_in():
+def test_pooled_convnet_convolutions_start_as_the_identity():
     model = ConvNet(img_size=22, n_classes=3, widths=(29, 13), depths=(1, 1), stem_stride=1, block="pooled")
     convolutions = [module for module in model.stages.modules() if isinstance(module, nn.Conv2d)]
     assert [(conv.in_channels, conv.out_channels) for conv in convolutions] == [(24, 29), (29, 29), (29, 13), (13, 13)]
@@ -311,7 +311,7 @@ def test_convolutions_of_a_pooled_convnet_start_by_handing_on_what_comes_in():
     assert convolutions[0].weight[24:].abs().max() <= (24 * 9) ** -0.5
 
 
-def test_a_pooled_stem_gives_the_tokens_of_a_patch_embedding():
+def test_pooled_stem_gives_one_token_per_patch():
     model = HybridCNNViT(3, 12, 1, 3, (16, 24), 4, 2, stem="pooled").eval()
     assert isinstance(model.patch_embed, PooledStem)
     tokens = model.patch_embed(torch.randn(2, 2, 16, 24))
@@ -321,7 +321,7 @@ def test_a_pooled_stem_gives_the_tokens_of_a_patch_embedding():
     assert HybridCNNViT(**vars(model.config)).config == model.config
 
 
-def test_tokens_of_a_pooled_stem_lie_around_what_changes_them():
+def test_pooled_stem_tokens_are_centred_on_their_patch():
     torch.manual_seed(0)
     change = torch.zeros(7, 9)
     for _ in range(13):
@@ -335,7 +335,7 @@ def test_tokens_of_a_pooled_stem_lie_around_what_changes_them():
     assert centre == pytest.approx((3, 4), abs=0.25)
 
 
-def test_whitened_patches_are_uncorrelated():
+def test_whitening_filters_decorrelate_patches():
     torch.manual_seed(0)
     images = F.avg_pool2d(torch.randn(53, 3, 20, 20), 5, stride=1)  # (53, 3, 16, 16), neighbours alike
     filters = whitening_filters(images, 2, floor=0.0)  # (12, 3, 2, 2)
@@ -346,14 +346,14 @@ def test_whitened_patches_are_uncorrelated():
     assert (raw @ raw.T / raw.shape[1] - torch.eye(12)).abs().max() > 0.5
 
 
-def test_the_floor_keeps_small_directions_small():
+def test_whitening_filters_floor_keeps_small_directions_small():
     images = 1e-4 * torch.randn(53, 3, 16, 16)
     answers = F.conv2d(images, whitening_filters(images, 2), stride=2)
     assert answers.std() == pytest.approx(1e-4 / 0.1, rel=0.05)
 
 
 @pytest.mark.parametrize("model", [ConvNet(**POOLED), HybridCNNViT(3, 12, 1, 3, 16, 4, 2, stem="pooled")])
-def test_the_whitened_layer_holds_each_filter_and_its_negative_and_is_not_trained(model):
+def test_whiten_first_layer_freezes_filters_and_their_negatives(model):
     images = torch.randn(31, 2, 16, 16)
     layer, holds_negatives = whiten_first_layer(model, images).whitening_layer()
     assert holds_negatives
@@ -364,7 +364,7 @@ def test_the_whitened_layer_holds_each_filter_and_its_negative_and_is_not_traine
 
 
 @pytest.mark.parametrize("embed_dim", [60, 12])
-def test_a_whitened_patch_projection_learns_on(embed_dim):
+def test_whiten_first_layer_leaves_a_patch_projection_trainable(embed_dim):
     images, model = torch.randn(97, 3, 12, 16), VisionTransformer((12, 16), 4, 3, 2, embed_dim, 1, 3)
     layer, holds_negatives = whiten_first_layer(model, images).whitening_layer()
     filters = whitening_filters(images, 4)
@@ -376,7 +376,7 @@ def test_a_whitened_patch_projection_learns_on(embed_dim):
     assert layer is model.patch_embed.proj
 
 
-def test_other_models_have_no_layer_to_whiten():
+def test_whiten_first_layer_leaves_other_models_unchanged():
     for model in (ConvNet(**CONVNET), HybridCNNViT(**HYBRID)):
         before = {name: value.clone() for name, value in model.state_dict().items()}
         assert model.whitening_layer() is None
@@ -391,7 +391,7 @@ def test_other_models_have_no_layer_to_whiten():
      "img_size 15"),
     (lambda: HybridCNNViT(**HYBRID, stem="deep"), "stem 'deep'"),
     (lambda: PooledStem(24, 12, 3, 12), "patch_size 12 cannot be reached by halving")])
-def test_a_wrong_block_or_stem_is_named(make, named):
+def test_convnet_and_hybrid_name_a_wrong_block_or_stem(make, named):
     with pytest.raises(InputError, match=named):
         make()
 
@@ -400,7 +400,7 @@ def test_a_wrong_block_or_stem_is_named(make, named):
 
 
 @pytest.mark.parametrize(("k", "bias"), [(1, True), (3, True), (3, False), (5, True)])
-def test_attention_equals_the_convolution_that_it_is_set_to(k, bias):
+def test_convolution_as_attention_equals_its_convolution(k, bias):
     torch.manual_seed(0)
     conv, x = nn.Conv2d(3, 5, k, padding=k // 2, bias=bias), torch.randn(2, 3, 7, 11)
     layer = ConvolutionAsAttention.from_conv(conv)
@@ -411,7 +411,7 @@ def test_attention_equals_the_convolution_that_it_is_set_to(k, bias):
     assert torch.allclose(attention.sum(dim=2), torch.ones(k * k, 77))
 
 
-def test_each_head_looks_at_one_neighbour():
+def test_convolution_as_attention_heads_each_see_one_neighbour():
     layer = ConvolutionAsAttention(3, 5, 3)
     _, attention = layer(torch.zeros(1, 3, 5, 7), return_attention=True)
     of_pixel = attention[:, 2 * 7 + 3].unflatten(1, (7, 9))  # row 2, column 3, in the padded map row 3, column 4
@@ -419,7 +419,7 @@ def test_each_head_looks_at_one_neighbour():
         assert of_pixel[head, row, column] > 1 - 1e-6
 
 
-def test_softer_attention_is_no_convolution_and_learns():
+def test_convolution_as_attention_softened_differs_and_learns():
     torch.manual_seed(0)
     conv, x = nn.Conv2d(3, 5, 3, padding=1), torch.randn(2, 3, 7, 11)
     layer = ConvolutionAsAttention.from_conv(conv, sharpness=0.5)
@@ -431,11 +431,11 @@ def test_softer_attention_is_no_convolution_and_learns():
 @pytest.mark.parametrize(("settings", "words"), [
     (dict(stride=2, padding=1), "stride"), (dict(padding=0), "padding"), (dict(padding=2, dilation=2), "dilation"),
     (dict(padding=1, groups=3), "groups"), (dict(padding=1, padding_mode="reflect"), "padding_mode")])
-def test_a_convolution_without_such_attention(settings, words):
+def test_convolution_as_attention_refuses_unsupported_convolutions(settings, words):
     with pytest.raises(InputError, match=f"{words} .* has no such attention"):
         ConvolutionAsAttention.from_conv(nn.Conv2d(3, 6, 3, **settings))
 
 
-def test_an_even_kernel_has_no_middle():
+def test_convolution_as_attention_refuses_an_even_kernel():
     with pytest.raises(InputError, match="kernel_size 4 has no middle"):
         ConvolutionAsAttention(3, 5, 4)

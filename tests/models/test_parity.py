@@ -131,7 +131,7 @@ def logits_of(model, images):
 
 @pytest.mark.parametrize("seed", range(N_CASES))
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_logits_are_equal(library, seed):
+def test_vit_logits_equal_those_of_each_library(library, seed):
     ours, theirs, images = draw_pair(library, seed)
     with torch.no_grad():
         mine, others = logits_of(ours, images), logits_of(theirs, images)
@@ -142,7 +142,7 @@ def test_logits_are_equal(library, seed):
 
 @pytest.mark.parametrize("seed", range(N_CASES))
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_every_gradient_is_equal(library, seed):
+def test_vit_gradients_equal_those_of_each_library(library, seed):
     ours, theirs, images = draw_pair(library, seed)
     for model in (ours, theirs):
         torch.cos(logits_of(model, images)).sum().backward()
@@ -156,7 +156,7 @@ def test_every_gradient_is_equal(library, seed):
 
 
 @pytest.mark.parametrize("seed", range(N_CASES))
-def test_all_tokens_and_the_head_apart_are_those_of_timm(seed):
+def test_vit_tokens_and_head_equal_those_of_timm(seed):
     ours, theirs, images = draw_pair("timm", seed)
     with torch.no_grad():
         tokens = ours.forward_features(images)
@@ -167,7 +167,7 @@ def test_all_tokens_and_the_head_apart_are_those_of_timm(seed):
 
 
 @pytest.mark.parametrize("seed", range(N_CASES))
-def test_a_state_dict_of_timm_loads_strictly(seed):
+def test_vit_loads_a_timm_state_dict_strictly(seed):
     ours, theirs, images = draw_pair("timm", seed)
     torch.manual_seed(seed + 1)
     for parameter in theirs.parameters():
@@ -178,7 +178,7 @@ def test_a_state_dict_of_timm_loads_strictly(seed):
 
 
 @pytest.mark.parametrize("seed", range(N_CASES))
-def test_positions_are_resampled_as_in_timm(seed):
+def test_resize_positions_resamples_as_timm_does(seed):
     ours, theirs, _ = draw_pair("timm", seed, position="learned")
     chance = random.Random(seed + 1)
     old, grid = ours.patch_embed.grid_size, (chance.randint(1, 9), chance.randint(1, 9))

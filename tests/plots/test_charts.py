@@ -16,7 +16,7 @@ def history(n=3):
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_plot_training_curves(n, tmp_path):
+def test_plot_training_curves_draws_the_history(n, tmp_path):
     figure = c.plot_training_curves(history(n), tmp_path / "curves.pdf", baseline=("linear classifier", 0.25))
     loss, accuracy, rate = figure.axes
     assert list(loss.lines[1].get_ydata()) == history(n)["val_loss"]
@@ -29,12 +29,12 @@ def test_plot_training_curves(n, tmp_path):
 
 
 @pytest.mark.parametrize("broken", [{}, dict(lr=[]), dict(val_acc=[0.1])])
-def test_a_history_that_cannot_be_drawn(broken):
+def test_plot_training_curves_refuses_a_broken_history(broken):
     with pytest.raises(InputError, match="lists of lengths"):
         c.plot_training_curves({**history(), **broken} if broken else {})
 
 
-def test_plot_matrices():
+def test_plot_matrices_draws_values_on_one_scale():
     matrices = [torch.rand(3, 5), torch.rand(3, 5)]
     figure = c.plot_matrices(matrices, ["one", "two"], "share", xlabel="key", ylabel="query")
     for axes, matrix in zip(figure.axes, matrices, strict=False):
@@ -46,7 +46,7 @@ def test_plot_matrices():
         c.plot_matrices(matrices, ["one"], "share")
 
 
-def test_plot_confusion():
+def test_plot_confusion_shows_shares_counts_and_names():
     confusion = torch.tensor([[8, 2, 0], [0, 0, 0], [1, 3, 0]])
     figure = c.plot_confusion(confusion, ["ant", "a name of more than 18 letters", "$a_b$"], title="12 images")
     (shares,) = data_of(figure)[:1]
@@ -66,13 +66,13 @@ def test_plot_confusion():
 
 
 @pytest.mark.parametrize(("n_classes", "n_counts", "n_names"), [(20, 400, 20), (21, 0, 21), (41, 0, 0), (1000, 0, 0)])
-def test_plot_confusion_of_many_classes(n_classes, n_counts, n_names):
+def test_plot_confusion_drops_counts_and_names_of_many_classes(n_classes, n_counts, n_names):
     figure = c.plot_confusion(torch.eye(n_classes, dtype=torch.int64), list(map(str, range(n_classes))))
     axes = figure.axes[0]
     assert (len(axes.texts), len(axes.get_xticks()), len(axes.get_yticks())) == (n_counts, n_names, n_names)
 
 
-def test_plot_bars():
+def test_plot_bars_draws_values_with_ranges():
     figure = c.plot_bars({"parameters (millions)": {"ViT": 0.4596, "CNN": 0.481},
                           "accuracy (%)": {"CNN": (88.0, 86.5, 89.25), "ViT": (81.0, 80, 82)}}, title="both")
     first, second = figure.axes
@@ -87,8 +87,8 @@ def test_plot_bars():
 
 @pytest.mark.parametrize(("value", "text"), [(459562, "459,562"), (100, "100"), (81.25, "81.2"), (4.567, "4.57"),
                                              (0.1234, "0.123"), (0, "0.00")])
-def test_short_number(value, text):
-    assert c.short_number(value) == text
+def test_short_number_keeps_at_least_three_digits(value, text):
+    assert c._short_number(value) == text
 
 
 # ---- Curves
@@ -97,7 +97,7 @@ def test_short_number(value, text):
 BANDED = {"ViT": [(8, 0.9, 0.85, 0.95), (2, 0.5, 0.4, 0.7)], "CNN": [(2, 0.6, 0.6, 0.6), (8, 0.8, 0.7, 0.9)]}
 
 
-def test_plot_curves():
+def test_plot_curves_draws_points_bands_and_lines():
     figure = c.plot_curves({"one": BANDED, "two": {"CNN": [(3, 0.25)]}}, "images", "right (%)", percent=True,
                            log=("x",), lines=[("guessing", 0.1)], title="both")
     first, second = figure.axes
@@ -115,20 +115,20 @@ def test_plot_curves():
         c.plot_curves({"empty": {}}, "x", "y")
 
 
-def test_many_panels_of_curves_stand_in_two_rows():
+def test_plot_curves_puts_many_panels_in_two_rows():
     figure = c.plot_curves({heading: BANDED for heading in "abcde"}, "images", "right (%)")
     rows = [axes.get_subplotspec().rowspan.start for axes in figure.axes]
     assert rows == [0, 0, 0, 1, 1]
     assert [axes.get_ylabel() for axes in figure.axes] == ["right (%)", "", "", "right (%)", ""]
 
 
-def test_panels_share_an_axis_that_holds_all_their_points():
+def test_plot_curves_panels_share_an_axis_with_all_points():
     figure = c.plot_curves({"low": {"A": [(0, 2), (1, 5)]}, "high": {"A": [(0, 3), (1, 11)]}}, "depth", "radius")
     assert {axes.get_ylim()[0] for axes in figure.axes} == {0}
     assert min(axes.get_ylim()[1] for axes in figure.axes) >= 11
 
 
-def test_matrices_in_rows_and_numbered_from_the_middle():
+def test_plot_matrices_numbers_cells_from_the_middle():
     figure = c.plot_matrices([torch.rand(5, 5)] * 7, list("abcdefg"), "share", most=1, centred=True, title="shifts")
     panels = [axes for axes in figure.axes if axes.images]
     assert len(panels) == 7
@@ -136,7 +136,7 @@ def test_matrices_in_rows_and_numbered_from_the_middle():
     assert panels[0].images[0].get_extent() == [-2.5, 2.5, 2.5, -2.5]
 
 
-def test_names_are_written_as_they_are():
+def test_charts_write_names_literally():
     names = ["$\\x$", "_a"]
     curves = c.plot_curves({"$\\x$": {name: [(1, 2)] for name in names}}, "$\\x$", "$\\x$")
     training = c.plot_training_curves(history(), baseline=("_$\\x$", 0.25))
@@ -150,7 +150,7 @@ def test_names_are_written_as_they_are():
     assert training.axes[1].get_legend().get_texts()[2].get_text() == "_$\\x$: 25.0%"
 
 
-def test_no_text_is_clipped():
+def test_charts_clip_no_text():
     for figure in (c.plot_training_curves(history(), baseline=("linear classifier", 0.2)),
                    c.plot_matrices([torch.rand(7, 7)], ["attention of 7 tokens"], "share", "key", "query"),
                    c.plot_matrices([torch.rand(7, 7)] * 6, ["a model,\nrandom weights"] * 6, "share", "key", "query"),

@@ -33,7 +33,7 @@ def picture_in(uri):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("RGB"))
 
 
-def test_the_page_holds_the_numbers_to_the_error_that_it_states(tmp_path):
+def test_explore_page_holds_numbers_within_its_stated_error(tmp_path):
     model, images = square_vit(), [pixels(12, 12), pixels(40, 30)]
     page = explorer.explore(model, images, tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == page.html
@@ -57,19 +57,19 @@ def test_the_page_holds_the_numbers_to_the_error_that_it_states(tmp_path):
     assert f"{page.quantisation_error:.2%} of the largest value" in page.html
 
 
-def test_bytes_are_as_near_as_they_can_be():
+def test_pack_rounds_to_the_nearest_byte():
     matrices = torch.tensor([[[0.0, 0.5, 0.5], [0.2, 0.3, 0.5], [0.0, 0.0, 1.0]]])
-    packed, error = explorer.pack(matrices)
+    packed, error = explorer._pack(matrices)
     np.testing.assert_allclose(unpacked(packed, 3), matrices, atol=0.5 / 510 + 1e-7)
     rows = np.abs(unpacked(packed, 3) - matrices.numpy()) / matrices.numpy().max(axis=2, keepdims=True)
     assert error == pytest.approx(rows.max(), abs=1e-6)
-    assert np.isfinite(unpacked(explorer.pack(torch.zeros(1, 3, 3))[0], 3)).all()
+    assert np.isfinite(unpacked(explorer._pack(torch.zeros(1, 3, 3))[0], 3)).all()
 
 
-def test_a_convnet_beside_it_shows_what_each_unit_sees():
+def test_explore_shows_what_each_convnet_unit_sees():
     model, image = small_convnet(), prepare_image(pixels(12, 12), square_vit())[0]
     field = receptive_field(model, image, 2)  # of the unit in the middle, (12, 12)
-    found = explorer.unit_fields(model, image, 2, (12, 12))
+    found = explorer._unit_fields(model, image, 2, (12, 12))
     rows = model.forward_features(image).shape[2]
     place = (rows // 2) * (12 // rows) + 12 // rows // 2
     np.testing.assert_allclose(found[place * 12 + place].view(12, 12), field, atol=1e-6)
@@ -83,7 +83,7 @@ def test_a_convnet_beside_it_shows_what_each_unit_sees():
 
 
 @pytest.mark.parametrize("name", ["timm", "torchvision", "transformers", "timm, registers"])
-def test_models_of_other_libraries(name, tmp_path):
+def test_explore_of_other_libraries_matches_ours(name, tmp_path):
     theirs, ours, _ = shared(name, tmp_path)
     ours.preprocessing = adapt(theirs).preprocessing
     first, second = (data_of(explorer.explore(model.float(), pixels(15, 15), None))["models"][0]
@@ -94,14 +94,14 @@ def test_models_of_other_libraries(name, tmp_path):
         np.testing.assert_allclose(a, b, atol=b.max() / 250)
 
 
-def test_a_grid_that_is_no_square_a_mean_and_no_head():
+def test_explore_takes_oblong_grids_mean_pooling_and_no_head():
     described = data_of(explorer.explore(vit(pool="mean"), pixels(), None))["models"][0]
     assert (described["rows"], described["columns"], described["pool"]) == (2, 3, "mean")
     described = data_of(explorer.explore(vit(n_classes=0), pixels(), None))["models"][0]
     assert "relevance" not in described["images"][0]
 
 
-def test_the_page_needs_nothing_but_itself():
+def test_explore_page_needs_nothing_but_itself():
     page = explorer.explore(square_vit(), pixels(12, 12), None, title="<b>a & b</b>").html
     assert not re.search(r"(src|href)=.?(https?:)?//", page)
     assert not re.search(r"https?://|import\s*\(|fetch\s*\(|XMLHttpRequest", page)
@@ -110,7 +110,7 @@ def test_the_page_needs_nothing_but_itself():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_gradients_are_worked_out_where_the_caller_has_none(mode):
+def test_explore_works_with_gradients_switched_off(mode):
     model, image, other = square_vit(), prepare_image(pixels(12, 12), square_vit())[0][0], small_convnet()
     expected = [explorer.explore(model, image, None).html, explorer.explore(model, image, None, other).html]
     with mode():
@@ -119,7 +119,7 @@ def test_gradients_are_worked_out_where_the_caller_has_none(mode):
         assert torch.is_grad_enabled() is False
 
 
-def test_each_model_has_the_picture_that_it_is_given():
+def test_explore_shows_each_model_its_own_picture():
     first, second, photo = vit(img_size=72, patch_size=24), small_convnet(), pixels(150, 150)
     page = explorer.explore(first, [photo, pixels(12, 12)], None, second)
     found = data_of(page)["pictures"][0]["pngs"]
@@ -134,7 +134,7 @@ def test_each_model_has_the_picture_that_it_is_given():
 
 
 @pytest.mark.parametrize("second", [small_convnet(), vit(img_size=12, patch_size=6)])
-def test_a_tensor_normalised_for_one_model_is_normalised_anew_for_the_other(second):
+def test_explore_renormalises_a_tensor_for_the_second_model(second):
     first = square_vit()
     second.preprocessing = Preprocessing(12, [0.1, 0.2, 0.3], [0.6, 0.7, 0.8])
     tensor = prepare_image(pixels(12, 12), first)[0]
@@ -148,7 +148,7 @@ def test_a_tensor_normalised_for_one_model_is_normalised_anew_for_the_other(seco
         np.testing.assert_allclose(a, b, atol=b.max() / 250)
 
 
-def test_images_of_two_sizes_are_refused_and_another_size_is_not():
+def test_explore_refuses_mixed_sizes_but_takes_another_size():
     model, images = square_vit(), [torch.zeros(3, 12, 12), torch.zeros(3, 16, 8)]
     model.any_size = True
     with pytest.raises(InputError, match="VisionTransformer is given images of 12x12 and 16x8 pixels; expected one"):
@@ -157,7 +157,7 @@ def test_images_of_two_sizes_are_refused_and_another_size_is_not():
     assert (described["rows"], described["columns"], described["tokens"]) == (4, 2, 9)
 
 
-def test_the_lens_says_what_is_likeliest_of_all_classes():
+def test_words_name_the_likeliest_of_all_classes():
     lens = torch.tensor([[0.05, 0.05, 0.0, 0.0, 0.0, 0.0, 0.1, 0.8], [0.3, 0.1, 0.08, 0.07, 0.26, 0.09, 0.06, 0.04]])
     words = explorer.words(lens, list("abcdefgh"))
     assert words["lens"]["says"] == ["h (80%)", "a (30%)"]  # h is none of the six
@@ -167,7 +167,7 @@ def test_the_lens_says_what_is_likeliest_of_all_classes():
     assert explorer.words(lens[:1, :2], None)["lens"]["says"] == ["class 0 (5%)"]
 
 
-def test_what_stands_in_a_name_cannot_end_the_script():
+def test_explore_escapes_names_in_the_script():
     model = square_vit()
     model.preprocessing = Preprocessing(12, class_names=["</script><b>"] * 5)
     page = explorer.explore(model, pixels(12, 12), None)
@@ -176,7 +176,7 @@ def test_what_stands_in_a_name_cannot_end_the_script():
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_no_page_is_made_of_what_are_no_numbers(value, tmp_path):
+def test_explore_refuses_nan_and_infinity(value, tmp_path):
     sound, broken, other = square_vit(), square_vit(), small_convnet()
     for model in (broken, other):
         torch.nn.init.constant_(next(model.parameters()), value)
@@ -188,21 +188,21 @@ def test_no_page_is_made_of_what_are_no_numbers(value, tmp_path):
         explorer.fill(dict(value=value), "", "")
 
 
-def test_a_notebook_shows_the_page():
+def test_explore_page_displays_in_a_notebook():
     page = explorer.explore(square_vit(), pixels(12, 12), None)
     frame = page._repr_html_()
     assert frame.startswith("<iframe srcdoc=")
     assert "<script" not in frame
 
 
-def test_base_at_224_pixels_stays_below_ten_megabytes():
+def test_explore_keeps_vit_base_below_ten_megabytes():
     torch.manual_seed(0)
     page = explorer.explore(create_vit_base(n_classes=5), pixels(224, 224), None)
     assert len(page.html) < 10e6
     assert data_of(page)["models"][0]["tokens"] == 197
 
 
-def test_the_ready_page_is_of_this_script_and_small():
+def test_explorer_ready_page_is_current_and_small():
     page = READY.read_text(encoding="utf-8")
     assert READY.stat().st_size < 2**20
     assert STYLE in page
@@ -210,7 +210,7 @@ def test_the_ready_page_is_of_this_script_and_small():
     assert BODY.split("$TITLE")[1].split("$NOTE")[0] in page
 
 
-def test_nothing_to_explore_is_refused():
+def test_explore_refuses_no_images_and_a_lone_convnet():
     with pytest.raises(InputError, match="no image to explore"):
         explorer.explore(square_vit(), [], None)
     with pytest.raises(InputError, match="ConvNet has no attention maps"):

@@ -90,7 +90,7 @@ def canvas_of(page, number):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("RGB"))
 
 
-def test_it_begins_with_what_the_head_reads_in_the_last_layer(opened, written):
+def test_explorer_starts_with_cls_in_the_last_layer(opened, written):
     part = written[1]["models"][0]["images"][0]["attention"]
     row = unpacked(part, 10)[4:6].mean(axis=0)[0, 1:]
     best = int(row.argmax())
@@ -99,7 +99,7 @@ def test_it_begins_with_what_the_head_reads_in_the_last_layer(opened, written):
     assert "in layer 2, mean of 2 heads" in said(opened)
 
 
-def test_pointing_at_a_patch_shows_where_it_looks(opened, written):
+def test_explorer_shows_where_a_pointed_patch_looks(opened, written):
     box = opened.locator("canvas.view").first.bounding_box()
     opened.mouse.move(box["x"] + box["width"] * 5 / 6, box["y"] + box["height"] / 6)
     assert state(opened)["patch"] == 2
@@ -109,7 +109,7 @@ def test_pointing_at_a_patch_shows_where_it_looks(opened, written):
     np.testing.assert_allclose(shown, row, atol=1e-6)
 
 
-def test_who_looks_at_a_patch_is_a_column(opened, written):
+def test_explorer_shows_who_looks_at_a_patch(opened, written):
     opened.select_option("#direction", "to")
     opened.evaluate("change({patch: 7})")
     column = unpacked(written[1]["models"][0]["images"][0]["attention"], 10)[1][1:, 8]
@@ -118,7 +118,7 @@ def test_who_looks_at_a_patch_is_a_column(opened, written):
 
 
 @pytest.mark.parametrize("method", ["rollout", "relevance"])
-def test_the_other_methods(opened, written, method):
+def test_explorer_shows_rollout_and_relevance(opened, written, method):
     opened.select_option("#method", method)
     expected = unpacked(written[1]["models"][0]["images"][0][method], 10)[0][0, 1:]
     np.testing.assert_allclose(opened.evaluate("[...shown(0, 0, -1, -1).values]"), expected, rtol=1e-5, atol=1e-6)
@@ -127,7 +127,7 @@ def test_the_other_methods(opened, written, method):
     assert opened.is_hidden("canvas.strip >> nth=0")
 
 
-def test_every_control_and_key_changes_what_is_said(opened):
+def test_explorer_responds_to_every_control_and_key(opened):
     opened.locator("canvas.view").first.focus()
     seen = [said(opened)]
     for key, part in (("ArrowRight", dict(patch=4)), ("ArrowRight", dict(patch=5)), ("ArrowRight", dict(patch=5)),
@@ -150,13 +150,13 @@ def test_every_control_and_key_changes_what_is_said(opened):
     assert said(opened).startswith("CLS")
 
 
-def test_the_strip_jumps_to_a_head(opened):
+def test_explorer_strip_jumps_to_a_head(opened):
     box = opened.locator("canvas.strip").first.bounding_box()
     opened.locator("canvas.strip").first.click(position=dict(x=box["width"] * 0.75, y=box["height"] / 6))
     assert (state(opened)["layer"], state(opened)["head"]) == (0, 1)
 
 
-def test_the_numbers_are_there_for_those_who_do_not_see_the_picture(opened):
+def test_explorer_offers_numbers_and_labels_to_screen_readers(opened):
     opened.locator("summary").first.click()
     rows = opened.locator("details >> nth=0").locator("tbody tr")
     assert rows.count() == 9
@@ -165,7 +165,7 @@ def test_the_numbers_are_there_for_those_who_do_not_see_the_picture(opened):
     assert "Arrow keys choose a patch" in opened.get_attribute("canvas.view >> nth=0", "aria-label")
 
 
-def test_the_view_is_saved(opened):
+def test_explorer_saves_the_view_as_an_image(opened):
     with opened.expect_download() as download:
         opened.click("#save")
     assert download.value.suggested_filename == "attention.png"
@@ -180,7 +180,7 @@ def test_the_view_is_saved(opened):
     assert saved[36 + height:].min() < 100  # what is said
 
 
-def test_each_panel_shows_its_own_picture(visit, tmp_path):
+def test_explorer_panels_show_their_own_pictures(visit, tmp_path):
     models, photo = [vit(img_size=72, patch_size=24), small_convnet()], pixels(150, 150)
     explore(models[0], photo, tmp_path / "page.html", models[1])
     page = visit(tmp_path / "page.html")
@@ -191,7 +191,7 @@ def test_each_panel_shows_its_own_picture(visit, tmp_path):
         np.testing.assert_array_equal(found[rows], np.round(255 * prepare_image(photo, model)[1])[rows])
 
 
-def test_registers_a_mean_and_a_grid_that_is_no_square(visit, tmp_path):
+def test_explorer_handles_registers_mean_pooling_and_oblong_grids(visit, tmp_path):
     model = marked(vit(pool="mean", n_registers=2))  # 2 x 3 patches after 3 tokens
     explore(model, pixels(), tmp_path / "page.html")
     page, fed = visit(tmp_path / "page.html"), prepare_image(pixels(), model)[0]
@@ -217,7 +217,7 @@ def test_registers_a_mean_and_a_grid_that_is_no_square(visit, tmp_path):
         np.testing.assert_allclose(values, saliency, atol=5e-3 * saliency.max())
 
 
-def test_the_lens_as_it_is_read(opened, written):
+def test_explorer_shows_the_logit_lens_of_the_model(opened, written):
     cells = [[cell.inner_text() for cell in row.locator("th, td").all()]
              for row in opened.locator("article >> nth=0").locator(".scroll table tr").all()]
     model = marked(square_vit())
@@ -235,7 +235,7 @@ def test_the_lens_as_it_is_read(opened, written):
     assert f"({answer[1]})" in headings(opened)[1]
 
 
-def test_light_and_dark(opened):
+def test_explorer_switches_between_light_and_dark(opened):
     colours = [opened.evaluate("getComputedStyle(document.body).backgroundColor")]
     opened.click("#theme")
     colours.append(opened.evaluate("getComputedStyle(document.body).backgroundColor"))
@@ -243,7 +243,7 @@ def test_light_and_dark(opened):
 
 
 @pytest.mark.parametrize("width", [390, 820, 1280])
-def test_nothing_sticks_out(opened, width):
+def test_explorer_fits_every_window_width(opened, width):
     opened.set_viewport_size(dict(width=width, height=800))
     assert opened.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     view = opened.locator("canvas.view").first.bounding_box()
@@ -252,7 +252,7 @@ def test_nothing_sticks_out(opened, width):
 
 
 @pytest.mark.parametrize("width", [320, 390])
-def test_long_names_do_not_stick_out(visit, tmp_path, width):
+def test_explorer_fits_long_names_in_narrow_windows(visit, tmp_path, width):
     model, long = square_vit(), "a_name_without_a_space" * 8
     model.preprocessing = replace(model.preprocessing, class_names=[long] * 5)
     explore(model, pixels(12, 12), tmp_path / "page.html", names=[f"/home/somebody/{long}.pt"], title=long)
@@ -264,7 +264,7 @@ def test_long_names_do_not_stick_out(visit, tmp_path, width):
     assert long in said(page)
 
 
-def test_every_patch_has_the_colour_of_its_value(visit, tmp_path):
+def test_explorer_colours_each_patch_by_its_value(visit, tmp_path):
     explore(vit(), pixels(), tmp_path / "page.html")  # 2 x 3 patches, so that no swapped axis stays unseen
     page = visit(tmp_path / "page.html")
     page.evaluate("byId('opacity').value = 100; change({patch: -1, layer: 1, head: 0})")
@@ -276,7 +276,7 @@ def test_every_patch_has_the_colour_of_its_value(visit, tmp_path):
     assert len({tuple(colour) for colour in found}) > 2
 
 
-def test_a_click_keeps_a_patch_until_the_next(opened):
+def test_explorer_click_keeps_a_patch_until_the_next(opened):
     view = opened.locator("canvas.view").first
     box = view.bounding_box()
     at = [(box["x"] + box["width"] * (i + 0.5) / 3, box["y"] + box["height"] / 2) for i in range(3)]
@@ -288,7 +288,7 @@ def test_a_click_keeps_a_patch_until_the_next(opened):
     assert state(opened)["patch"] == 5
 
 
-def test_a_patch_that_is_not_kept_goes_with_the_pointer(opened):
+def test_explorer_forgets_an_unclicked_patch_with_the_pointer(opened):
     view = opened.locator("canvas.view").first
     box = view.bounding_box()
     inside, outside = (box["x"] + box["width"] / 6, box["y"] + box["height"] / 2), (box["x"] + 5, box["y"] - 30)
@@ -304,7 +304,7 @@ def test_a_patch_that_is_not_kept_goes_with_the_pointer(opened):
     assert (state(opened)["patch"], state(opened)["kept"]) == (-1, False)
 
 
-def test_brackets_that_need_another_key_are_keys_too(opened):
+def test_explorer_accepts_brackets_typed_with_modifier_keys(opened):
     press = """options => document.body.dispatchEvent(new KeyboardEvent('keydown', {bubbles: true, ...options}))"""
     opened.evaluate(press, dict(key="[", ctrlKey=True, altKey=True, modifierAltGraph=True))  # Windows
     assert state(opened)["layer"] == 1
@@ -319,7 +319,7 @@ def test_brackets_that_need_another_key_are_keys_too(opened):
     assert (state(opened)["layer"], state(opened)["direction"]) == (1, "from")
 
 
-def test_two_vits_side_by_side_where_one_has_no_head(visit, tmp_path):
+def test_explorer_compares_two_vits_one_without_a_head(visit, tmp_path):
     first, second = square_vit(), vit(img_size=12, patch_size=6, n_classes=0)
     explore(first, pixels(12, 12), tmp_path / "page.html", second, names=["A", "B"])
     page = visit(tmp_path / "page.html")
@@ -336,7 +336,7 @@ def test_two_vits_side_by_side_where_one_has_no_head(visit, tmp_path):
         page.keyboard.press(key)
 
 
-def test_every_layer_and_head_of_a_second_model_that_has_more(visit, tmp_path):
+def test_explorer_reaches_every_layer_and_head_of_both_models(visit, tmp_path):
     first = vit(img_size=12, patch_size=4, depth=2)
     second = vit(img_size=12, patch_size=4, depth=4, embed_dim=24, n_heads=3)
     explore(first, pixels(12, 12), tmp_path / "page.html", second, names=["A", "B"])
@@ -357,7 +357,7 @@ def test_every_layer_and_head_of_a_second_model_that_has_more(visit, tmp_path):
     assert "one with fewer stays at its last" in page.inner_text("footer")
 
 
-def test_every_depth_of_a_convnet_that_has_more_than_the_vit_has_layers(visit, tmp_path):
+def test_explorer_reaches_every_depth_of_a_deeper_convnet(visit, tmp_path):
     explore(vit(img_size=12, patch_size=4, depth=1), pixels(12, 12), tmp_path / "page.html", small_convnet())
     page = visit(tmp_path / "page.html")
     depths = [headings(page)[1].split("after ")[-1]]
@@ -368,7 +368,7 @@ def test_every_depth_of_a_convnet_that_has_more_than_the_vit_has_layers(visit, t
 
 
 @pytest.mark.parametrize("method", ["rollout", "relevance"])
-def test_the_depth_of_a_convnet_has_keys_under_every_method(opened, method):
+def test_explorer_keys_change_convnet_depth_under_every_method(opened, method):
     opened.select_option("#method", method)
     opened.locator("canvas.view").first.focus()
     for key, end in (("[", "stage 1"), ("[", "the stem"), ("[", "the stem"), ("]", "stage 1")):
@@ -386,7 +386,7 @@ def test_the_depth_of_a_convnet_has_keys_under_every_method(opened, method):
     assert opened.input_value("#depth") == "-1"
 
 
-def test_a_depth_of_the_convnet_is_chosen_apart(opened):
+def test_explorer_chooses_convnet_depth_separately(opened):
     opened.select_option("#method", "relevance")
     box = opened.locator("canvas.strip").nth(1).bounding_box()
     opened.locator("canvas.strip").nth(1).click(position=dict(x=box["width"] / 2, y=box["height"] / 6))
@@ -394,7 +394,7 @@ def test_a_depth_of_the_convnet_is_chosen_apart(opened):
     assert headings(opened)[1].endswith("after the stem")
 
 
-def test_the_unit_of_the_convnet_is_named_while_nothing_is_pointed_at(opened):
+def test_explorer_names_the_convnet_unit_shown(opened):
     assert "what the unit in the middle (row" in headings(opened)[1]
     opened.locator("canvas.view").first.focus()
     opened.keyboard.press("ArrowRight")

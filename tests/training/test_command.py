@@ -15,7 +15,7 @@ import torch
 from command_runs import ROOT, at_step, make_folder, prepared, run, train
 
 import train_vit
-from train_vit import fit_head, parse, unevenness
+from train_vit import _unevenness, fit_head, parse
 from vit_bridge.data.shapes import SHAPES, make_shapes
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.preprocessing import Preprocessing
@@ -50,7 +50,7 @@ from vit_model import InputError, VisionTransformer
     (["--resume"], "--resume alone does not say which run"),
     (["--resume", "nowhere"], "--resume nowhere: there is no run"),
     (["evaluate"], "--checkpoint")])
-def test_bad_words_end_in_one_line_and_exit_code_2(words, expected, capsys, tmp_path, monkeypatch):
+def test_train_vit_reports_bad_options_in_one_line(words, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     drawn = make_shapes(40, 32)
     monkeypatch.setattr("vit_bridge.data.datasets.make_shapes", lambda *args, **kwargs: drawn)
@@ -61,7 +61,7 @@ def test_bad_words_end_in_one_line_and_exit_code_2(words, expected, capsys, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_an_output_folder_that_holds_files_is_left_alone(capsys, tmp_path):
+def test_train_vit_refuses_an_output_folder_with_files(capsys, tmp_path):
     (tmp_path / "best.pt").write_text("of an earlier run")
     code, error = run(["--output-dir", tmp_path, "--dry-run"], capsys)
     assert (code, error.count("\n")) == (2, 1)
@@ -69,14 +69,14 @@ def test_an_output_folder_that_holds_files_is_left_alone(capsys, tmp_path):
     assert (tmp_path / "best.pt").read_text() == "of an earlier run"
 
 
-def test_an_output_folder_that_cannot_be_made(capsys, tmp_path):
+def test_train_vit_refuses_an_output_folder_it_cannot_make(capsys, tmp_path):
     (tmp_path / "file").touch()
     code, error = run(["--output-dir", tmp_path / "file" / "run", "--dry-run"], capsys)
     assert (code, error.count("\n")) == (2, 1)
     assert "cannot write to --output-dir" in error
 
 
-def test_a_run_leaves_its_files_and_they_agree(tmp_path, capsys):
+def test_train_vit_writes_files_that_agree(tmp_path, capsys):
     torch.manual_seed(0)
     train_vit.main(["--dry-run", "--output-dir", str(tmp_path / "run"), "--seed", "3", "--device", "cpu"])
     folder = tmp_path / "run"
@@ -100,7 +100,7 @@ def test_a_run_leaves_its_files_and_they_agree(tmp_path, capsys):
 
 @pytest.mark.parametrize("side", [24, 72])
 @pytest.mark.parametrize("parts", [("",), ("train", "test")])
-def test_a_folder_of_images_from_nothing_to_a_result(side, parts, tmp_path, capsys):
+def test_train_vit_trains_and_scores_on_an_image_folder(side, parts, tmp_path, capsys):
     data = make_folder(tmp_path / "photos", side, parts)
     words = ["--dry-run", "--data-dir", data, "--output-dir", tmp_path / "run", "--device", "cpu",
              "--model", "vit_nano", "--img-size", side, "--batch-size", 4]
@@ -112,7 +112,7 @@ def test_a_folder_of_images_from_nothing_to_a_result(side, parts, tmp_path, caps
     assert load(tmp_path / "run" / "best.pt").preprocessing.class_names == ["blue", "red"]
 
 
-def test_a_corrupt_test_image_is_named_and_the_run_is_kept(tmp_path, capsys):
+def test_train_vit_names_a_corrupt_test_image_and_keeps_files(tmp_path, capsys):
     data = make_folder(tmp_path / "photos", 24, ("train", "test"))
     (data / "test" / "red" / "5.jpg").write_bytes(b"no image")
     code, error = run(["--dry-run", "--data-dir", data, "--output-dir", tmp_path / "run"], capsys)
@@ -124,7 +124,7 @@ def test_a_corrupt_test_image_is_named_and_the_run_is_kept(tmp_path, capsys):
 # ---- Classes and images
 
 
-def test_uneven_classes_are_said_and_weights_are_offered(tmp_path, untested, capsys):
+def test_train_vit_reports_uneven_classes_and_offers_class_weights(tmp_path, untested, capsys):
     data = make_folder(tmp_path / "photos", 24)
     for i in range(3, 12):
         (data / "blue" / f"{i}.jpg").unlink()
@@ -137,16 +137,16 @@ def test_uneven_classes_are_said_and_weights_are_offered(tmp_path, untested, cap
     torch.testing.assert_close(weighted.trainer.objective.loss_fn.class_weights, torch.tensor([13 / 4, 13 / 22]))
 
 
-def test_classes_are_uneven_from_twice_as_many_and_ten_are_shown():
-    assert unevenness(["a", "b"], [19, 10]) == ""
-    assert unevenness(["a", "b"], [10, 2000]) == "Classes differ in size: b 2,000, a 10"
-    many = unevenness([f"c{i}" for i in range(12)], [100 + i for i in range(11)] + [1])
+def test_unevenness_starts_at_a_factor_of_two_and_lists_ten():
+    assert _unevenness(["a", "b"], [19, 10]) == ""
+    assert _unevenness(["a", "b"], [10, 2000]) == "Classes differ in size: b 2,000, a 10"
+    many = _unevenness([f"c{i}" for i in range(12)], [100 + i for i in range(11)] + [1])
     assert many == ("Classes differ in size: c10 110, c9 109, c8 108, c7 107, c6 106, c3 103, c2 102, c1 101, c0 100, "
                     "c11 1 (the largest and smallest of 12)")
 
 
 @pytest.mark.parametrize(("words", "criterion"), [([], "val_acc"), (["--class-weights"], "val_balanced_acc")])
-def test_with_class_weights_the_best_epoch_is_that_of_the_balanced_accuracy(
+def test_train_vit_with_class_weights_selects_by_balanced_accuracy(
         words, criterion, photos, untested, tmp_path, monkeypatch):
     made = []
 
@@ -161,7 +161,7 @@ def test_with_class_weights_the_best_epoch_is_that_of_the_balanced_accuracy(
 
 
 @pytest.mark.parametrize("side", [24, 72])
-def test_a_corrupt_image_is_named_with_what_to_do_about_it(side, tmp_path, capsys):
+def test_train_vit_names_a_corrupt_image_and_suggests_skip_corrupt(side, tmp_path, capsys):
     data = make_folder(tmp_path / "photos", side, n=3)
     (data / "red" / "1.jpg").write_bytes(b"no image")
     code, error = run(["--data-dir", data, "--output-dir", tmp_path / "run", "--model", "vit_nano", "--img-size", side,
@@ -173,7 +173,7 @@ def test_a_corrupt_image_is_named_with_what_to_do_about_it(side, tmp_path, capsy
 
 @pytest.mark.parametrize("side", [24, 72])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_corrupt_images_are_skipped_counted_and_named(side, frozen, tmp_path, capsys):
+def test_skip_corrupt_names_and_counts_the_skipped_images(side, frozen, tmp_path, capsys):
     data = make_folder(tmp_path / "photos", side, n=12)
     bad = [data / "red" / f"{i}.jpg" for i in range(7)]
     for path in bad:
@@ -198,7 +198,7 @@ def shapes_model():
     return load(OURS_FOLDER / "vit_nano_shapes.pt")
 
 
-def test_a_pretrained_model_keeps_its_size_its_normalisation_and_gets_a_head_of_zeros(photos, tmp_path, capsys):
+def test_pretrained_keeps_its_preprocessing_and_gets_a_zero_head(photos, tmp_path, capsys):
     made, source = prepared("--data-dir", photos, "--output-dir", tmp_path / "run", "--pretrained",
                             "vit_nano_shapes"), shapes_model()
     for loader in (made.train_loader, made.val_loader):
@@ -214,14 +214,14 @@ def test_a_pretrained_model_keeps_its_size_its_normalisation_and_gets_a_head_of_
     assert "vit_nano_shapes: " in capsys.readouterr().out
 
 
-def test_another_image_size_resamples_the_positions(photos, tmp_path):
+def test_pretrained_resamples_positions_for_another_image_size(photos, tmp_path):
     made = prepared("--data-dir", photos, "--output-dir", tmp_path / "run", "--pretrained", "vit_nano_shapes",
                     "--img-size", 24)
     assert made.train_loader.img_size == made.model.config.img_size == 24
     assert made.model.pos_embed.shape[1] == 1 + 6 * 6
 
 
-def test_the_head_is_kept_where_the_classes_are_the_same(tmp_path):
+def test_pretrained_keeps_the_head_for_the_same_classes(tmp_path):
     data = make_folder(tmp_path / "photos", 24, classes=sorted(SHAPES), n=2)
     source = shapes_model()
     renamed = tmp_path / "sorted.pt"  # folders come by the alphabet
@@ -231,7 +231,7 @@ def test_the_head_is_kept_where_the_classes_are_the_same(tmp_path):
     assert torch.equal(made.model.head.bias, source.head.bias)
 
 
-def test_a_head_of_zeros_has_the_width_of_its_model_also_where_there_was_none():
+def test_fit_head_adds_a_zero_head_of_the_right_width():
     for n_classes in (0, 3):
         for model in (VisionTransformer(8, 4, 3, n_classes, 12, 1, 3), ConvNet(8, 3, n_classes, (4, 6), (1, 1), 1)):
             width = 12 if isinstance(model, VisionTransformer) else 6
@@ -241,7 +241,7 @@ def test_a_head_of_zeros_has_the_width_of_its_model_also_where_there_was_none():
 
 
 @pytest.mark.parametrize("source", ["vit_nano_shapes", "hybrid_shapes", "convnet_shapes", "raw", "bare"])
-def test_fine_tuning_starts_from_a_file_of_any_kind(source, photos, untested, tmp_path):
+def test_pretrained_starts_from_any_kind_of_weights_file(source, photos, untested, tmp_path):
     """One step at a rate of 1e-12 leaves the weights where they were."""
     path = OURS_FOLDER / f"{source}.pt"
     if source == "raw":
@@ -261,7 +261,7 @@ def test_fine_tuning_starts_from_a_file_of_any_kind(source, photos, untested, tm
             torch.testing.assert_close(p.detach(), expected[name].float(), rtol=0, atol=1e-6)
 
 
-def test_the_peak_of_the_rate_is_lower_for_pretrained_weights_unless_the_head_alone_learns(photos, untested, tmp_path):
+def test_pretrained_lowers_the_learning_rate_unless_frozen(photos, untested, tmp_path):
     rates = {}
     for name, words in (("new", []), ("fine", ["--pretrained", "vit_nano_shapes"]),
                         ("head", ["--pretrained", "vit_nano_shapes", "--freeze-backbone"]), ("own", ["--lr", "0.125"])):
@@ -271,7 +271,7 @@ def test_the_peak_of_the_rate_is_lower_for_pretrained_weights_unless_the_head_al
 
 
 @pytest.mark.parametrize("source", ["vit_nano_shapes", "convnet_shapes"])
-def test_a_frozen_backbone_is_computed_once_and_exactly_the_head_changes(
+def test_freeze_backbone_trains_only_the_head_on_cached_features(
         source, photos, untested, tmp_path, monkeypatch, capsys):
     expected = load(OURS_FOLDER / f"{source}.pt")
     seen, forward = [], type(expected).forward_features
@@ -304,12 +304,12 @@ def test_a_frozen_backbone_is_computed_once_and_exactly_the_head_changes(
 @pytest.mark.parametrize(("words", "expected"), [
     (["--resume", "x", "--dry-run"], "--dry-run is a run of its own"),
     (["--pretrained", "x", "--freeze-backbone", "--layer-decay", "0.7"], "--layer-decay cannot be combined")])
-def test_words_that_contradict_each_other_are_refused_before_anything_is_read(words, expected):
+def test_parse_refuses_contradictory_options(words, expected):
     with pytest.raises(ValueError, match=expected):
         parse(words)
 
 
-def test_given_are_exactly_the_words_on_the_command_line():
+def test_parse_records_exactly_the_given_options():
     assert parse([]).given == {}
     assert parse(["--seed", "0", "--lr", "1e-3"]).given == dict(seed=0, lr=1e-3)  # 0 is the default
     assert parse(["--model-ema", "--class-weights"]).given == dict(model_ema=0.999, class_weights=True)
@@ -326,23 +326,23 @@ def test_given_are_exactly_the_words_on_the_command_line():
     ["--val-fraction", "0.3", "--label-smoothing", "0", "--amp", "bf16", "--device", "cuda:1", "--batch-size", "3"],
     ["--minutes", "4", "--output-dir", "x y", "--save-minutes", "9"], ["--epochs", "4", "--resume", "--output-dir",
                                                                        "z"]])
-def test_the_command_of_a_run_means_the_run(words):
+def test_command_of_parses_back_to_the_same_options(words):
     options = {name: value for name, value in vars(parse(words)).items() if name != "given"}
-    command = shlex.split(train_vit.command_of(options, 7))
+    command = shlex.split(train_vit._command_of(options, 7))
     assert command[:2] == ["python", "train_vit.py"]
     again = parse(command[2:])
     changed = dict(steps=7, minutes=None, epochs=None, output_dir=None, resume=None, save_minutes=3, dry_run=False)
     assert {name: value for name, value in vars(again).items() if name != "given"} == options | changed
 
 
-def test_every_option_is_of_a_kind_that_can_be_written_again():
+def test_make_parser_uses_only_options_that_can_be_rewritten():
     """A new option of a kind that as_words() cannot write would be noticed here."""
     kinds = {action.dest: type(action) for action in train_vit.make_parser()._actions if action.dest != "help"}
     assert set(kinds.values()) <= {argparse._StoreAction, argparse._StoreTrueAction}
     assert set(CHANGEABLE) <= set(kinds)
 
 
-def test_several_processes_are_part_of_the_command(monkeypatch):
+def test_command_includes_torchrun_for_several_processes(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert train_vit.command("--resume", "a b") == "torchrun --nproc-per-node=4 train_vit.py --resume 'a b'"
@@ -351,7 +351,7 @@ def test_several_processes_are_part_of_the_command(monkeypatch):
 # ---- Several processes
 
 
-def test_two_processes_train_as_one(photos, tmp_path):
+def test_train_vit_on_two_processes_matches_one(photos, tmp_path):
     """The slowest test here: torchrun starts two processes, which share every batch."""
     words = ["--data-dir", photos, "--steps", 3, "--batch-size", 9, "--class-weights", "--device", "cpu"]
     done = subprocess.run(
@@ -378,7 +378,7 @@ def test_two_processes_train_as_one(photos, tmp_path):
 # ---- The command repeats the run
 
 
-def test_the_printed_command_repeats_the_run(untested, tmp_path, monkeypatch):
+def test_train_vit_by_minutes_matches_the_same_run_by_steps(untested, tmp_path, monkeypatch):
     """Measuring the speed draws random numbers; the run after it must not notice."""
     monkeypatch.setattr(train_vit, "steps_within", lambda *args, **settings: int(torch.rand(3).numel()))
     data = make_folder(tmp_path / "photos", 24)
@@ -392,22 +392,22 @@ def test_the_printed_command_repeats_the_run(untested, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("words", "named"), [(["--flip", "none"], "--flip is for small images"),
                                               (["--cutout", "0"], "--cutout is for small images")])
-def test_what_photographs_do_not_take_is_refused(words, named, tmp_path):
+def test_train_vit_refuses_small_image_options_for_photographs(words, named, tmp_path):
     with pytest.raises(InputError, match=named):
         prepared("--data-dir", make_folder(tmp_path / "photos", 72), *words)
 
 
-def test_a_recipe_of_another_model_is_refused(photos):
+def test_train_vit_refuses_a_recipe_for_another_model(photos):
     with pytest.raises(InputError, match="--recipe hybrid_fast is for --model hybrid, and the model is vit_nano"):
         prepared("--data-dir", photos, "--recipe", "hybrid_fast")
 
 
-def test_a_recipe_for_larger_images_is_refused(photos):
+def test_train_vit_refuses_a_recipe_for_larger_images(photos):
     with pytest.raises(InputError, match="--recipe convnet_fast needs images of at least 16 pixels, these have 12"):
         prepared("--data-dir", photos, "--img-size", 12, "--model", "convnet", "--recipe", "convnet_fast")
 
 
-def test_a_convnet_has_no_attention_picture(photos, tmp_path):
+def test_train_vit_draws_no_attention_picture_for_a_convnet(photos, tmp_path):
     train(tmp_path / "run", "--data-dir", photos, "--model", "convnet", "--steps", 1)
     assert (tmp_path / "run" / "curves.png").exists()
     assert not (tmp_path / "run" / "attention.png").exists()

@@ -59,7 +59,7 @@ def uncut(photos, tmp_path_factory):
 
 @pytest.mark.parametrize(("number", "code", "step"), [
     (signal.SIGINT, 130, 0), (signal.SIGINT, 130, 4), (signal.SIGTERM, 143, 5)])
-def test_a_signal_in_training_saves_says_the_command_and_the_run_ends_as_if_uncut(
+def test_train_vit_saves_on_a_signal_and_resumes_exactly(
         number, code, step, photos, uncut, untested, tmp_path, capsys, monkeypatch):
     folder, before = tmp_path / "a run", [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     at_step(monkeypatch, step, lambda: os.kill(os.getpid(), number))
@@ -76,7 +76,7 @@ def test_a_signal_in_training_saves_says_the_command_and_the_run_ends_as_if_uncu
     assert_same_run(folder, uncut)
 
 
-def test_a_run_goes_on_with_the_recipe_that_it_began_with(photos, uncut, untested, tmp_path, monkeypatch):
+def test_resume_keeps_the_recipe_the_run_began_with(photos, uncut, untested, tmp_path, monkeypatch):
     at_step(monkeypatch, 4, cut)
     with pytest.raises(PowerCut):
         train(tmp_path / "run", "--data-dir", photos, *SEVEN, "--save-minutes", "0.00001")
@@ -87,7 +87,7 @@ def test_a_run_goes_on_with_the_recipe_that_it_began_with(photos, uncut, unteste
     assert_same_run(tmp_path / "run", uncut)
 
 
-def test_a_signal_in_an_evaluation_is_kept_too(photos, uncut, untested, tmp_path, capsys, monkeypatch):
+def test_train_vit_saves_on_a_signal_during_evaluation(photos, uncut, untested, tmp_path, capsys, monkeypatch):
     evaluate = train_vit.Trainer.evaluate
 
     def interrupted(self, loader, model=None, state=None):
@@ -105,7 +105,7 @@ def test_a_signal_in_an_evaluation_is_kept_too(photos, uncut, untested, tmp_path
     assert_same_run(tmp_path / "run", uncut)
 
 
-def test_a_second_signal_ends_the_training_at_once(photos, untested, tmp_path, monkeypatch):
+def test_train_vit_exits_at_once_on_a_second_signal(photos, untested, tmp_path, monkeypatch):
     codes = []
 
     def end(code):
@@ -119,7 +119,7 @@ def test_a_second_signal_ends_the_training_at_once(photos, untested, tmp_path, m
     assert codes == [130]
 
 
-def test_a_signal_before_the_training_leaves_no_folder(photos, tmp_path, capsys, monkeypatch):
+def test_train_vit_leaves_no_folder_on_an_early_signal(photos, tmp_path, capsys, monkeypatch):
     def interrupted(**_):
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -129,7 +129,7 @@ def test_a_signal_before_the_training_leaves_no_folder(photos, tmp_path, capsys,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_real_ctrl_c_in_a_terminal(photos, tmp_path):
+def test_train_vit_process_saves_on_a_real_sigint(photos, tmp_path):
     """The same from outside, once: another process, a real signal, the state kept."""
     folder = tmp_path / "run"
     words = ["--data-dir", photos, "--steps", "100000", "--batch-size", "8", "--device", "cpu", "--output-dir", folder]
@@ -147,7 +147,7 @@ def test_a_real_ctrl_c_in_a_terminal(photos, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["folder", "last.pt", "output-dir"])
-def test_a_power_cut_costs_what_was_done_since_the_last_checkpoint(form, photos, uncut, untested, tmp_path, monkeypatch,
+def test_resume_after_a_power_cut_continues_from_last_checkpoint(form, photos, uncut, untested, tmp_path, monkeypatch,
                                                                    capsys):
     folder = tmp_path / "run"
     at_step(monkeypatch, 4, cut)
@@ -160,7 +160,7 @@ def test_a_power_cut_costs_what_was_done_since_the_last_checkpoint(form, photos,
     assert_same_run(folder, uncut)
 
 
-def test_with_output_dir_the_same_command_begins_and_goes_on(photos, uncut, untested, tmp_path, monkeypatch, capsys):
+def test_resume_with_output_dir_starts_or_continues_a_run(photos, uncut, untested, tmp_path, monkeypatch, capsys):
     words = ["--data-dir", photos, *SEVEN, "--resume"]
     at_step(monkeypatch, 1, cut)
     with pytest.raises(PowerCut):
@@ -172,7 +172,7 @@ def test_with_output_dir_the_same_command_begins_and_goes_on(photos, uncut, unte
     assert_same_run(tmp_path / "run", uncut)
 
 
-def test_a_run_by_the_clock_goes_on_with_its_number_of_steps(photos, untested, tmp_path, monkeypatch):
+def test_resume_keeps_the_step_count_of_a_timed_run(photos, untested, tmp_path, monkeypatch):
     monkeypatch.setattr(train_vit, "steps_within", lambda *args, **settings: 4)
     at_step(monkeypatch, 2, cut)
     with pytest.raises(PowerCut):
@@ -183,7 +183,7 @@ def test_a_run_by_the_clock_goes_on_with_its_number_of_steps(photos, untested, t
     assert (entries["n_steps"], entries["training"]["step"]) == (4, 4)
 
 
-def test_what_a_run_may_not_go_on_with(photos, uncut, tmp_path, capsys, monkeypatch):
+def test_resume_refuses_changed_options_classes_and_wrong_paths(photos, uncut, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_vit.Trainer, "step", lambda *_: pytest.fail("a step was taken"))
     folder = shutil.copytree(uncut, tmp_path / "run")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -203,7 +203,7 @@ def test_what_a_run_may_not_go_on_with(photos, uncut, tmp_path, capsys, monkeypa
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_other_images_of_the_same_classes_are_a_warning(photos, untested, tmp_path, capsys, monkeypatch):
+def test_resume_warns_about_another_number_of_images(photos, untested, tmp_path, capsys, monkeypatch):
     at_step(monkeypatch, 2, cut)
     with pytest.raises(PowerCut):
         train(tmp_path / "run", "--data-dir", photos, "--steps", 4, "--batch-size", 8, "--save-minutes", "0.00001")
@@ -214,7 +214,7 @@ def test_other_images_of_the_same_classes_are_a_warning(photos, untested, tmp_pa
     assert (entries["training"]["step"], entries["options"]["data_dir"]) == (4, str(moved))
 
 
-def test_a_run_cut_in_its_test_is_tested_and_a_complete_one_is_left_as_it_is(photos, tmp_path, capsys, monkeypatch):
+def test_resume_finishes_the_test_and_leaves_complete_runs(photos, tmp_path, capsys, monkeypatch):
     folder, test_loader = tmp_path / "run", get_test_loader
     monkeypatch.setattr(train_vit, "get_test_loader", lambda **_: os.kill(os.getpid(), signal.SIGINT))
     code, error = run(["--data-dir", photos, "--steps", 2, "--batch-size", 8, "--output-dir", folder], capsys)
@@ -233,7 +233,7 @@ def test_a_run_cut_in_its_test_is_tested_and_a_complete_one_is_left_as_it_is(pho
     assert (folder / "result.json").read_bytes() == result
 
 
-def test_a_folder_that_another_run_writes_to_is_refused(photos, uncut, tmp_path, capsys):
+def test_resume_refuses_a_folder_another_run_writes_to(photos, uncut, tmp_path, capsys):
     folder = shutil.copytree(uncut, tmp_path / "run")
     holder = subprocess.Popen(
         [sys.executable, "-S", "-c", "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, 2); "
@@ -251,7 +251,7 @@ def test_a_folder_that_another_run_writes_to_is_refused(photos, uncut, tmp_path,
 # ---- What goes wrong in a training
 
 
-def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_from_the_file_before(
+def test_train_vit_reports_a_full_disk_and_resumes_exactly(
         photos, uncut, untested, tmp_path, capsys, monkeypatch):
     folder, full, fsync = tmp_path / "run", [], os.fsync
 
@@ -274,7 +274,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_from_the_file_before(
     assert_same_run(folder, uncut)
 
 
-def test_a_rate_that_is_too_high_is_named_with_the_step(photos, tmp_path, capsys):
+def test_train_vit_names_step_and_rate_when_training_diverges(photos, tmp_path, capsys):
     code, error = run(["--data-dir", photos, "--lr", "1e30", "--batch-size", 8, "--epochs", 2, "--device", "cpu",
                        "--output-dir", tmp_path / "run"], capsys)
     assert (code, error.count("\n")) == (2, 1)
@@ -283,7 +283,7 @@ def test_a_rate_that_is_too_high_is_named_with_the_step(photos, tmp_path, capsys
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
-def test_after_nan_the_last_good_checkpoint_is_named_and_good(photos, untested, tmp_path, capsys, monkeypatch):
+def test_train_vit_names_a_finite_checkpoint_after_nan(photos, untested, tmp_path, capsys, monkeypatch):
     forward, calls = CrossEntropy.forward, []
 
     def failing(self, logits, labels):

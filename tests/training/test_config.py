@@ -13,7 +13,7 @@ from vit_model import InputError
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_builds_its_model_and_says_what_it_does(name):
+def test_recipe_builds_its_model_and_describes_itself(name):
     recipe = RECIPES[name]
     assert recipe.model is None or recipe.model in MODELS
     model = build_model(recipe.model or "vit_nano", n_classes=3, img_size=32, **recipe.model_options).eval()
@@ -34,11 +34,11 @@ def test_a_recipe_builds_its_model_and_says_what_it_does(name):
     (("convnet", 32, 5.0, "new", torch.bfloat16), "convnet_wide"),
     (("convnet", 32, 2.0, "new", torch.bfloat16), "convnet_fast"),
     (("vit_nano", 32, 10.0, "pretrained"), "fine_tuning"), (("vit_nano", 32, 10.0, "head"), "classic")])
-def test_the_recipe_fits_model_images_and_start(arguments, name):
+def test_choose_recipe_fits_model_images_and_start(arguments, name):
     assert choose_recipe(*arguments) == name
 
 
-def test_of_those_that_fit_the_one_for_most_minutes_is_chosen(monkeypatch):
+def test_choose_recipe_takes_the_longest_that_fits(monkeypatch):
     for minutes in (2, 30, 8):
         monkeypatch.setitem(RECIPES, f"m{minutes}", Recipe(model="vit_tiny", minutes=minutes))
     chosen = [choose_recipe("vit_tiny", 32, minutes) for minutes in (1, 2, 9.5, 31, None)]
@@ -46,12 +46,12 @@ def test_of_those_that_fit_the_one_for_most_minutes_is_chosen(monkeypatch):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_that_was_saved_is_the_same(name):
+def test_recipe_survives_a_round_trip_through_json(name):
     entries = asdict(RECIPES[name])
     assert Recipe.from_dict(entries) == Recipe.from_dict(json.loads(json.dumps(entries))) == RECIPES[name]
 
 
-def test_a_recipe_of_an_older_version_is_read_and_an_unknown_one_refused():
+def test_recipe_reads_older_versions_and_refuses_unknown_entries():
     old = dict(model="convnet", small=True, minutes=0.0, smallest=16,
                options=dict(block="pooled", widths=[32, 64, 128]), batch_size=128, optimizer="muon",
                learning_rate=0.002, weight_decay=0.05, schedule="linear",
@@ -63,7 +63,7 @@ def test_a_recipe_of_an_older_version_is_read_and_an_unknown_one_refused():
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if RECIPES[name].smallest > 1])
-def test_the_smallest_images_of_a_recipe_and_their_smaller_ones_go_through_its_model(name):
+def test_recipe_smallest_images_fit_its_model(name):
     recipe = RECIPES[name]
     side = recipe.smallest
     model = build_model(recipe.model, n_classes=3, img_size=side, **recipe.model_options).eval()
@@ -71,7 +71,7 @@ def test_the_smallest_images_of_a_recipe_and_their_smaller_ones_go_through_its_m
         assert model(torch.zeros(1, 3, *size)).shape == (1, 3)
 
 
-def test_a_recipe_cannot_be_changed():
+def test_recipe_is_immutable():
     with pytest.raises(FrozenInstanceError):
         RECIPES["classic"].batch_size = 3
 
@@ -80,22 +80,22 @@ def test_a_recipe_cannot_be_changed():
     ("n_epochs", 0), ("n_epochs", 2.5), ("n_steps", 0), ("learning_rate", 0), ("learning_rate", math.nan),
     ("learning_rate", math.inf), ("weight_decay", -0.1), ("warmup_epochs", -1), ("seed", -1), ("optimizer", "sgd"),
     ("schedule", "step"), ("progressive_resize", (24, 0.6)), ("grad_accum_steps", 0), ("amp", "fp8")])
-def test_what_a_trainer_cannot_do_is_named(name, value):
+def test_train_config_refuses_bad_values(name, value):
     with pytest.raises(InputError, match=rf"\A{re.escape(f'{name} {value!r}')}[^\n]*\Z"):
         TrainConfig(**{name: value})
 
 
-def test_a_wrong_mixing_is_named():
+def test_recipe_refuses_an_unknown_mixing():
     with pytest.raises(InputError, match="mixing 'both'"):
         Recipe(mixing="both")
 
 
 @pytest.mark.parametrize(("warmup_epochs", "expected"), [(None, 1), (0, 0), (0.5, 3), (2, 10), (99, 15)])
-def test_warmup_is_a_twentieth_of_the_run_or_what_is_asked_for(warmup_epochs, expected):
+def test_train_config_warms_up_for_a_twentieth_or_as_asked(warmup_epochs, expected):
     assert TrainConfig(n_epochs=3, warmup_epochs=warmup_epochs).count_steps(5) == (15, expected)
 
 
-def test_smaller_sides_are_multiples_for_a_share_of_the_steps():
+def test_train_config_shrinks_early_images_to_a_multiple():
     config = TrainConfig(progressive_resize=(0.75, 0.6), resize_multiple=4)
     assert [config.image_size((32, 20), step, 10) for step in (0, 5, 6, 9)] == [(24, 16)] * 2 + [(32, 20)] * 2
     assert TrainConfig().image_size((32, 20), 0, 10) == (32, 20)

@@ -15,10 +15,10 @@ from vit_bridge.preprocessing import Preprocessing
 from vit_bridge.training.linear_probe import (
     RIDGES,
     FeatureLoader,
+    _head_inputs,
+    _pixel_features,
     feature_loaders,
-    head_inputs,
     linear_classifier,
-    pixel_features,
 )
 from vit_bridge.training.optimizers import layer_lr_scales
 from vit_model import InputError, VisionTransformer, freeze_backbone
@@ -43,7 +43,7 @@ def images_loader(n=11, batch_size=4, training=True):
 # ---- Layer-wise decay
 
 
-def test_factors_of_a_vit_are_those_worked_out_by_hand():
+def test_layer_lr_scales_of_a_vit_match_hand_values():
     """Two blocks: the head at 1, the blocks at 1/2 and 1/4, what comes before them at 1/8."""
     factors = layer_lr_scales(VisionTransformer(**VIT, n_registers=1), 0.5)
     expected = {"cls_token": 0.125, "reg_token": 0.125, "pos_embed": 0.125, "patch_embed.proj.weight": 0.125,
@@ -54,13 +54,13 @@ def test_factors_of_a_vit_are_those_worked_out_by_hand():
     assert expected.keys() < factors.keys()
 
 
-def test_factors_of_a_hybrid_count_its_stem_as_one_layer():
+def test_layer_lr_scales_count_a_hybrid_stem_as_one_layer():
     factors = layer_lr_scales(HybridCNNViT(**VIT), 0.5)
     assert {factor for name, factor in factors.items() if name.startswith("patch_embed.")} == {0.125}
     assert (factors["blocks.1.attn.qkv.weight"], factors["head.bias"]) == (0.5, 1)
 
 
-def test_factors_of_a_convnet_go_by_stage():
+def test_layer_lr_scales_of_a_convnet_go_by_stage():
     factors = layer_lr_scales(MODELS["convnet"](), 0.1)
     by_layer = {}
     for name, factor in factors.items():
@@ -70,20 +70,20 @@ def test_factors_of_a_convnet_go_by_stage():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_parameter_has_a_factor_and_a_decay_of_1_changes_none(name):
+def test_layer_lr_scales_are_1_for_every_parameter_without_decay(name):
     model = MODELS[name]()
     factors = layer_lr_scales(model, 1.0)
     assert list(factors) == [name for name, _ in model.named_parameters()]
     assert set(factors.values()) == {1.0}
 
 
-def test_ten_blocks_and_more_are_numbers_not_text():
+def test_layer_lr_scales_count_beyond_ten_blocks():
     factors = layer_lr_scales(VisionTransformer(**{**VIT, "depth": 12}), 0.9)
     assert factors["blocks.11.norm1.weight"] == pytest.approx(0.9)
     assert factors["blocks.2.norm1.weight"] == pytest.approx(0.9**10)
 
 
-def test_a_model_without_layers_is_refused_by_its_class():
+def test_layer_lr_scales_refuse_a_model_without_layers():
     with pytest.raises(InputError, match=r"\Aa Linear has no layers whose learning rates could decay[^\n]*\Z"):
         layer_lr_scales(nn.Linear(2, 2), 0.5)
 
@@ -94,7 +94,7 @@ def test_a_model_without_layers_is_refused_by_its_class():
 @pytest.mark.parametrize("name", MODELS)
 def test_head_inputs_are_what_the_head_reads(name):
     model, loader = MODELS[name]().train(), images_loader(training=False)
-    features, labels = head_inputs(model, loader, torch.device("cpu"))
+    features, labels = _head_inputs(model, loader, torch.device("cpu"))
     assert model.training
     model.eval()
     with torch.no_grad():
@@ -105,13 +105,13 @@ def test_head_inputs_are_what_the_head_reads(name):
     assert not features.requires_grad
 
 
-def test_the_head_is_back_also_after_an_exception():
+def test_head_inputs_restores_the_head_even_after_an_error():
     model, loader = MODELS["cls"](), images_loader()
     head = model.head
-    head_inputs(model, loader, torch.device("cpu"))
+    _head_inputs(model, loader, torch.device("cpu"))
     assert model.head is head
     with pytest.raises(InputError):
-        head_inputs(model, BadLoader(), torch.device("cpu"))
+        _head_inputs(model, BadLoader(), torch.device("cpu"))
     assert model.head is head
 
 
@@ -128,7 +128,7 @@ class BadLoader:
         yield torch.zeros(1, 5, 8, 8), torch.zeros(1)
 
 
-def test_features_come_in_the_order_positions_and_shares_of_a_loader():
+def test_feature_loader_follows_order_positions_and_shards():
     """Features that are the places of the images show which of them a pass gives."""
     source = images_loader()
     places = FeatureLoader(torch.arange(11.0)[:, None], source.labels, source)
@@ -179,7 +179,7 @@ def test_feature_loaders_compute_every_image_once_and_never_augment(monkeypatch)
     assert model.head.in_features == 12
 
 
-def test_what_could_not_be_read_while_features_were_computed_is_told():
+def test_feature_loaders_report_unreadable_images():
     class Skipping(MemoryLoader):
         def without_augmentation(self):
             plain = super().without_augmentation()
@@ -265,10 +265,10 @@ def test_linear_classifier_of_images_that_tell_nothing():
 
 
 def test_linear_classifier_pools_to_32():
-    assert pixel_features(torch.zeros(2, 3, 64, 96)).shape == (2, 3 * 32 * 32 + 1)
-    assert pixel_features(torch.zeros(2, 3, 7, 96)).shape == (2, 3 * 7 * 32 + 1)
+    assert _pixel_features(torch.zeros(2, 3, 64, 96)).shape == (2, 3 * 32 * 32 + 1)
+    assert _pixel_features(torch.zeros(2, 3, 7, 96)).shape == (2, 3 * 7 * 32 + 1)
     images = torch.randn(1, 1, 64, 32)
-    assert pixel_features(images)[0, 0] == pytest.approx(images[0, 0, :2, 0].mean().item())
+    assert _pixel_features(images)[0, 0] == pytest.approx(images[0, 0, :2, 0].mean().item())
 
 
 def test_linear_classifier_without_images():

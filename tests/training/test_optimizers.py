@@ -26,7 +26,7 @@ from vit_model import InputError, VisionTransformer
 TINY = dict(img_size=8, patch_size=4, embed_dim=12, depth=1, n_heads=3, n_classes=3)
 
 
-def test_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
+def test_learning_rate_at_warms_up_then_follows_a_cosine():
     rates = [learning_rate_at(step, 12, 4, 8.0) for step in range(12)]
     assert rates[:5] == [2.0, 4.0, 6.0, 8.0, 8.0]
     assert rates[8] == pytest.approx(4.0)  # halfway between 4 and 12
@@ -34,7 +34,7 @@ def test_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
 
 
 
-def test_no_weight_decay_on_biases_norms_positions_and_tokens():
+def test_parameter_groups_decay_only_weight_matrices():
     model = VisionTransformer(**TINY)
     decayed, plain = (group["params"] for group in parameter_groups(model, 0.3))
     names = {id(p): name for name, p in model.named_parameters()}
@@ -45,7 +45,7 @@ def test_no_weight_decay_on_biases_norms_positions_and_tokens():
     assert len(decayed) + len(plain) == len(names)
 
 
-def test_a_frozen_model_has_nothing_to_train():
+def test_parameter_groups_refuse_a_frozen_model():
     with pytest.raises(InputError, match="no trainable parameter"):
         parameter_groups(VisionTransformer(**TINY).requires_grad_(False), 0.0)
 
@@ -62,7 +62,7 @@ class Numbers(nn.Module):
 
 
 @pytest.mark.parametrize(("step", "decay", "kept"), [(0, 0.9, 0.1), (5, 0.9, 0.4), (90, 0.9, 0.9), (5, 0.3, 0.3)])
-def test_the_average_keeps_its_decay_but_less_at_first(step, decay, kept):
+def test_update_average_decays_less_in_the_first_steps(step, decay, kept):
     average, model = Numbers(10.0, -3.0, 2), Numbers(20.0, 7.0, 5)
     update_average(average, model, step, decay)
     assert average.weight.item() == pytest.approx(20 - 10 * kept)
@@ -72,7 +72,7 @@ def test_the_average_keeps_its_decay_but_less_at_first(step, decay, kept):
 
 
 
-def test_groups_carry_the_factor_of_their_rate():
+def test_parameter_groups_carry_their_lr_scale():
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.GELU(), nn.Linear(5, 3))
     groups = parameter_groups(model, 0.3, {"1.weight": 0.5, "3.bias": 0.25})
     names = {id(p): name for name, p in model.named_parameters()}
@@ -80,7 +80,7 @@ def test_groups_carry_the_factor_of_their_rate():
     assert found == {"1.weight": (0.3, 0.5), "1.bias": (0.0, 1.0), "3.weight": (0.3, 1.0), "3.bias": (0.0, 0.25)}
 
 
-def test_learning_rate_falls_in_a_line():
+def test_learning_rate_at_falls_linearly_when_asked():
     assert [learning_rate_at(step, 12, 4, 8.0, "linear") for step in range(12)] == [2, 4, 6, 8, 8, 7, 6, 5, 4, 3, 2, 1]
 
 
@@ -88,7 +88,7 @@ def test_learning_rate_falls_in_a_line():
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 11), (3, 11, 7), (1, 5, 5)])
-def test_what_is_orthogonal_keeps_its_directions_and_has_singular_values_about_one(shape):
+def test_orthogonal_keeps_directions_with_singular_values_near_one(shape):
     torch.manual_seed(0)
     matrices = 1e3 * torch.randn(shape, dtype=torch.float64)
     made = orthogonal(matrices)
@@ -101,12 +101,12 @@ def test_what_is_orthogonal_keeps_its_directions_and_has_singular_values_about_o
         assert inner.diagonal().max() < 1.3
 
 
-def test_a_gradient_of_zeros_moves_nothing():
+def test_orthogonal_leaves_zeros_alone():
     assert torch.equal(orthogonal(torch.zeros(2, 3, 5)), torch.zeros(2, 3, 5))
 
 
 @pytest.mark.parametrize("shape", [(13, 7), (7, 13)])
-def test_a_step_is_torchs_but_for_its_bfloat16(shape):
+def test_muon_step_matches_torch_up_to_bfloat16(shape):
     torch.manual_seed(0)
     ours = nn.Parameter(torch.randn(shape))
     theirs = nn.Parameter(ours.detach().clone())
@@ -123,7 +123,7 @@ def test_a_step_is_torchs_but_for_its_bfloat16(shape):
     assert step > 1e-3
 
 
-def test_splits_and_kernels_are_matrices():
+def test_muon_treats_splits_and_kernels_as_matrices():
     torch.manual_seed(0)
     weight, gradient = torch.randn(15, 4, 3, 3), torch.randn(15, 4, 3, 3)
     kernel = nn.Parameter(weight.clone())
@@ -157,7 +157,7 @@ def test_hidden_matrices_are_neither_the_first_nor_the_last():
         "patch_embed.proj.3.weight"}
 
 
-def test_every_parameter_has_its_optimizer_once():
+def test_make_optimizer_assigns_every_parameter_once():
     model = VisionTransformer(**TINY)
     optimizer = make_optimizer("muon", model, 0.3, {"blocks.0.attn.proj.weight": 0.5})
     found = [p for group in optimizer.param_groups for p in group["params"]]
@@ -169,12 +169,12 @@ def test_every_parameter_has_its_optimizer_once():
                     "blocks.0.mlp.fc2.weight": (MUON_LR_SCALE, 0.3, 1)}
 
 
-def test_a_head_alone_is_for_adamw():
+def test_make_optimizer_gives_a_lone_head_to_adamw():
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     assert [type(each) for each in make_optimizer("muon", model, 0.0).optimizers] == [torch.optim.AdamW]
 
 
-def test_an_unknown_optimizer_is_named():
+def test_make_optimizer_refuses_an_unknown_name():
     with pytest.raises(InputError, match="optimizer 'sgd' is unknown; choose one of: adamw, muon"):
         make_optimizer("sgd", VisionTransformer(**TINY), 0.0)
 
@@ -185,7 +185,7 @@ def batches():
             for _ in range(5)]
 
 
-def test_a_run_with_muon_goes_on_as_one_that_was_never_cut():
+def test_muon_run_resumes_as_if_never_cut():
     ends = []
     for cut in (False, True):
         torch.manual_seed(1)

@@ -31,7 +31,7 @@ from vit_model import DropPath, VisionTransformer
 
 @pytest.mark.parametrize("class_weights", [None, (0.25, 1, 3)])
 @pytest.mark.parametrize("grad_accum_steps", [2, 3, 7, 11])
-def test_a_batch_in_parts_gives_the_step_of_the_whole(grad_accum_steps, class_weights):
+def test_trainer_step_is_the_same_for_a_split_batch(grad_accum_steps, class_weights):
     results = []
     for n_parts in (1, grad_accum_steps):
         torch.manual_seed(0)
@@ -44,7 +44,7 @@ def test_a_batch_in_parts_gives_the_step_of_the_whole(grad_accum_steps, class_we
     assert results[1][1]["train_acc"] == results[0][1]["train_acc"]
 
 
-def test_a_batch_really_goes_through_the_model_in_parts():
+def test_trainer_feeds_the_model_a_batch_in_parts():
     sizes = []
     model = small_net()
     model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
@@ -52,7 +52,7 @@ def test_a_batch_really_goes_through_the_model_in_parts():
     assert sizes == [3, 3, 1] * 2
 
 
-def test_differences_are_told_where_there_are_some():
+def test_batch_split_warning_names_what_differs():
     plain = dict(device="cpu", amp="off")
     with_path = nn.Sequential(small_net(), DropPath(0.1))
     with_dropout = nn.Sequential(small_net(), nn.Dropout(0.1))
@@ -138,7 +138,7 @@ def work_of_a_rank(rank, folder):
     dist.destroy_process_group()
 
 
-def test_two_processes_do_what_one_does(tmp_path):
+def test_trainer_on_two_processes_matches_one(tmp_path):
     torch.multiprocessing.spawn(work_of_a_rank, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for name, (_, _, _, arguments) in RUNS.items():

@@ -10,7 +10,7 @@ from torch import nn
 from toy_training import Calls
 
 import train_vit
-from train_vit import Trainer, before_recipes, first_images, parse
+from train_vit import Trainer, _before_recipes, first_images, parse
 from vit_bridge.cli import script
 from vit_bridge.data.augmentation import Augmentation, Mixing
 from vit_bridge.data.datasets import DatasetInfo
@@ -45,7 +45,7 @@ def prepared(tmp_path):
     (["--model", "hybrid", "--minutes", 10], "hybrid_fast"), (["--model", "vit_tiny"], "classic"),
     (["--pretrained", "vit_nano_shapes"], "fine_tuning"),
     (["--pretrained", "vit_nano_shapes", "--freeze-backbone"], "classic")])
-def test_the_recipe_is_chosen_printed_and_part_of_the_command(words, name, prepared, capsys):
+def test_prepare_chooses_prints_and_applies_the_recipe(words, name, prepared, capsys):
     run = prepared(*words)
     printed = capsys.readouterr().out
     assert f"Recipe {name}: {run.recipe.describe()}" in printed
@@ -58,7 +58,7 @@ def test_the_recipe_is_chosen_printed_and_part_of_the_command(words, name, prepa
         assert getattr(run.model.config, option) == value
 
 
-def test_what_is_given_overrides_the_recipe(prepared):
+def test_prepare_lets_given_options_override_the_recipe(prepared):
     run = prepared("--batch-size", 7, "--lr", 0.5, "--optimizer", "adamw", "--schedule", "cosine", "--shift", 0.25,
                    "--flip", "none", "--cutout", 0.5, "--mixing", "mixup",
                    "--label-smoothing", 0.2, "--weight-decay", 0,
@@ -72,7 +72,7 @@ def test_what_is_given_overrides_the_recipe(prepared):
     assert run.trainer.objective.loss_fn.label_smoothing == 0.2
 
 
-def test_an_unknown_recipe_is_one_line(capsys):
+def test_train_vit_refuses_an_unknown_recipe_in_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         script(lambda: train_vit.main(["--recipe", "soup"]))
     error = capsys.readouterr().err
@@ -81,7 +81,7 @@ def test_an_unknown_recipe_is_one_line(capsys):
 
 
 @pytest.mark.parametrize("model", ["vit_nano", "hybrid", "convnet"])
-def test_the_first_layer_is_whitened_by_training_images(model, prepared):
+def test_prepare_whitens_the_first_layer_with_training_images(model, prepared):
     run = prepared("--model", model)
     layer, _ = run.model.whitening_layer()
     filters = whitening_filters(first_images(run.train_loader, train_vit.WHITENED_BY), layer.kernel_size[0])
@@ -89,24 +89,24 @@ def test_the_first_layer_is_whitened_by_training_images(model, prepared):
     torch.testing.assert_close(layer.weight[:n], filters[:n])
 
 
-def test_first_images_are_as_many_as_asked_for():
+def test_first_images_rounds_up_to_whole_batches():
     images = torch.randint(0, 256, (53, 3, 8, 8), dtype=torch.uint8)
     info = DatasetInfo("folder", Preprocessing(8, (0.5,) * 3, (0.5,) * 3, class_names=["a"]))
     loader = MemoryLoader(images, torch.zeros(53), info, 10, 0, True)
     assert [len(first_images(loader, n)) for n in (1, 20, 21, 999)] == [10, 20, 30, 53]
 
 
-def test_a_run_from_before_recipes_keeps_what_it_was_trained_with():
+def test_before_recipes_keeps_what_an_older_run_used():
     old = dict(lr=None, batch_size=64, model="hybrid", pretrained=None, freeze_backbone=False)
-    assert before_recipes(old)["recipe"] == "classic"
-    assert before_recipes(old)["schedule"] is None
-    assert before_recipes(old)["batch_size"] == 64
-    assert before_recipes(old | dict(pretrained="a.pt"))["recipe"] == "fine_tuning"
-    assert before_recipes(old | dict(pretrained="a.pt", freeze_backbone=True))["recipe"] == "classic"
-    assert before_recipes(dict(recipe="convnet_fast")) == dict(recipe="convnet_fast")
+    assert _before_recipes(old)["recipe"] == "classic"
+    assert _before_recipes(old)["schedule"] is None
+    assert _before_recipes(old)["batch_size"] == 64
+    assert _before_recipes(old | dict(pretrained="a.pt"))["recipe"] == "fine_tuning"
+    assert _before_recipes(old | dict(pretrained="a.pt", freeze_backbone=True))["recipe"] == "classic"
+    assert _before_recipes(dict(recipe="convnet_fast")) == dict(recipe="convnet_fast")
 
 
-def test_the_result_names_recipe_and_minutes_and_has_the_mirrored_accuracy_apart(tmp_path):
+def test_train_vit_result_names_recipe_minutes_and_mirrored_accuracy(tmp_path):
     train_vit.main([*QUICK, "--minutes", "3", "--output-dir", str(tmp_path / "run")])
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["recipe"], result["minutes"]) == ("vit_nano_fast", 3)
@@ -116,7 +116,7 @@ def test_the_result_names_recipe_and_minutes_and_has_the_mirrored_accuracy_apart
 # ---- What recipes use --------------------------------------------------------------------------------------
 
 
-def test_a_mirrored_model_gives_the_mean_of_both_probabilities():
+def test_mirrored_averages_the_probabilities_of_both_views():
     torch.manual_seed(0)
     model, images = VisionTransformer(8, 4, 3, 5, 12, 1, 3), torch.randn(3, 3, 8, 8)
     both = (model(images).softmax(1) + model(images.flip(3)).softmax(1)) / 2
@@ -124,7 +124,7 @@ def test_a_mirrored_model_gives_the_mean_of_both_probabilities():
     torch.testing.assert_close(Mirrored(model)(images.flip(3)), Mirrored(model)(images))
 
 
-def test_shares_of_classes_are_losses_in_their_shares():
+def test_cross_entropy_weighs_soft_labels_by_their_shares():
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     first, second = torch.tensor([0, 1, 2, 2]), torch.tensor([1, 1, 0, 2])
     shares = 0.3 * nn.functional.one_hot(first, 3) + 0.7 * nn.functional.one_hot(second, 3)
@@ -135,14 +135,14 @@ def test_shares_of_classes_are_losses_in_their_shares():
     torch.testing.assert_close(weighted, losses.mean())
 
 
-def test_a_mixed_image_counts_as_right_where_its_larger_part_is_answered():
+def test_classification_metrics_judge_mixed_images_by_their_larger_part():
     metrics = ClassificationMetrics(torch.device("cpu"))
     metrics.update(torch.tensor(1.0), torch.tensor([[2.0, 1.0], [2.0, 1.0]]), torch.tensor([[0.6, 0.4], [0.4, 0.6]]))
     assert metrics.compute() == dict(loss=1.0, acc=0.5, balanced_acc=0.5, correct=1, n=2)
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
-def test_a_training_with_mixing_goes_on_as_one_that_was_never_cut(kind):
+def test_trainer_with_mixing_resumes_as_if_never_cut(kind):
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.randn(7, 3, 8, 8, generator=generator), torch.randint(3, (7,), generator=generator))
                for _ in range(3)]
@@ -166,14 +166,14 @@ def test_a_training_with_mixing_goes_on_as_one_that_was_never_cut(kind):
     (["--pretrained", "vit_nano_shapes", "--recipe", "vit_nano_fast"], 24),
     (["--pretrained", "vit_nano_shapes", "--freeze-backbone", "--recipe", "vit_nano_fast", "--mixing", "mixup"], 32),
     (["--model", "hybrid"], 24), (["--patch-size", 16], 32)])
-def test_smaller_images_have_a_side_that_the_patch_divides(words, side, prepared):
+def test_prepare_chooses_a_smaller_size_the_patch_divides(words, side, prepared):
     run = prepared(*words)
     assert run.trainer.config.image_size((32, 32), 0, 10) == (side, side)
     assert run.trainer.objective.mixing is None
     run.trainer.train(run.loaders[0], n_steps=1, progress=False)
 
 
-def test_the_linear_control_learns_from_plain_images_whatever_the_augmentation(tmp_path, capsys, monkeypatch):
+def test_linear_classifier_learns_from_unaugmented_images(tmp_path, capsys, monkeypatch):
     seen, learn = [], linear_classifier
 
     def watched(train_loader, *loaders):

@@ -61,7 +61,7 @@ def full_disk(*_):
 @pytest.mark.parametrize("write", [
     pytest.param(lambda path: write_whole(path, lambda file: file.write(b"new")), id="bytes"),
     pytest.param(lambda path: save_model(small_model(), path), id="checkpoint")])
-def test_a_full_disk_leaves_the_file_that_was_there(write, tmp_path, monkeypatch):
+def test_write_whole_keeps_the_old_file_on_a_full_disk(write, tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     path.write_bytes(b"old")
     monkeypatch.setattr(os, "fsync", full_disk)
@@ -71,7 +71,7 @@ def test_a_full_disk_leaves_the_file_that_was_there(write, tmp_path, monkeypatch
     assert names_in(tmp_path) == ["last.pt"]
 
 
-def test_a_disk_that_fails_inside_torch_is_named_by_its_own_error(tmp_path):
+def test_save_model_reports_the_disk_error_hidden_by_torch(tmp_path):
     """torch.save hides the disk's error behind one of its own; a limit on the size of files is a disk that fails."""
     resource = pytest.importorskip("resource")
     path, before = tmp_path / "last.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -88,7 +88,7 @@ def test_a_disk_that_fails_inside_torch_is_named_by_its_own_error(tmp_path):
     assert names_in(tmp_path) == ["last.pt"]
 
 
-def test_a_disk_that_is_full_in_the_middle_of_a_write(tmp_path, monkeypatch):
+def test_save_model_keeps_the_old_file_after_a_partial_write(tmp_path, monkeypatch):
     class Filling:
         """A file with room for 100 bytes."""
 
@@ -121,7 +121,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_write(tmp_path, monkeypatch):
     assert names_in(tmp_path) == ["best.pt"]
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+def test_write_whole_syncs_before_renaming(tmp_path, monkeypatch):
     """Written, flushed, synced, renamed: in that order, so that a name never stands for half a file."""
     path, order = tmp_path / "last.pt", []
     path.write_bytes(b"old")
@@ -143,7 +143,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert order[2][1:] == ("folder", b"newer")
 
 
-def test_an_interruption_in_a_write_leaves_the_file_that_was_there(tmp_path):
+def test_write_whole_keeps_the_old_file_when_interrupted(tmp_path):
     def interrupted(file):
         file.write(b"half")
         raise KeyboardInterrupt
@@ -155,7 +155,7 @@ def test_an_interruption_in_a_write_leaves_the_file_that_was_there(tmp_path):
     assert names_in(tmp_path) == ["a"]
 
 
-def test_what_a_killed_write_left_is_written_over(tmp_path):
+def test_write_whole_overwrites_a_leftover_part_file(tmp_path):
     (tmp_path / "a.part").write_bytes(b"half of an earlier write")
     write_whole(tmp_path / "a", lambda file: file.write(b"whole"))
     assert names_in(tmp_path) == ["a"]
@@ -167,7 +167,7 @@ def test_what_a_killed_write_left_is_written_over(tmp_path):
 HOLDER = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, 2); print('held', flush=True); input()"
 
 
-def test_two_runs_never_share_a_folder(tmp_path):
+def test_lock_folder_refuses_a_folder_another_run_holds(tmp_path):
     holder = subprocess.Popen([sys.executable, "-S", "-c", HOLDER, tmp_path / ".lock"], stdin=subprocess.PIPE,
                               stdout=subprocess.PIPE, text=True)
     try:
@@ -180,7 +180,7 @@ def test_two_runs_never_share_a_folder(tmp_path):
     lock_folder(tmp_path).close()  # the system gave it up with the process
 
 
-def test_our_own_lock_is_seen_by_another_process_until_it_is_closed(tmp_path):
+def test_lock_folder_blocks_other_processes_until_closed(tmp_path):
     attempt = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
     file = lock_folder(tmp_path)
     codes = []
@@ -203,7 +203,7 @@ def run_at(tmp_path):
     return folder
 
 
-def test_a_run_is_named_by_its_folder_its_last_checkpoint_or_output_dir(run_at, tmp_path):
+def test_folder_to_resume_accepts_folder_checkpoint_or_output_dir(run_at, tmp_path):
     assert folder_to_resume(str(run_at), None) == run_at
     assert folder_to_resume(True, str(run_at)) == run_at
     assert folder_to_resume(str(run_at), str(run_at.parent / ".." / "runs" / "a")) == run_at
@@ -212,7 +212,7 @@ def test_a_run_is_named_by_its_folder_its_last_checkpoint_or_output_dir(run_at, 
     assert folder_to_resume(True, str(tmp_path / "new")) == tmp_path / "new"  # to be begun
 
 
-def test_output_dir_alone_begins_where_nothing_is_lost(run_at):
+def test_folder_to_resume_starts_only_in_an_empty_folder(run_at):
     empty = run_at.parent / "b"
     empty.mkdir()
     for name in (".lock", "config.json.part"):  # of a run killed in its first second
@@ -226,7 +226,7 @@ def test_output_dir_alone_begins_where_nothing_is_lost(run_at):
 @pytest.mark.parametrize(("name", "words"), [
     ("nowhere", "there is no run"), ("a/nowhere.pt", "there is no run"), ("a/best.pt", "--pretrained"),
     ("a/config.json", "no run's folder"), (".", "there is no run"), ("a/pictures", "there is no run")])
-def test_what_is_no_run_is_refused_in_one_line(name, words, run_at):
+def test_folder_to_resume_refuses_what_is_not_a_run(name, words, run_at):
     (run_at / "best.pt").touch()
     (run_at / "pictures").mkdir()
     path = run_at.parent / name
@@ -234,14 +234,14 @@ def test_what_is_no_run_is_refused_in_one_line(name, words, run_at):
         folder_to_resume(str(path), None)
 
 
-def test_a_run_goes_on_in_its_own_folder(run_at, tmp_path):
+def test_folder_to_resume_refuses_a_second_or_missing_folder(run_at, tmp_path):
     with pytest.raises(InputError, match="leave it out, as a run goes on in its own folder"):
         folder_to_resume(str(run_at), str(tmp_path / "other"))
     with pytest.raises(InputError, match="--resume alone does not say which run"):
         folder_to_resume(True, None)
 
 
-def test_what_is_known_of_a_run_is_in_last_pt_and_before_that_in_config_json(run_at, tmp_path):
+def test_read_run_prefers_last_pt_to_config_json(run_at, tmp_path):
     assert read_run(tmp_path) is None
     assert read_run(run_at)["n_steps"] == 3
     save_model(small_model(), run_at / "last.pt", PREPROCESSING, options={}, n_steps=5, n_images=4, training={})
@@ -250,14 +250,14 @@ def test_what_is_known_of_a_run_is_in_last_pt_and_before_that_in_config_json(run
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{\"model_type\": \"vit\"}", "{\"options\": {}}", "\x00"])
-def test_a_config_that_is_none_of_a_run_is_named(text, run_at):
+def test_read_run_refuses_a_bad_config(text, run_at):
     (run_at / "config.json").write_text(text)
     with pytest.raises(InputError, match=r"\A[^\n]*config\.json is [^\n]*\Z"):
         read_run(run_at)
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
-def test_a_last_checkpoint_that_is_none_of_a_run_is_named(content, run_at):
+def test_read_run_refuses_a_bad_last_checkpoint(content, run_at):
     if content is None:
         save_model(small_model(), run_at / "last.pt", PREPROCESSING)
     else:
@@ -269,7 +269,7 @@ def test_a_last_checkpoint_that_is_none_of_a_run_is_named(content, run_at):
 # ---- What may change
 
 
-def test_an_option_that_makes_another_run_is_named_with_both_values():
+def test_options_to_resume_names_both_values_of_a_changed_option():
     saved = dict(lr=1e-3, seed=0, label_smoothing=0.1, minutes=2.0, epochs=None, class_weights=False, data_dir="x")
     for given, words in ((dict(lr=2e-3), "--lr 0.002 is not that of the run, 0.001"),
                          (dict(label_smoothing=0.0), "--label-smoothing 0.0 is not that of the run, 0.1"),
@@ -282,7 +282,7 @@ def test_an_option_that_makes_another_run_is_named_with_both_values():
     assert options_to_resume(dict(lr=1e-3, minutes=2.0), saved) == saved
 
 
-def test_what_may_change_takes_the_value_given_and_else_the_runs():
+def test_options_to_resume_takes_changeable_options_as_given():
     saved = {name: "old" for name in CHANGEABLE} | dict(lr=1.0)
     for name in CHANGEABLE:
         assert options_to_resume({name: "new"}, saved) == {**saved, name: "new"}
@@ -290,7 +290,7 @@ def test_what_may_change_takes_the_value_given_and_else_the_runs():
                                "save_minutes", "compile", "grad_accum_steps"}
 
 
-def test_other_classes_are_refused_and_other_numbers_are_warnings():
+def test_changes_since_refuses_classes_and_warns_about_counts():
     saved = dict(class_names=NAMES, n_images=1200, n_processes=1)
     assert changes_since(saved, list(NAMES), 1200, 1) == []
     images, processes = changes_since(saved, list(NAMES), 1100, 2)
@@ -301,7 +301,7 @@ def test_other_classes_are_refused_and_other_numbers_are_warnings():
             changes_since(saved, other, 1200, 1)
 
 
-def test_a_run_goes_on_where_it_computed_unless_told_otherwise(tmp_path):
+def test_device_to_resume_is_the_old_one_unless_given(tmp_path):
     config = dict(options=dict(device="cuda:1"), n_steps=3, n_images=5, class_names=NAMES)
     (tmp_path / "config.json").write_text(json.dumps(config))
     asked = dict(resume=str(tmp_path), output_dir=None, device="auto")
@@ -375,7 +375,7 @@ def saver_of(folder, model, n_steps=100, **more):
 
 
 @pytest.mark.parametrize(("criterion", "best"), [("val_acc", 4), ("val_balanced_acc", 3)])
-def test_the_best_epoch_is_the_last_of_the_largest_criterion(criterion, best, tmp_path, clock):
+def test_saver_keeps_the_last_epoch_with_the_best_criterion(criterion, best, tmp_path, clock):
     state = State(small_model())
     weights = [1, 1, 1] if criterion == "val_balanced_acc" else None
     saver = saver_of(tmp_path, state.model, objective=Classification(class_weights=weights))
@@ -391,13 +391,13 @@ def test_the_best_epoch_is_the_last_of_the_largest_criterion(criterion, best, tm
     assert read_checkpoint(tmp_path / "last.pt")["training"]["best"] == dict(epoch=best, value=value)
 
 
-def test_a_first_epoch_without_a_hit_is_still_a_best_one(tmp_path, clock):
+def test_saver_keeps_a_first_epoch_with_zero_accuracy(tmp_path, clock):
     state = State(small_model())
     saver_of(tmp_path, state.model).on_epoch(state.epoch(0.0))
     assert value_in(tmp_path / "best.pt") == 1
 
 
-def test_best_is_written_before_last(tmp_path, monkeypatch):
+def test_saver_writes_best_before_last(tmp_path, monkeypatch):
     state, written = State(small_model()), []
     monkeypatch.setattr(run_folder, "save_model", lambda model, path, *_, **more: written.append(path.name))
     saver_of(tmp_path, state.model).on_epoch(state.epoch(0.5))
@@ -405,7 +405,7 @@ def test_best_is_written_before_last(tmp_path, monkeypatch):
     assert names_in(tmp_path) == ["history.csv"]
 
 
-def test_short_epochs_are_written_together_and_the_last_always(tmp_path, clock):
+def test_saver_groups_short_epochs_and_always_writes_the_last(tmp_path, clock):
     """A writing takes 2 s (best.pt and last.pt) or 1 s (last.pt alone), and an epoch 3 s: 9 times as long passes
     before the next."""
     state, kept = State(small_model()), []
@@ -421,7 +421,7 @@ def test_short_epochs_are_written_together_and_the_last_always(tmp_path, clock):
     assert saver.saved_step == 20
 
 
-def test_the_average_of_the_weights_is_what_both_files_hold(tmp_path, clock):
+def test_saver_writes_the_averaged_weights_to_both_files(tmp_path, clock):
     state = State(small_model(), average=True)
     saver_of(tmp_path, state.model).on_epoch(state.epoch(0.5))
     assert value_in(tmp_path / "best.pt") == value_in(tmp_path / "last.pt") == 101
@@ -429,7 +429,7 @@ def test_the_average_of_the_weights_is_what_both_files_hold(tmp_path, clock):
 
 
 @pytest.mark.parametrize("average", [False, True])
-def test_a_trained_head_is_saved_in_its_whole_model(average, tmp_path, clock):
+def test_saver_writes_a_trained_head_in_its_whole_model(average, tmp_path, clock):
     model = small_model()
     before = copy.deepcopy(model.state_dict())
     state = State(model.head, average)
@@ -440,7 +440,7 @@ def test_a_trained_head_is_saved_in_its_whole_model(average, tmp_path, clock):
         assert value_in(tmp_path / name) == (101 if average else 1)
 
 
-def test_best_weights_that_wait_to_be_written_are_a_copy(tmp_path, clock):
+def test_saver_copies_best_weights_that_wait_to_be_written(tmp_path, clock):
     state = State(small_model())
     saver = saver_of(tmp_path, state.model)
     saver.cost = 1e9
@@ -452,7 +452,7 @@ def test_best_weights_that_wait_to_be_written_are_a_copy(tmp_path, clock):
     assert value_in(tmp_path / "last.pt") == 2
 
 
-def test_a_run_that_goes_on_knows_its_best_epoch(tmp_path, clock):
+def test_saver_remembers_the_best_epoch_of_a_resumed_run(tmp_path, clock):
     state = State(small_model()).epoch(0.8)  # epoch 1, before the run was cut
     saver = saver_of(tmp_path, state.model, resumed=dict(step=4, elapsed=60.0))
     assert (saver.saved_step, saver.elapsed) == (4, 60.0)
@@ -462,7 +462,7 @@ def test_a_run_that_goes_on_knows_its_best_epoch(tmp_path, clock):
     assert value_in(tmp_path / "best.pt") == 3
 
 
-def test_names_of_older_versions_are_read(run_at):
+def test_read_run_translates_names_of_older_versions(run_at):
     old = dict(options=dict(accumulate=3, workers=2, lr=None), n_steps=3, n_images=4, class_names=NAMES,
                recipe=dict(options=dict(pool="mean"), low=[0.75, 0.6], model_ema=None))
     (run_at / "config.json").write_text(json.dumps(old))
@@ -471,7 +471,7 @@ def test_names_of_older_versions_are_read(run_at):
     assert entries["recipe"] == dict(model_options=dict(pool="mean"), progressive_resize=[0.75, 0.6], ema_decay=None)
 
 
-def test_last_alone_is_a_model_with_all_that_it_takes_to_use_it(tmp_path, clock):
+def test_saver_writes_a_last_checkpoint_usable_alone(tmp_path, clock):
     state = State(small_model())
     saver_of(tmp_path, state.model).on_epoch(state.epoch(0.5))
     moved = (tmp_path / "last.pt").rename(tmp_path.parent / "elsewhere.pt")
@@ -480,7 +480,7 @@ def test_last_alone_is_a_model_with_all_that_it_takes_to_use_it(tmp_path, clock)
     assert not model.training
 
 
-def test_the_history_is_a_table_with_a_line_an_epoch(tmp_path, clock):
+def test_saver_writes_one_history_row_per_epoch(tmp_path, clock):
     state = State(small_model())
     saver = saver_of(tmp_path, state.model)
     for value in (0.25, 1 / 3):
@@ -492,7 +492,7 @@ def test_the_history_is_a_table_with_a_line_an_epoch(tmp_path, clock):
     assert [float(row["val_acc"]) for row in rows] == [0.25, 1 / 3]
 
 
-def test_lines_are_printed_at_most_once_a_second_and_the_last_always(tmp_path, clock, capsys):
+def test_saver_prints_once_a_second_and_the_last_epoch(tmp_path, clock, capsys):
     state = State(small_model())
     saver = saver_of(tmp_path, state.model, n_steps=9)
     for _ in range(9):
@@ -505,7 +505,7 @@ def test_lines_are_printed_at_most_once_a_second_and_the_last_always(tmp_path, c
 # ---- What a result was measured on ------------------------------------------------------------------------
 
 
-def test_the_machine_is_told_with_its_widest_instructions(monkeypatch, tmp_path):
+def test_machine_names_the_widest_cpu_instructions(monkeypatch, tmp_path):
     info = tmp_path / "cpuinfo"
     info.write_text("model name\t: Chip 9\nflags\t\t: fpu avx2 avx512f avx512_bf16\n")
     monkeypatch.setattr(system, "Path", lambda name: info)
@@ -515,7 +515,7 @@ def test_the_machine_is_told_with_its_widest_instructions(monkeypatch, tmp_path)
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git")
-def test_the_commit_says_where_a_tracked_file_differs(monkeypatch, tmp_path):
+def test_commit_marks_changed_code_as_dirty(monkeypatch, tmp_path):
     def git(*words):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True,
                        capture_output=True)
@@ -535,6 +535,6 @@ def test_the_commit_says_where_a_tracked_file_differs(monkeypatch, tmp_path):
     assert system.commit().endswith("-dirty")
 
 
-def test_without_git_the_commit_is_unknown(monkeypatch):
+def test_commit_is_unknown_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert system.commit() == "unknown"

@@ -44,7 +44,7 @@ def images(n_batches, batch_size=7):
     return [(images,) for images, _ in toy_batches(n_batches, batch_size)]
 
 
-def test_it_learns_and_has_its_own_history():
+def test_custom_objective_learns_and_has_its_own_history():
     trainer = trainer_of(0)
     history = train_quietly(trainer, images(4), images(2), n_epochs=12)
     assert tuple(history) == ("train_loss", "val_loss", "val_furthest", "lr", "seconds", "images_per_second")
@@ -55,7 +55,7 @@ def test_it_learns_and_has_its_own_history():
 
 
 @pytest.mark.parametrize("settings", [{}, dict(grad_accum_steps=2, ema_decay=0.9)])
-def test_it_goes_on_from_anywhere_as_if_never_cut(settings):
+def test_custom_objective_resumes_from_anywhere_as_if_never_cut(settings):
     whole = trainer_of(0, **settings)
     calls = Call()
     history = train_quietly(whole, images(2), images(2), n_steps=5, on_batch=calls)
@@ -70,7 +70,7 @@ def test_it_goes_on_from_anywhere_as_if_never_cut(settings):
         assert without_times(found) == without_times(history), n
 
 
-def test_the_best_epoch_is_that_of_its_criterion_and_its_columns_are_in_the_table(tmp_path, capsys):
+def test_custom_objective_sets_the_best_epoch_and_table_columns(tmp_path, capsys):
     torch.manual_seed(0)
     model = ConvNet(8, 3, 3, (4,), (1,), 1)
     trainer = Trainer(model, "cpu", MeanColour(), amp="off")

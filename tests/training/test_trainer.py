@@ -19,7 +19,7 @@ from toy_training import (
     train_quietly,
 )
 
-from train_vit import NotFinite, Trainer, set_train_mode, steps_within
+from train_vit import NotFinite, Trainer, _set_train_mode, steps_within
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.runtime import choose_device, choose_precision
 from vit_bridge.training.objectives import CrossEntropy, balancing_weights
@@ -27,7 +27,7 @@ from vit_bridge.training.optimizers import learning_rate_at
 from vit_model import InputError, VisionTransformer, freeze_backbone
 
 
-def test_history_has_an_entry_an_epoch_in_every_list_and_accuracies_are_shares():
+def test_trainer_history_has_one_entry_per_epoch():
     history = toy_trainer().train(toy_batches(), toy_batches(2), n_epochs=3, learning_rate=1e-3)
     assert tuple(history) == ("train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc", "lr",
                                          "seconds", "images_per_second")
@@ -35,12 +35,12 @@ def test_history_has_an_entry_an_epoch_in_every_list_and_accuracies_are_shares()
     assert all(0 <= share <= 1 for share in history["train_acc"] + history["val_acc"] + history["val_balanced_acc"])
 
 
-def test_it_learns_what_can_be_learned():
+def test_trainer_learns_a_toy_task():
     history = toy_trainer().train(toy_batches(), toy_batches(), n_epochs=11, learning_rate=1e-2)
     assert history["val_acc"][-1] == 1.0
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_does_not():
+def test_trainer_repeats_itself_with_the_same_seed():
     weights = []
     for seed in (0, 0, 1):
         trainer = toy_trainer(seed)
@@ -50,19 +50,19 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not():
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_without_validation_its_columns_are_nan():
+def test_trainer_history_is_nan_without_validation():
     history = toy_trainer().train(toy_batches(), n_epochs=1)
     assert all(math.isnan(history[name][0]) for name in ("val_loss", "val_acc", "val_balanced_acc"))
 
 
-def test_n_steps_ends_the_run_inside_an_epoch():
+def test_trainer_stops_after_n_steps_inside_an_epoch():
     trainer = toy_trainer()
     trainer.train(toy_batches(1), n_epochs=1)
     history = trainer.train(toy_batches(5), n_steps=7)
     assert len(history["lr"]) == 2  # five steps, then two
 
 
-def test_one_step_is_adamw_on_the_clipped_gradient():
+def test_trainer_step_is_adamw_on_the_clipped_gradient():
     torch.manual_seed(0)
     model, by_hand = nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     by_hand.load_state_dict(model.state_dict())
@@ -78,7 +78,7 @@ def test_one_step_is_adamw_on_the_clipped_gradient():
         torch.testing.assert_close(model.get_parameter(name), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_frozen_backbone_stays_as_it_is_with_its_batch_statistics():
+def test_trainer_leaves_a_frozen_backbone_and_its_statistics():
     model = freeze_backbone(ConvNet(8, 3, 3, (5,), (1,), 1))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     Trainer(model, "cpu").train(toy_batches(), n_epochs=1)
@@ -86,23 +86,23 @@ def test_a_frozen_backbone_stays_as_it_is_with_its_batch_statistics():
     assert changed == {"head.weight", "head.bias"}
 
 
-def test_train_mode_leaves_what_is_not_frozen_in_training():
+def test_set_train_mode_skips_frozen_modules():
     model = VisionTransformer(**TINY, dropout=0.1)
-    set_train_mode(model)
+    _set_train_mode(model)
     assert all(module.training for module in model.modules())
     model.patch_embed.requires_grad_(False)  # as whitened ones are
-    set_train_mode(model)
+    _set_train_mode(model)
     assert {name for name, module in model.named_children() if not module.training} == {"patch_embed"}
-    set_train_mode(freeze_backbone(model))
+    _set_train_mode(freeze_backbone(model))
     assert {name for name, module in model.named_children() if module.training} == {"head"}
     for n_frozen, training in ((2, {1, 2, 3, 4}), (3, {4})):
         layers = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.1), nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 7))
         layers[:n_frozen].requires_grad_(False)
-        set_train_mode(layers)
+        _set_train_mode(layers)
         assert {i for i, layer in enumerate(layers) if layer.training} == training
 
 
-def test_evaluate_counts_every_image_once_and_gives_the_mode_back():
+def test_evaluate_counts_every_image_once_and_restores_the_mode():
     trainer = toy_trainer()
     trainer.model.train()
     batches = [*toy_batches(2, 7), *toy_batches(1, 3)]
@@ -131,7 +131,7 @@ def test_mixed_precision_follows_float32(amp):
     assert losses[amp][-1] < 0.7 * losses[amp][0]
 
 
-def test_bf16_on_a_cpu_only_where_the_hardware_multiplies_it(monkeypatch):
+def test_choose_precision_uses_bf16_only_on_capable_cpus(monkeypatch):
     for abilities, expected in (({}, None), (dict(amx_bf16=True), torch.bfloat16),
                                 (dict(avx512_bf16=True), torch.bfloat16), (dict(amx_bf16=False), None)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=abilities: found)
@@ -163,7 +163,7 @@ class Slow:
             yield batch
 
 
-def test_steps_within_fills_the_time_and_leaves_the_model_as_it_is(monkeypatch):
+def test_steps_within_fills_the_time_and_keeps_the_model(monkeypatch):
     """Measuring takes 1 + 1 steps and a batch of the evaluation, 2.5 seconds. Of the other 40.5 an epoch takes 5 + 1:
     there are 6 of them, then 3 steps and an evaluation."""
     clock, trainer = Clock(), toy_trainer()
@@ -178,7 +178,7 @@ def test_steps_within_fills_the_time_and_leaves_the_model_as_it_is(monkeypatch):
     assert steps_within(3.0, trainer.model, train_loader, val_loader, device="cpu") == 1
 
 
-def test_weights_that_evaluate_to_no_number_end_the_training_before_anything_is_kept():
+def test_trainer_stops_on_nan_validation_before_saving():
     kept, trainer = [], toy_trainer()
     with pytest.raises(NotFinite, match=r"validation loss is nan after step 1 of 3, learning rate 1e\+30;"):
         train_quietly(trainer, toy_batches(1), toy_batches(2), n_steps=3, learning_rate=1e30, warmup_epochs=0,
@@ -186,7 +186,7 @@ def test_weights_that_evaluate_to_no_number_end_the_training_before_anything_is_
     assert kept == []
 
 
-def test_on_save_is_called_by_the_clock_with_a_state_that_can_be_resumed(monkeypatch):
+def test_on_save_runs_by_the_clock_with_a_resumable_state(monkeypatch):
     clock, states = Clock(), []
     monkeypatch.setattr("train_vit.time", clock)
     loader = Slow(clock, toy_batches(5), 1.0)
@@ -203,34 +203,34 @@ def test_on_save_is_called_by_the_clock_with_a_state_that_can_be_resumed(monkeyp
     (dict(learning_rate=math.nan), "learning_rate nan"), (dict(learning_rate=0), "learning_rate 0"),
     (dict(learning_rate=math.inf), "learning_rate inf"), (dict(weight_decay=-1), "weight_decay -1"),
     (dict(warmup_epochs=-1), "warmup_epochs -1")])
-def test_nonsense_numbers_are_named(numbers, value):
+def test_trainer_refuses_nonsense_numbers(numbers, value):
     with pytest.raises(InputError, match=rf"\A{value} is out of range; [^\n]*\Z"):
         toy_trainer().train(toy_batches(), **numbers)
 
 
-def test_labels_past_the_head_are_named():
+def test_trainer_names_labels_past_the_head():
     images, labels = toy_batches(1)[0]
     with pytest.raises(InputError, match="label 5 is out of range for a model with 3 classes"):
         toy_trainer().train([(images, labels.clamp(min=2) + 3)], n_epochs=1)
 
 
-def test_a_loss_function_in_the_place_of_an_objective_is_named():
+def test_trainer_refuses_a_loss_function_as_its_objective():
     with pytest.raises(InputError, match="CrossEntropyLoss is not an Objective"):
         Trainer(small_net(), "cpu", nn.CrossEntropyLoss())
 
 
-def test_a_loader_without_images_is_named():
+def test_trainer_refuses_a_loader_without_images():
     with pytest.raises(InputError, match="gave no images"):
         toy_trainer().train([], n_steps=3)
 
 
 @pytest.mark.parametrize("device", ["abacus", "meta", "cuda:99"])
-def test_devices_that_cannot_be_are_named(device):
+def test_choose_device_refuses_impossible_devices(device):
     with pytest.raises(InputError, match=rf"\Adevice '{device}' is [^\n]*\Z"):
         choose_device(device)
 
 
-def test_device_that_is_not_there():
+def test_trainer_refuses_cuda_where_there_is_none():
     if torch.cuda.is_available():
         pytest.skip("CUDA is there")
     with pytest.raises(InputError, match="'cuda' is not there"):
@@ -240,26 +240,26 @@ def test_device_that_is_not_there():
 # ---- The loss, the average, the groups --------------------------------------------------------------------
 
 
-def test_class_weights_count_by_class_and_are_divided_by_the_number_of_images():
+def test_cross_entropy_with_class_weights_divides_by_image_count():
     logits, labels = torch.tensor([[0.0, math.log(3)], [0.0, 0.0], [0.0, math.log(7)]]), torch.tensor([1, 0, 0])
     expected = (2 * -math.log(3 / 4) + 5 * math.log(2) + 5 * math.log(8)) / 3
     assert CrossEntropy(class_weights=[5, 2])(logits, labels).item() == pytest.approx(expected)
 
 
-def test_the_losses_of_parts_add_up_to_that_of_the_whole():
+def test_cross_entropy_of_parts_adds_up_to_the_whole():
     loss_fn = CrossEntropy(0.1, class_weights=[5, 0.5, 2])
     logits, labels = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 2, 0, 1, 1])
     parts = sum(len(part) * loss_fn(logits[part], labels[part]) for part in torch.arange(7).split(3))
     torch.testing.assert_close(parts / 7, loss_fn(logits, labels))
 
 
-def test_without_class_weights_and_with_label_smoothing_it_is_that_of_torch():
+def test_cross_entropy_without_class_weights_matches_torch():
     logits, labels = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 2, 0, 1, 1])
     torch.testing.assert_close(CrossEntropy(0.1)(logits, labels),
                                F.cross_entropy(logits, labels, label_smoothing=0.1))
 
 
-def test_smoothing_is_weighted_by_the_class_of_the_image_alone():
+def test_cross_entropy_weighs_smoothing_by_the_label_alone():
     """Else the best answer for an image of a common class would be the rarest one."""
     logits, weights = torch.tensor([[3.0, 0.0, 1.0]]), [0.37, 3.7, 25.0]
     for label in range(3):
@@ -274,7 +274,7 @@ def test_balancing_weights_let_all_classes_count_alike():
     assert balancing_weights([5, 0, 2]) == [7 / 15, 0.0, 7 / 6]
 
 
-def test_the_average_of_a_training_is_the_averages_of_its_steps():
+def test_trainer_average_follows_every_step():
     torch.manual_seed(0)
     trainer, weights = Trainer(small_net(), "cpu"), []
     train_quietly(trainer, toy_batches(5), n_epochs=1, ema_decay=0.25,
@@ -287,7 +287,7 @@ def test_the_average_of_a_training_is_the_averages_of_its_steps():
     assert_close(trainer.average.state_dict(), expected, 1e-6)
 
 
-def test_the_average_is_what_is_evaluated_and_handed_on():
+def test_trainer_evaluates_and_hands_on_the_average():
     trainer, trained = toy_trainer(), []
     history = train_quietly(trainer, toy_batches(), toy_batches(2), n_epochs=2, ema_decay=0.9,
                             on_epoch=lambda state: trained.append(state.trained))
@@ -298,7 +298,7 @@ def test_the_average_is_what_is_evaluated_and_handed_on():
     assert (trainer.average, trained[-1]) == (None, trainer.model)
 
 
-def test_balanced_accuracy_is_the_mean_over_the_classes_that_have_images():
+def test_evaluate_averages_balanced_accuracy_over_classes_with_images():
     answers, labels = torch.tensor([0, 0, 0, 1, 2, 1, 3, 3]), torch.tensor([0, 0, 0, 0, 0, 1, 1, 1])
     answers, labels = torch.cat([answers, torch.tensor([1, 1])]), torch.cat([labels, torch.tensor([3, 3])])
     logits = F.one_hot(answers, 4).float()  # the images of a model that hands them on
@@ -307,7 +307,7 @@ def test_balanced_accuracy_is_the_mean_over_the_classes_that_have_images():
     assert score["balanced_acc"] == pytest.approx((3 / 5 + 1 / 3 + 0 / 2) / 3)  # of class 2 there are none
 
 
-def test_the_factor_multiplies_the_length_of_a_step():
+def test_trainer_lr_scales_multiply_the_step_length():
     torch.manual_seed(0)
     trainer, factors = Trainer(small_net(), "cpu"), {"1.weight": 0.5, "1.bias": 0.0}
     before, rates = copy_of(trainer.model), []
@@ -356,7 +356,7 @@ class Positions(Epochs):
 @pytest.mark.parametrize(("kind", "expected"), [
     (Epochs, [("epoch", 0), ("epoch", 1)]),
     (Positions, [("to", "cpu"), ("shard", 0, 1), ("position", 0, 0), ("position", 1, 0)])])
-def test_a_loader_hears_its_device_shard_and_position(kind, expected):
+def test_trainer_tells_a_loader_device_shard_and_position(kind, expected):
     loader = kind()
     train_quietly(Trainer(small_net(), "cpu"), loader, n_epochs=2)
     assert loader.calls == expected
@@ -369,7 +369,7 @@ def test_on_epoch_sees_the_history_so_far():
     assert seen == [(5 * n, history["lr"][:n]) for n in (1, 2, 3)]
 
 
-def test_seconds_and_shares_are_told():
+def test_trainer_reports_seconds_speed_and_data_share():
     trainer = toy_trainer()
     history = train_quietly(trainer, toy_batches(), n_epochs=2)
     assert 0 < trainer.data_share < 0.5
@@ -386,7 +386,7 @@ def batches_with_nan_at(step, n_batches=5):
     return batches
 
 
-def test_a_loss_that_is_not_finite_is_an_error_and_the_weights_are_those_before():
+def test_trainer_stops_on_nan_with_the_weights_before_it():
     torch.manual_seed(0)
     trainer, weights = Trainer(small_net(), "cpu", amp="off"), []
     rate = learning_rate_at(2, 10, 5, 0.5)
@@ -400,7 +400,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_the_weights_are_those_before(
     assert all(value.isfinite().all() for value in weights[2][1].values())
 
 
-def test_a_gradient_that_is_not_finite_is_one_too():
+def test_trainer_stops_on_an_infinite_gradient():
     class Root(nn.Module):
         def __init__(self):
             super().__init__()
@@ -413,7 +413,7 @@ def test_a_gradient_that_is_not_finite_is_one_too():
         train_quietly(Trainer(Root(), "cpu", amp="off"), toy_batches(2), n_epochs=1)
 
 
-def test_an_overflow_in_fp16_leaves_out_a_step_and_the_training_goes_on():
+def test_trainer_skips_an_fp16_overflow_and_goes_on():
     torch.manual_seed(0)
     trainer, seen = Trainer(small_net(), "cpu", amp="fp16"), []
     history = train_quietly(trainer, batches_with_nan_at(2), n_epochs=1, on_batch=lambda state: seen.append(
@@ -425,7 +425,7 @@ def test_an_overflow_in_fp16_leaves_out_a_step_and_the_training_goes_on():
     assert math.isfinite(history["train_loss"][0])
 
 
-def test_a_loss_that_is_never_finite_ends_in_fp16_too():
+def test_trainer_gives_up_on_endless_fp16_overflow():
     trainer, calls = Trainer(small_net(), "cpu", amp="fp16"), Call()
     with pytest.raises(NotFinite, match="since step 1 of 999,"):
         train_quietly(trainer, batches_with_nan_at(0, 1), n_steps=999, on_batch=calls)
@@ -447,7 +447,7 @@ NO_MEMORY = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB
 
 
 @pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
-def test_lack_of_memory_names_the_batch_and_the_way_out(error):
+def test_trainer_out_of_memory_names_the_batch_and_remedy(error):
     for n_parts in (1, 3):
         trainer = Trainer(Failing(error), "cpu", grad_accum_steps=n_parts)
         with pytest.raises(InputError, match=r"\Aout of memory on cpu with a batch of 7 images[^\n]*\Z") as caught:
@@ -458,7 +458,7 @@ def test_lack_of_memory_names_the_batch_and_the_way_out(error):
             trainer.evaluate(toy_batches(1))
 
 
-def test_other_errors_pass_untouched():
+def test_trainer_passes_other_errors_untouched():
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     trainer = Trainer(Failing(error), "cpu")
     for call in (trainer.evaluate, lambda batches: train_quietly(trainer, batches)):
@@ -467,7 +467,7 @@ def test_other_errors_pass_untouched():
         assert caught.value is error
 
 
-def test_an_empty_batch_is_stepped_over_and_counts_as_a_step():
+def test_trainer_skips_an_empty_batch_but_counts_the_step():
     torch.manual_seed(0)
     trainer, weights, batches = Trainer(small_net(), "cpu"), [], toy_batches(5)
     batches[2] = (torch.empty(0, 3, 8, 8), torch.empty(0, dtype=torch.int64))
@@ -480,7 +480,7 @@ def test_an_empty_batch_is_stepped_over_and_counts_as_a_step():
     assert math.isfinite(history["val_loss"][0])
 
 
-def test_an_evaluation_without_images_is_named():
+def test_evaluate_refuses_a_loader_without_images():
     with pytest.raises(InputError, match="gave no images to evaluate"):
         toy_trainer().evaluate([(torch.empty(0, 3, 8, 8), torch.empty(0, dtype=torch.int64))])
 
@@ -488,7 +488,7 @@ def test_an_evaluation_without_images_is_named():
 # ---- Through the compiler ---------------------------------------------------------------------------------
 
 
-def test_training_goes_through_the_compiler_and_evaluation_does_not(monkeypatch):
+def test_trainer_compiles_training_but_not_evaluation(monkeypatch):
     torch.manual_seed(0)
     sizes, model = [], small_net()
 
@@ -503,7 +503,7 @@ def test_training_goes_through_the_compiler_and_evaluation_does_not(monkeypatch)
 
 
 @pytest.mark.skipif("TEST_COMPILE" not in os.environ, reason="half a minute of compiling; set TEST_COMPILE to run it")
-def test_a_compiled_model_is_trained_as_one_that_is_not():
+def test_trainer_with_compile_matches_eager_training():
     results = []
     for compiled in (False, True):
         torch.manual_seed(0)
@@ -528,7 +528,7 @@ class Sizes(nn.Module):
         return self.scale * images.mean(dim=(2, 3))  # (b, 3)
 
 
-def test_images_are_smaller_for_a_share_of_the_steps_and_never_in_an_evaluation():
+def test_progressive_resize_shrinks_early_steps_but_never_evaluation():
     model = Sizes()
     trainer, batches = Trainer(model, "cpu"), toy_batches(5)
     train_quietly(trainer, batches, n_steps=10, progressive_resize=(0.75, 0.7), resize_multiple=1)
@@ -537,7 +537,7 @@ def test_images_are_smaller_for_a_share_of_the_steps_and_never_in_an_evaluation(
     assert model.seen[-1] == (8, 8)
 
 
-def test_a_smaller_image_is_an_antialiased_one():
+def test_progressive_resize_antialiases_smaller_images():
     model, shown = Sizes(), []
     model.register_forward_pre_hook(lambda module, args: shown.append(args[0]))
     (images, labels), = toy_batches(1)
@@ -546,7 +546,7 @@ def test_a_smaller_image_is_an_antialiased_one():
     torch.testing.assert_close(shown[0], expected)
 
 
-def test_the_number_of_steps_counts_small_and_large_ones(monkeypatch):
+def test_steps_within_counts_small_and_large_image_steps(monkeypatch):
     """A clock on which a step of small images takes 1 second and one of large images 3: 0.5 * 1 + 0.5 * 3 = 2."""
     now, real = [0.0], Trainer.step
 

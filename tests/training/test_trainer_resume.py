@@ -35,7 +35,7 @@ def drawn_by(*loaders, start=0, **settings):
     return model.drawn
 
 
-def test_what_dropout_draws_is_a_function_of_seed_and_step():
+def test_trainer_draws_depend_only_on_seed_and_step():
     drawn = drawn_by(toy_batches(3), n_epochs=2)
     assert len(set(drawn)) == 6
     assert drawn_by(toy_batches(3), toy_batches(1), start=1, n_epochs=2) == drawn
@@ -43,13 +43,13 @@ def test_what_dropout_draws_is_a_function_of_seed_and_step():
     assert not set(drawn) & set(drawn_by(toy_batches(3), n_epochs=2, seed=8))
 
 
-def test_without_a_seed_the_generator_of_torch_decides():
+def test_trainer_without_a_seed_uses_torchs_generator():
     drawn = drawn_by(toy_batches(3), n_epochs=1, seed=None)
     assert drawn_by(toy_batches(3), n_epochs=1, seed=None) == drawn
     assert not set(drawn) & set(drawn_by(toy_batches(3), n_epochs=1, seed=None, start=1))
 
 
-def test_training_leaves_the_generator_of_torch_as_it_was():
+def test_trainer_restores_torchs_generator():
     torch.manual_seed(3)
     trainer, before = Trainer(VisionTransformer(**TINY, dropout=0.5), "cpu"), torch.get_rng_state()
     train_quietly(trainer, toy_batches(2), toy_batches(1), n_epochs=2)
@@ -59,7 +59,7 @@ def test_training_leaves_the_generator_of_torch_as_it_was():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_dropout_of_another_seed_gives_other_weights():
+def test_trainer_dropout_follows_the_seed():
     weights = []
     for seed in (7, 7, 8):
         trainer = Trainer(copy.deepcopy(toy_trainer().model), "cpu")
@@ -104,7 +104,7 @@ def build(kind, seed):
 
 @pytest.mark.parametrize(("kind", "data"), [("chance", "list"), ("chance", "memory"), ("batchnorm", "list"),
                                             ("batchnorm", "memory"), ("fp16", "list")])
-def test_a_run_cut_anywhere_ends_as_the_whole_one(kind, data):
+def test_resume_from_anywhere_ends_as_the_uncut_run(kind, data):
     """Two and a half epochs of two steps, each with an evaluation of two batches."""
     trainer, arguments = build(kind, 0)
     calls, scales = Call(), []
@@ -129,7 +129,7 @@ def test_a_run_cut_anywhere_ends_as_the_whole_one(kind, data):
     assert steps == [0, 1, 2, 2, 2, 2, 3, 4, 4, 4, 4, 5, 5, 5]
 
 
-def test_a_state_kept_in_memory_stays_what_it_was_and_serves_twice():
+def test_state_dict_stays_unchanged_and_resumes_twice():
     kept, (trainer, arguments) = [], build("chance", 0)
     history = train_quietly(trainer, *loaders_of("list"), **arguments,
                             on_epoch=lambda state: kept.append(state.state_dict()))
@@ -141,7 +141,7 @@ def test_a_state_kept_in_memory_stays_what_it_was_and_serves_twice():
     assert [len(entries["history"]["lr"]) for entries in kept] == [1, 2, 3]
 
 
-def test_a_finished_run_goes_on_with_nothing():
+def test_resume_of_a_finished_run_changes_nothing():
     kept, (trainer, arguments) = [], build("chance", 0)
     history = train_quietly(trainer, *loaders_of("list"), **arguments,
                             on_epoch=lambda state: kept.append(state.state_dict()))
@@ -150,7 +150,7 @@ def test_a_finished_run_goes_on_with_nothing():
     assert same(copy_of(again.average), copy_of(trainer.average))
 
 
-def test_the_state_of_another_model_is_an_error_in_one_line():
+def test_resume_refuses_the_state_of_another_training():
     trainer, arguments = build("chance", 0)
     with pytest.raises(Stopped) as stop:
         train_quietly(trainer, *loaders_of("list"), on_batch=Call(2), **arguments)

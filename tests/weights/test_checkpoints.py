@@ -18,8 +18,8 @@ from vit_bridge.models.hybrid import HybridCNNViT
 from vit_bridge.models.registry import build_model
 from vit_bridge.preprocessing import Preprocessing
 from vit_bridge.weights.checkpoints import (
+    _likely_heads,
     describe_checkpoint,
-    likely_heads,
     load,
     load_checkpoint,
     read_checkpoint,
@@ -97,7 +97,7 @@ def refuse_to_load(model, path, text):
 
 
 @pytest.mark.parametrize(("model_class", "arguments"), SMALL)
-def test_a_saved_model_comes_back_the_same(model_class, arguments, tmp_path):
+def test_load_returns_a_saved_model_unchanged(model_class, arguments, tmp_path):
     model = randomised(model_class, arguments)
     shown = Preprocessing(model.config.img_size, (0.1, 0.2, 0.3), [0.5, 0.7, 1.1], class_names=["a", "b", "c"])
     save_model(model.train(), tmp_path / "m.pt", shown)
@@ -117,7 +117,7 @@ def test_a_saved_model_comes_back_the_same(model_class, arguments, tmp_path):
     assert os.listdir(tmp_path) == ["m.pt"]
 
 
-def test_what_is_not_known_is_none_and_what_was_loaded_is_saved_again(tmp_path):
+def test_save_model_keeps_loaded_preprocessing_and_none_stays_none(tmp_path):
     save_model(randomised(*SMALL[0]), tmp_path / "bare.pt")
     loaded = load(tmp_path / "bare.pt")
     assert loaded.preprocessing is None
@@ -130,7 +130,7 @@ def test_what_is_not_known_is_none_and_what_was_loaded_is_saved_again(tmp_path):
                                                                       class_names=["a", "b", "c"])
 
 
-def test_files_that_know_a_part_open_as_before(tmp_path):
+def test_load_opens_older_files_with_partial_preprocessing(tmp_path):
     """Older versions wrote what they were given: names of classes without a mean, a mean without a name."""
     model = randomised(*SMALL[0])
     save_model(model, tmp_path / "m.pt")
@@ -142,7 +142,7 @@ def test_files_that_know_a_part_open_as_before(tmp_path):
     assert load(tmp_path / "mean.pt").preprocessing == Preprocessing((10, 15), (0.5,) * 3, (0.25,) * 3)
 
 
-def test_interpolation_comes_back_and_older_files_mean_bilinear(tmp_path):
+def test_load_restores_interpolation_and_defaults_to_bilinear(tmp_path):
     model = randomised(*SMALL[0])
     model.preprocessing = Preprocessing((10, 15), interpolation="bicubic")
     save_model(model, tmp_path / "own.pt")
@@ -159,7 +159,7 @@ def test_interpolation_comes_back_and_older_files_mean_bilinear(tmp_path):
     assert adapt(load(tmp_path / "unknown.pt")).preprocessing.interpolation == "bilinear"
 
 
-def test_further_entries_are_kept(tmp_path):
+def test_save_model_keeps_further_entries(tmp_path):
     save_model(randomised(*SMALL[0]), tmp_path / "m.pt", accuracy=0.75, trainer=dict(step=7, rates=[0.1]))
     entries = read_checkpoint(tmp_path / "m.pt")
     assert (entries["accuracy"], entries["trainer"]) == (0.75, dict(step=7, rates=[0.1]))
@@ -167,7 +167,7 @@ def test_further_entries_are_kept(tmp_path):
 
 @pytest.mark.parametrize("mean", [torch.tensor([0.5, 0.25]), np.array([0.5, 0.25]), (np.float64(0.5), 0.25)],
                          ids=["tensor", "array", "tuple"])
-def test_a_mean_of_any_kind_comes_back_as_plain_numbers(mean, tmp_path):
+def test_save_model_stores_any_mean_as_plain_numbers(mean, tmp_path):
     save_model(randomised(*SMALL[0]), tmp_path / "m.pt", Preprocessing((10, 15), mean, (1, 1)))
     for values in (load(tmp_path / "m.pt").preprocessing.mean, read_checkpoint(tmp_path / "m.pt")["mean"]):
         assert list(values) == [0.5, 0.25]
@@ -175,7 +175,7 @@ def test_a_mean_of_any_kind_comes_back_as_plain_numbers(mean, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["vit_nano", "hybrid", "convnet"])
-def test_a_file_in_float16_is_under_a_mebibyte_and_loads_as_float32(name, tmp_path):
+def test_save_model_in_float16_is_small_and_loads_float32(name, tmp_path):
     model = build_model(name, n_classes=10)
     save_model(model, tmp_path / "m.pt", dtype=torch.float16)
     assert (tmp_path / "m.pt").stat().st_size < 2**20
@@ -188,7 +188,7 @@ def test_a_file_in_float16_is_under_a_mebibyte_and_loads_as_float32(name, tmp_pa
 
 
 @pytest.mark.parametrize(("model_class", "arguments"), SMALL[:2] + SMALL[3:])
-def test_a_replaced_head_survives(model_class, arguments, tmp_path):
+def test_save_model_keeps_a_replaced_head(model_class, arguments, tmp_path):
     model = randomised(model_class, arguments)
     model.head = nn.Linear(model.head.in_features, 7)
     save_model(model, tmp_path / "m.pt")
@@ -197,7 +197,7 @@ def test_a_replaced_head_survives(model_class, arguments, tmp_path):
     assert torch.equal(loaded(images), model(images))
 
 
-def test_a_removed_head_survives(tmp_path):
+def test_save_model_keeps_a_removed_head(tmp_path):
     model = randomised(*SMALL[0])
     model.head = nn.Identity()
     save_model(model, tmp_path / "m.pt")
@@ -205,7 +205,7 @@ def test_a_removed_head_survives(tmp_path):
     assert torch.equal(load(tmp_path / "m.pt")(images), model(images))
 
 
-def test_a_resized_model_survives(tmp_path):
+def test_save_model_keeps_a_resized_model(tmp_path):
     model = resize_positions(randomised(*SMALL[0]), (20, 35))
     save_model(model, tmp_path / "m.pt")
     loaded = load(tmp_path / "m.pt")
@@ -213,7 +213,7 @@ def test_a_resized_model_survives(tmp_path):
     assert same_bits(loaded, bits(model))
 
 
-def test_a_loaded_model_that_is_resized_says_its_new_size(tmp_path):
+def test_resize_positions_updates_the_size_in_preprocessing(tmp_path):
     save_model(randomised(*SMALL[0]), tmp_path / "m.pt", Preprocessing((10, 15), class_names=["a", "b", "c"]))
     model = resize_positions(load(tmp_path / "m.pt"), (20, 35))
     assert model.preprocessing == Preprocessing(model.config.img_size, class_names=["a", "b", "c"])
@@ -247,7 +247,7 @@ def test_load_checkpoint_refuses_another_model_and_leaves_ours_alone(model_class
     assert same_bits(model, before)
 
 
-def test_load_checkpoint_refuses_another_stem_stride_though_every_shape_fits(tmp_path):
+def test_load_checkpoint_refuses_another_stem_stride(tmp_path):
     save_model(ConvNet(**CONVNET, stem_stride=1), tmp_path / "m.pt")
     with pytest.raises(InputError, match=one_line_with("stem_stride")):
         load_checkpoint(ConvNet(**CONVNET, stem_stride=2), tmp_path / "m.pt")
@@ -255,7 +255,7 @@ def test_load_checkpoint_refuses_another_stem_stride_though_every_shape_fits(tmp
 
 @pytest.mark.parametrize("n_classes", [5, 0])
 @pytest.mark.parametrize(("model_class", "arguments"), SMALL[:2] + SMALL[3:])
-def test_a_head_of_another_class_count_gives_way_to_the_models_own_and_is_said(model_class, arguments, n_classes,
+def test_load_checkpoint_keeps_models_head_for_another_class_count(model_class, arguments, n_classes,
                                                                             tmp_path):
     model = randomised(model_class, arguments)
     other = randomised(model_class, {**arguments, "n_classes": n_classes}, seed=7)
@@ -270,7 +270,7 @@ def test_a_head_of_another_class_count_gives_way_to_the_models_own_and_is_said(m
     assert ("the model has no head, or not one nn.Linear" in str(report)) == (not n_classes)
 
 
-def test_a_file_without_a_head_leaves_the_models_own_and_says_so(tmp_path):
+def test_load_checkpoint_keeps_models_head_when_file_has_none(tmp_path):
     state = raw(tmp_path / "m.pt", randomised(VisionTransformer, {**SQUARE, "n_classes": 0}))
     model = randomised(VisionTransformer, SQUARE, seed=7)
     head = model.head.weight.clone()
@@ -279,7 +279,7 @@ def test_a_file_without_a_head_leaves_the_models_own_and_says_so(tmp_path):
     assert report.notes == ("head: the file has none; the model keeps its own, untrained",)
 
 
-def test_a_head_with_a_bias_where_the_models_has_none_is_not_taken(tmp_path):
+def test_load_checkpoint_keeps_models_head_when_biases_differ(tmp_path):
     state = bits(randomised(VisionTransformer, SQUARE))
     for in_the_file in (True, False):
         torch.save({k: v for k, v in state.items() if in_the_file or k != "head.bias"}, tmp_path / "m.pt")
@@ -294,7 +294,7 @@ def test_a_head_with_a_bias_where_the_models_has_none_is_not_taken(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, dict(n_registers=2), dict(position="sincos")], ids=str)
 @pytest.mark.parametrize(("old", "new"), [((15, 15), (20, 35)), ((10, 15), (35, 20))])
-def test_another_resolution_is_resampled_as_resize_positions_does_and_said(old, new, options, tmp_path):
+def test_load_checkpoint_resamples_another_resolution_and_says_so(old, new, options, tmp_path):
     model = randomised(VisionTransformer, {**VIT, "img_size": old, **options})
     other = VisionTransformer(**{**VIT, "img_size": new, **options})
     save_model(model, tmp_path / "m.pt")
@@ -308,7 +308,7 @@ def test_another_resolution_is_resampled_as_resize_positions_does_and_said(old, 
     assert same_bits(other, bits(resize_positions(model, new)))
 
 
-def test_a_grid_that_is_not_square_is_told_by_the_model_or_by_a_file_of_ours_alone(tmp_path):
+def test_load_checkpoint_learns_an_oblong_grid_from_the_model(tmp_path):
     model = randomised(VisionTransformer, VIT)
     state, other = raw(tmp_path / "m.pt", model), VisionTransformer(**VIT)
     assert load_all(other, tmp_path / "m.pt", state).notes == ()
@@ -329,7 +329,7 @@ def prefixed(state, n, seed=11):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("side", [15, 35])
-def test_the_position_of_cls_is_folded_into_a_model_with_registers(side, dtype, tmp_path):
+def test_load_checkpoint_folds_cls_position_into_cls_token(side, dtype, tmp_path):
     options = dict(n_registers=2, layer_scale=0.5)
     model, n = VisionTransformer(**{**SQUARE, **options, "img_size": side}), side // 5
     state = prefixed(bits(randomised(VisionTransformer, {**SQUARE, **options})), 1)
@@ -346,7 +346,7 @@ def test_the_position_of_cls_is_folded_into_a_model_with_registers(side, dtype, 
     assert len(report.notes) == 1 + (side > 15)
 
 
-def test_the_positions_of_registers_are_folded_each_into_its_own(tmp_path):
+def test_load_checkpoint_folds_register_positions_into_register_tokens(tmp_path):
     model = VisionTransformer(**SQUARE, n_registers=2)
     state = prefixed(bits(randomised(VisionTransformer, {**SQUARE, "n_registers": 2})), 3)
     torch.save(state, tmp_path / "m.pt")
@@ -358,7 +358,7 @@ def test_the_positions_of_registers_are_folded_each_into_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("side", [15, 35])
-def test_positions_without_cls_get_zeros_for_it(side, tmp_path):
+def test_load_checkpoint_gives_cls_zeros_where_positions_lack_it(side, tmp_path):
     model = VisionTransformer(**{**VIT, "img_size": side})
     state = bits(randomised(VisionTransformer, SQUARE))
     state["pos_embed"] = state["pos_embed"][:, 1:]
@@ -370,7 +370,7 @@ def test_positions_without_cls_get_zeros_for_it(side, tmp_path):
     assert [note for note in report.notes if "zeros" in note]
 
 
-def test_a_number_of_positions_that_can_be_read_in_two_ways_is_said_and_grid_size_tells(tmp_path):
+def test_load_checkpoint_notes_ambiguous_positions_and_obeys_grid_size(tmp_path):
     wide = {**VIT, "img_size": (15, 25)}  # 3 x 5 patches and CLS make 16 positions, as 4 x 4 patches without CLS do
     state = raw(tmp_path / "m.pt", randomised(VisionTransformer, wide))
     for options in ({}, dict(grid_size=(3, 5)), dict(grid_size=[3, 5])):
@@ -390,7 +390,7 @@ def test_a_number_of_positions_that_can_be_read_in_two_ways_is_said_and_grid_siz
     assert same_bits(other, before)
 
 
-def test_grid_size_tells_of_a_file_that_is_not_square(tmp_path):
+def test_load_checkpoint_takes_grid_size_for_an_oblong_file(tmp_path):
     state = raw(tmp_path / "m.pt", randomised(VisionTransformer, VIT))
     model = VisionTransformer(**SQUARE)
     report = load_checkpoint(model, tmp_path / "m.pt", grid_size=(2, 3))
@@ -398,7 +398,7 @@ def test_grid_size_tells_of_a_file_that_is_not_square(tmp_path):
     assert torch.equal(model.pos_embed, resample_positions(state["pos_embed"], (2, 3), (3, 3)))
 
 
-def test_fixed_positions_load_into_a_model_of_fixed_positions_and_learned_ones_do_not(tmp_path):
+def test_load_checkpoint_keeps_fixed_and_learned_positions_apart(tmp_path):
     arguments = {**SQUARE, "position": "sincos"}
     state = raw(tmp_path / "fixed.pt", randomised(VisionTransformer, arguments))
     for side, grid in ((15, (3, 3)), (35, (7, 7))):
@@ -415,7 +415,7 @@ def test_fixed_positions_load_into_a_model_of_fixed_positions_and_learned_ones_d
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_bare_state_dict_loads_bit_for_bit(options, tmp_path):
+def test_load_checkpoint_takes_a_bare_state_dict_exactly(options, tmp_path):
     arguments = {**SQUARE, **options}
     state, model = raw(tmp_path / "m.pt", randomised(VisionTransformer, arguments)), VisionTransformer(**arguments)
     report = load_all(model, tmp_path / "m.pt", state)
@@ -426,7 +426,7 @@ def test_a_bare_state_dict_loads_bit_for_bit(options, tmp_path):
 
 @pytest.mark.parametrize("options", OPTIONS[1:4], ids=str)
 @pytest.mark.parametrize("in_the_file", [True, False])
-def test_an_option_that_the_model_lacks_or_has_alone_is_named(options, in_the_file, tmp_path):
+def test_load_checkpoint_names_an_option_only_one_side_has(options, in_the_file, tmp_path):
     plain, special = SQUARE, {**SQUARE, **options}
     raw(tmp_path / "m.pt", randomised(VisionTransformer, special if in_the_file else plain))
     [(name, value)] = options.items()
@@ -438,7 +438,7 @@ def test_an_option_that_the_model_lacks_or_has_alone_is_named(options, in_the_fi
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", ["m.pt", "m.safetensors"])
-def test_weights_of_another_precision_load_as_float32(name, dtype, tmp_path):
+def test_load_checkpoint_converts_other_precisions_to_float32(name, dtype, tmp_path):
     state = {key: value.to(dtype) for key, value in bits(randomised(VisionTransformer, SQUARE)).items()}
     save = save_file if name.endswith("safetensors") else torch.save
     save(state, tmp_path / name)
@@ -449,7 +449,7 @@ def test_weights_of_another_precision_load_as_float32(name, dtype, tmp_path):
 
 
 @pytest.mark.parametrize(("model_class", "arguments"), SMALL[3:])
-def test_the_bare_state_dict_of_a_hybrid_or_a_convnet_loads(model_class, arguments, tmp_path):
+def test_load_checkpoint_takes_hybrid_and_convnet_state_dicts(model_class, arguments, tmp_path):
     state = raw(tmp_path / "m.pt", randomised(model_class, arguments))
     model = model_class(**arguments)
     assert load_all(model, tmp_path / "m.pt", state).format == f"state dict of a {model_class.__name__}"
@@ -479,7 +479,7 @@ WRAPPINGS = {
 
 @pytest.mark.parametrize("around", WRAPPINGS)
 @pytest.mark.parametrize(("model_class", "arguments"), [SMALL[0], *SMALL[3:]])
-def test_what_lies_around_a_state_dict_changes_nothing_and_is_said(model_class, arguments, around, tmp_path):
+def test_load_checkpoint_unwraps_a_state_dict_and_says_so(model_class, arguments, around, tmp_path):
     state, model = bits(randomised(model_class, arguments)), model_class(**arguments)
     torch.save(WRAPPINGS[around](state), tmp_path / "m.pt")
     report = load_all(model, tmp_path / "m.pt", state)
@@ -488,7 +488,7 @@ def test_what_lies_around_a_state_dict_changes_nothing_and_is_said(model_class, 
 
 
 @pytest.mark.parametrize(("model_class", "arguments"), [SMALL[0], *SMALL[3:]])
-def test_an_averaged_model_loads_and_its_counter_is_dropped(model_class, arguments, tmp_path):
+def test_load_checkpoint_takes_an_averaged_model_without_its_counter(model_class, arguments, tmp_path):
     first, second, model = (randomised(model_class, arguments, seed) for seed in (5, 7, 11))
     averaged = AveragedModel(first)
     averaged.update_parameters(first)
@@ -501,7 +501,7 @@ def test_an_averaged_model_loads_and_its_counter_is_dropped(model_class, argumen
     assert same_bits(model, bits(averaged.module))
 
 
-def test_a_compiled_or_distributed_model_is_filled_inside(tmp_path):
+def test_load_checkpoint_fills_inside_compiled_and_distributed_models(tmp_path):
     model = randomised(VisionTransformer, VIT)
     save_model(model, tmp_path / "m.pt")
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -515,13 +515,13 @@ def test_a_compiled_or_distributed_model_is_filled_inside(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_a_model_of_another_project_is_not_filled(tmp_path):
+def test_load_checkpoint_refuses_a_foreign_model(tmp_path):
     save_model(randomised(VisionTransformer, VIT), tmp_path / "m.pt")
     with pytest.raises(InputError, match=one_line_with("a Linear cannot be filled from a checkpoint")):
         load_checkpoint(nn.Linear(2, 3), tmp_path / "m.pt")
 
 
-def test_without_safetensors_its_files_are_refused_in_one_line(tmp_path, monkeypatch):
+def test_load_checkpoint_refuses_safetensors_files_without_the_package(tmp_path, monkeypatch):
     save_file(bits(randomised(VisionTransformer, VIT)), tmp_path / "m.safetensors")
     load_checkpoint(VisionTransformer(**VIT), tmp_path / "m.safetensors")
     for module in ("safetensors", "safetensors.torch"):
@@ -542,7 +542,7 @@ def built_as_said(path):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_lines_of_a_description_build_the_model_of_a_bare_state_dict(options, tmp_path):
+def test_describe_checkpoint_lines_rebuild_a_bare_state_dicts_model(options, tmp_path):
     model = randomised(VisionTransformer, {**SQUARE, **options})
     state = raw(tmp_path / "m.pt", model)
     built, report = built_as_said(tmp_path / "m.pt")
@@ -556,7 +556,7 @@ def test_the_lines_of_a_description_build_the_model_of_a_bare_state_dict(options
     *SMALL, (VisionTransformer, {**VIT, "n_registers": 2, "norm_eps": 1e-5, "drop_path": 0.1}),
     (HybridCNNViT, {**HYBRID, "depth": 12, "n_heads": 12}),
     (ConvNet, {**CONVNET, "img_size": 16, "stem_stride": 1})])
-def test_the_lines_of_a_description_build_the_model_of_one_of_ours(model_class, arguments, tmp_path):
+def test_describe_checkpoint_lines_rebuild_a_model_of_ours(model_class, arguments, tmp_path):
     model = randomised(model_class, arguments)
     save_model(model, tmp_path / "m.pt")
     built, report = built_as_said(tmp_path / "m.pt")
@@ -566,7 +566,7 @@ def test_the_lines_of_a_description_build_the_model_of_one_of_ours(model_class, 
 
 
 @pytest.mark.parametrize(("embed_dim", "n_heads"), [(12, 1), (64, 1), (192, 3), (384, 6)])
-def test_heads_that_a_file_does_not_tell_are_guessed_and_said(embed_dim, n_heads, tmp_path):
+def test_describe_checkpoint_guesses_unknown_heads_and_says_so(embed_dim, n_heads, tmp_path):
     raw(tmp_path / "m.pt", VisionTransformer(**{**SQUARE, "embed_dim": embed_dim, "n_heads": 2, "depth": 1}))
     description = describe_checkpoint(tmp_path / "m.pt")
     assert description.config.n_heads == n_heads
@@ -574,11 +574,11 @@ def test_heads_that_a_file_does_not_tell_are_guessed_and_said(embed_dim, n_heads
     assert guess in str(description)
 
 
-def test_the_widths_of_published_models_have_their_heads():
-    assert [likely_heads(width) for width in (768, 1024, 1280)] == [12, 16, 16]
+def test_likely_heads_gives_the_heads_of_published_widths():
+    assert [_likely_heads(width) for width in (768, 1024, 1280)] == [12, 16, 16]
 
 
-def test_a_report_in_words_counts_and_names(tmp_path):
+def test_load_report_counts_and_names_in_words(tmp_path):
     state = bits(randomised(VisionTransformer, SQUARE))
     torch.save({**state, "mask_token": torch.zeros(1, 12)}, tmp_path / "m.pt")
     report = load_all(VisionTransformer(**{**SQUARE, "n_classes": 7}), tmp_path / "m.pt", [*state, "mask_token"])
@@ -591,7 +591,7 @@ def test_a_report_in_words_counts_and_names(tmp_path):
 
 
 @pytest.mark.parametrize(("options", "known"), [({}, False), (dict(qk_norm=True), True)])
-def test_that_a_file_does_not_tell_its_heads_is_said(options, known, tmp_path):
+def test_load_report_says_when_heads_are_unknown(options, known, tmp_path):
     raw(tmp_path / "m.pt", VisionTransformer(**SQUARE, **options))
     save_model(VisionTransformer(**SQUARE, **options), tmp_path / "ours.pt")
     reports = [load_checkpoint(VisionTransformer(**SQUARE, **options), tmp_path / name) for name in ("m.pt", "ours.pt")]
@@ -611,7 +611,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("target", ["missing/m.pt", "folder", "file/m.pt"])
-def test_an_unwritable_target_is_refused_and_leaves_nothing(target, tmp_path):
+def test_save_model_refuses_an_unwritable_target_leaving_nothing(target, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=one_line_with(tmp_path / target)):
@@ -635,7 +635,7 @@ def refuse_to_replace(source, target):
 
 @pytest.mark.parametrize(("module", "name", "failing"), [
     (torch, "save", save_half), (torch, "save", save_half_as_torch_does), (os, "replace", refuse_to_replace)])
-def test_a_failed_save_keeps_the_previous_file_whole(module, name, failing, whole, tmp_path, monkeypatch):
+def test_save_model_failing_keeps_the_previous_file(module, name, failing, whole, tmp_path, monkeypatch):
     path = tmp_path / "m.pt"
     path.write_bytes(whole)
     monkeypatch.setattr(module, name, failing)
@@ -645,7 +645,7 @@ def test_a_failed_save_keeps_the_previous_file_whole(module, name, failing, whol
     assert path.read_bytes() == whole
 
 
-def test_an_entry_that_cannot_be_pickled_leaves_no_part_of_a_file(whole, tmp_path):
+def test_save_model_of_unpicklable_entry_keeps_the_previous_file(whole, tmp_path):
     (tmp_path / "m.pt").write_bytes(whole)
     with pytest.raises(Exception, match="pickle"):
         save_model(VisionTransformer(**VIT), tmp_path / "m.pt", note=lambda: None)
@@ -653,7 +653,7 @@ def test_an_entry_that_cannot_be_pickled_leaves_no_part_of_a_file(whole, tmp_pat
     assert (tmp_path / "m.pt").read_bytes() == whole
 
 
-def test_class_names_that_do_not_fit_a_new_head_are_not_saved(tmp_path):
+def test_save_model_refuses_class_names_that_misfit_the_head(tmp_path):
     model = build_model("convnet", n_classes=2)
     model.preprocessing = Preprocessing(32, class_names=["a", "b"])
     model.head = torch.nn.Linear(model.head.in_features, 3)

@@ -85,7 +85,7 @@ def refuse(path, contents=None):
     assert same_bits(model, before)
 
 
-def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+def test_load_refuses_a_missing_file_and_a_folder(tmp_path):
     refuse(tmp_path / "none.pt")
     refuse(tmp_path)
 
@@ -97,11 +97,11 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     torch_bytes(nn.Linear(2, 3).state_dict()),
     torch_bytes({"format": "vit-bridge 0"}), torch_bytes({"format": "vit-bridge 1"}), pickle.dumps([1, 2], 2)],
     ids=lambda contents: f"{len(contents)} bytes")
-def test_files_of_another_kind_are_refused(contents, tmp_path):
+def test_load_refuses_files_of_another_kind(contents, tmp_path):
     refuse(tmp_path / "m.pt", contents)
 
 
-def test_random_bytes_are_refused(tmp_path):
+def test_load_refuses_random_bytes(tmp_path):
     generator = torch.Generator().manual_seed(7)
     for n in range(71):
         contents = bytes(torch.randint(256, (n,), generator=generator).tolist())
@@ -109,11 +109,11 @@ def test_random_bytes_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.9, 0.99, 0.9999])
-def test_a_truncated_checkpoint_is_refused(share, whole, tmp_path):
+def test_load_refuses_a_truncated_checkpoint(share, whole, tmp_path):
     refuse(tmp_path / "m.pt", whole[:int(share * len(whole))])
 
 
-def test_a_checkpoint_with_a_damaged_byte_is_refused_or_loads(whole, tmp_path):
+def test_load_accepts_or_cleanly_refuses_a_damaged_byte(whole, tmp_path):
     start, generator = whole.index(b"data.pkl"), torch.Generator().manual_seed(7)
     for place in (start + torch.randint(2500, (61,), generator=generator)).tolist():
         (tmp_path / "m.pt").write_bytes(whole[:place] + bytes([whole[place] ^ 7]) + whole[place + 1:])
@@ -129,7 +129,7 @@ def test_a_checkpoint_with_a_damaged_byte_is_refused_or_loads(whole, tmp_path):
     lambda trap: torch_bytes({"format": "vit-bridge 1", "x": trap}),
     lambda trap: torch_bytes(trap, _use_new_zipfile_serialization=False)],
     ids=["pickle", "torch.save", "checkpoint", "torch.save as of old"])
-def test_code_in_a_file_is_not_executed(wrap, tmp_path):
+def test_load_does_not_execute_code_in_a_file(wrap, tmp_path):
     trap = tmp_path / "sprung"
     refuse(tmp_path / "m.pt", wrap(Trap(trap)))
     assert not trap.exists()
@@ -138,14 +138,14 @@ def test_code_in_a_file_is_not_executed(wrap, tmp_path):
     assert trap.exists()  # so the trap was live
 
 
-def test_the_scan_for_weights_only_sees_the_loading_of_checkpoints():
+def test_weights_only_scan_sees_the_modules_that_load():
     """A scan of the wrong folder would find nothing, and pass."""
     assert any("torch.load(" in path.read_text(encoding="utf-8") for path in MODULES)
     assert {"train_vit", "checkpoints", "results"} <= {path.stem for path in MODULES}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_torch_load_is_with_weights_only(path):
+def test_torch_load_is_always_called_with_weights_only(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("torch", "pickle"):
             assert not {name.name for name in node.names} & {"load", "loads", "Unpickler"}
@@ -161,7 +161,7 @@ def changed(whole, **changes):
 
 
 @pytest.mark.parametrize("form", [..., "vit-bridge 2", ["vit-bridge 1"]], ids=str)
-def test_a_checkpoint_of_another_format_is_a_bare_state_dict_to_load_checkpoint_alone(form, whole, tmp_path):
+def test_load_refuses_another_format_that_load_checkpoint_takes(form, whole, tmp_path):
     (tmp_path / "m.pt").write_bytes(changed(whole, format=form))
     with pytest.raises(InputError, match=one_line_with(tmp_path / "m.pt")):
         load(tmp_path / "m.pt")
@@ -171,7 +171,7 @@ def test_a_checkpoint_of_another_format_is_a_bare_state_dict_to_load_checkpoint_
 
 
 @pytest.mark.parametrize("key", ["model_class", "config", "state_dict", "img_size", "class_names", "mean", "std"])
-def test_a_checkpoint_with_an_entry_missing_is_refused(key, whole, tmp_path):
+def test_load_refuses_a_missing_entry(key, whole, tmp_path):
     refuse(tmp_path / "m.pt", changed(whole, **{key: ...}))
 
 
@@ -181,19 +181,19 @@ def test_a_checkpoint_with_an_entry_missing_is_refused(key, whole, tmp_path):
     dict(config=None), dict(config=[1]), dict(config=dict(VIT, heads=3)), dict(config=dict(VIT, embed_dim=-12)),
     dict(config=dict(VIT, patch_size=(5, 5, 5))), dict(config=dict(VIT, depth=7)), dict(config={5: 5}),
     dict(state_dict=None), dict(state_dict=[1]), dict(state_dict={}), dict(state_dict={5: 5})], ids=str)
-def test_a_checkpoint_with_an_entry_that_cannot_be_is_refused(change, whole, tmp_path):
+def test_load_refuses_an_impossible_entry(change, whole, tmp_path):
     refuse(tmp_path / "m.pt", changed(whole, **change))
 
 
 @pytest.mark.parametrize("change", [
     {"blocks.7.extra": torch.zeros(2)}, {5: torch.zeros(2)}, {"head.bias": torch.zeros(5)}, {"head.bias": 3},
     {"cls_token": [1.0] * 12}, {"norm.weight": None}, {"norm.weight": torch.zeros(1)}], ids=str)
-def test_a_checkpoint_with_weights_that_do_not_fit_is_refused(change, whole, tmp_path):
+def test_load_refuses_weights_that_do_not_fit(change, whole, tmp_path):
     state = torch.load(io.BytesIO(whole), weights_only=True)["state_dict"]
     refuse(tmp_path / "m.pt", changed(whole, state_dict={**state, **change}))
 
 
-def test_a_checkpoint_with_a_tensor_missing_is_refused(whole, tmp_path):
+def test_load_refuses_a_missing_tensor(whole, tmp_path):
     state = torch.load(io.BytesIO(whole), weights_only=True)["state_dict"]
     del state["blocks.1.norm2.bias"]
     refuse(tmp_path / "m.pt", changed(whole, state_dict=state))
@@ -330,7 +330,7 @@ DAMAGES = {
     "missing arrays.npz": with_npz("head/bias", np.ones(3, np.float32))}
 
 
-def test_the_two_undamaged_files_load(tmp_path):
+def test_load_checkpoint_takes_the_undamaged_files(tmp_path):
     state = bits(randomised(SQUARE))
     for change in (dict, renamed):
         torch.save(change(state), tmp_path / "m.pt")
@@ -345,7 +345,7 @@ def test_the_two_undamaged_files_load(tmp_path):
     *((name, dict(n_registers=2)) for name in DAMAGES if re.search("cls|pos|reg", name)),
     *((name, dict(n_classes=0)) for name in DAMAGES if "head" in name)], ids=str)
 @pytest.mark.filterwarnings("ignore")  # torch has deprecated its own quantised tensors
-def test_a_damaged_checkpoint_is_refused(name, options, tmp_path):
+def test_load_checkpoint_refuses_a_damaged_file(name, options, tmp_path):
     path, n_registers = tmp_path / name, options.get("n_registers", 0)
     state = bits(randomised({**SQUARE, "n_registers": n_registers}))
     DAMAGES[name](path, state)
@@ -370,7 +370,7 @@ def test_a_damaged_checkpoint_is_refused(name, options, tmp_path):
     ("positions of no square.pt", "has 8 positions"),
     ("code among the tensors.pt", "holds Python objects (posix.mkdir)"), ("list.pt", "holds a list")])
 @pytest.mark.filterwarnings("ignore")
-def test_the_reason_names_what_is_wrong(name, reason, tmp_path):
+def test_load_checkpoint_names_what_is_wrong(name, reason, tmp_path):
     DAMAGES[name](tmp_path / name, bits(randomised(SQUARE)))
     with pytest.raises(InputError, match=one_line_with(reason)):
         load_checkpoint(VisionTransformer(**SQUARE), tmp_path / name)
@@ -378,7 +378,7 @@ def test_the_reason_names_what_is_wrong(name, reason, tmp_path):
 
 @pytest.mark.parametrize("cls", [torch.ones(1, 1, 5), torch.ones(1, 1, 1), torch.ones(12), torch.tensor(5.0),
                                  torch.ones(1, 1, 12, dtype=torch.int8)], ids=lambda cls: f"{cls.dtype} {[*cls.shape]}")
-def test_a_damaged_token_is_refused_before_its_position_is_added(cls, tmp_path):
+def test_load_checkpoint_refuses_a_damaged_token_before_adding_positions(cls, tmp_path):
     options = dict(n_registers=2, layer_scale=0.5)
     state = bits(randomised({**SQUARE, **options}))
     state |= dict(register_tokens=state.pop("reg_token"), mask_token=torch.zeros(1, 12), cls_token=cls,

@@ -285,7 +285,7 @@ def loaded(request, tmp_path_factory):
     return request.param, *difference(request.param, tmp_path_factory.mktemp("source"))
 
 
-def test_features_and_logits_are_those_of_the_source(loaded):
+def test_load_checkpoint_reproduces_the_sources_features_and_logits(loaded):
     _, largest, report, sample = loaded
     assert largest < 1e-12
     assert sorted([*report.used, *report.dropped]) == sorted(sample.names)
@@ -293,7 +293,7 @@ def test_features_and_logits_are_those_of_the_source(loaded):
     assert not [note for note in report.notes if "norms" in note]
 
 
-def test_a_description_finds_the_architecture_of_the_source(loaded):
+def test_describe_checkpoint_finds_the_architecture_of_the_source(loaded):
     name, _, _, sample = loaded
     wanted = VisionTransformer(**sample.arguments).config
     if name == "timm, 2 x 5 patches":
@@ -316,7 +316,7 @@ def test_a_description_finds_the_architecture_of_the_source(loaded):
 @pytest.mark.parametrize(("name", "options"), [
     ("DeiT-III", dict(no_embed_class=True, init_values=0.1)), ("DINOv2", dict(num_classes=0, init_values=0.1)),
     ("DINOv2, registers", dict(num_classes=0, init_values=0.1, reg_tokens=2, no_embed_class=True))])
-def test_timms_own_conversion_gives_the_same_features(name, options, tmp_path):
+def test_load_checkpoint_agrees_with_timms_own_conversion(name, options, tmp_path):
     sample = SOURCES[name].write(tmp_path)
     theirs = timm.models.VisionTransformer(**{**TIMM, **options}).double().eval()
     state = torch.load(sample.path, weights_only=True)
@@ -328,7 +328,7 @@ def test_timms_own_conversion_gives_the_same_features(name, options, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["transformers ViT, old names", "timm", "torchvision", "Google's npz"])
-def test_another_norm_eps_than_that_of_the_library_is_said(name, tmp_path):
+def test_load_checkpoint_notes_another_norm_eps(name, tmp_path):
     sample = SOURCES[name].write(tmp_path)
     eps = sample.arguments.get("norm_eps", 1e-6)
     report = load_checkpoint(VisionTransformer(**{**sample.arguments, "norm_eps": 1e-5}), sample.path)
@@ -336,7 +336,7 @@ def test_another_norm_eps_than_that_of_the_library_is_said(name, tmp_path):
 
 
 @pytest.mark.parametrize("which", ["old", "new"])
-def test_a_head_that_reads_cls_and_mean_side_by_side_is_not_taken(which, tmp_path):
+def test_load_checkpoint_skips_a_head_of_cls_and_mean(which, tmp_path):
     sample = SOURCES[f"transformers Dinov2 with head, {which} names"].write(tmp_path)
     model = VisionTransformer(**{**sample.arguments, "n_classes": CLASSES})
     head = model.head.weight.clone()
@@ -351,7 +351,7 @@ def test_a_head_that_reads_cls_and_mean_side_by_side_is_not_taken(which, tmp_pat
     ("Dinov2WithRegistersModel", dict(num_register_tokens=4), (3, 4)), ("Dinov2Model", {}, (17, 1)),
     ("ViTModel", {}, (17, 1)), ("torchvision", {}, (17, 1)), ("Google's npz", {}, (17, 1)),
     ("DINO in training", {}, (17, 1)), ("DINO in training", dict(reg_tokens=4), (3, 4))])
-def test_positions_of_a_known_format_are_not_mistaken_for_those_of_the_models_grid(name, config, grid, tmp_path):
+def test_load_checkpoint_reads_positions_by_format_not_model_grid(name, config, grid, tmp_path):
     side, options = 4 * PATCH, dict(n_classes=0)
     if name == "torchvision":
         model = randomised(torchvision.models.VisionTransformer(side, PATCH, DEPTH, HEADS, D, RATIO * D))
@@ -383,7 +383,7 @@ def test_positions_of_a_known_format_are_not_mistaken_for_those_of_the_models_gr
 
 
 @torch.no_grad()
-def test_every_transposition_of_googles_arrays_by_arithmetic(tmp_path):
+def test_load_checkpoint_transposes_googles_arrays_correctly(tmp_path):
     arrays = flax(timm_vit())
     np.savez(tmp_path / "m.npz", **arrays)
     model = VisionTransformer(**OURS).double().eval()
@@ -433,18 +433,18 @@ def refuse(path, text, **options):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_another_number_of_heads_than_that_of_googles_arrays_is_refused(tmp_path):
+def test_load_checkpoint_refuses_other_heads_than_googles_arrays(tmp_path):
     np.savez(tmp_path / "m.npz", **flax(timm_vit()))
     refuse(tmp_path / "m.npz", "n_heads is 7 there, 4 in the model", n_heads=4)
 
 
-def test_two_names_for_one_of_googles_arrays_are_refused(tmp_path):
+def test_load_checkpoint_refuses_a_google_array_named_twice(tmp_path):
     arrays = flax(timm_vit())
     np.savez(tmp_path / "m.npz", **arrays, **{"params/cls": arrays["cls"] + 1})
     refuse(tmp_path / "m.npz", "cls")
 
 
-def test_the_fixed_positions_of_maes_pre_training_are_ours(tmp_path):
+def test_load_checkpoint_accepts_maes_fixed_positions(tmp_path):
     model = transformers.ViTMAEModel(transformers.ViTMAEConfig(**HF_VIT))
     for thing in (*model.modules(), *model.parameters()):  # else they count as initialised, and stay zero
         thing._is_hf_initialized = False
@@ -523,7 +523,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_cannot_be_held_is_refused_with_the_reason(name, tmp_path):
+def test_load_checkpoint_refuses_foreign_architectures_with_the_reason(name, tmp_path):
     build, reason = REFUSALS[name]
     state = build()
     assert state
@@ -535,20 +535,20 @@ def test_what_cannot_be_held_is_refused_with_the_reason(name, tmp_path):
 
 @pytest.mark.parametrize(("model_class", "config"), [
     ("DeiTModel", "DeiTConfig"), ("BeitModel", "BeitConfig")])
-def test_what_transformers_saves_of_models_that_cannot_be_held_is_refused(model_class, config, tmp_path):
+def test_load_checkpoint_refuses_saved_deit_and_beit_of_transformers(model_class, config, tmp_path):
     more = dict(use_relative_position_bias=True) if model_class == "BeitModel" else {}
     model = getattr(transformers, model_class)(getattr(transformers, config)(**HF_VIT, **more))
     model.save_pretrained(tmp_path)
     refuse(tmp_path / "model.safetensors", "distilled DeiT" if model_class == "DeiTModel" else "BEiT")
 
 
-def test_a_dinov2_giant_of_transformers_is_refused_under_its_old_names(tmp_path):
+def test_load_checkpoint_refuses_dinov2_giant_under_its_old_names(tmp_path):
     config = transformers.Dinov2Config(**HF_DINO, use_swiglu_ffn=True)
     transformers.Dinov2Model(config).save_pretrained(tmp_path)
     refuse(tmp_path / "model.safetensors", "gated")
 
 
-def test_a_file_of_deit3s_names_says_what_they_cannot_tell(tmp_path):
+def test_load_checkpoint_notes_deit3_may_be_rope_vit(tmp_path):
     for name in ("DeiT-III", "DeiT"):
         (tmp_path / name).mkdir()
         sample = SOURCES[name].write(tmp_path / name)

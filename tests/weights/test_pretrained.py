@@ -26,7 +26,7 @@ from vit_bridge.weights.pretrained import (
     PRETRAINED,
     PUBLIC,
     Pretrained,
-    check_sum,
+    _check_sum,
     fetch,
 )
 from vit_model import InputError, VisionTransformer, resample_positions
@@ -46,7 +46,7 @@ def same(state, other):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_name_builds_a_model_that_runs(name):
+def test_build_model_builds_a_running_model_for_every_name(name):
     with torch.device("meta"):
         model = build_model(name, n_classes=7)
         images = torch.empty(2, 3, model.config.img_size, model.config.img_size)
@@ -55,26 +55,26 @@ def test_every_name_builds_a_model_that_runs(name):
         assert build_model(name).head.out_features == 1000
 
 
-def test_resnet18_of_the_table_is_convnet_with_its_defaults():
+def test_build_model_resnet18_is_convnet_with_its_defaults():
     with torch.device("meta"):
         assert build_model("resnet18").config == ConvNet().config
 
 
 @pytest.mark.parametrize("name", ALIKE)
-def test_three_small_models_have_the_parameters_that_the_comment_says(name):
+def test_small_models_have_the_parameter_counts_the_comment_says(name):
     assert sum(p.numel() for p in build_model(name, n_classes=10).parameters()) == ALIKE[name]
     assert build_model(name).config.img_size == 32
     assert f"{ALIKE[name]:,}" in Path(registry.__file__).read_text(encoding="utf-8")
 
 
-def test_three_small_models_are_within_a_tenth_of_each_other():
+def test_small_models_have_parameter_counts_within_a_tenth():
     assert max(ALIKE.values()) <= 1.1 * min(ALIKE.values())
 
 
 @pytest.mark.parametrize(("img_size", "patch", "stride"), [
     (32, 4, 1), (64, 4, 1), (72, 8, 2), (128, 8, 2), (144, 16, 4), (224, 16, 4),
     ((32, 96), 8, 2), ((64, 28), 4, 1)])
-def test_patch_and_stem_fit_the_image(img_size, patch, stride):
+def test_build_model_fits_patch_and_stem_to_the_image(img_size, patch, stride):
     with torch.device("meta"):
         for name in ("vit_nano", "vit_base", "hybrid", "hybrid_small"):
             assert build_model(name, img_size=img_size).config.patch_size == patch
@@ -82,7 +82,7 @@ def test_patch_and_stem_fit_the_image(img_size, patch, stride):
             assert build_model(name, img_size=img_size).config.stem_stride == stride
 
 
-def test_a_patch_that_is_given_stays_and_so_do_the_defaults_without_a_size():
+def test_build_model_keeps_given_patch_and_defaults_without_size():
     assert build_model("vit_nano", img_size=112, patch_size=7).config.patch_size == 7
     assert build_model("convnet", img_size=224, stem_stride=1).config.stem_stride == 1
     assert build_model("vit_nano").config.patch_size == 4
@@ -93,12 +93,12 @@ def test_a_patch_that_is_given_stays_and_so_do_the_defaults_without_a_size():
     (lambda: build_model("convnet", depth=8), "'depth'"), (lambda: build_model("hybrid", dept=1), "'dept'"),
     (lambda: build_model("vit_nano", img_size=30), "30x30"), (lambda: build_model("hybrid", patch_size=12), "12"),
     (lambda: load("vit_nano"), "'vit_nano'"), (lambda: load("../no such"), "'../no such'")])
-def test_an_unknown_name_or_argument_is_refused_in_one_line(build, value):
+def test_build_model_and_load_refuse_bad_names_and_arguments(build, value):
     with pytest.raises(InputError, match=one_line_with(value)):
         build()
 
 
-def test_an_unknown_model_is_told_the_known_ones():
+def test_build_model_lists_known_names_for_an_unknown_one():
     with pytest.raises(InputError, match=", ".join(MODELS)):
         build_model("vit")
 
@@ -107,7 +107,7 @@ def test_an_unknown_model_is_told_the_known_ones():
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_pretrained_models_of_ours_load_ready_to_use(name):
+def test_load_gives_our_pretrained_models_ready_to_use(name):
     model, saved = load(name), read_checkpoint(OURS_FOLDER / f"{name}.pt")
     assert not any(module.training for module in model.modules())
     state = {key: value.float() if value.is_floating_point() else value for key, value in saved["state_dict"].items()}
@@ -123,7 +123,7 @@ def test_pretrained_models_of_ours_load_ready_to_use(name):
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_a_pretrained_model_of_ours_takes_a_new_head(name):
+def test_load_gives_our_models_a_new_head(name):
     saved = load(OURS_FOLDER / f"{name}.pt").state_dict()
     for n_classes in (5, 0):
         model = load(name, n_classes=n_classes)
@@ -137,7 +137,7 @@ def test_a_pretrained_model_of_ours_takes_a_new_head(name):
     assert same(own.state_dict(), saved)
 
 
-def test_overrides_are_for_resolution_and_fine_tuning():
+def test_load_takes_overrides_of_size_and_dropout():
     saved = load(OURS_FOLDER / "vit_nano_shapes.pt")
     model = load("vit_nano_shapes", img_size=(44, 28), dropout=0.3, drop_path=0.1)
     assert model.preprocessing.img_size == model.config.img_size == (44, 28)
@@ -152,12 +152,12 @@ def test_overrides_are_for_resolution_and_fine_tuning():
     (dict(position="none"), "position 'none'"), (dict(n_registers=2), "n_registers 2"),
     (dict(patch_size=8), "patch_size 8"), (dict(head=5), "'head'"), (dict(img_size=30), "30x30"),
     (dict(n_classes=-1), "n_classes"), (dict(n_classes=5, pool="mean"), "pool")])
-def test_overrides_that_the_weights_do_not_fit_are_refused_in_one_line(overrides, value):
+def test_load_refuses_overrides_that_misfit_the_weights(overrides, value):
     with pytest.raises(InputError, match=one_line_with(value)):
         load("vit_nano_shapes", **overrides)
 
 
-def test_pretrained_weights_that_are_missing_are_named(monkeypatch, tmp_path):
+def test_load_names_missing_pretrained_weights(monkeypatch, tmp_path):
     monkeypatch.setattr(checkpoints, "OURS_FOLDER", tmp_path)
     with pytest.raises(InputError, match=one_line_with("hybrid_shapes.pt")):
         load("hybrid_shapes")
@@ -167,7 +167,7 @@ def test_pretrained_weights_that_are_missing_are_named(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_the_path_of_a_checkpoint_of_ours_is_as_good_as_a_name(name, tmp_path):
+def test_load_takes_a_path_as_well_as_a_name(name, tmp_path):
     path = shutil.copy(OURS_FOLDER / f"{name}.pt", tmp_path / "my best.pt")
     for given in (path, str(path)):
         model, named = load(given), load(name)
@@ -180,7 +180,7 @@ def test_the_path_of_a_checkpoint_of_ours_is_as_good_as_a_name(name, tmp_path):
     assert other(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
 
 
-def test_a_file_takes_the_overrides_that_a_name_takes(tmp_path):
+def test_load_takes_the_same_overrides_for_a_file(tmp_path):
     path = shutil.copy(OURS_FOLDER / "vit_nano_shapes.pt", tmp_path)
     model = load(path, img_size=24, drop_path=0.1)
     assert torch.equal(model.pos_embed, load("vit_nano_shapes", img_size=24).pos_embed)
@@ -191,7 +191,7 @@ def test_a_file_takes_the_overrides_that_a_name_takes(tmp_path):
 
 
 @pytest.mark.parametrize("n_classes", [0, 6])
-def test_a_state_dict_of_timm_is_a_start_too(n_classes, tmp_path):
+def test_load_takes_a_timm_state_dict(n_classes, tmp_path):
     """With its size and its head, ImageNet's normalisation and no names of classes."""
     torch.manual_seed(0)
     theirs = timm.models.VisionTransformer(img_size=16, patch_size=4, embed_dim=64, depth=2, num_heads=1,
@@ -206,7 +206,7 @@ def test_a_state_dict_of_timm_is_a_start_too(n_classes, tmp_path):
 
 @pytest.mark.parametrize(("name", "content"), [
     ("nowhere.pt", None), ("a/b.pth", None), ("damaged.pt", b"no checkpoint"), ("empty.pt", b"")])
-def test_a_file_that_is_none_is_refused_in_one_line(name, content, tmp_path):
+def test_load_refuses_missing_or_damaged_files(name, content, tmp_path):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=one_line_with(tmp_path / name)):
@@ -249,7 +249,7 @@ def public(tmp_path, monkeypatch):
     return Public(models, folder, asked)
 
 
-def test_a_public_model_loads_ready_to_use(public):
+def test_load_gives_a_public_model_ready_to_use(public):
     model = load("small")
     assert same(model.state_dict(), public.models["small"].state_dict())
     assert not any(module.training for module in model.modules())
@@ -262,7 +262,7 @@ def test_a_public_model_loads_ready_to_use(public):
 @pytest.mark.parametrize(("name", "n_classes", "wanted", "has_names"), [
     ("small", 1000, 1000, True), ("small", 5, 5, False), ("small", 0, 0, False), ("headless", None, 0, False),
     ("headless", 5, 5, False)])
-def test_the_head_of_a_public_model_and_its_class_names(name, n_classes, wanted, has_names, public):
+def test_load_sets_head_and_class_names_of_public_models(name, n_classes, wanted, has_names, public):
     model = load(name, n_classes=n_classes, img_size=35)
     assert (model.config.n_classes, model.preprocessing.class_names is not None) == (wanted, has_names)
     assert model(torch.zeros(2, 3, 35, 35)).shape == (2, wanted or 12)
@@ -272,7 +272,7 @@ def test_the_head_of_a_public_model_and_its_class_names(name, n_classes, wanted,
                 {k: v for k, v in source.items() if k.startswith("blocks.")})
 
 
-def test_the_grid_of_a_public_file_is_that_of_its_entry_whatever_the_models(public):
+def test_load_takes_a_public_files_grid_from_its_entry(public):
     model = load("small", img_size=(85, 5))  # 17 x 1 patches, as many as the positions of the file
     positions = public.models["small"].pos_embed
     assert torch.equal(model.pos_embed, resample_positions(positions, (4, 4), (17, 1)))
@@ -282,18 +282,18 @@ def test_the_grid_of_a_public_file_is_that_of_its_entry_whatever_the_models(publ
     (dict(n_heads=2), "n_heads 2 is not that of small, 3"), (dict(norm_eps=1e-5), "norm_eps"), (dict(depth=3), "depth"),
     (dict(position="sincos"), "position"), (dict(layer_scale=0.1), "layer_scale"), (dict(heads=2), "'heads'"),
     (dict(pool="mean"), "pool"), (dict(pool="mean", n_classes=1000), "pool")])
-def test_overrides_that_do_not_fit_a_public_model_are_refused(overrides, value, public):
+def test_load_refuses_overrides_that_misfit_a_public_model(overrides, value, public):
     with pytest.raises(InputError, match=one_line_with(value)):
         load("small", **overrides)
 
 
 @pytest.mark.parametrize(("name", "n_classes"), [("small", 5), ("small", 0), ("headless", None), ("headless", 5)])
-def test_another_pool_is_free_where_the_head_is_not_the_checkpoints(name, n_classes, public):
+def test_load_allows_another_pool_without_the_files_head(name, n_classes, public):
     model = load(name, n_classes=n_classes, pool="mean")
     assert model.config.pool == "mean"
 
 
-def test_what_a_public_model_carries_reaches_the_loaders(public):
+def test_get_data_loaders_uses_a_public_models_preprocessing(public):
     model = load("small")
     own = model.preprocessing
     loaders = get_data_loaders(dataset="shapes", img_size=own.img_size, n_images=20, batch_size=5, preprocessing=own)
@@ -304,7 +304,7 @@ def test_what_a_public_model_carries_reaches_the_loaders(public):
         assert model(images).shape == (len(images), 1000)
 
 
-def test_a_file_that_is_not_there_is_fetched_once(public, monkeypatch):
+def test_load_fetches_a_missing_public_file_once(public, monkeypatch):
     away = public.folder.parent / "away.pth"
     shutil.move(public.folder / "small.pth", away)
     asked = []
@@ -320,7 +320,7 @@ def test_a_file_that_is_not_there_is_fetched_once(public, monkeypatch):
     assert sorted(path.name for path in public.folder.iterdir()) == ["headless.pth", "small.pth"]
 
 
-def test_the_folder_is_made_where_there_is_none(public, monkeypatch, tmp_path):
+def test_fetch_makes_a_missing_folder(public, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "new" / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file",
                         lambda url, path, **_: shutil.copy(public.folder / "small.pth", path))
@@ -333,7 +333,7 @@ ERRORS = [URLError("no route to host"), HTTPError("https://example.org", 404, "N
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_without_a_network_the_address_and_the_place_are_named(error, public, monkeypatch):
+def test_load_names_address_and_path_when_download_fails(error, public, monkeypatch):
     def download(url, path, **_):
         Path(path).write_bytes(b"half")
         raise error
@@ -346,7 +346,7 @@ def test_without_a_network_the_address_and_the_place_are_named(error, public, mo
     assert [path.name for path in public.folder.iterdir()] == ["headless.pth"]
 
 
-def test_a_file_of_another_sum_is_refused_and_not_kept(public, monkeypatch):
+def test_load_discards_a_download_with_the_wrong_checksum(public, monkeypatch):
     (public.folder / "small.pth").unlink()
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **_: Path(path).write_bytes(b"another"))
     digits = hashlib.sha256(b"another").hexdigest()[:8]
@@ -357,7 +357,7 @@ def test_a_file_of_another_sum_is_refused_and_not_kept(public, monkeypatch):
 
 @pytest.mark.parametrize(("name", "reason"), [
     ("small", "its sha256 begins"), ("headless", "delete it and it is fetched again")])
-def test_a_damaged_file_in_the_folder_is_refused_with_its_place(name, reason, public):
+def test_load_refuses_a_damaged_cached_file_naming_its_path(name, reason, public):
     path = public.folder / f"{name}.pth"
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(InputError, match=one_line_with(path)) as caught:
@@ -365,14 +365,14 @@ def test_a_damaged_file_in_the_folder_is_refused_with_its_place(name, reason, pu
     assert reason in str(caught.value)
 
 
-def test_sums_are_compared_by_their_published_digits(tmp_path):
+def test_check_sum_compares_the_published_digits(tmp_path):
     path = tmp_path / "empty"
     path.touch()
     for checksum in ("sha256:e3b0c442", "md5:d41d8c", None):
-        check_sum(path, checksum)
+        _check_sum(path, checksum)
     for checksum in ("sha256:e3b0c443", "md5:e3b0c4"):
         with pytest.raises(InputError, match=one_line_with(path)):
-            check_sum(path, checksum)
+            _check_sum(path, checksum)
 
 
 # ---- The table of public ones
@@ -393,7 +393,7 @@ KNOWN = {"deit_tiny_patch16_224": 5_717_416, "deit_base_patch16_224": 86_567_656
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_every_public_entry_builds_with_the_parameters_of_its_architecture(name):
+def test_public_entries_have_the_parameters_of_their_architecture(name):
     arguments = PUBLIC[name].arguments
     with torch.device("meta"):
         model = VisionTransformer(**arguments)
@@ -406,7 +406,7 @@ def test_every_public_entry_builds_with_the_parameters_of_its_architecture(name)
 @pytest.mark.parametrize(("name", "weights"), [
     ("vit_b_16", torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1),
     ("vit_l_16", torchvision.models.ViT_L_16_Weights.IMAGENET1K_V1)])
-def test_entries_of_torchvision_are_what_torchvision_says(name, weights):
+def test_public_entries_agree_with_torchvision(name, weights):
     entry, transforms = PUBLIC[name], weights.transforms()
     assert entry.url == weights.url
     assert entry.checksum == f"sha256:{re.search(r'-([0-9a-f]{8})', weights.url)[1]}"
@@ -426,12 +426,12 @@ TIMM_NAMES = {
     "mae_vit_base_patch16": "vit_base_patch16_224.mae", "mae_vit_large_patch16": "vit_large_patch16_224.mae"}
 
 
-def test_every_public_entry_is_held_to_a_library():
+def test_public_entries_are_all_checked_against_a_library():
     assert {*TIMM_NAMES, "vit_b_16", "vit_l_16"} == set(PUBLIC)
 
 
 @pytest.mark.parametrize("name", TIMM_NAMES)
-def test_entries_are_what_timm_says(name):
+def test_public_entries_agree_with_timm(name):
     entry, theirs = PUBLIC[name], timm.get_pretrained_cfg(TIMM_NAMES[name])
     assert entry.url == theirs.url
     assert (entry.mean, entry.std, entry.interpolation) == (theirs.mean, theirs.std, theirs.interpolation)
@@ -444,7 +444,7 @@ def test_entries_are_what_timm_says(name):
 
 
 @pytest.mark.parametrize("name", TIMM_NAMES)
-def test_entries_have_the_blocks_of_timm(name):
+def test_public_entries_have_the_blocks_of_timm(name):
     with torch.device("meta"):
         theirs = timm.create_model(TIMM_NAMES[name].split(".")[0], depth=1)
         ours = VisionTransformer(**{**PUBLIC[name].arguments, "depth": 1})
@@ -473,7 +473,7 @@ def run_main(monkeypatch, capsys, *arguments):
     return code, *capsys.readouterr()
 
 
-def test_main_says_what_a_file_is(monkeypatch, capsys, public):
+def test_inspect_says_what_a_file_is(monkeypatch, capsys, public):
     code, out, err = run_main(monkeypatch, capsys, public.folder / "small.pth")
     assert (code, err) == (0, "")
     assert out == f"{describe_checkpoint(public.folder / 'small.pth')}\n"
@@ -482,7 +482,7 @@ def test_main_says_what_a_file_is(monkeypatch, capsys, public):
 
 
 @pytest.mark.parametrize("contents", [None, b"", b"accuracy 0.93\n"])
-def test_main_refuses_a_bad_file_in_one_line(contents, monkeypatch, capsys, tmp_path):
+def test_inspect_refuses_a_bad_file_in_one_line(contents, monkeypatch, capsys, tmp_path):
     if contents is not None:
         (tmp_path / "m.pt").write_bytes(contents)
     code, out, err = run_main(monkeypatch, capsys, tmp_path / "m.pt")
@@ -492,7 +492,7 @@ def test_main_refuses_a_bad_file_in_one_line(contents, monkeypatch, capsys, tmp_
     assert (err.count("\n"), err[-1]) == (1, "\n")
 
 
-def test_main_without_a_file_lists_every_name(monkeypatch, capsys):
+def test_inspect_without_a_file_lists_every_name(monkeypatch, capsys):
     code, out, err = run_main(monkeypatch, capsys)
     assert (code, err) == (0, "")
     rows = {line.split()[0]: line for line in out.splitlines()[1:]}
@@ -506,7 +506,7 @@ def test_main_without_a_file_lists_every_name(monkeypatch, capsys):
         assert (entry.measured in rows[name]) == (entry.measured != "as it is")
 
 
-def test_a_name_in_the_place_of_a_file_is_told_what_it_is(monkeypatch, capsys):
+def test_inspect_points_a_model_name_to_load(monkeypatch, capsys):
     code, _, err = run_main(monkeypatch, capsys, "dinov2_vits14")
     assert code == 2
     assert "load('dinov2_vits14') makes that model" in err

@@ -46,7 +46,7 @@ def cls_attention_grid(attention, grid_size, n_prefix_tokens=1, pool="cls"):
     return readers[..., n_prefix_tokens:].unflatten(-1, (rows, columns))  # (..., rows, columns)
 
 
-def patch_distances(grid_size, patch_size):
+def _patch_distances(grid_size, patch_size):
     """Pixels between the middles of all pairs of patches, (n, n), n = rows * columns, float64."""
     sides = zip(grid_size, pair(patch_size, "patch_size"), strict=True)
     places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) * side for n, side in sides))  # (n, 2)
@@ -67,7 +67,7 @@ def attention_distance(maps, grid_size, patch_size, n_prefix_tokens=1, renormali
         raise InputError(f"maps over {maps.shape[-1]} tokens do not fit a grid of {grid_size[0]}x{grid_size[1]} "
                          f"patches and {n_prefix_tokens} tokens before them; expected {n_prefix_tokens + n} tokens")
     weights = maps[..., n_prefix_tokens:, n_prefix_tokens:].cpu().double()  # (L, B, H, n, n)
-    distances = (weights * patch_distances(grid_size, patch_size)).sum(dim=-1)  # (L, B, H, n)
+    distances = (weights * _patch_distances(grid_size, patch_size)).sum(dim=-1)  # (L, B, H, n)
     if renormalise:
         distances = distances / weights.sum(dim=-1)
     return distances.mean(dim=(1, 3))  # (L, H)
@@ -75,7 +75,7 @@ def attention_distance(maps, grid_size, patch_size, n_prefix_tokens=1, renormali
 
 def uniform_attention_distance(grid_size, patch_size):
     """The attention_distance of a patch that looks at all patches alike, in pixels: the control of the others."""
-    return patch_distances(grid_size, patch_size).mean().item()
+    return _patch_distances(grid_size, patch_size).mean().item()
 
 
 @torch.no_grad()

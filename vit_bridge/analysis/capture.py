@@ -3,7 +3,6 @@
     record(model, images)           all three, as a Recording; with gradients where asked for
     attention_maps(model, images)   the maps alone, as one tensor
     answers_of(model, images)       the logits alone, of a ConvNet too
-    anatomy_of(model)               where blocks, patches, prefix tokens, positions and head of a ViT lie
 
 Our own models go in, and the ViTs of timm, transformers (ViT, DeiT) and torchvision, as they are. Fused attention holds
 no maps; so while a pass is watched its softmax is worked out beside it, and what goes on is computed from that. Nothing
@@ -56,7 +55,7 @@ def capture(model, images, gradients=False, change=None):
     adapter, tokens = adapt_vit(model), []
     adapter.check_images(images)
     if gradients:
-        check_kept(model)
+        _check_kept(model)
     grid = adapter.grid(images)
     hooks = [adapter.blocks[0].register_forward_pre_hook(lambda module, args: tokens.append(args[0]))]
     hooks += [block.register_forward_hook(lambda module, args, output: tokens.append(tokens_of(output)))
@@ -69,10 +68,10 @@ def capture(model, images, gradients=False, change=None):
     finally:
         for hook in hooks:
             hook.remove()
-    check_maps(recorder.maps, len(adapter.blocks), adapter.n_prefix + grid[0] * grid[1])
+    _check_maps(recorder.maps, len(adapter.blocks), adapter.n_prefix + grid[0] * grid[1])
     check_finite_numbers(model, logits, *recorder.maps)
     if change is None and adapter.library != "ours":
-        check_answers(model, images[:1], logits[:1])
+        _check_answers(model, images[:1], logits[:1])
     return Capture(tokens, recorder.maps, logits, grid, adapter)
 
 
@@ -108,7 +107,7 @@ def watch_layer(model, layer, images, run=None):
     """(pixels, output, answer) of one layer, hanging together for torch.autograd.grad: the images that gradients go to,
     what the layer gave of them, and what `run`, the model itself where it is None, gave at the end. Raises InputError
     for a model that does not keep its blocks' tokens for gradients."""
-    check_kept(model)
+    _check_kept(model)
     outputs = []
     hook = layer.register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
@@ -137,7 +136,7 @@ class AttentionCapture(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             return self.attend_in_projection(*args, **kwargs)
         result = func(*args, **kwargs)
-        return self.note(result) if func in SOFTMAXES and is_map(result) else result
+        return self.note(result) if func in SOFTMAXES and _is_map(result) else result
 
     def note(self, attention):
         if self.change is not None:
@@ -168,11 +167,11 @@ class AttentionCapture(TorchFunctionMode):
         return F.linear(heads.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias), None  # (N, B, D)
 
 
-def is_map(result):
+def _is_map(result):
     return result.ndim == 4 and result.shape[-1] == result.shape[-2] > 1
 
 
-def check_kept(model):
+def _check_kept(model):
     """Raises InputError for a model that keeps nothing for gradients: one made in inference mode, or one of timm whose
     blocks are computed again in the backward pass."""
     if any(weight.is_inference() for weight in model.parameters()):
@@ -183,7 +182,7 @@ def check_kept(model):
                          f"watches; call model.set_grad_checkpointing(False) first")
 
 
-def check_maps(maps, n_blocks, n_tokens):
+def _check_maps(maps, n_blocks, n_tokens):
     """Raises InputError unless there is a map over so many tokens for each block."""
     sizes = sorted({tuple(one.shape[-2:]) for one in maps})
     if len(maps) != n_blocks or sizes != [(n_tokens, n_tokens)]:
@@ -202,7 +201,7 @@ def check_finite_numbers(model, *values):
                         f"in that; give a model whose training went well, or call .float() on one in half precision")
 
 
-def check_answers(model, images, logits):
+def _check_answers(model, images, logits):
     """Raises InputError unless the model gives these logits when nobody watches."""
     with evaluating(model), torch.no_grad():
         own = logits_of(model(to_model(images.detach(), model)))

@@ -76,11 +76,11 @@ def throughput(model, img_size=None, batch_size=32, seconds=1.0, train=False, de
                         generator=torch.Generator(device).manual_seed(0))
     model = copy.deepcopy(model).to(device).train(train)
     for _ in range(2):
-        run_pass(model, images, train)
+        _run_pass(model, images, train)
     times = []
     while len(times) < 3 or sum(times) < seconds:
         start = time.perf_counter()
-        run_pass(model, images, train)
+        _run_pass(model, images, train)
         times.append(time.perf_counter() - start)
     return batch_size / statistics.median(times)
 
@@ -95,22 +95,22 @@ def peak_memory(model, images, train=False):
     """
     device = device_of(model) if device_of(model).type == "cuda" else torch.device("cpu")
     model, images = copy.deepcopy(model).to(device).train(train), images.to(device)
-    run_pass(model, images, train)  # to warm up: libraries allocate their workspaces once
+    _run_pass(model, images, train)  # to warm up: libraries allocate their workspaces once
     model.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        run_pass(model, images, train)
+        _run_pass(model, images, train)
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler of torch 2.14 prints lines of its own
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run_pass(model, images, train)
+        _run_pass(model, images, train)
     records = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     records.sort(key=lambda event: event.start_ns())
     return max(accumulate(event.nbytes() for event in records), default=0)  # a release has negative bytes
 
 
-def run_pass(model, images, train):
+def _run_pass(model, images, train):
     """A forward pass, with train=True also the backward pass of a cross-entropy; waits until it is done."""
     with torch.set_grad_enabled(train):
         logits = model(images)  # (B, K)

@@ -1,6 +1,6 @@
 """Where in an image an answer comes from, by every usual method, and how far each is to be trusted.
 
-    rollout, relevance, token_cam     the formulas: attention maps, gradients and tokens in, a heat map's numbers out
+    rollout, relevance, token_cam     the formulas: attention maps, gradients and tokens in, a saliency map out
     explain(model, images, method)    one method of METHODS on a model, for a class
     logit_lens                        what the head would say after every block
     token_norms, feature_colours      what patch tokens hold
@@ -9,7 +9,7 @@
     compare_explanations              all methods on the same images: agreement, and that test beside random order
     selfcheck                         the closed forms, on a model: what holds
 
-Models are ours, or timm's, transformers' and torchvision's, as recording.py takes them. What a method cannot do on a
+Models are ours, or timm's, transformers' and torchvision's, as models/adapters.py knows them. What a method cannot do on a
 model it refuses with the reason; nothing is put in its place.
 
 Shapes:  B images, L blocks, H heads, N tokens (prefix tokens, then patches), D width, K classes, n patches,
@@ -92,7 +92,7 @@ def token_cam(features, gradients):
 
 @dataclass
 class Explanation:
-    """heat (B, rows, columns), not negative, and NaN for an image of several whose Grad-CAM is blank; targets (B), the
+    """saliency (B, rows, columns), not negative, and NaN for an image of several whose Grad-CAM is blank; targets (B), the
     classes that are explained; probabilities (B), theirs; both None for a model without a head."""
     saliency: torch.Tensor
     targets: torch.Tensor | None
@@ -129,13 +129,13 @@ def attention_saliency(model, images, targets, layer_idx=-1, head_idx=None):
     seen = capture(model, images)
     maps = seen.maps[check_index("layer_idx", layer_idx, len(seen.maps))]  # (B, H, N, N)
     attention = maps.mean(dim=1) if head_idx is None else maps[:, check_index("head_idx", head_idx, maps.shape[1])]
-    return for_the_head(attention, seen)
+    return _for_the_head(attention, seen)
 
 
 def rollout_saliency(model, images, targets, discard_ratio=0.0):
     """rollout, of the head's token; the class does not matter."""
     seen = capture(model, images)
-    return for_the_head(rollout(torch.stack(seen.maps), discard_ratio), seen)
+    return _for_the_head(rollout(torch.stack(seen.maps), discard_ratio), seen)
 
 
 def relevance_saliency(model, images, targets):
@@ -145,7 +145,7 @@ def relevance_saliency(model, images, targets):
     gradients = torch.autograd.grad(chosen(seen.logits, targets), seen.maps)
     gained = relevance_gained(torch.stack(seen.maps), torch.stack(gradients))  # (B, N, N)
     check_finite_numbers(model, gained)
-    return for_the_head(gained, seen)
+    return _for_the_head(gained, seen)
 
 
 def cam_saliency(model, images, targets, layer_idx=None):
@@ -158,7 +158,7 @@ def cam_saliency(model, images, targets, layer_idx=None):
     """
     check_head(model)
     if not adapt(model).attends:
-        return not_blank(convolutional_cam(model, images, targets, -1 if layer_idx is None else layer_idx))
+        return _not_blank(_convolutional_cam(model, images, targets, -1 if layer_idx is None else layer_idx))
     seen = capture(model, images, gradients=True)
     n_blocks, by_cls = len(seen.maps), seen.adapter.pool == "cls"
     layer = cam_layer(seen.adapter, layer_idx)
@@ -170,7 +170,7 @@ def cam_saliency(model, images, targets, layer_idx=None):
                          f"tokens are there goes nowhere; choose a layer_idx from 0 to {n_blocks - 2}")
     gradient, = torch.autograd.grad(chosen(seen.logits, targets), seen.tokens[layer + 1])  # (B, N, D)
     first = seen.adapter.n_prefix
-    return not_blank(token_cam(seen.tokens[layer + 1][:, first:], gradient[:, first:]).unflatten(1, seen.grid))
+    return _not_blank(token_cam(seen.tokens[layer + 1][:, first:], gradient[:, first:]).unflatten(1, seen.grid))
 
 
 def cam_layer(adapter, layer_idx=None):
@@ -181,7 +181,7 @@ def cam_layer(adapter, layer_idx=None):
     return n_blocks - 2 if adapter.pool == "cls" else n_blocks - 1
 
 
-def not_blank(saliency):
+def _not_blank(saliency):
     """Grad-CAM (B, rows, columns), with NaN for an image where it is zero everywhere, as that is no map. Raises
     InputError where it is so in every image."""
     blank = ~(saliency > 0).flatten(1).any(dim=1)  # (B)
@@ -191,7 +191,7 @@ def not_blank(saliency):
     return saliency.masked_fill(blank[:, None, None], torch.nan)
 
 
-def convolutional_cam(model, images, targets, layer_idx):
+def _convolutional_cam(model, images, targets, layer_idx):
     """Grad-CAM after a stage of a ConvNet: (B, rows, columns) of its feature map."""
     layers = adapt(model).layers
     layer = layers[check_index("layer_idx", layer_idx, len(layers))]
@@ -222,15 +222,15 @@ def logit_lens(model, images):
     return lens.cpu()
 
 
-def token_norms(recording):
+def token_norms(captured):
     """(norms, artefacts), both (L, B, rows, columns): the length of each patch token after each block, and whether it
     is OUTLIER times the median of its image and block or more, as tokens that the model uses for something else are
     (Darcet et al. 2024, "Vision Transformers Need Registers")."""
-    first = recording.adapter.n_prefix
-    tokens = at_least_float32(torch.stack(recording.tokens[1:]).detach().cpu())  # (L, B, N, D)
+    first = captured.adapter.n_prefix
+    tokens = at_least_float32(torch.stack(captured.tokens[1:]).detach().cpu())  # (L, B, N, D)
     norms = tokens[:, :, first:].norm(dim=3)  # (L, B, n)
     artefacts = norms >= OUTLIER * norms.median(dim=2, keepdim=True).values
-    return norms.unflatten(2, recording.grid), artefacts.unflatten(2, recording.grid)
+    return norms.unflatten(2, captured.grid), artefacts.unflatten(2, captured.grid)
 
 
 def feature_colours(features):
@@ -273,16 +273,16 @@ def deletion_insertion(model, images, saliency, targets, n_steps=16, batch_size=
     """(deletion, insertion), each (S + 1, B): the probability of the target class while patches are hidden, the hottest
     first, and while they are shown on an empty image, the hottest first.
 
-    heat (B, rows, columns). Patches of the same heat go in a random order, another for each image; it comes from the
-    seed and the image alone, so that a heat that is the same everywhere is the control, random order. An image whose
-    heat has NaN has NaN. Hidden is what the normalisation takes for the mean. A map that finds what the answer hangs on
+    saliency (B, rows, columns). Patches of equal saliency go in a random order, another for each image; it comes from
+    the seed and the image alone, so that a saliency that is the same everywhere is the control, random order. An image
+    whose saliency has NaN has NaN. Hidden is what the normalisation takes for the mean. A map that finds what the answer hangs on
     makes the first curve fall early and the second rise early; the mean of a curve is its area. Petsiuk, Das and
     Saenko 2018, "RISE", Sec. 4.1.
     """
     check_int("n_steps", n_steps, 1)
     images, saliency, n, grid = images.cpu(), saliency.cpu(), saliency[0].numel(), saliency.shape[1:]
     rows, columns = (torch.arange(side) * count // side for side, count in zip(images.shape[2:], grid, strict=True))
-    ranks = ranks_of(saliency.flatten(1), random_orders(images, n, seed))  # (B, n), 0 the hottest
+    ranks = _ranks_of(saliency.flatten(1), _random_orders(images, n, seed))  # (B, n), 0 the hottest
     no_map = saliency.flatten(1).isnan().any(dim=1)  # (B)
     curves = []
     for inserting in (False, True):
@@ -290,25 +290,25 @@ def deletion_insertion(model, images, saliency, targets, n_steps=16, batch_size=
         for step in range(n_steps + 1):
             shown = ((ranks < round(step / n_steps * n)) == inserting).unflatten(1, grid)  # (B, rows, columns)
             changed = images * shown[:, rows[:, None], columns][:, None]  # (B, C, height, width)
-            curve.append(class_probability(model, changed, targets, batch_size))
+            curve.append(_class_probability(model, changed, targets, batch_size))
         curves.append(torch.stack(curve).masked_fill(no_map, torch.nan))
     return tuple(curves)
 
 
-def ranks_of(saliency, orders):
+def _ranks_of(saliency, orders):
     """The rank of each patch, 0 the hottest; equals as they come in the orders: 2 x (B, n) -> (B, n)."""
     ranking = saliency.gather(1, orders).argsort(dim=1, descending=True, stable=True)  # (B, n) places in the orders
     return orders.gather(1, ranking).argsort(dim=1)
 
 
-def random_orders(images, n, seed):
+def _random_orders(images, n, seed):
     """A random order of n patches for each image, (B, n), out of the seed and the image's numbers, so that it is the
     same in every batch. images (B, C, height, width), on the CPU."""
     seeds = [zlib.crc32(image.float().contiguous().numpy(), seed % 2**32) for image in images]
     return torch.stack([torch.randperm(n, generator=torch.Generator().manual_seed(one)) for one in seeds])
 
 
-def class_probability(model, images, targets, batch_size):
+def _class_probability(model, images, targets, batch_size):
     """The probability of each image's target class, (B), on the CPU."""
     with evaluating(model):
         parts = [logits_of(model(to_model(part, model))).cpu() for part in images.split(batch_size)]
@@ -395,7 +395,7 @@ def compare_explanations(model, images, target=None, methods=tuple(METHODS), n_s
                       explained.probabilities)
 
 
-def for_the_head(matrix, seen):
+def _for_the_head(matrix, seen):
     """What the head's token, or its patches on average, hold of each patch: (B, N, N) -> (B, rows, columns)."""
     check_pool(seen.adapter.pool)
     return cls_attention_grid(matrix, seen.grid, seen.adapter.n_prefix, seen.adapter.pool)

@@ -68,7 +68,7 @@ def from_patches(patches, grid_size):
     return grid.flatten(4, 5).flatten(2, 3)  # (B, C, height, width)
 
 
-def random_ranks(n_images, n, seed):
+def _random_ranks(n_images, n, seed):
     """For each image a fresh random order of n places: (N, n), each row the numbers 0 to n - 1."""
     return torch.rand(n_images, n, generator=generator_of(seed, 4), dtype=torch.float64).argsort(dim=1)
 
@@ -83,9 +83,9 @@ def shuffle_patches(images, patch_size, share=1.0, seed=0, offset=0):
     """
     patches, grid = to_patches(images.cpu().roll((-offset, -offset), dims=(2, 3)), patch_size)  # (B, n, C, P, P)
     B, n = patches.shape[:2]
-    chosen = random_ranks(B, n, seed)[:, :share_of(share, n)]  # (B, m) places that take part
+    chosen = _random_ranks(B, n, seed)[:, :_share_of(share, n)]  # (B, m) places that take part
     order = torch.arange(n).expand(B, n).clone()  # (B, n)
-    order.scatter_(1, chosen, chosen.gather(1, random_ranks(B, chosen.shape[1], seed + 1)))
+    order.scatter_(1, chosen, chosen.gather(1, _random_ranks(B, chosen.shape[1], seed + 1)))
     moved = from_patches(patches[torch.arange(B)[:, None], order], grid)  # (B, C, height, width)
     return moved.roll((offset, offset), dims=(2, 3))
 
@@ -104,7 +104,7 @@ def occlude(images, patch_size, share, fill="mean", seed=0, preprocessing=None):
                          "of a trained model")
     patches, grid = to_patches(images.cpu(), patch_size)  # (B, n, C, P, P)
     B, n = patches.shape[:2]
-    hidden = random_ranks(B, n, seed) < share_of(share, n)  # (B, n)
+    hidden = _random_ranks(B, n, seed) < _share_of(share, n)  # (B, n)
     value = torch.zeros(images.shape[1])  # (C)
     if fill == "black":
         value = -torch.tensor(preprocessing.mean) / torch.tensor(preprocessing.std)
@@ -112,7 +112,7 @@ def occlude(images, patch_size, share, fill="mean", seed=0, preprocessing=None):
     return from_patches(patches, grid)  # (B, C, height, width)
 
 
-def share_of(share, n):
+def _share_of(share, n):
     """How many of n a share is. Raises InputError for a share that is none."""
     if not 0 <= share <= 1:
         raise InputError(f"share {share} is out of range; expected 0 to 1")

@@ -56,7 +56,7 @@ def theoretical_receptive_field(model, depth=None):
     adapter = adapt(model)
     if depth and adapter.attends:
         return adapter.img_size
-    return tuple(walk_kernels(model, depth, axis)[0] for axis in (0, 1))
+    return tuple(_walk_kernels(model, depth, axis)[0] for axis in (0, 1))
 
 
 def unit_centre(model, img_size, depth=None):
@@ -67,24 +67,24 @@ def unit_centre(model, img_size, depth=None):
     centre = []
     for axis, side in enumerate(pair(img_size)):
         depth, n_units = check_depth(model, depth), side
-        for kernel, step, padding in kernels_of(model, depth, axis):
+        for kernel, step, padding in _kernels_of(model, depth, axis):
             n_units = (n_units + 2 * padding - kernel) // step + 1
-        _, stride, first = walk_kernels(model, depth, axis)
+        _, stride, first = _walk_kernels(model, depth, axis)
         centre.append(first + n_units // 2 * stride)
     return tuple(centre)
 
 
-def walk_kernels(model, depth, axis):
+def _walk_kernels(model, depth, axis):
     """Along one axis (0: height, 1: width), in pixels: window of one unit, step between units, first middle."""
     window, stride, first = 1, 1, 0.0
-    for kernel, step, padding in kernels_of(model, depth, axis):
+    for kernel, step, padding in _kernels_of(model, depth, axis):
         window += (kernel - 1) * stride
         first += ((kernel - 1) / 2 - padding) * stride
         stride *= step
     return window, stride, first
 
 
-def kernels_of(model, depth, axis):
+def _kernels_of(model, depth, axis):
     """(size, step, padding) along one axis of each convolution and pooling up to a depth, in their order.
 
     A residual block is walked along its main path; its shortcut has the same stride and no larger window.

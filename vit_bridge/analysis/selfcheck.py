@@ -41,12 +41,12 @@ def selfcheck(model, images=None, seed=0):
     tolerances are wider, by as much as its rounding is. Of a model that gives NaN or infinity nothing else is said.
     """
     try:
-        return closed_forms(model, images, seed)
+        return _closed_forms(model, images, seed)
     except NoNumbers as error:
         return [Check("answers and attention maps are finite numbers", False, str(error))]
 
 
-def closed_forms(model, images, seed):
+def _closed_forms(model, images, seed):
     """The checks of selfcheck. Raises NoNumbers for a model that gives NaN or infinity."""
     adapter = adapt_vit(model)
     if images is None:
@@ -54,29 +54,29 @@ def closed_forms(model, images, seed):
         images = torch.randn(size, generator=torch.Generator().manual_seed(seed))
     rounding = max(1.0, torch.finfo(next(model.parameters()).dtype).eps / torch.finfo(torch.float32).eps)
     with torch.autocast(device_of(model).type, enabled=False):
-        checks = check_attention_and_rollout(model, images, rounding)
+        checks = _check_attention_and_rollout(model, images, rounding)
         if not adapter.has_head:
             return [*checks, Check("relevance, Grad-CAM, logit lens", None, "this model has no head")]
-        checks += [check_map_gradients(model, images[:1], seed), check_relevance(model, images, rounding),
-                   check_grad_cam(model, images, rounding), check_last_gradient(model, images[:1])]
+        checks += [_check_map_gradients(model, images[:1], seed), _check_relevance(model, images, rounding),
+                   _check_grad_cam(model, images, rounding), _check_last_gradient(model, images[:1])]
         difference = logit_lens(model, images)[-1] - predict_logits(model, images).cpu().float().softmax(dim=1)
         return [*checks, within("the logit lens ends in the model's own answer", difference.abs().max(),
                                 1e-5 * rounding)]
 
 
-def check_attention_and_rollout(model, images, rounding):
+def _check_attention_and_rollout(model, images, rounding):
     """The checks that need no class."""
-    hooks = count_hooks(model)
+    hooks = _count_hooks(model)
     seen = capture(model, images)
     n_blocks, n_tokens, first = len(seen.maps), seen.maps[0].shape[-1], seen.adapter.n_prefix
-    checks = [check_own_answers(model, images, seen, hooks)]
+    checks = [_check_own_answers(model, images, seen, hooks)]
     sums = torch.stack(seen.maps).sum(dim=-1)  # (L, B, H, N)
     checks.append(within("attention rows sum to one", (sums - 1).abs().max(), 1e-5 * rounding))
-    checks += [check_head_row(model, images, seen), check_places(model, images)]
+    checks += [_check_head_row(model, images, seen), _check_places(model, images)]
     rolled = rollout(torch.stack(seen.maps).cpu().double())
     checks.append(within("rollout rows sum to one", (rolled.sum(dim=-1) - 1).abs().max(),
                          1e-9 if rounding == 1 else 1e-6 * rounding))
-    uniform = capture(model, images[:1], change=uniform_attention)
+    uniform = capture(model, images[:1], change=_uniform_attention)
     expected = 2.0**-n_blocks * torch.eye(n_tokens) + (1 - 2.0**-n_blocks) / n_tokens
     checks.append(within(f"rollout of uniform attention is 2^-{n_blocks} I + (1 - 2^-{n_blocks}) J / {n_tokens}",
                          (rollout(torch.stack(uniform.maps).float())[0].cpu() - expected).abs().max(), 1e-6 * rounding))
@@ -91,24 +91,24 @@ def within(name, difference, most):
     return Check(name, bool(difference <= most), f"largest difference {float(difference):.1e}, at most {most:.0e}")
 
 
-def uniform_attention(block, attention):
+def _uniform_attention(block, attention):
     return torch.full_like(attention, 1 / attention.shape[-1])
 
 
-def count_hooks(model):
+def _count_hooks(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def check_own_answers(model, images, seen, hooks):
+def _check_own_answers(model, images, seen, hooks):
     """Whether the model answers alike when watched, and has as many hooks as before."""
     own = predict_logits(model, images)
     check = within("answers are the same when watched", (own - seen.logits).abs().max(),
                    max(1e-4, 8 * torch.finfo(own.dtype).eps) * max(1.0, own.abs().max().item()))
-    left = count_hooks(model) - hooks
+    left = _count_hooks(model) - hooks
     return check if not left else Check(check.name, False, f"{left} hooks are left")
 
 
-def check_head_row(model, images, seen):
+def _check_head_row(model, images, seen):
     """The map of attention against the row of the head, read place by place."""
     name = "attention of a patch is the weight at its place in the row that the head reads"
     try:
@@ -124,7 +124,7 @@ def check_head_row(model, images, seen):
     return within(name, worst, 1e-6)
 
 
-def check_places(model, images):
+def _check_places(model, images):
     """Which token changes with a patch of the image: in the upper right corner, and in the lower left."""
     name = "a change of one patch of the image is one of the token of its place"
     adapter = adapt_vit(model)
@@ -142,7 +142,7 @@ def check_places(model, images):
     return Check(name, found == expected, f"of the corners: tokens {found}, expected {expected}")
 
 
-def check_relevance(model, images, rounding):
+def _check_relevance(model, images, rounding):
     """The map of relevance against the product taken from its other end: the row of the head alone, from the last block
     to the first, with each block's gradient asked for by itself."""
     name = "relevance is what the row of the head gathers, from the last block to the first"
@@ -162,7 +162,7 @@ def check_relevance(model, images, rounding):
     return alike(name, found.saliency, gathered[:, 0, first:].unflatten(1, seen.grid), rounding)
 
 
-def check_grad_cam(model, images, rounding):
+def _check_grad_cam(model, images, rounding):
     """Grad-CAM against the tokens weighted by the gradient to one shift of all patches, in the place of the mean of
     their gradients."""
     name = "Grad-CAM is the patch tokens, weighted by what one shift of them all does to the answer"
@@ -205,7 +205,7 @@ def alike(name, saliency, expected, rounding):
     return within(name, (saliency - expected).abs().max() / expected.max(), 1e-4 if rounding == 1 else 0.1)
 
 
-def check_map_gradients(model, images, seed, step=1e-2):
+def _check_map_gradients(model, images, seed, step=1e-2):
     """The gradient to each block's map against a finite difference: a small change of that map alone. A wrong order of
     the gradients, or maps that the answer does not come from, would show."""
     name = "gradients of the attention maps are those of finite differences, block by block"
@@ -236,7 +236,7 @@ class Nudge:
         return attention + self.amount if block == self.block else attention
 
 
-def check_last_gradient(model, images):
+def _check_last_gradient(model, images):
     """Where the head reads CLS, patch tokens after the last block have no gradient, and before it they have."""
     seen = capture(model, images, gradients=True)
     if seen.adapter.pool != "cls":

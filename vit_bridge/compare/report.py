@@ -46,7 +46,7 @@ class Section:
 def write_report(path, title, introduction, sections):
     """Writes the page, whole or not at all."""
     links = " ".join(f'<a href="#part{i}">{html.escape(section.title)}</a>' for i, section in enumerate(sections, 1))
-    parts = "\n".join(section_html(section, i) for i, section in enumerate(sections, 1))
+    parts = "\n".join(_section_html(section, i) for i, section in enumerate(sections, 1))
     page = (f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f"<title>{html.escape(title)}</title>\n"
@@ -55,17 +55,17 @@ def write_report(path, title, introduction, sections):
     write_whole(path, lambda file: file.write(page.encode()))
 
 
-def section_html(section, number):
+def _section_html(section, number):
     parts = [f'<section id="part{number}">', f"<h2>{number}. {html.escape(section.title)}</h2>"]
     parts += [f"<p>{html.escape(section.question)}</p>"] * bool(section.question)
     parts += [f'<p class="finding">{html.escape(section.finding)}</p>'] * bool(section.finding)
-    parts += [figure_html(name, figure) for name, figure in section.figures.items()]
-    parts += [table_html(caption, rows) for caption, rows in section.tables]
+    parts += [_figure_html(name, figure) for name, figure in section.figures.items()]
+    parts += [_table_html(caption, rows) for caption, rows in section.tables]
     parts += [f'<p class="note">{html.escape(section.note)}</p>'] * bool(section.note)
     return "\n".join([*parts, "</section>"])
 
 
-def figure_html(name, figure):
+def _figure_html(name, figure):
     """The figure as a PNG inside the page, with its own titles as the text for those who do not see it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
@@ -76,7 +76,7 @@ def figure_html(name, figure):
            f"</figcaption></figure>"
 
 
-def table_html(caption, rows):
+def _table_html(caption, rows):
     head, *body = [[html.escape(str(cell)) for cell in row] for row in rows]
     lines = ["".join(f"<td>{cell}</td>" for cell in row) for row in body]
     return (f'<div class="table"><table><caption>{html.escape(caption)}</caption><thead><tr>'

@@ -88,26 +88,26 @@ class EpochAugmentation:
 
     def hide(self, images, places):
         """Cutout, in place: images (B, C, H, W), normalised, so that 0 is the mean."""
-        return hide_square(images, self.centre[:, places], self.cutout) if self.cutout else images
+        return _hide_square(images, self.centre[:, places], self.cutout) if self.cutout else images
 
 
 def crop_and_flip(images, top, left, flip):
     """Each image of (B, C, H, W) through a window moved `top` rows down and `left` columns right, each (B,), outside
     mirrored at the border; then mirrored left to right where flip (B,) is true. Returns (B, C, H, W)."""
     B, C, H, W = images.shape
-    rows = reflected(torch.arange(H, device=images.device) + top[:, None], H)  # (B, H)
-    columns = reflected(torch.arange(W, device=images.device) + left[:, None], W)  # (B, W)
+    rows = _reflected(torch.arange(H, device=images.device) + top[:, None], H)  # (B, H)
+    columns = _reflected(torch.arange(W, device=images.device) + left[:, None], W)  # (B, W)
     columns = torch.where(flip[:, None], columns.flip(1), columns)
     pixels = (rows[:, :, None] * W + columns[:, None, :]).view(B, 1, H * W)  # (B, 1, H * W), places in an image
     return images.reshape(B, C, H * W).gather(2, pixels.expand(B, C, H * W)).view(B, C, H, W)
 
 
-def reflected(places, length):
+def _reflected(places, length):
     """Places outside 0 .. length - 1, by less than length, mirrored at the first and the last."""
     return torch.minimum(places.abs(), 2 * (length - 1) - places.abs())
 
 
-def hide_square(images, centre, share):
+def _hide_square(images, centre, share):
     """Zeros, in place, in a square of `share` of the side of each image of (B, C, H, W), around the pixel that lies at
     centre (2, B), row and column from 0 to 1; what falls outside is lost. Returns the images."""
     hidden = []

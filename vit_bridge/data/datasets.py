@@ -109,7 +109,7 @@ def read_training_folder(data_dir, img_size, preprocessing, skip_corrupt):
     train_dir, other = first_folder(root, ("train",)) or root, first_folder(root, (*VALIDATION_FOLDERS, "test"))
     if other and train_dir == root:
         raise InputError(f"{str(root)!r} has {other.name}/ but no train/: put the training images into train/")
-    class_names = folders_in(train_dir)
+    class_names = _folders_in(train_dir)
     if len(class_names) < 2:
         raise InputError(f"{str(train_dir)!r} has {len(class_names)} class folders {class_names}, expected 2 or more: "
                          f"put the images of each class into a folder of its own")
@@ -134,14 +134,14 @@ def first_folder(root, names):
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
-def folders_in(folder):
+def _folders_in(folder):
     return sorted(entry.name for entry in Path(folder).iterdir() if entry.is_dir() and entry.name[0] != ".")
 
 
 def list_images(folder, class_names):
     """(files, labels (N,)) of the images in folder/<class>/, at any depth; hidden files and folders are ignored. Raises
     InputError for a folder that is none of the classes, and where there is no image at all."""
-    extra = sorted(set(folders_in(folder)) - set(class_names))
+    extra = sorted(set(_folders_in(folder)) - set(class_names))
     if extra:
         raise InputError(f"{str(folder)!r} has a class folder {extra[0]!r}, and the classes known are "
                          f"{', '.join(class_names)}: rename or remove it")
@@ -167,7 +167,7 @@ def own_side(files, skip_corrupt):
                 largest = max(largest, *image.size)
         except Exception:
             open_or_skip(file, skip_corrupt, skipped)
-    check_any_read(largest, skipped)
+    _check_any_read(largest, skipped)
     return -(-largest // 4) * 4 if largest <= SMALL_SIDE else 224
 
 
@@ -178,17 +178,17 @@ def decode_images(files, S, interpolation, skip_corrupt):
     parts = [files[start : start + 256] for start in range(0, len(files), 256)]
     quiet = True if len(files) < 2000 else None  # None: a bar where there is a terminal
     with ThreadPoolExecutor() as pool, tqdm(total=len(files), unit="image", disable=quiet) as bar:
-        read = partial(decode_part, fit=FitSquare(S, interpolation), skip_corrupt=skip_corrupt)
+        read = partial(_decode_part, fit=FitSquare(S, interpolation), skip_corrupt=skip_corrupt)
         for decoded, skipped in pool.map(read, parts):
             images[n_read : n_read + len(decoded)] = decoded
             n_read += len(decoded)
             all_skipped |= skipped
             bar.update(len(decoded) + len(skipped))
-    check_any_read(n_read, all_skipped)
+    _check_any_read(n_read, all_skipped)
     return images[:n_read], all_skipped  # (n, 3, S, S)
 
 
-def decode_part(files, fit, skip_corrupt):
+def _decode_part(files, fit, skip_corrupt):
     """What decode_images gives, of some of the files."""
     pictures, skipped = [], {}
     for file in files:
@@ -199,7 +199,7 @@ def decode_part(files, fit, skip_corrupt):
     return torch.from_numpy(images).permute(0, 3, 1, 2), skipped  # (n, 3, S, S)
 
 
-def check_any_read(read, skipped):
+def _check_any_read(read, skipped):
     if not read:
         path, reason = next(iter(skipped.items()))
         raise InputError(f"none of {len(skipped)} image files can be read (the first: {path!r}, {reason}): expected "

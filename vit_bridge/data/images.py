@@ -110,7 +110,7 @@ def prepare_images(images, model):
     them, of any kind. Raises InputError for no image, for values that are not finite, and for images of several sizes,
     which make no batch."""
     if isinstance(images, torch.Tensor) and images.is_floating_point() and images.ndim == 4 and len(images):
-        check_finite(images)
+        _check_finite(images)
         return images
     several = list(images) if isinstance(images, (list, tuple)) else [images]
     if isinstance(images, torch.Tensor) and images.ndim == 4:
@@ -150,11 +150,11 @@ def as_batch(image):
         raise InputError(f"got a tensor of shape {tuple(image.shape)}, expected (3, H, W) or (1, 3, H, W); give "
                          f"one image, such as images[0]")
     batch = image.detach().cpu().reshape(1, *image.shape[-3:])  # (1, 3, H, W)
-    check_finite(batch)
+    _check_finite(batch)
     return batch.float() if is_input(batch) else batch
 
 
-def check_finite(images):
+def _check_finite(images):
     """Raises InputError where a model's input has NaN or infinity."""
     if is_input(images) and not images.isfinite().all():
         raise InputError("the image has values that are not finite; expected a normalised float tensor, check how "
@@ -171,7 +171,7 @@ def open_picture(image):
         except (OSError, ValueError) as error:  # ValueError: it is closed
             raise InputError(f"the PIL image cannot be read ({error}); replace its file by a sound one, or open it "
                              f"anew") from error
-        check_scale(upright)
+        _check_scale(upright)
         return to_rgb(upright)
     if isinstance(image, torch.Tensor) and image.dtype == torch.uint8:
         return image_functional.to_pil_image(as_batch(image)[0])
@@ -191,7 +191,7 @@ def open_picture(image):
                      f"(H, W), uint8 or float in 0..1, or a tensor (3, H, W)")
 
 
-def check_scale(image):
+def _check_scale(image):
     """Raises InputError for a PIL image of a mode that does not tell where white is, unless its values do."""
     if image.mode in ("I", "F"):
         low, high = image.getextrema()

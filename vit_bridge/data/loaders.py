@@ -98,8 +98,8 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
     else:
         cut = stratified_cut(labels, val_fraction, seed)
         train_set, val_set = (([files[i] for i in part], labels[part]) for part in cut)
-    return (folder_loader(*train_set, info, batch_size, seed, workers, skip_corrupt, True, augmentation),
-            folder_loader(*val_set, info, batch_size, seed, workers, skip_corrupt))
+    return (_folder_loader(*train_set, info, batch_size, seed, workers, skip_corrupt, True, augmentation),
+            _folder_loader(*val_set, info, batch_size, seed, workers, skip_corrupt))
 
 
 def get_test_loader(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, dataset="auto", val_fraction=0.1,
@@ -153,7 +153,7 @@ def get_evaluation_loader(data_dir, class_names, batch_size=128, img_size=None, 
             split, (_, cut) = "held out", stratified_cut(labels, val_fraction, seed)
             files, labels = [files[i] for i in cut], labels[cut]
         info = dataset_info(name, class_names, img_size or own_side(files, skip_corrupt), preprocessing)
-        loader = folder_loader(files, labels, info, batch_size, seed, workers, skip_corrupt)
+        loader = _folder_loader(files, labels, info, batch_size, seed, workers, skip_corrupt)
     loader.split = split
     return loader
 
@@ -360,8 +360,8 @@ class PhotoLoader(DatasetLoader):
         self.keys, self.device = [], torch.device("cpu")  # keys: the batches of a pass, as lists of (epoch, place)
         self.loader = DataLoader(
             PhotoDataset(files, labels.tolist(), info, seed, training), batch_sampler=self.keys, num_workers=workers,
-            persistent_workers=workers > 0, collate_fn=partial(collate_photos, img_size=self.img_size),
-            worker_init_fn=leave_signals_to_main, pin_memory=torch.cuda.is_available())
+            persistent_workers=workers > 0, collate_fn=partial(_collate_photos, img_size=self.img_size),
+            worker_init_fn=_leave_signals_to_main, pin_memory=torch.cuda.is_available())
 
     def to(self, device):
         """Has batches moved to the device as they come. Returns the loader."""
@@ -405,7 +405,7 @@ class PhotoDataset(Dataset):
             return self.transform(image), self.labels[index]
 
 
-def collate_photos(samples, img_size):
+def _collate_photos(samples, img_size):
     """Samples as (images (B, 3, S, S), labels (B,), the InputErrors among them, a list); B may be 0."""
     errors = [sample for sample in samples if isinstance(sample, InputError)]
     whole = [sample for sample in samples if not isinstance(sample, InputError)]
@@ -415,22 +415,22 @@ def collate_photos(samples, img_size):
     return torch.stack([image for image, _ in whole]), labels, errors  # (B, 3, S, S)
 
 
-def leave_signals_to_main(worker):
+def _leave_signals_to_main(worker):
     """For a worker process: after a Ctrl-C or a SIGTERM to all, the main process still needs it for its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux; elsewhere a SIGTERM ends it
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=end_for_main, daemon=True).start()
+        threading.Thread(target=_end_for_main, daemon=True).start()
 
 
-def end_for_main():
+def _end_for_main():
     """Ends this process when the main one says so; a SIGTERM from anywhere else is for the main one to answer."""
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent_process().pid:
         pass
     os._exit(0)
 
 
-def folder_loader(files, labels, info, batch_size, seed, workers, skip_corrupt, training=False, augmentation=None):
+def _folder_loader(files, labels, info, batch_size, seed, workers, skip_corrupt, training=False, augmentation=None):
     """A MemoryLoader where the images are small and fit in memory, else a PhotoLoader."""
     if info.img_size <= SMALL_SIDE and len(files) * 3 * info.img_size**2 <= MEMORY_LIMIT:
         images, skipped = decode_images(files, info.img_size, info.preprocessing.interpolation, skip_corrupt)

@@ -26,22 +26,22 @@ EDGES = {
     "circle": lambda u, v: length(u, v) - 0.85,
     "ring": lambda u, v: (length(u, v) - 0.74).abs() - 0.22,
     "triangle": lambda u, v: torch.maximum(u.abs() * 0.8660254 + v * 0.5, -v) - 0.5,
-    "square": lambda u, v: box(u, v, 0.72, 0.72),
-    "star": lambda u, v: star(u.abs(), v),
-    "cross": lambda u, v: torch.minimum(box(u, v, 0.95, 0.27), box(u, v, 0.27, 0.95)),
+    "square": lambda u, v: _box(u, v, 0.72, 0.72),
+    "star": lambda u, v: _star(u.abs(), v),
+    "cross": lambda u, v: torch.minimum(_box(u, v, 0.95, 0.27), _box(u, v, 0.27, 0.95)),
     "heart": lambda u, v: torch.minimum(length(u.abs() - 0.354, v - 0.354), (u.abs() + v.abs()) * 0.7071) - 0.5,
     "crescent": lambda u, v: torch.maximum(length(u, v) - 0.95, 0.75 - length(u - 0.5, v)),
-    "tee": lambda u, v: torch.minimum(box(u, v - 0.48, 0.69, 0.22), box(u, v + 0.12, 0.22, 0.82)),
-    "dumbbell": lambda u, v: torch.minimum(length(u.abs() - 0.6, v) - 0.38, box(u, v, 0.6, 0.14)),
+    "tee": lambda u, v: torch.minimum(_box(u, v - 0.48, 0.69, 0.22), _box(u, v + 0.12, 0.22, 0.82)),
+    "dumbbell": lambda u, v: torch.minimum(length(u.abs() - 0.6, v) - 0.38, _box(u, v, 0.6, 0.14)),
 }
 # Each pattern as a function of coordinates p, q in periods (r: of the rings, the gradient): below 0 the first tone,
 # above 0 the second, near an edge about the distance from it.
 PATTERNS = {
     "plain": lambda p, q, r: torch.full_like(p, -1),
-    "stripes": lambda p, q, r: wave(p) * 0.5,
-    "checks": lambda p, q, r: wave(p) * wave(q),
+    "stripes": lambda p, q, r: _wave(p) * 0.5,
+    "checks": lambda p, q, r: _wave(p) * _wave(q),
     "dots": lambda p, q, r: 0.33 - length(p - p.floor() - 0.5, q - q.floor() - 0.5),
-    "rings": lambda p, q, r: wave(r) * 0.5,
+    "rings": lambda p, q, r: _wave(r) * 0.5,
 }
 SHAPES, TEXTURES = tuple(EDGES), tuple(PATTERNS)
 TEST_START = 1_000_000_000  # the loaders' test images are numbered from here, their other images from 0
@@ -75,9 +75,9 @@ def make_shapes(n_images, img_size=32, seed=0, start=0, *, shape=None, texture=N
     check_int("img_size", img_size, 8)
     index = np.arange(start, start + n_images, dtype=np.uint64)
     chance = torch.from_numpy((random_bits(seed, index, np.arange(64)) >> np.uint64(40)).astype(np.float32)) / 2**24
-    labels = choose_factor("shape", shape, SHAPES, torch.arange(start, start + n_images) % len(SHAPES))
-    textures = choose_factor("texture", texture, TEXTURES, (chance[:, 0] * len(TEXTURES)).long())
-    colours = choose_factor("colour", colour, tuple(COLOURS), (chance[:, 1] * len(COLOURS)).long())
+    labels = _choose_factor("shape", shape, SHAPES, torch.arange(start, start + n_images) % len(SHAPES))
+    textures = _choose_factor("texture", texture, TEXTURES, (chance[:, 0] * len(TEXTURES)).long())
+    colours = _choose_factor("colour", colour, tuple(COLOURS), (chance[:, 1] * len(COLOURS)).long())
     images = torch.empty(n_images, 3, img_size, img_size, dtype=torch.uint8)
     step = max(1, 2**18 // img_size**2)  # images at a time: few enough to stay in the processor's caches
     for first in range(0, n_images, step):
@@ -88,7 +88,7 @@ def make_shapes(n_images, img_size=32, seed=0, start=0, *, shape=None, texture=N
     return DrawnShapes(images, labels, textures, colours)
 
 
-def choose_factor(name, wanted, names, drawn):
+def _choose_factor(name, wanted, names, drawn):
     """A factor's numbers, int64 (N,): those drawn (N,), or those that the caller wants."""
     if wanted is None:
         return drawn
@@ -113,19 +113,19 @@ def draw(chance, labels, textures, colours, S):
     radius = next(take) * 0.10 + 0.32
     centre_x, centre_y = (next(take) * (1 - 2 * radius) + radius for _ in range(2))
     u, v = turned(x - maps(centre_x), y - maps(centre_y), next(take) / 4 - 0.125, radius)  # (n, S, S) each
-    cover = one_pixel_wide(-by_kind(EDGES, labels, u, v), radius * S)  # (n, S, S)
+    cover = _one_pixel_wide(-_by_kind(EDGES, labels, u, v), radius * S)  # (n, S, S)
 
     # The texture it is filled with, in periods.
     period = next(take) * 0.06 + 0.12
     p, q = turned(x - maps(next(take)), y - maps(next(take)), next(take), period)  # (n, S, S) each
     r = length(u, v) * maps(radius / period)
-    filling = one_pixel_wide(by_kind(PATTERNS, textures, p, q, r), period * S)  # (n, S, S)
+    filling = _one_pixel_wide(_by_kind(PATTERNS, textures, p, q, r), period * S)  # (n, S, S)
 
     # The background: a pattern other than rings, or in their place a gradient from side to side.
     kind = (next(take) * len(PATTERNS)).long()
     period = next(take) * 0.2 + 0.15
     p, q = turned(x - maps(next(take)), y - maps(next(take)), next(take), period)  # (n, S, S) each
-    ground = one_pixel_wide(by_kind(PATTERNS, kind, p, q, p), period * S)
+    ground = _one_pixel_wide(_by_kind(PATTERNS, kind, p, q, p), period * S)
     gradient = (p * maps(period) * 0.7 + 0.5).clamp(0, 1)
     ground = torch.where(maps(kind == TEXTURES.index("rings")), gradient, ground)  # (n, S, S)
 
@@ -133,9 +133,9 @@ def draw(chance, labels, textures, colours, S):
     palette = torch.tensor(list(COLOURS.values()))  # (8, 3)
     side = (next(take) < 0.5).float() * 2 - 1
     own = palette[colours]  # (n, 3)
-    bold, soft = tone(own, side * (next(take) * 0.10 + 0.35)), tone(own, side * (next(take) * 0.10 + 0.15))
+    bold, soft = _tone(own, side * (next(take) * 0.10 + 0.35)), _tone(own, side * (next(take) * 0.10 + 0.15))
     other = palette[(next(take) * len(palette)).long()]  # (n, 3)
-    near, far = (tone(other, -side * (next(take) * 0.15 + 0.15)) for _ in range(2))
+    near, far = (_tone(other, -side * (next(take) * 0.15 + 0.15)) for _ in range(2))
     return mixed(mixed(near, far, ground), mixed(bold, soft, filling), cover)  # (n, 3, S, S)
 
 
@@ -148,23 +148,23 @@ def length(u, v):
     return (u.square() + v.square()).sqrt()
 
 
-def box(u, v, half_width, half_height):
+def _box(u, v, half_width, half_height):
     return torch.maximum(u.abs() - half_width, v.abs() - half_height)
 
 
-def star(u, v):
+def _star(u, v):
     for across in (0.809017, -0.809017):  # mirror four of the five points on to the one at v = 1
         beyond = (u * across - v * 0.5877853).clamp(min=0) * 2
         u, v = u - beyond * across, v + beyond * 0.5877853
     return u.abs() * 0.95 + (v - 1) * 0.31
 
 
-def wave(p):
+def _wave(p):
     """0.5 at whole p, -0.5 halfway between, and straight lines from one to the other."""
     return ((p - p.floor()) * 2 - 1).abs() - 0.5
 
 
-def one_pixel_wide(inside, pixels):
+def _one_pixel_wide(inside, pixels):
     """Distances (n, S, S) in units of `pixels` (n,) as shares: 0 below 0, 1 above, a ramp of a pixel between."""
     return (inside * maps(pixels) + 0.5).clamp(0, 1)
 
@@ -178,7 +178,7 @@ def turned(x, y, turn, unit):
     return cos * x + sin * y, cos * y - sin * x
 
 
-def tone(colour, level):
+def _tone(colour, level):
     """The colour (n, 3) at a level (n,) from -0.5, dark, to 0.5, bright: (n, 3, 1, 1)."""
     chroma = colour - (colour[:, :1] + colour[:, 1:2] + colour[:, 2:]) / 3
     return (0.5 + level[:, None] + 0.25 * chroma)[:, :, None, None]
@@ -189,7 +189,7 @@ def mixed(first, second, share):
     return first + (second - first) * share[:, None]
 
 
-def by_kind(functions, kinds, *arguments):
+def _by_kind(functions, kinds, *arguments):
     """The kinds[i]-th function of the i-th part of each argument, put together again: (n, S, S)."""
     result = torch.empty_like(arguments[0])
     for kind, function in enumerate(functions.values()):
@@ -200,12 +200,12 @@ def by_kind(functions, kinds, *arguments):
 
 def random_bits(seed, index, places):
     """uint64 (n, k): 64 bits for each image number (n,) and place (k,), by the hash of splitmix64."""
-    image = scrambled(scrambled(np.full(1, seed, np.uint64)) + index)  # (n,)
+    image = _scrambled(_scrambled(np.full(1, seed, np.uint64)) + index)  # (n,)
     steps = (places.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # (k,)
-    return scrambled(image[:, None] + steps)
+    return _scrambled(image[:, None] + steps)
 
 
-def scrambled(bits):
+def _scrambled(bits):
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return bits ^ (bits >> np.uint64(31))
@@ -246,11 +246,11 @@ def make_marks(n_images, img_size=32, seed=0, start=0, distance=None):
 
     Raises InputError for numbers that cannot be.
     """
-    longest = check_marks(n_images, img_size, seed, start)
+    longest = _check_marks(n_images, img_size, seed, start)
     if distance is not None and not 8 <= distance <= longest:
         raise InputError(f"distance {distance} has no place for two marks in {img_size} pixels; expected 8 to "
                          f"{longest}")
-    index, chance = chances(n_images, seed, start)
+    index, chance = _chances(n_images, seed, start)
     labels = torch.arange(start, start + n_images) % 2
     kinds = (chance[:, 0] < 0.5).long()  # (N)
     kinds = torch.stack([kinds, kinds ^ (1 - labels)], dim=1)  # (N, 2)
@@ -261,18 +261,18 @@ def make_marks(n_images, img_size=32, seed=0, start=0, distance=None):
     middle = between.abs() / 2 + M / 2 + chance[:, 3:5] * free.clamp(min=0)  # (N, 2)
     places = torch.stack([middle - between / 2, middle + between / 2], dim=1)  # (N, 2, 2): mark, axis
     corners = (places - M / 2).round().long().clamp(0, img_size - M)  # (N, 2, 2)
-    images = on_noise(corners, kinds, seed, index, img_size)
+    images = _on_noise(corners, kinds, seed, index, img_size)
     distances = (corners[:, 0] - corners[:, 1]).double().norm(dim=1)  # (N)
     return Drawn(images, labels, ANSWERS, distances)
 
 
 def make_mark(n_images, img_size=32, seed=0, start=0):
     """One mark at a random place, of the KINDS by turns, which is the label: all that tells is in M x M pixels."""
-    check_marks(n_images, img_size, seed, start)
-    index, chance = chances(n_images, seed, start)
+    _check_marks(n_images, img_size, seed, start)
+    index, chance = _chances(n_images, seed, start)
     labels = torch.arange(start, start + n_images) % 2
     corners = (chance[:, None, 3:5] * (img_size - M + 1)).long()  # (N, 1, 2)
-    return Drawn(on_noise(corners, labels[:, None], seed, index, img_size), labels, KINDS)
+    return Drawn(_on_noise(corners, labels[:, None], seed, index, img_size), labels, KINDS)
 
 
 def make_cues(n_images, img_size=32, seed=0, start=0, agree=True):
@@ -293,7 +293,7 @@ def make_cues(n_images, img_size=32, seed=0, start=0, agree=True):
     return drawn.images, outlines, textures
 
 
-def check_marks(n_images, img_size, seed, start):
+def _check_marks(n_images, img_size, seed, start):
     """The longest distance between two marks. Raises InputError for numbers that cannot be."""
     for name, value in (("n_images", n_images), ("seed", seed), ("start", start)):
         check_int(name, value, 0)
@@ -301,13 +301,13 @@ def check_marks(n_images, img_size, seed, start):
     return img_size - M - 1
 
 
-def chances(n_images, seed, start):
+def _chances(n_images, seed, start):
     """The numbers of the images, uint64 (N,), and 5 for each, uniform from 0 to 1: float64 (N, 5)."""
     index = np.arange(start, start + n_images, dtype=np.uint64)
     return index, torch.from_numpy((random_bits(seed, index, np.arange(5)) >> np.uint64(11)).astype(np.float64)) / 2**53
 
 
-def on_noise(corners, kinds, seed, index, S):
+def _on_noise(corners, kinds, seed, index, S):
     """Marks by their upper left corners (N, m, 2) and kinds (N, m) on grey noise: uint8 (N, 3, S, S)."""
     grey = 0.5 + MARK_NOISE * pixel_noise(seed, index, S)[:, :1]  # (N, 1, S, S)
     inside = torch.arange(M)

@@ -33,14 +33,14 @@ def _shapes_for(model, n_images):
     return model.preprocessing.normalise(drawn.images), drawn.labels
 
 
-def where_the_parameters_are():
+def _where_the_parameters_are():
     model = create_vit_base()
     block = model.blocks[0]
     share = count_parameters(block.mlp) / count_parameters(block)
     return (1 if share > 0.5 else 0), f"The MLP holds {share:.0%} of a block's {count_parameters(block):,} parameters."
 
 
-def cost_of_twice_the_side():
+def _cost_of_twice_the_side():
     flops = [count_flops(create_vit_base(img_size=side)) for side in (224, 448)]
     ratio = flops[1] / flops[0]
     return (0 if ratio < 3 else 1 if ratio < 6 else 2), (
@@ -48,7 +48,7 @@ def cost_of_twice_the_side():
         f"four times in the layers that see each token alone; only attention itself grows by sixteen.")
 
 
-def shuffled_without_positions():
+def _shuffled_without_positions():
     model = create_vit_nano(n_classes=10, position="none").eval()
     images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -57,7 +57,7 @@ def shuffled_without_positions():
     return (0 if change < 1e-4 else 1 if change < 0.1 else 2), f"They change by {change:.0e} of their size."
 
 
-def gradient_after_the_last_block():
+def _gradient_after_the_last_block():
     model = load("vit_nano_shapes")
     seen = capture(model, _shapes_for(model, 4)[0], gradients=True)
     before, after = torch.autograd.grad(seen.logits.square().sum(), seen.tokens[-2:])
@@ -66,7 +66,7 @@ def gradient_after_the_last_block():
                                       f"{before:.2g}: the head reads CLS, and no block is left to bring it news.")
 
 
-def who_needs_the_order():
+def _who_needs_the_order():
     own = load("vit_nano_shapes").patch_embed.patch_size[0]
     vit, convnet = ([_accuracy_kept(load(key), own, offset) for offset in (0, own // 2)]
                     for key in ("vit_nano_shapes", "convnet_shapes"))
@@ -95,7 +95,7 @@ def _conclude_about_order(own, moved):
     return "On these shapes this ViT does not need the order of squares, its own or others."
 
 
-def who_minds_a_shift():
+def _who_minds_a_shift():
     model = load("vit_nano_shapes")
     stays = mean_consistency(shift_consistency(model, _shapes_for(model, 64)[0], 2))
     return (0 if stays < 0.6 else 1 if stays < 0.9 else 2), (
@@ -103,7 +103,7 @@ def who_minds_a_shift():
         f"patches are cut elsewhere: the images were shifted in training, too.")
 
 
-def how_far_the_first_block_looks():
+def _how_far_the_first_block_looks():
     model = load("vit_nano_shapes")
     seen = capture(model, _shapes_for(model, 32)[0])
     near = attention_distance(torch.stack(seen.maps), seen.grid, seen.adapter.patch_size, seen.adapter.n_prefix)[0]
@@ -115,7 +115,7 @@ def how_far_the_first_block_looks():
         f"{line:.1f}.{nearer}")
 
 
-def price_of_heads():
+def _price_of_heads():
     counts = [count_parameters(MultiHeadAttention(embed_dim=96, n_heads=n)) for n in (1, 12)]
     return (1 if counts[0] == counts[1] else 0), (
         f"With 1 and with 12 heads attention of width 96 has {counts[0]:,} and {counts[1]:,} parameters: the heads "
@@ -124,23 +124,23 @@ def price_of_heads():
 
 QUESTIONS = (
     Question("Where are most of the parameters of a ViT block?", ("in the attention", "in the MLP"),
-             where_the_parameters_are),
+             _where_the_parameters_are),
     Question("Twelve heads instead of one: what happens to the number of parameters of the attention?",
-             ("it grows twelvefold", "nothing"), price_of_heads),
+             ("it grows twelvefold", "nothing"), _price_of_heads),
     Question("An image of twice the side, 448 instead of 224: how much more does ViT-Base compute?",
-             ("twice as much", "between three and six times", "sixteen times"), cost_of_twice_the_side),
+             ("twice as much", "between three and six times", "sixteen times"), _cost_of_twice_the_side),
     Question("A ViT without positions: what happens to its logits when all patches are shuffled?",
-             ("nothing", "they change a little", "they change completely"), shuffled_without_positions),
+             ("nothing", "they change a little", "they change completely"), _shuffled_without_positions),
     Question("The head reads CLS. How large is the gradient of the patch tokens after the last block?",
-             ("exactly zero", "small, not zero"), gradient_after_the_last_block),
+             ("exactly zero", "small, not zero"), _gradient_after_the_last_block),
     Question("Three quarters of the patches of drawn shapes are shuffled, on the grid of our trained ViT. How many of "
              "its correct predictions does it keep?", ("fewer than half", "half to nine in ten", "nearly all"),
-             who_needs_the_order),
+             _who_needs_the_order),
     Question("Images move by one or two pixels, which changes every patch. How often does our trained ViT keep its "
-             "prediction?", ("less than 60%", "60 to 90%", "more than 90%"), who_minds_a_shift),
+             "prediction?", ("less than 60%", "60 to 90%", "more than 90%"), _who_minds_a_shift),
     Question("How far does the nearest head of the first block of our trained ViT look, compared with uniform "
              "attention?", ("less than half as far", "about two thirds", "nearly as far"),
-             how_far_the_first_block_looks),
+             _how_far_the_first_block_looks),
 )
 END = "q"
 

@@ -175,7 +175,7 @@ class ConvolutionAsAttention(nn.Module):
         if kernel_size % 2 == 0:
             raise InputError(f"kernel_size {kernel_size} has no middle; expected an odd one, such as 3")
         self.reach = kernel_size // 2
-        offsets = offsets_between((1, 1), self.reach)[0]  # (k k, 2), of the places of the kernel from its middle
+        offsets = _offsets_between((1, 1), self.reach)[0]  # (k k, 2), of the places of the kernel from its middle
         self.places = nn.Parameter(-sharpness * torch.cat([torch.ones(len(offsets), 1), -2 * offsets], dim=1))
         self.proj = nn.Linear(len(offsets) * in_channels, out_channels)
 
@@ -200,7 +200,7 @@ class ConvolutionAsAttention(nn.Module):
         """With return_attention=True also the maps, (k k, N, M): N pixels look at M, those of the padding included."""
         size, (left, right) = x.shape[2:], (self.reach,) * 2
         tokens = F.pad(x, (left, right, left, right)).flatten(2).transpose(1, 2)  # (B, M, C)
-        offsets = offsets_between(size, self.reach).to(x)  # (N, M, 2)
+        offsets = _offsets_between(size, self.reach).to(x)  # (N, M, 2)
         encoding = torch.cat([offsets.square().sum(dim=2, keepdim=True), offsets], dim=2)  # (N, M, 3)
         attention = (encoding @ self.places.T).permute(2, 0, 1).softmax(dim=2)  # (k k, N, M)
         heads = attention @ tokens[:, None]  # (B, k k, N, C)
@@ -209,7 +209,7 @@ class ConvolutionAsAttention(nn.Module):
         return (y, attention) if return_attention else y
 
 
-def offsets_between(size, reach):
+def _offsets_between(size, reach):
     """(N, M, 2): rows and columns from each pixel of a map of `size` to each of the map with `reach` more around it."""
     inner = torch.cartesian_prod(*(torch.arange(side) for side in size))  # (N, 2)
     outer = torch.cartesian_prod(*(torch.arange(-reach, side + reach) for side in size))  # (M, 2)

@@ -25,7 +25,7 @@ class ConvStem(nn.Module):
     def __init__(self, img_size=224, patch_size=16, in_channels=3, embed_dim=384):
         super().__init__()
         self.img_size, self.patch_size, self.in_channels = pair(img_size), pair(patch_size, "patch_size"), in_channels
-        n_convs = halvings(patch_size, self.patch_size)
+        n_convs = _halvings(patch_size, self.patch_size)
         if embed_dim % 2 ** (n_convs - 1):
             raise InputError(f"embed_dim {embed_dim} cannot be halved {n_convs - 1} times, which the stem for "
                              f"patch_size {patch_size} does; choose a multiple of {2 ** (n_convs - 1)}")
@@ -47,7 +47,7 @@ class ConvStem(nn.Module):
         return x.flatten(2).transpose(1, 2)  # (B, N, D)
 
 
-def halvings(given, patch_size):
+def _halvings(given, patch_size):
     """log2(P) of a patch size, (P, P). Raises InputError, naming what was given, for one that halving cannot reach."""
     side = patch_size[0]
     if patch_size[1] != side or side < 2 or side & (side - 1):
@@ -68,7 +68,7 @@ class PooledStem(nn.Module):
     def __init__(self, img_size=224, patch_size=16, in_channels=3, embed_dim=384, channels=32):
         super().__init__()
         self.img_size, self.patch_size, self.in_channels = pair(img_size), pair(patch_size, "patch_size"), in_channels
-        n_stages = halvings(patch_size, self.patch_size)
+        n_stages = _halvings(patch_size, self.patch_size)
         self.grid_size, self.any_size = grid_of(self.img_size, self.patch_size), False
         self.n_patches = self.grid_size[0] * self.grid_size[1]
         self.whiten = nn.Conv2d(in_channels, 2 * in_channels * 4, 2)

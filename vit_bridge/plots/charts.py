@@ -94,7 +94,7 @@ def plot_training_curves(history, save_path=None, baseline=None):
                0..1), lr; others are ignored
     baseline   (name, accuracy): drawn as a line across the accuracies, such as the linear classifier's
     """
-    epochs = epochs_of(history)
+    epochs = _epochs_of(history)
     marker = "o" if len(epochs) <= 40 else None
     figure = new_figure(13, 4.2)
     loss, accuracy, rate = figure.subplots(1, 3)
@@ -111,11 +111,11 @@ def plot_training_curves(history, save_path=None, baseline=None):
     rate.set(title="Learning rate", ylabel="learning rate")
     for axes in (loss, accuracy):
         show_legend(axes, fontsize=11)
-    label_epochs(figure.axes)
+    _label_epochs(figure.axes)
     return finish(figure, save_path)
 
 
-def epochs_of(history):
+def _epochs_of(history):
     """1, 2, ... for each entry of the history. Raises InputError unless its lists are equally long."""
     names = ("train_loss", "val_loss", "train_acc", "val_acc", "lr")
     lengths = {name: len(history.get(name, [])) for name in names}
@@ -125,7 +125,7 @@ def epochs_of(history):
     return range(1, lengths["lr"] + 1)
 
 
-def label_epochs(panels):
+def _label_epochs(panels):
     """Whole epochs along x, and y from zero."""
     for axes in panels:
         axes.set(xlabel="epoch", xlim=None if len(axes.lines[0].get_xdata()) > 1 else (0.5, 1.5))
@@ -153,7 +153,7 @@ def plot_bars(panels, save_path=None, title=None):
     for panel in axes[len(panels):]:
         panel.set_axis_off()
     for panel, (heading, bars) in zip(axes, panels.items(), strict=False):
-        draw_bars(panel, bars, [COLOURS[names.index(name) % len(COLOURS)] for name in bars])
+        _draw_bars(panel, bars, [COLOURS[names.index(name) % len(COLOURS)] for name in bars])
         panel.set_title(heading, fontsize=12)
         panel.set_ylim(len(names) - 0.5, -0.5)
     if title:
@@ -161,17 +161,17 @@ def plot_bars(panels, save_path=None, title=None):
     return finish(figure, save_path)
 
 
-def draw_bars(axes, bars, colours):
+def _draw_bars(axes, bars, colours):
     """One panel of plot_bars: the bars from the top down, each with its value, and its interval, beside it."""
     triples = [value if isinstance(value, (tuple, list)) else (value, value, value) for value in bars.values()]
     values, lows, highs = np.array(triples, dtype=float).reshape(-1, 3).T
     places = range(len(bars))
     axes.barh(places, values, color=colours, height=0.65)
     for place, value, low, high in zip(places, values, lows, highs, strict=True):
-        text = short_number(value)
+        text = _short_number(value)
         if low < high:
             axes.errorbar(value, place, xerr=[[max(0, value - low)], [max(0, high - value)]], color="black", capsize=4)
-            text += f" ({short_number(low)} to {short_number(high)})"
+            text += f" ({_short_number(low)} to {_short_number(high)})"
         axes.annotate(text, (max(value, high), place), xytext=(6, 0), textcoords="offset points", va="center",
                       fontsize=11)
     axes.set_yticks(places, list(bars), fontsize=11, parse_math=False)
@@ -243,7 +243,7 @@ def plot_confusion(confusion, class_names, save_path=None, title=None):
     return finish(figure, save_path)
 
 
-def short_number(value):
+def _short_number(value):
     """Three significant digits, and thousands with commas: 0.123, 4.57, 81.2, 459,562."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
 

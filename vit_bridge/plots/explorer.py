@@ -50,7 +50,7 @@ class ExplorerPage:
 def explore(model, images, save_path="attention.html", compare_with=None, names=None, title="Where a ViT looks"):
     """An ExplorerPage of images, written to save_path where that is given.
 
-    images        one of what pictures.py takes, or a list of them; a float tensor is normalised for `model`, and the
+    images        one of what data/images.py takes, or a list of them; a float tensor is normalised for `model`, and the
                   second model is given it with its own normalisation instead
     compare_with  a second model beside it: a ViT, or a ConvNet, whose receptive field is shown at the same place
     names         of the model, and of the second one; None: their types
@@ -66,19 +66,19 @@ def explore(model, images, save_path="attention.html", compare_with=None, names=
     names = list(names) if names else [type(one).__name__ for one in models]
     if len(names) != len(models):
         raise InputError(f"{len(names)} names were given for {len(models)} models; expected one for each")
-    prepared = [[prepare_for(image, one, model) for image in images] for one in models]
-    described = [describe(one, name, check_one_size(name, [images for images, _ in own]))
+    prepared = [[_prepare_for(image, one, model) for image in images] for one in models]
+    described = [_describe(one, name, _check_one_size(name, [images for images, _ in own]))
                  for one, name, own in zip(models, names, prepared, strict=True)]
-    pictures = [dict(name=image_name(image, i), pngs=pngs_of([picture for _, picture in own]))
+    pictures = [dict(name=_image_name(image, i), pngs=_pngs_of([picture for _, picture in own]))
                 for i, (image, *own) in enumerate(zip(images, *prepared, strict=True), start=1)]
     error = max(part.pop("error") for one in described for part in one["images"])
-    page = fill(dict(models=described, pictures=pictures), title, note_of(described, pictures, error))
+    page = fill(dict(models=described, pictures=pictures), title, _note_of(described, pictures, error))
     if save_path is not None:
         write_whole(save_path, lambda file: file.write(page.encode()))
     return ExplorerPage(page, None if save_path is None else Path(save_path), error)
 
 
-def note_of(described, pictures, error):
+def _note_of(described, pictures, error):
     """What stands at the foot of the page."""
     note = (f"Values are stored as bytes; the largest difference to the numbers themselves is {error:.2%} of the "
             f"largest value in a token's row. Relevance is shown without the 1 that each token has of "
@@ -103,35 +103,35 @@ def fill(data, title, note):
 # ---- What a model does, as the page reads it --------------------------------------------------------------
 
 
-def describe(model, name, images):
+def _describe(model, name, images):
     """A model and what it does with images, each (1, 3, H, W)."""
     if not adapt(model).attends:
-        return describe_convnet(model, name, images)
+        return _describe_convnet(model, name, images)
     adapter = adapt_vit(model)
     check_pool(adapter.pool)
-    own = [describe_image(model, adapter, one) for one in images]
+    own = [_describe_image(model, adapter, one) for one in images]
     rows, columns = adapter.grid(images[0])
     maps = capture(model, images[0]).maps
     return dict(kind="vit", name=name, layers=len(maps), heads=maps[0].shape[1], tokens=maps[0].shape[-1],
                 prefix=adapter.n_prefix, rows=rows, columns=columns, pool=adapter.pool, images=own)
 
 
-def describe_image(model, adapter, image):
+def _describe_image(model, adapter, image):
     seen = capture(model, image, gradients=adapter.has_head)
     maps = torch.stack(seen.maps)  # (L, 1, H, N, N)
     parts = dict(attention=maps[:, 0].flatten(0, 1), rollout=rollout(maps))  # (L H, N, N), (1, N, N)
-    text = no_words()
+    text = _no_words()
     if adapter.has_head:
         label = seen.logits[0].argmax().item()
         gradients = torch.autograd.grad(seen.logits[0, label], seen.maps)
         parts["relevance"] = relevance_gained(maps, torch.stack(gradients))  # (1, N, N)
         text = words(logit_lens(model, image)[:, 0], adapter.class_names)
     check_finite_numbers(model, *parts.values())
-    parts = {key: pack(part) for key, part in parts.items()}
+    parts = {key: _pack(part) for key, part in parts.items()}
     return {key: part for key, (part, _) in parts.items()} | text | dict(error=max(e for _, e in parts.values()))
 
 
-def no_words():
+def _no_words():
     """words() of a model without a head."""
     return dict(prediction="", target="", lens=dict(classes=[], rows=[], says=[]))
 
@@ -148,7 +148,7 @@ def words(lens, class_names):
                 lens=dict(classes=[named[label] for label in shown], rows=rows, says=says))
 
 
-def pack(matrices):
+def _pack(matrices):
     """({values, factors}, error): matrices (m, N, N) as bytes, each row from 0 to its largest value; and the largest
     difference that makes, as a share of that value: 1 / 510 at most."""
     matrices = matrices.detach().cpu().double()
@@ -163,7 +163,7 @@ def pack(matrices):
 # ---- A ConvNet beside it ----------------------------------------------------------------------------------
 
 
-def describe_convnet(model, name, images, side=8):
+def _describe_convnet(model, name, images, side=8):
     """A ConvNet as the page reads it: for every depth the share of each patch of the image in the gradient of each
     unit, the image cut into side x side patches, or fewer where it has fewer pixels."""
     check_int("side", side, 1)
@@ -171,9 +171,9 @@ def describe_convnet(model, name, images, side=8):
     rows, columns = (min(side, n) for n in images[0].shape[2:])
     own = []
     for image in images:
-        fields = torch.stack([unit_fields(model, image, depth, (rows, columns)) for depth in range(n_depths)])
-        packed, error = pack(fields)  # (depths, n, n)
-        text, answer = no_words(), class_probabilities(model, image).cpu()
+        fields = torch.stack([_unit_fields(model, image, depth, (rows, columns)) for depth in range(n_depths)])
+        packed, error = _pack(fields)  # (depths, n, n)
+        text, answer = _no_words(), class_probabilities(model, image).cpu()
         check_finite_numbers(model, fields, answer)
         if adapt(model).has_head:
             text = words(answer, adapt(model).class_names)
@@ -183,7 +183,7 @@ def describe_convnet(model, name, images, side=8):
                 columns=columns, pool="mean", images=own, depths=depths)
 
 
-def unit_fields(model, image, depth, grid):
+def _unit_fields(model, image, depth, grid):
     """(n, n): row i is the share of every patch in the gradient of the unit at the middle of patch i, summed over its
     channels (measurements.receptive_field is the same, of the unit in the middle of the image)."""
     rows = []
@@ -201,7 +201,7 @@ def unit_fields(model, image, depth, grid):
 # ---- Pictures ---------------------------------------------------------------------------------------------
 
 
-def prepare_for(image, model, first):
+def _prepare_for(image, model, first):
     """prepare_image. A float tensor is normalised for the first model; another gets it with its own normalisation, and
     the picture stays."""
     images, picture = prepare_image(image, model)  # (1, 3, H, W), (H, W, 3)
@@ -212,7 +212,7 @@ def prepare_for(image, model, first):
     return images * (std / own_std) + (mean - own_mean) / own_std, prepare_image(image, first)[1]
 
 
-def check_one_size(name, images):
+def _check_one_size(name, images):
     """The images, each (1, 3, H, W). Raises InputError unless they have one size."""
     sizes = list(dict.fromkeys(f"{image.shape[2]}x{image.shape[3]}" for image in images))
     if len(sizes) > 1:
@@ -221,17 +221,17 @@ def check_one_size(name, images):
     return images
 
 
-def image_name(image, number):
+def _image_name(image, number):
     return Path(image).name if isinstance(image, (str, Path)) else f"image {number}"
 
 
-def as_png(picture):
+def _as_png(picture):
     """A picture (H, W, 3) in 0..1 as a data URI."""
     buffer = io.BytesIO()
     Image.fromarray(np.round(255 * picture).astype(np.uint8)).save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def pngs_of(pictures):
+def _pngs_of(pictures):
     """A picture for each model, as data URIs; one where they are the same."""
-    return list(dict.fromkeys(as_png(picture) for picture in pictures))
+    return list(dict.fromkeys(_as_png(picture) for picture in pictures))

@@ -30,7 +30,7 @@ def linear_classifier(train_loader, val_loader, test_loader=None, max_images=20_
     n_classes = len(train_loader.class_names)
     gram, moments, n = None, None, 0
     for images, labels in train_loader:
-        x = pixel_features(images[:max_images - n])  # (B, F)
+        x = _pixel_features(images[:max_images - n])  # (B, F)
         y = F.one_hot(labels[:len(x)], n_classes).to(x)  # (B, K)
         if gram is None:
             gram, moments = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1], n_classes)
@@ -48,16 +48,16 @@ def linear_classifier(train_loader, val_loader, test_loader=None, max_images=20_
     ridges = sorted(RIDGES, reverse=True)
     factors = (torch.linalg.cholesky(gram + torch.diag(ridge * penalty)) for ridge in ridges)  # each (F, F)
     weights = [torch.cholesky_solve(moments, factor) for factor in factors]  # each (F, K)
-    correct, n = count_correct(weights, val_loader)
+    correct, n = _count_correct(weights, val_loader)
     best = max(range(len(ridges)), key=correct.__getitem__)
     result = dict(val_acc=correct[best] / n, test_acc=None, test_correct=None, test_n=None, ridge=ridges[best])
     if test_loader is not None:
-        (test_correct,), n = count_correct([weights[best]], test_loader)
+        (test_correct,), n = _count_correct([weights[best]], test_loader)
         result.update(test_acc=test_correct / n, test_correct=test_correct, test_n=n)
     return result
 
 
-def pixel_features(images):
+def _pixel_features(images):
     """(B, C, height, width) -> (B, F): the pixels of at most 32 x 32, and a constant 1 at the end."""
     size = [min(side, 32) for side in images.shape[2:]]
     if images.device.type == "mps":  # which pools only to sizes that divide
@@ -66,12 +66,12 @@ def pixel_features(images):
     return F.pad(pixels, (0, 1), value=1.0)  # (B, F)
 
 
-def count_correct(weights, loader):
+def _count_correct(weights, loader):
     """(how many images each of the weight matrices (F, K) gets right, how many images there are)."""
     weights = torch.stack(weights).float()  # (classifiers, F, K)
     correct, n = torch.zeros(len(weights), dtype=torch.long), 0
     for images, labels in loader:
-        answers = (pixel_features(images).cpu() @ weights).argmax(dim=-1)  # (classifiers, B)
+        answers = (_pixel_features(images).cpu() @ weights).argmax(dim=-1)  # (classifiers, B)
         correct += (answers == labels.cpu()).sum(dim=1)
         n += len(labels)
     if n == 0:
@@ -109,13 +109,13 @@ def feature_loaders(model, loaders, device):
     made = []
     for loader in loaders:
         plain = loader.without_augmentation()
-        made.append(FeatureLoader(*head_inputs(model.to(device), plain, device), loader))
+        made.append(FeatureLoader(*_head_inputs(model.to(device), plain, device), loader))
         loader.skipped.update(plain.skipped)
     return tuple(made)
 
 
 @torch.no_grad()
-def head_inputs(model, loader, device):
+def _head_inputs(model, loader, device):
     """(features (N, D), labels (N,)) of a loader's images, on the CPU: what the model's head reads, in eval mode."""
     head, model.head = model.head, nn.Identity()
     features, labels = [], []

@@ -105,7 +105,7 @@ def holds_run(folder):
 def read_run(folder):
     """What is known of the run in a folder: the entries of last.pt, before there is one those of config.json, and
     None where there is neither. Options and recipe have their names of today."""
-    entries = read_config(folder)
+    entries = _read_config(folder)
     if (folder / LAST).is_file():
         entries = read_checkpoint(folder / LAST)
         if not {"options", "n_steps", "training"} <= entries.keys():
@@ -117,7 +117,7 @@ def read_run(folder):
                       if section in entries}
 
 
-def read_config(folder):
+def _read_config(folder):
     """The entries of config.json, or None where there is none. Raises InputError where it is not that of a run."""
     try:
         entries = json.loads((folder / CONFIG).read_text())
@@ -133,7 +133,7 @@ def read_config(folder):
 def device_to_resume(options):
     """The device that the options ask for; where they go on with a run and name none, the run's."""
     if options.resume and "device" not in options.given:
-        config = read_config(folder_to_resume(options.resume, options.output_dir))
+        config = _read_config(folder_to_resume(options.resume, options.output_dir))
         return config["options"]["device"] if config else options.device
     return options.device
 
@@ -219,7 +219,7 @@ class Saver(Callback):
         self.write(LAST, state.trained.state_dict(), epoch=len(state.history["lr"]),
                    training=dict(state.state_dict(), best=dict(epoch=best, value=values.get(self.objective.criterion)),
                                  elapsed=self.elapsed), **self.config)
-        write_history(state.history, self.folder / HISTORY_TABLE)
+        _write_history(state.history, self.folder / HISTORY_TABLE)
         self.saved_at, self.saved_step = time.monotonic(), state.step
         self.cost = self.saved_at - started
 
@@ -230,7 +230,7 @@ class Saver(Callback):
         save_model(self.model, self.folder / name, self.preprocessing, state_dict=weights, **more)
 
 
-def write_history(history, path):
+def _write_history(history, path):
     text = io.StringIO(newline="")
     rows = csv.writer(text)
     rows.writerow(("epoch", *history))

@@ -107,7 +107,7 @@ def load(name_or_path, n_classes=None, **overrides):
         model_class, config, preprocessing = VisionTransformer, entry.arguments, entry.preprocessing
     else:
         path = OURS_FOLDER / f"{name}.pt" if name in OURS else _existing_file(name)
-        weights = read_weights(path)
+        weights = _read_weights(path)
         if weights.model is not None and n_classes is None and not overrides:
             return weights.model
         config, _ = (weights.model.config, "") if weights.model is not None else _inferred(weights)
@@ -127,7 +127,7 @@ def load(name_or_path, n_classes=None, **overrides):
         grid = tuple(size // side for size, side in zip(pair(config["img_size"]), pair(config["patch_size"]),
                                                         strict=True))
     try:
-        state, _ = fitted(weights or read_weights(path), model, grid)
+        state, _ = _fitted(weights or _read_weights(path), model, grid)
     except InputError as error:
         if name not in PUBLIC:
             raise
@@ -178,7 +178,7 @@ def read_file(path):
             found = "a folder is at" if Path(path).is_dir() else "no file"
             raise InputError(f"{found} {path}; expected a checkpoint file")
         if str(path).endswith(".safetensors"):
-            return read_safetensors(path)
+            return _read_safetensors(path)
         if zipfile.is_zipfile(path) and any(name.endswith(".npy") for name in zipfile.ZipFile(path).namelist()):
             with np.load(path, allow_pickle=False) as arrays:
                 return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
@@ -200,7 +200,7 @@ def read_file(path):
     return entries
 
 
-def read_safetensors(path):
+def _read_safetensors(path):
     try:
         from safetensors.torch import load_file
     except ImportError as error:
@@ -216,9 +216,9 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 MOST_WRAPPERS = 4  # ways grow with its power: a file may hold itself under every name
 
 
-def unwrap(entries, path):
+def _unwrap(entries, path):
     """(the state dict inside, names of what was around it). Raises InputError where there is none."""
-    around = way_to_tensors(entries)
+    around = _way_to_tensors(entries)
     if around is None:
         raise InputError(f"{path} holds no tensors under {', '.join(map(repr, list(entries)[:5])) or 'any name'}; "
                          f"expected a state dict, or one under {', '.join(WRAPPERS)}")
@@ -230,21 +230,21 @@ def unwrap(entries, path):
                              f"dict of tensors alone")
         if value.layout != torch.strided or value.is_meta:
             raise InputError(f"{path} holds {name!r} without plain numbers; expected dense tensors")
-    while prefix := common_prefix([name for name in entries if name != "n_averaged"]):
+    while prefix := _common_prefix([name for name in entries if name != "n_averaged"]):
         entries, around = {name.removeprefix(prefix): value for name, value in entries.items()}, [*around, prefix]
     return entries, around
 
 
-def way_to_tensors(entries, depth=0):
+def _way_to_tensors(entries, depth=0):
     """Names of the WRAPPERS to go through, best first; None where they lead to no tensors."""
     for name in WRAPPERS if depth < MOST_WRAPPERS else ():
         inner = entries.get(name)
-        if isinstance(inner, dict) and (rest := way_to_tensors(inner, depth + 1)) is not None:
+        if isinstance(inner, dict) and (rest := _way_to_tensors(inner, depth + 1)) is not None:
             return [name, *rest]
     return [] if any(isinstance(value, torch.Tensor) for value in entries.values()) else None
 
 
-def common_prefix(names):
+def _common_prefix(names):
     """The one of PREFIXES with which all names begin, else None."""
     return next((prefix for prefix in PREFIXES if names and all(name.startswith(prefix) for name in names)), None)
 
@@ -295,28 +295,28 @@ def load_checkpoint(model, path, grid_size=None):
     if not is_ours(model):
         raise InputError(f"a {class_name(model)} cannot be filled from a checkpoint; expected one of "
                          f"{', '.join(model_classes())}")
-    weights = read_weights(path, model)
-    state, report = fitted(weights, model, grid_size)
+    weights = _read_weights(path, model)
+    state, report = _fitted(weights, model, grid_size)
     model.load_state_dict(state)
     return report
 
 
-def read_weights(path, model=None):
+def _read_weights(path, model=None):
     """A file as Weights; model: one whose own names are known too."""
     entries = read_file(path)
     if entries.get("format") == CHECKPOINT_FORMAT:
         other = _model_of(entries, path)
         if model is not None:
-            check_same_kind(other, model, path)
-        weights = own_names("ours", path, [], other.state_dict())
+            _check_same_kind(other, model, path)
+        weights = _own_names("ours", path, [], other.state_dict())
         weights.model = other
         return weights
-    state, around = unwrap(entries, path)
+    state, around = _unwrap(entries, path)
     if model is not None and model.config_class is not VisionTransformer.config_class:
         if state.keys() - {"n_averaged"} != model.state_dict().keys():
             raise InputError(f"{path} is for another architecture: its tensors, such as {next(iter(state))}, are not "
                              f"those of a {class_name(model)}; build the model that it was saved from")
-        return own_names(f"state dict of a {class_name(model)}", path, around, state)
+        return _own_names(f"state dict of a {class_name(model)}", path, around, state)
     try:
         return translate(state, path, around)
     except InputError:
@@ -325,7 +325,7 @@ def read_weights(path, model=None):
         raise InputError(f"{path} is damaged, or of no format that is known ({first_line(error)})") from error
 
 
-def own_names(kind, path, around, state):
+def _own_names(kind, path, around, state):
     """Weights whose names are the model's own."""
     tensors = {name: tensor for name, tensor in state.items() if name != "n_averaged"}
     dropped = {name: "a counter of averaged steps" for name in state.keys() - tensors.keys()}
@@ -333,7 +333,7 @@ def own_names(kind, path, around, state):
                    dropped)
 
 
-def check_same_kind(other, model, path):
+def _check_same_kind(other, model, path):
     """Raises InputError where a model of ours differs from another in what leaves no trace in shapes."""
     if model.config_class is not other.config_class:
         raise InputError(f"{path} holds a {type(other).__name__}, the model is a {class_name(model)}; build that "
@@ -345,7 +345,7 @@ def check_same_kind(other, model, path):
                              f"take load(path), which builds what the file holds")
 
 
-def fitted(weights, model, grid_size=None, advise=True):
+def _fitted(weights, model, grid_size=None, advise=True):
     """(state dict for the model, LoadReport). Raises InputError where the weights do not fit.
 
     advise: whether an error points to what the command line can say of the file.
@@ -371,8 +371,8 @@ def fit(weights, model, grid_size):
     if weights.format.norm_eps not in (None, getattr(model.config, "norm_eps", None)):
         notes.append(f"norms: the file's library adds {weights.format.norm_eps} to the variance unless told otherwise, "
                      f"the model {model.config.norm_eps}; norm_eps={weights.format.norm_eps} makes them equal")
-    notes += match_head(weights, expected)
-    notes += fit_positions(weights, model, grid_size)
+    notes += _match_head(weights, expected)
+    notes += _fit_positions(weights, model, grid_size)
     tensors = weights.tensors
     missing = [name for name in expected if name not in tensors and not name.startswith("head.")]
     extra = [name for name in tensors if name not in expected]
@@ -381,12 +381,12 @@ def fit(weights, model, grid_size):
             name = weights.sources[wrong[0]][0] if wrong is extra else wrong[0]
             more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
             raise InputError(f"{weights.path} is for another architecture: {where.format(name + more)}"
-                             f"{advice(wrong[0], weights)}")
+                             f"{_advice(wrong[0], weights)}")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise InputError(f"{weights.path} is for another architecture: {weights.sources[name][0]} is "
                              f"{tuple(tensor.shape)} there, {tuple(expected[name].shape)} in the model"
-                             f"{advice(name, weights)}")
+                             f"{_advice(name, weights)}")
         if tensor.is_floating_point() != expected[name].is_floating_point():
             raise InputError(f"{weights.path} is damaged or quantised: {weights.sources[name][0]} is {tensor.dtype}, "
                              f"expected {expected[name].dtype}")
@@ -399,7 +399,7 @@ def fit(weights, model, grid_size):
     return state, LoadReport(weights.path, weights.format.name, used, weights.dropped, tuple(notes), heads)
 
 
-def advice(name, weights):
+def _advice(name, weights):
     """How to build the model that a tensor asks for, where the tensor tells; begins with a semicolon."""
     there = name in weights.tensors
     if re.search(r"\.ls[12]\.", name):
@@ -411,7 +411,7 @@ def advice(name, weights):
     return ""
 
 
-def match_head(weights, expected):
+def _match_head(weights, expected):
     """Notes on the head. One that does not fit the model's is dropped, and the model keeps its own."""
     theirs = {name: weights.tensors[name] for name in ("head.weight", "head.bias") if name in weights.tensors}
     wanted = expected.get("head.weight")
@@ -442,7 +442,7 @@ def match_head(weights, expected):
     return [f"head: the model keeps its own, untrained; that of the file: {reason}"]
 
 
-def fit_positions(weights, model, grid_size):
+def _fit_positions(weights, model, grid_size):
     """Notes on the positions, which are brought to the model's grid, with or without CLS as it has them."""
     theirs, grid = weights.tensors.get("pos_embed"), getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if grid is None or theirs is None:
@@ -454,13 +454,13 @@ def fit_positions(weights, model, grid_size):
     if theirs.ndim != 3 or theirs.shape[0] != 1 or theirs.shape[2] != D:
         raise InputError(f"{weights.path} is for another architecture: {weights.sources['pos_embed'][0]} is "
                          f"{tuple(theirs.shape)} there, {tuple(model.pos_embed.shape)} in the model")
-    old, n_prefix, notes = read_grid(weights, grid, grid_size)
+    old, n_prefix, notes = _read_grid(weights, grid, grid_size)
     n_cls, wanted = min(n_prefix, 1), int(model.reg_token is None)
     if n_prefix > 1:
-        add_to_token(weights, "reg_token", theirs[:, 1:n_prefix])
+        _add_to_token(weights, "reg_token", theirs[:, 1:n_prefix])
         notes.append("positions: those of the registers were added to the registers")
     if n_cls > wanted:
-        add_to_token(weights, "cls_token", theirs[:, :1])
+        _add_to_token(weights, "cls_token", theirs[:, :1])
         notes.append("positions: that of CLS was added to the CLS token, as a model with registers has none for it")
     if n_cls < wanted:
         notes.append("positions: the file has none for CLS; it gets zeros")
@@ -478,7 +478,7 @@ def fit_positions(weights, model, grid_size):
     return notes
 
 
-def add_to_token(weights, name, positions):
+def _add_to_token(weights, name, positions):
     """Adds positions to the token that they belong to, once for all. Raises InputError where it is not there."""
     token = weights.tensors.get(name)
     if token is None or token.shape != positions.shape or not token.is_floating_point():
@@ -487,7 +487,7 @@ def add_to_token(weights, name, positions):
     weights.tensors[name] = token + positions
 
 
-def read_grid(weights, grid=None, given=None):
+def _read_grid(weights, grid=None, given=None):
     """((rows, columns), positions before them, notes): how the positions of a file are to be read.
 
     Ours tells. Else the ways are tried in this order: the grid that was given; that of the model, if their number is
@@ -543,13 +543,13 @@ def describe_checkpoint(path):
 
     The model of a file that is not ours is built on the device "meta", so that nothing but the file takes memory.
     """
-    weights = read_weights(path)
+    weights = _read_weights(path)
     model, heads = weights.model, ""
     if model is None:
         config, heads = _inferred(weights)
         with torch.device("meta"):
             model = VisionTransformer(**vars(config))
-    _, report = fitted(weights, model, advise=False)
+    _, report = _fitted(weights, model, advise=False)
     n_parameters = sum(p.numel() for p in model.parameters())
     return Description(replace(report, heads=heads), class_name(model), model.config, n_parameters)
 
@@ -581,8 +581,8 @@ def infer_config(weights):
     n_registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
     grid = (1, 1)
     if "pos_embed" in tensors:
-        grid, _, _ = read_grid(weights)
-    n_heads = weights.n_heads or likely_heads(D)
+        grid, _, _ = _read_grid(weights)
+    n_heads = weights.n_heads or _likely_heads(D)
     hidden = len(tensors["blocks.0.mlp.fc1.weight"])
     ratio = next(r for r in (hidden / D, math.nextafter(hidden / D, math.inf)) if int(D * r) == hidden)
     n_classes = 0
@@ -605,7 +605,7 @@ def one_side(sides):
     return sides[0] if sides[0] == sides[1] else sides
 
 
-def likely_heads(D):
+def _likely_heads(D):
     """Heads of a ViT of this width: of 64 channels, as in Table 1 of the ViT paper, but for Huge (16 of 80)."""
     if D == 1280:
         return 16

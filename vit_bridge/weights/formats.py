@@ -175,11 +175,11 @@ def translate(state, path, around):
         if weights.format.name == "Google's npz":
             if re.search(r"\.attn\.q\.kernel$", ours) and tensor.ndim == 3:
                 weights.n_heads = tensor.shape[1]
-            ours, tensor = from_flax(ours, tensor)
+            ours, tensor = _from_flax(ours, tensor)
         if ours in weights.tensors:
             raise InputError(f"{path} is damaged: {name} and {weights.sources[ours][0]} are the same tensor of a ViT")
         weights.tensors[ours], weights.sources[ours] = tensor, [name]
-    join_qkv(weights)
+    _join_qkv(weights)
     if "cls_token" in weights.tensors and "blocks.0.attn.q_norm.weight" in weights.tensors:  # as wide as a head
         weights.n_heads = weights.tensors["cls_token"].shape[-1] // len(weights.tensors["blocks.0.attn.q_norm.weight"])
     for name, tensor in weights.tensors.items():
@@ -188,7 +188,7 @@ def translate(state, path, around):
     return weights
 
 
-def from_flax(name, array):
+def _from_flax(name, array):
     """A tensor of Google's npz under our name and in torch's layout (out before in).
 
     Kernels there: dense (in, out); convolution (P, P, C, D); queries, keys, values (D, H, K), with biases (H, K);
@@ -211,7 +211,7 @@ def from_flax(name, array):
     return f"{stem}.{NPZ_KIND[kind]}", array.contiguous()
 
 
-def join_qkv(weights):
+def _join_qkv(weights):
     """Queries, keys and values that come apart, as one tensor: q, then k, then v, as ours has them."""
     for name in [name for name in weights.tensors if ".attn.q." in name]:
         parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]

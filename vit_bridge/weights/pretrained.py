@@ -53,29 +53,29 @@ class Pretrained:
         return Preprocessing(self.arguments["img_size"], self.mean, self.std, self.interpolation, names)
 
 
-def deit(variant, file, checksum, top1, **config):
+def _deit(variant, file, checksum, top1, **config):
     return Pretrained(variant, f"https://dl.fbaipublicfiles.com/deit/{file}", checksum, top1, "Apache-2.0",
                       "DeiT, Touvron et al. 2021, github.com/facebookresearch/deit", config=config)
 
 
-def deit3(variant, file, top1):
+def _deit3(variant, file, top1):
     return Pretrained(variant, f"https://dl.fbaipublicfiles.com/deit/{file}", None, top1, "Apache-2.0",
                       "DeiT-III, Touvron et al. 2022, github.com/facebookresearch/deit",
                       config=dict(layer_scale=1e-4))
 
 
-def of_torchvision(variant, file, checksum, top1):
+def _of_torchvision(variant, file, checksum, top1):
     return Pretrained(variant, f"https://download.pytorch.org/models/{file}", checksum, top1, "BSD-3-Clause",
                       "torchvision, IMAGENET1K_V1, github.com/pytorch/vision", interpolation="bilinear")
 
 
-def dino(variant, folder, top1):
+def _dino(variant, folder, top1):
     return Pretrained(variant, f"https://dl.fbaipublicfiles.com/dino/{folder}/{folder}.pth", None, top1, "Apache-2.0",
                       "DINO, Caron et al. 2021, github.com/facebookresearch/dino",
                       "a linear classifier on features of its last blocks", config=dict(n_classes=0))
 
 
-def dinov2(variant, name, top1, n_registers=0):
+def _dinov2(variant, name, top1, n_registers=0):
     file = f"{name}_reg4_pretrain.pth" if n_registers else f"{name}_pretrain.pth"
     paper = "Darcet et al. 2024" if n_registers else "Oquab et al. 2023"
     return Pretrained(variant, f"https://dl.fbaipublicfiles.com/dinov2/{name}/{file}", None, top1, "Apache-2.0",
@@ -84,7 +84,7 @@ def dinov2(variant, name, top1, n_registers=0):
                       config=dict(n_classes=0, img_size=518, patch_size=14, layer_scale=1e-5, n_registers=n_registers))
 
 
-def mae(variant, file, checksum, top1):
+def _mae(variant, file, checksum, top1):
     return Pretrained(variant, f"https://dl.fbaipublicfiles.com/mae/pretrain/{file}", checksum, top1, "CC-BY-NC-4.0",
                       "MAE, He et al. 2022, github.com/facebookresearch/mae", "after fine-tuning the whole model",
                       config=dict(n_classes=0))
@@ -92,26 +92,26 @@ def mae(variant, file, checksum, top1):
 
 # Names are those of their authors. Published sums: DeiT's and torchvision's stand in the names of their files.
 PUBLIC = {
-    "deit_tiny_patch16_224": deit("vit_tiny", "deit_tiny_patch16_224-a1311bcf.pth", "sha256:a1311bcf", 72.2),
-    "deit_small_patch16_224": deit("vit_small", "deit_small_patch16_224-cd65a155.pth", "sha256:cd65a155", 79.9),
-    "deit_base_patch16_224": deit("vit_base", "deit_base_patch16_224-b5f2ef4d.pth", "sha256:b5f2ef4d", 81.8),
-    "deit_base_patch16_384": deit("vit_base", "deit_base_patch16_384-8de9b5d1.pth", "sha256:8de9b5d1", 82.9,
+    "deit_tiny_patch16_224": _deit("vit_tiny", "deit_tiny_patch16_224-a1311bcf.pth", "sha256:a1311bcf", 72.2),
+    "deit_small_patch16_224": _deit("vit_small", "deit_small_patch16_224-cd65a155.pth", "sha256:cd65a155", 79.9),
+    "deit_base_patch16_224": _deit("vit_base", "deit_base_patch16_224-b5f2ef4d.pth", "sha256:b5f2ef4d", 81.8),
+    "deit_base_patch16_384": _deit("vit_base", "deit_base_patch16_384-8de9b5d1.pth", "sha256:8de9b5d1", 82.9,
                                   img_size=384),
-    "deit3_small_patch16_224": deit3("vit_small", "deit_3_small_224_1k.pth", 81.4),
-    "deit3_base_patch16_224": deit3("vit_base", "deit_3_base_224_1k.pth", 83.8),
-    "deit3_large_patch16_224": deit3("vit_large", "deit_3_large_224_1k.pth", 84.9),
-    "vit_b_16": of_torchvision("vit_base", "vit_b_16-c867db91.pth", "sha256:c867db91", 81.072),
-    "vit_l_16": of_torchvision("vit_large", "vit_l_16-852ce7e3.pth", "sha256:852ce7e3", 79.662),
-    "dino_vits16": dino("vit_small", "dino_deitsmall16_pretrain", 77.0),
-    "dino_vitb16": dino("vit_base", "dino_vitbase16_pretrain", 78.2),
-    "dinov2_vits14": dinov2("vit_small", "dinov2_vits14", 81.1),
-    "dinov2_vitb14": dinov2("vit_base", "dinov2_vitb14", 84.5),
-    "dinov2_vitl14": dinov2("vit_large", "dinov2_vitl14", 86.3),
-    "dinov2_vits14_reg": dinov2("vit_small", "dinov2_vits14", 80.9, n_registers=4),
-    "dinov2_vitb14_reg": dinov2("vit_base", "dinov2_vitb14", 84.6, n_registers=4),
-    "dinov2_vitl14_reg": dinov2("vit_large", "dinov2_vitl14", 86.7, n_registers=4),
-    "mae_vit_base_patch16": mae("vit_base", "mae_pretrain_vit_base.pth", "md5:8cad7c", 83.664),
-    "mae_vit_large_patch16": mae("vit_large", "mae_pretrain_vit_large.pth", "md5:b8b06e", 85.952),
+    "deit3_small_patch16_224": _deit3("vit_small", "deit_3_small_224_1k.pth", 81.4),
+    "deit3_base_patch16_224": _deit3("vit_base", "deit_3_base_224_1k.pth", 83.8),
+    "deit3_large_patch16_224": _deit3("vit_large", "deit_3_large_224_1k.pth", 84.9),
+    "vit_b_16": _of_torchvision("vit_base", "vit_b_16-c867db91.pth", "sha256:c867db91", 81.072),
+    "vit_l_16": _of_torchvision("vit_large", "vit_l_16-852ce7e3.pth", "sha256:852ce7e3", 79.662),
+    "dino_vits16": _dino("vit_small", "dino_deitsmall16_pretrain", 77.0),
+    "dino_vitb16": _dino("vit_base", "dino_vitbase16_pretrain", 78.2),
+    "dinov2_vits14": _dinov2("vit_small", "dinov2_vits14", 81.1),
+    "dinov2_vitb14": _dinov2("vit_base", "dinov2_vitb14", 84.5),
+    "dinov2_vitl14": _dinov2("vit_large", "dinov2_vitl14", 86.3),
+    "dinov2_vits14_reg": _dinov2("vit_small", "dinov2_vits14", 80.9, n_registers=4),
+    "dinov2_vitb14_reg": _dinov2("vit_base", "dinov2_vitb14", 84.6, n_registers=4),
+    "dinov2_vitl14_reg": _dinov2("vit_large", "dinov2_vitl14", 86.7, n_registers=4),
+    "mae_vit_base_patch16": _mae("vit_base", "mae_pretrain_vit_base.pth", "md5:8cad7c", 83.664),
+    "mae_vit_large_patch16": _mae("vit_large", "mae_pretrain_vit_large.pth", "md5:b8b06e", 85.952),
 }
 # Trained by us on the built-in shapes; the commands and accuracies are in benchmarks/RESULTS.md.
 OURS = ("vit_nano_shapes", "hybrid_shapes", "convnet_shapes")
@@ -124,13 +124,13 @@ def fetch(name):
     entry = PUBLIC[name]
     path = Path(torch.hub.get_dir()) / "checkpoints" / entry.url.rsplit("/", 1)[1]
     if path.is_file():
-        check_sum(path, entry.checksum)
+        _check_sum(path, entry.checksum)
         return path
     part = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(entry.url, str(part))
-        check_sum(part, entry.checksum)
+        _check_sum(part, entry.checksum)
         part.replace(path)
     except (OSError, URLError) as error:
         raise InputError(f"cannot download {name} from {entry.url} ({first_line(error)}); fetch it by other means and "
@@ -141,7 +141,7 @@ def fetch(name):
     return path
 
 
-def check_sum(path, checksum):
+def _check_sum(path, checksum):
     """Raises InputError where the file's sum does not begin with the published digits."""
     if checksum is None:
         return
