@@ -140,7 +140,7 @@ def test_mixed_precision_follows_float32(amp):
 def test_bf16_on_a_cpu_only_where_the_hardware_multiplies_it(monkeypatch):
     for abilities, expected in (({}, None), (dict(amx_bf16=True), torch.bfloat16),
                                 (dict(avx512_bf16=True), torch.bfloat16), (dict(amx_bf16=False), None)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=abilities: found)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=abilities: found, raising=False)
         assert choose_precision("auto", torch.device("cpu")) == expected
 
 
