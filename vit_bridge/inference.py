@@ -266,7 +266,7 @@ def export_onnx(model, path):
 
 def _to_onnx(model, images):
     """The ModelProto of a model on the CPU, in eval mode, traced with a batch of images."""
-    shapes = ({0: torch.export.Dim("batch")},)
+    shapes = ({0: torch.export.Dim("batch", max=2**31)},)  # torch 2.7 wants an upper bound
     try:
         with _silence(), torch.no_grad():
             program = torch.export.export(model, (images,), dynamic_shapes=shapes)

@@ -44,7 +44,7 @@ def choose_precision(amp, device):
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if device.type == "cpu":
-        abilities = torch.cpu.get_capabilities()
+        abilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.11 does not say
         return torch.bfloat16 if abilities.get("amx_bf16") or abilities.get("avx512_bf16") else None
     return None
 

@@ -23,9 +23,9 @@ SIZE, PATCH, GRID, N, L, H = (14, 15), (7, 5), (2, 3), 7, 3, 2
 
 
 def vit(**options):
-    torch.manual_seed(0)
     settings = dict(img_size=SIZE, patch_size=PATCH, n_classes=5, embed_dim=22, depth=L, n_heads=H)
     model = VisionTransformer(**{**settings, **options}).double().eval()
+    torch.manual_seed(13)  # after the model: how many numbers its initialisation draws depends on torch's version
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape))
