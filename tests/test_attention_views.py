@@ -164,6 +164,7 @@ def test_attention_visualizer_passes_options_to_the_method(method, options):
     np.testing.assert_allclose(data_of(getattr(views, f"visualize_{method}")(image, **options))[1], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["relevance", "grad_cam", "explanations"])
 def test_attention_visualizer_names_predicted_and_explained_class(method):
     model, image = square_vit(), pixels(12, 12)
@@ -278,6 +279,7 @@ def test_visualize_logit_lens_ends_in_the_prediction():
     assert lines[0].get_label() == model.preprocessing.class_names[probabilities.argmax()]
 
 
+@pytest.mark.slow
 def test_attention_visualizer_writes_names_literally():
     model = square_vit()
     names = ["$\\x$", "_a", "US$ or $", "$x^2$", "_"]
@@ -342,6 +344,7 @@ def test_visualize_token_norms_frames_register_artefacts():
     assert [axes.patches[0].get_bbox().bounds for axes in figure.axes[1:4]] == [(4.5, 6.5, 5, 7)] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [square_vit, lambda: vit(depth=2, n_heads=1, pool="mean")], ids=["wide", "narrow"])
 def test_attention_visualizer_clips_no_text(model):
     model, image = model(), pixels(12, 12)

@@ -40,6 +40,7 @@ def test_shipped_setup_uses_images_the_models_know():
         assert right > 0.8, name
 
 
+@pytest.mark.slow
 def test_cnn_vs_vit_dry_run_writes_its_files(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "cnn_vs_vit.py", "--dry-run", "--output-dir", "comparison"],
                           cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)
@@ -235,6 +236,7 @@ def test_run_trials_asks_for_another_output_folder_when_stopped(few, tmp_path, m
         train(["reach"], tmp_path, options("--train", "--output-dir", "out"))
 
 
+@pytest.mark.slow
 def test_cnn_vs_vit_mentions_shipped_models_only_where_used(tmp_path):
     for name, there in (("convolution", True), ("reach", False)):
         cv.main(["--only", name, "--output-dir", str(tmp_path / name)])
@@ -245,6 +247,7 @@ def test_cnn_vs_vit_mentions_shipped_models_only_where_used(tmp_path):
 # ---- Which for my data?
 
 
+@pytest.mark.slow
 def test_cnn_vs_vit_reports_skipped_images(tmp_path, monkeypatch, capsys):
     folder = make_folder(tmp_path / "photos", 16, ("train", "test"))
     broken = [next((folder / part).rglob("*.jpg")) for part in ("train", "test")]
@@ -269,6 +272,7 @@ def test_split_for_linear_sets_a_fifth_aside():
     assert not fit.training
 
 
+@pytest.mark.slow
 def test_cnn_vs_vit_judges_a_folder(tmp_path, monkeypatch, capsys):
     drawn = [make_mark(n, 32, start=start) for n, start in ((40, 0), (12, 100), (30, 200))]
     loaders = tuple(loader_of(one.images, one.labels, one.class_names, Recipe(batch_size=8), training=i == 0)
@@ -397,6 +401,7 @@ def test_shipped_note_quotes_the_models_training_results():
         assert f"{trial['test_acc']:.1%}" in cv.SHIPPED_NOTE
 
 
+@pytest.mark.slow
 def test_cnn_vs_vit_train_dry_run_finishes(tmp_path, capsys):
     cv.main(["--train", "--dry-run", "--only", "data", "--train-fractions", "1", "--device", "cpu", "--amp", "off"])
     printed = capsys.readouterr().out

@@ -53,6 +53,7 @@ def preamble():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the brief uses torch.cuda.amp, which torch has renamed
 @pytest.mark.parametrize("block", blocks(BRIEF, "python"))
 def test_brief_block_runs(block, short_runs):
@@ -67,6 +68,7 @@ def test_brief_is_found_with_its_python_blocks():
     assert len(blocks(BRIEF, "python")) >= 17
 
 
+@pytest.mark.slow
 def test_readme_blocks_run_in_order(short_runs):
     names = {}
     found = blocks(README, "python")
@@ -78,6 +80,7 @@ def test_readme_blocks_run_in_order(short_runs):
 SCRIPTS = ("train_vit.py", "cnn_vs_vit.py", "examples.py")
 
 
+@pytest.mark.slow
 def test_train_vit_dry_run_writes_nothing(tmp_path):
     """The other two do so in tests of their own."""
     done = subprocess.run([sys.executable, ROOT / "train_vit.py", "--dry-run"], cwd=tmp_path, capture_output=True,

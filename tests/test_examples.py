@@ -22,6 +22,7 @@ def test_examples_lists_eleven_demos(capsys):
     assert len({line.split(maxsplit=1)[1] for line in lines}) == 11
 
 
+@pytest.mark.slow
 def test_examples_dry_run_prints_and_draws_each_demo(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "examples.py", "--dry-run"], cwd=tmp_path, capture_output=True,
                           text=True, timeout=200, check=False)

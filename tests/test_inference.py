@@ -403,6 +403,7 @@ def test_evaluate_holds_nothing_out_of_a_changed_folder(tmp_path, capsys):
     assert "13 images, all of the folder" in printed
 
 
+@pytest.mark.slow
 def test_evaluate_takes_the_images_held_out_of_the_training(tmp_path, monkeypatch, capsys):
     data = tmp_path / "data"
     for name in COLOURS:

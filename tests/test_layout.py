@@ -83,6 +83,7 @@ def test_modules_only_define_at_import(path):
         assert is_guard(statement) or isinstance(statement, allowed), f"{path.name} line {statement.lineno}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train_vit", "visualizations"])
 def test_script_run_as_main_is_not_imported_again(script):
     """Run as __main__ it would be there twice, with classes that are not each other's."""

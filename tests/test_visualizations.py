@@ -216,6 +216,7 @@ def test_visualize_features_colours_several_images():
     assert_no_text_clipped(figure)
 
 
+@pytest.mark.slow
 def test_attention_visualizer_runs_the_introduction_example(tmp_path):
     image, model = torch.randn(1, 3, 224, 224), vit(img_size=224, patch_size=16, depth=1)
     v.AttentionVisualizer(model, device="cpu").visualize_attention(

@@ -70,6 +70,7 @@ def test_check_keeps_the_output_of_a_failed_command(check):
                                                                                         tail="a word\n")
 
 
+@pytest.mark.slow
 def test_check_ends_a_hanging_command_with_its_children(check):
     code = ("import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
             "print(child.pid, flush=True); child.wait()")

@@ -85,6 +85,7 @@ def test_best_of_rates_picks_the_smallest_of_the_best(monkeypatch):
     assert le.best_of_rates("ViT", None, "validation", QUICK, 0, tuple(accuracies)) == (2e-3, accuracies, 2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_reach_and_cues_measure_a_trial(monkeypatch):
     for trial in (le.TRAINING_EXPERIMENTS["reach"].measure("Hybrid", 1, QUICK, 24, 20, (8, 20), 32, **ON_CPU),
@@ -115,6 +116,7 @@ def test_cues_separates_answers_by_outline_and_texture(monkeypatch):
     assert trial["shape_bias"] == 5 / 7
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_reach_tests_on_new_images_without_shifts(monkeypatch):
     drawn, trained, make, train = [], [], shapes_module.make_marks, le.train_once

@@ -247,6 +247,7 @@ def test_photo_loader_workers_change_nothing(photos):
     assert same(alone, helped)
 
 
+@pytest.mark.slow
 def test_photo_dataset_works_in_spawned_processes(photos):
     loader = photo_loader(photos)
     keys = [[(0, index) for index in range(4)]]
@@ -643,6 +644,7 @@ def test_get_data_loaders_takes_n_images_for_shapes_only(tmp_path):
     assert "n_images 100" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["empty", "text", "half"])
 @pytest.mark.parametrize(("img_size", "workers"), [(16, 0), (72, 0), (72, 1), (None, 0)])
 def test_loaders_name_a_broken_image_in_one_line(tmp_path, content, img_size, workers):

@@ -81,6 +81,7 @@ def spoil(*paths):
 # ---- From within an epoch ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize("training", [True, False])
 def test_set_position_gives_the_rest_of_a_pass(kind, training, tmp_path):

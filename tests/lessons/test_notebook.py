@@ -6,6 +6,7 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 import torch
 from matplotlib.figure import Figure
 
@@ -25,6 +26,7 @@ def test_notebook_has_valid_cells():
     assert len({cell["id"] for cell in BOOK["cells"]}) == len(BOOK["cells"])
 
 
+@pytest.mark.slow
 def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names, figures = {}, 0

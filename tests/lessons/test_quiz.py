@@ -52,6 +52,7 @@ def numbers_in(sentence, unit):
     return [float(number) for number in re.findall(rf"([\d.]+){unit}", sentence)]
 
 
+@pytest.mark.slow
 def test_who_needs_the_order_counts_on_both_grids():
     shares = []
     for key in ("vit_nano_shapes", "convnet_shapes"):
@@ -86,6 +87,7 @@ def test_conclude_about_order_follows_the_numbers(own, moved, words):
     assert words in quiz._conclude_about_order(own, moved)
 
 
+@pytest.mark.slow
 def test_who_minds_a_shift_looks_at_two_pixels(monkeypatch):
     model = load("vit_nano_shapes")
     stays = shift_consistency(model, shapes(model, 64)[0], 2)

@@ -138,6 +138,7 @@ def test_toy_model_is_fine_tuned_with_layer_decay_and_muon(tmp_path, photos, unt
     assert torch.equal(load(tmp_path / "probe" / "best.pt").stem.weight, toy().stem.weight)
 
 
+@pytest.mark.slow
 def test_toy_model_is_compared():
     torch.manual_seed(0)
     vit = create_vit("vit_nano", 3, img_size=16, depth=1, embed_dim=12).eval()

@@ -150,6 +150,7 @@ def test_charts_write_names_literally():
     assert training.axes[1].get_legend().get_texts()[2].get_text() == "_$\\x$: 25.0%"
 
 
+@pytest.mark.slow
 def test_charts_clip_no_text():
     for figure in (c.plot_training_curves(history(), baseline=("linear classifier", 0.2)),
                    c.plot_matrices([torch.rand(7, 7)], ["attention of 7 tokens"], "share", "key", "query"),

@@ -195,6 +195,7 @@ def test_explore_page_displays_in_a_notebook():
     assert "<script" not in frame
 
 
+@pytest.mark.slow
 def test_explore_keeps_vit_base_below_ten_megabytes():
     torch.manual_seed(0)
     page = explorer.explore(create_vit_base(n_classes=5), pixels(224, 224), None)

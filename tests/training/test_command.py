@@ -76,6 +76,7 @@ def test_train_vit_refuses_an_output_folder_it_cannot_make(capsys, tmp_path):
     assert "cannot write to --output-dir" in error
 
 
+@pytest.mark.slow
 def test_train_vit_writes_files_that_agree(tmp_path, capsys):
     torch.manual_seed(0)
     train_vit.main(["--dry-run", "--output-dir", str(tmp_path / "run"), "--seed", "3", "--device", "cpu"])
@@ -98,6 +99,7 @@ def test_train_vit_writes_files_that_agree(tmp_path, capsys):
     assert "--seed 3 --device cpu --steps 2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [24, 72])
 @pytest.mark.parametrize("parts", [("",), ("train", "test")])
 def test_train_vit_trains_and_scores_on_an_image_folder(side, parts, tmp_path, capsys):
@@ -171,6 +173,7 @@ def test_train_vit_names_a_corrupt_image_and_suggests_skip_corrupt(side, tmp_pat
     assert "--skip-corrupt" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [24, 72])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_skip_corrupt_names_and_counts_the_skipped_images(side, frozen, tmp_path, capsys):
@@ -351,6 +354,7 @@ def test_command_includes_torchrun_for_several_processes(monkeypatch):
 # ---- Several processes
 
 
+@pytest.mark.slow
 def test_train_vit_on_two_processes_matches_one(photos, tmp_path):
     """The slowest test here: torchrun starts two processes, which share every batch."""
     words = ["--data-dir", photos, "--steps", 3, "--batch-size", 9, "--class-weights", "--device", "cpu"]

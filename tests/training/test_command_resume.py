@@ -129,6 +129,7 @@ def test_train_vit_leaves_no_folder_on_an_early_signal(photos, tmp_path, capsys,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_train_vit_process_saves_on_a_real_sigint(photos, tmp_path):
     """The same from outside, once: another process, a real signal, the state kept."""
     folder = tmp_path / "run"

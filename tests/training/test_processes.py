@@ -138,6 +138,7 @@ def work_of_a_rank(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_trainer_on_two_processes_matches_one(tmp_path):
     torch.multiprocessing.spawn(work_of_a_rank, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))

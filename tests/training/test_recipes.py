@@ -106,6 +106,7 @@ def test_before_recipes_keeps_what_an_older_run_used():
     assert _before_recipes(dict(recipe="convnet_fast")) == dict(recipe="convnet_fast")
 
 
+@pytest.mark.slow
 def test_train_vit_result_names_recipe_minutes_and_mirrored_accuracy(tmp_path):
     train_vit.main([*QUICK, "--minutes", "3", "--output-dir", str(tmp_path / "run")])
     result = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -173,6 +174,7 @@ def test_prepare_chooses_a_smaller_size_the_patch_divides(words, side, prepared)
     run.trainer.train(run.loaders[0], n_steps=1, progress=False)
 
 
+@pytest.mark.slow
 def test_linear_classifier_learns_from_unaugmented_images(tmp_path, capsys, monkeypatch):
     seen, learn = [], linear_classifier
 
