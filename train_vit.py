@@ -675,8 +675,7 @@ def _data_arguments(options, start):
     if options.dry_run and choose_set(options.data_dir, options.dataset, None) == "shapes":
         data["n_images"] = 600
     if start is not None:
-        shown = adapt(start).preprocessing
-        data |= dict(img_size=max(shown.size), preprocessing=shown)
+        data |= dict(img_size=max(pair(start.config.img_size)), preprocessing=start.preprocessing)
     return data
 
 

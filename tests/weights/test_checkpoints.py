@@ -159,6 +159,11 @@ def test_load_restores_interpolation_and_defaults_to_bilinear(tmp_path):
     assert adapt(load(tmp_path / "unknown.pt")).preprocessing.interpolation == "bilinear"
 
 
+def test_save_model_refuses_a_mean_outside_preprocessing(tmp_path):
+    with pytest.raises(InputError, match=r"\Asave_model got mean \(0\.5,\); expected it in preprocessing=[^\n]*\Z"):
+        save_model(randomised(*SMALL[0]), tmp_path / "m.pt", mean=(0.5,))
+
+
 def test_save_model_keeps_further_entries(tmp_path):
     save_model(randomised(*SMALL[0]), tmp_path / "m.pt", accuracy=0.75, trainer=dict(step=7, rates=[0.1]))
     entries = read_checkpoint(tmp_path / "m.pt")

@@ -9,8 +9,8 @@
     compare_explanations              all methods on the same images: agreement, and that test beside random order
     selfcheck                         the closed forms, on a model: what holds
 
-Models are ours, or timm's, transformers' and torchvision's, as models/adapters.py knows them. What a method cannot do on a
-model it refuses with the reason; nothing is put in its place.
+Models are ours, or timm's, transformers' and torchvision's (models/adapters.py). What a method cannot do on a model it
+refuses with the reason.
 
 Shapes:  B images, L blocks, H heads, N tokens (prefix tokens, then patches), D width, K classes, n patches,
           M methods, R random orders, S steps of a curve.
@@ -92,8 +92,8 @@ def token_cam(features, gradients):
 
 @dataclass
 class Explanation:
-    """saliency (B, rows, columns), not negative, and NaN for an image of several whose Grad-CAM is blank; targets (B), the
-    classes that are explained; probabilities (B), theirs; both None for a model without a head."""
+    """saliency (B, rows, columns), not negative, and NaN for an image of several whose Grad-CAM is blank; targets (B),
+    the classes that are explained; probabilities (B), theirs; both None for a model without a head."""
     saliency: torch.Tensor
     targets: torch.Tensor | None
     probabilities: torch.Tensor | None
@@ -275,9 +275,9 @@ def deletion_insertion(model, images, saliency, targets, n_steps=16, batch_size=
 
     saliency (B, rows, columns). Patches of equal saliency go in a random order, another for each image; it comes from
     the seed and the image alone, so that a saliency that is the same everywhere is the control, random order. An image
-    whose saliency has NaN has NaN. Hidden is what the normalisation takes for the mean. A map that finds what the answer hangs on
-    makes the first curve fall early and the second rise early; the mean of a curve is its area. Petsiuk, Das and
-    Saenko 2018, "RISE", Sec. 4.1.
+    whose saliency has NaN has NaN. Hidden patches get what the normalisation takes for the mean. A map that finds what
+    the prediction depends on makes the first curve fall early and the second rise early; the mean of a curve is its
+    area. Petsiuk, Das and Saenko 2018, "RISE", Sec. 4.1.
     """
     check_int("n_steps", n_steps, 1)
     images, saliency, n, grid = images.cpu(), saliency.cpu(), saliency[0].numel(), saliency.shape[1:]

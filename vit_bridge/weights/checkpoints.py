@@ -68,6 +68,9 @@ def save_model(model, path, preprocessing=None, dtype=None, state_dict=None, **m
                          f"model.preprocessing to one with the names of these classes")
     state = {key: value.detach().cpu().to(dtype) if dtype and value.is_floating_point() else value.detach().cpu()
              for key, value in (state_dict or model.state_dict()).items()}
+    for name in ("class_names", "mean", "std", "interpolation"):
+        if name in more:
+            raise InputError(f"save_model got {name} {more[name]!r}; expected it in preprocessing=Preprocessing(...)")
     facts = {name: getattr(shown, name, None) for name in ("class_names", "mean", "std", "interpolation")}
     facts |= {name: list(facts[name]) for name in ("mean", "std") if facts[name] is not None}
     entries = dict(format=CHECKPOINT_FORMAT, model_class=class_name(model), config=vars(config), state_dict=state,
@@ -88,7 +91,7 @@ def read_checkpoint(path):
 
 
 def load(name_or_path, n_classes=None, **overrides):
-    """A trained model, in eval mode, on the CPU, in float32, with its preprocessing.
+    """A trained model, in eval mode, on the CPU, in float32, with its preprocessing (None where its file has none).
 
     name_or_path  a name that describe_pretrained() lists, or the path of a checkpoint: ours, or one of a ViT in any
                   format that load_checkpoint knows (whose mean and std are taken to be ImageNet's)
@@ -112,8 +115,8 @@ def load(name_or_path, n_classes=None, **overrides):
             return weights.model
         config, _ = (weights.model.config, "") if weights.model is not None else _inferred(weights)
         model_class = VisionTransformer if weights.model is None else type(weights.model)
-        preprocessing = weights.model.preprocessing if weights.model is not None else None
-        config, preprocessing = vars(config), preprocessing or Preprocessing(config.img_size)
+        preprocessing = Preprocessing(config.img_size) if weights.model is None else weights.model.preprocessing
+        config = vars(config)
     check_arguments(model_class, overrides)
     wanted = config["n_classes"] if n_classes is None else n_classes
     free = (*FREE, "pool") if name in PUBLIC and not (wanted and wanted == config["n_classes"]) else FREE
@@ -133,8 +136,9 @@ def load(name_or_path, n_classes=None, **overrides):
             raise
         raise InputError(f"{error}; where the file came incomplete, delete it and it is fetched again") from error
     model.load_state_dict(state)
-    names = preprocessing.class_names if wanted == config["n_classes"] else None
-    model.preprocessing = replace(preprocessing, img_size=model.config.img_size, class_names=names)
+    if preprocessing is not None:
+        names = preprocessing.class_names if wanted == config["n_classes"] else None
+        model.preprocessing = replace(preprocessing, img_size=model.config.img_size, class_names=names)
     return model.eval()
 
 
