@@ -5,9 +5,9 @@ Read the first 150 lines beside the paper:
     paper                                             here
     Sec. 3.1  x_p E, patches to tokens                line 34, PatchEmbedding
     App. A    Eq. 5 to 8, multi-head attention        line 51, MultiHeadAttention
-    Sec. 3.1  MLP: two layers with a GELU             line 77, MLP
-    Sec. 3.1  Eq. 2 and 3, the encoder block          line 91, TransformerBlock
-    Sec. 3.1  Eq. 1 and 4, the whole model            line 113, VisionTransformer
+    Sec. 3.1  MLP: two layers with a GELU             line 75, MLP
+    Sec. 3.1  Eq. 2 and 3, the encoder block          line 89, TransformerBlock
+    Sec. 3.1  Eq. 1 and 4, the whole model            line 111, VisionTransformer
     Sec. 3.2  another resolution                      resize_positions, below
     Table 1   the variants                            VARIANTS, below
 
@@ -63,8 +63,6 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x, return_attention=False, n_query_tokens=None):
         """With return_attention=True also the maps A, (B, H, N, N): rows are queries and sum to one. With
         n_query_tokens=n only the first n tokens are queries: (B, n, D), (B, H, n, N)."""
-        if n_query_tokens and not return_attention and type(self.qkv) is nn.Linear and type(self.k_norm) is nn.Identity:
-            return self.dropout(self.proj(attend_from(x, n_query_tokens, self.qkv, self.n_heads)))  # (B, n, D)
         qkv = self.qkv(x).unflatten(2, (3, self.n_heads, -1))  # (B, N, 3, H, K)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, K)                             Eq. 5
         q, k = self.q_norm(q[:, :, :n_query_tokens]), self.k_norm(k)  # (B, H, n, K), (B, H, N, K)
@@ -238,29 +236,13 @@ def attend(q, k, v, return_attention=False):
     """softmax(q k^T / sqrt(K)) v, and the softmax where asked for, else None (Eq. 6 and 7).
 
     q: (B, H, n, K); k, v: (B, H, N, K). Without maps torch's fused kernel does the same sums and never holds the
-    (n, N) matrix, except where EXPLICIT_TRAINING says otherwise.
+    (n, N) matrix, except where MATH_ATTENTION_MAX_TOKENS says otherwise.
     """
     few = k.shape[2] <= MATH_ATTENTION_MAX_TOKENS.get((q.device.type, q.dtype), 0)
     if not (return_attention or (few and q.requires_grad)):
         return F.scaled_dot_product_attention(q, k, v), None  # (B, H, n, K)
     attention = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)  # (B, H, n, N)
     return attention @ v, attention if return_attention else None  # (B, H, n, K), (B, H, n, N)
-
-
-def attend_from(x, n, qkv, n_heads):
-    """Eq. 5 to 7 for the first n tokens alone, without making keys and values: (B, N, D) -> (B, n, D).
-
-    A query meets the key of token j as q (W x_j + b) = (q W) x_j + q b, and the softmax does not see q b, which is
-    the same for every j. Its weights sum to one, so they may as well be applied before the values are made. That
-    takes 2 n N D H multiplications in the place of 2 N D^2. With a norm over the keys it would not be the same.
-    """
-    w_q, w_k, w_v = qkv.weight.unflatten(0, (3, n_heads, -1))  # 3 x (H, K, D)
-    b_q, _, b_v = qkv.bias.unflatten(0, (3, n_heads, -1)).unsqueeze(2)  # 3 x (H, 1, K)
-    first, x = x[:, None, :n], x[:, None]  # (B, 1, n, D), (B, 1, N, D)
-    q = first @ w_q.transpose(1, 2) + b_q  # (B, H, n, K)
-    attention = (q @ w_k @ x.transpose(2, 3) / math.sqrt(q.shape[-1])).softmax(dim=-1)  # (B, H, n, N)
-    heads = attention @ x @ w_v.transpose(1, 2) + b_v  # (B, H, n, K)
-    return heads.transpose(1, 2).flatten(2)  # (B, n, D)
 
 
 def is_hooked(module):
