@@ -118,7 +118,7 @@ def best_of_rates(kind, loader, val_loader, recipe, seed, rates=RATES, **run):
     return found[best][0], {rate: accuracy for rate, (_, accuracy) in found.items()}, best
 
 
-# ---- 6. Reach ---------------------------------------------------------------------------------------------
+# ---- 7. Reach ---------------------------------------------------------------------------------------------
 
 
 class Reach(Experiment):
@@ -170,7 +170,7 @@ class Reach(Experiment):
                                for i in range(len(distances)))] for kind, own in _by_kind(trials).items()])]
 
 
-# ---- 7. Outline against texture ---------------------------------------------------------------------------
+# ---- 8. Outline against texture ---------------------------------------------------------------------------
 
 
 class Cues(Experiment):
@@ -227,7 +227,7 @@ def _goes_by(cue, trials, kind):
                                      for trial in trials if trial["kind"] == kind])
 
 
-# ---- 8. Data efficiency -----------------------------------------------------------------------------------
+# ---- 9. Data efficiency -----------------------------------------------------------------------------------
 
 
 class DataEfficiency(Experiment):

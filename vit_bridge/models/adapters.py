@@ -1,4 +1,4 @@
-"""How the library sees a model: ours, by the protocol, or a ViT of timm, transformers or torchvision.
+"""How the library sees a model: one of ours by the protocol, or a ViT of timm, transformers or torchvision.
 
     adapt(model)      a ModelAdapter: its layers, what images it takes, its classes; a ViTAdapter where it attends
     adapt_vit(model)  a ViTAdapter, or InputError
@@ -130,7 +130,7 @@ def unwrapped(model):
 
 
 def is_ours(model):
-    """Whether it follows the protocol."""
+    """Whether it follows models/protocol.py."""
     return callable(getattr(type(model), "layers", None))
 
 

@@ -1,10 +1,10 @@
-"""Attention to play with: one self-contained HTML page, without server and network, of images and one or two models.
+"""Attention to play with: one self-contained HTML page, without server or network, of images and one or two models.
 
     explore(model, images, save_path, compare_with=None)    AttentionVisualizer.explore is the same
 
-The page holds the attention of every layer and head, rollout and relevance for the predicted class, each as bytes with
-a factor for every row; how far that is from the numbers themselves stands on the page. Of a ConvNet it holds, in their
-place, which patches of the image each unit sees, depth by depth. explorer.html is the page itself.
+The page holds the attention of every layer and head, rollout and relevance for the predicted class, as bytes with a
+factor for each row, and names the largest rounding error. Of a ConvNet it holds instead which patches of the image each
+unit sees, depth by depth. explorer.html is the template.
 
 Shapes:  L layers, H heads, N tokens (prefix tokens, then patches), n patches, K classes.
 """
@@ -53,7 +53,7 @@ def explore(model, images, save_path="attention.html", compare_with=None, names=
     images        one of what data/images.py takes, or a list of them; a float tensor is normalised for `model`, and the
                   second model is given it with its own normalisation instead
     compare_with  a second model beside it: a ViT, or a ConvNet, whose receptive field is shown at the same place
-    names         of the model, and of the second one; None: their types
+    names         of the model, and of the second one; None: their classes
 
     Raises InputError for a first model without attention, for images that cannot be used, and for images that the same
     model takes at different sizes.
@@ -79,7 +79,7 @@ def explore(model, images, save_path="attention.html", compare_with=None, names=
 
 
 def _note_of(described, pictures, error):
-    """What stands at the foot of the page."""
+    """The note at the foot of the page."""
     note = (f"Values are stored as bytes; the largest difference to the numbers themselves is {error:.2%} of the "
             f"largest value in a token's row. Relevance is shown without the 1 that each token has of "
             f"itself. All that is shown is in this file.")
@@ -137,8 +137,8 @@ def _no_words():
 
 
 def words(lens, class_names):
-    """Prediction and logit lens, probabilities (L + 1, K), as the page shows them: which of all classes is likeliest
-    after each block, and how likely those are there that are the likeliest at the end."""
+    """Prediction and logit lens, probabilities (L + 1, K), as the page shows them: the likeliest class after each
+    block, and the probabilities there of the classes that are likeliest at the end."""
     named = class_names or [f"class {label}" for label in range(lens.shape[1])]
     shown = lens[-1].topk(min(N_CLASSES, lens.shape[1])).indices.tolist()
     best = lens.argmax(dim=1).tolist()
@@ -185,7 +185,7 @@ def _describe_convnet(model, name, images, side=8):
 
 def _unit_fields(model, image, depth, grid):
     """(n, n): row i is the share of every patch in the gradient of the unit at the middle of patch i, summed over its
-    channels (measurements.receptive_field is the same, of the unit in the middle of the image)."""
+    channels. analysis.receptive_field.receptive_field does so for the unit in the middle of the image."""
     rows = []
     pixels, features, _ = watch_layer(model, adapt(model).layers[depth], image)  # (1, 3, H, W), (1, D, rows, columns)
     for row in range(grid[0]):

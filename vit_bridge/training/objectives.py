@@ -1,4 +1,4 @@
-"""What a training minimises, and what it measures on the way.
+"""Objectives: what a training minimises, and the metrics that it keeps.
 
     loss = objective(model, batch, metrics)
 
@@ -84,7 +84,7 @@ class Objective(nn.Module):
 
         model    gives its output in float32
         batch    what the loader gives, on the model's device: images (B, C, H, W) first
-        metrics  of new_metrics(), updated where given
+        metrics  from new_metrics(), updated unless None
 
         self.training tells a training step from an evaluation.
         """
