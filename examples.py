@@ -6,7 +6,8 @@
 
 Each prints what to look at and the numbers that it measured, and saves a picture in --output-dir.
 
-Shapes:  B images, P patch side, N tokens, D width, H heads, K = D / H width of a head.
+Shapes:  B images, C channels, S side of an image in pixels, P patch side, N tokens, D width, H heads,
+         K = D / H width of a head, L blocks.
 """
 
 import math

@@ -6,7 +6,7 @@
     python train_vit.py predict --checkpoint runs/NAME/best.pt a.jpg b.jpg
     history = Trainer(model).train(train_loader, val_loader, n_epochs=10)       in Python
 
-Shapes:  B images in a batch, b of a part, C classes, S side of an image in pixels.
+Shapes:  B images in a batch, C classes, S side of a square image in pixels, H, W height and width.
 """
 
 import argparse
@@ -501,7 +501,7 @@ def steps_within(seconds, model, train_loader, val_loader, device="auto", object
     config = replace(config or TrainConfig(), **overrides | dict(learning_rate=1e-6, save_every=math.inf))
     trial = Trainer(copy.deepcopy(model), device, objective, config)
     trial.train(train_loader, n_steps=1, progress=False)  # the first step is slower: memory, kernels, workers
-    parts = [(1.0, None)]  # shares of the steps, and how they resize
+    parts = [(1.0, None)]  # fractions of the steps, and how they resize
     if config.progressive_resize is not None:
         scale, share = config.progressive_resize
         parts = [(share, (scale, 1.0)), (1 - share, None)]
@@ -1037,12 +1037,12 @@ def make_parser():
     recipe.add_argument("--warmup-epochs", type=Bounded(float, 0, sys.float_info.max, "0 or more"),
                         help="(default: a twentieth of the run)")
     recipe.add_argument("--label-smoothing", type=Bounded(float, 0, 1, "0 to 1"))
-    recipe.add_argument("--shift", type=Bounded(float, 0, 0.5, "0 to 0.5"), help="share of the side by which small "
+    recipe.add_argument("--shift", type=Bounded(float, 0, 0.5, "0 to 0.5"), help="fraction of the side by which small "
                                                                                  "images are shifted at most")
     recipe.add_argument("--flip", choices=FLIPS, help="how small images are mirrored")
     recipe.add_argument("--cutout", type=Bounded(float, 0, 2, "a share of the image's side, 0 to 2: 0.25 is 8 of 32 "
                                                               "pixels"),
-                        help="share of the side of a small image that a hidden square has")
+                        help="side of a hidden square, as a fraction of that of a small image")
     recipe.add_argument("--mixing", choices=MIXINGS, help="two images in one")
     recipe.add_argument("--model-ema", type=Bounded(float, 0, 1, "0 to 1"), nargs="?", const=0.999, metavar="DECAY",
                         help="keep a moving average of the weights, and evaluate that (decay without a number: 0.999)")
@@ -1384,7 +1384,7 @@ def inspect_command(argv=None):
 
 def _add_checkpoint(parser):
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="as a training wrote it: best.pt; it "
-                        "tells the classes, the image size and the normalisation")
+                        "holds the classes, the image size and the normalisation")
 
 
 def _add_device(parser):

@@ -6,7 +6,8 @@
 
 Compared maps share one colour scale. data/images.py says what an image may be; the numbers come from analysis/.
 
-Shapes:  B images, L blocks, H heads, N tokens (prefix tokens, then patches), K classes.
+Shapes:  B images, C channels, H, W height and width of an image, P patch side, L blocks, H heads, N tokens (prefix
+         tokens, then patches), K classes, n filters, R random orders, S steps of a curve.
 """
 
 import math

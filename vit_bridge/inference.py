@@ -6,7 +6,7 @@
 
 On the command line: python train_vit.py predict, evaluate and export.
 
-Shapes:  B images in a batch, K classes, n mistakes, H, W height and width.
+Shapes:  B images in a batch, C channels, K classes, n mistakes, H, W height and width.
 """
 
 import copy
@@ -232,7 +232,7 @@ def export_onnx(model, path):
     at all. The model is left as it was.
 
     Returns the largest difference between the logits of the file (by onnxruntime where it is installed, else by onnx's
-    reference evaluator) and the model's, on random images, as a share of the largest logit. Raises InputError where
+    reference evaluator) and the model's, on random images, relative to the largest logit. Raises InputError where
     that is not below TOLERANCE, where the packages onnx and onnxscript are missing, for a model of 2 GB or more, and
     where the file cannot be written.
     """
@@ -297,7 +297,7 @@ def _metadata_of(model):
 
 
 def _largest_difference(content, model, images):
-    """How far the file's logits are from the model's, as a share of the largest. Raises InputError for TOLERANCE or
+    """How far the file's logits are from the model's, relative to the largest. Raises InputError for TOLERANCE or
     more."""
     try:
         theirs = _run_onnx(content, images)  # (B, K)

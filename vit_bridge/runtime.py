@@ -1,4 +1,7 @@
-"""The one way to run a model over images: device, precision, eval mode, and what to do when memory runs out."""
+"""The one way to run a model over images: device, precision, eval mode, and what to do when memory runs out.
+
+Shapes:  B images in a batch, N images, C channels, K classes.
+"""
 
 import os
 from contextlib import contextmanager, nullcontext, redirect_stdout

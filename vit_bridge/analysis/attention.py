@@ -1,6 +1,7 @@
 """Where tokens look, how far, and how alike their positions are.
 
-Shapes:  B images, L blocks, H heads, N tokens (CLS, registers, patches), n patches."""
+Shapes:  B images, L blocks, H heads, N tokens (CLS, registers, patches), n patches, D width.
+"""
 
 import torch
 import torch.nn.functional as F

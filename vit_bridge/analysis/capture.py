@@ -7,8 +7,7 @@
 Fused attention keeps no maps, so AttentionCapture computes an explicit softmax instead, and the pass goes on with that.
 Nothing is stored on a module. Afterwards hooks and modes are as they were, even after an error.
 
-Shapes:  B images, C channels, L blocks, H heads, N tokens (prefix tokens, then patches), D width, K classes,
-          n patches.
+Shapes:  B images, C channels, L blocks, H heads, N tokens (prefix tokens, then patches), D width, K classes.
 """
 
 import math

@@ -1,6 +1,6 @@
 """What a model costs: parameters, FLOPs, speed and memory.
 
-Shapes:  B images, K classes."""
+Shapes:  B images, C channels, K classes."""
 
 import copy
 import os

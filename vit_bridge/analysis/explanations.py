@@ -7,7 +7,7 @@
 A method that does not work on a model raises InputError with the reason. selfcheck.py checks the formulas on a model.
 
 Shapes:  B images, L blocks, H heads, N tokens (prefix tokens, then patches), D width, K classes, n patches,
-          M methods, R random orders, S steps of a curve.
+          C channels, P patch side, M methods, R random orders, S steps of a curve.
 """
 
 import zlib

@@ -6,7 +6,8 @@
 
 Each change is drawn from a seed, anew for each image. Images are normalised, (B, C, height, width), and on the CPU.
 
-Shapes:  B images in a batch, N images, C channels, n patches of an image, R the largest shift in pixels.
+Shapes:  B images in a batch, N images, C channels, n patches of an image, m of them, P patch side,
+         R the largest shift in pixels.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Which pixels one unit of a model sees.
 
-Shapes:  B images, C channels, D width."""
+Shapes:  B images, C channels, D width, k side of a kernel."""
 
 import torch
 from torch import nn

@@ -1,6 +1,6 @@
 """The closed forms of attention, rollout, relevance and Grad-CAM, checked on a model.
 
-Shapes:  B images, L blocks, H heads, N tokens, D width, K classes, n patches."""
+Shapes:  B images, C channels, L blocks, H heads, N tokens, D width, n patches."""
 
 from dataclasses import dataclass
 

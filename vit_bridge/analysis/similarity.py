@@ -6,7 +6,8 @@
 Centred kernel alignment compares how two layers tell images apart, whatever directions they use for it: 1 where one
 is the other turned and scaled, near 0 where they have nothing in common.
 
-Shapes:  B images of a batch, F features of an image in a layer, L layers of a model.
+Shapes:  B images of a batch, N images, C channels, F features of an image in a layer, L layers of a model; as Gram
+         matrices K of a layers and L of b layers.
 """
 
 import torch

@@ -5,7 +5,7 @@
 The control is the same model with random weights, uniform attention, guessing, or a formula. trials.py has the
 experiments that train their models.
 
-Shapes:  N images, S side of an image in pixels, L blocks, H heads.
+Shapes:  N images, S side of an image in pixels, L blocks, H heads, M tokens with the padding.
 """
 
 from dataclasses import dataclass

@@ -141,7 +141,7 @@ def rank_by_variance(values, variances):
 
 
 def rank_shares(shares, n):
-    """The Ranking of shares of n images, by name."""
+    """The Ranking of fractions of n images, by name."""
     return rank_by_variance(shares, {name: share * (1 - share) / n for name, share in shares.items()})
 
 
@@ -243,7 +243,7 @@ def format_lead(ranking, name):
 
 
 def describe_ranking(ranking):
-    """A Ranking of shares in words: who is ahead, who cannot be told apart, who is behind."""
+    """A Ranking of fractions in words: who is ahead, who cannot be told apart, who is behind."""
     if not (ranking.tied or ranking.behind):
         return f"there is nothing to compare {ranking.best} with"
     if ranking.winner:

@@ -355,7 +355,7 @@ def _check_result(name, result):
     counts = [result["seed"]]
     if name == "cues":
         counts += [result["choices"][cue] for cue in ("outline", "texture", "neither")]
-        math.isnan(result["shape_bias"])  # NaN where no answer was by either
+        math.isnan(result["shape_bias"])  # NaN where no prediction was by either cue
     elif name == "reach":
         counts += [result["n"], *(count for _, count in zip(result["distances"], result["correct"], strict=True))]
     else:

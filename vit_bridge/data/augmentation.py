@@ -39,12 +39,12 @@ def train_transform(preprocessing):
 class Augmentation:
     """How training images in memory are varied, each anew in every epoch.
 
-    shift    the largest shift, as a share of the side: 0.125 is up to 4 of 32 pixels each way. What comes in is
+    shift    the largest shift, as a fraction of the side: 0.125 is up to 4 of 32 pixels each way. What comes in is
              mirrored at the border
     flip     left to right: "random", in each epoch with probability 1/2; "alternating", at random in the first epoch
              and then every other time, so that two epochs show an image both ways (Jordan 2024, "94% on CIFAR-10 in
              3.29 Seconds", Sec. 3.6); "none"
-    cutout   side of a square that is hidden behind the mean, as a share of the image's; its centre is any pixel, so it
+    cutout   side of a square that is filled with the mean, as a fraction of the image's; its centre is any pixel, so it
              may lie partly outside (DeVries and Taylor 2017). 0: none
 
     Raises InputError for a value out of range.

@@ -1,4 +1,7 @@
-"""Data sets: where their files are, what they are called, how they are read and split."""
+"""Data sets: where their files are, what they are called, how they are read and split.
+
+Shapes:  N images in a set, n some of them, H, W height and width, S side of a square image in pixels.
+"""
 
 import os
 from concurrent.futures import ThreadPoolExecutor

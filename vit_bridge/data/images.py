@@ -5,7 +5,7 @@ A picture is a path, a PIL image, an array (H, W, 3) or (H, W), uint8 or float i
 shown with the normalisation undone, values outside 0..1 clipped. A float tensor that is only scaled to 0..1 is neither:
 Preprocessing.normalise turns uint8 images into inputs.
 
-Shapes:  H, W height and width.
+Shapes:  B images, H, W height and width.
 """
 
 from pathlib import Path
@@ -186,7 +186,7 @@ def open_picture(image):
 
 
 def _check_scale(image):
-    """Raises InputError for a PIL image of a mode that does not tell where white is, unless its values do."""
+    """Raises InputError for a PIL image of a mode without a defined white, unless its values show it."""
     if image.mode in ("I", "F"):
         low, high = image.getextrema()
         if image.mode == "F" or not (low == high == 0 or (low >= 0 and 255 < high < 65536)):
@@ -197,7 +197,7 @@ def _check_scale(image):
 def fit_picture(image, size, interpolation="bilinear"):
     """A PIL image resized and its centre cut to size, (height, width), as the validation images are.
 
-    Where the size is no square, which those always are, the picture just covers it.
+    Validation images are always square; for another size the picture is scaled until it just covers it.
     """
     height, width = size
     if height == width:

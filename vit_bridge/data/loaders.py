@@ -59,14 +59,14 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
     img_size      side S in pixels, or None for the set's own: 32 for CIFAR and shapes, 28 for the MNIST kinds; for a
                   folder the largest side of up to 64 images if at most 64, rounded up to a multiple of 4, else 224.
     dataset       a name in DATASETS; "auto": what lies in data_dir, and shapes where the default one does not exist.
-    val_fraction  the share of each class cut from the training images for validation, if there is no val/.
+    val_fraction  the fraction of each class split off the training images for validation, if there is no val/.
     seed          of the validation split, the order and the augmentation; a whole number from 0. The drawn shapes do
                   not depend on it.
     workers       processes that read photographs; None: one a core, 8 at most, none for under 256 images.
     n_images      shapes only: training and validation images together; None: 20,000 at 32 pixels, 1,100 at 224.
     preprocessing whose mean, std and interpolation the images get, such as a pretrained model's; None: the set's own.
-    skip_corrupt  whether an image file that cannot be read is left out, as loader.skipped tells (in memory from the
-                  start, of photographs when it is met), or is an InputError.
+    skip_corrupt  True: leaves out image files that cannot be read, and lists them in loader.skipped (small images
+                  from the start, photographs when they are read). False: such a file raises InputError.
 
     augmentation  of training images in memory; None: Augmentation(). Photographs have train_transform's.
 
@@ -122,7 +122,7 @@ def get_evaluation_loader(data_dir, class_names, batch_size=128, img_size=None, 
                   val_fraction and seed. It matters only where there are no images kept apart from training.
 
     The other arguments are those of get_data_loaders; img_size None is the side of the images that are scored. The
-    loader's split tells which they are: "test" (a known set's test images, or those in test/), else "val" (in val/,
+    loader's split says which they are: "test" (a known set's test images, or those in test/), else "val" (in val/,
     valid/ or validation/), else of the images in train/ or in the class folders of data_dir those that
     get_data_loaders cut off for validation, "held out", or without held_out "all". Raises InputError for a class that
     the model does not know, and as get_data_loaders does."""
@@ -426,7 +426,7 @@ def _leave_signals_to_main(worker):
 
 
 def _end_for_main():
-    """Ends this process when the main one says so; a SIGTERM from anywhere else is for the main one to answer."""
+    """Ends this process when the main one says so; a SIGTERM from anywhere else is for the main one to handle."""
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent_process().pid:
         pass
     os._exit(0)

@@ -6,7 +6,8 @@
 An image is a function of a seed, its number and S alone. Every S shows the same scene, as pixels are computed from
 their distances to the edges of shapes and patterns.
 
-Shapes:  N images in a set, n some of them, S side of a square image in pixels.
+Shapes:  N images in a set, n some of them, S side of a square image in pixels, M side of a mark in pixels, m marks
+         in an image, k places.
 """
 
 from dataclasses import dataclass
@@ -244,7 +245,7 @@ def make_marks(n_images, img_size=32, seed=0, start=0, distance=None):
     """Two marks of two KINDS each; the label says whether they are of the same kind, 0 or 1, by turns.
 
     distance: in pixels between their middles, from 8 to S - 6, up to the rounding to whole pixels; None: drawn evenly
-    from all of these. Each kind is as frequent alone, and so are both places: no mark by itself tells anything, and a
+    from all of these. Each kind is equally frequent, and so is each place: a single mark says nothing, and a
     network that only adds up what it sees at each place cannot tell two of one kind from one of each.
 
     Raises InputError for numbers that cannot be.
@@ -270,7 +271,7 @@ def make_marks(n_images, img_size=32, seed=0, start=0, distance=None):
 
 
 def make_mark(n_images, img_size=32, seed=0, start=0):
-    """One mark at a random place, of the KINDS by turns, which is the label: all that tells is in M x M pixels."""
+    """One mark at a random place, of the KINDS by turns, which is the label: M x M pixels decide it."""
     _check_marks(n_images, img_size, seed, start)
     index, chance = _chances(n_images, seed, start)
     labels = torch.arange(start, start + n_images) % 2

@@ -223,7 +223,7 @@ def _preprocessing_of(model, n_channels, img_size, **facts):
 
 
 def _classes_of(head):
-    """How many classes a head tells apart, by its last linear layer; None where it has none."""
+    """The number of classes of a head, by its last linear layer; None where it has none."""
     layers = [layer for layer in head.modules() if isinstance(layer, torch.nn.Linear)]
     return layers[-1].out_features if layers else None
 

@@ -1,6 +1,8 @@
 """The CNN on the other bank: a residual or a pooled ConvNet; and a convolution written as attention.
 
-Shapes:  B images, C channels, N tokens, M tokens with those around the image, S total stride, k side of a kernel."""
+Shapes:  B images, C channels, N tokens, M tokens with those around the image, S total stride, k side of a kernel;
+         h, w height and width of a map, C' channels of the output.
+"""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,7 @@
-"""Where training starts: convolutions, and whitening filters for the first layer."""
+"""Where training starts: convolutions, and whitening filters for the first layer.
+
+Shapes:  B images, C channels, k side of a kernel.
+"""
 
 import torch
 import torch.nn.functional as F

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from vit_bridge.errors import InputError, first_line
 
-# Okabe and Ito 2008, "Color Universal Design": told apart with every common kind of colour vision.
+# Okabe and Ito 2008, "Color Universal Design": distinct with every common kind of colour vision.
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
 MARKERS = "osD^vP"

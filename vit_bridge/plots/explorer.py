@@ -6,7 +6,8 @@ The page holds the attention of every layer and head, rollout and relevance for 
 factor for each row, and names the largest rounding error. Of a ConvNet it holds instead which patches of the image each
 unit sees, depth by depth. explorer.html is the template.
 
-Shapes:  L layers, H heads, N tokens (prefix tokens, then patches), n patches, K classes.
+Shapes:  L layers, H heads, N tokens (prefix tokens, then patches), n patches, K classes,
+         m matrices, H, W height and width of an image, D channels.
 """
 
 import base64
@@ -150,7 +151,7 @@ def words(lens, class_names):
 
 def _pack(matrices):
     """({values, factors}, error): matrices (m, N, N) as bytes, each row from 0 to its largest value; and the largest
-    difference that makes, as a share of that value: 1 / 510 at most."""
+    difference that makes, relative to that value: 1 / 510 at most."""
     matrices = matrices.detach().cpu().double()
     factors = (matrices.amax(dim=2, keepdim=True) / 255).clamp(min=1e-30).float()  # (m, N, 1)
     values = (matrices / factors).round().clamp(0, 255)

@@ -1,6 +1,8 @@
 """Linear classifiers: on the pixels, as a control; and a head on the features of a frozen backbone.
 
-Shapes:  B images of a batch, N images of a set, D features that the head reads, F pixel features."""
+Shapes:  B images of a batch, N images of a set, C channels, K classes, D features that the
+         head reads, F pixel features.
+"""
 
 import torch
 import torch.nn.functional as F

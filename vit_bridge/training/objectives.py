@@ -5,7 +5,8 @@
 An objective also names the columns of the history, and the one that says which epoch is best. Classification is the
 first; a new one is a subclass of Objective, such as the one in tests/training/test_toy_objective.py.
 
-Shapes:  B images in a batch, C classes."""
+Shapes:  B images in a batch, C classes; images (B, C, H, W) have C channels, H, W height and width.
+"""
 
 import torch
 import torch.distributed as dist
@@ -86,7 +87,7 @@ class Objective(nn.Module):
         batch    what the loader gives, on the model's device: images (B, C, H, W) first
         metrics  from new_metrics(), updated unless None
 
-        self.training tells a training step from an evaluation.
+        self.training is True in a training step and False in an evaluation.
         """
         raise NotImplementedError
 

@@ -7,7 +7,7 @@
 
 Nothing in a file is executed: torch.load with weights_only=True, numpy without pickle, safetensors.
 
-Shapes:  B images, D width, K width of a head, P patch side, C channels.
+Shapes:  B images, D width.
 """
 
 import argparse
@@ -400,7 +400,7 @@ def fit(weights, model, grid_size):
 
 
 def _advice(name, weights):
-    """How to build the model that a tensor asks for, where the tensor tells; begins with a semicolon."""
+    """How to build the model that a tensor fits, if the tensor shows it; begins with a semicolon."""
     there = name in weights.tensors
     if re.search(r"\.ls[12]\.", name):
         return f"; build the model with layer_scale={1e-5 if there else None}"
@@ -490,8 +490,8 @@ def _add_to_token(weights, name, positions):
 def _read_grid(weights, grid=None, given=None):
     """((rows, columns), positions before them, notes): how the positions of a file are to be read.
 
-    Ours tells. Else the ways are tried in this order: the grid that was given; that of the model, if their number is
-    right; a square. Raises InputError where no way is left.
+    A file of ours records it. Otherwise these are tried in order: the given grid; that of the model, if their number
+    fits; a square. Raises InputError if none fits.
     """
     M = weights.tensors["pos_embed"].shape[1]
     if weights.model is not None:
