@@ -47,8 +47,8 @@ def capture(model, images, gradients=False, change=None):
     change     a function (index of the block, map) -> map; the pass goes on with what it returns
 
     Raises InputError for a model that is no known ViT, for images that it does not take, for gradients of a model that
-    does not keep the tokens of its blocks, and where the captured logits differ from those of a plain pass; NoNumbers
-    where maps or logits are not finite.
+    does not keep the tokens of its blocks, for one that does not attend as a plain ViT does, and for another library's
+    model whose captured logits differ from those of a plain pass; NoNumbers where maps or logits are not finite.
     """
     adapter, tokens = adapt_vit(model), []
     adapter.check_images(images)

@@ -1,7 +1,7 @@
 """How predictions change when images change: shifted, shuffled, hidden, or with cues at odds.
 
     shift_consistency                           how often the prediction stays when the image moves by some pixels
-    shuffle_patches, occlude, accuracy_curve    patches shuffled or hidden, and the accuracy that is left
+    shuffle_patches, occlude, accuracy_curve    patches shuffled or hidden, and how many predictions stay correct
     cue_choices, shape_bias                     outline against texture
 
 Each change is drawn from a seed, anew for each image. Images are normalised, (B, C, height, width), and on the CPU.

@@ -36,7 +36,7 @@ def selfcheck(model, images=None, seed=0):
     logit lens  its last row
 
     Models are checked in the precision of their weights: autocast is off, and in half precision the tolerances are
-    wider, in proportion to its rounding. For a model that gives NaN or infinity this is the only Check.
+    wider, in proportion to its rounding. A model that gives NaN or infinity gets a single Check, which says so.
     """
     try:
         return _closed_forms(model, images, seed)

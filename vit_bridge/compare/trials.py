@@ -7,7 +7,7 @@
 
 Learning rates are chosen on validation images from one grid; test images are read once.
 
-Shapes:  N images, S side of an image in pixels, n test images.
+Shapes:  N images, S side of an image in pixels, n test images; by seed: S seeds.
 """
 
 import itertools

@@ -3,7 +3,7 @@
     QUESTIONS     the question, the guesses to choose from, and measure() -> (index of the right guess, a sentence)
     ask(...)      asks them one after the other
 
-Shapes:  N tokens, D width.
+Shapes:  N images.
 """
 
 from collections.abc import Callable

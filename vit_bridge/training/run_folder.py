@@ -168,7 +168,7 @@ def changes_since(saved, class_names, n_images, n_processes):
 
 
 class Saver(Callback):
-    """Writes the files of a run after epochs and on_save, and prints a line an epoch.
+    """Writes the files of a run, and prints epochs, at most one a second.
 
     folder, model   where, and the whole model as it is to be saved
     preprocessing   of the checkpoints
