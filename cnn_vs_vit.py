@@ -159,7 +159,7 @@ def _describe_loaders(loaders, options):
 
 
 def _checksum(loaders):
-    """The same for the same images and labels in MemoryLoaders."""
+    """A checksum of the images and labels in MemoryLoaders."""
     total = hashlib.sha256()
     for loader in loaders:
         total.update(loader.images.cpu().numpy().tobytes())
@@ -298,8 +298,8 @@ def compare_on_folder(options, folder):
 
 
 def _split_for_linear(train_loader):
-    """(four of five, every fifth) of the training images, not augmented: to fit a linear classifier, and to choose its
-    strength where the validation images are needed for the comparison itself."""
+    """(four of five, every fifth) of the training images, not augmented: to fit a linear classifier and to choose its
+    strength, if the comparison itself needs the validation images."""
     plain = train_loader.without_augmentation(LINEAR_IMAGES)
     fifth = torch.arange(plain.n_images, device=plain.labels.device) % 5 == 0  # (n)
     return [MemoryLoader(plain.images[part], plain.labels[part], plain.info, plain.batch_size)
@@ -307,7 +307,7 @@ def _split_for_linear(train_loader):
 
 
 def _share_of_largest_class(train_loader, asked):
-    """The share of the images asked that belong to the class with the most training images."""
+    """The fraction of the images tested that belong to the class with the most training images."""
     counts = train_loader.class_counts
     return asked.class_counts[counts.index(max(counts))] / asked.n_images
 
@@ -342,7 +342,7 @@ def _skipped_files(loaders):
 
 
 def compare(options, folder):
-    """Everything that the options ask for, into the folder."""
+    """Does what the options ask for, and writes it into the folder."""
     started = time.perf_counter()
     if options.minutes:
         introduction = "ConvNet, hybrid and ViT of nearly equal size, trained on the same images for the same time."
@@ -358,7 +358,7 @@ def compare(options, folder):
 
 
 def compare_models(options, folder):
-    """The experiments: (introduction, {name: data}, sections). What can be wrong is checked first."""
+    """The experiments: (introduction, {name: data}, sections). The options are checked first."""
     wanted = options.only or (["data"] if options.data_dir else [*EXPERIMENTS, *TRAINING_EXPERIMENTS])
     looking = [name for name in EXPERIMENTS if name in wanted]
     training = [name for name in TRAINING_EXPERIMENTS if name in wanted]

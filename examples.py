@@ -1,14 +1,13 @@
 """Eleven short demos, from a photograph cut into patches to a look inside a trained model.
 
-    python examples.py                  all of them, in about a minute
-    python examples.py --list           their names
-    python examples.py --only heads     one of them
+    python examples.py                  all of them, in about a minute; --list names them, --only heads runs one
     python examples.py quiz             guess first, then see it measured
     python examples.py exercise NAME    write it yourself: a file to fill in, then checked
 
 Each prints what to look at and the numbers that it measured, and saves a picture in --output-dir.
 
-Shapes:  B images, P patch side, N tokens, D width, H heads, K = D / H width of a head.
+Shapes:  B images, C channels, S side of an image in pixels, P patch side, N tokens, D width, H heads,
+         K = D / H width of a head, L blocks.
 """
 
 import math
@@ -56,7 +55,7 @@ def photograph():
 
 
 def photograph_tensor(img_size=224):
-    """The same as a normalised batch, (1, 3, img_size, img_size)."""
+    """The portrait as a normalised batch, (1, 3, img_size, img_size)."""
     return eval_transform(Preprocessing(img_size, (0.5,) * 3, (0.5,) * 3))(photograph()).unsqueeze(0)
 
 

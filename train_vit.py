@@ -1,29 +1,12 @@
-"""The Trainer, and the commands around it: train, evaluate, predict, export, inspect.
+"""The Trainer, and the commands around it: train, evaluate, predict, export, inspect; each has --help.
 
     python train_vit.py                                         the built-in shapes, about 2 minutes
     python train_vit.py --data-dir photos --minutes 10          a folder of images, a class a folder
-    python train_vit.py --model convnet --epochs 20 --lr 1e-3   the same with a CNN
-    python train_vit.py --data-dir photos --pretrained deit_tiny_patch16_224    fine-tuning
     python train_vit.py --resume runs/NAME                      goes on with a run that was interrupted
-    torchrun --nproc-per-node=2 train_vit.py ...                several GPUs, or processes
-    python train_vit.py --dry-run                               two steps of everything, nothing kept
-
-    python train_vit.py evaluate --checkpoint runs/NAME/best.pt --data-dir photos
     python train_vit.py predict --checkpoint runs/NAME/best.pt a.jpg b.jpg
-    python train_vit.py export --checkpoint runs/NAME/best.pt
-    python train_vit.py inspect FILE                            what a checkpoint is, and how it would load
+    history = Trainer(model).train(train_loader, val_loader, n_epochs=10)       in Python
 
-A run leaves runs/NAME/ with config.json, history.csv, result.json, best.pt, last.pt, curves.png and, where the model
-has attention, attention.png. Checkpoints open with vit_bridge.weights.checkpoints.load. In Python:
-
-    history = Trainer(model).train(train_loader, val_loader, n_epochs=10)
-
-What chance decides in a step (order, augmentation, dropout) is a function of (seed, step), and a TrainState holds all
-else that a training has become: one that is resumed from it ends as if it had never been interrupted. Under torchrun
-every process has a Trainer and a shard of every batch; DistributedDataParallel averages the gradients, weighted so that
-the step is that of one process with the whole batch.
-
-Shapes:  B images in a batch, b of a part, C classes, S side of an image in pixels.
+Shapes:  B images in a batch, C classes, S side of a square image in pixels, H, W height and width.
 """
 
 import argparse
@@ -134,14 +117,14 @@ __all__ = ["Trainer", "get_data_loaders", "predict"]
 WORKERS_HELP = "processes that read photographs (default: one for each core, at most 8)"
 CHECK_EVERY = 10  # steps between two looks at whether all is finite, where looking makes the CPU wait for a GPU
 WHITENED_BY = 2000  # images from which a first layer is whitened
-MINUTES = 2  # of a training whose length is not given
+MINUTES = 2  # of a training without a given length
 HEAD_EPOCHS = 100  # of --freeze-backbone, whose epochs take a moment
 LINEAR_IMAGES = 20_000  # at most, from which the linear classifier beside a test learns
-UNEVEN = 2  # classes are called uneven where the largest has so many times the images of the smallest
+UNEVEN = 2  # classes are called uneven if the largest has this many times the images of the smallest
 
 
 class NotFinite(InputError):
-    """Loss or gradient ceased to be finite numbers."""
+    """Loss or gradient is no longer finite."""
 
 
 class Stopped(Exception):
@@ -163,9 +146,14 @@ class Trainer:
     config      a TrainConfig; further arguments override its fields, those of train() override both
     loss_fn     (logits, labels) -> a scalar, the mean over the images: short for Classification(loss_fn=...)
 
-    It serves training and evaluation alike, so that the two curves can be compared. After train(), `data_share` is the
-    share of the training seconds that went to fetching and augmenting images; on CUDA only what the CPU waited for is
-    counted. `average` is the average of the weights, where one was asked for.
+    The same objective serves training and evaluation, so that the two curves can be compared. After train(),
+    `data_share` is the fraction of the training time spent on fetching and augmenting images; on CUDA it counts only
+    what the CPU waited for. `average` is the model with the average of the weights, where config.ema_decay asks for it.
+
+    All randomness of a step (order, augmentation, dropout) is a function of (seed, step), and a TrainState holds
+    everything else: a training resumed from it ends as if it had never been interrupted. Under torchrun each process
+    has a Trainer and a shard of every batch; DistributedDataParallel averages the gradients, weighted so that the step
+    is that of one process with the whole batch.
     """
 
     def __init__(self, model, device="auto", objective=None, config=None, *, loss_fn=None, **overrides):
@@ -184,20 +172,20 @@ class Trainer:
 
     def train(self, train_loader, val_loader=None, n_epochs=None, learning_rate=None, *, callbacks=(), resume=None,
               progress=True, **overrides):
-        """One run: the learning rate is warmed up and then let down, step by step.
+        """One run: the learning rate rises in the warm-up and then falls, step by step.
 
         train_loader   a Loader, a torch DataLoader or a list: batches (images, labels)
         val_loader     such a loader, evaluated after every epoch; None leaves NaN in its columns
         n_epochs, learning_rate, overrides   fields of the TrainConfig, for this run
         callbacks      a list of Callback
-        resume         what state_dict() of an earlier TrainState gave: the training goes on from there, exactly,
-                       given the same arguments
+        resume         state_dict() of an earlier TrainState: the training goes on from there, exactly, given the same
+                       arguments
         progress       a bar with loss, accuracy, images a second and the time left
 
         Returns the history, {column: a list with an entry an epoch}: the objective's columns, then the last learning
         rate ("lr"), the seconds spent training and the images a second. Raises InputError for numbers out of range,
-        where loss or gradient are not finite (with fp16: where no scale of the gradient helps), and where memory does
-        not suffice; Stopped where a callback asks for it.
+        NotFinite where loss or gradient are not finite (with fp16: where no scale of the gradient helps), OutOfMemory,
+        and Stopped where a callback asks for it.
         """
         for name, value in (("n_epochs", n_epochs), ("learning_rate", learning_rate)):
             if value is not None:
@@ -230,7 +218,7 @@ class Trainer:
         return state.history
 
     def train_epoch(self, loader, state, bar):
-        """The batches of an epoch that are left, from where the state stands."""
+        """The rest of an epoch, from the batch that the state names."""
         _set_train_mode(self.model)
         self.objective.train()
         loader.set_position(len(state.history["lr"]), min(state.batch, len(loader)))
@@ -261,7 +249,7 @@ class Trainer:
             state.data_seconds += fetched - started
             state.seconds += fetched - started + time.perf_counter() - resumed
         started = time.perf_counter()
-        state.check_finite()  # which waits for a GPU to finish: that belongs to the training's time
+        state.check_finite()  # waits for the GPU: that belongs to the time of the training
         state.seconds += time.perf_counter() - started
 
     def step(self, batch, n_all, state):
@@ -271,7 +259,7 @@ class Trainer:
         """
         state.optimizer.zero_grad(set_to_none=True)
         n_own, total = len(batch[0]), 0.0
-        if n_own == 0:  # there is nothing to learn from, but the other processes wait for this one's gradients
+        if n_own == 0:  # nothing to learn from, but the other processes wait for this one's gradients
             batch = tuple(tensor.new_zeros(1, *tensor.shape[1:]) for tensor in batch)
             self.model.eval()  # a made-up image leaves no trace in batch statistics
         size = math.ceil(len(batch[0]) / state.config.grad_accum_steps)
@@ -299,8 +287,8 @@ class Trainer:
             update_average(state.average, self.model, state.step, state.config.ema_decay)
 
     def pause(self, state, n_own=0):
-        """Between two batches: stops or saves where one process wishes it, all of them alike. Returns how many images
-        all processes have in their next batch, given this one's."""
+        """Between two batches: stops or saves on all processes if one of them wants to. Returns how many images all
+        processes have in their next batch, given this one's."""
         stop = any([callback.on_batch(state) for callback in self.callbacks])  # a list: all of them are called
         due = self.rank == 0 and time.perf_counter() - self.saved_at >= state.config.save_every
         n_all, stops, saves = self.all_reduce_sum(n_own, stop, due and state.is_finite())
@@ -339,7 +327,7 @@ class Trainer:
         that is dict(loss, acc, balanced_acc, correct, n), accuracies from 0 to 1; the balanced one is the mean of those
         of the classes that have images.
 
-        model: another than the Trainer's own, on its device. state: of the training that this belongs to.
+        model: None: the Trainer's own; another one must be on its device. state: of the training that this is part of.
         """
         model = self.model if model is None else model
         loader = self.own_loader(loader)
@@ -360,7 +348,7 @@ class Trainer:
         return metrics.compute()
 
     def batch_split_warning(self):
-        """In words, where this training differs from one process with whole batches; "" where it does not."""
+        """A warning where this training differs from one process with whole batches; "" where it does not."""
         n_parts = self.config.grad_accum_steps
         if self.world_size == 1 and n_parts == 1:
             return ""
@@ -398,7 +386,7 @@ class Trainer:
 class TrainState:
     """Where a training stands: model, optimiser, scaler, average and counters.
 
-    config    the TrainConfig of the run, which has n_steps steps, warmup_steps of them with a rising rate
+    config    the TrainConfig of the run of n_steps steps, with a rising learning rate in the first warmup_steps
     forward   the model as the objective calls it
     step      steps done; `batch` of them in the epoch that is not finished
     history   of the finished epochs; metrics, seconds: of the unfinished one
@@ -423,7 +411,7 @@ class TrainState:
         return self.model if self.average is None else self.average
 
     def resized(self, images):
-        """images (B, C, height, width) at the size that the next step has them."""
+        """images (B, C, height, width) at the size of the next step."""
         size = tuple(images.shape[2:])
         wanted = self.config.image_size(size, self.step, self.n_steps)
         return images if wanted == size else F.interpolate(images, wanted, mode="bilinear", antialias=True)
@@ -437,7 +425,7 @@ class TrainState:
                            history=copy.deepcopy(self.history)))
 
     def load_state_dict(self, entries):
-        """Entries of older versions too. Raises InputError where they are of another model or optimiser."""
+        """Takes entries of older versions too. Raises InputError for those of another model or optimiser."""
         entries = {OLD_NAMES["training"].get(name, name): value for name, value in entries.items()}
         try:
             if (entries["average"] is None) != (self.average is None):
@@ -468,7 +456,7 @@ class TrainState:
         return self.first_nonfinite_step.item() < 0
 
     def check_finite(self):
-        """Raises InputError where loss or gradient were not finite, unless the scaler may still mend it."""
+        """Raises NotFinite where loss or gradient were not finite, unless the scaler may still recover."""
         if self.is_finite() or (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
             return
         raise NotFinite(f"loss or gradient are not finite since step {self.first_nonfinite_step.item() + 1} of "
@@ -476,7 +464,7 @@ class TrainState:
 
 
 class InPrecision:
-    """A model as an objective calls it: computed under autocast to dtype (None: as it is), given back in float32."""
+    """A model as an objective calls it: computed under autocast to dtype (None: as it is), its output in float32."""
 
     def __init__(self, model, device, dtype):
         self.model, self.device_type, self.dtype = model, device.type, dtype
@@ -488,8 +476,8 @@ class InPrecision:
 
 
 def _set_train_mode(model):
-    """model.train(), but what is wholly frozen stays in eval mode: no dropout there, batch statistics kept. Where
-    nothing but the last layer is trained, so do layers without parameters, such as the dropout after the positions."""
+    """model.train(), but modules that are wholly frozen stay in eval mode: no dropout there, batch statistics kept. If
+    only the last layer is trained, so do layers without parameters, such as the dropout after the positions."""
     model.train()
     for module in model.modules():
         parameters = list(module.parameters())
@@ -506,14 +494,14 @@ def _set_train_mode(model):
 def steps_within(seconds, model, train_loader, val_loader, device="auto", objective=None, config=None, **overrides):
     """How many steps, with an evaluation after every epoch, fill this many seconds: measured on a copy of the model.
 
-    The other arguments are the Trainer's. The measurement itself is counted in: about 3% of the time, or two steps and
-    an evaluation's batch where those take longer. Of several processes each must give the same `seconds`.
+    The other arguments are the Trainer's. The measurement counts too: it takes about 3% of the time, or two steps and
+    one batch of an evaluation where those take longer. Of several processes each must give the same `seconds`.
     """
     started = time.perf_counter()
     config = replace(config or TrainConfig(), **overrides | dict(learning_rate=1e-6, save_every=math.inf))
     trial = Trainer(copy.deepcopy(model), device, objective, config)
     trial.train(train_loader, n_steps=1, progress=False)  # the first step is slower: memory, kernels, workers
-    parts = [(1.0, None)]  # shares of the steps, and how they resize
+    parts = [(1.0, None)]  # fractions of the steps, and how they resize
     if config.progressive_resize is not None:
         scale, share = config.progressive_resize
         parts = [(share, (scale, 1.0)), (1 - share, None)]
@@ -576,6 +564,9 @@ class Run:
 def train(options):
     """One run, from the images to result.json. Returns what is in result.json, on the first process.
 
+    The folder gets config.json, history.csv, result.json, best.pt, last.pt, curves.png and, if the model has attention,
+    attention.png. vit_bridge.weights.checkpoints.load opens the checkpoints.
+
     options: as parse() gives them.
     """
     with processes(device_to_resume(options)) as device, Interrupts() as interrupts:
@@ -593,7 +584,8 @@ def train(options):
 
 
 def _open_run(options):
-    """(folder, its lock, what read_run() gives of it) of the run that --resume names; None for what is not there."""
+    """(folder, its lock, what read_run() gives of it) of the run that --resume names; None for each without
+    --resume."""
     if not options.resume:
         return None, None, None
     folder = lock = None
@@ -606,7 +598,7 @@ def _open_run(options):
 
 
 def prepare(options, device, folder=None, lock=None, saved=None):
-    """Images, recipe, model, folder, Trainer and the number of steps, as a Run. The others: as open_run gives them."""
+    """Images, recipe, model, folder, Trainer and the number of steps, as a Run. folder, lock, saved: from _open_run."""
     started = time.perf_counter()
     if options.output_dir and not folder and holds_run(Path(options.output_dir)):
         raise InputError(f"--output-dir {options.output_dir} already holds files of a run; go on with that by "
@@ -668,7 +660,7 @@ def chosen(options, *names):
 
 
 def _data_arguments(options, start):
-    """Arguments of get_data_loaders; images are normalised and resized as the pretrained model wants them."""
+    """Arguments of get_data_loaders; images get the preprocessing of the pretrained model, if there is one."""
     data = dict(data_dir=options.data_dir, img_size=options.img_size, dataset=options.dataset,
                 val_fraction=options.val_fraction, seed=options.seed, workers=options.num_workers,
                 skip_corrupt=options.skip_corrupt)
@@ -680,7 +672,7 @@ def _data_arguments(options, start):
 
 
 def load_data(data):
-    """(training loader, validation loader). The first process reads first what may have to be downloaded."""
+    """(training loader, validation loader). The first process goes first, as there may be something to download."""
     first, one_by_one = process_number() == 0, choose_set(data["data_dir"], data["dataset"], None) in TORCHVISION_SETS
     if one_by_one and not first:
         broadcast_object(None)
@@ -691,7 +683,7 @@ def load_data(data):
 
 
 def _pretrained_model(options, folder, saved):
-    """The model to start from: a run that goes on has it in last.pt, wherever it came from."""
+    """The model to start from; that of a resumed run is in its last.pt, wherever it came from."""
     if saved and "training" in saved:
         return load(folder / LAST)
     return load(options.pretrained, **chosen(options, "img_size", "drop_path"))
@@ -715,7 +707,7 @@ def new_model(name, recipe, train_loader):
 
 
 def first_images(loader, n_images):
-    """At least so many images of a training loader, if it has them, as a model will see them: (B, 3, S, S)."""
+    """At least n_images images of a training loader, if it has as many, as a model will see them: (B, 3, S, S)."""
     loader.set_position(0)
     return torch.cat([images for images, _ in itertools.islice(loader, -(-n_images // loader.batch_size))])
 
@@ -736,8 +728,8 @@ def fit_head(model, class_names):
 
 
 def _choose_run_recipe(options, saved, name, train_loader, device):
-    """The recipe that the run began with; for a new run the one asked for, or the one for these images and minutes,
-    with what the options override."""
+    """The recipe of a resumed run; for a new run the one asked for, or the one for these images and minutes, with what
+    the options override."""
     if saved and "recipe" in saved:
         return Recipe.from_dict(saved["recipe"])
     img_size = train_loader.img_size
@@ -776,7 +768,7 @@ def _choose_run_recipe(options, saved, name, train_loader, device):
 
 
 def _make_trainer(options, recipe, model, trained, train_loader, device):
-    """The Trainer of a run: the recipe's, at the precision and in the parts that the options say."""
+    """The Trainer of a run: the recipe, with the precision and the grad_accum_steps of the options."""
     weights = balancing_weights(train_loader.class_counts) if options.class_weights else None
     mixing = None if recipe.mixing == "none" else Mixing(recipe.mixing, len(train_loader.class_names))
     config = replace(recipe.train, seed=options.seed, **chosen(options, "warmup_epochs"),
@@ -788,13 +780,13 @@ def _make_trainer(options, recipe, model, trained, train_loader, device):
 
 
 def _budget(options):
-    """In minutes; None where the length is one of epochs or steps."""
+    """In minutes; None if the length is given in epochs or steps."""
     in_steps = options.epochs or options.steps or (options.freeze_backbone and not options.minutes)
     return None if in_steps else options.minutes or MINUTES
 
 
 def _count_steps(options, trainer, loaders, spent):
-    """The number of steps of a new run. spent: seconds that its minutes have lost already."""
+    """The number of steps of a new run. spent: seconds of its minutes that are used already."""
     if options.dry_run:
         return 2
     minutes = _budget(options)
@@ -811,7 +803,7 @@ def _count_steps(options, trainer, loaders, spent):
 
 
 def _describe_run(options, name, recipe, model, train, val, trainer):
-    """Prints what is trained on what, and what is to be known of it. train, val: the loaders of the images."""
+    """Prints what is trained on what, with warnings. train, val: the loaders of the images."""
     frozen = f", {count_parameters(trainer.model):,} of them trained" if options.freeze_backbone else ""
     print(f"{name}: {count_parameters(model):,} parameters{frozen}; {train.dataset_name}: "
           f"{train.n_images:,} training and {val.n_images:,} validation images of {train.img_size} pixels, "
@@ -826,7 +818,7 @@ def _describe_run(options, name, recipe, model, train, val, trainer):
 
 
 def _unevenness(class_names, class_counts):
-    """In words, how many images the classes have, where they differ much; else ""."""
+    """A warning about how many images the classes have, if they differ much; else ""."""
     by_size = sorted(zip(class_counts, class_names, strict=True), reverse=True)
     if by_size[0][0] < UNEVEN * by_size[-1][0]:
         return ""
@@ -880,7 +872,7 @@ def fit(run, interrupts):
 
 
 def _what_is_kept(error, folder, saver, n_steps, go_on):
-    """In words, what the run has on the disk after an error, and how to go on."""
+    """What the run has on the disk after an error, and how to go on."""
     last = folder / LAST
     kept = f"The last good checkpoint is {last}" if last.is_file() else f"Nothing was kept yet in {folder}"
     if saver and last.is_file():
@@ -895,7 +887,7 @@ def _what_is_kept(error, folder, saver, n_steps, go_on):
 
 
 def finish(run, history, seconds):
-    """Test, pictures and result.json. Returns what is in result.json, on the first process."""
+    """Test, figures and result.json. Returns what is in result.json, on the first process."""
     best, first = load(run.folder / BEST), process_number() == 0
     result = _training_result(run, history, seconds)
     if first:
@@ -933,7 +925,7 @@ def finish(run, history, seconds):
 
 
 def _training_result(run, history, seconds):
-    """What result.json has of the training, printed in short."""
+    """The entries of result.json about the training, printed in short."""
     objective, trainer = run.trainer.objective, run.trainer
     epoch = objective.best_epoch(history)
     best = history[objective.criterion][epoch - 1]
@@ -983,7 +975,7 @@ def draw(run, model, history, baseline):
 
 
 def _before_recipes(options):
-    """A run's saved options; those of one that was begun before there were recipes with the recipe that it had."""
+    """A run's saved options; those of a run that is older than recipes, with the recipe that it had."""
     if "recipe" in options:
         return options
     name = "fine_tuning" if options.get("pretrained") and not options.get("freeze_backbone") else "classic"
@@ -991,7 +983,7 @@ def _before_recipes(options):
 
 
 def _complete_result(folder):
-    """What is in a folder's result.json, where the test stands in it; else None."""
+    """The contents of a folder's result.json if the test is in it; else None."""
     path = folder / "result.json"
     result = json.loads(path.read_text()) if path.is_file() else {}
     return result if result.keys() & {"linear_test_acc", "linear_val_acc"} else None
@@ -1011,7 +1003,7 @@ def report_skipped(files):
 def make_parser():
     parser = OneLineParser(
         prog="train_vit.py", description="Trains a model on images.",
-        epilog="train_vit.py evaluate, predict and export, each with --help, take a checkpoint that a run left.")
+        epilog="train_vit.py evaluate, predict, export and inspect, each with --help, take a checkpoint.")
     data = parser.add_argument_group("data")
     data.add_argument("--data-dir", default="./data", help="a folder with a folder for each class, or a known set "
                                                            "(default: %(default)s, without which shapes are drawn)")
@@ -1044,12 +1036,12 @@ def make_parser():
     recipe.add_argument("--warmup-epochs", type=Bounded(float, 0, sys.float_info.max, "0 or more"),
                         help="(default: a twentieth of the run)")
     recipe.add_argument("--label-smoothing", type=Bounded(float, 0, 1, "0 to 1"))
-    recipe.add_argument("--shift", type=Bounded(float, 0, 0.5, "0 to 0.5"), help="share of the side by which small "
+    recipe.add_argument("--shift", type=Bounded(float, 0, 0.5, "0 to 0.5"), help="fraction of the side by which small "
                                                                                  "images are shifted at most")
     recipe.add_argument("--flip", choices=FLIPS, help="how small images are mirrored")
     recipe.add_argument("--cutout", type=Bounded(float, 0, 2, "a share of the image's side, 0 to 2: 0.25 is 8 of 32 "
                                                               "pixels"),
-                        help="share of the side of a small image that a hidden square has")
+                        help="side of a hidden square, as a fraction of that of a small image")
     recipe.add_argument("--mixing", choices=MIXINGS, help="two images in one")
     recipe.add_argument("--model-ema", type=Bounded(float, 0, 1, "0 to 1"), nargs="?", const=0.999, metavar="DECAY",
                         help="keep a moving average of the weights, and evaluate that (decay without a number: 0.999)")
@@ -1078,7 +1070,7 @@ def make_parser():
 
 
 def parse(argv=None):
-    """The options of a training; `given` among them holds those that stand on the command line, by name."""
+    """The options of a training; its field `given` holds those from the command line, by name."""
     options = make_parser().parse_args(argv)
     unset = object()
     blank = argparse.Namespace(**dict.fromkeys(vars(options), unset))
@@ -1117,7 +1109,7 @@ def command(*words):
 
 
 def _command_of(options, n_steps):
-    """The command that repeats a run exactly: its options, with the number of steps in the place of time."""
+    """The command that repeats a run exactly: its options, with the number of steps instead of minutes."""
     left_out = ("minutes", "epochs", "steps", "output_dir", "resume", "save_minutes", "dry_run")
     return command(*_as_words({name: value for name, value in options.items() if name not in left_out}),
                    "--steps", n_steps)
@@ -1125,7 +1117,7 @@ def _command_of(options, n_steps):
 
 # ---- python train_vit.py evaluate -------------------------------------------------------------------------
 
-# What the parts of a set are worth as a test, by Loader.split.
+# What kind of test the images of a loader are, by DatasetLoader.split.
 SPLITS = {
     "test": "test images",
     "val": "validation images, as there are no test images: a training on this folder chose its best epoch on them",
@@ -1136,8 +1128,8 @@ SPLITS = {
 
 def evaluate_command(argv=None):
     parser = OneLineParser(prog="train_vit.py evaluate", description="Scores a checkpoint on a set: accuracy, "
-                           "confusion matrix and the worst mistakes, printed and kept in a folder. Taken are the test "
-                           "images, where there are none the validation images, else all; but of the folder that the "
+                           "confusion matrix and the worst mistakes, printed and kept in a folder. It takes the test "
+                           "images; without those the validation images; else all, but of the folder that the "
                            "checkpoint was trained on only those held out.")
     _add_checkpoint(parser)
     parser.add_argument("--data-dir", default=DEFAULT_DATA_DIR, help="as for the training: a folder with a folder for "
@@ -1180,7 +1172,7 @@ def evaluate(options):
 
 
 def _evaluation_loader(model, options):
-    """The images to score a model on, shown to it as those of its training."""
+    """The images to score a model on, preprocessed as those of its training."""
     shown = adapt(model).preprocessing
     img_size = one_side(shown.size)
     if not isinstance(img_size, int):
@@ -1197,8 +1189,8 @@ def _evaluation_loader(model, options):
 
 
 def _training_cut(checkpoint, data_dir):
-    """(arguments of get_evaluation_loader, fingerprint of the images held out), if the checkpoint tells that it was
-    trained on a part of this folder; else nothing."""
+    """(arguments of get_evaluation_loader, fingerprint of the images held out), if the checkpoint says that it was
+    trained on a part of this folder; else ({}, None)."""
     entries = read_checkpoint(checkpoint)
     training = entries.get("options") or {}
     folders = [Path(folder).expanduser().resolve() for folder in (data_dir, training.get("data_dir", data_dir))]
@@ -1209,8 +1201,7 @@ def _training_cut(checkpoint, data_dir):
 
 
 def _fingerprint(loader):
-    """Of the names of a loader's files, with those left out: a sum that is the same for the same ones. None for sets
-    that are not files."""
+    """A checksum of the names of a loader's files, including those left out. None for sets that are not files."""
     if loader.files is None:
         return None
     names = sorted({*map(str, loader.files), *map(str, loader.skipped)})
@@ -1275,7 +1266,7 @@ def _mistake_title(true, predicted, probability):
 
 
 def _drawable(name):
-    """A name with what the font of the figures has no sign for written as U+9CE5, say."""
+    """A name whose characters that the font of the figures lacks are written as U+9CE5, say."""
     font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
     return "".join(sign if font.get_char_index(ord(sign)) else f"U+{ord(sign):04X}" for sign in name)
 
@@ -1314,7 +1305,8 @@ def predict_command(argv=None):
 
 
 def _files_at(path):
-    """The image files of a folder, at any depth, sorted, without hidden ones; what is none, or has none, itself."""
+    """The image files of a folder, at any depth, sorted, without hidden ones; another path, or a folder without images,
+    itself."""
     files = []
     for parent, subfolders, names in os.walk(path, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
@@ -1391,7 +1383,7 @@ def inspect_command(argv=None):
 
 def _add_checkpoint(parser):
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="as a training wrote it: best.pt; it "
-                        "tells the classes, the image size and the normalisation")
+                        "holds the classes, the image size and the normalisation")
 
 
 def _add_device(parser):

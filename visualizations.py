@@ -1,13 +1,13 @@
-"""What one model does with images, drawn: where it looks, where its answer comes from, and how it comes about.
+"""Figures of what one model does with images: where it looks, and where its prediction comes from.
 
-    AttentionVisualizer         the views of one model; each also as numbers
-    AttentionVisualizer.explore the same to play with, as one HTML page
-    visualize_attention_grid    several images, a row each, layer by layer
+    AttentionVisualizer         the views of one model, its main ones as numbers too; explore makes an HTML page of them
+    visualize_..., compare_receptive_fields, plot_images     figures of several images or models
+    python visualizations.py selfcheck | explore             the commands
 
-A Figure names the class that is predicted, where the classes have names, and its probability. Maps that are compared
-share one colour scale. What an image may be stands in data/images.py; the numbers come from analysis/.
+Compared maps share one colour scale. data/images.py says what an image may be; the numbers come from analysis/.
 
-Shapes:  B images, L blocks, H heads, N tokens (prefix tokens, then patches), K classes.
+Shapes:  B images, C channels, H, W height and width of an image, P patch side, L blocks, H heads, N tokens (prefix
+         tokens, then patches), K classes, n filters, R random orders, S steps of a curve.
 """
 
 import math
@@ -77,9 +77,9 @@ TITLES = {"attention": "attention of the last block", "rollout": "attention roll
 
 
 class AttentionVisualizer:
-    """Views of a ViT: ours, or one of timm, transformers or torchvision. Without further words they are of what the
-    head reads: the CLS token, or with pool="mean" the patches on average. Layer i is the block with the number i, from
-    0; layers of tokens have one more, as tokens stand before the first block too.
+    """Views of a ViT: ours, or one of timm, transformers or torchvision. By default they show what the head reads: the
+    CLS token, or with pool="mean" the mean of the patches. Layer i is block i, counted from 0; views of tokens have one
+    layer more, as there are tokens before the first block too.
 
     attention_maps, rollout, relevance, grad_cam, attention_distance give numbers; visualize_... a Figure.
 
@@ -107,11 +107,11 @@ class AttentionVisualizer:
         return self.explain(image, "rollout", discard_ratio=discard_ratio).saliency[0]
 
     def relevance(self, image, target=None):
-        """(rows, columns): explanations.relevance for a class, None: that which is predicted."""
+        """(rows, columns): explanations.relevance for a class; None: the predicted one."""
         return self.explain(image, "relevance", target).saliency[0]
 
     def grad_cam(self, image, target=None, layer_idx=None):
-        """(rows, columns): Grad-CAM of the patch tokens after a block, for a class. See explanations.cam_heat."""
+        """(rows, columns): Grad-CAM of the patch tokens after a block, for a class. See explanations.cam_saliency."""
         return self.explain(image, "grad_cam", target, layer_idx=layer_idx).saliency[0]
 
     def attention_distance(self, images):
@@ -125,7 +125,7 @@ class AttentionVisualizer:
         return explain(self.model, prepare_image(image, self.model)[0], method, target, **options)
 
     def selfcheck(self, images=None):
-        """explanations.selfcheck of the model; images: normalised, None: noise."""
+        """selfcheck.selfcheck of the model; images: normalised, None: noise."""
         return selfcheck(self.model, None if images is None else prepare_images(images, self.model))
 
     # ---- Attention
@@ -134,7 +134,7 @@ class AttentionVisualizer:
         """The image, the weights with which CLS attends to its patches, and those weights over the image.
 
         layer_idx counts from 0, or from the end where negative; head_idx too, None is the mean over the heads.
-        patch: (row, column), from 0: what this patch attends to, in the place of CLS.
+        patch: (row, column), from 0: what this patch attends to, instead of CLS.
         Raises InputError for an index out of range or an image that cannot be used.
         """
         images, picture = prepare_image(image, self.model)
@@ -172,7 +172,7 @@ class AttentionVisualizer:
         """The weights of the patches for CLS, a row for each layer and a column for each head, on one scale.
 
         layers: indices as layer_idx above; None: all, or six from the first to the last where there are more.
-        patch: (row, column), in the place of CLS.
+        patch: (row, column), instead of CLS.
         """
         images, picture = prepare_image(image, self.model)
         maps = attention_maps(self.model, images).cpu()[:, 0]  # (L, H, N, N)
@@ -246,7 +246,7 @@ class AttentionVisualizer:
         return finish(figure, save_path)
 
     def title_of(self, method, options):
-        """What a map is, with its layer and its head where the method has a choice."""
+        """What a map shows, with its layer and its head where the method takes them."""
         n_blocks, head = len(self.adapter.blocks), options.get("head_idx")
         if method == "grad_cam":
             return f"Grad-CAM after layer {cam_layer(self.adapter, options.get('layer_idx'))} (of 0 to {n_blocks - 1})"
@@ -256,11 +256,11 @@ class AttentionVisualizer:
         return TITLES[method]
 
     def visualize_explanations(self, image, target=None, n_steps=16, save_path=None, n_draws=8):
-        """All methods on one image: their maps, how far they agree, and what each is worth beside random order.
+        """All methods on one image: their maps, how far they agree, and how each compares with random order.
 
         Maps are scaled to a sum of one and share a scale. Below: Spearman's rank correlation of each pair; the
-        probability of the class while patches are hidden, and while they are shown, the hottest first. Random order is
-        drawn n_draws times: the line is the mean, the band two standard deviations of the draws to each side.
+        probability of the class while patches are hidden, and while they are shown, the most salient first. Random
+        order is drawn n_draws times: the line is the mean, the band two standard deviations of the draws to each side.
         """
         images, picture = prepare_image(image, self.model)
         found = compare_explanations(self.model, images, target, n_steps=n_steps, n_draws=n_draws)
@@ -291,8 +291,9 @@ class AttentionVisualizer:
         return finish(figure, save_path)
 
     def visualize_logit_lens(self, image, n_classes=5, save_path=None):
-        """What the head would say after every block: the probabilities of the n_classes that are likeliest at the end,
-        and of those that were anywhere, six in all at most. Raises InputError for more than six n_classes."""
+        """What the head would predict after every block: the probabilities of the n_classes that are likeliest at the
+        end, and of those that were the likeliest after some block, at most six in all. Raises InputError for more than
+        six n_classes."""
         check_int("n_classes", n_classes, 1)
         if n_classes > len(COLOURS):
             raise InputError(f"n_classes {n_classes} is out of range; expected 1 to {len(COLOURS)}, which can be "
@@ -366,7 +367,7 @@ class AttentionVisualizer:
     # ---- Words
 
     def looks_at(self, attention, images, patch):
-        """What a patch, or where it is None what the head reads, takes from each patch: (..., N, N) -> (..., rows,
+        """The attention of a patch, or if it is None of what the head reads, to each patch: (..., N, N) -> (..., rows,
         columns)."""
         grid, first = self.adapter.grid(images), self.adapter.n_prefix
         if patch is None:
@@ -619,7 +620,7 @@ def visualize_patch_embedding(image, patch_size=16, save_path=None, img_size=Non
 
 
 def _picture_to_cut(image, img_size, preprocessing):
-    """The picture (H, W, 3) in 0..1 of visualize_patch_embedding, before the cut to whole patches."""
+    """The picture (H, W, 3) in 0..1 for visualize_patch_embedding, before the cut to whole patches."""
     if is_input(image):
         return to_array(as_batch(image), preprocessing)
     image = open_picture(image)
@@ -647,15 +648,15 @@ def _cut_to_patches(picture, patch):
 def compare_receptive_fields(save_path="receptive_fields.png", models=None, images=None):
     """Measured receptive fields of CNN and ViT beside each other, each before and after training.
 
-    models     name -> trained model, a ConvNet or a ViT; None: the ConvNet and the ViT that load has. The
-               untrained ones are made anew from their configurations, from seed 0; a ViT of another library, whose
-               beginning is not known here, is shown trained alone
+    models     name -> trained model, a ConvNet or a ViT; None: convnet_shapes and vit_nano_shapes.
+               Untrained ones are made from their configurations, with seed 0; a ViT of another library, whose
+               initialisation is not known here, is only shown trained
     images     over which the gradients are averaged, (B, 3, H, W), normalised for all the models; None: 32 drawn
                shapes, at the size and in the normalisation of each model
 
     A row for each model, a column for each of four depths. One colour scale throughout, and it is logarithmic;
-    white pixels have exactly no influence. The radii, of the circles too, hold 50% and 90% of the mass as it
-    is. Raises InputError as load and measurements.receptive_field do, and for models without names.
+    white pixels have exactly no influence. The radii, of the circles too, hold 50% and 90% of the mass.
+    Raises InputError as load and receptive_field do, and for models without names.
     """
     if models is None:
         models = {"ConvNet": load("convnet_shapes"), "ViT": load("vit_nano_shapes")}
@@ -726,7 +727,8 @@ def _shapes_for(model, n_images):
 def plot_images(images, titles=None, columns=8, save_path=None, title=None, preprocessing=None):
     """A contact sheet: a list of images of any kind, or a batch (N, 3, H, W), with a title above each.
 
-    Raises InputError where there are no images, for one that is in no list, and for another number of titles.
+    Raises InputError where there are no images, for a single image that is not in a list, and for another number of
+    titles.
     """
     if isinstance(images, (str, Path)) or (isinstance(images, np.ndarray) and images.shape[2:] in ((), (3,), (4,))):
         what = f"an array of shape {images.shape}" if isinstance(images, np.ndarray) else repr(str(images))

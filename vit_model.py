@@ -186,7 +186,7 @@ class VisionTransformer(nn.Module):
         else:
             self.pos_embed = None
 
-    # ---- What training and pictures ask of any model (vit_bridge/models/adapters.py has the defaults) ----
+    # ---- What training and figures ask of any model (vit_bridge/models/protocol.py has the defaults) ----
 
     attends = True  # its layers are attention blocks
 
@@ -200,7 +200,7 @@ class VisionTransformer(nn.Module):
         return [self.patch_embed, *self.blocks]
 
     def whitening_layer(self):
-        """(the layer that meets the pixels, whether it holds each whitening filter and its negative)."""
+        """(the first convolution, whether it holds each whitening filter and its negative)."""
         return self.patch_embed.proj, False
 
     @property
@@ -236,7 +236,7 @@ def attend(q, k, v, return_attention=False):
     """softmax(q k^T / sqrt(K)) v, and the softmax where asked for, else None (Eq. 6 and 7).
 
     q: (B, H, n, K); k, v: (B, H, N, K). Without maps torch's fused kernel does the same sums and never holds the
-    (n, N) matrix, except where MATH_ATTENTION_MAX_TOKENS says otherwise.
+    (n, N) matrix, except in training with up to MATH_ATTENTION_MAX_TOKENS tokens.
     """
     few = k.shape[2] <= MATH_ATTENTION_MAX_TOKENS.get((q.device.type, q.dtype), 0)
     if not (return_attention or (few and q.requires_grad)):
@@ -394,7 +394,7 @@ class ViTConfig:
                           patch tokens (App. D.3). CLS stays in the sequence either way, as in timm
     drop_path             stochastic depth of the last block, in [0, 1)
     position              "learned" (the paper), "sincos" (fixed) or "none" (patch order is then invisible)
-    n_registers           learned tokens after CLS that no head reads and that have no place in the image (Darcet et
+    n_registers           learned tokens after CLS that no head reads and that belong to no patch (Darcet et
                           al. 2024, "Vision Transformers Need Registers")
     layer_scale           None, or the value from which each channel's factor on a residual branch starts to be
                           learned (CaiT, DeiT-III, DINOv2: 1e-5)
@@ -402,7 +402,7 @@ class ViTConfig:
     norm_eps              added to the variance in every LayerNorm: 1e-6 in the released code, timm and torchvision,
                           1e-12 in transformers' ViT
     init                  "xavier" (the paper's code, see initialise) or "mimetic" (see mimic_trained_attention): where
-                          training starts; a model whose weights are loaded does not care
+                          training starts; loaded weights replace it
 
     Raises InputError for a value out of range.
     """

@@ -1,16 +1,9 @@
-"""What each part of a recipe gives and costs: one change at a time, on the validation images.
+"""What each change of a recipe gives and costs: one change at a time, on the validation images.
 
     python benchmarks/factors.py --data-dir CIFAR speeds                images/s of every variant; alone on the machine
-    python benchmarks/factors.py --data-dir CIFAR run                   every cell that is not there yet
+    python benchmarks/factors.py --data-dir CIFAR run                   every cell that is missing
     python benchmarks/factors.py --data-dir CIFAR run --minutes 10 vit_nano adamw 0    one cell; with --keep it is kept
     python benchmarks/factors.py --data-dir CIFAR --amp bf16 ...        the same on a machine that multiplies bfloat16
-
-A variant is the recipe of a model with one change; the recipe here is the one without smaller images at the start,
-which are a change like the others. It trains for as many steps as it does in 2 minutes with the machine to itself: the
-speed is measured first, in rounds in which all variants of a model take turns, with all cores. What it then learns in
-so many steps does not depend on what else the machine does, so the trainings themselves go two at a time, on one thread
-each. Speeds and cells in bfloat16 are kept apart from those in float32. The validation images are the 5,000 that
-train_vit.py cuts off; no test image is read.
 """
 
 import argparse
@@ -53,7 +46,7 @@ REGULARISATION = {
     "24 pixels for 60%": LOW,
 }
 STEPS = {"average 0.99": dict(ema_decay=0.99), "batch 64": dict(batch_size=64), "batch 256": dict(batch_size=256)}
-FACTORS = {  # the ViT is asked most; of the others what may differ for a convolution
+FACTORS = {  # most for the ViT; for the others those that may matter differently to a convolution
     "vit_nano": {"the recipe": {}, **ADAMW, **NOT_WHITENED, **ATTENTION,
                  "64 wide": dict(embed_dim=64, n_heads=2), "128 wide": dict(embed_dim=128, n_heads=4),
                  "128 wide, 3 deep": dict(embed_dim=128, n_heads=4, depth=3), "6 deep": dict(depth=6),
@@ -78,14 +71,14 @@ FACTORS = {  # the ViT is asked most; of the others what may differ for a convol
                 "48, 96, 192 channels, 24 pixels for 60%": dict(widths=(48, 96, 192), **LOW),
                 "64, 128, 256 channels, 24 pixels for 60%": dict(widths=(64, 128, 256), **LOW)},
 }
-SEEDS_OF_RECIPE = 3  # of a change there is one: that of the recipe with the same number is its like
+SEEDS_OF_RECIPE = 3  # a change has one seed, and is compared with the recipe at the same seed
 FREE = {"learning_rate", "schedule", "weight_decay", "label_smoothing", "whiten", "init", "position", "flip", "shift",
-        "cutout", "mixing"}  # what changes no step's time by more than such times vary between themselves
+        "cutout", "mixing"}  # these change the time of a step by less than it varies
 AUGMENTATION = ("shift", "flip", "cutout")
 
 
 def variant(model_name, factor):
-    """The recipe of a model with the change that a factor is."""
+    """The recipe of a model with the change of a factor."""
     recipe, changes = RECIPES[f"{model_name}_fast"], FACTORS[model_name][factor]
     pixels = {name: value for name, value in changes.items() if name in AUGMENTATION}
     train = {name: value for name, value in changes.items() if name in vars(recipe.train)}
@@ -174,6 +167,15 @@ def missing_cells(minutes, amp):
 
 
 def main():
+    """A variant is the recipe of a model with one change. The recipe here has no progressive_resize, which is a change
+    like the others.
+
+    A variant trains for as many steps as it does in 2 minutes with the machine to itself. The speed is measured first,
+    in rounds in which all variants of a model take turns, on all cores. What those steps teach does not depend on the
+    load of the machine, so the trainings run two at a time, on one thread each. Speeds and cells in bfloat16 are kept
+    apart from those in float32. The validation images are the 5,000 that train_vit.py splits off; no test image is
+    read.
+    """
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--amp", default="off", choices=("off", "bf16"))

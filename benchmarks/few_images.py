@@ -1,12 +1,7 @@
 """500 images of five classes: from scratch, fine-tuned, linear probe, from a checkpoint that saw five other classes.
 
-    python benchmarks/few_images.py --data-dir CIFAR             every run in runs/few-images, gone on with where cut
+    python benchmarks/few_images.py --data-dir CIFAR             every run in runs/few-images; resumes those cut short
     python benchmarks/few_images.py --data-dir CIFAR --keep      and the table in benchmarks/results/
-
-CIFAR holds train/<class>/ and test/<class>/ of CIFAR-10. vit_nano is trained on airplane, bird, deer, horse and truck
-(25,000 images); then, for each of three seeds, 100 images of each of automobile, cat, dog, frog and ship are drawn, 90
-to train on and 10 to choose by. The learning rate of each method is the best of three by the mean over the seeds of
-the validation accuracy; the 5,000 test images are read once for each method and seed, after that choice.
 """
 
 import argparse
@@ -46,7 +41,7 @@ def draw_images(source, folder, seed):
 
 
 def link(source, folder, parts, classes):
-    """folder/<part>/<class>, pointing to those of the source."""
+    """Links folder/<part>/<class> to those of the source."""
     for part in parts:
         (folder / part).mkdir(parents=True, exist_ok=True)
         for class_name in classes:
@@ -59,6 +54,11 @@ def train_vit(*words):
 
 
 def main():
+    """CIFAR holds train/<class>/ and test/<class>/ of CIFAR-10. vit_nano is trained on airplane, bird, deer, horse and
+    truck (25,000 images); then, for each of three seeds, 100 images of each of automobile, cat, dog, frog and ship are
+    drawn, 90 to train on and 10 to validate. The learning rate of each method is the best of three by the validation
+    accuracy, mean over the seeds; the 5,000 test images are read once for each method and seed, after that choice.
+    """
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs/few-images"))

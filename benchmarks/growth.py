@@ -3,12 +3,8 @@
     python benchmarks/growth.py --keep        results/growth-*.json and figures/growth.png (about 15 minutes)
 
 Four blocks of ViT-Tiny (D 192, 3 heads) on one image whose patches of 4 pixels make N = 64 .. 4,096 tokens, beside
-CLS; pool="mean", so that the last block answers for every token. For each N the two paths take turns, inference and
-training (forward and backward), and the median of the rounds is kept. Memory is measurements.peak_memory. Beside the
-measurements stands the count of Sec. 3.1 and App. A: a block multiplies 12 N D^2 times in its dense layers and
-2 N^2 D times in attention.
-
-Exponents are slopes of log y over log N, by least squares over the upper half of the sizes.
+CLS; pool="mean", so that the last block computes every token. For each N the two paths take turns, inference and
+training (forward and backward); the median of the rounds is kept. Memory is analysis.cost.peak_memory.
 """
 
 import argparse
@@ -58,7 +54,7 @@ def attention_path(name):
 
 
 def multiplications(n_tokens):
-    """Of the blocks: dense layers and attention."""
+    """Of the blocks, as Sec. 3.1 and App. A count them: in each 12 N D^2 in dense layers and 2 N^2 D in attention."""
     return DEPTH * (12 * n_tokens * D**2 + 2 * n_tokens**2 * D)
 
 
@@ -94,7 +90,7 @@ def measure(grid, n_rounds, device):
 
 
 def exponent(sizes, values):
-    """The slope of log values over log sizes, over the upper half of the sizes."""
+    """The slope of log values over log sizes, by least squares over the upper half of the sizes."""
     half = len(sizes) // 2
     return float(np.polyfit(np.log(sizes[half:]), np.log(values[half:]), 1)[0])
 

@@ -1,4 +1,4 @@
-"""Kills trainings at random instants, lets them go on, and compares what they end as with one that was never cut.
+"""Kills trainings at random instants, resumes them, and compares their results with one that was never cut.
 
     python benchmarks/kills.py            30 SIGKILLs, about 10 minutes on 2 cores
     python benchmarks/kills.py --keep     and keeps the outcome in benchmarks/results/
@@ -58,7 +58,7 @@ def start(photos, folder, words):
 
 
 def run_to_the_end(photos, folder, words):
-    """Seconds that it took. Raises RuntimeError with what was printed where it failed."""
+    """The seconds it took. Raises RuntimeError with its output if it failed."""
     started, process = time.monotonic(), start(photos, folder, words)
     output, _ = process.communicate()
     if process.returncode:
@@ -67,7 +67,7 @@ def run_to_the_end(photos, folder, words):
 
 
 def run_and_kill(photos, folder, words, seconds, in_a_write):
-    """Starts a run and kills it after so many seconds, or where in_a_write then as soon as a checkpoint is being
+    """Starts a run and kills it after this many seconds; with in_a_write, as soon after that as a checkpoint is being
     written. Returns what the kill met."""
     process, until = start(photos, folder, words), time.monotonic() + seconds
     while process.poll() is None and (time.monotonic() < until or (in_a_write and not list(folder.glob("*.part")))):
@@ -80,7 +80,7 @@ def run_and_kill(photos, folder, words, seconds, in_a_write):
 
 
 def outcome(folder):
-    """What has to be equal: tensors by name, and the history without its times."""
+    """What must be equal: tensors by name, and the history without its times."""
     tensors = {}
     for file in ("last.pt", "best.pt"):
         entries = read_checkpoint(folder / file)

@@ -1,12 +1,9 @@
-"""The plain ViT of the best-known public script for CIFAR-10, rebuilt from its description, for so many minutes.
+"""The plain ViT of the best-known public script for CIFAR-10, rebuilt from its description, within a time limit.
 
     python benchmarks/peer.py --data-dir CIFAR --minutes 10 --keep
 
-That script trains vit-pytorch's ViT: patches of 4, 512 wide, 6 blocks of 8 heads, an MLP of 512, dropout 0.1; batches
-of 512 in float32, Adam at 1e-4 with a cosine over 200 epochs; images one at a time by torchvision: RandAugment (2
-operations, magnitude 14), a crop out of 4 pixels of black border, a flip. Here it is stopped when the time is up, and
-sees the test images once. --batch-size 128 --fit-schedule is a generous form: four times the steps, and a rate that
-has fallen when the time is up; --bf16 lets machines with instructions for it multiply in bfloat16.
+--batch-size 128 --fit-schedule is a generous form: four times the steps, and a learning rate that has fallen when the
+time is up; --bf16 is for machines that multiply in bfloat16.
 """
 
 import argparse
@@ -65,6 +62,11 @@ def count_right(model, loader):
 
 
 def main():
+    """That script trains vit-pytorch's ViT: patches of 4, 512 wide, 6 blocks of 8 heads, an MLP of 512, dropout 0.1;
+    batches of 512 in float32, Adam at 1e-4 with a cosine over 200 epochs; images one at a time by torchvision:
+    RandAugment (2 operations, magnitude 14), a crop with 4 pixels of black border, a flip. Here it stops when the time
+    is up, and reads the test images once.
+    """
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=10)

@@ -138,7 +138,7 @@ def installed():
 
 
 def ship(name, run):
-    """Writes weights/<name>.pt, which load(name) loads, from the best.pt of a run."""
+    """Writes vit_bridge/weights/shipped/<name>.pt, which load(name) opens, from the best.pt of a run."""
     import torch
 
     from vit_bridge.weights.checkpoints import load, save_model
@@ -167,7 +167,7 @@ def name_of_device(cell):
 
 
 def page():
-    """RESULTS.md: a section for each table that has results, with where they were measured."""
+    """RESULTS.md: a section for each table that has results, with the machines they were measured on."""
     tables = defaultdict(list)
     for path in sorted((HERE / "results").glob("*.json")):
         kept = json.loads(path.read_text())
@@ -214,7 +214,7 @@ def run_lines(cells):
 
 
 def throughput_lines(cells):
-    """A row a column of the benchmark, by device, and the geometric mean of the ratios to the fastest peer."""
+    """A row for each column of the benchmark, by device, and the geometric mean of the ratios to the fastest peer."""
     lines = []
     for device in sorted({cell["result"]["device"] for cell in cells}):
         results = [cell["result"] for cell in cells if cell["result"]["device"] == device

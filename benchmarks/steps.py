@@ -3,10 +3,8 @@
     python benchmarks/steps.py --keep                alone on the machine, about 2 minutes
     python benchmarks/steps.py --amp bf16 --keep     the same where bfloat16 is multiplied
 
-Shares are of the profiler's own times of torch's operators, in groups. The floor is the time that the step's
-multiplications (torch's FlopCounterMode, a multiply-add is 2) would take at the rate of a 2048 x 2048 product, of the
-same precision, measured between the steps. Then the optimisers by themselves, a step each on the matrices of vit_nano,
-and convolutions with channels last and first, both in float32: medians of rounds in which they take turns.
+Also the optimisers alone, a step each on the matrices of vit_nano, and convolutions with channels last and first, both
+in float32: medians of rounds in which they take turns.
 """
 
 import argparse
@@ -70,6 +68,11 @@ def loader_of(recipe):
 
 
 def profile_recipe(name, amp):
+    """The shares of groups of torch's operators in a step, by the profiler's own times, and the floor of the step.
+
+    The floor is the time that its multiplications (torch's FlopCounterMode, a multiply-add is 2) would take at the rate
+    of a 2048 x 2048 product of the same precision, measured between the steps.
+    """
     recipe = RECIPES[name]
     loader = loader_of(recipe)
     model = build_model(recipe.model, n_classes=10, img_size=32, **recipe.model_options)

@@ -1,17 +1,10 @@
 """VisionTransformer beside the four libraries that people take it from, in one process, pass by pass in turn.
 
-    python benchmarks/throughput.py                         every column, with what this machine can multiply (an hour)
+    python benchmarks/throughput.py                         every column, in each precision of this machine (an hour)
     python benchmarks/throughput.py --columns tiny-16-inference-float32 --rounds 5
     python benchmarks/throughput.py --device cuda --set gpu --budget 210 --output gpu.jsonl    as on_gpu.sh calls it
 
-A column is a model, a batch, a pass (inference, or a training step: forward, backward, AdamW), a precision, and
-eager or compiled. In each round every library does one turn, in a new order; a turn is as many passes as take a
-fifth of a second. A ratio is the peer's seconds over ours in the same round, so above 1 ours is the faster; given are
-the median over rounds and its 95% interval from order statistics, which assumes independent rounds and no
-distribution. `share` is the matrix products a second (torch's FLOP counter) over those of a plain 2048 x 2048 product
-(8192 x 8192 on CUDA) measured in the same rounds.
-
-Needs timm, transformers and vit-pytorch (requirements-dev.txt). A library that is missing is left out, and said.
+Needs timm, transformers and vit-pytorch (requirements-dev.txt); a library that is missing is named and left out.
 """
 
 import argparse
@@ -88,7 +81,7 @@ SETS = {"all": all_columns, "gpu": gpu_columns, "dry-run": dry_columns}
 
 
 class Logits(nn.Module):
-    """A model of transformers, whose answer is an object, as one that gives its logits (B, n_classes)."""
+    """A model of transformers, whose output is an object, as one that returns its logits (B, n_classes)."""
 
     def __init__(self, model):
         super().__init__()
@@ -237,7 +230,14 @@ def median_interval(values, confidence=0.95):
 def measure(column, names, n_rounds, device, max_seconds=600):
     """Every library's figures in one column, and the ratios to ours.
 
-    max_seconds: after so many, once there are five rounds, no other one begins.
+    A column is a model, a batch, a pass (inference, or a training step: forward, backward, AdamW), a precision, and
+    eager or compiled. In each round every library has one turn, in a new order; a turn is as many passes as take a
+    fifth of a second. A ratio is the peer's seconds over ours in the same round, so above 1 ours is faster; it is given
+    as the median over rounds with its 95% interval from order statistics, which assumes independent rounds and no
+    distribution. `share` is the rate of matrix products (torch's FLOP counter) over that of a Product in the same
+    rounds.
+
+    max_seconds: after this many, once there are five rounds, no further one begins.
     """
     start = time.perf_counter()
     config = VARIANTS[column.variant]
@@ -300,7 +300,7 @@ def choose_columns(options, device):
 
 
 def measure_within(column, libraries, n_rounds, device, seconds):
-    """As measure; where that fails, or no time is left for it, the reason in the place of the figures."""
+    """What measure() gives; if that fails, or no time is left for it, the reason instead of the figures."""
     if seconds <= 0:
         return dict(column=column.name, device=device.type, error="no time was left for it")
     names = [name for name in libraries if name in ("ours", "timm") or not column.compiled]

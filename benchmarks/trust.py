@@ -2,11 +2,9 @@
 
     python benchmarks/trust.py --keep [--seeds 0 1 2] [--steps 2000] [--n-images 500]
 
-For each seed a vit_nano is trained on the drawn shapes (learning.py's recipe, more steps) and 500 test images, which no
-training has seen, are explained for the class that it predicts. A map that finds what the answer hangs on has a smaller
-deletion area and a larger insertion area than random order has. Random order is drawn eight times for each image; its
-area is the mean, and how far the draws differ is kept beside it. Images for which a method has no map are left out of
-its means, and their number is kept.
+A map that finds what the prediction depends on has a smaller deletion area and a larger insertion area than random
+order has. For each seed a vit_nano is trained on the drawn shapes (the recipe of compare/trials.py, more steps), and
+500 test images, which no training has seen, are explained for the predicted class.
 """
 
 import argparse
@@ -59,6 +57,9 @@ def command_of(seed, steps, n_images):
 
 
 def main():
+    """Random order is drawn eight times for each image; its area is the mean, kept beside how far the draws differ.
+    Images for which a method has no map are left out of its means, and their number is kept.
+    """
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=STEPS)

@@ -1,14 +1,6 @@
 """Four folders where the truth is known, and what cnn_vs_vit.py says of each.
 
     python benchmarks/verdicts.py --minutes 9 --keep [locality near far nothing]
-
-locality   one faint mark somewhere in noise, its kind is the class, and few images: who looks at every place through
-           one window, wherever it lies, needs to see fewer than who cuts the image at fixed places
-near       two marks, the same or different, close enough for one window of the ConvNet, 25 pixels: the control of
-far        the same, farther apart than that window
-nothing    noise, the classes drawn by lot: nothing can be learned, and no model may be said to win
-
-All marks keep so far from the border that no training image loses one when it is moved.
 """
 
 import argparse
@@ -32,7 +24,10 @@ TEST_START = 10**9
 
 
 def locality(n, start, side=32, strength=0.3):
-    """Kinds of MARKS by turns, added to the noise at this share of black to white."""
+    """One faint mark somewhere in noise, its kind is the class, at this fraction of black to white; few images.
+
+    A model that sees every place through one window needs fewer of them than one that cuts the image at fixed places.
+    """
     generator = generator_from(start)
     images = torch.rand(n, 1, side, side, generator=generator) / 2 + 0.25  # (n, 1, S, S)
     labels = torch.arange(n) % 2
@@ -43,7 +38,8 @@ def locality(n, start, side=32, strength=0.3):
 
 
 def pairs(n, start, least, most, side=48, border=7):
-    """Two marks of which the middles lie from least to most pixels apart, the same or different by turns."""
+    """Two marks whose middles are from least to most pixels apart, the same or different by turns. The border
+    keeps them so far inside that no training image loses one when it is shifted."""
     generator = generator_from(start)
     corners, todo = torch.zeros(n, 2, 2, dtype=torch.long), torch.arange(n)
     while len(todo):
@@ -61,14 +57,17 @@ def pairs(n, start, least, most, side=48, border=7):
 
 
 def near(n, start):
+    """Close enough for one window of the ConvNet, 25 pixels: the control of far()."""
     return pairs(n, start, 8, 14)
 
 
 def far(n, start):
+    """Farther apart than that window."""
     return pairs(n, start, 30, 41)
 
 
 def nothing(n, start):
+    """Noise, with random classes: nothing can be learned, and no model may be said to win."""
     generator = generator_from(start)
     images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
     return images, [("heads", "tails")[side] for side in torch.randint(0, 2, (n,), generator=generator).tolist()]

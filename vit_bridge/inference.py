@@ -1,16 +1,12 @@
-"""What one does with a trained model: ask it, score it, hand it on.
+"""What you do with a trained model: predict, score, export.
 
     predict(model, "cat.jpg")                   the likeliest classes of an image, or of several
-    score(model, loader)                        accuracy, confusion and the worst mistakes on a set
-    export_onnx(model, "model.onnx")            a file for other programs, checked against the model
+    score(model, loader)                        accuracy, confusion matrix and the worst mistakes on a set
+    export_onnx(model, "model.onnx")            an ONNX file, checked against the model
 
-    python train_vit.py evaluate --checkpoint runs/first/best.pt --data-dir photos
-    python train_vit.py predict --checkpoint runs/first/best.pt cat.jpg more_photos
-    python train_vit.py export --checkpoint runs/first/best.pt
+On the command line: python train_vit.py predict, evaluate and export.
 
-The checkpoint tells the classes, the image size, the normalisation and the interpolation.
-
-Shapes:  B images in a batch, K classes, n mistakes, H, W height and width.
+Shapes:  B images in a batch, C channels, K classes, n mistakes, H, W height and width.
 """
 
 import copy
@@ -59,8 +55,8 @@ class Mirrored(nn.Module):
 def predict(model, images, top=5):
     """The likeliest classes, best first: at most `top` pairs (class name, probability), the probability in 0..1.
 
-    images: one image of any kind that visualizations takes (a path, a PIL image, an array, a tensor (3, H, W)), which
-    gives one list; or several, as a list, a tuple or a batch (B, 3, H, W), which give a list of such lists, also where
+    images: one image of any kind in data/images.py (a path, a PIL image, an array, a tensor (3, H, W)), which gives one
+    list; or several, as a list, a tuple or a batch (B, 3, H, W), which give a list of such lists, also where
     there is only one. A model without class_names calls its classes "0", "1", ...
 
     The model is left as it was, on its device. Raises InputError for an image that cannot be used and for a model
@@ -82,7 +78,7 @@ def batches_of(items):
 
 
 def ranked(model, inputs, top):
-    """predict for a list of the model's inputs, each (1, 3, H, W)."""
+    """What predict() gives for a list of inputs, each (1, 3, H, W)."""
     check_has_head(model)
     probabilities = class_probabilities(model, torch.cat(inputs)).float().cpu()  # (B, K)
     _check_finite_outputs(probabilities)
@@ -113,11 +109,11 @@ def _check_finite_outputs(outputs):
 
 @dataclass(frozen=True)
 class Mistakes:
-    """The worst mistakes, the largest probability of a wrong answer first.
+    """The worst mistakes, those with the most confident wrong prediction first.
 
     images                (n, 3, H, W), normalised as the loader gave them
-    labels, predictions   (n) int64, the true classes and those answered
-    label_probabilities, probabilities   (n), in 0..1, given to the true class and to the one answered
+    labels, predictions   (n) int64, the true and the predicted classes
+    label_probabilities, probabilities   (n), in 0..1, of the true and of the predicted class
     files                 n paths, None where the loader does not know them
     """
     images: torch.Tensor
@@ -130,13 +126,13 @@ class Mistakes:
 
 @dataclass(frozen=True)
 class Score:
-    """What one pass over a set tells of a model; shares are in 0..1.
+    """What one pass over a set says about a model; fractions are in 0..1.
 
     confusion            (K, K) int64, rows true, columns predicted
-    n, correct           images, and how many were right
+    n, correct           images, and how many predictions were correct
     accuracy, interval   correct / n, and its 95% Wilson interval (low, high)
     balanced_accuracy    the mean of the recalls of the classes that have images
-    top5                 share whose class is among the five likeliest; None for up to five classes
+    top5                 fraction whose class is among the five likeliest; None for up to five classes
     class_names          K names
     mistakes             the worst ones, as Mistakes
     """
@@ -188,7 +184,7 @@ def score(model, loader, device="auto", amp="off", n_worst=24):
 
 
 def _mistakes_of(images, labels, logits, n_before):
-    """A batch's mistakes: (their places in the pass, images, labels, predictions, probabilities of the label and of
+    """A batch's mistakes: (their indices in the pass, images, labels, predictions, probabilities of the label and of
     the prediction)."""
     probabilities = logits.softmax(dim=1)  # (B, K)
     predictions = logits.argmax(dim=1)  # (B)
@@ -206,7 +202,7 @@ def _worst_of(worst, mistakes, n_worst):
 
 
 def _with_files(worst, loader, n):
-    """Mistakes, with the files of their places where the loader tells the files of a pass of n images."""
+    """Mistakes, with their files where the loader knows those of a pass of n images."""
     places, *fields = worst
     skipped = set(map(str, getattr(loader, "skipped", None) or ()))
     files = [file for file in getattr(loader, "files", None) or () if str(file) not in skipped]
@@ -236,7 +232,7 @@ def export_onnx(model, path):
     at all. The model is left as it was.
 
     Returns the largest difference between the logits of the file (by onnxruntime where it is installed, else by onnx's
-    reference evaluator) and the model's, on random images, as a share of the largest logit. Raises InputError where
+    reference evaluator) and the model's, on random images, relative to the largest logit. Raises InputError where
     that is not below TOLERANCE, where the packages onnx and onnxscript are missing, for a model of 2 GB or more, and
     where the file cannot be written.
     """
@@ -294,14 +290,14 @@ def _silence():
 
 
 def _metadata_of(model):
-    """What somebody needs to feed the model and to read its answer, as plain values; without what is not known."""
+    """What one needs to feed the model and to read its logits, as plain values; without what is not known."""
     shown = model.preprocessing
     facts = dict(vars(shown) if shown else {}, img_size=model.config.img_size)
     return {name: value for name, value in facts.items() if value is not None}
 
 
 def _largest_difference(content, model, images):
-    """How far the file's logits are from the model's, as a share of the largest. Raises InputError for TOLERANCE or
+    """How far the file's logits are from the model's, relative to the largest. Raises InputError for TOLERANCE or
     more."""
     try:
         theirs = _run_onnx(content, images)  # (B, K)

@@ -32,7 +32,7 @@ class Preprocessing:
 
     img_size       side or (height, width) in pixels
     mean, std      of each channel, of values from 0 to 1: (x - mean) / std is what the model sees
-    interpolation  "bilinear" or "bicubic": how pictures are resized
+    interpolation  "bilinear" or "bicubic": how images are resized
     class_names    in the order of the model's outputs; None: not known
 
     Raises InputError for sizes and names that cannot be, and for a mean and std that are not one finite number for each

@@ -1,4 +1,7 @@
-"""The one way to run a model over images: device, precision, eval mode, and what to do when memory runs out."""
+"""The one way to run a model over images: device, precision, eval mode, and what to do when memory runs out.
+
+Shapes:  B images in a batch, N images, C channels, K classes.
+"""
 
 import os
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -50,12 +53,12 @@ def choose_precision(amp, device):
 
 
 def logits_of(output):
-    """What a model gave, as logits: transformers has them in an object."""
+    """A model's output as logits: transformers wraps them in an object."""
     return getattr(output, "logits", output)
 
 
 def tokens_of(output):
-    """What a block gave, as tokens: some libraries have them in a tuple."""
+    """A block's output as tokens: some libraries wrap them in a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -95,14 +98,14 @@ def class_probabilities(model, images):
 
 @torch.no_grad()
 def predictions(model, images, batch_size=128):
-    """The class that the model gives each image: int64 (N,), on the CPU."""
+    """The class that the model predicts for each image: int64 (N,), on the CPU."""
     with evaluating(model):
         answers = [model(part.to(device_of(model))).argmax(dim=1).cpu() for part in images.split(batch_size)]
     return torch.cat(answers)  # (N)
 
 
 class OutOfMemory(InputError):
-    """Memory does not suffice; `grad_accum_steps` is a number of parts that may be enough."""
+    """Out of memory; `grad_accum_steps` is a number of parts that may be enough."""
 
     def __init__(self, text, grad_accum_steps):
         super().__init__(text)
@@ -111,7 +114,7 @@ class OutOfMemory(InputError):
 
 @contextmanager
 def explain_out_of_memory(device, batch_size=None, grad_accum_steps=1, training=False):
-    """Inside, an error of memory becomes an OutOfMemory that names the batch and what to do; others stay."""
+    """Inside, an out-of-memory error becomes an OutOfMemory that names the batch and what to do; others stay."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

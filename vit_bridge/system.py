@@ -1,9 +1,9 @@
 """The machine: files written whole, folders of runs, processes, signals, and what a result was measured on.
 
     write_whole, write_json     a file appears whole or not at all
-    processes, of_first, of_all several processes, started by torchrun
-    Interrupts                  Ctrl-C and SIGTERM, held back until the work is in a safe place
-    machine, commit             what a figure was measured on
+    n_processes, broadcast_object, all_gather_object   several processes, started by torchrun
+    Interrupts                  Ctrl-C and SIGTERM, held back until it is safe to stop
+    machine, commit             what a result was measured on
 """
 
 import itertools
@@ -22,9 +22,11 @@ import torch.distributed as dist
 
 from vit_bridge.errors import InputError, first_line
 
+# ---- Files ------------------------------------------------------------------------------------------------
+
 
 def write_whole(path, write):
-    """Writes a file that appears whole or not at all, whatever happens meanwhile; one that was there stays until then.
+    """Writes a file that appears whole or not at all, whatever happens meanwhile; an older one stays until then.
 
     write: called with the open file, which takes bytes. Raises InputError where it cannot be written.
     """
@@ -91,7 +93,7 @@ def all_gather_object(value):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked to stop; as text, what there is to know."""
+    """A signal asked to stop; its text says what to do next."""
 
     def __init__(self, number, text=""):
         super().__init__(text)
@@ -100,7 +102,7 @@ class Interrupted(KeyboardInterrupt):
 
 class Interrupts:
     """Ctrl-C (SIGINT) and SIGTERM while this is entered: the first raises Interrupted, or, while `held`, is only noted
-    in `caught`; a second one ends the process at once. `advice` is what the person is then told.
+    in `caught`; a second one ends the process at once. `advice` is the text of Interrupted.
 
     Under a launcher of several processes the terminal and the launcher both pass on one Ctrl-C: what comes within a
     second of the first is then the same one.
@@ -128,7 +130,7 @@ class Interrupts:
             os._exit(128 + number)
 
 
-# ---- Folders and text -------------------------------------------------------------------------------------
+# ---- Folders of runs, and JSON ----------------------------------------------------------------------------
 
 
 def new_output_dir(wanted, model_name, dataset_name):
@@ -174,15 +176,14 @@ def write_json(entries, path):
     write_whole(path, lambda file: file.write((json.dumps(entries, indent=2) + "\n").encode()))
 
 
+# ---- What a result was measured on ------------------------------------------------------------------------
+
 ROOT = Path(__file__).resolve().parent.parent  # of the checkout, where this is one
 INSTRUCTIONS = dict(amx_bf16="AMX", avx512_bf16="AVX512-BF16", avx512f="AVX512", avx2="AVX2")  # the fastest first
 
 
-# ---- What a result was measured on ------------------------------------------------------------------------
-
-
 def machine(device="cpu"):
-    """What a figure was measured on, in words; with device="cuda" the GPU too."""
+    """What a result was measured on, in words; with device="cuda" the GPU too."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -1,6 +1,7 @@
-"""Where tokens look, and how far.
+"""Where tokens look, how far, and how alike their positions are.
 
-Shapes:  B images, L blocks, H heads, N tokens (CLS, registers, patches), n patches."""
+Shapes:  B images, L blocks, H heads, N tokens (CLS, registers, patches), n patches, D width.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +11,9 @@ from vit_bridge.models.adapters import adapt
 from vit_bridge.models.protocol import class_name
 from vit_model import grid_of, pair
 
-# ---- Attention --------------------------------------------------------------------------------------------
-
 
 def select_attention(maps, layer_idx=-1, head_idx=None):
-    """One layer's and head's map, (B, N, N), out of attention_maps' (L, B, H, N, N).
+    """The map of one layer and head, (B, N, N), from maps (L, B, H, N, N) as capture.attention_maps gives them.
 
     Indices count from 0, negative ones from the end; head_idx=None is the mean over the heads. Raises
     InputError for an index out of range.
@@ -27,13 +26,13 @@ def select_attention(maps, layer_idx=-1, head_idx=None):
 
 
 def cls_attention_grid(attention, grid_size, n_prefix_tokens=1, pool="cls"):
-    """What the tokens that the head reads take from each patch: maps (..., N, N) -> (..., rows, columns).
+    """The attention that the head's token pays to each patch: maps (..., N, N) -> (..., rows, columns).
 
     grid_size        (rows, columns), as model.patch_embed.grid_size
     n_prefix_tokens  tokens before the patches, as model.n_prefix_tokens: CLS and the registers
-    pool             as model.config.pool: "cls", what CLS takes; "mean", what a patch takes, mean over the patches
+    pool             as model.config.pool: "cls", attention of CLS; "mean", the mean attention of the patches
 
-    The weights are left as they are: with what is taken from CLS and the registers they sum to one. Raises InputError
+    Weights are not rescaled: together with those of CLS and the registers they sum to one. Raises InputError
     where prefix and grid do not make N tokens.
     """
     rows, columns = grid_size
@@ -57,8 +56,8 @@ def attention_distance(maps, grid_size, patch_size, n_prefix_tokens=1, renormali
     """How far patches look, in pixels: the mean over them of sum_j A_ij distance_ij, (L, H) float64.
 
     maps         (L, B, H, N, N), as from attention_maps; the mean is over images and patches
-    renormalise  True: what a patch gives to patches, itself among them, is scaled to a sum of one, so that CLS and the
-                 registers do not count. False: they count as no distance
+    renormalise  True: the weights of a patch on all patches are scaled to a sum of one, so that CLS and the registers
+                 do not count. False: they count with distance 0
 
     ViT paper, Fig. 7 (right). Raises InputError where prefix and grid do not make N tokens.
     """
@@ -74,7 +73,7 @@ def attention_distance(maps, grid_size, patch_size, n_prefix_tokens=1, renormali
 
 
 def uniform_attention_distance(grid_size, patch_size):
-    """The attention_distance of a patch that looks at all patches alike, in pixels: the control of the others."""
+    """The attention_distance of uniform attention over the patches, in pixels: the control."""
     return _patch_distances(grid_size, patch_size).mean().item()
 
 

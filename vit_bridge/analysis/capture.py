@@ -1,15 +1,13 @@
-"""A forward pass, watched: the tokens after every block, the attention maps of every head, and the logits.
+"""A forward pass with everything kept: the tokens after each block, the attention map of each head, the logits.
 
-    record(model, images)           all three, as a Recording; with gradients where asked for
+    capture(model, images)          all three, as a Capture; with gradients on request
     attention_maps(model, images)   the maps alone, as one tensor
-    answers_of(model, images)       the logits alone, of a ConvNet too
+    predict_logits(model, images)   the logits alone, of a ConvNet too
 
-Our own models go in, and the ViTs of timm, transformers (ViT, DeiT) and torchvision, as they are. Fused attention holds
-no maps; so while a pass is watched its softmax is worked out beside it, and what goes on is computed from that. Nothing
-is stored on a module, and afterwards hooks, modes and weights are as they were, also after an error.
+Fused attention keeps no maps, so AttentionCapture computes an explicit softmax instead, and the pass goes on with that.
+Nothing is stored on a module. Afterwards hooks and modes are as they were, even after an error.
 
-Shapes:  B images, C channels, L blocks, H heads, N tokens (prefix tokens, then patches), D width, K classes,
-          n patches.
+Shapes:  B images, C channels, L blocks, H heads, N tokens (prefix tokens, then patches), D width, K classes.
 """
 
 import math
@@ -26,7 +24,7 @@ from vit_bridge.models.protocol import class_name
 from vit_bridge.runtime import at_least_float32, evaluating, logits_of, to_model, tokens_of
 
 SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax)
-ALIKE = 1e-4  # by so much, of the largest logit, a watched pass of another library's model may differ from its own
+ALIKE = 1e-4  # how far, as a part of the largest logit, a captured pass may differ from a plain one
 
 
 @dataclass
@@ -44,13 +42,13 @@ def capture(model, images, gradients=False, change=None):
     """A Capture of a model in eval mode.
 
     images     normalised, (B, C, height, width)
-    gradients  True: logits, maps and tokens hang together, for torch.autograd.grad
-    change     a function (block number, map) -> map; the pass goes on with what it gives
+    gradients  True: logits, maps and tokens are in one graph, for torch.autograd.grad, even where the caller has
+               switched gradients off (no_grad, inference_mode)
+    change     a function (index of the block, map) -> map; the pass goes on with what it returns
 
-    It does so also where the caller has switched gradients off (no_grad, inference_mode). Raises InputError for a model
-    that is no ViT known here, for images that it does not take, for gradients of a model that does not keep its blocks'
-    tokens for them, and where the maps are not those that its own answers come from; NoNumbers where they or the
-    answers are no numbers.
+    Raises InputError for a model that is no known ViT, for images that it does not take, for gradients of a model that
+    does not keep the tokens of its blocks, for one that does not attend as a plain ViT does, and for another library's
+    model whose captured logits differ from those of a plain pass; NoNumbers where maps or logits are not finite.
     """
     adapter, tokens = adapt_vit(model), []
     adapter.check_images(images)
@@ -86,8 +84,8 @@ def attention_maps(model, images):
 
 @torch.no_grad()
 def predict_logits(model, images):
-    """The model's logits, (B, K), in eval mode. Raises InputError for images that it does not take, and where it gives
-    no numbers."""
+    """The model's logits, (B, K), in eval mode. Raises InputError for images that it does not take, and NoNumbers where
+    they are not finite."""
     adapt(model).check_images(images)
     with evaluating(model):
         logits = logits_of(model(to_model(images, model)))
@@ -97,16 +95,16 @@ def predict_logits(model, images):
 
 @contextmanager
 def differentiable():
-    """Gradients are computed here, also where the caller has switched them off (no_grad, inference_mode). A function is
-    decorated with it: @differentiable()."""
+    """Computes gradients inside, even where the caller has switched them off (no_grad, inference_mode). It decorates a
+    function: @differentiable()."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
 
 def watch_layer(model, layer, images, run=None):
-    """(pixels, output, answer) of one layer, hanging together for torch.autograd.grad: the images that gradients go to,
-    what the layer gave of them, and what `run`, the model itself where it is None, gave at the end. Raises InputError
-    for a model that does not keep its blocks' tokens for gradients."""
+    """(pixels, output, result) in one graph, for torch.autograd.grad: the images, the output of the layer, and the
+    result of `run` on the images (None: the model itself). Raises InputError for a model that does not keep the tokens
+    of its blocks for gradients."""
     _check_kept(model)
     outputs = []
     hook = layer.register_forward_hook(lambda module, args, output: outputs.append(output))
@@ -120,9 +118,9 @@ def watch_layer(model, layer, images, run=None):
 
 
 class AttentionCapture(TorchFunctionMode):
-    """While this is entered attention is worked out by an explicit softmax, and `maps` collects that, (B, H, N, N).
+    """While this is entered, attention is an explicit softmax, and `maps` collects it, (B, H, N, N).
 
-    It sees the functions of torch that attention is made of, not the modules, so that it asks nothing of a library.
+    It intercepts the functions of torch that attention is made of, not modules, so that it works with any library.
     """
 
     def __init__(self, change=None):
@@ -183,7 +181,7 @@ def _check_kept(model):
 
 
 def _check_maps(maps, n_blocks, n_tokens):
-    """Raises InputError unless there is a map over so many tokens for each block."""
+    """Raises InputError unless there is a map over n_tokens tokens for each block."""
     sizes = sorted({tuple(one.shape[-2:]) for one in maps})
     if len(maps) != n_blocks or sizes != [(n_tokens, n_tokens)]:
         raise InputError(f"{len(maps)} attention maps of {sizes or 'no'} tokens were seen, expected {n_blocks}, one a "
@@ -191,18 +189,18 @@ def _check_maps(maps, n_blocks, n_tokens):
 
 
 class NoNumbers(InputError):
-    """A model gives NaN or infinity."""
+    """A model's output holds NaN or infinity."""
 
 
 def check_finite_numbers(model, *values):
-    """Raises NoNumbers unless all that a model gives are numbers."""
+    """Raises NoNumbers unless all these values of a model are finite."""
     if not all(value.isfinite().all() for value in values):
         raise NoNumbers(f"this {class_name(model)} gives NaN or infinity for these images, and nothing can be seen "
                         f"in that; give a model whose training went well, or call .float() on one in half precision")
 
 
 def _check_answers(model, images, logits):
-    """Raises InputError unless the model gives these logits when nobody watches."""
+    """Raises InputError unless the model gives these logits in a plain pass, too."""
     with evaluating(model), torch.no_grad():
         own = logits_of(model(to_model(images.detach(), model)))
     difference, scale = (own - logits.detach()).abs().max().item(), max(1.0, own.abs().max().item())

@@ -1,6 +1,6 @@
 """What a model costs: parameters, FLOPs, speed and memory.
 
-Shapes:  B images, K classes."""
+Shapes:  B images, C channels, K classes."""
 
 import copy
 import os
@@ -18,8 +18,6 @@ from vit_bridge.errors import InputError, check_int
 from vit_bridge.runtime import choose_device, device_of
 from vit_model import pair
 
-# ---- Costs ------------------------------------------------------------------------------------------------
-
 
 def count_parameters(model, trainable_only=False):
     """Numbers in the model's parameters; with trainable_only=True those that an optimiser would change."""
@@ -31,13 +29,13 @@ def count_flops(model, img_size=None):
 
     img_size: a side or (height, width); None: the model's own. Counted are matrix products and convolutions, as
     torch.utils.flop_counter does: norms, softmax, activations, biases and additions are left out. As in published
-    counts every token passes every block; a ViT whose head reads CLS alone saves most of its last one. Nothing is
-    computed: the pass runs on shapes alone (device "meta").
+    counts, every token passes every block; in fact a ViT whose head reads only CLS saves most of the last one. Nothing
+    is computed: the pass runs on shapes alone (device "meta").
     """
     size = pair(model.config.img_size if img_size is None else img_size)
     images = torch.empty(1, model.config.in_channels, *size, device="meta")
     tensors = {id(tensor): tensor.detach().to("meta") for tensor in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, tensors).eval()  # with those in the place of its own
+    twin = copy.deepcopy(model, tensors).eval()  # with those instead of its own
     counter = FlopCounterMode(display=False)
     # MATH spells attention out as two matrix products, which every version of torch counts.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:

@@ -1,19 +1,13 @@
-"""Where in an image an answer comes from, by every usual method, and how far each is to be trusted.
+"""Where in an image a prediction comes from, by every usual method, and how far to trust each map.
 
-    rollout, relevance, token_cam     the formulas: attention maps, gradients and tokens in, a saliency map out
-    explain(model, images, method)    one method of METHODS on a model, for a class
-    logit_lens                        what the head would say after every block
-    token_norms, feature_colours      what patch tokens hold
-    patch_filters                     what the patch projection looks for
-    deletion_insertion                how the answer changes as patches are hidden, or shown, in a map's order
-    compare_explanations              all methods on the same images: agreement, and that test beside random order
-    selfcheck                         the closed forms, on a model: what holds
+    explain(model, images, method)     one of METHODS, for a class; rollout, relevance and token_cam are the formulas
+    logit_lens, token_norms, feature_colours, patch_filters     what tokens and the patch projection hold
+    compare_explanations               all methods: their agreement, and deletion_insertion beside random order
 
-Models are ours, or timm's, transformers' and torchvision's (models/adapters.py). What a method cannot do on a model it
-refuses with the reason.
+A method that does not work on a model raises InputError with the reason. selfcheck.py checks the formulas on a model.
 
 Shapes:  B images, L blocks, H heads, N tokens (prefix tokens, then patches), D width, K classes, n patches,
-          M methods, R random orders, S steps of a curve.
+          C channels, P patch side, M methods, R random orders, S steps of a curve.
 """
 
 import zlib
@@ -31,19 +25,19 @@ from vit_bridge.models.adapters import adapt, adapt_vit, check_head, check_pool
 from vit_bridge.models.protocol import class_name
 from vit_bridge.runtime import at_least_float32, evaluating, logits_of, to_model
 
-OUTLIER = 3.0  # a patch token whose norm is so many times the median counts as a register artefact
+OUTLIER = 3.0  # a patch token whose norm is this many times the median counts as a register artefact
 
 
 # ---- The formulas -----------------------------------------------------------------------------------------
 
 
 def rollout(maps, discard_ratio=0.0):
-    """How much of each token of the input is in each token at the end, (L, B, H, N, N) -> (B, N, N), rows sum to one.
+    """How much of each input token is in each output token, (L, B, H, N, N) -> (B, N, N), rows sum to one.
 
     Each block is taken as half attention, mean over the heads, and half the residual: A = (mean_h A_h + I) / 2; the
     product goes from the last block to the first. Abnar and Zuidema 2020, "Quantifying Attention Flow in Transformers",
-    Sec. 4. discard_ratio: in [0, 1), so large a part of each block's weights, the smallest, is set to zero before I is
-    added, and the rows are scaled back to one. Raises InputError for a ratio out of range.
+    Sec. 4. discard_ratio: the fraction of each block's weights, in [0, 1), the smallest, that is set to zero before I
+    is added and the rows are scaled back to one. Raises InputError for a ratio out of range.
     """
     if not isinstance(discard_ratio, Real) or not 0 <= discard_ratio < 1:
         raise InputError(f"discard_ratio {discard_ratio!r} is out of range; expected 0 <= ratio < 1")
@@ -62,11 +56,11 @@ def rollout(maps, discard_ratio=0.0):
 
 
 def relevance(maps, gradients):
-    """How much each token of the input speaks for a class in each token at the end: 2 x (L, B, H, N, N) -> (B, N, N).
+    """How much each input token speaks for a class in each output token: 2 x (L, B, H, N, N) -> (B, N, N).
 
-    maps and the gradients of the class's logit to them. Block by block, from the first, R <- R + A R, with A the mean
-    over the heads of what is positive in map times gradient; R starts as I. Chefer, Gur and Wolf 2021, "Generic
-    Attention-model Explainability", Eq. 5 and 6.
+    gradients: of the logit of the class with respect to the maps. Block by block, from the first, R <- R + A R, with A
+    the mean over the heads of the positive part of map times gradient; R starts as I. Chefer, Gur and Wolf 2021,
+    "Generic Attention-model Explainability", Eq. 5 and 6.
     """
     return relevance_gained(maps, gradients) + torch.eye(maps.shape[-1], dtype=maps.dtype, device=maps.device)
 
@@ -82,7 +76,7 @@ def relevance_gained(maps, gradients):
 
 def token_cam(features, gradients):
     """Grad-CAM of places: 2 x (B, n, D) -> (B, n). Channels are weighted by their gradient's mean over the places, and
-    what is negative in their sum is zero. Selvaraju et al. 2017, "Grad-CAM", Eq. 1 and 2."""
+    negative sums become zero. Selvaraju et al. 2017, "Grad-CAM", Eq. 1 and 2."""
     weights = gradients.mean(dim=1, keepdim=True)  # (B, 1, D)
     return (features * weights).sum(dim=2).clamp(min=0)  # (B, n)
 
@@ -92,8 +86,8 @@ def token_cam(features, gradients):
 
 @dataclass
 class Explanation:
-    """saliency (B, rows, columns), not negative, and NaN for an image of several whose Grad-CAM is blank; targets (B),
-    the classes that are explained; probabilities (B), theirs; both None for a model without a head."""
+    """saliency (B, rows, columns), not negative, NaN for an image whose Grad-CAM is blank while those of others are
+    not; targets (B), the explained classes, and their probabilities (B); both None for a model without a head."""
     saliency: torch.Tensor
     targets: torch.Tensor | None
     probabilities: torch.Tensor | None
@@ -125,7 +119,7 @@ def explain(model, images, method="relevance", target=None, **options):
 
 
 def attention_saliency(model, images, targets, layer_idx=-1, head_idx=None):
-    """What the head's token takes from each patch in one block, as it is; the class does not matter."""
+    """The attention of the head's token to each patch in one block; the class does not matter."""
     seen = capture(model, images)
     maps = seen.maps[check_index("layer_idx", layer_idx, len(seen.maps))]  # (B, H, N, N)
     attention = maps.mean(dim=1) if head_idx is None else maps[:, check_index("head_idx", head_idx, maps.shape[1])]
@@ -174,7 +168,7 @@ def cam_saliency(model, images, targets, layer_idx=None):
 
 
 def cam_layer(adapter, layer_idx=None):
-    """The block after which cam_heat stands in a ViT, from 0."""
+    """The index of the block after which cam_saliency takes the tokens of a ViT."""
     n_blocks = len(adapter.blocks)
     if layer_idx is not None:
         return check_index("layer_idx", layer_idx, n_blocks)
@@ -212,7 +206,7 @@ OPTIONS = {"attention": ("layer_idx", "head_idx"), "rollout": ("discard_ratio",)
 
 @torch.no_grad()
 def logit_lens(model, images):
-    """What the head would say if it read the tokens after every block: probabilities (L + 1, B, K), the first before
+    """What the head would predict from the tokens after each block: probabilities (L + 1, B, K), the first before
     the first block. nostalgebraist 2020, "interpreting GPT: the logit lens". Raises InputError without a head."""
     check_head(model)
     seen = capture(model, images)
@@ -270,19 +264,19 @@ def patch_filters(model, n_filters=28):
 
 @torch.no_grad()
 def deletion_insertion(model, images, saliency, targets, n_steps=16, batch_size=128, seed=0):
-    """(deletion, insertion), each (S + 1, B): the probability of the target class while patches are hidden, the hottest
-    first, and while they are shown on an empty image, the hottest first.
+    """(deletion, insertion), each (S + 1, B): the probability of the target class while patches are hidden, the most
+    salient first, and while they are shown on an empty image, the most salient first.
 
-    saliency (B, rows, columns). Patches of equal saliency go in a random order, another for each image; it comes from
-    the seed and the image alone, so that a saliency that is the same everywhere is the control, random order. An image
-    whose saliency has NaN has NaN. Hidden patches get what the normalisation takes for the mean. A map that finds what
-    the prediction depends on makes the first curve fall early and the second rise early; the mean of a curve is its
-    area. Petsiuk, Das and Saenko 2018, "RISE", Sec. 4.1.
+    saliency (B, rows, columns). Patches of equal saliency go in a random order, which depends on the seed and the image
+    alone, so that a constant saliency is the control, random order. An image with NaN in its saliency has NaN. Hidden
+    patches get the mean of the normalisation. A map that finds what the prediction depends on makes the first curve
+    fall early and the second rise early; the mean of a curve is its area. Petsiuk, Das and
+    Saenko 2018, "RISE", Sec. 4.1.
     """
     check_int("n_steps", n_steps, 1)
     images, saliency, n, grid = images.cpu(), saliency.cpu(), saliency[0].numel(), saliency.shape[1:]
     rows, columns = (torch.arange(side) * count // side for side, count in zip(images.shape[2:], grid, strict=True))
-    ranks = _ranks_of(saliency.flatten(1), _random_orders(images, n, seed))  # (B, n), 0 the hottest
+    ranks = _ranks_of(saliency.flatten(1), _random_orders(images, n, seed))  # (B, n), 0 the most salient
     no_map = saliency.flatten(1).isnan().any(dim=1)  # (B)
     curves = []
     for inserting in (False, True):
@@ -296,7 +290,7 @@ def deletion_insertion(model, images, saliency, targets, n_steps=16, batch_size=
 
 
 def _ranks_of(saliency, orders):
-    """The rank of each patch, 0 the hottest; equals as they come in the orders: 2 x (B, n) -> (B, n)."""
+    """The rank of each patch, 0 the most salient; ties as they come in `orders`: 2 x (B, n) -> (B, n)."""
     ranking = saliency.gather(1, orders).argsort(dim=1, descending=True, stable=True)  # (B, n) places in the orders
     return orders.gather(1, ranking).argsort(dim=1)
 
@@ -335,10 +329,15 @@ def agreement(saliencies):
 
 @dataclass
 class Comparison:
-    """heats: method -> (B, rows, columns), NaN for an image for which the method has no map; refused: method -> why it
-    has none for any; correlations (M, M), means over the images; deletion, insertion: method -> (S + 1, B), NaN as in
-    heats, and "random order", the mean of the draws; draws: "deletion" and "insertion" -> (R, S + 1, B), of each random
-    order; targets and probabilities (B)."""
+    """What compare_explanations gives.
+
+    saliencies            method -> (B, rows, columns), NaN for an image for which the method has no map
+    refused               method -> why it has no map for any image
+    correlations          (M, M), means over the images
+    deletion, insertion   method -> (S + 1, B), NaN as in saliencies; and "random order", the mean of the draws
+    draws                 "deletion" and "insertion" -> (R, S + 1, B), of each random order
+    targets, probabilities   (B)
+    """
     saliencies: dict
     refused: dict
     correlations: torch.Tensor
@@ -362,8 +361,8 @@ def compare_explanations(model, images, target=None, methods=tuple(METHODS), n_s
     lead of a method means anything. Each method and each draw takes 2 (n_steps + 1) passes of the images; for a large
     model n_draws may be lower.
 
-    Raises InputError for images that the model does not take, for a model without a head, which has no answer to
-    follow, and where no method works.
+    Raises InputError for images that the model does not take, for a model without a head, and where no method
+    works.
     """
     check_int("n_draws", n_draws, 1)
     saliencies, refused, explained = {}, {}, None
@@ -393,6 +392,9 @@ def compare_explanations(model, images, target=None, methods=tuple(METHODS), n_s
                            for i, what in enumerate(draws))
     return Comparison(saliencies, refused, agreement(list(saliencies.values())), deletion, insertion, draws, target,
                       explained.probabilities)
+
+
+# ---- What the methods share -------------------------------------------------------------------------------
 
 
 def _for_the_head(matrix, seen):

@@ -1,4 +1,4 @@
-"""Which classes are taken for which, and how sure an accuracy is.
+"""Which classes are confused, and how sure an accuracy is.
 
 Shapes:  K classes, n images."""
 
@@ -6,7 +6,7 @@ import math
 
 from vit_bridge.errors import InputError
 
-# ---- Which classes are taken for which --------------------------------------------------------------------
+# ---- Confusion --------------------------------------------------------------------------------------------
 
 
 def confusion_matrix(labels, predictions, n_classes):
@@ -28,7 +28,7 @@ def confusion_matrix(labels, predictions, n_classes):
 
 
 def class_recalls(confusion):
-    """The share of each class's images that were recognised, (K) float64; NaN for a class without images.
+    """The fraction of each class's images that were recognised, (K) float64; NaN for a class without images.
 
     confusion: (K, K), as from confusion_matrix.
     """
@@ -45,7 +45,7 @@ def balanced_accuracy(confusion):
     return class_recalls(confusion).nanmean().item()
 
 
-# ---- What an accuracy is to be read beside ----------------------------------------------------------------
+# ---- Intervals --------------------------------------------------------------------------------------------
 
 
 def wilson_interval(correct, n, z=1.96):

@@ -1,14 +1,13 @@
-"""What changes in the answers of a model when the images change: shifted, shuffled, hidden, or with cues at odds.
+"""How predictions change when images change: shifted, shuffled, hidden, or with cues at odds.
 
-    shift_consistency                 how often the answer stays when the image is moved by some pixels
-    shuffle_patches, occlude          images whose patches change places, or are hidden
-    accuracy_curve                    the accuracy against how many patches are shuffled or hidden
-    cue_choices, shape_bias           outline against texture
+    shift_consistency                           how often the prediction stays when the image moves by some pixels
+    shuffle_patches, occlude, accuracy_curve    patches shuffled or hidden, and how many predictions stay correct
+    cue_choices, shape_bias                     outline against texture
 
-Every change is drawn from a seed, anew for each image; images are normalised, (B, C, height, width), and changed on
-the CPU.
+Each change is drawn from a seed, anew for each image. Images are normalised, (B, C, height, width), and on the CPU.
 
-Shapes:  B images in a batch, N images, C channels, n patches of an image, R the largest shift in pixels.
+Shapes:  B images in a batch, N images, C channels, n patches of an image, m of them, P patch side,
+         R the largest shift in pixels.
 """
 
 import torch
@@ -22,11 +21,11 @@ FILLS = ("black", "mean")
 
 
 def shift_consistency(model, images, reach=4, batch_size=128):
-    """The share of images whose predicted class stays when they are moved, for every offset: (2R + 1, 2R + 1) float64.
+    """The fraction of images whose predicted class stays when they are moved, by offset: (2R + 1, 2R + 1) float64.
 
     Row and column R + r, R + c hold the offset of r rows down and c columns right; the middle is 1. What comes in at
     the border is mirrored, as in training. As in Zhang 2019, "Making Convolutional Networks Shift-Invariant Again",
-    Sec. 4, but that every offset is compared with none, in the place of two random ones with each other. Raises
+    Sec. 4, except that each offset is compared with no shift, not two random ones with each other. Raises
     InputError for a reach below 1 or not below the side.
     """
     check_int("reach", reach, 1)
@@ -74,12 +73,11 @@ def _random_ranks(n_images, n, seed):
 
 
 def shuffle_patches(images, patch_size, share=1.0, seed=0, offset=0):
-    """Images in which this share of the patches, chosen at random, have changed places among themselves; a permutation
-    of its own for each image. Naseer et al. 2021, "Intriguing Properties of Vision Transformers", Sec. 3.3.
+    """Images in which a random fraction `share` of the patches has been permuted, each image in its own way.
+    Naseer et al. 2021, "Intriguing Properties of Vision Transformers", Sec. 3.3.
 
-    offset: the grid lies so many pixels further down and right, the image being taken round its borders. A ViT whose
-    patches are these gets its own tokens whole where it is 0; where it is half a patch, every patch that a moved one
-    touches is cut.
+    offset: pixels by which the grid is moved down and right; the image wraps around. With 0 a ViT with this patch size
+    keeps its tokens whole; with half a patch, the permuted squares cut through its patches.
     """
     patches, grid = to_patches(images.cpu().roll((-offset, -offset), dims=(2, 3)), patch_size)  # (B, n, C, P, P)
     B, n = patches.shape[:2]
@@ -91,10 +89,10 @@ def shuffle_patches(images, patch_size, share=1.0, seed=0, offset=0):
 
 
 def occlude(images, patch_size, share, fill="mean", seed=0, preprocessing=None):
-    """Images in which this share of the patches, chosen at random for each, is hidden.
+    """Images in which a random fraction `share` of the patches is hidden, other ones in each image.
 
-    fill   "mean": what the normalisation takes for the mean, which is 0 after it; "black": pixels of 0, for which
-           the preprocessing of the images is needed
+    fill   "mean": the mean of the normalisation, 0 in normalised images; "black": pixels of 0, which needs the
+           preprocessing of the images
 
     Naseer et al. 2021, Sec. 3.1. Raises InputError for an unknown fill.
     """
@@ -113,15 +111,14 @@ def occlude(images, patch_size, share, fill="mean", seed=0, preprocessing=None):
 
 
 def _share_of(share, n):
-    """How many of n a share is. Raises InputError for a share that is none."""
+    """How many of n patches a share is. Raises InputError unless it is from 0 to 1."""
     if not 0 <= share <= 1:
         raise InputError(f"share {share} is out of range; expected 0 to 1")
     return round(share * n)
 
 
 def accuracy_curve(model, images, labels, change, shares):
-    """How many images are still answered rightly when `change(images, share=s)` changes them, for each share s: a list
-    of counts."""
+    """How many predictions are correct after `change(images, share=s)`, for each share s: a list of counts."""
     return [int((predictions(model, change(images, share=share)) == labels.cpu()).sum()) for share in shares]
 
 
@@ -129,9 +126,9 @@ def accuracy_curve(model, images, labels, change, shares):
 
 
 def cue_choices(answers, outlines, textures):
-    """Of images whose outline is that of one class and whose texture that of another: how many are answered by the
-    outline, by the texture, and by neither. answers, outlines, textures: class numbers (N,). Raises InputError where
-    the two cues agree in an image."""
+    """How many predictions are the class of the outline, that of the texture, and neither, for images whose cues are of
+    different classes. answers: the predicted classes; answers, outlines, textures: class numbers (N,). Raises
+    InputError where the two cues agree in an image."""
     if (outlines == textures).any():
         raise InputError(f"outline and texture agree in {int((outlines == textures).sum())} images; expected images in "
                          f"which they are of different classes")
@@ -140,7 +137,7 @@ def cue_choices(answers, outlines, textures):
 
 
 def shape_bias(choices):
-    """The share of outline among the answers by either cue, from cue_choices; NaN where there is none. Geirhos et al.
-    2019, "ImageNet-trained CNNs are biased towards texture"."""
+    """The fraction by outline of the predictions by either cue, from cue_choices; NaN where there are none. Geirhos
+    et al. 2019, "ImageNet-trained CNNs are biased towards texture"."""
     either = choices["outline"] + choices["texture"]
     return choices["outline"] / either if either else float("nan")

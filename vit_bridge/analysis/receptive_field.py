@@ -1,6 +1,6 @@
 """Which pixels one unit of a model sees.
 
-Shapes:  B images, C channels, D width."""
+Shapes:  B images, C channels, D width, k side of a kernel."""
 
 import torch
 from torch import nn
@@ -11,12 +11,10 @@ from vit_bridge.models.adapters import adapt, check_depth
 from vit_bridge.runtime import tokens_of
 from vit_model import pair
 
-# ---- Receptive fields -------------------------------------------------------------------------------------
-
 
 @differentiable()
 def receptive_field(model, images, depth=None):
-    """The effective receptive field of the centre unit: its share for each pixel, (height, width), sum 1, float64.
+    """The effective receptive field of the centre unit: the weight of each pixel, (height, width), sum 1, float64.
 
     The unit is the place (rows // 2, columns // 2) of the feature map, or of the grid of patch tokens, after
     `depth` blocks (ViT, hybrid) or stages (ConvNet); 0: after the patch embedding or the stem; None: the last.
@@ -100,7 +98,7 @@ def radius_holding(field, share, centre=None):
     """The smallest radius in pixels around the centre within which `share` of the field's mass lies.
 
     field   (height, width), not negative, as from receptive_field
-    share   in (0, 1], of the mass as it is
+    share   fraction of the mass, in (0, 1]
     centre  (row, column), as from unit_centre; None: the middle of the image
 
     Distances are between middles of pixels, so the field of a single pixel has radius 0.

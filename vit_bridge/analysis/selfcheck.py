@@ -1,6 +1,6 @@
 """The closed forms of attention, rollout, relevance and Grad-CAM, checked on a model.
 
-Shapes:  B images, L blocks, H heads, N tokens, D width, K classes, n patches."""
+Shapes:  B images, C channels, L blocks, H heads, N tokens, D width, n patches."""
 
 from dataclasses import dataclass
 
@@ -14,8 +14,6 @@ from vit_bridge.errors import InputError
 from vit_bridge.models.adapters import adapt_vit
 from vit_bridge.runtime import at_least_float32, device_of, evaluating, logits_of, to_model, tokens_of
 
-# ---- The closed forms, on a model -------------------------------------------------------------------------
-
 
 @dataclass
 class Check:
@@ -28,17 +26,17 @@ class Check:
 @differentiable()
 def selfcheck(model, images=None, seed=0):
     """The closed forms on a model and images (B, C, height, width), normalised: a list of Check. images=None: four of
-    normal noise. What is looked at, method by method:
+    normal noise. Method by method it checks:
 
-    attention   the answers when watched; row sums; the row of the head, and which patch each token is of; the distance
-                of uniform attention
+    attention   the captured logits; row sums; the row of the head; which patch each token belongs to; the distance of
+                uniform attention
     rollout     row sums; what it makes of uniform attention
     relevance   the gradients of the maps against finite differences; the map against another order of the products
     Grad-CAM    the map against one shift of all patch tokens; where their gradients end
     logit lens  its last row
 
-    Models are looked at in the precision of their weights: autocast is off meanwhile, and in half precision the
-    tolerances are wider, by as much as its rounding is. Of a model that gives NaN or infinity nothing else is said.
+    Models are checked in the precision of their weights: autocast is off, and in half precision the tolerances are
+    wider, in proportion to its rounding. A model that gives NaN or infinity gets a single Check, which says so.
     """
     try:
         return _closed_forms(model, images, seed)
@@ -100,7 +98,7 @@ def _count_hooks(model):
 
 
 def _check_own_answers(model, images, seen, hooks):
-    """Whether the model answers alike when watched, and has as many hooks as before."""
+    """Whether the captured logits are those of a plain pass, and no hooks are left."""
     own = predict_logits(model, images)
     check = within("answers are the same when watched", (own - seen.logits).abs().max(),
                    max(1e-4, 8 * torch.finfo(own.dtype).eps) * max(1.0, own.abs().max().item()))
@@ -109,7 +107,7 @@ def _check_own_answers(model, images, seen, hooks):
 
 
 def _check_head_row(model, images, seen):
-    """The map of attention against the row of the head, read place by place."""
+    """The map of attention against the row that the head reads, patch by patch."""
     name = "attention of a patch is the weight at its place in the row that the head reads"
     try:
         saliency = explain(model, images, "attention").saliency  # (B, rows, columns)
@@ -163,8 +161,8 @@ def _check_relevance(model, images, rounding):
 
 
 def _check_grad_cam(model, images, rounding):
-    """Grad-CAM against the tokens weighted by the gradient to one shift of all patches, in the place of the mean of
-    their gradients."""
+    """Grad-CAM against the tokens weighted by the gradient to one shift of all patches, instead of the mean of their
+    gradients."""
     name = "Grad-CAM is the patch tokens, weighted by what one shift of them all does to the answer"
     try:
         found = explain(model, images, "grad_cam")
@@ -206,8 +204,8 @@ def alike(name, saliency, expected, rounding):
 
 
 def _check_map_gradients(model, images, seed, step=1e-2):
-    """The gradient to each block's map against a finite difference: a small change of that map alone. A wrong order of
-    the gradients, or maps that the answer does not come from, would show."""
+    """The gradient to each block's map against a finite difference: a small change of that map alone. This
+    catches gradients in a wrong order, and maps that the logits do not depend on."""
     name = "gradients of the attention maps are those of finite differences, block by block"
     if torch.finfo(next(model.parameters()).dtype).eps > 1e-6:
         return Check(name, None, "half precision is too coarse for differences; .float() tells")
@@ -228,7 +226,7 @@ def _check_map_gradients(model, images, seed, step=1e-2):
 
 @dataclass
 class Nudge:
-    """A `change` for record: adds to the map of one block."""
+    """A `change` for capture(): adds to the map of one block."""
     block: int
     amount: torch.Tensor
 
@@ -237,7 +235,7 @@ class Nudge:
 
 
 def _check_last_gradient(model, images):
-    """Where the head reads CLS, patch tokens after the last block have no gradient, and before it they have."""
+    """If the head reads CLS, patch tokens after the last block have no gradient; before it they have one."""
     seen = capture(model, images, gradients=True)
     if seen.adapter.pool != "cls":
         return Check("patch tokens have no gradient after the last block", None,

@@ -1,15 +1,13 @@
-"""What the layers of models represent, and how alike two layers are: linear CKA.
+"""How alike two layers represent images: linear CKA.
 
     layer_features      what each layer makes of images
     layer_similarity    linear CKA of every layer of a model with every layer of another, or its own
 
 Centred kernel alignment compares how two layers tell images apart, whatever directions they use for it: 1 where one
-is the other turned and scaled, near 0 where they have nothing in common. Kornblith et al. 2019, "Similarity of Neural
-Network Representations Revisited"; in batches and unbiased as Nguyen et al. 2021, "Do Wide and Deep Networks Learn the
-Same Things?"; CNN against ViT first by Raghu et al. 2021, "Do Vision Transformers See Like Convolutional Neural
-Networks?".
+is the other turned and scaled, near 0 where they have nothing in common.
 
-Shapes:  B images of a batch, F features of an image in a layer, L layers of a model.
+Shapes:  B images of a batch, N images, C channels, F features of an image in a layer, L layers of a model; as Gram
+         matrices K of a layers and L of b layers.
 """
 
 import torch
@@ -62,12 +60,15 @@ def layer_similarity(first, second, images, batch_size=64, second_images=None):
     """Linear CKA of every layer of a model with every layer of another: (layers of first, of second), float64.
 
     images         (N, C, height, width), normalised for `first`
-    batch_size     the three HSIC terms are averaged over batches of so many images, then divided. A last batch of
-                   fewer images is left out, where it is not the only one
+    batch_size     images in a batch: the three HSIC terms are averaged over the batches, then divided. A smaller last
+                   batch is left out, unless it is the only one
     second_images  the same images normalised for `second`; None: as for `first`
 
-    The mean over layers of 1 does not mean equal answers: a head may read what it likes. Raises InputError for fewer
-    than 4 images, and for a layer that gives every image the same.
+    Equal layers do not mean equal predictions, as each model has a head of its own. Kornblith et al. 2019, "Similarity
+    of Neural Network Representations Revisited"; in batches and unbiased as Nguyen et al. 2021, "Do Wide and Deep
+    Networks Learn the Same Things?"; CNN against ViT first by Raghu et al. 2021, "Do Vision Transformers See Like
+    Convolutional Neural Networks?". Raises InputError for fewer than 4 images, and for a layer that gives every image
+    the same.
     """
     check_int("batch_size", batch_size, 4)
     if len(images) < 4:

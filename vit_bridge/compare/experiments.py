@@ -1,11 +1,11 @@
 """CNN against ViT on trained models: experiments, each with its control beside it.
 
-    EXPERIMENTS[name]    measures, draws figures, writes tables and states its finding
+    EXPERIMENTS[name]    an Experiment: measure, draw, finding, tables
 
-The control is the same model with random weights, uniform attention, guessing, or a formula. The experiments that
-train their models are in trials.py.
+The control is the same model with random weights, uniform attention, guessing, or a formula. trials.py has the
+experiments that train their models.
 
-Shapes:  N images, S side of an image in pixels, L blocks, H heads.
+Shapes:  N images, S side of an image in pixels, L blocks, H heads, M tokens with the padding.
 """
 
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ RANDOM, MOVED = "random weights", "shuffled, grid moved"
 
 @dataclass
 class ComparisonSetup:
-    """What the experiments look at.
+    """What the experiments measure, and how far.
 
     models        name -> trained model, all for one image size and normalisation
     images        normalised test images, (N, 3, S, S); labels (N,)

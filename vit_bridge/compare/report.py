@@ -1,4 +1,4 @@
-"""One self-contained HTML page out of sentences, tables and figures: no script, no network, readable on a phone.
+"""One self-contained HTML page of sentences, tables and figures: no script, no network, readable on a phone.
 
     write_report(path, title, introduction, sections)
 """
@@ -33,8 +33,8 @@ th:first-child, td:first-child { text-align: left; } thead th { background: var(
 
 @dataclass
 class Section:
-    """A part of the report. figures: name -> Figure; tables: (caption, [a row of cells, ...]), the first the heads;
-    note: where it comes from."""
+    """A section of the report. figures: name -> Figure; tables: (caption, [a row of cells, ...]), the first row the
+    column heads; note: where the numbers come from."""
     title: str
     question: str = ""
     finding: str = ""

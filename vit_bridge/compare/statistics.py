@@ -1,8 +1,8 @@
 """Who is ahead, and how sure that is.
 
-    Ranking              the best, who is tied with it, who is behind; describe_ranking puts it into words
-    rank_trainings       of trainings asked about the same images; rank_samples, of accuracies from several seeds
-    rank_kept            of what models keep when their images are changed; rank_falls, of what they lose with distance
+    Ranking                         the best, who is tied with it, who is behind; describe_ranking says it in words
+    rank_trainings, rank_samples    models by predictions on the same images; by one accuracy a seed
+    rank_kept, rank_falls           by the accuracy kept on changed images; by the accuracy lost as a task grows harder
 
 Shapes:  S seeds, n test images."""
 
@@ -38,11 +38,11 @@ def half_width(parts):
 
 
 def compare_two(first, second):
-    """(difference of the mean accuracies, half the width of its interval) of two models, each asked about the same n
+    """(difference of the mean accuracies, half the width of its interval) of two models, each tested on the same n
     images after S trainings: lists of S rows dict(accuracy=, right=[n booleans]).
 
     The variance is that between seeds plus that between images. The latter is the variance of the differences image by
-    image, each the mean over the seeds. One extra image counts for each side, so that few images that agree prove
+    image, each the mean over the seeds. One image is added for each side, so that agreement on few images proves
     little.
     """
     accuracies = [[row["accuracy"] for row in rows] for rows in (first, second)]
@@ -114,7 +114,7 @@ def rank(values, half_widths):
 
 
 def rank_trainings(rows):
-    """The Ranking of models trained several times and asked about the same images: {name: [a row a training]}, the
+    """The Ranking of models trained several times and tested on the same images: {name: [a row a training]}, the
     rows as in compare_two. With fewer than MIN_IMAGES images all are tied.
 
     Raises InputError for fewer than two models, or two trainings of one.
@@ -141,7 +141,7 @@ def rank_by_variance(values, variances):
 
 
 def rank_shares(shares, n):
-    """The Ranking of shares of n images, by name."""
+    """The Ranking of fractions of n images, by name."""
     return rank_by_variance(shares, {name: share * (1 - share) / n for name, share in shares.items()})
 
 
@@ -156,7 +156,7 @@ def beats_guessing(correct, n, n_classes):
 
 
 def rank_kept(counts, n, n_classes):
-    """(the Ranking of the shares of correct predictions that models keep when their images are changed, who falls to
+    """(the Ranking by the fraction of correct predictions that models keep when their images are changed, who falls to
     guessing). counts: name -> correct predictions of n images (before, after). Who only guesses before the change is
     left out; the Ranking is of those who still beat guessing after it, None if nobody does."""
     counts = {name: pair for name, pair in counts.items() if beats_guessing(pair[0], n, n_classes)}
@@ -178,7 +178,7 @@ def rank_falls(accuracies, n):
     return rank_samples(falls, n, 0.5 / n) if falls else None
 
 
-# ---- Other questions with a yes or a no --------------------------------------------------------------------
+# ---- Other comparisons ------------------------------------------------------------------------------------
 
 
 def step_gains(samples, n):
@@ -243,7 +243,7 @@ def format_lead(ranking, name):
 
 
 def describe_ranking(ranking):
-    """A Ranking of shares in words: who is ahead, who cannot be told apart, who is behind."""
+    """A Ranking of fractions in words: who is ahead, who cannot be told apart, who is behind."""
     if not (ranking.tied or ranking.behind):
         return f"there is nothing to compare {ranking.best} with"
     if ranking.winner:

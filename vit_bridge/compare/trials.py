@@ -7,7 +7,7 @@
 
 Learning rates are chosen on validation images from one grid; test images are read once.
 
-Shapes:  N images, S side of an image in pixels, n test images.
+Shapes:  N images, S side of an image in pixels, n test images; by seed: S seeds.
 """
 
 import itertools
@@ -118,7 +118,7 @@ def best_of_rates(kind, loader, val_loader, recipe, seed, rates=RATES, **run):
     return found[best][0], {rate: accuracy for rate, (_, accuracy) in found.items()}, best
 
 
-# ---- 6. Reach ---------------------------------------------------------------------------------------------
+# ---- 7. Reach ---------------------------------------------------------------------------------------------
 
 
 class Reach(Experiment):
@@ -170,7 +170,7 @@ class Reach(Experiment):
                                for i in range(len(distances)))] for kind, own in _by_kind(trials).items()])]
 
 
-# ---- 7. Outline against texture ---------------------------------------------------------------------------
+# ---- 8. Outline against texture ---------------------------------------------------------------------------
 
 
 class Cues(Experiment):
@@ -227,7 +227,7 @@ def _goes_by(cue, trials, kind):
                                      for trial in trials if trial["kind"] == kind])
 
 
-# ---- 8. Data efficiency -----------------------------------------------------------------------------------
+# ---- 9. Data efficiency -----------------------------------------------------------------------------------
 
 
 class DataEfficiency(Experiment):
@@ -355,7 +355,7 @@ def _check_result(name, result):
     counts = [result["seed"]]
     if name == "cues":
         counts += [result["choices"][cue] for cue in ("outline", "texture", "neither")]
-        math.isnan(result["shape_bias"])  # NaN where no answer was by either
+        math.isnan(result["shape_bias"])  # NaN where no prediction was by either cue
     elif name == "reach":
         counts += [result["n"], *(count for _, count in zip(result["distances"], result["correct"], strict=True))]
     else:

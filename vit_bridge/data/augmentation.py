@@ -1,10 +1,10 @@
-"""What happens to the pixels of an image on its way to a model.
+"""What happens to the pixels of training images on their way to a model.
 
-    eval_transform, train_transform   a photograph, one at a time, by torchvision
-    Augmentation, Draws               small images, a batch at a time: shifted, mirrored, partly hidden
-    Mixing                            two images and their labels in one, by torchvision
+    train_transform                    a photograph, one at a time, by torchvision
+    Augmentation, EpochAugmentation    small images, a batch at a time: shifted, mirrored, partly hidden
+    Mixing                             two images and their labels in one, by torchvision
 
-What chance decides for the images of a pass is drawn at once, from (seed, epoch), so that a pass can begin anywhere.
+All random numbers of an epoch are drawn at once, from (seed, epoch), so that a pass can begin anywhere.
 
 Shapes:  B images in a batch, N images in a set, C channels, H, W height and width, S side of a square, K classes.
 """
@@ -39,12 +39,12 @@ def train_transform(preprocessing):
 class Augmentation:
     """How training images in memory are varied, each anew in every epoch.
 
-    shift    the largest shift, as a share of the side: 0.125 is up to 4 of 32 pixels each way. What comes in is
+    shift    the largest shift, as a fraction of the side: 0.125 is up to 4 of 32 pixels each way. What comes in is
              mirrored at the border
     flip     left to right: "random", in each epoch with probability 1/2; "alternating", at random in the first epoch
              and then every other time, so that two epochs show an image both ways (Jordan 2024, "94% on CIFAR-10 in
              3.29 Seconds", Sec. 3.6); "none"
-    cutout   side of a square that is hidden behind the mean, as a share of the image's; its centre is any pixel, so it
+    cutout   side of a square that is filled with the mean, as a fraction of the image's; its centre is any pixel, so it
              may lie partly outside (DeVries and Taylor 2017). 0: none
 
     Raises InputError for a value out of range.
@@ -62,7 +62,7 @@ class Augmentation:
 
 
 class EpochAugmentation:
-    """What chance decides for every image of one epoch: `augmentation` for N images of H x W, from (seed, epoch).
+    """The random numbers of one epoch: `augmentation` for N images of H x W, from (seed, epoch).
 
     top, left   (N,) rows and columns by which the window moves
     flip        (N,) whether it is mirrored
@@ -121,13 +121,13 @@ def _hide_square(images, centre, share):
 
 class Mixing:
     """Pairs of images of a batch in one, and their labels with them: (images (B, C, H, W), labels (B)) -> (images,
-    answers (B, K)), the shares of the classes.
+    soft targets (B, K)).
 
     kind    "mixup": a weighted sum of two images (Zhang et al. 2018); "cutmix": a box of one in the other (Yun et al.
             2019); the weight, or the area of the box, is drawn from Beta(alpha, alpha), once for a batch
     alpha   usually 0.2 for mixup, 1 for cutmix
 
-    The sums are torchvision's; the chance is that of torch's own generator.
+    torchvision mixes; random numbers come from torch's own generator.
     """
 
     def __init__(self, kind, n_classes, alpha=None):
@@ -139,7 +139,7 @@ class Mixing:
         return self.transform(images, labels)
 
 
-# ---- Chance -----------------------------------------------------------------------------------------------
+# ---- Random numbers ---------------------------------------------------------------------------------------
 
 
 def mix_seed(*numbers):

@@ -1,4 +1,7 @@
-"""Sets of images: where they lie, what they are called, how they are read and cut."""
+"""Data sets: where their files are, what they are called, how they are read and split.
+
+Shapes:  N images in a set, n some of them, H, W height and width, S side of a square image in pixels.
+"""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -207,9 +210,9 @@ def _check_any_read(read, skipped):
 
 
 def stratified_cut(labels, val_fraction, seed):
-    """Cuts the places of labels (N,) class by class in two, (training, validation), each in ascending order. Of each
-    class the share val_fraction is drawn for validation by (seed, class): at least one image, and not all. The image of
-    a class with only one goes to training. Raises InputError if all classes are of that kind."""
+    """Splits the indices of labels (N,) class by class in two, (training, validation), each in ascending order. The
+    fraction val_fraction of each class is drawn for validation by (seed, class): at least one image, and not all. A
+    class with one image keeps it for training. Raises InputError if all classes have only one."""
     to_validation = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique().tolist():
         members = (labels == label).nonzero()[:, 0]  # (images of the class,)

@@ -1,15 +1,11 @@
 """What an image may be, and how it becomes a model's input and a picture to show.
 
-An image may be
-    a picture: a path, a PIL image, an array (H, W, 3) or (H, W), uint8 or float in 0..1, or a uint8 tensor
-    (3, H, W) or (1, 3, H, W);
-    a model's input: a float tensor (3, H, W) or (1, 3, H, W), normalised. It is shown with the normalisation undone,
-    values outside 0..1 clipped. A float tensor that has merely been scaled to 0..1 is not one: Preprocessing.normalise
-    makes one of uint8 images.
-The normalisation is that of the model's preprocessing (models/adapters.py says where other libraries keep theirs);
-`model.preprocessing = Preprocessing(...)` sets another one.
+A picture is a path, a PIL image, an array (H, W, 3) or (H, W), uint8 or float in 0..1, or a uint8 tensor (3, H, W) or
+(1, 3, H, W). A model's input is a float tensor (3, H, W) or (1, 3, H, W), normalised by model.preprocessing; it is
+shown with the normalisation undone, values outside 0..1 clipped. A float tensor that is only scaled to 0..1 is neither:
+Preprocessing.normalise turns uint8 images into inputs.
 
-Shapes:  H, W height and width.
+Shapes:  B images, H, W height and width.
 """
 
 from pathlib import Path
@@ -23,11 +19,9 @@ from vit_bridge.errors import InputError
 from vit_bridge.models.adapters import adapt
 from vit_bridge.preprocessing import FitSquare, Preprocessing
 
-# ---- One image --------------------------------------------------------------------------------------------
-
 
 class UnreadableImage(InputError):
-    """An image file that cannot be read, and why. All it holds is in args, so that it passes between processes."""
+    """An image file that cannot be read, and why. Its fields are its args, so that it passes between processes."""
 
     def __init__(self, path, reason, advice="replace or remove it"):
         super().__init__(path, reason, advice)
@@ -192,7 +186,7 @@ def open_picture(image):
 
 
 def _check_scale(image):
-    """Raises InputError for a PIL image of a mode that does not tell where white is, unless its values do."""
+    """Raises InputError for a PIL image of a mode without a defined white, unless its values show it."""
     if image.mode in ("I", "F"):
         low, high = image.getextrema()
         if image.mode == "F" or not (low == high == 0 or (low >= 0 and 255 < high < 65536)):
@@ -203,7 +197,7 @@ def _check_scale(image):
 def fit_picture(image, size, interpolation="bilinear"):
     """A PIL image resized and its centre cut to size, (height, width), as the validation images are.
 
-    Where the size is no square, which those always are, the picture just covers it.
+    Validation images are always square; for another size the picture is scaled until it just covers it.
     """
     height, width = size
     if height == width:

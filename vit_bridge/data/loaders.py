@@ -1,21 +1,13 @@
-"""Data: from a folder of images, a known data set or drawn shapes to batches that a model can train on.
+"""From a folder of images, a known data set or drawn shapes to batches that a model can train on.
 
-    get_data_loaders   the training and the validation loader; get_test_loader   the test images, kept apart
-    get_evaluation_loader   images to score a trained model on, labelled by its own class names
-    open_image         an image file as an upright RGB picture; eval_transform   that picture as a tensor
-    make_shapes        the built-in set, which drawn_shapes holds
+    get_data_loaders, get_test_loader   training and validation images; the test images, kept apart
+    get_evaluation_loader               images to score a trained model on, labelled by its own class names
 
-What happens to the pixels of an image is in augmentation, and eval_transform handed on from there.
+Sets of small images are one uint8 tensor in memory, augmented a batch at a time (MemoryLoader); worker processes read
+photographs file by file (PhotoLoader). Both give normalised float32 images (B, 3, S, S) and int64 labels (B).
 
 Shapes:  B images in a batch, N images in a set, n some of them, C channels (always 3), H, W height and width,
           S side of a square image in pixels.
-
-Sets of small images (CIFAR, MNIST, shapes, folders at 64 pixels or less) are kept in memory as one uint8 tensor and
-augmented a batch at a time: MemoryLoader. Folders of photographs are read file by file by worker processes:
-PhotoLoader. Both give normalised float32 images (B, 3, S, S) and int64 labels (B).
-
-All chance comes from seeds: the validation cut from `seed`, order and augmentation from (seed, epoch). The drawn
-images of the loaders do not depend on `seed`: they are the same in every run.
 """
 
 import itertools
@@ -53,7 +45,7 @@ from vit_bridge.data.images import open_image
 from vit_bridge.errors import InputError, check_choice, check_int
 from vit_bridge.preprocessing import SMALL_SIDE, eval_transform
 
-# ---- The loaders ------------------------------------------------------------------------------------------
+# ---- By name or folder ------------------------------------------------------------------------------------
 
 
 def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, dataset="auto", val_fraction=0.1,
@@ -67,13 +59,14 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
     img_size      side S in pixels, or None for the set's own: 32 for CIFAR and shapes, 28 for the MNIST kinds; for a
                   folder the largest side of up to 64 images if at most 64, rounded up to a multiple of 4, else 224.
     dataset       a name in DATASETS; "auto": what lies in data_dir, and shapes where the default one does not exist.
-    val_fraction  the share of each class cut from the training images for validation, if there is no val/.
-    seed          of the validation cut, the order and the augmentation; a whole number from 0.
+    val_fraction  the fraction of each class split off the training images for validation, if there is no val/.
+    seed          of the validation split, the order and the augmentation; a whole number from 0. The drawn shapes do
+                  not depend on it.
     workers       processes that read photographs; None: one a core, 8 at most, none for under 256 images.
     n_images      shapes only: training and validation images together; None: 20,000 at 32 pixels, 1,100 at 224.
     preprocessing whose mean, std and interpolation the images get, such as a pretrained model's; None: the set's own.
-    skip_corrupt  whether an image file that cannot be read is left out, as loader.skipped tells (in memory from the
-                  start, of photographs when it is met), or is an InputError.
+    skip_corrupt  True: leaves out image files that cannot be read, and lists them in loader.skipped (small images
+                  from the start, photographs when they are read). False: such a file raises InputError.
 
     augmentation  of training images in memory; None: Augmentation(). Photographs have train_transform's.
 
@@ -129,7 +122,7 @@ def get_evaluation_loader(data_dir, class_names, batch_size=128, img_size=None, 
                   val_fraction and seed. It matters only where there are no images kept apart from training.
 
     The other arguments are those of get_data_loaders; img_size None is the side of the images that are scored. The
-    loader's split tells which they are: "test" (a known set's test images, or those in test/), else "val" (in val/,
+    loader's split says which they are: "test" (a known set's test images, or those in test/), else "val" (in val/,
     valid/ or validation/), else of the images in train/ or in the class folders of data_dir those that
     get_data_loaders cut off for validation, "held out", or without held_out "all". Raises InputError for a class that
     the model does not know, and as get_data_loaders does."""
@@ -156,6 +149,9 @@ def get_evaluation_loader(data_dir, class_names, batch_size=128, img_size=None, 
         loader = _folder_loader(files, labels, info, batch_size, seed, workers, skip_corrupt)
     loader.split = split
     return loader
+
+
+# ---- What a loader is -------------------------------------------------------------------------------------
 
 
 @runtime_checkable
@@ -227,9 +223,12 @@ class BatchLoader:
             yield tuple(tensor[self.shard].to(self.device, non_blocking=True) for tensor in batch)
 
 
+# ---- Loaders of sets --------------------------------------------------------------------------------------
+
+
 class DatasetLoader:
-    """What MemoryLoader and PhotoLoader share: the facts of the set, the order of the images and what part of them a
-    pass gives. files: their paths, or None; skipped: {path: reason} of those left out; split: "test", for instance."""
+    """What MemoryLoader and PhotoLoader share: the DatasetInfo, the order of the images, position and shard. files:
+    their paths, or None; skipped: {path: reason} of those left out; split: "test", for instance."""
 
     def __init__(self, labels, info, batch_size, seed, training, files=None, skipped=None):
         self.info, self.dataset_name, self.preprocessing = info, info.dataset_name, info.preprocessing
@@ -271,14 +270,14 @@ class DatasetLoader:
         """Has images in memory varied in this way in the passes to come; photographs keep train_transform."""
 
     def subset(self, n_images):
-        """At most so many places of the set (n), drawn by the seed, in order; None: all."""
+        """Indices into the set, (n,), at most n_images of them, drawn by the seed, in ascending order; None: all."""
         if n_images is None or n_images >= self.n_images:
             return torch.arange(self.n_images, device=self.labels.device)
         drawn = torch.randperm(self.n_images, generator=generator_of(self.seed, 3))[:n_images]
         return drawn.sort().values.to(self.labels.device)
 
     def epoch_batches(self):
-        """(epoch, batches) of the pass that begins; a batch holds the places (B,) in the set of the images to give."""
+        """(epoch, batches) of the pass that begins; a batch holds the indices (B,) of its images in the set."""
         epoch = self.n_passes if self.epoch is None else self.epoch
         self.n_passes += 1
         first, self.first_batch = self.first_batch, 0
@@ -316,8 +315,8 @@ class MemoryLoader(DatasetLoader):
         return self
 
     def without_augmentation(self, n_images=None):
-        """A new loader of the same images, or of so many drawn from them, each once, in the order of the set and not
-        augmented. It gives whole batches, whatever the share and the position of this one."""
+        """A new loader of the same images, or of n_images drawn from them, each once, in the order of the set and not
+        augmented. It gives whole batches, whatever the shard and the position of this one."""
         places = self.subset(n_images)
         files = self.files and [self.files[place] for place in places.tolist()]
         images = self.images if len(places) == self.n_images else self.images[places]  # no copy of a whole set
@@ -351,13 +350,13 @@ class MemoryLoader(DatasetLoader):
 
 class PhotoLoader(DatasetLoader):
     """Batches of images read file by file: files, a list of paths, and labels, int64 (N,). The augmentation of a
-    photograph is a function of (seed, epoch, its place in the set), whatever the workers. With skip_corrupt files that
-    cannot be read are left out of their batch and told in skipped; n_images and the length still count them."""
+    photograph is a function of (seed, epoch, its index in the set), whatever the workers. With skip_corrupt, files that
+    cannot be read are left out of their batch and listed in `skipped`; n_images and the length still count them."""
 
     def __init__(self, files, labels, info, batch_size, seed=0, training=False, workers=0, skip_corrupt=False):
         super().__init__(labels, info, batch_size, seed, training, files)
         self.workers, self.skip_corrupt = workers, skip_corrupt
-        self.keys, self.device = [], torch.device("cpu")  # keys: the batches of a pass, as lists of (epoch, place)
+        self.keys, self.device = [], torch.device("cpu")  # keys: the batches of a pass, as lists of (epoch, index)
         self.loader = DataLoader(
             PhotoDataset(files, labels.tolist(), info, seed, training), batch_sampler=self.keys, num_workers=workers,
             persistent_workers=workers > 0, collate_fn=partial(_collate_photos, img_size=self.img_size),
@@ -369,7 +368,7 @@ class PhotoLoader(DatasetLoader):
         return self
 
     def without_augmentation(self, n_images=None):
-        """As MemoryLoader.plain; it reads the files anew."""
+        """As MemoryLoader.without_augmentation; it reads the files anew."""
         places = self.subset(n_images)
         return PhotoLoader([self.files[place] for place in places.tolist()], self.labels[places], self.info,
                            self.batch_size, self.seed, workers=self.workers,
@@ -385,9 +384,12 @@ class PhotoLoader(DatasetLoader):
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
 
+# ---- Reading photographs in worker processes --------------------------------------------------------------
+
+
 class PhotoDataset(Dataset):
-    """Image files as (normalised image (3, S, S), label), by keys (epoch, place in the set). A file that cannot be read
-    gives its InputError as a value: raised in a worker process it would come out wrapped in a traceback."""
+    """Image files as (normalised image (3, S, S), label), by keys (epoch, index in the set). A file that cannot be
+    read gives its InputError as a value: raised in a worker process it would come out wrapped in a traceback."""
 
     def __init__(self, files, labels, info, seed, training):
         self.files, self.labels, self.seed = files, labels, seed
@@ -424,7 +426,7 @@ def _leave_signals_to_main(worker):
 
 
 def _end_for_main():
-    """Ends this process when the main one says so; a SIGTERM from anywhere else is for the main one to answer."""
+    """Ends this process when the main one says so; a SIGTERM from anywhere else is for the main one to handle."""
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent_process().pid:
         pass
     os._exit(0)

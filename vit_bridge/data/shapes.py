@@ -1,12 +1,13 @@
-"""The built-in set, drawn: ten shapes whose texture and colour tell nothing of the shape.
+"""The built-in set, drawn: ten shapes, of which texture and colour say nothing; and tasks of marks and cues.
 
-    make_shapes   so many images of an endless set, with their shapes, textures and colours as numbers
-    SHAPES, TEXTURES, COLOURS   the names that those numbers stand for
+    make_shapes                         images of an endless set, with their shapes, textures and colours as numbers
+    make_marks, make_mark, make_cues    two marks to compare, one mark, outlines and textures at odds
 
-Shapes:  N images in a set, n some of them, S side of a square image in pixels.
+An image is a function of a seed, its number and S alone. Every S shows the same scene, as pixels are computed from
+their distances to the edges of shapes and patterns.
 
-An image is a function of a seed, its number and S alone. It is computed from the distances of its pixels to the edges
-of shape and patterns, so that every S shows the same scene.
+Shapes:  N images in a set, n some of them, S side of a square image in pixels, M side of a mark in pixels, m marks
+         in an image, k places.
 """
 
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ NOISE = 0.1  # the largest span of a pixel's noise, where 1 is from black to whi
 
 @dataclass(frozen=True)
 class DrawnShapes:
-    """images uint8 (N, 3, S, S); labels, textures, colours int64 (N,): places in SHAPES, TEXTURES, COLOURS."""
+    """images uint8 (N, 3, S, S); labels, textures, colours int64 (N,): indices into SHAPES, TEXTURES, COLOURS."""
     images: torch.Tensor
     labels: torch.Tensor
     textures: torch.Tensor
@@ -165,7 +166,7 @@ def _wave(p):
 
 
 def _one_pixel_wide(inside, pixels):
-    """Distances (n, S, S) in units of `pixels` (n,) as shares: 0 below 0, 1 above, a ramp of a pixel between."""
+    """Distances (n, S, S) in units of `pixels` (n,), as coverage: 0 below 0, 1 above, a ramp of one pixel between."""
     return (inside * maps(pixels) + 0.5).clamp(0, 1)
 
 
@@ -199,7 +200,7 @@ def _by_kind(functions, kinds, *arguments):
 
 
 def random_bits(seed, index, places):
-    """uint64 (n, k): 64 bits for each image number (n,) and place (k,), by the hash of splitmix64."""
+    """uint64 (n, k): 64 bits for each image number `index` (n,) and each of `places` (k,), by splitmix64."""
     image = _scrambled(_scrambled(np.full(1, seed, np.uint64)) + index)  # (n,)
     steps = (places.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # (k,)
     return _scrambled(image[:, None] + steps)
@@ -218,6 +219,9 @@ def pixel_noise(seed, index, S):
     return torch.from_numpy(channels.astype(np.float32)) / 2**21 - 0.5
 
 
+# ---- Marks and cues ---------------------------------------------------------------------------------------
+
+
 M = 5
 MARKS = torch.tensor([[[1.0, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]],
                       [[1.0, 0, 1, 0, 1], [1, 0, 1, 0, 1], [1, 0, 1, 0, 1], [1, 0, 1, 0, 1], [1, 0, 1, 0, 1]]])
@@ -229,8 +233,8 @@ MARK_NOISE = 0.5  # the span of a pixel's noise, where 1 is from black to white
 
 @dataclass(frozen=True)
 class Drawn:
-    """images uint8 (N, 3, S, S); labels int64 (N,), places in class_names; distances between the marks in pixels (N,),
-    float64, or None."""
+    """images uint8 (N, 3, S, S); labels int64 (N,), indices into class_names; distances between the marks in pixels,
+    (N,) float64, or None."""
     images: torch.Tensor
     labels: torch.Tensor
     class_names: tuple[str, ...]
@@ -241,7 +245,7 @@ def make_marks(n_images, img_size=32, seed=0, start=0, distance=None):
     """Two marks of two KINDS each; the label says whether they are of the same kind, 0 or 1, by turns.
 
     distance: in pixels between their middles, from 8 to S - 6, up to the rounding to whole pixels; None: drawn evenly
-    from all of these. Each kind is as frequent alone, and so are both places: no mark by itself tells anything, and a
+    from all of these. Each kind is equally frequent, and so is each place: a single mark says nothing, and a
     network that only adds up what it sees at each place cannot tell two of one kind from one of each.
 
     Raises InputError for numbers that cannot be.
@@ -267,7 +271,7 @@ def make_marks(n_images, img_size=32, seed=0, start=0, distance=None):
 
 
 def make_mark(n_images, img_size=32, seed=0, start=0):
-    """One mark at a random place, of the KINDS by turns, which is the label: all that tells is in M x M pixels."""
+    """One mark at a random place, of the KINDS by turns, which is the label: M x M pixels decide it."""
     _check_marks(n_images, img_size, seed, start)
     index, chance = _chances(n_images, seed, start)
     labels = torch.arange(start, start + n_images) % 2

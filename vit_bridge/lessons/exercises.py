@@ -2,10 +2,10 @@
 
     EXERCISES[name]            the task, the file to fill in, our solution and the usual mistakes
     write_stub(name, path)     the file to fill in
-    check_file(name, path)     what is off in somebody's file, in words that do not give the solution away
+    check_file(name, path)     what is wrong in somebody's file, without giving the solution away
 
-Usual mistakes are recognised by making them too: where the numbers are the same, the mistake's hint is given. The sizes
-differ between the three sets of inputs, so a size written as a number fails.
+Usual mistakes are recognised by making them too: if the numbers are the same, the hint of that mistake is shown. The
+three sets of inputs have different sizes, so a size written as a number fails.
 
 Shapes:  B images, C channels, P patch side, N tokens, n patches, D width, H heads, K width of a head, L blocks.
 """
@@ -349,7 +349,7 @@ def _describe_shapes(exercise, seed):
 
 
 def _find_fault(exercise, function, seed, path):
-    """What is wrong with a function on one set of inputs, in words; None if nothing is."""
+    """What is wrong with a function on one set of inputs, in words; None if it is right."""
     (our_leaves, arguments), (leaves, given) = _draw_inputs(exercise, seed), _draw_inputs(exercise, seed)
     expected = exercise.solution(*arguments)
     try:

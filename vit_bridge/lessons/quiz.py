@@ -3,7 +3,7 @@
     QUESTIONS     the question, the guesses to choose from, and measure() -> (index of the right guess, a sentence)
     ask(...)      asks them one after the other
 
-Shapes:  N tokens, D width.
+Shapes:  N images.
 """
 
 from collections.abc import Callable
@@ -77,8 +77,8 @@ def _who_needs_the_order():
 
 
 def _accuracy_kept(model, patch_size, offset):
-    """The share of the correct predictions among 200 that stay correct when three quarters of the squares of this side
-    are shuffled, on a grid moved by `offset` pixels."""
+    """The fraction of the correct predictions among 200 that stay correct when three quarters of the squares of this
+    side are shuffled, on a grid moved by `offset` pixels."""
     images, labels = _shapes_for(model, 200)
     before, after = (predictions(model, one) == labels
                      for one in (images, shuffle_patches(images, patch_size, 0.75, offset=offset)))  # (N)

@@ -1,4 +1,4 @@
-"""How the library sees a model: ours, by the protocol, or a ViT of timm, transformers or torchvision.
+"""How the library sees a model: one of ours by the protocol, or a ViT of timm, transformers or torchvision.
 
     adapt(model)      a ModelAdapter: its layers, what images it takes, its classes; a ViTAdapter where it attends
     adapt_vit(model)  a ViTAdapter, or InputError
@@ -130,7 +130,7 @@ def unwrapped(model):
 
 
 def is_ours(model):
-    """Whether it follows the protocol."""
+    """Whether it follows models/protocol.py."""
     return callable(getattr(type(model), "layers", None))
 
 
@@ -223,7 +223,7 @@ def _preprocessing_of(model, n_channels, img_size, **facts):
 
 
 def _classes_of(head):
-    """How many classes a head tells apart, by its last linear layer; None where it has none."""
+    """The number of classes of a head, by its last linear layer; None where it has none."""
     layers = [layer for layer in head.modules() if isinstance(layer, torch.nn.Linear)]
     return layers[-1].out_features if layers else None
 

@@ -1,6 +1,8 @@
 """The CNN on the other bank: a residual or a pooled ConvNet; and a convolution written as attention.
 
-Shapes:  B images, C channels, N tokens, M tokens with those around the image, S total stride, k side of a kernel."""
+Shapes:  B images, C channels, N tokens, M tokens with those around the image, S total stride, k side of a kernel;
+         h, w height and width of a map, C' channels of the output.
+"""
 
 from dataclasses import dataclass
 
@@ -162,7 +164,7 @@ class ConvolutionAsAttention(nn.Module):
     Every pixel is a token, and every place of the kernel a head: k k heads. A head scores a pixel by where it lies
     from the query alone, -sharpness |offset - own offset|^2, so that its softmax comes to rest on the one pixel that
     its place of the kernel lies on. Values are the pixels as they are; the projection after the heads holds the
-    kernel. Around the image lie tokens of zeros, the convolution's padding, which are read but not answered for.
+    kernel. Around the image lie tokens of zeros, the convolution's padding: they are keys and values, never queries.
     Cordonnier, Loukas and Jaggi 2020, "On the Relationship between Self-Attention and Convolutional Layers", Theorem 1
     and Eq. 9.
 

@@ -16,7 +16,7 @@ from vit_model import VisionTransformer, ViTConfig, check_images, grid_of, pair
 
 
 class ConvStem(nn.Module):
-    """(B, C, height, width) -> (B, N, D), in the place of PatchEmbedding, one token for P x P pixels as there.
+    """(B, C, height, width) -> (B, N, D), instead of PatchEmbedding: one token for P x P pixels, too.
 
     log2(P) convolutions of 3 x 3 and stride 2, the channels doubling up to D; batch norm and ReLU between them.
     Neighbouring tokens overlap: each sees (2P - 1) x (2P - 1) pixels.
@@ -57,7 +57,7 @@ def _halvings(given, patch_size):
 
 
 class PooledStem(nn.Module):
-    """(B, C, height, width) -> (B, N, D), in the place of PatchEmbedding: the first layers of a pooled ConvNet.
+    """(B, C, height, width) -> (B, N, D), instead of PatchEmbedding: the first layers of a pooled ConvNet.
 
     A convolution of 2 x 2, for which whitening_filters are meant, and log2(P) stages, the channels doubling; where the
     last stage is narrower than D a 1 x 1 convolution widens it.

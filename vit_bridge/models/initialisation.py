@@ -1,4 +1,7 @@
-"""Where training starts: convolutions, and whitening filters for the layer that meets the pixels."""
+"""Where training starts: convolutions, and whitening filters for the first layer.
+
+Shapes:  B images, C channels, k side of a kernel.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +29,8 @@ def initialise_as_identity(stages):
 
 def whitening_filters(images, side, floor=0.01):
     """(C k k, C, k, k), k = side: the principal directions of the patches of images (B, C, height, width), largest
-    first, each divided by the root of its variance and of `floor`, so that their answers are uncorrelated and of
-    nearly equal size. (Page 2019, "How to Train Your ResNet"; Jordan 2024, Sec. 3.2.)"""
+    first, each divided by the root of its variance plus `floor`, so that their outputs are uncorrelated and of nearly
+    equal size. (Page 2019, "How to Train Your ResNet"; Jordan 2024, Sec. 3.2.)"""
     patches = F.unfold(images.float(), side, stride=side).transpose(1, 2).flatten(0, 1).double()  # (patches, C k k)
     variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))  # (C k k), (C k k, C k k)
     filters = (directions / (variances + floor).sqrt()).flip(1).T  # (C k k, C k k), a row a filter

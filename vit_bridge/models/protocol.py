@@ -1,7 +1,7 @@
 """What the library asks of a model, with the defaults.
 
 A model of ours is an ImageModel, or has the same members by itself, as VisionTransformer does: training, checkpoints,
-pictures and comparisons ask these and no model's class. What other libraries' models lack is added in adapters.py.
+figures and comparisons ask for these and never for a class. adapters.py adds what other libraries' models lack.
 
 Shapes:  B images, C channels, D features that the head reads.
 """
@@ -55,7 +55,7 @@ class ImageModel(nn.Module):
         raise NotImplementedError
 
     def whitening_layer(self):
-        """None, or (the convolution that meets the pixels, whether it holds each whitening filter and its negative)."""
+        """None, or (the first convolution, whether it holds each whitening filter and its negative)."""
         return None
 
 
@@ -70,8 +70,8 @@ def class_name(model):
 
 
 def layer_groups(model):
-    """{parameter name: number of its layer}: 0 before and in the first of layers(), i in layer i, and one more for what
-    comes after the last layer, the norm and the head.
+    """{parameter name: index of its layer}: 0 before and in the first of layers(), i in layer i, and len(layers()) for
+    what comes after the last layer, the norm and the head.
 
     Which modules come after the last layer is seen from their order in the model. Raises AttributeError for a module
     without layers().

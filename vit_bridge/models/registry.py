@@ -36,7 +36,7 @@ def model_classes():
 
 
 def build_model(name, **arguments):
-    """A new model of the table MODELS; the arguments override its own.
+    """A new model of MODELS; the arguments override those of its entry.
 
     With an img_size and no patch_size (or stem_stride) the patch follows the image: 4 pixels up to 64, 8 up to 128, 16
     above; for a ConvNet the stride of the stem, 1, 2 and 4.

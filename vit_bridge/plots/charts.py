@@ -1,11 +1,10 @@
 """Charts: numbers in, a matplotlib Figure out.
 
-    plot_curves                   a quantity against another, with bands, several lines in a panel
-    plot_training_curves          one training; plot_histories   several beside each other
-    plot_bars, plot_matrices, plot_confusion
+    plot_curves, plot_training_curves           a quantity against another, with bands; the history of a training
+    plot_bars, plot_matrices, plot_confusion    bars with intervals, heat maps, a confusion matrix
 
-Every function returns its Figure and writes a file only where save_path is given (.png, .pdf, .svg, ...). Pictures of
-images and of what a model sees in them are in visualizations.py.
+Every function returns its Figure and writes a file only if save_path is given (.png, .pdf, .svg, ...).
+visualizations.py draws images and what a model sees in them.
 
 Shapes:  K classes, n points of a line.
 """
@@ -20,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from vit_bridge.errors import InputError, first_line
 
-# Okabe and Ito 2008, "Color Universal Design": told apart with every common kind of colour vision.
+# Okabe and Ito 2008, "Color Universal Design": distinct with every common kind of colour vision.
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
 MARKERS = "osD^vP"
@@ -30,7 +29,7 @@ MARKERS = "osD^vP"
 
 
 def plot_curves(panels, xlabel, ylabel, save_path=None, title=None, log=(), percent=False, lines=()):
-    """One quantity against another, a panel for each heading; more than three stand in two rows.
+    """One quantity against another, a panel for each heading; more than three panels make two rows.
 
     panels    heading -> {name: points}; points are (x, y) or, with a band, (x, y, low, high). A name has the same
               colour and marker in every panel
@@ -252,7 +251,7 @@ def _short_number(value):
 
 
 def new_figure(width, height):
-    """An empty Figure of so many inches that arranges its panels itself and needs no display."""
+    """An empty Figure of this size in inches that arranges its panels itself and needs no display."""
     figure = Figure(figsize=(width, height), layout="compressed")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     return figure
@@ -301,7 +300,7 @@ def hide_ticks(axes):
     axes.set_yticks([])
 
 
-# ---- Panels -----------------------------------------------------------------------------------------------
+# ---- Sizes and frames -------------------------------------------------------------------------------------
 
 
 def spread(n, most):
@@ -310,7 +309,7 @@ def spread(n, most):
 
 
 def proportion(picture):
-    """Height over width, kept within what a figure bears."""
+    """Height over width, clipped to what fits a figure."""
     return min(2.5, max(0.4, picture.shape[0] / picture.shape[1]))
 
 

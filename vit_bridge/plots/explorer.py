@@ -1,12 +1,13 @@
-"""Attention to play with: one self-contained HTML page, without server and network, of images and one or two models.
+"""Attention to play with: one self-contained HTML page, without server or network, of images and one or two models.
 
     explore(model, images, save_path, compare_with=None)    AttentionVisualizer.explore is the same
 
-The page holds the attention of every layer and head, rollout and relevance for the predicted class, each as bytes with
-a factor for every row; how far that is from the numbers themselves stands on the page. Of a ConvNet it holds, in their
-place, which patches of the image each unit sees, depth by depth. explorer.html is the page itself.
+The page holds the attention of every layer and head, rollout and relevance for the predicted class, as bytes with a
+factor for each row, and names the largest rounding error. Of a ConvNet it holds instead which patches of the image each
+unit sees, depth by depth. explorer.html is the template.
 
-Shapes:  L layers, H heads, N tokens (prefix tokens, then patches), n patches, K classes.
+Shapes:  L layers, H heads, N tokens (prefix tokens, then patches), n patches, K classes,
+         m matrices, H, W height and width of an image, D channels.
 """
 
 import base64
@@ -27,6 +28,7 @@ from vit_bridge.analysis.explanations import logit_lens, relevance_gained, rollo
 from vit_bridge.data.images import is_input, prepare_image
 from vit_bridge.errors import InputError, check_int
 from vit_bridge.models.adapters import adapt, adapt_vit, check_pool
+from vit_bridge.models.protocol import class_name
 from vit_bridge.runtime import class_probabilities
 from vit_bridge.system import write_whole
 
@@ -53,7 +55,7 @@ def explore(model, images, save_path="attention.html", compare_with=None, names=
     images        one of what data/images.py takes, or a list of them; a float tensor is normalised for `model`, and the
                   second model is given it with its own normalisation instead
     compare_with  a second model beside it: a ViT, or a ConvNet, whose receptive field is shown at the same place
-    names         of the model, and of the second one; None: their types
+    names         of the model, and of the second one; None: their classes
 
     Raises InputError for a first model without attention, for images that cannot be used, and for images that the same
     model takes at different sizes.
@@ -63,7 +65,7 @@ def explore(model, images, save_path="attention.html", compare_with=None, names=
         raise InputError("there is no image to explore; give at least one")
     models = [model] if compare_with is None else [model, compare_with]
     adapt_vit(model)
-    names = list(names) if names else [type(one).__name__ for one in models]
+    names = list(names) if names else [class_name(one) for one in models]
     if len(names) != len(models):
         raise InputError(f"{len(names)} names were given for {len(models)} models; expected one for each")
     prepared = [[_prepare_for(image, one, model) for image in images] for one in models]
@@ -79,7 +81,7 @@ def explore(model, images, save_path="attention.html", compare_with=None, names=
 
 
 def _note_of(described, pictures, error):
-    """What stands at the foot of the page."""
+    """The note at the foot of the page."""
     note = (f"Values are stored as bytes; the largest difference to the numbers themselves is {error:.2%} of the "
             f"largest value in a token's row. Relevance is shown without the 1 that each token has of "
             f"itself. All that is shown is in this file.")
@@ -137,8 +139,8 @@ def _no_words():
 
 
 def words(lens, class_names):
-    """Prediction and logit lens, probabilities (L + 1, K), as the page shows them: which of all classes is likeliest
-    after each block, and how likely those are there that are the likeliest at the end."""
+    """Prediction and logit lens, probabilities (L + 1, K), as the page shows them: the likeliest class after each
+    block, and the probabilities there of the classes that are likeliest at the end."""
     named = class_names or [f"class {label}" for label in range(lens.shape[1])]
     shown = lens[-1].topk(min(N_CLASSES, lens.shape[1])).indices.tolist()
     best = lens.argmax(dim=1).tolist()
@@ -150,7 +152,7 @@ def words(lens, class_names):
 
 def _pack(matrices):
     """({values, factors}, error): matrices (m, N, N) as bytes, each row from 0 to its largest value; and the largest
-    difference that makes, as a share of that value: 1 / 510 at most."""
+    difference that makes, relative to that value: 1 / 510 at most."""
     matrices = matrices.detach().cpu().double()
     factors = (matrices.amax(dim=2, keepdim=True) / 255).clamp(min=1e-30).float()  # (m, N, 1)
     values = (matrices / factors).round().clamp(0, 255)
@@ -185,7 +187,7 @@ def _describe_convnet(model, name, images, side=8):
 
 def _unit_fields(model, image, depth, grid):
     """(n, n): row i is the share of every patch in the gradient of the unit at the middle of patch i, summed over its
-    channels (measurements.receptive_field is the same, of the unit in the middle of the image)."""
+    channels. analysis.receptive_field.receptive_field does so for the unit in the middle of the image."""
     rows = []
     pixels, features, _ = watch_layer(model, adapt(model).layers[depth], image)  # (1, 3, H, W), (1, D, rows, columns)
     for row in range(grid[0]):

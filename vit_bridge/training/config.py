@@ -1,9 +1,9 @@
-"""What the Trainer is told, and recipes: everything that a training run needs but the images and the length, by name.
+"""TrainConfig and recipes: everything that a training needs except the images and the length, by name.
 
     recipe = RECIPES[choose_recipe("vit_nano", img_size=32, minutes=10)]
 
-The fast ones are chosen on the validation images of CIFAR-10 (JPEG) with 2 cores; what a factor gave is in
-benchmarks/RESULTS.md#factors as far as it is measured, what the whole reaches on the test images in #targets.
+The fast recipes were chosen on the validation images of CIFAR-10 (JPEG) with 2 cores. benchmarks/RESULTS.md has what a
+change gave, as far as it is measured (#factors), and what the recipes reach on the test images (#targets).
 """
 
 import math
@@ -17,16 +17,16 @@ from vit_bridge.training.optimizers import OPTIMIZERS, SCHEDULES
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What the Trainer is told.
+    """The settings of a training.
 
     n_epochs            passes over the training images
-    n_steps             ends the run after this many steps, whatever n_epochs says; the last epoch may be a part
+    n_steps             ends the run after this many steps, whatever n_epochs says, perhaps inside an epoch
     learning_rate       the peak; it rises in the warm-up and then falls, step by step
     weight_decay        of matrices and kernels; biases, norms, positions and tokens have none
     warmup_epochs       None: a twentieth of the run
     seed                of dropout, step by step; None: drawn from torch's generator
-    optimizer           "adamw", or "muon", as make_optimizer has them
-    schedule            "cosine" or "linear", as learning_rate_at has them
+    optimizer           "adamw" or "muon", see make_optimizer
+    schedule            "cosine" or "linear", see learning_rate_at
     lr_scales           {name of a parameter: what its learning rate is multiplied by}, 1 for the others; or None
     ema_decay           keeps an average of the weights (update_average), which is then evaluated; None: none
     progressive_resize  (scale, share): in the first `share` of the steps images are made smaller, to `scale` of their
@@ -35,7 +35,7 @@ class TrainConfig:
     clip_norm           the gradient's largest norm
     grad_accum_steps    parts in which a batch goes through the model, one after the other: the same step with less
                         memory (but see Trainer.batch_split_warning)
-    amp                 "auto", "off", "bf16" or "fp16", as choose_precision has them
+    amp                 "auto", "off", "bf16" or "fp16", see choose_precision
     compile             trains through torch.compile
     save_every          seconds between two calls of on_save
 
@@ -113,19 +113,19 @@ class Callback:
 class Recipe:
     """A named TrainConfig, with the model, the images and the objective that go with it. The command line overrides it.
 
-    train           what the Trainer is told
-    model           the name in models.registry.MODELS that it was found for; None: any
+    train           a TrainConfig
+    model           the name in models.registry.MODELS that it was chosen for; None: any
     small           whether it is meant for images of at most SMALL_SIDE pixels; None: for all
-    minutes         from how many it is meant, on 2 cores in float32
-    smallest        the least side in pixels that its layers can take, at the smaller size too
+    minutes         the shortest budget that it is meant for, on 2 cores in float32
+    smallest        the smallest side in pixels that its layers can take, after progressive_resize too
     model_options   arguments of build_model
-    whiten          whether the first layer gets whitening filters (registry.whiten_first_layer)
+    whiten          whether the first layer gets whitening filters (models.initialisation.whiten_first_layer)
     batch_size      images of a step
     augmentation    of small images in memory
-    label_smoothing share of the target that is spread over all classes
+    label_smoothing fraction of the target that is spread over all classes
     mixing          "none", "mixup" or "cutmix"
-    command         that shows what it is worth on CIFAR-10 (JPEG); expected: what came of it, "" where not measured
-                    (spread: the standard deviation over seeds, in points)
+    command         that measures it on CIFAR-10 (JPEG); expected: its result, "" where not measured (spread: the
+                    standard deviation over seeds, in points)
     """
     train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=2e-3))
     model: str | None = None
@@ -146,10 +146,10 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, entries):
-        """The recipe of which asdict() gave the entries, on their way through JSON or not. Raises InputError for
-        entries that this version does not know.
+        """The recipe with these entries of asdict(), read back from JSON or not. Raises InputError for entries that
+        this version does not know.
 
-        Older versions wrote what is in `train` beside the rest.
+        Older versions wrote the fields of `train` beside the others.
         """
         entries = dict(entries)
         try:
@@ -208,12 +208,12 @@ RECIPES = {
                             command="python train_vit.py --data-dir CIFAR --minutes 10 --model convnet --amp bf16",
                             expected="87.7% of the test images (one seed), 2 cores with AVX512-BF16"),
 }
-HALF_COUNTS = 2  # so many minutes in float32 is one in bfloat16: 2 cores with AVX512-BF16 train 1.4 to 2 times as fast
+HALF_COUNTS = 2  # minutes in float32 that one in bfloat16 counts as: 2 cores with AVX512-BF16 are 1.4 to 2 times faster
 
 
 def choose_recipe(model, img_size, minutes=None, start="new", precision=None):
-    """The name in RECIPES for a model (its name), a side in pixels and a budget in minutes: of those that fit the one
-    meant for most minutes. Without minutes the budget is taken to be long: the one for most minutes of all.
+    """The name in RECIPES for a model (its name), a side in pixels and a budget in minutes: of those that fit, the one
+    with the most `minutes`. Without a budget that is the one with the most minutes of all.
 
     start      "new": all weights; "pretrained": weights that were trained before; "head": those with a new head, which
                alone is trained

@@ -1,6 +1,8 @@
 """Linear classifiers: on the pixels, as a control; and a head on the features of a frozen backbone.
 
-Shapes:  B images of a batch, N images of a set, D features that the head reads, F pixel features."""
+Shapes:  B images of a batch, N images of a set, C channels, K classes, D features that the
+         head reads, F pixel features.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ RIDGES = (0.01, 0.1, 1.0, 10.0)
 
 @torch.no_grad()
 def linear_classifier(train_loader, val_loader, test_loader=None, max_images=20_000):
-    """The control beside every trained accuracy: what pixels alone tell, without any layer of features.
+    """The control beside every trained accuracy: a linear classifier on the pixels, without features.
 
     Ridge regression from pixels to one-hot classes, the images averaged down to at most 32 x 32; the strength,
     one of RIDGES, is the best on the validation images (the largest among equals), and the test images are read
@@ -103,8 +105,8 @@ class FeatureLoader(DatasetLoader):
 def feature_loaders(model, loaders, device):
     """A FeatureLoader for each loader: what the model's head reads of its images, each computed once.
 
-    The model is moved to the device; its head, which must be one module named `head`, is not used. What files could not
-    be read on the way is told in the `skipped` of the loaders given.
+    The model is moved to the device; its head, which must be one module named `head`, is not used. Files that
+    could not be read are listed in the `skipped` of these loaders.
     """
     made = []
     for loader in loaders:

@@ -1,11 +1,12 @@
-"""What a training minimises, and what it measures on the way.
+"""Objectives: what a training minimises, and the metrics that it keeps.
 
     loss = objective(model, batch, metrics)
 
 An objective also names the columns of the history, and the one that says which epoch is best. Classification is the
 first; a new one is a subclass of Objective, such as the one in tests/training/test_toy_objective.py.
 
-Shapes:  B images in a batch, C classes."""
+Shapes:  B images in a batch, C classes; images (B, C, H, W) have C channels, H, W height and width.
+"""
 
 import torch
 import torch.distributed as dist
@@ -84,9 +85,9 @@ class Objective(nn.Module):
 
         model    gives its output in float32
         batch    what the loader gives, on the model's device: images (B, C, H, W) first
-        metrics  of new_metrics(), updated where given
+        metrics  from new_metrics(), updated unless None
 
-        self.training tells a training step from an evaluation.
+        self.training is True in a training step and False in an evaluation.
         """
         raise NotImplementedError
 

@@ -1,4 +1,4 @@
-"""What turns gradients into a step: the learning rate, the groups of parameters, Muon beside AdamW, the average.
+"""From gradients to a step: the learning rate, the groups of parameters, Muon beside AdamW, the average of weights.
 
 Shapes:  R rows and Q columns of a matrix, M matrices of one shape.
 """
@@ -148,6 +148,9 @@ class CombinedOptimizer:
     def load_state_dict(self, entries):
         for optimizer, entry in zip(self.optimizers, entries["optimizers"], strict=True):
             optimizer.load_state_dict(entry)
+
+
+# ---- The optimiser of a model -----------------------------------------------------------------------------
 
 
 def hidden_matrices(model):

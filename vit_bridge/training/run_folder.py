@@ -1,4 +1,4 @@
-"""A run's folder: its files, what of them may change when a run goes on, and the Saver that writes them.
+"""A run's folder: its files, the options that may change when a run goes on, and the Saver that writes the files.
 
 config.json holds the options, last.pt the state of the training, best.pt the best model, history.csv a line an epoch.
 """
@@ -43,16 +43,16 @@ OLD_NAMES = {
 
 
 def renamed(entries, section):
-    """The entries, dicts and lists in each other, with the names that OLD_NAMES[section] has for their keys today."""
+    """The entries, nested dicts and lists, with their keys renamed by OLD_NAMES[section]."""
     if isinstance(entries, dict):
         return {OLD_NAMES[section].get(key, key): renamed(value, section) for key, value in entries.items()}
     return [renamed(value, section) for value in entries] if isinstance(entries, list) else entries
 
 
 def lock_folder(folder):
-    """The open lock file of a folder: as long as it is open no other process has it.
+    """The open lock file of a folder: as long as it is open, no other process can lock it.
 
-    Raises InputError where another process does.
+    Raises InputError where another process has locked it.
     """
     file = open(folder / LOCK, "w")  # noqa: SIM115 - it stays open
     try:
@@ -103,8 +103,8 @@ def holds_run(folder):
 
 
 def read_run(folder):
-    """What is known of the run in a folder: the entries of last.pt, before there is one those of config.json, and
-    None where there is neither. Options and recipe have their names of today."""
+    """The entries of last.pt in a folder; before there is one, those of config.json; None where there is neither.
+    Options and recipe have today's names."""
     entries = _read_config(folder)
     if (folder / LAST).is_file():
         entries = read_checkpoint(folder / LAST)
@@ -131,7 +131,7 @@ def _read_config(folder):
 
 
 def device_to_resume(options):
-    """The device that the options ask for; where they go on with a run and name none, the run's."""
+    """The device that the options ask for; if they resume a run and name none, the run's."""
     if options.resume and "device" not in options.given:
         config = _read_config(folder_to_resume(options.resume, options.output_dir))
         return config["options"]["device"] if config else options.device
@@ -139,7 +139,7 @@ def device_to_resume(options):
 
 
 def options_to_resume(given, saved):
-    """The options of a run that goes on: the saved ones, but for what may change and was given.
+    """The options of a resumed run: the saved ones, except those that may change and were given.
 
     given: {name: value} of those on the command line. Raises InputError for one that would make another run of it.
     """
@@ -153,8 +153,8 @@ def options_to_resume(given, saved):
 
 
 def changes_since(saved, class_names, n_images, n_processes):
-    """Warnings, in a list, of what is no longer as it was when a run that goes on was begun. Raises InputError where
-    the classes are others."""
+    """A list of warnings about what has changed since a resumed run began. Raises InputError where the classes
+    differ."""
     if saved["class_names"] != class_names:
         raise InputError(f"the classes of the images, {', '.join(class_names)}, are not those of the run, "
                          f"{', '.join(saved['class_names'])}; give the --data-dir that it had")
@@ -168,14 +168,14 @@ def changes_since(saved, class_names, n_images, n_processes):
 
 
 class Saver(Callback):
-    """Writes what a run is to keep, and prints its lines.
+    """Writes the files of a run, and prints epochs, at most one a second.
 
     folder, model   where, and the whole model as it is to be saved
     preprocessing   of the checkpoints
     config          further entries of last.pt; best.pt gets the options among them, and validation_files
     objective       says which epoch is the best one, and how its values are printed
-    head_only       whether what is trained is model.head alone
-    resumed         the training entries of last.pt of a run that goes on
+    head_only       whether model.head alone is trained
+    resumed         the training entries of last.pt of a resumed run, or None
 
     Writing takes at most about a tenth of the time: short epochs are written together.
     """

@@ -1,17 +1,13 @@
 """Checkpoints: ours, and those of the libraries and papers that people take weights from.
 
-    model = load(name_or_path)                  a trained model: by name, or out of a file of any known format
+    model = load(name_or_path)                  a trained model, by name or from a file of any known format
     print(load_checkpoint(model, path))         fills a model from such a file
-    save_model(model, path)                     writes one of ours
-    print(describe_checkpoint(path))            what a file is, and whether and how it would load
+    save_model(model, path)                     writes a model of ours
+    print(describe_checkpoint(path))            what a file is, and how it would load
 
 Nothing in a file is executed: torch.load with weights_only=True, numpy without pickle, safetensors.
 
-Loading is strict. Each tensor of the file is used or listed as dropped on purpose, each shape is compared, and where
-anything does not fit, the model stays as it was. Two things may differ and are said: a head of another class count
-(the model keeps its own) and another resolution (positions are resampled).
-
-Shapes:  B images, D width, K width of a head, P patch side, C channels.
+Shapes:  B images, D width.
 """
 
 import argparse
@@ -36,7 +32,7 @@ from vit_bridge.weights.formats import Format, Weights, translate
 from vit_bridge.weights.pretrained import OURS, OURS_FOLDER, PRETRAINED, PUBLIC, fetch
 from vit_model import VisionTransformer, ViTConfig, resample_positions, sincos_positions
 
-WITHOUT_SHAPE = ("n_heads", "pool", "position", "norm_eps", "stem_stride", "stem", "block")  # seen in no tensor
+WITHOUT_SHAPE = ("n_heads", "pool", "position", "norm_eps", "stem_stride", "stem", "block")  # no tensor shows them
 FREE = ("img_size", "dropout", "drop_path")  # what may differ from the configuration that weights were trained in
 CHECKPOINT_FORMAT = "vit-bridge 1"
 
@@ -49,7 +45,7 @@ def save_model(model, path, preprocessing=None, dtype=None, state_dict=None, **m
 
     preprocessing  what its images must be; None: model.preprocessing
     dtype          e.g. torch.float16 to halve the file; load gives float32 again
-    state_dict     other weights of this model than it has now, an average of them for instance
+    state_dict     other weights of this model, such as their average; None: those it has now
     more           further entries, kept as they are (a trainer's state, an accuracy)
 
     The file appears whole or not at all. Raises InputError where it cannot be written, and for a model that is not in
@@ -262,9 +258,9 @@ class LoadReport:
 
     path, format    the file, and how it names its weights
     used            names in the file that were loaded
-    dropped         {name in the file: why it has no place in the model}
+    dropped         {name in the file: why the model does not use it}
     notes           what differs between the file and the model, and what was done about it
-    heads           what is to be known of their number, where the file does not tell it
+    heads           a warning about the number of heads, where the file does not record it
     """
     path: str
     format: str
@@ -287,11 +283,15 @@ class LoadReport:
 def load_checkpoint(model, path, grid_size=None):
     """Fills a model from a file of any kind in FORMATS, or of ours, or with the names of its own state dict.
 
+    Loading is strict: each tensor of the file is used, or dropped for a reason that the report gives, and each shape is
+    compared. Two things may differ: with another number of classes the model keeps its own head, and at another
+    resolution the positions are resampled.
+
     grid_size: (rows, columns) of the patches that the file was trained on, for the rare one whose number of positions
     can be read in two ways; what was taken is then said.
 
     Returns a LoadReport. Raises InputError, with the model unchanged, where a tensor is missing, left over or of
-    another shape, and for what cannot be read or held. A file that does not tell how many heads it was trained with
+    another shape, and for a file that cannot be read. A file that does not record how many heads it was trained with
     (only Google's and ours do) fits any number: take the one of its paper. A compiled or wrapped model
     (torch.compile, DistributedDataParallel) is filled inside.
     """
@@ -365,7 +365,7 @@ def _fitted(weights, model, grid_size=None, advise=True):
 
 
 def fit(weights, model, grid_size):
-    """fitted, for tensors of ranks that fit."""
+    """_fitted, for tensors of the ranks that a ViT has."""
     expected, notes = model.state_dict(), [weights.format.note] if weights.format.note else []
     if weights.around:
         notes.append(f"the weights lie under {' / '.join(weights.around)}")
@@ -404,7 +404,7 @@ def fit(weights, model, grid_size):
 
 
 def _advice(name, weights):
-    """How to build the model that a tensor asks for, where the tensor tells; begins with a semicolon."""
+    """How to build the model that a tensor fits, if the tensor shows it; begins with a semicolon."""
     there = name in weights.tensors
     if re.search(r"\.ls[12]\.", name):
         return f"; build the model with layer_scale={1e-5 if there else None}"
@@ -494,8 +494,8 @@ def _add_to_token(weights, name, positions):
 def _read_grid(weights, grid=None, given=None):
     """((rows, columns), positions before them, notes): how the positions of a file are to be read.
 
-    Ours tells. Else the ways are tried in this order: the grid that was given; that of the model, if their number is
-    right; a square. Raises InputError where no way is left.
+    A file of ours records it. Otherwise these are tried in order: the given grid; that of the model, if their number
+    fits; a square. Raises InputError if none fits.
     """
     M = weights.tensors["pos_embed"].shape[1]
     if weights.model is not None:

@@ -25,7 +25,7 @@ class Format:
     marks    patterns: a file is of this format where each of them is found in some name
     names    (pattern, our name), the first that matches the whole name; a name that none matches stays
     drops    (pattern, reason): what a VisionTransformer has no use for
-    note     what the names cannot tell, said whenever a file is loaded
+    note     what the names do not show; the report of every such file says it
     """
     name: str
     marks: tuple
@@ -135,7 +135,7 @@ class Weights:
     tensors: dict = field(default_factory=dict)
     sources: dict = field(default_factory=dict)
     dropped: dict = field(default_factory=dict)
-    n_heads: int | None = None  # where the file tells it
+    n_heads: int | None = None  # where the file records it
     model: object = None  # that of a file of ours
 
 

@@ -1,6 +1,6 @@
-"""Trained models by name: ours, which lie beside this file, and public ones, which are fetched once.
+"""Trained models by name: ours in weights/shipped/, and public ones, which are fetched once.
 
-checkpoints.load(name) opens them; describe_pretrained() lists them.
+weights.checkpoints.load(name) opens them; describe_pretrained() lists them.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ class Pretrained:
     """A public checkpoint.
 
     variant        row of vit_model.VARIANTS; `config` overrides its fields
-    url            where the file is; None: ours, in benchmarks/weights
+    url            where the file is
     checksum       as published, "sha256:" or "md5:" and the first hex digits of the file's sum; None: none published
     top1           accuracy on ImageNet-1k's validation images in per cent, as its authors report it: of the model as
                    it is, or where it has no head as `measured` says
