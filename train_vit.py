@@ -109,7 +109,7 @@ from vit_bridge.training.run_folder import (
     read_run,
     renamed,
 )
-from vit_bridge.weights.checkpoints import describe_checkpoint, load, one_side, read_checkpoint
+from vit_bridge.weights.checkpoints import describe_checkpoint, load, one_side, read_file
 from vit_bridge.weights.pretrained import PRETRAINED, describe_pretrained
 from vit_model import freeze_backbone, pair
 
@@ -157,6 +157,8 @@ class Trainer:
     """
 
     def __init__(self, model, device="auto", objective=None, config=None, *, loss_fn=None, **overrides):
+        if objective is not None and loss_fn is not None:
+            raise InputError("Trainer got an objective and a loss_fn; expected one of them: an objective has its loss")
         self.config = replace(config or TrainConfig(), **overrides)
         self.device = choose_device(device)
         self.dtype = choose_precision(self.config.amp, self.device)
@@ -200,7 +202,8 @@ class Trainer:
             forward = nn.parallel.DistributedDataParallel(
                 self.model, device_ids=[self.device] if self.device.type == "cuda" else None)
         self.parallel, self.dtype = forward, choose_precision(config.amp, self.device)
-        state = TrainState(self, config, len(train_loader))
+        fixed = config.n_steps is not None and config.warmup_epochs is None  # the loader may then have no length
+        state = TrainState(self, config, None if fixed else len(train_loader))
         if resume is not None:
             state.load_state_dict(resume)
         state.forward = InPrecision(torch.compile(forward) if config.compile else forward, self.device, self.dtype)
@@ -221,7 +224,7 @@ class Trainer:
         """The rest of an epoch, from the batch that the state names."""
         _set_train_mode(self.model)
         self.objective.train()
-        loader.set_position(len(state.history["lr"]), min(state.batch, len(loader)))
+        loader.set_position(len(state.history["lr"]), state.batch and min(state.batch, len(loader)))
         batches = itertools.islice(loader, state.n_steps - state.step)
         while True:
             started = time.perf_counter()
@@ -667,7 +670,8 @@ def _data_arguments(options, start):
     if options.dry_run and choose_set(options.data_dir, options.dataset, None) == "shapes":
         data["n_images"] = 600
     if start is not None:
-        data |= dict(img_size=max(pair(start.config.img_size)), preprocessing=start.preprocessing)
+        shown = adapt(start).preprocessing
+        data |= dict(img_size=max(shown.size), preprocessing=shown)
     return data
 
 
@@ -1191,7 +1195,7 @@ def _evaluation_loader(model, options):
 def _training_cut(checkpoint, data_dir):
     """(arguments of get_evaluation_loader, fingerprint of the images held out), if the checkpoint says that it was
     trained on a part of this folder; else ({}, None)."""
-    entries = read_checkpoint(checkpoint)
+    entries = read_file(checkpoint) if Path(checkpoint).is_file() else {}  # a name: nothing is known of its training
     training = entries.get("options") or {}
     folders = [Path(folder).expanduser().resolve() for folder in (data_dir, training.get("data_dir", data_dir))]
     if "data_dir" not in training or folders[0] != folders[1]:

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from command_runs import ROOT, make_folder
+from toy_training import one_step
 
 import cnn_vs_vit as cv
 from cnn_vs_vit import HybridCNNViT
@@ -253,7 +254,7 @@ def test_cnn_vs_vit_reports_skipped_images(tmp_path, monkeypatch, capsys):
     broken = [next((folder / part).rglob("*.jpg")) for part in ("train", "test")]
     for path in broken:
         path.write_text("no picture")
-    monkeypatch.setattr("vit_bridge.compare.trials.steps_within", lambda *words, **run: 1)
+    monkeypatch.setattr("vit_bridge.compare.trials.steps_within", one_step)
     cv.main(["--data-dir", str(folder), "--minutes", "1", "--skip-corrupt", "--output-dir", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert all(f"Left out, as it cannot be read: {path}" in printed for path in broken)
@@ -278,7 +279,7 @@ def test_cnn_vs_vit_judges_a_folder(tmp_path, monkeypatch, capsys):
     loaders = tuple(loader_of(one.images, one.labels, one.class_names, Recipe(batch_size=8), training=i == 0)
                     for i, one in enumerate(drawn))
     monkeypatch.setattr(cv, "_loaders_of", lambda options: loaders)
-    monkeypatch.setattr("vit_bridge.compare.trials.steps_within", lambda *words, **run: 1)
+    monkeypatch.setattr("vit_bridge.compare.trials.steps_within", one_step)
     cv.main(["--data-dir", str(tmp_path), "--minutes", "1", "--device", "cpu", "--output-dir", str(tmp_path / "out")])
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["verdict"]
     assert set(results["rows"]) == {"ConvNet", "Hybrid", "ViT"}

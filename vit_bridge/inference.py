@@ -80,6 +80,10 @@ def batches_of(items):
 def ranked(model, inputs, top):
     """What predict() gives for a list of inputs, each (1, 3, H, W)."""
     check_has_head(model)
+    sizes = sorted({f"{one.shape[2]}x{one.shape[3]}" for one in inputs})
+    if len(sizes) > 1:
+        raise InputError(f"got images of {' and '.join(sizes)} pixels, expected one size; give those of one size "
+                         f"together")
     probabilities = class_probabilities(model, torch.cat(inputs)).float().cpu()  # (B, K)
     _check_finite_outputs(probabilities)
     names = _names_or_numbers(adapt(model).class_names, probabilities.shape[1])

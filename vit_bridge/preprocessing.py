@@ -53,8 +53,11 @@ class Preprocessing:
         if len(self.mean) != len(self.std):
             raise InputError(f"mean {self.mean} and std {self.std} are of {len(self.mean)} and {len(self.std)} "
                              f"channels; expected one number in each for each channel")
-        if self.class_names is not None:
-            object.__setattr__(self, "class_names", list(self.class_names))
+        if isinstance(self.class_names, str):
+            raise InputError(f"class_names {self.class_names!r} is one string; expected a list of names")
+        if self.class_names is not None:  # as plain values, which a checkpoint can hold
+            names = [name.item() if hasattr(name, "item") else name for name in self.class_names]
+            object.__setattr__(self, "class_names", names)
 
     @property
     def size(self):

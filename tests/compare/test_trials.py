@@ -7,6 +7,7 @@ import pytest
 import torch
 from matplotlib.collections import PolyCollection
 from torch import nn
+from toy_training import one_step
 
 import train_vit
 from train_vit import NotFinite
@@ -324,7 +325,7 @@ def test_best_of_rates_counts_a_diverged_training_as_zero(monkeypatch):
     limit = 0
     with pytest.raises(NotFinite):
         le.best_of_rates("ViT", None, "validation", QUICK, 0)
-    monkeypatch.setattr(le, "steps_within", lambda *words, **run: 1)
+    monkeypatch.setattr(le, "steps_within", one_step)
     lines = []
     rows = le.compare_on_dataset(loaders(), 1, report=lines.append, recipe=QUICK, **ON_CPU)
     assert {(row["accuracy"], row["diverged"]) for own in rows.values() for row in own} == {(0.0, True)}
@@ -334,7 +335,8 @@ def test_best_of_rates_counts_a_diverged_training_as_zero(monkeypatch):
 @pytest.mark.usefixtures("small")
 def test_compare_on_dataset_trains_every_kind_and_seed_in_time(monkeypatch):
     asked = []
-    monkeypatch.setattr(le, "steps_within", lambda seconds, *rest, **run: asked.append(seconds) or 2)
+    monkeypatch.setattr(le, "steps_within",
+                        lambda seconds, *rest, **run: asked.append(seconds) or 2 * one_step(seconds, *rest, **run))
     lines = []
     trained, train = [], le.train_once
     monkeypatch.setattr(le, "train_once", lambda kind, loader, recipe, rate, *rest, **run: trained.append(
@@ -366,7 +368,7 @@ def test_compare_on_dataset_counts_right_predictions(monkeypatch):
         return SimpleNamespace(model=Says(answers))
 
     monkeypatch.setattr(le, "train_once", train_once)
-    monkeypatch.setattr(le, "steps_within", lambda *words, **run: 1)
+    monkeypatch.setattr(le, "steps_within", one_step)
     rows = le.compare_on_dataset((train, val, test), 1, recipe=QUICK, report=lambda line: None, **ON_CPU)
     assert {kind: [row["right"] for row in own] for kind, own in rows.items()} == {
         kind: [answers] * 3 for kind, answers in right.items()}

@@ -22,7 +22,7 @@ from toy_training import (
 from train_vit import NotFinite, Trainer, _set_train_mode, steps_within
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.runtime import choose_device, choose_precision
-from vit_bridge.training.objectives import CrossEntropy, balancing_weights
+from vit_bridge.training.objectives import Classification, CrossEntropy, balancing_weights
 from vit_bridge.training.optimizers import learning_rate_at
 from vit_model import InputError, VisionTransformer, freeze_backbone
 
@@ -560,3 +560,32 @@ def test_steps_within_counts_small_and_large_image_steps(monkeypatch):
     n_steps = steps_within(1000.0, model, loader, loader[:1], device="cpu", progressive_resize=(0.5, 0.5))
     assert 0.9 * 500 < n_steps <= 500
     assert steps_within(1000.0, model, loader, loader[:1], device="cpu") < 0.7 * n_steps
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Batches without end, and without a length."""
+
+    def __iter__(self):
+        while True:
+            yield from toy_batches()
+
+
+def test_trainer_takes_loaders_without_a_length():
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
+    history = train_quietly(toy_trainer(), loader, n_steps=3)
+    assert len(history["lr"]) == 1
+    assert toy_trainer().evaluate(batch for batch in toy_batches(2))["n"] > 0
+
+
+def test_trainer_trains_a_timm_vit():
+    """Its members of the protocol's names mean other things: no_weight_decay is a method there."""
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_tiny_patch16_224", img_size=8, patch_size=4, num_classes=3, depth=1)
+    for optimizer in ("adamw", "muon"):
+        history = train_quietly(Trainer(model, "cpu"), toy_batches(2), n_steps=2, optimizer=optimizer)
+        assert math.isfinite(history["train_loss"][0])
+
+
+def test_trainer_takes_an_objective_or_a_loss_function():
+    with pytest.raises(InputError, match=r"\ATrainer got an objective and a loss_fn; [^\n]*\Z"):
+        Trainer(small_net(), "cpu", objective=Classification(), loss_fn=F.cross_entropy)

@@ -159,6 +159,16 @@ def test_load_restores_interpolation_and_defaults_to_bilinear(tmp_path):
     assert adapt(load(tmp_path / "unknown.pt")).preprocessing.interpolation == "bilinear"
 
 
+def test_preprocessing_takes_names_from_numpy_and_no_string(tmp_path):
+    model = randomised(*SMALL[0])
+    names = [f"class {i}" for i in range(model.config.n_classes)]
+    model.preprocessing = Preprocessing(model.config.img_size, class_names=np.array(names))
+    save_model(model, tmp_path / "m.pt")
+    assert load(tmp_path / "m.pt").preprocessing.class_names == names
+    with pytest.raises(InputError, match="class_names 'abc' is one string"):
+        Preprocessing(8, class_names="abc")
+
+
 def test_save_model_refuses_a_mean_outside_preprocessing(tmp_path):
     with pytest.raises(InputError, match=r"\Asave_model got mean \(0\.5,\); expected it in preprocessing=[^\n]*\Z"):
         save_model(randomised(*SMALL[0]), tmp_path / "m.pt", mean=(0.5,))

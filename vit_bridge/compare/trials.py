@@ -399,7 +399,7 @@ def compare_on_dataset(loaders, minutes, seeds=SEEDS, kinds=("ConvNet", "Hybrid"
     for kind in kinds:
         model = build_kind(kind, len(train_loader.class_names), train_loader.img_size)
         one_batch = list(itertools.islice(val_loader, 1))  # the trainings do not evaluate
-        n_steps = steps_within(seconds, model, train_loader, one_batch, recipe.optimizer, device=device, amp=amp)
+        n_steps = steps_within(seconds, model, train_loader, one_batch, device, optimizer=recipe.optimizer, amp=amp)
         for seed in seeds:
             own, diverged = replace(recipe, n_steps=n_steps), False
             try:

@@ -218,8 +218,7 @@ class BatchLoader:
 
     def __iter__(self):
         first, self.first_batch = self.first_batch, 0
-        batches = itertools.islice(self.batches, first, None) if first < len(self) else ()
-        for batch in batches:
+        for batch in itertools.islice(self.batches, first, None):
             yield tuple(tensor[self.shard].to(self.device, non_blocking=True) for tensor in batch)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vit_bridge.errors import InputError
-from vit_bridge.models.protocol import ask, class_name
+from vit_bridge.models.protocol import ask, class_name, is_ours
 from vit_bridge.preprocessing import Preprocessing
 from vit_model import check_images, grid_of, pair
 
@@ -127,11 +127,6 @@ def unwrapped(model):
     while hasattr(model, "_orig_mod") or isinstance(model, torch.nn.parallel.DistributedDataParallel):
         model = getattr(model, "_orig_mod", None) or model.module
     return model
-
-
-def is_ours(model):
-    """Whether it follows models/protocol.py."""
-    return callable(getattr(type(model), "layers", None))
 
 
 # ---- Whose model it is ------------------------------------------------------------------------------------

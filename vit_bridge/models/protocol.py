@@ -20,7 +20,7 @@ class ImageModel(nn.Module):
     attends          whether its layers are attention blocks over n_prefix_tokens and patches, as those of a ViT: then
                      it has blocks, norm, patch_embed and pos_embed as VisionTransformer has
     any_size         whether it takes images of other sizes than config.img_size
-    head_names       its heads, by name: new where the classes are new, trained alone by a linear probe, never by Muon
+    head_names       its heads, by name: the last group of layer-wise learning rates, and never trained by Muon
     no_weight_decay  parameters, by name, that do not decay; vectors and what is added to every image never do
     no_muon          parameters, by name, that Muon leaves to AdamW, beside the first layer and the heads
     """
@@ -59,9 +59,15 @@ class ImageModel(nn.Module):
         return None
 
 
+def is_ours(model):
+    """Whether a model follows the protocol. Others may have members of the same names that mean something else."""
+    return callable(getattr(type(model), "layers", None))
+
+
 def ask(model, name):
-    """A member of the protocol of any module, ImageModel's where the module has none of its own."""
-    return getattr(model, name, getattr(ImageModel, name))
+    """A member of the protocol of any module, ImageModel's where the module does not follow it or has none."""
+    default = getattr(ImageModel, name)
+    return getattr(model, name, default) if is_ours(model) else default
 
 
 def class_name(model):
@@ -70,17 +76,16 @@ def class_name(model):
 
 
 def layer_groups(model):
-    """{parameter name: index of its layer}: 0 before and in the first of layers(), i in layer i, and len(layers()) for
-    what comes after the last layer, the norm and the head.
+    """{parameter name: index of its layer}: i in layer i of layers(), len(layers()) in the heads and in what comes
+    after the last layer, such as the last norm, and 0 in what comes before it.
 
-    Which modules come after the last layer is seen from their order in the model. Raises AttributeError for a module
-    without layers().
+    What comes after is seen from the order of the parameters in the model. Raises AttributeError for a module without
+    layers().
     """
     layers = model.layers()
     place = {id(p): i for i, layer in enumerate(layers) for p in layer.parameters()}
-    last = {id(p) for p in layers[-1].parameters()}
-    children = list(model.named_children())
-    final = max(i for i, (_, child) in enumerate(children) if last & {id(p) for p in child.parameters()})
-    after = {name for name, _ in children[final + 1:]}
-    return {name: len(layers) if name.split(".")[0] in after else place.get(id(p), 0)
-            for name, p in model.named_parameters()}
+    named = list(model.named_parameters())
+    last = max((i for i, (_, p) in enumerate(named) if id(p) in place), default=0)
+    heads = ask(model, "head_names")
+    return {name: len(layers) if name.split(".")[0] in heads else place.get(id(p), len(layers) if i > last else 0)
+            for i, (name, p) in enumerate(named)}

@@ -156,10 +156,10 @@ def _pack(matrices):
     matrices = matrices.detach().cpu().double()
     factors = (matrices.amax(dim=2, keepdim=True) / 255).clamp(min=1e-30).float()  # (m, N, 1)
     values = (matrices / factors).round().clamp(0, 255)
-    batch_split_warning = (values * factors - matrices).abs() / matrices.amax(dim=2, keepdim=True).clamp(min=1e-30)
+    errors = (values * factors - matrices).abs() / matrices.amax(dim=2, keepdim=True).clamp(min=1e-30)
     packed = dict(values=base64.b64encode(values.to(torch.uint8).numpy().tobytes()).decode(),
                   factors=base64.b64encode(factors.numpy().astype("<f4").tobytes()).decode())
-    return packed, batch_split_warning.max().item()
+    return packed, errors.max().item()
 
 
 # ---- A ConvNet beside it ----------------------------------------------------------------------------------

@@ -9,8 +9,7 @@ from collections import defaultdict
 import torch
 
 from vit_bridge.errors import InputError, check_choice
-from vit_bridge.models.adapters import is_ours
-from vit_bridge.models.protocol import ask, class_name, layer_groups
+from vit_bridge.models.protocol import ask, class_name, is_ours, layer_groups
 
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear")

@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from vit_bridge.errors import InputError, check_choice, first_line, pair
-from vit_bridge.models.adapters import is_ours, unwrapped
-from vit_bridge.models.protocol import ask, class_name
+from vit_bridge.models.adapters import unwrapped
+from vit_bridge.models.protocol import ask, class_name, is_ours
 from vit_bridge.models.registry import check_arguments, model_classes
 from vit_bridge.preprocessing import Preprocessing
 from vit_bridge.system import write_whole
@@ -161,6 +161,8 @@ def _model_of(entries, path):
         facts["interpolation"] = entries.get("interpolation")  # older files do not say
         if any(value is not None for value in facts.values()):
             known = {name: value for name, value in facts.items() if value is not None}
+            if "mean" not in known and model.config.in_channels != 3:  # nothing is known of such channels
+                known |= dict(mean=(0.0,) * model.config.in_channels, std=(1.0,) * model.config.in_channels)
             model.preprocessing = Preprocessing(entries["img_size"], **known)
     except Exception as error:
         raise InputError(f"{path} is damaged: its weights and its configuration do not fit "
