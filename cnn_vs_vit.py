@@ -34,8 +34,8 @@ from vit_bridge.compare.trials import (
     SEEDS,
     TRAIN_FRACTIONS,
     TRAINING_EXPERIMENTS,
-    Recipe,
     Trial,
+    TrialRecipe,
     build_kind,
     by_dataset,
     caveats,
@@ -112,7 +112,7 @@ class TrialPlan:
     that its trials share and further arguments of its measure()."""
     trials: list
     folder: Path
-    recipe: Recipe
+    recipe: TrialRecipe
     settings: dict
     arguments: dict
 

@@ -194,7 +194,8 @@ class Trainer:
                 overrides[name] = value
         config = replace(self.config, **overrides)
         if config.seed is None:
-            config = replace(config, seed=int(torch.randint(2**62, ())))
+            drawn = int(torch.randint(2**62, ()))
+            config = replace(config, seed=drawn if resume is None else resume.get("seed", drawn))
         train_loader = self.own_loader(train_loader)
         forward = self.model
         if self.world_size > 1:
@@ -423,9 +424,9 @@ class TrainState:
         """Plain tensors, numbers and text, on the CPU."""
         counters = {name: getattr(self, name) for name in ("step", "batch", "lr", "seconds", "data_seconds")}
         average = None if self.average is None else self.average.state_dict()
-        return on_cpu(dict(counters, model=self.model.state_dict(), average=average, metrics=self.metrics.state_dict(),
-                           optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
-                           history=copy.deepcopy(self.history)))
+        return on_cpu(dict(counters, seed=self.config.seed, model=self.model.state_dict(), average=average,
+                           metrics=self.metrics.state_dict(), optimizer=self.optimizer.state_dict(),
+                           scaler=self.scaler.state_dict(), history=copy.deepcopy(self.history)))
 
     def load_state_dict(self, entries):
         """Takes entries of older versions too. Raises InputError for those of another model or optimiser."""

@@ -22,8 +22,8 @@ from vit_bridge.compare.trials import (
     RATES,
     SEEDS,
     TRAIN_FRACTIONS,
-    Recipe,
     Trial,
+    TrialRecipe,
     by_dataset,
     loader_of,
     read_trials,
@@ -124,7 +124,7 @@ def test_run_trials_skips_trials_already_measured(few, tmp_path, capsys):
     assert first["result"]["kind"] in CNN_TO_VIT_MODELS
     assert {"commit", "machine", "versions", "date", "seed", "setting"} <= set(first)
     with pytest.raises(InputError, match="measured on other images, in another precision or by another recipe"):
-        train(["reach"], tmp_path, options("--train"), Recipe(n_steps=3))
+        train(["reach"], tmp_path, options("--train"), TrialRecipe(n_steps=3))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -265,7 +265,7 @@ def test_cnn_vs_vit_reports_skipped_images(tmp_path, monkeypatch, capsys):
 
 def test_split_for_linear_sets_a_fifth_aside():
     drawn = make_mark(17, 32)
-    loader = loader_of(drawn.images, drawn.labels, drawn.class_names, Recipe(batch_size=8), training=True)
+    loader = loader_of(drawn.images, drawn.labels, drawn.class_names, TrialRecipe(batch_size=8), training=True)
     fit, choose = cv._split_for_linear(loader)
     assert torch.equal(choose.images, drawn.images[[0, 5, 10, 15]])
     assert torch.equal(choose.labels, drawn.labels[[0, 5, 10, 15]])
@@ -276,7 +276,7 @@ def test_split_for_linear_sets_a_fifth_aside():
 @pytest.mark.slow
 def test_cnn_vs_vit_judges_a_folder(tmp_path, monkeypatch, capsys):
     drawn = [make_mark(n, 32, start=start) for n, start in ((40, 0), (12, 100), (30, 200))]
-    loaders = tuple(loader_of(one.images, one.labels, one.class_names, Recipe(batch_size=8), training=i == 0)
+    loaders = tuple(loader_of(one.images, one.labels, one.class_names, TrialRecipe(batch_size=8), training=i == 0)
                     for i, one in enumerate(drawn))
     monkeypatch.setattr(cv, "_loaders_of", lambda options: loaders)
     monkeypatch.setattr("vit_bridge.compare.trials.steps_within", one_step)

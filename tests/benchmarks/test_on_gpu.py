@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -76,8 +77,17 @@ def test_check_ends_a_hanging_command_with_its_children(check):
             "print(child.pid, flush=True); child.wait()")
     found = check.run("long", python(code), 4)
     assert found["error"] == "ended after 4 s"
-    child = Path(f"/proc/{int(found['tail'])}/stat")
-    assert not child.exists() or child.read_text().split()[2] == "Z"
+    child, deadline = Path(f"/proc/{int(found['tail'])}/stat"), time.monotonic() + 10
+    while alive(child) and time.monotonic() < deadline:  # a killed process takes a moment to end
+        time.sleep(0.05)
+    assert not alive(child)
+
+
+def alive(stat):
+    try:
+        return stat.read_text().split()[2] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_check_goes_on_after_a_part_breaks(check, monkeypatch):

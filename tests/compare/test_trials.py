@@ -19,7 +19,7 @@ from vit_bridge.data.shapes import make_cues, make_mark, make_marks
 from vit_bridge.models.registry import build_model
 from vit_model import InputError
 
-QUICK = le.Recipe(n_steps=2, batch_size=8)
+QUICK = le.TrialRecipe(n_steps=2, batch_size=8)
 ON_CPU = dict(device="cpu", amp="off")
 
 

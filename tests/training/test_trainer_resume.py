@@ -70,6 +70,18 @@ def test_trainer_dropout_follows_the_seed():
     assert not same(weights[0], weights[2])
 
 
+def test_trainer_resumes_with_the_seed_that_was_drawn():
+    trainers, states = [], []
+    for resumed in (False, True):
+        trainer = Trainer(copy.deepcopy(toy_trainer().model), "cpu")
+        trainer.model.dropout.p = 0.5
+        torch.manual_seed(resumed)  # so that the second run would draw another seed
+        train_quietly(trainer, toy_batches(3), n_epochs=2, seed=None, resume=states[0] if resumed else None,
+                      on_epoch=lambda state: states.append(state.state_dict()))
+        trainers.append(trainer)
+    assert same(copy_of(trainers[0].model), copy_of(trainers[1].model))
+
+
 # ---- To stop and to go on ---------------------------------------------------------------------------------
 
 

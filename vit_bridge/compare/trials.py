@@ -61,7 +61,7 @@ DISTANCES = (8, 14, 20, 26, 32, 42)  # between the marks, in pixels
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrialRecipe:
     """How every model is trained here. Steps, not epochs: fewer images are seen more often."""
     n_steps: int = 800
     batch_size: int = 64
@@ -71,7 +71,7 @@ class Recipe:
     augmentation: Augmentation = field(default_factory=Augmentation)
 
 
-RECIPE = Recipe()
+RECIPE = TrialRecipe()
 
 
 def loader_of(images, labels, class_names, recipe, seed=0, training=False):

@@ -2,6 +2,7 @@
 
 A model of ours is an ImageModel, or has the same members by itself, as VisionTransformer does: training, checkpoints,
 figures and comparisons ask for these and never for a class. adapters.py adds what other libraries' models lack.
+tests/models/test_toy_model.py holds a whole new model, from its class to its comparison.
 
 Shapes:  B images, C channels, D features that the head reads.
 """

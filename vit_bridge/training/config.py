@@ -24,7 +24,7 @@ class TrainConfig:
     learning_rate       the peak; it rises in the warm-up and then falls, step by step
     weight_decay        of matrices and kernels; biases, norms, positions and tokens have none
     warmup_epochs       None: a twentieth of the run
-    seed                of dropout, step by step; None: drawn from torch's generator
+    seed                of dropout, step by step; None: drawn from torch's generator, or that of the state to resume
     optimizer           "adamw" or "muon", see make_optimizer
     schedule            "cosine" or "linear", see learning_rate_at
     lr_scales           {name of a parameter: what its learning rate is multiplied by}, 1 for the others; or None

@@ -76,6 +76,8 @@ class Objective(nn.Module):
     criterion  the column by which the best epoch is chosen
     maximise   whether the best is the largest value; else the smallest
     mixing     what combines the images of a batch, (images, labels) -> (images, soft targets), or None
+
+    The Trainer moves an objective to the model's device. It neither trains nor saves the objective's own parameters.
     """
     columns = {"train_loss": ".3f", "val_loss": ".3f"}  # noqa: RUF012 - a subclass has its own
     criterion, maximise, mixing = "val_loss", False, None

@@ -1,6 +1,14 @@
 """A run's folder: its files, the options that may change when a run goes on, and the Saver that writes the files.
 
 config.json holds the options, last.pt the state of the training, best.pt the best model, history.csv a line an epoch.
+
+last.pt is a checkpoint (vit_bridge.weights.checkpoints.save_model) of the trained weights, with these entries more:
+
+    options, recipe, n_steps, ...   as in config.json
+    training                        train_vit.TrainState.state_dict(), the best epoch and the seconds so far
+
+Files of older versions are understood in four places: OLD_NAMES here, Recipe.from_dict, TrainState.load_state_dict
+and, for runs older than recipes, train_vit._before_recipes.
 """
 
 import csv

@@ -32,7 +32,7 @@ from vit_bridge.weights.formats import Format, Weights, translate
 from vit_bridge.weights.pretrained import OURS, OURS_FOLDER, PRETRAINED, PUBLIC, fetch
 from vit_model import VisionTransformer, ViTConfig, resample_positions, sincos_positions
 
-WITHOUT_SHAPE = ("n_heads", "pool", "position", "norm_eps", "stem_stride", "stem", "block")  # no tensor shows them
+WITHOUT_SHAPE = ("n_heads", "pool", "position", "norm_eps", "stem_stride", "stem", "block")  # no tensor shows these
 FREE = ("img_size", "dropout", "drop_path")  # what may differ from the configuration that weights were trained in
 CHECKPOINT_FORMAT = "vit-bridge 1"
 
