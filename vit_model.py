@@ -12,7 +12,7 @@ Read the first 150 lines beside the paper:
     Table 1   the variants                            VARIANTS, below
 
 Shapes:  B images, C channels, P patch side, N tokens, D width (embed_dim), H heads,
-          K = D / H width of a head, L blocks (depth), n the first of the N tokens, where only they are computed.
+         K = D / H width of a head, L blocks (depth), n the first of the N tokens, where only they are computed.
 
 Parameters carry timm's names (blocks.0.attn.qkv.weight, ...), so state dicts pass both ways.
 Dropout follows App. B.1 of the paper: after every dense layer but q, k, v, and after the positions are
@@ -103,7 +103,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x, return_attention=False, n_query_tokens=None):
         mixed = self.attn(self.norm1(x), return_attention, n_query_tokens)  # (B, n, D)
         mixed, attention = mixed if return_attention else (mixed, None)
-        x = x[:, :n_query_tokens] + self.drop_path(self.ls1(mixed))  # (B, n, D)                  Eq. 2
+        x = x[:, :n_query_tokens] + self.drop_path(self.ls1(mixed))  # (B, n, D)             Eq. 2
         x = x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))  #                         Eq. 3
         return (x, attention) if return_attention else x
 
@@ -332,8 +332,8 @@ def initialise(model):
 
     Dense layers: Xavier-uniform weights (q, k and v each as a layer of its own) and zero biases; the patch
     projection: LeCun-normal; positions: normal, std 0.02; CLS: zero. Two departures: the biases of the MLP start
-    there at normal, std 1e-6; and the head at zero, which makes a fresh model answer 0 everywhere, so here it is
-    Xavier-uniform like the rest.
+    there at normal, std 1e-6; and the head at zero, which makes a fresh model's logits 0, so here it is Xavier-uniform
+    like the rest.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):

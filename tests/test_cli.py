@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,6 @@ from vit_bridge.runtime import processes
 from vit_bridge.system import (
     Interrupted,
     Interrupts,
-    Path,
     _first_new_folder,
     broadcast_object,
     n_processes,

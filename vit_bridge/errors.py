@@ -8,7 +8,7 @@ __all__ = ["InputError", "check_choice", "check_index", "check_int", "first_line
 
 
 def first_line(error):
-    """Type and first sentence of an error, for quoting inside a line of ours."""
+    """Type and first sentence of an error, for quoting inside another message."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0].split('. ')[0]}".rstrip(": ")
 

@@ -159,7 +159,7 @@ def test_capture_refuses_maps_the_model_does_not_use():
         nn.init.normal_(parameter, std=0.4)
     for block in model.blocks:
         block.attn = Sharp(block.attn)
-    with pytest.raises(InputError, match="answers otherwise than by itself"):
+    with pytest.raises(InputError, match="gives other logits than in a plain pass"):
         r.capture(model, images_of(1, (15, 15)))
 
 

@@ -69,7 +69,7 @@ def capture(model, images, gradients=False, change=None):
     _check_maps(recorder.maps, len(adapter.blocks), adapter.n_prefix + grid[0] * grid[1])
     check_finite_numbers(model, logits, *recorder.maps)
     if change is None and adapter.library != "ours":
-        _check_answers(model, images[:1], logits[:1])
+        _check_logits(model, images[:1], logits[:1])
     return Capture(tokens, recorder.maps, logits, grid, adapter)
 
 
@@ -145,7 +145,7 @@ class AttentionCapture(TorchFunctionMode):
     def attend(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         """As torch's scaled_dot_product_attention: (B, H, N, K) each -> (B, H, N, K)."""
         if is_causal or enable_gqa:
-            raise InputError("causal or grouped attention is not what a ViT has; its maps are not worked out here")
+            raise InputError("causal or grouped attention is not what a ViT has; its maps are not computed here")
         scores = query @ key.transpose(-2, -1)  # (B, H, N, N)
         scores = scores / math.sqrt(query.shape[-1]) if scale is None else scores * scale
         if attn_mask is not None:
@@ -158,7 +158,7 @@ class AttentionCapture(TorchFunctionMode):
         if query is not key or key is not value or in_proj_weight is None or bias_k is not None or add_zero_attn \
                 or others.get("attn_mask") is not None or others.get("key_padding_mask") is not None:
             raise InputError("attention between two sequences, or masked, is not what a ViT has; its maps are not "
-                             "worked out here")
+                             "computed here")
         qkv = F.linear(query, in_proj_weight, in_proj_bias)  # (N, B, 3 D)
         q, k, v = qkv.unflatten(2, (3, num_heads, -1)).permute(2, 1, 3, 0, 4)  # 3 x (B, H, N, K)
         heads = self.attend(q, k, v)  # (B, H, N, K)
@@ -199,11 +199,11 @@ def check_finite_numbers(model, *values):
                         f"in that; give a model whose training went well, or call .float() on one in half precision")
 
 
-def _check_answers(model, images, logits):
+def _check_logits(model, images, logits):
     """Raises InputError unless the model gives these logits in a plain pass, too."""
     with evaluating(model), torch.no_grad():
         own = logits_of(model(to_model(images.detach(), model)))
     difference, scale = (own - logits.detach()).abs().max().item(), max(1.0, own.abs().max().item())
     if not difference <= max(ALIKE, 8 * torch.finfo(own.dtype).eps) * scale:
-        raise InputError(f"with its attention worked out this {class_name(model)} answers otherwise than by itself "
+        raise InputError(f"with explicit attention this {class_name(model)} gives other logits than in a plain pass "
                          f"(largest difference {difference:.1e}); its maps would not be those it uses")

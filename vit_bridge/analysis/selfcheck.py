@@ -67,7 +67,7 @@ def _check_attention_and_rollout(model, images, rounding):
     hooks = _count_hooks(model)
     seen = capture(model, images)
     n_blocks, n_tokens, first = len(seen.maps), seen.maps[0].shape[-1], seen.adapter.n_prefix
-    checks = [_check_own_answers(model, images, seen, hooks)]
+    checks = [_check_own_logits(model, images, seen, hooks)]
     sums = torch.stack(seen.maps).sum(dim=-1)  # (L, B, H, N)
     checks.append(within("attention rows sum to one", (sums - 1).abs().max(), 1e-5 * rounding))
     checks += [_check_head_row(model, images, seen), _check_places(model, images)]
@@ -97,10 +97,10 @@ def _count_hooks(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def _check_own_answers(model, images, seen, hooks):
+def _check_own_logits(model, images, seen, hooks):
     """Whether the captured logits are those of a plain pass, and no hooks are left."""
     own = predict_logits(model, images)
-    check = within("answers are the same when watched", (own - seen.logits).abs().max(),
+    check = within("logits are the same when captured", (own - seen.logits).abs().max(),
                    max(1e-4, 8 * torch.finfo(own.dtype).eps) * max(1.0, own.abs().max().item()))
     left = _count_hooks(model) - hooks
     return check if not left else Check(check.name, False, f"{left} hooks are left")

@@ -252,8 +252,8 @@ def make_marks(n_images, img_size=32, seed=0, start=0, distance=None):
     """
     longest = _check_marks(n_images, img_size, seed, start)
     if distance is not None and not 8 <= distance <= longest:
-        raise InputError(f"distance {distance} has no place for two marks in {img_size} pixels; expected 8 to "
-                         f"{longest}")
+        raise InputError(f"distance {distance} is out of range for two marks in {img_size} pixels; "
+                         f"expected 8 to {longest}")
     index, chance = _chances(n_images, seed, start)
     labels = torch.arange(start, start + n_images) % 2
     kinds = (chance[:, 0] < 0.5).long()  # (N)

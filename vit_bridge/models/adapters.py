@@ -1,4 +1,4 @@
-"""How the library sees a model: one of ours by the protocol, or a ViT of timm, transformers or torchvision.
+"""How the library sees a model: its own by the protocol, or a ViT of timm, transformers or torchvision.
 
     adapt(model)      a ModelAdapter: its layers, what images it takes, its classes; a ViTAdapter where it attends
     adapt_vit(model)  a ViTAdapter, or InputError
@@ -109,7 +109,7 @@ def adapt(model):
     for name, make in _LIBRARIES.items():
         if any(f"{cls.__module__}.{cls.__qualname__}" == name for cls in type(model).__mro__):
             return make(model)
-    raise InputError(f"a {class_name(model)} is not known here; expected a model of ours (vit_bridge.models), or a ViT "
+    raise InputError(f"a {class_name(model)} is not known here; expected one of vit_bridge.models, or a ViT "
                      f"of timm, transformers (for image classification) or torchvision")
 
 

@@ -1,6 +1,6 @@
 """What the library asks of a model, with the defaults.
 
-A model of ours is an ImageModel, or has the same members by itself, as VisionTransformer does: training, checkpoints,
+A model of this library is an ImageModel, or defines the same members, as VisionTransformer does: training, checkpoints,
 figures and comparisons ask for these and never for a class. adapters.py adds what other libraries' models lack.
 tests/models/test_toy_model.py holds a whole new model, from its class to its comparison.
 

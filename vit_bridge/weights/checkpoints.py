@@ -2,7 +2,7 @@
 
     model = load(name_or_path)                  a trained model, by name or from a file of any known format
     print(load_checkpoint(model, path))         fills a model from such a file
-    save_model(model, path)                     writes a model of ours
+    save_model(model, path)                     writes a model of this library
     print(describe_checkpoint(path))            what a file is, and how it would load
 
 Nothing in a file is executed: torch.load with weights_only=True, numpy without pickle, safetensors.
@@ -41,7 +41,7 @@ CHECKPOINT_FORMAT = "vit-bridge 1"
 
 
 def save_model(model, path, preprocessing=None, dtype=None, state_dict=None, **more):
-    """Writes a model of ours as a checkpoint: plain tensors, numbers and text, which need no unpickling.
+    """Writes a model of this library as a checkpoint: plain tensors, numbers and text, without pickled code.
 
     preprocessing  what its images must be; None: model.preprocessing
     dtype          e.g. torch.float16 to halve the file; load gives float32 again
@@ -75,9 +75,9 @@ def save_model(model, path, preprocessing=None, dtype=None, state_dict=None, **m
 
 
 def read_checkpoint(path):
-    """The entries of a checkpoint of ours, as save_model wrote them. Nothing in the file is executed.
+    """The entries of a checkpoint, as save_model wrote them. Nothing in the file is executed.
 
-    Raises InputError where there is no file, or it is not a checkpoint, or not one of ours.
+    Raises InputError where there is no file, or save_model did not write it.
     """
     entries = read_file(path)
     if entries.get("format") != CHECKPOINT_FORMAT:
@@ -152,7 +152,7 @@ def _existing_file(name):
 
 
 def _model_of(entries, path):
-    """The model of a checkpoint of ours, out of its entries. Raises InputError where weights and configuration do not
+    """The model that read_checkpoint's entries describe. Raises InputError where weights and configuration do not
     fit."""
     try:
         model = model_classes()[entries["model_class"]](**entries["config"])
@@ -283,7 +283,7 @@ class LoadReport:
 
 
 def load_checkpoint(model, path, grid_size=None):
-    """Fills a model from a file of any kind in FORMATS, or of ours, or with the names of its own state dict.
+    """Fills a model from a file of any kind in FORMATS, one of save_model, or its own state dict.
 
     Loading is strict: each tensor of the file is used, or dropped for a reason that the report gives, and each shape is
     compared. Two things may differ: with another number of classes the model keeps its own head, and at another
@@ -340,7 +340,7 @@ def _own_names(kind, path, around, state):
 
 
 def _check_same_kind(other, model, path):
-    """Raises InputError where a model of ours differs from another in what leaves no trace in shapes."""
+    """Raises InputError where a model differs from the file's in what leaves no trace in shapes."""
     if model.config_class is not other.config_class:
         raise InputError(f"{path} holds a {type(other).__name__}, the model is a {class_name(model)}; build that "
                          f"one, or take load(path), which builds what the file holds")
@@ -496,8 +496,8 @@ def _add_to_token(weights, name, positions):
 def _read_grid(weights, grid=None, given=None):
     """((rows, columns), positions before them, notes): how the positions of a file are to be read.
 
-    A file of ours records it. Otherwise these are tried in order: the given grid; that of the model, if their number
-    fits; a square. Raises InputError if none fits.
+    A file of save_model records it. Otherwise these are tried in order: the given grid; that of the model, if their
+    number fits; a square. Raises InputError if none fits.
     """
     M = weights.tensors["pos_embed"].shape[1]
     if weights.model is not None:

@@ -136,7 +136,7 @@ class Weights:
     sources: dict = field(default_factory=dict)
     dropped: dict = field(default_factory=dict)
     n_heads: int | None = None  # where the file records it
-    model: object = None  # that of a file of ours
+    model: object = None  # built from the file, where save_model wrote it
 
 
 def recognise(names, path):
