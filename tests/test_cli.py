@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 
 from vit_bridge.analysis.metrics import percent
 from vit_bridge.cli import OneLineParser, int_at_least, positive, script, seed
+from vit_bridge.errors import assume
 from vit_bridge.runtime import processes
 from vit_bridge.system import (
     Interrupted,
@@ -318,3 +320,22 @@ def test_percent_shows_an_accuracy_with_its_interval():
     middle, half = (k / n + z * z / 2 / n), z * math.sqrt(k / n * (1 - k / n) / n + z * z / 4 / n / n)
     low, high = (100 * (middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
     assert percent(k, n) == f"87.5% ({low:.1f} to {high:.1f})"
+
+
+def test_script_shows_an_assumption_in_one_line_on_stderr_and_other_warnings_as_python_does(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_vit.py"])
+    shown = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *where, **more: shown.append(str(message)))
+
+    def run():
+        assume("n_heads: 12 assumed")
+        warnings.warn("something else", stacklevel=1)
+
+    script(run)
+    assert capsys.readouterr().err == "train_vit.py: n_heads: 12 assumed\n"
+    assert shown == ["something else"]
+
+
+def test_script_shows_assumptions_of_the_first_process_only(capsys, launched):
+    script(lambda: assume("n_heads: 12 assumed"))
+    assert capsys.readouterr().err == ""

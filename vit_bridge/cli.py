@@ -9,9 +9,11 @@ import math
 import os
 import signal
 import sys
+import warnings
+from functools import partial
 from pathlib import Path
 
-from vit_bridge.errors import InputError
+from vit_bridge.errors import Assumption, InputError
 from vit_bridge.system import Interrupted, n_processes, process_number
 
 
@@ -59,7 +61,7 @@ class Bounded:
 def script(run):
     """Runs a script's main part. An InputError or an error of the disk ends in one line and exit code 2; an
     interruption in one line and 128 + the signal's number, 130 for Ctrl-C and 143 for SIGTERM; output that nobody
-    reads any more in 141, silently."""
+    reads any more in 141, silently. An Assumption is one line on stderr, from the first process."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # for consoles that cannot show a letter of a folder's name
@@ -67,7 +69,9 @@ def script(run):
     if n_processes() > 1:
         name = f"[process {process_number()}] {name}"
     try:
-        run()
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(_show_warning, warnings.showwarning, name)
+            run()
     except BrokenPipeError:  # the reader of the output, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
@@ -80,3 +84,11 @@ def script(run):
             print(f"{name}: stopped by {signal.Signals(number).name}{f'; {error}' if str(error) else ''}",
                   file=sys.stderr)
         sys.exit(128 + number)
+
+
+def _show_warning(show_other, name, message, category, *where, **more):
+    """warnings.showwarning of a script: an Assumption in one line, other warnings by show_other."""
+    if not issubclass(category, Assumption):
+        show_other(message, category, *where, **more)
+    elif process_number() == 0:
+        print(f"{name}: {message}", file=sys.stderr)

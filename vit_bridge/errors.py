@@ -1,10 +1,21 @@
 """Bad input: the error, and the checks that raise it. Those that vit_model.py needs itself are defined there."""
 
+import warnings
+
 import numpy as np
 
 from vit_model import InputError, check_choice, check_int, pair
 
-__all__ = ["InputError", "check_choice", "check_index", "check_int", "first_line", "pair"]
+__all__ = ["Assumption", "InputError", "assume", "check_choice", "check_index", "check_int", "first_line", "pair"]
+
+
+class Assumption(UserWarning):
+    """Something that a file does not record was assumed. The message is one line: what, why, and how to set it."""
+
+
+def assume(message):
+    """Warns with an Assumption. Python shows the same message once; the commands show it as one line on stderr."""
+    warnings.warn(message, Assumption, stacklevel=3)
 
 
 def first_line(error):
