@@ -6,7 +6,7 @@
     python train_vit.py predict --checkpoint runs/NAME/best.pt a.jpg b.jpg
     history = Trainer(model).train(train_loader, val_loader, n_epochs=10)       in Python
 
-Shapes:  B images in a batch, C classes, S side of a square image in pixels, H, W height and width.
+Shapes:  B images in a batch, K classes, C channels, H, W height and width.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from tqdm import tqdm
 from visualizations import plot_images, visualize_attention_grid
 from vit_bridge.analysis.cost import count_parameters
 from vit_bridge.analysis.metrics import class_recalls, percent, wilson_interval
-from vit_bridge.cli import Bounded, OneLineParser, int_at_least, positive, script, seed
+from vit_bridge.cli import Bounded, OneLineParser, Size, int_at_least, positive, script, seed
 from vit_bridge.data.augmentation import FLIPS, MIXINGS, Augmentation, Mixing, mix_seed
 from vit_bridge.data.datasets import DATASETS, DEFAULT_DATA_DIR, TORCHVISION_SETS, choose_set
 from vit_bridge.data.images import prepare_image
@@ -61,7 +61,7 @@ from vit_bridge.models.adapters import adapt
 from vit_bridge.models.initialisation import whiten_first_layer
 from vit_bridge.models.registry import MODELS, build_model
 from vit_bridge.plots.charts import plot_confusion, plot_training_curves, save_figure
-from vit_bridge.preprocessing import SMALL_SIDE
+from vit_bridge.preprocessing import SMALL_SIDE, describe_size
 from vit_bridge.runtime import (
     OutOfMemory,
     at_least_float32,
@@ -109,7 +109,7 @@ from vit_bridge.training.run_folder import (
     read_run,
     renamed,
 )
-from vit_bridge.weights.checkpoints import describe_checkpoint, load, one_side, read_file
+from vit_bridge.weights.checkpoints import describe_checkpoint, load, read_file
 from vit_bridge.weights.pretrained import PRETRAINED, describe_pretrained
 from vit_model import freeze_backbone, pair
 
@@ -139,7 +139,7 @@ class Stopped(Exception):
 
 
 class Trainer:
-    """Trains a module on what an objective minimises, by default cross-entropy of its logits (B, C).
+    """Trains a module on what an objective minimises, by default cross-entropy of its logits (B, K).
 
     device      "auto", "cpu", "cuda", "cuda:N" or "mps"; the model is moved there
     objective   an Objective; None: Classification, with label smoothing 0.1
@@ -577,7 +577,7 @@ def train(options):
         folder, lock, saved = _open_run(options)
         known = {name: value for name, value in vars(options).items() if name != "given"}
         if saved:
-            known = options_to_resume(options.given, _before_recipes(saved["options"]))
+            known = options_to_resume(options.given, _of_any_version(saved["options"]))
             if result := broadcast_object(_complete_result(folder)):
                 print(f"The run is complete; its results are in {folder}/result.json.")
                 return result
@@ -611,7 +611,7 @@ def prepare(options, device, folder=None, lock=None, saved=None):
     start = _pretrained_model(options, folder, saved) if options.pretrained else None
     data = _data_arguments(options, start)
     train_loader, val_loader = load_data(data)
-    name = _model_name(options, train_loader.img_size)
+    name = _model_name(options, max(train_loader.size))
     recipe = _choose_run_recipe(options, saved, name, train_loader, device)
     data["batch_size"] = train_loader.batch_size = val_loader.batch_size = recipe.batch_size
     train_loader.set_augmentation(recipe.augmentation)
@@ -666,13 +666,13 @@ def chosen(options, *names):
 def _data_arguments(options, start):
     """Arguments of get_data_loaders; images get the preprocessing of the pretrained model, if there is one."""
     data = dict(data_dir=options.data_dir, img_size=options.img_size, dataset=options.dataset,
-                val_fraction=options.val_fraction, seed=options.seed, workers=options.num_workers,
-                skip_corrupt=options.skip_corrupt)
+                in_channels=options.in_channels, val_fraction=options.val_fraction, seed=options.seed,
+                workers=options.num_workers, skip_corrupt=options.skip_corrupt)
     if options.dry_run and choose_set(options.data_dir, options.dataset, None) == "shapes":
         data["n_images"] = 600
     if start is not None:
         shown = adapt(start).preprocessing
-        data |= dict(img_size=max(shown.size), preprocessing=shown)
+        data |= dict(img_size=shown.img_size, preprocessing=shown)
     return data
 
 
@@ -691,7 +691,7 @@ def _pretrained_model(options, folder, saved):
     """The model to start from; that of a resumed run is in its last.pt, wherever it came from."""
     if saved and "training" in saved:
         return load(folder / LAST)
-    return load(options.pretrained, **chosen(options, "img_size", "drop_path"))
+    return load(options.pretrained, **chosen(options, "img_size", "in_channels", "drop_path"))
 
 
 def _model_name(options, img_size):
@@ -705,14 +705,14 @@ def _model_name(options, img_size):
 def new_model(name, recipe, train_loader):
     """A model for the loader's images and classes, its first layer whitened where the recipe says so."""
     model = build_model(name, n_classes=len(train_loader.class_names), img_size=train_loader.img_size,
-                        **recipe.model_options)
+                        in_channels=train_loader.preprocessing.n_channels, **recipe.model_options)
     if recipe.whiten and model.whitening_layer() is not None:
         whiten_first_layer(model, first_images(train_loader, WHITENED_BY))
     return model
 
 
 def first_images(loader, n_images):
-    """At least n_images images of a training loader, if it has as many, as a model will see them: (B, 3, S, S)."""
+    """At least n_images images of a training loader, if it has as many, as a model will see them: (B, C, H, W)."""
     loader.set_position(0)
     return torch.cat([images for images, _ in itertools.islice(loader, -(-n_images // loader.batch_size))])
 
@@ -737,19 +737,19 @@ def _choose_run_recipe(options, saved, name, train_loader, device):
     the options override."""
     if saved and "recipe" in saved:
         return Recipe.from_dict(saved["recipe"])
-    img_size = train_loader.img_size
+    size = train_loader.size
     if not options.recipe:
         kind = "head" if options.freeze_backbone else "pretrained" if options.pretrained else "new"
         precision = choose_precision(options.amp, device)
-        options.recipe = choose_recipe(name, img_size, _budget(options), kind, precision)
+        options.recipe = choose_recipe(name, train_loader.img_size, _budget(options), kind, precision)
     check_choice("recipe", options.recipe, RECIPES)
     recipe = RECIPES[options.recipe]
     if recipe.model not in (None, name) and not options.pretrained:
         raise InputError(f"--recipe {options.recipe} is for --model {recipe.model}, and the model is {name}; give "
                          f"both, or another recipe")
-    if img_size < recipe.smallest:
+    if min(size) < recipe.smallest:
         raise InputError(f"--recipe {options.recipe} needs images of at least {recipe.smallest} pixels, these have "
-                         f"{img_size}; choose a larger --img-size or another recipe")
+                         f"{min(size)}; choose a larger --img-size or another recipe")
     pixels = chosen(options, "shift", "flip", "cutout")
     if pixels and not isinstance(train_loader, MemoryLoader):
         raise InputError(f"--{next(iter(pixels))} is for small images in memory; those of more than {SMALL_SIDE} "
@@ -811,7 +811,7 @@ def _describe_run(options, name, recipe, model, train, val, trainer):
     """Prints what is trained on what, with warnings. train, val: the loaders of the images."""
     frozen = f", {count_parameters(trainer.model):,} of them trained" if options.freeze_backbone else ""
     print(f"{name}: {count_parameters(model):,} parameters{frozen}; {train.dataset_name}: "
-          f"{train.n_images:,} training and {val.n_images:,} validation images of {train.img_size} pixels, "
+          f"{train.n_images:,} training and {val.n_images:,} validation images of {_describe_images(train)}, "
           f"{len(train.class_names)} classes; {trainer.device}, {trainer.dtype or torch.float32}")
     print(f"Recipe {options.recipe}: {recipe.describe(isinstance(train, MemoryLoader))}")
     if text := _unevenness(train.class_names, train.class_counts):
@@ -820,6 +820,12 @@ def _describe_run(options, name, recipe, model, train, val, trainer):
         print(f"{text}: {weighted}.")
     if text := trainer.batch_split_warning():
         print(f"Warning: {text}.")
+
+
+def _describe_images(loader):
+    """Size and channels of a loader's images in words: "32 pixels", "96x160 pixels and 1 channel"."""
+    n = loader.preprocessing.n_channels
+    return f"{describe_size(loader.img_size)} pixels" + ("" if n == 3 else f" and {n} channel{'s' * (n > 1)}")
 
 
 def _unevenness(class_names, class_counts):
@@ -975,14 +981,13 @@ def draw(run, model, history, baseline):
         val_loader = run.val_loader
         apart = max(1, len(val_loader) // 4)  # folders come class by class, so take images from all of it
         batches = itertools.islice(val_loader, 0, 4 * apart, apart)
-        images = [images[0] for images, _ in batches if len(images)]  # of (3, S, S)
+        images = [images[0] for images, _ in batches if len(images)]  # of (C, H, W)
         save_figure(visualize_attention_grid(model, torch.stack(images).cpu()), run.folder / "attention.png")
 
 
-def _before_recipes(options):
-    """A run's saved options; those of a run that is older than recipes, with the recipe that it had."""
-    if "recipe" in options:
-        return options
+def _of_any_version(options):
+    """A run's saved options, with the defaults of those that came later; of a run that is older than recipes, with the
+    recipe that it had."""
     name = "fine_tuning" if options.get("pretrained") and not options.get("freeze_backbone") else "classic"
     return vars(make_parser().parse_args([])) | dict(recipe=name) | options
 
@@ -1013,8 +1018,11 @@ def make_parser():
     data.add_argument("--data-dir", default="./data", help="a folder with a folder for each class, or a known set "
                                                            "(default: %(default)s, without which shapes are drawn)")
     data.add_argument("--dataset", default="auto", help="auto, shapes, folder, cifar10, cifar100, mnist, fashion-mnist")
-    data.add_argument("--img-size", type=int_at_least(1), help="side in pixels (default: that of the pretrained "
-                                                               "model; small images keep theirs, else 224)")
+    data.add_argument("--img-size", type=int_at_least(1), nargs="+", action=Size, metavar="PIXELS",
+                      help="side, or height and width (default: that of the pretrained model; small images keep "
+                           "theirs, else 224)")
+    data.add_argument("--in-channels", type=int_at_least(1), metavar="N", help="1: grey images, 3: colour, 4: with "
+                      "transparency (default: that of the pretrained model, else 3)")
     data.add_argument("--batch-size", type=int_at_least(1), help="images of a step, over all processes")
     data.add_argument("--val-fraction", type=float, default=0.1, help="cut from the training images without val/")
     data.add_argument("--num-workers", "--workers", type=int_at_least(0), help=WORKERS_HELP)
@@ -1102,7 +1110,8 @@ def _as_words(options):
     defaults, words = vars(make_parser().parse_args([])), []
     for name, value in options.items():
         if value != defaults[name]:
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+            values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return words
 
 
@@ -1179,12 +1188,9 @@ def evaluate(options):
 def _evaluation_loader(model, options):
     """The images to score a model on, preprocessed as those of its training."""
     shown = adapt(model).preprocessing
-    img_size = one_side(shown.size)
-    if not isinstance(img_size, int):
-        raise InputError(f"the model takes images of {img_size[0]}x{img_size[1]} pixels; expected a square, as the "
-                         f"loaders give; use inference.score with batches of your own")
-    shown_as = dict(workers=options.num_workers, preprocessing=model.preprocessing, skip_corrupt=options.skip_corrupt)
-    images = (options.data_dir, shown.class_names, options.batch_size, img_size, options.dataset)
+    shown_as = dict(workers=options.num_workers, preprocessing=model.preprocessing, skip_corrupt=options.skip_corrupt,
+                    in_channels=adapt(model).in_channels)
+    images = (options.data_dir, shown.class_names, options.batch_size, shown.img_size, options.dataset)
     cut, known = _training_cut(options.checkpoint, options.data_dir)
     loader = get_evaluation_loader(*images, **shown_as, **cut)
     if loader.split == "held out" and known not in (None, _fingerprint(loader)):

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from matplotlib.colors import LogNorm, PowerNorm
 from matplotlib.patches import Circle, Rectangle
-from torchvision.transforms.v2 import functional as image_functional
 
 from vit_bridge.analysis.attention import (
     attention_distance,
@@ -44,7 +43,6 @@ from vit_bridge.cli import OneLineParser, int_at_least, script
 from vit_bridge.data.images import (
     as_batch,
     as_picture,
-    fit_picture,
     is_input,
     open_picture,
     prepare_image,
@@ -69,6 +67,7 @@ from vit_bridge.plots.charts import (
     spread,
 )
 from vit_bridge.plots.explorer import explore
+from vit_bridge.preprocessing import FitSize
 from vit_bridge.runtime import choose_device, class_probabilities
 from vit_bridge.weights.checkpoints import load
 
@@ -622,12 +621,12 @@ def visualize_patch_embedding(image, patch_size=16, save_path=None, img_size=Non
 def _picture_to_cut(image, img_size, preprocessing):
     """The picture (H, W, 3) in 0..1 for visualize_patch_embedding, before the cut to whole patches."""
     if is_input(image):
-        return to_array(as_batch(image), preprocessing)
+        return to_array(as_batch(image, preprocessing.n_channels if preprocessing else 3), preprocessing)
     image = open_picture(image)
     if img_size is None and min(image.size) > 224:
         img_size = 224
     if img_size is not None:
-        image = fit_picture(image, pair(img_size))
+        image = FitSize(img_size)(image)
     return np.asarray(image) / 255
 
 
@@ -714,11 +713,8 @@ def _four_depths(model):
 
 
 def _shapes_for(model, n_images):
-    """Drawn shapes at the size and in the normalisation of the model, (n_images, 3, H, W)."""
-    height, width = adapt(model).img_size
-    images = make_shapes(n_images, max(height, width, 8)).images  # (n_images, 3, S, S)
-    images = image_functional.center_crop(images, [height, width])  # (n_images, 3, H, W)
-    return adapt(model).preprocessing.normalise(images)
+    """Drawn shapes as the model is fed them, (n_images, C, H, W)."""
+    return prepare_images(list(make_shapes(n_images, max(*adapt(model).img_size, 8)).images), model)
 
 
 # ---- A contact sheet --------------------------------------------------------------------------------------

@@ -499,7 +499,6 @@ def test_export_command_does_not_overwrite(checkpoint, capsys, untraced):
     (train_vit.evaluate_command, ["--checkpoint", "best.pt", "--dataset", "shapes"], "classes circle"),
     (train_vit.evaluate_command, ["--checkpoint", "best.pt", "--device", "gpu"], "device 'gpu'"),
     (train_vit.evaluate_command, ["--checkpoint", "best.pt", "--batch-size", "0"], "--batch-size"),
-    (train_vit.evaluate_command, ["--checkpoint", "wide.pt"], "8x16 pixels"),
     (train_vit.predict_command, ["--checkpoint", "best.pt"], "IMAGE"),
     (train_vit.predict_command, ["--checkpoint", "absent.pt", "x.png"], "no file absent.pt"),
     (train_vit.predict_command, ["--checkpoint", "best.pt", "x.png", "--top", "0"], "--top"),
@@ -510,8 +509,6 @@ def test_export_command_does_not_overwrite(checkpoint, capsys, untraced):
 def test_commands_report_bad_options_in_one_line(command, words, text, checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "other" / "cat" / "0.png", 0, 0, 0)
-    if "wide.pt" in words:
-        save_model(ConvNet((8, 16), 3, 3, (3,), (1,), 1), "wide.pt", Preprocessing((8, 16), class_names=COLOURS))
     if "headless.pt" in words:
         save_model(ConvNet(8, 3, 0, (3,), (1,), 1), "headless.pt")
     if "--output" in words:

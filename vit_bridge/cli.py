@@ -13,7 +13,8 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-from vit_bridge.errors import Assumption, InputError
+from vit_bridge.errors import Assumption, InputError, pair
+from vit_bridge.preprocessing import one_side
 from vit_bridge.system import Interrupted, n_processes, process_number
 
 
@@ -40,6 +41,16 @@ def seed():
 def positive():
     """An argparse type: a number above 0."""
     return Bounded(float, math.ulp(0.0), sys.float_info.max, "a positive number")
+
+
+class Size(argparse.Action):
+    """An argparse action for nargs="+": a side, or height and width, as a number or a pair."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) > 2:
+            parser.error(f"{option_string} {' '.join(map(str, values))} are {len(values)} numbers; expected a side, or "
+                         f"height and width")
+        setattr(namespace, self.dest, one_side(pair(values[0] if len(values) == 1 else values)))
 
 
 class Bounded:

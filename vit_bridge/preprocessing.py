@@ -1,13 +1,13 @@
 """What a model's images must be: Preprocessing, which every trained model and every checkpoint carries.
 
-Shapes:  B images, C channels, H, W height and width, S side of a square image in pixels.
+Shapes:  B images, C channels, H, W height and width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.v2.functional import center_crop, resize
+from torchvision.transforms.v2.functional import center_crop, get_size, resize
 
 from vit_bridge.errors import InputError, check_choice, pair
 
@@ -30,8 +30,8 @@ IMAGENET_MEAN, IMAGENET_STD = NORMALISATION["folder"]
 class Preprocessing:
     """What a model's images must be, and what its outputs are called.
 
-    img_size       side or (height, width) in pixels
-    mean, std      of each channel, of values from 0 to 1: (x - mean) / std is what the model sees
+    img_size       side or (height, width) in pixels; a side where the two are equal
+    mean, std      of each of the C channels, of values from 0 to 1: (x - mean) / std is what the model sees
     interpolation  "bilinear" or "bicubic": how images are resized
     class_names    in the order of the model's outputs; None: not known
 
@@ -46,7 +46,7 @@ class Preprocessing:
     class_names: list | None = None
 
     def __post_init__(self):
-        pair(self.img_size)
+        object.__setattr__(self, "img_size", one_side(pair(self.img_size)))
         check_choice("interpolation", self.interpolation, INTERPOLATIONS)
         for name in ("mean", "std"):
             object.__setattr__(self, name, _channel_numbers(name, getattr(self, name)))
@@ -64,6 +64,18 @@ class Preprocessing:
         """(height, width)."""
         return pair(self.img_size)
 
+    @property
+    def n_channels(self):
+        """C: 1 for grey images, 3 for colour, 4 for colour and transparency."""
+        return len(self.mean)
+
+    def with_channels(self, n_channels):
+        """The same for images of another number of channels: 1 gets the mean over the colours; more repeat them."""
+        if n_channels == self.n_channels:
+            return self
+        mean, std = (resized_channels(numbers, n_channels) for numbers in (self.mean, self.std))
+        return replace(self, mean=mean, std=std)
+
     def normalise(self, images):
         """uint8 (B, C, H, W) -> normalised float32, the same shape."""
         return v2.functional.normalize(images.float() / 255, list(self.mean), list(self.std))
@@ -75,27 +87,53 @@ class Preprocessing:
 
 
 def eval_transform(preprocessing):
-    """PIL RGB image -> normalised float32 tensor (3, S, S), as the validation and test loaders show an image."""
-    fit = FitSquare(preprocessing.img_size, preprocessing.interpolation)
+    """PIL image of C channels -> normalised float32 tensor (C, H, W), as the validation and test loaders show an
+    image."""
+    fit = FitSize(preprocessing.img_size, preprocessing.interpolation)
     return v2.Compose([fit, v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
                        v2.Normalize(list(preprocessing.mean), list(preprocessing.std))])
 
 
-class FitSquare:
-    """PIL image -> PIL image of S x S: the shorter side resized, then the middle cut out. A photograph is resized to
-    256 / 224 of S before the cut, as is usual for ImageNet. Images up to 64 pixels, and all images where S is, lose
-    nothing but the ends of the longer side. An image of S x S stays as it is."""
+class FitSize:
+    """An image, PIL's or a tensor (..., C, h, w), at another size, (height, width): resized until it just covers that,
+    then the middle cut out. A photograph is resized to 256 / 224 of the size before the cut, as is usual for ImageNet.
+    Images up to 64 pixels, and all images where the size is, lose nothing but what lies beyond the size at two edges.
+    An image of the size stays as it is."""
 
     def __init__(self, img_size, interpolation="bilinear"):
         check_choice("interpolation", interpolation, INTERPOLATIONS)
-        self.img_size, self.interpolation = img_size, InterpolationMode(interpolation)
+        self.size, self.interpolation = pair(img_size), InterpolationMode(interpolation)
 
     def __call__(self, image):
-        if image.size == (self.img_size, self.img_size):
+        h, w = get_size(image)
+        if (h, w) == self.size:
             return image
-        small = min(self.img_size, *image.size) <= SMALL_SIDE
-        image = resize(image, [self.img_size if small else round(self.img_size * 256 / 224)], self.interpolation)
-        return center_crop(image, [self.img_size])
+        small = min(max(self.size), h, w) <= SMALL_SIDE
+        covered = self.size if small else [round(side * 256 / 224) for side in self.size]
+        return center_crop(resize(image, covering_size((h, w), covered), self.interpolation), self.size)
+
+
+def covering_size(image_size, size):
+    """The smallest (height, width) in the proportions of image_size, (h, w), that covers size, (H, W)."""
+    (h, w), (H, W) = image_size, size
+    return (H, H * w // h) if h * W <= w * H else (W * h // w, W)
+
+
+def one_side(sides):
+    """(height, width), as one number where they are equal."""
+    return sides[0] if sides[0] == sides[1] else tuple(sides)
+
+
+def describe_size(size):
+    """A side, or (height, width), in words: "32", "96x160"."""
+    return "x".join(map(str, size)) if isinstance(size, tuple) else str(size)
+
+
+def resized_channels(numbers, n_channels):
+    """A number for each channel, for another number of channels: for 1 their mean, for more they are repeated."""
+    if n_channels == 1:
+        return (sum(numbers) / len(numbers),)
+    return tuple(numbers[i % len(numbers)] for i in range(n_channels))
 
 
 def _channel_numbers(name, values):

@@ -10,9 +10,9 @@ from figure_checks import SIZE, pixels, square_vit, vit
 from other_models import shared
 from PIL import Image
 
-from vit_bridge.data.images import as_picture, fit_picture, open_picture, prepare_image, prepare_images
+from vit_bridge.data.images import as_picture, open_picture, prepare_image, prepare_images
 from vit_bridge.models.adapters import adapt
-from vit_bridge.preprocessing import NORMALISATION, Preprocessing, eval_transform
+from vit_bridge.preprocessing import NORMALISATION, FitSize, Preprocessing, eval_transform
 from vit_model import InputError
 
 
@@ -99,10 +99,10 @@ def test_open_picture_takes_rarer_pil_modes():
         open_picture(grey)
 
 
-def test_fit_picture_cuts_the_centre_to_an_oblong_size():
+def test_fit_size_cuts_the_centre_to_an_oblong_size():
     wide = np.zeros((14, 35, 3), np.uint8)
     wide[:, 10:25] = pixels()
-    np.testing.assert_array_equal(fit_picture(Image.fromarray(wide), SIZE), pixels())
+    np.testing.assert_array_equal(FitSize(SIZE)(Image.fromarray(wide)), pixels())
 
 
 @pytest.mark.parametrize("kind", [list, tuple, torch.tensor, np.array])
@@ -163,9 +163,22 @@ def test_prepare_image_refuses_what_is_no_image(image, text):
     assert "\n" not in str(caught.value)
 
 
-def test_prepare_image_refuses_pictures_for_one_channel_models():
-    with pytest.raises(InputError, match="1 channels; expected 3"):
-        prepare_image(pixels(), vit(in_channels=1))
+def test_prepare_image_gives_one_channel_models_grey_pictures():
+    grey = np.asarray(Image.fromarray(pixels()).convert("L"))
+    images, shown = prepare_image(pixels(), vit(in_channels=1))
+    np.testing.assert_array_equal(images[0, 0], np.float32(grey) / 255)
+    np.testing.assert_array_equal(shown, images[0, 0].numpy()[:, :, None].repeat(3, axis=2))
+
+
+def test_prepare_image_takes_tensors_of_any_channels_and_refuses_files_of_them(tmp_path):
+    model, image = vit(in_channels=5), torch.randint(256, (5, *SIZE), dtype=torch.uint8)
+    fed, shown = prepare_image(image, model)
+    assert torch.equal(fed, image[None] / 255)
+    np.testing.assert_array_equal(shown, fed[0, :3].permute(1, 2, 0))
+    assert prepare_image(torch.rand(5, *SIZE), model)[0].shape == (1, 5, *SIZE)
+    Image.fromarray(pixels()).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match="cannot be read as 5 channels; expected 1 or 3 or 4"):
+        prepare_image(tmp_path / "a.png", model)
 
 
 # ---- Other libraries

@@ -17,7 +17,7 @@ from vit_bridge.data.datasets import DATASETS, TORCHVISION_SETS, DatasetInfo, st
 from vit_bridge.data.images import open_image
 from vit_bridge.data.loaders import MemoryLoader, PhotoDataset, PhotoLoader, get_data_loaders, get_test_loader
 from vit_bridge.data.shapes import SHAPES, TEST_START, make_shapes
-from vit_bridge.preprocessing import NORMALISATION, FitSquare, Preprocessing, eval_transform
+from vit_bridge.preprocessing import NORMALISATION, FitSize, Preprocessing, eval_transform
 from vit_model import InputError
 
 PLAIN = DatasetInfo("folder", Preprocessing(16, (0.5,) * 3, (0.25,) * 3, class_names=["a", "b"]))
@@ -226,7 +226,8 @@ def test_loaders_decode_only_the_images_of_their_split(tmp_path, monkeypatch):
     root = write_images(tmp_path, {"train/x": 5, "train/y": 5, "test/x": 4})
     opened = []
     real = open_image
-    monkeypatch.setattr("vit_bridge.data.images.open_image", lambda path: opened.append(Path(path)) or real(path))
+    monkeypatch.setattr("vit_bridge.data.images.open_image",
+                        lambda path, n=3: opened.append(Path(path)) or real(path, n))
     get_data_loaders(root, img_size=16)
     assert {path.parts[-3] for path in opened} == {"train"}
     opened.clear()
@@ -388,19 +389,22 @@ def test_preprocessing_names_a_bad_normalisation(argument, value):
     assert " ".join(repr(given).split()) in message
 
 
-@pytest.mark.parametrize("n", [1, 4])
-def test_loaders_name_a_normalisation_of_other_channels(n, tmp_path):
+@pytest.mark.parametrize("n", [2, 5])
+def test_loaders_refuse_channels_that_no_file_has(n, tmp_path):
     given = Preprocessing(8, (0.5,) * n, (0.25,) * n)
     root = write_images(tmp_path, {"train/x": 2, "train/y": 2, "test/x": 1})
     for args in (dict(dataset="shapes", n_images=20), dict(data_dir=root)):
         for function in (get_data_loaders, get_test_loader):
-            assert repr((0.5,) * n) in error_of(function, img_size=8, preprocessing=given, **args)
+            assert f"in_channels {n} is out of range" in error_of(function, img_size=8, preprocessing=given, **args)
+            assert f"in_channels {n} is out of range" in error_of(function, img_size=8, in_channels=n, **args)
+            assert "in_channels 3 is not that of preprocessing" in error_of(
+                function, img_size=8, preprocessing=given, in_channels=3, **args)
 
 
 def test_preprocessing_and_fit_square_refuse_unknown_interpolation():
     for unknown in ("nearest", "blob"):
         assert repr(unknown) in error_of(Preprocessing, 32, interpolation=unknown)
-        assert repr(unknown) in error_of(FitSquare, 32, unknown)
+        assert repr(unknown) in error_of(FitSize, 32, unknown)
 
 
 # ---- Image files ------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from vit_bridge.data.loaders import (
     get_test_loader,
 )
 from vit_bridge.data.shapes import SHAPES
-from vit_bridge.preprocessing import FitSquare, Preprocessing
+from vit_bridge.preprocessing import FitSize, Preprocessing
 from vit_model import InputError
 
 N, BATCH, S = 17, 5, 13  # batches of 5, 5, 5 and 2 images
@@ -104,7 +104,7 @@ def test_set_position_skips_earlier_batches_without_reading_them(kind, tmp_path,
     loader, seen = make_loader(kind, tmp_path, training=False), []
     if kind == "photos":
         monkeypatch.setattr("vit_bridge.data.loaders.open_image",
-                            lambda path: seen.append(Path(path).stem) or open_image(path))
+                            lambda path, n: seen.append(Path(path).stem) or open_image(path, n))
     else:
         real = loader.normalised
         loader.normalised = lambda images: seen.extend(f"{i:03d}" for i in range(15, 15 + len(images))) or real(images)
@@ -249,7 +249,7 @@ def test_memory_loader_leaves_out_corrupt_files(tmp_path):
         assert names_of(loader.skipped, root) == [name for name in files if name in broken]
         assert all("cannot identify" in reason for reason in loader.skipped.values())
         assert loader.without_augmentation().skipped == loader.skipped
-        expected = np.stack([FitSquare(S)(open_image(file)) for file in loader.files])  # (N, S, S, 3)
+        expected = np.stack([FitSize(S)(open_image(file)) for file in loader.files])  # (N, S, S, 3)
         assert np.array_equal(loader.images.permute(0, 2, 3, 1), expected)
     assert train.class_counts == [8 - 1, 5 - 1]  # of 11 and 7, 3 and 2 went to validation
     assert val.class_counts == [3 - 1, 2]
@@ -259,7 +259,7 @@ def test_decode_images_keeps_order_around_corrupt_files(tmp_path):
     root = write_images(tmp_path, {"x": 257, "y": 263}, (8, 8))
     spoil(root / "x/003.png", root / "y/262.png", *(root / "y" / f"{i:03d}.png" for i in range(7)))
     files, _ = list_images(root, ["x", "y"])
-    images, skipped = decode_images(files, 8, "bilinear", True)
+    images, skipped = decode_images(files, Preprocessing(8), True)
     assert (len(images), len(skipped)) == (520 - 9, 9)
     kept = [file for file in files if file not in skipped]
     for i in (0, 2, 3, 255, 256, 257, 510):

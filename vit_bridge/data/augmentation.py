@@ -6,7 +6,7 @@
 
 All random numbers of an epoch are drawn at once, from (seed, epoch), so that a pass can begin anywhere.
 
-Shapes:  B images in a batch, N images in a set, C channels, H, W height and width, S side of a square, K classes.
+Shapes:  B images in a batch, N images in a set, C channels, H, W height and width, K classes.
 """
 
 from dataclasses import dataclass
@@ -26,10 +26,14 @@ MIXINGS = ("none", "mixup", "cutmix")
 
 
 def train_transform(preprocessing):
-    """The training augmentation of photographs: PIL RGB image -> normalised float32 tensor (3, S, S)."""
-    show = eval_transform(preprocessing)
-    crop = v2.RandomResizedCrop(preprocessing.img_size, interpolation=InterpolationMode(preprocessing.interpolation))
-    return v2.Compose([crop, v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4), v2.AutoAugment(), show])
+    """The training augmentation of photographs: PIL image of C channels -> normalised float32 tensor (C, H, W). Crops
+    have the shape of the result, up to a third wider or narrower; only grey and colour images are recoloured."""
+    height, width = preprocessing.size
+    shapes = (3 / 4 * width / height, 4 / 3 * width / height)
+    crop = v2.RandomResizedCrop(preprocessing.size, ratio=shapes,
+                                interpolation=InterpolationMode(preprocessing.interpolation))
+    recolour = [v2.ColorJitter(0.4, 0.4, 0.4), v2.AutoAugment()] if preprocessing.n_channels in (1, 3) else []
+    return v2.Compose([crop, v2.RandomHorizontalFlip(), *recolour, eval_transform(preprocessing)])
 
 
 # ---- A batch of small images ------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Data sets: where their files are, what they are called, how they are read and split.
 
-Shapes:  N images in a set, n some of them, H, W height and width, S side of a square image in pixels.
+Shapes:  N images in a set, n some of them, C channels, H, W height and width.
 """
 
 import os
@@ -17,10 +17,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from vit_bridge.data.augmentation import generator_of
-from vit_bridge.data.images import open_or_skip
+from vit_bridge.data.images import FILE_CHANNELS, grey, open_or_skip
 from vit_bridge.data.shapes import SHAPES, TEST_START, make_shapes
 from vit_bridge.errors import InputError, check_choice, check_int
-from vit_bridge.preprocessing import NORMALISATION, SMALL_SIDE, FitSquare, Preprocessing
+from vit_bridge.preprocessing import NORMALISATION, SMALL_SIDE, FitSize, Preprocessing
+from vit_model import pair
 
 DEFAULT_DATA_DIR = "./data"
 MEMORY_LIMIT = 2 * 1024**3  # bytes: small images that decode to more are read file by file
@@ -51,13 +52,19 @@ class DatasetInfo:
         return self.preprocessing.img_size
 
 
-def dataset_info(name, class_names, img_size, preprocessing=None):
-    """The DatasetInfo of a set: with a given preprocessing's mean, std and interpolation, or the set's own."""
+def dataset_info(name, class_names, img_size, preprocessing=None, in_channels=None):
+    """The DatasetInfo of a set: with a given preprocessing's mean, std and interpolation, or the set's own; in_channels
+    None: those of the preprocessing, or 3."""
     if preprocessing is None:
-        preprocessing = Preprocessing(img_size, *NORMALISATION[name])
-    if len(preprocessing.mean) != 3:
-        raise InputError(f"preprocessing has the mean {preprocessing.mean} and the std {preprocessing.std}; expected 3 "
-                         f"numbers in each, as the images have 3 channels")
+        preprocessing = Preprocessing(img_size, *NORMALISATION[name]).with_channels(in_channels or 3)
+    if in_channels not in (None, preprocessing.n_channels):
+        raise InputError(f"in_channels {in_channels} is not that of preprocessing, whose mean {preprocessing.mean} has "
+                         f"{preprocessing.n_channels} numbers; expected one for each channel")
+    possible = FILE_CHANNELS if name == "folder" else (1, 3)
+    if preprocessing.n_channels not in possible:
+        raise InputError(f"in_channels {preprocessing.n_channels} is out of range; the images of {name!r} can be read "
+                         f"as {' or '.join(map(str, possible))} channels. For others give the Trainer batches of your "
+                         f"own")
     return DatasetInfo(name, replace(preprocessing, img_size=img_size, class_names=class_names))
 
 
@@ -77,15 +84,17 @@ def choose_set(data_dir, dataset, n_images):
     return name
 
 
-def read_memory_set(name, data_dir, img_size, n_images, preprocessing, training):
-    """Images uint8 (N, 3, H, W), labels int64 (N,) and the DatasetInfo of shapes or one of torchvision's sets."""
+def read_memory_set(name, data_dir, img_size, n_images, preprocessing, training, in_channels=None):
+    """Images uint8 (N, C, h, w), labels int64 (N,) and the DatasetInfo of shapes or one of torchvision's sets."""
     if name == "shapes":
-        S = img_size or 32
+        S = max(pair(img_size or 32))
         n_images = n_images or max(500, min(20_000, round(200 * (32 / S) ** 1.5) * 100))  # large ones take longer
         drawn = make_shapes(n_images, S) if training else make_shapes(n_images // 5, S, start=TEST_START)
-        return drawn.images, drawn.labels, dataset_info(name, SHAPES, S, preprocessing)
-    images, labels, class_names = read_torchvision_set(name, data_dir, training)
-    return images, labels, dataset_info(name, class_names, img_size or images.shape[-1], preprocessing)
+        images, labels, class_names = drawn.images, drawn.labels, SHAPES
+    else:
+        images, labels, class_names = read_torchvision_set(name, data_dir, training)
+    info = dataset_info(name, class_names, img_size or images.shape[-1], preprocessing, in_channels)
+    return images if info.preprocessing.n_channels == 3 else grey(images), labels, info
 
 
 def read_torchvision_set(name, data_dir, training):
@@ -106,7 +115,7 @@ def read_torchvision_set(name, data_dir, training):
     return images.contiguous(), torch.as_tensor(data.targets), list(data.classes)  # (N, 3, H, W), (N,)
 
 
-def read_training_folder(data_dir, img_size, preprocessing, skip_corrupt):
+def read_training_folder(data_dir, img_size, preprocessing, skip_corrupt, in_channels=None):
     """(DatasetInfo, files, labels (N,)) of the images in train/, or in data_dir itself where there is no train/."""
     root = existing_folder(data_dir)
     train_dir, other = first_folder(root, ("train",)) or root, first_folder(root, (*VALIDATION_FOLDERS, "test"))
@@ -121,7 +130,8 @@ def read_training_folder(data_dir, img_size, preprocessing, skip_corrupt):
     if empty:
         raise InputError(f"class folder {str(train_dir / empty[0])!r} has no images ({', '.join(IMG_EXTENSIONS)}): "
                          f"add some or remove it")
-    return dataset_info("folder", class_names, img_size or own_side(files, skip_corrupt), preprocessing), files, labels
+    img_size = img_size or own_side(files, skip_corrupt)
+    return dataset_info("folder", class_names, img_size, preprocessing, in_channels), files, labels
 
 
 def existing_folder(data_dir):
@@ -174,32 +184,34 @@ def own_side(files, skip_corrupt):
     return -(-largest // 4) * 4 if largest <= SMALL_SIDE else 224
 
 
-def decode_images(files, S, interpolation, skip_corrupt):
-    """The image files as one uint8 tensor (n, 3, S, S), read by several threads, and {path: reason} of those left out
+def decode_images(files, preprocessing, skip_corrupt):
+    """The image files as one uint8 tensor (n, C, H, W), read by several threads, and {path: reason} of those left out
     because they cannot be read. Raises InputError for the first of them without skip_corrupt, or if none is left."""
-    images, n_read, all_skipped = torch.empty(len(files), 3, S, S, dtype=torch.uint8), 0, {}
+    C, size = preprocessing.n_channels, preprocessing.size
+    images, n_read, all_skipped = torch.empty(len(files), C, *size, dtype=torch.uint8), 0, {}
     parts = [files[start : start + 256] for start in range(0, len(files), 256)]
     quiet = True if len(files) < 2000 else None  # None: a bar where there is a terminal
     with ThreadPoolExecutor() as pool, tqdm(total=len(files), unit="image", disable=quiet) as bar:
-        read = partial(_decode_part, fit=FitSquare(S, interpolation), skip_corrupt=skip_corrupt)
+        fit = FitSize(size, preprocessing.interpolation)
+        read = partial(_decode_part, n_channels=C, fit=fit, skip_corrupt=skip_corrupt)
         for decoded, skipped in pool.map(read, parts):
             images[n_read : n_read + len(decoded)] = decoded
             n_read += len(decoded)
             all_skipped |= skipped
             bar.update(len(decoded) + len(skipped))
     _check_any_read(n_read, all_skipped)
-    return images[:n_read], all_skipped  # (n, 3, S, S)
+    return images[:n_read], all_skipped  # (n, C, H, W)
 
 
-def _decode_part(files, fit, skip_corrupt):
+def _decode_part(files, n_channels, fit, skip_corrupt):
     """What decode_images gives, of some of the files."""
     pictures, skipped = [], {}
     for file in files:
-        picture = open_or_skip(file, skip_corrupt, skipped)
+        picture = open_or_skip(file, skip_corrupt, skipped, n_channels)
         if picture is not None:
             pictures.append(np.asarray(fit(picture)))
-    images = np.array(pictures, dtype=np.uint8).reshape(-1, fit.img_size, fit.img_size, 3)  # (n, S, S, 3)
-    return torch.from_numpy(images).permute(0, 3, 1, 2), skipped  # (n, 3, S, S)
+    images = np.array(pictures, dtype=np.uint8).reshape(-1, *fit.size, n_channels)  # (n, H, W, C)
+    return torch.from_numpy(images).permute(0, 3, 1, 2), skipped  # (n, C, H, W)
 
 
 def _check_any_read(read, skipped):
@@ -224,9 +236,11 @@ def stratified_cut(labels, val_fraction, seed):
     return (~to_validation).nonzero()[:, 0], to_validation.nonzero()[:, 0]
 
 
-def check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images):
-    for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("img_size", img_size, 8),
-                               ("workers", workers, 0), ("n_images", n_images, 20)):
+def check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images, in_channels=None):
+    for side in pair(img_size) if img_size is not None else ():
+        check_int("img_size", side, 8)
+    for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("workers", workers, 0),
+                               ("n_images", n_images, 20), ("in_channels", in_channels, 1)):
         if value is not None or name in ("batch_size", "seed"):
             check_int(name, value, least)
     if isinstance(val_fraction, bool) or not isinstance(val_fraction, int | float) or not 0 < val_fraction < 1:

@@ -1,11 +1,11 @@
 """What an image may be, and how it becomes a model's input and a picture to show.
 
-A picture is a path, a PIL image, an array (H, W, 3) or (H, W), uint8 or float in 0..1, or a uint8 tensor (3, H, W) or
-(1, 3, H, W). A model's input is a float tensor (3, H, W) or (1, 3, H, W), normalised by model.preprocessing; it is
+A picture is a path, a PIL image, an array (H, W, 3) or (H, W), uint8 or float in 0..1, or a uint8 tensor (C, H, W) or
+(1, C, H, W). A model's input is a float tensor (C, H, W) or (1, C, H, W), normalised by model.preprocessing; it is
 shown with the normalisation undone, values outside 0..1 clipped. A float tensor that is only scaled to 0..1 is neither:
 Preprocessing.normalise turns uint8 images into inputs.
 
-Shapes:  B images, H, W height and width.
+Shapes:  B images, C channels, H, W height and width.
 """
 
 from pathlib import Path
@@ -17,7 +17,9 @@ from torchvision.transforms.v2 import functional as image_functional
 
 from vit_bridge.errors import InputError
 from vit_bridge.models.adapters import adapt
-from vit_bridge.preprocessing import FitSquare, Preprocessing
+from vit_bridge.preprocessing import FitSize, Preprocessing
+
+FILE_CHANNELS = (1, 3, 4)  # as which an image file can be read: grey, colour, colour and transparency
 
 
 class UnreadableImage(InputError):
@@ -38,12 +40,12 @@ class UnreadableImage(InputError):
                                                        "Python skip_corrupt=True)")
 
 
-def open_image(path):
-    """An image file as an upright PIL image in RGB, 8 bits a channel, what is transparent on white. Raises InputError,
-    naming the file, where there is none or it cannot be decoded."""
+def open_image(path, n_channels=3):
+    """An image file as an upright PIL image of n_channels, one of FILE_CHANNELS, 8 bits each, as with_channels has it.
+    Raises InputError, naming the file, where there is none or it cannot be decoded."""
     try:
         with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
+            return with_channels(ImageOps.exif_transpose(image), n_channels)
     except FileNotFoundError:
         raise InputError(f"there is no image file {str(path)!r}: give the path of one") from None
     except IsADirectoryError:
@@ -52,15 +54,32 @@ def open_image(path):
         raise UnreadableImage(str(path), " ".join(str(error).split()) or type(error).__name__) from None
 
 
-def open_or_skip(path, skip_corrupt, skipped):
+def open_or_skip(path, skip_corrupt, skipped, n_channels=3):
     """open_image for one of many files. With skip_corrupt one that cannot be read is None, and its reason goes into
     the dict skipped."""
     try:
-        return open_image(path)
+        return open_image(path, n_channels)
     except UnreadableImage as error:
         if not skip_corrupt:
             raise error.in_a_set() from None
         skipped[path] = error.reason
+
+
+def with_channels(image, n_channels):
+    """A PIL image of any mode as one of n_channels: 3, RGB, what is transparent on white; 1, the same in grey; 4, RGBA.
+    Raises InputError for other numbers."""
+    if n_channels not in FILE_CHANNELS:
+        raise InputError(f"a picture cannot be read as {n_channels} channels; expected "
+                         f"{' or '.join(map(str, FILE_CHANNELS))}. Give a uint8 tensor ({n_channels}, H, W)")
+    if n_channels == 4:
+        return (image if image.has_transparency_data else to_rgb(image)).convert("RGBA")
+    return to_rgb(image) if n_channels == 3 else to_rgb(image).convert("L")
+
+
+def grey(images):
+    """uint8 (B, 3, H, W) -> (B, 1, H, W), by the same sum of the colours as Pillow's, ITU-R 601-2."""
+    red, green, blue = images.int().unbind(1)  # (B, H, W) each
+    return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).to(torch.uint8).unsqueeze(1)  # (B, 1, H, W)
 
 
 def to_rgb(image):
@@ -78,29 +97,28 @@ def to_rgb(image):
 
 
 def prepare_image(image, model):
-    """(what the model is fed, what it looks like): a tensor (1, 3, H, W) and an array (H, W, 3) in 0..1.
+    """(what the model is fed, what it looks like): a tensor (1, C, H, W) and an array (H, W, 3) in 0..1.
 
     A picture is resized and its centre cut to the model's img_size, as the validation images are; a float
     tensor must have that size. Raises InputError for an image that cannot be used.
     """
     adapter = adapt(model)
     size, preprocessing = adapter.img_size, adapter.preprocessing
-    if adapter.in_channels != 3:
-        raise InputError(f"the model takes images of {adapter.in_channels} channels; expected 3, build it with "
-                         f"in_channels=3 to give it pictures")
     if is_input(image):
-        images = as_batch(image)
+        images = as_batch(image, adapter.in_channels)
         if tuple(images.shape[2:]) != size and not adapter.any_size:
             raise InputError(f"got a tensor of {images.shape[2]}x{images.shape[3]} pixels, expected "
                              f"{size[0]}x{size[1]}; resize it, or give a picture, which is resized here")
     else:
-        picture = fit_picture(open_picture(image), size, preprocessing.interpolation)
-        images = preprocessing.normalise(image_functional.pil_to_tensor(picture).unsqueeze(0))  # (1, 3, H, W)
+        picture = FitSize(size, preprocessing.interpolation)(open_picture(image, adapter.in_channels))
+        if isinstance(picture, Image.Image):
+            picture = image_functional.pil_to_tensor(picture).unsqueeze(0)  # (1, C, H, W)
+        images = preprocessing.normalise(picture)  # (1, C, H, W)
     return images, to_array(images, preprocessing)
 
 
 def prepare_images(images, model):
-    """What the model is fed, (B, 3, H, W), from a batch that it can be fed already, or from one image or a list of
+    """What the model is fed, (B, C, H, W), from a batch that it can be fed already, or from one image or a list of
     them, of any kind. Raises InputError for no image, for values that are not finite, and for images of several sizes,
     which make no batch."""
     if isinstance(images, torch.Tensor) and images.is_floating_point() and images.ndim == 4 and len(images):
@@ -122,14 +140,22 @@ def prepare_images(images, model):
 def as_picture(image, preprocessing=None):
     """An image of any kind as an array (H, W, 3) in 0..1, at its own size."""
     if is_input(image):
-        return to_array(as_batch(image), preprocessing)
-    return np.asarray(open_picture(image)) / 255
+        return to_array(as_batch(image, preprocessing.n_channels if preprocessing else 3), preprocessing)
+    picture = open_picture(image)
+    return np.asarray(picture) / 255 if isinstance(picture, Image.Image) else shown_channels(picture[0] / 255)
 
 
 def to_array(images, preprocessing=None):
-    """A normalised tensor (1, 3, H, W) as an array (H, W, 3) in 0..1; preprocessing None: ImageNet's mean and std."""
-    preprocessing = preprocessing or Preprocessing(tuple(images.shape[2:]))
-    return preprocessing.denormalise(images[0]).permute(1, 2, 0).numpy()  # (H, W, 3)
+    """A normalised tensor (1, C, H, W) as an array (H, W, 3) in 0..1; preprocessing None: ImageNet's mean and std."""
+    preprocessing = preprocessing or Preprocessing(tuple(images.shape[2:])).with_channels(images.shape[1])
+    return shown_channels(preprocessing.denormalise(images[0]))
+
+
+def shown_channels(picture):
+    """(C, H, W) in 0..1 as an array (H, W, 3) to look at: up to two channels as their mean in grey, of more the first
+    three."""
+    picture = picture[:3] if len(picture) >= 3 else picture.mean(dim=0).expand(3, -1, -1)  # (3, H, W)
+    return picture.permute(1, 2, 0).numpy()  # (H, W, 3)
 
 
 def is_input(image):
@@ -137,13 +163,14 @@ def is_input(image):
     return isinstance(image, torch.Tensor) and image.is_floating_point()
 
 
-def as_batch(image):
-    """A tensor (3, H, W) or (1, 3, H, W) as (1, 3, H, W) on the CPU. Raises InputError for another shape, NaN
+def as_batch(image, n_channels=3):
+    """A tensor (C, H, W) or (1, C, H, W) as (1, C, H, W) on the CPU. Raises InputError for another shape, NaN
     or infinity."""
-    if tuple(image.shape[:-2]) not in ((3,), (1, 3)) or image.numel() == 0:
-        raise InputError(f"got a tensor of shape {tuple(image.shape)}, expected (3, H, W) or (1, 3, H, W); give "
+    C = n_channels
+    if tuple(image.shape[:-2]) not in ((C,), (1, C)) or image.numel() == 0:
+        raise InputError(f"got a tensor of shape {tuple(image.shape)}, expected ({C}, H, W) or (1, {C}, H, W); give "
                          f"one image, such as images[0]")
-    batch = image.detach().cpu().reshape(1, *image.shape[-3:])  # (1, 3, H, W)
+    batch = image.detach().cpu().reshape(1, *image.shape[-3:])  # (1, C, H, W)
     _check_finite(batch)
     return batch.float() if is_input(batch) else batch
 
@@ -155,10 +182,11 @@ def _check_finite(images):
                          "it was made")
 
 
-def open_picture(image):
-    """A picture of any kind as an upright PIL image in RGB. Raises InputError for what is no picture."""
+def open_picture(image, n_channels=3):
+    """A picture of any kind as an upright PIL image of n_channels; a uint8 tensor of other channels than FILE_CHANNELS
+    as it is, (1, C, H, W). Raises InputError for what is no picture."""
     if isinstance(image, (str, Path)):
-        return open_image(image)
+        return open_image(image, n_channels)
     if isinstance(image, Image.Image):
         try:
             upright = ImageOps.exif_transpose(image)  # which reads it whole
@@ -166,9 +194,13 @@ def open_picture(image):
             raise InputError(f"the PIL image cannot be read ({error}); replace its file by a sound one, or open it "
                              f"anew") from error
         _check_scale(upright)
-        return to_rgb(upright)
+        return with_channels(upright, n_channels)
     if isinstance(image, torch.Tensor) and image.dtype == torch.uint8:
-        return image_functional.to_pil_image(as_batch(image)[0])
+        channels = image.shape[-3] if image.ndim in (3, 4) and image.shape[-3] in FILE_CHANNELS else n_channels
+        batch = as_batch(image, channels)  # (1, C, H, W)
+        if channels not in FILE_CHANNELS:
+            return batch
+        return with_channels(image_functional.to_pil_image(batch[0]), n_channels)
     if isinstance(image, np.ndarray) and image.size and (image.ndim == 2 or image.shape[2:] in ((3,), (4,))):
         if np.issubdtype(image.dtype, np.floating):
             low, high = image.min(), image.max()
@@ -177,7 +209,7 @@ def open_picture(image):
                                  f"scale it, or give a normalised image as a torch tensor")
             image = (image * 255).round().astype(np.uint8)
         if image.dtype == np.uint8:
-            return to_rgb(Image.fromarray(image))
+            return with_channels(Image.fromarray(image), n_channels)
     kind = type(image).__name__
     if hasattr(image, "shape"):
         kind = f"{kind} of {image.dtype} and shape {tuple(image.shape)}"
@@ -193,13 +225,3 @@ def _check_scale(image):
             raise InputError(f"got a PIL image of mode {image.mode!r} with values from {low:.3g} to {high:.3g}, which "
                              f"does not tell where white is; give a float array in 0..1, or one of uint8")
 
-
-def fit_picture(image, size, interpolation="bilinear"):
-    """A PIL image resized and its centre cut to size, (height, width), as the validation images are.
-
-    Validation images are always square; for another size the picture is scaled until it just covers it.
-    """
-    height, width = size
-    if height == width:
-        return FitSquare(height, interpolation)(image)
-    return ImageOps.fit(image, (width, height), Image.Resampling[interpolation.upper()])

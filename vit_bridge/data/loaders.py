@@ -4,13 +4,14 @@
     get_evaluation_loader               images to score a trained model on, labelled by its own class names
 
 Sets of small images are one uint8 tensor in memory, augmented a batch at a time (MemoryLoader); worker processes read
-photographs file by file (PhotoLoader). Both give normalised float32 images (B, 3, S, S) and int64 labels (B).
+photographs file by file (PhotoLoader). Both give normalised float32 images (B, C, H, W) and int64 labels (B).
 
-Shapes:  B images in a batch, N images in a set, n some of them, C channels (always 3), H, W height and width,
-          S side of a square image in pixels.
+Shapes:  B images in a batch, N images in a set, n some of them, C channels, H, W height and width (h, w before images
+         are resized).
 """
 
 import itertools
+import math
 import os
 import signal
 import threading
@@ -22,6 +23,7 @@ from typing import Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchvision.transforms.v2.functional import center_crop
 
 from vit_bridge.data.augmentation import Augmentation, EpochAugmentation, generator_of, mix_seed, train_transform
 from vit_bridge.data.datasets import (
@@ -43,21 +45,22 @@ from vit_bridge.data.datasets import (
 )
 from vit_bridge.data.images import open_image
 from vit_bridge.errors import InputError, check_choice, check_int
-from vit_bridge.preprocessing import SMALL_SIDE, eval_transform
+from vit_bridge.preprocessing import SMALL_SIDE, covering_size, eval_transform
 
 # ---- By name or folder ------------------------------------------------------------------------------------
 
 
 def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, dataset="auto", val_fraction=0.1,
-                     *, seed=0, workers=None, n_images=None, preprocessing=None,
-                     skip_corrupt=False, augmentation=None):
+                     *, seed=0, workers=None, n_images=None, preprocessing=None, skip_corrupt=False,
+                     augmentation=None, in_channels=None):
     """(training loader, validation loader). The validation images are never the test images.
 
     data_dir      the folder of the data. A folder of images holds train/<class>/*.jpg, with val/ (or valid/,
                   validation/) and test/ beside train/ where there are such; or simply <class>/*.jpg.
     batch_size    images in a batch. A last training batch of one image, too few for BatchNorm, is left out.
-    img_size      side S in pixels, or None for the set's own: 32 for CIFAR and shapes, 28 for the MNIST kinds; for a
-                  folder the largest side of up to 64 images if at most 64, rounded up to a multiple of 4, else 224.
+    img_size      side or (height, width) in pixels, or None for the set's own: 32 for CIFAR and shapes, 28 for the
+                  MNIST kinds; for a folder the largest side of up to 64 images if at most 64, rounded up to a multiple
+                  of 4, else 224. Images are resized until they cover it, and the middle is cut out.
     dataset       a name in DATASETS; "auto": what lies in data_dir, and shapes where the default one does not exist.
     val_fraction  the fraction of each class split off the training images for validation, if there is no val/.
     seed          of the validation split, the order and the augmentation; a whole number from 0. The drawn shapes do
@@ -67,22 +70,23 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
     preprocessing whose mean, std and interpolation the images get, such as a pretrained model's; None: the set's own.
     skip_corrupt  True: leaves out image files that cannot be read, and lists them in loader.skipped (small images
                   from the start, photographs when they are read). False: such a file raises InputError.
-
     augmentation  of training images in memory; None: Augmentation(). Photographs have train_transform's.
+    in_channels   1 for grey images, 3 for colour, 4 for colour and transparency (folders only); None: those of the
+                  preprocessing, or 3. Images that have others are converted.
 
     Both are a DatasetLoader. Raises InputError for arguments and data that cannot work.
     """
-    check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images)
+    check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images, in_channels)
     name = choose_set(data_dir, dataset, n_images)
     if name == "shapes" and dataset == "auto":
         print(f"There is no {data_dir}: using the built-in drawn shapes. For other data give data_dir (a folder "
               f"with a folder of images for each class) or dataset ({', '.join(TORCHVISION_SETS)}).")
     if name != "folder":
-        images, labels, info = read_memory_set(name, data_dir, img_size, n_images, preprocessing, training=True)
+        images, labels, info = read_memory_set(name, data_dir, img_size, n_images, preprocessing, True, in_channels)
         train, val = stratified_cut(labels, val_fraction, seed)
         return (MemoryLoader(images[train], labels[train], info, batch_size, seed, True, augmentation=augmentation),
                 MemoryLoader(images[val], labels[val], info, batch_size, seed))
-    info, files, labels = read_training_folder(data_dir, img_size, preprocessing, skip_corrupt)
+    info, files, labels = read_training_folder(data_dir, img_size, preprocessing, skip_corrupt, in_channels)
     val_dir, test_dir = first_folder(data_dir, VALIDATION_FOLDERS), first_folder(data_dir, ("test",))
     if test_dir:
         list_images(test_dir, info.class_names)  # what is wrong with it is better known before the training
@@ -96,24 +100,25 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
 
 
 def get_test_loader(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, dataset="auto", val_fraction=0.1,
-                    *, seed=0, workers=None, n_images=None, preprocessing=None,
-                    skip_corrupt=False):
+                    *, seed=0, workers=None, n_images=None, preprocessing=None, skip_corrupt=False,
+                    in_channels=None):
     """The loader of the test images, or None for a folder without test/. The arguments are those of get_data_loaders;
     val_fraction and seed change nothing. Of shapes there are a fifth as many, none of them among the others."""
-    check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images)
+    check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images, in_channels)
     class_names = None
     if choose_set(data_dir, dataset, n_images) == "folder":
-        info, _, _ = read_training_folder(data_dir, img_size, preprocessing, skip_corrupt)
+        info, _, _ = read_training_folder(data_dir, img_size, preprocessing, skip_corrupt, in_channels)
         if first_folder(data_dir, ("test",)) is None:
             return None
         class_names, img_size = info.class_names, info.img_size
     return get_evaluation_loader(data_dir, class_names, batch_size, img_size, dataset, seed=seed, workers=workers,
-                                 n_images=n_images, preprocessing=preprocessing, skip_corrupt=skip_corrupt)
+                                 n_images=n_images, preprocessing=preprocessing, skip_corrupt=skip_corrupt,
+                                 in_channels=in_channels)
 
 
 def get_evaluation_loader(data_dir, class_names, batch_size=128, img_size=None, dataset="auto", *, held_out=False,
                           val_fraction=0.1, seed=0, workers=None, n_images=None, preprocessing=None,
-                          skip_corrupt=False):
+                          skip_corrupt=False, in_channels=None):
     """The loader of the images on which a trained model is scored; the labels count in the model's class_names.
 
     class_names   the model's, in the order of its outputs; of a known set they must be the set's own, as None is. A
@@ -126,10 +131,10 @@ def get_evaluation_loader(data_dir, class_names, batch_size=128, img_size=None, 
     valid/ or validation/), else of the images in train/ or in the class folders of data_dir those that
     get_data_loaders cut off for validation, "held out", or without held_out "all". Raises InputError for a class that
     the model does not know, and as get_data_loaders does."""
-    check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images)
+    check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images, in_channels)
     name, split = choose_set(data_dir, dataset, n_images), "test"
     if name != "folder":
-        images, labels, info = read_memory_set(name, data_dir, img_size, n_images, preprocessing, training=False)
+        images, labels, info = read_memory_set(name, data_dir, img_size, n_images, preprocessing, False, in_channels)
         if class_names is not None and list(class_names) != info.class_names:
             raise InputError(f"data set {name!r} has the classes {', '.join(info.class_names)}, but the model knows "
                              f"{', '.join(class_names)}: score it on images of its own classes")
@@ -145,7 +150,8 @@ def get_evaluation_loader(data_dir, class_names, batch_size=128, img_size=None, 
         if split == "all" and held_out:
             split, (_, cut) = "held out", stratified_cut(labels, val_fraction, seed)
             files, labels = [files[i] for i in cut], labels[cut]
-        info = dataset_info(name, class_names, img_size or own_side(files, skip_corrupt), preprocessing)
+        img_size = img_size or own_side(files, skip_corrupt)
+        info = dataset_info(name, class_names, img_size, preprocessing, in_channels)
         loader = _folder_loader(files, labels, info, batch_size, seed, workers, skip_corrupt)
     loader.split = split
     return loader
@@ -231,7 +237,7 @@ class DatasetLoader:
 
     def __init__(self, labels, info, batch_size, seed, training, files=None, skipped=None):
         self.info, self.dataset_name, self.preprocessing = info, info.dataset_name, info.preprocessing
-        self.class_names, self.img_size = info.class_names, info.img_size
+        self.class_names, self.img_size, self.size = info.class_names, info.img_size, info.preprocessing.size
         self.labels, self.n_images = labels, len(labels)
         self.files, self.skipped, self.split = files, dict(skipped or {}), None
         self.batch_size, self.seed, self.training = batch_size, seed, training
@@ -259,7 +265,7 @@ class DatasetLoader:
 
     def set_shard(self, rank, world_size):
         """For one of several processes: gives only images rank, rank + world_size, ... of every batch. All shards
-        together are the batches of one process. One may be empty: images (0, 3, S, S), labels (0,). Raises InputError
+        together are the batches of one process. One may be empty: images (0, C, H, W), labels (0,). Raises InputError
         for a rank that is not below world_size."""
         check_int("world_size", world_size, 1)
         check_choice("rank", rank, range(world_size))
@@ -292,7 +298,7 @@ class DatasetLoader:
 
 
 class MemoryLoader(DatasetLoader):
-    """Batches of a set in memory: images, uint8 (N, 3, H, W), and labels, int64 (N,), resized to img_size. In training
+    """Batches of a set in memory: images, uint8 (N, C, h, w), and labels, int64 (N,), resized to img_size. In training
     they are shuffled and varied as `augmentation` says, but never mirrored for mnist: a mirrored digit is no digit."""
 
     def __init__(self, images, labels, info, batch_size, seed=0, training=False, files=None, skipped=None,
@@ -300,7 +306,7 @@ class MemoryLoader(DatasetLoader):
         super().__init__(labels, info, batch_size, seed, training, files, skipped)
         self.images = images
         self.set_augmentation(augmentation or Augmentation())
-        self.normalisation = torch.tensor([self.preprocessing.mean, self.preprocessing.std]).view(2, 3, 1, 1) * 255
+        self.normalisation = torch.tensor([self.preprocessing.mean, self.preprocessing.std]).view(2, -1, 1, 1) * 255
 
     def set_augmentation(self, augmentation):
         """Has the passes to come varied in this way."""
@@ -324,12 +330,12 @@ class MemoryLoader(DatasetLoader):
 
     def __iter__(self):
         epoch, batches = self.epoch_batches()
-        N, _, H, W = self.images.shape
+        N, _, h, w = self.images.shape
         draws = None
         if self.training:
-            draws = EpochAugmentation(self.augmentation, N, H, W, self.seed, epoch, self.images.device)
+            draws = EpochAugmentation(self.augmentation, N, h, w, self.seed, epoch, self.images.device)
         for places in batches:
-            images = self.images[places]  # (B, 3, H, W)
+            images = self.images[places]  # (B, C, h, w)
             if draws is None:
                 images = self.normalised(images)
             else:
@@ -337,14 +343,16 @@ class MemoryLoader(DatasetLoader):
             yield images, self.labels[places]
 
     def normalised(self, images):
-        """uint8 (B, 3, H, W) to float32 (B, 3, S, S)."""
+        """uint8 (B, C, h, w) to float32 (B, C, H, W)."""
         images = images.float()
-        if images.shape[-1] != self.img_size:
-            images = F.interpolate(images, (self.img_size,) * 2, mode=self.preprocessing.interpolation, antialias=True)
+        if tuple(images.shape[2:]) != self.size:
+            images = F.interpolate(images, covering_size(images.shape[2:], self.size),
+                                   mode=self.preprocessing.interpolation, antialias=True)
+            images = center_crop(images, self.size)
             if self.preprocessing.interpolation == "bicubic":
                 images.clamp_(0, 255)  # beside an edge it goes beyond what pixels can be
         mean, std = self.normalisation
-        return images.sub_(mean).div_(std)  # (B, 3, S, S)
+        return images.sub_(mean).div_(std)  # (B, C, H, W)
 
 
 class PhotoLoader(DatasetLoader):
@@ -358,7 +366,8 @@ class PhotoLoader(DatasetLoader):
         self.keys, self.device = [], torch.device("cpu")  # keys: the batches of a pass, as lists of (epoch, index)
         self.loader = DataLoader(
             PhotoDataset(files, labels.tolist(), info, seed, training), batch_sampler=self.keys, num_workers=workers,
-            persistent_workers=workers > 0, collate_fn=partial(_collate_photos, img_size=self.img_size),
+            persistent_workers=workers > 0,
+            collate_fn=partial(_collate_photos, shape=(info.preprocessing.n_channels, *self.size)),
             worker_init_fn=_leave_signals_to_main, pin_memory=torch.cuda.is_available())
 
     def to(self, device):
@@ -387,18 +396,18 @@ class PhotoLoader(DatasetLoader):
 
 
 class PhotoDataset(Dataset):
-    """Image files as (normalised image (3, S, S), label), by keys (epoch, index in the set). A file that cannot be
+    """Image files as (normalised image (C, H, W), label), by keys (epoch, index in the set). A file that cannot be
     read gives its InputError as a value: raised in a worker process it would come out wrapped in a traceback."""
 
     def __init__(self, files, labels, info, seed, training):
-        self.files, self.labels, self.seed = files, labels, seed
+        self.files, self.labels, self.seed, self.n_channels = files, labels, seed, info.preprocessing.n_channels
         make_transform = train_transform if training else eval_transform
         self.transform = make_transform(info.preprocessing)
 
     def __getitem__(self, key):
         epoch, index = key
         try:
-            image = open_image(self.files[index])
+            image = open_image(self.files[index], self.n_channels)
         except InputError as error:
             return error
         with torch.random.fork_rng(devices=[]):
@@ -406,14 +415,15 @@ class PhotoDataset(Dataset):
             return self.transform(image), self.labels[index]
 
 
-def _collate_photos(samples, img_size):
-    """Samples as (images (B, 3, S, S), labels (B,), the InputErrors among them, a list); B may be 0."""
+def _collate_photos(samples, shape):
+    """Samples of this shape, (C, H, W), as (images (B, C, H, W), labels (B,), the InputErrors among them, a list); B
+    may be 0."""
     errors = [sample for sample in samples if isinstance(sample, InputError)]
     whole = [sample for sample in samples if not isinstance(sample, InputError)]
     labels = torch.tensor([label for _, label in whole], dtype=torch.int64)  # (B,)
     if not whole:
-        return torch.empty(0, 3, img_size, img_size), labels, errors
-    return torch.stack([image for image, _ in whole]), labels, errors  # (B, 3, S, S)
+        return torch.empty(0, *shape), labels, errors
+    return torch.stack([image for image, _ in whole]), labels, errors  # (B, C, H, W)
 
 
 def _leave_signals_to_main(worker):
@@ -433,8 +443,9 @@ def _end_for_main():
 
 def _folder_loader(files, labels, info, batch_size, seed, workers, skip_corrupt, training=False, augmentation=None):
     """A MemoryLoader where the images are small and fit in memory, else a PhotoLoader."""
-    if info.img_size <= SMALL_SIDE and len(files) * 3 * info.img_size**2 <= MEMORY_LIMIT:
-        images, skipped = decode_images(files, info.img_size, info.preprocessing.interpolation, skip_corrupt)
+    shown = info.preprocessing
+    if max(shown.size) <= SMALL_SIDE and len(files) * shown.n_channels * math.prod(shown.size) <= MEMORY_LIMIT:
+        images, skipped = decode_images(files, shown, skip_corrupt)
         kept = [i for i, file in enumerate(files) if file not in skipped]
         return MemoryLoader(images, labels[kept], info, batch_size, seed, training, [files[i] for i in kept], skipped,
                             augmentation)

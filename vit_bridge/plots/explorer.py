@@ -209,7 +209,7 @@ def _prepare_for(image, model, first):
     images, picture = prepare_image(image, model)  # (1, 3, H, W), (H, W, 3)
     if not is_input(image) or model is first:
         return images, picture
-    mean, std, own_mean, own_std = (torch.tensor(values).view(3, 1, 1) for one in (first, model)
+    mean, std, own_mean, own_std = (torch.tensor(values).view(-1, 1, 1) for one in (first, model)
                                     for values in (adapt(one).preprocessing.mean, adapt(one).preprocessing.std))
     return images * (std / own_std) + (mean - own_mean) / own_std, prepare_image(image, first)[1]
 

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field, fields
 
 from vit_bridge.data.augmentation import MIXINGS, Augmentation
-from vit_bridge.errors import InputError, check_choice, check_int
+from vit_bridge.errors import InputError, check_choice, check_int, pair
 from vit_bridge.preprocessing import SMALL_SIDE
 from vit_bridge.training.optimizers import OPTIMIZERS, SCHEDULES
 
@@ -212,9 +212,10 @@ HALF_COUNTS = 2  # minutes in float32 that one in bfloat16 counts as: 2 cores wi
 
 
 def choose_recipe(model, img_size, minutes=None, start="new", precision=None):
-    """The name in RECIPES for a model (its name), a side in pixels and a budget in minutes: of those that fit, the one
-    with the most `minutes`. Without a budget that is the one with the most minutes of all.
+    """The name in RECIPES for a model (its name) and a budget in minutes: of those that fit, the one with the most
+    `minutes`. Without a budget that is the one with the most minutes of all.
 
+    img_size   a side or (height, width) in pixels
     start      "new": all weights; "pretrained": weights that were trained before; "head": those with a new head, which
                alone is trained
     precision  the autocast type of the training; None: float32
@@ -223,9 +224,10 @@ def choose_recipe(model, img_size, minutes=None, start="new", precision=None):
         minutes = HALF_COUNTS * minutes
     if start != "new":
         return "fine_tuning" if start == "pretrained" else "classic"
+    size = pair(img_size)
     fitting = {name: recipe for name, recipe in RECIPES.items()
-               if recipe.model == model and recipe.small in (None, img_size <= SMALL_SIDE)
-               and img_size >= recipe.smallest
-               and img_size % recipe.model_options.get("patch_size", 1) == 0
+               if recipe.model == model and recipe.small in (None, max(size) <= SMALL_SIDE)
+               and min(size) >= recipe.smallest
+               and not any(side % recipe.model_options.get("patch_size", 1) for side in size)
                and (minutes is None or recipe.minutes <= minutes)}
     return max(fitting, key=lambda name: fitting[name].minutes, default="classic")

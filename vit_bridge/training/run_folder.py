@@ -135,6 +135,8 @@ def _read_config(folder):
         raise InputError(f"{folder / CONFIG} is damaged ({error}); choose another --output-dir") from error
     if not isinstance(entries, dict) or not {"options", "n_steps", "n_images", "class_names"} <= entries.keys():
         raise InputError(f"{folder / CONFIG} is not that of a training run; choose another --output-dir")
+    for name, value in entries["options"].items():
+        entries["options"][name] = tuple(value) if isinstance(value, list) else value  # JSON has no pairs
     return entries
 
 

@@ -26,7 +26,7 @@ from vit_bridge.errors import InputError, check_choice, first_line, pair
 from vit_bridge.models.adapters import unwrapped
 from vit_bridge.models.protocol import ask, class_name, is_ours
 from vit_bridge.models.registry import check_arguments, model_classes
-from vit_bridge.preprocessing import Preprocessing
+from vit_bridge.preprocessing import Preprocessing, one_side
 from vit_bridge.system import write_whole
 from vit_bridge.weights.formats import Format, Weights, translate
 from vit_bridge.weights.pretrained import OURS, OURS_FOLDER, PRETRAINED, PUBLIC, fetch
@@ -604,11 +604,6 @@ def infer_config(weights):
     guess = (f"the file does not say how many; {n_heads} is a guess ({D // n_heads} channels each), and any number "
              f"that divides {D} loads")
     return config, "" if weights.n_heads else guess
-
-
-def one_side(sides):
-    """(height, width), as one number where they are equal."""
-    return sides[0] if sides[0] == sides[1] else sides
 
 
 def _likely_heads(D):
