@@ -239,9 +239,10 @@ def attend(q, k, v, return_attention=False):
     (n, N) matrix, except in training with up to MATH_ATTENTION_MAX_TOKENS tokens.
     """
     few = k.shape[2] <= MATH_ATTENTION_MAX_TOKENS.get((q.device.type, q.dtype), 0)
-    if not (return_attention or (few and q.requires_grad)):
+    if not (return_attention or few):
         return F.scaled_dot_product_attention(q, k, v), None  # (B, H, n, K)
-    attention = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)  # (B, H, n, N)
+    q = q / math.sqrt(q.shape[-1])  # fewer numbers than the products have
+    attention = (q @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, H, n, N)
     return attention @ v, attention if return_attention else None  # (B, H, n, K), (B, H, n, N)
 
 
