@@ -91,9 +91,8 @@ def test_open_picture_takes_rarer_pil_modes():
     grey = Image.fromarray(pixels()).convert("L")
     opaque = grey.convert("LA").convert("La")
     np.testing.assert_array_equal(open_picture(opaque), np.asarray(grey.convert("RGB")))
-    sixteen = Image.fromarray(np.full((5, 5), 257 * 200, np.int32))  # mode I, as 16 bits of grey are opened
+    sixteen = Image.fromarray(np.full((5, 5), 257 * 200, np.uint16))
     assert np.asarray(open_picture(sixteen)).max() == 200
-    assert np.asarray(open_picture(Image.new("I", (5, 5), 0))).max() == 0
     grey.close()
     with pytest.raises(InputError, match=r"\Athe PIL image cannot be read \(Operation on closed image\)[^\n]*\Z"):
         open_picture(grey)
