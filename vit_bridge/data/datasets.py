@@ -289,7 +289,7 @@ def _check_any_read(read, skipped):
     if not read:
         path, reason = next(iter(skipped.items()))
         raise InputError(f"none of {len(skipped)} image files can be read (the first: {path!r}, {reason}): expected "
-                         f"whole images in a format that Pillow knows; replace them")
+                         f"whole images of 8 or 16 bits in a format that Pillow knows; replace them")
 
 
 def stratified_cut(labels, val_fraction, seed):
