@@ -161,9 +161,10 @@ class FolderSet:
             for entry in entries:
                 if not entry.is_symlink():
                     finder.add(entry.path)
-        for entries in chosen.values():
+        for part, entries in chosen.items():
             for entry in [entry for entry in entries if entry.is_symlink()]:
-                if reason := finder.refusal(entry.path):
+                target, holder = os.path.realpath(entry.path), os.path.realpath(self.folders[part])
+                if reason := finder.refusal(target, True, holder):
                     self.refused.append((entry.path, reason))
                     entries.remove(entry)
                 else:

@@ -5,6 +5,7 @@ above it, a folder or an image of the set itself, or one that another link has l
 """
 
 import os
+import stat
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +83,7 @@ class ImageFinder:
     def __init__(self, folders=()):
         self.endings = image_endings()
         self.own, self.above = set(), set()  # real paths: of the folders, and of those that hold them
+        self.in_set = {}  # real path of a folder: whether it is one of the set's, or found in one without a link
         self.reached = {}  # real path of what a link has led to: the path by which it was found
         for folder in folders:
             self.add(folder)
@@ -91,6 +93,7 @@ class ImageFinder:
         real = Path(os.path.realpath(folder))
         self.own.add(str(real))
         self.above.update(map(str, real.parents))
+        self.in_set.clear()
 
     def find(self, folder):
         """What lies in one of the set's folders, as Found. Raises InputError for a folder that cannot be listed."""
@@ -98,26 +101,24 @@ class ImageFinder:
         self._walk(str(folder), os.path.realpath(folder), False, found)
         return found
 
-    def refusal(self, link):
-        """Why the link to a folder or an image is not followed; None: it is."""
-        target = os.path.realpath(link)
-        if os.path.isdir(target) and (target in self.above or Path(os.path.realpath(os.path.dirname(link)))
-                                      .is_relative_to(target)):
+    def refusal(self, target, is_folder, holder):
+        """Why a link to target, a real path, is not followed; None: it is. holder: the real folder of the link."""
+        if is_folder and (target in self.above or Path(holder).is_relative_to(target)):
             return f"a link to {target!r}, a folder above it or above others of the set"
-        if self._is_own(target):
+        parent, name = os.path.split(target)
+        listed = name[:1] != "." and name.lower().endswith(self.endings) and self._is_in_set(parent)
+        if self._is_in_set(target) if is_folder else listed:
             return f"a link to {target!r}, which is in the set itself"
         if target in self.reached:
             return f"a link to {target!r}, which is there already as {self.reached[target]!r}"
         return None
 
-    def _is_own(self, target):
-        """Whether the file or folder is found without a link."""
-        for folder in (target, *map(str, Path(target).parents)):
-            if folder in self.own:
-                names = Path(target).relative_to(folder).parts
-                hidden = any(name[0] == "." or name in SYSTEM_FOLDERS for name in names)
-                return not hidden and (os.path.isdir(target) or target.lower().endswith(self.endings))
-        return False
+    def _is_in_set(self, folder):
+        if folder not in self.in_set:
+            parent, name = os.path.split(folder)
+            self.in_set[folder] = folder in self.own or (
+                name != "" and name[0] != "." and name not in SYSTEM_FOLDERS and self._is_in_set(parent))
+        return self.in_set[folder]
 
     def _walk(self, path, real, linked, found):
         """Adds to found what lies in a folder. real: its path without links; linked: a link has led to it."""
@@ -125,37 +126,43 @@ class ImageFinder:
         for entry in list_folder(path):
             shown, is_link = os.path.join(path, entry.name), entry.is_symlink()
             target = os.path.realpath(shown) if is_link else os.path.join(real, entry.name)
-            if os.path.isdir(target) if is_link else entry.is_dir():
+            kind = _kind(target) if is_link else "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
+            named = entry.name.lower().endswith(self.endings)
+            reason = None
+            if entry.name in SYSTEM_FOLDERS and kind == "folder":
+                reason = "a folder of the operating system"
+            elif kind == "nothing":  # an image is named where the file is read
+                reason = None if named else f"a dead link to {target!r}"
+            elif kind == "other" and named:
+                reason = "neither a file nor a folder"
+            elif is_link and (named or kind == "folder"):
+                reason = self.refusal(target, kind == "folder", real)
+            elif linked and target in self.reached:
+                reason = f"there already as {self.reached[target]!r}"
+            if reason:
+                found.refused.append((shown, reason))
+            elif kind == "folder":
                 folders.append((shown, target, is_link))
-            elif is_link and not os.path.exists(target) and not entry.name.lower().endswith(self.endings):
-                found.refused.append((shown, f"a dead link to {target!r}"))
-            elif not entry.name.lower().endswith(self.endings):
-                found.left_out[os.path.splitext(entry.name)[1].lower()] += 1
-            elif os.path.exists(target) and not os.path.isfile(target) if is_link else not entry.is_file():
-                found.refused.append((shown, "neither a file nor a folder"))
-            elif self._may_take(shown, target, is_link, linked, found):
+            elif named:
                 found.files.append(shown)
+            else:
+                found.left_out[os.path.splitext(entry.name)[1].lower()] += 1
+                continue
+            if not reason and (is_link or linked):
+                self.reached[target] = shown
+            if not reason and is_link and kind != "nothing":
+                found.links.append(shown)
         for shown, target, is_link in folders:
-            if os.path.basename(shown) in SYSTEM_FOLDERS:
-                found.refused.append((shown, "a folder of the operating system"))
-            elif self._may_take(shown, target, is_link, linked, found):
-                self._walk(shown, target, linked or is_link, found)
+            self._walk(shown, target, linked or is_link, found)
 
-    def _may_take(self, shown, target, is_link, linked, found):
-        """Whether a file or folder is new; what a link has led to is remembered, a link that is refused listed."""
-        if is_link and not os.path.exists(target):
-            return True  # a dead link: it is named where the file is read
-        reason = self.refusal(shown) if is_link else None
-        if linked and not is_link and target in self.reached:
-            reason = f"there already as {self.reached[target]!r}"
-        if reason:
-            found.refused.append((shown, reason))
-            return False
-        if is_link:
-            found.links.append(shown)
-        if is_link or linked:
-            self.reached[target] = shown
-        return True
+
+def _kind(path):
+    """What a real path is: "file", "folder", "nothing" or, as a pipe, "other"."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return "nothing"
+    return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
 
 
 def list_folder(folder):
