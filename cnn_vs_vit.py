@@ -45,6 +45,7 @@ from vit_bridge.compare.trials import (
     read_trials,
     summarise,
 )
+from vit_bridge.data.audit import audit_folder
 from vit_bridge.data.loaders import MemoryLoader, get_data_loaders, get_test_loader
 from vit_bridge.data.shapes import TEST_START, make_shapes
 from vit_bridge.errors import InputError, check_choice
@@ -328,6 +329,8 @@ def _loaders_of(options):
     if not isinstance(loaders[0], MemoryLoader):
         raise InputError(f"{loaders[0].n_images:,} images of {loaders[0].img_size} pixels are too many to be kept in "
                          f"memory; give fewer, or a smaller --img-size")
+    if loaders[0].dataset_name == "folder":
+        print(audit_folder(options.data_dir, seed=options.seed))
     loaders = (*loaders, get_test_loader(**data))
     report_skipped(_skipped_files(loaders))
     return loaders

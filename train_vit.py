@@ -37,16 +37,17 @@ from matplotlib import font_manager
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from visualizations import plot_images, visualize_attention_grid
 from vit_bridge.analysis.cost import count_parameters
 from vit_bridge.analysis.metrics import class_recalls, percent, wilson_interval
 from vit_bridge.cli import Bounded, OneLineParser, Size, int_at_least, positive, script, seed
+from vit_bridge.data.audit import audit_folder
 from vit_bridge.data.augmentation import FLIPS, MIXINGS, Augmentation, Mixing, mix_seed
 from vit_bridge.data.datasets import DATASETS, DEFAULT_DATA_DIR, TORCHVISION_SETS, choose_set
-from vit_bridge.data.images import prepare_image
+from vit_bridge.data.files import find_images, image_endings
+from vit_bridge.data.images import prepare_image, remark_on
 from vit_bridge.data.loaders import (
     Loader,
     MemoryLoader,
@@ -611,6 +612,8 @@ def prepare(options, device, folder=None, lock=None, saved=None):
     start = _pretrained_model(options, folder, saved) if options.pretrained else None
     data = _data_arguments(options, start)
     train_loader, val_loader = load_data(data)
+    if train_loader.dataset_name == "folder" and process_number() == 0 and not saved:
+        print(audit_folder(options.data_dir, options.val_fraction, options.seed), flush=True)
     name = _model_name(options, max(train_loader.size))
     recipe = _choose_run_recipe(options, saved, name, train_loader, device)
     data["batch_size"] = train_loader.batch_size = val_loader.batch_size = recipe.batch_size
@@ -1316,14 +1319,14 @@ def predict_command(argv=None):
 
 
 def _files_at(path):
-    """The image files of a folder, at any depth, sorted, without hidden ones; another path, or a folder without images,
+    """The image files of a folder, at any depth, without hidden ones; another path, or a folder without images,
     itself."""
-    files = []
-    for parent, subfolders, names in os.walk(path, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
-        files += [os.path.join(parent, name) for name in sorted(names)
-                  if name[0] != "." and name.lower().endswith(IMG_EXTENSIONS)]
-    return files or [path]
+    if not os.path.isdir(path):
+        return [path]
+    found = find_images(path)
+    found.tell(path)
+    remark_on(found.files)
+    return found.files or [path]
 
 
 def _predict_files(model, files, top):
@@ -1346,7 +1349,7 @@ def _predict_files(model, files, top):
 def _read_input(file, model):
     """A file as the model's input, (1, 3, H, W)."""
     if os.path.isdir(file):
-        raise InputError(f"folder {file!r} has no image files ({', '.join(IMG_EXTENSIONS)}); give another, or files")
+        raise InputError(f"folder {file!r} has no image files ({', '.join(image_endings())}); give another, or files")
     return prepare_image(file, model)[0]
 
 

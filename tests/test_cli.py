@@ -328,7 +328,9 @@ def test_script_shows_an_assumption_in_one_line_on_stderr_and_other_warnings_as_
     monkeypatch.setattr(warnings, "showwarning", lambda message, *where, **more: shown.append(str(message)))
 
     def run():
-        assume("n_heads: 12 assumed")
+        for _ in range(3):
+            assume("n_heads: 12 assumed")
+            warnings.simplefilter("always")  # Python forgets what it has shown
         warnings.warn("something else", stacklevel=1)
 
     script(run)

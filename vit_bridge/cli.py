@@ -81,7 +81,7 @@ def script(run):
         name = f"[process {process_number()}] {name}"
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = partial(_show_warning, warnings.showwarning, name)
+            warnings.showwarning = partial(_show_warning, warnings.showwarning, name, set())
             run()
     except BrokenPipeError:  # the reader of the output, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -97,9 +97,11 @@ def script(run):
         sys.exit(128 + number)
 
 
-def _show_warning(show_other, name, message, category, *where, **more):
-    """warnings.showwarning of a script: an Assumption in one line, other warnings by show_other."""
+def _show_warning(show_other, name, shown, message, category, *where, **more):
+    """warnings.showwarning of a script: an Assumption in one line, and once, other warnings by show_other. shown: the
+    Assumptions so far; Python forgets them whenever anything changes its filters."""
     if not issubclass(category, Assumption):
         show_other(message, category, *where, **more)
-    elif process_number() == 0:
+    elif process_number() == 0 and str(message) not in shown:
+        shown.add(str(message))
         print(f"{name}: {message}", file=sys.stderr)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vit_bridge.data.datasets import DatasetInfo, decode_images, list_images
+from vit_bridge.data.datasets import DatasetInfo, FolderSet, decode_images
 from vit_bridge.data.images import open_image
 from vit_bridge.data.loaders import (
     MemoryLoader,
@@ -258,7 +258,7 @@ def test_memory_loader_leaves_out_corrupt_files(tmp_path):
 def test_decode_images_keeps_order_around_corrupt_files(tmp_path):
     root = write_images(tmp_path, {"x": 257, "y": 263}, (8, 8))
     spoil(root / "x/003.png", root / "y/262.png", *(root / "y" / f"{i:03d}.png" for i in range(7)))
-    files, _ = list_images(root, ["x", "y"])
+    files, _ = FolderSet(root).images("train", ["x", "y"])
     images, skipped = decode_images(files, Preprocessing(8), True)
     assert (len(images), len(skipped)) == (520 - 9, 9)
     kept = [file for file in files if file not in skipped]

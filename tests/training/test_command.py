@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import train_vit
 from train_vit import _unevenness, fit_head, parse
 from vit_bridge.cli import Size
 from vit_bridge.data.shapes import SHAPES, make_shapes
+from vit_bridge.errors import Assumption
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.preprocessing import Preprocessing
 from vit_bridge.training.run_folder import CHANGEABLE, Saver
@@ -161,6 +163,22 @@ def test_train_vit_with_class_weights_selects_by_balanced_accuracy(
     monkeypatch.setattr(train_vit, "Saver", Seen)
     train(tmp_path / "run", "--data-dir", photos, "--steps", 1, *words)
     assert made[0].objective.criterion == criterion
+
+
+def test_train_vit_looks_at_a_folder_first_and_takes_each_image_once(tmp_path, capsys):
+    data = make_folder(tmp_path / "photos", 24, n=10)
+    (data / "red" / "all").symlink_to("..")
+    (data / "red" / "x").symlink_to("../blue")
+    shutil.copy(data / "red" / "3.jpg", data / "blue" / "copy.jpg")
+    with pytest.warns(Assumption, match="is left out: a link to"):
+        made = prepared("--data-dir", data, "--output-dir", tmp_path / "run")
+    assert made.train_loader.n_images + made.val_loader.n_images == 21
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == f"{data}: 21 images, 21 .jpg"
+    assert out[1] == "  classes, in the order of the outputs (alphabetical): blue (11), red (10)"
+    assert out[3].startswith("  not followed: 2 ")
+    assert out[4].startswith("  the same picture in two classes: ")
+    made.lock.close()
 
 
 @pytest.mark.parametrize("side", [24, 72])

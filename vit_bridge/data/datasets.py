@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from vit_bridge.data.augmentation import generator_of
-from vit_bridge.data.images import FILE_CHANNELS, grey, open_or_skip
+from vit_bridge.data.files import SYSTEM_FOLDERS, Found, ImageFinder, image_endings, list_folder
+from vit_bridge.data.images import FILE_CHANNELS, grey, open_header, open_or_skip
 from vit_bridge.data.shapes import SHAPES, TEST_START, make_shapes
 from vit_bridge.errors import InputError, check_choice, check_int
 from vit_bridge.preprocessing import NORMALISATION, SMALL_SIDE, FitSize, Preprocessing
@@ -26,6 +25,8 @@ from vit_model import pair
 DEFAULT_DATA_DIR = "./data"
 MEMORY_LIMIT = 2 * 1024**3  # bytes: small images that decode to more are read file by file
 VALIDATION_FOLDERS = ("val", "valid", "validation")
+PART_FOLDERS = ("train", *VALIDATION_FOLDERS, "test")
+OTHER_PARTS = {*PART_FOLDERS, "training", "dev", "eval", "testing"}  # no classes, whatever their letters
 # torchvision's class for each known set, the folder in data_dir where it lies, and its files.
 IDX_FILES = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
 TORCHVISION_SETS = {
@@ -115,23 +116,130 @@ def read_torchvision_set(name, data_dir, training):
     return images.contiguous(), torch.as_tensor(data.targets), list(data.classes)  # (N, 3, H, W), (N,)
 
 
-def read_training_folder(data_dir, img_size, preprocessing, skip_corrupt, in_channels=None):
-    """(DatasetInfo, files, labels (N,)) of the images in train/, or in data_dir itself where there is no train/."""
-    root = existing_folder(data_dir)
-    train_dir, other = first_folder(root, ("train",)) or root, first_folder(root, (*VALIDATION_FOLDERS, "test"))
-    if other and train_dir == root:
-        raise InputError(f"{str(root)!r} has {other.name}/ but no train/: put the training images into train/")
-    class_names = _folders_in(train_dir)
+def read_training_folder(folder, img_size, preprocessing, skip_corrupt, in_channels=None):
+    """(DatasetInfo, files, labels (N,)) of the training images of a FolderSet."""
+    parts = folder.folders
+    if "train" not in parts:
+        raise InputError(f"{str(folder.root)!r} has {next(iter(parts.values())).name}/ but no train/: put the training "
+                         f"images into train/")
+    class_names = folder.class_names("train")
+    if class_names and {name.lower() for name in class_names} <= OTHER_PARTS:
+        raise InputError(f"{str(parts['train'])!r} has the folders {', '.join(class_names)}, which are parts of a set "
+                         f"and no classes: rename them to train, val and test")
     if len(class_names) < 2:
-        raise InputError(f"{str(train_dir)!r} has {len(class_names)} class folders {class_names}, expected 2 or more: "
-                         f"put the images of each class into a folder of its own")
-    files, labels = list_images(train_dir, class_names)
+        raise InputError(f"{str(parts['train'])!r} has {len(class_names)} class folders {class_names}, expected 2 or "
+                         f"more: put the images of each class into a folder of its own")
+    files, labels = folder.images("train", class_names)
     empty = [name for label, name in enumerate(class_names) if not (labels == label).any()]
     if empty:
-        raise InputError(f"class folder {str(train_dir / empty[0])!r} has no images ({', '.join(IMG_EXTENSIONS)}): "
-                         f"add some or remove it")
+        raise InputError(f"class folder {str(parts['train'] / empty[0])!r} has no images "
+                         f"({', '.join(image_endings())}): add some or remove it")
     img_size = img_size or own_side(files, skip_corrupt)
     return dataset_info("folder", class_names, img_size, preprocessing, in_channels), files, labels
+
+
+class FolderSet:
+    """A folder of images, listed once as a whole, so that no image is in two classes or parts by a link.
+
+    folders   {part: its folder}, of the parts "train" (train/, or the folder itself where it has no parts), "val"
+              (val/, valid/ or validation/) and "test" that there are
+    classes   {part: {class name: Found}}, by name
+    refused   (path, reason) of the class folders that are none
+    loose     {part: how many images are in no class folder}
+    unused    names of the folders beside the parts
+
+    Raises InputError for no folder, for parts that are the same folder or in one another, and for folders that cannot
+    be listed.
+    """
+
+    def __init__(self, data_dir):
+        self.root = existing_folder(data_dir)
+        dead = [name for name in PART_FOLDERS if os.path.islink(self.root / name) and not (self.root / name).exists()]
+        if dead:
+            raise InputError(f"{str(self.root / dead[0])!r} is a dead link to {os.readlink(self.root / dead[0])!r}: "
+                             f"mend or remove it")
+        parts = dict(train=first_folder(self.root, ("train",)), val=first_folder(self.root, VALIDATION_FOLDERS),
+                     test=first_folder(self.root, ("test",)))
+        self.folders = {part: folder for part, folder in parts.items() if folder} or dict(train=self.root)
+        self._check_apart()
+        used = {folder.name for folder in self.folders.values()}
+        self.unused = [] if self.folders.get("train") == self.root else [
+            entry.name for entry in list_folder(self.root) if os.path.isdir(entry.path) and entry.name not in used]
+        self.refused, self.loose = [], {}
+        finder, chosen = ImageFinder(), self._class_folders()
+        for entries in chosen.values():
+            for entry in entries:
+                if not entry.is_symlink():
+                    finder.add(entry.path)
+        for part, entries in chosen.items():
+            for entry in [entry for entry in entries if entry.is_symlink()]:
+                target, holder = os.path.realpath(entry.path), os.path.realpath(self.folders[part])
+                if reason := finder.refusal(target, True, holder):
+                    self.refused.append((entry.path, reason))
+                    entries.remove(entry)
+                else:
+                    finder.add(entry.path)
+        self.classes = {part: {entry.name: finder.find(entry.path) for entry in entries}
+                        for part, entries in chosen.items()}
+
+    def _check_apart(self):
+        """Raises InputError where one part leads into another."""
+        real = {part: Path(os.path.realpath(folder)) for part, folder in self.folders.items()}
+        for part, inner in real.items():
+            for other, outer in real.items():
+                if part != other and inner.is_relative_to(outer):
+                    raise InputError(f"{str(self.folders[part])!r} and {str(self.folders[other])!r} lead to the same "
+                                     f"images ({str(inner)!r}): expected folders of their own; remove the link")
+
+    def _class_folders(self):
+        """{part: the entries that may be class folders}; counts the loose images."""
+        chosen, endings = {}, image_endings()
+        for part, folder in self.folders.items():
+            entries = list_folder(folder)
+            self.loose[part] = sum(entry.name.lower().endswith(endings) and entry.is_file() for entry in entries)
+            chosen[part] = [entry for entry in entries if os.path.isdir(entry.path)]
+            self.refused += [(entry.path, f"a dead link to {os.readlink(entry.path)!r}") for entry in entries
+                             if entry.is_symlink() and not os.path.exists(entry.path)]
+            for entry in [entry for entry in chosen[part] if entry.name in SYSTEM_FOLDERS]:
+                self.refused.append((entry.path, "a folder of the operating system"))
+                chosen[part].remove(entry)
+        return chosen
+
+    def class_names(self, part):
+        """The classes of a part, in alphabetical order."""
+        return list(self.classes[part])
+
+    def images(self, part, class_names):
+        """(files, labels (N,)) of a part. Raises InputError for a folder that is none of the classes, and where there
+        is no image at all."""
+        extra = sorted(set(self.classes[part]) - set(class_names))
+        if extra:
+            raise InputError(f"{str(self.folders[part])!r} has a class folder {extra[0]!r}, and the classes known are "
+                             f"{', '.join(class_names)}: rename or remove it")
+        files, labels = [], []
+        for label, class_name in enumerate(class_names):
+            own = self.classes[part].get(class_name, Found()).files
+            files += own
+            labels += [label] * len(own)
+        if not files:
+            raise InputError(f"{str(self.folders[part])!r} has no images ({', '.join(image_endings())}) in folders of "
+                             f"the classes {', '.join(class_names)}: add some or remove it")
+        return files, torch.tensor(labels)
+
+    def everything(self):
+        """What all class folders hold, as one Found."""
+        found = Found(refused=list(self.refused))
+        for each in (each for classes in self.classes.values() for each in classes.values()):
+            found.files += each.files
+            found.links += each.links
+            found.refused += each.refused
+            found.left_out.update(each.left_out)
+        return found
+
+    def tell(self):
+        """Says what is not taken. Returns self."""
+        self.everything().tell(self.root, sum(self.loose.values()))
+        return self
 
 
 def existing_folder(data_dir):
@@ -147,36 +255,12 @@ def first_folder(root, names):
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
-def _folders_in(folder):
-    return sorted(entry.name for entry in Path(folder).iterdir() if entry.is_dir() and entry.name[0] != ".")
-
-
-def list_images(folder, class_names):
-    """(files, labels (N,)) of the images in folder/<class>/, at any depth; hidden files and folders are ignored. Raises
-    InputError for a folder that is none of the classes, and where there is no image at all."""
-    extra = sorted(set(_folders_in(folder)) - set(class_names))
-    if extra:
-        raise InputError(f"{str(folder)!r} has a class folder {extra[0]!r}, and the classes known are "
-                         f"{', '.join(class_names)}: rename or remove it")
-    files, labels = [], []
-    for label, class_name in enumerate(class_names):
-        for parent, subfolders, names in os.walk(Path(folder) / class_name, followlinks=True):
-            subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
-            images = sorted(name for name in names if name[0] != "." and name.lower().endswith(IMG_EXTENSIONS))
-            files += [os.path.join(parent, name) for name in images]
-            labels += [label] * len(images)
-    if not files:
-        raise InputError(f"{str(folder)!r} has no images ({', '.join(IMG_EXTENSIONS)}) in folders of the classes "
-                         f"{', '.join(class_names)}: add some or remove it")
-    return files, torch.tensor(labels)
-
-
 def own_side(files, skip_corrupt):
     """The img_size of a folder: the largest side among 64 of its images if that is small, else 224."""
     largest, skipped = 0, {}
     for file in files[:: -(-len(files) // 64)]:
         try:
-            with Image.open(file) as image:
+            with open_header(file) as image:
                 largest = max(largest, *image.size)
         except Exception:
             open_or_skip(file, skip_corrupt, skipped)
@@ -218,7 +302,7 @@ def _check_any_read(read, skipped):
     if not read:
         path, reason = next(iter(skipped.items()))
         raise InputError(f"none of {len(skipped)} image files can be read (the first: {path!r}, {reason}): expected "
-                         f"whole images in a format that Pillow knows; replace them")
+                         f"whole images of 8 or 16 bits in a format that Pillow knows; replace them")
 
 
 def stratified_cut(labels, val_fraction, seed):

@@ -15,6 +15,7 @@ import math
 import os
 import signal
 import threading
+import warnings
 from dataclasses import replace
 from functools import partial
 from multiprocessing import parent_process
@@ -30,21 +31,18 @@ from vit_bridge.data.datasets import (
     DEFAULT_DATA_DIR,
     MEMORY_LIMIT,
     TORCHVISION_SETS,
-    VALIDATION_FOLDERS,
+    FolderSet,
     check_arguments,
     choose_set,
     dataset_info,
     decode_images,
-    existing_folder,
-    first_folder,
-    list_images,
     own_side,
     read_memory_set,
     read_training_folder,
     stratified_cut,
 )
-from vit_bridge.data.images import open_image
-from vit_bridge.errors import InputError, check_choice, check_int
+from vit_bridge.data.images import open_image, remark_on
+from vit_bridge.errors import Assumption, InputError, check_choice, check_int
 from vit_bridge.preprocessing import SMALL_SIDE, covering_size, eval_transform
 
 # ---- By name or folder ------------------------------------------------------------------------------------
@@ -86,12 +84,12 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
         train, val = stratified_cut(labels, val_fraction, seed)
         return (MemoryLoader(images[train], labels[train], info, batch_size, seed, True, augmentation=augmentation),
                 MemoryLoader(images[val], labels[val], info, batch_size, seed))
-    info, files, labels = read_training_folder(data_dir, img_size, preprocessing, skip_corrupt, in_channels)
-    val_dir, test_dir = first_folder(data_dir, VALIDATION_FOLDERS), first_folder(data_dir, ("test",))
-    if test_dir:
-        list_images(test_dir, info.class_names)  # what is wrong with it is better known before the training
-    if val_dir:
-        train_set, val_set = (files, labels), list_images(val_dir, info.class_names)
+    folder = FolderSet(data_dir).tell()
+    info, files, labels = read_training_folder(folder, img_size, preprocessing, skip_corrupt, in_channels)
+    if "test" in folder.folders:
+        folder.images("test", info.class_names)  # what is wrong with it is better known before the training
+    if "val" in folder.folders:
+        train_set, val_set = (files, labels), folder.images("val", info.class_names)
     else:
         cut = stratified_cut(labels, val_fraction, seed)
         train_set, val_set = (([files[i] for i in part], labels[part]) for part in cut)
@@ -107,8 +105,9 @@ def get_test_loader(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, dat
     check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images, in_channels)
     class_names = None
     if choose_set(data_dir, dataset, n_images) == "folder":
-        info, _, _ = read_training_folder(data_dir, img_size, preprocessing, skip_corrupt, in_channels)
-        if first_folder(data_dir, ("test",)) is None:
+        folder = FolderSet(data_dir)
+        info, _, _ = read_training_folder(folder, img_size, preprocessing, skip_corrupt, in_channels)
+        if "test" not in folder.folders:
             return None
         class_names, img_size = info.class_names, info.img_size
     return get_evaluation_loader(data_dir, class_names, batch_size, img_size, dataset, seed=seed, workers=workers,
@@ -142,11 +141,10 @@ def get_evaluation_loader(data_dir, class_names, batch_size=128, img_size=None, 
     else:
         if not class_names:
             raise InputError(f"class_names {class_names} cannot label a folder: expected those of the model; give them")
-        root = existing_folder(data_dir)
-        parts = dict(test=first_folder(root, ("test",)), val=first_folder(root, VALIDATION_FOLDERS),
-                     all=first_folder(root, ("train",)) or root)
-        split = next(part for part, folder in parts.items() if folder)
-        files, labels = list_images(parts[split], class_names)
+        folder = FolderSet(data_dir).tell()
+        part = next(part for part in ("test", "val", "train") if part in folder.folders)
+        files, labels = folder.images(part, class_names)
+        split = "all" if part == "train" else part
         if split == "all" and held_out:
             split, (_, cut) = "held out", stratified_cut(labels, val_fraction, seed)
             files, labels = [files[i] for i in cut], labels[cut]
@@ -368,7 +366,7 @@ class PhotoLoader(DatasetLoader):
             PhotoDataset(files, labels.tolist(), info, seed, training), batch_sampler=self.keys, num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=partial(_collate_photos, shape=(info.preprocessing.n_channels, *self.size)),
-            worker_init_fn=_leave_signals_to_main, pin_memory=torch.cuda.is_available())
+            worker_init_fn=_leave_to_main, pin_memory=torch.cuda.is_available())
 
     def to(self, device):
         """Has batches moved to the device as they come. Returns the loader."""
@@ -426,8 +424,10 @@ def _collate_photos(samples, shape):
     return torch.stack([image for image, _ in whole]), labels, errors  # (B, C, H, W)
 
 
-def _leave_signals_to_main(worker):
-    """For a worker process: after a Ctrl-C or a SIGTERM to all, the main process still needs it for its step."""
+def _leave_to_main(worker):
+    """For a worker process: the main one says what is assumed, once (remark_on); and after a Ctrl-C or a SIGTERM to all
+    it still needs the worker for its step."""
+    warnings.simplefilter("ignore", Assumption)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux; elsewhere a SIGTERM ends it
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -443,6 +443,7 @@ def _end_for_main():
 
 def _folder_loader(files, labels, info, batch_size, seed, workers, skip_corrupt, training=False, augmentation=None):
     """A MemoryLoader where the images are small and fit in memory, else a PhotoLoader."""
+    remark_on(files)
     shown = info.preprocessing
     if max(shown.size) <= SMALL_SIDE and len(files) * shown.n_channels * math.prod(shown.size) <= MEMORY_LIMIT:
         images, skipped = decode_images(files, shown, skip_corrupt)
