@@ -16,6 +16,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean
 
 import torch
 import torchvision
@@ -26,7 +27,7 @@ from vit_bridge.analysis.cost import throughput
 from vit_bridge.cli import Bounded, OneLineParser, positive, script, seed
 from vit_bridge.compare.experiments import EXPERIMENTS, ComparisonSetup
 from vit_bridge.compare.report import Section, write_report
-from vit_bridge.compare.statistics import mean_min_max
+from vit_bridge.compare.statistics import assumed_noise, describe_power, mean_min_max
 from vit_bridge.compare.trials import (
     CNN_TO_VIT_MODELS,
     RATES,
@@ -43,6 +44,7 @@ from vit_bridge.compare.trials import (
     numbers_of_images,
     read_trial,
     read_trials,
+    split_kinds,
     summarise,
 )
 from vit_bridge.data.loaders import MemoryLoader, get_data_loaders, get_test_loader
@@ -268,6 +270,9 @@ def compare_on_folder(options, folder):
     print(f"{train_loader.n_images:,} training images of {train_loader.img_size} pixels, "
           f"{len(train_loader.class_names)} classes; {options.minutes:g} min in all for three models, {len(SEEDS)} "
           f"seeds each; compared on {asked.n_images:,} {split} images. {RECIPE_NOTE}")
+    expected = (f"Expected before any training, with an assumed spread between seeds and an accuracy of 75%: "
+                f"{describe_power(assumed_noise(asked.n_images, len(SEEDS)))}.")
+    print(expected)
     with Interrupts() as interrupts:
         interrupts.advice = "an answer needs all trainings, and nothing of them is kept; give fewer --minutes"
         minutes = 0.01 if options.dry_run else options.minutes
@@ -277,20 +282,26 @@ def compare_on_folder(options, folder):
                                     batch_size=32, seconds=0.5, device=device) for kind in rows}
     parts = _split_for_linear(train_loader) if test_loader is None else (
         train_loader.without_augmentation(LINEAR_IMAGES), val_loader)
+    guessing = _share_of_largest_class(train_loader, asked)
     controls = {"a linear classifier on the pixels": linear_classifier(*parts, asked)["test_acc"],
-                "predicting the largest class every time": _share_of_largest_class(train_loader, asked)}
+                "predicting the largest class every time": guessing}
     skipped = _skipped_files(loaders)
-    finding = " ".join([summarise(rows, costs), *caveats(rows, controls, train_loader.n_images),
+    finding = " ".join([summarise(rows, costs, guessing), *caveats(rows, controls, train_loader.n_images),
                         *([f"Left out: {len(skipped)} image files that cannot be read."] if skipped else [])])
-    means = {name: mean_min_max([row["accuracy"] for row in own]) for name, own in rows.items()}
-    figure = plot_bars({f"accuracy on the {split} images\n(lines: lowest and highest seed)": means | controls,
+    learned = split_kinds(rows, guessing)  # a mean of seeds that learn or do not says nothing
+    means = {name: f"{sum(learned[name])} of {len(own)} learned" if name in learned else
+             f"{mean(row['accuracy'] for row in own):.1%}" for name, own in rows.items()}
+    bars = {f"{name}: {means[name]}" if name in learned else name: mean_min_max(
+        [row["accuracy"] for row, has in zip(own, learned.get(name, [True] * len(own)), strict=True) if has])
+        for name, own in rows.items()}
+    figure = plot_bars({f"accuracy on the {split} images\n(lines: lowest and highest seed)": bars | controls,
                         f"milliseconds an image\n({device.type}, batches of 32)": costs})
     table = [["model", "mean", *(f"seed {row['seed']}" for row in next(iter(rows.values()))), "steps", "ms an image"],
-             *([name, f"{means[name][0]:.1%}", *(f"{row['accuracy']:.1%}" for row in own), own[0]["n_steps"],
+             *([name, means[name], *(f"{row['accuracy']:.1%}" for row in own), own[0]["n_steps"],
                 f"{costs[name]:.2f}"] for name, own in rows.items()),
              *([name, f"{share:.1%}", *[""] * (len(SEEDS) + 2)] for name, share in controls.items())]
     note = (f"{RECIPE_NOTE} A lead counts if it is larger than what seeds and images vary by: Student's t over both, "
-            f"5% for the three comparisons together.")
+            f"5% for the three comparisons together. {expected}")
     section = Section("Which for these images?", "Which of the three is better here, and how sure is that?", finding,
                       {"verdict": figure}, [(f"Accuracy on {asked.n_images:,} {split} images", table)], note)
     _publish(section, folder)
