@@ -405,6 +405,11 @@ def test_join_words_uses_commas_and_and():
     assert [st.join_words(words) for words in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
 
 
+def test_bands_are_of_all_seeds():
+    assert st.mean_min_max([2, 1, 6]) == (3, 1, 6)
+    assert st.format_range([0.2, 0.1, 0.6]) == "30.0% (10.0 to 60.0)"
+
+
 @pytest.mark.parametrize(("values", "half", "words"), [
     (dict(A=0.9, B=0.8, C=0.5), 0.05, "A is ahead of B by 10.0 points (95% interval 5.0 to 15.0)"),
     (dict(A=0.9, B=0.88), 0.05, "A and B cannot be told apart"),
