@@ -266,10 +266,10 @@ def compare_on_folder(options, folder):
     sections)."""
     loaders = _loaders_of(options)
     train_loader, val_loader, test_loader = loaders
-    split, asked = ("validation", val_loader) if test_loader is None else ("test", test_loader)
+    images, asked = ("validation", val_loader) if test_loader is None else ("test", test_loader)
     print(f"{train_loader.n_images:,} training images of {train_loader.img_size} pixels, "
           f"{len(train_loader.class_names)} classes; {options.minutes:g} min in all for three models, {len(SEEDS)} "
-          f"seeds each; compared on {asked.n_images:,} {split} images. {RECIPE_NOTE}")
+          f"seeds each; compared on {asked.n_images:,} {images} images. {RECIPE_NOTE}")
     expected = (f"Expected before any training, with an assumed spread between seeds and an accuracy of 75%: "
                 f"{describe_power(assumed_noise(asked.n_images, len(SEEDS)))}.")
     print(expected)
@@ -288,14 +288,17 @@ def compare_on_folder(options, folder):
     skipped = _skipped_files(loaders)
     finding = " ".join([summarise(rows, costs, guessing), *caveats(rows, controls, train_loader.n_images),
                         *([f"Left out: {len(skipped)} image files that cannot be read."] if skipped else [])])
-    learned = split_kinds(rows, guessing)  # a mean of seeds that learn or do not says nothing
-    means = {name: f"{sum(learned[name])} of {len(own)} learned" if name in learned else
-             f"{mean(row['accuracy'] for row in own):.1%}" for name, own in rows.items()}
-    bars = {f"{name}: {means[name]}" if name in learned else name: mean_min_max(
-        [row["accuracy"] for row, has in zip(own, learned.get(name, [True] * len(own)), strict=True) if has])
-        for name, own in rows.items()}
-    figure = plot_bars({f"accuracy on the {split} images\n(lines: lowest and highest seed)": bars | controls,
-                        f"milliseconds an image\n({device.type}, batches of 32)": costs})
+    split = split_kinds(rows, guessing)  # a mean of seeds that learn or do not says nothing
+    means, names, bars = {}, {}, {}
+    for name, own in rows.items():
+        learned = split.get(name, [True] * len(own))
+        counted = [row["accuracy"] for row, has in zip(own, learned, strict=True) if has]
+        means[name] = f"{sum(learned)} of {len(own)} learned" if name in split else f"{mean(counted):.1%}"
+        names[name] = f"{name}: {means[name]}" if name in split else name
+        bars[names[name]] = mean_min_max(counted)
+    figure = plot_bars({f"accuracy on the {images} images\n(lines: lowest and highest seed)": bars | controls,
+                        f"milliseconds an image\n({device.type}, batches of 32)": {
+                            names[name]: cost for name, cost in costs.items()}})
     table = [["model", "mean", *(f"seed {row['seed']}" for row in next(iter(rows.values()))), "steps", "ms an image"],
              *([name, means[name], *(f"{row['accuracy']:.1%}" for row in own), own[0]["n_steps"],
                 f"{costs[name]:.2f}"] for name, own in rows.items()),
@@ -303,7 +306,7 @@ def compare_on_folder(options, folder):
     note = (f"{RECIPE_NOTE} A lead counts if it is larger than what seeds and images vary by: Student's t over both, "
             f"5% for the three comparisons together. {expected}")
     section = Section("Which for these images?", "Which of the three is better here, and how sure is that?", finding,
-                      {"verdict": figure}, [(f"Accuracy on {asked.n_images:,} {split} images", table)], note)
+                      {"verdict": figure}, [(f"Accuracy on {asked.n_images:,} {images} images", table)], note)
     _publish(section, folder)
     return {"verdict": dict(rows=rows, costs=costs, controls=controls, finding=finding, skipped=skipped)}, [section]
 

@@ -80,9 +80,9 @@ TABLES = {
     "kills": "Runs killed (SIGKILL) at random instants and gone on with by `--resume`, each compared with one that was "
              "never cut: all tensors of last.pt (weights, average, optimiser) and best.pt, and the history without its "
              "times (`python benchmarks/kills.py --keep`)",
-    "mutants": "Breaks drawn at random over data, weights, training, analysis and the Trainer, one at a time, and whether "
-               "the tests see them (`python benchmarks/mutants.py --keep`). Equivalent: it changes nothing that a user "
-               "could see; the reason is given",
+    "mutants": "Breaks drawn at random over data, weights, training, analysis and the Trainer, one at a time, and "
+               "whether the tests see them (`python benchmarks/mutants.py --keep`). Equivalent: it changes nothing "
+               "that a user could see; the reason is given",
     "processes": "One process beside several, and a batch in parts (`python benchmarks/processes.py --keep`): the "
                  "largest difference, over six epochs, from the losses of one process; each of the 43 test images "
                  "counted. The images/s are of 32 pixels and one thread a process, 3 processes on 2 cores",
@@ -180,10 +180,10 @@ def page():
     for table, title in TABLES.items():
         if not tables[table]:
             continue
-        draw = {"throughput": throughput_lines, "growth": growth_lines, "formats": format_lines, "kills": kill_lines, "mutants": mutant_lines,
-                "processes": process_lines, "few-images": few_image_lines, "targets": target_lines,
-                "factors": factor_lines, "steps": step_lines, "reach": reach_lines, "cues": cue_lines,
-                "data": data_lines, "verdicts": verdict_lines, "trust": trust_lines,
+        draw = {"throughput": throughput_lines, "growth": growth_lines, "formats": format_lines, "kills": kill_lines,
+                "mutants": mutant_lines, "processes": process_lines, "few-images": few_image_lines,
+                "targets": target_lines, "factors": factor_lines, "steps": step_lines, "reach": reach_lines,
+                "cues": cue_lines, "data": data_lines, "verdicts": verdict_lines, "trust": trust_lines,
                 "augmentation": augmentation_lines, "gpu": gpu_lines}.get(table, run_lines)
         lines += [f"## {table}", "", f"{title}.", "", *draw(tables[table])]
         for where in sorted({describe_origin(cell) for cell in tables[table]}):
