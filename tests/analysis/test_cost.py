@@ -14,6 +14,7 @@ def test_count_parameters_counts_all_or_only_trainable():
     assert count_parameters(model) == 28 + 40
     model[0].requires_grad_(False)
     assert count_parameters(model, trainable_only=True) == 40
+    assert count_parameters(model) == 28 + 40
 
 
 def test_count_flops_matches_a_vit_by_hand():
