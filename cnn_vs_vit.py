@@ -16,6 +16,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean
 
 import torch
 import torchvision
@@ -26,7 +27,7 @@ from vit_bridge.analysis.cost import throughput
 from vit_bridge.cli import Bounded, OneLineParser, positive, script, seed
 from vit_bridge.compare.experiments import EXPERIMENTS, ComparisonSetup
 from vit_bridge.compare.report import Section, write_report
-from vit_bridge.compare.statistics import mean_min_max
+from vit_bridge.compare.statistics import assumed_noise, describe_power, mean_min_max
 from vit_bridge.compare.trials import (
     CNN_TO_VIT_MODELS,
     RATES,
@@ -43,6 +44,7 @@ from vit_bridge.compare.trials import (
     numbers_of_images,
     read_trial,
     read_trials,
+    split_kinds,
     summarise,
 )
 from vit_bridge.data.audit import audit_folder
@@ -265,10 +267,13 @@ def compare_on_folder(options, folder):
     sections)."""
     loaders = _loaders_of(options)
     train_loader, val_loader, test_loader = loaders
-    split, asked = ("validation", val_loader) if test_loader is None else ("test", test_loader)
+    images, asked = ("validation", val_loader) if test_loader is None else ("test", test_loader)
     print(f"{train_loader.n_images:,} training images of {train_loader.img_size} pixels, "
           f"{len(train_loader.class_names)} classes; {options.minutes:g} min in all for three models, {len(SEEDS)} "
-          f"seeds each; compared on {asked.n_images:,} {split} images. {RECIPE_NOTE}")
+          f"seeds each; compared on {asked.n_images:,} {images} images. {RECIPE_NOTE}")
+    expected = (f"Expected before any training, with an assumed spread between seeds and an accuracy of 75%: "
+                f"{describe_power(assumed_noise(asked.n_images, len(SEEDS)))}.")
+    print(expected)
     with Interrupts() as interrupts:
         interrupts.advice = "an answer needs all trainings, and nothing of them is kept; give fewer --minutes"
         minutes = 0.01 if options.dry_run else options.minutes
@@ -278,22 +283,31 @@ def compare_on_folder(options, folder):
                                     batch_size=32, seconds=0.5, device=device) for kind in rows}
     parts = _split_for_linear(train_loader) if test_loader is None else (
         train_loader.without_augmentation(LINEAR_IMAGES), val_loader)
+    guessing = _share_of_largest_class(train_loader, asked)
     controls = {"a linear classifier on the pixels": linear_classifier(*parts, asked)["test_acc"],
-                "predicting the largest class every time": _share_of_largest_class(train_loader, asked)}
+                "predicting the largest class every time": guessing}
     skipped = _skipped_files(loaders)
-    finding = " ".join([summarise(rows, costs), *caveats(rows, controls, train_loader.n_images),
+    finding = " ".join([summarise(rows, costs, guessing), *caveats(rows, controls, train_loader.n_images),
                         *([f"Left out: {len(skipped)} image files that cannot be read."] if skipped else [])])
-    means = {name: mean_min_max([row["accuracy"] for row in own]) for name, own in rows.items()}
-    figure = plot_bars({f"accuracy on the {split} images\n(lines: lowest and highest seed)": means | controls,
-                        f"milliseconds an image\n({device.type}, batches of 32)": costs})
+    split = split_kinds(rows, guessing)  # a mean of seeds that learn or do not says nothing
+    means, names, bars = {}, {}, {}
+    for name, own in rows.items():
+        learned = split.get(name, [True] * len(own))
+        counted = [row["accuracy"] for row, has in zip(own, learned, strict=True) if has]
+        means[name] = f"{sum(learned)} of {len(own)} learned" if name in split else f"{mean(counted):.1%}"
+        names[name] = f"{name}: {means[name]}" if name in split else name
+        bars[names[name]] = mean_min_max(counted)
+    figure = plot_bars({f"accuracy on the {images} images\n(lines: lowest and highest seed)": bars | controls,
+                        f"milliseconds an image\n({device.type}, batches of 32)": {
+                            names[name]: cost for name, cost in costs.items()}})
     table = [["model", "mean", *(f"seed {row['seed']}" for row in next(iter(rows.values()))), "steps", "ms an image"],
-             *([name, f"{means[name][0]:.1%}", *(f"{row['accuracy']:.1%}" for row in own), own[0]["n_steps"],
+             *([name, means[name], *(f"{row['accuracy']:.1%}" for row in own), own[0]["n_steps"],
                 f"{costs[name]:.2f}"] for name, own in rows.items()),
              *([name, f"{share:.1%}", *[""] * (len(SEEDS) + 2)] for name, share in controls.items())]
     note = (f"{RECIPE_NOTE} A lead counts if it is larger than what seeds and images vary by: Student's t over both, "
-            f"5% for the three comparisons together.")
+            f"5% for the three comparisons together. {expected}")
     section = Section("Which for these images?", "Which of the three is better here, and how sure is that?", finding,
-                      {"verdict": figure}, [(f"Accuracy on {asked.n_images:,} {split} images", table)], note)
+                      {"verdict": figure}, [(f"Accuracy on {asked.n_images:,} {images} images", table)], note)
     _publish(section, folder)
     return {"verdict": dict(rows=rows, costs=costs, controls=controls, finding=finding, skipped=skipped)}, [section]
 

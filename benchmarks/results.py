@@ -80,6 +80,9 @@ TABLES = {
     "kills": "Runs killed (SIGKILL) at random instants and gone on with by `--resume`, each compared with one that was "
              "never cut: all tensors of last.pt (weights, average, optimiser) and best.pt, and the history without its "
              "times (`python benchmarks/kills.py --keep`)",
+    "mutants": "Breaks drawn at random over data, weights, training, analysis and the Trainer, one at a time, and "
+               "whether the tests see them (`python benchmarks/mutants.py --keep`). Equivalent: it changes nothing "
+               "that a user could see; the reason is given",
     "processes": "One process beside several, and a batch in parts (`python benchmarks/processes.py --keep`): the "
                  "largest difference, over six epochs, from the losses of one process; each of the 43 test images "
                  "counted. The images/s are of 32 pixels and one thread a process, 3 processes on 2 cores",
@@ -178,9 +181,9 @@ def page():
         if not tables[table]:
             continue
         draw = {"throughput": throughput_lines, "growth": growth_lines, "formats": format_lines, "kills": kill_lines,
-                "processes": process_lines, "few-images": few_image_lines, "targets": target_lines,
-                "factors": factor_lines, "steps": step_lines, "reach": reach_lines, "cues": cue_lines,
-                "data": data_lines, "verdicts": verdict_lines, "trust": trust_lines,
+                "mutants": mutant_lines, "processes": process_lines, "few-images": few_image_lines,
+                "targets": target_lines, "factors": factor_lines, "steps": step_lines, "reach": reach_lines,
+                "cues": cue_lines, "data": data_lines, "verdicts": verdict_lines, "trust": trust_lines,
                 "augmentation": augmentation_lines, "gpu": gpu_lines}.get(table, run_lines)
         lines += [f"## {table}", "", f"{title}.", "", *draw(tables[table])]
         for where in sorted({describe_origin(cell) for cell in tables[table]}):
@@ -281,6 +284,27 @@ def kill_lines(cells):
                      f"{sum(row['kept_step'] is None for row in of_kind)} | {sum(row['ended'] for row in of_kind)} | "
                      f"{sum(row['equal'] for row in of_kind)} |")
     return [*lines, ""]
+
+
+def mutant_lines(cells):
+    """A row a room, then the breaks that no test sees."""
+    lines = ["| where | seed | breaks | seen | equivalent | survived |", "|---|---:|---:|---:|---:|---:|"]
+    unseen = []
+    for cell in cells:
+        rows = cell["result"]["rows"]
+        rooms = [room_of(row["file"]) for row in rows]
+        for room in [*sorted(set(rooms)), "all"]:
+            own = [row["outcome"] for row, where in zip(rows, rooms, strict=True) if room in ("all", where)]
+            lines.append(f"| {room} | {cell['seed']} | {len(own)} | {own.count('killed')} | "
+                         f"{own.count('equivalent')} | {own.count('survived')} |")
+        unseen += [f"- {row['outcome']}, {row['file']} line {row['line']} ({row['kind']}): "
+                   f"`{' '.join(part[1:].strip() for part in row['diff'] if part[0] == '+')}`"
+                   + (f", {row['by']}" if row["by"] else "") for row in rows if row["outcome"] != "killed"]
+    return [*lines, "", *unseen, *[""] * bool(unseen)]
+
+
+def room_of(file):
+    return file.split("/")[1] if "/" in file else file
 
 
 def process_lines(cells):

@@ -17,6 +17,7 @@ from train_vit import NotFinite
 from vit_bridge.cli import script
 from vit_bridge.compare import trials as trials_module
 from vit_bridge.compare.experiments import EXPERIMENTS
+from vit_bridge.compare.statistics import assumed_noise, describe_power
 from vit_bridge.compare.trials import (
     CNN_TO_VIT_MODELS,
     RATES,
@@ -323,6 +324,42 @@ def test_compare_on_folder_names_the_images_and_costs(parts, split, tmp_path, ca
     assert section.figures["verdict"].axes[0].get_title().startswith(f"accuracy on the {split} images\n")
     assert f" {split} images. " in capsys.readouterr().out
     assert [(name, cost) for name, *_, cost in rows[:3]] == [("ConvNet", "2.00"), ("Hybrid", "4.00"), ("ViT", "1.00")]
+
+
+@pytest.mark.usefixtures("judged")
+def test_compare_on_folder_says_beforehand_what_can_be_found(tmp_path, monkeypatch, capsys):
+    words = options("--data-dir", str(make_folder(tmp_path / "photos", 16, ("train", "test"))), "--minutes", "1",
+                    "--device", "cpu")
+    n = cv._loaders_of(words)[2].n_images
+    expected = f": {describe_power(assumed_noise(n, 3))}."
+    monkeypatch.setattr(cv, "compare_on_dataset", lambda *loaders, compare=cv.compare_on_dataset, **run: (
+        asked.append(capsys.readouterr().out), compare(*loaders, **run))[1])
+    asked = []
+    _, (section,) = cv.compare_on_folder(words, tmp_path)
+    assert f"Expected before any training, with an assumed spread between seeds and an accuracy of 75%{expected}" in \
+        asked[0]
+    assert section.note.endswith(expected)
+
+
+@pytest.mark.usefixtures("judged")
+def test_compare_on_folder_gives_no_mean_to_a_kind_that_learns_or_does_not(tmp_path, monkeypatch):
+    levels = dict(ConvNet=(0.9, 0.91, 0.9), Hybrid=(0.7, 0.71, 0.7), ViT=(0.5, 0.97, 0.96))
+    rows = {kind: [dict(seed=seed, n_steps=200, right=[i < 1000 * own for i in range(1000)], accuracy=own)
+                   for seed, own in enumerate(levels[kind])] for kind in levels}
+    monkeypatch.setattr(cv, "compare_on_dataset", lambda loaders, minutes, **run: rows)
+    monkeypatch.setattr(cv, "_share_of_largest_class", lambda *loaders: 0.5)
+    words = options("--data-dir", str(make_folder(tmp_path / "photos", 16, ("train", "test"))), "--minutes", "1",
+                    "--device", "cpu")
+    _, (section,) = cv.compare_on_folder(words, tmp_path)
+    assert section.finding.startswith("ConvNet is ahead of Hybrid by 20.0 points")
+    assert "ViT learns or does not: 2 of 3 seeds learned (96.0% to 97.0%; otherwise 50.0%)." in section.finding
+    ((_, (_, *table)),) = section.tables
+    assert [row[:5] for row in table[:3]] == [
+        ["ConvNet", "90.3%", "90.0%", "91.0%", "90.0%"], ["Hybrid", "70.3%", "70.0%", "71.0%", "70.0%"],
+        ["ViT", "2 of 3 learned", "50.0%", "97.0%", "96.0%"]]
+    names = [label.get_text() for label in section.figures["verdict"].axes[0].get_yticklabels()]
+    assert "ViT: 2 of 3 learned" in [" ".join(name.split()) for name in names]
+    assert [bar.get_width() for bar in section.figures["verdict"].axes[0].patches][2] == pytest.approx(0.965)
 
 
 def test_cnn_vs_vit_says_a_stopped_verdict_keeps_nothing(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ def test_count_parameters_counts_all_or_only_trainable():
     assert count_parameters(model) == 28 + 40
     model[0].requires_grad_(False)
     assert count_parameters(model, trainable_only=True) == 40
+    assert count_parameters(model) == 28 + 40
 
 
 def test_count_flops_matches_a_vit_by_hand():
@@ -46,6 +47,31 @@ def test_throughput_is_images_over_the_median_time(monkeypatch):
         throughput(vit(), batch_size=0)
 
 
+class CountsPasses(nn.Module):
+    """A linear layer of which every copy counts its passes into one list."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.log = nn.Linear(3, 7), []
+        self.config = type("Config", (), dict(img_size=1, in_channels=3))
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def forward(self, images):
+        self.log.append("pass")
+        return self.layer(images.flatten(1))
+
+
+def test_throughput_warms_up_with_two_passes_before_the_clock(monkeypatch):
+    model = CountsPasses()
+    clock = iter(range(100))
+    monkeypatch.setattr("vit_bridge.analysis.cost.time.perf_counter",
+                        lambda: model.log.append("clock") or next(clock))
+    throughput(model, batch_size=2, seconds=0)
+    assert model.log == ["pass"] * 2 + ["clock", "pass", "clock"] * 3
+
+
 def test_peak_memory_matches_sizes_by_hand():
     assert peak_memory(nn.Linear(3, 7), torch.zeros(5, 3)) == 4 * 5 * 7
     # The second layer's input is alive while its output is made; the first layer's is the images.
@@ -58,6 +84,31 @@ def test_peak_memory_in_training_includes_activations_and_gradients():
     images = images_for(model, 11)
     weights = 4 * count_parameters(model)
     assert peak_memory(model, images, train=True) > peak_memory(model, images) + weights
+
+
+def test_peak_memory_in_training_matches_sizes_by_hand():
+    """The gradients of two weights of 4 MB are what counts. Those of the warm-up are gone, or each layer would free
+    the new one as soon as it is added to the old, and only one would be held at a time."""
+    model = nn.Sequential(nn.Linear(1000, 1000, bias=False), nn.Linear(1000, 1000, bias=False))
+    gradients = 2 * 4 * 1000 * 1000
+    assert gradients <= peak_memory(model, torch.zeros(2, 1000), train=True) < 1.1 * gradients
+
+
+class Workspace(nn.Module):
+    """Allocates a thousand numbers in the first pass, seven in those after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.n = nn.Parameter(torch.zeros(1)), 1000
+
+    def forward(self, images):
+        n, self.n = self.n, 7
+        return torch.zeros(n)
+
+
+def test_peak_memory_measures_the_second_pass():
+    """A library may allocate a workspace once: the first pass is not what a pass needs."""
+    assert peak_memory(Workspace(), torch.zeros(2, 3)) == 4 * 7
 
 
 def test_fitted_exponent_recovers_a_power_law():

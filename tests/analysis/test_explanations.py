@@ -288,6 +288,19 @@ def test_token_norms_cover_patches_and_mark_long_ones():
     assert artefacts[0].nonzero().tolist() == [[0, 1, 1]]
 
 
+def test_token_norms_mark_by_the_median_which_artefacts_do_not_move():
+    """Norms 1, 1, 1, 1, 3.1 and 100 have a median of 1 and a mean of 17.9."""
+    seen = capture(vit(), images_of())
+    lengths = torch.tensor([1, 1, 1, 1, 3.1, 100]).double()
+    seen.tokens[1][0, 1:] = lengths[:, None] / math.sqrt(22)
+    norms, artefacts = e.token_norms(seen)
+    torch.testing.assert_close(norms[0, 0].flatten().double(), lengths)
+    assert artefacts[0, 0].flatten().tolist() == [False] * 4 + [True] * 2
+    lengths[4] = 2.9  # less than three times
+    seen.tokens[1][0, 1:] = lengths[:, None] / math.sqrt(22)
+    assert e.token_norms(seen)[1][0, 0].flatten().tolist() == [False] * 5 + [True]
+
+
 def test_feature_colours_are_the_main_directions_over_all_images():
     generator = torch.Generator().manual_seed(0)
     parts = torch.rand(4, 5, 6, 3, generator=generator).double()**2 * torch.tensor([9.0, 3.0, 1.0])

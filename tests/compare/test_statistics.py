@@ -63,6 +63,47 @@ def test_rank_trainings_rarely_finds_a_false_winner():
     assert named <= 10  # 5% of 200
 
 
+def test_rank_trainings_rarely_finds_a_false_winner_among_seeds_that_differ():
+    """The images are the same for all, so that the seeds' part is all: without it, or with one model's, many win."""
+    generator, named = torch.Generator().manual_seed(0), 0
+    for _ in range(300):
+        levels = torch.normal(0.7, 0.03, (3, 3), generator=generator).tolist()  # (kinds, seeds)
+        rows = {str(kind): [dict(right=[i < 200 * level for i in range(200)], accuracy=level) for level in own]
+                for kind, own in enumerate(levels)}
+        named += st.rank_trainings(rows).winner is not None
+    assert named <= 15  # 5% of 300
+
+
+def test_compare_two_adds_the_seeds_of_both_models():
+    """Against a sum by hand: two models whose seeds differ by unlike amounts, each side by side with one that has no
+    spread at all."""
+    def rows(*accuracies, n=100):
+        return [dict(right=[i < 50 for i in range(n)], accuracy=own) for own in accuracies]
+
+    images = 2 / 101 / 102, 101  # no image apart but the two that are added
+    wide, narrow, same = (0.5, 0.6, 0.7), (0.4, 0.42, 0.44), (0.5, 0.5, 0.5)
+    for first, second, parts in ((wide, narrow, [(0.01 / 3, 2), (0.0004 / 3, 2)]), (narrow, wide, [
+            (0.0004 / 3, 2), (0.01 / 3, 2)]), (wide, same, [(0.01 / 3, 2)]), (same, wide, [(0.01 / 3, 2)])):
+        difference, half = st.compare_two(rows(*first), rows(*second))
+        assert difference == pytest.approx(sum(first) / 3 - sum(second) / 3)
+        total = images[0] + sum(part for part, _ in parts)
+        df = total**2 / (images[0] ** 2 / images[1] + sum(part**2 / own for part, own in parts))
+        assert half == pytest.approx(st.t_quantile(df) * math.sqrt(total))
+
+
+def test_margin_adds_seeds_and_images_of_both_samples():
+    wide, narrow = (0.5, 0.6, 0.7), (0.4, 0.42, 0.44)
+    images = [0.6 * 0.4 / 50 + 1 / 2500, 0.42 * 0.58 / 50 + 1 / 2500]
+    parts = [(0.01 / 3, 2), (0.0004 / 3, 2), (images[0], 50), (images[1], 50)]
+    total = sum(part for part, _ in parts)
+    df = total**2 / sum(part**2 / own for part, own in parts)
+    for first, second in ((wide, narrow), (narrow, wide)):
+        assert st.margin(first, second, 50) == pytest.approx(st.t_quantile(df) * math.sqrt(total))
+    one, other = st.margin(wide, narrow, 10**9), st.margin(narrow, (0.42,) * 3, 10**9)  # seeds alone
+    assert one == pytest.approx(st.t_quantile(2) * math.sqrt(0.0104 / 3), rel=1e-3)
+    assert other == pytest.approx(st.t_quantile(2) * math.sqrt(0.0004 / 3), rel=1e-3)
+
+
 def test_rank_trainings_ties_when_images_are_few():
     """Seeds that are all alike: what is left are the images, of which 30 do not tell 10 points apart."""
     def rows(n, share):
@@ -111,6 +152,14 @@ def test_rank_samples_names_no_winner_among_one():
 def test_rank_shares_ties_shares_of_few_images():
     assert st.rank_shares(dict(A=0.9, B=0.5), 1000).winner == "A"
     assert st.rank_shares(dict(A=0.88, B=0.9), 50).tied == ("A",)
+
+
+def test_rank_by_variance_takes_a_95_percent_interval():
+    """Two-sided 5% of a normal difference: ndtr(-1.96) = 2.5%."""
+    ranking = st.rank_by_variance(dict(A=3.0, B=0.0), dict(A=1.0, B=3.0))
+    assert ranking.half_widths == pytest.approx(dict(B=1.96 * 2))
+    assert torch.special.ndtr(torch.tensor(-ranking.half_widths["B"] / 2)).item() == pytest.approx(0.025, rel=1e-3)
+    assert (ranking.winner, st.rank_by_variance(dict(A=4.0, B=0.0), dict(A=1.0, B=3.0)).winner) == (None, "A")
 
 
 def test_rank_speeds_ties_speeds_within_a_tenth():
@@ -163,6 +212,35 @@ def test_rank_falls_leaves_out_models_that_learned_nothing():
     assert falls(ViT=(50, 49), ConvNet=(52, 55)) is None
 
 
+@pytest.mark.parametrize(("n", "level"), [(100, 0.65), (900, 0.6), (10_000, 0.6), (25, 0.8)])
+def test_learned_is_a_tenth_above_guessing_and_three_standard_errors(n, level):
+    assert st.learned_level(n) == pytest.approx(level)
+    for step, learned in ((-0.005, False), (0.005, True)):
+        accuracies = torch.tensor([[level + step, 0.5]] * 3).double()
+        assert (st.rank_falls(dict(A=accuracies), n) is not None) == learned
+
+
+def test_learned_is_asked_of_the_mean_of_the_seeds():
+    accuracies = torch.tensor([[0.7, 0.5], [0.5, 0.5], [0.5, 0.5]]).double()  # a mean of 57%
+    assert st.rank_falls(dict(A=accuracies), 10_000) is None
+
+
+def test_learned_level_of_ten_classes():
+    assert st.learned_level(10_000, 0.1) == pytest.approx(0.2)
+    assert st.learned_level(25, 0.1) == pytest.approx(0.1 + 3 * 0.06)
+
+
+@pytest.mark.parametrize(("accuracies", "learned"), [
+    ((0.97, 0.5, 0.96), [True, False, True]), ((0.49, 0.51, 0.9), [False, False, True]),
+    ((0.97, 0.96, 0.95), None),  # all learned
+    ((0.5, 0.51, 0.5), None),  # none
+    ((0.97, 0.55, 0.96), None),  # better than guessing, and not yet learned: a spread
+    ((0.95, 0.7, 0.5), None),  # the learned differ more among themselves than from guessing
+    ((0.0, 0.9, 0.9), [False, True, True])])  # as a training that diverged
+def test_seeds_that_learned_part_those_that_guess(accuracies, learned):
+    assert st.seeds_that_learned(accuracies, 1000, 0.5) == learned
+
+
 def test_rank_falls_ties_single_measurements():
     one = {name: torch.tensor([own]).double() / 100 for name, own in (("ViT", (99, 97)), ("ConvNet", (99, 55)))}
     assert st.rank_falls(one, 100).winner is None
@@ -202,6 +280,96 @@ def test_spread_is_learned_compares_with_random_heads():
     assert st.spread_is_learned([2.0, 15.0], [8.0, 8.2], 16.5)
     assert not st.spread_is_learned([8.0, 8.2], [8.0, 8.2], 16.5)
     assert not st.spread_is_learned([4.0, 12.0], [4.0, 10.0], 16.5)  # less than twice
+    assert not st.spread_is_learned([8.0, 9.0], [8.0, 8.2], 16.5)  # less than a tenth of uniform
+
+
+# ---- What can be found
+
+
+def test_power_follows_its_closed_form_where_seeds_do_not_differ():
+    """The half width is then fixed, and the lead normal: ndtr((lead - half) / error)."""
+    noise = st.Noise(1000, 3, spread=0.0, chance=0.0, apart=0.1)
+    error = math.sqrt(0.1 / 1000)
+    half = st.t_quantile(1001) * math.sqrt((999 * 0.1 + 2) / 1001 / 1002)
+    for lead in (0.0, 0.02, 0.03):
+        expected = torch.special.ndtr(torch.tensor((lead - half) / error)).item()
+        assert st.power(lead, noise) == pytest.approx(expected, rel=1e-4)
+    assert st.smallest_lead(noise) == pytest.approx(half + 0.84162 * error, abs=1e-4)  # ndtr(0.84162) = 80%
+
+
+def test_power_follows_its_closed_form_where_seeds_are_all():
+    """Two seeds and endless images: S / sigma of each side is the absolute value of a normal number."""
+    noise = st.Noise(10**9, 2, spread=0.01, chance=0.0, apart=0.0)
+    a = torch.linspace(0.0005, 0.9995, 1000).double()
+    chi = torch.special.ndtri((1 + a) / 2) ** 2  # chi squared of one degree, by its quantiles
+    halves = [st.half_width([(5e-5 * x, 1), (5e-5 * y, 1)]) for x in chi[::20].tolist() for y in chi[::20].tolist()]
+    for lead in (0.05, 0.2):
+        expected = torch.special.ndtr((lead - torch.tensor(halves)) / 0.01).mean().item()
+        assert st.power(lead, noise) == pytest.approx(expected, abs=0.03)
+
+
+def shares_found(levels, n, spread, by_chance, repeats, seed=0):
+    """(how often compare_two puts the first ahead, the Noise, with the mean of the measured variances) of so many
+    comparisons of two models, three seeds each. by_chance: how many answers do not go by the image's difficulty."""
+    generator, found, noises = torch.Generator().manual_seed(seed), 0, []
+    for _ in range(repeats):
+        hard, rows = torch.rand(n, generator=generator), {}
+        for kind, level in enumerate(levels):
+            rows[kind] = []
+            for _ in range(3):
+                chosen, luck = torch.rand(2, n, generator=generator)
+                needed = torch.where(chosen < by_chance, luck, hard)  # (n), uniform: the accuracy is the level
+                right = (needed < level + spread * torch.randn((), generator=generator)).tolist()
+                rows[kind].append(dict(right=right, accuracy=sum(right) / n))
+        difference, half = st.compare_two(*rows.values())
+        found += difference > half
+        noises.append(st.measured_noise(rows))
+    chance, apart = (sum(getattr(noise, name) for noise in noises) / repeats for name in ("chance", "apart"))
+    return found / repeats, st.Noise(n, 3, spread, chance, apart)
+
+
+@pytest.mark.parametrize(("spread", "by_chance", "lead"), [(0.0, 1.0, 0.12), (0.04, 0.5, 0.15), (0.02, 0.2, 0.08)])
+def test_power_is_how_often_compare_two_finds_a_lead(spread, by_chance, lead):
+    share, noise = shares_found((0.7 + lead / 2, 0.7 - lead / 2), 300, spread, by_chance, 200)
+    assert 0.1 < share < 0.95
+    assert st.power(lead, noise) == pytest.approx(share, abs=0.11)  # three standard errors of 200
+
+
+def test_power_of_two_points_is_a_few_percent():
+    """1,000 images, 0.9 points between seeds: a lead of 2 points is found in 3 to 4% of cases."""
+    noise = st.assumed_noise(1000, 3, spread=0.009, accuracy=0.71)
+    assert st.power(0.02, noise) == pytest.approx(0.035, abs=0.01)
+    share, _ = shares_found((0.72, 0.70), 1000, 0.009, 1.0, 300)
+    assert share == pytest.approx(0.03, abs=0.03)
+
+
+def test_power_grows_with_images_seeds_and_lead():
+    base = st.assumed_noise(1000, 3)
+    assert st.power(0.05, base) < st.power(0.05, st.assumed_noise(4000, 3))
+    assert st.power(0.05, base) < st.power(0.05, st.assumed_noise(1000, 6))
+    assert st.power(0.05, base) > st.power(0.05, st.assumed_noise(1000, 3, spread=0.03))
+    assert st.power(0.03, base) < st.power(0.05, base)
+    assert st.power(st.smallest_lead(base), base) >= 0.8 > st.power(st.smallest_lead(base) - 2e-4, base)
+    for noise in (st.assumed_noise(19, 3), st.assumed_noise(1000, 1), st.assumed_noise(1000, 3, spread=0.9)):
+        assert st.smallest_lead(noise) == math.inf
+
+
+def test_measured_noise_matches_hand_values():
+    rows = dict(A=[dict(right=[1, 1, 0, 0], accuracy=0.5), dict(right=[1, 1, 1, 0], accuracy=0.75)],
+                B=[dict(right=[0, 0, 0, 0], accuracy=0.0)] * 2)
+    noise = st.measured_noise(rows)
+    assert (noise.n_images, noise.n_seeds) == (4, 2)
+    assert noise.chance == pytest.approx((0.5 / 4 + 0) / 2)  # one image of four, whose variance is a half
+    assert noise.spread == pytest.approx(math.sqrt(0.03125 / 2 - noise.chance / 4), abs=1e-9)
+    assert noise.apart == pytest.approx(torch.tensor([1.0, 1.0, 0.5, 0.0]).var().item())
+
+
+def test_describe_power_names_the_lead_and_what_it_rests_on():
+    noise = st.assumed_noise(1000, 3)
+    assert st.describe_power(noise) == (
+        f"with 1,000 images, 3 seeds and 1.0 points between seeds beyond chance, a lead of 2 points over another model "
+        f"is found in {st.power(0.02, noise):.0%} of cases, one of {100 * st.smallest_lead(noise):.1f} points in 80%")
+    assert st.describe_power(st.assumed_noise(10, 3)).endswith("no lead is found in 80% of cases")
 
 
 # ---- Student's t
@@ -235,6 +403,11 @@ def test_half_width_combines_degrees_of_freedom():
 
 def test_join_words_uses_commas_and_and():
     assert [st.join_words(words) for words in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
+
+
+def test_bands_are_of_all_seeds():
+    assert st.mean_min_max([2, 1, 6]) == (3, 1, 6)
+    assert st.format_range([0.2, 0.1, 0.6]) == "30.0% (10.0 to 60.0)"
 
 
 @pytest.mark.parametrize(("values", "half", "words"), [

@@ -12,6 +12,7 @@ from toy_training import one_step
 import train_vit
 from train_vit import NotFinite
 from vit_bridge.analysis.cost import count_flops, count_parameters
+from vit_bridge.compare import statistics as st
 from vit_bridge.compare import trials as le
 from vit_bridge.data import shapes as shapes_module
 from vit_bridge.data.augmentation import Augmentation
@@ -289,9 +290,45 @@ def test_summarise_names_a_winner_or_none():
     rows = rows_of(dict(ConvNet=285, Hybrid=284, ViT=100))
     text = le.summarise(rows, dict(ConvNet=2.0, Hybrid=0.5, ViT=0.1))
     assert text.startswith("No winner: ConvNet and Hybrid cannot be told apart; ViT is behind by 46.2 points")
-    assert text.endswith("Hybrid is the cheapest of them, 0.50 ms an image.")
+    assert "Hybrid is the cheapest of them, 0.50 ms an image." in text
     few = le.summarise(rows_of(dict(ConvNet=2, ViT=0), n=2))
     assert few == "No winner: 2 images are too few to tell; at least 20 are needed."
+
+
+def rows_with(accuracies, n=1000):
+    """Rows of compare_on_dataset(): each kind with these accuracies of its seeds."""
+    return {kind: [dict(seed=seed, n_steps=200, right=[i < round(level * n) for i in range(n)], accuracy=level)
+                   for seed, level in enumerate(own)] for kind, own in accuracies.items()}
+
+
+def test_summarise_names_a_kind_that_learns_or_does_not():
+    rows = rows_with(dict(ConvNet=(0.9, 0.91, 0.9), Hybrid=(0.7, 0.71, 0.7), ViT=(0.97, 0.5, 0.96)))
+    text = le.summarise(rows, guessing=0.5)
+    assert text.startswith("ConvNet is ahead of Hybrid by 20.0 points")  # not of a mean of 81% that no ViT has
+    assert "ViT learns or does not: 2 of 3 seeds learned (96.0% to 97.0%; otherwise 50.0%)." in text
+    two = le.summarise({kind: rows[kind] for kind in ("ConvNet", "ViT")}, dict(ConvNet=1.0, ViT=2.0), guessing=0.5)
+    assert two == ("No winner: ConvNet alone does the same with every seed. ViT learns or does not: 2 of 3 seeds "
+                   "learned (96.0% to 97.0%; otherwise 50.0%).")
+    assert "learns or does not" not in le.summarise(rows_with(dict(ConvNet=(0.9, 0.8, 0.7), ViT=(0.5, 0.51, 0.5))),
+                                                    guessing=0.5)
+    assert le.split_kinds(rows, 0.5) == dict(ViT=[True, False, True])
+    assert le.caveats(rows_with(dict(ConvNet=(0.5, 0.5, 0.5), ViT=(0.97, 0.5, 0.5))), {"luck": 0.5}, 5000) == []
+
+
+def test_summarise_says_which_lead_could_have_been_found():
+    rows = rows_with(dict(ConvNet=(0.75, 0.76, 0.77), ViT=(0.74, 0.75, 0.76)))
+    noise = st.measured_noise(rows)
+    assert le.summarise(rows).endswith(f" As measured: {st.describe_power(noise)}.")
+    assert "As measured" not in le.summarise(rows_with(dict(ConvNet=(1.0, 1.0), ViT=(0.5, 0.5)), n=10))
+
+
+def test_reach_finding_names_a_kind_that_learns_or_does_not():
+    trials = reach_trials(dict(ConvNet=(99, 98)))
+    trials += [dict(kind="ViT", seed=seed, distances=[8, 42], correct=correct, n=100)
+               for seed, correct in enumerate(([99, 60], [50, 51], [98, 60]))]
+    assert le.TRAINING_EXPERIMENTS["reach"].finding(trials) == (
+        "ViT loses most: 38 points with distance. ViT learns or does not: 2 of 3 seeds learned (79.0% to 79.5%; "
+        "otherwise 50.5%).")
 
 
 def test_summarise_names_diverged_trainings():
@@ -330,6 +367,81 @@ def test_best_of_rates_counts_a_diverged_training_as_zero(monkeypatch):
     rows = le.compare_on_dataset(loaders(), 1, report=lines.append, recipe=QUICK, **ON_CPU)
     assert {(row["accuracy"], row["diverged"]) for own in rows.values() for row in own} == {(0.0, True)}
     assert "counts as 0% accuracy" in lines[0]
+
+
+# ---- Three seeds are three trainings, on images of their own where images are drawn
+
+
+def settings_of_trainings(measure, monkeypatch):
+    """What sets the trainings of measure(seed) apart, for each of SEEDS: (the weights at the start, the labels in the
+    order of the first epoch, the seed of Trainer.train(), which draws dropout and augmentation)."""
+    found = []
+
+    class Watched:
+        def __init__(self, model, *device, **settings):
+            self.model = model
+
+        def train(self, loader, *, seed, **settings):
+            loader.set_epoch(0)
+            weights = torch.cat([own.flatten() for own in self.model.parameters()]).tolist()
+            found.append((weights, [labels.tolist() for _, labels in loader], seed))
+
+        def evaluate(self, loader):
+            return dict(acc=0.5, correct=7, n=14)
+
+    monkeypatch.setattr(le, "Trainer", Watched)
+    for seed in le.SEEDS:
+        measure(seed)
+    return found
+
+
+@pytest.mark.usefixtures("small")
+def test_compare_on_dataset_trains_each_seed_from_its_own_start_and_order(monkeypatch):
+    monkeypatch.setattr(le, "steps_within", one_step)
+    train, val, test = loaders(n=60)
+
+    def measure(seed):
+        if seed == 0:  # which trains all seeds
+            le.compare_on_dataset((train, val, test), 1, recipe=QUICK, report=lambda line: None, **ON_CPU)
+
+    found = settings_of_trainings(measure, monkeypatch)
+    assert len(found) == 9
+    for kind in range(3):
+        weights, orders, seeds = zip(*found[3 * kind:3 * kind + 3], strict=True)
+        assert [len({str(own) for own in part}) for part in (weights, orders)] == [3, 3]
+        assert seeds == le.SEEDS
+    assert [order for _, order, _ in found[:3]] == [order for _, order, _ in found[3:6]]  # the same for all kinds
+
+
+@pytest.mark.usefixtures("small")
+def test_data_efficiency_trains_each_seed_on_its_own_part_in_its_own_order(monkeypatch):
+    parts = loaders(n=60)
+    found = settings_of_trainings(
+        lambda seed: le.TRAINING_EXPERIMENTS["data"].measure("ViT", seed, 20, parts, QUICK, **ON_CPU), monkeypatch)
+    for rate in range(3):
+        weights, orders, seeds = zip(*found[rate::3], strict=True)
+        assert [len({str(own) for own in part}) for part in (weights, orders)] == [3, 3]
+        assert seeds == le.SEEDS
+
+
+@pytest.mark.parametrize(("name", "draws", "answers"), [("cues", "make_cues", 5), ("reach", "make_marks", 2)])
+def test_trials_draw_new_images_for_each_seed_and_test_all_on_the_same(name, draws, answers, monkeypatch):
+    seen, make = {}, getattr(le, draws)
+
+    def watched(n, side, **how):
+        drawn = make(min(n, 8), side, **how)
+        images = drawn[0] if isinstance(drawn, tuple) else drawn.images
+        seen.setdefault((how.get("start", 0), how.get("distance")), []).append(images)
+        return drawn
+
+    monkeypatch.setattr(le, draws, watched)
+    monkeypatch.setattr(le, "best_of_rates", lambda *words, **run: (Says([0] * 8, answers), {1e-3: 0.9}, 1e-3))
+    for seed in le.SEEDS:
+        sizes = dict(distances=(8,), img_size=32) if name == "reach" else dict(img_size=16)
+        le.TRAINING_EXPERIMENTS[name].measure("ViT", seed, QUICK, n_test=8, **sizes)
+    assert len(seen) == 3
+    for (part, _), images in seen.items():
+        assert len({str(own.tolist()) for own in images}) == (1 if part == 2 * 10**9 else 3)
 
 
 @pytest.mark.usefixtures("small")

@@ -240,6 +240,11 @@ def test_linear_classifier_is_ridge_regression():
     assert result["test_acc"] is None
 
 
+def test_linear_classifier_takes_the_strongest_ridge_among_equals():
+    train, val = toy_loader(997, 0, True), toy_loader(211, 1, True)  # every strength gets all of them right
+    assert linear_classifier(train, val)["ridge"] == max(RIDGES)
+
+
 def test_linear_classifier_on_noise_is_at_chance():
     test = toy_loader(2003, 2, False)
     result = linear_classifier(toy_loader(997, 0, False), toy_loader(211, 1, False), test)

@@ -432,6 +432,49 @@ def test_trainer_gives_up_on_endless_fp16_overflow():
     assert calls.count <= 2 * 18  # before a step, and before the end of its epoch; 2 ** 16 halved 17 times is below 1
 
 
+class DoublingScaler:
+    """A gradient scaler of a power of two, which leaves no rounding: it may change nothing."""
+
+    def __init__(self, *words, enabled=True):
+        self.unscaled = False
+
+    def scale(self, loss):
+        self.unscaled = False
+        return 1024 * loss
+
+    def unscale_(self, optimizer):
+        assert not self.unscaled
+        self.unscaled = True
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad /= 1024
+
+    def step(self, optimizer):
+        if not self.unscaled:
+            self.unscale_(optimizer)
+        optimizer.step()
+
+    def update(self):
+        pass
+
+    def is_enabled(self):
+        return False
+
+
+@pytest.mark.parametrize("clip_norm", [1e-3, 0.5, 1e9])
+def test_trainer_clips_the_gradients_that_the_scaler_gives_back(clip_norm, monkeypatch):
+    """Clipped while still scaled, a gradient of any length would be too long, and Adam would forget their ratios."""
+    weights = []
+    for scaler in (torch.amp.GradScaler, DoublingScaler):
+        monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+        torch.manual_seed(0)
+        trainer = Trainer(small_net(), "cpu", amp="off", clip_norm=clip_norm)
+        train_quietly(trainer, toy_batches(4), n_epochs=1)
+        weights.append(copy_of(trainer.model))
+    assert same(*weights)
+
+
 class Failing(nn.Module):
     def __init__(self, error):
         super().__init__()

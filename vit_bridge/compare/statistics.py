@@ -3,13 +3,15 @@
     Ranking                         the best, who is tied with it, who is behind; describe_ranking says it in words
     rank_trainings, rank_samples    models by predictions on the same images; by one accuracy a seed
     rank_kept, rank_falls           by the accuracy kept on changed images; by the accuracy lost as a task grows harder
+    Noise, power, smallest_lead     how often a lead is found, and the smallest that is, before or after a comparison
+    seeds_that_learned              which seeds of a kind learned, where the others only guess
 
 Shapes:  S seeds, n test images."""
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
-from statistics import mean, stdev
+from itertools import combinations, pairwise
+from statistics import mean, stdev, variance
 
 import torch
 
@@ -17,6 +19,7 @@ from vit_bridge.analysis.metrics import wilson_interval
 from vit_bridge.errors import InputError
 
 MIN_IMAGES = 20  # with fewer test images, nobody is named the winner
+FOUND = 0.8  # the share of comparisons in which the smallest lead is found
 # Student's t by degrees of freedom: two-sided 5% over three comparisons together (Bonferroni: 5% / 3 each).
 CONFIDENCE = {1: 38.19, 2: 7.649, 3: 4.857, 4: 3.961, 5: 3.534, 6: 3.287, 8: 3.016, 10: 2.870, 15: 2.694, 20: 2.613,
               30: 2.536, 60: 2.463, 120: 2.428}
@@ -73,6 +76,94 @@ def variance_of_ratio(before, after, n):
     (delta method)."""
     after = max(after, 1)
     return (after / before) ** 2 * ((1 - after / n) / after + (1 - before / n) / before)
+
+
+# ---- What can be found ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What hides a lead between two models, each trained with S seeds and tested on the same n images.
+
+    spread   standard deviation between a model's seeds, beyond what the images give by chance
+    chance   variance of one seed's answer to an image (1 right, 0 wrong) about the mean of all seeds
+    apart    variance of the models' difference image by image, each the mean over its seeds
+    """
+    n_images: int
+    n_seeds: int
+    spread: float
+    chance: float
+    apart: float
+
+
+def assumed_noise(n_images, n_seeds, spread=0.01, accuracy=0.75):
+    """The Noise before anything is trained, if each answer is right by chance, with this accuracy. That is the worst
+    case: images that are hard for one seed are mostly hard for the others too."""
+    chance = accuracy * (1 - accuracy)
+    return Noise(n_images, n_seeds, spread, chance, 2 * chance / n_seeds)
+
+
+def measured_noise(rows):
+    """The Noise of {name: [a row a training]}, rows as in compare_two: the mean over the models, and over their
+    pairs."""
+    right = [torch.tensor([row["right"] for row in own]).double() for own in rows.values()]  # each (S, n)
+    n_seeds, n = right[0].shape
+    chance = mean(own.var(dim=0).mean().item() for own in right)
+    between = mean(variance(row["accuracy"] for row in own) for own in rows.values())
+    apart = mean((one.mean(dim=0) - other.mean(dim=0)).var().item() for one, other in combinations(right, 2))
+    return Noise(n, n_seeds, math.sqrt(max(0, between - chance / n)), chance, apart)
+
+
+def power(lead, noise, draws=2000):
+    """How often compare_two() puts a model that is better by `lead` ahead of another: a share of all comparisons.
+
+    The lead that is seen is normal; half the width of its interval varies with the seeds, which are drawn (always the
+    same draws). 0 with fewer than MIN_IMAGES images or two seeds.
+    """
+    n, n_seeds = noise.n_images, noise.n_seeds
+    if n < MIN_IMAGES or n_seeds < 2:
+        return 0.0
+    between = noise.spread**2 + noise.chance / n  # variance between the accuracies of a model's seeds
+    drawn = torch.randn(draws, 2, n_seeds, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    images = ((n - 1) * noise.apart + 2) / (n + 1) / (n + 2), n + 1  # with one image added for each side
+    half_widths = torch.tensor([half_width([images, *((part, n_seeds - 1) for part in parts)])
+                                for parts in (between * drawn.var(dim=2) / n_seeds).tolist()])  # (draws)
+    # the seeds' own chance is in `apart` too; a lead varies by it only once
+    error = math.sqrt(2 * between / n_seeds + max(0, noise.apart - 2 * noise.chance / n_seeds) / n)
+    return torch.special.ndtr((lead - half_widths) / max(error, 1e-12)).mean().item()
+
+
+def smallest_lead(noise, share=FOUND):
+    """The smallest lead that is found in this share of comparisons, to a hundredth of a point; infinite where none
+    is."""
+    low, high = 0, 10_000  # hundredths of a point
+    if power(1.0, noise) < share:
+        return math.inf
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if power(middle / 10_000, noise) >= share else (middle, high)
+    return high / 10_000
+
+
+def learned_level(n, guessing=0.5):
+    """The accuracy on n images from which a model has learned: a tenth above guessing, and three standard errors."""
+    return guessing + max(0.1, 3 * math.sqrt(guessing * (1 - guessing) / n))
+
+
+def seeds_that_learned(accuracies, n, guessing):
+    """[whether each seed learned] of a kind that learns or does not; None for any other.
+
+    It is one if some seeds are no better than guessing, by the lower end of a Wilson interval, all others are above
+    learned_level(), and the gap between the two is wider than the span of those that learned. Such accuracies, of n
+    images each, have no mean worth a name.
+    """
+    learned = [own for own in accuracies if own >= learned_level(n, guessing)]
+    others = [own for own in accuracies if wilson_interval(round(own * n), n)[0] <= guessing]
+    if not learned or not others or len(learned) + len(others) < len(accuracies):
+        return None
+    if min(learned) - max(others) <= max(learned) - min(learned):
+        return None
+    return [own >= min(learned) for own in accuracies]
 
 
 # ---- Rankings ---------------------------------------------------------------------------------------------
@@ -170,11 +261,11 @@ def rank_falls(accuracies, n):
     """The Ranking of what models lose as a task with two classes grows harder, the largest loss first; None if no model
     learned it. accuracies: name -> tensor (S, steps from easy to hard), of n images each.
 
-    The loss of a seed is its largest fall from a step to a later one. Learned is a mean accuracy above 60% at a step.
+    The loss of a seed is its largest fall from a step to a later one. Learned is a mean accuracy above learned_level()
+    at a step.
     """
-    least = max(0.6, 0.5 + 3 * math.sqrt(0.25 / n))
     falls = {name: (own.cummax(dim=1).values - own).amax(dim=1).tolist() for name, own in accuracies.items()
-             if own.mean(dim=0).max() > least}
+             if own.mean(dim=0).max() > learned_level(n)}
     return rank_samples(falls, n, 0.5 / n) if falls else None
 
 
@@ -195,8 +286,10 @@ def majority_with_every_seed(counts):
 
 
 def none_beats(accuracies, control, n):
-    """Whether no model has a mean accuracy above the control's by more than chance: accuracies, name -> one a seed."""
-    return all(mean(own) - control <= margin(own, own, n) for own in accuracies.values())
+    """Whether no model has a mean accuracy above the control's by more than chance, nor single seeds that learned:
+    accuracies, name -> one a seed."""
+    return all(mean(own) - control <= margin(own, own, n) and seeds_that_learned(own, n, control) is None
+               for own in accuracies.values())
 
 
 def sort_by_change(before, after, least):
@@ -253,3 +346,22 @@ def describe_ranking(ranking):
         closest = ", the closest" if len(ranking.behind) > 1 else ""
         text += f"; {is_or_are(ranking.behind)} behind{closest} by {format_lead(ranking, ranking.behind[0])}"
     return text
+
+
+def describe_power(noise):
+    """In words: how often a lead of 2 points is found, and which lead is found in FOUND of all comparisons."""
+    given = (f"{noise.n_images:,} images, {noise.n_seeds} seeds and {100 * noise.spread:.1f} points between seeds "
+             f"beyond chance")
+    least = smallest_lead(noise)
+    if least == math.inf:
+        return f"with {given}, no lead is found in {FOUND:.0%} of cases"
+    return (f"with {given}, a lead of 2 points over another model is found in {power(0.02, noise):.0%} of cases, one "
+            f"of {100 * least:.1f} points in {FOUND:.0%}")
+
+
+def describe_split(name, accuracies, learned):
+    """In words: that this kind learns or does not. learned: from seeds_that_learned()."""
+    groups = [[own for own, has in zip(accuracies, learned, strict=True) if has == which] for which in (True, False)]
+    ranges = [" to ".join(dict.fromkeys(f"{end:.1%}" for end in (min(own), max(own)))) for own in groups]
+    return (f"{name} learns or does not: {len(groups[0])} of {len(accuracies)} seeds learned ({ranges[0]}; otherwise "
+            f"{ranges[1]})")

@@ -24,15 +24,19 @@ from vit_bridge.analysis.perturbations import cue_choices, shape_bias
 from vit_bridge.compare.experiments import Experiment
 from vit_bridge.compare.statistics import (
     MIN_IMAGES,
+    describe_power,
     describe_ranking,
+    describe_split,
     format_range,
     join_words,
     majority_with_every_seed,
     mean_min_max,
+    measured_noise,
     none_beats,
     rank_falls,
     rank_samples,
     rank_trainings,
+    seeds_that_learned,
     step_gains,
 )
 from vit_bridge.data.augmentation import Augmentation
@@ -151,7 +155,14 @@ class Reach(Experiment):
     def finding(self, trials):
         accuracies = {kind: torch.tensor([trial["correct"] for trial in own]).double() / own[0]["n"]
                       for kind, own in _by_kind(trials).items()}  # kind -> (S, distances)
-        falls = rank_falls(accuracies, trials[0]["n"])
+        n, split = trials[0]["n"], {}
+        for kind, own in accuracies.items():
+            by_seed, n_asked = own.mean(dim=1).tolist(), n * own.shape[1]  # over all distances
+            learned = seeds_that_learned(by_seed, n_asked, 0.5)
+            if learned is not None:
+                split[kind] = describe_split(kind, by_seed, learned)
+                accuracies[kind] = own[torch.tensor(learned)]
+        falls = rank_falls(accuracies, n)
         if falls is None:
             return "No model learned the task in these steps, so nothing follows about reach."
         largest, not_learned = falls.values[falls.best], [kind for kind in accuracies if kind not in falls.values]
@@ -160,7 +171,8 @@ class Reach(Experiment):
             text = "No model that learned the task loses more than 5 points as the marks move apart."
         elif falls.tied:
             text = f"{join_words(falls.leaders)} cannot be told apart: {100 * largest:.0f} points lost with distance."
-        return text + (f" {join_words(not_learned)} did not learn the task." if not_learned else "")
+        text += f" {join_words(not_learned)} did not learn the task." if not_learned else ""
+        return " ".join([text, *(f"{words}." for words in split.values())])
 
     def tables(self, trials):
         distances = trials[0]["distances"]
@@ -414,20 +426,39 @@ def compare_on_dataset(loaders, minutes, seeds=SEEDS, kinds=("ConvNet", "Hybrid"
     return rows
 
 
-def summarise(rows, costs=None):
-    """Which model for these images, in words. rows: from compare_on_dataset(); costs: {kind: milliseconds an image}.
+def split_kinds(rows, guessing=0.0):
+    """{kind: [whether each seed learned]} of the kinds that learn or do not. rows: from compare_on_dataset();
+    guessing: the accuracy without learning."""
+    found = {kind: seeds_that_learned([row["accuracy"] for row in own], len(own[0]["right"]), guessing)
+             for kind, own in rows.items()}
+    return {kind: learned for kind, learned in found.items() if learned is not None}
+
+
+def summarise(rows, costs=None, guessing=0.0):
+    """Which model for these images, in words. rows: from compare_on_dataset(); costs: {kind: milliseconds an image};
+    guessing: the accuracy without learning. A kind whose seeds learn or do not is named, and not ranked by its mean.
 
     Raises InputError for fewer than two kinds, or two seeds of one.
     """
-    ranking, n = rank_trainings(rows), len(next(iter(rows.values()))[0]["right"])
+    ranking, n, split = rank_trainings(rows), len(next(iter(rows.values()))[0]["right"]), split_kinds(rows, guessing)
+    steady = {kind: own for kind, own in rows.items() if kind not in split}
+    compared = len(steady) > 1
+    if split and compared:
+        ranking = rank_trainings(steady)
     text = f"{describe_ranking(ranking)}."
     if n < MIN_IMAGES:
         text = f"No winner: {n} images are too few to tell; at least {MIN_IMAGES} are needed."
+    elif not compared:
+        text = f"No winner: {join_words(steady) or 'none of them'} alone does the same with every seed."
     elif ranking.tied:
         text = f"No winner: {text}"
-    if costs and ranking.tied:
+    if costs and compared and ranking.tied:
         cheapest = min(ranking.leaders, key=costs.get)
         text += f" {cheapest} is the cheapest of them, {costs[cheapest]:.2f} ms an image."
+    for kind, learned in split.items():
+        text += f" {describe_split(kind, [row['accuracy'] for row in rows[kind]], learned)}."
+    if compared and n >= MIN_IMAGES:
+        text += f" As measured: {describe_power(measured_noise(steady))}."
     for kind, own in rows.items():
         diverged = sum(row.get("diverged", False) for row in own)
         text += f" {diverged} of {len(own)} trainings of {kind} diverged, counted as 0% accuracy." if diverged else ""
