@@ -430,16 +430,12 @@ class ViTConfig:
                                  n_registers=0).items():
             check_int(name, getattr(self, name), least)
         for name in ("dropout", "drop_path"):
-            rate = getattr(self, name)
-            if not isinstance(rate, (int, float)) or not 0.0 <= rate < 1.0:
-                raise InputError(f"{name} {rate!r} is out of range; expected 0 <= {name} < 1")
+            check_rate(name, getattr(self, name))
         if not 1 <= self.embed_dim * self.mlp_ratio < math.inf:
             raise InputError(f"mlp_ratio {self.mlp_ratio} leaves no hidden unit; expected a positive number such as 4")
-        for name in ("layer_scale", "norm_eps"):
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and 0 < value < math.inf
-            if not number and (name, value) != ("layer_scale", None):
-                raise InputError(f"{name} {value!r} is out of range; expected a positive number such as 1e-6")
+        check_positive("norm_eps", self.norm_eps)
+        if self.layer_scale is not None:
+            check_positive("layer_scale", self.layer_scale)
         check_choice("qk_norm", self.qk_norm, (False, True))
         check_choice("pool", self.pool, ("cls", "mean"))
         check_choice("position", self.position, ("learned", "sincos", "none"))
@@ -454,6 +450,18 @@ def check_int(name, value, least):
     """Raises InputError unless value is a whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InputError(f"{name} {value!r} is out of range; expected a whole number of at least {least}")
+
+
+def check_rate(name, value):
+    """Raises InputError unless value is a number of [0, 1)."""
+    if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+        raise InputError(f"{name} {value!r} is out of range; expected 0 <= {name} < 1")
+
+
+def check_positive(name, value):
+    """Raises InputError unless value is a positive, finite number."""
+    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise InputError(f"{name} {value!r} is out of range; expected a positive number such as 1e-6")
 
 
 def check_choice(name, value, choices):
