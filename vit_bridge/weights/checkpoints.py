@@ -28,7 +28,8 @@ from vit_bridge.models.protocol import ask, class_name, is_ours
 from vit_bridge.models.registry import check_arguments, model_classes
 from vit_bridge.preprocessing import Preprocessing
 from vit_bridge.system import write_whole
-from vit_bridge.weights.formats import Format, Weights, translate
+from vit_bridge.weights.cnns import CNN_CONFIGS
+from vit_bridge.weights.formats import FORMATS, Format, Weights, translate
 from vit_bridge.weights.pretrained import OURS, OURS_FOLDER, PRETRAINED, PUBLIC, fetch
 from vit_model import VisionTransformer, ViTConfig, resample_positions, sincos_positions
 
@@ -103,14 +104,14 @@ def load(name_or_path, n_classes=None, **overrides):
     name, weights = str(name_or_path), None
     if name in PUBLIC:
         path, entry = fetch(name), PUBLIC[name]
-        model_class, config, preprocessing = VisionTransformer, entry.arguments, entry.preprocessing
+        model_class, config, preprocessing = entry.model_class, entry.arguments, entry.preprocessing
     else:
         path = OURS_FOLDER / f"{name}.pt" if name in OURS else _existing_file(name)
         weights = _read_weights(path)
         if weights.model is not None and n_classes is None and not overrides:
             return weights.model
         config, _ = (weights.model.config, "") if weights.model is not None else _inferred(weights)
-        model_class = VisionTransformer if weights.model is None else type(weights.model)
+        model_class = model_classes()[weights.format.holds] if weights.model is None else type(weights.model)
         preprocessing = Preprocessing(config.img_size) if weights.model is None else weights.model.preprocessing
         config = vars(config)
     check_arguments(model_class, overrides)
@@ -319,16 +320,21 @@ def _read_weights(path, model=None):
         return weights
     state, around = _unwrap(entries, path)
     if model is not None and model.config_class is not VisionTransformer.config_class:
-        if state.keys() - {"n_averaged"} != model.state_dict().keys():
+        if state.keys() - {"n_averaged"} == model.state_dict().keys():
+            return _own_names(f"state dict of a {class_name(model)}", path, around, state)
+        if all(known.holds != class_name(model) for known in FORMATS):
             raise InputError(f"{path} is for another architecture: its tensors, such as {next(iter(state))}, are not "
                              f"those of a {class_name(model)}; build the model that it was saved from")
-        return _own_names(f"state dict of a {class_name(model)}", path, around, state)
     try:
-        return translate(state, path, around)
+        weights = translate(state, path, around)
     except InputError:
         raise
-    except Exception as error:  # tensors of a rank that no ViT has
+    except Exception as error:  # tensors of a rank that no model has
         raise InputError(f"{path} is damaged, or of no format that is known ({first_line(error)})") from error
+    if model is not None and weights.format.holds != class_name(model):
+        raise InputError(f"{path} is for another architecture: it is a {weights.format.holds} ({weights.format.name}), "
+                         f"the model is a {class_name(model)}; take load(path), which builds what the file holds")
+    return weights
 
 
 def _own_names(kind, path, around, state):
@@ -380,7 +386,8 @@ def fit(weights, model, grid_size):
     notes += _match_head(weights, expected)
     notes += _fit_positions(weights, model, grid_size)
     tensors = weights.tensors
-    missing = [name for name in expected if name not in tensors and not name.startswith("head.")]
+    missing = [name for name in expected if name not in tensors and not name.startswith("head.")
+               and not name.endswith(".num_batches_tracked")]  # nothing reads it, and old files have none
     extra = [name for name in tensors if name not in expected]
     for wrong, where in ((extra, "the file has {} and the model does not"), (missing, "the file lacks {}")):
         if wrong:
@@ -554,15 +561,17 @@ def describe_checkpoint(path):
     if model is None:
         config, heads = _inferred(weights)
         with torch.device("meta"):
-            model = VisionTransformer(**vars(config))
+            model = model_classes()[weights.format.holds](**vars(config))
     _, report = _fitted(weights, model, advise=False)
     n_parameters = sum(p.numel() for p in model.parameters())
     return Description(replace(report, heads=heads), class_name(model), model.config, n_parameters)
 
 
 def _inferred(weights):
-    """infer_config, with one line for tensors of a rank that no ViT has."""
+    """infer_config, or that of a CNN; with one line for tensors of a rank that no such model has."""
     try:
+        if weights.format.holds in CNN_CONFIGS:
+            return CNN_CONFIGS[weights.format.holds](weights), ""
         return infer_config(weights)
     except InputError:
         raise

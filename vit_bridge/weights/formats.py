@@ -1,4 +1,4 @@
-"""How other libraries and papers name the weights of a Vision Transformer, and those names in ours (timm's).
+"""How other libraries and papers name the weights of a ViT, a ResNet or a ConvNeXt, and those names in ours.
 
     weights = translate(state, path, around)     a state dict in our names, and what was dropped on the way
 
@@ -20,12 +20,13 @@ from vit_bridge.errors import InputError
 
 @dataclass(frozen=True)
 class Format:
-    """A way of naming the weights of a ViT.
+    """A way of naming the weights of a model.
 
     marks    patterns: a file is of this format where each of them is found in some name
     names    (pattern, our name), the first that matches the whole name; a name that none matches stays
-    drops    (pattern, reason): what a VisionTransformer has no use for
+    drops    (pattern, reason): what the model has no use for
     note     what the names do not show; the report of every such file says it
+    holds    the class of ours that it is
     """
     name: str
     marks: tuple
@@ -34,6 +35,7 @@ class Format:
     norm_eps: float | None = 1e-6  # what the format's library adds to variances; None: as the model has it
     pos_cls: bool | None = None  # whether positions begin with that of CLS; None: seen from their number
     note: str = ""
+    holds: str = "VisionTransformer"
 
 
 # What wrappers and pre-training leave in a file.
@@ -62,6 +64,62 @@ TRANSFORMERS_DROPS = ((ROOT + r"pooler\..*", "a dense layer that the head for cl
 TV_BLOCK = r"encoder\.layers\.encoder_layer_(\d+)\."
 NPZ_BLOCK = r"Transformer/encoderblock_(\d+)/"
 NPZ_KIND = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+
+# Blocks of CNNs, by (stage, block, ...) or (stage, ...); torchvision counts a ResNet's stages from 1, and a ConvNeXt's
+# together with what stands before them.
+RESNET = r"(?:resnet\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\."
+RESNET_HEAD = ((r"(?:fc|linear|classifier\.1)\.(\w+)", r"head.\1"),)
+CONVNEXT = r"(?:convnext\.)?"
+CONVNEXT_STAGE = CONVNEXT + r"encoder\.stages\.(\d+)\."
+CNN_FORMATS = (
+    Format("torchvision's ResNet", (r"^conv1\.weight$", r"^layer1\.0\.conv2\.weight$"), (
+        (r"conv1\.(\w+)", r"stem.0.\1"),
+        (r"bn1\.(\w+)", r"stem.1.\1"),
+        *((rf"layer{i + 1}\.(\d+)\.downsample\.(.*)", rf"stages.{i}.\1.shortcut.\2") for i in range(4)),
+        *((rf"layer{i + 1}\.(.*)", rf"stages.{i}.\1") for i in range(4)),
+        *RESNET_HEAD), (AVERAGED,), norm_eps=None, holds="ConvNet", note="timm's resnetaa and resnetblur have these "
+           "names too, and what they smooth leaves no trace in them: do not load one"),
+    Format("transformers ResNet", (r"embedder\.embedder\.convolution\.weight$", RESNET), (
+        (r"(?:resnet\.)?embedder\.embedder\.convolution\.(\w+)", r"stem.0.\1"),
+        (r"(?:resnet\.)?embedder\.embedder\.normalization\.(\w+)", r"stem.1.\1"),
+        (RESNET + r"shortcut\.convolution\.(\w+)", r"stages.\1.\2.shortcut.0.\3"),
+        (RESNET + r"shortcut\.normalization\.(\w+)", r"stages.\1.\2.shortcut.1.\3"),
+        *((RESNET + rf"layer\.{i}\.{kind}\.(\w+)", rf"stages.\1.\2.{ours}{i + 1}.\3")
+          for i in range(3) for kind, ours in (("convolution", "conv"), ("normalization", "bn"))),
+        *RESNET_HEAD), (AVERAGED,), norm_eps=None, holds="ConvNet"),
+    Format("our names of a ConvNet", (r"^stem\.0\.weight$", r"^stages\.0\.0\.conv2\.weight$"), (), (AVERAGED,),
+           norm_eps=None, holds="ConvNet"),
+    Format("torchvision's ConvNeXt", (r"^features\.0\.0\.weight$", r"^features\.1\.0\.block\.0\.weight$"), (
+        (r"features\.0\.(.*)", r"stem.\1"),
+        *((rf"features\.{2 * i + 1}\.(\d+)\.{theirs}(.*)", rf"stages.{i}.blocks.\1.{ours}\2") for i in range(4)
+          for theirs, ours in ((r"block\.0\.", "conv_dw."), (r"block\.2\.", "norm."), (r"block\.3\.", "mlp.fc1."),
+                               (r"block\.5\.", "mlp.fc2."), ("layer_scale", "ls.gamma"))),
+        *((rf"features\.{2 * i}\.(.*)", rf"stages.{i}.downsample.\1") for i in range(1, 4)),
+        (r"classifier\.0\.(\w+)", r"norm.\1"),
+        (r"classifier\.2\.(\w+)", r"head.\1")), (AVERAGED,), holds="ConvNeXt"),
+    Format("timm's names of a ConvNeXt", (r"^stem\.0\.weight$", r"^stages\.0\.blocks\.0\.conv_dw\.weight$"), (
+        (r"(stages\.\d+\.blocks\.\d+)\.gamma", r"\1.ls.gamma"),
+        (r"head\.norm\.(\w+)", r"norm.\1"),
+        (r"head\.fc\.(\w+)", r"head.\1")), (AVERAGED,), holds="ConvNeXt"),
+    Format("facebookresearch's ConvNeXt", (r"^downsample_layers\.0\.0\.weight$", r"^stages\.0\.0\.dwconv\.weight$"), (
+        (r"downsample_layers\.0\.(.*)", r"stem.\1"),
+        (r"downsample_layers\.(\d+)\.(.*)", r"stages.\1.downsample.\2"),
+        (r"stages\.(\d+)\.(\d+)\.dwconv\.(\w+)", r"stages.\1.blocks.\2.conv_dw.\3"),
+        (r"stages\.(\d+)\.(\d+)\.pwconv(\d)\.(\w+)", r"stages.\1.blocks.\2.mlp.fc\3.\4"),
+        (r"stages\.(\d+)\.(\d+)\.gamma", r"stages.\1.blocks.\2.ls.gamma"),
+        (r"stages\.(\d+)\.(\d+)\.(.*)", r"stages.\1.blocks.\2.\3")), (AVERAGED,), holds="ConvNeXt"),
+    Format("transformers ConvNext", (r"embeddings\.patch_embeddings\.weight$", r"layers\.0\.dwconv\.weight$"), (
+        (CONVNEXT + r"embeddings\.patch_embeddings\.(\w+)", r"stem.0.\1"),
+        (CONVNEXT + r"embeddings\.layernorm\.(\w+)", r"stem.1.\1"),
+        (CONVNEXT_STAGE + r"downsampling_layer\.(.*)", r"stages.\1.downsample.\2"),
+        (CONVNEXT_STAGE + r"layers\.(\d+)\.dwconv\.(\w+)", r"stages.\1.blocks.\2.conv_dw.\3"),
+        (CONVNEXT_STAGE + r"layers\.(\d+)\.layernorm\.(\w+)", r"stages.\1.blocks.\2.norm.\3"),
+        (CONVNEXT_STAGE + r"layers\.(\d+)\.pwconv(\d)\.(\w+)", r"stages.\1.blocks.\2.mlp.fc\3.\4"),
+        (CONVNEXT_STAGE + r"layers\.(\d+)\.layer_scale_parameter", r"stages.\1.blocks.\2.ls.gamma"),
+        (CONVNEXT + r"layernorm\.(\w+)", r"norm.\1"),
+        (r"classifier\.(\w+)", r"head.\1")), (AVERAGED,), holds="ConvNeXt",
+           note="its code adds 1e-12 to the variance in the last norm; here it is 1e-6, as in the paper's code"),
+)
 FORMATS = (
     Format("torchvision", (r"^conv_proj\.weight$", r"^class_token$"), (
         (r"class_token", "cls_token"),
@@ -105,17 +163,28 @@ FORMATS = (
            pos_cls=True),
     Format("timm's names (timm, DeiT, DINO, MAE's encoder)", (r"^patch_embed\.proj\.weight$", r"^blocks\.0\.attn\.qkv"),
            (), (MASK, PRE_LOGITS, AVERAGED)),
+    *CNN_FORMATS,
 )
 # What is known and cannot be held: a pattern found in some name, and why.
 SWIN = "a Swin Transformer or a relative of it, whose windows and stages VisionTransformer does not have"
 REFUSED = (
     (r"dist_token|distillation_token|^head_dist\.", "a distilled DeiT, whose second class token VisionTransformer "
      "does not have; take the DeiT without distillation"),
-    (r"(^|\.)layers\.\d+\.blocks\.\d+\.|^swin|^stages\.\d+\.blocks|^features\.\d+\.\d+\.attn\.relative_position", SWIN),
+    (r"(^|\.)layers\.\d+\.blocks\.\d+\.|^swin|^stages\.\d+\.blocks\.\d+\.attn|"
+     r"^features\.\d+\.\d+\.attn\.relative_position", SWIN),
+    (r"^conv1\.\d+\.weight|(^|\.)attnpool\.", "a ResNet with several convolutions before its stages (ResNet-C, "
+     "ResNet-D, CLIP's), where ConvNet has one"),
+    (r"^layer\d\.\d+\.conv\d\.(conv|paths|attn|fc\d)", "a ResNet with blocks of several paths (SK, ResNeSt), which "
+     "ConvNet does not have"),
+    (r"^layer\d\.\d+\.(se|se_module|attn|eca)\.", "a ResNet whose blocks weigh their channels (SE, ECA), as ConvNet's "
+     "do not"),
+    (r"^stem\.conv\d?\.weight$|^root\.conv", "a ResNet V2 (BiT) or another CNN, whose stem and blocks ConvNet does not "
+     "have"),
+    (r"\.grn\.", "a ConvNeXt V2, whose response normalisation (GRN) ConvNeXt does not have"),
     (r"relative_position_bias|attn\.q_bias$|^beit\.", "a BEiT or EVA, whose relative positions or biases "
      "VisionTransformer does not have"),
     (r"visual\.class_embedding|vision_model\.embeddings|^norm_pre\.", "a CLIP or SigLIP, which normalises before its "
-     "first block or pools by attention, as VisionTransformer does not"),
+     "first block or pools by attention, or a ConvNeXt that normalises before it pools, as the models here do not"),
     (r"mlp\.(w12|weights_in|gate_proj)\.", "a ViT with gated MLPs (DINOv2 giant), which VisionTransformer does not "
      "have"),
     (r"(^|\.)(rope|rotary)", "a ViT with rotary positions, which VisionTransformer does not have"),
@@ -176,6 +245,8 @@ def translate(state, path, around):
             if re.search(r"\.attn\.q\.kernel$", ours) and tensor.ndim == 3:
                 weights.n_heads = tensor.shape[1]
             ours, tensor = _from_flax(ours, tensor)
+        if re.search(r"\.ls\.gamma$|\.mlp\.fc\d\.weight$", ours):  # (C, 1, 1), and convolutions of 1 x 1
+            tensor = tensor.flatten(ours.count("weight")) if tensor.shape[-2:] == (1, 1) else tensor
         if ours in weights.tensors:
             raise InputError(f"{path} is damaged: {name} and {weights.sources[ours][0]} are the same tensor of a ViT")
         weights.tensors[ours], weights.sources[ours] = tensor, [name]
