@@ -81,7 +81,7 @@ def test_fc_norm_normalises_the_mean_over_patches():
     model = small_vit(pool="mean", fc_norm=True).double().eval()
     for parameter in model.parameters():
         parameter.normal_()
-    images = torch.randn(2, 3, *model.patch_embed.img_size).double()
+    images = torch.randn(2, model.config.in_channels, *model.patch_embed.img_size).double()
     tokens = model.forward_features(images)
     assert torch.equal(tokens, model.norm(tokens))
     mean = tokens[:, 1:].mean(dim=1)  # (B, D)

@@ -29,9 +29,9 @@ def convnet_config(weights):
     if stem.shape[-1] not in (3, 7) or len(stem) != widths[0]:
         _refuse(weights, f"a ResNet whose first convolution has {len(stem)} kernels of {stem.shape[-1]} x "
                          f"{stem.shape[-1]}; ConvNet has {widths[0]} of 7 x 7 or 3 x 3")
-    small = stem.shape[-1] == 3
-    return ConvNetConfig(32 if small else 224, stem.shape[1], _n_classes(weights), widths, depths,
-                         1 if small else 4, block)
+    small = stem_is_small(weights)
+    return ConvNetConfig(32 if small else 224, stem.shape[1], _n_classes(weights), widths, depths, 1 if small else 4,
+                         block)
 
 
 def convnext_config(weights):
@@ -47,6 +47,11 @@ def convnext_config(weights):
     img_size = max(224, stem.shape[-1] * 2 ** (len(depths) - 1))
     return ConvNeXtConfig(img_size, stem.shape[1], _n_classes(weights), widths, depths, stem.shape[-1],
                           layer_scale=layer_scale, norm_eps=weights.format.norm_eps or 1e-6)
+
+
+def stem_is_small(weights):
+    """Whether the first convolution is ConvNet's of 3 x 3, whose stride no tensor shows."""
+    return weights.format.holds == "ConvNet" and weights.tensors["stem.0.weight"].shape[-1] == 3
 
 
 CNN_CONFIGS = dict(ConvNet=convnet_config, ConvNeXt=convnext_config)
