@@ -42,6 +42,12 @@ def positive():
     return Bounded(float, math.ulp(0.0), sys.float_info.max, "a positive number")
 
 
+def add_n_heads(parser, name="--n-heads", of="the file"):
+    """Adds the option that says how many heads the model of a file has."""
+    parser.add_argument(name, type=int_at_least(1), metavar="N", help=f"attention heads of {of}, where neither it "
+                        f"nor a config.json beside it records them")
+
+
 class Bounded:
     """An argparse type: a number between two bounds. expected: the range in words, for the error."""
 

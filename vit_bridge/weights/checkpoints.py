@@ -428,6 +428,8 @@ def _advice(name, weights):
         return f"; build the model with layer_scale={1e-5 if there else None}"
     if re.search(r"attn\.[qk]_norm\.", name):
         return f"; build the model with qk_norm={there}"
+    if name.startswith("fc_norm."):
+        return f"; build the model with {"pool='mean' and fc_norm=True" if there else 'fc_norm=False'}"
     if name == "reg_token":
         return f"; build the model with n_registers={weights.tensors[name].shape[1] if there else 0}"
     return ""
@@ -701,8 +703,8 @@ def infer_vit(weights, given):
         fc_norm="fc_norm.weight" in tensors)
     if D % config.n_heads:
         where = f" that {weights.recorded.source} says" if "n_heads" in recorded else ""
-        raise InputError(f"the {config.n_heads} heads{where} do not divide the width {D} of {weights.path}; expected one "
-                         f"of its divisors")
+        raise InputError(f"the {config.n_heads} heads{where} do not divide the width {D} of {weights.path}; expected "
+                         f"one of its divisors")
     preprocessing, words = _infer_preprocessing(weights, img_size, config)
     assumed |= dict(images=words) if words else {}
     return Inferred(VisionTransformer, config, preprocessing, grid, assumed, tuple(unrecorded))

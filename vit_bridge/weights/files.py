@@ -67,9 +67,9 @@ DATA_OF_BUILTINS = ("set", "frozenset", "slice", "range", "complex", "bytearray"
 
 def _about_objects(path, name):
     """Why a file of pickled objects is not opened; and, unless they are calls, how its owner saves its weights."""
-    module, _, kind = name.rpartition(".")
+    module = name.rpartition(".")[0]
     text = f"{path} holds Python objects ({name}), which are not loaded, as unpickling them can run code"
-    if module.split(".")[0] in CALLS and (module, kind) not in {("builtins", data) for data in DATA_OF_BUILTINS}:
+    if not module or (module.split(".")[0] in CALLS and name not in map("builtins.{}".format, DATA_OF_BUILTINS)):
         return f"{text}; take the weights from another source"
     target = str(Path(path).with_name(f"{Path(path).stem}-weights.pt"))
     return "\n".join([
