@@ -429,7 +429,7 @@ def _advice(name, weights):
     if re.search(r"attn\.[qk]_norm\.", name):
         return f"; build the model with qk_norm={there}"
     if name.startswith("fc_norm."):
-        return f"; build the model with {"pool='mean' and fc_norm=True" if there else 'fc_norm=False'}"
+        return "; build the model with pool='mean', fc_norm=True" if there else "; build the model with fc_norm=False"
     if name == "reg_token":
         return f"; build the model with n_registers={weights.tensors[name].shape[1] if there else 0}"
     return ""
