@@ -127,6 +127,17 @@ def test_convnet_forward_is_the_head_of_the_mean_map():
     assert torch.equal(model(images), model.head(model.forward_head(features, pre_logits=True)))
 
 
+@pytest.mark.parametrize("stem_stride", [1, 2, 4])
+def test_convnet_refuses_to_take_batch_statistics_of_one_place(stem_stride):
+    model = ConvNet(**{**CONVNET, "stem_stride": stem_stride})
+    side = 4 * stem_stride
+    with pytest.raises(InputError, match=one_line_with(f"one image of {side}x{side} pixels leaves one place")):
+        model(torch.randn(1, 2, side, side))
+    assert model(torch.randn(1, 2, side, side + 1)).shape == (1, 11)
+    assert model(torch.randn(2, 2, side, side)).shape == (2, 11)
+    assert model.eval()(torch.randn(1, 2, side, side)).shape == (1, 11)
+
+
 def test_convnet_without_classes_gives_its_pooled_features():
     model = ConvNet(**{**CONVNET, "n_classes": 0}).eval()
     images = torch.randn(3, 2, 13, 19)

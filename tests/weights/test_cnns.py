@@ -1,20 +1,31 @@
 """Public CNNs: each library's own model, random throughout and in its own names, opens and answers as there."""
 
+import json
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torchvision
 import transformers
+from command_runs import prepared, train
 from safetensors.torch import load_file
 from timm.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.convnext import CNBlockConfig
 
+import train_vit
+from train_vit import Trainer
 from vit_bridge.analysis.explanations import METHODS, explain
+from vit_bridge.analysis.receptive_field import theoretical_receptive_field
+from vit_bridge.errors import Assumption
 from vit_bridge.models import ConvNet, ConvNeXt, VisionTransformer
+from vit_bridge.preprocessing import IMAGENET_MEAN
+from vit_bridge.weights import checkpoints, pretrained
 from vit_bridge.weights.checkpoints import describe_checkpoint, load, load_checkpoint, save_model
-from vit_model import InputError
+from vit_bridge.weights.pretrained import PUBLIC
+from vit_model import InputError, freeze_backbone
 
 WIDTHS, DEPTHS, CLASSES = (6, 10, 14, 18), (1, 2, 1, 1), 5
 
@@ -205,6 +216,55 @@ def test_a_cnn_with_missing_blocks_is_no_whole_one(tmp_path):
         load(tmp_path / "m.pth")
 
 
+# ---- What lies beside a file
+
+
+def test_a_folder_of_transformers_opens_with_its_classes_and_size(tmp_path):
+    for build, model_class in ((transformers_convnext, ConvNeXt), (lambda: transformers_resnet("basic"), ConvNet)):
+        theirs = build()
+        theirs.config.id2label = {i: f"kind {i}" for i in range(CLASSES)}
+        folder = tmp_path / model_class.__name__
+        theirs.save_pretrained(folder)
+        model = load(folder)
+        assert type(model) is model_class
+        assert model.preprocessing.class_names == [f"kind {i}" for i in range(CLASSES)]
+
+
+@pytest.mark.parametrize(("build", "change", "words"), [
+    (lambda: transformers_resnet("basic"), dict(downsample_in_first_stage=True), "downsample_in_first_stage"),
+    (lambda: transformers_resnet("bottleneck"), dict(downsample_in_bottleneck=True), "downsample_in_bottleneck"),
+    (lambda: transformers_resnet("basic"), dict(hidden_act="silu"), "'silu', and ConvNet has 'relu'"),
+    (transformers_convnext, dict(hidden_act="relu"), "'relu', and ConvNeXt has 'gelu'"),
+    (transformers_convnext, dict(model_type="convnextv2"), "'convnextv2', and the tensors beside it are a ConvNeXt's")])
+def test_a_config_that_no_tensor_shows_is_refused(build, change, words, tmp_path):
+    build().save_pretrained(tmp_path)
+    entries = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(entries | change))
+    with pytest.raises(InputError, match=one_line_with(words)):
+        load(tmp_path)
+
+
+def test_a_config_of_timm_gives_what_it_says_and_refuses_smoothing(tmp_path):
+    torch.save(timm_resnet(BasicBlock).state_dict(), tmp_path / "pytorch_model.bin")
+    shown = dict(input_size=[3, 96, 160], mean=[0.25, 0.5, 0.75], std=[0.5, 0.5, 0.5], interpolation="bicubic")
+    entries = dict(architecture="resnet18", num_classes=CLASSES, global_pool="avg", pretrained_cfg=shown)
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    model = load(tmp_path)
+    assert (model.config.img_size, model.preprocessing.mean, model.preprocessing.interpolation) == (
+        (96, 160), (0.25, 0.5, 0.75), "bicubic")
+    (tmp_path / "config.json").write_text(json.dumps(entries | dict(architecture="resnetblur18")))
+    with pytest.raises(InputError, match=one_line_with("'resnetblur18', which smooths its maps")):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["timm, basic", "timm's ConvNeXt"])
+def test_what_a_cnns_file_does_not_say_is_said_to_be_assumed(kind, tmp_path):
+    build, names, _ = FILES[kind]
+    _, path = write(build, names, tmp_path)
+    with pytest.warns(Assumption, match=one_line_with("assumed: img_size=224, ImageNet's mean and std")):
+        load(path)
+
+
 # ---- Used as any model of ours
 
 
@@ -224,3 +284,116 @@ def test_public_cnns_save_and_explain(kind, tmp_path):
     for method in set(METHODS) - {"grad_cam"}:
         with pytest.raises(InputError, match=one_line_with("has no attention maps; give a ViT, or ask for Grad-CAM")):
             explain(again, images, method)
+
+
+# ---- By name, from the command line; no network
+
+
+ENTRIES = {"resnet18": (ConvNet, dict(widths=(8, 8, 12, 16), depths=(1, 1, 1, 1), img_size=32)),
+           "resnet50": (ConvNet, dict(widths=(4, 4, 6, 8), depths=(1, 1, 1, 1), img_size=32)),
+           "convnext_tiny": (ConvNeXt, dict(widths=(8, 12, 16, 20), depths=(1, 1, 2, 1), img_size=32))}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The public CNNs of these names, but small and random, in torchvision's names where torch.hub puts files."""
+    folder, entries, models = tmp_path / "hub" / "checkpoints", {}, {}
+    folder.mkdir(parents=True)
+    for name, (model_class, config) in ENTRIES.items():
+        entries[name] = replace(PUBLIC[name], checksum=None, config=config)
+        models[name] = randomised(model_class(**entries[name].arguments)).float()
+        state = models[name].state_dict()
+        names = to_torchvision_resnet if model_class is ConvNet else to_torchvision_convnext
+        torch.save(names(state), folder / entries[name].url.rsplit("/", 1)[1])
+    for module in (pretrained, checkpoints):
+        monkeypatch.setattr(module, "PUBLIC", entries)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return models
+
+
+def to_torchvision_resnet(state):
+    pairs = [(r"^stem\.0", "conv1"), (r"^stem\.1", "bn1"), (r"^head", "fc"), (r"shortcut", "downsample")]
+    named = {}
+    for name, tensor in state.items():
+        for pattern, new in pairs:
+            name = re.sub(pattern, new, name)
+        named[re.sub(r"^stages\.(\d)", lambda found: f"layer{int(found[1]) + 1}", name)] = tensor
+    return named
+
+
+def to_torchvision_convnext(state):
+    places = {"conv_dw": "block.0", "norm": "block.2", "mlp.fc1": "block.3", "mlp.fc2": "block.5"}
+    named = {}
+    for name, tensor in state.items():
+        name = re.sub(r"^stem\.", "features.0.", re.sub(r"^head\.", "classifier.2.", re.sub(
+            r"^norm\.", "classifier.0.", name)))
+        name = re.sub(r"^stages\.(\d)\.downsample", lambda found: f"features.{2 * int(found[1])}", name)
+        if found := re.match(r"stages\.(\d)\.blocks\.(\d)\.(.*)\.(\w+)$", name):
+            stage, block, part, kind = found.groups()
+            place = f"{places.get(part)}.{kind}" if part != "ls" else "layer_scale"
+            name, tensor = f"features.{2 * int(stage) + 1}.{block}.{place}", tensor.view(-1, 1, 1) if part == "ls" \
+                else tensor
+        named[name] = tensor
+    return named
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_load_gives_a_public_cnn_ready_to_use(name, hub):
+    model = load(name)
+    state = hub[name].state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    assert model.config == hub[name].config
+    assert (len(model.preprocessing.class_names), model.preprocessing.mean) == (1000, IMAGENET_MEAN)
+    assert load(name, img_size=48).preprocessing.img_size == 48
+    with pytest.raises(InputError, match=one_line_with("stem_stride 1 is not that of")):
+        load(name, stem_stride=1)
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_train_fine_tunes_a_public_cnn(name, hub, photos, untested, tmp_path):
+    words = ["--data-dir", photos, "--pretrained", name, "--layer-decay", 0.5, "--steps", 2, "--batch-size", 8]
+    made = prepared(*words[:-4], "--output-dir", tmp_path / "prepared")
+    assert (made.entries["options"]["recipe"], made.name) == ("fine_tuning", name)
+    scales = made.trainer.config.lr_scales
+    assert [scales[key] for key in ("stem.0.weight", "head.weight")] == [0.5 ** 5, 1.0]
+    train(tmp_path / "run", *words)
+    model, start = load(tmp_path / "run" / "best.pt"), hub[name].state_dict()
+    assert (type(model), model.preprocessing.class_names) == (type(hub[name]), ["blue", "red"])
+    moved = {key for key, tensor in model.state_dict().items()
+             if tensor.shape != start[key].shape or not torch.equal(tensor, start[key])}
+    assert moved >= {key for key, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_linear_probe_of_a_public_cnn_keeps_its_backbone_and_statistics(name, hub, photos, untested, tmp_path):
+    train(tmp_path / "run", "--data-dir", photos, "--pretrained", name, "--freeze-backbone", "--epochs", 2)
+    model, start = load(tmp_path / "run" / "best.pt"), hub[name].state_dict()
+    assert {key for key, tensor in model.state_dict().items() if tensor.shape != start[key].shape
+            or not torch.equal(tensor, start[key])} == {"head.weight", "head.bias"}
+    assert model.head.weight.any()
+
+
+def test_trainer_keeps_the_statistics_of_a_frozen_cnn(hub, photos):
+    model = freeze_backbone(load("resnet18", n_classes=2))
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    Trainer(model, "cpu").train([(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 0, 1]))], n_steps=2, progress=False)
+    assert {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])} == {
+        "head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny"])
+def test_predict_and_inspect_know_the_public_cnns(name, hub, photos, capsys):
+    train_vit.main(["predict", "--checkpoint", name, str(photos / "red" / "1.jpg")])
+    assert re.search(r"1\.jpg +\S.* \d+\.\d%", capsys.readouterr().out)
+    train_vit.main(["inspect"])
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{name} "))
+    assert "BSD-3-Clause, torchvision, IMAGENET1K_V1" in row
+    path = next(Path(torch.hub.get_dir()).rglob(f"{name}*.pth"))
+    train_vit.main(["inspect", str(path)])
+    assert f"    model = {type(hub[name]).__name__}(" in capsys.readouterr().out
+
+
+def test_fields_of_a_public_convnext_grow_by_stage(hub):
+    model = load("convnext_tiny")
+    assert [theoretical_receptive_field(model, depth) for depth in range(5)] == [
+        (side, side) for side in (4, 4 + 6 * 4, 28 + 4 + 6 * 8, 80 + 8 + 2 * 6 * 16, 280 + 16 + 6 * 32)]

@@ -497,7 +497,7 @@ REFUSALS = {
     "transformers Swin": (
         lambda: transformers.SwinForImageClassification(transformers.SwinConfig(
             image_size=32, embed_dim=4, depths=[1, 1], num_heads=[1, 1], window_size=4)).state_dict(), "Swin"),
-    "ResNet": (resnet, "no format that is known"),
+    "ResNet": (resnet, "torchvision's ResNet"),
     "OpenAI's CLIP": (lambda: names_of("visual.class_embedding", "visual.conv1.weight"), "CLIP"),
     "transformers CLIP": (
         lambda: names_of("vision_model.embeddings.class_embedding", "text_model.embeddings.position_ids"), "CLIP"),
