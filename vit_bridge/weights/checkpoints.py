@@ -164,11 +164,11 @@ def _say(path, assumed, choices):
     """One Assumption for a file: the values that nothing records, and what was chosen or dropped on the way."""
     parts = list(choices)
     if assumed:
-        settable = [name for name in ("n_heads", "pool", "norm_eps", "img_size", "stem_stride") if name in assumed]
-        how = f"{', '.join(f'{name}=' for name in settable)} of load sets another" if settable else ""
-        how += " (--n-heads in a command)" if "n_heads" in settable else ""
-        parts.insert(0, f"not recorded in it or beside it, so assumed: {', '.join(assumed.values())}"
-                        f"{f'; {how}' if how else ''}")
+        fields = [f"{name}=" for name, words in assumed.items() if words.startswith(f"{name}=")]
+        ways = [f"load's {', '.join(fields)}"] * bool(fields) + ["--n-heads"] * ("n_heads" in assumed)
+        ways.append(f"{'config.json' if fields else 'preprocessor_config.json'} beside it")
+        parts.insert(0, f"not recorded, so assumed: {', '.join(assumed.values())}; {' or '.join(ways)} can say "
+                        f"otherwise")
     if parts:
         assume(f"{path}: {'; '.join(parts)}")
 
@@ -388,7 +388,7 @@ def fit(weights, model, grid_size):
     if eps not in (None, getattr(model.config, "norm_eps", None)):
         choices.append(f"norms: the file's library adds {eps} to the variance unless told otherwise, the model "
                        f"{model.config.norm_eps}; norm_eps={eps} makes them equal")
-    choices += _match_head(weights, expected)
+    choices += _match_head(weights, model, expected)
     choices += _match_channels(weights, model)
     notes += _fit_positions(weights, model, grid_size)
     choices += [note for note in notes if "grid_size would say" in note]
@@ -461,7 +461,7 @@ def _match_channels(weights, model):
     return [f"channels: the weights for {theirs.shape[1]} were adapted to {n_channels}, as {how}"]
 
 
-def _match_head(weights, expected):
+def _match_head(weights, model, expected):
     """Notes on the head. One that does not fit the model's is dropped, and the model keeps its own."""
     theirs = {name: weights.tensors[name] for name in ("head.weight", "head.bias") if name in weights.tensors}
     wanted = expected.get("head.weight")
@@ -472,8 +472,9 @@ def _match_head(weights, expected):
     if weight is None or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         shapes = ", ".join(f"{weights.sources[name][0]} {tuple(tensor.shape)}" for name, tensor in theirs.items())
         raise InputError(f"{weights.path} is damaged: weights and biases of its head do not belong together ({shapes})")
-    if wanted is None and weight.shape[1] != len(expected.get("norm.weight", expected.get("fc_norm.weight", weight.T))):
-        reason = f"reads {weight.shape[1]} features, not what a ViT's head reads"
+    n_features = model.n_features
+    if wanted is None and weight.shape[1] != n_features:
+        reason = f"reads {weight.shape[1]} features, and the model has {n_features}"
     elif wanted is None:
         reason = "the model has no head, or not one nn.Linear"
     elif any("pre_logits" in name for name in weights.dropped):
@@ -490,7 +491,7 @@ def _match_head(weights, expected):
         weights.dropped[weights.sources.pop(name)[0]] = reason
         del weights.tensors[name]
     if wanted is None:
-        return []
+        return [] if weight.shape[1] == n_features else [f"head: that of the file was dropped: {reason}"]
     return [f"head: the model keeps its own, untrained; that of the file: {reason}"]
 
 

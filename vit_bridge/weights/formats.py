@@ -345,6 +345,7 @@ def translate(state, path, around):
         weights.tensors[ours], weights.sources[ours] = tensor, [name]
     _join_qkv(weights)
     _take_head_beside(weights, parent_of(prefix), whole)
+    weights.choices += [text] if (text := beside(weights.dropped)) else []
     if "cls_token" in weights.tensors and "blocks.0.attn.q_norm.weight" in weights.tensors:  # as wide as a head
         weights.n_heads = weights.tensors["cls_token"].shape[-1] // len(weights.tensors["blocks.0.attn.q_norm.weight"])
     for name, tensor in weights.tensors.items():

@@ -187,8 +187,8 @@ def _of_processor(entries, source, config, notes):
     if isinstance(size, dict):
         size = [size["height"], size["width"]] if size.keys() >= {"height", "width"} else size.get("shortest_edge")
     if size is not None and "img_size" in config and pair(_size(size, "size", source)) != pair(config["img_size"]):
-        notes.append(f"{PREPROCESSOR} makes images of {size} pixels, the model is built for {config['img_size']}: that "
-                     f"was taken, img_size= sets another")
+        notes.append(f"{PREPROCESSOR} beside it makes images of {size} pixels; taken was {config['img_size']}, for "
+                     f"which the model is built (load's img_size= resamples it)")
     return images
 
 
