@@ -42,7 +42,7 @@ from tqdm import tqdm
 from visualizations import plot_images, visualize_attention_grid
 from vit_bridge.analysis.cost import count_parameters
 from vit_bridge.analysis.metrics import class_recalls, percent, wilson_interval
-from vit_bridge.cli import Bounded, OneLineParser, Size, int_at_least, positive, script, seed
+from vit_bridge.cli import Bounded, OneLineParser, Size, add_n_heads, int_at_least, positive, script, seed
 from vit_bridge.data.audit import audit_folder
 from vit_bridge.data.augmentation import FLIPS, MIXINGS, Augmentation, Mixing, mix_seed
 from vit_bridge.data.datasets import DATASETS, DEFAULT_DATA_DIR, TORCHVISION_SETS, choose_set
@@ -110,7 +110,9 @@ from vit_bridge.training.run_folder import (
     read_run,
     renamed,
 )
-from vit_bridge.weights.checkpoints import describe_checkpoint, load, read_file
+from vit_bridge.weights.checkpoints import describe_checkpoint, load
+from vit_bridge.weights.files import read_file
+from vit_bridge.weights.heads import fit_head
 from vit_bridge.weights.pretrained import PRETRAINED, describe_pretrained
 from vit_model import freeze_backbone, pair
 
@@ -624,7 +626,11 @@ def prepare(options, device, folder=None, lock=None, saved=None):
     if options.dry_run:
         val_loader = val_loader.without_augmentation(2 * recipe.batch_size)
     class_names = train_loader.class_names
-    model = new_model(name, recipe, train_loader) if start is None else fit_head(start, class_names)
+    model = start
+    if start is None:
+        model = new_model(name, recipe, train_loader)
+    else:
+        print(fit_head(start, class_names))
     if recipe.train.progressive_resize:
         model.any_size = True
     if saved:
@@ -646,8 +652,8 @@ def prepare(options, device, folder=None, lock=None, saved=None):
                    validation_files=validation_files, recipe=asdict(recipe))
     print(f"{n_steps} steps, {n_steps / len(loaders[0]):.1f} epochs; the same run again: {entries['command']}")
     if process_number() == 0:
-        model_config = dict(vars(model.config), n_classes=len(class_names))
-        write_json(dict(entries, model=name, model_config=model_config, class_names=class_names), folder / CONFIG)
+        write_json(dict(entries, model=name, model_config=vars(model.config), class_names=class_names),
+                   folder / CONFIG)
     return Run(options, device, folder, lock, data, train_loader, val_loader, name, recipe, model, trained, loaders,
                trainer, entries, saved and saved.get("training"))
 
@@ -694,7 +700,7 @@ def _pretrained_model(options, folder, saved):
     """The model to start from; that of a resumed run is in its last.pt, wherever it came from."""
     if saved and "training" in saved:
         return load(folder / LAST)
-    return load(options.pretrained, **chosen(options, "img_size", "in_channels", "drop_path"))
+    return load(options.pretrained, **chosen(options, "img_size", "in_channels", "drop_path", "n_heads"))
 
 
 def _model_name(options, img_size):
@@ -718,18 +724,6 @@ def first_images(loader, n_images):
     """At least n_images images of a training loader, if it has as many, as a model will see them: (B, C, H, W)."""
     loader.set_position(0)
     return torch.cat([images for images, _ in itertools.islice(loader, -(-n_images // loader.batch_size))])
-
-
-def fit_head(model, class_names):
-    """The model with a head for these classes: its own where it was trained on the same ones, else one of zeros, as in
-    section 3.2 of the ViT paper."""
-    shown = adapt(model).preprocessing
-    if shown.class_names != class_names:
-        model.head = torch.nn.Linear(model.n_features, len(class_names))
-        torch.nn.init.zeros_(model.head.weight)
-        torch.nn.init.zeros_(model.head.bias)
-    model.preprocessing = replace(shown, class_names=class_names)
-    return model
 
 
 # ---- Recipe, Trainer and steps
@@ -1037,7 +1031,8 @@ def make_parser():
                                                                   "to 128, 16 above)")
     model.add_argument("--drop-path", type=float, help="stochastic depth of the last block (default: the model's own)")
     model.add_argument("--pretrained", metavar="NAME|PATH", help=f"start from the weights of one of "
-                       f"{', '.join(PRETRAINED)}, or of a checkpoint file")
+                       f"{', '.join(PRETRAINED)}, of a checkpoint file, or of a folder that transformers or timm wrote")
+    add_n_heads(model)
     model.add_argument("--freeze-backbone", action="store_true", help="train the head alone, on features that are "
                                                                       "computed once, without augmentation")
     model.add_argument("--layer-decay", type=Bounded(float, 0.01, 1, "0.01 to 1"), help="each layer's learning rate "
@@ -1105,6 +1100,8 @@ def parse(argv=None):
         if options.pretrained and getattr(options, name):
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)} cannot be combined with "
                              f"--pretrained, whose model is fixed; leave it out")
+    if options.n_heads and not options.pretrained and not options.resume:
+        raise InputError(f"--n-heads {options.n_heads} is for the file of --pretrained, which was not given; give both")
     return options
 
 
@@ -1165,7 +1162,7 @@ def evaluate_command(argv=None):
 def evaluate(options):
     """The evaluation of a checkpoint, from the images to result.json. Returns what is in result.json."""
     device = choose_device(options.device)
-    model = load(options.checkpoint)
+    model = load(options.checkpoint, **chosen(options, "n_heads"))
     check_has_head(model)
     loader = _evaluation_loader(model, options)
     with unless_empty(new_output_dir(options.output_dir, "evaluation", loader.dataset_name)) as folder:
@@ -1300,7 +1297,7 @@ def predict_command(argv=None):
                         '"probability"}]} or {"file", "error"}')
     _add_device(parser)
     options = parser.parse_args(argv)
-    model = load(options.checkpoint).to(choose_device(options.device))
+    model = load(options.checkpoint, **chosen(options, "n_heads")).to(choose_device(options.device))
     check_has_head(model)
     files = [file for path in options.images for file in _files_at(path)]
     width, entries, n_failed = min(80, max(map(len, files))), [], 0
@@ -1369,7 +1366,7 @@ def export_command(argv=None):
     path = Path(options.output or Path(options.checkpoint).with_suffix(".onnx"))
     if path.exists():
         raise InputError(f"{path} exists already; choose another name with --output, or remove it")
-    model = load(options.checkpoint)
+    model = load(options.checkpoint, **chosen(options, "n_heads"))
     difference = export_onnx(model, path)
     height, width = pair(model.config.img_size)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; images (batch, {model.config.in_channels}, {height}, {width}) "
@@ -1384,12 +1381,13 @@ def inspect_command(argv=None):
     parser = OneLineParser(prog="train_vit.py inspect", description="What a checkpoint is, and whether and how it "
                            "would load; without a file the pretrained models are listed.")
     parser.add_argument("file", nargs="?", help="a checkpoint of this project, or of timm, torchvision, transformers, "
-                        "Google's npz, DeiT, DINO or MAE")
+                        "Google's npz, DeiT, DINO or MAE; or a folder that transformers or timm wrote")
+    add_n_heads(parser)
     options = parser.parse_args(argv)
     if options.file in PRETRAINED and not Path(options.file).exists():
         raise InputError(f"{options.file} is the name of a pretrained model; expected a file. "
                          f"load({options.file!r}) makes that model")
-    print(describe_checkpoint(options.file) if options.file else describe_pretrained())
+    print(describe_checkpoint(options.file, **chosen(options, "n_heads")) if options.file else describe_pretrained())
 
 
 # ---- What the commands share ------------------------------------------------------------------------------
@@ -1397,7 +1395,9 @@ def inspect_command(argv=None):
 
 def _add_checkpoint(parser):
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="as a training wrote it: best.pt; it "
-                        "holds the classes, the image size and the normalisation")
+                        "holds the classes, the image size and the normalisation. One of another library, and a folder "
+                        "that transformers or timm wrote, will do too")
+    add_n_heads(parser)
 
 
 def _add_device(parser):

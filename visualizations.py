@@ -39,7 +39,7 @@ from vit_bridge.analysis.explanations import (
 )
 from vit_bridge.analysis.receptive_field import radius_holding, receptive_field, unit_centre, untrained_copy
 from vit_bridge.analysis.selfcheck import selfcheck
-from vit_bridge.cli import OneLineParser, int_at_least, script
+from vit_bridge.cli import OneLineParser, add_n_heads, int_at_least, script
 from vit_bridge.data.images import (
     as_batch,
     as_picture,
@@ -753,9 +753,13 @@ def plot_images(images, titles=None, columns=8, save_path=None, title=None, prep
 # ---- The commands -----------------------------------------------------------------------------------------
 
 
+def _load(name, n_heads):
+    return load(name) if n_heads is None else load(name, n_heads=n_heads)
+
+
 def _run_selfcheck(options):
     """Prints what holds of a model; ends with 1 where something does not."""
-    model = load(options.pretrained)
+    model = _load(options.pretrained, options.n_heads)
     adapt_vit(model)
     checks = selfcheck(model, prepare_images(_images_for(model, options.photos, 4), model))
     words = {True: "holds", False: "DOES NOT HOLD", None: "does not apply"}
@@ -766,8 +770,8 @@ def _run_selfcheck(options):
 
 
 def _run_explore(options):
-    model = load(options.pretrained)
-    other = load(options.compare_with) if options.compare_with else None
+    model = _load(options.pretrained, options.n_heads)
+    other = _load(options.compare_with, options.compare_n_heads) if options.compare_with else None
     names = [options.pretrained, *[options.compare_with] * bool(options.compare_with)]
     page = explore(model, _images_for(model, options.photos, options.n_images), options.output, other, names)
     sizes = dict.fromkeys(adapt(one).img_size for one in (model, other) if one is not None)
@@ -792,8 +796,10 @@ def main(argv=None):
         command.add_argument("--pretrained", "--checkpoint", default="vit_nano_shapes", metavar="NAME",
                              help="the model: a name that train_vit.py inspect lists, or a checkpoint (default: "
                                   "%(default)s, which knows ten drawn shapes and nothing else)")
+        add_n_heads(command, of="the model")
         command.set_defaults(run=run)
     command.add_argument("--compare-with", metavar="NAME", help="a second model beside it, a ViT or a ConvNet")
+    add_n_heads(command, "--compare-n-heads", "the second model")
     command.add_argument("--output", default="attention.html", help="where the page is written (default: %(default)s)")
     command.add_argument("--n-images", type=int_at_least(1), default=6, help="of drawn shapes (default: %(default)s)")
     options = parser.parse_args(argv)

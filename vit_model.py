@@ -125,7 +125,8 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(
             TransformerBlock(c.embed_dim, c.n_heads, c.mlp_ratio, c.dropout, rate, c.layer_scale, c.qk_norm, c.norm_eps)
             for rate in drop_path_rates(c.drop_path, c.depth))
-        self.norm = nn.LayerNorm(c.embed_dim, eps=c.norm_eps)
+        self.norm = nn.Identity() if c.fc_norm else nn.LayerNorm(c.embed_dim, eps=c.norm_eps)
+        self.fc_norm = nn.LayerNorm(c.embed_dim, eps=c.norm_eps) if c.fc_norm else nn.Identity()
         self.head = nn.Linear(c.embed_dim, c.n_classes) if c.n_classes else nn.Identity()
         initialise(self)
 
@@ -136,8 +137,8 @@ class VisionTransformer(nn.Module):
         return self.forward_head(tokens)  # (B, n_classes)
 
     def forward_features(self, images, return_attention=False, n_query_tokens=None):
-        """Tokens after the last norm, (B, N, D): CLS, registers, patches; on request also L maps (B, H, N, N).
-        With n_query_tokens=n the last block computes only the first n tokens: (B, n, D)."""
+        """Tokens after the last norm, but before fc_norm, (B, N, D): CLS, registers, patches; on request also L maps
+        (B, H, N, N). With n_query_tokens=n the last block computes only the first n tokens: (B, n, D)."""
         x = self.dropout(self.add_prefix(self.patch_embed(images), images.shape[2:]))  # (B, N, D)  Eq. 1
         maps = []
         for i, block in enumerate(self.blocks, start=1):
@@ -151,6 +152,7 @@ class VisionTransformer(nn.Module):
     def forward_head(self, x, pre_logits=False):
         """Tokens (B, N, D) -> logits (B, n_classes), or with pre_logits=True what the head reads, (B, D)."""
         x = x[:, 0] if self.config.pool == "cls" else x[:, self.n_prefix_tokens:].mean(dim=1)  # (B, D)
+        x = self.fc_norm(x)
         return x if pre_logits else self.head(x)  # (B, n_classes)
 
     def add_prefix(self, patches, size):
@@ -404,6 +406,8 @@ class ViTConfig:
                           1e-12 in transformers' ViT
     init                  "xavier" (the paper's code, see initialise) or "mimetic" (see mimic_trained_attention): where
                           training starts; loaded weights replace it
+    fc_norm               the last norm comes after the mean over the patches instead of before it, as in MAE's
+                          fine-tuned models and timm's with global_pool="avg"; needs pool="mean"
 
     Raises InputError for a value out of range.
     """
@@ -425,24 +429,25 @@ class ViTConfig:
     qk_norm: bool = False
     norm_eps: float = 1e-6
     init: str = "xavier"
+    fc_norm: bool = False
 
     def __post_init__(self):
         for name, least in dict(in_channels=1, n_classes=0, embed_dim=1, depth=1, n_heads=1,
                                  n_registers=0).items():
             check_int(name, getattr(self, name), least)
         for name in ("dropout", "drop_path"):
-            rate = getattr(self, name)
-            if not isinstance(rate, (int, float)) or not 0.0 <= rate < 1.0:
-                raise InputError(f"{name} {rate!r} is out of range; expected 0 <= {name} < 1")
+            check_rate(name, getattr(self, name))
         if not 1 <= self.embed_dim * self.mlp_ratio < math.inf:
             raise InputError(f"mlp_ratio {self.mlp_ratio} leaves no hidden unit; expected a positive number such as 4")
-        for name in ("layer_scale", "norm_eps"):
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and 0 < value < math.inf
-            if not number and (name, value) != ("layer_scale", None):
-                raise InputError(f"{name} {value!r} is out of range; expected a positive number such as 1e-6")
-        check_choice("qk_norm", self.qk_norm, (False, True))
+        check_positive("norm_eps", self.norm_eps)
+        if self.layer_scale is not None:
+            check_positive("layer_scale", self.layer_scale)
+        for name in ("qk_norm", "fc_norm"):
+            check_choice(name, getattr(self, name), (False, True))
         check_choice("pool", self.pool, ("cls", "mean"))
+        if self.fc_norm and self.pool != "mean":
+            raise InputError(f"fc_norm=True normalises the mean over the patches, and pool is {self.pool!r}; build the "
+                             f"model with pool='mean'")
         check_choice("position", self.position, ("learned", "sincos", "none"))
         check_choice("init", self.init, ("xavier", "mimetic"))
         waves = self.position == "sincos" or (self.position, self.init) == ("learned", "mimetic")
@@ -455,6 +460,18 @@ def check_int(name, value, least):
     """Raises InputError unless value is a whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InputError(f"{name} {value!r} is out of range; expected a whole number of at least {least}")
+
+
+def check_rate(name, value):
+    """Raises InputError unless value is a number of [0, 1)."""
+    if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+        raise InputError(f"{name} {value!r} is out of range; expected 0 <= {name} < 1")
+
+
+def check_positive(name, value):
+    """Raises InputError unless value is a positive, finite number."""
+    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise InputError(f"{name} {value!r} is out of range; expected a positive number such as 1e-6")
 
 
 def check_choice(name, value, choices):

@@ -72,6 +72,30 @@ def test_vit_model_first_150_lines_hold_only_the_model():
                        "class TransformerBlock", "class VisionTransformer"]
 
 
+# ---- The norm after the mean
+
+
+@torch.no_grad()
+def test_fc_norm_normalises_the_mean_over_patches():
+    torch.manual_seed(3)
+    model = small_vit(pool="mean", fc_norm=True).double().eval()
+    for parameter in model.parameters():
+        parameter.normal_()
+    images = torch.randn(2, model.config.in_channels, *model.patch_embed.img_size).double()
+    tokens = model.forward_features(images)
+    assert torch.equal(tokens, model.norm(tokens))
+    mean = tokens[:, 1:].mean(dim=1)  # (B, D)
+    unit = (mean - mean.mean(dim=1, keepdim=True)) / (mean.var(dim=1, correction=0, keepdim=True) + 1e-6).sqrt()
+    features = unit * model.fc_norm.weight + model.fc_norm.bias
+    torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), features)
+    torch.testing.assert_close(model(images), features @ model.head.weight.T + model.head.bias)
+
+
+def test_fc_norm_needs_the_mean():
+    with pytest.raises(InputError, match=r"\Afc_norm=True [^\n]*pool is 'cls'; build the model with pool='mean'\Z"):
+        small_vit(fc_norm=True)
+
+
 # ---- Sizes
 
 

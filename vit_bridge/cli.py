@@ -53,6 +53,12 @@ class Size(argparse.Action):
         setattr(namespace, self.dest, one_side(pair(values[0] if len(values) == 1 else values)))
 
 
+def add_n_heads(parser, name="--n-heads", of="the file"):
+    """Adds the option that says how many heads the model of a file has."""
+    parser.add_argument(name, type=int_at_least(1), metavar="N", help=f"attention heads of {of}, where neither it "
+                        f"nor a config.json beside it records them")
+
+
 class Bounded:
     """An argparse type: a number between two bounds. expected: the range in words, for the error."""
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet18
+from torchvision.models.resnet import Bottleneck, ResNet
 
-from vit_bridge.models.convnet import ConvNet, ConvolutionAsAttention, PooledStage, ResidualBlock
+from vit_bridge.models.convnet import BottleneckBlock, ConvNet, ConvolutionAsAttention, PooledStage, ResidualBlock
 from vit_bridge.models.hybrid import ConvStem, HybridCNNViT, PooledStem
 from vit_bridge.models.initialisation import whiten_first_layer, whitening_filters
 from vit_model import InputError, TransformerBlock, VisionTransformer, freeze_backbone, resize_positions
@@ -35,10 +36,13 @@ def one_line_with(text):
 # ---- ConvNet
 
 
-@pytest.fixture(scope="module")
-def twins():
-    """ConvNet with its default arguments and torchvision's ResNet-18, with the same random weights."""
-    ours, theirs = randomised(ConvNet().double()), resnet18().double().eval()
+@pytest.fixture(scope="module", params=["residual", "bottleneck"])
+def twins(request):
+    """ConvNet with its default arguments and torchvision's ResNet-18, or both with bottlenecks as in ResNet-50 but
+    fewer, with the same random weights."""
+    theirs = resnet18() if request.param == "residual" else ResNet(Bottleneck, [2, 1, 3, 1])
+    depths = (2, 2, 2, 2) if request.param == "residual" else (2, 1, 3, 1)
+    ours, theirs = randomised(ConvNet(depths=depths, block=request.param).double()), theirs.double().eval()
     values = ours.state_dict().values()
     theirs.load_state_dict(dict(zip(theirs.state_dict(), values, strict=True)))
     return ours, theirs
@@ -48,7 +52,7 @@ def test_convnet_has_the_parameters_of_resnet18():
     assert sum(p.numel() for p in ConvNet().parameters()) == 11_689_512
 
 
-def test_convnet_is_resnet18_number_for_number(twins):
+def test_convnet_is_torchvisions_resnet_number_for_number(twins):
     images = torch.randn(2, 3, 64, 64).double()
     logits, gradients = [], []
     for model in twins:
@@ -61,7 +65,7 @@ def test_convnet_is_resnet18_number_for_number(twins):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (37, 61), (7, 129)])
-def test_convnet_takes_any_size_as_resnet18_does(twins, size):
+def test_convnet_takes_any_size_as_resnet_does(twins, size):
     images = torch.randn(1, 3, *size).double()
     with torch.no_grad():
         torch.testing.assert_close(*(model(images) for model in twins), rtol=1e-9, atol=1e-9)
@@ -93,6 +97,21 @@ def test_residual_block_projects_shortcut_only_where_shape_changes(channels, str
     assert isinstance(ResidualBlock(3, channels, stride).shortcut, nn.Identity) is identity
 
 
+@pytest.mark.parametrize(("in_channels", "stride", "identity"), [(20, 1, True), (5, 1, False), (20, 2, False)])
+def test_bottleneck_gives_four_times_its_channels(in_channels, stride, identity):
+    block = BottleneckBlock(in_channels, 5, stride)
+    assert isinstance(block.shortcut, nn.Identity) is identity
+    assert block.conv2.stride == (stride, stride)
+    assert block(torch.randn(2, in_channels, 7, 4)).shape == (2, 20, -(-7 // stride), 4 // stride)
+
+
+def test_convnet_of_bottlenecks_says_what_its_head_reads():
+    model = ConvNet(**{**CONVNET, "block": "bottleneck"}).eval()
+    features = model.forward_features(torch.randn(2, 2, 16, 16))
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.n_features) == (2, 28)
+    assert model.head.in_features == 28
+
+
 @pytest.mark.parametrize(("stem_stride", "shape"), [(1, (11, 6)), (2, (6, 3)), (4, (3, 2))])
 def test_convnet_features_are_the_map_at_total_stride(stem_stride, shape):
     model = ConvNet(**{**CONVNET, "stem_stride": stem_stride}).eval()
@@ -106,6 +125,17 @@ def test_convnet_forward_is_the_head_of_the_mean_map():
     torch.testing.assert_close(model.forward_head(features, pre_logits=True), features.flatten(2).mean(dim=2))
     assert torch.equal(model(images), model.forward_head(features))
     assert torch.equal(model(images), model.head(model.forward_head(features, pre_logits=True)))
+
+
+@pytest.mark.parametrize("stem_stride", [1, 2, 4])
+def test_convnet_refuses_to_take_batch_statistics_of_one_place(stem_stride):
+    model = ConvNet(**{**CONVNET, "stem_stride": stem_stride})
+    side = 4 * stem_stride
+    with pytest.raises(InputError, match=one_line_with(f"one image of {side}x{side} pixels leaves one place")):
+        model(torch.randn(1, 2, side, side))
+    assert model(torch.randn(1, 2, side, side + 1)).shape == (1, 11)
+    assert model(torch.randn(2, 2, side, side)).shape == (2, 11)
+    assert model.eval()(torch.randn(1, 2, side, side)).shape == (1, 11)
 
 
 def test_convnet_without_classes_gives_its_pooled_features():

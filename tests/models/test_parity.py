@@ -31,7 +31,8 @@ def draw_config(seed, **fixed):
         layer_scale=chance.choice([None, 1e-5, 0.3]), qk_norm=chance.choice([False, True]),
         norm_eps=chance.choice([1e-6, 1e-5]))
     config["img_size"] = tuple(patch * chance.randint(1, 6) for patch in config["patch_size"])
-    return {**config, **fixed}
+    config |= fixed
+    return {**config, "fc_norm": config["pool"] == "mean" and chance.choice([False, True])}
 
 
 def random_vit(seed, **config):
@@ -49,7 +50,7 @@ def random_vit(seed, **config):
 def timm_model(c):
     return timm.models.VisionTransformer(
         img_size=c.img_size, patch_size=c.patch_size, in_chans=c.in_channels, num_classes=c.n_classes,
-        embed_dim=c.embed_dim, depth=c.depth, num_heads=c.n_heads, mlp_ratio=c.mlp_ratio, fc_norm=False,
+        embed_dim=c.embed_dim, depth=c.depth, num_heads=c.n_heads, mlp_ratio=c.mlp_ratio, fc_norm=c.fc_norm,
         global_pool={"cls": "token", "mean": "avg"}[c.pool], pos_embed="none" if c.position == "none" else "learn",
         reg_tokens=c.n_registers, no_embed_class=c.n_registers > 0, init_values=c.layer_scale, qk_norm=c.qk_norm,
         norm_layer=lambda width, **options: nn.LayerNorm(width, eps=c.norm_eps))

@@ -4,6 +4,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -16,7 +17,7 @@ import torch
 from command_runs import ROOT, at_step, make_folder, prepared, run, train
 
 import train_vit
-from train_vit import _unevenness, fit_head, parse
+from train_vit import _unevenness, parse
 from vit_bridge.cli import Size
 from vit_bridge.data.shapes import SHAPES, make_shapes
 from vit_bridge.errors import Assumption
@@ -24,6 +25,7 @@ from vit_bridge.models.convnet import ConvNet
 from vit_bridge.preprocessing import Preprocessing
 from vit_bridge.training.run_folder import CHANGEABLE, Saver
 from vit_bridge.weights.checkpoints import load, read_checkpoint, save_model
+from vit_bridge.weights.heads import fit_head
 from vit_bridge.weights.pretrained import OURS_FOLDER
 from vit_model import InputError, VisionTransformer
 
@@ -257,7 +259,9 @@ def test_fit_head_adds_a_zero_head_of_the_right_width():
     for n_classes in (0, 3):
         for model in (VisionTransformer(8, 4, 3, n_classes, 12, 1, 3), ConvNet(8, 3, n_classes, (4, 6), (1, 1), 1)):
             width = 12 if isinstance(model, VisionTransformer) else 6
-            assert fit_head(model, ["a", "b"]).head.weight.shape == (2, width)
+            line = fit_head(model, ["a", "b"])
+            assert re.fullmatch(r"head: new, because (the weights have none|the trained one is for 3 classes.*)", line)
+            assert (model.head.weight.shape, model.config.n_classes) == ((2, width), 2)
             assert model.preprocessing == Preprocessing(8, class_names=["a", "b"])
             assert model.eval()(torch.zeros(1, 3, 8, 8)).tolist() == [[0, 0]]
 

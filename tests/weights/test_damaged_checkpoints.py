@@ -6,7 +6,9 @@ import io
 import os
 import pickle
 import re
+from collections import defaultdict
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vit_bridge.preprocessing import Preprocessing
-from vit_bridge.weights import checkpoints
+from vit_bridge.weights import files
 from vit_bridge.weights.checkpoints import describe_checkpoint, load, load_checkpoint, save_model
 from vit_model import InputError, VisionTransformer
 
@@ -93,7 +95,7 @@ def test_load_refuses_a_missing_file_and_a_folder(tmp_path):
 @pytest.mark.parametrize("contents", [
     b"", b"\x80", b"accuracy 0.93\n", b"{}", bytes(1000), "Größe\n".encode("latin-1"), b"PK\x03\x04",
     b"\x80\x02}q\x00.", b"a0", b"0", b"\x80\x02R", b"\x8e", b"\x89PNG\r\n\x1a\n" + bytes(64),
-    torch_bytes([1, 2]), torch_bytes("text"), torch_bytes({}), torch_bytes(nn.Linear(2, 3)),
+    torch_bytes([1, 2]), torch_bytes("text"), torch_bytes({}),
     torch_bytes(nn.Linear(2, 3).state_dict()),
     torch_bytes({"format": "vit-bridge 0"}), torch_bytes({"format": "vit-bridge 1"}), pickle.dumps([1, 2], 2)],
     ids=lambda contents: f"{len(contents)} bytes")
@@ -121,7 +123,7 @@ def test_load_accepts_or_cleanly_refuses_a_damaged_byte(whole, tmp_path):
             try:
                 read(tmp_path / "m.pt")
             except InputError as error:
-                assert "\n" not in str(error)  # noqa: PT017
+                assert "\n" not in str(error) or "weights_only=False" in str(error)  # noqa: PT017
 
 
 @pytest.mark.parametrize("wrap", [
@@ -136,6 +138,77 @@ def test_load_does_not_execute_code_in_a_file(wrap, tmp_path):
     with suppress(RuntimeError):  # for the bare pickle, after the trap
         torch.load(tmp_path / "m.pt", weights_only=False)
     assert trap.exists()  # so the trap was live
+
+
+@dataclass
+class Settings:
+    """A class of a training script, as its author would keep an instance of it in a file."""
+    lr: float
+
+
+OBJECTS = {"path": Path("runs"), "defaultdict": defaultdict(list, loss=[1.0]), "settings": Settings(0.1),
+           "generator": np.random.default_rng(3)}
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+@pytest.mark.parametrize("around", [lambda s, x: {"model": s, "x": x}, lambda s, x: {**s, "x": x},
+                                    lambda s, x: {"epoch": 3, "state_dict": s, "x": x}],
+                         ids=["model", "among the tensors", "state_dict"])
+def test_load_prints_three_lines_that_save_the_weights_beside_an_object(name, around, tmp_path):
+    """The lines are run as they stand; what they write opens."""
+    state, path = bits(randomised(SQUARE)), tmp_path / "m.pt"
+    torch.save(around(state, OBJECTS[name]), path)
+    with pytest.raises(InputError) as caught:
+        load(path)
+    first, *lines = str(caught.value).splitlines()
+    assert first.startswith(f"{path} holds Python objects (")
+    assert len(lines) == 3
+    exec("\n".join(line.strip() for line in lines), {})
+    model = VisionTransformer(**SQUARE)
+    load_checkpoint(model, tmp_path / "m-weights.pt")
+    assert same_bits(model, state)
+
+
+def test_load_prints_three_lines_for_a_whole_pickled_model(tmp_path):
+    model = randomised(SQUARE)
+    torch.save(model, tmp_path / "m.pt")
+    with pytest.raises(InputError, match=r"holds Python objects \(vit_model\.VisionTransformer\)") as caught:
+        load(tmp_path / "m.pt")
+    exec("\n".join(line.strip() for line in str(caught.value).splitlines()[1:]), {})
+    other = VisionTransformer(**SQUARE)
+    load_checkpoint(other, tmp_path / "m-weights.pt")
+    assert same_bits(other, bits(model))
+
+
+NUMBERS = dict(float64=np.float64(0.93), float32=np.float32(0.93), int64=np.int64(7), bool=np.bool_(True),
+               dtype=np.dtype("float32"), array=np.arange(3.0), text=np.array(["cat", "dog"]),
+               date=np.datetime64("2026-01-01"), random_state=np.random.get_state())
+
+
+@pytest.mark.parametrize("options", [{}, dict(_use_new_zipfile_serialization=False)], ids=["zip", "as of old"])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_load_takes_numpys_numbers_beside_the_weights(name, options, tmp_path):
+    model = randomised(SQUARE)
+    torch.save({"model": bits(model), "best_acc": NUMBERS[name]}, tmp_path / "m.pt", **options)
+    assert same_bits(load(tmp_path / "m.pt", n_heads=3), bits(model))
+    np.testing.assert_equal(files.read_file(tmp_path / "m.pt")["best_acc"], NUMBERS[name])
+
+
+def test_load_takes_numpys_numbers_under_their_names_of_version_1(tmp_path):
+    model = randomised(SQUARE)
+    torch.save({"model": bits(model), "best_acc": np.float64(0.93)}, tmp_path / "m.pt",
+               _use_new_zipfile_serialization=False)
+    content = (tmp_path / "m.pt").read_bytes()
+    assert b"numpy._core.multiarray" in content
+    (tmp_path / "m.pt").write_bytes(content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert files.read_file(tmp_path / "m.pt")["best_acc"] == 0.93
+
+
+def test_load_takes_no_objects_in_numpys_arrays(tmp_path):
+    trap = np.empty(1, dtype=object)
+    trap[0] = Trap(tmp_path / "sprung")
+    refuse(tmp_path / "m.pt", torch_bytes({"model": bits(randomised(VIT)), "x": trap}))
+    assert not (tmp_path / "sprung").exists()
 
 
 def test_weights_only_scan_sees_the_modules_that_load():
@@ -303,7 +376,7 @@ DAMAGES = {
     "no tensors.pt": torch_file(lambda s: {"epoch": 7, "args": argparse.Namespace(lr=0.1)}),
     "empty dict.pt": torch_file(lambda s: {}), "empty model.pt": torch_file(lambda s: {"model": {}, **s}),
     "holding itself.pt": torch_file(lambda s: holding_itself("model")),
-    "holding itself in many ways.pt": torch_file(lambda s: holding_itself(*checkpoints.WRAPPERS)),
+    "holding itself in many ways.pt": torch_file(lambda s: holding_itself(*files.WRAPPERS)),
     "head without weight.pt": torch_file(without("head.weight")),
     "bias of another head.pt": torch_file(lambda s: {**s, "head.bias": torch.zeros(5)}),
     "transposed head.pt": torch_file(lambda s: {**s, "head.weight": s["head.weight"].T.contiguous()}),

@@ -390,9 +390,10 @@ def parameters_of(c):
 
 KNOWN = {"deit_tiny_patch16_224": 5_717_416, "deit_base_patch16_224": 86_567_656, "vit_b_16": 86_567_656,
          "vit_l_16": 304_326_632, "dinov2_vits14": 22_056_192, "dino_vits16": 21_665_664}
+VITS = [name for name, entry in PUBLIC.items() if entry.model_class is VisionTransformer]
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", VITS)
 def test_public_entries_have_the_parameters_of_their_architecture(name):
     arguments = PUBLIC[name].arguments
     with torch.device("meta"):
@@ -403,18 +404,32 @@ def test_public_entries_have_the_parameters_of_their_architecture(name):
     assert type(model.head) is (torch.nn.Linear if PUBLIC[name].measured == "as it is" else torch.nn.Identity)
 
 
-@pytest.mark.parametrize(("name", "weights"), [
-    ("vit_b_16", torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1),
-    ("vit_l_16", torchvision.models.ViT_L_16_Weights.IMAGENET1K_V1)])
-def test_public_entries_agree_with_torchvision(name, weights):
-    entry, transforms = PUBLIC[name], weights.transforms()
+OF_TORCHVISION = [name for name, entry in PUBLIC.items() if entry.source.startswith("torchvision")]
+
+
+@pytest.mark.parametrize("name", OF_TORCHVISION)
+def test_public_entries_agree_with_torchvision(name):
+    entry, weights = PUBLIC[name], torchvision.models.get_model_weights(name).IMAGENET1K_V1
+    transforms = weights.transforms()
     assert entry.url == weights.url
     assert entry.checksum == f"sha256:{re.search(r'-([0-9a-f]{8})', weights.url)[1]}"
     assert entry.top1 == weights.meta["_metrics"]["ImageNet-1K"]["acc@1"]
     assert (list(entry.mean), list(entry.std)) == (list(transforms.mean), list(transforms.std))
     assert entry.interpolation == transforms.interpolation.value
     assert [entry.arguments["img_size"]] == transforms.crop_size
-    assert parameters_of(entry.arguments) == weights.meta["num_params"]
+    assert entry.preprocessing.class_names == weights.meta["categories"]
+    with torch.device("meta"):
+        model = entry.model_class(**entry.arguments)
+    assert sum(p.numel() for p in model.parameters()) == weights.meta["num_params"]
+
+
+def test_public_cnns_are_named_models_and_resnets_are_all_here():
+    cnns = {name for name, entry in PUBLIC.items() if entry.model_class is not VisionTransformer}
+    assert cnns == {f"resnet{depth}" for depth in (18, 34, 50, 101, 152)} | {
+        f"convnext_{size}" for size in ("tiny", "small", "base", "large")}
+    for name in cnns:
+        with torch.device("meta"):
+            assert build_model(name).config == PUBLIC[name].model_class(**PUBLIC[name].arguments).config
 
 
 TIMM_NAMES = {
@@ -427,7 +442,7 @@ TIMM_NAMES = {
 
 
 def test_public_entries_are_all_checked_against_a_library():
-    assert {*TIMM_NAMES, "vit_b_16", "vit_l_16"} == set(PUBLIC)
+    assert {*TIMM_NAMES, *OF_TORCHVISION} == set(PUBLIC)
 
 
 @pytest.mark.parametrize("name", TIMM_NAMES)
@@ -499,8 +514,9 @@ def test_inspect_without_a_file_lists_every_name(monkeypatch, capsys):
     assert tuple(rows) == PRETRAINED
     for name, entry in PUBLIC.items():
         c = entry.arguments
-        assert rows[name].split()[1:5] == [str(c["img_size"]), str(c["patch_size"]), str(c["n_classes"]),
-                                           f"{entry.top1:.1f}"]
+        patch = [str(c["patch_size"])] if "patch_size" in c else []  # a CNN has none
+        numbers = [str(c["img_size"]), *patch, str(c["n_classes"]), f"{entry.top1:.1f}"]
+        assert rows[name].split()[1:1 + len(numbers)] == numbers
         assert entry.licence in rows[name]
         assert entry.source in rows[name]
         assert (entry.measured in rows[name]) == (entry.measured != "as it is")

@@ -1,8 +1,9 @@
-"""The models by name: from vit_bridge.models import ConvNet, HybridCNNViT, VisionTransformer, build_model."""
+"""The models by name: from vit_bridge.models import ConvNet, ConvNeXt, HybridCNNViT, VisionTransformer, build_model."""
 
 from vit_bridge.models.convnet import ConvNet
+from vit_bridge.models.convnext import ConvNeXt
 from vit_bridge.models.hybrid import HybridCNNViT
 from vit_bridge.models.registry import build_model
 from vit_model import VisionTransformer
 
-__all__ = ["ConvNet", "HybridCNNViT", "VisionTransformer", "build_model"]
+__all__ = ["ConvNeXt", "ConvNet", "HybridCNNViT", "VisionTransformer", "build_model"]

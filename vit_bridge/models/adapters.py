@@ -189,7 +189,7 @@ def _of_transformers(model):
         library="transformers", layers=[projection, *layers], img_size=pair(config.image_size),
         in_channels=config.num_channels, n_classes=_classes_of(model.classifier),
         preprocessing=_preprocessing_of(model, config.num_channels, config.image_size,
-                                        class_names=_listed_names(config.id2label), **facts),
+                                        class_names=listed_names(config.id2label), **facts),
         patch_size=pair(config.patch_size, "patch_size"), n_prefix=n_prefix, pool="cls",
         read=lambda x: model.classifier(base.layernorm(x)[:, 0]), projection=projection,
         positions=base.embeddings.position_embeddings[0, n_prefix:].detach())
@@ -223,7 +223,7 @@ def _classes_of(head):
     return layers[-1].out_features if layers else None
 
 
-def _listed_names(id2label):
+def listed_names(id2label):
     """The names of transformers' {0: name, ...} by number: its order is any, and its keys may be words. None where one
     is missing."""
     by_number = {str(key): name for key, name in id2label.items()}

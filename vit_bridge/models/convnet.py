@@ -31,20 +31,54 @@ class PooledStage(nn.Sequential):
 class ResidualBlock(nn.Module):
     """(B, C, h, w) -> (B, C', h / stride, w / stride): the basic block of He et al. 2016, Fig. 2."""
 
+    expansion = 1
+
     def __init__(self, in_channels, channels, stride):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.shortcut = nn.Identity()
-        if stride > 1 or in_channels != channels:  # projection shortcut, option B of He et al.
-            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False),
-                                          nn.BatchNorm2d(channels))
+        self.shortcut = _shortcut(in_channels, channels, stride)
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))  # (B, C', h / stride, w / stride)
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))  # (B, C', h / stride, w / stride)
+
+
+class BottleneckBlock(nn.Module):
+    """(B, C, h, w) -> (B, 4C', h / stride, w / stride): the deeper nets' block (He et al. 2016, Fig. 5). A convolution
+    of 1 x 1 narrows the map to C' channels, one of 3 x 3 works on these, and one of 1 x 1 widens it again.
+
+    The stride is in the 3 x 3 convolution, as in torchvision; in the paper it is in the first.
+    """
+
+    expansion = 4  # channels that come out, over those inside
+
+    def __init__(self, in_channels, channels, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * channels)
+        self.shortcut = _shortcut(in_channels, 4 * channels, stride)
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))  # (B, C', h, w)
+        y = F.relu(self.bn2(self.conv2(y)))  # (B, C', h / stride, w / stride)
+        return F.relu(self.bn3(self.conv3(y)) + self.shortcut(x))  # (B, 4C', h / stride, w / stride)
+
+
+def _shortcut(in_channels, out_channels, stride):
+    """The other way around a block: a projection only where the shape changes (option B of He et al. 2016)."""
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+
+
+BLOCKS = dict(residual=ResidualBlock, bottleneck=BottleneckBlock)  # by what comes in, C' and the stride
 
 
 class ConvNet(ImageModel):
@@ -52,7 +86,8 @@ class ConvNet(ImageModel):
 
     A stem, stages, the mean over all places, a linear head. With its default arguments it is ResNet-18, number for
     number: stages of residual blocks, each stage but the first at half the resolution of the one before. With
-    block="pooled" they are PooledStages on one convolution, for which whitening_filters are meant.
+    block="bottleneck" and depths=(3, 4, 6, 3) it is ResNet-50. With block="pooled" the stages are PooledStages on one
+    convolution, for which whitening_filters are meant.
     """
 
     def __init__(self, img_size=224, in_channels=3, n_classes=1000, widths=(64, 128, 256, 512),
@@ -76,10 +111,11 @@ class ConvNet(ImageModel):
                 self.stages.append(PooledStage(channels, width, depth))
                 channels = width
                 continue
-            strides = [1 if i == 0 else 2] + [1] * (depth - 1)
-            self.stages.append(nn.Sequential(*(ResidualBlock(channels if j == 0 else width, width, stride)
-                                               for j, stride in enumerate(strides))))
-            channels = width
+            make, blocks = BLOCKS[block], []
+            for stride in [1 if i == 0 else 2] + [1] * (depth - 1):
+                blocks.append(make(channels, width, stride))
+                channels = width * make.expansion
+            self.stages.append(nn.Sequential(*blocks))
         self.head = nn.Linear(channels, n_classes) if n_classes else nn.Identity()
         if block == "pooled":
             initialise_as_identity(self.stages)
@@ -88,7 +124,8 @@ class ConvNet(ImageModel):
 
     @property
     def n_features(self):
-        return self.config.widths[-1]
+        block = BLOCKS.get(self.config.block)
+        return self.config.widths[-1] * (block.expansion if block else 1)
 
     def layers(self):
         """The stem, then the stages."""
@@ -101,6 +138,12 @@ class ConvNet(ImageModel):
         """The last stage's map, (B, C, height / S, width / S), S = stem_stride * 2^(stages - 1), rounded up; pooled
         stages halve once more, and round down."""
         check_images(images, self.config.in_channels)
+        if len(images) == 1 and self.stages[-1].training and self.config.block != "pooled":
+            stride = self.config.stem_stride * 2 ** (len(self.stages) - 1)
+            if max(images.shape[2:]) <= stride:
+                raise InputError(f"one image of {images.shape[2]}x{images.shape[3]} pixels leaves one place after the "
+                                 f"last stage, of which no batch statistics can be taken; train with larger batches or "
+                                 f"images, or in eval mode")
         x = self.stem(images.contiguous(memory_format=torch.channels_last))  # (B, C, height / stem_stride, ...)
         for stage in self.stages:
             x = stage(x)  # half the height and width, but for the first of residual blocks
@@ -117,11 +160,11 @@ class ConvNetConfig:
     """All that is needed to build the model again: ConvNet(**vars(config)).
 
     img_size      the size that it is meant for, in pixels; as a CNN it takes any other as well
-    widths        channels of each stage
-    depths        residual blocks of each stage; of a pooled one the convolutions after its pooling
+    widths        channels of each stage; inside its bottlenecks, where four times as many come out
+    depths        blocks of each stage; of a pooled one the convolutions after its pooling
     stem_stride   1 or 2: one 3 x 3 convolution, for small images; 4: ResNet's 7 x 7 convolution and max-pooling. Before
                   pooled stages a convolution of 2 x 2, 2 x 2 or 4 x 4
-    block         "residual" or "pooled", as ConvNet has them
+    block         "residual", "bottleneck" or "pooled", as ConvNet has them
 
     Raises InputError for a value out of range.
     """
@@ -137,15 +180,10 @@ class ConvNetConfig:
     def __post_init__(self):
         check_int("in_channels", self.in_channels, 1)
         check_int("n_classes", self.n_classes, 0)
-        if not self.widths or len(self.widths) != len(self.depths):
-            raise InputError(f"widths {self.widths} and depths {self.depths} must be of one length, a number for "
-                             f"each stage")
-        for name in ("widths", "depths"):
-            for value in getattr(self, name):
-                check_int(name, value, 1)
+        check_stages(self.widths, self.depths)
         pair(self.img_size)
         check_choice("stem_stride", self.stem_stride, (1, 2, 4))
-        check_choice("block", self.block, ("residual", "pooled"))
+        check_choice("block", self.block, (*BLOCKS, "pooled"))
         least = self.stem_stride * (2 ** len(self.widths) - 1) + max(2, self.stem_stride)
         if self.block == "pooled" and min(pair(self.img_size)) < least:
             raise InputError(f"img_size {self.img_size} leaves nothing after {len(self.widths)} pooled stages; they "
@@ -153,6 +191,15 @@ class ConvNetConfig:
 
 
 ConvNet.config_class = ConvNetConfig
+
+
+def check_stages(widths, depths):
+    """Raises InputError unless widths and depths hold a positive whole number for each of one or more stages."""
+    if not widths or len(widths) != len(depths):
+        raise InputError(f"widths {widths} and depths {depths} must be of one length, a number for each stage")
+    for name, values in dict(widths=widths, depths=depths).items():
+        for value in values:
+            check_int(name, value, 1)
 
 
 # ---- A convolution as attention ---------------------------------------------------------------------------

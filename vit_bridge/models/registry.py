@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from vit_bridge.errors import check_choice
 from vit_bridge.models.convnet import ConvNet
+from vit_bridge.models.convnext import ConvNeXt
 from vit_bridge.models.hybrid import HybridCNNViT
 from vit_model import VARIANTS, VisionTransformer, pair
 
@@ -17,6 +18,11 @@ class ModelEntry:
     scaled: tuple | None = ("patch_size", 4)
 
 
+def _cnn(model_class, widths, depths, **more):
+    arguments = dict(img_size=224, widths=widths, depths=depths, stem_stride=4, **more)
+    return ModelEntry(model_class, arguments, ("stem_stride", 1))
+
+
 # vit_nano, hybrid and convnet are within 10% of each other in parameters, with 10 classes and 32 x 32 images:
 # 459,562, 497,818 and 481,170.
 MODELS = {
@@ -25,8 +31,16 @@ MODELS = {
     "hybrid_small": ModelEntry(HybridCNNViT, dict(img_size=224, patch_size=16, embed_dim=384, depth=6, n_heads=6)),
     "convnet": ModelEntry(ConvNet, dict(img_size=32, widths=(40, 80, 160), depths=(1, 1, 1), stem_stride=1),
                           ("stem_stride", 1)),
-    "resnet18": ModelEntry(ConvNet, dict(img_size=224, widths=(64, 128, 256, 512), depths=(2, 2, 2, 2), stem_stride=4),
-                           ("stem_stride", 1)),
+    # He et al. 2016, Table 1; Liu et al. 2022, Sec. 3.
+    "resnet18": _cnn(ConvNet, (64, 128, 256, 512), (2, 2, 2, 2)),
+    "resnet34": _cnn(ConvNet, (64, 128, 256, 512), (3, 4, 6, 3)),
+    "resnet50": _cnn(ConvNet, (64, 128, 256, 512), (3, 4, 6, 3), block="bottleneck"),
+    "resnet101": _cnn(ConvNet, (64, 128, 256, 512), (3, 4, 23, 3), block="bottleneck"),
+    "resnet152": _cnn(ConvNet, (64, 128, 256, 512), (3, 8, 36, 3), block="bottleneck"),
+    "convnext_tiny": _cnn(ConvNeXt, (96, 192, 384, 768), (3, 3, 9, 3)),
+    "convnext_small": _cnn(ConvNeXt, (96, 192, 384, 768), (3, 3, 27, 3)),
+    "convnext_base": _cnn(ConvNeXt, (128, 256, 512, 1024), (3, 3, 27, 3)),
+    "convnext_large": _cnn(ConvNeXt, (192, 384, 768, 1536), (3, 3, 27, 3)),
 }
 
 
@@ -39,7 +53,7 @@ def build_model(name, **arguments):
     """A new model of MODELS; the arguments override those of its entry.
 
     With an img_size and no patch_size (or stem_stride) the patch follows the image: 4 pixels up to 64, 8 up to 128, 16
-    above; for a ConvNet the stride of the stem, 1, 2 and 4.
+    above; for a ConvNet or ConvNeXt the stride of the stem, 1, 2 and 4.
 
     Raises InputError for an unknown name or argument, and as the model's class does.
     """

@@ -10,31 +10,43 @@ Nothing in a file is executed: torch.load with weights_only=True, numpy without 
 Shapes:  B images, D width.
 """
 
-import argparse
 import math
 import re
-import zipfile
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from inspect import signature
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
-from vit_bridge.errors import InputError, check_choice, first_line, pair
+from vit_bridge.errors import InputError, assume, check_choice, first_line
 from vit_bridge.models.adapters import unwrapped
 from vit_bridge.models.protocol import ask, class_name, is_ours
 from vit_bridge.models.registry import check_arguments, model_classes
-from vit_bridge.preprocessing import Preprocessing, one_side
+from vit_bridge.preprocessing import IMAGENET_MEAN, Preprocessing, one_side
 from vit_bridge.system import write_whole
-from vit_bridge.weights.formats import Format, Weights, translate
+from vit_bridge.weights.cnns import CNN_CONFIGS, stem_is_small
+from vit_bridge.weights.files import read_file, unwrap
+from vit_bridge.weights.formats import (
+    FORMATS,
+    Format,
+    Weights,
+    beside,
+    chosen_prefix,
+    drop_outside,
+    recognise,
+    translate,
+    under,
+)
+from vit_bridge.weights.heads import fit_head
 from vit_bridge.weights.pretrained import OURS, OURS_FOLDER, PRETRAINED, PUBLIC, fetch
-from vit_model import VisionTransformer, ViTConfig, resample_positions, sincos_positions
+from vit_bridge.weights.recorded import file_in, read_recorded
+from vit_model import VisionTransformer, ViTConfig, grid_of, pair, resample_positions, sincos_positions
 
 WITHOUT_SHAPE = ("n_heads", "pool", "position", "norm_eps", "stem_stride", "stem", "block")  # no tensor shows these
-FREE = ("img_size", "dropout", "drop_path")  # what may differ from the configuration that weights were trained in
+FREE = ("img_size", "in_channels", "dropout", "drop_path")  # what may differ from what weights were trained in
 CHECKPOINT_FORMAT = "vit-bridge 1"
+MEND = "mend it, or move the weights to a folder of their own"
 
 
 # ---- Ours -------------------------------------------------------------------------------------------------
@@ -87,62 +99,83 @@ def read_checkpoint(path):
 
 
 def load(name_or_path, n_classes=None, **overrides):
-    """A trained model, in eval mode, on the CPU, in float32, with its preprocessing (None where its file has none).
+    """A trained model, in eval mode, on the CPU, in float32, with its preprocessing (None where our own file has none).
 
-    name_or_path  a name that describe_pretrained() lists, or the path of a checkpoint: ours, or one of a ViT in any
-                  format that load_checkpoint knows (whose mean and std are taken to be ImageNet's)
+    name_or_path  a name that describe_pretrained() lists; the path of a checkpoint: ours, or one of a ViT in any format
+                  that load_checkpoint knows; or a folder of transformers' save_pretrained or timm's save_for_hf
     n_classes     None: the head of the checkpoint, or none where it has none (the model then gives features, (B, D));
-                  a number: a new head, untrained, unless it is the checkpoint's own number
-    overrides     img_size (resamples the positions), dropout, drop_path; pool of a public one without its own head.
-                  Any other field belongs to the weights, and is refused if it is not theirs
+                  a number: that head if it has as many rows, else a new one of zeros; one line says which (heads.py)
+    overrides     img_size (resamples the positions), in_channels (adapt_input_channels), dropout, drop_path; pool of a
+                  public one without its own head; and what a file does not record: n_heads, pool, norm_eps. Any other
+                  field belongs to the weights, and is refused if it is not theirs
 
-    A public file is fetched once, with torch.hub, into its usual folder of checkpoints. Raises InputError for an
-    unknown name or field; where a file cannot be fetched (with its address, and where to put it by hand) or read; and
-    where weights and configuration do not fit.
+    What neither a file nor a config.json or preprocessor_config.json beside it records is assumed, and one Assumption
+    for the file says so (vit_bridge.errors). A public file is fetched once, with torch.hub, into its usual folder of
+    checkpoints. Raises InputError for an unknown name or field; where a file cannot be fetched (with its address, and
+    where to put it by hand) or read; and where weights and configuration do not fit.
     """
     name, weights = str(name_or_path), None
+    overrides = {argument: tuple(value) if isinstance(value, list) else value for argument, value in overrides.items()}
     if name in PUBLIC:
         path, entry = fetch(name), PUBLIC[name]
-        model_class, config, preprocessing = VisionTransformer, entry.arguments, entry.preprocessing
+        config = entry.model_class.config_class(**entry.arguments)
+        grid = grid_of(pair(config.img_size), pair(config.patch_size)) if "patch_size" in entry.arguments else None
+        found = Inferred(entry.model_class, config, entry.preprocessing, grid)
     else:
         path = OURS_FOLDER / f"{name}.pt" if name in OURS else _existing_file(name)
         weights = _read_weights(path)
+        found = _inferred(weights, overrides)
         if weights.model is not None and n_classes is None and not overrides:
+            _say(path, found.assumed, ())
             return weights.model
-        config, _ = (weights.model.config, "") if weights.model is not None else _inferred(weights)
-        model_class = VisionTransformer if weights.model is None else type(weights.model)
-        preprocessing = Preprocessing(config.img_size) if weights.model is None else weights.model.preprocessing
-        config = vars(config)
-    check_arguments(model_class, overrides)
-    wanted = config["n_classes"] if n_classes is None else n_classes
-    free = (*FREE, "pool") if name in PUBLIC and not (wanted and wanted == config["n_classes"]) else FREE
+    check_arguments(found.model_class, overrides)
+    config = vars(found.config)
+    own_head = n_classes is None or n_classes == config["n_classes"]
+    free = (*FREE, *found.unrecorded, *["pool"] * (name in PUBLIC and not (own_head and config["n_classes"])))
     for argument, value in overrides.items():
         if argument not in free and value != config[argument]:
             raise InputError(f"{argument} {value!r} is not that of {name}, {config[argument]!r}; the weights allow "
                              f"another {', '.join(free)} or n_classes")
-    model = model_class(**{**config, "n_classes": wanted, **overrides})
-    grid = None
-    if "patch_size" in config:
-        grid = tuple(size // side for size, side in zip(pair(config["img_size"]), pair(config["patch_size"]),
-                                                        strict=True))
+    model = found.model_class(**config | overrides)
     try:
-        state, _ = _fitted(weights or _read_weights(path), model, grid)
+        state, report = _fitted(weights or _read_weights(path), model, found.grid)
     except InputError as error:
         if name not in PUBLIC:
             raise
         raise InputError(f"{error}; where the file came incomplete, delete it and it is fetched again") from error
     model.load_state_dict(state)
-    if preprocessing is not None:
-        names = preprocessing.class_names if wanted == config["n_classes"] else None
-        model.preprocessing = replace(preprocessing, img_size=model.config.img_size, class_names=names)
+    if found.preprocessing is not None:
+        model.preprocessing = replace(found.preprocessing, img_size=model.config.img_size)
+        if model.config.in_channels != found.config.in_channels:
+            model.preprocessing = model.preprocessing.with_channels(model.config.in_channels)
+    _say(path, found.assumed, report.choices)
+    if n_classes is not None:
+        named = model.preprocessing is not None and model.preprocessing.class_names
+        without_preprocessing, line = model.preprocessing is None, fit_head(model, n_classes)
+        if without_preprocessing:
+            model.preprocessing = None
+        if not (own_head and named):
+            assume(f"{path}: {line}")
     return model.eval()
+
+
+def _say(path, assumed, choices):
+    """One Assumption for a file: the values that nothing records, and what was chosen or dropped on the way."""
+    parts = list(choices)
+    if assumed:
+        fields = [f"{name}=" for name, words in assumed.items() if words.startswith(f"{name}=")]
+        ways = [f"load's {', '.join(fields)}"] * bool(fields) + ["--n-heads"] * ("n_heads" in assumed)
+        ways.append(f"{'config.json' if fields else 'preprocessor_config.json'} beside it")
+        parts.insert(0, f"not recorded, so assumed: {', '.join(assumed.values())}; {' or '.join(ways)} can say "
+                        f"otherwise")
+    if parts:
+        assume(f"{path}: {'; '.join(parts)}")
 
 
 def _existing_file(name):
     """The path of a checkpoint. Raises InputError, with the names that there are, where there is no such file."""
     if Path(name).is_dir():
-        raise InputError(f"{name} is a folder; expected the path of a checkpoint in it, such as "
-                         f"{Path(name) / 'best.pt'}, or one of {', '.join(PRETRAINED)}")
+        return file_in(name)
     if not Path(name).is_file() and Path(name).suffix:
         raise InputError(f"there is no file {name}; expected the path of a checkpoint, or one of "
                          f"{', '.join(PRETRAINED)}")
@@ -170,87 +203,6 @@ def _model_of(entries, path):
     return model.eval()
 
 
-# ---- Reading a file of any kind ---------------------------------------------------------------------------
-
-
-def read_file(path):
-    """What a file holds, as a dict. Nothing in it is executed. Raises InputError where that cannot be."""
-    try:
-        if not Path(path).is_file():
-            found = "a folder is at" if Path(path).is_dir() else "no file"
-            raise InputError(f"{found} {path}; expected a checkpoint file")
-        if str(path).endswith(".safetensors"):
-            return _read_safetensors(path)
-        if zipfile.is_zipfile(path) and any(name.endswith(".npy") for name in zipfile.ZipFile(path).namelist()):
-            with np.load(path, allow_pickle=False) as arrays:
-                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-        # Training scripts keep their parsed arguments beside the weights: text and numbers, no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            entries = torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except Exception as error:  # random bytes make torch's unpickler fail with nearly every kind
-        found = re.search(r"[Uu]nsupported (?:global|GLOBAL|class)[^\n]*?([\w.]+) (?:was not an allowed|whose module)",
-                          str(error))
-        if found:
-            raise InputError(f"{path} holds Python objects ({found[1]}), which are not loaded, as unpickling them can "
-                             f"run code; save the model's state_dict alone") from error
-        raise InputError(f"{path} is no checkpoint, or a damaged one ({first_line(error)}); expected a file that "
-                         f"torch.save, safetensors or numpy wrote") from error
-    if not isinstance(entries, dict):
-        raise InputError(f"{path} holds a {type(entries).__name__}; expected a dict of tensors, as state_dict() gives")
-    return entries
-
-
-def _read_safetensors(path):
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise InputError(f"{path} needs the package safetensors to be read; python -m pip install "
-                         f"safetensors") from error
-    return load_file(path)
-
-
-# What training scripts put around a state dict, best first: of two, the average of the weights is the one to use.
-WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model", "module", "teacher",
-            "target")
-PREFIXES = ("module.", "_orig_mod.", "model.")
-MOST_WRAPPERS = 4  # ways grow with its power: a file may hold itself under every name
-
-
-def _unwrap(entries, path):
-    """(the state dict inside, names of what was around it). Raises InputError where there is none."""
-    around = _way_to_tensors(entries)
-    if around is None:
-        raise InputError(f"{path} holds no tensors under {', '.join(map(repr, list(entries)[:5])) or 'any name'}; "
-                         f"expected a state dict, or one under {', '.join(WRAPPERS)}")
-    for name in around:
-        entries = entries[name]
-    for name, value in entries.items():
-        if not (isinstance(name, str) and name.isprintable() and isinstance(value, torch.Tensor)):
-            raise InputError(f"{path} holds {name!r}, a {type(value).__name__}, among its tensors; expected a state "
-                             f"dict of tensors alone")
-        if value.layout != torch.strided or value.is_meta:
-            raise InputError(f"{path} holds {name!r} without plain numbers; expected dense tensors")
-    while prefix := _common_prefix([name for name in entries if name != "n_averaged"]):
-        entries, around = {name.removeprefix(prefix): value for name, value in entries.items()}, [*around, prefix]
-    return entries, around
-
-
-def _way_to_tensors(entries, depth=0):
-    """Names of the WRAPPERS to go through, best first; None where they lead to no tensors."""
-    for name in WRAPPERS if depth < MOST_WRAPPERS else ():
-        inner = entries.get(name)
-        if isinstance(inner, dict) and (rest := _way_to_tensors(inner, depth + 1)) is not None:
-            return [name, *rest]
-    return [] if any(isinstance(value, torch.Tensor) for value in entries.values()) else None
-
-
-def _common_prefix(names):
-    """The one of PREFIXES with which all names begin, else None."""
-    return next((prefix for prefix in PREFIXES if names and all(name.startswith(prefix) for name in names)), None)
-
-
 # ---- Into a model -----------------------------------------------------------------------------------------
 
 
@@ -263,6 +215,8 @@ class LoadReport:
     dropped         {name in the file: why the model does not use it}
     notes           what differs between the file and the model, and what was done about it
     heads           a warning about the number of heads, where the file does not record it
+    choices         those of the notes that a user must hear of, though nobody reads the report
+    assumed         what nothing records of the file, in words, without the heads
     """
     path: str
     format: str
@@ -270,6 +224,8 @@ class LoadReport:
     dropped: dict
     notes: tuple
     heads: str = ""
+    choices: tuple = ()
+    assumed: tuple = ()
 
     def __str__(self):
         by_reason = {}
@@ -279,7 +235,8 @@ class LoadReport:
         for reason, names in by_reason.items():
             lines.append(f"  dropped: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} ({reason})")
         lines += [f"  {note}" for note in self.notes]
-        return "\n".join([*lines, *([f"  heads: {self.heads}"] if self.heads else [])])
+        lines += [f"  heads: {self.heads}"] if self.heads else []
+        return "\n".join([*lines, *([f"  assumed: {', '.join(self.assumed)}"] if self.assumed else [])])
 
 
 def load_checkpoint(model, path, grid_size=None):
@@ -294,7 +251,8 @@ def load_checkpoint(model, path, grid_size=None):
 
     Returns a LoadReport. Raises InputError, with the model unchanged, where a tensor is missing, left over or of
     another shape, and for a file that cannot be read. A file that does not record how many heads it was trained with
-    (only Google's and ours do) fits any number: take the one of its paper. A compiled or wrapped model
+    (Google's and ours do, and a config.json beside the file) fits any number: take the one of its paper; an Assumption
+    says so. Another number of channels is adapted, as adapt_input_channels has it. A compiled or wrapped model
     (torch.compile, DistributedDataParallel) is filled inside.
     """
     model = unwrapped(model)
@@ -304,11 +262,13 @@ def load_checkpoint(model, path, grid_size=None):
     weights = _read_weights(path, model)
     state, report = _fitted(weights, model, grid_size)
     model.load_state_dict(state)
+    _say(path, {}, [*([f"heads: {report.heads}"] if report.heads else []), *report.choices])
     return report
 
 
 def _read_weights(path, model=None):
-    """A file as Weights; model: one whose own names are known too."""
+    """A file, or the one in a folder, as Weights; model: one whose own names are known too."""
+    path = file_in(path) if Path(path).is_dir() else path
     entries = read_file(path)
     if entries.get("format") == CHECKPOINT_FORMAT:
         other = _model_of(entries, path)
@@ -317,18 +277,51 @@ def _read_weights(path, model=None):
         weights = _own_names("ours", path, [], other.state_dict())
         weights.model = other
         return weights
-    state, around = _unwrap(entries, path)
-    if model is not None and model.config_class is not VisionTransformer.config_class:
-        if state.keys() - {"n_averaged"} != model.state_dict().keys():
+    own = None if model is None or model.config_class is VisionTransformer.config_class else model.state_dict()
+    held = model is None or any(known.holds == class_name(model) for known in FORMATS)
+    state, around = unwrap(entries, path, lambda names: bool(_models_among(names, own)
+                                                             or (held and _models_among(names, None))))
+    found = {} if own is None else _models_among(state, own)
+    if found or (own is not None and not held):
+        prefix, choice = chosen_prefix(found, state, path) if found else ("", "")
+        if {*under(prefix, state)} - {"n_averaged"} != own.keys():
             raise InputError(f"{path} is for another architecture: its tensors, such as {next(iter(state))}, are not "
                              f"those of a {class_name(model)}; build the model that it was saved from")
-        return _own_names(f"state dict of a {class_name(model)}", path, around, state)
+        around = [*around, *re.findall(r"[^./]*[./]", prefix)]
+        weights = _own_names(f"state dict of a {class_name(model)}", path, around,
+                             {name: state[prefix + name] for name in under(prefix, state)})
+        drop_outside(weights, prefix, state)
+        weights.choices += [text for text in (choice, beside(weights.dropped)) if text]
+        return weights
     try:
-        return translate(state, path, around)
+        weights = translate(state, path, around)
     except InputError:
         raise
-    except Exception as error:  # tensors of a rank that no ViT has
+    except Exception as error:  # tensors of a rank that no model has
         raise InputError(f"{path} is damaged, or of no format that is known ({first_line(error)})") from error
+    if not (model is None or any(weights.format.holds == cls.__name__ for cls in type(model).__mro__)):
+        raise InputError(f"{path} is for another architecture: it is a {weights.format.holds} ({weights.format.name}), "
+                         f"the model is a {class_name(model)}; take load(path), which builds what the file holds")
+    weights.recorded = recorded = read_recorded(path, weights.format.library, weights.format.holds)
+    heads = recorded.config.get("n_heads", weights.n_heads)
+    if weights.n_heads not in (None, heads):
+        raise InputError(f"{recorded.source} says {heads} heads, and the tensors of {path} have {weights.n_heads}; "
+                         f"{MEND}")
+    weights.n_heads = heads
+    weights.choices += recorded.notes
+    return weights
+
+
+def _models_among(names, own):
+    """{prefix: ...} of the models among names: those with the names of `own`, or where that is None of any format."""
+    if own is None:
+        try:
+            return recognise(names, "")
+        except InputError:
+            return {}
+    first = next(iter(own))
+    prefixes = [name.removesuffix(first) for name in names if name.endswith(first)]
+    return {prefix: None for prefix in prefixes if own.keys() <= {*under(prefix, names)}}
 
 
 def _own_names(kind, path, around, state):
@@ -369,18 +362,27 @@ def _fitted(weights, model, grid_size=None, advise=True):
 def fit(weights, model, grid_size):
     """_fitted, for tensors of the ranks that a ViT has."""
     expected, notes = model.state_dict(), [weights.format.note] if weights.format.note else []
+    choices, recorded = list(weights.choices), weights.recorded.config
     if weights.around:
         notes.append(f"the weights lie under {' / '.join(weights.around)}")
     if weights.n_heads not in (None, getattr(model.config, "n_heads", None)):
         raise InputError(f"{weights.path} is for another architecture: n_heads is {weights.n_heads} there, "
                          f"{model.config.n_heads} in the model")
-    if weights.format.norm_eps not in (None, getattr(model.config, "norm_eps", None)):
-        notes.append(f"norms: the file's library adds {weights.format.norm_eps} to the variance unless told otherwise, "
-                     f"the model {model.config.norm_eps}; norm_eps={weights.format.norm_eps} makes them equal")
-    notes += _match_head(weights, expected)
+    if "pool" in recorded and recorded["pool"] != getattr(model.config, "pool", None) and model.config.n_classes:
+        raise InputError(f"{weights.path} is for another architecture: pool is {recorded['pool']!r} there, "
+                         f"{model.config.pool!r} in the model")
+    eps = recorded.get("norm_eps", weights.format.norm_eps)
+    if eps not in (None, getattr(model.config, "norm_eps", None)):
+        choices.append(f"norms: the file's library adds {eps} to the variance unless told otherwise, the model "
+                       f"{model.config.norm_eps}; norm_eps={eps} makes them equal")
+    choices += _match_head(weights, model, expected)
+    choices += _match_channels(weights, model)
     notes += _fit_positions(weights, model, grid_size)
+    choices += [note for note in notes if "grid_size would say" in note]
+    notes += [choice for choice in choices if choice not in notes]
     tensors = weights.tensors
-    missing = [name for name in expected if name not in tensors and not name.startswith("head.")]
+    missing = [name for name in expected if name not in tensors and not name.startswith("head.")
+               and not name.endswith(".num_batches_tracked")]  # nothing reads it, and old files have none
     extra = [name for name in tensors if name not in expected]
     for wrong, where in ((extra, "the file has {} and the model does not"), (missing, "the file lacks {}")):
         if wrong:
@@ -402,7 +404,8 @@ def fit(weights, model, grid_size):
     if weights.model is None and weights.n_heads is None and ask(model, "attends"):
         heads = (f"the file does not say how many; the model's {model.config.n_heads} are right only if it was trained "
                  f"with as many")
-    return state, LoadReport(weights.path, weights.format.name, used, weights.dropped, tuple(notes), heads)
+    return state, LoadReport(weights.path, weights.format.name, used, weights.dropped, tuple(notes), heads,
+                             tuple(choices))
 
 
 def _advice(name, weights):
@@ -412,12 +415,40 @@ def _advice(name, weights):
         return f"; build the model with layer_scale={1e-5 if there else None}"
     if re.search(r"attn\.[qk]_norm\.", name):
         return f"; build the model with qk_norm={there}"
+    if name.startswith("fc_norm."):
+        return "; build the model with pool='mean', fc_norm=True" if there else "; build the model with fc_norm=False"
     if name == "reg_token":
         return f"; build the model with n_registers={weights.tensors[name].shape[1] if there else 0}"
     return ""
 
 
-def _match_head(weights, expected):
+def adapt_input_channels(weight, n_channels):
+    """The kernel of a first convolution, (D, C, h, w), for images of n_channels: (D, n_channels, h, w).
+
+    For one channel it is the sum over the colours: a grey image shown in each colour would give the same. For others
+    the colours are repeated in turn and scaled by C / n_channels, so that the sum stays as large, as in timm.
+    """
+    C = weight.shape[1]
+    if n_channels == 1:
+        return weight.sum(dim=1, keepdim=True)
+    return weight[:, [i % C for i in range(n_channels)]] * (C / n_channels)
+
+
+def _match_channels(weights, model):
+    """Notes on the channels of the images, to which the first convolution is adapted."""
+    layer = next((layer for layer in model.layers()[0].modules() if isinstance(layer, nn.Conv2d)), None)
+    name = next((name for name, parameter in model.named_parameters() if layer and parameter is layer.weight), None)
+    theirs = weights.tensors.get(name)
+    if theirs is None or theirs.ndim != 4 or theirs.shape[1] == layer.weight.shape[1] or (
+            theirs.shape[:1] + theirs.shape[2:] != layer.weight.shape[:1] + layer.weight.shape[2:]):
+        return []
+    n_channels = layer.weight.shape[1]
+    weights.tensors[name] = adapt_input_channels(theirs, n_channels)
+    how = "their sum" if n_channels == 1 else f"repeated in turn, times {theirs.shape[1]}/{n_channels}"
+    return [f"channels: the weights for {theirs.shape[1]} were adapted to {n_channels}, as {how}"]
+
+
+def _match_head(weights, model, expected):
     """Notes on the head. One that does not fit the model's is dropped, and the model keeps its own."""
     theirs = {name: weights.tensors[name] for name in ("head.weight", "head.bias") if name in weights.tensors}
     wanted = expected.get("head.weight")
@@ -428,7 +459,10 @@ def _match_head(weights, expected):
     if weight is None or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         shapes = ", ".join(f"{weights.sources[name][0]} {tuple(tensor.shape)}" for name, tensor in theirs.items())
         raise InputError(f"{weights.path} is damaged: weights and biases of its head do not belong together ({shapes})")
-    if wanted is None:
+    n_features = model.n_features
+    if wanted is None and weight.shape[1] != n_features:
+        reason = f"reads {weight.shape[1]} features, and the model has {n_features}"
+    elif wanted is None:
         reason = "the model has no head, or not one nn.Linear"
     elif any("pre_logits" in name for name in weights.dropped):
         reason = "reads the layer before it, which was dropped"
@@ -444,7 +478,7 @@ def _match_head(weights, expected):
         weights.dropped[weights.sources.pop(name)[0]] = reason
         del weights.tensors[name]
     if wanted is None:
-        return []
+        return [] if weight.shape[1] == n_features else [f"head: that of the file was dropped: {reason}"]
     return [f"head: the model keeps its own, untrained; that of the file: {reason}"]
 
 
@@ -515,7 +549,8 @@ def _read_grid(weights, grid=None, given=None):
     if not ways:
         wanted = f"the grid {given[0]}x{given[1]}" if given else "a square grid"
         raise InputError(f"{weights.path} has {M} positions, not {wanted} with {' or '.join(map(str, prefixes))} "
-                         f"before it; give grid_size=(rows, columns) of the patches that it was trained on")
+                         f"before it; give img_size=(height, width) of its training to load (--img-size HEIGHT WIDTH), "
+                         f"or grid_size=(rows, columns) of its patches to load_checkpoint")
     texts = [f"{rows}x{columns} patches with {n} before them" for (rows, columns), n in ways]
     notes = [f"positions: {M} can be {' or '.join(texts)}; taken as the first, grid_size would say"] if ways[1:] else []
     return *ways[0], notes
@@ -527,83 +562,200 @@ def _read_grid(weights, grid=None, given=None):
 @dataclass(frozen=True)
 class Description:
     """What a checkpoint is: the format, the configuration of the model that it fits, and the report of loading it
-    into such a model."""
+    into such a model; what its images must be, None where our own file does not say."""
     report: LoadReport
     model_class: str
     config: object
     n_parameters: int
+    preprocessing: Preprocessing | None = None
 
     def __str__(self):
         usual = {f.name: f.default for f in fields(self.config)}  # a HybridCNNViT has some defaults of its own
         arguments = signature(model_classes()[self.model_class]).parameters
         usual |= {name: argument.default for name, argument in arguments.items() if name in usual}
         settings = {name: value for name, value in vars(self.config).items() if value != usual[name]}
-        lines = [str(self.report)]
+        lines, shown = [str(self.report)], self.preprocessing
+        if shown is not None:
+            mean, std = (", ".join(f"{number:.4g}" for number in numbers) for numbers in (shown.mean, shown.std))
+            lines.append(f"  images: {'x'.join(map(str, shown.size))} pixels, {shown.interpolation}, mean {mean}, std "
+                         f"{std}{_in_short(shown.class_names)}")
         return "\n".join([*lines, f"  {self.n_parameters:,} parameters. It loads with", "",
                           f"    model = {self.model_class}({', '.join(f'{k}={v!r}' for k, v in settings.items())})",
                           f"    load_checkpoint(model, {self.report.path!r})"])
 
 
-def describe_checkpoint(path):
+def _in_short(names):
+    """Names of classes in a few words."""
+    if not names:
+        return "; no names of classes"
+    return f"; {len(names)} classes: {', '.join(map(str, names[:5]))}{', ...' if names[5:] else ''}"
+
+
+def describe_checkpoint(path, **given):
     """What a file is, and how it would load, as a Description. Raises InputError where it would not, with the reason.
 
-    The model of a file that is not ours is built on the device "meta", so that nothing but the file takes memory.
+    given: what load would be given of that which the file does not record, such as n_heads. The model of a file that
+    is not ours is built on the device "meta", so that nothing but the file takes memory.
     """
     weights = _read_weights(path)
-    model, heads = weights.model, ""
+    found, model = _inferred(weights, given), weights.model
+    for argument, value in given.items():
+        if argument not in found.unrecorded and value != getattr(found.config, argument):
+            raise InputError(f"{argument} {value!r} is not that of {path}, {getattr(found.config, argument)!r}")
     if model is None:
-        config, heads = _inferred(weights)
         with torch.device("meta"):
-            model = VisionTransformer(**vars(config))
-    _, report = _fitted(weights, model, advise=False)
+            model = found.model_class(**vars(found.config))
+    _, report = _fitted(weights, model, found.grid, advise=False)
     n_parameters = sum(p.numel() for p in model.parameters())
-    return Description(replace(report, heads=heads), class_name(model), model.config, n_parameters)
+    assumed = {name: words for name, words in found.assumed.items() if name != "n_heads"}
+    guess = f"the file does not say how many; {found.config.n_heads} is a guess (" \
+            f"{found.config.embed_dim // found.config.n_heads} channels each), and any number that divides " \
+            f"{found.config.embed_dim} loads: n_heads= or --n-heads" if "n_heads" in found.assumed else ""
+    report = replace(report, heads=guess, assumed=tuple(assumed.values()))
+    return Description(report, class_name(model), model.config, n_parameters, found.preprocessing)
 
 
-def _inferred(weights):
-    """infer_config, with one line for tensors of a rank that no ViT has."""
+@dataclass(frozen=True)
+class Inferred:
+    """The model that a file fits.
+
+    preprocessing   of its images; None where our own file has none
+    grid            (rows, columns) of the patches of the file; None: the model's own
+    assumed         what nothing records, {field of the configuration, or "images": the value taken, in words}
+    unrecorded      fields that nothing records, which the caller may therefore choose
+    """
+    model_class: type
+    config: object
+    preprocessing: Preprocessing | None
+    grid: tuple | None = None
+    assumed: dict = field(default_factory=dict)
+    unrecorded: tuple = ()
+
+
+def _inferred(weights, given):
+    """The Inferred of a file, with one line for tensors of a rank that no model has.
+
+    given: {field: value} of the configuration, as far as the caller chooses it; it holds where nothing records it.
+    """
+    if weights.model is not None:
+        shown = weights.model.preprocessing
+        assumed = dict(images="ImageNet's mean and std, bilinear resizing") if shown is None else {}
+        return Inferred(type(weights.model), weights.model.config, shown, assumed=assumed)
     try:
-        return infer_config(weights)
+        return (infer_cnn if weights.format.holds in CNN_CONFIGS else infer_vit)(weights, given)
     except InputError:
         raise
     except (ValueError, IndexError, TypeError, StopIteration) as error:
-        raise InputError(f"{weights.path} ({weights.format.name}) has tensors of shapes that no ViT has "
+        raise InputError(f"{weights.path} ({weights.format.name}) has tensors of shapes that no model has "
                          f"({first_line(error)})") from error
 
 
-def infer_config(weights):
-    """(ViTConfig of the model that a file fits, where its number of heads comes from)."""
-    tensors = weights.tensors
+def infer_vit(weights, given):
+    """The Inferred of the weights of a VisionTransformer."""
+    tensors, recorded = weights.tensors, weights.recorded.config
     needed = ("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
     missing = [name for name in needed if name not in tensors]
     if missing:
         raise InputError(f"{weights.path} ({weights.format.name}) is no whole ViT: it lacks {', '.join(missing)}")
     D, C, *patch = tensors["patch_embed.proj.weight"].shape
     blocks = {int(name.split(".")[1]) for name in tensors if re.match(r"blocks\.\d+\.", name)}
-    depth = len(blocks)
-    if blocks != set(range(depth)):
-        raise InputError(f"{weights.path} ({weights.format.name}) is no whole ViT: it has {depth} blocks, numbered up "
-                         f"to {max(blocks)}")
-    n_registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
-    grid = (1, 1)
-    if "pos_embed" in tensors:
-        grid, _, _ = _read_grid(weights)
-    n_heads = weights.n_heads or _likely_heads(D)
-    hidden = len(tensors["blocks.0.mlp.fc1.weight"])
+    if blocks != set(range(len(blocks))):
+        raise InputError(f"{weights.path} ({weights.format.name}) is no whole ViT: it has {len(blocks)} blocks, "
+                         f"numbered up to {max(blocks)}")
+    hidden, head = len(tensors["blocks.0.mlp.fc1.weight"]), tensors.get("head.weight")
     ratio = next(r for r in (hidden / D, math.nextafter(hidden / D, math.inf)) if int(D * r) == hidden)
-    n_classes = 0
-    head = tensors.get("head.weight")
+    shown = dict(embed_dim=D, depth=len(blocks), patch_size=one_side(tuple(patch)), in_channels=C, mlp_ratio=ratio)
     if head is not None and head.ndim == 2 and head.shape[1] == D:
-        n_classes = len(head)
-    img_size = tuple(n * side for n, side in zip(grid, patch, strict=True))
+        shown["n_classes"] = len(head)
+    if "fc_norm.weight" in tensors:
+        shown["pool"] = "mean"
+    for name, value in shown.items():
+        theirs = recorded.get(name, value)
+        if int(theirs * D) != hidden if name == "mlp_ratio" else theirs != value:
+            raise InputError(f"{weights.recorded.source} says {name} {theirs!r}, and the tensors of {weights.path} "
+                             f"have {value!r}; {MEND}")
+    grid, assumed = _infer_grid(weights, patch, given)
+    heads = _likely_heads(D)
+    guesses = dict(n_heads=(heads, f"n_heads={heads} ({D // heads} channels each)"), pool=("cls", "pool='cls'"),
+                   norm_eps=(weights.format.norm_eps, f"norm_eps={weights.format.norm_eps}"))
+    known = {name: guesses[name][0] for name in weights.format.fixes} | recorded | shown
+    known |= dict(n_heads=weights.n_heads) if weights.n_heads else {}
+    unrecorded = [name for name in guesses if name not in known]
+    settings = {name: known.get(name, given.get(name, guess)) for name, (guess, _) in guesses.items()}
+    assumed = {name: guesses[name][1] for name in unrecorded if name not in given} | assumed
+    img_size = one_side(tuple(n * side for n, side in zip(grid, patch, strict=True)))
     config = ViTConfig(
-        one_side(img_size), one_side(tuple(patch)), C, n_classes, D, depth, n_heads, ratio,
-        position="learned" if "pos_embed" in tensors else "none", n_registers=n_registers,
+        **{"n_classes": 0, **shown, **settings}, img_size=img_size, position="learned" if "pos_embed" in tensors
+        else "none", n_registers=tensors["reg_token"].shape[1] if "reg_token" in tensors else 0,
         layer_scale=1e-5 if "blocks.0.ls1.gamma" in tensors else None, qk_norm="blocks.0.attn.q_norm.weight" in tensors,
-        norm_eps=weights.format.norm_eps)
-    guess = (f"the file does not say how many; {n_heads} is a guess ({D // n_heads} channels each), and any number "
-             f"that divides {D} loads")
-    return config, "" if weights.n_heads else guess
+        fc_norm="fc_norm.weight" in tensors)
+    if D % config.n_heads:
+        where = f" that {weights.recorded.source} says" if "n_heads" in recorded else ""
+        raise InputError(f"the {config.n_heads} heads{where} do not divide the width {D} of {weights.path}; expected "
+                         f"one of its divisors")
+    preprocessing, words = _infer_preprocessing(weights, img_size, config)
+    assumed |= dict(images=words) if words else {}
+    return Inferred(VisionTransformer, config, preprocessing, grid, assumed, tuple(unrecorded))
+
+
+def infer_cnn(weights, given):
+    """The Inferred of the weights of a ConvNet or ConvNeXt, whose tensors do not show the size of their images."""
+    config, recorded, assumed = CNN_CONFIGS[weights.format.holds](weights), weights.recorded.config, {}
+    for name in ("in_channels", "n_classes"):
+        if recorded.get(name, getattr(config, name)) != getattr(config, name):
+            raise InputError(f"{weights.recorded.source} says {name} {recorded[name]!r}, and the tensors of "
+                             f"{weights.path} have {getattr(config, name)!r}; {MEND}")
+    if "img_size" in recorded:
+        config = replace(config, img_size=recorded["img_size"])
+    elif "img_size" not in given:
+        assumed["img_size"] = f"img_size={config.img_size}"
+    small = stem_is_small(weights)
+    if small and "stem_stride" not in given:
+        assumed["stem_stride"] = f"stem_stride={config.stem_stride} without pooling"
+    elif small:
+        config = replace(config, stem_stride=given["stem_stride"])
+    preprocessing, words = _infer_preprocessing(weights, config.img_size, config)
+    assumed |= dict(images=words) if words else {}
+    model_class = model_classes()[weights.format.holds]
+    return Inferred(model_class, config, preprocessing, None, assumed, ("stem_stride",) if small else ())
+
+
+def _infer_grid(weights, patch, given):
+    """((rows, columns) of the patches of a file, {"img_size": words} where they were assumed to be a square)."""
+    recorded = weights.recorded.config.get("img_size")
+    if "pos_embed" not in weights.tensors:
+        size = recorded or given.get("img_size")
+        return (grid_of(pair(size), tuple(patch)), {}) if size else ((1, 1), {})
+    if recorded:
+        try:
+            return _read_grid(weights, given=grid_of(pair(recorded), tuple(patch)))[0], {}
+        except InputError as error:
+            M = weights.tensors["pos_embed"].shape[1]
+            raise InputError(f"{weights.recorded.source} says img_size {recorded!r}, and {weights.path} has {M} "
+                             f"positions for patches of {patch[0]}x{patch[1]}; {MEND}") from error
+    try:
+        grid = _read_grid(weights)[0]
+    except InputError:
+        if "img_size" not in given:
+            raise
+        return _read_grid(weights, given=grid_of(pair(given["img_size"]), tuple(patch)))[0], {}
+    return grid, dict(img_size=f"a square of {grid[0]}x{grid[1]} patches")
+
+
+def _infer_preprocessing(weights, img_size, config):
+    """(the Preprocessing of a file, what of it was assumed in words, or "")."""
+    images, known = weights.recorded.images, weights.format
+    names = images.get("class_names")
+    if names and config.n_classes and len(names) != config.n_classes:
+        raise InputError(f"{weights.recorded.source} names {len(names)} classes, and the head of {weights.path} has "
+                         f"{config.n_classes}; {MEND}")
+    facts = {name: images.get(name, getattr(known, name)) for name in ("mean", "std", "interpolation")}
+    shown = Preprocessing(img_size, **facts, class_names=names if config.n_classes else None)
+    missing = [name for name in facts if name not in images]
+    words = ["ImageNet's mean and std" if known.mean == IMAGENET_MEAN else f"mean and std {known.mean[0]} as in its "
+             f"library"] * ("mean" in missing or "std" in missing)
+    words += [f"{known.interpolation} resizing"] * ("interpolation" in missing)
+    return shown.with_channels(config.in_channels), ", ".join(words)
 
 
 def _likely_heads(D):

@@ -1,4 +1,4 @@
-"""How other libraries and papers name the weights of a Vision Transformer, and those names in ours (timm's).
+"""How other libraries and papers name the weights of a ViT, a ResNet or a ConvNeXt, and those names in ours.
 
     weights = translate(state, path, around)     a state dict in our names, and what was dropped on the way
 
@@ -16,28 +16,44 @@ from dataclasses import dataclass, field
 import torch
 
 from vit_bridge.errors import InputError
+from vit_bridge.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from vit_bridge.weights.recorded import Recorded
 
 
 @dataclass(frozen=True)
 class Format:
-    """A way of naming the weights of a ViT.
+    """A way of naming the weights of a model.
 
-    marks    patterns: a file is of this format where each of them is found in some name
+    root     pattern of the whole name of its first layer's weight: what stands before it is a prefix
+    marks    further patterns: a file is of this format where each of them is found in some name, without the prefix
     names    (pattern, our name), the first that matches the whole name; a name that none matches stays
-    drops    (pattern, reason): what a VisionTransformer has no use for
+    drops    (pattern, reason): what the model has no use for
+    library  whose config.json belongs to it: "timm", "transformers" or "" for none
+    fixes    fields of the configuration that are the same in all its models, so that nothing is assumed
+    mean, std, interpolation   of the images of its library's models
     note     what the names do not show; the report of every such file says it
+    holds    the class of ours that it is
     """
     name: str
-    marks: tuple
+    root: str
+    marks: tuple = ()
     names: tuple = ()
     drops: tuple = ()
     norm_eps: float | None = 1e-6  # what the format's library adds to variances; None: as the model has it
     pos_cls: bool | None = None  # whether positions begin with that of CLS; None: seen from their number
+    library: str = ""
+    fixes: tuple = ()
+    mean: tuple = IMAGENET_MEAN
+    std: tuple = IMAGENET_STD
+    interpolation: str = "bilinear"
     note: str = ""
+    holds: str = "VisionTransformer"
 
 
 # What wrappers and pre-training leave in a file.
-AVERAGED = (r"n_averaged", "a counter of averaged steps")
+AVERAGED = (r"(.*\.)?n_averaged", "a counter of averaged steps")
+BESIDE = (r"(\w+_)?(criterion|loss(es)?|loss_f\w*|metrics?|acc|accuracy|auroc|f1|confmat|precision|recall)(_\w+)?\..*",
+          "of a loss or a metric, not of the model")
 PRE_LOGITS = (r"(heads\.)?pre_logits[./].*", "a layer between the features and the head of its pre-training")
 MASK = (r"(.*\.)?mask_token", "stands for hidden patches in pre-training")
 BLOCK = r"(?:vit|deit|dinov2|dinov2_with_registers)?\.?(?:encoder\.)?layers?\.(\d+)\."
@@ -59,11 +75,69 @@ TRANSFORMERS_NAMES = (
 )
 TRANSFORMERS_DROPS = ((ROOT + r"pooler\..*", "a dense layer that the head for classes does not read"), MASK,
                       (r"decoder\..*", "MAE's decoder, for pre-training"))
+TRANSFORMERS_ROOT = ROOT + r"embeddings\.patch_embeddings\.projection\.weight"
+TIMM_ROOT = r"patch_embed\.proj\.weight"
 TV_BLOCK = r"encoder\.layers\.encoder_layer_(\d+)\."
 NPZ_BLOCK = r"Transformer/encoderblock_(\d+)/"
 NPZ_KIND = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+
+# Blocks of CNNs, by (stage, block, ...) or (stage, ...); torchvision counts a ResNet's stages from 1, and a ConvNeXt's
+# together with what stands before them.
+RESNET = r"(?:resnet\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\."
+RESNET_HEAD = ((r"(?:fc|linear|classifier\.1)\.(\w+)", r"head.\1"),)
+CONVNEXT = r"(?:convnext\.)?"
+CONVNEXT_STAGE = CONVNEXT + r"encoder\.stages\.(\d+)\."
+CNN_FORMATS = (
+    Format("torchvision's ResNet", r"conv1\.weight", (r"^layer1\.0\.conv2\.weight$",), (
+        (r"conv1\.(\w+)", r"stem.0.\1"),
+        (r"bn1\.(\w+)", r"stem.1.\1"),
+        *((rf"layer{i + 1}\.(\d+)\.downsample\.(.*)", rf"stages.{i}.\1.shortcut.\2") for i in range(4)),
+        *((rf"layer{i + 1}\.(.*)", rf"stages.{i}.\1") for i in range(4)),
+        *RESNET_HEAD), (AVERAGED,), norm_eps=None, library="timm", holds="ConvNet", note="timm's resnetaa and "
+           "resnetblur have these names too, and what they smooth leaves no trace in them: do not load one"),
+    Format("transformers ResNet", r"(?:resnet\.)?embedder\.embedder\.convolution\.weight", (RESNET,), (
+        (r"(?:resnet\.)?embedder\.embedder\.convolution\.(\w+)", r"stem.0.\1"),
+        (r"(?:resnet\.)?embedder\.embedder\.normalization\.(\w+)", r"stem.1.\1"),
+        (RESNET + r"shortcut\.convolution\.(\w+)", r"stages.\1.\2.shortcut.0.\3"),
+        (RESNET + r"shortcut\.normalization\.(\w+)", r"stages.\1.\2.shortcut.1.\3"),
+        *((RESNET + rf"layer\.{i}\.{kind}\.(\w+)", rf"stages.\1.\2.{ours}{i + 1}.\3")
+          for i in range(3) for kind, ours in (("convolution", "conv"), ("normalization", "bn"))),
+        *RESNET_HEAD), (AVERAGED,), norm_eps=None, library="transformers", holds="ConvNet"),
+    Format("our names of a ConvNet", r"stem\.0\.weight", (r"^stages\.0\.0\.conv2\.weight$",), (), (AVERAGED,),
+           norm_eps=None, holds="ConvNet"),
+    Format("torchvision's ConvNeXt", r"features\.0\.0\.weight", (r"^features\.1\.0\.block\.0\.weight$",), (
+        (r"features\.0\.(.*)", r"stem.\1"),
+        *((rf"features\.{2 * i + 1}\.(\d+)\.{theirs}(.*)", rf"stages.{i}.blocks.\1.{ours}\2") for i in range(4)
+          for theirs, ours in ((r"block\.0\.", "conv_dw."), (r"block\.2\.", "norm."), (r"block\.3\.", "mlp.fc1."),
+                               (r"block\.5\.", "mlp.fc2."), ("layer_scale", "ls.gamma"))),
+        *((rf"features\.{2 * i}\.(.*)", rf"stages.{i}.downsample.\1") for i in range(1, 4)),
+        (r"classifier\.0\.(\w+)", r"norm.\1"),
+        (r"classifier\.2\.(\w+)", r"head.\1")), (AVERAGED,), holds="ConvNeXt"),
+    Format("timm's names of a ConvNeXt", r"stem\.0\.weight", (r"^stages\.0\.blocks\.0\.conv_dw\.weight$",), (
+        (r"(stages\.\d+\.blocks\.\d+)\.gamma", r"\1.ls.gamma"),
+        (r"head\.norm\.(\w+)", r"norm.\1"),
+        (r"head\.fc\.(\w+)", r"head.\1")), (AVERAGED,), library="timm", holds="ConvNeXt"),
+    Format("facebookresearch's ConvNeXt", r"downsample_layers\.0\.0\.weight", (r"^stages\.0\.0\.dwconv\.weight$",), (
+        (r"downsample_layers\.0\.(.*)", r"stem.\1"),
+        (r"downsample_layers\.(\d+)\.(.*)", r"stages.\1.downsample.\2"),
+        (r"stages\.(\d+)\.(\d+)\.dwconv\.(\w+)", r"stages.\1.blocks.\2.conv_dw.\3"),
+        (r"stages\.(\d+)\.(\d+)\.pwconv(\d)\.(\w+)", r"stages.\1.blocks.\2.mlp.fc\3.\4"),
+        (r"stages\.(\d+)\.(\d+)\.gamma", r"stages.\1.blocks.\2.ls.gamma"),
+        (r"stages\.(\d+)\.(\d+)\.(.*)", r"stages.\1.blocks.\2.\3")), (AVERAGED,), holds="ConvNeXt"),
+    Format("transformers ConvNext", CONVNEXT + r"embeddings\.patch_embeddings\.weight", (CONVNEXT_STAGE,), (
+        (CONVNEXT + r"embeddings\.patch_embeddings\.(\w+)", r"stem.0.\1"),
+        (CONVNEXT + r"embeddings\.layernorm\.(\w+)", r"stem.1.\1"),
+        (CONVNEXT_STAGE + r"downsampling_layer\.(.*)", r"stages.\1.downsample.\2"),
+        (CONVNEXT_STAGE + r"layers\.(\d+)\.dwconv\.(\w+)", r"stages.\1.blocks.\2.conv_dw.\3"),
+        (CONVNEXT_STAGE + r"layers\.(\d+)\.layernorm\.(\w+)", r"stages.\1.blocks.\2.norm.\3"),
+        (CONVNEXT_STAGE + r"layers\.(\d+)\.pwconv(\d)\.(\w+)", r"stages.\1.blocks.\2.mlp.fc\3.\4"),
+        (CONVNEXT_STAGE + r"layers\.(\d+)\.layer_scale_parameter", r"stages.\1.blocks.\2.ls.gamma"),
+        (CONVNEXT + r"layernorm\.(\w+)", r"norm.\1"),
+        (r"classifier\.(\w+)", r"head.\1")), (AVERAGED,), library="transformers", holds="ConvNeXt",
+           note="its code adds 1e-12 to the variance in the last norm; here it is 1e-6, as in the paper's code"),
+)
 FORMATS = (
-    Format("torchvision", (r"^conv_proj\.weight$", r"^class_token$"), (
+    Format("torchvision", r"conv_proj\.weight", (r"^class_token$",), (
         (r"class_token", "cls_token"),
         (r"encoder\.pos_embedding", "pos_embed"),
         (r"conv_proj\.(\w+)", r"patch_embed.proj.\1"),
@@ -73,12 +147,14 @@ FORMATS = (
         (TV_BLOCK + r"mlp\.(?:0|linear_1)\.(\w+)", r"blocks.\1.mlp.fc1.\2"),
         (TV_BLOCK + r"mlp\.(?:3|linear_2)\.(\w+)", r"blocks.\1.mlp.fc2.\2"),
         (r"encoder\.ln\.(\w+)", r"norm.\1"),
-        (r"heads\.head\.(\w+)", r"head.\1")), (PRE_LOGITS, AVERAGED), pos_cls=True),
-    Format("transformers Dinov2", (r"embeddings\.patch_embeddings\.projection\.weight$", r"layer_scale1\.lambda1$"),
-           TRANSFORMERS_NAMES, (*TRANSFORMERS_DROPS, AVERAGED), pos_cls=True),
-    Format("transformers ViT", (r"embeddings\.patch_embeddings\.projection\.weight$",),
-           TRANSFORMERS_NAMES, (*TRANSFORMERS_DROPS, AVERAGED), norm_eps=1e-12, pos_cls=True),
-    Format("Google's npz", (r"^embedding/kernel$", NPZ_BLOCK), (
+        (r"heads\.head\.(\w+)", r"head.\1")), (PRE_LOGITS, AVERAGED), pos_cls=True,
+           fixes=("pool", "norm_eps")),
+    Format("transformers Dinov2", TRANSFORMERS_ROOT, (r"layer_scale1\.lambda1$",), TRANSFORMERS_NAMES,
+           (*TRANSFORMERS_DROPS, AVERAGED), pos_cls=True, library="transformers", fixes=("pool",),
+           interpolation="bicubic"),
+    Format("transformers ViT", TRANSFORMERS_ROOT, (), TRANSFORMERS_NAMES, (*TRANSFORMERS_DROPS, AVERAGED),
+           norm_eps=1e-12, pos_cls=True, library="transformers", fixes=("pool",), mean=(0.5,) * 3, std=(0.5,) * 3),
+    Format("Google's npz", r"embedding/kernel", (NPZ_BLOCK,), (
         (r"cls", "cls_token"),
         (r"Transformer/posembed_input/pos_embedding", "pos_embed"),
         (r"embedding/(\w+)", r"patch_embed.proj.\1"),
@@ -90,37 +166,47 @@ FORMATS = (
         (NPZ_BLOCK + r"MlpBlock_3/Dense_1/(\w+)", r"blocks.\1.mlp.fc2.\2"),
         (r"Transformer/encoder_norm/(\w+)", r"norm.\1"),
         (r"head/(\w+)", r"head.\1")), (PRE_LOGITS,), pos_cls=True,
+           fixes=("pool", "norm_eps"), mean=(0.5,) * 3, std=(0.5,) * 3,
            note="its code takes flax's GELU, an approximation by tanh; here it is the exact one, as in timm"),
-    Format("MAE with its decoder", (r"^decoder_embed\.weight$", r"^patch_embed\.proj\.weight$"), (),
+    Format("MAE with its decoder", TIMM_ROOT, (r"^decoder_embed\.weight$",), (),
            (MASK, (r"decoder_.*", "MAE's decoder, for pre-training"), AVERAGED), pos_cls=True),
-    Format("DeiT-III", (r"^blocks\.0\.gamma_1$",), ((r"blocks\.(\d+)\.gamma_([12])", r"blocks.\1.ls\2.gamma"),),
-           (AVERAGED,), pos_cls=False, note="RoPE-ViT has the names of DeiT-III too, and its rotation leaves no trace "
-           "in them: do not load one"),
-    Format("DINOv2", (r"^mask_token$", r"^blocks\.0\.ls1\.gamma$"), ((r"register_tokens", "reg_token"),),
-           (MASK, AVERAGED), pos_cls=True),
-    Format("DINO in training", (r"^backbone\.patch_embed\.proj\.weight$",), (
+    Format("DeiT-III", TIMM_ROOT, (r"^blocks\.0\.gamma_1$",),
+           ((r"blocks\.(\d+)\.gamma_([12])", r"blocks.\1.ls\2.gamma"),), (AVERAGED,), pos_cls=False, library="timm",
+           note="RoPE-ViT has the names of DeiT-III too, and its rotation leaves no trace in them: do not load one"),
+    Format("DINOv2", TIMM_ROOT, (r"^mask_token$", r"^blocks\.0\.ls1\.gamma$"), ((r"register_tokens", "reg_token"),),
+           (MASK, AVERAGED), pos_cls=True, library="timm", interpolation="bicubic"),
+    Format("DINO in training", rf"backbone\.{TIMM_ROOT}", (r"^(head|dino_head|ibot_head)\.(mlp|last_layer)\b",), (
         (r"backbone\.register_tokens", "reg_token"), (r"backbone\.(.*)", r"\1")),
            ((r"(backbone\.)?mask_token", MASK[1]),
             (r"(head|dino_head|ibot_head)\.(mlp|last_layer)\b.*", "DINO's projection head, for pre-training")),
            pos_cls=True),
-    Format("timm's names (timm, DeiT, DINO, MAE's encoder)", (r"^patch_embed\.proj\.weight$", r"^blocks\.0\.attn\.qkv"),
-           (), (MASK, PRE_LOGITS, AVERAGED)),
+    Format("timm's names (timm, DeiT, DINO, MAE's encoder)", TIMM_ROOT, (r"^blocks\.0\.attn\.qkv",), (),
+           (MASK, PRE_LOGITS, AVERAGED), library="timm"),
+    *CNN_FORMATS,
 )
 # What is known and cannot be held: a pattern found in some name, and why.
 SWIN = "a Swin Transformer or a relative of it, whose windows and stages VisionTransformer does not have"
 REFUSED = (
     (r"dist_token|distillation_token|^head_dist\.", "a distilled DeiT, whose second class token VisionTransformer "
      "does not have; take the DeiT without distillation"),
-    (r"(^|\.)layers\.\d+\.blocks\.\d+\.|^swin|^stages\.\d+\.blocks|^features\.\d+\.\d+\.attn\.relative_position", SWIN),
+    (r"(^|\.)layers\.\d+\.blocks\.\d+\.|^swin|^stages\.\d+\.blocks\.\d+\.attn|"
+     r"^features\.\d+\.\d+\.attn\.relative_position", SWIN),
+    (r"^conv1\.\d+\.weight|(^|\.)attnpool\.", "a ResNet with several convolutions before its stages (ResNet-C, "
+     "ResNet-D, CLIP's), where ConvNet has one"),
+    (r"^layer\d\.\d+\.conv\d\.(conv|paths|attn|fc\d)", "a ResNet with blocks of several paths (SK, ResNeSt), which "
+     "ConvNet does not have"),
+    (r"^layer\d\.\d+\.(se|se_module|attn|eca)\.", "a ResNet whose blocks weigh their channels (SE, ECA), as ConvNet's "
+     "do not"),
+    (r"^stem\.conv\d?\.weight$|^root\.conv", "a ResNet V2 (BiT) or another CNN, whose stem and blocks ConvNet does not "
+     "have"),
+    (r"\.grn\.", "a ConvNeXt V2, whose response normalisation (GRN) ConvNeXt does not have"),
     (r"relative_position_bias|attn\.q_bias$|^beit\.", "a BEiT or EVA, whose relative positions or biases "
      "VisionTransformer does not have"),
     (r"visual\.class_embedding|vision_model\.embeddings|^norm_pre\.", "a CLIP or SigLIP, which normalises before its "
-     "first block or pools by attention, as VisionTransformer does not"),
+     "first block or pools by attention, or a ConvNeXt that normalises before it pools, as the models here do not"),
     (r"mlp\.(w12|weights_in|gate_proj)\.", "a ViT with gated MLPs (DINOv2 giant), which VisionTransformer does not "
      "have"),
     (r"(^|\.)(rope|rotary)", "a ViT with rotary positions, which VisionTransformer does not have"),
-    (r"^fc_norm\.", "a ViT that normalises its features after the mean over tokens (fc_norm); VisionTransformer "
-     "normalises before, which is another function"),
     (r"Transformer/encoderblock/|MAPHead", "a big_vision file with stacked blocks or a pooling head, which "
      "VisionTransformer does not have"),
 )
@@ -128,44 +214,120 @@ REFUSED = (
 
 @dataclass
 class Weights:
-    """A file in our names: tensors; which name of the file each comes from; what was dropped, and why."""
+    """A file in our names.
+
+    around      what the weights lie under
+    tensors     by our names; sources: which names of the file each comes from
+    dropped     names of the file -> why the model does not use them
+    choices     what was decided on the way and could be wrong, in words
+    n_heads     where the file, or what lies beside it, records it
+    recorded    what lies beside the file says
+    model       built from the file, where save_model wrote it
+    """
     path: str
     format: Format
     around: list
     tensors: dict = field(default_factory=dict)
     sources: dict = field(default_factory=dict)
     dropped: dict = field(default_factory=dict)
-    n_heads: int | None = None  # where the file records it
-    model: object = None  # built from the file, where save_model wrote it
+    choices: list = field(default_factory=list)
+    n_heads: int | None = None
+    recorded: Recorded = field(default_factory=Recorded)
+    model: object = None
+
+
+# Prefixes that wrappers put before every name; and of two models in a file the one to take: an average of the weights.
+WRAPPED = re.compile(r"^((module|_orig_mod|model)\.)*(opt/target/|params/)?")
+TAKEN_FIRST = re.compile(r"(^|[._])(ema|averaged?|swa|teacher|target)([._]|$)")
 
 
 def recognise(names, path):
-    """The Format of a file with these names. Raises InputError where it is known but cannot be held, or unknown."""
+    """{prefix: Format} of the models among these names: each whose names, without the prefix, are those of a format.
+    Raises InputError where there is none."""
+    found = {}
+    for name in names:
+        for known in FORMATS:
+            at_root = re.search(rf"(?:^|[./])({known.root})$", name)
+            inner = under(name[:at_root.start(1)], names) if at_root else ()
+            if inner and all(any(re.search(mark, one) for one in inner) for mark in known.marks):
+                found[_whole_prefix(name, at_root[1], inner, known)] = known
+                break
+    if not found:
+        _refuse_known([WRAPPED.sub("", name) for name in names], path)
+        raise InputError(f"{path} holds {len(names)} tensors such as {next(iter(names), 'none')}, of no format that is "
+                         f"known; expected one of: {', '.join(known.name for known in FORMATS)}")
+    return found
+
+
+def _whole_prefix(name, root, inner, known):
+    """The prefix of a model whose first layer's weight has this name and, without the prefix, is called `root`.
+
+    transformers' own prefix ("vit.") belongs to its names as long as all that stands beside it does so too.
+    """
+    own, place = re.match(ROOT, root)[0], len(name) - len(root)
+    if known.library == "transformers" and any(not one.startswith(own) and not any(
+            re.fullmatch(pattern, one) for pattern, _ in (*known.names, *known.drops, BESIDE)) for one in inner):
+        place += len(own)
+    return name[:place]
+
+
+def under(prefix, names):
+    """The names that begin with a prefix, without it."""
+    return [name[len(prefix):] for name in names if name.startswith(prefix)]
+
+
+def parent_of(prefix):
+    """A prefix without its last part: "model." of "model.vit."."""
+    return re.sub(r"[^./]*[./]$", "", prefix)
+
+
+def chosen_prefix(found, state, path):
+    """(the prefix of the model to take, of those found in a state dict, what was chosen in words or "").
+
+    Raises InputError where several are as good.
+    """
+    first = next(iter(found))
+    if len(found) == 1:
+        return first, ""
+    parts = [{name: state[prefix + name] for name in under(prefix, state)} for prefix in found]
+    if all(part.keys() == parts[0].keys() and all(torch.equal(part[name], parts[0][name]) for name in part)
+           for part in parts[1:]):  # one module under two names
+        return min(found, key=len), ""
+    best = [prefix for prefix in found if TAKEN_FIRST.search(prefix)]
+    listed = " and ".join(repr(prefix) for prefix in found)
+    if len(best) != 1:
+        raise InputError(f"{path} holds {len(found)} models, under {listed}; expected one, save the state_dict of the "
+                         f"one that you want alone")
+    return best[0], f"of the models under {listed} that of {best[0]!r} was taken, as the average of the weights"
+
+
+def _refuse_known(names, path):
+    """Raises InputError for names of an architecture that is known and cannot be held."""
     for pattern, reason in REFUSED:
         if any(re.search(pattern, name) for name in names):
             raise InputError(f"{path} is {reason}")
     if "blocks.0.gamma_1" in names and "pos_embed" not in names:
         raise InputError(f"{path} has DeiT-III's names and no positions, so it is a RoPE-ViT, whose rotation "
                          f"VisionTransformer does not have")
-    for known in FORMATS:
-        if all(any(re.search(mark, name) for name in names) for mark in known.marks):
-            return known
-    raise InputError(f"{path} holds {len(names)} tensors such as {next(iter(names), 'none')}, of no format that is "
-                     f"known; expected one of: {', '.join(known.name for known in FORMATS)}")
 
 
 def translate(state, path, around):
-    """A state dict of any of the FORMATS as Weights, in float32 or wider. Raises InputError where a tensor cannot be
-    placed."""
-    names = {re.sub(r"^(opt/target|params)/", "", name): name for name in state}
-    if len(names) < len(state):
-        twice = next(name for name in state if name not in names.values())
-        raise InputError(f"{path} is damaged: it holds {twice} twice, with what is before its name and without")
-    state = {name: state[source] for name, source in names.items()}
-    weights = Weights(str(path), recognise(state, path), around)
+    """A state dict of any of the FORMATS as Weights, in float32 or wider.
+
+    The model may lie under any one prefix; what lies outside is dropped. Raises InputError where there is no model, or
+    several that are as good, and where a tensor of it cannot be placed.
+    """
+    found = recognise(state, path)
+    prefix, choice = chosen_prefix(found, state, path)
+    for start in (parent_of(prefix), prefix):
+        _refuse_known(under(start, state), path)
+    weights = Weights(str(path), found[prefix], [*around, *re.findall(r"[^./]*[./]", prefix)],
+                      choices=[choice] * bool(choice))
+    whole, state = state, {name: state[prefix + name] for name in under(prefix, state)}
+    drop_outside(weights, prefix, whole)
     for name, tensor in state.items():
-        reason = next((reason for pattern, reason in weights.format.drops if re.fullmatch(pattern, name)), None)
-        if reason:
+        drops = (*weights.format.drops, BESIDE)
+        if reason := next((reason for pattern, reason in drops if re.fullmatch(pattern, name)), None):
             weights.dropped[name] = reason
             continue
         if tensor.is_floating_point() and tensor.element_size() < 4:
@@ -176,16 +338,53 @@ def translate(state, path, around):
             if re.search(r"\.attn\.q\.kernel$", ours) and tensor.ndim == 3:
                 weights.n_heads = tensor.shape[1]
             ours, tensor = _from_flax(ours, tensor)
+        if re.search(r"\.ls\.gamma$|\.mlp\.fc\d\.weight$", ours):  # (C, 1, 1), and convolutions of 1 x 1
+            tensor = tensor.flatten(ours.count("weight")) if tensor.shape[-2:] == (1, 1) else tensor
         if ours in weights.tensors:
             raise InputError(f"{path} is damaged: {name} and {weights.sources[ours][0]} are the same tensor of a ViT")
         weights.tensors[ours], weights.sources[ours] = tensor, [name]
     _join_qkv(weights)
+    _take_head_beside(weights, parent_of(prefix), whole)
+    weights.choices += [text] if (text := beside(weights.dropped)) else []
     if "cls_token" in weights.tensors and "blocks.0.attn.q_norm.weight" in weights.tensors:  # as wide as a head
         weights.n_heads = weights.tensors["cls_token"].shape[-1] // len(weights.tensors["blocks.0.attn.q_norm.weight"])
     for name, tensor in weights.tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise InputError(f"{path} is damaged: {weights.sources[name][0]} holds values that are not finite")
     return weights
+
+
+def drop_outside(weights, prefix, state):
+    """Notes the tensors of a state dict that do not begin with the model's prefix as dropped."""
+    for name in state:
+        if not name.startswith(prefix):
+            counter = re.fullmatch(AVERAGED[0], name)
+            weights.dropped[name] = AVERAGED[1] if counter else f"beside the model, which lies under {prefix!r}"
+
+
+def beside(dropped):
+    """The dropped tensors that lie outside of the model, in words; "" where there are none."""
+    names = [name for name, reason in dropped.items() if reason == BESIDE[1] or reason.startswith("beside the model")]
+    more = f" and {len(names) - 1} more" if names[1:] else ""
+    return f"dropped beside the model: {names[0]}{more}" if names else ""
+
+
+HEADS_BESIDE = ("head", "classifier", "fc", "linear", "linear_head")
+
+
+def _take_head_beside(weights, parent, state):
+    """Gives a model without a head the linear layer that stands beside it under a usual name, as in a module of a
+    backbone and a head."""
+    D = weights.tensors["cls_token"].shape[-1] if "cls_token" in weights.tensors else None
+    found = [name for name in HEADS_BESIDE if f"{parent}{name}.weight" in weights.dropped
+             and state[f"{parent}{name}.weight"].ndim == 2 and state[f"{parent}{name}.weight"].shape[1] == D]
+    if len(found) != 1 or any(name.startswith("head.") for name in weights.tensors):
+        return
+    for kind in ("weight", "bias"):
+        name = f"{parent}{found[0]}.{kind}"
+        if weights.dropped.pop(name, None):
+            weights.tensors[f"head.{kind}"], weights.sources[f"head.{kind}"] = state[name].float(), [name]
+    weights.choices.append(f"{parent}{found[0]} beside the model was taken as its head")
 
 
 def _from_flax(name, array):

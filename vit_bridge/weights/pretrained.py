@@ -5,7 +5,7 @@ weights.checkpoints.load(name) opens them; describe_pretrained() lists them.
 
 import hashlib
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.error import URLError
 
@@ -13,15 +13,15 @@ import torch
 from torchvision.models import ViT_B_16_Weights
 
 from vit_bridge.errors import InputError, first_line
+from vit_bridge.models.registry import MODELS
 from vit_bridge.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from vit_model import VARIANTS
 
 
 @dataclass(frozen=True)
 class Pretrained:
     """A public checkpoint.
 
-    variant        row of vit_model.VARIANTS; `config` overrides its fields
+    model          name in models.registry.MODELS; `config` overrides its arguments
     url            where the file is
     checksum       as published, "sha256:" or "md5:" and the first hex digits of the file's sum; None: none published
     top1           accuracy on ImageNet-1k's validation images in per cent, as its authors report it: of the model as
@@ -29,7 +29,7 @@ class Pretrained:
     licence        of the weights
     source         who made it: paper and repository
     """
-    variant: str
+    model: str
     url: str
     checksum: str | None
     top1: float
@@ -42,9 +42,13 @@ class Pretrained:
     config: dict = field(default_factory=dict)
 
     @property
+    def model_class(self):
+        return MODELS[self.model].model_class
+
+    @property
     def arguments(self):
-        """Those of VisionTransformer; without a head of its own the model has n_classes=0."""
-        return vars(replace(VARIANTS[self.variant], **self.config))
+        """All of the model's; without a head of its own it has n_classes=0."""
+        return vars(self.model_class.config_class(**{**MODELS[self.model].arguments, **self.config}))
 
     @property
     def preprocessing(self):
@@ -53,39 +57,39 @@ class Pretrained:
         return Preprocessing(self.arguments["img_size"], self.mean, self.std, self.interpolation, names)
 
 
-def _deit(variant, file, checksum, top1, **config):
-    return Pretrained(variant, f"https://dl.fbaipublicfiles.com/deit/{file}", checksum, top1, "Apache-2.0",
+def _deit(model, file, checksum, top1, **config):
+    return Pretrained(model, f"https://dl.fbaipublicfiles.com/deit/{file}", checksum, top1, "Apache-2.0",
                       "DeiT, Touvron et al. 2021, github.com/facebookresearch/deit", config=config)
 
 
-def _deit3(variant, file, top1):
-    return Pretrained(variant, f"https://dl.fbaipublicfiles.com/deit/{file}", None, top1, "Apache-2.0",
+def _deit3(model, file, top1):
+    return Pretrained(model, f"https://dl.fbaipublicfiles.com/deit/{file}", None, top1, "Apache-2.0",
                       "DeiT-III, Touvron et al. 2022, github.com/facebookresearch/deit",
                       config=dict(layer_scale=1e-4))
 
 
-def _of_torchvision(variant, file, checksum, top1):
-    return Pretrained(variant, f"https://download.pytorch.org/models/{file}", checksum, top1, "BSD-3-Clause",
+def _of_torchvision(model, file, checksum, top1):
+    return Pretrained(model, f"https://download.pytorch.org/models/{file}", checksum, top1, "BSD-3-Clause",
                       "torchvision, IMAGENET1K_V1, github.com/pytorch/vision", interpolation="bilinear")
 
 
-def _dino(variant, folder, top1):
-    return Pretrained(variant, f"https://dl.fbaipublicfiles.com/dino/{folder}/{folder}.pth", None, top1, "Apache-2.0",
+def _dino(model, folder, top1):
+    return Pretrained(model, f"https://dl.fbaipublicfiles.com/dino/{folder}/{folder}.pth", None, top1, "Apache-2.0",
                       "DINO, Caron et al. 2021, github.com/facebookresearch/dino",
                       "a linear classifier on features of its last blocks", config=dict(n_classes=0))
 
 
-def _dinov2(variant, name, top1, n_registers=0):
+def _dinov2(model, name, top1, n_registers=0):
     file = f"{name}_reg4_pretrain.pth" if n_registers else f"{name}_pretrain.pth"
     paper = "Darcet et al. 2024" if n_registers else "Oquab et al. 2023"
-    return Pretrained(variant, f"https://dl.fbaipublicfiles.com/dinov2/{name}/{file}", None, top1, "Apache-2.0",
+    return Pretrained(model, f"https://dl.fbaipublicfiles.com/dinov2/{name}/{file}", None, top1, "Apache-2.0",
                       f"DINOv2, {paper}, github.com/facebookresearch/dinov2",
                       "a linear classifier on its features, at 224 pixels",
                       config=dict(n_classes=0, img_size=518, patch_size=14, layer_scale=1e-5, n_registers=n_registers))
 
 
-def _mae(variant, file, checksum, top1):
-    return Pretrained(variant, f"https://dl.fbaipublicfiles.com/mae/pretrain/{file}", checksum, top1, "CC-BY-NC-4.0",
+def _mae(model, file, checksum, top1):
+    return Pretrained(model, f"https://dl.fbaipublicfiles.com/mae/pretrain/{file}", checksum, top1, "CC-BY-NC-4.0",
                       "MAE, He et al. 2022, github.com/facebookresearch/mae", "after fine-tuning the whole model",
                       config=dict(n_classes=0))
 
@@ -102,6 +106,15 @@ PUBLIC = {
     "deit3_large_patch16_224": _deit3("vit_large", "deit_3_large_224_1k.pth", 84.9),
     "vit_b_16": _of_torchvision("vit_base", "vit_b_16-c867db91.pth", "sha256:c867db91", 81.072),
     "vit_l_16": _of_torchvision("vit_large", "vit_l_16-852ce7e3.pth", "sha256:852ce7e3", 79.662),
+    "resnet18": _of_torchvision("resnet18", "resnet18-f37072fd.pth", "sha256:f37072fd", 69.758),
+    "resnet34": _of_torchvision("resnet34", "resnet34-b627a593.pth", "sha256:b627a593", 73.314),
+    "resnet50": _of_torchvision("resnet50", "resnet50-0676ba61.pth", "sha256:0676ba61", 76.13),
+    "resnet101": _of_torchvision("resnet101", "resnet101-63fe2227.pth", "sha256:63fe2227", 77.374),
+    "resnet152": _of_torchvision("resnet152", "resnet152-394f9c45.pth", "sha256:394f9c45", 78.312),
+    "convnext_tiny": _of_torchvision("convnext_tiny", "convnext_tiny-983f1562.pth", "sha256:983f1562", 82.52),
+    "convnext_small": _of_torchvision("convnext_small", "convnext_small-0c510722.pth", "sha256:0c510722", 83.616),
+    "convnext_base": _of_torchvision("convnext_base", "convnext_base-6075fbad.pth", "sha256:6075fbad", 84.062),
+    "convnext_large": _of_torchvision("convnext_large", "convnext_large-ea097f82.pth", "sha256:ea097f82", 84.414),
     "dino_vits16": _dino("vit_small", "dino_deitsmall16_pretrain", 77.0),
     "dino_vitb16": _dino("vit_base", "dino_vitbase16_pretrain", 78.2),
     "dinov2_vits14": _dinov2("vit_small", "dinov2_vits14", 81.1),
@@ -162,6 +175,7 @@ def describe_pretrained():
     for name, entry in PUBLIC.items():
         c = entry.arguments
         how = "" if entry.measured == "as it is" else f" (top-1: {entry.measured})"
-        lines.append(f"{name:25s} {c['img_size']:6d} {c['patch_size']:5d} {c['n_classes']:7d} {entry.top1:6.1f}  "
-                     f"{entry.licence}, {entry.source}{how}")
+        patch = c.get("patch_size", "")
+        lines.append(f"{name:25s} {c['img_size']:6d} {patch:5} {c['n_classes']:7d} {entry.top1:6.1f}  {entry.licence}, "
+                     f"{entry.source}{how}")
     return "\n".join(lines)

@@ -1,0 +1,209 @@
+"""What lies beside a file of weights and says what its tensors do not show: config.json of transformers or of timm, and
+preprocessor_config.json.
+
+    read_recorded(path, "timm")     the facts for a file whose tensors have that library's names, as a Recorded
+    file_in(folder)                 the file of weights in a folder that one of them wrote
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vit_bridge.errors import InputError, first_line, pair
+from vit_bridge.models.adapters import listed_names
+from vit_bridge.preprocessing import INTERPOLATIONS
+
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json",
+                "pytorch_model.bin.index.json")
+# Of transformers: the types that each class of ours holds, and our names of their settings.
+MODEL_TYPES = dict(VisionTransformer=("vit", "deit", "dinov2", "dinov2_with_registers", "vit_mae", "vit_msn"),
+                   ConvNet=("resnet",), ConvNeXt=("convnext",))
+TRANSFORMERS_FIELDS = dict(hidden_size="embed_dim", num_hidden_layers="depth", num_attention_heads="n_heads",
+                           image_size="img_size", patch_size="patch_size", num_channels="in_channels",
+                           layer_norm_eps="norm_eps")
+RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+# Of timm: width and heads by the size in an architecture's name, and our names of its settings.
+TIMM_SIZES = dict(tiny=(192, 3), small=(384, 6), medium=(512, 8), base=(768, 12), large=(1024, 16), huge=(1280, 16),
+                  giant=(1408, 16), gigantic=(1664, 16))
+TIMM_FIELDS = dict(embed_dim="embed_dim", depth="depth", num_heads="n_heads", img_size="img_size",
+                   patch_size="patch_size", in_chans="in_channels", mlp_ratio="mlp_ratio")
+TIMM_POOLS = {"token": "cls", "avg": "mean"}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What the files beside a file of weights say.
+
+    source   the config.json, "" where there is none of its kind
+    config   fields of ViTConfig
+    images   fields of Preprocessing: mean, std, interpolation, class_names
+    notes    what was found there and not taken, and why
+    """
+    source: str = ""
+    config: dict = field(default_factory=dict)
+    images: dict = field(default_factory=dict)
+    notes: tuple = ()
+
+
+def file_in(folder):
+    """The file of weights in a folder of transformers or timm. Raises InputError where there is none."""
+    for name in WEIGHT_FILES:
+        if (Path(folder) / name).is_file():
+            return Path(folder) / name
+    raise InputError(f"{folder} is a folder without {' or '.join(WEIGHT_FILES[:2])}; expected one that transformers or "
+                     f"timm wrote, or the path of a checkpoint, such as {Path(folder) / 'best.pt'}")
+
+
+def read_recorded(path, library, holds="VisionTransformer"):
+    """The Recorded of a file.
+
+    library   whose names its tensors have: "timm", "transformers", or "" for others
+    holds     the class of ours that they are
+
+    A config.json of another library, or of something else, is not taken. Raises InputError for one of this library
+    that cannot be right: of another kind of model, or with numbers that are none.
+    """
+    folder, notes, config, images = Path(path).parent, [], {}, {}
+    entries, source = _read_json(folder / CONFIG, notes), folder / CONFIG
+    kind = _kind_of(entries)
+    if kind and kind == library:
+        config, images = (_of_timm if kind == "timm" else _of_transformers)(entries, source, notes, holds)
+        if holds != "VisionTransformer":  # of a CNN the tensors show the rest
+            config = {name: config[name] for name in ("img_size", "in_channels", "n_classes") if name in config}
+    elif kind:
+        notes.append(f"{CONFIG} beside it is one of {kind}, whose names the tensors do not have: not taken")
+    shown = _read_json(folder / PREPROCESSOR, notes)
+    shown = shown.get("image_processor", shown)
+    if "image_mean" in shown or shown.get("do_normalize") is False:
+        images |= _of_processor(shown, folder / PREPROCESSOR, config, notes)
+    return Recorded(str(source) if config else "", config, images, tuple(notes))
+
+
+def _read_json(path, notes):
+    """The entries of a JSON file; {} where there is no such file, and where it holds something else."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, OSError) as error:
+        notes.append(f"{path.name} beside it cannot be read ({first_line(error)}): not taken")
+        return {}
+    return entries if isinstance(entries, dict) else {}
+
+
+def _kind_of(entries):
+    """Whose config.json it is, "timm" or "transformers"; None for that of something else, such as a run of ours."""
+    of_timm = entries.keys() & {"num_classes", "pretrained_cfg", "model_args"}
+    if of_timm and isinstance(entries.get("architecture"), str):
+        return "timm"
+    return "transformers" if isinstance(entries.get("model_type"), str) else None
+
+
+def _of_transformers(entries, source, notes, holds):
+    """(fields of ViTConfig, fields of Preprocessing) in a config.json of transformers."""
+    if entries["model_type"] not in MODEL_TYPES[holds]:
+        raise InputError(f"{source} says {entries['model_type']!r}, and the tensors beside it are a "
+                         f"{'ViT' if holds == 'VisionTransformer' else holds}'s; expected "
+                         f"{', '.join(MODEL_TYPES[holds])}: move the weights to a folder of their own, or mend it")
+    _check_activation(entries.get("hidden_act"), holds, source)
+    for name in ("downsample_in_bottleneck", "downsample_in_first_stage"):
+        if entries.get(name):
+            raise InputError(f"{source} says {name} true, and ConvNet has its strides in the 3 x 3 convolutions, from "
+                             f"the second stage on; expected weights that were trained so")
+    config = {ours: _size(entries[theirs], theirs, source) for theirs, ours in TRANSFORMERS_FIELDS.items()
+              if entries.get(theirs) is not None}
+    if entries.get("intermediate_size") and "embed_dim" in config:
+        config["mlp_ratio"] = _size(entries["intermediate_size"], "intermediate_size", source) / config["embed_dim"]
+    elif entries.get("mlp_ratio"):
+        config["mlp_ratio"] = _size(entries["mlp_ratio"], "mlp_ratio", source)
+    labels, images = entries.get("id2label"), {}
+    if isinstance(labels, dict) and labels:
+        config["n_classes"] = len(labels)
+        names = listed_names(labels)
+        if names and names != [f"LABEL_{i}" for i in range(len(names))]:  # which stand for names that were not given
+            images["class_names"] = names
+    return config, images
+
+
+def _of_timm(entries, source, notes, holds):
+    """(fields of ViTConfig, fields of Preprocessing) in a config.json of timm, or of transformers around timm."""
+    name, given, shown = entries["architecture"], *(entries[part] if isinstance(entries.get(part), dict) else {}
+                                                    for part in ("model_args", "pretrained_cfg"))
+    _check_activation(name if "quickgelu" in name else given.get("act_layer"), holds, source)
+    if smoothed := re.search("resnet(aa|blur)", name):
+        raise InputError(f"{source} says {name!r}, which smooths its maps where it halves them ({smoothed[1]}), as "
+                         f"ConvNet does not; expected a plain resnet")
+    config = {"norm_eps": 1e-6}  # that of all its plain ViTs
+    size = re.match(r"(?:vit|deit3?)_([a-z]+)_", f"{name}_")
+    if size and size[1] in TIMM_SIZES:
+        config |= dict(zip(("embed_dim", "n_heads"), TIMM_SIZES[size[1]], strict=True))
+    if isinstance(shown.get("input_size"), list) and len(shown["input_size"]) == 3:
+        config |= dict(in_channels=_size(shown["input_size"][0], "input_size", source),
+                       img_size=_size(shown["input_size"][1:], "input_size", source))
+    config |= {ours: _size(given[theirs], theirs, source) for theirs, ours in TIMM_FIELDS.items()
+               if given.get(theirs) is not None}
+    pool = entries.get("global_pool", given.get("global_pool"))
+    if pool is not None:
+        if pool not in (TIMM_POOLS if holds == "VisionTransformer" else ("avg",)):
+            raise InputError(f"{source} says global_pool {pool!r}, and expected 'token' or 'avg': {holds}'s head reads "
+                             f"nothing else")
+        config["pool"] = TIMM_POOLS[pool]
+    if isinstance(entries.get("num_classes"), int):
+        config["n_classes"] = entries["num_classes"]
+    images = {name: tuple(shown[name]) for name in ("mean", "std") if isinstance(shown.get(name), list)}
+    if shown.get("interpolation"):
+        images["interpolation"] = _interpolation(shown["interpolation"], "interpolation", notes)
+    names = entries.get("label_names")
+    if isinstance(names, list) and names:
+        images["class_names"] = names
+    return config, images
+
+
+def _check_activation(name, holds, source):
+    """Raises InputError for an activation that the class of ours does not have. None: the library's default."""
+    own = "relu" if holds == "ConvNet" else "gelu"
+    if name not in (None, own):
+        raise InputError(f"{source} says {name!r}, and {holds} has {own!r}{', the exact GELU' * (own == 'gelu')}; "
+                         f"expected weights that were trained with it")
+
+
+def _of_processor(entries, source, config, notes):
+    """Fields of Preprocessing in a preprocessor_config.json of transformers."""
+    n_channels, images = config.get("in_channels", 3), {}
+    # It multiplies values of 0 to 255 by rescale_factor, where ours are from 0 to 1.
+    scale = 255 * (entries.get("rescale_factor", 1 / 255) if entries.get("do_rescale", True) else 1)
+    try:
+        for name, theirs, none in (("mean", "image_mean", 0.0), ("std", "image_std", 1.0)):
+            numbers = entries[theirs] if entries.get("do_normalize", True) else none
+            numbers = numbers if isinstance(numbers, list) else [numbers] * n_channels
+            images[name] = tuple(number if abs(scale - 1) < 1e-6 else number / scale for number in numbers)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise InputError(f"{source} says image_mean {entries.get('image_mean')!r}, image_std "
+                         f"{entries.get('image_std')!r}; expected a number for each channel") from error
+    if entries.get("resample") is not None:
+        images["interpolation"] = _interpolation(RESAMPLE.get(entries["resample"], entries["resample"]), "resample",
+                                                 notes)
+    size = entries.get("crop_size" if entries.get("do_center_crop") else "size")
+    if isinstance(size, dict):
+        size = [size["height"], size["width"]] if size.keys() >= {"height", "width"} else size.get("shortest_edge")
+    if size is not None and "img_size" in config and pair(_size(size, "size", source)) != pair(config["img_size"]):
+        notes.append(f"{PREPROCESSOR} beside it makes images of {size} pixels; taken was {config['img_size']}, for "
+                     f"which the model is built (load's img_size= resamples it)")
+    return images
+
+
+def _interpolation(value, name, notes):
+    """One of INTERPOLATIONS; bicubic for what we do not have."""
+    if value in INTERPOLATIONS:
+        return value
+    notes.append(f"{name} is {value!r} beside it, which is neither {' nor '.join(INTERPOLATIONS)}: bicubic was taken")
+    return "bicubic"
+
+
+def _size(value, name, source):
+    """A positive number, or (height, width), as one number where both are equal. Raises InputError for another."""
+    sides = tuple(value) if isinstance(value, list) else (value,)
+    if len(sides) > 2 or not all(isinstance(side, (int, float)) and not isinstance(side, bool) and side > 0
+                                 for side in sides):
+        raise InputError(f"{source} says {name} {value!r}; expected a positive number")
+    return sides[0] if len(set(sides)) == 1 else sides
