@@ -138,7 +138,7 @@ class ConvNet(ImageModel):
         """The last stage's map, (B, C, height / S, width / S), S = stem_stride * 2^(stages - 1), rounded up; pooled
         stages halve once more, and round down."""
         check_images(images, self.config.in_channels)
-        if len(images) == 1 and self.stages[-1].training and self.config.block != "pooled":
+        if self.stages[-1].training and len(images) == 1 and self.config.block != "pooled":
             stride = self.config.stem_stride * 2 ** (len(self.stages) - 1)
             if max(images.shape[2:]) <= stride:
                 raise InputError(f"one image of {images.shape[2]}x{images.shape[3]} pixels leaves one place after the "
