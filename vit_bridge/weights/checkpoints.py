@@ -272,6 +272,10 @@ def load_checkpoint(model, path, grid_size=None):
                          f"{', '.join(model_classes())}")
     weights = _read_weights(path, model)
     state, report = _fitted(weights, model, grid_size)
+    pool = weights.recorded.config.get("pool", "cls" if "pool" in weights.format.fixes else None)
+    if pool and "head.weight" in weights.tensors and model.config.pool != pool:
+        raise InputError(f"{path} is for another architecture: its head reads pool={pool!r}, and the model has "
+                         f"{model.config.pool!r}")
     model.load_state_dict(state)
     _say(path, {}, [*([f"heads: {report.heads}"] if report.heads else []), *report.choices])
     return report
@@ -374,9 +378,6 @@ def fit(weights, model, grid_size):
     if weights.n_heads not in (None, getattr(model.config, "n_heads", None)):
         raise InputError(f"{weights.path} is for another architecture: n_heads is {weights.n_heads} there, "
                          f"{model.config.n_heads} in the model")
-    if "pool" in recorded and recorded["pool"] != getattr(model.config, "pool", None) and model.config.n_classes:
-        raise InputError(f"{weights.path} is for another architecture: pool is {recorded['pool']!r} there, "
-                         f"{model.config.pool!r} in the model")
     eps = recorded.get("norm_eps", weights.format.norm_eps)
     if eps not in (None, getattr(model.config, "norm_eps", None)):
         choices.append(f"norms: the file's library adds {eps} to the variance unless told otherwise, the model "
