@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from vit_bridge.weights.checkpoints import describe_checkpoint, load_checkpoint
+from vit_bridge.weights.checkpoints import describe_checkpoint, load, load_checkpoint
 from vit_model import InputError, VisionTransformer, resample_positions
 
 D, HEADS, PATCH, SIDE, CLASSES, DEPTH, RATIO = 28, 7, 5, 15, 11, 2, 3  # K = 4, hidden 84, a grid of 3 x 3
@@ -425,14 +425,44 @@ def refuse(path, text, **options):
     """In one line that names the file and says the text, with the model as it was."""
     model = VisionTransformer(**{**OURS, **options})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for load in (lambda path: load_checkpoint(model, path), describe_checkpoint):
+    for read in (lambda path: load_checkpoint(model, path), describe_checkpoint):
         with pytest.raises(InputError, match=one_line_with(path)) as caught:
-            load(path)
+            read(path)
         assert text in str(caught.value)
         if options:
             break
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch16_224"])
+def test_load_opens_timms_mean_pooled_models(name, tmp_path):
+    theirs = randomised(timm.create_model(name, img_size=32, depth=2, num_classes=CLASSES, global_pool="avg"))
+    torch.save(theirs.state_dict(), tmp_path / "m.pth")
+    ours = load(tmp_path / "m.pth").double()
+    assert (ours.config.pool, ours.config.fc_norm, type(ours.norm)) == ("mean", True, torch.nn.Identity)
+    logits = theirs(images_of(32))
+    assert (ours(images_of(32)) - logits).abs().max() < 1e-12 * logits.abs().max()
+
+
+@torch.no_grad()
+def test_load_opens_maes_fine_tuned_models(tmp_path):
+    """models_vit.py of the MAE code with global_pool=True: no norm, the mean over the patches, fc_norm, the head."""
+    inner = timm_vit(embed_dim=64, num_heads=1)
+    norm = randomised(torch.nn.LayerNorm(64, eps=1e-6), seed=9)
+    state = {name: tensor for name, tensor in inner.state_dict().items() if not name.startswith("norm.")}
+    torch.save({"model": {**state, "fc_norm.weight": norm.weight, "fc_norm.bias": norm.bias}, "epoch": 99,
+                "args": argparse.Namespace(global_pool=True)}, tmp_path / "m.pth")
+    inner.norm = torch.nn.Identity()
+    logits = inner.head(norm(inner.forward_features(images_of())[:, 1:].mean(dim=1)))
+    ours = load(tmp_path / "m.pth").double()
+    assert (ours(images_of()) - logits).abs().max() < 1e-12 * logits.abs().max()
+
+
+def test_load_checkpoint_says_how_to_build_for_fc_norm(tmp_path):
+    torch.save(timm_vit(global_pool="avg").state_dict(), tmp_path / "m.pth")
+    refuse(tmp_path / "m.pth", "build the model with pool='mean', fc_norm=True", pool="mean")
 
 
 def test_load_checkpoint_refuses_other_heads_than_googles_arrays(tmp_path):
