@@ -246,6 +246,10 @@ SOURCES = {
     **with_both_names("transformers ViT with head", "ViTForImageClassification",
                       lambda: transformers.ViTConfig(**HF_VIT), EPS, has_head=True),
     **with_both_names("transformers ViT", "ViTModel", lambda: transformers.ViTConfig(**HF_VIT), EPS, dropped=2),
+    **with_both_names("transformers DeiT with head", "DeiTForImageClassification",
+                      lambda: transformers.DeiTConfig(**HF_VIT), dict(n_registers=1, **EPS), has_head=True),
+    **with_both_names("transformers DeiT", "DeiTModel", lambda: transformers.DeiTConfig(**HF_VIT),
+                      dict(n_registers=1, **EPS), dropped=2),
     **with_both_names("transformers Dinov2", "Dinov2Model", lambda: transformers.Dinov2Config(**HF_DINO),
                       dict(layer_scale=0.5), dropped=1),
     **with_both_names("transformers Dinov2 with head", "Dinov2ForImageClassification",
@@ -513,10 +517,9 @@ def resnet():
 TIMM_NAMES = ("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
 REFUSALS = {
     "timm DeiT, distilled": (timm_state(timm.models.deit.VisionTransformerDistilled), "distilled DeiT"),
-    "transformers DeiT": (
-        lambda: transformers.DeiTModel(transformers.DeiTConfig(**HF_VIT)).state_dict(), "distilled DeiT"),
-    "transformers DeiT with head": (
-        lambda: transformers.DeiTForImageClassification(transformers.DeiTConfig(**HF_VIT)).state_dict(), "distilled"),
+    "transformers DeiT with two heads": (
+        lambda: transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**HF_VIT)).state_dict(),
+        "distilled DeiT"),
     "timm BEiT": (timm_state(timm.models.beit.Beit, use_rel_pos_bias=True), "BEiT"),
     "timm BEiT, shared": (timm_state(timm.models.beit.Beit, use_shared_rel_pos_bias=True), "BEiT"),
     "transformers BEiT": (
@@ -564,13 +567,12 @@ def test_load_checkpoint_refuses_foreign_architectures_with_the_reason(name, tmp
     refuse(tmp_path / "m.pt", reason)
 
 
-@pytest.mark.parametrize(("model_class", "config"), [
-    ("DeiTModel", "DeiTConfig"), ("BeitModel", "BeitConfig")])
-def test_load_checkpoint_refuses_saved_deit_and_beit_of_transformers(model_class, config, tmp_path):
-    more = dict(use_relative_position_bias=True) if model_class == "BeitModel" else {}
-    model = getattr(transformers, model_class)(getattr(transformers, config)(**HF_VIT, **more))
-    model.save_pretrained(tmp_path)
-    refuse(tmp_path / "model.safetensors", "distilled DeiT" if model_class == "DeiTModel" else "BEiT")
+@pytest.mark.parametrize(("model_class", "config", "reason"), [
+    ("DeiTForImageClassificationWithTeacher", transformers.DeiTConfig(**HF_VIT), "distilled DeiT"),
+    ("BeitModel", transformers.BeitConfig(**HF_VIT, use_relative_position_bias=True), "BEiT")])
+def test_load_checkpoint_refuses_saved_deit_and_beit_of_transformers(model_class, config, reason, tmp_path):
+    getattr(transformers, model_class)(config).save_pretrained(tmp_path)
+    refuse(tmp_path / "model.safetensors", reason)
 
 
 def test_load_checkpoint_refuses_dinov2_giant_under_its_old_names(tmp_path):
