@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
+from vit_bridge.errors import Assumption
 from vit_bridge.weights.checkpoints import describe_checkpoint, load, load_checkpoint
 from vit_model import InputError, VisionTransformer, resample_positions
 
@@ -467,6 +468,13 @@ def test_load_opens_maes_fine_tuned_models(tmp_path):
 def test_load_checkpoint_says_how_to_build_for_fc_norm(tmp_path):
     torch.save(timm_vit(global_pool="avg").state_dict(), tmp_path / "m.pth")
     refuse(tmp_path / "m.pth", "build the model with pool='mean', fc_norm=True", pool="mean")
+
+
+def test_load_normalises_googles_images_by_a_half(tmp_path):
+    np.savez(tmp_path / "m.npz", **flax(timm_vit()))
+    with pytest.warns(Assumption, match=r"assumed: a square of 3x3 patches, mean and std 0\.5 as in its library, bil"):
+        model = load(tmp_path / "m.npz")
+    assert (model.config.n_heads, model.preprocessing.mean, model.preprocessing.std) == (HEADS, (0.5,) * 3, (0.5,) * 3)
 
 
 def test_load_checkpoint_refuses_other_heads_than_googles_arrays(tmp_path):

@@ -149,12 +149,11 @@ def load(name_or_path, n_classes=None, **overrides):
             model.preprocessing = _with_channels(model.preprocessing, model.config.in_channels)
     _say(path, found.assumed, report.choices)
     if n_classes is not None:
-        named = model.preprocessing is not None and model.preprocessing.class_names
-        without_preprocessing, line = model.preprocessing is None, fit_head(model, n_classes)
-        if without_preprocessing:
-            model.preprocessing = None
-        if not (own_head and named):
+        line = fit_head(model, n_classes)
+        if not (own_head and model.preprocessing.class_names):
             assume(f"{path}: {line}")
+        if found.preprocessing is None:
+            model.preprocessing = None
     return model.eval()
 
 
@@ -293,7 +292,7 @@ def _read_weights(path, model=None):
         weights.model = other
         return weights
     own = None if model is None or model.config_class is VisionTransformer.config_class else model.state_dict()
-    state, around = unwrap(entries, path, lambda names: bool(_models_among(names, own)))
+    state, around, taken = unwrap(entries, path, lambda names: bool(_models_among(names, own)))
     if own is not None:
         found = _models_among(state, own)
         prefix, choice = chosen_prefix(found, state, path) if found else ("", "")
@@ -304,7 +303,7 @@ def _read_weights(path, model=None):
         weights = _own_names(f"state dict of a {class_name(model)}", path, around,
                              {name: state[prefix + name] for name in under(prefix, state)})
         drop_outside(weights, prefix, state)
-        weights.choices += [text for text in (choice, beside(weights.dropped)) if text]
+        weights.choices += [text for text in (taken, choice, beside(weights.dropped)) if text]
         return weights
     try:
         weights = translate(state, path, around)
@@ -318,7 +317,7 @@ def _read_weights(path, model=None):
         raise InputError(f"{recorded.source} says {heads} heads, and the tensors of {path} have {weights.n_heads}; "
                          f"{MEND}")
     weights.n_heads = heads
-    weights.choices += recorded.notes
+    weights.choices += [*([taken] if taken else []), *recorded.notes]
     return weights
 
 
@@ -338,7 +337,7 @@ def _own_names(kind, path, around, state):
     """Weights whose names are the model's own."""
     tensors = {name: tensor for name, tensor in state.items() if name != "n_averaged"}
     dropped = {name: "a counter of averaged steps" for name in state.keys() - tensors.keys()}
-    return Weights(str(path), Format(kind, (), norm_eps=None), around, tensors, {name: [name] for name in tensors},
+    return Weights(str(path), Format(kind, "", norm_eps=None), around, tensors, {name: [name] for name in tensors},
                    dropped)
 
 
