@@ -331,7 +331,7 @@ def test_load_normalises_by_format(tmp_path):
 def test_load_takes_the_given_size_as_the_grid_of_a_rectangle(tmp_path):
     theirs = randomised(timm.models.VisionTransformer(**{**TIMM, "img_size": (8, 24)}))
     torch.save(theirs.state_dict(), tmp_path / "m.pth")
-    with pytest.raises(InputError, match=r"\A[^\n]*13 positions[^\n]*give img_size=\(height, width\)[^\n]*\Z"):
+    with pytest.raises(InputError, match=r"\A[^\n]*13 positions[^\n]*give load img_size=\(height, width\)[^\n]*\Z"):
         load(tmp_path / "m.pth")
     for size in ((8, 24), [8, 24]):
         model, assumed = said(load, tmp_path / "m.pth", img_size=size, n_heads=4)

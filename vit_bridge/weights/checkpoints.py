@@ -554,8 +554,8 @@ def _read_grid(weights, grid=None, given=None):
     if not ways:
         wanted = f"the grid {given[0]}x{given[1]}" if given else "a square grid"
         raise InputError(f"{weights.path} has {M} positions, not {wanted} with {' or '.join(map(str, prefixes))} "
-                         f"before it; give img_size=(height, width) of its training to load (--img-size HEIGHT WIDTH), "
-                         f"or grid_size=(rows, columns) of its patches to load_checkpoint")
+                         f"before it; give load img_size=(height, width) of its training, a training with --pretrained "
+                         f"--img-size HEIGHT WIDTH, or load_checkpoint grid_size=(rows, columns) of its patches")
     texts = [f"{rows}x{columns} patches with {n} before them" for (rows, columns), n in ways]
     notes = [f"positions: {M} can be {' or '.join(texts)}; taken as the first, grid_size would say"] if ways[1:] else []
     return *ways[0], notes
