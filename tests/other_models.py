@@ -30,6 +30,7 @@ def transformers_vit(attention="sdpa"):
 BUILDERS = {
     "timm": (timm_vit, {}),
     "timm, mean": (lambda: timm_vit(global_pool="avg", fc_norm=False), dict(pool="mean")),
+    "timm, mean and fc_norm": (lambda: timm_vit(global_pool="avg"), dict(pool="mean", fc_norm=True)),
     "timm, registers": (lambda: timm_vit(reg_tokens=2, no_embed_class=True), dict(n_registers=2)),
     "timm, 2 x 5 patches": (lambda: timm_vit(img_size=(10, 25)), dict(img_size=(10, 25))),
     "torchvision": (torchvision_vit, {}),

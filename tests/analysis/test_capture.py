@@ -34,7 +34,7 @@ def images_of(n=3, size=SIZE):
 
 
 @pytest.mark.parametrize("options", [{}, dict(pool="mean"), dict(n_registers=2), dict(position="none"),
-                                     dict(qk_norm=True)])
+                                     dict(qk_norm=True), dict(pool="mean", fc_norm=True)])
 def test_capture_gives_the_models_own_maps(options):
     model = vit(**options).eval()
     seen = r.capture(model, images_of())
@@ -42,6 +42,7 @@ def test_capture_gives_the_models_own_maps(options):
     assert torch.equal(torch.stack(maps), torch.stack(seen.maps))
     torch.testing.assert_close(model.norm(seen.tokens[-1]), tokens, rtol=0, atol=1e-6)
     torch.testing.assert_close(seen.logits, model(images_of()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(seen.adapter.read(seen.tokens[-1]), seen.logits, rtol=0, atol=1e-5)
     assert (len(seen.tokens), seen.grid, seen.adapter.n_prefix) == (4, GRID, 1 + options.get("n_registers", 0))
 
 

@@ -11,6 +11,7 @@ from toy_training import Calls
 from train_vit import Trainer
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.models.hybrid import HybridCNNViT
+from vit_bridge.models.protocol import layer_groups
 from vit_bridge.training.optimizers import (
     MUON_LR_SCALE,
     Muon,
@@ -43,6 +44,15 @@ def test_parameter_groups_decay_only_weight_matrices():
         "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight", "head.weight"}
     assert {"cls_token", "pos_embed", "norm.weight", "head.bias"} < {names[id(p)] for p in plain}
     assert len(decayed) + len(plain) == len(names)
+
+
+def test_fc_norm_belongs_to_the_head_and_does_not_decay():
+    model = VisionTransformer(**TINY, pool="mean", fc_norm=True)
+    names = {id(p): name for name, p in model.named_parameters()}
+    plain = {names[id(p)] for p in parameter_groups(model, 0.3)[1]["params"]}
+    assert {"fc_norm.weight", "fc_norm.bias"} < plain
+    groups = layer_groups(model)
+    assert groups["fc_norm.weight"] == groups["fc_norm.bias"] == groups["head.weight"] == len(model.layers())
 
 
 def test_parameter_groups_refuse_a_frozen_model():

@@ -502,7 +502,11 @@ def test_load_checkpoint_unwraps_a_state_dict_and_says_so(model_class, arguments
     torch.save(WRAPPINGS[around](state), tmp_path / "m.pt")
     report = load_all(model, tmp_path / "m.pt", state)
     assert same_bits(model, state)
-    assert report.notes == (f"the weights lie under {around}",)
+    two = [name for name in WRAPPINGS[around](state) if name in ("student", "teacher", "model", "model_ema", "ema",
+                                                                 "state_dict", "state_dict_ema")]
+    said = [f"of the models under {' and '.join(map(repr, two))} that of {around!r} was taken"] * (len(two) > 1)
+    assert report.notes == (f"the weights lie under {around}", *said)
+    assert report.choices == tuple(said)
 
 
 @pytest.mark.parametrize(("model_class", "arguments"), [SMALL[0], *SMALL[3:]])

@@ -14,7 +14,8 @@ import transformers
 from safetensors.torch import load_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from vit_bridge.weights.checkpoints import describe_checkpoint, load_checkpoint
+from vit_bridge.errors import Assumption
+from vit_bridge.weights.checkpoints import describe_checkpoint, load, load_checkpoint
 from vit_model import InputError, VisionTransformer, resample_positions
 
 D, HEADS, PATCH, SIDE, CLASSES, DEPTH, RATIO = 28, 7, 5, 15, 11, 2, 3  # K = 4, hidden 84, a grid of 3 x 3
@@ -246,6 +247,10 @@ SOURCES = {
     **with_both_names("transformers ViT with head", "ViTForImageClassification",
                       lambda: transformers.ViTConfig(**HF_VIT), EPS, has_head=True),
     **with_both_names("transformers ViT", "ViTModel", lambda: transformers.ViTConfig(**HF_VIT), EPS, dropped=2),
+    **with_both_names("transformers DeiT with head", "DeiTForImageClassification",
+                      lambda: transformers.DeiTConfig(**HF_VIT), dict(n_registers=1, **EPS), has_head=True),
+    **with_both_names("transformers DeiT", "DeiTModel", lambda: transformers.DeiTConfig(**HF_VIT),
+                      dict(n_registers=1, **EPS), dropped=2),
     **with_both_names("transformers Dinov2", "Dinov2Model", lambda: transformers.Dinov2Config(**HF_DINO),
                       dict(layer_scale=0.5), dropped=1),
     **with_both_names("transformers Dinov2 with head", "Dinov2ForImageClassification",
@@ -425,14 +430,51 @@ def refuse(path, text, **options):
     """In one line that names the file and says the text, with the model as it was."""
     model = VisionTransformer(**{**OURS, **options})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for load in (lambda path: load_checkpoint(model, path), describe_checkpoint):
+    for read in (lambda path: load_checkpoint(model, path), describe_checkpoint):
         with pytest.raises(InputError, match=one_line_with(path)) as caught:
-            load(path)
+            read(path)
         assert text in str(caught.value)
         if options:
             break
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch16_224"])
+def test_load_opens_timms_mean_pooled_models(name, tmp_path):
+    theirs = randomised(timm.create_model(name, img_size=32, depth=2, num_classes=CLASSES, global_pool="avg"))
+    torch.save(theirs.state_dict(), tmp_path / "m.pth")
+    ours = load(tmp_path / "m.pth").double()
+    assert (ours.config.pool, ours.config.fc_norm, type(ours.norm)) == ("mean", True, torch.nn.Identity)
+    logits = theirs(images_of(32))
+    assert (ours(images_of(32)) - logits).abs().max() < 1e-12 * logits.abs().max()
+
+
+@torch.no_grad()
+def test_load_opens_maes_fine_tuned_models(tmp_path):
+    """models_vit.py of the MAE code with global_pool=True: no norm, the mean over the patches, fc_norm, the head."""
+    inner = timm_vit(embed_dim=64, num_heads=1)
+    norm = randomised(torch.nn.LayerNorm(64, eps=1e-6), seed=9)
+    state = {name: tensor for name, tensor in inner.state_dict().items() if not name.startswith("norm.")}
+    torch.save({"model": {**state, "fc_norm.weight": norm.weight, "fc_norm.bias": norm.bias}, "epoch": 99,
+                "args": argparse.Namespace(global_pool=True)}, tmp_path / "m.pth")
+    inner.norm = torch.nn.Identity()
+    logits = inner.head(norm(inner.forward_features(images_of())[:, 1:].mean(dim=1)))
+    ours = load(tmp_path / "m.pth").double()
+    assert (ours(images_of()) - logits).abs().max() < 1e-12 * logits.abs().max()
+
+
+def test_load_checkpoint_says_how_to_build_for_fc_norm(tmp_path):
+    torch.save(timm_vit(global_pool="avg").state_dict(), tmp_path / "m.pth")
+    refuse(tmp_path / "m.pth", "build the model with pool='mean', fc_norm=True", pool="mean")
+
+
+def test_load_normalises_googles_images_by_a_half(tmp_path):
+    np.savez(tmp_path / "m.npz", **flax(timm_vit()))
+    with pytest.warns(Assumption, match=r"assumed: a square of 3x3 patches, mean and std 0\.5 as in its library, bil"):
+        model = load(tmp_path / "m.npz")
+    assert (model.config.n_heads, model.preprocessing.mean, model.preprocessing.std) == (HEADS, (0.5,) * 3, (0.5,) * 3)
 
 
 def test_load_checkpoint_refuses_other_heads_than_googles_arrays(tmp_path):
@@ -483,10 +525,9 @@ def resnet():
 TIMM_NAMES = ("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
 REFUSALS = {
     "timm DeiT, distilled": (timm_state(timm.models.deit.VisionTransformerDistilled), "distilled DeiT"),
-    "transformers DeiT": (
-        lambda: transformers.DeiTModel(transformers.DeiTConfig(**HF_VIT)).state_dict(), "distilled DeiT"),
-    "transformers DeiT with head": (
-        lambda: transformers.DeiTForImageClassification(transformers.DeiTConfig(**HF_VIT)).state_dict(), "distilled"),
+    "transformers DeiT with two heads": (
+        lambda: transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**HF_VIT)).state_dict(),
+        "distilled DeiT"),
     "timm BEiT": (timm_state(timm.models.beit.Beit, use_rel_pos_bias=True), "BEiT"),
     "timm BEiT, shared": (timm_state(timm.models.beit.Beit, use_shared_rel_pos_bias=True), "BEiT"),
     "transformers BEiT": (
@@ -534,13 +575,12 @@ def test_load_checkpoint_refuses_foreign_architectures_with_the_reason(name, tmp
     refuse(tmp_path / "m.pt", reason)
 
 
-@pytest.mark.parametrize(("model_class", "config"), [
-    ("DeiTModel", "DeiTConfig"), ("BeitModel", "BeitConfig")])
-def test_load_checkpoint_refuses_saved_deit_and_beit_of_transformers(model_class, config, tmp_path):
-    more = dict(use_relative_position_bias=True) if model_class == "BeitModel" else {}
-    model = getattr(transformers, model_class)(getattr(transformers, config)(**HF_VIT, **more))
-    model.save_pretrained(tmp_path)
-    refuse(tmp_path / "model.safetensors", "distilled DeiT" if model_class == "DeiTModel" else "BEiT")
+@pytest.mark.parametrize(("model_class", "config", "reason"), [
+    ("DeiTForImageClassificationWithTeacher", transformers.DeiTConfig(**HF_VIT), "distilled DeiT"),
+    ("BeitModel", transformers.BeitConfig(**HF_VIT, use_relative_position_bias=True), "BEiT")])
+def test_load_checkpoint_refuses_saved_deit_and_beit_of_transformers(model_class, config, reason, tmp_path):
+    getattr(transformers, model_class)(config).save_pretrained(tmp_path)
+    refuse(tmp_path / "model.safetensors", reason)
 
 
 def test_load_checkpoint_refuses_dinov2_giant_under_its_old_names(tmp_path):

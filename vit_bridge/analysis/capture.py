@@ -146,8 +146,8 @@ class AttentionCapture(TorchFunctionMode):
         """As torch's scaled_dot_product_attention: (B, H, N, K) each -> (B, H, N, K)."""
         if is_causal or enable_gqa:
             raise InputError("causal or grouped attention is not what a ViT has; its maps are not computed here")
+        query = query / math.sqrt(query.shape[-1]) if scale is None else query * scale
         scores = query @ key.transpose(-2, -1)  # (B, H, N, N)
-        scores = scores / math.sqrt(query.shape[-1]) if scale is None else scores * scale
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
         return self.note(scores.softmax(dim=-1)) @ value

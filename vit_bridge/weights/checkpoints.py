@@ -150,12 +150,11 @@ def load(name_or_path, n_classes=None, **overrides):
             model.preprocessing = model.preprocessing.with_channels(model.config.in_channels)
     _say(path, found.assumed, report.choices)
     if n_classes is not None:
-        named = model.preprocessing is not None and model.preprocessing.class_names
-        without_preprocessing, line = model.preprocessing is None, fit_head(model, n_classes)
-        if without_preprocessing:
-            model.preprocessing = None
-        if not (own_head and named):
+        line = fit_head(model, n_classes)
+        if not (own_head and model.preprocessing.class_names):
             assume(f"{path}: {line}")
+        if found.preprocessing is None:
+            model.preprocessing = None
     return model.eval()
 
 
@@ -261,6 +260,10 @@ def load_checkpoint(model, path, grid_size=None):
                          f"{', '.join(model_classes())}")
     weights = _read_weights(path, model)
     state, report = _fitted(weights, model, grid_size)
+    pool = weights.recorded.config.get("pool", "cls" if "pool" in weights.format.fixes else None)
+    if pool and "head.weight" in weights.tensors and model.config.pool != pool:
+        raise InputError(f"{path} is for another architecture: its head reads pool={pool!r}, and the model has "
+                         f"{model.config.pool!r}")
     model.load_state_dict(state)
     _say(path, {}, [*([f"heads: {report.heads}"] if report.heads else []), *report.choices])
     return report
@@ -279,8 +282,8 @@ def _read_weights(path, model=None):
         return weights
     own = None if model is None or model.config_class is VisionTransformer.config_class else model.state_dict()
     held = model is None or any(known.holds == class_name(model) for known in FORMATS)
-    state, around = unwrap(entries, path, lambda names: bool(_models_among(names, own)
-                                                             or (held and _models_among(names, None))))
+    state, around, taken = unwrap(entries, path, lambda names: bool(_models_among(names, own)
+                                                                    or (held and _models_among(names, None))))
     found = {} if own is None else _models_among(state, own)
     if found or (own is not None and not held):
         prefix, choice = chosen_prefix(found, state, path) if found else ("", "")
@@ -291,7 +294,7 @@ def _read_weights(path, model=None):
         weights = _own_names(f"state dict of a {class_name(model)}", path, around,
                              {name: state[prefix + name] for name in under(prefix, state)})
         drop_outside(weights, prefix, state)
-        weights.choices += [text for text in (choice, beside(weights.dropped)) if text]
+        weights.choices += [text for text in (taken, choice, beside(weights.dropped)) if text]
         return weights
     try:
         weights = translate(state, path, around)
@@ -308,7 +311,7 @@ def _read_weights(path, model=None):
         raise InputError(f"{recorded.source} says {heads} heads, and the tensors of {path} have {weights.n_heads}; "
                          f"{MEND}")
     weights.n_heads = heads
-    weights.choices += recorded.notes
+    weights.choices += [*([taken] if taken else []), *recorded.notes]
     return weights
 
 
@@ -328,7 +331,7 @@ def _own_names(kind, path, around, state):
     """Weights whose names are the model's own."""
     tensors = {name: tensor for name, tensor in state.items() if name != "n_averaged"}
     dropped = {name: "a counter of averaged steps" for name in state.keys() - tensors.keys()}
-    return Weights(str(path), Format(kind, (), norm_eps=None), around, tensors, {name: [name] for name in tensors},
+    return Weights(str(path), Format(kind, "", norm_eps=None), around, tensors, {name: [name] for name in tensors},
                    dropped)
 
 
@@ -368,9 +371,6 @@ def fit(weights, model, grid_size):
     if weights.n_heads not in (None, getattr(model.config, "n_heads", None)):
         raise InputError(f"{weights.path} is for another architecture: n_heads is {weights.n_heads} there, "
                          f"{model.config.n_heads} in the model")
-    if "pool" in recorded and recorded["pool"] != getattr(model.config, "pool", None) and model.config.n_classes:
-        raise InputError(f"{weights.path} is for another architecture: pool is {recorded['pool']!r} there, "
-                         f"{model.config.pool!r} in the model")
     eps = recorded.get("norm_eps", weights.format.norm_eps)
     if eps not in (None, getattr(model.config, "norm_eps", None)):
         choices.append(f"norms: the file's library adds {eps} to the variance unless told otherwise, the model "
@@ -549,8 +549,8 @@ def _read_grid(weights, grid=None, given=None):
     if not ways:
         wanted = f"the grid {given[0]}x{given[1]}" if given else "a square grid"
         raise InputError(f"{weights.path} has {M} positions, not {wanted} with {' or '.join(map(str, prefixes))} "
-                         f"before it; give img_size=(height, width) of its training to load (--img-size HEIGHT WIDTH), "
-                         f"or grid_size=(rows, columns) of its patches to load_checkpoint")
+                         f"before it; give load img_size=(height, width) of its training, a training with --pretrained "
+                         f"--img-size HEIGHT WIDTH, or load_checkpoint grid_size=(rows, columns) of its patches")
     texts = [f"{rows}x{columns} patches with {n} before them" for (rows, columns), n in ways]
     notes = [f"positions: {M} can be {' or '.join(texts)}; taken as the first, grid_size would say"] if ways[1:] else []
     return *ways[0], notes

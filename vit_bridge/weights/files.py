@@ -113,17 +113,22 @@ MOST_WRAPPERS = 4  # ways grow with its power: a file may hold itself under ever
 
 
 def unwrap(entries, path, is_model):
-    """(the state dict inside, names of what was around it).
+    """(the state dict inside, names of what was around it, which of several was taken in words or "").
 
     is_model: a function of the names of tensors that says whether a model is among them, for a file with a state dict
     under another name than the WRAPPERS. Raises InputError where there is none, and where there are several.
     """
+    found = _state_dicts(entries, is_model)
     around = _way_to_tensors(entries)
     if around is None:
-        around = _way_by_contents(entries, path, is_model)
+        around = _way_by_contents(found, path)
     if around is None:
         raise InputError(f"{path} holds no tensors under {', '.join(map(repr, list(entries)[:5])) or 'any name'}; "
                          f"expected a state dict, or one under {', '.join(WRAPPERS)}")
+    taken = ""
+    if around and len({*found, around[0]}) > 1:
+        listed = " and ".join(map(repr, dict.fromkeys([*found, around[0]])))
+        taken = f"of the models under {listed} that of {around[0]!r} was taken"
     for name in around:
         entries = entries[name]
     for name, value in entries.items():
@@ -132,7 +137,7 @@ def unwrap(entries, path, is_model):
                              f"dict of tensors alone")
         if value.layout != torch.strided or value.is_meta:
             raise InputError(f"{path} holds {name!r} without plain numbers; expected dense tensors")
-    return entries, around
+    return entries, around, taken
 
 
 def _way_to_tensors(entries, depth=0):
@@ -144,11 +149,15 @@ def _way_to_tensors(entries, depth=0):
     return [] if any(isinstance(value, torch.Tensor) for value in entries.values()) else None
 
 
-def _way_by_contents(entries, path, is_model):
-    """[the name of the one entry that holds a model]; None where there is none."""
-    found = [name for name, inner in entries.items() if isinstance(name, str) and isinstance(inner, dict)
-             and any(isinstance(value, torch.Tensor) for value in inner.values())
-             and is_model([key for key in inner if isinstance(key, str)])]
+def _state_dicts(entries, is_model):
+    """Names of the entries that hold the tensors of a model."""
+    return [name for name, inner in entries.items() if isinstance(name, str) and isinstance(inner, dict)
+            and any(isinstance(value, torch.Tensor) for value in inner.values())
+            and is_model([key for key in inner if isinstance(key, str)])]
+
+
+def _way_by_contents(found, path):
+    """[the one of these names to take]; None where there is none."""
     if len(found) > 1:
         found = [name for name in found if TAKEN_FIRST.search(name)] or found
     if len(found) > 1:

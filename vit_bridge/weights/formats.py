@@ -60,7 +60,7 @@ BLOCK = r"(?:vit|deit|dinov2|dinov2_with_registers)?\.?(?:encoder\.)?layers?\.(\
 ROOT = r"(?:vit|deit|dinov2|dinov2_with_registers)?\.?"
 TRANSFORMERS_NAMES = (
     (ROOT + r"embeddings\.cls_token", "cls_token"),
-    (ROOT + r"embeddings\.register_tokens", "reg_token"),
+    (ROOT + r"embeddings\.(?:register_tokens|distillation_token)", "reg_token"),
     (ROOT + r"embeddings\.position_embeddings", "pos_embed"),
     (ROOT + r"embeddings\.patch_embeddings\.projection\.(\w+)", r"patch_embed.proj.\1"),
     (BLOCK + r"(?:layernorm_before|norm1)\.(\w+)", r"blocks.\1.norm1.\2"),
@@ -152,6 +152,9 @@ FORMATS = (
     Format("transformers Dinov2", TRANSFORMERS_ROOT, (r"layer_scale1\.lambda1$",), TRANSFORMERS_NAMES,
            (*TRANSFORMERS_DROPS, AVERAGED), pos_cls=True, library="transformers", fixes=("pool",),
            interpolation="bicubic"),
+    Format("transformers DeiT", TRANSFORMERS_ROOT, (r"embeddings\.distillation_token$",), TRANSFORMERS_NAMES,
+           (*TRANSFORMERS_DROPS, AVERAGED), norm_eps=1e-12, library="transformers", fixes=("pool",),
+           interpolation="bicubic", note="its distillation token, which no head reads, is a register here"),
     Format("transformers ViT", TRANSFORMERS_ROOT, (), TRANSFORMERS_NAMES, (*TRANSFORMERS_DROPS, AVERAGED),
            norm_eps=1e-12, pos_cls=True, library="transformers", fixes=("pool",), mean=(0.5,) * 3, std=(0.5,) * 3),
     Format("Google's npz", r"embedding/kernel", (NPZ_BLOCK,), (
@@ -187,8 +190,8 @@ FORMATS = (
 # What is known and cannot be held: a pattern found in some name, and why.
 SWIN = "a Swin Transformer or a relative of it, whose windows and stages VisionTransformer does not have"
 REFUSED = (
-    (r"dist_token|distillation_token|^head_dist\.", "a distilled DeiT, whose second class token VisionTransformer "
-     "does not have; take the DeiT without distillation"),
+    (r"dist_token|^head_dist\.|^(distillation|cls)_classifier\.", "a distilled DeiT, whose second class token has a "
+     "head that VisionTransformer does not have; take the DeiT without distillation"),
     (r"(^|\.)layers\.\d+\.blocks\.\d+\.|^swin|^stages\.\d+\.blocks\.\d+\.attn|"
      r"^features\.\d+\.\d+\.attn\.relative_position", SWIN),
     (r"^conv1\.\d+\.weight|(^|\.)attnpool\.", "a ResNet with several convolutions before its stages (ResNet-C, "

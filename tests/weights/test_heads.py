@@ -1,0 +1,148 @@
+"""The head of trained weights for other classes, or the same in another order."""
+
+import re
+
+import pytest
+import timm
+import torch
+import transformers
+from command_runs import make_folder, prepared
+from torch import nn
+
+from vit_bridge.errors import Assumption
+from vit_bridge.models.convnet import ConvNet
+from vit_bridge.preprocessing import Preprocessing
+from vit_bridge.weights.checkpoints import load, save_model
+from vit_bridge.weights.heads import fit_head
+from vit_model import VisionTransformer
+
+CONVNET = dict(img_size=8, in_channels=3, widths=(4, 6), depths=(1, 1), stem_stride=1)
+
+
+def trained(names, n_classes=3):
+    """A small model whose head has row i full of i + 1, and bias 10 (i + 1)."""
+    model = ConvNet(**CONVNET, n_classes=n_classes)
+    if n_classes:
+        with torch.no_grad():
+            model.head.weight.copy_(torch.arange(1.0, n_classes + 1)[:, None].expand(-1, 6))
+            model.head.bias.copy_(10 * torch.arange(1.0, n_classes + 1))
+    model.preprocessing = Preprocessing(8, (0.1,) * 3, (0.2,) * 3, "bicubic", names)
+    return model
+
+
+CASES = {
+    "the same": (["owl", "fox", "hare"], ["owl", "fox", "hare"], [1, 2, 3],
+                 "head: kept, its 3 classes are those of the images"),
+    "another order": (["owl", "fox", "hare"], ["fox", "hare", "owl"], [2, 3, 1],
+                      "head: kept, all 3 rows, matched by the names of the classes"),
+    "a new one": (["owl", "fox", "hare"], ["emu", "fox", "hare", "owl"], [0, 2, 3, 1],
+                  "head: kept, all 3 rows, matched by the names of the classes; 1 new (emu)"),
+    "one less": (["owl", "fox", "hare"], ["hare", "owl"], [3, 1],
+                 "head: kept, 2 of 3 rows, matched by the names of the classes; dropped (fox)"),
+    "another": (["owl", "fox", "hare"], ["emu", "fox", "owl"], [0, 2, 1],
+                "head: kept, 2 of 3 rows, matched by the names of the classes; 1 new (emu); dropped (hare)"),
+    "none of them": (["owl", "fox", "hare"], ["cat", "dog", "emu"], [0, 0, 0],
+                     "head: new, because none of its 3 classes (owl, fox, hare) is among the 3 of the images (cat, "
+                     "dog, emu)"),
+    "no names": (None, ["fox", "hare", "owl"], [1, 2, 3],
+                 "head: kept, its 3 rows; nothing names their classes, so their order is assumed to be that of the "
+                 "images (fox, hare, owl)"),
+    "no names, another width": (None, ["fox", "hare"], [0, 0],
+                                "head: new, because the trained one is for 3 classes, not for 2 (fox, hare)"),
+    "a number": (["owl", "fox", "hare"], 3, [1, 2, 3], "head: kept, its 3 rows as they are"),
+    "another number": (["owl", "fox", "hare"], 2, [0, 0],
+                       "head: new, because the trained one is for 3 classes (owl, fox, hare), not for 2"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fit_head_matches_rows_by_the_names_of_the_classes(name):
+    theirs, wanted, rows, line = CASES[name]
+    model = trained(theirs)
+    assert fit_head(model, wanted) == line
+    assert model.head.weight.tolist() == [[row] * 6 for row in rows]
+    assert model.head.bias.tolist() == [10 * row for row in rows]
+    names = (theirs if name == "a number" else None) if isinstance(wanted, int) else wanted
+    assert model.preprocessing == Preprocessing(8, (0.1,) * 3, (0.2,) * 3, "bicubic", names)
+    assert model.config.n_classes == len(rows)
+    assert all(parameter.requires_grad for parameter in model.head.parameters())
+
+
+def test_fit_head_makes_a_head_where_there_is_none_and_none_for_zero():
+    model = trained(None, n_classes=0)
+    assert fit_head(model, ["a", "b"]) == "head: new, because the weights have none"
+    assert not model.head.weight.any()
+    assert fit_head(model, 0) == "head: none, as n_classes is 0; that of 2 classes was dropped"
+    assert isinstance(model.head, nn.Identity)
+    model.head = nn.Sequential(nn.Linear(6, 3))
+    assert fit_head(model, ["a", "b"]) == "head: new, because a Sequential is not one linear layer"
+
+
+def test_fit_head_keeps_a_head_without_bias():
+    model = trained(["a", "b", "c"])
+    model.head = nn.Linear(6, 3, bias=False)
+    rows = model.head.weight.detach().clone()
+    fit_head(model, ["c", "a", "b"])
+    assert model.head.bias is None
+    assert torch.equal(model.head.weight, rows[[2, 0, 1]])
+
+
+# ---- In a training, and in load
+
+
+@pytest.fixture(scope="module")
+def animals(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("animals") / "set", 24, classes=["fox", "hare", "owl"], n=4)
+
+
+def timm_file(folder):
+    torch.manual_seed(3)
+    model = timm.models.VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=2, num_classes=3)
+    nn.init.normal_(model.head.weight)
+    torch.save(model.state_dict(), folder / "flowers.pth")
+    return folder / "flowers.pth", model.head.weight
+
+
+def transformers_folder(folder):
+    torch.manual_seed(3)
+    names = ["owl", "fox", "hare"]  # in another order than the folders'
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(
+        image_size=16, patch_size=4, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}))
+    model.save_pretrained(folder / "hf")
+    return folder / "hf", model.classifier.weight[[1, 2, 0]]
+
+
+@pytest.mark.parametrize("frozen", [[], ["--freeze-backbone"]], ids=["all", "frozen"])
+@pytest.mark.parametrize(("make", "words"), [
+    (timm_file, "nothing names their classes"), (transformers_folder, "all 3 rows, matched by the names")])
+def test_training_begins_with_the_trained_head_and_says_so(make, words, frozen, animals, tmp_path, capsys):
+    path, rows = make(tmp_path)
+    with pytest.warns(Assumption):
+        made = prepared("--data-dir", animals, "--output-dir", tmp_path / "run", "--pretrained", path, *frozen)
+    assert torch.equal(made.model.head.weight, rows)
+    assert torch.equal(next(made.trained.parameters()) if frozen else made.model.head.weight, rows)
+    assert made.model.preprocessing.class_names == ["fox", "hare", "owl"]
+    out = capsys.readouterr().out
+    assert len(re.findall(r"^head: ", out, re.MULTILINE)) == 1
+    assert re.search(rf"^head: kept, [^\n]*{words}", out, re.MULTILINE)
+
+
+def test_load_says_what_becomes_of_the_head(tmp_path):
+    path, rows = timm_file(tmp_path)
+    for n_classes, words in ((3, "head: kept, its 3 rows"), (4, "head: new, because the trained one is for 3"),
+                             (0, "head: none, as n_classes is 0; that of 3 classes was dropped")):
+        with pytest.warns(Assumption, match=words):
+            model = load(path, n_classes=n_classes)
+        assert model.config.n_classes == n_classes
+    with pytest.warns(Assumption):
+        assert torch.equal(load(path, n_classes=3).head.weight, rows)
+
+
+def test_load_keeps_a_head_whose_classes_are_named_in_silence(tmp_path, recwarn):
+    model = VisionTransformer(8, 4, 3, 2, 12, 1, 3)
+    save_model(model, tmp_path / "m.pt", Preprocessing(8, class_names=["a", "b"]))
+    kept = load(tmp_path / "m.pt", n_classes=2)
+    assert torch.equal(kept.head.weight, model.head.weight)
+    assert kept.preprocessing.class_names == ["a", "b"]
+    assert not list(recwarn)
