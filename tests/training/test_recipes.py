@@ -103,7 +103,11 @@ def test_before_recipes_keeps_what_an_older_run_used():
     assert _before_recipes(old)["batch_size"] == 64
     assert _before_recipes(old | dict(pretrained="a.pt"))["recipe"] == "fine_tuning"
     assert _before_recipes(old | dict(pretrained="a.pt", freeze_backbone=True))["recipe"] == "classic"
-    assert _before_recipes(dict(recipe="convnet_fast")) == dict(recipe="convnet_fast")
+
+def test_before_recipes_gives_options_that_came_later_their_defaults():
+    known = _before_recipes(dict(recipe="convnet_fast", lr=0.5))
+    assert (known["recipe"], known["lr"], known["grad_checkpointing"]) == ("convnet_fast", 0.5, False)
+    assert known.keys() == vars(make_parser().parse_args([])).keys()
 
 
 @pytest.mark.slow
