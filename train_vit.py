@@ -221,8 +221,8 @@ class Trainer:
         self.parallel, self.dtype = forward, choose_precision(config.amp, self.device)
         fixed = config.n_steps is not None and config.warmup_epochs is None  # the loader may then have no length
         length = None if fixed else n_batches(train_loader, "n_steps=, and no warmup_epochs=")
-        layers = adapt(self.model).layers if config.grad_checkpointing else []
-        self.recomputed = {layer: recomputed(layer, config.compile) for layer in layers}
+        compiled = config.compile or self.compiled is not None
+        self.recomputed = {layer: recomputed(layer, compiled) for layer in self.layers(config.grad_checkpointing)}
         state = TrainState(self, config, length)
         if resume is not None:
             state.load_state_dict(resume)
@@ -230,7 +230,7 @@ class Trainer:
             forward = self.compiled.dynamo_ctx(forward)  # with the options that it was compiled with
         elif config.compile:
             forward = torch.compile(forward)
-        state.forward = InPrecision(forward, self.device, self.dtype)
+        state.forward = InPrecision(forward, self.device, self.dtype, dtype_of(self.model))
         self.callbacks, self.saved_at = callbacks, time.perf_counter()
         with (torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
               tqdm(total=state.n_steps, initial=state.step, unit="step", disable=not progress or self.rank > 0,
@@ -363,7 +363,8 @@ class Trainer:
         if self.world_size > 1:
             for buffer in model.buffers():  # batch statistics are those of the first process everywhere
                 dist.broadcast(buffer, 0)
-        metrics, forward = self.objective.new_metrics(self.device), InPrecision(model, self.device, self.dtype)
+        metrics = self.objective.new_metrics(self.device)
+        forward = InPrecision(model, self.device, self.dtype, dtype_of(model))
         with evaluating(model), evaluating(self.objective):
             for batch in loader:
                 if state is not None:
@@ -395,6 +396,15 @@ class Trainer:
         ways = [f"over {self.world_size} processes"] * (self.world_size > 1) + [f"in {n_parts} parts"] * (n_parts > 1)
         split = f"batches split {' and '.join(ways)}"
         return f"{split}: the losses will not be those of whole batches, as {'; '.join(reasons)}" if reasons else ""
+
+    def layers(self, grad_checkpointing):
+        """The layers that are computed again in the backward pass. Raises InputError for a model that names none."""
+        if not grad_checkpointing:
+            return []
+        try:
+            return adapt(self.model).layers
+        except InputError as error:
+            raise InputError(f"grad_checkpointing needs a model whose layers are known: {error}") from None
 
     def own_loader(self, batches):
         """The batches as a Loader, with this process's shard of each on its device."""
@@ -496,11 +506,11 @@ class TrainState:
 
 
 class InPrecision:
-    """A model as an objective calls it: computed under autocast to dtype (None: as it is), from inputs in the precision
-    of its weights; its output, or the logits in it, in float32."""
+    """A model as an objective calls it: computed under autocast to dtype (None: as it is), from inputs in
+    input_dtype, that of its weights; its output, or the logits in it, in float32."""
 
-    def __init__(self, model, device, dtype):
-        self.model, self.device_type, self.dtype, self.input_dtype = model, device.type, dtype, dtype_of(model)
+    def __init__(self, model, device, dtype, input_dtype):
+        self.model, self.device_type, self.dtype, self.input_dtype = model, device.type, dtype, input_dtype
 
     def __call__(self, *inputs):
         inputs = [one.to(self.input_dtype) if one.is_floating_point() else one for one in inputs]

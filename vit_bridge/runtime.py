@@ -91,11 +91,14 @@ def tokens_of(output):
 
 @contextmanager
 def evaluating(model):
-    """Inside, the whole model is in eval mode; afterwards each of its modules is in the mode it was in."""
+    """Inside, the whole model is in eval mode, and what is compiled in it runs as it is written, so that hooks see it;
+    afterwards each of its modules is in the mode it was in."""
     modes = {module: module.training for module in model.modules()}
+    compiled = any(module._compiled_call_impl or "_orig_mod" in module._modules for module in modes)
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
     finally:
         for module, training in modes.items():
             module.training = training
@@ -106,8 +109,8 @@ def device_of(model):
     on the device "meta", which has shapes and no numbers."""
     device = next((one.device for one in chain(model.parameters(), model.buffers())), torch.device("cpu"))
     if device.type == "meta":
-        raise InputError("the model is on the device 'meta' and has no weights, only their shapes; build it on the CPU, "
-                         "or load its weights")
+        raise InputError("the model is on the device 'meta' and has shapes, but no weights; build it on the CPU, or "
+                         "load its weights")
     return device
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from toy_training import Calls
 
 import train_vit
-from train_vit import Trainer, _before_recipes, first_images, parse
+from train_vit import Trainer, _before_recipes, first_images, make_parser, parse
 from vit_bridge.cli import script
 from vit_bridge.data.augmentation import Augmentation, Mixing
 from vit_bridge.data.datasets import DatasetInfo
