@@ -223,5 +223,5 @@ def test_trainer_refuses_an_output_that_is_no_logits(change, found):
 
 
 def test_trainer_blames_no_learning_rate_for_nan_before_the_first_step():
-    with pytest.raises(InputError, match=r"since step 1 of 2,.*no step was made before, so look at the model's weights"):
+    with pytest.raises(InputError, match=r"since step 1 of 2,.*no step was made before, so look at the model"):
         trained([(IMAGES, LABELS)], Giving(lambda z: z * float("nan")))
