@@ -55,22 +55,33 @@ from vit_bridge.data.loaders import (
     get_data_loaders,
     get_evaluation_loader,
     get_test_loader,
+    length_of,
+    n_batches,
 )
 from vit_bridge.errors import InputError, check_choice
 from vit_bridge.inference import Mirrored, batches_of, check_has_head, export_onnx, predict, ranked, score
 from vit_bridge.models.adapters import adapt
 from vit_bridge.models.initialisation import whiten_first_layer
+from vit_bridge.models.protocol import class_name
 from vit_bridge.models.registry import MODELS, build_model
 from vit_bridge.plots.charts import plot_confusion, plot_training_curves, save_figure
 from vit_bridge.preprocessing import SMALL_SIDE, describe_size
 from vit_bridge.runtime import (
     OutOfMemory,
     at_least_float32,
+    check_compiler,
     choose_device,
     choose_precision,
+    device_of,
+    dtype_of,
     evaluating,
     explain_out_of_memory,
+    is_quantised,
+    logits_of,
     processes,
+    recomputed,
+    replaced_forwards,
+    unwrapped,
 )
 from vit_bridge.system import (
     Interrupted,
@@ -144,6 +155,8 @@ class Stopped(Exception):
 class Trainer:
     """Trains a module on what an objective minimises, by default cross-entropy of its logits (B, K).
 
+    model       any module; of one inside torch's wrappers (unwrapped) the model itself, through torch.compile if that
+                is one of them
     device      "auto", "cpu", "cuda", "cuda:N" or "mps"; the model is moved there
     objective   an Objective; None: Classification, with label smoothing 0.1
     config      a TrainConfig; further arguments override its fields, those of train() override both
@@ -165,21 +178,22 @@ class Trainer:
         self.config = replace(config or TrainConfig(), **overrides)
         self.device = choose_device(device)
         self.dtype = choose_precision(self.config.amp, self.device)
-        self.model = model.to(self.device)
+        self.model = trainable(model).to(self.device)
+        self.compiled = compiled_part(model)
         if not isinstance(objective, Objective | None):
             raise InputError(f"{type(objective).__name__} is not an Objective; give a function of logits and labels as "
                              f"loss_fn=")
         self.objective = (objective or Classification(loss_fn=loss_fn)).to(self.device)
         distributed = dist.is_available() and dist.is_initialized()
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-        self.parallel, self.average, self.data_share = None, None, 0.0
+        self.parallel, self.average, self.data_share, self.recomputed = None, None, 0.0, {}
         self.callbacks, self.saved_at = (), 0.0
 
     def train(self, train_loader, val_loader=None, n_epochs=None, learning_rate=None, *, callbacks=(), resume=None,
               progress=True, **overrides):
         """One run: the learning rate rises in the warm-up and then falls, step by step.
 
-        train_loader   a Loader, a torch DataLoader or a list: batches (images, labels)
+        train_loader   a Loader, a torch DataLoader or a list: batches (images, labels); with n_steps given any iterable
         val_loader     such a loader, evaluated after every epoch; None leaves NaN in its columns
         n_epochs, learning_rate, overrides   fields of the TrainConfig, for this run
         callbacks      a list of Callback
@@ -199,6 +213,8 @@ class Trainer:
         if config.seed is None:
             drawn = int(torch.randint(2**62, ()))
             config = replace(config, seed=drawn if resume is None else resume.get("seed", drawn))
+        if config.compile:
+            check_compiler(self.device.type)
         train_loader = self.own_loader(train_loader)
         forward = self.model
         if self.world_size > 1:
@@ -207,10 +223,17 @@ class Trainer:
                 self.model, device_ids=[self.device] if self.device.type == "cuda" else None)
         self.parallel, self.dtype = forward, choose_precision(config.amp, self.device)
         fixed = config.n_steps is not None and config.warmup_epochs is None  # the loader may then have no length
-        state = TrainState(self, config, None if fixed else len(train_loader))
+        length = None if fixed else n_batches(train_loader, "n_steps=, and no warmup_epochs=")
+        compiled = config.compile or self.compiled is not None
+        self.recomputed = {layer: recomputed(layer, compiled) for layer in self.layers(config.grad_checkpointing)}
+        state = TrainState(self, config, length)
         if resume is not None:
             state.load_state_dict(resume)
-        state.forward = InPrecision(torch.compile(forward) if config.compile else forward, self.device, self.dtype)
+        if self.compiled is not None:
+            forward = self.compiled.dynamo_ctx(forward)  # with the options that it was compiled with
+        elif config.compile:
+            forward = torch.compile(forward)
+        state.forward = InPrecision(forward, self.device, self.dtype, dtype_of(self.model))
         self.callbacks, self.saved_at = callbacks, time.perf_counter()
         with (torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
               tqdm(total=state.n_steps, initial=state.step, unit="step", disable=not progress or self.rank > 0,
@@ -228,7 +251,8 @@ class Trainer:
         """The rest of an epoch, from the batch that the state names."""
         _set_train_mode(self.model)
         self.objective.train()
-        loader.set_position(len(state.history["lr"]), state.batch and min(state.batch, len(loader)))
+        n_given = length_of(loader)
+        loader.set_position(len(state.history["lr"]), state.batch if n_given is None else min(state.batch, n_given))
         batches = itertools.islice(loader, state.n_steps - state.step)
         while True:
             started = time.perf_counter()
@@ -244,7 +268,8 @@ class Trainer:
                                         state.config.schedule)
             if n_all:
                 torch.manual_seed(mix_seed(state.config.seed, state.step, self.rank))
-                with explain_out_of_memory(self.device, n_own, state.config.grad_accum_steps, training=True):
+                with (explain_out_of_memory(self.device, n_own, state.config.grad_accum_steps, training=True),
+                      replaced_forwards(self.recomputed)):
                     self.step(batch, n_all, state)
             state.step, state.batch = state.step + 1, state.batch + 1
             bar.update()
@@ -341,7 +366,8 @@ class Trainer:
         if self.world_size > 1:
             for buffer in model.buffers():  # batch statistics are those of the first process everywhere
                 dist.broadcast(buffer, 0)
-        metrics, forward = self.objective.new_metrics(self.device), InPrecision(model, self.device, self.dtype)
+        metrics = self.objective.new_metrics(self.device)
+        forward = InPrecision(model, self.device, self.dtype, dtype_of(model))
         with evaluating(model), evaluating(self.objective):
             for batch in loader:
                 if state is not None:
@@ -374,9 +400,18 @@ class Trainer:
         split = f"batches split {' and '.join(ways)}"
         return f"{split}: the losses will not be those of whole batches, as {'; '.join(reasons)}" if reasons else ""
 
+    def layers(self, grad_checkpointing):
+        """The layers that are computed again in the backward pass. Raises InputError for a model that names none."""
+        if not grad_checkpointing:
+            return []
+        try:
+            return adapt(self.model).layers
+        except InputError as error:
+            raise InputError(f"grad_checkpointing needs a model whose layers are known: {error}") from None
+
     def own_loader(self, batches):
         """The batches as a Loader, with this process's shard of each on its device."""
-        loader = as_loader(batches)
+        loader = as_loader(batches, self.objective.check)
         loader.to(self.device)
         loader.set_shard(self.rank, self.world_size)
         return loader
@@ -466,20 +501,54 @@ class TrainState:
         """Raises NotFinite where loss or gradient were not finite, unless the scaler may still recover."""
         if self.is_finite() or (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
             return
-        raise NotFinite(f"loss or gradient are not finite since step {self.first_nonfinite_step.item() + 1} of "
-                        f"{self.n_steps}, learning rate {self.lr:.3g}; try a lower learning rate or a longer warm-up")
+        step = self.first_nonfinite_step.item()
+        advice = "try a lower learning rate or a longer warm-up" if step else \
+            "no step was made before, so look at the model's weights and at what it computes"
+        raise NotFinite(f"loss or gradient are not finite since step {step + 1} of {self.n_steps}, learning rate "
+                        f"{self.lr:.3g}; {advice}")
 
 
 class InPrecision:
-    """A model as an objective calls it: computed under autocast to dtype (None: as it is), its output in float32."""
+    """A model as an objective calls it: computed under autocast to dtype (None: as it is), from inputs in
+    input_dtype, that of its weights; its output, or the logits in it, in float32."""
 
-    def __init__(self, model, device, dtype):
-        self.model, self.device_type, self.dtype = model, device.type, dtype
+    def __init__(self, model, device, dtype, input_dtype):
+        self.model, self.device_type, self.dtype, self.input_dtype = model, device.type, dtype, input_dtype
 
     def __call__(self, *inputs):
+        inputs = [one.to(self.input_dtype) if one.is_floating_point() else one for one in inputs]
         with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
-            output = self.model(*inputs)
-        return tuple(map(at_least_float32, output)) if isinstance(output, tuple) else output.float()
+            output = logits_of(self.model(*inputs))
+        if isinstance(output, tuple):
+            return tuple(at_least_float32(one) if isinstance(one, torch.Tensor) else one for one in output)
+        return output.float() if isinstance(output, torch.Tensor) else output
+
+
+def trainable(model):
+    """The model inside torch's wrappers. Raises InputError for one that cannot be trained, or not in this way."""
+    n = len(getattr(model, "device_ids", None) or ())
+    if n > 1:
+        raise InputError(f"the model is in a DataParallel over {n} GPUs; expected the model itself, and a process for "
+                         f"each GPU: torchrun --nproc-per-node={n}")
+    model = unwrapped(model)
+    device_of(model)  # which refuses one on the device "meta"
+    if is_quantised(model):
+        raise InputError(f"this {class_name(model)} is quantised, and weights of whole numbers do not learn; train the "
+                         f"model that it was made from, and quantise it afterwards")
+    if dtype_of(model) == torch.float16:
+        raise InputError(f"the weights of this {class_name(model)} are float16, too coarse for an optimiser's steps; "
+                         f"train model.float(), and compute in float16 with amp='fp16'")
+    return model
+
+
+def compiled_part(model):
+    """The wrapper of torch.compile among those of a model, or None."""
+    inside = unwrapped(model)
+    while model is not inside:
+        if "_orig_mod" in model._modules:
+            return model
+        model = model.module
+    return None
 
 
 def _set_train_mode(model):
@@ -505,6 +574,8 @@ def steps_within(seconds, model, train_loader, val_loader, device="auto", object
     one batch of an evaluation where those take longer. Of several processes each must give the same `seconds`.
     """
     started = time.perf_counter()
+    n_train, n_val = (n_batches(as_loader(one), "a number of steps in place of a time")
+                      for one in (train_loader, val_loader))
     config = replace(config or TrainConfig(), **overrides | dict(learning_rate=1e-6, save_every=math.inf))
     trial = Trainer(copy.deepcopy(model), device, objective, config)
     trial.train(train_loader, n_steps=1, progress=False)  # the first step is slower: memory, kernels, workers
@@ -522,13 +593,13 @@ def steps_within(seconds, model, train_loader, val_loader, device="auto", object
             trial_seconds += trial.all_reduce_sum(sum(history["seconds"]))[0] / trial.world_size
         step_seconds += share * trial_seconds / n_trial
     eval_started = time.perf_counter()
-    n_batches = 4 if step_seconds < 0.01 * seconds else 1
-    batches = list(itertools.islice(as_loader(val_loader).to(trial.device), n_batches))
+    val_batches = as_loader(val_loader, trial.objective.check).to(trial.device)
+    batches = list(itertools.islice(val_batches, 4 if step_seconds < 0.01 * seconds else 1))
     trial.evaluate(batches)
-    epoch_seconds = (time.perf_counter() - eval_started) * len(val_loader) / len(batches)
+    epoch_seconds = (time.perf_counter() - eval_started) * n_val / len(batches)
     left = max(0.0, seconds - (time.perf_counter() - started))
-    epochs, rest = divmod(left, len(train_loader) * step_seconds + epoch_seconds)
-    n_steps = max(1, int(epochs) * len(train_loader) + int(max(0.0, rest - epoch_seconds) / step_seconds))
+    epochs, rest = divmod(left, n_train * step_seconds + epoch_seconds)
+    n_steps = max(1, int(epochs) * n_train + int(max(0.0, rest - epoch_seconds) / step_seconds))
     return int(trial.all_reduce_sum(n_steps if trial.rank == 0 else 0)[0])
 
 
@@ -610,6 +681,8 @@ def prepare(options, device, folder=None, lock=None, saved=None):
     if options.output_dir and not folder and holds_run(Path(options.output_dir)):
         raise InputError(f"--output-dir {options.output_dir} already holds files of a run; go on with that by "
                          f"--resume {options.output_dir}, or choose a new folder")
+    if options.compile:
+        check_compiler(device.type)
     torch.manual_seed(options.seed)
     start = _pretrained_model(options, folder, saved) if options.pretrained else None
     data = _data_arguments(options, start)
@@ -777,6 +850,7 @@ def _make_trainer(options, recipe, model, trained, train_loader, device):
                      resize_multiple=max(pair(getattr(model.config, "patch_size", 4))),
                      lr_scales=layer_lr_scales(trained, options.layer_decay) if options.layer_decay else None,
                      grad_accum_steps=options.grad_accum_steps, amp=options.amp, compile=options.compile,
+                     grad_checkpointing=options.grad_checkpointing,
                      save_every=60 * options.save_minutes)
     return Trainer(trained, device, Classification(recipe.label_smoothing, weights, mixing), config)
 
@@ -1070,6 +1144,8 @@ def make_parser():
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     run.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help="mixed precision")
     run.add_argument("--compile", action="store_true", help="train through torch.compile")
+    run.add_argument("--grad-checkpointing", action="store_true", help="keep no activations inside the layers: the "
+                     "backward pass computes them again, in less memory and about a third more time")
     run.add_argument("--output-dir", help="a new folder for this run (default: runs/<model>-<data>-<n>)")
     run.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="go on with the run in this folder, "
                      "exactly where it was cut; alone, with the one in --output-dir, begun where there is none")
@@ -1096,6 +1172,9 @@ def parse(argv=None):
                          "leave one of them out")
     if options.freeze_backbone and not options.pretrained and not options.resume:
         raise InputError("--freeze-backbone freezes what was trained before; give --pretrained NAME or PATH too")
+    if options.freeze_backbone and options.grad_checkpointing:
+        raise InputError("--grad-checkpointing has nothing to compute again with --freeze-backbone, which trains only "
+                         "the last layer; leave one of them out")
     for name in ("model", "patch_size"):
         if options.pretrained and getattr(options, name):
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)} cannot be combined with "

@@ -68,7 +68,7 @@ from vit_bridge.plots.charts import (
 )
 from vit_bridge.plots.explorer import explore
 from vit_bridge.preprocessing import FitSize
-from vit_bridge.runtime import choose_device, class_probabilities
+from vit_bridge.runtime import choose_device, class_probabilities, device_of, unwrapped
 from vit_bridge.weights.checkpoints import load
 
 TITLES = {"attention": "attention of the last block", "rollout": "attention rollout", "relevance": "relevance",
@@ -88,7 +88,8 @@ class AttentionVisualizer:
 
     def __init__(self, model, device="auto"):
         adapt_vit(model)
-        self.model = model.to(choose_device(device))
+        device_of(model)  # which refuses one on the device "meta"
+        self.model = unwrapped(model).to(choose_device(device))
 
     @property
     def adapter(self):
@@ -380,7 +381,9 @@ class AttentionVisualizer:
     def who_looks(self, patch=None):
         if patch is not None:
             return f"Where the framed patch {tuple(patch)} looks"
-        return "Where CLS looks" if self.adapter.pool == "cls" else "Where patches look, on average"
+        if self.adapter.pool == "cls":
+            return "Where CLS looks"
+        return f"Where {'patches' if self.adapter.reads_patches else self.adapter.pool} look, on average"
 
     def name_of(self, label):
         names = self.adapter.class_names

@@ -217,7 +217,7 @@ def test_score_names_the_classes_or_refuses():
             score(model, loader, "cpu")
     with pytest.raises(InputError, match="labelled by its own classes"):
         score(Echo(), loader, "cpu")
-    with pytest.raises(InputError, match="labels from 0 to 6"):
+    with pytest.raises(InputError, match="label 6 is out of range for a model with 6 classes; labels begin at 0"):
         score(Echo(), [(torch.zeros(2, 3, 1, 2), torch.tensor([0, 6]))], "cpu")
     with pytest.raises(InputError, match="0 images"):
         score(Echo(), [], "cpu")

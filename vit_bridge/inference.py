@@ -25,11 +25,23 @@ from tqdm import tqdm
 
 from vit_bridge.analysis.metrics import balanced_accuracy, confusion_matrix, wilson_interval
 from vit_bridge.data.images import prepare_image
+from vit_bridge.data.loaders import as_loader
 from vit_bridge.errors import InputError, check_int, first_line
 from vit_bridge.models.adapters import adapt
 from vit_bridge.models.protocol import class_name
-from vit_bridge.runtime import choose_device, choose_precision, class_probabilities, evaluating
+from vit_bridge.runtime import (
+    choose_device,
+    choose_precision,
+    class_probabilities,
+    device_of,
+    evaluating,
+    is_quantised,
+    logits_of,
+    to_model,
+    unwrapped,
+)
 from vit_bridge.system import write_whole
+from vit_bridge.training.objectives import Classification, check_logits, check_range
 from vit_model import pair
 
 BATCH_SIZE = 64  # images that predict reads and feeds at a time
@@ -48,7 +60,7 @@ class Mirrored(nn.Module):
         self.model = model
 
     def forward(self, images):
-        both = torch.stack([self.model(images), self.model(images.flip(3))])  # (2, B, K)
+        both = torch.stack([logits_of(self.model(one)) for one in (images, images.flip(3))])  # (2, B, K)
         return both.softmax(dim=2).mean(dim=0).log()  # (B, K)
 
 
@@ -98,7 +110,7 @@ def _names_or_numbers(names, n_classes):
 
 
 def check_has_head(model):
-    if isinstance(getattr(model, "head", None), nn.Identity):
+    if isinstance(getattr(unwrapped(model), "head", None), nn.Identity):
         raise InputError(f"this {class_name(model)} has no head, it gives features and no classes; build it with "
                          f"n_classes and train it")
 
@@ -155,8 +167,8 @@ class Score:
 def score(model, loader, device="auto", amp="off", n_worst=24):
     """One pass over a loader, in eval mode, as a Score.
 
-    loader    gives (images (B, 3, H, W), labels (B)), also empty batches; where it has class_names they must be the
-              model's. A list of batches will do
+    loader    what a Trainer takes: gives (images (B, 3, H, W), labels (B)), also empty batches; where it has
+              class_names they must be the model's. A list of batches will do
     device    as in choose_device: the model is moved there and stays there
     amp       "auto", "off", "bf16" or "fp16", as choose_precision has it
     n_worst   mistakes to keep at most
@@ -165,15 +177,20 @@ def score(model, loader, device="auto", amp="off", n_worst=24):
     """
     check_int("n_worst", n_worst, 0)
     check_has_head(model)
+    model = unwrapped(model)
+    device_of(model)  # which refuses one on the device "meta"
     device = choose_device(device)
-    dtype = choose_precision(amp, device)
-    confusion, top5_hits, n, worst, names = 0, 0, 0, None, None
+    dtype = None if is_quantised(model) else choose_precision(amp, device)
+    objective, confusion, top5_hits, n, worst, names = Classification(), 0, 0, 0, None, None
     with evaluating(model.to(device)), torch.autocast(device.type, dtype, enabled=dtype is not None):
-        for images, labels in tqdm(loader, unit="batch", leave=False, disable=None):
+        for images, labels in tqdm(as_loader(loader, objective.check), unit="batch", leave=False, disable=None):
             if not len(images):
                 continue
-            logits, labels = model(images.to(device)).float().cpu(), labels.cpu()  # (B, K), (B)
+            logits, labels = logits_of(model(to_model(images, model))), labels.cpu()  # (B, K), (B) or (B, K)
+            check_logits(logits, len(images))
+            logits, labels = logits.float().cpu(), labels.argmax(dim=1) if labels.ndim == 2 else labels
             _check_finite_outputs(logits)
+            check_range(labels, logits.shape[1])
             names = names if n else _shared_names(model, loader, logits.shape[1])
             confusion = confusion + confusion_matrix(labels, logits.argmax(dim=1), logits.shape[1])  # (K, K)
             best = logits.topk(min(5, logits.shape[1])).indices  # (B, 5)
@@ -246,6 +263,11 @@ def export_onnx(model, path):
     except ImportError:
         raise InputError("an export needs the packages onnx and onnxscript; python -m pip install onnx "
                          "onnxscript") from None
+    model = unwrapped(model)
+    device_of(model)  # which refuses one on the device "meta"
+    if is_quantised(model):
+        raise InputError(f"this {class_name(model)} is quantised, and is not exported: give the model that it was made "
+                         f"from, and quantise the file, with onnxruntime.quantization for instance")
     if not Path(path).parent.is_dir():
         raise InputError(f"cannot write {path}: there is no folder {Path(path).parent}; choose one that exists")
     n_bytes = sum(tensor.numel() * 4 for tensor in model.state_dict().values())

@@ -4,10 +4,11 @@ import math
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torchvision
+import transformers
 from other_models import BUILDERS, shared
+from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
 from vit_bridge.analysis import explanations as e
@@ -567,12 +568,48 @@ def test_grad_cam_says_so_when_it_is_blank():
         e.explain(vit(depth=1), images, "grad_cam")
 
 
-def test_explain_refuses_a_distilled_head_with_the_reason():
-    model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, num_classes=5)
-    images = images_of(1, (32, 32)).float()
-    for method in ("attention", "rollout", "relevance"):
-        with pytest.raises(InputError, match="the head reads CLS and the distillation token, neither CLS alone"):
-            e.explain(model, images, method)
+def distilled(library, depth=3):
+    """A DeiT with a head on CLS and one on the distillation token, random weights."""
+    if library == "timm":
+        model = VisionTransformerDistilled(img_size=8, patch_size=4, embed_dim=12, depth=depth, num_heads=3,
+                                           num_classes=3)
+    else:
+        config = transformers.DeiTConfig(image_size=8, patch_size=4, num_labels=3, hidden_size=12, intermediate_size=24,
+                                         num_attention_heads=3, num_hidden_layers=depth)
+        model = transformers.DeiTForImageClassificationWithTeacher(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_explain_takes_the_mean_of_both_tokens_of_a_distilled_head(library):
+    model, images = distilled(library), images_of(3, (8, 8)).float()
+    seen = capture(model, images, gradients=True)
+    gradients = torch.autograd.grad(seen.logits.max(dim=1).values.sum(), seen.maps)
+    maps = torch.stack(seen.maps).detach()
+    for method, matrix in (("attention", maps[-1].mean(dim=1)), ("rollout", e.rollout(maps)),
+                           ("relevance", e.relevance_gained(maps, torch.stack(gradients)))):
+        expected = (matrix[:, 0, 2:] + matrix[:, 1, 2:]).unflatten(1, (2, 2)) / 2
+        torch.testing.assert_close(e.explain(model, images, method).saliency, expected)
+    torch.testing.assert_close(e.logit_lens(model, images)[-1], seen.logits.detach().softmax(dim=1))
+    assert all(check.holds is not False for check in selfcheck(model))
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_grad_cam_of_a_distilled_head_is_taken_where_the_patches_still_count(library):
+    model, images = distilled(library), images_of(3, (8, 8)).float()
+    saliency = e.explain(model, images, "grad_cam").saliency
+    assert torch.equal(saliency, e.explain(model, images, "grad_cam", layer_idx=1).saliency)
+    assert (saliency > 0).flatten(1).any(dim=1).all()
+    with pytest.raises(InputError, match="after the last block is blank: the head reads CLS and the distillation token "
+                                         "alone, and what the patch tokens are there goes nowhere; choose a layer_idx "
+                                         "from 0 to 1"):
+        e.explain(model, images, "grad_cam", layer_idx=-1)
+    with pytest.raises(InputError, match="after the only block is blank: the head reads CLS and the"):
+        e.explain(distilled(library, depth=1), images, "grad_cam")
 
 
 def test_relevance_gained_keeps_small_values():

@@ -10,7 +10,7 @@ from torch import nn
 from toy_training import Calls
 
 import train_vit
-from train_vit import Trainer, _before_recipes, first_images, parse
+from train_vit import Trainer, _before_recipes, first_images, make_parser, parse
 from vit_bridge.cli import script
 from vit_bridge.data.augmentation import Augmentation, Mixing
 from vit_bridge.data.datasets import DatasetInfo
@@ -103,7 +103,11 @@ def test_before_recipes_keeps_what_an_older_run_used():
     assert _before_recipes(old)["batch_size"] == 64
     assert _before_recipes(old | dict(pretrained="a.pt"))["recipe"] == "fine_tuning"
     assert _before_recipes(old | dict(pretrained="a.pt", freeze_backbone=True))["recipe"] == "classic"
-    assert _before_recipes(dict(recipe="convnet_fast")) == dict(recipe="convnet_fast")
+
+def test_before_recipes_gives_options_that_came_later_their_defaults():
+    known = _before_recipes(dict(recipe="convnet_fast", lr=0.5))
+    assert (known["recipe"], known["lr"], known["grad_checkpointing"]) == ("convnet_fast", 0.5, False)
+    assert known.keys() == vars(make_parser().parse_args([])).keys()
 
 
 @pytest.mark.slow

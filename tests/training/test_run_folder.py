@@ -287,7 +287,7 @@ def test_options_to_resume_takes_changeable_options_as_given():
     for name in CHANGEABLE:
         assert options_to_resume({name: "new"}, saved) == {**saved, name: "new"}
     assert set(CHANGEABLE) == {"resume", "output_dir", "data_dir", "device", "num_workers", "skip_corrupt",
-                               "save_minutes", "compile", "grad_accum_steps"}
+                               "save_minutes", "compile", "grad_accum_steps", "grad_checkpointing"}
 
 
 def test_changes_since_refuses_classes_and_warns_about_counts():

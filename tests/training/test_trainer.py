@@ -2,10 +2,13 @@
 
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from command_runs import ROOT
 from torch import nn
 from toy_training import (
     TINY,
@@ -19,9 +22,10 @@ from toy_training import (
     train_quietly,
 )
 
+import train_vit
 from train_vit import NotFinite, Trainer, _set_train_mode, steps_within
 from vit_bridge.models.convnet import ConvNet
-from vit_bridge.runtime import choose_device, choose_precision
+from vit_bridge.runtime import check_compiler, choose_device, choose_precision
 from vit_bridge.training.objectives import Classification, CrossEntropy, balancing_weights
 from vit_bridge.training.optimizers import learning_rate_at
 from vit_model import InputError, VisionTransformer, freeze_backbone
@@ -382,7 +386,7 @@ def test_trainer_reports_seconds_speed_and_data_share():
 
 def batches_with_nan_at(step, n_batches=5):
     batches = toy_batches(n_batches)
-    batches[step] = (batches[step][0] * math.nan, batches[step][1])
+    batches[step] = (batches[step][0] * 1e38, batches[step][1])  # numbers, whose sums overflow
     return batches
 
 
@@ -540,9 +544,37 @@ def test_trainer_compiles_training_but_not_evaluation(monkeypatch):
         return lambda images: (sizes.append(len(images)), module(images))[1]
 
     monkeypatch.setattr(torch, "compile", compile_module)
+    monkeypatch.setattr(train_vit, "check_compiler", lambda device_type: None)
     train_quietly(Trainer(model, "cpu", compile=True, grad_accum_steps=2), toy_batches(2, 7), toy_batches(1, 5),
                   n_epochs=1)
     assert sizes == [4, 3, 4, 3]
+
+
+def no_compiler(function):
+    def fail(*args):
+        raise RuntimeError("backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler found\n\nmore")
+    return fail
+
+
+def test_training_without_a_compiler_is_refused_before_anything_is_written(monkeypatch, tmp_path):
+    check_compiler.cache_clear()
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    words = r"\Atorch.compile does not work here \(InvalidCxxCompiler: No working C\+\+ compiler found\); install"
+    with pytest.raises(InputError, match=words):
+        toy_trainer(compile=True).train(toy_batches(1), n_epochs=1, progress=False)
+    with pytest.raises(InputError, match=words):
+        train_vit.main(["--data-dir", str(tmp_path / "no photos"), "--compile", "--output-dir", str(tmp_path / "run")])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_command_without_a_compiler_ends_in_one_line(tmp_path):
+    words = ["train_vit.py", "--dataset", "shapes", "--compile", "--steps", "2", "--output-dir", tmp_path / "run"]
+    found = subprocess.run([sys.executable, *words], cwd=ROOT, env=os.environ | dict(CXX="/nonexistent"),
+                           capture_output=True, text=True)
+    assert (found.returncode, found.stderr.count("\n")) == (2, 1)
+    assert found.stderr.startswith("train_vit.py: torch.compile does not work here (InvalidCxxCompiler: ")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif("TEST_COMPILE" not in os.environ, reason="half a minute of compiling; set TEST_COMPILE to run it")

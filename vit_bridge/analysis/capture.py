@@ -21,10 +21,19 @@ from torch.overrides import TorchFunctionMode
 from vit_bridge.errors import InputError
 from vit_bridge.models.adapters import ViTAdapter, adapt, adapt_vit
 from vit_bridge.models.protocol import class_name
-from vit_bridge.runtime import at_least_float32, evaluating, logits_of, to_model, tokens_of
+from vit_bridge.runtime import (
+    at_least_float32,
+    evaluating,
+    is_quantised,
+    logits_of,
+    to_model,
+    tokens_of,
+    unwrapped,
+)
 
 SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax)
 ALIKE = 1e-4  # how far, as a part of the largest logit, a captured pass may differ from a plain one
+ALIKE_QUANTISED = 0.05  # of a model that rounds what passes through it to 8 bits
 
 
 @dataclass
@@ -47,9 +56,11 @@ def capture(model, images, gradients=False, change=None):
     change     a function (index of the block, map) -> map; the pass goes on with what it returns
 
     Raises InputError for a model that is no known ViT, for images that it does not take, for gradients of a model that
-    does not keep the tokens of its blocks, for one that does not attend as a plain ViT does, and for another library's
-    model whose captured logits differ from those of a plain pass; NoNumbers where maps or logits are not finite.
+    is quantised or does not keep the tokens of its blocks, for one that does not attend as a plain ViT does, and for
+    another library's model whose captured logits differ from those of a plain pass; NoNumbers where maps or logits are
+    not finite.
     """
+    model = unwrapped(model)
     adapter, tokens = adapt_vit(model), []
     adapter.check_images(images)
     if gradients:
@@ -86,6 +97,7 @@ def attention_maps(model, images):
 def predict_logits(model, images):
     """The model's logits, (B, K), in eval mode. Raises InputError for images that it does not take, and NoNumbers where
     they are not finite."""
+    model = unwrapped(model)
     adapt(model).check_images(images)
     with evaluating(model):
         logits = logits_of(model(to_model(images, model)))
@@ -103,8 +115,9 @@ def differentiable():
 
 def watch_layer(model, layer, images, run=None):
     """(pixels, output, result) in one graph, for torch.autograd.grad: the images, the output of the layer, and the
-    result of `run` on the images (None: the model itself). Raises InputError for a model that does not keep the tokens
-    of its blocks for gradients."""
+    result of `run` on the images (None: the model itself). Raises InputError for a model that is quantised, or does not
+    keep the tokens of its blocks for gradients."""
+    model = unwrapped(model)
     _check_kept(model)
     outputs = []
     hook = layer.register_forward_hook(lambda module, args, output: outputs.append(output))
@@ -170,8 +183,11 @@ def _is_map(result):
 
 
 def _check_kept(model):
-    """Raises InputError for a model that keeps nothing for gradients: one made in inference mode, or one of timm whose
-    blocks are computed again in the backward pass."""
+    """Raises InputError for a model that keeps nothing for gradients: one that is quantised, one made in inference
+    mode, or one of timm whose blocks are computed again in the backward pass."""
+    if is_quantised(model):
+        raise InputError(f"this {class_name(model)} is quantised, and no gradient passes weights of whole numbers; ask "
+                         f"for attention or rollout, or give the model that it was made from")
     if any(weight.is_inference() for weight in model.parameters()):
         raise InputError(f"this {class_name(model)} was made inside torch.inference_mode(), and its weights take no "
                          f"part in gradients; make or load it outside")
@@ -204,6 +220,7 @@ def _check_logits(model, images, logits):
     with evaluating(model), torch.no_grad():
         own = logits_of(model(to_model(images.detach(), model)))
     difference, scale = (own - logits.detach()).abs().max().item(), max(1.0, own.abs().max().item())
-    if not difference <= max(ALIKE, 8 * torch.finfo(own.dtype).eps) * scale:
+    most = ALIKE_QUANTISED if is_quantised(model) else max(ALIKE, 8 * torch.finfo(own.dtype).eps)
+    if not difference <= most * scale:
         raise InputError(f"with explicit attention this {class_name(model)} gives other logits than in a plain pass "
                          f"(largest difference {difference:.1e}); its maps would not be those it uses")

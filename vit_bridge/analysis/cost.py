@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from vit_bridge.errors import InputError, check_int
-from vit_bridge.runtime import choose_device, device_of
+from vit_bridge.runtime import choose_device, device_of, unwrapped
 from vit_model import pair
 
 
@@ -32,6 +32,7 @@ def count_flops(model, img_size=None):
     counts, every token passes every block; in fact a ViT whose head reads only CLS saves most of the last one. Nothing
     is computed: the pass runs on shapes alone (device "meta").
     """
+    model = unwrapped(model)
     size = pair(model.config.img_size if img_size is None else img_size)
     images = torch.empty(1, model.config.in_channels, *size, device="meta")
     tensors = {id(tensor): tensor.detach().to("meta") for tensor in (*model.parameters(), *model.buffers())}
@@ -69,8 +70,9 @@ def throughput(model, img_size=None, batch_size=32, seconds=1.0, train=False, de
     """
     check_int("batch_size", batch_size, 1)
     device = device_of(model) if device is None else choose_device(device)
-    size = pair(model.config.img_size if img_size is None else img_size)
-    images = torch.rand(batch_size, model.config.in_channels, *size, device=device,
+    config = unwrapped(model).config
+    size = pair(config.img_size if img_size is None else img_size)
+    images = torch.rand(batch_size, config.in_channels, *size, device=device,
                         generator=torch.Generator(device).manual_seed(0))
     model = copy.deepcopy(model).to(device).train(train)
     for _ in range(2):

@@ -23,7 +23,7 @@ from vit_bridge.analysis.capture import capture, check_finite_numbers, different
 from vit_bridge.errors import InputError, check_choice, check_index, check_int
 from vit_bridge.models.adapters import adapt, adapt_vit, check_head, check_pool
 from vit_bridge.models.protocol import class_name
-from vit_bridge.runtime import at_least_float32, evaluating, logits_of, to_model
+from vit_bridge.runtime import at_least_float32, evaluating, logits_of, to_model, unwrapped
 
 OUTLIER = 3.0  # a patch token whose norm is this many times the median counts as a register artefact
 
@@ -146,21 +146,21 @@ def cam_saliency(model, images, targets, layer_idx=None):
     """Grad-CAM of the patch tokens after a block, or of the places after a stage of a ConvNet.
 
     layer_idx: counts from 0, or from the end; None: the last whose places the head can still see, which is the last
-    but one where it reads CLS. Raises InputError where the map would be blank for every image: because nothing of the
-    places reaches the head, or because nothing at any place speaks for the class. Where it is blank for some images
+    but one where it reads no patch. Raises InputError where the map would be blank for every image: because nothing of
+    the places reaches the head, or because nothing at any place speaks for the class. Where it is blank for some images
     these have NaN.
     """
     check_head(model)
     if not adapt(model).attends:
         return _not_blank(_convolutional_cam(model, images, targets, -1 if layer_idx is None else layer_idx))
     seen = capture(model, images, gradients=True)
-    n_blocks, by_cls = len(seen.maps), seen.adapter.pool == "cls"
-    layer = cam_layer(seen.adapter, layer_idx)
-    if by_cls and n_blocks == 1:
-        raise InputError("Grad-CAM after the only block is blank: the head reads CLS alone, and what the patch tokens "
-                         "are there goes nowhere; ask for relevance or attention")
-    if by_cls and layer == n_blocks - 1:
-        raise InputError(f"Grad-CAM after the last block is blank: the head reads CLS alone, and what the patch "
+    n_blocks, unseen = len(seen.maps), not seen.adapter.reads_patches
+    layer, read = cam_layer(seen.adapter, layer_idx), {"cls": "CLS"}.get(seen.adapter.pool, seen.adapter.pool)
+    if unseen and n_blocks == 1:
+        raise InputError(f"Grad-CAM after the only block is blank: the head reads {read} alone, and what the patch "
+                         f"tokens are there goes nowhere; ask for relevance or attention")
+    if unseen and layer == n_blocks - 1:
+        raise InputError(f"Grad-CAM after the last block is blank: the head reads {read} alone, and what the patch "
                          f"tokens are there goes nowhere; choose a layer_idx from 0 to {n_blocks - 2}")
     gradient, = torch.autograd.grad(chosen(seen.logits, targets), seen.tokens[layer + 1])  # (B, N, D)
     first = seen.adapter.n_prefix
@@ -172,7 +172,7 @@ def cam_layer(adapter, layer_idx=None):
     n_blocks = len(adapter.blocks)
     if layer_idx is not None:
         return check_index("layer_idx", layer_idx, n_blocks)
-    return n_blocks - 2 if adapter.pool == "cls" else n_blocks - 1
+    return n_blocks - 1 if adapter.reads_patches else n_blocks - 2
 
 
 def _not_blank(saliency):
@@ -304,6 +304,7 @@ def _random_orders(images, n, seed):
 
 def _class_probability(model, images, targets, batch_size):
     """The probability of each image's target class, (B), on the CPU."""
+    model = unwrapped(model)
     with evaluating(model):
         parts = [logits_of(model(to_model(part, model))).cpu() for part in images.split(batch_size)]
     return at_least_float32(torch.cat(parts)).softmax(dim=1).gather(1, targets[:, None].cpu())[:, 0]
@@ -398,7 +399,7 @@ def compare_explanations(model, images, target=None, methods=tuple(METHODS), n_s
 
 
 def _for_the_head(matrix, seen):
-    """What the head's token, or its patches on average, hold of each patch: (B, N, N) -> (B, rows, columns)."""
+    """What the tokens that the head reads hold of each patch, on average: (B, N, N) -> (B, rows, columns)."""
     check_pool(seen.adapter.pool)
     return cls_attention_grid(matrix, seen.grid, seen.adapter.n_prefix, seen.adapter.pool)
 

@@ -8,7 +8,7 @@ from torch import nn
 from vit_bridge.analysis.capture import differentiable, watch_layer
 from vit_bridge.errors import InputError
 from vit_bridge.models.adapters import adapt, check_depth
-from vit_bridge.runtime import tokens_of
+from vit_bridge.runtime import tokens_of, unwrapped
 from vit_model import pair
 
 
@@ -25,6 +25,7 @@ def receptive_field(model, images, depth=None):
     InputError for images that the model does not take, for a depth out of range, and where the gradient is zero
     everywhere.
     """
+    model = unwrapped(model)
     layer = adapt(model).layers[check_depth(model, depth)]
     adapt(model).check_images(images)
     pixels, features, _ = watch_layer(model, layer, images, getattr(model, "forward_features", None))
@@ -119,6 +120,7 @@ def radius_holding(field, share, centre=None):
 def untrained_copy(model):
     """A new model of the same configuration, from seed 0, with the same normalisation; torch's own random
     state stays as it is."""
+    model = unwrapped(model)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         fresh = type(model)(**vars(model.config))

@@ -7,12 +7,22 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vit_bridge.analysis.attention import attention_distance, uniform_attention_distance
+from vit_bridge.analysis.attention import attention_distance, readers_of, uniform_attention_distance
 from vit_bridge.analysis.capture import NoNumbers, capture, differentiable, predict_logits
 from vit_bridge.analysis.explanations import cam_layer, choose_targets, chosen, explain, logit_lens, rollout
 from vit_bridge.errors import InputError
 from vit_bridge.models.adapters import adapt_vit
-from vit_bridge.runtime import at_least_float32, device_of, evaluating, logits_of, to_model, tokens_of
+from vit_bridge.runtime import (
+    at_least_float32,
+    device_of,
+    dtype_of,
+    evaluating,
+    is_quantised,
+    logits_of,
+    to_model,
+    tokens_of,
+    unwrapped,
+)
 
 
 @dataclass
@@ -39,7 +49,7 @@ def selfcheck(model, images=None, seed=0):
     wider, in proportion to its rounding. A model that gives NaN or infinity gets a single Check, which says so.
     """
     try:
-        return _closed_forms(model, images, seed)
+        return _closed_forms(unwrapped(model), images, seed)
     except NoNumbers as error:
         return [Check("answers and attention maps are finite numbers", False, str(error))]
 
@@ -50,11 +60,13 @@ def _closed_forms(model, images, seed):
     if images is None:
         size = (4, adapter.in_channels, *adapter.img_size)
         images = torch.randn(size, generator=torch.Generator().manual_seed(seed))
-    rounding = max(1.0, torch.finfo(next(model.parameters()).dtype).eps / torch.finfo(torch.float32).eps)
+    rounding = max(1.0, torch.finfo(dtype_of(model)).eps / torch.finfo(torch.float32).eps)
     with torch.autocast(device_of(model).type, enabled=False):
         checks = _check_attention_and_rollout(model, images, rounding)
         if not adapter.has_head:
             return [*checks, Check("relevance, Grad-CAM, logit lens", None, "this model has no head")]
+        if is_quantised(model):
+            return [*checks, Check("relevance, Grad-CAM", None, "this model is quantised, so it has no gradients")]
         checks += [_check_map_gradients(model, images[:1], seed), _check_relevance(model, images, rounding),
                    _check_grad_cam(model, images, rounding), _check_last_gradient(model, images[:1])]
         difference = logit_lens(model, images)[-1] - predict_logits(model, images).cpu().float().softmax(dim=1)
@@ -114,7 +126,7 @@ def _check_head_row(model, images, seen):
     except InputError as error:
         return Check(name, None, str(error))
     attention, first = at_least_float32(seen.maps[-1].mean(dim=1)).cpu(), seen.adapter.n_prefix  # (B, N, N)
-    readers = [0] if seen.adapter.pool == "cls" else list(range(first, attention.shape[-1]))
+    readers = list(range(*readers_of(seen.adapter.pool, first).indices(attention.shape[-1])))
     worst = 0.0
     for row, column in np.ndindex(*seen.grid):
         expected = attention[:, readers, first + row * seen.grid[1] + column].mean(dim=1)  # (B)
@@ -151,7 +163,7 @@ def _check_relevance(model, images, rounding):
     seen = capture(model, images, gradients=True)
     first, answer = seen.adapter.n_prefix, chosen(seen.logits, found.targets.to(seen.logits.device))
     start = seen.maps[0].new_zeros(len(images), 1, seen.maps[0].shape[-1])  # (B, 1, N)
-    start[:, :, 0 if seen.adapter.pool == "cls" else slice(first, None)] = 1
+    start[:, :, readers_of(seen.adapter.pool, first)] = 1
     start = start / start.sum(dim=2, keepdim=True)
     gathered = torch.zeros_like(start)
     for attention in reversed(seen.maps):
@@ -207,7 +219,7 @@ def _check_map_gradients(model, images, seed, step=1e-2):
     """The gradient to each block's map against a finite difference: a small change of that map alone. This
     catches gradients in a wrong order, and maps that the logits do not depend on."""
     name = "gradients of the attention maps are those of finite differences, block by block"
-    if torch.finfo(next(model.parameters()).dtype).eps > 1e-6:
+    if torch.finfo(dtype_of(model)).eps > 1e-6:
         return Check(name, None, "half precision is too coarse for differences; .float() tells")
     plain = capture(model, images, gradients=True)
     target = choose_targets(plain.logits, None)
@@ -235,9 +247,9 @@ class Nudge:
 
 
 def _check_last_gradient(model, images):
-    """If the head reads CLS, patch tokens after the last block have no gradient; before it they have one."""
+    """If the head reads no patch, patch tokens after the last block have no gradient; before it they have one."""
     seen = capture(model, images, gradients=True)
-    if seen.adapter.pool != "cls":
+    if seen.adapter.reads_patches:
         return Check("patch tokens have no gradient after the last block", None,
                      f"the head reads {seen.adapter.pool}, so they have")
     gradients = torch.autograd.grad(seen.logits.square().sum(), seen.tokens[-2:])

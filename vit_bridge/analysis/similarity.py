@@ -14,7 +14,7 @@ import torch
 
 from vit_bridge.errors import InputError, check_int
 from vit_bridge.models.adapters import adapt
-from vit_bridge.runtime import device_of, evaluating
+from vit_bridge.runtime import evaluating, to_model, unwrapped
 
 
 @torch.no_grad()
@@ -23,12 +23,12 @@ def layer_features(model, images):
 
     Tokens and places are features side by side, as in Raghu et al. 2021.
     """
-    outputs, hooks = [], []
+    model, outputs, hooks = unwrapped(model), [], []
     try:
         for layer in adapt(model).layers:
             hooks.append(layer.register_forward_hook(lambda module, args, output: outputs.append(output)))
         with evaluating(model):
-            model.forward_features(images.to(device_of(model)))
+            model.forward_features(to_model(images, model))
     finally:
         for hook in hooks:
             hook.remove()

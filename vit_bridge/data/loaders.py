@@ -16,14 +16,16 @@ import os
 import signal
 import threading
 import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from multiprocessing import parent_process
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 from torchvision.transforms.v2.functional import center_crop
 
 from vit_bridge.data.augmentation import Augmentation, EpochAugmentation, generator_of, mix_seed, train_transform
@@ -42,7 +44,7 @@ from vit_bridge.data.datasets import (
     stratified_cut,
 )
 from vit_bridge.data.images import open_image, remark_on
-from vit_bridge.errors import Assumption, InputError, check_choice, check_int
+from vit_bridge.errors import Assumption, InputError, assume, check_choice, check_int
 from vit_bridge.preprocessing import SMALL_SIDE, covering_size, eval_transform
 
 # ---- By name or folder ------------------------------------------------------------------------------------
@@ -184,21 +186,51 @@ class Loader(Protocol):
         """Puts the batches to come on this device. Returns the loader."""
 
 
-def as_loader(batches):
-    """A Loader as it is; anything else that has a length and gives batches, wrapped in a BatchLoader."""
-    return batches if isinstance(batches, Loader) else BatchLoader(batches)
+def as_loader(batches, check=None):
+    """A Loader as it is; anything else that gives batches, wrapped in a BatchLoader. Raises InputError for what gives
+    none."""
+    return batches if isinstance(batches, Loader) else BatchLoader(batches, check)
+
+
+def length_of(loader):
+    """len(loader), or None where it has none."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def n_batches(loader, instead):
+    """len(loader). Raises InputError for one without batches, and for one without a length, which says what to give
+    instead."""
+    length = length_of(loader)
+    if length is None:
+        raise InputError(f"the loader has no length, as that of a stream or a generator; give {instead}")
+    if not length:
+        raise InputError("the loader has 0 batches; expected at least one, check the data")
+    return length
 
 
 class BatchLoader:
-    """A list of batches, or a torch DataLoader, as a Loader.
+    """A list of batches, a torch DataLoader, or any iterable, as a Loader.
 
-    A pass that begins in the middle of an epoch makes the batches before that point and drops them. set_epoch() is
-    called where the DataLoader or its sampler has one. A DistributedSampler has sharded the set already, so its batches
-    are given as they come.
+    check  called with each batch, a tuple of tensors, before it is moved to a device: gives the batch as it is to be
+           used, or raises InputError; None: it is used as it is
+
+    A batch may be a tuple or list of tensors, arrays or numbers, a dict (IMAGE_KEYS and LABEL_KEYS), or one tensor. A
+    pass that begins in the middle of an epoch makes the batches before that point and drops them. set_epoch() is called
+    where the DataLoader or its sampler has one. A DistributedSampler has sharded the set already, so its batches are
+    given as they come.
     """
 
-    def __init__(self, batches):
-        self.batches, self.batch_size = batches, getattr(batches, "batch_size", None)
+    def __init__(self, batches, check=None):
+        if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+            raise InputError(f"got a {type(batches).__name__}, a data set that gives one image at a time; expected "
+                             f"batches: torch.utils.data.DataLoader(dataset, batch_size=128, shuffle=True)")
+        if not isinstance(batches, Iterable):
+            raise InputError(f"got a {type(batches).__name__} as a loader; expected a torch DataLoader, or a list of "
+                             f"batches (images, labels)")
+        self.batches, self.batch_size, self.check = batches, getattr(batches, "batch_size", None), check
         self.sampler = getattr(batches, "sampler", None)
         self.first_batch, self.shard, self.device = 0, slice(None), None
 
@@ -222,8 +254,62 @@ class BatchLoader:
 
     def __iter__(self):
         first, self.first_batch = self.first_batch, 0
-        for batch in itertools.islice(self.batches, first, None):
-            yield tuple(tensor[self.shard].to(self.device, non_blocking=True) for tensor in batch)
+        source, batch = iter(self.batches), None
+        for batch in itertools.islice(source, first, None):
+            tensors = as_tensors(batch)
+            if self.check is not None:
+                tensors = self.check(tensors)
+            yield tuple(tensor[self.shard].to(self.device, non_blocking=True) for tensor in tensors)
+        if batch is None and source is self.batches:
+            raise InputError(f"the loader is a {type(source).__name__}, which gives its batches only once, and there "
+                             f"are no more; give a list or a DataLoader, which can be gone through again")
+
+
+IMAGE_KEYS, LABEL_KEYS = ("pixel_values", "images", "image"), ("labels", "label")
+
+
+def as_tensors(batch):
+    """A batch of any kind that BatchLoader takes as a tuple of tensors. Raises InputError unless each has one entry an
+    image."""
+    if isinstance(batch, Mapping):
+        batch = _entries_of(batch)
+    parts = [batch] if isinstance(batch, torch.Tensor | np.ndarray) else batch
+    if not isinstance(parts, tuple | list) or not parts:
+        raise InputError(f"a batch is {_kind_of(batch)}; expected (images, labels), tensors of (B, C, H, W) and (B)")
+    tensors = tuple(part if isinstance(part, torch.Tensor) else _as_tensor(part) for part in parts)
+    lengths = [tuple(tensor.shape[:1]) for tensor in tensors]
+    if set(lengths) != {lengths[0]} or not lengths[0]:
+        raise InputError(f"a batch holds tensors of {' and '.join(str(tuple(one.shape)) for one in tensors)}; expected "
+                         f"as many labels as images, (B, C, H, W) and (B)")
+    return tensors
+
+
+def _entries_of(batch):
+    """(images, labels) of a batch that is a dict."""
+    found = [[key for key in keys if key in batch] for keys in (IMAGE_KEYS, LABEL_KEYS)]
+    if [len(keys) for keys in found] != [1, 1]:
+        raise InputError(f"a batch is a dict with {', '.join(map(repr, batch)) or 'no entry'}; expected one of "
+                         f"{', '.join(map(repr, IMAGE_KEYS))} and one of {', '.join(map(repr, LABEL_KEYS))}, or a "
+                         f"tuple (images, labels)")
+    keys = [key for key, in found]
+    if others := [key for key in batch if key not in keys]:
+        assume(f"of each batch {keys[0]!r} are the images and {keys[1]!r} the labels; {', '.join(map(repr, others))} "
+               f"is not used")
+    return [batch[key] for key in keys]
+
+
+def _as_tensor(part):
+    """An array, or a list of numbers, as a tensor."""
+    try:
+        return torch.as_tensor(np.asarray(part) if isinstance(part, list | tuple) else part)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"a batch holds {_kind_of(part)}; expected (images, labels), tensors of (B, C, H, W) and (B), "
+                         f"labels as numbers from 0") from None
+
+
+def _kind_of(part):
+    inside = f" of {type(part[0]).__name__}" if isinstance(part, list | tuple) and part else ""
+    return f"a {type(part).__name__}{inside}"
 
 
 # ---- Loaders of sets --------------------------------------------------------------------------------------

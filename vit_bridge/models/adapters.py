@@ -14,7 +14,10 @@ import torch
 from vit_bridge.errors import InputError
 from vit_bridge.models.protocol import ask, class_name, is_ours
 from vit_bridge.preprocessing import Preprocessing
+from vit_bridge.runtime import unwrapped
 from vit_model import check_images, grid_of, pair
+
+CLS_AND_DISTILLATION = "CLS and the distillation token"  # a distilled DeiT's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +72,8 @@ class ViTAdapter(ModelAdapter):
 
     patch_size   (height, width) in pixels
     n_prefix     tokens before the patches: CLS, distillation token, registers
-    pool         what the head reads: "cls", "mean" (over the patches), or words for another way
+    pool         what the head reads: "cls", "mean" (over the patches), CLS_AND_DISTILLATION (the mean of two heads, one
+                 on each token), or words for another way
     read         tokens after any block, (B, N, D) -> logits (B, K): the last norm, the pooling and the head
     projection   the layer that makes patches into tokens, or the stem before them
     positions    (n, D), of the patches; None where there are none
@@ -89,6 +93,11 @@ class ViTAdapter(ModelAdapter):
         return self.layers[1:]
 
     @property
+    def reads_patches(self):
+        """Whether the head reads the patch tokens: else those after the last block go nowhere."""
+        return self.pool not in ("cls", CLS_AND_DISTILLATION)
+
+    @property
     def projects_patches(self):
         """Whether each token is one projection of its own patch, as in a plain ViT, and not of windows that overlap."""
         return getattr(self.projection, "kernel_size", None) == self.patch_size
@@ -103,7 +112,9 @@ class ViTAdapter(ModelAdapter):
 
 
 def adapt(model):
-    """The ModelAdapter of a model. Raises InputError for one that is not known here."""
+    """The ModelAdapter of a model, or of that inside torch's wrappers. Raises InputError for one that is not known
+    here."""
+    model = unwrapped(model)
     if is_ours(model):
         return _of_ours(model)
     for name, make in _LIBRARIES.items():
@@ -120,13 +131,6 @@ def adapt_vit(model):
         raise InputError(f"a {class_name(model)} has no attention maps; give a ViT, or ask for Grad-CAM: "
                          f"explain(model, images, 'grad_cam')")
     return adapter
-
-
-def unwrapped(model):
-    """The model inside torch.compile's and DistributedDataParallel's wrappers."""
-    while hasattr(model, "_orig_mod") or isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        model = getattr(model, "_orig_mod", None) or model.module
-    return model
 
 
 # ---- Whose model it is ------------------------------------------------------------------------------------
@@ -151,7 +155,7 @@ def _of_timm(model):
     if pool == "mean" and getattr(model, "pool_include_prefix", False):
         pool = "the mean of all tokens"
     if hasattr(model, "head_dist"):
-        pool = "CLS and the distillation token"
+        pool = CLS_AND_DISTILLATION
     projection = getattr(model.patch_embed, "proj", None)
     if not isinstance(projection, torch.nn.Conv2d):
         raise InputError(f"this {class_name(model)} of timm makes its tokens in another way than by one projection "
@@ -178,20 +182,23 @@ def _of_torchvision(model):
 
 
 def _of_transformers(model):
-    """ViTForImageClassification and DeiTForImageClassification, whose head reads CLS."""
+    """ViTForImageClassification and DeiTForImageClassification, whose head reads CLS, and the DeiT with both heads."""
     base, config = getattr(model, model.base_model_prefix), model.config
     layers = base.layers if hasattr(base, "layers") else base.encoder.layer  # since version 5, before
     n_prefix = 2 if config.model_type == "deit" else 1
     # Its image processor lies apart from the model: ViT's are Google's checkpoints, with 0.5 and 0.5.
     facts = dict(mean=(0.5,) * config.num_channels, std=(0.5,) * config.num_channels) if n_prefix == 1 else {}
     projection = base.embeddings.patch_embeddings.projection
+    two_heads = hasattr(model, "distillation_classifier")
+    heads = (model.cls_classifier, model.distillation_classifier) if two_heads else (model.classifier,)
     return ViTAdapter(
         library="transformers", layers=[projection, *layers], img_size=pair(config.image_size),
-        in_channels=config.num_channels, n_classes=_classes_of(model.classifier),
+        in_channels=config.num_channels, n_classes=_classes_of(heads[0]),
         preprocessing=_preprocessing_of(model, config.num_channels, config.image_size,
                                         class_names=listed_names(config.id2label), **facts),
-        patch_size=pair(config.patch_size, "patch_size"), n_prefix=n_prefix, pool="cls",
-        read=lambda x: model.classifier(base.layernorm(x)[:, 0]), projection=projection,
+        patch_size=pair(config.patch_size, "patch_size"), n_prefix=n_prefix,
+        pool=CLS_AND_DISTILLATION if two_heads else "cls", projection=projection,
+        read=lambda x: sum(head(base.layernorm(x)[:, i]) for i, head in enumerate(heads)) / len(heads),
         positions=base.embeddings.position_embeddings[0, n_prefix:].detach())
 
 
@@ -200,6 +207,7 @@ _LIBRARIES = {
     "torchvision.models.vision_transformer.VisionTransformer": _of_torchvision,
     "transformers.models.vit.modeling_vit.ViTForImageClassification": _of_transformers,
     "transformers.models.deit.modeling_deit.DeiTForImageClassification": _of_transformers,
+    "transformers.models.deit.modeling_deit.DeiTForImageClassificationWithTeacher": _of_transformers,
 }
 
 
@@ -218,9 +226,9 @@ def _preprocessing_of(model, n_channels, img_size, **facts):
 
 
 def _classes_of(head):
-    """The number of classes of a head, by its last linear layer; None where it has none."""
-    layers = [layer for layer in head.modules() if isinstance(layer, torch.nn.Linear)]
-    return layers[-1].out_features if layers else None
+    """The number of classes of a head, by its last linear layer, quantised or not; None where it has none."""
+    widths = [layer.out_features for layer in head.modules() if hasattr(layer, "out_features")]
+    return widths[-1] if widths else None
 
 
 def listed_names(id2label):
@@ -265,7 +273,7 @@ def check_head(model):
 
 
 def check_pool(pool):
-    """Raises InputError where the head reads neither CLS nor the mean of the patches."""
-    if pool not in ("cls", "mean"):
-        raise InputError(f"the head reads {pool}, neither CLS alone nor the mean of the patches; there is no row of "
-                         f"tokens to show for it")
+    """Raises InputError where no rows of tokens are what the head reads."""
+    if pool not in ("cls", "mean", CLS_AND_DISTILLATION):
+        raise InputError(f"the head reads {pool}, not CLS, CLS and a distillation token, or the mean of the patches; "
+                         f"there is no row of tokens to show for it")

@@ -29,7 +29,7 @@ from vit_bridge.data.images import is_input, prepare_image
 from vit_bridge.errors import InputError, check_int
 from vit_bridge.models.adapters import adapt, adapt_vit, check_pool
 from vit_bridge.models.protocol import class_name
-from vit_bridge.runtime import class_probabilities
+from vit_bridge.runtime import class_probabilities, unwrapped
 from vit_bridge.system import write_whole
 
 PAGE = Path(__file__).with_name("explorer.html")  # $NAME stands for data, colours and title
@@ -63,7 +63,8 @@ def explore(model, images, save_path="attention.html", compare_with=None, names=
     images = list(images) if isinstance(images, (list, tuple)) else [images]
     if not images:
         raise InputError("there is no image to explore; give at least one")
-    models = [model] if compare_with is None else [model, compare_with]
+    model = unwrapped(model)
+    models = [model] if compare_with is None else [model, unwrapped(compare_with)]
     adapt_vit(model)
     names = list(names) if names else [class_name(one) for one in models]
     if len(names) != len(models):

@@ -38,6 +38,8 @@ class TrainConfig:
     amp                 "auto", "off", "bf16" or "fp16", see choose_precision
     compile             trains through torch.compile
     save_every          seconds between two calls of on_save
+    grad_checkpointing  keeps no activations inside the layers, and computes them again in the backward pass: the same
+                        steps, bit for bit in float32, in less memory and about a third more time
 
     Raises InputError for a value out of range.
     """
@@ -58,6 +60,7 @@ class TrainConfig:
     amp: str = "auto"
     compile: bool = False
     save_every: float = 180.0
+    grad_checkpointing: bool = False
 
     def __post_init__(self):
         for name, least in (("n_epochs", 1), ("resize_multiple", 1), ("grad_accum_steps", 1)):

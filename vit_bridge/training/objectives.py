@@ -78,6 +78,7 @@ class Objective(nn.Module):
     mixing     what combines the images of a batch, (images, labels) -> (images, soft targets), or None
 
     The Trainer moves an objective to the model's device. It neither trains nor saves the objective's own parameters.
+    What a user's loader gives goes through check() before it is moved to the device.
     """
     columns = {"train_loss": ".3f", "val_loss": ".3f"}  # noqa: RUF012 - a subclass has its own
     criterion, maximise, mixing = "val_loss", False, None
@@ -92,6 +93,12 @@ class Objective(nn.Module):
         self.training is True in a training step and False in an evaluation.
         """
         raise NotImplementedError
+
+    def check(self, batch):
+        """A batch, a tuple of tensors of as many entries, as forward() is to get it. Raises InputError for images that
+        are no finite floating-point numbers, and for channels that come last."""
+        check_pixels(batch[0])
+        return batch
 
     def new_metrics(self, device, skip_nonfinite=False):
         return Metrics(device, skip_nonfinite)
@@ -110,6 +117,27 @@ class Objective(nn.Module):
             if column in values:
                 parts.setdefault(part, [part]).append(f"{name.replace('_', ' ')} {values[column]:{spec}}")
         return "   ".join(" ".join(words) for words in parts.values())
+
+
+def check_pixels(images):
+    """Raises InputError unless images are finite floating-point numbers, channels first. Those that lie on another
+    device than the CPU are not searched for NaN, as that would wait for the device."""
+    shape = tuple(images.shape)
+    if not images.is_floating_point():
+        raise InputError(f"the images of a batch are {_type_name(images)} of {shape}; expected floating-point numbers, "
+                         f"normalised: images.float() / 255, then (images - mean) / std, or Preprocessing.normalise")
+    if images.ndim == 4 and shape[3] in (1, 3, 4) and min(shape[1:3]) > 4:
+        raise InputError(f"the images of a batch have the shape {shape}, channels last; expected (B, C, H, W): "
+                         f"images.permute(0, 3, 1, 2)")
+    if images.device.type == "cpu" and not images.sum().isfinite():  # one sum is faster than a look at every number
+        bad = (~images.isfinite()).flatten(1).any(dim=1).nonzero()[:, 0].tolist()  # none where only the sum overflows
+        if bad:
+            raise InputError(f"{len(bad)} of the {len(images)} images of a batch hold NaN or infinity, the first at "
+                             f"index {bad[0]}; look at how they are read and normalised")
+
+
+def _type_name(tensor):
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 # ---- Classification ---------------------------------------------------------------------------------------
@@ -132,22 +160,94 @@ class Classification(Objective):
         self.loss_fn = loss_fn or CrossEntropy(label_smoothing, class_weights)
         self.mixing = mixing
         self.criterion = "val_acc" if class_weights is None else "val_balanced_acc"
+        self.n_classes = None  # of the model's logits, once they were seen
+        self.suspect = False  # whether the last batch that was checked has a label beyond them
 
     def forward(self, model, batch, metrics=None):
         images, labels = batch
+        labels = class_labels(labels)  # (B), or (B, C)
         if self.mixing is not None and self.training:
             images, labels = self.mixing(images, labels)
         logits = model(images)  # (B, C)
-        if labels.ndim == 1 and labels.device.type == "cpu" and labels.max() >= logits.shape[1]:
-            raise InputError(f"label {int(labels.max())} is out of range for a model with {logits.shape[1]} classes; "
-                             f"build the model with n_classes={int(labels.max()) + 1} or more")
+        check_logits(logits, len(images))
+        if labels.device.type == "cpu" or self.suspect or self.n_classes != logits.shape[1]:  # a look waits for a GPU
+            self.n_classes = logits.shape[1]
+            check_range(labels, self.n_classes)
         loss = self.loss_fn(logits, labels)
         if metrics is not None:
             metrics.update(loss, logits, labels)
         return loss
 
+    def check(self, batch):
+        """(images, labels): labels int64 (B), or soft targets (B, C). Raises InputError for what is neither, and for
+        labels out of range."""
+        if len(batch) != 2:
+            shapes = ", ".join(str(tuple(one.shape)) for one in batch)
+            raise InputError(f"a batch has {len(batch)} {'entry' if len(batch) == 1 else 'entries'}, {shapes}; "
+                             f"expected 2, images (B, C, H, W) and labels (B), or an objective of your own")
+        images, labels = super().check(batch)[0], class_labels(batch[1])
+        if not len(labels) or (labels.device.type != "cpu" and self.n_classes is not None):
+            return images, labels
+        if labels.ndim == 2 and isinstance(self.loss_fn, CrossEntropy):
+            sums = labels.sum(dim=1)  # (B)
+            if not ((labels >= 0).all() and (sums - 1).abs().max() < 1e-2):
+                raise InputError(f"labels of {_type_name(batch[1])} {tuple(batch[1].shape)} have rows that sum to "
+                                 f"{sums.min():.3g} to {sums.max():.3g}; expected one class number an image, int64 "
+                                 f"(B), or rows of shares that sum to one. For several classes an image give loss_fn="
+                                 f"nn.BCEWithLogitsLoss()")
+        check_range(labels)
+        self.suspect = labels.ndim == 1 and self.n_classes is not None and bool(labels.max() >= self.n_classes)
+        return images, labels
+
     def new_metrics(self, device, skip_nonfinite=False):
         return ClassificationMetrics(device, skip_nonfinite)
+
+
+def class_labels(labels):
+    """Labels as int64 (B), from any whole numbers (B) or (B, 1), or as soft targets (B, C), floating-point, from those
+    or from whole numbers, such as one-hot rows. Raises InputError for other shapes and for fractions (B)."""
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        return labels if labels.is_floating_point() else labels.float()  # (B, C)
+    if labels.is_floating_point() or labels.is_complex() or labels.ndim not in (1, 2):
+        raise InputError(f"labels are {_type_name(labels)} of {tuple(labels.shape)}; expected class numbers from 0, "
+                         f"int64 (B), or soft targets (B, C); labels.long() gives int64")
+    return labels.reshape(-1).long()  # (B)
+
+
+def check_range(labels, n_classes=None):
+    """Raises InputError for labels (B) out of range, and for soft targets (B, C) of another number of classes; with
+    n_classes None for labels below 0 alone."""
+    if labels.ndim == 2:
+        if n_classes not in (None, labels.shape[1]):
+            raise InputError(f"soft targets of {tuple(labels.shape)} are for {labels.shape[1]} classes, the model's "
+                             f"logits for {n_classes}; build the model with n_classes={labels.shape[1]}")
+        return
+    low, high = labels.min().item(), labels.max().item()
+    if low < 0:
+        raise InputError(f"label {low} is out of range; labels begin at 0"
+                         + ("" if n_classes is None else f", and end at {n_classes - 1} for this model")
+                         + "; leave out images without a class")
+    if n_classes is not None and high >= n_classes:
+        raise InputError(f"label {high} is out of range for a model with {n_classes} classes; labels begin at 0, and "
+                         f"end at {n_classes - 1}: "
+                         + (f"subtract 1, or build the model with n_classes={high + 1}" if low == 1 else
+                            f"build the model with n_classes={high + 1} or more"))
+
+
+def check_logits(logits, n_images):
+    """Raises InputError unless logits are (B, C)."""
+    if isinstance(logits, torch.Tensor) and logits.ndim == 2 and len(logits) == n_images:
+        return
+    if isinstance(logits, torch.Tensor):
+        found = f"a tensor of {tuple(logits.shape)}"
+    elif isinstance(logits, tuple | list):
+        found = f"a {type(logits).__name__} of {len(logits)}"
+    elif isinstance(logits, dict):
+        found = f"a dict with {', '.join(map(repr, logits))}"
+    else:
+        found = f"a {type(logits).__name__}"
+    raise InputError(f"the model gives {found} for {n_images} images; expected logits (B, C), one tensor, or an output "
+                     f"with .logits: wrap the model in a module that gives them, or give an objective of your own")
 
 
 class CrossEntropy(nn.Module):

@@ -39,7 +39,7 @@ def on_cpu(entries):
 CONFIG, LAST, BEST, HISTORY_TABLE, LOCK = "config.json", "last.pt", "best.pt", "history.csv", ".lock"
 # What may be another when a run goes on: where it computes and in how many parts, where its images lie, what it skips.
 CHANGEABLE = ("resume", "output_dir", "data_dir", "device", "num_workers", "skip_corrupt", "save_minutes", "compile",
-              "grad_accum_steps")
+              "grad_accum_steps", "grad_checkpointing")
 
 # What older versions wrote in config.json and last.pt, and what it is called now.
 OLD_NAMES = {

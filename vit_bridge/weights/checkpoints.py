@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from vit_bridge.errors import InputError, assume, check_choice, first_line
-from vit_bridge.models.adapters import unwrapped
 from vit_bridge.models.protocol import ask, class_name, is_ours
 from vit_bridge.models.registry import check_arguments, model_classes
 from vit_bridge.preprocessing import IMAGENET_MEAN, Preprocessing, one_side
+from vit_bridge.runtime import device_of, is_quantised, unwrapped
 from vit_bridge.system import write_whole
 from vit_bridge.weights.cnns import CNN_CONFIGS, stem_is_small
 from vit_bridge.weights.files import read_file, unwrap
@@ -63,9 +63,11 @@ def save_model(model, path, preprocessing=None, dtype=None, state_dict=None, **m
     The file appears whole or not at all. Raises InputError where it cannot be written, and for a model that is not in
     models.registry.MODELS.
     """
+    model = unwrapped(model)
     if model_classes().get(class_name(model)) is not type(model):
-        raise InputError(f"a {class_name(model)} cannot be saved as a checkpoint; expected one of "
-                         f"{', '.join(model_classes())} itself, not compiled or wrapped")
+        raise InputError(f"a {type(model).__module__}.{class_name(model)} cannot be saved as a checkpoint; expected "
+                         f"one of this library's {', '.join(model_classes())} itself")
+    _check_plain_weights(model)
     if not isinstance(model.head, (nn.Linear, nn.Identity)):
         raise InputError(f"a head of class {type(model.head).__name__} cannot be saved; expected one nn.Linear")
     config = replace(model.config, n_classes=getattr(model.head, "out_features", 0))
@@ -74,7 +76,8 @@ def save_model(model, path, preprocessing=None, dtype=None, state_dict=None, **m
     if names and config.n_classes and len(names) != config.n_classes:
         raise InputError(f"{len(names)} class_names do not fit a head of {config.n_classes} classes; set "
                          f"model.preprocessing to one with the names of these classes")
-    state = {key: value.detach().cpu().to(dtype) if dtype and value.is_floating_point() else value.detach().cpu()
+    state = {key.replace("_orig_mod.", ""):  # a part of the model may be compiled
+             value.detach().cpu().to(dtype) if dtype and value.is_floating_point() else value.detach().cpu()
              for key, value in (state_dict or model.state_dict()).items()}
     for name in ("class_names", "mean", "std", "interpolation"):
         if name in more:
@@ -84,6 +87,14 @@ def save_model(model, path, preprocessing=None, dtype=None, state_dict=None, **m
     entries = dict(format=CHECKPOINT_FORMAT, model_class=class_name(model), config=vars(config), state_dict=state,
                    img_size=config.img_size, **facts, **more)
     write_whole(path, lambda file: torch.save(entries, file))
+
+
+def _check_plain_weights(model):
+    """Raises InputError for a model whose weights are not there, or are not floating-point numbers."""
+    device_of(model)  # which refuses one on the device "meta"
+    if is_quantised(model):
+        raise InputError(f"this {class_name(model)} is quantised, and a checkpoint holds floating-point weights; take "
+                         f"the model that it was made from, and quantise after load()")
 
 
 def read_checkpoint(path):
@@ -252,12 +263,13 @@ def load_checkpoint(model, path, grid_size=None):
     another shape, and for a file that cannot be read. A file that does not record how many heads it was trained with
     (Google's and ours do, and a config.json beside the file) fits any number: take the one of its paper; an Assumption
     says so. Another number of channels is adapted, as adapt_input_channels has it. A compiled or wrapped model
-    (torch.compile, DistributedDataParallel) is filled inside.
+    (torch.compile, DataParallel, AveragedModel) is filled inside.
     """
     model = unwrapped(model)
     if not is_ours(model):
         raise InputError(f"a {class_name(model)} cannot be filled from a checkpoint; expected one of "
                          f"{', '.join(model_classes())}")
+    _check_plain_weights(model)
     weights = _read_weights(path, model)
     state, report = _fitted(weights, model, grid_size)
     pool = weights.recorded.config.get("pool", "cls" if "pool" in weights.format.fixes else None)

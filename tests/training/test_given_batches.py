@@ -1,0 +1,227 @@
+"""What people give a Trainer: labels, images and loaders of all kinds, and models of other libraries. Each trains as
+the plain batch does, or is refused in one line."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from toy_training import TINY, same, toy_batches
+
+from train_vit import Stopped, Trainer, steps_within
+from vit_bridge.errors import Assumption
+from vit_bridge.inference import score
+from vit_bridge.training.config import Callback
+from vit_bridge.training.objectives import Classification
+from vit_model import InputError, VisionTransformer
+
+(IMAGES, LABELS), = toy_batches(1)
+ONE_HOT = torch.eye(3, dtype=torch.int64)[LABELS]
+
+
+def toy_model():
+    torch.manual_seed(0)
+    return VisionTransformer(**TINY)
+
+
+def trained(batches, model=None, **settings):
+    """The weights after two steps."""
+    model = model or toy_model()
+    Trainer(model, "cpu", amp="off", seed=1).train(batches, **dict(n_steps=2, progress=False) | settings)
+    return model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return trained([(IMAGES, LABELS)])
+
+
+@pytest.mark.parametrize("batch", [
+    *((IMAGES, LABELS.to(kind)) for kind in (torch.int32, torch.int16, torch.uint8)),
+    (IMAGES, LABELS[:, None]),
+    (IMAGES.double(), LABELS),
+    [IMAGES, LABELS],
+    (IMAGES.numpy(), LABELS.numpy().astype(np.int32)),
+    (IMAGES, LABELS.tolist()),
+    {"pixel_values": IMAGES, "labels": LABELS},
+    {"label": LABELS, "image": IMAGES},
+], ids=["int32", "int16", "uint8", "(B, 1)", "float64", "list", "numpy", "numbers", "dict", "dict, other names"])
+def test_trainer_takes_batches_of_many_kinds(batch, plain):
+    assert same(trained([batch]), plain)
+    assert Trainer(toy_model(), "cpu").evaluate([batch]) == Trainer(toy_model(), "cpu").evaluate([(IMAGES, LABELS)])
+    assert score(toy_model(), [batch], "cpu").correct == score(toy_model(), [(IMAGES, LABELS)], "cpu").correct
+
+
+def test_trainer_takes_one_hot_labels_as_soft_targets():
+    soft = trained([(IMAGES, ONE_HOT.float())])
+    assert same(trained([(IMAGES, ONE_HOT)]), soft)
+    assert same(trained([(IMAGES, ONE_HOT.bool())]), soft)
+    for one in (ONE_HOT, ONE_HOT.float()):
+        assert score(toy_model(), [(IMAGES, one)], "cpu").correct == score(toy_model(), [(IMAGES, LABELS)]).correct
+
+
+def test_trainer_says_which_entries_of_a_dict_it_leaves_out(plain):
+    with pytest.warns(Assumption, match=r"'image' are the images and 'label' the labels; 'idx' is not used"):
+        assert same(trained([{"image": IMAGES, "label": LABELS, "idx": LABELS}]), plain)
+
+
+def with_nan():
+    images = IMAGES.clone()
+    images[3, 1, 0, 0] = float("nan")
+    return images
+
+
+class Singles(Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return IMAGES[index], int(LABELS[index])
+
+
+@pytest.mark.parametrize(("batches", "words"), [
+    ([(IMAGES, LABELS - 1)], "label -1 is out of range; labels begin at 0"),
+    ([(IMAGES, LABELS + 1)], "label 3 is out of range for a model with 3 classes; labels begin at 0, and end at 2"),
+    ([(IMAGES, LABELS.float())], r"labels are float32 of \(7,\); expected class numbers from 0, int64 \(B\)"),
+    ([(IMAGES, LABELS.float()[:, None])], r"labels are float32 of \(7, 1\); expected class numbers"),
+    ([(IMAGES, ONE_HOT | ONE_HOT.roll(1, 0))], r"labels of int64 \(7, 3\) have rows that sum to 1 to 2"),
+    ([(IMAGES, 2 * ONE_HOT.float())], r"labels of float32 \(7, 3\) have rows that sum to 2 to 2"),
+    ([(IMAGES, torch.eye(5)[LABELS])], r"soft targets of \(7, 5\) are for 5 classes, the model's logits for 3"),
+    ([(IMAGES, LABELS[:, None, None].expand(7, 2, 2))], r"labels are int64 of \(7, 2, 2\)"),
+    ([(IMAGES, LABELS[:6])], r"tensors of \(7, 3, 8, 8\) and \(6,\); expected as many labels as images"),
+    ([(IMAGES, torch.tensor(1))], r"tensors of \(7, 3, 8, 8\) and \(\)"),
+    ([(IMAGES, ["fox"] * 7)], "a batch holds a list of str; expected"),
+    ([{"foo": IMAGES, "bar": LABELS}], "a batch is a dict with 'foo', 'bar'; expected one of 'pixel_values'"),
+    ([{"image": IMAGES, "images": IMAGES, "label": LABELS}], "a batch is a dict with 'image', 'images', 'label'"),
+    ([IMAGES], r"a batch has 1 entry, \(7, 3, 8, 8\); expected 2, images"),
+    ([(IMAGES, LABELS, LABELS)], r"a batch has 3 entries, \(7, 3, 8, 8\), \(7,\), \(7,\); expected 2"),
+    ([(IMAGES.byte(), LABELS)], r"images of a batch are uint8 of \(7, 3, 8, 8\); expected floating-point numbers"),
+    ([(with_nan(), LABELS)], "1 of the 7 images of a batch hold NaN or infinity, the first at index 3"),
+    ([(IMAGES.permute(0, 2, 3, 1), LABELS)], r"the shape \(7, 8, 8, 3\), channels last; expected \(B, C, H, W\)"),
+    ([], "the loader has 0 batches"),
+    (None, "got a NoneType as a loader; expected a torch DataLoader"),
+    (Singles(), "got a Singles, a data set that gives one image at a time; expected batches"),
+], ids=range(21))
+def test_trainer_refuses_what_it_cannot_use_in_one_line(batches, words):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))  # which does not check its images
+    with pytest.raises(InputError, match=words) as error:
+        trained(batches, model, n_epochs=1, n_steps=None)
+    assert "\n" not in str(error.value)
+
+
+def test_labels_beyond_the_classes_are_seen_before_the_step_without_a_look_at_the_device():
+    """On a GPU labels cannot be looked at in the step; the loader's side has seen them."""
+    objective, model = Classification(), nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    objective(model, objective.check((IMAGES, LABELS)))
+    assert (objective.n_classes, objective.suspect) == (3, False)
+    objective.check((IMAGES, LABELS + 1))
+    assert objective.suspect
+    objective.check((IMAGES, LABELS))
+    assert not objective.suspect
+
+
+def test_own_loss_gets_one_hot_labels_as_they_are():
+    targets = []
+
+    def loss(logits, labels):
+        targets.append(labels)
+        return nn.functional.binary_cross_entropy_with_logits(logits, labels)
+
+    several = ONE_HOT | ONE_HOT.roll(1, 0)
+    Trainer(toy_model(), "cpu", loss_fn=loss).train([(IMAGES, several)], n_epochs=1, progress=False)
+    assert torch.equal(targets[0], several.float())
+
+
+# ---- Loaders without a length -----------------------------------------------------------------------------
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(zip(IMAGES, LABELS, strict=True))
+
+
+def stream():
+    return DataLoader(Stream(), batch_size=3)  # 3, 3 and 1 images
+
+
+def batches(n):
+    return ((IMAGES, LABELS) for _ in range(n))
+
+
+def test_trainer_takes_a_loader_without_a_length_where_steps_are_given(plain):
+    listed = list(stream())
+    assert same(trained(stream(), n_steps=5), trained(listed, n_steps=5, warmup_epochs=None))
+    assert same(trained(batches(9)), plain)
+    assert Trainer(toy_model(), "cpu").evaluate(stream()) == Trainer(toy_model(), "cpu").evaluate(listed)
+
+
+def test_trainer_resumes_on_a_loader_without_a_length():
+    class Stop(Callback):
+        def on_batch(self, state):
+            return state.step == 4
+
+    whole, model = trained(stream(), n_steps=8), toy_model()
+    trainer = Trainer(model, "cpu", amp="off", seed=1)
+    with pytest.raises(Stopped) as stopped:
+        trainer.train(stream(), n_steps=8, callbacks=[Stop()], progress=False)
+    assert same(trained(stream(), n_steps=8, resume=stopped.value.state.state_dict()), whole)
+
+
+@pytest.mark.parametrize(("run", "words"), [
+    (lambda: trained(stream(), n_epochs=1, n_steps=None), "the loader has no length, as that of a stream or a generator"
+                                                          "; give n_steps="),
+    (lambda: trained(stream(), warmup_epochs=1.0), "the loader has no length"),
+    (lambda: trained(batches(1)), "the loader is a generator, which gives its batches only once"),
+    (lambda: steps_within(1.0, toy_model(), stream(), [(IMAGES, LABELS)], "cpu"), r"no length.*give a number of steps"),
+    (lambda: steps_within(1.0, toy_model(), [(IMAGES, LABELS)], batches(1), "cpu"), "no length"),
+], ids=["epochs", "warm-up", "exhausted", "steps_within", "steps_within, validation"])
+def test_loader_without_a_length_is_refused_where_it_needs_one(run, words):
+    with pytest.raises(InputError, match=words):
+        run()
+
+
+def test_generator_as_validation_loader_is_refused_in_the_second_epoch():
+    with pytest.raises(InputError, match="which gives its batches only once"):
+        Trainer(toy_model(), "cpu").train([(IMAGES, LABELS)], batches(1), n_epochs=2, progress=False)
+
+
+# ---- What a model gives -----------------------------------------------------------------------------------
+
+
+class Giving(nn.Module):
+    """A model whose output is a function of a toy model's logits."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.model, self.change = toy_model(), change
+
+    def forward(self, images):
+        return self.change(self.model(images))
+
+
+class Output(dict):
+    """As transformers' ModelOutput: a dict whose entries are attributes too."""
+
+    logits = property(lambda self: self["logits"])
+
+
+@pytest.mark.parametrize("change", [lambda z: dict(logits=z), lambda z: Output(logits=z, hidden_states=None)])
+def test_trainer_takes_the_logits_of_an_output(change, plain):
+    given = trained([(IMAGES, LABELS)], Giving(change))
+    assert same({name.removeprefix("model."): value for name, value in given.items()}, plain)
+
+
+@pytest.mark.parametrize(("change", "found"), [
+    (lambda z: (z, z), "a tuple of 2"), (lambda z: dict(out=z), "a dict with 'out'"), (lambda z: None, "a NoneType"),
+    (lambda z: z[:, 0], "a tensor of (7,)"), (lambda z: z[:1], "a tensor of (1, 3)"),
+    (lambda z: z[:, :, None, None].expand(-1, -1, 2, 2), "a tensor of (7, 3, 2, 2)")])
+def test_trainer_refuses_an_output_that_is_no_logits(change, found):
+    with pytest.raises(InputError, match=rf"\Athe model gives {re.escape(found)} for 7 images; expected logits"):
+        trained([(IMAGES, LABELS)], Giving(change))
+
+
+def test_trainer_blames_no_learning_rate_for_nan_before_the_first_step():
+    with pytest.raises(InputError, match=r"since step 1 of 2,.*no step was made before, so look at the model"):
+        trained([(IMAGES, LABELS)], Giving(lambda z: z * float("nan")))

@@ -1,0 +1,52 @@
+"""Layers that are computed again in the backward pass: the same steps, fewer activations kept."""
+
+import pytest
+import timm
+import torch
+from toy_training import TINY, copy_of, same, toy_batches, without_times
+
+from train_vit import Trainer, parse
+from vit_bridge.models.convnet import ConvNet
+from vit_bridge.models.hybrid import HybridCNNViT
+from vit_model import InputError, VisionTransformer
+
+MODELS = {
+    "vit": lambda: VisionTransformer(**TINY | dict(depth=3), dropout=0.1, drop_path=0.2),
+    "hybrid": lambda: HybridCNNViT(3, 12, 3, 3, 8, 4, dropout=0.1),  # batch norm in its stem
+    "convnet": lambda: ConvNet(8, 3, 3, (5, 7), (1, 1), 1),
+    "timm": lambda: timm.models.VisionTransformer(img_size=8, patch_size=4, embed_dim=12, depth=3, num_heads=3,
+                                                  num_classes=3, proj_drop_rate=0.1),
+}
+
+
+def run(build, **settings):
+    """(state dict, average's, history, numbers kept for the backward passes) of a training of two epochs."""
+    torch.manual_seed(0)
+    trainer, kept = Trainer(build(), "cpu", **dict(amp="off", ema_decay=0.9) | settings), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x):
+        history = trainer.train(toy_batches(2), toy_batches(1), n_epochs=2, seed=1, progress=False)
+    return copy_of(trainer.model), copy_of(trainer.average), without_times(history), sum(kept)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(grad_accum_steps=2), dict(amp="bf16")], ids=["", "in parts", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_grad_checkpointing_makes_the_same_steps_and_keeps_less(name, settings):
+    *plain, kept = run(MODELS[name], **settings)
+    *again, kept_again = run(MODELS[name], grad_checkpointing=True, **settings)
+    assert same(plain[0], again[0])  # batch statistics too, which count once
+    assert same(plain[1], again[1])
+    assert plain[2] == again[2]
+    assert kept_again < kept / 2
+
+
+def test_grad_checkpointing_leaves_the_model_as_it_was():
+    model = MODELS["convnet"]()
+    Trainer(model, "cpu", grad_checkpointing=True).train(toy_batches(1), n_epochs=1, progress=False)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_grad_checkpointing_refuses_a_model_without_known_layers():
+    with pytest.raises(InputError, match="grad_checkpointing needs a model whose layers are known: a Linear is not"):
+        Trainer(torch.nn.Linear(2, 3), "cpu", grad_checkpointing=True).train(toy_batches(1), n_epochs=1)
+    with pytest.raises(InputError, match="--grad-checkpointing has nothing to compute again with --freeze-backbone"):
+        parse(["--grad-checkpointing", "--freeze-backbone", "--pretrained", "vit_nano_shapes"])
