@@ -104,6 +104,17 @@ def test_same_files_reads_no_more_than_it_needs(tmp_path, monkeypatch):
     assert TAIL < 49_999
 
 
+def test_files_that_cannot_be_read_are_like_no_other(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"same")
+
+    def denied(path, mode):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", denied)
+    assert same_files([tmp_path / "a", tmp_path / "b"]) == ([], [])
+
+
 def test_audit_draws_no_random_number_and_opens_no_image(tmp_path, monkeypatch):
     root = write_images(tmp_path, {"a": 5, "b": 5})
     monkeypatch.setattr(Image, "open", None)

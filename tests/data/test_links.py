@@ -105,6 +105,27 @@ def test_images_that_are_links_to_a_store_are_taken_once_each(tmp_path):
     assert "train/a/0.png" in said[0]
 
 
+def test_a_linked_folder_leaves_out_what_a_link_has_led_to(zoo, tmp_path):
+    pool = write_images(tmp_path / "pool", {".": 4})
+    link(zoo / "fox/first.png", pool / "002.png")
+    link(zoo / "fox/pool", pool)
+    (train, val), said = loaders(zoo)
+    assert len([file for file in train.files + val.files if "pool" in file]) == 3
+    assert said == [f"{str(zoo / 'fox/pool/002.png')!r} is left out: there already as {str(zoo / 'fox/first.png')!r}"]
+
+
+def test_links_to_hidden_images_of_a_class_are_taken(zoo):
+    (zoo / "fox/000.png").rename(zoo / "fox/.kept.png")
+    link(zoo / "fox/000.png", ".kept.png")
+    write_images(zoo, {"fox/.cache": 2})
+    link(zoo / "fox/x.png", ".cache/001.png")
+    link(zoo / "fox/cache", ".cache")
+    (train, val), said = loaders(zoo)
+    assert train.n_images + val.n_images == 22
+    assert len(said) == 1
+    assert "fox/cache/001.png" in said[0]
+
+
 def test_parts_do_not_lead_into_each_other(tmp_path):
     root = write_images(tmp_path / "set", {"train/fox": 4, "train/hare": 4, "val/fox": 2, "val/hare": 2, "test/fox": 2})
     link(root / "val/fox/more", "../../train/fox")
