@@ -513,7 +513,7 @@ def test_commands_report_bad_options_in_one_line(command, words, text, checkpoin
     if "wide.pt" in words:
         save_model(ConvNet((8, 16), 3, 3, (3,), (1,), 1), "wide.pt", Preprocessing((8, 16), class_names=COLOURS))
     if "headless.pt" in words:
-        save_model(ConvNet(8, 3, 0, (3,), (1,), 1), "headless.pt")
+        save_model(ConvNet(8, 3, 0, (3,), (1,), 1), "headless.pt", Preprocessing(8))
     if "--output" in words:
         pytest.importorskip("onnxscript")
     assert run(command, *words) == 2

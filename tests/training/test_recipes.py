@@ -103,7 +103,8 @@ def test_before_recipes_keeps_what_an_older_run_used():
     assert _before_recipes(old)["batch_size"] == 64
     assert _before_recipes(old | dict(pretrained="a.pt"))["recipe"] == "fine_tuning"
     assert _before_recipes(old | dict(pretrained="a.pt", freeze_backbone=True))["recipe"] == "classic"
-    assert _before_recipes(dict(recipe="convnet_fast")) == dict(recipe="convnet_fast")
+    newer = _before_recipes(dict(recipe="convnet_fast", seed=7))  # than recipes, and older than --n-heads
+    assert (newer["recipe"], newer["seed"], newer["n_heads"]) == ("convnet_fast", 7, None)
 
 
 @pytest.mark.slow
