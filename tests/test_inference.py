@@ -510,7 +510,7 @@ def test_commands_report_bad_options_in_one_line(command, words, text, checkpoin
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "other" / "cat" / "0.png", 0, 0, 0)
     if "headless.pt" in words:
-        save_model(ConvNet(8, 3, 0, (3,), (1,), 1), "headless.pt")
+        save_model(ConvNet(8, 3, 0, (3,), (1,), 1), "headless.pt", Preprocessing(8))
     if "--output" in words:
         pytest.importorskip("onnxscript")
     assert run(command, *words) == 2

@@ -87,6 +87,7 @@ def script(run):
         name = f"[process {process_number()}] {name}"
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("always", Assumption)
             warnings.showwarning = partial(_show_warning, warnings.showwarning, name, set())
             run()
     except BrokenPipeError:  # the reader of the output, such as head, has closed it

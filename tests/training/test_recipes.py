@@ -10,7 +10,7 @@ from torch import nn
 from toy_training import Calls
 
 import train_vit
-from train_vit import Trainer, _before_recipes, first_images, make_parser, parse
+from train_vit import Trainer, _of_any_version, first_images, make_parser, parse
 from vit_bridge.cli import script
 from vit_bridge.data.augmentation import Augmentation, Mixing
 from vit_bridge.data.datasets import DatasetInfo
@@ -96,18 +96,16 @@ def test_first_images_rounds_up_to_whole_batches():
     assert [len(first_images(loader, n)) for n in (1, 20, 21, 999)] == [10, 20, 30, 53]
 
 
-def test_before_recipes_keeps_what_an_older_run_used():
+def test_of_any_version_keeps_what_an_older_run_used():
     old = dict(lr=None, batch_size=64, model="hybrid", pretrained=None, freeze_backbone=False)
-    assert _before_recipes(old)["recipe"] == "classic"
-    assert _before_recipes(old)["schedule"] is None
-    assert _before_recipes(old)["batch_size"] == 64
-    assert _before_recipes(old | dict(pretrained="a.pt"))["recipe"] == "fine_tuning"
-    assert _before_recipes(old | dict(pretrained="a.pt", freeze_backbone=True))["recipe"] == "classic"
-
-def test_before_recipes_gives_options_that_came_later_their_defaults():
-    known = _before_recipes(dict(recipe="convnet_fast", lr=0.5))
-    assert (known["recipe"], known["lr"], known["grad_checkpointing"]) == ("convnet_fast", 0.5, False)
-    assert known.keys() == vars(make_parser().parse_args([])).keys()
+    assert _of_any_version(old)["recipe"] == "classic"
+    assert _of_any_version(old)["schedule"] is None
+    assert _of_any_version(old)["batch_size"] == 64
+    assert _of_any_version(old | dict(pretrained="a.pt"))["recipe"] == "fine_tuning"
+    assert _of_any_version(old | dict(pretrained="a.pt", freeze_backbone=True))["recipe"] == "classic"
+    newer = _of_any_version(dict(recipe="convnet_fast", seed=7))  # than recipes, and older than --n-heads
+    assert (newer["recipe"], newer["seed"], newer["n_heads"]) == ("convnet_fast", 7, None)
+    assert newer.keys() == vars(make_parser().parse_args([])).keys()
 
 
 @pytest.mark.slow

@@ -315,6 +315,7 @@ def test_load_says_that_our_own_file_has_no_normalisation(tmp_path):
     model, assumed = said(load, tmp_path / "m.pt")
     assert (model.preprocessing, len(assumed)) == (None, 1)
     assert "ImageNet's mean and std" in assumed[0]
+    assert "save_model(model, path, preprocessing) can say otherwise" in assumed[0]
 
 
 def test_load_normalises_by_format(tmp_path):

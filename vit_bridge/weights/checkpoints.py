@@ -137,7 +137,7 @@ def load(name_or_path, n_classes=None, **overrides):
         weights = _read_weights(path)
         found = _inferred(weights, overrides)
         if weights.model is not None and n_classes is None and not overrides:
-            _say(path, found.assumed, ())
+            _say(path, found.assumed, (), ours=True)
             return weights.model
     check_arguments(found.model_class, overrides)
     config = vars(found.config)
@@ -159,7 +159,7 @@ def load(name_or_path, n_classes=None, **overrides):
         model.preprocessing = replace(found.preprocessing, img_size=model.config.img_size)
         if model.config.in_channels != found.config.in_channels:
             model.preprocessing = model.preprocessing.with_channels(model.config.in_channels)
-    _say(path, found.assumed, report.choices)
+    _say(path, found.assumed, report.choices, ours=weights is not None and weights.model is not None)
     if n_classes is not None:
         line = fit_head(model, n_classes)
         if not (own_head and model.preprocessing.class_names):
@@ -169,13 +169,15 @@ def load(name_or_path, n_classes=None, **overrides):
     return model.eval()
 
 
-def _say(path, assumed, choices):
-    """One Assumption for a file: the values that nothing records, and what was chosen or dropped on the way."""
+def _say(path, assumed, choices, ours=False):
+    """One Assumption for a file, ours or not: the values that nothing records, and what was chosen or dropped."""
     parts = list(choices)
     if assumed:
         fields = [f"{name}=" for name, words in assumed.items() if words.startswith(f"{name}=")]
         ways = [f"load's {', '.join(fields)}"] * bool(fields) + ["--n-heads"] * ("n_heads" in assumed)
         ways.append(f"{'config.json' if fields else 'preprocessor_config.json'} beside it")
+        if ours:
+            ways = ["save_model(model, path, preprocessing)"]
         parts.insert(0, f"not recorded, so assumed: {', '.join(assumed.values())}; {' or '.join(ways)} can say "
                         f"otherwise")
     if parts:
