@@ -164,6 +164,21 @@ def test_capture_refuses_maps_the_model_does_not_use():
         r.capture(model, images_of(1, (15, 15)))
 
 
+@pytest.mark.parametrize(("size", "apart", "right"), [(1000, 0.09, True), (1000, 0.11, False), (0.1, 0.9e-4, True),
+                                                      (0.1, 1.1e-4, False)])
+def test_capture_allows_rounding_by_the_size_of_the_logits(size, apart, right):
+    """A ten-thousandth of the largest logit, of 1 for smaller ones."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 15 * 15, 2, dtype=torch.float64))
+    nn.init.zeros_(model[1].weight)
+    model[1].bias = nn.Parameter(torch.tensor([size, -size / 2]).double())
+    seen = model[1].bias.detach()[None] + torch.tensor([0.0, apart])
+    if right:
+        r._check_logits(model, images_of(1, (15, 15)).double(), seen)
+    else:
+        with pytest.raises(InputError, match="gives other logits"):
+            r._check_logits(model, images_of(1, (15, 15)).double(), seen)
+
+
 def test_capture_refuses_too_few_maps():
     model = timm_vit()
     model.blocks[1] = nn.Identity()

@@ -422,6 +422,12 @@ def test_compare_explanations_includes_random_order():
     assert not torch.equal(found.deletion["rollout"], found.deletion["random order"])
 
 
+def test_compare_explanations_takes_sixteen_steps_and_eight_draws_by_default():
+    found = e.compare_explanations(vit(), images_of()[:1], methods=["rollout"])
+    assert found.deletion["rollout"].shape == (16 + 1, 1)
+    assert found.draws["deletion"].shape == (8, 16 + 1, 1)
+
+
 def test_compare_explanations_averages_several_random_draws():
     model, images = vit(), images_of()
     found = e.compare_explanations(model, images, methods=["rollout"], n_steps=5, seed=2, n_draws=3)
