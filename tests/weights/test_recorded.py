@@ -223,7 +223,8 @@ def test_load_keeps_to_our_files_own_word(tmp_path):
     (dict(hidden_size=48), "embed_dim 48"), (dict(num_hidden_layers=3), "depth 3"),
     (dict(patch_size=8), "patch_size 8"), (dict(image_size=32), "img_size 32"), (dict(num_channels=1), "in_channels 1"),
     (dict(intermediate_size=40), "mlp_ratio"), (dict(id2label={"0": "a", "1": "b"}), "n_classes 2"),
-    (dict(hidden_act="gelu_new"), "says 'gelu_new', and VisionTransformer has 'gelu'"), (dict(model_type="swin"), "'swin'")], ids=str)
+    (dict(hidden_act="gelu_new"), "says 'gelu_new', and VisionTransformer has 'gelu'"),
+    (dict(model_type="swin"), "'swin'")], ids=str)
 def test_load_refuses_a_config_that_contradicts_the_tensors(changes, words, tmp_path):
     of_vit(tmp_path)
     edited(tmp_path / "config.json", **changes)
