@@ -18,7 +18,7 @@ import torch
 
 from vit_bridge.analysis.metrics import percent
 from vit_bridge.cli import OneLineParser, int_at_least, positive, script, seed
-from vit_bridge.errors import assume
+from vit_bridge.errors import Assumption, assume
 from vit_bridge.runtime import processes
 from vit_bridge.system import (
     Interrupted,
@@ -31,7 +31,8 @@ from vit_bridge.system import (
     unless_empty,
     write_json,
 )
-from vit_model import InputError
+from vit_bridge.weights.checkpoints import load, save_model
+from vit_model import InputError, VisionTransformer
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -341,3 +342,10 @@ def test_script_shows_an_assumption_in_one_line_on_stderr_and_other_warnings_as_
 def test_script_shows_assumptions_of_the_first_process_only(capsys, launched):
     script(lambda: assume("n_heads: 12 assumed"))
     assert capsys.readouterr().err == ""
+
+
+def test_assume_points_at_the_line_outside_the_package(tmp_path):
+    save_model(VisionTransformer(8, 4, n_classes=2, embed_dim=8, depth=1, n_heads=1), tmp_path / "m.pt")
+    with pytest.warns(Assumption) as caught:
+        load(tmp_path / "m.pt")
+    assert {one.filename for one in caught} == {__file__}

@@ -1,5 +1,6 @@
 """Bad input: the error, and the checks that raise it. Those that vit_model.py needs itself are defined there."""
 
+import sys
 import warnings
 
 import numpy as np
@@ -14,8 +15,12 @@ class Assumption(UserWarning):
 
 
 def assume(message):
-    """Warns with an Assumption. Python shows the same message once; the commands show it as one line on stderr."""
-    warnings.warn(message, Assumption, stacklevel=3)
+    """Warns with an Assumption, at the line outside this package that led to it. The commands show it as one line on
+    stderr."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("vit_bridge."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, Assumption, stacklevel=level)
 
 
 def first_line(error):
