@@ -439,8 +439,9 @@ def _advice(name, weights):
 def adapt_input_channels(weight, n_channels):
     """The kernel of a first convolution, (D, C, h, w), for images of n_channels: (D, n_channels, h, w).
 
-    For one channel it is the sum over the colours: a grey image shown in each colour would give the same. For others
-    the colours are repeated in turn and scaled by C / n_channels, so that the sum stays as large, as in timm.
+    For one channel it is the sum over the colours. A grey image then gives what it gave in colour, if the colours
+    shared one mean and std; with ImageNet's, nearly so. For others the colours are repeated in turn and scaled by
+    C / n_channels, so that the sum stays as large, as in timm.
     """
     C = weight.shape[1]
     if n_channels == 1:
