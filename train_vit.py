@@ -184,6 +184,7 @@ class Trainer:
             raise InputError(f"{type(objective).__name__} is not an Objective; give a function of logits and labels as "
                              f"loss_fn=")
         self.objective = (objective or Classification(loss_fn=loss_fn)).to(self.device)
+        self.objective.check_model(self.model)
         distributed = dist.is_available() and dist.is_initialized()
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         self.parallel, self.average, self.data_share, self.recomputed = None, None, 0.0, {}
@@ -215,6 +216,7 @@ class Trainer:
             config = replace(config, seed=drawn if resume is None else resume.get("seed", drawn))
         if config.compile:
             check_compiler(self.device.type)
+        self.objective.looked = ()
         train_loader = self.own_loader(train_loader)
         forward = self.model
         if self.world_size > 1:

@@ -27,7 +27,7 @@ from vit_bridge.analysis.metrics import balanced_accuracy, confusion_matrix, wil
 from vit_bridge.data.images import prepare_image
 from vit_bridge.data.loaders import as_loader
 from vit_bridge.errors import InputError, check_int, first_line
-from vit_bridge.models.adapters import adapt
+from vit_bridge.models.adapters import adapt, check_has_head
 from vit_bridge.models.protocol import class_name
 from vit_bridge.runtime import (
     choose_device,
@@ -107,12 +107,6 @@ def ranked(model, inputs, top):
 def _names_or_numbers(names, n_classes):
     """The class names, or "0", "1", ... where there are none that fit."""
     return list(names) if names and len(names) == n_classes else [str(label) for label in range(n_classes)]
-
-
-def check_has_head(model):
-    if isinstance(getattr(unwrapped(model), "head", None), nn.Identity):
-        raise InputError(f"this {class_name(model)} has no head, it gives features and no classes; build it with "
-                         f"n_classes and train it")
 
 
 def _check_finite_outputs(outputs):

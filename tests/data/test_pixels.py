@@ -18,7 +18,7 @@ from vit_bridge.errors import Assumption, InputError
 from vit_bridge.preprocessing import Preprocessing
 
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)  # what every file below shows
-MAX, S_MIN, S_MAX, PHOTOMETRIC, BITS = 281, 340, 341, 262, 258
+MAX, S_MIN, S_MAX, PHOTOMETRIC, BITS, SAMPLE_FORMAT = 281, 340, 341, 262, 258, 339
 
 
 def save_tiff(path, values, **tags):
@@ -134,6 +134,18 @@ def test_values_outside_the_stated_range_are_refused(value, tmp_path):
     path = save_tiff(tmp_path / "x.tif", values, S_MIN=-3.0, S_MAX=2.0)
     with pytest.raises(UnreadableImage, match="the file states -3 to 2, which does not tell"):
         open_image(path)
+
+
+def test_signed_values_are_refused_in_files_of_8_and_of_16_bits(tmp_path):
+    """Pillow reads signed bytes as if they had no sign: -1 as 255."""
+    path = save_tiff(tmp_path / "x.tif", GREY, SAMPLE_FORMAT=2)
+    for read in (open_image, lambda path: open_picture(Image.open(path))):
+        with pytest.raises(InputError, match="mode 'L' with signed values, which do not tell where white is"):
+            read(path)
+    signed = save_tiff(tmp_path / "y.tif", GREY.astype(np.int32) - 100)  # as Pillow reads those of 16 bits
+    with pytest.raises(UnreadableImage, match="expected 8 or 16 bits a channel without a sign, or a TIFF file"):
+        open_image(signed)
+    assert np.array_equal(np.asarray(open_image(save_tiff(tmp_path / "z.tif", GREY, SAMPLE_FORMAT=1)))[:, :, 0], GREY)
 
 
 def test_arrays_are_scaled_by_their_kind():

@@ -10,13 +10,14 @@ from torch.optim.swa_utils import AveragedModel
 from train_vit import Trainer
 from visualizations import AttentionVisualizer, visualize_attention_grid
 from vit_bridge.analysis.capture import attention_maps
-from vit_bridge.analysis.cost import count_flops
+from vit_bridge.analysis.cost import count_flops, count_parameters, peak_memory, throughput
 from vit_bridge.analysis.explanations import explain
 from vit_bridge.analysis.receptive_field import receptive_field, untrained_copy
 from vit_bridge.analysis.selfcheck import selfcheck
 from vit_bridge.analysis.similarity import layer_similarity
 from vit_bridge.inference import export_onnx, predict, score
 from vit_bridge.models.adapters import adapt
+from vit_bridge.models.convnet import ConvNet
 from vit_bridge.preprocessing import Preprocessing
 from vit_bridge.runtime import predictions, unwrapped
 from vit_bridge.weights.checkpoints import load, load_checkpoint, read_checkpoint, save_model
@@ -89,6 +90,21 @@ def test_model_with_compiled_blocks_is_saved_without_a_prefix(tmp_path):
     assert torch.equal(load(tmp_path / "model.pt")(IMAGES), plain()(IMAGES))
 
 
+@pytest.mark.parametrize("state_alone", [False, True])
+def test_model_with_compiled_parts_is_filled_from_a_checkpoint(state_alone, tmp_path):
+    path = tmp_path / "model.pt"
+    torch.manual_seed(0)
+    convnet = ConvNet(8, 3, 3, (5, 7), (1, 1), 1).eval()
+    for source in (plain(), convnet):
+        torch.save(source.state_dict(), path) if state_alone else save_model(source, path)
+        model = type(source)(**vars(source.config)).eval()
+        parts = model.blocks if source is not convnet else model.stages
+        parts[-1] = compiled(parts[-1])
+        load_checkpoint(model, path)
+        assert any("_orig_mod" in key for key in model.state_dict())
+        assert torch.equal(model(IMAGES), source(IMAGES))
+
+
 def test_wrapped_model_is_exported(tmp_path):
     pytest.importorskip("onnxscript")
     assert export_onnx(nn.DataParallel(compiled(plain())), tmp_path / "model.onnx") < 1e-4
@@ -140,7 +156,8 @@ def test_quantised_model_predicts_and_shows_attention(layers):
     for method in ("attention", "rollout"):
         torch.testing.assert_close(explain(model, IMAGES, method).saliency, explain(plain(), IMAGES, method).saliency,
                                    rtol=0, atol=0.05)
-    assert all(check.holds is not False for check in selfcheck(model)[1:])
+    assert all(check.holds is not False for check in selfcheck(model))
+    assert count_parameters(model) == count_parameters(plain())
 
 
 @pytest.mark.parametrize("layers", ["all", "blocks"])
@@ -148,9 +165,12 @@ def test_quantised_model_predicts_and_shows_attention(layers):
 def test_quantised_model_says_what_it_cannot_do(layers, tmp_path):
     model = quantised(layers)
     for call in (lambda: explain(model, IMAGES, "relevance"), lambda: explain(model, IMAGES, "grad_cam"),
-                 lambda: receptive_field(model, IMAGES, 1)):
+                 lambda: receptive_field(model, IMAGES, 1), lambda: throughput(model, train=True),
+                 lambda: peak_memory(model, IMAGES, train=True)):
         with pytest.raises(InputError, match="this VisionTransformer is quantised, and no gradient passes"):
             call()
+    with pytest.raises(InputError, match="is quantised, and products of whole numbers are not counted; count"):
+        count_flops(model)
     with pytest.raises(InputError, match="is quantised, and a checkpoint holds floating-point weights"):
         save_model(model, tmp_path / "model.pt")
     save_model(plain(), tmp_path / "plain.pt")
@@ -162,6 +182,15 @@ def test_quantised_model_says_what_it_cannot_do(layers, tmp_path):
     with pytest.raises(InputError, match="is quantised, and is not exported"):
         export_onnx(model, tmp_path / "model.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["plain.pt"]
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16, torch.float64])
+def test_cost_of_a_model_is_measured_in_its_precision(precision):
+    model = plain().to(precision)
+    assert (count_flops(model), count_parameters(model)) == (count_flops(plain()), count_parameters(plain()))
+    for train in (False, True):
+        assert throughput(model, batch_size=2, seconds=0, train=train) > 0
+    assert peak_memory(model, IMAGES) == peak_memory(model, IMAGES.to(precision)) > 0
 
 
 # ---- Without weights, in half precision, frozen -----------------------------------------------------------

@@ -2,12 +2,14 @@
 the plain batch does, or is refused in one line."""
 
 import re
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchvision.models import vision_transformer
 from toy_training import TINY, same, toy_batches
 
 from train_vit import Stopped, Trainer, steps_within
@@ -134,6 +136,50 @@ def test_own_loss_gets_one_hot_labels_as_they_are():
     assert torch.equal(targets[0], several.float())
 
 
+def test_own_loss_gets_numbers_of_any_shape_and_accuracies_are_nan():
+    for shape, n_outputs in (((7,), 1), ((7, 1), 1), ((7, 4), 2)):
+        torch.manual_seed(0)
+        model, values = nn.Sequential(nn.Flatten(), nn.Linear(192, n_outputs)), torch.rand(shape)
+        targets = []
+
+        def loss(outputs, labels, targets=targets):
+            targets.append(labels)
+            return outputs.square().mean()
+
+        with pytest.warns(Assumption, match="are no classes, so accuracies are NaN") as said:
+            history = Trainer(model, "cpu", loss_fn=loss).train([(IMAGES, values)], [(IMAGES, values)], n_epochs=2,
+                                                                progress=False)
+        assert len(said) == 1
+        assert all(torch.equal(one, values) for one in targets)
+        assert np.isnan([history["train_acc"], history["val_balanced_acc"]]).all()
+        assert np.isfinite([history["train_loss"], history["val_loss"]]).all()
+
+
+def test_labels_beyond_the_classes_get_the_advice_that_fits():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    ignored = LABELS.clone().clamp(min=1)
+    ignored[2] = 255
+    with pytest.raises(InputError, match=r"label 255 is out of range .* end at 2: leave out images without a class"):
+        trained([(IMAGES, ignored)], model)
+    with pytest.raises(InputError, match=r"label 3 is out of range .* end at 2: subtract 1"):
+        trained([(IMAGES, LABELS + 1)], model)
+    with pytest.raises(InputError, match=r"int64 of \(7, 3, 1\).*; give one number or one row an image"):
+        trained([(IMAGES, ONE_HOT[:, :, None])], model)
+
+
+def test_images_that_are_not_normalised_are_said_once_a_training():
+    raw = IMAGES.sub(IMAGES.min()).div(IMAGES.max() - IMAGES.min()).mul(255)
+    model, trainer = toy_model(), None
+    trainer = Trainer(model, "cpu")
+    for _ in range(2):
+        with pytest.warns(Assumption, match="images hold values from 0 to 255; expected normalised ones") as said:
+            trainer.train([(raw, LABELS)] * 3, n_epochs=2, progress=False)
+        assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.train([(IMAGES * 60, LABELS), (raw / 255, LABELS)], n_epochs=1, progress=False)
+
+
 # ---- Loaders without a length -----------------------------------------------------------------------------
 
 
@@ -185,6 +231,31 @@ def test_loader_without_a_length_is_refused_where_it_needs_one(run, words):
 def test_generator_as_validation_loader_is_refused_in_the_second_epoch():
     with pytest.raises(InputError, match="which gives its batches only once"):
         Trainer(toy_model(), "cpu").train([(IMAGES, LABELS)], batches(1), n_epochs=2, progress=False)
+
+
+def test_model_without_a_head_is_refused_and_a_module_with_another_head_is_trained(plain):
+    headless = VisionTransformer(**TINY | dict(n_classes=0))
+    with pytest.raises(InputError, match=r"\Athis VisionTransformer has no head, it gives features and no classes"):
+        trained([(IMAGES, LABELS)], headless)
+    torchvision_model = vision_transformer.VisionTransformer(8, 4, 1, 2, 12, 12, num_classes=3)
+    trained([(IMAGES, LABELS)], torchvision_model)
+    torchvision_model.heads = nn.Identity()
+    with pytest.raises(InputError, match="has no head"):
+        trained([(IMAGES, LABELS)], torchvision_model)
+    trained([(IMAGES, LABELS)], nn.Sequential(headless, nn.Linear(headless.n_features, 3)))
+    headless.head = Scaled(headless.n_features)
+    trained([(IMAGES, LABELS)], headless)
+
+
+class Scaled(nn.Module):
+    """A head that is no linear layer."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return x * self.scale
 
 
 # ---- What a model gives -----------------------------------------------------------------------------------

@@ -215,12 +215,16 @@ def check_finite_numbers(model, *values):
                         f"in that; give a model whose training went well, or call .float() on one in half precision")
 
 
+def alike_within(model, dtype):
+    """How far, as a part of the largest logit, a captured pass may differ from a plain one with logits of a dtype."""
+    return ALIKE_QUANTISED if is_quantised(model) else max(ALIKE, 8 * torch.finfo(dtype).eps)
+
+
 def _check_logits(model, images, logits):
     """Raises InputError unless the model gives these logits in a plain pass, too."""
     with evaluating(model), torch.no_grad():
         own = logits_of(model(to_model(images.detach(), model)))
     difference, scale = (own - logits.detach()).abs().max().item(), max(1.0, own.abs().max().item())
-    most = ALIKE_QUANTISED if is_quantised(model) else max(ALIKE, 8 * torch.finfo(own.dtype).eps)
-    if not difference <= most * scale:
+    if not difference <= alike_within(model, own.dtype) * scale:
         raise InputError(f"with explicit attention this {class_name(model)} gives other logits than in a plain pass "
                          f"(largest difference {difference:.1e}); its maps would not be those it uses")

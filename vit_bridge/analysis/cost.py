@@ -15,13 +15,19 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from vit_bridge.errors import InputError, check_int
-from vit_bridge.runtime import choose_device, device_of, unwrapped
+from vit_bridge.models.protocol import class_name
+from vit_bridge.runtime import choose_device, device_of, dtype_of, is_quantised, to_model, unwrapped
 from vit_model import pair
 
 
 def count_parameters(model, trainable_only=False):
-    """Numbers in the model's parameters; with trainable_only=True those that an optimiser would change."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
+    """Numbers in the model's parameters, quantised ones too; with trainable_only=True those that an optimiser would
+    change."""
+    numbers = [p for p in model.parameters() if p.requires_grad or not trainable_only]
+    if not trainable_only:  # quantised layers give their weights by methods
+        numbers += [part() for module in model.modules() for part in (getattr(module, "weight", None),
+                                                                      getattr(module, "bias", None)) if callable(part)]
+    return sum(p.numel() for p in numbers if p is not None)
 
 
 def count_flops(model, img_size=None):
@@ -30,11 +36,14 @@ def count_flops(model, img_size=None):
     img_size: a side or (height, width); None: the model's own. Counted are matrix products and convolutions, as
     torch.utils.flop_counter does: norms, softmax, activations, biases and additions are left out. As in published
     counts, every token passes every block; in fact a ViT whose head reads only CLS saves most of the last one. Nothing
-    is computed: the pass runs on shapes alone (device "meta").
+    is computed: the pass runs on shapes alone (device "meta"). Raises InputError for a quantised model.
     """
     model = unwrapped(model)
+    if is_quantised(model):
+        raise InputError(f"this {class_name(model)} is quantised, and products of whole numbers are not counted; count "
+                         f"those of the model that it was made from")
     size = pair(model.config.img_size if img_size is None else img_size)
-    images = torch.empty(1, model.config.in_channels, *size, device="meta")
+    images = torch.empty(1, model.config.in_channels, *size, device="meta", dtype=dtype_of(model))
     tensors = {id(tensor): tensor.detach().to("meta") for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, tensors).eval()  # with those instead of its own
     counter = FlopCounterMode(display=False)
@@ -72,7 +81,7 @@ def throughput(model, img_size=None, batch_size=32, seconds=1.0, train=False, de
     device = device_of(model) if device is None else choose_device(device)
     config = unwrapped(model).config
     size = pair(config.img_size if img_size is None else img_size)
-    images = torch.rand(batch_size, config.in_channels, *size, device=device,
+    images = torch.rand(batch_size, config.in_channels, *size, device=device, dtype=dtype_of(model),
                         generator=torch.Generator(device).manual_seed(0))
     model = copy.deepcopy(model).to(device).train(train)
     for _ in range(2):
@@ -94,7 +103,7 @@ def peak_memory(model, images, train=False):
     torch.cuda.max_memory_allocated; else on the CPU, as the highest running sum of torch.profiler's allocations.
     """
     device = device_of(model) if device_of(model).type == "cuda" else torch.device("cpu")
-    model, images = copy.deepcopy(model).to(device).train(train), images.to(device)
+    model, images = copy.deepcopy(model).to(device).train(train), to_model(images, model).to(device)
     _run_pass(model, images, train)  # to warm up: libraries allocate their workspaces once
     model.zero_grad(set_to_none=True)
     if device.type == "cuda":
@@ -112,6 +121,9 @@ def peak_memory(model, images, train=False):
 
 def _run_pass(model, images, train):
     """A forward pass, with train=True also the backward pass of a cross-entropy; waits until it is done."""
+    if train and is_quantised(model):
+        raise InputError(f"this {class_name(unwrapped(model))} is quantised, and no gradient passes weights of whole "
+                         f"numbers; measure it with train=False")
     with torch.set_grad_enabled(train):
         logits = model(images)  # (B, K)
         if train:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from vit_bridge.analysis.attention import attention_distance, readers_of, uniform_attention_distance
-from vit_bridge.analysis.capture import NoNumbers, capture, differentiable, predict_logits
+from vit_bridge.analysis.capture import NoNumbers, alike_within, capture, differentiable, predict_logits
 from vit_bridge.analysis.explanations import cam_layer, choose_targets, chosen, explain, logit_lens, rollout
 from vit_bridge.errors import InputError
 from vit_bridge.models.adapters import adapt_vit
@@ -113,7 +113,7 @@ def _check_own_logits(model, images, seen, hooks):
     """Whether the captured logits are those of a plain pass, and no hooks are left."""
     own = predict_logits(model, images)
     check = within("logits are the same when captured", (own - seen.logits).abs().max(),
-                   max(1e-4, 8 * torch.finfo(own.dtype).eps) * max(1.0, own.abs().max().item()))
+                   alike_within(model, own.dtype) * max(1.0, own.abs().max().item()))
     left = _count_hooks(model) - hooks
     return check if not left else Check(check.name, False, f"{left} hooks are left")
 

@@ -5,6 +5,7 @@ above it, a folder or an image of the set itself, or one that another link has l
 """
 
 import os
+import re
 import stat
 from collections import Counter
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from vit_bridge.errors import InputError, assume
 # What Pillow registers, but which is no picture by itself: measurements, pages that need another program, films.
 NO_PICTURES = ("BUFR", "FITS", "GRIB", "HDF5", "EPS", "WMF", "MPEG", "PDF")
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
-N_TOLD = 3  # refused links that are named; the others are counted
+N_TOLD = 3  # refused paths that are named; the others are counted
 
 
 def image_formats():
@@ -50,8 +51,9 @@ class Found:
         """Says what was not taken, in a few lines. loose: images that are in no class folder."""
         for path, reason in self.refused[:N_TOLD]:
             assume(f"{path!r} is left out: {reason}")
-        if len(self.refused) > N_TOLD:
-            assume(f"{_are(len(self.refused) - N_TOLD, 'more link', folder)} left out, for such reasons")
+        if more := [re.sub(r"'.*?'|\".*?\"", "...", reason) for _, reason in self.refused[N_TOLD:]]:  # without paths
+            reasons = "; ".join(f"{n:,} as {reason}" for reason, n in Counter(more).most_common())
+            assume(f"{_are(len(more), 'more path', folder)} left out: {reasons}")
         if self.left_out:
             assume(f"{_are(self.left_out.total(), 'file', folder)} left out, in no format of images that Pillow opens "
                    f"here: {by_ending(self.left_out)}")

@@ -27,7 +27,8 @@ from vit_bridge.preprocessing import FitSize, Preprocessing
 FILE_CHANNELS = (1, 3, 4)  # as which an image file can be read: grey, colour, colour and transparency
 
 # TIFF's tags for what the values of a pixel mean.
-BITS, PHOTOMETRIC, MAX_SAMPLE, S_MIN_SAMPLE, S_MAX_SAMPLE, WHITE_IS_ZERO = 258, 262, 281, 340, 341, 0
+BITS, PHOTOMETRIC, MAX_SAMPLE, SAMPLE_FORMAT, S_MIN_SAMPLE, S_MAX_SAMPLE = 258, 262, 281, 339, 340, 341
+WHITE_IS_ZERO, SIGNED = 0, 2  # of PHOTOMETRIC and SAMPLE_FORMAT
 SIXTEEN_BITS = 65535
 ALL_ONES = [2**bits - 1 for bits in range(8, 17)]
 ANIMATED = (".gif", ".webp", ".tif", ".tiff", ".avif", ".avifs", ".apng", ".fli", ".flc", ".dcx")
@@ -71,8 +72,8 @@ def open_image(path, n_channels=3):
         raise UnreadableImage(str(path), "it is a folder", "an image", f"{str(path)!r} is a folder: give the path of "
                               f"an image file in it") from None
     except UnknownRange as error:
-        raise UnreadableImage(str(path), str(error), "8 or 16 bits a channel, or a TIFF file with tags that tell the "
-                              "range, SMinSampleValue and SMaxSampleValue") from None
+        raise UnreadableImage(str(path), str(error), "8 or 16 bits a channel without a sign, or a TIFF file with tags "
+                              "that tell the range, SMinSampleValue and SMaxSampleValue") from None
     except Image.DecompressionBombError as error:
         n, most = (int(number) / 1e6 for number in re.findall(r"\d+", str(error))[:2])
         raise UnreadableImage(str(path), f"{n:.0f} million pixels, more than the {most:.0f} million that Pillow opens",
@@ -129,11 +130,14 @@ def eight_bits(image):
 
     Values of 16 bits are scaled from 0..65535, or from the bits that a TIFF file says it has. Other numbers, the modes
     "I" and "F", are scaled by what the file says of their range: a 16-bit PGM or PNG, or TIFF's tags. Raises
-    UnknownRange where it says nothing.
+    UnknownRange where it says nothing, and for signed values of 8 bits.
     """
     limits, deep, key = _limits(image), _is_deep(image), image.info.get("transparency")
+    signed = SIGNED in np.ravel(getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT, 1))
     image = ImageOps.exif_transpose(image)  # which reads it whole
     if image.mode != "F" and not image.mode.startswith("I"):
+        if signed:
+            raise UnknownRange(f"mode {image.mode!r} with signed values, which do not tell where white is")
         if deep and 0 < np.asarray(image.convert("RGB")).max() < 64:
             _say_dark()
         return image

@@ -17,6 +17,7 @@ from vit_bridge.preprocessing import Preprocessing
 from vit_bridge.runtime import unwrapped
 from vit_model import check_images, grid_of, pair
 
+HEADS = "head", "heads", "classifier"  # what the libraries call them
 CLS_AND_DISTILLATION = "CLS and the distillation token"  # a distilled DeiT's
 
 
@@ -270,6 +271,20 @@ def check_head(model):
     if not adapt(model).has_head:
         raise InputError(f"this {class_name(model)} has no head, so there is no class to explain; give one with a "
                          f"head, or ask for attention or rollout")
+
+
+def check_has_head(model):
+    """Raises InputError for a known model without a head, or with nn.Identity in its place. Others may call their
+    head what they like."""
+    model = unwrapped(model)
+    try:
+        headless = not adapt(model).has_head
+    except InputError:
+        return
+    parts = [part for name in HEADS for part in getattr(model, name, torch.nn.Identity()).modules()]
+    if headless and all(isinstance(part, torch.nn.Identity | torch.nn.Sequential) for part in parts):
+        raise InputError(f"this {class_name(model)} has no head, it gives features and no classes; build it with "
+                         f"n_classes and train it")
 
 
 def check_pool(pool):

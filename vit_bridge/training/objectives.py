@@ -8,12 +8,15 @@ first; a new one is a subclass of Objective, such as the one in tests/training/t
 Shapes:  B images in a batch, C classes; images (B, C, H, W) have C channels, H, W height and width.
 """
 
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from vit_bridge.errors import InputError
+from vit_bridge.errors import InputError, assume
+from vit_bridge.models.adapters import check_has_head
 
 # ---- What every objective has -----------------------------------------------------------------------------
 
@@ -82,6 +85,7 @@ class Objective(nn.Module):
     """
     columns = {"train_loss": ".3f", "val_loss": ".3f"}  # noqa: RUF012 - a subclass has its own
     criterion, maximise, mixing = "val_loss", False, None
+    looked = ()  # at the range of pixels: of a first batch in training (True), and in evaluation (False)
 
     def forward(self, model, batch, metrics=None):
         """The loss, a scalar: the mean over the images of the batch, so that parts of a batch add up to the whole.
@@ -96,9 +100,20 @@ class Objective(nn.Module):
 
     def check(self, batch):
         """A batch, a tuple of tensors of as many entries, as forward() is to get it. Raises InputError for images that
-        are no finite floating-point numbers, and for channels that come last."""
+        are no finite floating-point numbers, and for channels that come last; an Assumption says where those of a first
+        batch are not normalised."""
         check_pixels(batch[0])
+        if self.training not in self.looked and batch[0].numel():
+            self.looked = (*self.looked, self.training)
+            low, high = (bound.item() for bound in batch[0].aminmax())
+            if low >= 0 and high > 50:
+                assume(f"images hold values from {low:.3g} to {high:.3g}; expected normalised ones, of mean 0 and "
+                       f"standard deviation 1: Preprocessing.normalise makes them of uint8 images, or (images / 255 - "
+                       f"mean) / std")
         return batch
+
+    def check_model(self, model):
+        """Raises InputError for a model that gives nothing to minimise."""
 
     def new_metrics(self, device, skip_nonfinite=False):
         return Metrics(device, skip_nonfinite)
@@ -149,7 +164,8 @@ class Classification(Objective):
     label_smoothing, class_weights   as CrossEntropy has them; with class weights the best epoch is that of the best
                                      balanced accuracy
     mixing    such as Mixing, applied to training batches; the accuracy is then of the class with the larger share
-    loss_fn   (logits, labels) -> a scalar, the mean over the images; takes the place of CrossEntropy
+    loss_fn   (logits, labels) -> a scalar, the mean over the images; takes the place of CrossEntropy. It gets labels of
+              floating-point numbers as they are, of any shape; accuracies are NaN where they are no shares (B, C)
     """
     columns = {"train_loss": ".3f", "train_acc": ".1%",  # noqa: RUF012
                "val_loss": ".3f", "val_acc": ".1%", "val_balanced_acc": ".1%"}
@@ -158,6 +174,7 @@ class Classification(Objective):
     def __init__(self, label_smoothing=0.1, class_weights=None, mixing=None, loss_fn=None):
         super().__init__()
         self.loss_fn = loss_fn or CrossEntropy(label_smoothing, class_weights)
+        self.own_loss = not isinstance(self.loss_fn, CrossEntropy)
         self.mixing = mixing
         self.criterion = "val_acc" if class_weights is None else "val_balanced_acc"
         self.n_classes = None  # of the model's logits, once they were seen
@@ -165,12 +182,16 @@ class Classification(Objective):
 
     def forward(self, model, batch, metrics=None):
         images, labels = batch
-        labels = class_labels(labels)  # (B), or (B, C)
+        labels = self.targets(labels)  # (B), or (B, C)
         if self.mixing is not None and self.training:
             images, labels = self.mixing(images, labels)
         logits = model(images)  # (B, C)
         check_logits(logits, len(images))
-        if labels.device.type == "cpu" or self.suspect or self.n_classes != logits.shape[1]:  # a look waits for a GPU
+        if self.own_loss and labels.is_floating_point():
+            if self.n_classes != logits.shape[1] and not are_shares(labels, logits):
+                assume(f"labels of {_type_name(labels)} {tuple(labels.shape)} are no classes, so accuracies are NaN")
+            self.n_classes = logits.shape[1]
+        elif labels.device.type == "cpu" or self.suspect or self.n_classes != logits.shape[1]:  # a look waits for a GPU
             self.n_classes = logits.shape[1]
             check_range(labels, self.n_classes)
         loss = self.loss_fn(logits, labels)
@@ -185,10 +206,11 @@ class Classification(Objective):
             shapes = ", ".join(str(tuple(one.shape)) for one in batch)
             raise InputError(f"a batch has {len(batch)} {'entry' if len(batch) == 1 else 'entries'}, {shapes}; "
                              f"expected 2, images (B, C, H, W) and labels (B), or an objective of your own")
-        images, labels = super().check(batch)[0], class_labels(batch[1])
-        if not len(labels) or (labels.device.type != "cpu" and self.n_classes is not None):
+        images, labels = super().check(batch)[0], self.targets(batch[1])
+        if not len(labels) or (self.own_loss and labels.is_floating_point()) or (
+                labels.device.type != "cpu" and self.n_classes is not None):
             return images, labels
-        if labels.ndim == 2 and isinstance(self.loss_fn, CrossEntropy):
+        if labels.ndim == 2:
             sums = labels.sum(dim=1)  # (B)
             if not ((labels >= 0).all() and (sums - 1).abs().max() < 1e-2):
                 raise InputError(f"labels of {_type_name(batch[1])} {tuple(batch[1].shape)} have rows that sum to "
@@ -198,6 +220,13 @@ class Classification(Objective):
         check_range(labels)
         self.suspect = labels.ndim == 1 and self.n_classes is not None and bool(labels.max() >= self.n_classes)
         return images, labels
+
+    def targets(self, labels):
+        """What the loss gets: class_labels, or for a loss_fn of the user's own any floating-point numbers."""
+        return labels if self.own_loss and labels.is_floating_point() else class_labels(labels)
+
+    def check_model(self, model):
+        check_has_head(model)
 
     def new_metrics(self, device, skip_nonfinite=False):
         return ClassificationMetrics(device, skip_nonfinite)
@@ -209,9 +238,17 @@ def class_labels(labels):
     if labels.ndim == 2 and labels.shape[1] > 1:
         return labels if labels.is_floating_point() else labels.float()  # (B, C)
     if labels.is_floating_point() or labels.is_complex() or labels.ndim not in (1, 2):
+        advice = "labels.long() gives int64, and loss_fn=nn.MSELoss() learns numbers as they are"
+        if labels.ndim not in (1, 2):
+            advice = "give one number or one row an image, or an objective of your own"
         raise InputError(f"labels are {_type_name(labels)} of {tuple(labels.shape)}; expected class numbers from 0, "
-                         f"int64 (B), or soft targets (B, C); labels.long() gives int64")
+                         f"int64 (B), or soft targets (B, C); {advice}")
     return labels.reshape(-1).long()  # (B)
+
+
+def are_shares(labels, logits):
+    """Whether floating-point labels have a number for each of several classes, (B, C)."""
+    return labels.shape == logits.shape and logits.shape[1] > 1
 
 
 def check_range(labels, n_classes=None):
@@ -228,10 +265,9 @@ def check_range(labels, n_classes=None):
                          + ("" if n_classes is None else f", and end at {n_classes - 1} for this model")
                          + "; leave out images without a class")
     if n_classes is not None and high >= n_classes:
+        first = "subtract 1" if (low, high) == (1, n_classes) else "leave out images without a class"
         raise InputError(f"label {high} is out of range for a model with {n_classes} classes; labels begin at 0, and "
-                         f"end at {n_classes - 1}: "
-                         + (f"subtract 1, or build the model with n_classes={high + 1}" if low == 1 else
-                            f"build the model with n_classes={high + 1} or more"))
+                         f"end at {n_classes - 1}: {first}, or build the model with n_classes={high + 1} or more")
 
 
 def check_logits(logits, n_images):
@@ -282,7 +318,11 @@ class ClassificationMetrics(Metrics):
     """The loss, and in sums["classes"], (2, C), the images and the hits of each class."""
 
     def update(self, loss, logits, labels):
-        """loss: the mean over the images; labels (B), or soft targets (B, C), of which the largest counts."""
+        """loss: the mean over the images; labels (B), or soft targets (B, C), of which the largest counts. Other
+        floating-point labels are no classes, and there are no hits to count."""
+        if labels.is_floating_point() and not are_shares(labels, logits):
+            super().update(len(labels), loss=loss)
+            return
         labels = labels.argmax(dim=1) if labels.ndim == 2 else labels
         hits = (logits.detach().argmax(dim=1) == labels).float()  # (B)
         classes = torch.zeros(2, logits.shape[1], device=logits.device)  # (2, C)
@@ -293,7 +333,9 @@ class ClassificationMetrics(Metrics):
 
     def compute(self):
         """loss, acc, balanced_acc, correct and n. Accuracies are from 0 to 1; the balanced one is the mean of those of
-        the classes that have images."""
+        the classes that have images. Where labels were no classes accuracies are NaN, and correct is 0."""
+        if "classes" not in self.sums:
+            return dict(super().compute(), acc=math.nan, balanced_acc=math.nan, correct=0, n=self.n)
         n, hits = self.sums["classes"].cpu().double()  # (C), (C)
         correct = int(hits.sum())
         return dict(loss=self.sums["loss"].item() / self.n, acc=correct / self.n,

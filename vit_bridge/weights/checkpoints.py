@@ -76,9 +76,8 @@ def save_model(model, path, preprocessing=None, dtype=None, state_dict=None, **m
     if names and config.n_classes and len(names) != config.n_classes:
         raise InputError(f"{len(names)} class_names do not fit a head of {config.n_classes} classes; set "
                          f"model.preprocessing to one with the names of these classes")
-    state = {key.replace("_orig_mod.", ""):  # a part of the model may be compiled
-             value.detach().cpu().to(dtype) if dtype and value.is_floating_point() else value.detach().cpu()
-             for key, value in (state_dict or model.state_dict()).items()}
+    state = {key: value.detach().cpu().to(dtype) if dtype and value.is_floating_point() else value.detach().cpu()
+             for key, value in _plain_names(state_dict or model.state_dict()).items()}
     for name in ("class_names", "mean", "std", "interpolation"):
         if name in more:
             raise InputError(f"save_model got {name} {more[name]!r}; expected it in preprocessing=Preprocessing(...)")
@@ -87,6 +86,11 @@ def save_model(model, path, preprocessing=None, dtype=None, state_dict=None, **m
     entries = dict(format=CHECKPOINT_FORMAT, model_class=class_name(model), config=vars(config), state_dict=state,
                    img_size=config.img_size, **facts, **more)
     write_whole(path, lambda file: torch.save(entries, file))
+
+
+def _plain_names(state):
+    """A state dict as it would be without torch.compile, which may have compiled parts of its model."""
+    return {key.replace("_orig_mod.", ""): value for key, value in state.items()}
 
 
 def _check_plain_weights(model):
@@ -278,7 +282,7 @@ def load_checkpoint(model, path, grid_size=None):
     if pool and "head.weight" in weights.tensors and model.config.pool != pool:
         raise InputError(f"{path} is for another architecture: its head reads pool={pool!r}, and the model has "
                          f"{model.config.pool!r}")
-    model.load_state_dict(state)
+    model.load_state_dict({key: state[key.replace("_orig_mod.", "")] for key in model.state_dict()})
     _say(path, {}, [*([f"heads: {report.heads}"] if report.heads else []), *report.choices])
     return report
 
@@ -294,7 +298,8 @@ def _read_weights(path, model=None):
         weights = _own_names("ours", path, [], other.state_dict())
         weights.model = other
         return weights
-    own = None if model is None or model.config_class is VisionTransformer.config_class else model.state_dict()
+    own = None if model is None or model.config_class is VisionTransformer.config_class else \
+        _plain_names(model.state_dict())
     held = model is None or any(known.holds == class_name(model) for known in FORMATS)
     state, around, taken = unwrap(entries, path, lambda names: bool(_models_among(names, own)
                                                                     or (held and _models_among(names, None))))
@@ -378,7 +383,7 @@ def _fitted(weights, model, grid_size=None, advise=True):
 
 def fit(weights, model, grid_size):
     """_fitted, for tensors of the ranks that a ViT has."""
-    expected, notes = model.state_dict(), [weights.format.note] if weights.format.note else []
+    expected, notes = _plain_names(model.state_dict()), [weights.format.note] if weights.format.note else []
     choices, recorded = list(weights.choices), weights.recorded.config
     if weights.around:
         notes.append(f"the weights lie under {' / '.join(weights.around)}")
