@@ -12,7 +12,7 @@ from toy_training import Call, copy_of, same, through_a_file, toy_batches, train
 from train_vit import Stopped, Trainer
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.preprocessing import Preprocessing
-from vit_bridge.training.objectives import Objective
+from vit_bridge.training.objectives import Classification, Objective
 from vit_bridge.training.run_folder import Saver
 from vit_bridge.weights.checkpoints import read_checkpoint
 
@@ -86,3 +86,10 @@ def test_custom_objective_sets_the_best_epoch_and_table_columns(tmp_path, capsys
     assert (history["val_furthest"][entries["epoch"] - 1], entries["val_furthest"]) == (best, best)
     last = f"val loss {history['val_loss'][-1]:.4f} furthest {history['val_furthest'][-1]:.2f}"
     assert last in capsys.readouterr().out
+
+
+def test_best_epoch_takes_no_nan():
+    objective = Classification()
+    assert objective.best_epoch(dict(val_acc=[0.5, 0.7, float("nan"), 0.6])) == 2
+    assert objective.best_epoch(dict(val_acc=[float("nan")] * 3)) == 3
+    assert objective.best_epoch(dict(val_acc=[])) == 0

@@ -119,10 +119,11 @@ class Objective(nn.Module):
         return Metrics(device, skip_nonfinite)
 
     def best_epoch(self, history):
-        """The best epoch, counted from 1: the last among equals, as the learning rate has fallen further. 0: none."""
-        values = history[self.criterion]
-        signed = values if self.maximise else [-value for value in values]
-        return max(range(len(values)), key=lambda i: (signed[i], i), default=-1) + 1
+        """The best epoch, counted from 1: the last among equals, as the learning rate has fallen further; NaN is worse
+        than any value. 0: none."""
+        signed = [-math.inf if math.isnan(value) else value if self.maximise else -value
+                  for value in history[self.criterion]]
+        return max(range(len(signed)), key=lambda i: (signed[i], i), default=-1) + 1
 
     def describe(self, values):
         """{column: value} in words: "train loss 1.889 acc 30.5%   val loss 1.613 acc 43.9%"."""
