@@ -392,9 +392,9 @@ def test_load_checkpoint_notes_ambiguous_positions_and_obeys_grid_size(tmp_path)
         model = VisionTransformer(**wide)
         report = load_checkpoint(model, tmp_path / "m.pt", **options)
         assert same_bits(model, state)
-        assert [note for note in report.notes if "grid_size would say" in note] == ([] if options else [
+        assert [note for note in report.notes if "grid_size= would say" in note] == ([] if options else [
             "positions: 16 can be 3x5 patches with 1 before them or 4x4 patches with 0 before them; taken as the "
-            "first, grid_size would say"])
+            "first; load_checkpoint's grid_size= would say"])
     model = VisionTransformer(**wide)
     load_checkpoint(model, tmp_path / "m.pt", grid_size=(4, 4))
     assert torch.equal(model.pos_embed[:, 1:], resample_positions(state["pos_embed"], (4, 4), (3, 5)))

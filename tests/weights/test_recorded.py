@@ -21,7 +21,7 @@ from vit_bridge.errors import Assumption
 from vit_bridge.models.adapters import adapt
 from vit_bridge.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from vit_bridge.weights.checkpoints import describe_checkpoint, load, load_checkpoint, save_model
-from vit_model import InputError, VisionTransformer
+from vit_model import InputError, VisionTransformer, resample_positions
 
 NAMES = ["owl", "fox", "hare"]
 HF = dict(image_size=16, patch_size=4, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
@@ -275,8 +275,8 @@ def test_load_says_what_a_bare_file_leaves_open_in_one_line(tmp_path):
     assert model.config.n_heads == 3
     assert assumed == [
         f"{tmp_path / 'twelve.pth'}: not recorded, so assumed: n_heads=3 (64 channels each), pool='cls', "
-        f"norm_eps=1e-06, a square of 4x4 patches, ImageNet's mean and std, bilinear resizing; load's n_heads=, pool=, "
-        f"norm_eps= or --n-heads or config.json beside it can say otherwise"]
+        f"norm_eps=1e-06, img_size=16 (a square of 4x4 patches), ImageNet's mean and std, bilinear resizing; load's "
+        f"n_heads=, pool=, norm_eps=, img_size= or --n-heads or config.json beside it can say otherwise"]
     described = str(describe_checkpoint(tmp_path / "twelve.pth"))
     for words in ("3 is a guess", "pool='cls'", "norm_eps=1e-06", "a square of 4x4 patches", "ImageNet's mean and std"):
         assert words in described
@@ -342,6 +342,27 @@ def test_load_takes_the_given_size_as_the_grid_of_a_rectangle(tmp_path):
         torch.testing.assert_close(model(images_of((8, 24))), theirs(images_of((8, 24))))
     with pytest.raises(InputError, match="13 positions, not the grid 4x4"):
         load(tmp_path / "m.pth", img_size=16)
+
+
+@pytest.mark.parametrize("size", [(24, 40), (16, 32), (16, 64)])
+def test_load_takes_the_given_size_where_the_positions_make_a_square_too(size, tmp_path):
+    """3 x 5 patches and CLS are as many positions as 4 x 4 patches without it; 2 x 8 as 4 x 4, both with CLS."""
+    theirs = randomised(timm.models.VisionTransformer(**{**TIMM, "img_size": size, "patch_size": 8}))
+    torch.save(theirs.state_dict(), tmp_path / "m.pth")
+    model, assumed = said(load, tmp_path / "m.pth", img_size=size, n_heads=4)
+    torch.testing.assert_close(model(images_of(size)), theirs(images_of(size)))
+    assert "taken as the first" in assumed[0]
+    assert "img_size=" not in assumed[0]
+    assert "img_size= or" in said(load, tmp_path / "m.pth")[1][0]
+
+
+def test_load_resamples_a_square_to_a_given_size(tmp_path):
+    theirs = timm.models.VisionTransformer(**TIMM)
+    torch.save(theirs.state_dict(), tmp_path / "m.pth")
+    model, assumed = said(load, tmp_path / "m.pth", img_size=24)
+    square, grid = theirs.pos_embed.detach(), model.patch_embed.grid_size
+    assert torch.equal(model.pos_embed, resample_positions(square, (4, 4), grid))
+    assert "img_size=16 (a square of 4x4 patches)" in assumed[0]
 
 
 # ---- Every command says it

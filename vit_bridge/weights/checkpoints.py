@@ -392,7 +392,7 @@ def fit(weights, model, grid_size):
     choices += _match_head(weights, model, expected)
     choices += _match_channels(weights, model)
     notes += _fit_positions(weights, model, grid_size)
-    choices += [note for note in notes if "grid_size would say" in note]
+    choices += [note for note in notes if "grid_size= would say" in note]
     notes += [choice for choice in choices if choice not in notes]
     tensors = weights.tensors
     missing = [name for name in expected if name not in tensors and not name.startswith("head.")
@@ -561,12 +561,14 @@ def _read_grid(weights, grid=None, given=None):
         ways += [((side, side), n) for side, n in sides if side and side * side == M - n]
     ways = list(dict.fromkeys(ways))
     if not ways:
-        wanted = f"the grid {given[0]}x{given[1]}" if given else "a square grid"
+        listed = [f"the grid {rows}x{columns}" for rows, columns in grids] + ["a square grid"] * (not given)
+        wanted = " or ".join(listed)
         raise InputError(f"{weights.path} has {M} positions, not {wanted} with {' or '.join(map(str, prefixes))} "
                          f"before it; give load img_size=(height, width) of its training, a training with --pretrained "
                          f"--img-size HEIGHT WIDTH, or load_checkpoint grid_size=(rows, columns) of its patches")
     texts = [f"{rows}x{columns} patches with {n} before them" for (rows, columns), n in ways]
-    notes = [f"positions: {M} can be {' or '.join(texts)}; taken as the first, grid_size would say"] if ways[1:] else []
+    notes = [f"positions: {M} can be {' or '.join(texts)}; taken as the first; "
+             f"load_checkpoint's grid_size= would say"] if ways[1:] else []
     return *ways[0], notes
 
 
@@ -747,13 +749,12 @@ def _infer_grid(weights, patch, given):
             M = weights.tensors["pos_embed"].shape[1]
             raise InputError(f"{weights.recorded.source} says img_size {recorded!r}, and {weights.path} has {M} "
                              f"positions for patches of {patch[0]}x{patch[1]}; {MEND}") from error
-    try:
-        grid = _read_grid(weights)[0]
-    except InputError:
-        if "img_size" not in given:
-            raise
-        return _read_grid(weights, given=grid_of(pair(given["img_size"]), tuple(patch)))[0], {}
-    return grid, dict(img_size=f"a square of {grid[0]}x{grid[1]} patches")
+    size = given.get("img_size")
+    wished = grid_of(pair(size), tuple(patch)) if size else None
+    grid, _, notes = _read_grid(weights, wished)
+    weights.choices += notes
+    side = one_side(tuple(n * side for n, side in zip(grid, patch, strict=True)))
+    return grid, {} if grid == wished else dict(img_size=f"img_size={side} (a square of {grid[0]}x{grid[1]} patches)")
 
 
 def _infer_preprocessing(weights, img_size, config):
