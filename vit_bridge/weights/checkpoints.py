@@ -38,9 +38,9 @@ from vit_bridge.weights.formats import (
     translate,
     under,
 )
-from vit_bridge.weights.heads import fit_head
+from vit_bridge.weights.heads import fit_head, listed, match_names
 from vit_bridge.weights.pretrained import OURS, OURS_FOLDER, PRETRAINED, PUBLIC, fetch
-from vit_bridge.weights.recorded import file_in, read_recorded
+from vit_bridge.weights.recorded import Recorded, file_in, read_recorded
 from vit_model import VisionTransformer, ViTConfig, grid_of, pair, resample_positions, sincos_positions
 
 WITHOUT_SHAPE = ("n_heads", "pool", "position", "norm_eps", "stem_stride", "stem", "block")  # no tensor shows these
@@ -256,7 +256,8 @@ def load_checkpoint(model, path, grid_size=None):
 
     Loading is strict: each tensor of the file is used, or dropped for a reason that the report gives, and each shape is
     compared. Two things may differ: with another number of classes the model keeps its own head, and at another
-    resolution the positions are resampled.
+    resolution the positions are resampled. Where the file and model.preprocessing name the classes, the head's rows are
+    matched by name.
 
     grid_size: (rows, columns) of the patches that the file was trained on, for the rare one whose number of positions
     can be read in two ways; what was taken is then said.
@@ -293,6 +294,8 @@ def _read_weights(path, model=None):
             _check_same_kind(other, model, path)
         weights = _own_names("ours", path, [], other.state_dict())
         weights.model = other
+        if other.preprocessing is not None:
+            weights.recorded = Recorded(images=dict(class_names=other.preprocessing.class_names))
         return weights
     own = None if model is None or model.config_class is VisionTransformer.config_class else model.state_dict()
     held = model is None or any(known.holds == class_name(model) for known in FORMATS)
@@ -487,7 +490,20 @@ def _match_head(weights, model, expected):
     elif theirs.keys() != {name for name in expected if name.startswith("head.")}:
         reason = "with a bias where the model's head has none, or the other way round"
     else:
-        return []
+        names, own = weights.recorded.images.get("class_names"), model.preprocessing and model.preprocessing.class_names
+        if not names or not own or not len(names) == len(own) == len(weight):
+            return []
+        rows, line = match_names(names, own)
+        if rows == list(range(len(weight))):
+            return []
+        if any(row is not None for row in rows):
+            for name, tensor in theirs.items():
+                weights.tensors[name] = expected[name].detach().to(tensor, copy=True)
+                for i, row in enumerate(rows):
+                    if row is not None:
+                        weights.tensors[name][i] = tensor[row]
+            return [line]
+        reason = f"for other classes{listed(names)} than the model's{listed(own)}"
     for name in theirs:
         weights.dropped[weights.sources.pop(name)[0]] = reason
         del weights.tensors[name]
