@@ -319,6 +319,20 @@ def test_load_says_that_our_own_file_has_no_normalisation(tmp_path):
     assert "save_model(model, path, preprocessing) can say otherwise" in assumed[0]
 
 
+@pytest.mark.parametrize(("n_channels", "words"), [
+    (3, "assumed: ImageNet's mean and std"), (1, "assumed: mean 0 and std 1"), (4, "assumed: mean 0 and std 1")])
+def test_load_says_the_normalisation_that_is_used(n_channels, words, tmp_path):
+    save_model(VisionTransformer(**OURS, in_channels=n_channels), tmp_path / "m.pt")
+    model, assumed = said(load, tmp_path / "m.pt")
+    assert words in assumed[0]
+    assert (adapt(model).preprocessing.mean == IMAGENET_MEAN) == (n_channels == 3)
+    for wanted in {1, 3} - {n_channels}:  # what is assumed of the file's own channels
+        for n_classes in (None, 3):
+            other, again = said(load, tmp_path / "m.pt", in_channels=wanted, n_classes=n_classes)
+            assert words in again[0]
+            assert adapt(other).preprocessing == adapt(model).preprocessing.with_channels(wanted)
+
+
 def test_load_normalises_by_format(tmp_path):
     """A file without anything beside it: transformers' ViT by 0.5, as adapt sees the model in memory."""
     theirs = of_vit(tmp_path / "folder")

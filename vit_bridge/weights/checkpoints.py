@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from vit_bridge.errors import InputError, assume, check_choice, first_line
+from vit_bridge.models.adapters import adapt
 from vit_bridge.models.protocol import ask, class_name, is_ours
 from vit_bridge.models.registry import check_arguments, model_classes
 from vit_bridge.preprocessing import IMAGENET_MEAN, Preprocessing, one_side
@@ -155,16 +156,19 @@ def load(name_or_path, n_classes=None, **overrides):
             raise
         raise InputError(f"{error}; where the file came incomplete, delete it and it is fetched again") from error
     model.load_state_dict(state)
-    if found.preprocessing is not None:
-        model.preprocessing = replace(found.preprocessing, img_size=model.config.img_size)
-        if model.config.in_channels != found.config.in_channels:
-            model.preprocessing = model.preprocessing.with_channels(model.config.in_channels)
+    shown, n_channels = found.preprocessing, model.config.in_channels
+    if shown is None and n_channels != found.config.in_channels:  # what is assumed belongs to the channels of the file
+        shown = adapt(weights.model).preprocessing
+    if shown is not None:
+        model.preprocessing = replace(shown, img_size=model.config.img_size)
+        if n_channels != found.config.in_channels:
+            model.preprocessing = model.preprocessing.with_channels(n_channels)
     _say(path, found.assumed, report.choices, ours=weights is not None and weights.model is not None)
     if n_classes is not None:
         line = fit_head(model, n_classes)
         if not (own_head and model.preprocessing.class_names):
             assume(f"{path}: {line}")
-        if found.preprocessing is None:
+        if shown is None:
             model.preprocessing = None
     return model.eval()
 
@@ -670,8 +674,10 @@ def _inferred(weights, given):
     given: {field: value} of the configuration, as far as the caller chooses it; it holds where nothing records it.
     """
     if weights.model is not None:
-        shown = weights.model.preprocessing
-        assumed = dict(images="ImageNet's mean and std, bilinear resizing") if shown is None else {}
+        shown, used = weights.model.preprocessing, adapt(weights.model).preprocessing
+        numbers = "ImageNet's mean and std" if used.mean == IMAGENET_MEAN else f"mean {used.mean[0]:g} and std " \
+                                                                               f"{used.std[0]:g}"
+        assumed = dict(images=f"{numbers}, {used.interpolation} resizing") if shown is None else {}
         return Inferred(type(weights.model), weights.model.config, shown, assumed=assumed)
     try:
         return (infer_cnn if weights.format.holds in CNN_CONFIGS else infer_vit)(weights, given)
