@@ -236,6 +236,7 @@ def test_load_refuses_a_config_that_contradicts_the_tensors(changes, words, tmp_
 
 @pytest.mark.parametrize(("changes", "words"), [
     (dict(global_pool="map"), "global_pool 'map'"), (dict(global_pool="avg"), None),
+    (dict(global_pool="avg", model_args=dict(global_pool="token")), "'token' in its model_args"),
     (dict(num_classes=7), "n_classes 7"), (dict(label_names=["a"]), "names 1 classes"),
     (dict(architecture="vit_base_patch16_224"), "embed_dim 768"),
     (dict(architecture="vit_tiny_patch16_quickgelu_224"), "exact GELU")], ids=str)
@@ -244,10 +245,50 @@ def test_load_refuses_timms_config_where_it_is_wrong(changes, words, tmp_path):
     save_for_hf(timm.create_model("vit_tiny_patch16_224", **settings), tmp_path, model_args=settings)
     edited(tmp_path / "config.json", **changes)
     if words is None:  # a mean without fc_norm has the same tensors
+        edited(tmp_path / "config.json", model_args=settings)
         assert load(tmp_path).config.pool == "mean"
         return
     with pytest.raises(InputError, match=rf"\A[^\n]*{re.escape(words)}[^\n]*\Z"):
         load(tmp_path)
+
+
+def bare_timm(folder, architecture="vit_tiny_patch16_224", **entries):
+    """A timm ViT of width 192 with a config.json of these entries."""
+    theirs = randomised(timm.models.VisionTransformer(**{**TIMM, "embed_dim": 192, "num_heads": 3, "reg_tokens": 2}))
+    torch.save(theirs.state_dict(), folder / "pytorch_model.bin")
+    entries = dict(architecture=architecture, num_classes=3, global_pool="token") | entries
+    (folder / "config.json").write_text(json.dumps(entries))
+    return theirs
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (dict(pool_include_prefix=True, reg_tokens=2), "pool_include_prefix True, and VisionTransformer has False"),
+    (dict(norm_layer="rmsnorm"), "norm_layer 'rmsnorm', and VisionTransformer has 'layernorm'"),
+    (dict(norm_eps=1e-5), "norm_eps 1e-05"), (dict(class_token=False), "class_token False"),
+    (dict(output_stride=8), "output_stride 8, and VisionTransformer has 32"),
+    (dict(aa_layer="blurpool"), "aa_layer 'blurpool', and VisionTransformer has none"),
+    (dict(global_pool="avg"), "global_pool 'token', and 'avg' in its model_args")], ids=str)
+def test_load_refuses_arguments_of_timm_that_it_does_not_hold(arguments, words, tmp_path):
+    bare_timm(tmp_path, model_args=dict(img_size=16, patch_size=4) | arguments)
+    for run in (load, describe_checkpoint):
+        with pytest.raises(InputError, match=rf"\A[^\n]*config\.json says {re.escape(words)}[^\n]*\Z"):
+            run(tmp_path)
+
+
+def test_load_says_which_arguments_of_timm_were_not_taken(tmp_path):
+    theirs = bare_timm(tmp_path, model_args=dict(img_size=16, patch_size=4, norm_layer="LayerNorm", drop_rate=0.1,
+                                                 pool_include_prefix=False, some_new_thing=[3]))
+    model, assumed = said(load, tmp_path)
+    assert "config.json beside it says some_new_thing [3] in its model_args, which is not known here" in assumed[0]
+    assert not [name for name in ("norm_layer", "norm_eps", "drop_rate", "prefix") if name in assumed[0]]
+    torch.testing.assert_close(model(images_of()), theirs(images_of()))
+
+
+@pytest.mark.parametrize(("architecture", "known"), [
+    ("vit_tiny_patch16_224", True), ("my_vit", False), ("beit3_tiny", False), ("vit_tiny_patch16_clip_224", False)])
+def test_an_architecture_tells_the_norms_only_where_it_is_known(architecture, known, tmp_path):
+    bare_timm(tmp_path, architecture)
+    assert ("norm_eps=1e-06" in str(said(load, tmp_path)[1])) != known
 
 
 def test_load_checkpoint_holds_a_model_to_the_config(tmp_path):
