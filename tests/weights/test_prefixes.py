@@ -101,7 +101,16 @@ def test_load_takes_the_average_of_two_models_and_says_so(student, teacher, tmp_
     torch.save({**named(student, one.state_dict()), **named(teacher, two.state_dict())}, tmp_path / "m.pth")
     model, words = opened(tmp_path / "m.pth")
     torch.testing.assert_close(model(images()), two(images()))
-    assert f"of the models under {student!r} and {teacher!r} that of {teacher!r} was taken" in words
+    assert f"of the models under {student!r} and {teacher!r} that of {teacher!r} was taken, usually the" in words
+
+
+@pytest.mark.parametrize("larger", [dict(depth=3), dict(embed_dim=48)], ids=str)
+def test_load_refuses_a_student_and_a_teacher_of_different_shapes(larger, tmp_path):
+    one, two = (timm.models.VisionTransformer(**TIMM | settings).state_dict() for settings in ({}, larger))
+    for content in (named("student.", one) | named("teacher.", two), dict(student=one, teacher=two)):
+        torch.save(content, tmp_path / "m.pth")
+        with pytest.raises(InputError, match=r"\A[^\n]*different shapes, under 'student\.?' and 'teacher\.?'[^\n]*\Z"):
+            load(tmp_path / "m.pth")
 
 
 @pytest.mark.parametrize("prefixes", [("a.", "b."), ("generator.vit.", "discriminator.vit."), ("ema_a.", "ema_b.")])

@@ -674,10 +674,12 @@ def _inferred(weights, given):
     given: {field: value} of the configuration, as far as the caller chooses it; it holds where nothing records it.
     """
     if weights.model is not None:
-        shown, used = weights.model.preprocessing, adapt(weights.model).preprocessing
-        numbers = "ImageNet's mean and std" if used.mean == IMAGENET_MEAN else f"mean {used.mean[0]:g} and std " \
-                                                                               f"{used.std[0]:g}"
-        assumed = dict(images=f"{numbers}, {used.interpolation} resizing") if shown is None else {}
+        shown, assumed = weights.model.preprocessing, {}
+        if shown is None:
+            used = adapt(weights.model).preprocessing
+            numbers = "ImageNet's mean and std" if used.mean == IMAGENET_MEAN else f"mean {used.mean[0]:g} and std " \
+                                                                                   f"{used.std[0]:g}"
+            assumed["images"] = f"{numbers}, {used.interpolation} resizing"
         return Inferred(type(weights.model), weights.model.config, shown, assumed=assumed)
     try:
         return (infer_cnn if weights.format.holds in CNN_CONFIGS else infer_vit)(weights, given)

@@ -11,6 +11,7 @@ Shapes:  D width, H heads, K = D / H width of a head, P patch side, C channels.
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -239,7 +240,7 @@ class Weights:
     model: object = None
 
 
-# Prefixes that wrappers put before every name; and of two models in a file the one to take: an average of the weights.
+# Prefixes that wrappers put before every name; and of two models the one to take, usually an average of the weights.
 WRAPPED = re.compile(r"^((module|_orig_mod|model)\.)*(opt/target/|params/)?")
 TAKEN_FIRST = re.compile(r"(^|[._])(ema|averaged?|swa|teacher|target)([._]|$)")
 
@@ -301,7 +302,19 @@ def chosen_prefix(found, state, path):
     if len(best) != 1:
         raise InputError(f"{path} holds {len(found)} models, under {listed}; expected one, save the state_dict of the "
                          f"one that you want alone")
-    return best[0], f"of the models under {listed} that of {best[0]!r} was taken, as the average of the weights"
+    check_average(best[0], dict(zip(found, parts, strict=True)), path)
+    return best[0], f"of the models under {listed} that of {best[0]!r} was taken, usually the average of the weights"
+
+
+def check_average(name, models, path):
+    """Raises InputError where the model of this name cannot be an average of another one, as its shapes are not among
+    those. models: {name: state dict}."""
+    shapes = {key: Counter(tuple(value.shape) for value in model.values() if isinstance(value, torch.Tensor)
+                           and value.ndim) for key, model in models.items()}
+    for other in shapes:
+        if not shapes[name] <= shapes[other]:
+            raise InputError(f"{path} holds models of different shapes, under {other!r} and {name!r}; expected one, "
+                             f"save the state_dict of the one that you want alone")
 
 
 def _refuse_known(names, path):
