@@ -97,6 +97,14 @@ def test_fit_head_keeps_a_head_without_bias():
     assert torch.equal(model.head.weight, rows[[2, 0, 1]])
 
 
+def test_a_head_without_bias_is_saved_with_one_of_zeros(tmp_path):
+    model = trained(["a", "b", "c"])
+    model.head = nn.Linear(6, 3, bias=False)
+    save_model(model, tmp_path / "m.pt")
+    again, images = load(tmp_path / "m.pt"), torch.randn(2, 3, 8, 8)
+    assert torch.equal(again(images), model.eval()(images))
+
+
 # ---- In load_checkpoint, a training, and load
 
 

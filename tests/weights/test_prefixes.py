@@ -149,6 +149,52 @@ def test_load_takes_the_head_beside_a_backbone(backbone, head, tmp_path):
                                                                                                   "classifier"))
 
 
+def resnet():
+    return timm.models.ResNet(timm.models.resnet.BasicBlock, (1, 1, 1, 1), channels=(64, 6, 8, 10), num_classes=3)
+
+
+HEADS = {
+    "after a dropout, beside": ("backbone", "vit", "head.1"), "after a dropout": ("", "vit", "head.1"),
+    "another name": ("", "vit", "classifier.1"), "in a Sequential of two": ("", "vit", "head.1.0"),
+    "of a ResNet": ("", "resnet", "fc.1"), "of a ResNet, beside": ("backbone", "resnet", "head"),
+    "of a ResNet, after a dropout": ("net", "resnet", "classifier.2")}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", HEADS)
+def test_load_takes_the_head_where_people_put_it(kind, bias, tmp_path):
+    prefix, build, name = HEADS[kind]
+    theirs = randomised(timm.models.VisionTransformer(**TIMM) if build == "vit" else resnet())
+    theirs.reset_classifier(0)
+    linear = randomised(nn.Linear(theirs.num_features, 3, bias=bias))
+    torch.save(named(f"{prefix}." if prefix else "", theirs.state_dict()) | named(f"{name}.", linear.state_dict()),
+               tmp_path / "m.pth")
+    with pytest.warns(Assumption) as caught:
+        model = load(tmp_path / "m.pth", **dict(n_heads=4) if build == "vit" else {})
+    torch.testing.assert_close(model(images()), linear(theirs(images())))
+    assert (f"{name} beside the model was taken as its head" in str(caught[0].message)) == bool(prefix)
+
+
+def test_load_takes_the_head_beside_a_model_before_its_own(tmp_path):
+    theirs, linear = randomised(timm.models.VisionTransformer(**TIMM)), randomised(nn.Linear(24, 5))
+    torch.save(named("backbone.", theirs.state_dict()) | named("head.", linear.state_dict()), tmp_path / "m.pth")
+    model, words = opened(tmp_path / "m.pth")
+    theirs.reset_classifier(0)
+    torch.testing.assert_close(model(images()), linear(theirs(images())))
+    assert "head beside the model was taken as its head, and its own was dropped" in words
+
+
+@pytest.mark.parametrize("head", [
+    nn.Sequential(nn.Linear(24, 24), nn.GELU(), nn.Linear(24, 3)), nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 3)),
+    nn.Linear(48, 3)], ids=str)
+def test_load_names_a_head_that_it_drops(head, tmp_path):
+    theirs = timm.models.VisionTransformer(**{**TIMM, "num_classes": 0})
+    torch.save(named("backbone.", theirs.state_dict()) | named("head.", head.state_dict()), tmp_path / "m.pth")
+    model, words = opened(tmp_path / "m.pth")
+    assert model.config.n_classes == 0
+    assert "dropped of a head: head." in words
+
+
 @pytest.mark.parametrize(("name", "shape"), [
     ("blocks.1.extra", (5,)), ("attn_pool.latent", (1, 1, 24)), ("norm_pre.bias", (24,)), ("head2.weight", (3, 24)),
     ("pos_embed_rel", (3,))])

@@ -80,6 +80,8 @@ def save_model(model, path, preprocessing=None, dtype=None, state_dict=None, **m
     state = {key.replace("_orig_mod.", ""):  # a part of the model may be compiled
              value.detach().cpu().to(dtype) if dtype and value.is_floating_point() else value.detach().cpu()
              for key, value in (state_dict or model.state_dict()).items()}
+    if "head.weight" in state and model.head.bias is None:  # a bias of zeros computes the same
+        state["head.bias"] = torch.zeros_like(state["head.weight"][:, 0])
     for name in ("class_names", "mean", "std", "interpolation"):
         if name in more:
             raise InputError(f"save_model got {name} {more[name]!r}; expected it in preprocessing=Preprocessing(...)")
@@ -420,7 +422,7 @@ def fit(weights, model, grid_size):
             raise InputError(f"{weights.path} is damaged or quantised: {weights.sources[name][0]} is {tensor.dtype}, "
                              f"expected {expected[name].dtype}")
     state = {**expected, **{name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}}
-    used = tuple(name for ours in tensors for name in weights.sources[ours])
+    used = tuple(dict.fromkeys(name for ours in tensors for name in weights.sources[ours]))
     heads = ""
     if weights.model is None and weights.n_heads is None and ask(model, "attends"):
         heads = (f"the file does not say how many; the model's {model.config.n_heads} are right only if it was trained "
@@ -480,6 +482,9 @@ def _match_head(weights, model, expected):
     if weight is None or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         shapes = ", ".join(f"{weights.sources[name][0]} {tuple(tensor.shape)}" for name, tensor in theirs.items())
         raise InputError(f"{weights.path} is damaged: weights and biases of its head do not belong together ({shapes})")
+    if bias is None and "head.bias" in expected:  # which is one of zeros
+        weights.tensors["head.bias"] = theirs["head.bias"] = torch.zeros(len(weight))
+        weights.sources["head.bias"] = weights.sources["head.weight"]
     n_features = model.n_features
     if wanted is None and weight.shape[1] != n_features:
         reason = f"reads {weight.shape[1]} features, and the model has {n_features}"
@@ -492,7 +497,7 @@ def _match_head(weights, model, expected):
     elif len(weight) != len(wanted):
         reason = f"for {len(weight)} classes, the model's head for {len(wanted)}"
     elif theirs.keys() != {name for name in expected if name.startswith("head.")}:
-        reason = "with a bias where the model's head has none, or the other way round"
+        reason = "with a bias where the model's head has none"
     else:
         names, own = weights.recorded.images.get("class_names"), model.preprocessing and model.preprocessing.class_names
         if not names or not own or not len(names) == len(own) == len(weight):
