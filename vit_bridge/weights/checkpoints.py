@@ -165,7 +165,8 @@ def load(name_or_path, n_classes=None, **overrides):
         model.preprocessing = replace(shown, img_size=model.config.img_size)
         if n_channels != found.config.in_channels:
             model.preprocessing = model.preprocessing.with_channels(n_channels)
-    _say(path, found.assumed, report.choices, ours=weights is not None and weights.model is not None)
+    unsettled = _unsettled(weights) if weights else []  # a public one is what its name says
+    _say(path, found.assumed, [*report.choices, *unsettled], ours=weights is not None and weights.model is not None)
     if n_classes is not None:
         line = fit_head(model, n_classes)
         if not (own_head and model.preprocessing.class_names):
@@ -188,6 +189,11 @@ def _say(path, assumed, choices, ours=False):
                         f"otherwise")
     if parts:
         assume(f"{path}: {'; '.join(parts)}")
+
+
+def _unsettled(weights):
+    """[what the names of a file do not show], where no config.json beside it settles that."""
+    return [weights.format.note] if weights.format.note and not weights.recorded.source else []
 
 
 def _existing_file(name):
@@ -286,7 +292,7 @@ def load_checkpoint(model, path, grid_size=None):
         raise InputError(f"{path} is for another architecture: its head reads pool={pool!r}, and the model has "
                          f"{model.config.pool!r}")
     model.load_state_dict(state)
-    _say(path, {}, [*([f"heads: {report.heads}"] if report.heads else []), *report.choices])
+    _say(path, {}, [*([f"heads: {report.heads}"] if report.heads else []), *report.choices, *_unsettled(weights)])
     return report
 
 

@@ -32,7 +32,7 @@ class Format:
     library  whose config.json belongs to it: "timm", "transformers" or "" for none
     fixes    fields of the configuration that are the same in all its models, so that nothing is assumed
     mean, std, interpolation   of the images of its library's models
-    note     what the names do not show; the report of every such file says it
+    note     what the names do not show; the report of every such file says it, and load where no config.json is beside
     holds    the class of ours that it is
     """
     name: str
@@ -103,7 +103,9 @@ CNN_FORMATS = (
         (RESNET + r"shortcut\.normalization\.(\w+)", r"stages.\1.\2.shortcut.1.\3"),
         *((RESNET + rf"layer\.{i}\.{kind}\.(\w+)", rf"stages.\1.\2.{ours}{i + 1}.\3")
           for i in range(3) for kind, ours in (("convolution", "conv"), ("normalization", "bn"))),
-        *RESNET_HEAD), (AVERAGED,), norm_eps=None, library="transformers", holds="ConvNet"),
+        *RESNET_HEAD), (AVERAGED,), norm_eps=None, library="transformers", holds="ConvNet", note="where its "
+           "config.json has downsample_in_first_stage or downsample_in_bottleneck, the strides lie elsewhere, which "
+           "leaves no trace in the names: do not load one"),
     Format("our names of a ConvNet", r"stem\.0\.weight", (r"^stages\.0\.0\.conv2\.weight$",), (), (AVERAGED,),
            norm_eps=None, holds="ConvNet"),
     Format("torchvision's ConvNeXt", r"features\.0\.0\.weight", (r"^features\.1\.0\.block\.0\.weight$",), (
