@@ -118,7 +118,8 @@ def load(name_or_path, n_classes=None, **overrides):
     name_or_path  a name that describe_pretrained() lists; the path of a checkpoint: ours, or one of a ViT in any format
                   that load_checkpoint knows; or a folder of transformers' save_pretrained or timm's save_for_hf
     n_classes     None: the head of the checkpoint, or none where it has none (the model then gives features, (B, D));
-                  a number: that head if it has as many rows, else a new one of zeros; one line says which (heads.py)
+                  a number: that head if it has as many rows, else a new one of zeros; an Assumption says which
+                  (heads.py), unless the head is kept and its classes have names
     overrides     img_size (resamples the positions), in_channels (adapt_input_channels), dropout, drop_path; pool of a
                   public one without its own head; and what a file does not record: n_heads, pool, norm_eps. Any other
                   field belongs to the weights, and is refused if it is not theirs

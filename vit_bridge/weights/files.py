@@ -38,10 +38,10 @@ def read_file(path):
     except InputError:
         raise
     except Exception as error:  # random bytes make torch's unpickler fail with nearly every kind
-        found = re.search(r"[Uu]nsupported (?:global|GLOBAL|class)[^\n]*?([\w.]+) (?:was not an allowed|whose module)",
-                          str(error))
+        found = re.search(r"[Uu]nsupported (?:global|GLOBAL|class)[^\n]*?([\w.]+) (?:was not an allowed|whose module)|"
+                          r"Can only (?:build|create) [^\n]* but got <class '(\w+\.[\w.]+)'>", str(error))
         if found:
-            raise InputError(_about_objects(path, found[1])) from error
+            raise InputError(_about_objects(path, found[1] or found[2])) from error
         raise InputError(f"{path} is no checkpoint, or a damaged one ({first_line(error)}); expected a file that "
                          f"torch.save, safetensors or numpy wrote") from error
     if not isinstance(entries, dict):
