@@ -257,6 +257,38 @@ def test_a_config_of_timm_gives_what_it_says_and_refuses_smoothing(tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.parametrize("arguments", [dict(output_stride=8), dict(aa_layer="blurpool"), dict(norm_layer="groupnorm")])
+def test_a_config_of_timm_refuses_a_resnet_that_computes_otherwise(arguments, tmp_path):
+    torch.save(timm_resnet(BasicBlock).state_dict(), tmp_path / "pytorch_model.bin")
+    entries = dict(architecture="resnet18", num_classes=CLASSES, global_pool="avg")
+    for given in (dict(output_stride=32, aa_layer=None, norm_layer="batchnorm2d"), arguments):
+        (tmp_path / "config.json").write_text(json.dumps(entries | dict(model_args=given)))
+        if given is arguments:
+            with pytest.raises(InputError, match=one_line_with(f"says {next(iter(given))} ")):
+                load(tmp_path)
+        else:
+            load(tmp_path)
+
+
+@pytest.mark.parametrize(("build", "words"), [
+    (lambda: timm_resnet(BasicBlock), "resnetblur"),
+    (lambda: transformers_resnet("basic"), "downsample_in_first_stage")])
+def test_load_says_what_the_names_of_a_resnet_do_not_show(build, words, tmp_path):
+    theirs = build()
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.warns(Assumption, match=one_line_with(words)):
+        model = load(tmp_path)
+    with pytest.warns(Assumption, match=one_line_with(words)):
+        load_checkpoint(model, tmp_path)
+    config = dict(architecture="resnet18", num_classes=CLASSES, global_pool="avg")
+    if words != "resnetblur":
+        config = theirs.config.to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.warns(Assumption) as caught:
+        load(tmp_path)
+    assert not [warning for warning in caught if words in str(warning.message)]
+
+
 @pytest.mark.parametrize("kind", ["timm, basic", "timm's ConvNeXt"])
 def test_what_a_cnns_file_does_not_say_is_said_to_be_assumed(kind, tmp_path):
     build, names, _ = FILES[kind]

@@ -147,7 +147,7 @@ class Settings:
 
 
 OBJECTS = {"path": Path("runs"), "defaultdict": defaultdict(list, loss=[1.0]), "settings": Settings(0.1),
-           "generator": np.random.default_rng(3)}
+           "generator": np.random.default_rng(3), "array of objects": np.array([{1: 2}, "x"], dtype=object)}
 
 
 @pytest.mark.parametrize("name", OBJECTS)

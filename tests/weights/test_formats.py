@@ -472,7 +472,7 @@ def test_load_checkpoint_says_how_to_build_for_fc_norm(tmp_path):
 
 def test_load_normalises_googles_images_by_a_half(tmp_path):
     np.savez(tmp_path / "m.npz", **flax(timm_vit()))
-    with pytest.warns(Assumption, match=r"assumed: a square of 3x3 patches, mean and std 0\.5 as in its library, bil"):
+    with pytest.warns(Assumption, match=r"\(a square of 3x3 patches\), mean and std 0\.5 as in its library, bil"):
         model = load(tmp_path / "m.npz")
     assert (model.config.n_heads, model.preprocessing.mean, model.preprocessing.std) == (HEADS, (0.5,) * 3, (0.5,) * 3)
 

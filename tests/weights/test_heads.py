@@ -12,7 +12,7 @@ from torch import nn
 from vit_bridge.errors import Assumption
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.preprocessing import Preprocessing
-from vit_bridge.weights.checkpoints import load, save_model
+from vit_bridge.weights.checkpoints import load, load_checkpoint, save_model
 from vit_bridge.weights.heads import fit_head
 from vit_model import VisionTransformer
 
@@ -44,6 +44,16 @@ CASES = {
     "none of them": (["owl", "fox", "hare"], ["cat", "dog", "emu"], [0, 0, 0],
                      "head: new, because none of its 3 classes (owl, fox, hare) is among the 3 of the images (cat, "
                      "dog, emu)"),
+    "text and numbers": ([0, 1, 2], ["2", "0", "1"], [3, 1, 2],
+                         "head: kept, all 3 rows, matched by the names of the classes"),
+    "one name twice, the same": (["crane", "owl", "crane"], ["crane", "owl", "crane"], [1, 2, 3],
+                                 "head: kept, its 3 classes are those of the images"),
+    "one name twice": (["crane", "owl", "crane"], ["owl", "crane", "hare"], [2, 0, 0],
+                       "head: kept, 1 of 3 rows, matched by the names of the classes; 2 new (crane, hare); dropped "
+                       "(crane, crane); the rows of a name that occurs more than once are not known (crane)"),
+    "one folder twice": (["crane", "owl", "hare"], ["crane", "crane", "hare"], [0, 0, 3],
+                         "head: kept, 1 of 3 rows, matched by the names of the classes; 2 new (crane, crane); dropped "
+                         "(crane, owl); the rows of a name that occurs more than once are not known (crane)"),
     "no names": (None, ["fox", "hare", "owl"], [1, 2, 3],
                  "head: kept, its 3 rows; nothing names their classes, so their order is assumed to be that of the "
                  "images (fox, hare, owl)"),
@@ -87,7 +97,35 @@ def test_fit_head_keeps_a_head_without_bias():
     assert torch.equal(model.head.weight, rows[[2, 0, 1]])
 
 
-# ---- In a training, and in load
+def test_a_head_without_bias_is_saved_with_one_of_zeros(tmp_path):
+    model = trained(["a", "b", "c"])
+    model.head = nn.Linear(6, 3, bias=False)
+    save_model(model, tmp_path / "m.pt")
+    again, images = load(tmp_path / "m.pt"), torch.randn(2, 3, 8, 8)
+    assert torch.equal(again(images), model.eval()(images))
+
+
+# ---- In load_checkpoint, a training, and load
+
+
+@pytest.mark.parametrize(("names", "rows", "words"), [
+    (["owl", "hare", "fox"], [3, 2, 1], "head: kept, all 3 rows, matched by the names of the classes"),
+    (["fox", "hare", "owl"], [1, 2, 3], None),
+    (["owl", "emu", "fox"], [3, 7, 1], "head: kept, 2 of 3 rows, matched by the names of the classes; 1 new (emu)"),
+    (["cat", "dog", "emu"], [7, 7, 7], "head: the model keeps its own, untrained; that of the file: for other classes "
+                                       "(fox, hare, owl) than the model's (cat, dog, emu)")])
+def test_load_checkpoint_matches_rows_by_the_names_of_the_classes(names, rows, words, tmp_path, recwarn):
+    save_model(trained(["fox", "hare", "owl"]), tmp_path / "m.pt")
+    model = trained(names)
+    nn.init.constant_(model.head.weight, 7.0)
+    nn.init.constant_(model.head.bias, 70.0)
+    report = load_checkpoint(model, tmp_path / "m.pt")
+    assert model.head.weight.tolist() == [[row] * 6 for row in rows]
+    assert model.head.bias.tolist() == [10 * row for row in rows]
+    assert model.preprocessing.class_names == names
+    notes = [note for note in report.notes if note.startswith("head: ")]
+    assert (len(notes), len(recwarn)) == ((0, 0) if words is None else (1, 1))
+    assert words is None or words in notes[0]
 
 
 @pytest.fixture(scope="module")

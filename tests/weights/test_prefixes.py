@@ -101,7 +101,16 @@ def test_load_takes_the_average_of_two_models_and_says_so(student, teacher, tmp_
     torch.save({**named(student, one.state_dict()), **named(teacher, two.state_dict())}, tmp_path / "m.pth")
     model, words = opened(tmp_path / "m.pth")
     torch.testing.assert_close(model(images()), two(images()))
-    assert f"of the models under {student!r} and {teacher!r} that of {teacher!r} was taken" in words
+    assert f"of the models under {student!r} and {teacher!r} that of {teacher!r} was taken, usually the" in words
+
+
+@pytest.mark.parametrize("larger", [dict(depth=3), dict(embed_dim=48)], ids=str)
+def test_load_refuses_a_student_and_a_teacher_of_different_shapes(larger, tmp_path):
+    one, two = (timm.models.VisionTransformer(**TIMM | settings).state_dict() for settings in ({}, larger))
+    for content in (named("student.", one) | named("teacher.", two), dict(student=one, teacher=two)):
+        torch.save(content, tmp_path / "m.pth")
+        with pytest.raises(InputError, match=r"\A[^\n]*different shapes, under 'student\.?' and 'teacher\.?'[^\n]*\Z"):
+            load(tmp_path / "m.pth")
 
 
 @pytest.mark.parametrize("prefixes", [("a.", "b."), ("generator.vit.", "discriminator.vit."), ("ema_a.", "ema_b.")])
@@ -138,6 +147,52 @@ def test_load_takes_the_head_beside_a_backbone(backbone, head, tmp_path):
     torch.testing.assert_close(model(images()), linear(features))
     assert (f"{head} beside the model was taken as its head" in words) == ((backbone, head) != ("transformers",
                                                                                                   "classifier"))
+
+
+def resnet():
+    return timm.models.ResNet(timm.models.resnet.BasicBlock, (1, 1, 1, 1), channels=(64, 6, 8, 10), num_classes=3)
+
+
+HEADS = {
+    "after a dropout, beside": ("backbone", "vit", "head.1"), "after a dropout": ("", "vit", "head.1"),
+    "another name": ("", "vit", "classifier.1"), "in a Sequential of two": ("", "vit", "head.1.0"),
+    "of a ResNet": ("", "resnet", "fc.1"), "of a ResNet, beside": ("backbone", "resnet", "head"),
+    "of a ResNet, after a dropout": ("net", "resnet", "classifier.2")}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", HEADS)
+def test_load_takes_the_head_where_people_put_it(kind, bias, tmp_path):
+    prefix, build, name = HEADS[kind]
+    theirs = randomised(timm.models.VisionTransformer(**TIMM) if build == "vit" else resnet())
+    theirs.reset_classifier(0)
+    linear = randomised(nn.Linear(theirs.num_features, 3, bias=bias))
+    torch.save(named(f"{prefix}." if prefix else "", theirs.state_dict()) | named(f"{name}.", linear.state_dict()),
+               tmp_path / "m.pth")
+    with pytest.warns(Assumption) as caught:
+        model = load(tmp_path / "m.pth", **dict(n_heads=4) if build == "vit" else {})
+    torch.testing.assert_close(model(images()), linear(theirs(images())))
+    assert (f"{name} beside the model was taken as its head" in str(caught[0].message)) == bool(prefix)
+
+
+def test_load_takes_the_head_beside_a_model_before_its_own(tmp_path):
+    theirs, linear = randomised(timm.models.VisionTransformer(**TIMM)), randomised(nn.Linear(24, 5))
+    torch.save(named("backbone.", theirs.state_dict()) | named("head.", linear.state_dict()), tmp_path / "m.pth")
+    model, words = opened(tmp_path / "m.pth")
+    theirs.reset_classifier(0)
+    torch.testing.assert_close(model(images()), linear(theirs(images())))
+    assert "head beside the model was taken as its head, and its own was dropped" in words
+
+
+@pytest.mark.parametrize("head", [
+    nn.Sequential(nn.Linear(24, 24), nn.GELU(), nn.Linear(24, 3)), nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 3)),
+    nn.Linear(48, 3)], ids=str)
+def test_load_names_a_head_that_it_drops(head, tmp_path):
+    theirs = timm.models.VisionTransformer(**{**TIMM, "num_classes": 0})
+    torch.save(named("backbone.", theirs.state_dict()) | named("head.", head.state_dict()), tmp_path / "m.pth")
+    model, words = opened(tmp_path / "m.pth")
+    assert model.config.n_classes == 0
+    assert "dropped of a head: head." in words
 
 
 @pytest.mark.parametrize(("name", "shape"), [

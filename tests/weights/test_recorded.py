@@ -21,7 +21,7 @@ from vit_bridge.errors import Assumption
 from vit_bridge.models.adapters import adapt
 from vit_bridge.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from vit_bridge.weights.checkpoints import describe_checkpoint, load, load_checkpoint, save_model
-from vit_model import InputError, VisionTransformer
+from vit_model import InputError, VisionTransformer, resample_positions
 
 NAMES = ["owl", "fox", "hare"]
 HF = dict(image_size=16, patch_size=4, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
@@ -236,6 +236,7 @@ def test_load_refuses_a_config_that_contradicts_the_tensors(changes, words, tmp_
 
 @pytest.mark.parametrize(("changes", "words"), [
     (dict(global_pool="map"), "global_pool 'map'"), (dict(global_pool="avg"), None),
+    (dict(global_pool="avg", model_args=dict(global_pool="token")), "'token' in its model_args"),
     (dict(num_classes=7), "n_classes 7"), (dict(label_names=["a"]), "names 1 classes"),
     (dict(architecture="vit_base_patch16_224"), "embed_dim 768"),
     (dict(architecture="vit_tiny_patch16_quickgelu_224"), "exact GELU")], ids=str)
@@ -244,10 +245,50 @@ def test_load_refuses_timms_config_where_it_is_wrong(changes, words, tmp_path):
     save_for_hf(timm.create_model("vit_tiny_patch16_224", **settings), tmp_path, model_args=settings)
     edited(tmp_path / "config.json", **changes)
     if words is None:  # a mean without fc_norm has the same tensors
+        edited(tmp_path / "config.json", model_args=settings)
         assert load(tmp_path).config.pool == "mean"
         return
     with pytest.raises(InputError, match=rf"\A[^\n]*{re.escape(words)}[^\n]*\Z"):
         load(tmp_path)
+
+
+def bare_timm(folder, architecture="vit_tiny_patch16_224", **entries):
+    """A timm ViT of width 192 with a config.json of these entries."""
+    theirs = randomised(timm.models.VisionTransformer(**{**TIMM, "embed_dim": 192, "num_heads": 3, "reg_tokens": 2}))
+    torch.save(theirs.state_dict(), folder / "pytorch_model.bin")
+    entries = dict(architecture=architecture, num_classes=3, global_pool="token") | entries
+    (folder / "config.json").write_text(json.dumps(entries))
+    return theirs
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (dict(pool_include_prefix=True, reg_tokens=2), "pool_include_prefix True, and VisionTransformer has False"),
+    (dict(norm_layer="rmsnorm"), "norm_layer 'rmsnorm', and VisionTransformer has 'layernorm'"),
+    (dict(norm_eps=1e-5), "norm_eps 1e-05"), (dict(class_token=False), "class_token False"),
+    (dict(output_stride=8), "output_stride 8, and VisionTransformer has 32"),
+    (dict(aa_layer="blurpool"), "aa_layer 'blurpool', and VisionTransformer has none"),
+    (dict(global_pool="avg"), "global_pool 'token', and 'avg' in its model_args")], ids=str)
+def test_load_refuses_arguments_of_timm_that_it_does_not_hold(arguments, words, tmp_path):
+    bare_timm(tmp_path, model_args=dict(img_size=16, patch_size=4) | arguments)
+    for run in (load, describe_checkpoint):
+        with pytest.raises(InputError, match=rf"\A[^\n]*config\.json says {re.escape(words)}[^\n]*\Z"):
+            run(tmp_path)
+
+
+def test_load_says_which_arguments_of_timm_were_not_taken(tmp_path):
+    theirs = bare_timm(tmp_path, model_args=dict(img_size=16, patch_size=4, norm_layer="LayerNorm", drop_rate=0.1,
+                                                 pool_include_prefix=False, some_new_thing=[3]))
+    model, assumed = said(load, tmp_path)
+    assert "config.json beside it says some_new_thing [3] in its model_args, which is not known here" in assumed[0]
+    assert not [name for name in ("norm_layer", "norm_eps", "drop_rate", "prefix") if name in assumed[0]]
+    torch.testing.assert_close(model(images_of()), theirs(images_of()))
+
+
+@pytest.mark.parametrize(("architecture", "known"), [
+    ("vit_tiny_patch16_224", True), ("my_vit", False), ("beit3_tiny", False), ("vit_tiny_patch16_clip_224", False)])
+def test_an_architecture_tells_the_norms_only_where_it_is_known(architecture, known, tmp_path):
+    bare_timm(tmp_path, architecture)
+    assert ("norm_eps=1e-06" in str(said(load, tmp_path)[1])) != known
 
 
 def test_load_checkpoint_holds_a_model_to_the_config(tmp_path):
@@ -275,8 +316,8 @@ def test_load_says_what_a_bare_file_leaves_open_in_one_line(tmp_path):
     assert model.config.n_heads == 3
     assert assumed == [
         f"{tmp_path / 'twelve.pth'}: not recorded, so assumed: n_heads=3 (64 channels each), pool='cls', "
-        f"norm_eps=1e-06, a square of 4x4 patches, ImageNet's mean and std, bilinear resizing; load's n_heads=, pool=, "
-        f"norm_eps= or --n-heads or config.json beside it can say otherwise"]
+        f"norm_eps=1e-06, img_size=16 (a square of 4x4 patches), ImageNet's mean and std, bilinear resizing; load's "
+        f"n_heads=, pool=, norm_eps=, img_size= or --n-heads or config.json beside it can say otherwise"]
     described = str(describe_checkpoint(tmp_path / "twelve.pth"))
     for words in ("3 is a guess", "pool='cls'", "norm_eps=1e-06", "a square of 4x4 patches", "ImageNet's mean and std"):
         assert words in described
@@ -319,6 +360,20 @@ def test_load_says_that_our_own_file_has_no_normalisation(tmp_path):
     assert "save_model(model, path, preprocessing) can say otherwise" in assumed[0]
 
 
+@pytest.mark.parametrize(("n_channels", "words"), [
+    (3, "assumed: ImageNet's mean and std"), (1, "assumed: mean 0 and std 1"), (4, "assumed: mean 0 and std 1")])
+def test_load_says_the_normalisation_that_is_used(n_channels, words, tmp_path):
+    save_model(VisionTransformer(**OURS, in_channels=n_channels), tmp_path / "m.pt")
+    model, assumed = said(load, tmp_path / "m.pt")
+    assert words in assumed[0]
+    assert (adapt(model).preprocessing.mean == IMAGENET_MEAN) == (n_channels == 3)
+    for wanted in {1, 3} - {n_channels}:  # what is assumed of the file's own channels
+        for n_classes in (None, 3):
+            other, again = said(load, tmp_path / "m.pt", in_channels=wanted, n_classes=n_classes)
+            assert words in again[0]
+            assert adapt(other).preprocessing == adapt(model).preprocessing.with_channels(wanted)
+
+
 def test_load_normalises_by_format(tmp_path):
     """A file without anything beside it: transformers' ViT by 0.5, as adapt sees the model in memory."""
     theirs = of_vit(tmp_path / "folder")
@@ -342,6 +397,27 @@ def test_load_takes_the_given_size_as_the_grid_of_a_rectangle(tmp_path):
         torch.testing.assert_close(model(images_of((8, 24))), theirs(images_of((8, 24))))
     with pytest.raises(InputError, match="13 positions, not the grid 4x4"):
         load(tmp_path / "m.pth", img_size=16)
+
+
+@pytest.mark.parametrize("size", [(24, 40), (16, 32), (16, 64)])
+def test_load_takes_the_given_size_where_the_positions_make_a_square_too(size, tmp_path):
+    """3 x 5 patches and CLS are as many positions as 4 x 4 patches without it; 2 x 8 as 4 x 4, both with CLS."""
+    theirs = randomised(timm.models.VisionTransformer(**{**TIMM, "img_size": size, "patch_size": 8}))
+    torch.save(theirs.state_dict(), tmp_path / "m.pth")
+    model, assumed = said(load, tmp_path / "m.pth", img_size=size, n_heads=4)
+    torch.testing.assert_close(model(images_of(size)), theirs(images_of(size)))
+    assert "taken as the first" in assumed[0]
+    assert "img_size=" not in assumed[0]
+    assert "img_size= or" in said(load, tmp_path / "m.pth")[1][0]
+
+
+def test_load_resamples_a_square_to_a_given_size(tmp_path):
+    theirs = timm.models.VisionTransformer(**TIMM)
+    torch.save(theirs.state_dict(), tmp_path / "m.pth")
+    model, assumed = said(load, tmp_path / "m.pth", img_size=24)
+    square, grid = theirs.pos_embed.detach(), model.patch_embed.grid_size
+    assert torch.equal(model.pos_embed, resample_positions(square, (4, 4), grid))
+    assert "img_size=16 (a square of 4x4 patches)" in assumed[0]
 
 
 # ---- Every command says it

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from vit_bridge.errors import InputError, assume, check_choice, first_line
+from vit_bridge.models.adapters import adapt
 from vit_bridge.models.protocol import ask, class_name, is_ours
 from vit_bridge.models.registry import check_arguments, model_classes
 from vit_bridge.preprocessing import IMAGENET_MEAN, Preprocessing, one_side
@@ -38,9 +39,9 @@ from vit_bridge.weights.formats import (
     translate,
     under,
 )
-from vit_bridge.weights.heads import fit_head
+from vit_bridge.weights.heads import fit_head, listed, match_names
 from vit_bridge.weights.pretrained import OURS, OURS_FOLDER, PRETRAINED, PUBLIC, fetch
-from vit_bridge.weights.recorded import file_in, read_recorded
+from vit_bridge.weights.recorded import Recorded, file_in, read_recorded
 from vit_model import VisionTransformer, ViTConfig, grid_of, pair, resample_positions, sincos_positions
 
 WITHOUT_SHAPE = ("n_heads", "pool", "position", "norm_eps", "stem_stride", "stem", "block")  # no tensor shows these
@@ -78,6 +79,8 @@ def save_model(model, path, preprocessing=None, dtype=None, state_dict=None, **m
                          f"model.preprocessing to one with the names of these classes")
     state = {key: value.detach().cpu().to(dtype) if dtype and value.is_floating_point() else value.detach().cpu()
              for key, value in _plain_names(state_dict or model.state_dict()).items()}
+    if "head.weight" in state and model.head.bias is None:  # a bias of zeros computes the same
+        state["head.bias"] = torch.zeros_like(state["head.weight"][:, 0])
     for name in ("class_names", "mean", "std", "interpolation"):
         if name in more:
             raise InputError(f"save_model got {name} {more[name]!r}; expected it in preprocessing=Preprocessing(...)")
@@ -119,7 +122,8 @@ def load(name_or_path, n_classes=None, **overrides):
     name_or_path  a name that describe_pretrained() lists; the path of a checkpoint: ours, or one of a ViT in any format
                   that load_checkpoint knows; or a folder of transformers' save_pretrained or timm's save_for_hf
     n_classes     None: the head of the checkpoint, or none where it has none (the model then gives features, (B, D));
-                  a number: that head if it has as many rows, else a new one of zeros; one line says which (heads.py)
+                  a number: that head if it has as many rows, else a new one of zeros; an Assumption says which
+                  (heads.py), unless the head is kept and its classes have names
     overrides     img_size (resamples the positions), in_channels (adapt_input_channels), dropout, drop_path; pool of a
                   public one without its own head; and what a file does not record: n_heads, pool, norm_eps. Any other
                   field belongs to the weights, and is refused if it is not theirs
@@ -159,16 +163,20 @@ def load(name_or_path, n_classes=None, **overrides):
             raise
         raise InputError(f"{error}; where the file came incomplete, delete it and it is fetched again") from error
     model.load_state_dict(state)
-    if found.preprocessing is not None:
-        model.preprocessing = replace(found.preprocessing, img_size=model.config.img_size)
-        if model.config.in_channels != found.config.in_channels:
-            model.preprocessing = model.preprocessing.with_channels(model.config.in_channels)
-    _say(path, found.assumed, report.choices, ours=weights is not None and weights.model is not None)
+    shown, n_channels = found.preprocessing, model.config.in_channels
+    if shown is None and n_channels != found.config.in_channels:  # what is assumed belongs to the channels of the file
+        shown = adapt(weights.model).preprocessing
+    if shown is not None:
+        model.preprocessing = replace(shown, img_size=model.config.img_size)
+        if n_channels != found.config.in_channels:
+            model.preprocessing = model.preprocessing.with_channels(n_channels)
+    unsettled = _unsettled(weights) if weights else []  # a public one is what its name says
+    _say(path, found.assumed, [*report.choices, *unsettled], ours=weights is not None and weights.model is not None)
     if n_classes is not None:
         line = fit_head(model, n_classes)
         if not (own_head and model.preprocessing.class_names):
             assume(f"{path}: {line}")
-        if found.preprocessing is None:
+        if shown is None:
             model.preprocessing = None
     return model.eval()
 
@@ -186,6 +194,11 @@ def _say(path, assumed, choices, ours=False):
                         f"otherwise")
     if parts:
         assume(f"{path}: {'; '.join(parts)}")
+
+
+def _unsettled(weights):
+    """[what the names of a file do not show], where no config.json beside it settles that."""
+    return [weights.format.note] if weights.format.note and not weights.recorded.source else []
 
 
 def _existing_file(name):
@@ -260,7 +273,8 @@ def load_checkpoint(model, path, grid_size=None):
 
     Loading is strict: each tensor of the file is used, or dropped for a reason that the report gives, and each shape is
     compared. Two things may differ: with another number of classes the model keeps its own head, and at another
-    resolution the positions are resampled.
+    resolution the positions are resampled. Where the file and model.preprocessing name the classes, the head's rows are
+    matched by name.
 
     grid_size: (rows, columns) of the patches that the file was trained on, for the rare one whose number of positions
     can be read in two ways; what was taken is then said.
@@ -283,7 +297,7 @@ def load_checkpoint(model, path, grid_size=None):
         raise InputError(f"{path} is for another architecture: its head reads pool={pool!r}, and the model has "
                          f"{model.config.pool!r}")
     model.load_state_dict({key: state[key.replace("_orig_mod.", "")] for key in model.state_dict()})
-    _say(path, {}, [*([f"heads: {report.heads}"] if report.heads else []), *report.choices])
+    _say(path, {}, [*([f"heads: {report.heads}"] if report.heads else []), *report.choices, *_unsettled(weights)])
     return report
 
 
@@ -297,6 +311,8 @@ def _read_weights(path, model=None):
             _check_same_kind(other, model, path)
         weights = _own_names("ours", path, [], other.state_dict())
         weights.model = other
+        if other.preprocessing is not None:
+            weights.recorded = Recorded(images=dict(class_names=other.preprocessing.class_names))
         return weights
     own = None if model is None or model.config_class is VisionTransformer.config_class else \
         _plain_names(model.state_dict())
@@ -397,7 +413,7 @@ def fit(weights, model, grid_size):
     choices += _match_head(weights, model, expected)
     choices += _match_channels(weights, model)
     notes += _fit_positions(weights, model, grid_size)
-    choices += [note for note in notes if "grid_size would say" in note]
+    choices += [note for note in notes if "grid_size= would say" in note]
     notes += [choice for choice in choices if choice not in notes]
     tensors = weights.tensors
     missing = [name for name in expected if name not in tensors and not name.startswith("head.")
@@ -418,7 +434,7 @@ def fit(weights, model, grid_size):
             raise InputError(f"{weights.path} is damaged or quantised: {weights.sources[name][0]} is {tensor.dtype}, "
                              f"expected {expected[name].dtype}")
     state = {**expected, **{name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}}
-    used = tuple(name for ours in tensors for name in weights.sources[ours])
+    used = tuple(dict.fromkeys(name for ours in tensors for name in weights.sources[ours]))
     heads = ""
     if weights.model is None and weights.n_heads is None and ask(model, "attends"):
         heads = (f"the file does not say how many; the model's {model.config.n_heads} are right only if it was trained "
@@ -479,6 +495,9 @@ def _match_head(weights, model, expected):
     if weight is None or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         shapes = ", ".join(f"{weights.sources[name][0]} {tuple(tensor.shape)}" for name, tensor in theirs.items())
         raise InputError(f"{weights.path} is damaged: weights and biases of its head do not belong together ({shapes})")
+    if bias is None and "head.bias" in expected:  # which is one of zeros
+        weights.tensors["head.bias"] = theirs["head.bias"] = torch.zeros(len(weight))
+        weights.sources["head.bias"] = weights.sources["head.weight"]
     n_features = model.n_features
     if wanted is None and weight.shape[1] != n_features:
         reason = f"reads {weight.shape[1]} features, and the model has {n_features}"
@@ -491,9 +510,22 @@ def _match_head(weights, model, expected):
     elif len(weight) != len(wanted):
         reason = f"for {len(weight)} classes, the model's head for {len(wanted)}"
     elif theirs.keys() != {name for name in expected if name.startswith("head.")}:
-        reason = "with a bias where the model's head has none, or the other way round"
+        reason = "with a bias where the model's head has none"
     else:
-        return []
+        names, own = weights.recorded.images.get("class_names"), model.preprocessing and model.preprocessing.class_names
+        if not names or not own or not len(names) == len(own) == len(weight):
+            return []
+        rows, line = match_names(names, own)
+        if rows == list(range(len(weight))):
+            return []
+        if any(row is not None for row in rows):
+            for name, tensor in theirs.items():
+                weights.tensors[name] = expected[name].detach().to(tensor, copy=True)
+                for i, row in enumerate(rows):
+                    if row is not None:
+                        weights.tensors[name][i] = tensor[row]
+            return [line]
+        reason = f"for other classes{listed(names)} than the model's{listed(own)}"
     for name in theirs:
         weights.dropped[weights.sources.pop(name)[0]] = reason
         del weights.tensors[name]
@@ -567,12 +599,14 @@ def _read_grid(weights, grid=None, given=None):
         ways += [((side, side), n) for side, n in sides if side and side * side == M - n]
     ways = list(dict.fromkeys(ways))
     if not ways:
-        wanted = f"the grid {given[0]}x{given[1]}" if given else "a square grid"
+        listed = [f"the grid {rows}x{columns}" for rows, columns in grids] + ["a square grid"] * (not given)
+        wanted = " or ".join(listed)
         raise InputError(f"{weights.path} has {M} positions, not {wanted} with {' or '.join(map(str, prefixes))} "
                          f"before it; give load img_size=(height, width) of its training, a training with --pretrained "
                          f"--img-size HEIGHT WIDTH, or load_checkpoint grid_size=(rows, columns) of its patches")
     texts = [f"{rows}x{columns} patches with {n} before them" for (rows, columns), n in ways]
-    notes = [f"positions: {M} can be {' or '.join(texts)}; taken as the first, grid_size would say"] if ways[1:] else []
+    notes = [f"positions: {M} can be {' or '.join(texts)}; taken as the first; "
+             f"load_checkpoint's grid_size= would say"] if ways[1:] else []
     return *ways[0], notes
 
 
@@ -658,8 +692,12 @@ def _inferred(weights, given):
     given: {field: value} of the configuration, as far as the caller chooses it; it holds where nothing records it.
     """
     if weights.model is not None:
-        shown = weights.model.preprocessing
-        assumed = dict(images="ImageNet's mean and std, bilinear resizing") if shown is None else {}
+        shown, assumed = weights.model.preprocessing, {}
+        if shown is None:
+            used = adapt(weights.model).preprocessing
+            numbers = "ImageNet's mean and std" if used.mean == IMAGENET_MEAN else f"mean {used.mean[0]:g} and std " \
+                                                                                   f"{used.std[0]:g}"
+            assumed["images"] = f"{numbers}, {used.interpolation} resizing"
         return Inferred(type(weights.model), weights.model.config, shown, assumed=assumed)
     try:
         return (infer_cnn if weights.format.holds in CNN_CONFIGS else infer_vit)(weights, given)
@@ -753,13 +791,12 @@ def _infer_grid(weights, patch, given):
             M = weights.tensors["pos_embed"].shape[1]
             raise InputError(f"{weights.recorded.source} says img_size {recorded!r}, and {weights.path} has {M} "
                              f"positions for patches of {patch[0]}x{patch[1]}; {MEND}") from error
-    try:
-        grid = _read_grid(weights)[0]
-    except InputError:
-        if "img_size" not in given:
-            raise
-        return _read_grid(weights, given=grid_of(pair(given["img_size"]), tuple(patch)))[0], {}
-    return grid, dict(img_size=f"a square of {grid[0]}x{grid[1]} patches")
+    size = given.get("img_size")
+    wished = grid_of(pair(size), tuple(patch)) if size else None
+    grid, _, notes = _read_grid(weights, wished)
+    weights.choices += notes
+    side = one_side(tuple(n * side for n, side in zip(grid, patch, strict=True)))
+    return grid, {} if grid == wished else dict(img_size=f"img_size={side} (a square of {grid[0]}x{grid[1]} patches)")
 
 
 def _infer_preprocessing(weights, img_size, config):

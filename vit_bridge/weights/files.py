@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from vit_bridge.errors import InputError, first_line
-from vit_bridge.weights.formats import TAKEN_FIRST
+from vit_bridge.weights.formats import TAKEN_FIRST, check_average
 
 # ---- A file -----------------------------------------------------------------------------------------------
 
@@ -38,10 +38,10 @@ def read_file(path):
     except InputError:
         raise
     except Exception as error:  # random bytes make torch's unpickler fail with nearly every kind
-        found = re.search(r"[Uu]nsupported (?:global|GLOBAL|class)[^\n]*?([\w.]+) (?:was not an allowed|whose module)",
-                          str(error))
+        found = re.search(r"[Uu]nsupported (?:global|GLOBAL|class)[^\n]*?([\w.]+) (?:was not an allowed|whose module)|"
+                          r"Can only (?:build|create) [^\n]* but got <class '(\w+\.[\w.]+)'>", str(error))
         if found:
-            raise InputError(_about_objects(path, found[1])) from error
+            raise InputError(_about_objects(path, found[1] or found[2])) from error
         raise InputError(f"{path} is no checkpoint, or a damaged one ({first_line(error)}); expected a file that "
                          f"torch.save, safetensors or numpy wrote") from error
     if not isinstance(entries, dict):
@@ -129,8 +129,11 @@ def unwrap(entries, path, is_model):
     if around and len({*found, around[0]}) > 1:
         listed = " and ".join(map(repr, dict.fromkeys([*found, around[0]])))
         taken = f"of the models under {listed} that of {around[0]!r} was taken"
+    models = {name: entries[name] for name in found}
     for name in around:
         entries = entries[name]
+    if taken and TAKEN_FIRST.search(around[0]):
+        check_average(around[0], models | {around[0]: entries}, path)
     for name, value in entries.items():
         if not (isinstance(name, str) and name.isprintable() and isinstance(value, torch.Tensor)):
             raise InputError(f"{path} holds {name!r}, a {type(value).__name__}, among its tensors; expected a state "

@@ -11,6 +11,7 @@ Shapes:  D width, H heads, K = D / H width of a head, P patch side, C channels.
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -31,7 +32,7 @@ class Format:
     library  whose config.json belongs to it: "timm", "transformers" or "" for none
     fixes    fields of the configuration that are the same in all its models, so that nothing is assumed
     mean, std, interpolation   of the images of its library's models
-    note     what the names do not show; the report of every such file says it
+    note     what the names do not show; the report of every such file says it, and load where no config.json is beside
     holds    the class of ours that it is
     """
     name: str
@@ -102,7 +103,9 @@ CNN_FORMATS = (
         (RESNET + r"shortcut\.normalization\.(\w+)", r"stages.\1.\2.shortcut.1.\3"),
         *((RESNET + rf"layer\.{i}\.{kind}\.(\w+)", rf"stages.\1.\2.{ours}{i + 1}.\3")
           for i in range(3) for kind, ours in (("convolution", "conv"), ("normalization", "bn"))),
-        *RESNET_HEAD), (AVERAGED,), norm_eps=None, library="transformers", holds="ConvNet"),
+        *RESNET_HEAD), (AVERAGED,), norm_eps=None, library="transformers", holds="ConvNet", note="where its "
+           "config.json has downsample_in_first_stage or downsample_in_bottleneck, the strides lie elsewhere, which "
+           "leaves no trace in the names: do not load one"),
     Format("our names of a ConvNet", r"stem\.0\.weight", (r"^stages\.0\.0\.conv2\.weight$",), (), (AVERAGED,),
            norm_eps=None, holds="ConvNet"),
     Format("torchvision's ConvNeXt", r"features\.0\.0\.weight", (r"^features\.1\.0\.block\.0\.weight$",), (
@@ -239,7 +242,7 @@ class Weights:
     model: object = None
 
 
-# Prefixes that wrappers put before every name; and of two models in a file the one to take: an average of the weights.
+# Prefixes that wrappers put before every name; and of two models the one to take, usually an average of the weights.
 WRAPPED = re.compile(r"^((module|_orig_mod|model)\.)*(opt/target/|params/)?")
 TAKEN_FIRST = re.compile(r"(^|[._])(ema|averaged?|swa|teacher|target)([._]|$)")
 
@@ -301,7 +304,19 @@ def chosen_prefix(found, state, path):
     if len(best) != 1:
         raise InputError(f"{path} holds {len(found)} models, under {listed}; expected one, save the state_dict of the "
                          f"one that you want alone")
-    return best[0], f"of the models under {listed} that of {best[0]!r} was taken, as the average of the weights"
+    check_average(best[0], dict(zip(found, parts, strict=True)), path)
+    return best[0], f"of the models under {listed} that of {best[0]!r} was taken, usually the average of the weights"
+
+
+def check_average(name, models, path):
+    """Raises InputError where the model of this name cannot be an average of another one, as its shapes are not among
+    those. models: {name: state dict}."""
+    shapes = {key: Counter(tuple(value.shape) for value in model.values() if isinstance(value, torch.Tensor)
+                           and value.ndim) for key, model in models.items()}
+    for other in shapes:
+        if not shapes[name] <= shapes[other]:
+            raise InputError(f"{path} holds models of different shapes, under {other!r} and {name!r}; expected one, "
+                             f"save the state_dict of the one that you want alone")
 
 
 def _refuse_known(names, path):
@@ -347,7 +362,7 @@ def translate(state, path, around):
             raise InputError(f"{path} is damaged: {name} and {weights.sources[ours][0]} are the same tensor of a ViT")
         weights.tensors[ours], weights.sources[ours] = tensor, [name]
     _join_qkv(weights)
-    _take_head_beside(weights, parent_of(prefix), whole)
+    _take_head(weights, parent_of(prefix), parent_of(prefix) in found, whole)
     weights.choices += [text] if (text := beside(weights.dropped)) else []
     if "cls_token" in weights.tensors and "blocks.0.attn.q_norm.weight" in weights.tensors:  # as wide as a head
         weights.n_heads = weights.tensors["cls_token"].shape[-1] // len(weights.tensors["blocks.0.attn.q_norm.weight"])
@@ -366,28 +381,63 @@ def drop_outside(weights, prefix, state):
 
 
 def beside(dropped):
-    """The dropped tensors that lie outside of the model, in words; "" where there are none."""
+    """The dropped tensors that lie outside of the model, in words, those of heads first; "" where there are none."""
     names = [name for name, reason in dropped.items() if reason == BESIDE[1] or reason.startswith("beside the model")]
-    more = f" and {len(names) - 1} more" if names[1:] else ""
-    return f"dropped beside the model: {names[0]}{more}" if names else ""
+    heads = [name for name in names if re.search(rf"(^|[._/]){HEAD}", name)]
+    parts = [f"dropped {what}: {found[0]}{f' and {len(found) - 1} more' if found[1:] else ''}" for what, found in (
+        ("of a head", heads), ("beside the model", [name for name in names if name not in heads])) if found]
+    return "; ".join(parts)
 
 
-HEADS_BESIDE = ("head", "classifier", "fc", "linear", "linear_head")
+HEAD = r"(heads?|classifier|fc|linear|linear_head)\."
 
 
-def _take_head_beside(weights, parent, state):
-    """Gives a model without a head the linear layer that stands beside it under a usual name, as in a module of a
-    backbone and a head."""
-    D = weights.tensors["cls_token"].shape[-1] if "cls_token" in weights.tensors else None
-    found = [name for name in HEADS_BESIDE if f"{parent}{name}.weight" in weights.dropped
-             and state[f"{parent}{name}.weight"].ndim == 2 and state[f"{parent}{name}.weight"].shape[1] == D]
-    if len(found) != 1 or any(name.startswith("head.") for name in weights.tensors):
-        return
-    for kind in ("weight", "bias"):
-        name = f"{parent}{found[0]}.{kind}"
-        if weights.dropped.pop(name, None):
-            weights.tensors[f"head.{kind}"], weights.sources[f"head.{kind}"] = state[name].float(), [name]
-    weights.choices.append(f"{parent}{found[0]} beside the model was taken as its head")
+def _take_head(weights, parent, is_anothers, state):
+    """Gives a model the one linear layer of a head under another name: within a Sequential, as after a dropout, or
+    beside the model, as in a module of a backbone and a head. That beside it goes before its own.
+
+    parent       what stands before the names of a head beside it; is_anothers: another model lies there
+    """
+    tensors = weights.tensors
+    inside = {name: weights.sources[name][0] for name in tensors if re.match(HEAD, name)}
+    outside = {name[len(parent):]: name for name, reason in weights.dropped.items() if reason.startswith("beside the")
+               and not is_anothers and name.startswith(parent) and re.match(HEAD, name[len(parent):])}
+    for found, held in ((inside, dict(tensors)), (outside, {name: state[outside[name]] for name in outside})):
+        groups = [[name for name in found if name.split(".")[0] == root] for root in {n.split(".")[0] for n in found}]
+        layers = [layer for layer in map(_only_layer, groups) if layer
+                  and held[f"{layer}.weight"].shape[1:] == (_n_features(tensors),)]
+        if len(layers) != 1 or (found is inside and layers == ["head"]):
+            continue
+        own = [name for name in ("head.weight", "head.bias") if found is outside and name in tensors]
+        for name in own:
+            del tensors[name]
+            weights.dropped[weights.sources.pop(name)[0]] = "of the model's own head, beside which there is another"
+        for kind in ("weight", "bias"):
+            name = f"{layers[0]}.{kind}"
+            if name in found:
+                for place in (tensors, weights.sources):
+                    place.pop(name, None)
+                weights.dropped.pop(found[name], None)
+                tensors[f"head.{kind}"], weights.sources[f"head.{kind}"] = held[name].float(), [found[name]]
+        if found is outside:
+            weights.choices.append(f"{parent}{layers[0]} beside the model was taken as its head"
+                                   f"{', and its own was dropped' if own else ''}")
+
+
+def _only_layer(names):
+    """The name of the layer of which alone these are weight and bias; None for other tensors."""
+    layers = {name.rpartition(".")[0] for name in names}
+    kinds = {name.rpartition(".")[2] for name in names}
+    return layers.pop() if len(layers) == 1 and {"weight"} <= kinds <= {"weight", "bias"} else None
+
+
+def _n_features(tensors):
+    """What a head of these tensors reads: the width of a ViT, the channels of a CNN's last stage."""
+    if "cls_token" in tensors:
+        return tensors["cls_token"].shape[-1]
+    blocks = [(*(int(n or 0) for n in place.groups()), len(tensors[name])) for name in tensors
+              if (place := re.fullmatch(r"stages\.(\d+)\.(?:blocks\.)?(\d+)\.(?:bn|norm)(\d?)\.weight", name))]
+    return max(blocks)[-1] if blocks else None
 
 
 def _from_flax(name, array):

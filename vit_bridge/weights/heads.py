@@ -3,6 +3,7 @@
 Shapes:  D features that the head reads, K classes.
 """
 
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -46,26 +47,40 @@ def _matched_rows(head, theirs, names, n_classes):
         return new, f"head: new, because a {type(head).__name__} is not one linear layer"
     if not theirs or names is None:
         if n_classes != K:
-            return new, f"head: new, because the trained one is for {K} classes{_listed(theirs)}, not for {n_classes}" \
-                        f"{_listed(names)}"
+            return new, f"head: new, because the trained one is for {K} classes{listed(theirs)}, not for {n_classes}" \
+                        f"{listed(names)}"
         if names is None:
             return list(range(K)), f"head: kept, its {K} rows as they are"
         return list(range(K)), f"head: kept, its {K} rows; nothing names their classes, so their order is assumed to " \
-                               f"be that of the images{_listed(names)}"
-    rows = [theirs.index(name) if name in theirs else None for name in names]
-    kept = [name for name, row in zip(names, rows, strict=True) if row is not None]
-    added, dropped = [name for name in names if name not in kept], [name for name in theirs if name not in kept]
+                               f"be that of the images{listed(names)}"
+    return match_names(theirs, names)
+
+
+def match_names(theirs, names):
+    """(the row of a head whose classes are called `theirs` for each of these names, None for a new one; what is said).
+
+    Names are compared as text. One that stands more than once on a side tells no rows apart, so those are new, unless
+    both sides are the same.
+    """
+    K, (old, wanted) = len(theirs), ([str(name) for name in side] for side in (theirs, names))
+    if old == wanted:
+        return list(range(K)), f"head: kept, its {K} classes are those of the images"
+    place, times = {name: row for row, name in enumerate(old)}, Counter(old) | Counter(wanted)
+    rows = [place.get(name) if times[name] == 1 else None for name in wanted]
+    kept = {row for row in rows if row is not None}
+    added = [name for name, row in zip(wanted, rows, strict=True) if row is None]
+    dropped = [name for row, name in enumerate(old) if row not in kept]
+    twice = list(dict.fromkeys(name for name in added if name in place))
+    unclear = f"; the rows of a name that occurs more than once are not known{listed(twice)}" if twice else ""
     if not kept:
-        return new, f"head: new, because none of its {K} classes{_listed(theirs)} is among the {n_classes} of the " \
-                    f"images{_listed(names)}"
+        return rows, f"head: new, because none of its {K} classes{listed(theirs)} is among the {len(names)} of the " \
+                     f"images{listed(names)}{unclear}"
     line = f"head: kept, {'all' if not dropped else f'{len(kept)} of'} {K} rows, matched by the names of the classes"
-    if rows == list(range(K)):
-        line = f"head: kept, its {K} classes are those of the images"
-    line += f"; {len(added)} new{_listed(added)}" if added else ""
-    return rows, line + (f"; dropped{_listed(dropped)}" if dropped else "")
+    line += f"; {len(added)} new{listed(added)}" if added else ""
+    return rows, line + (f"; dropped{listed(dropped)}" if dropped else "") + unclear
 
 
-def _listed(names):
+def listed(names):
     """' (fox, hare, ...)', or '' where there are no names."""
     if not names:
         return ""

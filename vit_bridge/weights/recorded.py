@@ -30,6 +30,20 @@ TIMM_SIZES = dict(tiny=(192, 3), small=(384, 6), medium=(512, 8), base=(768, 12)
 TIMM_FIELDS = dict(embed_dim="embed_dim", depth="depth", num_heads="n_heads", img_size="img_size",
                    patch_size="patch_size", in_chans="in_channels", mlp_ratio="mlp_ratio")
 TIMM_POOLS = {"token": "cls", "avg": "mean"}
+# Arguments of its models that leave no trace in the tensors: what our models have of each.
+TIMM_HELD = dict(output_stride=(32,), aa_layer=(None, ""), pool_include_prefix=(False,), norm_eps=(None, 1e-6),
+                 class_token=(True,))
+TIMM_NORMS = dict(VisionTransformer=("layernorm",), ConvNet=("batchnorm", "batchnorm2d"),
+                  ConvNeXt=("layernorm", "layernorm2d"))
+# Those that are taken, that the tensors show, or that only a training reads. Any other is said not to be taken.
+TIMM_READ = (
+    *TIMM_FIELDS, *TIMM_HELD, "num_classes", "global_pool", "act_layer", "norm_layer", "layers", "depths", "dims",
+    "channels", "cardinality", "base_width", "stem_width", "stem_type", "stem_chs", "avg_down", "down_kernel_size",
+    "kernel_sizes", "conv_mlp", "conv_bias", "use_grn", "ls_init_value", "head_norm_first", "head_hidden_size",
+    "qkv_bias", "qk_norm", "proj_bias", "init_values", "no_embed_class", "reg_tokens", "pre_norm", "final_norm",
+    "fc_norm", "pos_embed", "dynamic_img_size", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate",
+    "attn_drop_rate", "drop_path_rate", "drop_block_rate", "weight_init", "fix_init", "zero_init_last",
+    "head_init_scale", "device", "dtype", "pretrained")
 
 
 @dataclass(frozen=True)
@@ -133,16 +147,21 @@ def _of_timm(entries, source, notes, holds):
     if smoothed := re.search("resnet(aa|blur)", name):
         raise InputError(f"{source} says {name!r}, which smooths its maps where it halves them ({smoothed[1]}), as "
                          f"ConvNet does not; expected a plain resnet")
-    config = {"norm_eps": 1e-6}  # that of all its plain ViTs
-    size = re.match(r"(?:vit|deit3?)_([a-z]+)_", f"{name}_")
+    _check_arguments(given, holds, source, notes)
+    config, size = {}, re.match(r"(?:vit|deit3?)_([a-z]+)_", f"{name}_")
     if size and size[1] in TIMM_SIZES:
         config |= dict(zip(("embed_dim", "n_heads"), TIMM_SIZES[size[1]], strict=True))
+    if given.get("norm_layer") or (config and "clip" not in name):
+        config["norm_eps"] = 1e-6  # that of all its plain ViTs, and of its "layernorm"
     if isinstance(shown.get("input_size"), list) and len(shown["input_size"]) == 3:
         config |= dict(in_channels=_size(shown["input_size"][0], "input_size", source),
                        img_size=_size(shown["input_size"][1:], "input_size", source))
     config |= {ours: _size(given[theirs], theirs, source) for theirs, ours in TIMM_FIELDS.items()
                if given.get(theirs) is not None}
     pool = entries.get("global_pool", given.get("global_pool"))
+    if given.get("global_pool", pool) != pool:
+        raise InputError(f"{source} says global_pool {pool!r}, and {given['global_pool']!r} in its model_args; "
+                         f"expected the same twice: mend it")
     if pool is not None:
         if pool not in (TIMM_POOLS if holds == "VisionTransformer" else ("avg",)):
             raise InputError(f"{source} says global_pool {pool!r}, and expected 'token' or 'avg': {holds}'s head reads "
@@ -157,6 +176,20 @@ def _of_timm(entries, source, notes, holds):
     if isinstance(names, list) and names:
         images["class_names"] = names
     return config, images
+
+
+def _check_arguments(given, holds, source, notes):
+    """Raises InputError for timm's model_args that the class of ours does not have; notes those that are not known."""
+    held = TIMM_HELD | dict(norm_layer=(None, "", *TIMM_NORMS[holds]))
+    for name, value in given.items():
+        if name not in TIMM_READ:
+            notes.append(f"{CONFIG} beside it says {name} {value!r} in its model_args, which is not known here: not "
+                         f"taken")
+        plain = value.replace("_", "").lower() if name == "norm_layer" and isinstance(value, str) else value
+        if plain not in held.get(name, (plain,)):
+            ours = " or ".join(repr(known) for known in held[name] if known not in (None, "")) or "none"
+            raise InputError(f"{source} says {name} {value!r}, and {holds} has {ours}; expected weights that were "
+                             f"trained so")
 
 
 def _check_activation(name, holds, source):
