@@ -42,10 +42,20 @@ from tqdm import tqdm
 from visualizations import plot_images, visualize_attention_grid
 from vit_bridge.analysis.cost import count_parameters
 from vit_bridge.analysis.metrics import class_recalls, percent, wilson_interval
-from vit_bridge.cli import Bounded, OneLineParser, Size, add_n_heads, int_at_least, positive, script, seed
+from vit_bridge.cli import (
+    Bounded,
+    OneLineParser,
+    Size,
+    add_class_names,
+    add_n_heads,
+    int_at_least,
+    positive,
+    script,
+    seed,
+)
 from vit_bridge.data.audit import audit_folder
 from vit_bridge.data.augmentation import FLIPS, MIXINGS, Augmentation, Mixing, mix_seed
-from vit_bridge.data.datasets import DATASETS, DEFAULT_DATA_DIR, TORCHVISION_SETS, choose_set
+from vit_bridge.data.datasets import DATASETS, DEFAULT_DATA_DIR, TORCHVISION_SETS, FolderSet, choose_set
 from vit_bridge.data.files import find_images, image_endings
 from vit_bridge.data.images import prepare_image, remark_on
 from vit_bridge.data.loaders import (
@@ -697,7 +707,8 @@ def prepare(options, device, folder=None, lock=None, saved=None):
     train_loader.set_augmentation(recipe.augmentation)
     if isinstance(train_loader, MemoryLoader):
         recipe = replace(recipe, augmentation=train_loader.augmentation)  # digits are never mirrored
-    validation_files = _fingerprint(val_loader)
+    files = dict(validation_files=_fingerprint(val_loader), training_files=_fingerprint(train_loader),
+                 test_files=_test_fingerprint(data))
     if options.dry_run:
         val_loader = val_loader.without_augmentation(2 * recipe.batch_size)
     class_names = train_loader.class_names
@@ -709,7 +720,7 @@ def prepare(options, device, folder=None, lock=None, saved=None):
     if recipe.train.progressive_resize:
         model.any_size = True
     if saved:
-        for change in changes_since(saved, class_names, train_loader.n_images, n_processes()):
+        for change in changes_since(saved, class_names, train_loader.n_images, n_processes(), **files):
             print(f"Warning: {change}.")
     if process_number() == 0 and not folder:
         folder = new_output_dir(options.output_dir, name, train_loader.dataset_name)
@@ -724,7 +735,7 @@ def prepare(options, device, folder=None, lock=None, saved=None):
     n_steps = saved["n_steps"] if saved else _count_steps(options, trainer, loaders, spent)
     entries = dict(options=_lasting(options), n_steps=n_steps, n_images=train_loader.n_images,
                    command=_command_of(vars(options), n_steps), n_processes=n_processes(),
-                   validation_files=validation_files, recipe=asdict(recipe))
+                   recipe=asdict(recipe), **files)
     print(f"{n_steps} steps, {n_steps / len(loaders[0]):.1f} epochs; the same run again: {entries['command']}")
     if process_number() == 0:
         write_json(dict(entries, model=name, model_config=vars(model.config), class_names=class_names),
@@ -775,7 +786,8 @@ def _pretrained_model(options, folder, saved):
     """The model to start from; that of a resumed run is in its last.pt, wherever it came from."""
     if saved and "training" in saved:
         return load(folder / LAST)
-    return load(options.pretrained, **chosen(options, "img_size", "in_channels", "drop_path", "n_heads"))
+    return load(options.pretrained, **chosen(options, "img_size", "in_channels", "drop_path", "n_heads",
+                                              "class_names"))
 
 
 def _model_name(options, img_size):
@@ -978,6 +990,9 @@ def finish(run, history, seconds):
         write_json(result, run.folder / "result.json")  # before the test: a bad image there loses nothing
         save_figure(plot_training_curves(history), run.folder / "curves.png")
     loader, split = get_test_loader(**run.data), "test"
+    if loader is not None and run.entries["test_files"] not in (None, _fingerprint(loader)):
+        print(f"Warning: the test images are others than when the training began; tested on the {loader.n_images:,} "
+              f"that are there now.")
     if loader is None:
         loader, split = run.val_loader, "val"
         print("There are no test images: the accuracies are those of the validation images, on which the best epoch "
@@ -1109,6 +1124,7 @@ def make_parser():
     model.add_argument("--pretrained", metavar="NAME|PATH", help=f"start from the weights of one of "
                        f"{', '.join(PRETRAINED)}, of a checkpoint file, or of a folder that transformers or timm wrote")
     add_n_heads(model)
+    add_class_names(model)
     model.add_argument("--freeze-backbone", action="store_true", help="train the head alone, on features that are "
                                                                       "computed once, without augmentation")
     model.add_argument("--layer-decay", type=Bounded(float, 0.01, 1, "0.01 to 1"), help="each layer's learning rate "
@@ -1243,7 +1259,7 @@ def evaluate_command(argv=None):
 def evaluate(options):
     """The evaluation of a checkpoint, from the images to result.json. Returns what is in result.json."""
     device = choose_device(options.device)
-    model = load(options.checkpoint, **chosen(options, "n_heads"))
+    model = load(options.checkpoint, **chosen(options, "n_heads", "class_names"))
     check_has_head(model)
     loader = _evaluation_loader(model, options)
     with unless_empty(new_output_dir(options.output_dir, "evaluation", loader.dataset_name)) as folder:
@@ -1292,11 +1308,24 @@ def _training_cut(checkpoint, data_dir):
     return dict(cut, held_out=True), entries.get("validation_files")
 
 
+def _test_fingerprint(data):
+    """The _fingerprint of the test images as they are now, without a look at them; None where there are none, or no
+    files."""
+    if choose_set(data["data_dir"], data["dataset"], None) != "folder":
+        return None
+    folder = FolderSet(data["data_dir"])
+    if "test" not in folder.folders:
+        return None
+    return _fingerprint_of(folder.images("test", folder.class_names("train"))[0])
+
+
 def _fingerprint(loader):
     """A checksum of the names of a loader's files, including those left out. None for sets that are not files."""
-    if loader.files is None:
-        return None
-    names = sorted({*map(str, loader.files), *map(str, loader.skipped)})
+    return None if loader.files is None else _fingerprint_of({*map(str, loader.files), *map(str, loader.skipped)})
+
+
+def _fingerprint_of(files):
+    names = sorted(map(str, files))
     ends = "\n".join("/".join(Path(name).parts[-2:]) for name in names)
     return hashlib.sha256(ends.encode(errors="surrogateescape")).hexdigest()
 
@@ -1378,9 +1407,10 @@ def predict_command(argv=None):
                         '"probability"}]} or {"file", "error"}')
     _add_device(parser)
     options = parser.parse_args(argv)
-    model = load(options.checkpoint, **chosen(options, "n_heads")).to(choose_device(options.device))
+    model = load(options.checkpoint, **chosen(options, "n_heads", "class_names")).to(choose_device(options.device))
     check_has_head(model)
     files = [file for path in options.images for file in _files_at(path)]
+    remark_on(files)
     width, entries, n_failed = min(80, max(map(len, files))), [], 0
     for entry in _predict_files(model, files, options.top):
         if "error" in entry:
@@ -1403,7 +1433,6 @@ def _files_at(path):
         return [path]
     found = find_images(path)
     found.tell(path)
-    remark_on(found.files)
     return found.files or [path]
 
 
@@ -1447,7 +1476,7 @@ def export_command(argv=None):
     path = Path(options.output or Path(options.checkpoint).with_suffix(".onnx"))
     if path.exists():
         raise InputError(f"{path} exists already; choose another name with --output, or remove it")
-    model = load(options.checkpoint, **chosen(options, "n_heads"))
+    model = load(options.checkpoint, **chosen(options, "n_heads", "class_names"))
     difference = export_onnx(model, path)
     height, width = pair(model.config.img_size)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; images (batch, {model.config.in_channels}, {height}, {width}) "
@@ -1479,6 +1508,7 @@ def _add_checkpoint(parser):
                         "holds the classes, the image size and the normalisation. One of another library, and a folder "
                         "that transformers or timm wrote, will do too")
     add_n_heads(parser)
+    add_class_names(parser)
 
 
 def _add_device(parser):

@@ -53,6 +53,19 @@ class Size(argparse.Action):
         setattr(namespace, self.dest, one_side(pair(values[0] if len(values) == 1 else values)))
 
 
+class Names(argparse.Action):
+    """An argparse action for nargs="+": names, as a tuple."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, tuple(values))
+
+
+def add_class_names(parser):
+    """Adds the option that names the classes of a file."""
+    parser.add_argument("--class-names", nargs="+", action=Names, metavar="NAME", help="the classes of the head, "
+                        "in the order of its outputs, where nothing records them")
+
+
 def add_n_heads(parser, name="--n-heads", of="the file"):
     """Adds the option that says how many heads the model of a file has."""
     parser.add_argument(name, type=int_at_least(1), metavar="N", help=f"attention heads of {of}, where neither it "

@@ -18,7 +18,7 @@ from command_runs import ROOT, at_step, make_folder, prepared, run, train
 
 import train_vit
 from train_vit import _unevenness, parse
-from vit_bridge.cli import Size
+from vit_bridge.cli import Names, Size
 from vit_bridge.data.shapes import SHAPES, make_shapes
 from vit_bridge.errors import Assumption
 from vit_bridge.models.convnet import ConvNet
@@ -364,7 +364,7 @@ def test_command_of_parses_back_to_the_same_options(words):
 def test_make_parser_uses_only_options_that_can_be_rewritten():
     """A new option of a kind that as_words() cannot write would be noticed here."""
     kinds = {action.dest: type(action) for action in train_vit.make_parser()._actions if action.dest != "help"}
-    assert set(kinds.values()) <= {argparse._StoreAction, argparse._StoreTrueAction, Size}
+    assert set(kinds.values()) <= {argparse._StoreAction, argparse._StoreTrueAction, Names, Size}
     assert set(CHANGEABLE) <= set(kinds)
 
 

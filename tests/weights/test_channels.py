@@ -18,11 +18,16 @@ MODELS = {"ViT": (VisionTransformer, dict(img_size=8, patch_size=4, embed_dim=12
           "ConvNet": (ConvNet, dict(img_size=8, widths=(3, 5), depths=(1, 1), stem_stride=1, n_classes=3))}
 
 
-@pytest.mark.parametrize("n_channels", [1, 2, 3, 4, 5, 6, 7])
+@pytest.mark.parametrize("n_channels", [1, 2, 3, 5, 6, 7])
 def test_adapt_input_channels_equals_timms(n_channels):
     torch.manual_seed(3)
     weight = torch.randn(5, 3, 2, 2)
     torch.testing.assert_close(adapt_input_channels(weight, n_channels), adapt_input_conv(n_channels, weight))
+
+
+def test_adapt_input_channels_does_not_look_at_transparency():
+    weight = torch.randn(5, 3, 2, 2)
+    assert torch.equal(adapt_input_channels(weight, 4), torch.cat([weight, torch.zeros(5, 1, 2, 2)], dim=1))
 
 
 @torch.no_grad()

@@ -239,7 +239,7 @@ def test_load_refuses_another_format_that_load_checkpoint_takes(form, whole, tmp
     with pytest.raises(InputError, match=one_line_with(tmp_path / "m.pt")):
         load(tmp_path / "m.pt")
     model = VisionTransformer(**VIT)
-    assert load_checkpoint(model, tmp_path / "m.pt").notes == ("the weights lie under state_dict",)
+    assert load_checkpoint(model, tmp_path / "m.pt").notes[0] == "the weights lie under state_dict"
     assert same_bits(model, bits(randomised(VIT)))
 
 

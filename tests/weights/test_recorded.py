@@ -77,7 +77,9 @@ def test_load_reads_transformers_config_where_it_lies(what, tmp_path):
         path = tmp_path / "copy.pth"
         torch.save(theirs.state_dict(), path)
     model, assumed = said(load, path)
-    assert assumed == []
+    assert len(assumed) == 1
+    assert assumed[0].endswith("squeezes an image into 16x16 pixels; here it keeps its proportions, and the middle is "
+                               "cut out")
     assert (model.config.n_heads, model.config.norm_eps, model.config.pool) == (4, 1e-3, "cls")
     torch.testing.assert_close(model(images_of()), theirs(images_of()).logits)
     assert model.preprocessing == Preprocessing(16, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), "bicubic", NAMES)
@@ -190,14 +192,25 @@ def test_load_tells_heads_by_model_args_before_the_name(tmp_path):
 
 
 @pytest.mark.parametrize("content", [
-    '{"options": {}, "n_steps": 3, "n_images": 5, "class_names": ["a"], "model": "vit_nano"}', "[1, 2]", "{}", '"vit"',
-    '{"name": "app", "architecture": "x86"}', '{"model_type": 7, "num_attention_heads": 8}', '{"num_heads": 8}'])
+    '{"options": {}, "n_steps": 3, "n_images": 5, "class_names": ["a"], "model": "vit_nano"}', "[1, 2]", "{}", '"vit"'])
 def test_load_does_not_misread_another_config(content, tmp_path):
     torch.save(VisionTransformer(**OURS).state_dict(), tmp_path / "m.pth")
     without, assumed = said(load, tmp_path / "m.pth")
     (tmp_path / "config.json").write_text(content)
     model, again = said(load, tmp_path / "m.pth")
     assert (model.config, again) == (without.config, assumed)
+
+
+@pytest.mark.parametrize("content", [
+    '{"name": "app", "architecture": "x86"}', '{"model_type": 7, "num_attention_heads": 8}', '{"num_heads": 8}'])
+def test_load_says_that_a_config_of_no_known_kind_is_not_taken(content, tmp_path):
+    torch.save(VisionTransformer(**OURS).state_dict(), tmp_path / "m.pth")
+    without, (assumed,) = said(load, tmp_path / "m.pth")
+    (tmp_path / "config.json").write_text(content)
+    model, again = said(load, tmp_path / "m.pth")
+    assert model.config == without.config
+    assert again == [f"{assumed}; config.json beside it is not taken: it names neither a model_type, as transformers' "
+                     f"does, nor an architecture, as timm's"]
 
 
 def test_load_says_that_a_config_is_damaged_or_of_another_library(tmp_path):

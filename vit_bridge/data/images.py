@@ -86,6 +86,8 @@ def open_image(path, n_channels=3):
 def open_header(path):
     """An image file as a PIL image whose pixels are not read yet. Pillow warns of those above half of its limit, which
     are opened all the same: that is not shown."""
+    if isinstance(path, (str, Path)) and os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise OSError("it is no file, but a pipe or a device")  # opening one may wait for ever
     silence = ("ignore", None, Image.DecompressionBombWarning, None, 0)
     if silence not in warnings.filters:  # catch_warnings() would work on all threads at once
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)

@@ -534,6 +534,10 @@ def _folder_loader(files, labels, info, batch_size, seed, workers, skip_corrupt,
     if max(shown.size) <= SMALL_SIDE and len(files) * shown.n_channels * math.prod(shown.size) <= MEMORY_LIMIT:
         images, skipped = decode_images(files, shown, skip_corrupt)
         kept = [i for i, file in enumerate(files) if file not in skipped]
+        lost = sorted({*labels.tolist()} - {*labels[kept].tolist()}) if training else []
+        if lost:
+            raise InputError(f"none of the images of class {info.class_names[lost[0]]!r} can be read, such as "
+                             f"{next(iter(skipped))!r}: replace them, or remove the class")
         return MemoryLoader(images, labels[kept], info, batch_size, seed, training, [files[i] for i in kept], skipped,
                             augmentation)
     if workers is None:

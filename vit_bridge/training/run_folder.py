@@ -154,7 +154,7 @@ def options_to_resume(given, saved):
     given: {name: value} of those on the command line. Raises InputError for one that would make another run of it.
     """
     for name, value in given.items():
-        if name not in CHANGEABLE and value != saved.get(name):
+        if name not in CHANGEABLE and value != saved.get(name):  # tuples both, if there are several
             flag = f"--{name.replace('_', '-')}"
             own = "which had none" if saved.get(name) is None else f"{saved[name]}"
             raise InputError(f"{flag} {value} is not that of the run, {own}; leave {flag} out to go on "
@@ -162,9 +162,11 @@ def options_to_resume(given, saved):
     return {**saved, **{name: value for name, value in given.items() if name in CHANGEABLE}}
 
 
-def changes_since(saved, class_names, n_images, n_processes):
-    """A list of warnings about what has changed since a resumed run began. Raises InputError where the classes
-    differ."""
+def changes_since(saved, class_names, n_images, n_processes, **files):
+    """A list of warnings about what has changed since a resumed run began. Raises InputError where the classes differ.
+
+    files: fingerprints of the files of each set, by the name under which the run keeps them.
+    """
     if saved["class_names"] != class_names:
         raise InputError(f"the classes of the images, {', '.join(class_names)}, are not those of the run, "
                          f"{', '.join(saved['class_names'])}; give the --data-dir that it had")
@@ -174,6 +176,10 @@ def changes_since(saved, class_names, n_images, n_processes):
         if before != now:
             changes.append(f"there are {now:,} {name}, and the run had {before:,}: it goes on, but does not end as it "
                            f"would have ended without the change")
+    for name, now in files.items():
+        if saved.get(name, now) != now and not changes:
+            changes.append(f"the {name.replace('_', ' ')} or their classes are others than when the run began: it goes "
+                           f"on, but does not end as it would have ended without the change")
     return changes
 
 

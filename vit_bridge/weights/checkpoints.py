@@ -27,7 +27,7 @@ from vit_bridge.preprocessing import IMAGENET_MEAN, Preprocessing, one_side
 from vit_bridge.runtime import device_of, is_quantised, unwrapped
 from vit_bridge.system import write_whole
 from vit_bridge.weights.cnns import CNN_CONFIGS, stem_is_small
-from vit_bridge.weights.files import read_file, unwrap
+from vit_bridge.weights.files import class_names_in, read_file, unwrap
 from vit_bridge.weights.formats import (
     FORMATS,
     Format,
@@ -116,7 +116,7 @@ def read_checkpoint(path):
     return entries
 
 
-def load(name_or_path, n_classes=None, **overrides):
+def load(name_or_path, n_classes=None, class_names=None, **overrides):
     """A trained model, in eval mode, on the CPU, in float32, with its preprocessing (None where our own file has none).
 
     name_or_path  a name that describe_pretrained() lists; the path of a checkpoint: ours, or one of a ViT in any format
@@ -124,6 +124,7 @@ def load(name_or_path, n_classes=None, **overrides):
     n_classes     None: the head of the checkpoint, or none where it has none (the model then gives features, (B, D));
                   a number: that head if it has as many rows, else a new one of zeros; an Assumption says which
                   (heads.py), unless the head is kept and its classes have names
+    class_names   of the head of the checkpoint, in the order of its outputs, where nothing records them
     overrides     img_size (resamples the positions), in_channels (adapt_input_channels), dropout, drop_path; pool of a
                   public one without its own head; and what a file does not record: n_heads, pool, norm_eps. Any other
                   field belongs to the weights, and is refused if it is not theirs
@@ -144,7 +145,7 @@ def load(name_or_path, n_classes=None, **overrides):
         path = OURS_FOLDER / f"{name}.pt" if name in OURS else _existing_file(name)
         weights = _read_weights(path)
         found = _inferred(weights, overrides)
-        if weights.model is not None and n_classes is None and not overrides:
+        if weights.model is not None and n_classes is None and class_names is None and not overrides:
             _say(path, found.assumed, (), ours=True)
             return weights.model
     check_arguments(found.model_class, overrides)
@@ -170,6 +171,8 @@ def load(name_or_path, n_classes=None, **overrides):
         model.preprocessing = replace(shown, img_size=model.config.img_size)
         if n_channels != found.config.in_channels:
             model.preprocessing = model.preprocessing.with_channels(n_channels)
+    if class_names is not None:
+        shown = model.preprocessing = _with_names(adapt(model).preprocessing, class_names, config["n_classes"], path)
     unsettled = _unsettled(weights) if weights else []  # a public one is what its name says
     _say(path, found.assumed, [*report.choices, *unsettled], ours=weights is not None and weights.model is not None)
     if n_classes is not None:
@@ -179,6 +182,19 @@ def load(name_or_path, n_classes=None, **overrides):
         if shown is None:
             model.preprocessing = None
     return model.eval()
+
+
+def _with_names(preprocessing, class_names, n_classes, path):
+    """A Preprocessing with the names of n_classes. Raises InputError for other names than those that are recorded, and
+    for another number."""
+    class_names, recorded = list(class_names), preprocessing.class_names
+    if recorded is not None and list(recorded) != class_names:
+        raise InputError(f"class_names {', '.join(map(str, class_names))} are not those that {path} records, "
+                         f"{', '.join(map(str, recorded))}; leave them out")
+    if len(class_names) != n_classes:
+        raise InputError(f"class_names {', '.join(map(str, class_names))} are {len(class_names)}, and the head of "
+                         f"{path} has {n_classes} rows; give one for each row, in their order")
+    return replace(preprocessing, class_names=class_names)
 
 
 def _say(path, assumed, choices, ours=False):
@@ -347,6 +363,12 @@ def _read_weights(path, model=None):
                          f"{MEND}")
     weights.n_heads = heads
     weights.choices += [*([taken] if taken else []), *recorded.notes]
+    head = weights.tensors.get("head.weight")
+    if "class_names" not in recorded.images and head is not None and head.ndim == 2:
+        key, names = class_names_in(entries, len(head))
+        if names:
+            recorded.images["class_names"] = names
+            weights.choices.append(f"class names: those under {key!r} in the file")
     return weights
 
 
@@ -413,7 +435,7 @@ def fit(weights, model, grid_size):
     choices += _match_head(weights, model, expected)
     choices += _match_channels(weights, model)
     notes += _fit_positions(weights, model, grid_size)
-    choices += [note for note in notes if "grid_size= would say" in note]
+    choices += [note for note in notes if note.startswith("positions: resampled") or "grid_size= would say" in note]
     notes += [choice for choice in choices if choice not in notes]
     tensors = weights.tensors
     missing = [name for name in expected if name not in tensors and not name.startswith("head.")
@@ -461,12 +483,15 @@ def adapt_input_channels(weight, n_channels):
     """The kernel of a first convolution, (D, C, h, w), for images of n_channels: (D, n_channels, h, w).
 
     For one channel it is the sum over the colours. A grey image then gives what it gave in colour, if the colours
-    shared one mean and std; with ImageNet's, nearly so. For others the colours are repeated in turn and scaled by
-    C / n_channels, so that the sum stays as large, as in timm.
+    shared one mean and std; with ImageNet's, nearly so. For colour and transparency it has zeros for the transparency.
+    For others the colours are repeated in turn and scaled by C / n_channels, so that the sum stays as large, as in
+    timm.
     """
     C = weight.shape[1]
     if n_channels == 1:
         return weight.sum(dim=1, keepdim=True)
+    if (C, n_channels) == (3, 4):
+        return torch.cat([weight, torch.zeros_like(weight[:, :1])], dim=1)
     return weight[:, [i % C for i in range(n_channels)]] * (C / n_channels)
 
 
@@ -480,7 +505,11 @@ def _match_channels(weights, model):
         return []
     n_channels = layer.weight.shape[1]
     weights.tensors[name] = adapt_input_channels(theirs, n_channels)
-    how = "their sum" if n_channels == 1 else f"repeated in turn, times {theirs.shape[1]}/{n_channels}"
+    how = f"repeated in turn, times {theirs.shape[1]}/{n_channels}"
+    if n_channels == 1:
+        how = "their sum"
+    elif (theirs.shape[1], n_channels) == (3, 4):
+        how = "the colours as they are, with zeros for the transparency"
     return [f"channels: the weights for {theirs.shape[1]} were adapted to {n_channels}, as {how}"]
 
 

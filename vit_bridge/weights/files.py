@@ -167,3 +167,24 @@ def _way_by_contents(found, path):
         raise InputError(f"{path} holds {len(found)} models, under {' and '.join(map(repr, found))}; expected one, "
                          f"save the state_dict of the one that you want alone")
     return found or None
+
+
+# Under which names training scripts keep the names of the classes, and in what they keep them.
+CLASS_NAME_KEYS = ("class_names", "classes", "class_to_idx", "idx_to_class", "id2label", "label_names", "labels")
+SETTINGS_KEYS = ("hyper_parameters", "hparams", "meta", "args", "config")
+
+
+def class_names_in(entries, n_classes):
+    """(key, names of n_classes in the order of the outputs) beside the weights in a file; ("", None) where there are
+    none that fit."""
+    for place in (entries, *(entries.get(key) for key in SETTINGS_KEYS)):
+        place = vars(place) if isinstance(place, argparse.Namespace) else place
+        for key in CLASS_NAME_KEYS if isinstance(place, dict) else ():
+            names = place.get(key)
+            if isinstance(names, dict):  # {name: index} or {index: name}
+                by_index = {index: name for name, index in names.items()} if key == "class_to_idx" else names
+                names = [by_index.get(i, by_index.get(str(i))) for i in range(len(by_index))]
+            if isinstance(names, list | tuple) and len(names) == n_classes == len(set(names)) and all(
+                    isinstance(name, str) for name in names):
+                return key, list(names)
+    return "", None

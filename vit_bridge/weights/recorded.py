@@ -88,6 +88,9 @@ def read_recorded(path, library, holds="VisionTransformer"):
             config = {name: config[name] for name in ("img_size", "in_channels", "n_classes") if name in config}
     elif kind:
         notes.append(f"{CONFIG} beside it is one of {kind}, whose names the tensors do not have: not taken")
+    elif entries and not entries.keys() >= {"options", "n_steps"}:  # that of a run of ours
+        notes.append(f"{CONFIG} beside it is not taken: it names neither a model_type, as transformers' does, nor an "
+                     f"architecture, as timm's")
     shown = _read_json(folder / PREPROCESSOR, notes)
     shown = shown.get("image_processor", shown)
     if "image_mean" in shown or shown.get("do_normalize") is False:
@@ -216,6 +219,11 @@ def _of_processor(entries, source, config, notes):
     if entries.get("resample") is not None:
         images["interpolation"] = _interpolation(RESAMPLE.get(entries["resample"], entries["resample"]), "resample",
                                                  notes)
+    whole = entries.get("size")
+    if entries.get("do_resize", True) and not entries.get("do_center_crop") and (
+            isinstance(whole, int) or (isinstance(whole, dict) and whole.keys() >= {"height", "width"})):
+        notes.append(f"{PREPROCESSOR} beside it squeezes an image into {_words(whole)} pixels; here it keeps its "
+                     f"proportions, and the middle is cut out")
     size = entries.get("crop_size" if entries.get("do_center_crop") else "size")
     if isinstance(size, dict):
         size = [size["height"], size["width"]] if size.keys() >= {"height", "width"} else size.get("shortest_edge")
@@ -223,6 +231,11 @@ def _of_processor(entries, source, config, notes):
         notes.append(f"{PREPROCESSOR} beside it makes images of {size} pixels; taken was {config['img_size']}, for "
                      f"which the model is built (load's img_size= resamples it)")
     return images
+
+
+def _words(size):
+    """transformers' size, a side or a dict of both, in words."""
+    return f"{size['height']}x{size['width']}" if isinstance(size, dict) else f"{size}x{size}"
 
 
 def _interpolation(value, name, notes):
