@@ -211,6 +211,13 @@ def test_load_takes_no_objects_in_numpys_arrays(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
+def test_load_does_not_advise_to_open_a_file_whose_data_hide_a_call(tmp_path):
+    for data in (np.empty(1, dtype=object), Path("runs")):
+        torch.save({"model": bits(randomised(VIT)), "x": data, "y": Trap(tmp_path / "sprung")}, tmp_path / "m.pt")
+        with pytest.raises(InputError, match=r"\A[^\n]*take the weights from another source\Z"):
+            load(tmp_path / "m.pt")
+
+
 def test_weights_only_scan_sees_the_modules_that_load():
     """A scan of the wrong folder would find nothing, and pass."""
     assert any("torch.load(" in path.read_text(encoding="utf-8") for path in MODULES)

@@ -184,6 +184,14 @@ def test_load_takes_the_head_beside_a_model_before_its_own(tmp_path):
     assert "head beside the model was taken as its head, and its own was dropped" in words
 
 
+@pytest.mark.parametrize("head", [nn.Linear(3, 5), nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 5))], ids=str)
+def test_load_refuses_a_head_on_top_of_the_models_own(head, tmp_path):
+    theirs = timm.models.VisionTransformer(**TIMM)
+    torch.save(named("backbone.", theirs.state_dict()) | named("head.", head.state_dict()), tmp_path / "m.pth")
+    with pytest.raises(InputError, match=r"\A[^\n]*has two heads, head\.[^\n]* and [^\n]*head\.weight inside;[^\n]*\Z"):
+        load(tmp_path / "m.pth")
+
+
 @pytest.mark.parametrize("head", [
     nn.Sequential(nn.Linear(24, 24), nn.GELU(), nn.Linear(24, 3)), nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 3)),
     nn.Linear(48, 3)], ids=str)

@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def read_file(path):
         found = re.search(r"[Uu]nsupported (?:global|GLOBAL|class)[^\n]*?([\w.]+) (?:was not an allowed|whose module)|"
                           r"Can only (?:build|create) [^\n]* but got <class '(\w+\.[\w.]+)'>", str(error))
         if found:
-            raise InputError(_about_objects(path, found[1] or found[2])) from error
+            raise InputError(_about_objects(path, _worst_global(path, found[1] or found[2]))) from error
         raise InputError(f"{path} is no checkpoint, or a damaged one ({first_line(error)}); expected a file that "
                          f"torch.save, safetensors or numpy wrote") from error
     if not isinstance(entries, dict):
@@ -65,11 +66,22 @@ CALLS = ("os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "importli
 DATA_OF_BUILTINS = ("set", "frozenset", "slice", "range", "complex", "bytearray", "list", "dict", "tuple", "object")
 
 
+def _is_call(name):
+    module = name.rpartition(".")[0]
+    return not module or (module.split(".")[0] in CALLS and name not in map("builtins.{}".format, DATA_OF_BUILTINS))
+
+
+def _worst_global(path, name):
+    """A call that a file of pickled objects makes, or where none is found the name at which loading stopped."""
+    with suppress(Exception):  # files of old versions of torch cannot be searched, and damaged ones fail in any way
+        return next(filter(_is_call, torch.serialization.get_unsafe_globals_in_checkpoint(path)), name)
+    return name
+
+
 def _about_objects(path, name):
     """Why a file of pickled objects is not opened; and, unless they are calls, how its owner saves its weights."""
-    module = name.rpartition(".")[0]
     text = f"{path} holds Python objects ({name}), which are not loaded, as unpickling them can run code"
-    if not module or (module.split(".")[0] in CALLS and name not in map("builtins.{}".format, DATA_OF_BUILTINS)):
+    if _is_call(name):
         return f"{text}; take the weights from another source"
     target = str(Path(path).with_name(f"{Path(path).stem}-weights.pt"))
     return "\n".join([

@@ -407,6 +407,10 @@ def _take_head(weights, parent, is_anothers, state):
         layers = [layer for layer in map(_only_layer, groups) if layer
                   and held[f"{layer}.weight"].shape[1:] == (_n_features(tensors),)]
         if len(layers) != 1 or (found is inside and layers == ["head"]):
+            if found and found is outside and "head.weight" in tensors:
+                raise InputError(f"{weights.path} has two heads, {next(iter(found.values()))} beside the model, which "
+                                 f"is no linear layer on its features, and {weights.sources['head.weight'][0]} inside; "
+                                 f"expected one, save the state_dict of the model alone")
             continue
         own = [name for name in ("head.weight", "head.bias") if found is outside and name in tensors]
         for name in own:
