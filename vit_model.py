@@ -227,21 +227,20 @@ def head_width(embed_dim, n_heads):
     return embed_dim // n_heads
 
 
-# Where torch's fused attention trains slower than the explicit softmax, and up to how many tokens: device and type.
-# ViT-Tiny/16, 16 images, training step, images/s, explicit and fused: 63 and 49 in bf16 on another machine, 2 cores
-# with AMX; 15.6 and 17.5 in float32 on ours, 2 cores with AVX2. Without gradients the fused one was nowhere slower
-# (benchmarks/growth.py).
-MATH_ATTENTION_MAX_TOKENS = {("cpu", torch.bfloat16): 1024}
+# Where the explicit softmax is faster than torch's fused attention: {(device, type): tokens, at most, without and with
+# gradients}. Measured with ViT-Tiny/16 on 2 cores with AVX512-BF16, fused over explicit seconds: without gradients 0.98
+# at 577 tokens and 0.83 at 1,025; with them 1.55, 1.39, and 1.33 at 1,601, where the maps would fill the memory.
+MATH_ATTENTION_MAX_TOKENS = {("cpu", torch.bfloat16): (512, 1024)}
 
 
 def attend(q, k, v, return_attention=False):
     """softmax(q k^T / sqrt(K)) v, and the softmax where asked for, else None (Eq. 6 and 7).
 
     q: (B, H, n, K); k, v: (B, H, N, K). Without maps torch's fused kernel does the same sums and never holds the
-    (n, N) matrix, except in training with up to MATH_ATTENTION_MAX_TOKENS tokens.
+    (n, N) matrix; up to MATH_ATTENTION_MAX_TOKENS tokens it is slower, and not taken.
     """
-    few = k.shape[2] <= MATH_ATTENTION_MAX_TOKENS.get((q.device.type, q.dtype), 0)
-    if not (return_attention or few):
+    most = MATH_ATTENTION_MAX_TOKENS.get((q.device.type, q.dtype), (0, 0))[q.requires_grad]
+    if not return_attention and k.shape[2] > most:
         return F.scaled_dot_product_attention(q, k, v), None  # (B, H, n, K)
     q = q / math.sqrt(q.shape[-1])  # fewer numbers than the products have
     attention = (q @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, H, n, N)

@@ -71,7 +71,7 @@ TABLES = {
                   "quotient of the medians beside it; `share` is ours of the machine's "
                   "own rate in a 2048 x 2048 product, from FLOPs really computed; `memory` is what ours holds beyond "
                   "weights and images in a pass, and what the leanest peer does. Columns in bf16 are measured where "
-                  "the machine multiplies it",
+                  "the machine multiplies it: here another one, with AVX512-BF16",
     "growth": "Time and memory against the number of tokens (`python benchmarks/growth.py --keep`), exponents from the "
               "upper half of the sizes",
     "formats": "Formats of checkpoints (`python benchmarks/formats.py --keep`): the source model is built at random, "

@@ -210,17 +210,17 @@ def test_attend_uses_explicit_softmax_for_short_bf16_sequences_on_a_cpu(monkeypa
     fused = []
     kernel = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args: fused.append(1) or kernel(*args))
-    monkeypatch.setattr(vit_model, "MATH_ATTENTION_MAX_TOKENS", {("cpu", torch.bfloat16): 7})
+    monkeypatch.setattr(vit_model, "MATH_ATTENTION_MAX_TOKENS", {("cpu", torch.bfloat16): (6, 7)})
     used = []
     for n_tokens, dtype, trains in ((7, torch.bfloat16, True), (8, torch.bfloat16, True), (7, torch.float32, True),
-                                    (7, torch.bfloat16, False)):
+                                    (6, torch.bfloat16, False), (7, torch.bfloat16, False)):
         q = torch.randn(2, 3, n_tokens, 5, dtype=dtype, requires_grad=trains)
         fused.clear()
         heads, maps = vit_model.attend(q, q, q)
         assert maps is None
         torch.testing.assert_close(heads, kernel(q, q, q), rtol=0.05, atol=0.05)
         used.append(len(fused))
-    assert used == [0, 1, 1, 0]
+    assert used == [0, 1, 1, 0, 1]
 
 
 @pytest.mark.parametrize("training", [True, False])
