@@ -1265,6 +1265,7 @@ def evaluate(options):
     with unless_empty(new_output_dir(options.output_dir, "evaluation", loader.dataset_name)) as folder:
         found = score(model, loader, device, options.amp)
     print(_describe_score(found, loader))
+    report_skipped(sorted(map(str, loader.skipped)))
     heading = f"accuracy {percent(found.correct, found.n)}\n{found.n:,} images"
     names = list(map(_drawable, found.class_names))
     save_figure(plot_confusion(found.confusion, names, title=heading), folder / "confusion.png")

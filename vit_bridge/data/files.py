@@ -66,11 +66,12 @@ def _are(n, what, folder):
 
 
 def by_ending(counts):
-    """'30 .txt, 5 .heic' of counts by ending, the 6 most frequent."""
+    """'30 .txt, 5 .heic' of counts by ending, the 12 most frequent."""
     frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    words = [f"{n:,} {ending or 'without an ending'}" for ending, n in frequent[:6]]
-    rest = sum(n for _, n in frequent[6:])
-    return ", ".join([*words, *([f"{rest:,} others"] if rest else [])])
+    words = [f"{n:,} {ending or 'without an ending'}" for ending, n in frequent[:12]]
+    rest = frequent[12:]
+    more = [f"{sum(n for _, n in rest):,} of {len(rest)} other endings"] * bool(rest)
+    return ", ".join([*words, *more])
 
 
 def find_images(folder):
