@@ -228,7 +228,8 @@ class FolderSet:
 
     def everything(self):
         """What all class folders hold, as one Found."""
-        found = Found(refused=list(self.refused))
+        own = [os.path.join(self.folders[part], name) for part, classes in self.classes.items() for name in classes]
+        found = Found(refused=list(self.refused), links=[path for path in own if os.path.islink(path)])
         for each in (each for classes in self.classes.values() for each in classes.values()):
             found.files += each.files
             found.links += each.links
