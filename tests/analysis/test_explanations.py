@@ -314,6 +314,13 @@ def test_feature_colours_are_the_main_directions_over_all_images():
         assert r > 0.95
 
 
+def test_feature_colours_clip_two_percent_at_each_end():
+    line = torch.arange(101.0).view(1, 1, 101, 1).pow(1.01)  # skewed a little, so that its sign is known
+    colours = e.feature_colours(line)[0, 0, :, 0]  # (101)
+    assert (colours == 0).sum() == (colours == 1).sum() == 3
+    assert 0 < colours[3] < colours[50] < colours[97] < 1
+
+
 def test_feature_colours_work_for_two_patches():
     colours = e.feature_colours(torch.tensor([[[[1.0, 2.0, 5.0, 0.0], [3.0, 2.0, 1.0, 0.0]]]]))
     assert colours.shape == (1, 1, 2, 3)
