@@ -142,7 +142,8 @@ def get_evaluation_loader(data_dir, class_names, batch_size=128, img_size=None, 
         loader = MemoryLoader(images, labels, info, batch_size, seed)
     else:
         if not class_names:
-            raise InputError(f"class_names {class_names} cannot label a folder: expected those of the model; give them")
+            raise InputError(f"class_names {class_names} cannot label a folder: expected those of the model, in the "
+                             f"order of its outputs; give them (--class-names)")
         folder = FolderSet(data_dir).tell()
         part = next(part for part in ("test", "val", "train") if part in folder.folders)
         files, labels = folder.images(part, class_names)

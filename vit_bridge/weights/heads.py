@@ -52,7 +52,7 @@ def _matched_rows(head, theirs, names, n_classes):
         if names is None:
             return list(range(K)), f"head: kept, its {K} rows as they are"
         return list(range(K)), f"head: kept, its {K} rows; nothing names their classes, so their order is assumed to " \
-                               f"be that of the images{listed(names)}"
+                               f"be that of the images{listed(names)}; class_names= or --class-names can say otherwise"
     return match_names(theirs, names)
 
 
