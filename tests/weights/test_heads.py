@@ -56,7 +56,7 @@ CASES = {
                          "(crane, owl); the rows of a name that occurs more than once are not known (crane)"),
     "no names": (None, ["fox", "hare", "owl"], [1, 2, 3],
                  "head: kept, its 3 rows; nothing names their classes, so their order is assumed to be that of the "
-                 "images (fox, hare, owl)"),
+                 "images (fox, hare, owl); class_names= or --class-names can say otherwise"),
     "no names, another width": (None, ["fox", "hare"], [0, 0],
                                 "head: new, because the trained one is for 3 classes, not for 2 (fox, hare)"),
     "a number": (["owl", "fox", "hare"], 3, [1, 2, 3], "head: kept, its 3 rows as they are"),
