@@ -7,7 +7,7 @@ import train_vit
 
 
 class Bar:
-    """In place of tqdm: what it is told."""
+    """Stands in for tqdm and records its updates."""
 
     def __init__(self, total, initial, disable, **settings):
         self.total, self.disable, self.updates, self.texts = total, disable, initial, []

@@ -297,7 +297,7 @@ def test_what_a_cnns_file_does_not_say_is_said_to_be_assumed(kind, tmp_path):
         load(path)
 
 
-# ---- Used as any model of ours
+# ---- Used as any of our models
 
 
 @pytest.mark.parametrize("kind", ["timm, bottleneck", "timm's ConvNeXt"])

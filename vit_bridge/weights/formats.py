@@ -33,7 +33,7 @@ class Format:
     fixes    fields of the configuration that are the same in all its models, so that nothing is assumed
     mean, std, interpolation   of the images of its library's models
     note     what the names do not show; the report of every such file says it, and load where no config.json is beside
-    holds    the class of ours that it is
+    holds    the name of our class that it is
     """
     name: str
     root: str

@@ -17,7 +17,7 @@ from vit_bridge.preprocessing import INTERPOLATIONS
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json",
                 "pytorch_model.bin.index.json")
-# Of transformers: the types that each class of ours holds, and our names of their settings.
+# Of transformers: the model types that each of our classes holds, and our names for their settings.
 MODEL_TYPES = dict(VisionTransformer=("vit", "deit", "dinov2", "dinov2_with_registers", "vit_mae", "vit_msn"),
                    ConvNet=("resnet",), ConvNeXt=("convnext",))
 TRANSFORMERS_FIELDS = dict(hidden_size="embed_dim", num_hidden_layers="depth", num_attention_heads="n_heads",
@@ -74,7 +74,7 @@ def read_recorded(path, library, holds="VisionTransformer"):
     """The Recorded of a file.
 
     library   whose names its tensors have: "timm", "transformers", or "" for others
-    holds     the class of ours that they are
+    holds     the name of our class that they are
 
     A config.json of another library, or of something else, is not taken. Raises InputError for one of this library
     that cannot be right: of another kind of model, or with numbers that are none.
@@ -88,7 +88,7 @@ def read_recorded(path, library, holds="VisionTransformer"):
             config = {name: config[name] for name in ("img_size", "in_channels", "n_classes") if name in config}
     elif kind:
         notes.append(f"{CONFIG} beside it is one of {kind}, whose names the tensors do not have: not taken")
-    elif entries and not entries.keys() >= {"options", "n_steps"}:  # that of a run of ours
+    elif entries and not entries.keys() >= {"options", "n_steps"}:  # config.json of one of our runs
         notes.append(f"{CONFIG} beside it is not taken: it names neither a model_type, as transformers' does, nor an "
                      f"architecture, as timm's")
     shown = _read_json(folder / PREPROCESSOR, notes)
@@ -109,7 +109,7 @@ def _read_json(path, notes):
 
 
 def _kind_of(entries):
-    """Whose config.json it is, "timm" or "transformers"; None for that of something else, such as a run of ours."""
+    """Whose config.json it is, "timm" or "transformers"; None for any other, such as that of one of our runs."""
     of_timm = entries.keys() & {"num_classes", "pretrained_cfg", "model_args"}
     if of_timm and isinstance(entries.get("architecture"), str):
         return "timm"
@@ -182,7 +182,7 @@ def _of_timm(entries, source, notes, holds):
 
 
 def _check_arguments(given, holds, source, notes):
-    """Raises InputError for timm's model_args that the class of ours does not have; notes those that are not known."""
+    """Raises InputError for timm's model_args that our class does not have; notes those that are not known."""
     held = TIMM_HELD | dict(norm_layer=(None, "", *TIMM_NORMS[holds]))
     for name, value in given.items():
         if name not in TIMM_READ:
@@ -196,7 +196,7 @@ def _check_arguments(given, holds, source, notes):
 
 
 def _check_activation(name, holds, source):
-    """Raises InputError for an activation that the class of ours does not have. None: the library's default."""
+    """Raises InputError for an activation that our class does not have. None: the library's default."""
     own = "relu" if holds == "ConvNet" else "gelu"
     if name not in (None, own):
         raise InputError(f"{source} says {name!r}, and {holds} has {own!r}{', the exact GELU' * (own == 'gelu')}; "
