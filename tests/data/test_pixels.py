@@ -339,3 +339,18 @@ def test_a_scan_below_the_limit_is_opened_without_pillows_warning(tmp_path, monk
     blank_png(path, 80, 100)
     with pytest.raises(UnreadableImage, match="pixels, more than the"):
         open_image(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_is_no_image_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    with pytest.raises(UnreadableImage, match="it is no file, but a pipe or a device"):
+        open_image(tmp_path / "a.jpg")
+
+
+def test_a_class_whose_images_cannot_be_read_is_not_trained(tmp_path):
+    root = make_set(tmp_path / "set", 16)
+    for file in (root / "a").iterdir():
+        file.write_bytes(b"no image")
+    with pytest.raises(InputError, match="none of the images of class 'a' can be read"):
+        get_data_loaders(root, img_size=16, skip_corrupt=True)

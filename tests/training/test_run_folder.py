@@ -538,3 +538,11 @@ def test_commit_marks_changed_code_as_dirty(monkeypatch, tmp_path):
 def test_commit_is_unknown_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert system.commit() == "unknown"
+
+
+def test_changes_since_warns_of_other_files_where_the_counts_agree():
+    saved = dict(class_names=list(NAMES), n_images=1200, n_processes=1, validation_files="a1", test_files="b2")
+    same = dict(validation_files="a1", test_files="b2")
+    assert changes_since(saved, list(NAMES), 1200, 1, **same, training_files="unknown then") == []
+    change, = changes_since(saved, list(NAMES), 1200, 1, **same | dict(validation_files="c3"))
+    assert change.startswith("the validation files or their classes are others than when the run began")

@@ -75,3 +75,20 @@ def test_sizes_and_channels_that_cannot_be_end_in_one_line(words, expected, tmp_
     assert (code, error.count("\n")) == (2, 1)
     assert expected in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_training_says_that_the_test_images_changed_meanwhile(tmp_path, capsys, monkeypatch):
+    data = make_folder(tmp_path / "photos", 24, ("train", "test"))
+    fit = train_vit.fit
+
+    def fit_and_remove(*args):
+        found = fit(*args)
+        (data / "test" / "red" / "5.jpg").unlink()
+        return found
+
+    train(tmp_path / "whole", "--data-dir", data, *STEPS)
+    assert "test images are others" not in capsys.readouterr().out
+    monkeypatch.setattr(train_vit, "fit", fit_and_remove)
+    train(tmp_path / "run", "--data-dir", data, *STEPS)
+    assert "the test images are others than when the training began; tested on the 23 that" in capsys.readouterr().out
