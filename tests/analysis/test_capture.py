@@ -201,14 +201,14 @@ def test_attention_capture_matches_torchs_attention(mask):
     with r.AttentionCapture() as recorder:
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    assert recorder.maps[0].shape == (1, 2, 3, 3)
+    assert recorder.kept[0].shape == (1, 2, 3, 3)
 
 
 def test_attention_capture_ignores_other_softmaxes():
     with r.AttentionCapture() as recorder:
         torch.randn(2, CLASSES).softmax(dim=-1)
         torch.randn(2, 3, 4, 5).softmax(dim=-1)
-    assert recorder.maps == []
+    assert recorder.kept == []
 
 
 # ---- Heads, names, precisions, sizes
@@ -356,3 +356,44 @@ def test_capture_refuses_a_timm_hybrid():
     model.patch_embed.proj = nn.Identity()
     with pytest.raises(InputError, match="makes its tokens in another way"):
         r.capture(model, images_of(1, (15, 15)))
+
+
+class Explicit(nn.Module):
+    """Attention as timm and transformers write it without torch's fused function: scaled before or after, a bias."""
+
+    def __init__(self, after, bias):
+        super().__init__()
+        self.after, self.bias = after, bias
+
+    def forward(self, q, k, v):
+        scores = (q @ k.transpose(-2, -1)) * 0.3 if self.after else (q * 0.3) @ k.transpose(-2, -1)
+        if self.bias is not None:
+            scores = scores + self.bias
+        return scores.softmax(dim=-1) @ v
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_attended_has_the_queries_and_keys_of_explicit_attention(after, with_bias):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, 5, 4, generator=generator).double()
+    bias = torch.randn(3, 5, 5, generator=generator).double() if with_bias else None
+    with r.AttentionCapture(keep=lambda block, attended: attended) as recorder:
+        Explicit(after, bias)(q, k, v)
+    attended = recorder.kept[0]
+    scores = attended.query @ attended.key.transpose(-2, -1)
+    scores = scores if attended.bias is None else scores + attended.bias
+    torch.testing.assert_close(scores.softmax(dim=-1), attended.maps, rtol=0, atol=1e-12)
+    assert (attended.bias is None) != with_bias
+
+
+def test_keep_reduces_each_block_and_none_computes_no_map():
+    model, images = vit(), images_of(2)
+    whole = r.capture(model, images)
+    rows = r.capture(model, images, keep=lambda block, attended: attended.maps[:, :, 0])
+    for row, one in zip(rows.maps, whole.maps, strict=True):
+        assert torch.equal(row, one[:, :, 0])
+    tokens = r.capture(model, images, keep=None)
+    assert tokens.maps == []
+    for one, other in zip(tokens.tokens, whole.tokens, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -1,17 +1,19 @@
 """A forward pass with everything kept: the tokens after each block, the attention map of each head, the logits.
 
-    capture(model, images)          all three, as a Capture; with gradients on request
+    capture(model, images)          all three, as a Capture; with gradients on request. `keep` reduces each block's
+                                    attention as it is computed, so that one block's maps are in memory at a time
     attention_maps(model, images)   the maps alone, as one tensor
     predict_logits(model, images)   the logits alone, of a ConvNet too
 
 Fused attention keeps no maps, so AttentionCapture computes an explicit softmax instead, and the pass goes on with that.
 Nothing is stored on a module. Afterwards hooks and modes are as they were, even after an error.
 
-Shapes:  B images, C channels, L blocks, H heads, N tokens (prefix tokens, then patches), D width, K classes.
+Shapes:  B images, C channels, L blocks, H heads, N tokens (prefix tokens, then patches), D width, K classes,
+         W width of a head.
 """
 
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -32,14 +34,35 @@ from vit_bridge.runtime import (
 )
 
 SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax)
+MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 ALIKE = 1e-4  # how far, as a part of the largest logit, a captured pass may differ from a plain one
 ALIKE_QUANTISED = 0.05  # of a model that rounds what passes through it to 8 bits
 
 
 @dataclass
+class Attended:
+    """What one block attends with, as `keep` is given it.
+
+    maps        (B, H, N, N), rows are queries and sum to one: softmax(query @ key^T + bias)
+    query, key  (B, H, N, W), the query with its scale in it; None where the scores are no product of the two
+    bias        what is added to the scores, as of relative positions, (B or 1, H or 1, N, N); None: nothing
+    """
+    maps: torch.Tensor
+    query: torch.Tensor
+    key: torch.Tensor
+    bias: torch.Tensor | None
+
+
+def whole_maps(block, attended):
+    """A `keep` for capture: all of a block's maps, (B, H, N, N)."""
+    return attended.maps
+
+
+@dataclass
 class Capture:
-    """tokens: L + 1 of (B, N, D), before the first block and after each; maps: L of (B, H, N, N), rows are queries and
-    sum to one; logits (B, K); grid (rows, columns) of the patches; adapter of the model."""
+    """tokens: L + 1 of (B, N, D), before the first block and after each; maps: what `keep` made of the attention of
+    each of the L blocks, else (B, H, N, N), rows are queries and sum to one; logits (B, K); grid (rows, columns) of the
+    patches; adapter of the model."""
     tokens: list
     maps: list
     logits: torch.Tensor
@@ -47,13 +70,15 @@ class Capture:
     adapter: ViTAdapter
 
 
-def capture(model, images, gradients=False, change=None):
+def capture(model, images, gradients=False, change=None, keep=whole_maps):
     """A Capture of a model in eval mode.
 
     images     normalised, (B, C, height, width)
     gradients  True: logits, maps and tokens are in one graph, for torch.autograd.grad, even where the caller has
                switched gradients off (no_grad, inference_mode)
     change     a function (index of the block, map) -> map; the pass goes on with what it returns
+    keep       a function (index of the block, Attended) -> what is kept of it in `maps`: rows, a mean, queries and
+               keys. None: no map is computed at all, for who needs the tokens alone
 
     Raises InputError for a model that is no known ViT, for images that it does not take, for gradients of a model that
     is quantised or does not keep the tokens of its blocks, for one that does not attend as a plain ViT does, and for
@@ -69,7 +94,7 @@ def capture(model, images, gradients=False, change=None):
     hooks = [adapter.blocks[0].register_forward_pre_hook(lambda module, args: tokens.append(args[0]))]
     hooks += [block.register_forward_hook(lambda module, args, output: tokens.append(tokens_of(output)))
               for block in adapter.blocks]
-    recorder = AttentionCapture(change)
+    recorder = AttentionCapture(change, keep) if keep else nullcontext()
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(gradients), evaluating(model), recorder:
             pixels = to_model(images.detach(), model).clone().requires_grad_(gradients)
@@ -77,11 +102,13 @@ def capture(model, images, gradients=False, change=None):
     finally:
         for hook in hooks:
             hook.remove()
-    _check_maps(recorder.maps, len(adapter.blocks), adapter.n_prefix + grid[0] * grid[1])
-    check_finite_numbers(model, logits, *recorder.maps)
+    check_finite_numbers(model, logits)
+    if keep is None:
+        return Capture(tokens, [], logits, grid, adapter)
+    _check_maps(model, recorder, len(adapter.blocks), adapter.n_prefix + grid[0] * grid[1])
     if change is None and adapter.library != "ours":
         _check_logits(model, images[:1], logits[:1])
-    return Capture(tokens, recorder.maps, logits, grid, adapter)
+    return Capture(tokens, recorder.kept, logits, grid, adapter)
 
 
 def attention_maps(model, images):
@@ -131,14 +158,16 @@ def watch_layer(model, layer, images, run=None):
 
 
 class AttentionCapture(TorchFunctionMode):
-    """While this is entered, attention is an explicit softmax, and `maps` collects it, (B, H, N, N).
+    """While this is entered, attention is an explicit softmax, and `kept` collects what `keep` makes of each.
 
     It intercepts the functions of torch that attention is made of, not modules, so that it works with any library.
     """
 
-    def __init__(self, change=None):
+    def __init__(self, change=None, keep=whole_maps):
         super().__init__()
-        self.maps, self.change = [], change
+        self.kept, self.sizes, self.finite = [], set(), True
+        self.change, self.keep = change, keep
+        self.product = None  # (query, key^T, their product): the last that could be scores
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -147,23 +176,36 @@ class AttentionCapture(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             return self.attend_in_projection(*args, **kwargs)
         result = func(*args, **kwargs)
-        return self.note(result) if func in SOFTMAXES and _is_map(result) else result
+        if func in MATMULS and _is_map(result):
+            self.product = (*args[:2], result)
+        if func not in SOFTMAXES or not _is_map(result):
+            return result
+        if self.product is None or self.product[2].shape != result.shape:
+            return self.note(Attended(result, None, None, None))
+        query, transposed, product = self.product
+        scale, bias = _scale_and_bias(args[0] if args else kwargs["input"], product)
+        return self.note(Attended(result, query * scale, transposed.transpose(-2, -1), bias))
 
-    def note(self, attention):
+    def note(self, attended):
+        """The map of a block, with which the pass goes on; what is kept of it is kept."""
         if self.change is not None:
-            attention = self.change(len(self.maps), attention)
-        self.maps.append(attention)
-        return attention
+            attended.maps = self.change(len(self.kept), attended.maps)
+        self.sizes.add(tuple(attended.maps.shape[-2:]))
+        self.finite = self.finite and bool(attended.maps.isfinite().all())
+        self.kept.append(self.keep(len(self.kept), attended))
+        return attended.maps
 
     def attend(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        """As torch's scaled_dot_product_attention: (B, H, N, K) each -> (B, H, N, K)."""
+        """As torch's scaled_dot_product_attention: (B, H, N, W) each -> (B, H, N, W)."""
         if is_causal or enable_gqa:
             raise InputError("causal or grouped attention is not what a ViT has; its maps are not computed here")
         query = query / math.sqrt(query.shape[-1]) if scale is None else query * scale
         scores = query @ key.transpose(-2, -1)  # (B, H, N, N)
         if attn_mask is not None:
-            scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-        return self.note(scores.softmax(dim=-1)) @ value
+            if attn_mask.dtype == torch.bool:
+                attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -math.inf)
+            scores = scores + attn_mask
+        return self.note(Attended(scores.softmax(dim=-1), query, key, attn_mask)) @ value
 
     def attend_in_projection(self, query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias,
                              bias_k, bias_v, add_zero_attn, dropout_p, out_proj_weight, out_proj_bias, **others):
@@ -173,8 +215,8 @@ class AttentionCapture(TorchFunctionMode):
             raise InputError("attention between two sequences, or masked, is not what a ViT has; its maps are not "
                              "computed here")
         qkv = F.linear(query, in_proj_weight, in_proj_bias)  # (N, B, 3 D)
-        q, k, v = qkv.unflatten(2, (3, num_heads, -1)).permute(2, 1, 3, 0, 4)  # 3 x (B, H, N, K)
-        heads = self.attend(q, k, v)  # (B, H, N, K)
+        q, k, v = qkv.unflatten(2, (3, num_heads, -1)).permute(2, 1, 3, 0, 4)  # 3 x (B, H, N, W)
+        heads = self.attend(q, k, v)  # (B, H, N, W)
         return F.linear(heads.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias), None  # (N, B, D)
 
 
@@ -196,12 +238,25 @@ def _check_kept(model):
                          f"watches; call model.set_grad_checkpointing(False) first")
 
 
-def _check_maps(maps, n_blocks, n_tokens):
-    """Raises InputError unless there is a map over n_tokens tokens for each block."""
-    sizes = sorted({tuple(one.shape[-2:]) for one in maps})
-    if len(maps) != n_blocks or sizes != [(n_tokens, n_tokens)]:
-        raise InputError(f"{len(maps)} attention maps of {sizes or 'no'} tokens were seen, expected {n_blocks}, one a "
-                         f"block, of {n_tokens} tokens; this model does not attend as a plain ViT does")
+def _scale_and_bias(scores, product):
+    """(scale, bias): scores (B, H, N, N) = scale * product + bias, bias None where a scale alone will do."""
+    if scores is product:
+        return 1.0, None
+    largest = product.detach().abs().argmax()
+    scale = (scores.detach().flatten()[largest] / product.detach().flatten()[largest]).item()
+    rest = scores - scale * product
+    small = rest.detach().abs().max() <= 16 * torch.finfo(scores.dtype).eps * scores.detach().abs().max()
+    return (scale, None) if small else (1.0, scores - product)
+
+
+def _check_maps(model, recorder, n_blocks, n_tokens):
+    """Raises InputError unless there was a map over n_tokens tokens for each block, of finite numbers."""
+    if len(recorder.kept) != n_blocks or recorder.sizes != {(n_tokens, n_tokens)}:
+        raise InputError(f"{len(recorder.kept)} attention maps of {sorted(recorder.sizes) or 'no'} tokens were seen, "
+                         f"expected {n_blocks}, one a block, of {n_tokens} tokens; this model does not attend as a "
+                         f"plain ViT does")
+    if not recorder.finite:
+        raise NoNumbers(_no_numbers(model))
 
 
 class NoNumbers(InputError):
@@ -211,8 +266,12 @@ class NoNumbers(InputError):
 def check_finite_numbers(model, *values):
     """Raises NoNumbers unless all these values of a model are finite."""
     if not all(value.isfinite().all() for value in values):
-        raise NoNumbers(f"this {class_name(model)} gives NaN or infinity for these images, and nothing can be seen "
-                        f"in that; give a model whose training went well, or call .float() on one in half precision")
+        raise NoNumbers(_no_numbers(model))
+
+
+def _no_numbers(model):
+    return (f"this {class_name(model)} gives NaN or infinity for these images, and nothing can be seen in that; give a "
+            f"model whose training went well, or call .float() on one in half precision")
 
 
 def alike_within(model, dtype):
