@@ -83,13 +83,15 @@ class AttentionVisualizer:
     attention_maps, rollout, relevance, grad_cam, attention_distance give numbers; visualize_... a Figure.
 
     The model is moved to the device ("auto": CUDA where there is one) and stays there; its weights and its mode
-    remain as they are. Raises InputError for a model without attention and for a device that is not there.
+    remain as they are. Of a photograph it sees the middle, as in validation; with whole=Whole() of
+    vit_bridge.preprocessing all of it, in its own proportions, for which the model must take any size
+    (model.any_size = True). Raises InputError for a model without attention and for a device that is not there.
     """
 
-    def __init__(self, model, device="auto"):
+    def __init__(self, model, device="auto", whole=None):
         adapt_vit(model)
         device_of(model)  # which refuses one on the device "meta"
-        self.model = unwrapped(model).to(choose_device(device))
+        self.model, self.whole = unwrapped(model).to(choose_device(device)), whole
 
     @property
     def adapter(self):
@@ -100,7 +102,7 @@ class AttentionVisualizer:
 
     def attention_maps(self, image):
         """(L, H, N, N); rows are queries and sum to one."""
-        return attention_maps(self.model, prepare_image(image, self.model)[0])[:, 0].cpu()
+        return attention_maps(self.model, prepare_image(image, self.model, self.whole)[0])[:, 0].cpu()
 
     def rollout(self, image, discard_ratio=0.0):
         """(rows, columns): explanations.rollout of what the head reads."""
@@ -117,16 +119,16 @@ class AttentionVisualizer:
     def attention_distance(self, images):
         """(L, H) in pixels: how far patches look, over images: a list of them, or a normalised batch (B, C, height,
         width)."""
-        seen = capture(self.model, prepare_images(images, self.model))
+        seen = capture(self.model, prepare_images(images, self.model, self.whole))
         return attention_distance(torch.stack(seen.maps), seen.grid, seen.adapter.patch_size, seen.adapter.n_prefix)
 
     def explain(self, image, method, target=None, **options):
         """An explanations.Explanation of one image."""
-        return explain(self.model, prepare_image(image, self.model)[0], method, target, **options)
+        return explain(self.model, prepare_image(image, self.model, self.whole)[0], method, target, **options)
 
     def selfcheck(self, images=None):
         """selfcheck.selfcheck of the model; images: normalised, None: noise."""
-        return selfcheck(self.model, None if images is None else prepare_images(images, self.model))
+        return selfcheck(self.model, None if images is None else prepare_images(images, self.model, self.whole))
 
     # ---- Attention
 
@@ -137,7 +139,7 @@ class AttentionVisualizer:
         patch: (row, column), from 0: what this patch attends to, instead of CLS.
         Raises InputError for an index out of range or an image that cannot be used.
         """
-        images, picture = prepare_image(image, self.model)
+        images, picture = prepare_image(image, self.model, self.whole)
         maps = attention_maps(self.model, images).cpu()  # (L, 1, H, N, N)
         attention = select_attention(maps, layer_idx, head_idx)[0]  # (N, N)
         grid = self.looks_at(attention, images, patch).numpy()  # (rows, columns)
@@ -174,7 +176,7 @@ class AttentionVisualizer:
         layers: indices as layer_idx above; None: all, or six from the first to the last where there are more.
         patch: (row, column), instead of CLS.
         """
-        images, picture = prepare_image(image, self.model)
+        images, picture = prepare_image(image, self.model, self.whole)
         maps = attention_maps(self.model, images).cpu()[:, 0]  # (L, H, N, N)
         grids = self.looks_at(maps, images, patch)  # (L, H, rows, columns)
         n_layers, n_heads = grids.shape[:2]
@@ -189,7 +191,7 @@ class AttentionVisualizer:
 
     def visualize_all_layers(self, image, save_path=None, patch=None):
         """A strip of all layers, mean over the heads, on one scale."""
-        images, picture = prepare_image(image, self.model)
+        images, picture = prepare_image(image, self.model, self.whole)
         maps = attention_maps(self.model, images).cpu()[:, 0].mean(dim=1)  # (L, N, N)
         grids = self.looks_at(maps, images, patch)  # (L, rows, columns)
         columns = min(6, len(grids))
@@ -225,7 +227,7 @@ class AttentionVisualizer:
         return self.draw_explanation(image, "grad_cam", save_path, target, layer_idx=layer_idx)
 
     def draw_explanation(self, image, method, save_path=None, target=None, **options):
-        images, picture = prepare_image(image, self.model)
+        images, picture = prepare_image(image, self.model, self.whole)
         found = explain(self.model, images, method, target, **options)
         grid = found.saliency[0].numpy()
         figure = new_figure(12, 1.2 + 3.4 * proportion(picture))
@@ -262,7 +264,7 @@ class AttentionVisualizer:
         probability of the class while patches are hidden, and while they are shown, the most salient first. Random
         order is drawn n_draws times: the line is the mean, the band two standard deviations of the draws to each side.
         """
-        images, picture = prepare_image(image, self.model)
+        images, picture = prepare_image(image, self.model, self.whole)
         found = compare_explanations(self.model, images, target, n_steps=n_steps, n_draws=n_draws)
         names = list(found.saliencies)
         grids = [(saliency[0] / saliency[0].sum().clamp(min=1e-12)).numpy() for saliency in found.saliencies.values()]
@@ -298,7 +300,7 @@ class AttentionVisualizer:
         if n_classes > len(COLOURS):
             raise InputError(f"n_classes {n_classes} is out of range; expected 1 to {len(COLOURS)}, which can be "
                              f"told apart; explanations.logit_lens gives the numbers of all")
-        images, picture = prepare_image(image, self.model)
+        images, picture = prepare_image(image, self.model, self.whole)
         lens = logit_lens(self.model, images)[:, 0]  # (L + 1, K)
         order = lens[-1].argsort(descending=True).tolist()
         on_the_way = [label for label in lens.argmax(dim=1).tolist() if label not in order[:n_classes]]
@@ -325,7 +327,7 @@ class AttentionVisualizer:
 
         images: a list of them, or a normalised batch (B, C, height, width). ViT paper, Fig. 7 (right).
         """
-        images = prepare_images(images, self.model)
+        images = prepare_images(images, self.model, self.whole)
         distances = self.attention_distance(images).numpy()  # (L, H)
         grid = self.adapter.grid(images)
         line = uniform_attention_distance(grid, self.adapter.patch_size)
@@ -345,7 +347,7 @@ class AttentionVisualizer:
 
     def visualize_token_norms(self, image, save_path=None):
         """The length of each patch token, layer by layer, on one scale; register artefacts are framed."""
-        images, picture = prepare_image(image, self.model)
+        images, picture = prepare_image(image, self.model, self.whole)
         norms, artefacts = token_norms(capture(self.model, images))  # (L, 1, rows, columns)
         chosen = spread(len(norms), 6)
         title = (f"Length of the patch tokens; {int(artefacts[chosen].sum())} register artefacts (framed) in these "

@@ -3,13 +3,14 @@
 Shapes:  B images, C channels, H, W height and width.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2.functional import center_crop, get_size, resize
 
-from vit_bridge.errors import InputError, check_choice, pair
+from vit_bridge.errors import InputError, check_choice, check_int, pair
 
 SMALL_SIDE = 64  # pixels: images up to this side are seen whole
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -111,6 +112,44 @@ class FitSize:
         small = min(max(self.size), h, w) <= SMALL_SIDE
         covered = self.size if small else [round(side * 256 / 224) for side in self.size]
         return center_crop(resize(image, covering_size((h, w), covered), self.interpolation), self.size)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """How a photograph is fitted with nothing cut off: to whole patches, in its own proportions as nearly as patches
+    allow.
+
+    max_tokens  patches at most; None: as many as the model was built for
+    img_size    side or (height, width) in pixels instead; the photograph is stretched to it
+
+    Raises InputError for a max_tokens below 1.
+    """
+
+    max_tokens: int | None = None
+    img_size: int | tuple | None = None
+
+    def __post_init__(self):
+        if self.max_tokens is not None:
+            check_int("max_tokens", self.max_tokens, 1)
+        if self.img_size is not None:
+            pair(self.img_size)
+
+    def size_for(self, image_size, patch_size, n_patches):
+        """The (height, width) in pixels for an image of image_size, (h, w), by a model of n_patches patches of
+        patch_size, (height, width)."""
+        if self.img_size is not None:
+            return pair(self.img_size)
+        most, (h, w), (height, width) = self.max_tokens or n_patches, image_size, patch_size
+        fitting = ((rows, max(1, round(rows * height * w / (h * width)))) for rows in range(1, most + 1))
+        grids = [(rows, min(columns, most // rows)) for rows, columns in fitting]
+
+        def price(grid):
+            """How far an image is stretched in one direction, 0 for not at all, and the share of patches left over."""
+            stretch = abs(math.log(grid[0] * height * w / (grid[1] * width * h)))
+            return 2 * stretch + 1 - grid[0] * grid[1] / most
+
+        rows, columns = min(grids, key=price)
+        return rows * height, columns * width
 
 
 def covering_size(image_size, size):

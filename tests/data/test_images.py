@@ -12,8 +12,8 @@ from PIL import Image
 
 from vit_bridge.data.images import as_picture, open_picture, prepare_image, prepare_images
 from vit_bridge.models.adapters import adapt
-from vit_bridge.preprocessing import NORMALISATION, FitSize, Preprocessing, eval_transform
-from vit_model import InputError
+from vit_bridge.preprocessing import NORMALISATION, FitSize, Preprocessing, Whole, eval_transform
+from vit_model import InputError, VisionTransformer
 
 
 def statistics_of(model):
@@ -216,3 +216,38 @@ def test_prepare_images_refuses_what_makes_no_batch():
         prepare_images(batch, model)
     with pytest.raises(InputError, match="there is no image"):
         prepare_images(batch[:0], model)
+
+
+# ---- Whole photographs
+
+
+@pytest.mark.parametrize(("image_size", "patch", "n", "grid"), [
+    ((300, 451), 14, 1369, (30, 45)), ((512, 512), 16, 196, (14, 14)), ((4000, 3000), 16, 196, (16, 12)),
+    ((300, 451), 4, 64, (6, 9)), ((3000, 20), 16, 196, (150, 1)), ((1, 1), 4, 64, (8, 8)), ((9, 5), 7, 1, (1, 1))])
+def test_whole_keeps_the_proportions_within_the_patches(image_size, patch, n, grid):
+    assert Whole().size_for(image_size, (patch, patch), n) == (grid[0] * patch, grid[1] * patch)
+
+
+def test_whole_has_as_many_patches_as_asked_for_and_stretches_to_a_given_size():
+    rows, columns = Whole(max_tokens=50).size_for((300, 451), (1, 1), 1369)
+    assert (rows, columns) == (6, 8)
+    assert Whole(img_size=(28, 42)).size_for((300, 451), (14, 14), 1369) == (28, 42)
+    assert Whole().size_for((100, 100), (8, 4), 8) == (16, 16)  # patches that are no squares
+    with pytest.raises(InputError, match="max_tokens"):
+        Whole(max_tokens=0)
+
+
+def test_whole_photograph_reaches_every_edge():
+    """White along its four edges, which the validation's cut would lose."""
+    pixels = np.zeros((60, 100, 3), np.uint8)
+    pixels[:6], pixels[-6:], pixels[:, :6], pixels[:, -6:] = 255, 255, 255, 255
+    model = VisionTransformer(img_size=32, patch_size=4, embed_dim=8, depth=1, n_heads=1)
+    with pytest.raises(InputError, match="any_size"):
+        prepare_image(pixels, model, Whole())
+    model.any_size = True
+    images, picture = prepare_image(pixels, model, Whole())
+    assert picture.shape == (24, 40, 3)
+    assert images.shape == (1, 3, 24, 40)
+    assert min(picture[0].min(), picture[-1].min(), picture[:, 0].min(), picture[:, -1].min()) > 0.9
+    assert model(images).shape == (1, 1000)
+    assert prepare_image(pixels, model)[1].shape == (32, 32, 3)

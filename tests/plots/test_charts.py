@@ -161,3 +161,11 @@ def test_charts_clip_no_text():
                    c.plot_curves({"a panel": BANDED}, "images", "right (%)", percent=True, title="a title of all"),
                    c.plot_curves({heading: BANDED for heading in "abcd"}, "images", "right (%)", title="of all")):
         assert_no_text_clipped(figure)
+
+
+def test_clip_at_leaves_one_sink_above_the_scale_and_even_values_at_its_top():
+    grid = np.full((20, 20), 0.001)
+    grid[0, 0] = 0.6
+    assert c.clip_at(grid) == pytest.approx(0.001)
+    assert c.clip_at(np.full((8, 8), 1 / 64)) == pytest.approx(1 / 64)
+    assert c.clip_at(np.zeros((2, 2))) > 0

@@ -9,6 +9,7 @@ inputs.
 Shapes:  B images, C channels, H, W height and width.
 """
 
+import math
 import os
 import re
 import warnings
@@ -17,12 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as image_functional
 
 from vit_bridge.data.files import image_formats
 from vit_bridge.errors import InputError, assume
 from vit_bridge.models.adapters import adapt
 from vit_bridge.preprocessing import FitSize, Preprocessing
+from vit_model import grid_of
 
 FILE_CHANNELS = (1, 3, 4)  # as which an image file can be read: grey, colour, colour and transparency
 
@@ -220,11 +223,12 @@ def to_rgb(image):
 # ---- What a model is fed ----------------------------------------------------------------------------------
 
 
-def prepare_image(image, model):
+def prepare_image(image, model, whole=None):
     """(what the model is fed, what it looks like): a tensor (1, C, H, W) and an array (H, W, 3) in 0..1.
 
-    A picture is resized and its centre cut to the model's img_size, as the validation images are; a float
-    tensor must have that size. Raises InputError for an image that cannot be used.
+    A picture is resized and its centre cut to the model's img_size, as the validation images are; with a
+    preprocessing.Whole nothing is cut off, and the model must take any size. A float tensor must have the model's
+    size. Raises InputError for an image that cannot be used.
     """
     adapter = adapt(model)
     size, preprocessing = adapter.img_size, adapter.preprocessing
@@ -234,17 +238,35 @@ def prepare_image(image, model):
             raise InputError(f"got a tensor of {images.shape[2]}x{images.shape[3]} pixels, expected "
                              f"{size[0]}x{size[1]}; resize it, or give a picture, which is resized here")
     else:
-        picture = FitSize(size, preprocessing.interpolation)(open_picture(image, adapter.in_channels))
+        picture = open_picture(image, adapter.in_channels)
+        if whole is None:
+            picture = FitSize(size, preprocessing.interpolation)(picture)
+        else:
+            wanted = whole_size(image_functional.get_size(picture), adapter, whole)
+            picture = image_functional.resize(picture, wanted, InterpolationMode(preprocessing.interpolation))
         if isinstance(picture, Image.Image):
             picture = image_functional.pil_to_tensor(picture).unsqueeze(0)  # (1, C, H, W)
         images = preprocessing.normalise(picture)  # (1, C, H, W)
     return images, to_array(images, preprocessing)
 
 
-def prepare_images(images, model):
+def whole_size(image_size, adapter, whole):
+    """The (height, width) at which an image of image_size, (h, w), is fed whole. Raises InputError for a model that
+    takes one size alone."""
+    patch = adapter.patch_size if adapter.attends else (1, 1)
+    size = whole.size_for(image_size, patch, math.prod(grid_of(adapter.img_size, patch)))
+    if size != adapter.img_size and not adapter.any_size:
+        height, width = adapter.img_size
+        raise InputError(f"this model takes images of {height}x{width} pixels alone, and the whole image needs "
+                         f"{size[0]}x{size[1]}; set model.any_size = True for one of ours (timm: dynamic_img_size), or "
+                         f"let the image be cut")
+    return size
+
+
+def prepare_images(images, model, whole=None):
     """What the model is fed, (B, C, H, W), from a batch that it can be fed already, or from one image or a list of
-    them, of any kind. Raises InputError for no image, for values that are not finite, and for images of several sizes,
-    which make no batch."""
+    them, of any kind; whole as in prepare_image. Raises InputError for no image, for values that are not finite, and
+    for images of several sizes, which make no batch."""
     if isinstance(images, torch.Tensor) and images.is_floating_point() and images.ndim == 4 and len(images):
         _check_finite(images)
         return images
@@ -253,7 +275,7 @@ def prepare_images(images, model):
         several = list(images)
     if not several:
         raise InputError("there is no image; expected at least one")
-    fed = [prepare_image(image, model)[0] for image in several]
+    fed = [prepare_image(image, model, whole)[0] for image in several]
     sizes = sorted({f"{one.shape[2]}x{one.shape[3]}" for one in fed})
     if len(sizes) > 1:
         raise InputError(f"got images of {' and '.join(sizes)} pixels, expected one size; give those of one size "

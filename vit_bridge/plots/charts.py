@@ -23,6 +23,7 @@ from vit_bridge.errors import InputError, first_line
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
 MARKERS = "osD^vP"
+CLIP = 0.99  # the quantile of a map's values at which its colours end
 
 
 # ---- Lines ------------------------------------------------------------------------------------------------
@@ -306,6 +307,13 @@ def hide_ticks(axes):
 def spread(n, most):
     """At most `most` of the indices 0 .. n - 1, evenly from the first to the last."""
     return sorted({round(i * (n - 1) / max(min(n, most) - 1, 1)) for i in range(min(n, most))})
+
+
+def clip_at(grid, quantile=CLIP):
+    """The top of a colour scale that begins at 0: this quantile of the values of a map (rows, columns), so that a
+    single patch with half of the attention does not make a dark wall of the others, and even attention stays even."""
+    values = np.asarray(grid, dtype=float)
+    return max(float(np.nanquantile(values, quantile, method="lower")), 1e-12)
 
 
 def proportion(picture):
