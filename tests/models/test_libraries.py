@@ -181,7 +181,7 @@ VIEWS = {
     "visualize_attention_grid": (ROW, v.visualize_attention_grid),
     "visualize_features": (NOTHING, v.visualize_features),
     "visualize_positions": (NOTHING, lambda model, images: v.visualize_positions(model)),
-    "visualize_patch_filters": (NOTHING, lambda model, images: v.visualize_patch_filters(model)),
+    "visualize_patch_filters": (NOTHING, lambda model, images: v.visualize_patch_filters(model, 4)),
     "compare_receptive_fields": (NOTHING, lambda model, images: v.compare_receptive_fields(
         None, {"it": model}, images)),
     "selfcheck": (NOTHING, checked),
