@@ -34,6 +34,7 @@ from torch import nn
 import visualizations as v
 from vit_bridge.analysis.capture import capture
 from vit_bridge.analysis.explanations import explain, relevance_gained, rollout
+from vit_bridge.analysis.selfcheck import selfcheck
 from vit_bridge.data.images import prepare_image
 from vit_bridge.errors import Assumption
 from vit_bridge.models.adapters import adapt, reading_weights
@@ -112,6 +113,13 @@ def test_capture_of_timm_is_the_same_with_and_without_fused_attention(fused, blo
             part.fused_attn = fused
     for one, other in zip(capture(model, images).maps, expected.maps, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["Dinov2WithRegistersForImageClassification", "DeiTForImageClassificationWithTeacher",
+                                  "timm, mean", "ViTModel", "the hub's DINOv2"])
+def test_selfcheck_holds_in_half_precision(name, precision):
+    assert not [check for check in selfcheck(built(name).to(precision), some_images()) if check.holds is False]
 
 
 @pytest.mark.parametrize("name", ["Dinov2Model", "Dinov2ForImageClassification", "Dinov2WithRegistersModel",
@@ -262,6 +270,7 @@ REFUSED = {
                          r"is not known here; the ViTModel in it is: give its part 'vit'\Z"),
     "patches hidden at random": (partial(of_transformers, "ViTMAEModel"), "a ViTMAEModel is not known here; expected"),
     "maps as output": (partial(of_transformers, "Dinov2Backbone"), r"load\(\) may know\Z"),
+    "a tuple as output": (partial(of_transformers, "ViTModel", return_dict=False), "this ViTModel gives a tuple, exp"),
     "a part of another module": (lambda: nn.Sequential(torchvision_vit(), nn.Linear(CLASSES, 2)),
                                  r"Sequential is not known here; the VisionTransformer in it is: give its part '0'\Z"),
     "ours in another module": (lambda: nn.ModuleDict({"vit": HybridCNNViT(embed_dim=32, depth=1, img_size=32)}),

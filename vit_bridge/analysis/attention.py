@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from vit_bridge.errors import InputError, check_index
 from vit_bridge.models.adapters import adapt, reading_weights
 from vit_bridge.models.protocol import class_name
+from vit_bridge.runtime import at_least_float32
 from vit_model import grid_of, pair
 
 
@@ -42,9 +43,10 @@ def cls_attention_grid(attention, grid_size, n_prefix_tokens=1, pool="cls"):
         raise InputError(f"a map over {attention.shape[-1]} tokens does not fit a grid of {rows}x{columns} patches "
                          f"and {prefix}, {n_prefix_tokens + rows * columns} tokens; give the grid_size and the "
                          f"n_prefix_tokens of its model")
-    weights = reading_weights(pool, n_prefix_tokens, attention.shape[-1]).to(attention)  # (N,)
-    readers = weights.nonzero()[:, 0]
-    row = weights[readers] @ attention[..., readers, :]  # (..., N)
+    weights = reading_weights(pool, n_prefix_tokens, attention.shape[-1])  # (N,)
+    read = weights.nonzero()[:, 0]
+    theirs = at_least_float32(attention[..., read, :])
+    row = weights[read].to(theirs) @ theirs  # (..., N)
     return row[..., n_prefix_tokens:].unflatten(-1, (rows, columns))  # (..., rows, columns)
 
 

@@ -272,7 +272,11 @@ class NoNumbers(InputError):
 
 
 def check_finite_numbers(model, *values):
-    """Raises NoNumbers unless all these values of a model are finite."""
+    """Raises NoNumbers unless all these values of a model are finite, and InputError where one is no tensor."""
+    for value in values:
+        if not isinstance(value, torch.Tensor):
+            raise InputError(f"this {class_name(model)} gives a {type(value).__name__}, expected a tensor of logits or "
+                             f"features; of transformers, set model.config.return_dict = True")
     if not all(value.isfinite().all() for value in values):
         raise NoNumbers(_no_numbers(model))
 

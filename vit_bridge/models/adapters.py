@@ -138,9 +138,10 @@ def adapt(model):
         return make(model)
     inside = [f"the {class_name(part)} in it is: give its part {name!r}" for name, part in getattr(
         model, "named_modules", tuple)() if is_ours(part) or _maker_for(part)]
-    advice = inside[0] if inside else ("expected one of vit_bridge.models, or a ViT, DeiT or DINOv2 of timm, "
-                                       "transformers, torchvision or the hub; of another save the state_dict, which "
-                                       "load() may know")
+    advice = inside[0] if inside else (
+        "expected one of vit_bridge.models, a VisionTransformer of timm, torchvision or DINOv2's hub, or the Model or "
+        "ForImageClassification of ViT, DeiT, DINOv2, ViT-MSN or I-JEPA of transformers; of another save the "
+        "state_dict, which load() may know")
     raise InputError(f"a {class_name(model)} is not known here; {advice}")
 
 
