@@ -1,7 +1,7 @@
 """The results that the project keeps: one JSON file a run, and the page that is drawn from them.
 
     python benchmarks/results.py add TABLE runs/NAME     keeps the result of a run of train_vit.py in a table
-    python benchmarks/results.py ship NAME runs/NAME     puts its best model into vit_bridge/weights/shipped, in float16
+    python benchmarks/results.py ship NAME runs/NAME     puts its best model into vit_bridge/weights/shipped, in 8 bits
     python benchmarks/results.py cells FOLDER            keeps what cnn_vs_vit.py --train has measured
     python benchmarks/results.py gpu OUT/cells.json      keeps what benchmarks/on_gpu.sh has measured
     python benchmarks/results.py page                    writes benchmarks/RESULTS.md anew from all of them
@@ -31,8 +31,9 @@ TRAINING_TABLES = {
     "cifar10-jpeg": "CIFAR-10 (JPEG), five minutes (`python train_vit.py --data-dir DIR --minutes 5 --model MODEL "
                     "--recipe classic`). JPEG is lossy: accuracies published for the original files are 2 to 3 points "
                     "higher",
-    "weights": "The models in vit_bridge/weights/shipped, on the built-in shapes (the command is in each result; then "
-               "`python benchmarks/results.py ship NAME runs/RUN`)",
+    "weights": "The models in vit_bridge/weights/shipped: in float32 on the built-in shapes, in bfloat16, in ten "
+               "minutes, on CIFAR-10 (JPEG) (the command is in each result; then `python benchmarks/results.py ship "
+               "NAME runs/RUN`)",
 }
 TABLES = {
     **TRAINING_TABLES,
@@ -149,7 +150,7 @@ def ship(name, run):
 
     result = json.loads((run / "result.json").read_text())
     path = HERE.parent / "vit_bridge" / "weights" / "shipped" / f"{name}.pt"
-    save_model(load(run / "best.pt"), path, dtype=torch.float16, command=result["command"], seed=result["seed"],
+    save_model(load(run / "best.pt"), path, dtype=torch.int8, command=result["command"], seed=result["seed"],
                test_acc=result["test_acc"])
     print(f"{path}: {path.stat().st_size:,} bytes")
 
