@@ -148,8 +148,7 @@ class AttentionVisualizer:
         left.imshow(picture)
         left.set_title("the image, as the model sees it" + self.describe_prediction(images))
         mappable = middle.imshow(grid, cmap="viridis", vmin=0, vmax=grid.max(), extent=extent_of(picture))
-        only_cls = self.adapter.n_prefix == 1 and getattr(self.model, "cls_token", True) is not None
-        rest = "CLS" if only_cls else "tokens that are no patch"
+        rest = "CLS" if self.adapter.prefix == ("CLS",) else "tokens that are no patch"
         middle.set_title("weight of each patch" + (f"\n(in all {grid.sum():.1%}; the rest goes to {rest})"
                                                    if self.adapter.n_prefix else ""))
         right.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=1)
@@ -385,7 +384,7 @@ class AttentionVisualizer:
             return f"Where the framed patch {tuple(patch)} looks"
         if self.adapter.pool == "cls":
             return "Where CLS looks"
-        return f"Where {'patches' if self.adapter.reads_patches else self.adapter.pool} look, on average"
+        return f"Where {'patches' if self.adapter.pool == 'mean' else self.adapter.pool} look, on average"
 
     def name_of(self, label):
         names = self.adapter.class_names

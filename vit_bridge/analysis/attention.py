@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from vit_bridge.errors import InputError, check_index
-from vit_bridge.models.adapters import CLS_AND_DISTILLATION, adapt
+from vit_bridge.models.adapters import adapt, reading_weights
 from vit_bridge.models.protocol import class_name
 from vit_model import grid_of, pair
 
@@ -31,10 +31,10 @@ def cls_attention_grid(attention, grid_size, n_prefix_tokens=1, pool="cls"):
     grid_size        (rows, columns), as model.patch_embed.grid_size
     n_prefix_tokens  tokens before the patches, as model.n_prefix_tokens: CLS and the registers
     pool             as model.config.pool: "cls", attention of CLS; "mean", the mean attention of the patches; or
-                     CLS_AND_DISTILLATION, the mean of both tokens'
+                     another that adapters.reading_weights knows, the mean of their rows by those weights
 
     Weights are not rescaled: together with those of CLS and the registers they sum to one. Raises InputError
-    where prefix and grid do not make N tokens.
+    where prefix and grid do not make N tokens, and for a pool of which no rows are what the head reads.
     """
     rows, columns = grid_size
     if attention.shape[-1] != n_prefix_tokens + rows * columns:
@@ -42,13 +42,10 @@ def cls_attention_grid(attention, grid_size, n_prefix_tokens=1, pool="cls"):
         raise InputError(f"a map over {attention.shape[-1]} tokens does not fit a grid of {rows}x{columns} patches "
                          f"and {prefix}, {n_prefix_tokens + rows * columns} tokens; give the grid_size and the "
                          f"n_prefix_tokens of its model")
-    readers = attention[..., readers_of(pool, n_prefix_tokens), :].mean(dim=-2)  # (..., N)
-    return readers[..., n_prefix_tokens:].unflatten(-1, (rows, columns))  # (..., rows, columns)
-
-
-def readers_of(pool, n_prefix_tokens):
-    """The tokens that the head reads, as a slice of all."""
-    return {"cls": slice(0, 1), CLS_AND_DISTILLATION: slice(0, 2)}.get(pool, slice(n_prefix_tokens, None))
+    weights = reading_weights(pool, n_prefix_tokens, attention.shape[-1]).to(attention)  # (N,)
+    readers = weights.nonzero()[:, 0]
+    row = weights[readers] @ attention[..., readers, :]  # (..., N)
+    return row[..., n_prefix_tokens:].unflatten(-1, (rows, columns))  # (..., rows, columns)
 
 
 def _patch_distances(grid_size, patch_size):

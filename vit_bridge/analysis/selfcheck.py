@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vit_bridge.analysis.attention import attention_distance, readers_of, uniform_attention_distance
+from vit_bridge.analysis.attention import attention_distance, uniform_attention_distance
 from vit_bridge.analysis.capture import NoNumbers, alike_within, capture, differentiable, predict_logits
 from vit_bridge.analysis.explanations import cam_layer, choose_targets, chosen, explain, logit_lens, rollout
 from vit_bridge.errors import InputError
-from vit_bridge.models.adapters import adapt_vit
+from vit_bridge.models.adapters import adapt_vit, reading_weights
 from vit_bridge.runtime import (
     at_least_float32,
     device_of,
@@ -126,10 +126,9 @@ def _check_head_row(model, images, seen):
     except InputError as error:
         return Check(name, None, str(error))
     attention, first = at_least_float32(seen.maps[-1].mean(dim=1)).cpu(), seen.adapter.n_prefix  # (B, N, N)
-    readers = list(range(*readers_of(seen.adapter.pool, first).indices(attention.shape[-1])))
-    worst = 0.0
+    weights, worst = reading_weights(seen.adapter.pool, first, attention.shape[-1]), 0.0
     for row, column in np.ndindex(*seen.grid):
-        expected = attention[:, readers, first + row * seen.grid[1] + column].mean(dim=1)  # (B)
+        expected = attention[:, :, first + row * seen.grid[1] + column].mul(weights.to(attention)).sum(dim=1)  # (B)
         worst = max(worst, (saliency[:, row, column] - expected).abs().max().item())
     return within(name, worst, 1e-6)
 
@@ -162,9 +161,8 @@ def _check_relevance(model, images, rounding):
         return Check(name, None, str(error))
     seen = capture(model, images, gradients=True)
     first, answer = seen.adapter.n_prefix, chosen(seen.logits, found.targets.to(seen.logits.device))
-    start = seen.maps[0].new_zeros(len(images), 1, seen.maps[0].shape[-1])  # (B, 1, N)
-    start[:, :, readers_of(seen.adapter.pool, first)] = 1
-    start = start / start.sum(dim=2, keepdim=True)
+    start = reading_weights(seen.adapter.pool, first, seen.maps[0].shape[-1]).to(seen.maps[0])
+    start = start.expand(len(images), 1, -1)  # (B, 1, N)
     gathered = torch.zeros_like(start)
     for attention in reversed(seen.maps):
         gradient, = torch.autograd.grad(answer, attention, retain_graph=True)  # (B, H, N, N)

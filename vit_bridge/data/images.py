@@ -239,6 +239,8 @@ def prepare_image(image, model, whole=None):
                              f"{size[0]}x{size[1]}; resize it, or give a picture, which is resized here")
     else:
         picture = open_picture(image, adapter.in_channels)
+        if adapter.assumed:
+            assume(adapter.assumed)
         if whole is None:
             picture = FitSize(size, preprocessing.interpolation)(picture)
         else:
