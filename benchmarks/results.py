@@ -31,10 +31,10 @@ TRAINING_TABLES = {
     "cifar10-jpeg": "CIFAR-10 (JPEG), five minutes (`python train_vit.py --data-dir DIR --minutes 5 --model MODEL "
                     "--recipe classic`). JPEG is lossy: accuracies published for the original files are 2 to 3 points "
                     "higher",
-    "weights": "The models in vit_bridge/weights/shipped: in float32 on the built-in shapes, in bfloat16 and "
-               "ten minutes on CIFAR-10 (JPEG), the photographs. The hybrid and the ConvNet of the photographs were "
-               "trained beside other work: the ConvNet's speed was measured so low that it made few steps (the command is in each result; then `python benchmarks/results.py ship "
-               "NAME runs/RUN`)",
+    "weights": "The models in vit_bridge/weights/shipped: in float32 on the built-in shapes; in bfloat16, in ten "
+               "minutes, on CIFAR-10 (JPEG), the photographs. The hybrid and the ConvNet of the photographs "
+               "were trained beside other work: the ConvNet's speed was measured so low that it made few steps (the command is in each "
+               "result; then `python benchmarks/results.py ship NAME runs/RUN`)",
 }
 TABLES = {
     **TRAINING_TABLES,
