@@ -280,26 +280,71 @@ def test_logit_lens_applies_the_head_to_each_block():
 
 
 def test_token_norms_cover_patches_and_mark_long_ones():
-    seen = capture(vit(n_registers=2), images_of())
-    seen.tokens[1][0, 3 + 4] = 100 / math.sqrt(22)  # the fifth patch, 2 x 3: row 1, column 1
+    model = vit(img_size=(49, 40), n_registers=2)  # 7 x 8 patches
+    seen = capture(model, images_of(size=(49, 40)), keep=None)
+    seen.tokens[1][0, 3 + 12] = 100 / math.sqrt(22)  # row 1, column 4
     seen.tokens[1][:, 0] = 1e6  # CLS is no patch
     norms, artefacts = e.token_norms(seen)
-    assert norms.shape == artefacts.shape == (L, 3, *GRID)
-    assert norms[0, 0, 1, 1].item() == pytest.approx(100)
-    assert artefacts[0].nonzero().tolist() == [[0, 1, 1]]
+    assert norms.shape == artefacts.shape == (L, 3, 7, 8)
+    assert norms[0, 0, 1, 4].item() == pytest.approx(100)
+    assert artefacts[0, 0].nonzero().tolist() == [[1, 4]]
 
 
-def test_token_norms_mark_by_the_median_which_artefacts_do_not_move():
-    """Norms 1, 1, 1, 1, 3.1 and 100 have a median of 1 and a mean of 17.9."""
-    seen = capture(vit(), images_of())
-    lengths = torch.tensor([1, 1, 1, 1, 3.1, 100]).double()
-    seen.tokens[1][0, 1:] = lengths[:, None] / math.sqrt(22)
-    norms, artefacts = e.token_norms(seen)
-    torch.testing.assert_close(norms[0, 0].flatten().double(), lengths)
-    assert artefacts[0, 0].flatten().tolist() == [False] * 4 + [True] * 2
-    lengths[4] = 2.9  # less than three times
-    seen.tokens[1][0, 1:] = lengths[:, None] / math.sqrt(22)
-    assert e.token_norms(seen)[1][0, 0].flatten().tolist() == [False] * 5 + [True]
+def bump(rows=37, columns=37, seed=0, spread=0.12):
+    """Norms whose logarithms are normal, (rows, columns)."""
+    return (spread * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))).exp() * 40
+
+
+def at_random(share, shape, seed=1):
+    """A mask of a share of all places, at random."""
+    places = torch.randperm(shape.numel(), generator=torch.Generator().manual_seed(seed))
+    return (places < round(share * shape.numel())).view(shape)
+
+
+@pytest.mark.parametrize(("share", "times"), [(0.01, 5), (0.01, 3), (0.1, 3), (1 / 1369, 5)])
+def test_norm_artefacts_are_exactly_the_planted_ones(share, times):
+    norms = bump()
+    planted = at_random(share, norms.shape)
+    norms[planted] *= times * bump(seed=3)[planted] / 40
+    found = e.norm_artefacts(norms)
+    assert torch.equal(found.mask, planted)
+    assert found.share == pytest.approx(planted.double().mean().item())
+    assert norms[~planted].max() < found.threshold < norms[planted].min()
+    assert found.ratio == pytest.approx((norms.max() / norms.median()).item())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", ["normal", "narrow", "gamma", "exponential", "heavy tails", "to the left", "even",
+                                  "small", "smooth"])
+def test_norm_artefacts_are_none_where_the_norms_have_one_peak(kind, seed):
+    even = torch.rand(37, 37, 2, generator=torch.Generator().manual_seed(seed)).double()
+    gaussian = bump(seed=seed).log() - math.log(40)
+    norms = {"normal": bump(seed=seed), "narrow": bump(seed=seed, spread=1e-4), "gamma": -even.log().sum(dim=2),
+             "exponential": 1 - even[..., 0].log(), "heavy tails": (gaussian / even[..., 0]).clamp(-9, 9).exp(),
+             "to the left": 60 + 6 * even[..., 0].log(), "even": 40 + 20 * even[..., 0],
+             "small": bump(14, 14, seed), "smooth": torch.nn.functional.interpolate(
+                 bump(4, 5, seed)[None, None], size=(37, 30), mode="bilinear")[0, 0]}[kind]
+    found = e.norm_artefacts(norms)
+    assert (found.share, found.threshold, int(found.mask.sum())) == (0, None, 0)
+    assert found.ratio == pytest.approx((norms.max() / norms.median()).item())
+
+
+def test_norm_artefacts_are_no_content():
+    """A second kind of norm that lies together in the picture: a half, a square, a ring, a line, most of the places."""
+    rows, columns = torch.meshgrid(torch.arange(37), torch.arange(37), indexing="ij")
+    distance = ((rows - 18)**2 + (columns - 18)**2).sqrt()
+    for content in (columns > 18, (rows > 25) & (columns < 14), (distance - 12).abs() < 1.2, columns == rows,
+                    ~at_random(0.1, rows.shape), (rows < 9) & at_random(0.9, rows.shape)):
+        norms = bump()
+        norms[content] *= 3
+        assert norms[content].min() > norms[~content].max()
+        assert e.norm_artefacts(norms).share == 0
+
+
+def test_norm_artefacts_of_norms_that_do_not_differ():
+    for norms in (torch.ones(4, 5), torch.zeros(4, 5), torch.ones(1, 1)):
+        assert e.norm_artefacts(norms).share == 0
+    assert e.norm_artefacts(torch.ones(4, 5)).ratio == 1
 
 
 def test_feature_colours_are_the_main_directions_over_all_images():
@@ -360,9 +405,10 @@ def test_deletion_insertion_matches_curves_by_hand():
     images[:, :, :2, :2], images[:, :, 2:, 4:] = 1.0, 0.5  # 4 in patch 0, 2 in patch 5
     saliency = torch.tensor([[[9.0, 1.0, 2.0], [3.0, 4.0, 8.0]]])
     deletion, insertion = e.deletion_insertion(Counting(), images, saliency, torch.tensor([1]), n_steps=3)
-    left, shown = [6, 0, 0, 0], [0, 6, 6, 6]
-    torch.testing.assert_close(deletion[:, 0], torch.tensor(left).float().sigmoid())
-    torch.testing.assert_close(insertion[:, 0], torch.tensor(shown).float().sigmoid())
+    torch.testing.assert_close(deletion[:, 0], torch.tensor([6, 0, 0, 0]).float().sigmoid())
+    left = e.blurred(images)[0, 0]  # (4, 6)
+    shown = [left.sum(), 6 + left.sum() - left[:2, :2].sum() - left[2:, 4:].sum(), 6 + left[:2, 2:].sum(), 6]
+    torch.testing.assert_close(insertion[:, 0], torch.tensor(shown).sigmoid())
     deletion, _ = e.deletion_insertion(Counting(), images, -saliency, torch.tensor([1]), n_steps=3)
     torch.testing.assert_close(deletion[:, 0], torch.tensor([6, 6, 6, 0]).float().sigmoid())
 
@@ -395,7 +441,13 @@ def test_deletion_insertion_of_even_heat_equals_random_order():
         mean = unseen * step / 6 + seen * (6 - step) / 6
         margin = 4 * (seen - unseen) * math.sqrt(step * (6 - step) / 36 / 500)
         assert deletion[step].mean().item() == pytest.approx(mean, abs=margin + 1e-6)
-        assert insertion[6 - step].mean().item() == pytest.approx(mean, abs=margin + 1e-6)
+    rest = e.blurred(images)[0, 0]  # what is seen of the first patch before it is shown
+    low, high = rest.sum().sigmoid().item(), (4 + rest[:, 2:].sum() + rest[2:, :2].sum()).sigmoid().item()
+    assert insertion[0].mean().item() == pytest.approx(low, abs=1e-6)
+    assert insertion[6].mean().item() == pytest.approx(seen, abs=1e-6)
+    shown = insertion[1] > insertion[0].mean()  # where the first patch was shown first
+    assert shown.double().mean().item() == pytest.approx(1 / 6, abs=4 * math.sqrt(5 / 36 / 500))
+    assert insertion[1][shown].mean().item() == pytest.approx(high, abs=1e-6)
 
 
 def test_deletion_insertion_gives_no_curve_without_a_map():
@@ -423,9 +475,10 @@ def test_compare_explanations_includes_random_order():
     torch.testing.assert_close(found.correlations.diagonal(), torch.ones(4).double())
     probabilities = model(images).softmax(dim=1).max(dim=1).values.detach()
     empty = model(torch.zeros_like(images)).softmax(dim=1).gather(1, found.targets[:, None])[:, 0].detach()
+    vague = model(e.blurred(images)).softmax(dim=1).gather(1, found.targets[:, None])[:, 0].detach()
     for name in found.deletion:
         torch.testing.assert_close(found.deletion[name][[0, -1]], torch.stack([probabilities, empty]))
-        torch.testing.assert_close(found.insertion[name][[0, -1]], torch.stack([empty, probabilities]))
+        torch.testing.assert_close(found.insertion[name][[0, -1]], torch.stack([vague, probabilities]))
     assert not torch.equal(found.deletion["rollout"], found.deletion["random order"])
 
 
@@ -505,7 +558,8 @@ def test_selfcheck_sees_broken_formulas(monkeypatch):
     assert failed() == {"rollout"}
     monkeypatch.setattr("vit_bridge.analysis.selfcheck.rollout", whole)
     of_torch = torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, "grad", lambda out, maps, **options: of_torch(out, maps, **options)[::-1])
+    monkeypatch.setattr(torch.autograd, "grad", lambda out, of, **options: of_torch(out, of, **options)[
+        ::-1 if isinstance(of, list) else 1])  # of the maps of all blocks
     assert failed() >= {"gradients", "relevance"}  # vit-explain's mistake
 
 
@@ -674,14 +728,12 @@ def test_selfcheck_holds_under_autocast():
 
 
 @pytest.mark.parametrize(("broken", "replacement", "names"), [
-    ("relevance_gained", lambda maps, gradients: torch.ones_like(maps[0, :, 0]), {"relevance"}),
-    ("relevance_gained", lambda maps, gradients: (maps * gradients).clamp(min=0).mean(dim=2).sum(dim=0), {"relevance"}),
+    ("speaking", lambda maps, gradient: torch.ones_like(maps[:, 0]), {"relevance"}),
+    ("speaking", lambda maps, gradient: (maps * gradient).mean(dim=1).clamp(min=0), {"relevance"}),
+    ("readers_of", lambda pool, first: slice(1, 2), {"relevance"}),
     ("token_cam", lambda features, gradients: torch.ones_like(features[:, :, 0]), {"Grad-CAM"}),
     ("token_cam", lambda features, gradients: (features * gradients).sum(dim=2).clamp(min=0), {"Grad-CAM"}),
-    ("cls_attention_grid", lambda maps, grid, first, pool: maps[..., 0, first - 1:-1].unflatten(-1, grid),
-     {"attention", "relevance"}),
-    ("cls_attention_grid", lambda maps, grid, first, pool: maps[..., first:, 0].unflatten(-1, grid),
-     {"attention", "relevance"}),
+    ("patches_of", lambda row, grid, first: row[..., first - 1:-1].unflatten(-1, grid), {"attention", "relevance"}),
 ])
 def test_selfcheck_sees_a_broken_method(broken, replacement, names, monkeypatch):
     monkeypatch.setattr(e, broken, replacement)
