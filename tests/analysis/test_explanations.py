@@ -460,6 +460,85 @@ def test_deletion_insertion_gives_no_curve_without_a_map():
         torch.testing.assert_close(curve[:, ::2], expected)
 
 
+def test_insertion_starts_from_a_blurred_image():
+    """One bright pixel becomes RISE's Gaussian: 11 x 11 pixels, standard deviation 5, sum one."""
+    images = torch.zeros(2, 3, 31, 41)
+    images[1, 2, 15, 20] = 1
+    found = e.blurred(images)
+    assert found.shape == images.shape
+    assert not found[0].any()
+    assert not found[1, :2].any()
+    far = torch.arange(-5, 6)
+    expected = torch.exp(-(far[:, None]**2 + far**2) / 50)
+    torch.testing.assert_close(found[1, 2, 10:21, 15:26], expected / expected.sum())
+    assert found[1, 2].sum().item() == pytest.approx(1)
+    torch.testing.assert_close(e.blurred(torch.ones(1, 1, 9, 13)), torch.ones(1, 1, 9, 13))  # its edges are no edges
+    larger = torch.zeros(1, 1, 448, 500)
+    larger[0, 0, 224, 250] = 1
+    assert e.blurred(larger)[0, 0].nonzero().amin(dim=0).tolist() == [214, 240]  # 10 pixels, of twice the size
+
+
+def test_area_under_is_made_of_trapezoids():
+    curves = torch.tensor([[1.0, 0.0], [0.5, 0.0], [0.5, 1.0]])
+    assert e.area_under(curves).tolist() == [0.625, 0.25]
+    assert e.area_under(torch.full((17, 3), 0.4)).tolist() == pytest.approx([0.4] * 3)
+
+
+def test_mean_and_error_leave_out_what_is_missing():
+    mean, error = e.mean_and_error(torch.tensor([1.0, torch.nan, 2.0, 6.0]))
+    assert (mean, error) == pytest.approx((3.0, math.sqrt(7 / 3)))
+    mean, error = e.mean_and_error(torch.tensor([2.0, torch.nan]))
+    assert mean == 2
+    assert math.isnan(error)
+
+
+def test_comparison_pairs_each_image_with_its_own_random_orders():
+    found = e.compare_explanations(vit(), images_of()[[1, 0, 2]], [3, 1, 2], n_steps=4, n_draws=3)
+    for what in ("deletion", "insertion"):
+        for name in e.METHODS:
+            for image in range(3):
+                method = e.area_under(getattr(found, what)[name][:, image])
+                orders = [e.area_under(draw[:, image]) for draw in found.draws[what]]
+                torch.testing.assert_close(found.differences[what][name][image], method - sum(orders) / 3,
+                                           equal_nan=True)
+            assert found.leads[what][name] == e.mean_and_error(found.differences[what][name])
+    assert found.differences["deletion"]["grad_cam"].isnan().tolist() == [False, True, False]
+    assert not math.isnan(found.leads["deletion"]["grad_cam"][1])
+
+
+def test_compare_explanations_has_one_bar_for_all_passes(monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, **options):
+            self.options, self.n = options, 0
+            bars.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def update(self, n):
+            self.n += n
+
+    monkeypatch.setattr("tqdm.auto.tqdm", Bar)
+    e.compare_explanations(vit(), images_of(), n_steps=2, n_draws=3)
+    e.deletion_insertion(vit(), images_of(), torch.rand(3, *GRID), torch.tensor([1, 2, 3]), n_steps=2)
+    assert [(bar.n, bar.options["total"]) for bar in bars] == [(2 * 3 * 3 * 7,) * 2, (2 * 3 * 3,) * 2]
+    assert all((bar.options["delay"], bar.options["disable"]) == (5, None) for bar in bars)
+
+
+def test_rank_correlation_needs_no_pairs_of_places():
+    values = torch.rand(1, 300_000, generator=torch.Generator().manual_seed(0)).round(decimals=4)  # with ties
+    assert e.rank_correlation(values, values**3).item() == pytest.approx(1)
+    assert e.rank_correlation(values, -values).item() == pytest.approx(-1)
+    values = torch.cat([values[:, :9], values[:, 9:18]])
+    values[1, 4] = torch.nan
+    assert e.rank_correlation(values, values).isnan().tolist() == [False, True]
+
+
 def test_rank_correlation_is_spearmans():
     a = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0], [3.0, 1.0, 4.0, 1.0, 5.0]])
     b = torch.tensor([[5.0, 6.0, 7.0, 8.0, 7.0], [9.0, 2.0, 6.0, 5.0, 3.0]])
@@ -683,6 +762,29 @@ def test_relevance_gained_keeps_small_values():
     maps, gradients = torch.rand(3, 1, 2, 5, 5), 1e-6 * torch.rand(3, 1, 2, 5, 5)
     exact = e.relevance(maps.double(), gradients.double()) - torch.eye(5).double()
     torch.testing.assert_close(e.relevance_gained(maps, gradients).double(), exact, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.4])
+def test_rollout_is_carried_as_the_formula_says(ratio):
+    model, images = vit(n_registers=2), images_of()
+    whole = e.rollout(torch.stack(capture(model, images).maps), ratio)  # (B, N, N)
+    found = e.explain(model, images, "rollout", discard_ratio=ratio).saliency
+    torch.testing.assert_close(found, whole[:, 0, 3:].unflatten(1, GRID), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("build", [
+    vit, lambda: vit(n_registers=3), lambda: vit(pool="mean", fc_norm=True), lambda: vit(qk_norm=True),
+    lambda: vit().to(torch.bfloat16), lambda: vit().to(torch.float16)])
+def test_relevance_is_the_row_of_the_whole_matrix(build):
+    model, images = build(), images_of()
+    seen = capture(model, images, gradients=True)
+    gradients = torch.autograd.grad(seen.logits[:, 3].sum(), seen.maps)
+    whole = e.relevance_gained([maps.detach() for maps in seen.maps], gradients)  # (B, N, N)
+    first = seen.adapter.n_prefix
+    row = whole[:, first:].mean(dim=1) if seen.adapter.pool == "mean" else whole[:, 0]
+    found = e.explain(model, images, "relevance", target=3).saliency
+    near = dict(rtol=1e-9, atol=1e-12) if seen.logits.dtype == torch.float64 else dict(rtol=0.05, atol=1e-4)
+    torch.testing.assert_close(found, row[:, first:].unflatten(1, GRID).to(found.dtype), **near)
 
 
 def test_relevance_with_mean_pooling_leaves_out_the_identity():
