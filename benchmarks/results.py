@@ -60,9 +60,9 @@ TABLES = {
             "cnn_vs_vit.py --full --only data`; CIFAR-10 (JPEG): with `--data-dir CIFAR --shares 0.01 0.1 1`)",
     "verdicts": "What `python cnn_vs_vit.py --data-dir DIR --minutes M` says of folders where the truth is known "
                 "(`python benchmarks/verdicts.py --keep`)",
-    "trust": "How far to trust each explanation (`python benchmarks/trust.py --keep`): the mean probability of the "
-             "class while patches are hidden in a map's order (deletion: less is better) and while they are shown "
-             "(insertion: more is better), over 500 test images of the drawn shapes, a new model for each seed. Equal "
+    "trust": "How far to trust each explanation (`python benchmarks/trust.py --keep`): the area under the probability "
+             "of the class while patches are hidden in a map's order (deletion: less is better) and while they are "
+             "shown on a blurred image (insertion: more is better), over 500 test images of the drawn shapes, a new model for each seed. Equal "
              "values go in a random order; random order is the mean of eight draws; images without a map are left out",
     "throughput": "VisionTransformer beside its peers, images a second (`python benchmarks/throughput.py --keep`; its "
                   "head says how). Medians over rounds in which every library takes a turn; a ratio is the peer's "
@@ -475,6 +475,13 @@ def trust_lines(cells):
             values = " | ".join(f"{r[what][name]:.3f}" for name in names)
             draws = f"{min(r['draws'][what]):.3f} to {max(r['draws'][what]):.3f}"
             lines.append(f"| {what} | {cell['seed']} | {r['right']} | {values} | {draws} | {r['blank']['grad_cam']} |")
+    methods = [name for name in names if name in cells[0]["result"]["leads"]["deletion"]]
+    lines += ["", "Less random order, image by image: mean ± standard error over the images.", "",
+              "| | seed | " + " | ".join(methods) + " |", "|---|---:|" + "---:|" * len(methods)]
+    for what in ("deletion", "insertion"):
+        for cell in cells:
+            values = " | ".join("{:+.3f} ± {:.3f}".format(*cell["result"]["leads"][what][name]) for name in methods)
+            lines.append(f"| {what} | {cell['seed']} | {values} |")
     return [*lines, ""]
 
 

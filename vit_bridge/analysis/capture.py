@@ -265,7 +265,9 @@ class AttentionCapture(TorchFunctionMode):
             if attn_mask.dtype == torch.bool:
                 attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -math.inf)
             scores = scores + attn_mask
-        return self.note(Attended(scores.softmax(dim=-1), query, key, attn_mask)) @ value
+        maps = scores.softmax(dim=-1)
+        del scores  # so that maps are not held twice while they are kept
+        return self.note(Attended(maps, query, key, attn_mask)) @ value
 
     def attend_in_projection(self, query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias,
                              bias_k, bias_v, add_zero_attn, dropout_p, out_proj_weight, out_proj_bias, **others):
