@@ -190,9 +190,11 @@ def main():
             figures = "" if one["seconds"] is None else f"{one['seconds']:.1f} s, {one['mebibytes']:.0f} MiB, "
             print(f"{model}, {view}: {figures}{one['status']}", flush=True)
         if options.keep:
+            code = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=options.code, capture_output=True,
+                                  text=True)
             write_cell("views", f"{model}-{options.name}", 0, command_of(model, options),
-                       dict(model=model, what=MODELS[model][0], name=options.name, views=found, device="cpu",
-                            threads=int(os.environ.get("OMP_NUM_THREADS", "2"))))
+                       dict(model=model, what=MODELS[model][0], name=options.name, code=code.stdout.strip(),
+                            views=found, device="cpu", threads=int(os.environ.get("OMP_NUM_THREADS", "2"))))
 
 
 def command_of(model, options):

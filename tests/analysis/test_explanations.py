@@ -1,6 +1,7 @@
 """Each method against its closed form, a hand-computed value or a finite difference, and against other libraries."""
 
 import math
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ import transformers
 from other_models import BUILDERS, shared
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from vit_bridge.analysis import explanations as e
+from vit_bridge.analysis.attention import mean_distances
 from vit_bridge.analysis.capture import capture
 from vit_bridge.analysis.receptive_field import receptive_field
 from vit_bridge.analysis.selfcheck import Nudge, selfcheck
@@ -849,3 +852,31 @@ def test_selfcheck_sees_misplaced_tokens(monkeypatch):
     monkeypatch.setattr(model.patch_embed, "forward", lambda images: whole(images).flip(1))
     wrong = [check for check in selfcheck(model, images_of()) if check.holds is False]
     assert [check.found for check in wrong] == ["of the corners: tokens [[6], [5]], expected [[5], [6]]"]
+
+
+# ---- Memory
+
+
+def most_held(function):
+    """The most bytes that are allocated while a function runs."""
+    function()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    records = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    records.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in records), default=0)
+
+
+@pytest.mark.parametrize("see", [
+    *(pytest.param(lambda model, images, method=method: e.explain(model, images, method), id=method)
+      for method in e.METHODS),
+    pytest.param(lambda model, images: mean_distances(model, images), id="distance")])
+def test_memory_is_that_of_one_block_whatever_the_depth(see):
+    def held(depth):
+        torch.manual_seed(0)
+        model = VisionTransformer(img_size=48, patch_size=4, n_classes=5, embed_dim=8, depth=depth, n_heads=2).eval()
+        return most_held(lambda: see(model, images_of(1, (48, 48)).float()))
+
+    maps = 2 * 145**2 * 4  # bytes of the maps of one block
+    assert held(10) - held(2) < maps  # and not eight times as much: tokens are small
+    assert held(2) < 8 * maps
