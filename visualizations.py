@@ -15,13 +15,13 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.colors import LogNorm, PowerNorm
 from matplotlib.patches import Circle, Rectangle
 
 from vit_bridge.analysis.attention import (
-    attention_distance,
-    cls_attention_grid,
+    attention_rows,
+    mean_distances,
+    patches_of,
     position_similarity,
     select_attention,
     uniform_attention_distance,
@@ -29,6 +29,7 @@ from vit_bridge.analysis.attention import (
 from vit_bridge.analysis.capture import attention_maps, capture
 from vit_bridge.analysis.explanations import (
     METHODS,
+    area_under,
     cam_layer,
     compare_explanations,
     explain,
@@ -51,7 +52,7 @@ from vit_bridge.data.images import (
 )
 from vit_bridge.data.shapes import TEST_START, make_shapes
 from vit_bridge.errors import InputError, check_index, check_int, pair
-from vit_bridge.models.adapters import adapt, adapt_vit, check_pool
+from vit_bridge.models.adapters import adapt, adapt_vit
 from vit_bridge.models.protocol import class_name
 from vit_bridge.plots.charts import (
     COLOURS,
@@ -119,8 +120,7 @@ class AttentionVisualizer:
     def attention_distance(self, images):
         """(L, H) in pixels: how far patches look, over images: a list of them, or a normalised batch (B, C, height,
         width)."""
-        seen = capture(self.model, prepare_images(images, self.model, self.whole))
-        return attention_distance(torch.stack(seen.maps), seen.grid, seen.adapter.patch_size, seen.adapter.n_prefix)
+        return mean_distances(self.model, prepare_images(images, self.model, self.whole))
 
     def explain(self, image, method, target=None, **options):
         """An explanations.Explanation of one image."""
@@ -140,9 +140,8 @@ class AttentionVisualizer:
         Raises InputError for an index out of range or an image that cannot be used.
         """
         images, picture = prepare_image(image, self.model, self.whole)
-        maps = attention_maps(self.model, images).cpu()  # (L, 1, H, N, N)
-        attention = select_attention(maps, layer_idx, head_idx)[0]  # (N, N)
-        grid = self.looks_at(attention, images, patch).numpy()  # (rows, columns)
+        grids = self.looks_at(images, patch)  # (L, 1, H, rows, columns)
+        grid = select_attention(grids, layer_idx, head_idx)[0].numpy()  # (rows, columns)
         figure = new_figure(12, 1.1 + 3.4 * proportion(picture))
         left, middle, right = figure.subplots(1, 3)
         left.imshow(picture)
@@ -160,7 +159,7 @@ class AttentionVisualizer:
             hide_ticks(axes)
             if patch is not None:
                 _frame_patch(axes, picture, grid.shape, patch)
-        n_layers, _, n_heads = maps.shape[:3]
+        n_layers, _, n_heads = grids.shape[:3]
         layer = check_index("layer_idx", layer_idx, n_layers)
         head = f"mean of {n_heads} heads"
         if head_idx is not None:
@@ -176,8 +175,7 @@ class AttentionVisualizer:
         patch: (row, column), instead of CLS.
         """
         images, picture = prepare_image(image, self.model, self.whole)
-        maps = attention_maps(self.model, images).cpu()[:, 0]  # (L, H, N, N)
-        grids = self.looks_at(maps, images, patch)  # (L, H, rows, columns)
+        grids = self.looks_at(images, patch)[:, 0]  # (L, H, rows, columns)
         n_layers, n_heads = grids.shape[:2]
         layers = [] if layers is None else np.ravel(layers).tolist()
         chosen = [check_index("layer", i, n_layers) for i in layers or spread(n_layers, 6)]
@@ -191,8 +189,7 @@ class AttentionVisualizer:
     def visualize_all_layers(self, image, save_path=None, patch=None):
         """A strip of all layers, mean over the heads, on one scale."""
         images, picture = prepare_image(image, self.model, self.whole)
-        maps = attention_maps(self.model, images).cpu()[:, 0].mean(dim=1)  # (L, N, N)
-        grids = self.looks_at(maps, images, patch)  # (L, rows, columns)
+        grids = self.looks_at(images, patch)[:, 0].mean(dim=1)  # (L, rows, columns)
         columns = min(6, len(grids))
         n_rows = math.ceil(len(grids) / columns)
         figure = new_figure(1.0 + 2.0 * columns, 1.2 + 2.1 * proportion(picture) * n_rows)
@@ -347,7 +344,7 @@ class AttentionVisualizer:
     def visualize_token_norms(self, image, save_path=None):
         """The length of each patch token, layer by layer, on one scale; register artefacts are framed."""
         images, picture = prepare_image(image, self.model, self.whole)
-        norms, artefacts = token_norms(capture(self.model, images))  # (L, 1, rows, columns)
+        norms, artefacts = token_norms(capture(self.model, images, keep=None))  # (L, 1, rows, columns)
         chosen = spread(len(norms), 6)
         title = (f"Length of the patch tokens; {int(artefacts[chosen].sum())} register artefacts (framed) in these "
                  f"{len(chosen)} of {len(norms)} layers{self.describe_prediction(images)}")
@@ -367,17 +364,11 @@ class AttentionVisualizer:
 
     # ---- Words
 
-    def looks_at(self, attention, images, patch):
-        """The attention of a patch, or if it is None of what the head reads, to each patch: (..., N, N) -> (..., rows,
-        columns)."""
-        grid, first = self.adapter.grid(images), self.adapter.n_prefix
-        if patch is None:
-            check_pool(self.adapter.pool)
-            return cls_attention_grid(attention, grid, first, self.adapter.pool)
-        if not isinstance(patch, (tuple, list)) or len(patch) != 2:
-            raise InputError(f"patch {patch!r} is no place; expected (row, column), such as (0, {grid[1] - 1})")
-        row, column = (check_index("patch", place, n) for place, n in zip(patch, grid, strict=True))
-        return attention[..., first + row * grid[1] + column, first:].unflatten(-1, grid)
+    def looks_at(self, images, patch):
+        """The attention of a patch, or if it is None of what the head reads, to each patch, in all layers and heads:
+        (L, B, H, rows, columns)."""
+        rows = attention_rows(self.model, images, patch)  # (L, B, H, N)
+        return patches_of(rows, self.adapter.grid(images), self.adapter.n_prefix)
 
     def who_looks(self, patch=None):
         if patch is not None:
@@ -418,8 +409,7 @@ def visualize_attention_grid(model, images, save_path=None):
     """
     images = prepare_images(images, model)
     views = AttentionVisualizer(model, next(model.parameters()).device)
-    maps = attention_maps(model, images).cpu().mean(dim=2)  # (L, B, N, N)
-    grids = views.looks_at(maps, images, None).transpose(0, 1)  # (B, L, rows, columns)
+    grids = views.looks_at(images, None).mean(dim=2).transpose(0, 1)  # (B, L, rows, columns)
     chosen = spread(grids.shape[1], 6)
     pictures = [as_picture(image, adapt(model).preprocessing) for image in images]
     labels = [f"layer {layer}" for layer in chosen]
@@ -482,15 +472,16 @@ def _draw_trust(axes, curves, draws, heading):
     two standard deviations to each side."""
     draws = draws.mean(dim=2)  # (R, S + 1)
     for place, (name, values) in enumerate(curves.items()):
-        values = values.nanmean(dim=1).numpy()
+        values = values.nanmean(dim=1)  # (S + 1)
+        area, values = area_under(values), values.numpy()
         control = name not in METHODS
         share = np.linspace(0, 100, len(values))
-        words = f"{TITLES.get(name, name)}: area {values.mean():.2f}"
+        words = f"{TITLES.get(name, name)}: area {area:.2f}"
         if control and len(draws) > 1:
             reach = 2 * draws.std(dim=0).numpy()
             axes.fill_between(share, 100 * (values - reach).clip(min=0), 100 * (values + reach).clip(max=1),
                               color="0.35", alpha=0.2, linewidth=0)
-            words += f" ± {2 * draws.mean(dim=1).std():.2f}\n({len(draws)} draws, ± 2 standard deviations)"
+            words += f" ± {2 * area_under(draws.T).std():.2f}\n({len(draws)} draws, ± 2 standard deviations)"
         axes.plot(share, 100 * values, color="0.35" if control else COLOURS[place], linestyle="--" if control else "-",
                   label=words)
     axes.set(xlabel="patches (%)", ylabel="probability of the class (%)", ylim=(0, 102))
@@ -533,7 +524,7 @@ def visualize_features(model, images, save_path=None):
     within one row.
     """
     images = prepare_images(images, model)
-    seen = capture(model, images)
+    seen = capture(model, images, keep=None)
     first = seen.adapter.n_prefix
     depths = spread(len(seen.tokens), 4)[1:]
     colours = [feature_colours(seen.tokens[depth][:, first:].unflatten(1, seen.grid)) for depth in depths]

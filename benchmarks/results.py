@@ -32,9 +32,9 @@ TRAINING_TABLES = {
                     "--recipe classic`). JPEG is lossy: accuracies published for the original files are 2 to 3 points "
                     "higher",
     "weights": "The models in vit_bridge/weights/shipped: in float32 on the built-in shapes; in bfloat16, in ten "
-               "minutes, on CIFAR-10 (JPEG), the photographs. The hybrid and the ConvNet of the photographs "
-               "were trained beside other work: the ConvNet's speed was measured so low that it made few steps (the command is in each "
-               "result; then `python benchmarks/results.py ship NAME runs/RUN`)",
+               "minutes, on CIFAR-10 (JPEG), the photographs. The hybrid and the ConvNet of the photographs were "
+               "trained beside other work: the ConvNet's speed was measured so low that it made few steps (the "
+               "command is in each result; then `python benchmarks/results.py ship NAME runs/RUN`)",
 }
 TABLES = {
     **TRAINING_TABLES,
@@ -62,10 +62,13 @@ TABLES = {
             "cnn_vs_vit.py --full --only data`; CIFAR-10 (JPEG): with `--data-dir CIFAR --shares 0.01 0.1 1`)",
     "verdicts": "What `python cnn_vs_vit.py --data-dir DIR --minutes M` says of folders where the truth is known "
                 "(`python benchmarks/verdicts.py --keep`)",
-    "trust": "How far to trust each explanation (`python benchmarks/trust.py --keep`): the mean probability of the "
-             "class while patches are hidden in a map's order (deletion: less is better) and while they are shown "
-             "(insertion: more is better), over 500 test images of the drawn shapes, a new model for each seed. Equal "
-             "values go in a random order; random order is the mean of eight draws; images without a map are left out",
+    "trust": "How far to trust each explanation (`python benchmarks/trust.py --keep`): the area under the probability "
+             "of the class while patches are hidden in a map's order (deletion: less is better) and while they are "
+             "shown on a blurred image (insertion: more is better), over 500 test images of the drawn shapes, a new "
+             "model for each seed. Equal values go in a random order; random order is the mean of eight draws; images "
+             "without a map are left out",
+    "views": "Each view of one photograph, by a process of its own (`python benchmarks/views.py --keep`; its head says "
+             "how): seconds of one call, and the most memory it holds beyond what the model does",
     "throughput": "VisionTransformer beside its peers, images a second (`python benchmarks/throughput.py --keep`; its "
                   "head says how). Medians over rounds in which every library takes a turn; a ratio is the peer's "
                   "seconds over ours in the same round, with the 95% interval of the median (of rounds taken as "
@@ -187,7 +190,7 @@ def page():
                 "mutants": mutant_lines, "processes": process_lines, "few-images": few_image_lines,
                 "targets": target_lines, "factors": factor_lines, "steps": step_lines, "reach": reach_lines,
                 "cues": cue_lines, "data": data_lines, "verdicts": verdict_lines, "trust": trust_lines,
-                "augmentation": augmentation_lines, "gpu": gpu_lines}.get(table, run_lines)
+                "views": view_lines, "augmentation": augmentation_lines, "gpu": gpu_lines}.get(table, run_lines)
         lines += [f"## {table}", "", f"{title}.", "", *draw(tables[table])]
         for where in sorted({describe_origin(cell) for cell in tables[table]}):
             lines += [f"Measured on {where}.", ""]
@@ -479,7 +482,40 @@ def trust_lines(cells):
             values = " | ".join(f"{r[what][name]:.3f}" for name in names)
             draws = f"{min(r['draws'][what]):.3f} to {max(r['draws'][what]):.3f}"
             lines.append(f"| {what} | {cell['seed']} | {r['right']} | {values} | {draws} | {r['blank']['grad_cam']} |")
+    methods = [name for name in names if name in cells[0]["result"]["leads"]["deletion"]]
+    lines += ["", "Less random order, image by image: mean ± standard error over the images.", "",
+              "| | seed | " + " | ".join(methods) + " |", "|---|---:|" + "---:|" * len(methods)]
+    for what in ("deletion", "insertion"):
+        for cell in cells:
+            values = " | ".join("{:+.3f} ± {:.3f}".format(*cell["result"]["leads"][what][name]) for name in methods)
+            lines.append(f"| {what} | {cell['seed']} | {values} |")
     return [*lines, ""]
+
+
+def view_lines(cells):
+    """A table for each model: a row for each view, and beside it what an older checkout made of it."""
+    lines = []
+    for model in dict.fromkeys(cell["result"]["model"] for cell in cells):
+        own = {cell["result"]["name"]: cell["result"] for cell in cells if cell["result"]["model"] == model}
+        names = sorted(own)  # "before", "now"
+        commits = ", ".join(f"{name}: commit {own[name]['code']}" for name in names)
+        lines += [f"### {own[names[-1]]['what']}", "", f"{commits}.", "",
+                  f"| | {' | '.join(f'{name}: s | MiB' for name in names)} | |",
+                  f"|---|{'---:|---:|' * len(names)}---|"]
+        for view, last in own[names[-1]]["views"].items():
+            figures = " | ".join(_figures_of_view(own[name]["views"].get(view)) for name in names)
+            lines.append(f"| {view} | {figures} | {last['status']} |")
+        lines.append("")
+    return lines
+
+
+def _figures_of_view(found):
+    """Seconds | MiB, or in their place why there are none."""
+    if found is None:
+        return "absent | "
+    if found["status"] != "ok":
+        return f"{found['status'].partition(':')[0]} | "
+    return f"{found['seconds']:.1f} | {found['mebibytes']:,.0f}"
 
 
 def augmentation_lines(cells):

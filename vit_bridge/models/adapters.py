@@ -418,7 +418,7 @@ def reading_weights(pool, n_prefix, n_tokens):
     weights. Raises InputError where no rows of tokens are what the head reads."""
     check_pool(pool)
     first, of_patches = SHARES[pool]
-    weights = torch.zeros(n_tokens)
-    weights[:len(first)] = torch.tensor(first)
+    weights = torch.zeros(n_tokens, dtype=torch.float64)
+    weights[:len(first)] = torch.tensor(first, dtype=torch.float64)
     weights[n_prefix:] += of_patches / (n_tokens - n_prefix)
     return weights
