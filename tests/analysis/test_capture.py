@@ -240,10 +240,6 @@ def test_adapt_reads_the_current_head():
     assert adapt(third).class_names[2] == "LABEL_2"
 
 
-def test_adapt_says_when_a_model_pools_nothing():
-    assert adapt(timm_vit(num_classes=0, global_pool="")).pool == "every token by itself"
-
-
 def test_adapt_orders_class_names_by_number(tmp_path):
     model = transformers.ViTForImageClassification(transformers.ViTConfig(**HF | dict(num_labels=12)))
     names = [f"name {i}" for i in range(12)]

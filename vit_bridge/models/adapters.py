@@ -184,11 +184,14 @@ def _of_timm(model):
     pool = TIMM_POOLS.get(model.global_pool, f"the patches by timm's pooling {model.global_pool!r}")
     if pool == "mean" and getattr(model, "pool_include_prefix", False):
         pool = "the mean of all tokens"
-    if pool == SINGLE_TOKENS and n_classes is None and model.has_class_token:
+    if pool == SINGLE_TOKENS and n_classes is not None:
+        raise InputError(f"this {class_name(model)} of timm gives each token logits of its own (global_pool=''), and "
+                         f"is not known here; build it with global_pool='token' or 'avg', or with num_classes=0")
+    if pool == SINGLE_TOKENS and model.has_class_token:
         pool = "cls"
     distilled = "head_dist" in model._modules
     facts = {name: kept[name] for name in ("mean", "std", "interpolation") if kept.get(name) is not None}
-    unsure = "" if "mean" in facts else "ImageNet's, as timm.create_model would not have left it out"
+    unsure = "" if "mean" in facts else "ImageNet's; timm.create_model would record the model's own"
     return ViTAdapter(
         library="timm", layers=[projection, *model.blocks], img_size=tuple(embed.img_size), n_classes=n_classes,
         in_channels=projection.in_channels, any_size=bool(getattr(model, "dynamic_img_size", False)),
@@ -267,7 +270,8 @@ READ_BY = {"cls": lambda x, n: [x[:, 0]], "mean": lambda x, n: [x[:, n:].mean(di
 def _of_vit(model):
     half = (0.5,) * model.config.num_channels
     return _of_transformers(model, _prefix(1), mean=half, std=half,
-                            unsure="as of Google's checkpoints; DINO's, of the same class, take ImageNet's")
+                            unsure="those of Google's checkpoints; DINO's ViTs are of this class too and have "
+                                   "ImageNet's")
 
 
 def _of_vit_msn(model):
@@ -285,7 +289,7 @@ def _of_dinov2(model):
 
 
 def _of_ijepa(model):
-    return _of_transformers(model, (), "mean")
+    return _of_transformers(model, (), "mean", unsure="ImageNet's, as in I-JEPA's training")
 
 
 def _classes_in(folder, make, *names):
@@ -330,9 +334,9 @@ def _images_of(model, n_channels, img_size, unsure="", **facts):
         default = replace(Preprocessing(img_size), **facts)
         if n_channels != default.n_channels:
             facts |= dict(mean=(0.0,) * n_channels, std=(1.0,) * n_channels)
-            unsure, default = f"as nothing is known of {n_channels} channels", replace(default, **facts)
+            unsure, default = f"as for any {n_channels} channels", replace(default, **facts)
         line = (f"nothing says how images for this {class_name(model)} are normalised: mean {_short(default.mean)} and "
-                f"std {_short(default.std)} are assumed, {unsure}; set model.preprocessing where they are others")
+                f"std {_short(default.std)} are assumed ({unsure}); set model.preprocessing where they are others")
         return dict(preprocessing=default, assumed=line if unsure else "")
     if len(own.mean) != n_channels:
         raise InputError(f"model.preprocessing has a mean and std of {len(own.mean)} channels, and the model takes "
@@ -414,8 +418,8 @@ def check_pool(pool):
 
 
 def reading_weights(pool, n_prefix, n_tokens):
-    """How much of each token the head reads, (N,), sum 1: a view of what it reads is the mean of their rows by these
-    weights. Raises InputError where no rows of tokens are what the head reads."""
+    """How much of each token the head reads, (N,) float64, sum 1: a view of what it reads is the mean of their rows by
+    these weights. Raises InputError where no rows of tokens are what the head reads."""
     check_pool(pool)
     first, of_patches = SHARES[pool]
     weights = torch.zeros(n_tokens, dtype=torch.float64)

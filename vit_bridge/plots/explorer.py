@@ -27,7 +27,7 @@ from vit_bridge.analysis.capture import capture, check_finite_numbers, different
 from vit_bridge.analysis.explanations import logit_lens, relevance_gained, rollout
 from vit_bridge.data.images import is_input, prepare_image
 from vit_bridge.errors import InputError, check_int
-from vit_bridge.models.adapters import SHARES, adapt, adapt_vit, check_pool
+from vit_bridge.models.adapters import adapt, adapt_vit, check_pool
 from vit_bridge.models.protocol import class_name
 from vit_bridge.runtime import class_probabilities, unwrapped
 from vit_bridge.system import write_whole
@@ -116,8 +116,7 @@ def _describe(model, name, images):
     rows, columns = adapter.grid(images[0])
     maps = capture(model, images[0]).maps
     return dict(kind="vit", name=name, layers=len(maps), heads=maps[0].shape[1], tokens=maps[0].shape[-1],
-                prefix=adapter.n_prefix, rows=rows, columns=columns, pool=adapter.pool, read=SHARES[adapter.pool],
-                images=own)
+                prefix=adapter.n_prefix, rows=rows, columns=columns, pool=adapter.pool, images=own)
 
 
 def _describe_image(model, adapter, image):
@@ -184,7 +183,7 @@ def _describe_convnet(model, name, images, side=8):
         own.append(dict(text, attention=packed, error=error))
     depths = ["the stem", *(f"stage {i}" for i in range(1, n_depths))]
     return dict(kind="cnn", name=name, layers=n_depths, heads=1, tokens=rows * columns, prefix=0, rows=rows,
-                columns=columns, pool="mean", read=SHARES["mean"], images=own, depths=depths)
+                columns=columns, pool="mean", images=own, depths=depths)
 
 
 def _unit_fields(model, image, depth, grid):
