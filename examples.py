@@ -13,7 +13,6 @@ Shapes:  B images, C channels, S side of an image in pixels, P patch side, N tok
 import math
 import sys
 import time
-from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from vit_bridge.analysis.metrics import percent, wilson_interval
 from vit_bridge.analysis.receptive_field import receptive_field
 from vit_bridge.cli import OneLineParser, script
 from vit_bridge.data.datasets import DatasetInfo
-from vit_bridge.data.images import open_image, prepare_images
+from vit_bridge.data.images import open_image, prepare_images, sample_photographs
 from vit_bridge.data.loaders import MemoryLoader, get_data_loaders
 from vit_bridge.data.shapes import SHAPES, make_shapes
 from vit_bridge.errors import InputError
@@ -50,14 +49,9 @@ from vit_model import (
 )
 
 
-def photographs():
-    """The paths of the four sample photographs: an astronaut, a cat, a cup of coffee, a rocket."""
-    return sorted(Path(str(files("vit_bridge.data") / "samples")).glob("*.jpg"))
-
-
 def photograph():
     """The portrait of the astronaut Eileen Collins, as a PIL image."""
-    return open_image(photographs()[0])
+    return open_image(sample_photographs()[0])
 
 
 def photograph_tensor(img_size=224):
@@ -275,7 +269,7 @@ def transfer():
 def attention_map():
     """Attention maps: where the patches of four photographs look, block by block, in a ViT trained on photographs."""
     model = load("vit_nano_cifar10")  # its head reads the mean of the patches, so the rows are means over them
-    images = prepare_images(photographs(), model)  # (4, 3, 32, 32)
+    images = prepare_images(sample_photographs(), model)  # (4, 3, 32, 32)
     trained = attention_maps(model, images)  # (L, 4, H, 65, 65)
     fresh = attention_maps(create_vit_nano(n_classes=10).eval(), images)
     for name, maps in (("trained", trained), ("random weights (control)", fresh)):
@@ -296,7 +290,7 @@ def hybrid():
         fields[name] = receptive_field(model, images, depth=0)  # (32, 32)
         print(f"  {name}: a token sees {int((fields[name] > 0).sum())} pixels before the first attention; "
               f"{count_parameters(model):,} parameters, {count_flops(model) / 1e6:.0f} MFLOPs")
-    cat = photographs()[1]
+    cat = sample_photographs()[1]
     for name in ("vit_nano_cifar10", "hybrid_cifar10", "convnet_cifar10"):
         guesses = ", ".join(f"{guess} {share:.0%}" for guess, share in predict(load(name), cat, top=2))
         print(f"  {name}, trained for ten minutes on small photographs, takes the cat of {cat.name} for: {guesses}")

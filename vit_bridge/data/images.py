@@ -223,6 +223,11 @@ def to_rgb(image):
 # ---- What a model is fed ----------------------------------------------------------------------------------
 
 
+def sample_photographs():
+    """The paths of the four photographs that come with this package: an astronaut, a cat, a cup of coffee, a rocket."""
+    return sorted((Path(__file__).parent / "samples").glob("*.jpg"))
+
+
 def prepare_image(image, model, whole=None):
     """(what the model is fed, what it looks like): a tensor (1, C, H, W) and an array (H, W, 3) in 0..1.
 
