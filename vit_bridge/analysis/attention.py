@@ -6,10 +6,45 @@ Shapes:  B images, L blocks, H heads, N tokens (CLS, registers, patches), n patc
 import torch
 import torch.nn.functional as F
 
+from vit_bridge.analysis.capture import capture
 from vit_bridge.errors import InputError, check_index
-from vit_bridge.models.adapters import adapt, reading_weights
+from vit_bridge.models.adapters import adapt, adapt_vit, reading_weights
 from vit_bridge.models.protocol import class_name
+from vit_bridge.runtime import at_least_float32
 from vit_model import grid_of, pair
+
+
+def attention_rows(model, images, patch=None):
+    """The attention that what the head reads pays to every token, in all blocks and heads: (L, B, H, N), on the CPU.
+
+    images  normalised, (B, C, height, width)
+    patch   (row, column), from 0 or from the end: what this patch attends to, instead of what the head reads
+
+    Raises InputError as capture does, for a head that reads no tokens of its own, and for a patch that is not there.
+    """
+    adapter = adapt_vit(model)
+    adapter.check_images(images)
+    grid, first = adapter.grid(images), adapter.n_prefix
+    weights = torch.zeros(first + grid[0] * grid[1])
+    if patch is None:
+        weights = reading_weights(adapter.pool, first, len(weights))
+    elif not isinstance(patch, (tuple, list)) or len(patch) != 2:
+        raise InputError(f"patch {patch!r} is no place; expected (row, column), such as (0, {grid[1] - 1})")
+    else:
+        row, column = (check_index("patch", place, n) for place, n in zip(patch, grid, strict=True))
+        weights[first + row * grid[1] + column] = 1
+    chosen = weights.nonzero()[:, 0]
+
+    def keep(block, attended):
+        rows = at_least_float32(attended.maps[:, :, chosen])  # (B, H, some, N)
+        return weights[chosen].to(rows) @ rows  # (B, H, N)
+
+    return torch.stack(capture(model, images, keep=keep).maps).cpu()  # (L, B, H, N)
+
+
+def patches_of(row, grid_size, n_prefix_tokens):
+    """The weights of the patches, in their places, out of weights of all tokens: (..., N) -> (..., rows, columns)."""
+    return row[..., n_prefix_tokens:].unflatten(-1, grid_size)
 
 
 def select_attention(maps, layer_idx=-1, head_idx=None):
@@ -45,7 +80,7 @@ def cls_attention_grid(attention, grid_size, n_prefix_tokens=1, pool="cls"):
     weights = reading_weights(pool, n_prefix_tokens, attention.shape[-1]).to(attention)  # (N,)
     readers = weights.nonzero()[:, 0]
     row = weights[readers] @ attention[..., readers, :]  # (..., N)
-    return row[..., n_prefix_tokens:].unflatten(-1, (rows, columns))  # (..., rows, columns)
+    return patches_of(row, grid_size, n_prefix_tokens)
 
 
 def _patch_distances(grid_size, patch_size):
