@@ -21,33 +21,31 @@ PART = 2**22  # so many weights of a head, in the maps of as many images as are 
 
 
 def attention_rows(model, images, patch=None):
-    """The attention that the head's token pays to every token, in all blocks and heads: (L, B, H, N), on the CPU.
+    """The attention that what the head reads pays to every token, in all blocks and heads: (L, B, H, N), on the CPU.
 
     images  normalised, (B, C, height, width)
-    patch   (row, column), from 0 or from the end: what this patch attends to, instead of the head's token. With
-            pool="mean" the head reads all patches, and the row is the mean of theirs
+    patch   (row, column), from 0 or from the end: what this patch attends to, instead of what the head reads
 
     Raises InputError as capture does, for a head that reads no tokens of its own, and for a patch that is not there.
     """
     adapter = adapt_vit(model)
     adapter.check_images(images)
     grid, first = adapter.grid(images), adapter.n_prefix
+    weights = torch.zeros(first + grid[0] * grid[1])
     if patch is None:
-        reading_weights(adapter.pool, first, first + grid[0] * grid[1])  # which refuses what has no row
-
-        def keep(block, attended):
-            return row_of_head(attended.maps, adapter.pool, first)  # (B, H, N)
+        weights = reading_weights(adapter.pool, first, len(weights))
     elif not isinstance(patch, (tuple, list)) or len(patch) != 2:
         raise InputError(f"patch {patch!r} is no place; expected (row, column), such as (0, {grid[1] - 1})")
     else:
         row, column = (check_index("patch", place, n) for place, n in zip(patch, grid, strict=True))
-        place = first + row * grid[1] + column
+        weights[first + row * grid[1] + column] = 1
+    chosen = weights.nonzero()[:, 0]
 
-        def keep(block, attended):
-            return at_least_float32(attended.maps[:, :, place])  # (B, H, N)
-    parts = []
-    for part in in_parts(adapter, images):
-        parts.append(torch.stack(capture(model, part, keep=keep).maps).cpu())
+    def keep(block, attended):
+        rows = at_least_float32(attended.maps[:, :, chosen])  # (B, H, some, N)
+        return weights[chosen].to(rows) @ rows  # (B, H, N)
+
+    parts = [torch.stack(capture(model, part, keep=keep).maps).cpu() for part in in_parts(adapter, images)]
     return torch.cat(parts, dim=1)  # (L, B, H, N)
 
 
