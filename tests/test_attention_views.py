@@ -15,7 +15,7 @@ from PIL import Image
 import visualizations as v
 from vit_bridge.analysis.attention import attention_distance, uniform_attention_distance
 from vit_bridge.analysis.capture import attention_maps
-from vit_bridge.analysis.explanations import compare_explanations, explain
+from vit_bridge.analysis.explanations import area_under, compare_explanations, explain
 from vit_bridge.data.images import prepare_image
 from vit_bridge.models.adapters import adapt
 from vit_model import InputError, VisionTransformer
@@ -219,13 +219,13 @@ def test_visualize_explanations_curves_match_the_comparison():
         assert len(axes.lines) == len(curves) == 5
         for line, (name, values) in zip(axes.lines, curves.items(), strict=True):
             np.testing.assert_allclose(line.get_ydata(), 100 * values[:, 0], rtol=1e-5)
-            assert line.get_label().startswith(f"{v.TITLES.get(name, name)}: area {values.mean():.2f}")
+            assert line.get_label().startswith(f"{v.TITLES.get(name, name)}: area {area_under(values)[0]:.2f}")
         reach = 2 * draws.std(dim=0)
         band = axes.collections[0].get_paths()[0].vertices
         for end in (draws.mean(dim=0) - reach, draws.mean(dim=0) + reach):
             for share, value in zip((0, 25, 50, 75, 100), end, strict=True):
                 assert min(np.abs(band - [share, 100 * value.item()]).sum(axis=1)) < 1e-3
-        assert (f"± {2 * draws.mean(dim=1).std():.2f}\n(5 draws, ± 2 standard deviations)"
+        assert (f"± {2 * area_under(draws.T).std():.2f}\n(5 draws, ± 2 standard deviations)"
                 in axes.lines[-1].get_label())
 
 
