@@ -382,6 +382,7 @@ def test_attended_has_the_queries_and_keys_of_explicit_attention(after, with_bia
     scores = scores if attended.bias is None else scores + attended.bias
     torch.testing.assert_close(scores.softmax(dim=-1), attended.maps, rtol=0, atol=1e-12)
     assert (attended.bias is None) != with_bias
+    assert recorder.product is None  # which would hold a map of its own until the next block
 
 
 def test_keep_reduces_each_block_and_none_computes_no_map():
@@ -463,6 +464,26 @@ class Silent(nn.Module):
 
     def forward(self, x, **options):
         return x
+
+
+class Demanding(nn.Module):
+    """A block of transformers that cannot be called without what else it is given."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, attention_mask, **options):
+        return self.inner(x, attention_mask, **options)
+
+
+def test_backward_by_blocks_gives_each_block_all_that_it_was_given():
+    model = transformers_vit()
+    expected = list(r.backward_by_blocks(model, r.capture(model, images_of(2, (15, 15)), keep=None), answer))
+    model.vit.layers[1] = Demanding(model.vit.layers[1])
+    found = list(r.backward_by_blocks(model, r.capture(model, images_of(2, (15, 15)), keep=None), answer))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.gradient, other.gradient)
 
 
 class Unrepeatable(nn.Module):
