@@ -370,19 +370,25 @@ class Explicit(nn.Module):
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_attended_has_the_queries_and_keys_of_explicit_attention(after, with_bias):
+@pytest.mark.parametrize("kind", ["no bias", "bias", "mask", "bias and mask"])
+def test_attended_has_the_queries_and_keys_of_explicit_attention(after, kind):
     generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 2, 3, 5, 4, generator=generator).double()
-    bias = torch.randn(3, 5, 5, generator=generator).double() if with_bias else None
+    q, k, v = 4 * torch.randn(3, 2, 3, 5, 4, generator=generator).double()
+    bias = torch.randn(3, 5, 5, generator=generator).double() * ("bias" in kind) if kind != "no bias" else None
+    if "mask" in kind:
+        bias[1, :, 3] = -torch.inf
     with r.AttentionCapture(keep=lambda block, attended: attended) as recorder:
         Explicit(after, bias)(q, k, v)
     attended = recorder.kept[0]
     scores = attended.query @ attended.key.transpose(-2, -1)
     scores = scores if attended.bias is None else scores + attended.bias
     torch.testing.assert_close(scores.softmax(dim=-1), attended.maps, rtol=0, atol=1e-12)
-    assert (attended.bias is None) != with_bias
     assert recorder.product is None  # which would hold a map of its own until the next block
+    assert (attended.bias is None) == (kind == "no bias")
+    if kind == "bias":
+        assert attended.bias.std() < 1.1 * bias.std()  # it holds nothing of the scores themselves
+    if kind == "mask":
+        assert attended.bias[attended.bias.isfinite()].abs().max() < 1e-12
 
 
 def test_keep_reduces_each_block_and_none_computes_no_map():

@@ -321,11 +321,15 @@ def _scale_and_bias(scores, product):
     """(scale, bias): scores (B, H, N, N) = scale * product + bias, bias None where a scale alone will do."""
     if scores is product:
         return 1.0, None
-    largest = product.detach().abs().argmax()
-    scale = (scores.detach().flatten()[largest] / product.detach().flatten()[largest]).item()
-    rest = scores - scale * product
-    small = rest.detach().abs().max() <= 16 * torch.finfo(scores.dtype).eps * scores.detach().abs().max()
-    return (scale, None) if small else (1.0, scores - product)
+    given, whole = scores.detach(), product.detach()
+    largest = whole.abs().argmax()
+    scale = (given.flatten()[largest] / whole.flatten()[largest]).item()
+    size = (scale * whole).abs().max()  # and not of the scores, which a mask makes infinite
+    if (given - scale * whole).abs().max() <= 16 * torch.finfo(given.dtype).eps * size:
+        return scale, None
+    seen = given.isfinite()
+    scale = ((given * whole)[seen].sum() / whole[seen].square().sum()).item()  # which leaves the smallest bias
+    return scale, scores - scale * product
 
 
 def _check_maps(model, recorder, n_blocks, n_tokens):
