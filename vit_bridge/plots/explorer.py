@@ -27,12 +27,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from vit_bridge.analysis.attention import readers_of
 from vit_bridge.analysis.capture import NoNumbers, capture, check_finite_numbers, differentiable, watch_layer
 from vit_bridge.analysis.explanations import explain, logit_lens
 from vit_bridge.data.images import is_input, prepare_image
 from vit_bridge.errors import InputError, check_int
-from vit_bridge.models.adapters import CLS_AND_DISTILLATION, adapt, adapt_vit, check_pool
+from vit_bridge.models.adapters import adapt, adapt_vit, reading_weights
 from vit_bridge.models.protocol import class_name
 from vit_bridge.runtime import at_least_float32, class_probabilities, unwrapped
 from vit_bridge.system import write_whole
@@ -277,10 +276,8 @@ def _keep_attention(models, fed, bits):
 
 
 def _readers(adapter, grid):
-    """How much of each token the head reads, (N,), sum 1."""
-    weights = torch.zeros(adapter.n_prefix + math.prod(grid))
-    weights[readers_of(adapter.pool, adapter.n_prefix)] = 1
-    return weights / weights.sum()
+    """How much of each token the head reads, (N,), sum 1. Raises InputError where that is no row of tokens."""
+    return reading_weights(adapter.pool, adapter.n_prefix, adapter.n_prefix + math.prod(grid)).float()
 
 
 def _keep_block(attended, readers, kept):
@@ -344,20 +341,13 @@ def _describe(model, name, images):
     if not adapt(model).attends:
         return _describe_convnet(model, name, images)
     adapter, remarks = adapt_vit(model), []
-    check_pool(adapter.pool)
     own = [_describe_image(model, adapter, image, remarks)
            for image in tqdm(images, desc="explanations", unit="image", delay=5, leave=False, disable=None)]
     readers = _readers(adapter, adapter.grid(images[0]))
     reads = [[int(i), readers[i].item()] for i in readers.nonzero()[:, 0]]
-    facts = dict(kind="vit", name=name, layers=len(adapter.blocks), prefix=_prefix_names(adapter), pool=adapter.pool,
+    facts = dict(kind="vit", name=name, layers=len(adapter.blocks), prefix=list(adapter.prefix), pool=adapter.pool,
                  reads=reads if len(reads) <= 2 else None, patch=adapter.patch_size)
     return dict(facts=facts, images=own, error=0.0, remarks=remarks)
-
-
-def _prefix_names(adapter):
-    """Names of the tokens before the patches."""
-    first = ["CLS"] if adapter.pool in ("cls", CLS_AND_DISTILLATION) else ["other token"]
-    return (first + ["other token"] * adapter.n_prefix)[:adapter.n_prefix]
 
 
 def _describe_image(model, adapter, image, remarks):
