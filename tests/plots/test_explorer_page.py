@@ -212,7 +212,8 @@ def test_explorer_handles_registers_mean_pooling_and_oblong_grids(visit, tmp_pat
         np.testing.assert_allclose(found, saliency, atol=2e-3 * saliency.max())
     before = maps[2].mean(axis=0)[3:, :3].mean(axis=0)
     np.testing.assert_allclose(page.evaluate("[...shown(0, 2, -1, -1).prefix]"), before, atol=1e-5)
-    assert f"Of its attention, {before.sum():.1%} goes to 3 other tokens, not to patches." in said(page)
+    shares = f"{before[0]:.1%} goes to CLS and {before[1:].sum():.1%} to 2 registers"
+    assert f"Of its attention, {shares}, not to patches." in said(page)
     np.testing.assert_allclose(page.evaluate("[...shown(0, 1, 0, 4).values]"), maps[1, 0, 7, 3:], atol=2e-3)
     page.evaluate("change({direction: 'to'})")
     np.testing.assert_allclose(page.evaluate("[...shown(0, 1, 0, -1).values]"), maps[1, 0, 3:, 3:].mean(axis=1),
