@@ -98,7 +98,7 @@ def n_covered_by(curves, close):
 def widths(n_covered):
     """Width and size of the markers of a line that so many others cover: it is wider, so that it is seen on both
     sides of them."""
-    return dict(linewidth=2 + 2.4 * min(n_covered, 3), markersize=5 + 3.5 * min(n_covered, 3))
+    return dict(linewidth=2 + 2 * min(n_covered, 5), markersize=5 + 3 * min(n_covered, 5))
 
 
 # ---- Lines ------------------------------------------------------------------------------------------------
