@@ -60,6 +60,7 @@ from vit_bridge.errors import InputError, check_index, check_int, pair
 from vit_bridge.models.adapters import adapt, adapt_vit
 from vit_bridge.models.protocol import class_name
 from vit_bridge.plots.charts import (
+    CLOSE,
     COLOURS,
     DASHES,
     MARKERS,
@@ -335,7 +336,7 @@ class AttentionVisualizer:
         hide_ticks(left)
         left.set_title("the image" + self.describe_prediction(images))
         blocks = np.arange(len(lens))
-        covered = n_covered_by([(blocks, lens[:, label].numpy()) for label in shown], 0.012)
+        covered = n_covered_by([(blocks, lens[:, label].numpy()) for label in shown], CLOSE)
         for place, (label, n_covered) in enumerate(zip(shown, covered, strict=True)):
             right.plot(blocks, 100 * lens[:, label], color=COLOURS[place], marker=MARKERS[place],
                        label=self.name_of(label), **widths(n_covered))
@@ -571,7 +572,7 @@ def _draw_trust(axes, curves, draws, heading):
     draws = draws.mean(dim=2)  # (R, S + 1)
     means = {name: values.nanmean(dim=1).numpy() for name, values in curves.items()}  # (S + 1) each
     share = np.linspace(0, 100, len(next(iter(means.values()))))
-    covered = n_covered_by([(share, values) for values in means.values()], 0.012)
+    covered = n_covered_by([(share, values) for values in means.values()], CLOSE)
     for place, ((name, values), n_covered) in enumerate(zip(means.items(), covered, strict=True)):
         control = name not in METHODS
         words = f"{TITLES.get(name, name)}: area {values.mean():.2f}"
