@@ -61,6 +61,7 @@ from vit_bridge.errors import InputError, check_index, check_int, pair
 from vit_bridge.models.adapters import adapt, adapt_vit
 from vit_bridge.models.protocol import class_name
 from vit_bridge.plots.charts import (
+    CLOSE,
     COLOURS,
     DASHES,
     MARKERS,
@@ -215,7 +216,7 @@ class AttentionVisualizer:
         n_columns = _columns_for(1 + len(maps), proportion(picture))
         n_rows = math.ceil((1 + len(maps)) / n_columns)
         side = min(2.0, 13 / n_columns)
-        figure = new_figure(0.6 + side * n_columns, 2.0 + (side * proportion(picture) + 0.75) * n_rows)
+        figure = new_figure(0.6 + side * n_columns, 2.0 + (side * proportion(picture) + 0.9) * n_rows)
         first, *others = figure.subplots(n_rows, n_columns, squeeze=False).flat
         first.imshow(picture)
         first.set_title("image", fontsize=11)
@@ -335,7 +336,7 @@ class AttentionVisualizer:
         hide_ticks(left)
         left.set_title("the image" + self.describe_prediction(images))
         blocks = np.arange(len(lens))
-        covered = n_covered_by([(blocks, lens[:, label].numpy()) for label in shown], 0.012)
+        covered = n_covered_by([(blocks, lens[:, label].numpy()) for label in shown], CLOSE)
         for place, (label, n_covered) in enumerate(zip(shown, covered, strict=True)):
             right.plot(blocks, 100 * lens[:, label], color=COLOURS[place], marker=MARKERS[place],
                        label=self.name_of(label), **widths(n_covered))
@@ -414,8 +415,9 @@ class AttentionVisualizer:
     def panels_of(self, rows, images):
         """Weights of all tokens, (n, N), as n of (map of the patches, [words for each other kind of token])."""
         return [(self.on_patches(row, images).numpy(),
-                 [f"{SHORT.get(name.removesuffix('s'), name)} {share:.0%}" for name, share in
-                  self.on_others(row).items()]) for row in rows]
+                 [f"{SHORT.get(name.removesuffix('s'), name)} {share:.0%}" if share >= 0.01 else
+                  f"{SHORT.get(name.removesuffix('s'), name)} <1%" for name, share in self.on_others(row).items()])
+                for row in rows]
 
     def who_looks(self, patch=None):
         if patch is not None:
@@ -476,7 +478,7 @@ class MapScale:
     """How maps beside each other are coloured, each on its own scale.
 
     between   map (rows, columns) -> (low, top), the ends of its scale
-    say       (low, top) -> the words below its panel
+    say       (low, top, largest value) -> the words below its panel
     label     what the colour bar says; ends, extend: the words at its ends, and which ends values go beyond
     """
     between: Callable
@@ -487,15 +489,15 @@ class MapScale:
 
 
 WEIGHTS = MapScale(
-    lambda grid: (0, clip_at(grid)), lambda low, top: f"to {percent(top)}",
-    "attention weight of a patch. Each panel has its own scale and ends at its 99th percentile, the number below it; "
-    "larger weights look the same. Tokens that are no patch are not drawn; their share of the weight is below")
+    lambda grid: (0, clip_at(grid)), lambda low, top, largest: f"to {percent(top)}\nmax {percent(largest)}",
+    "attention weight of a patch. Each panel has its own scale, from 0 to its 99th percentile, the number below it; "
+    "larger weights, up to the max, look the same. What goes to tokens that are no patch stands below too")
 SHARES_OF_MAP = MapScale(
     WEIGHTS.between, WEIGHTS.say,
-    "share of its map that a patch has. Each panel has its own scale and ends at its 99th percentile, the number below "
-    "it; larger shares look the same")
+    "share of its map that a patch has. Each panel has its own scale, from 0 to its 99th percentile, the number below "
+    "it; larger shares, up to the max, look the same")
 LENGTHS = MapScale(
-    clip_between, lambda low, top: f"{two_digits(low)} to {two_digits(top)}",
+    clip_between, lambda low, top, largest: f"{two_digits(low)} to {two_digits(top)}\nmax {two_digits(largest)}",
     "length of a token. Each panel has its own scale, from its 1st to its 99th percentile, the numbers below it; what "
     "is beyond looks as they do", ("the lower number", "the higher number"), "both")
 
@@ -504,7 +506,7 @@ def _draw_map(axes, picture, grid, scale, notes=(), patch=None):
     """A map (rows, columns) in the frame of its picture, with what its colours mean below it."""
     low, top = scale.between(grid)
     axes.imshow(grid, cmap="viridis", vmin=low, vmax=top, extent=extent_of(picture))
-    axes.set_xlabel("\n".join([scale.say(low, top), *notes]), fontsize=9)
+    axes.set_xlabel("\n".join([scale.say(low, top, grid.max()), *notes]), fontsize=9)
     hide_ticks(axes)
     if patch is not None:
         _frame_patch(axes, picture, grid.shape, patch)
@@ -513,7 +515,7 @@ def _draw_map(axes, picture, grid, scale, notes=(), patch=None):
 def _draw_map_grid(pictures, maps, row_labels, column_labels, title, scale, patch=None):
     """A Figure with a row for each picture (H, W, 3): the picture, then its maps, a list of (rows, columns) with words
     to stand below each; a patch (row, column) is framed."""
-    n_maps, n_notes = len(maps[0]), 1 + len(maps[0][0][1])
+    n_maps, n_notes = len(maps[0]), 2 + len(maps[0][0][1])
     side = max(0.78, min(1.7, 12.5 / (1 + n_maps)))
     heights = [side * proportion(picture) + 0.16 * n_notes for picture in pictures]
     beside = 0.08 * max(len(words) for label in row_labels for words in label.split("\n"))  # inches
@@ -538,7 +540,7 @@ def _columns_for(n_panels, tall):
     """In how many columns so many panels, `tall` times as high as wide, fill a page best."""
     def waste(n_columns):
         n_rows = math.ceil(n_panels / n_columns)
-        height = n_rows * (min(2.0, 13 / n_columns) * tall + 0.75)
+        height = n_rows * (min(2.0, 13 / n_columns) * tall + 0.9)
         return max(0, height - 11), n_columns * n_rows - n_panels
 
     return min(range(min(n_panels, 6), min(n_panels, 12) + 1), key=waste)
@@ -570,7 +572,7 @@ def _draw_trust(axes, curves, draws, heading):
     draws = draws.mean(dim=2)  # (R, S + 1)
     means = {name: values.nanmean(dim=1) for name, values in curves.items()}  # (S + 1) each
     share = np.linspace(0, 100, len(next(iter(means.values()))))
-    covered = n_covered_by([(share, values.numpy()) for values in means.values()], 0.012)
+    covered = n_covered_by([(share, values.numpy()) for values in means.values()], CLOSE)
     for place, ((name, values), n_covered) in enumerate(zip(means.items(), covered, strict=True)):
         control = name not in METHODS
         area, values = area_under(values), values.numpy()

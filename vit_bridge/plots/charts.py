@@ -28,6 +28,7 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "
 COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
 MARKERS = "osD^vPXh"
 DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1.5)), (0, (5, 1.5, 1.5, 1.5)))
+CLOSE = 0.006  # as a part of the axis: lines no farther apart hide each other
 CLIP = 0.99  # the quantile of a map's values at which its colours end
 
 # A family of models, by a word in their names -> its colour and marker in every figure. The first word that fits
@@ -85,12 +86,11 @@ def looks_of(names):
 
 
 def n_covered_by(curves, close):
-    """For each of several curves, 2 x (n), how many of the later ones run over it: on two neighbouring points that both
-    have, or on the only one, they are no more than `close` apart."""
+    """For each of several curves, 2 x (n), how many of the later ones run over it: at more than half of the points that
+    both have they are no more than `close` apart."""
     def runs_over(upper, lower):
         shared, i, j = np.intersect1d(lower[0], upper[0], return_indices=True)
-        same = np.abs(lower[1][i] - upper[1][j]) <= close  # (n), in the order of x
-        return bool(len(shared) and (same[1:] & same[:-1] if len(shared) > 1 else same).any())
+        return 2 * np.count_nonzero(np.abs(lower[1][i] - upper[1][j]) <= close) > len(shared)
 
     return [sum(runs_over(upper, lower) for upper in curves[i + 1:]) for i, lower in enumerate(curves)]
 
@@ -98,7 +98,7 @@ def n_covered_by(curves, close):
 def widths(n_covered):
     """Width and size of the markers of a line that so many others cover: it is wider, so that it is seen on both
     sides of them."""
-    return dict(linewidth=2 + 2.4 * min(n_covered, 3), markersize=5 + 3.5 * min(n_covered, 3))
+    return dict(linewidth=2 + 1.8 * min(n_covered, 5), markersize=5 + 3 * min(n_covered, 5))
 
 
 # ---- Lines ------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def plot_curves(panels, xlabel, ylabel, save_path=None, title=None, log=(), perc
     scale, looks = 100 if percent else 1, looks_of(names)
     every = np.array([point[1] for curves in panels.values() for points in curves.values() for point in points])
     shown = np.log if "y" in log else np.asarray
-    close = 0.012 * (np.ptp(shown(every)) if "y" in log else 1 if percent else every.max())
+    close = CLOSE * (np.ptp(shown(every)) if "y" in log else 1 if percent else every.max())
     for panel, (heading, curves) in zip(axes, panels.items(), strict=True):
         drawn = {name: np.array(sorted(points), dtype=float).T for name, points in curves.items()}  # (2 or 4, n) each
         covered = n_covered_by([(x, shown(y)) for x, y, *_ in drawn.values()], close)
@@ -426,8 +426,8 @@ def two_digits(value):
 
 
 def percent(share):
-    """A share from 0 to 1 in per cent, with two significant digits."""
-    return f"{two_digits(100 * share)}%"
+    """A share from 0 to 1 in per cent, with two significant digits; below 0.001% no more than that."""
+    return "<0.001%" if 0 < share < 1e-5 else f"{two_digits(100 * share)}%"
 
 
 def colour_bar(figure, mappable, axes, label, number=two_digits):
