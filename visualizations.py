@@ -45,7 +45,7 @@ from vit_bridge.analysis.explanations import (
 )
 from vit_bridge.analysis.receptive_field import radius_holding, receptive_field, unit_centre, untrained_copy
 from vit_bridge.analysis.selfcheck import selfcheck
-from vit_bridge.cli import OneLineParser, add_n_heads, int_at_least, script
+from vit_bridge.cli import OneLineParser, Size, add_class_names, add_n_heads, int_at_least, positive, script
 from vit_bridge.data.images import (
     as_batch,
     as_picture,
@@ -84,8 +84,8 @@ from vit_bridge.plots.charts import (
     two_digits,
     widths,
 )
-from vit_bridge.plots.explorer import explore
-from vit_bridge.preprocessing import FitSize
+from vit_bridge.plots.explorer import explore, is_page
+from vit_bridge.preprocessing import FitSize, Whole
 from vit_bridge.runtime import choose_device, class_probabilities, device_of, unwrapped
 from vit_bridge.weights.checkpoints import load
 
@@ -395,8 +395,8 @@ class AttentionVisualizer:
 
     def explore(self, images, save_path="attention.html", compare_with=None, **options):
         """One self-contained HTML page of images, as explorer.explore makes it: an ExplorerPage, which a notebook
-        shows. compare_with: a second model beside this one, a ViT or a ConvNet."""
-        return explore(self.model, images, save_path, compare_with, **options)
+        shows. compare_with: a second model beside this one, a ViT or a ConvNet; options: max_mb and its others."""
+        return explore(self.model, images, save_path, compare_with, **dict(whole=self.whole) | options)
 
     # ---- Words
 
@@ -851,8 +851,9 @@ def plot_images(images, titles=None, columns=8, save_path=None, title=None, prep
 # ---- The commands -----------------------------------------------------------------------------------------
 
 
-def _load(name, n_heads):
-    return load(name) if n_heads is None else load(name, n_heads=n_heads)
+def _load(name, n_heads, **facts):
+    facts = dict(facts, n_heads=n_heads)
+    return load(name, **{key: value for key, value in facts.items() if value is not None})
 
 
 def _run_selfcheck(options):
@@ -868,15 +869,22 @@ def _run_selfcheck(options):
 
 
 def _run_explore(options):
-    model = _load(options.pretrained, options.n_heads)
+    """Writes a page, of photographs whole, of drawn shapes as they are drawn; says what is in it."""
+    model = _load(options.pretrained, options.n_heads, class_names=options.class_names)
     other = _load(options.compare_with, options.compare_n_heads) if options.compare_with else None
-    names = [options.pretrained, *[options.compare_with] * bool(options.compare_with)]
-    page = explore(model, _images_for(model, options.photos, options.n_images), options.output, other, names)
-    sizes = dict.fromkeys(adapt(one).img_size for one in (model, other) if one is not None)
-    shape = "square" if all(height == width for height, width in sizes) else "to that shape"
-    print(f"{page.path}: {len(page.html) / 2**20:.1f} MiB, to be opened in any browser. Images are shown as "
-          f"{'each' if other else 'the'} model sees them, {' and '.join('{} x {}'.format(*size) for size in sizes)} "
-          f"pixels, cut {shape} from their middle; a model knows no classes but its own.")
+    whole = Whole(options.max_tokens, options.img_size) if options.photos else None
+    for one in (model, other):
+        if whole and one is not None:
+            one.any_size = True
+    replaced = is_page(options.output)
+    page = explore(model, _images_for(model, options.photos, options.n_images), options.output, other,
+                   [options.pretrained, *[options.compare_with] * bool(options.compare_with)], whole=whole,
+                   max_mb=options.max_mb)
+    for remark in page.remarks:
+        print(remark)
+    print(f"{page.path}: {page.megabytes:.1f} MB{', in place of the page that was there' if replaced else ''}, to be "
+          f"opened in any browser. {'Photographs are seen whole, in' if whole else 'Drawn shapes are seen in'} "
+          f"{page.describe_grids()}; a model knows no classes but its own.")
 
 
 def _images_for(model, photos, n_images):
@@ -896,6 +904,13 @@ def main(argv=None):
                                   "%(default)s, which knows ten drawn shapes and nothing else)")
         add_n_heads(command, of="the model")
         command.set_defaults(run=run)
+    add_class_names(command)
+    command.add_argument("--max-tokens", type=int_at_least(1), metavar="N", help="patches of a photograph at most "
+                         "(default: as many as the model was built for)")
+    command.add_argument("--img-size", type=int_at_least(1), nargs="+", action=Size, metavar="PIXELS", help="a side, "
+                         "or height and width, to which photographs are stretched instead")
+    command.add_argument("--max-mb", type=positive(), default=50.0, metavar="MB", help="how large the page may be: "
+                         "photographs get as many patches as fit (default: %(default)g)")
     command.add_argument("--compare-with", metavar="NAME", help="a second model beside it, a ViT or a ConvNet")
     add_n_heads(command, "--compare-n-heads", "the second model")
     command.add_argument("--output", default="attention.html", help="where the page is written (default: %(default)s)")

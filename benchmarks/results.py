@@ -79,6 +79,11 @@ TABLES = {
                   "the machine multiplies it: here another one, with AVX512-BF16",
     "growth": "Time and memory against the number of tokens (`python benchmarks/growth.py --keep`), exponents from the "
               "upper half of the sizes",
+    "explorer": "The explorer's page of one photograph against the number of tokens, in Chromium (`python "
+                "benchmarks/explorer.py --keep`). A hover is the choice of another patch until it is drawn, of where "
+                "it looks in one head, of who looks at it, and of the mean of the heads, median of 15. The error is "
+                "that of a weight: of twenty rows at random, as the page computes them, beside the model's own "
+                "softmax, and of all rows, as the page states it",
     "formats": "Formats of checkpoints (`python benchmarks/formats.py --keep`): the source model is built at random, "
                "saved in its own format and loaded by `load_checkpoint`; the difference is the largest of all tokens "
                "and logits, over their largest value, in float64 unless the format is float32",
@@ -190,7 +195,8 @@ def page():
                 "mutants": mutant_lines, "processes": process_lines, "few-images": few_image_lines,
                 "targets": target_lines, "factors": factor_lines, "steps": step_lines, "reach": reach_lines,
                 "cues": cue_lines, "data": data_lines, "verdicts": verdict_lines, "trust": trust_lines,
-                "views": view_lines, "augmentation": augmentation_lines, "gpu": gpu_lines}.get(table, run_lines)
+                "views": view_lines, "augmentation": augmentation_lines, "gpu": gpu_lines,
+                "explorer": explorer_lines}.get(table, run_lines)
         lines += [f"## {table}", "", f"{title}.", "", *draw(tables[table])]
         for where in sorted({describe_origin(cell) for cell in tables[table]}):
             lines += [f"Measured on {where}.", ""]
@@ -523,6 +529,18 @@ def augmentation_lines(cells):
     for row in cells[0]["result"]["rows"]:
         lines.append(f"| {row['what']} | {row['ours']:,} | {row['torchvision']:,} | {row['ratio']:.1f} "
                      f"({row['lowest']:.1f} to {row['highest']:.1f}) |")
+    return [*lines, ""]
+
+
+def explorer_lines(cells):
+    lines = ["| model | tokens | bits | MB | loads in, s | hover, ms: from, to, mean | error of twenty rows, of their "
+             "largest weight | error of all rows | made in, s |", "|---|---:|---:|---:|---:|---|---|---|---:|"]
+    for cell in cells:
+        for r in cell["result"]["rows"]:
+            hover = ", ".join(f"{ms:.0f}" for ms in r["hover_ms"].values())
+            lines.append(f"| {cell['result']['model']} | {r['tokens']:,} | {r['bits']} | {r['bytes'] / 1e6:.2f} | "
+                         f"{r['load_seconds']:.2f} | {hover} | {r['row_error']:.2g}, {r['row_error_relative']:.2%} | "
+                         f"{r['weight_error']:.2g}, {r['relative_error']:.2%} | {r['seconds']:.1f} |")
     return [*lines, ""]
 
 

@@ -56,6 +56,7 @@ class ExplorerPage:
     quantisation_error  the largest difference to the model's own numbers, as a part of the largest in the token's row
     weight_error        the largest difference of an attention weight, which lies in 0..1
     remarks             what was chosen or left out, in sentences, as at the top of the page
+    grids               (rows, columns) of each image's patches, of the first model
     """
     html: str
     path: Path | None
@@ -63,6 +64,11 @@ class ExplorerPage:
     quantisation_error: float
     weight_error: float
     remarks: list
+    grids: list
+
+    def describe_grids(self):
+        """The grids in words, each once."""
+        return " and ".join(f"{rows} x {columns}" for rows, columns in dict.fromkeys(self.grids)) + " patches"
 
     @property
     def megabytes(self):
@@ -189,7 +195,8 @@ def _page_of(described, kept, pictures, title, said):
     note = _note_of(models, pictures, kept, bytes_error)
     data = dict(models=models, pictures=pictures, bits=kept.bits, blobs=list(kept.blobs.texts))
     return ExplorerPage(fill(data, title, note, " ".join(remarks)), None, kept.bits,
-                        max(kept.errors.max().item(), bytes_error), kept.weight_error, remarks)
+                        max(kept.errors.max().item(), bytes_error), kept.weight_error, remarks,
+                        [(image["rows"], image["columns"]) for image in models[0]["images"]])
 
 
 def _note_of(models, pictures, kept, bytes_error):
