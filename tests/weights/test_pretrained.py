@@ -245,7 +245,7 @@ def public(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "PUBLIC", entries)
         monkeypatch.setattr(module, "PRETRAINED", (*OURS, *entries))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **_: asked.append(url))
+    monkeypatch.setattr(pretrained, "download", lambda url, path: asked.append(url))
     return Public(models, folder, asked)
 
 
@@ -309,11 +309,11 @@ def test_load_fetches_a_missing_public_file_once(public, monkeypatch):
     shutil.move(public.folder / "small.pth", away)
     asked = []
 
-    def download(url, path, **_):
+    def download(url, path):
         asked.append(url)
         shutil.copy(away, path)
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(pretrained, "download", download)
     for _ in range(2):
         assert same(load("small").state_dict(), public.models["small"].state_dict())
     assert asked == ["https://example.org/of/small.pth"]
@@ -322,8 +322,8 @@ def test_load_fetches_a_missing_public_file_once(public, monkeypatch):
 
 def test_fetch_makes_a_missing_folder(public, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "new" / "hub"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file",
-                        lambda url, path, **_: shutil.copy(public.folder / "small.pth", path))
+    monkeypatch.setattr(pretrained, "download",
+                        lambda url, path: shutil.copy(public.folder / "small.pth", path))
     assert fetch("small") == tmp_path / "new" / "hub" / "checkpoints" / "small.pth"
     assert fetch("small").is_file()
 
@@ -334,12 +334,12 @@ ERRORS = [URLError("no route to host"), HTTPError("https://example.org", 404, "N
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_load_names_address_and_path_when_download_fails(error, public, monkeypatch):
-    def download(url, path, **_):
+    def download(url, path):
         Path(path).write_bytes(b"half")
         raise error
 
     (public.folder / "small.pth").unlink()
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(pretrained, "download", download)
     with pytest.raises(InputError, match=one_line_with("https://example.org/of/small.pth")) as caught:
         load("small")
     assert str(public.folder / "small.pth") in str(caught.value)
@@ -348,7 +348,7 @@ def test_load_names_address_and_path_when_download_fails(error, public, monkeypa
 
 def test_load_discards_a_download_with_the_wrong_checksum(public, monkeypatch):
     (public.folder / "small.pth").unlink()
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **_: Path(path).write_bytes(b"another"))
+    monkeypatch.setattr(pretrained, "download", lambda url, path: Path(path).write_bytes(b"another"))
     digits = hashlib.sha256(b"another").hexdigest()[:8]
     with pytest.raises(InputError, match=one_line_with(f"its sha256 begins {digits}, expected")):
         load("small")
