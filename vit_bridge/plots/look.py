@@ -196,7 +196,7 @@ def describe(look, name, cropped=False):
                            f"{look.uniform:.0f}"))
     n = int(look.artefacts.sum())
     lines.append(("Artefacts", f"{look.artefacts.mean():.1%} of the patches ({n:,}), framed in the picture" if n else
-                  "0% of the patches: there are no few tokens far longer than the others"))
+                  "0% of the patches: no tokens stand far above the others"))
     return lines
 
 
@@ -214,7 +214,8 @@ def _described_fit(look, cropped):
         words += f": {_size(look.grid)} = {math.prod(look.grid):,} patches"
     if cropped:
         return f"{words}; its middle alone, the edges are cut off, as in validation"
-    return f"{words}; nothing is cut off, {f'stretched by {look.stretch:.1%}' if look.stretch >= 5e-4 else 'and nothing stretched'}"
+    stretched = f", stretched by {look.stretch:.1%}" if look.stretch >= 5e-4 else " or stretched"
+    return f"{words}; nothing is cut off{stretched}"
 
 
 def _large(number):
@@ -271,9 +272,9 @@ def panels_of(look):
                        [Tile(look.picture)])
     place = "patch" if look.heads is not None else "place"
     across = f", across the {look.together} photographs too" if look.together > 1 else ""
-    colours = Panel("colours", f"What each {place} has become", f"Where the colour is alike, the model finds the "
-                    f"{place}es alike{across}: red, green and blue are the three directions in which they differ "
-                    f"most.".replace("placees", "places"), [Tile(look.colours)])
+    colours = Panel("colours", f"What the model makes of each {place}", f"Where the colour is alike, the model finds the "
+                    f"{place}{'es' if place == 'patch' else 's'} alike{across}: red, green and blue are the three "
+                    f"directions in which they differ most.", [Tile(look.colours)])
     if look.heads is None:
         return [photograph, colours, _explanation_panel(look), _stages_panel(look)]
     return [photograph, colours, _norms_panel(look), _explanation_panel(look), _heads_panel(look)]
@@ -282,17 +283,17 @@ def panels_of(look):
 def _heads_panel(look):
     tiles = [Tile(grid, f"head {head}" + (f": {share:.0%}" if look.adapter.n_prefix else ""), top=clip_at(grid))
              for head, (grid, share) in enumerate(zip(look.heads, look.elsewhere, strict=True))]
-    share = f"; the % of its attention goes to {_prefix(look)} and to no patch" if look.adapter.n_prefix else ""
+    share = f"; beside it the share that goes to {_prefix(look)} instead" if look.adapter.n_prefix else ""
     who = {"cls": "CLS looks", "mean": "the patches look, on average,"}.get(look.adapter.pool, f"{_reader(look)} look")
-    return Panel("heads", f"Where {who} in the last block, head by head", f"The brighter a patch, the more attention it "
-                 f"gets, from none to the head's own 99th percentile{share}.", tiles)
+    return Panel("heads", f"Where {who} in the last block, head by head", f"Bright patches get the most attention, each "
+                 f"head on a scale of its own, up to its 99th percentile{share}.", tiles)
 
 
 def _norms_panel(look):
     bottom, top = look.norms.min(), clip_at(look.norms)
     places = [tuple(place) for place in np.argwhere(look.artefacts)]
-    found = (f"the {look.artefacts.mean():.1%} that are framed are far longer than the others: the model keeps notes of "
-             f"its own in them" if places else "no few stand far above the others, so there are no artefacts")
+    found = (f"the {look.artefacts.mean():.1%} that are framed are artefacts: the model keeps notes of its own in them"
+             if places else "none stand far above the others, so there are no artefacts")
     return Panel("norms", "Length of the tokens", f"Dark {bottom:.3g}, bright {top:.3g} and more; {found}.",
                  [Tile(look.norms, bottom=bottom, top=max(top, bottom + 1e-9), framed=places)])
 
@@ -302,26 +303,26 @@ def _explanation_panel(look):
         title = "No class to explain" if look.probabilities is None else "No explanation"
         return Panel("explanation", title, f"{look.refused[:1].upper()}{look.refused[1:]}.", [])
     (label, probability), = look.likeliest(1)
-    method = "relevance, attention weighted by its gradient" if look.heads is not None else "Grad-CAM"
-    return Panel("explanation", f"What speaks for “{label}”", f"The brighter a patch, the more it speaks for this class, "
-                 f"which the model gives {probability:.0%} ({method}).".replace("a patch", "a place" if look.heads is None
-                                                                               else "a patch"),
-                 [Tile(_lit(look.picture, look.explanation))])
+    place, method = ("patch", "relevance") if look.heads is not None else ("place", "Grad-CAM")
+    return Panel("explanation", f"What speaks for “{label}”", f"The brighter a {place}, the more it speaks for this "
+                 f"class, which gets {probability:.0%} ({method}).", [Tile(_lit(look.picture, look.explanation))])
 
 
 def _stages_panel(look):
     names = ["stem", *(f"stage {i}" for i in range(1, len(look.stages)))]
     tiles = [Tile(colours, f"{name}: {_size(colours.shape[:2])}")
              for name, colours in zip(names, look.stages, strict=True)]
-    return Panel("stages", "The same after each stage", "From edges to parts: with each stage there are fewer places, and "
-                 "each knows more of its surroundings (a ConvNet has no attention to show).", tiles)
+    return Panel("stages", "The same after each stage", "From stage to stage there are fewer places, and each "
+                 "knows more of its surroundings (a ConvNet has no attention to show).", tiles)
 
 
 def _lit(picture, grid):
-    """The picture (height, width, 3), dark where the map (rows, columns) is 0 and as it is from its 99th percentile."""
+    """The picture (height, width, 3), dim and grey where the map (rows, columns) is 0, and as it is from the map's 99th
+    percentile on."""
     light = torch.from_numpy(grid / clip_at(grid)).clamp(0, 1).float()[None, None]
     light = F.interpolate(light, picture.shape[:2], mode="bilinear")[0, 0].numpy()  # (height, width)
-    return picture * (0.12 + 0.88 * light[:, :, None])
+    light, dim = light[:, :, None], 0.35 * picture.mean(axis=2, keepdims=True)
+    return light * picture + (1 - light) * dim
 
 
 # ---- Drawing ----------------------------------------------------------------------------------------------
@@ -415,7 +416,7 @@ def _write(figure, left, top, text, size, **style):
 
 def _words(text, size, width):
     """Text of this size in points, in lines of this width in inches."""
-    return textwrap.fill(text, max(8, int(width * 72 / (0.56 * size))))
+    return textwrap.fill(text, max(8, int(width * 72 / (0.52 * size))))
 
 
 def _height(text, size):
