@@ -1,8 +1,10 @@
-"""Figures of what one model does with images: where it looks, and where its prediction comes from.
+"""Look inside a Vision Transformer, on your own photograph: where it looks, and where its prediction comes from.
+
+    python visualizations.py photo.jpg                        a picture of all of it, and a page to play with
+    python visualizations.py selfcheck | explore              the other commands
 
     AttentionVisualizer         the views of one model, its main ones as numbers too; explore makes an HTML page of them
     visualize_..., compare_receptive_fields, plot_images     figures of several images or models
-    python visualizations.py selfcheck | explore             the commands
 
 Each map has a colour scale of its own, which ends at the 99th percentile of its patches, as one patch may hold half
 of the weight; the number at which it ends stands beside it. data/images.py says what an image may be; the numbers come
@@ -12,9 +14,14 @@ Shapes:  B images, C channels, H, W height and width of an image, P patch side, 
          tokens, then patches), K classes, n filters, R random orders, S steps of a curve.
 """
 
+import json
 import math
+import os
+import sys
 import textwrap
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +29,7 @@ import numpy as np
 import torch
 from matplotlib.colors import LogNorm
 from matplotlib.patches import Circle, Rectangle
+from tqdm import tqdm
 
 from vit_bridge.analysis.attention import (
     attention_rows,
@@ -46,18 +54,21 @@ from vit_bridge.analysis.explanations import (
 from vit_bridge.analysis.receptive_field import radius_holding, receptive_field, unit_centre, untrained_copy
 from vit_bridge.analysis.selfcheck import selfcheck
 from vit_bridge.cli import OneLineParser, Size, add_class_names, add_n_heads, int_at_least, positive, script
+from vit_bridge.data.files import check_not_empty, files_at
 from vit_bridge.data.images import (
     as_batch,
     as_picture,
     is_input,
+    open_image,
     open_picture,
     prepare_each,
     prepare_image,
     prepare_images,
+    remark_on,
     to_array,
 )
 from vit_bridge.data.shapes import TEST_START, make_shapes
-from vit_bridge.errors import InputError, check_index, check_int, pair
+from vit_bridge.errors import InputError, assume, check_index, check_int, pair
 from vit_bridge.models.adapters import adapt, adapt_vit
 from vit_bridge.models.protocol import class_name
 from vit_bridge.plots.charts import (
@@ -85,9 +96,19 @@ from vit_bridge.plots.charts import (
     widths,
 )
 from vit_bridge.plots.explorer import explore, is_page
+from vit_bridge.plots.look import describe, draw_look, draw_panel, look, panels_of, share_colours
 from vit_bridge.preprocessing import FitSize, Whole
-from vit_bridge.runtime import choose_device, class_probabilities, device_of, unwrapped
+from vit_bridge.runtime import (
+    OutOfMemory,
+    choose_device,
+    class_probabilities,
+    device_of,
+    explain_out_of_memory,
+    unwrapped,
+)
+from vit_bridge.system import unless_empty, write_json, write_whole
 from vit_bridge.weights.checkpoints import load
+from vit_bridge.weights.pretrained import FIRST_LOOK, PUBLIC, WITH_CLASSES, WITHOUT_NETWORK, NotFetched
 
 TITLES = {"attention": "attention of the last block", "rollout": "attention rollout", "relevance": "relevance",
           "grad_cam": "Grad-CAM"}
@@ -893,10 +914,26 @@ def _images_for(model, photos, n_images):
 
 
 def main(argv=None):
-    parser = OneLineParser(description=__doc__.split("\n\n")[0])
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        options = _command_parser().parse_args(argv)
+        options.run(options)
+        return
+    parser = _look_parser()
+    if not argv:
+        parser.print_help()
+        return
+    _run_look(parser.parse_args(argv))
+
+
+COMMANDS = ("selfcheck", "explore")
+
+
+def _command_parser():
+    parser = OneLineParser(prog="visualizations.py", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, run, words in (("selfcheck", _run_selfcheck, "the closed forms, on a model"),
-                             ("explore", _run_explore, "a page to play with")):
+    for name, run, words in zip(COMMANDS, (_run_selfcheck, _run_explore), ("the closed forms, on a model",
+                                                                          "a page to play with"), strict=True):
         command = commands.add_parser(name, help=words)
         command.add_argument("photos", nargs="*", help="image files (default: drawn shapes)")
         command.add_argument("--pretrained", "--checkpoint", default="vit_nano_shapes", metavar="NAME",
@@ -915,8 +952,177 @@ def main(argv=None):
     add_n_heads(command, "--compare-n-heads", "the second model")
     command.add_argument("--output", default="attention.html", help="where the page is written (default: %(default)s)")
     command.add_argument("--n-images", type=int_at_least(1), default=6, help="of drawn shapes (default: %(default)s)")
-    options = parser.parse_args(argv)
-    options.run(options)
+    return parser
+
+
+# ---- python visualizations.py photo.jpg -------------------------------------------------------------------
+
+
+def _look_parser():
+    parser = OneLineParser(
+        prog="visualizations.py", usage="python visualizations.py photo.jpg [more.jpg ...] [options]",
+        description=f"Looks inside a Vision Transformer on your photographs. Writes look.png, each of its panels as a "
+                    f"file, and explorer.html, a page to play with; prints what was found. The model is {FIRST_LOOK} "
+                    f"(about {PUBLIC[FIRST_LOOK].megabytes:.0f} MB, {PUBLIC[FIRST_LOOK].licence}), fetched once.",
+        epilog="Other commands, each with --help: `python visualizations.py explore` makes a page of several "
+               "photographs or two models, `selfcheck` tests the closed forms on a model. (A photograph of such a name "
+               "is given as ./explore.)")
+    parser.add_argument("photos", nargs="+", metavar="photo.jpg", help="image files, or folders of them")
+    parser.add_argument("--pretrained", "--checkpoint", metavar="NAME", help=f"another model: a name that `python "
+                        f"train_vit.py inspect` lists, such as {WITH_CLASSES}, which names classes and has them "
+                        f"explained; or a checkpoint (default: {FIRST_LOOK})")
+    parser.add_argument("--output-dir", metavar="DIR", help="where the files go, in a folder for each photograph if "
+                        "there are several (default: look/ and the photograph's name)")
+    parser.add_argument("--max-tokens", type=int_at_least(1), metavar="N", help="patches at most; more see more detail "
+                        "and take longer (default: as many as the model was built for)")
+    parser.add_argument("--img-size", type=int_at_least(1), nargs="+", action=Size, metavar="PIXELS", help="a side, or "
+                        "height and width, to which photographs are stretched (default: their own proportions)")
+    parser.add_argument("--crop", action="store_true", help="show the model the middle alone, as in validation")
+    parser.add_argument("--max-mb", type=positive(), metavar="M", help="size of explorer.html at most")
+    parser.add_argument("--label", help="what picture and page call the model (default: its name)")
+    add_class_names(parser)
+    add_n_heads(parser, of="the model")
+    return parser
+
+
+def _run_look(options):
+    started = time.monotonic()
+    if options.crop and (options.max_tokens or options.img_size):
+        raise InputError("--crop shows the middle at the model's own size; leave out --max-tokens and --img-size, or "
+                         "--crop")
+    files = list(dict.fromkeys(file for path in options.photos for file in files_at(path)))
+    for file in files:
+        check_not_empty(file)
+        if not os.path.exists(file):
+            open_image(file)  # which says so, before a model is fetched
+    remark_on(files)
+    model, name = _model_to_look_with(options)
+    attends, whole = adapt(model).attends, None if options.crop else Whole(options.max_tokens, options.img_size)
+    if options.max_tokens and not attends:
+        raise InputError(f"--max-tokens is of ViTs, and {name} is a ConvNet, which has no patches; give --img-size")
+    with ExitStack() as stack:
+        folders = [stack.enter_context(unless_empty(folder)) for folder in _folders(options.output_dir, files, name)]
+        bar = stack.enter_context(tqdm(total=2 * len(files), leave=False, disable=None, bar_format="{desc} {bar} "
+                                       "{elapsed}"))
+        looks = []
+        for file in files:
+            bar.set_description_str(f"looking at {Path(file).name}")
+            looks.append(_look_within_memory(model, file, whole))
+            bar.update()
+        if len(looks) > 1:
+            share_colours(looks)
+        for file, folder, one in zip(files, folders, looks, strict=True):
+            bar.set_description_str(f"drawing {Path(file).name}")
+            written = _write_look(model, one, file, folder, name, whole, options.max_mb)
+            bar.update()
+            with bar.external_write_mode():
+                _print_look(one, file, name, folder, written, options.crop)
+    print(f"{'Took':12} {time.monotonic() - started:.0f} s")
+
+
+def _model_to_look_with(options):
+    """(model, its name in picture and page), ready to take photographs of any size. Without a network the default is a
+    shipped model, and its name says so."""
+    facts = {name: value for name in ("n_heads", "class_names") if (value := getattr(options, name)) is not None}
+    chosen = options.pretrained or FIRST_LOOK
+    name = chosen if not os.path.exists(chosen) else "/".join(Path(chosen).absolute().parts[-2:])
+    try:
+        model = load(chosen, **facts)
+    except NotFetched as error:
+        if options.pretrained:
+            raise
+        model = load(WITHOUT_NETWORK, **facts)
+        name = f"{WITHOUT_NETWORK}, shipped: {FIRST_LOOK} could not be downloaded"
+        side = adapt(model).img_size[0]
+        assume(f"{FIRST_LOOK} cannot be downloaded ({error.reason}), so the shipped {WITHOUT_NETWORK} is shown, a ViT "
+               f"for images of {side} pixels; --pretrained NAME or FILE takes another")
+    if adapt(model).attends:
+        model.any_size = True
+    return model.to(choose_device()), options.label or name
+
+
+def _look_within_memory(model, file, whole):
+    try:
+        with explain_out_of_memory(device_of(model)):
+            return look(model, file, whole)
+    except OutOfMemory as error:
+        raise InputError(f"not enough memory to look at {file!r} with so many patches; choose fewer with --max-tokens, "
+                         f"or a smaller --img-size") from error
+
+
+def _folders(output_dir, files, name):
+    """Makes a folder for the look at each file, [Path]. One that holds something else of the same name is not touched:
+    raises InputError for it where it was asked for, and counts on where not; also where it cannot be written."""
+    folders = []
+    for file in files:
+        stem = Path(output_dir or "look")
+        if output_dir is None or len(files) > 1:
+            stem = stem / Path(file).stem
+        folder, n = stem, 1
+        while folder in folders or _holds_other(folder, file, name):
+            if output_dir and folder not in folders:
+                raise InputError(f"{folder} holds files of something else than a look at {file!r} by {name}; choose a "
+                                 f"new --output-dir, so that nothing is lost")
+            n += 1
+            folder = stem.with_name(f"{stem.name}-{n}")
+        folders.append(folder)
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".write-test").touch()
+            (folder / ".write-test").unlink()
+        except OSError as error:
+            raise InputError(f"cannot write to {folder} ({error.strerror}); choose another --output-dir") from error
+    return folders
+
+
+def _holds_other(folder, file, name):
+    """Whether a folder holds a file that _write_look would write over, and that is not of the same photograph by the
+    same model."""
+    try:
+        if json.loads((folder / "look.json").read_text(encoding="utf-8"))["of"] == _identity(file, name):
+            return False
+    except (OSError, ValueError, KeyError, TypeError):  # no record, or none of ours
+        pass
+    return folder.is_dir() and any(entry.name[0] != "." for entry in folder.iterdir())
+
+
+def _identity(file, name):
+    return dict(photograph=os.path.realpath(file), model=name)
+
+
+def _write_look(model, found, file, folder, name, whole, max_mb):
+    """Writes all files of a look, the page first, as that may be refused; returns their paths."""
+    written = []
+    if found.adapter.attends:
+        page = explore(model, [file], folder / "explorer.html", names=[name], title=f"{Path(file).name}: {name}",
+                       whole=whole, max_mb=max_mb)
+        written.append(page.path)
+    heading = f"{Path(file).name}, {' × '.join(map(str, found.size))} pixels"
+    figures = dict(look=draw_look(found, name, heading))
+    figures |= {panel.name: draw_panel(panel, found, name) for panel in panels_of(found) if panel.tiles}
+    for stem, figure in figures.items():
+        path = folder / f"{stem}.png"
+        write_whole(path, lambda file, figure=figure: figure.savefig(file, format="png", dpi=150))
+        written.append(path)
+    record = dict(of=_identity(file, name), found=dict(describe(found, name)), files=[path.name for path in written])
+    write_json(record, folder / "look.json")
+    return [folder / "look.png", *(path for path in written if path.name != "look.png")]
+
+
+def _print_look(found, file, name, folder, written, cropped):
+    print(f"{file}")
+    for what, words in describe(found, name, cropped):
+        print(f"{what:12} {words}")
+    print(f"{'Written':12} {folder}{os.sep}: " + ", ".join(f"{path.name} ({_in_bytes(path.stat().st_size)})"
+                                                          for path in written))
+    if not found.adapter.attends:
+        print(f"{'Page':12} none, as a ConvNet has no attention to play with; beside a ViT: python visualizations.py "
+              f"explore {file} --compare-with {name}")
+
+
+def _in_bytes(n):
+    return f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.0f} kB"
 
 
 if __name__ == "__main__":
