@@ -187,8 +187,8 @@ def describe(look, name, cropped=False):
     if look.adapter.n_prefix:
         shares, rest = look.elsewhere, _prefix(look)
         lines.append(("Attention", f"in the last block {_reader(look)} {_verb(look, 'give')} {shares.mean():.0%} of "
-                                   f"the attention to {rest} (by head {shares.min():.0%} to {shares.max():.0%}), and what "
-                                   f"is left to patches"))
+                                   f"the attention to {rest} (by head {shares.min():.0%} to {shares.max():.0%}), and "
+                                   f"what is left to patches"))
     near, far = np.argmin(look.distances), np.argmax(look.distances)
     lines.append(("Reach", f"there head {near} looks most narrowly, {look.distances[near]:.0f} pixels far on average, "
                            f"head {far} most widely, {look.distances[far]:.0f}; even attention would reach "
