@@ -56,7 +56,7 @@ from vit_bridge.cli import (
 from vit_bridge.data.audit import audit_folder
 from vit_bridge.data.augmentation import FLIPS, MIXINGS, Augmentation, Mixing, mix_seed
 from vit_bridge.data.datasets import DATASETS, DEFAULT_DATA_DIR, TORCHVISION_SETS, FolderSet, choose_set
-from vit_bridge.data.files import find_images, image_endings
+from vit_bridge.data.files import check_not_empty, files_at
 from vit_bridge.data.images import prepare_image, remark_on
 from vit_bridge.data.loaders import (
     Loader,
@@ -1410,7 +1410,7 @@ def predict_command(argv=None):
     options = parser.parse_args(argv)
     model = load(options.checkpoint, **chosen(options, "n_heads", "class_names")).to(choose_device(options.device))
     check_has_head(model)
-    files = [file for path in options.images for file in _files_at(path)]
+    files = [file for path in options.images for file in files_at(path)]
     remark_on(files)
     width, entries, n_failed = min(80, max(map(len, files))), [], 0
     for entry in _predict_files(model, files, options.top):
@@ -1425,16 +1425,6 @@ def predict_command(argv=None):
         print(json.dumps(entries, indent=2))
     if n_failed:
         sys.exit(2)
-
-
-def _files_at(path):
-    """The image files of a folder, at any depth, without hidden ones; another path, or a folder without images,
-    itself."""
-    if not os.path.isdir(path):
-        return [path]
-    found = find_images(path)
-    found.tell(path)
-    return found.files or [path]
 
 
 def _predict_files(model, files, top):
@@ -1456,8 +1446,7 @@ def _predict_files(model, files, top):
 
 def _read_input(file, model):
     """A file as the model's input, (1, 3, H, W)."""
-    if os.path.isdir(file):
-        raise InputError(f"folder {file!r} has no image files ({', '.join(image_endings())}); give another, or files")
+    check_not_empty(file)
     return prepare_image(file, model)[0]
 
 

@@ -1,7 +1,7 @@
 """The results that the project keeps: one JSON file a run, and the page that is drawn from them.
 
     python benchmarks/results.py add TABLE runs/NAME     keeps the result of a run of train_vit.py in a table
-    python benchmarks/results.py ship NAME runs/NAME     puts its best model into vit_bridge/weights/shipped, in float16
+    python benchmarks/results.py ship NAME runs/NAME     puts its best model into vit_bridge/weights/shipped, in 8 bits
     python benchmarks/results.py cells FOLDER            keeps what cnn_vs_vit.py --train has measured
     python benchmarks/results.py gpu OUT/cells.json      keeps what benchmarks/on_gpu.sh has measured
     python benchmarks/results.py page                    writes benchmarks/RESULTS.md anew from all of them
@@ -31,8 +31,10 @@ TRAINING_TABLES = {
     "cifar10-jpeg": "CIFAR-10 (JPEG), five minutes (`python train_vit.py --data-dir DIR --minutes 5 --model MODEL "
                     "--recipe classic`). JPEG is lossy: accuracies published for the original files are 2 to 3 points "
                     "higher",
-    "weights": "The models in vit_bridge/weights/shipped, on the built-in shapes (the command is in each result; then "
-               "`python benchmarks/results.py ship NAME runs/RUN`)",
+    "weights": "The models in vit_bridge/weights/shipped: in float32 on the built-in shapes; in bfloat16, in ten "
+               "minutes, on CIFAR-10 (JPEG), the photographs. The hybrid and the ConvNet of the photographs were "
+               "trained beside other work: the ConvNet's speed was measured so low that it made few steps (the "
+               "command is in each result; then `python benchmarks/results.py ship NAME runs/RUN`)",
 }
 TABLES = {
     **TRAINING_TABLES,
@@ -77,6 +79,11 @@ TABLES = {
                   "the machine multiplies it: here another one, with AVX512-BF16",
     "growth": "Time and memory against the number of tokens (`python benchmarks/growth.py --keep`), exponents from the "
               "upper half of the sizes",
+    "explorer": "The explorer's page of one photograph against the number of tokens, in Chromium (`python "
+                "benchmarks/explorer.py --keep`). A hover is the choice of another patch until it is drawn, of where "
+                "it looks in one head, of who looks at it, and of the mean of the heads, median of 15. The error is "
+                "that of a weight: of twenty rows at random, as the page computes them, beside the model's own "
+                "softmax, and of all rows, as the page states it",
     "formats": "Formats of checkpoints (`python benchmarks/formats.py --keep`): the source model is built at random, "
                "saved in its own format and loaded by `load_checkpoint`; the difference is the largest of all tokens "
                "and logits, over their largest value, in float64 unless the format is float32",
@@ -152,7 +159,7 @@ def ship(name, run):
 
     result = json.loads((run / "result.json").read_text())
     path = HERE.parent / "vit_bridge" / "weights" / "shipped" / f"{name}.pt"
-    save_model(load(run / "best.pt"), path, dtype=torch.float16, command=result["command"], seed=result["seed"],
+    save_model(load(run / "best.pt"), path, dtype=torch.int8, command=result["command"], seed=result["seed"],
                test_acc=result["test_acc"])
     print(f"{path}: {path.stat().st_size:,} bytes")
 
@@ -188,7 +195,8 @@ def page():
                 "mutants": mutant_lines, "processes": process_lines, "few-images": few_image_lines,
                 "targets": target_lines, "factors": factor_lines, "steps": step_lines, "reach": reach_lines,
                 "cues": cue_lines, "data": data_lines, "verdicts": verdict_lines, "trust": trust_lines,
-                "views": view_lines, "augmentation": augmentation_lines, "gpu": gpu_lines}.get(table, run_lines)
+                "views": view_lines, "augmentation": augmentation_lines, "gpu": gpu_lines,
+                "explorer": explorer_lines}.get(table, run_lines)
         lines += [f"## {table}", "", f"{title}.", "", *draw(tables[table])]
         for where in sorted({describe_origin(cell) for cell in tables[table]}):
             lines += [f"Measured on {where}.", ""]
@@ -205,11 +213,13 @@ def run_lines(cells):
     lines = ["| model | seed | test accuracy | interval | linear | images/s | data | steps | seconds |",
              "|---|---:|---:|---|---:|---:|---:|---:|---:|"]
     by_model = defaultdict(list)
+    several = len({cell["result"]["dataset"] for cell in cells}) > 1
     for cell in cells:
         r = cell["result"]
-        by_model[r["model"]].append(r["test_acc"])
+        name = r["model"] + f", {'photographs' if r['dataset'] == 'folder' else r['dataset']}" * several
+        by_model[name].append(r["test_acc"])
         low, high = r["test_interval"]
-        lines.append(f"| {r['model']} | {r['seed']} | {r['test_acc']:.1%} | {low:.1%} to {high:.1%} | "
+        lines.append(f"| {name} | {r['seed']} | {r['test_acc']:.1%} | {low:.1%} to {high:.1%} | "
                      f"{r['linear_test_acc']:.1%} | {r['images_per_second']:.0f} | {r['data_share']:.1%} | "
                      f"{r['n_steps']} | {r['seconds']:.0f} |")
     lines.append("")
@@ -519,6 +529,18 @@ def augmentation_lines(cells):
     for row in cells[0]["result"]["rows"]:
         lines.append(f"| {row['what']} | {row['ours']:,} | {row['torchvision']:,} | {row['ratio']:.1f} "
                      f"({row['lowest']:.1f} to {row['highest']:.1f}) |")
+    return [*lines, ""]
+
+
+def explorer_lines(cells):
+    lines = ["| model | tokens | bits | MB | loads in, s | hover, ms: from, to, mean | error of twenty rows, of their "
+             "largest weight | error of all rows | made in, s |", "|---|---:|---:|---:|---:|---|---|---|---:|"]
+    for cell in cells:
+        for r in cell["result"]["rows"]:
+            hover = ", ".join(f"{ms:.0f}" for ms in r["hover_ms"].values())
+            lines.append(f"| {cell['result']['model']} | {r['tokens']:,} | {r['bits']} | {r['bytes'] / 1e6:.2f} | "
+                         f"{r['load_seconds']:.2f} | {hover} | {r['row_error']:.2g}, {r['row_error_relative']:.2%} | "
+                         f"{r['weight_error']:.2g}, {r['relative_error']:.2%} | {r['seconds']:.1f} |")
     return [*lines, ""]
 
 

@@ -15,10 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+import visualizations
 from vit_bridge.analysis.metrics import percent
 from vit_bridge.cli import OneLineParser, int_at_least, positive, script, seed
 from vit_bridge.errors import Assumption, assume
+from vit_bridge.plots.explorer import ExplorerPage
+from vit_bridge.preprocessing import Preprocessing, Whole
 from vit_bridge.runtime import processes
 from vit_bridge.system import (
     Interrupted,
@@ -349,3 +353,145 @@ def test_assume_points_at_the_line_outside_the_package(tmp_path):
     with pytest.warns(Assumption) as caught:
         load(tmp_path / "m.pt")
     assert {one.filename for one in caught} == {__file__}
+
+
+# ---- python visualizations.py photo.jpg
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """In an empty folder: tiny.pt, a model, and a.jpg. explore only notes what it is asked; (folder, [its calls])."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    save_model(VisionTransformer(8, 4, n_classes=3, embed_dim=8, depth=1, n_heads=2), tmp_path / "tiny.pt",
+               Preprocessing(8, class_names=["ant", "bee", "cat"]))
+    Image.effect_noise((24, 12), 90).convert("RGB").save(tmp_path / "a.jpg")
+    calls = []
+
+    def note(model, images, save_path, **options):
+        calls.append(dict(options, images=images))
+        Path(save_path).write_text("page")
+        return ExplorerPage("page", Path(save_path), 0.0)
+
+    monkeypatch.setattr(visualizations, "explore", note)
+    return tmp_path, calls
+
+
+def look_at(*words):
+    visualizations.main([*map(str, words), "--pretrained", "tiny.pt"])
+
+
+FILES = ["colours.png", "explanation.png", "explorer.html", "heads.png", "look.json", "look.png", "norms.png",
+         "photograph.png"]
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_one_command_writes_pictures_and_page_and_prints_what_was_found(tiny, capsys):
+    folder, calls = tiny
+    look_at("a.jpg", "--max-mb", 3)
+    assert names_in(folder / "look" / "a") == FILES
+    assert calls[0]["whole"] == Whole()
+    assert (calls[0]["images"], calls[0]["max_mb"], calls[0]["names"]) == (["a.jpg"], 3.0, [f"{folder.name}/tiny.pt"])
+    said = capsys.readouterr().out
+    for words in ("a.jpg\n", "1 blocks of 2 heads", "12 × 24 pixels", "nothing is cut off", "ant ", "look.png (",
+                  "Took"):
+        assert words in said
+    record = json.loads((folder / "look" / "a" / "look.json").read_text())
+    assert record["of"] == dict(photograph=str(folder / "a.jpg"), model=f"{folder.name}/tiny.pt")
+
+
+def test_look_takes_folders_and_gives_each_photograph_a_folder(tiny):
+    folder, _ = tiny
+    for sub in ("x", "y"):
+        (folder / sub).mkdir()
+        Image.new("RGB", (8, 9), "red").save(folder / sub / "b.png")
+    look_at("x", "y/b.png", "a.jpg", "--output-dir", "out")
+    assert names_in(folder / "out") == ["a", "b", "b-2"]
+    assert all(names_in(folder / "out" / name) == FILES for name in ("a", "b", "b-2"))
+
+
+def test_look_overwrites_only_its_own_files(tiny):
+    folder, _ = tiny
+    look_at("a.jpg", "--output-dir", "out")
+    look_at("a.jpg", "--output-dir", "out")
+    (folder / "other").mkdir()
+    (folder / "other" / "look.png").write_text("mine")
+    with pytest.raises(InputError, match=r"other holds files of something else .*choose a new --output-dir"):
+        look_at("a.jpg", "--output-dir", "other")
+    assert (folder / "other" / "look.png").read_text() == "mine"
+    with pytest.raises(InputError, match="something else"):
+        look_at("a.jpg", "--output-dir", "out", "--label", "another model")
+    look_at("a.jpg")
+    look_at("a.jpg", "--label", "another model")
+    assert names_in(folder / "look") == ["a", "a-2"]
+
+
+def test_look_crops_and_sizes_only_when_asked(tiny, capsys):
+    _, calls = tiny
+    look_at("a.jpg", "--crop", "--output-dir", "1")
+    look_at("a.jpg", "--img-size", 8, 16, "--output-dir", "2")
+    look_at("a.jpg", "--max-tokens", 9, "--output-dir", "3")
+    assert [call["whole"] for call in calls] == [None, Whole(img_size=(8, 16)), Whole(9)]
+    assert "fed at 8 × 8: 2 × 2 = 4 patches; its middle alone, the edges are cut off" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "reason"), [
+    (["no.jpg"], "there is no image file 'no.jpg'"), (["a.jpg", "tiny.pt"], "image file 'tiny.pt' cannot be read"),
+    (["empty"], "folder 'empty' has no image files"), (["a.jpg", "--crop", "--max-tokens", "4"], "leave out"),
+    (["a.jpg", "--output-dir", "a.jpg"], "cannot write to a.jpg"), (["a.jpg", "--img-size", "9"], "9x9")])
+def test_look_ends_in_one_line_and_leaves_nothing(words, reason, tiny, capsys):
+    folder, _ = tiny
+    (folder / "empty").mkdir()
+    code, said = stopped(lambda: look_at(*words), capsys)
+    assert (code, said.count("\n")) == (2, 1)
+    assert reason in said
+    left = {*names_in(folder)} - {"look"}
+    assert left == {"a.jpg", "empty", "tiny.pt"}
+    assert not (folder / "look").exists() or not names_in(folder / "look")
+
+
+def test_look_without_a_network_takes_a_shipped_model_and_says_so(tiny, capsys, monkeypatch):
+    folder, calls = tiny
+
+    def refuse(url, path):
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(folder / "hub"))
+    monkeypatch.setattr("vit_bridge.weights.pretrained.download", refuse)
+    monkeypatch.setattr(visualizations, "WITHOUT_NETWORK", "vit_nano_shapes")
+    script(lambda: visualizations.main(["a.jpg"]))
+    out, err = capsys.readouterr()
+    assert "cannot be downloaded (TimeoutError: timed out), so the shipped vit_nano_shapes is shown" in err
+    assert "about 88 MB, Apache-2.0" in err
+    assert "Model        vit_nano_shapes, shipped: dinov2_vits14_reg could not be downloaded" in out
+    assert calls[0]["names"] == ["vit_nano_shapes, shipped: dinov2_vits14_reg could not be downloaded"]
+    code, err = stopped(lambda: visualizations.main(["a.jpg", "--pretrained", "deit_small_patch16_224"]), capsys)
+    assert code == 2
+    assert "cannot download deit_small_patch16_224" in err
+
+
+def test_look_at_a_convnet_says_why_there_is_no_page(tiny, capsys):
+    visualizations.main(["a.jpg", "--pretrained", "convnet_shapes"])
+    assert "none, as a ConvNet has no attention" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--max-tokens is of ViTs"):
+        visualizations.main(["a.jpg", "--pretrained", "convnet_shapes", "--max-tokens", "4"])
+
+
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_help_begins_with_the_one_command_and_names_the_others(words, capsys):
+    with pytest.raises(SystemExit) if words else nullcontext():
+        visualizations.main(words)
+    said = capsys.readouterr().out
+    assert said.startswith("usage: python visualizations.py photo.jpg")
+    assert "visualizations.py explore" in said
+    assert "selfcheck" in said
+
+
+def test_photograph_called_explore_is_given_by_its_path(tiny):
+    folder, _ = tiny
+    (folder / "a.jpg").rename(folder / "explore")
+    look_at("./explore")
+    assert names_in(folder / "look" / "explore") == FILES

@@ -240,10 +240,6 @@ def test_adapt_reads_the_current_head():
     assert adapt(third).class_names[2] == "LABEL_2"
 
 
-def test_adapt_says_when_a_model_pools_nothing():
-    assert adapt(timm_vit(num_classes=0, global_pool="")).pool == "every token by itself"
-
-
 def test_adapt_orders_class_names_by_number(tmp_path):
     model = transformers.ViTForImageClassification(transformers.ViTConfig(**HF | dict(num_labels=12)))
     names = [f"name {i}" for i in range(12)]
@@ -374,19 +370,25 @@ class Explicit(nn.Module):
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_attended_has_the_queries_and_keys_of_explicit_attention(after, with_bias):
+@pytest.mark.parametrize("kind", ["no bias", "bias", "mask", "bias and mask"])
+def test_attended_has_the_queries_and_keys_of_explicit_attention(after, kind):
     generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 2, 3, 5, 4, generator=generator).double()
-    bias = torch.randn(3, 5, 5, generator=generator).double() if with_bias else None
+    q, k, v = 4 * torch.randn(3, 2, 3, 5, 4, generator=generator).double()
+    bias = torch.randn(3, 5, 5, generator=generator).double() * ("bias" in kind) if kind != "no bias" else None
+    if "mask" in kind:
+        bias[1, :, 3] = -torch.inf
     with r.AttentionCapture(keep=lambda block, attended: attended) as recorder:
         Explicit(after, bias)(q, k, v)
     attended = recorder.kept[0]
     scores = attended.query @ attended.key.transpose(-2, -1)
     scores = scores if attended.bias is None else scores + attended.bias
     torch.testing.assert_close(scores.softmax(dim=-1), attended.maps, rtol=0, atol=1e-12)
-    assert (attended.bias is None) != with_bias
     assert recorder.product is None  # which would hold a map of its own until the next block
+    assert (attended.bias is None) == (kind == "no bias")
+    if kind == "bias":
+        assert attended.bias.std() < 1.1 * bias.std()  # it holds nothing of the scores themselves
+    if kind == "mask":
+        assert attended.bias[attended.bias.isfinite()].abs().max() < 1e-12
 
 
 def test_keep_reduces_each_block_and_none_computes_no_map():
@@ -522,7 +524,7 @@ def test_backward_by_blocks_refuses_what_does_not_come_out_again():
         steps(model)
     model = timm_vit()
     model.blocks[1].attn = Silent()
-    with pytest.raises(InputError, match=r"\A0 attention maps of no tokens were seen[^\n]*\Z"):
+    with pytest.raises(InputError, match=r"\Ano attention map was seen in this VisionTransformer[^\n]*\Z"):
         steps(model)
     with torch.inference_mode():
         frozen = timm_vit()

@@ -835,7 +835,7 @@ def test_selfcheck_holds_under_autocast():
 @pytest.mark.parametrize(("broken", "replacement", "names"), [
     ("speaking", lambda maps, gradient: torch.ones_like(maps[:, 0]), {"relevance"}),
     ("speaking", lambda maps, gradient: (maps * gradient).mean(dim=1).clamp(min=0), {"relevance"}),
-    ("readers_of", lambda pool, first: slice(1, 2), {"relevance"}),
+    ("reading_weights", lambda pool, first, n: torch.eye(n)[1], {"relevance"}),
     ("token_cam", lambda features, gradients: torch.ones_like(features[:, :, 0]), {"Grad-CAM"}),
     ("token_cam", lambda features, gradients: (features * gradients).sum(dim=2).clamp(min=0), {"Grad-CAM"}),
     ("patches_of", lambda row, grid, first: row[..., first - 1:-1].unflatten(-1, grid), {"attention", "relevance"}),

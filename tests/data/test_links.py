@@ -6,9 +6,8 @@ import warnings
 import pytest
 from PIL import Image
 
-import train_vit
 from vit_bridge.data.datasets import FolderSet
-from vit_bridge.data.files import Found, find_images, image_endings
+from vit_bridge.data.files import Found, files_at, find_images, image_endings
 from vit_bridge.data.loaders import get_data_loaders, get_evaluation_loader, get_test_loader
 from vit_bridge.errors import Assumption, InputError
 
@@ -221,7 +220,7 @@ def test_predict_takes_each_file_of_a_folder_once(zoo):
     link(zoo / "fox/all", "..")
     link(zoo / "again", "hare")
     with pytest.warns(Assumption, match="above it|in the set itself"):
-        files = train_vit._files_at(str(zoo))
+        files = files_at(str(zoo))
     assert len(files) == len(set(files)) == 20
-    assert train_vit._files_at(str(zoo / "fox/000.png")) == [str(zoo / "fox/000.png")]
+    assert files_at(str(zoo / "fox/000.png")) == [str(zoo / "fox/000.png")]
     assert Found().files == []

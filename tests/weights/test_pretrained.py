@@ -2,7 +2,11 @@ import hashlib
 import re
 import shutil
 import sys
+import threading
+import time
 from dataclasses import dataclass, replace
+from http.client import HTTPException
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 
@@ -112,6 +116,7 @@ def test_load_gives_our_pretrained_models_ready_to_use(name):
     assert not any(module.training for module in model.modules())
     state = {key: value.float() if value.is_floating_point() else value for key, value in saved["state_dict"].items()}
     assert same(model.state_dict(), state)
+    assert (OURS_FOLDER / f"{name}.pt").stat().st_size < 2**20
     assert model.config == type(model).config_class(**saved["config"])
     shown = model.preprocessing
     assert (shown.class_names, list(shown.mean), list(shown.std), shown.img_size, shown.interpolation) == (
@@ -128,7 +133,7 @@ def test_load_gives_our_models_a_new_head(name):
     for n_classes in (5, 0):
         model = load(name, n_classes=n_classes)
         assert model.preprocessing.class_names is None
-        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, n_classes or (160 if name == "convnet_shapes" else 96))
+        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, n_classes or model.n_features)
         state = model.state_dict()
         assert same({k: v for k, v in state.items() if not k.startswith("head.")},
                     {k: v for k, v in saved.items() if not k.startswith("head.")})
@@ -245,7 +250,7 @@ def public(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "PUBLIC", entries)
         monkeypatch.setattr(module, "PRETRAINED", (*OURS, *entries))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **_: asked.append(url))
+    monkeypatch.setattr(pretrained, "download", lambda url, path: asked.append(url))
     return Public(models, folder, asked)
 
 
@@ -309,11 +314,11 @@ def test_load_fetches_a_missing_public_file_once(public, monkeypatch):
     shutil.move(public.folder / "small.pth", away)
     asked = []
 
-    def download(url, path, **_):
+    def download(url, path):
         asked.append(url)
         shutil.copy(away, path)
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(pretrained, "download", download)
     for _ in range(2):
         assert same(load("small").state_dict(), public.models["small"].state_dict())
     assert asked == ["https://example.org/of/small.pth"]
@@ -322,8 +327,8 @@ def test_load_fetches_a_missing_public_file_once(public, monkeypatch):
 
 def test_fetch_makes_a_missing_folder(public, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "new" / "hub"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file",
-                        lambda url, path, **_: shutil.copy(public.folder / "small.pth", path))
+    monkeypatch.setattr(pretrained, "download",
+                        lambda url, path: shutil.copy(public.folder / "small.pth", path))
     assert fetch("small") == tmp_path / "new" / "hub" / "checkpoints" / "small.pth"
     assert fetch("small").is_file()
 
@@ -334,12 +339,12 @@ ERRORS = [URLError("no route to host"), HTTPError("https://example.org", 404, "N
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_load_names_address_and_path_when_download_fails(error, public, monkeypatch):
-    def download(url, path, **_):
+    def download(url, path):
         Path(path).write_bytes(b"half")
         raise error
 
     (public.folder / "small.pth").unlink()
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(pretrained, "download", download)
     with pytest.raises(InputError, match=one_line_with("https://example.org/of/small.pth")) as caught:
         load("small")
     assert str(public.folder / "small.pth") in str(caught.value)
@@ -348,7 +353,7 @@ def test_load_names_address_and_path_when_download_fails(error, public, monkeypa
 
 def test_load_discards_a_download_with_the_wrong_checksum(public, monkeypatch):
     (public.folder / "small.pth").unlink()
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **_: Path(path).write_bytes(b"another"))
+    monkeypatch.setattr(pretrained, "download", lambda url, path: Path(path).write_bytes(b"another"))
     digits = hashlib.sha256(b"another").hexdigest()[:8]
     with pytest.raises(InputError, match=one_line_with(f"its sha256 begins {digits}, expected")):
         load("small")
@@ -373,6 +378,57 @@ def test_check_sum_compares_the_published_digits(tmp_path):
     for checksum in ("sha256:e3b0c443", "md5:e3b0c4"):
         with pytest.raises(InputError, match=one_line_with(path)):
             _check_sum(path, checksum)
+
+
+class Server(BaseHTTPRequestHandler):
+    """/whole sends what it says, /short less, /stalled nothing for a while."""
+
+    def do_GET(self):
+        if self.path == "/stalled":
+            time.sleep(0.5)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", "6")
+        self.end_headers()
+        self.wfile.write(b"weight"[:6 if self.path == "/whole" else 3])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(pretrained, "TIMEOUT", 0.1)
+    serving = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=serving.serve_forever, args=(0.02,), daemon=True).start()
+    yield f"http://127.0.0.1:{serving.server_port}"
+    serving.shutdown()
+    serving.server_close()
+
+
+def test_download_writes_whole_files_and_refuses_short_and_stalled_ones(server, tmp_path):
+    pretrained.download(f"{server}/whole", tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"weight"
+    with pytest.raises((OSError, HTTPException)):
+        pretrained.download(f"{server}/short", tmp_path / "b")
+    with pytest.raises(TimeoutError):
+        pretrained.download(f"{server}/stalled", tmp_path / "c")
+
+
+def test_fetch_says_size_and_licence_before_it_downloads(public, monkeypatch, capsys):
+    (public.folder / "small.pth").unlink()
+    said = []
+    monkeypatch.setattr(pretrained, "download", lambda url, path: said.append(capsys.readouterr().err) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fetch("small")
+    entry = pretrained.PUBLIC["small"]
+    assert f"Downloading small once: about {entry.megabytes:.0f} MB, {entry.licence}, from {entry.url}" in said[0]
+
+
+def test_first_look_has_the_megabytes_of_its_parameters():
+    assert round(PUBLIC[pretrained.FIRST_LOOK].megabytes) == 88
+    assert pretrained.FIRST_LOOK in PUBLIC
+    assert PUBLIC[pretrained.WITH_CLASSES].arguments["n_classes"] == 1000
 
 
 # ---- The table of public ones

@@ -70,8 +70,9 @@ def whole_maps(block, attended):
 @dataclass
 class Capture:
     """tokens: L + 1 of (B, N, D), before the first block and after each; maps: what `keep` made of the attention of
-    each of the L blocks, else (B, H, N, N), rows are queries and sum to one; logits (B, K); grid (rows, columns) of the
-    patches; adapter of the model; calls: the (args, kwargs) with which each block was called, the tokens first."""
+    each of the L blocks, else (B, H, N, N), rows are queries and sum to one; logits (B, K), or what a model without a
+    head gives, as ViTAdapter.read has it; grid (rows, columns) of the patches; adapter of the model; calls: the (args,
+    kwargs) with which each block was called, the tokens first."""
     tokens: list
     maps: list
     logits: torch.Tensor
@@ -92,8 +93,8 @@ def capture(model, images, gradients=False, change=None, keep=whole_maps):
 
     Raises InputError for a model that is no known ViT, for images that it does not take, for gradients of a model that
     is quantised or does not keep the tokens of its blocks, for one that does not attend as a plain ViT does, and for
-    another library's model whose captured logits differ from those of a plain pass; NoNumbers where maps or logits are
-    not finite.
+    another library's model whose captured logits differ from those of a plain pass, or from what its adapter reads from
+    its last tokens; NoNumbers where maps or logits are not finite.
     """
     model = unwrapped(model)
     adapter, calls, outputs = adapt_vit(model), [], []
@@ -115,6 +116,8 @@ def capture(model, images, gradients=False, change=None, keep=whole_maps):
             hook.remove()
     check_finite_numbers(model, logits)
     seen = Capture([calls[0][0][0], *outputs], recorder.kept if keep else [], logits, grid, adapter, calls)
+    if adapter.library != "ours":
+        _check_read(model, adapter, seen.tokens[-1], logits)
     if keep is None:
         return seen
     _check_maps(model, recorder, len(adapter.blocks), adapter.n_prefix + grid[0] * grid[1])
@@ -257,6 +260,8 @@ class AttentionCapture(TorchFunctionMode):
 
     def attend(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         """As torch's scaled_dot_product_attention: (B, H, N, W) each -> (B, H, N, W)."""
+        if query.shape[-2] != key.shape[-2]:  # a pooling head's, where a learned token asks for the others
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
         if is_causal or enable_gqa:
             raise InputError("causal or grouped attention is not what a ViT has; its maps are not computed here")
         query = query / math.sqrt(query.shape[-1]) if scale is None else query * scale
@@ -316,17 +321,25 @@ def _scale_and_bias(scores, product):
     """(scale, bias): scores (B, H, N, N) = scale * product + bias, bias None where a scale alone will do."""
     if scores is product:
         return 1.0, None
-    largest = product.detach().abs().argmax()
-    scale = (scores.detach().flatten()[largest] / product.detach().flatten()[largest]).item()
-    rest = scores - scale * product
-    small = rest.detach().abs().max() <= 16 * torch.finfo(scores.dtype).eps * scores.detach().abs().max()
-    return (scale, None) if small else (1.0, scores - product)
+    given, whole = scores.detach(), product.detach()
+    largest = whole.abs().argmax()
+    scale = (given.flatten()[largest] / whole.flatten()[largest]).item()
+    size = (scale * whole).abs().max()  # and not of the scores, which a mask makes infinite
+    if (given - scale * whole).abs().max() <= 16 * torch.finfo(given.dtype).eps * size:
+        return scale, None
+    seen = given.isfinite()
+    scale = ((given * whole)[seen].sum() / whole[seen].square().sum()).item()  # which leaves the smallest bias
+    return scale, scores - scale * product
 
 
 def _check_maps(model, recorder, n_blocks, n_tokens):
     """Raises InputError unless there was a map over n_tokens tokens for each block, of finite numbers."""
+    if not recorder.kept:
+        raise InputError(f"no attention map was seen in this {class_name(model)}: it attends in a kernel of its own, "
+                         f"such as xFormers, FlashAttention or FlexAttention; of transformers build it with "
+                         f"attn_implementation='sdpa', of the hub's DINOv2 set XFORMERS_DISABLED=1 before it is loaded")
     if len(recorder.kept) != n_blocks or recorder.sizes != {(n_tokens, n_tokens)}:
-        raise InputError(f"{len(recorder.kept)} attention maps of {sorted(recorder.sizes) or 'no'} tokens were seen, "
+        raise InputError(f"{len(recorder.kept)} attention maps of {sorted(recorder.sizes)} tokens were seen, "
                          f"expected {n_blocks}, one a block, of {n_tokens} tokens; this model does not attend as a "
                          f"plain ViT does")
     if not recorder.finite:
@@ -338,7 +351,11 @@ class NoNumbers(InputError):
 
 
 def check_finite_numbers(model, *values):
-    """Raises NoNumbers unless all these values of a model are finite."""
+    """Raises NoNumbers unless all these values of a model are finite, and InputError where one is no tensor."""
+    for value in values:
+        if not isinstance(value, torch.Tensor):
+            raise InputError(f"this {class_name(model)} gives a {type(value).__name__}, expected a tensor of logits or "
+                             f"features; of transformers, set model.config.return_dict = True")
     if not all(value.isfinite().all() for value in values):
         raise NoNumbers(_no_numbers(model))
 
@@ -366,7 +383,23 @@ def _check_logits(model, images, logits):
     """Raises InputError unless the model gives these logits in a plain pass, too."""
     with evaluating(model), torch.no_grad():
         own = logits_of(model(to_model(images.detach(), model)))
-    difference, scale = (own - logits.detach()).abs().max().item(), max(1.0, own.abs().max().item())
-    if not difference <= alike_within(model, own.dtype) * scale:
+    if words := _apart(model, own, logits):
         raise InputError(f"with explicit attention this {class_name(model)} gives other logits than in a plain pass "
-                         f"(largest difference {difference:.1e}); its maps would not be those it uses")
+                         f"({words}); its maps would not be those it uses")
+
+
+def _check_read(model, adapter, tokens, logits):
+    """Raises InputError unless the adapter reads from the tokens after the last block what the model gives."""
+    with evaluating(model), torch.no_grad():
+        read = adapter.read(tokens.detach())
+    if words := _apart(model, read, logits):
+        raise InputError(f"this {class_name(model)} makes something else of the tokens after its last block than a "
+                         f"{adapter.library} ViT with this head ({words}); it is not known here")
+
+
+def _apart(model, own, logits):
+    """How far two outputs of a model differ, in words; "" where only by rounding."""
+    if own.shape != logits.shape:
+        return f"shape {tuple(logits.shape)}, expected {tuple(own.shape)}"
+    difference, scale = (own - logits.detach()).abs().max().item(), max(1.0, own.abs().max().item())
+    return "" if difference <= alike_within(model, own.dtype) * scale else f"largest difference {difference:.1e}"

@@ -25,7 +25,6 @@ from vit_bridge.analysis.attention import (
     attention_rows,
     cls_attention_grid,
     patches_of,
-    readers_of,
     select_attention,
 )
 from vit_bridge.analysis.capture import (
@@ -37,7 +36,7 @@ from vit_bridge.analysis.capture import (
     watch_layer,
 )
 from vit_bridge.errors import InputError, check_choice, check_index, check_int
-from vit_bridge.models.adapters import adapt, adapt_vit, check_head, check_pool
+from vit_bridge.models.adapters import adapt, adapt_vit, check_head, check_pool, reading_weights
 from vit_bridge.models.protocol import class_name
 from vit_bridge.runtime import at_least_float32, evaluating, logits_of, to_model, unwrapped
 
@@ -169,9 +168,9 @@ def relevance_saliency(model, images, targets):
     check_pool(adapt_vit(model).pool)
     seen = capture(model, images, keep=None)
     first, pool = seen.adapter.n_prefix, seen.adapter.pool
-    start = at_least_float32(torch.zeros_like(seen.tokens[0][:, None, :, 0]))  # (B, 1, N)
-    start[..., readers_of(pool, first)] = 1
-    start /= start.sum(dim=2, keepdim=True)
+    tokens = seen.tokens[0]  # (B, N, D)
+    start = reading_weights(pool, first, tokens.shape[1]).to(at_least_float32(tokens[0, :, 0]))  # (N)
+    start = start.expand(len(tokens), 1, -1)  # (B, 1, N)
     gained = torch.zeros_like(start)  # apart from start, so that nothing small is rounded away beside 1
     for step in backward_by_blocks(model, seen, partial(chosen, targets=targets), keep=speaking):
         if step.kept is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vit_bridge.analysis.attention import attention_distance, readers_of, uniform_attention_distance
+from vit_bridge.analysis.attention import attention_distance, uniform_attention_distance
 from vit_bridge.analysis.capture import NoNumbers, alike_within, capture, differentiable, predict_logits
 from vit_bridge.analysis.explanations import (
     cam_layer,
@@ -19,7 +19,7 @@ from vit_bridge.analysis.explanations import (
     rollout,
 )
 from vit_bridge.errors import InputError
-from vit_bridge.models.adapters import adapt_vit
+from vit_bridge.models.adapters import adapt_vit, reading_weights
 from vit_bridge.runtime import (
     at_least_float32,
     device_of,
@@ -140,10 +140,9 @@ def _check_head_row(model, images, attention, seen):
     except InputError as error:
         return Check(name, None, str(error))
     attention, first = at_least_float32(attention).cpu(), seen.adapter.n_prefix  # (B, N, N)
-    readers = list(range(*readers_of(seen.adapter.pool, first).indices(attention.shape[-1])))
-    worst = 0.0
+    weights, worst = reading_weights(seen.adapter.pool, first, attention.shape[-1]), 0.0
     for row, column in np.ndindex(*seen.grid):
-        expected = attention[:, readers, first + row * seen.grid[1] + column].mean(dim=1)  # (B)
+        expected = attention[:, :, first + row * seen.grid[1] + column].mul(weights.to(attention)).sum(dim=1)  # (B)
         worst = max(worst, (saliency[:, row, column] - expected).abs().max().item())
     return within(name, worst, 1e-6)
 
@@ -178,7 +177,8 @@ def _check_relevance(model, images, rounding):
     answer = chosen(seen.logits, found.targets[:1].to(seen.logits.device))
     gradients = torch.autograd.grad(answer, seen.maps)
     gained, first = relevance_gained([one.detach() for one in seen.maps], gradients), seen.adapter.n_prefix  # (1, N, N)
-    row = gained[:, readers_of(seen.adapter.pool, first), first:].mean(dim=1)  # (1, n)
+    weights = reading_weights(seen.adapter.pool, first, gained.shape[-1]).to(gained)  # (N)
+    row = weights @ gained[..., first:]  # (1, n)
     return alike(name, found.saliency[:1], row.unflatten(1, seen.grid), rounding)
 
 

@@ -79,6 +79,22 @@ def find_images(folder):
     return ImageFinder([folder]).find(folder)
 
 
+def files_at(path):
+    """The image files of a folder, at any depth, without hidden ones; another path, or a folder without images,
+    itself."""
+    if not os.path.isdir(path):
+        return [path]
+    found = find_images(path)
+    found.tell(path)
+    return found.files or [path]
+
+
+def check_not_empty(file):
+    """Raises InputError for a folder that files_at gave, as there are no images in it."""
+    if os.path.isdir(file):
+        raise InputError(f"folder {file!r} has no image files ({', '.join(image_endings())}); give another, or files")
+
+
 class ImageFinder:
     """Finds the images of several folders that belong together, each file once. A folder that is found by another name
     later, or from another of the folders, is refused there."""

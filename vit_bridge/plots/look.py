@@ -1,0 +1,422 @@
+"""One photograph, looked into: what `python visualizations.py photo.jpg` draws and says.
+
+    look(model, image, whole)          a Look: features as colours, attention by head, norms, explanation; and of a
+                                       ConvNet its stages
+    share_colours(looks)               colours that mean the same in several photographs
+    draw_look(look, name, heading)     all of it in one Figure
+    panels_of(look)                    its panels, each with one sentence on how to read it; draw_panel draws one alone
+    describe(look, name)               what was found, in plain lines
+
+Shapes:  H heads, D width, K classes, h, w height and width of the photograph. Sizes are in pixels in images, and in
+         inches in figures.
+"""
+
+import math
+import textwrap
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.patches import Rectangle
+from torchvision.transforms.v2.functional import get_size
+
+from vit_bridge.analysis.attention import attention_distance, cls_attention_grid, uniform_attention_distance
+from vit_bridge.analysis.capture import capture, watch_layer
+from vit_bridge.analysis.explanations import explain, feature_colours, token_norms
+from vit_bridge.data.images import is_input, open_picture, prepare_image
+from vit_bridge.errors import InputError
+from vit_bridge.models.adapters import ModelAdapter, adapt, check_pool
+from vit_bridge.plots.charts import VERMILION, ShownFigure, clip_at, extent_of, finish, hide_ticks
+from vit_bridge.runtime import at_least_float32, unwrapped
+
+SIDE, BIG, TALL = 2.6, 4.1, 4.6  # width of the column at the right, of the large panels, and their greatest height
+STRIP = 2.2  # greatest height of a map in the strip of heads or stages
+GAP, MARGIN = 0.3, 0.3
+TITLE, SENTENCE, LABEL = 12, 10, 10  # points
+N_LIKELIEST = 5
+
+
+# ---- What a model makes of a photograph -------------------------------------------------------------------
+
+
+@dataclass
+class Look:
+    """What a model makes of one photograph. Maps are arrays.
+
+    picture        (height, width, 3) in 0..1, as the model is fed it; size: (h, w) of the photograph, upright
+    grid           (rows, columns) of the patches, or of the last stage's places
+    features       (rows, columns, D), after the last block or stage, each place scaled to mean 0 and variance 1
+    colours        (rows, columns, 3), the features as colours; `together`: over how many photographs
+    probabilities  (K), None for a model without a head
+    explanation    (rows, columns), of the likeliest class; None where there is none, then `refused` says why
+
+    heads          (H, rows, columns), the attention of the head's token to the patches in the last block
+    distances      (H), how far patches look there, and uniform, how far they would if they looked everywhere alike
+    norms          (rows, columns), length of the patch tokens after it; artefacts (rows, columns), bool
+    stages         of a ConvNet: (rows, columns, 3) after the stem and each stage, as colours; it has no heads
+    """
+    adapter: ModelAdapter
+    n_parameters: int
+    picture: np.ndarray
+    size: tuple
+    grid: tuple
+    features: torch.Tensor
+    colours: np.ndarray | None = None
+    together: int = 1
+    probabilities: torch.Tensor | None = None
+    explanation: np.ndarray | None = None
+    refused: str = ""
+    heads: np.ndarray | None = None
+    distances: list = field(default_factory=list)
+    uniform: float = 0.0
+    norms: np.ndarray | None = None
+    artefacts: np.ndarray | None = None
+    stages: list = field(default_factory=list)
+
+    @property
+    def stretch(self):
+        """How much longer one side has become, measured by the other: 0 for not at all."""
+        (h, w), (height, width) = self.size, self.picture.shape[:2]
+        return max(height * w / (width * h), width * h / (height * w)) - 1
+
+    @property
+    def elsewhere(self):
+        """(H): the share of the attention that goes to tokens that are no patch."""
+        return 1 - self.heads.sum(axis=(1, 2))
+
+    def likeliest(self, n=N_LIKELIEST):
+        """[(class, probability)], the likeliest first; none without a head."""
+        if self.probabilities is None:
+            return []
+        best = self.probabilities.topk(min(n, len(self.probabilities)))
+        names = self.adapter.class_names
+        return [(str(names[label]) if names else f"class {label}", probability)
+                for label, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+
+
+def look(model, image, whole=None):
+    """A Look at one image, of any kind that data.images takes. whole: as in prepare_image; None: its middle.
+
+    Raises InputError for an image that cannot be used, and for a model whose head reads no tokens of its own.
+    """
+    model = unwrapped(model)
+    adapter = adapt(model)
+    photograph = image if is_input(image) else open_picture(image, adapter.in_channels)
+    images, picture = prepare_image(photograph, model, whole)
+    about = dict(adapter=adapter, picture=picture, size=tuple(get_size(photograph)),
+                 n_parameters=sum(weight.numel() for weight in model.parameters()))
+    found, logits = (_look_at_tokens if adapter.attends else _look_at_stages)(model, images, about)
+    if adapter.has_head:
+        found.probabilities = at_least_float32(logits.detach()[0].cpu()).softmax(dim=0)
+        try:
+            saliency = explain(model, images, "relevance" if adapter.attends else "grad_cam").saliency
+            found.explanation = saliency[0].numpy()
+        except InputError as error:
+            found.refused = str(error)
+    else:
+        found.refused = "this model has no head, so it names no class that could be explained"
+    share_colours([found])
+    return found
+
+
+def _look_at_tokens(model, images, about):
+    """(Look, logits) of a ViT."""
+    adapter = about["adapter"]
+    check_pool(adapter.pool)
+    grid, first, last = adapter.grid(images), adapter.n_prefix, len(adapter.blocks) - 1
+
+    def keep(block, attended):
+        """Of the last block: (the row of the head's token over the patches, the distance of each head)."""
+        if block < last:
+            return None
+        maps = at_least_float32(attended.maps)  # (1, H, N, N)
+        distances = [attention_distance(maps[None, :, [head]], grid, adapter.patch_size, first).item()
+                     for head in range(maps.shape[1])]  # head by head, as they are computed in float64
+        return cls_attention_grid(maps[0], grid, first, adapter.pool).cpu().numpy(), distances
+
+    seen = capture(model, images, keep=keep)
+    norms, artefacts = token_norms(replace(seen, tokens=seen.tokens[-2:]))  # (1, 1, rows, columns)
+    heads, distances = seen.maps[-1]
+    tokens = seen.tokens[-1][0, first:].detach()  # (n, D)
+    found = Look(**about, grid=grid, features=_scaled(tokens).unflatten(0, grid), heads=heads, distances=distances,
+                 uniform=uniform_attention_distance(grid, adapter.patch_size), norms=norms[0, 0].numpy(),
+                 artefacts=artefacts[0, 0].numpy())
+    return found, seen.logits
+
+
+def _look_at_stages(model, images, about):
+    """(Look, logits) of a ConvNet."""
+    maps = []
+    for layer in about["adapter"].layers:
+        _, output, logits = watch_layer(model, layer, images)  # (1, D, rows, columns)
+        maps.append(_scaled(output.detach()[0].permute(1, 2, 0)))  # (rows, columns, D)
+    stages = [feature_colours(one[None])[0].numpy() for one in maps]
+    return Look(**about, grid=tuple(maps[-1].shape[:2]), features=maps[-1], stages=stages), logits
+
+
+def _scaled(features):
+    """Features (..., D), each place scaled to mean 0 and variance 1, as the last norm of a ViT scales it: else the
+    colours would show the few tokens that are far longer than the others, and not what the others hold."""
+    features = at_least_float32(features.cpu())
+    return F.layer_norm(features, features.shape[-1:])
+
+
+def share_colours(looks):
+    """Gives the looks, all by one model, colours over all of them together: alike in colour is alike to the model,
+    across the photographs too."""
+    flat = torch.cat([one.features.flatten(0, 1) for one in looks])  # (all places, D)
+    colours = feature_colours(flat[None, None])[0, 0]  # (all places, 3)
+    parts = colours.split([math.prod(one.grid) for one in looks])
+    for one, part in zip(looks, parts, strict=True):
+        one.colours, one.together = part.unflatten(0, one.grid).numpy(), len(looks)
+
+
+# ---- Words ------------------------------------------------------------------------------------------------
+
+
+def describe(look, name, cropped=False):
+    """What was found, as (what, words) in their order."""
+    lines = [("Model", f"{name}: {_described_model(look)}"), ("Photograph", _described_fit(look, cropped))]
+    likeliest = ", ".join(f"{label} {probability:.1%}" for label, probability in look.likeliest())
+    lines.append(("Prediction", likeliest or "none, as this model has no head"))
+    if look.probabilities is not None and look.refused:
+        lines.append(("Explanation", f"none: {look.refused}"))
+    if look.heads is None:
+        return lines
+    if look.adapter.n_prefix:
+        shares, rest = look.elsewhere, _prefix(look)
+        lines.append(("Attention", f"in the last block {_reader(look)} {_verb(look, 'give')} {shares.mean():.0%} of "
+                                   f"the attention to {rest} (by head {shares.min():.0%} to {shares.max():.0%}), and what "
+                                   f"is left to patches"))
+    near, far = np.argmin(look.distances), np.argmax(look.distances)
+    lines.append(("Reach", f"there head {near} looks most narrowly, {look.distances[near]:.0f} pixels far on average, "
+                           f"head {far} most widely, {look.distances[far]:.0f}; even attention would reach "
+                           f"{look.uniform:.0f}"))
+    n = int(look.artefacts.sum())
+    lines.append(("Artefacts", f"{look.artefacts.mean():.1%} of the patches ({n:,}), framed in the picture" if n else
+                  "0% of the patches: no tokens stand far above the others"))
+    return lines
+
+
+def _described_model(look):
+    adapter = look.adapter
+    words = f"{_large(look.n_parameters)} parameters, {len(adapter.layers) - 1} {adapter.unit}s"
+    if look.heads is not None:
+        words += f" of {len(look.heads)} heads, patches of {_size(adapter.patch_size)} pixels"
+    return words
+
+
+def _described_fit(look, cropped):
+    words = f"{_size(look.size)} pixels (height × width), fed at {_size(look.picture.shape[:2])}"
+    if look.heads is not None:
+        words += f": {_size(look.grid)} = {math.prod(look.grid):,} patches"
+    if cropped:
+        return f"{words}; its middle alone, the edges are cut off, as in validation"
+    stretched = f", stretched by {look.stretch:.1%}" if look.stretch >= 5e-4 else " or stretched"
+    return f"{words}; nothing is cut off{stretched}"
+
+
+def _large(number):
+    return f"{number / 1e6:.1f} million" if number >= 999_500 else f"{number:,}"
+
+
+def _size(sides):
+    return " × ".join(map(str, sides))
+
+
+def _reader(look):
+    """Whose attention it is."""
+    return {"cls": "CLS", "mean": "the patches"}.get(look.adapter.pool, look.adapter.pool)
+
+
+def _verb(look, verb):
+    return verb if look.adapter.pool == "mean" else f"{verb}s"
+
+
+def _prefix(look):
+    """The tokens that are no patch, as those that CLS attends to."""
+    others, itself = look.adapter.n_prefix - 1, "itself" if look.adapter.pool == "cls" else "CLS"
+    return itself if not others else f"{itself} and the {others} register{'s' * (others > 1)}"
+
+
+# ---- Panels -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tile:
+    """A map (rows, columns), coloured from bottom to top, or colours (rows, columns, 3), over the whole photograph;
+    framed: places of the map."""
+    values: np.ndarray
+    label: str = ""
+    bottom: float = 0.0
+    top: float = 1.0
+    framed: tuple = ()
+
+
+@dataclass
+class Panel:
+    """One thing to look at. name: of its file; without tiles it is only words."""
+    name: str
+    title: str
+    sentence: str
+    tiles: list
+
+
+def panels_of(look):
+    """The Panels: the photograph, features as colours, what stands at the side, and the strip below."""
+    height, width = look.picture.shape[:2]
+    cells = f", in {_size(look.grid)} patches" if look.heads is not None else ""
+    photograph = Panel("photograph", "The photograph", f"All that the model is given: {height} × {width} "
+                       f"pixels{cells}.", [Tile(look.picture)])
+    place = "patch" if look.heads is not None else "place"
+    across = f", across the {look.together} photographs too" if look.together > 1 else ""
+    colours = Panel("colours", f"What the model makes of each {place}", f"Where the colour is alike, the model finds "
+                    f"the {place}{'es' if place == 'patch' else 's'} alike{across}: red, green and blue are the three "
+                    f"directions in which they differ most.", [Tile(look.colours)])
+    if look.heads is None:
+        return [photograph, colours, _explanation_panel(look), _stages_panel(look)]
+    return [photograph, colours, _norms_panel(look), _explanation_panel(look), _heads_panel(look)]
+
+
+def _heads_panel(look):
+    tiles = [Tile(grid, f"head {head}" + (f": {share:.0%}" if look.adapter.n_prefix else ""), top=clip_at(grid))
+             for head, (grid, share) in enumerate(zip(look.heads, look.elsewhere, strict=True))]
+    share = f"; beside it the share that goes to {_prefix(look)} instead" if look.adapter.n_prefix else ""
+    who = {"cls": "CLS looks", "mean": "the patches look, on average,"}.get(look.adapter.pool, f"{_reader(look)} look")
+    return Panel("heads", f"Where {who} in the last block, head by head", f"Bright patches get the most attention, "
+                 f"each head on a scale of its own, up to its 99th percentile{share}.", tiles)
+
+
+def _norms_panel(look):
+    bottom, top = look.norms.min(), clip_at(look.norms)
+    places = [tuple(place) for place in np.argwhere(look.artefacts)]
+    found = (f"the {look.artefacts.mean():.1%} that are framed are artefacts: the model keeps notes of its own in them"
+             if places else "none stand far above the others, so there are no artefacts")
+    return Panel("norms", "Length of the tokens", f"Dark {bottom:.3g}, bright {top:.3g} and more; {found}.",
+                 [Tile(look.norms, bottom=bottom, top=max(top, bottom + 1e-9), framed=places)])
+
+
+def _explanation_panel(look):
+    if look.explanation is None:
+        title = "No class to explain" if look.probabilities is None else "No explanation"
+        return Panel("explanation", title, f"{look.refused[:1].upper()}{look.refused[1:]}.", [])
+    (label, probability), = look.likeliest(1)
+    place, method = ("patch", "relevance") if look.heads is not None else ("place", "Grad-CAM")
+    return Panel("explanation", f"What speaks for “{label}”", f"The brighter a {place}, the more it speaks for this "
+                 f"class, which gets {probability:.0%} ({method}).", [Tile(_lit(look.picture, look.explanation))])
+
+
+def _stages_panel(look):
+    names = ["stem", *(f"stage {i}" for i in range(1, len(look.stages)))]
+    tiles = [Tile(colours, f"{name}: {_size(colours.shape[:2])}")
+             for name, colours in zip(names, look.stages, strict=True)]
+    return Panel("stages", "The same after each stage", "From stage to stage there are fewer places, and each "
+                 "knows more of its surroundings (a ConvNet has no attention to show).", tiles)
+
+
+def _lit(picture, grid):
+    """The picture (height, width, 3), dim and grey where the map (rows, columns) is 0, and as it is from the map's 99th
+    percentile on."""
+    light = torch.from_numpy(grid / clip_at(grid)).clamp(0, 1).float()[None, None]
+    light = F.interpolate(light, picture.shape[:2], mode="bilinear")[0, 0].numpy()  # (height, width)
+    light, dim = light[:, :, None], 0.35 * picture.mean(axis=2, keepdims=True)
+    return light * picture + (1 - light) * dim
+
+
+# ---- Drawing ----------------------------------------------------------------------------------------------
+
+
+def draw_look(look, name, heading="", save_path=None):
+    """All panels in one Figure. name: of the model; heading: of the photograph."""
+    photograph, colours, *side, strip = panels_of(look)
+    ratio = look.picture.shape[0] / look.picture.shape[1]
+    big = max(min(BIG, TALL / ratio), SIDE)  # of a tall photograph the columns are narrower
+    width = 2 * big + SIDE + 2 * GAP
+    title = _words(f"{name}", 15, width)
+    below = [line for line in _words(heading, 11, width).split("\n") if line]
+    top = MARGIN + _height(title, 15) + _height("\n".join(below), 11) + 0.15
+    placed = [_Placed(photograph, ratio, MARGIN, top, big, TALL),
+              _Placed(colours, ratio, MARGIN + big + GAP, top, big, TALL)]
+    left, band = MARGIN + 2 * (big + GAP), max(one.bottom for one in placed)
+    words = sum(_Placed(panel, ratio, 0, 0, SIDE, 0).bottom for panel in side) + 0.15 * (len(side) - 1)
+    n_maps = max(1, sum(bool(panel.tiles) for panel in side))
+    room, y = max(1.1, (band - top - words) / n_maps), top
+    for panel in side:
+        placed.append(_Placed(panel, ratio, left, y, SIDE, room))
+        y = placed[-1].bottom + 0.15
+    band = max(one.bottom for one in placed)
+    placed.append(_Placed(strip, ratio, MARGIN, band + 0.25, width, STRIP))
+    figure = ShownFigure(figsize=(width + 2 * MARGIN, placed[-1].bottom + MARGIN), facecolor="white")
+    _write(figure, MARGIN, MARGIN, title, 15, weight="bold")
+    _write(figure, MARGIN, MARGIN + _height(title, 15), "\n".join(below), 11, color="0.35")
+    for one in placed:
+        one.draw(figure, look.picture)
+    return finish(figure, save_path)
+
+
+def draw_panel(panel, look, name, save_path=None):
+    """A Figure of one panel, as large as it is worth, with the model's name in a line above."""
+    ratio, width = look.picture.shape[0] / look.picture.shape[1], 8.0 if len(panel.tiles) < 2 else 12.0
+    placed = _Placed(panel, ratio, MARGIN, MARGIN + 0.3, width, 7.0 if len(panel.tiles) < 2 else 3.5)
+    figure = ShownFigure(figsize=(width + 2 * MARGIN, placed.bottom + MARGIN), facecolor="white")
+    _write(figure, MARGIN, MARGIN, _words(name, SENTENCE, width), SENTENCE, color="0.35")
+    placed.draw(figure, look.picture)
+    return finish(figure, save_path)
+
+
+class _Placed:
+    """A panel at its place on a page, in inches from the upper left: its title, its tiles in rows, its sentence."""
+
+    def __init__(self, panel, ratio, left, top, width, tallest):
+        self.panel, self.left, self.top = panel, left, top
+        self.title, self.sentence = _words(panel.title, TITLE, width), _words(panel.sentence, SENTENCE, width)
+        n = len(panel.tiles)
+        self.columns = math.ceil(n / math.ceil(n / (8 if ratio < 1.3 else 12))) if n else 0
+        room = (width - 0.12 * (self.columns - 1)) / max(self.columns, 1)
+        self.tile = (min(room, tallest / ratio), min(room * ratio, tallest))  # (width, height)
+        self.labels = 0.22 if any(tile.label for tile in panel.tiles) else 0.0
+        self.first = top + _height(self.title, TITLE) + 0.05
+        n_rows = math.ceil(n / self.columns) if n else 0
+        self.end = self.first + n_rows * (self.labels + self.tile[1]) + 0.1 * max(n_rows - 1, 0)
+        self.bottom = self.end + 0.07 + _height(self.sentence, SENTENCE)
+
+    def draw(self, figure, picture):
+        (page_width, page_height), (width, height) = figure.get_size_inches(), self.tile
+        _write(figure, self.left, self.top, self.title, TITLE, weight="bold")
+        for i, tile in enumerate(self.panel.tiles):
+            row, column = divmod(i, self.columns)
+            left = self.left + column * (width + 0.12)
+            top = self.first + row * (self.labels + height + 0.1)
+            _write(figure, left, top, tile.label, LABEL)
+            bottom = page_height - top - self.labels - height
+            axes = figure.add_axes((left / page_width, bottom / page_height, width / page_width, height / page_height))
+            axes.imshow(tile.values, cmap="viridis", vmin=tile.bottom, vmax=tile.top, extent=extent_of(picture),
+                        aspect="auto")
+            _frame(axes, picture, tile)
+            hide_ticks(axes)
+            axes.spines[:].set_visible(False)
+        _write(figure, self.left, self.end + 0.07, self.sentence, SENTENCE, color="0.2")
+
+
+def _frame(axes, picture, tile):
+    """Frames the places of a tile that are to be."""
+    height, width = (side / n for side, n in zip(picture.shape[:2], tile.values.shape[:2], strict=True))
+    for row, column in tile.framed:
+        axes.add_patch(Rectangle((column * width - 0.5, row * height - 0.5), width, height, fill=False,
+                                 edgecolor=VERMILION, linewidth=1.5))
+
+
+def _write(figure, left, top, text, size, **style):
+    page_width, page_height = figure.get_size_inches()
+    figure.text(left / page_width, 1 - top / page_height, text, fontsize=size, va="top", ha="left", linespacing=1.25,
+                **style)
+
+
+def _words(text, size, width):
+    """Text of this size in points, in lines of this width in inches."""
+    return textwrap.fill(text, max(8, int(width * 72 / (0.52 * size))))
+
+
+def _height(text, size):
+    return (text.count("\n") + 1) * 1.3 * size / 72 if text else 0.0
