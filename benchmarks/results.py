@@ -68,7 +68,7 @@ TABLES = {
              "model for each seed. Equal values go in a random order; random order is the mean of eight draws; images "
              "without a map are left out",
     "views": "Each view of one photograph, by a process of its own (`python benchmarks/views.py --keep`; its head says "
-             "how): seconds of one call, and the most memory it holds beyond what the model does",
+             "how): the processor's seconds for one call, and the most memory it holds beyond what the model does",
     "throughput": "VisionTransformer beside its peers, images a second (`python benchmarks/throughput.py --keep`; its "
                   "head says how). Medians over rounds in which every library takes a turn; a ratio is the peer's "
                   "seconds over ours in the same round, with the 95% interval of the median (of rounds taken as "
