@@ -201,10 +201,12 @@ def _page_of(described, kept, pictures, title, said):
 
 def _note_of(models, pictures, kept, bytes_error):
     """The note at the foot of the page."""
+    most, usual = (f"{100 * error:.2g}%" for error in (kept.errors.max(), kept.errors.median()))
     note = (f"Attention is computed in the page, softmax(q kᵀ + bias), from queries and keys of {kept.bits} bits. A "
-            f"weight differs from the model's own by {kept.weight_error:.2g} at most, and by "
-            f"{kept.errors.max():.2%} at most of the largest value in its row; in half of the rows by no more than "
-            f"{kept.errors.median():.2%}. Relevance is shown without the 1 that each token has of itself. ")
+            f"weight differs from the model's own by {kept.weight_error:.2g} at most, and by {most} at most of the "
+            f"largest value in its row; in half of the rows by no more than {usual}. ")
+    if any("relevance" in image for model in models for image in model["images"]):
+        note += "Relevance is shown without the 1 that each token has of itself. "
     if bytes_error:
         note += (f"What the units of the ConvNet see is stored as bytes, at most {bytes_error:.2%} of the largest "
                  f"value in a row off. ")
