@@ -892,6 +892,7 @@ def _run_look(options):
     if options.max_tokens and not attends:
         raise InputError(f"--max-tokens is of ViTs, and {name} is a ConvNet, which has no patches; give --img-size")
     with ExitStack() as stack:
+        stack.enter_context(unless_empty(Path(options.output_dir or "look")))
         folders = [stack.enter_context(unless_empty(folder)) for folder in _folders(options.output_dir, files, name)]
         bar = stack.enter_context(tqdm(total=2 * len(files), leave=False, disable=None, bar_format="{desc} {bar} "
                                        "{elapsed}"))

@@ -66,8 +66,8 @@ def test_describe_says_what_was_found_in_numbers():
     said = dict(describe(found, "mine"))
     assert said["Model"].startswith("mine: ")
     assert "3 blocks of 2 heads, patches of 4 × 4 pixels" in said["Model"]
-    assert said["Photograph"] == ("24 × 12 pixels (height × width), fed at 16 × 8: 4 × 2 = 8 patches; nothing is cut off "
-                                  "or stretched")
+    assert said["Photograph"] == ("24 × 12 pixels (height × width), fed at 16 × 8: 4 × 2 = 8 patches; nothing is cut "
+                                  "off or stretched")
     assert "CLS gives 40% of the attention to itself (by head 20% to 60%)" in said["Attention"]
     assert "head 0 looks most narrowly, 3 pixels far on average, head 1 most widely, 7" in said["Reach"]
     assert said["Artefacts"].startswith("25.0% of the patches (2)")

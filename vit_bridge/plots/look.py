@@ -157,8 +157,8 @@ def _look_at_stages(model, images, about):
 
 
 def _scaled(features):
-    """Features (..., D), each place scaled to mean 0 and variance 1, as the last norm of a ViT does it: else the colours
-    would show the few tokens that are far longer than the others, and not what the others hold."""
+    """Features (..., D), each place scaled to mean 0 and variance 1, as the last norm of a ViT does it: else the
+    colours would show the few tokens that are far longer than the others, and not what the others hold."""
     features = at_least_float32(features.cpu())
     return F.layer_norm(features, features.shape[-1:])
 
@@ -187,9 +187,9 @@ def describe(look, name, cropped=False):
         return lines
     if look.adapter.n_prefix:
         shares, rest = look.elsewhere, _prefix(look)
-        lines.append(("Attention", f"in the last block {_reader(look)} {_verb(look, 'give')} {shares.mean():.0%} of the "
-                                   f"attention to {rest} (by head {shares.min():.0%} to {shares.max():.0%}), and what "
-                                   f"is left to patches"))
+        lines.append(("Attention", f"in the last block {_reader(look)} {_verb(look, 'give')} {shares.mean():.0%} of "
+                                   f"the attention to {rest} (by head {shares.min():.0%} to {shares.max():.0%}), and "
+                                   f"what is left to patches"))
     near, far = np.argmin(look.distances), np.argmax(look.distances)
     lines.append(("Reach", f"there head {near} looks most narrowly, {look.distances[near]:.0f} pixels far on average, "
                            f"head {far} most widely, {look.distances[far]:.0f}; even attention would reach "
@@ -202,7 +202,8 @@ def describe(look, name, cropped=False):
 
 def _described_model(look):
     adapter = look.adapter
-    words = f"{_large(look.n_parameters)} parameters, {len(adapter.layers) - 1} {adapter.unit}s"
+    n = len(adapter.layers) - 1
+    words = f"{_large(look.n_parameters)} parameters, {n} {adapter.unit}{'s' * (n > 1)}"
     if look.heads is not None:
         words += f" of {len(look.heads)} heads, patches of {_size(adapter.patch_size)} pixels"
     return words
@@ -268,11 +269,11 @@ def panels_of(look):
     """The Panels: the photograph, features as colours, what stands at the side, and the strip below."""
     height, width = look.picture.shape[:2]
     cells = f", in {_size(look.grid)} patches" if look.heads is not None else ""
-    photograph = Panel("photograph", "The photograph", f"All that the model is given: {height} × {width} pixels{cells}.",
-                       [Tile(look.picture)])
+    photograph = Panel("photograph", "The photograph", f"All that the model is given: {height} × {width} "
+                       f"pixels{cells}.", [Tile(look.picture)])
     place = "patch" if look.heads is not None else "place"
     across = f", across the {look.together} photographs too" if look.together > 1 else ""
-    colours = Panel("colours", f"What the model makes of each {place}", f"Where the colour is alike, the model finds the "
+    colours = Panel("colours", f"What the model makes of each {place}", f"Where colours are alike, the model finds the "
                     f"{place}{'es' if place == 'patch' else 's'} alike{across}: red, green and blue are the three "
                     f"directions in which they differ most.", [Tile(look.colours)])
     if look.heads is None:
@@ -283,10 +284,11 @@ def panels_of(look):
 def _heads_panel(look):
     tiles = [Tile(grid, f"head {head}" + (f": {share:.0%}" if look.adapter.n_prefix else ""), top=clip_at(grid))
              for head, (grid, share) in enumerate(zip(look.heads, look.elsewhere, strict=True))]
-    share = f"; beside it the share that goes to {_prefix(look)} instead" if look.adapter.n_prefix else ""
+    instead = _prefix(look).replace("itself", "CLS itself")
+    share = f"; beside it the share that goes to {instead} instead" if look.adapter.n_prefix else ""
     who = {"cls": "CLS looks", "mean": "the patches look, on average,"}.get(look.adapter.pool, f"{_reader(look)} look")
-    return Panel("heads", f"Where {who} in the last block, head by head", f"Bright patches get the most attention, each "
-                 f"head on a scale of its own, up to its 99th percentile{share}.", tiles)
+    return Panel("heads", f"Where {who} in the last block, head by head", f"Bright patches get the most attention, "
+                 f"each head on a scale of its own, up to its 99th percentile{share}.", tiles)
 
 
 def _norms_panel(look):
@@ -342,7 +344,7 @@ def draw_look(look, name, heading="", save_path=None):
     left, band = MARGIN + 2 * (big + GAP), max(one.bottom for one in placed)
     words = sum(_Placed(panel, ratio, 0, 0, SIDE, 0).bottom for panel in side) + 0.15 * (len(side) - 1)
     n_maps = max(1, sum(bool(panel.tiles) for panel in side))
-    room, y = max(1.1, (band - top - words) / n_maps), top
+    room, y = max(1.4, (band - top - words) / n_maps), top
     for panel in side:
         placed.append(_Placed(panel, ratio, left, y, SIDE, room))
         y = placed[-1].bottom + 0.15
