@@ -13,7 +13,6 @@ Shapes:  B images, C channels, S side of an image in pixels, P patch side, N tok
 import math
 import sys
 import time
-from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -28,10 +27,11 @@ from vit_bridge.analysis.metrics import percent, wilson_interval
 from vit_bridge.analysis.receptive_field import receptive_field
 from vit_bridge.cli import OneLineParser, script
 from vit_bridge.data.datasets import DatasetInfo
-from vit_bridge.data.images import open_image
+from vit_bridge.data.images import open_image, prepare_images, sample_photographs
 from vit_bridge.data.loaders import MemoryLoader, get_data_loaders
 from vit_bridge.data.shapes import SHAPES, make_shapes
 from vit_bridge.errors import InputError
+from vit_bridge.inference import predict
 from vit_bridge.lessons.exercises import EXERCISES, check_file, default_path, write_stub
 from vit_bridge.lessons.quiz import ask
 from vit_bridge.models.hybrid import HybridCNNViT
@@ -50,8 +50,8 @@ from vit_model import (
 
 
 def photograph():
-    """The portrait of the astronaut Eileen Collins among the sample photographs, as a PIL image."""
-    return open_image(files("vit_bridge.data") / "samples" / "astronaut.jpg")
+    """The portrait of the astronaut Eileen Collins, as a PIL image."""
+    return open_image(sample_photographs()[0])
 
 
 def photograph_tensor(img_size=224):
@@ -267,16 +267,17 @@ def transfer():
 
 
 def attention_map():
-    """Attention maps: where the CLS token of a trained ViT looks, block by block."""
-    images, _ = shape_images(5)
-    model = load("vit_nano_shapes")
-    trained = attention_maps(model, images)  # (L, 5, H, 65, 65)
+    """Attention maps: where the patches of four photographs look, block by block, in a ViT trained on photographs."""
+    model = load("vit_nano_cifar10")  # its head reads the mean of the patches, so the rows are means over them
+    images = prepare_images(sample_photographs(), model)  # (4, 3, 32, 32)
+    trained = attention_maps(model, images)  # (L, 4, H, 65, 65)
     fresh = attention_maps(create_vit_nano(n_classes=10).eval(), images)
     for name, maps in (("trained", trained), ("random weights (control)", fresh)):
-        entropy = -(maps * maps.clamp_min(1e-12).log()).sum(-1)  # (L, 5, H, 65), in nats
+        entropy = -(maps * maps.clamp_min(1e-12).log()).sum(-1)  # (L, 4, H, 65), in nats
         counts = ", ".join(f"{n:.0f}" for n in entropy.mean(dim=(1, 2, 3)).exp())
         print(f"  {name}: a token attends to {counts} of 65 tokens, block by block")
-    print("Look at: bright patches are where CLS takes its information from. The counts are exp(mean entropy).")
+    print("Look at: bright patches are where the others take their information from. The counts are exp(mean entropy).")
+    print("It knows ten classes and no others: an astronaut and a cup of coffee must become one of them.")
     return visualize_attention_grid(model, images)
 
 
@@ -289,6 +290,10 @@ def hybrid():
         fields[name] = receptive_field(model, images, depth=0)  # (32, 32)
         print(f"  {name}: a token sees {int((fields[name] > 0).sum())} pixels before the first attention; "
               f"{count_parameters(model):,} parameters, {count_flops(model) / 1e6:.0f} MFLOPs")
+    cat = sample_photographs()[1]
+    for name in ("vit_nano_cifar10", "hybrid_cifar10", "convnet_cifar10"):
+        guesses = ", ".join(f"{guess} {share:.0%}" for guess, share in predict(load(name), cat, top=2))
+        print(f"  {name}, trained for ten minutes on small photographs, takes the cat of {cat.name} for: {guesses}")
     large = HybridCNNViT(n_classes=10, embed_dim=384, depth=6)
     print(f"HybridCNNViT(n_classes=10, embed_dim=384, depth=6): {count_parameters(large):,} parameters at 224 pixels.")
     print("Look at: patches lie side by side like tiles; the hybrid's tokens overlap, as a CNN's features do.")

@@ -5,7 +5,10 @@
 
     AttentionVisualizer         the views of one model, its main ones as numbers too; explore makes an HTML page of them
     visualize_..., compare_receptive_fields, plot_images     figures of several images or models
-Compared maps share one colour scale. data/images.py says what an image may be; the numbers come from analysis/.
+
+Each map has a colour scale of its own, which ends at the 99th percentile of its patches, as one patch may hold half
+of the weight; the number at which it ends stands beside it. data/images.py says what an image may be; the numbers come
+from analysis/.
 
 Shapes:  B images, C channels, H, W height and width of an image, P patch side, L blocks, H heads, N tokens (prefix
          tokens, then patches), K classes, n filters, R random orders, S steps of a curve.
@@ -17,18 +20,21 @@ import os
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.colors import LogNorm, PowerNorm
+from matplotlib.colors import LogNorm
 from matplotlib.patches import Circle, Rectangle
 from tqdm import tqdm
 
 from vit_bridge.analysis.attention import (
-    attention_distance,
-    cls_attention_grid,
+    attention_rows,
+    mean_distances,
+    patches_of,
     position_similarity,
     select_attention,
     uniform_attention_distance,
@@ -36,6 +42,7 @@ from vit_bridge.analysis.attention import (
 from vit_bridge.analysis.capture import attention_maps, capture
 from vit_bridge.analysis.explanations import (
     METHODS,
+    area_under,
     cam_layer,
     compare_explanations,
     explain,
@@ -54,6 +61,7 @@ from vit_bridge.data.images import (
     is_input,
     open_image,
     open_picture,
+    prepare_each,
     prepare_image,
     prepare_images,
     remark_on,
@@ -61,22 +69,33 @@ from vit_bridge.data.images import (
 )
 from vit_bridge.data.shapes import TEST_START, make_shapes
 from vit_bridge.errors import InputError, assume, check_index, check_int, pair
-from vit_bridge.models.adapters import adapt, adapt_vit, check_pool
+from vit_bridge.models.adapters import adapt, adapt_vit
 from vit_bridge.models.protocol import class_name
 from vit_bridge.plots.charts import (
+    CLOSE,
     COLOURS,
+    DASHES,
+    MARKERS,
     ORANGE,
     VERMILION,
+    clip_at,
+    clip_between,
+    colour_bar,
     extent_of,
     finish,
     hide_ticks,
+    n_covered_by,
     new_figure,
+    percent,
     proportion,
     set_heading,
+    shared_bar,
     show_legend,
     spread,
+    two_digits,
+    widths,
 )
-from vit_bridge.plots.explorer import explore
+from vit_bridge.plots.explorer import explore, is_page
 from vit_bridge.plots.look import describe, draw_look, draw_panel, look, panels_of, share_colours
 from vit_bridge.preprocessing import FitSize, Whole
 from vit_bridge.runtime import (
@@ -93,6 +112,8 @@ from vit_bridge.weights.pretrained import FIRST_LOOK, PUBLIC, WITH_CLASSES, WITH
 
 TITLES = {"attention": "attention of the last block", "rollout": "attention rollout", "relevance": "relevance",
           "grad_cam": "Grad-CAM"}
+SAME_FOR_EVERY_CLASS = ("attention", "rollout")  # of METHODS; their weights over all tokens sum to one
+SHORT = {"register": "reg.", "distillation token": "dist."}  # names of prefix tokens below a small panel
 
 
 class AttentionVisualizer:
@@ -139,8 +160,7 @@ class AttentionVisualizer:
     def attention_distance(self, images):
         """(L, H) in pixels: how far patches look, over images: a list of them, or a normalised batch (B, C, height,
         width)."""
-        seen = capture(self.model, prepare_images(images, self.model, self.whole))
-        return attention_distance(torch.stack(seen.maps), seen.grid, seen.adapter.patch_size, seen.adapter.n_prefix)
+        return mean_distances(self.model, prepare_images(images, self.model, self.whole))
 
     def explain(self, image, method, target=None, **options):
         """An explanations.Explanation of one image."""
@@ -160,28 +180,28 @@ class AttentionVisualizer:
         Raises InputError for an index out of range or an image that cannot be used.
         """
         images, picture = prepare_image(image, self.model, self.whole)
-        maps = attention_maps(self.model, images).cpu()  # (L, 1, H, N, N)
-        attention = select_attention(maps, layer_idx, head_idx)[0]  # (N, N)
-        grid = self.looks_at(attention, images, patch).numpy()  # (rows, columns)
-        figure = new_figure(12, 1.1 + 3.4 * proportion(picture))
+        rows = attention_rows(self.model, images, patch)  # (L, 1, H, N)
+        row = select_attention(rows, layer_idx, head_idx)[0]  # (N)
+        grid = self.on_patches(row, images).numpy()  # (rows, columns)
+        figure = new_figure(12, 1.3 + 3.4 * proportion(picture))
         left, middle, right = figure.subplots(1, 3)
         left.imshow(picture)
         left.set_title("the image, as the model sees it" + self.describe_prediction(images))
-        mappable = middle.imshow(grid, cmap="viridis", vmin=0, vmax=grid.max(), extent=extent_of(picture))
-        only_cls = self.adapter.n_prefix == 1 and getattr(self.model, "cls_token", True) is not None
-        rest = "CLS" if only_cls else "tokens that are no patch"
-        middle.set_title("weight of each patch" + (f"\n(in all {grid.sum():.1%}; the rest goes to {rest})"
-                                                   if self.adapter.n_prefix else ""))
+        scale = dict(cmap="viridis", vmin=0, vmax=clip_at(grid), extent=extent_of(picture))
+        mappable = middle.imshow(grid, **scale)
+        shares = [f"{name} {share:.1%}" for name, share in self.on_others(row).items()]
+        words = [f"scale to {percent(clip_at(grid))}, largest {percent(grid.max())}",
+                 ", ".join([f"patches {grid.sum():.1%} in all", *shares]) if shares else ""]
+        middle.set_title("\n".join(["weight of each patch", *filter(None, words)]))
         right.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=1)
-        right.imshow(grid, cmap="viridis", vmin=0, vmax=grid.max(), alpha=0.6, extent=extent_of(picture),
-                     interpolation="bilinear")
+        right.imshow(grid, **scale, alpha=0.6, interpolation="bilinear")
         right.set_title("the same over the image,\nsmoothed")
-        figure.colorbar(mappable, ax=right, label="attention weight of a patch")
+        colour_bar(figure, mappable, right, "attention weight of a patch", percent)
         for axes in (left, middle, right):
             hide_ticks(axes)
             if patch is not None:
                 _frame_patch(axes, picture, grid.shape, patch)
-        n_layers, _, n_heads = maps.shape[:3]
+        n_layers, _, n_heads = rows.shape[:3]
         layer = check_index("layer_idx", layer_idx, n_layers)
         head = f"mean of {n_heads} heads"
         if head_idx is not None:
@@ -191,43 +211,46 @@ class AttentionVisualizer:
         return finish(figure, save_path)
 
     def visualize_all_heads(self, image, layers=None, save_path=None, patch=None):
-        """The weights of the patches for CLS, a row for each layer and a column for each head, on one scale.
+        """The weights of the patches for CLS, a row for each layer and a column for each head. Each panel has its own
+        scale, and below it the share of the weight that goes to CLS and to registers.
 
         layers: indices as layer_idx above; None: all, or six from the first to the last where there are more.
         patch: (row, column), instead of CLS.
         """
         images, picture = prepare_image(image, self.model, self.whole)
-        maps = attention_maps(self.model, images).cpu()[:, 0]  # (L, H, N, N)
-        grids = self.looks_at(maps, images, patch)  # (L, H, rows, columns)
-        n_layers, n_heads = grids.shape[:2]
+        rows = attention_rows(self.model, images, patch)[:, 0]  # (L, H, N)
+        n_layers, n_heads = rows.shape[:2]
         layers = [] if layers is None else np.ravel(layers).tolist()
         chosen = [check_index("layer", i, n_layers) for i in layers or spread(n_layers, 6)]
         who = self.who_looks(patch)
         some = f" ({len(chosen)} of {n_layers} layers)" if len(chosen) < n_layers else ""
-        figure = _draw_map_grid([picture] * len(chosen), grids[chosen], [f"layer {layer}" for layer in chosen],
-                               [f"head {head}" for head in range(n_heads)],
-                               f"{who}{some}{self.describe_prediction(images)}", patch=patch)
+        figure = _draw_map_grid([picture] * len(chosen), [self.panels_of(rows[layer], images) for layer in chosen],
+                                [f"layer {layer}" for layer in chosen], [f"head {head}" for head in range(n_heads)],
+                                f"{who}{some}{self.describe_prediction(images)}", WEIGHTS, patch)
         return finish(figure, save_path)
 
     def visualize_all_layers(self, image, save_path=None, patch=None):
-        """A strip of all layers, mean over the heads, on one scale."""
+        """The image, and the weights of the patches in every layer, mean over the heads, each on its own scale."""
         images, picture = prepare_image(image, self.model, self.whole)
-        maps = attention_maps(self.model, images).cpu()[:, 0].mean(dim=1)  # (L, N, N)
-        grids = self.looks_at(maps, images, patch)  # (L, rows, columns)
-        columns = min(6, len(grids))
-        n_rows = math.ceil(len(grids) / columns)
-        figure = new_figure(1.0 + 2.0 * columns, 1.2 + 2.1 * proportion(picture) * n_rows)
-        panels = figure.subplots(n_rows, columns, squeeze=False).flat
-        for axes in panels:
+        rows = attention_rows(self.model, images, patch)[:, 0].mean(dim=1)  # (L, N)
+        maps = self.panels_of(rows, images)
+        n_columns = _columns_for(1 + len(maps), proportion(picture))
+        n_rows = math.ceil((1 + len(maps)) / n_columns)
+        side = min(2.0, 13 / n_columns)
+        figure = new_figure(0.6 + side * n_columns, 2.0 + (side * proportion(picture) + 0.9) * n_rows)
+        first, *others = figure.subplots(n_rows, n_columns, squeeze=False).flat
+        first.imshow(picture)
+        first.set_title("image", fontsize=11)
+        for axes in others:
             axes.set_axis_off()
-        for layer, (axes, grid) in enumerate(zip(figure.axes, grids.numpy(), strict=False)):
+        for layer, (axes, (grid, notes)) in enumerate(zip(others, maps, strict=False)):
             axes.set_axis_on()
-            hide_ticks(axes)
-            mappable = axes.imshow(grid, cmap="viridis", vmin=0, vmax=grids.max().item(), extent=extent_of(picture))
             axes.set_title(f"layer {layer}", fontsize=11)
-            if patch is not None:
-                _frame_patch(axes, picture, grid.shape, patch)
-        figure.colorbar(mappable, ax=figure.axes, label="attention weight of a patch")
+            _draw_map(axes, picture, grid, WEIGHTS, notes, patch)
+        hide_ticks(first)
+        if patch is not None:
+            _frame_patch(first, picture, maps[0][0].shape, patch)
+        shared_bar(figure, figure.axes, WEIGHTS.label, WEIGHTS.ends, WEIGHTS.extend)
         who = self.who_looks(patch)
         set_heading(figure, f"{who}, mean over the heads{self.describe_prediction(images)}", fontsize=13)
         return finish(figure, save_path)
@@ -249,21 +272,25 @@ class AttentionVisualizer:
     def draw_explanation(self, image, method, save_path=None, target=None, **options):
         images, picture = prepare_image(image, self.model, self.whole)
         found = explain(self.model, images, method, target, **options)
-        grid = found.saliency[0].numpy()
-        figure = new_figure(12, 1.2 + 3.4 * proportion(picture))
+        grid, same = found.saliency[0].numpy(), method in SAME_FOR_EVERY_CLASS
+        number, top = percent if same else two_digits, clip_at(grid)
+        figure = new_figure(12, 1.4 + 3.4 * proportion(picture))
         left, middle, right = figure.subplots(1, 3)
         left.imshow(picture)
         left.set_title("the image, as the model sees it" + self.describe_prediction(images))
-        scale = dict(cmap="viridis", vmin=0, vmax=max(grid.max(), 1e-12), extent=extent_of(picture))
+        scale = dict(cmap="viridis", vmin=0, vmax=top, extent=extent_of(picture))
         mappable = middle.imshow(grid, **scale)
-        middle.set_title(self.title_of(method, options))
+        words = [self.title_of(method, options), f"scale to {number(top)}, largest {number(grid.max())}"]
+        if same and self.adapter.prefix:
+            others = " and ".join(dict.fromkeys(self.adapter.prefix))
+            words.append(f"patches {grid.sum():.1%} in all, the rest {others}")
+        middle.set_title("\n".join(words))
         right.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=1)
         right.imshow(grid, alpha=0.6, **scale)
         right.set_title("the same over the image")
-        figure.colorbar(mappable, ax=middle, label="value of a patch")
+        colour_bar(figure, mappable, middle, "weight of a patch" if same else "value of a patch", number)
         for axes in (left, middle, right):
             hide_ticks(axes)
-        same = method in ("attention", "rollout")
         set_heading(figure, "this map is the same for every class" if same else self.describe_class(found), fontsize=13)
         return finish(figure, save_path)
 
@@ -280,28 +307,27 @@ class AttentionVisualizer:
     def visualize_explanations(self, image, target=None, n_steps=16, save_path=None, n_draws=8):
         """All methods on one image: their maps, how far they agree, and how each compares with random order.
 
-        Maps are scaled to a sum of one and share a scale. Below: Spearman's rank correlation of each pair; the
-        probability of the class while patches are hidden, and while they are shown, the most salient first. Random
+        Maps are scaled to a sum of one; each has its own colour scale. Below: Spearman's rank correlation of each pair;
+        the probability of the class while patches are hidden, and while they are shown, the most salient first. Random
         order is drawn n_draws times: the line is the mean, the band two standard deviations of the draws to each side.
         """
         images, picture = prepare_image(image, self.model, self.whole)
         found = compare_explanations(self.model, images, target, n_steps=n_steps, n_draws=n_draws)
         names = list(found.saliencies)
         grids = [(saliency[0] / saliency[0].sum().clamp(min=1e-12)).numpy() for saliency in found.saliencies.values()]
-        figure = new_figure(12.5, 7.0 + 2.5 * max(0.8, proportion(picture)) + 0.5 * len(found.refused))
+        figure = new_figure(12.5, 8.0 + 2.5 * max(0.8, proportion(picture)) + 0.5 * len(found.refused))
         n_panels = 1 + len(names)
-        cells = figure.add_gridspec(2, 3 * n_panels, height_ratios=(2.5 * max(0.8, proportion(picture)), 5.2))
+        cells = figure.add_gridspec(2, 3 * n_panels, height_ratios=(1.2 + 2.5 * max(0.8, proportion(picture)), 5.2))
         panels = [figure.add_subplot(cells[0, 3 * i:3 * i + 3]) for i in range(n_panels)]
         agreement, *curves = [figure.add_subplot(cells[1, i * n_panels:(i + 1) * n_panels]) for i in range(3)]
         panels[0].imshow(picture)
         panels[0].set_title("the image", fontsize=11)
-        scale = PowerNorm(0.5, 0, max(grid.max() for grid in grids))  # weak and strong maps on one scale
+        hide_ticks(panels[0])
         for axes, name, grid in zip(panels[1:], names, grids, strict=True):
-            mappable = axes.imshow(grid, cmap="viridis", norm=scale, extent=extent_of(picture))
+            of_all = f"patches: {found.saliencies[name][0].sum():.1%} of the weight"
+            _draw_map(axes, picture, grid, SHARES_OF_MAP, [of_all] * (name in SAME_FOR_EVERY_CLASS))
             axes.set_title(TITLES[name], fontsize=11)
-        for axes in panels:
-            hide_ticks(axes)
-        figure.colorbar(mappable, ax=panels, label="share, root scale")
+        shared_bar(figure, panels, SHARES_OF_MAP.label, SHARES_OF_MAP.ends, SHARES_OF_MAP.extend)
         refused = [f"left out: {reason}" for reason in found.refused.values()]
         words = [self.describe_class(found) + self.describe_prediction(images), *refused]
         set_heading(figure, "\n".join(words), fontsize=13 if not refused else 10)
@@ -330,10 +356,12 @@ class AttentionVisualizer:
         left.imshow(picture)
         hide_ticks(left)
         left.set_title("the image" + self.describe_prediction(images))
-        for place, (label, colour) in enumerate(zip(shown, COLOURS, strict=False)):
-            right.plot(range(len(lens)), 100 * lens[:, label], color=colour, marker="osD^vPX*"[place % 8],
-                       label=self.name_of(label))
-        right.set(xlabel="blocks that the tokens have passed", ylabel="probability (%)", ylim=(0, 102))
+        blocks = np.arange(len(lens))
+        covered = n_covered_by([(blocks, lens[:, label].numpy()) for label in shown], CLOSE)
+        for place, (label, n_covered) in enumerate(zip(shown, covered, strict=True)):
+            right.plot(blocks, 100 * lens[:, label], color=COLOURS[place], marker=MARKERS[place],
+                       label=self.name_of(label), **widths(n_covered))
+        right.set(xlabel="blocks that the tokens have passed", ylabel="probability (%)", ylim=(-2, 102))
         right.set_title("what the head says when it reads earlier tokens")
         right.set_xticks(spread(len(lens), 13))
         show_legend(right, fontsize=10)
@@ -347,10 +375,14 @@ class AttentionVisualizer:
 
         images: a list of them, or a normalised batch (B, C, height, width). ViT paper, Fig. 7 (right).
         """
-        images = prepare_images(images, self.model, self.whole)
-        distances = self.attention_distance(images).numpy()  # (L, H)
-        grid = self.adapter.grid(images)
-        line = uniform_attention_distance(grid, self.adapter.patch_size)
+        by_size, n_images, distances, line = {}, 0, 0, 0  # photographs that are seen whole have several sizes
+        for one in prepare_each(images, self.model, self.whole):
+            by_size.setdefault(one.shape, []).append(one)
+        for several in by_size.values():
+            batch, n_images = torch.cat(several), n_images + len(several)
+            distances = distances + len(several) * self.attention_distance(batch).numpy()  # (L, H)
+            line += len(several) * uniform_attention_distance(self.adapter.grid(batch), self.adapter.patch_size)
+        distances, line = distances / n_images, line / n_images
         figure = new_figure(8, 4.4)
         axes = figure.subplots()
         blocks = np.arange(len(distances))
@@ -362,18 +394,19 @@ class AttentionVisualizer:
         axes.set(xlabel="layer", ylabel="mean distance (pixels)", ylim=(0, 1.15 * max(line, distances.max())))
         axes.set_xticks(spread(len(distances), 13))
         axes.legend(fontsize=10)
-        axes.set_title(f"How far patches look, over {len(images)} image{'s' * (len(images) > 1)}")
+        axes.set_title(f"How far patches look, over {n_images} image{'s' * (n_images > 1)}")
         return finish(figure, save_path)
 
     def visualize_token_norms(self, image, save_path=None):
-        """The length of each patch token, layer by layer, on one scale; register artefacts are framed."""
+        """The length of each patch token, layer by layer, each layer on its own scale; register artefacts are
+        framed."""
         images, picture = prepare_image(image, self.model, self.whole)
-        norms, artefacts = token_norms(capture(self.model, images))  # (L, 1, rows, columns)
+        norms, artefacts = token_norms(capture(self.model, images, keep=None))  # (L, 1, rows, columns)
         chosen = spread(len(norms), 6)
         title = (f"Length of the patch tokens; {int(artefacts[chosen].sum())} register artefacts (framed) in these "
                  f"{len(chosen)} of {len(norms)} layers{self.describe_prediction(images)}")
-        figure = _draw_map_grid([picture], norms[chosen].transpose(0, 1), [""], [f"layer {i}" for i in chosen], title,
-                               "length of a token")
+        maps = [(norms[layer, 0].numpy(), [f"{int(artefacts[layer].sum())} framed"]) for layer in chosen]
+        figure = _draw_map_grid([picture], [maps], [""], [f"layer {i}" for i in chosen], title, LENGTHS)
         for axes, layer in zip(figure.axes[1:], chosen, strict=False):
             for place in artefacts[layer, 0].nonzero().tolist():
                 _frame_patch(axes, picture, norms.shape[2:], place)
@@ -383,29 +416,36 @@ class AttentionVisualizer:
 
     def explore(self, images, save_path="attention.html", compare_with=None, **options):
         """One self-contained HTML page of images, as explorer.explore makes it: an ExplorerPage, which a notebook
-        shows. compare_with: a second model beside this one, a ViT or a ConvNet."""
-        return explore(self.model, images, save_path, compare_with, **options)
+        shows. compare_with: a second model beside this one, a ViT or a ConvNet; options: max_mb and its others."""
+        return explore(self.model, images, save_path, compare_with, **dict(whole=self.whole) | options)
 
     # ---- Words
 
-    def looks_at(self, attention, images, patch):
-        """The attention of a patch, or if it is None of what the head reads, to each patch: (..., N, N) -> (..., rows,
-        columns)."""
-        grid, first = self.adapter.grid(images), self.adapter.n_prefix
-        if patch is None:
-            check_pool(self.adapter.pool)
-            return cls_attention_grid(attention, grid, first, self.adapter.pool)
-        if not isinstance(patch, (tuple, list)) or len(patch) != 2:
-            raise InputError(f"patch {patch!r} is no place; expected (row, column), such as (0, {grid[1] - 1})")
-        row, column = (check_index("patch", place, n) for place, n in zip(patch, grid, strict=True))
-        return attention[..., first + row * grid[1] + column, first:].unflatten(-1, grid)
+    def on_patches(self, row, images):
+        """Weights of all tokens, (..., N), as those of the patches in their places: (..., rows, columns)."""
+        return patches_of(row, self.adapter.grid(images), self.adapter.n_prefix)
+
+    def on_others(self, row):
+        """Weights of all tokens, (N), as those of the tokens before the patches: {"CLS": share, "registers": share}."""
+        shares = {}
+        for name, share in zip(self.adapter.prefix, row.tolist(), strict=False):
+            shares[name] = shares.get(name, 0) + share
+        many = self.adapter.prefix.count("register") > 1
+        return {f"{name}s" if name == "register" and many else name: share for name, share in shares.items()}
+
+    def panels_of(self, rows, images):
+        """Weights of all tokens, (n, N), as n of (map of the patches, [words for each other kind of token])."""
+        return [(self.on_patches(row, images).numpy(),
+                 [f"{SHORT.get(name.removesuffix('s'), name)} {share:.0%}" if share >= 0.01 else
+                  f"{SHORT.get(name.removesuffix('s'), name)} <1%" for name, share in self.on_others(row).items()])
+                for row in rows]
 
     def who_looks(self, patch=None):
         if patch is not None:
             return f"Where the framed patch {tuple(patch)} looks"
         if self.adapter.pool == "cls":
             return "Where CLS looks"
-        return f"Where {'patches' if self.adapter.reads_patches else self.adapter.pool} look, on average"
+        return f"Where {'patches' if self.adapter.pool == 'mean' else self.adapter.pool} look, on average"
 
     def name_of(self, label):
         names = self.adapter.class_names
@@ -430,61 +470,110 @@ class AttentionVisualizer:
         return f"class explained: {self.name_of(found.targets[0].item())} (probability {found.probabilities[0]:.0%})"
 
 
-def visualize_attention_grid(model, images, save_path=None):
+def visualize_attention_grid(model, images, save_path=None, whole=None):
     """Several images, a row each, with the class predicted: the weights of the patches for what the head reads, mean
-    over the heads.
+    over the heads, each panel on its own scale.
 
     images: a list of them, or a normalised batch (B, 3, H, W). Six layers are shown, from the first to the last, where
-    there are more. Raises InputError for a model without attention.
+    there are more. whole as in AttentionVisualizer: each photograph then has its own proportions. Raises InputError for
+    a model without attention.
     """
-    images = prepare_images(images, model)
-    views = AttentionVisualizer(model, next(model.parameters()).device)
-    maps = attention_maps(model, images).cpu().mean(dim=2)  # (L, B, N, N)
-    grids = views.looks_at(maps, images, None).transpose(0, 1)  # (B, L, rows, columns)
-    chosen = spread(grids.shape[1], 6)
-    pictures = [as_picture(image, adapt(model).preprocessing) for image in images]
-    labels = [f"layer {layer}" for layer in chosen]
-    predicted = [textwrap.fill(words.strip(), 14) for words in views.describe_predictions(images)]
-    figure = _draw_map_grid(pictures, grids[:, chosen], predicted, labels,
-                           f"{views.who_looks()}, mean over the heads")
+    views = AttentionVisualizer(model, device_of(model), whole)
+    fed = prepare_each(images, model, whole)
+    rows = [attention_rows(model, one)[:, 0].mean(dim=1) for one in fed]  # (L, N) each
+    chosen = spread(len(rows[0]), 6)
+    pictures = [as_picture(one, views.adapter.preprocessing) for one in fed]
+    predicted = [textwrap.fill(views.describe_prediction(one).strip(), 14) for one in fed]
+    maps = [views.panels_of(row[chosen], one) for row, one in zip(rows, fed, strict=True)]
+    some = f" ({len(chosen)} of {len(rows[0])} layers)" if len(chosen) < len(rows[0]) else ""
+    figure = _draw_map_grid(pictures, maps, predicted, [f"layer {layer}" for layer in chosen],
+                            f"{views.who_looks()}{some}, mean over the heads", WEIGHTS)
     return finish(figure, save_path)
 
 
 # ---- Panels -----------------------------------------------------------------------------------------------
 
 
-def _draw_map_grid(pictures, grids, row_labels, column_labels, title, label="attention weight of a patch", patch=None):
-    """A Figure with a row for each picture (H, W, 3): the picture, then its maps, grids (rows of the figure,
-    maps in a row, rows, columns), all on one colour scale; a patch (row, column) is framed."""
-    n_rows, n_maps = grids.shape[:2]
-    scale = dict(cmap="viridis", vmin=0, vmax=grids.max().item())
-    side = max(0.8, min(1.6, 12 / n_maps))
-    height = side * max(0.5, proportion(pictures[0])) * n_rows + 1.0
+@dataclass(frozen=True)
+class MapScale:
+    """How maps beside each other are coloured, each on its own scale.
+
+    between   map (rows, columns) -> (low, top), the ends of its scale
+    say       (low, top, largest value) -> the words below its panel
+    label     what the colour bar says; ends, extend: the words at its ends, and which ends values go beyond
+    """
+    between: Callable
+    say: Callable
+    label: str
+    ends: tuple = ("0", "the panel's number")
+    extend: str = "max"
+
+
+WEIGHTS = MapScale(
+    lambda grid: (0, clip_at(grid)), lambda low, top, largest: f"to {percent(top)}\nmax {percent(largest)}",
+    "attention weight of a patch. Each panel has its own scale, from 0 to its 99th percentile, the number below it; "
+    "larger weights, up to the max, look the same. What goes to tokens that are no patch stands below too")
+SHARES_OF_MAP = MapScale(
+    WEIGHTS.between, WEIGHTS.say,
+    "share of its map that a patch has. Each panel has its own scale, from 0 to its 99th percentile, the number below "
+    "it; larger shares, up to the max, look the same")
+LENGTHS = MapScale(
+    clip_between, lambda low, top, largest: f"{two_digits(low)} to {two_digits(top)}\nmax {two_digits(largest)}",
+    "length of a token. Each panel has its own scale, from its 1st to its 99th percentile, the numbers below it; what "
+    "is beyond looks as they do", ("the lower number", "the higher number"), "both")
+
+
+def _draw_map(axes, picture, grid, scale, notes=(), patch=None):
+    """A map (rows, columns) in the frame of its picture, with what its colours mean below it."""
+    low, top = scale.between(grid)
+    axes.imshow(grid, cmap="viridis", vmin=low, vmax=top, extent=extent_of(picture))
+    axes.set_xlabel("\n".join([scale.say(low, top, grid.max()), *notes]), fontsize=9)
+    hide_ticks(axes)
+    if patch is not None:
+        _frame_patch(axes, picture, grid.shape, patch)
+
+
+def _draw_map_grid(pictures, maps, row_labels, column_labels, title, scale, patch=None):
+    """A Figure with a row for each picture (H, W, 3): the picture, then its maps, a list of (rows, columns) with words
+    to stand below each; a patch (row, column) is framed."""
+    n_maps, n_notes = len(maps[0]), 2 + len(maps[0][0][1])
+    side = max(0.78, min(1.7, 12.5 / (1 + n_maps)))
+    heights = [side * proportion(picture) + 0.16 * n_notes for picture in pictures]
     beside = 0.08 * max(len(words) for label in row_labels for words in label.split("\n"))  # inches
-    figure = new_figure(max(6.5, side * (n_maps + 2)) + beside, max(3.0, height))
-    axes = figure.subplots(n_rows, 1 + n_maps, squeeze=False)
-    for picture, line, row_grids, row_label in zip(pictures, axes, grids, row_labels, strict=True):
+    figure = new_figure(max(7.0, side * (1.2 + n_maps)) + beside, max(3.0, sum(heights) + 1.9))
+    axes = figure.subplots(len(pictures), 1 + n_maps, squeeze=False, height_ratios=heights)
+    for picture, line, row, row_label in zip(pictures, axes, maps, row_labels, strict=True):
         line[0].imshow(picture)
         line[0].set_ylabel(row_label, fontsize=10, rotation=0, ha="right", va="center")
-        for panel, grid in zip(line[1:], row_grids.numpy(), strict=True):
-            mappable = panel.imshow(grid, extent=extent_of(picture), **scale)
-        for panel in line if patch is not None else ():
-            _frame_patch(panel, picture, grids.shape[2:], patch)
+        hide_ticks(line[0])
+        if patch is not None:
+            _frame_patch(line[0], picture, row[0][0].shape, patch)
+        for panel, (grid, notes) in zip(line[1:], row, strict=True):
+            _draw_map(panel, picture, grid, scale, notes, patch)
     for panel, heading in zip(axes[0], ["image", *column_labels], strict=True):
-        panel.set_title(heading, fontsize=11)
-    for panel in axes.flat:
-        hide_ticks(panel)
-    figure.colorbar(mappable, ax=axes, label=label)
+        panel.set_title(heading, fontsize=10)
+    shared_bar(figure, axes, scale.label, scale.ends, scale.extend)
     set_heading(figure, title, fontsize=14)
     return figure
 
 
+def _columns_for(n_panels, tall):
+    """In how many columns so many panels, `tall` times as high as wide, fill a page best."""
+    def waste(n_columns):
+        n_rows = math.ceil(n_panels / n_columns)
+        height = n_rows * (min(2.0, 13 / n_columns) * tall + 0.9)
+        return max(0, height - 11), n_columns * n_rows - n_panels
+
+    return min(range(min(n_panels, 6), min(n_panels, 12) + 1), key=waste)
+
+
 def _frame_patch(axes, picture, grid, patch):
-    """A frame around one patch of a picture (H, W, 3) that a grid (rows, columns) cuts."""
+    """A frame around one patch of a picture (H, W, 3) that a grid (rows, columns) cuts; thinner where patches are
+    small."""
     height, width = (side / count for side, count in zip(picture.shape[:2], grid, strict=True))
     row, column = (place % count for place, count in zip(patch, grid, strict=True))
     axes.add_patch(Rectangle((column * width - 0.5, row * height - 0.5), width, height, fill=False,
-                             edgecolor=VERMILION, linewidth=2))
+                             edgecolor=VERMILION, linewidth=2 if max(grid) <= 16 else 1.2))
 
 
 def _draw_agreement(axes, correlations, names):
@@ -502,18 +591,20 @@ def _draw_trust(axes, curves, draws, heading):
     """Curves {name: (S + 1, B)}, the mean over the images; random order dashed, in the band of its draws (R, S + 1, B):
     two standard deviations to each side."""
     draws = draws.mean(dim=2)  # (R, S + 1)
-    for place, (name, values) in enumerate(curves.items()):
-        values = values.nanmean(dim=1).numpy()
+    means = {name: values.nanmean(dim=1) for name, values in curves.items()}  # (S + 1) each
+    share = np.linspace(0, 100, len(next(iter(means.values()))))
+    covered = n_covered_by([(share, values.numpy()) for values in means.values()], CLOSE)
+    for place, ((name, values), n_covered) in enumerate(zip(means.items(), covered, strict=True)):
         control = name not in METHODS
-        share = np.linspace(0, 100, len(values))
-        words = f"{TITLES.get(name, name)}: area {values.mean():.2f}"
+        area, values = area_under(values), values.numpy()
+        words = f"{TITLES.get(name, name)}: area {area:.2f}"
         if control and len(draws) > 1:
             reach = 2 * draws.std(dim=0).numpy()
             axes.fill_between(share, 100 * (values - reach).clip(min=0), 100 * (values + reach).clip(max=1),
                               color="0.35", alpha=0.2, linewidth=0)
-            words += f" ± {2 * draws.mean(dim=1).std():.2f}\n({len(draws)} draws, ± 2 standard deviations)"
-        axes.plot(share, 100 * values, color="0.35" if control else COLOURS[place], linestyle="--" if control else "-",
-                  label=words)
+            words += f" ± {2 * area_under(draws.T).std():.2f}\n({len(draws)} draws, ± 2 standard deviations)"
+        axes.plot(share, 100 * values, color="0.35" if control else COLOURS[place],
+                  linestyle=DASHES[1] if control else "-", linewidth=widths(n_covered)["linewidth"], label=words)
     axes.set(xlabel="patches (%)", ylabel="probability of the class (%)", ylim=(0, 102))
     axes.set_title(heading, fontsize=11)
     axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16))
@@ -547,26 +638,29 @@ def visualize_patch_filters(model, n_filters=28, save_path=None):
     return finish(figure, save_path)
 
 
-def visualize_features(model, images, save_path=None):
+def visualize_features(model, images, save_path=None, whole=None):
     """Patch tokens of several images as colours: their three main directions after three blocks, over all images.
 
     images: a list of them, or a normalised batch (B, 3, H, W). Alike in colour is alike in content, across the images,
-    within one row.
+    within one row. whole as in AttentionVisualizer: each photograph then has its own proportions.
     """
-    images = prepare_images(images, model)
-    seen = capture(model, images)
-    first = seen.adapter.n_prefix
-    depths = spread(len(seen.tokens), 4)[1:]
-    colours = [feature_colours(seen.tokens[depth][:, first:].unflatten(1, seen.grid)) for depth in depths]
-    pictures = [as_picture(image, adapt(model).preprocessing) for image in images]
-    figure = new_figure(1.0 + 1.6 * len(pictures), 1.0 + 1.6 * proportion(pictures[0]) * (1 + len(depths)))
+    fed = prepare_each(images, model, whole)
+    seen = [capture(model, one, keep=None) for one in fed]
+    first, n_blocks = seen[0].adapter.n_prefix, len(seen[0].tokens) - 1
+    depths = spread(n_blocks + 1, 4)[1:]
+    pictures = [as_picture(one, adapt(model).preprocessing) for one in fed]
+    side, tall = min(2.2, max(1.4, 9 / len(pictures))), max(proportion(picture) for picture in pictures)
+    figure = new_figure(1.0 + side * len(pictures), 1.0 + side * tall * (1 + len(depths)))
     panels = figure.subplots(1 + len(depths), len(pictures), squeeze=False)
     for axes, picture in zip(panels[0], pictures, strict=True):
         axes.imshow(picture)
-    for line, depth, rows in zip(panels[1:], depths, colours, strict=True):
-        line[0].set_ylabel(f"after block {depth}\n(of {len(seen.tokens) - 1})", fontsize=11)
-        for axes, one in zip(line, rows.numpy(), strict=True):
-            axes.imshow(one)
+    for line, depth in zip(panels[1:], depths, strict=True):
+        line[0].set_ylabel(f"after block {depth}\n(of {n_blocks})", fontsize=11)
+        tokens = [one.tokens[depth][:, first:] for one in seen]  # (1, n, D) each
+        colours = feature_colours(torch.cat(tokens, dim=1)[:, :, None])[0, :, 0]  # (n of all, 3)
+        for axes, one, part, picture in zip(line, seen, colours.split([len(part[0]) for part in tokens]), pictures,
+                                            strict=True):
+            axes.imshow(part.unflatten(0, one.grid).numpy(), extent=extent_of(picture))
     for axes in panels.flat:
         hide_ticks(axes)
     set_heading(figure, "Patch tokens as colours: their three main directions as red, green and blue", fontsize=12)
@@ -778,8 +872,9 @@ def plot_images(images, titles=None, columns=8, save_path=None, title=None, prep
 # ---- The commands -----------------------------------------------------------------------------------------
 
 
-def _load(name, n_heads):
-    return load(name) if n_heads is None else load(name, n_heads=n_heads)
+def _load(name, n_heads, **facts):
+    facts = dict(facts, n_heads=n_heads)
+    return load(name, **{key: value for key, value in facts.items() if value is not None})
 
 
 def _run_selfcheck(options):
@@ -795,15 +890,22 @@ def _run_selfcheck(options):
 
 
 def _run_explore(options):
-    model = _load(options.pretrained, options.n_heads)
+    """Writes a page, of photographs whole, of drawn shapes as they are drawn; says what is in it."""
+    model = _load(options.pretrained, options.n_heads, class_names=options.class_names)
     other = _load(options.compare_with, options.compare_n_heads) if options.compare_with else None
-    names = [options.pretrained, *[options.compare_with] * bool(options.compare_with)]
-    page = explore(model, _images_for(model, options.photos, options.n_images), options.output, other, names)
-    sizes = dict.fromkeys(adapt(one).img_size for one in (model, other) if one is not None)
-    shape = "square" if all(height == width for height, width in sizes) else "to that shape"
-    print(f"{page.path}: {len(page.html) / 2**20:.1f} MiB, to be opened in any browser. Images are shown as "
-          f"{'each' if other else 'the'} model sees them, {' and '.join('{} x {}'.format(*size) for size in sizes)} "
-          f"pixels, cut {shape} from their middle; a model knows no classes but its own.")
+    whole = Whole(options.max_tokens, options.img_size) if options.photos else None
+    for one in (model, other):
+        if whole and one is not None:
+            one.any_size = True
+    replaced = is_page(options.output)
+    page = explore(model, _images_for(model, options.photos, options.n_images), options.output, other,
+                   [options.pretrained, *[options.compare_with] * bool(options.compare_with)], whole=whole,
+                   max_mb=options.max_mb)
+    for remark in page.remarks:
+        print(remark)
+    print(f"{page.path}: {page.megabytes:.1f} MB{', in place of the page that was there' if replaced else ''}, to be "
+          f"opened in any browser. {'Photographs are seen whole, in' if whole else 'Drawn shapes are seen in'} "
+          f"{page.describe_grids()}; a model knows no classes but its own.")
 
 
 def _images_for(model, photos, n_images):
@@ -839,6 +941,13 @@ def _command_parser():
                                   "%(default)s, which knows ten drawn shapes and nothing else)")
         add_n_heads(command, of="the model")
         command.set_defaults(run=run)
+    add_class_names(command)
+    command.add_argument("--max-tokens", type=int_at_least(1), metavar="N", help="patches of a photograph at most "
+                         "(default: as many as the model was built for)")
+    command.add_argument("--img-size", type=int_at_least(1), nargs="+", action=Size, metavar="PIXELS", help="a side, "
+                         "or height and width, to which photographs are stretched instead")
+    command.add_argument("--max-mb", type=positive(), default=50.0, metavar="MB", help="how large the page may be: "
+                         "photographs get as many patches as fit (default: %(default)g)")
     command.add_argument("--compare-with", metavar="NAME", help="a second model beside it, a ViT or a ConvNet")
     add_n_heads(command, "--compare-n-heads", "the second model")
     command.add_argument("--output", default="attention.html", help="where the page is written (default: %(default)s)")
@@ -869,7 +978,8 @@ def _look_parser():
     parser.add_argument("--img-size", type=int_at_least(1), nargs="+", action=Size, metavar="PIXELS", help="a side, or "
                         "height and width, to which photographs are stretched (default: their own proportions)")
     parser.add_argument("--crop", action="store_true", help="show the model the middle alone, as in validation")
-    parser.add_argument("--max-mb", type=positive(), metavar="M", help="size of explorer.html at most")
+    parser.add_argument("--max-mb", type=positive(), default=50.0, metavar="M", help="how large explorer.html may be: "
+                        "it gets as many patches as fit (default: %(default)g)")
     parser.add_argument("--label", help="what picture and page call the model (default: its name)")
     add_class_names(parser)
     add_n_heads(parser, of="the model")
@@ -905,10 +1015,10 @@ def _run_look(options):
             share_colours(looks)
         for file, folder, one in zip(files, folders, looks, strict=True):
             bar.set_description_str(f"drawing {Path(file).name}")
-            written = _write_look(model, one, file, folder, name, whole, options.max_mb)
+            written, remarks = _write_look(model, one, file, folder, name, whole, options.max_mb)
             bar.update()
             with bar.external_write_mode():
-                _print_look(one, file, name, folder, written, options.crop)
+                _print_look(one, file, name, folder, written, remarks, options.crop)
     print(f"{'Took':12} {time.monotonic() - started:.0f} s")
 
 
@@ -924,7 +1034,7 @@ def _model_to_look_with(options):
         if options.pretrained:
             raise
         model = load(WITHOUT_NETWORK, **facts)
-        name = f"{WITHOUT_NETWORK}, shipped: {FIRST_LOOK} could not be downloaded"
+        name = f"{WITHOUT_NETWORK} (shipped; {FIRST_LOOK} could not be downloaded)"
         side = adapt(model).img_size[0]
         assume(f"{FIRST_LOOK} cannot be downloaded ({error.reason}), so the shipped {WITHOUT_NETWORK} is shown, a ViT "
                f"for images of {side} pixels; --pretrained NAME or FILE takes another")
@@ -984,12 +1094,13 @@ def _identity(file, name):
 
 
 def _write_look(model, found, file, folder, name, whole, max_mb):
-    """Writes all files of a look, the page first, as that may be refused; returns their paths."""
-    written = []
+    """Writes all files of a look, the page first, as that may be refused: (their paths, remarks on the page)."""
+    written, remarks = [], []
     if found.adapter.attends:
         page = explore(model, [file], folder / "explorer.html", names=[name], title=f"{Path(file).name}: {name}",
                        whole=whole, max_mb=max_mb)
         written.append(page.path)
+        remarks = page.remarks
     heading = f"{Path(file).name}, {' × '.join(map(str, found.size))} pixels"
     figures = dict(look=draw_look(found, name, heading))
     figures |= {panel.name: draw_panel(panel, found, name) for panel in panels_of(found) if panel.tiles}
@@ -999,15 +1110,17 @@ def _write_look(model, found, file, folder, name, whole, max_mb):
         written.append(path)
     record = dict(of=_identity(file, name), found=dict(describe(found, name)), files=[path.name for path in written])
     write_json(record, folder / "look.json")
-    return [folder / "look.png", *(path for path in written if path.name != "look.png")]
+    return sorted(written, key=lambda path: path.name != "look.png"), remarks
 
 
-def _print_look(found, file, name, folder, written, cropped):
+def _print_look(found, file, name, folder, written, remarks, cropped):
     print(f"{file}")
     for what, words in describe(found, name, cropped):
         print(f"{what:12} {words}")
     print(f"{'Written':12} {folder}{os.sep}: " + ", ".join(f"{path.name} ({_in_bytes(path.stat().st_size)})"
                                                           for path in written))
+    for remark in remarks:
+        print(f"{'Page':12} {remark}")
     if not found.adapter.attends:
         print(f"{'Page':12} none, as a ConvNet has no attention to play with; beside a ViT: python visualizations.py "
               f"explore {file} --compare-with {name}")

@@ -1,7 +1,7 @@
 """The results that the project keeps: one JSON file a run, and the page that is drawn from them.
 
     python benchmarks/results.py add TABLE runs/NAME     keeps the result of a run of train_vit.py in a table
-    python benchmarks/results.py ship NAME runs/NAME     puts its best model into vit_bridge/weights/shipped, in float16
+    python benchmarks/results.py ship NAME runs/NAME     puts its best model into vit_bridge/weights/shipped, in 8 bits
     python benchmarks/results.py cells FOLDER            keeps what cnn_vs_vit.py --train has measured
     python benchmarks/results.py gpu OUT/cells.json      keeps what benchmarks/on_gpu.sh has measured
     python benchmarks/results.py page                    writes benchmarks/RESULTS.md anew from all of them
@@ -31,8 +31,10 @@ TRAINING_TABLES = {
     "cifar10-jpeg": "CIFAR-10 (JPEG), five minutes (`python train_vit.py --data-dir DIR --minutes 5 --model MODEL "
                     "--recipe classic`). JPEG is lossy: accuracies published for the original files are 2 to 3 points "
                     "higher",
-    "weights": "The models in vit_bridge/weights/shipped, on the built-in shapes (the command is in each result; then "
-               "`python benchmarks/results.py ship NAME runs/RUN`)",
+    "weights": "The models in vit_bridge/weights/shipped: in float32 on the built-in shapes; in bfloat16, in ten "
+               "minutes, on CIFAR-10 (JPEG), the photographs. The hybrid and the ConvNet of the photographs were "
+               "trained beside other work: the ConvNet's speed was measured so low that it made few steps (the "
+               "command is in each result; then `python benchmarks/results.py ship NAME runs/RUN`)",
 }
 TABLES = {
     **TRAINING_TABLES,
@@ -60,10 +62,13 @@ TABLES = {
             "cnn_vs_vit.py --full --only data`; CIFAR-10 (JPEG): with `--data-dir CIFAR --shares 0.01 0.1 1`)",
     "verdicts": "What `python cnn_vs_vit.py --data-dir DIR --minutes M` says of folders where the truth is known "
                 "(`python benchmarks/verdicts.py --keep`)",
-    "trust": "How far to trust each explanation (`python benchmarks/trust.py --keep`): the mean probability of the "
-             "class while patches are hidden in a map's order (deletion: less is better) and while they are shown "
-             "(insertion: more is better), over 500 test images of the drawn shapes, a new model for each seed. Equal "
-             "values go in a random order; random order is the mean of eight draws; images without a map are left out",
+    "trust": "How far to trust each explanation (`python benchmarks/trust.py --keep`): the area under the probability "
+             "of the class while patches are hidden in a map's order (deletion: less is better) and while they are "
+             "shown on a blurred image (insertion: more is better), over 500 test images of the drawn shapes, a new "
+             "model for each seed. Equal values go in a random order; random order is the mean of eight draws; images "
+             "without a map are left out",
+    "views": "Each view of one photograph, by a process of its own (`python benchmarks/views.py --keep`; its head says "
+             "how): seconds of one call, and the most memory it holds beyond what the model does",
     "throughput": "VisionTransformer beside its peers, images a second (`python benchmarks/throughput.py --keep`; its "
                   "head says how). Medians over rounds in which every library takes a turn; a ratio is the peer's "
                   "seconds over ours in the same round, with the 95% interval of the median (of rounds taken as "
@@ -74,6 +79,11 @@ TABLES = {
                   "the machine multiplies it: here another one, with AVX512-BF16",
     "growth": "Time and memory against the number of tokens (`python benchmarks/growth.py --keep`), exponents from the "
               "upper half of the sizes",
+    "explorer": "The explorer's page of one photograph against the number of tokens, in Chromium (`python "
+                "benchmarks/explorer.py --keep`). A hover is the choice of another patch until it is drawn, of where "
+                "it looks in one head, of who looks at it, and of the mean of the heads, median of 15. The error is "
+                "that of a weight: of twenty rows at random, as the page computes them, beside the model's own "
+                "softmax, and of all rows, as the page states it",
     "formats": "Formats of checkpoints (`python benchmarks/formats.py --keep`): the source model is built at random, "
                "saved in its own format and loaded by `load_checkpoint`; the difference is the largest of all tokens "
                "and logits, over their largest value, in float64 unless the format is float32",
@@ -149,7 +159,7 @@ def ship(name, run):
 
     result = json.loads((run / "result.json").read_text())
     path = HERE.parent / "vit_bridge" / "weights" / "shipped" / f"{name}.pt"
-    save_model(load(run / "best.pt"), path, dtype=torch.float16, command=result["command"], seed=result["seed"],
+    save_model(load(run / "best.pt"), path, dtype=torch.int8, command=result["command"], seed=result["seed"],
                test_acc=result["test_acc"])
     print(f"{path}: {path.stat().st_size:,} bytes")
 
@@ -185,7 +195,8 @@ def page():
                 "mutants": mutant_lines, "processes": process_lines, "few-images": few_image_lines,
                 "targets": target_lines, "factors": factor_lines, "steps": step_lines, "reach": reach_lines,
                 "cues": cue_lines, "data": data_lines, "verdicts": verdict_lines, "trust": trust_lines,
-                "augmentation": augmentation_lines, "gpu": gpu_lines}.get(table, run_lines)
+                "views": view_lines, "augmentation": augmentation_lines, "gpu": gpu_lines,
+                "explorer": explorer_lines}.get(table, run_lines)
         lines += [f"## {table}", "", f"{title}.", "", *draw(tables[table])]
         for where in sorted({describe_origin(cell) for cell in tables[table]}):
             lines += [f"Measured on {where}.", ""]
@@ -202,11 +213,13 @@ def run_lines(cells):
     lines = ["| model | seed | test accuracy | interval | linear | images/s | data | steps | seconds |",
              "|---|---:|---:|---|---:|---:|---:|---:|---:|"]
     by_model = defaultdict(list)
+    several = len({cell["result"]["dataset"] for cell in cells}) > 1
     for cell in cells:
         r = cell["result"]
-        by_model[r["model"]].append(r["test_acc"])
+        name = r["model"] + f", {'photographs' if r['dataset'] == 'folder' else r['dataset']}" * several
+        by_model[name].append(r["test_acc"])
         low, high = r["test_interval"]
-        lines.append(f"| {r['model']} | {r['seed']} | {r['test_acc']:.1%} | {low:.1%} to {high:.1%} | "
+        lines.append(f"| {name} | {r['seed']} | {r['test_acc']:.1%} | {low:.1%} to {high:.1%} | "
                      f"{r['linear_test_acc']:.1%} | {r['images_per_second']:.0f} | {r['data_share']:.1%} | "
                      f"{r['n_steps']} | {r['seconds']:.0f} |")
     lines.append("")
@@ -475,7 +488,40 @@ def trust_lines(cells):
             values = " | ".join(f"{r[what][name]:.3f}" for name in names)
             draws = f"{min(r['draws'][what]):.3f} to {max(r['draws'][what]):.3f}"
             lines.append(f"| {what} | {cell['seed']} | {r['right']} | {values} | {draws} | {r['blank']['grad_cam']} |")
+    methods = [name for name in names if name in cells[0]["result"]["leads"]["deletion"]]
+    lines += ["", "Less random order, image by image: mean ± standard error over the images.", "",
+              "| | seed | " + " | ".join(methods) + " |", "|---|---:|" + "---:|" * len(methods)]
+    for what in ("deletion", "insertion"):
+        for cell in cells:
+            values = " | ".join("{:+.3f} ± {:.3f}".format(*cell["result"]["leads"][what][name]) for name in methods)
+            lines.append(f"| {what} | {cell['seed']} | {values} |")
     return [*lines, ""]
+
+
+def view_lines(cells):
+    """A table for each model: a row for each view, and beside it what an older checkout made of it."""
+    lines = []
+    for model in dict.fromkeys(cell["result"]["model"] for cell in cells):
+        own = {cell["result"]["name"]: cell["result"] for cell in cells if cell["result"]["model"] == model}
+        names = sorted(own)  # "before", "now"
+        commits = ", ".join(f"{name}: commit {own[name]['code']}" for name in names)
+        lines += [f"### {own[names[-1]]['what']}", "", f"{commits}.", "",
+                  f"| | {' | '.join(f'{name}: s | MiB' for name in names)} | |",
+                  f"|---|{'---:|---:|' * len(names)}---|"]
+        for view, last in own[names[-1]]["views"].items():
+            figures = " | ".join(_figures_of_view(own[name]["views"].get(view)) for name in names)
+            lines.append(f"| {view} | {figures} | {last['status']} |")
+        lines.append("")
+    return lines
+
+
+def _figures_of_view(found):
+    """Seconds | MiB, or in their place why there are none."""
+    if found is None:
+        return "absent | "
+    if found["status"] != "ok":
+        return f"{found['status'].partition(':')[0]} | "
+    return f"{found['seconds']:.1f} | {found['mebibytes']:,.0f}"
 
 
 def augmentation_lines(cells):
@@ -483,6 +529,18 @@ def augmentation_lines(cells):
     for row in cells[0]["result"]["rows"]:
         lines.append(f"| {row['what']} | {row['ours']:,} | {row['torchvision']:,} | {row['ratio']:.1f} "
                      f"({row['lowest']:.1f} to {row['highest']:.1f}) |")
+    return [*lines, ""]
+
+
+def explorer_lines(cells):
+    lines = ["| model | tokens | bits | MB | loads in, s | hover, ms: from, to, mean | error of twenty rows, of their "
+             "largest weight | error of all rows | made in, s |", "|---|---:|---:|---:|---:|---|---|---|---:|"]
+    for cell in cells:
+        for r in cell["result"]["rows"]:
+            hover = ", ".join(f"{ms:.0f}" for ms in r["hover_ms"].values())
+            lines.append(f"| {cell['result']['model']} | {r['tokens']:,} | {r['bits']} | {r['bytes'] / 1e6:.2f} | "
+                         f"{r['load_seconds']:.2f} | {hover} | {r['row_error']:.2g}, {r['row_error_relative']:.2%} | "
+                         f"{r['weight_error']:.2g}, {r['relative_error']:.2%} | {r['seconds']:.1f} |")
     return [*lines, ""]
 
 

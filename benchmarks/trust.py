@@ -19,7 +19,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from results import write_cell
 
-from vit_bridge.analysis.explanations import agreement, compare_explanations
+from vit_bridge.analysis.explanations import agreement, area_under, compare_explanations, mean_and_error
 from vit_bridge.compare.trials import RATES, RECIPE, train_once
 from vit_bridge.data.loaders import get_data_loaders
 from vit_bridge.data.shapes import TEST_START, make_shapes
@@ -31,8 +31,9 @@ STEPS, N_IMAGES = 2000, 500
 
 def areas(model, images, seed, chunk=100, **options):
     """A dict: deletion and insertion, method -> the mean area over the images that have a map; draws, "deletion" and
-    "insertion" -> the mean area of each random order; blank, method -> the number of images without a map; the mean
-    rank correlations of the methods. options: of compare_explanations."""
+    "insertion" -> the mean area of each random order; leads, the same two -> method -> (mean, standard error) of the
+    area less that of random order, image by image; blank, method -> the number of images without a map; the mean rank
+    correlations of the methods. options: of compare_explanations."""
     found = [compare_explanations(model, part, seed=seed, **options) for part in images.split(chunk)]
     for one in found:
         if one.refused:
@@ -41,9 +42,13 @@ def areas(model, images, seed, chunk=100, **options):
     for what in ("deletion", "insertion"):
         curves = {name: torch.cat([getattr(one, what)[name] for one in found], dim=1)
                   for name in getattr(found[0], what)}  # (S + 1, B) each
-        result[what] = {name: values.mean(dim=0).nanmean().item() for name, values in curves.items()}
-    result["draws"] = {what: torch.cat([one.draws[what] for one in found], dim=2).mean(dim=(1, 2)).tolist()
-                       for what in ("deletion", "insertion")}
+        result[what] = {name: area_under(values).nanmean().item() for name, values in curves.items()}
+    result["draws"], result["leads"] = {}, {}
+    for what in ("deletion", "insertion"):
+        draws = torch.cat([one.draws[what] for one in found], dim=2)  # (R, S + 1, B)
+        result["draws"][what] = area_under(draws.transpose(0, 1)).mean(dim=1).tolist()
+        result["leads"][what] = {name: mean_and_error(torch.cat([one.differences[what][name] for one in found]))
+                                 for name in found[0].saliencies}
     saliencies = {name: torch.cat([one.saliencies[name] for one in found]) for name in found[0].saliencies}
     result["blank"] = {name: sum(one.blank.get(name, 0) for one in found) for name in saliencies}
     result["correlations"] = dict(names=list(saliencies), values=agreement(list(saliencies.values())).tolist())
@@ -81,6 +86,8 @@ def main():
             print(f"  {name:<14} deletion {deletion:.3f}, insertion {result['insertion'][name]:.3f}{blank}", flush=True)
         for what, values in result["draws"].items():
             print(f"  {what} of random orders: {min(values):.3f} to {max(values):.3f}", flush=True)
+            for name, (mean, error) in result["leads"][what].items():
+                print(f"  {what}, {name} less random order: {mean:+.3f} ± {error:.3f}", flush=True)
         if options.keep:
             write_cell("trust", f"vit_nano-{seed}", seed, command_of(seed, options.steps, options.n_images),
                        dict(steps=options.steps, n=len(images), right=right, val_acc=val_acc, **result, device="cpu"))

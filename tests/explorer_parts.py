@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import zlib
 
 import numpy as np
 import torch
@@ -14,9 +15,42 @@ def data_of(page):
     return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page.html, re.S)[1])
 
 
-def unpacked(part, n):
-    values = np.frombuffer(base64.b64decode(part["values"]), np.uint8).reshape(-1, n, n)
-    return values * np.frombuffer(base64.b64decode(part["factors"]), "<f4").reshape(-1, n, 1).astype(float)
+def blob(data, index, kind):
+    return np.frombuffer(zlib.decompress(base64.b64decode(data["blobs"][index])), kind)
+
+
+def kept_maps(data, model=0, image=0):
+    """The attention (L, H, N, N) that the page computes of an image; and the rest of each layer's numbers: the
+    log-sum-exp of rows (H, N), and what follows it."""
+    described = data["models"][model]
+    own = described["images"][image]
+    n = len(described["prefix"]) + own["rows"] * own["columns"]
+    kind, maps, rests = f"<i{data['bits'] // 8}", [], []
+    for layer in own["attention"]["layers"]:
+        heads, width, biased = layer["heads"], layer["width"], layer["biased"]
+        q, k = blob(data, layer["numbers"], kind).reshape(2, heads, n, width).astype(float)
+        floats = blob(data, layer["floats"], "<f4").astype(float)
+        weight, lift, step, rest = np.split(floats, np.cumsum([heads * width, heads * n, biased]))
+        scores = (q * weight.reshape(heads, 1, width)) @ k.transpose(0, 2, 1) + lift.reshape(heads, 1, n)
+        if biased:
+            codes = blob(data, layer["bias"], kind).reshape(biased, n, n)
+            scores = scores + np.where(codes == np.iinfo(kind).min, -np.inf, codes * step.reshape(biased, 1, 1))
+        exps = np.exp(scores - scores.max(axis=2, keepdims=True))
+        maps.append(exps / exps.sum(axis=2, keepdims=True))
+        rests.append(rest)
+    return np.stack(maps), rests
+
+
+def vector(data, name, model=0, image=0):
+    """What the page holds of rollout or relevance, (n)."""
+    return blob(data, data["models"][model]["images"][image][name], "<f4")
+
+
+def fields_of(data, model, image=0):
+    """What a ConvNet's units see, (depths, n, n)."""
+    own = data["models"][model]["images"][image]
+    n = own["rows"] * own["columns"]
+    return blob(data, own["values"], "u1").reshape(-1, n, n) * blob(data, own["factors"], "<f4").reshape(-1, n, 1)
 
 
 def small_convnet(**options):

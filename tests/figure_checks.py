@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
 from vit_bridge.models.convnet import ConvNet
@@ -56,3 +57,27 @@ def assert_no_text_clipped(figure):
         box = text.get_window_extent()
         assert page.contains(box.x0, box.y0), text.get_text()
         assert page.contains(box.x1, box.y1), text.get_text()
+
+
+def maps_of(figure):
+    """The maps of a figure, one a panel, as they are shown: 0 to 1 on their colour scale, (rows, columns) each."""
+    images = [axes.images[-1] for axes in figure.axes if axes.images and not axes.texts]
+    return [np.clip(image.norm(image.get_array()).filled(np.nan), 0, 1) for image in images
+            if image.get_array().ndim == 2]
+
+
+def share_with_contrast(*figures):
+    """The share of the panels with maps whose middle 80% of patches span at least a tenth of the colours."""
+    spans = [np.subtract(*np.nanquantile(shown, [0.9, 0.1])) for figure in figures for shown in maps_of(figure)]
+    return float(np.mean([span >= 0.1 for span in spans]))
+
+
+def seen_pixels(figure, colour):
+    """How many pixels of a figure, drawn without its legends, have this colour."""
+    for axes in figure.axes:
+        if axes.get_legend():
+            axes.get_legend().remove()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="rgba", dpi=100)
+    pixels = np.frombuffer(buffer.getvalue(), np.uint8).reshape(-1, 4)[:, :3]
+    return int((np.abs(pixels - 255 * np.array(to_rgb(colour))).max(axis=1) < 25).sum())

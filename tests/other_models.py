@@ -1,9 +1,13 @@
 """Small ViTs of other libraries, with random weights, and ours with the same: for tests of what looks into them."""
 
+from functools import partial
+
 import timm
 import torch
 import torchvision
 import transformers
+from timm.models.deit import VisionTransformerDistilled
+from torch import nn
 
 from vit_bridge.weights.checkpoints import load_checkpoint
 from vit_model import VisionTransformer
@@ -13,10 +17,10 @@ HF = dict(image_size=SIDE, patch_size=PATCH, num_labels=CLASSES, hidden_size=D, 
           num_attention_heads=HEADS, intermediate_size=3 * D)
 
 
-def timm_vit(**options):
+def timm_vit(model_class=timm.models.VisionTransformer, **options):
     settings = dict(img_size=SIDE, patch_size=PATCH, num_classes=CLASSES, embed_dim=D, depth=DEPTH, num_heads=HEADS,
                     mlp_ratio=3)
-    return timm.models.VisionTransformer(**settings | options)
+    return model_class(**settings | options)
 
 
 def torchvision_vit():
@@ -25,6 +29,115 @@ def torchvision_vit():
 
 def transformers_vit(attention="sdpa"):
     return transformers.ViTForImageClassification(transformers.ViTConfig(**HF, attn_implementation=attention))
+
+
+class DinoVisionTransformer(nn.Module):
+    """A stand-in for the class of facebookresearch/dinov2, with its names, of timm's blocks. n_chunks: as in trainings,
+    blocks lie in chunks, after place holders for those of earlier chunks."""
+
+    def __init__(self, num_register_tokens=0, n_chunks=0):
+        super().__init__()
+        self.patch_embed = timm.layers.PatchEmbed(SIDE, PATCH, 3, D)
+        self.cls_token, self.mask_token = nn.Parameter(torch.zeros(1, 1, D)), nn.Parameter(torch.zeros(1, D))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, D))
+        self.num_register_tokens = num_register_tokens
+        self.register_tokens = nn.Parameter(torch.zeros(1, num_register_tokens, D)) if num_register_tokens else None
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        blocks = [timm.models.vision_transformer.Block(D, HEADS, 3, qkv_bias=True, init_values=1.0, norm_layer=norm)
+                  for _ in range(DEPTH)]
+        self.chunked_blocks = n_chunks > 0
+        self.blocks = nn.ModuleList(blocks)
+        if n_chunks:
+            size = DEPTH // n_chunks
+            self.blocks = nn.ModuleList(nn.ModuleList([nn.Identity()] * i + blocks[i:i + size])
+                                        for i in range(0, DEPTH, size))
+        self.norm, self.head = norm(D), nn.Identity()
+
+    def forward(self, images):
+        patches = self.patch_embed(images)  # (B, n, D)
+        x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self.pos_embed
+        if self.register_tokens is not None:
+            x = torch.cat([x[:, :1], self.register_tokens.expand(len(images), -1, -1), x[:, 1:]], dim=1)
+        for chunk in self.blocks if self.chunked_blocks else [self.blocks]:
+            for block in chunk:
+                x = block(x)
+        return self.head(self.norm(x)[:, 0])
+
+
+DinoVisionTransformer.__module__ = "dinov2.models.vision_transformer"
+
+
+def of_transformers(name, attention="sdpa", **options):
+    """A model of transformers by the name of its class; without a config of its own that of its base."""
+    model_class = getattr(transformers, name)
+    known = model_class.config_class().to_dict()
+    settings = {key: value for key, value in HF.items() if key in known or key == "num_labels"}
+    ratio = dict(mlp_ratio=3) if "mlp_ratio" in known else {}
+    return model_class(model_class.config_class(**settings | ratio | options, attn_implementation=attention))
+
+
+def torchvision_without_head():
+    model = torchvision_vit()
+    model.heads = nn.Identity()
+    return model
+
+
+# Name -> (build, what the head reads, the names of the prefix tokens), and whether it has a head.
+CLS, TWO, DIST = ("CLS",), ("CLS", "distillation token"), "CLS and the distillation token"
+BESIDE, SINGLE = "CLS and the mean of the patches", "every token by itself"
+POOLED, REGISTERS = "the patches by attention pooling", ("CLS", "register", "register")
+TWO_REGISTERS = dict(num_register_tokens=2)
+WITH_HEAD = {
+    "timm": (timm_vit, "cls", CLS),
+    "timm, mean": (partial(timm_vit, global_pool="avg"), "mean", CLS),
+    "timm, norm before the blocks": (partial(timm_vit, pre_norm=True), "cls", CLS),
+    "timm, no CLS": (partial(timm_vit, class_token=False, global_pool="avg", reg_tokens=1), "mean", ("register",)),
+    "timm, attention pooling": (partial(timm_vit, class_token=False, global_pool="map"), POOLED, ()),
+    "timm, distilled": (partial(timm_vit, VisionTransformerDistilled), DIST, TWO),
+    "torchvision": (torchvision_vit, "cls", CLS),
+    **{name: (partial(of_transformers, name), "cls", CLS) for name in (
+        "ViTForImageClassification", "ViTMSNForImageClassification")},
+    "DeiTForImageClassification": (partial(of_transformers, "DeiTForImageClassification"), "cls", TWO),
+    "DeiTForImageClassificationWithTeacher": (
+        partial(of_transformers, "DeiTForImageClassificationWithTeacher"), DIST, TWO),
+    "Dinov2ForImageClassification": (partial(of_transformers, "Dinov2ForImageClassification"), BESIDE, CLS),
+    "Dinov2WithRegistersForImageClassification": (
+        partial(of_transformers, "Dinov2WithRegistersForImageClassification", **TWO_REGISTERS), BESIDE, REGISTERS),
+    "IJepaForImageClassification": (partial(of_transformers, "IJepaForImageClassification"), "mean", ()),
+}
+HEADLESS = {
+    "timm, no head": (partial(timm_vit, num_classes=0), "cls", CLS),
+    "timm, no head, mean": (partial(timm_vit, num_classes=0, global_pool="avg"), "mean", CLS),
+    "timm, no head, all tokens": (partial(timm_vit, num_classes=0, global_pool=""), "cls", CLS),
+    "timm, no head, no CLS": (partial(timm_vit, num_classes=0, global_pool="", class_token=False), SINGLE, ()),
+    "timm, no head, attention pooling": (partial(timm_vit, num_classes=0, global_pool="map"), POOLED, CLS),
+    "timm, no head, distilled": (partial(timm_vit, VisionTransformerDistilled, num_classes=0), DIST, TWO),
+    "timm, DINOv2 with registers": (partial(timm_vit, num_classes=0, reg_tokens=2, no_embed_class=True, init_values=1,
+                                            dynamic_img_size=True), "cls", REGISTERS),
+    "torchvision, no head": (torchvision_without_head, "cls", CLS),
+    "the hub's DINOv2": (DinoVisionTransformer, "cls", CLS),
+    "the hub's DINOv2, registers, in chunks": (partial(DinoVisionTransformer, 2, n_chunks=3), "cls", REGISTERS),
+    **{name: (partial(of_transformers, name), "cls", CLS) for name in ("ViTModel", "ViTMSNModel", "Dinov2Model")},
+    "ViTForImageClassification, no labels": (
+        partial(of_transformers, "ViTForImageClassification", num_labels=0), "cls", CLS),
+    "DeiTModel": (partial(of_transformers, "DeiTModel"), "cls", TWO),
+    "Dinov2WithRegistersModel": (partial(of_transformers, "Dinov2WithRegistersModel", **TWO_REGISTERS), "cls",
+                                 REGISTERS),
+    "IJepaModel": (partial(of_transformers, "IJepaModel"), SINGLE, ()),
+}
+
+
+def randomised(model):
+    """In eval mode, with every parameter drawn, so that no zero hides anything."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def some_images(n=2, size=(SIDE, SIDE)):
+    return torch.randn(n, 3, *size, generator=torch.Generator().manual_seed(1))
 
 
 BUILDERS = {

@@ -6,7 +6,20 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from figure_checks import GRID, PATCH, SIZE, assert_no_text_clipped, convnet, data_of, pixels, square_vit, texts, vit
+from figure_checks import (
+    GRID,
+    PATCH,
+    SIZE,
+    assert_no_text_clipped,
+    convnet,
+    data_of,
+    maps_of,
+    pixels,
+    share_with_contrast,
+    square_vit,
+    texts,
+    vit,
+)
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from other_models import HF, shared, timm_vit, torchvision_vit, transformers_vit
@@ -15,10 +28,17 @@ from PIL import Image
 import visualizations as v
 from vit_bridge.analysis.attention import attention_distance, uniform_attention_distance
 from vit_bridge.analysis.capture import attention_maps
-from vit_bridge.analysis.explanations import compare_explanations, explain
+from vit_bridge.analysis.explanations import area_under, compare_explanations, explain
 from vit_bridge.data.images import prepare_image
+from vit_bridge.data.shapes import TEST_START, make_shapes
 from vit_bridge.models.adapters import adapt
+from vit_bridge.plots.charts import percent
+from vit_bridge.preprocessing import Whole
+from vit_bridge.system import ROOT
+from vit_bridge.weights.checkpoints import load
 from vit_model import InputError, VisionTransformer
+
+REAL = ROOT.parent / "shared" / "weights" / "dinov2_vits14_focus.safetensors"
 
 
 def test_visualize_attention_draws_the_map_and_prediction(tmp_path):
@@ -38,7 +58,12 @@ def test_visualize_attention_draws_the_map_and_prediction(tmp_path):
     np.testing.assert_allclose(shown, picture, atol=1e-6)
     np.testing.assert_allclose(grid, expected, rtol=1e-6)
     np.testing.assert_allclose(smooth, expected, rtol=1e-6)
-    assert f"in all {maps[2, 0].mean(dim=0)[0, 1:].sum():.1%}; the rest goes to CLS" in texts(figure)
+    row, top = maps[2, 0].mean(dim=0)[0], sorted(expected.flat)[-2]  # the 99th percentile of nine
+    assert f"patches {row[1:].sum():.1%} in all, CLS {row[0]:.1%}" in texts(figure)
+    assert f"scale to {percent(top)}, largest {percent(expected.max())}" in texts(figure)
+    for axes in figure.axes[1:3]:
+        assert axes.images[-1].get_clim() == (0, pytest.approx(top))
+    assert "larger values look the same" in " ".join(texts(figure).split())
     model.eval()
     with torch.no_grad():
         probability, label = model(images).softmax(dim=1)[0].max(dim=0)
@@ -59,15 +84,18 @@ def test_visualize_attention_keeps_the_mode():
     assert data_of(figure)[1].shape == GRID
 
 
-def test_visualize_all_heads_shares_one_scale():
-    model, image = vit(), pixels()
+def test_visualize_all_heads_says_each_panels_scale_and_shares():
+    model, image = vit(n_registers=2), pixels()
     figure = v.AttentionVisualizer(model, device="cpu").visualize_all_heads(image)
     grids = [drawn for panel in figure.axes for drawn in panel.images if drawn.get_array().shape == GRID]
-    maps = attention_maps(model, prepare_image(image, model)[0])[:, 0, :, 0, 1:]  # (L, H, N - 1)
+    maps = attention_maps(model, prepare_image(image, model)[0])[:, 0, :, 0].reshape(6, 9)  # (L H, N)
     assert len(grids) == 6
-    for drawn, expected in zip(grids, maps.reshape(6, *GRID), strict=True):
-        np.testing.assert_allclose(drawn.get_array(), expected)
-        assert drawn.get_clim() == (0, pytest.approx(maps.max().item()))
+    for drawn, row in zip(grids, maps, strict=True):
+        np.testing.assert_allclose(drawn.get_array(), row[3:].view(GRID), rtol=1e-6)
+        top, largest = row[3:].sort().values[-2:].tolist()  # of six patches
+        assert drawn.get_clim() == (0, pytest.approx(top))
+        assert drawn.axes.get_xlabel().split("\n") == [f"to {percent(top)}", f"max {percent(largest)}",
+                                                       f"CLS {row[0]:.0%}", f"reg. {row[1:3].sum():.0%}"]
     for word in ("layer 0", "layer 2", "head 1", "attention weight"):
         assert word in texts(figure)
     some = v.AttentionVisualizer(model, device="cpu").visualize_all_heads(image, layers=[-1])
@@ -85,7 +113,7 @@ def test_visualize_attention_grid_draws_several_images():
     for row in range(2):
         np.testing.assert_allclose(shown[4 * row], prepare_image(images[row], model)[1], atol=1e-6)
         for layer in range(3):
-            np.testing.assert_allclose(shown[4 * row + 1 + layer], expected[layer, row])
+            np.testing.assert_allclose(shown[4 * row + 1 + layer], expected[layer, row], rtol=1e-5)
     assert "layer 2" in texts(figure)
     probabilities, classes = model(images).softmax(dim=1).max(dim=1)
     assert f"{probabilities[0]:.0%}" != f"{probabilities[1]:.0%}"
@@ -141,13 +169,137 @@ def test_visualize_attention_can_start_from_a_patch():
         views.visualize_attention(image, patch=(2, 0))
 
 
-def test_visualize_all_layers_shares_one_scale():
+def test_visualize_all_layers_draws_the_image_and_each_layer():
     model, image = vit(), pixels()
     figure = v.AttentionVisualizer(model, device="cpu").visualize_all_layers(image)
-    maps = attention_maps(model, prepare_image(image, model)[0])[:, 0].mean(dim=1)[:, 0, 1:]
-    for shown, expected in zip(data_of(figure), maps, strict=True):
+    images, picture = prepare_image(image, model)
+    maps = attention_maps(model, images)[:, 0].mean(dim=1)[:, 0, 1:]
+    first, *others = data_of(figure)
+    np.testing.assert_allclose(first, picture, atol=1e-6)
+    for shown, expected in zip(others, maps, strict=True):
         np.testing.assert_allclose(shown, expected.view(GRID), atol=1e-7)
-    assert {image.norm.vmax for axes in figure.axes for image in axes.images} == {maps.max().item()}
+    assert [axes.get_title() for axes in figure.axes[:4]] == ["image", "layer 0", "layer 1", "layer 2"]
+
+
+# ---- Colour scales
+
+
+def figures_with_maps(model, images):
+    """Every figure with maps of a model, by its name; some need a head."""
+    views = v.AttentionVisualizer(model, device="cpu")
+    names = ["attention", "all_heads", "all_layers", "rollout", "token_norms"]
+    names += ["relevance", "grad_cam"] if views.adapter.has_head else []
+    figures = {name: [getattr(views, f"visualize_{name}")(image) for image in images] for name in names}
+    return figures | {"attention_grid": [v.visualize_attention_grid(model, images)],
+                      "positions": [v.visualize_positions(model)]}
+
+
+def even_vit(**options):
+    """A ViT that attends to every token alike, and whose tokens have one length."""
+    model = vit(n_heads=4, embed_dim=24, **options)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight.zero_()
+            block.attn.qkv.bias.zero_()
+    return model
+
+
+@pytest.mark.parametrize("name", ["vit_nano_shapes", "hybrid_shapes"])
+def test_panels_have_contrast(name):
+    images = list(make_shapes(2, 32, start=TEST_START).images)
+    shares = {view: share_with_contrast(*own) for view, own in figures_with_maps(load(name), images).items()}
+    sparse = dict(all_heads=0.6, grad_cam=0.5)  # some look at less than a tenth of the patches
+    for view, share in shares.items():
+        assert share >= sparse.get(view, 0.85), (view, share)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.exists(), reason="the weights of a real ViT are not here")
+def test_panels_of_a_real_vit_have_contrast():
+    photo = ROOT / "vit_bridge" / "data" / "samples" / "coffee.jpg"
+    shares = {view: share_with_contrast(*own) for view, own in figures_with_maps(load(REAL), [photo]).items()}
+    assert min(shares.values()) >= 0.95, shares
+
+
+def test_uniform_attention_looks_uniform():
+    views, image = v.AttentionVisualizer(even_vit(), device="cpu"), pixels()
+    figures = [views.visualize_attention(image), views.visualize_all_heads(image), views.visualize_all_layers(image),
+               views.visualize_rollout(image), v.visualize_attention_grid(even_vit(), [image])]
+    for figure in figures:
+        assert maps_of(figure)
+        assert share_with_contrast(figure) == 0
+        assert all(np.ptp(shown) < 1e-5 for shown in maps_of(figure))
+
+
+def test_an_image_looks_the_same_beside_any_other():
+    model = square_vit()
+    one, other = pixels(12, 12), 255 - pixels(12, 12)
+    alone, beside = (maps_of(v.visualize_attention_grid(model, images)) for images in ([one], [other, one, one]))
+    for first, second, third in zip(alone, beside[3:6], beside[6:], strict=True):
+        np.testing.assert_allclose(first, second, atol=1e-6)
+        np.testing.assert_array_equal(second, third)
+
+
+def test_one_sink_does_not_darken_the_other_panels():
+    model = vit(img_size=(140, 100), patch_size=(7, 5))  # 400 patches
+    figure = v.AttentionVisualizer(model, device="cpu").visualize_all_heads(pixels(140, 100))
+    tops = [image.get_clim()[1] for axes in figure.axes for image in axes.images if image.get_array().ndim == 2]
+    assert len(set(tops)) == len(tops) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("depth", "heads"), [(24, 16), (40, 24)])
+def test_deep_models_fit_a_page(depth, heads):
+    model = vit(img_size=16, patch_size=4, embed_dim=4 * heads, depth=depth, n_heads=heads)
+    views, image = v.AttentionVisualizer(model, device="cpu"), pixels(16, 16)
+    figures = [views.visualize_all_heads(image), views.visualize_all_layers(image), views.visualize_token_norms(image),
+               views.visualize_logit_lens(image), views.visualize_attention_distance([image])]
+    assert f"(6 of {depth} layers)" in texts(figures[0])
+    assert f"layer {depth - 1}" in texts(figures[1])
+    assert f"6 of {depth} layers" in " ".join(texts(figures[2]).split())
+    for figure in figures:
+        assert figure.get_figwidth() <= 21
+        assert figure.get_figheight() <= 12
+        assert_no_text_clipped(figure)
+
+
+# ---- Whole photographs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "grid"), [((40, 80), (4, 8)), ((90, 40), (9, 4))])
+def test_every_figure_shows_a_photograph_whole(size, grid):
+    model = vit(img_size=24, patch_size=4)
+    model.any_size = True
+    views = v.AttentionVisualizer(model, "cpu", Whole())
+    photo = pixels(*size)
+    figures = [views.visualize_attention(photo, patch=(-1, 0)), views.visualize_all_heads(photo),
+               views.visualize_all_layers(photo), views.visualize_rollout(photo), views.visualize_relevance(photo),
+               views.visualize_grad_cam(photo), views.visualize_token_norms(photo),
+               views.visualize_explanations(photo, n_steps=1, n_draws=1), views.visualize_logit_lens(photo)]
+    for figure in figures:
+        maps = maps_of(figure)
+        assert {shown.shape for shown in maps} <= {grid}
+        assert maps or figure is figures[-1]
+        assert_no_text_clipped(figure)
+
+
+def test_photographs_of_several_proportions_stand_side_by_side():
+    model = vit(img_size=24, patch_size=4)
+    model.any_size = True
+    photos, grids = [pixels(40, 80), pixels(90, 40), pixels(40, 80)], [(4, 8), (9, 4), (4, 8)]
+    figure = v.visualize_attention_grid(model, photos, whole=Whole())
+    assert [shown.shape for shown in maps_of(figure)] == [grid for grid in grids for _ in range(3)]
+    features = v.visualize_features(model, photos, whole=Whole())
+    shapes = [shown.shape[:2] for shown in data_of(features)]
+    assert shapes[3:] == grids * 3
+    np.testing.assert_array_equal(data_of(features)[3], data_of(features)[5])
+    views = v.AttentionVisualizer(model, "cpu", Whole())
+    drawn = views.visualize_attention_distance(photos).axes[0].lines[-2].get_ydata()
+    each = [views.attention_distance([photo]).mean(dim=1).numpy() for photo in photos]
+    np.testing.assert_allclose(drawn, np.mean(each, axis=0), rtol=1e-5)
+    with pytest.raises(InputError, match="any_size"):
+        v.visualize_features(vit(), photos, whole=Whole())
 
 
 # ---- Where the answer comes from
@@ -219,13 +371,13 @@ def test_visualize_explanations_curves_match_the_comparison():
         assert len(axes.lines) == len(curves) == 5
         for line, (name, values) in zip(axes.lines, curves.items(), strict=True):
             np.testing.assert_allclose(line.get_ydata(), 100 * values[:, 0], rtol=1e-5)
-            assert line.get_label().startswith(f"{v.TITLES.get(name, name)}: area {values.mean():.2f}")
+            assert line.get_label().startswith(f"{v.TITLES.get(name, name)}: area {area_under(values)[0]:.2f}")
         reach = 2 * draws.std(dim=0)
         band = axes.collections[0].get_paths()[0].vertices
         for end in (draws.mean(dim=0) - reach, draws.mean(dim=0) + reach):
             for share, value in zip((0, 25, 50, 75, 100), end, strict=True):
                 assert min(np.abs(band - [share, 100 * value.item()]).sum(axis=1)) < 1e-3
-        assert (f"± {2 * draws.mean(dim=1).std():.2f}\n(5 draws, ± 2 standard deviations)"
+        assert (f"± {2 * area_under(draws.T).std():.2f}\n(5 draws, ± 2 standard deviations)"
                 in axes.lines[-1].get_label())
 
 
@@ -236,17 +388,23 @@ def test_visualize_explanations_draws_no_band_for_one_draw():
     assert "±" not in texts(figure)
 
 
-@pytest.mark.parametrize(("build", "rest"), [
-    (square_vit, "CLS"), (lambda: vit(n_registers=2), "tokens that are no patch"),
-    (lambda: timm_vit(), "CLS"), (lambda: timm_vit(class_token=False, reg_tokens=1, global_pool="avg"),
-                                  "tokens that are no patch"),
-    (lambda: timm_vit(class_token=False, reg_tokens=2, global_pool="avg"), "tokens that are no patch"),
-    (torchvision_vit, "CLS"), (transformers_vit, "CLS"),
-    (lambda: transformers.DeiTForImageClassification(transformers.DeiTConfig(**HF)), "tokens that are no patch"),
+@pytest.mark.parametrize(("build", "others"), [
+    (square_vit, ["CLS"]), (lambda: vit(n_registers=2), ["CLS", "registers"]),
+    (lambda: vit(n_registers=1), ["CLS", "register"]), (lambda: timm_vit(), ["CLS"]),
+    (lambda: timm_vit(class_token=False, reg_tokens=1, global_pool="avg"), ["register"]),
+    (lambda: timm_vit(class_token=False, reg_tokens=2, global_pool="avg"), ["registers"]),
+    (torchvision_vit, ["CLS"]), (transformers_vit, ["CLS"]),
+    (lambda: transformers.DeiTForImageClassification(transformers.DeiTConfig(**HF)), ["CLS", "distillation token"]),
 ])
-def test_visualize_attention_says_where_remaining_weight_goes(build, rest):
-    figure = v.AttentionVisualizer(build().eval(), device="cpu").visualize_attention(pixels(15, 15), patch=(0, 1))
-    assert f"the rest goes to {rest})" in texts(figure)
+def test_visualize_attention_says_where_remaining_weight_goes(build, others):
+    views, image = v.AttentionVisualizer(build().eval(), device="cpu"), pixels(15, 15)
+    title = views.visualize_attention(image, patch=(0, 1)).axes[1].get_title()
+    said = [words.rsplit(" ", 1) for words in title.split("in all, ")[1].split(", ")]
+    assert [name for name, _ in said] == others
+    n_prefix = views.adapter.n_prefix
+    row = views.attention_maps(image)[-1].mean(dim=0)[n_prefix + 1]
+    assert sum(float(share.rstrip("%")) for _, share in said) == pytest.approx(
+        100 * row[:n_prefix].sum().item(), abs=0.11)
 
 
 def test_attention_visualizer_follows_a_changed_head():
@@ -314,7 +472,8 @@ def test_visualize_all_heads_accepts_numpy_layers():
     (dict(layer_idx=-1, head_idx=1), "attention of layer 2 (of 0 to 2)\nhead 1")])
 def test_draw_explanation_titles_attention_by_layer_and_head(options, title):
     figure = v.AttentionVisualizer(vit(), device="cpu").draw_explanation(pixels(), "attention", **options)
-    assert figure.axes[1].get_title() == title
+    assert figure.axes[1].get_title().startswith(f"{title}\nscale to ")
+    assert figure.axes[1].get_title().endswith("% in all, the rest CLS")
 
 
 # ---- Over images

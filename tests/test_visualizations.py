@@ -247,26 +247,46 @@ def test_selfcheck_ends_with_1_where_something_does_not_hold(monkeypatch, capsys
 
 def test_explore_writes_a_page(tmp_path, capsys):
     Image.fromarray(pixels(40, 50)).save(tmp_path / "photo.png")
-    v.main(["explore", str(tmp_path / "photo.png"), "--output", str(tmp_path / "page.html"), "--compare-with",
-            "convnet_shapes"])
+    words = ["explore", str(tmp_path / "photo.png"), "--output", str(tmp_path / "page.html"), "--compare-with",
+             "convnet_shapes"]
+    v.main(words)
     assert "photo.png" in (tmp_path / "page.html").read_text(encoding="utf-8")
     said = capsys.readouterr().out
     assert "page.html: " in said
-    assert "as each model sees them, 32 x 32 pixels, cut square from their middle; a model" in said
+    assert "MB, to be opened in any browser. Photographs are seen whole, in 7 x 9 patches; a model knows" in said
+    v.main([*words, "--max-tokens", "30"])
+    said = capsys.readouterr().out
+    assert "MB, in place of the page that was there, to be opened" in said
+    assert "seen whole, in 5 x 6 patches" in said
 
 
-@pytest.mark.parametrize(("build", "words"), [(square_vit, "12 x 12 pixels, cut square from their middle; "),
-                                              (vit, "14 x 15 pixels, cut to that shape from their middle; ")])
-def test_explore_says_how_images_are_cut(build, words, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(v, "load", lambda name: build())
+def test_explore_shows_drawn_shapes_at_their_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(v, "load", lambda name: vit())
     v.main(["explore", "--n-images", "1", "--output", str(tmp_path / "page.html")])
-    assert f"Images are shown as the model sees them, {words}" in capsys.readouterr().out
+    assert "Drawn shapes are seen in 2 x 3 patches; a model knows" in capsys.readouterr().out
+
+
+def test_explore_says_which_size_fits(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(v, "load", lambda name, class_names: vit(img_size=32, patch_size=2, embed_dim=128))
+    Image.fromarray(pixels(40, 50)).save(tmp_path / "photo.png")
+    words = ["explore", str(tmp_path / "photo.png"), "--output", str(tmp_path / "page.html"), "--class-names", *"abcde"]
+    v.main([*words, "--max-mb", "0.3"])
+    said = capsys.readouterr().out
+    assert said.startswith("So that this page stays within 0.3 MB, its images have ")
+    assert (tmp_path / "page.html").stat().st_size <= 0.3e6
+    with pytest.raises(InputError, match="its images have one size"):
+        v.main([*words, "--max-mb", "0.3", "--img-size", "32", "32"])
+    (tmp_path / "page.html").write_text("mine")
+    with pytest.raises(InputError, match="is another file than a page of explore"):
+        v.main(words)
+    assert (tmp_path / "page.html").read_text() == "mine"
 
 
 @pytest.mark.parametrize(("words", "expected"), [
     (["lok"], "invalid choice: 'lok'"), (["explore", "nowhere.jpg"], "no image file 'nowhere.jpg'"),
     (["explore", "."], "'.' is a folder: give the path of an image file in it"),
     (["explore", "--pretrained", "convnet_shapes"], "ConvNet has no attention maps"),
+    (["explore", "--max-mb", "0"], "--max-mb: 0 is out of range"),
     (["explore", "--n-images", "0"], "--n-images: 0 is out of range"), ([], "required")])
 def test_visualizations_reports_bad_options_in_one_line(words, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

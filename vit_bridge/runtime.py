@@ -78,9 +78,10 @@ def is_quantised(model):
 
 
 def logits_of(output):
-    """A model's output as logits: transformers wraps them in an object, others in a dict. A tuple stays one."""
+    """A model's output as logits: transformers wraps them in an object, others in a dict. A tuple stays one. Of a base
+    model of transformers, which has no head, its tokens after the last norm, (B, N, D)."""
     if isinstance(output, Mapping):
-        return output.get("logits", output)
+        return output.get("logits", output.get("last_hidden_state", output))
     return output if isinstance(output, tuple) else getattr(output, "logits", output)
 
 

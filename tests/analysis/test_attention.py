@@ -10,12 +10,17 @@ from torch import nn
 
 from vit_bridge.analysis.attention import (
     attention_distance,
+    attention_rows,
     cls_attention_grid,
+    in_parts,
+    mean_distances,
+    patches_of,
     position_similarity,
     select_attention,
     uniform_attention_distance,
 )
 from vit_bridge.analysis.capture import attention_maps
+from vit_bridge.models.adapters import adapt
 from vit_model import InputError
 
 
@@ -143,3 +148,28 @@ def test_attention_distance_matches_a_plain_numpy_program():
 def test_attention_distance_refuses_maps_that_do_not_fit():
     with pytest.raises(InputError, match="maps over 7 tokens do not fit"):
         attention_distance(torch.ones(1, 1, 1, 7, 7), GRID, PATCH, 2)
+
+
+@pytest.mark.parametrize("options", [{}, dict(pool="mean"), dict(n_registers=2)])
+def test_attention_rows_are_those_of_the_whole_maps(options, monkeypatch):
+    model = vit(**options)
+    images, first = images_for(model), 1 + options.get("n_registers", 0)
+    maps = attention_maps(model, images)  # (L, B, H, N, N)
+    monkeypatch.setattr("vit_bridge.analysis.attention.PART", 2 * maps.shape[-1]**2)  # two images at a time
+    assert [len(part) for part in in_parts(adapt(model), images)] == [2, 1]
+    rows = attention_rows(model, images)
+    expected = maps[..., first:, :].mean(dim=3) if options.get("pool") else maps[..., 0, :]
+    torch.testing.assert_close(rows, expected)
+    grid = patches_of(rows, GRID, first)
+    torch.testing.assert_close(grid, cls_attention_grid(maps, GRID, first, options.get("pool", "cls")))
+    torch.testing.assert_close(attention_rows(model, images, (1, -1)), maps[..., first + 2 * GRID[1] - 1, :])
+    for renormalise in (True, False):
+        layout = GRID, PATCH, first, renormalise
+        torch.testing.assert_close(mean_distances(model, images, renormalise), attention_distance(maps, *layout))
+
+
+@pytest.mark.parametrize(("patch", "words"), [((2, 0), "patch 2 is out of range"), (3, r"patch 3 is no place; expected "
+                                              r"\(row, column\), such as \(0, 2\)"), ((0, 1, 2), "is no place")])
+def test_attention_rows_refuses_a_patch_that_is_not_there(patch, words):
+    with pytest.raises(InputError, match=words):
+        attention_rows(vit(), images_for(vit()), patch)

@@ -1,6 +1,7 @@
 """What a watched pass gives: our own maps, those of other libraries on shared weights, and nothing left behind."""
 
 import copy
+import weakref
 
 import pytest
 import timm
@@ -239,10 +240,6 @@ def test_adapt_reads_the_current_head():
     assert adapt(third).class_names[2] == "LABEL_2"
 
 
-def test_adapt_says_when_a_model_pools_nothing():
-    assert adapt(timm_vit(num_classes=0, global_pool="")).pool == "every token by itself"
-
-
 def test_adapt_orders_class_names_by_number(tmp_path):
     model = transformers.ViTForImageClassification(transformers.ViTConfig(**HF | dict(num_labels=12)))
     names = [f"name {i}" for i in range(12)]
@@ -373,18 +370,25 @@ class Explicit(nn.Module):
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_attended_has_the_queries_and_keys_of_explicit_attention(after, with_bias):
+@pytest.mark.parametrize("kind", ["no bias", "bias", "mask", "bias and mask"])
+def test_attended_has_the_queries_and_keys_of_explicit_attention(after, kind):
     generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 2, 3, 5, 4, generator=generator).double()
-    bias = torch.randn(3, 5, 5, generator=generator).double() if with_bias else None
+    q, k, v = 4 * torch.randn(3, 2, 3, 5, 4, generator=generator).double()
+    bias = torch.randn(3, 5, 5, generator=generator).double() * ("bias" in kind) if kind != "no bias" else None
+    if "mask" in kind:
+        bias[1, :, 3] = -torch.inf
     with r.AttentionCapture(keep=lambda block, attended: attended) as recorder:
         Explicit(after, bias)(q, k, v)
     attended = recorder.kept[0]
     scores = attended.query @ attended.key.transpose(-2, -1)
     scores = scores if attended.bias is None else scores + attended.bias
     torch.testing.assert_close(scores.softmax(dim=-1), attended.maps, rtol=0, atol=1e-12)
-    assert (attended.bias is None) != with_bias
+    assert recorder.product is None  # which would hold a map of its own until the next block
+    assert (attended.bias is None) == (kind == "no bias")
+    if kind == "bias":
+        assert attended.bias.std() < 1.1 * bias.std()  # it holds nothing of the scores themselves
+    if kind == "mask":
+        assert attended.bias[attended.bias.isfinite()].abs().max() < 1e-12
 
 
 def test_keep_reduces_each_block_and_none_computes_no_map():
@@ -397,3 +401,132 @@ def test_keep_reduces_each_block_and_none_computes_no_map():
     assert tokens.maps == []
     for one, other in zip(tokens.tokens, whole.tokens, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_keep_holds_the_maps_of_one_block_at_a_time():
+    alive, sizes = [], []
+
+    def keep(block, attended):
+        assert not any(ref() is not None for ref in alive)
+        alive.append(weakref.ref(attended.maps))
+        return attended.maps[:, :, 0]
+
+    for row in r.capture(vit(), images_of(2), keep=keep).maps:
+        sizes.append(row.untyped_storage().nbytes())
+    assert sizes == [4 * 2 * 2 * N] * 3  # the rows alone, not the maps of which they were a part
+
+
+# ---- Backward, block by block
+
+
+def answer(logits):
+    return logits[:, 2].sum() + logits.square().sum()
+
+
+MODELS = {
+    "registers": lambda: vit(n_registers=2), "mean": lambda: vit(pool="mean"), "qk_norm": lambda: vit(qk_norm=True),
+    "fc_norm": lambda: vit(pool="mean", fc_norm=True), "frozen": lambda: vit().requires_grad_(False),
+    "hybrid": lambda: HybridCNNViT(n_classes=5, embed_dim=22, depth=2, n_heads=2, img_size=(12, 20), patch_size=4),
+    "timm, checkpointing": timm_vit, "timm, layer scale": lambda: timm_vit(init_values=0.3),
+    "timm, mean of all": lambda: timm_vit(global_pool="avg", pool_include_prefix=True),
+    "timm, distilled": lambda: timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=2),
+    "torchvision": torchvision_vit, "transformers, eager": lambda: transformers_vit("eager"),
+    "transformers, DeiT": lambda: transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**HF)),
+}  # all the ways in which blocks are called and heads read
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_backward_by_blocks_is_the_whole_backward_pass(name):
+    model, generator = MODELS[name](), torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    modes = [module.training for module in model.modules()]
+    images = images_of(2, tuple(adapt(model).img_size))
+    whole = r.capture(model, images, gradients=True)
+    if "checkpointing" in name:
+        model.set_grad_checkpointing(True)  # which nothing whole could be asked of
+    tokens = torch.autograd.grad(answer(whole.logits), whole.tokens, retain_graph=True)
+    to_maps = torch.autograd.grad(answer(whole.logits), whole.maps)
+    with torch.inference_mode():  # whatever the caller has switched off
+        seen = r.capture(model, images, keep=None)
+        steps = list(r.backward_by_blocks(model, seen, answer, keep=lambda maps, gradient: (maps, gradient)))
+        plain = list(r.backward_by_blocks(model, seen, answer))
+    assert [step.place for step in steps] == list(range(len(whole.maps), -1, -1))
+    assert (steps[0].kept, plain[-1].kept) == (None, None)
+    for step, other in zip(steps, plain, strict=True):
+        for found in (step, other):
+            torch.testing.assert_close(found.gradient, tokens[step.place], rtol=1e-3, atol=1e-5)
+    for step in steps[1:]:
+        torch.testing.assert_close(step.kept[0], whole.maps[step.place].detach(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(step.kept[1], to_maps[step.place], rtol=1e-3, atol=1e-5)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Silent(nn.Module):
+    """What stands in the place of attention, and attends to nothing."""
+
+    def forward(self, x, **options):
+        return x
+
+
+class Demanding(nn.Module):
+    """A block of transformers that cannot be called without what else it is given."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, attention_mask, **options):
+        return self.inner(x, attention_mask, **options)
+
+
+def test_backward_by_blocks_gives_each_block_all_that_it_was_given():
+    model = transformers_vit()
+    expected = list(r.backward_by_blocks(model, r.capture(model, images_of(2, (15, 15)), keep=None), answer))
+    model.vit.layers[1] = Demanding(model.vit.layers[1])
+    found = list(r.backward_by_blocks(model, r.capture(model, images_of(2, (15, 15)), keep=None), answer))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.gradient, other.gradient)
+
+
+class Unrepeatable(nn.Module):
+    """A block that gives something else when it is computed again."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.passes = inner, 0
+
+    def forward(self, x):
+        self.passes += 1
+        return self.inner(x) * (1 + 0.1 * self.passes)
+
+
+def test_backward_by_blocks_refuses_what_does_not_come_out_again():
+    def steps(model, **changed):
+        seen = r.capture(model, images_of(2, (15, 15)), keep=None)
+        for name, value in changed.items():
+            setattr(seen, name, value)
+        return list(r.backward_by_blocks(model, seen, answer, keep=lambda maps, gradient: None))
+
+    model = timm_vit()
+    assert len(steps(model)) == DEPTH + 1
+    with pytest.raises(InputError, match=r"\Awhat the head reads from the last tokens of this [^\n]* differs[^\n]*\Z"):
+        steps(model, logits=torch.ones(2, CLASSES))
+    model.blocks[1] = Unrepeatable(model.blocks[1])
+    with pytest.raises(InputError, match=r"\Ablock 1, computed alone, of this VisionTransformer differs from [^\n]*\Z"):
+        steps(model)
+    model = timm_vit()
+    model.blocks[2].register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))  # somebody's own, between blocks
+    with pytest.raises(InputError, match=r"\Awhat block 2 is given of this [^\n]* differs from what it was[^\n]*\Z"):
+        steps(model)
+    model = timm_vit()
+    model.blocks[1].attn = Silent()
+    with pytest.raises(InputError, match=r"\Ano attention map was seen in this VisionTransformer[^\n]*\Z"):
+        steps(model)
+    with torch.inference_mode():
+        frozen = timm_vit()
+    with pytest.raises(InputError, match=r"made inside torch\.inference_mode"):
+        steps(frozen)

@@ -1,6 +1,7 @@
 """Each method against its closed form, a hand-computed value or a finite difference, and against other libraries."""
 
 import math
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ import transformers
 from other_models import BUILDERS, shared
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from vit_bridge.analysis import explanations as e
+from vit_bridge.analysis.attention import mean_distances
 from vit_bridge.analysis.capture import capture
 from vit_bridge.analysis.receptive_field import receptive_field
 from vit_bridge.analysis.selfcheck import Nudge, selfcheck
@@ -280,26 +283,71 @@ def test_logit_lens_applies_the_head_to_each_block():
 
 
 def test_token_norms_cover_patches_and_mark_long_ones():
-    seen = capture(vit(n_registers=2), images_of())
-    seen.tokens[1][0, 3 + 4] = 100 / math.sqrt(22)  # the fifth patch, 2 x 3: row 1, column 1
+    model = vit(img_size=(49, 40), n_registers=2)  # 7 x 8 patches
+    seen = capture(model, images_of(size=(49, 40)), keep=None)
+    seen.tokens[1][0, 3 + 12] = 100 / math.sqrt(22)  # row 1, column 4
     seen.tokens[1][:, 0] = 1e6  # CLS is no patch
     norms, artefacts = e.token_norms(seen)
-    assert norms.shape == artefacts.shape == (L, 3, *GRID)
-    assert norms[0, 0, 1, 1].item() == pytest.approx(100)
-    assert artefacts[0].nonzero().tolist() == [[0, 1, 1]]
+    assert norms.shape == artefacts.shape == (L, 3, 7, 8)
+    assert norms[0, 0, 1, 4].item() == pytest.approx(100)
+    assert artefacts[0, 0].nonzero().tolist() == [[1, 4]]
 
 
-def test_token_norms_mark_by_the_median_which_artefacts_do_not_move():
-    """Norms 1, 1, 1, 1, 3.1 and 100 have a median of 1 and a mean of 17.9."""
-    seen = capture(vit(), images_of())
-    lengths = torch.tensor([1, 1, 1, 1, 3.1, 100]).double()
-    seen.tokens[1][0, 1:] = lengths[:, None] / math.sqrt(22)
-    norms, artefacts = e.token_norms(seen)
-    torch.testing.assert_close(norms[0, 0].flatten().double(), lengths)
-    assert artefacts[0, 0].flatten().tolist() == [False] * 4 + [True] * 2
-    lengths[4] = 2.9  # less than three times
-    seen.tokens[1][0, 1:] = lengths[:, None] / math.sqrt(22)
-    assert e.token_norms(seen)[1][0, 0].flatten().tolist() == [False] * 5 + [True]
+def bump(rows=37, columns=37, seed=0, spread=0.12):
+    """Norms whose logarithms are normal, (rows, columns)."""
+    return (spread * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))).exp() * 40
+
+
+def at_random(share, shape, seed=1):
+    """A mask of a share of all places, at random."""
+    places = torch.randperm(shape.numel(), generator=torch.Generator().manual_seed(seed))
+    return (places < round(share * shape.numel())).view(shape)
+
+
+@pytest.mark.parametrize(("share", "times"), [(0.01, 5), (0.01, 3), (0.1, 3), (1 / 1369, 5)])
+def test_norm_artefacts_are_exactly_the_planted_ones(share, times):
+    norms = bump()
+    planted = at_random(share, norms.shape)
+    norms[planted] *= times * bump(seed=3)[planted] / 40
+    found = e.norm_artefacts(norms)
+    assert torch.equal(found.mask, planted)
+    assert found.share == pytest.approx(planted.double().mean().item())
+    assert norms[~planted].max() < found.threshold < norms[planted].min()
+    assert found.ratio == pytest.approx((norms.max() / norms.median()).item())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", ["normal", "narrow", "gamma", "exponential", "heavy tails", "to the left", "even",
+                                  "small", "smooth"])
+def test_norm_artefacts_are_none_where_the_norms_have_one_peak(kind, seed):
+    even = torch.rand(37, 37, 2, generator=torch.Generator().manual_seed(seed)).double()
+    gaussian = bump(seed=seed).log() - math.log(40)
+    norms = {"normal": bump(seed=seed), "narrow": bump(seed=seed, spread=1e-4), "gamma": -even.log().sum(dim=2),
+             "exponential": 1 - even[..., 0].log(), "heavy tails": (gaussian / even[..., 0]).clamp(-9, 9).exp(),
+             "to the left": 60 + 6 * even[..., 0].log(), "even": 40 + 20 * even[..., 0],
+             "small": bump(14, 14, seed), "smooth": torch.nn.functional.interpolate(
+                 bump(4, 5, seed)[None, None], size=(37, 30), mode="bilinear")[0, 0]}[kind]
+    found = e.norm_artefacts(norms)
+    assert (found.share, found.threshold, int(found.mask.sum())) == (0, None, 0)
+    assert found.ratio == pytest.approx((norms.max() / norms.median()).item())
+
+
+def test_norm_artefacts_are_no_content():
+    """A second kind of norm that lies together in the picture: a half, a square, a ring, a line, most of the places."""
+    rows, columns = torch.meshgrid(torch.arange(37), torch.arange(37), indexing="ij")
+    distance = ((rows - 18)**2 + (columns - 18)**2).sqrt()
+    for content in (columns > 18, (rows > 25) & (columns < 14), (distance - 12).abs() < 1.2, columns == rows,
+                    ~at_random(0.1, rows.shape), (rows < 9) & at_random(0.9, rows.shape)):
+        norms = bump()
+        norms[content] *= 3
+        assert norms[content].min() > norms[~content].max()
+        assert e.norm_artefacts(norms).share == 0
+
+
+def test_norm_artefacts_of_norms_that_do_not_differ():
+    for norms in (torch.ones(4, 5), torch.zeros(4, 5), torch.ones(1, 1)):
+        assert e.norm_artefacts(norms).share == 0
+    assert e.norm_artefacts(torch.ones(4, 5)).ratio == 1
 
 
 def test_feature_colours_are_the_main_directions_over_all_images():
@@ -360,9 +408,10 @@ def test_deletion_insertion_matches_curves_by_hand():
     images[:, :, :2, :2], images[:, :, 2:, 4:] = 1.0, 0.5  # 4 in patch 0, 2 in patch 5
     saliency = torch.tensor([[[9.0, 1.0, 2.0], [3.0, 4.0, 8.0]]])
     deletion, insertion = e.deletion_insertion(Counting(), images, saliency, torch.tensor([1]), n_steps=3)
-    left, shown = [6, 0, 0, 0], [0, 6, 6, 6]
-    torch.testing.assert_close(deletion[:, 0], torch.tensor(left).float().sigmoid())
-    torch.testing.assert_close(insertion[:, 0], torch.tensor(shown).float().sigmoid())
+    torch.testing.assert_close(deletion[:, 0], torch.tensor([6, 0, 0, 0]).float().sigmoid())
+    left = e.blurred(images)[0, 0]  # (4, 6)
+    shown = [left.sum(), 6 + left.sum() - left[:2, :2].sum() - left[2:, 4:].sum(), 6 + left[:2, 2:].sum(), 6]
+    torch.testing.assert_close(insertion[:, 0], torch.tensor(shown).sigmoid())
     deletion, _ = e.deletion_insertion(Counting(), images, -saliency, torch.tensor([1]), n_steps=3)
     torch.testing.assert_close(deletion[:, 0], torch.tensor([6, 6, 6, 0]).float().sigmoid())
 
@@ -395,7 +444,13 @@ def test_deletion_insertion_of_even_heat_equals_random_order():
         mean = unseen * step / 6 + seen * (6 - step) / 6
         margin = 4 * (seen - unseen) * math.sqrt(step * (6 - step) / 36 / 500)
         assert deletion[step].mean().item() == pytest.approx(mean, abs=margin + 1e-6)
-        assert insertion[6 - step].mean().item() == pytest.approx(mean, abs=margin + 1e-6)
+    rest = e.blurred(images)[0, 0]  # what is seen of the first patch before it is shown
+    low, high = rest.sum().sigmoid().item(), (4 + rest[:, 2:].sum() + rest[2:, :2].sum()).sigmoid().item()
+    assert insertion[0].mean().item() == pytest.approx(low, abs=1e-6)
+    assert insertion[6].mean().item() == pytest.approx(seen, abs=1e-6)
+    shown = insertion[1] > insertion[0].mean()  # where the first patch was shown first
+    assert shown.double().mean().item() == pytest.approx(1 / 6, abs=4 * math.sqrt(5 / 36 / 500))
+    assert insertion[1][shown].mean().item() == pytest.approx(high, abs=1e-6)
 
 
 def test_deletion_insertion_gives_no_curve_without_a_map():
@@ -406,6 +461,85 @@ def test_deletion_insertion_gives_no_curve_without_a_map():
                                strict=True):
         assert curve[:, 1].isnan().all()
         torch.testing.assert_close(curve[:, ::2], expected)
+
+
+def test_insertion_starts_from_a_blurred_image():
+    """One bright pixel becomes RISE's Gaussian: 11 x 11 pixels, standard deviation 5, sum one."""
+    images = torch.zeros(2, 3, 31, 41)
+    images[1, 2, 15, 20] = 1
+    found = e.blurred(images)
+    assert found.shape == images.shape
+    assert not found[0].any()
+    assert not found[1, :2].any()
+    far = torch.arange(-5, 6)
+    expected = torch.exp(-(far[:, None]**2 + far**2) / 50)
+    torch.testing.assert_close(found[1, 2, 10:21, 15:26], expected / expected.sum())
+    assert found[1, 2].sum().item() == pytest.approx(1)
+    torch.testing.assert_close(e.blurred(torch.ones(1, 1, 9, 13)), torch.ones(1, 1, 9, 13))  # its edges are no edges
+    larger = torch.zeros(1, 1, 448, 500)
+    larger[0, 0, 224, 250] = 1
+    assert e.blurred(larger)[0, 0].nonzero().amin(dim=0).tolist() == [214, 240]  # 10 pixels, of twice the size
+
+
+def test_area_under_is_made_of_trapezoids():
+    curves = torch.tensor([[1.0, 0.0], [0.5, 0.0], [0.5, 1.0]])
+    assert e.area_under(curves).tolist() == [0.625, 0.25]
+    assert e.area_under(torch.full((17, 3), 0.4)).tolist() == pytest.approx([0.4] * 3)
+
+
+def test_mean_and_error_leave_out_what_is_missing():
+    mean, error = e.mean_and_error(torch.tensor([1.0, torch.nan, 2.0, 6.0]))
+    assert (mean, error) == pytest.approx((3.0, math.sqrt(7 / 3)))
+    mean, error = e.mean_and_error(torch.tensor([2.0, torch.nan]))
+    assert mean == 2
+    assert math.isnan(error)
+
+
+def test_comparison_pairs_each_image_with_its_own_random_orders():
+    found = e.compare_explanations(vit(), images_of()[[1, 0, 2]], [3, 1, 2], n_steps=4, n_draws=3)
+    for what in ("deletion", "insertion"):
+        for name in e.METHODS:
+            for image in range(3):
+                method = e.area_under(getattr(found, what)[name][:, image])
+                orders = [e.area_under(draw[:, image]) for draw in found.draws[what]]
+                torch.testing.assert_close(found.differences[what][name][image], method - sum(orders) / 3,
+                                           equal_nan=True)
+            assert found.leads[what][name] == e.mean_and_error(found.differences[what][name])
+    assert found.differences["deletion"]["grad_cam"].isnan().tolist() == [False, True, False]
+    assert not math.isnan(found.leads["deletion"]["grad_cam"][1])
+
+
+def test_compare_explanations_has_one_bar_for_all_passes(monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, **options):
+            self.options, self.n = options, 0
+            bars.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def update(self, n):
+            self.n += n
+
+    monkeypatch.setattr("tqdm.auto.tqdm", Bar)
+    e.compare_explanations(vit(), images_of(), n_steps=2, n_draws=3)
+    e.deletion_insertion(vit(), images_of(), torch.rand(3, *GRID), torch.tensor([1, 2, 3]), n_steps=2)
+    assert [(bar.n, bar.options["total"]) for bar in bars] == [(2 * 3 * 3 * 7,) * 2, (2 * 3 * 3,) * 2]
+    assert all((bar.options["delay"], bar.options["disable"]) == (5, None) for bar in bars)
+
+
+def test_rank_correlation_needs_no_pairs_of_places():
+    values = torch.rand(1, 300_000, generator=torch.Generator().manual_seed(0)).round(decimals=4)  # with ties
+    assert e.rank_correlation(values, values**3).item() == pytest.approx(1)
+    assert e.rank_correlation(values, -values).item() == pytest.approx(-1)
+    values = torch.cat([values[:, :9], values[:, 9:18]])
+    values[1, 4] = torch.nan
+    assert e.rank_correlation(values, values).isnan().tolist() == [False, True]
 
 
 def test_rank_correlation_is_spearmans():
@@ -423,9 +557,10 @@ def test_compare_explanations_includes_random_order():
     torch.testing.assert_close(found.correlations.diagonal(), torch.ones(4).double())
     probabilities = model(images).softmax(dim=1).max(dim=1).values.detach()
     empty = model(torch.zeros_like(images)).softmax(dim=1).gather(1, found.targets[:, None])[:, 0].detach()
+    vague = model(e.blurred(images)).softmax(dim=1).gather(1, found.targets[:, None])[:, 0].detach()
     for name in found.deletion:
         torch.testing.assert_close(found.deletion[name][[0, -1]], torch.stack([probabilities, empty]))
-        torch.testing.assert_close(found.insertion[name][[0, -1]], torch.stack([empty, probabilities]))
+        torch.testing.assert_close(found.insertion[name][[0, -1]], torch.stack([vague, probabilities]))
     assert not torch.equal(found.deletion["rollout"], found.deletion["random order"])
 
 
@@ -505,7 +640,8 @@ def test_selfcheck_sees_broken_formulas(monkeypatch):
     assert failed() == {"rollout"}
     monkeypatch.setattr("vit_bridge.analysis.selfcheck.rollout", whole)
     of_torch = torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, "grad", lambda out, maps, **options: of_torch(out, maps, **options)[::-1])
+    monkeypatch.setattr(torch.autograd, "grad", lambda out, of, **options: of_torch(out, of, **options)[
+        ::-1 if isinstance(of, list) else 1])  # of the maps of all blocks
     assert failed() >= {"gradients", "relevance"}  # vit-explain's mistake
 
 
@@ -631,6 +767,29 @@ def test_relevance_gained_keeps_small_values():
     torch.testing.assert_close(e.relevance_gained(maps, gradients).double(), exact, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.4])
+def test_rollout_is_carried_as_the_formula_says(ratio):
+    model, images = vit(n_registers=2), images_of()
+    whole = e.rollout(torch.stack(capture(model, images).maps), ratio)  # (B, N, N)
+    found = e.explain(model, images, "rollout", discard_ratio=ratio).saliency
+    torch.testing.assert_close(found, whole[:, 0, 3:].unflatten(1, GRID), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("build", [
+    vit, lambda: vit(n_registers=3), lambda: vit(pool="mean", fc_norm=True), lambda: vit(qk_norm=True),
+    lambda: vit().to(torch.bfloat16), lambda: vit().to(torch.float16)])
+def test_relevance_is_the_row_of_the_whole_matrix(build):
+    model, images = build(), images_of()
+    seen = capture(model, images, gradients=True)
+    gradients = torch.autograd.grad(seen.logits[:, 3].sum(), seen.maps)
+    whole = e.relevance_gained([maps.detach() for maps in seen.maps], gradients)  # (B, N, N)
+    first = seen.adapter.n_prefix
+    row = whole[:, first:].mean(dim=1) if seen.adapter.pool == "mean" else whole[:, 0]
+    found = e.explain(model, images, "relevance", target=3).saliency
+    near = dict(rtol=1e-9, atol=1e-12) if seen.logits.dtype == torch.float64 else dict(rtol=0.05, atol=1e-4)
+    torch.testing.assert_close(found, row[:, first:].unflatten(1, GRID).to(found.dtype), **near)
+
+
 def test_relevance_with_mean_pooling_leaves_out_the_identity():
     model, images = vit(pool="mean"), images_of(1)
     seen = capture(model, images, gradients=True)
@@ -674,14 +833,12 @@ def test_selfcheck_holds_under_autocast():
 
 
 @pytest.mark.parametrize(("broken", "replacement", "names"), [
-    ("relevance_gained", lambda maps, gradients: torch.ones_like(maps[0, :, 0]), {"relevance"}),
-    ("relevance_gained", lambda maps, gradients: (maps * gradients).clamp(min=0).mean(dim=2).sum(dim=0), {"relevance"}),
+    ("speaking", lambda maps, gradient: torch.ones_like(maps[:, 0]), {"relevance"}),
+    ("speaking", lambda maps, gradient: (maps * gradient).mean(dim=1).clamp(min=0), {"relevance"}),
+    ("reading_weights", lambda pool, first, n: torch.eye(n)[1], {"relevance"}),
     ("token_cam", lambda features, gradients: torch.ones_like(features[:, :, 0]), {"Grad-CAM"}),
     ("token_cam", lambda features, gradients: (features * gradients).sum(dim=2).clamp(min=0), {"Grad-CAM"}),
-    ("cls_attention_grid", lambda maps, grid, first, pool: maps[..., 0, first - 1:-1].unflatten(-1, grid),
-     {"attention", "relevance"}),
-    ("cls_attention_grid", lambda maps, grid, first, pool: maps[..., first:, 0].unflatten(-1, grid),
-     {"attention", "relevance"}),
+    ("patches_of", lambda row, grid, first: row[..., first - 1:-1].unflatten(-1, grid), {"attention", "relevance"}),
 ])
 def test_selfcheck_sees_a_broken_method(broken, replacement, names, monkeypatch):
     monkeypatch.setattr(e, broken, replacement)
@@ -695,3 +852,31 @@ def test_selfcheck_sees_misplaced_tokens(monkeypatch):
     monkeypatch.setattr(model.patch_embed, "forward", lambda images: whole(images).flip(1))
     wrong = [check for check in selfcheck(model, images_of()) if check.holds is False]
     assert [check.found for check in wrong] == ["of the corners: tokens [[6], [5]], expected [[5], [6]]"]
+
+
+# ---- Memory
+
+
+def most_held(function):
+    """The most bytes that are allocated while a function runs."""
+    function()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    records = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    records.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in records), default=0)
+
+
+@pytest.mark.parametrize("see", [
+    *(pytest.param(lambda model, images, method=method: e.explain(model, images, method), id=method)
+      for method in e.METHODS),
+    pytest.param(lambda model, images: mean_distances(model, images), id="distance")])
+def test_memory_is_that_of_one_block_whatever_the_depth(see):
+    def held(depth):
+        torch.manual_seed(0)
+        model = VisionTransformer(img_size=48, patch_size=4, n_classes=5, embed_dim=8, depth=depth, n_heads=2).eval()
+        return most_held(lambda: see(model, images_of(1, (48, 48)).float()))
+
+    maps = 2 * 145**2 * 4  # bytes of the maps of one block
+    assert held(10) - held(2) < maps  # and not eight times as much: tokens are small
+    assert held(2) < 8 * maps

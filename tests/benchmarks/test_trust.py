@@ -8,7 +8,7 @@ import pytest
 import torch
 from figure_checks import SIZE, vit
 
-from vit_bridge.analysis.explanations import compare_explanations
+from vit_bridge.analysis.explanations import area_under, compare_explanations
 from vit_model import InputError
 
 
@@ -39,9 +39,12 @@ def test_areas_are_means_over_the_images_that_have_a_map(trust):
     assert result["blank"] == {"attention": 0, "rollout": 0, "relevance": 0, **whole.blank}
     for what in ("deletion", "insertion"):
         for name, curves in getattr(whole, what).items():
-            drawn = [area for area in curves.mean(dim=0).tolist() if area == area]  # without NaN
+            drawn = [area for area in area_under(curves).tolist() if area == area]  # without NaN
             assert result[what][name] == pytest.approx(sum(drawn) / len(drawn), abs=1e-6)
-        assert result["draws"][what] == pytest.approx(whole.draws[what].mean(dim=(1, 2)).tolist(), abs=1e-6)
+        draws = area_under(whole.draws[what].transpose(0, 1))  # (R, B)
+        assert result["draws"][what] == pytest.approx(draws.mean(dim=1).tolist(), abs=1e-6)
+        for name, lead in whole.leads[what].items():
+            assert result["leads"][what][name] == pytest.approx(lead, abs=1e-6)
         assert sum(result["draws"][what]) / 2 == pytest.approx(result[what]["random order"], abs=1e-6)
     torch.testing.assert_close(torch.tensor(result["correlations"]["values"]), whole.correlations.float())
 

@@ -1,10 +1,14 @@
 """Charts: what is drawn are the numbers given, every panel is labelled, no text is clipped."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
-from figure_checks import assert_no_text_clipped, data_of, texts
+from figure_checks import assert_no_text_clipped, data_of, seen_pixels, texts
 from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_rgb
+from PIL import Image
 
 from vit_bridge.plots import charts as c
 from vit_model import InputError
@@ -169,3 +173,85 @@ def test_clip_at_leaves_one_sink_above_the_scale_and_even_values_at_its_top():
     assert c.clip_at(grid) == pytest.approx(0.001)
     assert c.clip_at(np.full((8, 8), 1 / 64)) == pytest.approx(1 / 64)
     assert c.clip_at(np.zeros((2, 2))) > 0
+
+
+def test_clip_between_leaves_out_both_ends_and_widens_even_lengths():
+    lengths = np.arange(1000.0).reshape(25, 40) + 100
+    assert c.clip_between(lengths) == (pytest.approx(109), pytest.approx(1089))
+    low, top = c.clip_between(40 + 1e-3 * np.random.default_rng(0).random((8, 8)))
+    assert (low, top) == (pytest.approx(38, rel=1e-3), pytest.approx(40, rel=1e-3))
+
+
+@pytest.mark.parametrize(("value", "words"), [(0.0041, "0.41%"), (0.123, "12%"), (1, "100%"), (3.4e-5, "0.0034%"),
+                                              (9e-6, "<0.001%"), (0, "0%")])
+def test_percent_has_two_digits_and_no_power(value, words):
+    assert c.percent(value) == words
+
+
+# ---- Colours of models
+
+
+def test_a_model_has_one_look_in_all_figures():
+    curves = {name: [(1, 0.5), (2, 0.75)] for name in ("ConvNet", "Hybrid", "ViT, mean pooling", "ViT")}
+    bars = {"accuracy (%)": {"ViT": 1.0, "another": 3.0, "HybridCNNViT": 2.0, "convnet_shapes": 2.0}}
+    lines = {line.get_label(): line for line in c.plot_curves({"one": curves}, "x", "y").axes[0].lines}
+    boxes = [box.get_facecolor() for box in c.plot_bars(bars).axes[0].patches]
+    for name, box, colour in (("ViT", boxes[0], c.BLUE), ("Hybrid", boxes[2], c.GREEN),
+                              ("ConvNet", boxes[3], c.VERMILION)):
+        assert lines[name].get_color() == colour
+        assert box[:3] == to_rgb(colour)
+    assert to_rgb(lines["ViT, mean pooling"].get_color()) not in [box[:3] for box in boxes]
+    assert boxes[1][:3] not in [to_rgb(colour) for colour in (c.BLUE, c.GREEN, c.VERMILION)]
+
+
+@pytest.mark.parametrize(("name", "family"), [
+    ("vit_nano_cifar10", "vit"), ("ViT-B/16", "vit"), ("convnext_tiny", "convnext"), ("ResNet-50", "resnet"),
+    ("CNN", "convnet"), ("deit_small", "deit"), ("Swin-T", "swin"), ("BEiT", "beit"), ("hybrid_shapes", "hybrid")])
+def test_names_of_models_find_their_family(name, family):
+    assert (c.looks_of([name])[name].colour, c.looks_of([name])[name].marker) == c.FAMILIES[family]
+
+
+def test_looks_of_tells_twins_and_models_of_one_family_apart():
+    looks = c.looks_of(["ViT", "ViT, random weights", "vit_tiny", "vit_base", "trained", "guessing"])
+    assert len({looks[name].colour for name in ("ViT", "ViT, random weights", "vit_tiny", "vit_base")}) == 1
+    assert (looks["ViT"].hollow, looks["ViT, random weights"].hollow) == (False, True)
+    assert len({(look.colour, look.marker, look.hollow) for look in looks.values()}) == 6
+    assert len({str(looks[name].dash) for name in ("ViT", "vit_tiny", "vit_base")}) == 3
+    many = c.looks_of([f"vit_{i}" for i in range(40)])
+    assert len(many) == 40
+
+
+def test_families_have_colours_of_their_own():
+    looks = {(colour, marker) for colour, marker in c.FAMILIES.values()}
+    assert len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == len(looks)
+
+
+@pytest.mark.parametrize("options", [{}, dict(log=("y",)), dict(percent=True)])
+def test_lines_that_coincide_are_all_seen(options):
+    points = [(1, 0.2), (2, 0.5), (3, 0.4)]
+    names = ("ViT", "Hybrid", "ConvNet")
+    alone = {name: seen_pixels(c.plot_curves({"one": {name: points}}, "x", "y", **options), c.looks_of([name])[
+        name].colour) for name in names}
+    figure = c.plot_curves({"one": {name: [(x, y + 1e-4 * i) for x, y in points] for i, name in enumerate(names)}},
+                           "x", "y", **options)
+    for name in names:
+        assert seen_pixels(figure, c.looks_of([name])[name].colour) > 0.3 * alone[name]
+    apart = c.plot_curves({"one": {"ViT": points, "Hybrid": [(x, y + 0.3) for x, y in points]}}, "x", "y", **options)
+    assert {line.get_linewidth() for line in apart.axes[0].lines} == {2}
+
+
+def test_n_covered_by_counts_curves_that_share_most_points():
+    x = np.arange(4)
+    curves = [(x, np.array([0, 0, 1, 2.0])), (x, np.array([0, 0, 1, 5.0])), (x, np.array([2, 1, 1, 2.0])),
+              (x[:1], np.array([2.0]))]
+    assert c.n_covered_by(curves, 0.01) == [1, 0, 1, 0]
+    assert c.n_covered_by([(x, x), (x + 10, x)], 0.01) == [0, 0]
+
+
+# ---- In a notebook
+
+
+def test_figures_show_themselves_in_a_notebook():
+    for figure in (c.plot_training_curves(history()), c.new_figure(2, 1)):
+        png = Image.open(io.BytesIO(figure._repr_png_()))
+        assert (png.format, png.size) == ("PNG", tuple(100 * figure.get_size_inches()))

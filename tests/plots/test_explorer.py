@@ -8,23 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from explorer_parts import data_of, small_convnet, unpacked
+from explorer_parts import blob, data_of, fields_of, kept_maps, small_convnet, vector
 from figure_checks import pixels, square_vit, vit
 from other_models import shared
 from PIL import Image
 
-from vit_bridge.analysis.capture import attention_maps
+from vit_bridge.analysis.capture import Attended, attention_maps, capture
 from vit_bridge.analysis.explanations import explain
 from vit_bridge.analysis.receptive_field import receptive_field
 from vit_bridge.data.images import prepare_image
 from vit_bridge.models.adapters import adapt
 from vit_bridge.plots import explorer
-from vit_bridge.preprocessing import Preprocessing
+from vit_bridge.preprocessing import Preprocessing, Whole
 from vit_model import InputError, create_vit_base
 
 PAGE = explorer.PAGE.read_text(encoding="utf-8")
 STYLE, SCRIPT = (PAGE.split(f"<{tag}>")[1].split(f"</{tag}>")[0] for tag in ("style", "script"))
-BODY = PAGE.split("<body>")[1].split("<script")[0]
+BODY = re.split(r"\$[A-Z]+", PAGE.split("<body ")[1].split("<script")[0])  # what stands between the names
 READY = Path(__file__).parents[2] / "benchmarks" / "figures" / "explorer.html"
 
 
@@ -37,33 +37,115 @@ def test_explore_page_holds_numbers_within_its_stated_error(tmp_path):
     model, images = square_vit(), [pixels(12, 12), pixels(40, 30)]
     page = explorer.explore(model, images, tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == page.html
-    described = data_of(page)["models"][0]
-    assert (described["layers"], described["heads"], described["tokens"], described["prefix"]) == (3, 2, 10, 1)
-    worst = 0
-    for image, part in zip(images, described["images"], strict=True):
+    data = data_of(page)
+    described = data["models"][0]
+    assert (described["layers"], described["heads"], described["prefix"]) == (3, 2, ["CLS"])
+    assert (data["bits"], page.bits) == (16, 16)
+    worst = relative = 0
+    for i, (image, part) in enumerate(zip(images, described["images"], strict=True)):
         fed = prepare_image(image, model)[0]
-        maps = attention_maps(model, fed)[:, 0].flatten(0, 1).numpy()
-        worst = max(worst, np.abs(unpacked(part["attention"], 10) - maps).max())
-        rolled = unpacked(part["rollout"], 10)[0]
-        expected = explain(model, fed, "rollout").saliency[0].flatten()
-        np.testing.assert_allclose(rolled[0, 1:], expected, atol=1 / 510 + 1e-6)
-        saliency = explain(model, fed, "relevance").saliency[0].flatten().numpy()
-        np.testing.assert_allclose(unpacked(part["relevance"], 10)[0][0, 1:], saliency, atol=saliency.max() / 250)
+        maps = attention_maps(model, fed)[:, 0].numpy()
+        found, rest = kept_maps(data, image=i)
+        differences = np.abs(found - maps).max(axis=3)
+        worst, relative = max(worst, differences.max()), max(relative, (differences / maps.max(axis=3)).max())
+        sums = torch.logsumexp(model_scores(model, fed), dim=3).numpy()  # up to what all rows of a head may share
+        np.testing.assert_allclose(np.diff(np.reshape(rest, (3, 2, 10))), np.diff(sums), atol=2e-4)
+        for method in ("rollout", "relevance"):
+            expected = explain(model, fed, method).saliency[0].flatten()
+            np.testing.assert_allclose(vector(data, method, image=i), expected, rtol=1e-5, atol=1e-8)
         probabilities = model(fed).softmax(dim=1)[0].detach()
         assert part["target"] == model.preprocessing.class_names[probabilities.argmax()]
         assert part["lens"]["rows"][-1][0] == pytest.approx(probabilities.max().item(), abs=1e-4)
         assert len(part["lens"]["rows"]) == 4
-    assert 0 < worst <= page.quantisation_error + 1e-6 <= 1 / 509
-    assert f"{page.quantisation_error:.2%} of the largest value" in page.html
+    assert worst == pytest.approx(page.weight_error, rel=0.05)
+    assert relative == pytest.approx(page.quantisation_error, rel=0.05)
+    assert 0 < page.quantisation_error < 1 / 510
+    assert f"by {page.weight_error:.2g} at most, and by {page.quantisation_error:.2%} at most" in page.html
 
 
-def test_pack_rounds_to_the_nearest_byte():
+def model_scores(model, fed):
+    """(L, H, N, N), shifted as the page does it: the mean key of each head is taken off."""
+    kept = capture(model, fed, keep=lambda block, attended: (attended.query[0], attended.key[0])).maps
+    return torch.stack([query @ (key - key.mean(dim=1, keepdim=True)).mT for query, key in kept]).detach()
+
+
+def keep(maps=None, query=None, key=None, bias=None, bits=8, readers=None):
+    """(what the page computes again of one block, (H, N, N); its part; Kept)."""
+    maps = (query @ key.mT + (0 if bias is None else bias)).softmax(dim=-1) if maps is None else maps
+    kept = explorer.Kept(bits)
+    readers = torch.eye(maps.shape[-1])[0] if readers is None else readers
+    part, kept.errors = explorer._keep_block(Attended(maps, query, key, bias), readers, kept)
+    image = dict(rows=1, columns=maps.shape[-1], attention=dict(layers=[part]))
+    data = dict(bits=bits, blobs=list(kept.blobs.texts), models=[dict(prefix=[], images=[image])])
+    return kept_maps(data)[0][0], part, kept
+
+
+def random_scores(heads=3, n=20, width=8, shift=0.0):
+    torch.manual_seed(0)
+    return [2 * torch.randn(1, heads, n, width) + shift for _ in range(2)]
+
+
+@pytest.mark.parametrize("shift", [0.0, 30.0])
+def test_keep_block_rounds_queries_and_keys_around_their_means(shift):
+    query, key = random_scores(shift=shift)
+    maps = (query.double() @ key.double().mT).softmax(dim=-1)[0].numpy()
+    for bits, most in ((8, 0.2), (16, 1e-3)):
+        found, _, kept = keep(torch.from_numpy(maps)[None], query.double(), key.double(), bits=bits)
+        assert np.abs(found - maps).max() == pytest.approx(kept.weight_error, rel=1e-3)
+        relative = (np.abs(found - maps).max(axis=2) / maps.max(axis=2)).flatten()
+        np.testing.assert_allclose(kept.errors, relative, rtol=1e-2, atol=1e-6)
+        assert kept.errors.max() < most  # also where a common vector is far larger than what differs
+
+
+def test_keep_block_rounds_each_channel_to_its_own_step():
+    query, key = random_scores()
+    scale = torch.tensor([1e-3, 1e3, 1, 1, 1, 1, 1, 1e2])
+    plain, scaled = (keep(None, query * by, key / by)[2].weight_error for by in (1, scale))
+    assert scaled == pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(20, 20), (1, 1, 20, 20), (1, 3, 20, 20), (1, 1, 1, 20)])
+def test_keep_block_keeps_a_bias(shape):
+    query, key = random_scores()
+    bias = 3 * torch.randn(shape) + 50
+    bias.view(-1)[7] = -torch.inf  # a mask
+    maps = (query @ key.mT + bias).softmax(dim=-1)[0]
+    found, part, kept = keep(None, query, key, bias, bits=16)
+    assert part["biased"] == (3 if shape == (1, 3, 20, 20) else 1)
+    np.testing.assert_allclose(found, maps, atol=1e-3)
+    assert (found[maps.numpy() == 0] == 0).all()
+    assert 0 < kept.weight_error < 1e-3
+    assert keep(None, query, key, bias)[2].weight_error > kept.weight_error  # of 8 bits
+
+
+def test_keep_block_keeps_maps_that_are_no_product():
+    query, key = random_scores()
+    maps = (query @ key.mT).softmax(dim=-1)
+    maps[0, 0, 0] = torch.eye(20)[3]
+    found, part, _ = keep(maps, bits=16)
+    assert (part["width"], part["biased"]) == (0, 3)
+    np.testing.assert_allclose(found, maps[0], atol=1e-3)
+    assert keep(maps)[2].errors.max() < 0.1
+
+
+def test_keep_block_keeps_the_mean_row_and_column_where_the_head_reads_many():
+    query, key = random_scores()
+    maps = (query @ key.mT).softmax(dim=-1)[0]
+    readers = torch.cat([torch.zeros(2), torch.full((18,), 1 / 18)])
+    _, part, kept = keep(None, query, key, bits=16, readers=readers)
+    floats = blob(dict(blobs=list(kept.blobs.texts)), part["floats"], "<f4")
+    row, column = floats[-2 * 3 * 20:].reshape(2, 3, 20)
+    np.testing.assert_allclose(row, maps[:, 2:].mean(dim=1), atol=1e-4)
+    np.testing.assert_allclose(column, maps[:, :, 2:].mean(dim=2), atol=1e-4)
+
+
+def test_bytes_round_to_the_nearest():
     matrices = torch.tensor([[[0.0, 0.5, 0.5], [0.2, 0.3, 0.5], [0.0, 0.0, 1.0]]])
-    packed, error = explorer._pack(matrices)
-    np.testing.assert_allclose(unpacked(packed, 3), matrices, atol=0.5 / 510 + 1e-7)
-    rows = np.abs(unpacked(packed, 3) - matrices.numpy()) / matrices.numpy().max(axis=2, keepdims=True)
-    assert error == pytest.approx(rows.max(), abs=1e-6)
-    assert np.isfinite(unpacked(explorer._pack(torch.zeros(1, 3, 3))[0], 3)).all()
+    values, factors, error = explorer._bytes_of(matrices)
+    np.testing.assert_allclose(values * factors, matrices, atol=0.5 / 510 + 1e-7)
+    rows = (values * factors - matrices).abs() / matrices.amax(dim=2, keepdim=True)
+    assert error == pytest.approx(rows.max().item(), abs=1e-6)
+    assert explorer._bytes_of(torch.zeros(1, 3, 3))[0].isfinite().all()
 
 
 def test_explore_shows_what_each_convnet_unit_sees():
@@ -74,9 +156,10 @@ def test_explore_shows_what_each_convnet_unit_sees():
     place = (rows // 2) * (12 // rows) + 12 // rows // 2
     np.testing.assert_allclose(found[place * 12 + place].view(12, 12), field, atol=1e-6)
     page = explorer.explore(square_vit(), pixels(12, 12), None, model, names=["A", "B"])
-    vit_part, cnn = data_of(page)["models"]
+    data = data_of(page)
+    vit_part, cnn = data["models"]
     assert (vit_part["kind"], cnn["kind"], cnn["depths"]) == ("vit", "cnn", ["the stem", "stage 1", "stage 2"])
-    fields = unpacked(cnn["images"][0]["attention"], 64)
+    fields = fields_of(data, 1)
     sums = fields.sum(axis=2)
     assert (np.minimum(abs(sums - 1), sums) < 0.01).all()  # a unit that the ReLU has silenced sees nothing
     assert sums.mean() > 0.5
@@ -86,17 +169,17 @@ def test_explore_shows_what_each_convnet_unit_sees():
 def test_explore_of_other_libraries_matches_ours(name, tmp_path):
     theirs, ours, _ = shared(name, tmp_path)
     ours.preprocessing = adapt(theirs).preprocessing
-    first, second = (data_of(explorer.explore(model.float(), pixels(15, 15), None))["models"][0]
-                     for model in (theirs, ours))
-    n = first["tokens"]
-    for key in ("attention", "rollout", "relevance"):
-        a, b = (unpacked(one["images"][0][key], n) for one in (first, second))
-        np.testing.assert_allclose(a, b, atol=b.max() / 250)
+    first, second = (data_of(explorer.explore(model.float(), pixels(15, 15), None)) for model in (theirs, ours))
+    np.testing.assert_allclose(kept_maps(first)[0], kept_maps(second)[0], atol=1e-3)
+    for name in ("rollout", "relevance"):
+        b = vector(second, name)
+        np.testing.assert_allclose(vector(first, name), b, atol=b.max() / 250)
 
 
 def test_explore_takes_oblong_grids_mean_pooling_and_no_head():
     described = data_of(explorer.explore(vit(pool="mean"), pixels(), None))["models"][0]
-    assert (described["rows"], described["columns"], described["pool"]) == (2, 3, "mean")
+    assert (described["images"][0]["rows"], described["images"][0]["columns"]) == (2, 3)
+    assert (described["pool"], described["reads"]) == ("mean", None)
     described = data_of(explorer.explore(vit(n_classes=0), pixels(), None))["models"][0]
     assert "relevance" not in described["images"][0]
 
@@ -144,17 +227,115 @@ def test_explore_renormalises_a_tensor_for_the_second_model(second):
     for one, other in zip(from_tensor["models"], from_picture["models"], strict=True):
         assert one["images"][0]["prediction"] == other["images"][0]["prediction"]
         np.testing.assert_allclose(one["images"][0]["lens"]["rows"], other["images"][0]["lens"]["rows"], atol=2e-4)
-        a, b = (unpacked(part["images"][0]["attention"], part["tokens"]) for part in (one, other))
-        np.testing.assert_allclose(a, b, atol=b.max() / 250)
+    a, b = (kept_maps(data, 1)[0] if adapt(second).attends else fields_of(data, 1) for data in (from_tensor,
+                                                                                               from_picture))
+    np.testing.assert_allclose(a, b, atol=b.max() / 250)
 
 
-def test_explore_refuses_mixed_sizes_but_takes_another_size():
-    model, images = square_vit(), [torch.zeros(3, 12, 12), torch.zeros(3, 16, 8)]
+def test_explore_takes_images_of_several_sizes_whole():
+    model, photos = square_vit(), [pixels(40, 80), pixels(90, 30)]
+    with pytest.raises(InputError, match="takes images of 12x12 pixels alone"):
+        explorer.explore(model, photos, None, whole=Whole())
     model.any_size = True
-    with pytest.raises(InputError, match="VisionTransformer is given images of 12x12 and 16x8 pixels; expected one"):
-        explorer.explore(model, images, None)
-    described = data_of(explorer.explore(model, images[1:] * 2, None))["models"][0]
-    assert (described["rows"], described["columns"], described["tokens"]) == (4, 2, 9)
+    data = data_of(explorer.explore(model, [*photos, torch.zeros(3, 16, 8)], None, small_convnet(), whole=Whole()))
+    grids = [(one["rows"], one["columns"]) for one in data["models"][0]["images"]]
+    assert grids == [(2, 4), (3, 1), (4, 2)]
+    for i, (photo, (rows, columns)) in enumerate(zip(photos, grids, strict=False)):
+        fed = prepare_image(photo, model, Whole())[0]
+        assert tuple(fed.shape[2:]) == (4 * rows, 4 * columns)
+        np.testing.assert_allclose(kept_maps(data, image=i)[0], attention_maps(model, fed)[:, 0], atol=1e-4)
+        assert picture_in(data["pictures"][i]["pngs"][0]).shape[:2] == (4 * rows, 4 * columns)
+    first, second = (len(picture["pngs"]) for picture in data["pictures"][:2])
+    assert (first, second) == (1, 2)  # the ConvNet sees them whole too, by pixels and not by patches
+    assert picture_in(data["pictures"][1]["pngs"][1]).shape == (20, 7, 3)
+
+
+def test_explore_keeps_large_pictures_as_jpeg():
+    rng = np.random.default_rng(0)
+    small, large = rng.random((60, 60, 3)), rng.random((200, 300, 3))
+    assert explorer._as_uri(small).startswith("data:image/png")
+    smooth = np.linspace(0, 1, 300)[None, :, None] * np.ones((400, 1, 3)) + 0.02 * rng.standard_normal((400, 300, 3))
+    uri = explorer._as_uri(smooth.clip(0, 1))
+    assert uri.startswith("data:image/jpeg")
+    assert np.abs(picture_in(uri) / 255 - smooth.clip(0, 1)).mean() < 0.02
+    assert explorer._as_uri(large).startswith("data:image/jpeg")
+
+
+def test_explore_keeps_the_same_bytes_once():
+    data = data_of(explorer.explore(square_vit(), [pixels(12, 12)] * 2, None))
+    first, second = data["models"][0]["images"]
+    assert first["attention"] == second["attention"]
+
+
+# ---- A page of the size that is asked for
+
+
+def wide_vit(img_size=32):
+    """A page of it takes about 1.5 kB a patch in 8 bits."""
+    model = vit(img_size=img_size, patch_size=2, embed_dim=128)
+    model.any_size = True
+    return model
+
+
+def test_explore_uses_8_bits_for_a_large_page(monkeypatch):
+    small = explorer.explore(wide_vit(), pixels(32, 32), None)
+    monkeypatch.setattr(explorer, "FINE_UP_TO", len(small.html) - 1)
+    large = explorer.explore(wide_vit(), pixels(32, 32), None)
+    assert (small.bits, large.bits) == (16, 8)
+    assert len(large.html) < 0.65 * len(small.html)
+    assert small.quantisation_error < large.quantisation_error < 0.05
+    assert "queries and keys of 8 bits" in large.html
+    assert small.remarks == large.remarks == []
+    fitted = explorer.explore(wide_vit(), pixels(32, 32), None, max_mb=len(small.html) / 1e6 - 0.001)
+    assert fitted.html == large.html  # before there are fewer patches
+
+
+def test_explore_takes_fewer_patches_for_max_mb():
+    page = explorer.explore(wide_vit(), [pixels(32, 32), pixels(40, 80)], None, whole=Whole(), max_mb=0.3)
+    assert 0.2e6 < len(page.html.encode()) <= 0.3e6
+    grids = [one["rows"] * one["columns"] for one in data_of(page)["models"][0]["images"]]
+    assert 16 < max(grids) < 256
+    said, = page.remarks
+    assert said == (f"So that this page stays within 0.3 MB, its images have {max(grids)} patches at most, where 256 "
+                    f"were asked for.")
+    assert said in page.html
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (dict(whole=Whole(), max_mb=0.05), "above max_mb 0.05, and with 16 patches an image it gets no smaller"),
+    (dict(max_mb=0.3), "its images have one size; expected a larger max_mb, fewer images, or pictures with whole="),
+    (dict(whole=Whole(img_size=32), max_mb=0.3), "its images have one size"),
+    (dict(max_mb=0), "max_mb 0 is out of range"), (dict(max_mb="3"), "max_mb '3' is out of range"),
+    (dict(max_mb=float("nan")), "max_mb nan is out of range")])
+def test_explore_refuses_a_max_mb_that_cannot_be_kept(options, words, tmp_path):
+    with pytest.raises(InputError, match=re.escape(words)):
+        explorer.explore(wide_vit(), pixels(32, 32), tmp_path / "page.html", **options)
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_explore_overwrites_nothing_but_pages(tmp_path):
+    path = tmp_path / "page.html"
+    first = explorer.explore(square_vit(), pixels(12, 12), path)
+    second = explorer.explore(square_vit(), 255 - pixels(12, 12), path)
+    assert path.read_text(encoding="utf-8") == second.html != first.html
+    for content in (b"", b"<!doctype html><p>my own page", bytes(range(256))):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="is another file than a page of explore, and it stays as it is"):
+            explorer.explore(square_vit(), pixels(12, 12), path)
+        assert path.read_bytes() == content
+    with pytest.raises(InputError, match="which is a folder; give the name of a file in it"):
+        explorer.explore(square_vit(), pixels(12, 12), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.ao is to move
+def test_explore_says_what_is_left_out():
+    model = square_vit()
+    torch.ao.quantization.quantize_dynamic(model.blocks, {torch.nn.Linear}, dtype=torch.qint8, inplace=True)
+    page = explorer.explore(model, pixels(12, 12), None)
+    assert "relevance" not in data_of(page)["models"][0]["images"][0]
+    said, = page.remarks
+    assert said.startswith("Relevance is left out: this VisionTransformer is quantised")
+    assert said.split("; ")[0] in page.html
 
 
 def test_words_name_the_likeliest_of_all_classes():
@@ -188,11 +369,18 @@ def test_explore_refuses_nan_and_infinity(value, tmp_path):
         explorer.fill(dict(value=value), "", "")
 
 
-def test_explore_page_displays_in_a_notebook():
+def test_explore_page_displays_in_a_notebook(tmp_path, monkeypatch):
     page = explorer.explore(square_vit(), pixels(12, 12), None)
     frame = page._repr_html_()
     assert frame.startswith("<iframe srcdoc=")
     assert "<script" not in frame
+    monkeypatch.setattr(explorer, "EMBED_UP_TO", len(page.html) - 1)
+    assert "Give <code>save_path</code>" in page._repr_html_()
+    monkeypatch.chdir(tmp_path)
+    shown = explorer.explore(square_vit(), pixels(12, 12), "my page.html")._repr_html_()
+    assert 'href="my page.html"' in shown
+    assert '<iframe src="my page.html"' in shown
+    assert len(shown) < 600
 
 
 @pytest.mark.slow
@@ -200,15 +388,16 @@ def test_explore_keeps_vit_base_below_ten_megabytes():
     torch.manual_seed(0)
     page = explorer.explore(create_vit_base(n_classes=5), pixels(224, 224), None)
     assert len(page.html) < 10e6
-    assert data_of(page)["models"][0]["tokens"] == 197
+    assert data_of(page)["models"][0]["images"][0]["rows"] == 14
+    assert page.bits == 16
 
 
 def test_explorer_ready_page_is_current_and_small():
     page = READY.read_text(encoding="utf-8")
-    assert READY.stat().st_size < 2**20
+    assert READY.stat().st_size < 3e6
     assert STYLE in page
     assert SCRIPT.split("$COLOURS")[1] in page
-    assert BODY.split("$TITLE")[1].split("$NOTE")[0] in page
+    assert all(part in page for part in BODY)
 
 
 def test_explore_refuses_no_images_and_a_lone_convnet():

@@ -9,14 +9,16 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from explorer_parts import data_of, small_convnet, unpacked
+from explorer_parts import data_of, kept_maps, small_convnet, vector
 from figure_checks import pixels, square_vit, vit
 from PIL import Image
 
+import vit_model
 from vit_bridge.analysis.capture import attention_maps
 from vit_bridge.analysis.explanations import explain, logit_lens
 from vit_bridge.data.images import prepare_image
 from vit_bridge.plots.explorer import explore
+from vit_bridge.preprocessing import Whole
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 playwright = pytest.importorskip("playwright.sync_api")
@@ -58,7 +60,7 @@ def visit(chromium):
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", lambda request: errors.append(request.url) if request.url.startswith("http") else None)
         page.goto(path.as_uri())
-        page.wait_for_function("document.getElementById('say').textContent.length > 20")
+        page.wait_for_selector("body[data-state=ready]")
         return page
 
     yield go
@@ -91,8 +93,7 @@ def canvas_of(page, number):
 
 
 def test_explorer_starts_with_cls_in_the_last_layer(opened, written):
-    part = written[1]["models"][0]["images"][0]["attention"]
-    row = unpacked(part, 10)[4:6].mean(axis=0)[0, 1:]
+    row = kept_maps(written[1])[0][2].mean(axis=0)[0, 1:]
     best = int(row.argmax())
     assert said(opened).startswith(f"CLS, the token that the head reads, looks most at row {best // 3}, column "
                                    f"{best % 3} ({100 * row[best]:.1f}%)")
@@ -103,7 +104,7 @@ def test_explorer_shows_where_a_pointed_patch_looks(opened, written):
     box = opened.locator("canvas.view").first.bounding_box()
     opened.mouse.move(box["x"] + box["width"] * 5 / 6, box["y"] + box["height"] / 6)
     assert state(opened)["patch"] == 2
-    row = unpacked(written[1]["models"][0]["images"][0]["attention"], 10)[4:6].mean(axis=0)[3, 1:]
+    row = kept_maps(written[1])[0][2].mean(axis=0)[3, 1:]
     assert f"The patch in row 0, column 2 looks most at row {row.argmax() // 3}" in said(opened)
     shown = opened.evaluate("[...shown(0, 2, -1, 2).values]")
     np.testing.assert_allclose(shown, row, atol=1e-6)
@@ -112,18 +113,26 @@ def test_explorer_shows_where_a_pointed_patch_looks(opened, written):
 def test_explorer_shows_who_looks_at_a_patch(opened, written):
     opened.select_option("#direction", "to")
     opened.evaluate("change({patch: 7})")
-    column = unpacked(written[1]["models"][0]["images"][0]["attention"], 10)[1][1:, 8]
-    np.testing.assert_allclose(opened.evaluate("[...shown(0, 0, 1, 7).values]"), column, atol=1e-6)
+    column = kept_maps(written[1])[0][0, 1, 1:, 8]
+    np.testing.assert_allclose(opened.evaluate("[...shown(0, 0, 1, 7).values]"), column, atol=1e-5)
     assert "The patch in row 2, column 1 is looked at most by " in said(opened)
 
 
 @pytest.mark.parametrize("method", ["rollout", "relevance"])
 def test_explorer_shows_rollout_and_relevance(opened, written, method):
     opened.select_option("#method", method)
-    expected = unpacked(written[1]["models"][0]["images"][0][method], 10)[0][0, 1:]
+    expected = vector(written[1], method)
     np.testing.assert_allclose(opened.evaluate("[...shown(0, 0, -1, -1).values]"), expected, rtol=1e-5, atol=1e-6)
     assert {"rollout": "by rollout", "relevance": "speaks for"}[method] in said(opened)
-    assert opened.is_disabled("#layer")
+    for control in ("#layer", "#head", "#direction", "#ends"):
+        assert opened.is_disabled(control)
+    assert opened.evaluate("byId('direction').selectedOptions[0].textContent") == "what the head gathers"
+    opened.evaluate("change({patch: 5})")
+    place = 1 + int((expected > expected[5]).sum())
+    assert " The patch in row 1, column 2 gives " in said(opened)
+    assert said(opened).endswith(f", number {place} of 9.")
+    opened.keyboard.press("d")
+    assert state(opened)["direction"] == "from"
     assert opened.is_hidden("canvas.strip >> nth=0")
 
 
@@ -157,8 +166,8 @@ def test_explorer_strip_jumps_to_a_head(opened):
 
 
 def test_explorer_offers_numbers_and_labels_to_screen_readers(opened):
-    opened.locator("summary").first.click()
-    rows = opened.locator("details >> nth=0").locator("tbody tr")
+    opened.locator("article summary").first.click()
+    rows = opened.locator("article details >> nth=0").locator("tbody tr")
     assert rows.count() == 9
     assert "row " in rows.first.inner_text()
     assert opened.get_attribute("#say", "aria-live") == "polite"
@@ -201,9 +210,10 @@ def test_explorer_handles_registers_mean_pooling_and_oblong_grids(visit, tmp_pat
         found = page.evaluate(f"[...shown(0, {layer}, {number}, -1).values]")
         saliency = explain(model, fed, "attention", layer_idx=layer, head_idx=head).saliency[0].flatten()
         np.testing.assert_allclose(found, saliency, atol=2e-3 * saliency.max())
-    before = maps[2].mean(axis=0)[3:, :3].sum(axis=1).mean()
-    assert page.evaluate("shown(0, 2, -1, -1).before") == pytest.approx(before, abs=2e-3)
-    assert f"{page.evaluate('percent(shown(0, 2, -1, -1).before)')} of its attention goes to tokens" in said(page)
+    before = maps[2].mean(axis=0)[3:, :3].mean(axis=0)
+    np.testing.assert_allclose(page.evaluate("[...shown(0, 2, -1, -1).prefix]"), before, atol=1e-5)
+    shares = f"{before[0]:.1%} goes to CLS and {before[1:].sum():.1%} to 2 registers"
+    assert f"Of its attention, {shares}, not to patches." in said(page)
     np.testing.assert_allclose(page.evaluate("[...shown(0, 1, 0, 4).values]"), maps[1, 0, 7, 3:], atol=2e-3)
     page.evaluate("change({direction: 'to'})")
     np.testing.assert_allclose(page.evaluate("[...shown(0, 1, 0, -1).values]"), maps[1, 0, 3:, 3:].mean(axis=1),
@@ -271,9 +281,94 @@ def test_explorer_colours_each_patch_by_its_value(visit, tmp_path):
     values = np.array(page.evaluate("[...shown(0, 1, 0, -1).values]"))
     view = canvas_of(page, 0)
     found = [view[int((i // 3 + 0.3) * view.shape[0] / 2), int((i % 3 + 0.3) * view.shape[1] / 3)] for i in range(6)]
-    expected = matplotlib.colormaps["viridis"](values / values.max())[:, :3] * 255
+    end = np.sort(values)[4]  # as charts.clip_at: the 99th percentile of six, the lower of the two beside it
+    expected = matplotlib.colormaps["viridis"](np.minimum(values / end, 1))[:, :3] * 255
+    assert page.inner_text(".scale span") == f"{end:.1%} and above (the largest is {values.max():.1%})"
     np.testing.assert_allclose(found, expected, atol=6)  # 64 colours
     assert len({tuple(colour) for colour in found}) > 2
+
+
+@pytest.mark.parametrize(("ends", "expected"), [
+    ("own", lambda ends: ends), ("layer", lambda ends: np.broadcast_to(ends.max(axis=1, keepdims=True), ends.shape)),
+    ("all", lambda ends: np.full(ends.shape, ends.max()))])
+def test_explorer_ends_the_colours_of_small_maps_where_it_says(opened, written, ends, expected):
+    opened.select_option("#ends", ends)
+    opened.evaluate("change({head: 0, layer: 1, patch: 5})")
+    rows = kept_maps(written[1])[0][:, :, 6, 1:]  # (L, H, n)
+    wanted = expected(np.sort(rows, axis=2)[:, :, 7])  # (L, H)
+    assert opened.inner_text(".scale span").startswith(f"{wanted[1, 0]:.1%}")
+    uri = opened.evaluate("panels[0].strip.toDataURL()")
+    strip = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("RGB")).astype(float)
+    k, width, height, left, top = opened.evaluate("Object.values(stripOf(main))")
+    for layer in range(3):
+        for head in range(2):
+            y, x = (top + layer * height + 1 + k // 2 + k * np.arange(3), left + head * width + 1 + k // 2
+                    + k * np.arange(3))
+            found = strip[np.ix_(y, x)].reshape(9, 3)
+            colours = matplotlib.colormaps["viridis"](np.minimum(rows[layer, head] / wanted[layer, head], 1))
+            np.testing.assert_allclose(found, colours[:, :3] * 255, atol=6)
+
+
+BIAS = 2 * torch.randn(1, 2, 10, 10, generator=torch.Generator().manual_seed(0))
+BIAS[:, :, :, 4] = -torch.inf  # a mask
+
+
+@pytest.mark.parametrize("attend", [
+    lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=BIAS[:, :, :q.shape[2]]),
+    lambda q, k, v: (q @ k.mT / q.shape[-1]**0.5 + BIAS[:, :, :q.shape[2]]).softmax(dim=-1) @ v])
+def test_explorer_computes_rows_with_a_bias(visit, tmp_path, monkeypatch, attend):
+    monkeypatch.setattr(vit_model, "attend", lambda q, k, v, return_attention=False: (attend(q, k, v), None))
+    model = marked(square_vit())
+    explore(model, pixels(12, 12), tmp_path / "page.html")
+    maps = attention_maps(model, prepare_image(pixels(12, 12), model)[0])[:, 0].numpy()
+    assert (maps[..., 4] == 0).all()
+    page = visit(tmp_path / "page.html")
+    for layer, head, patch in ((0, 0, 2), (2, 1, 8)):
+        for direction, expected in (("from", maps[layer, head, 1 + patch]), ("to", maps[layer, head, :, 1 + patch])):
+            page.evaluate(f"change({{direction: '{direction}'}})")
+            found = page.evaluate(f"[...shown(0, {layer}, {head}, {patch}).values]")
+            np.testing.assert_allclose(found, expected[1:], atol=1e-3)
+
+
+def test_explorer_shows_images_of_several_sizes(visit, tmp_path):
+    model, photos = marked(square_vit()), [pixels(40, 80), pixels(90, 30)]
+    model.any_size = True
+    explore(model, photos, tmp_path / "page.html", whole=Whole())
+    page = visit(tmp_path / "page.html")
+    page.evaluate("change({patch: 7, kept: true})")  # of 2 x 4: the last
+    for photo in photos:
+        fed = prepare_image(photo, model, Whole())[0]
+        rows, columns = (side // 4 for side in fed.shape[2:])
+        assert page.inner_text(".facts") == f"{rows} rows and {columns} columns of patches of 4 × 4 pixels"
+        view = canvas_of(page, 0)
+        assert abs(view.shape[0] / view.shape[1] - rows / columns) < 0.01
+        assert state(page)["patch"] == rows * columns - 1  # at the same place of the next
+        expected = attention_maps(model, fed)[2, 0].mean(dim=0)[-1, 1:]
+        np.testing.assert_allclose(page.evaluate(f"[...shown(0, 2, -1, {rows * columns - 1}).values]"), expected,
+                                   atol=1e-4)
+        page.set_viewport_size(dict(width=820, height=600))
+        assert page.locator("canvas.view").bounding_box()["height"] <= 0.86 * 600
+        page.keyboard.press("n")
+
+
+def test_explorer_says_what_a_browser_lacks(chromium, written):
+    page = chromium.new_page()
+    page.add_init_script("delete window.DecompressionStream")
+    page.goto(written[0].as_uri())
+    page.wait_for_function("byId('say').textContent.includes('DecompressionStream; open it in Chrome or Edge from')")
+    assert page.is_hidden("#controls")
+    page.close()
+
+
+def test_explorer_says_that_a_file_is_cut_off(chromium, written, tmp_path):
+    text = written[0].read_text(encoding="utf-8")
+    for length in (len(text) // 3, text.index('application/json">') + 5000):
+        (tmp_path / "cut.html").write_text(text[:length], encoding="utf-8")
+        page = chromium.new_page()
+        page.goto((tmp_path / "cut.html").as_uri())
+        assert "If this line stays, the file is not whole" in said(page)
+        assert page.is_hidden("#controls")
+        page.close()
 
 
 def test_explorer_click_keeps_a_patch_until_the_next(opened):

@@ -202,6 +202,35 @@ def test_save_model_in_float16_is_small_and_loads_float32(name, tmp_path):
     assert next(model.parameters()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["vit_nano", "hybrid", "convnet"])
+def test_save_model_in_int8_rounds_each_row_to_its_own_scale(name, tmp_path):
+    torch.manual_seed(0)
+    model = build_model(name, n_classes=10)
+    with torch.no_grad():
+        model.head.weight[3] *= 1000  # one large row must not spoil the others
+    save_model(model, tmp_path / "m.pt", dtype=torch.int8)
+    assert (tmp_path / "m.pt").stat().st_size < 1.3 * sum(p.numel() for p in model.parameters())
+    loaded = load(tmp_path / "m.pt").state_dict()
+    for key, value in model.state_dict().items():
+        assert loaded[key].dtype == value.dtype
+        if value.ndim < 2 or len(value) == 1:
+            assert torch.equal(loaded[key], value)
+        else:
+            steps = value.flatten(1).abs().amax(dim=1) / 127  # of each row
+            assert ((loaded[key] - value).flatten(1).abs().amax(dim=1) <= 0.501 * steps).all()
+    report = load_checkpoint(build_model(name, n_classes=10), tmp_path / "m.pt")
+    assert not report.dropped
+
+
+def test_checkpoint_whose_scales_do_not_fit_is_refused_in_one_line(tmp_path):
+    save_model(build_model("vit_nano", n_classes=10), tmp_path / "m.pt", dtype=torch.int8)
+    entries = torch.load(tmp_path / "m.pt", weights_only=True)
+    for scales in (dict(entries["int8_scales"], nowhere=torch.ones(1)), {"head.weight": torch.ones(3, 1)}, [1], None):
+        torch.save(dict(entries, int8_scales=scales), tmp_path / "m.pt")
+        with pytest.raises(InputError, match="int8_scales do not fit"):
+            load(tmp_path / "m.pt")
+
+
 @pytest.mark.parametrize(("model_class", "arguments"), SMALL[:2] + SMALL[3:])
 def test_save_model_keeps_a_replaced_head(model_class, arguments, tmp_path):
     model = randomised(model_class, arguments)

@@ -96,6 +96,12 @@ def dinov2(state):
     return native
 
 
+def in_chunks(state):
+    """DINOv2's blocks in two chunks, each after place holders for the blocks of the one before."""
+    return {re.sub(r"blocks\.(\d+)\.", lambda block: f"blocks.{2 * int(block[1]) // DEPTH}.{block[1]}.", name): tensor
+            for name, tensor in state.items()}
+
+
 def dino_in_training(state):
     """DINO's main_dino.py: backbone and head in one wrapper."""
     return {**{f"backbone.{name}": tensor for name, tensor in state.items()},
@@ -239,6 +245,13 @@ SOURCES = {
     "DINOv2, registers": case(
         "timm", from_timm, num_classes=0, head=False, init_values=0.1, reg_tokens=2, no_embed_class=True,
         state_dict=dinov2, arguments=dict(n_classes=0, layer_scale=0.5, n_registers=2), dropped=1),
+    "DINOv2, in chunks": case("timm", from_timm, num_classes=0, head=False, init_values=0.1, dropped=1,
+                              state_dict=lambda s: in_chunks(dinov2(s)), arguments=dict(n_classes=0, layer_scale=0.5)),
+    "DINOv2 in training, in chunks": case(
+        "timm", from_timm, num_classes=0, head=False, init_values=0.1, reg_tokens=2, no_embed_class=True,
+        state_dict=lambda s: in_chunks(dinov2(s)),
+        around=lambda s: {"teacher": {f"backbone.{name}": tensor for name, tensor in s.items()}},
+        arguments=dict(n_classes=0, layer_scale=0.5, n_registers=2), dropped=1),
     "MAE": case("timm", from_timm, num_classes=0, head=False, state_dict=mae_with_decoder,
                 around=lambda s: {"model": s}, arguments=dict(n_classes=0), dropped=6),
     "torchvision": case("torchvision", from_torchvision),

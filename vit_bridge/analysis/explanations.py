@@ -2,6 +2,7 @@
 
     explain(model, images, method)     one of METHODS, for a class; rollout, relevance and token_cam are the formulas
     logit_lens, token_norms, feature_colours, patch_filters     what tokens and the patch projection hold
+    norm_artefacts                     which patch tokens are far longer than all others
     compare_explanations               all methods: their agreement, and deletion_insertion beside random order
 
 A method that does not work on a model raises InputError with the reason. selfcheck.py checks the formulas on a model.
@@ -10,23 +11,34 @@ Shapes:  B images, L blocks, H heads, N tokens (prefix tokens, then patches), D 
           C channels, P patch side, M methods, R random orders, S steps of a curve.
 """
 
+import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Real
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vit_bridge.analysis.attention import cls_attention_grid
-from vit_bridge.analysis.capture import capture, check_finite_numbers, differentiable, predict_logits, watch_layer
+from vit_bridge.analysis.attention import (
+    attention_rows,
+    cls_attention_grid,
+    patches_of,
+    select_attention,
+)
+from vit_bridge.analysis.capture import (
+    backward_by_blocks,
+    capture,
+    check_finite_numbers,
+    differentiable,
+    predict_logits,
+    watch_layer,
+)
 from vit_bridge.errors import InputError, check_choice, check_index, check_int
-from vit_bridge.models.adapters import adapt, adapt_vit, check_head, check_pool
+from vit_bridge.models.adapters import adapt, adapt_vit, check_head, check_pool, reading_weights
 from vit_bridge.models.protocol import class_name
 from vit_bridge.runtime import at_least_float32, evaluating, logits_of, to_model, unwrapped
-
-OUTLIER = 3.0  # a patch token whose norm is this many times the median counts as a register artefact
-
 
 # ---- The formulas -----------------------------------------------------------------------------------------
 
@@ -39,20 +51,34 @@ def rollout(maps, discard_ratio=0.0):
     Sec. 4. discard_ratio: the fraction of each block's weights, in [0, 1), the smallest, that is set to zero before I
     is added and the rows are scaled back to one. Raises InputError for a ratio out of range.
     """
-    if not isinstance(discard_ratio, Real) or not 0 <= discard_ratio < 1:
-        raise InputError(f"discard_ratio {discard_ratio!r} is out of range; expected 0 <= ratio < 1")
-    mixing = maps.mean(dim=2)  # (L, B, N, N)
-    n_tokens = mixing.shape[-1]
-    if n_dropped := int(discard_ratio * n_tokens**2):
-        flat = mixing.flatten(2)  # (L, B, N N)
-        smallest = flat.topk(n_dropped, dim=2, largest=False).indices
-        mixing = flat.scatter(2, smallest, 0.0).view_as(mixing)
-    mixing = mixing + torch.eye(n_tokens, dtype=maps.dtype, device=maps.device)
-    mixing = mixing / mixing.sum(dim=-1, keepdim=True)
-    rolled = mixing[-1]
-    for earlier in mixing[:-1].flip(0):
-        rolled = rolled @ earlier
-    return rolled  # (B, N, N)
+    carried = Rollout(discard_ratio)
+    for block in maps:
+        carried.take(block)
+    return carried.rolled  # (B, N, N)
+
+
+class Rollout:
+    """rollout, block by block: `rolled` (B, N, N) is that of the blocks taken so far, from the first on. It is a `keep`
+    for capture(), which keeps nothing else. Raises InputError for a ratio out of range."""
+
+    def __init__(self, discard_ratio=0.0):
+        if not isinstance(discard_ratio, Real) or not 0 <= discard_ratio < 1:
+            raise InputError(f"discard_ratio {discard_ratio!r} is out of range; expected 0 <= ratio < 1")
+        self.discard_ratio, self.rolled = discard_ratio, None
+
+    def __call__(self, block, attended):
+        self.take(attended.maps)
+
+    def take(self, maps):
+        """The maps of the next block, (B, H, N, N)."""
+        mixing = at_least_float32(maps).mean(dim=1)  # (B, N, N)
+        n_tokens = mixing.shape[-1]
+        if n_dropped := int(self.discard_ratio * n_tokens**2):
+            flat = mixing.flatten(1)  # (B, N N)
+            flat.scatter_(1, flat.topk(n_dropped, dim=1, largest=False).indices, 0.0)
+        mixing.diagonal(dim1=1, dim2=2).add_(1)
+        mixing /= mixing.sum(dim=-1, keepdim=True)
+        self.rolled = mixing if self.rolled is None else mixing @ self.rolled
 
 
 def relevance(maps, gradients):
@@ -67,10 +93,10 @@ def relevance(maps, gradients):
 
 def relevance_gained(maps, gradients):
     """relevance without the I that each token has of itself, so that nothing small is rounded away beside 1."""
-    speaking = (maps * gradients).clamp(min=0).mean(dim=2)  # (L, B, N, N): negative heads do not cancel others
-    gained = torch.zeros_like(speaking[0])  # (B, N, N)
-    for block in speaking:
-        gained = gained + block + block @ gained
+    gained = None
+    for attention, gradient in zip(maps, gradients, strict=True):
+        block = (attention * gradient).clamp(min=0).mean(dim=1)  # (B, N, N): negative heads do not cancel others
+        gained = block if gained is None else gained + block + block @ gained
     return gained
 
 
@@ -120,26 +146,43 @@ def explain(model, images, method="relevance", target=None, **options):
 
 def attention_saliency(model, images, targets, layer_idx=-1, head_idx=None):
     """The attention of the head's token to each patch in one block; the class does not matter."""
-    seen = capture(model, images)
-    maps = seen.maps[check_index("layer_idx", layer_idx, len(seen.maps))]  # (B, H, N, N)
-    attention = maps.mean(dim=1) if head_idx is None else maps[:, check_index("head_idx", head_idx, maps.shape[1])]
-    return _for_the_head(attention, seen)
+    row = select_attention(attention_rows(model, images), layer_idx, head_idx)  # (B, N)
+    adapter = adapt_vit(model)
+    return patches_of(row, adapter.grid(images), adapter.n_prefix)
 
 
 def rollout_saliency(model, images, targets, discard_ratio=0.0):
     """rollout, of the head's token; the class does not matter."""
-    seen = capture(model, images)
-    return _for_the_head(rollout(torch.stack(seen.maps), discard_ratio), seen)
+    check_pool(adapt_vit(model).pool)
+    carried = Rollout(discard_ratio)
+    seen = capture(model, images, keep=carried)
+    return cls_attention_grid(carried.rolled, seen.grid, seen.adapter.n_prefix, seen.adapter.pool)
 
 
 def relevance_saliency(model, images, targets):
-    """relevance, of the head's token, for the class; without the I that each token has of itself."""
+    """relevance, of the head's token, for the class; without the I that each token has of itself.
+
+    Only that token's row of the matrix is computed, from the last block to the first: r <- r + r A.
+    """
     check_head(model)
-    seen = capture(model, images, gradients=True)
-    gradients = torch.autograd.grad(chosen(seen.logits, targets), seen.maps)
-    gained = relevance_gained(torch.stack(seen.maps), torch.stack(gradients))  # (B, N, N)
+    check_pool(adapt_vit(model).pool)
+    seen = capture(model, images, keep=None)
+    first, pool = seen.adapter.n_prefix, seen.adapter.pool
+    tokens = seen.tokens[0]  # (B, N, D)
+    start = reading_weights(pool, first, tokens.shape[1]).to(at_least_float32(tokens[0, :, 0]))  # (N)
+    start = start.expand(len(tokens), 1, -1)  # (B, 1, N)
+    gained = torch.zeros_like(start)  # apart from start, so that nothing small is rounded away beside 1
+    for step in backward_by_blocks(model, seen, partial(chosen, targets=targets), keep=speaking):
+        if step.kept is not None:
+            gained = gained + (start + gained) @ step.kept
     check_finite_numbers(model, gained)
-    return _for_the_head(gained, seen)
+    return patches_of(gained[:, 0], seen.grid, first)
+
+
+def speaking(maps, gradient):
+    """A `keep` for backward_by_blocks: how much each token of a block speaks for the class in each, 2 x (B, H, N, N) ->
+    (B, N, N), the mean over the heads of the positive part of map times gradient."""
+    return at_least_float32((maps * gradient).clamp_(min=0).mean(dim=1))
 
 
 def cam_saliency(model, images, targets, layer_idx=None):
@@ -153,18 +196,20 @@ def cam_saliency(model, images, targets, layer_idx=None):
     check_head(model)
     if not adapt(model).attends:
         return _not_blank(_convolutional_cam(model, images, targets, -1 if layer_idx is None else layer_idx))
-    seen = capture(model, images, gradients=True)
-    n_blocks, unseen = len(seen.maps), not seen.adapter.reads_patches
-    layer, read = cam_layer(seen.adapter, layer_idx), {"cls": "CLS"}.get(seen.adapter.pool, seen.adapter.pool)
+    adapter = adapt_vit(model)
+    n_blocks, unseen = len(adapter.blocks), not adapter.reads_patches
+    layer, read = cam_layer(adapter, layer_idx), {"cls": "CLS"}.get(adapter.pool, adapter.pool)
     if unseen and n_blocks == 1:
         raise InputError(f"Grad-CAM after the only block is blank: the head reads {read} alone, and what the patch "
                          f"tokens are there goes nowhere; ask for relevance or attention")
     if unseen and layer == n_blocks - 1:
         raise InputError(f"Grad-CAM after the last block is blank: the head reads {read} alone, and what the patch "
                          f"tokens are there goes nowhere; choose a layer_idx from 0 to {n_blocks - 2}")
-    gradient, = torch.autograd.grad(chosen(seen.logits, targets), seen.tokens[layer + 1])  # (B, N, D)
-    first = seen.adapter.n_prefix
-    return _not_blank(token_cam(seen.tokens[layer + 1][:, first:], gradient[:, first:]).unflatten(1, seen.grid))
+    seen = capture(model, images, keep=None)
+    steps = backward_by_blocks(model, seen, partial(chosen, targets=targets))
+    gradient = next(step.gradient for step in steps if step.place == layer + 1)  # (B, N, D)
+    places = [tokens[:, adapter.n_prefix:] for tokens in (seen.tokens[layer + 1], gradient)]  # 2 x (B, n, D)
+    return _not_blank(token_cam(*places).unflatten(1, seen.grid))
 
 
 def cam_layer(adapter, layer_idx=None):
@@ -209,7 +254,7 @@ def logit_lens(model, images):
     """What the head would predict from the tokens after each block: probabilities (L + 1, B, K), the first before
     the first block. nostalgebraist 2020, "interpreting GPT: the logit lens". Raises InputError without a head."""
     check_head(model)
-    seen = capture(model, images)
+    seen = capture(model, images, keep=None)
     with evaluating(model):
         lens = torch.stack([at_least_float32(seen.adapter.read(tokens)).softmax(dim=1) for tokens in seen.tokens])
     check_finite_numbers(model, lens)
@@ -217,14 +262,95 @@ def logit_lens(model, images):
 
 
 def token_norms(captured):
-    """(norms, artefacts), both (L, B, rows, columns): the length of each patch token after each block, and whether it
-    is OUTLIER times the median of its image and block or more, as tokens that the model uses for something else are
-    (Darcet et al. 2024, "Vision Transformers Need Registers")."""
+    """(norms, artefacts), both (L, B, rows, columns): the length of each patch token after each block, and whether
+    norm_artefacts takes it for one."""
     first = captured.adapter.n_prefix
-    tokens = at_least_float32(torch.stack(captured.tokens[1:]).detach().cpu())  # (L, B, N, D)
-    norms = tokens[:, :, first:].norm(dim=3)  # (L, B, n)
-    artefacts = norms >= OUTLIER * norms.median(dim=2, keepdim=True).values
-    return norms.unflatten(2, captured.grid), artefacts.unflatten(2, captured.grid)
+    norms = torch.stack([at_least_float32(tokens.detach())[:, first:].norm(dim=2).cpu()
+                         for tokens in captured.tokens[1:]])  # (L, B, n)
+    norms = norms.unflatten(2, captured.grid)
+    masks = [norm_artefacts(one).mask for one in norms.flatten(0, 1)]
+    return norms, torch.stack(masks).view(norms.shape)
+
+
+@dataclass
+class Artefacts:
+    """mask (rows, columns): which patch tokens are artefacts; share: how many of all; threshold: the norm above which
+    they lie, None where there are none; ratio: the largest norm over the median, whether or not it is an artefact."""
+    mask: torch.Tensor
+    share: float
+    threshold: float | None
+    ratio: float
+
+
+def norm_artefacts(norms):
+    """The Artefacts of one map of norms (rows, columns): the few tokens, far longer than the rest, that a model uses
+    for something else than their patch (Darcet et al. 2024, "Vision Transformers Need Registers").
+
+    No threshold is given: the norms tell. Two normal distributions are fitted to their logarithms. There are artefacts
+    only where all of this holds:
+
+    two kinds    two describe the norms better than one does (by BIC), and their joint density has two peaks that the
+                 valley between them tells apart at half the height of the lower one; its lowest point is the threshold
+    few          at most half of the tokens lie above it
+    scattered    a typical one of these (the median) has no more of the others among its eight neighbours than one, and
+                 what chance gives: 8 x share. Else they lie together, as a region of the picture does, and are content
+    """
+    norms = norms.detach().cpu().double()
+    median = norms.median().item()
+    none = Artefacts(torch.zeros(norms.shape, dtype=torch.bool), 0.0, None, norms.max().item() / max(median, 1e-30))
+    logs = norms.clamp(min=1e-30).log()  # (rows, columns)
+    threshold = _valley(logs.flatten())
+    if threshold is None:
+        return none
+    mask = logs > threshold
+    share = mask.double().mean().item()
+    neighbours = F.conv2d(mask[None, None].double(), torch.ones(1, 1, 3, 3).double(), padding=1)[0, 0] - 1
+    if share > 0.5 or neighbours[mask].median() > 1 + 8 * share:
+        return none
+    return replace(none, mask=mask, share=share, threshold=math.exp(threshold))
+
+
+def _valley(values, steps=200):
+    """Where the density of two normal distributions, fitted to values (n), is lowest between its two peaks; None where
+    that is not below half the lower peak, and where one normal distribution describes the values as well."""
+    n, mean, spread = len(values), values.mean(), values.std(correction=0)
+    if not spread > 1e-9:
+        return None
+    x = ((values - mean) / spread).sort().values
+    weights, means, widths, likelihood = _fit_two(x, steps)
+    of_one = -0.5 * n * (math.log(2 * math.pi) + 1)  # of variance 1
+    if 5 * math.log(n) - 2 * likelihood >= 2 * math.log(n) - 2 * of_one:  # BIC, of five numbers and of two
+        return None
+    between = torch.linspace(means.min().item(), means.max().item(), 1001).double()
+    density = (weights / widths * torch.exp(-0.5 * ((between[:, None] - means) / widths)**2)).sum(dim=1)
+    lowest = density[1:-1].argmin().item() + 1
+    if not density[lowest] < 0.5 * min(density[:lowest].max(), density[lowest + 1:].max()):
+        return None
+    return (mean + spread * between[lowest]).item()
+
+
+def _fit_two(x, steps):
+    """(weights, means, standard deviations), each (2), and the log-likelihood of the best of several fits of two normal
+    distributions to sorted values x (n) of variance 1. Each fit is an expectation maximisation that begins with a cut:
+    at the middle, below the largest tenth and hundredth, and at the largest gap. No distribution is narrower than a
+    twentieth of the whole, so that none shrinks to a single value."""
+    n = len(x)
+    cuts = torch.tensor([n // 2, n - -(-n // 10), n - -(-n // 100), x.diff().argmax().item() + 1])
+    upper = (torch.arange(n) >= cuts[:, None]).double()  # (fits, n)
+    belongs, before = torch.stack([1 - upper, upper], dim=2), -math.inf  # (fits, n, 2)
+    for _ in range(steps):
+        mass = belongs.sum(dim=1).clamp(min=1e-12)  # (fits, 2)
+        weights, means = mass / n, (belongs * x[:, None]).sum(dim=1) / mass
+        apart = (x[:, None] - means[:, None])**2  # (fits, n, 2)
+        variances = ((belongs * apart).sum(dim=1) / mass).clamp(min=0.05**2)
+        logs = (weights.log() - 0.5 * (2 * math.pi * variances).log())[:, None] - 0.5 * apart / variances[:, None]
+        total = logs.logsumexp(dim=2)  # (fits, n)
+        belongs, likelihoods = (logs - total[..., None]).exp(), total.sum(dim=1)
+        if (likelihoods - before).max() < 1e-3:
+            break
+        before = likelihoods
+    best = likelihoods.argmax()
+    return weights[best], means[best], variances[best].sqrt(), likelihoods[best].item()
 
 
 def feature_colours(features):
@@ -262,31 +388,68 @@ def patch_filters(model, n_filters=28):
 # ---- How far to trust a map -------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def deletion_insertion(model, images, saliency, targets, n_steps=16, batch_size=128, seed=0):
     """(deletion, insertion), each (S + 1, B): the probability of the target class while patches are hidden, the most
-    salient first, and while they are shown on an empty image, the most salient first.
+    salient first, and while they are shown on a blurred image, the most salient first.
 
     saliency (B, rows, columns). Patches of equal saliency go in a random order, which depends on the seed and the image
     alone, so that a constant saliency is the control, random order. An image with NaN in its saliency has NaN. Hidden
-    patches get the mean of the normalisation. A map that finds what the prediction depends on makes the first curve
-    fall early and the second rise early; the mean of a curve is its area. Petsiuk, Das and
+    patches get the mean of the normalisation; `blurred` is what insertion starts from. A map that finds what the
+    prediction depends on makes the first curve fall early and the second rise early: area_under tells. Petsiuk, Das and
     Saenko 2018, "RISE", Sec. 4.1.
     """
     check_int("n_steps", n_steps, 1)
+    with _progress(2 * (n_steps + 1) * len(images)) as bar:
+        return _curves(model, images, saliency, targets, n_steps, batch_size, seed, bar)
+
+
+@torch.no_grad()
+def _curves(model, images, saliency, targets, n_steps, batch_size, seed, bar):
     images, saliency, n, grid = images.cpu(), saliency.cpu(), saliency[0].numel(), saliency.shape[1:]
     rows, columns = (torch.arange(side) * count // side for side, count in zip(images.shape[2:], grid, strict=True))
     ranks = _ranks_of(saliency.flatten(1), _random_orders(images, n, seed))  # (B, n), 0 the most salient
     no_map = saliency.flatten(1).isnan().any(dim=1)  # (B)
     curves = []
-    for inserting in (False, True):
+    for inserting, rest in ((False, torch.zeros_like(images)), (True, blurred(images))):
         curve = []
         for step in range(n_steps + 1):
             shown = ((ranks < round(step / n_steps * n)) == inserting).unflatten(1, grid)  # (B, rows, columns)
-            changed = images * shown[:, rows[:, None], columns][:, None]  # (B, C, height, width)
-            curve.append(_class_probability(model, changed, targets, batch_size))
+            changed = torch.where(shown[:, rows[:, None], columns][:, None], images, rest)  # (B, C, height, width)
+            curve.append(_class_probability(model, changed, targets, batch_size, bar))
         curves.append(torch.stack(curve).masked_fill(no_map, torch.nan))
     return tuple(curves)
+
+
+def blurred(images):
+    """Images (B, C, height, width) out of which the details are gone, and no edges are put in: RISE's Gaussian of 11 x
+    11 pixels and a standard deviation of 5, where the shorter side is above 224 pixels larger in proportion. Beyond its
+    edge an image goes on as its last pixels."""
+    larger = max(1.0, min(images.shape[2:]) / 224)
+    reach = round(5 * larger)  # pixels to each side
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / (5 * larger))**2).to(images)
+    kernel = (kernel / kernel.sum()).expand(images.shape[1], 1, 1, -1)  # (C, 1, 1, 2 reach + 1)
+    for _ in range(2):  # along one side, then along the other
+        images = F.conv2d(F.pad(images, (reach, reach, 0, 0), mode="replicate"), kernel, groups=images.shape[1])
+        images = images.transpose(2, 3)
+    return images
+
+
+def area_under(curves):
+    """The area under each curve, its steps at equal distances from 0 to 1, by trapezoids: (S + 1, ...) -> (...)."""
+    return torch.trapezoid(curves, dx=1 / (len(curves) - 1), dim=0)
+
+
+def mean_and_error(values):
+    """(mean, standard error of the mean) of the values that are not NaN; the error of fewer than two is NaN."""
+    values = values[~values.isnan()].double()
+    return values.mean().item(), values.std().item() / len(values)**0.5 if len(values) > 1 else float("nan")
+
+
+def _progress(n_images):
+    """A bar over the passes of so many images: on a terminal or in Jupyter, after 5 seconds."""
+    from tqdm.auto import tqdm  # where it is used: in Jupyter without ipywidgets its import warns
+
+    return tqdm(total=n_images, desc="hiding and showing patches", unit="image", delay=5, leave=False, disable=None)
 
 
 def _ranks_of(saliency, orders):
@@ -302,25 +465,30 @@ def _random_orders(images, n, seed):
     return torch.stack([torch.randperm(n, generator=torch.Generator().manual_seed(one)) for one in seeds])
 
 
-def _class_probability(model, images, targets, batch_size):
+def _class_probability(model, images, targets, batch_size, bar):
     """The probability of each image's target class, (B), on the CPU."""
-    model = unwrapped(model)
+    model, parts = unwrapped(model), []
     with evaluating(model):
-        parts = [logits_of(model(to_model(part, model))).cpu() for part in images.split(batch_size)]
+        for part in images.split(batch_size):
+            parts.append(logits_of(model(to_model(part, model))).cpu())
+            bar.update(len(part))
     return at_least_float32(torch.cat(parts)).softmax(dim=1).gather(1, targets[:, None].cpu())[:, 0]
 
 
 def rank_correlation(first, second):
     """Spearman's correlation of two maps of each image, 2 x (B, ...) -> (B), equal values sharing their mean rank; NaN
     where one map is the same everywhere."""
-    ranks = []
-    for values in (first.flatten(1).double(), second.flatten(1).double()):
-        others = values[:, None]  # (B, 1, n)
-        rank = (values[:, :, None] > others).double() + 0.5 * (values[:, :, None] == others).double()  # (B, n, n)
-        rank = rank.sum(dim=2)  # (B, n)
-        ranks.append(rank - rank.mean(dim=1, keepdim=True))
-    a, b = ranks
+    a, b = (_centred_ranks(values.flatten(1).double().contiguous()) for values in (first, second))
     return (a * b).sum(dim=1) / ((a**2).sum(dim=1) * (b**2).sum(dim=1)).sqrt()  # (B)
+
+
+def _centred_ranks(values):
+    """The rank of each value (B, n) less the mean rank, equal values sharing their mean; NaN beside a NaN."""
+    in_order = values.sort(dim=1).values
+    below, up_to = (torch.searchsorted(in_order, values, side=side) for side in ("left", "right"))
+    ranks = (below + up_to).double() / 2  # (B, n)
+    ranks = ranks.masked_fill(values.isnan().any(dim=1, keepdim=True), torch.nan)
+    return ranks - ranks.mean(dim=1, keepdim=True)
 
 
 def agreement(saliencies):
@@ -349,6 +517,21 @@ class Comparison:
     probabilities: torch.Tensor
 
     @property
+    def differences(self):
+        """"deletion" and "insertion" -> method -> (B), image by image the area of the method less the mean area of its
+        random orders: in deletion a good map is below zero, in insertion above. NaN as in saliencies."""
+        control = {what: area_under(draws.transpose(0, 1)).mean(dim=0) for what, draws in self.draws.items()}  # (B)
+        return {what: {name: area_under(getattr(self, what)[name]) - control[what] for name in self.saliencies}
+                for what in control}
+
+    @property
+    def leads(self):
+        """"deletion" and "insertion" -> method -> (mean of the differences over the images that have a map, its
+        standard error; NaN where there is but one such image)."""
+        return {what: {name: mean_and_error(values) for name, values in methods.items()}
+                for what, methods in self.differences.items()}
+
+    @property
     def blank(self):
         """Method -> the number of images for which it has no map, where there are such."""
         counts = {name: int(saliency.flatten(1).isnan().any(dim=1).sum()) for name, saliency in self.saliencies.items()}
@@ -366,6 +549,7 @@ def compare_explanations(model, images, target=None, methods=tuple(METHODS), n_s
     works.
     """
     check_int("n_draws", n_draws, 1)
+    check_int("n_steps", n_steps, 1)
     saliencies, refused, explained = {}, {}, None
     if not len(methods):
         raise InputError(f"methods {methods!r} name none; expected at least one of {', '.join(METHODS)}")
@@ -384,10 +568,12 @@ def compare_explanations(model, images, target=None, methods=tuple(METHODS), n_s
         saliencies[method] = explained.saliency
     if not saliencies:
         raise InputError(f"none of {', '.join(methods)} works on this model: {next(iter(refused.values()))}")
-    curves = {name: deletion_insertion(model, images, saliency, target, n_steps, seed=seed)
-              for name, saliency in saliencies.items()}
     alike = torch.ones(next(iter(saliencies.values())).shape)
-    pairs = [deletion_insertion(model, images, alike, target, n_steps, seed=seed + 1 + i) for i in range(n_draws)]
+    orders = [(saliency, seed) for saliency in saliencies.values()]
+    orders += [(alike, seed + 1 + i) for i in range(n_draws)]
+    with _progress(2 * (n_steps + 1) * len(images) * len(orders)) as bar:
+        found = [_curves(model, images, saliency, target, n_steps, 128, own_seed, bar) for saliency, own_seed in orders]
+    curves, pairs = dict(zip(saliencies, found, strict=False)), found[len(saliencies):]
     draws = {what: torch.stack([pair[i] for pair in pairs]) for i, what in enumerate(("deletion", "insertion"))}
     deletion, insertion = ({name: pair[i] for name, pair in curves.items()} | {"random order": draws[what].mean(dim=0)}
                            for i, what in enumerate(draws))
@@ -396,12 +582,6 @@ def compare_explanations(model, images, target=None, methods=tuple(METHODS), n_s
 
 
 # ---- What the methods share -------------------------------------------------------------------------------
-
-
-def _for_the_head(matrix, seen):
-    """What the tokens that the head reads hold of each patch, on average: (B, N, N) -> (B, rows, columns)."""
-    check_pool(seen.adapter.pool)
-    return cls_attention_grid(matrix, seen.grid, seen.adapter.n_prefix, seen.adapter.pool)
 
 
 def choose_targets(logits, target, class_names=None):

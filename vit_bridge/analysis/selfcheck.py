@@ -7,11 +7,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vit_bridge.analysis.attention import attention_distance, readers_of, uniform_attention_distance
+from vit_bridge.analysis.attention import attention_distance, uniform_attention_distance
 from vit_bridge.analysis.capture import NoNumbers, alike_within, capture, differentiable, predict_logits
-from vit_bridge.analysis.explanations import cam_layer, choose_targets, chosen, explain, logit_lens, rollout
+from vit_bridge.analysis.explanations import (
+    cam_layer,
+    choose_targets,
+    chosen,
+    explain,
+    logit_lens,
+    relevance_gained,
+    rollout,
+)
 from vit_bridge.errors import InputError
-from vit_bridge.models.adapters import adapt_vit
+from vit_bridge.models.adapters import adapt_vit, reading_weights
 from vit_bridge.runtime import (
     at_least_float32,
     device_of,
@@ -77,20 +85,21 @@ def _closed_forms(model, images, seed):
 def _check_attention_and_rollout(model, images, rounding):
     """The checks that need no class."""
     hooks = _count_hooks(model)
-    seen = capture(model, images)
-    n_blocks, n_tokens, first = len(seen.maps), seen.maps[0].shape[-1], seen.adapter.n_prefix
+    seen = capture(model, images, keep=_over_the_heads)
+    kept = [mean for mean, _ in seen.maps]
+    n_blocks, n_tokens, first = len(kept), kept[0].shape[-1], seen.adapter.n_prefix
     checks = [_check_own_logits(model, images, seen, hooks)]
-    sums = torch.stack(seen.maps).sum(dim=-1)  # (L, B, H, N)
-    checks.append(within("attention rows sum to one", (sums - 1).abs().max(), 1e-5 * rounding))
-    checks += [_check_head_row(model, images, seen), _check_places(model, images)]
-    rolled = rollout(torch.stack(seen.maps).cpu().double())
+    checks.append(within("attention rows sum to one", max(off for _, off in seen.maps), 1e-5 * rounding))
+    checks += [_check_head_row(model, images, kept[-1], seen), _check_places(model, images)]
+    rolled = rollout(torch.stack(kept)[:, :, None].cpu().double())  # of the means, as of one head
     checks.append(within("rollout rows sum to one", (rolled.sum(dim=-1) - 1).abs().max(),
                          1e-9 if rounding == 1 else 1e-6 * rounding))
-    uniform = capture(model, images[:1], change=_uniform_attention)
+    uniform = capture(model, images[:1], change=_uniform_attention, keep=_over_the_heads)
+    even = torch.stack([mean for mean, _ in uniform.maps])[:, :, None].float()  # (L, 1, 1, N, N)
     expected = 2.0**-n_blocks * torch.eye(n_tokens) + (1 - 2.0**-n_blocks) / n_tokens
     checks.append(within(f"rollout of uniform attention is 2^-{n_blocks} I + (1 - 2^-{n_blocks}) J / {n_tokens}",
-                         (rollout(torch.stack(uniform.maps).float())[0].cpu() - expected).abs().max(), 1e-6 * rounding))
-    distance = attention_distance(torch.stack(uniform.maps), seen.grid, seen.adapter.patch_size, first)
+                         (rollout(even)[0].cpu() - expected).abs().max(), 1e-6 * rounding))
+    distance = attention_distance(even, seen.grid, seen.adapter.patch_size, first)
     line = uniform_attention_distance(seen.grid, seen.adapter.patch_size)
     checks.append(within(f"attention distance of uniform attention is {line:.2f} pixels",
                          (distance - line).abs().max(), 1e-4 * line * rounding))
@@ -99,6 +108,11 @@ def _check_attention_and_rollout(model, images, rounding):
 
 def within(name, difference, most):
     return Check(name, bool(difference <= most), f"largest difference {float(difference):.1e}, at most {most:.0e}")
+
+
+def _over_the_heads(block, attended):
+    """A `keep` for capture: the mean over the heads, (B, N, N), and how far row sums are from one."""
+    return at_least_float32(attended.maps).mean(dim=1), (attended.maps.sum(dim=-1) - 1).abs().max().item()
 
 
 def _uniform_attention(block, attention):
@@ -118,18 +132,17 @@ def _check_own_logits(model, images, seen, hooks):
     return check if not left else Check(check.name, False, f"{left} hooks are left")
 
 
-def _check_head_row(model, images, seen):
-    """The map of attention against the row that the head reads, patch by patch."""
+def _check_head_row(model, images, attention, seen):
+    """The map of attention against the row that the head reads, patch by patch. attention: (B, N, N)."""
     name = "attention of a patch is the weight at its place in the row that the head reads"
     try:
         saliency = explain(model, images, "attention").saliency  # (B, rows, columns)
     except InputError as error:
         return Check(name, None, str(error))
-    attention, first = at_least_float32(seen.maps[-1].mean(dim=1)).cpu(), seen.adapter.n_prefix  # (B, N, N)
-    readers = list(range(*readers_of(seen.adapter.pool, first).indices(attention.shape[-1])))
-    worst = 0.0
+    attention, first = at_least_float32(attention).cpu(), seen.adapter.n_prefix  # (B, N, N)
+    weights, worst = reading_weights(seen.adapter.pool, first, attention.shape[-1]), 0.0
     for row, column in np.ndindex(*seen.grid):
-        expected = attention[:, readers, first + row * seen.grid[1] + column].mean(dim=1)  # (B)
+        expected = attention[:, :, first + row * seen.grid[1] + column].mul(weights.to(attention)).sum(dim=1)  # (B)
         worst = max(worst, (saliency[:, row, column] - expected).abs().max().item())
     return within(name, worst, 1e-6)
 
@@ -144,7 +157,7 @@ def _check_places(model, images):
     changed = images[:1].repeat(3, 1, 1, 1)  # (3, C, height, width)
     changed[1, :, :height, -width:] += 1
     changed[2, :, -height:, :width] += 1
-    tokens = capture(model, changed).tokens[0]
+    tokens = capture(model, changed, keep=None).tokens[0]
     moved = (tokens[1:] - tokens[:1]).abs().amax(dim=2)  # (2, N)
     moved = moved > 1e-3 * moved.amax(dim=1, keepdim=True)
     expected = [[adapter.n_prefix + columns - 1], [adapter.n_prefix + (rows - 1) * columns]]
@@ -153,23 +166,20 @@ def _check_places(model, images):
 
 
 def _check_relevance(model, images, rounding):
-    """The map of relevance against the product taken from its other end: the row of the head alone, from the last block
-    to the first, with each block's gradient asked for by itself."""
-    name = "relevance is what the row of the head gathers, from the last block to the first"
+    """The map of relevance against the whole matrix, from the first block to the last, of the first image, with the
+    gradients of all maps asked for at once."""
+    name = "relevance is what the head's token gathers, from the first block to the last"
     try:
         found = explain(model, images, "relevance")
     except InputError as error:
         return Check(name, None, str(error))
-    seen = capture(model, images, gradients=True)
-    first, answer = seen.adapter.n_prefix, chosen(seen.logits, found.targets.to(seen.logits.device))
-    start = seen.maps[0].new_zeros(len(images), 1, seen.maps[0].shape[-1])  # (B, 1, N)
-    start[:, :, readers_of(seen.adapter.pool, first)] = 1
-    start = start / start.sum(dim=2, keepdim=True)
-    gathered = torch.zeros_like(start)
-    for attention in reversed(seen.maps):
-        gradient, = torch.autograd.grad(answer, attention, retain_graph=True)  # (B, H, N, N)
-        gathered = gathered + (start + gathered) @ (attention * gradient).clamp(min=0).mean(dim=1)  # (B, 1, N)
-    return alike(name, found.saliency, gathered[:, 0, first:].unflatten(1, seen.grid), rounding)
+    seen = capture(model, images[:1], gradients=True)
+    answer = chosen(seen.logits, found.targets[:1].to(seen.logits.device))
+    gradients = torch.autograd.grad(answer, seen.maps)
+    gained, first = relevance_gained([one.detach() for one in seen.maps], gradients), seen.adapter.n_prefix  # (1, N, N)
+    weights = reading_weights(seen.adapter.pool, first, gained.shape[-1]).to(gained)  # (N)
+    row = weights @ gained[..., first:]  # (1, n)
+    return alike(name, found.saliency[:1], row.unflatten(1, seen.grid), rounding)
 
 
 def _check_grad_cam(model, images, rounding):
@@ -180,7 +190,7 @@ def _check_grad_cam(model, images, rounding):
         found = explain(model, images, "grad_cam")
     except InputError as error:
         return Check(name, None, str(error))
-    seen = capture(model, images)
+    seen = capture(model, images, keep=None)
     first, layer = seen.adapter.n_prefix, cam_layer(seen.adapter)
     patches = seen.tokens[layer + 1][:, first:]  # (B, n, D)
     shift = Shift(first, torch.zeros_like(patches[:, :1]).requires_grad_())

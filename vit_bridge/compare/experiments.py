@@ -286,8 +286,9 @@ class AttentionDistance(Experiment):
     def draw(self, data, setup=None):
         if not data:
             return {}
-        panels = {name: {weights: [(block, *mean_min_max(heads)) for block, heads in enumerate(rows[weights], start=1)]
-                         for weights in ("trained", RANDOM)} for name, rows in data.items()}
+        panels = {name: {words: [(block, *mean_min_max(heads)) for block, heads in enumerate(rows[weights], start=1)]
+                         for words, weights in ((name, "trained"), (f"{name}, {RANDOM}", RANDOM))}
+                  for name, rows in data.items()}
         uniform = next(iter(data.values()))["uniform"]
         return {"attention_distance": plot_curves(
             panels, "block", "mean distance (pixels)", lines=[(f"uniform: {uniform:.1f}", uniform)],

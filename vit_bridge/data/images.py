@@ -223,6 +223,11 @@ def to_rgb(image):
 # ---- What a model is fed ----------------------------------------------------------------------------------
 
 
+def sample_photographs():
+    """The paths of the four photographs that come with this package: an astronaut, a cat, a cup of coffee, a rocket."""
+    return sorted((Path(__file__).parent / "samples").glob("*.jpg"))
+
+
 def prepare_image(image, model, whole=None):
     """(what the model is fed, what it looks like): a tensor (1, C, H, W) and an array (H, W, 3) in 0..1.
 
@@ -239,6 +244,8 @@ def prepare_image(image, model, whole=None):
                              f"{size[0]}x{size[1]}; resize it, or give a picture, which is resized here")
     else:
         picture = open_picture(image, adapter.in_channels)
+        if adapter.assumed:
+            assume(adapter.assumed)
         if whole is None:
             picture = FitSize(size, preprocessing.interpolation)(picture)
         else:
@@ -267,20 +274,25 @@ def prepare_images(images, model, whole=None):
     """What the model is fed, (B, C, H, W), from a batch that it can be fed already, or from one image or a list of
     them, of any kind; whole as in prepare_image. Raises InputError for no image, for values that are not finite, and
     for images of several sizes, which make no batch."""
-    if isinstance(images, torch.Tensor) and images.is_floating_point() and images.ndim == 4 and len(images):
-        _check_finite(images)
-        return images
-    several = list(images) if isinstance(images, (list, tuple)) else [images]
-    if isinstance(images, torch.Tensor) and images.ndim == 4:
-        several = list(images)
-    if not several:
-        raise InputError("there is no image; expected at least one")
-    fed = [prepare_image(image, model, whole)[0] for image in several]
+    fed = prepare_each(images, model, whole)
     sizes = sorted({f"{one.shape[2]}x{one.shape[3]}" for one in fed})
     if len(sizes) > 1:
         raise InputError(f"got images of {' and '.join(sizes)} pixels, expected one size; give those of one size "
                          f"together, or pictures, which are resized here")
     return torch.cat(fed)
+
+
+def prepare_each(images, model, whole=None):
+    """The same images as prepare_images, each by itself, as they may differ in size: a list of (1, C, H, W)."""
+    if isinstance(images, torch.Tensor) and images.is_floating_point() and images.ndim == 4 and len(images):
+        _check_finite(images)
+        return list(images.split(1))
+    several = list(images) if isinstance(images, (list, tuple)) else [images]
+    if isinstance(images, torch.Tensor) and images.ndim == 4:
+        several = list(images)
+    if not several:
+        raise InputError("there is no image; expected at least one")
+    return [prepare_image(image, model, whole)[0] for image in several]
 
 
 def as_picture(image, preprocessing=None):

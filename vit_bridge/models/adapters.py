@@ -1,7 +1,10 @@
-"""How the library sees a model: its own by the protocol, or a ViT of timm, transformers or torchvision.
+"""How the library sees a model: its own by the protocol, or a ViT of another library, by its class.
 
     adapt(model)      a ModelAdapter: its layers, what images it takes, its classes; a ViTAdapter where it attends
     adapt_vit(model)  a ViTAdapter, or InputError
+    reading_weights   how much of each token the head reads
+
+LIBRARIES names the classes that are known. To add one, write a function that makes its ViTAdapter, and its entry.
 
 Shapes:  B images, C channels, N tokens (prefix tokens, then patches), D width, K classes, n patches.
 """
@@ -19,18 +22,24 @@ from vit_model import check_images, grid_of, pair
 
 HEADS = "head", "heads", "classifier"  # what the libraries call them
 CLS_AND_DISTILLATION = "CLS and the distillation token"  # a distilled DeiT's
+CLS_AND_PATCHES = "CLS and the mean of the patches"  # DINOv2's
+SINGLE_TOKENS = "every token by itself"
+# What a head reads -> (the shares of the first tokens, that of all patches together).
+SHARES = {"cls": ((1.0,), 0.0), "mean": ((), 1.0), CLS_AND_DISTILLATION: ((0.5, 0.5), 0.0),
+          CLS_AND_PATCHES: ((0.5,), 0.5)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelAdapter:
     """What the library has to know of a model.
 
-    library        whose it is: "ours", "timm", "transformers" or "torchvision"
+    library        whose it is: "ours", "timm", "transformers", "torchvision" or "dinov2", the hub's
     layers         what makes the first map or the tokens, then the stages or blocks
     img_size       (height, width) in pixels that it is built for
     in_channels    of its images
     n_classes      K; None where it has no head, and gives features
-    preprocessing  what its images must be; ImageNet's mean and std where nothing says which
+    preprocessing  what its images must be
+    assumed        "", or what of that nothing says: a line for errors.assume, where a picture is prepared by it
     any_size       whether it takes images of other sizes too
     attends        whether its layers are attention blocks: it is then a ViTAdapter
     """
@@ -40,6 +49,7 @@ class ModelAdapter:
     in_channels: int
     n_classes: int | None
     preprocessing: Preprocessing
+    assumed: str = ""
     any_size: bool = False
     attends = False
     unit = "stage"
@@ -72,21 +82,27 @@ class ViTAdapter(ModelAdapter):
     """Where the parts of a ViT lie.
 
     patch_size   (height, width) in pixels
-    n_prefix     tokens before the patches: CLS, distillation token, registers
+    prefix       names of the tokens before the patches: "CLS", "distillation token", "register"
     pool         what the head reads: "cls", "mean" (over the patches), CLS_AND_DISTILLATION (the mean of two heads, one
-                 on each token), or words for another way
-    read         tokens after any block, (B, N, D) -> logits (B, K): the last norm, the pooling and the head
+                 on each token), CLS_AND_PATCHES (one beside the other), or words for another way. A model without a
+                 head that gives every token has "cls" where it has one: that is what views show of it
+    read         tokens after any block, (B, N, D) -> what the model would give if they were the last: logits (B, K); of
+                 a model without a head features (B, D), or all tokens after the last norm, (B, N, D)
     projection   the layer that makes patches into tokens, or the stem before them
     positions    (n, D), of the patches; None where there are none
     """
     patch_size: tuple
-    n_prefix: int
+    prefix: tuple
     pool: str
     read: Callable
     projection: torch.nn.Module
     positions: torch.Tensor | None
     attends = True
     unit = "block"
+
+    @property
+    def n_prefix(self):
+        return len(self.prefix)
 
     @property
     def blocks(self):
@@ -96,7 +112,7 @@ class ViTAdapter(ModelAdapter):
     @property
     def reads_patches(self):
         """Whether the head reads the patch tokens: else those after the last block go nowhere."""
-        return self.pool not in ("cls", CLS_AND_DISTILLATION)
+        return SHARES.get(self.pool, ((), 1.0))[1] > 0
 
     @property
     def projects_patches(self):
@@ -118,11 +134,15 @@ def adapt(model):
     model = unwrapped(model)
     if is_ours(model):
         return _of_ours(model)
-    for name, make in _LIBRARIES.items():
-        if any(f"{cls.__module__}.{cls.__qualname__}" == name for cls in type(model).__mro__):
-            return make(model)
-    raise InputError(f"a {class_name(model)} is not known here; expected one of vit_bridge.models, or a ViT "
-                     f"of timm, transformers (for image classification) or torchvision")
+    if make := _maker_for(model):
+        return make(model)
+    inside = [f"the {class_name(part)} in it is: give its part {name!r}" for name, part in getattr(
+        model, "named_modules", tuple)() if is_ours(part) or _maker_for(part)]
+    advice = inside[0] if inside else (
+        "expected one of vit_bridge.models, a VisionTransformer of timm, torchvision or DINOv2's hub, or the Model or "
+        "ForImageClassification of ViT, DeiT, DINOv2, ViT-MSN or I-JEPA of transformers; of another save the "
+        "state_dict, which load() may know")
+    raise InputError(f"a {class_name(model)} is not known here; {advice}")
 
 
 def adapt_vit(model):
@@ -140,90 +160,194 @@ def adapt_vit(model):
 def _of_ours(model):
     config, n_classes = model.config, _classes_of(model.head)
     common = dict(library="ours", layers=model.layers(), img_size=pair(config.img_size), in_channels=config.in_channels,
-                  n_classes=n_classes, any_size=ask(model, "any_size"), preprocessing=_preprocessing_of(
-                      model, config.in_channels, config.img_size))
+                  n_classes=n_classes, any_size=ask(model, "any_size"),
+                  **_images_of(model, config.in_channels, config.img_size))
     if not ask(model, "attends"):
         return ModelAdapter(**common)
     n = model.patch_embed.n_patches
     return ViTAdapter(
-        **common, patch_size=pair(config.patch_size, "patch_size"), n_prefix=model.n_prefix_tokens, pool=config.pool,
-        read=lambda x: model.forward_head(model.norm(x)), projection=model.patch_embed.proj,
+        **common, patch_size=pair(config.patch_size, "patch_size"), prefix=_prefix(1, model.n_prefix_tokens - 1),
+        pool=config.pool, read=lambda x: model.forward_head(model.norm(x)), projection=model.patch_embed.proj,
         positions=None if model.pos_embed is None else model.pos_embed[0, -n:].detach())
 
 
 def _of_timm(model):
-    pool = {"token": "cls", "avg": "mean", "": "every token by itself"}.get(model.global_pool, model.global_pool)
-    if pool == "mean" and getattr(model, "pool_include_prefix", False):
-        pool = "the mean of all tokens"
-    if hasattr(model, "head_dist"):
-        pool = CLS_AND_DISTILLATION
-    projection = getattr(model.patch_embed, "proj", None)
-    if not isinstance(projection, torch.nn.Conv2d):
+    """Any VisionTransformer of timm, also distilled, without CLS, with registers, a norm before the blocks or without a
+    head. Those that attend in another way are refused where attention is asked for."""
+    embed, kept = model.patch_embed, getattr(model, "pretrained_cfg", None) or {}  # none where its class built it
+    projection, n_classes = getattr(embed, "proj", None), _classes_of(model.head)
+    if not isinstance(projection, torch.nn.Conv2d) or "backbone" in embed._modules:
         raise InputError(f"this {class_name(model)} of timm makes its tokens in another way than by one projection "
                          f"of patches, and is not known here; give a plain ViT")
-    kept = getattr(model, "pretrained_cfg", None) or {}  # none where it was built by its class
-    n, img_size = model.patch_embed.num_patches, tuple(model.patch_embed.img_size)
-    positions = None if model.pos_embed is None else model.pos_embed.reshape(-1, model.embed_dim)[-n:].detach()
+    if differential := [name for name in map(class_name, model.blocks.modules()) if name.startswith("Diff")]:
+        raise InputError(f"this {class_name(model)} of timm attends by {differential[0]}, the difference of two maps, "
+                         f"and is not known here; give a plain ViT")
+    pool = TIMM_POOLS.get(model.global_pool, f"the patches by timm's pooling {model.global_pool!r}")
+    if pool == "mean" and getattr(model, "pool_include_prefix", False):
+        pool = "the mean of all tokens"
+    if pool == SINGLE_TOKENS and n_classes is not None:
+        raise InputError(f"this {class_name(model)} of timm gives each token logits of its own (global_pool=''), and "
+                         f"is not known here; build it with global_pool='token' or 'avg', or with num_classes=0")
+    if pool == SINGLE_TOKENS and model.has_class_token:
+        pool = "cls"
+    distilled = "head_dist" in model._modules
     facts = {name: kept[name] for name in ("mean", "std", "interpolation") if kept.get(name) is not None}
+    unsure = "" if "mean" in facts else "ImageNet's; timm.create_model would record the model's own"
     return ViTAdapter(
-        library="timm", layers=[projection, *model.blocks], img_size=img_size, in_channels=projection.in_channels,
-        n_classes=_classes_of(model.head), any_size=bool(getattr(model, "dynamic_img_size", False)),
-        preprocessing=_preprocessing_of(model, projection.in_channels, img_size, **facts),
-        patch_size=tuple(model.patch_embed.patch_size), n_prefix=model.num_prefix_tokens, pool=pool,
-        read=lambda x: model.forward_head(model.norm(x)), projection=projection, positions=positions)
+        library="timm", layers=[projection, *model.blocks], img_size=tuple(embed.img_size), n_classes=n_classes,
+        in_channels=projection.in_channels, any_size=bool(getattr(model, "dynamic_img_size", False)),
+        **_images_of(model, projection.in_channels, embed.img_size, unsure, **facts),
+        patch_size=tuple(embed.patch_size), pool=CLS_AND_DISTILLATION if distilled else pool,
+        prefix=_prefix(model.has_class_token, model.num_reg_tokens, distilled),
+        read=lambda x: model.forward_head(model.norm(x)), projection=projection,
+        positions=None if model.pos_embed is None else model.pos_embed[0, -embed.num_patches:].detach())
+
+
+TIMM_POOLS = {"token": "cls", "avg": "mean", "": SINGLE_TOKENS, "map": "the patches by attention pooling"}
 
 
 def _of_torchvision(model):
     return ViTAdapter(
         library="torchvision", layers=[model.conv_proj, *model.encoder.layers], img_size=pair(model.image_size),
-        in_channels=3, n_classes=_classes_of(model.heads), preprocessing=_preprocessing_of(model, 3, model.image_size),
-        patch_size=pair(model.patch_size, "patch_size"), n_prefix=1, pool="cls",
+        in_channels=model.conv_proj.in_channels, n_classes=_classes_of(model.heads),
+        **_images_of(model, model.conv_proj.in_channels, model.image_size),
+        patch_size=pair(model.patch_size, "patch_size"), prefix=_prefix(1), pool="cls",
         read=lambda x: model.heads(model.encoder.ln(x)[:, 0]), projection=model.conv_proj,
         positions=model.encoder.pos_embedding[0, 1:].detach())
 
 
-def _of_transformers(model):
-    """ViTForImageClassification and DeiTForImageClassification, whose head reads CLS, and the DeiT with both heads."""
-    base, config = getattr(model, model.base_model_prefix), model.config
-    layers = base.layers if hasattr(base, "layers") else base.encoder.layer  # since version 5, before
-    n_prefix = 2 if config.model_type == "deit" else 1
-    # Its image processor lies apart from the model: ViT's are Google's checkpoints, with 0.5 and 0.5.
-    facts = dict(mean=(0.5,) * config.num_channels, std=(0.5,) * config.num_channels) if n_prefix == 1 else {}
-    projection = base.embeddings.patch_embeddings.projection
-    two_heads = hasattr(model, "distillation_classifier")
-    heads = (model.cls_classifier, model.distillation_classifier) if two_heads else (model.classifier,)
+def _of_hub_dinov2(model):
+    """DinoVisionTransformer of facebookresearch/dinov2, whose blocks may come in chunks, after place holders."""
+    chunks = model.blocks if model.chunked_blocks else [model.blocks]
+    blocks = [block for chunk in chunks for block in chunk if not isinstance(block, torch.nn.Identity)]
+    embed, projection = model.patch_embed, model.patch_embed.proj
     return ViTAdapter(
-        library="transformers", layers=[projection, *layers], img_size=pair(config.image_size),
-        in_channels=config.num_channels, n_classes=_classes_of(heads[0]),
-        preprocessing=_preprocessing_of(model, config.num_channels, config.image_size,
-                                        class_names=listed_names(config.id2label), **facts),
-        patch_size=pair(config.patch_size, "patch_size"), n_prefix=n_prefix,
-        pool=CLS_AND_DISTILLATION if two_heads else "cls", projection=projection,
-        read=lambda x: sum(head(base.layernorm(x)[:, i]) for i, head in enumerate(heads)) / len(heads),
-        positions=base.embeddings.position_embeddings[0, n_prefix:].detach())
+        library="dinov2", layers=[projection, *blocks], img_size=tuple(embed.img_size), any_size=True,
+        in_channels=projection.in_channels, n_classes=_classes_of(model.head),
+        **_images_of(model, projection.in_channels, embed.img_size, interpolation="bicubic"),
+        patch_size=tuple(embed.patch_size), prefix=_prefix(1, getattr(model, "num_register_tokens", 0)), pool="cls",
+        read=lambda x: model.head(model.norm(x)[:, 0]), projection=projection,
+        positions=model.pos_embed[0, 1:].detach())
 
 
-_LIBRARIES = {
+def _of_transformers(model, prefix, pool="cls", any_size=False, unsure="", **facts):
+    """A base model of transformers, which gives all tokens after the last norm, or that below a head.
+
+    prefix, pool, any_size   as in ViTAdapter, pool of the head
+    unsure, facts            as in _images_of: its image processor, which says them, lies apart from the model
+    """
+    base, config = model.base_model, model.config
+    heads = [model._modules[name] for name in ("classifier", "cls_classifier", "distillation_classifier")
+             if name in model._modules]
+    if not heads:
+        pool = "cls" if "CLS" in prefix else SINGLE_TOKENS
+    elif len(heads) == 2:
+        pool = CLS_AND_DISTILLATION
+    layers = base.layers if "layers" in base._modules else base.encoder.layer
+    projection, img_size = base.embeddings.patch_embeddings.projection, pair(config.image_size)
+    patch_size = pair(config.patch_size, "patch_size")
+    rows, columns = grid_of(img_size, patch_size)
+
+    def read(x):
+        x = base.layernorm(x)  # (B, N, D)
+        if not heads:
+            return x
+        return sum(head(part) for head, part in zip(heads, READ_BY[pool](x, len(prefix)), strict=True)) / len(heads)
+
+    return ViTAdapter(
+        library="transformers", layers=[projection, *layers], img_size=img_size, in_channels=config.num_channels,
+        n_classes=_classes_of(heads[0]) if heads else None, any_size=any_size, patch_size=patch_size, prefix=prefix,
+        **_images_of(model, config.num_channels, img_size, unsure, class_names=listed_names(config.id2label), **facts),
+        pool=pool, read=read, projection=projection,
+        positions=base.embeddings.position_embeddings[0, -rows * columns:].detach())
+
+
+# What each of a model's heads is given of tokens (B, N, D) with n prefix tokens.
+READ_BY = {"cls": lambda x, n: [x[:, 0]], "mean": lambda x, n: [x[:, n:].mean(dim=1)],
+           CLS_AND_DISTILLATION: lambda x, n: [x[:, 0], x[:, 1]],
+           CLS_AND_PATCHES: lambda x, n: [torch.cat([x[:, 0], x[:, n:].mean(dim=1)], dim=1)]}
+
+
+def _of_vit(model):
+    half = (0.5,) * model.config.num_channels
+    return _of_transformers(model, _prefix(1), mean=half, std=half,
+                            unsure="those of Google's checkpoints; DINO's ViTs are of this class too and have "
+                                   "ImageNet's")
+
+
+def _of_vit_msn(model):
+    return _of_transformers(model, _prefix(1))
+
+
+def _of_deit(model):
+    return _of_transformers(model, _prefix(1, distilled=True), interpolation="bicubic")
+
+
+def _of_dinov2(model):
+    """DINOv2, with registers or without; it resamples its positions for any size."""
+    return _of_transformers(model, _prefix(1, getattr(model.config, "num_register_tokens", 0)), CLS_AND_PATCHES,
+                            any_size=True, interpolation="bicubic")
+
+
+def _of_ijepa(model):
+    return _of_transformers(model, (), "mean", unsure="ImageNet's, as in I-JEPA's training")
+
+
+def _classes_in(folder, make, *names):
+    """Entries of LIBRARIES: classes of transformers that lie in one folder."""
+    return {f"transformers.models.{folder}.modeling_{folder}.{name}": make for name in names}
+
+
+LIBRARIES = {  # the whole name of a class -> what makes its adapter, and that of classes made from it
     "timm.models.vision_transformer.VisionTransformer": _of_timm,
     "torchvision.models.vision_transformer.VisionTransformer": _of_torchvision,
-    "transformers.models.vit.modeling_vit.ViTForImageClassification": _of_transformers,
-    "transformers.models.deit.modeling_deit.DeiTForImageClassification": _of_transformers,
-    "transformers.models.deit.modeling_deit.DeiTForImageClassificationWithTeacher": _of_transformers,
+    "dinov2.models.vision_transformer.DinoVisionTransformer": _of_hub_dinov2,
+    **_classes_in("vit", _of_vit, "ViTModel", "ViTForImageClassification"),
+    **_classes_in("vit_msn", _of_vit_msn, "ViTMSNModel", "ViTMSNForImageClassification"),
+    **_classes_in("deit", _of_deit, "DeiTModel", "DeiTForImageClassification",
+                  "DeiTForImageClassificationWithTeacher"),
+    **_classes_in("dinov2", _of_dinov2, "Dinov2Model", "Dinov2ForImageClassification"),
+    **_classes_in("dinov2_with_registers", _of_dinov2, "Dinov2WithRegistersModel",
+                  "Dinov2WithRegistersForImageClassification"),
+    **_classes_in("ijepa", _of_ijepa, "IJepaModel", "IJepaForImageClassification"),
 }
 
 
-def _preprocessing_of(model, n_channels, img_size, **facts):
-    """The model's own Preprocessing, or one of these facts. Raises InputError where it is for other channels."""
+def _maker_for(model):
+    """The function of LIBRARIES for a model of a class there, or of one made from it; None for others."""
+    names = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__]
+    return next((LIBRARIES[name] for name in names if name in LIBRARIES), None)
+
+
+def _prefix(n_cls=0, n_registers=0, distilled=False):
+    """The names of prefix tokens, in the order in which all libraries have them."""
+    return ("CLS",) * n_cls + ("distillation token",) * distilled + ("register",) * n_registers
+
+
+def _images_of(model, n_channels, img_size, unsure="", **facts):
+    """What a ViTAdapter says of images: the model's own Preprocessing, or one of these facts, and what is assumed.
+
+    unsure   whose mean and std the facts are, where nothing says that this model has them
+    Raises InputError where the model's own is for other channels.
+    """
     own = getattr(model, "preprocessing", None)
     if own is None:
-        default = Preprocessing(img_size)
-        if n_channels != len(facts.get("mean", default.mean)):  # nothing is known of such channels
+        default = replace(Preprocessing(img_size), **facts)
+        if n_channels != default.n_channels:
             facts |= dict(mean=(0.0,) * n_channels, std=(1.0,) * n_channels)
-        return replace(default, **facts)
+            unsure, default = f"as for any {n_channels} channels", replace(default, **facts)
+        line = (f"nothing says how images for this {class_name(model)} are normalised: mean {_short(default.mean)} and "
+                f"std {_short(default.std)} are assumed ({unsure}); set model.preprocessing where they are others")
+        return dict(preprocessing=default, assumed=line if unsure else "")
     if len(own.mean) != n_channels:
         raise InputError(f"model.preprocessing has a mean and std of {len(own.mean)} channels, and the model takes "
                          f"{n_channels}; set model.preprocessing to that of its training")
-    return own
+    return dict(preprocessing=own)
+
+
+def _short(numbers):
+    """Numbers of the channels in words, one where they are the same."""
+    return f"{numbers[0]:g}" if len(set(numbers)) == 1 else "(" + ", ".join(f"{one:g}" for one in numbers) + ")"
 
 
 def _classes_of(head):
@@ -289,6 +413,17 @@ def check_has_head(model):
 
 def check_pool(pool):
     """Raises InputError where no rows of tokens are what the head reads."""
-    if pool not in ("cls", "mean", CLS_AND_DISTILLATION):
+    if pool not in SHARES:
         raise InputError(f"the head reads {pool}, not CLS, CLS and a distillation token, or the mean of the patches; "
-                         f"there is no row of tokens to show for it")
+                         f"there is no row of tokens to show for it; patch=(row, column) shows that of a patch")
+
+
+def reading_weights(pool, n_prefix, n_tokens):
+    """How much of each token the head reads, (N,) float64, sum 1: a view of what it reads is the mean of their rows by
+    these weights. Raises InputError where no rows of tokens are what the head reads."""
+    check_pool(pool)
+    first, of_patches = SHARES[pool]
+    weights = torch.zeros(n_tokens, dtype=torch.float64)
+    weights[:len(first)] = torch.tensor(first, dtype=torch.float64)
+    weights[n_prefix:] += of_patches / (n_tokens - n_prefix)
+    return weights

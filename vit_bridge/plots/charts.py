@@ -3,27 +3,102 @@
     plot_curves, plot_training_curves           a quantity against another, with bands; the history of a training
     plot_bars, plot_matrices, plot_confusion    bars with intervals, heat maps, a confusion matrix
 
-Every function returns its Figure and writes a file only if save_path is given (.png, .pdf, .svg, ...).
-visualizations.py draws images and what a model sees in them.
+Every function returns its Figure, which a notebook shows, and writes a file only if save_path is given (.png, .pdf,
+.svg, ...). A model has one colour and one marker in all of them: looks_of. visualizations.py draws images and what a
+model sees in them.
 
 Shapes:  K classes, n points of a line.
 """
 
+import io
 import math
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from vit_bridge.errors import InputError, first_line
 
 # Okabe and Ito 2008, "Color Universal Design": distinct with every common kind of colour vision.
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
-MARKERS = "osD^vP"
+MARKERS = "osD^vPXh"
+DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1.5)), (0, (5, 1.5, 1.5, 1.5)))
+CLOSE = 0.006  # as a part of the axis: lines no farther apart hide each other
 CLIP = 0.99  # the quantile of a map's values at which its colours end
+
+# A family of models, by a word in their names -> its colour and marker in every figure. The first word that fits
+# counts, so that HybridCNNViT is a hybrid. Three colours more are of Tol's "muted", told apart from these as well.
+FAMILIES = {"hybrid": (GREEN, "s"), "convnext": (ORANGE, "P"), "resnet": (PURPLE, "v"), "convnet": (VERMILION, "D"),
+            "cnn": (VERMILION, "D"), "swin": ("#882255", "X"), "deit": ("#332288", "h"), "beit": ("#999933", "*"),
+            "vit, mean pooling": (SKY, "^"), "vit": (BLUE, "o")}
+CONTROLS = ("untrained", "random")  # words in the name of a model's twin, which has its colour, hollow and dashed
+
+
+# ---- Colours of models -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a model is drawn, as a line and as a bar."""
+    colour: str
+    marker: str
+    dash: str | tuple
+    hollow: bool
+
+    @property
+    def line(self):
+        return dict(color=self.colour, marker=self.marker, linestyle=self.dash,
+                    markerfacecolor="white" if self.hollow else self.colour)
+
+    @property
+    def bar(self):
+        return dict(facecolor="white" if self.hollow else self.colour, edgecolor=self.colour, linewidth=1.5,
+                    hatch="///" if self.hollow else None)
+
+
+def looks_of(names):
+    """{name: Look} for the names in a figure. A model of one of FAMILIES has the family's colour and marker whatever
+    stands beside it, and its untrained twin is hollow and dashed. Of several in one family each further one has
+    another marker and dash; names of no family share the colours that are left."""
+    families = {name: next((word for word in FAMILIES if word in name.lower()), None) for name in names}
+    taken = {FAMILIES[word][0] for word in families.values() if word}
+    free = [colour for colour in (ORANGE, PURPLE, SKY, BLUE, VERMILION, GREEN) if colour not in taken] or COLOURS
+    looks, used, n_others = {}, set(), 0
+    for name, word in families.items():
+        hollow = any(control in name.lower() for control in CONTROLS)
+        if word:
+            colour, marker = FAMILIES[word]
+        else:
+            colour, marker = free[n_others % len(free)], MARKERS[n_others % len(MARKERS)]
+            n_others += 1
+        n_same = 0
+        while (colour, marker, hollow) in used and n_same < len(MARKERS):
+            n_same += 1
+            marker = MARKERS[(MARKERS.find(marker) + 1) % len(MARKERS)]
+        used.add((colour, marker, hollow))
+        looks[name] = Look(colour, marker, DASHES[1] if hollow and not n_same else DASHES[n_same % len(DASHES)], hollow)
+    return looks
+
+
+def n_covered_by(curves, close):
+    """For each of several curves, 2 x (n), how many of the later ones run over it: at more than half of the points that
+    both have they are no more than `close` apart."""
+    def runs_over(upper, lower):
+        shared, i, j = np.intersect1d(lower[0], upper[0], return_indices=True)
+        return 2 * np.count_nonzero(np.abs(lower[1][i] - upper[1][j]) <= close) > len(shared)
+
+    return [sum(runs_over(upper, lower) for upper in curves[i + 1:]) for i, lower in enumerate(curves)]
+
+
+def widths(n_covered):
+    """Width and size of the markers of a line that so many others cover: it is wider, so that it is seen on both
+    sides of them."""
+    return dict(linewidth=2 + 1.8 * min(n_covered, 5), markersize=5 + 3 * min(n_covered, 5))
 
 
 # ---- Lines ------------------------------------------------------------------------------------------------
@@ -33,7 +108,7 @@ def plot_curves(panels, xlabel, ylabel, save_path=None, title=None, log=(), perc
     """One quantity against another, a panel for each heading; more than three panels make two rows.
 
     panels    heading -> {name: points}; points are (x, y) or, with a band, (x, y, low, high). A name has the same
-              colour and marker in every panel
+              colour and marker in every panel, by looks_of. A line that others cover is wider than they are
     xlabel    of all panels; ylabel too; each with its unit
     log       the axes that are logarithmic: "x", "y" or both
     percent   y is a share from 0 to 1, and shown in per cent from 0 to 100
@@ -51,16 +126,18 @@ def plot_curves(panels, xlabel, ylabel, save_path=None, title=None, log=(), perc
     for panel in grid.flat[len(panels):]:
         panel.remove()
     axes = grid.flat[:len(panels)]
-    scale = 100 if percent else 1
+    scale, looks = 100 if percent else 1, looks_of(names)
+    every = np.array([point[1] for curves in panels.values() for points in curves.values() for point in points])
+    shown = np.log if "y" in log else np.asarray
+    close = CLOSE * (np.ptp(shown(every)) if "y" in log else 1 if percent else every.max())
     for panel, (heading, curves) in zip(axes, panels.items(), strict=True):
-        for name, points in curves.items():
-            place = names.index(name)
-            x, y, *band = np.array(sorted(points), dtype=float).T  # (n) each
-            style = dict(color=COLOURS[place % len(COLOURS)])
-            panel.plot(x, scale * y, marker=MARKERS[place % len(MARKERS)], markersize=5, linewidth=2, label=name,
-                       **style)
+        drawn = {name: np.array(sorted(points), dtype=float).T for name, points in curves.items()}  # (2 or 4, n) each
+        covered = n_covered_by([(x, shown(y)) for x, y, *_ in drawn.values()], close)
+        for (name, (x, y, *band)), n_covered in zip(drawn.items(), covered, strict=True):
+            panel.plot(x, scale * y, label=name, **looks[name].line, **widths(n_covered))
             if band:
-                panel.fill_between(x, scale * band[0], scale * band[1], alpha=0.2, linewidth=0, **style)
+                panel.fill_between(x, scale * band[0], scale * band[1], alpha=0.2, linewidth=0,
+                                   color=looks[name].colour)
         for label, level in lines:
             panel.axhline(scale * level, color="black", linestyle=":", linewidth=1.5, label=label)
         panel.set(title=heading, xlabel=xlabel)
@@ -79,9 +156,9 @@ def plot_curves(panels, xlabel, ylabel, save_path=None, title=None, log=(), perc
         grid[0, 0].set_ylim(bottom=0)  # of all panels, once all are drawn
     for panel in grid[:, 0]:
         panel.set_ylabel(ylabel)
-    shown = {line.get_label(): line for panel in reversed(axes) for line in panel.lines}
+    handles = {line.get_label(): line for panel in reversed(axes) for line in panel.lines}
     order = [*names, *(label for label, _ in lines)]
-    axes[-1].legend([shown[label] for label in order], order, fontsize=11)
+    axes[-1].legend([handles[label] for label in order], order, fontsize=11)
     if title:
         set_heading(figure, title, fontsize=14)
     return finish(figure, save_path)
@@ -141,7 +218,7 @@ def plot_bars(panels, save_path=None, title=None):
     """Horizontal bars, a panel for each quantity.
 
     panels: title of the panel, with its unit -> {name: value, or (value, low, high) for a value with an
-    interval}. A name has the same colour in every panel. Raises InputError where there is nothing to draw.
+    interval}. A name has the same colour in every panel, by looks_of. Raises InputError where there is nothing to draw.
     """
     names = list(dict.fromkeys(name for bars in panels.values() for name in bars))
     if not names:
@@ -149,11 +226,11 @@ def plot_bars(panels, save_path=None, title=None):
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = new_figure(1 + 4 * columns, rows * (0.7 + 0.5 * len(names)) + (0.5 if title else 0))
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    axes, looks = figure.subplots(rows, columns, squeeze=False).flatten(), looks_of(names)
     for panel in axes[len(panels):]:
         panel.set_axis_off()
     for panel, (heading, bars) in zip(axes, panels.items(), strict=False):
-        _draw_bars(panel, bars, [COLOURS[names.index(name) % len(COLOURS)] for name in bars])
+        _draw_bars(panel, bars, looks)
         panel.set_title(heading, fontsize=12)
         panel.set_ylim(len(names) - 0.5, -0.5)
     if title:
@@ -161,12 +238,13 @@ def plot_bars(panels, save_path=None, title=None):
     return finish(figure, save_path)
 
 
-def _draw_bars(axes, bars, colours):
+def _draw_bars(axes, bars, looks):
     """One panel of plot_bars: the bars from the top down, each with its value, and its interval, beside it."""
     triples = [value if isinstance(value, (tuple, list)) else (value, value, value) for value in bars.values()]
     values, lows, highs = np.array(triples, dtype=float).reshape(-1, 3).T
     places = range(len(bars))
-    axes.barh(places, values, color=colours, height=0.65)
+    for place, value, name in zip(places, values, bars, strict=True):
+        axes.barh(place, value, height=0.65, **looks[name].bar)
     for place, value, low, high in zip(places, values, lows, highs, strict=True):
         text = _short_number(value)
         if low < high:
@@ -251,17 +329,32 @@ def _short_number(value):
 # ---- Figures ----------------------------------------------------------------------------------------------
 
 
+class ShownFigure(Figure):
+    """A Figure that a notebook shows where it is the last line of a cell. A plain one, which pyplot does not manage, is
+    shown only once pyplot has been imported."""
+
+    def _repr_png_(self):
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=100)
+        return buffer.getvalue()
+
+
 def new_figure(width, height):
     """An empty Figure of this size in inches that arranges its panels itself and needs no display."""
-    figure = Figure(figsize=(width, height), layout="compressed")
+    figure = ShownFigure(figsize=(width, height), layout="compressed")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     return figure
 
 
 def set_heading(figure, text, fontsize=14):
     """The heading of a figure, in as many lines as its width asks for."""
-    n_letters = int(figure.get_figwidth() * 72 / (0.62 * fontsize))
-    figure.suptitle("\n".join(textwrap.fill(line, n_letters) for line in text.split("\n")), fontsize=fontsize)
+    figure.suptitle(wrapped(text, figure.get_figwidth(), fontsize), fontsize=fontsize)
+
+
+def wrapped(text, inches, fontsize):
+    """The text in lines that are no longer than so many inches."""
+    n_letters = max(8, int(inches * 72 / (0.62 * fontsize)))
+    return "\n".join(textwrap.fill(line, n_letters) for line in text.split("\n"))
 
 
 def finish(figure, save_path):
@@ -301,7 +394,7 @@ def hide_ticks(axes):
     axes.set_yticks([])
 
 
-# ---- Sizes and frames -------------------------------------------------------------------------------------
+# ---- Which of many ---------------------------------------------------------------------------------------
 
 
 def spread(n, most):
@@ -309,11 +402,53 @@ def spread(n, most):
     return sorted({round(i * (n - 1) / max(min(n, most) - 1, 1)) for i in range(min(n, most))})
 
 
+# ---- Colour scales ----------------------------------------------------------------------------------------
+
+
 def clip_at(grid, quantile=CLIP):
     """The top of a colour scale that begins at 0: this quantile of the values of a map (rows, columns), so that a
     single patch with half of the attention does not make a dark wall of the others, and even attention stays even."""
     values = np.asarray(grid, dtype=float)
     return max(float(np.nanquantile(values, quantile, method="lower")), 1e-12)
+
+
+def clip_between(grid, quantile=CLIP):
+    """(low, top) of a colour scale for lengths (rows, columns), which are nowhere near 0: the quantiles that leave out
+    as much at both ends. It is no narrower than a twentieth of its top, so that lengths that are even look even."""
+    values = np.asarray(grid, dtype=float)
+    low, top = (float(np.nanquantile(values, share, method="lower")) for share in (1 - quantile, quantile))
+    return min(low, top - max(0.05 * abs(top), 1e-12)), top
+
+
+def two_digits(value):
+    """Two significant digits, never as a power: 0.41, 12, 0.00031, 1,200."""
+    return np.format_float_positional(float(f"{value:.2g}"), trim="-") if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def percent(share):
+    """A share from 0 to 1 in per cent, with two significant digits; below 0.001% no more than that."""
+    return "<0.001%" if 0 < share < 1e-5 else f"{two_digits(100 * share)}%"
+
+
+def colour_bar(figure, mappable, axes, label, number=two_digits):
+    """The bar of one map on its own scale, or of several on one: numbers beside it, and that larger values look as its
+    top does. number: value -> words."""
+    bar = figure.colorbar(mappable, ax=axes, extend="max", format=FuncFormatter(lambda value, place: number(value)))
+    bar.set_label(wrapped(f"{label}; the scale ends at the 99th percentile, larger values look the same",
+                          0.8 * figure.get_figheight(), 10))
+    return bar
+
+
+def shared_bar(figure, axes, label, ends=("0", "its top"), extend="max"):
+    """The bar below several maps that have a scale each: the words at its ends, and the label in lines that fit."""
+    bar = figure.colorbar(ScalarMappable(cmap="viridis"), ax=axes, location="bottom", extend=extend, ticks=[0, 1],
+                          shrink=0.5, aspect=40)
+    bar.ax.set_xticklabels(ends)
+    bar.set_label(wrapped(label, 0.9 * figure.get_figwidth(), 10), fontsize=10)
+    return bar
+
+
+# ---- Sizes of panels --------------------------------------------------------------------------------------
 
 
 def proportion(picture):

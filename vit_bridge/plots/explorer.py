@@ -2,11 +2,12 @@
 
     explore(model, images, save_path, compare_with=None)    AttentionVisualizer.explore is the same
 
-The page holds the attention of every layer and head, rollout and relevance for the predicted class, as bytes with a
-factor for each row, and names the largest rounding error. Of a ConvNet it holds instead which patches of the image each
-unit sees, depth by depth. explorer.html is the template.
+The page grows with the tokens, not with their square: it holds the queries and keys of every layer and head, and
+computes rows of attention when they are asked for, softmax(q k^T + bias). Of rollout and relevance it holds what the
+head's token gathers. It names the largest difference that rounding makes. Of a ConvNet it holds instead which patches
+of the image each unit sees, depth by depth. explorer.html is the template.
 
-Shapes:  L layers, H heads, N tokens (prefix tokens, then patches), n patches, K classes,
+Shapes:  L layers, H heads, N tokens (prefix tokens, then patches), n patches, K classes, W width of a head,
          m matrices, H, W height and width of an image, D channels.
 """
 
@@ -14,7 +15,9 @@ import base64
 import html
 import io
 import json
-from dataclasses import dataclass
+import math
+import zlib
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import Template
 
@@ -22,71 +25,191 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
-from vit_bridge.analysis.capture import capture, check_finite_numbers, differentiable, watch_layer
-from vit_bridge.analysis.explanations import logit_lens, relevance_gained, rollout
+from vit_bridge.analysis.capture import NoNumbers, capture, check_finite_numbers, differentiable, watch_layer
+from vit_bridge.analysis.explanations import explain, logit_lens
 from vit_bridge.data.images import is_input, prepare_image
 from vit_bridge.errors import InputError, check_int
-from vit_bridge.models.adapters import adapt, adapt_vit, check_pool
+from vit_bridge.models.adapters import adapt, adapt_vit, reading_weights
 from vit_bridge.models.protocol import class_name
-from vit_bridge.runtime import class_probabilities, unwrapped
+from vit_bridge.runtime import at_least_float32, class_probabilities, unwrapped
 from vit_bridge.system import write_whole
 
 PAGE = Path(__file__).with_name("explorer.html")  # $NAME stands for data, colours and title
+MARK = b'<script id="data" type="application/json">'  # in every page of ours, also of older versions
 N_CLASSES = 6  # of the logit lens
+MB = 10**6
+FINE_UP_TO = 10 * MB  # queries and keys have 16 bits where the page is then no larger, else 8
+EMBED_UP_TO = 4 * MB  # a larger page does not go into a notebook, which shows its file instead
+LOSSLESS_UP_TO = 100_000  # bytes of a picture: a larger one is kept as JPEG
+LEAST_PATCHES = 16  # to which max_mb may bring an image down
 
 
 @dataclass
 class ExplorerPage:
-    """A page: its HTML, where it was written (None: nowhere), the largest quantisation error. A notebook shows it."""
+    """A page. A notebook shows it.
+
+    html
+    path                where it was written; None: nowhere
+    bits                of the queries and keys in it: 16, or 8 where it would be too large
+    quantisation_error  the largest difference to the model's own numbers, as a part of the largest in the token's row
+    weight_error        the largest difference of an attention weight, which lies in 0..1
+    remarks             what was chosen or left out, in sentences, as at the top of the page
+    grids               (rows, columns) of each image's patches, of the first model
+    """
     html: str
     path: Path | None
+    bits: int
     quantisation_error: float
+    weight_error: float
+    remarks: list
+    grids: list
+
+    def describe_grids(self):
+        """The grids in words, each once."""
+        return " and ".join(f"{rows} x {columns}" for rows, columns in dict.fromkeys(self.grids)) + " patches"
+
+    @property
+    def megabytes(self):
+        return len(self.html.encode()) / MB
 
     def _repr_html_(self):
-        return (f'<iframe srcdoc="{html.escape(self.html, quote=True)}" width="100%" height="900" '
-                f'style="border:0" title="attention explorer"></iframe>')
+        size = 'width="100%" height="900" style="border:0" title="attention explorer"'
+        if len(self.html) <= EMBED_UP_TO:
+            return f'<iframe srcdoc="{html.escape(self.html, quote=True)}" {size}></iframe>'
+        words = f"This page is {self.megabytes:.1f} MB, too large to be kept inside a notebook"
+        if self.path is None:
+            return f"<p>{words}. Give <code>save_path</code>: it is then shown from its file.</p>"
+        address = html.escape(self.path.as_posix(), quote=True)
+        return (f'<p>{words}: it is shown from its file, <a href="{address}" target="_blank">{address}</a>. Where the '
+                f'frame stays empty, open that in a browser.</p><iframe src="{address}" {size}></iframe>')
 
 
 @differentiable()
-def explore(model, images, save_path="attention.html", compare_with=None, names=None, title="Where a ViT looks"):
-    """An ExplorerPage of images, written to save_path where that is given.
+def explore(model, images, save_path="attention.html", compare_with=None, names=None, title="Where a ViT looks",
+            whole=None, max_mb=None):
+    """An ExplorerPage of images, written to save_path where that is given, in place of an earlier page.
 
     images        one of what data/images.py takes, or a list of them; a float tensor is normalised for `model`, and the
                   second model is given it with its own normalisation instead
     compare_with  a second model beside it: a ViT, or a ConvNet, whose receptive field is shown at the same place
     names         of the model, and of the second one; None: their classes
+    whole         a preprocessing.Whole: photographs in their own proportions, nothing cut off, for which the models
+                  must take any size; None: the middle that the model sees in validation
+    max_mb        the page has at most so many MB (10^6 bytes). With whole each image gets as many patches as fit, and
+                  the page says how many
 
-    Raises InputError for a first model without attention, for images that cannot be used, and for images that the same
-    model takes at different sizes.
+    Raises InputError for a first model without attention, for images that cannot be used, for a save_path that holds
+    another file than such a page, and where the page cannot be made to fit.
     """
     images = list(images) if isinstance(images, (list, tuple)) else [images]
     if not images:
         raise InputError("there is no image to explore; give at least one")
+    if max_mb is not None and not (isinstance(max_mb, (int, float)) and 0 < max_mb < math.inf):
+        raise InputError(f"max_mb {max_mb!r} is out of range; expected a number of MB above 0, such as 10")
     model = unwrapped(model)
     models = [model] if compare_with is None else [model, unwrapped(compare_with)]
     adapt_vit(model)
     names = list(names) if names else [class_name(one) for one in models]
     if len(names) != len(models):
         raise InputError(f"{len(names)} names were given for {len(models)} models; expected one for each")
-    prepared = [[_prepare_for(image, one, model) for image in images] for one in models]
-    described = [_describe(one, name, _check_one_size(name, [images for images, _ in own]))
-                 for one, name, own in zip(models, names, prepared, strict=True)]
-    pictures = [dict(name=_image_name(image, i), pngs=_pngs_of([picture for _, picture in own]))
-                for i, (image, *own) in enumerate(zip(images, *prepared, strict=True), start=1)]
-    error = max(part.pop("error") for one in described for part in one["images"])
-    page = fill(dict(models=described, pictures=pictures), title, _note_of(described, pictures, error))
     if save_path is not None:
-        write_whole(save_path, lambda file: file.write(page.encode()))
-    return ExplorerPage(page, None if save_path is None else Path(save_path), error)
+        is_page(save_path)
+    page = _fitting_page(models, names, images, title, whole, math.inf if max_mb is None else max_mb * MB)
+    if save_path is not None:
+        write_whole(save_path, lambda file: file.write(page.html.encode()))
+    return replace(page, path=None if save_path is None else Path(save_path))
 
 
-def _note_of(described, pictures, error):
+def is_page(path):
+    """Whether a page of ours is at path; False where nothing is. Raises InputError for another file, which explore does
+    not overwrite."""
+    path = Path(path)
+    if not path.exists():
+        return False
+    if path.is_dir():
+        raise InputError(f"cannot write the page as {str(path)!r}, which is a folder; give the name of a file in it, "
+                         f"such as {str(path / 'attention.html')!r}")
+    with open(path, "rb") as file:
+        if MARK not in file.read(2**17):
+            raise InputError(f"{str(path)!r} is another file than a page of explore, and it stays as it is; choose "
+                             f"another name for the page, or remove the file")
+    return True
+
+
+# ---- A page of the size that is asked for -----------------------------------------------------------------
+
+
+def _fitting_page(models, names, images, title, whole, most):
+    """The ExplorerPage, of at most `most` bytes: with 16 bits where that makes no large page, else with 8, else of
+    fewer patches."""
+    wanted = None  # patches of an image, before any were taken away
+    while True:
+        prepared = [[_prepare_for(image, one, models[0], whole) for image in images] for one in models]
+        fed = [[image for image, _ in own] for own in prepared]
+        used = max(math.prod(adapt_vit(models[0]).grid(image)) for image in fed[0])
+        wanted = wanted or used
+        coarse = _keep_attention(models, fed, 8)
+        size = coarse.blobs.n_bytes
+        if size <= most:
+            described = [_describe(*one) for one in zip(models, names, fed, strict=True)]
+            pictures = [dict(name=_image_name(image, i), pngs=_pngs_of([picture for _, picture in own]))
+                        for i, (image, *own) in enumerate(zip(images, *prepared, strict=True), start=1)]
+            said = [] if used == wanted else [
+                f"So that this page stays within {most / MB:g} MB, its images have {used:,} patches at most, where "
+                f"{wanted:,} were asked for."]
+            page = _page_of(described, coarse, pictures, title, said)
+            if (size := len(page.html.encode())) + 1.2 * coarse.blobs.n_bytes <= min(most, FINE_UP_TO):
+                return _page_of(described, _keep_attention(models, fed, 16), pictures, title, said)
+            if size <= most:
+                return page
+        whole = _with_fewer(whole, models, images, used, size, most)
+
+
+def _with_fewer(whole, models, images, used, size, most):
+    """A Whole with fewer patches than the `used` ones, which made a page of more than `most` bytes. Raises InputError
+    where there is no choice."""
+    over = f"is {size / MB:.1f} MB or more, above max_mb {most / MB:g}"
+    if used <= LEAST_PATCHES:
+        raise InputError(f"the page {over}, and with {used} patches an image it gets no smaller; expected a larger "
+                         f"max_mb, or fewer images")
+    sizes_given = whole is None or whole.img_size is not None or any(is_input(image) for image in images)
+    if sizes_given or not all(adapt(model).any_size for model in models):
+        raise InputError(f"the page {over}, and its images have one size; expected a larger max_mb, fewer images, or "
+                         f"pictures with whole=Whole(), without an img_size, for a model that takes any size")
+    return replace(whole, max_tokens=max(LEAST_PATCHES, min(used - 1, int(0.99 * used * most / size))))
+
+
+def _page_of(described, kept, pictures, title, said):
+    """The ExplorerPage of what models and images are (_describe) and of their attention (_keep_attention)."""
+    models, remarks = [], list(said)
+    for one, attention in zip(described, kept.parts, strict=True):
+        own = [image["facts"] | dict(attention=part) | {name: kept.blobs.add(*array) for name, array in
+                                                        image["arrays"].items()}
+               for image, part in zip(one["images"], attention, strict=True)]
+        heads = attention[0]["heads"] if attention[0] else 1
+        remarks += [remark for remark in one["remarks"] if remark not in remarks]
+        models.append(one["facts"] | dict(heads=heads, images=own))
+    bytes_error = max((one["error"] for one in described), default=0)
+    note = _note_of(models, pictures, kept, bytes_error)
+    data = dict(models=models, pictures=pictures, bits=kept.bits, blobs=list(kept.blobs.texts))
+    return ExplorerPage(fill(data, title, note, " ".join(remarks)), None, kept.bits,
+                        max(kept.errors.max().item(), bytes_error), kept.weight_error, remarks,
+                        [(image["rows"], image["columns"]) for image in models[0]["images"]])
+
+
+def _note_of(models, pictures, kept, bytes_error):
     """The note at the foot of the page."""
-    note = (f"Values are stored as bytes; the largest difference to the numbers themselves is {error:.2%} of the "
-            f"largest value in a token's row. Relevance is shown without the 1 that each token has of "
-            f"itself. All that is shown is in this file.")
-    if len(described) > 1:
+    note = (f"Attention is computed in the page, softmax(q kᵀ + bias), from queries and keys of {kept.bits} bits. A "
+            f"weight differs from the model's own by {kept.weight_error:.2g} at most, and by "
+            f"{kept.errors.max():.2%} at most of the largest value in its row; in half of the rows by no more than "
+            f"{kept.errors.median():.2%}. Relevance is shown without the 1 that each token has of itself. ")
+    if bytes_error:
+        note += (f"What the units of the ConvNet see is stored as bytes, at most {bytes_error:.2%} of the largest "
+                 f"value in a row off. ")
+    note += "All that is shown is in this file."
+    if len(models) > 1:
         note += " Layers and heads count up to the most that a model here has; one with fewer stays at its last."
     if any(len(one["pngs"]) > 1 for one in pictures):
         note += (" Each model's picture is what it is given, cut and resized as it needs it; the same place in both "
@@ -94,44 +217,162 @@ def _note_of(described, pictures, error):
     return note
 
 
-def fill(data, title, note):
+def fill(data, title, note, remark=""):
     """The page with its data. What stands in a script may not end it."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     colours = np.round(255 * matplotlib.colormaps["viridis"](np.linspace(0, 1, 64))[:, :3]).astype(int).tolist()
     page = Template(PAGE.read_text(encoding="utf-8"))
-    return page.safe_substitute(TITLE=html.escape(title), NOTE=html.escape(note), DATA=text,
-                                COLOURS=json.dumps(colours))
+    return page.safe_substitute(TITLE=html.escape(title), NOTE=html.escape(note), REMARK=html.escape(remark), DATA=text,
+                                SIZE=f"{len(text) / MB:.1f} MB", COLOURS=json.dumps(colours))
+
+
+class Blobs:
+    """Arrays as text, deflated and then in base64, as the page unpacks them. The same bytes are kept once."""
+
+    def __init__(self):
+        self.texts = {}
+
+    def add(self, values, kind):
+        """The number of the blob with these values as numbers of a kind, such as "<f4"."""
+        raw = np.ascontiguousarray(values).astype(kind).tobytes()
+        return self.texts.setdefault(base64.b64encode(zlib.compress(raw, 6)).decode(), len(self.texts))
+
+    @property
+    def n_bytes(self):
+        return sum(map(len, self.texts))
+
+
+# ---- Attention, as the page computes it -------------------------------------------------------------------
+
+
+@dataclass
+class Kept:
+    """The attention of models and images. parts: for each model and image what _keep_block gives of its layers, {} for
+    one without attention; errors (m), of each row of every map as a part of its largest weight; weight_error, the
+    largest of a weight."""
+    bits: int
+    blobs: Blobs = field(default_factory=Blobs)
+    parts: list = field(default_factory=list)
+    errors: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    weight_error: float = 0.0
+
+
+def _keep_attention(models, fed, bits):
+    """Kept of models, each with its own images (1, C, H, W). One layer's maps are in memory at a time."""
+    kept = Kept(bits)
+    errors = []
+
+    def keep(block, attended):
+        check_finite_numbers(model, attended.maps)
+        part, error = _keep_block(attended, readers, kept)
+        errors.append(error)
+        return part
+
+    for model, images in zip(models, fed, strict=True):
+        if not adapt(model).attends:
+            kept.parts.append([{} for _ in images])
+            continue
+        adapter, parts = adapt_vit(model), []
+        for image in tqdm(images, desc=f"attention in {bits} bits", unit="image", delay=5, leave=False, disable=None):
+            readers = _readers(adapter, adapter.grid(image))
+            layers = capture(model, image, keep=keep).maps
+            parts.append(dict(heads=layers[0]["heads"], layers=layers))
+        kept.parts.append(parts)
+    kept.errors = torch.cat(errors)
+    return kept
+
+
+def _readers(adapter, grid):
+    """How much of each token the head reads, (N,), sum 1. Raises InputError where that is no row of tokens."""
+    return reading_weights(adapter.pool, adapter.n_prefix, adapter.n_prefix + math.prod(grid)).float()
+
+
+def _keep_block(attended, readers, kept):
+    """(What the page needs of one block for one image, the error of each row of its maps, (H N)).
+
+    score_ij = sum_d weight_d q_id k_jd + lift_j + step bias_ij, with whole numbers q, k and bias. The softmax of a row
+    stays the same when all keys move by one vector, so their mean is taken off first; that of the queries too, and what
+    it adds, the same in each row, is `lift`. Each channel of each head has its own scale. For who looks at a token the
+    page has the log-sum-exp of each row of these scores. Where the scores are no product of queries and keys the
+    logarithms of the maps are the bias.
+    """
+    maps = at_least_float32(attended.maps[0].detach().cpu())  # (H, N, N)
+    heads, n = maps.shape[:2]
+    levels, kind = 2 ** (kept.bits - 1) - 1, f"<i{kept.bits // 8}"
+    query, key, bias = (None if part is None else part.detach().cpu().to(maps.dtype)
+                        for part in (attended.query, attended.key, attended.bias))
+    if query is None:
+        query = key = maps.new_zeros(1, heads, n, 0)
+        bias = maps.clamp(min=torch.finfo(torch.float32).eps).log().masked_fill(maps == 0, -math.inf)
+    query, key = query[0], key[0] - key[0].mean(dim=1, keepdim=True)  # (H, N, W)
+    centre = query.mean(dim=1, keepdim=True)  # (H, 1, W)
+    lift = (key @ centre.mT)[:, :, 0]  # (H, N)
+    (q, q_step), (k, k_step) = (_round(part, (1,), levels) for part in (query - centre, key))
+    weight = (q_step * k_step).float()  # (H, 1, W)
+    scores = (q * weight) @ k.mT + lift[:, None]  # (H, N, N)
+    part, floats = dict(heads=heads, width=key.shape[2], biased=0), [weight, lift]
+    if bias is not None:
+        bias = bias[(None,) * (4 - bias.ndim)][0].expand(-1, n, n)  # (H or 1, N, N)
+        hidden = bias.isinf()
+        middle = (bias.masked_fill(hidden, -math.inf).amax(dim=(1, 2), keepdim=True)
+                  + bias.masked_fill(hidden, math.inf).amin(dim=(1, 2), keepdim=True)) / 2  # which softmax does not see
+        codes, step = _round((bias - middle).masked_fill(hidden, 0), (1, 2), levels)
+        scores += (codes * step).masked_fill(hidden, -math.inf)
+        part |= dict(biased=len(bias), bias=kept.blobs.add(codes.masked_fill(hidden, -levels - 1), kind))
+        floats.append(step)
+    shown = scores.softmax(dim=2)
+    floats.append(scores.logsumexp(dim=2))  # (H, N)
+    if readers.count_nonzero() > 2:  # too many rows to compute in the page: that of what the head reads, and its column
+        floats += [readers.to(shown) @ shown, shown @ readers.to(shown)]  # 2 x (H, N)
+    part |= dict(numbers=kept.blobs.add(torch.stack([q, k]), kind),
+                 floats=kept.blobs.add(torch.cat([values.flatten() for values in floats]), "<f4"))
+    differences = (shown - maps).abs().amax(dim=2)  # (H, N)
+    kept.weight_error = max(kept.weight_error, differences.max().item())
+    return part, (differences / maps.amax(dim=2)).flatten()
+
+
+def _round(values, over, levels):
+    """(whole numbers from -levels to levels, the steps between them), the largest of each group of values at the end.
+    over: the dimensions of a group."""
+    steps = (values.abs().amax(dim=over, keepdim=True) / levels).clamp(min=1e-30)
+    return (values / steps).round(), steps
 
 
 # ---- What a model does, as the page reads it --------------------------------------------------------------
 
 
 def _describe(model, name, images):
-    """A model and what it does with images, each (1, 3, H, W)."""
+    """A model and what it does with images, each (1, C, H, W), beside their attention. facts: as the page reads them;
+    images: of each its facts, and arrays, name -> (values, kind of number); error: of what is stored as bytes;
+    remarks: what is left out."""
     if not adapt(model).attends:
         return _describe_convnet(model, name, images)
-    adapter = adapt_vit(model)
-    check_pool(adapter.pool)
-    own = [_describe_image(model, adapter, one) for one in images]
-    rows, columns = adapter.grid(images[0])
-    maps = capture(model, images[0]).maps
-    return dict(kind="vit", name=name, layers=len(maps), heads=maps[0].shape[1], tokens=maps[0].shape[-1],
-                prefix=adapter.n_prefix, rows=rows, columns=columns, pool=adapter.pool, images=own)
+    adapter, remarks = adapt_vit(model), []
+    own = [_describe_image(model, adapter, image, remarks)
+           for image in tqdm(images, desc="explanations", unit="image", delay=5, leave=False, disable=None)]
+    readers = _readers(adapter, adapter.grid(images[0]))
+    reads = [[int(i), readers[i].item()] for i in readers.nonzero()[:, 0]]
+    facts = dict(kind="vit", name=name, layers=len(adapter.blocks), prefix=list(adapter.prefix), pool=adapter.pool,
+                 reads=reads if len(reads) <= 2 else None, patch=adapter.patch_size)
+    return dict(facts=facts, images=own, error=0.0, remarks=remarks)
 
 
-def _describe_image(model, adapter, image):
-    seen = capture(model, image, gradients=adapter.has_head)
-    maps = torch.stack(seen.maps)  # (L, 1, H, N, N)
-    parts = dict(attention=maps[:, 0].flatten(0, 1), rollout=rollout(maps))  # (L H, N, N), (1, N, N)
-    text = _no_words()
+def _describe_image(model, adapter, image, remarks):
+    text, arrays = _no_words(), {}
+    for method in ("rollout", "relevance") if adapter.has_head else ("rollout",):
+        try:
+            saliency = explain(model, image, method).saliency[0]  # (rows, columns)
+        except NoNumbers:
+            raise
+        except InputError as error:
+            remarks.append(f"{method.capitalize()} is left out: {error}.")
+            continue
+        check_finite_numbers(model, saliency)
+        arrays[method] = saliency.flatten(), "<f4"
     if adapter.has_head:
-        label = seen.logits[0].argmax().item()
-        gradients = torch.autograd.grad(seen.logits[0, label], seen.maps)
-        parts["relevance"] = relevance_gained(maps, torch.stack(gradients))  # (1, N, N)
         text = words(logit_lens(model, image)[:, 0], adapter.class_names)
-    check_finite_numbers(model, *parts.values())
-    parts = {key: _pack(part) for key, part in parts.items()}
-    return {key: part for key, (part, _) in parts.items()} | text | dict(error=max(e for _, e in parts.values()))
+    rows, columns = adapter.grid(image)
+    return dict(facts=dict(text, rows=rows, columns=columns), arrays=arrays)
 
 
 def _no_words():
@@ -151,16 +392,14 @@ def words(lens, class_names):
                 lens=dict(classes=[named[label] for label in shown], rows=rows, says=says))
 
 
-def _pack(matrices):
-    """({values, factors}, error): matrices (m, N, N) as bytes, each row from 0 to its largest value; and the largest
+def _bytes_of(matrices):
+    """(values, factors, error): matrices (m, n, n) as bytes, each row from 0 to its largest value; and the largest
     difference that makes, relative to that value: 1 / 510 at most."""
     matrices = matrices.detach().cpu().double()
-    factors = (matrices.amax(dim=2, keepdim=True) / 255).clamp(min=1e-30).float()  # (m, N, 1)
+    factors = (matrices.amax(dim=2, keepdim=True) / 255).clamp(min=1e-30).float()  # (m, n, 1)
     values = (matrices / factors).round().clamp(0, 255)
     errors = (values * factors - matrices).abs() / matrices.amax(dim=2, keepdim=True).clamp(min=1e-30)
-    packed = dict(values=base64.b64encode(values.to(torch.uint8).numpy().tobytes()).decode(),
-                  factors=base64.b64encode(factors.numpy().astype("<f4").tobytes()).decode())
-    return packed, errors.max().item()
+    return values, factors, errors.max().item()
 
 
 # ---- A ConvNet beside it ----------------------------------------------------------------------------------
@@ -170,20 +409,21 @@ def _describe_convnet(model, name, images, side=8):
     """A ConvNet as the page reads it: for every depth the share of each patch of the image in the gradient of each
     unit, the image cut into side x side patches, or fewer where it has fewer pixels."""
     check_int("side", side, 1)
-    n_depths = len(adapt(model).layers)
-    rows, columns = (min(side, n) for n in images[0].shape[2:])
-    own = []
+    n_depths, own, worst = len(adapt(model).layers), [], 0.0
     for image in images:
+        rows, columns = (min(side, n) for n in image.shape[2:])
         fields = torch.stack([_unit_fields(model, image, depth, (rows, columns)) for depth in range(n_depths)])
-        packed, error = _pack(fields)  # (depths, n, n)
+        values, factors, error = _bytes_of(fields)  # (depths, n, n)
         text, answer = _no_words(), class_probabilities(model, image).cpu()
         check_finite_numbers(model, fields, answer)
         if adapt(model).has_head:
             text = words(answer, adapt(model).class_names)
-        own.append(dict(text, attention=packed, error=error))
+        own.append(dict(facts=dict(text, rows=rows, columns=columns),
+                        arrays=dict(values=(values, "u1"), factors=(factors, "<f4"))))
+        worst = max(worst, error)
     depths = ["the stem", *(f"stage {i}" for i in range(1, n_depths))]
-    return dict(kind="cnn", name=name, layers=n_depths, heads=1, tokens=rows * columns, prefix=0, rows=rows,
-                columns=columns, pool="mean", images=own, depths=depths)
+    facts = dict(kind="cnn", name=name, layers=n_depths, prefix=[], pool="mean", depths=depths)
+    return dict(facts=facts, images=own, error=worst, remarks=[])
 
 
 def _unit_fields(model, image, depth, grid):
@@ -204,10 +444,12 @@ def _unit_fields(model, image, depth, grid):
 # ---- Pictures ---------------------------------------------------------------------------------------------
 
 
-def _prepare_for(image, model, first):
+def _prepare_for(image, model, first, whole):
     """prepare_image. A float tensor is normalised for the first model; another gets it with its own normalisation, and
-    the picture stays."""
-    images, picture = prepare_image(image, model)  # (1, 3, H, W), (H, W, 3)
+    the picture stays. How many patches a photograph gets is nothing to a model without patches."""
+    if whole is not None and not adapt(model).attends:
+        whole = replace(whole, max_tokens=None)
+    images, picture = prepare_image(image, model, whole)  # (1, C, H, W), (H, W, 3)
     if not is_input(image) or model is first:
         return images, picture
     mean, std, own_mean, own_std = (torch.tensor(values).view(-1, 1, 1) for one in (first, model)
@@ -215,26 +457,21 @@ def _prepare_for(image, model, first):
     return images * (std / own_std) + (mean - own_mean) / own_std, prepare_image(image, first)[1]
 
 
-def _check_one_size(name, images):
-    """The images, each (1, 3, H, W). Raises InputError unless they have one size."""
-    sizes = list(dict.fromkeys(f"{image.shape[2]}x{image.shape[3]}" for image in images))
-    if len(sizes) > 1:
-        raise InputError(f"{name} is given images of {' and '.join(sizes)} pixels; expected one size for all images of "
-                         f"a page, resize them or make a page for each size")
-    return images
-
-
 def _image_name(image, number):
     return Path(image).name if isinstance(image, (str, Path)) else f"image {number}"
 
 
-def _as_png(picture):
-    """A picture (H, W, 3) in 0..1 as a data URI."""
-    buffer = io.BytesIO()
-    Image.fromarray(np.round(255 * picture).astype(np.uint8)).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _as_uri(picture):
+    """A picture (H, W, 3) in 0..1 as a data URI: a PNG, or a JPEG of high quality where that would be large."""
+    image = Image.fromarray(np.round(255 * picture).astype(np.uint8))
+    for kind, options in (("png", dict(optimize=True)), ("jpeg", dict(quality=92, subsampling=0))):
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        if buffer.tell() <= LOSSLESS_UP_TO:
+            break
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _pngs_of(pictures):
     """A picture for each model, as data URIs; one where they are the same."""
-    return list(dict.fromkeys(_as_png(picture) for picture in pictures))
+    return list(dict.fromkeys(_as_uri(picture) for picture in pictures))

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torchvision.transforms.v2.functional import get_size
 
@@ -28,7 +27,7 @@ from vit_bridge.analysis.explanations import explain, feature_colours, token_nor
 from vit_bridge.data.images import is_input, open_picture, prepare_image
 from vit_bridge.errors import InputError
 from vit_bridge.models.adapters import ModelAdapter, adapt, check_pool
-from vit_bridge.plots.charts import VERMILION, clip_at, extent_of, finish, hide_ticks
+from vit_bridge.plots.charts import VERMILION, ShownFigure, clip_at, extent_of, finish, hide_ticks
 from vit_bridge.runtime import at_least_float32, unwrapped
 
 SIDE, BIG, TALL = 2.6, 4.1, 4.6  # width of the column at the right, of the large panels, and their greatest height
@@ -237,9 +236,10 @@ def _verb(look, verb):
 
 
 def _prefix(look):
-    """The tokens that are no patch, as those that CLS attends to."""
-    others, itself = look.adapter.n_prefix - 1, "itself" if look.adapter.pool == "cls" else "CLS"
-    return itself if not others else f"{itself} and the {others} register{'s' * (others > 1)}"
+    """The tokens that are no patch, as those that CLS attends to: "itself and 4 registers"."""
+    counts = {name: look.adapter.prefix.count(name) for name in look.adapter.prefix}
+    own = {"CLS": "itself"} if look.adapter.pool == "cls" else {}
+    return " and ".join(own.get(name, name) if n == 1 else f"{n} {name}s" for name, n in counts.items())
 
 
 # ---- Panels -----------------------------------------------------------------------------------------------
@@ -350,7 +350,7 @@ def draw_look(look, name, heading="", save_path=None):
         y = placed[-1].bottom + 0.15
     band = max(one.bottom for one in placed)
     placed.append(_Placed(strip, ratio, MARGIN, band + 0.25, width, STRIP))
-    figure = Figure(figsize=(width + 2 * MARGIN, placed[-1].bottom + MARGIN), facecolor="white")
+    figure = ShownFigure(figsize=(width + 2 * MARGIN, placed[-1].bottom + MARGIN), facecolor="white")
     _write(figure, MARGIN, MARGIN, title, 15, weight="bold")
     _write(figure, MARGIN, MARGIN + _height(title, 15), "\n".join(below), 11, color="0.35")
     for one in placed:
@@ -362,7 +362,7 @@ def draw_panel(panel, look, name, save_path=None):
     """A Figure of one panel, as large as it is worth, with the model's name in a line above."""
     ratio, width = look.picture.shape[0] / look.picture.shape[1], 8.0 if len(panel.tiles) < 2 else 12.0
     placed = _Placed(panel, ratio, MARGIN, MARGIN + 0.3, width, 7.0 if len(panel.tiles) < 2 else 3.5)
-    figure = Figure(figsize=(width + 2 * MARGIN, placed.bottom + MARGIN), facecolor="white")
+    figure = ShownFigure(figsize=(width + 2 * MARGIN, placed.bottom + MARGIN), facecolor="white")
     _write(figure, MARGIN, MARGIN, _words(name, SENTENCE, width), SENTENCE, color="0.35")
     placed.draw(figure, look.picture)
     return finish(figure, save_path)

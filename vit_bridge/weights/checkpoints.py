@@ -27,7 +27,7 @@ from vit_bridge.preprocessing import IMAGENET_MEAN, Preprocessing, one_side
 from vit_bridge.runtime import device_of, is_quantised, unwrapped
 from vit_bridge.system import write_whole
 from vit_bridge.weights.cnns import CNN_CONFIGS, stem_is_small
-from vit_bridge.weights.files import class_names_in, read_file, unwrap
+from vit_bridge.weights.files import SCALES, class_names_in, read_file, to_int8, unwrap
 from vit_bridge.weights.formats import (
     FORMATS,
     Format,
@@ -57,7 +57,7 @@ def save_model(model, path, preprocessing=None, dtype=None, state_dict=None, **m
     """Writes a model of this library as a checkpoint: plain tensors, numbers and text, without pickled code.
 
     preprocessing  what its images must be; None: model.preprocessing
-    dtype          e.g. torch.float16 to halve the file; load gives float32 again
+    dtype          torch.float16 halves the file, torch.int8 quarters it (files.to_int8); load gives float32 again
     state_dict     other weights of this model, such as their average; None: those it has now
     more           further entries, kept as they are (a trainer's state, an accuracy)
 
@@ -77,8 +77,7 @@ def save_model(model, path, preprocessing=None, dtype=None, state_dict=None, **m
     if names and config.n_classes and len(names) != config.n_classes:
         raise InputError(f"{len(names)} class_names do not fit a head of {config.n_classes} classes; set "
                          f"model.preprocessing to one with the names of these classes")
-    state = {key: value.detach().cpu().to(dtype) if dtype and value.is_floating_point() else value.detach().cpu()
-             for key, value in _plain_names(state_dict or model.state_dict()).items()}
+    state = {key: value.detach().cpu() for key, value in _plain_names(state_dict or model.state_dict()).items()}
     if "head.weight" in state and model.head.bias is None:  # a bias of zeros computes the same
         state["head.bias"] = torch.zeros_like(state["head.weight"][:, 0])
     for name in ("class_names", "mean", "std", "interpolation"):
@@ -86,6 +85,10 @@ def save_model(model, path, preprocessing=None, dtype=None, state_dict=None, **m
             raise InputError(f"save_model got {name} {more[name]!r}; expected it in preprocessing=Preprocessing(...)")
     facts = {name: getattr(shown, name, None) for name in ("class_names", "mean", "std", "interpolation")}
     facts |= {name: list(facts[name]) for name in ("mean", "std") if facts[name] is not None}
+    if dtype == torch.int8:
+        state, more[SCALES] = to_int8(state)
+    elif dtype is not None:
+        state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
     entries = dict(format=CHECKPOINT_FORMAT, model_class=class_name(model), config=vars(config), state_dict=state,
                    img_size=config.img_size, **facts, **more)
     write_whole(path, lambda file: torch.save(entries, file))

@@ -18,6 +18,8 @@ import torch
 from vit_bridge.errors import InputError, first_line
 from vit_bridge.weights.formats import TAKEN_FIRST, check_average
 
+SCALES = "int8_scales"  # the entry of a checkpoint whose weights are whole numbers
+
 # ---- A file -----------------------------------------------------------------------------------------------
 
 
@@ -47,7 +49,31 @@ def read_file(path):
                          f"torch.save, safetensors or numpy wrote") from error
     if not isinstance(entries, dict):
         raise InputError(f"{path} holds a {type(entries).__name__}; expected a dict of tensors, as state_dict() gives")
+    if SCALES in entries:
+        entries = dict(entries, state_dict=from_int8(entries["state_dict"], entries[SCALES], path))
     return entries
+
+
+def to_int8(state):
+    """(state dict, scales): each weight of a layer as int8 from -127 to 127, a quarter of its size, and a scale for
+    each of its outputs, (rows, 1, ...) float32, so that row * scale is the nearest to what it was. Vectors stay as they
+    are, and so does what has one row, such as positions."""
+    packed, scales = dict(state), {}
+    for name, weight in state.items():
+        if weight.is_floating_point() and weight.ndim > 1 and len(weight) > 1:
+            largest = weight.float().abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True)  # (rows, 1, ...)
+            scales[name] = largest.clamp(min=1e-30) / 127
+            packed[name] = (weight / scales[name]).round().to(torch.int8)
+    return packed, scales
+
+
+def from_int8(state, scales, path):
+    """The state dict of float32 that to_int8 packed. Raises InputError where weights and scales do not fit."""
+    try:
+        return dict(state, **{name: state[name].float() * scale for name, scale in scales.items()})
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{path} is damaged: its weights and their {SCALES} do not fit ({first_line(error)}); write "
+                         f"or fetch it again") from error
 
 
 def _harmless():

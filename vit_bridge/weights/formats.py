@@ -179,7 +179,9 @@ FORMATS = (
     Format("DeiT-III", TIMM_ROOT, (r"^blocks\.0\.gamma_1$",),
            ((r"blocks\.(\d+)\.gamma_([12])", r"blocks.\1.ls\2.gamma"),), (AVERAGED,), pos_cls=False, library="timm",
            note="RoPE-ViT has the names of DeiT-III too, and its rotation leaves no trace in them: do not load one"),
-    Format("DINOv2", TIMM_ROOT, (r"^mask_token$", r"^blocks\.0\.ls1\.gamma$"), ((r"register_tokens", "reg_token"),),
+    Format("DINOv2", TIMM_ROOT, (r"^mask_token$", r"^blocks\.0\.(0\.)?ls1\.gamma$"), (
+        (r"register_tokens", "reg_token"),
+        (r"blocks\.\d+\.(\d+)\.(.*)", r"blocks.\1.\2")),  # in chunks, as trained: (chunk, block)
            (MASK, AVERAGED), pos_cls=True, library="timm", interpolation="bicubic"),
     Format("DINO in training", rf"backbone\.{TIMM_ROOT}", (r"^(head|dino_head|ibot_head)\.(mlp|last_layer)\b",), (
         (r"backbone\.register_tokens", "reg_token"), (r"backbone\.(.*)", r"\1")),
