@@ -34,6 +34,7 @@ SIDE, BIG, TALL = 2.6, 4.1, 4.6  # width of the column at the right, of the larg
 STRIP = 2.2  # greatest height of a map in the strip of heads or stages
 GAP, MARGIN = 0.3, 0.3
 TITLE, SENTENCE, LABEL = 12, 10, 10  # points
+BOLD = 0.66  # width over height of a letter of a title
 N_LIKELIEST = 5
 
 
@@ -336,7 +337,7 @@ def draw_look(look, name, heading="", save_path=None):
     ratio = look.picture.shape[0] / look.picture.shape[1]
     big = max(min(BIG, TALL / ratio), SIDE)  # of a tall photograph the columns are narrower
     width = 2 * big + SIDE + 2 * GAP
-    title = _words(f"{name}", 15, width)
+    title = _words(name, 15, width, BOLD)
     below = [line for line in _words(heading, 11, width).split("\n") if line]
     top = MARGIN + _height(title, 15) + _height("\n".join(below), 11) + 0.15
     placed = [_Placed(photograph, ratio, MARGIN, top, big, TALL),
@@ -373,11 +374,14 @@ class _Placed:
 
     def __init__(self, panel, ratio, left, top, width, tallest):
         self.panel, self.left, self.top = panel, left, top
-        self.title, self.sentence = _words(panel.title, TITLE, width), _words(panel.sentence, SENTENCE, width)
+        self.title, self.sentence = _words(panel.title, TITLE, width, BOLD), _words(panel.sentence, SENTENCE, width)
         n = len(panel.tiles)
-        self.columns = math.ceil(n / math.ceil(n / (8 if ratio < 1.3 else 12))) if n else 0
+        label = max((len(tile.label) for tile in panel.tiles), default=0) * 0.6 * LABEL / 72
+        most = min(8 if ratio < 1.3 else 12, int((width + 0.12) / (label + 0.12)))
+        self.columns = math.ceil(n / math.ceil(n / most)) if n else 0
         room = (width - 0.12 * (self.columns - 1)) / max(self.columns, 1)
         self.tile = (min(room, tallest / ratio), min(room * ratio, tallest))  # (width, height)
+        self.pitch = max(self.tile[0], label) + 0.12
         self.labels = 0.22 if any(tile.label for tile in panel.tiles) else 0.0
         self.first = top + _height(self.title, TITLE) + 0.05
         n_rows = math.ceil(n / self.columns) if n else 0
@@ -389,7 +393,7 @@ class _Placed:
         _write(figure, self.left, self.top, self.title, TITLE, weight="bold")
         for i, tile in enumerate(self.panel.tiles):
             row, column = divmod(i, self.columns)
-            left = self.left + column * (width + 0.12)
+            left = self.left + column * self.pitch
             top = self.first + row * (self.labels + height + 0.1)
             _write(figure, left, top, tile.label, LABEL)
             bottom = page_height - top - self.labels - height
@@ -416,9 +420,9 @@ def _write(figure, left, top, text, size, **style):
                 **style)
 
 
-def _words(text, size, width):
-    """Text of this size in points, in lines of this width in inches."""
-    return textwrap.fill(text, max(8, int(width * 72 / (0.52 * size))))
+def _words(text, size, width, letter=0.52):
+    """Text of this size in points, in lines of this width in inches. letter: width over height of one."""
+    return textwrap.fill(text, max(8, int(width * 72 / (letter * size))))
 
 
 def _height(text, size):
