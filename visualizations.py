@@ -978,7 +978,8 @@ def _look_parser():
     parser.add_argument("--img-size", type=int_at_least(1), nargs="+", action=Size, metavar="PIXELS", help="a side, or "
                         "height and width, to which photographs are stretched (default: their own proportions)")
     parser.add_argument("--crop", action="store_true", help="show the model the middle alone, as in validation")
-    parser.add_argument("--max-mb", type=positive(), metavar="M", help="size of explorer.html at most")
+    parser.add_argument("--max-mb", type=positive(), default=50.0, metavar="M", help="how large explorer.html may be: "
+                        "it gets as many patches as fit (default: %(default)g)")
     parser.add_argument("--label", help="what picture and page call the model (default: its name)")
     add_class_names(parser)
     add_n_heads(parser, of="the model")
@@ -1001,6 +1002,7 @@ def _run_look(options):
     if options.max_tokens and not attends:
         raise InputError(f"--max-tokens is of ViTs, and {name} is a ConvNet, which has no patches; give --img-size")
     with ExitStack() as stack:
+        stack.enter_context(unless_empty(Path(options.output_dir or "look")))
         folders = [stack.enter_context(unless_empty(folder)) for folder in _folders(options.output_dir, files, name)]
         bar = stack.enter_context(tqdm(total=2 * len(files), leave=False, disable=None, bar_format="{desc} {bar} "
                                        "{elapsed}"))
@@ -1013,10 +1015,10 @@ def _run_look(options):
             share_colours(looks)
         for file, folder, one in zip(files, folders, looks, strict=True):
             bar.set_description_str(f"drawing {Path(file).name}")
-            written = _write_look(model, one, file, folder, name, whole, options.max_mb)
+            written, remarks = _write_look(model, one, file, folder, name, whole, options.max_mb)
             bar.update()
             with bar.external_write_mode():
-                _print_look(one, file, name, folder, written, options.crop)
+                _print_look(one, file, name, folder, written, remarks, options.crop)
     print(f"{'Took':12} {time.monotonic() - started:.0f} s")
 
 
@@ -1032,7 +1034,7 @@ def _model_to_look_with(options):
         if options.pretrained:
             raise
         model = load(WITHOUT_NETWORK, **facts)
-        name = f"{WITHOUT_NETWORK}, shipped: {FIRST_LOOK} could not be downloaded"
+        name = f"{WITHOUT_NETWORK} (shipped; {FIRST_LOOK} could not be downloaded)"
         side = adapt(model).img_size[0]
         assume(f"{FIRST_LOOK} cannot be downloaded ({error.reason}), so the shipped {WITHOUT_NETWORK} is shown, a ViT "
                f"for images of {side} pixels; --pretrained NAME or FILE takes another")
@@ -1092,12 +1094,13 @@ def _identity(file, name):
 
 
 def _write_look(model, found, file, folder, name, whole, max_mb):
-    """Writes all files of a look, the page first, as that may be refused; returns their paths."""
-    written = []
+    """Writes all files of a look, the page first, as that may be refused: (their paths, remarks on the page)."""
+    written, remarks = [], []
     if found.adapter.attends:
         page = explore(model, [file], folder / "explorer.html", names=[name], title=f"{Path(file).name}: {name}",
                        whole=whole, max_mb=max_mb)
         written.append(page.path)
+        remarks = page.remarks
     heading = f"{Path(file).name}, {' × '.join(map(str, found.size))} pixels"
     figures = dict(look=draw_look(found, name, heading))
     figures |= {panel.name: draw_panel(panel, found, name) for panel in panels_of(found) if panel.tiles}
@@ -1107,15 +1110,17 @@ def _write_look(model, found, file, folder, name, whole, max_mb):
         written.append(path)
     record = dict(of=_identity(file, name), found=dict(describe(found, name)), files=[path.name for path in written])
     write_json(record, folder / "look.json")
-    return [folder / "look.png", *(path for path in written if path.name != "look.png")]
+    return sorted(written, key=lambda path: path.name != "look.png"), remarks
 
 
-def _print_look(found, file, name, folder, written, cropped):
+def _print_look(found, file, name, folder, written, remarks, cropped):
     print(f"{file}")
     for what, words in describe(found, name, cropped):
         print(f"{what:12} {words}")
     print(f"{'Written':12} {folder}{os.sep}: " + ", ".join(f"{path.name} ({_in_bytes(path.stat().st_size)})"
                                                           for path in written))
+    for remark in remarks:
+        print(f"{'Page':12} {remark}")
     if not found.adapter.attends:
         print(f"{'Page':12} none, as a ConvNet has no attention to play with; beside a ViT: python visualizations.py "
               f"explore {file} --compare-with {name}")

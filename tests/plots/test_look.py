@@ -125,6 +125,8 @@ def test_draw_look_shows_every_head_and_clips_no_text(shape, n_heads):
     for head in range(n_heads):
         assert f"head {head}:" in written
     boxes = [axes.get_position() for axes in figure.axes]
+    boxes += [text.get_window_extent().transformed(figure.transFigure.inverted()) for text in figure.texts
+              if text.get_text()]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 

@@ -460,6 +460,8 @@ COMMANDS = {
     "evaluate": (train_vit.main, lambda file, picture: ["evaluate", "--checkpoint", file, "--dataset", "nowhere"]),
     "export": (train_vit.main, lambda file, picture: ["export", "--checkpoint", file, "--output", file / "x"]),
     "train": (train_vit.main, lambda file, picture: ["--pretrained", file, "--dataset", "nowhere"]),
+    "look": (visualizations.main, lambda file, picture: [picture, "--pretrained", file, "--output-dir",
+                                                         file.parent / "look"]),
     "selfcheck": (visualizations.main, lambda file, picture: ["selfcheck", "--pretrained", file, picture]),
     "explore": (visualizations.main, lambda file, picture: ["explore", "--pretrained", file, "--output",
                                                             file.parent / "x.html", picture]),

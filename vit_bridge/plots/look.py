@@ -34,6 +34,7 @@ SIDE, BIG, TALL = 2.6, 4.1, 4.6  # width of the column at the right, of the larg
 STRIP = 2.2  # greatest height of a map in the strip of heads or stages
 GAP, MARGIN = 0.3, 0.3
 TITLE, SENTENCE, LABEL = 12, 10, 10  # points
+BOLD = 0.66  # width over height of a letter of a title
 N_LIKELIEST = 5
 
 
@@ -156,7 +157,7 @@ def _look_at_stages(model, images, about):
 
 
 def _scaled(features):
-    """Features (..., D), each place scaled to mean 0 and variance 1, as the last norm of a ViT scales it: else the
+    """Features (..., D), each place scaled to mean 0 and variance 1, as the last norm of a ViT does it: else the
     colours would show the few tokens that are far longer than the others, and not what the others hold."""
     features = at_least_float32(features.cpu())
     return F.layer_norm(features, features.shape[-1:])
@@ -201,7 +202,8 @@ def describe(look, name, cropped=False):
 
 def _described_model(look):
     adapter = look.adapter
-    words = f"{_large(look.n_parameters)} parameters, {len(adapter.layers) - 1} {adapter.unit}s"
+    n = len(adapter.layers) - 1
+    words = f"{_large(look.n_parameters)} parameters, {n} {adapter.unit}{'s' * (n > 1)}"
     if look.heads is not None:
         words += f" of {len(look.heads)} heads, patches of {_size(adapter.patch_size)} pixels"
     return words
@@ -235,9 +237,10 @@ def _verb(look, verb):
 
 
 def _prefix(look):
-    """The tokens that are no patch, as those that CLS attends to."""
-    others, itself = look.adapter.n_prefix - 1, "itself" if look.adapter.pool == "cls" else "CLS"
-    return itself if not others else f"{itself} and the {others} register{'s' * (others > 1)}"
+    """The tokens that are no patch, as those that CLS attends to: "itself and 4 registers"."""
+    counts = {name: look.adapter.prefix.count(name) for name in look.adapter.prefix}
+    own = {"CLS": "itself"} if look.adapter.pool == "cls" else {}
+    return " and ".join(own.get(name, name) if n == 1 else f"{n} {name}s" for name, n in counts.items())
 
 
 # ---- Panels -----------------------------------------------------------------------------------------------
@@ -271,8 +274,8 @@ def panels_of(look):
                        f"pixels{cells}.", [Tile(look.picture)])
     place = "patch" if look.heads is not None else "place"
     across = f", across the {look.together} photographs too" if look.together > 1 else ""
-    colours = Panel("colours", f"What the model makes of each {place}", f"Where the colour is alike, the model finds "
-                    f"the {place}{'es' if place == 'patch' else 's'} alike{across}: red, green and blue are the three "
+    colours = Panel("colours", f"What the model makes of each {place}", f"Where colours are alike, the model finds the "
+                    f"{place}{'es' if place == 'patch' else 's'} alike{across}: red, green and blue are the three "
                     f"directions in which they differ most.", [Tile(look.colours)])
     if look.heads is None:
         return [photograph, colours, _explanation_panel(look), _stages_panel(look)]
@@ -282,7 +285,8 @@ def panels_of(look):
 def _heads_panel(look):
     tiles = [Tile(grid, f"head {head}" + (f": {share:.0%}" if look.adapter.n_prefix else ""), top=clip_at(grid))
              for head, (grid, share) in enumerate(zip(look.heads, look.elsewhere, strict=True))]
-    share = f"; beside it the share that goes to {_prefix(look)} instead" if look.adapter.n_prefix else ""
+    instead = _prefix(look).replace("itself", "CLS itself")
+    share = f"; beside it the share that goes to {instead} instead" if look.adapter.n_prefix else ""
     who = {"cls": "CLS looks", "mean": "the patches look, on average,"}.get(look.adapter.pool, f"{_reader(look)} look")
     return Panel("heads", f"Where {who} in the last block, head by head", f"Bright patches get the most attention, "
                  f"each head on a scale of its own, up to its 99th percentile{share}.", tiles)
@@ -333,7 +337,7 @@ def draw_look(look, name, heading="", save_path=None):
     ratio = look.picture.shape[0] / look.picture.shape[1]
     big = max(min(BIG, TALL / ratio), SIDE)  # of a tall photograph the columns are narrower
     width = 2 * big + SIDE + 2 * GAP
-    title = _words(f"{name}", 15, width)
+    title = _words(name, 15, width, BOLD)
     below = [line for line in _words(heading, 11, width).split("\n") if line]
     top = MARGIN + _height(title, 15) + _height("\n".join(below), 11) + 0.15
     placed = [_Placed(photograph, ratio, MARGIN, top, big, TALL),
@@ -341,7 +345,7 @@ def draw_look(look, name, heading="", save_path=None):
     left, band = MARGIN + 2 * (big + GAP), max(one.bottom for one in placed)
     words = sum(_Placed(panel, ratio, 0, 0, SIDE, 0).bottom for panel in side) + 0.15 * (len(side) - 1)
     n_maps = max(1, sum(bool(panel.tiles) for panel in side))
-    room, y = max(1.1, (band - top - words) / n_maps), top
+    room, y = max(1.4, (band - top - words) / n_maps), top
     for panel in side:
         placed.append(_Placed(panel, ratio, left, y, SIDE, room))
         y = placed[-1].bottom + 0.15
@@ -370,11 +374,14 @@ class _Placed:
 
     def __init__(self, panel, ratio, left, top, width, tallest):
         self.panel, self.left, self.top = panel, left, top
-        self.title, self.sentence = _words(panel.title, TITLE, width), _words(panel.sentence, SENTENCE, width)
+        self.title, self.sentence = _words(panel.title, TITLE, width, BOLD), _words(panel.sentence, SENTENCE, width)
         n = len(panel.tiles)
-        self.columns = math.ceil(n / math.ceil(n / (8 if ratio < 1.3 else 12))) if n else 0
+        label = max((len(tile.label) for tile in panel.tiles), default=0) * 0.6 * LABEL / 72
+        most = min(8 if ratio < 1.3 else 12, int((width + 0.12) / (label + 0.12)))
+        self.columns = math.ceil(n / math.ceil(n / most)) if n else 0
         room = (width - 0.12 * (self.columns - 1)) / max(self.columns, 1)
         self.tile = (min(room, tallest / ratio), min(room * ratio, tallest))  # (width, height)
+        self.pitch = max(self.tile[0], label) + 0.12
         self.labels = 0.22 if any(tile.label for tile in panel.tiles) else 0.0
         self.first = top + _height(self.title, TITLE) + 0.05
         n_rows = math.ceil(n / self.columns) if n else 0
@@ -386,7 +393,7 @@ class _Placed:
         _write(figure, self.left, self.top, self.title, TITLE, weight="bold")
         for i, tile in enumerate(self.panel.tiles):
             row, column = divmod(i, self.columns)
-            left = self.left + column * (width + 0.12)
+            left = self.left + column * self.pitch
             top = self.first + row * (self.labels + height + 0.1)
             _write(figure, left, top, tile.label, LABEL)
             bottom = page_height - top - self.labels - height
@@ -413,9 +420,9 @@ def _write(figure, left, top, text, size, **style):
                 **style)
 
 
-def _words(text, size, width):
-    """Text of this size in points, in lines of this width in inches."""
-    return textwrap.fill(text, max(8, int(width * 72 / (0.52 * size))))
+def _words(text, size, width, letter=0.52):
+    """Text of this size in points, in lines of this width in inches. letter: width over height of one."""
+    return textwrap.fill(text, max(8, int(width * 72 / (letter * size))))
 
 
 def _height(text, size):
