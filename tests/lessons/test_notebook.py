@@ -69,7 +69,7 @@ def test_notebook_claims_about_explanations_hold():
         assert max(hidden.values()) < cell["deletion"]["random order"]
     always = {name for name in shown
               if all(cell["insertion"][name] > cell["insertion"]["random order"] for cell in cells)}
-    assert always == {"rollout", "relevance"}
+    assert always == {"attention", "rollout", "relevance"}
 
 
 def test_notebook_model_is_as_large_as_stated():
