@@ -84,6 +84,7 @@ from vit_bridge.plots.charts import (
     extent_of,
     finish,
     hide_ticks,
+    in_digits,
     n_covered_by,
     new_figure,
     percent,
@@ -92,7 +93,6 @@ from vit_bridge.plots.charts import (
     shared_bar,
     show_legend,
     spread,
-    two_digits,
     widths,
 )
 from vit_bridge.plots.explorer import explore, is_page
@@ -273,7 +273,7 @@ class AttentionVisualizer:
         images, picture = prepare_image(image, self.model, self.whole)
         found = explain(self.model, images, method, target, **options)
         grid, same = found.saliency[0].numpy(), method in SAME_FOR_EVERY_CLASS
-        number, top = percent if same else two_digits, clip_at(grid)
+        number, top = percent if same else in_digits, clip_at(grid)
         figure = new_figure(12, 1.4 + 3.4 * proportion(picture))
         left, middle, right = figure.subplots(1, 3)
         left.imshow(picture)
@@ -518,7 +518,7 @@ SHARES_OF_MAP = MapScale(
     "share of its map that a patch has. Each panel has its own scale, from 0 to its 99th percentile, the number below "
     "it; larger shares, up to the max, look the same")
 LENGTHS = MapScale(
-    clip_between, lambda low, top, largest: f"{two_digits(low)} to {two_digits(top)}\nmax {two_digits(largest)}",
+    clip_between, lambda low, top, largest: f"{in_digits(low)} to {in_digits(top)}\nmax {in_digits(largest)}",
     "length of a token. Each panel has its own scale, from its 1st to its 99th percentile, the numbers below it; what "
     "is beyond looks as they do", ("the lower number", "the higher number"), "both")
 
@@ -537,7 +537,7 @@ def _draw_map_grid(pictures, maps, row_labels, column_labels, title, scale, patc
     """A Figure with a row for each picture (H, W, 3): the picture, then its maps, a list of (rows, columns) with words
     to stand below each; a patch (row, column) is framed."""
     n_maps, n_notes = len(maps[0]), 2 + len(maps[0][0][1])
-    side = max(0.78, min(1.7, 12.5 / (1 + n_maps)))
+    side = max(0.82, min(1.7, 12.5 / (1 + n_maps)))
     heights = [side * proportion(picture) + 0.16 * n_notes for picture in pictures]
     beside = 0.08 * max(len(words) for label in row_labels for words in label.split("\n"))  # inches
     figure = new_figure(max(7.0, side * (1.2 + n_maps)) + beside, max(3.0, sum(heights) + 1.9))
@@ -649,9 +649,10 @@ def visualize_features(model, images, save_path=None, whole=None):
     first, n_blocks = seen[0].adapter.n_prefix, len(seen[0].tokens) - 1
     depths = spread(n_blocks + 1, 4)[1:]
     pictures = [as_picture(one, adapt(model).preprocessing) for one in fed]
-    side, tall = min(2.2, max(1.4, 9 / len(pictures))), max(proportion(picture) for picture in pictures)
-    figure = new_figure(1.0 + side * len(pictures), 1.0 + side * tall * (1 + len(depths)))
-    panels = figure.subplots(1 + len(depths), len(pictures), squeeze=False)
+    wide = [1 / proportion(picture) for picture in pictures]  # of panels that are equally high
+    side = min(2.2, max(1.3, 10 / sum(wide)))
+    figure = new_figure(max(5.0, 1.0 + side * sum(wide)), 1.0 + (side + 0.1) * (1 + len(depths)))
+    panels = figure.subplots(1 + len(depths), len(pictures), squeeze=False, width_ratios=wide)
     for axes, picture in zip(panels[0], pictures, strict=True):
         axes.imshow(picture)
     for line, depth in zip(panels[1:], depths, strict=True):
@@ -663,7 +664,8 @@ def visualize_features(model, images, save_path=None, whole=None):
             axes.imshow(part.unflatten(0, one.grid).numpy(), extent=extent_of(picture))
     for axes in panels.flat:
         hide_ticks(axes)
-    set_heading(figure, "Patch tokens as colours: their three main directions as red, green and blue", fontsize=12)
+    set_heading(figure, "Patch tokens as colours: their three main directions as red, green and blue\n"
+                        "(within a row, alike in colour is alike in content, across the images too)", fontsize=12)
     return finish(figure, save_path)
 
 

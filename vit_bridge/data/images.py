@@ -274,6 +274,9 @@ def prepare_images(images, model, whole=None):
     """What the model is fed, (B, C, H, W), from a batch that it can be fed already, or from one image or a list of
     them, of any kind; whole as in prepare_image. Raises InputError for no image, for values that are not finite, and
     for images of several sizes, which make no batch."""
+    if _is_batch(images):
+        _check_finite(images)
+        return images
     fed = prepare_each(images, model, whole)
     sizes = sorted({f"{one.shape[2]}x{one.shape[3]}" for one in fed})
     if len(sizes) > 1:
@@ -284,7 +287,7 @@ def prepare_images(images, model, whole=None):
 
 def prepare_each(images, model, whole=None):
     """The same images as prepare_images, each by itself, as they may differ in size: a list of (1, C, H, W)."""
-    if isinstance(images, torch.Tensor) and images.is_floating_point() and images.ndim == 4 and len(images):
+    if _is_batch(images):
         _check_finite(images)
         return list(images.split(1))
     several = list(images) if isinstance(images, (list, tuple)) else [images]
@@ -293,6 +296,11 @@ def prepare_each(images, model, whole=None):
     if not several:
         raise InputError("there is no image; expected at least one")
     return [prepare_image(image, model, whole)[0] for image in several]
+
+
+def _is_batch(images):
+    """Whether these are a model's inputs, (B, C, H, W), B > 0, and no pictures."""
+    return is_input(images) and images.ndim == 4 and len(images) > 0
 
 
 def as_picture(image, preprocessing=None):

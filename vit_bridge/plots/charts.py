@@ -420,20 +420,21 @@ def clip_between(grid, quantile=CLIP):
     return min(low, top - max(0.05 * abs(top), 1e-12)), top
 
 
-def two_digits(value):
-    """Two significant digits, never as a power: 0.41, 12, 0.00031, 1,200."""
-    return np.format_float_positional(float(f"{value:.2g}"), trim="-") if abs(value) < 1000 else f"{value:,.0f}"
+def in_digits(value, n_digits=2):
+    """So many significant digits, never as a power: 0.41, 12, 0.00031, 1,200."""
+    rounded = float(f"{value:.{n_digits}g}")
+    return np.format_float_positional(rounded, trim="-") if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def percent(share):
-    """A share from 0 to 1 in per cent, with two significant digits; below 0.001% no more than that."""
-    return "<0.001%" if 0 < share < 1e-5 else f"{two_digits(100 * share)}%"
+def percent(share, n_digits=2):
+    """A share from 0 to 1 in per cent, in_digits; below 0.001% no more than that."""
+    return "<0.001%" if 0 < share < 1e-5 else f"{in_digits(100 * share, n_digits)}%"
 
 
-def colour_bar(figure, mappable, axes, label, number=two_digits):
-    """The bar of one map on its own scale, or of several on one: numbers beside it, and that larger values look as its
-    top does. number: value -> words."""
-    bar = figure.colorbar(mappable, ax=axes, extend="max", format=FuncFormatter(lambda value, place: number(value)))
+def colour_bar(figure, mappable, axes, label, number=in_digits):
+    """The bar of a map on its own scale: numbers beside it, and that larger values look as its top does. number:
+    in_digits or percent."""
+    bar = figure.colorbar(mappable, ax=axes, extend="max", format=FuncFormatter(lambda value, place: number(value, 4)))
     bar.set_label(wrapped(f"{label}; the scale ends at the 99th percentile, larger values look the same",
                           0.8 * figure.get_figheight(), 10))
     return bar
