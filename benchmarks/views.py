@@ -28,7 +28,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PHOTO = HERE.parent / "vit_bridge" / "data" / "samples" / "astronaut.jpg"
-DINO = Path("/work/shared/weights/dinov2_vits14_focus.safetensors")
+DINO = HERE.parents[1] / "shared" / "weights" / "dinov2_vits14_focus.safetensors"  # beside the checkout, where it is
 LIMIT = 120  # seconds of the processor
 
 
