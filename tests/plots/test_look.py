@@ -71,6 +71,7 @@ def test_describe_says_what_was_found_in_numbers():
     assert "CLS gives 40% of the attention to itself (by head 20% to 60%)" in said["Attention"]
     assert "head 0 looks most narrowly, 3 pixels far on average, head 1 most widely, 7" in said["Reach"]
     assert said["Artefacts"].startswith("25.0% of the patches (2)")
+    assert said["Artefacts"].endswith(f"{found.norms.max() / np.median(found.norms):.1f} times as long as the median")
     assert "edges are cut off" in dict(describe(found, "mine", cropped=True))["Photograph"]
 
 

@@ -194,9 +194,10 @@ def describe(look, name, cropped=False):
     lines.append(("Reach", f"there head {near} looks most narrowly, {look.distances[near]:.0f} pixels far on average, "
                            f"head {far} most widely, {look.distances[far]:.0f}; even attention would reach "
                            f"{look.uniform:.0f}"))
-    n = int(look.artefacts.sum())
-    lines.append(("Artefacts", f"{look.artefacts.mean():.1%} of the patches ({n:,}), framed in the picture" if n else
-                  "0% of the patches: no tokens stand far above the others"))
+    n, longest = int(look.artefacts.sum()), look.norms.max() / np.median(look.norms)
+    words = f"{look.artefacts.mean():.1%} of the patches ({n:,}), framed in the picture" if n else \
+        "0% of the patches: no tokens stand far above the others"
+    lines.append(("Artefacts", f"{words}; the longest token is {longest:.1f} times as long as the median"))
     return lines
 
 
