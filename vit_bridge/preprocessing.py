@@ -140,7 +140,8 @@ class Whole:
         if self.img_size is not None:
             return pair(self.img_size)
         most, (h, w), (height, width) = self.max_tokens or n_patches, image_size, patch_size
-        fitting = ((rows, max(1, round(rows * height * w / (h * width)))) for rows in range(1, most + 1))
+        highest = min(most, 2 + 2 * math.isqrt(most * h * width // (w * height)))  # twice the rows of square patches
+        fitting = ((rows, max(1, round(rows * height * w / (h * width)))) for rows in range(1, highest + 1))
         grids = [(rows, min(columns, most // rows)) for rows, columns in fitting]
 
         def price(grid):

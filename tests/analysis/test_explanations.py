@@ -18,9 +18,11 @@ from vit_bridge.analysis.attention import mean_distances
 from vit_bridge.analysis.capture import capture
 from vit_bridge.analysis.receptive_field import receptive_field
 from vit_bridge.analysis.selfcheck import Nudge, selfcheck
+from vit_bridge.data.images import prepare_image, sample_photographs
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.models.hybrid import HybridCNNViT
-from vit_bridge.preprocessing import Preprocessing
+from vit_bridge.preprocessing import Preprocessing, Whole
+from vit_bridge.weights.checkpoints import load
 from vit_model import InputError, VisionTransformer
 
 SIZE, PATCH, GRID, N, L, H = (14, 15), (7, 5), (2, 3), 7, 3, 2
@@ -330,6 +332,23 @@ def test_norm_artefacts_are_none_where_the_norms_have_one_peak(kind, seed):
     found = e.norm_artefacts(norms)
     assert (found.share, found.threshold, int(found.mask.sum())) == (0, None, 0)
     assert found.ratio == pytest.approx((norms.max() / norms.median()).item())
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 9), (4, 4)])
+def test_norm_artefacts_are_not_what_chance_makes_of_a_few_tokens(shape):
+    generator = torch.Generator().manual_seed(0)
+    draws = [40 * (0.15 * torch.randn(shape, generator=generator)).exp() for _ in range(60)]
+    draws += [40 + 6 * torch.randn(shape, generator=generator) for _ in range(60)]
+    assert sum(e.norm_artefacts(norms).share > 0 for norms in draws) <= 1
+    one_more = draws[0].index_put((torch.tensor(2), torch.tensor(3)), draws[0].median() * 5)
+    assert e.norm_artefacts(one_more).mask.nonzero().tolist() == [[2, 3]]
+
+
+def test_norm_artefacts_are_none_of_a_shipped_model_on_the_cat():
+    model = load("vit_nano_cifar10")
+    model.any_size = True
+    images, _ = prepare_image(sample_photographs()[1], model, Whole())  # 6 x 9 patches
+    assert not e.token_norms(capture(model, images, keep=None))[1].any()
 
 
 def test_norm_artefacts_are_no_content():

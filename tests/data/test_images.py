@@ -233,6 +233,7 @@ def test_whole_has_as_many_patches_as_asked_for_and_stretches_to_a_given_size():
     assert (rows, columns) == (6, 8)
     assert Whole(img_size=(28, 42)).size_for((300, 451), (14, 14), 1369) == (28, 42)
     assert Whole().size_for((100, 100), (8, 4), 8) == (16, 16)  # patches that are no squares
+    assert Whole(max_tokens=10**9).size_for((100, 400), (1, 4), 1) == (31_622, 126_488)  # at once
     with pytest.raises(InputError, match="max_tokens"):
         Whole(max_tokens=0)
 

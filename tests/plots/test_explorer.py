@@ -73,7 +73,6 @@ def keep(maps=None, query=None, key=None, bias=None, bits=8, readers=None):
     """(what the page computes again of one block, (H, N, N); its part; Kept)."""
     maps = (query @ key.mT + (0 if bias is None else bias)).softmax(dim=-1) if maps is None else maps
     kept = explorer.Kept(bits)
-    readers = torch.eye(maps.shape[-1])[0] if readers is None else readers
     part, kept.errors = explorer._keep_block(Attended(maps, query, key, bias), readers, kept)
     image = dict(rows=1, columns=maps.shape[-1], attention=dict(layers=[part]))
     data = dict(bits=bits, blobs=list(kept.blobs.texts), models=[dict(prefix=[], images=[image])])
@@ -390,6 +389,21 @@ def test_explore_keeps_vit_base_below_ten_megabytes():
     assert len(page.html) < 10e6
     assert data_of(page)["models"][0]["images"][0]["rows"] == 14
     assert page.bits == 16
+
+
+def test_explore_keeps_the_mean_row_of_a_few_patches_too():
+    model = vit(img_size=12, patch_size=4, pool="mean")
+    model.any_size = True
+    data = data_of(explorer.explore(model, [pixels(40, 40), pixels(40, 120)], None, whole=Whole(max_tokens=3)))
+    described = data["models"][0]
+    assert [(one["rows"], one["columns"]) for one in described["images"]] == [(1, 1), (1, 3)]
+    assert described["reads"] is None
+    for i, n in enumerate((2, 4)):
+        maps, rests = kept_maps(data, image=i)
+        for own, rest in zip(maps, rests, strict=True):
+            row, column = rest[-2 * 2 * n:].reshape(2, 2, n)
+            np.testing.assert_allclose(row, own[:, 1:].mean(axis=1), atol=1e-5)
+            np.testing.assert_allclose(column, own[:, :, 1:].mean(axis=2), atol=1e-5)
 
 
 def test_explorer_ready_page_is_current_and_small():

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from figure_checks import assert_no_text_clipped, convnet, data_of, pixels, square_vit, texts, vit
+from other_models import timm_vit
+from timm.models.deit import VisionTransformerDistilled
 
 from vit_bridge.analysis.attention import attention_distance
 from vit_bridge.analysis.capture import attention_maps
@@ -93,6 +95,15 @@ def test_mean_pooling_is_named(monkeypatch):
     found = look(vit(pool="mean"), pixels())
     assert "the patches look, on average," in panels_of(found)[-1].title
     assert "the patches give" in dict(describe(found, "m"))["Attention"]
+
+
+def test_two_readers_give_and_small_shares_are_not_none():
+    found = look(timm_vit(VisionTransformerDistilled).eval(), pixels())
+    found.heads = np.array([[[0.4, 0.599]], [[0.5, 0.50001]]])
+    said = dict(describe(found, "m"))["Attention"]
+    assert "CLS and the distillation token give <1% of the attention to CLS and the distillation token" in said
+    assert "(by head 0% to <1%)" in said
+    assert [tile.label for tile in panels_of(found)[-1].tiles] == ["head 0: <1%", "head 1: 0%"]
 
 
 def test_artefacts_are_framed_and_their_share_is_said(monkeypatch):

@@ -229,6 +229,9 @@ def test_checkpoint_whose_scales_do_not_fit_is_refused_in_one_line(tmp_path):
         torch.save(dict(entries, int8_scales=scales), tmp_path / "m.pt")
         with pytest.raises(InputError, match="int8_scales do not fit"):
             load(tmp_path / "m.pt")
+    torch.save(dict(int8_scales=entries["int8_scales"]), tmp_path / "m.pt")
+    with pytest.raises(InputError, match="int8_scales do not fit"):
+        load(tmp_path / "m.pt")
 
 
 @pytest.mark.parametrize(("model_class", "arguments"), SMALL[:2] + SMALL[3:])

@@ -282,6 +282,9 @@ class Artefacts:
     ratio: float
 
 
+VERY_STRONG = 10  # difference of BIC from which evidence is called so: Kass and Raftery 1995, "Bayes Factors", Sec. 3.2
+
+
 def norm_artefacts(norms):
     """The Artefacts of one map of norms (rows, columns): the few tokens, far longer than the rest, that a model uses
     for something else than their patch (Darcet et al. 2024, "Vision Transformers Need Registers").
@@ -289,8 +292,9 @@ def norm_artefacts(norms):
     No threshold is given: the norms tell. Two normal distributions are fitted to their logarithms. There are artefacts
     only where all of this holds:
 
-    two kinds    two describe the norms better than one does (by BIC), and their joint density has two peaks that the
-                 valley between them tells apart at half the height of the lower one; its lowest point is the threshold
+    two kinds    the evidence for two and against one is very strong: their BIC is lower by VERY_STRONG, as chance alone
+                 now and then makes two peaks of a few tokens. And their joint density has two peaks that the valley
+                 between them tells apart at half the height of the lower one; its lowest point is the threshold
     few          at most half of the tokens lie above it
     scattered    a typical one of these (the median) has no more of the others among its eight neighbours than one, and
                  what chance gives: 8 x share. Else they lie together, as a region of the picture does, and are content
@@ -312,14 +316,15 @@ def norm_artefacts(norms):
 
 def _valley(values, steps=200):
     """Where the density of two normal distributions, fitted to values (n), is lowest between its two peaks; None where
-    that is not below half the lower peak, and where one normal distribution describes the values as well."""
+    that is not below half the lower peak, and where the evidence for two and not one is less than very strong."""
     n, mean, spread = len(values), values.mean(), values.std(correction=0)
     if not spread > 1e-9:
         return None
     x = ((values - mean) / spread).sort().values
     weights, means, widths, likelihood = _fit_two(x, steps)
     of_one = -0.5 * n * (math.log(2 * math.pi) + 1)  # of variance 1
-    if 5 * math.log(n) - 2 * likelihood >= 2 * math.log(n) - 2 * of_one:  # BIC, of five numbers and of two
+    gained = 2 * (likelihood - of_one) - (5 - 2) * math.log(n)  # how much lower BIC is, of five numbers and of two
+    if gained <= VERY_STRONG:
         return None
     between = torch.linspace(means.min().item(), means.max().item(), 1001).double()
     density = (weights / widths * torch.exp(-0.5 * ((between[:, None] - means) / widths)**2)).sum(dim=1)

@@ -276,7 +276,7 @@ def _keep_attention(models, fed, bits):
             continue
         adapter, parts = adapt_vit(model), []
         for image in tqdm(images, desc=f"attention in {bits} bits", unit="image", delay=5, leave=False, disable=None):
-            readers = _readers(adapter, adapter.grid(image))
+            readers = _readers(adapter, adapter.grid(image)) if adapter.reads_patches else None
             layers = capture(model, image, keep=keep).maps
             parts.append(dict(heads=layers[0]["heads"], layers=layers))
         kept.parts.append(parts)
@@ -324,7 +324,7 @@ def _keep_block(attended, readers, kept):
         floats.append(step)
     shown = scores.softmax(dim=2)
     floats.append(scores.logsumexp(dim=2))  # (H, N)
-    if readers.count_nonzero() > 2:  # too many rows to compute in the page: that of what the head reads, and its column
+    if readers is not None:  # too many rows to compute in the page: that of what the head reads, and its column
         floats += [readers.to(shown) @ shown, shown @ readers.to(shown)]  # 2 x (H, N)
     part |= dict(numbers=kept.blobs.add(torch.stack([q, k]), kind),
                  floats=kept.blobs.add(torch.cat([values.flatten() for values in floats]), "<f4"))
@@ -353,9 +353,9 @@ def _describe(model, name, images):
     own = [_describe_image(model, adapter, image, remarks)
            for image in tqdm(images, desc="explanations", unit="image", delay=5, leave=False, disable=None)]
     readers = _readers(adapter, adapter.grid(images[0]))
-    reads = [[int(i), readers[i].item()] for i in readers.nonzero()[:, 0]]
+    reads = None if adapter.reads_patches else [[int(i), readers[i].item()] for i in readers.nonzero()[:, 0]]
     facts = dict(kind="vit", name=name, layers=len(adapter.blocks), prefix=list(adapter.prefix), pool=adapter.pool,
-                 reads=reads if len(reads) <= 2 else None, patch=adapter.patch_size)
+                 reads=reads, patch=adapter.patch_size)
     return dict(facts=facts, images=own, error=0.0, remarks=remarks)
 
 

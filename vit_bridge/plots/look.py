@@ -84,7 +84,7 @@ class Look:
     @property
     def elsewhere(self):
         """(H): the share of the attention that goes to tokens that are no patch."""
-        return 1 - self.heads.sum(axis=(1, 2))
+        return np.maximum(0, 1 - self.heads.sum(axis=(1, 2)))
 
     def likeliest(self, n=N_LIKELIEST):
         """[(class, probability)], the likeliest first; none without a head."""
@@ -187,9 +187,9 @@ def describe(look, name, cropped=False):
         return lines
     if look.adapter.n_prefix:
         shares, rest = look.elsewhere, _prefix(look)
-        lines.append(("Attention", f"in the last block {_reader(look)} {_verb(look, 'give')} {shares.mean():.0%} of "
-                                   f"the attention to {rest} (by head {shares.min():.0%} to {shares.max():.0%}), and "
-                                   f"what is left to patches"))
+        lines.append(("Attention", f"in the last block {_reader(look)} {_verb(look, 'give')} {_share(shares.mean())} "
+                                   f"of the attention to {rest} (by head {_share(shares.min())} to "
+                                   f"{_share(shares.max())}), and what is left to patches"))
     near, far = np.argmin(look.distances), np.argmax(look.distances)
     lines.append(("Reach", f"there head {near} looks most narrowly, {look.distances[near]:.0f} pixels far on average, "
                            f"head {far} most widely, {look.distances[far]:.0f}; even attention would reach "
@@ -234,14 +234,19 @@ def _reader(look):
 
 
 def _verb(look, verb):
-    return verb if look.adapter.pool == "mean" else f"{verb}s"
+    return f"{verb}s" if look.adapter.pool == "cls" else verb
+
+
+def _share(share):
+    """A share in whole per cent; what is above none and rounds to none is below 1%."""
+    return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
 
 
 def _prefix(look):
     """The tokens that are no patch, as those that CLS attends to: "itself and 4 registers"."""
     counts = {name: look.adapter.prefix.count(name) for name in look.adapter.prefix}
-    own = {"CLS": "itself"} if look.adapter.pool == "cls" else {}
-    return " and ".join(own.get(name, name) if n == 1 else f"{n} {name}s" for name, n in counts.items())
+    alone = {"CLS": "itself" if look.adapter.pool == "cls" else "CLS"}
+    return " and ".join(alone.get(name, f"the {name}") if n == 1 else f"{n} {name}s" for name, n in counts.items())
 
 
 # ---- Panels -----------------------------------------------------------------------------------------------
@@ -284,7 +289,7 @@ def panels_of(look):
 
 
 def _heads_panel(look):
-    tiles = [Tile(grid, f"head {head}" + (f": {share:.0%}" if look.adapter.n_prefix else ""), top=clip_at(grid))
+    tiles = [Tile(grid, f"head {head}" + (f": {_share(share)}" if look.adapter.n_prefix else ""), top=clip_at(grid))
              for head, (grid, share) in enumerate(zip(look.heads, look.elsewhere, strict=True))]
     instead = _prefix(look).replace("itself", "CLS itself")
     share = f"; beside it the share that goes to {instead} instead" if look.adapter.n_prefix else ""

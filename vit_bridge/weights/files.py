@@ -50,7 +50,7 @@ def read_file(path):
     if not isinstance(entries, dict):
         raise InputError(f"{path} holds a {type(entries).__name__}; expected a dict of tensors, as state_dict() gives")
     if SCALES in entries:
-        entries = dict(entries, state_dict=from_int8(entries["state_dict"], entries[SCALES], path))
+        entries = dict(entries, state_dict=from_int8(entries.get("state_dict"), entries[SCALES], path))
     return entries
 
 
