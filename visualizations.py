@@ -193,8 +193,7 @@ class AttentionVisualizer:
         words = [f"scale to {percent(clip_at(grid))}, largest {percent(grid.max())}",
                  ", ".join([f"patches {grid.sum():.1%} in all", *shares]) if shares else ""]
         middle.set_title("\n".join(["weight of each patch", *filter(None, words)]))
-        right.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=1)
-        right.imshow(grid, **scale, alpha=0.6, interpolation="bilinear")
+        _draw_over(right, picture, grid, scale, interpolation="bilinear")
         right.set_title("the same over the image,\nsmoothed")
         colour_bar(figure, mappable, right, "attention weight of a patch", percent)
         for axes in (left, middle, right):
@@ -285,13 +284,14 @@ class AttentionVisualizer:
             others = " and ".join(dict.fromkeys(self.adapter.prefix))
             words.append(f"patches {grid.sum():.1%} in all, the rest {others}")
         middle.set_title("\n".join(words))
-        right.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=1)
-        right.imshow(grid, alpha=0.6, **scale)
+        _draw_over(right, picture, grid, scale)
         right.set_title("the same over the image")
         colour_bar(figure, mappable, middle, "weight of a patch" if same else "value of a patch", number)
         for axes in (left, middle, right):
             hide_ticks(axes)
-        set_heading(figure, "this map is the same for every class" if same else self.describe_class(found), fontsize=13)
+        whose = "this map is the same for every class" if found.targets is not None else ""
+        name = TITLES[method][0].upper() + TITLES[method][1:]
+        set_heading(figure, f"{name}\n{whose if same else self.describe_class(found)}".rstrip(), fontsize=13)
         return finish(figure, save_path)
 
     def title_of(self, method, options):
@@ -398,13 +398,13 @@ class AttentionVisualizer:
         return finish(figure, save_path)
 
     def visualize_token_norms(self, image, save_path=None):
-        """The length of each patch token, layer by layer, each layer on its own scale; register artefacts are
-        framed."""
+        """The length of each patch token, layer by layer, each layer on its own scale; those that stand out, as
+        register artefacts do, are framed."""
         images, picture = prepare_image(image, self.model, self.whole)
         norms, artefacts = token_norms(capture(self.model, images, keep=None))  # (L, 1, rows, columns)
         chosen = spread(len(norms), 6)
-        title = (f"Length of the patch tokens; {int(artefacts[chosen].sum())} register artefacts (framed) in these "
-                 f"{len(chosen)} of {len(norms)} layers{self.describe_prediction(images)}")
+        title = (f"Length of the patch tokens; in these {len(chosen)} of {len(norms)} layers "
+                 f"{int(artefacts[chosen].sum())} stand out (framed){self.describe_prediction(images)}")
         maps = [(norms[layer, 0].numpy(), [f"{int(artefacts[layer].sum())} framed"]) for layer in chosen]
         figure = _draw_map_grid([picture], [maps], [""], [f"layer {i}" for i in chosen], title, LENGTHS)
         for axes, layer in zip(figure.axes[1:], chosen, strict=False):
@@ -567,6 +567,13 @@ def _columns_for(n_panels, tall):
     return min(range(min(n_panels, 6), min(n_panels, 12) + 1), key=waste)
 
 
+def _draw_over(axes, picture, grid, scale, **how):
+    """A map (rows, columns) in the colours of its scale over the picture (H, W, 3) in grey: the larger a value, the
+    less of the picture is seen through it."""
+    axes.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=1)
+    axes.imshow(grid, alpha=0.1 + 0.65 * np.clip(grid / scale["vmax"], 0, 1), **scale, **how)
+
+
 def _frame_patch(axes, picture, grid, patch):
     """A frame around one patch of a picture (H, W, 3) that a grid (rows, columns) cuts; thinner where patches are
     small."""
@@ -639,7 +646,8 @@ def visualize_patch_filters(model, n_filters=28, save_path=None):
 
 
 def visualize_features(model, images, save_path=None, whole=None):
-    """Patch tokens of several images as colours: their three main directions after three blocks, over all images.
+    """Patch tokens of several images as colours: their three main directions, over all images, after a third of the
+    blocks, two thirds and all of them.
 
     images: a list of them, or a normalised batch (B, 3, H, W). Alike in colour is alike in content, across the images,
     within one row. whole as in AttentionVisualizer: each photograph then has its own proportions.

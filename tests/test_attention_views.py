@@ -499,7 +499,7 @@ def test_visualize_token_norms_frames_register_artefacts():
     with torch.no_grad():
         model.pos_embed[0, 1 + 4] = 30  # the fifth patch
     figure = v.AttentionVisualizer(model, device="cpu").visualize_token_norms(pixels())
-    assert "3 register artefacts (framed) in these 3 of 3 layers" in " ".join(texts(figure).split())
+    assert "in these 3 of 3 layers 3 stand out (framed)" in " ".join(texts(figure).split())
     assert [axes.patches[0].get_bbox().bounds for axes in figure.axes[1:4]] == [(4.5, 6.5, 5, 7)] * 3
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from figure_checks import assert_no_text_clipped, convnet, data_of, pixels, square_vit, texts, vit
+from matplotlib import colormaps
 from other_models import timm_vit
 from timm.models.deit import VisionTransformerDistilled
 
@@ -103,7 +104,7 @@ def test_two_readers_give_and_small_shares_are_not_none():
     said = dict(describe(found, "m"))["Attention"]
     assert "CLS and the distillation token give <1% of the attention to CLS and the distillation token" in said
     assert "(by head 0% to <1%)" in said
-    assert [tile.label for tile in panels_of(found)[-1].tiles] == ["head 0: <1%", "head 1: 0%"]
+    assert [tile.label for tile in panels_of(found)[-1].tiles] == ["head 0 (<1%)", "head 1 (0%)"]
 
 
 def test_artefacts_are_framed_and_their_share_is_said(monkeypatch):
@@ -117,11 +118,11 @@ def test_artefacts_are_framed_and_their_share_is_said(monkeypatch):
     assert (frame.get_x(), frame.get_y(), frame.get_width(), frame.get_height()) == (4.5, -0.5, 5.0, 7.0)
 
 
-def test_lit_keeps_what_the_map_marks_and_dims_the_rest():
+def test_coloured_marks_what_the_map_marks_and_leaves_the_rest_grey():
     picture = np.full((4, 4, 3), (1.0, 0.5, 0.0))
-    lit = module._lit(picture, np.array([[1.0, 1.0], [0.0, 0.0]]))
-    assert np.allclose(lit[0], (1, 0.5, 0))
-    assert np.allclose(lit[-1], 0.35 * 0.5)
+    coloured = module._coloured(picture, np.array([[1.0, 1.0], [0.0, 0.0]]))
+    assert np.allclose(coloured[0], 0.75 * np.array(colormaps["viridis"](1.0)[:3]) + 0.25 * 0.5)
+    assert np.allclose(coloured[-1], 0.5)
 
 
 @pytest.mark.parametrize("shape", [(8, 40), (12, 12), (40, 8)])
@@ -135,7 +136,7 @@ def test_draw_look_shows_every_head_and_clips_no_text(shape, n_heads):
     assert len(data_of(figure)) == 4 + n_heads
     written = texts(figure)
     for head in range(n_heads):
-        assert f"head {head}:" in written
+        assert f"head {head} (" in written
     boxes = [axes.get_position() for axes in figure.axes]
     boxes += [text.get_window_extent().transformed(figure.transFigure.inverted()) for text in figure.texts
               if text.get_text()]

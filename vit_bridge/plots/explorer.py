@@ -355,7 +355,7 @@ def _describe(model, name, images):
     readers = _readers(adapter, adapter.grid(images[0]))
     reads = None if adapter.reads_patches else [[int(i), readers[i].item()] for i in readers.nonzero()[:, 0]]
     facts = dict(kind="vit", name=name, layers=len(adapter.blocks), prefix=list(adapter.prefix), pool=adapter.pool,
-                 reads=reads, patch=adapter.patch_size)
+                 head=adapter.has_head, reads=reads, patch=adapter.patch_size)
     return dict(facts=facts, images=own, error=0.0, remarks=remarks)
 
 

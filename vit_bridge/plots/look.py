@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import colormaps
 from matplotlib.patches import Rectangle
 from torchvision.transforms.v2.functional import get_size
 
@@ -289,10 +290,10 @@ def panels_of(look):
 
 
 def _heads_panel(look):
-    tiles = [Tile(grid, f"head {head}" + (f": {_share(share)}" if look.adapter.n_prefix else ""), top=clip_at(grid))
+    tiles = [Tile(grid, f"head {head}" + (f" ({_share(share)})" if look.adapter.n_prefix else ""), top=clip_at(grid))
              for head, (grid, share) in enumerate(zip(look.heads, look.elsewhere, strict=True))]
     instead = _prefix(look).replace("itself", "CLS itself")
-    share = f"; beside it the share that goes to {instead} instead" if look.adapter.n_prefix else ""
+    share = f"; in brackets the share that goes to {instead} instead" if look.adapter.n_prefix else ""
     who = {"cls": "CLS looks", "mean": "the patches look, on average,"}.get(look.adapter.pool, f"{_reader(look)} look")
     return Panel("heads", f"Where {who} in the last block, head by head", f"Bright patches get the most attention, "
                  f"each head on a scale of its own, up to its 99th percentile{share}.", tiles)
@@ -301,7 +302,7 @@ def _heads_panel(look):
 def _norms_panel(look):
     bottom, top = look.norms.min(), clip_at(look.norms)
     places = [tuple(place) for place in np.argwhere(look.artefacts)]
-    found = (f"the {look.artefacts.mean():.1%} that are framed are artefacts: the model keeps notes of its own in them"
+    found = (f"the {look.artefacts.mean():.1%} that are framed may be artefacts, where a model keeps notes of its own"
              if places else "none stand far above the others, so there are no artefacts")
     return Panel("norms", "Length of the tokens", f"Dark {bottom:.3g}, bright {top:.3g} and more; {found}.",
                  [Tile(look.norms, bottom=bottom, top=max(top, bottom + 1e-9), framed=places)])
@@ -313,8 +314,9 @@ def _explanation_panel(look):
         return Panel("explanation", title, f"{look.refused[:1].upper()}{look.refused[1:]}.", [])
     (label, probability), = look.likeliest(1)
     place, method = ("patch", "relevance") if look.heads is not None else ("place", "Grad-CAM")
-    return Panel("explanation", f"What speaks for “{label}”", f"The brighter a {place}, the more it speaks for this "
-                 f"class, which gets {probability:.0%} ({method}).", [Tile(_lit(look.picture, look.explanation))])
+    places = f"{place}es" if place == "patch" else f"{place}s"
+    return Panel("explanation", f"What speaks for “{label}”", f"Yellow {places} speak most for this class, which gets "
+                 f"{probability:.0%} ({method}); grey ones do not.", [Tile(_coloured(look.picture, look.explanation))])
 
 
 def _stages_panel(look):
@@ -325,13 +327,13 @@ def _stages_panel(look):
                  "knows more of its surroundings (a ConvNet has no attention to show).", tiles)
 
 
-def _lit(picture, grid):
-    """The picture (height, width, 3), dim and grey where the map (rows, columns) is 0, and as it is from the map's 99th
-    percentile on."""
+def _coloured(picture, grid):
+    """The picture (height, width, 3) in grey where the map (rows, columns) is 0, and the more in the map's colours, the
+    nearer the map is to its 99th percentile."""
     light = torch.from_numpy(grid / clip_at(grid)).clamp(0, 1).float()[None, None]
     light = F.interpolate(light, picture.shape[:2], mode="bilinear")[0, 0].numpy()  # (height, width)
-    light, dim = light[:, :, None], 0.35 * picture.mean(axis=2, keepdims=True)
-    return light * picture + (1 - light) * dim
+    strength = 0.75 * light[:, :, None]
+    return strength * colormaps["viridis"](light)[:, :, :3] + (1 - strength) * picture.mean(axis=2, keepdims=True)
 
 
 # ---- Drawing ----------------------------------------------------------------------------------------------
