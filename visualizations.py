@@ -59,6 +59,7 @@ from vit_bridge.data.images import (
     as_batch,
     as_picture,
     is_input,
+    open_header,
     open_image,
     open_picture,
     prepare_each,
@@ -909,7 +910,7 @@ def _run_explore(options):
             one.any_size = True
     replaced = is_page(options.output)
     page = explore(model, _images_for(model, options.photos, options.n_images), options.output, other,
-                   [options.pretrained, *[options.compare_with] * bool(options.compare_with)], whole=whole,
+                   [_short_name(name) for name in (options.pretrained, options.compare_with) if name], whole=whole,
                    max_mb=options.max_mb)
     for remark in page.remarks:
         print(remark)
@@ -1004,8 +1005,10 @@ def _run_look(options):
     files = list(dict.fromkeys(file for path in options.photos for file in files_at(path)))
     for file in files:
         check_not_empty(file)
-        if not os.path.exists(file):
-            open_image(file)  # which says so, before a model is fetched
+        try:
+            open_header(file).close()
+        except (OSError, ValueError, SyntaxError):
+            open_image(file)  # which says what is wrong with it, before a model is fetched
     remark_on(files)
     model, name = _model_to_look_with(options)
     attends, whole = adapt(model).attends, None if options.crop else Whole(options.max_tokens, options.img_size)
@@ -1037,7 +1040,7 @@ def _model_to_look_with(options):
     shipped model, and its name says so."""
     facts = {name: value for name in ("n_heads", "class_names") if (value := getattr(options, name)) is not None}
     chosen = options.pretrained or FIRST_LOOK
-    name = chosen if not os.path.exists(chosen) else "/".join(Path(chosen).absolute().parts[-2:])
+    name = _short_name(chosen)
     try:
         model = load(chosen, **facts)
     except NotFetched as error:
@@ -1051,6 +1054,11 @@ def _model_to_look_with(options):
     if adapt(model).attends:
         model.any_size = True
     return model.to(choose_device()), options.label or name
+
+
+def _short_name(model):
+    """What a page or a picture calls a model: its name, or of a file its folder and name, not the whole path."""
+    return "/".join(Path(model).absolute().parts[-2:]) if os.path.exists(model) else model
 
 
 def _look_within_memory(model, file, whole):
@@ -1111,7 +1119,7 @@ def _write_look(model, found, file, folder, name, whole, max_mb):
                        whole=whole, max_mb=max_mb)
         written.append(page.path)
         remarks = page.remarks
-    heading = f"{Path(file).name}, {' × '.join(map(str, found.size))} pixels"
+    heading = f"{Path(file).name}, {' × '.join(map(str, found.size))} pixels (height × width)"
     figures = dict(look=draw_look(found, name, heading))
     figures |= {panel.name: draw_panel(panel, found, name) for panel in panels_of(found) if panel.tiles}
     for stem, figure in figures.items():

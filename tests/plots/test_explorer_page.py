@@ -126,7 +126,7 @@ def test_explorer_shows_rollout_and_relevance(opened, written, method):
     assert {"rollout": "by rollout", "relevance": "speaks for"}[method] in said(opened)
     for control in ("#layer", "#head", "#direction", "#ends"):
         assert opened.is_disabled(control)
-    assert opened.evaluate("byId('direction').selectedOptions[0].textContent") == "what the head gathers"
+    assert opened.evaluate("byId('direction').selectedOptions[0].textContent") == "what reaches the output"
     opened.evaluate("change({patch: 5})")
     place = 1 + int((expected > expected[5]).sum())
     assert " The patch in row 1, column 2 gives " in said(opened)

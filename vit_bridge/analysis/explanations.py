@@ -296,8 +296,9 @@ def norm_artefacts(norms):
                  now and then makes two peaks of a few tokens. And their joint density has two peaks that the valley
                  between them tells apart at half the height of the lower one; its lowest point is the threshold
     few          at most a tenth of the tokens, rounded up, lie above it, where Darcet et al. find some 2%
-    scattered    a typical one of these (the median) has no more of the others among its eight neighbours than one, and
-                 what chance gives: 8 x share. Else they lie together, as a region of the picture does, and are content
+    scattered    a typical one of these (the median) has at most one more of the others among its neighbours, eight or
+                 fewer at an edge, than chance gives. Else they lie together, as a region of the picture does, and are
+                 content
     """
     norms = norms.detach().cpu().double()
     median = norms.median().item()
@@ -308,8 +309,11 @@ def norm_artefacts(norms):
         return none
     mask = logs > threshold
     share = mask.double().mean().item()
-    neighbours = F.conv2d(mask[None, None].double(), torch.ones(1, 1, 3, 3).double(), padding=1)[0, 0] - 1
-    if mask.sum() > math.ceil(0.1 * mask.numel()) or neighbours[mask].median() > 1 + 8 * share:
+    kernel, n_long = torch.ones(1, 1, 3, 3).double(), int(mask.sum())
+    long, all_of_them = (F.conv2d(one[None, None].double(), kernel, padding=1)[0, 0] - 1
+                         for one in (mask, torch.ones_like(mask)))  # neighbours
+    beyond_chance = long - all_of_them * (n_long - 1) / (mask.numel() - 1)
+    if n_long > math.ceil(0.1 * mask.numel()) or beyond_chance[mask].median() > 1:
         return none
     return replace(none, mask=mask, share=share, threshold=math.exp(threshold))
 

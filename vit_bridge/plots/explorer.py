@@ -170,7 +170,7 @@ def _fitting_page(models, names, images, title, whole, most):
 def _with_fewer(whole, models, images, used, size, most):
     """A Whole with fewer patches than the `used` ones, which made a page of more than `most` bytes. Raises InputError
     where there is no choice."""
-    over = f"is {size / MB:.1f} MB or more, above max_mb {most / MB:g}"
+    over = f"is {size / MB:.2g} MB or more, above max_mb {most / MB:g}"
     if used <= LEAST_PATCHES:
         raise InputError(f"the page {over}, and with {used} patches an image it gets no smaller; expected a larger "
                          f"max_mb, or fewer images")
@@ -203,8 +203,9 @@ def _note_of(models, pictures, kept, bytes_error):
     """The note at the foot of the page."""
     most, usual = (f"{100 * error:.2g}%" for error in (kept.errors.max(), kept.errors.median()))
     note = (f"Attention is computed in the page, softmax(q kᵀ + bias), from queries and keys of {kept.bits} bits. A "
-            f"weight differs from the model's own by {kept.weight_error:.2g} at most, and by {most} at most of the "
-            f"largest value in its row; in half of the rows by no more than {usual}. ")
+            f"weight differs from the model's own by {100 * kept.weight_error:.2g} percentage points at most, over all "
+            f"layers, heads and rows, and by {most} at most of the largest value in its row; in half of the rows by no "
+            f"more than {usual}. ")
     if any("relevance" in image for model in models for image in model["images"]):
         note += "Relevance is shown without the 1 that each token has of itself. "
     if bytes_error:

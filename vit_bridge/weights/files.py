@@ -57,10 +57,10 @@ def read_file(path):
 def to_int8(state):
     """(state dict, scales): each weight of a layer as int8 from -127 to 127, a quarter of its size, and a scale for
     each of its outputs, (rows, 1, ...) float32, so that row * scale is the nearest to what it was. Vectors stay as they
-    are, and so does what has one row, such as positions."""
+    are, and so does what has one row, such as positions, or holds NaN."""
     packed, scales = dict(state), {}
     for name, weight in state.items():
-        if weight.is_floating_point() and weight.ndim > 1 and len(weight) > 1:
+        if weight.is_floating_point() and weight.ndim > 1 and len(weight) > 1 and weight.isfinite().all():
             largest = weight.float().abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True)  # (rows, 1, ...)
             scales[name] = largest.clamp(min=1e-30) / 127
             packed[name] = (weight / scales[name]).round().to(torch.int8)
