@@ -78,6 +78,7 @@ from vit_bridge.plots.charts import (
     DASHES,
     MARKERS,
     ORANGE,
+    THICK,
     VERMILION,
     clip_at,
     clip_between,
@@ -365,7 +366,7 @@ class AttentionVisualizer:
         right.set(xlabel="blocks that the tokens have passed", ylabel="probability (%)", ylim=(-2, 102))
         right.set_title("what the head says when it reads earlier tokens")
         right.set_xticks(spread(len(lens), 13))
-        show_legend(right, fontsize=10)
+        show_legend(right, fontsize=10, title=THICK if any(covered) else None, title_fontsize=9)
         set_heading(figure, "Logit lens", fontsize=14)
         return finish(figure, save_path)
 
@@ -615,7 +616,8 @@ def _draw_trust(axes, curves, draws, heading):
                   linestyle=DASHES[1] if control else "-", linewidth=widths(n_covered)["linewidth"], label=words)
     axes.set(xlabel="patches (%)", ylabel="probability of the class (%)", ylim=(0, 102))
     axes.set_title(heading, fontsize=11)
-    axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), title=THICK if any(covered) else None,
+                title_fontsize=9)
 
 
 # ---- What a model has learned -----------------------------------------------------------------------------

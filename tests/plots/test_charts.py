@@ -255,3 +255,11 @@ def test_figures_show_themselves_in_a_notebook():
     for figure in (c.plot_training_curves(history()), c.new_figure(2, 1)):
         png = Image.open(io.BytesIO(figure._repr_png_()))
         assert (png.format, png.size) == ("PNG", tuple(100 * figure.get_size_inches()))
+
+
+def test_legend_says_what_a_thick_line_means_where_there_is_one():
+    points = [(0, 1), (1, 2)]
+    one = c.plot_curves({"": {"ViT": points, "ConvNet": [(0, 3), (1, 1)]}}, "x", "y")
+    two = c.plot_curves({"": {"ViT": points, "ConvNet": points}}, "x", "y")
+    assert one.axes[0].get_legend().get_title().get_text() == ""
+    assert two.axes[0].get_legend().get_title().get_text() == c.THICK

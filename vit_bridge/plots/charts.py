@@ -29,6 +29,7 @@ COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
 MARKERS = "osD^vPXh"
 DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1.5)), (0, (5, 1.5, 1.5, 1.5)))
 CLOSE = 0.006  # as a part of the axis: lines no farther apart hide each other
+THICK = "a thick line lies under another"
 CLIP = 0.99  # the quantile of a map's values at which its colours end
 
 # A family of models, by a word in their names -> its colour and marker in every figure. The first word that fits
@@ -130,9 +131,11 @@ def plot_curves(panels, xlabel, ylabel, save_path=None, title=None, log=(), perc
     every = np.array([point[1] for curves in panels.values() for points in curves.values() for point in points])
     shown = np.log if "y" in log else np.asarray
     close = CLOSE * (np.ptp(shown(every)) if "y" in log else 1 if percent else every.max())
+    hidden = False
     for panel, (heading, curves) in zip(axes, panels.items(), strict=True):
         drawn = {name: np.array(sorted(points), dtype=float).T for name, points in curves.items()}  # (2 or 4, n) each
         covered = n_covered_by([(x, shown(y)) for x, y, *_ in drawn.values()], close)
+        hidden = hidden or any(covered)
         for (name, (x, y, *band)), n_covered in zip(drawn.items(), covered, strict=True):
             panel.plot(x, scale * y, label=name, **looks[name].line, **widths(n_covered))
             if band:
@@ -158,7 +161,8 @@ def plot_curves(panels, xlabel, ylabel, save_path=None, title=None, log=(), perc
         panel.set_ylabel(ylabel)
     handles = {line.get_label(): line for panel in reversed(axes) for line in panel.lines}
     order = [*names, *(label for label, _ in lines)]
-    axes[-1].legend([handles[label] for label in order], order, fontsize=11)
+    axes[-1].legend([handles[label] for label in order], order, fontsize=11, title=THICK if hidden else None,
+                    title_fontsize=10)
     if title:
         set_heading(figure, title, fontsize=14)
     return finish(figure, save_path)
