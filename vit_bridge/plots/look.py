@@ -343,13 +343,14 @@ def draw_look(look, name, heading="", save_path=None):
     """All panels in one Figure. name: of the model; heading: of the photograph."""
     photograph, colours, *side, strip = panels_of(look)
     ratio = look.picture.shape[0] / look.picture.shape[1]
-    big = max(min(BIG, TALL / ratio), SIDE)  # of a tall photograph the columns are narrower
+    grown = 1.3 if sum(bool(panel.tiles) for panel in side) > 1 else 1.0  # beside two small maps
+    big = max(min(grown * BIG, grown * TALL / ratio), SIDE)  # of a tall photograph the columns are narrower
     width = 2 * big + SIDE + 2 * GAP
     title = _words(name, 15, width, BOLD)
     below = [line for line in _words(heading, 11, width).split("\n") if line]
     top = MARGIN + _height(title, 15) + _height("\n".join(below), 11) + 0.15
-    placed = [_Placed(photograph, ratio, MARGIN, top, big, TALL),
-              _Placed(colours, ratio, MARGIN + big + GAP, top, big, TALL)]
+    placed = [_Placed(photograph, ratio, MARGIN, top, big, grown * TALL),
+              _Placed(colours, ratio, MARGIN + big + GAP, top, big, grown * TALL)]
     left, band = MARGIN + 2 * (big + GAP), max(one.bottom for one in placed)
     words = sum(_Placed(panel, ratio, 0, 0, SIDE, 0).bottom for panel in side) + 0.15 * (len(side) - 1)
     n_maps = max(1, sum(bool(panel.tiles) for panel in side))
