@@ -152,3 +152,10 @@ def test_grad_cam_that_is_blank_is_said_and_not_drawn(monkeypatch):
     assert found.explanation is None
     assert panels_of(found)[2].sentence == "It is blank."
     assert dict(describe(found, "m"))["Explanation"] == "none: it is blank"
+
+
+def test_crop_of_a_photograph_of_the_models_size_cuts_nothing():
+    found = look(square_vit(), pixels(12, 12))
+    assert "nothing is cut off" in dict(describe(found, "mine", cropped=True))["Photograph"]
+    found.size = (24, 12)
+    assert "its middle alone" in dict(describe(found, "mine", cropped=True))["Photograph"]

@@ -215,7 +215,7 @@ def _described_fit(look, cropped):
     words = f"{_size(look.size)} pixels (height × width), fed at {_size(look.picture.shape[:2])}"
     if look.heads is not None:
         words += f": {_size(look.grid)} = {math.prod(look.grid):,} patches"
-    if cropped:
+    if cropped and look.size != look.picture.shape[:2]:
         return f"{words}; its middle alone, the edges are cut off, as in validation"
     stretched = f", stretched by {look.stretch:.1%}" if look.stretch >= 5e-4 else " or stretched"
     return f"{words}; nothing is cut off{stretched}"
