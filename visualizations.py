@@ -539,7 +539,7 @@ def _draw_map_grid(pictures, maps, row_labels, column_labels, title, scale, patc
     """A Figure with a row for each picture (H, W, 3): the picture, then its maps, a list of (rows, columns) with words
     to stand below each; a patch (row, column) is framed."""
     n_maps, n_notes = len(maps[0]), 2 + len(maps[0][0][1])
-    side = max(0.82, min(1.7, 12.5 / (1 + n_maps)))
+    side = max(0.8, min(1.7, 12.5 / (1 + n_maps)))
     heights = [side * proportion(picture) + 0.16 * n_notes for picture in pictures]
     beside = 0.08 * max(len(words) for label in row_labels for words in label.split("\n"))  # inches
     figure = new_figure(max(7.0, side * (1.2 + n_maps)) + beside, max(3.0, sum(heights) + 1.9))
@@ -1104,7 +1104,7 @@ def _holds_other(folder, file, name):
     try:
         if json.loads((folder / "look.json").read_text(encoding="utf-8"))["of"] == _identity(file, name):
             return False
-    except (OSError, ValueError, KeyError, TypeError):  # no record, or none of ours
+    except (OSError, ValueError, KeyError, TypeError):  # no record, or another program's
         pass
     return folder.is_dir() and any(entry.name[0] != "." for entry in folder.iterdir())
 

@@ -258,7 +258,7 @@ def test_deep_models_fit_a_page(depth, heads):
     assert f"layer {depth - 1}" in texts(figures[1])
     assert f"6 of {depth} layers" in " ".join(texts(figures[2]).split())
     for figure in figures:
-        assert figure.get_figwidth() <= 22
+        assert figure.get_figwidth() <= 21
         assert figure.get_figheight() <= 12
         assert_no_text_clipped(figure)
 

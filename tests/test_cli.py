@@ -360,7 +360,7 @@ def test_assume_points_at_the_line_outside_the_package(tmp_path):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """In an empty folder: tiny.pt, a model, and a.jpg. explore only notes what it is asked; (folder, [its calls])."""
+    """In an empty folder: tiny.pt, a model, and a.jpg. explore only records its calls; (folder, [its calls])."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     save_model(VisionTransformer(8, 4, n_classes=3, embed_dim=8, depth=1, n_heads=2), tmp_path / "tiny.pt",

@@ -466,7 +466,7 @@ def test_backward_by_blocks_is_the_whole_backward_pass(name):
 
 
 class Silent(nn.Module):
-    """What stands in the place of attention, and attends to nothing."""
+    """A stand-in for attention that attends to nothing."""
 
     def forward(self, x, **options):
         return x

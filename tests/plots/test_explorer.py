@@ -267,7 +267,7 @@ def test_explore_keeps_the_same_bytes_once():
     assert first["attention"] == second["attention"]
 
 
-# ---- A page of the size that is asked for
+# ---- A page that fits
 
 
 def wide_vit(img_size=32):
@@ -389,6 +389,7 @@ def test_explore_keeps_vit_base_below_ten_megabytes():
     page = explorer.explore(create_vit_base(n_classes=5), pixels(224, 224), None)
     assert len(page.html) < 10e6
     assert data_of(page)["models"][0]["images"][0]["rows"] == 14
+    assert page.bits == 8  # with 16 it would have 10.09 MB
 
 
 def test_explore_keeps_the_mean_row_of_a_few_patches_too():

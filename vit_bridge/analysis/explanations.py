@@ -455,7 +455,7 @@ def mean_and_error(values):
 
 
 def _progress(n_images):
-    """A bar over the passes of so many images: on a terminal or in Jupyter, after 5 seconds."""
+    """A progress bar over this many images: on a terminal or in Jupyter, after 5 seconds."""
     from tqdm.auto import tqdm  # where it is used: in Jupyter without ipywidgets its import warns
 
     return tqdm(total=n_images, desc="hiding and showing patches", unit="image", delay=5, leave=False, disable=None)

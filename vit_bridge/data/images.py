@@ -265,8 +265,8 @@ def whole_size(image_size, adapter, whole):
     if size != adapter.img_size and not adapter.any_size:
         height, width = adapter.img_size
         raise InputError(f"this model takes images of {height}x{width} pixels alone, and the whole image needs "
-                         f"{size[0]}x{size[1]}; set model.any_size = True for one of ours (timm: dynamic_img_size), or "
-                         f"let the image be cut")
+                         f"{size[0]}x{size[1]}; set model.any_size = True (timm: dynamic_img_size=True), or let the "
+                         f"image be cut")
     return size
 
 

@@ -173,7 +173,7 @@ def _of_ours(model):
 
 def _of_timm(model):
     """Any VisionTransformer of timm, also distilled, without CLS, with registers, a norm before the blocks or without a
-    head. Those that attend in another way are refused where attention is asked for."""
+    head. Those that attend in another way are refused by the views of attention."""
     embed, kept = model.patch_embed, getattr(model, "pretrained_cfg", None) or {}  # none where its class built it
     projection, n_classes = getattr(embed, "proj", None), _classes_of(model.head)
     if not isinstance(projection, torch.nn.Conv2d) or "backbone" in embed._modules:

@@ -138,7 +138,7 @@ def is_page(path):
     return True
 
 
-# ---- A page of the size that is asked for -----------------------------------------------------------------
+# ---- A page that fits -----------------------------------------------------------------------------------------
 
 
 def _fitting_page(models, names, images, title, whole, most):
