@@ -232,7 +232,7 @@ class VisionTransformer(nn.Module):
         return (x, maps) if return_attention else x
 
     def forward_head(self, x, pre_logits=False):
-        """Return the logits (B, n_classes) of tokens (B, N, D), or with pre_logits=True what the head reads."""
+        """Return the logits (B, n_classes) of tokens (B, N, D), or the head's input with pre_logits=True."""
         x = x[:, 0] if self.config.pool == "cls" else x[:, self.n_prefix_tokens:].mean(dim=1)  # (B, D)
         x = self.fc_norm(x)
         return x if pre_logits else self.head(x)  # (B, n_classes)
@@ -520,7 +520,7 @@ class ViTConfig:
         What the head reads: the CLS token, as in the paper, or the mean of the patch tokens (App. D.3). The sequence
         contains CLS in both cases, as in timm.
     drop_path : float
-        Stochastic depth: the drop rate of the last block, in [0, 1). Earlier blocks have less (drop_path_rates).
+        Stochastic depth: the drop rate of the last block, in [0, 1). Earlier blocks have lower rates (drop_path_rates).
     position : {"learned", "sincos", "none"}
         Learned positions, as in the paper; fixed ones (sincos_positions); or none, so that the model cannot see the
         order of the patches.
