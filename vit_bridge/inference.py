@@ -397,8 +397,9 @@ def _largest_difference(content, model, images):
     largest = max(ours.abs().max().item(), torch.finfo(ours.dtype).tiny)
     difference = (theirs - ours).abs().max().item() / largest if theirs.shape == ours.shape else float("inf")
     if not difference < TOLERANCE:
-        raise InputError(f"the exported file's logits differ from the model's by {difference:.1e} of the largest, expected "
-                         f"less than {TOLERANCE}, so it was not kept; try other versions of onnx and onnxscript")
+        raise InputError(f"the exported file's logits differ from the model's by {difference:.1e} of the largest, "
+                         f"expected less than {TOLERANCE}, so it was not kept; try other versions of onnx and "
+                         f"onnxscript")
     return difference
 
 

@@ -181,7 +181,7 @@ class Whole:
         grids = [(rows, min(columns, most // rows)) for rows, columns in fitting]
 
         def price(grid):
-            """Return how far a grid stretches the image, plus the fraction of max_tokens that it leaves unused."""
+            """Return how far a grid stretches the image, plus the fraction of patches left unused."""
             stretch = abs(math.log(grid[0] * height * w / (grid[1] * width * h)))
             return 2 * stretch + 1 - grid[0] * grid[1] / most
 

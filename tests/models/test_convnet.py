@@ -131,7 +131,7 @@ def test_convnet_forward_is_the_head_of_the_mean_map():
 def test_convnet_refuses_to_take_batch_statistics_of_one_place(stem_stride):
     model = ConvNet(**{**CONVNET, "stem_stride": stem_stride})
     side = 4 * stem_stride
-    with pytest.raises(InputError, match=one_line_with(f"one image of {side}x{side} pixels leaves one place")):
+    with pytest.raises(InputError, match=one_line_with(f"one image of {side}x{side} pixels leaves one value")):
         model(torch.randn(1, 2, side, side))
     assert model(torch.randn(1, 2, side, side + 1)).shape == (1, 11)
     assert model(torch.randn(2, 2, side, side)).shape == (2, 11)
@@ -462,10 +462,10 @@ def test_convolution_as_attention_softened_differs_and_learns():
     (dict(stride=2, padding=1), "stride"), (dict(padding=0), "padding"), (dict(padding=2, dilation=2), "dilation"),
     (dict(padding=1, groups=3), "groups"), (dict(padding=1, padding_mode="reflect"), "padding_mode")])
 def test_convolution_as_attention_refuses_unsupported_convolutions(settings, words):
-    with pytest.raises(InputError, match=f"{words} .* has no such attention"):
+    with pytest.raises(InputError, match=f"{words} .* cannot be written as attention"):
         ConvolutionAsAttention.from_conv(nn.Conv2d(3, 6, 3, **settings))
 
 
 def test_convolution_as_attention_refuses_an_even_kernel():
-    with pytest.raises(InputError, match="kernel_size 4 has no middle"):
+    with pytest.raises(InputError, match="kernel_size 4 is even"):
         ConvolutionAsAttention(3, 5, 4)

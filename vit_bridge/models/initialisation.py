@@ -30,10 +30,10 @@ def initialise_as_identity(stages):
 
 
 def whitening_filters(images, side, floor=0.01):
-    """Return filters that whiten the patches of images: their outputs are uncorrelated and nearly equal in size.
+    """Return filters that whiten the patches of images.
 
-    They are the principal directions of the patches, largest variance first, each divided by the square root of its
-    variance plus `floor`.
+    Their outputs are uncorrelated and of nearly equal size. The filters are the principal directions of the patches,
+    largest variance first, each divided by the square root of its variance plus `floor`.
 
     Parameters
     ----------
@@ -59,7 +59,7 @@ def whitening_filters(images, side, floor=0.01):
 
 @torch.no_grad()
 def whiten_first_layer(model, images):
-    """Set the model's whitening layer, if it has one, to the whitening filters of images, and return the model.
+    """Set the model's whitening layer, if it has one, to whitening_filters(images); return the model.
 
     A layer that holds each filter and its negative is frozen. Any other layer, such as a patch projection, keeps
     learning: it gets the filters of the largest variance, as many as it has channels, and small random weights in
