@@ -213,9 +213,9 @@ def test_score_names_the_classes_or_refuses():
     assert score(model, loader, "cpu").class_names == list("abcdef")
     for names in (list("abcdfe"), list("abc")):
         loader.class_names = names
-        with pytest.raises(InputError, match="labelled by its own classes"):
+        with pytest.raises(InputError, match="labelled with its own classes"):
             score(model, loader, "cpu")
-    with pytest.raises(InputError, match="labelled by its own classes"):
+    with pytest.raises(InputError, match="labelled with its own classes"):
         score(Echo(), loader, "cpu")
     with pytest.raises(InputError, match="label 6 is out of range for a model with 6 classes; labels begin at 0"):
         score(Echo(), [(torch.zeros(2, 3, 1, 2), torch.tensor([0, 6]))], "cpu")

@@ -282,9 +282,15 @@ def _shared_names(model, loader, n_classes):
     shown = getattr(model, "preprocessing", None)
     ours = (shown and shown.class_names) or theirs
     if theirs and (list(theirs) != list(ours) or len(theirs) != n_classes):
-        raise InputError(f"the loader has the classes {', '.join(map(str, theirs))}, but the model has {n_classes} "
-                         f"outputs for {', '.join(map(str, ours))}; score it on images with its own classes")
+        raise InputError(f"the loader has the classes {_first_names(theirs)}, but the model has {n_classes} outputs "
+                         f"for {_first_names(ours)}; score it on images labelled with its own classes")
     return list(theirs) if theirs else _names_or_numbers(ours, n_classes)
+
+
+def _first_names(names, most=8):
+    """Return the first names as text, and how many there are if these are not all."""
+    more = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(map(str, list(names)[:most])) + more
 
 
 # ---- Export -----------------------------------------------------------------------------------------------

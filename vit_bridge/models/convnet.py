@@ -320,15 +320,15 @@ class ConvolutionAsAttention(nn.Module):
                      padding_mode="zeros")
         for name, expected in plain.items():
             if getattr(conv, name) != expected:
-                raise InputError(f"a convolution with {name} {getattr(conv, name)} cannot be written as attention; expected "
-                                 f"{name} {expected}")
+                raise InputError(f"a convolution with {name} {getattr(conv, name)} cannot be written as attention; "
+                                 f"expected {name} {expected}")
         layer = cls(conv.in_channels, conv.out_channels, k, sharpness)
         layer.proj.weight.copy_(conv.weight.permute(0, 2, 3, 1).flatten(1))  # (C', k k C), the heads concatenated
         layer.proj.bias.copy_(torch.zeros(conv.out_channels) if conv.bias is None else conv.bias)
         return layer
 
     def forward(self, x, return_attention=False):
-        """Return the map (B, C', h, w), and on request the attention (k k, N, M) of N queries to M keys."""
+        """Return the map (B, C', h, w), and on request the maps (k k, N, M) of attention."""
         size, (left, right) = x.shape[2:], (self.reach,) * 2
         tokens = F.pad(x, (left, right, left, right)).flatten(2).transpose(1, 2)  # (B, M, C)
         offsets = _offsets_between(size, self.reach).to(x)  # (N, M, 2)
@@ -341,9 +341,9 @@ class ConvolutionAsAttention(nn.Module):
 
 
 def _offsets_between(size, reach):
-    """Return the offsets (N, M, 2) in rows and columns from each pixel of a map to each pixel of the padded map.
+    """Return the offsets (N, M, 2) from each pixel of a map to each pixel of the padded map.
 
-    size: (height, width) of the map; reach: width of the padding.
+    size: (height, width) of the map; reach: width of the padding. Offsets are in rows and columns.
     """
     inner = torch.cartesian_prod(*(torch.arange(side) for side in size))  # (N, 2)
     outer = torch.cartesian_prod(*(torch.arange(-reach, side + reach) for side in size))  # (M, 2)
