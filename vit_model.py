@@ -621,7 +621,7 @@ def check_choice(name, value, choices, listed_by=None):
     if len(words) <= 8:
         raise InputError(f"{name} {value!r} is unknown; choose one of: {', '.join(words)}")
     closest = get_close_matches(str(value), words, cutoff=0.0)
-    rest = f"; {listed_by} lists all {len(words)}" if listed_by else f" (of {len(words)})"
+    rest = f"; list all {len(words)} with {listed_by}" if listed_by else f" (of {len(words)})"
     raise InputError(f"{name} {value!r} is unknown; the closest choices are {', '.join(closest)}{rest}")
 
 

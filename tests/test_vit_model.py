@@ -151,8 +151,8 @@ def test_vit_exchanges_state_dict_with_timm_and_logits_agree(case):
     theirs.load_state_dict(ours.state_dict(), strict=True)
     back.load_state_dict(theirs.state_dict(), strict=True)
     images = images_for(ours)
-    for answer in (lambda model: model(images), lambda model: model.forward_features(images)):
-        torch.testing.assert_close(answer(ours), answer(theirs), rtol=1e-5, atol=1e-5)
+    for output in (lambda model: model(images), lambda model: model.forward_features(images)):
+        torch.testing.assert_close(output(ours), output(theirs), rtol=1e-5, atol=1e-5)
     assert torch.equal(back(images), ours(images))
 
 
@@ -334,7 +334,7 @@ def test_last_block_hook_sees_every_token(where, kind):
 
 
 class Halved(nn.Linear):
-    """A layer in the place of another, as adapters and quantisation put there."""
+    """A layer that replaces another, as adapters and quantisation do."""
 
     def forward(self, x):
         return super().forward(x) / 2
@@ -520,7 +520,7 @@ def test_vit_forward_stores_nothing_on_any_module(return_attention):
 
 @pytest.mark.parametrize("position", ["learned", "sincos", "none"])
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_vit_copies_and_pickles_answer_alike(clone, position):
+def test_vit_copies_and_pickles_give_the_same_logits(clone, position):
     model = small_vit(position=position)
     images, twin = images_for(model), clone(model)
     assert torch.equal(twin(images), model(images))
@@ -666,9 +666,9 @@ def test_create_vit_lists_known_variants_for_an_unknown_one():
 def test_unknown_choice_among_many_names_the_closest_and_where_all_are():
     names = [f"model_{letter}" for letter in "abcdefghi"]
     with pytest.raises(InputError, match=r"\Amodel 'modle_c' is unknown; the closest choices are model_c, [^\n]*; "
-                                         r"help\(it\) lists all 9\Z"):
+                                         r"list all 9 with help\(it\)\Z"):
         vit_model.check_choice("model", "modle_c", names, "help(it)")
     with pytest.raises(InputError, match=r"the closest choices are model_\w, model_\w, model_\w \(of 9\)\Z"):
         vit_model.check_choice("model", 7, names)
-    with pytest.raises(InputError, match=r"argument 'widht' [^\n]*; help\(ViTConfig\) lists all 18\Z"):
+    with pytest.raises(InputError, match=r"argument 'widht' [^\n]*; list all 18 with help\(ViTConfig\)\Z"):
         create_vit("vit_tiny", widht=3)

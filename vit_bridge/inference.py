@@ -96,10 +96,10 @@ def predict(model, images, top=5):
     """
     check_int("top", top, 1)
     several = isinstance(images, (list, tuple)) or (isinstance(images, torch.Tensor) and images.ndim == 4)
-    answers = []
+    results = []
     for batch in batches_of(images if several else [images]):
-        answers += ranked(model, [prepare_image(image, model)[0] for image in batch], top)
-    return answers if several else answers[0]
+        results += ranked(model, [prepare_image(image, model)[0] for image in batch], top)
+    return results if several else results[0]
 
 
 def batches_of(items):

@@ -173,8 +173,8 @@ def predictions(model, images, batch_size=128):
     """Return the predicted class of each image: int64 (N,), on the CPU."""
     model = unwrapped(model)
     with evaluating(model):
-        answers = [logits_of(model(to_model(part, model))).argmax(dim=1).cpu() for part in images.split(batch_size)]
-    return torch.cat(answers)  # (N)
+        classes = [logits_of(model(to_model(part, model))).argmax(dim=1).cpu() for part in images.split(batch_size)]
+    return torch.cat(classes)  # (N)
 
 
 @cache

@@ -292,7 +292,7 @@ def test_models_that_are_not_known_are_refused_in_one_line(why):
 
 
 def image_facts(model):
-    """(mean, std, interpolation, what is assumed) where a picture is prepared."""
+    """(mean, std, interpolation, what is assumed) when an image is prepared."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", Assumption)
         prepare_image(Image.new("RGB", (20, 30)), model)
@@ -314,7 +314,7 @@ HALF, IMAGENET = ((0.5,) * 3, (0.5,) * 3), (IMAGENET_MEAN, IMAGENET_STD)
     (partial(timm.create_model, "vit_tiny_patch16_224", img_size=32), HALF, "bicubic", None),
     (partial(timm.create_model, "deit_tiny_distilled_patch16_224", img_size=32), IMAGENET, "bicubic", None),
 ])
-def test_pictures_are_normalised_as_the_library_says_or_as_is_assumed(build, numbers, interpolation, assumed):
+def test_images_are_normalised_as_the_library_records_or_as_is_assumed(build, numbers, interpolation, assumed):
     model = build()
     *found, said = image_facts(model)
     assert tuple(found) == (*numbers, interpolation)

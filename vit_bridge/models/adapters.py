@@ -200,6 +200,7 @@ def adapt_vit(model):
 
 
 def _of_ours(model):
+    """Adapt a model that follows the protocol."""
     config, n_classes = model.config, _classes_of(model.head)
     common = dict(library="ours", layers=model.layers(), img_size=pair(config.img_size), in_channels=config.in_channels,
                   n_classes=n_classes, any_size=ask(model, "any_size"),
@@ -216,9 +217,9 @@ def _of_ours(model):
 def _of_timm(model):
     """Adapt a VisionTransformer of timm: also distilled, without CLS, with registers or without a head.
 
-    Models with another kind of attention are refused later, by the views that need it.
+    Kinds of attention that are not refused here are refused by the views that need the maps.
     """
-    embed, kept = model.patch_embed, getattr(model, "pretrained_cfg", None) or {}  # none where its class built it
+    embed, kept = model.patch_embed, getattr(model, "pretrained_cfg", None) or {}  # absent if built by its class
     projection, n_classes = getattr(embed, "proj", None), _classes_of(model.head)
     if not isinstance(projection, torch.nn.Conv2d) or "backbone" in embed._modules:
         raise InputError(f"this {class_name(model)} of timm makes its tokens in another way than by one projection "
@@ -323,10 +324,11 @@ READ_BY = {"cls": lambda x, n: [x[:, 0]], "mean": lambda x, n: [x[:, n:].mean(di
 
 
 def _of_vit(model):
+    """Adapt a ViT of transformers, with the mean and std of Google's checkpoints."""
     half = (0.5,) * model.config.num_channels
     return _of_transformers(model, _prefix(1), mean=half, std=half,
-                            unsure="those of Google's checkpoints; DINO's ViTs are of this class too and have "
-                                   "ImageNet's")
+                            unsure="those of Google's checkpoints; DINO's ViTs have this class too, but "
+                                   "ImageNet's values")
 
 
 def _of_vit_msn(model):
