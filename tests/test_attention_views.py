@@ -130,7 +130,7 @@ def test_attention_visualizer_refuses_bad_models_and_indices():
     with pytest.raises(InputError, match="ConvNet has no attention"):
         v.AttentionVisualizer(convnet())
     if not torch.cuda.is_available():
-        with pytest.raises(InputError, match="'cuda' is not there"):
+        with pytest.raises(InputError, match="'cuda' is not available"):
             v.AttentionVisualizer(vit(), device="cuda")
     visualizer = v.AttentionVisualizer(vit(), device="cpu")
     with pytest.raises(InputError, match="layer_idx 3"):

@@ -235,7 +235,7 @@ def test_generator_as_validation_loader_is_refused_in_the_second_epoch():
 
 def test_model_without_a_head_is_refused_and_a_module_with_another_head_is_trained(plain):
     headless = VisionTransformer(**TINY | dict(n_classes=0))
-    with pytest.raises(InputError, match=r"\Athis VisionTransformer has no head, it gives features and no classes"):
+    with pytest.raises(InputError, match=r"\Athis VisionTransformer has no head, so it returns features"):
         trained([(IMAGES, LABELS)], headless)
     torchvision_model = vision_transformer.VisionTransformer(8, 4, 1, 2, 12, 12, num_classes=3)
     trained([(IMAGES, LABELS)], torchvision_model)

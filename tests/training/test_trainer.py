@@ -237,7 +237,7 @@ def test_choose_device_refuses_impossible_devices(device):
 def test_trainer_refuses_cuda_where_there_is_none():
     if torch.cuda.is_available():
         pytest.skip("CUDA is there")
-    with pytest.raises(InputError, match="'cuda' is not there"):
+    with pytest.raises(InputError, match="'cuda' is not available"):
         Trainer(VisionTransformer(**TINY), device="cuda")
 
 
