@@ -190,11 +190,11 @@ def test_resume_refuses_changed_options_classes_and_wrong_paths(photos, uncut, t
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     others = make_folder(tmp_path / "others", 24, classes=("red", "pink"))
     for words, expected in (
-            (["--resume", folder, "--batch-size", 4], "--batch-size 4 is not that of the run, 8"),
-            (["--resume", folder, "--epochs", 2], "--epochs 2 is not that of the run, which had none"),
-            (["--resume", folder, "--model-ema"], "--model-ema 0.999 is not that of the run, 0.9"),
-            (["--resume", folder, "--lr", "2e-3"], "--lr 0.002 is not that of the run, which had none"),
-            (["--resume", folder, "--data-dir", others], "are not those of the run, blue, red"),
+            (["--resume", folder, "--batch-size", 4], "--batch-size 4 differs from the run's 8"),
+            (["--resume", folder, "--epochs", 2], "--epochs 2 differs from the run, which was started without --epochs"),
+            (["--resume", folder, "--model-ema"], "--model-ema 0.999 differs from the run's 0.9"),
+            (["--resume", folder, "--lr", "2e-3"], "--lr 0.002 differs from the run, which was started without --lr"),
+            (["--resume", folder, "--data-dir", others], "but the run has blue, red"),
             (["--resume", folder / "best.pt"], "--pretrained"),
             (["--resume", photos], "there is no run"),
             (["--output-dir", folder], "already holds files")):
@@ -210,7 +210,7 @@ def test_resume_warns_about_another_number_of_images(photos, untested, tmp_path,
         train(tmp_path / "run", "--data-dir", photos, "--steps", 4, "--batch-size", 8, "--save-minutes", "0.00001")
     moved = make_folder(tmp_path / "moved", 24, n=11)
     train_vit.main(["--resume", str(tmp_path / "run"), "--data-dir", str(moved)])
-    assert "Warning: there are 20 training images, and the run had 22" in capsys.readouterr().out
+    assert "Warning: there are 20 training images, but the run started with 22" in capsys.readouterr().out
     entries = read_checkpoint(tmp_path / "run" / "last.pt")
     assert (entries["training"]["step"], entries["options"]["data_dir"]) == (4, str(moved))
 
