@@ -545,4 +545,4 @@ def test_changes_since_warns_of_other_files_where_the_counts_agree():
     same = dict(validation_files="a1", test_files="b2")
     assert changes_since(saved, list(NAMES), 1200, 1, **same, training_files="unknown then") == []
     change, = changes_since(saved, list(NAMES), 1200, 1, **same | dict(validation_files="c3"))
-    assert change.startswith("the validation files or their classes are others than when the run began")
+    assert change.startswith("the validation files or their classes have changed since the run started")

@@ -64,7 +64,7 @@ def test_a_rectangular_training_resumes_and_starts_another_one(tmp_path, capsys)
 
 
 @pytest.mark.parametrize(("words", "expected"), [
-    (["--img-size", 24, 40, 3], "--img-size 24 40 3 are 3 numbers; expected a side, or height and width"),
+    (["--img-size", 24, 40, 3], "--img-size 24 40 3 has 3 numbers; expected one side, or height and width"),
     (["--img-size", 24, 41], "img_size 24x41 is not divisible by patch_size 4x4"),
     (["--in-channels", 0], "--in-channels: 0 is out of range"),
     (["--in-channels", 2], "in_channels 2 is out of range")])

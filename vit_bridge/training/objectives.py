@@ -165,7 +165,8 @@ def check_pixels(images):
     shape = tuple(images.shape)
     if not images.is_floating_point():
         raise InputError(f"the images of a batch are {_type_name(images)} of {shape}; expected normalised "
-                         f"floating-point numbers: images.float() / 255, then (images - mean) / std, or Preprocessing.normalise")
+                         f"floating-point numbers: images.float() / 255, then (images - mean) / std, or "
+                         f"Preprocessing.normalise")
     if images.ndim == 4 and shape[3] in (1, 3, 4) and min(shape[1:3]) > 4:
         raise InputError(f"the images of a batch have the shape {shape}, with channels last; expected (B, C, H, W): "
                          f"use images.permute(0, 3, 1, 2)")

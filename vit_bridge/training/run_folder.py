@@ -135,7 +135,7 @@ def read_run(folder):
     if (folder / LAST).is_file():
         entries = read_checkpoint(folder / LAST)
         if not {"options", "n_steps", "training"} <= entries.keys():
-            raise InputError(f"{folder / LAST} holds no training state; expected a checkpoint of a run of train_vit.py. "
+            raise InputError(f"{folder / LAST} holds no training state; expected one that train_vit.py wrote. "
                              f"--pretrained {folder / LAST} starts a new run from its weights")
     if entries is None:
         return None
