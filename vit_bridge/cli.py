@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import textwrap
 import warnings
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,16 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         """Print the error in one line and exit with code 2."""
         self.exit(2, f"{self.prog}: {message}\n")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """An argparse formatter that keeps the lines of the description and breaks no option at its hyphens."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=28)
+
+    def _split_lines(self, text, width):
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 def int_at_least(least):

@@ -289,10 +289,10 @@ def test_trainer_takes_the_logits_of_an_output(change, plain):
     (lambda z: z[:, 0], "a tensor of (7,)"), (lambda z: z[:1], "a tensor of (1, 3)"),
     (lambda z: z[:, :, None, None].expand(-1, -1, 2, 2), "a tensor of (7, 3, 2, 2)")])
 def test_trainer_refuses_an_output_that_is_no_logits(change, found):
-    with pytest.raises(InputError, match=rf"\Athe model returns {re.escape(found)} for 7 images; expected one tensor of logits"):
+    with pytest.raises(InputError, match=rf"\Athe model returns {re.escape(found)} for 7 images; expected one tensor"):
         trained([(IMAGES, LABELS)], Giving(change))
 
 
 def test_trainer_blames_no_learning_rate_for_nan_before_the_first_step():
-    with pytest.raises(InputError, match=r"since step 1 of 2,.*no step was made before, so look at the model"):
+    with pytest.raises(InputError, match=r"in step 1 of 2,.*this was the first step, so check the model"):
         trained([(IMAGES, LABELS)], Giving(lambda z: z * float("nan")))
