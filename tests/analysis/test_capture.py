@@ -516,11 +516,11 @@ def test_backward_by_blocks_refuses_what_does_not_come_out_again():
     with pytest.raises(InputError, match=r"\Awhat the head reads from the last tokens of this [^\n]* differs[^\n]*\Z"):
         steps(model, logits=torch.ones(2, CLASSES))
     model.blocks[1] = Unrepeatable(model.blocks[1])
-    with pytest.raises(InputError, match=r"\Ablock 1, computed alone, of this VisionTransformer differs from [^\n]*\Z"):
+    with pytest.raises(InputError, match=r"\Ablock 2, computed alone, of this VisionTransformer differs from [^\n]*\Z"):
         steps(model)
     model = timm_vit()
     model.blocks[2].register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))  # somebody's own, between blocks
-    with pytest.raises(InputError, match=r"\Awhat block 2 is given of this [^\n]* differs from what it was[^\n]*\Z"):
+    with pytest.raises(InputError, match=r"\Awhat block 3 is given of this [^\n]* differs from what it was[^\n]*\Z"):
         steps(model)
     model = timm_vit()
     model.blocks[1].attn = Silent()

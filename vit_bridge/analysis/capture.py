@@ -167,12 +167,12 @@ def backward_by_blocks(model, seen, answer, keep=None):
 def _back_over(model, seen, place, gradient, keep):
     """(gradient, kept) before block `place`, from the gradient after it."""
     (given, *args), kwargs = seen.calls[place]
-    _check_again(model, f"what block {place} is given", given, seen.tokens[place], seen)
+    _check_again(model, f"what block {place + 1} is given", given, seen.tokens[place], seen)
     recorder = AttentionCapture() if keep else nullcontext()
     tokens = given.detach().requires_grad_()
     with evaluating(model), recorder:
         output = tokens_of(seen.adapter.blocks[place](tokens, *args, **kwargs))  # (B, N, D)
-    _check_again(model, f"block {place}, computed alone,", output, seen.tokens[place + 1], seen)
+    _check_again(model, f"block {place + 1}, computed alone,", output, seen.tokens[place + 1], seen)
     if keep is None:
         return torch.autograd.grad(output, tokens, grad_outputs=gradient)[0], None
     _check_maps(model, recorder, 1, seen.adapter.n_prefix + seen.grid[0] * seen.grid[1])
