@@ -548,7 +548,7 @@ def test_visualize_explanations_lists_refused_methods():
 
 @pytest.mark.parametrize("patch", [17, (1, 2, 3), "a"])
 def test_visualize_attention_refuses_a_bad_patch(patch):
-    with pytest.raises(InputError, match="is no place; expected"):
+    with pytest.raises(InputError, match="is not a position; expected"):
         v.AttentionVisualizer(vit(), device="cpu").visualize_attention(pixels(), patch=patch)
 
 

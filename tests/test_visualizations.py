@@ -190,7 +190,7 @@ def test_visualize_patch_filters_draws_principal_components():
     assert len(data_of(figure)) == 9
     assert "the first 9 principal components" in texts(figure)
     assert_no_text_clipped(figure)
-    with pytest.raises(InputError, match="no projection of patches"):
+    with pytest.raises(InputError, match="not a projection of patches"):
         v.visualize_patch_filters(HybridCNNViT(embed_dim=22, depth=2, n_heads=2, img_size=12, patch_size=4))
 
 

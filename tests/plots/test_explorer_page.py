@@ -54,7 +54,7 @@ def visit(chromium):
     pages, errors = [], []
 
     def go(path):
-        page = chromium.new_page()
+        page = chromium.new_page(viewport=dict(width=1280, height=900))
         pages.append(page)
         page.on("console", lambda one: errors.append(one.text) if one.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
@@ -150,8 +150,8 @@ def test_explorer_responds_to_every_control_and_key(opened):
         assert state(opened) | part == state(opened), key
         seen.append(said(opened))
     assert len(set(seen)) > 10
-    opened.select_option("#layer", "0")
-    opened.select_option("#head", "1")
+    opened.select_option("#layer", index=0)
+    opened.select_option("#head", index=2)  # after the mean
     assert "in block 1 of 3, head 2 of 2" in said(opened)
     opened.click("#images button >> nth=1")
     assert opened.get_attribute("#images button >> nth=1", "aria-pressed") == "true"
@@ -440,8 +440,8 @@ def test_explorer_reaches_every_layer_and_head_of_both_models(visit, tmp_path):
     assert page.locator("#layer option").all_inner_texts() == [f"{block} of 4" for block in (1, 2, 3, 4)]
     assert page.locator("#head option").all_inner_texts()[1:] == ["1", "2", "3"]
     assert page.locator("#head option").first.inner_text() == "mean of all"
-    page.select_option("#layer", "3")
-    page.select_option("#head", "2")
+    page.select_option("#layer", index=3)
+    page.select_option("#head", index=3)  # after the mean
     assert [one.split("; ")[-1] for one in headings(page)] == ["block 2 of 2, head 2 of 2", "block 4 of 4, head 3 of 3"]
     seen = []
     for key in "[[[[]]]]],,,,...":
@@ -478,7 +478,7 @@ def test_explorer_keys_change_convnet_depth_under_every_method(opened, method):
     opened.select_option("#method", "attention")
     opened.select_option("#depth", "0")
     assert (state(opened)["layer"], state(opened)["depth"]) == (2, 0)
-    opened.select_option("#layer", "1")
+    opened.select_option("#layer", index=1)
     assert headings(opened)[1].endswith("after stage 1")
     assert opened.input_value("#depth") == "-1"
 
