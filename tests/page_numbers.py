@@ -114,9 +114,13 @@ PAGES["docs/comparison.md"] = Page(
 # ---- docs/concepts.md -------------------------------------------------------------------------------------
 
 PAGES["docs/concepts.md"] = Page(
-    measured=[
-    ],
     stated=[
+        ("224 / 16 = 14 patches along each side, so 14 × 14 = **196 tokens**", "definition"),
+        ("The 50,176 pixels of a 224 × 224 image make more than two billion pairs", "224² = 50,176, and its square"),
+        ("2N²D and 12ND², and they are equal at N = 6D tokens", "the products of one block, counted"),
+        ("For ViT-Base that is 4,608 tokens", "6 × 768"),
+        ("ImageNet's 1.3 million images, and ahead with 300 million", "Dosovitskiy et al. 2021, Sec. 4.1 and Figure 3"),
+        ("a lesson of 90 minutes", "the timetable in lesson.ipynb"),
     ],
 )
 
@@ -151,8 +155,28 @@ PAGES["docs/looking-inside.md"] = Page(
 
 PAGES["docs/models-and-weights.md"] = Page(
     measured=[
+        ("`create_vit_nano` | 32 | 4 | 96 | 4 | 3 | {:,} |", parameters("create_vit_nano")),
+        ("`create_vit_tiny` | 224 | 16 | 192 | 12 | 3 | {:,} |", parameters("create_vit_tiny")),
+        ("`create_vit_small` | 224 | 16 | 384 | 12 | 6 | {:,} |", parameters("create_vit_small")),
+        ("`create_vit_base` | 224 | 16 | 768 | 12 | 12 | {:,} |", parameters("create_vit_base")),
+        ("`create_vit_large` | 224 | 16 | 1024 | 24 | 16 | {:,} |", parameters("create_vit_large")),
+        ("Large/16 at 224 pixels with 1,000 classes has {:,} parameters", parameters("create_vit_large")),
+        ("`vit_nano` | `VisionTransformer` | 32 | 10 | {:,} |", parameters("create_vit_nano", n_classes=10)),
+        ("`hybrid` | `HybridCNNViT` | 32 | 10 | {:,} |", parameters("build_model", name="hybrid", n_classes=10)),
+        ("`convnet` | `ConvNet` | 32 | 10 | {:,} |", parameters("build_model", name="convnet", n_classes=10)),
+        ("`hybrid_small` | `HybridCNNViT` | 224 | 1,000 | {:,} |", parameters("build_model", name="hybrid_small")),
+        *((f"`{name}` | `ConvNet` | 224 | 1,000 | {{:,}} |", parameters("build_model", name=name))
+          for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")),
+        *((f"`{name}` | `ConvNeXt` | 224 | 1,000 | {{:,}} |", parameters("build_model", name=name))
+          for name in ("convnext_tiny", "convnext_small", "convnext_base", "convnext_large")),
+        ("Ours reach {:.1%} (ViT), {:.1%} (hybrid) and {:.1%} (ConvNet) of the test images of CIFAR-10",
+         *(cell(f"weights-{name}-bf16-0", "test_acc") for name in ("vit_nano", "hybrid", "convnet"))),
+        ("The largest difference of the ViT formats was {:.1e} of the largest value",
+         max(row["difference"] for row in cell("formats-all", "rows"))),
     ],
     stated=[
+        ("gives Large as 307M", "Dosovitskiy et al. 2021, Table 1"),
+        ("1e-6, in transformers' ViT 1e-12", "the default of each library: vit_bridge/weights/formats.py"),
     ],
 )
 
