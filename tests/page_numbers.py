@@ -250,7 +250,8 @@ PAGES["docs/speed.md"] = Page(
          *(cell("augmentation-cpu", "rows")[0][key] for key in ("ratio", "ours", "torchvision"))),
         step_row("ViT", "vit_nano_fast"), step_row("hybrid", "hybrid_fast"), step_row("ConvNet", "convnet_fast"),
         ("takes {:.0f} ms per step for the ViT's matrices, against {:.1f} ms for AdamW. PyTorch's own Muon takes "
-         "{:.0f} ms", *(1e3 * cell("steps-cpu", "optimizers")[name] for name in ("Muon, ours", "AdamW", "Muon, torch's"))),
+         "{:.0f} ms",
+         *(1e3 * cell("steps-cpu", "optimizers")[name] for name in ("Muon, ours", "AdamW", "Muon, torch's"))),
         ("backward pass takes {:.0f} ms; with channels first, {:.0f} ms",
          *(1e3 * cell("steps-cpu", "layouts")[name] for name in ("channels last", "channels first"))),
         ("the ViT's step takes {:.0f} ms", 1e3 * cell("steps-cpu-bf16", "rows")[0]["seconds"]),
@@ -325,8 +326,8 @@ PAGES["docs/training.md"] = Page(
          *(change(model, "xavier") for model in ("vit_nano", "hybrid"))),
         ("| no whitening | {:+.1f} | {:+.1f} | {:+.1f} |",
          *(change(model, "not-whitened") for model in ("vit_nano", "hybrid", "convnet"))),
-        ("Cutmix costs {:.1f} points, cutout {:.1f} and mixup {:.1f}. Removing the shifts gains {:.1f}. Label smoothing "
-         "is the exception: without it, accuracy falls by {:.1f}", -change("vit_nano", "cutmix"),
+        ("Cutmix costs {:.1f} points, cutout {:.1f} and mixup {:.1f}. Removing the shifts gains {:.1f}. Label "
+         "smoothing is the exception: without it, accuracy falls by {:.1f}", -change("vit_nano", "cutmix"),
          -change("vit_nano", "cutout-0.25"), -change("vit_nano", "mixup"), change("vit_nano", "no-shift"),
          -change("vit_nano", "label-smoothing-0")),
         ("A width of 64 instead of 96 gains {:.1f} points, and a narrower MLP {:.1f}", change("vit_nano", "64-wide"),
