@@ -98,7 +98,7 @@ PAGES["README.md"] = Page(
         ("90 minutes for a class", "lesson.ipynb, its timetable"),
         ("torch 2.7 and matplotlib 3.10 are the oldest that work. Prefer torch 2.10", "requirements.txt"),
         ("a new model in ten minutes", "docs/extending.md"),
-        ("PowerShell 5", "the version of Windows"),
+        ("A ConvNet for the 2020s", "the title of the paper"),
     ],
 )
 

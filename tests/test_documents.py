@@ -3,6 +3,7 @@
 import argparse
 import functools
 import importlib
+import io
 import re
 import shlex
 import shutil
@@ -36,8 +37,12 @@ def blocks(path, language):
 
 
 def commands_of(page):
-    """The commands of a page's bash blocks, one a line; `a && b` are two."""
+    """The commands of a page: the lines of its bash blocks, and inline code that begins with python or torchrun."""
+    text = page.read_text(encoding="utf-8")
     lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    inline = re.findall(r"`((?:python|torchrun) [^`]+)`", prose)
+    lines += [" ".join(line.split()) for line in inline if "..." not in line]
     return [part.strip() for line in lines for part in line.split("#")[0].split("&&") if part.strip()]
 
 
@@ -70,6 +75,7 @@ def place(furnished, tmp_path, monkeypatch):
     batch, one step of training."""
     shutil.copytree(furnished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(pretrained, "download", fake_download)
     monkeypatch.setattr(pretrained, "_check_sum", lambda path, checksum: None)
@@ -165,6 +171,8 @@ def run(line, monkeypatch):
         words += ["--device", "cpu"]
     elif (trains or words == []) and not {"--dry-run", "--help"} & {*words}:
         words.append("--dry-run")
+        if "--output-dir" in words:  # a new one
+            shutil.rmtree(words[words.index("--output-dir") + 1], ignore_errors=True)
     if "--help" in words:
         with pytest.raises(SystemExit, match="0"):
             DOORS[script].main(words)
