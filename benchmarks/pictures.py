@@ -11,6 +11,7 @@ photographs. A figure is saved as a PNG of 256 colours, so that a page with twen
 import argparse
 import io
 import json
+import shutil
 import sys
 import time
 import warnings
@@ -110,13 +111,14 @@ def write_explorer(path, folder):
     """Write explorer.html, the page of the cat, and explorer.png, what Chromium shows of it after a choice."""
     page = folder / "explorer.html"
     explore(vit_s(path), CAT, page, names=[VIT_S], title="Where a ViT looks", whole=Whole(), max_mb=3)
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        print("explorer.png: left as it is, as playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        print("explorer.png: left as it is, because there is no Chromium here")
         return
+    from playwright.sync_api import sync_playwright
+
     with sync_playwright() as browsers:
-        browser = browsers.chromium.launch()
+        browser = browsers.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         tab = browser.new_page(viewport=dict(width=1280, height=900))
         tab.goto(page.resolve().as_uri())
         tab.wait_for_selector("body[data-state=ready]")
