@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from results import write_cell
 
+from vit_bridge.compare.experiments import EXPERIMENTS
 from vit_bridge.data.images import sample_photographs
 from vit_bridge.system import ROOT
 
@@ -55,7 +56,7 @@ def main():
                          seconds=own, median=median(own)) for name, own in seconds.items()}
     if options.keep:
         write_cell("commands", "cpu", None, "python benchmarks/commands.py --keep", result)
-        shipped = {name: one["data"] for name, one in found["results"].items() if name != "trials"}
+        shipped = {name: one["data"] for name, one in found["results"].items() if name in EXPERIMENTS}
         write_cell("shipped", "cpu", 0, "python cnn_vs_vit.py", shipped)
 
 

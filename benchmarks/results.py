@@ -27,10 +27,11 @@ from vit_bridge.system import commit, machine
 HERE = Path(__file__).parent
 ADDED = ("targets",)  # beside the training tables: those that take the result of a run
 TRAINING_TABLES = {
-    "shapes": "The built-in shapes, two minutes (`python train_vit.py --recipe classic --seed SEED`)",
+    "shapes": "The built-in drawn shapes in two minutes: `python train_vit.py --seed SEED`, which chooses the recipe "
+              "vit_nano_fast, and the same with `--recipe classic`",
     "cifar10-jpeg": "CIFAR-10 (JPEG), five minutes (`python train_vit.py --data-dir DIR --minutes 5 --model MODEL "
-                    "--recipe classic`). JPEG is lossy: accuracies published for the original files are 2 to 3 points "
-                    "higher",
+                    "--recipe classic`). JPEG is lossy, so these accuracies do not compare with those published for "
+                    "the original files",
     "weights": "The models in vit_bridge/weights/shipped: in float32 on the built-in shapes; in bfloat16, in ten "
                "minutes, on CIFAR-10 (JPEG), the photographs. The hybrid and the ConvNet of the photographs were "
                "trained beside other work: the ConvNet's speed was measured so low that it made few steps (the "
@@ -79,6 +80,10 @@ TABLES = {
                   "the machine multiplies it: here another one, with AVX512-BF16",
     "growth": "Time and memory against the number of tokens (`python benchmarks/growth.py --keep`), exponents from the "
               "upper half of the sizes",
+    "commands": "How long the commands take that a reader runs first: the wall time of a new process, seconds (`python "
+                "benchmarks/commands.py --keep`)",
+    "shipped": "What `python cnn_vs_vit.py` measures on the shipped models and new drawn shapes (kept by `python "
+               "benchmarks/commands.py --keep`). The models were trained for different lengths",
     "explorer": "The explorer's page of one photograph against the number of tokens, in Chromium (`python "
                 "benchmarks/explorer.py --keep`). A hover is the choice of another patch until it is drawn, of where "
                 "it looks in one head, of who looks at it, and of the mean of the heads, median of 15. The error is "
@@ -195,7 +200,8 @@ def page():
                 "mutants": mutant_lines, "processes": process_lines, "few-images": few_image_lines,
                 "targets": target_lines, "factors": factor_lines, "steps": step_lines, "reach": reach_lines,
                 "cues": cue_lines, "data": data_lines, "verdicts": verdict_lines, "trust": trust_lines,
-                "views": view_lines, "augmentation": augmentation_lines, "gpu": gpu_lines,
+                "views": view_lines, "commands": command_lines, "shipped": shipped_lines,
+                "augmentation": augmentation_lines, "gpu": gpu_lines,
                 "explorer": explorer_lines}.get(table, run_lines)
         lines += [f"## {table}", "", f"{title}.", "", *draw(tables[table])]
         for where in sorted({describe_origin(cell) for cell in tables[table]}):
@@ -214,9 +220,11 @@ def run_lines(cells):
              "|---|---:|---:|---|---:|---:|---:|---:|---:|"]
     by_model = defaultdict(list)
     several = len({cell["result"]["dataset"] for cell in cells}) > 1
+    recipes = len({cell["result"].get("recipe", "classic") for cell in cells}) > 1 and not several
     for cell in cells:
         r = cell["result"]
         name = r["model"] + f", {'photographs' if r['dataset'] == 'folder' else r['dataset']}" * several
+        name += f", {r.get('recipe', 'classic')}" * recipes
         by_model[name].append(r["test_acc"])
         low, high = r["test_interval"]
         lines.append(f"| {name} | {r['seed']} | {r['test_acc']:.1%} | {low:.1%} to {high:.1%} | "
@@ -227,6 +235,26 @@ def run_lines(cells):
         if len(accuracies) > 1:
             lines += [f"{model}, {len(accuracies)} seeds: mean {mean(accuracies):.1%}, standard deviation "
                       f"{100 * stdev(accuracies):.1f} points.", ""]
+    return lines
+
+
+def command_lines(cells):
+    lines = ["| command | seconds of each run | median |", "|---|---|---:|"]
+    for cell in cells:
+        lines += [f"| `{row['command']}` | {', '.join(f'{one:.0f}' for one in row['seconds'])} | {row['median']:.0f} |"
+                  for row in cell["result"].values()]
+    return [*lines, ""]
+
+
+def shipped_lines(cells):
+    """The tables of the report that cnn_vs_vit.py writes."""
+    from vit_bridge.compare.experiments import EXPERIMENTS
+
+    lines = []
+    for name, data in cells[0]["result"].items():
+        for caption, (head, *rows) in EXPERIMENTS[name].tables(data):
+            lines += [f"**{EXPERIMENTS[name].title}: {caption}**", "", f"| {' | '.join(map(str, head))} |",
+                      f"|{'---|' * len(head)}", *(f"| {' | '.join(map(str, row))} |" for row in rows), ""]
     return lines
 
 

@@ -1,38 +1,89 @@
-"""The documents are held to what they show: Python blocks run, commands start."""
+"""README and docs are held to what they show: Python blocks run, commands run, links resolve."""
 
 import argparse
 import functools
+import importlib
+import io
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command_runs import make_folder
 from torch import nn
 
 import cnn_vs_vit
+import examples
 import train_vit
-from vit_bridge.cli import OneLineParser
+import visualizations
+from vit_bridge.data.images import sample_photographs
 from vit_bridge.data.loaders import get_data_loaders
-from vit_model import VisionTransformer, create_vit_base, create_vit_nano, create_vit_tiny
+from vit_bridge.weights import pretrained
+from vit_model import VisionTransformer, create_vit_base, create_vit_tiny
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BRIEF = ROOT.parent / "shared" / "brief.md"
+DOORS = {f"{door.__name__}.py": door for door in (train_vit, cnn_vs_vit, visualizations, examples)}
 
 
 def blocks(path, language):
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    found = re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return [pytest.param(block, id=f"{path.stem}-{i}") for i, block in enumerate(found)]
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands_of(page):
+    """The commands of a page: the lines of its bash blocks, and inline code that begins with python or torchrun."""
+    text = page.read_text(encoding="utf-8")
+    lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    inline = re.findall(r"`((?:python|torchrun) [^`]+)`", prose)
+    lines += [" ".join(line.split()) for line in inline if "..." not in line]
+    return [part.strip() for line in lines for part in line.split("#")[0].split("&&") if part.strip()]
+
+
+COMMANDS = [pytest.param(page, line, id=f"{page.stem}: {line}") for page in PAGES
+            for line in dict.fromkeys(commands_of(page))]
+
+
+def fake_download(url, path):
+    """Write random weights of the model that an address belongs to, under our names."""
+    entry = next(entry for entry in pretrained.PUBLIC.values() if entry.url == url)
+    torch.save(entry.model_class(**entry.arguments).state_dict(), path)
+
+
+@pytest.fixture(scope="session")
+def furnished(tmp_path_factory):
+    """A folder with the files that the pages name: photographs, and a finished run on them."""
+    folder = tmp_path_factory.mktemp("furnished")
+    make_folder(folder / "photos", 40, classes=("cat", "dog"))
+    shutil.copytree(folder / "photos" / "cat", folder / "more_photos")
+    for photo, name in zip(sample_photographs(), ("new.jpg", "photo.jpg", "more.jpg"), strict=False):
+        shutil.copy(photo, folder / name)
+    train_vit.main(["--data-dir", str(folder / "photos"), "--img-size", "32", "--steps", "2", "--device", "cpu",
+                    "--output-dir", str(folder / "runs" / "mine")])
+    return folder
 
 
 @pytest.fixture
-def short_runs(tmp_path, monkeypatch):
-    """Long runs cut short: 40 drawn images, two of them a batch, one step of training; files go to tmp_path."""
+def place(furnished, tmp_path, monkeypatch):
+    """The folder in which a page's blocks and commands run. Long runs are cut short: 40 drawn images, two of them a
+    batch, one step of training."""
+    shutil.copytree(furnished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(pretrained, "download", fake_download)
+    monkeypatch.setattr(pretrained, "_check_sum", lambda path, checksum: None)
+    return tmp_path
+
+
+@pytest.fixture
+def short_runs(place, monkeypatch):
     train = train_vit.Trainer.train
     monkeypatch.setattr(train_vit.Trainer, "train", functools.partialmethod(train, n_steps=1))
 
@@ -55,7 +106,7 @@ def preamble():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the brief uses torch.cuda.amp, which torch has renamed
-@pytest.mark.parametrize("block", blocks(BRIEF, "python"))
+@pytest.mark.parametrize("block", [pytest.param(block, id=str(i)) for i, block in enumerate(blocks(BRIEF, "python"))])
 def test_brief_block_runs(block, short_runs):
     if not torch.cuda.is_available():
         block = block.replace("'cuda'", "'cpu'")
@@ -69,15 +120,78 @@ def test_brief_is_found_with_its_python_blocks():
 
 
 @pytest.mark.slow
-def test_readme_blocks_run_in_order(short_runs):
-    names = {}
-    found = blocks(README, "python")
-    assert len(found) >= 8
-    for block in found:
-        exec(compile(block.values[0], f"README.md, {block.id}", "exec"), names)
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.stem) for page in PAGES if blocks(page, "python")])
+def test_blocks_of_a_page_run_in_order(page, short_runs):
+    names = {"__name__": "page"}
+    for i, block in enumerate(blocks(page, "python")):
+        exec(compile(block, f"{page.name}, block {i}", "exec"), names)
 
 
-SCRIPTS = ("train_vit.py", "cnn_vs_vit.py", "examples.py")
+# What is not run here, and why.
+NOT_RUN = {
+    "python -m pip ": "installs packages; .ci/run does",
+    "pip ": "installs packages",
+    "python -m pytest": "runs this test; .ci/run does",
+    "PARITY_CASES=": "runs tests; .ci/run does with fewer cases",
+    "ruff ": "the linter; .ci/run does",
+    "jupyter ": "opens a browser; tests/lessons executes the notebook",
+    "git ": "needs a network",
+    "cd ": "is part of a clone",
+}
+
+
+class Understood(Exception):
+    """A command's words were parsed."""
+
+
+def parse_alone(self, argv=None, namespace=None):
+    PARSE(self, argv, namespace)
+    raise Understood
+
+
+PARSE = argparse.ArgumentParser.parse_args
+
+
+def run(line, monkeypatch):
+    """Run a command of a page in this process: short ones as they stand, trainings with --dry-run; of benchmarks, the
+    words are parsed."""
+    words = shlex.split(line)
+    words = words[2 if words[0] == "torchrun" else 1:]
+    script, *words = words
+    if script.startswith("benchmarks/"):
+        assert (ROOT / script).exists()
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_alone)
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+        with pytest.raises(Understood):
+            importlib.import_module(Path(script).stem).main()
+        return
+    trains = script == "cnn_vs_vit.py" or (script == "train_vit.py" and not {*words[:1]} & {*train_vit.COMMANDS})
+    if script == "train_vit.py" and "--resume" in words:
+        words += ["--device", "cpu"]
+    elif (trains or words == []) and not {"--dry-run", "--help"} & {*words}:
+        words.append("--dry-run")
+        if "--output-dir" in words:  # a new one
+            shutil.rmtree(words[words.index("--output-dir") + 1], ignore_errors=True)
+    if "--help" in words:
+        with pytest.raises(SystemExit, match="0"):
+            DOORS[script].main(words)
+    else:
+        DOORS[script].main(words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "line"), COMMANDS)
+def test_command_of_a_page_runs(page, line, place, monkeypatch):
+    if not line.startswith(tuple(NOT_RUN)):
+        for given, there in (("NAME", "mine"), ("CIFAR", "photos"), ("FOLDER", "photos"), ("DIR", "photos")):
+            line = line.replace(given, there)
+        run(line, monkeypatch)
+
+
+def test_pages_show_every_door():
+    lines = [line for page in PAGES for line in commands_of(page)]
+    assert all(any(door in line for line in lines) for door in DOORS)
 
 
 @pytest.mark.slow
@@ -90,46 +204,28 @@ def test_train_vit_dry_run_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-class Understood(Exception):
-    """A command's words were parsed."""
+def anchors_of(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
 
 
-def test_readme_commands_have_arguments_the_scripts_know(monkeypatch):
-    commands = [line for block in blocks(README, "bash") for line in block.values[0].splitlines()
-                if line.startswith(("python ", "torchrun ")) and ".py" in line]
-    assert {script for script in SCRIPTS for line in commands if script in line} == set(SCRIPTS)
-
-    def parse_alone(self, argv=None, namespace=None):
-        argparse.ArgumentParser.parse_args(self, argv, namespace)
-        raise Understood
-
-    for line in commands:
-        words = shlex.split(line.split("#")[0])
-        if "cnn_vs_vit.py" in words:
-            cnn_vs_vit.make_parser().parse_args(words[words.index("cnn_vs_vit.py") + 1:])
-        if "train_vit.py" not in words:
-            continue
-        words = words[words.index("train_vit.py") + 1:]
-        if words and words[0] in train_vit.COMMANDS:
-            with monkeypatch.context() as patch:
-                patch.setattr(OneLineParser, "parse_args", parse_alone, raising=False)
-                with pytest.raises(Understood):
-                    train_vit.COMMANDS[words[0]](words[1:])
-        else:
-            train_vit.parse(words)
+LINKING = [*PAGES, ROOT / "benchmarks" / "RESULTS.md", ROOT / "CHANGELOG.md"]
 
 
-def test_readme_links_point_to_existing_files():
-    text = README.read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.stem) for page in LINKING if page.exists()])
+def test_links_resolve(page):
+    text = page.read_text(encoding="utf-8")
     assert "@@" not in text
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):
-        assert (ROOT / target).exists(), target
+    for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", text):
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors_of(path), target
 
 
-def test_readme_python_lines_fit_110_columns():
-    for block in blocks(README, "python"):
-        assert max(map(len, block.values[0].splitlines())) <= 110
-
-
-def test_create_vit_nano_has_the_readme_parameter_count():
-    assert sum(p.numel() for p in create_vit_nano(n_classes=10).parameters()) == 459_562
+def test_python_lines_of_pages_fit_110_columns():
+    for page in PAGES:
+        for block in blocks(page, "python"):
+            assert max(map(len, block.splitlines())) <= 110
