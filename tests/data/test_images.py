@@ -154,7 +154,7 @@ def test_adapt_gives_one_channel_models_one_mean_and_std():
     (np.zeros((0, 15, 3)), "ndarray of float64"),
     (np.zeros((14, 15), dtype=np.int64), "ndarray of int64"),
     ("nowhere.png", "nowhere.png"),
-    (None, "NoneType, which is no image"),
+    (None, "NoneType, which is not an image"),
 ])
 def test_prepare_image_refuses_what_is_no_image(image, text):
     with pytest.raises(InputError, match=text) as caught:

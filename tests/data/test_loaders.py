@@ -397,7 +397,7 @@ def test_loaders_refuse_channels_that_no_file_has(n, tmp_path):
         for function in (get_data_loaders, get_test_loader):
             assert f"in_channels {n} is out of range" in error_of(function, img_size=8, preprocessing=given, **args)
             assert f"in_channels {n} is out of range" in error_of(function, img_size=8, in_channels=n, **args)
-            assert "in_channels 3 is not that of preprocessing" in error_of(
+            assert "in_channels 3 does not match preprocessing" in error_of(
                 function, img_size=8, preprocessing=given, in_channels=3, **args)
 
 
@@ -620,7 +620,7 @@ def test_get_data_loaders_answers_unknown_set_with_known_ones():
 
 @pytest.mark.parametrize(("counts", "words"), [
     ({}, ["0 class folders"]),
-    ({"x": 3}, ["1 class folders", "'x'", "2 or more"]),
+    ({"x": 3}, ["1 class folder (x)", "at least 2"]),
     ({"x": 3, "y": 0}, ["'y'", "no images"]),
     ({"train/x": 3, "train/y": 0}, ["train/y", "no images"]),
     ({"train/x": 3, "train/y": 2, "val/z": 1}, ["val'", "'z'", "x, y"]),

@@ -304,9 +304,9 @@ def test_get_data_loaders_refuses_a_set_without_readable_images(tmp_path):
     root = write_images(tmp_path, {"x": 2, "y": 3})
     spoil(*root.rglob("*.png"))
     message = error_of(get_data_loaders, root, img_size=S, skip_corrupt=True)
-    assert "none of 3 image files" in message
+    assert "none of the 3 image files" in message
     assert str(root / "x") in message
-    assert "none of 5 image files" in error_of(get_data_loaders, root, img_size=None, skip_corrupt=True)
+    assert "none of the 5 image files" in error_of(get_data_loaders, root, img_size=None, skip_corrupt=True)
 
 
 def test_open_image_error_pickles_and_suggests_no_skipping(tmp_path):
