@@ -312,9 +312,10 @@ def test_load_checkpoint_keeps_models_head_for_another_class_count(model_class, 
     assert set(report.dropped) == {"head.weight", "head.bias"}
     assert same_bits(other, {**{k: v for k, v in bits(model).items() if not k.startswith("head.")},
                              **{k: v for k, v in before.items() if k.startswith("head.")}})
-    said = "head: the model keeps its own, untrained; that of the file: for 3 classes, the model's head for 5"
+    said = ("head: the model keeps its own, untrained, because the one in the file has 3 classes, but the model's head "
+            "has 5")
     assert report.notes == ((said,) if n_classes else ())
-    assert ("the model has no head, or not one nn.Linear" in str(report)) == (not n_classes)
+    assert ("the model has no head, or one that is not an nn.Linear" in str(report)) == (not n_classes)
 
 
 def test_load_checkpoint_keeps_models_head_when_file_has_none(tmp_path):
@@ -323,7 +324,7 @@ def test_load_checkpoint_keeps_models_head_when_file_has_none(tmp_path):
     head = model.head.weight.clone()
     report = load_all(model, tmp_path / "m.pt", state)
     assert torch.equal(model.head.weight, head)
-    assert report.notes == ("head: the file has none; the model keeps its own, untrained",)
+    assert report.notes == ("head: the file has none, so the model keeps its own, untrained",)
 
 
 def test_load_checkpoint_keeps_the_models_head_without_bias_where_the_file_has_one(tmp_path):
@@ -333,7 +334,7 @@ def test_load_checkpoint_keeps_the_models_head_without_bias_where_the_file_has_o
     weight = model.head.weight.detach().clone()
     report = load_checkpoint(model, tmp_path / "m.pt")
     assert torch.equal(model.head.weight, weight)
-    assert "with a bias where the model's head has none" in report.notes[0]
+    assert "has a bias, but the model's head has none" in report.notes[0]
 
 
 def test_load_checkpoint_takes_a_head_without_bias_as_one_of_zeros(tmp_path):
@@ -432,15 +433,15 @@ def test_load_checkpoint_notes_ambiguous_positions_and_obeys_grid_size(tmp_path)
         model = VisionTransformer(**wide)
         report = load_checkpoint(model, tmp_path / "m.pt", **options)
         assert same_bits(model, state)
-        assert [note for note in report.notes if "grid_size= would say" in note] == ([] if options else [
-            "positions: 16 can be 3x5 patches with 1 before them or 4x4 patches with 0 before them; taken as the "
-            "first; load_checkpoint's grid_size= would say"])
+        assert [note for note in report.notes if "grid_size= sets" in note] == ([] if options else [
+            "positions: 16 fit 3x5 patches and 1 prefix token or 4x4 patches and 0 prefix tokens; the first is used, "
+            "load_checkpoint's grid_size= sets another"])
     model = VisionTransformer(**wide)
     load_checkpoint(model, tmp_path / "m.pt", grid_size=(4, 4))
     assert torch.equal(model.pos_embed[:, 1:], resample_positions(state["pos_embed"], (4, 4), (3, 5)))
     other = randomised(VisionTransformer, wide, seed=7)
     before = bits(other)
-    with pytest.raises(InputError, match=one_line_with("not the grid 5x7 with 1 or 0 before it")):
+    with pytest.raises(InputError, match=one_line_with("do not fit the grid 5x7 with 1 or 0 prefix tokens")):
         load_checkpoint(other, tmp_path / "m.pt", grid_size=(5, 7))
     assert same_bits(other, before)
 
@@ -511,7 +512,7 @@ def test_load_checkpoint_takes_hybrid_and_convnet_state_dicts(model_class, argum
     assert same_bits(model, state)
     known = model_class is ConvNet
     refuse_to_load(randomised(VisionTransformer, VIT), tmp_path / "m.pt",
-                   "it is a ConvNet" if known else "no format that is known")
+                   "it is a ConvNet" if known else "no known format")
     raw(tmp_path / "v.pt", randomised(VisionTransformer, VIT))
     refuse_to_load(randomised(model_class, arguments), tmp_path / "v.pt",
                    "it is a VisionTransformer" if known else f"not those of a {model_class.__name__}")
@@ -544,8 +545,8 @@ def test_load_checkpoint_unwraps_a_state_dict_and_says_so(model_class, arguments
     assert same_bits(model, state)
     two = [name for name in WRAPPINGS[around](state) if name in ("student", "teacher", "model", "model_ema", "ema",
                                                                  "state_dict", "state_dict_ema")]
-    said = [f"of the models under {' and '.join(map(repr, two))} that of {around!r} was taken"] * (len(two) > 1)
-    assert report.notes == (f"the weights lie under {around}", *said)
+    said = [f"of the models under {' and '.join(map(repr, two))}, {around!r} was used"] * (len(two) > 1)
+    assert report.notes == (f"the weights are under {around}", *said)
     assert report.choices == tuple(said)
 
 
@@ -632,7 +633,7 @@ def test_describe_checkpoint_guesses_unknown_heads_and_says_so(embed_dim, n_head
     raw(tmp_path / "m.pt", VisionTransformer(**{**SQUARE, "embed_dim": embed_dim, "n_heads": 2, "depth": 1}))
     description = describe_checkpoint(tmp_path / "m.pt")
     assert description.config.n_heads == n_heads
-    guess = f"the file does not say how many; {n_heads} is a guess ({embed_dim // n_heads} channels each)"
+    guess = f"the file does not record how many; {n_heads} is a guess ({embed_dim // n_heads} channels each)"
     assert guess in str(description)
 
 
@@ -646,10 +647,11 @@ def test_load_report_counts_and_names_in_words(tmp_path):
     report = load_all(VisionTransformer(**{**SQUARE, "n_classes": 7}), tmp_path / "m.pt", [*state, "mask_token"])
     assert str(report).splitlines() == [
         f"{tmp_path / 'm.pt'}: timm's names (timm, DeiT, DINO, MAE's encoder); 30 tensors loaded, 3 dropped",
-        "  dropped: mask_token (stands for hidden patches in pre-training)",
-        "  dropped: head.weight and 1 more (for 3 classes, the model's head for 7)",
-        "  head: the model keeps its own, untrained; that of the file: for 3 classes, the model's head for 7",
-        "  heads: the file does not say how many; the model's 3 are right only if it was trained with as many"]
+        "  dropped: mask_token (stands for masked patches in pre-training)",
+        "  dropped: head.weight and 1 more (has 3 classes, but the model's head has 7)",
+        "  head: the model keeps its own, untrained, because the one in the file has 3 classes, but the model's head "
+        "has 7",
+        "  heads: the file does not record how many; the model's 3 are right only if it was trained with 3"]
 
 
 @pytest.mark.parametrize(("options", "known"), [({}, False), (dict(qk_norm=True), True)])

@@ -214,7 +214,7 @@ def test_load_takes_no_objects_in_numpys_arrays(tmp_path):
 def test_load_does_not_advise_to_open_a_file_whose_data_hide_a_call(tmp_path):
     for data in (np.empty(1, dtype=object), Path("runs")):
         torch.save({"model": bits(randomised(VIT)), "x": data, "y": Trap(tmp_path / "sprung")}, tmp_path / "m.pt")
-        with pytest.raises(InputError, match=r"\A[^\n]*take the weights from another source\Z"):
+        with pytest.raises(InputError, match=r"\A[^\n]*get the weights from another source\Z"):
             load(tmp_path / "m.pt")
 
 
@@ -246,7 +246,7 @@ def test_load_refuses_another_format_that_load_checkpoint_takes(form, whole, tmp
     with pytest.raises(InputError, match=one_line_with(tmp_path / "m.pt")):
         load(tmp_path / "m.pt")
     model = VisionTransformer(**VIT)
-    assert load_checkpoint(model, tmp_path / "m.pt").notes[0] == "the weights lie under state_dict"
+    assert load_checkpoint(model, tmp_path / "m.pt").notes[0] == "the weights are under state_dict"
     assert same_bits(model, bits(randomised(VIT)))
 
 
@@ -440,13 +440,13 @@ def test_load_checkpoint_refuses_a_damaged_file(name, options, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "reason"), [
-    ("no keys.pt", "queries, keys and values do not belong together"), ("two names.pt", "are the same tensor"),
-    ("other keys.pt", "queries, keys and values do not belong together"), ("no data.pt", "without plain numbers"),
-    ("sparse.pt", "without plain numbers"), ("quantised.pt", "quantised"), ("NaN.pt", "not finite"),
-    ("infinite half.pt", "not finite"), ("head without weight.pt", "biases of its head"),
-    ("transposed head.pt", "biases of its head"), ("None among the tensors.pt", "'norm.bias', a NoneType"),
+    ("no keys.pt", "queries, keys and values do not fit together"), ("two names.pt", "are the same tensor"),
+    ("other keys.pt", "queries, keys and values do not fit together"), ("no data.pt", "sparse tensor or one without"),
+    ("sparse.pt", "sparse tensor or one without"), ("quantised.pt", "quantised"), ("NaN.pt", "not finite"),
+    ("infinite half.pt", "not finite"), ("head without weight.pt", "bias of its head"),
+    ("transposed head.pt", "bias of its head"), ("None among the tensors.pt", "'norm.bias', a NoneType"),
     ("empty model.pt", "'model', a dict"), ("missing key.pt", "lacks blocks.1.norm2.bias"),
-    ("extra key.pt", "has blocks.1.extra"), ("transposed.pt", "(48, 12) there, (12, 48) in the model"),
+    ("extra key.pt", "has blocks.1.extra"), ("transposed.pt", "(48, 12) in the file, but (12, 48) in the model"),
     ("positions of no square.pt", "has 8 positions"),
     ("code among the tensors.pt", "holds Python objects (posix.mkdir)"), ("list.pt", "holds a list")])
 @pytest.mark.filterwarnings("ignore")

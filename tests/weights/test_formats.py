@@ -329,7 +329,7 @@ def test_describe_checkpoint_finds_the_architecture_of_the_source(loaded):
     if "npz" in name or "qk_norm" in name or "old names" in name:  # which save_pretrained wrote with a config.json
         assert (found.config.n_heads, found.report.heads) == (HEADS, "")
     else:
-        assert "the file does not say how many" in found.report.heads
+        assert "the file does not record how many" in found.report.heads
 
 
 @torch.no_grad()
@@ -352,7 +352,7 @@ def test_load_checkpoint_notes_another_norm_eps(name, tmp_path):
     sample = SOURCES[name].write(tmp_path)
     eps = sample.arguments.get("norm_eps", 1e-6)
     report = load_checkpoint(VisionTransformer(**{**sample.arguments, "norm_eps": 1e-5}), sample.path)
-    assert f"norm_eps={eps} makes them equal" in str(report)
+    assert f"norm_eps={eps} to match" in str(report)
 
 
 @pytest.mark.parametrize("which", ["old", "new"])
@@ -362,8 +362,8 @@ def test_load_checkpoint_skips_a_head_of_cls_and_mean(which, tmp_path):
     head = model.head.weight.clone()
     report = load_checkpoint(model, sample.path)
     assert torch.equal(model.head.weight, head)
-    assert "head: the model keeps its own, untrained; that of the file: reads 56 features, the model's head 28" in (
-        report.notes)
+    assert ("head: the model keeps its own, untrained, because the one in the file reads 56 features, but the model's "
+            "head reads 28") in report.notes
 
 
 # Where a number of positions could be read in two ways, the format tells: of 4 x 4 patches and CLS, never 17 x 1.
@@ -492,7 +492,7 @@ def test_load_normalises_googles_images_by_a_half(tmp_path):
 
 def test_load_checkpoint_refuses_other_heads_than_googles_arrays(tmp_path):
     np.savez(tmp_path / "m.npz", **flax(timm_vit()))
-    refuse(tmp_path / "m.npz", "n_heads is 7 there, 4 in the model", n_heads=4)
+    refuse(tmp_path / "m.npz", "n_heads is 7 in the file, but 4 in the model", n_heads=4)
 
 
 def test_load_checkpoint_refuses_a_google_array_named_twice(tmp_path):
@@ -573,7 +573,7 @@ REFUSALS = {
         "big_vision"),
     "timm CLIP": (timm_state(timm.models.VisionTransformer, pre_norm=True), "CLIP"),
     "RoPE-ViT": (lambda: names_of(*TIMM_NAMES, "blocks.0.gamma_1"), "RoPE-ViT"),
-    "torchvision, convolutional stem": (lambda: names_of("class_token", "conv_proj.conv_last.weight"), "no format"),
+    "torchvision, convolutional stem": (lambda: names_of("class_token", "conv_proj.conv_last.weight"), "no known format"),
 }
 
 

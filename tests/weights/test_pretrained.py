@@ -361,7 +361,7 @@ def test_load_discards_a_download_with_the_wrong_checksum(public, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "reason"), [
-    ("small", "its sha256 begins"), ("headless", "delete it and it is fetched again")])
+    ("small", "its sha256 begins"), ("headless", "it is downloaded again")])
 def test_load_refuses_a_damaged_cached_file_naming_its_path(name, reason, public):
     path = public.folder / f"{name}.pth"
     path.write_bytes(path.read_bytes()[:-7])
