@@ -1,4 +1,4 @@
-"""The look at a folder before a training: what is in it, and what would make its score untrue."""
+"""The audit of a folder before training: what it holds, and what would make its score wrong."""
 
 import shutil
 
@@ -11,7 +11,7 @@ from vit_bridge.data.loaders import get_data_loaders
 
 
 def write_images(root, counts, ending=".png"):
-    """For {"train/cat": 3, ...} three images in root/train/cat, all of them different."""
+    """Write images, all different: {"train/cat": 3, ...} puts three into root/train/cat."""
     for k, (folder, count) in enumerate(counts.items()):
         (root / folder).mkdir(parents=True, exist_ok=True)
         for i in range(count):

@@ -1,4 +1,4 @@
-"""Folders with links in them, circles too: each image once, in one class and one part, and what is refused is said."""
+"""Folders with links, circular ones too: each image is used once, and refused links are reported."""
 
 import os
 import warnings
@@ -13,7 +13,7 @@ from vit_bridge.errors import Assumption, InputError
 
 
 def write_images(root, counts):
-    """For {"train/cat": 3, ...} three images in root/train/cat, all of them different."""
+    """Write images, all different: {"train/cat": 3, ...} puts three into root/train/cat."""
     for k, (folder, count) in enumerate(counts.items()):
         (root / folder).mkdir(parents=True, exist_ok=True)
         for i in range(count):
@@ -32,7 +32,7 @@ def zoo(tmp_path):
 
 
 def loaders(root):
-    """(training and validation loader, what was said)."""
+    """Return ((training loader, validation loader), the warnings)."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         pair = get_data_loaders(root, img_size=16)

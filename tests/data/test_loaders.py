@@ -24,13 +24,13 @@ PLAIN = DatasetInfo("folder", Preprocessing(16, (0.5,) * 3, (0.25,) * 3, class_n
 
 
 def random_picture(width, height, seed):
-    """A smooth random picture, so that JPEG and resizing keep it nearly as it is."""
+    """Return a smooth random image, which JPEG and resizing hardly change."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def write_images(root, counts, size=(16, 16), suffix=".png"):
-    """For {"train/cat": 3, ...} three images in root/train/cat, all of them different."""
+    """Write images, all different: {"train/cat": 3, ...} puts three into root/train/cat."""
     for k, (folder, count) in enumerate(counts.items()):
         (root / folder).mkdir(parents=True, exist_ok=True)
         for i in range(count):

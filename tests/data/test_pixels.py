@@ -1,5 +1,8 @@
-"""What the values of a pixel mean: scaled where the file says how, refused where nothing does, and a warning where 16
-bits are not used; and files that go away or are too large."""
+"""The range of pixel values, and files that cannot be read.
+
+Values are scaled if the file states their range and refused otherwise; unused bits of 16 cause a warning. Files may
+also disappear or be too large.
+"""
 
 import os
 import struct
@@ -35,7 +38,7 @@ def save_pgm(path, values, white):
 
 
 def save_png16(path, values, color_type, transparent=b""):
-    """A PNG file of 16 bits a channel, values (H, W, C)."""
+    """Save values (H, W, C) as a PNG file with 16 bits per channel."""
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -48,7 +51,7 @@ def save_png16(path, values, color_type, transparent=b""):
 
 
 def save_12_bits(path):
-    """A TIFF file whose samples are packed in 12 bits: 256 values, 16 times those of GREY, and the rest of 4095."""
+    """Save GREY, scaled to 0..4095, as a TIFF file whose samples are packed in 12 bits."""
     first, second = (GREY * np.float64(4095 / 255)).round().astype(int).reshape(-1, 2).T
     packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
     entries = [(256, 3, 1, 16), (257, 3, 1, 16), (258, 3, 1, 12), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 122),
@@ -64,7 +67,7 @@ def grey16(share=1.0):
 
 
 def write(kind, path):
-    """A file that shows GREY, of a kind whose range is known."""
+    """Save GREY in a format with a known range."""
     match kind:
         case "16-bit png":
             Image.fromarray(grey16()).save(path / "x.png")
@@ -137,7 +140,7 @@ def test_values_outside_the_stated_range_are_refused(value, tmp_path):
 
 
 def test_signed_values_are_refused_in_files_of_8_and_of_16_bits(tmp_path):
-    """Pillow reads signed bytes as if they had no sign: -1 as 255."""
+    """Pillow reads signed bytes as unsigned: -1 becomes 255."""
     path = save_tiff(tmp_path / "x.tif", GREY, SAMPLE_FORMAT=2)
     for read in (open_image, lambda path: open_picture(Image.open(path))):
         with pytest.raises(InputError, match="mode 'L' with signed values, for which black and white are unknown"):
@@ -312,7 +315,7 @@ def test_open_image_names_a_dead_link_and_a_folder(tmp_path):
 
 
 def blank_png(path, width, height):
-    """A PNG file of 1 bit a pixel, black."""
+    """Write a black PNG file with 1 bit per pixel."""
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 

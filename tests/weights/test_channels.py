@@ -1,4 +1,4 @@
-"""Weights for colours in a model of other channels."""
+"""Weights for colour images in a model with other channels."""
 
 import pytest
 import timm

@@ -40,7 +40,7 @@ OPTIONS = [{}, dict(n_registers=2), dict(layer_scale=0.5), dict(qk_norm=True), d
 
 
 def randomised(model_class, arguments, seed=5):
-    """A model in eval mode in which every number of the state dict is random, but for fixed positions."""
+    """Return a model in eval mode whose state dict is random, except for fixed positions."""
     torch.manual_seed(seed)
     model = model_class(**arguments).eval()
     for name, tensor in model.state_dict().items():
@@ -70,7 +70,7 @@ def same_bits(model, before):
 
 
 def load_all(model, path, names):
-    """load_checkpoint, whose report must name every tensor of the file exactly once."""
+    """Call load_checkpoint; its report must name every tensor of the file exactly once."""
     report = load_checkpoint(model, path)
     assert sorted([*report.used, *report.dropped]) == sorted(names)
     assert report.path == str(path)
@@ -78,14 +78,14 @@ def load_all(model, path, names):
 
 
 def raw(path, model):
-    """Writes a bare state dict, and gives it."""
+    """Write and return a bare state dict."""
     state = bits(model)
     torch.save(state, path)
     return state
 
 
 def refuse_to_load(model, path, text):
-    """In one line that names the path and the text, with the model as it was."""
+    """Check that loading is refused in one line with the path and the text, and changes nothing."""
     before = bits(model)
     with pytest.raises(InputError, match=one_line_with(path)) as caught:
         load_checkpoint(model, path)
@@ -131,7 +131,7 @@ def test_save_model_keeps_loaded_preprocessing_and_none_stays_none(tmp_path):
 
 
 def test_load_opens_older_files_with_partial_preprocessing(tmp_path):
-    """Older versions wrote what they were given: names of classes without a mean, a mean without a name."""
+    """Older versions wrote class names without a mean, and a mean without names."""
     model = randomised(*SMALL[0])
     save_model(model, tmp_path / "m.pt")
     entries = read_checkpoint(tmp_path / "m.pt")
@@ -378,7 +378,7 @@ def test_load_checkpoint_learns_an_oblong_grid_from_the_model(tmp_path):
 
 
 def prefixed(state, n, seed=11):
-    """The state dict with random positions for n more tokens before those it has."""
+    """Return the state dict with n more random positions before the others."""
     torch.manual_seed(seed)
     return {**state, "pos_embed": torch.cat([torch.rand(1, n, 12), state["pos_embed"]], dim=1)}
 
@@ -596,7 +596,7 @@ def test_load_checkpoint_refuses_safetensors_files_without_the_package(tmp_path,
 
 
 def built_as_said(path):
-    """The model of the lines that describe_checkpoint prints, run as they stand, and the report of the last."""
+    """Run the lines that describe_checkpoint prints; return their model and report."""
     lines = [line.strip() for line in str(describe_checkpoint(path)).splitlines() if line.startswith("    ")]
     assert len(lines) == 2
     names = dict(VisionTransformer=VisionTransformer, HybridCNNViT=HybridCNNViT, ConvNet=ConvNet)
@@ -667,7 +667,7 @@ def test_load_report_says_when_heads_are_unknown(options, known, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The bytes of a whole checkpoint of a small model."""
+    """Return the bytes of a complete checkpoint of a small model."""
     path = tmp_path_factory.mktemp("whole") / "m.pt"
     save_model(randomised(VisionTransformer, VIT), path,
                Preprocessing((10, 15), [0.5], [0.25], class_names=["a", "b", "c"]))

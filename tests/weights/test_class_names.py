@@ -1,4 +1,4 @@
-"""Names of classes: beside the weights in a file, or given."""
+"""Class names: stored beside the weights in a file, or given by the caller."""
 
 import argparse
 

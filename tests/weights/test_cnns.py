@@ -1,4 +1,4 @@
-"""Public CNNs: each library's own model, random throughout and in its own names, opens and answers as there."""
+"""Public CNNs: each library's own model, with random weights, loads and gives the same logits."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def one_line_with(text):
 
 
 def randomised(model):
-    """In float64 and eval mode, every parameter and statistic random numbers of float32, which any file holds."""
+    """Return the model in float64 and eval mode, with random weights that float32 can hold."""
     torch.manual_seed(5)
     for name, tensor in model.double().state_dict().items():
         if tensor.is_floating_point():
@@ -57,7 +57,7 @@ def torchvision_convnext():
 
 
 def timm_resnet(block, **options):
-    """As narrow as timm makes them: 64 channels come from the stem."""
+    """Return the narrowest timm ResNet, which still has 64 channels after the stem."""
     return timm.models.ResNet(block, DEPTHS, channels=(64, 6, 8, 10), num_classes=CLASSES, **options)
 
 
@@ -78,7 +78,7 @@ def transformers_convnext():
 
 
 def official(state):
-    """ConvNeXt's names in its paper's code, which no package writes."""
+    """Return a state dict with the names of the ConvNeXt paper's code, which no package writes."""
     pairs = [(r"stem\.", "downsample_layers.0."), (r"stages\.(\d)\.downsample\.", r"downsample_layers.\1."),
              (r"stages\.(\d)\.blocks\.", r"stages.\1."), (r"\.conv_dw\.", ".dwconv."), (r"\.mlp\.fc", ".pwconv"),
              (r"head\.norm\.", "norm."), (r"head\.fc\.", "head.")]
@@ -91,7 +91,7 @@ def official(state):
 
 
 def small_images(state):
-    """The names of the ResNets for CIFAR-10 in github.com/kuangliu/pytorch-cifar."""
+    """Return the state dict with the names of github.com/kuangliu/pytorch-cifar."""
     return {re.sub(r"^fc\.", "linear.", name).replace("downsample", "shortcut"): tensor
             for name, tensor in state.items()}
 
@@ -114,7 +114,7 @@ FILES = {
 
 
 def write(build, names, folder):
-    """(the library's model, the path of its file)."""
+    """Return (the library's model, the path of its file)."""
     theirs = randomised(build())
     if names is None:
         theirs.float().save_pretrained(folder)
@@ -328,7 +328,7 @@ ENTRIES = {"resnet18": (ConvNet, dict(widths=(8, 8, 12, 16), depths=(1, 1, 1, 1)
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The public CNNs of these names, but small and random, in torchvision's names where torch.hub puts files."""
+    """Put small random CNNs with these public names into torch.hub's folder."""
     folder, entries, models = tmp_path / "hub" / "checkpoints", {}, {}
     folder.mkdir(parents=True)
     for name, (model_class, config) in ENTRIES.items():

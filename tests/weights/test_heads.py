@@ -1,4 +1,4 @@
-"""The head of trained weights for other classes, or the same in another order."""
+"""The head of trained weights for other classes, or for the same classes in another order."""
 
 import re
 
@@ -20,7 +20,7 @@ CONVNET = dict(img_size=8, in_channels=3, widths=(4, 6), depths=(1, 1), stem_str
 
 
 def trained(names, n_classes=3):
-    """A small model whose head has row i full of i + 1, and bias 10 (i + 1)."""
+    """Return a small model whose head has i + 1 in all of row i, and bias 10 (i + 1)."""
     model = ConvNet(**CONVNET, n_classes=n_classes)
     if n_classes:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Files of other trainers: the one model in them is found, what lies beside it is dropped with a reason."""
+"""Files of other trainers: the model is found, and everything beside it is dropped with a reason."""
 
 import re
 from collections import OrderedDict
@@ -38,7 +38,7 @@ def images():
 
 
 def opened(path, **options):
-    """(model, what was said)."""
+    """Return (model, the warning)."""
     with pytest.warns(Assumption) as caught:
         model = load(path, n_heads=4, **options)
     [warning] = [w for w in caught if issubclass(w.category, Assumption)]
@@ -46,7 +46,7 @@ def opened(path, **options):
 
 
 class Lit(nn.Module):
-    """A Lightning module's parts: the model, a loss with a buffer, metrics."""
+    """The parts of a Lightning module: the model, a loss with a buffer, metrics."""
 
     def __init__(self, model, name="net"):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a file does not say: read from what lies beside it, given by the caller, or assumed and said."""
+"""Values that a file does not record: read from files beside it, given, or assumed with a warning."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def randomised(model):
 
 
 def said(run, *arguments, **options):
-    """(what it returns, what it assumed)."""
+    """Return (the result, the warnings)."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = run(*arguments, **options)
@@ -53,7 +53,7 @@ def images_of(size=(16, 16), n_channels=3):
 
 
 def edited(path, **changes):
-    """A JSON file with entries changed; those changed to `...` are removed."""
+    """Change entries of a JSON file; `...` removes an entry."""
     entries = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({name: value for name, value in entries.items() if value is not ...}))
 
@@ -149,7 +149,7 @@ def test_load_takes_no_stand_ins_for_names_of_classes(tmp_path):
     (dict(do_rescale=False), 0.1 / 255, 0.2 / 255), (dict(rescale_factor=1 / 127.5), 0.05, 0.1),
     (dict(do_normalize=False), 0.0, 1.0)], ids=str)
 def test_load_translates_what_an_image_processor_does(options, mean, std, tmp_path):
-    """Its own result on a picture of bytes, and ours."""
+    """The processor's own result on a uint8 image is the same as ours."""
     of_vit(tmp_path)
     processor = transformers.ViTImageProcessor(image_mean=[0.1] * 3, image_std=[0.2] * 3,
                                                size=dict(height=16, width=16), **options)
@@ -266,7 +266,7 @@ def test_load_refuses_timms_config_where_it_is_wrong(changes, words, tmp_path):
 
 
 def bare_timm(folder, architecture="vit_tiny_patch16_224", **entries):
-    """A timm ViT of width 192 with a config.json of these entries."""
+    """Write a timm ViT of width 192 with a config.json of these entries."""
     theirs = randomised(timm.models.VisionTransformer(**{**TIMM, "embed_dim": 192, "num_heads": 3, "reg_tokens": 2}))
     torch.save(theirs.state_dict(), folder / "pytorch_model.bin")
     entries = dict(architecture=architecture, num_classes=3, global_pool="token") | entries
@@ -388,7 +388,7 @@ def test_load_says_the_normalisation_that_is_used(n_channels, words, tmp_path):
 
 
 def test_load_normalises_by_format(tmp_path):
-    """A file without anything beside it: transformers' ViT by 0.5, as adapt sees the model in memory."""
+    """A file on its own: transformers' ViT is normalised by 0.5, as adapt does in memory."""
     theirs = of_vit(tmp_path / "folder")
     path = shutil.copy(tmp_path / "folder" / "model.safetensors", tmp_path)
     model, assumed = said(load, path)
@@ -414,7 +414,7 @@ def test_load_takes_the_given_size_as_the_grid_of_a_rectangle(tmp_path):
 
 @pytest.mark.parametrize("size", [(24, 40), (16, 32), (16, 64)])
 def test_load_takes_the_given_size_where_the_positions_make_a_square_too(size, tmp_path):
-    """3 x 5 patches and CLS are as many positions as 4 x 4 patches without it; 2 x 8 as 4 x 4, both with CLS."""
+    """3 x 5 patches with CLS have as many positions as 4 x 4 without; 2 x 8 as many as 4 x 4."""
     theirs = randomised(timm.models.VisionTransformer(**{**TIMM, "img_size": size, "patch_size": 8}))
     torch.save(theirs.state_dict(), tmp_path / "m.pth")
     model, assumed = said(load, tmp_path / "m.pth", img_size=size, n_heads=4)
@@ -448,7 +448,7 @@ def run_command(main, monkeypatch, capsys, *arguments):
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """A file of timm, and a picture."""
+    """Write a file of timm and an image."""
     folder = tmp_path_factory.mktemp("bare")
     torch.save(timm.models.VisionTransformer(**TIMM).state_dict(), folder / "m.pth")
     Image.new("RGB", (16, 16)).save(folder / "a.png")

@@ -372,8 +372,10 @@ def load_checkpoint(model, path, grid_size=None):
         If a tensor is missing, left over or of another shape, or if the file cannot be read. The model is then
         unchanged.
 
-    Notes ----- Weights with another number of heads have the same shapes. Checkpoints of this library, Google's files
-    and a config.json record the number; for other files, an Assumption asks you to check it against the paper.
+    Notes
+    -----
+    The shapes do not show the number of heads. Checkpoints of this library, Google's files and a config.json record it;
+    for other files, an Assumption asks you to check it against the paper.
     """
     model = unwrapped(model)
     if not is_ours(model):
