@@ -1264,7 +1264,7 @@ def make_parser():
     group.add_argument("--device", default="auto", help=DEVICE_HELP)
     group.add_argument("--dry-run", action="store_true", help="test the command with two steps of training; without "
                        "--output-dir the results are deleted")
-    group.add_argument("-h", "--help", action="help", help="show this text and exit")
+    _add_help(group)
 
     group = parser.add_argument_group("data and augmentation")
     group.add_argument("--dataset", default="auto", metavar="NAME", help=f"{', '.join(DATASETS)} (default: "
@@ -1409,31 +1409,33 @@ SPLITS = {
 
 def evaluate_command(argv=None):
     """Run `train_vit.py evaluate`."""
-    parser = OneLineParser(prog="train_vit.py evaluate", formatter_class=HelpFormatter, description="""\
-Measure the accuracy of a checkpoint on a set of images, and write a confusion
+    parser = _make_command_parser("evaluate", "--checkpoint FILE [options]", """\
+Measure the accuracy of a model on a set of images, and write a confusion
 matrix and the worst mistakes into a folder.
 
-The images are those of the test folder. Without a test folder they are the
-validation images, and otherwise all images; but if the checkpoint was trained
-on this very folder, they are only those that its training held out.
+The images are the first of these that exist: the test images; the validation
+images; those that the training of the model held out of this folder; all
+images.
 
 example:
   python train_vit.py evaluate --checkpoint runs/NAME/best.pt --data-dir photos""")
-    _add_checkpoint(parser)
-    parser.add_argument("--data-dir", default=DEFAULT_DATA_DIR, metavar="FOLDER", help="folder with one folder of "
-                        "images per class, or with a known data set (default: %(default)s; if there is none, drawn "
-                        "shapes)")
-    parser.add_argument("--dataset", default="auto", metavar="NAME", help=f"{', '.join(DATASETS)} (default: "
-                        f"%(default)s, what --data-dir holds)")
-    parser.add_argument("--output-dir", metavar="FOLDER", help="new folder for the results (default: "
-                        "runs/evaluation-<data>-<n>)")
-    parser.add_argument("--skip-corrupt", action="store_true", help="skip image files that cannot be read, and report "
-                        "them")
-    parser.add_argument("--batch-size", type=int_at_least(1), default=64, metavar="N", help="images computed at a time "
-                        "(default: %(default)s)")
-    _add_device(parser)
-    parser.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help=AMP_HELP)
-    parser.add_argument("--num-workers", "--workers", type=int_at_least(0), metavar="N", help=WORKERS_HELP)
+    group = _add_checkpoint(parser)
+    group.add_argument("--data-dir", default=DEFAULT_DATA_DIR, metavar="FOLDER", help="folder with one folder of "
+                       "images per class, or with a known data set (default: %(default)s; if there is none, drawn "
+                       "shapes)")
+    group.add_argument("--output-dir", metavar="FOLDER", help="new folder for the results (default: "
+                       "runs/evaluation-<data>-<n>)")
+    group.add_argument("--dataset", default="auto", metavar="NAME", help=f"{', '.join(DATASETS)} (default: "
+                       f"%(default)s, what --data-dir holds)")
+    group.add_argument("--skip-corrupt", action="store_true", help="skip image files that cannot be read, and report "
+                       "them")
+    _add_help(group)
+    _add_file_options(parser)
+    group = _add_device(parser)
+    group.add_argument("--batch-size", type=int_at_least(1), default=64, metavar="N", help="images computed at a time "
+                       "(default: %(default)s)")
+    group.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help=AMP_HELP)
+    group.add_argument("--num-workers", "--workers", type=int_at_least(0), metavar="N", help=WORKERS_HELP)
     evaluate(parser.parse_args(argv))
 
 
@@ -1580,20 +1582,21 @@ def _drawable(name):
 
 def predict_command(argv=None):
     """Run `train_vit.py predict`."""
-    parser = OneLineParser(prog="train_vit.py predict", formatter_class=HelpFormatter, description="""\
-Name the most probable classes of image files, one line per file. Files that
-cannot be read are named on stderr; the others are predicted, and the exit code
-is 2.
+    parser = _make_command_parser("predict", "--checkpoint FILE IMAGE [IMAGE ...] [options]", """\
+Name the most probable classes of images, one line per file. Files that cannot
+be read are named on stderr; the others are predicted, and the exit code is 2.
 
 example:
   python train_vit.py predict --checkpoint runs/NAME/best.pt a.jpg folder""")
-    _add_checkpoint(parser)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file, or a folder, of which all image files "
-                        "are read at any depth, except hidden ones")
-    parser.add_argument("--top", type=int_at_least(1), default=3, metavar="N", help="number of classes to name "
-                        "(default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help='print a JSON list of {"file", "predictions": [{"class", '
-                        '"probability"}]} or {"file", "error"}')
+    group = _add_checkpoint(parser)
+    group.add_argument("images", nargs="+", metavar="IMAGE", help="image file, or a folder with image files at any "
+                       "depth; hidden ones are left out")
+    group.add_argument("--top", type=int_at_least(1), default=3, metavar="N", help="number of classes to name "
+                       "(default: %(default)s)")
+    group.add_argument("--json", action="store_true", help='print a JSON list of {"file", "predictions": [{"class", '
+                       '"probability"}]} or {"file", "error"}')
+    _add_help(group)
+    _add_file_options(parser)
     _add_device(parser)
     options = parser.parse_args(argv)
     model = load(options.checkpoint, **chosen(options, "n_heads", "class_names")).to(choose_device(options.device))
@@ -1647,14 +1650,16 @@ def _in_words(predictions):
 
 def export_command(argv=None):
     """Run `train_vit.py export`."""
-    parser = OneLineParser(prog="train_vit.py export", formatter_class=HelpFormatter, description="""\
-Write a checkpoint as one ONNX file, for programs without PyTorch, and compare
-its logits with the model's. Needs the packages onnx and onnxscript.
+    parser = _make_command_parser("export", "--checkpoint FILE [options]", """\
+Write a model as one ONNX file, for programs without PyTorch, and compare its
+logits with the model's. Needs the packages onnx and onnxscript.
 
 example:
   python train_vit.py export --checkpoint runs/NAME/best.pt""")
-    _add_checkpoint(parser)
-    parser.add_argument("--output", metavar="FILE", help="new file (default: the checkpoint's name with .onnx)")
+    group = _add_checkpoint(parser)
+    group.add_argument("--output", metavar="FILE", help="new file (default: the checkpoint's name with .onnx)")
+    _add_help(group)
+    _add_file_options(parser)
     options = parser.parse_args(argv)
     path = Path(options.output or Path(options.checkpoint).with_suffix(".onnx"))
     if path.exists():
@@ -1672,16 +1677,18 @@ example:
 
 def inspect_command(argv=None):
     """Run `train_vit.py inspect`."""
-    parser = OneLineParser(prog="train_vit.py inspect", formatter_class=HelpFormatter, description="""\
+    parser = _make_command_parser("inspect", "[FILE] [options]", """\
 Describe a checkpoint: what it is, and whether and how it would load. Without a
 file, list the pretrained models.
 
 examples:
   python train_vit.py inspect
   python train_vit.py inspect runs/NAME/best.pt""")
-    parser.add_argument("file", nargs="?", metavar="FILE", help="checkpoint of this project, of timm, torchvision, "
-                        "transformers, Google (.npz), DeiT, DINO or MAE, or a folder of transformers or timm")
-    add_n_heads(parser)
+    group = parser.add_argument_group("options")
+    group.add_argument("file", nargs="?", metavar="FILE", help="checkpoint of this project, of timm, torchvision, "
+                       "transformers, Google (.npz), DeiT, DINO or MAE, or a folder of transformers or timm")
+    add_n_heads(group)
+    _add_help(group)
     options = parser.parse_args(argv)
     if options.file in PRETRAINED and not Path(options.file).exists():
         raise InputError(f"{options.file} is the name of a pretrained model; expected a file. "
@@ -1692,16 +1699,36 @@ examples:
 # ---- What the commands share ------------------------------------------------------------------------------
 
 
+def _make_command_parser(name, words, description):
+    return OneLineParser(prog=f"train_vit.py {name}", usage=f"python train_vit.py {name} {words}", add_help=False,
+                         description=description, formatter_class=HelpFormatter)
+
+
+def _add_help(group):
+    group.add_argument("-h", "--help", action="help", help="show this text and exit")
+
+
 def _add_checkpoint(parser):
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="best.pt of a training, which records "
-                        "classes, image size and normalisation; or a file of another library, or a folder of "
-                        "transformers or timm")
-    add_n_heads(parser)
-    add_class_names(parser)
+    """Add the group of everyday options, with --checkpoint, and return it."""
+    group = parser.add_argument_group("everyday options")
+    group.add_argument("--checkpoint", required=True, metavar="FILE", help="best.pt of a training, which records "
+                       "classes, image size and normalisation; a pretrained model's name, or a file or folder of "
+                       "another library")
+    return group
+
+
+def _add_file_options(parser):
+    """Add the group of options that describe a file of another library."""
+    group = parser.add_argument_group("files of other libraries")
+    add_n_heads(group)
+    add_class_names(group)
 
 
 def _add_device(parser):
-    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
+    """Add the group of options about devices, with --device, and return it."""
+    group = parser.add_argument_group("devices, memory and speed")
+    group.add_argument("--device", default="auto", help=DEVICE_HELP)
+    return group
 
 
 COMMANDS = dict(evaluate=evaluate_command, predict=predict_command, export=export_command,

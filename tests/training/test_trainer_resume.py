@@ -173,5 +173,5 @@ def test_resume_refuses_the_state_of_another_training():
               (trainer, saved, dict(arguments, lr_scales={"head.weight": 0.5}))]
     for other, entries, settings in others:
         with pytest.raises(InputError, match=r"\Athe training state does not fit this training \([^\n]{9,200}\); "
-                                             r"resume with the arguments that it was saved from\Z"):
+                                             r"resume with the arguments of the training that saved it\Z"):
             train_quietly(other, toy_batches(2), resume=entries, **settings)
