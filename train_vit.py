@@ -530,7 +530,7 @@ class TrainState:
 
     @property
     def trained(self):
-        """The module to evaluate and save: the average of the weights if there is one, otherwise the model."""
+        """The module to evaluate and save: the average of the weights, or the model if there is none."""
         return self.model if self.average is None else self.average
 
     def resized(self, images):
@@ -548,7 +548,7 @@ class TrainState:
                            scaler=self.scaler.state_dict(), history=copy.deepcopy(self.history)))
 
     def load_state_dict(self, entries):
-        """Restore a state, of older versions too; raise InputError if it belongs to another model or optimiser."""
+        """Restore a state, of older versions too; raise InputError if it does not fit."""
         entries = {OLD_NAMES["training"].get(name, name): value for name, value in entries.items()}
         try:
             if (entries["average"] is None) != (self.average is None):
@@ -781,7 +781,7 @@ def train(options):
 
 
 def _open_run(options):
-    """Return (folder, lock, entries from read_run()) of the run that --resume names; without --resume three Nones."""
+    """Return (folder, lock, entries from read_run()) of the run to resume, or three Nones."""
     if not options.resume:
         return None, None, None
     folder = lock = None
@@ -854,7 +854,7 @@ def prepare(options, device, folder=None, lock=None, saved=None):
 
 
 def _lasting(options):
-    """Return the options as a dict, with an absolute path of the images so that a resume works from any folder."""
+    """Return the options as a dict, with an absolute data_dir so that a resume works from any folder."""
     data_dir = Path(options.data_dir).expanduser()
     return dict(vars(options), data_dir=str(data_dir.resolve()) if data_dir.exists() else options.data_dir)
 
@@ -868,7 +868,7 @@ def chosen(options, *names):
 
 
 def _data_arguments(options, start):
-    """Return the arguments of get_data_loaders, with the preprocessing of the pretrained model if there is one."""
+    """Return the arguments of get_data_loaders; a pretrained model brings its preprocessing."""
     data = dict(data_dir=options.data_dir, img_size=options.img_size, dataset=options.dataset,
                 in_channels=options.in_channels, val_fraction=options.val_fraction, seed=options.seed,
                 workers=options.num_workers, skip_corrupt=options.skip_corrupt)
@@ -881,7 +881,7 @@ def _data_arguments(options, start):
 
 
 def load_data(data):
-    """Return (training loader, validation loader); the first process goes first, because it may have to download."""
+    """Return (training loader, validation loader); the first process goes first, as it may download."""
     first, one_by_one = process_number() == 0, choose_set(data["data_dir"], data["dataset"], None) in TORCHVISION_SETS
     if one_by_one and not first:
         broadcast_object(None)
@@ -908,7 +908,7 @@ def _model_name(options, img_size):
 
 
 def new_model(name, recipe, train_loader):
-    """Return a new model for the loader's images and classes, with a whitened first layer if the recipe asks for it."""
+    """Return a new model for the loader's images and classes, whitened if the recipe asks for it."""
     model = build_model(name, n_classes=len(train_loader.class_names), img_size=train_loader.img_size,
                         in_channels=train_loader.preprocessing.n_channels, **recipe.model_options)
     if recipe.whiten and model.whitening_layer() is not None:
@@ -917,7 +917,7 @@ def new_model(name, recipe, train_loader):
 
 
 def first_images(loader, n_images):
-    """Return the first batches of a training loader, n_images or more if it has that many, as (B, C, H, W)."""
+    """Return the first n_images images of a training loader, rounded up to whole batches: (B, C, H, W)."""
     loader.set_position(0)
     return torch.cat([images for images, _ in itertools.islice(loader, -(-n_images // loader.batch_size))])
 
@@ -1159,7 +1159,7 @@ def _training_result(run, history, seconds):
 
 
 def _compare_with_linear(run, score, split, loader):
-    """Print the accuracy beside that of a linear classifier on the same images; return both as result entries."""
+    """Print the accuracy beside that of a linear classifier, and return both as result entries."""
     train_loader, val_loader = run.train_loader, run.val_loader
     for each in (val_loader, loader):
         each.set_shard(0, 1)  # only the first process computes what follows
@@ -1344,7 +1344,7 @@ def make_parser():
 
 
 def parse(argv=None):
-    """Return the options of a training; their field `given` holds {name: value} of those on the command line."""
+    """Return the options of a training; `given` holds {name: value} of those on the command line."""
     options = make_parser().parse_args(argv)
     unset = object()
     blank = argparse.Namespace(**dict.fromkeys(vars(options), unset))
@@ -1481,7 +1481,7 @@ def _evaluation_loader(model, options):
 
 
 def _training_cut(checkpoint, data_dir):
-    """Return (arguments of get_evaluation_loader, fingerprint of the held-out images) of a training on this folder.
+    """Return (loader arguments, fingerprint of the held-out images) of a training on this folder.
 
     They are ({}, None) if the checkpoint does not say that it was trained on this folder.
     """
@@ -1495,7 +1495,7 @@ def _training_cut(checkpoint, data_dir):
 
 
 def _test_fingerprint(data):
-    """Return the fingerprint of the names of the test images as they are now, or None if there are no such files."""
+    """Return the fingerprint of the current names of the test images, or None without such files."""
     if choose_set(data["data_dir"], data["dataset"], None) != "folder":
         return None
     folder = FolderSet(data["data_dir"])
@@ -1505,7 +1505,7 @@ def _test_fingerprint(data):
 
 
 def _fingerprint(loader):
-    """Return a checksum of the names of a loader's files, skipped ones included, or None for sets without files."""
+    """Return a checksum of the names of a loader's files, skipped ones included, or None without files."""
     return None if loader.files is None else _fingerprint_of({*map(str, loader.files), *map(str, loader.skipped)})
 
 
@@ -1619,7 +1619,7 @@ example:
 
 
 def _predict_files(model, files, top):
-    """Yield {"file", "predictions"} or {"file", "error"} for each file; files are read one batch at a time."""
+    """Yield {"file", "predictions"} or {"file", "error"} for each file, reading a batch at a time."""
     for batch in batches_of(files):
         inputs, entries = [], []
         for file in batch:

@@ -1,4 +1,4 @@
-"""From gradients to a step: learning-rate schedule, parameter groups, optimisers and the average of the weights.
+"""From gradients to a step: schedules, parameter groups, optimisers and the average of weights.
 
 make_optimizer builds AdamW, or Muon beside AdamW; learning_rate_at is the schedule; update_average keeps a moving
 average of the weights; layer_lr_scales gives early layers smaller learning rates.
@@ -32,7 +32,7 @@ def learning_rate_at(step, n_steps, warmup_steps, peak, schedule="cosine"):
 
 
 def parameter_groups(model, weight_decay, lr_scales=None):
-    """Return the trainable parameters in groups for an optimiser: by weight decay and by factor on the learning rate.
+    """Return the trainable parameters in groups, by weight decay and learning-rate factor.
 
     Weight decay is 0 for vectors (biases, norms), for what is added to every image alike (positions and tokens, whose
     first dimension is 1), and for the parameters that the model's no_weight_decay names. `lr_scales` is {parameter
@@ -126,7 +126,7 @@ class Muon(torch.optim.Optimizer):
                 part.add_(update.view(part.shape), alpha=-lr * 0.2 * math.sqrt(max(R, Q)))
 
     def collect(self, group, by_shape):
-        """Decay the group's weights, update their momentum, and add the matrices to orthogonalise to by_shape."""
+        """Decay a group's weights, update their momentum, and collect the matrices in by_shape."""
         weights = [p for p in group["params"] if p.grad is not None]
         if not weights:
             return

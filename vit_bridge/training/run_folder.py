@@ -1,4 +1,4 @@
-"""The folder of a run: its files, the options that may change on a resume, and the Saver that writes the files.
+"""The folder of a run: its files, the options that may change on a resume, and the Saver.
 
 config.json holds the options, last.pt the state of the training, best.pt the model of the best epoch, and history.csv
 one line per epoch. last.pt is a checkpoint (weights.checkpoints.save_model) with the entries of config.json and
@@ -25,7 +25,7 @@ from vit_bridge.weights.checkpoints import read_checkpoint, save_model
 
 
 def on_cpu(entries):
-    """Return nested dicts and lists with copies of their tensors on the CPU, which further training does not change."""
+    """Return nested dicts and lists with copies of their tensors on the CPU."""
     if isinstance(entries, torch.Tensor):
         return entries.detach().to("cpu", copy=True)
     if isinstance(entries, dict):
@@ -144,7 +144,7 @@ def read_run(folder):
 
 
 def _read_config(folder):
-    """Return the entries of config.json, or None without one; raise InputError if it is not the config of a run."""
+    """Return the entries of config.json, or None without one; raise InputError if it is damaged."""
     try:
         entries = json.loads((folder / CONFIG).read_text())
     except FileNotFoundError:
