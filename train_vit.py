@@ -190,8 +190,10 @@ class Trainer:
 
     Notes
     -----
-    The randomness of a step (order, augmentation, dropout) depends only on the seed and the step, and a TrainState
-    holds everything else. On a CPU a resumed training therefore ends exactly as if it had never been interrupted.
+    The randomness inside a step, such as dropout, depends only on the seed and the step; the order and the augmentation
+    of this project's loaders depend only on their seed and the epoch. A TrainState holds everything else. On a CPU a
+    resumed training therefore ends exactly as if it had never been interrupted. An exception is a DataLoader with
+    shuffle=True: it draws its order from torch's global generator, so the resumed training sees another order.
 
     Under torchrun each process has its own Trainer and its shard of every batch. DistributedDataParallel averages the
     gradients, weighted so that the step is the step of one process with the whole batch.
@@ -234,7 +236,7 @@ class Trainer:
             Fields of the TrainConfig, for this run.
         callbacks : list of Callback
         resume : dict, optional
-            state_dict() of an earlier TrainState. With otherwise the same arguments the training continues exactly.
+            state_dict() of an earlier TrainState. Give all other arguments as before; see the notes on Trainer.
         progress : bool
             Show a bar with loss, accuracy, images per second and the time left.
 
@@ -661,8 +663,26 @@ def steps_within(seconds, model, train_loader, val_loader, device="auto", object
     """Return how many steps fit into a time, with an evaluation after every epoch.
 
     The speed is measured on a copy of the model. The measurement counts too: it takes about 3% of the time, or two
-    steps and one batch of an evaluation if those take longer. The other arguments are those of the Trainer. If there
-    are several processes, each must give the same `seconds`.
+    steps and one batch of an evaluation if those take longer.
+
+    Parameters
+    ----------
+    seconds : float
+        Time for training and evaluation. If there are several processes, each must give the same value.
+    model, device, objective, config, **overrides
+        As for Trainer.
+    train_loader, val_loader : Loader, DataLoader or list
+        With a length.
+
+    Returns
+    -------
+    int
+        At least 1.
+
+    Raises
+    ------
+    InputError
+        If a loader has no length or no batches.
     """
     started = time.perf_counter()
     n_train, n_val = (n_batches(as_loader(one), "a number of steps instead of a time")
@@ -947,9 +967,9 @@ def _choose_run_recipe(options, saved, name, train_loader, device):
                          f"have {min(size)}; choose a larger --img-size or another recipe")
     pixels = chosen(options, "shift", "flip", "cutout")
     if pixels and not isinstance(train_loader, MemoryLoader):
-        raise InputError(f"--{next(iter(pixels))} is for small images, of at most {SMALL_SIDE} pixels; larger ones are "
-                         f"cropped, mirrored and recoloured as they are read: leave it out, or give --img-size "
-                         f"{SMALL_SIDE}")
+        raise InputError(f"--{next(iter(pixels))} is for small images in memory, of at most {SMALL_SIDE} pixels; "
+                         f"photographs are cropped, mirrored and recoloured as they are read: leave it out, or give "
+                         f"--img-size {SMALL_SIDE}")
     train = chosen(options, "optimizer", "weight_decay", "schedule")
     if options.lr is not None:
         train["learning_rate"] = options.lr

@@ -368,6 +368,18 @@ def test_make_parser_uses_only_options_that_can_be_rewritten():
     assert set(CHANGEABLE) <= set(kinds)
 
 
+def test_help_shows_ten_everyday_options_first_and_every_default(capsys):
+    with pytest.raises(SystemExit):
+        train_vit.main(["--help"])
+    assert capsys.readouterr().out.startswith("usage: python train_vit.py [options]\n")
+    groups = [group for group in train_vit.make_parser()._action_groups if group._group_actions]
+    assert groups[0].title == "everyday options"
+    assert len(groups[0]._group_actions) == 10 + 1  # and --help
+    for action in [action for group in groups for action in group._group_actions]:
+        alone = action.nargs == 0 or action.dest in ("steps", "resume", "n_heads", "class_names")
+        assert alone or "default: " in action.help, action.dest
+
+
 def test_command_includes_torchrun_for_several_processes(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
