@@ -59,9 +59,9 @@ def parameter_groups(model, weight_decay, lr_scales=None):
 def update_average(average, model, step, decay):
     """Move the weights of `average` towards those of the model: w <- d w + (1 - d) w_model.
 
-    d is min(decay, (1 + step) / (10 + step)): the early, bad weights are soon forgotten. Buffers of floating-point
-    numbers, such as batch statistics, are averaged too; whole numbers, such as BatchNorm's count of batches, are
-    copied.
+    d is min(decay, (1 + step) / (10 + step)), so that the weights of the first steps are soon forgotten. Buffers of
+    floating-point numbers, such as batch statistics, are averaged too; whole numbers, such as BatchNorm's count of
+    batches, are copied.
 
     References
     ----------
@@ -83,8 +83,8 @@ class Muon(torch.optim.Optimizer):
     """Muon, an optimiser for the hidden matrices of a model.
 
     Let U S V^T be the singular value decomposition of a matrix's momentum. Gradient descent would step along it, mostly
-    in the few directions with large singular values. Muon steps along about U V^T instead, in which those directions
-    have the same length (see orthogonal).
+    in the few directions with large singular values. Muon steps along about U V^T instead, which gives all those
+    directions about the same length (see orthogonal).
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ class Muon(torch.optim.Optimizer):
         each output channel. "n_splits" in a group splits each of its matrices along the rows: 3 for a matrix that
         holds the queries, keys and values, so that each of the three is orthogonalised by itself.
     lr : float
-        Learning rate. The step of a full-rank matrix has a root mean square of about 0.2 lr, near that of AdamW.
+        Learning rate. The step of a full-rank matrix has a root mean square of about 0.2 lr, similar to AdamW's.
     momentum : float
         Nesterov momentum.
     weight_decay : float
