@@ -196,7 +196,7 @@ VIEWS = {
 }
 NO_HEAD = ("this {name} has no head, so there is no class to explain; give one with a head, or ask for attention or "
            "rollout")
-NO_ANSWER = "this {name} has no head, so there is no answer that hiding patches could change; give one with a head"
+NO_ANSWER = "this {name} has no head, so hiding patches cannot change a prediction; give a model with a head"
 NO_ROW = ("the head reads {pool}, not CLS, CLS and a distillation token, or the mean of the patches; there is no row "
           "of tokens to show for it; patch=(row, column) shows that of a patch")
 

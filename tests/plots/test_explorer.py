@@ -296,15 +296,14 @@ def test_explore_takes_fewer_patches_for_max_mb():
     grids = [one["rows"] * one["columns"] for one in data_of(page)["models"][0]["images"]]
     assert 16 < max(grids) < 256
     said, = page.remarks
-    assert said == (f"So that this page stays within 0.3 MB, its images have {max(grids)} patches at most, where 256 "
-                    f"were asked for.")
+    assert said == f"To keep this page within 0.3 MB, its images have at most {max(grids)} patches instead of 256."
     assert said in page.html
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (dict(whole=Whole(), max_mb=0.05), "above max_mb 0.05, and with 16 patches an image it gets no smaller"),
-    (dict(max_mb=0.3), "its images have one size; expected a larger max_mb, fewer images, or pictures with whole="),
-    (dict(whole=Whole(img_size=32), max_mb=0.3), "its images have one size"),
+    (dict(whole=Whole(), max_mb=0.05), "more than max_mb 0.05, already with only 16 patches per image"),
+    (dict(max_mb=0.3), "size of its images is fixed; give a larger max_mb, fewer images, or photographs with whole="),
+    (dict(whole=Whole(img_size=32), max_mb=0.3), "the size of its images is fixed"),
     (dict(max_mb=0), "max_mb 0 is out of range"), (dict(max_mb="3"), "max_mb '3' is out of range"),
     (dict(max_mb=float("nan")), "max_mb nan is out of range")])
 def test_explore_refuses_a_max_mb_that_cannot_be_kept(options, words, tmp_path):
@@ -320,7 +319,7 @@ def test_explore_overwrites_nothing_but_pages(tmp_path):
     assert path.read_text(encoding="utf-8") == second.html != first.html
     for content in (b"", b"<!doctype html><p>my own page", bytes(range(256))):
         path.write_bytes(content)
-        with pytest.raises(InputError, match="is another file than a page of explore, and it stays as it is"):
+        with pytest.raises(InputError, match="is not a page that explore wrote, so it is not overwritten"):
             explorer.explore(square_vit(), pixels(12, 12), path)
         assert path.read_bytes() == content
     with pytest.raises(InputError, match="which is a folder; give the name of a file in it"):
