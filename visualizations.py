@@ -1,4 +1,4 @@
-"""Look inside a Vision Transformer on your own photograph: where it looks, and why it predicts a class.
+"""Look inside a Vision Transformer on your photograph: where it looks, where its prediction comes from.
 
     python visualizations.py photo.jpg               one figure of everything, and an interactive page
     python visualizations.py selfcheck | explore     the other commands; each has --help

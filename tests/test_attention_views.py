@@ -1,4 +1,4 @@
-"""Views of one model: each panel is labelled and shows the numbers that it says, and nothing is changed."""
+"""Views of one model: labelled panels that show the stated numbers, without side effects."""
 
 from dataclasses import replace
 
@@ -196,7 +196,7 @@ def figures_with_maps(model, images):
 
 
 def even_vit(**options):
-    """A ViT that attends to every token alike, but for rounding."""
+    """Make a ViT that attends to every token equally, up to rounding."""
     model = vit(n_heads=4, embed_dim=24, **options)
     with torch.no_grad():
         for block in model.blocks:

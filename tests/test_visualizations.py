@@ -1,4 +1,4 @@
-"""Figures: every accepted image gives the same picture, every panel is labelled, nothing is changed."""
+"""Figures: every kind of image gives the same picture, every panel is labelled, nothing changes."""
 
 import numpy as np
 import pytest

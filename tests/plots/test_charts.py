@@ -1,4 +1,4 @@
-"""Charts: what is drawn are the numbers given, every panel is labelled, no text is clipped."""
+"""Charts draw the given numbers, label every panel and clip no text."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""The page holds the numbers, says how far off they are, needs nothing but itself, and stays small."""
+"""The page holds the numbers, states its error, is self-contained, and stays small."""
 
 import base64
 import io
@@ -29,7 +29,7 @@ READY = Path(__file__).parents[2] / "benchmarks" / "figures" / "explorer.html"
 
 
 def picture_in(uri):
-    """The picture (H, W, 3), uint8, of a data URI."""
+    """Return the picture (H, W, 3), uint8, of a data URI."""
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("RGB"))
 
 
@@ -71,7 +71,7 @@ def model_scores(model, fed):
 
 
 def keep(maps=None, query=None, key=None, bias=None, bits=8, readers=None):
-    """(what the page computes again of one block, (H, N, N); its part; Kept)."""
+    """Return (attention of one block as the page computes it, (H, N, N); its part; Kept)."""
     maps = (query @ key.mT + (0 if bias is None else bias)).softmax(dim=-1) if maps is None else maps
     kept = explorer.Kept(bits)
     part, kept.errors = explorer._keep_block(Attended(maps, query, key, bias), readers, kept)
@@ -271,7 +271,7 @@ def test_explore_keeps_the_same_bytes_once():
 
 
 def wide_vit(img_size=32):
-    """A page of it takes about 1.5 kB a patch in 8 bits."""
+    """Make a ViT whose page takes about 1.5 kB per patch in 8 bits."""
     model = vit(img_size=img_size, patch_size=2, embed_dim=128)
     model.any_size = True
     return model

@@ -1,4 +1,4 @@
-"""The page in a browser: every control, the keys, three widths, no errors. Without Chromium and Playwright: skipped."""
+"""The page in a browser: every control and key, three widths, no errors. Skipped without Chromium."""
 
 import base64
 import io
@@ -34,7 +34,7 @@ def chromium():
 
 
 def marked(model):
-    """The model with weights so large that its attention is far from even."""
+    """Double the weights of a model, so that its attention is far from even."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2)
@@ -50,7 +50,7 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def visit(chromium):
-    """A function file -> page, ready. Afterwards none may have had an error or asked for anything."""
+    """Return a function file -> opened page, and check that no page had an error or sent a request."""
     pages, errors = [], []
 
     def go(path):
@@ -87,7 +87,7 @@ def headings(page):
 
 
 def canvas_of(page, number):
-    """The pixels (H, W, 3), uint8, of a panel's view."""
+    """Return the pixels (H, W, 3), uint8, of a panel's view."""
     uri = page.evaluate(f"panels[{number}].view.toDataURL()")
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("RGB"))
 

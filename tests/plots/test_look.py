@@ -1,4 +1,4 @@
-"""The look at one photograph: its numbers are those of the analysis, its panels say what is there and fit the page."""
+"""The look at a photograph has the numbers of the analysis; its panels describe them and fit the page."""
 
 import numpy as np
 import pytest

@@ -203,8 +203,8 @@ def share_colours(looks):
 
     Similar colours then mean similar features across the photographs too.
     """
-    flat = torch.cat([one.features.flatten(0, 1) for one in looks])  # (all places, D)
-    colours = feature_colours(flat[None, None])[0, 0]  # (all places, 3)
+    flat = torch.cat([one.features.flatten(0, 1) for one in looks])  # (all positions, D)
+    colours = feature_colours(flat[None, None])[0, 0]  # (all positions, 3)
     parts = colours.split([math.prod(one.grid) for one in looks])
     for one, part in zip(looks, parts, strict=True):
         one.colours, one.together = part.unflatten(0, one.grid).numpy(), len(looks)
