@@ -623,17 +623,16 @@ class MapScale:
 
 WEIGHTS = MapScale(
     lambda grid: (0, clip_at(grid)), lambda low, top, largest: f"to {percent(top)}\nmax {percent(largest)}",
-    "attention weight of a patch. Each panel has its own colours, from 0 to its 99th percentile (“to” below the "
-    "panel); larger weights, up to “max”, all have the top colour. Below each panel is also the weight of the other "
-    "tokens")
+    "Attention weight of a patch. Each panel has its own colours, from 0 to its 99th percentile (“to”, below it); "
+    "larger weights, up to “max”, all have the top colour. Below a panel is also the weight of the other tokens.")
 SHARES_OF_MAP = MapScale(
     WEIGHTS.between, WEIGHTS.say,
-    "share of each patch in its map. Each panel has its own colours, from 0 to its 99th percentile (“to” below the "
-    "panel); larger shares, up to “max”, all have the top colour")
+    "Share of each patch in its map. Each panel has its own colours, from 0 to its 99th percentile (“to”, below it); "
+    "larger shares, up to “max”, all have the top colour.")
 LENGTHS = MapScale(
     clip_between, lambda low, top, largest: f"{in_digits(low)} to {in_digits(top)}\nmax {in_digits(largest)}",
-    "length of a patch token. Each panel has its own colours, from its 1st to its 99th percentile (the numbers below "
-    "the panel), or wider if the lengths are nearly equal; values beyond have the end colours",
+    "Length of a patch token. Each panel has its own colours, from its 1st to its 99th percentile (the numbers below "
+    "it), or wider if the lengths are nearly equal; values beyond have the end colours.",
     ("the lower number", "the higher number"), "both")
 
 

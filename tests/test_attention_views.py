@@ -96,7 +96,7 @@ def test_visualize_all_heads_says_each_panels_scale_and_shares():
         assert drawn.get_clim() == (0, pytest.approx(top))
         assert drawn.axes.get_xlabel().split("\n") == [f"to {percent(top)}", f"max {percent(largest)}",
                                                        f"CLS {row[0]:.0%}", f"reg. {row[1:3].sum():.0%}"]
-    for word in ("in all 3 blocks", "block 1", "block 3", "head 1", "head 2", "attention weight"):
+    for word in ("in all 3 blocks", "block 1", "block 3", "head 1", "head 2", "Attention weight"):
         assert word in texts(figure)
     some = v.AttentionVisualizer(model, device="cpu").visualize_all_heads(image, layers=[-1])
     assert "in 1 of 3 blocks" in texts(some)

@@ -60,8 +60,8 @@ def test_explore_page_holds_numbers_within_its_stated_error(tmp_path):
     assert worst == pytest.approx(page.weight_error, rel=0.05)
     assert relative == pytest.approx(page.quantisation_error, rel=0.05)
     assert 0 < page.quantisation_error < 1 / 510
-    assert f"by {100 * page.weight_error:.2g} percentage points at most" in page.html
-    assert f"and by {100 * page.quantisation_error:.2g}% at most of" in page.html
+    assert f"by at most {100 * page.weight_error:.2g} percentage points" in page.html
+    assert f"by at most {100 * page.quantisation_error:.2g}%, and" in page.html
 
 
 def model_scores(model, fed):

@@ -71,7 +71,7 @@ def test_describe_says_what_was_found_in_numbers():
     assert "3 blocks of 2 heads, patches of 4 × 4 pixels" in said["Model"]
     assert said["Photograph"] == ("24 × 12 pixels (height × width), given to the model at 16 × 8: 4 × 2 = 8 patches; "
                                   "nothing is cut off or stretched")
-    assert "CLS gives 40% of the attention to itself (20% to 60%, depending on the head)" in said["Attention"]
+    assert "CLS gives 40% of its attention to itself (20% to 60%, depending on the head)" in said["Attention"]
     assert "head 1 looks nearest, 3 pixels away on average, and head 2 farthest, 7 pixels" in said["Reach"]
     assert said["Artefacts"].startswith("25.0% of the patches (2)")
     assert said["Artefacts"].endswith(f"{found.norms.max() / np.median(found.norms):.1f} times as long as the median")
@@ -102,7 +102,7 @@ def test_two_readers_give_and_small_shares_are_not_none():
     found = look(timm_vit(VisionTransformerDistilled).eval(), pixels())
     found.heads = np.array([[[0.4, 0.599]], [[0.5, 0.50001]]])
     said = dict(describe(found, "m"))["Attention"]
-    assert "CLS and the distillation token give <1% of the attention to CLS and the distillation token" in said
+    assert "CLS and the distillation token give <1% of their attention to CLS and the distillation token" in said
     assert "(0% to <1%, depending on the head)" in said
     assert [tile.label for tile in panels_of(found)[-1].tiles] == ["head 1 (<1%)", "head 2 (0%)"]
 

@@ -224,8 +224,9 @@ def describe(look, name, cropped=False):
         return lines
     if look.adapter.n_prefix:
         shares, rest = look.elsewhere, _prefix(look)
+        whose = "its" if look.adapter.pool == "cls" else "their"
         lines.append(("Attention", f"in the last block, {_reader(look)} {_verb(look, 'give')} {_share(shares.mean())} "
-                                   f"of the attention to {rest} ({_share(shares.min())} to {_share(shares.max())}, "
+                                   f"of {whose} attention to {rest} ({_share(shares.min())} to {_share(shares.max())}, "
                                    f"depending on the head) and the rest to the patches"))
     near, far = np.argmin(look.distances), np.argmax(look.distances)
     lines.append(("Reach", f"in that block, head {near + 1} looks nearest, {look.distances[near]:.0f} pixels away on "
@@ -320,9 +321,9 @@ def panels_of(look):
     cells = f", cut into {_size(look.grid)} patches" if look.heads is not None else ""
     photograph = Panel("photograph", "The photograph", f"The whole input of the model: {height} × {width} "
                        f"pixels{cells}.", [Tile(look.picture)])
-    places = "patches" if look.heads is not None else "positions"
+    places, where = ("patches", "patches") if look.heads is not None else ("positions", "last stage")
     across = f", across the {look.together} photographs too" if look.together > 1 else ""
-    colours = Panel("colours", f"Features of the {places}, as colours", f"{places.capitalize()} of similar colour have "
+    colours = Panel("colours", f"Features of the {where}, as colours", f"{places.capitalize()} of similar colour have "
                     f"similar features{across}; red, green and blue are the three directions in which the features "
                     f"differ most.", [Tile(look.colours)])
     if look.heads is None:
@@ -345,7 +346,7 @@ def _norms_panel(look):
     places = [tuple(place) for place in np.argwhere(look.artefacts)]
     found = (f"the framed {look.artefacts.mean():.1%} may be artefacts, which hold something other than their patch"
              if places else "no token is much longer than the others, so there are no artefacts")
-    return Panel("norms", "Lengths of the patch tokens", f"Dark is {bottom:.3g}, bright is {top:.3g} or more; "
+    return Panel("norms", "Length of each token", f"Dark is {bottom:.3g}, bright is {top:.3g} or more; "
                  f"{found}.", [Tile(look.norms, bottom=bottom, top=max(top, bottom + 1e-9), framed=places)])
 
 
