@@ -119,8 +119,7 @@ class AttentionVisualizer:
     """Views of a ViT: where it looks, and where its prediction comes from.
 
     By default the views show what the head reads: the CLS token, or with pool="mean" the mean of the patches.
-    attention_maps, rollout, relevance, grad_cam and attention_distance return numbers; the visualize_... methods return
-    a Figure. Arguments are Python indices (layer_idx=0 is the first block); figures count blocks and heads from 1.
+    attention_maps, rollout, relevance, grad_cam and attention_distance return numbers; visualize_... return a Figure.
 
     Parameters
     ----------
@@ -131,13 +130,19 @@ class AttentionVisualizer:
         "auto" uses CUDA if there is a GPU.
     whole : Whole, optional
         By default the model sees the centre of a photograph, as in validation. With `vit_bridge.preprocessing.Whole()`
-        it sees the whole photograph in its own proportions; the model must then accept any size (model.any_size =
-        True).
+        it sees the whole photograph in its own proportions; set `model.any_size = True` first.
 
     Raises
     ------
     InputError
         If the model has no attention, or if the device does not exist.
+
+    Notes
+    -----
+    `image` is a file, a PIL image, an array or a tensor (see data/images.py); `images` is a list of them or a
+    normalised batch (B, C, height, width). `target` is a class by number or name, by default the predicted class.
+    `layer_idx` and `head_idx` are Python indices from 0, and `patch` is (row, column) from 0; figures count blocks and
+    heads from 1. `save_path` ends in .png, .pdf or .svg; None writes no file.
     """
 
     def __init__(self, model, device="auto", whole=None):
@@ -183,10 +188,7 @@ class AttentionVisualizer:
         return explain(self.model, prepare_image(image, self.model, self.whole)[0], method, target, **options)
 
     def selfcheck(self, images=None):
-        """Check the formulas of this package on the model, as in `selfcheck.selfcheck`.
-
-        `images` are normalised; by default they are noise.
-        """
+        """Check the formulas of this package on the model; by default the images are noise."""
         return selfcheck(self.model, None if images is None else prepare_images(images, self.model, self.whole))
 
     # ---- Attention

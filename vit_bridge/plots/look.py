@@ -132,7 +132,7 @@ def look(model, image, whole=None):
     Raises
     ------
     InputError
-        If the image cannot be used, or if the head of the model does not read tokens.
+        If the image cannot be used, or if the head does not read a weighted mean of tokens.
     """
     model = unwrapped(model)
     adapter = adapt(model)
