@@ -419,10 +419,10 @@ def test_look_overwrites_only_its_own_files(tiny):
     look_at("a.jpg", "--output-dir", "out")
     (folder / "other").mkdir()
     (folder / "other" / "look.png").write_text("mine")
-    with pytest.raises(InputError, match=r"other holds files of something else .*choose a new --output-dir"):
+    with pytest.raises(InputError, match=r"other has files that this command did not write .*choose a new"):
         look_at("a.jpg", "--output-dir", "other")
     assert (folder / "other" / "look.png").read_text() == "mine"
-    with pytest.raises(InputError, match="something else"):
+    with pytest.raises(InputError, match="did not write"):
         look_at("a.jpg", "--output-dir", "out", "--label", "another model")
     look_at("a.jpg")
     look_at("a.jpg", "--label", "another model")
@@ -435,7 +435,7 @@ def test_look_crops_and_sizes_only_when_asked(tiny, capsys):
     look_at("a.jpg", "--img-size", 8, 16, "--output-dir", "2")
     look_at("a.jpg", "--max-tokens", 9, "--output-dir", "3")
     assert [call["whole"] for call in calls] == [None, Whole(img_size=(8, 16)), Whole(9)]
-    assert "fed at 8 × 8: 2 × 2 = 4 patches; its middle alone, the edges are cut off" in capsys.readouterr().out
+    assert "model at 8 × 8: 2 × 2 = 4 patches; only the centre, as in validation" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("words", "reason"), [
