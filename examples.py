@@ -233,7 +233,7 @@ def variants():
 
 
 def first_training():
-    """Train a small ViT on the drawn shapes, in less than a minute."""
+    """Train a first small ViT on the drawn shapes."""
     torch.manual_seed(0)
     train_loader, val_loader = get_data_loaders(dataset="shapes", img_size=32, n_images=4_000)
     trainer = Trainer(create_vit_nano(n_classes=10), device="cpu")
