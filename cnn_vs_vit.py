@@ -1,11 +1,11 @@
-"""CNN, ViT and the hybrid between them, measured side by side: each claim an experiment with its control.
+"""CNN, ViT and the hybrid between them, side by side: every experiment has a control.
 
-    python cnn_vs_vit.py                                    the shipped models, under 3 minutes
-    python cnn_vs_vit.py --only position                    one experiment
-    python cnn_vs_vit.py --train                            also the experiments that train: hours, resumable
-    python cnn_vs_vit.py --data-dir photos --minutes 30     which for my images? trains all three on them
+    python cnn_vs_vit.py                                    compare the shipped models, in a few minutes
+    python cnn_vs_vit.py --only position                    run one experiment
+    python cnn_vs_vit.py --train                            add the experiments that train: hours, resumable
+    python cnn_vs_vit.py --data-dir photos --minutes 30     train all three on your images: which suits them?
 
-A run leaves a folder with report.html (one file, to open and to send), results.json and the figures.
+A run writes report.html (one file that you can open or send), results.json and the figures into a folder.
 """
 
 import hashlib
@@ -61,22 +61,33 @@ from vit_bridge.weights.checkpoints import load
 
 __all__ = ["HybridCNNViT", "shipped_setup"]
 SHIPPED_MODELS = {"ConvNet": "convnet_shapes", "Hybrid": "hybrid_shapes", "ViT": "vit_nano_shapes"}
-COMMITTED = ROOT / "benchmarks" / "results"  # trials that the project keeps
-RECIPE_NOTE = (f"All models get the same time and the same recipe, which is not train_vit.py's: {RECIPE.optimizer} at "
-               f"{RATES[1]:g}, batches of {RECIPE.batch_size}.")
-INTRODUCTION = ("ConvNet, hybrid and ViT of nearly equal size, measured side by side. Each experiment has a control: "
-                "the same model with random weights, uniform attention, a formula, or guessing.")
-SHIPPED_NOTE = ("The shipped models were trained on the drawn shapes, for different lengths: ConvNet 250 steps of 64 "
-                "images (test accuracy 95.9%), hybrid 600 (93.0%), ViT 3,200 (97.9%). Some of the differences between "
-                "them may come from that.")
+COMMITTED = ROOT / "benchmarks" / "results"  # trials that come with the project
+RECIPE_NOTE = (f"All models get the same time and the same recipe, which is not that of train_vit.py: "
+               f"{RECIPE.optimizer} with learning rate {RATES[1]:g} and batches of {RECIPE.batch_size} images.")
+INTRODUCTION = ("This report compares a ConvNet, a hybrid and a ViT of nearly the same size. Each experiment has a "
+                "control: the same model with random weights, uniform attention, a formula, or guessing.")
+SHIPPED_NOTE = ("The shipped models learned the drawn shapes with different numbers of training steps. The ConvNet had "
+                "250 steps of 64 images and reaches a test accuracy of 95.9%. The hybrid had 600 steps and reaches "
+                "93.0%. The ViT had 3,200 steps and reaches 97.9%. Some differences between them may come from that.")
 
 
 # ---- Experiments on the shipped models --------------------------------------------------------------------
 
 
 def shipped_setup(n_images=500, **settings):
-    """The shipped models and test images of the drawn shapes, for EXPERIMENTS[name].measure(); settings: those of
-    ComparisonSetup."""
+    """Return the shipped models and test images of the drawn shapes, for EXPERIMENTS[name].measure().
+
+    Parameters
+    ----------
+    n_images : int, optional
+        Number of test images.
+    **settings
+        Further arguments of ComparisonSetup.
+
+    Returns
+    -------
+    ComparisonSetup
+    """
     models = {name: load(key) for name, key in SHIPPED_MODELS.items()}
     one = next(iter(models.values()))
     drawn = make_shapes(n_images, one.config.img_size, start=TEST_START)
@@ -85,14 +96,14 @@ def shipped_setup(n_images=500, **settings):
 
 
 def run_experiments(setup, names, folder):
-    """Measures, prints and draws EXPERIMENTS. Returns ({name: data}, sections of the report)."""
+    """Measure, print and draw these EXPERIMENTS; return ({name: data}, sections of the report)."""
     results, sections = {}, []
     for name in names:
         experiment, started = EXPERIMENTS[name], time.perf_counter()
         data = experiment.measure(setup)
         figures, finding = experiment.draw(data, setup), experiment.finding(data)
         seconds = round(time.perf_counter() - started, 1)
-        note = f"Measured now, in {seconds:.1f} s."
+        note = f"Measured in this run, in {seconds:.1f} s."
         results[name] = dict(data=data, finding=finding, seconds=seconds)
         sections.append(Section(experiment.title, experiment.question, finding, figures, experiment.tables(data), note))
         _publish(sections[-1], folder)
@@ -100,7 +111,7 @@ def run_experiments(setup, names, folder):
 
 
 def _publish(section, folder):
-    """Prints what a section found, and saves its figures into the folder."""
+    """Print a section's finding and save its figures into the folder."""
     print(f"\n{section.title}\n{section.finding}" + (f"\n({section.note})" if section.note else ""), flush=True)
     for name, figure in section.figures.items():
         save_figure(figure, folder / f"{name}.png")
@@ -111,8 +122,19 @@ def _publish(section, folder):
 
 @dataclass
 class TrialPlan:
-    """What --train measures: the trials in order, the folder of their files, the recipe, and by experiment the settings
-    that its trials share and further arguments of its measure()."""
+    """The trials that --train measures.
+
+    Attributes
+    ----------
+    trials : list of Trial
+        In the order in which they are measured.
+    folder : Path
+        Where their files go.
+    recipe : TrialRecipe
+        How every model is trained.
+    settings, arguments : dict
+        By experiment: the settings that its trials share, and further arguments of its measure().
+    """
     trials: list
     folder: Path
     recipe: TrialRecipe
@@ -121,13 +143,20 @@ class TrialPlan:
 
 
 def plan_trials(names, folder, options, recipe=RECIPE):
-    """The TrialPlan of these experiments, with everything checked before anything is measured.
+    """Plan the trials of these experiments, and check everything before anything is measured.
 
-    Raises InputError without test images, for images of a size that a model cannot take, and for a file in the folder
-    that was measured on other images or with another recipe.
+    Returns
+    -------
+    TrialPlan
+
+    Raises
+    ------
+    InputError
+        Without test images, for an image size that a model does not accept, and for a file in the folder that was
+        measured on other images or with another recipe.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()  # OSError where nothing can be written
+    tempfile.TemporaryFile(dir=folder).close()  # OSError if the folder is not writable
     precision = choose_precision(options.amp, choose_device(options.device))
     few, seeds = (dict(n_images=40, n_test=8), SEEDS[:1]) if options.dry_run else ({}, SEEDS)
     plan = TrialPlan([], folder, recipe, {}, {})
@@ -138,7 +167,7 @@ def plan_trials(names, folder, options, recipe=RECIPE):
             images, numbers, dataset = _describe_loaders(loaders, options)
             plan.arguments[name] = dict(loaders=loaders)
         settings = dict(recipe=asdict(recipe), precision=str(precision or torch.float32), images=images)
-        plan.settings[name] = json.loads(json.dumps(settings))  # as it is read back from a file
+        plan.settings[name] = json.loads(json.dumps(settings))  # as it comes back from a file
         _check_settings(plan.settings[name], name, dataset, folder)
         plan.trials.extend(Trial(name, kind, number, n_images, dataset)
                            for n_images in numbers for number in seeds for kind in CNN_TO_VIT_MODELS)
@@ -146,11 +175,11 @@ def plan_trials(names, folder, options, recipe=RECIPE):
 
 
 def _describe_loaders(loaders, options):
-    """(what identifies the images, the numbers of training images, the data set's name) for the data experiment."""
+    """Return what identifies the images, the numbers of training images, and the data set's name."""
     train_loader, _, test_loader = loaders
     if test_loader is None:
-        raise InputError(f"{options.data_dir} has no test images, and the validation images choose the learning "
-                         f"rates; put some into test/<class>/")
+        raise InputError(f"{options.data_dir} has no test images, and the validation images already choose the "
+                         f"learning rates; put test images into test/<class>/")
     class_names = list(train_loader.class_names)
     for kind in CNN_TO_VIT_MODELS:
         build_kind(kind, len(class_names), train_loader.img_size)
@@ -162,7 +191,7 @@ def _describe_loaders(loaders, options):
 
 
 def _checksum(loaders):
-    """A checksum of the images and labels in MemoryLoaders."""
+    """Return a checksum of the images and labels in MemoryLoaders."""
     total = hashlib.sha256()
     for loader in loaders:
         total.update(loader.images.cpu().numpy().tobytes())
@@ -171,27 +200,27 @@ def _checksum(loaders):
 
 
 def _check_settings(settings, name, dataset, folder):
-    """Raises InputError for a trial of the same experiment and data set in the folder with other settings."""
+    """Raise InputError if the folder holds a trial of the same experiment and data set with other settings."""
     for path in folder.glob(f"{name}-*.json"):
         trial = read_trial(path)
         if trial["result"].get("dataset", "") == dataset and trial.get("setting") != settings:
-            raise InputError(f"{path} was measured on other images, in another precision or by another recipe; remove "
-                             f"it, or give another folder with --results-dir")
+            raise InputError(f"{path} was measured on other images, in another precision or with another recipe; "
+                             f"remove it, or choose another folder with --results-dir")
 
 
 def run_trials(plan, options):
-    """Measures every trial of a plan that has no file yet. Returns {experiment: [file contents]}.
+    """Measure every trial of a plan that has no file yet; return {experiment: [file contents]}.
 
-    The first seed with the most images chooses each kind's learning rate; the kind's other trials take it over.
+    For each kind, the trial with the first seed and the most images chooses the learning rate for all others.
     """
     there, n = 0, len(plan.trials)
-    print(f"{n} trials of one to three trainings each, kept in {plan.folder} as they end. A later run goes on there; "
-          f"an interrupted trial starts again.", flush=True)
+    print(f"{n} trials of one to three trainings each. Each is saved in {plan.folder} when it ends, and a later run "
+          f"continues from there; an interrupted trial starts again.", flush=True)
     again = "the same command with another --output-dir" if options.output_dir else "the same command"
     bar = tqdm(plan.trials, unit="trial", disable=None)
     with Interrupts() as interrupts:
         for trial in bar:
-            interrupts.advice = f"{there} of {n} trials are in {plan.folder}; {again} goes on with the next"
+            interrupts.advice = f"{there} of {n} trials are in {plan.folder}; {again} continues with the next one"
             path = trial.path(plan.folder)
             bar.set_description(path.stem)
             if not path.exists():
@@ -200,13 +229,13 @@ def run_trials(plan, options):
                 except NotFinite as error:
                     tqdm.write(f"{path.stem} is left out: {error}")
                     continue
-                tqdm.write(f"{path.stem}: kept, {there + 1} of {n}")
+                tqdm.write(f"{path.stem}: saved, {there + 1} of {n}")
             there += 1
     return read_trials(plan.settings, [plan.folder])
 
 
 def _measure_trial(trial, plan, options):
-    """The contents of a trial's file. Its keys are those of all results of the project."""
+    """Measure a trial and return the contents of its file, with the keys of all results of the project."""
     most = max((other.n_images for other in plan.trials if other.n_images), default=None)
     first = replace(trial, seed=SEEDS[0], n_images=trial.n_images and most).path(plan.folder)
     arguments = dict(plan.arguments[trial.experiment], recipe=plan.recipe, device=options.device, amp=options.amp,
@@ -223,7 +252,7 @@ def _measure_trial(trial, plan, options):
 
 
 def _command_of(name, options):
-    """The command that measures the trials of this experiment again."""
+    """Return the command that measures the trials of this experiment again."""
     words, defaults = ["python", "cnn_vs_vit.py", "--train", "--only", name], vars(make_parser().parse_args([]))
     of_images = ("data_dir", "img_size", "train_fractions", "seed", "skip_corrupt") if name == "data" else ()
     for key in (*of_images, "device", "amp", "dry_run"):
@@ -235,13 +264,27 @@ def _command_of(name, options):
 
 
 def show_trials(names, folder, trials):
-    """Prints and draws TRAINING_EXPERIMENTS from trials that were measured, {name: [file contents]}. Returns
-    ({name: data}, sections), a section for each data set."""
+    """Print and draw TRAINING_EXPERIMENTS from measured trials, with one section per data set.
+
+    Parameters
+    ----------
+    names : list of str
+        Keys of TRAINING_EXPERIMENTS.
+    folder : Path
+        Where the figures go.
+    trials : dict
+        {name: [file contents]}.
+
+    Returns
+    -------
+    tuple
+        {name: data}, and the sections of the report.
+    """
     results, sections = {}, []
     for name in names:
         experiment = TRAINING_EXPERIMENTS[name]
         if not trials.get(name):
-            finding = f"Not measured yet; python cnn_vs_vit.py --train --only {name} does."
+            finding = f"Not measured yet; run python cnn_vs_vit.py --train --only {name}."
             sections.append(Section(experiment.title, experiment.question, finding))
             _publish(sections[-1], folder)
         for dataset, own in by_dataset(trials.get(name, [])).items():
@@ -249,7 +292,7 @@ def show_trials(names, folder, trials):
             ending = re.sub(r"[^\w-]+", "-", f"_{dataset}" if dataset else "").rstrip("-")  # of file names
             figures = {f"{key}{ending}": figure for key, figure in experiment.draw(data).items()}
             dates = sorted({trial["date"] for trial in own})
-            note = (f"{len(own)} trials, measured {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}, by: "
+            note = (f"{len(own)} trials, measured {' to '.join(dict.fromkeys([dates[0], dates[-1]]))} with: "
                     f"{own[0]['command']}")
             title = f"{experiment.title} ({dataset})" if dataset else experiment.title
             sections.append(Section(title, experiment.question, experiment.finding(data), figures,
@@ -263,19 +306,21 @@ def show_trials(names, folder, trials):
 
 
 def compare_on_folder(options, folder):
-    """Trains all three on the images of --data-dir and says which, if any, is better there. Returns ({"verdict": data},
-    sections)."""
+    """Train all three on the images of --data-dir and say which, if any, is better there.
+
+    Returns ({"verdict": data}, sections).
+    """
     loaders = _loaders_of(options)
     train_loader, val_loader, test_loader = loaders
-    images, asked = ("validation", val_loader) if test_loader is None else ("test", test_loader)
+    images, tested = ("validation", val_loader) if test_loader is None else ("test", test_loader)
     print(f"{train_loader.n_images:,} training images of {train_loader.img_size} pixels, "
-          f"{len(train_loader.class_names)} classes; {options.minutes:g} min in all for three models, {len(SEEDS)} "
-          f"seeds each; compared on {asked.n_images:,} {images} images. {RECIPE_NOTE}")
-    expected = (f"Expected before any training, with an assumed spread between seeds and an accuracy of 75%: "
-                f"{describe_power(assumed_noise(asked.n_images, len(SEEDS)))}.")
+          f"{len(train_loader.class_names)} classes. Three models with {len(SEEDS)} seeds each share "
+          f"{options.minutes:g} min and are compared on {tested.n_images:,} {images} images. {RECIPE_NOTE}")
+    expected = (f"Expected before any training (the spread between seeds and an accuracy of 75% are assumed): "
+                f"{describe_power(assumed_noise(tested.n_images, len(SEEDS)))}")
     print(expected)
     with Interrupts() as interrupts:
-        interrupts.advice = "an answer needs all trainings, and nothing of them is kept; give fewer --minutes"
+        interrupts.advice = "a comparison needs all trainings, and none of them is saved; give fewer --minutes"
         minutes = 0.01 if options.dry_run else options.minutes
         rows = compare_on_dataset(loaders, minutes, device=options.device, amp=options.amp)
     device = choose_device(options.device)
@@ -283,13 +328,13 @@ def compare_on_folder(options, folder):
                                     batch_size=32, seconds=0.5, device=device) for kind in rows}
     parts = _split_for_linear(train_loader) if test_loader is None else (
         train_loader.without_augmentation(LINEAR_IMAGES), val_loader)
-    guessing = _share_of_largest_class(train_loader, asked)
-    controls = {"a linear classifier on the pixels": linear_classifier(*parts, asked)["test_acc"],
+    guessing = _share_of_largest_class(train_loader, tested)
+    controls = {"a linear classifier on the pixels": linear_classifier(*parts, tested)["test_acc"],
                 "predicting the largest class every time": guessing}
     skipped = _skipped_files(loaders)
     finding = " ".join([summarise(rows, costs, guessing), *caveats(rows, controls, train_loader.n_images),
                         *([f"Left out: {len(skipped)} image files that cannot be read."] if skipped else [])])
-    split = split_kinds(rows, guessing)  # a mean of seeds that learn or do not says nothing
+    split = split_kinds(rows, guessing)  # a mean over seeds that learned and seeds that did not describes neither
     means, names, bars = {}, {}, {}
     for name, own in rows.items():
         learned = split.get(name, [True] * len(own))
@@ -298,37 +343,40 @@ def compare_on_folder(options, folder):
         names[name] = f"{name}: {means[name]}" if name in split else name
         bars[names[name]] = mean_min_max(counted)
     figure = plot_bars({f"accuracy on the {images} images\n(lines: lowest and highest seed)": bars | controls,
-                        f"milliseconds an image\n({device.type}, batches of 32)": {
+                        f"milliseconds per image\n({device.type}, batches of 32)": {
                             names[name]: cost for name, cost in costs.items()}})
-    table = [["model", "mean", *(f"seed {row['seed']}" for row in next(iter(rows.values()))), "steps", "ms an image"],
+    table = [["model", "mean", *(f"seed {row['seed']}" for row in next(iter(rows.values()))), "steps", "ms per image"],
              *([name, means[name], *(f"{row['accuracy']:.1%}" for row in own), own[0]["n_steps"],
                 f"{costs[name]:.2f}"] for name, own in rows.items()),
              *([name, f"{share:.1%}", *[""] * (len(SEEDS) + 2)] for name, share in controls.items())]
-    note = (f"{RECIPE_NOTE} A lead counts if it is larger than what seeds and images vary by: Student's t over both, "
-            f"5% for the three comparisons together. {expected}")
-    section = Section("Which for these images?", "Which of the three is better here, and how sure is that?", finding,
-                      {"verdict": figure}, [(f"Accuracy on {asked.n_images:,} {images} images", table)], note)
+    note = (f"{RECIPE_NOTE} A lead counts if it is larger than what seeds and images can explain, by Student's t at 5% "
+            f"for the three comparisons together. {expected}")
+    section = Section("Which model for these images?", "Which of the three is better here, and how certain is that?",
+                      finding, {"verdict": figure}, [(f"Accuracy on {tested.n_images:,} {images} images", table)], note)
     _publish(section, folder)
     return {"verdict": dict(rows=rows, costs=costs, controls=controls, finding=finding, skipped=skipped)}, [section]
 
 
 def _split_for_linear(train_loader):
-    """(four of five, every fifth) of the training images, not augmented: to fit a linear classifier and to choose its
-    strength, if the comparison itself needs the validation images."""
+    """Split the training images, not augmented, into four fifths and one fifth.
+
+    The first part fits a linear classifier, the second chooses its regularisation; the validation images stay free for
+    the comparison.
+    """
     plain = train_loader.without_augmentation(LINEAR_IMAGES)
     fifth = torch.arange(plain.n_images, device=plain.labels.device) % 5 == 0  # (n)
     return [MemoryLoader(plain.images[part], plain.labels[part], plain.info, plain.batch_size)
             for part in (~fifth, fifth)]
 
 
-def _share_of_largest_class(train_loader, asked):
-    """The fraction of the images tested that belong to the class with the most training images."""
+def _share_of_largest_class(train_loader, tested):
+    """Return the fraction of the test images that belong to the class with the most training images."""
     counts = train_loader.class_counts
-    return asked.class_counts[counts.index(max(counts))] / asked.n_images
+    return tested.class_counts[counts.index(max(counts))] / tested.n_images
 
 
 def _loaders_of(options):
-    """(training, validation, test) images of --data-dir, or the built-in shapes. Photographs are made small."""
+    """Return training, validation and test images of --data-dir, or the built-in shapes; photographs are shrunk."""
     data = dict(data_dir=options.data_dir or "./no-such-folder", img_size=options.img_size, seed=options.seed,
                 dataset="auto" if options.data_dir else "shapes", batch_size=RECIPE.batch_size,
                 skip_corrupt=options.skip_corrupt)
@@ -337,12 +385,12 @@ def _loaders_of(options):
     loaders = get_data_loaders(**data)
     if loaders[0].img_size > SMALL_SIDE:
         data["img_size"] = SMALL_SIDE
-        print(f"Photographs are compared at {SMALL_SIDE} x {SMALL_SIDE} pixels (--img-size; train_vit.py trains on "
-              f"larger ones).")
+        print(f"Photographs are compared at {SMALL_SIDE} x {SMALL_SIDE} pixels (set --img-size to shrink them further; "
+              f"train_vit.py trains on larger ones).")
         loaders = get_data_loaders(**data)
     if not isinstance(loaders[0], MemoryLoader):
-        raise InputError(f"{loaders[0].n_images:,} images of {loaders[0].img_size} pixels are too many to be kept in "
-                         f"memory; give fewer, or a smaller --img-size")
+        raise InputError(f"{loaders[0].n_images:,} images of {loaders[0].img_size} pixels do not fit in memory; give "
+                         f"fewer images or a smaller --img-size")
     if loaders[0].dataset_name == "folder":
         print(audit_folder(options.data_dir, seed=options.seed))
     loaders = (*loaders, get_test_loader(**data))
@@ -351,7 +399,7 @@ def _loaders_of(options):
 
 
 def _skipped_files(loaders):
-    """The image files that were left out, each once."""
+    """Return the image files that were left out, each once."""
     return sorted({str(file) for loader in loaders if loader is not None for file in loader.skipped})
 
 
@@ -359,10 +407,11 @@ def _skipped_files(loaders):
 
 
 def compare(options, folder):
-    """Does what the options ask for, and writes it into the folder."""
+    """Run what the options ask for, and write the results into the folder."""
     started = time.perf_counter()
     if options.minutes:
-        introduction = "ConvNet, hybrid and ViT of nearly equal size, trained on the same images for the same time."
+        introduction = ("A ConvNet, a hybrid and a ViT of nearly the same size were trained on the same images for the "
+                        "same time.")
         results, sections = compare_on_folder(options, folder)
     else:
         introduction, results, sections = compare_models(options, folder)
@@ -375,13 +424,13 @@ def compare(options, folder):
 
 
 def compare_models(options, folder):
-    """The experiments: (introduction, {name: data}, sections). The options are checked first."""
+    """Check the options, then run the experiments; return (introduction, {name: data}, sections)."""
     wanted = options.only or (["data"] if options.data_dir else [*EXPERIMENTS, *TRAINING_EXPERIMENTS])
     looking = [name for name in EXPERIMENTS if name in wanted]
     training = [name for name in TRAINING_EXPERIMENTS if name in wanted]
     results_dir = folder / "trials" if options.dry_run else Path(options.results_dir)
     if results_dir.exists() and not results_dir.is_dir():
-        raise InputError(f"--results-dir {results_dir} is a file; expected a folder, where --train keeps its trials")
+        raise InputError(f"--results-dir {results_dir} is a file; give the folder where --train keeps its trials")
     if options.train:
         recipe = replace(RECIPE, n_steps=1, batch_size=8) if options.dry_run else RECIPE
         plan = plan_trials(training, results_dir, options, recipe)
@@ -396,34 +445,35 @@ def compare_models(options, folder):
         trials = run_trials(plan, options)
     more_results, more_sections = show_trials(training, folder, trials)
     if not options.train:
-        print("\nThese are the shipped models and committed results; they say nothing about other images. Try yours "
-              "with --data-dir DIR --minutes M.")
+        print("\nThese are the shipped models and saved results; they say nothing about other images. To compare on "
+              "your own, use --data-dir DIR --minutes M.")
     return introduction, results | more_results, sections + more_sections
 
 
 def make_parser():
     parser = OneLineParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", nargs="+", metavar="NAME",
-                        help=f"of {', '.join([*EXPERIMENTS, *TRAINING_EXPERIMENTS])}")
+                        help=f"run only these experiments: {', '.join([*EXPERIMENTS, *TRAINING_EXPERIMENTS])}")
     parser.add_argument("--train", "--full", action="store_true", dest="train",
-                        help="also the experiments that train: hours, and resumable")
+                        help="also run the experiments that train; takes hours and resumes")
     parser.add_argument("--results-dir", "--cells", default="runs/cnn_vs_vit-cells", dest="results_dir",
-                        help="where --train keeps its trials (default: %(default)s)")
-    parser.add_argument("--data-dir", help="a folder with a folder for each class, or a known set, as in train_vit.py")
+                        help="folder where --train keeps its trials (default: %(default)s)")
+    parser.add_argument("--data-dir", help="your images: a folder with one folder per class, or a known data set (see "
+                                           "train_vit.py)")
     parser.add_argument("--img-size", type=Bounded(int, 8, SMALL_SIDE, f"a whole number from 8 to {SMALL_SIDE}"),
-                        help=f"side in pixels, at most {SMALL_SIDE} (default: small images keep theirs, photographs "
-                             f"get {SMALL_SIDE})")
+                        help=f"image side in pixels, at most {SMALL_SIDE} (default: small images keep theirs, "
+                             f"photographs get {SMALL_SIDE})")
     parser.add_argument("--minutes", type=positive(), help="with --data-dir: train all three on these images within "
-                                                           "this time, and say which is better there")
+                                                           "this time, and say which is better")
     parser.add_argument("--train-fractions", "--shares", nargs="+", type=Bounded(float, 1e-6, 1, "above 0 to 1"),
                         default=list(TRAIN_FRACTIONS), dest="train_fractions",
-                        help="of the training images, for data efficiency")
-    parser.add_argument("--seed", type=seed(), default=0, help="of the validation split")
+                        help="for the experiment data: fractions of the training images")
+    parser.add_argument("--seed", type=seed(), default=0, help="seed of the validation split (default: %(default)s)")
     parser.add_argument("--skip-corrupt", action="store_true", help="leave out image files that cannot be read")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"))
-    parser.add_argument("--output-dir", help="a new folder (default: runs/cnn_vs_vit-<data>-<n>)")
-    parser.add_argument("--dry-run", action="store_true", help="a little of everything; nothing is kept without "
+    parser.add_argument("--output-dir", help="a new folder for the results (default: runs/cnn_vs_vit-<data>-<n>)")
+    parser.add_argument("--dry-run", action="store_true", help="run a little of everything; keeps nothing without "
                                                                "--output-dir")
     return parser
 
@@ -433,17 +483,17 @@ def main(argv=None):
     for name in options.only or ():
         check_choice("--only", name, (*EXPERIMENTS, *TRAINING_EXPERIMENTS))
     if options.minutes and (options.train or options.only):
-        raise InputError("--minutes compares the three on the images of --data-dir; leave out --train and --only")
+        raise InputError("--minutes compares all three models on your images; leave out --train and --only")
     if options.minutes and not options.data_dir:
-        raise InputError("--minutes is for your own images; give --data-dir DIR too")
+        raise InputError("--minutes needs images of your own; give --data-dir DIR too")
     if options.data_dir and not (options.minutes or options.train):
-        raise InputError(f"--data-dir {options.data_dir} needs a question; give --minutes M (which of the three suits "
-                         f"these images), or --train (data efficiency on them)")
+        raise InputError(f"--data-dir {options.data_dir} does not say what to compare; add --minutes M (which of the "
+                         f"three suits these images) or --train (data efficiency)")
     if options.data_dir and options.only and options.only != ["data"]:
-        raise InputError(f"--data-dir is for data efficiency, not for --only {' '.join(options.only)}; leave out "
-                         f"--data-dir, or give --only data")
+        raise InputError(f"--data-dir works with --only data, not with --only {' '.join(options.only)}; leave out one "
+                         f"of the two")
     if options.data_dir and not Path(options.data_dir).exists():
-        raise InputError(f"--data-dir {options.data_dir} does not exist; give a folder with a folder for each class")
+        raise InputError(f"--data-dir {options.data_dir} does not exist; give a folder with one folder per class")
     choose_device(options.device)
     if options.dry_run and not options.output_dir:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,17 +1,19 @@
 """Eleven short demos, from a photograph cut into patches to a look inside a trained model.
 
-    python examples.py                  all of them, in about a minute; --list names them, --only heads runs one
-    python examples.py quiz             guess first, then see it measured
-    python examples.py exercise NAME    write it yourself: a file to fill in, then checked
+    python examples.py                  run all demos; --list names them, --only heads runs one
+    python examples.py quiz             guess first, then see the result measured
+    python examples.py exercise NAME    write a part yourself: fill in a file, then have it checked
 
-Each prints what to look at and the numbers that it measured, and saves a picture in --output-dir.
+Each demo prints what it measured and what to look at, and saves a figure in --output-dir.
 
 Shapes:  B images, C channels, S side of an image in pixels, P patch side, N tokens, D width, H heads,
          K = D / H width of a head, L blocks.
 """
 
+import difflib
 import math
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -32,7 +34,7 @@ from vit_bridge.data.loaders import MemoryLoader, get_data_loaders
 from vit_bridge.data.shapes import SHAPES, make_shapes
 from vit_bridge.errors import InputError
 from vit_bridge.inference import predict
-from vit_bridge.lessons.exercises import EXERCISES, check_file, default_path, write_stub
+from vit_bridge.lessons.exercises import EXERCISES, check_file, default_path, solution, write_stub
 from vit_bridge.lessons.quiz import ask
 from vit_bridge.models.hybrid import HybridCNNViT
 from vit_bridge.plots.charts import plot_bars, plot_matrices, plot_training_curves, save_figure
@@ -50,17 +52,17 @@ from vit_model import (
 
 
 def photograph():
-    """The portrait of the astronaut Eileen Collins, as a PIL image."""
+    """Open the portrait of the astronaut Eileen Collins as a PIL image."""
     return open_image(sample_photographs()[0])
 
 
 def photograph_tensor(img_size=224):
-    """The portrait as a normalised batch, (1, 3, img_size, img_size)."""
+    """Return the portrait as a normalised batch, (1, 3, img_size, img_size)."""
     return eval_transform(Preprocessing(img_size, (0.5,) * 3, (0.5,) * 3))(photograph()).unsqueeze(0)
 
 
 def shape_images(n_images, start=50_000):
-    """Images of the built-in set that no training has seen, normalised, (B, 3, 32, 32); and what make_shapes gave."""
+    """Return normalised images of drawn shapes that no model here was trained on, (B, 3, 32, 32), and their source."""
     drawn = make_shapes(n_images, 32, start=start)
     return (drawn.images.float() / 255 - 0.5) / 0.25, drawn
 
@@ -69,32 +71,33 @@ def shape_images(n_images, start=50_000):
 
 
 def patches():
-    """An image becomes a sequence: cutting into patches and projecting them is one strided convolution."""
+    """Turn an image into a sequence: cutting it into patches and projecting them is one strided convolution."""
     image, embed = photograph_tensor(), PatchEmbedding(img_size=224, patch_size=16, embed_dim=192)
     tokens = embed(image)  # (1, 196, 192)
-    cut = F.unfold(image, kernel_size=16, stride=16).transpose(1, 2)  # (1, 196, 768), the patches one by one
+    cut = F.unfold(image, kernel_size=16, stride=16).transpose(1, 2)  # (1, 196, 768), one row per patch
     by_hand = cut @ embed.proj.weight.flatten(1).T + embed.proj.bias  # (1, 196, 192)
-    print(f"224 x 224 x 3 = {image.numel():,} numbers became {tokens.shape[1]} tokens of {tokens.shape[2]}.")
-    print(f"Cut, flattened and multiplied by a matrix instead: largest difference {_largest(tokens - by_hand):.1e}.")
-    print("Look at: the order of the patches, row by row. The model knows nothing else about where they were.")
+    print(f"The {image.numel():,} numbers of a 224 x 224 image became {tokens.shape[1]} tokens of width "
+          f"{tokens.shape[2]}.")
+    print(f"Cut, flattened and multiplied by a matrix by hand, they differ by at most {_largest(tokens - by_hand):.1e}.")
+    print("Look at: the order of the patches, row by row. So far, it is all that tells where a patch was.")
     return visualize_patch_embedding(photograph(), 16)
 
 
 def attention():
-    """Attention by hand: queries against keys, a softmax, a weighted mean of values."""
+    """Compute attention by hand: compare queries with keys, apply a softmax, average the values."""
     x, layer = torch.randn(1, 7, 8), MultiHeadAttention(embed_dim=8, n_heads=1)
     q, k, v = layer.qkv(x).chunk(3, dim=-1)  # 3 x (1, 7, 8)
     weights = (q @ k.transpose(1, 2) / math.sqrt(8)).softmax(dim=-1)  # (1, 7, 7)
     by_hand = layer.proj(weights @ v)  # (1, 7, 8)
-    print(f"By hand against the module: largest difference {_largest(by_hand - layer(x)):.1e}.")
-    print(f"Rows sum to one: within {_largest(weights.sum(-1) - 1):.1e}.")
-    print("Look at: each row is how one token (a query) distributes its attention over all seven (the keys).")
-    return plot_matrices([weights[0].detach()], ["attention of 7 random tokens"], "share of attention",
+    print(f"By hand and in the module: the largest difference is {_largest(by_hand - layer(x)):.1e}.")
+    print(f"Each row sums to one, to within {_largest(weights.sum(-1) - 1):.1e}.")
+    print("Look at: each row shows how one token (a query) distributes its attention over all seven (the keys).")
+    return plot_matrices([weights[0].detach()], ["attention of 7 random tokens"], "attention weight",
                          xlabel="key", ylabel="query")
 
 
 def heads():
-    """Heads: the width is split, each part attends by itself, and the results are concatenated."""
+    """Split attention into heads: each head attends on its part of the width, then the results are concatenated."""
     x, layer = torch.randn(1, 7, 12), MultiHeadAttention(embed_dim=12, n_heads=3)
     q, k, v = layer.qkv(x).chunk(3, dim=-1)  # 3 x (1, 7, 12)
     maps, outputs = [], []
@@ -105,18 +108,19 @@ def heads():
         outputs.append(maps[-1] @ v[..., part])  # (1, 7, 4)
     by_hand = layer.proj(torch.cat(outputs, dim=-1))  # (1, 7, 12)
     one_head = MultiHeadAttention(embed_dim=12, n_heads=1)
-    print(f"By hand against the module: largest difference {_largest(by_hand - layer(x)):.1e}.")
-    print(f"Parameters with three heads and with one: {count_parameters(layer)} and {count_parameters(one_head)}.")
-    print("Look at: three different maps for the parameters of one.")
-    return plot_matrices([m[0].detach() for m in maps], [f"head {h}" for h in range(3)], "share of attention",
+    print(f"By hand and in the module: the largest difference is {_largest(by_hand - layer(x)):.1e}.")
+    print(f"Attention has {count_parameters(layer)} parameters with three heads and {count_parameters(one_head)} with "
+          f"one.")
+    print("Look at: there are three different maps, for the same number of parameters as one.")
+    return plot_matrices([m[0].detach() for m in maps], [f"head {h}" for h in range(3)], "attention weight",
                          xlabel="key", ylabel="query")
 
 
 def positions():
-    """What positions are for: shuffle the patches, with and without them."""
+    """Shuffle the patches, with and without positions, to see what positions are for."""
     images, drawn = shape_images(256)
     order = torch.randperm(64)
-    cut = F.unfold(images, kernel_size=4, stride=4)  # (256, 48, 64), the last axis counts patches
+    cut = F.unfold(images, kernel_size=4, stride=4)  # (256, 48, 64), one column per patch
     shuffled = F.fold(cut[:, :, order], (32, 32), kernel_size=4, stride=4)  # (256, 3, 32, 32)
     changes = {}
     for position in ("none", "sincos", "learned"):
@@ -128,18 +132,19 @@ def positions():
     with torch.no_grad():
         right, still_right = ((trained(batch).argmax(1) == drawn.labels).float().mean().item()
                               for batch in (images, shuffled))
-    print("Change of the logits when the patches are shuffled, relative to their size, random weights:",
+    print("Relative change of the logits when the patches are shuffled, with random weights and these positions:",
           ", ".join(f"{name} {change:.1e}" for name, change in changes.items()))
-    print(f"Accuracy of a trained ViT with positions on 256 shapes: {right:.1%}, shuffled {still_right:.1%}.")
-    print("Look at: without positions a ViT sees a bag of patches; the shuffled picture is the same picture to it.")
-    print("How far its accuracy falls says how much the trained one used the places of the patches.")
+    print(f"A trained ViT with positions has an accuracy of {right:.1%} on 256 shapes, and of {still_right:.1%} when "
+          f"they are shuffled.")
+    print("Look at: without positions, a ViT sees a bag of patches, and the shuffled image is the same image to it.")
+    print("With positions, compare the two accuracies: they show how much these predictions depend on the order.")
     return plot_images([_to_picture(images[0]), _to_picture(shuffled[0])],
-                       ["as drawn", f"shuffled: without positions\nthe logits move by {changes['none']:.0e}"],
+                       ["as drawn", f"shuffled: without positions,\nthe logits change by {changes['none']:.0e}"],
                        title=f"Accuracy of the trained ViT: {right:.0%} and {still_right:.0%}", columns=2)
 
 
 def cls_token():
-    """The CLS token: the head reads it alone, so after the last block nothing else matters."""
+    """Show that the head reads only the CLS token: after the last block, nothing else matters."""
     images, _ = shape_images(4)
     model = load("vit_nano_shapes")
     tokens = model.forward_features(images).detach().requires_grad_()  # (4, 65, 96)
@@ -147,10 +152,10 @@ def cls_token():
     on_cls, on_patches = tokens.grad[:, 0], tokens.grad[:, 1:]  # (4, 96), (4, 64, 96)
     maps = attention_maps(model, images)  # (L, 4, H, 65, 65)
     to_itself = maps[:, :, :, 0, 0].mean(dim=(1, 2)).tolist()
-    print(f"Gradient of the logits after the last block: CLS {_largest(on_cls):.3f}, patches "
-          f"{_largest(on_patches):.1f}.")
+    print(f"After the last block, the largest gradient of the logits is {_largest(on_cls):.3f} on CLS and "
+          f"{_largest(on_patches):.1f} on the patches.")
     print("Attention of CLS to itself, block by block:", ", ".join(f"{share:.0%}" for share in to_itself))
-    print("Look at: CLS gathers from the patches in every block; what it has not gathered by the last block is lost.")
+    print("Look at: CLS can gather from the patches in every block. What it has not gathered by the end is lost.")
     return visualize_attention_grid(model, images)
 
 
@@ -158,7 +163,7 @@ def cls_token():
 
 
 def vit_by_hand(images, w, patch_size, depth, n_heads):
-    """A Vision Transformer in tensor operations. images (B, 3, height, width), w a state dict -> logits."""
+    """Compute the logits of a ViT in plain tensor operations, from images (B, C, height, width) and a state dict."""
 
     def norm(x, name):
         x = x - x.mean(dim=-1, keepdim=True)
@@ -195,22 +200,22 @@ def vit_by_hand(images, w, patch_size, depth, n_heads):
 
 @torch.no_grad()
 def whole_vit():
-    """A whole ViT, written out in tensor operations, gives the same logits as the model."""
+    """Write out a whole ViT in tensor operations; it gives the same logits as the model."""
     images, drawn = shape_images(256)
     model = load("vit_nano_shapes")
     theirs = vit_by_hand(images, model.state_dict(), patch_size=4, depth=4, n_heads=3)  # (256, 10)
     ours = model(images)  # (256, 10)
     correct = int((theirs.argmax(1) == drawn.labels).sum())
-    print(f"Largest difference of the logits, which reach {_largest(ours):.1f}: {_largest(theirs - ours):.1e}.")
-    print(f"By hand, its accuracy on 256 unseen images is {percent(correct, 256)}.")
-    print("Look at: vit_by_hand above this function. That is all there is to a ViT.")
+    print(f"The logits reach {_largest(ours):.1f}, and the largest difference is {_largest(theirs - ours):.1e}.")
+    print(f"The accuracy by hand on 256 unseen images is {percent(correct, 256)}.")
+    print("Look at: vit_by_hand, above this function in examples.py. That is a whole ViT.")
     classes = [model.preprocessing.class_names[i] for i in theirs.argmax(1)]
     return plot_images([_to_picture(image) for image in images[:8]], classes[:8])
 
 
 def variants():
-    """The table of variants, counted; and a deeper model with fewer parameters."""
-    with torch.device("meta"):  # shapes without numbers: counting needs no memory
+    """Count the parameters of the variants, and of a deeper model that has fewer."""
+    with torch.device("meta"):  # tensors without storage: counting needs no memory
         models = {name: create_vit(name) for name in VARIANTS}
         models["384 wide, 24 deep"] = VisionTransformer(embed_dim=384, depth=24, n_heads=6, n_classes=1000)
     counts = {name: count_parameters(model) for name, model in models.items()}
@@ -219,8 +224,8 @@ def variants():
         print(f"  {name:<18} D {config.embed_dim:>4}  blocks {config.depth:>2}  heads {config.n_heads:>2}  "
               f"patch {config.patch_size:>2}  {counts[name]:>11,} parameters")
     ratio = counts["vit_base"] / counts["384 wide, 24 deep"]
-    print(f"Look at: twice as deep as vit_base and half as wide, the last has {ratio:.1f} times fewer parameters, "
-          f"for a block has 12 D^2.")
+    print(f"Look at: the last one is twice as deep as vit_base and half as wide. vit_base has {ratio:.1f} times as "
+          f"many parameters, because a block has about 12 D^2.")
     return plot_bars({"million parameters, 1000 classes": {n: c / 1e6 for n, c in counts.items()}})
 
 
@@ -228,21 +233,21 @@ def variants():
 
 
 def first_training():
-    """A first training: a small ViT on the built-in shapes, about 20 seconds."""
+    """Train a small ViT on the drawn shapes, in less than a minute."""
     torch.manual_seed(0)
     train_loader, val_loader = get_data_loaders(dataset="shapes", img_size=32, n_images=4_000)
     trainer = Trainer(create_vit_nano(n_classes=10), device="cpu")
     started = time.perf_counter()
     history = trainer.train(train_loader, val_loader, n_epochs=2, learning_rate=2e-3, progress=sys.stderr.isatty())
     correct = round(history["val_acc"][-1] * val_loader.n_images)
-    print(f"{time.perf_counter() - started:.0f} s: {percent(correct, val_loader.n_images)} of {val_loader.n_images} "
-          f"validation images, where guessing gives 10%.")
-    print("Look at: is the loss still falling at the end? `python train_vit.py` trains longer.")
+    print(f"After {time.perf_counter() - started:.0f} s, the accuracy is {percent(correct, val_loader.n_images)} on "
+          f"{val_loader.n_images} validation images. Guessing gives 10%.")
+    print("Look at: is the loss still falling at the end? python train_vit.py trains longer.")
     return plot_training_curves(history)
 
 
 def transfer():
-    """Transfer: a frozen backbone that learned ten shapes, a new head that learns round or straight from 100 images."""
+    """Transfer a frozen backbone that learned ten shapes: a new head learns round or straight from 100 images."""
     info = DatasetInfo("edges", Preprocessing(32, (0.5,) * 3, (0.25,) * 3, class_names=["round", "straight"]))
     straight = torch.tensor([name in ("triangle", "square", "star", "cross", "tee") for name in SHAPES]).long()
     train, test = make_shapes(100, 32, start=60_000), make_shapes(1_000, 32, start=70_000)
@@ -257,9 +262,9 @@ def transfer():
         trainer.train(train_loader, n_epochs=20, learning_rate=1e-2, progress=sys.stderr.isatty())
         score = trainer.evaluate(test_loader)
         results[name] = (score["acc"], *wilson_interval(score["correct"], score["n"]))
-        print(f"  backbone {name}: {percent(score['correct'], score['n'])} of 1,000 test images; "
+        print(f"  backbone {name}: accuracy {percent(score['correct'], score['n'])} on 1,000 test images; "
               f"{count_parameters(model, trainable_only=True):,} of {count_parameters(model):,} parameters trained")
-    print("Look at: do features learned for one task help with another? Guessing gives 50%.")
+    print("Look at: do features that were learned for one task help with another? Guessing gives 50%.")
     return plot_bars({"test accuracy, 95% interval": results})
 
 
@@ -267,7 +272,7 @@ def transfer():
 
 
 def attention_map():
-    """Attention maps: where the patches of four photographs look, block by block, in a ViT trained on photographs."""
+    """Show attention maps: where the patches of four photographs look in a trained ViT, block by block."""
     model = load("vit_nano_cifar10")  # its head reads the mean of the patches, so the rows are means over them
     images = prepare_images(sample_photographs(), model)  # (4, 3, 32, 32)
     trained = attention_maps(model, images)  # (L, 4, H, 65, 65)
@@ -276,68 +281,81 @@ def attention_map():
         entropy = -(maps * maps.clamp_min(1e-12).log()).sum(-1)  # (L, 4, H, 65), in nats
         counts = ", ".join(f"{n:.0f}" for n in entropy.mean(dim=(1, 2, 3)).exp())
         print(f"  {name}: a token attends to {counts} of 65 tokens, block by block")
-    print("Look at: bright patches are where the others take their information from. The counts are exp(mean entropy).")
-    print("It knows ten classes and no others: an astronaut and a cup of coffee must become one of them.")
+    print("Look at: the others attend most to the bright patches. The counts above are exp(mean entropy).")
+    print("This model knows only ten classes: it must assign an astronaut and a cup of coffee to one of them.")
     return visualize_attention_grid(model, images)
 
 
 def hybrid():
-    """The hybrid: the same Transformer, but its tokens come from convolutions and overlap."""
+    """Compare the hybrid with the ViT: the same Transformer, but its tokens come from convolutions and overlap."""
     images, _ = shape_images(32)
     models = {"ViT": load("vit_nano_shapes"), "Hybrid": load("hybrid_shapes")}
     fields = {}
     for name, model in models.items():
         fields[name] = receptive_field(model, images, depth=0)  # (32, 32)
-        print(f"  {name}: a token sees {int((fields[name] > 0).sum())} pixels before the first attention; "
+        print(f"  {name}: before the first attention, a token sees {int((fields[name] > 0).sum())} pixels; "
               f"{count_parameters(model):,} parameters, {count_flops(model) / 1e6:.0f} MFLOPs")
     cat = sample_photographs()[1]
     for name in ("vit_nano_cifar10", "hybrid_cifar10", "convnet_cifar10"):
         guesses = ", ".join(f"{guess} {share:.0%}" for guess, share in predict(load(name), cat, top=2))
-        print(f"  {name}, trained for ten minutes on small photographs, takes the cat of {cat.name} for: {guesses}")
+        print(f"  {name}, trained on small photographs, predicts for the cat in {cat.name}: {guesses}")
     large = HybridCNNViT(n_classes=10, embed_dim=384, depth=6)
-    print(f"HybridCNNViT(n_classes=10, embed_dim=384, depth=6): {count_parameters(large):,} parameters at 224 pixels.")
-    print("Look at: patches lie side by side like tiles; the hybrid's tokens overlap, as a CNN's features do.")
+    print(f"HybridCNNViT(n_classes=10, embed_dim=384, depth=6) has {count_parameters(large):,} parameters.")
+    print("Look at: patches lie side by side like tiles. The hybrid's tokens overlap, as the features of a CNN do.")
     return plot_matrices(list(fields.values()), [f"{name}, one token" for name in fields],
-                         "share of the mean absolute gradient", xlabel="pixel", ylabel="pixel")
+                         "fraction of the mean absolute gradient", xlabel="pixel", ylabel="pixel")
 
 
 def _largest(x):
-    """The largest absolute value."""
+    """Return the largest absolute value."""
     return x.abs().max().item()
 
 
 def _to_picture(image):
-    """(3, S, S) normalised with 0.5 and 0.25 -> (S, S, 3) from 0 to 1."""
+    """Undo the normalisation by 0.5 and 0.25: (3, S, S) -> (S, S, 3) from 0 to 1."""
     return (image * 0.25 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
 
 
 DEMOS = {demo.__name__: demo for demo in (patches, attention, heads, positions, cls_token, whole_vit, variants,
                                           first_training, transfer, attention_map, hybrid)}
-TRAINS = ("first_training", "transfer")  # what a dry run leaves out
+TRAINS = ("first_training", "transfer")  # a dry run leaves these out
 
 
 # ---- The commands -----------------------------------------------------------------------------------------
 
 
 def _run_quiz(argv):
-    OneLineParser(prog="examples.py quiz", description="guess first, then see the answer measured").parse_args(argv)
+    OneLineParser(prog="examples.py quiz", description="Guess first, then see the result measured.").parse_args(argv)
     torch.manual_seed(0)
     ask()
 
 
 def _run_exercise(argv):
-    parser = OneLineParser(prog="examples.py exercise", description="write a part of a ViT, then have it checked")
-    parser.add_argument("name", choices=list(EXERCISES))
-    parser.add_argument("--file", help="the file to fill in, a name that ends in .py (default: <name>_exercise.py)")
+    parser = OneLineParser(prog="examples.py exercise", description="Write a part of a ViT and have it checked.")
+    parser.add_argument("name", choices=list(EXERCISES), help="the exercise, one of %(choices)s", metavar="NAME")
+    parser.add_argument("--file", help="the file to fill in, with a name that ends in .py (default: "
+                                       "<name>_exercise.py)")
+    help_wanted = parser.add_mutually_exclusive_group()
+    help_wanted.add_argument("--hint", action="store_true", help="show a hint")
+    help_wanted.add_argument("--solution", action="store_true", help="show our solution")
     options = parser.parse_args(argv)
+    exercise = EXERCISES[options.name]
     path = Path(options.file) if options.file else default_path(options.name)
+    if options.hint:
+        print(textwrap.fill(f"Hint: {exercise.hint}", 100))
+        return
+    if options.solution:
+        print(solution(options.name), end="")
+        return
     if not path.exists():
         write_stub(options.name, path)
-        print(f"{path}: fill it in, then run the same command again.")
+        print(textwrap.fill(f"Exercise {options.name} ({exercise.level}). {exercise.task}", 100))
+        print(f"\n{path}: fill it in, then run the same command again. Add --hint for a hint.")
         return
     verdict = check_file(options.name, path)
     print(f"{path}: {verdict.words}")
     if not verdict.right:
+        print("Add --hint for a hint, or --solution for our solution.")
         raise SystemExit(1)
 
 
@@ -349,32 +367,35 @@ def main(argv=None):
     if argv and argv[0] in COMMANDS:
         COMMANDS[argv[0]](argv[1:])
         return
-    parser = OneLineParser(description=__doc__.split("\n\n")[0], epilog="also: examples.py quiz, and examples.py "
-                                                                        f"exercise NAME, of {', '.join(EXERCISES)}")
+    exercises = ", ".join(f"{name} ({exercise.level})" for name, exercise in EXERCISES.items())
+    parser = OneLineParser(description=__doc__.split("\n\n")[0], epilog=f"Two more commands: examples.py quiz, and "
+                                                                        f"examples.py exercise NAME: {exercises}.")
     parser.add_argument("--list", action="store_true", help="list the demos")
     parser.add_argument("--only", metavar="NAME", help="run one demo")
-    parser.add_argument("--output-dir", default="figures", help="where the pictures go (default: %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="the demos without the two that train")
+    parser.add_argument("--output-dir", default="figures", help="where to save the figures (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="leave out the two demos that train")
     options = parser.parse_args(argv)
     if options.list:
         for name, demo in DEMOS.items():
             print(f"{name:<15} {demo.__doc__}")
         return
     if options.only and options.only not in DEMOS:
-        raise InputError(f"--only {options.only} is unknown; choose one of: {', '.join(DEMOS)}")
+        close = difflib.get_close_matches(options.only, DEMOS, 1)
+        advice = f"did you mean {close[0]}? --list" if close else "--list"
+        raise InputError(f"--only {options.only} is unknown; {advice} names all demos")
     names = [options.only] if options.only else [name for name in DEMOS if not (options.dry_run and name in TRAINS)]
     folder = Path(options.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make --output-dir {folder} ({error.strerror}); choose a writable one") from error
+        raise InputError(f"cannot make --output-dir {folder} ({error.strerror}); choose another folder") from error
     started = time.perf_counter()
     for name in names:
         print(f"\n{name}: {DEMOS[name].__doc__}")
         torch.manual_seed(0)
         path = folder / f"{name}.png"
         save_figure(DEMOS[name](), path)
-        print(f"Picture: {path}")
+        print(f"Figure: {path}")
     print(f"\n{'Dry run: ' if options.dry_run else ''}{len(names)} of {len(DEMOS)} demos in "
           f"{time.perf_counter() - started:.0f} s.")
 

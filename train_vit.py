@@ -1,10 +1,9 @@
-"""The Trainer, and the commands around it: train, evaluate, predict, export, inspect; each has --help.
+"""The Trainer, whose training loop begins below, and the commands around it.
 
-    python train_vit.py                                         the built-in shapes, about 2 minutes
-    python train_vit.py --data-dir photos --minutes 10          a folder of images, a class a folder
-    python train_vit.py --resume runs/NAME                      goes on with a run that was interrupted
-    python train_vit.py predict --checkpoint runs/NAME/best.pt a.jpg b.jpg
-    history = Trainer(model).train(train_loader, val_loader, n_epochs=10)       in Python
+    python train_vit.py --data-dir photos --pretrained deit_tiny_patch16_224      train on a folder of images
+    python train_vit.py --resume runs/NAME                                       continue an interrupted run
+    python train_vit.py predict --checkpoint runs/NAME/best.pt a.jpg b.jpg        also: evaluate, export, inspect
+    history = Trainer(model).train(train_loader, val_loader, n_epochs=10)        in Python
 
 Shapes:  B images in a batch, K classes, C channels, H, W height and width.
 """
@@ -44,6 +43,7 @@ from vit_bridge.analysis.cost import count_parameters
 from vit_bridge.analysis.metrics import class_recalls, percent, wilson_interval
 from vit_bridge.cli import (
     Bounded,
+    HelpFormatter,
     OneLineParser,
     Size,
     add_class_names,
@@ -138,21 +138,15 @@ from vit_bridge.weights.pretrained import PRETRAINED, describe_pretrained
 from vit_model import freeze_backbone, pair
 
 __all__ = ["Trainer", "get_data_loaders", "predict"]
-WORKERS_HELP = "processes that read photographs (default: one for each core, at most 8)"
-CHECK_EVERY = 10  # steps between two looks at whether all is finite, where looking makes the CPU wait for a GPU
-WHITENED_BY = 2000  # images from which a first layer is whitened
-MINUTES = 2  # of a training without a given length
-HEAD_EPOCHS = 100  # of --freeze-backbone, whose epochs take a moment
-LINEAR_IMAGES = 20_000  # at most, from which the linear classifier beside a test learns
-UNEVEN = 2  # classes are called uneven if the largest has this many times the images of the smallest
+CHECK_EVERY = 10  # steps between two checks that loss and gradient are finite, as a check makes the CPU wait for a GPU
 
 
 class NotFinite(InputError):
-    """Loss or gradient is no longer finite."""
+    """The loss or its gradient is no longer finite."""
 
 
 class Stopped(Exception):
-    """A training was asked to stop; `state`, a TrainState, says where it stands."""
+    """A callback stopped the training; `state`, a TrainState, can be resumed."""
 
     def __init__(self, state):
         super().__init__(f"stopped after step {state.step}")
@@ -163,28 +157,54 @@ class Stopped(Exception):
 
 
 class Trainer:
-    """Trains a module on what an objective minimises, by default cross-entropy of its logits (B, K).
+    """A training loop for any module: it minimises what an objective computes, by default cross-entropy.
 
-    model       any module; of one inside torch's wrappers (unwrapped) the model itself, through torch.compile if that
-                is one of them
-    device      "auto", "cpu", "cuda", "cuda:N" or "mps"; the model is moved there
-    objective   an Objective; None: Classification, with label smoothing 0.1
-    config      a TrainConfig; further arguments override its fields, those of train() override both
-    loss_fn     (logits, labels) -> a scalar, the mean over the images: short for Classification(loss_fn=...)
+    Parameters
+    ----------
+    model : Module
+        Moved to the device. The model is taken out of torch's wrappers; a torch.compile wrapper stays in use.
+    device : str or torch.device
+        "auto", "cpu", "cuda", "cuda:N" or "mps".
+    objective : Objective, optional
+        None: Classification, with label smoothing 0.1. The same objective serves training and evaluation, so that the
+        two curves can be compared.
+    config : TrainConfig, optional
+        Settings of the training.
+    loss_fn : callable, optional
+        (logits, labels) -> a scalar, the mean over the images; short for objective=Classification(loss_fn=loss_fn).
+    **overrides
+        Fields of the TrainConfig to change. Those passed to train() override both.
 
-    The same objective serves training and evaluation, so that the two curves can be compared. After train(),
-    `data_share` is the fraction of the training time spent on fetching and augmenting images; on CUDA it counts only
-    what the CPU waited for. `average` is the model with the average of the weights, where config.ema_decay asks for it.
+    Attributes
+    ----------
+    average : Module or None
+        After train(): the model with the moving average of the weights, if config.ema_decay is set.
+    data_share : float
+        After train(): the fraction of the training time spent fetching and augmenting images. On CUDA this counts only
+        what the CPU waited for.
 
-    All randomness of a step (order, augmentation, dropout) is a function of (seed, step), and a TrainState holds
-    everything else: a training resumed from it ends as if it had never been interrupted. Under torchrun each process
-    has a Trainer and a shard of every batch; DistributedDataParallel averages the gradients, weighted so that the step
-    is that of one process with the whole batch.
+    Raises
+    ------
+    InputError
+        If the model, the device or a setting cannot be used.
+
+    Notes
+    -----
+    The randomness of a step (order, augmentation, dropout) depends only on the seed and the step, and a TrainState
+    holds everything else. On a CPU a resumed training therefore ends exactly as if it had never been interrupted.
+
+    Under torchrun each process has its own Trainer and its shard of every batch. DistributedDataParallel averages the
+    gradients, weighted so that the step is the step of one process with the whole batch.
+
+    Examples
+    --------
+    >>> history = Trainer(model).train(train_loader, val_loader, n_epochs=10)
     """
 
     def __init__(self, model, device="auto", objective=None, config=None, *, loss_fn=None, **overrides):
         if objective is not None and loss_fn is not None:
-            raise InputError("Trainer got an objective and a loss_fn; expected one of them: an objective has its loss")
+            raise InputError("Trainer got an objective and a loss_fn; give only one, because an objective has its own "
+                             "loss")
         self.config = replace(config or TrainConfig(), **overrides)
         self.device = choose_device(device)
         self.dtype = choose_precision(self.config.amp, self.device)
@@ -202,20 +222,38 @@ class Trainer:
 
     def train(self, train_loader, val_loader=None, n_epochs=None, learning_rate=None, *, callbacks=(), resume=None,
               progress=True, **overrides):
-        """One run: the learning rate rises in the warm-up and then falls, step by step.
+        """Train the model: the learning rate rises in the warm-up and then falls, step by step.
 
-        train_loader   a Loader, a torch DataLoader or a list: batches (images, labels); with n_steps given any iterable
-        val_loader     such a loader, evaluated after every epoch; None leaves NaN in its columns
-        n_epochs, learning_rate, overrides   fields of the TrainConfig, for this run
-        callbacks      a list of Callback
-        resume         state_dict() of an earlier TrainState: the training goes on from there, exactly, given the same
-                       arguments
-        progress       a bar with loss, accuracy, images a second and the time left
+        Parameters
+        ----------
+        train_loader : Loader, DataLoader or list
+            Batches of images (B, C, H, W) and labels (B). With n_steps any iterable works.
+        val_loader : Loader, DataLoader or list, optional
+            Evaluated after every epoch. Without it the validation columns hold NaN.
+        n_epochs, learning_rate, **overrides
+            Fields of the TrainConfig, for this run.
+        callbacks : list of Callback
+        resume : dict, optional
+            state_dict() of an earlier TrainState. With otherwise the same arguments the training continues exactly.
+        progress : bool
+            Show a bar with loss, accuracy, images per second and the time left.
 
-        Returns the history, {column: a list with an entry an epoch}: the objective's columns, then the last learning
-        rate ("lr"), the seconds spent training and the images a second. Raises InputError for numbers out of range,
-        NotFinite where loss or gradient are not finite (with fp16: where no scale of the gradient helps), OutOfMemory,
-        and Stopped where a callback asks for it.
+        Returns
+        -------
+        dict
+            The history, {column: one value per epoch}: the objective's columns, the last learning rate ("lr"), the
+            seconds spent training and the images per second.
+
+        Raises
+        ------
+        InputError
+            If a setting or the data cannot be used.
+        NotFinite
+            If the loss or its gradient becomes NaN or infinite; with fp16, if no scale of the gradient avoids it.
+        OutOfMemory
+            If a batch does not fit into memory.
+        Stopped
+            If a callback stops the training.
         """
         for name, value in (("n_epochs", n_epochs), ("learning_rate", learning_rate)):
             if value is not None:
@@ -230,7 +268,7 @@ class Trainer:
         train_loader = self.own_loader(train_loader)
         forward = self.model
         if self.world_size > 1:
-            # it gives all processes the first one's weights, before a copy of them is made for the average
+            # this copies the first process's weights to all others, so it comes before TrainState copies the average
             forward = nn.parallel.DistributedDataParallel(
                 self.model, device_ids=[self.device] if self.device.type == "cuda" else None)
         self.parallel, self.dtype = forward, choose_precision(config.amp, self.device)
@@ -260,7 +298,7 @@ class Trainer:
         return state.history
 
     def train_epoch(self, loader, state, bar):
-        """The rest of an epoch, from the batch that the state names."""
+        """Train for the rest of an epoch, starting at batch state.batch."""
         _set_train_mode(self.model)
         self.objective.train()
         n_given = length_of(loader)
@@ -272,7 +310,7 @@ class Trainer:
                 batch = next(batches, None)
             fetched = time.perf_counter()
             n_own = 0 if batch is None else len(batch[0])
-            n_all = self.pause(state, n_own)
+            n_all = self.pause(state, n_own)  # may save or stop here
             if batch is None:
                 break
             resumed = time.perf_counter()
@@ -293,19 +331,19 @@ class Trainer:
             state.data_seconds += fetched - started
             state.seconds += fetched - started + time.perf_counter() - resumed
         started = time.perf_counter()
-        state.check_finite()  # waits for the GPU: that belongs to the time of the training
+        state.check_finite()  # waits for the GPU, so its time belongs to the training
         state.seconds += time.perf_counter() - started
 
     def step(self, batch, n_all, state):
-        """One step of the optimiser on this process's shard of a batch of n_all images.
+        """Take one step of the optimiser, with this process's shard of a batch of n_all images.
 
-        The gradient is that of the mean loss over all n_all: each part's loss counts by its images.
+        The gradient is that of the mean loss over all n_all images: the loss of each part is weighted by its images.
         """
         state.optimizer.zero_grad(set_to_none=True)
         n_own, total = len(batch[0]), 0.0
         if n_own == 0:  # nothing to learn from, but the other processes wait for this one's gradients
             batch = tuple(tensor.new_zeros(1, *tensor.shape[1:]) for tensor in batch)
-            self.model.eval()  # a made-up image leaves no trace in batch statistics
+            self.model.eval()  # so that the made-up image leaves no trace in batch statistics
         size = math.ceil(len(batch[0]) / state.config.grad_accum_steps)
         parts = list(zip(*(tensor.split(size) for tensor in batch), strict=True))
         for i, (images, *targets) in enumerate(parts):
@@ -318,7 +356,7 @@ class Trainer:
             total += loss.detach() * share
         if n_own == 0:
             _set_train_mode(self.model)
-        state.scaler.unscale_(state.optimizer)  # clip true gradients, not scaled ones
+        state.scaler.unscale_(state.optimizer)  # so that the true gradient is clipped
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), state.config.clip_norm)
         state.track_finite(norm.isfinite() & total.isfinite())
         if self.device.type == "cpu" or state.step % CHECK_EVERY == 0:
@@ -330,26 +368,8 @@ class Trainer:
         if state.average is not None:
             update_average(state.average, self.model, state.step, state.config.ema_decay)
 
-    def pause(self, state, n_own=0):
-        """Between two batches: stops or saves on all processes if one of them wants to. Returns how many images all
-        processes have in their next batch, given this one's."""
-        stop = any([callback.on_batch(state) for callback in self.callbacks])  # a list: all of them are called
-        due = self.rank == 0 and time.perf_counter() - self.saved_at >= state.config.save_every
-        n_all, stops, saves = self.all_reduce_sum(n_own, stop, due and state.is_finite())
-        if stops or saves:
-            metrics = state.metrics.merge()
-        if stops:
-            state.metrics = metrics
-            raise Stopped(state)
-        if saves:
-            state.metrics = metrics if self.rank == 0 else self.objective.new_metrics(self.device, True)
-            for callback in self.callbacks:
-                callback.on_save(state)
-            self.saved_at = time.perf_counter()
-        return int(n_all)
-
     def end_epoch(self, val_loader, state):
-        """Evaluates, and adds the epoch to the history."""
+        """Evaluate the model and add the epoch to the history."""
         metrics = state.metrics.merge()
         if not metrics.n:
             raise InputError("the training loader gave no images; expected at least one batch")
@@ -367,16 +387,31 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, loader, model=None, state=None):
-        """A loader's images in eval mode, each counted once: what the objective's metrics compute. For classification
-        that is dict(loss, acc, balanced_acc, correct, n), accuracies from 0 to 1; the balanced one is the mean of those
-        of the classes that have images.
+        """Return the objective's metrics over all images of a loader, in eval mode.
 
-        model: None: the Trainer's own; another one must be on its device. state: of the training that this is part of.
+        Parameters
+        ----------
+        loader : Loader, DataLoader or list
+        model : Module, optional
+            Another model than the Trainer's own, on the same device.
+        state : TrainState, optional
+            The training that this evaluation is part of, which may save or stop between two batches.
+
+        Returns
+        -------
+        dict
+            For classification dict(loss, acc, balanced_acc, correct, n), with accuracies from 0 to 1. balanced_acc is
+            the mean of the accuracies of the classes that have images.
+
+        Raises
+        ------
+        InputError
+            If the loader has no images.
         """
         model = self.model if model is None else model
         loader = self.own_loader(loader)
         if self.world_size > 1:
-            for buffer in model.buffers():  # batch statistics are those of the first process everywhere
+            for buffer in model.buffers():  # all processes evaluate with the first one's batch statistics
                 dist.broadcast(buffer, 0)
         metrics = self.objective.new_metrics(self.device)
         forward = InPrecision(model, self.device, self.dtype, dtype_of(model))
@@ -392,28 +427,48 @@ class Trainer:
             raise InputError("the loader gave no images to evaluate; expected at least one batch")
         return metrics.compute()
 
+    def pause(self, state, n_own=0):
+        """Save or stop between two batches, if one of the processes wants to.
+
+        Returns how many images all processes together have in the next batch, of which n_own are this process's.
+        """
+        stop = any([callback.on_batch(state) for callback in self.callbacks])  # a list, so that all are called
+        due = self.rank == 0 and time.perf_counter() - self.saved_at >= state.config.save_every
+        n_all, stops, saves = self.all_reduce_sum(n_own, stop, due and state.is_finite())
+        if stops or saves:
+            metrics = state.metrics.merge()
+        if stops:
+            state.metrics = metrics
+            raise Stopped(state)
+        if saves:
+            state.metrics = metrics if self.rank == 0 else self.objective.new_metrics(self.device, True)
+            for callback in self.callbacks:
+                callback.on_save(state)
+            self.saved_at = time.perf_counter()
+        return int(n_all)
+
     def batch_split_warning(self):
-        """A warning where this training differs from one process with whole batches; "" where it does not."""
+        """Return a warning if splitting the batches changes the training, otherwise ""."""
         n_parts = self.config.grad_accum_steps
         if self.world_size == 1 and n_parts == 1:
             return ""
         modules = list(self.model.modules())
         reasons = []
         if any(isinstance(module, _BatchNorm) for module in modules):
-            reasons.append("batch statistics are taken of each part alone")
+            reasons.append("batch statistics are computed for each part alone")
         rates = [module.p for module in modules if isinstance(module, _DropoutNd)]
         if any(rates + [getattr(module, "rate", 0) for module in modules if type(module).__name__ == "DropPath"]):
-            reasons.append("dropout is drawn for each part")
+            reasons.append("dropout is drawn for each part anew")
         if self.objective.mixing is not None:
             reasons.append("images are mixed within each part")
         if self.dtype is not None:
-            reasons.append(f"sums in {str(self.dtype).removeprefix('torch.')} are rounded part by part")
+            reasons.append(f"sums in {str(self.dtype).removeprefix('torch.')} are rounded for each part")
         ways = [f"over {self.world_size} processes"] * (self.world_size > 1) + [f"in {n_parts} parts"] * (n_parts > 1)
-        split = f"batches split {' and '.join(ways)}"
-        return f"{split}: the losses will not be those of whole batches, as {'; '.join(reasons)}" if reasons else ""
+        return (f"batches are split {' and '.join(ways)}, so the losses differ from those of whole batches: "
+                f"{'; '.join(reasons)}") if reasons else ""
 
     def layers(self, grad_checkpointing):
-        """The layers that are computed again in the backward pass. Raises InputError for a model that names none."""
+        """Return the layers to recompute in the backward pass; raise InputError if the model names none."""
         if not grad_checkpointing:
             return []
         try:
@@ -422,14 +477,17 @@ class Trainer:
             raise InputError(f"grad_checkpointing needs a model whose layers are known: {error}") from None
 
     def own_loader(self, batches):
-        """The batches as a Loader, with this process's shard of each on its device."""
+        """Return the batches as a Loader that yields this process's shard of each on its device."""
         loader = as_loader(batches, self.objective.check)
         loader.to(self.device)
         loader.set_shard(self.rank, self.world_size)
         return loader
 
     def all_reduce_sum(self, *numbers):
-        """Each number summed over the processes, whose group needs gloo beside nccl: "cpu:gloo,cuda:nccl"."""
+        """Return each number summed over the processes.
+
+        The numbers stay on the CPU, so with CUDA the process group needs gloo too: "cpu:gloo,cuda:nccl".
+        """
         if self.world_size == 1:
             return numbers
         numbers = torch.tensor(numbers, dtype=torch.float64)
@@ -438,13 +496,24 @@ class Trainer:
 
 
 class TrainState:
-    """Where a training stands: model, optimiser, scaler, average and counters.
+    """Where a training stands: model, optimiser, gradient scaler, average and counters.
 
-    config    the TrainConfig of the run of n_steps steps, with a rising learning rate in the first warmup_steps
-    forward   the model as the objective calls it
-    step      steps done; `batch` of them in the epoch that is not finished
-    history   of the finished epochs; metrics, seconds: of the unfinished one
-    lr        the learning rate of the last step
+    Attributes
+    ----------
+    config : TrainConfig
+        Of this run.
+    n_steps, warmup_steps : int
+        Steps of the run, and those at its start in which the learning rate rises.
+    forward : callable
+        The model as the objective calls it.
+    step, batch : int
+        Steps done, in the whole run and in the unfinished epoch.
+    history : dict
+        Of the finished epochs.
+    metrics, seconds
+        Of the unfinished epoch.
+    lr : float
+        Learning rate of the last step.
     """
 
     def __init__(self, trainer, config, batches_per_epoch):
@@ -456,22 +525,22 @@ class TrainState:
         self.average = None if config.ema_decay is None else copy.deepcopy(self.model).requires_grad_(False)
         self.history = {name: [] for name in (*trainer.objective.columns, "lr", "seconds", "images_per_second")}
         self.metrics = trainer.objective.new_metrics(trainer.device, skip_nonfinite=True)
-        self.first_nonfinite_step = torch.tensor(-1, device=trainer.device)  # -1: all is finite
+        self.first_nonfinite_step = torch.tensor(-1, device=trainer.device)  # -1: none
         self.step, self.batch, self.lr, self.seconds, self.data_seconds = 0, 0, 0.0, 0.0, 0.0
 
     @property
     def trained(self):
-        """The module that is evaluated and kept: the average of the weights where there is one, else the model."""
+        """The module to evaluate and save: the average of the weights if there is one, otherwise the model."""
         return self.model if self.average is None else self.average
 
     def resized(self, images):
-        """images (B, C, height, width) at the size of the next step."""
+        """Return images (B, C, H, W) at the size of the next step."""
         size = tuple(images.shape[2:])
         wanted = self.config.image_size(size, self.step, self.n_steps)
         return images if wanted == size else F.interpolate(images, wanted, mode="bilinear", antialias=True)
 
     def state_dict(self):
-        """Plain tensors, numbers and text, on the CPU."""
+        """Return the state as tensors on the CPU, numbers and text."""
         counters = {name: getattr(self, name) for name in ("step", "batch", "lr", "seconds", "data_seconds")}
         average = None if self.average is None else self.average.state_dict()
         return on_cpu(dict(counters, seed=self.config.seed, model=self.model.state_dict(), average=average,
@@ -479,50 +548,56 @@ class TrainState:
                            scaler=self.scaler.state_dict(), history=copy.deepcopy(self.history)))
 
     def load_state_dict(self, entries):
-        """Takes entries of older versions too. Raises InputError for those of another model or optimiser."""
+        """Restore a state, of older versions too; raise InputError if it belongs to another model or optimiser."""
         entries = {OLD_NAMES["training"].get(name, name): value for name, value in entries.items()}
         try:
             if (entries["average"] is None) != (self.average is None):
-                raise ValueError("of one and not of the other an average was kept")
+                raise ValueError("only one of the two keeps an average of the weights")
             self.model.load_state_dict(entries["model"])
             if self.average is not None:
                 self.average.load_state_dict(entries["average"])
             optimizer = renamed(entries["optimizer"], "optimizer")
-            self.optimizer.load_state_dict(copy.deepcopy(optimizer))  # it would take the tensors themselves
+            self.optimizer.load_state_dict(copy.deepcopy(optimizer))  # otherwise it would use these tensors themselves
             self.scaler.load_state_dict(entries["scaler"])
-            if self.first:  # the processes' metrics are added up, and these are of all of them
+            if self.first:  # these are sums over all processes, which will be summed again
                 self.metrics.load_state_dict(entries["metrics"])
             self.history = {name: list(entries["history"][name]) for name in self.history}
             for name in ("step", "batch", "lr", "seconds", "data_seconds"):
                 setattr(self, name, entries[name])
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise InputError(f"the training state does not fit this training ({' '.join(str(error).split())[:200]}); "
-                             f"resume with the arguments that it was saved from") from error
+                             f"resume with the arguments of the training that saved it") from error
 
     def track_finite(self, finite):
-        """Notes the step since which something is not finite. With a scaler, which skips such steps, a finite step
-        clears the note."""
+        """Record the first step whose loss or gradient was not finite.
+
+        A gradient scaler skips those steps, so with one a finite step clears the record.
+        """
         kept = torch.where(self.first_nonfinite_step >= 0, self.first_nonfinite_step, self.step)
         clear = -1 if self.scaler.is_enabled() else self.first_nonfinite_step
         self.first_nonfinite_step = torch.where(finite, clear, kept)
 
     def is_finite(self):
+        """Return whether the loss and its gradient have been finite in all steps that count."""
         return self.first_nonfinite_step.item() < 0
 
     def check_finite(self):
-        """Raises NotFinite where loss or gradient were not finite, unless the scaler may still recover."""
+        """Raise NotFinite if the loss or its gradient was not finite, unless the scaler may still recover."""
         if self.is_finite() or (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
             return
         step = self.first_nonfinite_step.item()
         advice = "try a lower learning rate or a longer warm-up" if step else \
-            "no step was made before, so look at the model's weights and at what it computes"
-        raise NotFinite(f"loss or gradient are not finite since step {step + 1} of {self.n_steps}, learning rate "
-                        f"{self.lr:.3g}; {advice}")
+            "this was the first step, so check the model's weights and outputs"
+        raise NotFinite(f"the loss or its gradient became NaN or infinite in step {step + 1} of {self.n_steps}, at "
+                        f"learning rate {self.lr:.3g}; {advice}")
 
 
 class InPrecision:
-    """A model as an objective calls it: computed under autocast to dtype (None: as it is), from inputs in
-    input_dtype, that of its weights; its output, or the logits in it, in float32."""
+    """A model as an objective calls it: in mixed precision inside, with float32 logits.
+
+    The model runs under autocast to `dtype` (None: without), on inputs converted to `input_dtype`, which is that of its
+    weights.
+    """
 
     def __init__(self, model, device, dtype, input_dtype):
         self.model, self.device_type, self.dtype, self.input_dtype = model, device.type, dtype, input_dtype
@@ -537,24 +612,24 @@ class InPrecision:
 
 
 def trainable(model):
-    """The model inside torch's wrappers. Raises InputError for one that cannot be trained, or not in this way."""
+    """Return the model inside torch's wrappers; raise InputError if it cannot be trained."""
     n = len(getattr(model, "device_ids", None) or ())
     if n > 1:
-        raise InputError(f"the model is in a DataParallel over {n} GPUs; expected the model itself, and a process for "
-                         f"each GPU: torchrun --nproc-per-node={n}")
+        raise InputError(f"the model is wrapped in a DataParallel over {n} GPUs; give the model itself, and start one "
+                         f"process per GPU with torchrun --nproc-per-node={n}")
     model = unwrapped(model)
-    device_of(model)  # which refuses one on the device "meta"
+    device_of(model)  # refuses a model on the device "meta"
     if is_quantised(model):
         raise InputError(f"this {class_name(model)} is quantised, and weights of whole numbers do not learn; train the "
-                         f"model that it was made from, and quantise it afterwards")
+                         f"original model, and quantise it afterwards")
     if dtype_of(model) == torch.float16:
-        raise InputError(f"the weights of this {class_name(model)} are float16, too coarse for an optimiser's steps; "
-                         f"train model.float(), and compute in float16 with amp='fp16'")
+        raise InputError(f"the weights of this {class_name(model)} are float16, too coarse for an optimiser's small "
+                         f"steps; train model.float() with amp='fp16', which computes in float16")
     return model
 
 
 def compiled_part(model):
-    """The wrapper of torch.compile among those of a model, or None."""
+    """Return the torch.compile wrapper among those of a model, or None."""
     inside = unwrapped(model)
     while model is not inside:
         if "_orig_mod" in model._modules:
@@ -564,8 +639,11 @@ def compiled_part(model):
 
 
 def _set_train_mode(model):
-    """model.train(), but modules that are wholly frozen stay in eval mode: no dropout there, batch statistics kept. If
-    only the last layer is trained, so do layers without parameters, such as the dropout after the positions."""
+    """Set train mode, but leave modules that are wholly frozen in eval mode.
+
+    They then apply no dropout and keep their batch statistics. If only the last layer is trained, layers without
+    parameters before it, such as the dropout after the positions, stay in eval mode too.
+    """
     model.train()
     for module in model.modules():
         parameters = list(module.parameters())
@@ -580,18 +658,19 @@ def _set_train_mode(model):
 
 
 def steps_within(seconds, model, train_loader, val_loader, device="auto", objective=None, config=None, **overrides):
-    """How many steps, with an evaluation after every epoch, fill this many seconds: measured on a copy of the model.
+    """Return how many steps fit into a time, with an evaluation after every epoch.
 
-    The other arguments are the Trainer's. The measurement counts too: it takes about 3% of the time, or two steps and
-    one batch of an evaluation where those take longer. Of several processes each must give the same `seconds`.
+    The speed is measured on a copy of the model. The measurement counts too: it takes about 3% of the time, or two
+    steps and one batch of an evaluation if those take longer. The other arguments are those of the Trainer. If there
+    are several processes, each must give the same `seconds`.
     """
     started = time.perf_counter()
-    n_train, n_val = (n_batches(as_loader(one), "a number of steps in place of a time")
+    n_train, n_val = (n_batches(as_loader(one), "a number of steps instead of a time")
                       for one in (train_loader, val_loader))
     config = replace(config or TrainConfig(), **overrides | dict(learning_rate=1e-6, save_every=math.inf))
     trial = Trainer(copy.deepcopy(model), device, objective, config)
-    trial.train(train_loader, n_steps=1, progress=False)  # the first step is slower: memory, kernels, workers
-    parts = [(1.0, None)]  # fractions of the steps, and how they resize
+    trial.train(train_loader, n_steps=1, progress=False)  # a first step is slower: memory, kernels, workers
+    parts = [(1.0, None)]  # fractions of the steps, and their progressive_resize
     if config.progressive_resize is not None:
         scale, share = config.progressive_resize
         parts = [(share, (scale, 1.0)), (1 - share, None)]
@@ -601,7 +680,7 @@ def steps_within(seconds, model, train_loader, val_loader, device="auto", object
         while trial_seconds < max(1.0, 0.02 * seconds) / len(parts):
             history = trial.train(train_loader, n_steps=max(1, n_trial), progressive_resize=resize, progress=False)
             n_trial += max(1, n_trial)
-            # so that all processes decide alike
+            # all processes must take the same decision
             trial_seconds += trial.all_reduce_sum(sum(history["seconds"]))[0] / trial.world_size
         step_seconds += share * trial_seconds / n_trial
     eval_started = time.perf_counter()
@@ -617,22 +696,42 @@ def steps_within(seconds, model, train_loader, val_loader, device="auto", object
 
 # ---- A training run ---------------------------------------------------------------------------------------
 
+WHITENED_BY = 2000  # images from which the filters of a whitened first layer are computed
+MINUTES = 2  # length of a training if no option sets it
+HEAD_EPOCHS = 100  # length of a training with --freeze-backbone, whose epochs take a moment
+LINEAR_IMAGES = 20_000  # largest number of images on which the linear classifier of the test is fitted
+UNEVEN = 2  # classes are called uneven if the largest has at least this many times the images of the smallest
+
 
 @dataclass(frozen=True)
 class Run:
-    """A training that is ready to start. Of several processes all compute, and only the first writes.
+    """A training that is ready to start. All processes compute; only the first one writes.
 
-    options          as parse() gives them; of a resumed run those that it began with
-    device           to compute on
-    folder, lock     where the results go; the open lock keeps other runs out
-    data             arguments of get_data_loaders, for the test images too
-    train_loader, val_loader   of the images
-    name, recipe     of the model; how it is trained, with what the options override
-    model, trained   the whole model; the part that is trained, which is all of it or its head
-    loaders          what `trained` is trained and evaluated on: the images, or features of them
-    trainer          of `trained`
-    entries          further entries of last.pt: options, n_steps, command, ...
-    resume           the training state of a resumed run, or None
+    Attributes
+    ----------
+    options : Namespace
+        From parse(); for a resumed run those it started with.
+    device : torch.device
+    folder, lock
+        Where the results go; the open lock file keeps other runs out.
+    data : dict
+        Arguments of get_data_loaders, used for the test images too.
+    train_loader, val_loader : Loader
+        Of the images.
+    name : str
+        Name of the model.
+    recipe : Recipe
+        With what the options override.
+    model, trained : Module
+        The whole model, and the part of it that is trained: all of it, or its head.
+    loaders : tuple
+        What `trained` is trained and evaluated on: the images, or features of them.
+    trainer : Trainer
+        Of `trained`.
+    entries : dict
+        Further entries of last.pt: options, n_steps, command, ...
+    resume : dict or None
+        Training state of a resumed run.
     """
     options: argparse.Namespace
     device: torch.device
@@ -652,12 +751,20 @@ class Run:
 
 
 def train(options):
-    """One run, from the images to result.json. Returns what is in result.json, on the first process.
+    """Run one training, from the images to result.json.
 
     The folder gets config.json, history.csv, result.json, best.pt, last.pt, curves.png and, if the model has attention,
-    attention.png. vit_bridge.weights.checkpoints.load opens the checkpoints.
+    attention.png. weights.checkpoints.load opens the checkpoints.
 
-    options: as parse() gives them.
+    Parameters
+    ----------
+    options : Namespace
+        From parse().
+
+    Returns
+    -------
+    dict or None
+        The contents of result.json, on the first process.
     """
     with processes(device_to_resume(options)) as device, Interrupts() as interrupts:
         folder, lock, saved = _open_run(options)
@@ -667,15 +774,14 @@ def train(options):
             if result := broadcast_object(_complete_result(folder)):
                 print(f"The run is complete; its results are in {folder}/result.json.")
                 return result
-            print(f"Going on with {folder}.")
+            print(f"Resuming {folder}.")
         run = prepare(argparse.Namespace(**known), device, folder, lock, saved)
         history, seconds = fit(run, interrupts)
         return finish(run, history, seconds)
 
 
 def _open_run(options):
-    """(folder, its lock, what read_run() gives of it) of the run that --resume names; None for each without
-    --resume."""
+    """Return (folder, lock, entries from read_run()) of the run that --resume names; without --resume three Nones."""
     if not options.resume:
         return None, None, None
     folder = lock = None
@@ -688,10 +794,13 @@ def _open_run(options):
 
 
 def prepare(options, device, folder=None, lock=None, saved=None):
-    """Images, recipe, model, folder, Trainer and the number of steps, as a Run. folder, lock, saved: from _open_run."""
+    """Return a Run: load the images, choose the recipe, build the model and the Trainer, and count the steps.
+
+    `folder`, `lock` and `saved` come from _open_run.
+    """
     started = time.perf_counter()
     if options.output_dir and not folder and holds_run(Path(options.output_dir)):
-        raise InputError(f"--output-dir {options.output_dir} already holds files of a run; go on with that by "
+        raise InputError(f"--output-dir {options.output_dir} already holds files of a run; resume it with "
                          f"--resume {options.output_dir}, or choose a new folder")
     if options.compile:
         check_compiler(device.type)
@@ -731,12 +840,12 @@ def prepare(options, device, folder=None, lock=None, saved=None):
         loaders, trained = feature_loaders(freeze_backbone(model), loaders, device), model.head
     trainer = _make_trainer(options, recipe, model, trained, train_loader, device)
     _describe_run(options, name, recipe, model, train_loader, val_loader, trainer)
-    spent = broadcast_object(time.perf_counter() - started) if options.freeze_backbone else 0.0  # on the features
+    spent = broadcast_object(time.perf_counter() - started) if options.freeze_backbone else 0.0  # for the features
     n_steps = saved["n_steps"] if saved else _count_steps(options, trainer, loaders, spent)
     entries = dict(options=_lasting(options), n_steps=n_steps, n_images=train_loader.n_images,
                    command=_command_of(vars(options), n_steps), n_processes=n_processes(),
                    recipe=asdict(recipe), **files)
-    print(f"{n_steps} steps, {n_steps / len(loaders[0]):.1f} epochs; the same run again: {entries['command']}")
+    print(f"{n_steps} steps, {n_steps / len(loaders[0]):.1f} epochs; to repeat this run: {entries['command']}")
     if process_number() == 0:
         write_json(dict(entries, model=name, model_config=vars(model.config), class_names=class_names),
                    folder / CONFIG)
@@ -745,7 +854,7 @@ def prepare(options, device, folder=None, lock=None, saved=None):
 
 
 def _lasting(options):
-    """The options as a dict, with the folder of the images as it is found from another folder too."""
+    """Return the options as a dict, with an absolute path of the images so that a resume works from any folder."""
     data_dir = Path(options.data_dir).expanduser()
     return dict(vars(options), data_dir=str(data_dir.resolve()) if data_dir.exists() else options.data_dir)
 
@@ -754,12 +863,12 @@ def _lasting(options):
 
 
 def chosen(options, *names):
-    """The options of these names that are given, as arguments."""
+    """Return {name: value} of those of these options that are set."""
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def _data_arguments(options, start):
-    """Arguments of get_data_loaders; images get the preprocessing of the pretrained model, if there is one."""
+    """Return the arguments of get_data_loaders, with the preprocessing of the pretrained model if there is one."""
     data = dict(data_dir=options.data_dir, img_size=options.img_size, dataset=options.dataset,
                 in_channels=options.in_channels, val_fraction=options.val_fraction, seed=options.seed,
                 workers=options.num_workers, skip_corrupt=options.skip_corrupt)
@@ -772,7 +881,7 @@ def _data_arguments(options, start):
 
 
 def load_data(data):
-    """(training loader, validation loader). The first process goes first, as there may be something to download."""
+    """Return (training loader, validation loader); the first process goes first, because it may have to download."""
     first, one_by_one = process_number() == 0, choose_set(data["data_dir"], data["dataset"], None) in TORCHVISION_SETS
     if one_by_one and not first:
         broadcast_object(None)
@@ -783,7 +892,7 @@ def load_data(data):
 
 
 def _pretrained_model(options, folder, saved):
-    """The model to start from; that of a resumed run is in its last.pt, wherever it came from."""
+    """Return the model to start from; a resumed run has it in its last.pt."""
     if saved and "training" in saved:
         return load(folder / LAST)
     return load(options.pretrained, **chosen(options, "img_size", "in_channels", "drop_path", "n_heads",
@@ -791,7 +900,7 @@ def _pretrained_model(options, folder, saved):
 
 
 def _model_name(options, img_size):
-    """What the model is called: its name in MODELS, or that of the pretrained one's file or run."""
+    """Return the name of the model: its name in MODELS, or that of the pretrained file or its run."""
     if not options.pretrained:
         return options.model or ("vit_nano" if img_size <= SMALL_SIDE else "vit_tiny")
     path = Path(options.pretrained)
@@ -799,7 +908,7 @@ def _model_name(options, img_size):
 
 
 def new_model(name, recipe, train_loader):
-    """A model for the loader's images and classes, its first layer whitened where the recipe says so."""
+    """Return a new model for the loader's images and classes, with a whitened first layer if the recipe asks for it."""
     model = build_model(name, n_classes=len(train_loader.class_names), img_size=train_loader.img_size,
                         in_channels=train_loader.preprocessing.n_channels, **recipe.model_options)
     if recipe.whiten and model.whitening_layer() is not None:
@@ -808,7 +917,7 @@ def new_model(name, recipe, train_loader):
 
 
 def first_images(loader, n_images):
-    """At least n_images images of a training loader, if it has as many, as a model will see them: (B, C, H, W)."""
+    """Return the first batches of a training loader, n_images or more if it has that many, as (B, C, H, W)."""
     loader.set_position(0)
     return torch.cat([images for images, _ in itertools.islice(loader, -(-n_images // loader.batch_size))])
 
@@ -817,8 +926,10 @@ def first_images(loader, n_images):
 
 
 def _choose_run_recipe(options, saved, name, train_loader, device):
-    """The recipe of a resumed run; for a new run the one asked for, or the one for these images and minutes, with what
-    the options override."""
+    """Return the recipe with what the options override.
+
+    It is the recipe of the resumed run, the one in the options, or the one that choose_recipe picks.
+    """
     if saved and "recipe" in saved:
         return Recipe.from_dict(saved["recipe"])
     size = train_loader.size
@@ -829,16 +940,16 @@ def _choose_run_recipe(options, saved, name, train_loader, device):
     check_choice("recipe", options.recipe, RECIPES)
     recipe = RECIPES[options.recipe]
     if recipe.model not in (None, name) and not options.pretrained:
-        raise InputError(f"--recipe {options.recipe} is for --model {recipe.model}, and the model is {name}; give "
-                         f"both, or another recipe")
+        raise InputError(f"--recipe {options.recipe} is for --model {recipe.model}, but the model is {name}; give "
+                         f"--model {recipe.model} or another recipe")
     if min(size) < recipe.smallest:
-        raise InputError(f"--recipe {options.recipe} needs images of at least {recipe.smallest} pixels, these have "
-                         f"{min(size)}; choose a larger --img-size or another recipe")
+        raise InputError(f"--recipe {options.recipe} needs images of at least {recipe.smallest} pixels, but these "
+                         f"have {min(size)}; choose a larger --img-size or another recipe")
     pixels = chosen(options, "shift", "flip", "cutout")
     if pixels and not isinstance(train_loader, MemoryLoader):
-        raise InputError(f"--{next(iter(pixels))} is for small images in memory; those of more than {SMALL_SIDE} "
-                         f"pixels are cropped, flipped and recoloured as they are read: leave it out, or give "
-                         f"--img-size {SMALL_SIDE}")
+        raise InputError(f"--{next(iter(pixels))} is for small images, of at most {SMALL_SIDE} pixels; larger ones are "
+                         f"cropped, mirrored and recoloured as they are read: leave it out, or give --img-size "
+                         f"{SMALL_SIDE}")
     train = chosen(options, "optimizer", "weight_decay", "schedule")
     if options.lr is not None:
         train["learning_rate"] = options.lr
@@ -848,16 +959,16 @@ def _choose_run_recipe(options, saved, name, train_loader, device):
                      augmentation=replace(recipe.augmentation, **pixels),
                      model_options=recipe.model_options | chosen(options, "patch_size", "drop_path"),
                      **chosen(options, "batch_size", "label_smoothing", "mixing"))
-    if options.pretrained:  # which is a model already
+    if options.pretrained:  # the model exists already
         recipe = replace(recipe, model_options={}, whiten=False)
-    if options.freeze_backbone:  # its features are computed once, of each image as it is
+    if options.freeze_backbone:  # features are computed once, without augmentation
         recipe = replace(recipe, train=replace(recipe.train, progressive_resize=None), mixing="none",
                          augmentation=Augmentation(0.0, "none"))
     return recipe
 
 
 def _make_trainer(options, recipe, model, trained, train_loader, device):
-    """The Trainer of a run: the recipe, with the precision and the grad_accum_steps of the options."""
+    """Return the Trainer of a run, with the recipe and the options about precision, memory and speed."""
     weights = balancing_weights(train_loader.class_counts) if options.class_weights else None
     mixing = None if recipe.mixing == "none" else Mixing(recipe.mixing, len(train_loader.class_names))
     config = replace(recipe.train, seed=options.seed, **chosen(options, "warmup_epochs"),
@@ -870,51 +981,51 @@ def _make_trainer(options, recipe, model, trained, train_loader, device):
 
 
 def _budget(options):
-    """In minutes; None if the length is given in epochs or steps."""
+    """Return the length in minutes, or None if it is given in epochs or steps."""
     in_steps = options.epochs or options.steps or (options.freeze_backbone and not options.minutes)
     return None if in_steps else options.minutes or MINUTES
 
 
 def _count_steps(options, trainer, loaders, spent):
-    """The number of steps of a new run. spent: seconds of its minutes that are used already."""
+    """Return the number of steps of a new run; `spent` seconds of its minutes are already used."""
     if options.dry_run:
         return 2
     minutes = _budget(options)
     if minutes is None:
         return options.steps or (options.epochs or HEAD_EPOCHS) * len(loaders[0])
-    print(f"Measuring the speed, for the number of steps in {minutes:g} minutes of training and validation ...",
+    print(f"Measuring the speed, to find how many steps fit into {minutes:g} minutes of training and validation ...",
           flush=True)
     n_steps = steps_within(max(1.0, 60 * minutes - spent), trainer.model, *loaders, trainer.device, trainer.objective,
                            trainer.config)
     if n_steps < len(loaders[0]):
-        print(f"Warning: {minutes:g} minutes are too few to see each image once ({n_steps} of {len(loaders[0])} "
-              f"steps); a smaller --img-size or model, or more minutes, would help.")
+        print(f"Warning: {minutes:g} minutes are too short to use each image once ({n_steps} of {len(loaders[0])} "
+              f"steps); give more --minutes, a smaller --img-size or a smaller model.")
     return n_steps
 
 
 def _describe_run(options, name, recipe, model, train, val, trainer):
-    """Prints what is trained on what, with warnings. train, val: the loaders of the images."""
+    """Print what is trained on what, with warnings; `train` and `val` are the loaders of the images."""
     frozen = f", {count_parameters(trainer.model):,} of them trained" if options.freeze_backbone else ""
     print(f"{name}: {count_parameters(model):,} parameters{frozen}; {train.dataset_name}: "
           f"{train.n_images:,} training and {val.n_images:,} validation images of {_describe_images(train)}, "
           f"{len(train.class_names)} classes; {trainer.device}, {trainer.dtype or torch.float32}")
     print(f"Recipe {options.recipe}: {recipe.describe(isinstance(train, MemoryLoader))}")
     if text := _unevenness(train.class_names, train.class_counts):
-        weighted = "--class-weights lets them count alike" if options.class_weights else \
-            "look at the balanced accuracy; --class-weights would let all classes count alike"
-        print(f"{text}: {weighted}.")
+        weighted = "--class-weights gives every class the same weight" if options.class_weights else \
+            "look at the balanced accuracy, or give every class the same weight with --class-weights"
+        print(f"{text}; {weighted}.")
     if text := trainer.batch_split_warning():
         print(f"Warning: {text}.")
 
 
 def _describe_images(loader):
-    """Size and channels of a loader's images in words: "32 pixels", "96x160 pixels and 1 channel"."""
+    """Return size and channels of a loader's images as text: "32 pixels", "96x160 pixels and 1 channel"."""
     n = loader.preprocessing.n_channels
     return f"{describe_size(loader.img_size)} pixels" + ("" if n == 3 else f" and {n} channel{'s' * (n > 1)}")
 
 
 def _unevenness(class_names, class_counts):
-    """A warning about how many images the classes have, if they differ much; else ""."""
+    """Return the images per class as text if they differ by a factor of UNEVEN or more, otherwise ""."""
     by_size = sorted(zip(class_counts, class_names, strict=True), reverse=True)
     if by_size[0][0] < UNEVEN * by_size[-1][0]:
         return ""
@@ -927,78 +1038,86 @@ def _unevenness(class_names, class_counts):
 
 
 class StopOnSignal(Callback):
-    """Stops the training between two batches once Ctrl-C or SIGTERM was caught."""
+    """A Callback that stops the training between two batches after Ctrl-C or SIGTERM."""
 
     def __init__(self, interrupts):
         self.interrupts = interrupts
 
     def on_batch(self, state):
+        """Return whether a signal has arrived."""
         return self.interrupts.caught is not None
 
 
 def fit(run, interrupts):
-    """(history, seconds of the run) of the training. Raises Interrupted, with the command to go on, where a signal
-    stopped it."""
+    """Train, and return (history, seconds of the run).
+
+    Raises
+    ------
+    Interrupted
+        After a signal, with the command that resumes the run.
+    InputError
+        If the training fails, with what is saved and the command that resumes the run.
+    """
     saver, n_steps = None, run.entries["n_steps"]
     if process_number() == 0:
         saver = Saver(run.folder, run.model, run.train_loader.preprocessing, run.entries, run.trainer.objective,
                       run.options.freeze_backbone, run.resume)
-    go_on = command("--resume", run.folder)
+    resume = command("--resume", run.folder)
     interrupts.held = True
     try:
         history = run.trainer.train(*run.loaders, n_steps=n_steps, resume=run.resume, progress=sys.stderr.isatty(),
                                     callbacks=[StopOnSignal(interrupts), *filter(None, [saver])])
     except Stopped as stop:
-        kept = stop.state.is_finite() or stop.state.scaler.is_enabled()  # a scaler skips steps that are not
-        if saver and kept:
+        sound = stop.state.is_finite() or stop.state.scaler.is_enabled()  # a scaler skips steps that are not finite
+        if saver and sound:
             saver.on_save(stop.state)
-        broadcast_object(None)  # where one process ends the launcher ends the others: not before all is written
-        text = f"kept at step {stop.state.step} of {n_steps}; go on with: {go_on}"
+        broadcast_object(None)  # wait until all is written: when one process ends, the launcher ends the others
+        text = f"saved at step {stop.state.step} of {n_steps}; resume with: {resume}"
         raise Interrupted(interrupts.caught or signal.SIGTERM,
-                          text if kept else "loss or gradient were no longer finite, so this state was not kept; "
-                                            f"go on from the one before with: {go_on}") from None
+                          text if sound else "the loss or its gradient was no longer finite, so this state was not "
+                                             f"saved; resume the last saved state with: {resume}") from None
     except InputError as error:
-        raise InputError(f"{error}. {_what_is_kept(error, run.folder, saver, n_steps, go_on)}") from error
+        raise InputError(f"{error}. {_what_is_saved(error, run.folder, saver, n_steps, resume)}") from error
     interrupts.held = False
-    interrupts.advice = f"the training is done, its test is not; go on with: {go_on}"
+    interrupts.advice = f"the training is finished, but not its test; resume with: {resume}"
     if interrupts.caught:
         raise Interrupted(interrupts.caught, interrupts.advice)
     broadcast_object(None)  # the first process has written best.pt
     return history, saver.elapsed if saver else 0.0
 
 
-def _what_is_kept(error, folder, saver, n_steps, go_on):
-    """What the run has on the disk after an error, and how to go on."""
+def _what_is_saved(error, folder, saver, n_steps, resume):
+    """Return what the run has on disk after an error, and the command that resumes it."""
     last = folder / LAST
-    kept = f"The last good checkpoint is {last}" if last.is_file() else f"Nothing was kept yet in {folder}"
+    saved = f"The last good checkpoint is {last}" if last.is_file() else f"Nothing was saved yet in {folder}"
     if saver and last.is_file():
-        kept += f", step {saver.saved_step} of {n_steps}"
+        saved += f", step {saver.saved_step} of {n_steps}"
     if isinstance(error, NotFinite):
-        return kept
+        return saved
     parts = f" --grad-accum-steps {error.grad_accum_steps}" if isinstance(error, OutOfMemory) else ""
-    return f"{kept}; go on with: {go_on}{parts}"
+    return f"{saved}; resume with: {resume}{parts}"
 
 
 # ---- After the training
 
 
 def finish(run, history, seconds):
-    """Test, figures and result.json. Returns what is in result.json, on the first process."""
+    """Test the best model and write figures and result.json; return its contents on the first process."""
     best, first = load(run.folder / BEST), process_number() == 0
     result = _training_result(run, history, seconds)
     if first:
-        write_json(result, run.folder / "result.json")  # before the test: a bad image there loses nothing
+        write_json(result, run.folder / "result.json")  # before the test, so that a bad test image loses nothing
         save_figure(plot_training_curves(history), run.folder / "curves.png")
     loader, split = get_test_loader(**run.data), "test"
     if loader is not None and run.entries["test_files"] not in (None, _fingerprint(loader)):
-        print(f"Warning: the test images are others than when the training began; tested on the {loader.n_images:,} "
-              f"that are there now.")
+        print(f"Warning: the test images have changed since the training started; testing on the {loader.n_images:,} "
+              f"images that are there now.")
     if loader is None:
         loader, split = run.val_loader, "val"
-        print("There are no test images: the accuracies are those of the validation images, on which the best epoch "
-              "was chosen. A linear classifier comes now, to compare with ...", flush=True)
+        print("There are no test images, so the accuracies below are those of the validation images, which chose the "
+              "best epoch. Fitting a linear classifier for comparison ...", flush=True)
     else:
-        print("Its test comes now, and a linear classifier to compare with ...", flush=True)
+        print("Testing the best model, and fitting a linear classifier for comparison ...", flush=True)
     if run.options.dry_run:
         loader = loader.without_augmentation(2 * run.recipe.batch_size)
     trainer = Trainer(best, run.device, run.trainer.objective, run.trainer.config)
@@ -1014,17 +1133,17 @@ def finish(run, history, seconds):
     result |= dict(skipped=len(skipped))
     report_skipped(sorted(skipped))
     draw(run, best, history, ("linear classifier", result[f"linear_{split}_acc"]))
-    write_json(result, run.folder / "result.json")  # last: with it the run is complete
+    write_json(result, run.folder / "result.json")  # last, because it marks the run as complete
     if mirrored is not None:
-        print(f"Each image shown mirrored too: {mirrored:.1%}.")
-    print(f"{result['images_per_second']:.0f} images/s, {run.trainer.data_share:.1%} of the training time for fetching "
-          f"and augmenting; {run.folder}/"
+        print(f"Accuracy if the probabilities for an image and its mirror image are averaged: {mirrored:.1%}.")
+    print(f"{result['images_per_second']:.0f} images/s; fetching and augmenting took {run.trainer.data_share:.1%} of "
+          f"the training time. Results: {run.folder}/"
           + (" (without attention.png: this model has no attention)" if not best.attends else ""))
     return result
 
 
 def _training_result(run, history, seconds):
-    """The entries of result.json about the training, printed in short."""
+    """Print the result of the training in short, and return its entries of result.json."""
     objective, trainer = run.trainer.objective, run.trainer
     epoch = objective.best_epoch(history)
     best = history[objective.criterion][epoch - 1]
@@ -1040,10 +1159,10 @@ def _training_result(run, history, seconds):
 
 
 def _compare_with_linear(run, score, split, loader):
-    """The accuracy beside a linear classifier's on the same images, printed, and as entries of the result."""
+    """Print the accuracy beside that of a linear classifier on the same images; return both as result entries."""
     train_loader, val_loader = run.train_loader, run.val_loader
     for each in (val_loader, loader):
-        each.set_shard(0, 1)  # the first process alone computes what follows
+        each.set_shard(0, 1)  # only the first process computes what follows
     plain = train_loader.without_augmentation(300 if run.options.dry_run else LINEAR_IMAGES)
     linear = linear_classifier(plain, val_loader, loader if split == "test" else None)
     train_loader.skipped.update(plain.skipped)
@@ -1054,8 +1173,8 @@ def _compare_with_linear(run, score, split, loader):
         largest = loader.class_counts[place] / sum(loader.class_counts)
         balanced = f", balanced {score['balanced_acc']:.1%}"
         chance = f"always {names[place]}: {largest:.1%}, balanced {1 / len(names):.1%}"
-    print(f"{split} accuracy {percent(score['correct'], score['n'])} of {score['n']:,} images, 95% Wilson interval"
-          f"{balanced}; a linear classifier on the pixels: {linear[f'{split}_acc']:.1%}; {chance}")
+    print(f"{split} accuracy {percent(score['correct'], score['n'])} on {score['n']:,} images (95% Wilson interval)"
+          f"{balanced}; linear classifier on the pixels: {linear[f'{split}_acc']:.1%}; {chance}")
     return {f"{split}_acc": score["acc"], f"{split}_correct": score["correct"], f"{split}_n": score["n"],
             f"{split}_balanced_acc": score["balanced_acc"],
             f"{split}_interval": wilson_interval(score["correct"], score["n"]),
@@ -1063,32 +1182,34 @@ def _compare_with_linear(run, score, split, loader):
 
 
 def draw(run, model, history, baseline):
-    """curves.png, and attention.png where the model has attention."""
+    """Write curves.png and, if the model has attention, attention.png."""
     save_figure(plot_training_curves(history, baseline=baseline), run.folder / "curves.png")
     if model.attends:
         val_loader = run.val_loader
-        apart = max(1, len(val_loader) // 4)  # folders come class by class, so take images from all of it
+        apart = max(1, len(val_loader) // 4)  # spread over the set, because folders are read class by class
         batches = itertools.islice(val_loader, 0, 4 * apart, apart)
         images = [images[0] for images, _ in batches if len(images)]  # of (C, H, W)
         save_figure(visualize_attention_grid(model, torch.stack(images).cpu()), run.folder / "attention.png")
 
 
 def _of_any_version(options):
-    """A run's saved options, with the defaults of those that came later; of a run that is older than recipes, with the
-    recipe that it had."""
+    """Return a run's saved options with the defaults of options that did not exist yet.
+
+    A run older than recipes gets the recipe whose values it used.
+    """
     name = "fine_tuning" if options.get("pretrained") and not options.get("freeze_backbone") else "classic"
     return vars(make_parser().parse_args([])) | dict(recipe=name) | options
 
 
 def _complete_result(folder):
-    """The contents of a folder's result.json if the test is in it; else None."""
+    """Return the contents of a folder's result.json if it includes the test, otherwise None."""
     path = folder / "result.json"
     result = json.loads(path.read_text()) if path.is_file() else {}
     return result if result.keys() & {"linear_test_acc", "linear_val_acc"} else None
 
 
 def report_skipped(files):
-    """Prints which image files were left out, where there were some."""
+    """Print which image files were skipped, if there were any."""
     for file in files[:5]:
         print(f"Left out, as it cannot be read: {file}")
     if len(files) > 5:
@@ -1098,84 +1219,132 @@ def report_skipped(files):
 # ---- The arguments of a run -------------------------------------------------------------------------------
 
 
+WORKERS_HELP = "processes that read photographs, 0 for none (default: one per core, at most 8)"
+AMP_HELP = "mixed precision (default: auto, bf16 or fp16 if the hardware is fast at it, otherwise float32)"
+DEVICE_HELP = "auto, cpu, cuda, cuda:N or mps (default: %(default)s)"
+DESCRIPTION = """\
+Train a model on a folder with one folder of images per class.
+
+examples:
+  python train_vit.py --data-dir photos --pretrained deit_tiny_patch16_224
+  python train_vit.py --data-dir photos --model vit_tiny --minutes 30
+  python train_vit.py --resume runs/NAME
+
+commands for a trained model, each with --help:
+  evaluate   measure its accuracy on a folder of images
+  predict    name the classes of images
+  export     write it as an ONNX file
+  inspect    describe a file, or list the pretrained models"""
+
+
 def make_parser():
+    """Return the parser of a training: first the everyday options, then all others in groups."""
     parser = OneLineParser(
-        prog="train_vit.py", description="Trains a model on images.",
-        epilog="train_vit.py evaluate, predict, export and inspect, each with --help, take a checkpoint.")
-    data = parser.add_argument_group("data")
-    data.add_argument("--data-dir", default="./data", help="a folder with a folder for each class, or a known set "
-                                                           "(default: %(default)s, without which shapes are drawn)")
-    data.add_argument("--dataset", default="auto", help="auto, shapes, folder, cifar10, cifar100, mnist, fashion-mnist")
-    data.add_argument("--img-size", type=int_at_least(1), nargs="+", action=Size, metavar="PIXELS",
-                      help="side, or height and width (default: that of the pretrained model; small images keep "
-                           "theirs, else 224)")
-    data.add_argument("--in-channels", type=int_at_least(1), metavar="N", help="1: grey images, 3: colour, 4: with "
-                      "transparency (default: that of the pretrained model, else 3)")
-    data.add_argument("--batch-size", type=int_at_least(1), help="images of a step, over all processes")
-    data.add_argument("--val-fraction", type=float, default=0.1, help="cut from the training images without val/")
-    data.add_argument("--num-workers", "--workers", type=int_at_least(0), help=WORKERS_HELP)
-    data.add_argument("--skip-corrupt", action="store_true", help="leave out image files that cannot be read, and say "
-                                                                  "how many")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", help=f"one of {', '.join(MODELS)} (default: vit_nano up to 64 pixels, else vit_tiny)")
-    model.add_argument("--patch-size", type=int_at_least(1), help="side in pixels (default: 4 up to 64 pixels, 8 up "
-                                                                  "to 128, 16 above)")
-    model.add_argument("--drop-path", type=float, help="stochastic depth of the last block (default: the model's own)")
-    model.add_argument("--pretrained", metavar="NAME|PATH", help=f"start from the weights of one of "
-                       f"{', '.join(PRETRAINED)}, of a checkpoint file, or of a folder that transformers or timm wrote")
-    add_n_heads(model)
-    add_class_names(model)
-    model.add_argument("--freeze-backbone", action="store_true", help="train the head alone, on features that are "
-                                                                      "computed once, without augmentation")
-    model.add_argument("--layer-decay", type=Bounded(float, 0.01, 1, "0.01 to 1"), help="each layer's learning rate "
-                       "is this times that of the layer after it (fine-tuning: about 0.75)")
-    recipe = parser.add_argument_group("recipe", "Options you do not set come from the recipe.")
-    recipe.add_argument("--recipe", help=f"one of {', '.join(RECIPES)} (default: chosen by model, image size and "
-                                         f"minutes, and printed)")
-    recipe.add_argument("--optimizer", choices=OPTIMIZERS)
-    recipe.add_argument("--lr", type=positive(), help="the peak of the learning rate")
-    recipe.add_argument("--weight-decay", type=Bounded(float, 0, sys.float_info.max, "0 or more"))
-    recipe.add_argument("--schedule", choices=SCHEDULES, help="how the learning rate falls")
-    recipe.add_argument("--warmup-epochs", type=Bounded(float, 0, sys.float_info.max, "0 or more"),
-                        help="(default: a twentieth of the run)")
-    recipe.add_argument("--label-smoothing", type=Bounded(float, 0, 1, "0 to 1"))
-    recipe.add_argument("--shift", type=Bounded(float, 0, 0.5, "0 to 0.5"), help="fraction of the side by which small "
-                                                                                 "images are shifted at most")
-    recipe.add_argument("--flip", choices=FLIPS, help="how small images are mirrored")
-    recipe.add_argument("--cutout", type=Bounded(float, 0, 2, "a share of the image's side, 0 to 2: 0.25 is 8 of 32 "
-                                                              "pixels"),
-                        help="side of a hidden square, as a fraction of that of a small image")
-    recipe.add_argument("--mixing", choices=MIXINGS, help="two images in one")
-    recipe.add_argument("--model-ema", type=Bounded(float, 0, 1, "0 to 1"), nargs="?", const=0.999, metavar="DECAY",
-                        help="keep a moving average of the weights, and evaluate that (decay without a number: 0.999)")
-    run = parser.add_argument_group("run")
-    length = run.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=int_at_least(1))
-    length.add_argument("--steps", type=int_at_least(1))
-    length.add_argument("--minutes", type=positive(), help="measures the speed, then fixes the number of steps "
-                                                           "(default: 2 minutes; with --freeze-backbone 100 epochs)")
-    run.add_argument("--class-weights", action="store_true", help="let every class count alike, however many images it "
-                     "has; the best epoch is then that of the best balanced accuracy")
-    run.add_argument("--grad-accum-steps", "--accumulate", type=int_at_least(1), default=1, help="parts in which a "
-                     "batch goes through the model, for less memory (default: %(default)s)")
-    run.add_argument("--seed", type=seed(), default=0)
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    run.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help="mixed precision")
-    run.add_argument("--compile", action="store_true", help="train through torch.compile")
-    run.add_argument("--grad-checkpointing", action="store_true", help="keep no activations inside the layers: the "
-                     "backward pass computes them again, in less memory and about a third more time")
-    run.add_argument("--output-dir", help="a new folder for this run (default: runs/<model>-<data>-<n>)")
-    run.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="go on with the run in this folder, "
-                     "exactly where it was cut; alone, with the one in --output-dir, begun where there is none")
-    run.add_argument("--save-minutes", type=positive(), default=3, help="between two writings of last.pt inside an "
-                                                                        "epoch (default: %(default)s)")
-    run.add_argument("--dry-run", action="store_true", help="two steps of everything; without --output-dir nothing "
-                                                            "is kept")
+        prog="train_vit.py", description=DESCRIPTION, formatter_class=HelpFormatter, add_help=False,
+        usage="python train_vit.py [options]\n       python train_vit.py COMMAND [options]",
+        epilog="models:\n" + textwrap.fill(", ".join(MODELS), 78, initial_indent="  ", subsequent_indent="  "))
+    group = parser.add_argument_group("everyday options")
+    group.add_argument("--data-dir", default="./data", metavar="FOLDER", help="folder with one folder of images per "
+                       "class, or with a known data set (default: %(default)s; if there is none, drawn shapes)")
+    group.add_argument("--pretrained", metavar="NAME|PATH", help="start from trained weights: a name that `inspect` "
+                       "lists, a checkpoint, or a folder of transformers or timm (default: new weights)")
+    group.add_argument("--model", metavar="NAME", help="model to train from new weights; all are listed below "
+                       "(default: vit_nano for images up to 64 pixels, otherwise vit_tiny)")
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=positive(), metavar="M", help="length in minutes, converted to steps by "
+                        "measuring the speed first (default: 2)")
+    length.add_argument("--epochs", type=int_at_least(1), metavar="N", help="length in passes over the training images "
+                        "(default: 2 minutes; with --freeze-backbone 100 epochs)")
+    group.add_argument("--output-dir", metavar="FOLDER", help="new folder for the results (default: "
+                       "runs/<model>-<data>-<n>)")
+    group.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="continue the run in this folder exactly "
+                       "where it stopped; without RUN, the run in --output-dir, or a new one there")
+    group.add_argument("--seed", type=seed(), default=0, metavar="N", help="seed of the weights, the validation split, "
+                       "the order and the augmentation (default: %(default)s)")
+    group.add_argument("--device", default="auto", help=DEVICE_HELP)
+    group.add_argument("--dry-run", action="store_true", help="test the command with two steps of training; without "
+                       "--output-dir the results are deleted")
+    group.add_argument("-h", "--help", action="help", help="show this text and exit")
+
+    group = parser.add_argument_group("data and augmentation")
+    group.add_argument("--dataset", default="auto", metavar="NAME", help=f"{', '.join(DATASETS)} (default: "
+                       "%(default)s, what --data-dir holds)")
+    group.add_argument("--img-size", type=int_at_least(1), nargs="+", action=Size, metavar="PIXELS",
+                       help="side, or height and width, in pixels (default: the size of the pretrained model; small "
+                       "images keep theirs; otherwise 224)")
+    group.add_argument("--in-channels", type=int_at_least(1), metavar="N", help="1 for grey, 3 for colour, 4 for "
+                       "colour with transparency (default: those of the pretrained model, otherwise 3)")
+    group.add_argument("--val-fraction", type=float, default=0.1, metavar="F", help="fraction of the training images "
+                       "held out for validation if there is no val folder (default: %(default)s)")
+    group.add_argument("--skip-corrupt", action="store_true", help="skip image files that cannot be read, and report "
+                       "them")
+    group.add_argument("--shift", type=Bounded(float, 0, 0.5, "0 to 0.5"), metavar="F", help="largest random shift of "
+                       "small images, as a fraction of the side (default: the recipe's)")
+    group.add_argument("--flip", choices=FLIPS, help="mirroring of small images (default: the recipe's)")
+    group.add_argument("--cutout", type=Bounded(float, 0, 2, "a share of the image's side, 0 to 2: 0.25 is 8 of 32 "
+                                                             "pixels"), metavar="F",
+                       help="side of a hidden square, as a fraction of the side of a small image (default: the "
+                       "recipe's)")
+    group.add_argument("--mixing", choices=MIXINGS, help="combine pairs of images and their labels (default: the "
+                       "recipe's)")
+
+    group = parser.add_argument_group("model and pretrained weights")
+    group.add_argument("--patch-size", type=int_at_least(1), metavar="PIXELS", help="side of a patch in pixels "
+                       "(default: the recipe's; otherwise 4 for images up to 64 pixels, 8 up to 128, 16 above)")
+    group.add_argument("--freeze-backbone", action="store_true", help="train only the head, on features of the "
+                       "pretrained model that are computed once, without augmentation")
+    add_n_heads(group)
+    add_class_names(group)
+
+    group = parser.add_argument_group("length, optimiser and learning rate",
+                                      "Options you do not set come from the recipe.")
+    steps = group.add_argument("--steps", type=int_at_least(1), metavar="N", help="length in steps, instead of "
+                               "--minutes or --epochs")
+    length._group_actions.append(steps)  # listed here, but still exclusive with --minutes and --epochs
+    group.add_argument("--recipe", metavar="NAME", help=f"named settings: {', '.join(RECIPES)} (default: chosen by "
+                       f"model, image size and minutes, and printed)")
+    group.add_argument("--batch-size", type=int_at_least(1), metavar="N", help="images in a step, over all processes "
+                       "(default: the recipe's)")
+    group.add_argument("--optimizer", choices=OPTIMIZERS, help="rule that updates the weights (default: the "
+                       "recipe's)")
+    group.add_argument("--lr", type=positive(), metavar="LR", help="peak learning rate (default: the recipe's)")
+    group.add_argument("--schedule", choices=SCHEDULES, help="how the learning rate falls (default: the recipe's)")
+    group.add_argument("--warmup-epochs", type=Bounded(float, 0, sys.float_info.max, "0 or more"), metavar="N",
+                       help="epochs in which the learning rate rises (default: 5%% of the run)")
+    group.add_argument("--layer-decay", type=Bounded(float, 0.01, 1, "0.01 to 1"), metavar="F", help="factor from each "
+                       "layer's learning rate to that of the layer before it, such as 0.75 to fine-tune (default: 1)")
+
+    group = parser.add_argument_group("loss and regularisation")
+    group.add_argument("--class-weights", action="store_true", help="give every class the same weight in the loss, and "
+                       "choose the best epoch by balanced accuracy")
+    group.add_argument("--label-smoothing", type=Bounded(float, 0, 1, "0 to 1"), metavar="F", help="fraction of the "
+                       "target that is spread evenly over all classes (default: the recipe's)")
+    group.add_argument("--weight-decay", type=Bounded(float, 0, sys.float_info.max, "0 or more"), metavar="F",
+                       help="decay of matrices and kernels in each step, times the learning rate (default: the "
+                       "recipe's)")
+    group.add_argument("--drop-path", type=float, metavar="P", help="stochastic depth: probability of skipping the "
+                       "last block, lower for earlier ones (default: the model's)")
+    group.add_argument("--model-ema", type=Bounded(float, 0, 1, "0 to 1"), nargs="?", const=0.999, metavar="DECAY",
+                       help="keep a moving average of the weights, and evaluate it (decay without a number: 0.999; "
+                       "default: the recipe's)")
+
+    group = parser.add_argument_group("checkpoints and resuming (see also --output-dir and --resume)")
+    group.add_argument("--save-minutes", type=positive(), default=3, metavar="M", help="minutes between two "
+                       "checkpoints within an epoch (default: %(default)s)")
+
+    group = parser.add_argument_group("devices, memory and speed (see also --device)")
+    group.add_argument("--num-workers", "--workers", type=int_at_least(0), metavar="N", help=WORKERS_HELP)
+    group.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help=AMP_HELP)
+    group.add_argument("--compile", action="store_true", help="train through torch.compile")
+    group.add_argument("--grad-accum-steps", "--accumulate", type=int_at_least(1), default=1, metavar="N",
+                       help="parts in which a batch passes through the model, to save memory (default: %(default)s)")
+    group.add_argument("--grad-checkpointing", action="store_true", help="recompute the layers in the backward pass, "
+                       "to save memory at the cost of one more forward pass")
     return parser
 
 
 def parse(argv=None):
-    """The options of a training; its field `given` holds those from the command line, by name."""
+    """Return the options of a training; their field `given` holds {name: value} of those on the command line."""
     options = make_parser().parse_args(argv)
     unset = object()
     blank = argparse.Namespace(**dict.fromkeys(vars(options), unset))
@@ -1184,26 +1353,27 @@ def parse(argv=None):
     if options.recipe:
         check_choice("recipe", options.recipe, tuple(RECIPES))
     if options.resume and options.dry_run:
-        raise InputError("--dry-run is a run of its own and cannot go on with another; leave out --resume")
+        raise InputError("--dry-run starts a run of its own and cannot resume another; leave out --resume")
     if options.freeze_backbone and options.layer_decay:
         raise InputError("--layer-decay cannot be combined with --freeze-backbone, which trains only the last layer; "
                          "leave one of them out")
     if options.freeze_backbone and not options.pretrained and not options.resume:
-        raise InputError("--freeze-backbone freezes what was trained before; give --pretrained NAME or PATH too")
+        raise InputError("--freeze-backbone needs trained weights to freeze; add --pretrained NAME or PATH")
     if options.freeze_backbone and options.grad_checkpointing:
-        raise InputError("--grad-checkpointing has nothing to compute again with --freeze-backbone, which trains only "
-                         "the last layer; leave one of them out")
+        raise InputError("--grad-checkpointing cannot be combined with --freeze-backbone, which needs no backward pass "
+                         "through the layers; leave one of them out")
     for name in ("model", "patch_size"):
         if options.pretrained and getattr(options, name):
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)} cannot be combined with "
-                             f"--pretrained, whose model is fixed; leave it out")
+                             f"--pretrained, which fixes the model; leave it out")
     if options.n_heads and not options.pretrained and not options.resume:
-        raise InputError(f"--n-heads {options.n_heads} is for the file of --pretrained, which was not given; give both")
+        raise InputError(f"--n-heads {options.n_heads} is for the file of --pretrained; add --pretrained, or leave "
+                         f"--n-heads out")
     return options
 
 
 def _as_words(options):
-    """The options that differ from the defaults, as words of a command."""
+    """Return the options that differ from the defaults, as words of a command."""
     defaults, words = vars(make_parser().parse_args([])), []
     for name, value in options.items():
         if value != defaults[name]:
@@ -1213,14 +1383,14 @@ def _as_words(options):
 
 
 def command(*words):
-    """A command as one would type it, with the launcher of several processes where this is one of several."""
+    """Return a command of this script as one would type it, with torchrun if there are several processes."""
     start = ["python"] if n_processes() == 1 else ["torchrun", f"--nproc-per-node={n_processes()}"]
     join = subprocess.list2cmdline if os.name == "nt" else shlex.join
     return join([*start, "train_vit.py", *map(str, words)])
 
 
 def _command_of(options, n_steps):
-    """The command that repeats a run exactly: its options, with the number of steps instead of minutes."""
+    """Return the command that repeats a run exactly, with the number of steps instead of minutes."""
     left_out = ("minutes", "epochs", "steps", "output_dir", "resume", "save_minutes", "dry_run")
     return command(*_as_words({name: value for name, value in options.items() if name not in left_out}),
                    "--steps", n_steps)
@@ -1228,36 +1398,47 @@ def _command_of(options, n_steps):
 
 # ---- python train_vit.py evaluate -------------------------------------------------------------------------
 
-# What kind of test the images of a loader are, by DatasetLoader.split.
+# What the images of a loader are, by DatasetLoader.split.
 SPLITS = {
     "test": "test images",
-    "val": "validation images, as there are no test images: a training on this folder chose its best epoch on them",
-    "held out": "validation images, held out of the training; its best epoch was chosen on them",
+    "val": "validation images, as there are no test images; a training on this folder chose its best epoch with them",
+    "held out": "validation images, held out of the training, which chose its best epoch with them",
     "all": "images, all of the folder: a test only if the model was trained on none of them",
 }
 
 
 def evaluate_command(argv=None):
-    parser = OneLineParser(prog="train_vit.py evaluate", description="Scores a checkpoint on a set: accuracy, "
-                           "confusion matrix and the worst mistakes, printed and kept in a folder. It takes the test "
-                           "images; without those the validation images; else all, but of the folder that the "
-                           "checkpoint was trained on only those held out.")
+    """Run `train_vit.py evaluate`."""
+    parser = OneLineParser(prog="train_vit.py evaluate", formatter_class=HelpFormatter, description="""\
+Measure the accuracy of a checkpoint on a set of images, and write a confusion
+matrix and the worst mistakes into a folder.
+
+The images are those of the test folder. Without a test folder they are the
+validation images, and otherwise all images; but if the checkpoint was trained
+on this very folder, they are only those that its training held out.
+
+example:
+  python train_vit.py evaluate --checkpoint runs/NAME/best.pt --data-dir photos""")
     _add_checkpoint(parser)
-    parser.add_argument("--data-dir", default=DEFAULT_DATA_DIR, help="as for the training: a folder with a folder for "
-                        "each class, or a known set (default: %(default)s, without which shapes are drawn)")
-    parser.add_argument("--dataset", default="auto", help=f"{', '.join(DATASETS)} (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int_at_least(1), default=64, help="(default: %(default)s)")
+    parser.add_argument("--data-dir", default=DEFAULT_DATA_DIR, metavar="FOLDER", help="folder with one folder of "
+                        "images per class, or with a known data set (default: %(default)s; if there is none, drawn "
+                        "shapes)")
+    parser.add_argument("--dataset", default="auto", metavar="NAME", help=f"{', '.join(DATASETS)} (default: "
+                        f"%(default)s, what --data-dir holds)")
+    parser.add_argument("--output-dir", metavar="FOLDER", help="new folder for the results (default: "
+                        "runs/evaluation-<data>-<n>)")
+    parser.add_argument("--skip-corrupt", action="store_true", help="skip image files that cannot be read, and report "
+                        "them")
+    parser.add_argument("--batch-size", type=int_at_least(1), default=64, metavar="N", help="images computed at a time "
+                        "(default: %(default)s)")
     _add_device(parser)
-    parser.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
-                        help="mixed precision (default: %(default)s)")
-    parser.add_argument("--num-workers", "--workers", type=int_at_least(0), help=WORKERS_HELP)
-    parser.add_argument("--skip-corrupt", action="store_true", help="leave out image files that cannot be read")
-    parser.add_argument("--output-dir", help="a new folder for the results (default: runs/evaluation-<data>-<n>)")
+    parser.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help=AMP_HELP)
+    parser.add_argument("--num-workers", "--workers", type=int_at_least(0), metavar="N", help=WORKERS_HELP)
     evaluate(parser.parse_args(argv))
 
 
 def evaluate(options):
-    """The evaluation of a checkpoint, from the images to result.json. Returns what is in result.json."""
+    """Evaluate a checkpoint, write the results into a folder, and return what is in its result.json."""
     device = choose_device(options.device)
     model = load(options.checkpoint, **chosen(options, "n_heads", "class_names"))
     check_has_head(model)
@@ -1284,7 +1465,7 @@ def evaluate(options):
 
 
 def _evaluation_loader(model, options):
-    """The images to score a model on, preprocessed as those of its training."""
+    """Return a loader of the images to score a model on, preprocessed as in its training."""
     shown = adapt(model).preprocessing
     shown_as = dict(workers=options.num_workers, preprocessing=model.preprocessing, skip_corrupt=options.skip_corrupt,
                     in_channels=adapt(model).in_channels)
@@ -1292,15 +1473,17 @@ def _evaluation_loader(model, options):
     cut, known = _training_cut(options.checkpoint, options.data_dir)
     loader = get_evaluation_loader(*images, **shown_as, **cut)
     if loader.split == "held out" and known not in (None, _fingerprint(loader)):
-        print("The images of the folder have changed since the training, so which were held out of it is unknown.")
+        print("The images of the folder have changed since the training, so it is unknown which were held out of it.")
         loader = get_evaluation_loader(*images, **shown_as)
     return loader
 
 
 def _training_cut(checkpoint, data_dir):
-    """(arguments of get_evaluation_loader, fingerprint of the images held out), if the checkpoint says that it was
-    trained on a part of this folder; else ({}, None)."""
-    entries = read_file(checkpoint) if Path(checkpoint).is_file() else {}  # a name: nothing is known of its training
+    """Return (arguments of get_evaluation_loader, fingerprint of the held-out images) of a training on this folder.
+
+    They are ({}, None) if the checkpoint does not say that it was trained on this folder.
+    """
+    entries = read_file(checkpoint) if Path(checkpoint).is_file() else {}  # the training of a named model is unknown
     training = entries.get("options") or {}
     folders = [Path(folder).expanduser().resolve() for folder in (data_dir, training.get("data_dir", data_dir))]
     if "data_dir" not in training or folders[0] != folders[1]:
@@ -1310,8 +1493,7 @@ def _training_cut(checkpoint, data_dir):
 
 
 def _test_fingerprint(data):
-    """The _fingerprint of the test images as they are now, without a look at them; None where there are none, or no
-    files."""
+    """Return the fingerprint of the names of the test images as they are now, or None if there are no such files."""
     if choose_set(data["data_dir"], data["dataset"], None) != "folder":
         return None
     folder = FolderSet(data["data_dir"])
@@ -1321,7 +1503,7 @@ def _test_fingerprint(data):
 
 
 def _fingerprint(loader):
-    """A checksum of the names of a loader's files, including those left out. None for sets that are not files."""
+    """Return a checksum of the names of a loader's files, skipped ones included, or None for sets without files."""
     return None if loader.files is None else _fingerprint_of({*map(str, loader.files), *map(str, loader.skipped)})
 
 
@@ -1332,21 +1514,21 @@ def _fingerprint_of(files):
 
 
 def _describe_score(found, loader):
-    """A Score in lines of text."""
+    """Return a Score as lines of text."""
     n_seen = (found.confusion.sum(dim=1) > 0).sum().item()
     lines = [f"{loader.dataset_name}: {found.n:,} {SPLITS.get(loader.split, 'images')}"]
     if loader.skipped:
         lines.append(f"left out: {len(loader.skipped)} image files that cannot be read")
-    lines += [f"accuracy           {percent(found.correct, found.n)}, {found.correct:,} right; 95% Wilson interval",
-              f"balanced accuracy  {found.balanced_accuracy:.1%}, the mean of the recalls of {n_seen} classes"]
+    lines += [f"accuracy           {percent(found.correct, found.n)}, {found.correct:,} right (95% Wilson interval)",
+              f"balanced accuracy  {found.balanced_accuracy:.1%}, the mean recall of {n_seen} classes"]
     if n_seen < len(found.class_names):
         lines[-1] += f"; the other {len(found.class_names) - n_seen} have no images here"
     if found.top5 is not None:
         lines.append(f"top-5 accuracy     {found.top5:.1%}")
     places, heading = range(len(found.class_names)), "recall of each class:"
     if n_seen > 20:
-        places = class_recalls(found.confusion).argsort(stable=True)[:20].tolist()  # those without images are last
-        heading = "recall of the 20 classes with the lowest:"
+        places = class_recalls(found.confusion).argsort(stable=True)[:20].tolist()  # classes without images come last
+        heading = "the 20 classes with the lowest recall:"
     classes = _per_class(found)
     shown = [classes[place] for place in places if classes[place][1]]
     width = max(len(name) for name, _, _ in shown)
@@ -1355,7 +1537,7 @@ def _describe_score(found, loader):
 
 
 def _per_class(found):
-    """(name, images, how many of them were right) for each class of a Score."""
+    """Return (name, images, correct predictions) of each class of a Score."""
     return list(zip(found.class_names, found.confusion.sum(dim=1).tolist(), found.confusion.diagonal().tolist(),
                     strict=True))
 
@@ -1368,7 +1550,7 @@ def _write_rows(path, header, rows):
 
 
 def _write_mistakes(found, loader, folder):
-    """mistakes.csv and, where there are any, mistakes.png."""
+    """Write mistakes.csv and, if there are mistakes, mistakes.png."""
     worst, names = found.mistakes, found.class_names
     true, predicted = ([names[label] for label in labels.tolist()] for labels in (worst.labels, worst.predictions))
     probabilities = worst.probabilities.tolist()
@@ -1382,13 +1564,13 @@ def _write_mistakes(found, loader, folder):
 
 
 def _mistake_title(true, predicted, probability):
-    """'true: predicted 98%' in lines that fit above a small picture."""
+    """Return 'true: predicted 98%' in lines that fit above a small image."""
     true, predicted = (textwrap.fill(_drawable(name), 14, max_lines=2, placeholder="…") for name in (true, predicted))
     return f"{true}:\n{predicted}\n{probability:.0%}"
 
 
 def _drawable(name):
-    """A name whose characters that the font of the figures lacks are written as U+9CE5, say."""
+    """Return a name in which characters that the font of the figures lacks are written like U+9CE5."""
     font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
     return "".join(sign if font.get_char_index(ord(sign)) else f"U+{ord(sign):04X}" for sign in name)
 
@@ -1397,13 +1579,19 @@ def _drawable(name):
 
 
 def predict_command(argv=None):
-    parser = OneLineParser(prog="train_vit.py predict", description="The likeliest classes of image files, a line "
-                           "each. Files that cannot be read are named on stderr; the others are predicted, and the "
-                           "exit code is 2.")
+    """Run `train_vit.py predict`."""
+    parser = OneLineParser(prog="train_vit.py predict", formatter_class=HelpFormatter, description="""\
+Name the most probable classes of image files, one line per file. Files that
+cannot be read are named on stderr; the others are predicted, and the exit code
+is 2.
+
+example:
+  python train_vit.py predict --checkpoint runs/NAME/best.pt a.jpg folder""")
     _add_checkpoint(parser)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="an image file, or a folder: all image files in "
-                        "it, at any depth, but hidden ones")
-    parser.add_argument("--top", type=int_at_least(1), default=3, help="classes to name at most (default: %(default)s)")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file, or a folder, of which all image files "
+                        "are read at any depth, except hidden ones")
+    parser.add_argument("--top", type=int_at_least(1), default=3, metavar="N", help="number of classes to name "
+                        "(default: %(default)s)")
     parser.add_argument("--json", action="store_true", help='print a JSON list of {"file", "predictions": [{"class", '
                         '"probability"}]} or {"file", "error"}')
     _add_device(parser)
@@ -1428,7 +1616,7 @@ def predict_command(argv=None):
 
 
 def _predict_files(model, files, top):
-    """Yields {"file", "predictions"} or {"file", "error"} for each of the files, which are read a batch at a time."""
+    """Yield {"file", "predictions"} or {"file", "error"} for each file; files are read one batch at a time."""
     for batch in batches_of(files):
         inputs, entries = [], []
         for file in batch:
@@ -1445,7 +1633,7 @@ def _predict_files(model, files, top):
 
 
 def _read_input(file, model):
-    """A file as the model's input, (1, 3, H, W)."""
+    """Return a file as the model's input, (1, C, H, W)."""
     check_not_empty(file)
     return prepare_image(file, model)[0]
 
@@ -1458,10 +1646,15 @@ def _in_words(predictions):
 
 
 def export_command(argv=None):
-    parser = OneLineParser(prog="train_vit.py export", description="Writes a checkpoint as one ONNX file, checked "
-                           "against the model, for programs without PyTorch. Needs the packages onnx and onnxscript.")
+    """Run `train_vit.py export`."""
+    parser = OneLineParser(prog="train_vit.py export", formatter_class=HelpFormatter, description="""\
+Write a checkpoint as one ONNX file, for programs without PyTorch, and compare
+its logits with the model's. Needs the packages onnx and onnxscript.
+
+example:
+  python train_vit.py export --checkpoint runs/NAME/best.pt""")
     _add_checkpoint(parser)
-    parser.add_argument("--output", metavar="FILE", help="(default: the checkpoint's name with .onnx)")
+    parser.add_argument("--output", metavar="FILE", help="new file (default: the checkpoint's name with .onnx)")
     options = parser.parse_args(argv)
     path = Path(options.output or Path(options.checkpoint).with_suffix(".onnx"))
     if path.exists():
@@ -1478,10 +1671,16 @@ def export_command(argv=None):
 
 
 def inspect_command(argv=None):
-    parser = OneLineParser(prog="train_vit.py inspect", description="What a checkpoint is, and whether and how it "
-                           "would load; without a file the pretrained models are listed.")
-    parser.add_argument("file", nargs="?", help="a checkpoint of this project, or of timm, torchvision, transformers, "
-                        "Google's npz, DeiT, DINO or MAE; or a folder that transformers or timm wrote")
+    """Run `train_vit.py inspect`."""
+    parser = OneLineParser(prog="train_vit.py inspect", formatter_class=HelpFormatter, description="""\
+Describe a checkpoint: what it is, and whether and how it would load. Without a
+file, list the pretrained models.
+
+examples:
+  python train_vit.py inspect
+  python train_vit.py inspect runs/NAME/best.pt""")
+    parser.add_argument("file", nargs="?", metavar="FILE", help="checkpoint of this project, of timm, torchvision, "
+                        "transformers, Google (.npz), DeiT, DINO or MAE, or a folder of transformers or timm")
     add_n_heads(parser)
     options = parser.parse_args(argv)
     if options.file in PRETRAINED and not Path(options.file).exists():
@@ -1494,15 +1693,15 @@ def inspect_command(argv=None):
 
 
 def _add_checkpoint(parser):
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="as a training wrote it: best.pt; it "
-                        "holds the classes, the image size and the normalisation. One of another library, and a folder "
-                        "that transformers or timm wrote, will do too")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="best.pt of a training, which records "
+                        "classes, image size and normalisation; or a file of another library, or a folder of "
+                        "transformers or timm")
     add_n_heads(parser)
     add_class_names(parser)
 
 
 def _add_device(parser):
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
 
 
 COMMANDS = dict(evaluate=evaluate_command, predict=predict_command, export=export_command,
@@ -1510,6 +1709,7 @@ COMMANDS = dict(evaluate=evaluate_command, predict=predict_command, export=expor
 
 
 def main(argv=None):
+    """Run a training, or the command that is the first word of argv."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
         COMMANDS[argv[0]](argv[1:])
@@ -1521,7 +1721,7 @@ def main(argv=None):
         with tempfile.TemporaryDirectory() as folder:
             options.output_dir = folder
             train(options)
-        print("Dry run: all parts ran, nothing was kept.")
+        print("Dry run: all parts ran; nothing was kept.")
     else:
         train(options)
 

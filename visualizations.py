@@ -206,9 +206,8 @@ class AttentionVisualizer:
         layer = check_index("layer_idx", layer_idx, n_layers)
         head = f"mean of {n_heads} heads"
         if head_idx is not None:
-            head = f"head {check_index('head_idx', head_idx, n_heads)} (of 0 to {n_heads - 1})"
-        who = self.who_looks(patch)
-        set_heading(figure, f"{who}: layer {layer} (of 0 to {n_layers - 1}), {head}", fontsize=14)
+            head = f"head {check_index('head_idx', head_idx, n_heads) + 1} of {n_heads}"
+        set_heading(figure, f"{self.who_looks(patch)}: block {layer + 1} of {n_layers}, {head}", fontsize=14)
         return finish(figure, save_path)
 
     def visualize_all_heads(self, image, layers=None, save_path=None, patch=None):
@@ -223,11 +222,10 @@ class AttentionVisualizer:
         n_layers, n_heads = rows.shape[:2]
         layers = [] if layers is None else np.ravel(layers).tolist()
         chosen = [check_index("layer", i, n_layers) for i in layers or spread(n_layers, 6)]
-        who = self.who_looks(patch)
-        some = f" ({len(chosen)} of {n_layers} layers)" if len(chosen) < n_layers else ""
+        title = f"{self.who_looks(patch)}, in {_counted(len(chosen), n_layers)}{self.describe_prediction(images)}"
         figure = _draw_map_grid([picture] * len(chosen), [self.panels_of(rows[layer], images) for layer in chosen],
-                                [f"layer {layer}" for layer in chosen], [f"head {head}" for head in range(n_heads)],
-                                f"{who}{some}{self.describe_prediction(images)}", WEIGHTS, patch)
+                                [f"block {layer + 1}" for layer in chosen],
+                                [f"head {head + 1}" for head in range(n_heads)], title, WEIGHTS, patch)
         return finish(figure, save_path)
 
     def visualize_all_layers(self, image, save_path=None, patch=None):
@@ -246,14 +244,14 @@ class AttentionVisualizer:
             axes.set_axis_off()
         for layer, (axes, (grid, notes)) in enumerate(zip(others, maps, strict=False)):
             axes.set_axis_on()
-            axes.set_title(f"layer {layer}", fontsize=11)
+            axes.set_title(f"block {layer + 1}", fontsize=11)
             _draw_map(axes, picture, grid, WEIGHTS, notes, patch)
         hide_ticks(first)
         if patch is not None:
             _frame_patch(first, picture, maps[0][0].shape, patch)
         shared_bar(figure, figure.axes, WEIGHTS.label, WEIGHTS.ends, WEIGHTS.extend)
-        who = self.who_looks(patch)
-        set_heading(figure, f"{who}, mean over the heads{self.describe_prediction(images)}", fontsize=13)
+        title = f"{self.who_looks(patch)}, in {_counted(len(maps), len(maps))}, mean over the heads"
+        set_heading(figure, title + self.describe_prediction(images), fontsize=13)
         return finish(figure, save_path)
 
     # ---- Where the answer comes from
@@ -300,10 +298,13 @@ class AttentionVisualizer:
         """What a map shows, with its layer and its head where the method takes them."""
         n_blocks, head = len(self.adapter.blocks), options.get("head_idx")
         if method == "grad_cam":
-            return f"Grad-CAM after layer {cam_layer(self.adapter, options.get('layer_idx'))} (of 0 to {n_blocks - 1})"
+            return f"Grad-CAM after block {cam_layer(self.adapter, options.get('layer_idx')) + 1} of {n_blocks}"
         if method == "attention" and options:
             layer = check_index("layer_idx", options.get("layer_idx", -1), n_blocks)
-            return f"attention of layer {layer} (of 0 to {n_blocks - 1})" + ("" if head is None else f"\nhead {head}")
+            title = f"attention of block {layer + 1} of {n_blocks}"
+            if head is None:
+                return title
+            return title + (f"\nhead {head + 1}" if head >= 0 else f"\nhead {-head} from the end")
         return TITLES[method]
 
     def visualize_explanations(self, image, target=None, n_steps=16, save_path=None, n_draws=8):
@@ -387,14 +388,14 @@ class AttentionVisualizer:
         distances, line = distances / n_images, line / n_images
         figure = new_figure(8, 4.4)
         axes = figure.subplots()
-        blocks = np.arange(len(distances))
+        blocks = np.arange(1, len(distances) + 1)
         for head in range(distances.shape[1]):
             axes.plot(blocks, distances[:, head], "o", color=COLOURS[0], alpha=0.7,
                       label="a head" if head == 0 else None)
         axes.plot(blocks, distances.mean(axis=1), color=COLOURS[1], label="mean over the heads")
         axes.axhline(line, color="0.4", linestyle="--", label=f"uniform attention: {line:.1f}")
-        axes.set(xlabel="layer", ylabel="mean distance (pixels)", ylim=(0, 1.15 * max(line, distances.max())))
-        axes.set_xticks(spread(len(distances), 13))
+        axes.set(xlabel="block", ylabel="mean distance (pixels)", ylim=(0, 1.15 * max(line, distances.max())))
+        axes.set_xticks([block + 1 for block in spread(len(distances), 13)])
         axes.legend(fontsize=10)
         axes.set_title(f"How far patches look, over {n_images} image{'s' * (n_images > 1)}")
         return finish(figure, save_path)
@@ -405,10 +406,10 @@ class AttentionVisualizer:
         images, picture = prepare_image(image, self.model, self.whole)
         norms, artefacts = token_norms(capture(self.model, images, keep=None))  # (L, 1, rows, columns)
         chosen = spread(len(norms), 6)
-        title = (f"Length of the patch tokens; in these {len(chosen)} of {len(norms)} layers "
+        title = (f"Length of the patch tokens after {_counted(len(chosen), len(norms))}; "
                  f"{int(artefacts[chosen].sum())} stand out (framed){self.describe_prediction(images)}")
         maps = [(norms[layer, 0].numpy(), [f"{int(artefacts[layer].sum())} framed"]) for layer in chosen]
-        figure = _draw_map_grid([picture], [maps], [""], [f"layer {i}" for i in chosen], title, LENGTHS)
+        figure = _draw_map_grid([picture], [maps], [""], [f"block {i + 1}" for i in chosen], title, LENGTHS)
         for axes, layer in zip(figure.axes[1:], chosen, strict=False):
             for place in artefacts[layer, 0].nonzero().tolist():
                 _frame_patch(axes, picture, norms.shape[2:], place)
@@ -487,9 +488,8 @@ def visualize_attention_grid(model, images, save_path=None, whole=None):
     pictures = [as_picture(one, views.adapter.preprocessing) for one in fed]
     predicted = [textwrap.fill(views.describe_prediction(one).strip(), 14) for one in fed]
     maps = [views.panels_of(row[chosen], one) for row, one in zip(rows, fed, strict=True)]
-    some = f" ({len(chosen)} of {len(rows[0])} layers)" if len(chosen) < len(rows[0]) else ""
-    figure = _draw_map_grid(pictures, maps, predicted, [f"layer {layer}" for layer in chosen],
-                            f"{views.who_looks()}{some}, mean over the heads", WEIGHTS)
+    title = f"{views.who_looks()}, in {_counted(len(chosen), len(rows[0]))}, mean over the heads"
+    figure = _draw_map_grid(pictures, maps, predicted, [f"block {layer + 1}" for layer in chosen], title, WEIGHTS)
     return finish(figure, save_path)
 
 
@@ -557,6 +557,13 @@ def _draw_map_grid(pictures, maps, row_labels, column_labels, title, scale, patc
     shared_bar(figure, axes, scale.label, scale.ends, scale.extend)
     set_heading(figure, title, fontsize=14)
     return figure
+
+
+def _counted(n_shown, n_blocks):
+    """In words, how many of the blocks a figure shows."""
+    if n_shown < n_blocks:
+        return f"{n_shown} of {n_blocks} blocks"
+    return f"all {n_blocks} blocks" if n_blocks > 1 else "the only block"
 
 
 def _columns_for(n_panels, tall):
@@ -667,7 +674,7 @@ def visualize_features(model, images, save_path=None, whole=None):
     for axes, picture in zip(panels[0], pictures, strict=True):
         axes.imshow(picture)
     for line, depth in zip(panels[1:], depths, strict=True):
-        line[0].set_ylabel(f"after block {depth}\n(of {n_blocks})", fontsize=11)
+        line[0].set_ylabel(f"after block {depth}\nof {n_blocks}", fontsize=11)
         tokens = [one.tokens[depth][:, first:] for one in seen]  # (1, n, D) each
         colours = feature_colours(torch.cat(tokens, dim=1)[:, :, None])[0, :, 0]  # (n of all, 3)
         for axes, one, part, picture in zip(line, seen, colours.split([len(part[0]) for part in tokens]), pictures,

@@ -1,26 +1,28 @@
-"""The Vision Transformer of Dosovitskiy et al., "An Image is Worth 16x16 Words" (ICLR 2021).
+"""The Vision Transformer (ViT) of Dosovitskiy et al., "An Image is Worth 16x16 Words" (ICLR 2021).
 
-Read the first 150 lines beside the paper:
+Read this file beside the paper. The model comes first, down to "Parts of the model"; its configuration and its
+variants follow.
 
-    paper                                             here
-    Sec. 3.1  x_p E, patches to tokens                line 34, PatchEmbedding
-    App. A    Eq. 5 to 8, multi-head attention        line 51, MultiHeadAttention
-    Sec. 3.1  MLP: two layers with a GELU             line 75, MLP
-    Sec. 3.1  Eq. 2 and 3, the encoder block          line 89, TransformerBlock
-    Sec. 3.1  Eq. 1 and 4, the whole model            line 111, VisionTransformer
-    Sec. 3.2  another resolution                      resize_positions, below
-    Table 1   the variants                            VARIANTS, below
+    Paper                In words                                   Code
+    Sec. 3.1, Eq. 1      an image becomes a sequence of tokens      PatchEmbedding, VisionTransformer.add_prefix
+    App. A, Eq. 5 to 8   multi-head self-attention                  MultiHeadAttention, attend
+    Sec. 3.1             the MLP: two layers with a GELU            MLP
+    Sec. 3.1, Eq. 2, 3   an encoder block                           TransformerBlock
+    Sec. 3.1, Eq. 1, 4   the whole model                            VisionTransformer
+    Sec. 3.2             fine-tuning at another resolution          resize_positions
+    Table 1              ViT-Base and ViT-Large                     VARIANTS
 
-Shapes:  B images, C channels, P patch side, N tokens, D width (embed_dim), H heads,
-         K = D / H width of a head, L blocks (depth), n the first of the N tokens, where only they are computed.
+Parameters have timm's names (blocks.0.attn.qkv.weight, ...), so state dicts can be exchanged with timm. Dropout follows
+App. B.1: after the positions are added and after every dense layer except q, k and v, never on the attention weights.
 
-Parameters carry timm's names (blocks.0.attn.qkv.weight, ...), so state dicts pass both ways.
-Dropout follows App. B.1 of the paper: after every dense layer but q, k, v, and after the positions are
-added; never on the attention weights.
+Shapes:  B images, C channels, P patch side, N tokens (CLS, registers and patches; the paper's N counts patches only),
+         D width of a token (embed_dim), H heads, K = D / H width of a head, L blocks (depth),
+         n tokens that are computed: all N, or only the first few in the last block.
 """
 
 import math
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 
 import torch
 import torch.nn.functional as F
@@ -28,28 +30,54 @@ from torch import nn
 
 
 class InputError(ValueError):
-    """The input cannot work. The message is one line: the value, what was expected, what to do."""
+    """Bad input. The message is one line: the value, what was expected, and what to do."""
 
 
 class PatchEmbedding(nn.Module):
-    """(B, C, height, width) -> (B, N, D), one token a patch, row by row: N = (height / P) * (width / P)."""
+    """The first layer: cut the image into patches and project each one to a token.
+
+    (B, C, height, width) -> (B, n_patches, D), row by row, with n_patches = (height / P) * (width / P).
+
+    Parameters
+    ----------
+    img_size, patch_size : int or (int, int), optional
+        Side, or (height, width), in pixels. The patch must divide the image.
+    in_channels, embed_dim : int, optional
+        C and D.
+    """
 
     def __init__(self, img_size=224, patch_size=16, in_channels=3, embed_dim=768):
         super().__init__()
         self.img_size, self.patch_size, self.in_channels = pair(img_size), pair(patch_size, "patch_size"), in_channels
         self.grid_size, self.any_size = grid_of(self.img_size, self.patch_size), False
         self.n_patches = self.grid_size[0] * self.grid_size[1]
-        # Cutting into patches and multiplying each by one matrix E is a convolution whose stride is its kernel.
+        # Multiplying every flattened patch by one matrix E is a convolution whose stride equals its kernel size.
         self.proj = nn.Conv2d(in_channels, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
 
     def forward(self, images):
+        """Return the patch tokens of images (B, C, height, width)."""
         check_images(images, self.in_channels, None if self.any_size else self.img_size)
         x = self.proj(images)  # (B, D, height / P, width / P)
-        return x.flatten(2).transpose(1, 2)  # (B, N, D)
+        return x.flatten(2).transpose(1, 2)  # (B, n_patches, D)
 
 
 class MultiHeadAttention(nn.Module):
-    """(B, N, D) -> (B, N, D): every token looks at every token, in H heads side by side."""
+    """Self-attention in H parallel heads: every token gathers information from every token.
+
+    (B, N, D) -> (B, n, D). All N tokens are keys and values. With n_query_tokens=n, only the first n are queries, and
+    only these are computed; by default, all are.
+
+    Parameters
+    ----------
+    embed_dim, n_heads : int
+        D and H. H must divide D.
+    dropout : float, optional
+        Dropout rate after the output projection.
+    qk_norm : bool, optional
+        Whether to normalise the queries and the keys of each head (see ViTConfig).
+    norm_eps : float, optional
+        Added to the variance in these norms.
+    """
 
     def __init__(self, embed_dim, n_heads, dropout=0.0, qk_norm=False, norm_eps=1e-6):
         super().__init__()
@@ -61,19 +89,26 @@ class MultiHeadAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, return_attention=False, n_query_tokens=None):
-        """With return_attention=True also the maps A, (B, H, N, N): rows are queries and sum to one. With
-        n_query_tokens=n only the first n tokens are queries: (B, n, D), (B, H, n, N)."""
+        """Return tokens (B, n, D), and on request the maps A (B, H, n, N), whose rows sum to one."""
         qkv = self.qkv(x).unflatten(2, (3, self.n_heads, -1))  # (B, N, 3, H, K)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, K)                             Eq. 5
         q, k = self.q_norm(q[:, :, :n_query_tokens]), self.k_norm(k)  # (B, H, n, K), (B, H, N, K)
         heads, attention = attend(q, k, v, return_attention)  # (B, H, n, K), (B, H, n, N)   Eq. 6, 7
-        x = heads.transpose(1, 2).flatten(2)  # (B, n, D), the heads side by side
+        x = heads.transpose(1, 2).flatten(2)  # (B, n, D), the heads concatenated
         x = self.dropout(self.proj(x))  #                                                    Eq. 8
         return (x, attention) if return_attention else x
 
 
 class MLP(nn.Module):
-    """(B, N, D) -> (B, N, D): each token by itself, through a wider layer."""
+    """Two dense layers with a GELU between them, applied to each token on its own: (B, N, D) -> (B, N, D).
+
+    Parameters
+    ----------
+    embed_dim, hidden_dim : int
+        D, and the width between the two layers.
+    dropout : float, optional
+        Dropout rate after each layer.
+    """
 
     def __init__(self, embed_dim, hidden_dim, dropout=0.0):
         super().__init__()
@@ -82,12 +117,25 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
+        """Return the transformed tokens."""
         x = self.dropout(F.gelu(self.fc1(x)))  # (B, N, hidden_dim)
         return self.dropout(self.fc2(x))  # (B, N, D)
 
 
 class TransformerBlock(nn.Module):
-    """(B, N, D) -> (B, N, D): attention mixes the tokens, the MLP each token's channels, both as residuals."""
+    """One encoder block: attention mixes the tokens, then the MLP mixes the channels within each token.
+
+    (B, N, D) -> (B, n, D). Each of the two is a residual branch: LayerNorm, then the layer, then add the input.
+
+    Parameters
+    ----------
+    embed_dim, n_heads : int
+        D and H.
+    mlp_ratio, dropout, layer_scale, qk_norm, norm_eps : optional
+        As in ViTConfig.
+    drop_path : float, optional
+        Probability of dropping each branch in training (see DropPath).
+    """
 
     def __init__(self, embed_dim, n_heads, mlp_ratio=4.0, dropout=0.0, drop_path=0.0, layer_scale=None,
                  qk_norm=False, norm_eps=1e-6):
@@ -101,6 +149,7 @@ class TransformerBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x, return_attention=False, n_query_tokens=None):
+        """Return tokens (B, n, D), and on request the attention maps (B, H, n, N)."""
         mixed = self.attn(self.norm1(x), return_attention, n_query_tokens)  # (B, n, D)
         mixed, attention = mixed if return_attention else (mixed, None)
         x = x[:, :n_query_tokens] + self.drop_path(self.ls1(mixed))  # (B, n, D)             Eq. 2
@@ -109,9 +158,26 @@ class TransformerBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """(B, C, height, width) -> (B, n_classes) logits. The arguments are the fields of ViTConfig, in its order."""
+    """The whole model: images (B, C, height, width) -> logits (B, n_classes).
 
-    preprocessing = None  # what its images must be, once it is trained: vit_bridge.preprocessing.Preprocessing
+    Parameters
+    ----------
+    *args, **options
+        The fields of ViTConfig, in its order.
+
+    Raises
+    ------
+    InputError
+        If an argument is out of range, or if the images do not fit the model.
+
+    Examples
+    --------
+    >>> model = VisionTransformer(img_size=32, patch_size=4, n_classes=10, embed_dim=96, depth=4, n_heads=3)
+    >>> model(torch.randn(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+
+    preprocessing = None  # size, mean and std of its images (vit_bridge.preprocessing), set by training and loading
 
     def __init__(self, *args, **options):
         super().__init__()
@@ -131,14 +197,30 @@ class VisionTransformer(nn.Module):
         initialise(self)
 
     def forward(self, images):
+        """Return the logits of normalised images."""
         # If the head reads only CLS, the last block only has to compute CLS.
         only_cls = self.config.pool == "cls" and not is_hooked(self.blocks[-1])
         tokens = self.forward_features(images, n_query_tokens=1 if only_cls else None)
         return self.forward_head(tokens)  # (B, n_classes)
 
     def forward_features(self, images, return_attention=False, n_query_tokens=None):
-        """Tokens after the last norm, but before fc_norm, (B, N, D): CLS, registers, patches; on request also L maps
-        (B, H, N, N). With n_query_tokens=n the last block computes only the first n tokens: (B, n, D)."""
+        """Return the tokens after the last norm, before fc_norm, in the order CLS, registers, patches.
+
+        Parameters
+        ----------
+        images : Tensor, shape (B, C, height, width)
+            Normalised images.
+        return_attention : bool, optional
+            Whether to return the attention maps as well.
+        n_query_tokens : int, optional
+            Compute only the first n tokens in the last block.
+
+        Returns
+        -------
+        tokens : Tensor, shape (B, n, D)
+        maps : list of L tensors, shape (B, H, N, N)
+            Only with return_attention=True. The last map is (B, H, n, N).
+        """
         x = self.dropout(self.add_prefix(self.patch_embed(images), images.shape[2:]))  # (B, N, D)  Eq. 1
         maps = []
         for i, block in enumerate(self.blocks, start=1):
@@ -146,18 +228,20 @@ class VisionTransformer(nn.Module):
             if return_attention:
                 x, attention = x
                 maps.append(attention)
-        x = self.norm(x)  # its first token is y                                             Eq. 4
+        x = self.norm(x)  # the first token, CLS, is y                                       Eq. 4
         return (x, maps) if return_attention else x
 
     def forward_head(self, x, pre_logits=False):
-        """Tokens (B, N, D) -> logits (B, n_classes), or with pre_logits=True what the head reads, (B, D)."""
+        """Return the logits (B, n_classes) of tokens (B, N, D), or the head's input with pre_logits=True."""
         x = x[:, 0] if self.config.pool == "cls" else x[:, self.n_prefix_tokens:].mean(dim=1)  # (B, D)
         x = self.fc_norm(x)
         return x if pre_logits else self.head(x)  # (B, n_classes)
 
     def add_prefix(self, patches, size):
-        """CLS and the registers before the patches of images of this size, and the positions added: (B, n_patches, D)
-        -> (B, N, D)."""
+        """Prepend CLS and the registers, and add the positions: (B, n_patches, D) -> (B, N, D).
+
+        size: (height, width) of the images, in pixels.
+        """
         pos_embed = self.positions_at(size)
         cls = self.cls_token.expand(patches.shape[0], -1, -1)  # (B, 1, D)
         if self.reg_token is None:
@@ -168,17 +252,18 @@ class VisionTransformer(nn.Module):
         return torch.cat([cls, registers, patches], dim=1)  # (B, N, D)
 
     def positions_at(self, size):
-        """The positions for images of this size: the model's own, or where any_size lets others in, resampled."""
+        """Return the positions for images of this size, resampled if any_size allows other sizes."""
         embed = self.patch_embed
         if self.pos_embed is None or tuple(size) == embed.img_size:
             return self.pos_embed
         return fitted_positions(self, grid_of(tuple(size), embed.patch_size))
 
     def add_positions(self, position):
-        """Sets `pos_embed`: a parameter, a fixed buffer, or None.
+        """Set `pos_embed`: a parameter, a fixed buffer, or None.
 
-        It is (1, 1 + n_patches, D), CLS first; with registers (1, n_patches, D), for the patches alone, as in timm:
-        a CLS token needs no position beside its own learned vector, and DINOv2's is added to it when loaded.
+        Its shape is (1, 1 + n_patches, D), with CLS first. With registers it is (1, n_patches, D), for the patches
+        only, as in timm's DINOv2 models with registers. That loses nothing: a position of CLS can be added to
+        `cls_token` once, and loading DINOv2's own files does so.
         """
         D, n_positions = self.cls_token.shape[-1], self.patch_embed.n_patches + (self.reg_token is None)
         if position == "learned":
@@ -188,27 +273,29 @@ class VisionTransformer(nn.Module):
         else:
             self.pos_embed = None
 
-    # ---- What training and figures ask of any model (vit_bridge/models/protocol.py has the defaults) ----
+    # ---- What training and figures need from every model (vit_bridge/models/protocol.py explains) ----
 
     attends = True  # its layers are attention blocks
 
     @property
     def n_features(self):
-        """D, what the head reads."""
+        """D, the width of the head's input."""
         return self.config.embed_dim
 
     def layers(self):
-        """What makes the tokens, then the blocks."""
+        """Return the patch embedding and the blocks, in order."""
         return [self.patch_embed, *self.blocks]
 
     def whitening_layer(self):
-        """(the first convolution, whether it holds each whitening filter and its negative)."""
+        """Return the layer to whiten, and whether it holds each filter together with its negative."""
         return self.patch_embed.proj, False
 
     @property
     def any_size(self):
-        """Whether it takes images of every size that its patch divides; positions are resampled as they come (where
-        resize_positions moves the model itself). False at first."""
+        """Whether the model takes images of every size that its patch divides; False by default.
+
+        The positions are then resampled in each forward pass. resize_positions changes the model itself instead.
+        """
         return self.patch_embed.any_size
 
     @any_size.setter
@@ -216,46 +303,63 @@ class VisionTransformer(nn.Module):
         self.patch_embed.any_size = value
 
 
-# ---- What the equations above use -------------------------------------------------------------------------
+# ---- Parts of the model -----------------------------------------------------------------------------------
 
 
 def head_width(embed_dim, n_heads):
-    """K, the width of one head. Raises InputError where the heads do not divide the width."""
+    """Return K, the width of one head. Raises InputError if the heads do not divide the width."""
     if n_heads < 1 or embed_dim % n_heads:
         raise InputError(f"embed_dim {embed_dim} is not divisible by n_heads {n_heads}; choose n_heads among its "
                          f"divisors")
     return embed_dim // n_heads
 
 
-# Where the explicit softmax is faster than torch's fused attention: {(device, type): tokens, at most, without and with
-# gradients}. Measured with ViT-Tiny/16 on 2 cores with AVX512-BF16, fused over explicit seconds: without gradients 0.98
-# at 577 tokens and 0.83 at 1,025; with them 1.55, 1.39, and 1.33 at 1,601, where the maps would fill the memory.
+# {(device, type): the longest sequences, without and with gradients, for which attend uses the explicit softmax}.
+# Measured with ViT-Tiny/16 on 2 cores with AVX512-BF16, as the time of torch's fused kernel over that of the softmax.
+# Without gradients it is 0.98 at 577 tokens and 0.83 at 1,025. With gradients it is 1.55 at 577, 1.39 at 1,025 and
+# 1.33 at 1,601, but there the maps would fill the memory.
 MATH_ATTENTION_MAX_TOKENS = {("cpu", torch.bfloat16): (512, 1024)}
 
 
 def attend(q, k, v, return_attention=False):
-    """softmax(q k^T / sqrt(K)) v, and the softmax where asked for, else None (Eq. 6 and 7).
+    """Return softmax(q k^T / sqrt(K)) v, and the softmax itself on request (Eq. 6 and 7).
 
-    q: (B, H, n, K); k, v: (B, H, N, K). Without maps torch's fused kernel does the same sums and never holds the
-    (n, N) matrix; up to MATH_ATTENTION_MAX_TOKENS tokens it is slower, and not taken.
+    Parameters
+    ----------
+    q : Tensor, shape (B, H, n, K)
+    k, v : Tensor, shape (B, H, N, K)
+    return_attention : bool, optional
+        Whether to return the maps.
+
+    Returns
+    -------
+    heads : Tensor, shape (B, H, n, K)
+    attention : Tensor, shape (B, H, n, N), or None
+
+    Notes
+    -----
+    If nobody needs the maps, torch's fused kernel computes the same result without storing an n x N matrix.
+    MATH_ATTENTION_MAX_TOKENS holds the cases in which it is slower.
     """
     most = MATH_ATTENTION_MAX_TOKENS.get((q.device.type, q.dtype), (0, 0))[q.requires_grad]
     if not return_attention and k.shape[2] > most:
         return F.scaled_dot_product_attention(q, k, v), None  # (B, H, n, K)
-    q = q / math.sqrt(q.shape[-1])  # fewer numbers than the products have
+    q = q / math.sqrt(q.shape[-1])  # scaling q costs less than scaling the n x N products
     attention = (q @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, H, n, N)
     return attention @ v, attention if return_attention else None  # (B, H, n, K), (B, H, n, N)
 
 
 def is_hooked(module):
-    """Whether a module, or one inside it, has a hook, which should see every token."""
+    """Return whether a module, or one inside it, has a hook: hooks should see every token."""
     return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
                for m in module.modules())
 
 
 class LayerScale(nn.Module):
-    """A learned factor for each channel of a residual branch, small at first (Touvron et al. 2021, "Going deeper
-    with Image Transformers", Eq. 3)."""
+    """A learned factor for each channel of a residual branch, which starts small: (..., D) -> (..., D).
+
+    Touvron et al. 2021, "Going deeper with Image Transformers" (CaiT), Eq. 3.
+    """
 
     def __init__(self, embed_dim, start):
         super().__init__()
@@ -266,8 +370,11 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training a residual branch is dropped for a whole image with probability `rate`
-    and scaled by 1 / (1 - rate) where it is kept, so its mean stays. (Huang et al. 2016.)"""
+    """Stochastic depth: training drops a residual branch for a whole image with probability `rate`.
+
+    Branches that are kept are multiplied by 1 / (1 - rate), so the expected value stays the same.
+    Huang et al. 2016, "Deep Networks with Stochastic Depth".
+    """
 
     def __init__(self, rate=0.0):
         super().__init__()
@@ -282,15 +389,18 @@ class DropPath(nn.Module):
 
 
 def drop_path_rates(last, depth):
-    """From 0 at the first block in equal steps to `last` at the last one (Huang et al. 2016, Sec. 3)."""
+    """Return the drop rate of each block, from 0 in the first block to `last` in the last, in equal steps.
+
+    Starting at 0 is timm's variant. In Huang et al. 2016 the first block already has the rate last / depth.
+    """
     return [last * block / max(depth - 1, 1) for block in range(depth)]
 
 
 def sincos_positions(grid_size, embed_dim):
-    """Fixed two-dimensional positions, (1, 1 + rows * columns, D), zero for CLS, as in MAE (He et al. 2022).
+    """Return fixed two-dimensional positions (1, 1 + rows * columns, D), as in MAE (He et al. 2022).
 
-    The first half of the channels encodes the column, the second the row, each as sines, then cosines, of
-    D / 4 frequencies from 1 down to nearly 1 / 10000 radians a patch.
+    CLS has the position zero. The first half of the channels encodes the column and the second half the row. Each half
+    holds D / 4 sines, then D / 4 cosines, with frequencies from 1 down to almost 1 / 10000 radians per patch.
     """
     rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid_size), indexing="ij")
     frequencies = 10000.0 ** -(torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim // 4))  # (D / 4)
@@ -300,42 +410,44 @@ def sincos_positions(grid_size, embed_dim):
 
 
 def pair(size, name="img_size"):
-    """A side, or (height, width), as (height, width). Raises InputError for anything else, naming it."""
+    """Return a side, or (height, width), as (height, width). Raises InputError for anything else."""
     sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(sides) != 2:
-        raise InputError(f"{name} {size!r} has {len(sides)} sides; expected a side or (height, width)")
+        raise InputError(f"{name} {size!r} has {len(sides)} numbers; give one side, or (height, width)")
     for side in sides:
         check_int(name, side, 1)
     return sides
 
 
 def grid_of(img_size, patch_size):
-    """Patches along (height, width). Raises InputError where the patch does not divide the image."""
+    """Return the number of patches along (height, width); the patch must divide the image."""
     for side, patch in zip(img_size, patch_size, strict=True):
         if side % patch:
             near = max(patch, round(side / patch) * patch)
             raise InputError(f"img_size {img_size[0]}x{img_size[1]} is not divisible by patch_size "
-                             f"{patch_size[0]}x{patch_size[1]}; the nearest side that is: {near}")
+                             f"{patch_size[0]}x{patch_size[1]}; the nearest side that fits is {near}")
     return img_size[0] // patch_size[0], img_size[1] // patch_size[1]
 
 
 def check_images(images, in_channels, img_size=None):
-    """Raises InputError unless images are (B, in_channels, *img_size); img_size=None allows any size."""
+    """Raise InputError unless images are (B, in_channels, *img_size); img_size=None allows any size."""
     if images.ndim != 4 or images.shape[1] != in_channels:
         raise InputError(f"got images of shape {tuple(images.shape)}, expected (B, {in_channels}, height, width); "
-                         f"convert them, or build the model with that in_channels")
+                         f"convert the images, or build the model with their in_channels")
     if img_size and tuple(images.shape[2:]) != img_size:
         raise InputError(f"got images of {images.shape[2]}x{images.shape[3]} pixels, expected "
-                         f"{img_size[0]}x{img_size[1]}; resize them, or move the model with resize_positions")
+                         f"{img_size[0]}x{img_size[1]}; resize the images, or the model with resize_positions")
 
 
 def initialise(model):
-    """The initialisation of the paper's released code (google-research/vision_transformer).
+    """Initialise a model as the paper's released code does (google-research/vision_transformer).
 
-    Dense layers: Xavier-uniform weights (q, k and v each as a layer of its own) and zero biases; the patch
-    projection: LeCun-normal; positions: normal, std 0.02; CLS: zero. Two departures: the biases of the MLP start
-    there at normal, std 1e-6; and the head at zero, which makes a fresh model's logits 0, so here it is Xavier-uniform
-    like the rest.
+    - Dense layers have Xavier-uniform weights and zero biases; q, k and v count as three layers.
+    - The patch projection is LeCun-normal, with zero biases.
+    - Positions are normal with std 0.02; CLS is zero.
+
+    Two things differ. In the released code the biases of the MLP are normal with std 1e-6, and the head is zero. A zero
+    head makes every logit of a new model 0, so here the head is Xavier-uniform like the other dense layers.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -356,12 +468,14 @@ def initialise(model):
 
 @torch.no_grad()
 def mimic_trained_attention(model):
-    """Gives attention the shape that it has after long training, and positions their waves, before any training.
+    """Give the attention weights of a new model the structure that they have in trained ViTs.
 
-    In trained ViTs the product W_q^T W_k of a head is near a multiple of the identity, and W_proj W_v near a negative
-    one. Here they begin as 0.7 Z + 0.7 I, as near as a head of K channels can come, and 0.4 Z - 0.4 I, with Z normal
-    of variance 1 / D; learned positions begin as sincos_positions. Tokens then look at first at those that resemble
-    them in content or in place. (Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers", Sec. 4.)
+    In trained ViTs, W_q^T W_k of a head is close to a multiple of the identity I, and W_proj W_v to a negative
+    multiple. Here the first starts as 0.7 Z + 0.7 I (reduced to rank K, which is all that a head can hold) and the
+    second as 0.4 Z - 0.4 I, where Z is normal with variance 1 / D. Learned positions start as sincos_positions. So each
+    token first attends to tokens with similar content and nearby positions.
+
+    Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers", Sec. 4.
     """
     D, H = model.config.embed_dim, model.config.n_heads
     K, identity = D // H, torch.eye(D)
@@ -384,31 +498,53 @@ def mimic_trained_attention(model):
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """All that is needed to build the model again: VisionTransformer(**vars(config)).
+    """Everything that it takes to build a model again: VisionTransformer(**vars(config)).
 
-    img_size, patch_size  a side or (height, width), in pixels
-    n_classes             0: no head, the model gives the pooled features (B, D)
-    embed_dim             D                              (Table 1: "Hidden size D")
-    depth, n_heads        L blocks of H heads            (Table 1)
-    mlp_ratio             width of the MLP over D        (Table 1: 4 throughout)
-    dropout               rate, in [0, 1)
-    pool                  what the head reads: "cls", the CLS token (the paper), or "mean", the mean over the
-                          patch tokens (App. D.3). CLS stays in the sequence either way, as in timm
-    drop_path             stochastic depth of the last block, in [0, 1)
-    position              "learned" (the paper), "sincos" (fixed) or "none" (patch order is then invisible)
-    n_registers           learned tokens after CLS that no head reads and that belong to no patch (Darcet et
-                          al. 2024, "Vision Transformers Need Registers")
-    layer_scale           None, or the value from which each channel's factor on a residual branch starts to be
-                          learned (CaiT, DeiT-III, DINOv2: 1e-5)
-    qk_norm               a LayerNorm over each head's queries and keys (Dehghani et al. 2023, Sec. 2)
-    norm_eps              added to the variance in every LayerNorm: 1e-6 in the released code, timm and torchvision,
-                          1e-12 in transformers' ViT
-    init                  "xavier" (the paper's code, see initialise) or "mimetic" (see mimic_trained_attention): where
-                          training starts; loaded weights replace it
-    fc_norm               the last norm comes after the mean over the patches instead of before it, as in MAE's
-                          fine-tuned models and timm's with global_pool="avg"; needs pool="mean"
+    Parameters
+    ----------
+    img_size, patch_size : int or (int, int)
+        Side, or (height, width), in pixels.
+    in_channels : int
+        C, the channels of an image.
+    n_classes : int
+        Number of logits. With 0 the model has no head and returns the pooled features (B, D).
+    embed_dim : int
+        D, the "hidden size" of Table 1.
+    depth, n_heads : int
+        L blocks of H heads each (Table 1).
+    mlp_ratio : float
+        Hidden width of the MLP, divided by D. It is 4 throughout Table 1.
+    dropout : float
+        Dropout rate, in [0, 1).
+    pool : {"cls", "mean"}
+        What the head reads: the CLS token, as in the paper, or the mean of the patch tokens (App. D.3). The sequence
+        contains CLS in both cases, as in timm.
+    drop_path : float
+        Stochastic depth: the drop rate of the last block, in [0, 1). Earlier blocks have lower rates (drop_path_rates).
+    position : {"learned", "sincos", "none"}
+        Learned positions, as in the paper; fixed ones (sincos_positions); or none, so that the model cannot see the
+        order of the patches.
+    n_registers : int
+        Number of extra learned tokens after CLS. They belong to no patch, and no head reads them (Darcet et al. 2024,
+        "Vision Transformers Need Registers").
+    layer_scale : float or None
+        Initial value of a learned factor on each channel of a residual branch. None leaves the factors out. CaiT
+        chooses 0.1, 1e-5 or 1e-6 by depth; DeiT-III uses 1e-4 and DINOv2 1e-5.
+    qk_norm : bool
+        Whether each head applies a LayerNorm to its queries and its keys (Dehghani et al. 2023, Sec. 2).
+    norm_eps : float
+        Added to the variance in every LayerNorm: 1e-6 in the released code, timm and torchvision, 1e-12 in the ViT of
+        transformers.
+    init : {"xavier", "mimetic"}
+        Weights of a new model: those of the released code (initialise), or mimic_trained_attention.
+    fc_norm : bool
+        Whether the last norm comes after the mean over the patches instead of before it, as in MAE's fine-tuned models
+        and in timm's with global_pool="avg". Needs pool="mean".
 
-    Raises InputError for a value out of range.
+    Raises
+    ------
+    InputError
+        If a value is out of range.
     """
 
     img_size: int | tuple[int, int] = 224
@@ -445,44 +581,54 @@ class ViTConfig:
             check_choice(name, getattr(self, name), (False, True))
         check_choice("pool", self.pool, ("cls", "mean"))
         if self.fc_norm and self.pool != "mean":
-            raise InputError(f"fc_norm=True normalises the mean over the patches, and pool is {self.pool!r}; build the "
-                             f"model with pool='mean'")
+            raise InputError(f"fc_norm=True normalises the mean of the patch tokens, but pool is {self.pool!r}; build "
+                             f"the model with pool='mean'")
         check_choice("position", self.position, ("learned", "sincos", "none"))
         check_choice("init", self.init, ("xavier", "mimetic"))
         waves = self.position == "sincos" or (self.position, self.init) == ("learned", "mimetic")
         if waves and self.embed_dim % 4:
             cause = "position='sincos'" if self.position == "sincos" else "init='mimetic'"
-            raise InputError(f"embed_dim {self.embed_dim} is not divisible by 4, which {cause} needs")
+            raise InputError(f"embed_dim {self.embed_dim} is not divisible by 4, which {cause} needs; choose a "
+                             f"multiple of 4")
 
 
 def check_int(name, value, least):
-    """Raises InputError unless value is a whole number of at least `least`."""
+    """Raise InputError unless value is a whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InputError(f"{name} {value!r} is out of range; expected a whole number of at least {least}")
 
 
 def check_rate(name, value):
-    """Raises InputError unless value is a number of [0, 1)."""
+    """Raise InputError unless value is a number in [0, 1)."""
     if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
         raise InputError(f"{name} {value!r} is out of range; expected 0 <= {name} < 1")
 
 
 def check_positive(name, value):
-    """Raises InputError unless value is a positive, finite number."""
+    """Raise InputError unless value is a positive, finite number."""
     if not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise InputError(f"{name} {value!r} is out of range; expected a positive number such as 1e-6")
 
 
-def check_choice(name, value, choices):
-    """Raises InputError unless value is one of the choices."""
-    if value not in choices:
-        raise InputError(f"{name} {value!r} is unknown; choose one of: {', '.join(map(str, choices))}")
+def check_choice(name, value, choices, listed_by=None):
+    """Raise InputError unless value is one of the choices.
+
+    The message lists up to eight choices. Of more it names the closest, and `listed_by`, the command that lists all.
+    """
+    if value in choices:
+        return
+    words = list(map(str, choices))
+    if len(words) <= 8:
+        raise InputError(f"{name} {value!r} is unknown; choose one of: {', '.join(words)}")
+    closest = get_close_matches(str(value), words, cutoff=0.0)
+    rest = f"; list all {len(words)} with {listed_by}" if listed_by else f" (of {len(words)})"
+    raise InputError(f"{name} {value!r} is unknown; the closest choices are {', '.join(closest)}{rest}")
 
 
 VisionTransformer.config_class = ViTConfig
 
-# Tiny is DeiT's (Touvron et al. 2021, Table 1), Small too; Base and Large are Table 1 of the paper; nano is
-# ours, for images of 32 pixels on a laptop.
+# Base and Large come from Table 1 of the paper. Tiny and Small come from DeiT (Touvron et al. 2021, "Training
+# data-efficient image transformers", Table 1). Nano is our own, for images of 32 pixels on a laptop.
 VARIANTS = {
     "vit_nano": ViTConfig(img_size=32, patch_size=4, embed_dim=96, depth=4, n_heads=3),
     "vit_tiny": ViTConfig(embed_dim=192, depth=12, n_heads=3),
@@ -493,60 +639,91 @@ VARIANTS = {
 
 
 def create_vit(variant, n_classes=1000, **overrides):
-    """A VisionTransformer of the table; any field of ViTConfig may be overridden.
+    """Build a VisionTransformer from VARIANTS.
 
-    Raises InputError for an unknown variant or field.
+    Parameters
+    ----------
+    variant : str
+        A name in VARIANTS, such as "vit_base".
+    n_classes : int, optional
+        Number of logits.
+    **overrides
+        Any other fields of ViTConfig, such as img_size=384.
+
+    Returns
+    -------
+    VisionTransformer
+        A model with new weights, in training mode.
+
+    Raises
+    ------
+    InputError
+        If the variant or a field is unknown, or if a value is out of range.
+
+    Examples
+    --------
+    >>> create_vit("vit_nano", n_classes=10)(torch.randn(1, 3, 32, 32)).shape
+    torch.Size([1, 10])
     """
     check_choice("variant", variant, tuple(VARIANTS))
     for name in overrides:
-        check_choice("argument", name, tuple(ViTConfig.__dataclass_fields__))
+        check_choice("argument", name, tuple(ViTConfig.__dataclass_fields__), "help(ViTConfig)")
     return VisionTransformer(**vars(replace(VARIANTS[variant], n_classes=n_classes, **overrides)))
 
 
+# Shortcuts for create_vit, with the same arguments.
+
+
 def create_vit_nano(n_classes=1000, **overrides):
-    """For 32 x 32 images: 64 patches of 4 x 4, D 96, 4 blocks of 3 heads."""
+    """Build ViT-nano/4 for 32 x 32 images: 64 patches, D = 96, 4 blocks of 3 heads."""
     return create_vit("vit_nano", n_classes, **overrides)
 
 
 def create_vit_tiny(n_classes=1000, **overrides):
-    """ViT-Ti/16 at 224 x 224: 5,717,416 parameters with 1000 classes."""
+    """Build ViT-Ti/16 for 224 x 224 images: 5,717,416 parameters with 1,000 classes."""
     return create_vit("vit_tiny", n_classes, **overrides)
 
 
 def create_vit_small(n_classes=1000, **overrides):
-    """ViT-S/16 at 224 x 224: 22,050,664 parameters with 1000 classes."""
+    """Build ViT-S/16 for 224 x 224 images: 22,050,664 parameters with 1,000 classes."""
     return create_vit("vit_small", n_classes, **overrides)
 
 
 def create_vit_base(n_classes=1000, **overrides):
-    """ViT-B/16 at 224 x 224: 86,567,656 parameters with 1000 classes."""
+    """Build ViT-B/16 for 224 x 224 images: 86,567,656 parameters with 1,000 classes."""
     return create_vit("vit_base", n_classes, **overrides)
 
 
 def create_vit_large(n_classes=1000, **overrides):
-    """ViT-L/16 at 224 x 224: 304,326,632 parameters with 1000 classes."""
+    """Build ViT-L/16 for 224 x 224 images: 304,326,632 parameters with 1,000 classes.
+
+    Table 1 of the paper gives 307M for ViT-Large and does not say what it counts.
+    """
     return create_vit("vit_large", n_classes, **overrides)
 
 
-# ---- Moving a model to other work -------------------------------------------------------------------------
+# ---- Adapting a model to a new task -----------------------------------------------------------------------
 
 
 def resample_positions(positions, old, new):
-    """(1, n + old patches, D) -> (1, n + new patches, D), from one grid (rows, columns) to another: bicubic with
-    antialiasing, as in timm. The first n, CLS or none, stay as they are."""
+    """Resample positions from one grid of patches to another: (1, n + old, D) -> (1, n + new, D).
+
+    Interpolates bicubically with antialiasing, as timm does. The first n positions (CLS, or none) stay unchanged.
+    old, new: (rows, columns) of the grids.
+    """
     if old == new:
         return positions
     prefix, patches = positions.split([positions.shape[1] - old[0] * old[1], old[0] * old[1]], dim=1)
     patches = patches.reshape(1, *old, -1).permute(0, 3, 1, 2).float()  # (1, D, rows, columns)
     if patches.device.type == "mps":
-        patches = patches.cpu()  # before torch 2.15 Apple GPUs have no gradient of what follows
+        patches = patches.cpu()  # not every version of torch has this interpolation's gradient on Apple GPUs
     patches = F.interpolate(patches, size=new, mode="bicubic", antialias=True)  # (1, D, new rows, new columns)
     patches = patches.flatten(2).transpose(1, 2).to(positions)  # (1, new patches, D)
     return torch.cat([prefix, patches], dim=1)
 
 
 def fitted_positions(model, grid_size):
-    """A model's positions for another grid: learned ones resampled, fixed ones computed anew."""
+    """Return a model's positions for another grid: learned ones resampled, fixed ones computed again."""
     if model.config.position == "learned":
         return resample_positions(model.pos_embed, model.patch_embed.grid_size, grid_size)
     n_positions = grid_size[0] * grid_size[1] + (model.reg_token is None)
@@ -555,10 +732,27 @@ def fitted_positions(model, grid_size):
 
 @torch.no_grad()
 def resize_positions(model, img_size):
-    """Moves a model, in place, to another resolution (Sec. 3.2): the patch stays, so the grid of positions grows.
+    """Change a model in place so that it takes images of another resolution (Sec. 3.2).
 
-    Learned positions are resampled over the grid, fixed ones computed anew; CLS keeps its own. The parameter is
-    replaced, so make the optimiser afterwards. Returns the model.
+    The patch size stays, so the number of patches changes. Learned positions are resampled to the new grid, fixed ones
+    are computed again, and the position of CLS stays. `model.pos_embed` becomes a new parameter, so create the
+    optimiser afterwards.
+
+    Parameters
+    ----------
+    model : VisionTransformer
+    img_size : int or (int, int)
+        New side, or (height, width), in pixels.
+
+    Returns
+    -------
+    VisionTransformer
+        The same model.
+
+    Raises
+    ------
+    InputError
+        If the patch does not divide the new size.
     """
     img_size, embed = pair(img_size), model.patch_embed
     new = grid_of(img_size, embed.patch_size)
@@ -574,10 +768,9 @@ def resize_positions(model, img_size):
 
 
 def freeze_backbone(model):
-    """Leaves exactly the head trainable and returns the model.
+    """Freeze everything except the head, and return the model.
 
-    Freezing `patch_embed` and `blocks` alone, as is often shown, leaves the CLS token, the positions and the
-    last norm training.
+    Freezing only `patch_embed` and `blocks` would leave the CLS token, the positions and the last norm trainable.
     """
     model.requires_grad_(False)
     model.head.requires_grad_(True)

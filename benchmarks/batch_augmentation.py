@@ -1,10 +1,10 @@
-"""Augmenting a batch at a time against torchvision's usual pipeline, an image at a time, on one core.
+"""Compare augmentation by the batch with torchvision's pipeline, which takes one image at a time.
 
     python benchmarks/batch_augmentation.py --keep
 
-Both shift CIFAR-sized images by up to 4 pixels (mirrored at the border), mirror them with probability 1/2, normalise
-them and stack batches of 128; the second time they also hide a square of 8 pixels. The images are uint8 in memory on
-both sides, as PIL images for torchvision, so that no decoding is counted. The two take turns; medians of the rounds.
+Both shift 32-pixel images by up to 4 pixels, flip half of them, normalise them and stack batches of 128; the second
+row also hides a square of 8 pixels. The images are in memory on both sides, so that decoding is not counted. The two
+take turns on one core, and the table has medians over rounds.
 """
 
 import argparse
@@ -31,7 +31,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 def one_at_a_time(pictures, cutout):
-    """Batches as torchvision's transforms make them; what RandomErasing hides is a square of 8 of 32 pixels."""
+    """Yield batches made by torchvision's transforms; RandomErasing hides a square of 8 of 32 pixels."""
     steps = [v2.RandomCrop(32, padding=4, padding_mode="reflect"), v2.RandomHorizontalFlip(), v2.ToImage(),
              v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
     steps += [v2.RandomErasing(1.0, scale=(0.0625, 0.0625), ratio=(1.0, 1.0))] * cutout

@@ -1,10 +1,10 @@
-"""The explorer's page against the number of tokens: bytes, time to load, time of a hover, and its error.
+"""Measure the explorer's page against the number of tokens: size, loading time, hover time and error.
 
     python benchmarks/explorer.py --keep [--weights FILE]     results/explorer-*.json (about two minutes)
 
-A photograph at 8 x 8, 14 x 14, 24 x 24 and 37 x 37 patches, by a random ViT-S/16 and, where its file is given, by a
-pre-trained ViT-S/14. Chromium opens the page; a hover is the choice of another patch, until the frame with it is drawn,
-the median of 15. The error is that of twenty rows at random, computed by the page, beside the model's own softmax.
+One photograph at 8 x 8 to 37 x 37 patches, in a random ViT-S/16 and, with --weights, in a pretrained ViT-S/14. Chromium
+opens the page. The hover time is from the choice of another patch until the next frame is drawn, the median of 15. The
+error compares twenty random rows of attention, as the page computes them, with the model's own softmax.
 """
 
 import argparse
@@ -53,7 +53,7 @@ ROW = """([layer, head, token]) => {
 
 
 def measure(model, side, browser):
-    """A dict of one model at side x side patches."""
+    """Measure the page of one model at side x side patches."""
     model.any_size = True
     whole = Whole(img_size=side * model.config.patch_size)
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +83,7 @@ def measure(model, side, browser):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--weights", help="a ViT-S/14, which takes any size")
+    parser.add_argument("--weights", help="a file with a ViT-S/14")
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)

@@ -1,9 +1,9 @@
-"""What each change of a recipe gives and costs: one change at a time, on the validation images.
+"""Ablation of the recipes: one change at a time, scored on the validation images.
 
-    python benchmarks/factors.py --data-dir CIFAR speeds                images/s of every variant; alone on the machine
-    python benchmarks/factors.py --data-dir CIFAR run                   every cell that is missing
-    python benchmarks/factors.py --data-dir CIFAR run --minutes 10 vit_nano adamw 0    one cell; with --keep it is kept
-    python benchmarks/factors.py --data-dir CIFAR --amp bf16 ...        the same on a machine that multiplies bfloat16
+    python benchmarks/factors.py --data-dir CIFAR speeds         measures the speed of each variant, on an idle machine
+    python benchmarks/factors.py --data-dir CIFAR run            trains every variant that has no result yet
+    python benchmarks/factors.py --data-dir CIFAR run --minutes 10 --keep vit_nano adamw 0     trains one, and keeps it
+    python benchmarks/factors.py --data-dir CIFAR --amp bf16 ...  the same in bfloat16, on a CPU that has it
 """
 
 import argparse
@@ -46,7 +46,7 @@ REGULARISATION = {
     "24 pixels for 60%": LOW,
 }
 STEPS = {"average 0.99": dict(ema_decay=0.99), "batch 64": dict(batch_size=64), "batch 256": dict(batch_size=256)}
-FACTORS = {  # most for the ViT; for the others those that may matter differently to a convolution
+FACTORS = {  # most for the ViT; the others have those whose effect may differ with convolutions
     "vit_nano": {"the recipe": {}, **ADAMW, **NOT_WHITENED, **ATTENTION,
                  "64 wide": dict(embed_dim=64, n_heads=2), "128 wide": dict(embed_dim=128, n_heads=4),
                  "128 wide, 3 deep": dict(embed_dim=128, n_heads=4, depth=3), "6 deep": dict(depth=6),
@@ -71,14 +71,14 @@ FACTORS = {  # most for the ViT; for the others those that may matter differentl
                 "48, 96, 192 channels, 24 pixels for 60%": dict(widths=(48, 96, 192), **LOW),
                 "64, 128, 256 channels, 24 pixels for 60%": dict(widths=(64, 128, 256), **LOW)},
 }
-SEEDS_OF_RECIPE = 3  # a change has one seed, and is compared with the recipe at the same seed
+SEEDS_OF_RECIPE = 3  # a change has one seed
 FREE = {"learning_rate", "schedule", "weight_decay", "label_smoothing", "whiten", "init", "position", "flip", "shift",
-        "cutout", "mixing"}  # these change the time of a step by less than it varies
+        "cutout", "mixing"}  # these change the time of a step by less than it varies by itself
 AUGMENTATION = ("shift", "flip", "cutout")
 
 
 def variant(model_name, factor):
-    """The recipe of a model with the change of a factor."""
+    """Return a model's recipe with one factor changed."""
     recipe, changes = RECIPES[f"{model_name}_fast"], FACTORS[model_name][factor]
     pixels = {name: value for name, value in changes.items() if name in AUGMENTATION}
     train = {name: value for name, value in changes.items() if name in vars(recipe.train)}
@@ -90,7 +90,7 @@ def variant(model_name, factor):
 
 
 def prepare(model_name, factor, loader, seed, amp="off"):
-    """(recipe, trainer) of a variant, ready to train on the loader."""
+    """Return (recipe, trainer) of a variant, ready to train on the loader."""
     recipe = variant(model_name, factor)
     loader.batch_size, loader.seed = recipe.batch_size, seed
     loader.set_augmentation(recipe.augmentation)
@@ -106,7 +106,7 @@ def prepare(model_name, factor, loader, seed, amp="off"):
 
 
 def measure_speeds(model_name, loader, amp):
-    """{factor: images a second}, the medians of rounds in which all variants take turns."""
+    """Return {factor: images per second}: medians over rounds in which all variants take turns."""
     variants = {factor: prepare(model_name, factor, loader, 0, amp) for factor in FACTORS[model_name]}
     speeds = {factor: [] for factor in variants}
     for i in range(ROUNDS + 1):
@@ -116,14 +116,14 @@ def measure_speeds(model_name, loader, amp):
             wanted = 0 if i == 0 else ROUND_SECONDS * speeds[factor][0] / recipe.batch_size
             n_steps = max(2, round(wanted))
             if recipe.train.progressive_resize:
-                n_steps = 5 * max(1, round(wanted / 5))  # three of five small
+                n_steps = 5 * max(1, round(wanted / 5))  # three steps of five use smaller images
             history = trainer.train(loader, n_steps=n_steps, learning_rate=1e-6, progress=False)
             speeds[factor].append(history["images_per_second"][0])
     return {factor: round(statistics.median(values[1:]), 1) for factor, values in speeds.items()}
 
 
 def run_cell(model_name, factor, seed, minutes, loaders, speed, amp="off"):
-    """Trains a variant and returns its result."""
+    """Train a variant and return its result."""
     train_loader, val_loader = loaders
     recipe, trainer = prepare(model_name, factor, train_loader, seed, amp)
     n_steps, started = int(60 * minutes * speed / recipe.batch_size), time.perf_counter()
@@ -140,7 +140,7 @@ def run_cell(model_name, factor, seed, minutes, loaders, speed, amp="off"):
 
 
 def speed_of(model_name, factor, amp):
-    """Images a second of a variant, as measured; where the change costs nothing, that of the variant without it."""
+    """Return the measured images per second of a variant; a change that costs no time has the recipe's."""
     path = HERE / "results" / f"speeds-{model_name}{suffix(amp)}.json"
     speeds, changes = json.loads(path.read_text())["result"]["speeds"], costly(FACTORS[model_name][factor])
     return speeds[next((name for name, those in FACTORS[model_name].items() if those == changes), factor)]
@@ -167,14 +167,15 @@ def missing_cells(minutes, amp):
 
 
 def main():
-    """A variant is the recipe of a model with one change. The recipe here has no progressive_resize, which is a change
+    """Measure the speeds, or train the variants.
+
+    A variant is a model's recipe with one change. The recipe here has no progressive_resize, which counts as a change
     like the others.
 
-    A variant trains for as many steps as it does in 2 minutes with the machine to itself. The speed is measured first,
-    in rounds in which all variants of a model take turns, on all cores. What those steps teach does not depend on the
-    load of the machine, so the trainings run two at a time, on one thread each. Speeds and cells in bfloat16 are kept
-    apart from those in float32. The validation images are the 5,000 that train_vit.py splits off; no test image is
-    read.
+    A variant trains for as many steps as fit into 2 minutes on an idle machine. The speeds are measured first, on all
+    cores, in rounds in which all variants of a model take turns. The result of those steps does not depend on the load
+    of the machine, so two trainings run at a time, each on one thread. Speeds and results in bfloat16 are kept apart
+    from those in float32. The validation images are the 5,000 that train_vit.py splits off; no test image is read.
     """
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data-dir", required=True)
@@ -185,7 +186,7 @@ def main():
     running.add_argument("cell", nargs="*", metavar="MODEL FACTOR SEED")
     running.add_argument("--minutes", type=float, default=2)
     running.add_argument("--jobs", type=int, default=2)
-    running.add_argument("--part", type=int, help="of the jobs, for this process alone")
+    running.add_argument("--part", type=int, help="run only this part of the jobs in this process (used internally)")
     running.add_argument("--keep", action="store_true")
     options = parser.parse_args()
     if options.command == "run" and not options.cell and options.part is None:

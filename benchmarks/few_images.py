@@ -1,7 +1,7 @@
-"""500 images of five classes: from scratch, fine-tuned, linear probe, from a checkpoint that saw five other classes.
+"""Train on 500 images of five classes: from scratch, fine-tuned, and as a linear probe.
 
-    python benchmarks/few_images.py --data-dir CIFAR             every run in runs/few-images; resumes those cut short
-    python benchmarks/few_images.py --data-dir CIFAR --keep      and the table in benchmarks/results/
+    python benchmarks/few_images.py --data-dir CIFAR             trains in runs/few-images; resumes interrupted runs
+    python benchmarks/few_images.py --data-dir CIFAR --keep      also keeps the results in benchmarks/results/
 """
 
 import argparse
@@ -20,7 +20,7 @@ from results import write_cell
 
 SEEN, NEW = ("airplane", "bird", "deer", "horse", "truck"), ("automobile", "cat", "dog", "frog", "ship")
 SEEDS = (0, 1, 2)
-METHODS = {  # words of the command, and the learning rates to choose from
+METHODS = {  # {method: (options of train_vit.py, learning rates to choose from)}
     "from scratch": (["--recipe", "classic", "--epochs", "60"], (5e-4, 1e-3, 2e-3)),
     "fine-tuned": (["--pretrained", "CHECKPOINT", "--epochs", "60"], (2e-4, 5e-4, 1e-3)),
     "fine-tuned, layer decay 0.75": (["--pretrained", "CHECKPOINT", "--epochs", "60", "--layer-decay", "0.75"],
@@ -30,7 +30,7 @@ METHODS = {  # words of the command, and the learning rates to choose from
 
 
 def draw_images(source, folder, seed):
-    """100 images of each new class, as drawn by the seed."""
+    """Copy 100 images of each new class, drawn by the seed, into a folder."""
     part = folder.with_name(f"{folder.name}.part")
     for class_name in NEW:
         (part / class_name).mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def draw_images(source, folder, seed):
 
 
 def link(source, folder, parts, classes):
-    """Links folder/<part>/<class> to those of the source."""
+    """Link folder/<part>/<class> to the source's folders."""
     for part in parts:
         (folder / part).mkdir(parents=True, exist_ok=True)
         for class_name in classes:
@@ -54,10 +54,12 @@ def train_vit(*words):
 
 
 def main():
-    """CIFAR holds train/<class>/ and test/<class>/ of CIFAR-10. vit_nano is trained on airplane, bird, deer, horse and
-    truck (25,000 images); then, for each of three seeds, 100 images of each of automobile, cat, dog, frog and ship are
-    drawn, 90 to train on and 10 to validate. The learning rate of each method is the best of three by the validation
-    accuracy, mean over the seeds; the 5,000 test images are read once for each method and seed, after that choice.
+    """Pretrain, train every method with every learning rate and seed, and score the best rate.
+
+    CIFAR holds train/<class>/ and test/<class>/ of CIFAR-10. vit_nano is pretrained on airplane, bird, deer, horse and
+    truck (25,000 images). Then each of three seeds draws 100 images each of automobile, cat, dog, frog and ship: 90 to
+    train on and 10 to validate. The learning rate of a method is the best of three by validation accuracy, as a mean
+    over the seeds. The 5,000 test images are read once per method and seed, after that choice.
     """
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data-dir", type=Path, required=True)

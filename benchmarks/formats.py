@@ -1,6 +1,6 @@
-"""How exactly each format of checkpoints loads: the table that tests/weights/test_formats.py holds below 1e-12.
+"""Measure how exactly each checkpoint format loads; tests/weights/test_formats.py requires 1e-12.
 
-    python benchmarks/formats.py --keep        prints it, and writes results/formats.json (a minute)
+    python benchmarks/formats.py --keep        prints the table and writes results/formats-all.json
 
 Needs timm, torchvision and transformers (requirements-dev.txt).
 """
@@ -19,7 +19,7 @@ PACKAGES = ("timm", "torchvision", "transformers")
 
 
 def how_verified(name):
-    """Against what a source's files can be trusted to be real ones."""
+    """Say how far the files of a source are real ones."""
     if name.startswith(PACKAGES):
         return "yes: the package's own model and names"
     if name.startswith("Google"):
@@ -29,7 +29,7 @@ def how_verified(name):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", action="store_true", help="write benchmarks/results/formats.json")
+    parser.add_argument("--keep", action="store_true", help="write benchmarks/results/formats-all.json")
     options = parser.parse_args()
     rows = []
     for name, source in SOURCES.items():

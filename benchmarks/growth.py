@@ -1,10 +1,10 @@
-"""Time and memory of attention against the number of tokens, fused and explicit.
+"""Measure time and memory of fused and explicit attention against the number of tokens.
 
-    python benchmarks/growth.py --keep        results/growth-*.json and figures/growth.png (about 15 minutes)
+    python benchmarks/growth.py --keep        writes results/growth-*.json and figures/growth.png
 
-Four blocks of ViT-Tiny (D 192, 3 heads) on one image whose patches of 4 pixels make N = 64 .. 4,096 tokens, beside
-CLS; pool="mean", so that the last block computes every token. For each N the two paths take turns, inference and
-training (forward and backward); the median of the rounds is kept. Memory is analysis.cost.peak_memory.
+Four blocks of ViT-Tiny (D 192, 3 heads) on one image of N = 64 to 4,096 patches; pool="mean", so that the last block
+computes every token. For each N the two kinds of attention take turns, in inference and in training (forward and
+backward); the median of the rounds is kept. Memory is analysis.cost.peak_memory.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def attention_path(name):
 
 
 def multiplications(n_tokens):
-    """Of the blocks, as Sec. 3.1 and App. A count them: in each 12 N D^2 in dense layers and 2 N^2 D in attention."""
+    """Count the multiplications of the blocks: each has 12 N D^2 in dense layers and 2 N^2 D in attention."""
     return DEPTH * (12 * n_tokens * D**2 + 2 * n_tokens**2 * D)
 
 
@@ -72,7 +72,7 @@ def seconds_of(model, images, train):
 
 
 def measure(grid, n_rounds, device):
-    """{(path, pass): seconds or bytes} of one size, as two dicts."""
+    """Return two dicts of one size: {(path, train): seconds} and {(path, train): bytes}."""
     torch.manual_seed(0)
     model = vit_model.VisionTransformer(4 * grid, 4, 3, 10, D, DEPTH, 3, pool="mean", position="none").to(device)
     images = torch.rand(1, 3, 4 * grid, 4 * grid, device=device)
@@ -90,14 +90,16 @@ def measure(grid, n_rounds, device):
 
 
 def exponent(sizes, values):
-    """The slope of log values over log sizes, by least squares over the upper half of the sizes."""
+    """Fit the slope of log values over log sizes, by least squares over the upper half of the sizes."""
     half = len(sizes) // 2
     return float(np.polyfit(np.log(sizes[half:]), np.log(values[half:]), 1)[0])
 
 
 def draw(result, save_path=None):
-    """Time (left) and memory (right) against the tokens, inference and training; the count of multiplications beside
-    the times, scaled to the fused inference at the largest size."""
+    """Draw time (left) and memory (right) against the number of tokens.
+
+    The count of multiplications is drawn beside the times, scaled to fused inference at the largest size.
+    """
     figure = new_figure(12.5, 5.4)
     sizes = result["tokens"]
     for axes, unit, scale in zip(figure.subplots(1, 2), ("seconds", "bytes"), (1e3, 2**-20), strict=True):
@@ -128,7 +130,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--grids", type=int, nargs="+", default=GRIDS, help="patches along a side")
+    parser.add_argument("--grids", type=int, nargs="+", default=GRIDS, help="numbers of patches along a side")
     parser.add_argument("--keep", action="store_true", help="write the result and the figure")
     options = parser.parse_args()
     device = choose_device(options.device)

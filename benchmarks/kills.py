@@ -1,11 +1,11 @@
-"""Kills trainings at random instants, resumes them, and compares their results with one that was never cut.
+"""Kill trainings at random instants, resume them, and compare them with an uninterrupted run.
 
-    python benchmarks/kills.py            30 SIGKILLs, about 10 minutes on 2 cores
-    python benchmarks/kills.py --keep     and keeps the outcome in benchmarks/results/
+    python benchmarks/kills.py            sends 30 SIGKILLs
+    python benchmarks/kills.py --keep     also keeps the outcome in benchmarks/results/
 
-Three kinds of run take turns: a ViT with stochastic depth, average of the weights and class weights on images in
-memory; a ViT on photographs that worker processes read and augment; a ConvNet with batch statistics, each batch in
-three parts. A third of the kills wait for a checkpoint that is being written, and strike there.
+Three kinds of run take turns: a ViT in memory with stochastic depth, an average of the weights and class weights; a
+ViT on photographs that worker processes read and augment; a ConvNet with batch statistics and batches in three parts.
+A third of the kills wait until a file of the run is being written, and strike then.
 """
 
 import argparse
@@ -40,7 +40,7 @@ COMMON = ["--epochs", "4", "--batch-size", "16", "--save-minutes", "0.001", "--d
 
 
 def make_photos(folder, side):
-    """Three classes of 40, 30 and 20 noisy images of one colour each."""
+    """Write three classes of 40, 30 and 20 noisy images, each class with one stronger colour."""
     generator = np.random.default_rng(0)
     for channel, n in enumerate((40, 30, 20)):
         (folder / f"class{channel}").mkdir(parents=True)
@@ -58,7 +58,7 @@ def start(photos, folder, words):
 
 
 def run_to_the_end(photos, folder, words):
-    """The seconds it took. Raises RuntimeError with its output if it failed."""
+    """Run a training to its end and return the seconds; a failure raises RuntimeError with the output."""
     started, process = time.monotonic(), start(photos, folder, words)
     output, _ = process.communicate()
     if process.returncode:
@@ -67,8 +67,10 @@ def run_to_the_end(photos, folder, words):
 
 
 def run_and_kill(photos, folder, words, seconds, in_a_write):
-    """Starts a run and kills it after this many seconds; with in_a_write, as soon after that as a checkpoint is being
-    written. Returns what the kill met."""
+    """Start a run, kill it after this many seconds, and return what the kill interrupted.
+
+    With in_a_write, the kill then waits until a file is being written.
+    """
     process, until = start(photos, folder, words), time.monotonic() + seconds
     while process.poll() is None and (time.monotonic() < until or (in_a_write and not list(folder.glob("*.part")))):
         time.sleep(0.0002 if in_a_write else 0.005)
@@ -80,7 +82,7 @@ def run_and_kill(photos, folder, words, seconds, in_a_write):
 
 
 def outcome(folder):
-    """What must be equal: tensors by name, and the history without its times."""
+    """Return what must be equal: the tensors by name, and the history without its times."""
     tensors = {}
     for file in ("last.pt", "best.pt"):
         entries = read_checkpoint(folder / file)
@@ -92,7 +94,7 @@ def outcome(folder):
 
 
 def collect(entries, path, tensors):
-    """The tensors in nested dicts and lists, by their place."""
+    """Collect the tensors of nested dicts and lists by their path."""
     if isinstance(entries, torch.Tensor):
         tensors[path] = entries
     items = entries.items() if isinstance(entries, dict) else enumerate(entries) if isinstance(entries, list) else ()
@@ -109,7 +111,7 @@ def same(one, other):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the instants (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="keep the outcome in benchmarks/results/")
     options = parser.parse_args()
     chance, rows = random.Random(options.seed), []
@@ -120,7 +122,7 @@ def main():
             if not photos.exists():
                 make_photos(photos, side)
             whole[kind] = (run_to_the_end(photos, scratch / kind, words), outcome(scratch / kind))
-            print(f"{kind}: {whole[kind][0]:.1f} s uncut, {len(whole[kind][1][0])} tensors", flush=True)
+            print(f"{kind}: {whole[kind][0]:.1f} s uninterrupted, {len(whole[kind][1][0])} tensors", flush=True)
         for i in range(options.kills):
             kind = list(KINDS)[i % len(KINDS)]
             (side, words), (seconds, expected), folder = KINDS[kind], whole[kind], scratch / "cut"
@@ -132,8 +134,8 @@ def main():
             print(rows[-1], flush=True)
             shutil.rmtree(folder)
     equal, in_writes = sum(row["equal"] for row in rows), sum(bool(row["in_a_write_of"]) for row in rows)
-    print(f"{equal} of {len(rows)} ended with every tensor and every line of the history equal; {in_writes} kills met "
-          f"a checkpoint that was being written")
+    print(f"{equal} of {len(rows)} runs ended with every tensor and every row of the history equal; {in_writes} kills "
+          f"hit a file while it was being written")
     if options.keep:
         write_cell("kills", "cpu", options.seed, "python benchmarks/kills.py --keep", dict(device="cpu", rows=rows))
     sys.exit(equal < len(rows))

@@ -1,13 +1,13 @@
-"""Breaks the code at random places, one break at a time, and asks the tests whether they see it.
+"""Mutation testing: change the code at random places, one at a time, and run the tests.
 
-    python benchmarks/mutants.py                      30 breaks, about an hour on a core that others use too
-    python benchmarks/mutants.py --n 5 --seed 1       other breaks
-    python benchmarks/mutants.py --keep               and keeps the outcome in benchmarks/results/
+    python benchmarks/mutants.py                      draws 30 mutants
+    python benchmarks/mutants.py --n 5 --seed 1       draws others
+    python benchmarks/mutants.py --keep               also keeps the outcome in benchmarks/results/
 
-A break is one change of one expression or statement in vit_bridge's data, weights, training or analysis, or in the
-Trainer: first its kind is drawn, then a place. It is made in a copy of the repository. The tests of the module run
-first, then those that name it, then all quick ones, then the slow ones of those files; the first failure ends a break.
-A survivor is a hole in the tests, or no break at all: then EQUIVALENT says why.
+A mutant is a copy of the repository with one changed expression or statement in vit_bridge's data, weights, training or
+analysis, or in the Trainer. Its kind is drawn first, then its place. The module's own tests run first, then those that
+name the module, then all quick tests, then the slow tests of those files, up to the first failure. A mutant that
+survives shows a gap in the tests, or changes nothing: then EQUIVALENT says why.
 """
 
 import argparse
@@ -31,27 +31,33 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 from results import write_cell
 
 ROOMS = ("data", "weights", "training", "analysis")  # of vit_bridge
-TRAINER = {"train_vit.py": ("Trainer", "TrainState")}  # of other files, the classes
+TRAINER = {"train_vit.py": ("Trainer", "TrainState")}  # {file: classes}, outside these rooms
 COMPARISONS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "in": "not in", "not in": "in",
                "is": "is not", "is not": "is"}
 SWAPS = {"+": "-", "-": "+", "*": "/", "/": "*", "//": "*", "%": "*", "and": "or", "or": "and", "min": "max",
          "max": "min", "any": "all", "all": "any"}
 ARITHMETIC = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//", ast.Mod: "%"}
-TIMEOUT = 1200  # seconds of a test run; a break that makes it hang is seen
+TIMEOUT = 1200  # seconds of a test run; a mutant that makes the tests hang counts as killed
 
-# Survivors that change nothing that a user could see: (file, the line after the break) -> why.
+# Mutants that change nothing that a user could see: {(file, the changed line): why}.
 EQUIVALENT = {
     ("vit_bridge/data/loaders.py", 'def get_test_loader(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, '
                                    'dataset="auto", val_fraction=0.2,'): "val_fraction changes nothing there",
 }
 
 
-# ---- Breaks -----------------------------------------------------------------------------------------------
+# ---- Mutants ----------------------------------------------------------------------------------------------
 
 
 class Places(ast.NodeVisitor):
-    """found: [(kind, start, end, new text)] of a source, start and end as offsets in characters. classes: only those
-    of this name at the top of the file; None: all of it."""
+    """The places of a source that can be changed: `found` is [(kind, start, end, new text)], in characters.
+
+    Parameters
+    ----------
+    source : str
+    classes : list of str, optional
+        Names of top-level classes; only those are searched. None: the whole file.
+    """
 
     def __init__(self, source, classes=None):
         self.source, self.found = source, []
@@ -63,7 +69,7 @@ class Places(ast.NodeVisitor):
                 self.visit(node)
 
     def offset(self, line, column):
-        """The offset of what ast says, whose columns are bytes."""
+        """Turn a position of ast, whose columns are bytes, into an offset in characters."""
         start = self.line_starts[line - 1]
         text = self.source[start:self.line_starts[line]].encode()
         return start + len(text[:column].decode())
@@ -72,7 +78,7 @@ class Places(ast.NodeVisitor):
         return self.offset(node.lineno, node.col_offset), self.offset(node.end_lineno, node.end_col_offset)
 
     def swap(self, kind, start, end, swaps):
-        """One operator between two operands, in the text between them, which may hold parentheses too."""
+        """Add a swap of the operator in the text between two operands, which may hold parentheses too."""
         words = "|".join(re.escape(word) for word in sorted(swaps, key=len, reverse=True))
         operator = re.search(rf"(?<!\w)({words})(?!\w)" if kind == "and, or" else rf"({words})", self.source[start:end])
         if operator:
@@ -145,11 +151,11 @@ class Places(ast.NodeVisitor):
             self.visit(node.value)
 
     def visit_JoinedStr(self, node):
-        """Words are not broken."""
+        """Skip f-strings: text is not changed."""
 
 
 def changed_constant(value):
-    """The text of another value of this kind; None for words and what has none."""
+    """Return the text of another value of the same type; None for text and other types."""
     if isinstance(value, bool):
         return str(not value)
     if isinstance(value, int):
@@ -160,7 +166,7 @@ def changed_constant(value):
 
 
 def all_places(root):
-    """{kind: [(file, start, end, new text)]}, files as paths from the root."""
+    """Return {kind: [(file, start, end, new text)]}, with files as paths from the root."""
     places, files = {}, {}
     for room in ROOMS:
         files |= {path: None for path in sorted((root / "vit_bridge" / room).glob("*.py"))}
@@ -172,8 +178,10 @@ def all_places(root):
 
 
 def draw_breaks(places, n, seed):
-    """n of them, no place twice: [(kind, file, start, end, new text)]. The kinds are drawn evenly, however many places
-    each has."""
+    """Draw n mutants, no place twice: [(kind, file, start, end, new text)].
+
+    Each kind is equally likely, however many places it has.
+    """
     chance, left, drawn = random.Random(seed), {kind: list(own) for kind, own in places.items()}, []
     while len(drawn) < n and any(left.values()):
         kind = chance.choice([kind for kind, own in left.items() if own])
@@ -189,7 +197,7 @@ def broken(source, start, end, text):
 
 
 def stages_of(file, root):
-    """[words for pytest], from the tests that are likely to see a break in this file to all."""
+    """Return arguments for pytest, from the tests most likely to fail for this file to all tests."""
     path = Path(file)
     module, room = ".".join(path.with_suffix("").parts), path.parts[1] if len(path.parts) > 1 else "training"
     tests = sorted((root / "tests").rglob("test_*.py"))
@@ -204,7 +212,7 @@ def stages_of(file, root):
 
 
 def run_tests(root, words, stop=True):
-    """(exit code, the tests that failed, the last lines); 124 where they hang."""
+    """Return (exit code, failed tests, last lines of output); the exit code is 124 if the tests hang."""
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *["-x"] * stop, *words]
     with tempfile.TemporaryDirectory() as scratch:
         env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", TMPDIR=scratch)
@@ -217,7 +225,7 @@ def run_tests(root, words, stop=True):
 
 
 def who_sees(file, root):
-    """The first test that fails, or None."""
+    """Return the first test that fails, or None."""
     for words in stages_of(file, root):
         code, failed, _ = run_tests(root, words)
         if code not in (0, 5):  # 5: no test was chosen
@@ -226,7 +234,7 @@ def who_sees(file, root):
 
 
 def measure(root, breaks, report=print):
-    """[a row a break]. root: a copy of the repository, whose files are broken and mended."""
+    """Run the tests on each mutant and return one row per mutant; root is a copy of the repository."""
     rows = []
     for kind, file, start, end, text in breaks:
         path = root / file
@@ -254,8 +262,8 @@ def measure(root, breaks, report=print):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--n", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0, help="of the breaks")
-    parser.add_argument("--list", action="store_true", help="only say which breaks these are")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the mutants (default: %(default)s)")
+    parser.add_argument("--list", action="store_true", help="only list the mutants")
     parser.add_argument("--keep", action="store_true", help="keep the outcome in benchmarks/results/")
     options = parser.parse_args()
     breaks = draw_breaks(all_places(ROOT), options.n, options.seed)
@@ -269,7 +277,7 @@ def main():
         shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__", ".*_cache"))
         code, failed, words = run_tests(root, ["tests"], stop=False)
         if code:
-            sys.exit(f"the tests fail without any break, {' '.join(failed)}: mend them first\n{words}")
+            sys.exit(f"these tests fail without any change: {' '.join(failed)}; fix them first\n{words}")
         rows = measure(root, breaks, lambda line: print(line, flush=True))
     counts = {outcome: sum(row["outcome"] == outcome for row in rows) for outcome in ("killed", "equivalent",
                                                                                     "survived")}

@@ -1,10 +1,10 @@
-"""What one GPU shows, in one call of at most 9 minutes and without a network.
+"""Check one GPU in one call of at most 9 minutes, without a network.
 
     benchmarks/on_gpu.sh OUT                             tests, throughput, trainings; writes OUT/cells.json and logs
-    python benchmarks/results.py gpu OUT/cells.json      puts that into RESULTS.md
-    benchmarks/on_gpu.sh OUT --dry-run                   all of it, tiny, on the CPU
+    python benchmarks/results.py gpu OUT/cells.json      adds the outcome to RESULTS.md
+    benchmarks/on_gpu.sh OUT --dry-run                   runs a tiny version of everything on the CPU
 
-The trainings need CIFAR-10 (JPEG): data/cifar10-jpeg/ or data/cifar10-jpeg.tar.xz in the checkout, both ignored by git.
+The trainings need CIFAR-10 (JPEG) in the checkout, in data/cifar10-jpeg/ or data/cifar10-jpeg.tar.xz; git ignores both.
 """
 
 import argparse
@@ -29,16 +29,16 @@ from vit_bridge.errors import InputError, first_line
 from vit_bridge.runtime import choose_device
 from vit_bridge.system import ROOT
 
-TOTAL_SECONDS = 520  # of the whole call; what still runs then is ended
-TEST_SECONDS, THROUGHPUT_SECONDS, TRAINING_SECONDS = 150, 210, 70  # the last: one of 45 seconds, its start and its test
+TOTAL_SECONDS = 520  # for the whole call; commands that still run then are killed
+TEST_SECONDS, THROUGHPUT_SECONDS, TRAINING_SECONDS = 150, 210, 70  # one training: 45 seconds, plus start and test
 TRAINED = ("vit_nano", "hybrid", "convnet")
-DRY_ENVIRONMENT = dict(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1")  # torch.compile then gives the model as it is
+DRY_ENVIRONMENT = dict(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1")  # torch.compile then returns the model unchanged
 IMAGES = ROOT / "data" / "cifar10-jpeg"
-TAIL = 2000  # characters of a failed command's output that its cell keeps
+TAIL = 2000  # characters of a failed command's output that are kept
 
 
 class Check:
-    """The parts of the check, one after the other; each adds its cells, and the file is written anew after each."""
+    """The parts of the check, one after the other; each adds its cells and rewrites the file."""
 
     def __init__(self, out, scratch, device, dry_run):
         self.out, self.scratch, self.device, self.dry_run = out, scratch, device, dry_run
@@ -54,7 +54,7 @@ class Check:
         (self.out / "cells.json").write_text(json.dumps(self.cells, indent=2) + "\n")
 
     def run(self, name, command, seconds):
-        """Runs a command with its output in OUT/<name>.log. Returns None, or dict(error, tail) where it failed."""
+        """Run a command with its output in OUT/<name>.log; return None, or dict(error, tail) if it failed."""
         log, seconds = self.out / f"{name}.log", min(seconds, self.seconds_left)
         print(f"$ {in_words(command)}   (at most {seconds:.0f} s)", flush=True)
         with log.open("w") as file:
@@ -75,7 +75,7 @@ class Check:
         for part in (self.test, self.measure, self.train):
             try:
                 part()
-            except Exception as error:  # the other parts go on
+            except Exception as error:  # the other parts still run
                 self.failed_tests = self.failed_tests or part == self.test
                 self.keep(part.__name__, part.__name__, [], dict(error=first_line(error)))
 
@@ -83,7 +83,7 @@ class Check:
 
     def test(self):
         report = self.scratch / "tests.xml"
-        # -o addopts=: without xdist, which this machine may lack
+        # -o addopts= replaces the project's options, which need xdist; this machine may lack it
         command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "-o",
                    "addopts=--import-mode=importlib", "-m", "cuda", "-v", "-rs", f"--junitxml={report}", "tests/cuda"]
         if self.dry_run:
@@ -99,7 +99,7 @@ class Check:
         seconds = min(THROUGHPUT_SECONDS, self.seconds_left - reserved)
         lines = self.scratch / "throughput.jsonl"
         command = [sys.executable, "benchmarks/throughput.py", "--device", self.device.type, "--output", str(lines),
-                   "--budget", f"{seconds - 20:.0f}"]  # 20: for its start
+                   "--budget", f"{seconds - 20:.0f}"]  # 20 seconds to start
         command += ["--set", "dry-run", "--rounds", "2"] if self.dry_run else ["--set", "gpu", "--rounds", "11"]
         failure = self.run("throughput", command, seconds)
         for line in lines.read_text().splitlines() if lines.exists() else ():
@@ -128,13 +128,13 @@ class Check:
 
 
 def find_images():
-    """The folder of images, or the archive of it; None where neither was carried along."""
+    """Return the folder of images or its archive, or None if there is neither."""
     archive = IMAGES.with_name(f"{IMAGES.name}.tar.xz")
     return IMAGES if IMAGES.is_dir() else archive if archive.exists() else None
 
 
 def unpack_images():
-    """Makes the folder of images where only the archive is there."""
+    """Unpack the archive of images if there is no folder yet."""
     found, part = find_images(), IMAGES.with_name(f"{IMAGES.name}.part")
     if found not in (None, IMAGES):
         with tarfile.open(found) as archive:
@@ -143,7 +143,7 @@ def unpack_images():
 
 
 def read_report(path):
-    """What a JUnit report says: dict(passed, failed, skipped, seconds), the middle two lists of dict(test, reason)."""
+    """Read a JUnit report: dict(passed, failed, skipped, seconds), with a list of dict(test, reason, tail) each."""
     suite, failed, skipped = ElementTree.parse(path).getroot().find("testsuite"), [], []
     for case in suite.iter("testcase"):
         for kind, entries in (("failure", failed), ("error", failed), ("skipped", skipped)):
@@ -160,7 +160,7 @@ def in_words(command):
 
 
 def summary(cells):
-    """A line a cell."""
+    """Return one line per cell."""
     lines = []
     for cell in cells:
         r = cell["result"]
@@ -181,7 +181,7 @@ def summary(cells):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="a folder for cells.json and the logs")
-    parser.add_argument("--dry-run", action="store_true", help="everything tiny, on the CPU")
+    parser.add_argument("--dry-run", action="store_true", help="run a tiny version of everything on the CPU")
     options = parser.parse_args()
     try:
         device = choose_device("cpu" if options.dry_run else "cuda")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What one GPU shows, in one call of at most 9 minutes and without a network: benchmarks/on_gpu.sh OUT [--dry-run]
+# Checks one GPU in one call of at most 9 minutes, without a network: benchmarks/on_gpu.sh OUT [--dry-run]
 set -u
 cd "$(dirname "$0")/.."
 exec python3 benchmarks/on_gpu.py "$@"

@@ -1,9 +1,9 @@
-"""One process beside several, and a batch in parts: the same training, step by step.
+"""Compare one process with several, and whole batches with split ones, on the same training.
 
-    python benchmarks/processes.py            prints the largest differences, a few minutes on 2 cores
-    python benchmarks/processes.py --keep     and keeps them in benchmarks/results/ and figures/processes.png
+    python benchmarks/processes.py            prints the largest differences
+    python benchmarks/processes.py --keep     also keeps them in benchmarks/results/ and figures/processes.png
 
-363 training, 40 validation and 43 test images: neither batches of 33 nor 2 or 3 processes divide them.
+There are 363 training, 40 validation and 43 test images, so that the last batch is short and the shares are uneven.
 """
 
 import argparse
@@ -31,7 +31,7 @@ COMMON = ["--epochs", "6", "--batch-size", "33", "--model", "vit_nano", "--devic
 
 
 def make_images(folder):
-    """Five classes, each a colour that the noise nearly hides, in train/ and test/."""
+    """Write five classes of noisy images, each with a faint colour, into train/ and test/."""
     generator = np.random.default_rng(0)
     for part, n_images in (("train", 403), ("test", 43)):
         for i in range(n_images):
@@ -43,7 +43,7 @@ def make_images(folder):
 
 
 def run(data, folder, n_processes, words):
-    """(history as a dict of lists, result) of one training."""
+    """Run one training and return (history as a dict of lists, result)."""
     launcher = [sys.executable]
     if n_processes > 1:
         launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={n_processes}"]
@@ -57,7 +57,7 @@ def run(data, folder, n_processes, words):
 
 
 def compare(histories, results):
-    """A row for each way: the largest differences of its losses from those of one process, and its counts."""
+    """Return one row per way: the largest differences of its losses from those of one process, and its counts."""
     rows, base = [], histories["1 process"]
     for way, history in histories.items():
         differences = {f"{name} difference": max(abs(a - b) for a, b in zip(history[name], base[name], strict=True))

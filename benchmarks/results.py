@@ -1,10 +1,10 @@
-"""The results that the project keeps: one JSON file a run, and the page that is drawn from them.
+"""Keep the project's results, one JSON file each, and draw the page RESULTS.md from them.
 
     python benchmarks/results.py add TABLE runs/NAME     keeps the result of a run of train_vit.py in a table
-    python benchmarks/results.py ship NAME runs/NAME     puts its best model into vit_bridge/weights/shipped, in 8 bits
-    python benchmarks/results.py cells FOLDER            keeps what cnn_vs_vit.py --train has measured
-    python benchmarks/results.py gpu OUT/cells.json      keeps what benchmarks/on_gpu.sh has measured
-    python benchmarks/results.py page                    writes benchmarks/RESULTS.md anew from all of them
+    python benchmarks/results.py ship NAME runs/NAME     stores its best model in vit_bridge/weights/shipped, in 8 bits
+    python benchmarks/results.py cells FOLDER            keeps what cnn_vs_vit.py --train measured
+    python benchmarks/results.py gpu OUT/cells.json      keeps what benchmarks/on_gpu.sh measured
+    python benchmarks/results.py page                    writes benchmarks/RESULTS.md again from all of them
 """
 
 import argparse
@@ -14,7 +14,7 @@ import platform
 import re
 import shutil
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -25,105 +25,118 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from vit_bridge.system import commit, machine
 
 HERE = Path(__file__).parent
-ADDED = ("targets",)  # beside the training tables: those that take the result of a run
+ADDED = ("targets",)  # tables beside the training tables that take the result of a run
 TRAINING_TABLES = {
-    "shapes": "The built-in drawn shapes in two minutes: `python train_vit.py --seed SEED`, which chooses the recipe "
-              "vit_nano_fast, and the same with `--recipe classic`",
-    "cifar10-jpeg": "CIFAR-10 (JPEG), five minutes (`python train_vit.py --data-dir DIR --minutes 5 --model MODEL "
-                    "--recipe classic`). JPEG is lossy, so these accuracies do not compare with those published for "
-                    "the original files",
-    "weights": "The models in vit_bridge/weights/shipped: in float32 on the built-in shapes; in bfloat16, in ten "
-               "minutes, on CIFAR-10 (JPEG), the photographs. The hybrid and the ConvNet of the photographs were "
-               "trained beside other work: the ConvNet's speed was measured so low that it made few steps (the "
-               "command is in each result; then `python benchmarks/results.py ship NAME runs/RUN`)",
+    "shapes": "The drawn shapes, two minutes: `python train_vit.py --seed SEED`, which chooses the recipe "
+              "vit_nano_fast, and the same command with `--recipe classic`. The two recipes ran on different machines",
+    "cifar10-jpeg": "CIFAR-10 (JPEG), five minutes: `python train_vit.py --data-dir DIR --minutes 5 --model MODEL "
+                    "--recipe classic`. JPEG loses detail, so do not compare these accuracies with those published "
+                    "for the original files",
+    "weights": "The models in vit_bridge/weights/shipped: trained in float32 on the drawn shapes, and in bfloat16 for "
+               "ten minutes on CIFAR-10 (JPEG), called photographs here. Other work ran on the machine while the "
+               "hybrid and the ConvNet learned the photographs. The speed of the ConvNet was therefore "
+               "underestimated, and it made few steps. The command is in each result; `python benchmarks/results.py "
+               "ship NAME runs/RUN` then stores the model",
 }
 TABLES = {
     **TRAINING_TABLES,
-    "targets": "CIFAR-10 (JPEG), test accuracy after so many minutes on 2 cores (`python train_vit.py --data-dir "
-               "CIFAR --minutes MINUTES --model MODEL --seed SEED`, then `python benchmarks/results.py add targets "
-               "runs/RUN`), and of a public script's plain ViT, rebuilt (`python benchmarks/peer.py`). `mirrored` is "
-               "the accuracy when each test image is also shown mirrored; `seconds` is what training and validation "
-               "took: the number of steps is fixed by the speed measured at the start, and the machine's own speed "
-               "drifts",
-    "factors": "What each part of a recipe gives and costs: one change, the validation images of CIFAR-10 (JPEG), as "
-               "many steps as the variant does in so many minutes on 2 cores (`python benchmarks/factors.py`). Of "
-               "5,000 images one standard error is 0.7 points at 60% and 0.5 at 85%; what seeds differ by is said "
-               "below. The images/s of a change that costs nothing are the recipe's. The cells "
-               "of 10 minutes of vit_nano and hybrid rest on an older measurement of speed, which gave those with "
-               "smaller images about a tenth too many steps",
-    "steps": "Where the time of a training step goes, and the time that its multiplications alone would take at the "
-             "machine's own rate, its floor (`python benchmarks/steps.py --keep`)",
-    "augmentation": "Augmentation of 32 x 32 images in batches of 128 against torchvision's, an image at a time, on "
-                    "one core, images a second (`python benchmarks/batch_augmentation.py --keep`)",
-    "reach": "Two marks, the same or different, against their distance (`python cnn_vs_vit.py --full --only reach`, "
-             "then `python benchmarks/results.py cells runs/cnn_vs_vit-cells`); test images right of 1,000 at each "
-             "distance, mean of the seeds",
-    "cues": "Outline against texture (`python cnn_vs_vit.py --full --only cues`)",
-    "data": "Data efficiency: test accuracy against the number of training images, the same steps (`python "
-            "cnn_vs_vit.py --full --only data`; CIFAR-10 (JPEG): with `--data-dir CIFAR --shares 0.01 0.1 1`)",
-    "verdicts": "What `python cnn_vs_vit.py --data-dir DIR --minutes M` says of folders where the truth is known "
-                "(`python benchmarks/verdicts.py --keep`)",
-    "trust": "How far to trust each explanation (`python benchmarks/trust.py --keep`): the area under the probability "
-             "of the class while patches are hidden in a map's order (deletion: less is better) and while they are "
-             "shown on a blurred image (insertion: more is better), over 500 test images of the drawn shapes, a new "
-             "model for each seed. Equal values go in a random order; random order is the mean of eight draws; images "
-             "without a map are left out",
-    "views": "Each view of one photograph, by a process of its own (`python benchmarks/views.py --keep`; its head says "
-             "how): the processor's seconds for one call, and the most memory it holds beyond what the model does",
-    "throughput": "VisionTransformer beside its peers, images a second (`python benchmarks/throughput.py --keep`; its "
-                  "head says how). Medians over rounds in which every library takes a turn; a ratio is the peer's "
-                  "seconds over ours in the same round, with the 95% interval of the median (of rounds taken as "
-                  "independent), and the peer named is the one where it is smallest, so it may differ from the "
-                  "quotient of the medians beside it; `share` is ours of the machine's "
-                  "own rate in a 2048 x 2048 product, from FLOPs really computed; `memory` is what ours holds beyond "
-                  "weights and images in a pass, and what the leanest peer does. Columns in bf16 are measured where "
-                  "the machine multiplies it: here another one, with AVX512-BF16",
-    "growth": "Time and memory against the number of tokens (`python benchmarks/growth.py --keep`), exponents from the "
-              "upper half of the sizes",
-    "commands": "How long the commands take that a reader runs first: the wall time of a new process, seconds (`python "
+    "targets": "Test accuracy on CIFAR-10 (JPEG) after some minutes on 2 cores: `python train_vit.py --data-dir CIFAR "
+               "--minutes MINUTES --model MODEL --seed SEED`, kept by `python benchmarks/results.py add targets "
+               "runs/RUN`. `peer` is the plain ViT of a public script, rebuilt (`python benchmarks/peer.py`). Its "
+               "model is far larger than vit_nano and makes few steps in ten minutes (below the table), so its "
+               "accuracy says little about the method. `mirrored` is the accuracy if each test image is also shown "
+               "mirrored. `aim` is the project's own target. `seconds` is the time of training and validation: the "
+               "number of steps is fixed by the speed measured at the start, and the speed of the machine drifts",
+    "factors": "Ablation of the recipes: one component changed at a time, scored on the validation images of CIFAR-10 "
+               "(JPEG). Each variant trains for as many steps as it makes in the given minutes on 2 cores (`python "
+               "benchmarks/factors.py`). With 5,000 images, one standard error is 0.7 points at 60% and 0.5 at 85%; "
+               "the spread over seeds is below each table. A change that costs no time has the images/s of the "
+               "recipe. The cells of 10 minutes of vit_nano and hybrid rest on an older measurement of speed, which "
+               "gave variants with smaller images about a tenth too many steps",
+    "steps": "Where the time of a training step goes. The floor is the time that its multiplications would take at "
+             "the speed of a large matrix product on the same machine (`python benchmarks/steps.py --keep`)",
+    "augmentation": "Augmentation of 32-pixel images, in images per second on one core: ours takes batches of 128, "
+                    "torchvision's transforms one image at a time (`python benchmarks/batch_augmentation.py --keep`)",
+    "reach": "Reach: the model sees two marks and says whether they are the same, against the distance between them. "
+             "Accuracy on 1,000 test images at each distance, mean over the seeds (`python cnn_vs_vit.py --train "
+             "--only reach`, kept by `python benchmarks/results.py cells runs/cnn_vs_vit-cells`). The last stage of "
+             "this ConvNet has a window of 25 pixels",
+    "cues": "Outline or texture: predictions for images whose outline and texture belong to different classes. The "
+            "shape bias is the share of outline among the predictions that follow either (`python cnn_vs_vit.py "
+            "--train --only cues`)",
+    "data": "Data efficiency: test accuracy against the number of training images, with the same number of steps "
+            "(`python cnn_vs_vit.py --train --only data`; for CIFAR-10 (JPEG) with `--data-dir CIFAR "
+            "--train-fractions 0.01 0.1 1`)",
+    "verdicts": "The findings of `python cnn_vs_vit.py --data-dir DIR --minutes M` on folders whose truth is known "
+                "(`python benchmarks/verdicts.py --keep`). They are quoted as they were printed when this was "
+                "measured",
+    "trust": "How far to trust each explanation (`python benchmarks/trust.py --keep`). Deletion is the area under the "
+             "probability of the class while patches are hidden in the order of a map: less is better. Insertion is "
+             "the same while patches are shown on a blurred image: more is better. Each seed trains a new model on "
+             "the drawn shapes and uses 500 test images. Ties are broken at random, the random order is the mean of "
+             "eight draws, and images without a map are left out",
+    "views": "Time and memory of each view of one photograph, each in a process of its own: processor seconds of one "
+             "call, and peak memory beyond the model's (`python benchmarks/views.py --keep`; the script says how)",
+    "throughput": "VisionTransformer beside four other libraries, in images per second (`python "
+                  "benchmarks/throughput.py --keep`; the script says how). Each number is a median over rounds in "
+                  "which every library takes a turn. A ratio is the peer's time over ours in the same round, with the "
+                  "95% interval of the median, which assumes independent rounds. The named peer is the one with the "
+                  "smallest ratio, so the ratio may differ from the quotient of the medians beside it. `share` is our "
+                  "speed as a fraction of the machine's, measured by a 2048 x 2048 matrix product, from the FLOPs "
+                  "that were computed. `memory` is what ours holds beyond weights and images in a pass, then the "
+                  "least of the other libraries. The columns in bf16 come from another machine, which has AVX512-BF16",
+    "growth": "Time and memory against the number of tokens; the exponents are fitted to the upper half of the sizes "
+              "(`python benchmarks/growth.py --keep`)",
+    "commands": "Time of the commands that a reader runs first: wall time of a new process, in seconds (`python "
                 "benchmarks/commands.py --keep`)",
     "shipped": "What `python cnn_vs_vit.py` measures on the shipped models and new drawn shapes (kept by `python "
                "benchmarks/commands.py --keep`). The models were trained for different lengths",
     "explorer": "The explorer's page of one photograph against the number of tokens, in Chromium (`python "
-                "benchmarks/explorer.py --keep`). A hover is the choice of another patch until it is drawn, of where "
-                "it looks in one head, of who looks at it, and of the mean of the heads, median of 15. The error is "
-                "that of a weight: of twenty rows at random, as the page computes them, beside the model's own "
-                "softmax, and of all rows, as the page states it",
-    "formats": "Formats of checkpoints (`python benchmarks/formats.py --keep`): the source model is built at random, "
-               "saved in its own format and loaded by `load_checkpoint`; the difference is the largest of all tokens "
-               "and logits, over their largest value, in float64 unless the format is float32",
-    "kills": "Runs killed (SIGKILL) at random instants and gone on with by `--resume`, each compared with one that was "
-             "never cut: all tensors of last.pt (weights, average, optimiser) and best.pt, and the history without its "
-             "times (`python benchmarks/kills.py --keep`)",
-    "mutants": "Breaks drawn at random over data, weights, training, analysis and the Trainer, one at a time, and "
-               "whether the tests see them (`python benchmarks/mutants.py --keep`). Equivalent: it changes nothing "
-               "that a user could see; the reason is given. Tests were then written for the survivors of seed 0: when "
-               "it was first drawn, 25 of its 30 breaks were seen, one was equivalent, and four survived",
-    "processes": "One process beside several, and a batch in parts (`python benchmarks/processes.py --keep`): the "
-                 "largest difference, over six epochs, from the losses of one process; each of the 43 test images "
-                 "counted. The images/s are of 32 pixels and one thread a process, 3 processes on 2 cores",
-    "few-images": "500 CIFAR-10 (JPEG) images of five classes, 90 a class to train on and 10 to choose by, 5,000 to "
-                  "test; pre-training on 25,000 images of the five other classes (`python benchmarks/few_images.py "
-                  "--data-dir CIFAR --keep`). The learning rate is the best of three by validation accuracy, mean of "
-                  "three seeds; a seed draws the images, the weights and the order",
-    "gpu": "One GPU (`benchmarks/on_gpu.sh OUT`, then `python benchmarks/results.py gpu OUT/cells.json`): the tests "
-           "marked `cuda`; images a second at 224 pixels in bf16, measured as under throughput, but with a product of "
-           "8192 x 8192; and trainings of 45 seconds on CIFAR-10 (JPEG)",
+                "benchmarks/explorer.py --keep`). The hover time is from the choice of another patch until the page "
+                "is drawn, as a median of 15. It is given for where a patch looks in one head (from), for who looks "
+                "at it (to), and for the mean of the heads. The first error compares the attention weights of twenty "
+                "random rows, as the page computes them, with the model's own softmax. The second is over all rows, "
+                "as the page states it",
+    "formats": "Checkpoint formats: a model with random weights is saved in its own format and loaded by "
+               "`load_checkpoint`. The difference is the largest over all tokens and logits, relative to their "
+               "largest value, in float64 unless the format is float32 (`python benchmarks/formats.py --keep`)",
+    "kills": "Runs killed (SIGKILL) at random instants, resumed with `--resume`, and compared with an uninterrupted "
+             "run: all tensors of last.pt (weights, average, optimiser) and best.pt, and the history without its "
+             "times (`python benchmarks/kills.py --keep`). A run that was killed before its first checkpoint starts "
+             "again, so it tests little",
+    "mutants": "Mutation testing: random changes in the code for data, weights, training, analysis and the Trainer, "
+               "one at a time, and whether the tests notice them (`python benchmarks/mutants.py --keep`). Equivalent: "
+               "it changes nothing that a user could see, for the given reason. When the changes of seed 0 were first "
+               "drawn, the tests caught 25 of 30, one was equivalent, and four survived. Tests were then written for "
+               "those four, so the table below says that these gaps are closed, not how many others remain",
+    "processes": "One process beside several, and a batch in parts: the largest difference from the losses of one "
+                 "process over six epochs, and whether each of the 43 test images counts once (`python "
+                 "benchmarks/processes.py --keep`). The images/s are for images of 32 pixels and one thread per "
+                 "process; 3 processes share 2 cores",
+    "few-images": "500 CIFAR-10 (JPEG) images of five classes: 90 per class to train on and 10 to choose by, with "
+                  "5,000 test images. Pretraining used 25,000 images of the five other classes. The learning rate is "
+                  "the best of three by validation accuracy, as a mean over three seeds; a seed draws the images, the "
+                  "weights and the order (`python benchmarks/few_images.py --data-dir CIFAR --keep`). From scratch "
+                  "uses the recipe classic, and not the one that train_vit.py now chooses for such images, so the "
+                  "table does not say what pretraining is worth",
+    "gpu": "One GPU: the tests marked `cuda`; images per second at 224 pixels in bf16, measured as under throughput "
+           "but with a matrix product of 8192 x 8192; and trainings of 45 seconds on CIFAR-10 (JPEG) "
+           "(`benchmarks/on_gpu.sh OUT`, then `python benchmarks/results.py gpu OUT/cells.json`)",
 }
 
 INTRODUCTION = """# Results
 
-Drawn from the files in results/ by `python benchmarks/results.py page`. Accuracies are of the test images, read once
-at the end of a run, with their 95% Wilson interval; `linear` is a linear classifier on the pixels, trained and tested
-on the same images; `data` the share of the training seconds that went to fetching and augmenting (at commit 602f427
-the share of the whole run's)."""
+`python benchmarks/results.py page` draws this page from the files in results/. Accuracies are of the test images, which
+are read once at the end of a run, with their 95% Wilson interval. `linear` is a linear classifier on the pixels,
+trained and tested on the same images. `data` is the share of the training time that went to fetching and augmenting
+images (at commit 602f427, the share of the whole run's time)."""
 
 
 def add(table, run):
-    """Writes results/<table>-<model>-<seed>.json from the result.json of a run."""
+    """Write results/<table>-<model>-<seed>.json from the result.json of a run."""
     result = json.loads((run / "result.json").read_text())
     if table in ADDED and result["minutes"] is None:
-        sys.exit(f"{run}: its length was given in steps or epochs; the table {table} takes runs of --minutes")
+        sys.exit(f"{run} has a length in steps or epochs; the table {table} takes runs with --minutes")
     minutes = f"-{result['minutes']:g}" if table in ADDED else ""
     words = "-bf16" * (result["precision"] == "torch.bfloat16")
     words += f"-{result['recipe']}" * (table in ADDED)
@@ -132,15 +145,14 @@ def add(table, run):
 
 
 def write_cell(table, name, seed, command, result, versions=None):
-    """Writes results/<table>-<name>.json: the result, and where it comes from."""
+    """Write results/<table>-<name>.json: the result and its origin."""
     path = HERE / "results" / f"{table}-{name}.json"
     path.write_text(json.dumps(make_cell(table, seed, command, result, versions), indent=2) + "\n")
     print(path)
 
 
 def make_cell(table, seed, command, result, versions=None):
-    """A result with where it comes from. versions: of packages, by name; None: of those installed here that a result
-    may depend on."""
+    """Return a result with its origin; versions of packages that are not given are those installed here."""
     return dict(table=table, commit=commit(), date=datetime.date.today().isoformat(),
                 machine=machine(result.get("device")),
                 versions=dict(python=platform.python_version(), **(versions or installed())), seed=seed,
@@ -148,7 +160,7 @@ def make_cell(table, seed, command, result, versions=None):
 
 
 def installed():
-    """The versions of the packages that are measured or measured against."""
+    """Return the versions of the packages that a result may depend on."""
     versions = {}
     for package in ("torch", "torchvision", "timm", "transformers", "vit-pytorch"):
         with suppress(metadata.PackageNotFoundError):
@@ -157,7 +169,7 @@ def installed():
 
 
 def ship(name, run):
-    """Writes vit_bridge/weights/shipped/<name>.pt, which load(name) opens, from the best.pt of a run."""
+    """Write vit_bridge/weights/shipped/<name>.pt, which load(name) opens, from the best.pt of a run."""
     import torch
 
     from vit_bridge.weights.checkpoints import load, save_model
@@ -170,8 +182,10 @@ def ship(name, run):
 
 
 def keep_gpu(path):
-    """Writes results/gpu-<device>.json from what on_gpu.sh wrote: a list of cells. The machine may have had no git: the
-    commit is then this checkout's."""
+    """Write results/gpu-<device>.json from the list of cells that on_gpu.sh wrote.
+
+    If that machine had no git, the commit is that of this checkout.
+    """
     cells = json.loads(path.read_text())
     for cell in cells:
         cell["commit"] = commit() if cell["commit"] == "unknown" else cell["commit"]
@@ -186,7 +200,7 @@ def name_of_device(cell):
 
 
 def page():
-    """RESULTS.md: a section for each table that has results, with the machines they were measured on."""
+    """Write RESULTS.md: a section for each table that has results, and the machines they come from."""
     tables = defaultdict(list)
     for path in sorted((HERE / "results").glob("*.json")):
         kept = json.loads(path.read_text())
@@ -215,7 +229,7 @@ def describe_origin(cell):
 
 
 def run_lines(cells):
-    """A row a run of train_vit.py, and the mean over seeds."""
+    """Return one row per run of train_vit.py, and the mean over seeds."""
     lines = ["| model | seed | test accuracy | interval | linear | images/s | data | steps | seconds |",
              "|---|---:|---:|---|---:|---:|---:|---:|---:|"]
     by_model = defaultdict(list)
@@ -247,7 +261,7 @@ def command_lines(cells):
 
 
 def shipped_lines(cells):
-    """The tables of the report that cnn_vs_vit.py writes."""
+    """Return the tables of the report that cnn_vs_vit.py writes."""
     from vit_bridge.compare.experiments import EXPERIMENTS
 
     lines = []
@@ -259,7 +273,7 @@ def shipped_lines(cells):
 
 
 def throughput_lines(cells):
-    """A row for each column of the benchmark, by device, and the geometric mean of the ratios to the fastest peer."""
+    """Return a row for each column of the benchmark, by device, and the geometric mean of the smallest ratios."""
     lines = []
     for device in sorted({cell["result"]["device"] for cell in cells}):
         results = [cell["result"] for cell in cells if cell["result"]["device"] == device
@@ -287,9 +301,9 @@ def throughput_lines(cells):
         below = [column for _, _, high, column in ratios if high < 1]
         touching = [f"{column} ({low:.3f})" for _, low, high, column in ratios if low < 1 <= high]
         lines += ["", f"Geometric mean of these ratios over the {len(results)} columns: {middle:.3f}; of ours over the "
-                  f"fastest peer by the medians of images a second printed here: {geometric_mean(of_medians):.3f}. The "
-                  f"project aims at 1.10. Columns whose whole interval lies below 1: {', '.join(below) or 'none'}; "
-                  f"whose interval begins below 1: {', '.join(touching) or 'none'}.", ""]
+                  f"fastest peer by the medians of images per second printed here: {geometric_mean(of_medians):.3f}. "
+                  f"The project aims at 1.10. Columns whose whole interval lies below 1: {', '.join(below) or 'none'}. "
+                  f"Columns whose interval begins below 1: {', '.join(touching) or 'none'}.", ""]
     return lines
 
 
@@ -305,7 +319,8 @@ def growth_lines(cells):
         exponents = " | ".join(f"time N^{c['seconds_exponent']:.2f}, memory N^{c['bytes_exponent']:.2f}"
                                for c in r["curves"])
         lines += [f"| slope | {exponents} |", "",
-                  f"The count 12 N D² + 2 N² D of multiplications: N^{r['multiplications_exponent']:.2f}.", ""]
+                  f"The number of multiplications, 12 N D² + 2 N² D, grows as N^{r['multiplications_exponent']:.2f}.",
+                  ""]
     return lines
 
 
@@ -318,19 +333,21 @@ def format_lines(cells):
 
 def kill_lines(cells):
     rows = [row for cell in cells for row in cell["result"]["rows"]]
-    lines = ["| kind of run | kills | in a write | before the first checkpoint | after the end | equal to the bit |",
-             "|---|---:|---:|---:|---:|---:|"]
+    lines = ["| kind of run | kills | during a write | before the first checkpoint | after the end | equal, bit for "
+             "bit |", "|---|---:|---:|---:|---:|---:|"]
     for kind in [*dict.fromkeys(row["kind"] for row in rows), "all"]:
         of_kind = [row for row in rows if kind in ("all", row["kind"])]
         lines.append(f"| {kind} | {len(of_kind)} | {sum(bool(row['in_a_write_of']) for row in of_kind)} | "
                      f"{sum(row['kept_step'] is None for row in of_kind)} | {sum(row['ended'] for row in of_kind)} | "
                      f"{sum(row['equal'] for row in of_kind)} |")
-    return [*lines, ""]
+    files = Counter(part.removesuffix(".part") for row in rows for part in row["in_a_write_of"])
+    written = ", ".join(f"{name} in {n}" for name, n in files.most_common())
+    return [*lines, "", f"File that was being written: {written}.", ""]
 
 
 def mutant_lines(cells):
-    """A row a room, then the breaks that no test sees."""
-    lines = ["| where | seed | breaks | seen | equivalent | survived |", "|---|---:|---:|---:|---:|---:|"]
+    """Return one row per room, then the mutants that no test catches."""
+    lines = ["| where | seed | mutants | caught | equivalent | survived |", "|---|---:|---:|---:|---:|---:|"]
     unseen = []
     for cell in cells:
         rows = cell["result"]["rows"]
@@ -351,7 +368,7 @@ def room_of(file):
 
 def process_lines(cells):
     lines = ["| | training loss differs by | validation loss by | validation accuracy by | test images counted | "
-             "right | images/s |", "|---|---:|---:|---:|---:|---:|---:|"]
+             "correct | images/s |", "|---|---:|---:|---:|---:|---:|---:|"]
     for row in cells[0]["result"]["rows"]:
         lines.append(f"| {row['way']} | {row['train_loss difference']:.1e} | {row['val_loss difference']:.1e} | "
                      f"{row['val_acc difference']:.1e} | {row['test_n']} | {row['test_correct']} | "
@@ -364,7 +381,7 @@ def few_image_lines(cells):
     for cell in sorted(cells, key=lambda cell: cell["seed"]):
         by_method[cell["result"]["method"]].append(cell)
     lines = ["| method | learning rate | test accuracy of each seed, 95% interval | mean | standard deviation | "
-             "validation accuracy of each rate |", "|---|---:|---|---:|---:|---|"]
+             "validation accuracy of each learning rate |", "|---|---:|---|---:|---:|---|"]
     for method, of_method in by_method.items():
         tests = [cell["result"]["test"] for cell in of_method]
         accuracies = [test["accuracy"] for test in tests]
@@ -400,19 +417,25 @@ def target_lines(cells):
                      f"{f'{mean(mirrored):.1%}' if mirrored else ''} | {f'{aim:.0%}' if aim else ''} | "
                      f"{mean([r['images_per_second'] for r in results]):.0f} | "
                      f"{mean([r['seconds'] for r in results]):.0f} |")
-    return [*lines, ""]
+    sizes = [f"{model}: {results[0]['parameters']:,} parameters, {describe_steps(results)} steps"
+             for (model, *_), results in sorted(groups.items()) if model in ("vit_nano", "peer", "peer, generous")]
+    return [*lines, "", f"{'; '.join(sizes)}.", ""]
+
+
+def describe_steps(results):
+    return " or ".join(f"{r['n_steps']:,}" for r in results)
 
 
 def factor_lines(cells):
-    """A table for each model and number of minutes, the changes in the order of what they gave."""
+    """Return a table for each model and number of minutes, with the best change first."""
     groups, lines = defaultdict(list), []
     for cell in cells:
         r = cell["result"]
         groups[r["model"], r["minutes"], r.get("precision", "torch.float32").removeprefix("torch.")].append(r)
     for (model, minutes, precision), results in sorted(groups.items()):
         recipe = [r for r in results if r["factor"] == "the recipe"]
-        told = f" ({recipe[0]['recipe']})" if recipe else ""
-        lines += [f"**{model}, {minutes:g} minutes, {precision}**{told}", "",
+        settings = f" ({recipe[0]['recipe']})" if recipe else ""
+        lines += [f"**{model}, {minutes:g} minutes, {precision}**{settings}", "",
                   "| change | validation accuracy | points | images/s | epochs | mirrored adds |",
                   "|---|---:|---:|---:|---:|---:|"]
         by_factor = defaultdict(list)
@@ -428,8 +451,8 @@ def factor_lines(cells):
                          f"{rows[0]['epochs']:.1f} | {gain:+.1f} |")
         if len(recipe) > 1:
             each = ", ".join(f"{r['val_acc']:.1%}" for r in recipe)
-            lines += ["", f"The recipe's {len(recipe)} seeds: {each}; standard deviation "
-                      f"{100 * stdev([r['val_acc'] for r in recipe]):.1f} points. Every change has one seed."]
+            lines += ["", f"The recipe with {len(recipe)} seeds: {each}; standard deviation "
+                      f"{100 * stdev([r['val_acc'] for r in recipe]):.1f} points. Each change has one seed."]
         lines.append("")
     return lines
 
@@ -440,15 +463,15 @@ def step_lines(cells):
         r = cell["result"]
         groups = list(dict.fromkeys(group for row in r["rows"] for group in row["shares"]))
         lines += [f"**{r.get('precision', 'float32')}, {cell['machine']}**", ""]
-        lines += [f"| recipe | a step, ms | images/s | MFLOPs an image | floor, ms | floor over step | "
+        lines += [f"| recipe | step, ms | images/s | MFLOPs per image | floor, ms | floor over step | "
                   f"{' | '.join(groups)} |", f"|---|---:|---:|---:|---:|---:|{'---:|' * len(groups)}"]
         for row in r["rows"]:
             shares = " | ".join(f"{row['shares'].get(group, 0):.0%}" for group in groups)
             lines.append(f"| {row['recipe']} | {1e3 * row['seconds']:.0f} | {row['images_per_second']:.0f} | "
                          f"{row['mflops_an_image']:.0f} | {1e3 * row['floor_seconds']:.0f} | "
                          f"{row['share_of_floor']:.0%} | {shares} |")
-        for what, title in (("optimizers", "A step on the hidden matrices of vit_nano"),
-                            ("layouts", "The ConvNet, forward and backward, 128 images")):
+        for what, title in (("optimizers", "One optimiser step on the hidden matrices of vit_nano"),
+                            ("layouts", "Forward and backward pass of the ConvNet on 128 images")):
             times = "; ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in r[what].items())
             lines += ["", f"{title}: {times}."]
         lines.append("")
@@ -456,7 +479,7 @@ def step_lines(cells):
 
 
 def by_kind(cells, *keys):
-    """{(kind, and these entries): results}, in the order of their kinds."""
+    """Group results by kind and these entries: {(kind, ...): results}, sorted."""
     groups = defaultdict(list)
     for cell in cells:
         groups[tuple(cell["result"].get(key) or "" for key in ("kind", *keys))].append(cell["result"])
@@ -478,7 +501,7 @@ def reach_lines(cells):
 
 
 def cue_lines(cells):
-    lines = ["| | by outline | by texture | by neither | shape bias of each seed | mean |",
+    lines = ["| | outline | texture | neither | shape bias of each seed | mean |",
              "|---|---:|---:|---:|---|---:|"]
     for (kind,), results in by_kind(cells).items():
         totals = " | ".join(f"{sum(r['choices'][cue] for r in results):,}" for cue in ("outline", "texture", "neither"))
@@ -499,7 +522,7 @@ def data_lines(cells):
 
 
 def verdict_lines(cells):
-    lines = ["| folder | minutes | what it says |", "|---|---:|---|"]
+    lines = ["| folder | minutes | finding |", "|---|---:|---|"]
     for cell in cells:
         r = cell["result"]
         lines.append(f"| {r['name']} | {r['minutes']:g} | {r['finding']} |")
@@ -508,7 +531,7 @@ def verdict_lines(cells):
 
 def trust_lines(cells):
     names = list(cells[0]["result"]["deletion"])
-    lines = ["| | seed | right of 500 | " + " | ".join(names) + " | its draws | images without Grad-CAM |",
+    lines = ["| | seed | correct of 500 | " + " | ".join(names) + " | range of draws | images without Grad-CAM |",
              "|---|---:|---:|" + "---:|" * len(names) + "---|---:|"]
     for what in ("deletion", "insertion"):
         for cell in cells:
@@ -517,7 +540,7 @@ def trust_lines(cells):
             draws = f"{min(r['draws'][what]):.3f} to {max(r['draws'][what]):.3f}"
             lines.append(f"| {what} | {cell['seed']} | {r['right']} | {values} | {draws} | {r['blank']['grad_cam']} |")
     methods = [name for name in names if name in cells[0]["result"]["leads"]["deletion"]]
-    lines += ["", "Less random order, image by image: mean ± standard error over the images.", "",
+    lines += ["", "Difference from the random order, image by image: mean ± standard error over the images.", "",
               "| | seed | " + " | ".join(methods) + " |", "|---|---:|" + "---:|" * len(methods)]
     for what in ("deletion", "insertion"):
         for cell in cells:
@@ -527,7 +550,7 @@ def trust_lines(cells):
 
 
 def view_lines(cells):
-    """A table for each model: a row for each view, and beside it what an older checkout made of it."""
+    """Return a table for each model: a row per view, beside the same view of an older checkout."""
     lines = []
     for model in dict.fromkeys(cell["result"]["model"] for cell in cells):
         own = {cell["result"]["name"]: cell["result"] for cell in cells if cell["result"]["model"] == model}
@@ -544,7 +567,7 @@ def view_lines(cells):
 
 
 def _figures_of_view(found):
-    """Seconds | MiB, or in their place why there are none."""
+    """Return "seconds | MiB", or the reason why there are none."""
     if found is None:
         return "absent | "
     if found["status"] != "ok":
@@ -561,8 +584,9 @@ def augmentation_lines(cells):
 
 
 def explorer_lines(cells):
-    lines = ["| model | tokens | bits | MB | loads in, s | hover, ms: from, to, mean | error of twenty rows, of their "
-             "largest weight | error of all rows | made in, s |", "|---|---:|---:|---:|---:|---|---|---|---:|"]
+    lines = ["| model | tokens | bits | MB | loading, s | hover, ms: from, to, mean | error of twenty rows; relative "
+             "to their largest weight | error of all rows; relative | writing, s |",
+             "|---|---:|---:|---:|---:|---|---|---|---:|"]
     for cell in cells:
         for r in cell["result"]["rows"]:
             hover = ", ".join(f"{ms:.0f}" for ms in r["hover_ms"].values())
@@ -573,7 +597,7 @@ def explorer_lines(cells):
 
 
 def gpu_lines(cells):
-    """For each GPU its tests, its table of throughput and its trainings; then what was not measured, and why."""
+    """Return the tests, throughput and trainings of each GPU, then what was not measured, and why."""
     lines = []
     for device in sorted({name_of_device(cell) for cell in cells}):
         own = [cell for cell in cells if name_of_device(cell) == device]

@@ -1,10 +1,10 @@
-"""Where the time of a training step goes, by recipe, and how far it is from its floor.
+"""Profile a training step of each recipe, and compare it with the time of its multiplications alone.
 
-    python benchmarks/steps.py --keep                alone on the machine, about 2 minutes
-    python benchmarks/steps.py --amp bf16 --keep     the same where bfloat16 is multiplied
+    python benchmarks/steps.py --keep                on an idle machine
+    python benchmarks/steps.py --amp bf16 --keep     on a CPU that multiplies bfloat16
 
-Also the optimisers alone, a step each on the matrices of vit_nano, and convolutions with channels last and first, both
-in float32: medians of rounds in which they take turns.
+It also times a step of each optimiser on the matrices of vit_nano, and convolutions with channels last and first, both
+in float32: medians over rounds in which they take turns.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from vit_bridge.training.objectives import Classification
 from vit_bridge.training.optimizers import Muon, hidden_matrices
 
 ROUNDS = 9
-GROUPS = {  # what the names of torch's operators begin with, behind aten::
+GROUPS = {  # {group: how the names of torch's operators begin, after aten::}
     "matrix products": ("mm", "addmm", "bmm", "baddbmm"),
     "convolutions": ("convolution", "mkldnn_convolution", "thnn_conv2d", "_slow_conv2d", "unfold"),
     "attention": ("_scaled_dot_product", "_flash_attention", "softmax", "_softmax"),
@@ -52,7 +52,7 @@ def time_of(work):
 
 
 def medians(works):
-    """{name: median seconds} of functions that take turns."""
+    """Return {name: median seconds} of functions that take turns."""
     seconds = {name: [] for name in works}
     for _ in range(ROUNDS + 1):
         for name, work in works.items():
@@ -68,10 +68,10 @@ def loader_of(recipe):
 
 
 def profile_recipe(name, amp):
-    """The shares of groups of torch's operators in a step, by the profiler's own times, and the floor of the step.
+    """Return the share of each group of torch's operators in a step, by the profiler, and the floor of the step.
 
-    The floor is the time that its multiplications (torch's FlopCounterMode, a multiply-add is 2) would take at the rate
-    of a 2048 x 2048 product of the same precision, measured between the steps.
+    The floor is the time that the step's FLOPs (torch's FlopCounterMode; a multiply-add is 2) would take at the speed
+    of a 2048 x 2048 matrix product in the same precision, measured between the steps.
     """
     recipe = RECIPES[name]
     loader = loader_of(recipe)
@@ -102,7 +102,7 @@ def profile_recipe(name, amp):
 
 
 def optimizer_seconds():
-    """A step of each optimiser on the hidden matrices of vit_nano's recipe; torch's Muon takes q, k and v as one."""
+    """Time a step of each optimiser on vit_nano's hidden matrices; torch's Muon takes q, k and v as one matrix."""
     recipe, works = RECIPES["vit_nano_fast"], {}
     for name in ("AdamW", "Muon, ours", "Muon, torch's"):
         model = build_model("vit_nano", n_classes=10, img_size=32, **recipe.model_options)
@@ -116,7 +116,7 @@ def optimizer_seconds():
 
 
 def layout_seconds():
-    """Forward and backward of the ConvNet's recipe on 128 images, by the order of memory."""
+    """Time forward and backward of the ConvNet's recipe on 128 images, for each memory layout."""
     torch.manual_seed(0)
     model = ConvNet(32, 3, 10, **dict(dict(depths=(1, 1, 1), stem_stride=1), **RECIPES["convnet_fast"].model_options))
     works = {}
@@ -138,7 +138,7 @@ def main():
     parser.add_argument("--amp", default="off", choices=("off", "bf16"))
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler of torch 2.14 prints lines of its own
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise the profiler of torch 2.14 prints lines of its own
     recipes = ["vit_nano_fast", "hybrid_fast", "convnet_fast", *["convnet_wider"] * (options.amp == "bf16")]
     rows = [profile_recipe(name, options.amp) for name in recipes]
     precision = "bfloat16" if options.amp == "bf16" else "float32"

@@ -1,10 +1,10 @@
-"""VisionTransformer beside the four libraries that people take it from, in one process, pass by pass in turn.
+"""Compare the speed of VisionTransformer with four other libraries, which take turns in one process.
 
-    python benchmarks/throughput.py                         every column, in each precision of this machine (an hour)
+    python benchmarks/throughput.py                         every column, in each precision of this machine
     python benchmarks/throughput.py --columns tiny-16-inference-float32 --rounds 5
     python benchmarks/throughput.py --device cuda --set gpu --budget 210 --output gpu.jsonl    as on_gpu.sh calls it
 
-Needs timm, transformers and vit-pytorch (requirements-dev.txt); a library that is missing is named and left out.
+It needs timm, transformers and vit-pytorch (requirements-dev.txt). A missing library is named and left out.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from vit_model import VARIANTS, VisionTransformer
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 SECONDS_A_TURN = 0.2
-PRODUCT_SIDES = {"cuda": 8192}  # 2048 elsewhere, which is too little work for a GPU
+PRODUCT_SIDES = {"cuda": 8192}  # 2048 elsewhere: too little work for a GPU
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Column:
 
 
 def all_columns():
-    """What the table holds: for each precision, both passes of four models; and Tiny with 16 images compiled."""
+    """List the columns of the table: both passes of four models in each precision, and Tiny/16 compiled."""
     columns = []
     for precision in DTYPES:
         for variant, batch in (("vit_tiny", 1), ("vit_tiny", 16), ("vit_small", 16), ("vit_nano", 128)):
@@ -62,15 +62,14 @@ def all_columns():
 
 
 def gpu_columns():
-    """At 224 pixels in bf16, with batches that fill a large GPU. The compiled ones come last, as compiling may use up
-    what is left of a budget."""
+    """List columns for a large GPU: bf16, at 224 pixels. The compiled ones come last, as compiling takes long."""
     sizes = (("vit_tiny", 256), ("vit_small", 256), ("vit_base", 128))
     columns = [Column(variant, batch, train, "bf16") for variant, batch in sizes for train in (False, True)]
     return columns + [Column("vit_base", 128, train, "bf16", compiled=True) for train in (False, True)]
 
 
 def dry_columns():
-    """The same, tiny, for a CPU."""
+    """List two tiny columns for a dry run on a CPU."""
     return [Column("vit_nano", 2, False, "bf16"), Column("vit_nano", 2, True, "bf16", compiled=True)]
 
 
@@ -81,7 +80,7 @@ SETS = {"all": all_columns, "gpu": gpu_columns, "dry-run": dry_columns}
 
 
 class Logits(nn.Module):
-    """A model of transformers, whose output is an object, as one that returns its logits (B, n_classes)."""
+    """A model of transformers that returns its logits (B, n_classes) instead of an output object."""
 
     def __init__(self, model):
         super().__init__()
@@ -127,7 +126,7 @@ LIBRARIES = {"ours": build_ours, "timm": build_timm, "torchvision": build_torchv
 
 
 def available_libraries():
-    """Names of the libraries that are installed; the others are named on the screen."""
+    """List the installed libraries, and print the names of the others."""
     found = []
     for name, build in LIBRARIES.items():
         try:
@@ -153,7 +152,7 @@ class Turn:
         self.n_passes = 1
 
     def run(self):
-        """One pass, begun but not waited for."""
+        """Start one pass, without waiting for the device."""
         autocast = nullcontext()
         if self.column.precision != "float32":
             autocast = torch.autocast(self.device.type, DTYPES[self.column.precision])
@@ -168,7 +167,7 @@ class Turn:
         self.optimiser.zero_grad()
 
     def seconds(self):
-        """Seconds of one pass, over n_passes of them."""
+        """Time n_passes passes and return the seconds of one."""
         wait(self.device)
         start = time.perf_counter()
         for _ in range(self.n_passes):
@@ -183,7 +182,7 @@ class Turn:
 
 
 class Product:
-    """The machine's own rate: a product of two square matrices, as a Turn."""
+    """A product of two square matrices, timed like a Turn: the machine's own speed."""
 
     def __init__(self, dtype, device, side=2048):
         self.a, self.b = torch.randn(2, side, side, device=device).to(dtype)
@@ -201,9 +200,9 @@ def wait(device):
 
 
 def count_pass(model, images, train):
-    """FLOPs of one pass of the whole batch, a multiply-add as 2; a backward pass is twice a forward one.
+    """Count the FLOPs of one pass of the whole batch; a multiply-add is 2, a backward pass twice a forward pass.
 
-    Counted on the device "meta", with attention spelled out, so that every library is counted alike.
+    The count runs on the device "meta" with explicit attention, so that every library is counted in the same way.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -215,8 +214,11 @@ def count_pass(model, images, train):
 
 
 def median_interval(values, confidence=0.95):
-    """(median, low, high): the interval between order statistics that holds the median with this confidence at least,
-    by the binomial distribution of the number of values below it; with fewer than 6 values it is their range."""
+    """Return (median, low, high), with a confidence interval for the median between two order statistics.
+
+    It holds the median with at least this confidence, by the binomial distribution of the number of values below it.
+    With fewer than 6 values it is their range.
+    """
     values, n = sorted(values), len(values)
     below, k, chance = 0.5**n, 0, 0.5**n
     while k + 1 < n / 2:
@@ -228,16 +230,15 @@ def median_interval(values, confidence=0.95):
 
 
 def measure(column, names, n_rounds, device, max_seconds=600):
-    """Every library's figures in one column, and the ratios to ours.
+    """Measure every library in one column, and the ratios to ours.
 
-    A column is a model, a batch, a pass (inference, or a training step: forward, backward, AdamW), a precision, and
-    eager or compiled. In each round every library has one turn, in a new order; a turn is as many passes as take a
-    fifth of a second. A ratio is the peer's seconds over ours in the same round, so above 1 ours is faster; it is given
-    as the median over rounds with its 95% interval from order statistics, which assumes independent rounds and no
-    distribution. `share` is the rate of matrix products (torch's FLOP counter) over that of a Product in the same
-    rounds.
+    A column is a model, a batch size, a pass (inference, or a training step: forward, backward, AdamW), a precision,
+    and eager or compiled. In each round every library has one turn, in a new order. A turn is as many passes as take a
+    fifth of a second. A ratio is the peer's time over ours in the same round, so above 1 ours is faster. It is reported
+    as the median over rounds with a 95% interval from order statistics, which assumes independent rounds and no
+    distribution. `share` is the FLOPs per second, as a fraction of a Product's in the same rounds.
 
-    max_seconds: after this many, once there are five rounds, no further one begins.
+    After max_seconds, and at least five rounds, no further round starts.
     """
     start = time.perf_counter()
     config = VARIANTS[column.variant]
@@ -276,7 +277,7 @@ def measure(column, names, n_rounds, device, max_seconds=600):
 
 
 def describe(result):
-    """The column in a few lines."""
+    """Describe the result of a column in a few lines."""
     lines = [f"{result['column']}  ({result['rounds']} rounds, product {result['product_gflops']:.0f} GFLOP/s)"]
     for name, cell in result["libraries"].items():
         ratio = "" if name == "ours" else "  ours/it {:.2f} ({:.2f} to {:.2f})".format(*cell["ratio"])
@@ -287,26 +288,26 @@ def describe(result):
 
 
 def choose_columns(options, device):
-    """The columns that were asked for. Raises InputError for a name that the set does not have."""
+    """Return the columns that the options name; an unknown name raises InputError."""
     columns = SETS[options.set]()
     if options.columns:
         for name in options.columns:
             check_choice("column", name, [column.name for column in columns])
         return [column for column in columns if column.name in options.columns]
     if options.set == "all" and choose_precision("auto", device) is None:
-        print(f"{device} does not multiply bfloat16: columns in bf16 are left out, unless --columns names them")
+        print(f"{device} does not multiply bfloat16: the columns in bf16 are left out unless --columns names them")
         return [column for column in columns if column.precision != "bf16"]
     return columns
 
 
 def measure_within(column, libraries, n_rounds, device, seconds):
-    """What measure() gives; if that fails, or no time is left for it, the reason instead of the figures."""
+    """Return the result of measure(), or the reason if it fails or no time is left."""
     if seconds <= 0:
         return dict(column=column.name, device=device.type, error="no time was left for it")
     names = [name for name in libraries if name in ("ours", "timm") or not column.compiled]
     try:
         return measure(column, names, n_rounds, device, seconds)
-    except Exception as error:  # whatever a library may raise: the other columns are measured all the same
+    except Exception as error:  # whatever a library raises, the other columns are still measured
         return dict(column=column.name, device=device.type, error=first_line(error))
 
 
@@ -318,9 +319,9 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--keep", action="store_true", help="write benchmarks/results/throughput-*.json")
-    parser.add_argument("--output", type=Path, help="add each result to this file, a line of JSON")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="for all columns, shared out evenly; a column "
-                        "that fails, or gets no time, then has the reason as its result")
+    parser.add_argument("--output", type=Path, help="append each result to this file, as a line of JSON")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="time for all columns together; a column that "
+                        "fails or gets no time then has the reason as its result")
     options = parser.parse_args()
     try:
         device = choose_device(options.device)

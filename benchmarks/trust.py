@@ -1,10 +1,10 @@
-"""How far to trust each explanation: deletion and insertion areas beside random order.
+"""Measure how far to trust each explanation: deletion and insertion areas beside a random order.
 
     python benchmarks/trust.py --keep [--seeds 0 1 2] [--steps 2000] [--n-images 500]
 
-A map that finds what the prediction depends on has a smaller deletion area and a larger insertion area than random
-order has. For each seed a vit_nano is trained on the drawn shapes (the recipe of compare/trials.py, more steps), and
-500 test images, which no training has seen, are explained for the predicted class.
+A map that shows what the prediction depends on has a smaller deletion area and a larger insertion area than a random
+order. For each seed, a vit_nano is trained on the drawn shapes (the recipe of compare/trials.py with more steps), and
+500 test images are explained for the predicted class.
 """
 
 import argparse
@@ -30,10 +30,22 @@ STEPS, N_IMAGES = 2000, 500
 
 
 def areas(model, images, seed, chunk=100, **options):
-    """A dict: deletion and insertion, method -> the mean area over the images that have a map; draws, "deletion" and
-    "insertion" -> the mean area of each random order; leads, the same two -> method -> (mean, standard error) of the
-    area less that of random order, image by image; blank, method -> the number of images without a map; the mean rank
-    correlations of the methods. options: of compare_explanations."""
+    """Return the areas of every method over the images; `options` go to compare_explanations.
+
+    Returns
+    -------
+    dict
+        deletion, insertion : {method: mean area over the images that have a map}
+        draws : {"deletion" or "insertion": the mean area of each random order}
+        leads : {"deletion" or "insertion": {method: (mean, standard error) of its area minus that of a random order}}
+        blank : {method: number of images without a map}
+        correlations : the mean rank correlations of the methods
+
+    Raises
+    ------
+    InputError
+        If a method has no map for any image of a chunk.
+    """
     found = [compare_explanations(model, part, seed=seed, **options) for part in images.split(chunk)]
     for one in found:
         if one.refused:
@@ -56,14 +68,16 @@ def areas(model, images, seed, chunk=100, **options):
 
 
 def command_of(seed, steps, n_images):
-    """The command that repeats one cell."""
+    """Return the command that repeats one cell."""
     return (f"python benchmarks/trust.py --keep --seeds {seed}" + f" --steps {steps}" * (steps != STEPS)
             + f" --n-images {n_images}" * (n_images != N_IMAGES))
 
 
 def main():
-    """Random order is drawn eight times for each image; its area is the mean, kept beside how far the draws differ.
-    Images for which a method has no map are left out of its means, and their number is kept.
+    """Train and score one model per seed.
+
+    The random order is drawn eight times for each image; the mean area and the areas of the draws are kept. Images
+    without a map of a method are left out of its means, and counted.
     """
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -80,7 +94,7 @@ def main():
         images = loaders[0].preprocessing.normalise(drawn.images)
         right = int((predictions(model, images) == drawn.labels).sum())
         result = areas(model, images, 100 * seed)  # the draws take the numbers that follow
-        print(f"seed {seed}: {right} of {len(images)} right")
+        print(f"seed {seed}: {right} of {len(images)} correct")
         for name, deletion in result["deletion"].items():
             blank = f", without {n} images" if (n := result["blank"].get(name)) else ""
             print(f"  {name:<14} deletion {deletion:.3f}, insertion {result['insertion'][name]:.3f}{blank}", flush=True)

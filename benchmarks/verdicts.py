@@ -1,4 +1,4 @@
-"""Four folders where the truth is known, and what cnn_vs_vit.py says of each.
+"""Run `cnn_vs_vit.py --data-dir` on four folders whose truth is known.
 
     python benchmarks/verdicts.py --minutes 9 --keep [locality near far nothing]
 """
@@ -24,9 +24,10 @@ TEST_START = 10**9
 
 
 def locality(n, start, side=32, strength=0.3):
-    """One faint mark somewhere in noise, its kind is the class, at this fraction of black to white; few images.
+    """Draw few images with one faint mark in noise; the kind of the mark is the class.
 
-    A model that sees every place through one window needs fewer of them than one that cuts the image at fixed places.
+    The mark has this fraction of the contrast from black to white. A model that slides one window over all places needs
+    fewer images than one that cuts the image at fixed places.
     """
     generator = generator_from(start)
     images = torch.rand(n, 1, side, side, generator=generator) / 2 + 0.25  # (n, 1, S, S)
@@ -38,8 +39,10 @@ def locality(n, start, side=32, strength=0.3):
 
 
 def pairs(n, start, least, most, side=48, border=7):
-    """Two marks whose middles are from least to most pixels apart, the same or different by turns. The border
-    keeps them so far inside that no training image loses one when it is shifted."""
+    """Draw two marks from `least` to `most` pixels apart, the same or different in turn.
+
+    The border keeps the marks inside the image when training images are shifted.
+    """
     generator = generator_from(start)
     corners, todo = torch.zeros(n, 2, 2, dtype=torch.long), torch.arange(n)
     while len(todo):
@@ -57,17 +60,17 @@ def pairs(n, start, least, most, side=48, border=7):
 
 
 def near(n, start):
-    """Close enough for one window of the ConvNet, 25 pixels: the control of far()."""
+    """Draw marks that fit into one window of the ConvNet, 25 pixels: the control of far()."""
     return pairs(n, start, 8, 14)
 
 
 def far(n, start):
-    """Farther apart than that window."""
+    """Draw marks farther apart than that window."""
     return pairs(n, start, 30, 41)
 
 
 def nothing(n, start):
-    """Noise, with random classes: nothing can be learned, and no model may be said to win."""
+    """Draw noise with random classes: nothing can be learned, so no model may win."""
     generator = generator_from(start)
     images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
     return images, [("heads", "tails")[side] for side in torch.randint(0, 2, (n,), generator=generator).tolist()]
@@ -78,7 +81,7 @@ def generator_from(start):
 
 
 def as_bytes(grey):
-    """(n, 1, S, S) from 0 to 1 -> uint8 (n, 3, S, S)."""
+    """Convert (n, 1, S, S) from 0 to 1 to uint8 (n, 3, S, S)."""
     return (grey.clamp(0, 1) * 255 + 0.5).to(torch.uint8).expand(-1, 3, -1, -1)
 
 

@@ -1,14 +1,13 @@
-"""Every view of a ViT at real scale: does it work, how long does it take, how much memory does it need.
+"""Measure every view of a ViT at real scale: whether it works, its time and its memory.
 
-    python benchmarks/views.py --keep                       all views of all models, of the code beside this file
-    python benchmarks/views.py --keep --code DIR --as NAME  of another checkout, which stands beside it in the table
+    python benchmarks/views.py --keep                       all views of all models
+    python benchmarks/views.py --keep --code DIR --as NAME  the same with the code of another checkout
     python benchmarks/views.py --models vit_nano --views rollout relevance
 
-Each view of each model runs in a process of its own, on one photograph, with random weights where none are at hand:
-they change neither time nor memory. Memory is the most that the process holds during the call (VmHWM) less what it
-held before; seconds are the processor's, of one call with its drawing on one thread, so that other work on the machine
-does not count. A view that takes longer than LIMIT is ended. What raises InputError is refused with that reason; any
-other error, and a map that is not finite, is a defect. Linux only.
+Each view runs in a process of its own, on one photograph; Linux only. Weights are random unless a file is at hand: they
+change neither time nor memory. Memory is the peak of the process during the call (VmHWM) minus what it held before.
+Seconds are processor time of one call and its drawing, on one thread. A view over LIMIT seconds is stopped. An
+InputError counts as refused; any other error, or a map that is not finite, is a defect.
 """
 
 import argparse
@@ -28,8 +27,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PHOTO = HERE.parent / "vit_bridge" / "data" / "samples" / "astronaut.jpg"
-DINO = HERE.parents[1] / "shared" / "weights" / "dinov2_vits14_focus.safetensors"  # beside the checkout, where it is
-LIMIT = 120  # seconds of the processor
+DINO = HERE.parents[1] / "shared" / "weights" / "dinov2_vits14_focus.safetensors"  # optional, beside the checkout
+LIMIT = 120  # seconds of processor time
 
 
 # ---- The models: key -> (what it is, a function that builds it) -------------------------------------------
@@ -44,7 +43,7 @@ def _timm(name, **options):
 
 
 def _small_14():
-    """With a head of ten classes, which it does not have: so that views of a class are measured too."""
+    """Build a ViT-S/14 and add a random head of ten classes, so that views of a class can be measured."""
     model = _of("vit_bridge.weights.checkpoints").load(DINO) if DINO.exists() else _timm("vit_small_patch14_dinov2")
     model.head = _of("torch").nn.Linear(384, 10)
     return model
@@ -120,19 +119,19 @@ def _of(module):
 
 
 def _memory(name):
-    """VmRSS or VmHWM of this process, in MiB."""
+    """Read VmRSS or VmHWM of this process, in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 
 
 def look(model, view):
-    """The result of one view of one model, in this process."""
+    """Measure one view of one model in this process."""
     model, photo = MODELS[model][1]().eval(), str(PHOTO)
     visualizations, images = _of("visualizations"), _of("vit_bridge.data.images")
     views = visualizations.AttentionVisualizer(model, device="cpu")
     pixels, _ = images.prepare_image(photo, model)
-    visualizations.plot_images([photo]).savefig(io.BytesIO())  # so that fonts and libraries are at hand
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    visualizations.plot_images([photo]).savefig(io.BytesIO())  # loads fonts and libraries before the measurement
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     held, start, result = _memory("VmRSS"), time.process_time(), {}
     resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(start) + LIMIT, resource.RLIM_INFINITY))
     try:
@@ -159,7 +158,7 @@ def _finite(made):
 
 
 def measure(model, view, code):
-    """The result of one view of one model, by the code in a folder, in a process of its own."""
+    """Measure one view of one model in a process of its own, with the code in a folder."""
     command = [sys.executable, __file__, "--one", model, view, "--code", str(code)]
     environment = dict(os.environ, OMP_NUM_THREADS="1", MPLBACKEND="Agg")
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=code)
@@ -201,7 +200,7 @@ def main():
 
 
 def command_of(model, options):
-    """The command that repeats a cell."""
+    """Return the command that repeats a cell."""
     return f"python benchmarks/views.py --keep --models {model}" + (
         f" --code {options.code} --as {options.name}" * (options.name != "now")) + (
         " --views " + " ".join(f"'{view}'" for view in options.views)) * (options.views != list(VIEWS))

@@ -10,7 +10,7 @@ looks measured (a decimal fraction, a percentage, or a number with a unit of tim
 import json
 import math
 from pathlib import Path
-from statistics import mean, stdev  # noqa: F401  (for the rows below)
+from statistics import geometric_mean, mean, stdev
 
 import torch
 
@@ -200,9 +200,13 @@ PAGES["docs/comparison.md"] = Page(
 # ---- docs/concepts.md -------------------------------------------------------------------------------------
 
 PAGES["docs/concepts.md"] = Page(
-    measured=[
-    ],
     stated=[
+        ("224 / 16 = 14 patches along each side, so 14 × 14 = **196 tokens**", "definition"),
+        ("The 50,176 pixels of a 224 × 224 image make more than two billion pairs", "224² = 50,176, and its square"),
+        ("2N²D and 12ND², and they are equal at N = 6D tokens", "the products of one block, counted"),
+        ("For ViT-Base that is 4,608 tokens", "6 × 768"),
+        ("ImageNet's 1.3 million images, and ahead with 300 million", "Dosovitskiy et al. 2021, Sec. 4.1 and Figure 3"),
+        ("a lesson of 90 minutes", "the timetable in lesson.ipynb"),
     ],
 )
 
@@ -258,34 +262,221 @@ PAGES["docs/looking-inside.md"] = Page(
 
 PAGES["docs/models-and-weights.md"] = Page(
     measured=[
+        ("`create_vit_nano` | 32 | 4 | 96 | 4 | 3 | {:,} |", parameters("create_vit_nano")),
+        ("`create_vit_tiny` | 224 | 16 | 192 | 12 | 3 | {:,} |", parameters("create_vit_tiny")),
+        ("`create_vit_small` | 224 | 16 | 384 | 12 | 6 | {:,} |", parameters("create_vit_small")),
+        ("`create_vit_base` | 224 | 16 | 768 | 12 | 12 | {:,} |", parameters("create_vit_base")),
+        ("`create_vit_large` | 224 | 16 | 1024 | 24 | 16 | {:,} |", parameters("create_vit_large")),
+        ("Large/16 at 224 pixels with 1,000 classes has {:,} parameters", parameters("create_vit_large")),
+        ("`vit_nano` | `VisionTransformer` | 32 | 10 | {:,} |", parameters("create_vit_nano", n_classes=10)),
+        ("`hybrid` | `HybridCNNViT` | 32 | 10 | {:,} |", parameters("build_model", name="hybrid", n_classes=10)),
+        ("`convnet` | `ConvNet` | 32 | 10 | {:,} |", parameters("build_model", name="convnet", n_classes=10)),
+        ("`hybrid_small` | `HybridCNNViT` | 224 | 1,000 | {:,} |", parameters("build_model", name="hybrid_small")),
+        *((f"`{name}` | `ConvNet` | 224 | 1,000 | {{:,}} |", parameters("build_model", name=name))
+          for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")),
+        *((f"`{name}` | `ConvNeXt` | 224 | 1,000 | {{:,}} |", parameters("build_model", name=name))
+          for name in ("convnext_tiny", "convnext_small", "convnext_base", "convnext_large")),
+        ("Ours reach {:.1%} (ViT), {:.1%} (hybrid) and {:.1%} (ConvNet) of the test images of CIFAR-10",
+         *(cell(f"weights-{name}-bf16-0", "test_acc") for name in ("vit_nano", "hybrid", "convnet"))),
+        ("The largest difference of the ViT formats was {:.1e} of the largest value",
+         max(row["difference"] for row in cell("formats-all", "rows"))),
     ],
     stated=[
+        ("gives Large as 307M", "Dosovitskiy et al. 2021, Table 1"),
+        ("1e-6, in transformers' ViT 1e-12", "the default of each library: vit_bridge/weights/formats.py"),
     ],
 )
 
 # ---- docs/reliability.md ----------------------------------------------------------------------------------
 
+KILLS, RANKS, MUTANTS = cell("kills-cpu", "rows"), cell("processes-cpu", "rows"), cell("mutants-0")
+FORMATS = cell("formats-all", "rows")
+
+
+def kills_during(*names):
+    """Return how many runs were killed while they wrote one of these files."""
+    return sum(any(part.removesuffix(".part") in names for part in row["in_a_write_of"]) for row in KILLS)
+
+
 PAGES["docs/reliability.md"] = Page(
     measured=[
+        ("- {} of the {} kills came before the first checkpoint", sum(row["kept_step"] is None for row in KILLS),
+         len(KILLS)),
+        ("- {} kills came after a checkpoint", sum(row["kept_step"] is not None for row in KILLS)),
+        ("- {} kills hit a file while it was being written. In {} of them this was `config.json`, at the start of the "
+         "run; in {} it was `last.pt`", sum(bool(row["in_a_write_of"]) for row in KILLS), kills_during("config.json"),
+         kills_during("last.pt")),
+        ("by less than {}e-7", math.ceil(1e7 * max(
+            row[f"{name}_loss difference"] for row in RANKS for name in ("train", "val")))),
+        ("Each of the {} test images", *{row["test_n"] for row in RANKS}),
+        ("now {} of the same {} are caught", MUTANTS["killed"], len(MUTANTS["rows"])),
+        ("{} kinds of checkpoint files", len(FORMATS)),
+        ("agree to {}e-15", math.ceil(1e15 * max(row["difference"] for row in FORMATS))),
     ],
     stated=[
+        ("at most 3 minutes old (`--save-minutes`)", "TrainConfig.save_every"),
+        ("the tests caught 25. One changed nothing that a user could see. Four survived",
+         "the text of the table mutants in benchmarks/results.py: when the breaks were first drawn"),
+        ("in at most 9 minutes", "benchmarks/on_gpu.py, TOTAL_SECONDS"),
+        ("The oldest supported torch is 2.7. With torch 2.7 to 2.9,", "requirements.txt"),
+        ("Prefer 2.10 or newer", "the releases of torch"),
     ],
 )
 
 # ---- docs/speed.md ----------------------------------------------------------------------------------------
 
+COLUMNS = sorted(path.stem for path in RESULTS.glob("throughput-cpu-*.json"))
+LIBRARIES = ("ours", "timm", "torchvision", "transformers", "vit-pytorch")
+
+
+def throughput_row(label, column, digits=1):
+    """Return the row of a table on the page for a column of the benchmark: images a second, then the smallest ratio."""
+    found = cell(f"throughput-cpu-{column}", "libraries")
+    ratio = min((found[name]["ratio"] for name in LIBRARIES[1:]), key=lambda ratio: ratio[0])
+    fields = " | ".join([f"{{:.{digits}f}}"] * len(LIBRARIES))
+    return (f"| {label} | {fields} | {{:.2f}} ({{:.2f}} to {{:.2f}}) |",
+            *(found[name]["images_per_second"] for name in LIBRARIES), *ratio)
+
+
+def growth_row(n_tokens):
+    """Return the row of the table of growth, in training, for this many tokens."""
+    place = cell("growth-cpu", "tokens").index(n_tokens)
+    fused, explicit = (next(curve for curve in cell("growth-cpu", "curves") if curve["path"] == path and curve["train"])
+                       for path in ("fused", "explicit"))
+    values = [value for curve in (fused, explicit)
+              for value in (1e3 * curve["seconds"][place], curve["bytes"][place] / 2**20)]
+    return f"| {n_tokens:,} | {{:,.0f}} ms, {{:,.0f}} MiB | {{:,.0f}} ms, {{:,.0f}} MiB |", *values
+
+
+def exponent(path, what):
+    """Return the exponent of a curve of growth in training."""
+    return next(curve[f"{what}_exponent"] for curve in cell("growth-cpu", "curves")
+                if curve["path"] == path and curve["train"])
+
+
+def step_row(label, recipe):
+    """Return the row of the table of a training step's time for a recipe."""
+    row = next(row for row in cell("steps-cpu", "rows") if row["recipe"] == recipe)
+    shares = [row["shares"].get(group, 0) for group in ("matrix products", "convolutions", "attention", "GELU")]
+    return (f"| {label} | {{:.0f}} |{' {:.0%} |' * 5}", 1e3 * row["seconds"], *shares, row["share_of_floor"])
+
+
 PAGES["docs/speed.md"] = Page(
     measured=[
+        throughput_row("Tiny/16, 1 image, inference", "tiny-1-inference-float32"),
+        throughput_row("Tiny/16, 16 images, inference", "tiny-16-inference-float32"),
+        throughput_row("Tiny/16, 16 images, training step", "tiny-16-training-float32"),
+        throughput_row("Small/16, 16 images, training step", "small-16-training-float32"),
+        throughput_row("nano at 32 pixels, 128 images, training step", "nano-128-training-float32", 0),
+        throughput_row("Tiny/16, 16 images, inference, compiled", "tiny-16-inference-float32-compiled"),
+        ("the geometric mean of the ratios is {:.3f}", geometric_mean(map(smallest_ratio, COLUMNS))),
+        ("the ratio lies between {:.2f} and {:.2f} in all eight columns",
+         *(bound(smallest_ratio(name) for name in COLUMNS if name.endswith("bf16")) for bound in (min, max))),
+        *map(growth_row, (256, 1024, 4096)),
+        ("the count grows as N^{:.2f}", cell("growth-cpu", "multiplications_exponent")),
+        ("The fused kernel's time grows as N^{:.2f} in training", exponent("fused", "seconds")),
+        ("The explicit form's time grows as N^{:.2f} in training, and its memory as N^{:.2f}",
+         exponent("explicit", "seconds"), exponent("explicit", "bytes")),
+        ("this is {:.0f} times as fast as torchvision's transforms, which take one image at a time: {:,} against {:,}",
+         *(cell("augmentation-cpu", "rows")[0][key] for key in ("ratio", "ours", "torchvision"))),
+        step_row("ViT", "vit_nano_fast"), step_row("hybrid", "hybrid_fast"), step_row("ConvNet", "convnet_fast"),
+        ("takes {:.0f} ms per step for the ViT's matrices, against {:.1f} ms for AdamW. PyTorch's own Muon takes "
+         "{:.0f} ms",
+         *(1e3 * cell("steps-cpu", "optimizers")[name] for name in ("Muon, ours", "AdamW", "Muon, torch's"))),
+        ("backward pass takes {:.0f} ms; with channels first, {:.0f} ms",
+         *(1e3 * cell("steps-cpu", "layouts")[name] for name in ("channels last", "channels first"))),
+        ("the ViT's step takes {:.0f} ms", 1e3 * cell("steps-cpu-bf16", "rows")[0]["seconds"]),
     ],
-    stated=[
-    ],
+    stated=[("with its 95% interval", "benchmarks/throughput.py, median_interval")],
 )
 
 # ---- docs/training.md -------------------------------------------------------------------------------------
 
+
+def mean_and_spread(pattern, *keys):
+    """Return the mean over seeds and the standard deviation in points."""
+    values = seeds(pattern, *keys)
+    return mean(values), points(stdev(values))
+
+
+def few_images(method):
+    return mean_and_spread(f"few-images-{method}-?", "test", "accuracy")
+
+
+def level(model):
+    """Return the validation accuracy of a model's recipe after two minutes, mean of three seeds."""
+    return mean(seeds(f"factors-{model}-the-recipe-2-?", "val_acc"))
+
+
+def change(model, factor):
+    """Return what a change of the recipe gives, in points."""
+    return points(cell(f"factors-{model}-{factor}-2-0", "val_acc") - level(model))
+
+
+MINUTES = [seconds / 60 for seconds in seeds("targets-[vhc]*-10-*", "seconds")]
+SPREADS = [points(stdev(seeds(f"factors-{model}-the-recipe-2-?", "val_acc")))
+           for model in ("vit_nano", "hybrid", "convnet")]
+WRONG = [n - right for n, right in zip(seeds("shapes-vit_nano-bf16-?", "test_n"),
+                                       seeds("shapes-vit_nano-bf16-?", "test_correct"), strict=True)]
 PAGES["docs/training.md"] = Page(
     measured=[
+        ("| linear probe | {:.1%} | {:.1f} |", *few_images("linear-probe")),
+        ("| fine-tuned | {:.1%} | {:.1f} |", *few_images("fine-tuned")),
+        ("| fine-tuned, `--layer-decay 0.75` | {:.1%} | {:.1f} |", *few_images("fine-tuned-layer-decay-0.75")),
+        ("| from scratch, `--recipe classic` | {:.1%} | {:.1f} |", *few_images("from-scratch")),
+        ("([{:.1f} images/s])", cell("throughput-cpu-tiny-16-training-float32", "libraries", "ours",
+                                     "images_per_second")),
+        ("(a plain ViT) | {:.1%} ± {:.1f} |", *mean_and_spread("targets-vit_nano-10-vit_nano_fast-?", "test_acc")),
+        ("--model hybrid` | {:.1%} ± {:.1f} | {:.1%} ± {:.1f} |", *mean_and_spread(
+            "targets-hybrid-10-hybrid_fast-?", "test_acc"), *mean_and_spread(
+            "targets-hybrid-10-bf16-hybrid_fast-?", "test_acc")),
+        ("--model convnet` | {:.1%} ± {:.1f} | {:.1%} (one seed) |", *mean_and_spread(
+            "targets-convnet-10-convnet_wide-?", "test_acc"),
+         cell("targets-convnet-10-bf16-convnet_wider-0", "test_acc")),
+        ("--minutes 30 --model hybrid` | {:.1%} (one seed) |", cell("targets-hybrid-30-hybrid_fast-0", "test_acc")),
+        ("the runs of ten minutes took between {:.1f} and {:.1f}", min(MINUTES), max(MINUTES)),
+        ("It reached {:.1%}. Do not", cell("targets-peer-10-0", "test_acc")),
+        ("its model has {:.0f} times as many parameters as ours, and ten minutes are only {} of its steps",
+         cell("targets-peer-10-0", "parameters") / cell("targets-vit_nano-10-vit_nano_fast-0", "parameters"),
+         cell("targets-peer-10-0", "n_steps")),
+        ("it makes {} steps and reaches {:.1%}", cell("targets-peer-generous-10-0", "n_steps"),
+         cell("targets-peer-generous-10-0", "test_acc")),
+        ("reached {:.1%} with each of three seeds: at most {} of {:,} test images were wrong. This was in bfloat16, "
+         "after {} to {:,} steps", min(seeds("shapes-vit_nano-bf16-?", "test_acc")), max(WRONG),
+         cell("shapes-vit_nano-bf16-0", "test_n"), min(seeds("shapes-vit_nano-bf16-?", "n_steps")),
+         max(seeds("shapes-vit_nano-bf16-?", "n_steps"))),
+        ("the three seeds reached {:.1%}, {:.1%} and {:.1%}. That was on another machine in float32, after {} to {} "
+         "steps",
+         *seeds("shapes-vit_nano-?", "test_acc"), min(seeds("shapes-vit_nano-?", "n_steps")),
+         max(seeds("shapes-vit_nano-?", "n_steps"))),
+        ("have a standard deviation of {:.1f} to {:.1f} points", min(SPREADS), max(SPREADS)),
+        ("| the recipe | {:.1%} | {:.1%} | {:.1%} |", *map(level, ("vit_nano", "hybrid", "convnet"))),
+        ("| AdamW instead of Muon | {:+.1f} | {:+.1f} | {:+.1f} |",
+         *(change(model, "adamw") for model in ("vit_nano", "hybrid", "convnet"))),
+        ("| Xavier instead of mimetic initialisation | {:+.1f} | {:+.1f} | |",
+         *(change(model, "xavier") for model in ("vit_nano", "hybrid"))),
+        ("| no whitening | {:+.1f} | {:+.1f} | {:+.1f} |",
+         *(change(model, "not-whitened") for model in ("vit_nano", "hybrid", "convnet"))),
+        ("Cutmix costs {:.1f} points, cutout {:.1f} and mixup {:.1f}. Removing the shifts gains {:.1f}. Label "
+         "smoothing is the exception: without it, accuracy falls by {:.1f}", -change("vit_nano", "cutmix"),
+         -change("vit_nano", "cutout-0.25"), -change("vit_nano", "mixup"), change("vit_nano", "no-shift"),
+         -change("vit_nano", "label-smoothing-0")),
+        ("A width of 64 instead of 96 gains {:.1f} points, and a narrower MLP {:.1f}", change("vit_nano", "64-wide"),
+         change("vit_nano", "MLP-2-wide")),
+        ("of the steps gain {:.1f}; the recipes include this. Wider or deeper models lose {:.1f} to {:.1f}",
+         change("vit_nano", "24-pixels-for-60"), -change("vit_nano", "128-wide-3-deep"),
+         -change("vit_nano", "128-wide")),
     ],
     stated=[
+        ("`--layer-decay 0.75`", "an option's value"),
+        *((f"{aim}% |", "the aims: TARGETS in benchmarks/results.py") for aim in (74, 86, 89, 90)),
+        ("Smaller images in the first 60%", "RECIPES, progressive_resize"),
+        ("from 8 minutes", "RECIPES"),
+        ("from 16 minutes", "RECIPES"),
+        ("its 95% interval", "analysis.metrics.wilson_interval"),
+        ("its 95% Wilson interval", "analysis.metrics.wilson_interval"),
+        ("0.1 by default", "TrainConfig"),
+        ("`--drop-path 0.1`", "an option's value"),
+        ("With 100 test images and 80% right, the 95% interval reaches from 71% to 87%", "Wilson 1927, by hand"),
     ],
 )

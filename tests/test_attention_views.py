@@ -49,7 +49,7 @@ def test_visualize_attention_draws_the_map_and_prediction(tmp_path):
         image=image, layer_idx=-1, head_idx=None, save_path=path)
     assert isinstance(figure, Figure)
     assert Image.open(path).size == tuple(150 * figure.get_size_inches())
-    assert "layer 2 (of 0 to 2), mean of 2 heads" in texts(figure)
+    assert "block 3 of 3, mean of 2 heads" in texts(figure)
     assert "attention weight of a patch" in texts(figure)
     images, picture = prepare_image(image, model)
     maps = attention_maps(model, images)  # (3, 1, 2, 10, 10)
@@ -79,7 +79,7 @@ def test_visualize_attention_keeps_the_mode():
     modes = [module.training for module in model.modules()]
     figure = v.AttentionVisualizer(model, device="cpu").visualize_attention(torch.randn(1, 3, *SIZE), 1, -1)
     assert [module.training for module in model.modules()] == modes
-    assert "layer 1 (of 0 to 2), head 1 (of 0 to 1)" in texts(figure)
+    assert "block 2 of 3, head 2 of 2" in texts(figure)
     assert "predicted: class " in texts(figure)  # it has no names
     assert data_of(figure)[1].shape == GRID
 
@@ -96,11 +96,12 @@ def test_visualize_all_heads_says_each_panels_scale_and_shares():
         assert drawn.get_clim() == (0, pytest.approx(top))
         assert drawn.axes.get_xlabel().split("\n") == [f"to {percent(top)}", f"max {percent(largest)}",
                                                        f"CLS {row[0]:.0%}", f"reg. {row[1:3].sum():.0%}"]
-    for word in ("layer 0", "layer 2", "head 1", "attention weight"):
+    for word in ("in all 3 blocks", "block 1", "block 3", "head 1", "head 2", "attention weight"):
         assert word in texts(figure)
     some = v.AttentionVisualizer(model, device="cpu").visualize_all_heads(image, layers=[-1])
-    assert "layer 2" in texts(some)
-    assert "layer 0" not in texts(some)
+    assert "in 1 of 3 blocks" in texts(some)
+    assert "block 3" in texts(some)
+    assert "block 1" not in texts(some)
 
 
 def test_visualize_attention_grid_draws_several_images():
@@ -114,7 +115,7 @@ def test_visualize_attention_grid_draws_several_images():
         np.testing.assert_allclose(shown[4 * row], prepare_image(images[row], model)[1], atol=1e-6)
         for layer in range(3):
             np.testing.assert_allclose(shown[4 * row + 1 + layer], expected[layer, row], rtol=1e-5)
-    assert "layer 2" in texts(figure)
+    assert "block 3" in texts(figure)
     probabilities, classes = model(images).softmax(dim=1).max(dim=1)
     assert f"{probabilities[0]:.0%}" != f"{probabilities[1]:.0%}"
     for row in range(2):
@@ -130,7 +131,7 @@ def test_attention_visualizer_refuses_bad_models_and_indices():
     with pytest.raises(InputError, match="ConvNet has no attention"):
         v.AttentionVisualizer(convnet())
     if not torch.cuda.is_available():
-        with pytest.raises(InputError, match="'cuda' is not there"):
+        with pytest.raises(InputError, match="'cuda' is not available"):
             v.AttentionVisualizer(vit(), device="cuda")
     visualizer = v.AttentionVisualizer(vit(), device="cpu")
     with pytest.raises(InputError, match="layer_idx 3"):
@@ -178,7 +179,7 @@ def test_visualize_all_layers_draws_the_image_and_each_layer():
     np.testing.assert_allclose(first, picture, atol=1e-6)
     for shown, expected in zip(others, maps, strict=True):
         np.testing.assert_allclose(shown, expected.view(GRID), atol=1e-7)
-    assert [axes.get_title() for axes in figure.axes[:4]] == ["image", "layer 0", "layer 1", "layer 2"]
+    assert [axes.get_title() for axes in figure.axes[:4]] == ["image", "block 1", "block 2", "block 3"]
 
 
 # ---- Colour scales
@@ -254,9 +255,9 @@ def test_deep_models_fit_a_page(depth, heads):
     views, image = v.AttentionVisualizer(model, device="cpu"), pixels(16, 16)
     figures = [views.visualize_all_heads(image), views.visualize_all_layers(image), views.visualize_token_norms(image),
                views.visualize_logit_lens(image), views.visualize_attention_distance([image])]
-    assert f"(6 of {depth} layers)" in texts(figures[0])
-    assert f"layer {depth - 1}" in texts(figures[1])
-    assert f"6 of {depth} layers" in " ".join(texts(figures[2]).split())
+    assert f"in 6 of {depth} blocks" in texts(figures[0])
+    assert f"block {depth}" in texts(figures[1])
+    assert f"6 of {depth} blocks" in " ".join(texts(figures[2]).split())
     for figure in figures:
         assert figure.get_figwidth() <= 21
         assert figure.get_figheight() <= 12
@@ -460,16 +461,17 @@ def test_visualize_all_heads_accepts_numpy_layers():
     for layers, shown in ((np.int64(1), [1]), (np.array([0, 2]), [0, 2]), (torch.tensor([0, -1]), [0, 2]),
                           ((1, 2), [1, 2]), (0, [0])):
         figure = views.visualize_all_heads(pixels(), layers)
-        assert [axes.get_ylabel() for axes in figure.axes if "layer" in axes.get_ylabel()] == [
-            f"layer {layer}" for layer in shown]
+        assert [axes.get_ylabel() for axes in figure.axes if "block" in axes.get_ylabel()] == [
+            f"block {layer + 1}" for layer in shown]
     for layers in (1.5, [0.5], "last"):
         with pytest.raises(InputError, match=r"\Alayer (1\.5|0\.5|last) is out of range; expected 0 to 2, [^\n]*\Z"):
             views.visualize_all_heads(pixels(), layers)
 
 
 @pytest.mark.parametrize(("options", "title"), [
-    ({}, "attention of the last block"), (dict(layer_idx=0), "attention of layer 0 (of 0 to 2)"),
-    (dict(layer_idx=-1, head_idx=1), "attention of layer 2 (of 0 to 2)\nhead 1")])
+    ({}, "attention of the last block"), (dict(layer_idx=0), "attention of block 1 of 3"),
+    (dict(layer_idx=-1, head_idx=1), "attention of block 3 of 3\nhead 2"),
+    (dict(head_idx=-1), "attention of block 3 of 3\nhead 1 from the end")])
 def test_draw_explanation_titles_attention_by_layer_and_head(options, title):
     figure = v.AttentionVisualizer(vit(), device="cpu").draw_explanation(pixels(), "attention", **options)
     assert figure.axes[1].get_title().startswith(f"{title}\nscale to ")
@@ -489,6 +491,8 @@ def test_visualize_attention_distance_draws_heads_and_uniform_line():
     *heads, mean, uniform = figure.axes[0].lines
     np.testing.assert_allclose(np.stack([line.get_ydata() for line in heads], axis=1), numbers)
     np.testing.assert_allclose(mean.get_ydata(), numbers.mean(dim=1))
+    assert list(mean.get_xdata()) == list(figure.axes[0].get_xticks()) == [1, 2, 3]
+    assert figure.axes[0].get_xlabel() == "block"
     line = uniform_attention_distance(GRID, PATCH)
     assert list(uniform.get_ydata()) == [line, line]
     assert uniform.get_label() == f"uniform attention: {line:.1f}"
@@ -499,7 +503,7 @@ def test_visualize_token_norms_frames_register_artefacts():
     with torch.no_grad():
         model.pos_embed[0, 1 + 4] = 30  # the fifth patch
     figure = v.AttentionVisualizer(model, device="cpu").visualize_token_norms(pixels())
-    assert "in these 3 of 3 layers 3 stand out (framed)" in " ".join(texts(figure).split())
+    assert "after all 3 blocks; 3 stand out (framed)" in " ".join(texts(figure).split())
     assert [axes.patches[0].get_bbox().bounds for axes in figure.axes[1:4]] == [(4.5, 6.5, 5, 7)] * 3
 
 
@@ -544,13 +548,13 @@ def test_visualize_explanations_lists_refused_methods():
 
 @pytest.mark.parametrize("patch", [17, (1, 2, 3), "a"])
 def test_visualize_attention_refuses_a_bad_patch(patch):
-    with pytest.raises(InputError, match="is no place; expected"):
+    with pytest.raises(InputError, match="is not a position; expected"):
         v.AttentionVisualizer(vit(), device="cpu").visualize_attention(pixels(), patch=patch)
 
 
 def test_attention_visualizer_accepts_numpy_indices_and_one_layer():
     views, image = v.AttentionVisualizer(vit(), device="cpu"), pixels()
-    assert "layer 1 (of 0 to 2)" in texts(views.visualize_attention(image, np.int64(1)))
+    assert "block 2 of 3" in texts(views.visualize_attention(image, np.int64(1)))
     assert len(data_of(views.visualize_all_heads(image, layers=1))) == 3
 
 
@@ -570,11 +574,11 @@ def test_attention_visualizer_accepts_lists_of_images(tmp_path):
         torch.testing.assert_close(views.attention_distance(given), views.attention_distance(batch))
     assert isinstance(views.visualize_attention_distance(images), Figure)
     assert isinstance(v.visualize_attention_grid(model, images), Figure)
-    assert "Grad-CAM after layer 1 (of 0 to 2)" in texts(views.visualize_grad_cam(images[0]))
+    assert "Grad-CAM after block 2 of 3" in texts(views.visualize_grad_cam(images[0]))
     with pytest.raises(InputError, match="there is no image"):
         views.attention_distance([])
 
 
-def test_visualize_all_heads_counts_omitted_layers():
+def test_visualize_all_heads_counts_omitted_blocks():
     figure = v.AttentionVisualizer(vit(depth=8), device="cpu").visualize_all_heads(pixels())
-    assert "(6 of 8 layers)" in texts(figure)
+    assert "in 6 of 8 blocks" in texts(figure)

@@ -191,7 +191,7 @@ def test_processes_refuses_an_unknown_device_first():
 @pytest.mark.parametrize("message", ["[..gloo/transport/tcp/pair.cc:534] Connection closed by peer\nmore"])
 def test_processes_reports_the_end_of_another_process(message, launched, monkeypatch, capsys):
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
-    with pytest.raises(InputError, match=r"\Aanother process ended before its time [^\n]*\Z"), processes("cpu"):
+    with pytest.raises(InputError, match=r"\Aanother process stopped early [^\n]*\Z"), processes("cpu"):
         raise RuntimeError(message)
     with pytest.raises(RuntimeError, match="shapes"), processes("cpu"):
         raise RuntimeError(print("of the second process") or "shapes do not fit")

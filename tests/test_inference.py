@@ -1,4 +1,4 @@
-"""Models whose answers are known beforehand; files that other programs read; commands that say what was wrong."""
+"""Predictions and scores of models whose logits are known; exported files; commands and their error messages."""
 
 import csv
 import functools
@@ -55,13 +55,13 @@ def colour_model():
     return model
 
 
-def picture(*colour, side=8):
+def image_of(*colour, side=8):
     return np.broadcast_to(np.array(colour, dtype=np.uint8), (side, side, 3)).copy()
 
 
 def save(path, *colour):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture(*colour)).save(path)
+    Image.fromarray(image_of(*colour)).save(path)
     return path
 
 
@@ -84,20 +84,20 @@ def run(command, *words):
 
 
 def test_predict_accepts_every_kind_of_image(tmp_path):
-    model, array = colour_model(), picture(255, 51, 102)
+    model, array = colour_model(), image_of(255, 51, 102)
     shares = torch.tensor([10.0, 2.0, 4.0]).softmax(dim=0).tolist()
     expected = [("red", shares[0]), ("blue", shares[2]), ("green", shares[1])]
     tensor = torch.from_numpy(array).permute(2, 0, 1)
     path = save(tmp_path / "an image é.png", 255, 51, 102)
     images = [path, str(path), Image.fromarray(array), array, array / 255, tensor, tensor / 255]
     for image in images:
-        answer = predict(model, image)
-        assert [name for name, _ in answer] == [name for name, _ in expected]
-        assert [share for _, share in answer] == pytest.approx([share for _, share in expected], abs=1e-4)
+        result = predict(model, image)
+        assert [name for name, _ in result] == [name for name, _ in expected]
+        assert [share for _, share in result] == pytest.approx([share for _, share in expected], abs=1e-4)
     for several in (images, tuple(images), torch.stack([tensor / 255] * 2), (tensor / 255)[None], tensor[None]):
-        answers = predict(model, several, top=2)
-        assert len(answers) == len(several)
-        assert {tuple(name for name, _ in answer) for answer in answers} == {("red", "blue")}
+        results = predict(model, several, top=2)
+        assert len(results) == len(several)
+        assert {tuple(name for name, _ in result) for result in results} == {("red", "blue")}
     assert predict(model, []) == []
     assert len(predict(model, array, top=1)) == 1
 
@@ -105,8 +105,8 @@ def test_predict_accepts_every_kind_of_image(tmp_path):
 def test_predict_in_batches_keeps_the_order(monkeypatch):
     model, sizes = colour_model(), []
     model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    images = [picture(*(255 * (channel == i % 3) for channel in range(3))) for i in range(131)]
-    assert [answer[0][0] for answer in predict(model, images)] == [COLOURS[i % 3] for i in range(131)]
+    images = [image_of(*(255 * (channel == i % 3) for channel in range(3))) for i in range(131)]
+    assert [result[0][0] for result in predict(model, images)] == [COLOURS[i % 3] for i in range(131)]
     assert sizes == [64, 64, 3]
 
 
@@ -115,7 +115,7 @@ def test_predict_leaves_the_model_as_it_was():
     model.head.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
-    predict(model, picture(1, 2, 3))
+    predict(model, image_of(1, 2, 3))
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
@@ -124,20 +124,20 @@ def test_predict_leaves_the_model_as_it_was():
 def test_predict_without_names_numbers_the_classes_in_order():
     model = colour_model()
     model.preprocessing = replace(model.preprocessing, class_names=None)
-    assert [name for name, _ in predict(model, picture(9, 9, 9))] == ["0", "1", "2"]
+    assert [name for name, _ in predict(model, image_of(9, 9, 9))] == ["0", "1", "2"]
 
 
 def test_predict_refuses_bad_arguments_and_models():
     with pytest.raises(InputError, match="top 0"):
-        predict(colour_model(), picture(0, 0, 0), top=0)
+        predict(colour_model(), image_of(0, 0, 0), top=0)
     with pytest.raises(InputError, match=r"nowhere\.png"):
         predict(colour_model(), ["nowhere.png"])
     with pytest.raises(InputError, match="no head"):
-        predict(ConvNet(8, 3, 0, (3,), (1,), 1), picture(0, 0, 0))
+        predict(ConvNet(8, 3, 0, (3,), (1,), 1), image_of(0, 0, 0))
     broken = colour_model()
     broken.head.bias.data[0] = torch.nan
     with pytest.raises(InputError, match="not finite"):
-        predict(broken, picture(0, 0, 0))
+        predict(broken, image_of(0, 0, 0))
 
 
 # ---- Scores
@@ -213,9 +213,9 @@ def test_score_names_the_classes_or_refuses():
     assert score(model, loader, "cpu").class_names == list("abcdef")
     for names in (list("abcdfe"), list("abc")):
         loader.class_names = names
-        with pytest.raises(InputError, match="labelled by its own classes"):
+        with pytest.raises(InputError, match="labelled with its own classes"):
             score(model, loader, "cpu")
-    with pytest.raises(InputError, match="labelled by its own classes"):
+    with pytest.raises(InputError, match="labelled with its own classes"):
         score(Echo(), loader, "cpu")
     with pytest.raises(InputError, match="label 6 is out of range for a model with 6 classes; labels begin at 0"):
         score(Echo(), [(torch.zeros(2, 3, 1, 2), torch.tensor([0, 6]))], "cpu")
@@ -283,11 +283,11 @@ class Proto:
 
 @pytest.fixture
 def untraced(monkeypatch):
-    """export_onnx without tracing: its file says 'graph', and answers what the returned function is told to."""
+    """export_onnx without tracing: its file is "graph", and the returned function sets how it runs."""
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     monkeypatch.setattr(inference, "_to_onnx", lambda model, images: Proto())
-    return lambda answer: monkeypatch.setattr(inference, "_run_onnx", answer)
+    return lambda run: monkeypatch.setattr(inference, "_run_onnx", run)
 
 
 def test_export_onnx_keeps_no_file_that_computes_otherwise(tmp_path, untraced):
@@ -371,7 +371,7 @@ def test_evaluate_writes_scores_confusion_and_mistakes(tmp_path, checkpoint, cap
     assert result["classes"][0] == dict(name="red", n=3, correct=2)
 
 
-def test_evaluate_without_mistakes_has_no_picture_of_them(tmp_path, checkpoint, capsys):
+def test_evaluate_without_mistakes_writes_no_figure_of_them(tmp_path, checkpoint, capsys):
     data, out = colour_folder(tmp_path / "data"), tmp_path / "out"
     (data / "test" / "red" / "a wrong é.png").unlink()
     (data / "test" / "red" / "broken.png").write_bytes(b"no image")

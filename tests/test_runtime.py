@@ -22,10 +22,10 @@ def test_choose_device():
     assert choose_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(InputError, match="'gpu' is unknown"):
         choose_device("gpu")
-    with pytest.raises(InputError, match="'cuda:99' is not there"):
+    with pytest.raises(InputError, match="'cuda:99' is not available"):
         choose_device("cuda:99")
     if not torch.backends.mps.is_available():
-        with pytest.raises(InputError, match="'mps' is not there"):
+        with pytest.raises(InputError, match="'mps' is not available"):
             choose_device("mps")
 
 

@@ -190,7 +190,7 @@ def test_visualize_patch_filters_draws_principal_components():
     assert len(data_of(figure)) == 9
     assert "the first 9 principal components" in texts(figure)
     assert_no_text_clipped(figure)
-    with pytest.raises(InputError, match="no projection of patches"):
+    with pytest.raises(InputError, match="not a projection of patches"):
         v.visualize_patch_filters(HybridCNNViT(embed_dim=22, depth=2, n_heads=2, img_size=12, patch_size=4))
 
 
@@ -211,7 +211,7 @@ def test_visualize_features_colours_several_images():
     for depth in (1, 2, 3):
         expected = feature_colours(tokens[depth][:, 1:].unflatten(1, GRID))  # (B, rows, columns, 3)
         np.testing.assert_allclose(shown[4 * depth:4 * depth + 4], expected, rtol=1e-5)
-        assert figure.axes[4 * depth].get_ylabel() == f"after block {depth}\n(of 3)"
+        assert figure.axes[4 * depth].get_ylabel() == f"after block {depth}\nof 3"
     assert [one.shape for one in shown] == [(*SIZE, 3)] * 4 + [(*GRID, 3)] * 12
     assert_no_text_clipped(figure)
 

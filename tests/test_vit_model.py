@@ -1,5 +1,6 @@
 import copy
 import math
+import operator
 import pickle
 import re
 from pathlib import Path
@@ -28,7 +29,7 @@ from vit_model import (
     sincos_positions,
 )
 
-SOURCE = Path(vit_model.__file__).read_text(encoding="utf-8").splitlines()
+MODEL_PART = Path(vit_model.__file__).read_text(encoding="utf-8").split("# ---- Parts of the model ----")[0]
 PATCHED = dict(img_size=(15, 14), patch_size=(5, 2), in_channels=2)  # 3 x 7 patches
 SMALL = dict(**PATCHED, n_classes=11, embed_dim=12, depth=2, n_heads=3, mlp_ratio=2.0)
 
@@ -53,23 +54,24 @@ def one_line_with(text):
 # ---- The file itself
 
 
-def test_vit_model_docstring_gives_the_line_of_each_class():
-    places = re.findall(r"line (\d+), (\w+)", vit_model.__doc__)
-    assert [name for _, name in places] == ["PatchEmbedding", "MultiHeadAttention", "MLP", "TransformerBlock",
-                                            "VisionTransformer"]
-    for line, name in places:
-        assert SOURCE[int(line) - 1].startswith(f"class {name}(")
+def test_vit_model_docstring_names_code_that_exists():
+    table = vit_model.__doc__.split("Code\n")[1].split("\n\n")[0].splitlines()
+    named = [name for line in table for name in line.rsplit("  ", 1)[1].split(", ")]
+    assert [name for name in named if name[:1].isupper() and "." not in name] == [
+        "PatchEmbedding", "MultiHeadAttention", "MLP", "TransformerBlock", "VisionTransformer", "VARIANTS"]
+    for name in named:
+        operator.attrgetter(name.strip())(vit_model)
 
 
-def test_vit_model_first_150_lines_cite_every_equation():
-    comments = re.findall(r"# .*\bEq\. ([\d, ]+)$", "\n".join(SOURCE[:150]), re.MULTILINE)
+def test_vit_model_cites_every_equation_where_it_happens():
+    comments = re.findall(r"# .*\bEq\. ([\d, ]+)$", MODEL_PART, re.MULTILINE)
     assert sorted(int(number) for numbers in comments for number in numbers.split(",")) == list(range(1, 9))
 
 
-def test_vit_model_first_150_lines_hold_only_the_model():
-    classes = [line.split("(")[0] for line in SOURCE[:150] if line.startswith("class ")]
-    assert classes == ["class InputError", "class PatchEmbedding", "class MultiHeadAttention", "class MLP",
-                       "class TransformerBlock", "class VisionTransformer"]
+def test_vit_model_begins_with_only_the_model():
+    assert re.findall(r"^class (\w+)", MODEL_PART, re.MULTILINE) == [
+        "InputError", "PatchEmbedding", "MultiHeadAttention", "MLP", "TransformerBlock", "VisionTransformer"]
+    assert "\ndef " not in MODEL_PART
 
 
 # ---- The norm after the mean
@@ -149,8 +151,8 @@ def test_vit_exchanges_state_dict_with_timm_and_logits_agree(case):
     theirs.load_state_dict(ours.state_dict(), strict=True)
     back.load_state_dict(theirs.state_dict(), strict=True)
     images = images_for(ours)
-    for answer in (lambda model: model(images), lambda model: model.forward_features(images)):
-        torch.testing.assert_close(answer(ours), answer(theirs), rtol=1e-5, atol=1e-5)
+    for output in (lambda model: model(images), lambda model: model.forward_features(images)):
+        torch.testing.assert_close(output(ours), output(theirs), rtol=1e-5, atol=1e-5)
     assert torch.equal(back(images), ours(images))
 
 
@@ -332,7 +334,7 @@ def test_last_block_hook_sees_every_token(where, kind):
 
 
 class Halved(nn.Linear):
-    """A layer in the place of another, as adapters and quantisation put there."""
+    """A layer that replaces another, as adapters and quantisation do."""
 
     def forward(self, x):
         return super().forward(x) / 2
@@ -518,7 +520,7 @@ def test_vit_forward_stores_nothing_on_any_module(return_attention):
 
 @pytest.mark.parametrize("position", ["learned", "sincos", "none"])
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_vit_copies_and_pickles_answer_alike(clone, position):
+def test_vit_copies_and_pickles_give_the_same_logits(clone, position):
     model = small_vit(position=position)
     images, twin = images_for(model), clone(model)
     assert torch.equal(twin(images), model(images))
@@ -628,7 +630,7 @@ def test_vit_refuses_bad_arguments_naming_the_value(overrides, value):
 
 
 def test_patch_embedding_names_the_nearest_size_that_fits():
-    with pytest.raises(InputError, match=one_line_with("the nearest side that is: 224")):
+    with pytest.raises(InputError, match=one_line_with("the nearest side that fits is 224")):
         PatchEmbedding(225, 16)
 
 
@@ -659,3 +661,14 @@ def test_resize_positions_when_refused_leaves_the_model_alone():
 def test_create_vit_lists_known_variants_for_an_unknown_one():
     with pytest.raises(ValueError, match=", ".join(VARIANTS)):
         create_vit("tiny")
+
+
+def test_unknown_choice_among_many_names_the_closest_and_where_all_are():
+    names = [f"model_{letter}" for letter in "abcdefghi"]
+    with pytest.raises(InputError, match=r"\Amodel 'modle_c' is unknown; the closest choices are model_c, [^\n]*; "
+                                         r"list all 9 with help\(it\)\Z"):
+        vit_model.check_choice("model", "modle_c", names, "help(it)")
+    with pytest.raises(InputError, match=r"the closest choices are model_\w, model_\w, model_\w \(of 9\)\Z"):
+        vit_model.check_choice("model", 7, names)
+    with pytest.raises(InputError, match=r"argument 'widht' [^\n]*; list all 18 with help\(ViTConfig\)\Z"):
+        create_vit("vit_tiny", widht=3)

@@ -67,7 +67,7 @@ def test_mimetic_init_takes_registers_and_other_positions():
 
 
 @pytest.mark.parametrize("options", [dict(), dict(position="sincos"), dict(position="none"), dict(n_registers=2)])
-def test_any_size_answers_as_a_resized_model_does(options):
+def test_any_size_computes_what_a_resized_model_does(options):
     torch.manual_seed(0)
     model = VisionTransformer((12, 20), 4, 3, 5, 12, 2, 3, **options).eval()
     moved = resize_positions(copy.deepcopy(model), (8, 28))

@@ -1,4 +1,4 @@
-"""What the command lines share: arguments that are checked, errors and interruptions in one line.
+"""What the command lines share: checked arguments, help texts, and errors and interruptions in one line.
 
     script(main)                         runs a script's main()
     OneLineParser, int_at_least(1), ...  argparse with checked numbers
@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import textwrap
 import warnings
 from functools import partial
 from pathlib import Path
@@ -19,27 +20,38 @@ from vit_bridge.system import Interrupted, n_processes, process_number
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line, without the usage text, and exit code 2; no abbreviations."""
+    """An argparse parser without abbreviations, whose errors are one line, without the usage, with exit code 2."""
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message):
+        """Print the error in one line and exit with code 2."""
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """An argparse formatter that keeps the lines of the description and breaks no option at its hyphens."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=28)
+
+    def _split_lines(self, text, width):
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 def int_at_least(least):
-    """An argparse type: a whole number of at least `least`."""
+    """Return an argparse type: a whole number of at least `least`."""
     return Bounded(int, least, math.inf, f"a whole number of at least {least}")
 
 
 def seed():
-    """An argparse type: a seed for torch's generators."""
+    """Return an argparse type: a seed for torch's generators."""
     return Bounded(int, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1")
 
 
 def positive():
-    """An argparse type: a number above 0."""
+    """Return an argparse type: a number above 0."""
     return Bounded(float, math.ulp(0.0), sys.float_info.max, "a positive number")
 
 
@@ -48,8 +60,8 @@ class Size(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None):
         if len(values) > 2:
-            parser.error(f"{option_string} {' '.join(map(str, values))} are {len(values)} numbers; expected a side, or "
-                         f"height and width")
+            parser.error(f"{option_string} {' '.join(map(str, values))} has {len(values)} numbers; expected one side, "
+                         f"or height and width")
         setattr(namespace, self.dest, one_side(pair(values[0] if len(values) == 1 else values)))
 
 
@@ -61,19 +73,19 @@ class Names(argparse.Action):
 
 
 def add_class_names(parser):
-    """Adds the option that names the classes of a file."""
-    parser.add_argument("--class-names", nargs="+", action=Names, metavar="NAME", help="the classes of the head, "
-                        "in the order of its outputs, where nothing records them")
+    """Add the option --class-names, the classes of a file."""
+    parser.add_argument("--class-names", nargs="+", action=Names, metavar="NAME", help="classes in the order of the "
+                        "head's outputs, for a file that does not record them")
 
 
 def add_n_heads(parser, name="--n-heads", of="the file"):
-    """Adds the option that says how many heads the model of a file has."""
-    parser.add_argument(name, type=int_at_least(1), metavar="N", help=f"attention heads of {of}, where neither it "
-                        f"nor a config.json beside it records them")
+    """Add the option --n-heads, the number of attention heads of a file's model."""
+    parser.add_argument(name, type=int_at_least(1), metavar="N", help=f"attention heads of {of}, if neither it nor a "
+                        f"config.json beside it records them")
 
 
 class Bounded:
-    """An argparse type: a number between two bounds. expected: the range in words, for the error."""
+    """An argparse type: a number between two bounds. `expected` is the range in words, for the error."""
 
     def __init__(self, kind, low, high, expected):
         self.kind, self.low, self.high, self.expected = kind, low, high, expected
@@ -89,12 +101,15 @@ class Bounded:
 
 
 def script(run):
-    """Runs a script's main part. An InputError or an error of the disk ends in one line and exit code 2; an
-    interruption in one line and 128 + the signal's number, 130 for Ctrl-C and 143 for SIGTERM; output that nobody
-    reads any more in 141, silently. An Assumption is one line on stderr, from the first process."""
+    """Run a script's main part and turn its errors into one line on stderr and an exit code.
+
+    An InputError or an error of the operating system ends with exit code 2. An interruption ends with 128 plus the
+    signal's number: 130 for Ctrl-C, 143 for SIGTERM. A closed output pipe ends silently with 141. Each Assumption is
+    one line on stderr, printed by the first process.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # for consoles that cannot show a letter of a folder's name
+            stream.reconfigure(errors="backslashreplace")  # for consoles that lack a letter of a folder's name
     name = Path(sys.argv[0]).name
     if n_processes() > 1:
         name = f"[process {process_number()}] {name}"
@@ -103,7 +118,7 @@ def script(run):
             warnings.simplefilter("always", Assumption)
             warnings.showwarning = partial(_show_warning, warnings.showwarning, name, set())
             run()
-    except BrokenPipeError:  # the reader of the output, such as head, has closed it
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
     except (InputError, OSError) as error:
@@ -118,8 +133,10 @@ def script(run):
 
 
 def _show_warning(show_other, name, shown, message, category, *where, **more):
-    """warnings.showwarning of a script: an Assumption in one line, and once, other warnings by show_other. shown: the
-    Assumptions so far; Python forgets them whenever anything changes its filters."""
+    """Show an Assumption once, in one line, and any other warning with show_other.
+
+    `shown` holds the Assumptions so far, because Python forgets them whenever a warning filter changes.
+    """
     if not issubclass(category, Assumption):
         show_other(message, category, *where, **more)
     elif process_number() == 0 and str(message) not in shown:

@@ -1,10 +1,10 @@
-"""What you do with a trained model: predict, score, export.
+"""Using a trained model: predict the class of images, score a model on a data set, export it to ONNX.
 
-    predict(model, "cat.jpg")                   the likeliest classes of an image, or of several
-    score(model, loader)                        accuracy, confusion matrix and the worst mistakes on a set
-    export_onnx(model, "model.onnx")            an ONNX file, checked against the model
+    predict(model, "cat.jpg")            the most probable classes of one image, or of several
+    score(model, loader)                 accuracy, confusion matrix and worst mistakes on a data set
+    export_onnx(model, "model.onnx")     an ONNX file, checked against the model
 
-On the command line: python train_vit.py predict, evaluate and export.
+The commands: python train_vit.py predict, evaluate and export.
 
 Shapes:  B images in a batch, C channels, K classes, n mistakes, H, W height and width.
 """
@@ -44,58 +44,78 @@ from vit_bridge.system import write_whole
 from vit_bridge.training.objectives import Classification, check_logits, check_range
 from vit_model import pair
 
-BATCH_SIZE = 64  # images that predict reads and feeds at a time
-TOLERANCE = 1e-4  # of the largest logit: how far an exported file may be from its model
-PROTOBUF_LIMIT = 2**31 - 1  # bytes of a file that onnx can write as one
+BATCH_SIZE = 64  # images that predict holds in memory at a time
+TOLERANCE = 1e-4  # largest allowed difference of an exported file's logits, relative to the largest logit
+PROTOBUF_LIMIT = 2**31 - 1  # bytes, the limit of one .onnx file
 
 
 # ---- Predictions ------------------------------------------------------------------------------------------
 
 
 class Mirrored(nn.Module):
-    """A model that also looks at each image mirrored left to right: the log of the mean of both probabilities."""
+    """A model that averages the class probabilities of each image and of its left-right mirror image.
+
+    It returns the log of the mean probabilities.
+    """
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, images):
+        """Return the log-probabilities (B, K) of images (B, C, H, W)."""
         both = torch.stack([logits_of(self.model(one)) for one in (images, images.flip(3))])  # (2, B, K)
         return both.softmax(dim=2).mean(dim=0).log()  # (B, K)
 
 
 def predict(model, images, top=5):
-    """The likeliest classes, best first: at most `top` pairs (class name, probability), the probability in 0..1.
+    """Return the most probable classes of one image or of several.
 
-    images: one image of any kind in data/images.py (a path, a PIL image, an array, a tensor (3, H, W)), which gives one
-    list; or several, as a list, a tuple or a batch (B, 3, H, W), which give a list of such lists, also where
-    there is only one. A model without class_names calls its classes "0", "1", ...
+    The model keeps its device and its training mode.
 
-    The model is left as it was, on its device. Raises InputError for an image that cannot be used and for a model
-    without a head.
+    Parameters
+    ----------
+    model : nn.Module
+        A model with a head.
+    images : image, list, tuple or Tensor
+        One image, or several as a list, a tuple or a batch (B, 3, H, W). An image is a path, a PIL image, an array or a
+        tensor (3, H, W), as vit_bridge/data/images.py describes.
+    top : int, optional
+        Number of classes to return.
+
+    Returns
+    -------
+    list
+        Pairs (class name, probability from 0 to 1), most probable first; for several images a list of such lists. The
+        classes of a model without class names are called "0", "1", ...
+
+    Raises
+    ------
+    InputError
+        If an image cannot be used, or if the model has no head.
     """
     check_int("top", top, 1)
     several = isinstance(images, (list, tuple)) or (isinstance(images, torch.Tensor) and images.ndim == 4)
-    answers = []
+    results = []
     for batch in batches_of(images if several else [images]):
-        answers += ranked(model, [prepare_image(image, model)[0] for image in batch], top)
-    return answers if several else answers[0]
+        results += ranked(model, [prepare_image(image, model)[0] for image in batch], top)
+    return results if several else results[0]
 
 
 def batches_of(items):
-    """The items in lists of BATCH_SIZE, the last one shorter; taken as they are needed."""
+    """Yield the items in lists of BATCH_SIZE; the last list may be shorter."""
     items = iter(items)
     while batch := list(itertools.islice(items, BATCH_SIZE)):
         yield batch
 
 
 def ranked(model, inputs, top):
-    """What predict() gives for a list of inputs, each (1, 3, H, W)."""
+    """Return what predict returns for a list of inputs, each (1, 3, H, W)."""
     check_has_head(model)
     sizes = sorted({f"{one.shape[2]}x{one.shape[3]}" for one in inputs})
     if len(sizes) > 1:
-        raise InputError(f"got images of {' and '.join(sizes)} pixels, expected one size; give those of one size "
-                         f"together")
+        raise InputError(f"got images of {' and '.join(sizes)} pixels, expected one size; pass images of different "
+                         f"sizes in separate calls")
     probabilities = class_probabilities(model, torch.cat(inputs)).float().cpu()  # (B, K)
     _check_finite_outputs(probabilities)
     names = _names_or_numbers(adapt(model).class_names, probabilities.shape[1])
@@ -105,13 +125,13 @@ def ranked(model, inputs, top):
 
 
 def _names_or_numbers(names, n_classes):
-    """The class names, or "0", "1", ... where there are none that fit."""
+    """Return the class names, or "0", "1", ... if there are none or their number is wrong."""
     return list(names) if names and len(names) == n_classes else [str(label) for label in range(n_classes)]
 
 
 def _check_finite_outputs(outputs):
     if not outputs.isfinite().all():
-        raise InputError("the model's outputs are not finite; expected numbers, check its weights, or use amp 'off'")
+        raise InputError("the model's outputs are not finite (NaN or infinity); check its weights, or use amp 'off'")
 
 
 # ---- Scores -----------------------------------------------------------------------------------------------
@@ -119,12 +139,18 @@ def _check_finite_outputs(outputs):
 
 @dataclass(frozen=True)
 class Mistakes:
-    """The worst mistakes, those with the most confident wrong prediction first.
+    """The worst mistakes of a model, with the most confident wrong prediction first.
 
-    images                (n, 3, H, W), normalised as the loader gave them
-    labels, predictions   (n) int64, the true and the predicted classes
-    label_probabilities, probabilities   (n), in 0..1, of the true and of the predicted class
-    files                 n paths, None where the loader does not know them
+    Attributes
+    ----------
+    images : Tensor, shape (n, 3, H, W)
+        Normalised, as the loader yields them.
+    labels, predictions : Tensor of int64, shape (n,)
+        True and predicted classes.
+    label_probabilities, probabilities : Tensor, shape (n,)
+        Probabilities of the true and of the predicted class, from 0 to 1.
+    files : list of n str or None
+        Paths; None if the loader does not know them.
     """
     images: torch.Tensor
     labels: torch.Tensor
@@ -136,15 +162,24 @@ class Mistakes:
 
 @dataclass(frozen=True)
 class Score:
-    """What one pass over a set says about a model; fractions are in 0..1.
+    """The result of evaluating a model on a data set. Fractions are from 0 to 1.
 
-    confusion            (K, K) int64, rows true, columns predicted
-    n, correct           images, and how many predictions were correct
-    accuracy, interval   correct / n, and its 95% Wilson interval (low, high)
-    balanced_accuracy    the mean of the recalls of the classes that have images
-    top5                 fraction whose class is among the five likeliest; None for up to five classes
-    class_names          K names
-    mistakes             the worst ones, as Mistakes
+    Attributes
+    ----------
+    confusion : Tensor of int64, shape (K, K)
+        Number of images by true class (rows) and predicted class (columns).
+    n, correct : int
+        Number of images, and of correct predictions.
+    accuracy : float
+        correct / n.
+    interval : (float, float)
+        95% Wilson interval of the accuracy.
+    balanced_accuracy : float
+        Mean recall of the classes that have images.
+    top5 : float or None
+        Fraction of images whose class is among the five most probable. None for five classes or fewer.
+    class_names : list of K
+    mistakes : Mistakes
     """
     confusion: torch.Tensor
     n: int
@@ -159,20 +194,34 @@ class Score:
 
 @torch.no_grad()
 def score(model, loader, device="auto", amp="off", n_worst=24):
-    """One pass over a loader, in eval mode, as a Score.
+    """Evaluate a model in eval mode on one pass over a loader.
 
-    loader    what a Trainer takes: gives (images (B, 3, H, W), labels (B)), also empty batches; where it has
-              class_names they must be the model's. A list of batches will do
-    device    as in choose_device: the model is moved there and stays there
-    amp       "auto", "off", "bf16" or "fp16", as choose_precision has it
-    n_worst   mistakes to keep at most
+    Parameters
+    ----------
+    model : nn.Module
+        A model with a head. It is moved to `device` and stays there.
+    loader : iterable
+        Whatever a Trainer accepts, such as a list of batches (images (B, 3, H, W), labels (B)). Batches may be empty.
+    device : str, optional
+        As in choose_device.
+    amp : {"auto", "off", "bf16", "fp16"}, optional
+        As in choose_precision.
+    n_worst : int, optional
+        Largest number of mistakes to keep.
 
-    Raises InputError for a loader without images or of other classes, and for outputs that are not finite.
+    Returns
+    -------
+    Score
+
+    Raises
+    ------
+    InputError
+        If the loader has no images or other classes than the model, or if the outputs are not finite.
     """
     check_int("n_worst", n_worst, 0)
     check_has_head(model)
     model = unwrapped(model)
-    device_of(model)  # which refuses one on the device "meta"
+    device_of(model)  # raises for a model without weights
     device = choose_device(device)
     dtype = None if is_quantised(model) else choose_precision(amp, device)
     objective, confusion, top5_hits, n, worst, names = Classification(), 0, 0, 0, None, None
@@ -199,8 +248,10 @@ def score(model, loader, device="auto", amp="off", n_worst=24):
 
 
 def _mistakes_of(images, labels, logits, n_before):
-    """A batch's mistakes: (their indices in the pass, images, labels, predictions, probabilities of the label and of
-    the prediction)."""
+    """Return the mistakes of a batch as a tuple of tensors, one entry per mistake.
+
+    They are: index within the pass, image, label, prediction, probability of the label and of the prediction.
+    """
     probabilities = logits.softmax(dim=1)  # (B, K)
     predictions = logits.argmax(dim=1)  # (B)
     wrong = (predictions != labels).nonzero()[:, 0]  # (n)
@@ -210,14 +261,14 @@ def _mistakes_of(images, labels, logits, n_before):
 
 
 def _worst_of(worst, mistakes, n_worst):
-    """The worst of those kept so far (None at first) and those of another batch, in the same fields."""
+    """Return the n_worst most confident of the mistakes kept so far (None at first) and of a new batch."""
     fields = mistakes if worst is None else [torch.cat(both) for both in zip(worst, mistakes, strict=True)]
     order = fields[-1].sort(descending=True, stable=True).indices[:n_worst]
     return [field[order] for field in fields]
 
 
 def _with_files(worst, loader, n):
-    """Mistakes, with their files where the loader knows those of a pass of n images."""
+    """Return the Mistakes, with their files if the loader knows the files of a pass of n images."""
     places, *fields = worst
     skipped = set(map(str, getattr(loader, "skipped", None) or ()))
     files = [file for file in getattr(loader, "files", None) or () if str(file) not in skipped]
@@ -226,44 +277,64 @@ def _with_files(worst, loader, n):
 
 
 def _shared_names(model, loader, n_classes):
-    """K class names. Raises InputError where those of model and loader are not the same."""
+    """Return K class names. Raises InputError if those of the model and of the loader differ."""
     theirs = getattr(loader, "class_names", None)
     shown = getattr(model, "preprocessing", None)
     ours = (shown and shown.class_names) or theirs
     if theirs and (list(theirs) != list(ours) or len(theirs) != n_classes):
-        raise InputError(f"the loader has the classes {', '.join(map(str, theirs))}, the model {n_classes} outputs "
-                         f"for {', '.join(map(str, ours))}; score it on images labelled by its own classes")
+        raise InputError(f"the loader has the classes {_first_names(theirs)}, but the model has {n_classes} outputs "
+                         f"for {_first_names(ours)}; score it on images labelled with its own classes")
     return list(theirs) if theirs else _names_or_numbers(ours, n_classes)
+
+
+def _first_names(names, most=8):
+    """Return the first names as text, and how many there are if these are not all."""
+    more = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(map(str, list(names)[:most])) + more
 
 
 # ---- Export -----------------------------------------------------------------------------------------------
 
 
 def export_onnx(model, path):
-    """Writes a model as one .onnx file, weights inside, for batches of any size, and checks it against the model.
+    """Export a model as one .onnx file, check it against the model, and return the largest difference.
 
-    The file has the input "images", normalised, (B, 3, H, W), and the output "logits", (B, K); its metadata hold, as
-    JSON, what the model knows of class_names, mean, std, img_size and interpolation. The file appears whole or not
-    at all. The model is left as it was.
+    The file holds the weights and takes batches of any size. Its input "images" is normalised, (B, 3, H, W); its output
+    "logits" is (B, K). Its metadata hold, as JSON, class_names, mean, std, img_size and interpolation as far as the
+    model knows them. The model is not changed.
 
-    Returns the largest difference between the logits of the file (by onnxruntime where it is installed, else by onnx's
-    reference evaluator) and the model's, on random images, relative to the largest logit. Raises InputError where
-    that is not below TOLERANCE, where the packages onnx and onnxscript are missing, for a model of 2 GB or more, and
-    where the file cannot be written.
+    Parameters
+    ----------
+    model : nn.Module
+        A model of vit_bridge.models.
+    path : path-like
+        The file to write. It appears completely or not at all.
+
+    Returns
+    -------
+    float
+        Largest difference between the logits of the file and of the model on random images, relative to the largest
+        logit. The file is run by onnxruntime if it is installed, otherwise by onnx's reference evaluator.
+
+    Raises
+    ------
+    InputError
+        If the difference is TOLERANCE or more, the packages onnx and onnxscript are missing, the model has 2 GB of
+        weights or more or cannot be traced, or the file cannot be written.
     """
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError:
-        raise InputError("an export needs the packages onnx and onnxscript; python -m pip install onnx "
-                         "onnxscript") from None
+        raise InputError("an export needs the packages onnx and onnxscript; install them with python -m pip "
+                         "install onnx onnxscript") from None
     model = unwrapped(model)
-    device_of(model)  # which refuses one on the device "meta"
+    device_of(model)  # raises for a model without weights
     if is_quantised(model):
-        raise InputError(f"this {class_name(model)} is quantised, and is not exported: give the model that it was made "
-                         f"from, and quantise the file, with onnxruntime.quantization for instance")
+        raise InputError(f"this {class_name(model)} is quantised, and cannot be exported; export the model before it "
+                         f"is quantised, and quantise the file, for example with onnxruntime.quantization")
     if not Path(path).parent.is_dir():
-        raise InputError(f"cannot write {path}: there is no folder {Path(path).parent}; choose one that exists")
+        raise InputError(f"cannot write {path}: there is no folder {Path(path).parent}; choose a folder that exists")
     n_bytes = sum(tensor.numel() * 4 for tensor in model.state_dict().values())
     if n_bytes >= PROTOBUF_LIMIT:
         raise InputError(f"the model has {n_bytes / 1e9:.1f} GB of weights; expected less than 2, the most that one "
@@ -281,24 +352,24 @@ def export_onnx(model, path):
 
 
 def _to_onnx(model, images):
-    """The ModelProto of a model on the CPU, in eval mode, traced with a batch of images."""
-    shapes = ({0: torch.export.Dim("batch", max=2**31)},)  # torch 2.7 wants an upper bound
+    """Return the ModelProto of a model on the CPU in eval mode, traced with a batch of images."""
+    shapes = ({0: torch.export.Dim("batch", max=2**31)},)  # torch 2.7 needs an upper bound
     try:
         with _silence(), torch.no_grad():
             program = torch.export.export(model, (images,), dynamic_shapes=shapes)
             proto = torch.onnx.export(program, (images,), dynamo=True, verbose=False, input_names=["images"],
                                       output_names=["logits"], dynamic_shapes=shapes).model_proto
-    except Exception as error:  # torch's exporter raises errors of its own and any of Python's
+    except Exception as error:  # torch's exporter raises errors of many types
         raise InputError(f"this {class_name(model)} cannot be exported ({first_line(error)}); expected a model "
-                         f"that torch.export can trace, remove what was changed in it") from error
+                         f"that torch.export can trace; undo your changes to it") from error
     for node in proto.graph.node:
-        del node.metadata_props[:]  # where in this machine's files it came from
+        del node.metadata_props[:]  # stack traces with paths of this machine
     return proto
 
 
 @contextmanager
 def _silence():
-    """Inside, neither warnings nor log messages are shown."""
+    """Hide warnings and log messages inside."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -310,18 +381,20 @@ def _silence():
 
 
 def _metadata_of(model):
-    """What one needs to feed the model and to read its logits, as plain values; without what is not known."""
+    """Return what a user of the file needs to prepare images and read the logits, as plain values."""
     shown = model.preprocessing
     facts = dict(vars(shown) if shown else {}, img_size=model.config.img_size)
     return {name: value for name, value in facts.items() if value is not None}
 
 
 def _largest_difference(content, model, images):
-    """How far the file's logits are from the model's, relative to the largest. Raises InputError for TOLERANCE or
-    more."""
+    """Return how far the file's logits are from the model's, relative to the largest logit.
+
+    Raises InputError if the file does not run, or if the difference is TOLERANCE or more.
+    """
     try:
         theirs = _run_onnx(content, images)  # (B, K)
-    except Exception as error:  # whatever an evaluator raises for a graph that it cannot run
+    except Exception as error:  # evaluators raise errors of many types
         raise InputError(f"the exported file does not run ({first_line(error)}), so it was not kept; try other "
                          f"versions of onnx and onnxscript") from error
     with torch.no_grad():
@@ -330,13 +403,14 @@ def _largest_difference(content, model, images):
     largest = max(ours.abs().max().item(), torch.finfo(ours.dtype).tiny)
     difference = (theirs - ours).abs().max().item() / largest if theirs.shape == ours.shape else float("inf")
     if not difference < TOLERANCE:
-        raise InputError(f"the exported file's logits are {difference:.1e} of the largest from the model's, expected "
-                         f"less than {TOLERANCE}, so it was not kept; try other versions of onnx and onnxscript")
+        raise InputError(f"the exported file's logits differ from the model's by {difference:.1e} of the largest, "
+                         f"expected less than {TOLERANCE}, so it was not kept; try other versions of onnx and "
+                         f"onnxscript")
     return difference
 
 
 def _run_onnx(content, images):
-    """The logits (B, K) of a file's content for images, by onnxruntime where it is installed, else by onnx itself."""
+    """Return the logits (B, K) of an ONNX file's content, by onnxruntime if installed, otherwise by onnx."""
     try:
         from onnxruntime import InferenceSession
     except ImportError:

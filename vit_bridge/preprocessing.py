@@ -1,4 +1,6 @@
-"""What a model's images must be: Preprocessing, which every trained model and every checkpoint carries.
+"""What a model's images must look like: size, mean, std, interpolation and class names.
+
+Every trained model and every checkpoint carries a Preprocessing. FitSize, Whole and eval_transform apply it to images.
 
 Shapes:  B images, C channels, H, W height and width.
 """
@@ -12,10 +14,10 @@ from torchvision.transforms.v2.functional import center_crop, get_size, resize
 
 from vit_bridge.errors import InputError, check_choice, check_int, pair
 
-SMALL_SIDE = 64  # pixels: images up to this side are seen whole
+SMALL_SIDE = 64  # pixels: up to this side, images are resized without a margin (see FitSize)
 INTERPOLATIONS = ("bilinear", "bicubic")
 
-# Mean and standard deviation of each channel (red, green, blue), of values from 0 to 1.
+# Mean and standard deviation of each channel (red, green, blue), for values from 0 to 1.
 NORMALISATION = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -29,15 +31,23 @@ IMAGENET_MEAN, IMAGENET_STD = NORMALISATION["folder"]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a model's images must be, and what its outputs are called.
+    """What a model's images must look like, and the names of its classes.
 
-    img_size       side or (height, width) in pixels; a side where the two are equal
-    mean, std      of each of the C channels, of values from 0 to 1: (x - mean) / std is what the model sees
-    interpolation  "bilinear" or "bicubic": how images are resized
-    class_names    in the order of the model's outputs; None: not known
+    Parameters
+    ----------
+    img_size : int or (int, int)
+        Side, or (height, width), in pixels. Equal sides become one number.
+    mean, std : sequence of C floats, optional
+        Of each channel, for values from 0 to 1: the model sees (x - mean) / std. ImageNet's by default.
+    interpolation : {"bilinear", "bicubic"}, optional
+        How images are resized.
+    class_names : list, optional
+        One name for each output of the model, in order. None if they are not known.
 
-    Raises InputError for sizes and names that cannot be, and for a mean and std that are not one finite number for each
-    channel, those of std above 0.
+    Raises
+    ------
+    InputError
+        If a value is invalid, or if mean and std differ in length, are not finite or std is not positive.
     """
 
     img_size: int | tuple
@@ -52,54 +62,65 @@ class Preprocessing:
         for name in ("mean", "std"):
             object.__setattr__(self, name, _channel_numbers(name, getattr(self, name)))
         if len(self.mean) != len(self.std):
-            raise InputError(f"mean {self.mean} and std {self.std} are of {len(self.mean)} and {len(self.std)} "
-                             f"channels; expected one number in each for each channel")
+            raise InputError(f"mean {self.mean} and std {self.std} have {len(self.mean)} and {len(self.std)} "
+                             f"numbers; give each of them one number per channel")
         if isinstance(self.class_names, str):
             raise InputError(f"class_names {self.class_names!r} is one string; expected a list of names")
-        if self.class_names is not None:  # as plain values, which a checkpoint can hold
+        if self.class_names is not None:  # plain Python values, which a checkpoint can hold
             names = [name.item() if hasattr(name, "item") else name for name in self.class_names]
             object.__setattr__(self, "class_names", names)
 
     @property
     def size(self):
-        """(height, width)."""
+        """The image size as (height, width), in pixels."""
         return pair(self.img_size)
 
     @property
     def n_channels(self):
-        """C: 1 for grey images, 3 for colour, 4 for colour and transparency."""
+        """C: 1 for greyscale images, 3 for colour, 4 for colour and transparency."""
         return len(self.mean)
 
     def with_channels(self, n_channels):
-        """The same for images of another number of channels: 1 gets the mean over the colours; more repeat them."""
+        """Return the same for another number of channels.
+
+        One channel gets the mean over the colours; more channels repeat the colours in order.
+        """
         if n_channels == self.n_channels:
             return self
         mean, std = (resized_channels(numbers, n_channels) for numbers in (self.mean, self.std))
         return replace(self, mean=mean, std=std)
 
     def normalise(self, images):
-        """uint8 (B, C, H, W) -> normalised float32, the same shape."""
+        """Normalise uint8 images (B, C, H, W) to float32 of the same shape."""
         return v2.functional.normalize(images.float() / 255, list(self.mean), list(self.std))
 
     def denormalise(self, images):
-        """Normalised (..., C, H, W) -> the values from 0 to 1 that they came from, clipped."""
+        """Undo `normalise` for (..., C, H, W), and clip the values to the range from 0 to 1."""
         mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (self.mean, self.std))
         return (images * std + mean).clamp(0, 1)
 
 
 def eval_transform(preprocessing):
-    """PIL image of C channels -> normalised float32 tensor (C, H, W), as the validation and test loaders show an
-    image."""
+    """Return the transform of validation and test images: PIL image -> normalised float32 (C, H, W)."""
     fit = FitSize(preprocessing.img_size, preprocessing.interpolation)
     return v2.Compose([fit, v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
                        v2.Normalize(list(preprocessing.mean), list(preprocessing.std))])
 
 
 class FitSize:
-    """An image, PIL's or a tensor (..., C, h, w), at another size, (height, width): resized until it just covers that,
-    then the middle cut out. A photograph is resized to 256 / 224 of the size before the cut, as is usual for ImageNet.
-    Images up to 64 pixels, and all images where the size is, lose nothing but what lies beyond the size at two edges.
-    An image of the size stays as it is."""
+    """A transform that resizes an image until it just covers a size, then crops the middle.
+
+    It takes PIL images and tensors (..., C, h, w). Photographs are resized to 256 / 224 of the size before the crop, as
+    is usual for ImageNet. If the size, or a side of the image, is at most 64 pixels, there is no such margin: only what
+    does not fit the proportions of the size is cut off. An image that already has the size is returned unchanged.
+
+    Parameters
+    ----------
+    img_size : int or (int, int)
+        Side, or (height, width), in pixels.
+    interpolation : {"bilinear", "bicubic"}, optional
+        How images are resized.
+    """
 
     def __init__(self, img_size, interpolation="bilinear"):
         check_choice("interpolation", interpolation, INTERPOLATIONS)
@@ -116,13 +137,19 @@ class FitSize:
 
 @dataclass(frozen=True)
 class Whole:
-    """How a photograph is fitted with nothing cut off: to whole patches, in its own proportions as nearly as patches
-    allow.
+    """How to fit a photograph to whole patches without cropping, in nearly its own proportions.
 
-    max_tokens  patches at most; None: as many as the model was built for
-    img_size    side or (height, width) in pixels instead; the photograph is stretched to it
+    Parameters
+    ----------
+    max_tokens : int, optional
+        Largest number of patches. By default as many as the model was built for.
+    img_size : int or (int, int), optional
+        Side, or (height, width), in pixels. If given, the photograph is stretched to it instead.
 
-    Raises InputError for a max_tokens below 1.
+    Raises
+    ------
+    InputError
+        If max_tokens is below 1 or img_size is invalid.
     """
 
     max_tokens: int | None = None
@@ -135,8 +162,17 @@ class Whole:
             pair(self.img_size)
 
     def size_for(self, image_size, patch_size, n_patches):
-        """The (height, width) in pixels for an image of image_size, (h, w), by a model of n_patches patches of
-        patch_size, (height, width)."""
+        """Return the (height, width), in pixels, to which an image is resized.
+
+        Parameters
+        ----------
+        image_size : (int, int)
+            Height and width of the image.
+        patch_size : (int, int)
+            Height and width of a patch.
+        n_patches : int
+            Number of patches that the model was built for.
+        """
         if self.img_size is not None:
             return pair(self.img_size)
         most, (h, w), (height, width) = self.max_tokens or n_patches, image_size, patch_size
@@ -145,7 +181,7 @@ class Whole:
         grids = [(rows, min(columns, most // rows)) for rows, columns in fitting]
 
         def price(grid):
-            """How far an image is stretched in one direction, 0 for not at all, and the share of patches left over."""
+            """Return how far a grid stretches the image, plus the fraction of patches left unused."""
             stretch = abs(math.log(grid[0] * height * w / (grid[1] * width * h)))
             return 2 * stretch + 1 - grid[0] * grid[1] / most
 
@@ -154,30 +190,30 @@ class Whole:
 
 
 def covering_size(image_size, size):
-    """The smallest (height, width) in the proportions of image_size, (h, w), that covers size, (H, W)."""
+    """Return the smallest (height, width) in the proportions of image_size that covers `size`."""
     (h, w), (H, W) = image_size, size
     return (H, H * w // h) if h * W <= w * H else (W * h // w, W)
 
 
 def one_side(sides):
-    """(height, width), as one number where they are equal."""
+    """Return (height, width) as one number if they are equal."""
     return sides[0] if sides[0] == sides[1] else tuple(sides)
 
 
 def describe_size(size):
-    """A side, or (height, width), in words: "32", "96x160"."""
+    """Return a side or (height, width) as text: "32", "96x160"."""
     return "x".join(map(str, size)) if isinstance(size, tuple) else str(size)
 
 
 def resized_channels(numbers, n_channels):
-    """A number for each channel, for another number of channels: for 1 their mean, for more they are repeated."""
+    """Return one number per channel: the mean for n_channels=1, otherwise repeated in order."""
     if n_channels == 1:
         return (sum(numbers) / len(numbers),)
     return tuple(numbers[i % len(numbers)] for i in range(n_channels))
 
 
 def _channel_numbers(name, values):
-    """A mean or a std, in any kind of sequence, as a tuple of floats."""
+    """Return a mean or std, given as any kind of sequence, as a tuple of floats."""
     try:
         numbers = torch.as_tensor(values, dtype=torch.float64)
         sound = numbers.isfinite() & (numbers > 0) if name == "std" else numbers.isfinite()

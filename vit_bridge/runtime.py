@@ -1,6 +1,8 @@
 """The one way to run a model over images: device, precision, eval mode, and what to do when memory runs out.
 
-Shapes:  B images in a batch, N images, C channels, K classes.
+Main names: choose_device, choose_precision, evaluating, class_probabilities, explain_out_of_memory, processes.
+
+Shapes:  B images in a batch, N images, C channels, K classes, D features.
 """
 
 import os
@@ -22,9 +24,17 @@ from vit_bridge.system import n_processes, process_number
 
 
 def choose_device(device="auto"):
-    """"auto" (cuda where there is one, else mps, else cpu) or "cpu", "cuda", "cuda:1", "mps", as a torch.device.
+    """Return the torch.device to compute on.
 
-    Raises InputError for a name that torch does not know, and for a device that is not there.
+    Parameters
+    ----------
+    device : str or torch.device, optional
+        "auto" (CUDA if available, then an Apple GPU, then the CPU), "cpu", "cuda", "cuda:N" or "mps".
+
+    Raises
+    ------
+    InputError
+        If the name is unknown or the device is not available.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -36,18 +46,22 @@ def choose_device(device="auto"):
         raise InputError(f"device '{chosen}' is unknown; choose auto, cpu, cuda, cuda:N or mps")
     n_gpus = torch.cuda.device_count()
     if chosen.type == "cuda" and (chosen.index or 0) >= n_gpus:
-        raise InputError(f"device '{chosen}' is not there: torch sees {n_gpus} CUDA devices; choose auto or cpu")
+        raise InputError(f"device '{chosen}' is not available: torch sees {n_gpus} CUDA devices; choose auto or cpu")
     if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("device 'mps' is not there: torch sees no Apple GPU; choose auto or cpu")
+        raise InputError("device 'mps' is not available: torch sees no Apple GPU; choose auto or cpu")
     return chosen
 
 
 def choose_precision(amp, device):
-    """The autocast type for a device, None for plain float32.
+    """Return the autocast dtype for a device, or None for plain float32.
 
-    amp: "auto", "off", "bf16" or "fp16". "auto" is bf16 on CUDA where it has it, else fp16 there; bf16 on a CPU
-    that multiplies it in hardware (AMX, 2 to 3 times faster; AVX512-BF16, 1.4 to 2; without them far slower);
-    float32 elsewhere.
+    Parameters
+    ----------
+    amp : {"auto", "off", "bf16", "fp16"}
+        "auto" is bf16 on CUDA devices that support it and fp16 on others. On a CPU it is bf16 if the CPU multiplies it
+        in hardware, otherwise float32: bf16 is 2 to 3 times faster with AMX, 1.4 to 2 times faster with AVX512-BF16,
+        and far slower without them. On other devices it is float32.
+    device : torch.device
     """
     check_choice("amp", amp, ("auto", "off", "bf16", "fp16"))
     if amp != "auto":
@@ -55,45 +69,55 @@ def choose_precision(amp, device):
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if device.type == "cpu":
-        abilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.11 does not say
+        abilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.11 has no such function
         return torch.bfloat16 if abilities.get("amx_bf16") or abilities.get("avx512_bf16") else None
     return None
 
 
 def unwrapped(module):
-    """The model itself, inside the wrappers of torch: torch.compile, DataParallel, DistributedDataParallel and
-    AveragedModel, one inside the other too."""
+    """Return the model inside torch's wrappers, also nested ones.
+
+    They are torch.compile, DataParallel, DistributedDataParallel and AveragedModel.
+    """
     while True:
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
             module = module.module
-        elif "_orig_mod" in getattr(module, "_modules", ()):  # torch.compile's
+        elif "_orig_mod" in getattr(module, "_modules", ()):  # set by torch.compile
             module = module._orig_mod
         else:
             return module
 
 
 def is_quantised(model):
-    """Whether the model has layers of integer weights, as torch.ao.quantization makes them: no gradient passes them."""
+    """Return whether the model has layers with integer weights, as torch.ao.quantization makes them.
+
+    No gradient flows through these layers.
+    """
     return any(".quantized" in type(module).__module__ for module in model.modules())
 
 
 def logits_of(output):
-    """A model's output as logits: transformers wraps them in an object, others in a dict. A tuple stays one. Of a base
-    model of transformers, which has no head, its tokens after the last norm, (B, N, D)."""
+    """Return the logits of a model's output, which some libraries wrap in an object or a dict.
+
+    Tuples are returned unchanged. A base model of transformers has no head: its tokens after the last norm, (B, N, D),
+    are returned.
+    """
     if isinstance(output, Mapping):
         return output.get("logits", output.get("last_hidden_state", output))
     return output if isinstance(output, tuple) else getattr(output, "logits", output)
 
 
 def tokens_of(output):
-    """A block's output as tokens: some libraries wrap them in a tuple."""
+    """Return the tokens of a block's output, which some libraries wrap in a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
 def evaluating(model):
-    """Inside, the whole model is in eval mode, and what is compiled in it runs as it is written, so that hooks see it;
-    afterwards each of its modules is in the mode it was in."""
+    """Keep the whole model in eval mode, and restore the mode of each module afterwards.
+
+    Compiled parts run uncompiled inside, so that hooks see their layers.
+    """
     modes = {module: module.training for module in model.modules()}
     compiled = any(module._compiled_call_impl or "_orig_mod" in module._modules for module in modes)
     model.eval()
@@ -106,8 +130,10 @@ def evaluating(model):
 
 
 def device_of(model):
-    """The device of the model's first parameter or buffer; the CPU where it has none. Raises InputError for a model
-    on the device "meta", which has shapes and no numbers."""
+    """Return the device of the model's first parameter or buffer, or the CPU if it has none.
+
+    Raises InputError for a model on the device "meta", which has shapes but no values.
+    """
     device = next((one.device for one in chain(model.parameters(), model.buffers())), torch.device("cpu"))
     if device.type == "meta":
         raise InputError("the model is on the device 'meta' and has shapes, but no weights; build it on the CPU, or "
@@ -116,23 +142,27 @@ def device_of(model):
 
 
 def dtype_of(model):
-    """The precision of the model's first floating-point parameter or buffer; torch's default where it has none."""
+    """Return the dtype of the model's first floating-point parameter or buffer, or torch's default dtype."""
     numbers = (one.dtype for one in chain(model.parameters(), model.buffers()) if one.is_floating_point())
     return next(numbers, torch.get_default_dtype())
 
 
 def to_model(images, model):
-    """Images on the device and in the precision of the model."""
+    """Return images on the device and in the dtype of the model."""
     return images.to(device_of(model), dtype_of(model))
 
 
 def at_least_float32(values):
+    """Return values as float32 if they are float16 or bfloat16, otherwise unchanged."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 @torch.no_grad()
 def class_probabilities(model, images):
-    """Softmax of the logits, (B, K), in eval mode. images: normalised, (B, C, height, width)."""
+    """Return the softmax of the logits, (B, K), computed in eval mode.
+
+    images: normalised, (B, C, height, width).
+    """
     model = unwrapped(model)
     with evaluating(model):
         return logits_of(model(to_model(images, model))).float().softmax(dim=-1)  # (B, K)
@@ -140,27 +170,27 @@ def class_probabilities(model, images):
 
 @torch.no_grad()
 def predictions(model, images, batch_size=128):
-    """The class that the model predicts for each image: int64 (N,), on the CPU."""
+    """Return the predicted class of each image: int64 (N,), on the CPU."""
     model = unwrapped(model)
     with evaluating(model):
-        answers = [logits_of(model(to_model(part, model))).argmax(dim=1).cpu() for part in images.split(batch_size)]
-    return torch.cat(answers)  # (N)
+        classes = [logits_of(model(to_model(part, model))).argmax(dim=1).cpu() for part in images.split(batch_size)]
+    return torch.cat(classes)  # (N)
 
 
 @cache
 def check_compiler(device_type):
-    """Compiles one small function by torch.compile. Raises InputError where that fails, as without a C++ compiler."""
-    fresh = random.random()  # so that what was compiled once is not found again
+    """Raise InputError if torch.compile cannot compile one small function, for example without g++."""
+    fresh = random.random()  # a new constant, so that no earlier result is reused
     try:
         torch.compile(lambda x: x * fresh + x.sin())(torch.ones(8, device=device_type))
-    except Exception as error:  # whatever the parts behind torch.compile raise
+    except Exception as error:  # the tools behind torch.compile raise many types
         cause = next((line for line in str(error).splitlines() if "Error:" in line or "Compiler" in line), str(error))
         raise InputError(f"torch.compile does not work here ({' '.join(cause.split())[:150]}); install a C++ compiler, "
                          f"such as g++, or train without --compile (in Python compile=False)") from error
 
 
 class OutOfMemory(InputError):
-    """Out of memory; `grad_accum_steps` is a number of parts that may be enough."""
+    """Out of memory. `grad_accum_steps` is a number of gradient-accumulation steps that may be enough."""
 
     def __init__(self, text, grad_accum_steps):
         super().__init__(text)
@@ -169,7 +199,21 @@ class OutOfMemory(InputError):
 
 @contextmanager
 def explain_out_of_memory(device, batch_size=None, grad_accum_steps=1, training=False):
-    """Inside, an out-of-memory error becomes an OutOfMemory that names the batch and what to do; others stay."""
+    """Turn an out-of-memory error inside into an OutOfMemory that names the batch and a remedy.
+
+    Other errors pass unchanged.
+
+    Parameters
+    ----------
+    device : torch.device
+        For the message.
+    batch_size : int, optional
+        Images in a batch.
+    grad_accum_steps : int, optional
+        Parts into which the batch is already split.
+    training : bool, optional
+        Whether to suggest more gradient-accumulation steps.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -185,11 +229,20 @@ def explain_out_of_memory(device, batch_size=None, grad_accum_steps=1, training=
 
 
 def recomputed(layer, compiled=False):
-    """layer.forward, but its activations are not kept: the backward pass computes them again, from the layer's input
-    (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+    """Return layer.forward with gradient checkpointing.
 
-    Nothing else changes: dropout is drawn alike, and batch statistics count once. compiled: it is used inside
-    torch.compile, which writes batch statistics once by itself.
+    Its activations are not stored: the backward pass computes them again from the layer's input. Nothing else changes:
+    dropout draws the same masks, and batch norms update their running statistics once.
+
+    Parameters
+    ----------
+    layer : nn.Module
+    compiled : bool, optional
+        Whether the function runs inside torch.compile, which by itself updates the statistics only once.
+
+    References
+    ----------
+    Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
     """
     norms = [module for module in layer.modules() if isinstance(module, _BatchNorm)]
     contexts = dict(context_fn=partial(_contexts_of, norms)) if norms and not compiled else {}
@@ -197,13 +250,13 @@ def recomputed(layer, compiled=False):
 
 
 def _contexts_of(norms):
-    """What is entered by the first forward pass, and by the second."""
+    """Return the contexts of the first forward pass and of the second, as torch's checkpoint needs them."""
     return nullcontext(), _statistics_kept(norms)
 
 
 @contextmanager
 def _statistics_kept(norms):
-    """Afterwards batch norms have the running statistics that they had before."""
+    """Restore the running statistics of batch norms afterwards."""
     before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     try:
         yield
@@ -215,7 +268,7 @@ def _statistics_kept(norms):
 
 @contextmanager
 def replaced_forwards(forwards):
-    """Inside, modules compute what `forwards`, {module: function}, says; afterwards what they did before."""
+    """Run modules with other forward functions inside, given as {module: function}."""
     before = {module: vars(module).get("forward") for module in forwards}
     for module, forward in forwards.items():
         module.forward = forward
@@ -230,10 +283,11 @@ def replaced_forwards(forwards):
 
 @contextmanager
 def processes(device="auto"):
-    """Gives the device to compute on; of several processes each its own, and they are joined as long as this is
-    entered. Only the first one prints.
+    """Join the processes of one command, and yield the device of this one.
 
-    Raises InputError for a device that is not there, and where another process ended before its time.
+    With several processes each gets its own GPU, and only the first prints. With one process nothing is joined.
+
+    Raises InputError if the device is not available, or if another process stopped early.
     """
     device = choose_device(device)
     if n_processes() == 1:
@@ -249,6 +303,6 @@ def processes(device="auto"):
         except RuntimeError as error:
             if "gloo" not in str(error) and not isinstance(error, dist.DistError):
                 raise
-            raise InputError(f"another process ended before its time ({str(error).splitlines()[0][:150]}); what ended "
-                             f"it stands beside this, and a training goes on with --resume and its folder") from None
+            raise InputError(f"another process stopped early ({str(error).splitlines()[0][:150]}); see its own message "
+                             f"for the reason, and continue a training with --resume and its folder") from None
     dist.destroy_process_group()

@@ -1,9 +1,9 @@
-"""The machine: files written whole, folders of runs, processes, signals, and what a result was measured on.
+"""The operating system: writing files safely, several processes, interruptions, and the machine itself.
 
-    write_whole, write_json     a file appears whole or not at all
-    n_processes, broadcast_object, all_gather_object   several processes, started by torchrun
-    Interrupts                  Ctrl-C and SIGTERM, held back until it is safe to stop
-    machine, commit             what a result was measured on
+    write_whole, write_json                            write a file completely or not at all
+    n_processes, broadcast_object, all_gather_object   several processes, as torchrun starts them
+    Interrupts                                         delay Ctrl-C and SIGTERM until it is safe to stop
+    machine, commit                                    describe where a result was measured
 """
 
 import itertools
@@ -26,9 +26,19 @@ from vit_bridge.errors import InputError, first_line
 
 
 def write_whole(path, write):
-    """Writes a file that appears whole or not at all, whatever happens meanwhile; an older one stays until then.
+    """Write a file so that it appears completely or not at all; until then an older file stays.
 
-    write: called with the open file, which takes bytes. Raises InputError where it cannot be written.
+    Parameters
+    ----------
+    path : path-like
+        The file to write. Its folder must exist.
+    write : callable
+        Called with a file opened for writing bytes.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be written.
     """
     part = Path(f"{path}.part")
     try:
@@ -39,17 +49,17 @@ def write_whole(path, write):
         os.replace(part, path)
         _sync_folder(part.parent)
     except (OSError, RuntimeError) as error:
-        # what torch.save raises for a full disk hides the disk's own error behind it
+        # for a full disk torch.save raises an error of its own, with the disk's error as its context
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise InputError(f"cannot write {path} ({getattr(reason, 'strerror', None) or first_line(reason)}); choose a "
-                         f"folder that exists, is writable and has room") from error
+                         f"folder that exists, is writable and has free space") from error
     finally:
-        with suppress(OSError):  # there is none where all went well
+        with suppress(OSError):  # after a success it is already gone
             part.unlink()
 
 
 def _sync_folder(folder):
-    """Has the disk keep the names in a folder; Windows does so by itself, and refuses."""
+    """Make the names in a folder durable on disk. Windows does this by itself and refuses the call."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -62,17 +72,17 @@ def _sync_folder(folder):
 
 
 def n_processes():
-    """How many processes torchrun, or another launcher, started for this command."""
+    """Return how many processes torchrun, or another launcher, started for this command."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def process_number():
-    """This process's number among them, from 0."""
+    """Return the number of this process, from 0."""
     return int(os.environ["RANK"]) if n_processes() > 1 else 0
 
 
 def broadcast_object(value):
-    """The first process's value, on every process; they wait here for each other."""
+    """Return the first process's value on every process. All processes wait here for each other."""
     if n_processes() == 1:
         return value
     box = [value]
@@ -81,7 +91,7 @@ def broadcast_object(value):
 
 
 def all_gather_object(value):
-    """The values of all processes, in a list, on each of them."""
+    """Return a list of the values of all processes, on every process."""
     if n_processes() == 1:
         return [value]
     values = [None] * n_processes()
@@ -93,7 +103,7 @@ def all_gather_object(value):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked to stop; its text says what to do next."""
+    """A request to stop by a signal. Its text says what to do next."""
 
     def __init__(self, number, text=""):
         super().__init__(text)
@@ -101,18 +111,20 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupts:
-    """Ctrl-C (SIGINT) and SIGTERM while this is entered: the first raises Interrupted, or, while `held`, is only noted
-    in `caught`; a second one ends the process at once. `advice` is the text of Interrupted.
+    """A context in which Ctrl-C (SIGINT) and SIGTERM stop the work at a safe moment.
 
-    Under a launcher of several processes the terminal and the launcher both pass on one Ctrl-C: what comes within a
-    second of the first is then the same one.
+    The first signal raises Interrupted with the text `advice`. While `held` is true it is only recorded in `caught`. A
+    second signal ends the process at once.
+
+    When a launcher runs several processes, one Ctrl-C arrives twice: from the terminal and from the launcher. A signal
+    within a second of the first therefore counts as the same one.
     """
 
     def __init__(self):
         self.caught, self.held, self.advice, self.time, self.before = None, False, "", 0.0, {}
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python has no signals
+        if threading.current_thread() is threading.main_thread():  # Python allows signal handlers only there
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.before[number] = signal.signal(number, self.handle)
         return self
@@ -134,14 +146,18 @@ class Interrupts:
 
 
 def new_output_dir(wanted, model_name, dataset_name):
-    """Makes the folder of a run. Raises InputError where it cannot, or where it already holds something."""
+    """Create the folder of a run and return its path.
+
+    Raises InputError if it cannot be created or written, or if it already holds files.
+    """
     folder = Path(wanted or "runs")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if wanted is None:
             folder = _first_new_folder(folder / f"{model_name}-{dataset_name}")
         elif any(entry.name[0] != "." for entry in folder.iterdir()):
-            raise InputError(f"--output-dir {folder} already holds files; choose a new folder, so that no run is lost")
+            raise InputError(f"--output-dir {folder} already holds files; choose a new folder, so that no run is "
+                             f"overwritten")
         (folder / ".write-test").touch()
         (folder / ".write-test").unlink()
     except OSError as error:
@@ -152,17 +168,17 @@ def new_output_dir(wanted, model_name, dataset_name):
 
 @contextmanager
 def unless_empty(folder):
-    """The folder as long as this is entered; where an error ends that before anything was written, it goes away."""
+    """Yield a folder, and remove it again if an error ends the block before anything was written to it."""
     try:
         yield folder
     except BaseException:
-        with suppress(OSError):  # what holds something cannot be removed so
+        with suppress(OSError):  # rmdir fails if the folder holds anything, and should
             folder.rmdir()
         raise
 
 
 def _first_new_folder(stem):
-    """Makes <stem>-1, or -2, ...: the first that nobody else has made."""
+    """Create <stem>-1, <stem>-2, ..., whichever does not exist yet, and return its path."""
     for n in itertools.count(1):
         folder = stem.with_name(f"{stem.name}-{n}")
         try:
@@ -173,17 +189,18 @@ def _first_new_folder(stem):
 
 
 def write_json(entries, path):
+    """Write entries as an indented JSON file."""
     write_whole(path, lambda file: file.write((json.dumps(entries, indent=2) + "\n").encode()))
 
 
 # ---- What a result was measured on ------------------------------------------------------------------------
 
-ROOT = Path(__file__).resolve().parent.parent  # of the checkout, where this is one
-INSTRUCTIONS = dict(amx_bf16="AMX", avx512_bf16="AVX512-BF16", avx512f="AVX512", avx2="AVX2")  # the fastest first
+ROOT = Path(__file__).resolve().parent.parent  # the checkout's root, if this is a checkout
+INSTRUCTIONS = dict(amx_bf16="AMX", avx512_bf16="AVX512-BF16", avx512f="AVX512", avx2="AVX2")  # fastest first
 
 
 def machine(device="cpu"):
-    """What a result was measured on, in words; with device="cuda" the GPU too."""
+    """Describe the computer in words: CPU, cores and system; with device="cuda" also the GPU."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -199,8 +216,10 @@ def machine(device="cpu"):
 
 
 def commit():
-    """The short hash of the checkout's commit, with -dirty where a tracked file other than a result differs from it; or
-    "unknown"."""
+    """Return the short hash of the checked-out commit, or "unknown" outside a git checkout.
+
+    It ends in -dirty if a tracked file differs from the commit; the measured results do not count.
+    """
     def git(*words):
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
 

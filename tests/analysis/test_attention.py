@@ -168,8 +168,9 @@ def test_attention_rows_are_those_of_the_whole_maps(options, monkeypatch):
         torch.testing.assert_close(mean_distances(model, images, renormalise), attention_distance(maps, *layout))
 
 
-@pytest.mark.parametrize(("patch", "words"), [((2, 0), "patch 2 is out of range"), (3, r"patch 3 is no place; expected "
-                                              r"\(row, column\), such as \(0, 2\)"), ((0, 1, 2), "is no place")])
+@pytest.mark.parametrize(("patch", "words"), [
+    ((2, 0), "patch 2 is out of range"), ((0, 1, 2), "is not a position"),
+    (3, r"patch 3 is not a position; expected \(row, column\), such as \(0, 2\)")])
 def test_attention_rows_refuses_a_patch_that_is_not_there(patch, words):
     with pytest.raises(InputError, match=words):
         attention_rows(vit(), images_for(vit()), patch)

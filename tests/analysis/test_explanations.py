@@ -139,7 +139,7 @@ def test_grad_cam_uses_the_last_block_the_head_sees(options, layer):
 
 
 def test_grad_cam_says_why_the_last_block_is_blank():
-    with pytest.raises(InputError, match=r"\AGrad-CAM after the last block is blank: the head reads CLS alone[^\n]*\Z"):
+    with pytest.raises(InputError, match=r"\AGrad-CAM after the last block is blank: the head reads only CLS,[^\n]*\Z"):
         e.explain(vit(), images_of(), "grad_cam", layer_idx=-1)
 
 
@@ -643,7 +643,7 @@ def test_selfcheck_reports_a_model_that_gives_nan():
     model = vit()
     torch.nn.init.constant_(model.head.bias, torch.nan)
     check, = selfcheck(model, images_of())
-    assert (check.name, check.holds) == ("answers and attention maps are finite numbers", False)
+    assert (check.name, check.holds) == ("logits and attention maps are finite", False)
     for see in (e.explain, e.compare_explanations, e.logit_lens):
         with pytest.raises(InputError, match=r"\Athis VisionTransformer gives NaN or infinity [^\n]*\Z"):
             see(model, images_of())
@@ -704,7 +704,7 @@ def test_compare_explanations_refuses_no_images_or_methods():
     for see in (e.compare_explanations, selfcheck, e.logit_lens):
         with pytest.raises(InputError, match=r"\A[^\n]*\(0, 3, 14, 15\), in which there is no image[^\n]*\Z"):
             see(vit(), images_of()[:0])
-    with pytest.raises(InputError, match=r"\Amethods \(\) name none; expected at least one of attention, rollout, "):
+    with pytest.raises(InputError, match=r"\Amethods \(\) is empty; expected at least one of attention, rollout, "):
         e.compare_explanations(vit(), images_of(), methods=())
 
 
@@ -718,7 +718,7 @@ def test_explain_refuses_a_bad_discard_ratio(ratio):
 def test_explain_without_a_head_gives_no_class():
     found = e.explain(vit(n_classes=0), images_of(), "attention")
     assert (found.targets, found.probabilities) == (None, None)
-    with pytest.raises(InputError, match="no answer that hiding patches could change"):
+    with pytest.raises(InputError, match="hiding patches cannot change a prediction"):
         e.compare_explanations(vit(n_classes=0), images_of())
     with pytest.raises(InputError, match="has no head"):
         e.explain(ConvNet(img_size=29, n_classes=0, widths=(3, 5), depths=(1, 1)), images_of(1, (29, 29)).float(),
@@ -729,7 +729,7 @@ def test_grad_cam_says_so_when_it_is_blank():
     model, images = vit(), images_of(1)
     with torch.no_grad():
         model.head.weight[3] = 0  # class 3 hangs on nothing
-    with pytest.raises(InputError, match="Grad-CAM is blank: at no place"):
+    with pytest.raises(InputError, match="Grad-CAM is blank: the weighted channels"):
         e.explain(model, images, "grad_cam", target=3)
     assert set(e.compare_explanations(model, images, target=3, n_steps=2).refused) == {"grad_cam"}
     with pytest.raises(InputError, match="after the only block is blank"):
@@ -772,11 +772,11 @@ def test_grad_cam_of_a_distilled_head_is_taken_where_the_patches_still_count(lib
     saliency = e.explain(model, images, "grad_cam").saliency
     assert torch.equal(saliency, e.explain(model, images, "grad_cam", layer_idx=1).saliency)
     assert (saliency > 0).flatten(1).any(dim=1).all()
-    with pytest.raises(InputError, match="after the last block is blank: the head reads CLS and the distillation token "
-                                         "alone, and what the patch tokens are there goes nowhere; choose a layer_idx "
-                                         "from 0 to 1"):
+    with pytest.raises(InputError, match="after the last block is blank: the head reads only CLS and the distillation "
+                                         "token, so the patch tokens there have no effect; choose a layer_idx from 0 "
+                                         "to 1"):
         e.explain(model, images, "grad_cam", layer_idx=-1)
-    with pytest.raises(InputError, match="after the only block is blank: the head reads CLS and the"):
+    with pytest.raises(InputError, match="after the only block is blank: the head reads only CLS and the"):
         e.explain(distilled(library, depth=1), images, "grad_cam")
 
 
@@ -870,7 +870,7 @@ def test_selfcheck_sees_misplaced_tokens(monkeypatch):
     whole = model.patch_embed.forward
     monkeypatch.setattr(model.patch_embed, "forward", lambda images: whole(images).flip(1))
     wrong = [check for check in selfcheck(model, images_of()) if check.holds is False]
-    assert [check.found for check in wrong] == ["of the corners: tokens [[6], [5]], expected [[5], [6]]"]
+    assert [check.found for check in wrong] == ["for two corners: tokens [[6], [5]], expected [[5], [6]]"]
 
 
 # ---- Memory

@@ -29,7 +29,7 @@ def test_balanced_accuracy_averages_recalls_over_present_classes():
     ([0, 3], [0, 1], "labels from 0 to 3 are out of range; expected 0 to 2"),
     ([0, -1], [0, 1], "labels from -1 to 0"),
     ([0, 1], [0, 3], "predictions from 0 to 3"),
-    ([0, 1], [0], "no pairs"),
+    ([0, 1], [0], "do not match"),
 ])
 def test_confusion_matrix_refuses_impossible_classes(labels, predictions, text):
     with pytest.raises(InputError, match=text):

@@ -135,7 +135,7 @@ def test_receptive_field_centres_on_the_given_images():
 
 
 def test_adapt_refuses_an_unknown_model():
-    with pytest.raises(InputError, match=r"a Linear is not known here; expected one of vit_bridge\.models"):
+    with pytest.raises(InputError, match=r"class Linear is not supported; expected a model of vit_bridge\.models"):
         adapt(nn.Linear(3, 7))
 
 

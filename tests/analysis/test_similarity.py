@@ -125,5 +125,5 @@ def test_layer_similarity_refuses_too_few_or_equal_images():
     with pytest.raises(InputError, match="batch_size 3"):
         r.layer_similarity(vit(), vit(), images_for(8), 3)
     same = images_for(1).expand(8, -1, -1, -1)
-    with pytest.raises(InputError, match="gives all images alike"):
+    with pytest.raises(InputError, match="has the same features for all images"):
         r.layer_similarity(vit(), vit(), same)

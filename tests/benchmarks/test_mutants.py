@@ -1,4 +1,4 @@
-"""benchmarks/mutants.py: which breaks a source has, that a seed draws the same ones, and that a break is one change."""
+"""benchmarks/mutants.py: the changes that a source allows, drawn by seed, one at a time."""
 
 import ast
 import importlib.util
@@ -32,18 +32,18 @@ def mutants(monkeypatch):
         "def f(a: int = 2, *, b=True, c=None):\n    \"\"\"1 < 2\"\"\"\n    x = f\"{1 < 2}\"",
         "def f(a: int = 1, *, b=False, c=None):\n    \"\"\"1 < 2\"\"\"\n    x = f\"{1 < 2}\""]),
     ("a.b = c", ["pass"]), ("a = c", []), ("a += c", ["pass"]), ("raise A(\n1 < 2)", ["pass"])])
-def test_places_are_all_single_changes_of_a_kind(source, breaks, mutants):
+def test_places_are_all_single_changes(source, breaks, mutants):
     made = [mutants.broken(source, *change) for _, *change in mutants.Places(source).found]
     assert sorted(made) == sorted(breaks)
 
 
-def test_places_of_some_classes_are_in_them_alone(mutants):
+def test_places_of_named_classes_are_inside_them(mutants):
     source = "class A:\n    a = 1\n\nclass B:\n    b = 2\n"
     ((kind, *change),) = mutants.Places(source, ["B"]).found
     assert (kind, mutants.broken(source, *change)) == ("constant", source.replace("2", "3"))
 
 
-def test_breaks_are_drawn_by_seed_from_all_rooms_and_still_parse(mutants):
+def test_mutants_are_drawn_by_seed_from_all_rooms_and_still_parse(mutants):
     places = mutants.all_places(ROOT)
     assert {file.split("/")[1] if "/" in file else file for own in places.values() for file, *_ in own} == {
         *mutants.ROOMS, "train_vit.py"}
@@ -56,7 +56,7 @@ def test_breaks_are_drawn_by_seed_from_all_rooms_and_still_parse(mutants):
         assert ast.dump(ast.parse(mutants.broken(source, *change))) != ast.dump(ast.parse(source))
 
 
-def test_measure_breaks_asks_and_mends(mutants, tmp_path, monkeypatch):
+def test_measure_changes_tests_and_restores_the_file(mutants, tmp_path, monkeypatch):
     (tmp_path / "a.py").write_text("x = 1\ny = 2\nz = 3\n")
     seen = []
     monkeypatch.setattr(mutants, "who_sees", lambda file, root: seen.append(

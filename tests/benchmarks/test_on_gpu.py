@@ -1,4 +1,4 @@
-"""benchmarks/on_gpu.sh: what fails is kept and said, the rest goes on, and RESULTS.md draws what it wrote."""
+"""benchmarks/on_gpu.sh: failures are kept and reported, the other parts still run, and RESULTS.md shows the outcome."""
 
 import importlib.util
 import json
@@ -20,14 +20,14 @@ def module_of(name, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)  # where dataclasses look
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look it up there
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture
 def results(monkeypatch, tmp_path):
-    """results.py with a folder of its own, which holds one table of the project's."""
+    """Return results.py with a folder of its own, which holds one table of the project."""
     module = module_of("results", monkeypatch)
     (tmp_path / "results").mkdir()
     shutil.copy(BENCHMARKS / "results" / "formats-all.json", tmp_path / "results")
@@ -48,7 +48,7 @@ def check(on_gpu, tmp_path):
 
 
 def page_with(results, cells):
-    """(RESULTS.md without these cells, RESULTS.md with them)."""
+    """Return RESULTS.md without these cells and with them."""
     results.page()
     before = (results.HERE / "RESULTS.md").read_text()
     (results.HERE / "cells.json").write_text(json.dumps(cells))
@@ -61,7 +61,7 @@ def python(code):
     return [sys.executable, "-c", code]
 
 
-# ---- What fails -------------------------------------------------------------------------------------------
+# ---- Failures ---------------------------------------------------------------------------------------------
 
 
 def test_check_keeps_the_output_of_a_failed_command(check):
@@ -90,7 +90,7 @@ def alive(stat):
         return False
 
 
-def test_check_goes_on_after_a_part_breaks(check, monkeypatch):
+def test_check_runs_the_other_parts_after_a_failure(check, monkeypatch):
     def broken():
         raise OSError("no room")
 
@@ -163,7 +163,7 @@ def test_keep_gpu_fills_in_an_unknown_commit(check, results):
     assert [cells[0]["commit"] for cells in kept] == [results.commit()]
 
 
-# ---- All of it --------------------------------------------------------------------------------------------
+# ---- The whole check --------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""benchmarks/trust.py: its areas are means over the images that have a map, and its command says what was given."""
+"""benchmarks/trust.py: areas are means over the images that have a map; the command names the options."""
 
 import importlib.util
 import sys
@@ -24,7 +24,7 @@ def trust():
 
 def model_and_images():
     model = vit()
-    torch.manual_seed(0)  # after the model: how many numbers its initialisation draws depends on torch's version
+    torch.manual_seed(0)  # after the model, whose initialisation draws different numbers in different versions of torch
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.6 * torch.randn(parameter.shape))
@@ -57,6 +57,6 @@ def test_areas_refuses_a_method_blank_for_every_image(trust):
         trust.areas(model, images, seed=0, chunk=5, n_steps=2, n_draws=1)
 
 
-def test_command_of_names_only_what_was_given(trust):
+def test_command_of_names_only_options_that_differ(trust):
     assert trust.command_of(1, 2000, 500) == "python benchmarks/trust.py --keep --seeds 1"
     assert trust.command_of(0, 30, 40) == "python benchmarks/trust.py --keep --seeds 0 --steps 30 --n-images 40"

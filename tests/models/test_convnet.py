@@ -12,6 +12,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from vit_bridge.models.convnet import BottleneckBlock, ConvNet, ConvolutionAsAttention, PooledStage, ResidualBlock
 from vit_bridge.models.hybrid import ConvStem, HybridCNNViT, PooledStem
 from vit_bridge.models.initialisation import whiten_first_layer, whitening_filters
+from vit_bridge.models.registry import build_model
 from vit_model import InputError, TransformerBlock, VisionTransformer, freeze_backbone, resize_positions
 
 HYBRID = dict(n_classes=11, embed_dim=12, depth=2, n_heads=3, img_size=(20, 28), patch_size=4)  # 5 x 7 tokens
@@ -131,7 +132,7 @@ def test_convnet_forward_is_the_head_of_the_mean_map():
 def test_convnet_refuses_to_take_batch_statistics_of_one_place(stem_stride):
     model = ConvNet(**{**CONVNET, "stem_stride": stem_stride})
     side = 4 * stem_stride
-    with pytest.raises(InputError, match=one_line_with(f"one image of {side}x{side} pixels leaves one place")):
+    with pytest.raises(InputError, match=one_line_with(f"one image of {side}x{side} pixels leaves one value")):
         model(torch.randn(1, 2, side, side))
     assert model(torch.randn(1, 2, side, side + 1)).shape == (1, 11)
     assert model(torch.randn(2, 2, side, side)).shape == (2, 11)
@@ -236,7 +237,7 @@ def test_resize_positions_moves_a_hybrid():
 
 
 @pytest.mark.parametrize(("model_class", "arguments"), [(HybridCNNViT, HYBRID), (ConvNet, CONVNET)])
-def test_convnet_and_hybrid_copies_and_rebuilds_answer_alike(model_class, arguments):
+def test_convnet_and_hybrid_copies_and_rebuilds_give_the_same_logits(model_class, arguments):
     model = randomised(model_class(**arguments))
     images = torch.randn(2, model.config.in_channels, 20, 28)
     again = model_class(**vars(model.config)).eval()
@@ -298,6 +299,15 @@ def test_convnet_and_hybrid_refuse_bad_arguments_naming_the_value(build, value):
 def test_convnet_and_hybrid_refuse_images_that_do_not_fit(model, shape):
     with pytest.raises(InputError, match=one_line_with(shape)):
         model(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(("call", "closest", "command"), [
+    (lambda: build_model("resnet_18"), "resnet18", "python train_vit.py --help"),
+    (lambda: build_model("hybrid", n_class=3), "n_classes", "help(HybridConfig)")])
+def test_build_model_names_the_closest_choice_and_what_lists_all(call, closest, command):
+    words = rf"the closest choices are {closest}, [^\n]*; list all \d+ with {re.escape(command)}\Z"
+    with pytest.raises(InputError, match=words):
+        call()
 
 
 # ---- Pooled stages and whitening --------------------------------------------------------------------------
@@ -369,8 +379,8 @@ def test_whitening_filters_decorrelate_patches():
     torch.manual_seed(0)
     images = F.avg_pool2d(torch.randn(53, 3, 20, 20), 5, stride=1)  # (53, 3, 16, 16), neighbours alike
     filters = whitening_filters(images, 2, floor=0.0)  # (12, 3, 2, 2)
-    answers = F.conv2d(images, filters, stride=2).transpose(0, 1).flatten(1)  # (12, 53 * 64)
-    torch.testing.assert_close(answers @ answers.T / answers.shape[1], torch.eye(12), atol=1e-3, rtol=0)
+    outputs = F.conv2d(images, filters, stride=2).transpose(0, 1).flatten(1)  # (12, 53 * 64)
+    torch.testing.assert_close(outputs @ outputs.T / outputs.shape[1], torch.eye(12), atol=1e-3, rtol=0)
     assert (filters.flatten(1).norm(dim=1).diff() >= 0).all()  # the larger the variance, the shorter; largest first
     raw = F.unfold(images, 2, stride=2).transpose(0, 1).flatten(1)  # the control
     assert (raw @ raw.T / raw.shape[1] - torch.eye(12)).abs().max() > 0.5
@@ -378,8 +388,8 @@ def test_whitening_filters_decorrelate_patches():
 
 def test_whitening_filters_floor_keeps_small_directions_small():
     images = 1e-4 * torch.randn(53, 3, 16, 16)
-    answers = F.conv2d(images, whitening_filters(images, 2), stride=2)
-    assert answers.std() == pytest.approx(1e-4 / 0.1, rel=0.05)
+    outputs = F.conv2d(images, whitening_filters(images, 2), stride=2)
+    assert outputs.std() == pytest.approx(1e-4 / 0.1, rel=0.05)
 
 
 @pytest.mark.parametrize("model", [ConvNet(**POOLED), HybridCNNViT(3, 12, 1, 3, 16, 4, 2, stem="pooled")])
@@ -462,10 +472,10 @@ def test_convolution_as_attention_softened_differs_and_learns():
     (dict(stride=2, padding=1), "stride"), (dict(padding=0), "padding"), (dict(padding=2, dilation=2), "dilation"),
     (dict(padding=1, groups=3), "groups"), (dict(padding=1, padding_mode="reflect"), "padding_mode")])
 def test_convolution_as_attention_refuses_unsupported_convolutions(settings, words):
-    with pytest.raises(InputError, match=f"{words} .* has no such attention"):
+    with pytest.raises(InputError, match=f"{words} .* cannot be written as attention"):
         ConvolutionAsAttention.from_conv(nn.Conv2d(3, 6, 3, **settings))
 
 
 def test_convolution_as_attention_refuses_an_even_kernel():
-    with pytest.raises(InputError, match="kernel_size 4 has no middle"):
+    with pytest.raises(InputError, match="kernel_size 4 is even"):
         ConvolutionAsAttention(3, 5, 4)

@@ -105,10 +105,10 @@ def test_convnext_is_that_of_the_libraries_number_for_number(library, in_channel
     theirs.load_state_dict(under_their_names(ours.state_dict()))
     images = torch.randn(2, in_channels, *size).double()
     logits = ours(images), theirs(images)
-    logits = [getattr(answer, "logits", answer) for answer in logits]
+    logits = [getattr(output, "logits", output) for output in logits]
     torch.testing.assert_close(*logits, rtol=1e-9, atol=1e-9)
-    for answer in logits:
-        (answer * torch.linspace(-1, 1, 5)).sum().backward()
+    for each in logits:
+        (each * torch.linspace(-1, 1, 5)).sum().backward()
     wanted = under_their_names({name: p.grad for name, p in ours.named_parameters()})
     for name, parameter in theirs.named_parameters():
         assert (parameter.grad - wanted[name]).norm() <= 1e-9 * parameter.grad.norm(), name
@@ -175,7 +175,7 @@ def test_convnext_without_classes_gives_its_pooled_features():
     assert features.shape == (3, model.n_features)
 
 
-def test_convnext_copies_and_rebuilds_answer_alike():
+def test_convnext_copies_and_rebuilds_give_the_same_logits():
     model = randomised(ConvNeXt(**{**SMALL, "widths": [4, 6], "depths": [1, 2], "layer_scale": None}))
     again = ConvNeXt(**vars(model.config)).double().eval()
     again.load_state_dict(model.state_dict())

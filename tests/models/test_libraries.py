@@ -194,11 +194,11 @@ VIEWS = {
         None, {"it": model}, images)),
     "selfcheck": (NOTHING, checked),
 }
-NO_HEAD = ("this {name} has no head, so there is no class to explain; give one with a head, or ask for attention or "
-           "rollout")
+NO_HEAD = ("this {name} has no head, so there is no class to explain; use a model with a head, or the views "
+           "'attention' or 'rollout'")
 NO_ANSWER = "this {name} has no head, so there is no answer that hiding patches could change; give one with a head"
-NO_ROW = ("the head reads {pool}, not CLS, CLS and a distillation token, or the mean of the patches; there is no row "
-          "of tokens to show for it; patch=(row, column) shows that of a patch")
+NO_ROW = ("the head reads {pool}, so no row of an attention map belongs to it; choose a patch with patch=(row, "
+          "column)")
 
 
 def expected_of(name, view, needs):
@@ -261,20 +261,20 @@ def with_kernel():
 REFUSED = {
     "two maps a head": (partial(timm_vit, attn_layer="diff", num_heads=2), "attends by DiffAttention, the difference"),
     "two attentions a block": (partial(timm_vit, block_fn=ParallelThingsBlock), "6 attention maps of .* expected 3"),
-    "logits of each token": (partial(timm_vit, global_pool=""), r"gives each token logits of its own \(global_po"),
+    "logits of each token": (partial(timm_vit, global_pool=""), r"computes logits for each token \(global_po"),
     "stem of a CNN": (partial(timm.create_model, "vit_tiny_r_s16_p8_224", img_size=64), "tokens in another way than"),
     "another head": (lambda: Shifted(SIDE, PATCH, num_classes=CLASSES, embed_dim=D, depth=DEPTH, num_heads=HEADS),
                      r"makes something else of the tokens after its last block than a timm ViT with this head \(la"),
     "another kernel": (with_kernel, "no attention map was seen in this VisionTransformer: it attends in a kernel of"),
     "pixels as output": (partial(of_transformers, "ViTForMaskedImageModeling", encoder_stride=PATCH),
-                         r"is not known here; the ViTModel in it is: give its part 'vit'\Z"),
-    "patches hidden at random": (partial(of_transformers, "ViTMAEModel"), "a ViTMAEModel is not known here; expected"),
-    "maps as output": (partial(of_transformers, "Dinov2Backbone"), r"load\(\) may know\Z"),
+                         r"is not supported; pass the ViTModel inside it, its part 'vit'\Z"),
+    "patches hidden at random": (partial(of_transformers, "ViTMAEModel"), "class ViTMAEModel is not supported; exp"),
+    "maps as output": (partial(of_transformers, "Dinov2Backbone"), r"try load\(\)\Z"),
     "a tuple as output": (partial(of_transformers, "ViTModel", return_dict=False), "this ViTModel gives a tuple, exp"),
     "a part of another module": (lambda: nn.Sequential(torchvision_vit(), nn.Linear(CLASSES, 2)),
-                                 r"Sequential is not known here; the VisionTransformer in it is: give its part '0'\Z"),
+                                 r"Sequential is not supported; pass the VisionTransformer inside it, its part '0'\Z"),
     "ours in another module": (lambda: nn.ModuleDict({"vit": HybridCNNViT(embed_dim=32, depth=1, img_size=32)}),
-                               "the HybridCNNViT in it is: give its part 'vit'"),
+                               "pass the HybridCNNViT inside it, its part 'vit'"),
 }
 
 
@@ -292,7 +292,7 @@ def test_models_that_are_not_known_are_refused_in_one_line(why):
 
 
 def image_facts(model):
-    """(mean, std, interpolation, what is assumed) where a picture is prepared."""
+    """(mean, std, interpolation, what is assumed) when an image is prepared."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", Assumption)
         prepare_image(Image.new("RGB", (20, 30)), model)
@@ -304,17 +304,17 @@ HALF, IMAGENET = ((0.5,) * 3, (0.5,) * 3), (IMAGENET_MEAN, IMAGENET_STD)
 
 
 @pytest.mark.parametrize(("build", "numbers", "interpolation", "assumed"), [
-    (MODELS["ViTModel"][0], HALF, "bilinear", "mean 0.5 and std 0.5 are assumed (those of Google's"),
-    (MODELS["ViTForImageClassification"][0], HALF, "bilinear", "mean 0.5 and std 0.5 are assumed (those of Google's"),
+    (MODELS["ViTModel"][0], HALF, "bilinear", "assuming mean 0.5 and std 0.5 (those of Google's"),
+    (MODELS["ViTForImageClassification"][0], HALF, "bilinear", "assuming mean 0.5 and std 0.5 (those of Google's"),
     (MODELS["DeiTModel"][0], IMAGENET, "bicubic", None), (MODELS["Dinov2Model"][0], IMAGENET, "bicubic", None),
     (MODELS["ViTMSNModel"][0], IMAGENET, "bilinear", None), (torchvision_vit, IMAGENET, "bilinear", None),
     (MODELS["IJepaModel"][0], IMAGENET, "bilinear", "ImageNet's, as in I-JEPA's training"),
     (DinoVisionTransformer, IMAGENET, "bicubic", None),
-    (timm_vit, IMAGENET, "bilinear", "mean (0.485, 0.456, 0.406) and std (0.229, 0.224, 0.225) are assumed (Image"),
+    (timm_vit, IMAGENET, "bilinear", "assuming mean (0.485, 0.456, 0.406) and std (0.229, 0.224, 0.225) (Image"),
     (partial(timm.create_model, "vit_tiny_patch16_224", img_size=32), HALF, "bicubic", None),
     (partial(timm.create_model, "deit_tiny_distilled_patch16_224", img_size=32), IMAGENET, "bicubic", None),
 ])
-def test_pictures_are_normalised_as_the_library_says_or_as_is_assumed(build, numbers, interpolation, assumed):
+def test_images_are_normalised_as_the_library_records_or_as_is_assumed(build, numbers, interpolation, assumed):
     model = build()
     *found, said = image_facts(model)
     assert tuple(found) == (*numbers, interpolation)

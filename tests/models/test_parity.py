@@ -123,8 +123,8 @@ def draw_pair(library, seed, **more):
 
 
 def logits_of(model, images):
-    answer = model(images)
-    return answer if isinstance(answer, torch.Tensor) else answer.logits
+    output = model(images)
+    return output if isinstance(output, torch.Tensor) else output.logits
 
 
 # ---- The tests

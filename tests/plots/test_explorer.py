@@ -362,7 +362,7 @@ def test_explore_refuses_nan_and_infinity(value, tmp_path):
     for model in (broken, other):
         torch.nn.init.constant_(next(model.parameters()), value)
     for models in ((broken, None), (sound, broken), (sound, other)):
-        with pytest.raises(InputError, match=r"\Athis \w+ gives NaN or infinity for these images, [^\n]*\Z"):
+        with pytest.raises(InputError, match=r"\Athis \w+ gives NaN or infinity for these images; [^\n]*\Z"):
             explorer.explore(models[0], pixels(12, 12), tmp_path / "page.html", models[1])
     assert not (tmp_path / "page.html").exists()
     with pytest.raises(ValueError, match="not JSON compliant"):

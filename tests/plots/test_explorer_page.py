@@ -54,7 +54,7 @@ def visit(chromium):
     pages, errors = [], []
 
     def go(path):
-        page = chromium.new_page()
+        page = chromium.new_page(viewport=dict(width=1280, height=900))
         pages.append(page)
         page.on("console", lambda one: errors.append(one.text) if one.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
@@ -92,12 +92,12 @@ def canvas_of(page, number):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("RGB"))
 
 
-def test_explorer_starts_with_cls_in_the_last_layer(opened, written):
+def test_explorer_starts_with_cls_in_the_last_block(opened, written):
     row = kept_maps(written[1])[0][2].mean(axis=0)[0, 1:]
     best = int(row.argmax())
     assert said(opened).startswith(f"CLS, the token that the head reads, looks most at row {best // 3}, column "
                                    f"{best % 3} ({100 * row[best]:.1f}%)")
-    assert "in layer 2, mean of 2 heads" in said(opened)
+    assert "in block 3 of 3, mean of 2 heads" in said(opened)
 
 
 def test_explorer_shows_where_a_pointed_patch_looks(opened, written):
@@ -150,9 +150,9 @@ def test_explorer_responds_to_every_control_and_key(opened):
         assert state(opened) | part == state(opened), key
         seen.append(said(opened))
     assert len(set(seen)) > 10
-    opened.select_option("#layer", "0")
-    opened.select_option("#head", "1")
-    assert "in layer 0, head 1" in said(opened)
+    opened.select_option("#layer", index=0)
+    opened.select_option("#head", index=2)  # after the mean
+    assert "in block 1 of 3, head 2 of 2" in said(opened)
     opened.click("#images button >> nth=1")
     assert opened.get_attribute("#images button >> nth=1", "aria-pressed") == "true"
     opened.click("#reader")
@@ -421,7 +421,7 @@ def test_explorer_compares_two_vits_one_without_a_head(visit, tmp_path):
     assert page.evaluate("methods") == ["attention", "rollout"]
     page.evaluate("change({patch: 8})")  # of 3 x 3: the last; of 2 x 2 too
     assert page.evaluate("placeIn(DATA.models[1])") == 3
-    assert headings(page)[1].startswith("B; layer 2, mean of 2 heads")
+    assert headings(page)[1].startswith("B; block 3 of 3, mean of 2 heads")
     assert page.is_hidden("#depth")
     for i, expected in ((0, True), (1, False)):
         panel = page.locator("article").nth(i)
@@ -437,10 +437,12 @@ def test_explorer_reaches_every_layer_and_head_of_both_models(visit, tmp_path):
     explore(first, pixels(12, 12), tmp_path / "page.html", second, names=["A", "B"])
     page = visit(tmp_path / "page.html")
     assert [page.locator(f"#{id} option").count() for id in ("layer", "head")] == [4, 4]
+    assert page.locator("#layer option").all_inner_texts() == [f"{block} of 4" for block in (1, 2, 3, 4)]
+    assert page.locator("#head option").all_inner_texts()[1:] == ["1", "2", "3"]
     assert page.locator("#head option").first.inner_text() == "mean of all"
-    page.select_option("#layer", "3")
-    page.select_option("#head", "2")
-    assert [one.split("; ")[-1] for one in headings(page)] == ["layer 1, head 1", "layer 3, head 2"]
+    page.select_option("#layer", index=3)
+    page.select_option("#head", index=3)  # after the mean
+    assert [one.split("; ")[-1] for one in headings(page)] == ["block 2 of 2, head 2 of 2", "block 4 of 4, head 3 of 3"]
     seen = []
     for key in "[[[[]]]]],,,,...":
         page.keyboard.press(key)
@@ -476,7 +478,7 @@ def test_explorer_keys_change_convnet_depth_under_every_method(opened, method):
     opened.select_option("#method", "attention")
     opened.select_option("#depth", "0")
     assert (state(opened)["layer"], state(opened)["depth"]) == (2, 0)
-    opened.select_option("#layer", "1")
+    opened.select_option("#layer", index=1)
     assert headings(opened)[1].endswith("after stage 1")
     assert opened.input_value("#depth") == "-1"
 

@@ -72,7 +72,7 @@ def test_describe_says_what_was_found_in_numbers():
     assert said["Photograph"] == ("24 × 12 pixels (height × width), fed at 16 × 8: 4 × 2 = 8 patches; nothing is cut "
                                   "off or stretched")
     assert "CLS gives 40% of the attention to itself (by head 20% to 60%)" in said["Attention"]
-    assert "head 0 looks most narrowly, 3 pixels far on average, head 1 most widely, 7" in said["Reach"]
+    assert "head 1 looks nearest, 3 pixels away on average, and head 2 farthest, 7 pixels" in said["Reach"]
     assert said["Artefacts"].startswith("25.0% of the patches (2)")
     assert said["Artefacts"].endswith(f"{found.norms.max() / np.median(found.norms):.1f} times as long as the median")
     assert "edges are cut off" in dict(describe(found, "mine", cropped=True))["Photograph"]
@@ -104,7 +104,7 @@ def test_two_readers_give_and_small_shares_are_not_none():
     said = dict(describe(found, "m"))["Attention"]
     assert "CLS and the distillation token give <1% of the attention to CLS and the distillation token" in said
     assert "(by head 0% to <1%)" in said
-    assert [tile.label for tile in panels_of(found)[-1].tiles] == ["head 0 (<1%)", "head 1 (0%)"]
+    assert [tile.label for tile in panels_of(found)[-1].tiles] == ["head 1 (<1%)", "head 2 (0%)"]
 
 
 def test_artefacts_are_framed_and_their_share_is_said(monkeypatch):
@@ -136,7 +136,7 @@ def test_draw_look_shows_every_head_and_clips_no_text(shape, n_heads):
     assert len(data_of(figure)) == 4 + n_heads
     written = texts(figure)
     for head in range(n_heads):
-        assert f"head {head} (" in written
+        assert f"head {head + 1} (" in written
     boxes = [axes.get_position() for axes in figure.axes]
     boxes += [text.get_window_extent().transformed(figure.transFigure.inverted()) for text in figure.texts
               if text.get_text()]

@@ -51,7 +51,7 @@ from vit_model import InputError, VisionTransformer
     (["--pretrained", "nowhere.pt"], "there is no file nowhere.pt"),
     (["--pretrained", "vit_nano_shapes", "--model", "vit_tiny"], "--model vit_tiny cannot be combined with"),
     (["--pretrained", "vit_nano_shapes", "--patch-size", 8], "--patch-size 8 cannot be combined with --pretrained"),
-    (["--freeze-backbone"], "give --pretrained"),
+    (["--freeze-backbone"], "add --pretrained"),
     (["--resume"], "--resume alone does not say which run"),
     (["--resume", "nowhere"], "--resume nowhere: there is no run"),
     (["evaluate"], "--checkpoint")])
@@ -136,11 +136,11 @@ def test_train_vit_reports_uneven_classes_and_offers_class_weights(tmp_path, unt
     for i in range(3, 12):
         (data / "blue" / f"{i}.jpg").unlink()
     even = prepared("--data-dir", data, "--output-dir", tmp_path / "a")
-    assert "Classes differ in size: red 11, blue 2: look at the balanced accuracy; --class-weights" in \
+    assert "Classes differ in size: red 11, blue 2; look at the balanced accuracy, or" in \
         capsys.readouterr().out
     assert even.trainer.objective.loss_fn.class_weights is None
     weighted = prepared("--data-dir", data, "--output-dir", tmp_path / "b", "--class-weights")
-    assert "red 11, blue 2: --class-weights lets them count alike." in capsys.readouterr().out
+    assert "red 11, blue 2; --class-weights gives every class the same weight." in capsys.readouterr().out
     torch.testing.assert_close(weighted.trainer.objective.loss_fn.class_weights, torch.tensor([13 / 4, 13 / 22]))
 
 
@@ -328,7 +328,7 @@ def test_freeze_backbone_trains_only_the_head_on_cached_features(
 
 
 @pytest.mark.parametrize(("words", "expected"), [
-    (["--resume", "x", "--dry-run"], "--dry-run is a run of its own"),
+    (["--resume", "x", "--dry-run"], "--dry-run starts a run of its own"),
     (["--pretrained", "x", "--freeze-backbone", "--layer-decay", "0.7"], "--layer-decay cannot be combined")])
 def test_parse_refuses_contradictory_options(words, expected):
     with pytest.raises(ValueError, match=expected):
@@ -425,12 +425,12 @@ def test_train_vit_refuses_small_image_options_for_photographs(words, named, tmp
 
 
 def test_train_vit_refuses_a_recipe_for_another_model(photos):
-    with pytest.raises(InputError, match="--recipe hybrid_fast is for --model hybrid, and the model is vit_nano"):
+    with pytest.raises(InputError, match="--recipe hybrid_fast is for --model hybrid, but the model is vit_nano"):
         prepared("--data-dir", photos, "--recipe", "hybrid_fast")
 
 
 def test_train_vit_refuses_a_recipe_for_larger_images(photos):
-    with pytest.raises(InputError, match="--recipe convnet_fast needs images of at least 16 pixels, these have 12"):
+    with pytest.raises(InputError, match="--recipe convnet_fast needs images of at least 16 pixels, but these have 12"):
         prepared("--data-dir", photos, "--img-size", 12, "--model", "convnet", "--recipe", "convnet_fast")
 
 

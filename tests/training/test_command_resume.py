@@ -66,13 +66,13 @@ def test_train_vit_saves_on_a_signal_and_resumes_exactly(
     words = ["--data-dir", photos, *SEVEN, "--device", "cpu", "--amp", "off", "--output-dir", folder]
     ended, error = run(words, capsys)
     assert (ended, error.count("\n")) == (code, 1)
-    assert f"kept at step {step + 1} of 7; go on with: " in error
+    assert f"saved at step {step + 1} of 7; resume with: " in error
     assert read_checkpoint(folder / "last.pt")["training"]["step"] == step + 1
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
-    command = shlex.split(error.split("go on with: ")[1])
+    command = shlex.split(error.split("resume with: ")[1])
     assert command == ["python", "train_vit.py", "--resume", str(folder)]
     train_vit.main(command[2:])
-    assert f"Going on with {folder}." in capsys.readouterr().out
+    assert f"Resuming {folder}." in capsys.readouterr().out
     assert_same_run(folder, uncut)
 
 
@@ -99,7 +99,7 @@ def test_train_vit_saves_on_a_signal_during_evaluation(photos, uncut, untested, 
     words = ["--data-dir", photos, *SEVEN, "--device", "cpu", "--amp", "off", "--output-dir", tmp_path / "run"]
     code, error = run(words, capsys)
     assert (code, error.count("\n")) == (130, 1)
-    assert "kept at step 6 of 7" in error
+    assert "saved at step 6 of 7" in error
     monkeypatch.setattr(train_vit.Trainer, "evaluate", evaluate)
     train_vit.main(["--resume", str(tmp_path / "run" / "last.pt")])
     assert_same_run(tmp_path / "run", uncut)
@@ -144,7 +144,7 @@ def test_train_vit_process_saves_on_a_real_sigint(photos, tmp_path):
     assert process.returncode == 130
     assert error.count("\n") == 1
     step = read_checkpoint(folder / "last.pt")["training"]["step"]
-    assert f"stopped by SIGINT; kept at step {step} of 100000; go on with: python train_vit.py --resume" in error
+    assert f"stopped by SIGINT; saved at step {step} of 100000; resume with: python train_vit.py --resume" in error
 
 
 @pytest.mark.parametrize("form", ["folder", "last.pt", "output-dir"])
@@ -167,9 +167,9 @@ def test_resume_with_output_dir_starts_or_continues_a_run(photos, uncut, unteste
     with pytest.raises(PowerCut):
         train(tmp_path / "run", *words)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.json"}
-    assert "Going on" not in capsys.readouterr().out
+    assert "Resuming" not in capsys.readouterr().out
     train(tmp_path / "run", *words)
-    assert "Going on" in capsys.readouterr().out
+    assert "Resuming" in capsys.readouterr().out
     assert_same_run(tmp_path / "run", uncut)
 
 
@@ -190,11 +190,11 @@ def test_resume_refuses_changed_options_classes_and_wrong_paths(photos, uncut, t
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     others = make_folder(tmp_path / "others", 24, classes=("red", "pink"))
     for words, expected in (
-            (["--resume", folder, "--batch-size", 4], "--batch-size 4 is not that of the run, 8"),
-            (["--resume", folder, "--epochs", 2], "--epochs 2 is not that of the run, which had none"),
-            (["--resume", folder, "--model-ema"], "--model-ema 0.999 is not that of the run, 0.9"),
-            (["--resume", folder, "--lr", "2e-3"], "--lr 0.002 is not that of the run, which had none"),
-            (["--resume", folder, "--data-dir", others], "are not those of the run, blue, red"),
+            (["--resume", folder, "--batch-size", 4], "--batch-size 4 differs from the run's 8"),
+            (["--resume", folder, "--epochs", 2], "--epochs 2 differs from the run, which was started without"),
+            (["--resume", folder, "--model-ema"], "--model-ema 0.999 differs from the run's 0.9"),
+            (["--resume", folder, "--lr", "2e-3"], "--lr 0.002 differs from the run, which was started without --lr"),
+            (["--resume", folder, "--data-dir", others], "but the run has blue, red"),
             (["--resume", folder / "best.pt"], "--pretrained"),
             (["--resume", photos], "there is no run"),
             (["--output-dir", folder], "already holds files")):
@@ -210,7 +210,7 @@ def test_resume_warns_about_another_number_of_images(photos, untested, tmp_path,
         train(tmp_path / "run", "--data-dir", photos, "--steps", 4, "--batch-size", 8, "--save-minutes", "0.00001")
     moved = make_folder(tmp_path / "moved", 24, n=11)
     train_vit.main(["--resume", str(tmp_path / "run"), "--data-dir", str(moved)])
-    assert "Warning: there are 20 training images, and the run had 22" in capsys.readouterr().out
+    assert "Warning: there are 20 training images, but the run started with 22" in capsys.readouterr().out
     entries = read_checkpoint(tmp_path / "run" / "last.pt")
     assert (entries["training"]["step"], entries["options"]["data_dir"]) == (4, str(moved))
 
@@ -267,7 +267,7 @@ def test_train_vit_reports_a_full_disk_and_resumes_exactly(
                        "--output-dir", folder], capsys)
     assert (code, error.count("\n")) == (2, 1)
     assert "No space left on device" in error
-    assert f"The last good checkpoint is {folder}/last.pt, step 4 of 7; go on with: python train_vit.py --" in error
+    assert f"The last good checkpoint is {folder}/last.pt, step 4 of 7; resume with: python train_vit.py --" in error
     assert not list(folder.glob("*.part"))
     assert read_checkpoint(folder / "last.pt")["training"]["step"] == 4
     full.clear()
@@ -279,8 +279,8 @@ def test_train_vit_names_step_and_rate_when_training_diverges(photos, tmp_path, 
     code, error = run(["--data-dir", photos, "--lr", "1e30", "--batch-size", 8, "--epochs", 2, "--device", "cpu",
                        "--output-dir", tmp_path / "run"], capsys)
     assert (code, error.count("\n")) == (2, 1)
-    assert "not finite since step 2 of 6, learning rate 1e+30" in error
-    assert "Nothing was kept yet" in error
+    assert "NaN or infinite in step 2 of 6, at learning rate 1e+30" in error
+    assert "Nothing was saved yet" in error
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
@@ -295,7 +295,7 @@ def test_train_vit_names_a_finite_checkpoint_after_nan(photos, untested, tmp_pat
     code, error = run(["--data-dir", photos, "--batch-size", 8, "--epochs", 3, "--lr", "0.001", "--device", "cpu",
                        "--save-minutes", "0.00001", "--output-dir", tmp_path / "run"], capsys)
     assert (code, error.count("\n")) == (2, 1)
-    assert "not finite since step 5 of 9, learning rate 0.0" in error
+    assert "NaN or infinite in step 5 of 9, at learning rate 0.0" in error
     assert f"The last good checkpoint is {tmp_path}/run/last.pt, step 4" in error
     entries = read_checkpoint(tmp_path / "run" / "last.pt")
     assert entries["training"]["step"] == 4

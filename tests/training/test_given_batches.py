@@ -85,12 +85,12 @@ class Singles(Dataset):
 
 @pytest.mark.parametrize(("batches", "words"), [
     ([(IMAGES, LABELS - 1)], "label -1 is out of range; labels begin at 0"),
-    ([(IMAGES, LABELS + 1)], "label 3 is out of range for a model with 3 classes; labels begin at 0, and end at 2"),
+    ([(IMAGES, LABELS + 1)], "label 3 is out of range for a model with 3 classes; labels begin at 0 and end at 2"),
     ([(IMAGES, LABELS.float())], r"labels are float32 of \(7,\); expected class numbers from 0, int64 \(B\)"),
     ([(IMAGES, LABELS.float()[:, None])], r"labels are float32 of \(7, 1\); expected class numbers"),
     ([(IMAGES, ONE_HOT | ONE_HOT.roll(1, 0))], r"labels of int64 \(7, 3\) have rows that sum to 1 to 2"),
     ([(IMAGES, 2 * ONE_HOT.float())], r"labels of float32 \(7, 3\) have rows that sum to 2 to 2"),
-    ([(IMAGES, torch.eye(5)[LABELS])], r"soft targets of \(7, 5\) are for 5 classes, the model's logits for 3"),
+    ([(IMAGES, torch.eye(5)[LABELS])], r"soft targets of shape \(7, 5\) are for 5 classes, but the model has 3"),
     ([(IMAGES, LABELS[:, None, None].expand(7, 2, 2))], r"labels are int64 of \(7, 2, 2\)"),
     ([(IMAGES, LABELS[:6])], r"tensors of \(7, 3, 8, 8\) and \(6,\); expected as many labels as images"),
     ([(IMAGES, torch.tensor(1))], r"tensors of \(7, 3, 8, 8\) and \(\)"),
@@ -99,9 +99,9 @@ class Singles(Dataset):
     ([{"image": IMAGES, "images": IMAGES, "label": LABELS}], "a batch is a dict with 'image', 'images', 'label'"),
     ([IMAGES], r"a batch has 1 entry, \(7, 3, 8, 8\); expected 2, images"),
     ([(IMAGES, LABELS, LABELS)], r"a batch has 3 entries, \(7, 3, 8, 8\), \(7,\), \(7,\); expected 2"),
-    ([(IMAGES.byte(), LABELS)], r"images of a batch are uint8 of \(7, 3, 8, 8\); expected floating-point numbers"),
+    ([(IMAGES.byte(), LABELS)], r"images of a batch are uint8 of \(7, 3, 8, 8\); expected normalised"),
     ([(with_nan(), LABELS)], "1 of the 7 images of a batch hold NaN or infinity, the first at index 3"),
-    ([(IMAGES.permute(0, 2, 3, 1), LABELS)], r"the shape \(7, 8, 8, 3\), channels last; expected \(B, C, H, W\)"),
+    ([(IMAGES.permute(0, 2, 3, 1), LABELS)], r"the shape \(7, 8, 8, 3\), with channels last; expected \(B, C, H, W\)"),
     ([], "the loader has 0 batches"),
     (None, "got a NoneType as a loader; expected a torch DataLoader"),
     (Singles(), "got a Singles, a data set that gives one image at a time; expected batches"),
@@ -146,7 +146,7 @@ def test_own_loss_gets_numbers_of_any_shape_and_accuracies_are_nan():
             targets.append(labels)
             return outputs.square().mean()
 
-        with pytest.warns(Assumption, match="are no classes, so accuracies are NaN") as said:
+        with pytest.warns(Assumption, match="are not classes, so accuracies are NaN") as said:
             history = Trainer(model, "cpu", loss_fn=loss).train([(IMAGES, values)], [(IMAGES, values)], n_epochs=2,
                                                                 progress=False)
         assert len(said) == 1
@@ -163,7 +163,7 @@ def test_labels_beyond_the_classes_get_the_advice_that_fits():
         trained([(IMAGES, ignored)], model)
     with pytest.raises(InputError, match=r"label 3 is out of range .* end at 2: subtract 1"):
         trained([(IMAGES, LABELS + 1)], model)
-    with pytest.raises(InputError, match=r"int64 of \(7, 3, 1\).*; give one number or one row an image"):
+    with pytest.raises(InputError, match=r"int64 of \(7, 3, 1\).*: give one number or one row per image"):
         trained([(IMAGES, ONE_HOT[:, :, None])], model)
 
 
@@ -172,7 +172,7 @@ def test_images_that_are_not_normalised_are_said_once_a_training():
     model, trainer = toy_model(), None
     trainer = Trainer(model, "cpu")
     for _ in range(2):
-        with pytest.warns(Assumption, match="images hold values from 0 to 255; expected normalised ones") as said:
+        with pytest.warns(Assumption, match="images hold values from 0 to 255; expected normalised images") as said:
             trainer.train([(raw, LABELS)] * 3, n_epochs=2, progress=False)
         assert len(said) == 1
     with warnings.catch_warnings():
@@ -235,7 +235,7 @@ def test_generator_as_validation_loader_is_refused_in_the_second_epoch():
 
 def test_model_without_a_head_is_refused_and_a_module_with_another_head_is_trained(plain):
     headless = VisionTransformer(**TINY | dict(n_classes=0))
-    with pytest.raises(InputError, match=r"\Athis VisionTransformer has no head, it gives features and no classes"):
+    with pytest.raises(InputError, match=r"\Athis VisionTransformer has no head, so it returns features"):
         trained([(IMAGES, LABELS)], headless)
     torchvision_model = vision_transformer.VisionTransformer(8, 4, 1, 2, 12, 12, num_classes=3)
     trained([(IMAGES, LABELS)], torchvision_model)
@@ -289,10 +289,10 @@ def test_trainer_takes_the_logits_of_an_output(change, plain):
     (lambda z: z[:, 0], "a tensor of (7,)"), (lambda z: z[:1], "a tensor of (1, 3)"),
     (lambda z: z[:, :, None, None].expand(-1, -1, 2, 2), "a tensor of (7, 3, 2, 2)")])
 def test_trainer_refuses_an_output_that_is_no_logits(change, found):
-    with pytest.raises(InputError, match=rf"\Athe model gives {re.escape(found)} for 7 images; expected logits"):
+    with pytest.raises(InputError, match=rf"\Athe model returns {re.escape(found)} for 7 images; expected one tensor"):
         trained([(IMAGES, LABELS)], Giving(change))
 
 
 def test_trainer_blames_no_learning_rate_for_nan_before_the_first_step():
-    with pytest.raises(InputError, match=r"since step 1 of 2,.*no step was made before, so look at the model"):
+    with pytest.raises(InputError, match=r"in step 1 of 2,.*this was the first step, so check the model"):
         trained([(IMAGES, LABELS)], Giving(lambda z: z * float("nan")))

@@ -84,7 +84,7 @@ def test_layer_lr_scales_count_beyond_ten_blocks():
 
 
 def test_layer_lr_scales_refuse_a_model_without_layers():
-    with pytest.raises(InputError, match=r"\Aa Linear has no layers whose learning rates could decay[^\n]*\Z"):
+    with pytest.raises(InputError, match=r"\Aa Linear does not name its layers[^\n]*leave out layer decay[^\n]*\Z"):
         layer_lr_scales(nn.Linear(2, 2), 0.5)
 
 

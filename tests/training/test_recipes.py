@@ -49,7 +49,7 @@ def test_prepare_chooses_prints_and_applies_the_recipe(words, name, prepared, ca
     run = prepared(*words)
     printed = capsys.readouterr().out
     assert f"Recipe {name}: {run.recipe.describe()}" in printed
-    assert re.search(rf"the same run again: .* --recipe {name}\b", printed)
+    assert re.search(rf"to repeat this run: .* --recipe {name}\b", printed)
     assert replace(run.recipe, augmentation=RECIPES[name].augmentation) == RECIPES[name]
     frozen = "--freeze-backbone" in words
     assert run.recipe.augmentation == (Augmentation(0.0, "none") if frozen else RECIPES[name].augmentation)
@@ -190,6 +190,6 @@ def test_linear_classifier_learns_from_unaugmented_images(tmp_path, capsys, monk
     assert torch.equal(*seen)
     assert seen[0].abs().sum() > 0
     printed = capsys.readouterr().out
-    assert re.search(r"Trained in \d+ s. Best val_acc [\d.]+%, epoch 1 of 1\.\nIts test comes now", printed)
-    assert re.search(r"Each image shown mirrored too: [\d.]+%", printed)
+    assert re.search(r"Trained in \d+ s. Best val_acc [\d.]+%, epoch 1 of 1\.\nTesting the best model", printed)
+    assert re.search(r"mirror image are averaged: [\d.]+%", printed)
     assert "without attention.png: this model has no attention" in printed

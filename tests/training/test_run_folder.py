@@ -219,13 +219,13 @@ def test_folder_to_resume_starts_only_in_an_empty_folder(run_at):
         (empty / name).touch()
         assert folder_to_resume(True, str(empty)) == empty
     (empty / "thesis.tex").touch()
-    with pytest.raises(InputError, match="holds files, and no run to go on with"):
+    with pytest.raises(InputError, match="holds files but no run to resume"):
         folder_to_resume(True, str(empty))
 
 
 @pytest.mark.parametrize(("name", "words"), [
     ("nowhere", "there is no run"), ("a/nowhere.pt", "there is no run"), ("a/best.pt", "--pretrained"),
-    ("a/config.json", "no run's folder"), (".", "there is no run"), ("a/pictures", "there is no run")])
+    ("a/config.json", "neither a run's folder"), (".", "there is no run"), ("a/pictures", "there is no run")])
 def test_folder_to_resume_refuses_what_is_not_a_run(name, words, run_at):
     (run_at / "best.pt").touch()
     (run_at / "pictures").mkdir()
@@ -235,7 +235,7 @@ def test_folder_to_resume_refuses_what_is_not_a_run(name, words, run_at):
 
 
 def test_folder_to_resume_refuses_a_second_or_missing_folder(run_at, tmp_path):
-    with pytest.raises(InputError, match="leave it out, as a run goes on in its own folder"):
+    with pytest.raises(InputError, match="leave it out, because a run resumes in its own folder"):
         folder_to_resume(str(run_at), str(tmp_path / "other"))
     with pytest.raises(InputError, match="--resume alone does not say which run"):
         folder_to_resume(True, None)
@@ -271,10 +271,10 @@ def test_read_run_refuses_a_bad_last_checkpoint(content, run_at):
 
 def test_options_to_resume_names_both_values_of_a_changed_option():
     saved = dict(lr=1e-3, seed=0, label_smoothing=0.1, minutes=2.0, epochs=None, class_weights=False, data_dir="x")
-    for given, words in ((dict(lr=2e-3), "--lr 0.002 is not that of the run, 0.001"),
-                         (dict(label_smoothing=0.0), "--label-smoothing 0.0 is not that of the run, 0.1"),
-                         (dict(epochs=3), "--epochs 3 is not that of the run, which had none"),
-                         (dict(class_weights=True), "--class-weights True is not that of the run, False")):
+    for given, words in ((dict(lr=2e-3), "--lr 0.002 differs from the run's 0.001; leave --lr out"),
+                         (dict(label_smoothing=0.0), "--label-smoothing 0.0 differs from the run's 0.1;"),
+                         (dict(epochs=3), "--epochs 3 differs from the run, which was started without --epochs;"),
+                         (dict(class_weights=True), "--class-weights True differs from the run's False;")):
         with pytest.raises(InputError) as error:
             options_to_resume(given, saved)
         assert str(error.value).startswith(words)
@@ -294,10 +294,10 @@ def test_changes_since_refuses_classes_and_warns_about_counts():
     saved = dict(class_names=NAMES, n_images=1200, n_processes=1)
     assert changes_since(saved, list(NAMES), 1200, 1) == []
     images, processes = changes_since(saved, list(NAMES), 1100, 2)
-    assert "1,100 training images, and the run had 1,200" in images
-    assert "2 processes, and the run had 1" in processes
+    assert "1,100 training images, but the run started with 1,200" in images
+    assert "2 processes, but the run started with 1" in processes
     for other in (["cat", "dog"], ["dog", "cat", "eel"]):
-        with pytest.raises(InputError, match=rf"{', '.join(other)}, are not those of the run, cat, dog, eel"):
+        with pytest.raises(InputError, match=rf"the classes {', '.join(other)}, but the run has cat, dog, eel;"):
             changes_since(saved, other, 1200, 1)
 
 
@@ -545,4 +545,4 @@ def test_changes_since_warns_of_other_files_where_the_counts_agree():
     same = dict(validation_files="a1", test_files="b2")
     assert changes_since(saved, list(NAMES), 1200, 1, **same, training_files="unknown then") == []
     change, = changes_since(saved, list(NAMES), 1200, 1, **same | dict(validation_files="c3"))
-    assert change.startswith("the validation files or their classes are others than when the run began")
+    assert change.startswith("the validation files or their classes have changed since the run started")

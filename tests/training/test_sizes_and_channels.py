@@ -64,7 +64,7 @@ def test_a_rectangular_training_resumes_and_starts_another_one(tmp_path, capsys)
 
 
 @pytest.mark.parametrize(("words", "expected"), [
-    (["--img-size", 24, 40, 3], "--img-size 24 40 3 are 3 numbers; expected a side, or height and width"),
+    (["--img-size", 24, 40, 3], "--img-size 24 40 3 has 3 numbers; expected one side, or height and width"),
     (["--img-size", 24, 41], "img_size 24x41 is not divisible by patch_size 4x4"),
     (["--in-channels", 0], "--in-channels: 0 is out of range"),
     (["--in-channels", 2], "in_channels 2 is out of range")])
@@ -91,4 +91,4 @@ def test_a_training_says_that_the_test_images_changed_meanwhile(tmp_path, capsys
     assert "test images are others" not in capsys.readouterr().out
     monkeypatch.setattr(train_vit, "fit", fit_and_remove)
     train(tmp_path / "run", "--data-dir", data, *STEPS)
-    assert "the test images are others than when the training began; tested on the 23 that" in capsys.readouterr().out
+    assert "the test images have changed since the training started; testing on the 23" in capsys.readouterr().out

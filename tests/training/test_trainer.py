@@ -237,7 +237,7 @@ def test_choose_device_refuses_impossible_devices(device):
 def test_trainer_refuses_cuda_where_there_is_none():
     if torch.cuda.is_available():
         pytest.skip("CUDA is there")
-    with pytest.raises(InputError, match="'cuda' is not there"):
+    with pytest.raises(InputError, match="'cuda' is not available"):
         Trainer(VisionTransformer(**TINY), device="cuda")
 
 
@@ -394,8 +394,8 @@ def test_trainer_stops_on_nan_with_the_weights_before_it():
     torch.manual_seed(0)
     trainer, weights = Trainer(small_net(), "cpu", amp="off"), []
     rate = learning_rate_at(2, 10, 5, 0.5)
-    with pytest.raises(NotFinite, match=rf"\Aloss or gradient are not finite since step 3 of 10, learning rate "
-                                        rf"{rate:.3g}; [^\n]*\Z"):
+    with pytest.raises(NotFinite, match=rf"\Athe loss or its gradient became NaN or infinite in step 3 of 10, at "
+                                        rf"learning rate {rate:.3g}; [^\n]*\Z"):
         train_quietly(trainer, batches_with_nan_at(2), n_epochs=2, learning_rate=0.5, warmup_epochs=1, ema_decay=0.5,
                       on_batch=lambda state: weights.append((copy_of(state.model), copy_of(state.average))))
     assert len(weights) == 3
@@ -413,7 +413,7 @@ def test_trainer_stops_on_an_infinite_gradient():
         def forward(self, images):
             return self.weight.sqrt() + images.flatten(1)[:, :3]  # the slope at 0 is infinite, the value is not
 
-    with pytest.raises(NotFinite, match="since step 1 of 2,"):
+    with pytest.raises(NotFinite, match="in step 1 of 2,"):
         train_quietly(Trainer(Root(), "cpu", amp="off"), toy_batches(2), n_epochs=1)
 
 
@@ -431,7 +431,7 @@ def test_trainer_skips_an_fp16_overflow_and_goes_on():
 
 def test_trainer_gives_up_on_endless_fp16_overflow():
     trainer, calls = Trainer(small_net(), "cpu", amp="fp16"), Call()
-    with pytest.raises(NotFinite, match="since step 1 of 999,"):
+    with pytest.raises(NotFinite, match="in step 1 of 999,"):
         train_quietly(trainer, batches_with_nan_at(0, 1), n_steps=999, on_batch=calls)
     assert calls.count <= 2 * 18  # before a step, and before the end of its epoch; 2 ** 16 halved 17 times is below 1
 

@@ -314,7 +314,7 @@ def test_public_cnns_save_and_explain(kind, tmp_path):
     assert torch.equal(again(images), model(images))
     assert explain(again, images, "grad_cam").saliency.shape == (2, 2, 2)
     for method in set(METHODS) - {"grad_cam"}:
-        with pytest.raises(InputError, match=one_line_with("has no attention maps; give a ViT, or ask for Grad-CAM")):
+        with pytest.raises(InputError, match=one_line_with("has no attention maps; use a ViT, or Grad-CAM")):
             explain(again, images, method)
 
 

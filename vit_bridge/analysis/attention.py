@@ -1,7 +1,8 @@
-"""Where tokens look, how far, and how alike their positions are.
+"""Where tokens look, how far they look, and how similar their position embeddings are.
 
-    attention_rows, mean_distances     of a model: the maps of one block are in memory at a time
-    select_attention, cls_attention_grid, attention_distance     of maps that are at hand
+attention_rows, mean_distances     run a model on images; only one block's maps are in memory at a time
+select_attention, cls_attention_grid, attention_distance     work on attention maps that you already have
+position_similarity     compares the position embeddings of the patches
 
 Shapes:  B images, L blocks, H heads, N tokens (CLS, registers, patches), n patches, D width.
 """
@@ -17,16 +18,32 @@ from vit_bridge.models.protocol import class_name
 from vit_bridge.runtime import at_least_float32
 from vit_model import grid_of, pair
 
-PART = 2**22  # so many weights of a head, in the maps of as many images as are looked at together
+PART = 2**22  # most attention weights of one head, over all images that are processed together
 
 
 def attention_rows(model, images, patch=None):
-    """The attention that what the head reads pays to every token, in all blocks and heads: (L, B, H, N), on the CPU.
+    """Return the attention that the head's input pays to every token, in all blocks and heads.
 
-    images  normalised, (B, C, height, width)
-    patch   (row, column), from 0 or from the end: what this patch attends to, instead of what the head reads
+    If the head reads CLS, this is the row of CLS. If it reads the mean of the patches, it is the mean of their rows.
 
-    Raises InputError as capture does, for a head that reads no tokens of its own, and for a patch that is not there.
+    Parameters
+    ----------
+    model : nn.Module
+        A ViT, ours or from timm, transformers or torchvision.
+    images : Tensor, shape (B, C, height, width)
+        Normalised images.
+    patch : tuple of int, optional
+        (row, column) of a patch, counted from 0, or from the end if negative. Its row is returned instead.
+
+    Returns
+    -------
+    Tensor, shape (L, B, H, N)
+        Attention weights on the CPU; each row sums to one.
+
+    Raises
+    ------
+    InputError
+        For the same reasons as `capture`, if the head reads no tokens, or if the patch does not exist.
     """
     adapter = adapt_vit(model)
     adapter.check_images(images)
@@ -35,7 +52,7 @@ def attention_rows(model, images, patch=None):
     if patch is None:
         weights = reading_weights(adapter.pool, first, len(weights))
     elif not isinstance(patch, (tuple, list)) or len(patch) != 2:
-        raise InputError(f"patch {patch!r} is no place; expected (row, column), such as (0, {grid[1] - 1})")
+        raise InputError(f"patch {patch!r} is not a position; expected (row, column), such as (0, {grid[1] - 1})")
     else:
         row, column = (check_index("patch", place, n) for place, n in zip(patch, grid, strict=True))
         weights[first + row * grid[1] + column] = 1
@@ -50,7 +67,17 @@ def attention_rows(model, images, patch=None):
 
 
 def mean_distances(model, images, renormalise=True):
-    """The attention_distance of a model, over normalised images (B, C, height, width): (L, H) float64, on the CPU."""
+    """Return the attention distance of each head, averaged over images: (L, H) in pixels, float64.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A ViT, ours or from timm, transformers or torchvision.
+    images : Tensor, shape (B, C, height, width)
+        Normalised images.
+    renormalise : bool, optional
+        As in `attention_distance`.
+    """
     adapter, total = adapt_vit(model), 0
     adapter.check_images(images)
     layout = adapter.grid(images), adapter.patch_size, adapter.n_prefix, renormalise
@@ -61,21 +88,36 @@ def mean_distances(model, images, renormalise=True):
 
 
 def in_parts(adapter, images):
-    """The images in parts, of which each block's maps are not too much for the memory."""
+    """Split images into parts whose maps of one block fit in memory."""
     rows, columns = adapter.grid(images)
     return images.split(max(1, PART // (adapter.n_prefix + rows * columns)**2))
 
 
 def patches_of(row, grid_size, n_prefix_tokens):
-    """The weights of the patches, in their places, out of weights of all tokens: (..., N) -> (..., rows, columns)."""
+    """Cut the patches out of weights on all tokens: (..., N) -> (..., rows, columns)."""
     return row[..., n_prefix_tokens:].unflatten(-1, grid_size)
 
 
 def select_attention(maps, layer_idx=-1, head_idx=None):
-    """The map of one layer and head, (B, N, N), from maps (L, B, H, N, N) as capture.attention_maps gives them.
+    """Return the attention map of one block and one head, or of the mean over the heads.
 
-    Indices count from 0, negative ones from the end; head_idx=None is the mean over the heads. Raises
-    InputError for an index out of range.
+    Parameters
+    ----------
+    maps : Tensor, shape (L, B, H, N, N)
+        Attention maps, as from `capture.attention_maps`.
+    layer_idx : int, optional
+        Python index of the block: 0 is the first, -1 the last.
+    head_idx : int, optional
+        Python index of the head, from 0. By default the mean over the heads is returned.
+
+    Returns
+    -------
+    Tensor, shape (B, N, N)
+
+    Raises
+    ------
+    InputError
+        If an index is out of range.
     """
     n_layers, _, n_heads = maps.shape[:3]
     attention = maps[check_index("layer_idx", layer_idx, n_layers)]  # (B, H, N, N)
@@ -85,28 +127,38 @@ def select_attention(maps, layer_idx=-1, head_idx=None):
 
 
 def cls_attention_grid(attention, grid_size, n_prefix_tokens=1, pool="cls"):
-    """The attention that what the head reads pays to each patch: maps (..., N, N) -> (..., rows, columns).
+    """Return the attention that the head's input pays to each patch: (..., N, N) -> (..., rows, columns).
 
-    grid_size        (rows, columns), as model.patch_embed.grid_size
-    n_prefix_tokens  tokens before the patches, as model.n_prefix_tokens: CLS and the registers
-    pool             as model.config.pool: "cls", attention of CLS; "mean", the mean attention of the patches; or
-                     another that adapters.reading_weights knows, the mean of their rows by those weights
+    The weights are not rescaled: together with the weights on CLS and on the registers they sum to one.
 
-    Weights are not rescaled: together with those of CLS and the registers they sum to one. Raises InputError
-    where prefix and grid do not make N tokens, and for a pool of which no rows are what the head reads.
+    Parameters
+    ----------
+    attention : Tensor, shape (..., N, N)
+        Attention maps; rows are queries.
+    grid_size : tuple of int
+        (rows, columns) of the patches, as in `model.patch_embed.grid_size`.
+    n_prefix_tokens : int, optional
+        Number of tokens before the patches (CLS and registers), as in `model.n_prefix_tokens`.
+    pool : str, optional
+        What the head reads, as in `model.config.pool`: "cls" gives the attention of CLS, "mean" the mean attention of
+        the patches. Other values that `adapters.reading_weights` knows give a weighted mean of the rows.
+
+    Raises
+    ------
+    InputError
+        If the prefix and the grid do not add up to N tokens, or if `pool` corresponds to no rows of the map.
     """
     rows, columns = grid_size
     if attention.shape[-1] != n_prefix_tokens + rows * columns:
-        prefix = "CLS" if n_prefix_tokens == 1 else f"{n_prefix_tokens} tokens before them"
+        prefix = "CLS" if n_prefix_tokens == 1 else f"{n_prefix_tokens} prefix tokens"
         raise InputError(f"a map over {attention.shape[-1]} tokens does not fit a grid of {rows}x{columns} patches "
-                         f"and {prefix}, {n_prefix_tokens + rows * columns} tokens; give the grid_size and the "
-                         f"n_prefix_tokens of its model")
+                         f"and {prefix} ({n_prefix_tokens + rows * columns} tokens); give the grid_size and "
+                         f"n_prefix_tokens of the model that made it")
     return patches_of(row_of_head(attention, pool, n_prefix_tokens), grid_size, n_prefix_tokens)
 
 
 def row_of_head(attention, pool, n_prefix_tokens):
-    """What the head reads attends to: the mean of its rows by reading_weights, (..., N, N) -> (..., N), of maps in half
-    precision in float32."""
+    """Average the rows of the tokens that the head reads: (..., N, N) -> (..., N), at least in float32."""
     weights = reading_weights(pool, n_prefix_tokens, attention.shape[-1])  # (N)
     readers = weights.nonzero()[:, 0]
     rows = at_least_float32(attention[..., readers, :])
@@ -114,25 +166,47 @@ def row_of_head(attention, pool, n_prefix_tokens):
 
 
 def _patch_distances(grid_size, patch_size):
-    """Pixels between the middles of all pairs of patches, (n, n), n = rows * columns, float64."""
+    """Return the distances in pixels between the centres of all pairs of patches: (n, n), float64."""
     sides = zip(grid_size, pair(patch_size, "patch_size"), strict=True)
     places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) * side for n, side in sides))  # (n, 2)
     return torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist")  # (n, n)
 
 
 def attention_distance(maps, grid_size, patch_size, n_prefix_tokens=1, renormalise=True):
-    """How far patches look, in pixels: the mean over them of sum_j A_ij distance_ij, (L, H) float64.
+    """Return how far patches look, in pixels: the mean over patches of sum_j A_ij distance_ij.
 
-    maps         (L, B, H, N, N), as from attention_maps; the mean is over images and patches
-    renormalise  True: the weights of a patch on all patches are scaled to a sum of one, so that CLS and the registers
-                 do not count. False: they count with distance 0
+    Parameters
+    ----------
+    maps : Tensor, shape (L, B, H, N, N)
+        Attention maps, as from `attention_maps`. The mean is over images and patches.
+    grid_size : tuple of int
+        (rows, columns) of the patches.
+    patch_size : int or tuple of int
+        Side of a patch in pixels, or (height, width).
+    n_prefix_tokens : int, optional
+        Number of tokens before the patches.
+    renormalise : bool, optional
+        If True, the weights of each patch on the patches are rescaled to sum to one, so CLS and the registers do not
+        count. If False, those tokens count with distance 0.
 
-    ViT paper, Fig. 7 (right). Raises InputError where prefix and grid do not make N tokens.
+    Returns
+    -------
+    Tensor, shape (L, H)
+        Distances in pixels, float64.
+
+    Raises
+    ------
+    InputError
+        If the prefix and the grid do not add up to N tokens.
+
+    References
+    ----------
+    Dosovitskiy et al. 2021 (the ViT paper), Fig. 7 (right).
     """
     n = grid_size[0] * grid_size[1]
     if maps.shape[-1] != n_prefix_tokens + n:
         raise InputError(f"maps over {maps.shape[-1]} tokens do not fit a grid of {grid_size[0]}x{grid_size[1]} "
-                         f"patches and {n_prefix_tokens} tokens before them; expected {n_prefix_tokens + n} tokens")
+                         f"patches and {n_prefix_tokens} prefix tokens; expected {n_prefix_tokens + n} tokens")
     apart = _patch_distances(grid_size, patch_size)  # (n, n)
     total = torch.zeros(maps.shape[0], maps.shape[2], dtype=torch.float64)  # (L, H)
     for block, head in np.ndindex(*total.shape):
@@ -144,20 +218,32 @@ def attention_distance(maps, grid_size, patch_size, n_prefix_tokens=1, renormali
 
 
 def uniform_attention_distance(grid_size, patch_size):
-    """The attention_distance of uniform attention over the patches, in pixels: the control."""
+    """Return the attention distance in pixels that uniform attention over the patches would have."""
     return _patch_distances(grid_size, patch_size).mean().item()
 
 
 @torch.no_grad()
 def position_similarity(model):
-    """Cosine similarity of the position embeddings of all pairs of patches, (rows, columns, rows, columns).
+    """Return the cosine similarity of the position embeddings of all pairs of patches.
 
-    CLS is left out, registers have none. ViT paper, Fig. 7 (centre). Raises InputError for a model without position
-    embeddings.
+    CLS is left out; registers have no position embeddings.
+
+    Returns
+    -------
+    Tensor, shape (rows, columns, rows, columns)
+
+    Raises
+    ------
+    InputError
+        If the model has no position embeddings.
+
+    References
+    ----------
+    Dosovitskiy et al. 2021 (the ViT paper), Fig. 7 (centre).
     """
     adapter = adapt(model)
     if not adapter.attends or adapter.positions is None:
-        raise InputError(f"this {class_name(model)} has no position embeddings; expected a VisionTransformer "
-                         f"or HybridCNNViT with position 'learned' or 'sincos'")
+        raise InputError(f"this {class_name(model)} has no position embeddings; give a VisionTransformer or a "
+                         f"HybridCNNViT with position 'learned' or 'sincos'")
     positions = F.normalize(adapter.positions.float(), dim=-1)  # (n_patches, D)
     return (positions @ positions.T).reshape(2 * grid_of(adapter.img_size, adapter.patch_size))  # rows, columns, twice

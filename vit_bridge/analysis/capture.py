@@ -1,13 +1,10 @@
-"""A forward pass with everything kept: the tokens after each block, the attention map of each head, the logits.
+"""One forward pass with its intermediate results: tokens after each block, attention maps, logits.
 
-    capture(model, images)          all three, as a Capture; with gradients on request. `keep` reduces each block's
-                                    attention as it is computed, so that one block's maps are in memory at a time
-    backward_by_blocks(model, seen, answer)   gradients of the tokens and of the maps, a block at a time, last to first
-    attention_maps(model, images)   the maps alone, as one tensor
-    predict_logits(model, images)   the logits alone, of a ConvNet too
+capture(model, images)      all of them, as a Capture, with gradients on request; attention_maps: the maps alone
+backward_by_blocks(...)     gradients of tokens and maps, one block in memory at a time, from the last to the first
+predict_logits(...), watch_layer(...)   the logits alone, or the output of one layer; both also for ConvNets
 
-Fused attention keeps no maps, so AttentionCapture computes an explicit softmax instead, and the pass goes on with that.
-Nothing is stored on a module. Afterwards hooks and modes are as they were, even after an error.
+Fused attention computes no maps, so AttentionCapture replaces it by an explicit softmax while the pass runs.
 
 Shapes:  B images, C channels, L blocks, H heads, N tokens (prefix tokens, then patches), D width, K classes,
          W width of a head.
@@ -36,25 +33,32 @@ from vit_bridge.runtime import (
 
 SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax)
 MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
-ALIKE = 1e-4  # how far, as a part of the largest logit, a captured pass may differ from a plain one
-ALIKE_QUANTISED = 0.05  # of a model that rounds what passes through it to 8 bits
+ALIKE = 1e-4  # how far a captured pass may differ from a plain one, relative to the largest logit
+ALIKE_QUANTISED = 0.05  # the same for a model that rounds its activations to 8 bits
 
 
 @contextmanager
 def differentiable():
-    """Computes gradients inside, even where the caller has switched them off (no_grad, inference_mode). It decorates a
-    function: @differentiable()."""
+    """Compute gradients inside, even if the caller has switched them off with no_grad or inference_mode.
+
+    A context manager that also decorates functions: @differentiable().
+    """
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
 
 @dataclass
 class Attended:
-    """What one block attends with, as `keep` is given it.
+    """The attention of one block, as `keep` receives it.
 
-    maps        (B, H, N, N), rows are queries and sum to one: softmax(query @ key^T + bias)
-    query, key  (B, H, N, W), the query with its scale in it; None where the scores are no product of the two
-    bias        what is added to the scores, as of relative positions, (B or 1, H or 1, N, N); None: nothing
+    Attributes
+    ----------
+    maps : Tensor, shape (B, H, N, N)
+        softmax(query @ key^T + bias). Rows are queries and sum to one.
+    query, key : Tensor, shape (B, H, N, W), or None
+        The query includes its scale. Both are None if the scores are not a product of queries and keys.
+    bias : Tensor, shape (B or 1, H or 1, N, N), or None
+        What the block adds to the scores, such as a relative position bias.
     """
     maps: torch.Tensor
     query: torch.Tensor
@@ -63,16 +67,29 @@ class Attended:
 
 
 def whole_maps(block, attended):
-    """A `keep` for capture: all of a block's maps, (B, H, N, N)."""
+    """Keep all maps of a block, (B, H, N, N): the default `keep` of `capture`."""
     return attended.maps
 
 
 @dataclass
 class Capture:
-    """tokens: L + 1 of (B, N, D), before the first block and after each; maps: what `keep` made of the attention of
-    each of the L blocks, else (B, H, N, N), rows are queries and sum to one; logits (B, K), or what a model without a
-    head gives, as ViTAdapter.read has it; grid (rows, columns) of the patches; adapter of the model; calls: the (args,
-    kwargs) with which each block was called, the tokens first."""
+    """What one forward pass computed.
+
+    Attributes
+    ----------
+    tokens : list of Tensor, each (B, N, D)
+        L + 1 of them: before the first block, then after each block.
+    maps : list
+        For each of the L blocks what `keep` returned, by default (B, H, N, N); rows are queries and sum to one.
+    logits : Tensor, shape (B, K)
+        For a model without a head, its output as `ViTAdapter.read` describes it.
+    grid : tuple of int
+        (rows, columns) of the patches.
+    adapter : ViTAdapter
+        The adapter of the model.
+    calls : list
+        (args, kwargs) of the call of each block; the tokens come first.
+    """
     tokens: list
     maps: list
     logits: torch.Tensor
@@ -82,19 +99,37 @@ class Capture:
 
 
 def capture(model, images, gradients=False, change=None, keep=whole_maps):
-    """A Capture of a model in eval mode.
+    """Run a model in eval mode and return its tokens, attention maps and logits.
 
-    images     normalised, (B, C, height, width)
-    gradients  True: logits, maps and tokens are in one graph, for torch.autograd.grad, even where the caller has
-               switched gradients off (no_grad, inference_mode)
-    change     a function (index of the block, map) -> map; the pass goes on with what it returns
-    keep       a function (index of the block, Attended) -> what is kept of it in `maps`: rows, a mean, queries and
-               keys. None: no map is computed at all, for who needs the tokens alone
+    Hooks and training modes are restored afterwards, even after an error.
 
-    Raises InputError for a model that is no known ViT, for images that it does not take, for gradients of a model that
-    is quantised or does not keep the tokens of its blocks, for one that does not attend as a plain ViT does, and for
-    another library's model whose captured logits differ from those of a plain pass, or from what its adapter reads from
-    its last tokens; NoNumbers where maps or logits are not finite.
+    Parameters
+    ----------
+    model : nn.Module
+        A ViT, ours or from timm, transformers or torchvision.
+    images : Tensor, shape (B, C, height, width)
+        Normalised images.
+    gradients : bool, optional
+        If True, logits, maps and tokens belong to one graph for `torch.autograd.grad`, even if the caller has
+        switched gradients off.
+    change : callable, optional
+        (index of the block from 0, map) -> map. The pass continues with the map that it returns.
+    keep : callable, optional
+        (index of the block from 0, Attended) -> what to store in `maps`, for example a row or a mean. None computes
+        no maps at all, which is fastest if you only need tokens and logits.
+
+    Returns
+    -------
+    Capture
+
+    Raises
+    ------
+    InputError
+        If the model is not a known ViT, if it does not take these images, or if it does not attend as a plain ViT
+        does. With `gradients`, also if the model is quantised or uses gradient checkpointing. For a model of another
+        library, also if its captured logits differ from a plain pass or from what its adapter reads.
+    NoNumbers
+        If maps or logits are not finite.
     """
     model = unwrapped(model)
     adapter, calls, outputs = adapt_vit(model), [], []
@@ -128,27 +163,54 @@ def capture(model, images, gradients=False, change=None, keep=whole_maps):
 
 @dataclass
 class Step:
-    """Where backward_by_blocks has come to: after `place` blocks, which is L at the head and 0 before the first block;
-    gradient (B, N, D), of the answer with respect to seen.tokens[place]; kept: what `keep` made of block `place`, the
-    one just passed, None at the head."""
+    """How far `backward_by_blocks` has come.
+
+    Attributes
+    ----------
+    place : int
+        Number of blocks before this point: L at the head, 0 before the first block.
+    gradient : Tensor, shape (B, N, D)
+        Gradient with respect to `seen.tokens[place]`.
+    kept : object
+        What `keep` returned for `blocks[place]`, the block just passed; None at the head.
+    """
     place: int
     gradient: torch.Tensor
     kept: object = None
 
 
 def backward_by_blocks(model, seen, answer, keep=None):
-    """The backward pass from the head to the first block, with the graph of one block in memory at a time: a Step at
-    the head, and one for each block, from the last to the first. Who has seen enough stops asking.
+    """Backpropagate from the head to the first block with the graph of only one block in memory at a time.
 
-    seen    the Capture of a pass; with keep=None that costs least
-    answer  a function logits (B, K) -> a number, of which the gradients are taken
-    keep    a function (maps, gradient), both (B, H, N, N) -> what is kept of a block's attention and of the gradient
-            with respect to it. None: no map is computed
+    This is a generator: stop iterating as soon as you have what you need. Each block is computed again from its own
+    input, and the chain rule passes the gradient on.
 
-    Each block is computed again from its own input (as in Chen et al. 2016, "Training Deep Nets with Sublinear Memory
-    Cost"), and the chain rule passes the gradient on. Raises InputError for a model that is quantised or was made in
-    inference mode, for one that does not attend as a plain ViT does, and where the head or a block, computed alone,
-    does not give again what it gave in the pass.
+    Parameters
+    ----------
+    model : nn.Module
+        The model that made `seen`.
+    seen : Capture
+        The forward pass. Capturing with `keep=None` is cheapest.
+    answer : callable
+        Logits (B, K) -> a scalar, whose gradients are computed.
+    keep : callable, optional
+        (maps, gradient), both (B, H, N, N) -> what to keep of a block's attention and its gradient. By default no map
+        is computed.
+
+    Yields
+    ------
+    Step
+        One at the head, then one for each block, from the last to the first.
+
+    Raises
+    ------
+    InputError
+        If the model is quantised, was made in inference mode, or does not attend as a plain ViT does; or if the head or
+        a block, computed alone, gives another result than in the forward pass.
+
+    References
+    ----------
+    Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
     """
     model, adapter = unwrapped(model), seen.adapter
     _check_differentiable(model)
@@ -165,14 +227,14 @@ def backward_by_blocks(model, seen, answer, keep=None):
 
 @differentiable()
 def _back_over(model, seen, place, gradient, keep):
-    """(gradient, kept) before block `place`, from the gradient after it."""
+    """Return (gradient before block `place`, what `keep` kept), from the gradient after the block."""
     (given, *args), kwargs = seen.calls[place]
-    _check_again(model, f"what block {place} is given", given, seen.tokens[place], seen)
+    _check_again(model, f"the input of block {place + 1}", given, seen.tokens[place], seen)
     recorder = AttentionCapture() if keep else nullcontext()
     tokens = given.detach().requires_grad_()
     with evaluating(model), recorder:
         output = tokens_of(seen.adapter.blocks[place](tokens, *args, **kwargs))  # (B, N, D)
-    _check_again(model, f"block {place}, computed alone,", output, seen.tokens[place + 1], seen)
+    _check_again(model, f"block {place + 1}, computed alone,", output, seen.tokens[place + 1], seen)
     if keep is None:
         return torch.autograd.grad(output, tokens, grad_outputs=gradient)[0], None
     _check_maps(model, recorder, 1, seen.adapter.n_prefix + seen.grid[0] * seen.grid[1])
@@ -182,18 +244,41 @@ def _back_over(model, seen, place, gradient, keep):
 
 
 def attention_maps(model, images):
-    """Softmax attention weights of every block and head, (L, B, H, N, N); rows are queries and sum to one. Of a model
-    in half precision they are float32.
+    """Return the attention weights of every block and head, (L, B, H, N, N); rows are queries and sum to one.
 
-    images: normalised, (B, C, height, width). Raises InputError as capture does.
+    Parameters
+    ----------
+    model : nn.Module
+        A ViT, ours or from timm, transformers or torchvision. For a model in half precision the maps are float32.
+    images : Tensor, shape (B, C, height, width)
+        Normalised images.
+
+    Raises
+    ------
+    InputError
+        For the same reasons as `capture`.
     """
     return at_least_float32(torch.stack(capture(model, images).maps))  # (L, B, H, N, N)
 
 
 @torch.no_grad()
 def predict_logits(model, images):
-    """The model's logits, (B, K), in eval mode. Raises InputError for images that it does not take, and NoNumbers where
-    they are not finite."""
+    """Return the model's logits, (B, K), computed in eval mode without gradients.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A classifier: a ViT, a hybrid or a ConvNet.
+    images : Tensor, shape (B, C, height, width)
+        Normalised images.
+
+    Raises
+    ------
+    InputError
+        If the model does not take these images.
+    NoNumbers
+        If the logits are not finite.
+    """
     model = unwrapped(model)
     adapt(model).check_images(images)
     with evaluating(model):
@@ -203,9 +288,26 @@ def predict_logits(model, images):
 
 
 def watch_layer(model, layer, images, run=None):
-    """(pixels, output, result) in one graph, for torch.autograd.grad: the images, the output of the layer, and the
-    result of `run` on the images (None: the model itself). Raises InputError for a model that is quantised, or does not
-    keep the tokens of its blocks for gradients."""
+    """Return (pixels, output, result) in one graph for `torch.autograd.grad`.
+
+    `pixels` are the images, `output` is the output of the layer, and `result` is `run(images)`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any classifier.
+    layer : nn.Module
+        A layer of the model.
+    images : Tensor, shape (B, C, height, width)
+        Normalised images.
+    run : callable, optional
+        What to run on the images; the model itself by default.
+
+    Raises
+    ------
+    InputError
+        If the model is quantised, was made in inference mode, or uses gradient checkpointing.
+    """
     model = unwrapped(model)
     _check_kept(model)
     outputs = []
@@ -220,16 +322,16 @@ def watch_layer(model, layer, images, run=None):
 
 
 class AttentionCapture(TorchFunctionMode):
-    """While this is entered, attention is an explicit softmax, and `kept` collects what `keep` makes of each.
+    """A context that makes attention an explicit softmax and collects what `keep` returns.
 
-    It intercepts the functions of torch that attention is made of, not modules, so that it works with any library.
+    It intercepts the torch functions that attention is made of, not modules, so it works with any library.
     """
 
     def __init__(self, change=None, keep=whole_maps):
         super().__init__()
         self.kept, self.sizes, self.finite = [], set(), True
         self.change, self.keep = change, keep
-        self.product = None  # (query, key^T, their product): the last that could be scores
+        self.product = None  # (query, key^T, their product): the last one that could be scores
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -249,7 +351,7 @@ class AttentionCapture(TorchFunctionMode):
         return self.note(Attended(result, query * scale, transposed.transpose(-2, -1), bias))
 
     def note(self, attended):
-        """The map of a block, with which the pass goes on; what is kept of it is kept."""
+        """Store what `keep` returns for a block, and return the map with which the pass continues."""
         if self.change is not None:
             attended.maps = self.change(len(self.kept), attended.maps)
         self.sizes.add(tuple(attended.maps.shape[-2:]))
@@ -259,11 +361,11 @@ class AttentionCapture(TorchFunctionMode):
         return attended.maps
 
     def attend(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        """As torch's scaled_dot_product_attention: (B, H, N, W) each -> (B, H, N, W)."""
-        if query.shape[-2] != key.shape[-2]:  # a pooling head's, where a learned token asks for the others
+        """Replace torch's scaled_dot_product_attention: three (B, H, N, W) -> (B, H, N, W)."""
+        if query.shape[-2] != key.shape[-2]:  # a pooling head with a learned query
             return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
         if is_causal or enable_gqa:
-            raise InputError("causal or grouped attention is not what a ViT has; its maps are not computed here")
+            raise InputError("a ViT has no causal or grouped-query attention; maps of this model cannot be captured")
         query = query / math.sqrt(query.shape[-1]) if scale is None else query * scale
         scores = query @ key.transpose(-2, -1)  # (B, H, N, N)
         if attn_mask is not None:
@@ -271,16 +373,16 @@ class AttentionCapture(TorchFunctionMode):
                 attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -math.inf)
             scores = scores + attn_mask
         maps = scores.softmax(dim=-1)
-        del scores  # so that maps are not held twice while they are kept
+        del scores  # free the scores before `keep` runs
         return self.note(Attended(maps, query, key, attn_mask)) @ value
 
     def attend_in_projection(self, query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias,
                              bias_k, bias_v, add_zero_attn, dropout_p, out_proj_weight, out_proj_bias, **others):
-        """As torch's multi_head_attention_forward, tokens first: (N, B, D) -> (N, B, D), and None for the weights."""
+        """Replace torch's multi_head_attention_forward, tokens first: (N, B, D) -> (N, B, D), None."""
         if query is not key or key is not value or in_proj_weight is None or bias_k is not None or add_zero_attn \
                 or others.get("attn_mask") is not None or others.get("key_padding_mask") is not None:
-            raise InputError("attention between two sequences, or masked, is not what a ViT has; its maps are not "
-                             "computed here")
+            raise InputError("a ViT has no cross-attention and no masked attention; maps of this model cannot be "
+                             "captured")
         qkv = F.linear(query, in_proj_weight, in_proj_bias)  # (N, B, 3 D)
         q, k, v = qkv.unflatten(2, (3, num_heads, -1)).permute(2, 1, 3, 0, 4)  # 3 x (B, H, N, W)
         heads = self.attend(q, k, v)  # (B, H, N, W)
@@ -288,7 +390,7 @@ class AttentionCapture(TorchFunctionMode):
 
 
 def _without_the_rest(kept, maps):
-    """What is kept, copied where it is a view of a part of the maps, which would hold all of them in memory."""
+    """Copy what is kept if it is a view of part of the maps; a view would keep all of them in memory."""
     if not isinstance(kept, torch.Tensor) or kept.numel() >= maps.numel():
         return kept
     return kept.clone() if kept.untyped_storage().data_ptr() == maps.untyped_storage().data_ptr() else kept
@@ -299,106 +401,107 @@ def _is_map(result):
 
 
 def _check_kept(model):
-    """Raises InputError for a model that keeps nothing for gradients: one that has none, or one of timm whose blocks
-    are computed again in the backward pass."""
+    """Raise InputError for a model whose activations cannot be kept for gradients.
+
+    Either it has no gradients, or it is a timm model that computes its blocks again in the backward pass.
+    """
     _check_differentiable(model)
     if getattr(model, "grad_checkpointing", False):
-        raise InputError(f"this {class_name(model)} computes its blocks again in the backward pass, where nobody "
-                         f"watches; call model.set_grad_checkpointing(False) first")
+        raise InputError(f"this {class_name(model)} uses gradient checkpointing, which discards the tokens of its "
+                         f"blocks; call model.set_grad_checkpointing(False) first")
 
 
 def _check_differentiable(model):
-    """Raises InputError for a model that has no gradients: one that is quantised, or one made in inference mode."""
+    """Raise InputError for a model without gradients: quantised, or made in inference mode."""
     if is_quantised(model):
-        raise InputError(f"this {class_name(model)} is quantised, and no gradient passes weights of whole numbers; ask "
-                         f"for attention or rollout, or give the model that it was made from")
+        raise InputError(f"this {class_name(model)} is quantised, so it has no gradients; use attention or rollout, or "
+                         f"give the model before quantisation")
     if any(weight.is_inference() for weight in model.parameters()):
-        raise InputError(f"this {class_name(model)} was made inside torch.inference_mode(), and its weights take no "
-                         f"part in gradients; make or load it outside")
+        raise InputError(f"this {class_name(model)} was made inside torch.inference_mode(), so its weights have no "
+                         f"gradients; make or load it outside")
 
 
 def _scale_and_bias(scores, product):
-    """(scale, bias): scores (B, H, N, N) = scale * product + bias, bias None where a scale alone will do."""
+    """Return (scale, bias) with scores = scale * product + bias, (B, H, N, N); bias is None if it is zero."""
     if scores is product:
         return 1.0, None
     given, whole = scores.detach(), product.detach()
     largest = whole.abs().argmax()
     scale = (given.flatten()[largest] / whole.flatten()[largest]).item()
-    size = (scale * whole).abs().max()  # and not of the scores, which a mask makes infinite
+    size = (scale * whole).abs().max()  # not of the scores: a mask makes them infinite
     if (given - scale * whole).abs().max() <= 16 * torch.finfo(given.dtype).eps * size:
         return scale, None
     seen = given.isfinite()
-    scale = ((given * whole)[seen].sum() / whole[seen].square().sum()).item()  # which leaves the smallest bias
+    scale = ((given * whole)[seen].sum() / whole[seen].square().sum()).item()  # least squares: the smallest bias
     return scale, scores - scale * product
 
 
 def _check_maps(model, recorder, n_blocks, n_tokens):
-    """Raises InputError unless there was a map over n_tokens tokens for each block, of finite numbers."""
+    """Raise InputError unless every block gave one finite map over n_tokens tokens."""
     if not recorder.kept:
-        raise InputError(f"no attention map was seen in this {class_name(model)}: it attends in a kernel of its own, "
-                         f"such as xFormers, FlashAttention or FlexAttention; of transformers build it with "
-                         f"attn_implementation='sdpa', of the hub's DINOv2 set XFORMERS_DISABLED=1 before it is loaded")
+        raise InputError(f"this {class_name(model)} computed no attention map that could be captured: it uses a "
+                         f"special kernel, such as xFormers, FlashAttention or FlexAttention; build a transformers "
+                         f"model with attn_implementation='sdpa', or set XFORMERS_DISABLED=1 before you load DINOv2 "
+                         f"from the hub")
     if len(recorder.kept) != n_blocks or recorder.sizes != {(n_tokens, n_tokens)}:
-        raise InputError(f"{len(recorder.kept)} attention maps of {sorted(recorder.sizes)} tokens were seen, "
-                         f"expected {n_blocks}, one a block, of {n_tokens} tokens; this model does not attend as a "
-                         f"plain ViT does")
+        raise InputError(f"this model computed {len(recorder.kept)} attention maps over {sorted(recorder.sizes)} "
+                         f"tokens; expected {n_blocks}, one per block, over {n_tokens} tokens; give a plain ViT")
     if not recorder.finite:
         raise NoNumbers(_no_numbers(model))
 
 
 class NoNumbers(InputError):
-    """A model's output holds NaN or infinity."""
+    """An InputError for a model whose output holds NaN or infinity."""
 
 
 def check_finite_numbers(model, *values):
-    """Raises NoNumbers unless all these values of a model are finite, and InputError where one is no tensor."""
+    """Raise NoNumbers unless all values are finite, and InputError if one is not a tensor."""
     for value in values:
         if not isinstance(value, torch.Tensor):
-            raise InputError(f"this {class_name(model)} gives a {type(value).__name__}, expected a tensor of logits or "
-                             f"features; of transformers, set model.config.return_dict = True")
+            raise InputError(f"this {class_name(model)} returns a {type(value).__name__}; expected a tensor of logits "
+                             f"or features; for a transformers model set model.config.return_dict = True")
     if not all(value.isfinite().all() for value in values):
         raise NoNumbers(_no_numbers(model))
 
 
 def _no_numbers(model):
-    return (f"this {class_name(model)} gives NaN or infinity for these images, and nothing can be seen in that; give a "
-            f"model whose training went well, or call .float() on one in half precision")
+    return (f"this {class_name(model)} gives NaN or infinity for these images; give a model whose training converged, "
+            f"or call .float() on a model in half precision")
 
 
 def alike_within(model, dtype):
-    """How far, as a part of the largest logit, a captured pass may differ from a plain one with logits of a dtype."""
+    """Return how far, relative to the largest logit, a captured pass may differ from a plain one."""
     return ALIKE_QUANTISED if is_quantised(model) else max(ALIKE, 8 * torch.finfo(dtype).eps)
 
 
 def _check_again(model, what, found, expected, seen):
-    """Raises InputError unless a part of the model gives again what it gave in the pass that was seen."""
+    """Raise InputError unless a part of the model repeats what it gave in the captured pass."""
     apart, length = (at_least_float32(one.detach()).norm().item() for one in (found - expected, expected))
     if not apart <= alike_within(model, seen.logits.dtype) * length:
-        raise InputError(f"{what} of this {class_name(model)} differs from what it was in the whole pass (by "
-                         f"{apart:.1e}, where its length is {length:.1e}); its gradients cannot be taken block by "
-                         f"block")
+        raise InputError(f"{what} of this {class_name(model)} differs from the whole pass (by {apart:.1e}, for a norm "
+                         f"of {length:.1e}), so its gradients cannot be computed block by block; give a plain ViT")
 
 
 def _check_logits(model, images, logits):
-    """Raises InputError unless the model gives these logits in a plain pass, too."""
+    """Raise InputError unless a plain pass gives the same logits."""
     with evaluating(model), torch.no_grad():
         own = logits_of(model(to_model(images.detach(), model)))
     if words := _apart(model, own, logits):
         raise InputError(f"with explicit attention this {class_name(model)} gives other logits than in a plain pass "
-                         f"({words}); its maps would not be those it uses")
+                         f"({words}), so the maps would not be the model's own; give a plain ViT")
 
 
 def _check_read(model, adapter, tokens, logits):
-    """Raises InputError unless the adapter reads from the tokens after the last block what the model gives."""
+    """Raise InputError unless the adapter reads the model's own output from the last tokens."""
     with evaluating(model), torch.no_grad():
         read = adapter.read(tokens.detach())
     if words := _apart(model, read, logits):
-        raise InputError(f"this {class_name(model)} makes something else of the tokens after its last block than a "
-                         f"{adapter.library} ViT with this head ({words}); it is not known here")
+        raise InputError(f"this {class_name(model)} does not read its last tokens as a {adapter.library} ViT with this "
+                         f"head does ({words}); give a model whose head is not customised")
 
 
 def _apart(model, own, logits):
-    """How far two outputs of a model differ, in words; "" where only by rounding."""
+    """Say how two outputs differ; return "" if they differ only by rounding."""
     if own.shape != logits.shape:
         return f"shape {tuple(logits.shape)}, expected {tuple(own.shape)}"
     difference, scale = (own - logits.detach()).abs().max().item(), max(1.0, own.abs().max().item())

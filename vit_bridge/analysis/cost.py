@@ -1,6 +1,11 @@
-"""What a model costs: parameters, FLOPs, speed and memory.
+"""What a model costs: parameters, FLOPs, throughput and memory.
 
-Shapes:  B images, C channels, K classes."""
+count_parameters, count_flops     exact counts
+throughput, peak_memory     measurements
+fitted_exponent     how a cost grows with size
+
+Shapes:  B images, C channels, K classes.
+"""
 
 import copy
 import os
@@ -21,61 +26,94 @@ from vit_model import pair
 
 
 def count_parameters(model, trainable_only=False):
-    """Numbers in the model's parameters, quantised ones too; with trainable_only=True those that an optimiser would
-    change."""
+    """Return the number of parameters of a model, quantised ones included.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model.
+    trainable_only : bool, optional
+        If True, count only the parameters that an optimiser would change.
+    """
     numbers = [p for p in model.parameters() if p.requires_grad or not trainable_only]
-    if not trainable_only:  # quantised layers give their weights by methods
+    if not trainable_only:  # in quantised layers, weight and bias are methods
         numbers += [part() for module in model.modules() for part in (getattr(module, "weight", None),
                                                                       getattr(module, "bias", None)) if callable(part)]
     return sum(p.numel() for p in numbers if p is not None)
 
 
 def count_flops(model, img_size=None):
-    """FLOPs of one forward pass of one image, a multiply-add counted as 2.
+    """Return the FLOPs of one forward pass of one image; a multiply-add counts as 2.
 
-    img_size: a side or (height, width); None: the model's own. Counted are matrix products and convolutions, as
-    torch.utils.flop_counter does: norms, softmax, activations, biases and additions are left out. As in published
-    counts, every token passes every block; in fact a ViT whose head reads only CLS saves most of the last one. Nothing
-    is computed: the pass runs on shapes alone (device "meta"). Raises InputError for a quantised model.
+    Parameters
+    ----------
+    model : nn.Module
+        A model of ours.
+    img_size : int or tuple of int, optional
+        Side of the image in pixels, or (height, width). The model's own size by default.
+
+    Raises
+    ------
+    InputError
+        If the model is quantised.
+
+    Notes
+    -----
+    Matrix products and convolutions count, as in `torch.utils.flop_counter`; norms, softmax, activations, biases and
+    additions do not. As in published counts, every token passes through every block. In fact, a ViT whose head reads
+    only CLS skips most of the last one. Nothing is computed: the pass runs on shapes alone (device "meta").
     """
     model = unwrapped(model)
     if is_quantised(model):
-        raise InputError(f"this {class_name(model)} is quantised, and products of whole numbers are not counted; count "
-                         f"those of the model that it was made from")
+        raise InputError(f"this {class_name(model)} is quantised, and integer products are not counted; count the "
+                         f"FLOPs of the model before quantisation")
     size = pair(model.config.img_size if img_size is None else img_size)
     images = torch.empty(1, model.config.in_channels, *size, device="meta", dtype=dtype_of(model))
     tensors = {id(tensor): tensor.detach().to("meta") for tensor in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, tensors).eval()  # with those instead of its own
+    twin = copy.deepcopy(model, tensors).eval()  # a copy without memory for its weights
     counter = FlopCounterMode(display=False)
-    # MATH spells attention out as two matrix products, which every version of torch counts.
+    # MATH computes attention as two matrix products, which every version of torch counts.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         twin.forward_head(twin.forward_features(images))
     return counter.get_total_flops()
 
 
 def fitted_exponent(sizes, values):
-    """The slope b of the line through log(value) = a + b log(size), by least squares: value grows as size^b.
+    """Return the exponent b of a power law, value ~ size^b.
 
-    Raises InputError for fewer than two sizes, or a size or value that is not positive.
+    It is the least-squares slope of log(value) = a + b log(size).
+
+    Raises
+    ------
+    InputError
+        If there are fewer than two sizes, or if a size or a value is not positive.
     """
     x, y = (torch.tensor(list(numbers), dtype=torch.float64) for numbers in (sizes, values))
     if len(x) < 2 or x.shape != y.shape or not (x > 0).all() or not (y > 0).all():
-        raise InputError(f"no exponent follows from sizes {sizes} and values {values}; expected two or more positive "
-                         f"sizes and a positive value for each")
+        raise InputError(f"no exponent can be fitted to sizes {sizes} and values {values}; expected at least two "
+                         f"positive sizes and a positive value for each")
     x, y = x.log(), y.log()
     x = x - x.mean()
     return (x @ y / (x @ x)).item()
 
 
 def throughput(model, img_size=None, batch_size=32, seconds=1.0, train=False, device=None):
-    """Images a second: batch_size over the median time of a pass, after two passes to warm up.
+    """Return the images per second: batch_size over the median time of a pass.
 
-    img_size  a side or (height, width); None: the model's own
-    seconds   how long to measure, at least three passes
-    train     False: forward, in eval mode, without gradients. True: forward and backward, without an optimiser
-    device    as in choose_device; None: where the model is
-
-    Measured on a copy of the model with random images that lie on the device beforehand.
+    Parameters
+    ----------
+    model : nn.Module
+        A model of ours. A copy of it is measured, with random images that already lie on the device.
+    img_size : int or tuple of int, optional
+        Side of the images in pixels, or (height, width). The model's own size by default.
+    batch_size : int, optional
+        Images in one pass.
+    seconds : float, optional
+        How long to measure, after two passes to warm up. At least three passes are timed.
+    train : bool, optional
+        False measures the forward pass in eval mode without gradients; True forward and backward, without an optimiser.
+    device : str, optional
+        As in `choose_device`. By default the model's own device.
     """
     check_int("batch_size", batch_size, 1)
     device = device_of(model) if device is None else choose_device(device)
@@ -95,23 +133,33 @@ def throughput(model, img_size=None, batch_size=32, seconds=1.0, train=False, de
 
 
 def peak_memory(model, images, train=False):
-    """Bytes that one pass needs beyond the weights and the images: the most that it holds at any one time.
+    """Return the peak memory in bytes of one pass, beyond the weights and the images.
 
-    That is the activations and the working memory of the operations, with train=True (forward and backward) also
-    the activations kept for the backward pass and the gradients of the weights; an optimiser's state comes on
-    top. images: (B, C, height, width). Measured on a copy of the model: on CUDA, where the model is there, with
-    torch.cuda.max_memory_allocated; else on the CPU, as the highest running sum of torch.profiler's allocations.
+    Parameters
+    ----------
+    model : nn.Module
+        Any model. A copy of it is measured.
+    images : Tensor, shape (B, C, height, width)
+        Normalised images.
+    train : bool, optional
+        If True, measure forward and backward. An optimiser's state comes on top.
+
+    Notes
+    -----
+    The peak includes activations and the working memory of the operations; with `train` also the activations kept for
+    the backward pass and the gradients of the weights. On CUDA it is measured with `torch.cuda.max_memory_allocated`,
+    otherwise on the CPU, as the highest running sum of the allocations that `torch.profiler` records.
     """
     device = device_of(model) if device_of(model).type == "cuda" else torch.device("cpu")
     model, images = copy.deepcopy(model).to(device).train(train), to_model(images, model).to(device)
-    _run_pass(model, images, train)  # to warm up: libraries allocate their workspaces once
+    _run_pass(model, images, train)  # warm-up: libraries allocate their workspaces once
     model.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         _run_pass(model, images, train)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler of torch 2.14 prints lines of its own
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise the profiler of torch 2.14 prints log lines
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         _run_pass(model, images, train)
     records = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -120,10 +168,10 @@ def peak_memory(model, images, train=False):
 
 
 def _run_pass(model, images, train):
-    """A forward pass, with train=True also the backward pass of a cross-entropy; waits until it is done."""
+    """Run a forward pass, with train=True also the backward pass of a cross-entropy, and wait for it."""
     if train and is_quantised(model):
-        raise InputError(f"this {class_name(unwrapped(model))} is quantised, and no gradient passes weights of whole "
-                         f"numbers; measure it with train=False")
+        raise InputError(f"this {class_name(unwrapped(model))} is quantised, so it has no gradients; measure it with "
+                         f"train=False")
     with torch.set_grad_enabled(train):
         logits = model(images)  # (B, K)
         if train:

@@ -1,11 +1,10 @@
-"""Where in an image a prediction comes from, by every usual method, and how far to trust each map.
+"""Where in an image a prediction comes from, by four methods, and how far to trust each map.
 
-    explain(model, images, method)     one of METHODS, for a class; rollout, relevance and token_cam are the formulas
-    logit_lens, token_norms, feature_colours, patch_filters     what tokens and the patch projection hold
-    norm_artefacts                     which patch tokens are far longer than all others
-    compare_explanations               all methods: their agreement, and deletion_insertion beside random order
+explain(model, images, method)     one of METHODS; rollout, relevance and token_cam are the formulas
+logit_lens, token_norms, norm_artefacts, feature_colours, patch_filters     what tokens and filters contain
+compare_explanations               all methods: their agreement, and deletion and insertion against random order
 
-A method that does not work on a model raises InputError with the reason. selfcheck.py checks the formulas on a model.
+A method that does not work on a model raises InputError with the reason. selfcheck.py checks the formulas.
 
 Shapes:  B images, L blocks, H heads, N tokens (prefix tokens, then patches), D width, K classes, n patches,
           C channels, P patch side, M methods, R random orders, S steps of a curve.
@@ -44,12 +43,27 @@ from vit_bridge.runtime import at_least_float32, evaluating, logits_of, to_model
 
 
 def rollout(maps, discard_ratio=0.0):
-    """How much of each input token is in each output token, (L, B, H, N, N) -> (B, N, N), rows sum to one.
+    """Return how much of each input token is in each output token, (B, N, N); rows sum to one.
 
-    Each block is taken as half attention, mean over the heads, and half the residual: A = (mean_h A_h + I) / 2; the
-    product goes from the last block to the first. Abnar and Zuidema 2020, "Quantifying Attention Flow in Transformers",
-    Sec. 4. discard_ratio: the fraction of each block's weights, in [0, 1), the smallest, that is set to zero before I
-    is added and the rows are scaled back to one. Raises InputError for a ratio out of range.
+    Each block counts half as attention, averaged over the heads, and half as the residual: A = (mean_h A_h + I) / 2.
+    The result is the product of all blocks, the last on the left.
+
+    Parameters
+    ----------
+    maps : Tensor or list, shape (L, B, H, N, N)
+        Attention maps; rows are queries.
+    discard_ratio : float, optional
+        Fraction of the smallest weights of each block that is set to zero before I is added, in [0, 1). The rows are
+        then rescaled to sum to one.
+
+    Raises
+    ------
+    InputError
+        If `discard_ratio` is out of range.
+
+    References
+    ----------
+    Abnar and Zuidema 2020, "Quantifying Attention Flow in Transformers", Sec. 4.
     """
     carried = Rollout(discard_ratio)
     for block in maps:
@@ -58,8 +72,10 @@ def rollout(maps, discard_ratio=0.0):
 
 
 class Rollout:
-    """rollout, block by block: `rolled` (B, N, N) is that of the blocks taken so far, from the first on. It is a `keep`
-    for capture(), which keeps nothing else. Raises InputError for a ratio out of range."""
+    """Attention rollout, block by block, as a `keep` for capture that stores nothing else.
+
+    `rolled` (B, N, N) is the rollout of the blocks so far. Raises InputError for a ratio out of range.
+    """
 
     def __init__(self, discard_ratio=0.0):
         if not isinstance(discard_ratio, Real) or not 0 <= discard_ratio < 1:
@@ -70,7 +86,7 @@ class Rollout:
         self.take(attended.maps)
 
     def take(self, maps):
-        """The maps of the next block, (B, H, N, N)."""
+        """Add the maps of the next block, (B, H, N, N)."""
         mixing = at_least_float32(maps).mean(dim=1)  # (B, N, N)
         n_tokens = mixing.shape[-1]
         if n_dropped := int(self.discard_ratio * n_tokens**2):
@@ -82,17 +98,30 @@ class Rollout:
 
 
 def relevance(maps, gradients):
-    """How much each input token speaks for a class in each output token: 2 x (L, B, H, N, N) -> (B, N, N).
+    """Return how much each input token speaks for a class in each output token, (B, N, N).
 
-    gradients: of the logit of the class with respect to the maps. Block by block, from the first, R <- R + A R, with A
-    the mean over the heads of the positive part of map times gradient; R starts as I. Chefer, Gur and Wolf 2021,
-    "Generic Attention-model Explainability", Eq. 5 and 6.
+    R starts as I. Each block, from the first on, adds A R, where A is the mean over the heads of the positive part of
+    map times gradient.
+
+    Parameters
+    ----------
+    maps : Tensor or list, shape (L, B, H, N, N)
+        Attention maps; rows are queries.
+    gradients : Tensor or list, shape (L, B, H, N, N)
+        Gradients of the logit of the class with respect to the maps.
+
+    References
+    ----------
+    Chefer, Gur and Wolf 2021, "Generic Attention-model Explainability", Eq. 5 and 6.
     """
     return relevance_gained(maps, gradients) + torch.eye(maps.shape[-1], dtype=maps.dtype, device=maps.device)
 
 
 def relevance_gained(maps, gradients):
-    """relevance without the I that each token has of itself, so that nothing small is rounded away beside 1."""
+    """Compute relevance without its initial I.
+
+    Beside the 1 that each token has of itself, small values would be lost to rounding.
+    """
     gained = None
     for attention, gradient in zip(maps, gradients, strict=True):
         block = (attention * gradient).clamp(min=0).mean(dim=1)  # (B, N, N): negative heads do not cancel others
@@ -101,8 +130,11 @@ def relevance_gained(maps, gradients):
 
 
 def token_cam(features, gradients):
-    """Grad-CAM of places: 2 x (B, n, D) -> (B, n). Channels are weighted by their gradient's mean over the places, and
-    negative sums become zero. Selvaraju et al. 2017, "Grad-CAM", Eq. 1 and 2."""
+    """Compute Grad-CAM over positions: features and gradients, 2 x (B, n, D) -> (B, n).
+
+    Channels are weighted by the mean of their gradient over the positions; negative sums become zero. Selvaraju et al.
+    2017, "Grad-CAM", Eq. 1 and 2.
+    """
     weights = gradients.mean(dim=1, keepdim=True)  # (B, 1, D)
     return (features * weights).sum(dim=2).clamp(min=0)  # (B, n)
 
@@ -112,8 +144,17 @@ def token_cam(features, gradients):
 
 @dataclass
 class Explanation:
-    """saliency (B, rows, columns), not negative, NaN for an image whose Grad-CAM is blank while those of others are
-    not; targets (B), the explained classes, and their probabilities (B); both None for a model without a head."""
+    """A saliency map for each image.
+
+    Attributes
+    ----------
+    saliency : Tensor, shape (B, rows, columns)
+        Not negative. NaN for an image whose Grad-CAM is blank while those of other images are not.
+    targets : Tensor, shape (B,), or None
+        The explained classes; None for a model without a head.
+    probabilities : Tensor, shape (B,), or None
+        Their probabilities; None for a model without a head.
+    """
     saliency: torch.Tensor
     targets: torch.Tensor | None
     probabilities: torch.Tensor | None
@@ -121,15 +162,33 @@ class Explanation:
 
 @differentiable()
 def explain(model, images, method="relevance", target=None, **options):
-    """An Explanation by one of METHODS.
+    """Explain the predictions of a model by one of METHODS.
 
-    images   normalised, (B, C, height, width)
-    target   a class, by number or name, one for all images or one for each (B); None: the class that is predicted.
-             Attention and rollout are the same for every class
-    options  rollout: discard_ratio; grad_cam: layer_idx; attention: layer_idx and head_idx
+    It works even if the caller has switched gradients off.
 
-    It works also where the caller has switched gradients off. Raises InputError for images that the model does not
-    take, and where the method cannot work on the model, with the reason.
+    Parameters
+    ----------
+    model : nn.Module
+        A ViT, ours or from timm, transformers or torchvision; for Grad-CAM also a ConvNet.
+    images : Tensor, shape (B, C, height, width)
+        Normalised images.
+    method : str, optional
+        "attention", "rollout", "relevance" or "grad_cam".
+    target : int, str or sequence, optional
+        The class to explain, by number or name: one for all images, or one for each. By default the predicted class.
+        Attention and rollout are the same for every class.
+    **options
+        rollout: discard_ratio. grad_cam: layer_idx. attention: layer_idx and head_idx. Indices are Python indices: 0 is
+        the first block or head, -1 the last.
+
+    Returns
+    -------
+    Explanation
+
+    Raises
+    ------
+    InputError
+        If the model does not take these images, or if the method cannot work on this model (with the reason).
     """
     check_choice("method", method, METHODS)
     for name in options:
@@ -145,14 +204,14 @@ def explain(model, images, method="relevance", target=None, **options):
 
 
 def attention_saliency(model, images, targets, layer_idx=-1, head_idx=None):
-    """The attention of the head's token to each patch in one block; the class does not matter."""
+    """Return the attention of the head's token to each patch in one block; the class does not matter."""
     row = select_attention(attention_rows(model, images), layer_idx, head_idx)  # (B, N)
     adapter = adapt_vit(model)
     return patches_of(row, adapter.grid(images), adapter.n_prefix)
 
 
 def rollout_saliency(model, images, targets, discard_ratio=0.0):
-    """rollout, of the head's token; the class does not matter."""
+    """Return the attention rollout of the head's token; the class does not matter."""
     check_pool(adapt_vit(model).pool)
     carried = Rollout(discard_ratio)
     seen = capture(model, images, keep=carried)
@@ -160,9 +219,9 @@ def rollout_saliency(model, images, targets, discard_ratio=0.0):
 
 
 def relevance_saliency(model, images, targets):
-    """relevance, of the head's token, for the class; without the I that each token has of itself.
+    """Return the relevance of each patch in the head's token for the class, without the initial I.
 
-    Only that token's row of the matrix is computed, from the last block to the first: r <- r + r A.
+    Only the row of that token is computed, from the last block to the first: r <- r + r A.
     """
     check_head(model)
     check_pool(adapt_vit(model).pool)
@@ -171,7 +230,7 @@ def relevance_saliency(model, images, targets):
     tokens = seen.tokens[0]  # (B, N, D)
     start = reading_weights(pool, first, tokens.shape[1]).to(at_least_float32(tokens[0, :, 0]))  # (N)
     start = start.expand(len(tokens), 1, -1)  # (B, 1, N)
-    gained = torch.zeros_like(start)  # apart from start, so that nothing small is rounded away beside 1
+    gained = torch.zeros_like(start)  # apart from start, as in relevance_gained
     for step in backward_by_blocks(model, seen, partial(chosen, targets=targets), keep=speaking):
         if step.kept is not None:
             gained = gained + (start + gained) @ step.kept
@@ -180,18 +239,34 @@ def relevance_saliency(model, images, targets):
 
 
 def speaking(maps, gradient):
-    """A `keep` for backward_by_blocks: how much each token of a block speaks for the class in each, 2 x (B, H, N, N) ->
-    (B, N, N), the mean over the heads of the positive part of map times gradient."""
+    """Keep how much each token of a block speaks for the class: a `keep` for backward_by_blocks.
+
+    It is the mean over the heads of the positive part of map times gradient, 2 x (B, H, N, N) -> (B, N, N).
+    """
     return at_least_float32((maps * gradient).clamp_(min=0).mean(dim=1))
 
 
 def cam_saliency(model, images, targets, layer_idx=None):
-    """Grad-CAM of the patch tokens after a block, or of the places after a stage of a ConvNet.
+    """Return Grad-CAM of the patch tokens after a block, or of the feature map after a stage of a ConvNet.
 
-    layer_idx: counts from 0, or from the end; None: the last whose places the head can still see, which is the last
-    but one where it reads no patch. Raises InputError where the map would be blank for every image: because nothing of
-    the places reaches the head, or because nothing at any place speaks for the class. Where it is blank for some images
-    these have NaN.
+    Images for which the map is blank have NaN.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A ViT or a ConvNet with a head.
+    images : Tensor, shape (B, C, height, width)
+        Normalised images.
+    targets : Tensor, shape (B,)
+        The classes to explain.
+    layer_idx : int, optional
+        Python index of the block or stage: 0 is the first block of a ViT, and the stem of a ConvNet. By default the
+        last whose patches the head can still see. If the head reads no patch, that is the last block but one.
+
+    Raises
+    ------
+    InputError
+        If the map would be blank for every image.
     """
     check_head(model)
     if not adapt(model).attends:
@@ -200,11 +275,11 @@ def cam_saliency(model, images, targets, layer_idx=None):
     n_blocks, unseen = len(adapter.blocks), not adapter.reads_patches
     layer, read = cam_layer(adapter, layer_idx), {"cls": "CLS"}.get(adapter.pool, adapter.pool)
     if unseen and n_blocks == 1:
-        raise InputError(f"Grad-CAM after the only block is blank: the head reads {read} alone, and what the patch "
-                         f"tokens are there goes nowhere; ask for relevance or attention")
+        raise InputError(f"Grad-CAM after the only block is blank: the head reads only {read}, so the patch tokens "
+                         f"there have no effect; use relevance or attention")
     if unseen and layer == n_blocks - 1:
-        raise InputError(f"Grad-CAM after the last block is blank: the head reads {read} alone, and what the patch "
-                         f"tokens are there goes nowhere; choose a layer_idx from 0 to {n_blocks - 2}")
+        raise InputError(f"Grad-CAM after the last block is blank: the head reads only {read}, so the patch tokens "
+                         f"there have no effect; choose a layer_idx from 0 to {n_blocks - 2}")
     seen = capture(model, images, keep=None)
     steps = backward_by_blocks(model, seen, partial(chosen, targets=targets))
     gradient = next(step.gradient for step in steps if step.place == layer + 1)  # (B, N, D)
@@ -213,7 +288,7 @@ def cam_saliency(model, images, targets, layer_idx=None):
 
 
 def cam_layer(adapter, layer_idx=None):
-    """The index of the block after which cam_saliency takes the tokens of a ViT."""
+    """Return the index, from 0, of the block after which cam_saliency takes the tokens of a ViT."""
     n_blocks = len(adapter.blocks)
     if layer_idx is not None:
         return check_index("layer_idx", layer_idx, n_blocks)
@@ -221,17 +296,19 @@ def cam_layer(adapter, layer_idx=None):
 
 
 def _not_blank(saliency):
-    """Grad-CAM (B, rows, columns), with NaN for an image where it is zero everywhere, as that is no map. Raises
-    InputError where it is so in every image."""
+    """Replace blank maps (zero everywhere) of Grad-CAM, (B, rows, columns), by NaN.
+
+    Raises InputError if the maps of all images are blank.
+    """
     blank = ~(saliency > 0).flatten(1).any(dim=1)  # (B)
     if blank.all():
-        raise InputError("Grad-CAM is blank: at no place do the weighted channels speak for the class here; choose "
-                         "another layer_idx, or another method")
+        raise InputError("Grad-CAM is blank: the weighted channels speak for the class at no position; choose another "
+                         "layer_idx or another method")
     return saliency.masked_fill(blank[:, None, None], torch.nan)
 
 
 def _convolutional_cam(model, images, targets, layer_idx):
-    """Grad-CAM after a stage of a ConvNet: (B, rows, columns) of its feature map."""
+    """Compute Grad-CAM after a stage of a ConvNet: (B, rows, columns) of its feature map."""
     layers = adapt(model).layers
     layer = layers[check_index("layer_idx", layer_idx, len(layers))]
     _, features, logits = watch_layer(model, layer, images)  # (B, D, rows, columns), (B, K)
@@ -251,8 +328,29 @@ OPTIONS = {"attention": ("layer_idx", "head_idx"), "rollout": ("discard_ratio",)
 
 @torch.no_grad()
 def logit_lens(model, images):
-    """What the head would predict from the tokens after each block: probabilities (L + 1, B, K), the first before
-    the first block. nostalgebraist 2020, "interpreting GPT: the logit lens". Raises InputError without a head."""
+    """Return what the head would predict from the tokens after each block.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A ViT with a head.
+    images : Tensor, shape (B, C, height, width)
+        Normalised images.
+
+    Returns
+    -------
+    Tensor, shape (L + 1, B, K)
+        Probabilities; the first are those before the first block.
+
+    Raises
+    ------
+    InputError
+        If the model has no head.
+
+    References
+    ----------
+    nostalgebraist 2020, "interpreting GPT: the logit lens".
+    """
     check_head(model)
     seen = capture(model, images, keep=None)
     with evaluating(model):
@@ -262,8 +360,10 @@ def logit_lens(model, images):
 
 
 def token_norms(captured):
-    """(norms, artefacts), both (L, B, rows, columns): the length of each patch token after each block, and whether
-    norm_artefacts takes it for one."""
+    """Return (norms, artefacts), both (L, B, rows, columns), of the patch tokens after each block.
+
+    The norms are the lengths of the tokens; `norm_artefacts` decides which are artefacts.
+    """
     first = captured.adapter.n_prefix
     norms = torch.stack([at_least_float32(tokens.detach())[:, first:].norm(dim=2).cpu()
                          for tokens in captured.tokens[1:]])  # (L, B, n)
@@ -274,31 +374,56 @@ def token_norms(captured):
 
 @dataclass
 class Artefacts:
-    """mask (rows, columns): which patch tokens are artefacts; share: how many of all; threshold: the norm above which
-    they lie, None where there are none; ratio: the largest norm over the median, whether or not it is an artefact."""
+    """The patch tokens that are much longer than the others.
+
+    Attributes
+    ----------
+    mask : Tensor, shape (rows, columns)
+        Which tokens are artefacts.
+    share : float
+        Their fraction of all patch tokens.
+    threshold : float or None
+        The norm above which they lie; None if there are none.
+    ratio : float
+        The largest norm over the median norm, whether or not it is an artefact.
+    """
     mask: torch.Tensor
     share: float
     threshold: float | None
     ratio: float
 
 
-VERY_STRONG = 10  # difference of BIC from which evidence is called so: Kass and Raftery 1995, "Bayes Factors", Sec. 3.2
+VERY_STRONG = 10  # difference of BIC: Kass and Raftery 1995, "Bayes Factors", Sec. 3.2
 
 
 def norm_artefacts(norms):
-    """The Artefacts of one map of norms (rows, columns): the few tokens, far longer than the rest, that a model uses
-    for something else than their patch (Darcet et al. 2024, "Vision Transformers Need Registers").
+    """Find the few tokens that are much longer than the others: register artefacts.
 
-    No threshold is given: the norms tell. Two normal distributions are fitted to their logarithms. There are artefacts
-    only where all of this holds:
+    A model uses them for something other than the content of their patch.
 
-    two kinds    the evidence for two and against one is very strong: their BIC is lower by VERY_STRONG, as chance alone
-                 now and then makes two peaks of a few tokens. And their joint density has two peaks that the valley
-                 between them tells apart at half the height of the lower one; its lowest point is the threshold
-    few          at most a tenth of the tokens, rounded up, lie above it, where Darcet et al. find some 2%
-    scattered    a typical one of these (the median) has at most one more of the others among its neighbours, eight or
-                 fewer at an edge, than chance gives. Else they lie together, as a region of the picture does, and are
-                 content
+    Parameters
+    ----------
+    norms : Tensor, shape (rows, columns)
+        Lengths of the patch tokens of one image.
+
+    Returns
+    -------
+    Artefacts
+
+    Notes
+    -----
+    The threshold follows from the norms. Two normal distributions are fitted to their logarithms. There are artefacts
+    only if all of this holds:
+
+    - Two kinds: the evidence for two distributions is very strong (their BIC is lower by VERY_STRONG), and the joint
+      density has two peaks with a valley below half the lower peak. The bottom of the valley is the threshold.
+    - Few: at most a tenth of the tokens, rounded up, lie above it. Darcet et al. find about 2%.
+    - Scattered: the median artefact has at most one more artefact among its up to eight neighbours than chance would
+      give. Otherwise they lie together, like a region of the image, and count as content.
+
+    References
+    ----------
+    Darcet et al. 2024, "Vision Transformers Need Registers".
     """
     norms = norms.detach().cpu().double()
     median = norms.median().item()
@@ -319,15 +444,18 @@ def norm_artefacts(norms):
 
 
 def _valley(values, steps=200):
-    """Where the density of two normal distributions, fitted to values (n), is lowest between its two peaks; None where
-    that is not below half the lower peak, and where the evidence for two and not one is less than very strong."""
+    """Return the minimum between the two peaks of a density fitted to values (n), or None.
+
+    The density is a mixture of two normal distributions. None means that the minimum is not below half the lower peak,
+    or that the evidence for two distributions is not very strong.
+    """
     n, mean, spread = len(values), values.mean(), values.std(correction=0)
     if not spread > 1e-9:
         return None
     x = ((values - mean) / spread).sort().values
     weights, means, widths, likelihood = _fit_two(x, steps)
     of_one = -0.5 * n * (math.log(2 * math.pi) + 1)  # of variance 1
-    gained = 2 * (likelihood - of_one) - (5 - 2) * math.log(n)  # how much lower BIC is, of five numbers and of two
+    gained = 2 * (likelihood - of_one) - (5 - 2) * math.log(n)  # how much lower BIC is: 5 parameters against 2
     if gained <= VERY_STRONG:
         return None
     between = torch.linspace(means.min().item(), means.max().item(), 1001).double()
@@ -339,10 +467,13 @@ def _valley(values, steps=200):
 
 
 def _fit_two(x, steps):
-    """(weights, means, standard deviations), each (2), and the log-likelihood of the best of several fits of two normal
-    distributions to sorted values x (n) of variance 1. Each fit is an expectation maximisation that begins with a cut:
-    at the middle, below the largest tenth and hundredth, and at the largest gap. No distribution is narrower than a
-    twentieth of the whole, so that none shrinks to a single value."""
+    """Fit a mixture of two normal distributions to sorted values x (n) of variance 1.
+
+    Returns (weights, means, standard deviations), each (2), and the log-likelihood of the best of several fits. Each is
+    an expectation maximisation that starts from a cut: in the middle, below the largest tenth, below the largest
+    hundredth, or at the largest gap. No distribution may be narrower than a twentieth of the whole, so none collapses
+    to one value.
+    """
     n = len(x)
     cuts = torch.tensor([n // 2, n - -(-n // 10), n - -(-n // 100), x.diff().argmax().item() + 1])
     upper = (torch.arange(n) >= cuts[:, None]).double()  # (fits, n)
@@ -363,10 +494,21 @@ def _fit_two(x, steps):
 
 
 def feature_colours(features):
-    """The three directions in which features (B, rows, columns, D) differ most, over all images together, as red, green
-    and blue: (B, rows, columns, 3) in 0..1. Alike in colour is alike in content, across the images too. Each direction
-    is scaled from its 2nd to its 98th percentile; its sign is that which makes the skew positive. Where there are fewer
-    than three, as of two patches, the rest is 0.5."""
+    """Map features to colours by their first three principal components, over all images together.
+
+    Similar colours mean similar features, also across images. Each component is scaled from its 2nd to its 98th
+    percentile, with the sign that makes its skew positive.
+
+    Parameters
+    ----------
+    features : Tensor, shape (B, rows, columns, D)
+        Patch tokens or feature maps.
+
+    Returns
+    -------
+    Tensor, shape (B, rows, columns, 3)
+        Red, green and blue in 0..1. If there are fewer than three components, the remaining channels are 0.5.
+    """
     flat = features.detach().cpu().double().flatten(0, 2)  # (B n, D)
     centred = flat - flat.mean(dim=0)
     _, _, directions = torch.linalg.svd(centred, full_matrices=False)
@@ -379,14 +521,35 @@ def feature_colours(features):
 
 @torch.no_grad()
 def patch_filters(model, n_filters=28):
-    """(filters (n, C, P, P), shares (n)): the principal components of the patch projection's filters, the strongest
-    first, and how much of their squares each holds. ViT paper, Fig. 7 (left). Raises InputError where the first layer
-    is no projection of whole patches, as in a hybrid."""
+    """Return the principal components of the filters of the patch projection, the strongest first.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A ViT.
+    n_filters : int, optional
+        How many components to return at most.
+
+    Returns
+    -------
+    filters : Tensor, shape (n, C, P, P)
+    shares : Tensor, shape (n,)
+        The fraction of the sum of squares that each component holds.
+
+    Raises
+    ------
+    InputError
+        If the first layer is not a projection of whole patches, as in a hybrid.
+
+    References
+    ----------
+    Dosovitskiy et al. 2021 (the ViT paper), Fig. 7 (left).
+    """
     adapter = adapt_vit(model)
     projection = adapter.projection
     if not adapter.projects_patches:
-        raise InputError(f"the first layer of this {class_name(model)} is a {type(projection).__name__}, no "
-                         f"projection of patches; its filters have no principal components to look at")
+        raise InputError(f"the first layer of this {class_name(model)} is a {type(projection).__name__}, not a "
+                         f"projection of patches; give a ViT that cuts images into patches")
     check_int("n_filters", n_filters, 1)
     weight = projection.weight.detach().cpu().double()  # (D, C, P, P)
     _, strengths, components = torch.linalg.svd(weight.flatten(1), full_matrices=False)
@@ -398,14 +561,41 @@ def patch_filters(model, n_filters=28):
 
 
 def deletion_insertion(model, images, saliency, targets, n_steps=16, batch_size=128, seed=0):
-    """(deletion, insertion), each (S + 1, B): the probability of the target class while patches are hidden, the most
-    salient first, and while they are shown on a blurred image, the most salient first.
+    """Return the deletion and insertion curves of a saliency map, each (S + 1, B).
 
-    saliency (B, rows, columns). Patches of equal saliency go in a random order, which depends on the seed and the image
-    alone, so that a constant saliency is the control, random order. An image with NaN in its saliency has NaN. Hidden
-    patches get the mean of the normalisation; `blurred` is what insertion starts from. A map that finds what the
-    prediction depends on makes the first curve fall early and the second rise early: area_under tells. Petsiuk, Das and
-    Saenko 2018, "RISE", Sec. 4.1.
+    The curves hold the probability of the target class while patches are hidden, the most salient first, and while they
+    are shown on a blurred image, the most salient first. If a map finds what the prediction depends on, deletion falls
+    early and insertion rises early; `area_under` measures this.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A classifier.
+    images : Tensor, shape (B, C, height, width)
+        Normalised images.
+    saliency : Tensor, shape (B, rows, columns)
+        The map. Patches of equal saliency come in a random order that depends only on the seed and the image, so a
+        constant map gives random order, the control. NaN in a map gives NaN in the image's curves.
+    targets : Tensor, shape (B,)
+        The classes whose probability is measured.
+    n_steps : int, optional
+        Steps of each curve, S.
+    batch_size : int, optional
+        Images in one pass.
+    seed : int, optional
+        Seed of the random orders.
+
+    Returns
+    -------
+    deletion, insertion : Tensor, shape (S + 1, B)
+
+    Notes
+    -----
+    Hidden patches get the mean of the normalisation. Insertion starts from `blurred` images.
+
+    References
+    ----------
+    Petsiuk, Das and Saenko 2018, "RISE", Sec. 4.1.
     """
     check_int("n_steps", n_steps, 1)
     with _progress(2 * (n_steps + 1) * len(images)) as bar:
@@ -430,9 +620,11 @@ def _curves(model, images, saliency, targets, n_steps, batch_size, seed, bar):
 
 
 def blurred(images):
-    """Images (B, C, height, width) out of which the details are gone, and no edges are put in: RISE's Gaussian of 11 x
-    11 pixels and a standard deviation of 5, where the shorter side is above 224 pixels larger in proportion. Beyond its
-    edge an image goes on as its last pixels."""
+    """Blur images (B, C, height, width) so that details vanish and no edges appear.
+
+    The kernel is RISE's Gaussian of 11 x 11 pixels with standard deviation 5. It grows in proportion if the shorter
+    side exceeds 224 pixels. Beyond its border an image is continued by its outermost pixels.
+    """
     larger = max(1.0, min(images.shape[2:]) / 224)
     reach = round(5 * larger)  # pixels to each side
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / (5 * larger))**2).to(images)
@@ -444,38 +636,43 @@ def blurred(images):
 
 
 def area_under(curves):
-    """The area under each curve, its steps at equal distances from 0 to 1, by trapezoids: (S + 1, ...) -> (...)."""
+    """Integrate curves from 0 to 1 by the trapezoidal rule: (S + 1, ...) -> (...)."""
     return torch.trapezoid(curves, dx=1 / (len(curves) - 1), dim=0)
 
 
 def mean_and_error(values):
-    """(mean, standard error of the mean) of the values that are not NaN; the error of fewer than two is NaN."""
+    """Return (mean, standard error of the mean) of the values that are not NaN.
+
+    The error of fewer than two values is NaN.
+    """
     values = values[~values.isnan()].double()
     return values.mean().item(), values.std().item() / len(values)**0.5 if len(values) > 1 else float("nan")
 
 
 def _progress(n_images):
-    """A progress bar over this many images: on a terminal or in Jupyter, after 5 seconds."""
-    from tqdm.auto import tqdm  # where it is used: in Jupyter without ipywidgets its import warns
+    """Make a progress bar over n_images; it appears after 5 seconds, on a terminal or in Jupyter."""
+    from tqdm.auto import tqdm  # imported late: it warns in Jupyter without ipywidgets
 
     return tqdm(total=n_images, desc="hiding and showing patches", unit="image", delay=5, leave=False, disable=None)
 
 
 def _ranks_of(saliency, orders):
-    """The rank of each patch, 0 the most salient; ties as they come in `orders`: 2 x (B, n) -> (B, n)."""
+    """Rank the patches, 0 the most salient; ties are broken by `orders`: 2 x (B, n) -> (B, n)."""
     ranking = saliency.gather(1, orders).argsort(dim=1, descending=True, stable=True)  # (B, n) places in the orders
     return orders.gather(1, ranking).argsort(dim=1)
 
 
 def _random_orders(images, n, seed):
-    """A random order of n patches for each image, (B, n), out of the seed and the image's numbers, so that it is the
-    same in every batch. images (B, C, height, width), on the CPU."""
+    """Draw a random order of n patches for each image, (B, n), from the seed and the image's pixels.
+
+    An image therefore gets the same order in every batch. The images (B, C, height, width) are on the CPU.
+    """
     seeds = [zlib.crc32(image.float().contiguous().numpy(), seed % 2**32) for image in images]
     return torch.stack([torch.randperm(n, generator=torch.Generator().manual_seed(one)) for one in seeds])
 
 
 def _class_probability(model, images, targets, batch_size, bar):
-    """The probability of each image's target class, (B), on the CPU."""
+    """Return the probability of each image's target class, (B), on the CPU."""
     model, parts = unwrapped(model), []
     with evaluating(model):
         for part in images.split(batch_size):
@@ -485,14 +682,16 @@ def _class_probability(model, images, targets, batch_size, bar):
 
 
 def rank_correlation(first, second):
-    """Spearman's correlation of two maps of each image, 2 x (B, ...) -> (B), equal values sharing their mean rank; NaN
-    where one map is the same everywhere."""
+    """Return Spearman's rank correlation of two maps of each image, 2 x (B, ...) -> (B).
+
+    Equal values share their mean rank. The result is NaN if one of the maps is constant.
+    """
     a, b = (_centred_ranks(values.flatten(1).double().contiguous()) for values in (first, second))
     return (a * b).sum(dim=1) / ((a**2).sum(dim=1) * (b**2).sum(dim=1)).sqrt()  # (B)
 
 
 def _centred_ranks(values):
-    """The rank of each value (B, n) less the mean rank, equal values sharing their mean; NaN beside a NaN."""
+    """Rank values (B, n) and subtract the mean; ties share their mean rank, and NaN gives NaN."""
     in_order = values.sort(dim=1).values
     below, up_to = (torch.searchsorted(in_order, values, side=side) for side in ("left", "right"))
     ranks = (below + up_to).double() / 2  # (B, n)
@@ -501,20 +700,28 @@ def _centred_ranks(values):
 
 
 def agreement(saliencies):
-    """rank_correlation of each pair of maps, the mean over the images that have both: M of (B, ...) -> (M, M)."""
+    """Return the rank correlation of each pair of maps, averaged over images: M x (B, ...) -> (M, M)."""
     return torch.stack([torch.stack([rank_correlation(a, b).nanmean() for b in saliencies]) for a in saliencies])
 
 
 @dataclass
 class Comparison:
-    """What compare_explanations gives.
+    """The result of compare_explanations.
 
-    saliencies            method -> (B, rows, columns), NaN for an image for which the method has no map
-    refused               method -> why it has no map for any image
-    correlations          (M, M), means over the images
-    deletion, insertion   method -> (S + 1, B), NaN as in saliencies; and "random order", the mean of the draws
-    draws                 "deletion" and "insertion" -> (R, S + 1, B), of each random order
-    targets, probabilities   (B)
+    Attributes
+    ----------
+    saliencies : dict
+        Method -> (B, rows, columns); NaN for an image for which the method has no map.
+    refused : dict
+        Method -> why it has no map for any image.
+    correlations : Tensor, shape (M, M)
+        Rank correlations, averaged over the images.
+    deletion, insertion : dict
+        Method -> (S + 1, B), with NaN as in `saliencies`; "random order" is the mean of the draws.
+    draws : dict
+        "deletion" and "insertion" -> (R, S + 1, B), one curve for each random order.
+    targets, probabilities : Tensor, shape (B,)
+        The explained classes and their probabilities.
     """
     saliencies: dict
     refused: dict
@@ -527,46 +734,74 @@ class Comparison:
 
     @property
     def differences(self):
-        """"deletion" and "insertion" -> method -> (B), image by image the area of the method less the mean area of its
-        random orders: in deletion a good map is below zero, in insertion above. NaN as in saliencies."""
+        """Area of each method minus the mean area of its random orders, image by image.
+
+        "deletion" and "insertion" -> method -> (B). A good map is below zero in deletion and above zero in insertion.
+        NaN as in `saliencies`.
+        """
         control = {what: area_under(draws.transpose(0, 1)).mean(dim=0) for what, draws in self.draws.items()}  # (B)
         return {what: {name: area_under(getattr(self, what)[name]) - control[what] for name in self.saliencies}
                 for what in control}
 
     @property
     def leads(self):
-        """"deletion" and "insertion" -> method -> (mean of the differences over the images that have a map, its
-        standard error; NaN where there is but one such image)."""
+        """Mean and standard error of the differences over the images that have a map.
+
+        "deletion" and "insertion" -> method -> (mean, error); the error is NaN if there is only one such image.
+        """
         return {what: {name: mean_and_error(values) for name, values in methods.items()}
                 for what, methods in self.differences.items()}
 
     @property
     def blank(self):
-        """Method -> the number of images for which it has no map, where there are such."""
+        """Number of images without a map, for each method that has some."""
         counts = {name: int(saliency.flatten(1).isnan().any(dim=1).sum()) for name, saliency in self.saliencies.items()}
         return {name: count for name, count in counts.items() if count}
 
 
 def compare_explanations(model, images, target=None, methods=tuple(METHODS), n_steps=16, seed=0, n_draws=8):
-    """A Comparison of the methods on images (B, C, height, width), normalised.
+    """Compare explanation methods on the same images, against random order.
 
-    Beside them stands random order, n_draws times for each image, from the seed: how far the draws differ says which
-    lead of a method means anything. Each method and each draw takes 2 (n_steps + 1) passes of the images; for a large
-    model n_draws may be lower.
+    Parameters
+    ----------
+    model : nn.Module
+        A classifier with a head.
+    images : Tensor, shape (B, C, height, width)
+        Normalised images.
+    target : int, str or sequence, optional
+        As in `explain`.
+    methods : sequence of str, optional
+        Names from METHODS.
+    n_steps : int, optional
+        Steps of each curve.
+    seed : int, optional
+        Seed of the random orders.
+    n_draws : int, optional
+        Random orders for each image. Their spread shows which lead of a method is more than chance.
 
-    Raises InputError for images that the model does not take, for a model without a head, and where no method
-    works.
+    Returns
+    -------
+    Comparison
+
+    Raises
+    ------
+    InputError
+        If the model does not take these images, if it has no head, or if no method works on it.
+
+    Notes
+    -----
+    Each method and each draw takes 2 (n_steps + 1) passes of the images; for a large model choose fewer draws.
     """
     check_int("n_draws", n_draws, 1)
     check_int("n_steps", n_steps, 1)
     saliencies, refused, explained = {}, {}, None
     if not len(methods):
-        raise InputError(f"methods {methods!r} name none; expected at least one of {', '.join(METHODS)}")
+        raise InputError(f"methods {methods!r} is empty; expected at least one of {', '.join(METHODS)}")
     for method in methods:
         check_choice("method", method, METHODS)
     if not adapt(model).has_head:
-        raise InputError(f"this {class_name(model)} has no head, so there is no answer that hiding patches could "
-                         f"change; give one with a head")
+        raise InputError(f"this {class_name(model)} has no head, so hiding patches cannot change a prediction; give a "
+                         f"model with a head")
     target = choose_targets(predict_logits(model, images), target, adapt(model).class_names).cpu()
     for method in methods:
         try:
@@ -594,17 +829,19 @@ def compare_explanations(model, images, target=None, methods=tuple(METHODS), n_s
 
 
 def choose_targets(logits, target, class_names=None):
-    """Class numbers (B), on the device of the logits (B, K), out of numbers or names. Raises InputError for a class
-    that is not there, and for another number of them than one or B."""
+    """Turn class numbers or names into class numbers (B), on the device of the logits (B, K).
+
+    Raises InputError for a class that does not exist, and unless there is one target or one for each image.
+    """
     if logits.ndim != 2:
-        raise InputError(f"the model gives {tuple(logits.shape)} for a batch of images; expected logits (B, K)")
+        raise InputError(f"the model returns shape {tuple(logits.shape)} for a batch of images; expected logits (B, K)")
     B, K = logits.shape
     if target is None:
         return logits.argmax(dim=1)
     given = target.tolist() if isinstance(target, (torch.Tensor, np.ndarray)) else target
     given = list(given) if isinstance(given, (list, tuple)) else [given]
     if len(given) not in (1, B):
-        raise InputError(f"{len(given)} targets were given for {B} images; expected one, or one for each")
+        raise InputError(f"{len(given)} targets were given for {B} images; give one, or one for each image")
     labels = [class_names.index(one) if class_names and one in class_names else one for one in given]
     for one in labels:
         if isinstance(one, bool) or not isinstance(one, (int, np.integer)) or not 0 <= one < K:
@@ -614,5 +851,8 @@ def choose_targets(logits, target, class_names=None):
 
 
 def chosen(logits, targets):
-    """The sum of the target classes' logits, to take gradients of; images do not mix, so each has its own."""
+    """Sum the logits of the target classes, for gradients.
+
+    Images do not interact, so each image gets the gradient of its own logit.
+    """
     return logits.gather(1, targets[:, None]).sum()

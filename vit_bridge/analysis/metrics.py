@@ -1,6 +1,10 @@
-"""Which classes are confused, and how sure an accuracy is.
+"""Which classes are confused, and how certain an accuracy is.
 
-Shapes:  K classes, n images."""
+confusion_matrix, class_recalls, balanced_accuracy     results by class
+wilson_interval, percent     confidence intervals
+
+Shapes:  K classes, n images.
+"""
 
 import math
 
@@ -10,35 +14,52 @@ from vit_bridge.errors import InputError
 
 
 def confusion_matrix(labels, predictions, n_classes):
-    """How many images of each class were taken for each class, (K, K) int64: rows are true, columns predicted.
+    """Count how many images of each class were predicted as each class.
 
-    labels, predictions: class numbers from 0, int64 (n). Raises InputError where they are not equally many, and for
-    a number out of range.
+    Parameters
+    ----------
+    labels, predictions : Tensor, shape (n,)
+        Class numbers from 0, int64.
+    n_classes : int
+        Number of classes, K.
+
+    Returns
+    -------
+    Tensor, shape (K, K)
+        Counts, int64. Rows are true classes, columns predicted ones.
+
+    Raises
+    ------
+    InputError
+        If labels and predictions differ in number, or if a class number is out of range.
     """
     if labels.shape != predictions.shape or labels.ndim != 1:
         raise InputError(f"labels of shape {tuple(labels.shape)} and predictions of shape {tuple(predictions.shape)} "
-                         f"are no pairs; expected one of each for an image, (n)")
+                         f"do not match; expected one of each for every image, (n)")
     labels, predictions = labels.cpu(), predictions.cpu()
     for name, values in (("labels", labels), ("predictions", predictions)):
         if len(values) and not 0 <= values.min() <= values.max() < n_classes:
             raise InputError(f"{name} from {values.min()} to {values.max()} are out of range; expected 0 to "
-                             f"{n_classes - 1}, a number for each class of the model")
+                             f"{n_classes - 1} for a model with {n_classes} classes")
     pairs = labels * n_classes + predictions  # (n)
     return pairs.bincount(minlength=n_classes**2).reshape(n_classes, n_classes)  # (K, K)
 
 
 def class_recalls(confusion):
-    """The fraction of each class's images that were recognised, (K) float64; NaN for a class without images.
+    """Return the fraction of each class's images that were predicted correctly: (K, K) -> (K), float64.
 
-    confusion: (K, K), as from confusion_matrix.
+    A class without images has NaN.
     """
     return confusion.diagonal().double() / confusion.sum(dim=1)
 
 
 def balanced_accuracy(confusion):
-    """The mean of class_recalls over the classes that have images: rare classes count as much as frequent ones.
+    """Return the mean recall over the classes that have images, so that rare classes count as much as others.
 
-    Raises InputError where no class has images.
+    Raises
+    ------
+    InputError
+        If no class has images.
     """
     if not confusion.any():
         raise InputError("the confusion matrix counts 0 images; expected at least one, check the data")
@@ -49,13 +70,28 @@ def balanced_accuracy(confusion):
 
 
 def wilson_interval(correct, n, z=1.96):
-    """(low, high): where the accuracy lies when `correct` of n independent images were right.
+    """Return (low, high), the Wilson confidence interval of an accuracy.
 
-    z=1.96 is 95 % confidence. Wilson 1927, "Probable Inference, the Law of Succession, and Statistical
-    Inference". Raises InputError unless 0 <= correct <= n and n >= 1.
+    Parameters
+    ----------
+    correct : int
+        Number of correct predictions.
+    n : int
+        Number of independent images.
+    z : float, optional
+        Width in standard deviations; 1.96 gives 95% confidence.
+
+    Raises
+    ------
+    InputError
+        Unless 0 <= correct <= n and n >= 1.
+
+    References
+    ----------
+    Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
     """
     if n < 1 or not 0 <= correct <= n:
-        raise InputError(f"{correct} correct of {n} is no count; expected 0 <= correct <= n and n of at least 1")
+        raise InputError(f"{correct} correct of {n} is not possible; expected 0 <= correct <= n and n of at least 1")
     share = correct / n
     middle = share + z**2 / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
@@ -63,6 +99,6 @@ def wilson_interval(correct, n, z=1.96):
 
 
 def percent(correct, n):
-    """'87.5% (86.9 to 88.1)': an accuracy with its 95% Wilson interval."""
+    """Return an accuracy with its 95% Wilson interval as text, such as '87.5% (86.9 to 88.1)'."""
     low, high = wilson_interval(correct, n)
     return f"{correct / n:.1%} ({100 * low:.1f} to {100 * high:.1f})"

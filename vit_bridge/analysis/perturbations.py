@@ -1,10 +1,10 @@
-"""How predictions change when images change: shifted, shuffled, hidden, or with cues at odds.
+"""How predictions change when images are shifted, shuffled, occluded, or given conflicting cues.
 
-    shift_consistency                           how often the prediction stays when the image moves by some pixels
-    shuffle_patches, occlude, accuracy_curve    patches shuffled or hidden, and how many predictions stay correct
-    cue_choices, shape_bias                     outline against texture
+shift_consistency                            how often the prediction stays when the image moves by some pixels
+shuffle_patches, occlude, accuracy_curve     patches in random order or hidden, and the predictions that stay correct
+cue_choices, shape_bias                      outline against texture
 
-Each change is drawn from a seed, anew for each image. Images are normalised, (B, C, height, width), and on the CPU.
+Images are normalised, (B, C, height, width), and on the CPU. Random changes depend on a seed and differ by image.
 
 Shapes:  B images in a batch, N images, C channels, n patches of an image, m of them, P patch side,
          R the largest shift in pixels.
@@ -21,17 +21,39 @@ FILLS = ("black", "mean")
 
 
 def shift_consistency(model, images, reach=4, batch_size=128):
-    """The fraction of images whose predicted class stays when they are moved, by offset: (2R + 1, 2R + 1) float64.
+    """Return how often the predicted class stays the same when images are shifted, for each offset.
 
-    Row and column R + r, R + c hold the offset of r rows down and c columns right; the middle is 1. What comes in at
-    the border is mirrored, as in training. As in Zhang 2019, "Making Convolutional Networks Shift-Invariant Again",
-    Sec. 4, except that each offset is compared with no shift, not two random ones with each other. Raises
-    InputError for a reach below 1 or not below the side.
+    Parameters
+    ----------
+    model : nn.Module
+        A classifier.
+    images : Tensor, shape (B, C, height, width)
+        Normalised images. Pixels that enter at the border are mirrored, as in training.
+    reach : int, optional
+        The largest shift R in pixels.
+    batch_size : int, optional
+        Images in one pass.
+
+    Returns
+    -------
+    Tensor, shape (2R + 1, 2R + 1)
+        Fractions of the images, float64. Entry (R + r, R + c) is the shift by r rows down and c columns right; the
+        middle is 1.
+
+    Raises
+    ------
+    InputError
+        If `reach` is below 1 or not below the sides of the images.
+
+    References
+    ----------
+    Zhang 2019, "Making Convolutional Networks Shift-Invariant Again", Sec. 4. There, two random offsets are compared
+    with each other; here, each offset is compared with no shift.
     """
     check_int("reach", reach, 1)
     if reach >= min(images.shape[2:]):
-        raise InputError(f"reach {reach} moves images of {images.shape[2]}x{images.shape[3]} pixels out of sight; "
-                         f"expected less than their side")
+        raise InputError(f"reach {reach} shifts images of {images.shape[2]}x{images.shape[3]} pixels out of the frame; "
+                         f"expected less than their shorter side")
     images = images.cpu()
     unmoved, whole = predictions(model, images, batch_size), torch.ones(len(images), dtype=torch.long)
     still = torch.zeros(len(images), dtype=torch.bool)
@@ -46,7 +68,7 @@ def shift_consistency(model, images, reach=4, batch_size=128):
 
 
 def mean_consistency(stays):
-    """The mean of shift_consistency's map over all offsets but none at all."""
+    """Return the mean of a `shift_consistency` map over all offsets except zero."""
     return ((stays.sum() - 1) / (stays.numel() - 1)).item()
 
 
@@ -54,7 +76,7 @@ def mean_consistency(stays):
 
 
 def to_patches(images, patch_size):
-    """(B, C, height, width) -> (B, n, C, P, P), row by row; and the (rows, columns) of the grid."""
+    """Cut images into patches, row by row: (B, C, height, width) -> (B, n, C, P, P), (rows, columns)."""
     (height, width), (rows, columns) = pair(patch_size, "patch_size"), grid_of(tuple(images.shape[2:]),
                                                                               pair(patch_size, "patch_size"))
     patches = images.unflatten(3, (columns, width)).unflatten(2, (rows, height))  # (B, C, rows, P, columns, P)
@@ -62,26 +84,44 @@ def to_patches(images, patch_size):
 
 
 def from_patches(patches, grid_size):
-    """The images that to_patches cut: (B, n, C, P, P) -> (B, C, height, width)."""
+    """Put the patches of `to_patches` together again: (B, n, C, P, P) -> (B, C, height, width)."""
     grid = patches.unflatten(1, tuple(grid_size)).permute(0, 3, 1, 4, 2, 5)  # (B, C, rows, P, columns, P)
     return grid.flatten(4, 5).flatten(2, 3)  # (B, C, height, width)
 
 
 def _random_ranks(n_images, n, seed):
-    """For each image a fresh random order of n places: (N, n), each row the numbers 0 to n - 1."""
+    """Draw a random order of n patches for each image: (N, n), each row a permutation of 0 to n - 1."""
     return torch.rand(n_images, n, generator=generator_of(seed, 4), dtype=torch.float64).argsort(dim=1)
 
 
 def shuffle_patches(images, patch_size, share=1.0, seed=0, offset=0):
-    """Images in which a random fraction `share` of the patches has been permuted, each image in its own way.
-    Naseer et al. 2021, "Intriguing Properties of Vision Transformers", Sec. 3.3.
+    """Permute a random fraction of the patches of each image, in another way for each image.
 
-    offset: pixels by which the grid is moved down and right; the image wraps around. With 0 a ViT with this patch size
-    keeps its tokens whole; with half a patch, the permuted squares cut through its patches.
+    Parameters
+    ----------
+    images : Tensor, shape (B, C, height, width)
+        Normalised images.
+    patch_size : int or tuple of int
+        Side of the patches, or (height, width).
+    share : float, optional
+        Fraction of the patches that take part, from 0 to 1.
+    seed : int, optional
+        Seed of the random order.
+    offset : int, optional
+        Pixels by which the grid moves down and right; the image wraps around. With 0, a ViT with this patch size
+        keeps its patches whole; with half a patch, the shuffled squares cut through its patches.
+
+    Returns
+    -------
+    Tensor, shape (B, C, height, width)
+
+    References
+    ----------
+    Naseer et al. 2021, "Intriguing Properties of Vision Transformers", Sec. 3.3.
     """
     patches, grid = to_patches(images.cpu().roll((-offset, -offset), dims=(2, 3)), patch_size)  # (B, n, C, P, P)
     B, n = patches.shape[:2]
-    chosen = _random_ranks(B, n, seed)[:, :_share_of(share, n)]  # (B, m) places that take part
+    chosen = _random_ranks(B, n, seed)[:, :_share_of(share, n)]  # (B, m) positions that take part
     order = torch.arange(n).expand(B, n).clone()  # (B, n)
     order.scatter_(1, chosen, chosen.gather(1, _random_ranks(B, chosen.shape[1], seed + 1)))
     moved = from_patches(patches[torch.arange(B)[:, None], order], grid)  # (B, C, height, width)
@@ -89,17 +129,40 @@ def shuffle_patches(images, patch_size, share=1.0, seed=0, offset=0):
 
 
 def occlude(images, patch_size, share, fill="mean", seed=0, preprocessing=None):
-    """Images in which a random fraction `share` of the patches is hidden, other ones in each image.
+    """Hide a random fraction of the patches of each image, other patches in each image.
 
-    fill   "mean": the mean of the normalisation, 0 in normalised images; "black": pixels of 0, which needs the
-           preprocessing of the images
+    Parameters
+    ----------
+    images : Tensor, shape (B, C, height, width)
+        Normalised images.
+    patch_size : int or tuple of int
+        Side of the patches, or (height, width).
+    share : float
+        Fraction of the patches to hide, from 0 to 1.
+    fill : str, optional
+        "mean" fills with the mean of the normalisation, which is 0; "black" fills with pixels of 0.
+    seed : int, optional
+        Seed of the choice of patches.
+    preprocessing : Preprocessing, optional
+        The images' preprocessing; "black" needs it.
 
-    Naseer et al. 2021, Sec. 3.1. Raises InputError for an unknown fill.
+    Returns
+    -------
+    Tensor, shape (B, C, height, width)
+
+    Raises
+    ------
+    InputError
+        If `fill` is unknown, or if it is "black" without a `preprocessing`.
+
+    References
+    ----------
+    Naseer et al. 2021, "Intriguing Properties of Vision Transformers", Sec. 3.1.
     """
     check_choice("fill", fill, FILLS)
     if fill == "black" and preprocessing is None:
-        raise InputError("fill 'black' is another number in every normalisation; give the preprocessing of a loader or "
-                         "of a trained model")
+        raise InputError("fill 'black' depends on the normalisation of the images; give the preprocessing of a loader "
+                         "or of a trained model")
     patches, grid = to_patches(images.cpu(), patch_size)  # (B, n, C, P, P)
     B, n = patches.shape[:2]
     hidden = _random_ranks(B, n, seed) < _share_of(share, n)  # (B, n)
@@ -111,14 +174,32 @@ def occlude(images, patch_size, share, fill="mean", seed=0, preprocessing=None):
 
 
 def _share_of(share, n):
-    """How many of n patches a share is. Raises InputError unless it is from 0 to 1."""
+    """Return how many of n patches a fraction is. Raises InputError unless it is from 0 to 1."""
     if not 0 <= share <= 1:
         raise InputError(f"share {share} is out of range; expected 0 to 1")
     return round(share * n)
 
 
 def accuracy_curve(model, images, labels, change, shares):
-    """How many predictions are correct after `change(images, share=s)`, for each share s: a list of counts."""
+    """Return the number of correct predictions after `change(images, share=s)`, for each share s.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A classifier.
+    images : Tensor, shape (N, C, height, width)
+        Normalised images.
+    labels : Tensor, shape (N,)
+        Their classes.
+    change : callable
+        Such as `occlude` with its other arguments fixed by functools.partial.
+    shares : sequence of float
+        Fractions of the patches, from 0 to 1.
+
+    Returns
+    -------
+    list of int
+    """
     return [int((predictions(model, change(images, share=share)) == labels.cpu()).sum()) for share in shares]
 
 
@@ -126,18 +207,40 @@ def accuracy_curve(model, images, labels, change, shares):
 
 
 def cue_choices(answers, outlines, textures):
-    """How many predictions are the class of the outline, that of the texture, and neither, for images whose cues are of
-    different classes. answers: the predicted classes; answers, outlines, textures: class numbers (N,). Raises
-    InputError where the two cues agree in an image."""
+    """Count the predictions that follow the outline, the texture, or neither.
+
+    The two cues of each image must belong to different classes.
+
+    Parameters
+    ----------
+    answers : Tensor, shape (N,)
+        Predicted classes.
+    outlines, textures : Tensor, shape (N,)
+        Class of the outline and class of the texture of each image.
+
+    Returns
+    -------
+    dict
+        Counts under "outline", "texture" and "neither".
+
+    Raises
+    ------
+    InputError
+        If outline and texture agree in an image.
+    """
     if (outlines == textures).any():
-        raise InputError(f"outline and texture agree in {int((outlines == textures).sum())} images; expected images in "
-                         f"which they are of different classes")
+        raise InputError(f"outline and texture agree in {int((outlines == textures).sum())} images; give images whose "
+                         f"cues belong to different classes")
     by_outline, by_texture = int((answers == outlines).sum()), int((answers == textures).sum())
     return dict(outline=by_outline, texture=by_texture, neither=len(answers) - by_outline - by_texture)
 
 
 def shape_bias(choices):
-    """The fraction by outline of the predictions by either cue, from cue_choices; NaN where there are none. Geirhos
-    et al. 2019, "ImageNet-trained CNNs are biased towards texture"."""
+    """Return the fraction of outline predictions among those that follow either cue; NaN if there are none.
+
+    References
+    ----------
+    Geirhos et al. 2019, "ImageNet-trained CNNs are biased towards texture".
+    """
     either = choices["outline"] + choices["texture"]
     return choices["outline"] / either if either else float("nan")

@@ -1,6 +1,10 @@
 """Which pixels one unit of a model sees.
 
-Shapes:  B images, C channels, D width, k side of a kernel."""
+receptive_field, theoretical_receptive_field     measured by gradients, and derived from kernels
+radius_holding, unit_centre, untrained_copy     what figures and comparisons need
+
+Shapes:  B images, C channels, D width, k side of a kernel.
+"""
 
 import torch
 from torch import nn
@@ -14,16 +18,36 @@ from vit_model import pair
 
 @differentiable()
 def receptive_field(model, images, depth=None):
-    """The effective receptive field of the centre unit: the weight of each pixel, (height, width), sum 1, float64.
+    """Return the effective receptive field of the unit in the centre: the weight of each pixel.
 
-    The unit is the place (rows // 2, columns // 2) of the feature map, or of the grid of patch tokens, after
-    `depth` blocks (ViT, hybrid) or stages (ConvNet); 0: after the patch embedding or the stem; None: the last.
-    Its channels are summed, and of the gradient of that sum to the input pixels the absolute value is averaged
-    over images and colours: Luo et al. 2016, "Understanding the Effective Receptive Field".
+    Parameters
+    ----------
+    model : nn.Module
+        Ours, or a ViT of timm, transformers or torchvision.
+    images : Tensor, shape (B, C, height, width)
+        Normalised images.
+    depth : int, optional
+        Number of blocks (ViT, hybrid) or stages (ConvNet) before the unit; 0 is after the patch embedding or the stem.
+        By default the last block or stage.
 
-    images: normalised, (B, C, height, width); a ViT is ours, or timm's, transformers' or torchvision's. Raises
-    InputError for images that the model does not take, for a depth out of range, and where the gradient is zero
-    everywhere.
+    Returns
+    -------
+    Tensor, shape (height, width)
+        Weights that sum to one, float64.
+
+    Raises
+    ------
+    InputError
+        If the model does not take these images, if `depth` is out of range, or if the gradient is zero everywhere.
+
+    Notes
+    -----
+    The unit is position (rows // 2, columns // 2) of the feature map or of the grid of patch tokens. Its channels are
+    summed, and the absolute gradient of that sum with respect to the pixels is averaged over images and colours.
+
+    References
+    ----------
+    Luo et al. 2016, "Understanding the Effective Receptive Field in Deep Convolutional Neural Networks".
     """
     model = unwrapped(model)
     layer = adapt(model).layers[check_depth(model, depth)]
@@ -39,17 +63,29 @@ def receptive_field(model, images, depth=None):
     gradient, = torch.autograd.grad(unit, pixels)  # (B, C, height, width)
     field = gradient.cpu().double().abs().mean(dim=(0, 1))  # (height, width)
     if not field.sum() > 0:
-        raise InputError("the gradient of the centre unit is zero at every pixel, so it has no receptive field "
-                         "on these images; give other images, or another depth")
+        raise InputError("the gradient of the centre unit is zero at every pixel, so its receptive field cannot be "
+                         "measured on these images; give other images or another depth")
     return field / field.sum()
 
 
 def theoretical_receptive_field(model, depth=None):
-    """(height, width) in pixels of the window that can reach one unit, at a depth as in receptive_field.
+    """Return (height, width) in pixels of the window that can influence one unit.
 
-    Convolutions and pooling: r + (k - 1) * j for each kernel k at total stride j (Araujo et al. 2019, "Computing
-    Receptive Fields of Convolutional Neural Networks", Eq. 2); it may be larger than the image. After an
-    attention block: the whole image.
+    Parameters
+    ----------
+    model : nn.Module
+        A model of ours.
+    depth : int, optional
+        As in `receptive_field`.
+
+    Notes
+    -----
+    A convolution or pooling with kernel k at total stride j enlarges the window by (k - 1) j; the window may exceed the
+    image. After an attention block it is the whole image.
+
+    References
+    ----------
+    Araujo et al. 2019, "Computing Receptive Fields of Convolutional Neural Networks", Eq. 2.
     """
     depth = check_depth(model, depth)
     adapter = adapt(model)
@@ -59,9 +95,9 @@ def theoretical_receptive_field(model, depth=None):
 
 
 def unit_centre(model, img_size, depth=None):
-    """(row, column) of the pixel below the middle of the unit that receptive_field takes; pixels count from 0.
+    """Return (row, column) of the pixel at the centre of the unit that `receptive_field` measures.
 
-    It may lie between two pixels: the middle of a patch of 4 pixels is 1.5 pixels from its first.
+    Pixels count from 0. The centre may lie between two pixels: in a patch of 4 pixels it is 1.5 pixels from the first.
     """
     centre = []
     for axis, side in enumerate(pair(img_size)):
@@ -74,7 +110,7 @@ def unit_centre(model, img_size, depth=None):
 
 
 def _walk_kernels(model, depth, axis):
-    """Along one axis (0: height, 1: width), in pixels: window of one unit, step between units, first middle."""
+    """Return (window of one unit, step between units, first centre) in pixels along one axis."""
     window, stride, first = 1, 1, 0.0
     for kernel, step, padding in _kernels_of(model, depth, axis):
         window += (kernel - 1) * stride
@@ -84,9 +120,9 @@ def _walk_kernels(model, depth, axis):
 
 
 def _kernels_of(model, depth, axis):
-    """(size, step, padding) along one axis of each convolution and pooling up to a depth, in their order.
+    """Yield (size, step, padding) along one axis of each convolution and pooling up to a depth, in order.
 
-    A residual block is walked along its main path; its shortcut has the same stride and no larger window.
+    Of a residual block only the main path counts; its shortcut has the same stride and no larger window.
     """
     for layer in adapt(model).layers[:depth + 1]:
         for name, module in layer.named_modules():
@@ -96,14 +132,25 @@ def _kernels_of(model, depth, axis):
 
 
 def radius_holding(field, share, centre=None):
-    """The smallest radius in pixels around the centre within which `share` of the field's mass lies.
+    """Return the smallest radius in pixels around the centre that holds a share of the field's mass.
 
-    field   (height, width), not negative, as from receptive_field
-    share   fraction of the mass, in (0, 1]
-    centre  (row, column), as from unit_centre; None: the middle of the image
+    Parameters
+    ----------
+    field : Tensor, shape (height, width)
+        Non-negative weights, as from `receptive_field`.
+    share : float
+        Fraction of the mass, in (0, 1].
+    centre : tuple of float, optional
+        (row, column), as from `unit_centre`. The middle of the image by default.
 
-    Distances are between middles of pixels, so the field of a single pixel has radius 0.
-    Raises InputError for a share out of range.
+    Raises
+    ------
+    InputError
+        If `share` is out of range.
+
+    Notes
+    -----
+    Distances are measured between the centres of pixels, so the field of a single pixel has radius 0.
     """
     if not 0 < share <= 1:
         raise InputError(f"share {share} is out of range; expected 0 < share <= 1, such as 0.5 for half the mass")
@@ -113,13 +160,15 @@ def radius_holding(field, share, centre=None):
     columns = torch.arange(width, dtype=torch.float64) - column
     distances, order = torch.hypot(rows[:, None], columns[None, :]).flatten().sort()  # (height * width)
     mass = field.double().flatten()[order].cumsum(dim=0)  # (height * width)
-    enough = mass >= share * mass[-1] * (1 - 1e-12)  # the sum is rounded
+    enough = mass >= share * mass[-1] * (1 - 1e-12)  # allow for rounding of the sum
     return distances[enough.nonzero()[0, 0]].item()
 
 
 def untrained_copy(model):
-    """A new model of the same configuration, from seed 0, with the same normalisation; torch's own random
-    state stays as it is."""
+    """Return a freshly initialised model (seed 0) with the same configuration and preprocessing.
+
+    The state of torch's global random generator does not change.
+    """
     model = unwrapped(model)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)

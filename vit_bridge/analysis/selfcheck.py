@@ -1,6 +1,9 @@
-"""The closed forms of attention, rollout, relevance and Grad-CAM, checked on a model.
+"""Closed-form checks of attention, rollout, relevance, Grad-CAM and the logit lens on a given model.
 
-Shapes:  B images, C channels, L blocks, H heads, N tokens, D width, n patches."""
+selfcheck     runs all checks on one model
+
+Shapes:  B images, C channels, L blocks, H heads, N tokens, D width, n patches.
+"""
 
 from dataclasses import dataclass
 
@@ -35,7 +38,17 @@ from vit_bridge.runtime import (
 
 @dataclass
 class Check:
-    """What should hold, whether it does (None: it does not apply), and the figure or the reason."""
+    """The result of one check.
+
+    Attributes
+    ----------
+    name : str
+        What should hold.
+    holds : bool or None
+        Whether it holds; None if it does not apply to this model.
+    found : str
+        The measured difference, or the reason.
+    """
     name: str
     holds: bool | None
     found: str
@@ -43,27 +56,40 @@ class Check:
 
 @differentiable()
 def selfcheck(model, images=None, seed=0):
-    """The closed forms on a model and images (B, C, height, width), normalised: a list of Check. images=None: four of
-    normal noise. Method by method it checks:
+    """Check the formulas of this package on a model.
 
-    attention   the captured logits; row sums; the row of the head; which patch each token belongs to; the distance of
-                uniform attention
-    rollout     row sums; what it makes of uniform attention
-    relevance   the gradients of the maps against finite differences; the map against another order of the products
-    Grad-CAM    the map against one shift of all patch tokens; where their gradients end
-    logit lens  its last row
+    Parameters
+    ----------
+    model : nn.Module
+        A ViT, ours or from timm, transformers or torchvision.
+    images : Tensor, shape (B, C, height, width), optional
+        Normalised images. By default four images of normal noise.
+    seed : int, optional
+        Seed of the noise and of the finite differences.
 
-    Models are checked in the precision of their weights: autocast is off, and in half precision the tolerances are
-    wider, in proportion to its rounding. A model that gives NaN or infinity gets a single Check, which says so.
+    Returns
+    -------
+    list of Check
+        A single one for a model that gives NaN or infinity.
+
+    Notes
+    -----
+    Attention is checked for the captured logits, row sums, the row that the head reads, the token of each patch, and
+    the distance of uniform attention. Rollout is checked for row sums and for uniform attention. Gradients of the maps
+    are compared with finite differences, relevance with another order of the products, and Grad-CAM with one shift of
+    all patch tokens. The last row of the logit lens must be the prediction.
+
+    Models are checked in the precision of their weights, without autocast. In half precision the tolerances are wider,
+    in proportion to the rounding.
     """
     try:
         return _closed_forms(unwrapped(model), images, seed)
     except NoNumbers as error:
-        return [Check("answers and attention maps are finite numbers", False, str(error))]
+        return [Check("logits and attention maps are finite", False, str(error))]
 
 
 def _closed_forms(model, images, seed):
-    """The checks of selfcheck. Raises NoNumbers for a model that gives NaN or infinity."""
+    """Run the checks of selfcheck. Raises NoNumbers for a model that gives NaN or infinity."""
     adapter = adapt_vit(model)
     if images is None:
         size = (4, adapter.in_channels, *adapter.img_size)
@@ -78,12 +104,12 @@ def _closed_forms(model, images, seed):
         checks += [_check_map_gradients(model, images[:1], seed), _check_relevance(model, images, rounding),
                    _check_grad_cam(model, images, rounding), _check_last_gradient(model, images[:1])]
         difference = logit_lens(model, images)[-1] - predict_logits(model, images).cpu().float().softmax(dim=1)
-        return [*checks, within("the logit lens ends in the model's own answer", difference.abs().max(),
+        return [*checks, within("the logit lens ends in the model's own prediction", difference.abs().max(),
                                 1e-5 * rounding)]
 
 
 def _check_attention_and_rollout(model, images, rounding):
-    """The checks that need no class."""
+    """Run the checks that need no class."""
     hooks = _count_hooks(model)
     seen = capture(model, images, keep=_over_the_heads)
     kept = [mean for mean, _ in seen.maps]
@@ -107,11 +133,12 @@ def _check_attention_and_rollout(model, images, rounding):
 
 
 def within(name, difference, most):
+    """Return a Check that a difference is small enough."""
     return Check(name, bool(difference <= most), f"largest difference {float(difference):.1e}, at most {most:.0e}")
 
 
 def _over_the_heads(block, attended):
-    """A `keep` for capture: the mean over the heads, (B, N, N), and how far row sums are from one."""
+    """Keep the mean over the heads, (B, N, N), and how far row sums are from one: a `keep` for capture."""
     return at_least_float32(attended.maps).mean(dim=1), (attended.maps.sum(dim=-1) - 1).abs().max().item()
 
 
@@ -124,7 +151,7 @@ def _count_hooks(model):
 
 
 def _check_own_logits(model, images, seen, hooks):
-    """Whether the captured logits are those of a plain pass, and no hooks are left."""
+    """Check that the captured logits are those of a plain pass, and that no hooks are left."""
     own = predict_logits(model, images)
     check = within("logits are the same when captured", (own - seen.logits).abs().max(),
                    alike_within(model, own.dtype) * max(1.0, own.abs().max().item()))
@@ -133,8 +160,8 @@ def _check_own_logits(model, images, seen, hooks):
 
 
 def _check_head_row(model, images, attention, seen):
-    """The map of attention against the row that the head reads, patch by patch. attention: (B, N, N)."""
-    name = "attention of a patch is the weight at its place in the row that the head reads"
+    """Check the saliency of attention against the row that the head reads, from maps (B, N, N)."""
+    name = "attention to a patch is its weight in the row that the head reads"
     try:
         saliency = explain(model, images, "attention").saliency  # (B, rows, columns)
     except InputError as error:
@@ -148,11 +175,11 @@ def _check_head_row(model, images, attention, seen):
 
 
 def _check_places(model, images):
-    """Which token changes with a patch of the image: in the upper right corner, and in the lower left."""
-    name = "a change of one patch of the image is one of the token of its place"
+    """Check which token changes with the upper right and with the lower left patch of the image."""
+    name = "changing one patch of the image changes the token at its position"
     adapter = adapt_vit(model)
     if not adapter.projects_patches:
-        return Check(name, None, "tokens come from convolutions that overlap")
+        return Check(name, None, "the tokens come from overlapping convolutions")
     (height, width), (rows, columns) = adapter.patch_size, adapter.grid(images)
     changed = images[:1].repeat(3, 1, 1, 1)  # (3, C, height, width)
     changed[1, :, :height, -width:] += 1
@@ -162,13 +189,15 @@ def _check_places(model, images):
     moved = moved > 1e-3 * moved.amax(dim=1, keepdim=True)
     expected = [[adapter.n_prefix + columns - 1], [adapter.n_prefix + (rows - 1) * columns]]
     found = [place.nonzero()[:, 0].tolist() for place in moved]
-    return Check(name, found == expected, f"of the corners: tokens {found}, expected {expected}")
+    return Check(name, found == expected, f"for two corners: tokens {found}, expected {expected}")
 
 
 def _check_relevance(model, images, rounding):
-    """The map of relevance against the whole matrix, from the first block to the last, of the first image, with the
-    gradients of all maps asked for at once."""
-    name = "relevance is what the head's token gathers, from the first block to the last"
+    """Check relevance against the whole matrix, computed from the first block to the last.
+
+    This uses the first image and the gradients of all maps at once.
+    """
+    name = "relevance is the same when computed from the first block to the last"
     try:
         found = explain(model, images, "relevance")
     except InputError as error:
@@ -183,9 +212,11 @@ def _check_relevance(model, images, rounding):
 
 
 def _check_grad_cam(model, images, rounding):
-    """Grad-CAM against the tokens weighted by the gradient to one shift of all patches, instead of the mean of their
-    gradients."""
-    name = "Grad-CAM is the patch tokens, weighted by what one shift of them all does to the answer"
+    """Check Grad-CAM against the gradient with respect to one shift of all patch tokens.
+
+    That gradient is the sum of the tokens' gradients, of which Grad-CAM takes the mean.
+    """
+    name = "Grad-CAM weights the patch tokens by the effect of one shift of all of them"
     try:
         found = explain(model, images, "grad_cam")
     except InputError as error:
@@ -197,7 +228,7 @@ def _check_grad_cam(model, images, rounding):
     hook = seen.adapter.blocks[layer].register_forward_hook(shift)
     try:
         with evaluating(model):
-            logits = logits_of(model(to_model(images, model).clone()))  # no longer of an inference_mode
+            logits = logits_of(model(to_model(images, model).clone()))  # a clone may leave inference_mode
     finally:
         hook.remove()
     gradient, = torch.autograd.grad(chosen(logits, found.targets.to(logits.device)), shift.amount)  # (B, 1, D)
@@ -207,7 +238,7 @@ def _check_grad_cam(model, images, rounding):
 
 @dataclass
 class Shift:
-    """A forward hook of a block: all its patch tokens are moved by the same amount, (B, 1, D)."""
+    """A forward hook that moves all patch tokens of a block by the same amount, (B, 1, D)."""
     first: int
     amount: torch.Tensor
 
@@ -218,19 +249,21 @@ class Shift:
 
 
 def alike(name, saliency, expected, rounding):
-    """A Check of two maps (B, rows, columns), within a part of their largest value."""
+    """Return a Check that two maps (B, rows, columns) agree, relative to their largest value."""
     expected = at_least_float32(expected.detach()).cpu()
     if not expected.any():
-        return Check(name, None, "no answer has a gradient at all, as where the head is zero before any training")
+        return Check(name, None, "every gradient is zero, for example because the head is still zero")
     return within(name, (saliency - expected).abs().max() / expected.max(), 1e-4 if rounding == 1 else 0.1)
 
 
 def _check_map_gradients(model, images, seed, step=1e-2):
-    """The gradient to each block's map against a finite difference: a small change of that map alone. This
-    catches gradients in a wrong order, and maps that the logits do not depend on."""
-    name = "gradients of the attention maps are those of finite differences, block by block"
+    """Check the gradient with respect to each block's map against finite differences.
+
+    Only one map is changed at a time. This detects gradients in the wrong order and maps that the logits ignore.
+    """
+    name = "gradients of the attention maps match finite differences, block by block"
     if torch.finfo(dtype_of(model)).eps > 1e-6:
-        return Check(name, None, "half precision is too coarse for differences; .float() tells")
+        return Check(name, None, "half precision is too coarse for finite differences; call .float() first")
     plain = capture(model, images, gradients=True)
     target = choose_targets(plain.logits, None)
     gradients = torch.autograd.grad(chosen(plain.logits, target), plain.maps)
@@ -248,7 +281,7 @@ def _check_map_gradients(model, images, seed, step=1e-2):
 
 @dataclass
 class Nudge:
-    """A `change` for capture(): adds to the map of one block."""
+    """A `change` for capture that adds an amount to the map of one block."""
     block: int
     amount: torch.Tensor
 
@@ -257,16 +290,19 @@ class Nudge:
 
 
 def _check_last_gradient(model, images):
-    """If the head reads no patch, patch tokens after the last block have no gradient; before it they have one."""
+    """Check where the gradients of patch tokens end.
+
+    If the head reads no patch, patch tokens have no gradient after the last block, but they have one before it.
+    """
     seen = capture(model, images, gradients=True)
     if seen.adapter.reads_patches:
         return Check("patch tokens have no gradient after the last block", None,
-                     f"the head reads {seen.adapter.pool}, so they have")
+                     f"the head reads {seen.adapter.pool}, so they have one")
     gradients = torch.autograd.grad(seen.logits.square().sum(), seen.tokens[-2:])
     first = seen.adapter.n_prefix
     before, after = (gradient[:, first:].abs().max().item() for gradient in gradients)
     if before == after == 0:
-        return Check("patch tokens have no gradient after the last block", None, "no answer has a gradient at all, as "
-                     "where the head is zero before any training")
-    return Check("patch tokens have no gradient after the last block, and one before", after == 0 < before,
+        return Check("patch tokens have no gradient after the last block", None, "every gradient is zero, "
+                     "for example because the head is still zero")
+    return Check("patch tokens have no gradient after the last block, but have one before it", after == 0 < before,
                  f"largest after {after:.1e}, before {before:.1e}")

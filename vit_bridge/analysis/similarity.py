@@ -1,10 +1,10 @@
-"""How alike two layers represent images: linear CKA.
+"""How similarly two layers represent images: linear CKA.
 
-    layer_features      what each layer makes of images
-    layer_similarity    linear CKA of every layer of a model with every layer of another, or its own
+layer_features      the features of every layer
+layer_similarity    linear CKA of every layer of one model with every layer of another, or of the same model
 
-Centred kernel alignment compares how two layers tell images apart, whatever directions they use for it: 1 where one
-is the other turned and scaled, near 0 where they have nothing in common.
+Centred kernel alignment compares the similarities between images in two layers: 1 if one layer is a rotated and
+scaled copy of the other, near 0 if they have nothing in common.
 
 Shapes:  B images of a batch, N images, C channels, F features of an image in a layer, L layers of a model; as Gram
          matrices K of a layers and L of b layers.
@@ -19,9 +19,9 @@ from vit_bridge.runtime import evaluating, to_model, unwrapped
 
 @torch.no_grad()
 def layer_features(model, images):
-    """What each of adapt(model).layers gives of images (B, C, height, width): a list of L tensors (B, F), float32.
+    """Return the features of each of `adapt(model).layers`: a list of L tensors (B, F), float32.
 
-    Tokens and places are features side by side, as in Raghu et al. 2021.
+    Tokens or positions are concatenated into one feature vector per image, as in Raghu et al. 2021.
     """
     model, outputs, hooks = unwrapped(model), [], []
     try:
@@ -36,8 +36,10 @@ def layer_features(model, images):
 
 
 def gram_matrices(features):
-    """x x^T of each layer's features (B, F), without its diagonal: (L, B, B) float64. The mean over the images is taken
-    off first: CKA does not see it, and the products stay small."""
+    """Return x x^T of each layer's features (B, F), with a zero diagonal: (L, B, B), float64.
+
+    The mean over the images is subtracted first. This does not change CKA, and it keeps the products small.
+    """
     features = (x.cpu().double() for x in features)
     centred = (x - x.mean(dim=0) for x in features)
     grams = torch.stack([x @ x.T for x in centred])  # (L, B, B)
@@ -45,9 +47,11 @@ def gram_matrices(features):
 
 
 def unbiased_hsic(K, L):
-    """HSIC of every pair of Gram matrices, K (a, B, B) with L (b, B, B), their diagonals zero: (a, b) float64.
+    """Return the unbiased HSIC of every pair of Gram matrices: K (a, B, B), L (b, B, B) -> (a, b).
 
-    Song et al. 2012, "Feature Selection via Dependence Maximization", Eq. 5. It needs 4 images or more.
+    The diagonals of K and L must be zero. It needs at least 4 images.
+
+    Song et al. 2012, "Feature Selection via Dependence Maximization", Eq. 5.
     """
     B = K.shape[-1]
     products = K.flatten(1) @ L.flatten(1).T  # (a, b), tr(K L)
@@ -57,22 +61,43 @@ def unbiased_hsic(K, L):
 
 
 def layer_similarity(first, second, images, batch_size=64, second_images=None):
-    """Linear CKA of every layer of a model with every layer of another: (layers of first, of second), float64.
+    """Return the linear CKA of every layer of one model with every layer of another.
 
-    images         (N, C, height, width), normalised for `first`
-    batch_size     images in a batch: the three HSIC terms are averaged over the batches, then divided. A smaller last
-                   batch is left out, unless it is the only one
-    second_images  the same images normalised for `second`; None: as for `first`
+    Parameters
+    ----------
+    first, second : nn.Module
+        Models; they may be the same.
+    images : Tensor, shape (N, C, height, width)
+        Images, normalised for `first`.
+    batch_size : int, optional
+        Images in a batch. The three HSIC terms are averaged over the batches and then divided. A smaller last batch is
+        left out, unless it is the only one.
+    second_images : Tensor, optional
+        The same images, normalised for `second`. By default the same tensor.
 
-    Equal layers do not mean equal predictions, as each model has a head of its own. Kornblith et al. 2019, "Similarity
-    of Neural Network Representations Revisited"; in batches and unbiased as Nguyen et al. 2021, "Do Wide and Deep
-    Networks Learn the Same Things?"; CNN against ViT first by Raghu et al. 2021, "Do Vision Transformers See Like
-    Convolutional Neural Networks?". Raises InputError for fewer than 4 images, and for a layer that gives every image
-    the same.
+    Returns
+    -------
+    Tensor, shape (layers of first, layers of second)
+        float64.
+
+    Raises
+    ------
+    InputError
+        If there are fewer than 4 images, or if a layer has the same features for every image.
+
+    Notes
+    -----
+    Similar layers do not imply equal predictions, because each model has its own head.
+
+    References
+    ----------
+    Kornblith et al. 2019, "Similarity of Neural Network Representations Revisited"; in batches and unbiased: Nguyen et
+    al. 2021, "Do Wide and Deep Networks Learn the Same Things?"; CNN against ViT: Raghu et al. 2021, "Do Vision
+    Transformers See Like Convolutional Neural Networks?".
     """
     check_int("batch_size", batch_size, 4)
     if len(images) < 4:
-        raise InputError(f"{len(images)} images are too few for CKA; expected 4 or more, better 256")
+        raise InputError(f"{len(images)} images are too few for CKA; give at least 4, preferably 256")
     others = images if second_images is None else second_images
     terms = [0.0, 0.0, 0.0]  # HSIC of first with second (a, b), of each with itself (a), (b)
     whole = max(1, len(images) // batch_size)
@@ -87,6 +112,6 @@ def layer_similarity(first, second, images, batch_size=64, second_images=None):
     for own in terms[1:]:
         if not (own > 0).all():
             layer = int((own <= 0).nonzero()[0, 0])
-            raise InputError(f"layer {layer} gives all images alike, so it has no CKA; give other images or a model "
-                             f"that answers to them")
+            raise InputError(f"layer {layer} has the same features for all images, so its CKA is undefined; give other "
+                             f"images or another model")
     return terms[0] / (terms[1][:, None] * terms[2]).sqrt()  # (a, b)

@@ -1,11 +1,12 @@
-"""CNN against ViT on trained models: experiments, each with its control beside it.
+"""CNN against ViT on trained models: experiments, each with a control.
 
     EXPERIMENTS[name]    an Experiment: measure, draw, finding, tables
+    ComparisonSetup      the models and images to measure
 
-The control is the same model with random weights, uniform attention, guessing, or a formula. trials.py has the
-experiments that train their models.
+The control is the same model with random weights, uniform attention, guessing or a formula. The experiments that train
+their models are in trials.py.
 
-Shapes:  N images, S side of an image in pixels, L blocks, H heads, M tokens with the padding.
+Shapes:  N images, S side of an image in pixels, L blocks, H heads, M tokens including the padding.
 """
 
 from dataclasses import dataclass
@@ -35,7 +36,6 @@ from vit_bridge.analysis.receptive_field import (
 )
 from vit_bridge.analysis.similarity import layer_similarity
 from vit_bridge.compare.statistics import (
-    describe_ranking,
     is_or_are,
     join_words,
     mean_min_max,
@@ -51,26 +51,37 @@ from vit_bridge.plots.charts import plot_curves, plot_matrices
 from vit_bridge.preprocessing import Preprocessing
 from vit_model import pair
 
-MASS_FRACTIONS = (0.5, 0.9, 0.99)  # of the gradient; the radii that hold them are measured
+MASS_FRACTIONS = (0.5, 0.9, 0.99)  # of the gradient; we measure the radius that holds each
 HIDDEN = (0.0, 0.125, 0.25, 0.5, 0.75)  # fractions of the patches that are hidden or shuffled
-SIZES, COUNTED_SIZES = (32, 64, 128, 256), (32, 64, 128, 256, 512)  # sides in pixels: for timing, and for counting
-PATCHES, PATCH_SIZE_IMAGE = (4, 8, 16, 32), 128  # patch sizes, at one image size
-RANDOM, MOVED = "random weights", "shuffled, grid moved"
+SIZES, COUNTED_SIZES = (32, 64, 128, 256), (32, 64, 128, 256, 512)  # image sides in pixels: timed, and only counted
+PATCHES, PATCH_SIZE_IMAGE = (4, 8, 16, 32), 128  # patch sizes, and the image size they are compared at
+RANDOM, MOVED = "random weights", "shuffled, grid moved"  # keys in results.json
 
 
 @dataclass
 class ComparisonSetup:
-    """What the experiments measure, and how far.
+    """The models and images that the experiments measure.
 
-    models        name -> trained model, all for one image size and normalisation
-    images        normalised test images, (N, 3, S, S); labels (N,)
-    preprocessing of the images
-    patch_size    side of the patches that are shuffled and hidden
-    seconds       how long each speed is measured
-    sizes         sides of images in pixels for which speed and memory are measured
-    patches       sides of patches for which they are measured
-    reach         the largest shift in pixels
-    trained_shift the largest shift in the augmentation that the models were trained with
+    Parameters
+    ----------
+    models : dict
+        {name: trained model}, all for the same image size and normalisation.
+    images : Tensor, shape (N, 3, S, S)
+        Normalised test images.
+    labels : Tensor, shape (N,)
+        Their classes.
+    preprocessing : Preprocessing
+        What the images went through.
+    patch_size : int, optional
+        Side in pixels of the patches to shuffle and hide.
+    seconds : float, optional
+        Time to spend on each measurement of speed.
+    sizes, patches : tuple of int, optional
+        Image sides and patch sides in pixels for which to measure speed and memory.
+    reach : int, optional
+        Largest shift in pixels.
+    trained_shift : int, optional
+        Largest shift in pixels of the augmentation that the models were trained with.
     """
     models: dict[str, nn.Module]
     images: torch.Tensor
@@ -84,23 +95,26 @@ class ComparisonSetup:
     trained_shift: int = 4
 
     def models_with_attention(self):
+        """Return the models that have attention, by name."""
         return {name: model for name, model in self.models.items() if model.attends}
 
 
 class Experiment:
-    """A question and how it is measured.
+    """A question and the way to measure it.
 
-    measure(setup)       data: plain numbers, as they go into results.json
-    draw(data, setup)    figures by name; without the setup only those that the numbers give
-    finding(data)        a sentence or a few
-    tables(data)         [(caption, rows)], the first row the column heads
+    Subclasses define four methods.
+
+    - `measure(setup)` returns the data: plain numbers, as results.json keeps them.
+    - `draw(data, setup)` returns {name: figure}; without a setup, only the figures that the data alone can give.
+    - `finding(data)` says in a sentence or two what was observed.
+    - `tables(data)` returns [(caption, rows)]; the first row holds the column heads.
     """
     title: str
     question: str
 
 
 def _clauses(*clauses):
-    """(words, names) joined into one list, without those that have no names."""
+    """Join (words, names) pairs into one list, leaving out pairs without names."""
     return join_words(f"{words} {join_words(names)}" for words, names in clauses if names)
 
 
@@ -109,11 +123,13 @@ def _clauses(*clauses):
 
 class Cost(Experiment):
     title = "Cost"
-    question = "What do parameters, time and memory do as images grow and patches shrink?"
+    question = "How do parameters, time and memory change as images grow and patches shrink?"
 
     def measure(self, setup):
-        """Parameters, FLOPs, images a second and memory of a model of each kind, new, against the image's side and the
-        patch's; exponents of the FLOPs in the number of pixels."""
+        """Measure parameters, FLOPs, speed and memory of new models for several image sizes and patch sizes.
+
+        Also fit how FLOPs grow: the exponent of the number of pixels.
+        """
         data = dict(resolution={}, patch=[], exponents={})
         for name, model in setup.models.items():
             rows = []
@@ -141,48 +157,46 @@ class Cost(Experiment):
         memory = {"Inference": "peak_mib", training: "training_peak_mib"}
         flops = {name: [(row["size"], row["flops"] / 1e6) for row in rows]
                  for name, rows in data["resolution"].items()}
-        side = "side of the image (pixels)"
+        side = "image side (pixels)"
         figures = {
-            "cost_flops": plot_curves({"Counted": flops}, side, "MFLOPs an image", log=("x", "y"),
-                                      title="What an image costs"),
+            "cost_flops": plot_curves({"Counted": flops}, side, "MFLOPs per image", log=("x", "y"),
+                                      title="Computation per image"),
             "cost_speed": plot_curves({heading: _against_size(data, key) for heading, key in speeds.items()}, side,
-                                      "images a second", log=("x", "y"), title="How fast"),
+                                      "images per second", log=("x", "y"), title="Speed"),
             "cost_memory": plot_curves({heading: _against_size(data, key) for heading, key in memory.items()}, side,
-                                       "MiB an image, beside the weights", log=("x", "y"), title="How much memory")}
+                                       "MiB per image", log=("x", "y"), title="Memory besides the weights")}
         if data["patch"]:
             panels = {heading: {"ViT": [(row["patch_size"], row[key]) for row in data["patch"]]}
                       for heading, key in speeds.items()}
-            title = f"Patch size, images of {PATCH_SIZE_IMAGE} pixels"
-            figures["cost_patches"] = plot_curves(panels, "side of a patch (pixels)", "images a second",
+            title = f"Speed against patch size, for images of {PATCH_SIZE_IMAGE} pixels"
+            figures["cost_patches"] = plot_curves(panels, "patch side (pixels)", "images per second",
                                                   log=("x", "y"), title=title)
         return figures
 
     def finding(self, data):
-        timed = {name: [row for row in rows if "images_per_second" in row] for name, rows in data["resolution"].items()}
-        fastest = []
-        for place in (0, -1):  # the smallest size and the largest
-            rows = {name: rows[place] for name, rows in timed.items()}
-            leaders = rank_speeds({name: row["images_per_second"] for name, row in rows.items()}).leaders
-            fastest.append(f"{is_or_are(leaders)} fastest at {next(iter(rows.values()))['size']} pixels")
+        largest = {name: [row for row in rows if "images_per_second" in row][-1]
+                   for name, rows in data["resolution"].items()}
+        leaders = rank_speeds({name: row["images_per_second"] for name, row in largest.items()}).leaders
         exponents = {name: row["flops"] for name, row in data["exponents"].items()}
         low, high = min(exponents, key=exponents.get), max(exponents, key=exponents.get)
-        return (f"{join_words(dict.fromkeys(fastest))}. FLOPs grow as the number of pixels to the power "
-                f"{exponents[low]:.2f} ({low}) to {exponents[high]:.2f} ({high}).")
+        return (f"FLOPs grow with the number of pixels to the power {exponents[low]:.2f} ({low}) to "
+                f"{exponents[high]:.2f} ({high}), and {is_or_are(leaders)} fastest at "
+                f"{next(iter(largest.values()))['size']} pixels a side.")
 
     def tables(self, data):
-        heads = ["", "pixels a side", "parameters", "MFLOPs", "images/s", "training", "MiB an image", "training"]
+        heads = ["", "side (px)", "parameters", "MFLOPs", "images/s", "training", "MiB per image", "training"]
         keys = ("images_per_second", "training_images_per_second", "peak_mib", "training_peak_mib")
-        return [("New models, one machine; memory is what is held besides the weights", [heads] + [
+        return [("New models with random weights on one machine; memory is counted besides the weights", [heads] + [
             [name, row["size"], f"{row['parameters']:,}", f"{row['flops'] / 1e6:,.1f}",
              *(f"{row[key]:,.4g}" if key in row else "" for key in keys)]
             for name, rows in data["resolution"].items() for row in rows]),
-            ("FLOPs grow as the number of pixels to this power (convolutions: 1; attention alone: 2)",
-             [["", "counted", "by the formula"]] + [
+            ("Exponent of the number of pixels in the FLOPs (convolutions alone: 1; attention alone: 2)",
+             [["", "counted", "from the formula"]] + [
                  [name, f"{row['flops']:.2f}", f"{row['formula']:.2f}"] for name, row in data["exponents"].items()])]
 
 
 def _resized(model, **changes):
-    """A new model of the same class and configuration but for these changes, with random weights."""
+    """Return a new model of the same class and configuration except for these changes, with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         return type(model)(**vars(model.config) | changes).eval()
@@ -198,8 +212,10 @@ def _costs_of(model, size, seconds):
 
 
 def _textbook_cost(model, size):
-    """The textbook count of multiplications, up to a constant: H W for convolutions, whose k k C C' does not grow;
-    12 N D^2 + 2 N^2 D for a block of attention and MLP."""
+    """Return the textbook count of multiplications, up to a constant factor.
+
+    That is height x width for convolutions, and 12 n D^2 + 2 n^2 D for a block of attention and MLP on n tokens.
+    """
     if not model.attends:
         return size**2
     n, D = (size // pair(model.config.patch_size, "patch_size")[0]) ** 2, model.config.embed_dim
@@ -207,7 +223,7 @@ def _textbook_cost(model, size):
 
 
 def _against_size(data, key):
-    """{model: [(side of the image, value), ...]} of one measured quantity."""
+    """Return {model: [(image side, value), ...]} of one measured quantity."""
     return {name: [(row["size"], row[key]) for row in rows if key in row] for name, rows in data["resolution"].items()}
 
 
@@ -216,11 +232,14 @@ def _against_size(data, key):
 
 class ReceptiveField(Experiment):
     title = "Receptive field"
-    question = "Which pixels does a unit in the centre see, layer by layer?"
+    question = "Which pixels influence a unit in the centre, layer by layer?"
 
     def measure(self, setup, n_images=32):
-        """Radii in pixels that hold MASS_FRACTIONS of the centre unit's gradient, for every depth, trained and with
-        random weights; for convolutional layers also the side of the window that theory allows."""
+        """Measure the radii in pixels that hold MASS_FRACTIONS of the gradient of the centre unit, at every depth.
+
+        Trained models are compared with random weights. Convolutional layers also get the side of their theoretical
+        window.
+        """
         images, data = setup.images[:n_images], {}
         for name, model in setup.models.items():
             twin, rows = untrained_copy(model), []
@@ -237,11 +256,11 @@ class ReceptiveField(Experiment):
         return data
 
     def draw(self, data, setup=None):
-        panels = {f"{weights}: radius holding half": {
+        panels = {f"{weights}: radius that holds half": {
             name: [(row["depth"], row[weights][0]) for row in rows] for name, rows in data.items()}
             for weights in ("trained", RANDOM)}
         figures = {"receptive_field_radii": plot_curves(panels, "depth (blocks or stages)", "radius (pixels)",
-                                                        title="How far the gradient of the centre unit reaches")}
+                                                        title="Reach of the gradient of the centre unit")}
         if setup is not None:
             figures["receptive_fields"] = compare_receptive_fields(None, setup.models, setup.images[:32])
         return figures
@@ -251,12 +270,13 @@ class ReceptiveField(Experiment):
                            for weights in ("trained", RANDOM))
         wider, narrower, same = sort_by_change(random, trained, 0.5)
         radii = join_words(f"{radius:.1f} pixels ({name})" for name, radius in trained.items())
-        changes = _clauses(("widened it for", wider), ("narrowed it for", narrower), ("hardly moved it for", same))
-        return f"In the last layer, half of the centre unit's gradient lies within {radii}. Training {changes}."
+        changes = _clauses(("larger for", wider), ("smaller for", narrower), ("about the same for", same))
+        return (f"In the last layer, half of the gradient of the centre unit lies within {radii}. Compared with random "
+                f"weights, this radius is {changes}.")
 
     def tables(self, data):
         shares = [f"{share:.0%}" for share in MASS_FRACTIONS]
-        return [("Radius in pixels that holds this share of the gradient, and side of the window that theory allows", [
+        return [("Radius in pixels that holds this fraction of the gradient, and side of the theoretical window", [
             ["", "depth", *shares, *(f"{share}, {RANDOM}" for share in shares), "window"]] + [
             [name, row["depth"], *(f"{radius:.1f}" for weights in ("trained", RANDOM) for radius in row[weights]),
              row.get("window", "")] for name, rows in data.items() for row in rows])]
@@ -267,11 +287,13 @@ class ReceptiveField(Experiment):
 
 class AttentionDistance(Experiment):
     title = "Attention distance"
-    question = "How far do patches look?"
+    question = "How far does a patch look in each head?"
 
     def measure(self, setup, n_images=64):
-        """Mean distance in pixels of what patches look at, (L, H) a model: trained, with random weights, both with the
-        mass on CLS left out and counted as no distance; and the line of uniform attention."""
+        """Measure the mean attention distance in pixels, (L, H) for each model, trained and with random weights.
+
+        Attention to CLS is either left out or counted as distance 0. Uniform attention is the second control.
+        """
         images, data = setup.images[:n_images], {}
         for name, model in setup.models_with_attention().items():
             layout = model.patch_embed.grid_size, model.config.patch_size, model.n_prefix_tokens
@@ -292,37 +314,38 @@ class AttentionDistance(Experiment):
         uniform = next(iter(data.values()))["uniform"]
         return {"attention_distance": plot_curves(
             panels, "block", "mean distance (pixels)", lines=[(f"uniform: {uniform:.1f}", uniform)],
-            title="How far patches look: mean over the heads, from the nearest to the farthest")}
+            title="Attention distance: mean of the heads (band: nearest to farthest)")}
 
     def finding(self, data):
         if not data:
             return "None of the models has attention."
-        spans = " ".join(f"{name}: the heads of the first block look {_span(rows['trained'][0])} pixels far, uniform "
-                         f"attention {rows['uniform']:.1f}." for name, rows in data.items())
+        nearest = join_words(f"{min(rows['trained'][0]):.1f} pixels far in {name}" for name, rows in data.items())
+        uniform = join_words(dict.fromkeys(f"{rows['uniform']:.1f}" for rows in data.values()))
         learned = [name for name, rows in data.items()
                    if spread_is_learned(rows["trained"][0], rows[RANDOM][0], rows["uniform"])]
-        return f"{spans} Training put near and far heads side by side in {join_words(learned) or 'none of them'}."
+        return (f"The nearest head of the first block looks {nearest} (uniform attention: {uniform}). Compared with "
+                f"random weights, heads of clearly different distances appear in {join_words(learned) or 'no model'}.")
 
     def tables(self, data):
-        table = [["", "block", "trained", RANDOM, "trained, CLS as no distance", "uniform"]]
+        table = [["", "block", "trained", RANDOM, "trained, CLS as distance 0", "uniform"]]
         table += [[name, i + 1, *(_span(rows[key][i]) for key in ("trained", RANDOM, "trained, CLS counted")),
                    f"{rows['uniform']:.1f}"] for name, rows in data.items() for i in range(len(rows["trained"]))]
-        return [("Pixels, nearest to farthest head of a block", table)] * bool(data)
+        return [("Mean distance in pixels, from the nearest to the farthest head of a block", table)] * bool(data)
 
 
 def _span(heads):
     return f"{min(heads):.1f} to {max(heads):.1f}"
 
 
-# ---- 4. What they represent -------------------------------------------------------------------------------
+# ---- 4. Similarity of layers ------------------------------------------------------------------------------
 
 
 class Similarity(Experiment):
-    title = "What they represent"
-    question = "Which layers tell images apart in the same way?"
+    title = "Similarity of layers"
+    question = "Which layers represent the images in a similar way?"
 
     def measure(self, setup, n_images=256):
-        """Linear CKA, layers x layers: of each model with itself, trained and with random weights, and of each pair."""
+        """Measure linear CKA between the layers of each model, trained and random, and between each pair of models."""
         images, names = setup.images[:n_images], list(setup.models)
         within = {name: layer_similarity(model, model, images).tolist() for name, model in setup.models.items()}
         random = {name: layer_similarity(twin, twin, images).tolist()
@@ -333,13 +356,13 @@ class Similarity(Experiment):
 
     def draw(self, data, setup=None):
         within = {**data["within"], **{f"{name},\n{RANDOM}": matrix for name, matrix in data[RANDOM].items()}}
-        label, title = "linear CKA", "How alike layers are (1: the same up to rotation and scale)"
+        label, title = "linear CKA", "Similarity of layers (1: equal up to rotation and scale)"
         figures = {"similarity_within": plot_matrices([torch.tensor(m) for m in within.values()], list(within), label,
                                                       "layer", "layer", most=1, title=title, columns=3)}
         if data["across"]:
             figures["similarity_across"] = plot_matrices(
                 [torch.tensor(m) for m in data["across"].values()], list(data["across"]), label,
-                "layer of the second", "layer of the first", most=1, title=title)
+                "layer of the second model", "layer of the first model", most=1, title=title)
         return figures
 
     def finding(self, data):
@@ -347,23 +370,23 @@ class Similarity(Experiment):
                        for key in ("within", RANDOM))
         more, less, same = sort_by_change(random, own, 0.05)
         low, high = min(own, key=own.get), max(own, key=own.get)
-        changes = _clauses(("made layers less alike in", less), ("made layers more alike in", more),
-                           ("changed little in", same))
-        return (f"Two different layers of a model have a mean CKA of {own[low]:.2f} ({low}) to {own[high]:.2f} "
-                f"({high}). Training {changes}.")
+        changes = _clauses(("lower in", less), ("higher in", more), ("about the same in", same))
+        return (f"The mean CKA of two different layers of a model is {own[low]:.2f} ({low}) to {own[high]:.2f} "
+                f"({high}). Compared with random weights, it is {changes}.")
 
     def tables(self, data):
-        rows = [["", "two layers of one, mean", f"{RANDOM}"]]
+        rows = [["", "trained", RANDOM]]
         rows += [[name, f"{_off_diagonal_mean(matrix):.2f}", f"{_off_diagonal_mean(data[RANDOM][name]):.2f}"]
                  for name, matrix in data["within"].items()]
-        pairs = [["", "last layers", "most alike layers"]]
+        pairs = [["", "last layers", "most similar layers"]]
         pairs += [[name, f"{matrix[-1][-1]:.2f}", f"{max(map(max, matrix)):.2f}"]
                   for name, matrix in data["across"].items()]
-        return [("Linear CKA within a model", rows)] + [("Linear CKA of two models", pairs)] * bool(data["across"])
+        return [("Linear CKA of two different layers of a model: mean", rows),
+                *[("Linear CKA of two models", pairs)] * bool(data["across"])]
 
 
 def _off_diagonal_mean(matrix):
-    """The mean similarity of two different layers."""
+    """Return the mean similarity of two different layers."""
     matrix = torch.tensor(matrix)
     return ((matrix.sum() - matrix.diagonal().sum()) / (matrix.numel() - len(matrix))).item()
 
@@ -373,15 +396,14 @@ def _off_diagonal_mean(matrix):
 
 class Position(Experiment):
     title = "Position and shape"
-    question = "What do shifted, shuffled and hidden patches do to the predictions?"
+    question = "What happens to the predictions if the image is shifted, or its patches are shuffled or hidden?"
 
     def measure(self, setup, n_images=400, n_shifted=64):
-        """Shift consistency, and how many predictions stay correct while patches are shuffled or hidden (black, or
-        filled with the mean).
+        """Measure shift consistency, and how many predictions stay correct as patches are shuffled or hidden.
 
-        The shuffled patches are those that the ViT reads, which leaves its tokens whole; the control is the same grid
-        moved by half a patch. The control of the shifts is the same model with random weights, whose predictions
-        hardly depend on the image.
+        The ViT's own patches are shuffled, which leaves its tokens whole. The control is the same grid moved by half a
+        patch. For the shifts, the control is the same model with random weights, whose predictions hardly depend on
+        the image. Hidden patches are black or filled with the mean.
         """
         images, labels = setup.images[:n_images], setup.labels[:n_images]
         shuffle = partial(shuffle_patches, patch_size=setup.patch_size, seed=0)
@@ -408,10 +430,10 @@ class Position(Experiment):
                          for name, model in data["models"].items()}
                   for what in ("shuffled", MOVED, "hidden, mean", "hidden, black")}
         maps = [torch.tensor(model["shift_map"]) for model in data["models"].values()]
-        figures = {"patches_changed": plot_curves(panels, "share of the patches", "images right (%)", percent=True,
+        figures = {"patches_changed": plot_curves(panels, "fraction of the patches", "accuracy (%)", percent=True,
                                                   lines=[("guessing", 1 / data["classes"])],
-                                                  title="With patches shuffled or hidden (bands: 95% Wilson)"),
-                   "shift_consistency": plot_matrices(maps, list(data["models"]), "share of images whose class stays",
+                                                  title="Accuracy with patches shuffled or hidden (bands: 95%)"),
+                   "shift_consistency": plot_matrices(maps, list(data["models"]), "fraction of unchanged predictions",
                                                       "shift to the right (pixels)", "shift down (pixels)", most=1,
                                                       centred=True,
                                                       title="How often the prediction stays when the image moves")}
@@ -425,15 +447,15 @@ class Position(Experiment):
         own, moved, hidden = (_describe_kept(*rank_kept(
             {name: (model["correct"][change][0], model["correct"][change][-1]) for name, model in models.items()},
             data["n"], data["classes"])) for change in ("shuffled", MOVED, "hidden, mean"))
-        return (f"Predictions that stay when the image moves: {describe_ranking(shifted)}. Accuracy kept after "
-                f"shuffling the ViT's own patches: {own}. The same on a grid moved by half a patch: {moved}. After "
-                f"hiding patches: {hidden}.")
+        return (f"The most predictions survive in {_leaders(shifted)} if the image moves, in {own} if "
+                f"{data['shares'][-1]:.0%} of the ViT's own patches are shuffled, in {moved} if the shuffled grid is "
+                f"moved by half a patch, and in {hidden} if the patches are hidden.")
 
     def tables(self, data):
-        heads = ["", "moved as in training", "further", f"as in training, {RANDOM}", "unchanged",
+        heads = ["", "moved as in training", "moved further", f"as in training, {RANDOM}", "unchanged",
                  *(f"{what}, {data['shares'][-1]:.0%}" for what in next(iter(data["models"].values()))["correct"])]
-        return [(f"Predictions that stay, of {data['n_shifted']} images moved ({data['n_control']} with random "
-                 f"weights), and correct predictions left of {data['n']}", [heads] + [
+        return [(f"Moved: predictions that stay, for {data['n_shifted']} images ({data['n_control']} with random "
+                 f"weights). Then: correct predictions of {data['n']}", [heads] + [
             [name, f"{model['consistency']:.0%}",
              "" if model["consistency_beyond"] is None else f"{model['consistency_beyond']:.0%}",
              f"{model[f'consistency, {RANDOM}']:.0%}", model["correct"]["shuffled"][0],
@@ -442,17 +464,19 @@ class Position(Experiment):
 
 
 def _draw_changed_patches(setup, n_images=5):
-    """Images as they are, with half of the patches shuffled, and with half of them hidden."""
+    """Draw images as they are, with half of the patches shuffled, and with half of them hidden."""
     images, patch = setup.images[:n_images], setup.patch_size
-    rows = {"as it is": images, "half shuffled": shuffle_patches(images, patch, 0.5),
+    rows = {"unchanged": images, "half shuffled": shuffle_patches(images, patch, 0.5),
             "half hidden": occlude(images, patch, 0.5)}
     return plot_images(torch.cat(list(rows.values())), [text for text, row in rows.items() for _ in row],
                        columns=n_images, preprocessing=setup.preprocessing, title="Patches shuffled and hidden")
 
 
 def _consistencies(stays, within):
-    """The mean of shift_consistency's map over offsets of at most `within` pixels, and over those beyond (None where
-    there are none)."""
+    """Return the mean of shift_consistency()'s map over offsets up to `within` pixels, and over those beyond.
+
+    The second is None if there are none.
+    """
     reach = len(stays) // 2
     inner = stays[reach - within:reach + within + 1, reach - within:reach + within + 1]
     n_beyond = stays.numel() - inner.numel()
@@ -460,14 +484,14 @@ def _consistencies(stays, within):
 
 
 def _describe_kept(ranking, lost):
-    """What rank_kept() gives, in words."""
+    """Say in which models rank_kept() finds that most predictions survive."""
     if ranking is None:
-        return "no model beats guessing any more" if lost else "no model beats guessing to begin with"
-    if not lost:
-        return describe_ranking(ranking)
-    alone = not (ranking.tied or ranking.behind)
-    return f"only {ranking.best} still beats guessing" if alone else \
-        f"{describe_ranking(ranking)}; no better than guessing: {join_words(lost)}"
+        return "no model (all fall to guessing)" if lost else "no model (all guess to begin with)"
+    return _leaders(ranking)
+
+
+def _leaders(ranking):
+    return f"{join_words(ranking.leaders)}{' (a tie)' if ranking.tied else ''}"
 
 
 # ---- 6. A convolution as attention ------------------------------------------------------------------------
@@ -478,8 +502,11 @@ class ConvolutionIsAttention(Experiment):
     question = "Can attention do what a convolution does?"
 
     def measure(self, setup, side=16):
-        """The largest difference between a trained convolution and the attention that is set to equal it, over the
-        convolutions of the first ConvNet among the models; and where the heads of one pixel look."""
+        """Compare trained convolutions with attention layers that are set to equal them.
+
+        Returns the largest differences for the 3 x 3 convolutions of the first ConvNet among the models, and where the
+        heads of one pixel look. The control is the same attention with a random projection.
+        """
         model = next((model for model in setup.models.values() if not model.attends), None)
         convs = [nn.Conv2d(3, 8, 3, padding=1)] if model is None else [
             m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size[0] == 3 and m.stride[0] == 1]
@@ -491,7 +518,7 @@ class ConvolutionIsAttention(Experiment):
             with torch.no_grad():
                 ours, attention = layer(x, return_attention=True)
                 difference = (ours - conv(x)).abs().max().item()
-                nn.init.kaiming_uniform_(layer.proj.weight, generator=generator)  # the control: the same heads, not set
+                nn.init.kaiming_uniform_(layer.proj.weight, generator=generator)  # the control
                 unset = (layer(x) - conv(x)).abs().max().item()
             rows.append(dict(channels=[conv.in_channels, conv.out_channels], difference=difference, unset=unset))
             middle = attention[:, side * side // 2 + side // 2]  # (9, M)
@@ -502,17 +529,18 @@ class ConvolutionIsAttention(Experiment):
         return {"convolution_as_attention": plot_matrices(
             [torch.tensor(head) for head in data["maps"]], [f"head {i + 1}" for i in range(len(data["maps"]))],
             "attention weight", "columns from the pixel", "rows from the pixel", most=1, centred=True, columns=3,
-            title="Nine heads, each at one place of a 3 x 3 kernel")}
+            title="Nine heads, each fixed on one position of a 3 x 3 kernel")}
 
     def finding(self, data):
         worst = max(row["difference"] for row in data["rows"])
         if worst >= 1e-4:
-            return f"Attention set to equal a convolution differs from it by up to {worst:.1e}: it is not the same."
+            return f"Attention that is set to equal a convolution differs from it by up to {worst:.1e}."
         return (f"Attention with nine heads, each fixed on one neighbour, gives the same numbers as a 3 x 3 "
-                f"convolution, to {worst:.1e}: a convolution is attention that has decided beforehand where to look.")
+                f"convolution, to within {worst:.1e}.")
 
     def tables(self, data):
-        return [("Largest difference of attention and convolution", [["channels", "set to equal it", "not set"]] + [
+        return [("Largest difference between attention and convolution", [
+            ["channels", "set to equal it", "random projection"]] + [
             [" to ".join(map(str, row["channels"])), f"{row['difference']:.1e}", f"{row['unset']:.2g}"]
             for row in data["rows"]])]
 

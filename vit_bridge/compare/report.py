@@ -1,6 +1,7 @@
-"""One self-contained HTML page of sentences, tables and figures: no script, no network, readable on a phone.
+"""A self-contained HTML page of findings, figures and tables that needs no network and fits a phone.
 
-    write_report(path, title, introduction, sections)
+    write_report    writes the page
+    Section         a title with its question, finding, figures and tables
 """
 
 import base64
@@ -33,8 +34,19 @@ th:first-child, td:first-child { text-align: left; } thead th { background: var(
 
 @dataclass
 class Section:
-    """A section of the report. figures: name -> Figure; tables: (caption, [a row of cells, ...]), the first row the
-    column heads; note: where the numbers come from."""
+    """A section of the report.
+
+    Parameters
+    ----------
+    title, question, finding : str
+        The heading, what is asked, and what was observed.
+    figures : dict
+        {file name without ending: Figure}.
+    tables : list
+        (caption, rows); the first row holds the column heads.
+    note : str
+        Where the numbers come from.
+    """
     title: str
     question: str = ""
     finding: str = ""
@@ -44,7 +56,7 @@ class Section:
 
 
 def write_report(path, title, introduction, sections):
-    """Writes the page, whole or not at all."""
+    """Write the sections as one HTML page, completely or not at all."""
     links = " ".join(f'<a href="#part{i}">{html.escape(section.title)}</a>' for i, section in enumerate(sections, 1))
     parts = "\n".join(_section_html(section, i) for i, section in enumerate(sections, 1))
     page = (f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
@@ -66,7 +78,7 @@ def _section_html(section, number):
 
 
 def _figure_html(name, figure):
-    """The figure as a PNG inside the page, with its own titles as the text for those who do not see it."""
+    """Return the figure as a PNG inside the page; its titles become the alternative text."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     titles = [figure.get_suptitle(), *(axes.get_title() for axes in figure.axes)]

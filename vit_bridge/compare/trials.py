@@ -1,13 +1,11 @@
-"""CNN against ViT by training them, with one recipe for all.
+"""CNN against ViT, compared by training both with one recipe; test images are read once.
 
-    TRAINING_EXPERIMENTS[name]  "cues", "reach" and "data": like EXPERIMENTS, but measure() gives one trial, and the
-                                other methods take a list of them
-    Trial, read_trials          a trial is one kind of model trained with one seed, kept in a file of its own
-    compare_on_dataset          all kinds trained on the same images, several seeds each; summarise() says who is ahead
+    TRAINING_EXPERIMENTS[name]  "cues", "reach" and "data": like EXPERIMENTS, but measure() returns one trial and the
+                                other methods take a list of trials
+    Trial, read_trials          a trial is one kind of model trained with one seed, kept in its own file
+    compare_on_dataset          trains all kinds on the same images with several seeds; summarise() says which is ahead
 
-Learning rates are chosen on validation images from one grid; test images are read once.
-
-Shapes:  N images, S side of an image in pixels, n test images; by seed: S seeds.
+Shapes:  N images, S side of an image in pixels, n test images; in Reach.finding, S seeds.
 """
 
 import itertools
@@ -21,9 +19,11 @@ import torch
 from train_vit import NotFinite, Trainer, steps_within
 from vit_bridge.analysis.cost import count_parameters
 from vit_bridge.analysis.perturbations import cue_choices, shape_bias
+from vit_bridge.analysis.receptive_field import theoretical_receptive_field
 from vit_bridge.compare.experiments import Experiment
 from vit_bridge.compare.statistics import (
     MIN_IMAGES,
+    describe_leaders,
     describe_power,
     describe_ranking,
     describe_split,
@@ -49,24 +49,25 @@ from vit_bridge.plots.charts import plot_bars, plot_curves
 from vit_bridge.preprocessing import Preprocessing
 from vit_bridge.runtime import predictions
 
-# From the plain ViT to the CNN, locality added back step by step; parameter counts within 10% of each other.
+# From the plain ViT to the CNN, with parameter counts within 10% of each other. From "ViT, mean pooling" to "Hybrid",
+# two things change: a convolutional stem makes the tokens, and the head reads CLS again.
 CNN_TO_VIT_MODELS = {
     "ViT": ("vit_nano", {}),
     "ViT, mean pooling": ("vit_nano", dict(pool="mean")),
     "Hybrid": ("hybrid", {}),
     "ConvNet": ("convnet", {}),
 }
-RATES = (5e-4, 1e-3, 2e-3)  # the grid of learning rates
+RATES = (5e-4, 1e-3, 2e-3)  # learning rates to choose from, by validation accuracy
 SEEDS = (0, 1, 2)
 TRAIN_FRACTIONS = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the training images
-FEW_STEPS = 100  # fewer steps, or fewer training images, are named among the caveats
+FEW_STEPS = 100  # below this, and below FEW_IMAGES, caveats() adds a warning
 FEW_IMAGES = 1000
-DISTANCES = (8, 14, 20, 26, 32, 42)  # between the marks, in pixels
+DISTANCES = (8, 14, 20, 26, 32, 42)  # between the two marks, in pixels
 
 
 @dataclass(frozen=True)
 class TrialRecipe:
-    """How every model is trained here. Steps, not epochs: fewer images are seen more often."""
+    """The training recipe of every model here; it counts steps, so fewer images are seen more often."""
     n_steps: int = 800
     batch_size: int = 64
     weight_decay: float = 0.05
@@ -79,14 +80,17 @@ RECIPE = TrialRecipe()
 
 
 def loader_of(images, labels, class_names, recipe, seed=0, training=False):
-    """A loader of uint8 images (N, 3, S, S) and labels (N,), augmented as the recipe says if training."""
+    """Return a loader of uint8 images (N, 3, S, S) and labels (N,), with the recipe's augmentation if training."""
     info = DatasetInfo("drawn", Preprocessing(images.shape[-1], (0.5,) * 3, (0.25,) * 3, class_names=class_names))
     return MemoryLoader(images, labels, info, recipe.batch_size, seed, training, augmentation=recipe.augmentation)
 
 
 def build_kind(kind, n_classes, img_size):
-    """A new model of CNN_TO_VIT_MODELS for images of this side. From 64 pixels on, patches have twice the side and the
-    ConvNet's stem twice the stride: the grid stays as small as at 32 pixels, and the cost of all grows alike."""
+    """Build a new model of CNN_TO_VIT_MODELS for images of this size.
+
+    From 64 pixels on, the patch size and the stride of the ConvNet's stem double. At 64 pixels, the grid is then as
+    small as at 32.
+    """
     name, options = CNN_TO_VIT_MODELS[kind]
     coarser = {}
     if img_size >= 64 and img_size % 8 == 0:
@@ -95,7 +99,7 @@ def build_kind(kind, n_classes, img_size):
 
 
 def train_once(kind, loader, recipe, learning_rate, seed, device="auto", amp="auto", progress=False):
-    """The Trainer of a model of CNN_TO_VIT_MODELS, after its training."""
+    """Train a new model of CNN_TO_VIT_MODELS and return its Trainer."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = build_kind(kind, len(loader.class_names), loader.img_size)
@@ -107,8 +111,19 @@ def train_once(kind, loader, recipe, learning_rate, seed, device="auto", amp="au
 
 
 def best_of_rates(kind, loader, val_loader, recipe, seed, rates=RATES, **run):
-    """(model, {rate: validation accuracy}, the best rate) after one training with each learning rate; of equal ones the
-    lowest. A training that diverges has accuracy 0. Raises NotFinite if all of them diverge."""
+    """Train once with each learning rate and keep the best by validation accuracy.
+
+    Returns
+    -------
+    tuple
+        The model, {learning rate: validation accuracy} and the best learning rate, the lowest if several are equal. A
+        training that diverges counts as accuracy 0.
+
+    Raises
+    ------
+    NotFinite
+        If every training diverges.
+    """
     found = {}
     for rate in rates:
         try:
@@ -127,11 +142,11 @@ def best_of_rates(kind, loader, val_loader, recipe, seed, rates=RATES, **run):
 
 class Reach(Experiment):
     title = "Reach"
-    question = "Can a model compare two marks that lie far apart?"
+    question = "Can the models compare two marks that are far apart?"
 
     def measure(self, kind, seed, recipe=RECIPE, n_images=20_000, n_test=1000, distances=DISTANCES, img_size=48, **run):
-        """Trained on two marks at all distances; counts the correct predictions of n_test at each of `distances`."""
-        recipe = replace(recipe, augmentation=Augmentation(0.0, "random"))  # a border that mirrors would add marks
+        """Train on two marks at all distances, and count the correct ones of n_test predictions at each distance."""
+        recipe = replace(recipe, augmentation=Augmentation(0.0, "random"))  # shifts mirror the border: extra marks
         drawn, val = (make_marks(n, img_size, seed=1 + seed, start=start)
                       for n, start in ((n_images, 0), (2000, 10**9)))
         loader = loader_of(drawn.images, drawn.labels, drawn.class_names, recipe, seed, True)
@@ -148,8 +163,8 @@ class Reach(Experiment):
     def draw(self, trials, setup=None):
         points = {kind: [(distance, *mean_min_max([trial["correct"][i] / trial["n"] for trial in own]))
                          for i, distance in enumerate(own[0]["distances"])] for kind, own in _by_kind(trials).items()}
-        return {"reach": plot_curves({"Two marks: the same, or different?": points}, "distance of the marks (pixels)",
-                                     "images right (%)", percent=True, lines=[("guessing", 0.5)],
+        return {"reach": plot_curves({"Are two marks of the same kind?": points}, "distance between the marks (pixels)",
+                                     "accuracy (%)", percent=True, lines=[("guessing", 0.5)],
                                      title=_band_title(trials))}
 
     def finding(self, trials):
@@ -157,29 +172,37 @@ class Reach(Experiment):
                       for kind, own in _by_kind(trials).items()}  # kind -> (S, distances)
         n, split = trials[0]["n"], {}
         for kind, own in accuracies.items():
-            by_seed, n_asked = own.mean(dim=1).tolist(), n * own.shape[1]  # over all distances
-            learned = seeds_that_learned(by_seed, n_asked, 0.5)
+            by_seed, n_predictions = own.mean(dim=1).tolist(), n * own.shape[1]  # over all distances
+            learned = seeds_that_learned(by_seed, n_predictions, 0.5)
             if learned is not None:
                 split[kind] = describe_split(kind, by_seed, learned)
                 accuracies[kind] = own[torch.tensor(learned)]
         falls = rank_falls(accuracies, n)
         if falls is None:
-            return "No model learned the task in these steps, so nothing follows about reach."
+            return "No model learned the task in these steps, so they show nothing about reach."
         largest, not_learned = falls.values[falls.best], [kind for kind in accuracies if kind not in falls.values]
-        text = f"{falls.best} loses most: {100 * largest:.0f} points with distance."
+        text = f"{falls.best} loses the most accuracy as the marks move apart: {100 * largest:.0f} points."
         if largest <= 0.05:
             text = "No model that learned the task loses more than 5 points as the marks move apart."
         elif falls.tied:
-            text = f"{join_words(falls.leaders)} cannot be told apart: {100 * largest:.0f} points lost with distance."
+            text = (f"{join_words(falls.leaders)} lose up to {100 * largest:.0f} points as the marks move apart, and "
+                    f"cannot be told apart.")
+        elif falls.best == "ConvNet":
+            text += f" It sees only {_convnet_window()} pixels at a time, the receptive field of its last layer."
         text += f" {join_words(not_learned)} did not learn the task." if not_learned else ""
-        return " ".join([text, *(f"{words}." for words in split.values())])
+        return " ".join([text, *split.values()])
 
     def tables(self, trials):
         distances = trials[0]["distances"]
-        return [("Accuracy at each distance in pixels: mean of the seeds, lowest to highest", [
+        return [("Accuracy at each distance: mean over the seeds (lowest to highest)", [
             ["", "seeds", *(f"{distance} px" for distance in distances)]] + [
             [kind, len(own), *(format_range([trial["correct"][i] / trial["n"] for trial in own])
                                for i in range(len(distances)))] for kind, own in _by_kind(trials).items()])]
+
+
+def _convnet_window(img_size=48):
+    """Return the side in pixels of the window that a unit in the ConvNet's last layer sees."""
+    return max(theoretical_receptive_field(build_kind("ConvNet", 2, img_size)))
 
 
 # ---- 8. Outline against texture ---------------------------------------------------------------------------
@@ -187,10 +210,10 @@ class Reach(Experiment):
 
 class Cues(Experiment):
     title = "Outline or texture"
-    question = "Where the two are at odds, by which does a model go?"
+    question = "If outline and texture disagree, which one does a model follow?"
 
     def measure(self, kind, seed, recipe=RECIPE, n_images=10_000, n_test=1000, img_size=32, **run):
-        """Trained on images whose outline and texture are of the same class, tested where they differ."""
+        """Train on images whose outline and texture show the same class, and test on images where they differ."""
         images, outlines, _ = make_cues(n_images, img_size, seed=1 + seed)
         val_images, val_outlines, _ = make_cues(1000, img_size, seed=1 + seed, start=10**9)
         loader = loader_of(images, outlines, CUES, recipe, seed, True)
@@ -204,37 +227,37 @@ class Cues(Experiment):
 
     def draw(self, trials, setup=None):
         bars = {kind: mean_min_max(biases) for kind in _by_kind(trials) if (biases := _biases(trials, kind))}
-        heading = "predictions by outline,\nof those by outline or texture"
+        heading = "predictions that follow the outline,\nof those that follow outline or texture"
         return {"shape_bias": plot_bars({heading: bars}, title=_band_title(trials, "lines"))} if bars else {}
 
     def finding(self, trials):
         bias = {kind: mean(biases) for kind in _by_kind(trials) if (biases := _biases(trials, kind))}
         if not bias:
-            return "No model predicts by outline or by texture."
+            return "No model follows the outline or the texture."
         low, high = min(bias, key=bias.get), max(bias, key=bias.get)
         span = f"{bias[low]:.0%} ({low})" + (f" to {bias[high]:.0%} ({high})" if high != low else "")
-        sides = [(cue, [kind for kind in bias if _goes_by(cue, trials, kind)]) for cue in ("outline", "texture")]
-        sides = "; ".join(f"{join_words(kinds)} by {cue}" for cue, kinds in sides if kinds)
-        return (f"The outline decides {span} of the predictions by either cue. The same with every seed: "
-                f"{sides or 'none'}.")
+        sides = [(cue, [kind for kind in bias if _follows(cue, trials, kind)]) for cue in ("outline", "texture")]
+        sides = " and ".join(f"the {cue} in {join_words(kinds)}" for cue, kinds in sides if kinds)
+        follows = f"most follow {sides} with every seed" if sides else "no model follows the same cue with every seed"
+        return f"The outline decides {span} of the predictions that follow a cue; {follows}."
 
     def tables(self, trials):
-        table = [["", "seeds", "by outline, of those by either", "by outline", "by texture", "by neither"]]
+        table = [["", "seeds", "outline, of both cues", "outline", "texture", "neither"]]
         for kind, own in _by_kind(trials).items():
             biases = _biases(trials, kind)
             table.append([kind, len(own), format_range(biases) if biases else "",
                           *(f"{mean(trial['choices'][cue] for trial in own):,.0f}"
                             for cue in ("outline", "texture", "neither"))])
-        return [("Predictions where the cues are at odds, means of the seeds", table)]
+        return [("Which cue the predictions follow when the two disagree: mean over the seeds", table)]
 
 
 def _biases(trials, kind):
-    """The shape bias of each seed that has one."""
+    """Return the shape bias of each seed that has one."""
     return [trial["shape_bias"] for trial in trials if trial["kind"] == kind and not math.isnan(trial["shape_bias"])]
 
 
-def _goes_by(cue, trials, kind):
-    """Whether every seed goes by this cue more often than by the other."""
+def _follows(cue, trials, kind):
+    """Return whether every seed follows this cue more often than the other."""
     return majority_with_every_seed([(trial["choices"][cue], trial["choices"]["outline"] + trial["choices"]["texture"])
                                      for trial in trials if trial["kind"] == kind])
 
@@ -244,13 +267,13 @@ def _goes_by(cue, trials, kind):
 
 class DataEfficiency(Experiment):
     title = "Data efficiency"
-    question = "How many images does each need, and what does each step from the ViT to the CNN buy?"
+    question = "How many training images does each model need?"
 
     def measure(self, kind, seed, n_images, loaders, recipe=RECIPE, **run):
-        """Trained on n_images of the training images, drawn by the seed, for the same steps whatever their number; test
-        accuracy at the learning rate that all the validation images chose.
+        """Train on n_images of the training images, for the same number of steps whatever n_images is, and test.
 
-        loaders: (training, validation, test), MemoryLoaders.
+        The seed draws the images. The validation images, always all of them, choose the learning rate. `loaders` are
+        three MemoryLoaders: training, validation and test.
         """
         train_loader, val_loader, test_loader = loaders
         train_loader.seed = seed
@@ -267,18 +290,19 @@ class DataEfficiency(Experiment):
         for n_images, accuracies in sorted(_accuracies(trials).items()):
             for kind, own in accuracies.items():
                 points[kind].append((n_images, *mean_min_max(own)))
-        heading = f"Test accuracy after the same steps: {trials[0].get('dataset') or 'drawn shapes'}"
-        return {"data_efficiency": plot_curves({heading: points}, "training images", "images right (%)", percent=True,
+        heading = f"After the same number of steps: {trials[0].get('dataset') or 'drawn shapes'}"
+        return {"data_efficiency": plot_curves({heading: points}, "training images", "test accuracy (%)", percent=True,
                                                log=("x",), title=_band_title(trials))}
 
     def finding(self, trials):
         by_number, n = _accuracies(trials), trials[0]["n"]
         ends = dict.fromkeys((min(by_number), max(by_number)))
-        return " ".join(f"With {n_images:,} images, {describe_ranking(rank_samples(by_number[n_images], n))}."
-                        for n_images in ends)
+        clauses = [f"with {number:,} images, {describe_leaders(rank_samples(by_number[number], n), points=not i)}"
+                   for i, number in enumerate(ends)]
+        return f"W{'; '.join(clauses)[1:]}."
 
     def tables(self, trials):
-        """Accuracies, and what each step from the ViT to the ConvNet adds."""
+        """Return two tables: the accuracies, and the difference from each kind to the next."""
         kinds, n = list(_by_kind(trials)), trials[0]["n"]
         accuracies, gains = [["training images", *kinds]], [["training images", *kinds[1:]]]
         for n_images, own in sorted(_accuracies(trials).items()):
@@ -286,12 +310,13 @@ class DataEfficiency(Experiment):
             steps = {kind: f"{100 * gain:+.1f} ± {100 * half:.1f}" if half < math.inf else f"{100 * gain:+.1f}"
                      for kind, gain, half in step_gains(own, n)}
             gains.append([f"{n_images:,}", *(steps.get(kind, "") for kind in kinds[1:])])
-        return [("Test accuracy: mean of the seeds, lowest to highest", accuracies),
-                ("Points gained over the column before; ±: what seeds and images vary by", gains)]
+        return [("Test accuracy: mean over the seeds (lowest to highest)", accuracies),
+                ("Points gained over the model to the left; ± is what seeds and test images can explain. Two things "
+                 "change from ViT, mean pooling to Hybrid: the stem, and the head, which reads CLS again", gains)]
 
 
 def _accuracies(trials):
-    """{number of training images: {kind: [the test accuracy of each seed]}}, for kinds that have any."""
+    """Return {number of training images: {kind: [test accuracy of each seed]}}, for kinds that have any."""
     found = {}
     for kind, own in _by_kind(trials).items():
         for trial in own:
@@ -300,7 +325,7 @@ def _accuracies(trials):
 
 
 def numbers_of_images(fractions, n_images, n_classes):
-    """How many of n_images each fraction is, at least one a class; without repetition, the largest first."""
+    """Return how many of n_images each fraction is, at least one per class, largest first, without repeats."""
     return sorted({max(n_classes, round(fraction * n_images)) for fraction in fractions}, reverse=True)
 
 
@@ -309,8 +334,10 @@ def numbers_of_images(fractions, n_images, n_classes):
 
 @dataclass(frozen=True)
 class Trial:
-    """One training of an experiment, or one for each learning rate. n_images and dataset are those of "data"; dataset
-    is "" for the built-in shapes."""
+    """One kind of model trained with one seed in an experiment, perhaps with several learning rates.
+
+    `n_images` and `dataset` belong to the experiment "data"; `dataset` is "" for the built-in shapes.
+    """
     experiment: str
     kind: str
     seed: int
@@ -318,14 +345,18 @@ class Trial:
     dataset: str = ""
 
     def path(self, folder):
+        """Return the path of the trial's file."""
         kind = self.kind.replace(", ", "-").replace(" ", "-")
         words = [self.experiment, self.dataset, kind, self.n_images and str(self.n_images), str(self.seed)]
         return folder / ("-".join(filter(None, words)) + ".json")
 
 
 def read_trials(names, folders):
-    """{experiment: [file contents]}. Those of an experiment and a data set come from one folder: the one that has most
-    of them, or the first of equals. Raises InputError for a file that holds no trial."""
+    """Read the trials of these experiments: {experiment: [file contents]}.
+
+    All trials of an experiment and data set come from one folder: the one with the most, or the first of several with
+    equally many. Raises InputError for a file that holds no trial.
+    """
     trials = {}
     for name in names:
         groups = {}
@@ -338,20 +369,20 @@ def read_trials(names, folders):
 
 
 def read_trial(path):
-    """The contents of a trial's file, checked. Raises InputError for a file that holds none."""
+    """Read and check a trial's file; raise InputError if it holds no trial."""
     try:
         trial = json.loads(path.read_text(encoding="utf-8"))
         if not all(isinstance(trial[key], str) for key in ("date", "command")):
-            raise TypeError("date and command are words")
+            raise TypeError("date and command must be strings")
         _check_result(path.name.split("-")[0], trial["result"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} holds no result of cnn_vs_vit.py --train ({type(error).__name__}); remove it, or "
-                         f"give another folder with --results-dir") from error
+        raise InputError(f"{path} is not a result of cnn_vs_vit.py --train ({type(error).__name__}); remove it, or "
+                         f"choose another folder with --results-dir") from error
     return trial
 
 
 def by_dataset(trials):
-    """{data set: file contents}, "" for the built-in shapes."""
+    """Group file contents by data set; "" stands for the built-in shapes."""
     groups = {}
     for trial in trials:
         groups.setdefault(trial["result"].get("dataset", ""), []).append(trial)
@@ -359,33 +390,33 @@ def by_dataset(trials):
 
 
 def _check_result(name, result):
-    """Raises KeyError, TypeError or ValueError unless `result` is what TRAINING_EXPERIMENTS[name].measure() gives."""
+    """Raise KeyError, TypeError or ValueError unless `result` fits TRAINING_EXPERIMENTS[name].measure()."""
     if result["kind"] not in CNN_TO_VIT_MODELS:
-        raise ValueError(f"{result['kind']!r} is none of {', '.join(CNN_TO_VIT_MODELS)}")
+        raise ValueError(f"kind {result['kind']!r} is unknown; expected one of {', '.join(CNN_TO_VIT_MODELS)}")
     if not isinstance(result["rate"], float):
-        raise TypeError(f"the rate {result['rate']!r} is no number")
+        raise TypeError(f"the learning rate {result['rate']!r} is not a float")
     counts = [result["seed"]]
     if name == "cues":
         counts += [result["choices"][cue] for cue in ("outline", "texture", "neither")]
-        math.isnan(result["shape_bias"])  # NaN where no prediction was by either cue
+        math.isnan(result["shape_bias"])  # NaN if no prediction followed a cue
     elif name == "reach":
         counts += [result["n"], *(count for _, count in zip(result["distances"], result["correct"], strict=True))]
     else:
         counts += [result["n"], result["n_images"], result["correct"]]
     if not all(type(count) is int and count >= 0 for count in counts) or result.get("n") == 0:
-        raise ValueError(f"{counts} are no numbers of images")
+        raise ValueError(f"{counts} are not all numbers of images")
 
 
 def _by_kind(trials):
-    """{kind: its trials}, in the order of CNN_TO_VIT_MODELS. Raises InputError without any trial."""
+    """Group trials by kind, in the order of CNN_TO_VIT_MODELS; raise InputError if there are none."""
     if not trials:
-        raise InputError("there are no trials yet; python cnn_vs_vit.py --train measures them")
+        raise InputError("there are no trials yet; run python cnn_vs_vit.py --train")
     return {kind: own for kind in CNN_TO_VIT_MODELS if (own := [trial for trial in trials if trial["kind"] == kind])}
 
 
 def _band_title(trials, what="bands"):
-    """What bands, or lines, in a figure of trials show."""
-    return f"{what}: from the lowest to the highest of {len({trial['seed'] for trial in trials})} seeds"
+    """Return the title that explains the bands, or lines, in a figure of trials."""
+    return f"{what}: lowest to highest of {len({trial['seed'] for trial in trials})} seeds"
 
 
 TRAINING_EXPERIMENTS = {"cues": Cues(), "reach": Reach(), "data": DataEfficiency()}
@@ -396,49 +427,81 @@ TRAINING_EXPERIMENTS = {"cues": Cues(), "reach": Reach(), "data": DataEfficiency
 
 def compare_on_dataset(loaders, minutes, seeds=SEEDS, kinds=("ConvNet", "Hybrid", "ViT"), recipe=RECIPE,
                        device="auto", amp="auto", report=print):
-    """Trains each kind for its share of the minutes, with each seed: {kind: [a row a seed]}. A row says image by image
-    whether the prediction is right.
+    """Train each kind with each seed on the same images, within a time limit.
 
-    loaders: (training, validation, test). Without test images (None), the validation images are used: nothing was
-    chosen on them, as there is one learning rate and one time for all.
+    Parameters
+    ----------
+    loaders : tuple
+        Training, validation and test loader. If the last is None, the validation images are used to test. Nothing was
+        chosen on them, as all models share one learning rate and one time.
+    minutes : float
+        Time for all trainings together; each gets an equal share.
+    report : callable, optional
+        Called with one line of text after each training.
+
+    Returns
+    -------
+    dict
+        {kind: [one row per seed]}. A row holds `seed`, `n_steps`, `diverged`, `accuracy`, and `right`, one boolean per
+        image.
     """
     train_loader, val_loader, test_loader = loaders
-    asked, rows = test_loader or val_loader, {kind: [] for kind in kinds}
+    tested, rows = test_loader or val_loader, {kind: [] for kind in kinds}
     train_loader.batch_size = min(recipe.batch_size, train_loader.n_images)
     seconds = 60 * minutes / len(kinds) / len(seeds)
-    for kind in kinds:  # raises before anything is trained
+    for kind in kinds:  # an image size that does not fit is an error before any training
         build_kind(kind, len(train_loader.class_names), train_loader.img_size)
     for kind in kinds:
         model = build_kind(kind, len(train_loader.class_names), train_loader.img_size)
-        one_batch = list(itertools.islice(val_loader, 1))  # the trainings do not evaluate
+        one_batch = list(itertools.islice(val_loader, 1))  # these trainings do not validate
         n_steps = steps_within(seconds, model, train_loader, one_batch, device, optimizer=recipe.optimizer, amp=amp)
         for seed in seeds:
             own, diverged = replace(recipe, n_steps=n_steps), False
             try:
                 model = train_once(kind, train_loader, own, RATES[1], seed, device, amp).model
-                right = torch.cat([predictions(model, images) == labels.cpu() for images, labels in asked])
+                right = torch.cat([predictions(model, images) == labels.cpu() for images, labels in tested])
             except NotFinite as error:
                 report(f"{kind}, seed {seed}: {error}; it counts as 0% accuracy")
-                right, diverged = torch.zeros(asked.n_images, dtype=torch.bool), True
+                right, diverged = torch.zeros(tested.n_images, dtype=torch.bool), True
             rows[kind].append(dict(seed=seed, n_steps=n_steps, right=right.tolist(), diverged=diverged,
                                    accuracy=right.double().mean().item()))
-            report(f"{kind}, seed {seed}: {rows[kind][-1]['accuracy']:.1%} of {len(right):,} images, {n_steps} steps")
+            accuracy = rows[kind][-1]["accuracy"]
+            report(f"{kind}, seed {seed}: {accuracy:.1%} of {len(right):,} images after {n_steps} steps")
     return rows
 
 
 def split_kinds(rows, guessing=0.0):
-    """{kind: [whether each seed learned]} of the kinds that learn or do not. rows: from compare_on_dataset();
-    guessing: the accuracy without learning."""
+    """Return {kind: [whether each seed learned]} for kinds that only some seeds learned.
+
+    `rows` come from compare_on_dataset(); `guessing` is the accuracy without learning.
+    """
     found = {kind: seeds_that_learned([row["accuracy"] for row in own], len(own[0]["right"]), guessing)
              for kind, own in rows.items()}
     return {kind: learned for kind, learned in found.items() if learned is not None}
 
 
 def summarise(rows, costs=None, guessing=0.0):
-    """Which model for these images, in words. rows: from compare_on_dataset(); costs: {kind: milliseconds an image};
-    guessing: the accuracy without learning. A kind whose seeds learn or do not is named, and not ranked by its mean.
+    """Say which model is best on these images, and how certain that is.
 
-    Raises InputError for fewer than two kinds, or two seeds of one.
+    A kind that only some seeds learned is described by itself and not ranked by its mean.
+
+    Parameters
+    ----------
+    rows : dict
+        The result of compare_on_dataset().
+    costs : dict, optional
+        {kind: milliseconds per image}.
+    guessing : float, optional
+        The accuracy without learning.
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    InputError
+        For fewer than two kinds, or fewer than two seeds of a kind.
     """
     ranking, n, split = rank_trainings(rows), len(next(iter(rows.values()))[0]["right"]), split_kinds(rows, guessing)
     steady = {kind: own for kind, own in rows.items() if kind not in split}
@@ -447,35 +510,44 @@ def summarise(rows, costs=None, guessing=0.0):
         ranking = rank_trainings(steady)
     text = f"{describe_ranking(ranking)}."
     if n < MIN_IMAGES:
-        text = f"No winner: {n} images are too few to tell; at least {MIN_IMAGES} are needed."
+        text = f"No winner: {n} images are too few; at least {MIN_IMAGES} are needed."
     elif not compared:
-        text = f"No winner: {join_words(steady) or 'none of them'} alone does the same with every seed."
+        text = f"No winner: {f'only {join_words(steady)}' if steady else 'no model'} behaves the same with every seed."
     elif ranking.tied:
         text = f"No winner: {text}"
     if costs and compared and ranking.tied:
         cheapest = min(ranking.leaders, key=costs.get)
-        text += f" {cheapest} is the cheapest of them, {costs[cheapest]:.2f} ms an image."
+        text += f" {cheapest} is the cheapest of them at {costs[cheapest]:.2f} ms per image."
     for kind, learned in split.items():
-        text += f" {describe_split(kind, [row['accuracy'] for row in rows[kind]], learned)}."
+        text += f" {describe_split(kind, [row['accuracy'] for row in rows[kind]], learned)}"
     if compared and n >= MIN_IMAGES:
-        text += f" As measured: {describe_power(measured_noise(steady))}."
+        text += f" As measured: {describe_power(measured_noise(steady))}"
     for kind, own in rows.items():
         diverged = sum(row.get("diverged", False) for row in own)
-        text += f" {diverged} of {len(own)} trainings of {kind} diverged, counted as 0% accuracy." if diverged else ""
+        text += f" {diverged} of {len(own)} trainings of {kind} diverged and count as 0%." if diverged else ""
     return text
 
 
 def caveats(rows, controls, n_images):
-    """Sentences on why these models may not be what they could be. rows: from compare_on_dataset(); controls:
-    {name: accuracy} without a model; n_images: for training."""
+    """Return sentences that warn about a comparison: too few steps, too few images, or nothing learned.
+
+    Parameters
+    ----------
+    rows : dict
+        The result of compare_on_dataset().
+    controls : dict
+        {name: accuracy} of what needs none of these models, such as a linear classifier.
+    n_images : int
+        Number of training images.
+    """
     least, n = min(own[0]["n_steps"] for own in rows.values()), len(next(iter(rows.values()))[0]["right"])
     control, sentences = max(controls, key=controls.get), []
     if least < FEW_STEPS:
-        sentences.append(f"Only {least} steps of one model fitted into its time; give more minutes.")
+        sentences.append(f"One model was trained for only {least} steps in its time; give more --minutes.")
     if none_beats({kind: [row["accuracy"] for row in own] for kind, own in rows.items()}, controls[control], n):
-        sentences.append(f"No model beats {control} by more than chance: they have not learned what is there, or there "
-                         f"is nothing to learn.")
+        sentences.append(f"No model beats {control} by more than chance: the models learned nothing, or there is "
+                         f"nothing to learn.")
     if n_images < FEW_IMAGES:
-        sentences.append(f"{n_images:,} training images are few: a pretrained model may do better than all three "
+        sentences.append(f"With only {n_images:,} training images, a pretrained model may do better than all three "
                          f"(train_vit.py --pretrained NAME).")
     return sentences

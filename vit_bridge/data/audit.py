@@ -1,4 +1,4 @@
-"""A look at a folder of images before a training: what is in it, and what would make its score untrue.
+"""Audit a folder of images before training on it: what it holds, and what would make its score wrong.
 
     print(audit_folder("photos"))
 """
@@ -12,26 +12,39 @@ from dataclasses import dataclass
 from vit_bridge.data.datasets import FolderSet, stratified_cut
 from vit_bridge.data.files import by_ending
 
-TAIL = 16_384  # bytes at the end of a file: where files of one size differ, they nearly always differ there
-N_NAMED = 8  # classes that are named; the others are counted
+TAIL = 16_384  # bytes at the end of a file: different files of the same size nearly always differ there
+N_NAMED = 8  # the most class names in one line
 
 
 @dataclass
 class Audit:
-    """What audit_folder finds.
+    """The findings of `audit_folder`; `str()` gives them as a report.
 
-    root           the folder
-    endings        how many images there are of each ending
-    class_names    in the order of the model's outputs
-    counts         {part: images of each class}, of the parts "train", "val" and "test"
-    links          paths of the links that are followed
-    refused        (path, reason) of the links and folders that are not
-    left_out       how many files there are of each other ending
-    loose          how many images are in no class folder
-    unused         names of the folders beside the parts
-    empty          paths of the files without content
-    two_classes    lists of paths that hold the same bytes, under several classes
-    two_parts      lists of paths that hold the same bytes, under several parts, the cut for validation included
+    Attributes
+    ----------
+    root : str
+        The folder.
+    endings : Counter
+        Number of images for each file ending.
+    class_names : list of str
+        Class names, in the order of the model's outputs.
+    counts : dict
+        Images per class, as a list, for each of the parts "train", "val" and "test" that exists.
+    links : list of str
+        Links that are followed.
+    refused : list of (str, str)
+        Path and reason for each link or folder that is not followed.
+    left_out : Counter
+        Number of files that are not images, for each file ending.
+    loose : int
+        Number of images outside the class folders.
+    unused : list of str
+        Names of the folders beside train, val and test.
+    empty : list of str
+        Image files of zero bytes.
+    two_classes, two_parts : list of list of str
+        Paths with identical bytes in several classes, or in several parts. The images that are split off for
+        validation count as the part "val".
     """
     root: str
     endings: Counter
@@ -48,16 +61,18 @@ class Audit:
 
     def __str__(self):
         return "\n".join(filter(None, [
-            f"{self.root}: {self.endings.total():,} images, {by_ending(self.endings)}",
-            f"  classes, in the order of the outputs (alphabetical): {self._classes()}",
+            f"{self.root}: {self.endings.total():,} images ({by_ending(self.endings)})",
+            f"  classes, in the order of the model's outputs (alphabetical): {self._classes()}",
             *(f"  {part}: {sum(counts):,} images" + self._missing(counts) for part, counts in self.counts.items()),
-            self._line(self.links, "links followed"), self._line([path for path, _ in self.refused], "not followed"),
-            self.left_out and f"  left out: {by_ending(self.left_out)}",
-            self.loose and f"  left out: {self.loose:,} images in no class folder",
-            self._line(self.unused, "folders not used, as they are neither train, val nor test"),
-            self._line(self.empty, "files without content"),
-            self._pairs(self.two_classes, "two classes: at most one of the labels is right"),
-            self._pairs(self.two_parts, "two of train, val and test: the score is too high")]))
+            self._line(self.links, "links followed"), self._line([path for path, _ in self.refused], "links and "
+                                                                                                     "folders not "
+                                                                                                     "followed"),
+            self.left_out and f"  other files, ignored: {by_ending(self.left_out)}",
+            self.loose and f"  images outside the class folders, ignored: {self.loose:,}",
+            self._line(self.unused, "folders ignored, as they are not train, val or test"),
+            self._line(self.empty, "empty files"),
+            self._pairs(self.two_classes, "two classes, so at least one label is wrong"),
+            self._pairs(self.two_parts, "two of train, val and test, so the score will be too high")]))
 
     def _classes(self):
         counts = self.counts.get("train") or next(iter(self.counts.values()))
@@ -75,12 +90,30 @@ class Audit:
         return items and f"  {words}: {len(items):,} ({items[0]}{', ...' * (len(items) > 1)})"
 
     def _pairs(self, groups, words):
-        return groups and f"  the same picture in {words}: {len(groups):,} (such as {' = '.join(groups[0][:2])})"
+        return groups and f"  the same image in {words}: {len(groups):,} (such as {' = '.join(groups[0][:2])})"
 
 
 def audit_folder(data_dir, val_fraction=0.1, seed=0):
-    """The Audit of a folder of images, as get_data_loaders would split it by val_fraction and seed. It looks at names,
-    sizes and, among files of one size, at bytes, and decodes nothing. Raises InputError as FolderSet does."""
+    """Audit a folder of images.
+
+    Only names, sizes and, for files of equal size, bytes are compared; no image is decoded.
+
+    Parameters
+    ----------
+    data_dir : path
+        Folder with class folders, or with train/, val/ and test/ that hold class folders.
+    val_fraction, seed : float, int
+        The validation split, as in `get_data_loaders`; used only if there is no val/.
+
+    Returns
+    -------
+    Audit
+
+    Raises
+    ------
+    InputError
+        If the folder cannot be used; see `FolderSet`.
+    """
     folder = FolderSet(data_dir)
     everything = folder.everything()
     class_names = sorted({name for classes in folder.classes.values() for name in classes})
@@ -104,8 +137,10 @@ def audit_folder(data_dir, val_fraction=0.1, seed=0):
 
 
 def same_files(paths):
-    """(lists of the paths whose files hold the same bytes, paths of files without content). A file that cannot be read
-    is like no other."""
+    """Return (groups of paths with identical bytes, paths of empty files).
+
+    Files that cannot be read are in no group.
+    """
     sizes = {}
     for path in paths:
         try:
@@ -120,7 +155,7 @@ def same_files(paths):
 
 
 def _grouped(paths, key):
-    """Lists of two or more paths with the same key; those whose key is None are in none."""
+    """Return the lists of two or more paths with the same key; paths with the key None are left out."""
     groups = defaultdict(list)
     for path in paths:
         groups[key(path)].append(path)
@@ -128,7 +163,7 @@ def _grouped(paths, key):
 
 
 def _tail(path):
-    """The last bytes of a file; None where it cannot be read."""
+    """Return a checksum of the last bytes of a file, or None if it cannot be read."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
@@ -138,7 +173,7 @@ def _tail(path):
 
 
 def _digest(path):
-    """A checksum of a file; None where it cannot be read."""
+    """Return a checksum of a whole file, or None if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").digest()

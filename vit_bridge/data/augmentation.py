@@ -1,12 +1,12 @@
-"""What happens to the pixels of training images on their way to a model.
+"""Augmentation of training images.
 
-    train_transform                    a photograph, one at a time, by torchvision
-    Augmentation, EpochAugmentation    small images, a batch at a time: shifted, mirrored, partly hidden
-    Mixing                             two images and their labels in one, by torchvision
+    train_transform                    photographs, one at a time, with torchvision
+    Augmentation, EpochAugmentation    small images, a batch at a time: shift, mirror, cutout
+    Mixing                             MixUp and CutMix of a batch, with torchvision
 
-All random numbers of an epoch are drawn at once, from (seed, epoch), so that a pass can begin anywhere.
+The random numbers of an epoch depend only on (seed, epoch), so an interrupted epoch can resume at any batch.
 
-Shapes:  B images in a batch, N images in a set, C channels, H, W height and width, K classes.
+Shapes:  B images in a batch, N images in a data set, C channels, H, W height and width, K classes.
 """
 
 from dataclasses import dataclass
@@ -26,8 +26,21 @@ MIXINGS = ("none", "mixup", "cutmix")
 
 
 def train_transform(preprocessing):
-    """The training augmentation of photographs: PIL image of C channels -> normalised float32 tensor (C, H, W). Crops
-    have the shape of the result, up to a third wider or narrower; only grey and colour images are recoloured."""
+    """Return the training augmentation of photographs.
+
+    It crops, mirrors and recolours at random. The aspect ratio of a crop is 3/4 to 4/3 times the output's. Only images
+    of 1 or 3 channels are recoloured.
+
+    Parameters
+    ----------
+    preprocessing : Preprocessing
+        Size, mean, std and interpolation of the output.
+
+    Returns
+    -------
+    callable
+        From a PIL image with C channels to a normalised float32 tensor (C, H, W).
+    """
     height, width = preprocessing.size
     shapes = (3 / 4 * width / height, 4 / 3 * width / height)
     crop = v2.RandomResizedCrop(preprocessing.size, ratio=shapes,
@@ -41,17 +54,30 @@ def train_transform(preprocessing):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training images in memory are varied, each anew in every epoch.
+    """Random changes to training images in memory, drawn anew in every epoch.
 
-    shift    the largest shift, as a fraction of the side: 0.125 is up to 4 of 32 pixels each way. What comes in is
-             mirrored at the border
-    flip     left to right: "random", in each epoch with probability 1/2; "alternating", at random in the first epoch
-             and then every other time, so that two epochs show an image both ways (Jordan 2024, "94% on CIFAR-10 in
-             3.29 Seconds", Sec. 3.6); "none"
-    cutout   side of a square that is filled with the mean, as a fraction of the image's; its centre is any pixel, so it
-             may lie partly outside (DeVries and Taylor 2017). 0: none
+    Parameters
+    ----------
+    shift : float
+        Largest shift as a fraction of the side, from 0 to 0.5: 0.125 moves an image of 32 pixels by up to 4 pixels in
+        each direction. The gap is filled by reflecting the image at its border.
+    flip : str
+        Mirroring left to right: "random" mirrors with probability 1/2 in each epoch; "alternating" draws the
+        first epoch at random and alternates after that, so two successive epochs show both versions [1]_;
+        "none" never mirrors.
+    cutout : float
+        Side of a square that is replaced by the mean, as a fraction of the image's side, from 0 (none) to 2. Its centre
+        may be any pixel, so part of the square can lie outside the image [2]_.
 
-    Raises InputError for a value out of range.
+    Raises
+    ------
+    InputError
+        If a value is out of range.
+
+    References
+    ----------
+    .. [1] Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", Section 3.6.
+    .. [2] DeVries and Taylor 2017, "Improved Regularization of Convolutional Neural Networks with Cutout".
     """
     shift: float = 0.125
     flip: str = "random"
@@ -62,15 +88,20 @@ class Augmentation:
         for name, most in (("shift", 0.5), ("cutout", 2.0)):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value <= most:
-                raise InputError(f"{name} {value!r} is out of range; expected a share of the side, 0 to {most:g}")
+                raise InputError(f"{name} {value!r} is out of range; give a fraction of the side from 0 to {most:g}")
 
 
 class EpochAugmentation:
-    """The random numbers of one epoch: `augmentation` for N images of H x W, from (seed, epoch).
+    """The random numbers of one epoch: an `Augmentation` of N images of H x W pixels.
 
-    top, left   (N,) rows and columns by which the window moves
-    flip        (N,) whether it is mirrored
-    centre      (2, N) row and column of the middle of the hidden square, from 0 to 1
+    Attributes
+    ----------
+    top, left : Tensor, shape (N,)
+        Rows and columns by which each image is shifted.
+    flip : Tensor of bool, shape (N,)
+        Whether each image is mirrored.
+    centre : Tensor, shape (2, N)
+        Row and column of the centre of the cutout, from 0 to 1.
     """
 
     def __init__(self, augmentation, n_images, height, width, seed, epoch, device="cpu"):
@@ -87,51 +118,77 @@ class EpochAugmentation:
         self.top, self.left, self.flip, self.centre = (drawn.to(device) for drawn in (top, left, flip, centre))
 
     def move(self, images, places):
-        """Shifts and mirrors: images (B, C, H, W) of any type, at `places` (B,) of the set."""
+        """Shift and mirror images (B, C, H, W) of any dtype; places (B,) index them in the data set."""
         return crop_and_flip(images, self.top[places], self.left[places], self.flip[places])
 
     def hide(self, images, places):
-        """Cutout, in place: images (B, C, H, W), normalised, so that 0 is the mean."""
+        """Apply cutout in place to normalised images (B, C, H, W), in which 0 is the mean."""
         return _hide_square(images, self.centre[:, places], self.cutout) if self.cutout else images
 
 
 def crop_and_flip(images, top, left, flip):
-    """Each image of (B, C, H, W) through a window moved `top` rows down and `left` columns right, each (B,), outside
-    mirrored at the border; then mirrored left to right where flip (B,) is true. Returns (B, C, H, W)."""
+    """Shift each image, then mirror it left to right.
+
+    Parameters
+    ----------
+    images : Tensor, shape (B, C, H, W)
+        Images of any dtype.
+    top, left : Tensor of int, shape (B,)
+        How far the window moves down and right. Pixels outside the image are reflected at its border.
+    flip : Tensor of bool, shape (B,)
+        Which images are mirrored.
+
+    Returns
+    -------
+    Tensor, shape (B, C, H, W)
+    """
     B, C, H, W = images.shape
     rows = _reflected(torch.arange(H, device=images.device) + top[:, None], H)  # (B, H)
     columns = _reflected(torch.arange(W, device=images.device) + left[:, None], W)  # (B, W)
     columns = torch.where(flip[:, None], columns.flip(1), columns)
-    pixels = (rows[:, :, None] * W + columns[:, None, :]).view(B, 1, H * W)  # (B, 1, H * W), places in an image
+    pixels = (rows[:, :, None] * W + columns[:, None, :]).view(B, 1, H * W)  # (B, 1, H * W), flat pixel indices
     return images.reshape(B, C, H * W).gather(2, pixels.expand(B, C, H * W)).view(B, C, H, W)
 
 
 def _reflected(places, length):
-    """Places outside 0 .. length - 1, by less than length, mirrored at the first and the last."""
+    """Reflect indices that are less than `length` outside 0 .. length - 1 at the first and last index."""
     return torch.minimum(places.abs(), 2 * (length - 1) - places.abs())
 
 
 def _hide_square(images, centre, share):
-    """Zeros, in place, in a square of `share` of the side of each image of (B, C, H, W), around the pixel that lies at
-    centre (2, B), row and column from 0 to 1; what falls outside is lost. Returns the images."""
+    """Set a square of each image (B, C, H, W) to zero, in place, and return the images.
+
+    The square's side is `share` of the image's side; centre (2, B) gives its middle row and column, from 0 to 1.
+    """
     hidden = []
     for length, middle in zip(images.shape[2:], centre, strict=True):
-        first = (middle * length).floor() - round(share * length) // 2  # (B,), before the first row where negative
-        place = torch.arange(length, device=images.device) - first[:, None]  # (B, length), from the square's first
+        first = (middle * length).floor() - round(share * length) // 2  # (B,), negative if the square starts outside
+        place = torch.arange(length, device=images.device) - first[:, None]  # (B, length), index within the square
         hidden.append((place >= 0) & (place < round(share * length)))
     rows, columns = hidden  # (B, H), (B, W)
     return images.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
 
 
 class Mixing:
-    """Pairs of images of a batch in one, and their labels with them: (images (B, C, H, W), labels (B)) -> (images,
-    soft targets (B, K)).
+    """MixUp or CutMix: combine pairs of images in a batch, and their labels.
 
-    kind    "mixup": a weighted sum of two images (Zhang et al. 2018); "cutmix": a box of one in the other (Yun et al.
-            2019); the weight, or the area of the box, is drawn from Beta(alpha, alpha), once for a batch
-    alpha   usually 0.2 for mixup, 1 for cutmix
+    Called with images (B, C, H, W) and labels (B,), it returns images of the same shape and soft targets (B, K). It
+    draws from torch's global random generator.
 
-    torchvision mixes; random numbers come from torch's own generator.
+    Parameters
+    ----------
+    kind : str
+        "mixup" adds two images with weights [1]_; "cutmix" pastes a box of one image into another [2]_.
+    n_classes : int
+        K.
+    alpha : float, optional
+        The weight, or the area of the box, is drawn from Beta(alpha, alpha) once per batch. 0.2 for mixup and 1 for
+        cutmix by default.
+
+    References
+    ----------
+    .. [1] Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization".
+    .. [2] Yun et al. 2019, "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features".
     """
 
     def __init__(self, kind, n_classes, alpha=None):
@@ -147,7 +204,7 @@ class Mixing:
 
 
 def mix_seed(*numbers):
-    """One seed of 63 bits out of whole numbers from 0."""
+    """Combine non-negative integers into one seed of 63 bits."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

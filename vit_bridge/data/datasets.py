@@ -1,6 +1,10 @@
-"""Data sets: where their files are, what they are called, how they are read and split.
+"""Find, read and split data sets: image folders, torchvision's data sets and the drawn shapes.
 
-Shapes:  N images in a set, n some of them, C channels, H, W height and width.
+    FolderSet            a folder of images, with its classes and its parts (train, val, test)
+    read_memory_set      a torchvision data set or the drawn shapes, as tensors
+    stratified_cut       a split into training and validation images, class by class
+
+Shapes:  N images in a data set, n some of them, C channels, H, W height and width.
 """
 
 import os
@@ -15,19 +19,28 @@ import torchvision
 from tqdm import tqdm
 
 from vit_bridge.data.augmentation import generator_of
-from vit_bridge.data.files import SYSTEM_FOLDERS, Found, ImageFinder, image_endings, list_folder
+from vit_bridge.data.files import (
+    SOME_FORMATS,
+    SYSTEM_FOLDERS,
+    Found,
+    ImageFinder,
+    by_ending,
+    image_endings,
+    list_folder,
+)
 from vit_bridge.data.images import FILE_CHANNELS, grey, open_header, open_or_skip
 from vit_bridge.data.shapes import SHAPES, TEST_START, make_shapes
 from vit_bridge.errors import InputError, check_choice, check_int
 from vit_bridge.preprocessing import NORMALISATION, SMALL_SIDE, FitSize, Preprocessing
+from vit_bridge.weights.heads import listed
 from vit_model import pair
 
 DEFAULT_DATA_DIR = "./data"
-MEMORY_LIMIT = 2 * 1024**3  # bytes: small images that decode to more are read file by file
+MEMORY_LIMIT = 2 * 1024**3  # bytes: a folder that decodes to more is read file by file
 VALIDATION_FOLDERS = ("val", "valid", "validation")
 PART_FOLDERS = ("train", *VALIDATION_FOLDERS, "test")
-OTHER_PARTS = {*PART_FOLDERS, "training", "dev", "eval", "testing"}  # no classes, whatever their letters
-# torchvision's class for each known set, the folder in data_dir where it lies, and its files.
+OTHER_PARTS = {*PART_FOLDERS, "training", "dev", "eval", "testing"}  # not class names, in upper or lower case
+# For each data set: torchvision's class, its folder in data_dir, and its files.
 IDX_FILES = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
 TORCHVISION_SETS = {
     "cifar10": (torchvision.datasets.CIFAR10, "cifar-10-batches-py", "data_batch_1 to 5, test_batch, batches.meta"),
@@ -40,7 +53,7 @@ DATASETS = ("auto", "folder", "shapes", *TORCHVISION_SETS)
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What a set is called, and how a loader shows its images: the preprocessing of a model that is trained on them."""
+    """The name of a data set and its `Preprocessing`, which a model that is trained on it takes over."""
     dataset_name: str
     preprocessing: Preprocessing
 
@@ -54,18 +67,21 @@ class DatasetInfo:
 
 
 def dataset_info(name, class_names, img_size, preprocessing=None, in_channels=None):
-    """The DatasetInfo of a set: with a given preprocessing's mean, std and interpolation, or the set's own; in_channels
-    None: those of the preprocessing, or 3."""
+    """Return the DatasetInfo of a data set.
+
+    mean, std and interpolation are those of `preprocessing`, or the data set's own if it is None. in_channels None
+    means the channels of `preprocessing`, or 3.
+    """
     if preprocessing is None:
         preprocessing = Preprocessing(img_size, *NORMALISATION[name]).with_channels(in_channels or 3)
     if in_channels not in (None, preprocessing.n_channels):
-        raise InputError(f"in_channels {in_channels} is not that of preprocessing, whose mean {preprocessing.mean} has "
-                         f"{preprocessing.n_channels} numbers; expected one for each channel")
+        raise InputError(f"in_channels {in_channels} does not match preprocessing, whose mean {preprocessing.mean} has "
+                         f"{preprocessing.n_channels} numbers; give a mean and std with one number per channel")
     possible = FILE_CHANNELS if name == "folder" else (1, 3)
     if preprocessing.n_channels not in possible:
-        raise InputError(f"in_channels {preprocessing.n_channels} is out of range; the images of {name!r} can be read "
-                         f"as {' or '.join(map(str, possible))} channels. For others give the Trainer batches of your "
-                         f"own")
+        raise InputError(f"in_channels {preprocessing.n_channels} is out of range; images of {name!r} can be read with "
+                         f"{' or '.join(map(str, possible))} channels. For other channels give the Trainer your own "
+                         f"batches")
     return DatasetInfo(name, replace(preprocessing, img_size=img_size, class_names=class_names))
 
 
@@ -73,7 +89,7 @@ def dataset_info(name, class_names, img_size, preprocessing=None, in_channels=No
 
 
 def choose_set(data_dir, dataset, n_images):
-    """The set that `dataset` means in data_dir: a name in DATASETS other than "auto"."""
+    """Return the data set in data_dir: `dataset`, with "auto" replaced by what is found there."""
     check_choice("dataset", dataset, DATASETS)
     root, name = Path(data_dir).expanduser(), dataset
     if dataset == "auto":
@@ -81,15 +97,19 @@ def choose_set(data_dir, dataset, n_images):
         nothing_given = Path(data_dir) == Path(DEFAULT_DATA_DIR) and not root.exists()
         name = found[0] if found else "shapes" if nothing_given else "folder"
     if n_images is not None and name != "shapes":
-        raise InputError(f"n_images {n_images} is for the data set 'shapes', and this is {name!r}: leave it out")
+        raise InputError(f"n_images {n_images} applies only to the data set 'shapes', and this is {name!r}; leave it "
+                         f"out")
     return name
 
 
 def read_memory_set(name, data_dir, img_size, n_images, preprocessing, training, in_channels=None):
-    """Images uint8 (N, C, h, w), labels int64 (N,) and the DatasetInfo of shapes or one of torchvision's sets."""
+    """Read the drawn shapes or one of torchvision's data sets.
+
+    Returns images uint8 (N, C, h, w), labels int64 (N,) and the DatasetInfo.
+    """
     if name == "shapes":
         S = max(pair(img_size or 32))
-        n_images = n_images or max(500, min(20_000, round(200 * (32 / S) ** 1.5) * 100))  # large ones take longer
+        n_images = n_images or max(500, min(20_000, round(200 * (32 / S) ** 1.5) * 100))  # fewer if large
         drawn = make_shapes(n_images, S) if training else make_shapes(n_images // 5, S, start=TEST_START)
         images, labels, class_names = drawn.images, drawn.labels, SHAPES
     else:
@@ -99,65 +119,81 @@ def read_memory_set(name, data_dir, img_size, n_images, preprocessing, training,
 
 
 def read_torchvision_set(name, data_dir, training):
-    """(images uint8 (N, 3, H, W), labels int64 (N,), class names), downloaded to data_dir where needed."""
+    """Return (images uint8 (N, 3, H, W), labels int64 (N,), class names); download them if needed."""
     maker, layout, files = TORCHVISION_SETS[name]
     root = Path(data_dir).expanduser()
     absent = [folder for folder in (root / layout, (root / layout).parent, root) if not folder.exists()]
     try:
         data = maker(root, train=training, download=True)
-    except Exception as error:  # no network, a broken file, no right to write
+    except Exception as error:  # no network, a damaged file, no permission to write
         for folder in (folder for folder in absent if folder.is_dir() and not any(folder.iterdir())):
             folder.rmdir()
-        raise InputError(f"data set {name!r} is neither in {str(root)!r} nor can it be downloaded "
-                         f"({' '.join(str(error).split())[:200]}): put its files ({files}) into "
-                         f"{str(root / layout)!r}, or choose dataset 'shapes', which needs none") from None
+        raise InputError(f"data set {name!r} is not in {str(root)!r} and cannot be downloaded "
+                         f"({' '.join(str(error).split())[:200]}); put its files ({files}) into "
+                         f"{str(root / layout)!r}, or use the built-in dataset 'shapes'") from None
     images = torch.as_tensor(data.data)  # (N, H, W) in grey or (N, H, W, 3)
     images = images[:, None].expand(-1, 3, -1, -1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
     return images.contiguous(), torch.as_tensor(data.targets), list(data.classes)  # (N, 3, H, W), (N,)
 
 
 def read_training_folder(folder, img_size, preprocessing, skip_corrupt, in_channels=None):
-    """(DatasetInfo, files, labels (N,)) of the training images of a FolderSet."""
+    """Return (DatasetInfo, files, labels (N,)) of the training images of a FolderSet."""
     parts = folder.folders
     if "train" not in parts:
-        raise InputError(f"{str(folder.root)!r} has {next(iter(parts.values())).name}/ but no train/: put the training "
+        raise InputError(f"{str(folder.root)!r} has {next(iter(parts.values())).name}/ but no train/; put the training "
                          f"images into train/")
     class_names = folder.class_names("train")
     if class_names and {name.lower() for name in class_names} <= OTHER_PARTS:
-        raise InputError(f"{str(parts['train'])!r} has the folders {', '.join(class_names)}, which are parts of a set "
-                         f"and no classes: rename them to train, val and test")
+        raise InputError(f"{str(parts['train'])!r} has the folders {', '.join(class_names)}, which look like parts of "
+                         f"a data set, not classes; rename them to train, val and test")
     if len(class_names) < 2:
-        raise InputError(f"{str(parts['train'])!r} has {len(class_names)} class folders {class_names}, expected 2 or "
-                         f"more: put the images of each class into a folder of its own")
+        raise InputError(f"{str(parts['train'])!r} has {len(class_names)} class "
+                         f"folder{'s' * (len(class_names) != 1)}{listed(class_names)}, and at least 2 are needed; put "
+                         f"the images of each class into a folder of its own")
     files, labels = folder.images("train", class_names)
     empty = [name for label, name in enumerate(class_names) if not (labels == label).any()]
     if empty:
+        held = by_ending(folder.classes["train"][empty[0]].left_out, 4)
         raise InputError(f"class folder {str(parts['train'] / empty[0])!r} has no images "
-                         f"({', '.join(image_endings())}): add some or remove it")
+                         f"({SOME_FORMATS}){held and f', only {held}'}; add some, or remove the folder")
     img_size = img_size or own_side(files, skip_corrupt)
     return dataset_info("folder", class_names, img_size, preprocessing, in_channels), files, labels
 
 
 class FolderSet:
-    """A folder of images, listed once as a whole, so that no image is in two classes or parts by a link.
+    """A folder of images, listed as a whole, so that no link puts an image into two classes or parts.
 
-    folders   {part: its folder}, of the parts "train" (train/, or the folder itself where it has no parts), "val"
-              (val/, valid/ or validation/) and "test" that there are
-    classes   {part: {class name: Found}}, by name
-    refused   (path, reason) of the class folders that are none
-    loose     {part: how many images are in no class folder}
-    unused    names of the folders beside the parts
+    Parameters
+    ----------
+    data_dir : path
+        A folder with train/ (and val/, valid/ or validation/, and test/), or with class folders directly.
 
-    Raises InputError for no folder, for parts that are the same folder or in one another, and for folders that cannot
-    be listed.
+    Attributes
+    ----------
+    folders : dict
+        Folder of each part that exists: "train", "val" and "test". Without parts, "train" is data_dir itself.
+    classes : dict
+        {part: {class name: Found}}, sorted by class name.
+    refused : list of (str, str)
+        Path and reason for each class folder that is not used.
+    loose : dict
+        Number of images outside the class folders, for each part.
+    unused : list of str
+        Names of the folders beside the parts.
+
+    Raises
+    ------
+    InputError
+        If the folder does not exist or cannot be listed, if a part is a dead link, and if one part lies inside another
+        or is the same folder.
     """
 
     def __init__(self, data_dir):
         self.root = existing_folder(data_dir)
         dead = [name for name in PART_FOLDERS if os.path.islink(self.root / name) and not (self.root / name).exists()]
         if dead:
-            raise InputError(f"{str(self.root / dead[0])!r} is a dead link to {os.readlink(self.root / dead[0])!r}: "
-                             f"mend or remove it")
+            raise InputError(f"{str(self.root / dead[0])!r} is a dead link to {os.readlink(self.root / dead[0])!r}; "
+                             f"repair or remove it")
         parts = dict(train=first_folder(self.root, ("train",)), val=first_folder(self.root, VALIDATION_FOLDERS),
                      test=first_folder(self.root, ("test",)))
         self.folders = {part: folder for part, folder in parts.items() if folder} or dict(train=self.root)
@@ -183,51 +219,56 @@ class FolderSet:
                         for part, entries in chosen.items()}
 
     def _check_apart(self):
-        """Raises InputError where one part leads into another."""
+        """Raise InputError if one part leads into another."""
         real = {part: Path(os.path.realpath(folder)) for part, folder in self.folders.items()}
         for part, inner in real.items():
             for other, outer in real.items():
                 if part != other and inner.is_relative_to(outer):
                     raise InputError(f"{str(self.folders[part])!r} and {str(self.folders[other])!r} lead to the same "
-                                     f"images ({str(inner)!r}): expected folders of their own; remove the link")
+                                     f"images ({str(inner)!r}); give each part its own folder, or remove the link")
 
     def _class_folders(self):
-        """{part: the entries that may be class folders}; counts the loose images."""
+        """Return {part: the entries that may be class folders}, and count the loose images."""
         chosen, endings = {}, image_endings()
         for part, folder in self.folders.items():
             entries = list_folder(folder)
             self.loose[part] = sum(entry.name.lower().endswith(endings) and entry.is_file() for entry in entries)
             chosen[part] = [entry for entry in entries if os.path.isdir(entry.path)]
-            self.refused += [(entry.path, f"a dead link to {os.readlink(entry.path)!r}") for entry in entries
+            self.refused += [(entry.path, f"it is a dead link to {os.readlink(entry.path)!r}") for entry in entries
                              if entry.is_symlink() and not os.path.exists(entry.path)]
             for entry in [entry for entry in chosen[part] if entry.name in SYSTEM_FOLDERS]:
-                self.refused.append((entry.path, "a folder of the operating system"))
+                self.refused.append((entry.path, "it is a folder of the operating system"))
                 chosen[part].remove(entry)
         return chosen
 
     def class_names(self, part):
-        """The classes of a part, in alphabetical order."""
+        """Return the class names of a part, in alphabetical order."""
         return list(self.classes[part])
 
     def images(self, part, class_names):
-        """(files, labels (N,)) of a part. Raises InputError for a folder that is none of the classes, and where there
-        is no image at all."""
+        """Return (files, labels (N,)) of a part.
+
+        Raises
+        ------
+        InputError
+            If a folder is not one of class_names, or if there are no images.
+        """
         extra = sorted(set(self.classes[part]) - set(class_names))
         if extra:
-            raise InputError(f"{str(self.folders[part])!r} has a class folder {extra[0]!r}, and the classes known are "
-                             f"{', '.join(class_names)}: rename or remove it")
+            raise InputError(f"{str(self.folders[part])!r} has a class folder {extra[0]!r}, which is not one of the "
+                             f"known classes{listed(class_names)}; rename or remove it")
         files, labels = [], []
         for label, class_name in enumerate(class_names):
             own = self.classes[part].get(class_name, Found()).files
             files += own
             labels += [label] * len(own)
         if not files:
-            raise InputError(f"{str(self.folders[part])!r} has no images ({', '.join(image_endings())}) in folders of "
-                             f"the classes {', '.join(class_names)}: add some or remove it")
+            raise InputError(f"{str(self.folders[part])!r} has no images ({SOME_FORMATS}) in the folders of its "
+                             f"classes{listed(class_names)}; add some, or remove it")
         return files, torch.tensor(labels)
 
     def everything(self):
-        """What all class folders hold, as one Found."""
+        """Return the contents of all class folders together, as one `Found`."""
         own = [os.path.join(self.folders[part], name) for part, classes in self.classes.items() for name in classes]
         found = Found(refused=list(self.refused), links=[path for path in own if os.path.islink(path)])
         for each in (each for classes in self.classes.values() for each in classes.values()):
@@ -238,26 +279,32 @@ class FolderSet:
         return found
 
     def tell(self):
-        """Says what is not taken. Returns self."""
+        """Warn about what is left out, and return self."""
         self.everything().tell(self.root, sum(self.loose.values()))
         return self
 
 
 def existing_folder(data_dir):
+    """Return data_dir as a Path; raise InputError if it is not a folder."""
     root = Path(data_dir).expanduser()
     if not root.is_dir():
-        raise InputError(f"there is no data folder {str(data_dir)!r}: give one with a folder of images for each class")
+        raise InputError(f"there is no data folder {str(data_dir)!r}; give a folder that holds a folder of images for "
+                         f"each class")
     return root
 
 
 def first_folder(root, names):
-    """The first of the named folders that exists in root, or None."""
+    """Return the first of the named folders that exists in root, or None."""
     folders = [Path(root).expanduser() / name for name in names]
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def own_side(files, skip_corrupt):
-    """The img_size of a folder: the largest side among 64 of its images if that is small, else 224."""
+    """Return the img_size for a folder of images.
+
+    It is the largest side among up to 64 of the images, rounded up to a multiple of 4, or 224 if that side is above
+    SMALL_SIDE.
+    """
     largest, skipped = 0, {}
     for file in files[:: -(-len(files) // 64)]:
         try:
@@ -270,12 +317,19 @@ def own_side(files, skip_corrupt):
 
 
 def decode_images(files, preprocessing, skip_corrupt):
-    """The image files as one uint8 tensor (n, C, H, W), read by several threads, and {path: reason} of those left out
-    because they cannot be read. Raises InputError for the first of them without skip_corrupt, or if none is left."""
+    """Read image files with several threads.
+
+    Returns (images uint8 (n, C, H, W), {path: reason} of the files that could not be read).
+
+    Raises
+    ------
+    InputError
+        For the first file that cannot be read, without skip_corrupt; with it, if none can be read.
+    """
     C, size = preprocessing.n_channels, preprocessing.size
     images, n_read, all_skipped = torch.empty(len(files), C, *size, dtype=torch.uint8), 0, {}
     parts = [files[start : start + 256] for start in range(0, len(files), 256)]
-    quiet = True if len(files) < 2000 else None  # None: a bar where there is a terminal
+    quiet = True if len(files) < 2000 else None  # None: a progress bar on a terminal only
     with ThreadPoolExecutor() as pool, tqdm(total=len(files), unit="image", disable=quiet) as bar:
         fit = FitSize(size, preprocessing.interpolation)
         read = partial(_decode_part, n_channels=C, fit=fit, skip_corrupt=skip_corrupt)
@@ -289,7 +343,7 @@ def decode_images(files, preprocessing, skip_corrupt):
 
 
 def _decode_part(files, n_channels, fit, skip_corrupt):
-    """What decode_images gives, of some of the files."""
+    """Do the work of `decode_images` for some of the files."""
     pictures, skipped = [], {}
     for file in files:
         picture = open_or_skip(file, skip_corrupt, skipped, n_channels)
@@ -302,14 +356,26 @@ def _decode_part(files, n_channels, fit, skip_corrupt):
 def _check_any_read(read, skipped):
     if not read:
         path, reason = next(iter(skipped.items()))
-        raise InputError(f"none of {len(skipped)} image files can be read (the first: {path!r}, {reason}): expected "
-                         f"whole images of 8 or 16 bits in a format that Pillow knows; replace them")
+        raise InputError(f"none of the {len(skipped)} image files can be read (the first: {path!r}, {reason}); give "
+                         f"undamaged images with 8 or 16 bits per channel in a format that Pillow reads")
 
 
 def stratified_cut(labels, val_fraction, seed):
-    """Splits the indices of labels (N,) class by class in two, (training, validation), each in ascending order. The
-    fraction val_fraction of each class is drawn for validation by (seed, class): at least one image, and not all. A
-    class with one image keeps it for training. Raises InputError if all classes have only one."""
+    """Split the indices of labels (N,) class by class into training and validation.
+
+    The fraction val_fraction of each class, drawn from (seed, class), goes to validation: at least one image, and never
+    all of them. A class with a single image keeps it for training.
+
+    Returns
+    -------
+    train, val : Tensor of int64
+        Indices in ascending order.
+
+    Raises
+    ------
+    InputError
+        If no class has two images.
+    """
     to_validation = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique().tolist():
         members = (labels == label).nonzero()[:, 0]  # (images of the class,)
@@ -317,11 +383,12 @@ def stratified_cut(labels, val_fraction, seed):
         drawn = torch.randperm(len(members), generator=generator_of(seed, label))[:n_val]  # (n_val,)
         to_validation[members[drawn]] = True
     if not to_validation.any():
-        raise InputError("no class has 2 images, so none can be kept for validation: add images, or a folder val/")
+        raise InputError("no class has 2 images, so none can be kept for validation; add images, or a folder val/")
     return (~to_validation).nonzero()[:, 0], to_validation.nonzero()[:, 0]
 
 
 def check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images, in_channels=None):
+    """Raise InputError for arguments of the loaders that are out of range."""
     for side in pair(img_size) if img_size is not None else ():
         check_int("img_size", side, 8)
     for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("workers", workers, 0),
@@ -329,4 +396,4 @@ def check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images,
         if value is not None or name in ("batch_size", "seed"):
             check_int(name, value, least)
     if isinstance(val_fraction, bool) or not isinstance(val_fraction, int | float) or not 0 < val_fraction < 1:
-        raise InputError(f"val_fraction {val_fraction!r} is out of range: expected a share between 0 and 1, as 0.1")
+        raise InputError(f"val_fraction {val_fraction!r} is out of range; give a fraction between 0 and 1, such as 0.1")

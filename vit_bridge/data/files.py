@@ -1,7 +1,7 @@
-"""Which files of a folder are images: each of them once, whatever links there are, and what is left out is said.
+"""Find the image files in a folder, each of them once, and report what is left out.
 
-A link is followed, whether to a file, a folder or a class folder, unless it leads to what is there already: a folder
-above it, a folder or an image of the set itself, or one that another link has led to. Those are refused.
+Links are followed, to files, folders and class folders, except a link to something that is in the data set already: a
+folder above the link, a folder or an image of the set, or the target of another link.
 """
 
 import os
@@ -15,32 +15,39 @@ from PIL import Image
 
 from vit_bridge.errors import InputError, assume
 
-# What Pillow registers, but which is no picture by itself: measurements, pages that need another program, films.
+# Formats that Pillow registers but that are not plain images: scientific data, vector graphics and documents, video.
 NO_PICTURES = ("BUFR", "FITS", "GRIB", "HDF5", "EPS", "WMF", "MPEG", "PDF")
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 N_TOLD = 3  # refused paths that are named; the others are counted
+SOME_FORMATS = "JPEG, PNG, WebP, TIFF, ..."  # for messages; image_endings() has them all
 
 
 def image_formats():
-    """The formats of images that this Pillow opens."""
+    """Return the names of the image formats that the installed Pillow can open."""
     Image.init()
     return [name for name in Image.ID if name not in NO_PICTURES]
 
 
 def image_endings():
-    """The endings of image files, such as ".jpg", in lower case, sorted."""
-    formats = {*image_formats(), "MPO"}  # a JPEG file with more images behind it
+    """Return the file endings of images, such as ".jpg", sorted and in lower case."""
+    formats = {*image_formats(), "MPO"}  # a JPEG file that holds several images
     return tuple(sorted(ending for ending, name in Image.registered_extensions().items() if name in formats))
 
 
 @dataclass
 class Found:
-    """What lies in a folder, at any depth, but for what is hidden.
+    """The contents of a folder and its subfolders, without hidden files.
 
-    files     paths of the images, the files of a folder before its subfolders, each sorted
-    links     paths of the links that were followed
-    refused   (path, reason) of the folders and links that were not
-    left_out  how many files there are of each other ending; "" for files without one
+    Attributes
+    ----------
+    files : list of str
+        Image files, sorted; the files of a folder come before those of its subfolders.
+    links : list of str
+        Links that were followed.
+    refused : list of (str, str)
+        Path and reason for each file, folder or link that was not used.
+    left_out : Counter
+        Number of other files for each ending; "" counts the files without one.
     """
     files: list = field(default_factory=list)
     links: list = field(default_factory=list)
@@ -48,40 +55,42 @@ class Found:
     left_out: Counter = field(default_factory=Counter)
 
     def tell(self, folder, loose=0):
-        """Says what was not taken, in a few lines. loose: images that are in no class folder."""
+        """Warn about what was left out, in a few lines; `loose` counts images outside the class folders."""
         for path, reason in self.refused[:N_TOLD]:
-            assume(f"{path!r} is left out: {reason}")
+            assume(f"{path!r} is ignored: {reason}")
         if more := [re.sub(r"'.*?'|\".*?\"", "...", reason) for _, reason in self.refused[N_TOLD:]]:  # without paths
-            reasons = "; ".join(f"{n:,} as {reason}" for reason, n in Counter(more).most_common())
-            assume(f"{_are(len(more), 'more path', folder)} left out: {reasons}")
+            reasons = "; ".join(f"{n:,} because {reason}" for reason, n in Counter(more).most_common())
+            assume(f"{_are(len(more), 'more path', folder)} ignored: {reasons}")
         if self.left_out:
-            assume(f"{_are(self.left_out.total(), 'file', folder)} left out, in no format of images that Pillow opens "
-                   f"here: {by_ending(self.left_out)}")
+            assume(f"{_are(self.left_out.total(), 'file', folder)} ignored (not in an image format that Pillow reads "
+                   f"here): {by_ending(self.left_out)}")
         if loose:
-            assume(f"{_are(loose, 'image', folder)} left out, in no class folder")
+            assume(f"{_are(loose, 'image', folder)} ignored, outside the class folders")
 
 
 def _are(n, what, folder):
     return f"{n:,} {what}{'s' * (n > 1)} in {str(folder)!r} {'are' if n > 1 else 'is'}"
 
 
-def by_ending(counts):
-    """'30 .txt, 5 .heic' of counts by ending, the 12 most frequent."""
+def by_ending(counts, n_shown=12):
+    """Format counts by file ending as '30 .txt, 5 .heic', the n_shown most frequent first."""
     frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    words = [f"{n:,} {ending or 'without an ending'}" for ending, n in frequent[:12]]
-    rest = frequent[12:]
-    more = [f"{sum(n for _, n in rest):,} of {len(rest)} other endings"] * bool(rest)
+    words = [f"{n:,} {ending or 'without an ending'}" for ending, n in frequent[:n_shown]]
+    rest = frequent[n_shown:]
+    more = [f"{sum(n for _, n in rest):,} with {len(rest)} other endings"] * bool(rest)
     return ", ".join([*words, *more])
 
 
 def find_images(folder):
-    """What lies in a folder, as Found."""
+    """Return what lies in a folder, as `Found`."""
     return ImageFinder([folder]).find(folder)
 
 
 def files_at(path):
-    """The image files of a folder, at any depth, without hidden ones; another path, or a folder without images,
-    itself."""
+    """Return the image files in a folder and its subfolders, without hidden files.
+
+    Any other path, or a folder without images, is returned as the only entry.
+    """
     if not os.path.isdir(path):
         return [path]
     found = find_images(path)
@@ -90,46 +99,59 @@ def files_at(path):
 
 
 def check_not_empty(file):
-    """Raises InputError for a folder that files_at gave, as there are no images in it."""
+    """Raise InputError if the path, as returned by `files_at`, is a folder without images."""
     if os.path.isdir(file):
-        raise InputError(f"folder {file!r} has no image files ({', '.join(image_endings())}); give another, or files")
+        held = by_ending(find_images(file).left_out, 4)
+        raise InputError(f"folder {file!r} has no image files ({SOME_FORMATS}){held and f', only {held}'}; give a "
+                         f"folder with images, or the images themselves")
 
 
 class ImageFinder:
-    """Finds the images of several folders that belong together, each file once. A folder that is found by another name
-    later, or from another of the folders, is refused there."""
+    """Finds the images of several folders that form one data set, each file once.
+
+    A folder or file that can be reached in two ways is used the first time it is found and refused after that.
+    """
 
     def __init__(self, folders=()):
         self.endings = image_endings()
-        self.own, self.above = set(), set()  # real paths: of the folders, and of those that hold them
-        self.in_set = {}  # real path of a folder: whether it is one of the set's, or found in one without a link
-        self.reached = {}  # real path of what a link has led to: the path by which it was found
+        self.own, self.above = set(), set()  # real paths of the folders, and of their parent folders
+        self.in_set = {}  # real path of a folder -> whether it belongs to the set without following a link
+        self.reached = {}  # real path of a link's target -> the path under which it was found
         for folder in folders:
             self.add(folder)
 
     def add(self, folder):
-        """Makes a folder one of the set's."""
+        """Add a folder to the data set."""
         real = Path(os.path.realpath(folder))
         self.own.add(str(real))
         self.above.update(map(str, real.parents))
         self.in_set.clear()
 
     def find(self, folder):
-        """What lies in one of the set's folders, as Found. Raises InputError for a folder that cannot be listed."""
+        """Return what lies in one of the data set's folders, as `Found`.
+
+        Raises
+        ------
+        InputError
+            If a folder cannot be listed.
+        """
         found = Found()
         self._walk(str(folder), os.path.realpath(folder), False, found)
         return found
 
     def refusal(self, target, is_folder, holder):
-        """Why a link to target, a real path, is not followed; None: it is. holder: the real folder of the link."""
+        """Return why a link is not followed, or None if it is.
+
+        target is the link's real path; holder is the real path of the folder that contains the link.
+        """
         if is_folder and (target in self.above or Path(holder).is_relative_to(target)):
-            return f"a link to {target!r}, a folder above it or above others of the set"
+            return f"it is a link to {target!r}, a folder that contains it or another part of the data set"
         parent, name = os.path.split(target)
         listed = name[:1] != "." and name.lower().endswith(self.endings) and self._is_in_set(parent)
         if self._is_in_set(target) if is_folder else listed:
-            return f"a link to {target!r}, which is in the set itself"
+            return f"it is a link to {target!r}, which is already in the data set"
         if target in self.reached:
-            return f"a link to {target!r}, which is there already as {self.reached[target]!r}"
+            return f"it is a link to {target!r}, which is already used as {self.reached[target]!r}"
         return None
 
     def _is_in_set(self, folder):
@@ -140,7 +162,10 @@ class ImageFinder:
         return self.in_set[folder]
 
     def _walk(self, path, real, linked, found):
-        """Adds to found what lies in a folder. real: its path without links; linked: a link has led to it."""
+        """Add the contents of a folder to `found`.
+
+        real is its path without links; linked says whether a link led to it.
+        """
         folders = []
         for entry in list_folder(path):
             shown, is_link = os.path.join(path, entry.name), entry.is_symlink()
@@ -149,15 +174,15 @@ class ImageFinder:
             named = entry.name.lower().endswith(self.endings)
             reason = None
             if entry.name in SYSTEM_FOLDERS and kind == "folder":
-                reason = "a folder of the operating system"
-            elif kind == "nothing":  # an image is named where the file is read
-                reason = None if named else f"a dead link to {target!r}"
+                reason = "it is a folder of the operating system"
+            elif kind == "nothing":  # an image with a dead link is reported when it is read
+                reason = None if named else f"it is a dead link to {target!r}"
             elif kind == "other" and named:
-                reason = "neither a file nor a folder"
+                reason = "it is neither a file nor a folder"
             elif is_link and (named or kind == "folder"):
                 reason = self.refusal(target, kind == "folder", real)
             elif linked and target in self.reached:
-                reason = f"there already as {self.reached[target]!r}"
+                reason = f"it is already used as {self.reached[target]!r}"
             if reason:
                 found.refused.append((shown, reason))
             elif kind == "folder":
@@ -176,7 +201,7 @@ class ImageFinder:
 
 
 def _kind(path):
-    """What a real path is: "file", "folder", "nothing" or, as a pipe, "other"."""
+    """Return what a real path is: "file", "folder", "nothing", or "other" (such as a pipe)."""
     try:
         mode = os.stat(path).st_mode
     except OSError:
@@ -185,11 +210,17 @@ def _kind(path):
 
 
 def list_folder(folder):
-    """The entries of a folder that are not hidden, sorted by name. Raises InputError if it cannot be listed."""
+    """Return the entries of a folder that are not hidden, sorted by name.
+
+    Raises
+    ------
+    InputError
+        If the folder cannot be listed.
+    """
     try:
         with os.scandir(folder) as entries:
             return sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
     except OSError as error:
-        raise InputError(f"folder {str(folder)!r} cannot be listed ({error.strerror}): make it readable, or remove "
+        raise InputError(f"folder {str(folder)!r} cannot be listed ({error.strerror}); make it readable, or remove "
                          f"it") from None
 

@@ -1,13 +1,13 @@
-"""The built-in set, drawn: ten shapes, of which texture and colour say nothing; and tasks of marks and cues.
+"""The built-in data: drawn shapes with independent texture and colour, and tasks made of marks and cues.
 
-    make_shapes                         images of an endless set, with their shapes, textures and colours as numbers
-    make_marks, make_mark, make_cues    two marks to compare, one mark, outlines and textures at odds
+    make_shapes                         images of ten shapes, with their shapes, textures and colours as numbers
+    make_marks, make_mark, make_cues    two marks to compare; a single mark; shape and texture in conflict
 
-An image is a function of a seed, its number and S alone. Every S shows the same scene, as pixels are computed from
-their distances to the edges of shapes and patterns.
+An image depends only on the seed, its number and its side S. Every S shows the same scene, because pixels are
+computed from their distances to edges.
 
-Shapes:  N images in a set, n some of them, S side of a square image in pixels, M side of a mark in pixels, m marks
-         in an image, k places.
+Shapes:  N images in a data set, n some of them, S side of a square image in pixels, M side of a mark in pixels, m marks
+         in an image, k random numbers per image.
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ COLOURS = {  # red, green, blue from 0 to 1
     "red": (1.0, 0.1, 0.1), "orange": (1.0, 0.6, 0.0), "yellow": (0.9, 0.9, 0.0), "green": (0.1, 0.8, 0.1),
     "cyan": (0.0, 0.8, 0.9), "blue": (0.1, 0.2, 1.0), "purple": (0.6, 0.0, 0.9), "pink": (1.0, 0.2, 0.7),
 }
-# Each shape as a function of coordinates (n, S, S) in which it has radius 1: below 0 inside, above 0 outside, near the
-# edge about the distance from it. All are their own mirror images, so that mirroring in training keeps the label.
+# Signed distance functions of the shapes, in coordinates (n, S, S) in which a shape has radius 1: negative inside,
+# positive outside, and near the edge about the distance to it. Every shape is symmetric, so mirroring keeps its label.
 EDGES = {
     "circle": lambda u, v: length(u, v) - 0.85,
     "ring": lambda u, v: (length(u, v) - 0.74).abs() - 0.22,
@@ -35,8 +35,8 @@ EDGES = {
     "tee": lambda u, v: torch.minimum(_box(u, v - 0.48, 0.69, 0.22), _box(u, v + 0.12, 0.22, 0.82)),
     "dumbbell": lambda u, v: torch.minimum(length(u.abs() - 0.6, v) - 0.38, _box(u, v, 0.6, 0.14)),
 }
-# Each pattern as a function of coordinates p, q in periods (r: of the rings, the gradient): below 0 the first tone,
-# above 0 the second, near an edge about the distance from it.
+# The patterns as functions of coordinates p, q in periods (r: the radius, for the rings): negative for the first tone,
+# positive for the second, and near an edge about the distance to it.
 PATTERNS = {
     "plain": lambda p, q, r: torch.full_like(p, -1),
     "stripes": lambda p, q, r: _wave(p) * 0.5,
@@ -45,13 +45,21 @@ PATTERNS = {
     "rings": lambda p, q, r: _wave(r) * 0.5,
 }
 SHAPES, TEXTURES = tuple(EDGES), tuple(PATTERNS)
-TEST_START = 1_000_000_000  # the loaders' test images are numbered from here, their other images from 0
-NOISE = 0.1  # the largest span of a pixel's noise, where 1 is from black to white
+TEST_START = 1_000_000_000  # number of the loaders' first test image; their other images start at 0
+NOISE = 0.1  # largest range of a pixel's noise, where 1 is black to white
 
 
 @dataclass(frozen=True)
 class DrawnShapes:
-    """images uint8 (N, 3, S, S); labels, textures, colours int64 (N,): indices into SHAPES, TEXTURES, COLOURS."""
+    """Drawn shapes and what they show.
+
+    Attributes
+    ----------
+    images : Tensor of uint8, shape (N, 3, S, S)
+        The images.
+    labels, textures, colours : Tensor of int64, shape (N,)
+        Indices into SHAPES, TEXTURES and COLOURS.
+    """
     images: torch.Tensor
     labels: torch.Tensor
     textures: torch.Tensor
@@ -59,17 +67,34 @@ class DrawnShapes:
 
 
 def make_shapes(n_images, img_size=32, seed=0, start=0, *, shape=None, texture=None, colour=None):
-    """Drawn shapes number start to start + n_images - 1 of the endless set that `seed` names.
+    """Draw images number start to start + n_images - 1 of the endless data set that `seed` names.
 
-    Each has one of SHAPES at a random place and size, turned by up to 45 degrees either way, filled with one of
-    TEXTURES in two tones of one of COLOURS, on a patterned background, under noise. The shape of image i is i modulo
-    ten; texture and colour are drawn without regard to it. shape, texture and colour override that: a name, a number,
-    or N numbers in a sequence or tensor. All else in the images stays as it was.
+    Each image has one of SHAPES at a random place and size, turned by up to 45 degrees either way. The shape is filled
+    with one of TEXTURES in two tones of one of COLOURS, on a patterned background, with noise on top. The shape of
+    image i is i modulo 10; texture and colour are drawn independently of it.
 
-    Image i depends on (seed, i, img_size) alone, not on n_images or start. Its pixels are computed by operations that
-    IEEE 754 rounds in one way only, so they should be the same on every machine.
+    Parameters
+    ----------
+    n_images, seed, start : int
+        Non-negative integers.
+    img_size : int
+        Side S in pixels, at least 8.
+    shape, texture, colour : str, int, or N ints, optional
+        Override the shape, texture or colour by name or index. Everything else in the images stays the same.
 
-    Returns DrawnShapes. Raises InputError for names and numbers that cannot be.
+    Returns
+    -------
+    DrawnShapes
+
+    Raises
+    ------
+    InputError
+        For unknown names and numbers out of range.
+
+    Notes
+    -----
+    Image i depends only on (seed, i, img_size), not on n_images or start. Its pixels are computed with operations whose
+    rounding IEEE 754 fixes, so they should be identical on every machine.
     """
     for name, value in (("n_images", n_images), ("seed", seed), ("start", start)):
         check_int(name, value, 0)
@@ -80,7 +105,7 @@ def make_shapes(n_images, img_size=32, seed=0, start=0, *, shape=None, texture=N
     textures = _choose_factor("texture", texture, TEXTURES, (chance[:, 0] * len(TEXTURES)).long())
     colours = _choose_factor("colour", colour, tuple(COLOURS), (chance[:, 1] * len(COLOURS)).long())
     images = torch.empty(n_images, 3, img_size, img_size, dtype=torch.uint8)
-    step = max(1, 2**18 // img_size**2)  # images at a time: few enough to stay in the processor's caches
+    step = max(1, 2**18 // img_size**2)  # images at a time, few enough to fit in the CPU's caches
     for first in range(0, n_images, step):
         part = slice(first, first + step)
         drawn = draw(chance[part], labels[part], textures[part], colours[part], img_size)  # (n, 3, S, S)
@@ -90,7 +115,7 @@ def make_shapes(n_images, img_size=32, seed=0, start=0, *, shape=None, texture=N
 
 
 def _choose_factor(name, wanted, names, drawn):
-    """A factor's numbers, int64 (N,): those drawn (N,), or those that the caller wants."""
+    """Return a factor's values, int64 (N,): those that the caller wants, or those drawn (N,)."""
     if wanted is None:
         return drawn
     try:
@@ -99,30 +124,33 @@ def _choose_factor(name, wanted, names, drawn):
     except (TypeError, ValueError, RuntimeError):
         fits = False
     if not fits:
-        raise InputError(f"{name} {wanted!r} cannot be: expected one of {', '.join(names)}, or a number from 0 to "
-                         f"{len(names) - 1}, or {len(drawn)} such numbers")
+        raise InputError(f"{name} {wanted!r} is unknown; expected one of {', '.join(names)}, or a number from 0 to "
+                         f"{len(names) - 1}, or {len(drawn)} of these numbers")
     return numbers.clone()
 
 
 def draw(chance, labels, textures, colours, S):
-    """The images before their noise: float32 (n, 3, S, S), about 0 to 1. chance (n, 64) is uniform from 0 to 1."""
+    """Draw the images before their noise: float32 (n, 3, S, S), about 0 to 1.
+
+    chance (n, 64) holds random numbers, uniform from 0 to 1.
+    """
     take = iter(chance[:, 3:].T)  # one column (n,) at a time
     pixels = (torch.arange(S) + 0.5) / S
     x, y = pixels.view(1, 1, S), pixels.view(1, S, 1)
 
-    # The shape, in coordinates in which it has radius 1.
+    # The shape, in coordinates where it has radius 1.
     radius = next(take) * 0.10 + 0.32
     centre_x, centre_y = (next(take) * (1 - 2 * radius) + radius for _ in range(2))
     u, v = turned(x - maps(centre_x), y - maps(centre_y), next(take) / 4 - 0.125, radius)  # (n, S, S) each
     cover = _one_pixel_wide(-_by_kind(EDGES, labels, u, v), radius * S)  # (n, S, S)
 
-    # The texture it is filled with, in periods.
+    # Its texture, in periods.
     period = next(take) * 0.06 + 0.12
     p, q = turned(x - maps(next(take)), y - maps(next(take)), next(take), period)  # (n, S, S) each
     r = length(u, v) * maps(radius / period)
     filling = _one_pixel_wide(_by_kind(PATTERNS, textures, p, q, r), period * S)  # (n, S, S)
 
-    # The background: a pattern other than rings, or in their place a gradient from side to side.
+    # The background: a pattern, or a gradient where the drawn pattern is rings.
     kind = (next(take) * len(PATTERNS)).long()
     period = next(take) * 0.2 + 0.15
     p, q = turned(x - maps(next(take)), y - maps(next(take)), next(take), period)  # (n, S, S) each
@@ -141,7 +169,7 @@ def draw(chance, labels, textures, colours, S):
 
 
 def maps(values):
-    """(n,) as (n, 1, 1), to go with maps (n, S, S)."""
+    """Reshape (n,) to (n, 1, 1), to broadcast with maps (n, S, S)."""
     return values[:, None, None]
 
 
@@ -154,24 +182,27 @@ def _box(u, v, half_width, half_height):
 
 
 def _star(u, v):
-    for across in (0.809017, -0.809017):  # mirror four of the five points on to the one at v = 1
+    for across in (0.809017, -0.809017):  # fold four of the five points on to the one at v = 1
         beyond = (u * across - v * 0.5877853).clamp(min=0) * 2
         u, v = u - beyond * across, v + beyond * 0.5877853
     return u.abs() * 0.95 + (v - 1) * 0.31
 
 
 def _wave(p):
-    """0.5 at whole p, -0.5 halfway between, and straight lines from one to the other."""
+    """Return a triangle wave: 0.5 at whole p, -0.5 halfway between."""
     return ((p - p.floor()) * 2 - 1).abs() - 0.5
 
 
 def _one_pixel_wide(inside, pixels):
-    """Distances (n, S, S) in units of `pixels` (n,), as coverage: 0 below 0, 1 above, a ramp of one pixel between."""
+    """Turn distances (n, S, S) in units of `pixels` (n,) into coverage: a one-pixel ramp from 0 to 1."""
     return (inside * maps(pixels) + 0.5).clamp(0, 1)
 
 
 def turned(x, y, turn, unit):
-    """Offsets x (n, 1, S), y (n, S, 1) turned by `turn` (n,) of a circle, in units of `unit` (n,): (n, S, S) each."""
+    """Rotate offsets x (n, 1, S), y (n, S, 1) by `turn` (n,) of a circle, in units of `unit` (n,).
+
+    Returns two coordinates, (n, S, S) each.
+    """
     angle = turn.double().numpy() * (2 * np.pi)
     # Rounded to 20 bits: the last bit of a cosine differs between machines.
     rounded = torch.from_numpy(np.rint(np.stack([np.cos(angle), np.sin(angle)]) * 2**20) / 2**20).float()  # (2, n)
@@ -180,18 +211,18 @@ def turned(x, y, turn, unit):
 
 
 def _tone(colour, level):
-    """The colour (n, 3) at a level (n,) from -0.5, dark, to 0.5, bright: (n, 3, 1, 1)."""
+    """Return the colour (n, 3) at a brightness (n,) from -0.5 (dark) to 0.5 (bright): (n, 3, 1, 1)."""
     chroma = colour - (colour[:, :1] + colour[:, 1:2] + colour[:, 2:]) / 3
     return (0.5 + level[:, None] + 0.25 * chroma)[:, :, None, None]
 
 
 def mixed(first, second, share):
-    """From the first image or tone, where share (n, S, S) is 0, to the second, where it is 1: (n, 3, S, S)."""
+    """Blend from the first image or tone, at share (n, S, S) 0, to the second, at share 1: (n, 3, S, S)."""
     return first + (second - first) * share[:, None]
 
 
 def _by_kind(functions, kinds, *arguments):
-    """The kinds[i]-th function of the i-th part of each argument, put together again: (n, S, S)."""
+    """Apply function number kinds[i] to element i of each argument: (n, S, S)."""
     result = torch.empty_like(arguments[0])
     for kind, function in enumerate(functions.values()):
         members = (kinds == kind).nonzero()[:, 0]
@@ -200,7 +231,7 @@ def _by_kind(functions, kinds, *arguments):
 
 
 def random_bits(seed, index, places):
-    """uint64 (n, k): 64 bits for each image number `index` (n,) and each of `places` (k,), by splitmix64."""
+    """Return 64 random bits for each image number (n,) and place (k,), by splitmix64: uint64 (n, k)."""
     image = _scrambled(_scrambled(np.full(1, seed, np.uint64)) + index)  # (n,)
     steps = (places.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # (k,)
     return _scrambled(image[:, None] + steps)
@@ -213,7 +244,7 @@ def _scrambled(bits):
 
 
 def pixel_noise(seed, index, S):
-    """float32 (n, 3, S, S), uniform from -0.5 to below 0.5: 21 of a pixel's 64 bits for each channel."""
+    """Return noise float32 (n, 3, S, S), uniform from -0.5 to below 0.5, from 21 bits per channel."""
     bits = random_bits(seed, index, np.arange(64, 64 + S * S)).reshape(-1, 1, S, S)
     channels = (bits >> np.array([0, 21, 42], np.uint64).reshape(3, 1, 1)) & np.uint64(2**21 - 1)  # (n, 3, S, S)
     return torch.from_numpy(channels.astype(np.float32)) / 2**21 - 0.5
@@ -225,16 +256,27 @@ def pixel_noise(seed, index, S):
 M = 5
 MARKS = torch.tensor([[[1.0, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]],
                       [[1.0, 0, 1, 0, 1], [1, 0, 1, 0, 1], [1, 0, 1, 0, 1], [1, 0, 1, 0, 1], [1, 0, 1, 0, 1]]])
-KINDS = ("lying", "standing")  # of MARKS: three bars each, which stay what they are when mirrored
+KINDS = ("lying", "standing")  # of MARKS: three bars each, unchanged by mirroring
 ANSWERS = ("different", "same")
 CUES = {"circle": "plain", "cross": "stripes", "star": "checks", "heart": "dots", "square": "rings"}
-MARK_NOISE = 0.5  # the span of a pixel's noise, where 1 is from black to white
+MARK_NOISE = 0.5  # range of a pixel's noise, where 1 is black to white
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """images uint8 (N, 3, S, S); labels int64 (N,), indices into class_names; distances between the marks in pixels,
-    (N,) float64, or None."""
+    """Images of a drawn task.
+
+    Attributes
+    ----------
+    images : Tensor of uint8, shape (N, 3, S, S)
+        The images.
+    labels : Tensor of int64, shape (N,)
+        Indices into class_names.
+    class_names : tuple of str
+        Names of the classes.
+    distances : Tensor of float64, shape (N,), optional
+        Distance between the two marks in pixels.
+    """
     images: torch.Tensor
     labels: torch.Tensor
     class_names: tuple[str, ...]
@@ -242,13 +284,28 @@ class Drawn:
 
 
 def make_marks(n_images, img_size=32, seed=0, start=0, distance=None):
-    """Two marks of two KINDS each; the label says whether they are of the same kind, 0 or 1, by turns.
+    """Draw two marks per image; the label says whether they are of the same kind (1) or not (0), in turn.
 
-    distance: in pixels between their middles, from 8 to S - 6, up to the rounding to whole pixels; None: drawn evenly
-    from all of these. Each kind is equally frequent, and so is each place: a single mark says nothing, and a
-    network that only adds up what it sees at each place cannot tell two of one kind from one of each.
+    Both kinds are equally frequent, so a single mark says nothing about the label.
 
-    Raises InputError for numbers that cannot be.
+    Parameters
+    ----------
+    n_images, seed, start : int
+        Non-negative integers, as in `make_shapes`.
+    img_size : int
+        Side S in pixels, at least 16.
+    distance : float, optional
+        Distance between the centres in pixels, from 8 to S - 6, before rounding to whole pixels. None draws it
+        uniformly from this range.
+
+    Returns
+    -------
+    Drawn
+
+    Raises
+    ------
+    InputError
+        For numbers out of range.
     """
     longest = _check_marks(n_images, img_size, seed, start)
     if distance is not None and not 8 <= distance <= longest:
@@ -261,7 +318,7 @@ def make_marks(n_images, img_size=32, seed=0, start=0, distance=None):
     length = 8 + chance[:, 1] * (longest - 8) if distance is None else torch.full((n_images,), float(distance))
     angle = chance[:, 2] * 2 * torch.pi
     between = torch.stack([angle.sin(), angle.cos()], dim=1) * length[:, None]  # (N, 2): rows, columns
-    free = img_size - M - 1 - between.abs()  # (N, 2), of the middle of both
+    free = img_size - M - 1 - between.abs()  # (N, 2), room for the midpoint of both
     middle = between.abs() / 2 + M / 2 + chance[:, 3:5] * free.clamp(min=0)  # (N, 2)
     places = torch.stack([middle - between / 2, middle + between / 2], dim=1)  # (N, 2, 2): mark, axis
     corners = (places - M / 2).round().long().clamp(0, img_size - M)  # (N, 2, 2)
@@ -271,7 +328,10 @@ def make_marks(n_images, img_size=32, seed=0, start=0, distance=None):
 
 
 def make_mark(n_images, img_size=32, seed=0, start=0):
-    """One mark at a random place, of the KINDS by turns, which is the label: M x M pixels decide it."""
+    """Draw one mark per image at a random place; the label is its kind, in turn.
+
+    An area of M x M pixels is enough to decide it.
+    """
     _check_marks(n_images, img_size, seed, start)
     index, chance = _chances(n_images, seed, start)
     labels = torch.arange(start, start + n_images) % 2
@@ -280,10 +340,17 @@ def make_mark(n_images, img_size=32, seed=0, start=0):
 
 
 def make_cues(n_images, img_size=32, seed=0, start=0, agree=True):
-    """Shapes and textures of CUES, a class each. agree=True: both name the class, by turns. agree=False: all pairs of
-    an outline and the texture of another class by turns.
+    """Draw shapes and textures that stand for the classes of CUES.
 
-    Returns (images uint8 (N, 3, S, S), outlines (N,), textures (N,)), numbers of classes from 0.
+    With agree=True, shape and texture show the same class. With agree=False, they show different classes, and all pairs
+    come in turn.
+
+    Returns
+    -------
+    images : Tensor of uint8, shape (N, 3, S, S)
+        The images.
+    outlines, textures : Tensor of int64, shape (N,)
+        The class that the shape shows, and the class that the texture shows.
     """
     outlines = torch.arange(start, start + n_images) % len(CUES)
     textures = outlines
@@ -298,7 +365,7 @@ def make_cues(n_images, img_size=32, seed=0, start=0, agree=True):
 
 
 def _check_marks(n_images, img_size, seed, start):
-    """The longest distance between two marks. Raises InputError for numbers that cannot be."""
+    """Return the longest distance between two marks; raise InputError for numbers out of range."""
     for name, value in (("n_images", n_images), ("seed", seed), ("start", start)):
         check_int(name, value, 0)
     check_int("img_size", img_size, 16)
@@ -306,13 +373,13 @@ def _check_marks(n_images, img_size, seed, start):
 
 
 def _chances(n_images, seed, start):
-    """The numbers of the images, uint64 (N,), and 5 for each, uniform from 0 to 1: float64 (N, 5)."""
+    """Return the image numbers, uint64 (N,), and five uniform random numbers for each, float64 (N, 5)."""
     index = np.arange(start, start + n_images, dtype=np.uint64)
     return index, torch.from_numpy((random_bits(seed, index, np.arange(5)) >> np.uint64(11)).astype(np.float64)) / 2**53
 
 
 def _on_noise(corners, kinds, seed, index, S):
-    """Marks by their upper left corners (N, m, 2) and kinds (N, m) on grey noise: uint8 (N, 3, S, S)."""
+    """Draw marks of kinds (N, m) with upper left corners (N, m, 2) on grey noise: uint8 (N, 3, S, S)."""
     grey = 0.5 + MARK_NOISE * pixel_noise(seed, index, S)[:, :1]  # (N, 1, S, S)
     inside = torch.arange(M)
     for mark in range(corners.shape[1]):

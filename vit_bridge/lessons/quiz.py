@@ -1,7 +1,7 @@
-"""Guess first, then measure: questions about ViTs and CNNs, each answered by running the shipped models.
+"""A quiz about ViTs and CNNs: guess first, then see the result measured on the spot.
 
-    QUESTIONS     the question, the guesses to choose from, and measure() -> (index of the right guess, a sentence)
-    ask(...)      asks them one after the other
+    QUESTIONS     Question: a text, the guesses to choose from, and measure()
+    ask(...)      asks the questions one after the other
 
 Shapes:  N images.
 """
@@ -23,6 +23,7 @@ from vit_model import MultiHeadAttention, create_vit_base, create_vit_nano
 
 @dataclass(frozen=True)
 class Question:
+    """A question; measure() returns the index of the right guess and a text with the measured numbers."""
     text: str
     guesses: tuple
     measure: Callable
@@ -37,15 +38,16 @@ def _where_the_parameters_are():
     model = create_vit_base()
     block = model.blocks[0]
     share = count_parameters(block.mlp) / count_parameters(block)
-    return (1 if share > 0.5 else 0), f"The MLP holds {share:.0%} of a block's {count_parameters(block):,} parameters."
+    return (1 if share > 0.5 else 0), f"The MLP holds {share:.0%} of the {count_parameters(block):,} parameters of a block."
 
 
 def _cost_of_twice_the_side():
     flops = [count_flops(create_vit_base(img_size=side)) for side in (224, 448)]
     ratio = flops[1] / flops[0]
     return (0 if ratio < 3 else 1 if ratio < 6 else 2), (
-        f"{flops[0] / 1e9:.1f} GFLOPs become {flops[1] / 1e9:.1f}: {ratio:.1f} times. Four times as many tokens cost "
-        f"four times in the layers that see each token alone; only attention itself grows by sixteen.")
+        f"{flops[0] / 1e9:.1f} GFLOPs become {flops[1] / 1e9:.1f}, which is {ratio:.1f} times as much. There are four "
+        f"times as many tokens, so layers that treat each token by itself cost four times as much. Only the products "
+        f"of attention cost sixteen times as much.")
 
 
 def _shuffled_without_positions():
@@ -54,7 +56,7 @@ def _shuffled_without_positions():
     with torch.no_grad():
         before, after = model(images), model(shuffle_patches(images, 4))
     change = ((after - before).norm() / before.norm()).item()
-    return (0 if change < 1e-4 else 1 if change < 0.1 else 2), f"They change by {change:.0e} of their size."
+    return (0 if change < 1e-4 else 1 if change < 0.1 else 2), f"Relative to their size, they change by {change:.0e}."
 
 
 def _gradient_after_the_last_block():
@@ -62,8 +64,9 @@ def _gradient_after_the_last_block():
     seen = capture(model, _shapes_for(model, 4)[0], gradients=True)
     before, after = torch.autograd.grad(seen.logits.square().sum(), seen.tokens[-2:])
     before, after = (gradient[:, 1:].abs().max().item() for gradient in (before, after))
-    return (0 if after == 0 else 1), (f"After the last block the largest gradient is {after:g}, one block earlier "
-                                      f"{before:.2g}: the head reads CLS, and no block is left to bring it news.")
+    return (0 if after == 0 else 1), (
+        f"After the last block, the largest gradient is {after:g}; one block earlier it is {before:.2g}. The head reads "
+        f"only CLS, and no later block can pass information from the patches to CLS.")
 
 
 def _who_needs_the_order():
@@ -71,14 +74,16 @@ def _who_needs_the_order():
     vit, convnet = ([_accuracy_kept(load(key), own, offset) for offset in (0, own // 2)]
                     for key in ("vit_nano_shapes", "convnet_shapes"))
     return (0 if vit[0] < 0.5 else 1 if vit[0] < 0.9 else 2), (
-        f"The ViT keeps {vit[0]:.0%} of its correct predictions: its tokens arrive whole, in another order. On the "
-        f"same grid moved by {own // 2} pixels, which cuts its patches, it keeps {vit[1]:.0%}. The ConvNet, whose "
+        f"The ViT keeps {vit[0]:.0%} of its correct predictions: its tokens stay whole but change places. It keeps "
+        f"{vit[1]:.0%} if the grid is moved by {own // 2} pixels, so that it cuts the patches. The ConvNet, whose "
         f"windows are cut by both grids, keeps {convnet[0]:.0%} and {convnet[1]:.0%}. {_conclude_about_order(*vit)}")
 
 
 def _accuracy_kept(model, patch_size, offset):
-    """The fraction of the correct predictions among 200 that stay correct when three quarters of the squares of this
-    side are shuffled, on a grid moved by `offset` pixels."""
+    """Return the fraction of correct predictions on 200 images that survive shuffling three quarters of the squares.
+
+    The squares have this side in pixels, and their grid is moved by `offset` pixels.
+    """
     images, labels = _shapes_for(model, 200)
     before, after = (predictions(model, one) == labels
                      for one in (images, shuffle_patches(images, patch_size, 0.75, offset=offset)))  # (N)
@@ -86,21 +91,21 @@ def _accuracy_kept(model, patch_size, offset):
 
 
 def _conclude_about_order(own, moved):
-    """What follows from the shares kept on the ViT's own grid and on a moved one."""
+    """Say what the fractions kept on the ViT's own grid and on a moved one show."""
     if own < 0.9:
-        return "On these shapes this ViT uses where its patches lie."
+        return "On these shapes, the predictions of this ViT depend on where its patches are."
     if moved < own - 0.1:
-        return ("On these shapes this ViT does not need the order of its own patches, but it does need that of other "
-                "squares.")
-    return "On these shapes this ViT does not need the order of squares, its own or others."
+        return ("On these shapes, this ViT hardly needs to know where its own patches are, but it needs the patches "
+                "whole.")
+    return "On these shapes, this ViT needs neither the order of its patches nor whole patches."
 
 
 def _who_minds_a_shift():
     model = load("vit_nano_shapes")
     stays = mean_consistency(shift_consistency(model, _shapes_for(model, 64)[0], 2))
     return (0 if stays < 0.6 else 1 if stays < 0.9 else 2), (
-        f"Over all shifts of up to 2 pixels the class of 64 images stays in {stays:.0%} of the cases, although the "
-        f"patches are cut elsewhere: the images were shifted in training, too.")
+        f"Over all shifts of up to 2 pixels, the prediction stays in {stays:.0%} of cases for 64 images, although "
+        f"every patch changes. In training, the images were shifted too.")
 
 
 def _how_far_the_first_block_looks():
@@ -109,55 +114,72 @@ def _how_far_the_first_block_looks():
     near = attention_distance(torch.stack(seen.maps), seen.grid, seen.adapter.patch_size, seen.adapter.n_prefix)[0]
     line = uniform_attention_distance(seen.grid, seen.adapter.patch_size)
     share = near.min().item() / line
-    nearer = " In the paper's Fig. 7 some heads of the first blocks look much nearer." if share >= 0.8 else ""
+    nearer = (" In Fig. 7 of the ViT paper, some heads of the first blocks look much nearer. Raghu et al. 2021 find "
+              "near heads in large ViTs after pre-training on JFT-300M, but not after training on ImageNet alone."
+              if share >= 0.8 else "")
     return (0 if share < 0.5 else 1 if share < 0.8 else 2), (
-        f"The nearest head of the first block looks {near.min():.1f} pixels far on average; uniform attention: "
-        f"{line:.1f}.{nearer}")
+        f"The nearest head of the first block looks {near.min():.1f} pixels far on average; uniform attention looks "
+        f"{line:.1f} pixels far.{nearer}")
 
 
 def _price_of_heads():
     counts = [count_parameters(MultiHeadAttention(embed_dim=96, n_heads=n)) for n in (1, 12)]
     return (1 if counts[0] == counts[1] else 0), (
-        f"With 1 and with 12 heads attention of width 96 has {counts[0]:,} and {counts[1]:,} parameters: the heads "
-        f"share out the width.")
+        f"Attention of width 96 has {counts[0]:,} parameters with one head and {counts[1]:,} with twelve: the heads "
+        f"divide the width among them.")
 
 
 QUESTIONS = (
     Question("Where are most of the parameters of a ViT block?", ("in the attention", "in the MLP"),
              _where_the_parameters_are),
-    Question("Twelve heads instead of one: what happens to the number of parameters of the attention?",
+    Question("What happens to the number of parameters of attention with twelve heads instead of one?",
              ("it grows twelvefold", "nothing"), _price_of_heads),
-    Question("An image of twice the side, 448 instead of 224: how much more does ViT-Base compute?",
-             ("twice as much", "between three and six times", "sixteen times"), _cost_of_twice_the_side),
-    Question("A ViT without positions: what happens to its logits when all patches are shuffled?",
+    Question("An image has 448 instead of 224 pixels a side. How much more does ViT-Base compute?",
+             ("about twice as much", "three to six times as much", "sixteen times as much"), _cost_of_twice_the_side),
+    Question("What happens to the logits of a ViT without positions when all patches are shuffled?",
              ("nothing", "they change a little", "they change completely"), _shuffled_without_positions),
     Question("The head reads CLS. How large is the gradient of the patch tokens after the last block?",
-             ("exactly zero", "small, not zero"), _gradient_after_the_last_block),
-    Question("Three quarters of the patches of drawn shapes are shuffled, on the grid of our trained ViT. How many of "
-             "its correct predictions does it keep?", ("fewer than half", "half to nine in ten", "nearly all"),
+             ("exactly zero", "small but not zero"), _gradient_after_the_last_block),
+    Question("We shuffle three quarters of the patches that our trained ViT reads, in images of drawn shapes. How many "
+             "of its correct predictions does it keep?", ("fewer than half", "half to nine in ten", "nearly all"),
              _who_needs_the_order),
     Question("Images move by one or two pixels, which changes every patch. How often does our trained ViT keep its "
              "prediction?", ("less than 60%", "60 to 90%", "more than 90%"), _who_minds_a_shift),
     Question("How far does the nearest head of the first block of our trained ViT look, compared with uniform "
-             "attention?", ("less than half as far", "about two thirds", "nearly as far"),
+             "attention?", ("less than half as far", "half to four fifths as far", "nearly as far"),
              _how_far_the_first_block_looks),
 )
 END = "q"
 
 
 def ask(questions=QUESTIONS, read=input, write=print):
-    """Asks them all; at the end of the input it only prints the answers. Returns (right guesses, guesses)."""
+    """Ask the questions one after the other.
+
+    At the end of the input, the remaining results are printed without guesses.
+
+    Parameters
+    ----------
+    questions : sequence of Question, optional
+        What to ask.
+    read, write : callable, optional
+        Replacements for input and print.
+
+    Returns
+    -------
+    tuple of int
+        The number of right guesses and of all guesses.
+    """
     right = guessed = 0
-    anybody = True
+    has_input = True
     for number, question in enumerate(questions, start=1):
         write(f"\n{number}. {question.text}")
         for place, guess in enumerate(question.guesses, start=1):
             write(f"   {place}) {guess}")
         answer = None
         try:
-            answer = _read_guess(read, write, len(question.guesses)) if anybody else None
+            answer = _read_guess(read, write, len(question.guesses)) if has_input else None
         except EOFError:
-            anybody = False
+            has_input = False
             write("")
         if answer == END:
             break
@@ -173,13 +195,13 @@ def ask(questions=QUESTIONS, read=input, write=print):
 
 
 def _read_guess(read, write, n_guesses):
-    """The index of a guess, from 0; None for no guess; END to stop."""
+    """Return the index of a guess, None for no guess, or END to stop."""
     while True:
-        text = read(f"   Your guess, Enter to see, or {END} to end: ").strip()
+        text = read(f"   Your guess (Enter to skip, {END} to quit): ").strip()
         if not text:
             return None
         if text == END:
             return END
         if text.isdecimal() and 1 <= int(text) <= n_guesses:
             return int(text) - 1
-        write(f"   {text!r} is not among them; expected 1 to {n_guesses}.")
+        write(f"   {text!r} is not a choice; expected 1 to {n_guesses}.")

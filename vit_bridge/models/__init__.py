@@ -1,4 +1,4 @@
-"""The models by name: from vit_bridge.models import ConvNet, ConvNeXt, HybridCNNViT, VisionTransformer, build_model."""
+"""The models, importable from here: VisionTransformer, HybridCNNViT, ConvNet, ConvNeXt, build_model."""
 
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.models.convnext import ConvNeXt

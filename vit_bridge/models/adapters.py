@@ -1,10 +1,10 @@
-"""How the library sees a model: its own by the protocol, or a ViT of another library, by its class.
+"""How the library sees any model: its own by their protocol, ViTs of other libraries by their class.
 
-    adapt(model)      a ModelAdapter: its layers, what images it takes, its classes; a ViTAdapter where it attends
-    adapt_vit(model)  a ViTAdapter, or InputError
-    reading_weights   how much of each token the head reads
+    adapt(model)       its ModelAdapter: layers, image size, classes; a ViTAdapter if it attends
+    adapt_vit(model)   its ViTAdapter, or an InputError
+    reading_weights    how much of each token the head reads
 
-LIBRARIES names the classes that are known. To add one, write a function that makes its ViTAdapter, and its entry.
+LIBRARIES holds the known classes. To add one, write a function that returns its ViTAdapter, and add an entry.
 
 Shapes:  B images, C channels, N tokens (prefix tokens, then patches), D width, K classes, n patches.
 """
@@ -20,28 +20,42 @@ from vit_bridge.preprocessing import Preprocessing
 from vit_bridge.runtime import unwrapped
 from vit_model import check_images, grid_of, pair
 
-HEADS = "head", "heads", "classifier"  # what the libraries call them
-CLS_AND_DISTILLATION = "CLS and the distillation token"  # a distilled DeiT's
-CLS_AND_PATCHES = "CLS and the mean of the patches"  # DINOv2's
+HEADS = "head", "heads", "classifier"  # the libraries' names for a head
+CLS_AND_DISTILLATION = "CLS and the distillation token"  # distilled DeiT
+CLS_AND_PATCHES = "CLS and the mean of the patches"  # DINOv2
 SINGLE_TOKENS = "every token by itself"
-# What a head reads -> (the shares of the first tokens, that of all patches together).
+# {what a head reads: (weights of the first tokens, weight of all patches together)}
 SHARES = {"cls": ((1.0,), 0.0), "mean": ((), 1.0), CLS_AND_DISTILLATION: ((0.5, 0.5), 0.0),
           CLS_AND_PATCHES: ((0.5,), 0.5)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelAdapter:
-    """What the library has to know of a model.
+    """What the library knows about a model.
 
-    library        whose it is: "ours", "timm", "transformers", "torchvision" or "dinov2", the hub's
-    layers         what makes the first map or the tokens, then the stages or blocks
-    img_size       (height, width) in pixels that it is built for
-    in_channels    of its images
-    n_classes      K; None where it has no head, and gives features
-    preprocessing  what its images must be
-    assumed        "", or what of that nothing says: a line for errors.assume, where a picture is prepared by it
-    any_size       whether it takes images of other sizes too
-    attends        whether its layers are attention blocks: it is then a ViTAdapter
+    Attributes
+    ----------
+    library : str
+        "ours", "timm", "transformers", "torchvision" or "dinov2" (from its hub).
+    layers : list of nn.Module
+        The stem or patch projection, then the stages or blocks.
+    img_size : (int, int)
+        Height and width, in pixels, for which the model is built.
+    in_channels : int
+        Channels of its images.
+    n_classes : int or None
+        K. None if the model has no head and returns features.
+    preprocessing : Preprocessing
+        What its images must look like.
+    assumed : str
+        Which part of `preprocessing` is a guess, as a message for errors.assume; "" if none is. It is shown when an
+        image is prepared.
+    any_size : bool
+        Whether it takes images of other sizes.
+    attends : bool
+        Whether its layers are attention blocks. Then it is a ViTAdapter.
+    unit : str
+        What a layer is called: "stage" or "block".
     """
     library: str
     layers: list
@@ -56,16 +70,20 @@ class ModelAdapter:
 
     @property
     def has_head(self):
+        """Whether the model returns logits."""
         return self.n_classes is not None
 
     @property
     def class_names(self):
-        """A list of K, or None where there are none that fit the head."""
+        """The K class names, or None if there are none that fit the head."""
         names = self.preprocessing.class_names
         return names if names and len(names) == self.n_classes else None
 
     def check_images(self, images):
-        """Raises InputError unless images are normalised, (B, C, height, width), B > 0, of a size that it takes."""
+        """Raise InputError unless the model can take these images.
+
+        They must be normalised, (B, C, height, width), with B > 0 and a size that the model takes.
+        """
         _check_kind(images, self.in_channels)
         if self.library == "ours":
             check_images(images, self.in_channels, None if self.any_size else self.img_size)
@@ -79,17 +97,25 @@ class ModelAdapter:
 
 @dataclass(frozen=True, kw_only=True)
 class ViTAdapter(ModelAdapter):
-    """Where the parts of a ViT lie.
+    """What the library knows about a ViT, and where its parts are.
 
-    patch_size   (height, width) in pixels
-    prefix       names of the tokens before the patches: "CLS", "distillation token", "register"
-    pool         what the head reads: "cls", "mean" (over the patches), CLS_AND_DISTILLATION (the mean of two heads, one
-                 on each token), CLS_AND_PATCHES (one beside the other), or words for another way. A model without a
-                 head that gives every token has "cls" where it has one: that is what views show of it
-    read         tokens after any block, (B, N, D) -> what the model would give if they were the last: logits (B, K); of
-                 a model without a head features (B, D), or all tokens after the last norm, (B, N, D)
-    projection   the layer that makes patches into tokens, or the stem before them
-    positions    (n, D), of the patches; None where there are none
+    Attributes
+    ----------
+    patch_size : (int, int)
+        Height and width of a patch, in pixels.
+    prefix : tuple of str
+        Names of the tokens before the patches: "CLS", "distillation token", "register".
+    pool : str
+        What the head reads: "cls", "mean" (of the patches), CLS_AND_DISTILLATION (the mean of two heads, one for each
+        token), CLS_AND_PATCHES (CLS and the mean of the patches, concatenated), or a description of something else. For
+        a model without a head that returns all tokens it is "cls" if there is a CLS, because that is what views show.
+    read : callable
+        Maps the tokens (B, N, D) after any block to what the model would return if that block were the last: logits
+        (B, K); without a head, features (B, D) or all tokens after the last norm (B, N, D).
+    projection : nn.Module
+        The layer that turns patches into tokens, or the stem before it.
+    positions : Tensor, shape (n, D), or None
+        Position embeddings of the patches.
     """
     patch_size: tuple
     prefix: tuple
@@ -102,62 +128,79 @@ class ViTAdapter(ModelAdapter):
 
     @property
     def n_prefix(self):
+        """The number of tokens before the patches."""
         return len(self.prefix)
 
     @property
     def blocks(self):
-        """Its encoder blocks, each (B, N, D) -> (B, N, D)."""
+        """The encoder blocks, each (B, N, D) -> (B, N, D)."""
         return self.layers[1:]
 
     @property
     def reads_patches(self):
-        """Whether the head reads the patch tokens: else those after the last block go nowhere."""
+        """Whether the head reads the patch tokens. If not, their last values are never used."""
         return SHARES.get(self.pool, ((), 1.0))[1] > 0
 
     @property
     def projects_patches(self):
-        """Whether each token is one projection of its own patch, as in a plain ViT, and not of windows that overlap."""
+        """Whether each token is a projection of its own patch only, and not of overlapping windows."""
         return getattr(self.projection, "kernel_size", None) == self.patch_size
 
     def grid(self, images):
-        """Patches of these images along (height, width)."""
+        """Return the number of patches of these images along (height, width)."""
         return grid_of(tuple(images.shape[2:]), self.patch_size)
 
     def check_images(self, images):
+        """Raise InputError unless the model can take these images, divided into whole patches."""
         super().check_images(images)
         self.grid(images)
 
 
 def adapt(model):
-    """The ModelAdapter of a model, or of that inside torch's wrappers. Raises InputError for one that is not known
-    here."""
+    """Return the ModelAdapter of a model, or of the model inside torch's wrappers.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model of this library, or a ViT of timm, transformers, torchvision or DINOv2's hub.
+
+    Returns
+    -------
+    ModelAdapter
+        A ViTAdapter if the model's layers are attention blocks.
+
+    Raises
+    ------
+    InputError
+        If the model's class is unknown.
+    """
     model = unwrapped(model)
     if is_ours(model):
         return _of_ours(model)
     if make := _maker_for(model):
         return make(model)
-    inside = [f"the {class_name(part)} in it is: give its part {name!r}" for name, part in getattr(
+    inside = [f"pass the {class_name(part)} inside it, its part {name!r}" for name, part in getattr(
         model, "named_modules", tuple)() if is_ours(part) or _maker_for(part)]
     advice = inside[0] if inside else (
-        "expected one of vit_bridge.models, a VisionTransformer of timm, torchvision or DINOv2's hub, or the Model or "
-        "ForImageClassification of ViT, DeiT, DINOv2, ViT-MSN or I-JEPA of transformers; of another save the "
-        "state_dict, which load() may know")
-    raise InputError(f"a {class_name(model)} is not known here; {advice}")
+        "expected a model of vit_bridge.models, a VisionTransformer of timm, torchvision or DINOv2's hub, or a ViT, "
+        "DeiT, DINOv2, ViT-MSN or I-JEPA model of transformers; for another class, save its state_dict and try load()")
+    raise InputError(f"the class {class_name(model)} is not supported; {advice}")
 
 
 def adapt_vit(model):
-    """The ViTAdapter of a model. Raises InputError for one whose layers are not attention blocks."""
+    """Return the ViTAdapter of a model. Raises InputError if its layers are not attention blocks."""
     adapter = adapt(model)
     if not adapter.attends:
-        raise InputError(f"a {class_name(model)} has no attention maps; give a ViT, or ask for Grad-CAM: "
+        raise InputError(f"a {class_name(model)} has no attention maps; use a ViT, or Grad-CAM: "
                          f"explain(model, images, 'grad_cam')")
     return adapter
 
 
-# ---- Whose model it is ------------------------------------------------------------------------------------
+# ---- Adapters by library ----------------------------------------------------------------------------------
 
 
 def _of_ours(model):
+    """Adapt a model that follows the protocol."""
     config, n_classes = model.config, _classes_of(model.head)
     common = dict(library="ours", layers=model.layers(), img_size=pair(config.img_size), in_channels=config.in_channels,
                   n_classes=n_classes, any_size=ask(model, "any_size"),
@@ -172,22 +215,24 @@ def _of_ours(model):
 
 
 def _of_timm(model):
-    """Any VisionTransformer of timm, also distilled, without CLS, with registers, a norm before the blocks or without a
-    head. Those that attend in another way are refused by the views of attention."""
-    embed, kept = model.patch_embed, getattr(model, "pretrained_cfg", None) or {}  # none where its class built it
+    """Adapt a VisionTransformer of timm: also distilled, without CLS, with registers or without a head.
+
+    Kinds of attention that are not refused here are refused by the views that need the maps.
+    """
+    embed, kept = model.patch_embed, getattr(model, "pretrained_cfg", None) or {}  # absent if built by its class
     projection, n_classes = getattr(embed, "proj", None), _classes_of(model.head)
     if not isinstance(projection, torch.nn.Conv2d) or "backbone" in embed._modules:
         raise InputError(f"this {class_name(model)} of timm makes its tokens in another way than by one projection "
-                         f"of patches, and is not known here; give a plain ViT")
+                         f"of patches, which is not supported; use a plain ViT")
     if differential := [name for name in map(class_name, model.blocks.modules()) if name.startswith("Diff")]:
         raise InputError(f"this {class_name(model)} of timm attends by {differential[0]}, the difference of two maps, "
-                         f"and is not known here; give a plain ViT")
+                         f"which is not supported; use a plain ViT")
     pool = TIMM_POOLS.get(model.global_pool, f"the patches by timm's pooling {model.global_pool!r}")
     if pool == "mean" and getattr(model, "pool_include_prefix", False):
         pool = "the mean of all tokens"
     if pool == SINGLE_TOKENS and n_classes is not None:
-        raise InputError(f"this {class_name(model)} of timm gives each token logits of its own (global_pool=''), and "
-                         f"is not known here; build it with global_pool='token' or 'avg', or with num_classes=0")
+        raise InputError(f"this {class_name(model)} of timm computes logits for each token (global_pool=''), which "
+                         f"is not supported; build it with global_pool='token' or 'avg', or with num_classes=0")
     if pool == SINGLE_TOKENS and model.has_class_token:
         pool = "cls"
     distilled = "head_dist" in model._modules
@@ -207,6 +252,7 @@ TIMM_POOLS = {"token": "cls", "avg": "mean", "": SINGLE_TOKENS, "map": "the patc
 
 
 def _of_torchvision(model):
+    """Adapt a VisionTransformer of torchvision."""
     return ViTAdapter(
         library="torchvision", layers=[model.conv_proj, *model.encoder.layers], img_size=pair(model.image_size),
         in_channels=model.conv_proj.in_channels, n_classes=_classes_of(model.heads),
@@ -217,7 +263,10 @@ def _of_torchvision(model):
 
 
 def _of_hub_dinov2(model):
-    """DinoVisionTransformer of facebookresearch/dinov2, whose blocks may come in chunks, after place holders."""
+    """Adapt a DinoVisionTransformer of facebookresearch/dinov2.
+
+    Its blocks may come in chunks, each filled with nn.Identity up to the chunk's first block.
+    """
     chunks = model.blocks if model.chunked_blocks else [model.blocks]
     blocks = [block for chunk in chunks for block in chunk if not isinstance(block, torch.nn.Identity)]
     embed, projection = model.patch_embed, model.patch_embed.proj
@@ -231,10 +280,16 @@ def _of_hub_dinov2(model):
 
 
 def _of_transformers(model, prefix, pool="cls", any_size=False, unsure="", **facts):
-    """A base model of transformers, which gives all tokens after the last norm, or that below a head.
+    """Adapt a model of transformers, with or without a head.
 
-    prefix, pool, any_size   as in ViTAdapter, pool of the head
-    unsure, facts            as in _images_of: its image processor, which says them, lies apart from the model
+    Its base model must return all tokens after the last norm.
+
+    Parameters
+    ----------
+    prefix, pool, any_size
+        As in ViTAdapter, with the pool of the head.
+    unsure, **facts
+        As in _images_of: the model's image processor, which records these facts, is stored apart from the model.
     """
     base, config = model.base_model, model.config
     heads = [model._modules[name] for name in ("classifier", "cls_classifier", "distillation_classifier")
@@ -262,17 +317,18 @@ def _of_transformers(model, prefix, pool="cls", any_size=False, unsure="", **fac
         positions=base.embeddings.position_embeddings[0, -rows * columns:].detach())
 
 
-# What each of a model's heads is given of tokens (B, N, D) with n prefix tokens.
+# The input of each head of a model, from tokens (B, N, D) with n prefix tokens.
 READ_BY = {"cls": lambda x, n: [x[:, 0]], "mean": lambda x, n: [x[:, n:].mean(dim=1)],
            CLS_AND_DISTILLATION: lambda x, n: [x[:, 0], x[:, 1]],
            CLS_AND_PATCHES: lambda x, n: [torch.cat([x[:, 0], x[:, n:].mean(dim=1)], dim=1)]}
 
 
 def _of_vit(model):
+    """Adapt a ViT of transformers, with the mean and std of Google's checkpoints."""
     half = (0.5,) * model.config.num_channels
     return _of_transformers(model, _prefix(1), mean=half, std=half,
-                            unsure="those of Google's checkpoints; DINO's ViTs are of this class too and have "
-                                   "ImageNet's")
+                            unsure="those of Google's checkpoints; DINO's ViTs have this class too, but "
+                                   "ImageNet's values")
 
 
 def _of_vit_msn(model):
@@ -284,7 +340,7 @@ def _of_deit(model):
 
 
 def _of_dinov2(model):
-    """DINOv2, with registers or without; it resamples its positions for any size."""
+    """Adapt DINOv2, with or without registers. It resamples its positions for any image size."""
     return _of_transformers(model, _prefix(1, getattr(model.config, "num_register_tokens", 0)), CLS_AND_PATCHES,
                             any_size=True, interpolation="bicubic")
 
@@ -294,11 +350,11 @@ def _of_ijepa(model):
 
 
 def _classes_in(folder, make, *names):
-    """Entries of LIBRARIES: classes of transformers that lie in one folder."""
+    """Return entries of LIBRARIES for classes of transformers in one folder."""
     return {f"transformers.models.{folder}.modeling_{folder}.{name}": make for name in names}
 
 
-LIBRARIES = {  # the whole name of a class -> what makes its adapter, and that of classes made from it
+LIBRARIES = {  # {full name of a class: function that adapts its models and those of its subclasses}
     "timm.models.vision_transformer.VisionTransformer": _of_timm,
     "torchvision.models.vision_transformer.VisionTransformer": _of_torchvision,
     "dinov2.models.vision_transformer.DinoVisionTransformer": _of_hub_dinov2,
@@ -314,21 +370,21 @@ LIBRARIES = {  # the whole name of a class -> what makes its adapter, and that o
 
 
 def _maker_for(model):
-    """The function of LIBRARIES for a model of a class there, or of one made from it; None for others."""
+    """Return the function in LIBRARIES for a model's class or a parent of it, or None."""
     names = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__]
     return next((LIBRARIES[name] for name in names if name in LIBRARIES), None)
 
 
 def _prefix(n_cls=0, n_registers=0, distilled=False):
-    """The names of prefix tokens, in the order in which all libraries have them."""
+    """Return the names of the prefix tokens, in the order that all libraries use."""
     return ("CLS",) * n_cls + ("distillation token",) * distilled + ("register",) * n_registers
 
 
 def _images_of(model, n_channels, img_size, unsure="", **facts):
-    """What a ViTAdapter says of images: the model's own Preprocessing, or one of these facts, and what is assumed.
+    """Return the fields `preprocessing` and `assumed` of an adapter.
 
-    unsure   whose mean and std the facts are, where nothing says that this model has them
-    Raises InputError where the model's own is for other channels.
+    They come from the model's own Preprocessing, or else from these facts. `unsure` says whose mean and std the facts
+    are, if nothing records that this model has them. Raises InputError if the model's own is for other channels.
     """
     own = getattr(model, "preprocessing", None)
     if own is None:
@@ -336,29 +392,31 @@ def _images_of(model, n_channels, img_size, unsure="", **facts):
         if n_channels != default.n_channels:
             facts |= dict(mean=(0.0,) * n_channels, std=(1.0,) * n_channels)
             unsure, default = f"as for any {n_channels} channels", replace(default, **facts)
-        line = (f"nothing says how images for this {class_name(model)} are normalised: mean {_short(default.mean)} and "
-                f"std {_short(default.std)} are assumed ({unsure}); set model.preprocessing where they are others")
+        line = (f"nothing records how images for this {class_name(model)} are normalised: assuming mean "
+                f"{_short(default.mean)} and std {_short(default.std)} ({unsure}); otherwise set model.preprocessing")
         return dict(preprocessing=default, assumed=line if unsure else "")
     if len(own.mean) != n_channels:
-        raise InputError(f"model.preprocessing has a mean and std of {len(own.mean)} channels, and the model takes "
-                         f"{n_channels}; set model.preprocessing to that of its training")
+        raise InputError(f"model.preprocessing has a mean and std for {len(own.mean)} channels, but the model takes "
+                         f"{n_channels}; set model.preprocessing to the one used in training")
     return dict(preprocessing=own)
 
 
 def _short(numbers):
-    """Numbers of the channels in words, one where they are the same."""
+    """Return the numbers of the channels as text, only one if all are the same."""
     return f"{numbers[0]:g}" if len(set(numbers)) == 1 else "(" + ", ".join(f"{one:g}" for one in numbers) + ")"
 
 
 def _classes_of(head):
-    """The number of classes of a head, by its last linear layer, quantised or not; None where it has none."""
+    """Return the number of classes of a head, read from its last linear layer, or None if it has none."""
     widths = [layer.out_features for layer in head.modules() if hasattr(layer, "out_features")]
     return widths[-1] if widths else None
 
 
 def listed_names(id2label):
-    """The names of transformers' {0: name, ...} by number: its order is any, and its keys may be words. None where one
-    is missing."""
+    """Return the names of transformers' {0: name, ...} in the order of their numbers.
+
+    The dict may have any order, and its keys may be strings. Returns None if a number is missing.
+    """
     by_number = {str(key): name for key, name in id2label.items()}
     names = [by_number.get(str(i)) for i in range(len(by_number))]
     return None if None in names else names
@@ -368,20 +426,20 @@ def listed_names(id2label):
 
 
 def _check_kind(images, in_channels):
-    """Raises InputError unless images are a tensor of floating-point numbers that holds one image at least."""
+    """Raise InputError unless images are a floating-point tensor with at least one image."""
     if not isinstance(images, torch.Tensor):
         raise InputError(f"got images as a {type(images).__name__}; expected a tensor (B, {in_channels}, height, "
-                         f"width), which vit_bridge.data.images.prepare_images(images, model) makes")
+                         f"width), as vit_bridge.data.images.prepare_images(images, model) returns")
     if not images.is_floating_point():
-        raise InputError(f"got images of {images.dtype}; expected normalised floating-point numbers, which "
-                         f"vit_bridge.data.images.prepare_images(images, model) makes of pictures")
+        raise InputError(f"got images of {images.dtype}; expected normalised floating-point numbers, as "
+                         f"vit_bridge.data.images.prepare_images(images, model) returns")
     if not images.numel():
         raise InputError(f"got images of shape {tuple(images.shape)}, in which there is no image; expected at least "
                          f"one")
 
 
 def check_depth(model, depth):
-    """depth, or the last where it is None. Raises InputError where the model is not that deep."""
+    """Return depth, or the last one if it is None. Raises InputError if the model is not that deep."""
     last = len(adapt(model).layers) - 1
     if depth is None:
         return last
@@ -391,15 +449,17 @@ def check_depth(model, depth):
 
 
 def check_head(model):
-    """Raises InputError for a model without a head."""
+    """Raise InputError for a model without a head."""
     if not adapt(model).has_head:
-        raise InputError(f"this {class_name(model)} has no head, so there is no class to explain; give one with a "
-                         f"head, or ask for attention or rollout")
+        raise InputError(f"this {class_name(model)} has no head, so there is no class to explain; use a model with a "
+                         f"head, or the views 'attention' or 'rollout'")
 
 
 def check_has_head(model):
-    """Raises InputError for a known model without a head, or with nn.Identity in its place. Others may call their
-    head what they like."""
+    """Raise InputError for a known model without a head, or with nn.Identity as its head.
+
+    Models of unknown classes pass, as their head may have any name.
+    """
     model = unwrapped(model)
     try:
         headless = not adapt(model).has_head
@@ -407,20 +467,23 @@ def check_has_head(model):
         return
     parts = [part for name in HEADS for part in getattr(model, name, torch.nn.Identity()).modules()]
     if headless and all(isinstance(part, torch.nn.Identity | torch.nn.Sequential) for part in parts):
-        raise InputError(f"this {class_name(model)} has no head, it gives features and no classes; build it with "
-                         f"n_classes and train it")
+        raise InputError(f"this {class_name(model)} has no head, so it returns features and no classes; build it "
+                         f"with n_classes and train it")
 
 
 def check_pool(pool):
-    """Raises InputError where no rows of tokens are what the head reads."""
+    """Raise InputError if what the head reads is not a mean of tokens."""
     if pool not in SHARES:
-        raise InputError(f"the head reads {pool}, not CLS, CLS and a distillation token, or the mean of the patches; "
-                         f"there is no row of tokens to show for it; patch=(row, column) shows that of a patch")
+        raise InputError(f"the head reads {pool}, so no row of an attention map belongs to it; choose a patch with "
+                         f"patch=(row, column)")
 
 
 def reading_weights(pool, n_prefix, n_tokens):
-    """How much of each token the head reads, (N,) float64, sum 1: a view of what it reads is the mean of their rows by
-    these weights. Raises InputError where no rows of tokens are what the head reads."""
+    """Return how much of each token the head reads: (N,) float64, with sum 1.
+
+    The view of what the head reads is the mean of the tokens' rows with these weights. Raises InputError if the head
+    reads something else than a mean of tokens.
+    """
     check_pool(pool)
     first, of_patches = SHARES[pool]
     weights = torch.zeros(n_tokens, dtype=torch.float64)

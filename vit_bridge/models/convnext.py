@@ -1,9 +1,9 @@
-"""ConvNeXt, the CNN rebuilt from a ViT's ideas: Liu et al. 2022, "A ConvNet for the 2020s".
+"""ConvNeXt, a CNN rebuilt with ideas of the ViT: Liu et al. 2022, "A ConvNet for the 2020s".
 
-Its block stands beside the ViT's: a depthwise convolution mixes the places of each channel, where the ViT has
-attention; the MLP then mixes the channels of each place. Parameters carry timm's names, but for the head.
+Compare its block with the ViT's. Where the ViT has attention, a depthwise convolution mixes the positions of each
+channel; the MLP then mixes the channels at each position. Parameters have timm's names, except in the head.
 
-Shapes:  B images, C channels of a map, h, w its height and width, S stride of the stem.
+Shapes:  B images, C channels of a map, h, w its height and width, S total stride, C' channels of the output.
 """
 
 from dataclasses import dataclass
@@ -19,32 +19,55 @@ from vit_model import MLP, DropPath, LayerScale, check_images, check_positive, c
 
 
 class ChannelNorm(nn.LayerNorm):
-    """(B, C, h, w) -> (B, C, h, w): a LayerNorm over the channels of each place."""
+    """A LayerNorm over the channels at each position: (B, C, h, w) -> (B, C, h, w)."""
 
     def forward(self, x):
+        """Return the normalised map."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class ConvNeXtBlock(nn.Module):
-    """(B, C, h, w) -> (B, C, h, w): the block of Fig. 4. One norm and one activation, where ResNet's has three."""
+    """The block of Fig. 4: (B, C, h, w) -> (B, C, h, w).
+
+    It has one norm and one activation, where a bottleneck block of ResNet has three of each.
+
+    Parameters
+    ----------
+    channels : int
+        C.
+    drop_path, layer_scale, norm_eps : optional
+        As in ConvNeXtConfig.
+    """
 
     def __init__(self, channels, drop_path=0.0, layer_scale=1e-6, norm_eps=1e-6):
         super().__init__()
-        self.conv_dw = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)  # each channel by itself
+        self.conv_dw = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)  # one filter per channel
         self.norm = nn.LayerNorm(channels, eps=norm_eps)
         self.mlp = MLP(channels, 4 * channels)
         self.ls = LayerScale(channels, layer_scale) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x):
-        y = self.conv_dw(x).permute(0, 2, 3, 1)  # (B, h, w, C), the places as a ViT has its tokens
+        """Return the map after the block."""
+        y = self.conv_dw(x).permute(0, 2, 3, 1)  # (B, h, w, C): each position is like a token of a ViT
         y = self.ls(self.mlp(self.norm(y)))  # (B, h, w, C)
         return x + self.drop_path(y.permute(0, 3, 1, 2))  # (B, C, h, w)
 
 
 class ConvNeXtStage(nn.Module):
-    """(B, C, h, w) -> (B, C', h // stride, w // stride): with stride 2 a norm and a convolution of 2 x 2, then the
-    blocks. With stride 1, C = C', the blocks alone."""
+    """A stage: downsampling if stride > 1, then blocks; (B, C, h, w) -> (B, C', h // stride, w // stride).
+
+    The downsampling is a norm and a convolution of stride x stride. Without it, C' = C.
+
+    Parameters
+    ----------
+    in_channels, channels, stride : int
+        C, C' and the stride.
+    rates : list of float
+        Drop rate of each block.
+    layer_scale, norm_eps : optional
+        As in ConvNeXtConfig.
+    """
 
     def __init__(self, in_channels, channels, stride, rates, layer_scale=1e-6, norm_eps=1e-6):
         super().__init__()
@@ -55,14 +78,25 @@ class ConvNeXtStage(nn.Module):
         self.blocks = nn.Sequential(*(ConvNeXtBlock(channels, rate, layer_scale, norm_eps) for rate in rates))
 
     def forward(self, x):
+        """Return the map after the stage."""
         return self.blocks(self.downsample(x))
 
 
 class ConvNeXt(ImageModel):
-    """(B, C, height, width) -> (B, n_classes) logits. The arguments are the fields of ConvNeXtConfig, in its order.
+    """The whole model: images (B, C, height, width) -> logits (B, n_classes). By default it is ConvNeXt-T.
 
-    A stem that cuts the image into patches, stages of blocks, each stage but the first at half the resolution of the
-    one before, the mean over all places, a norm, a linear head. With its default arguments it is ConvNeXt-T.
+    A stem cuts the image into patches. Stages of blocks follow, and each stage but the first halves the resolution.
+    Then come the mean over all positions, a norm and a linear head.
+
+    Parameters
+    ----------
+    *args, **options
+        The fields of ConvNeXtConfig, in its order.
+
+    Raises
+    ------
+    InputError
+        If an argument is out of range, or if the images do not fit the model.
     """
 
     def __init__(self, *args, **options):
@@ -84,45 +118,63 @@ class ConvNeXt(ImageModel):
 
     @property
     def n_features(self):
+        """C, the width of the head's input."""
         return self.config.widths[-1]
 
     @property
     def no_muon(self):
-        """The depthwise kernels: each row is a filter by itself, and no matrix mixes its channels."""
+        """The depthwise kernels: each row is a filter of its own, and no matrix mixes the channels."""
         return tuple(name for name, _ in self.named_parameters() if name.endswith("conv_dw.weight"))
 
     def layers(self):
-        """The stem, then the stages."""
+        """Return the stem and the stages, in order."""
         return [self.stem, *self.stages]
 
     def forward_features(self, images):
-        """The last stage's map, (B, C, height / S, width / S), S = stem_stride * 2^(stages - 1), rounded down."""
+        """Return the map of the last stage, (B, C, height / S, width / S).
+
+        S = stem_stride * 2^(stages - 1), and sizes are rounded down.
+        """
         check_images(images, self.config.in_channels)
         self.config.check_size(tuple(images.shape[2:]))
         x = self.stem(images.contiguous(memory_format=torch.channels_last))  # (B, C, height / stem_stride, ...)
         for stage in self.stages:
-            x = stage(x)  # half the height and width, but for the first
+            x = stage(x)  # halves height and width, except the first
         return x
 
     def forward_head(self, x, pre_logits=False):
-        """The map -> logits (B, n_classes), or with pre_logits=True what the head reads, (B, C)."""
+        """Return the logits (B, n_classes) of the map, or with pre_logits=True the head's input (B, C)."""
         x = self.norm(x.mean(dim=(2, 3)))  # (B, C)
         return x if pre_logits else self.head(x)  # (B, n_classes)
 
 
 @dataclass(frozen=True)
 class ConvNeXtConfig:
-    """All that is needed to build the model again: ConvNeXt(**vars(config)).
+    """Everything that it takes to build a model again: ConvNeXt(**vars(config)).
 
-    img_size      the size that it is meant for, in pixels; as a CNN it takes larger and smaller ones as well
-    widths        channels of each stage
-    depths        blocks of each stage
-    stem_stride   side of the patches that the stem cuts; 4 in the paper, less for small images
-    drop_path     stochastic depth of the last block, in [0, 1); 0.1, 0.4, 0.5 and 0.5 for T, S, B and L in the paper
-    layer_scale   None, or where each channel's factor on a residual branch starts
-    norm_eps      added to the variance in every LayerNorm
+    Parameters
+    ----------
+    img_size : int or (int, int)
+        The size, in pixels, for which the model is meant. As a CNN it takes other sizes too.
+    in_channels, n_classes : int
+        Channels of an image, and number of logits. With 0 classes the model has no head and returns the pooled
+        features.
+    widths, depths : tuple of int
+        Channels of each stage, and blocks in each stage.
+    stem_stride : int
+        Side of the patches that the stem cuts. It is 4 in the paper; smaller ones suit small images.
+    drop_path : float
+        Stochastic depth: the drop rate of the last block, in [0, 1). The paper uses 0.1, 0.4, 0.5 and 0.5 for T, S, B
+        and L (Liu et al. 2022, Table 5).
+    layer_scale : float or None
+        Initial value of a learned factor on each channel of a residual branch. None leaves the factors out.
+    norm_eps : float
+        Added to the variance in every LayerNorm.
 
-    Raises InputError for a value out of range.
+    Raises
+    ------
+    InputError
+        If a value is out of range.
     """
 
     img_size: int | tuple[int, int] = 224
@@ -149,11 +201,11 @@ class ConvNeXtConfig:
         self.check_size(pair(self.img_size))
 
     def check_size(self, size):
-        """Raises InputError where (height, width) leaves no place after the last stage."""
+        """Raise InputError if images of this (height, width) are too small for the stages."""
         least = self.stem_stride * 2 ** (len(self.widths) - 1)
         if min(size) < least:
-            raise InputError(f"images of {size[0]}x{size[1]} pixels leave nothing after {len(self.widths)} stages; "
-                             f"they need at least {least} pixels, or a smaller stem_stride, or fewer stages")
+            raise InputError(f"images of {size[0]}x{size[1]} pixels are too small for {len(self.widths)} stages; use "
+                             f"at least {least} pixels, a smaller stem_stride, or fewer stages")
 
 
 ConvNeXt.config_class = ConvNeXtConfig

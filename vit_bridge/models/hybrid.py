@@ -1,6 +1,7 @@
 """The hybrid: a ViT whose tokens come from a small stack of convolutions.
 
-Shapes:  B images, C channels, P patch side, N tokens, D width (embed_dim)."""
+Shapes:  B images, C channels, P patch side, N tokens, D width (embed_dim).
+"""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,10 +17,18 @@ from vit_model import VisionTransformer, ViTConfig, check_images, grid_of, pair
 
 
 class ConvStem(nn.Module):
-    """(B, C, height, width) -> (B, N, D), instead of PatchEmbedding: one token for P x P pixels, too.
+    """A stem of strided convolutions in place of PatchEmbedding: (B, C, height, width) -> (B, n_patches, D).
 
-    log2(P) convolutions of 3 x 3 and stride 2, the channels doubling up to D; batch norm and ReLU between them.
-    Neighbouring tokens overlap: each sees (2P - 1) x (2P - 1) pixels.
+    It has log2(P) convolutions of 3 x 3 with stride 2, so there is still one token for every P x P pixels. The channels
+    double up to D, with batch norm and ReLU in between. Neighbouring tokens overlap: each sees (2P - 1) x (2P - 1)
+    pixels.
+
+    Parameters
+    ----------
+    img_size, patch_size : int or (int, int), optional
+        Side, or (height, width), in pixels. P must be 2, 4, 8, 16 or 32.
+    in_channels, embed_dim : int, optional
+        C and D.
     """
 
     def __init__(self, img_size=224, patch_size=16, in_channels=3, embed_dim=384):
@@ -27,8 +36,8 @@ class ConvStem(nn.Module):
         self.img_size, self.patch_size, self.in_channels = pair(img_size), pair(patch_size, "patch_size"), in_channels
         n_convs = _halvings(patch_size, self.patch_size)
         if embed_dim % 2 ** (n_convs - 1):
-            raise InputError(f"embed_dim {embed_dim} cannot be halved {n_convs - 1} times, which the stem for "
-                             f"patch_size {patch_size} does; choose a multiple of {2 ** (n_convs - 1)}")
+            raise InputError(f"embed_dim {embed_dim} cannot be halved {n_convs - 1} times, as the stem for "
+                             f"patch_size {patch_size} needs; choose a multiple of {2 ** (n_convs - 1)}")
         self.grid_size, self.any_size = grid_of(self.img_size, self.patch_size), False
         self.n_patches = self.grid_size[0] * self.grid_size[1]
         layers = []
@@ -42,27 +51,33 @@ class ConvStem(nn.Module):
         initialise_convolutions(self)
 
     def forward(self, images):
+        """Return the tokens of images (B, C, height, width)."""
         check_images(images, self.in_channels, None if self.any_size else self.img_size)
         x = self.proj(images)  # (B, D, height / P, width / P)
-        return x.flatten(2).transpose(1, 2)  # (B, N, D)
+        return x.flatten(2).transpose(1, 2)  # (B, n_patches, D)
 
 
 def _halvings(given, patch_size):
-    """log2(P) of a patch size, (P, P). Raises InputError, naming what was given, for one that halving cannot reach."""
+    """Return log2(P) of a patch size (P, P). Raises InputError if P is not a power of two."""
     side = patch_size[0]
     if patch_size[1] != side or side < 2 or side & (side - 1):
-        raise InputError(f"patch_size {given} cannot be reached by halving; a convolutional stem takes 2, 4, 8, 16 or "
-                         f"32")
+        raise InputError(f"patch_size {given} cannot be reached by halving; a convolutional stem needs a side of 2, 4, "
+                         f"8, 16 or 32")
     return side.bit_length() - 1
 
 
 class PooledStem(nn.Module):
-    """(B, C, height, width) -> (B, N, D), instead of PatchEmbedding: the first layers of a pooled ConvNet.
+    """A stem of pooled stages in place of PatchEmbedding: (B, C, height, width) -> (B, n_patches, D).
 
-    A convolution of 2 x 2, for which whitening_filters are meant, and log2(P) stages, the channels doubling; where the
-    last stage is narrower than D a 1 x 1 convolution widens it.
+    It consists of the first layers of a pooled ConvNet: a convolution of 2 x 2, which is meant for whitening_filters,
+    and log2(P) stages whose channels double. A 1 x 1 convolution then sets the width to D.
 
-    channels   of the first stage
+    Parameters
+    ----------
+    img_size, patch_size, in_channels, embed_dim : optional
+        As in ConvStem.
+    channels : int, optional
+        Channels of the first stage.
     """
 
     def __init__(self, img_size=224, patch_size=16, in_channels=3, embed_dim=384, channels=32):
@@ -78,23 +93,42 @@ class PooledStem(nn.Module):
         initialise_convolutions(self)
 
     def forward(self, images):
+        """Return the tokens of images (B, C, height, width)."""
         check_images(images, self.in_channels, None if self.any_size else self.img_size)
         x = F.pad(images.contiguous(memory_format=torch.channels_last), (0, 1, 0, 1))  # (B, C, height + 1, width + 1)
         x = F.gelu(self.whiten(x))  # (B, 8C, height, width)
         for stage in self.stages:
-            x = stage(x)  # half the height and width
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B, N, D)
+            x = stage(x)  # halves height and width
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, n_patches, D)
 
 
 STEMS = dict(strided=ConvStem, pooled=PooledStem)
 
 
 class HybridCNNViT(VisionTransformer):
-    """(B, C, height, width) -> (B, n_classes) logits: a convolutional stem, then VisionTransformer as it is.
+    """A convolutional stem, then a VisionTransformer: images (B, C, height, width) -> logits (B, n_classes).
 
-    stem: "strided" (ConvStem) or "pooled" (PooledStem). n_heads=None means one head for every 64 channels, as
-    throughout Table 1 of the ViT paper. `options` are the other fields of ViTConfig. Raises InputError as
-    VisionTransformer and the stems do.
+    Parameters
+    ----------
+    n_classes, embed_dim, depth, img_size, patch_size, in_channels : optional
+        As in ViTConfig, with smaller defaults.
+    n_heads : int, optional
+        By default one head for every 64 channels, as in ViT-Base and ViT-Large.
+    stem : {"strided", "pooled"}, optional
+        What makes the tokens: ConvStem or PooledStem.
+    **options
+        Other fields of ViTConfig.
+
+    Raises
+    ------
+    InputError
+        If an argument is out of range, or if the images do not fit the model.
+
+    Examples
+    --------
+    >>> model = HybridCNNViT(n_classes=10, embed_dim=384, depth=6)
+    >>> model(torch.randn(1, 3, 224, 224)).shape
+    torch.Size([1, 10])
     """
 
     def __init__(self, n_classes=1000, embed_dim=384, depth=6, n_heads=None, img_size=224, patch_size=16,
@@ -106,14 +140,15 @@ class HybridCNNViT(VisionTransformer):
         self.patch_embed = STEMS[stem](img_size, patch_size, in_channels, embed_dim)
 
     def whitening_layer(self):
+        """Return None, or the layer to whiten and whether it holds each filter with its negative."""
         return (self.patch_embed.whiten, True) if self.config.stem == "pooled" else None
 
 
 @dataclass(frozen=True)
 class HybridConfig(ViTConfig):
-    """All that is needed to build the model again: HybridCNNViT(**vars(config)).
+    """Everything that it takes to build a model again: HybridCNNViT(**vars(config)).
 
-    stem   what makes the tokens: "strided" or "pooled", as HybridCNNViT has them
+    Its fields are those of ViTConfig and `stem`, {"strided", "pooled"}, as in HybridCNNViT.
     """
 
     stem: str = "strided"

@@ -1,8 +1,8 @@
-"""What the library asks of a model, with the defaults.
+"""What the library needs from a model, with defaults: ImageModel.
 
-A model of this library is an ImageModel, or defines the same members, as VisionTransformer does: training, checkpoints,
-figures and comparisons ask for these and never for a class. adapters.py adds what other libraries' models lack.
-tests/models/test_toy_model.py holds a whole new model, from its class to its comparison.
+A model of this library is a subclass of ImageModel, or defines the same members, as VisionTransformer does. Training,
+checkpoints, figures and comparisons use these members and never check for a class. adapters.py adds what models of
+other libraries lack. tests/models/test_toy_model.py holds a complete new model, from its class to its comparison.
 
 Shapes:  B images, C channels, D features that the head reads.
 """
@@ -11,19 +11,29 @@ from torch import nn
 
 
 class ImageModel(nn.Module):
-    """(B, C, height, width) -> (B, n_classes) logits, by features and a head.
+    """Base class of models: images (B, C, height, width) -> features -> head -> logits (B, n_classes).
 
-    A subclass sets `config`, a frozen dataclass of class `config_class` with img_size, in_channels, n_classes and all
-    else that it takes to build the model again: type(model)(**vars(model.config)). It sets `head`, an nn.Linear, or
-    nn.Identity where n_classes is 0. And it defines n_features, layers, forward_features and forward_head.
+    A subclass defines `n_features`, `layers`, `forward_features` and `forward_head`, and sets two attributes:
 
-    preprocessing    what its images must be (vit_bridge.preprocessing.Preprocessing); None before training
-    attends          whether its layers are attention blocks over n_prefix_tokens and patches, as those of a ViT: then
-                     it has blocks, norm, patch_embed and pos_embed as VisionTransformer has
-    any_size         whether it takes images of other sizes than config.img_size
-    head_names       its heads, by name: the last group of layer-wise learning rates, and never trained by Muon
-    no_weight_decay  parameters, by name, that do not decay; vectors and what is added to every image never do
-    no_muon          parameters, by name, that Muon leaves to AdamW, beside the first layer and the heads
+    - `config`: a frozen dataclass with img_size, in_channels, n_classes and everything else that it takes to build the
+      model again, type(model)(**vars(model.config)). Its class is `config_class`.
+    - `head`: an nn.Linear, or nn.Identity if n_classes is 0.
+
+    Attributes
+    ----------
+    preprocessing : vit_bridge.preprocessing.Preprocessing or None
+        What its images must look like. None before training.
+    attends : bool
+        Whether its layers are attention blocks over n_prefix_tokens and patches, as in a ViT. Then it also has blocks,
+        norm, patch_embed and pos_embed, as VisionTransformer has.
+    any_size : bool
+        Whether it takes images of other sizes than config.img_size.
+    head_names : tuple of str
+        Its heads. Layer-wise learning rates treat them as the last group, and Muon never trains them.
+    no_weight_decay : tuple of str
+        Parameters without weight decay. Vectors, and what is added to every image, never decay anyway.
+    no_muon : tuple of str
+        Parameters that Muon leaves to AdamW, besides the first layer and the heads.
     """
 
     config_class = None
@@ -36,52 +46,60 @@ class ImageModel(nn.Module):
 
     @property
     def n_features(self):
-        """D, the width of what the head reads."""
+        """D, the width of the head's input."""
         raise NotImplementedError
 
     def layers(self):
-        """The modules in their order: what makes the first map or the tokens, then the stages or blocks. A depth in
-        receptive fields, similarities and layer-wise learning rates is an index into them."""
+        """Return the modules in order: the stem or patch embedding, then the stages or blocks.
+
+        A depth, in receptive fields, similarities and layer-wise learning rates, is an index into this list.
+        """
         raise NotImplementedError
 
     def forward(self, images):
+        """Return the logits (B, n_classes) of normalised images."""
         return self.forward_head(self.forward_features(images))  # (B, n_classes)
 
     def forward_features(self, images):
-        """(B, C, height, width) -> what the last layer gives."""
+        """Return the output of the last layer for images (B, C, height, width)."""
         raise NotImplementedError
 
     def forward_head(self, x, pre_logits=False):
-        """Features -> logits (B, n_classes), or with pre_logits=True what the head reads, (B, D)."""
+        """Return the logits (B, n_classes) of features, or with pre_logits=True the head's input (B, D)."""
         raise NotImplementedError
 
     def whitening_layer(self):
-        """None, or (the first convolution, whether it holds each whitening filter and its negative)."""
+        """Return None, or the layer to whiten and whether it holds each filter with its negative."""
         return None
 
 
 def is_ours(model):
-    """Whether a model follows the protocol. Others may have members of the same names that mean something else."""
+    """Return whether a model follows the protocol.
+
+    Models of other libraries may have members of the same names that mean something else.
+    """
     return callable(getattr(type(model), "layers", None))
 
 
 def ask(model, name):
-    """A member of the protocol of any module, ImageModel's where the module does not follow it or has none."""
+    """Return a member of the protocol; ImageModel's if the module is not ours or does not define it."""
     default = getattr(ImageModel, name)
     return getattr(model, name, default) if is_ours(model) else default
 
 
 def class_name(model):
-    """The name of a model's class, for messages and checkpoints."""
+    """Return the name of a model's class, for messages and checkpoints."""
     return type(model).__name__
 
 
 def layer_groups(model):
-    """{parameter name: index of its layer}: i in layer i of layers(), len(layers()) in the heads and in what comes
-    after the last layer, such as the last norm, and 0 in what comes before it.
+    """Return {parameter name: index of its layer}, for layer-wise learning rates.
 
-    What comes after is seen from the order of the parameters in the model. Raises AttributeError for a module without
-    layers().
+    Parameters of layer i of layers() have the index i. Those before the first layer have 0. Those after the last layer,
+    such as the last norm, and those of the heads have len(layers()). What comes before and after is read from the order
+    of the parameters in the model.
+
+    Raises AttributeError for a module without layers().
     """
     layers = model.layers()
     place = {id(p): i for i, layer in enumerate(layers) for p in layer.parameters()}

@@ -11,27 +11,31 @@ from vit_model import VARIANTS, VisionTransformer, pair
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A named model: its class, its arguments, and the one that grows with the images: (name, value up to 64 pixels),
-    twice that up to 128 pixels and four times above."""
+    """A named model: its class and its arguments.
+
+    `scaled` is the argument that grows with the images, and its value up to 64 pixels: twice that up to 128 pixels, and
+    four times that above. None if no argument does.
+    """
     model_class: type
     arguments: dict
     scaled: tuple | None = ("patch_size", 4)
 
 
 def _cnn(model_class, widths, depths, **more):
+    """Return the entry of a CNN for 224 x 224 images."""
     arguments = dict(img_size=224, widths=widths, depths=depths, stem_stride=4, **more)
     return ModelEntry(model_class, arguments, ("stem_stride", 1))
 
 
-# vit_nano, hybrid and convnet are within 10% of each other in parameters, with 10 classes and 32 x 32 images:
-# 459,562, 497,818 and 481,170.
+# With 10 classes and 32 x 32 images, vit_nano, hybrid and convnet have similar sizes: 459,562, 497,818 and 481,170
+# parameters.
 MODELS = {
     **{name: ModelEntry(VisionTransformer, vars(config)) for name, config in VARIANTS.items()},
     "hybrid": ModelEntry(HybridCNNViT, dict(img_size=32, patch_size=4, embed_dim=96, depth=4, n_heads=3)),
     "hybrid_small": ModelEntry(HybridCNNViT, dict(img_size=224, patch_size=16, embed_dim=384, depth=6, n_heads=6)),
     "convnet": ModelEntry(ConvNet, dict(img_size=32, widths=(40, 80, 160), depths=(1, 1, 1), stem_stride=1),
                           ("stem_stride", 1)),
-    # He et al. 2016, Table 1; Liu et al. 2022, Sec. 3.
+    # ResNet: He et al. 2016, Table 1. ConvNeXt: Liu et al. 2022, Sec. 3.
     "resnet18": _cnn(ConvNet, (64, 128, 256, 512), (2, 2, 2, 2)),
     "resnet34": _cnn(ConvNet, (64, 128, 256, 512), (3, 4, 6, 3)),
     "resnet50": _cnn(ConvNet, (64, 128, 256, 512), (3, 4, 6, 3), block="bottleneck"),
@@ -45,19 +49,34 @@ MODELS = {
 
 
 def model_classes():
-    """{name of the class: class} of every model in MODELS."""
+    """Return {class name: class} of every model in MODELS."""
     return {entry.model_class.__name__: entry.model_class for entry in MODELS.values()}
 
 
 def build_model(name, **arguments):
-    """A new model of MODELS; the arguments override those of its entry.
+    """Build a new model from MODELS.
 
-    With an img_size and no patch_size (or stem_stride) the patch follows the image: 4 pixels up to 64, 8 up to 128, 16
-    above; for a ConvNet or ConvNeXt the stride of the stem, 1, 2 and 4.
+    If you give img_size but no patch_size, the patch has 4 pixels for images up to 64 pixels, 8 up to 128 and 16 above.
+    For a ConvNet or ConvNeXt the stride of the stem follows in the same way: 1, 2 and 4.
 
-    Raises InputError for an unknown name or argument, and as the model's class does.
+    Parameters
+    ----------
+    name : str
+        A name in MODELS, such as "vit_tiny", "hybrid" or "resnet18".
+    **arguments
+        Fields of the model's configuration, which override those of its entry.
+
+    Returns
+    -------
+    nn.Module
+        A model with new weights.
+
+    Raises
+    ------
+    InputError
+        If the name or an argument is unknown, or if a value is out of range.
     """
-    check_choice("model", name, tuple(MODELS))
+    check_choice("model", name, tuple(MODELS), "python train_vit.py --help")
     entry = MODELS[name]
     check_arguments(entry.model_class, arguments)
     scaled = {}
@@ -68,6 +87,7 @@ def build_model(name, **arguments):
 
 
 def check_arguments(model_class, arguments):
-    """Raises InputError for an argument that the model's configuration does not have."""
+    """Raise InputError for an argument that the model's configuration does not have."""
     for argument in arguments:
-        check_choice("argument", argument, tuple(model_class.config_class.__dataclass_fields__))
+        config_class = model_class.config_class
+        check_choice("argument", argument, tuple(config_class.__dataclass_fields__), f"help({config_class.__name__})")

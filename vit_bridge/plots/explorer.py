@@ -213,7 +213,7 @@ def _note_of(models, pictures, kept, bytes_error):
                  f"value in a row off. ")
     note += "All that is shown is in this file."
     if len(models) > 1:
-        note += " Layers and heads count up to the most that a model here has; one with fewer stays at its last."
+        note += " Blocks and heads count up to the most that a model here has; one with fewer stays at its last."
     if any(len(one["pngs"]) > 1 for one in pictures):
         note += (" Each model's picture is what it is given, cut and resized as it needs it; the same place in both "
                  "pictures need not be quite the same place of a photograph.")

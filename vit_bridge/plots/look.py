@@ -192,9 +192,9 @@ def describe(look, name, cropped=False):
                                    f"of the attention to {rest} (by head {_share(shares.min())} to "
                                    f"{_share(shares.max())}), and what is left to patches"))
     near, far = np.argmin(look.distances), np.argmax(look.distances)
-    lines.append(("Reach", f"there head {near} looks most narrowly, {look.distances[near]:.0f} pixels far on average, "
-                           f"head {far} most widely, {look.distances[far]:.0f}; even attention would reach "
-                           f"{look.uniform:.0f}"))
+    lines.append(("Reach", f"in that block, head {near + 1} looks nearest, {look.distances[near]:.0f} pixels away on "
+                           f"average, and head {far + 1} farthest, {look.distances[far]:.0f} pixels; uniform attention "
+                           f"would average {look.uniform:.0f}"))
     n, longest = int(look.artefacts.sum()), look.norms.max() / np.median(look.norms)
     words = f"{look.artefacts.mean():.1%} of the patches ({n:,}), framed in the picture" if n else \
         "0% of the patches: no tokens stand far above the others"
@@ -291,7 +291,7 @@ def panels_of(look):
 
 def _heads_panel(look):
     tiles = [Tile(grid, f"head {head}" + (f" ({_share(share)})" if look.adapter.n_prefix else ""), top=clip_at(grid))
-             for head, (grid, share) in enumerate(zip(look.heads, look.elsewhere, strict=True))]
+             for head, (grid, share) in enumerate(zip(look.heads, look.elsewhere, strict=True), start=1)]
     instead = _prefix(look).replace("itself", "CLS itself")
     share = f"; in brackets the share that goes to {instead} instead" if look.adapter.n_prefix else ""
     who = {"cls": "CLS looks", "mean": "the patches look, on average,"}.get(look.adapter.pool, f"{_reader(look)} look")

@@ -1,9 +1,8 @@
-"""TrainConfig and recipes: everything that a training needs except the images and the length, by name.
+"""The settings of a training, and named recipes: everything except the images and the length.
+
+TrainConfig holds the settings, RECIPES the named ones, and Callback what the Trainer calls.
 
     recipe = RECIPES[choose_recipe("vit_nano", img_size=32, minutes=10)]
-
-The fast recipes were chosen on the validation images of CIFAR-10 (JPEG) with 2 cores. benchmarks/RESULTS.md has what a
-change gave, as far as it is measured (#factors), and what the recipes reach on the test images (#targets).
 """
 
 import math
@@ -19,29 +18,52 @@ from vit_bridge.training.optimizers import OPTIMIZERS, SCHEDULES
 class TrainConfig:
     """The settings of a training.
 
-    n_epochs            passes over the training images
-    n_steps             ends the run after this many steps, whatever n_epochs says, perhaps inside an epoch
-    learning_rate       the peak; it rises in the warm-up and then falls, step by step
-    weight_decay        of matrices and kernels; biases, norms, positions and tokens have none
-    warmup_epochs       None: a twentieth of the run
-    seed                of dropout, step by step; None: drawn from torch's generator, or that of the state to resume
-    optimizer           "adamw" or "muon", see make_optimizer
-    schedule            "cosine" or "linear", see learning_rate_at
-    lr_scales           {name of a parameter: what its learning rate is multiplied by}, 1 for the others; or None
-    ema_decay           keeps an average of the weights (update_average), which is then evaluated; None: none
-    progressive_resize  (scale, share): in the first `share` of the steps images are made smaller, to `scale` of their
-                        side; big steps first in little time, as in Howard's fast.ai entry to DAWNBench (2018)
-    resize_multiple     the smaller side is a multiple of this: the model's patch size
-    clip_norm           the gradient's largest norm
-    grad_accum_steps    parts in which a batch goes through the model, one after the other: the same step with less
-                        memory (but see Trainer.batch_split_warning)
-    amp                 "auto", "off", "bf16" or "fp16", see choose_precision
-    compile             trains through torch.compile
-    save_every          seconds between two calls of on_save
-    grad_checkpointing  keeps no activations inside the layers, and computes them again in the backward pass: the same
-                        steps, bit for bit in float32, in less memory and about a third more time
+    Parameters
+    ----------
+    n_epochs : int
+        Passes over the training images.
+    n_steps : int, optional
+        Stop after this many steps instead, whatever n_epochs says, even in the middle of an epoch.
+    learning_rate : float
+        Peak learning rate: it rises linearly during the warm-up, then falls step by step.
+    weight_decay : float
+        Decoupled weight decay of matrices and kernels. Biases, norms, positions and tokens have none.
+    warmup_epochs : float, optional
+        Epochs in which the learning rate rises. None: 5% of the run.
+    seed : int, optional
+        Seed of the randomness in a step, such as dropout. None: the resumed run's seed, or one drawn from torch.
+    optimizer : {"adamw", "muon"}
+        See make_optimizer.
+    schedule : {"cosine", "linear"}
+        How the learning rate falls; see learning_rate_at.
+    lr_scales : dict, optional
+        {parameter name: factor on its learning rate}; parameters not listed have 1.
+    ema_decay : float, optional
+        Keep a moving average of the weights with this decay, and evaluate the average. See update_average.
+    progressive_resize : (float, float), optional
+        (scale, share): shrink images to `scale` of their side in the first `share` of the steps, which makes those
+        steps cheaper. From Howard's fast.ai entry to DAWNBench (2018).
+    resize_multiple : int
+        Shrunken sides are rounded to a multiple of this, the model's patch size.
+    clip_norm : float
+        Largest norm of the gradient of all weights together; a longer gradient is scaled down.
+    grad_accum_steps : int
+        Parts in which a batch passes through the model, one after the other. This is the same step in less memory,
+        with the exceptions that Trainer.batch_split_warning names.
+    amp : {"auto", "off", "bf16", "fp16"}
+        Mixed precision; see choose_precision.
+    compile : bool
+        Train through torch.compile.
+    save_every : float
+        Seconds between two calls of Callback.on_save.
+    grad_checkpointing : bool
+        Keep no activations inside the layers; the backward pass computes them again. The steps stay the same, bit for
+        bit in float32. Memory falls, and each step costs one more forward pass through the layers.
 
-    Raises InputError for a value out of range.
+    Raises
+    ------
+    InputError
+        If a value is out of range.
     """
     n_epochs: int = 10
     n_steps: int | None = None
@@ -79,18 +101,18 @@ class TrainConfig:
             if value is not None and not 0 <= value < math.inf:
                 raise InputError(f"{name} {value} is out of range; expected 0 or a positive number")
         if self.progressive_resize is not None and not all(0 <= share <= 1 for share in self.progressive_resize):
-            raise InputError(f"progressive_resize {self.progressive_resize} is out of range; expected (share of the "
-                             f"side, share of the steps), each from 0 to 1")
+            raise InputError(f"progressive_resize {self.progressive_resize} is out of range; expected "
+                             f"(fraction of the side, fraction of the steps), each from 0 to 1")
 
     def count_steps(self, batches_per_epoch):
-        """(steps, warm-up steps) of a run."""
+        """Return (steps, warm-up steps) of a run."""
         n_steps = self.n_epochs * batches_per_epoch if self.n_steps is None else self.n_steps
         check_int("n_steps", n_steps, 1)
         warmup = n_steps / 20 if self.warmup_epochs is None else self.warmup_epochs * batches_per_epoch
         return n_steps, min(n_steps, math.ceil(warmup))
 
     def image_size(self, size, step, n_steps):
-        """(height, width) that images of this size have in a step."""
+        """Return the (height, width) at which images of this size are trained in a step."""
         if self.progressive_resize is None or step >= self.progressive_resize[1] * n_steps:
             return size
         scale, multiple = self.progressive_resize[0], self.resize_multiple
@@ -98,37 +120,56 @@ class TrainConfig:
 
 
 class Callback:
-    """What the Trainer calls while it trains. A subclass overrides what it needs; state is a TrainState."""
+    """Methods that the Trainer calls while it trains; override the ones you need. `state` is a TrainState."""
 
     def on_batch(self, state):
-        """Between two batches, of evaluation too. If it returns True, train() raises Stopped, with a state that can be
-        resumed."""
+        """Run between two batches, of training and of evaluation.
+
+        Return True to stop: train() then raises Stopped with a state that can be resumed.
+        """
 
     def on_epoch(self, state):
-        """After every epoch; state.history is the history so far."""
+        """Run after every epoch; state.history is the history so far."""
 
     def on_save(self, state):
-        """Between two batches, every save_every seconds of the first process's clock, with a state that can be
-        resumed."""
+        """Run between two batches, every save_every seconds, with a state that can be resumed."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named TrainConfig, with the model, the images and the objective that go with it. The command line overrides it.
+    """A named TrainConfig, with the model, augmentation and loss that go with it.
 
-    train           a TrainConfig
-    model           the name in models.registry.MODELS that it was chosen for; None: any
-    small           whether it is meant for images of at most SMALL_SIDE pixels; None: for all
-    minutes         the shortest budget that it is meant for, on 2 cores in float32
-    smallest        the smallest side in pixels that its layers can take, after progressive_resize too
-    model_options   arguments of build_model
-    whiten          whether the first layer gets whitening filters (models.initialisation.whiten_first_layer)
-    batch_size      images of a step
-    augmentation    of small images in memory
-    label_smoothing fraction of the target that is spread over all classes
-    mixing          "none", "mixup" or "cutmix"
-    command         that measures it on CIFAR-10 (JPEG); expected: its result, "" where not measured (spread: the
-                    standard deviation over seeds, in points)
+    Options on the command line override it.
+
+    Parameters
+    ----------
+    train : TrainConfig
+    model : str, optional
+        Name in models.registry.MODELS of the model that the recipe is for. None: any model.
+    small : bool, optional
+        True: only for images of at most SMALL_SIDE pixels. False: only for larger ones. None: for both.
+    minutes : float
+        Shortest time, in minutes on 2 CPU cores in float32, for which choose_recipe picks the recipe.
+    smallest : int
+        Smallest side in pixels that the model's layers accept, counted before progressive_resize shrinks it.
+    model_options : dict
+        Arguments of build_model.
+    whiten : bool
+        Give the first layer whitening filters (models.initialisation.whiten_first_layer).
+    batch_size : int
+        Images in a step.
+    augmentation : Augmentation
+        Of small images in memory; photographs have their own (data.augmentation.train_transform).
+    label_smoothing : float
+        Fraction of the target that is spread evenly over all classes.
+    mixing : {"none", "mixup", "cutmix"}
+    command, expected : str
+        The command that measures the recipe and the test accuracy it reached; "" if not measured.
+
+    Raises
+    ------
+    InputError
+        If `mixing` is unknown.
     """
     train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=2e-3))
     model: str | None = None
@@ -149,10 +190,14 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, entries):
-        """The recipe with these entries of asdict(), read back from JSON or not. Raises InputError for entries that
-        this version does not know.
+        """Return the recipe with these entries, which asdict() made.
 
-        Older versions wrote the fields of `train` beside the others.
+        JSON may have turned tuples into lists, and older versions wrote the fields of `train` beside the others.
+
+        Raises
+        ------
+        InputError
+            If this version does not know an entry.
         """
         entries = dict(entries)
         try:
@@ -164,11 +209,11 @@ class Recipe:
             return cls(TrainConfig(**dict(train, progressive_resize=resize and tuple(resize))),
                        augmentation=Augmentation(**entries.pop("augmentation")), model_options=model_options, **entries)
         except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"the recipe of this run is not one that this version knows ({error}); go on with the "
-                             f"version that began it, or start a new run") from error
+            raise InputError(f"this version does not know the recipe of this run ({error}); resume with the version "
+                             f"that started the run, or start a new run") from error
 
     def describe(self, small=True):
-        """What it does, in one line; small: with images that are varied as `augmentation` says."""
+        """Return the recipe in one line of text; `small` adds the augmentation of small images."""
         a, t = self.augmentation, self.train
         parts = [f"{name} {value}" for name, value in self.model_options.items()]
         parts += [f"batches of {self.batch_size}", f"{t.optimizer} at {t.learning_rate:g}", t.schedule,
@@ -177,7 +222,7 @@ class Recipe:
         parts += [f"shift {a.shift:g}", flip, *[f"cutout {a.cutout:g}"] * bool(a.cutout)] if small else []
         if t.progressive_resize:
             scale, share = t.progressive_resize
-            parts.append(f"the first {share:.0%} of the steps at {scale:.0%} of the side")
+            parts.append(f"the first {share:.0%} of the steps at {scale:.0%} of the image side")
         parts += [self.mixing] * (self.mixing != "none")
         parts += [f"average {t.ema_decay}"] * bool(t.ema_decay) + ["whitened first layer"] * self.whiten
         return ", ".join(parts)
@@ -186,42 +231,64 @@ class Recipe:
 FAST_TRAIN = dict(learning_rate=2e-3, optimizer="muon", schedule="linear")
 FAST = dict(small=True, whiten=True, batch_size=128, augmentation=Augmentation(flip="alternating"))
 SMALLER_FIRST = TrainConfig(**FAST_TRAIN, progressive_resize=(0.75, 0.6))
+
+# Each recipe opens with the command that measures it and the test accuracy it reached, as in benchmarks/RESULTS.md: the
+# tables "shapes" (classic), "few-images" (fine_tuning) and "targets" (the others, on CIFAR-10 (JPEG)). The spread is
+# the standard deviation over the seeds, in points. The fast recipes were chosen on the validation images of CIFAR-10
+# (JPEG) on 2 CPU cores; the table "factors" shows what each change to them does.
 RECIPES = {
-    "classic": Recipe(),  # as in most scripts
-    "fine_tuning": Recipe(TrainConfig(learning_rate=5e-4)),
-    "vit_nano_fast": Recipe(SMALLER_FIRST, "vit_nano", model_options=dict(pool="mean", init="mimetic"), **FAST,
-                            command="python train_vit.py --data-dir CIFAR --minutes 10",
-                            expected="75.0% of the test images (three seeds, spread 0.5), 2 cores with AVX2"),
-    "hybrid_fast": Recipe(SMALLER_FIRST, "hybrid", **FAST,
-                          model_options=dict(stem="pooled", patch_size=8, embed_dim=128, depth=2, n_heads=4,
-                                             pool="mean", init="mimetic"),
-                          command="python train_vit.py --data-dir CIFAR --minutes 10 --model hybrid",
-                          expected="83.7% of the test images (three seeds, spread 0.3), 2 cores with AVX2; 86.1% "
-                                   "after 30 minutes (one seed); 86.2% (three seeds, spread 0.2) after 10 with "
-                                   "AVX512-BF16"),
-    "convnet_fast": Recipe(SMALLER_FIRST, "convnet", smallest=16, **FAST,
-                           model_options=dict(block="pooled", widths=(32, 64, 128)),
-                           command="python train_vit.py --data-dir CIFAR --minutes 2 --model convnet"),
-    "convnet_wide": Recipe(TrainConfig(**FAST_TRAIN), "convnet", minutes=8, smallest=9, **FAST,
-                           model_options=dict(block="pooled", widths=(48, 96, 192)),
-                           command="python train_vit.py --data-dir CIFAR --minutes 10 --model convnet",
-                           expected="85.9% of the test images (three seeds, spread 0.3), 2 cores with AVX2"),
-    "convnet_wider": Recipe(TrainConfig(**FAST_TRAIN), "convnet", minutes=16, smallest=9, **FAST,
-                            model_options=dict(block="pooled", widths=(64, 128, 256)),
-                            command="python train_vit.py --data-dir CIFAR --minutes 10 --model convnet --amp bf16",
-                            expected="87.7% of the test images (one seed), 2 cores with AVX512-BF16"),
+    "classic": Recipe(
+        command="python train_vit.py --recipe classic",
+        expected="66.2% on the built-in shapes in 2 minutes (three seeds, spread 8.0), 2 cores, float32"),
+    "fine_tuning": Recipe(
+        command="python benchmarks/few_images.py --data-dir CIFAR",
+        expected="62.8% from 450 training images of five classes (three seeds, spread 2.6), 2 cores, float32",
+        train=TrainConfig(learning_rate=5e-4)),
+    "vit_nano_fast": Recipe(
+        command="python train_vit.py --data-dir CIFAR --minutes 10",
+        expected="75.0% (three seeds, spread 0.5), 2 cores, float32",
+        train=SMALLER_FIRST, model="vit_nano", model_options=dict(pool="mean", init="mimetic"), **FAST),
+    "hybrid_fast": Recipe(
+        command="python train_vit.py --data-dir CIFAR --minutes 10 --model hybrid",
+        expected="83.7% (three seeds, spread 0.3), 2 cores, float32; 86.2% (three seeds, spread 0.2) with AVX512-BF16, "
+                 "bfloat16; 86.1% (one seed) in 30 minutes, float32",
+        train=SMALLER_FIRST, model="hybrid",
+        model_options=dict(stem="pooled", patch_size=8, embed_dim=128, depth=2, n_heads=4, pool="mean", init="mimetic"),
+        **FAST),
+    "convnet_fast": Recipe(
+        command="python train_vit.py --data-dir CIFAR --minutes 2 --model convnet",
+        expected="",  # not measured
+        train=SMALLER_FIRST, model="convnet", smallest=16, model_options=dict(block="pooled", widths=(32, 64, 128)),
+        **FAST),
+    "convnet_wide": Recipe(
+        command="python train_vit.py --data-dir CIFAR --minutes 10 --model convnet",
+        expected="85.9% (three seeds, spread 0.3), 2 cores, float32",
+        train=TrainConfig(**FAST_TRAIN), model="convnet", minutes=8, smallest=9,
+        model_options=dict(block="pooled", widths=(48, 96, 192)), **FAST),
+    "convnet_wider": Recipe(
+        command="python train_vit.py --data-dir CIFAR --minutes 10 --model convnet --amp bf16",
+        expected="87.7% (one seed), 2 cores with AVX512-BF16, bfloat16",
+        train=TrainConfig(**FAST_TRAIN), model="convnet", minutes=16, smallest=9,
+        model_options=dict(block="pooled", widths=(64, 128, 256)), **FAST),
 }
-HALF_COUNTS = 2  # minutes in float32 that one in bfloat16 counts as: 2 cores with AVX512-BF16 are 1.4 to 2 times faster
+HALF_COUNTS = 2  # a minute in half precision counts as this many in float32; measured: 1.4 to 2 with AVX512-BF16
 
 
 def choose_recipe(model, img_size, minutes=None, start="new", precision=None):
-    """The name in RECIPES for a model (its name) and a budget in minutes: of those that fit, the one with the most
-    `minutes`. Without a budget that is the one with the most minutes of all.
+    """Return the name of the recipe for a model and a budget: the fitting one with the largest `minutes`.
 
-    img_size   a side or (height, width) in pixels
-    start      "new": all weights; "pretrained": weights that were trained before; "head": those with a new head, which
-               alone is trained
-    precision  the autocast type of the training; None: float32
+    Parameters
+    ----------
+    model : str
+        Name of the model.
+    img_size : int or (int, int)
+        Side, or (height, width), in pixels.
+    minutes : float, optional
+        Length of the training. None: no limit.
+    start : {"new", "pretrained", "head"}
+        Train new weights, fine-tune trained ones, or train only a new head on trained ones.
+    precision : torch.dtype, optional
+        Autocast type of the training. None: float32.
     """
     if minutes is not None and precision is not None:
         minutes = HALF_COUNTS * minutes

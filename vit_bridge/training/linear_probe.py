@@ -1,7 +1,7 @@
-"""Linear classifiers: on the pixels, as a control; and a head on the features of a frozen backbone.
+"""Linear classifiers: linear_classifier on pixels, as a baseline, and feature_loaders for a head on a frozen backbone.
 
-Shapes:  B images of a batch, N images of a set, C channels, K classes, D features that the
-         head reads, F pixel features.
+Shapes:  B images in a batch, N images in a set, C channels, K classes, D features that the head reads, F pixel
+         features.
 """
 
 import torch
@@ -13,21 +13,34 @@ from vit_bridge.data.loaders import DatasetLoader
 from vit_bridge.errors import InputError
 from vit_bridge.runtime import evaluating, explain_out_of_memory
 
-# Strengths that linear_classifier tries, as multiples of the mean square of a feature.
+# Penalties that linear_classifier tries, as multiples of the mean squared feature.
 RIDGES = (0.01, 0.1, 1.0, 10.0)
 
 
 @torch.no_grad()
 def linear_classifier(train_loader, val_loader, test_loader=None, max_images=20_000):
-    """The control beside every trained accuracy: a linear classifier on the pixels, without features.
+    """Fit a linear classifier on the pixels, the baseline for every trained accuracy.
 
-    Ridge regression from pixels to one-hot classes, the images averaged down to at most 32 x 32; the strength,
-    one of RIDGES, is the best on the validation images (the largest among equals), and the test images are read
-    once, after that choice. A loader yields images (B, C, height, width), labels (B,), and has class_names.
-    At most max_images training images, the first that the loader gives, are used.
+    This is ridge regression from pixels, averaged down to at most 32 x 32, to one-hot classes. The penalty is the one
+    of RIDGES with the best validation accuracy, the largest on a tie. The test images are read once, after that choice.
 
-    Returns a dict: val_acc and test_acc in 0..1, test_correct, test_n, ridge. Without a test_loader its three
-    are None. Raises InputError where a loader gives no images.
+    Parameters
+    ----------
+    train_loader, val_loader, test_loader : iterable
+        Batches of images (B, C, H, W) and labels (B); train_loader has class_names. test_loader may be None.
+    max_images : int
+        Use at most this many training images, the first that the loader yields.
+
+    Returns
+    -------
+    dict
+        val_acc and test_acc from 0 to 1, test_correct, test_n and ridge. Without a test_loader the test values are
+        None.
+
+    Raises
+    ------
+    InputError
+        If a loader yields no images.
     """
     n_classes = len(train_loader.class_names)
     gram, moments, n = None, None, 0
@@ -36,17 +49,17 @@ def linear_classifier(train_loader, val_loader, test_loader=None, max_images=20_
         y = F.one_hot(labels[:len(x)], n_classes).to(x)  # (B, K)
         if gram is None:
             gram, moments = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1], n_classes)
-        gram.addmm_(x.T, x)  # (F, F), the sum of x^T x over the batches
+        gram.addmm_(x.T, x)  # (F, F)
         moments.addmm_(x.T, y)  # (F, K)
         n += len(x)
         if n >= max_images:
             break
     if n == 0:
-        raise InputError("the training loader gave 0 images; expected at least one batch, check the data")
+        raise InputError("the training loader gave 0 images; expected at least one batch, so check the data")
     gram, moments = gram.cpu().double(), moments.cpu().double()
-    mean_square = max(gram.diagonal()[:-1].mean().item(), 1e-12)  # images of nothing but zeros have a solution too
+    mean_square = max(gram.diagonal()[:-1].mean().item(), 1e-12)  # so that all-black images have a solution too
     penalty = torch.full((len(gram),), mean_square, dtype=torch.float64)  # (F)
-    penalty[-1] = 0  # the constant is free
+    penalty[-1] = 0  # no penalty on the constant
     ridges = sorted(RIDGES, reverse=True)
     factors = (torch.linalg.cholesky(gram + torch.diag(ridge * penalty)) for ridge in ridges)  # each (F, F)
     weights = [torch.cholesky_solve(moments, factor) for factor in factors]  # each (F, K)
@@ -60,31 +73,31 @@ def linear_classifier(train_loader, val_loader, test_loader=None, max_images=20_
 
 
 def _pixel_features(images):
-    """(B, C, height, width) -> (B, F): the pixels of at most 32 x 32, and a constant 1 at the end."""
+    """Return the pixels of images (B, C, H, W) averaged down to at most 32 x 32, and a constant 1: (B, F)."""
     size = [min(side, 32) for side in images.shape[2:]]
-    if images.device.type == "mps":  # which pools only to sizes that divide
+    if images.device.type == "mps":  # MPS only pools to sizes that divide the image's
         images = images.cpu()
     pixels = F.adaptive_avg_pool2d(images.float(), size).flatten(1)  # (B, F - 1)
     return F.pad(pixels, (0, 1), value=1.0)  # (B, F)
 
 
 def _count_correct(weights, loader):
-    """(how many images each of the weight matrices (F, K) gets right, how many images there are)."""
+    """Return ([images that each weight matrix (F, K) classifies correctly], number of images)."""
     weights = torch.stack(weights).float()  # (classifiers, F, K)
     correct, n = torch.zeros(len(weights), dtype=torch.long), 0
     for images, labels in loader:
-        answers = (_pixel_features(images).cpu() @ weights).argmax(dim=-1)  # (classifiers, B)
-        correct += (answers == labels.cpu()).sum(dim=1)
+        predicted = (_pixel_features(images).cpu() @ weights).argmax(dim=-1)  # (classifiers, B)
+        correct += (predicted == labels.cpu()).sum(dim=1)
         n += len(labels)
     if n == 0:
-        raise InputError("a validation or test loader gave 0 images; expected at least one batch, check the data")
+        raise InputError("a validation or test loader gave 0 images; expected at least one batch, so check the data")
     return correct.tolist(), n
 
 
 class FeatureLoader(DatasetLoader):
-    """Batches of features (B, D) and labels (B,) of the images of another loader, in memory, never augmented.
+    """A loader of features (B, D) and labels (B), held in memory and never augmented.
 
-    features: (N, D), in the order of labels (N,). Order, shards and positions are those of a DatasetLoader.
+    `features` (N, D) are in the order of `labels` (N). Order, shards and positions are those of a DatasetLoader.
     """
 
     def __init__(self, features, labels, source):
@@ -92,7 +105,7 @@ class FeatureLoader(DatasetLoader):
         self.features = features
 
     def to(self, device):
-        """Moves the features to the device. Returns the loader."""
+        """Move the features to the device and return the loader."""
         self.features, self.labels = self.features.to(device), self.labels.to(device)
         return self
 
@@ -103,10 +116,15 @@ class FeatureLoader(DatasetLoader):
 
 
 def feature_loaders(model, loaders, device):
-    """A FeatureLoader for each loader: what the model's head reads of its images, each computed once.
+    """Return a FeatureLoader for each loader, with what the model's head reads of its images, each computed once.
 
-    The model is moved to the device; its head, which must be one module named `head`, is not used. Files that
-    could not be read are listed in the `skipped` of these loaders.
+    Parameters
+    ----------
+    model : Module
+        Moved to the device. Its head must be one module named `head`, and is not used.
+    loaders : sequence of DatasetLoader
+        Files that cannot be read are added to their `skipped`.
+    device : torch.device
     """
     made = []
     for loader in loaders:
@@ -118,15 +136,15 @@ def feature_loaders(model, loaders, device):
 
 @torch.no_grad()
 def _head_inputs(model, loader, device):
-    """(features (N, D), labels (N,)) of a loader's images, on the CPU: what the model's head reads, in eval mode."""
+    """Return (features (N, D), labels (N)) of a loader's images on the CPU; the model runs in eval mode."""
     head, model.head = model.head, nn.Identity()
     features, labels = [], []
     try:
         with evaluating(model):
-            for images, answers in tqdm(loader.to(device), desc="features", unit="batch", leave=False, disable=None):
+            for images, targets in tqdm(loader.to(device), desc="features", unit="batch", leave=False, disable=None):
                 with explain_out_of_memory(device, len(images)):
                     features.append(model(images).cpu())  # (B, D)
-                labels.append(answers.cpu())
+                labels.append(targets.cpu())
     finally:
         model.head = head
     return torch.cat(features), torch.cat(labels)  # (N, D), (N)

@@ -1,4 +1,7 @@
-"""From gradients to a step: the learning rate, the groups of parameters, Muon beside AdamW, the average of weights.
+"""From gradients to a step: learning-rate schedule, parameter groups, optimisers and the average of the weights.
+
+make_optimizer builds AdamW, or Muon beside AdamW; learning_rate_at is the schedule; update_average keeps a moving
+average of the weights; layer_lr_scales gives early layers smaller learning rates.
 
 Shapes:  R rows and Q columns of a matrix, M matrices of one shape.
 """
@@ -13,11 +16,15 @@ from vit_bridge.models.protocol import ask, class_name, is_ours, layer_groups
 
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear")
-MUON_LR_SCALE = 5.0  # Muon's learning rate over AdamW's
+MUON_LR_SCALE = 5.0  # Muon's learning rate divided by AdamW's
 
 
 def learning_rate_at(step, n_steps, warmup_steps, peak, schedule="cosine"):
-    """The learning rate of step 0 .. n_steps - 1: a linear rise to the peak, then half a cosine, or a line, to 0."""
+    """Return the learning rate of a step, from 0 to n_steps - 1.
+
+    It rises linearly and reaches the peak in the last warm-up step. Then it falls along half a cosine, or a line,
+    which would reach 0 in step n_steps.
+    """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, n_steps - warmup_steps)
@@ -25,11 +32,16 @@ def learning_rate_at(step, n_steps, warmup_steps, peak, schedule="cosine"):
 
 
 def parameter_groups(model, weight_decay, lr_scales=None):
-    """The trainable parameters in groups for an optimiser: with weight decay and without, by lr_scale.
+    """Return the trainable parameters in groups for an optimiser: by weight decay and by factor on the learning rate.
 
-    Without decay are vectors (biases, norms), what is added to every image alike (positions and tokens: a first
-    dimension of one), and what the model's no_weight_decay names. lr_scales: {name of a parameter: what the learning
-    rate is multiplied by}, 1 for the others; each group carries its own as "lr_scale".
+    Weight decay is 0 for vectors (biases, norms), for what is added to every image alike (positions and tokens, whose
+    first dimension is 1), and for the parameters that the model's no_weight_decay names. `lr_scales` is {parameter
+    name: factor}, with 1 for the others; a group stores its factor as "lr_scale".
+
+    Raises
+    ------
+    InputError
+        If the model has no trainable parameter.
     """
     groups = {}
     for name, p in model.named_parameters():
@@ -45,11 +57,15 @@ def parameter_groups(model, weight_decay, lr_scales=None):
 
 @torch.no_grad()
 def update_average(average, model, step, decay):
-    """Moves the weights of `average` towards those of the model: w <- d w + (1 - d) w_model.
+    """Move the weights of `average` towards those of the model: w <- d w + (1 - d) w_model.
 
-    d is the decay, but at most (1 + step) / (10 + step), so that the first steps are forgotten soon. Whole numbers
-    (BatchNorm's count of batches) are copied. Polyak and Juditsky 1992, "Acceleration of Stochastic Approximation by
-    Averaging".
+    d is min(decay, (1 + step) / (10 + step)): the early, bad weights are soon forgotten. Buffers of floating-point
+    numbers, such as batch statistics, are averaged too; whole numbers, such as BatchNorm's count of batches, are
+    copied.
+
+    References
+    ----------
+    Polyak and Juditsky 1992, "Acceleration of Stochastic Approximation by Averaging", whose average is uniform.
     """
     weight = 1 - min(decay, (1 + step) / (10 + step))
     pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
@@ -64,18 +80,35 @@ def update_average(average, model, step, decay):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon, for the hidden matrices of a model: each step moves a matrix in all directions alike.
+    """Muon, an optimiser for the hidden matrices of a model.
 
-    Of the momentum U S V^T of a matrix the step is about U V^T, all of whose singular values are 1 (Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon), so scaled that a learning rate means what it means for AdamW: 0.2 of it is the
-    root mean square of the step over the entries (Liu et al. 2025, "Muon is Scalable for LLM Training", Eq. 4).
+    Let U S V^T be the singular value decomposition of a matrix's momentum. Gradient descent would step along it, mostly
+    in the few directions with large singular values. Muon steps along about U V^T instead, in which those directions
+    have the same length (see orthogonal).
 
-    Each group may have "n_splits": each of its matrices is split along the rows into this many, 3 for q, k and v in
-    one, each a matrix of its own. A convolution's kernel is the matrix with a row for each channel that it gives.
+    Parameters
+    ----------
+    groups : list of dict
+        Groups of parameters, each a matrix (R, Q) or a convolution kernel, which counts as a matrix with one row for
+        each output channel. "n_splits" in a group splits each of its matrices along the rows: 3 for a matrix that
+        holds the queries, keys and values, so that each of the three is orthogonalised by itself.
+    lr : float
+        Learning rate. The step of a full-rank matrix has a root mean square of about 0.2 lr, near that of AdamW.
+    momentum : float
+        Nesterov momentum.
+    weight_decay : float
+        Decoupled weight decay.
 
-    torch.optim.Muon takes neither kernels nor splits, and multiplies in bfloat16, for which many CPUs have no
-    instructions: on one of them its step took 361 ms, ours 16 (benchmarks/RESULTS.md#steps). Here it is bfloat16 on
-    CUDA alone, and matrices of one shape are multiplied together.
+    Notes
+    -----
+    torch.optim.Muon accepts neither kernels nor splits, and it multiplies in bfloat16, which is slow on a CPU without
+    bfloat16 instructions: there its step took 361 ms, and this one 16 ms (benchmarks/RESULTS.md#steps). This class uses
+    bfloat16 only on CUDA, and multiplies all matrices of one shape together.
+
+    References
+    ----------
+    Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+    Liu et al. 2025, "Muon is Scalable for LLM Training", Eq. 4: the factor 0.2 sqrt(max(R, Q)).
     """
 
     def __init__(self, groups, lr=1e-2, momentum=0.95, weight_decay=0.0):
@@ -83,6 +116,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """Update all parameters that have a gradient."""
         by_shape = defaultdict(list)  # (R, Q): parts of parameters, their updates, their learning rates
         for group in self.param_groups:
             self.collect(group, by_shape)
@@ -92,7 +126,7 @@ class Muon(torch.optim.Optimizer):
                 part.add_(update.view(part.shape), alpha=-lr * 0.2 * math.sqrt(max(R, Q)))
 
     def collect(self, group, by_shape):
-        """Decays the group's weights, moves their momentum, and adds what is to be made orthogonal to by_shape."""
+        """Decay the group's weights, update their momentum, and add the matrices to orthogonalise to by_shape."""
         weights = [p for p in group["params"] if p.grad is not None]
         if not weights:
             return
@@ -108,9 +142,16 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices, n_rounds=5):
-    """About U V^T of each matrix U S V^T of (M, R, Q): its singular values all become 0.7 to 1.2.
+    """Push the singular values of matrices (M, R, Q) towards 1, by Newton-Schulz iterations.
 
-    Newton-Schulz: X <- a X + b (X X^T) X + c (X X^T)^2 X, with Jordan's coefficients, which lift small values fastest.
+    Each round computes X <- a X + b (X X^T) X + c (X X^T)^2 X. This keeps the singular vectors of X and maps each
+    singular value s to a s + b s^3 + c s^5. X starts with a Frobenius norm of 1, so that every s is at most 1. After
+    five rounds a value that started above 0.0015 lies between 0.68 and 1.21. A smaller one has grown by a factor of at
+    most a^5 = 485, so those near zero stay small, and a matrix of low rank keeps its low rank. More than 80% of the
+    singular values of a random 96 x 96 matrix end between 0.7 and 1.2, but only 8% of those of a matrix of rank 8.
+
+    The coefficients are Jordan's: a large slope at 0 lifts small values in few rounds, and the values never settle at
+    exactly 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     X = matrices.bfloat16() if matrices.is_cuda else matrices
@@ -120,11 +161,11 @@ def orthogonal(matrices, n_rounds=5):
     for _ in range(n_rounds):
         A = X @ X.transpose(1, 2)  # (M, R, R)
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # (M, R, Q)
-    return (X.transpose(1, 2) if tall else X).to(matrices.dtype)  # (M, R, Q) as given
+    return (X.transpose(1, 2) if tall else X).to(matrices.dtype)  # (M, R, Q)
 
 
 class CombinedOptimizer:
-    """Two optimisers as one, each for its own parameters."""
+    """Several optimisers behind the interface of one, each with its own parameters."""
 
     def __init__(self, *optimizers):
         self.optimizers = optimizers
@@ -153,11 +194,11 @@ class CombinedOptimizer:
 
 
 def hidden_matrices(model):
-    """{parameter: n_splits} of the trainable matrices and convolution kernels between hidden layers, for Muon.
+    """Return {parameter: n_splits} of the trainable matrices and kernels that Muon updates.
 
-    Not among them: the first, which meets the pixels; the heads and what no_muon names (models/protocol.py); and what
-    is added to every image alike (tokens, positions: a first dimension of one). n_splits is 3 for q, k and v in one, by
-    the name qkv.
+    These are the weights between hidden layers. Left to AdamW are the first weight, which reads the pixels, the heads,
+    the parameters that no_muon names (models/protocol.py), and what is added to every image alike (tokens, positions).
+    n_splits is 3 for a weight named qkv, which holds the queries, keys and values.
     """
     weights = [(name, p) for name, p in model.named_parameters() if name.endswith("weight") and p.ndim in (2, 4)]
     return {p: 3 if name.endswith("qkv.weight") else 1 for name, p in weights[1:]
@@ -166,9 +207,22 @@ def hidden_matrices(model):
 
 
 def make_optimizer(name, model, weight_decay, lr_scales=None):
-    """The optimiser `name`, of OPTIMIZERS, over a model's trainable parameters; groups as parameter_groups has them.
+    """Return an optimiser over a model's trainable parameters.
 
-    With "muon" the hidden matrices go to Muon, at MUON_LR_SCALE times the learning rate, and the rest to AdamW.
+    Parameters
+    ----------
+    name : {"adamw", "muon"}
+        "muon" updates the hidden matrices with Muon, at MUON_LR_SCALE times the learning rate, and the rest with AdamW.
+    model : Module
+    weight_decay : float
+        Each step shrinks a weight by learning rate times weight decay. See parameter_groups for the exceptions.
+    lr_scales : dict, optional
+        {parameter name: factor on its learning rate}.
+
+    Raises
+    ------
+    InputError
+        If the name is unknown, or the model has no trainable parameter.
     """
     check_choice("optimizer", name, OPTIMIZERS)
     groups = parameter_groups(model, weight_decay, lr_scales)
@@ -186,13 +240,22 @@ def make_optimizer(name, model, weight_decay, lr_scales=None):
 
 
 def layer_lr_scales(model, decay):
-    """{name of a parameter: decay to the power of the layers between it and the head}, for TrainConfig.lr_scales.
+    """Return {parameter name: decay ** (layers between it and the head)}, for TrainConfig.lr_scales.
 
-    Layers are what comes before the blocks (patch embedding or stem, tokens, positions), each block or stage, and
-    last, with scale 1, the head with the norm before it. Clark et al. 2020 (ELECTRA), for ViTs Bao et al. 2022
-    (BEiT). Raises InputError for a model without layers().
+    The first layer is everything before the blocks: patch embedding or stem, tokens and positions. Each block or stage
+    is a layer, and the head with the norm before it is the last, with a factor of 1.
+
+    Raises
+    ------
+    InputError
+        If the model does not name its layers.
+
+    References
+    ----------
+    Clark et al. 2020, ELECTRA; for ViTs Bao et al. 2022, BEiT.
     """
     if not is_ours(model):
-        raise InputError(f"a {class_name(model)} has no layers whose learning rates could decay; leave out layer decay")
+        raise InputError(f"a {class_name(model)} does not name its layers, so layer decay does not apply to it; leave "
+                         f"out layer decay")
     groups, n_layers = layer_groups(model), len(model.layers())
     return {name: decay ** (n_layers - layer) for name, layer in groups.items()}

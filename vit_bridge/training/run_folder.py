@@ -1,14 +1,11 @@
-"""A run's folder: its files, the options that may change when a run goes on, and the Saver that writes the files.
+"""The folder of a run: its files, the options that may change on a resume, and the Saver that writes the files.
 
-config.json holds the options, last.pt the state of the training, best.pt the best model, history.csv a line an epoch.
+config.json holds the options, last.pt the state of the training, best.pt the model of the best epoch, and history.csv
+one line per epoch. last.pt is a checkpoint (weights.checkpoints.save_model) with the entries of config.json and
+"training", which is TrainState.state_dict() with the best epoch and the seconds so far.
 
-last.pt is a checkpoint (vit_bridge.weights.checkpoints.save_model) of the trained weights, with these entries more:
-
-    options, recipe, n_steps, ...   as in config.json
-    training                        train_vit.TrainState.state_dict(), the best epoch and the seconds so far
-
-Files of older versions are understood in four places: OLD_NAMES here, Recipe.from_dict, TrainState.load_state_dict
-and, for runs older than recipes, train_vit._before_recipes.
+Files of older versions are read by OLD_NAMES, Recipe.from_dict, TrainState.load_state_dict and, for runs older than
+recipes, train_vit._of_any_version.
 """
 
 import csv
@@ -28,7 +25,7 @@ from vit_bridge.weights.checkpoints import read_checkpoint, save_model
 
 
 def on_cpu(entries):
-    """The same nested dicts and lists, with copies of their tensors on the CPU: the training goes on in its own."""
+    """Return nested dicts and lists with copies of their tensors on the CPU, which further training does not change."""
     if isinstance(entries, torch.Tensor):
         return entries.detach().to("cpu", copy=True)
     if isinstance(entries, dict):
@@ -37,11 +34,11 @@ def on_cpu(entries):
 
 
 CONFIG, LAST, BEST, HISTORY_TABLE, LOCK = "config.json", "last.pt", "best.pt", "history.csv", ".lock"
-# What may be another when a run goes on: where it computes and in how many parts, where its images lie, what it skips.
+# Options that may change on a resume: where and in how many parts it computes, where its images are, what it skips.
 CHANGEABLE = ("resume", "output_dir", "data_dir", "device", "num_workers", "skip_corrupt", "save_minutes", "compile",
               "grad_accum_steps", "grad_checkpointing")
 
-# What older versions wrote in config.json and last.pt, and what it is called now.
+# Names that older versions wrote in config.json and last.pt, and their names now.
 OLD_NAMES = {
     "options": {"accumulate": "grad_accum_steps", "workers": "num_workers"},
     "recipe": {"options": "model_options", "low": "progressive_resize", "model_ema": "ema_decay"},
@@ -51,16 +48,19 @@ OLD_NAMES = {
 
 
 def renamed(entries, section):
-    """The entries, nested dicts and lists, with their keys renamed by OLD_NAMES[section]."""
+    """Return nested dicts and lists with their keys renamed by OLD_NAMES[section]."""
     if isinstance(entries, dict):
         return {OLD_NAMES[section].get(key, key): renamed(value, section) for key, value in entries.items()}
     return [renamed(value, section) for value in entries] if isinstance(entries, list) else entries
 
 
 def lock_folder(folder):
-    """The open lock file of a folder: as long as it is open, no other process can lock it.
+    """Lock a folder and return the open lock file; the lock lasts as long as the file is open.
 
-    Raises InputError where another process has locked it.
+    Raises
+    ------
+    InputError
+        If another process holds the lock.
     """
     file = open(folder / LOCK, "w")  # noqa: SIM115 - it stays open
     try:
@@ -79,45 +79,63 @@ def lock_folder(folder):
 
 
 def folder_to_resume(resume, output_dir):
-    """The folder of the run that --resume means; it may not be there yet where --output-dir alone names it.
+    """Return the folder of the run that --resume names.
 
-    resume: True where --resume stands alone, else the run's folder or its last.pt. Raises InputError where there is
-    no such run.
+    Parameters
+    ----------
+    resume : str or True
+        The run's folder or its last.pt; True for --resume without a value, which takes --output-dir. That folder may
+        not exist yet.
+    output_dir : str, optional
+
+    Raises
+    ------
+    InputError
+        If there is no run, or the two options contradict each other.
     """
     if resume is True:
         if output_dir is None:
-            raise InputError("--resume alone does not say which run; expected its folder, --resume runs/NAME, or "
-                             "beside it the run's own --output-dir")
+            raise InputError("--resume alone does not say which run; give its folder, --resume runs/NAME, or add "
+                             "the run's --output-dir")
         folder = Path(output_dir)
         if folder.is_dir() and not holds_run(folder) and any(
                 entry.name[0] != "." and entry.suffix != ".part" for entry in folder.iterdir()):
-            raise InputError(f"--output-dir {folder} holds files, and no run to go on with; choose a new folder")
+            raise InputError(f"--output-dir {folder} holds files but no run to resume; choose a new folder")
         return folder
     path = Path(resume)
     folder = path.parent if path.name == LAST and not path.is_dir() else path
     if path.is_file() and path.name != LAST:
-        raise InputError(f"--resume {resume} is no run's folder and no {LAST}, which holds the state of the training; "
-                         f"give one of them, or start a new run from these weights: --pretrained {resume}")
+        raise InputError(f"--resume {resume} is neither a run's folder nor its {LAST}, which holds the state of the "
+                         f"training; give one of these, or start a new run from these weights with --pretrained "
+                         f"{resume}")
     if not holds_run(folder):
-        raise InputError(f"--resume {resume}: there is no run; expected a folder with {LAST} or {CONFIG}")
+        raise InputError(f"--resume {resume}: there is no run there; expected a folder with {LAST} or {CONFIG}")
     if output_dir is not None and Path(output_dir).resolve() != folder.resolve():
-        raise InputError(f"--output-dir {output_dir} is not the folder of --resume {resume}; leave it out, as a run "
-                         f"goes on in its own folder")
+        raise InputError(f"--output-dir {output_dir} is not the folder of --resume {resume}; leave it out, because "
+                         f"a run resumes in its own folder")
     return folder
 
 
 def holds_run(folder):
+    """Return whether a folder has a last.pt or a config.json."""
     return any((folder / name).is_file() for name in (LAST, CONFIG))
 
 
 def read_run(folder):
-    """The entries of last.pt in a folder; before there is one, those of config.json; None where there is neither.
-    Options and recipe have today's names."""
+    """Return the entries of a folder's last.pt, or of its config.json before the first checkpoint, or None.
+
+    Options and recipe get today's names.
+
+    Raises
+    ------
+    InputError
+        If the file is damaged or does not belong to a training.
+    """
     entries = _read_config(folder)
     if (folder / LAST).is_file():
         entries = read_checkpoint(folder / LAST)
         if not {"options", "n_steps", "training"} <= entries.keys():
-            raise InputError(f"{folder / LAST} holds no state of a training; expected one that train_vit.py wrote. "
+            raise InputError(f"{folder / LAST} holds no training state; expected one that train_vit.py wrote. "
                              f"--pretrained {folder / LAST} starts a new run from its weights")
     if entries is None:
         return None
@@ -126,7 +144,7 @@ def read_run(folder):
 
 
 def _read_config(folder):
-    """The entries of config.json, or None where there is none. Raises InputError where it is not that of a run."""
+    """Return the entries of config.json, or None without one; raise InputError if it is not the config of a run."""
     try:
         entries = json.loads((folder / CONFIG).read_text())
     except FileNotFoundError:
@@ -134,14 +152,14 @@ def _read_config(folder):
     except ValueError as error:
         raise InputError(f"{folder / CONFIG} is damaged ({error}); choose another --output-dir") from error
     if not isinstance(entries, dict) or not {"options", "n_steps", "n_images", "class_names"} <= entries.keys():
-        raise InputError(f"{folder / CONFIG} is not that of a training run; choose another --output-dir")
+        raise InputError(f"{folder / CONFIG} is not the config of a training run; choose another --output-dir")
     for name, value in entries["options"].items():
         entries["options"][name] = tuple(value) if isinstance(value, list) else value  # JSON has no pairs
     return entries
 
 
 def device_to_resume(options):
-    """The device that the options ask for; if they resume a run and name none, the run's."""
+    """Return the device in the options, or the resumed run's device if --device was not given."""
     if options.resume and "device" not in options.given:
         config = _read_config(folder_to_resume(options.resume, options.output_dir))
         return config["options"]["device"] if config else options.device
@@ -149,51 +167,76 @@ def device_to_resume(options):
 
 
 def options_to_resume(given, saved):
-    """The options of a resumed run: the saved ones, except those that may change and were given.
+    """Return the options of a resumed run: the saved ones, updated by the given ones that may change.
 
-    given: {name: value} of those on the command line. Raises InputError for one that would make another run of it.
+    `given` is {name: value} of the options on the command line.
+
+    Raises
+    ------
+    InputError
+        If a given option differs from the run's and is not one of CHANGEABLE.
     """
     for name, value in given.items():
         if name not in CHANGEABLE and value != saved.get(name):  # tuples both, if there are several
             flag = f"--{name.replace('_', '-')}"
-            own = "which had none" if saved.get(name) is None else f"{saved[name]}"
-            raise InputError(f"{flag} {value} is not that of the run, {own}; leave {flag} out to go on "
-                             f"with it, or start a new run, from its weights with --pretrained")
+            before = saved.get(name)
+            own = f"the run, which was started without {flag}" if before is None else f"the run's {before}"
+            raise InputError(f"{flag} {value} differs from {own}; leave {flag} out to resume the run, or start a new "
+                             f"run from its weights with --pretrained")
     return {**saved, **{name: value for name, value in given.items() if name in CHANGEABLE}}
 
 
 def changes_since(saved, class_names, n_images, n_processes, **files):
-    """A list of warnings about what has changed since a resumed run began. Raises InputError where the classes differ.
+    """Return warnings about what has changed since a resumed run started.
 
-    files: fingerprints of the files of each set, by the name under which the run keeps them.
+    `files` are fingerprints of the files of each set, by the name under which the run stores them.
+
+    Raises
+    ------
+    InputError
+        If the classes differ.
     """
     if saved["class_names"] != class_names:
-        raise InputError(f"the classes of the images, {', '.join(class_names)}, are not those of the run, "
-                         f"{', '.join(saved['class_names'])}; give the --data-dir that it had")
+        raise InputError(f"the images have the classes {_some(class_names)}, but the run has "
+                         f"{_some(saved['class_names'])}; give the run's own --data-dir")
     changes = []
     for name, now in (("training images", n_images), ("processes", n_processes)):
         before = saved.get(f"n_{name.split()[-1]}", now)
         if before != now:
-            changes.append(f"there are {now:,} {name}, and the run had {before:,}: it goes on, but does not end as it "
-                           f"would have ended without the change")
+            changes.append(f"there are {now:,} {name}, but the run started with {before:,}; it continues, but its "
+                           f"result will differ from that of an unchanged run")
     for name, now in files.items():
         if saved.get(name, now) != now and not changes:
-            changes.append(f"the {name.replace('_', ' ')} or their classes are others than when the run began: it goes "
-                           f"on, but does not end as it would have ended without the change")
+            changes.append(f"the {name.replace('_', ' ')} or their classes have changed since the run started; it "
+                           f"continues, but its result will differ from that of an unchanged run")
     return changes
 
 
+def _some(names):
+    """Return up to eight names in one line of text."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
 class Saver(Callback):
-    """Writes the files of a run, and prints epochs, at most one a second.
+    """A Callback that writes the files of a run and prints the epochs, at most one per second.
 
-    folder, model   where, and the whole model as it is to be saved
-    preprocessing   of the checkpoints
-    config          further entries of last.pt; best.pt gets the options among them, and validation_files
-    objective       says which epoch is the best one, and how its values are printed
-    head_only       whether model.head alone is trained
-    resumed         the training entries of last.pt of a resumed run, or None
+    Writing takes at most about a tenth of the time: several short epochs share one checkpoint.
 
-    Writing takes at most about a tenth of the time: short epochs are written together.
+    Parameters
+    ----------
+    folder : Path
+    model : Module
+        The whole model, as it is to be saved.
+    preprocessing : Preprocessing
+        Of the checkpoints.
+    config : dict
+        Further entries of last.pt; best.pt gets `options` and `validation_files` of them.
+    objective : Objective
+        Chooses the best epoch and formats the values to print.
+    head_only : bool
+        Whether only model.head is trained.
+    resumed : dict, optional
+        The "training" entry of the last.pt of a resumed run.
     """
 
     def __init__(self, folder, model, preprocessing, config, objective, head_only=False, resumed=None):
@@ -206,10 +249,11 @@ class Saver(Callback):
 
     @property
     def elapsed(self):
-        """Seconds of the run, all its parts together."""
+        """The seconds that the run has taken, interruptions excluded."""
         return self.elapsed_before + time.monotonic() - self.started
 
     def on_epoch(self, state):
+        """Keep the weights of the best epoch, save if enough time has passed, and print the epoch."""
         epoch = len(state.history["lr"])
         if self.objective.best_epoch(state.history) == epoch:
             self.best_weights = on_cpu(state.trained.state_dict())
@@ -223,7 +267,7 @@ class Saver(Callback):
                        f"images/s")
 
     def on_save(self, state):
-        """best.pt where there is a better one, last.pt and history.csv."""
+        """Write last.pt, history.csv and, if the best epoch is new, best.pt."""
         started = time.monotonic()
         best = self.objective.best_epoch(state.history)
         values = {name: column[best - 1] for name, column in state.history.items() if best}
@@ -240,7 +284,7 @@ class Saver(Callback):
         self.cost = self.saved_at - started
 
     def write(self, name, weights, **more):
-        """A checkpoint of the whole model with these weights of what was trained in it."""
+        """Write a checkpoint of the whole model; `weights` are those of the trained part."""
         if self.head_only:
             weights = self.model.state_dict() | {f"head.{key}": value for key, value in weights.items()}
         save_model(self.model, self.folder / name, self.preprocessing, state_dict=weights, **more)

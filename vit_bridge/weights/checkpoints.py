@@ -1,11 +1,11 @@
-"""Checkpoints: ours, and those of the libraries and papers that people take weights from.
+"""Checkpoints: save and load models of this library, and load the weights of other libraries and papers.
 
     model = load(name_or_path)                  a trained model, by name or from a file of any known format
     print(load_checkpoint(model, path))         fills a model from such a file
     save_model(model, path)                     writes a model of this library
     print(describe_checkpoint(path))            what a file is, and how it would load
 
-Nothing in a file is executed: torch.load with weights_only=True, numpy without pickle, safetensors.
+No code in a file is executed.
 
 Shapes:  B images, D width.
 """
@@ -13,13 +13,14 @@ Shapes:  B images, D width.
 import math
 import re
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from vit_bridge.errors import InputError, assume, check_choice, first_line
+from vit_bridge.errors import InputError, assume, first_line
 from vit_bridge.models.adapters import adapt
 from vit_bridge.models.protocol import ask, class_name, is_ours
 from vit_bridge.models.registry import check_arguments, model_classes
@@ -44,41 +45,55 @@ from vit_bridge.weights.pretrained import OURS, OURS_FOLDER, PRETRAINED, PUBLIC,
 from vit_bridge.weights.recorded import Recorded, file_in, read_recorded
 from vit_model import VisionTransformer, ViTConfig, grid_of, pair, resample_positions, sincos_positions
 
-WITHOUT_SHAPE = ("n_heads", "pool", "position", "norm_eps", "stem_stride", "stem", "block")  # no tensor shows these
-FREE = ("img_size", "in_channels", "dropout", "drop_path")  # what may differ from what weights were trained in
+WITHOUT_SHAPE = ("n_heads", "pool", "position", "norm_eps", "stem_stride", "stem", "block")  # not visible in shapes
+FREE = ("img_size", "in_channels", "dropout", "drop_path")  # may differ from the training's
 CHECKPOINT_FORMAT = "vit-bridge 1"
-MEND = "mend it, or move the weights to a folder of their own"
+MEND = "correct it, or move the weights to a folder of their own"
 
 
 # ---- Ours -------------------------------------------------------------------------------------------------
 
 
 def save_model(model, path, preprocessing=None, dtype=None, state_dict=None, **more):
-    """Writes a model of this library as a checkpoint: plain tensors, numbers and text, without pickled code.
+    """Save a model of this library as a checkpoint of plain tensors, numbers and text.
 
-    preprocessing  what its images must be; None: model.preprocessing
-    dtype          torch.float16 halves the file, torch.int8 quarters it (files.to_int8); load gives float32 again
-    state_dict     other weights of this model, such as their average; None: those it has now
-    more           further entries, kept as they are (a trainer's state, an accuracy)
+    The file holds no pickled code, and it is written completely or not at all.
 
-    The file appears whole or not at all. Raises InputError where it cannot be written, and for a model that is not in
-    models.registry.MODELS.
+    Parameters
+    ----------
+    model : Module
+        A model whose class is in models.registry.MODELS.
+    path : path
+        The file.
+    preprocessing : Preprocessing, optional
+        What its images must be; model.preprocessing by default.
+    dtype : torch.dtype, optional
+        torch.float16 halves the file and torch.int8 quarters it (`files.to_int8`). `load` always gives float32.
+    state_dict : dict, optional
+        Other weights of this model, such as their average, instead of the current ones.
+    **more
+        Further entries, stored as they are (a trainer's state, an accuracy).
+
+    Raises
+    ------
+    InputError
+        If the file cannot be written, or the model cannot be saved.
     """
     model = unwrapped(model)
     if model_classes().get(class_name(model)) is not type(model):
         raise InputError(f"a {type(model).__module__}.{class_name(model)} cannot be saved as a checkpoint; expected "
-                         f"one of this library's {', '.join(model_classes())} itself")
+                         f"one of this library's classes, not a subclass: {', '.join(model_classes())}")
     _check_plain_weights(model)
     if not isinstance(model.head, (nn.Linear, nn.Identity)):
-        raise InputError(f"a head of class {type(model.head).__name__} cannot be saved; expected one nn.Linear")
+        raise InputError(f"a head of class {type(model.head).__name__} cannot be saved; expected a single nn.Linear")
     config = replace(model.config, n_classes=getattr(model.head, "out_features", 0))
     shown = model.preprocessing if preprocessing is None else preprocessing
     names = shown and shown.class_names
     if names and config.n_classes and len(names) != config.n_classes:
-        raise InputError(f"{len(names)} class_names do not fit a head of {config.n_classes} classes; set "
-                         f"model.preprocessing to one with the names of these classes")
+        raise InputError(f"{len(names)} class_names do not fit a head of {config.n_classes} classes; give "
+                         f"model.preprocessing one name per class")
     state = {key: value.detach().cpu() for key, value in _plain_names(state_dict or model.state_dict()).items()}
-    if "head.weight" in state and model.head.bias is None:  # a bias of zeros computes the same
+    if "head.weight" in state and model.head.bias is None:  # a bias of zeros is equivalent
         state["head.bias"] = torch.zeros_like(state["head.weight"][:, 0])
     for name in ("class_names", "mean", "std", "interpolation"):
         if name in more:
@@ -95,47 +110,69 @@ def save_model(model, path, preprocessing=None, dtype=None, state_dict=None, **m
 
 
 def _plain_names(state):
-    """A state dict as it would be without torch.compile, which may have compiled parts of its model."""
+    """Remove the prefixes that torch.compile adds to the names in a state dict."""
     return {key.replace("_orig_mod.", ""): value for key, value in state.items()}
 
 
 def _check_plain_weights(model):
-    """Raises InputError for a model whose weights are not there, or are not floating-point numbers."""
-    device_of(model)  # which refuses one on the device "meta"
+    """Raise InputError for a model on the device meta, or one that is quantised."""
+    device_of(model)  # raises InputError on the device "meta"
     if is_quantised(model):
-        raise InputError(f"this {class_name(model)} is quantised, and a checkpoint holds floating-point weights; take "
-                         f"the model that it was made from, and quantise after load()")
+        raise InputError(f"this {class_name(model)} is quantised, but a checkpoint holds floating-point weights; save "
+                         f"the original model, and quantise after load()")
 
 
 def read_checkpoint(path):
-    """The entries of a checkpoint, as save_model wrote them. Nothing in the file is executed.
+    """Return the entries of a checkpoint as save_model wrote them, without executing anything in the file.
 
-    Raises InputError where there is no file, or save_model did not write it.
+    Raises
+    ------
+    InputError
+        If there is no file, or if save_model did not write it.
     """
     entries = read_file(path)
     if entries.get("format") != CHECKPOINT_FORMAT:
-        raise InputError(f"{path} is not a checkpoint of this project; expected a file that train_vit.py or "
-                         f"save_model wrote. `python train_vit.py inspect {path}` says what it is")
+        raise InputError(f"{path} is not a checkpoint of this project; expected a file that train_vit.py or save_model "
+                         f"wrote. `python train_vit.py inspect {path}` says what it is")
     return entries
 
 
 def load(name_or_path, n_classes=None, class_names=None, **overrides):
-    """A trained model, in eval mode, on the CPU, in float32, with its preprocessing (None where our own file has none).
+    """Load a trained model, in eval mode, on the CPU and in float32, with its preprocessing.
 
-    name_or_path  a name that describe_pretrained() lists; the path of a checkpoint: ours, or one of a ViT in any format
-                  that load_checkpoint knows; or a folder of transformers' save_pretrained or timm's save_for_hf
-    n_classes     None: the head of the checkpoint, or none where it has none (the model then gives features, (B, D));
-                  a number: that head if it has as many rows, else a new one of zeros; an Assumption says which
-                  (heads.py), unless the head is kept and its classes have names
-    class_names   of the head of the checkpoint, in the order of its outputs, where nothing records them
-    overrides     img_size (resamples the positions), in_channels (adapt_input_channels), dropout, drop_path; pool of a
-                  public one without its own head; and what a file does not record: n_heads, pool, norm_eps. Any other
-                  field belongs to the weights, and is refused if it is not theirs
+    A public model is downloaded once, to torch.hub's folder of checkpoints.
 
-    What neither a file nor a config.json or preprocessor_config.json beside it records is assumed, and one Assumption
-    for the file says so (vit_bridge.errors). A public file is fetched once, with torch.hub, into its usual folder of
-    checkpoints. Raises InputError for an unknown name or field; where a file cannot be fetched (with its address, and
-    where to put it by hand) or read; and where weights and configuration do not fit.
+    Parameters
+    ----------
+    name_or_path : str or path
+        A pretrained model's name (`describe_pretrained` lists them); a checkpoint of this library, or of a ViT, ResNet
+        or ConvNeXt in any of the FORMATS; or a folder that transformers' save_pretrained or timm's save_for_hf wrote.
+    n_classes : int, optional
+        None keeps the checkpoint's head; a model without one returns features (B, D). With a number, the head is kept
+        if it has that many rows, and replaced by a new one of zeros otherwise. An Assumption says which, unless the
+        head is kept and its classes have names.
+    class_names : list of str, optional
+        Names of the checkpoint's classes in the order of its outputs, if they are not recorded.
+    **overrides
+        img_size (resamples the positions), in_channels (`adapt_input_channels`), dropout and drop_path; pool, for a
+        public model without its own head; and fields that the file does not record, such as n_heads, pool or norm_eps.
+        Any other field must equal that of the weights.
+
+    Returns
+    -------
+    Module
+        The model. Its preprocessing is None if a checkpoint of this library records none.
+
+    Raises
+    ------
+    InputError
+        For an unknown name or field; if a file cannot be downloaded (with its address, and where to put it) or read;
+        and if weights and configuration do not fit.
+
+    Notes
+    -----
+    Values that neither the file nor a config.json or preprocessor_config.json beside it records are assumed, and one
+    Assumption per file says so (vit_bridge.errors).
     """
     name, weights = str(name_or_path), None
     overrides = {argument: tuple(value) if isinstance(value, list) else value for argument, value in overrides.items()}
@@ -157,18 +194,19 @@ def load(name_or_path, n_classes=None, class_names=None, **overrides):
     free = (*FREE, *found.unrecorded, *["pool"] * (name in PUBLIC and not (own_head and config["n_classes"])))
     for argument, value in overrides.items():
         if argument not in free and value != config[argument]:
-            raise InputError(f"{argument} {value!r} is not that of {name}, {config[argument]!r}; the weights allow "
-                             f"another {', '.join(free)} or n_classes")
+            raise InputError(f"{argument} {value!r} is not that of {name}, {config[argument]!r}; with these weights "
+                             f"you can change only {', '.join(free)} and n_classes")
     model = found.model_class(**config | overrides)
     try:
         state, report = _fitted(weights or _read_weights(path), model, found.grid)
     except InputError as error:
         if name not in PUBLIC:
             raise
-        raise InputError(f"{error}; where the file came incomplete, delete it and it is fetched again") from error
+        raise InputError(f"{error}; if the download is incomplete, delete the file and it is downloaded "
+                         f"again") from error
     model.load_state_dict(state)
     shown, n_channels = found.preprocessing, model.config.in_channels
-    if shown is None and n_channels != found.config.in_channels:  # what is assumed belongs to the channels of the file
+    if shown is None and n_channels != found.config.in_channels:  # the assumption is for the channels of the file
         shown = adapt(weights.model).preprocessing
     if shown is not None:
         model.preprocessing = replace(shown, img_size=model.config.img_size)
@@ -176,7 +214,7 @@ def load(name_or_path, n_classes=None, class_names=None, **overrides):
             model.preprocessing = model.preprocessing.with_channels(n_channels)
     if class_names is not None:
         shown = model.preprocessing = _with_names(adapt(model).preprocessing, class_names, config["n_classes"], path)
-    unsettled = _unsettled(weights) if weights else []  # a public one is what its name says
+    unsettled = _unsettled(weights) if weights else []  # a public model is fully described by its name
     _say(path, found.assumed, [*report.choices, *unsettled], ours=weights is not None and weights.model is not None)
     if n_classes is not None:
         line = fit_head(model, n_classes)
@@ -188,65 +226,75 @@ def load(name_or_path, n_classes=None, class_names=None, **overrides):
 
 
 def _with_names(preprocessing, class_names, n_classes, path):
-    """A Preprocessing with the names of n_classes. Raises InputError for other names than those that are recorded, and
-    for another number."""
+    """Return a Preprocessing with these class names.
+
+    Raises
+    ------
+    InputError
+        If other names are recorded, or if their number is not n_classes.
+    """
     class_names, recorded = list(class_names), preprocessing.class_names
     if recorded is not None and list(recorded) != class_names:
-        raise InputError(f"class_names {', '.join(map(str, class_names))} are not those that {path} records, "
-                         f"{', '.join(map(str, recorded))}; leave them out")
+        raise InputError(f"class_names{listed(class_names)} differ from those that {path} records{listed(recorded)}; "
+                         f"leave class_names out")
     if len(class_names) != n_classes:
-        raise InputError(f"class_names {', '.join(map(str, class_names))} are {len(class_names)}, and the head of "
-                         f"{path} has {n_classes} rows; give one for each row, in their order")
+        raise InputError(f"class_names has {len(class_names)} names{listed(class_names)}, but the head of {path} has "
+                         f"{n_classes} outputs; give one name per output, in their order")
     return replace(preprocessing, class_names=class_names)
 
 
 def _say(path, assumed, choices, ours=False):
-    """One Assumption for a file, ours or not: the values that nothing records, and what was chosen or dropped."""
+    """Warn once about a file: which values are not recorded, and what was chosen or dropped."""
     parts = list(choices)
     if assumed:
         fields = [f"{name}=" for name, words in assumed.items() if words.startswith(f"{name}=")]
         ways = [f"load's {', '.join(fields)}"] * bool(fields) + ["--n-heads"] * ("n_heads" in assumed)
-        ways.append(f"{'config.json' if fields else 'preprocessor_config.json'} beside it")
+        ways.append(f"a {'config.json' if fields else 'preprocessor_config.json'} beside it")
         if ours:
             ways = ["save_model(model, path, preprocessing)"]
-        parts.insert(0, f"not recorded, so assumed: {', '.join(assumed.values())}; {' or '.join(ways)} can say "
-                        f"otherwise")
+        parts.insert(0, f"not recorded, so assumed: {', '.join(assumed.values())}; set it with {' or '.join(ways)}")
     if parts:
         assume(f"{path}: {'; '.join(parts)}")
 
 
 def _unsettled(weights):
-    """[what the names of a file do not show], where no config.json beside it settles that."""
+    """Return [what the names in a file do not show], or [] if a config.json settles it."""
     return [weights.format.note] if weights.format.note and not weights.recorded.source else []
 
 
 def _existing_file(name):
-    """The path of a checkpoint. Raises InputError, with the names that there are, where there is no such file."""
+    """Return the path of a checkpoint; raise InputError, with the closest pretrained name, if there is none."""
     if Path(name).is_dir():
         return file_in(name)
-    if not Path(name).is_file() and Path(name).suffix:
-        raise InputError(f"there is no file {name}; expected the path of a checkpoint, or one of "
-                         f"{', '.join(PRETRAINED)}")
     if not Path(name).is_file():
-        check_choice("model", name, PRETRAINED)
+        close = get_close_matches(name, PRETRAINED, 1)
+        what = f"there is no file {name}" if Path(name).suffix else f"there is no pretrained model or file {name!r}"
+        hint = f"; the closest name is {close[0]!r}" if close else ""
+        raise InputError(f"{what}; give the path of a checkpoint or the name of a pretrained model{hint} (`python "
+                         f"train_vit.py inspect` lists all names)")
     return name
 
 
 def _model_of(entries, path):
-    """The model that read_checkpoint's entries describe. Raises InputError where weights and configuration do not
-    fit."""
+    """Build the model that read_checkpoint's entries describe.
+
+    Raises
+    ------
+    InputError
+        If weights and configuration do not fit.
+    """
     try:
         model = model_classes()[entries["model_class"]](**entries["config"])
         model.load_state_dict(entries["state_dict"])
         facts = {name: entries[name] for name in ("class_names", "mean", "std")}
-        facts["interpolation"] = entries.get("interpolation")  # older files do not say
+        facts["interpolation"] = entries.get("interpolation")  # missing in older files
         if any(value is not None for value in facts.values()):
             known = {name: value for name, value in facts.items() if value is not None}
-            if "mean" not in known and model.config.in_channels != 3:  # nothing is known of such channels
+            if "mean" not in known and model.config.in_channels != 3:  # these channels have no usual mean and std
                 known |= dict(mean=(0.0,) * model.config.in_channels, std=(1.0,) * model.config.in_channels)
             model.preprocessing = Preprocessing(entries["img_size"], **known)
     except Exception as error:
-        raise InputError(f"{path} is damaged: its weights and its configuration do not fit "
+        raise InputError(f"{path} is damaged: its weights and its configuration do not fit together "
                          f"({first_line(error)})") from error
     return model.eval()
 
@@ -256,15 +304,24 @@ def _model_of(entries, path):
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What load_checkpoint did with each tensor of a file; as text, in a few lines.
+    """What load_checkpoint did with each tensor of a file; `str()` gives it in a few lines.
 
-    path, format    the file, and how it names its weights
-    used            names in the file that were loaded
-    dropped         {name in the file: why the model does not use it}
-    notes           what differs between the file and the model, and what was done about it
-    heads           a warning about the number of heads, where the file does not record it
-    choices         those of the notes that a user must hear of, though nobody reads the report
-    assumed         what nothing records of the file, in words, without the heads
+    Attributes
+    ----------
+    path, format : str
+        The file, and how it names its weights.
+    used : tuple of str
+        Names in the file that were loaded.
+    dropped : dict
+        Names in the file that the model does not use, and why.
+    notes : tuple of str
+        Differences between the file and the model, and what was done about them.
+    heads : str
+        A warning about the number of heads, if the file does not record it.
+    choices : tuple of str
+        The notes that also cause a warning.
+    assumed : tuple of str
+        Values that are not recorded and were assumed, without the number of heads.
     """
     path: str
     format: str
@@ -288,21 +345,35 @@ class LoadReport:
 
 
 def load_checkpoint(model, path, grid_size=None):
-    """Fills a model from a file of any kind in FORMATS, one of save_model, or its own state dict.
+    """Fill a model from a file in any of the FORMATS, of save_model, or with the model's own state dict.
 
-    Loading is strict: each tensor of the file is used, or dropped for a reason that the report gives, and each shape is
-    compared. Two things may differ: with another number of classes the model keeps its own head, and at another
-    resolution the positions are resampled. Where the file and model.preprocessing name the classes, the head's rows are
-    matched by name.
+    Loading is strict: every tensor of the file is used, or dropped for a reason that the report gives, and all shapes
+    must match. What may differ: with another number of classes the model keeps its own head; at another resolution the
+    positions are resampled; another number of channels is adapted (`adapt_input_channels`). If both the file and
+    model.preprocessing have class names, the rows of the head are matched by name. A wrapped model (torch.compile,
+    DataParallel, AveragedModel) is filled inside.
 
-    grid_size: (rows, columns) of the patches that the file was trained on, for the rare one whose number of positions
-    can be read in two ways; what was taken is then said.
+    Parameters
+    ----------
+    model : Module
+        A model of this library; it is changed in place.
+    path : path
+        The file, or a folder that transformers or timm wrote.
+    grid_size : (int, int), optional
+        Rows and columns of the patches in the file's training, for files whose number of positions fits several grids.
 
-    Returns a LoadReport. Raises InputError, with the model unchanged, where a tensor is missing, left over or of
-    another shape, and for a file that cannot be read. A file that does not record how many heads it was trained with
-    (Google's and ours do, and a config.json beside the file) fits any number: take the one of its paper; an Assumption
-    says so. Another number of channels is adapted, as adapt_input_channels has it. A compiled or wrapped model
-    (torch.compile, DataParallel, AveragedModel) is filled inside.
+    Returns
+    -------
+    LoadReport
+
+    Raises
+    ------
+    InputError
+        If a tensor is missing, left over or of another shape, or if the file cannot be read. The model is then
+        unchanged.
+
+    Notes ----- Weights with another number of heads have the same shapes. Checkpoints of this library, Google's files
+    and a config.json record the number; for other files, an Assumption asks you to check it against the paper.
     """
     model = unwrapped(model)
     if not is_ours(model):
@@ -313,7 +384,7 @@ def load_checkpoint(model, path, grid_size=None):
     state, report = _fitted(weights, model, grid_size)
     pool = weights.recorded.config.get("pool", "cls" if "pool" in weights.format.fixes else None)
     if pool and "head.weight" in weights.tensors and model.config.pool != pool:
-        raise InputError(f"{path} is for another architecture: its head reads pool={pool!r}, and the model has "
+        raise InputError(f"{path} is for another architecture: its head reads pool={pool!r}, but the model has "
                          f"{model.config.pool!r}")
     model.load_state_dict({key: state[key.replace("_orig_mod.", "")] for key in model.state_dict()})
     _say(path, {}, [*([f"heads: {report.heads}"] if report.heads else []), *report.choices, *_unsettled(weights)])
@@ -321,7 +392,7 @@ def load_checkpoint(model, path, grid_size=None):
 
 
 def _read_weights(path, model=None):
-    """A file, or the one in a folder, as Weights; model: one whose own names are known too."""
+    """Read a file, or the one in a folder, as Weights; the names of `model` are known too."""
     path = file_in(path) if Path(path).is_dir() else path
     entries = read_file(path)
     if entries.get("format") == CHECKPOINT_FORMAT:
@@ -354,15 +425,15 @@ def _read_weights(path, model=None):
         weights = translate(state, path, around)
     except InputError:
         raise
-    except Exception as error:  # tensors of a rank that no model has
-        raise InputError(f"{path} is damaged, or of no format that is known ({first_line(error)})") from error
+    except Exception as error:  # tensors with an unexpected number of dimensions
+        raise InputError(f"{path} is damaged or in an unknown format ({first_line(error)})") from error
     if not (model is None or any(weights.format.holds == cls.__name__ for cls in type(model).__mro__)):
         raise InputError(f"{path} is for another architecture: it is a {weights.format.holds} ({weights.format.name}), "
-                         f"the model is a {class_name(model)}; take load(path), which builds what the file holds")
+                         f"but the model is a {class_name(model)}; use load(path), which builds the file's model")
     weights.recorded = recorded = read_recorded(path, weights.format.library, weights.format.holds)
     heads = recorded.config.get("n_heads", weights.n_heads)
     if weights.n_heads not in (None, heads):
-        raise InputError(f"{recorded.source} says {heads} heads, and the tensors of {path} have {weights.n_heads}; "
+        raise InputError(f"{recorded.source} says {heads} heads, but the tensors of {path} have {weights.n_heads}; "
                          f"{MEND}")
     weights.n_heads = heads
     weights.choices += [*([taken] if taken else []), *recorded.notes]
@@ -371,12 +442,12 @@ def _read_weights(path, model=None):
         key, names = class_names_in(entries, len(head))
         if names:
             recorded.images["class_names"] = names
-            weights.choices.append(f"class names: those under {key!r} in the file")
+            weights.choices.append(f"class names: taken from {key!r} in the file")
     return weights
 
 
 def _models_among(names, own):
-    """{prefix: ...} of the models among names: those with the names of `own`, or where that is None of any format."""
+    """Return {prefix: ...} of the models among names, which are those in `own` or, if None, of any format."""
     if own is None:
         try:
             return recognise(names, "")
@@ -388,63 +459,67 @@ def _models_among(names, own):
 
 
 def _own_names(kind, path, around, state):
-    """Weights whose names are the model's own."""
+    """Return Weights whose names are the model's own."""
     tensors = {name: tensor for name, tensor in state.items() if name != "n_averaged"}
-    dropped = {name: "a counter of averaged steps" for name in state.keys() - tensors.keys()}
+    dropped = {name: "the step counter of an averaged model" for name in state.keys() - tensors.keys()}
     return Weights(str(path), Format(kind, "", norm_eps=None), around, tensors, {name: [name] for name in tensors},
                    dropped)
 
 
 def _check_same_kind(other, model, path):
-    """Raises InputError where a model differs from the file's in what leaves no trace in shapes."""
+    """Raise InputError if a model differs from the file's in a way that shapes do not show."""
     if model.config_class is not other.config_class:
-        raise InputError(f"{path} holds a {type(other).__name__}, the model is a {class_name(model)}; build that "
-                         f"one, or take load(path), which builds what the file holds")
+        raise InputError(f"{path} holds a {type(other).__name__}, but the model is a {class_name(model)}; use "
+                         f"load(path), which builds the file's model")
     for name in WITHOUT_SHAPE:
         theirs, ours = getattr(other.config, name, None), getattr(model.config, name, None)
         if theirs != ours:
-            raise InputError(f"{path} is for another architecture: {name} is {theirs} there, {ours} in the model; "
-                             f"take load(path), which builds what the file holds")
+            raise InputError(f"{path} is for another architecture: {name} is {theirs} in the file, but {ours} in the "
+                             f"model; use load(path), which builds the file's model")
 
 
 def _fitted(weights, model, grid_size=None, advise=True):
-    """(state dict for the model, LoadReport). Raises InputError where the weights do not fit.
+    """Return (state dict for the model, LoadReport).
 
-    advise: whether an error points to what the command line can say of the file.
+    advise says whether an error points to the command that inspects the file.
+
+    Raises
+    ------
+    InputError
+        If the weights do not fit.
     """
     try:
         return fit(weights, model, grid_size)
     except InputError as error:
-        hint = f"; `python train_vit.py inspect {weights.path}` says what it was saved from"
+        hint = f"; `python train_vit.py inspect {weights.path}` says what the file is"
         raise InputError(f"{error}{hint if advise and '; ' not in str(error) else ''}") from error
-    except Exception as error:  # tensors of a rank that no ViT has
-        raise InputError(f"{weights.path} is damaged: its tensors do not belong together "
-                         f"({first_line(error)})") from error
+    except Exception as error:  # tensors with an unexpected number of dimensions
+        raise InputError(f"{weights.path} is damaged: its tensors do not fit together ({first_line(error)})") from error
 
 
 def fit(weights, model, grid_size):
-    """_fitted, for tensors of the ranks that a ViT has."""
+    """Do the work of `_fitted` for tensors with the expected numbers of dimensions."""
     expected, notes = _plain_names(model.state_dict()), [weights.format.note] if weights.format.note else []
     choices, recorded = list(weights.choices), weights.recorded.config
     if weights.around:
-        notes.append(f"the weights lie under {' / '.join(weights.around)}")
+        notes.append(f"the weights are under {' / '.join(weights.around)}")
     if weights.n_heads not in (None, getattr(model.config, "n_heads", None)):
-        raise InputError(f"{weights.path} is for another architecture: n_heads is {weights.n_heads} there, "
+        raise InputError(f"{weights.path} is for another architecture: n_heads is {weights.n_heads} in the file, but "
                          f"{model.config.n_heads} in the model")
     eps = recorded.get("norm_eps", weights.format.norm_eps)
     if eps not in (None, getattr(model.config, "norm_eps", None)):
-        choices.append(f"norms: the file's library adds {eps} to the variance unless told otherwise, the model "
-                       f"{model.config.norm_eps}; norm_eps={eps} makes them equal")
+        choices.append(f"norms: the file's library uses norm_eps={eps} by default, but the model has "
+                       f"{model.config.norm_eps}; build it with norm_eps={eps} to match")
     choices += _match_head(weights, model, expected)
     choices += _match_channels(weights, model)
     notes += _fit_positions(weights, model, grid_size)
-    choices += [note for note in notes if note.startswith("positions: resampled") or "grid_size= would say" in note]
+    choices += [note for note in notes if note.startswith("positions: resampled") or "grid_size= sets" in note]
     notes += [choice for choice in choices if choice not in notes]
     tensors = weights.tensors
     missing = [name for name in expected if name not in tensors and not name.startswith("head.")
-               and not name.endswith(".num_batches_tracked")]  # nothing reads it, and old files have none
+               and not name.endswith(".num_batches_tracked")]  # unused, and missing in old files
     extra = [name for name in tensors if name not in expected]
-    for wrong, where in ((extra, "the file has {} and the model does not"), (missing, "the file lacks {}")):
+    for wrong, where in ((extra, "the file has {}, which the model does not have"), (missing, "the file lacks {}")):
         if wrong:
             name = weights.sources[wrong[0]][0] if wrong is extra else wrong[0]
             more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
@@ -453,8 +528,8 @@ def fit(weights, model, grid_size):
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise InputError(f"{weights.path} is for another architecture: {weights.sources[name][0]} is "
-                             f"{tuple(tensor.shape)} there, {tuple(expected[name].shape)} in the model"
-                             f"{_advice(name, weights)}")
+                             f"{tuple(tensor.shape)} in the file, but {tuple(expected[name].shape)} in the "
+                             f"model{_advice(name, weights)}")
         if tensor.is_floating_point() != expected[name].is_floating_point():
             raise InputError(f"{weights.path} is damaged or quantised: {weights.sources[name][0]} is {tensor.dtype}, "
                              f"expected {expected[name].dtype}")
@@ -462,14 +537,14 @@ def fit(weights, model, grid_size):
     used = tuple(dict.fromkeys(name for ours in tensors for name in weights.sources[ours]))
     heads = ""
     if weights.model is None and weights.n_heads is None and ask(model, "attends"):
-        heads = (f"the file does not say how many; the model's {model.config.n_heads} are right only if it was trained "
-                 f"with as many")
+        heads = (f"the file does not record how many; the model's {model.config.n_heads} are right only if it was "
+                 f"trained with {model.config.n_heads}")
     return state, LoadReport(weights.path, weights.format.name, used, weights.dropped, tuple(notes), heads,
                              tuple(choices))
 
 
 def _advice(name, weights):
-    """How to build the model that a tensor fits, if the tensor shows it; begins with a semicolon."""
+    """Say how to build the model that a tensor fits, if the tensor shows it, after a semicolon."""
     there = name in weights.tensors
     if re.search(r"\.ls[12]\.", name):
         return f"; build the model with layer_scale={1e-5 if there else None}"
@@ -483,12 +558,22 @@ def _advice(name, weights):
 
 
 def adapt_input_channels(weight, n_channels):
-    """The kernel of a first convolution, (D, C, h, w), for images of n_channels: (D, n_channels, h, w).
+    """Adapt the kernel of a first convolution to images with another number of channels.
 
-    For one channel it is the sum over the colours. A grey image then gives what it gave in colour, if the colours
-    shared one mean and std; with ImageNet's, nearly so. For colour and transparency it has zeros for the transparency.
-    For others the colours are repeated in turn and scaled by C / n_channels, so that the sum stays as large, as in
-    timm.
+    Parameters
+    ----------
+    weight : Tensor, shape (D, C, h, w)
+        The kernel.
+    n_channels : int
+        Channels of the new images.
+
+    Returns
+    -------
+    Tensor, shape (D, n_channels, h, w)
+        For one channel, the sum over the colours: a grey image then has the same output as in colour, if the colours
+        share one mean and std (with ImageNet's, nearly the same). From 3 to 4 channels, zeros for the transparency. For
+        others, the channels are repeated in turn and scaled by C / n_channels, which keeps the size of the sum, as timm
+        does.
     """
     C = weight.shape[1]
     if n_channels == 1:
@@ -499,7 +584,7 @@ def adapt_input_channels(weight, n_channels):
 
 
 def _match_channels(weights, model):
-    """Notes on the channels of the images, to which the first convolution is adapted."""
+    """Adapt the first convolution to the model's channels, and return notes on it."""
     layer = next((layer for layer in model.layers()[0].modules() if isinstance(layer, nn.Conv2d)), None)
     name = next((name for name, parameter in model.named_parameters() if layer and parameter is layer.weight), None)
     theirs = weights.tensors.get(name)
@@ -510,39 +595,39 @@ def _match_channels(weights, model):
     weights.tensors[name] = adapt_input_channels(theirs, n_channels)
     how = f"repeated in turn, times {theirs.shape[1]}/{n_channels}"
     if n_channels == 1:
-        how = "their sum"
+        how = "summed"
     elif (theirs.shape[1], n_channels) == (3, 4):
-        how = "the colours as they are, with zeros for the transparency"
-    return [f"channels: the weights for {theirs.shape[1]} were adapted to {n_channels}, as {how}"]
+        how = "zeros for the transparency"
+    return [f"channels: the weights for {theirs.shape[1]} channels were adapted to {n_channels} ({how})"]
 
 
 def _match_head(weights, model, expected):
-    """Notes on the head. One that does not fit the model's is dropped, and the model keeps its own."""
+    """Match the head to the model's, and return notes on it; a head that does not fit is dropped."""
     theirs = {name: weights.tensors[name] for name in ("head.weight", "head.bias") if name in weights.tensors}
     wanted = expected.get("head.weight")
     if not theirs:
         has_head = any(name.startswith("head.") for name in expected)
-        return ["head: the file has none; the model keeps its own, untrained"] if has_head else []
+        return ["head: the file has none, so the model keeps its own, untrained"] if has_head else []
     weight, bias = theirs.get("head.weight"), theirs.get("head.bias")
     if weight is None or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         shapes = ", ".join(f"{weights.sources[name][0]} {tuple(tensor.shape)}" for name, tensor in theirs.items())
-        raise InputError(f"{weights.path} is damaged: weights and biases of its head do not belong together ({shapes})")
-    if bias is None and "head.bias" in expected:  # which is one of zeros
+        raise InputError(f"{weights.path} is damaged: weight and bias of its head do not fit together ({shapes})")
+    if bias is None and "head.bias" in expected:  # equivalent to a bias of zeros
         weights.tensors["head.bias"] = theirs["head.bias"] = torch.zeros(len(weight))
         weights.sources["head.bias"] = weights.sources["head.weight"]
     n_features = model.n_features
     if wanted is None and weight.shape[1] != n_features:
-        reason = f"reads {weight.shape[1]} features, and the model has {n_features}"
+        reason = f"reads {weight.shape[1]} features, but the model has {n_features}"
     elif wanted is None:
-        reason = "the model has no head, or not one nn.Linear"
+        reason = "the model has no head, or one that is not an nn.Linear"
     elif any("pre_logits" in name for name in weights.dropped):
-        reason = "reads the layer before it, which was dropped"
+        reason = "reads a layer before it that was dropped"
     elif weight.shape[1] != wanted.shape[1]:
-        reason = f"reads {weight.shape[1]} features, the model's head {wanted.shape[1]}"
+        reason = f"reads {weight.shape[1]} features, but the model's head reads {wanted.shape[1]}"
     elif len(weight) != len(wanted):
-        reason = f"for {len(weight)} classes, the model's head for {len(wanted)}"
+        reason = f"has {len(weight)} classes, but the model's head has {len(wanted)}"
     elif theirs.keys() != {name for name in expected if name.startswith("head.")}:
-        reason = "with a bias where the model's head has none"
+        reason = "has a bias, but the model's head has none"
     else:
         names, own = weights.recorded.images.get("class_names"), model.preprocessing and model.preprocessing.class_names
         if not names or not own or not len(names) == len(own) == len(weight):
@@ -557,44 +642,45 @@ def _match_head(weights, model, expected):
                     if row is not None:
                         weights.tensors[name][i] = tensor[row]
             return [line]
-        reason = f"for other classes{listed(names)} than the model's{listed(own)}"
+        reason = f"is for other classes{listed(names)} than the model's{listed(own)}"
     for name in theirs:
         weights.dropped[weights.sources.pop(name)[0]] = reason
         del weights.tensors[name]
     if wanted is None:
-        return [] if weight.shape[1] == n_features else [f"head: that of the file was dropped: {reason}"]
-    return [f"head: the model keeps its own, untrained; that of the file: {reason}"]
+        return [] if weight.shape[1] == n_features else [f"head: the one in the file was dropped, because it {reason}"]
+    return [f"head: the model keeps its own, untrained, because the one in the file {reason}"]
 
 
 def _fit_positions(weights, model, grid_size):
-    """Notes on the positions, which are brought to the model's grid, with or without CLS as it has them."""
+    """Fit the positions to the model's grid and its CLS token, and return notes on them."""
     theirs, grid = weights.tensors.get("pos_embed"), getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if grid is None or theirs is None:
         return []
     if model.pos_embed is None:
-        raise InputError(f"{weights.path} is for another architecture: it has positions, the model was built with "
+        raise InputError(f"{weights.path} is for another architecture: it has positions, but the model was built with "
                          f"position='none'; build it with position='learned'")
     D = model.config.embed_dim
     if theirs.ndim != 3 or theirs.shape[0] != 1 or theirs.shape[2] != D:
         raise InputError(f"{weights.path} is for another architecture: {weights.sources['pos_embed'][0]} is "
-                         f"{tuple(theirs.shape)} there, {tuple(model.pos_embed.shape)} in the model")
+                         f"{tuple(theirs.shape)} in the file, but {tuple(model.pos_embed.shape)} in the model")
     old, n_prefix, notes = _read_grid(weights, grid, grid_size)
     n_cls, wanted = min(n_prefix, 1), int(model.reg_token is None)
     if n_prefix > 1:
         _add_to_token(weights, "reg_token", theirs[:, 1:n_prefix])
-        notes.append("positions: those of the registers were added to the registers")
+        notes.append("positions: those of the registers were added to the register tokens")
     if n_cls > wanted:
         _add_to_token(weights, "cls_token", theirs[:, :1])
-        notes.append("positions: that of CLS was added to the CLS token, as a model with registers has none for it")
+        notes.append("positions: the position of CLS was added to the CLS token, as a model with registers has none "
+                     "for it")
     if n_cls < wanted:
-        notes.append("positions: the file has none for CLS; it gets zeros")
+        notes.append("positions: the file has none for CLS, which gets zeros")
     first = theirs[:, :1] if n_cls else torch.zeros_like(theirs[:, :1])  # (1, 1, D)
     theirs = torch.cat([first[:, :wanted], theirs[:, n_prefix:]], dim=1)  # (1, wanted + patches, D)
     if model.config.position == "sincos":
         if not torch.allclose(theirs.float(), sincos_positions(old, D)[:, 1 - wanted:], atol=1e-3):
-            raise InputError(f"{weights.path} is for another architecture: its positions are learned, the model was "
-                             f"built with position='sincos'; build it with position='learned'")
-        theirs = model.pos_embed  # the same waves, on the model's grid
+            raise InputError(f"{weights.path} is for another architecture: its positions are learned, but the model "
+                             f"was built with position='sincos'; build it with position='learned'")
+        theirs = model.pos_embed  # the same sines and cosines, on the model's grid
     elif old != grid:
         theirs = resample_positions(theirs, old, grid)
         notes.append(f"positions: resampled from a grid of {old[0]}x{old[1]} to {grid[0]}x{grid[1]} patches")
@@ -603,19 +689,24 @@ def _fit_positions(weights, model, grid_size):
 
 
 def _add_to_token(weights, name, positions):
-    """Adds positions to the token that they belong to, once for all. Raises InputError where it is not there."""
+    """Add positions to the token that they belong to; raise InputError if it is missing."""
     token = weights.tensors.get(name)
     if token is None or token.shape != positions.shape or not token.is_floating_point():
-        raise InputError(f"{weights.path} is damaged: it has {positions.shape[1]} positions for a {name} of "
-                         f"{None if token is None else (*token.shape, token.dtype)}")
+        raise InputError(f"{weights.path} is damaged: it has {positions.shape[1]} positions for {name}, which is "
+                         f"{'missing' if token is None else (*token.shape, token.dtype)}")
     weights.tensors[name] = token + positions
 
 
 def _read_grid(weights, grid=None, given=None):
-    """((rows, columns), positions before them, notes): how the positions of a file are to be read.
+    """Find the grid of the positions in a file: ((rows, columns), positions before it, notes).
 
-    A file of save_model records it. Otherwise these are tried in order: the given grid; that of the model, if their
-    number fits; a square. Raises InputError if none fits.
+    A file of save_model records it. For others, it is the given grid, or the first that fits their number: the model's
+    grid, then a square.
+
+    Raises
+    ------
+    InputError
+        If none fits.
     """
     M = weights.tensors["pos_embed"].shape[1]
     if weights.model is not None:
@@ -631,14 +722,15 @@ def _read_grid(weights, grid=None, given=None):
         ways += [((side, side), n) for side, n in sides if side and side * side == M - n]
     ways = list(dict.fromkeys(ways))
     if not ways:
-        listed = [f"the grid {rows}x{columns}" for rows, columns in grids] + ["a square grid"] * (not given)
-        wanted = " or ".join(listed)
-        raise InputError(f"{weights.path} has {M} positions, not {wanted} with {' or '.join(map(str, prefixes))} "
-                         f"before it; give load img_size=(height, width) of its training, a training with --pretrained "
-                         f"--img-size HEIGHT WIDTH, or load_checkpoint grid_size=(rows, columns) of its patches")
+        tried = [f"the grid {rows}x{columns}" for rows, columns in grids] + ["a square grid"] * (not given)
+        wanted = " or ".join(tried)
+        raise InputError(f"{weights.path} has {M} positions, which do not fit {wanted} with "
+                         f"{' or '.join(map(str, prefixes))} before it; give the image size of its training, load(..., "
+                         f"img_size=(height, width)) or --img-size HEIGHT WIDTH, or load_checkpoint(..., "
+                         f"grid_size=(rows, columns))")
     texts = [f"{rows}x{columns} patches with {n} before them" for (rows, columns), n in ways]
-    notes = [f"positions: {M} can be {' or '.join(texts)}; taken as the first; "
-             f"load_checkpoint's grid_size= would say"] if ways[1:] else []
+    notes = [f"positions: {M} fit {' or '.join(texts)}; the first is used, load_checkpoint's grid_size= sets "
+             f"another"] if ways[1:] else []
     return *ways[0], notes
 
 
@@ -647,8 +739,21 @@ def _read_grid(weights, grid=None, given=None):
 
 @dataclass(frozen=True)
 class Description:
-    """What a checkpoint is: the format, the configuration of the model that it fits, and the report of loading it
-    into such a model; what its images must be, None where our own file does not say."""
+    """What a checkpoint is; `str()` gives it in a few lines.
+
+    Attributes
+    ----------
+    report : LoadReport
+        The report of loading it into a model that fits.
+    model_class : str
+        Class of that model.
+    config : dataclass
+        Configuration of that model.
+    n_parameters : int
+        Number of parameters.
+    preprocessing : Preprocessing or None
+        What its images must be; None if a checkpoint of this library does not say.
+    """
     report: LoadReport
     model_class: str
     config: object
@@ -656,7 +761,7 @@ class Description:
     preprocessing: Preprocessing | None = None
 
     def __str__(self):
-        usual = {f.name: f.default for f in fields(self.config)}  # a HybridCNNViT has some defaults of its own
+        usual = {f.name: f.default for f in fields(self.config)}  # HybridCNNViT overrides some defaults
         arguments = signature(model_classes()[self.model_class]).parameters
         usual |= {name: argument.default for name, argument in arguments.items() if name in usual}
         settings = {name: value for name, value in vars(self.config).items() if value != usual[name]}
@@ -665,38 +770,54 @@ class Description:
             mean, std = (", ".join(f"{number:.4g}" for number in numbers) for numbers in (shown.mean, shown.std))
             lines.append(f"  images: {'x'.join(map(str, shown.size))} pixels, {shown.interpolation}, mean {mean}, std "
                          f"{std}{_in_short(shown.class_names)}")
-        return "\n".join([*lines, f"  {self.n_parameters:,} parameters. It loads with", "",
+        return "\n".join([*lines, f"  {self.n_parameters:,} parameters. Load it with", "",
                           f"    model = {self.model_class}({', '.join(f'{k}={v!r}' for k, v in settings.items())})",
                           f"    load_checkpoint(model, {self.report.path!r})"])
 
 
 def _in_short(names):
-    """Names of classes in a few words."""
+    """Format class names in a few words."""
     if not names:
-        return "; no names of classes"
+        return "; no class names"
     return f"; {len(names)} classes: {', '.join(map(str, names[:5]))}{', ...' if names[5:] else ''}"
 
 
 def describe_checkpoint(path, **given):
-    """What a file is, and how it would load, as a Description. Raises InputError where it would not, with the reason.
+    """Say what a file is and how it would load, without loading it into a model.
 
-    given: what load would be given of that which the file does not record, such as n_heads. The model of a file that
-    is not ours is built on the device "meta", so that nothing but the file takes memory.
+    Only the file itself takes memory: for files of other libraries, the model is built on the device "meta".
+
+    Parameters
+    ----------
+    path : path
+        The file, or a folder that transformers or timm wrote.
+    **given
+        Values that the file does not record, as for `load`, such as n_heads.
+
+    Returns
+    -------
+    Description
+
+    Raises
+    ------
+    InputError
+        If the file cannot be loaded, with the reason.
     """
     weights = _read_weights(path)
     found, model = _inferred(weights, given), weights.model
     for argument, value in given.items():
         if argument not in found.unrecorded and value != getattr(found.config, argument):
-            raise InputError(f"{argument} {value!r} is not that of {path}, {getattr(found.config, argument)!r}")
+            raise InputError(f"{argument} {value!r} is not that of {path}, {getattr(found.config, argument)!r}; leave "
+                             f"it out")
     if model is None:
         with torch.device("meta"):
             model = found.model_class(**vars(found.config))
     _, report = _fitted(weights, model, found.grid, advise=False)
     n_parameters = sum(p.numel() for p in model.parameters())
     assumed = {name: words for name, words in found.assumed.items() if name != "n_heads"}
-    guess = f"the file does not say how many; {found.config.n_heads} is a guess (" \
-            f"{found.config.embed_dim // found.config.n_heads} channels each), and any number that divides " \
-            f"{found.config.embed_dim} loads: n_heads= or --n-heads" if "n_heads" in found.assumed else ""
+    guess = f"the file does not record how many; {found.config.n_heads} is a guess (" \
+            f"{found.config.embed_dim // found.config.n_heads} channels each), and any divisor of " \
+            f"{found.config.embed_dim} loads; set it with n_heads= or --n-heads" if "n_heads" in found.assumed else ""
     report = replace(report, heads=guess, assumed=tuple(assumed.values()))
     return Description(report, class_name(model), model.config, n_parameters, found.preprocessing)
 
@@ -705,10 +826,20 @@ def describe_checkpoint(path, **given):
 class Inferred:
     """The model that a file fits.
 
-    preprocessing   of its images; None where our own file has none
-    grid            (rows, columns) of the patches of the file; None: the model's own
-    assumed         what nothing records, {field of the configuration, or "images": the value taken, in words}
-    unrecorded      fields that nothing records, which the caller may therefore choose
+    Attributes
+    ----------
+    model_class : type
+        Its class.
+    config : dataclass
+        Its configuration.
+    preprocessing : Preprocessing or None
+        What its images must be; None if a checkpoint of this library has none.
+    grid : (int, int) or None
+        Rows and columns of the patches in the file; None for the model's own.
+    assumed : dict
+        Values that are not recorded: {field of the configuration, or "images": the value in words}.
+    unrecorded : tuple of str
+        Fields that are not recorded, which the caller may therefore choose.
     """
     model_class: type
     config: object
@@ -719,9 +850,14 @@ class Inferred:
 
 
 def _inferred(weights, given):
-    """The Inferred of a file, with one line for tensors of a rank that no model has.
+    """Return the Inferred of a file.
 
-    given: {field: value} of the configuration, as far as the caller chooses it; it holds where nothing records it.
+    given is {field of the configuration: value chosen by the caller}; it counts for fields that are not recorded.
+
+    Raises
+    ------
+    InputError
+        If no model fits.
     """
     if weights.model is not None:
         shown, assumed = weights.model.preprocessing, {}
@@ -741,16 +877,16 @@ def _inferred(weights, given):
 
 
 def infer_vit(weights, given):
-    """The Inferred of the weights of a VisionTransformer."""
+    """Return the Inferred of a VisionTransformer's weights."""
     tensors, recorded = weights.tensors, weights.recorded.config
     needed = ("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
     missing = [name for name in needed if name not in tensors]
     if missing:
-        raise InputError(f"{weights.path} ({weights.format.name}) is no whole ViT: it lacks {', '.join(missing)}")
+        raise InputError(f"{weights.path} ({weights.format.name}) is not a complete ViT: {', '.join(missing)} missing")
     D, C, *patch = tensors["patch_embed.proj.weight"].shape
     blocks = {int(name.split(".")[1]) for name in tensors if re.match(r"blocks\.\d+\.", name)}
     if blocks != set(range(len(blocks))):
-        raise InputError(f"{weights.path} ({weights.format.name}) is no whole ViT: it has {len(blocks)} blocks, "
+        raise InputError(f"{weights.path} ({weights.format.name}) is not a complete ViT: it has {len(blocks)} blocks, "
                          f"numbered up to {max(blocks)}")
     hidden, head = len(tensors["blocks.0.mlp.fc1.weight"]), tensors.get("head.weight")
     ratio = next(r for r in (hidden / D, math.nextafter(hidden / D, math.inf)) if int(D * r) == hidden)
@@ -762,7 +898,7 @@ def infer_vit(weights, given):
     for name, value in shown.items():
         theirs = recorded.get(name, value)
         if int(theirs * D) != hidden if name == "mlp_ratio" else theirs != value:
-            raise InputError(f"{weights.recorded.source} says {name} {theirs!r}, and the tensors of {weights.path} "
+            raise InputError(f"{weights.recorded.source} says {name} {theirs!r}, but the tensors of {weights.path} "
                              f"have {value!r}; {MEND}")
     grid, assumed = _infer_grid(weights, patch, given)
     heads = _likely_heads(D)
@@ -781,19 +917,19 @@ def infer_vit(weights, given):
         fc_norm="fc_norm.weight" in tensors)
     if D % config.n_heads:
         where = f" that {weights.recorded.source} says" if "n_heads" in recorded else ""
-        raise InputError(f"the {config.n_heads} heads{where} do not divide the width {D} of {weights.path}; expected "
-                         f"one of its divisors")
+        raise InputError(f"the {config.n_heads} heads{where} do not divide the width {D} of {weights.path}; expected a "
+                         f"divisor of {D}")
     preprocessing, words = _infer_preprocessing(weights, img_size, config)
     assumed |= dict(images=words) if words else {}
     return Inferred(VisionTransformer, config, preprocessing, grid, assumed, tuple(unrecorded))
 
 
 def infer_cnn(weights, given):
-    """The Inferred of the weights of a ConvNet or ConvNeXt, whose tensors do not show the size of their images."""
+    """Return the Inferred of a ConvNet's or ConvNeXt's weights, which do not show the size of the images."""
     config, recorded, assumed = CNN_CONFIGS[weights.format.holds](weights), weights.recorded.config, {}
     for name in ("in_channels", "n_classes"):
         if recorded.get(name, getattr(config, name)) != getattr(config, name):
-            raise InputError(f"{weights.recorded.source} says {name} {recorded[name]!r}, and the tensors of "
+            raise InputError(f"{weights.recorded.source} says {name} {recorded[name]!r}, but the tensors of "
                              f"{weights.path} have {getattr(config, name)!r}; {MEND}")
     if "img_size" in recorded:
         config = replace(config, img_size=recorded["img_size"])
@@ -811,7 +947,7 @@ def infer_cnn(weights, given):
 
 
 def _infer_grid(weights, patch, given):
-    """((rows, columns) of the patches of a file, {"img_size": words} where they were assumed to be a square)."""
+    """Return ((rows, columns) of the patches, {"img_size": words} if they were assumed to form a square)."""
     recorded = weights.recorded.config.get("img_size")
     if "pos_embed" not in weights.tensors:
         size = recorded or given.get("img_size")
@@ -821,7 +957,7 @@ def _infer_grid(weights, patch, given):
             return _read_grid(weights, given=grid_of(pair(recorded), tuple(patch)))[0], {}
         except InputError as error:
             M = weights.tensors["pos_embed"].shape[1]
-            raise InputError(f"{weights.recorded.source} says img_size {recorded!r}, and {weights.path} has {M} "
+            raise InputError(f"{weights.recorded.source} says img_size {recorded!r}, but {weights.path} has {M} "
                              f"positions for patches of {patch[0]}x{patch[1]}; {MEND}") from error
     size = given.get("img_size")
     wished = grid_of(pair(size), tuple(patch)) if size else None
@@ -832,11 +968,11 @@ def _infer_grid(weights, patch, given):
 
 
 def _infer_preprocessing(weights, img_size, config):
-    """(the Preprocessing of a file, what of it was assumed in words, or "")."""
+    """Return (the Preprocessing of a file, what of it was assumed in words, or "")."""
     images, known = weights.recorded.images, weights.format
     names = images.get("class_names")
     if names and config.n_classes and len(names) != config.n_classes:
-        raise InputError(f"{weights.recorded.source} names {len(names)} classes, and the head of {weights.path} has "
+        raise InputError(f"{weights.recorded.source} names {len(names)} classes, but the head of {weights.path} has "
                          f"{config.n_classes}; {MEND}")
     facts = {name: images.get(name, getattr(known, name)) for name in ("mean", "std", "interpolation")}
     shown = Preprocessing(img_size, **facts, class_names=names if config.n_classes else None)
@@ -848,7 +984,7 @@ def _infer_preprocessing(weights, img_size, config):
 
 
 def _likely_heads(D):
-    """Heads of a ViT of this width: of 64 channels, as in Table 1 of the ViT paper, but for Huge (16 of 80)."""
+    """Guess the heads of a ViT of width D: 64 channels each, but 16 for Huge, as in Table 1 of the ViT paper."""
     if D == 1280:
         return 16
     return next(n for n in range(max(1, D // 64), 0, -1) if D % n == 0)

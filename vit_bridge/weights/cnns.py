@@ -1,6 +1,9 @@
-"""What the tensors of a CNN's file say of the model that they fit: the configuration of a ConvNet or a ConvNeXt.
+"""Infer the configuration of a ConvNet or ConvNeXt from the tensors of a file.
 
-Shapes:  C channels, k side of a kernel, K classes."""
+    convnet_config(weights), convnext_config(weights)    what CNN_CONFIGS chooses from
+
+Shapes:  C channels, k side of a kernel, K classes.
+"""
 
 import re
 
@@ -10,7 +13,13 @@ from vit_bridge.models.convnext import ConvNeXtConfig
 
 
 def convnet_config(weights):
-    """The ConvNetConfig of a ResNet's Weights. Raises InputError for a relative that ConvNet cannot hold."""
+    """Return the ConvNetConfig of a ResNet's Weights.
+
+    Raises
+    ------
+    InputError
+        For a variant of ResNet that ConvNet cannot hold.
+    """
     tensors, depths = weights.tensors, _depths(weights, r"stages\.(\d+)\.(\d+)\.")
     stem, narrow = _tensor(weights, "stem.0.weight"), _tensor(weights, "stages.0.0.conv1.weight")  # 2 x (C', C, k, k)
     block = "bottleneck" if "stages.0.0.conv3.weight" in tensors else "residual"
@@ -18,14 +27,14 @@ def convnet_config(weights):
     inside = _tensor(weights, "stages.0.0.conv2.weight")
     last = tensors.get("stages.0.0.conv3.weight", inside)
     if inside.shape[1] != len(narrow):
-        _refuse(weights, f"a ResNeXt: its 3 x 3 convolutions are in {len(narrow) // inside.shape[1]} groups, ConvNet's "
-                         f"in one")
+        _refuse(weights, f"a ResNeXt, whose 3 x 3 convolutions have {len(narrow) // inside.shape[1]} groups; ConvNet "
+                         f"has one group")
     expansion = BLOCKS[block].expansion
     if len(last) != expansion * widths[0]:
-        _refuse(weights, f"a wide ResNet: {widths[0]} channels inside a block that gives {len(last)}, where ConvNet "
+        _refuse(weights, f"a wide ResNet, with {widths[0]} channels inside a block that outputs {len(last)}; ConvNet "
                          f"has {len(last) // expansion}")
     if "stem.1.running_mean" not in tensors:
-        _refuse(weights, "a ResNet without batch norm, which ConvNet does not have")
+        _refuse(weights, "a ResNet without batch norm, which ConvNet needs")
     if stem.shape[-1] not in (3, 7) or len(stem) != widths[0]:
         _refuse(weights, f"a ResNet whose first convolution has {len(stem)} kernels of {stem.shape[-1]} x "
                          f"{stem.shape[-1]}; ConvNet has {widths[0]} of 7 x 7 or 3 x 3")
@@ -35,11 +44,17 @@ def convnet_config(weights):
 
 
 def convnext_config(weights):
-    """The ConvNeXtConfig of a ConvNeXt's Weights. Raises InputError for a relative that ConvNeXt cannot hold."""
+    """Return the ConvNeXtConfig of a ConvNeXt's Weights.
+
+    Raises
+    ------
+    InputError
+        For a variant of ConvNeXt that our class cannot hold.
+    """
     tensors, depths = weights.tensors, _depths(weights, r"stages\.(\d+)\.blocks\.(\d+)\.")
     stem, kernel = _tensor(weights, "stem.0.weight"), _tensor(weights, "stages.0.blocks.0.conv_dw.weight")
     if _tensor(weights, "stem.1.weight").ndim != 1 or stem.shape[-1] != stem.shape[-2]:
-        _refuse(weights, "a ConvNeXt whose stem has several convolutions; that of ConvNeXt has one, of patches")
+        _refuse(weights, "a ConvNeXt whose stem has several convolutions; ours has a single one, over patches")
     if kernel.shape[1:] != (1, 7, 7):
         _refuse(weights, f"a ConvNeXt with kernels of {kernel.shape[-1]} x {kernel.shape[-1]}; ours are 7 x 7")
     widths = tuple(len(_tensor(weights, f"stages.{i}.blocks.0.conv_dw.weight")) for i in range(len(depths)))
@@ -50,7 +65,7 @@ def convnext_config(weights):
 
 
 def stem_is_small(weights):
-    """Whether the first convolution is ConvNet's of 3 x 3, whose stride no tensor shows."""
+    """Return whether the first convolution is ConvNet's 3 x 3 one, whose stride no tensor shows."""
     return weights.format.holds == "ConvNet" and weights.tensors["stem.0.weight"].shape[-1] == 3
 
 
@@ -58,22 +73,25 @@ CNN_CONFIGS = dict(ConvNet=convnet_config, ConvNeXt=convnext_config)
 
 
 def _depths(weights, block):
-    """Blocks of each stage. block: the beginning of their names, with a group for the stage and one for the block."""
+    """Return the number of blocks in each stage.
+
+    block is a pattern for the beginning of their names, with one group for the stage and one for the block.
+    """
     found = {tuple(map(int, place.groups())) for name in weights.tensors if (place := re.match(block, name))}
     stages = [{j for i, j in found if i == stage} for stage in range(len({i for i, _ in found}))]
     if not stages or any(stage != set(range(len(stage))) or not stage for stage in stages):
-        _refuse(weights, "no whole CNN: blocks are missing among its stages")
+        _refuse(weights, "not a complete CNN: blocks are missing in its stages")
     return tuple(map(len, stages))
 
 
 def _tensor(weights, name):
     if name not in weights.tensors:
-        _refuse(weights, f"no whole CNN: it lacks {name}")
+        _refuse(weights, f"not a complete CNN: {name} is missing")
     return weights.tensors[name]
 
 
 def _n_classes(weights):
-    """K, 0 without a head."""
+    """Return K, or 0 without a head."""
     head = weights.tensors.get("head.weight")
     return 0 if head is None else len(head)
 

@@ -1,8 +1,9 @@
-"""Files of any kind as dicts, without executing anything in them: torch.load with weights_only=True, numpy without
-pickle, safetensors; and the state dict inside.
+"""Read files of weights without executing anything in them, and find the state dict inside.
 
-    entries = read_file(path)                              what a file holds
-    state, around = unwrap(entries, path, is_model)        the state dict in it, and what was around that
+    entries = read_file(path)                              a file as a dict
+    state, around, taken = unwrap(entries, path, is_model) the state dict in it, and where it was
+
+Files of torch.save are loaded with weights_only=True, numpy files without pickle.
 """
 
 import argparse
@@ -18,17 +19,23 @@ import torch
 from vit_bridge.errors import InputError, first_line
 from vit_bridge.weights.formats import TAKEN_FIRST, check_average
 
-SCALES = "int8_scales"  # the entry of a checkpoint whose weights are whole numbers
+SCALES = "int8_scales"  # the entry with the scales of int8 weights
 
 # ---- A file -----------------------------------------------------------------------------------------------
 
 
 def read_file(path):
-    """What a file holds, as a dict. Nothing in it is executed. Raises InputError where that cannot be."""
+    """Read a file of weights as a dict, without executing anything in it.
+
+    Raises
+    ------
+    InputError
+        If there is no such file, or if it cannot be read safely.
+    """
     try:
         if not Path(path).is_file():
-            found = "a folder is at" if Path(path).is_dir() else "no file"
-            raise InputError(f"{found} {path}; expected a checkpoint file")
+            raise InputError(f"{path} is a folder; give a checkpoint file" if Path(path).is_dir() else
+                             f"there is no file {path}; give the path of a checkpoint")
         if str(path).endswith(".index.json"):
             return _read_shards(Path(path))
         if str(path).endswith(".safetensors"):
@@ -40,24 +47,33 @@ def read_file(path):
             entries = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
-    except Exception as error:  # random bytes make torch's unpickler fail with nearly every kind
+    except Exception as error:  # damaged files make torch's unpickler raise almost anything
         found = re.search(r"[Uu]nsupported (?:global|GLOBAL|class)[^\n]*?([\w.]+) (?:was not an allowed|whose module)|"
                           r"Can only (?:build|create) [^\n]* but got <class '(\w+\.[\w.]+)'>", str(error))
         if found:
             raise InputError(_about_objects(path, _worst_global(path, found[1] or found[2]))) from error
-        raise InputError(f"{path} is no checkpoint, or a damaged one ({first_line(error)}); expected a file that "
-                         f"torch.save, safetensors or numpy wrote") from error
+        raise InputError(f"{path} is damaged or not a checkpoint ({first_line(error)}); expected a file written by "
+                         f"torch.save, safetensors or numpy") from error
     if not isinstance(entries, dict):
-        raise InputError(f"{path} holds a {type(entries).__name__}; expected a dict of tensors, as state_dict() gives")
+        raise InputError(f"{path} holds a {type(entries).__name__}; expected a dict of tensors, as state_dict() "
+                         f"returns")
     if SCALES in entries:
         entries = dict(entries, state_dict=from_int8(entries.get("state_dict"), entries[SCALES], path))
     return entries
 
 
 def to_int8(state):
-    """(state dict, scales): each weight of a layer as int8 from -127 to 127, a quarter of its size, and a scale for
-    each of its outputs, (rows, 1, ...) float32, so that row * scale is the nearest to what it was. Vectors stay as they
-    are, and so does what has one row, such as positions, or holds NaN."""
+    """Quantise a state dict to int8, a quarter of the size of float32.
+
+    Each matrix or kernel becomes integers from -127 to 127 with one float32 scale per output, (rows, 1, ...), so that
+    row * scale is close to the original. Vectors, tensors with a single row (such as positions) and tensors with NaN or
+    infinity stay as they are.
+
+    Returns
+    -------
+    state, scales : dict
+        The quantised state dict, and {name: scale}.
+    """
     packed, scales = dict(state), {}
     for name, weight in state.items():
         if weight.is_floating_point() and weight.ndim > 1 and len(weight) > 1 and weight.isfinite().all():
@@ -68,17 +84,25 @@ def to_int8(state):
 
 
 def from_int8(state, scales, path):
-    """The state dict of float32 that to_int8 packed. Raises InputError where weights and scales do not fit."""
+    """Return the float32 state dict that `to_int8` quantised.
+
+    Raises
+    ------
+    InputError
+        If weights and scales do not fit together.
+    """
     try:
         return dict(state, **{name: state[name].float() * scale for name, scale in scales.items()})
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"{path} is damaged: its weights and their {SCALES} do not fit ({first_line(error)}); write "
-                         f"or fetch it again") from error
+        raise InputError(f"{path} is damaged: its weights and their {SCALES} do not fit together "
+                         f"({first_line(error)}); save or download it again") from error
 
 
 def _harmless():
-    """What training scripts keep beside the weights, numbers and text without code: parsed arguments, and the scalars,
-    types and arrays of numpy, under the names of its versions 1 and 2."""
+    """Return the classes that a file may contain besides tensors, because they hold only numbers and text.
+
+    These are parsed arguments and numpy's scalars, dtypes and arrays, under their names in numpy 1 and 2.
+    """
     functions = dict(scalar=np.float64(0).__reduce__()[0], _reconstruct=np.empty(0).__reduce__()[0])
     named = [(function, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core")
              for name, function in functions.items()]
@@ -86,7 +110,7 @@ def _harmless():
     return [argparse.Namespace, np.dtype, np.ndarray, *kinds, *named]
 
 
-# Of these an object in a file is a call that could do anything; other objects are at least meant as data.
+# Modules whose objects, in a pickle, are calls that can do anything; objects of other modules are meant as data.
 CALLS = ("os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "importlib", "runpy", "builtins", "operator",
          "functools", "webbrowser", "pty", "ctypes", "pickle", "marshal", "code", "types")
 DATA_OF_BUILTINS = ("set", "frozenset", "slice", "range", "complex", "bytearray", "list", "dict", "tuple", "object")
@@ -98,20 +122,20 @@ def _is_call(name):
 
 
 def _worst_global(path, name):
-    """A call that a file of pickled objects makes, or where none is found the name at which loading stopped."""
-    with suppress(Exception):  # files of old versions of torch cannot be searched, and damaged ones fail in any way
+    """Return a call that the pickled objects in a file make; if there is none, return `name`."""
+    with suppress(Exception):  # files of old torch versions cannot be searched; damaged ones may raise anything
         return next(filter(_is_call, torch.serialization.get_unsafe_globals_in_checkpoint(path)), name)
     return name
 
 
 def _about_objects(path, name):
-    """Why a file of pickled objects is not opened; and, unless they are calls, how its owner saves its weights."""
-    text = f"{path} holds Python objects ({name}), which are not loaded, as unpickling them can run code"
+    """Say why a file of pickled objects is not opened and, for data, how to save its weights alone."""
+    text = f"{path} holds Python objects ({name}), which are not loaded because unpickling can run code"
     if _is_call(name):
-        return f"{text}; take the weights from another source"
+        return f"{text}; get the weights from another source"
     target = str(Path(path).with_name(f"{Path(path).stem}-weights.pt"))
     return "\n".join([
-        f"{text}; if you wrote it or trust who did, save its weights alone, in Python:",
+        f"{text}; if you wrote the file or trust its author, save its weights alone, in Python:",
         f"    import torch; entries = torch.load({str(path)!r}, map_location='cpu', weights_only=False)",
         f"    model = next((entries[name] for name in {(*WRAPPERS[:7], 'net')} if name in entries), entries) if "
         f"isinstance(entries, dict) else entries",
@@ -123,38 +147,59 @@ def _read_safetensors(path):
     try:
         from safetensors.torch import load_file
     except ImportError as error:
-        raise InputError(f"{path} needs the package safetensors to be read; python -m pip install "
+        raise InputError(f"{path} needs the package safetensors; install it with python -m pip install "
                          f"safetensors") from error
     return load_file(path)
 
 
 def _read_shards(path):
-    """The tensors of the files that a transformers index names, which lie beside it."""
+    """Read the tensors of the files that a transformers index names, which lie beside it."""
     entries = json.loads(path.read_text(encoding="utf-8"))
     files = entries.get("weight_map") if isinstance(entries, dict) else None
     if not isinstance(files, dict) or not all(isinstance(file, str) and Path(file).name == file
                                               for file in files.values()):
-        raise InputError(f"{path} is no index of weights; expected a weight_map from tensors to files beside it")
+        raise InputError(f"{path} is not an index of weights; expected a weight_map from tensors to files beside it")
     parts = {file: read_file(path.with_name(file)) for file in sorted(set(files.values()))}
     missing = [name for name, file in files.items() if name not in parts[file]]
     if missing:
-        raise InputError(f"{path} names {missing[0]}, which {files[missing[0]]} does not hold; fetch the files again")
+        raise InputError(f"{path} lists {missing[0]}, which is not in {files[missing[0]]}; download the files again")
     return {name: parts[file][name] for name, file in files.items()}
 
 
 # ---- The state dict inside --------------------------------------------------------------------------------
 
-# What training scripts put around a state dict, best first: of two, the average of the weights is the one to use.
+# Names under which training scripts store a state dict, best first: averaged weights come before the others.
 WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model", "module", "teacher",
             "target")
-MOST_WRAPPERS = 4  # ways grow with its power: a file may hold itself under every name
+MOST_WRAPPERS = 4  # the search grows exponentially if a file contains itself
 
 
 def unwrap(entries, path, is_model):
-    """(the state dict inside, names of what was around it, which of several was taken in words or "").
+    """Find the state dict in the entries of a file.
 
-    is_model: a function of the names of tensors that says whether a model is among them, for a file with a state dict
-    under another name than the WRAPPERS. Raises InputError where there is none, and where there are several.
+    Parameters
+    ----------
+    entries : dict
+        What `read_file` returned.
+    path : path
+        The file, for messages.
+    is_model : callable
+        Takes a list of tensor names and returns whether they belong to a model. It finds a state dict under a name that
+        is not in WRAPPERS.
+
+    Returns
+    -------
+    state : dict
+        The state dict.
+    around : list of str
+        Keys that lead to it.
+    taken : str
+        Which of several models was used, or "".
+
+    Raises
+    ------
+    InputError
+        If there is no state dict, or more than one and none is preferred.
     """
     found = _state_dicts(entries, is_model)
     around = _way_to_tensors(entries)
@@ -162,11 +207,11 @@ def unwrap(entries, path, is_model):
         around = _way_by_contents(found, path)
     if around is None:
         raise InputError(f"{path} holds no tensors under {', '.join(map(repr, list(entries)[:5])) or 'any name'}; "
-                         f"expected a state dict, or one under {', '.join(WRAPPERS)}")
+                         f"expected a state dict, or one under a name such as {WRAPPERS[3]!r} or {WRAPPERS[5]!r}")
     taken = ""
     if around and len({*found, around[0]}) > 1:
         listed = " and ".join(map(repr, dict.fromkeys([*found, around[0]])))
-        taken = f"of the models under {listed} that of {around[0]!r} was taken"
+        taken = f"of the models under {listed}, {around[0]!r} was used"
     models = {name: entries[name] for name in found}
     for name in around:
         entries = entries[name]
@@ -175,14 +220,14 @@ def unwrap(entries, path, is_model):
     for name, value in entries.items():
         if not (isinstance(name, str) and name.isprintable() and isinstance(value, torch.Tensor)):
             raise InputError(f"{path} holds {name!r}, a {type(value).__name__}, among its tensors; expected a state "
-                             f"dict of tensors alone")
+                             f"dict that holds only tensors")
         if value.layout != torch.strided or value.is_meta:
-            raise InputError(f"{path} holds {name!r} without plain numbers; expected dense tensors")
+            raise InputError(f"{path} holds {name!r} as a sparse tensor or one without data; expected dense tensors")
     return entries, around, taken
 
 
 def _way_to_tensors(entries, depth=0):
-    """Names of the WRAPPERS to go through, best first; None where they lead to no tensors."""
+    """Return the keys in WRAPPERS that lead to tensors, best first, or None if there are none."""
     for name in WRAPPERS if depth < MOST_WRAPPERS else ():
         inner = entries.get(name)
         if isinstance(inner, dict) and (rest := _way_to_tensors(inner, depth + 1)) is not None:
@@ -191,30 +236,32 @@ def _way_to_tensors(entries, depth=0):
 
 
 def _state_dicts(entries, is_model):
-    """Names of the entries that hold the tensors of a model."""
+    """Return the names of the entries that hold the tensors of a model."""
     return [name for name, inner in entries.items() if isinstance(name, str) and isinstance(inner, dict)
             and any(isinstance(value, torch.Tensor) for value in inner.values())
             and is_model([key for key in inner if isinstance(key, str)])]
 
 
 def _way_by_contents(found, path):
-    """[the one of these names to take]; None where there is none."""
+    """Return a list with the one of these names to use, or None if there are none."""
     if len(found) > 1:
         found = [name for name in found if TAKEN_FIRST.search(name)] or found
     if len(found) > 1:
-        raise InputError(f"{path} holds {len(found)} models, under {' and '.join(map(repr, found))}; expected one, "
-                         f"save the state_dict of the one that you want alone")
+        raise InputError(f"{path} holds {len(found)} models, under {' and '.join(map(repr, found))}; save only the "
+                         f"state_dict of the one that you want")
     return found or None
 
 
-# Under which names training scripts keep the names of the classes, and in what they keep them.
+# Names under which training scripts store class names, and the dicts in which they store them.
 CLASS_NAME_KEYS = ("class_names", "classes", "class_to_idx", "idx_to_class", "id2label", "label_names", "labels")
 SETTINGS_KEYS = ("hyper_parameters", "hparams", "meta", "args", "config")
 
 
 def class_names_in(entries, n_classes):
-    """(key, names of n_classes in the order of the outputs) beside the weights in a file; ("", None) where there are
-    none that fit."""
+    """Find class names that a training script stored beside the weights.
+
+    Returns (key, n_classes names in the order of the outputs), or ("", None) if none fit.
+    """
     for place in (entries, *(entries.get(key) for key in SETTINGS_KEYS)):
         place = vars(place) if isinstance(place, argparse.Namespace) else place
         for key in CLASS_NAME_KEYS if isinstance(place, dict) else ():

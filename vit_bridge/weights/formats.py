@@ -1,11 +1,9 @@
-"""How other libraries and papers name the weights of a ViT, a ResNet or a ConvNeXt, and those names in ours.
+"""How other libraries and papers name the weights of a ViT, ResNet or ConvNeXt, and our names for them.
 
-    weights = translate(state, path, around)     a state dict in our names, and what was dropped on the way
+    weights = translate(state, path, around)     a state dict under our names, and what was left out
 
-FORMATS holds what is known, REFUSED what is known and cannot be held. The tests build each library's own model at
-random, save it in its own format and compare features; for the formats that no package writes (Google's npz,
-DeiT-III, DINO and DINOv2, MAE) the layout is that of their published code, and benchmarks/RESULTS.md says what was
-checked against what.
+FORMATS lists the known formats, and REFUSED those that are known but cannot be loaded. The tests compare features with
+the libraries' own models; benchmarks/RESULTS.md says what each format was checked against.
 
 Shapes:  D width, H heads, K = D / H width of a head, P patch side, C channels.
 """
@@ -25,23 +23,40 @@ from vit_bridge.weights.recorded import Recorded
 class Format:
     """A way of naming the weights of a model.
 
-    root     pattern of the whole name of its first layer's weight: what stands before it is a prefix
-    marks    further patterns: a file is of this format where each of them is found in some name, without the prefix
-    names    (pattern, our name), the first that matches the whole name; a name that none matches stays
-    drops    (pattern, reason): what the model has no use for
-    library  whose config.json belongs to it: "timm", "transformers" or "" for none
-    fixes    fields of the configuration that are the same in all its models, so that nothing is assumed
-    mean, std, interpolation   of the images of its library's models
-    note     what the names do not show; the report of every such file says it, and load where no config.json is beside
-    holds    the name of our class that it is
+    Attributes
+    ----------
+    name : str
+        The format, for messages.
+    root : str
+        Pattern for the whole name of the first layer's weight. Anything before it is a prefix.
+    marks : tuple of str
+        Further patterns. Each must be found in some name, without the prefix, for a file to have this format.
+    names : tuple of (str, str)
+        Pattern and our name; the first pattern that matches the whole name counts. Other names stay as they are.
+    drops : tuple of (str, str)
+        Pattern and reason for tensors that the model does not use.
+    norm_eps : float or None
+        What the format's library adds to variances; None if the model decides.
+    pos_cls : bool or None
+        Whether the positions start with one for CLS; None if their number must show it.
+    library : str
+        The library whose config.json goes with it: "timm", "transformers" or "".
+    fixes : tuple of str
+        Fields of the configuration that are the same in all models of this format, so nothing is assumed.
+    mean, std, interpolation : tuple, tuple, str
+        Preprocessing of the library's models.
+    note : str
+        What the names do not show. The load report states it; `load` states it unless a config.json settles it.
+    holds : str
+        Name of our class for it.
     """
     name: str
     root: str
     marks: tuple = ()
     names: tuple = ()
     drops: tuple = ()
-    norm_eps: float | None = 1e-6  # what the format's library adds to variances; None: as the model has it
-    pos_cls: bool | None = None  # whether positions begin with that of CLS; None: seen from their number
+    norm_eps: float | None = 1e-6
+    pos_cls: bool | None = None
     library: str = ""
     fixes: tuple = ()
     mean: tuple = IMAGENET_MEAN
@@ -51,12 +66,12 @@ class Format:
     holds: str = "VisionTransformer"
 
 
-# What wrappers and pre-training leave in a file.
-AVERAGED = (r"(.*\.)?n_averaged", "a counter of averaged steps")
+# Tensors that wrappers and pre-training leave in a file.
+AVERAGED = (r"(.*\.)?n_averaged", "the step counter of an averaged model")
 BESIDE = (r"(\w+_)?(criterion|loss(es)?|loss_f\w*|metrics?|acc|accuracy|auroc|f1|confmat|precision|recall)(_\w+)?\..*",
-          "of a loss or a metric, not of the model")
-PRE_LOGITS = (r"(heads\.)?pre_logits[./].*", "a layer between the features and the head of its pre-training")
-MASK = (r"(.*\.)?mask_token", "stands for hidden patches in pre-training")
+          "part of a loss or a metric, not of the model")
+PRE_LOGITS = (r"(heads\.)?pre_logits[./].*", "a layer before the head, from pre-training")
+MASK = (r"(.*\.)?mask_token", "stands for masked patches in pre-training")
 BLOCK = r"(?:vit|deit|dinov2|dinov2_with_registers)?\.?(?:encoder\.)?layers?\.(\d+)\."
 ROOT = r"(?:vit|deit|dinov2|dinov2_with_registers)?\.?"
 TRANSFORMERS_NAMES = (
@@ -74,16 +89,16 @@ TRANSFORMERS_NAMES = (
     (ROOT + r"layernorm\.(\w+)", r"norm.\1"),
     (r"classifier\.(\w+)", r"head.\1"),
 )
-TRANSFORMERS_DROPS = ((ROOT + r"pooler\..*", "a dense layer that the head for classes does not read"), MASK,
-                      (r"decoder\..*", "MAE's decoder, for pre-training"))
+TRANSFORMERS_DROPS = ((ROOT + r"pooler\..*", "a dense layer that the classification head does not use"), MASK,
+                      (r"decoder\..*", "MAE's decoder, used in pre-training"))
 TRANSFORMERS_ROOT = ROOT + r"embeddings\.patch_embeddings\.projection\.weight"
 TIMM_ROOT = r"patch_embed\.proj\.weight"
 TV_BLOCK = r"encoder\.layers\.encoder_layer_(\d+)\."
 NPZ_BLOCK = r"Transformer/encoderblock_(\d+)/"
 NPZ_KIND = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
-# Blocks of CNNs, by (stage, block, ...) or (stage, ...); torchvision counts a ResNet's stages from 1, and a ConvNeXt's
-# together with what stands before them.
+# Blocks of CNNs by (stage, block, ...) or (stage, ...). torchvision counts a ResNet's stages from 1, and a ConvNeXt's
+# stages together with the stem and the downsampling layers.
 RESNET = r"(?:resnet\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\."
 RESNET_HEAD = ((r"(?:fc|linear|classifier\.1)\.(\w+)", r"head.\1"),)
 CONVNEXT = r"(?:convnext\.)?"
@@ -95,7 +110,7 @@ CNN_FORMATS = (
         *((rf"layer{i + 1}\.(\d+)\.downsample\.(.*)", rf"stages.{i}.\1.shortcut.\2") for i in range(4)),
         *((rf"layer{i + 1}\.(.*)", rf"stages.{i}.\1") for i in range(4)),
         *RESNET_HEAD), (AVERAGED,), norm_eps=None, library="timm", holds="ConvNet", note="timm's resnetaa and "
-           "resnetblur have these names too, and what they smooth leaves no trace in them: do not load one"),
+           "resnetblur have the same names, and nothing shows that they blur their maps; do not load them"),
     Format("transformers ResNet", r"(?:resnet\.)?embedder\.embedder\.convolution\.weight", (RESNET,), (
         (r"(?:resnet\.)?embedder\.embedder\.convolution\.(\w+)", r"stem.0.\1"),
         (r"(?:resnet\.)?embedder\.embedder\.normalization\.(\w+)", r"stem.1.\1"),
@@ -103,9 +118,9 @@ CNN_FORMATS = (
         (RESNET + r"shortcut\.normalization\.(\w+)", r"stages.\1.\2.shortcut.1.\3"),
         *((RESNET + rf"layer\.{i}\.{kind}\.(\w+)", rf"stages.\1.\2.{ours}{i + 1}.\3")
           for i in range(3) for kind, ours in (("convolution", "conv"), ("normalization", "bn"))),
-        *RESNET_HEAD), (AVERAGED,), norm_eps=None, library="transformers", holds="ConvNet", note="where its "
-           "config.json has downsample_in_first_stage or downsample_in_bottleneck, the strides lie elsewhere, which "
-           "leaves no trace in the names: do not load one"),
+        *RESNET_HEAD), (AVERAGED,), norm_eps=None, library="transformers", holds="ConvNet", note="models "
+           "with downsample_in_first_stage or downsample_in_bottleneck in their config.json have strides in other "
+           "layers, which the names do not show; do not load them"),
     Format("our names of a ConvNet", r"stem\.0\.weight", (r"^stages\.0\.0\.conv2\.weight$",), (), (AVERAGED,),
            norm_eps=None, holds="ConvNet"),
     Format("torchvision's ConvNeXt", r"features\.0\.0\.weight", (r"^features\.1\.0\.block\.0\.weight$",), (
@@ -137,7 +152,7 @@ CNN_FORMATS = (
         (CONVNEXT_STAGE + r"layers\.(\d+)\.layer_scale_parameter", r"stages.\1.blocks.\2.ls.gamma"),
         (CONVNEXT + r"layernorm\.(\w+)", r"norm.\1"),
         (r"classifier\.(\w+)", r"head.\1")), (AVERAGED,), library="transformers", holds="ConvNeXt",
-           note="its code adds 1e-12 to the variance in the last norm; here it is 1e-6, as in the paper's code"),
+           note="transformers adds 1e-12 to the variance in the last norm; here it is 1e-6, as in the paper's code"),
 )
 FORMATS = (
     Format("torchvision", r"conv_proj\.weight", (r"^class_token$",), (
@@ -157,7 +172,7 @@ FORMATS = (
            interpolation="bicubic"),
     Format("transformers DeiT", TRANSFORMERS_ROOT, (r"embeddings\.distillation_token$",), TRANSFORMERS_NAMES,
            (*TRANSFORMERS_DROPS, AVERAGED), norm_eps=1e-12, library="transformers", fixes=("pool",),
-           interpolation="bicubic", note="its distillation token, which no head reads, is a register here"),
+           interpolation="bicubic", note="its distillation token, which no head reads, becomes a register here"),
     Format("transformers ViT", TRANSFORMERS_ROOT, (), TRANSFORMERS_NAMES, (*TRANSFORMERS_DROPS, AVERAGED),
            norm_eps=1e-12, pos_cls=True, library="transformers", fixes=("pool",), mean=(0.5,) * 3, std=(0.5,) * 3),
     Format("Google's npz", r"embedding/kernel", (NPZ_BLOCK,), (
@@ -173,64 +188,79 @@ FORMATS = (
         (r"Transformer/encoder_norm/(\w+)", r"norm.\1"),
         (r"head/(\w+)", r"head.\1")), (PRE_LOGITS,), pos_cls=True,
            fixes=("pool", "norm_eps"), mean=(0.5,) * 3, std=(0.5,) * 3,
-           note="its code takes flax's GELU, an approximation by tanh; here it is the exact one, as in timm"),
+           note="its code uses flax's GELU, a tanh approximation; here it is the exact GELU, as in timm"),
     Format("MAE with its decoder", TIMM_ROOT, (r"^decoder_embed\.weight$",), (),
-           (MASK, (r"decoder_.*", "MAE's decoder, for pre-training"), AVERAGED), pos_cls=True),
+           (MASK, (r"decoder_.*", "MAE's decoder, used in pre-training"), AVERAGED), pos_cls=True),
     Format("DeiT-III", TIMM_ROOT, (r"^blocks\.0\.gamma_1$",),
            ((r"blocks\.(\d+)\.gamma_([12])", r"blocks.\1.ls\2.gamma"),), (AVERAGED,), pos_cls=False, library="timm",
-           note="RoPE-ViT has the names of DeiT-III too, and its rotation leaves no trace in them: do not load one"),
+           note="RoPE-ViT can have the names of DeiT-III, which do not show its rotation; do not load one"),
     Format("DINOv2", TIMM_ROOT, (r"^mask_token$", r"^blocks\.0\.(0\.)?ls1\.gamma$"), (
         (r"register_tokens", "reg_token"),
-        (r"blocks\.\d+\.(\d+)\.(.*)", r"blocks.\1.\2")),  # in chunks, as trained: (chunk, block)
+        (r"blocks\.\d+\.(\d+)\.(.*)", r"blocks.\1.\2")),  # stored in chunks during training: (chunk, block)
            (MASK, AVERAGED), pos_cls=True, library="timm", interpolation="bicubic"),
     Format("DINO in training", rf"backbone\.{TIMM_ROOT}", (r"^(head|dino_head|ibot_head)\.(mlp|last_layer)\b",), (
         (r"backbone\.register_tokens", "reg_token"), (r"backbone\.(.*)", r"\1")),
            ((r"(backbone\.)?mask_token", MASK[1]),
-            (r"(head|dino_head|ibot_head)\.(mlp|last_layer)\b.*", "DINO's projection head, for pre-training")),
+            (r"(head|dino_head|ibot_head)\.(mlp|last_layer)\b.*", "DINO's projection head, used in pre-training")),
            pos_cls=True),
     Format("timm's names (timm, DeiT, DINO, MAE's encoder)", TIMM_ROOT, (r"^blocks\.0\.attn\.qkv",), (),
            (MASK, PRE_LOGITS, AVERAGED), library="timm"),
     *CNN_FORMATS,
 )
-# What is known and cannot be held: a pattern found in some name, and why.
-SWIN = "a Swin Transformer or a relative of it, whose windows and stages VisionTransformer does not have"
+# Known architectures that cannot be loaded: a pattern found in some name, and the reason.
+SWIN = "a Swin Transformer or a relative, whose windows and stages VisionTransformer does not have"
 REFUSED = (
-    (r"dist_token|^head_dist\.|^(distillation|cls)_classifier\.", "a distilled DeiT, whose second class token has a "
-     "head that VisionTransformer does not have; take the DeiT without distillation"),
+    (r"dist_token|^head_dist\.|^(distillation|cls)_classifier\.",
+     "a distilled DeiT, whose distillation token has a head that VisionTransformer does not have; use the DeiT without "
+     "distillation"),
     (r"(^|\.)layers\.\d+\.blocks\.\d+\.|^swin|^stages\.\d+\.blocks\.\d+\.attn|"
-     r"^features\.\d+\.\d+\.attn\.relative_position", SWIN),
-    (r"^conv1\.\d+\.weight|(^|\.)attnpool\.", "a ResNet with several convolutions before its stages (ResNet-C, "
-     "ResNet-D, CLIP's), where ConvNet has one"),
-    (r"^layer\d\.\d+\.conv\d\.(conv|paths|attn|fc\d)", "a ResNet with blocks of several paths (SK, ResNeSt), which "
-     "ConvNet does not have"),
-    (r"^layer\d\.\d+\.(se|se_module|attn|eca)\.", "a ResNet whose blocks weigh their channels (SE, ECA), as ConvNet's "
-     "do not"),
-    (r"^stem\.conv\d?\.weight$|^root\.conv", "a ResNet V2 (BiT) or another CNN, whose stem and blocks ConvNet does not "
-     "have"),
+     r"^features\.\d+\.\d+\.attn\.relative_position",
+     SWIN),
+    (r"^conv1\.\d+\.weight|(^|\.)attnpool\.",
+     "a ResNet with several convolutions before its stages (ResNet-C, ResNet-D, CLIP's); ConvNet has one"),
+    (r"^layer\d\.\d+\.conv\d\.(conv|paths|attn|fc\d)",
+     "a ResNet with blocks of several paths (SK, ResNeSt), which ConvNet does not have"),
+    (r"^layer\d\.\d+\.(se|se_module|attn|eca)\.",
+     "a ResNet whose blocks weight their channels (SE, ECA); ConvNet's do not"),
+    (r"^stem\.conv\d?\.weight$|^root\.conv",
+     "a ResNet V2 (BiT) or another CNN, whose stem and blocks ConvNet does not have"),
     (r"\.grn\.", "a ConvNeXt V2, whose response normalisation (GRN) ConvNeXt does not have"),
-    (r"relative_position_bias|attn\.q_bias$|^beit\.", "a BEiT or EVA, whose relative positions or biases "
-     "VisionTransformer does not have"),
-    (r"visual\.class_embedding|vision_model\.embeddings|^norm_pre\.", "a CLIP or SigLIP, which normalises before its "
-     "first block or pools by attention, or a ConvNeXt that normalises before it pools, as the models here do not"),
-    (r"mlp\.(w12|weights_in|gate_proj)\.", "a ViT with gated MLPs (DINOv2 giant), which VisionTransformer does not "
-     "have"),
+    (r"relative_position_bias|attn\.q_bias$|^beit\.",
+     "a BEiT or EVA, whose relative positions or biases VisionTransformer does not have"),
+    (r"visual\.class_embedding|vision_model\.embeddings|^norm_pre\.",
+     "a CLIP, SigLIP or ConvNeXt with a norm or an attention pooling that the models here do not have"),
+    (r"mlp\.(w12|weights_in|gate_proj)\.",
+     "a ViT with gated MLPs (DINOv2 giant), which VisionTransformer does not have"),
     (r"(^|\.)(rope|rotary)", "a ViT with rotary positions, which VisionTransformer does not have"),
-    (r"Transformer/encoderblock/|MAPHead", "a big_vision file with stacked blocks or a pooling head, which "
-     "VisionTransformer does not have"),
+    (r"Transformer/encoderblock/|MAPHead",
+     "a big_vision file with stacked blocks or a pooling head, which VisionTransformer does not have"),
 )
 
 
 @dataclass
 class Weights:
-    """A file in our names.
+    """A file of weights under our names.
 
-    around      what the weights lie under
-    tensors     by our names; sources: which names of the file each comes from
-    dropped     names of the file -> why the model does not use them
-    choices     what was decided on the way and could be wrong, in words
-    n_heads     where the file, or what lies beside it, records it
-    recorded    what lies beside the file says
-    model       built from the file, where save_model wrote it
+    Attributes
+    ----------
+    path, format : str, Format
+        The file, and how it names its weights.
+    around : list of str
+        Keys and prefixes under which the weights are stored.
+    tensors : dict
+        The tensors, by our names.
+    sources : dict
+        For each of our names, the names in the file that it comes from.
+    dropped : dict
+        Names in the file, and why the model does not use them.
+    choices : list of str
+        Decisions that could be wrong, in words.
+    n_heads : int or None
+        Number of heads, if the file or its config.json records it.
+    recorded : Recorded
+        What the files beside it say.
+    model : Module or None
+        The model, if save_model wrote the file.
     """
     path: str
     format: Format
@@ -244,14 +274,19 @@ class Weights:
     model: object = None
 
 
-# Prefixes that wrappers put before every name; and of two models the one to take, usually an average of the weights.
+# Prefixes that wrappers put before every name; and names of the better of two models, usually averaged weights.
 WRAPPED = re.compile(r"^((module|_orig_mod|model)\.)*(opt/target/|params/)?")
 TAKEN_FIRST = re.compile(r"(^|[._])(ema|averaged?|swa|teacher|target)([._]|$)")
 
 
 def recognise(names, path):
-    """{prefix: Format} of the models among these names: each whose names, without the prefix, are those of a format.
-    Raises InputError where there is none."""
+    """Return {prefix: Format} of the models among these tensor names.
+
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
     found = {}
     for name in names:
         for known in FORMATS:
@@ -262,15 +297,17 @@ def recognise(names, path):
                 break
     if not found:
         _refuse_known([WRAPPED.sub("", name) for name in names], path)
-        raise InputError(f"{path} holds {len(names)} tensors such as {next(iter(names), 'none')}, of no format that is "
-                         f"known; expected one of: {', '.join(known.name for known in FORMATS)}")
+        raise InputError(f"{path} holds {len(names)} tensors such as {next(iter(names), 'none')}, which match no known "
+                         f"format; expected a ViT, ResNet or ConvNeXt as torchvision, timm, transformers, "
+                         f"facebookresearch or Google's npz files name its weights")
     return found
 
 
 def _whole_prefix(name, root, inner, known):
-    """The prefix of a model whose first layer's weight has this name and, without the prefix, is called `root`.
+    """Return the prefix of a model, given the name of its first layer's weight.
 
-    transformers' own prefix ("vit.") belongs to its names as long as all that stands beside it does so too.
+    `root` is that name without the prefix. transformers' own prefix ("vit.") counts as part of the names, as long as
+    everything beside it has names of the format too.
     """
     own, place = re.match(ROOT, root)[0], len(name) - len(root)
     if known.library == "transformers" and any(not one.startswith(own) and not any(
@@ -280,19 +317,22 @@ def _whole_prefix(name, root, inner, known):
 
 
 def under(prefix, names):
-    """The names that begin with a prefix, without it."""
+    """Return the names that begin with a prefix, without it."""
     return [name[len(prefix):] for name in names if name.startswith(prefix)]
 
 
 def parent_of(prefix):
-    """A prefix without its last part: "model." of "model.vit."."""
+    """Return a prefix without its last part: "model." for "model.vit."."""
     return re.sub(r"[^./]*[./]$", "", prefix)
 
 
 def chosen_prefix(found, state, path):
-    """(the prefix of the model to take, of those found in a state dict, what was chosen in words or "").
+    """Return (the prefix of the model to use, what was chosen in words or "").
 
-    Raises InputError where several are as good.
+    Raises
+    ------
+    InputError
+        If there are several models and none is preferred.
     """
     first = next(iter(found))
     if len(found) == 1:
@@ -304,38 +344,57 @@ def chosen_prefix(found, state, path):
     best = [prefix for prefix in found if TAKEN_FIRST.search(prefix)]
     listed = " and ".join(repr(prefix) for prefix in found)
     if len(best) != 1:
-        raise InputError(f"{path} holds {len(found)} models, under {listed}; expected one, save the state_dict of the "
-                         f"one that you want alone")
+        raise InputError(f"{path} holds {len(found)} models, under {listed}; save only the state_dict of the one that "
+                         f"you want")
     check_average(best[0], dict(zip(found, parts, strict=True)), path)
-    return best[0], f"of the models under {listed} that of {best[0]!r} was taken, usually the average of the weights"
+    return best[0], f"of the models under {listed}, {best[0]!r} was used, usually the average of the weights"
 
 
 def check_average(name, models, path):
-    """Raises InputError where the model of this name cannot be an average of another one, as its shapes are not among
-    those. models: {name: state dict}."""
+    """Raise InputError if a model cannot be the average of another, because its shapes differ.
+
+    models is {name: state dict}.
+    """
     shapes = {key: Counter(tuple(value.shape) for value in model.values() if isinstance(value, torch.Tensor)
                            and value.ndim) for key, model in models.items()}
     for other in shapes:
         if not shapes[name] <= shapes[other]:
-            raise InputError(f"{path} holds models of different shapes, under {other!r} and {name!r}; expected one, "
-                             f"save the state_dict of the one that you want alone")
+            raise InputError(f"{path} holds models of different shapes, under {other!r} and {name!r}; save only the "
+                             f"state_dict of the one that you want")
 
 
 def _refuse_known(names, path):
-    """Raises InputError for names of an architecture that is known and cannot be held."""
+    """Raise InputError for the names of an architecture that is known but cannot be loaded."""
     for pattern, reason in REFUSED:
         if any(re.search(pattern, name) for name in names):
             raise InputError(f"{path} is {reason}")
     if "blocks.0.gamma_1" in names and "pos_embed" not in names:
-        raise InputError(f"{path} has DeiT-III's names and no positions, so it is a RoPE-ViT, whose rotation "
+        raise InputError(f"{path} has DeiT-III's names but no positions, so it is a RoPE-ViT, whose rotation "
                          f"VisionTransformer does not have")
 
 
 def translate(state, path, around):
-    """A state dict of any of the FORMATS as Weights, in float32 or wider.
+    """Translate a state dict in any of the FORMATS to our names, in float32 or wider.
 
-    The model may lie under any one prefix; what lies outside is dropped. Raises InputError where there is no model, or
-    several that are as good, and where a tensor of it cannot be placed.
+    The model may be stored under one prefix; everything outside it is dropped.
+
+    Parameters
+    ----------
+    state : dict
+        The state dict.
+    path : path
+        The file, for messages.
+    around : list of str
+        Keys under which the state dict was found.
+
+    Returns
+    -------
+    Weights
+
+    Raises
+    ------
+    InputError
+        If there is no model, if there are several and none is preferred, or if a tensor does not fit.
     """
     found = recognise(state, path)
     prefix, choice = chosen_prefix(found, state, path)
@@ -358,15 +417,17 @@ def translate(state, path, around):
             if re.search(r"\.attn\.q\.kernel$", ours) and tensor.ndim == 3:
                 weights.n_heads = tensor.shape[1]
             ours, tensor = _from_flax(ours, tensor)
-        if re.search(r"\.ls\.gamma$|\.mlp\.fc\d\.weight$", ours):  # (C, 1, 1), and convolutions of 1 x 1
+        if re.search(r"\.ls\.gamma$|\.mlp\.fc\d\.weight$", ours):  # (C, 1, 1), and 1 x 1 convolutions
             tensor = tensor.flatten(ours.count("weight")) if tensor.shape[-2:] == (1, 1) else tensor
         if ours in weights.tensors:
-            raise InputError(f"{path} is damaged: {name} and {weights.sources[ours][0]} are the same tensor of a ViT")
+            raise InputError(f"{path} is damaged: {name} and {weights.sources[ours][0]} are the same tensor of the "
+                             f"model")
         weights.tensors[ours], weights.sources[ours] = tensor, [name]
     _join_qkv(weights)
     _take_head(weights, parent_of(prefix), parent_of(prefix) in found, whole)
     weights.choices += [text] if (text := beside(weights.dropped)) else []
-    if "cls_token" in weights.tensors and "blocks.0.attn.q_norm.weight" in weights.tensors:  # as wide as a head
+    if "cls_token" in weights.tensors and "blocks.0.attn.q_norm.weight" in weights.tensors:
+        # q_norm is as wide as one head
         weights.n_heads = weights.tensors["cls_token"].shape[-1] // len(weights.tensors["blocks.0.attn.q_norm.weight"])
     for name, tensor in weights.tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -375,19 +436,19 @@ def translate(state, path, around):
 
 
 def drop_outside(weights, prefix, state):
-    """Notes the tensors of a state dict that do not begin with the model's prefix as dropped."""
+    """Mark the tensors of a state dict that are outside the model's prefix as dropped."""
     for name in state:
         if not name.startswith(prefix):
             counter = re.fullmatch(AVERAGED[0], name)
-            weights.dropped[name] = AVERAGED[1] if counter else f"beside the model, which lies under {prefix!r}"
+            weights.dropped[name] = AVERAGED[1] if counter else f"outside the model, which is under {prefix!r}"
 
 
 def beside(dropped):
-    """The dropped tensors that lie outside of the model, in words, those of heads first; "" where there are none."""
-    names = [name for name, reason in dropped.items() if reason == BESIDE[1] or reason.startswith("beside the model")]
+    """Say which of the dropped tensors are outside the model, those of heads first; "" if there are none."""
+    names = [name for name, reason in dropped.items() if reason == BESIDE[1] or reason.startswith("outside the")]
     heads = [name for name in names if re.search(rf"(^|[._/]){HEAD}", name)]
     parts = [f"dropped {what}: {found[0]}{f' and {len(found) - 1} more' if found[1:] else ''}" for what, found in (
-        ("of a head", heads), ("beside the model", [name for name in names if name not in heads])) if found]
+        ("from a head", heads), ("outside the model", [name for name in names if name not in heads])) if found]
     return "; ".join(parts)
 
 
@@ -395,14 +456,16 @@ HEAD = r"(heads?|classifier|fc|linear|linear_head)\."
 
 
 def _take_head(weights, parent, is_anothers, state):
-    """Gives a model the one linear layer of a head under another name: within a Sequential, as after a dropout, or
-    beside the model, as in a module of a backbone and a head. That beside it goes before its own.
+    """Give a model the single linear layer of a head under another name.
 
-    parent       what stands before the names of a head beside it; is_anothers: another model lies there
+    The layer may be inside a Sequential, for example after dropout, or beside the model, in a module that holds a
+    backbone and a head. A head beside the model is preferred to its own.
+
+    parent is the prefix of a head beside the model; is_anothers says whether another model is stored there.
     """
     tensors = weights.tensors
     inside = {name: weights.sources[name][0] for name in tensors if re.match(HEAD, name)}
-    outside = {name[len(parent):]: name for name, reason in weights.dropped.items() if reason.startswith("beside the")
+    outside = {name[len(parent):]: name for name, reason in weights.dropped.items() if reason.startswith("outside the")
                and not is_anothers and name.startswith(parent) and re.match(HEAD, name[len(parent):])}
     for found, held in ((inside, dict(tensors)), (outside, {name: state[outside[name]] for name in outside})):
         groups = [[name for name in found if name.split(".")[0] == root] for root in {n.split(".")[0] for n in found}]
@@ -411,13 +474,13 @@ def _take_head(weights, parent, is_anothers, state):
         if len(layers) != 1 or (found is inside and layers == ["head"]):
             if found and found is outside and "head.weight" in tensors:
                 raise InputError(f"{weights.path} has two heads, {next(iter(found.values()))} beside the model, which "
-                                 f"is no linear layer on its features, and {weights.sources['head.weight'][0]} inside; "
-                                 f"expected one, save the state_dict of the model alone")
+                                 f"is not a linear layer on its features, and {weights.sources['head.weight'][0]} "
+                                 f"inside it; save only the state_dict of the model")
             continue
         own = [name for name in ("head.weight", "head.bias") if found is outside and name in tensors]
         for name in own:
             del tensors[name]
-            weights.dropped[weights.sources.pop(name)[0]] = "of the model's own head, beside which there is another"
+            weights.dropped[weights.sources.pop(name)[0]] = "the model's own head, replaced by the one beside it"
         for kind in ("weight", "bias"):
             name = f"{layers[0]}.{kind}"
             if name in found:
@@ -426,19 +489,19 @@ def _take_head(weights, parent, is_anothers, state):
                 weights.dropped.pop(found[name], None)
                 tensors[f"head.{kind}"], weights.sources[f"head.{kind}"] = held[name].float(), [found[name]]
         if found is outside:
-            weights.choices.append(f"{parent}{layers[0]} beside the model was taken as its head"
+            weights.choices.append(f"{parent}{layers[0]} beside the model was used as its head"
                                    f"{', and its own was dropped' if own else ''}")
 
 
 def _only_layer(names):
-    """The name of the layer of which alone these are weight and bias; None for other tensors."""
+    """Return the layer of which these are the weight and bias, or None if there are other tensors."""
     layers = {name.rpartition(".")[0] for name in names}
     kinds = {name.rpartition(".")[2] for name in names}
     return layers.pop() if len(layers) == 1 and {"weight"} <= kinds <= {"weight", "bias"} else None
 
 
 def _n_features(tensors):
-    """What a head of these tensors reads: the width of a ViT, the channels of a CNN's last stage."""
+    """Return the number of features: the width of a ViT, or the channels of a CNN's last stage."""
     if "cls_token" in tensors:
         return tensors["cls_token"].shape[-1]
     blocks = [(*(int(n or 0) for n in place.groups()), len(tensors[name])) for name in tensors
@@ -447,10 +510,10 @@ def _n_features(tensors):
 
 
 def _from_flax(name, array):
-    """A tensor of Google's npz under our name and in torch's layout (out before in).
+    """Return a tensor of Google's npz under our name and in torch's layout (out before in).
 
-    Kernels there: dense (in, out); convolution (P, P, C, D); queries, keys, values (D, H, K), with biases (H, K);
-    the projection of the heads (H, K, D).
+    Flax has dense kernels as (in, out), convolutions as (P, P, C, D), queries, keys and values as (D, H, K) with biases
+    (H, K), and the projection after the heads as (H, K, D).
     """
     stem, _, kind = name.rpartition(".")
     if kind not in NPZ_KIND:
@@ -470,12 +533,12 @@ def _from_flax(name, array):
 
 
 def _join_qkv(weights):
-    """Queries, keys and values that come apart, as one tensor: q, then k, then v, as ours has them."""
+    """Join separate queries, keys and values into one tensor, in the order q, k, v."""
     for name in [name for name in weights.tensors if ".attn.q." in name]:
         parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
         missing = [part for part in parts if part not in weights.tensors]
         if missing or len({weights.tensors[part].shape for part in parts}) > 1:
-            raise InputError(f"{weights.path} is damaged: queries, keys and values do not belong together at "
+            raise InputError(f"{weights.path} is damaged: queries, keys and values do not fit together at "
                              f"{weights.sources[name][0]}")
         joined = name.replace(".attn.q.", ".attn.qkv.")
         weights.sources[joined] = [weights.sources.pop(part)[0] for part in parts]

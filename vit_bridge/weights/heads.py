@@ -1,4 +1,6 @@
-"""The head of a trained model for the classes of another set of images.
+"""Fit the head of a trained model to the classes of another data set.
+
+    line = fit_head(model, class_names)
 
 Shapes:  D features that the head reads, K classes.
 """
@@ -11,17 +13,27 @@ from torch import nn
 
 from vit_bridge.models.adapters import adapt
 
-MOST_NAMES = 5  # of classes, in one line
+MOST_NAMES = 5  # the most class names in one line
 
 
 def fit_head(model, classes):
-    """Gives a model, in place, a head for these classes. Returns one line, "head: kept ..." or "head: new, because ..."
+    """Give a model a head for these classes, in place.
 
-    classes   the names, in the order of the outputs; or their number, 0 for no head
+    If both sides have class names, trained rows are matched by name, whatever their order, and new classes get rows of
+    zeros. Without names, a head with the right number of rows is kept. In all other cases the head is new, with zeros,
+    as in Section 3.2 of the ViT paper.
 
-    Where both sides have names the trained rows are matched by name, whatever their order; new classes get rows of
-    zeros. Without names a head of as many rows is kept as it is. Any other head is one of zeros, as in section 3.2 of
-    the ViT paper.
+    Parameters
+    ----------
+    model : Module
+        A model of this library.
+    classes : list of str or int
+        Class names in the order of the outputs; or their number, 0 for no head.
+
+    Returns
+    -------
+    str
+        One line that says what was done, such as "head: kept ..." or "head: new, because ...".
     """
     names, n_classes = (None, classes) if isinstance(classes, int) else (list(classes), len(classes))
     shown, old = adapt(model).preprocessing, model.head
@@ -37,30 +49,43 @@ def fit_head(model, classes):
 
 
 def _matched_rows(head, theirs, names, n_classes):
-    """(the row of the head for each class, None for a new one; what is said of it)."""
+    """Return (the row of the head for each class, None for a new one; what to say about it)."""
     new, K = [None] * n_classes, getattr(head, "out_features", 0)
     if not n_classes:
-        return new, f"head: none, as n_classes is 0; that of {K} classes was dropped" if K else "head: none"
+        return new, f"head: none, because n_classes is 0; the head with {K} classes was dropped" if K else "head: none"
     if isinstance(head, nn.Identity):
         return new, "head: new, because the weights have none"
     if not isinstance(head, nn.Linear):
-        return new, f"head: new, because a {type(head).__name__} is not one linear layer"
+        return new, f"head: new, because a {type(head).__name__} is not a single linear layer"
     if not theirs or names is None:
         if n_classes != K:
-            return new, f"head: new, because the trained one is for {K} classes{listed(theirs)}, not for {n_classes}" \
-                        f"{listed(names)}"
+            return new, (f"head: new, because the trained one has {K} classes{listed(theirs)}, not {n_classes}"
+                         f"{listed(names)}")
         if names is None:
-            return list(range(K)), f"head: kept, its {K} rows as they are"
-        return list(range(K)), f"head: kept, its {K} rows; nothing names their classes, so their order is assumed to " \
-                               f"be that of the images{listed(names)}; class_names= or --class-names can say otherwise"
+            return list(range(K)), f"head: kept, with its {K} rows unchanged"
+        return list(range(K)), (
+            f"head: kept, with its {K} rows; their classes have no names, so they are assumed to be in the order of "
+            f"the images' classes{listed(names)}; if not, set class_names= or --class-names")
     return match_names(theirs, names)
 
 
 def match_names(theirs, names):
-    """(the row of a head whose classes are called `theirs` for each of these names, None for a new one; what is said).
+    """Match the rows of a head to class names, compared as text.
 
-    Names are compared as text. One that stands more than once on a side tells no rows apart, so those are new, unless
-    both sides are the same.
+    A name that occurs more than once on one side does not identify a row, so its rows are new, unless both sides are
+    identical.
+
+    Parameters
+    ----------
+    theirs, names : list
+        The classes of the head's rows, and the classes that are wanted.
+
+    Returns
+    -------
+    rows : list of int or None
+        The row for each of `names`; None for a new one.
+    line : str
+        What was done.
     """
     K, (old, wanted) = len(theirs), ([str(name) for name in side] for side in (theirs, names))
     if old == wanted:
@@ -71,17 +96,17 @@ def match_names(theirs, names):
     added = [name for name, row in zip(wanted, rows, strict=True) if row is None]
     dropped = [name for row, name in enumerate(old) if row not in kept]
     twice = list(dict.fromkeys(name for name in added if name in place))
-    unclear = f"; the rows of a name that occurs more than once are not known{listed(twice)}" if twice else ""
+    unclear = f"; names that occur more than once could not be matched{listed(twice)}" if twice else ""
     if not kept:
-        return rows, f"head: new, because none of its {K} classes{listed(theirs)} is among the {len(names)} of the " \
-                     f"images{listed(names)}{unclear}"
-    line = f"head: kept, {'all' if not dropped else f'{len(kept)} of'} {K} rows, matched by the names of the classes"
+        return rows, (f"head: new, because none of its {K} classes{listed(theirs)} is among the {len(names)} classes "
+                      f"of the images{listed(names)}{unclear}")
+    line = f"head: kept, {'all' if not dropped else f'{len(kept)} of'} {K} rows, matched by class name"
     line += f"; {len(added)} new{listed(added)}" if added else ""
     return rows, line + (f"; dropped{listed(dropped)}" if dropped else "") + unclear
 
 
 def listed(names):
-    """' (fox, hare, ...)', or '' where there are no names."""
+    """Format names as ' (fox, hare, ...)', or '' if there are none."""
     if not names:
         return ""
     return f" ({', '.join(map(str, names[:MOST_NAMES]))}{', ...' if names[MOST_NAMES:] else ''})"
@@ -89,7 +114,7 @@ def listed(names):
 
 @torch.no_grad()
 def _head_of_rows(old, rows, n_features, model):
-    """A linear layer of these rows of an old one, zeros for None; no layer where there are no rows."""
+    """Return a linear layer of these rows of an old one, zeros for None; nn.Identity without rows."""
     if not rows:
         return nn.Identity()
     like = next(model.parameters())

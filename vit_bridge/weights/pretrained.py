@@ -1,6 +1,6 @@
-"""Trained models by name: ours in weights/shipped/, and public ones, which are fetched once.
+"""Pretrained models by name: ours, in weights/shipped/, and public ones, downloaded once.
 
-weights.checkpoints.load(name) opens them; describe_pretrained() lists them.
+`vit_bridge.weights.checkpoints.load(name)` opens them; `describe_pretrained()` lists them.
 """
 
 import hashlib
@@ -25,13 +25,27 @@ from vit_bridge.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 class Pretrained:
     """A public checkpoint.
 
-    model          name in models.registry.MODELS; `config` overrides its arguments
-    url            where the file is
-    checksum       as published, "sha256:" or "md5:" and the first hex digits of the file's sum; None: none published
-    top1           accuracy on ImageNet-1k's validation images in per cent, as its authors report it: of the model as
-                   it is, or where it has no head as `measured` says
-    licence        of the weights
-    source         who made it: paper and repository
+    Parameters
+    ----------
+    model : str
+        A name in models.registry.MODELS; `config` overrides its arguments.
+    url : str
+        Address of the file.
+    checksum : str or None
+        "sha256:" or "md5:" and the first hex digits of the file's checksum, as published; None if none is published.
+    top1 : float
+        Accuracy in per cent on ImageNet-1k's validation images, as its authors report it.
+    licence : str
+        Licence that its authors state. (torchvision notes that its weights may also be subject to the terms of their
+        training data.)
+    source : str
+        Paper and repository.
+    measured : str
+        How top1 was measured, if not with the model as it is.
+    mean, std, interpolation : tuple, tuple, str
+        As in `Preprocessing`.
+    config : dict
+        Overrides of the model's arguments.
     """
     model: str
     url: str
@@ -51,18 +65,18 @@ class Pretrained:
 
     @property
     def arguments(self):
-        """All of the model's; without a head of its own it has n_classes=0."""
+        """All arguments of the model; n_classes is 0 if it has no head."""
         return vars(self.model_class.config_class(**{**MODELS[self.model].arguments, **self.config}))
 
     @property
     def preprocessing(self):
-        """With the names of ImageNet's classes where it has a head for them."""
+        """The Preprocessing, with the names of ImageNet's classes if it has a head for them."""
         names = ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"] if self.arguments["n_classes"] else None
         return Preprocessing(self.arguments["img_size"], self.mean, self.std, self.interpolation, names)
 
     @property
     def megabytes(self):
-        """What the file takes, nearly: four bytes for each weight."""
+        """Approximate size of the file: four bytes per weight."""
         with torch.device("meta"):
             return sum(weight.numel() for weight in self.model_class(**self.arguments).parameters()) * 4 / 1e6
 
@@ -86,7 +100,7 @@ def _of_torchvision(model, file, checksum, top1):
 def _dino(model, folder, top1):
     return Pretrained(model, f"https://dl.fbaipublicfiles.com/dino/{folder}/{folder}.pth", None, top1, "Apache-2.0",
                       "DINO, Caron et al. 2021, github.com/facebookresearch/dino",
-                      "a linear classifier on features of its last blocks", config=dict(n_classes=0))
+                      "a linear classifier on its frozen features", config=dict(n_classes=0))
 
 
 def _dinov2(model, name, top1, n_registers=0):
@@ -94,7 +108,7 @@ def _dinov2(model, name, top1, n_registers=0):
     paper = "Darcet et al. 2024" if n_registers else "Oquab et al. 2023"
     return Pretrained(model, f"https://dl.fbaipublicfiles.com/dinov2/{name}/{file}", None, top1, "Apache-2.0",
                       f"DINOv2, {paper}, github.com/facebookresearch/dinov2",
-                      "a linear classifier on its features, at 224 pixels",
+                      "a linear classifier on its frozen features at 224 pixels",
                       config=dict(n_classes=0, img_size=518, patch_size=14, layer_scale=1e-5, n_registers=n_registers))
 
 
@@ -104,7 +118,7 @@ def _mae(model, file, checksum, top1):
                       config=dict(n_classes=0))
 
 
-# Names are those of their authors. Published sums: DeiT's and torchvision's stand in the names of their files.
+# The names are those of the authors. DeiT and torchvision publish checksums in their file names, MAE in its README.
 PUBLIC = {
     "deit_tiny_patch16_224": _deit("vit_tiny", "deit_tiny_patch16_224-a1311bcf.pth", "sha256:a1311bcf", 72.2),
     "deit_small_patch16_224": _deit("vit_small", "deit_small_patch16_224-cd65a155.pth", "sha256:cd65a155", 79.9),
@@ -136,23 +150,23 @@ PUBLIC = {
     "mae_vit_base_patch16": _mae("vit_base", "mae_pretrain_vit_base.pth", "md5:8cad7c", 83.664),
     "mae_vit_large_patch16": _mae("vit_large", "mae_pretrain_vit_large.pth", "md5:b8b06e", 85.952),
 }
-# Trained by us, on the drawn shapes and on CIFAR-10 (JPEG); commands and accuracies are in benchmarks/RESULTS.md. The
-# photographs of CIFAR-10 were collected for research and have no licence of their own.
+# Trained by this project; the commands and accuracies are in benchmarks/RESULTS.md. CIFAR-10's photographs were
+# collected for research, and its authors state no licence for them.
 OURS = {"vit_nano_shapes": "the drawn shapes", "hybrid_shapes": "the drawn shapes",
         "convnet_shapes": "the drawn shapes", "vit_nano_cifar10": "CIFAR-10 (JPEG)",
         "hybrid_cifar10": "CIFAR-10 (JPEG)", "convnet_cifar10": "CIFAR-10 (JPEG)"}
 OURS_FOLDER = Path(__file__).parent / "shipped"
 PRETRAINED = (*OURS, *PUBLIC)
-# For the first look at a photograph. DINOv2's tokens tell parts of objects apart without ever having seen a label, in
-# 1,369 patches and not 196 as those of DeiT-S, which is as large a file; and with registers neither norms nor maps have
-# artefacts. What it costs is the head: who wants a class explained takes DeiT-S.
+# Defaults for looking inside a photograph. DINOv2's patch tokens separate the parts of objects, on a fine grid of 1,369
+# patches; registers keep high-norm artefacts out of the maps (Darcet et al. 2024). It has no head, so DeiT-S is the
+# default where a class has to be explained.
 FIRST_LOOK, WITH_CLASSES = "dinov2_vits14_reg", "deit_small_patch16_224"
-WITHOUT_NETWORK = "vit_nano_cifar10"  # shipped
-TIMEOUT = 10  # seconds in which a server must begin to answer, and send the next bytes
+WITHOUT_NETWORK = "vit_nano_cifar10"  # comes with this package
+TIMEOUT = 10  # seconds to wait for a connection and for the next bytes
 
 
 class NotFetched(InputError):
-    """A public file is not here and cannot be downloaded. reason: why."""
+    """A public file that is not here and cannot be downloaded; `reason` says why."""
 
     def __init__(self, text, reason):
         super().__init__(text)
@@ -160,8 +174,17 @@ class NotFetched(InputError):
 
 
 def fetch(name):
-    """The file of a public checkpoint, downloaded where it is not in torch.hub's folder yet: a line on stderr says its
-    size and its licence first. Raises NotFetched where it cannot be downloaded."""
+    """Return the path of a public checkpoint; download it to torch.hub's folder if it is not there.
+
+    Before a download, a line on stderr states its size and its licence.
+
+    Raises
+    ------
+    NotFetched
+        If it cannot be downloaded.
+    InputError
+        If the file's checksum is wrong.
+    """
     entry = PUBLIC[name]
     path = Path(torch.hub.get_dir()) / "checkpoints" / entry.url.rsplit("/", 1)[1]
     if path.is_file():
@@ -177,17 +200,22 @@ def fetch(name):
         part.replace(path)
     except (OSError, HTTPException) as error:  # URLError is an OSError
         reason = first_line(error.reason if type(error) is URLError and isinstance(error.reason, OSError) else error)
-        raise NotFetched(f"cannot download {name} from {entry.url} ({reason}); fetch it by other means and put it at "
-                         f"{path}", reason) from None
+        raise NotFetched(f"cannot download {name} from {entry.url} ({reason}); download it in another way and put it "
+                         f"at {path}", reason) from None
     finally:
-        with suppress(OSError):  # there is none where all went well
+        with suppress(OSError):  # after a success it is gone already
             part.unlink()
     return path
 
 
 def download(url, path):
-    """Writes what a server sends to a file, with a progress bar on a terminal. Raises OSError or HTTPException where
-    nothing comes for TIMEOUT seconds, and where it ends early."""
+    """Download a file, with a progress bar on a terminal.
+
+    Raises
+    ------
+    OSError, HTTPException
+        If no data arrives for TIMEOUT seconds, or if the file is incomplete.
+    """
     with urlopen(Request(url, headers={"User-Agent": "vit-bridge"}), timeout=TIMEOUT) as answer, \
             open(path, "wb") as file:
         size = int(answer.headers.get("Content-Length") or 0)
@@ -195,11 +223,11 @@ def download(url, path):
             while part := answer.read(2**18):
                 bar.update(file.write(part))
         if file.tell() < size:
-            raise OSError(f"the file ended after {file.tell():,} of {size:,} bytes")
+            raise OSError(f"the download ended after {file.tell():,} of {size:,} bytes")
 
 
 def _check_sum(path, checksum):
-    """Raises InputError where the file's sum does not begin with the published digits."""
+    """Raise InputError if the file's checksum does not begin with the published digits."""
     if checksum is None:
         return
     kind, digits = checksum.split(":")
@@ -207,15 +235,15 @@ def _check_sum(path, checksum):
         found = hashlib.file_digest(file, kind).hexdigest()
     if not found.startswith(digits):
         raise InputError(f"{path} is not the published file: its {kind} begins {found[:len(digits)]}, expected "
-                         f"{digits}; delete it and fetch it again")
+                         f"{digits}; delete it and it is downloaded again")
 
 
 def describe_pretrained():
-    """The table PRETRAINED in lines of text."""
+    """Return a table of all pretrained models, in lines of text."""
     lines = [f"{'name':25s} {'pixels':>6s} {'patch':>5s} {'classes':>7s} {'top-1':>6s}  licence, source"]
     for name, images in OURS.items():
-        lines.append(f"{name:25s} {32:6d} {'':5s} {10:7d} {'':6s}  MIT, this project, on {images} "
-                     f"(benchmarks/RESULTS.md)")
+        lines.append(f"{name:25s} {32:6d} {'':5s} {10:7d} {'':6s}  MIT, this project, trained on {images} (accuracy: "
+                     f"benchmarks/RESULTS.md)")
     for name, entry in PUBLIC.items():
         c = entry.arguments
         how = "" if entry.measured == "as it is" else f" (top-1: {entry.measured})"

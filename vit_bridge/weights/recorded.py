@@ -1,8 +1,7 @@
-"""What lies beside a file of weights and says what its tensors do not show: config.json of transformers or of timm, and
-preprocessor_config.json.
+"""Read what lies beside a file of weights: config.json and preprocessor_config.json.
 
-    read_recorded(path, "timm")     the facts for a file whose tensors have that library's names, as a Recorded
-    file_in(folder)                 the file of weights in a folder that one of them wrote
+    read_recorded(path, "timm")     the facts for a file whose tensors have that library's names, as Recorded
+    file_in(folder)                 the file of weights in a folder that transformers or timm wrote
 """
 
 import json
@@ -17,25 +16,25 @@ from vit_bridge.preprocessing import INTERPOLATIONS
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json",
                 "pytorch_model.bin.index.json")
-# Of transformers: the model types that each of our classes holds, and our names for their settings.
+# transformers: the model types that each of our classes can hold, and our names for their settings.
 MODEL_TYPES = dict(VisionTransformer=("vit", "deit", "dinov2", "dinov2_with_registers", "vit_mae", "vit_msn"),
                    ConvNet=("resnet",), ConvNeXt=("convnext",))
 TRANSFORMERS_FIELDS = dict(hidden_size="embed_dim", num_hidden_layers="depth", num_attention_heads="n_heads",
                            image_size="img_size", patch_size="patch_size", num_channels="in_channels",
                            layer_norm_eps="norm_eps")
-RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
-# Of timm: width and heads by the size in an architecture's name, and our names of its settings.
+RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's constants
+# timm: width and heads by the size in an architecture's name, and our names for its settings.
 TIMM_SIZES = dict(tiny=(192, 3), small=(384, 6), medium=(512, 8), base=(768, 12), large=(1024, 16), huge=(1280, 16),
                   giant=(1408, 16), gigantic=(1664, 16))
 TIMM_FIELDS = dict(embed_dim="embed_dim", depth="depth", num_heads="n_heads", img_size="img_size",
                    patch_size="patch_size", in_chans="in_channels", mlp_ratio="mlp_ratio")
 TIMM_POOLS = {"token": "cls", "avg": "mean"}
-# Arguments of its models that leave no trace in the tensors: what our models have of each.
+# timm arguments that the tensors do not show, and the values that our models can hold.
 TIMM_HELD = dict(output_stride=(32,), aa_layer=(None, ""), pool_include_prefix=(False,), norm_eps=(None, 1e-6),
                  class_token=(True,))
 TIMM_NORMS = dict(VisionTransformer=("layernorm",), ConvNet=("batchnorm", "batchnorm2d"),
                   ConvNeXt=("layernorm", "layernorm2d"))
-# Those that are taken, that the tensors show, or that only a training reads. Any other is said not to be taken.
+# timm arguments that are used, that the tensors show, or that matter only in training. Others are reported as ignored.
 TIMM_READ = (
     *TIMM_FIELDS, *TIMM_HELD, "num_classes", "global_pool", "act_layer", "norm_layer", "layers", "depths", "dims",
     "channels", "cardinality", "base_width", "stem_width", "stem_type", "stem_chs", "avg_down", "down_kernel_size",
@@ -50,10 +49,16 @@ TIMM_READ = (
 class Recorded:
     """What the files beside a file of weights say.
 
-    source   the config.json, "" where there is none of its kind
-    config   fields of ViTConfig
-    images   fields of Preprocessing: mean, std, interpolation, class_names
-    notes    what was found there and not taken, and why
+    Attributes
+    ----------
+    source : str
+        The config.json, or "" if there is none of its library.
+    config : dict
+        Fields of ViTConfig.
+    images : dict
+        Fields of Preprocessing: mean, std, interpolation, class_names.
+    notes : tuple of str
+        What was found but not used, and why.
     """
     source: str = ""
     config: dict = field(default_factory=dict)
@@ -62,35 +67,55 @@ class Recorded:
 
 
 def file_in(folder):
-    """The file of weights in a folder of transformers or timm. Raises InputError where there is none."""
+    """Return the file of weights in a folder that transformers or timm wrote.
+
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
     for name in WEIGHT_FILES:
         if (Path(folder) / name).is_file():
             return Path(folder) / name
-    raise InputError(f"{folder} is a folder without {' or '.join(WEIGHT_FILES[:2])}; expected one that transformers or "
-                     f"timm wrote, or the path of a checkpoint, such as {Path(folder) / 'best.pt'}")
+    raise InputError(f"folder {folder} holds no {' or '.join(WEIGHT_FILES[:2])}; give a folder that transformers or "
+                     f"timm wrote, or a checkpoint file, such as {Path(folder) / 'best.pt'}")
 
 
 def read_recorded(path, library, holds="VisionTransformer"):
-    """The Recorded of a file.
+    """Read the files beside a file of weights.
 
-    library   whose names its tensors have: "timm", "transformers", or "" for others
-    holds     the name of our class that they are
+    Parameters
+    ----------
+    path : path
+        The file of weights.
+    library : str
+        The library whose names its tensors have: "timm", "transformers" or "".
+    holds : str
+        Name of our class for it.
 
-    A config.json of another library, or of something else, is not taken. Raises InputError for one of this library
-    that cannot be right: of another kind of model, or with numbers that are none.
+    Returns
+    -------
+    Recorded
+        A config.json of another library, or of something else, is ignored and noted.
+
+    Raises
+    ------
+    InputError
+        If a config.json of this library is for another kind of model, or has invalid values.
     """
     folder, notes, config, images = Path(path).parent, [], {}, {}
     entries, source = _read_json(folder / CONFIG, notes), folder / CONFIG
     kind = _kind_of(entries)
     if kind and kind == library:
         config, images = (_of_timm if kind == "timm" else _of_transformers)(entries, source, notes, holds)
-        if holds != "VisionTransformer":  # of a CNN the tensors show the rest
+        if holds != "VisionTransformer":  # the tensors of a CNN show the rest
             config = {name: config[name] for name in ("img_size", "in_channels", "n_classes") if name in config}
     elif kind:
-        notes.append(f"{CONFIG} beside it is one of {kind}, whose names the tensors do not have: not taken")
-    elif entries and not entries.keys() >= {"options", "n_steps"}:  # config.json of one of our runs
-        notes.append(f"{CONFIG} beside it is not taken: it names neither a model_type, as transformers' does, nor an "
-                     f"architecture, as timm's")
+        notes.append(f"{CONFIG} beside it is ignored: it is from {kind}, but the tensors do not have that library's "
+                     f"names")
+    elif entries and not entries.keys() >= {"options", "n_steps"}:  # not the config.json of one of our runs
+        notes.append(f"{CONFIG} beside it is ignored: it has neither a model_type, as in transformers, nor an "
+                     f"architecture, as in timm")
     shown = _read_json(folder / PREPROCESSOR, notes)
     shown = shown.get("image_processor", shown)
     if "image_mean" in shown or shown.get("do_normalize") is False:
@@ -99,17 +124,17 @@ def read_recorded(path, library, holds="VisionTransformer"):
 
 
 def _read_json(path, notes):
-    """The entries of a JSON file; {} where there is no such file, and where it holds something else."""
+    """Return the entries of a JSON file; {} if there is none, or if it holds something else."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, OSError) as error:
-        notes.append(f"{path.name} beside it cannot be read ({first_line(error)}): not taken")
+        notes.append(f"{path.name} beside it is ignored: it cannot be read ({first_line(error)})")
         return {}
     return entries if isinstance(entries, dict) else {}
 
 
 def _kind_of(entries):
-    """Whose config.json it is, "timm" or "transformers"; None for any other, such as that of one of our runs."""
+    """Return whose config.json it is: "timm", "transformers", or None for any other."""
     of_timm = entries.keys() & {"num_classes", "pretrained_cfg", "model_args"}
     if of_timm and isinstance(entries.get("architecture"), str):
         return "timm"
@@ -117,16 +142,16 @@ def _kind_of(entries):
 
 
 def _of_transformers(entries, source, notes, holds):
-    """(fields of ViTConfig, fields of Preprocessing) in a config.json of transformers."""
+    """Return (fields of ViTConfig, fields of Preprocessing) in a config.json of transformers."""
     if entries["model_type"] not in MODEL_TYPES[holds]:
-        raise InputError(f"{source} says {entries['model_type']!r}, and the tensors beside it are a "
+        raise InputError(f"{source} says {entries['model_type']!r}, but the tensors beside it are a "
                          f"{'ViT' if holds == 'VisionTransformer' else holds}'s; expected "
-                         f"{', '.join(MODEL_TYPES[holds])}: move the weights to a folder of their own, or mend it")
+                         f"{', '.join(MODEL_TYPES[holds])}: move the weights to a folder of their own, or correct it")
     _check_activation(entries.get("hidden_act"), holds, source)
     for name in ("downsample_in_bottleneck", "downsample_in_first_stage"):
         if entries.get(name):
-            raise InputError(f"{source} says {name} true, and ConvNet has its strides in the 3 x 3 convolutions, from "
-                             f"the second stage on; expected weights that were trained so")
+            raise InputError(f"{source} says {name} true, but ConvNet has its strides in the 3 x 3 convolutions, from "
+                             f"the second stage on; use weights that were trained that way")
     config = {ours: _size(entries[theirs], theirs, source) for theirs, ours in TRANSFORMERS_FIELDS.items()
               if entries.get(theirs) is not None}
     if entries.get("intermediate_size") and "embed_dim" in config:
@@ -137,25 +162,28 @@ def _of_transformers(entries, source, notes, holds):
     if isinstance(labels, dict) and labels:
         config["n_classes"] = len(labels)
         names = listed_names(labels)
-        if names and names != [f"LABEL_{i}" for i in range(len(names))]:  # which stand for names that were not given
+        if names and names != [f"LABEL_{i}" for i in range(len(names))]:  # placeholders of transformers
             images["class_names"] = names
     return config, images
 
 
 def _of_timm(entries, source, notes, holds):
-    """(fields of ViTConfig, fields of Preprocessing) in a config.json of timm, or of transformers around timm."""
+    """Return (fields of ViTConfig, fields of Preprocessing) in a config.json of timm.
+
+    transformers writes the same entries around a timm model.
+    """
     name, given, shown = entries["architecture"], *(entries[part] if isinstance(entries.get(part), dict) else {}
                                                     for part in ("model_args", "pretrained_cfg"))
     _check_activation(name if "quickgelu" in name else given.get("act_layer"), holds, source)
     if smoothed := re.search("resnet(aa|blur)", name):
-        raise InputError(f"{source} says {name!r}, which smooths its maps where it halves them ({smoothed[1]}), as "
-                         f"ConvNet does not; expected a plain resnet")
+        raise InputError(f"{source} says {name!r}, which blurs its maps before it downsamples them ({smoothed[1]}), "
+                         f"unlike ConvNet; use a plain resnet")
     _check_arguments(given, holds, source, notes)
     config, size = {}, re.match(r"(?:vit|deit3?)_([a-z]+)_", f"{name}_")
     if size and size[1] in TIMM_SIZES:
         config |= dict(zip(("embed_dim", "n_heads"), TIMM_SIZES[size[1]], strict=True))
     if given.get("norm_layer") or (config and "clip" not in name):
-        config["norm_eps"] = 1e-6  # that of all its plain ViTs, and of its "layernorm"
+        config["norm_eps"] = 1e-6  # the default of timm's plain ViTs, and of its "layernorm"
     if isinstance(shown.get("input_size"), list) and len(shown["input_size"]) == 3:
         config |= dict(in_channels=_size(shown["input_size"][0], "input_size", source),
                        img_size=_size(shown["input_size"][1:], "input_size", source))
@@ -163,12 +191,13 @@ def _of_timm(entries, source, notes, holds):
                if given.get(theirs) is not None}
     pool = entries.get("global_pool", given.get("global_pool"))
     if given.get("global_pool", pool) != pool:
-        raise InputError(f"{source} says global_pool {pool!r}, and {given['global_pool']!r} in its model_args; "
-                         f"expected the same twice: mend it")
+        raise InputError(f"{source} says global_pool {pool!r}, but {given['global_pool']!r} in its model_args; correct "
+                         f"one of them")
     if pool is not None:
         if pool not in (TIMM_POOLS if holds == "VisionTransformer" else ("avg",)):
-            raise InputError(f"{source} says global_pool {pool!r}, and expected 'token' or 'avg': {holds}'s head reads "
-                             f"nothing else")
+            raise InputError(f"{source} says global_pool {pool!r}; expected "
+                             f"{'token or avg' if holds == 'VisionTransformer' else 'avg'}, the pooling that {holds} "
+                             f"has")
         config["pool"] = TIMM_POOLS[pool]
     if isinstance(entries.get("num_classes"), int):
         config["n_classes"] = entries["num_classes"]
@@ -182,31 +211,31 @@ def _of_timm(entries, source, notes, holds):
 
 
 def _check_arguments(given, holds, source, notes):
-    """Raises InputError for timm's model_args that our class does not have; notes those that are not known."""
+    """Raise InputError for model_args of timm that our class cannot hold, and note unknown ones."""
     held = TIMM_HELD | dict(norm_layer=(None, "", *TIMM_NORMS[holds]))
     for name, value in given.items():
         if name not in TIMM_READ:
-            notes.append(f"{CONFIG} beside it says {name} {value!r} in its model_args, which is not known here: not "
-                         f"taken")
+            notes.append(f"{CONFIG} beside it says {name} {value!r} in its model_args, which is unknown here and "
+                         f"ignored")
         plain = value.replace("_", "").lower() if name == "norm_layer" and isinstance(value, str) else value
         if plain not in held.get(name, (plain,)):
             ours = " or ".join(repr(known) for known in held[name] if known not in (None, "")) or "none"
-            raise InputError(f"{source} says {name} {value!r}, and {holds} has {ours}; expected weights that were "
-                             f"trained so")
+            raise InputError(f"{source} says {name} {value!r}, but {holds} has {ours}; use weights that were trained "
+                             f"that way")
 
 
 def _check_activation(name, holds, source):
-    """Raises InputError for an activation that our class does not have. None: the library's default."""
+    """Raise InputError for an activation that our class does not have; None is the library's default."""
     own = "relu" if holds == "ConvNet" else "gelu"
     if name not in (None, own):
-        raise InputError(f"{source} says {name!r}, and {holds} has {own!r}{', the exact GELU' * (own == 'gelu')}; "
-                         f"expected weights that were trained with it")
+        raise InputError(f"{source} says {name!r}, but {holds} has {own!r}{', the exact GELU' * (own == 'gelu')}; use "
+                         f"weights that were trained with it")
 
 
 def _of_processor(entries, source, config, notes):
-    """Fields of Preprocessing in a preprocessor_config.json of transformers."""
+    """Return the fields of Preprocessing in a preprocessor_config.json of transformers."""
     n_channels, images = config.get("in_channels", 3), {}
-    # It multiplies values of 0 to 255 by rescale_factor, where ours are from 0 to 1.
+    # transformers multiplies values from 0 to 255 by rescale_factor; ours are from 0 to 1.
     scale = 255 * (entries.get("rescale_factor", 1 / 255) if entries.get("do_rescale", True) else 1)
     try:
         for name, theirs, none in (("mean", "image_mean", 0.0), ("std", "image_std", 1.0)):
@@ -215,39 +244,45 @@ def _of_processor(entries, source, config, notes):
             images[name] = tuple(number if abs(scale - 1) < 1e-6 else number / scale for number in numbers)
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise InputError(f"{source} says image_mean {entries.get('image_mean')!r}, image_std "
-                         f"{entries.get('image_std')!r}; expected a number for each channel") from error
+                         f"{entries.get('image_std')!r}; expected one number per channel in each") from error
     if entries.get("resample") is not None:
         images["interpolation"] = _interpolation(RESAMPLE.get(entries["resample"], entries["resample"]), "resample",
                                                  notes)
     whole = entries.get("size")
     if entries.get("do_resize", True) and not entries.get("do_center_crop") and (
             isinstance(whole, int) or (isinstance(whole, dict) and whole.keys() >= {"height", "width"})):
-        notes.append(f"{PREPROCESSOR} beside it squeezes an image into {_words(whole)} pixels; here it keeps its "
-                     f"proportions, and the middle is cut out")
+        notes.append(f"{PREPROCESSOR} beside it squeezes an image into {_words(whole)} pixels; here the image keeps "
+                     f"its proportions and is centre-cropped")
     size = entries.get("crop_size" if entries.get("do_center_crop") else "size")
     if isinstance(size, dict):
         size = [size["height"], size["width"]] if size.keys() >= {"height", "width"} else size.get("shortest_edge")
     if size is not None and "img_size" in config and pair(_size(size, "size", source)) != pair(config["img_size"]):
-        notes.append(f"{PREPROCESSOR} beside it makes images of {size} pixels; taken was {config['img_size']}, for "
-                     f"which the model is built (load's img_size= resamples it)")
+        notes.append(f"{PREPROCESSOR} beside it makes images of {size} pixels, but the model is built for "
+                     f"{config['img_size']}, which is used (load's img_size= resamples it)")
     return images
 
 
 def _words(size):
-    """transformers' size, a side or a dict of both, in words."""
+    """Format transformers' size, a side or a dict of height and width."""
     return f"{size['height']}x{size['width']}" if isinstance(size, dict) else f"{size}x{size}"
 
 
 def _interpolation(value, name, notes):
-    """One of INTERPOLATIONS; bicubic for what we do not have."""
+    """Return one of INTERPOLATIONS, and bicubic for anything else, which is noted."""
     if value in INTERPOLATIONS:
         return value
-    notes.append(f"{name} is {value!r} beside it, which is neither {' nor '.join(INTERPOLATIONS)}: bicubic was taken")
+    notes.append(f"{name} is {value!r} beside it, which is not {' or '.join(INTERPOLATIONS)}: bicubic is used")
     return "bicubic"
 
 
 def _size(value, name, source):
-    """A positive number, or (height, width), as one number where both are equal. Raises InputError for another."""
+    """Return a positive number, or (height, width), as one number if both are equal.
+
+    Raises
+    ------
+    InputError
+        For any other value.
+    """
     sides = tuple(value) if isinstance(value, list) else (value,)
     if len(sides) > 2 or not all(isinstance(side, (int, float)) and not isinstance(side, bool) and side > 0
                                  for side in sides):
