@@ -135,7 +135,7 @@ def test_capture_removes_hooks_and_recorder_after_an_error():
 
 
 def test_capture_refuses_a_convnet():
-    with pytest.raises(InputError, match=r"\Aa ConvNet has no attention maps; give a ViT[^\n]*\Z"):
+    with pytest.raises(InputError, match=r"\Aa ConvNet has no attention maps; use a ViT[^\n]*\Z"):
         r.capture(ConvNet(img_size=29, n_classes=5), images_of(1, (29, 29)))
 
 

@@ -124,7 +124,7 @@ def test_train_transform_crops_in_the_shape_of_the_result():
 
 
 @pytest.mark.parametrize(("given", "words"), [
-    (dict(img_size=(8, 16, 3)), "3 sides"), (dict(img_size=(8, 4)), "img_size 4"),
+    (dict(img_size=(8, 16, 3)), "3 numbers"), (dict(img_size=(8, 4)), "img_size 4"),
     (dict(in_channels=0), "in_channels 0"), (dict(in_channels=4), "1 or 3 channels")])
 def test_get_data_loaders_refuses_sizes_and_channels_that_cannot_be(given, words):
     with pytest.raises(InputError, match=words):

@@ -46,7 +46,7 @@ def test_grad_checkpointing_leaves_the_model_as_it_was():
 
 
 def test_grad_checkpointing_refuses_a_model_without_known_layers():
-    with pytest.raises(InputError, match="grad_checkpointing needs a model whose layers are known: a Linear is not"):
+    with pytest.raises(InputError, match="grad_checkpointing needs a model whose layers are known: the class Linear"):
         Trainer(torch.nn.Linear(2, 3), "cpu", grad_checkpointing=True).train(toy_batches(1), n_epochs=1)
     with pytest.raises(InputError, match="--grad-checkpointing cannot be combined with --freeze-backbone"):
         parse(["--grad-checkpointing", "--freeze-backbone", "--pretrained", "vit_nano_shapes"])

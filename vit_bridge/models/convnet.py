@@ -263,8 +263,8 @@ ConvNet.config_class = ConvNetConfig
 def check_stages(widths, depths):
     """Raise InputError unless widths and depths hold one positive whole number for each stage."""
     if not widths or len(widths) != len(depths):
-        raise InputError(f"widths {widths} and depths {depths} need the same length, at least 1; give one number for "
-                         f"stage")
+        raise InputError(f"widths {widths} and depths {depths} need the same length, at least 1; give one number "
+                         f"for each stage")
     for name, values in dict(widths=widths, depths=depths).items():
         for value in values:
             check_int(name, value, 1)
