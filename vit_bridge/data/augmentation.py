@@ -62,9 +62,9 @@ class Augmentation:
         Largest shift as a fraction of the side, from 0 to 0.5: 0.125 moves an image of 32 pixels by up to 4 pixels in
         each direction. The gap is filled by reflecting the image at its border.
     flip : str
-        Mirroring left to right: "random" mirrors with probability 1/2 in each epoch; "alternating" draws the
-        first epoch at random and alternates after that, so two successive epochs show both versions [1]_;
-        "none" never mirrors.
+        Mirroring left to right. "random" mirrors with probability 1/2 in each epoch. "alternating" draws the first
+        epoch at random and alternates after that, so two successive epochs show both versions [1]_. "none" never
+        mirrors.
     cutout : float
         Side of a square that is replaced by the mean, as a fraction of the image's side, from 0 (none) to 2. Its centre
         may be any pixel, so part of the square can lie outside the image [2]_.
@@ -117,13 +117,13 @@ class EpochAugmentation:
         centre = torch.rand(2, n_images, generator=generator)
         self.top, self.left, self.flip, self.centre = (drawn.to(device) for drawn in (top, left, flip, centre))
 
-    def move(self, images, places):
-        """Shift and mirror images (B, C, H, W) of any dtype; places (B,) index them in the data set."""
-        return crop_and_flip(images, self.top[places], self.left[places], self.flip[places])
+    def move(self, images, indices):
+        """Shift and mirror images (B, C, H, W) of any dtype, whose indices in the data set are (B,)."""
+        return crop_and_flip(images, self.top[indices], self.left[indices], self.flip[indices])
 
-    def hide(self, images, places):
+    def hide(self, images, indices):
         """Apply cutout in place to normalised images (B, C, H, W), in which 0 is the mean."""
-        return _hide_square(images, self.centre[:, places], self.cutout) if self.cutout else images
+        return _hide_square(images, self.centre[:, indices], self.cutout) if self.cutout else images
 
 
 def crop_and_flip(images, top, left, flip):
@@ -150,9 +150,9 @@ def crop_and_flip(images, top, left, flip):
     return images.reshape(B, C, H * W).gather(2, pixels.expand(B, C, H * W)).view(B, C, H, W)
 
 
-def _reflected(places, length):
+def _reflected(indices, length):
     """Reflect indices that are less than `length` outside 0 .. length - 1 at the first and last index."""
-    return torch.minimum(places.abs(), 2 * (length - 1) - places.abs())
+    return torch.minimum(indices.abs(), 2 * (length - 1) - indices.abs())
 
 
 def _hide_square(images, centre, share):

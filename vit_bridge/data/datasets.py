@@ -344,12 +344,12 @@ def decode_images(files, preprocessing, skip_corrupt):
 
 def _decode_part(files, n_channels, fit, skip_corrupt):
     """Do the work of `decode_images` for some of the files."""
-    pictures, skipped = [], {}
+    arrays, skipped = [], {}
     for file in files:
-        picture = open_or_skip(file, skip_corrupt, skipped, n_channels)
-        if picture is not None:
-            pictures.append(np.asarray(fit(picture)))
-    images = np.array(pictures, dtype=np.uint8).reshape(-1, *fit.size, n_channels)  # (n, H, W, C)
+        image = open_or_skip(file, skip_corrupt, skipped, n_channels)
+        if image is not None:
+            arrays.append(np.asarray(fit(image)))
+    images = np.array(arrays, dtype=np.uint8).reshape(-1, *fit.size, n_channels)  # (n, H, W, C)
     return torch.from_numpy(images).permute(0, 3, 1, 2), skipped  # (n, C, H, W)
 
 

@@ -18,7 +18,7 @@ from vit_bridge.errors import InputError, assume
 # Formats that Pillow registers but that are not plain images: scientific data, vector graphics and documents, video.
 NO_PICTURES = ("BUFR", "FITS", "GRIB", "HDF5", "EPS", "WMF", "MPEG", "PDF")
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
-N_TOLD = 3  # refused paths that are named; the others are counted
+N_NAMED = 3  # refused paths that are named; the others are counted
 SOME_FORMATS = "JPEG, PNG, WebP, TIFF, ..."  # for messages; image_endings() has them all
 
 
@@ -56,9 +56,9 @@ class Found:
 
     def tell(self, folder, loose=0):
         """Warn about what was left out, in a few lines; `loose` counts images outside the class folders."""
-        for path, reason in self.refused[:N_TOLD]:
+        for path, reason in self.refused[:N_NAMED]:
             assume(f"{path!r} is ignored: {reason}")
-        if more := [re.sub(r"'.*?'|\".*?\"", "...", reason) for _, reason in self.refused[N_TOLD:]]:  # without paths
+        if more := [re.sub(r"'.*?'|\".*?\"", "...", reason) for _, reason in self.refused[N_NAMED:]]:  # without paths
             reasons = "; ".join(f"{n:,} because "
                                 f"{reason.replace('it is', 'each is', 1)}" for reason, n in Counter(more).most_common())
             assume(f"{_are(len(more), 'more path', folder)} ignored: {reasons}")

@@ -69,7 +69,7 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
         own: 32 for CIFAR and shapes, 28 for the MNIST kinds. For a folder it is the largest side of up to 64 images,
         rounded up to a multiple of 4, or 224 if that side is above 64.
     dataset : str
-        A name in DATASETS. "auto" takes what lies in data_dir, and the drawn shapes if the default data_dir does not
+        A name in DATASETS. "auto" takes what is in data_dir, and the drawn shapes if the default data_dir does not
         exist.
     val_fraction : float
         Fraction of each class that is split off for validation if there is no val/.
@@ -97,7 +97,7 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
     Raises
     ------
     InputError
-        For arguments and data that cannot work.
+        For arguments out of range, and for data that cannot be used.
     """
     check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images, in_channels)
     name = choose_set(data_dir, dataset, n_images)
@@ -525,25 +525,25 @@ class MemoryLoader(DatasetLoader):
 
         It gives whole batches, whatever the shard and the position of this loader.
         """
-        places = self.subset(n_images)
-        files = self.files and [self.files[place] for place in places.tolist()]
-        images = self.images if len(places) == self.n_images else self.images[places]  # do not copy the whole data set
-        return MemoryLoader(images, self.labels[places], self.info, self.batch_size, self.seed, files=files,
+        indices = self.subset(n_images)
+        files = self.files and [self.files[i] for i in indices.tolist()]
+        images = self.images if len(indices) == self.n_images else self.images[indices]  # no copy of all images
+        return MemoryLoader(images, self.labels[indices], self.info, self.batch_size, self.seed, files=files,
                             skipped=self.skipped).to(self.images.device)
 
     def __iter__(self):
         epoch, batches = self.epoch_batches()
         N, _, h, w = self.images.shape
-        draws = None
+        drawn = None
         if self.training:
-            draws = EpochAugmentation(self.augmentation, N, h, w, self.seed, epoch, self.images.device)
-        for places in batches:
-            images = self.images[places]  # (B, C, h, w)
-            if draws is None:
+            drawn = EpochAugmentation(self.augmentation, N, h, w, self.seed, epoch, self.images.device)
+        for indices in batches:
+            images = self.images[indices]  # (B, C, h, w)
+            if drawn is None:
                 images = self.normalised(images)
             else:
-                images = draws.hide(self.normalised(draws.move(images, places)), places)
-            yield images, self.labels[places]
+                images = drawn.hide(self.normalised(drawn.move(images, indices)), indices)
+            yield images, self.labels[indices]
 
     def normalised(self, images):
         """Resize and normalise uint8 images (B, C, h, w): float32 (B, C, H, W)."""
@@ -599,8 +599,8 @@ class PhotoLoader(DatasetLoader):
 
     def without_augmentation(self, n_images=None):
         """Return a loader as MemoryLoader.without_augmentation does; it reads the files again."""
-        places = self.subset(n_images)
-        return PhotoLoader([self.files[place] for place in places.tolist()], self.labels[places], self.info,
+        indices = self.subset(n_images)
+        return PhotoLoader([self.files[i] for i in indices.tolist()], self.labels[indices], self.info,
                            self.batch_size, self.seed, workers=self.workers,
                            skip_corrupt=self.skip_corrupt).to(self.device)
 

@@ -269,9 +269,9 @@ def _existing_file(name):
     if not Path(name).is_file():
         close = get_close_matches(name, PRETRAINED, 1)
         what = f"there is no file {name}" if Path(name).suffix else f"there is no pretrained model or file {name!r}"
-        hint = f"; the closest name is {close[0]!r}" if close else ""
-        raise InputError(f"{what}; give the path of a checkpoint or the name of a pretrained model{hint} (`python "
-                         f"train_vit.py inspect` lists all names)")
+        advice = f"did you mean {close[0]!r}? `python train_vit.py inspect` lists all names" if close else \
+            "give the path of a checkpoint, or a name that `python train_vit.py inspect` lists"
+        raise InputError(f"{what}; {advice}")
     return name
 
 
