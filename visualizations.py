@@ -1147,15 +1147,15 @@ def _command_parser():
         command.add_argument("photos", nargs="*", help="image files (default: drawn shapes)")
         command.add_argument("--pretrained", "--checkpoint", default="vit_nano_shapes", metavar="NAME",
                              help="the model: a name that `python train_vit.py inspect` lists, or a checkpoint file "
-                                  "(default: %(default)s, which knows only ten drawn shapes)")
+                                  "(default: %(default)s, trained on drawn shapes)")
         add_n_heads(command, of="the model")
         command.set_defaults(run=run)
     add_class_names(command)
-    command.add_argument("--max-tokens", type=int_at_least(1), metavar="N", help="most patches of a photograph "
-                         "(default: as many as the model was built for)")
+    command.add_argument("--max-tokens", type=int_at_least(1), metavar="N", help="maximum number of patches of a "
+                         "photograph (default: as many as the model was built for)")
     command.add_argument("--img-size", type=int_at_least(1), nargs="+", action=Size, metavar="PIXELS", help="side, or "
                          "height and width, to which photographs are stretched (default: their own proportions)")
-    command.add_argument("--max-mb", type=positive(), default=50.0, metavar="MB", help="largest size of the page; "
+    command.add_argument("--max-mb", type=positive(), default=50.0, metavar="MB", help="maximum size of the page; "
                          "photographs get as many patches as fit (default: %(default)g)")
     command.add_argument("--compare-with", metavar="NAME", help="a second model to compare with, a ViT or a ConvNet")
     add_n_heads(command, "--compare-n-heads", "the second model")
@@ -1184,12 +1184,12 @@ def _look_parser():
                         f"they can be explained; or a checkpoint file (default: {FIRST_LOOK})")
     parser.add_argument("--output-dir", metavar="DIR", help="folder of the files; several photographs get a "
                         "subfolder each (default: look/ and the photograph's name)")
-    parser.add_argument("--max-tokens", type=int_at_least(1), metavar="N", help="most patches; more patches show more "
-                        "detail and take longer (default: as many as the model was built for)")
+    parser.add_argument("--max-tokens", type=int_at_least(1), metavar="N", help="maximum number of patches; more show "
+                        "more detail and take longer (default: as many as the model was built for)")
     parser.add_argument("--img-size", type=int_at_least(1), nargs="+", action=Size, metavar="PIXELS", help="side, or "
                         "height and width, to which photographs are stretched (default: their own proportions)")
     parser.add_argument("--crop", action="store_true", help="show the model only the centre, as in validation")
-    parser.add_argument("--max-mb", type=positive(), default=50.0, metavar="M", help="largest size of explorer.html; "
+    parser.add_argument("--max-mb", type=positive(), default=50.0, metavar="M", help="maximum size of explorer.html; "
                         "it gets as many patches as fit (default: %(default)g)")
     parser.add_argument("--label", help="name of the model in figure and page (default: its name)")
     add_class_names(parser)
