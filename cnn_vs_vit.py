@@ -455,7 +455,7 @@ def make_parser():
     parser.add_argument("--only", nargs="+", metavar="NAME",
                         help=f"run only these experiments: {', '.join([*EXPERIMENTS, *TRAINING_EXPERIMENTS])}")
     parser.add_argument("--train", "--full", action="store_true", dest="train",
-                        help="also run the experiments that train; takes hours and resumes")
+                        help="also run the experiments that train; takes hours, and the same command resumes")
     parser.add_argument("--results-dir", "--cells", default="runs/cnn_vs_vit-cells", dest="results_dir",
                         help="folder where --train keeps its trials (default: %(default)s)")
     parser.add_argument("--data-dir", help="your images: a folder with one folder per class, or a known data set (see "
@@ -471,7 +471,8 @@ def make_parser():
     parser.add_argument("--seed", type=seed(), default=0, help="seed of the validation split (default: %(default)s)")
     parser.add_argument("--skip-corrupt", action="store_true", help="leave out image files that cannot be read")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"))
+    parser.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
+                        help="mixed precision (default: %(default)s)")
     parser.add_argument("--output-dir", help="a new folder for the results (default: runs/cnn_vs_vit-<data>-<n>)")
     parser.add_argument("--dry-run", action="store_true", help="run a little of everything; keeps nothing without "
                                                                "--output-dir")

@@ -91,7 +91,7 @@ def test_cnn_vs_vit_reports_the_trials_of_the_checkout(tmp_path, monkeypatch, ca
 
 @pytest.fixture
 def few(monkeypatch):
-    """Trials that are measured at once, and a list of those that were, with the learning rates that they tried."""
+    """Make trials take no time; return the list of measured ones, with the learning rates that they tried."""
     measured = []
 
     def measure(self, kind, seed, rates, **run):
@@ -296,8 +296,10 @@ def test_cnn_vs_vit_judges_a_folder(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def judged(monkeypatch):
-    """Three models that are all alike, right in 15 of 20 images, and make 500, 250 and 1,000 images a second; a linear
-    classifier that is right in 30% of the images that choose for it and in 40% of those that it is then asked."""
+    """Replace the trainings: three equal models, right on 15 of 20 images, at 500, 250 and 1,000 images per second.
+
+    The linear classifier is right on 30% of the images that choose its strength, and on 40% of the test images.
+    """
     speeds = dict(ConvNet=500, Hybrid=250, ViT=1000)
     right = [True] * 15 + [False] * 5
     rows = {kind: [dict(seed=seed, n_steps=200, right=right, accuracy=0.75) for seed in SEEDS] for kind in speeds}

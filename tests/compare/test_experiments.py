@@ -172,8 +172,8 @@ def test_position_finding_follows_the_numbers():
     finding = EXPERIMENTS["position"].finding
     assert finding(position_data(A=(0.9, 0.4, 0.5, 0.2), B=(0.5, 0.8, 0.5, 0.9))) == (
         "The largest share of predictions survives in A if the image moves, in B if 75% of the ViT's own patches are "
-        "shuffled, in A and B (a tie) if the shuffled grid is moved by half a patch, and in B if the patches are "
-        "hidden.")
+        "shuffled, in A and B (a tie) if the shuffled grid is moved by half a patch, and in B (the only one above "
+        "guessing) if the patches are hidden.")
     few = finding(position_data(50, A=(0.9, 0.5, 0.5, 0.5), B=(0.88, 0.6, 0.5, 0.5)))
     assert few.count("(a tie)") == 4
 

@@ -10,7 +10,7 @@ from vit_model import InputError
 
 
 class Tags(HTMLParser):
-    """Checks that what is opened is closed, and keeps the tags with their attributes."""
+    """A parser that checks that every tag is closed, and keeps the tags with their attributes."""
     void = ("meta", "img", "!doctype")
 
     def __init__(self, page):

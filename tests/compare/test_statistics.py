@@ -11,7 +11,7 @@ from vit_model import InputError
 
 
 def rows_of(shares, n=400, seeds=3, spread=0.0, generator=None):
-    """Rows as from compare_on_dataset(): each kind right by chance in this share, the same images hard for all."""
+    """Draw rows as from compare_on_dataset(): each kind with this accuracy, and the same images hard for all."""
     generator = generator or random.Random(0)
     hard = [generator.random() for _ in range(n)]
     rows = {}
@@ -25,11 +25,11 @@ def rows_of(shares, n=400, seeds=3, spread=0.0, generator=None):
 
 
 def accuracies_of(levels):
-    """{name: one accuracy a seed}, half a point apart."""
+    """Return {name: [one accuracy per seed]}, half a point apart."""
     return {name: [level + by for by in (-0.005, 0.0, 0.005)] for name, level in levels.items()}
 
 
-# ---- Trainings asked about the same images
+# ---- Trainings tested on the same images
 
 
 def test_rank_trainings_names_a_clear_winner():
@@ -64,7 +64,7 @@ def test_rank_trainings_rarely_finds_a_false_winner():
 
 
 def test_rank_trainings_rarely_finds_a_false_winner_among_seeds_that_differ():
-    """The images are the same for all, so that the seeds' part is all: without it, or with one model's, many win."""
+    """All noise comes from the seeds here; if the margin ignored them for either model, many would win."""
     generator, named = torch.Generator().manual_seed(0), 0
     for _ in range(300):
         levels = torch.normal(0.7, 0.03, (3, 3), generator=generator).tolist()  # (kinds, seeds)
@@ -75,8 +75,7 @@ def test_rank_trainings_rarely_finds_a_false_winner_among_seeds_that_differ():
 
 
 def test_compare_two_adds_the_seeds_of_both_models():
-    """Against a sum by hand: two models whose seeds differ by unlike amounts, each side by side with one that has no
-    spread at all."""
+    """Compare with a sum by hand, for models whose seeds differ much, little and not at all."""
     def rows(*accuracies, n=100):
         return [dict(right=[i < 50 for i in range(n)], accuracy=own) for own in accuracies]
 
@@ -105,7 +104,7 @@ def test_margin_adds_seeds_and_images_of_both_samples():
 
 
 def test_rank_trainings_ties_when_images_are_few():
-    """Seeds that are all alike: what is left are the images, of which 30 do not tell 10 points apart."""
+    """All seeds are equal, so only the images matter, and 30 images cannot resolve 10 points."""
     def rows(n, share):
         right = [i < round(share * n) for i in range(n)]
         return [dict(seed=seed, right=right, accuracy=sum(right) / n) for seed in range(3)]
@@ -155,7 +154,7 @@ def test_rank_shares_ties_shares_of_few_images():
 
 
 def test_rank_by_variance_takes_a_95_percent_interval():
-    """Two-sided 5% of a normal difference: ndtr(-1.96) = 2.5%."""
+    """The two-sided 5% of a normal distribution: ndtr(-1.96) = 2.5%."""
     ranking = st.rank_by_variance(dict(A=3.0, B=0.0), dict(A=1.0, B=3.0))
     assert ranking.half_widths == pytest.approx(dict(B=1.96 * 2))
     assert torch.special.ndtr(torch.tensor(-ranking.half_widths["B"] / 2)).item() == pytest.approx(0.025, rel=1e-3)
@@ -220,7 +219,7 @@ def test_learned_is_a_tenth_above_guessing_and_three_standard_errors(n, level):
         assert (st.rank_falls(dict(A=accuracies), n) is not None) == learned
 
 
-def test_learned_is_asked_of_the_mean_of_the_seeds():
+def test_learned_level_applies_to_the_mean_of_the_seeds():
     accuracies = torch.tensor([[0.7, 0.5], [0.5, 0.5], [0.5, 0.5]]).double()  # a mean of 57%
     assert st.rank_falls(dict(A=accuracies), 10_000) is None
 
@@ -287,7 +286,7 @@ def test_spread_is_learned_compares_with_random_heads():
 
 
 def test_power_follows_its_closed_form_where_seeds_do_not_differ():
-    """The half width is then fixed, and the lead normal: ndtr((lead - half) / error)."""
+    """With a fixed half width and a normal lead, the power is ndtr((lead - half) / error)."""
     noise = st.Noise(1000, 3, spread=0.0, chance=0.0, apart=0.1)
     error = math.sqrt(0.1 / 1000)
     half = st.t_quantile(1001) * math.sqrt((999 * 0.1 + 2) / 1001 / 1002)
@@ -298,7 +297,7 @@ def test_power_follows_its_closed_form_where_seeds_do_not_differ():
 
 
 def test_power_follows_its_closed_form_where_seeds_are_all():
-    """Two seeds and endless images: S / sigma of each side is the absolute value of a normal number."""
+    """With two seeds and unlimited images, S / sigma of each side is the absolute value of a normal number."""
     noise = st.Noise(10**9, 2, spread=0.01, chance=0.0, apart=0.0)
     a = torch.linspace(0.0005, 0.9995, 1000).double()
     chi = torch.special.ndtri((1 + a) / 2) ** 2  # chi squared of one degree, by its quantiles
@@ -309,8 +308,11 @@ def test_power_follows_its_closed_form_where_seeds_are_all():
 
 
 def shares_found(levels, n, spread, by_chance, repeats, seed=0):
-    """(how often compare_two puts the first ahead, the Noise, with the mean of the measured variances) of so many
-    comparisons of two models, three seeds each. by_chance: how many answers do not go by the image's difficulty."""
+    """Simulate comparisons of two models, three seeds each.
+
+    Returns how often compare_two() puts the first ahead, and the Noise with the mean of the measured variances.
+    by_chance is the fraction of predictions that do not depend on the image's difficulty.
+    """
     generator, found, noises = torch.Generator().manual_seed(seed), 0, []
     for _ in range(repeats):
         hard, rows = torch.rand(n, generator=generator), {}
@@ -336,7 +338,7 @@ def test_power_is_how_often_compare_two_finds_a_lead(spread, by_chance, lead):
 
 
 def test_power_of_two_points_is_a_few_percent():
-    """1,000 images, 0.9 points between seeds: a lead of 2 points is found in 3 to 4% of cases."""
+    """With 1,000 images and 0.9 points between seeds, a lead of 2 points is found in 3 to 4% of cases."""
     noise = st.assumed_noise(1000, 3, spread=0.009, accuracy=0.71)
     assert st.power(0.02, noise) == pytest.approx(0.035, abs=0.01)
     share, _ = shares_found((0.72, 0.70), 1000, 0.009, 1.0, 300)
@@ -377,7 +379,7 @@ def test_describe_power_names_the_lead_and_what_it_rests_on():
 
 
 def student_tail(t, df, step=1e-3, end=400.0):
-    """P(T > t) for Student's t, by the trapezoid rule; of df = 1, whose tail is too long for that, by its formula."""
+    """Return P(T > t) for Student's t by the trapezoid rule; for df = 1, whose tail is too long, by its formula."""
     if df == 1:
         return 0.5 - math.atan(t) / math.pi
     constant = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)

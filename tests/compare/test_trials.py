@@ -32,14 +32,14 @@ def loaders(n=40, img_size=16):
 
 @pytest.fixture
 def small(monkeypatch):
-    """The four kinds, of the same names, in small."""
+    """Make the four kinds small, under the same names."""
     tiny = dict(vit_nano=dict(embed_dim=12, depth=1, n_heads=2), hybrid=dict(embed_dim=12, depth=1, n_heads=2),
                 convnet=dict(widths=(3, 5), depths=(1, 1)))
     monkeypatch.setattr(le, "build_model", lambda name, **options: build_model(name, **tiny[name] | options))
 
 
 class Answers:
-    """A trainer whose model is its learning rate, and which has an accuracy on the validation images alone."""
+    """A trainer whose model is its learning rate, with accuracies for the validation images only."""
 
     def __init__(self, rate, accuracies):
         self.model, self.accuracies = rate, accuracies
@@ -50,7 +50,7 @@ class Answers:
 
 
 class Says(nn.Module):
-    """A model that gives these answers, class numbers, one after the other, whatever the images."""
+    """A model that predicts these classes one after the other, whatever the images."""
 
     def __init__(self, answers, n_classes=2):
         super().__init__()
@@ -281,7 +281,7 @@ def test_training_experiments_need_trials_for_a_finding():
 
 
 def rows_of(right, n=400):
-    """Rows of compare_on_dataset(): each kind right in the first so many of n images, with every seed."""
+    """Return rows as from compare_on_dataset(): each kind is right in its first images, with every seed."""
     return {kind: [dict(seed=seed, n_steps=200, right=[i < count for i in range(n)], accuracy=count / n)
                    for seed in le.SEEDS] for kind, count in right.items()}
 
@@ -298,7 +298,7 @@ def test_summarise_names_a_winner_or_none():
 
 
 def rows_with(accuracies, n=1000):
-    """Rows of compare_on_dataset(): each kind with these accuracies of its seeds."""
+    """Return rows as from compare_on_dataset(), with these accuracies per seed."""
     return {kind: [dict(seed=seed, n_steps=200, right=[i < round(level * n) for i in range(n)], accuracy=level)
                    for seed, level in enumerate(own)] for kind, own in accuracies.items()}
 
@@ -375,8 +375,11 @@ def test_best_of_rates_counts_a_diverged_training_as_zero(monkeypatch):
 
 
 def settings_of_trainings(measure, monkeypatch):
-    """What sets the trainings of measure(seed) apart, for each of SEEDS: (the weights at the start, the labels in the
-    order of the first epoch, the seed of Trainer.train(), which draws dropout and augmentation)."""
+    """Return what distinguishes the trainings of measure(seed), for each of SEEDS.
+
+    That is the weights at the start, the labels in the order of the first epoch, and the seed of Trainer.train(), which
+    draws dropout and augmentation.
+    """
     found = []
 
     class Watched:

@@ -40,7 +40,7 @@ def test_quiz_gives_the_exact_answers():
             quiz._cost_of_twice_the_side()[0]] == [0, 0, 1, 1]
 
 
-# ---- The answers that are measured, from the measurements themselves
+# ---- Results that are measured, compared with direct measurements
 
 
 def shapes(model, n_images):
@@ -141,7 +141,7 @@ def test_ask_stops_at_q():
     assert sum("Measured" in line for line in said) == 1
 
 
-def test_ask_tells_the_answers_without_input():
+def test_ask_shows_the_results_without_input():
     said = []
     assert quiz.ask([FAST, FAST], read_from(), said.append) == (0, 0)
     assert sum("Measured: that" in line for line in said) == 2

@@ -487,7 +487,8 @@ def _describe_kept(ranking, lost):
     """Say in which models rank_kept() finds that most predictions survive."""
     if ranking is None:
         return "no model (all fall to guessing)" if lost else "no model (all guess to begin with)"
-    return _leaders(ranking)
+    alone = lost and not (ranking.tied or ranking.behind)
+    return f"{ranking.best} (the only one above guessing)" if alone else _leaders(ranking)
 
 
 def _leaders(ranking):

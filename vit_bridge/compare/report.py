@@ -26,6 +26,7 @@ img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
   linear-gradient(to left, var(--page) 30%, transparent) right / 3rem 100% no-repeat local,
   linear-gradient(to right, var(--line), transparent) left / 1rem 100% no-repeat scroll,
   linear-gradient(to left, var(--line), transparent) right / 1rem 100% no-repeat scroll; }
+.table + .table { margin-top: 1.2rem; } caption { text-align: left; padding: .3rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child, td:first-child { text-align: left; } thead th { background: var(--soft); }

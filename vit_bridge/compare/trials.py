@@ -235,7 +235,7 @@ class Cues(Experiment):
     def draw(self, trials, setup=None):
         bars = {kind: mean_min_max(biases) for kind in _by_kind(trials) if (biases := _biases(trials, kind))}
         heading = "predictions that follow the outline,\nof those that follow outline or texture"
-        return {"shape_bias": plot_bars({heading: bars}, title=_band_title(trials, "lines"))} if bars else {}
+        return {"shape_bias": plot_bars({heading: bars}, title=_band_title(trials, "Lines"))} if bars else {}
 
     def finding(self, trials):
         bias = {kind: mean(biases) for kind in _by_kind(trials) if (biases := _biases(trials, kind))}
@@ -249,7 +249,7 @@ class Cues(Experiment):
         return f"The outline decides {span} of the predictions that follow a cue; {follows}."
 
     def tables(self, trials):
-        table = [["", "seeds", "outline, of both cues", "outline", "texture", "neither"]]
+        table = [["", "seeds", "outline, of outline + texture", "outline", "texture", "neither"]]
         for kind, own in _by_kind(trials).items():
             biases = _biases(trials, kind)
             table.append([kind, len(own), format_range(biases) if biases else "",
@@ -421,7 +421,7 @@ def _by_kind(trials):
     return {kind: own for kind in CNN_TO_VIT_MODELS if (own := [trial for trial in trials if trial["kind"] == kind])}
 
 
-def _band_title(trials, what="bands"):
+def _band_title(trials, what="Bands"):
     """Return the title that explains the bands, or lines, in a figure of trials."""
     return f"{what}: lowest to highest of {len({trial['seed'] for trial in trials})} seeds"
 
