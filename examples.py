@@ -78,7 +78,7 @@ def patches():
     by_hand = cut @ embed.proj.weight.flatten(1).T + embed.proj.bias  # (1, 196, 192)
     print(f"The {image.numel():,} numbers of a 224 x 224 image became {tokens.shape[1]} tokens of width "
           f"{tokens.shape[2]}.")
-    print(f"Cut, flattened and multiplied by a matrix by hand, they differ by at most {_largest(tokens - by_hand):.1e}.")
+    print(f"Cut, flattened and multiplied by a matrix, they differ by {_largest(tokens - by_hand):.1e} at most.")
     print("Look at: the order of the patches, row by row. So far, it is all that tells where a patch was.")
     return visualize_patch_embedding(photograph(), 16)
 
@@ -233,7 +233,7 @@ def variants():
 
 
 def first_training():
-    """Train a small ViT on the drawn shapes, in less than a minute."""
+    """Train a first small ViT on the drawn shapes."""
     torch.manual_seed(0)
     train_loader, val_loader = get_data_loaders(dataset="shapes", img_size=32, n_images=4_000)
     trainer = Trainer(create_vit_nano(n_classes=10), device="cpu")

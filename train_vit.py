@@ -190,8 +190,10 @@ class Trainer:
 
     Notes
     -----
-    The randomness of a step (order, augmentation, dropout) depends only on the seed and the step, and a TrainState
-    holds everything else. On a CPU a resumed training therefore ends exactly as if it had never been interrupted.
+    The randomness inside a step, such as dropout, depends only on the seed and the step; the order and the augmentation
+    of this project's loaders depend only on their seed and the epoch. A TrainState holds everything else. On a CPU a
+    resumed training therefore ends exactly as if it had never been interrupted. An exception is a DataLoader with
+    shuffle=True: it draws its order from torch's global generator, so the resumed training sees another order.
 
     Under torchrun each process has its own Trainer and its shard of every batch. DistributedDataParallel averages the
     gradients, weighted so that the step is the step of one process with the whole batch.
@@ -234,7 +236,7 @@ class Trainer:
             Fields of the TrainConfig, for this run.
         callbacks : list of Callback
         resume : dict, optional
-            state_dict() of an earlier TrainState. With otherwise the same arguments the training continues exactly.
+            state_dict() of an earlier TrainState. Give all other arguments as before; see the notes on Trainer.
         progress : bool
             Show a bar with loss, accuracy, images per second and the time left.
 
@@ -530,7 +532,7 @@ class TrainState:
 
     @property
     def trained(self):
-        """The module to evaluate and save: the average of the weights if there is one, otherwise the model."""
+        """The module to evaluate and save: the average of the weights, or the model if there is none."""
         return self.model if self.average is None else self.average
 
     def resized(self, images):
@@ -548,7 +550,7 @@ class TrainState:
                            scaler=self.scaler.state_dict(), history=copy.deepcopy(self.history)))
 
     def load_state_dict(self, entries):
-        """Restore a state, of older versions too; raise InputError if it belongs to another model or optimiser."""
+        """Restore a state, of older versions too; raise InputError if it does not fit."""
         entries = {OLD_NAMES["training"].get(name, name): value for name, value in entries.items()}
         try:
             if (entries["average"] is None) != (self.average is None):
@@ -661,8 +663,26 @@ def steps_within(seconds, model, train_loader, val_loader, device="auto", object
     """Return how many steps fit into a time, with an evaluation after every epoch.
 
     The speed is measured on a copy of the model. The measurement counts too: it takes about 3% of the time, or two
-    steps and one batch of an evaluation if those take longer. The other arguments are those of the Trainer. If there
-    are several processes, each must give the same `seconds`.
+    steps and one batch of an evaluation if those take longer.
+
+    Parameters
+    ----------
+    seconds : float
+        Time for training and evaluation. If there are several processes, each must give the same value.
+    model, device, objective, config, **overrides
+        As for Trainer.
+    train_loader, val_loader : Loader, DataLoader or list
+        With a length.
+
+    Returns
+    -------
+    int
+        At least 1.
+
+    Raises
+    ------
+    InputError
+        If a loader has no length or no batches.
     """
     started = time.perf_counter()
     n_train, n_val = (n_batches(as_loader(one), "a number of steps instead of a time")
@@ -781,7 +801,7 @@ def train(options):
 
 
 def _open_run(options):
-    """Return (folder, lock, entries from read_run()) of the run that --resume names; without --resume three Nones."""
+    """Return (folder, lock, entries from read_run()) of the run to resume, or three Nones."""
     if not options.resume:
         return None, None, None
     folder = lock = None
@@ -854,7 +874,7 @@ def prepare(options, device, folder=None, lock=None, saved=None):
 
 
 def _lasting(options):
-    """Return the options as a dict, with an absolute path of the images so that a resume works from any folder."""
+    """Return the options as a dict, with an absolute data_dir so that a resume works from any folder."""
     data_dir = Path(options.data_dir).expanduser()
     return dict(vars(options), data_dir=str(data_dir.resolve()) if data_dir.exists() else options.data_dir)
 
@@ -868,7 +888,7 @@ def chosen(options, *names):
 
 
 def _data_arguments(options, start):
-    """Return the arguments of get_data_loaders, with the preprocessing of the pretrained model if there is one."""
+    """Return the arguments of get_data_loaders; a pretrained model brings its preprocessing."""
     data = dict(data_dir=options.data_dir, img_size=options.img_size, dataset=options.dataset,
                 in_channels=options.in_channels, val_fraction=options.val_fraction, seed=options.seed,
                 workers=options.num_workers, skip_corrupt=options.skip_corrupt)
@@ -881,7 +901,7 @@ def _data_arguments(options, start):
 
 
 def load_data(data):
-    """Return (training loader, validation loader); the first process goes first, because it may have to download."""
+    """Return (training loader, validation loader); the first process goes first, as it may download."""
     first, one_by_one = process_number() == 0, choose_set(data["data_dir"], data["dataset"], None) in TORCHVISION_SETS
     if one_by_one and not first:
         broadcast_object(None)
@@ -908,7 +928,7 @@ def _model_name(options, img_size):
 
 
 def new_model(name, recipe, train_loader):
-    """Return a new model for the loader's images and classes, with a whitened first layer if the recipe asks for it."""
+    """Return a new model for the loader's images and classes, whitened if the recipe asks for it."""
     model = build_model(name, n_classes=len(train_loader.class_names), img_size=train_loader.img_size,
                         in_channels=train_loader.preprocessing.n_channels, **recipe.model_options)
     if recipe.whiten and model.whitening_layer() is not None:
@@ -917,7 +937,7 @@ def new_model(name, recipe, train_loader):
 
 
 def first_images(loader, n_images):
-    """Return the first batches of a training loader, n_images or more if it has that many, as (B, C, H, W)."""
+    """Return the first n_images images of a training loader, rounded up to whole batches: (B, C, H, W)."""
     loader.set_position(0)
     return torch.cat([images for images, _ in itertools.islice(loader, -(-n_images // loader.batch_size))])
 
@@ -947,9 +967,9 @@ def _choose_run_recipe(options, saved, name, train_loader, device):
                          f"have {min(size)}; choose a larger --img-size or another recipe")
     pixels = chosen(options, "shift", "flip", "cutout")
     if pixels and not isinstance(train_loader, MemoryLoader):
-        raise InputError(f"--{next(iter(pixels))} is for small images, of at most {SMALL_SIDE} pixels; larger ones are "
-                         f"cropped, mirrored and recoloured as they are read: leave it out, or give --img-size "
-                         f"{SMALL_SIDE}")
+        raise InputError(f"--{next(iter(pixels))} is for small images in memory, of at most {SMALL_SIDE} pixels; "
+                         f"photographs are cropped, mirrored and recoloured as they are read: leave it out, or give "
+                         f"--img-size {SMALL_SIDE}")
     train = chosen(options, "optimizer", "weight_decay", "schedule")
     if options.lr is not None:
         train["learning_rate"] = options.lr
@@ -1159,7 +1179,7 @@ def _training_result(run, history, seconds):
 
 
 def _compare_with_linear(run, score, split, loader):
-    """Print the accuracy beside that of a linear classifier on the same images; return both as result entries."""
+    """Print the accuracy beside that of a linear classifier, and return both as result entries."""
     train_loader, val_loader = run.train_loader, run.val_loader
     for each in (val_loader, loader):
         each.set_shard(0, 1)  # only the first process computes what follows
@@ -1264,7 +1284,7 @@ def make_parser():
     group.add_argument("--device", default="auto", help=DEVICE_HELP)
     group.add_argument("--dry-run", action="store_true", help="test the command with two steps of training; without "
                        "--output-dir the results are deleted")
-    group.add_argument("-h", "--help", action="help", help="show this text and exit")
+    _add_help(group)
 
     group = parser.add_argument_group("data and augmentation")
     group.add_argument("--dataset", default="auto", metavar="NAME", help=f"{', '.join(DATASETS)} (default: "
@@ -1344,7 +1364,7 @@ def make_parser():
 
 
 def parse(argv=None):
-    """Return the options of a training; their field `given` holds {name: value} of those on the command line."""
+    """Return the options of a training; `given` holds {name: value} of those on the command line."""
     options = make_parser().parse_args(argv)
     unset = object()
     blank = argparse.Namespace(**dict.fromkeys(vars(options), unset))
@@ -1409,31 +1429,33 @@ SPLITS = {
 
 def evaluate_command(argv=None):
     """Run `train_vit.py evaluate`."""
-    parser = OneLineParser(prog="train_vit.py evaluate", formatter_class=HelpFormatter, description="""\
-Measure the accuracy of a checkpoint on a set of images, and write a confusion
+    parser = _make_command_parser("evaluate", "--checkpoint FILE [options]", """\
+Measure the accuracy of a model on a set of images, and write a confusion
 matrix and the worst mistakes into a folder.
 
-The images are those of the test folder. Without a test folder they are the
-validation images, and otherwise all images; but if the checkpoint was trained
-on this very folder, they are only those that its training held out.
+The images are the first of these that exist: the test images; the validation
+images; those that the training of the model held out of this folder; all
+images.
 
 example:
   python train_vit.py evaluate --checkpoint runs/NAME/best.pt --data-dir photos""")
-    _add_checkpoint(parser)
-    parser.add_argument("--data-dir", default=DEFAULT_DATA_DIR, metavar="FOLDER", help="folder with one folder of "
-                        "images per class, or with a known data set (default: %(default)s; if there is none, drawn "
-                        "shapes)")
-    parser.add_argument("--dataset", default="auto", metavar="NAME", help=f"{', '.join(DATASETS)} (default: "
-                        f"%(default)s, what --data-dir holds)")
-    parser.add_argument("--output-dir", metavar="FOLDER", help="new folder for the results (default: "
-                        "runs/evaluation-<data>-<n>)")
-    parser.add_argument("--skip-corrupt", action="store_true", help="skip image files that cannot be read, and report "
-                        "them")
-    parser.add_argument("--batch-size", type=int_at_least(1), default=64, metavar="N", help="images computed at a time "
-                        "(default: %(default)s)")
-    _add_device(parser)
-    parser.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help=AMP_HELP)
-    parser.add_argument("--num-workers", "--workers", type=int_at_least(0), metavar="N", help=WORKERS_HELP)
+    group = _add_checkpoint(parser)
+    group.add_argument("--data-dir", default=DEFAULT_DATA_DIR, metavar="FOLDER", help="folder with one folder of "
+                       "images per class, or with a known data set (default: %(default)s; if there is none, drawn "
+                       "shapes)")
+    group.add_argument("--output-dir", metavar="FOLDER", help="new folder for the results (default: "
+                       "runs/evaluation-<data>-<n>)")
+    group.add_argument("--dataset", default="auto", metavar="NAME", help=f"{', '.join(DATASETS)} (default: "
+                       f"%(default)s, what --data-dir holds)")
+    group.add_argument("--skip-corrupt", action="store_true", help="skip image files that cannot be read, and report "
+                       "them")
+    _add_help(group)
+    _add_file_options(parser)
+    group = _add_device(parser)
+    group.add_argument("--batch-size", type=int_at_least(1), default=64, metavar="N", help="images computed at a time "
+                       "(default: %(default)s)")
+    group.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help=AMP_HELP)
+    group.add_argument("--num-workers", "--workers", type=int_at_least(0), metavar="N", help=WORKERS_HELP)
     evaluate(parser.parse_args(argv))
 
 
@@ -1479,7 +1501,7 @@ def _evaluation_loader(model, options):
 
 
 def _training_cut(checkpoint, data_dir):
-    """Return (arguments of get_evaluation_loader, fingerprint of the held-out images) of a training on this folder.
+    """Return (loader arguments, fingerprint of the held-out images) of a training on this folder.
 
     They are ({}, None) if the checkpoint does not say that it was trained on this folder.
     """
@@ -1493,7 +1515,7 @@ def _training_cut(checkpoint, data_dir):
 
 
 def _test_fingerprint(data):
-    """Return the fingerprint of the names of the test images as they are now, or None if there are no such files."""
+    """Return the fingerprint of the current names of the test images, or None without such files."""
     if choose_set(data["data_dir"], data["dataset"], None) != "folder":
         return None
     folder = FolderSet(data["data_dir"])
@@ -1503,7 +1525,7 @@ def _test_fingerprint(data):
 
 
 def _fingerprint(loader):
-    """Return a checksum of the names of a loader's files, skipped ones included, or None for sets without files."""
+    """Return a checksum of the names of a loader's files, skipped ones included, or None without files."""
     return None if loader.files is None else _fingerprint_of({*map(str, loader.files), *map(str, loader.skipped)})
 
 
@@ -1580,20 +1602,21 @@ def _drawable(name):
 
 def predict_command(argv=None):
     """Run `train_vit.py predict`."""
-    parser = OneLineParser(prog="train_vit.py predict", formatter_class=HelpFormatter, description="""\
-Name the most probable classes of image files, one line per file. Files that
-cannot be read are named on stderr; the others are predicted, and the exit code
-is 2.
+    parser = _make_command_parser("predict", "--checkpoint FILE IMAGE [IMAGE ...] [options]", """\
+Name the most probable classes of images, one line per file. Files that cannot
+be read are named on stderr; the others are predicted, and the exit code is 2.
 
 example:
   python train_vit.py predict --checkpoint runs/NAME/best.pt a.jpg folder""")
-    _add_checkpoint(parser)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file, or a folder, of which all image files "
-                        "are read at any depth, except hidden ones")
-    parser.add_argument("--top", type=int_at_least(1), default=3, metavar="N", help="number of classes to name "
-                        "(default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help='print a JSON list of {"file", "predictions": [{"class", '
-                        '"probability"}]} or {"file", "error"}')
+    group = _add_checkpoint(parser)
+    group.add_argument("images", nargs="+", metavar="IMAGE", help="image file, or a folder with image files at any "
+                       "depth; hidden ones are left out")
+    group.add_argument("--top", type=int_at_least(1), default=3, metavar="N", help="number of classes to name "
+                       "(default: %(default)s)")
+    group.add_argument("--json", action="store_true", help='print a JSON list of {"file", "predictions": [{"class", '
+                       '"probability"}]} or {"file", "error"}')
+    _add_help(group)
+    _add_file_options(parser)
     _add_device(parser)
     options = parser.parse_args(argv)
     model = load(options.checkpoint, **chosen(options, "n_heads", "class_names")).to(choose_device(options.device))
@@ -1616,7 +1639,7 @@ example:
 
 
 def _predict_files(model, files, top):
-    """Yield {"file", "predictions"} or {"file", "error"} for each file; files are read one batch at a time."""
+    """Yield {"file", "predictions"} or {"file", "error"} for each file, reading a batch at a time."""
     for batch in batches_of(files):
         inputs, entries = [], []
         for file in batch:
@@ -1647,14 +1670,16 @@ def _in_words(predictions):
 
 def export_command(argv=None):
     """Run `train_vit.py export`."""
-    parser = OneLineParser(prog="train_vit.py export", formatter_class=HelpFormatter, description="""\
-Write a checkpoint as one ONNX file, for programs without PyTorch, and compare
-its logits with the model's. Needs the packages onnx and onnxscript.
+    parser = _make_command_parser("export", "--checkpoint FILE [options]", """\
+Write a model as one ONNX file, for programs without PyTorch, and compare its
+logits with the model's. Needs the packages onnx and onnxscript.
 
 example:
   python train_vit.py export --checkpoint runs/NAME/best.pt""")
-    _add_checkpoint(parser)
-    parser.add_argument("--output", metavar="FILE", help="new file (default: the checkpoint's name with .onnx)")
+    group = _add_checkpoint(parser)
+    group.add_argument("--output", metavar="FILE", help="new file (default: the checkpoint's name with .onnx)")
+    _add_help(group)
+    _add_file_options(parser)
     options = parser.parse_args(argv)
     path = Path(options.output or Path(options.checkpoint).with_suffix(".onnx"))
     if path.exists():
@@ -1672,16 +1697,18 @@ example:
 
 def inspect_command(argv=None):
     """Run `train_vit.py inspect`."""
-    parser = OneLineParser(prog="train_vit.py inspect", formatter_class=HelpFormatter, description="""\
+    parser = _make_command_parser("inspect", "[FILE] [options]", """\
 Describe a checkpoint: what it is, and whether and how it would load. Without a
 file, list the pretrained models.
 
 examples:
   python train_vit.py inspect
   python train_vit.py inspect runs/NAME/best.pt""")
-    parser.add_argument("file", nargs="?", metavar="FILE", help="checkpoint of this project, of timm, torchvision, "
-                        "transformers, Google (.npz), DeiT, DINO or MAE, or a folder of transformers or timm")
-    add_n_heads(parser)
+    group = parser.add_argument_group("options")
+    group.add_argument("file", nargs="?", metavar="FILE", help="checkpoint of this project, of timm, torchvision, "
+                       "transformers, Google (.npz), DeiT, DINO or MAE, or a folder of transformers or timm")
+    add_n_heads(group)
+    _add_help(group)
     options = parser.parse_args(argv)
     if options.file in PRETRAINED and not Path(options.file).exists():
         raise InputError(f"{options.file} is the name of a pretrained model; expected a file. "
@@ -1692,16 +1719,36 @@ examples:
 # ---- What the commands share ------------------------------------------------------------------------------
 
 
+def _make_command_parser(name, words, description):
+    return OneLineParser(prog=f"train_vit.py {name}", usage=f"python train_vit.py {name} {words}", add_help=False,
+                         description=description, formatter_class=HelpFormatter)
+
+
+def _add_help(group):
+    group.add_argument("-h", "--help", action="help", help="show this text and exit")
+
+
 def _add_checkpoint(parser):
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="best.pt of a training, which records "
-                        "classes, image size and normalisation; or a file of another library, or a folder of "
-                        "transformers or timm")
-    add_n_heads(parser)
-    add_class_names(parser)
+    """Add the group of everyday options, with --checkpoint, and return it."""
+    group = parser.add_argument_group("everyday options")
+    group.add_argument("--checkpoint", required=True, metavar="FILE", help="best.pt of a training, which records "
+                       "classes, image size and normalisation; a pretrained model's name, or a file or folder of "
+                       "another library")
+    return group
+
+
+def _add_file_options(parser):
+    """Add the group of options that describe a file of another library."""
+    group = parser.add_argument_group("files of other libraries")
+    add_n_heads(group)
+    add_class_names(group)
 
 
 def _add_device(parser):
-    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
+    """Add the group of options about devices, with --device, and return it."""
+    group = parser.add_argument_group("devices, memory and speed")
+    group.add_argument("--device", default="auto", help=DEVICE_HELP)
+    return group
 
 
 COMMANDS = dict(evaluate=evaluate_command, predict=predict_command, export=export_command,

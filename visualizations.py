@@ -1,14 +1,11 @@
-"""Look inside a Vision Transformer, on your own photograph: where it looks, and where its prediction comes from.
+"""Look inside a Vision Transformer on your photograph: where it looks, where its prediction comes from.
 
-    python visualizations.py photo.jpg                        a picture of all of it, and a page to play with
-    python visualizations.py selfcheck | explore              the other commands
+    python visualizations.py photo.jpg               one figure of everything, and an interactive page
+    python visualizations.py selfcheck | explore     the other commands; each has --help
 
-    AttentionVisualizer         the views of one model, its main ones as numbers too; explore makes an HTML page of them
-    visualize_..., compare_receptive_fields, plot_images     figures of several images or models
-
-Each map has a colour scale of its own, which ends at the 99th percentile of its patches, as one patch may hold half
-of the weight; the number at which it ends stands beside it. data/images.py says what an image may be; the numbers come
-from analysis/.
+AttentionVisualizer holds the views of one model, as figures, as numbers and as a page (explore). The functions
+visualize_..., compare_receptive_fields and plot_images draw several images or models.
+Each map has its own colour scale. It ends at the map's 99th percentile, because one patch may hold half of the weight.
 
 Shapes:  B images, C channels, H, W height and width of an image, P patch side, L blocks, H heads, N tokens (prefix
          tokens, then patches), K classes, n filters, R random orders, S steps of a curve.
@@ -114,72 +111,112 @@ from vit_bridge.weights.pretrained import FIRST_LOOK, PUBLIC, WITH_CLASSES, WITH
 
 TITLES = {"attention": "attention of the last block", "rollout": "attention rollout", "relevance": "relevance",
           "grad_cam": "Grad-CAM"}
-SAME_FOR_EVERY_CLASS = ("attention", "rollout")  # of METHODS; their weights over all tokens sum to one
-SHORT = {"register": "reg.", "distillation token": "dist."}  # names of prefix tokens below a small panel
+SAME_FOR_EVERY_CLASS = ("attention", "rollout")  # these METHODS ignore the class; their weights sum to one
+SHORT = {"register": "reg.", "distillation token": "dist."}  # short names for small panels
 
 
 class AttentionVisualizer:
-    """Views of a ViT: ours, or one of timm, transformers or torchvision. By default they show what the head reads: the
-    CLS token, or with pool="mean" the mean of the patches. Layer i is block i, counted from 0; views of tokens have one
-    layer more, as there are tokens before the first block too.
+    """Views of a ViT: where it looks, and where its prediction comes from.
 
-    attention_maps, rollout, relevance, grad_cam, attention_distance give numbers; visualize_... a Figure.
+    By default the views show what the head reads: the CLS token, or with pool="mean" the mean of the patches.
+    attention_maps, rollout, relevance, grad_cam and attention_distance return numbers; visualize_... return a Figure.
 
-    The model is moved to the device ("auto": CUDA where there is one) and stays there; its weights and its mode
-    remain as they are. Of a photograph it sees the middle, as in validation; with whole=Whole() of
-    vit_bridge.preprocessing all of it, in its own proportions, for which the model must take any size
-    (model.any_size = True). Raises InputError for a model without attention and for a device that is not there.
+    Parameters
+    ----------
+    model : nn.Module
+        A ViT, ours or from timm, transformers or torchvision. It is moved to the device and stays there; its weights
+        and its mode do not change.
+    device : str, optional
+        "auto" uses CUDA if there is a GPU.
+    whole : Whole, optional
+        By default the model sees the centre of a photograph, as in validation. With `vit_bridge.preprocessing.Whole()`
+        it sees the whole photograph in its own proportions; set `model.any_size = True` first.
+
+    Raises
+    ------
+    InputError
+        If the model has no attention, or if the device does not exist.
+
+    Notes
+    -----
+    `image` is a file, a PIL image, an array or a tensor (see data/images.py); `images` is a list of them or a
+    normalised batch (B, C, height, width). `target` is a class by number or name, by default the predicted class.
+    `layer_idx` and `head_idx` are Python indices from 0, and `patch` is (row, column) from 0; figures count blocks and
+    heads from 1. `save_path` ends in .png, .pdf or .svg; None writes no file.
     """
 
     def __init__(self, model, device="auto", whole=None):
         adapt_vit(model)
-        device_of(model)  # which refuses one on the device "meta"
+        device_of(model)  # refuses a model on the device "meta"
         self.model, self.whole = unwrapped(model).to(choose_device(device)), whole
 
     @property
     def adapter(self):
-        """The ViTAdapter of the model as it is now; its head and its class names may have been changed."""
+        """The ViTAdapter of the model as it is now: its head and class names may have changed."""
         return adapt_vit(self.model)
 
     # ---- Numbers
 
     def attention_maps(self, image):
-        """(L, H, N, N); rows are queries and sum to one."""
+        """Return the attention maps of an image, (L, H, N, N); rows are queries and sum to one."""
         return attention_maps(self.model, prepare_image(image, self.model, self.whole)[0])[:, 0].cpu()
 
     def rollout(self, image, discard_ratio=0.0):
-        """(rows, columns): explanations.rollout of what the head reads."""
+        """Return the attention rollout of what the head reads, (rows, columns)."""
         return self.explain(image, "rollout", discard_ratio=discard_ratio).saliency[0]
 
     def relevance(self, image, target=None):
-        """(rows, columns): explanations.relevance for a class; None: the predicted one."""
+        """Return the relevance for a class, by default the predicted one, (rows, columns)."""
         return self.explain(image, "relevance", target).saliency[0]
 
     def grad_cam(self, image, target=None, layer_idx=None):
-        """(rows, columns): Grad-CAM of the patch tokens after a block, for a class. See explanations.cam_saliency."""
+        """Return Grad-CAM of the patch tokens after a block, for a class, (rows, columns).
+
+        `layer_idx` is a Python index from 0. By default it is the last block whose patches the head still reads.
+        """
         return self.explain(image, "grad_cam", target, layer_idx=layer_idx).saliency[0]
 
     def attention_distance(self, images):
-        """(L, H) in pixels: how far patches look, over images: a list of them, or a normalised batch (B, C, height,
-        width)."""
+        """Return how far the patches look in each head, in pixels, (L, H).
+
+        `images` are a list of images or a normalised batch (B, C, height, width); the distance is their mean.
+        """
         return mean_distances(self.model, prepare_images(images, self.model, self.whole))
 
     def explain(self, image, method, target=None, **options):
-        """An explanations.Explanation of one image."""
+        """Return the `explanations.Explanation` of one image."""
         return explain(self.model, prepare_image(image, self.model, self.whole)[0], method, target, **options)
 
     def selfcheck(self, images=None):
-        """selfcheck.selfcheck of the model; images: normalised, None: noise."""
+        """Check the formulas of this package on the model; by default the images are noise."""
         return selfcheck(self.model, None if images is None else prepare_images(images, self.model, self.whole))
 
     # ---- Attention
 
     def visualize_attention(self, image, layer_idx=-1, head_idx=None, save_path=None, patch=None):
-        """The image, the weights with which CLS attends to its patches, and those weights over the image.
+        """Draw the image, the attention of CLS to its patches, and that attention over the image.
 
-        layer_idx counts from 0, or from the end where negative; head_idx too, None is the mean over the heads.
-        patch: (row, column), from 0: what this patch attends to, instead of CLS.
-        Raises InputError for an index out of range or an image that cannot be used.
+        Parameters
+        ----------
+        image : str, Path, PIL image, array or Tensor
+            Any kind of image that data/images.py accepts.
+        layer_idx : int, optional
+            Python index of the block: 0 is the first, -1 the last.
+        head_idx : int, optional
+            Python index of the head, from 0. By default the mean over the heads.
+        save_path : str or Path, optional
+            Where to write the figure.
+        patch : tuple of int, optional
+            (row, column) of a patch, from 0. Its attention is drawn instead of that of CLS.
+
+        Returns
+        -------
+        Figure
+
+        Raises
+        ------
+        InputError
+            If an index is out of range, or if the image cannot be used.
         """
         images, picture = prepare_image(image, self.model, self.whole)
         rows = attention_rows(self.model, images, patch)  # (L, 1, H, N)
@@ -192,9 +229,9 @@ class AttentionVisualizer:
         scale = dict(cmap="viridis", vmin=0, vmax=clip_at(grid), extent=extent_of(picture))
         mappable = middle.imshow(grid, **scale)
         shares = [f"{name} {share:.1%}" for name, share in self.on_others(row).items()]
-        words = [f"scale to {percent(clip_at(grid))}, largest {percent(grid.max())}",
-                 ", ".join([f"patches {grid.sum():.1%} in all", *shares]) if shares else ""]
-        middle.set_title("\n".join(["weight of each patch", *filter(None, words)]))
+        words = [f"colours end at {percent(clip_at(grid))}; largest {percent(grid.max())}",
+                 ", ".join([f"all patches {grid.sum():.1%}", *shares]) if shares else ""]
+        middle.set_title("\n".join(["attention to each patch", *filter(None, words)]))
         _draw_over(right, picture, grid, scale, interpolation="bilinear")
         right.set_title("the same over the image,\nsmoothed")
         colour_bar(figure, mappable, right, "attention weight of a patch", percent)
@@ -211,11 +248,20 @@ class AttentionVisualizer:
         return finish(figure, save_path)
 
     def visualize_all_heads(self, image, layers=None, save_path=None, patch=None):
-        """The weights of the patches for CLS, a row for each layer and a column for each head. Each panel has its own
-        scale, and below it the share of the weight that goes to CLS and to registers.
+        """Draw the attention of CLS to the patches, with a row for each block and a column for each head.
 
-        layers: indices as layer_idx above; None: all, or six from the first to the last where there are more.
-        patch: (row, column), instead of CLS.
+        Each panel has its own colour scale. Below it is the share of the attention that goes to CLS and to registers.
+
+        Parameters
+        ----------
+        image : str, Path, PIL image, array or Tensor
+            Any kind of image that data/images.py accepts.
+        layers : int or sequence of int, optional
+            Python indices of the blocks, from 0. By default all blocks, or six of them from the first to the last.
+        save_path : str or Path, optional
+            Where to write the figure.
+        patch : tuple of int, optional
+            (row, column) of a patch, from 0. Its attention is drawn instead of that of CLS.
         """
         images, picture = prepare_image(image, self.model, self.whole)
         rows = attention_rows(self.model, images, patch)[:, 0]  # (L, H, N)
@@ -229,7 +275,10 @@ class AttentionVisualizer:
         return finish(figure, save_path)
 
     def visualize_all_layers(self, image, save_path=None, patch=None):
-        """The image, and the weights of the patches in every layer, mean over the heads, each on its own scale."""
+        """Draw the image and the attention to its patches in every block, averaged over the heads.
+
+        Each panel has its own colour scale. `patch` is (row, column) of a patch that looks, instead of CLS.
+        """
         images, picture = prepare_image(image, self.model, self.whole)
         rows = attention_rows(self.model, images, patch)[:, 0].mean(dim=1)  # (L, N)
         maps = self.panels_of(rows, images)
@@ -254,21 +303,22 @@ class AttentionVisualizer:
         set_heading(figure, title + self.describe_prediction(images), fontsize=13)
         return finish(figure, save_path)
 
-    # ---- Where the answer comes from
+    # ---- Where the prediction comes from
 
     def visualize_rollout(self, image, discard_ratio=0.0, save_path=None):
-        """The image, and its attention rollout over it."""
+        """Draw the image and its attention rollout."""
         return self.draw_explanation(image, "rollout", save_path, discard_ratio=discard_ratio)
 
     def visualize_relevance(self, image, target=None, save_path=None):
-        """The image, and gradient-weighted relevance over it, for a class."""
+        """Draw the image and its gradient-weighted relevance for a class."""
         return self.draw_explanation(image, "relevance", save_path, target)
 
     def visualize_grad_cam(self, image, target=None, layer_idx=None, save_path=None):
-        """The image, and Grad-CAM over it, for a class."""
+        """Draw the image and its Grad-CAM for a class; `layer_idx` is a Python index from 0."""
         return self.draw_explanation(image, "grad_cam", save_path, target, layer_idx=layer_idx)
 
     def draw_explanation(self, image, method, save_path=None, target=None, **options):
+        """Draw the image and one of the METHODS: alone, and over the image."""
         images, picture = prepare_image(image, self.model, self.whole)
         found = explain(self.model, images, method, target, **options)
         grid, same = found.saliency[0].numpy(), method in SAME_FOR_EVERY_CLASS
@@ -279,10 +329,10 @@ class AttentionVisualizer:
         left.set_title("the image, as the model sees it" + self.describe_prediction(images))
         scale = dict(cmap="viridis", vmin=0, vmax=top, extent=extent_of(picture))
         mappable = middle.imshow(grid, **scale)
-        words = [self.title_of(method, options), f"scale to {number(top)}, largest {number(grid.max())}"]
+        words = [self.title_of(method, options), f"colours end at {number(top)}; largest {number(grid.max())}"]
         if same and self.adapter.prefix:
             others = " and ".join(dict.fromkeys(self.adapter.prefix))
-            words.append(f"patches {grid.sum():.1%} in all, the rest {others}")
+            words.append(f"all patches {grid.sum():.1%}, the rest {others}")
         middle.set_title("\n".join(words))
         _draw_over(right, picture, grid, scale)
         right.set_title("the same over the image")
@@ -295,7 +345,7 @@ class AttentionVisualizer:
         return finish(figure, save_path)
 
     def title_of(self, method, options):
-        """What a map shows, with its layer and its head where the method takes them."""
+        """Return what a map shows, with its block and its head if the method takes them."""
         n_blocks, head = len(self.adapter.blocks), options.get("head_idx")
         if method == "grad_cam":
             return f"Grad-CAM after block {cam_layer(self.adapter, options.get('layer_idx')) + 1} of {n_blocks}"
@@ -308,11 +358,25 @@ class AttentionVisualizer:
         return TITLES[method]
 
     def visualize_explanations(self, image, target=None, n_steps=16, save_path=None, n_draws=8):
-        """All methods on one image: their maps, how far they agree, and how each compares with random order.
+        """Draw all methods on one image: their maps, how far they agree, and whether they beat random order.
 
-        Maps are scaled to a sum of one; each has its own colour scale. Below: Spearman's rank correlation of each pair;
-        the probability of the class while patches are hidden, and while they are shown, the most salient first. Random
-        order is drawn n_draws times: the line is the mean, the band two standard deviations of the draws to each side.
+        Each map is scaled to a sum of one and has its own colour scale. The lower panels show Spearman's rank
+        correlation of each pair of maps, and the probability of the class while patches are hidden or shown, the most
+        salient first. The random order is drawn n_draws times: the line is the mean, the band two standard deviations
+        to each side.
+
+        Parameters
+        ----------
+        image : str, Path, PIL image, array or Tensor
+            Any kind of image that data/images.py accepts.
+        target : int or str, optional
+            The class to explain, by default the predicted one.
+        n_steps : int, optional
+            Steps of the curves.
+        save_path : str or Path, optional
+            Where to write the figure.
+        n_draws : int, optional
+            Random orders.
         """
         images, picture = prepare_image(image, self.model, self.whole)
         found = compare_explanations(self.model, images, target, n_steps=n_steps, n_draws=n_draws)
@@ -336,19 +400,21 @@ class AttentionVisualizer:
         set_heading(figure, "\n".join(words), fontsize=13 if not refused else 10)
         _draw_agreement(agreement, found.correlations.numpy(), names)
         _draw_trust(curves[0], found.deletion, found.draws["deletion"],
-                   "hiding the hottest patches first\n(falls early: the map matters)")
+                   "hiding the most salient patches first\n(a good map makes it fall early)")
         _draw_trust(curves[1], found.insertion, found.draws["insertion"],
-                   "showing the hottest patches first\n(rises early: the map matters)")
+                   "showing the most salient patches first\n(a good map makes it rise early)")
         return finish(figure, save_path)
 
     def visualize_logit_lens(self, image, n_classes=5, save_path=None):
-        """What the head would predict after every block: the probabilities of the n_classes that are likeliest at the
-        end, and of those that were the likeliest after some block, at most six in all. Raises InputError for more than
-        six n_classes."""
+        """Draw what the head would predict after every block.
+
+        The lines are the n_classes most likely classes at the end, and classes that were most likely after some block;
+        six at most. Raises InputError if n_classes is above six.
+        """
         check_int("n_classes", n_classes, 1)
         if n_classes > len(COLOURS):
-            raise InputError(f"n_classes {n_classes} is out of range; expected 1 to {len(COLOURS)}, which can be "
-                             f"told apart; explanations.logit_lens gives the numbers of all")
+            raise InputError(f"n_classes {n_classes} is out of range; expected 1 to {len(COLOURS)}, the number of "
+                             f"distinct colours; explanations.logit_lens returns the numbers of all classes")
         images, picture = prepare_image(image, self.model, self.whole)
         lens = logit_lens(self.model, images)[:, 0]  # (L + 1, K)
         order = lens[-1].argsort(descending=True).tolist()
@@ -364,8 +430,8 @@ class AttentionVisualizer:
         for place, (label, n_covered) in enumerate(zip(shown, covered, strict=True)):
             right.plot(blocks, 100 * lens[:, label], color=COLOURS[place], marker=MARKERS[place],
                        label=self.name_of(label), **widths(n_covered))
-        right.set(xlabel="blocks that the tokens have passed", ylabel="probability (%)", ylim=(-2, 102))
-        right.set_title("what the head says when it reads earlier tokens")
+        right.set(xlabel="number of blocks passed", ylabel="probability (%)", ylim=(-2, 102))
+        right.set_title("what the head would predict after each block")
         right.set_xticks(spread(len(lens), 13))
         show_legend(right, fontsize=10, title=THICK if any(covered) else None, title_fontsize=9)
         set_heading(figure, "Logit lens", fontsize=14)
@@ -374,11 +440,22 @@ class AttentionVisualizer:
     # ---- Over images
 
     def visualize_attention_distance(self, images, save_path=None):
-        """How far patches look, a point for each head of each block, beside the line of uniform attention.
+        """Draw how far patches look: a point for each head of each block, and the line of uniform attention.
 
-        images: a list of them, or a normalised batch (B, C, height, width). ViT paper, Fig. 7 (right).
+        Parameters
+        ----------
+        images : list of images or Tensor, shape (B, C, height, width)
+            Images of any kind, or a normalised batch.
+        save_path : str or Path, optional
+            Where to write the figure.
+
+        Notes
+        -----
+        In Dosovitskiy et al. 2021 (the ViT paper), Fig. 7 (right), some heads in the first blocks look nearby. Raghu et
+        al. 2021, "Do Vision Transformers See Like Convolutional Neural Networks?", find such heads after large-scale
+        pre-training such as on JFT-300M, but not after training on ImageNet alone.
         """
-        by_size, n_images, distances, line = {}, 0, 0, 0  # photographs that are seen whole have several sizes
+        by_size, n_images, distances, line = {}, 0, 0, 0  # whole photographs have several sizes
         for one in prepare_each(images, self.model, self.whole):
             by_size.setdefault(one.shape, []).append(one)
         for several in by_size.values():
@@ -391,23 +468,25 @@ class AttentionVisualizer:
         blocks = np.arange(1, len(distances) + 1)
         for head in range(distances.shape[1]):
             axes.plot(blocks, distances[:, head], "o", color=COLOURS[0], alpha=0.7,
-                      label="a head" if head == 0 else None)
+                      label="one head" if head == 0 else None)
         axes.plot(blocks, distances.mean(axis=1), color=COLOURS[1], label="mean over the heads")
         axes.axhline(line, color="0.4", linestyle="--", label=f"uniform attention: {line:.1f}")
         axes.set(xlabel="block", ylabel="mean distance (pixels)", ylim=(0, 1.15 * max(line, distances.max())))
         axes.set_xticks([block + 1 for block in spread(len(distances), 13)])
         axes.legend(fontsize=10)
-        axes.set_title(f"How far patches look, over {n_images} image{'s' * (n_images > 1)}")
+        axes.set_title(f"How far patches look: mean over {n_images} image{'s' * (n_images > 1)}")
         return finish(figure, save_path)
 
     def visualize_token_norms(self, image, save_path=None):
-        """The length of each patch token, layer by layer, each layer on its own scale; those that stand out, as
-        register artefacts do, are framed."""
+        """Draw the length of each patch token after each block; outliers are framed.
+
+        Outliers may be register artefacts. Each panel has its own colour scale.
+        """
         images, picture = prepare_image(image, self.model, self.whole)
         norms, artefacts = token_norms(capture(self.model, images, keep=None))  # (L, 1, rows, columns)
         chosen = spread(len(norms), 6)
-        title = (f"Length of the patch tokens after {_counted(len(chosen), len(norms))}; "
-                 f"{int(artefacts[chosen].sum())} stand out (framed){self.describe_prediction(images)}")
+        title = (f"Lengths of the patch tokens after {_counted(len(chosen), len(norms))}; outliers framed: "
+                 f"{int(artefacts[chosen].sum())}{self.describe_prediction(images)}")
         maps = [(norms[layer, 0].numpy(), [f"{int(artefacts[layer].sum())} framed"]) for layer in chosen]
         figure = _draw_map_grid([picture], [maps], [""], [f"block {i + 1}" for i in chosen], title, LENGTHS)
         for axes, layer in zip(figure.axes[1:], chosen, strict=False):
@@ -415,21 +494,23 @@ class AttentionVisualizer:
                 _frame_patch(axes, picture, norms.shape[2:], place)
         return finish(figure, save_path)
 
-    # ---- To play with
+    # ---- An interactive page
 
     def explore(self, images, save_path="attention.html", compare_with=None, **options):
-        """One self-contained HTML page of images, as explorer.explore makes it: an ExplorerPage, which a notebook
-        shows. compare_with: a second model beside this one, a ViT or a ConvNet; options: max_mb and its others."""
+        """Write one self-contained interactive HTML page of images, and return it as an ExplorerPage.
+
+        `compare_with` is a second model, a ViT or a ConvNet; `options` are those of `explorer.explore`, such as max_mb.
+        """
         return explore(self.model, images, save_path, compare_with, **dict(whole=self.whole) | options)
 
     # ---- Words
 
     def on_patches(self, row, images):
-        """Weights of all tokens, (..., N), as those of the patches in their places: (..., rows, columns)."""
+        """Cut the patches out of weights of all tokens: (..., N) -> (..., rows, columns)."""
         return patches_of(row, self.adapter.grid(images), self.adapter.n_prefix)
 
     def on_others(self, row):
-        """Weights of all tokens, (N), as those of the tokens before the patches: {"CLS": share, "registers": share}."""
+        """Sum the weights (N) of the tokens before the patches: {"CLS": share, "registers": share}."""
         shares = {}
         for name, share in zip(self.adapter.prefix, row.tolist(), strict=False):
             shares[name] = shares.get(name, 0) + share
@@ -437,13 +518,17 @@ class AttentionVisualizer:
         return {f"{name}s" if name == "register" and many else name: share for name, share in shares.items()}
 
     def panels_of(self, rows, images):
-        """Weights of all tokens, (n, N), as n of (map of the patches, [words for each other kind of token])."""
+        """Turn weights of all tokens (n, N) into n panels.
+
+        A panel is (map of the patches, [words for each other kind of token]).
+        """
         return [(self.on_patches(row, images).numpy(),
                  [f"{SHORT.get(name.removesuffix('s'), name)} {share:.0%}" if share >= 0.01 else
                   f"{SHORT.get(name.removesuffix('s'), name)} <1%" for name, share in self.on_others(row).items()])
                 for row in rows]
 
     def who_looks(self, patch=None):
+        """Return the start of a heading: which token's attention is shown."""
         if patch is not None:
             return f"Where the framed patch {tuple(patch)} looks"
         if self.adapter.pool == "cls":
@@ -451,15 +536,19 @@ class AttentionVisualizer:
         return f"Where {'patches' if self.adapter.pool == 'mean' else self.adapter.pool} look, on average"
 
     def name_of(self, label):
+        """Return the name of a class, or its number if it has none."""
         names = self.adapter.class_names
         return names[label] if names else f"class {label}"
 
     def describe_prediction(self, images):
-        """A line with the class predicted for the first image and its probability; empty for a model without a head."""
+        """Return a line with the class predicted for the first image and its probability.
+
+        The line is empty for a model without a head.
+        """
         return self.describe_predictions(images[:1])[0]
 
     def describe_predictions(self, images):
-        """Such a line for each image."""
+        """Return such a line for each image."""
         if not self.adapter.has_head:
             return [""] * len(images)
         probabilities, labels = class_probabilities(self.model, images).max(dim=1)  # (B), (B)
@@ -467,19 +556,33 @@ class AttentionVisualizer:
                 for label, probability in zip(labels.tolist(), probabilities.tolist(), strict=True)]
 
     def describe_class(self, found):
-        """In words, the class of an Explanation or Comparison of one image."""
+        """Describe the explained class of an Explanation or Comparison of one image."""
         if found.targets is None:
             return "a model without a head"
         return f"class explained: {self.name_of(found.targets[0].item())} (probability {found.probabilities[0]:.0%})"
 
 
 def visualize_attention_grid(model, images, save_path=None, whole=None):
-    """Several images, a row each, with the class predicted: the weights of the patches for what the head reads, mean
-    over the heads, each panel on its own scale.
+    """Draw the attention of several images, one per row, averaged over the heads.
 
-    images: a list of them, or a normalised batch (B, 3, H, W). Six layers are shown, from the first to the last, where
-    there are more. whole as in AttentionVisualizer: each photograph then has its own proportions. Raises InputError for
-    a model without attention.
+    Each row starts with the image and its predicted class. If there are more than six blocks, six are shown, from the
+    first to the last. Each panel has its own colour scale.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A ViT, ours or from timm, transformers or torchvision.
+    images : list of images or Tensor, shape (B, 3, H, W)
+        Images of any kind, or a normalised batch.
+    save_path : str or Path, optional
+        Where to write the figure.
+    whole : Whole, optional
+        As in AttentionVisualizer.
+
+    Raises
+    ------
+    InputError
+        If the model has no attention.
     """
     views = AttentionVisualizer(model, device_of(model), whole)
     fed = prepare_each(images, model, whole)
@@ -500,33 +603,43 @@ def visualize_attention_grid(model, images, save_path=None, whole=None):
 class MapScale:
     """How maps beside each other are coloured, each on its own scale.
 
-    between   map (rows, columns) -> (low, top), the ends of its scale
-    say       (low, top, largest value) -> the words below its panel
-    label     what the colour bar says; ends, extend: the words at its ends, and which ends values go beyond
+    Attributes
+    ----------
+    between : callable
+        Map (rows, columns) -> (low, top), the ends of its scale.
+    say : callable
+        (low, top, largest value) -> the words below its panel.
+    label : str
+        Label of the colour bar.
+    ends : tuple of str
+        Words at the two ends of the colour bar.
+    extend : str
+        Ends beyond which there are values, as in matplotlib.
     """
     between: Callable
     say: Callable
     label: str
-    ends: tuple = ("0", "the panel's number")
+    ends: tuple = ("0", "99th percentile")
     extend: str = "max"
 
 
 WEIGHTS = MapScale(
     lambda grid: (0, clip_at(grid)), lambda low, top, largest: f"to {percent(top)}\nmax {percent(largest)}",
-    "attention weight of a patch. Each panel has its own scale, from 0 to its 99th percentile, the number below it; "
-    "larger weights, up to the max, look the same. What goes to tokens that are no patch stands below too")
+    "Attention weight of a patch. Each panel has its own colours, from 0 to its 99th percentile (“to”, below it); "
+    "larger weights, up to “max”, all have the top colour. Below a panel is also the weight of the other tokens.")
 SHARES_OF_MAP = MapScale(
     WEIGHTS.between, WEIGHTS.say,
-    "share of its map that a patch has. Each panel has its own scale, from 0 to its 99th percentile, the number below "
-    "it; larger shares, up to the max, look the same")
+    "Share of each patch in its map. Each panel has its own colours, from 0 to its 99th percentile (“to”, below it); "
+    "larger shares, up to “max”, all have the top colour.")
 LENGTHS = MapScale(
     clip_between, lambda low, top, largest: f"{in_digits(low)} to {in_digits(top)}\nmax {in_digits(largest)}",
-    "length of a token. Each panel has its own scale, from its 1st to its 99th percentile, the numbers below it; what "
-    "is beyond looks as they do", ("the lower number", "the higher number"), "both")
+    "Length of a patch token. Each panel has its own colours, from its 1st to its 99th percentile (the numbers below "
+    "it), or wider if the lengths are nearly equal; values beyond have the end colours.",
+    ("the lower number", "the higher number"), "both")
 
 
 def _draw_map(axes, picture, grid, scale, notes=(), patch=None):
-    """A map (rows, columns) in the frame of its picture, with what its colours mean below it."""
+    """Draw a map (rows, columns) in the frame of its picture, with the meaning of its colours below."""
     low, top = scale.between(grid)
     axes.imshow(grid, cmap="viridis", vmin=low, vmax=top, extent=extent_of(picture))
     axes.set_xlabel("\n".join([scale.say(low, top, grid.max()), *notes]), fontsize=9)
@@ -536,8 +649,10 @@ def _draw_map(axes, picture, grid, scale, notes=(), patch=None):
 
 
 def _draw_map_grid(pictures, maps, row_labels, column_labels, title, scale, patch=None):
-    """A Figure with a row for each picture (H, W, 3): the picture, then its maps, a list of (rows, columns) with words
-    to stand below each; a patch (row, column) is framed."""
+    """Draw a row for each picture (H, W, 3): the picture, then its maps (rows, columns).
+
+    `maps` holds a list of (map, words below it) for each picture; a patch (row, column) is framed.
+    """
     n_maps, n_notes = len(maps[0]), 2 + len(maps[0][0][1])
     side = max(0.8, min(1.7, 12.5 / (1 + n_maps)))
     heights = [side * proportion(picture) + 0.16 * n_notes for picture in pictures]
@@ -560,14 +675,14 @@ def _draw_map_grid(pictures, maps, row_labels, column_labels, title, scale, patc
 
 
 def _counted(n_shown, n_blocks):
-    """In words, how many of the blocks a figure shows."""
+    """Say how many of the blocks a figure shows."""
     if n_shown < n_blocks:
         return f"{n_shown} of {n_blocks} blocks"
     return f"all {n_blocks} blocks" if n_blocks > 1 else "the only block"
 
 
 def _columns_for(n_panels, tall):
-    """In how many columns so many panels, `tall` times as high as wide, fill a page best."""
+    """Return the number of columns in which n panels, `tall` times as high as wide, fill a page best."""
     def waste(n_columns):
         n_rows = math.ceil(n_panels / n_columns)
         height = n_rows * (min(2.0, 13 / n_columns) * tall + 0.9)
@@ -577,15 +692,16 @@ def _columns_for(n_panels, tall):
 
 
 def _draw_over(axes, picture, grid, scale, **how):
-    """A map (rows, columns) in the colours of its scale over the picture (H, W, 3) in grey: the larger a value, the
-    less of the picture is seen through it."""
+    """Draw a map (rows, columns) over the grey picture (H, W, 3).
+
+    The larger a value, the less of the picture shows through.
+    """
     axes.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=1)
     axes.imshow(grid, alpha=0.1 + 0.65 * np.clip(grid / scale["vmax"], 0, 1), **scale, **how)
 
 
 def _frame_patch(axes, picture, grid, patch):
-    """A frame around one patch of a picture (H, W, 3) that a grid (rows, columns) cuts; thinner where patches are
-    small."""
+    """Frame one patch of a picture (H, W, 3) with a grid (rows, columns); thinner if patches are small."""
     height, width = (side / count for side, count in zip(picture.shape[:2], grid, strict=True))
     row, column = (place % count for place, count in zip(patch, grid, strict=True))
     axes.add_patch(Rectangle((column * width - 0.5, row * height - 0.5), width, height, fill=False,
@@ -593,6 +709,7 @@ def _frame_patch(axes, picture, grid, patch):
 
 
 def _draw_agreement(axes, correlations, names):
+    """Draw the matrix of rank correlations between methods."""
     axes.imshow(correlations, cmap="cividis", vmin=-1, vmax=1)
     for row, column in np.ndindex(correlations.shape):
         value = correlations[row, column]
@@ -600,12 +717,14 @@ def _draw_agreement(axes, correlations, names):
     words = [TITLES[name].replace("attention ", "attention\n", 1).replace(" block", "\nblock") for name in names]
     axes.set_xticks(range(len(names)), words, fontsize=9)
     axes.set_yticks(range(len(names)), words, fontsize=9)
-    axes.set_title("how alike the maps rank the patches\n(Spearman: 1 the same, 0 unrelated)", fontsize=11)
+    axes.set_title("agreement of the maps\n(Spearman: 1 same ranking, 0 unrelated)", fontsize=11)
 
 
 def _draw_trust(axes, curves, draws, heading):
-    """Curves {name: (S + 1, B)}, the mean over the images; random order dashed, in the band of its draws (R, S + 1, B):
-    two standard deviations to each side."""
+    """Draw curves {name: (S + 1, B)}, averaged over the images.
+
+    Random order is dashed, in the band of its draws (R, S + 1, B): two standard deviations to each side.
+    """
     draws = draws.mean(dim=2)  # (R, S + 1)
     means = {name: values.nanmean(dim=1) for name, values in curves.items()}  # (S + 1) each
     share = np.linspace(0, 100, len(next(iter(means.values()))))
@@ -631,16 +750,23 @@ def _draw_trust(axes, curves, draws, heading):
 
 
 def visualize_patch_filters(model, n_filters=28, save_path=None):
-    """The principal components of the filters with which patches become tokens, the strongest first.
+    """Draw the principal components of the filters of the patch projection, the strongest first.
 
-    Each has a scale of its own, grey is zero; below it the share of the squares that it holds. ViT paper, Fig. 7
-    (left). Raises InputError for a model whose first layer is no projection of patches, and unless its images have 1
-    or 3 channels.
+    Each has its own scale, on which grey is zero; above it is its share of the sum of squares.
+
+    Raises
+    ------
+    InputError
+        If the first layer of the model is not a projection of patches, or if its images do not have 1 or 3 channels.
+
+    References
+    ----------
+    Dosovitskiy et al. 2021 (the ViT paper), Fig. 7 (left).
     """
     filters, shares = patch_filters(model, n_filters)  # (n, C, P, P), (n)
     if filters.shape[1] not in (1, 3):
         raise InputError(f"the filters of this {class_name(model)} have {filters.shape[1]} channels; expected 1 or "
-                         f"3, which can be drawn; explanations.patch_filters gives the numbers of all")
+                         f"3, which can be drawn; explanations.patch_filters returns their numbers")
     columns = min(7, len(filters))
     n_rows = math.ceil(len(filters) / columns)
     figure = new_figure(1.2 * columns + 0.6, 1.45 * n_rows + 1.1)
@@ -651,23 +777,33 @@ def visualize_patch_filters(model, n_filters=28, save_path=None):
         axes.imshow((0.5 + one / one.abs().max() / 2).permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
         axes.set_title(f"{share:.1%}", fontsize=10)
     set_heading(figure, f"Filters of the patch projection: the first {len(filters)} principal components\n"
-                    f"(shares of all; these together {shares.sum():.0%})", fontsize=12)
+                    f"(above each its share of the sum of squares; together {shares.sum():.0%})", fontsize=12)
     return finish(figure, save_path)
 
 
 def visualize_features(model, images, save_path=None, whole=None):
-    """Patch tokens of several images as colours: their three main directions, over all images, after a third of the
-    blocks, two thirds and all of them.
+    """Draw the patch tokens of several images as colours after a third, two thirds and all of the blocks.
 
-    images: a list of them, or a normalised batch (B, 3, H, W). Alike in colour is alike in content, across the images,
-    within one row. whole as in AttentionVisualizer: each photograph then has its own proportions.
+    The colours are the first three principal components over all images. Within a row, similar colours mean similar
+    features, also across images.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A ViT, ours or from timm, transformers or torchvision.
+    images : list of images or Tensor, shape (B, 3, H, W)
+        Images of any kind, or a normalised batch.
+    save_path : str or Path, optional
+        Where to write the figure.
+    whole : Whole, optional
+        As in AttentionVisualizer.
     """
     fed = prepare_each(images, model, whole)
     seen = [capture(model, one, keep=None) for one in fed]
     first, n_blocks = seen[0].adapter.n_prefix, len(seen[0].tokens) - 1
     depths = spread(n_blocks + 1, 4)[1:]
     pictures = [as_picture(one, adapt(model).preprocessing) for one in fed]
-    wide = [1 / proportion(picture) for picture in pictures]  # of panels that are equally high
+    wide = [1 / proportion(picture) for picture in pictures]  # widths of panels of equal height
     side = min(2.2, max(1.3, 10 / sum(wide)))
     figure = new_figure(max(5.0, 1.0 + side * sum(wide)), 1.0 + (side + 0.1) * (1 + len(depths)))
     panels = figure.subplots(1 + len(depths), len(pictures), squeeze=False, width_ratios=wide)
@@ -682,19 +818,28 @@ def visualize_features(model, images, save_path=None, whole=None):
             axes.imshow(part.unflatten(0, one.grid).numpy(), extent=extent_of(picture))
     for axes in panels.flat:
         hide_ticks(axes)
-    set_heading(figure, "Patch tokens as colours: their three main directions as red, green and blue\n"
-                        "(within a row, alike in colour is alike in content, across the images too)", fontsize=12)
+    set_heading(figure, "Patch tokens as colours: their first three principal components as red, green and blue\n"
+                        "(within a row, similar colours mean similar features, also across images)", fontsize=12)
     return finish(figure, save_path)
 
 
 def visualize_positions(model, save_path=None):
-    """How alike the position embeddings are: one small map a patch, its cosine similarity to all patches.
+    """Draw the cosine similarity of position embeddings: for each patch a small map of all patches.
 
-    ViT paper, Fig. 7 (centre); all maps share one scale, from the least similarity to 1. At most 8 x 8 of the patches
-    have a map. Raises InputError for a model without position embeddings.
+    All maps share one colour scale, from the smallest similarity to 1. At most 8 x 8 patches have a map; rows and
+    columns count from 0.
+
+    Raises
+    ------
+    InputError
+        If the model has no position embeddings.
+
+    References
+    ----------
+    Dosovitskiy et al. 2021 (the ViT paper), Fig. 7 (centre).
     """
     similarity = position_similarity(model).cpu().numpy()  # (rows, columns, rows, columns)
-    lowest = min(similarity.min(), 0.99)  # a scale also where all are alike
+    lowest = min(similarity.min(), 0.99)  # a valid scale even if all are equal
     rows, columns = (spread(n, 8) for n in similarity.shape[:2])
     figure = new_figure(2.5 + 0.75 * len(columns), 1.5 + 0.75 * len(rows) * proportion(similarity))
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
@@ -709,7 +854,7 @@ def visualize_positions(model, save_path=None):
     figure.colorbar(mappable, ax=axes, label="cosine similarity")
     figure.supxlabel("column of the patch")
     figure.supylabel("row of the patch")
-    set_heading(figure, "Position embeddings: similarity of one patch to all", fontsize=14)
+    set_heading(figure, "Position embeddings: similarity of each patch to all patches", fontsize=14)
     return finish(figure, save_path)
 
 
@@ -717,13 +862,27 @@ def visualize_positions(model, save_path=None):
 
 
 def visualize_patch_embedding(image, patch_size=16, save_path=None, img_size=None, preprocessing=None):
-    """An image with the grid of its patches, and the patches as the sequence that a ViT reads.
+    """Draw an image with the grid of its patches, and the patches as the sequence that a ViT reads.
 
-    image      of any kind; a float tensor is shown with this preprocessing's normalisation undone (None: ImageNet's)
-    img_size   a picture is resized and its centre cut to this side or (height, width); None: a picture with a
-               shorter side above 224 to 224 x 224, a smaller one keeps its size. Tensors keep theirs
-    Sides that are no whole number of patches lose the rest, half of it at each edge. Raises InputError for an
-    image smaller than a patch, or of more than 4096 patches.
+    Parameters
+    ----------
+    image : str, Path, PIL image, array or Tensor
+        Any kind of image that data/images.py accepts.
+    patch_size : int or tuple of int, optional
+        Side of a patch in pixels, or (height, width). If the image is not a whole number of patches, equal margins are
+        cut off.
+    save_path : str or Path, optional
+        Where to write the figure.
+    img_size : int or tuple of int, optional
+        Side or (height, width) to which a picture is resized and cropped. By default, a picture whose shorter side
+        exceeds 224 becomes 224 x 224; a smaller one keeps its size. Tensors always keep theirs.
+    preprocessing : Preprocessing, optional
+        The normalisation to undo for a float tensor; by default that of ImageNet.
+
+    Raises
+    ------
+    InputError
+        If the image is smaller than a patch, or has more than 4096 patches.
     """
     picture = _picture_to_cut(image, img_size, preprocessing)
     patch = pair(patch_size, "patch_size")
@@ -758,7 +917,7 @@ def visualize_patch_embedding(image, patch_size=16, save_path=None, img_size=Non
 
 
 def _picture_to_cut(image, img_size, preprocessing):
-    """The picture (H, W, 3) in 0..1 for visualize_patch_embedding, before the cut to whole patches."""
+    """Return the picture (H, W, 3) in 0..1 for visualize_patch_embedding, before it is cut."""
     if is_input(image):
         return to_array(as_batch(image, preprocessing.n_channels if preprocessing else 3), preprocessing)
     image = open_picture(image)
@@ -770,12 +929,12 @@ def _picture_to_cut(image, img_size, preprocessing):
 
 
 def _cut_to_patches(picture, patch):
-    """The middle of the picture (H, W, 3) that holds whole patches, and their (rows, columns)."""
+    """Crop the picture (H, W, 3) to whole patches; return it and their (rows, columns)."""
     height, width = picture.shape[:2]
     rows, columns = height // patch[0], width // patch[1]
     if not 1 <= rows * columns <= 4096:
-        raise InputError(f"patches of {patch[0]}x{patch[1]} cut an image of {height}x{width} pixels into "
-                         f"{rows * columns}; expected 1 to 4096 of them, choose another patch_size")
+        raise InputError(f"patches of {patch[0]}x{patch[1]} pixels cut an image of {height}x{width} pixels into "
+                         f"{rows * columns} patches; expected 1 to 4096, choose another patch_size")
     top, left = (height - rows * patch[0]) // 2, (width - columns * patch[1]) // 2
     return picture[top:top + rows * patch[0], left:left + columns * patch[1]], (rows, columns)
 
@@ -784,17 +943,30 @@ def _cut_to_patches(picture, patch):
 
 
 def compare_receptive_fields(save_path="receptive_fields.png", models=None, images=None):
-    """Measured receptive fields of CNN and ViT beside each other, each before and after training.
+    """Draw the measured receptive fields of a CNN and a ViT, each before and after training.
 
-    models     name -> trained model, a ConvNet or a ViT; None: convnet_shapes and vit_nano_shapes.
-               Untrained ones are made from their configurations, with seed 0; a ViT of another library, whose
-               initialisation is not known here, is only shown trained
-    images     over which the gradients are averaged, (B, 3, H, W), normalised for all the models; None: 32 drawn
-               shapes, at the size and in the normalisation of each model
+    There is a row for each model and a column for each of four depths. All panels share one logarithmic colour scale;
+    white pixels have exactly no influence. The circles, whose radii are given, hold 50% and 90% of the mass.
 
-    A row for each model, a column for each of four depths. One colour scale throughout, and it is logarithmic;
-    white pixels have exactly no influence. The radii, of the circles too, hold 50% and 90% of the mass.
-    Raises InputError as load and receptive_field do, and for models without names.
+    Parameters
+    ----------
+    save_path : str or Path, optional
+        Where to write the figure; None writes nothing.
+    models : dict, optional
+        Name -> trained model, a ConvNet or a ViT. By default convnet_shapes and vit_nano_shapes. Untrained twins are
+        made from their configurations with seed 0; a model of another library is only shown trained.
+    images : Tensor, shape (B, 3, H, W), optional
+        Images over which the gradients are averaged, normalised for all models. By default 32 drawn shapes, prepared
+        for each model.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    InputError
+        For the same reasons as `load` and `receptive_field`, and if `models` is not a dict of models.
     """
     if models is None:
         models = {"ConvNet": load("convnet_shapes"), "ViT": load("vit_nano_shapes")}
@@ -819,14 +991,14 @@ def compare_receptive_fields(save_path="receptive_fields.png", models=None, imag
             if i == 0:
                 axes.set_ylabel(name, fontsize=12)
     colorbar = figure.colorbar(mappable, ax=panels, shrink=min(0.9, 3 / len(rows)), aspect=30, extend="both")
-    colorbar.set_label("share of each pixel (log scale; white: exactly 0)", fontsize=12)
+    colorbar.set_label("share of each pixel (log scale; white is exactly 0)", fontsize=12)
     set_heading(figure, "Which pixels one unit in the centre sees (axes and radii in pixels)\n"
-                    "circles hold 50% (solid) and 90% (dashed) of the gradient", fontsize=14)
+                    "Circles hold 50% (solid) and 90% (dashed) of the gradient", fontsize=14)
     return finish(figure, save_path)
 
 
 def _draw_field(axes, model, images, depth, scale):
-    """One receptive field with its two circles; returns what a colour bar needs."""
+    """Draw one receptive field with its two circles; return what the colour bar needs."""
     field = receptive_field(model, images, depth)  # (height, width)
     centre = unit_centre(model, field.shape, depth)
     half, most = (radius_holding(field, share, centre) for share in (0.5, 0.9))
@@ -845,14 +1017,14 @@ def _draw_field(axes, model, images, depth, scale):
 
 
 def _four_depths(model):
-    """0, 1, one halfway and the last, as far as the model has them; None for each that it lacks."""
+    """Return depths 0, 1, halfway and the last; None for each that the model lacks."""
     last = len(adapt(model).layers) - 1
     depths = sorted({0, 1, (1 + last) // 2, last})
     return depths + [None] * (4 - len(depths))
 
 
 def _shapes_for(model, n_images):
-    """Drawn shapes as the model is fed them, (n_images, C, H, W)."""
+    """Draw shapes and prepare them for the model, (n_images, C, H, W)."""
     return prepare_images(list(make_shapes(n_images, max(*adapt(model).img_size, 8)).images), model)
 
 
@@ -860,19 +1032,36 @@ def _shapes_for(model, n_images):
 
 
 def plot_images(images, titles=None, columns=8, save_path=None, title=None, preprocessing=None):
-    """A contact sheet: a list of images of any kind, or a batch (N, 3, H, W), with a title above each.
+    """Draw a contact sheet: images with a title above each.
 
-    Raises InputError where there are no images, for a single image that is not in a list, and for another number of
-    titles.
+    Parameters
+    ----------
+    images : list of images or Tensor, shape (N, 3, H, W)
+        Images of any kind, or a batch.
+    titles : sequence, optional
+        One title for each image.
+    columns : int, optional
+        Images in a row, at most.
+    save_path : str or Path, optional
+        Where to write the figure.
+    title : str, optional
+        Heading of the sheet.
+    preprocessing : Preprocessing, optional
+        The normalisation to undo for float tensors; by default that of ImageNet.
+
+    Raises
+    ------
+    InputError
+        If there are no images, if a single image is not in a list, or if images and titles differ in number.
     """
     if isinstance(images, (str, Path)) or (isinstance(images, np.ndarray) and images.shape[2:] in ((), (3,), (4,))):
         what = f"an array of shape {images.shape}" if isinstance(images, np.ndarray) else repr(str(images))
-        raise InputError(f"got {what}, one image; expected several, give a list, such as [image]")
+        raise InputError(f"got {what}, a single image; give a list, such as [image]")
     pictures = [as_picture(image, preprocessing) for image in images]
     titles = [""] * len(pictures) if titles is None else [str(text) for text in titles]
     if not pictures or len(titles) != len(pictures):
-        raise InputError(f"{len(pictures)} images and {len(titles)} titles do not make a sheet; expected at least "
-                         f"one image and a title for each, or titles=None")
+        raise InputError(f"{len(pictures)} images and {len(titles)} titles do not match; give at least one "
+                         f"image, and one title for each or titles=None")
     check_int("columns", columns, 1)
     columns = min(columns, len(pictures))
     rows = math.ceil(len(pictures) / columns)
@@ -898,7 +1087,7 @@ def _load(name, n_heads, **facts):
 
 
 def _run_selfcheck(options):
-    """Prints what holds of a model; ends with 1 where something does not."""
+    """Print which checks hold on a model; exit with 1 if one does not."""
     model = _load(options.pretrained, options.n_heads)
     adapt_vit(model)
     checks = selfcheck(model, prepare_images(_images_for(model, options.photos, 4), model))
@@ -910,7 +1099,7 @@ def _run_selfcheck(options):
 
 
 def _run_explore(options):
-    """Writes a page, of photographs whole, of drawn shapes as they are drawn; says what is in it."""
+    """Write a page of whole photographs or of drawn shapes, and print what is in it."""
     model = _load(options.pretrained, options.n_heads, class_names=options.class_names)
     other = _load(options.compare_with, options.compare_n_heads) if options.compare_with else None
     whole = Whole(options.max_tokens, options.img_size) if options.photos else None
@@ -923,13 +1112,13 @@ def _run_explore(options):
                    max_mb=options.max_mb)
     for remark in page.remarks:
         print(remark)
-    print(f"{page.path}: {page.megabytes:.1f} MB{', in place of the page that was there' if replaced else ''}, to be "
-          f"opened in any browser. {'Photographs are seen whole, in' if whole else 'Drawn shapes are seen in'} "
-          f"{page.describe_grids()}; a model knows no classes but its own.")
+    print(f"{page.path}: {page.megabytes:.1f} MB{', replaces the earlier page' if replaced else ''}; open it in any "
+          f"browser. {'Photographs are shown whole, in' if whole else 'Drawn shapes are shown in'} "
+          f"{page.describe_grids()}. A model predicts only its own classes.")
 
 
 def _images_for(model, photos, n_images):
-    """The photographs given, or drawn shapes, as pictures: each model normalises them for itself."""
+    """Return the photographs, or drawn shapes as pictures; each model normalises them itself."""
     return photos or list(make_shapes(n_images, max(*adapt(model).img_size, 8), start=TEST_START).images)
 
 
@@ -952,26 +1141,27 @@ COMMANDS = ("selfcheck", "explore")
 def _command_parser():
     parser = OneLineParser(prog="visualizations.py", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, run, words in zip(COMMANDS, (_run_selfcheck, _run_explore), ("the closed forms, on a model",
-                                                                          "a page to play with"), strict=True):
+    for name, run, words in zip(COMMANDS, (_run_selfcheck, _run_explore), ("check the formulas on a model",
+                                                                          "write an interactive page"), strict=True):
         command = commands.add_parser(name, help=words)
         command.add_argument("photos", nargs="*", help="image files (default: drawn shapes)")
         command.add_argument("--pretrained", "--checkpoint", default="vit_nano_shapes", metavar="NAME",
-                             help="the model: a name that train_vit.py inspect lists, or a checkpoint (default: "
-                                  "%(default)s, which knows ten drawn shapes and nothing else)")
+                             help="the model: a name that `python train_vit.py inspect` lists, or a checkpoint file "
+                                  "(default: %(default)s, which knows only ten drawn shapes)")
         add_n_heads(command, of="the model")
         command.set_defaults(run=run)
     add_class_names(command)
-    command.add_argument("--max-tokens", type=int_at_least(1), metavar="N", help="patches of a photograph at most "
+    command.add_argument("--max-tokens", type=int_at_least(1), metavar="N", help="most patches of a photograph "
                          "(default: as many as the model was built for)")
-    command.add_argument("--img-size", type=int_at_least(1), nargs="+", action=Size, metavar="PIXELS", help="a side, "
-                         "or height and width, to which photographs are stretched instead")
-    command.add_argument("--max-mb", type=positive(), default=50.0, metavar="MB", help="how large the page may be: "
+    command.add_argument("--img-size", type=int_at_least(1), nargs="+", action=Size, metavar="PIXELS", help="side, or "
+                         "height and width, to which photographs are stretched (default: their own proportions)")
+    command.add_argument("--max-mb", type=positive(), default=50.0, metavar="MB", help="largest size of the page; "
                          "photographs get as many patches as fit (default: %(default)g)")
-    command.add_argument("--compare-with", metavar="NAME", help="a second model beside it, a ViT or a ConvNet")
+    command.add_argument("--compare-with", metavar="NAME", help="a second model to compare with, a ViT or a ConvNet")
     add_n_heads(command, "--compare-n-heads", "the second model")
-    command.add_argument("--output", default="attention.html", help="where the page is written (default: %(default)s)")
-    command.add_argument("--n-images", type=int_at_least(1), default=6, help="of drawn shapes (default: %(default)s)")
+    command.add_argument("--output", default="attention.html", help="file of the page (default: %(default)s)")
+    command.add_argument("--n-images", type=int_at_least(1), default=6, help="number of drawn shapes "
+                         "(default: %(default)s)")
     return parser
 
 
@@ -981,26 +1171,27 @@ def _command_parser():
 def _look_parser():
     parser = OneLineParser(
         prog="visualizations.py", usage="python visualizations.py photo.jpg [more.jpg ...] [options]",
-        description=f"Looks inside a Vision Transformer on your photographs. Writes look.png, each of its panels as a "
-                    f"file, and explorer.html, a page to play with; prints what was found. The model is {FIRST_LOOK} "
-                    f"(about {PUBLIC[FIRST_LOOK].megabytes:.0f} MB, {PUBLIC[FIRST_LOOK].licence}), fetched once.",
+        description=f"Look inside a Vision Transformer on your photographs. Writes look.png, each of its panels as "
+                    f"a file, and explorer.html, an interactive page; prints what was found. The model is "
+                    f"{FIRST_LOOK} (about {PUBLIC[FIRST_LOOK].megabytes:.0f} MB, {PUBLIC[FIRST_LOOK].licence}); it is "
+                    f"downloaded once.",
         epilog="Other commands, each with --help: `python visualizations.py explore` makes a page of several "
-               "photographs or two models, `selfcheck` tests the closed forms on a model. (A photograph of such a name "
-               "is given as ./explore.)")
+               "photographs or two models; `selfcheck` checks the formulas on a model. (Write ./explore for a "
+               "photograph with that name.)")
     parser.add_argument("photos", nargs="+", metavar="photo.jpg", help="image files, or folders of them")
     parser.add_argument("--pretrained", "--checkpoint", metavar="NAME", help=f"another model: a name that `python "
-                        f"train_vit.py inspect` lists, such as {WITH_CLASSES}, which names classes and has them "
-                        f"explained; or a checkpoint (default: {FIRST_LOOK})")
-    parser.add_argument("--output-dir", metavar="DIR", help="where the files go, in a folder for each photograph if "
-                        "there are several (default: look/ and the photograph's name)")
-    parser.add_argument("--max-tokens", type=int_at_least(1), metavar="N", help="patches at most; more see more detail "
-                        "and take longer (default: as many as the model was built for)")
-    parser.add_argument("--img-size", type=int_at_least(1), nargs="+", action=Size, metavar="PIXELS", help="a side, or "
+                        f"train_vit.py inspect` lists, such as {WITH_CLASSES}, which predicts classes, so that "
+                        f"they can be explained; or a checkpoint file (default: {FIRST_LOOK})")
+    parser.add_argument("--output-dir", metavar="DIR", help="folder of the files; several photographs get a "
+                        "subfolder each (default: look/ and the photograph's name)")
+    parser.add_argument("--max-tokens", type=int_at_least(1), metavar="N", help="most patches; more patches show more "
+                        "detail and take longer (default: as many as the model was built for)")
+    parser.add_argument("--img-size", type=int_at_least(1), nargs="+", action=Size, metavar="PIXELS", help="side, or "
                         "height and width, to which photographs are stretched (default: their own proportions)")
-    parser.add_argument("--crop", action="store_true", help="show the model the middle alone, as in validation")
-    parser.add_argument("--max-mb", type=positive(), default=50.0, metavar="M", help="how large explorer.html may be: "
+    parser.add_argument("--crop", action="store_true", help="show the model only the centre, as in validation")
+    parser.add_argument("--max-mb", type=positive(), default=50.0, metavar="M", help="largest size of explorer.html; "
                         "it gets as many patches as fit (default: %(default)g)")
-    parser.add_argument("--label", help="what picture and page call the model (default: its name)")
+    parser.add_argument("--label", help="name of the model in figure and page (default: its name)")
     add_class_names(parser)
     add_n_heads(parser, of="the model")
     return parser
@@ -1009,20 +1200,20 @@ def _look_parser():
 def _run_look(options):
     started = time.monotonic()
     if options.crop and (options.max_tokens or options.img_size):
-        raise InputError("--crop shows the middle at the model's own size; leave out --max-tokens and --img-size, or "
-                         "--crop")
+        raise InputError("--crop shows the centre at the model's own size; leave out --max-tokens and --img-size, or "
+                         "leave out --crop")
     files = list(dict.fromkeys(file for path in options.photos for file in files_at(path)))
     for file in files:
         check_not_empty(file)
         try:
             open_header(file).close()
         except (OSError, ValueError, SyntaxError):
-            open_image(file)  # which says what is wrong with it, before a model is fetched
+            open_image(file)  # raises the precise error before a model is downloaded
     remark_on(files)
     model, name = _model_to_look_with(options)
     attends, whole = adapt(model).attends, None if options.crop else Whole(options.max_tokens, options.img_size)
     if options.max_tokens and not attends:
-        raise InputError(f"--max-tokens is of ViTs, and {name} is a ConvNet, which has no patches; give --img-size")
+        raise InputError(f"--max-tokens limits patches, and {name} is a ConvNet, which has none; use --img-size")
     with ExitStack() as stack:
         stack.enter_context(unless_empty(Path(options.output_dir or "look")))
         folders = [stack.enter_context(unless_empty(folder)) for folder in _folders(options.output_dir, files, name)]
@@ -1045,8 +1236,10 @@ def _run_look(options):
 
 
 def _model_to_look_with(options):
-    """(model, its name in picture and page), ready to take photographs of any size. Without a network the default is a
-    shipped model, and its name says so."""
+    """Return (model, its name in figure and page), ready for photographs of any size.
+
+    Without a network, a shipped model replaces the default, and its name says so.
+    """
     facts = {name: value for name in ("n_heads", "class_names") if (value := getattr(options, name)) is not None}
     chosen = options.pretrained or FIRST_LOOK
     name = _short_name(chosen)
@@ -1058,15 +1251,15 @@ def _model_to_look_with(options):
         model = load(WITHOUT_NETWORK, **facts)
         name = f"{WITHOUT_NETWORK} (shipped; {FIRST_LOOK} could not be downloaded)"
         side = adapt(model).img_size[0]
-        assume(f"{FIRST_LOOK} cannot be downloaded ({error.reason}), so the shipped {WITHOUT_NETWORK} is shown, a ViT "
-               f"for images of {side} pixels; --pretrained NAME or FILE takes another")
+        assume(f"{FIRST_LOOK} cannot be downloaded ({error.reason}), so the shipped {WITHOUT_NETWORK} is used, a ViT "
+               f"for images of {side} pixels; choose another with --pretrained NAME or FILE")
     if adapt(model).attends:
         model.any_size = True
     return model.to(choose_device()), options.label or name
 
 
 def _short_name(model):
-    """What a page or a picture calls a model: its name, or of a file its folder and name, not the whole path."""
+    """Return the name of a model for figure and page; of a file, its folder and name."""
     return "/".join(Path(model).absolute().parts[-2:]) if os.path.exists(model) else model
 
 
@@ -1075,13 +1268,16 @@ def _look_within_memory(model, file, whole):
         with explain_out_of_memory(device_of(model)):
             return look(model, file, whole)
     except OutOfMemory as error:
-        raise InputError(f"not enough memory to look at {file!r} with so many patches; choose fewer with --max-tokens, "
-                         f"or a smaller --img-size") from error
+        raise InputError(f"out of memory for {file!r} with this many patches; choose fewer with --max-tokens, or a "
+                         f"smaller --img-size") from error
 
 
 def _folders(output_dir, files, name):
-    """Makes a folder for the look at each file, [Path]. One that holds something else of the same name is not touched:
-    raises InputError for it where it was asked for, and counts on where not; also where it cannot be written."""
+    """Make a folder for the look at each file and return them.
+
+    A folder with other files is not touched. If the user chose it, InputError is raised, otherwise the next free number
+    is appended. Also raises InputError if a folder cannot be written.
+    """
     folders = []
     for file in files:
         stem = Path(output_dir or "look")
@@ -1090,8 +1286,8 @@ def _folders(output_dir, files, name):
         folder, n = stem, 1
         while folder in folders or _holds_other(folder, file, name):
             if output_dir and folder not in folders:
-                raise InputError(f"{folder} holds files of something else than a look at {file!r} by {name}; choose a "
-                                 f"new --output-dir, so that nothing is lost")
+                raise InputError(f"{folder} has files that this command did not write for {file!r} with {name}; choose "
+                                 f"a new --output-dir, so that nothing is overwritten")
             n += 1
             folder = stem.with_name(f"{stem.name}-{n}")
         folders.append(folder)
@@ -1106,12 +1302,11 @@ def _folders(output_dir, files, name):
 
 
 def _holds_other(folder, file, name):
-    """Whether a folder holds a file that _write_look would write over, and that is not of the same photograph by the
-    same model."""
+    """Return whether a folder holds files other than the look of this model at this photograph."""
     try:
         if json.loads((folder / "look.json").read_text(encoding="utf-8"))["of"] == _identity(file, name):
             return False
-    except (OSError, ValueError, KeyError, TypeError):  # no record, or another program's
+    except (OSError, ValueError, KeyError, TypeError):  # no record, or that of another program
         pass
     return folder.is_dir() and any(entry.name[0] != "." for entry in folder.iterdir())
 
@@ -1121,7 +1316,10 @@ def _identity(file, name):
 
 
 def _write_look(model, found, file, folder, name, whole, max_mb):
-    """Writes all files of a look, the page first, as that may be refused: (their paths, remarks on the page)."""
+    """Write all files of a look and return (their paths, remarks on the page).
+
+    The page comes first, because it may be refused.
+    """
     written, remarks = [], []
     if found.adapter.attends:
         page = explore(model, [file], folder / "explorer.html", names=[name], title=f"{Path(file).name}: {name}",
@@ -1149,7 +1347,7 @@ def _print_look(found, file, name, folder, written, remarks, cropped):
     for remark in remarks:
         print(f"{'Page':12} {remark}")
     if not found.adapter.attends:
-        print(f"{'Page':12} none, as a ConvNet has no attention to play with; beside a ViT: python visualizations.py "
+        print(f"{'Page':12} none: a ConvNet has no attention; to compare it with a ViT: python visualizations.py "
               f"explore {file} --compare-with {name}")
 
 

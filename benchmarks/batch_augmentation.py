@@ -30,14 +30,14 @@ N_IMAGES, BATCH, ROUNDS = 5120, 128, 7
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
-def one_at_a_time(pictures, cutout):
+def one_at_a_time(pil_images, cutout):
     """Yield batches made by torchvision's transforms; RandomErasing hides a square of 8 of 32 pixels."""
     steps = [v2.RandomCrop(32, padding=4, padding_mode="reflect"), v2.RandomHorizontalFlip(), v2.ToImage(),
              v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
     steps += [v2.RandomErasing(1.0, scale=(0.0625, 0.0625), ratio=(1.0, 1.0))] * cutout
     transform = v2.Compose(steps)
-    for start in range(0, len(pictures), BATCH):
-        yield torch.stack([transform(picture) for picture in pictures[start : start + BATCH]])
+    for start in range(0, len(pil_images), BATCH):
+        yield torch.stack([transform(image) for image in pil_images[start : start + BATCH]])
 
 
 def speed(batches):
@@ -53,13 +53,14 @@ def main():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     images = torch.randint(0, 256, (N_IMAGES, 3, 32, 32), dtype=torch.uint8)
-    pictures = [to_pil_image(image) for image in images]
+    pil_images = [to_pil_image(image) for image in images]
     facts, rows = DatasetInfo("cifar10", Preprocessing(32, MEAN, STD, class_names=["any"])), []
     for cutout in (False, True):
         augmentation = Augmentation(cutout=0.25 * cutout)
         loader = MemoryLoader(images, torch.zeros(N_IMAGES, dtype=torch.int64), facts, BATCH, 0, True,
                               augmentation=augmentation)
-        rounds = [(speed(x for x, _ in loader), speed(one_at_a_time(pictures, cutout))) for _ in range(ROUNDS + 1)][1:]
+        rounds = [(speed(x for x, _ in loader), speed(one_at_a_time(pil_images, cutout)))
+                  for _ in range(ROUNDS + 1)][1:]
         ours, theirs = (statistics.median(values) for values in zip(*rounds, strict=True))
         ratios = sorted(a / b for a, b in rounds)
         rows.append(dict(what="shift, flip, cutout" if cutout else "shift, flip", ours=round(ours),

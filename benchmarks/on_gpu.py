@@ -143,7 +143,7 @@ def unpack_images():
 
 
 def read_report(path):
-    """Read a JUnit report: dict(passed, failed, skipped, seconds), with a list of dict(test, reason, tail) each."""
+    """Read a JUnit report: dict(passed, failed, skipped, seconds); failed and skipped are lists of dict."""
     suite, failed, skipped = ElementTree.parse(path).getroot().find("testsuite"), [], []
     for case in suite.iter("testcase"):
         for kind, entries in (("failure", failed), ("error", failed), ("skipped", skipped)):

@@ -57,7 +57,7 @@ def run(data, folder, n_processes, words):
 
 
 def compare(histories, results):
-    """Return one row per way: the largest differences of its losses from those of one process, and its counts."""
+    """Return one row per way: the largest differences from one process, and its counts."""
     rows, base = [], histories["1 process"]
     for way, history in histories.items():
         differences = {f"{name} difference": max(abs(a - b) for a, b in zip(history[name], base[name], strict=True))

@@ -273,7 +273,7 @@ def shipped_lines(cells):
 
 
 def throughput_lines(cells):
-    """Return a row for each column of the benchmark, by device, and the geometric mean of the smallest ratios."""
+    """Return one row per column of the benchmark, by device, and the geometric mean of the ratios."""
     lines = []
     for device in sorted({cell["result"]["device"] for cell in cells}):
         results = [cell["result"] for cell in cells if cell["result"]["device"] == device

@@ -68,7 +68,7 @@ def loader_of(recipe):
 
 
 def profile_recipe(name, amp):
-    """Return the share of each group of torch's operators in a step, by the profiler, and the floor of the step.
+    """Return each operator group's share of a step, by the profiler, and the floor of the step.
 
     The floor is the time that the step's FLOPs (torch's FlopCounterMode; a multiply-add is 2) would take at the speed
     of a 2048 x 2048 matrix product in the same precision, measured between the steps.
@@ -102,7 +102,7 @@ def profile_recipe(name, amp):
 
 
 def optimizer_seconds():
-    """Time a step of each optimiser on vit_nano's hidden matrices; torch's Muon takes q, k and v as one matrix."""
+    """Time a step of each optimiser on vit_nano's hidden matrices; torch's Muon does not split q, k and v."""
     recipe, works = RECIPES["vit_nano_fast"], {}
     for name in ("AdamW", "Muon, ours", "Muon, torch's"):
         model = build_model("vit_nano", n_classes=10, img_size=32, **recipe.model_options)

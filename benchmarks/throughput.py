@@ -62,7 +62,10 @@ def all_columns():
 
 
 def gpu_columns():
-    """List columns for a large GPU: bf16, at 224 pixels. The compiled ones come last, as compiling takes long."""
+    """List columns for a large GPU: bf16 at 224 pixels, the compiled ones last.
+
+    Compiling takes so long that it could use up the budget of the others.
+    """
     sizes = (("vit_tiny", 256), ("vit_small", 256), ("vit_base", 128))
     columns = [Column(variant, batch, train, "bf16") for variant, batch in sizes for train in (False, True)]
     return columns + [Column("vit_base", 128, train, "bf16", compiled=True) for train in (False, True)]
@@ -200,7 +203,7 @@ def wait(device):
 
 
 def count_pass(model, images, train):
-    """Count the FLOPs of one pass of the whole batch; a multiply-add is 2, a backward pass twice a forward pass.
+    """Count the FLOPs of one pass of the whole batch: a multiply-add as 2, a backward pass as two forward ones.
 
     The count runs on the device "meta" with explicit attention, so that every library is counted in the same way.
     """

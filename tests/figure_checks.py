@@ -1,4 +1,4 @@
-"""What tests of figures ask of them."""
+"""What the tests of figures share: small models, and checks of text, maps and colours."""
 
 import io
 
@@ -37,7 +37,7 @@ def pixels(height=14, width=15):
 
 
 def texts(figure):
-    """All that is written in a figure, its subfigures included."""
+    """Return all text in a figure, its subfigures included."""
     return " | ".join(text.get_text() for text in figure.findobj(Text))
 
 
@@ -46,7 +46,7 @@ def data_of(figure):
 
 
 def assert_no_text_clipped(figure):
-    """All text lies on the page and is no smaller than 9 points."""
+    """Check that all text lies on the page and is at least 9 points large."""
     figure.savefig(io.BytesIO(), dpi=figure.dpi)  # lays it out
     page = figure.bbox.padded(1)
     panels = [text for axes in figure.axes for text in (axes.title, axes.xaxis.label, axes.yaxis.label,
@@ -60,20 +60,20 @@ def assert_no_text_clipped(figure):
 
 
 def maps_of(figure):
-    """The maps of a figure, one a panel, as they are shown: 0 to 1 on their colour scale, (rows, columns) each."""
+    """Return the maps of a figure, one per panel, as 0 to 1 on their scales, (rows, columns) each."""
     images = [axes.images[-1] for axes in figure.axes if axes.images and not axes.texts]
     return [np.clip(image.norm(image.get_array()).filled(np.nan), 0, 1) for image in images
             if image.get_array().ndim == 2]
 
 
 def share_with_contrast(*figures):
-    """The share of the panels with maps whose middle 80% of patches span at least a tenth of the colours."""
+    """Return the share of panels whose middle 80% of patches span at least a tenth of the colours."""
     spans = [np.subtract(*np.nanquantile(shown, [0.9, 0.1])) for figure in figures for shown in maps_of(figure)]
     return float(np.mean([span >= 0.1 for span in spans]))
 
 
 def seen_pixels(figure, colour):
-    """How many pixels of a figure, drawn without its legends, have this colour."""
+    """Count the pixels of this colour in a figure drawn without its legends."""
     for axes in figure.axes:
         if axes.get_legend():
             axes.get_legend().remove()

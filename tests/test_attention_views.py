@@ -1,4 +1,4 @@
-"""Views of one model: each panel is labelled and shows the numbers that it says, and nothing is changed."""
+"""Views of one model: labelled panels that show the stated numbers, without side effects."""
 
 from dataclasses import replace
 
@@ -59,11 +59,11 @@ def test_visualize_attention_draws_the_map_and_prediction(tmp_path):
     np.testing.assert_allclose(grid, expected, rtol=1e-6)
     np.testing.assert_allclose(smooth, expected, rtol=1e-6)
     row, top = maps[2, 0].mean(dim=0)[0], sorted(expected.flat)[-2]  # the 99th percentile of nine
-    assert f"patches {row[1:].sum():.1%} in all, CLS {row[0]:.1%}" in texts(figure)
-    assert f"scale to {percent(top)}, largest {percent(expected.max())}" in texts(figure)
+    assert f"all patches {row[1:].sum():.1%}, CLS {row[0]:.1%}" in texts(figure)
+    assert f"colours end at {percent(top)}; largest {percent(expected.max())}" in texts(figure)
     for axes in figure.axes[1:3]:
         assert axes.images[-1].get_clim() == (0, pytest.approx(top))
-    assert "larger values look the same" in " ".join(texts(figure).split())
+    assert "larger values all have the top colour" in " ".join(texts(figure).split())
     model.eval()
     with torch.no_grad():
         probability, label = model(images).softmax(dim=1)[0].max(dim=0)
@@ -96,7 +96,7 @@ def test_visualize_all_heads_says_each_panels_scale_and_shares():
         assert drawn.get_clim() == (0, pytest.approx(top))
         assert drawn.axes.get_xlabel().split("\n") == [f"to {percent(top)}", f"max {percent(largest)}",
                                                        f"CLS {row[0]:.0%}", f"reg. {row[1:3].sum():.0%}"]
-    for word in ("in all 3 blocks", "block 1", "block 3", "head 1", "head 2", "attention weight"):
+    for word in ("in all 3 blocks", "block 1", "block 3", "head 1", "head 2", "Attention weight"):
         assert word in texts(figure)
     some = v.AttentionVisualizer(model, device="cpu").visualize_all_heads(image, layers=[-1])
     assert "in 1 of 3 blocks" in texts(some)
@@ -196,7 +196,7 @@ def figures_with_maps(model, images):
 
 
 def even_vit(**options):
-    """A ViT that attends to every token alike, but for rounding."""
+    """Make a ViT that attends to every token equally, up to rounding."""
     model = vit(n_heads=4, embed_dim=24, **options)
     with torch.no_grad():
         for block in model.blocks:
@@ -355,7 +355,7 @@ def test_visualize_explanations_draws_all_methods_side_by_side():
     found = compare_explanations(model, prepare_image(image, model)[0], n_steps=4)
     for shown, saliency in zip(data_of(figure)[1:5], found.saliencies.values(), strict=True):
         np.testing.assert_allclose(shown, saliency[0] / saliency[0].sum(), rtol=1e-5)
-    agreement = next(axes for axes in figure.axes if axes.get_title().startswith("how alike"))
+    agreement = next(axes for axes in figure.axes if axes.get_title().startswith("agreement"))
     np.testing.assert_allclose(agreement.images[0].get_array(), found.correlations)
     assert [text.get_text() for text in agreement.texts] == [f"{value:.2f}" for value in found.correlations.flatten()]
     assert len({text.get_text() for text in agreement.texts}) > 2
@@ -400,7 +400,7 @@ def test_visualize_explanations_draws_no_band_for_one_draw():
 def test_visualize_attention_says_where_remaining_weight_goes(build, others):
     views, image = v.AttentionVisualizer(build().eval(), device="cpu"), pixels(15, 15)
     title = views.visualize_attention(image, patch=(0, 1)).axes[1].get_title()
-    said = [words.rsplit(" ", 1) for words in title.split("in all, ")[1].split(", ")]
+    said = [words.rsplit(" ", 1) for words in title.split("all patches ")[1].split(", ")[1:]]
     assert [name for name, _ in said] == others
     n_prefix = views.adapter.n_prefix
     row = views.attention_maps(image)[-1].mean(dim=0)[n_prefix + 1]
@@ -474,8 +474,8 @@ def test_visualize_all_heads_accepts_numpy_layers():
     (dict(head_idx=-1), "attention of block 3 of 3\nhead 1 from the end")])
 def test_draw_explanation_titles_attention_by_layer_and_head(options, title):
     figure = v.AttentionVisualizer(vit(), device="cpu").draw_explanation(pixels(), "attention", **options)
-    assert figure.axes[1].get_title().startswith(f"{title}\nscale to ")
-    assert figure.axes[1].get_title().endswith("% in all, the rest CLS")
+    assert figure.axes[1].get_title().startswith(f"{title}\ncolours end at ")
+    assert figure.axes[1].get_title().endswith("%, the rest CLS")
 
 
 # ---- Over images
@@ -503,7 +503,7 @@ def test_visualize_token_norms_frames_register_artefacts():
     with torch.no_grad():
         model.pos_embed[0, 1 + 4] = 30  # the fifth patch
     figure = v.AttentionVisualizer(model, device="cpu").visualize_token_norms(pixels())
-    assert "after all 3 blocks; 3 stand out (framed)" in " ".join(texts(figure).split())
+    assert "after all 3 blocks; outliers framed: 3" in " ".join(texts(figure).split())
     assert [axes.patches[0].get_bbox().bounds for axes in figure.axes[1:4]] == [(4.5, 6.5, 5, 7)] * 3
 
 

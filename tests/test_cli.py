@@ -1,4 +1,4 @@
-"""What a person gives wrong ends in one line; signals find the work in a safe place; no folder is written over."""
+"""Command lines: wrong input ends in one line, signals stop at a safe point, no folder is overwritten."""
 
 import argparse
 import errno
@@ -42,12 +42,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class ProcessEnd(Exception):
-    """What os._exit does here."""
+    """Raised instead of os._exit."""
 
 
 @pytest.fixture
 def exits(monkeypatch):
-    """os._exit raises ProcessEnd with the exit code."""
+    """Make os._exit raise ProcessEnd with the exit code."""
     def end(code):
         raise ProcessEnd(code)
 
@@ -56,26 +56,26 @@ def exits(monkeypatch):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """As the second of three processes that torchrun started."""
+    """Imitate the second of three processes that torchrun started."""
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "3")):
         monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands at clock[0]."""
+    """Return a clock that shows clock[0]."""
     now = [100.0]
     monkeypatch.setattr("vit_bridge.system.time.monotonic", lambda: now[0])
     return now
 
 
 def send(number):
-    """A signal to this process; its handler has run when this returns."""
+    """Send a signal to this process; its handler has run when this returns."""
     signal.raise_signal(number)
 
 
 def stopped(run, capsys):
-    """(exit code, what was printed as errors) of script(run)."""
+    """Return (exit code, text on stderr) of script(run)."""
     with pytest.raises(SystemExit) as stop:
         script(run)
     return stop.value.code, capsys.readouterr().err
@@ -316,7 +316,7 @@ def test_write_json_is_whole_and_readable(tmp_path):
     assert json.loads(path.read_text()) == dict(name="Grün", rate=1e-3, best=None)
     with pytest.raises(TypeError):
         write_json(dict(bad=object()), path)
-    assert json.loads(path.read_text())["rate"] == 1e-3  # the one before
+    assert json.loads(path.read_text())["rate"] == 1e-3  # still the earlier contents
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
 
 
@@ -335,7 +335,7 @@ def test_script_shows_an_assumption_in_one_line_on_stderr_and_other_warnings_as_
     def run():
         for _ in range(3):
             assume("n_heads: 12 assumed")
-            warnings.simplefilter("always")  # Python forgets what it has shown
+            warnings.simplefilter("always")  # after which Python forgets the warnings that it has shown
         warnings.warn("something else", stacklevel=1)
 
     script(run)
@@ -360,7 +360,7 @@ def test_assume_points_at_the_line_outside_the_package(tmp_path):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """In an empty folder: tiny.pt, a model, and a.jpg. explore only records its calls; (folder, [its calls])."""
+    """Return (folder with a model tiny.pt and a.jpg, calls of explore), which here only records its calls."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     save_model(VisionTransformer(8, 4, n_classes=3, embed_dim=8, depth=1, n_heads=2), tmp_path / "tiny.pt",
@@ -419,10 +419,10 @@ def test_look_overwrites_only_its_own_files(tiny):
     look_at("a.jpg", "--output-dir", "out")
     (folder / "other").mkdir()
     (folder / "other" / "look.png").write_text("mine")
-    with pytest.raises(InputError, match=r"other holds files of something else .*choose a new --output-dir"):
+    with pytest.raises(InputError, match=r"other has files that this command did not write .*choose a new"):
         look_at("a.jpg", "--output-dir", "other")
     assert (folder / "other" / "look.png").read_text() == "mine"
-    with pytest.raises(InputError, match="something else"):
+    with pytest.raises(InputError, match="did not write"):
         look_at("a.jpg", "--output-dir", "out", "--label", "another model")
     look_at("a.jpg")
     look_at("a.jpg", "--label", "another model")
@@ -435,7 +435,7 @@ def test_look_crops_and_sizes_only_when_asked(tiny, capsys):
     look_at("a.jpg", "--img-size", 8, 16, "--output-dir", "2")
     look_at("a.jpg", "--max-tokens", 9, "--output-dir", "3")
     assert [call["whole"] for call in calls] == [None, Whole(img_size=(8, 16)), Whole(9)]
-    assert "fed at 8 × 8: 2 × 2 = 4 patches; its middle alone, the edges are cut off" in capsys.readouterr().out
+    assert "model at 8 × 8: 2 × 2 = 4 patches; only the centre, as in validation" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("words", "reason"), [

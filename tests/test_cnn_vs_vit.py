@@ -75,7 +75,7 @@ def test_plan_trials_goes_seed_by_seed(tmp_path):
 
 
 def test_read_trials_finds_those_of_the_checkout():
-    """Were the folder looked for elsewhere, the report would say that nothing has been measured."""
+    """If the folder were wrong, the report would say that nothing has been measured."""
     found = read_trials(trials_module.TRAINING_EXPERIMENTS, [cv.COMMITTED])
     assert {name: len(own) for name, own in found.items()} == dict(cues=12, reach=12, data=72)
 
@@ -112,7 +112,7 @@ def train(names, folder, options, *recipe):
 
 def test_run_trials_skips_trials_already_measured(few, tmp_path, capsys):
     trials = train(["reach"], tmp_path, options("--train"))
-    assert "reach-ViT-0: kept, 1 of 12" in capsys.readouterr().out
+    assert "reach-ViT-0: saved, 1 of 12" in capsys.readouterr().out
     assert len(few) == len(trials["reach"]) == 12
     (tmp_path / "reach-ConvNet-1.json").unlink()
     again = train(["reach"], tmp_path, options("--train"))
@@ -124,7 +124,7 @@ def test_run_trials_skips_trials_already_measured(few, tmp_path, capsys):
     assert first["command"] == "python cnn_vs_vit.py --train --only reach"
     assert first["result"]["kind"] in CNN_TO_VIT_MODELS
     assert {"commit", "machine", "versions", "date", "seed", "setting"} <= set(first)
-    with pytest.raises(InputError, match="measured on other images, in another precision or by another recipe"):
+    with pytest.raises(InputError, match="measured on other images, in another precision or with another recipe"):
         train(["reach"], tmp_path, options("--train"), TrialRecipe(n_steps=3))
 
 
@@ -136,7 +136,7 @@ def test_run_trials_says_what_is_kept_when_stopped(number, few, tmp_path, monkey
         return dict(kind=kind, seed=seed, distances=[8], correct=[9], n=10, rate=1e-3)
 
     monkeypatch.setattr(trials_module.Reach, "measure", cut_off)
-    with pytest.raises(Interrupted, match=r"3 of 12 trials are in .*; the same command goes on with the next"):
+    with pytest.raises(Interrupted, match=r"3 of 12 trials are in .*; the same command continues with the next one"):
         train(["reach"], tmp_path, options("--train"))
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -176,7 +176,7 @@ def test_run_trials_on_a_folder_records_name_and_checks_images(tmp_path, monkeyp
     assert all((rates == RATES) == ((number, n_images) == (SEEDS[0], most)) for number, n_images, rates in tried)
     assert trials["data"][0]["command"].endswith(f"--train --only data --data-dir '{folder}' --train-fractions 1 0.5")
     other = make_folder(tmp_path / "b" / "my set", 16, ("train", "test"), n=20)
-    with pytest.raises(InputError, match="measured on other images"):  # whose trials would have other names
+    with pytest.raises(InputError, match="measured on other images"):  # although its trials would have other names
         train(["data"], tmp_path / "trials", options("--train", "--data-dir", str(other), "--train-fractions", "1"))
     assert len(list((tmp_path / "trials").iterdir())) == 24
     with pytest.raises(InputError, match="has no test images"):
@@ -204,10 +204,10 @@ def test_cnn_vs_vit_reports_every_error_before_measuring(few, tmp_path, monkeypa
     (tmp_path / "file").touch()
     folder = make_folder(tmp_path / "photos", 16, ("train", "test"))
     two = ["--only", "reach", "convolution"]
-    for words, expected in (([*two, "--results-dir", "trials"], "holds no result"),
-                            ([*two, "--results-dir", "file"], "--results-dir file is a file; expected"),
-                            (["--train", *two, "--results-dir", "trials"], "holds no result"),
-                            (["--train", "--results-dir", "file"], "--results-dir file is a file; expected a folder"),
+    for words, expected in (([*two, "--results-dir", "trials"], "is not a result"),
+                            ([*two, "--results-dir", "file"], "--results-dir file is a file; give the folder"),
+                            (["--train", *two, "--results-dir", "trials"], "is not a result"),
+                            (["--train", "--results-dir", "file"], "--results-dir file is a file; give the folder"),
                             (["--train", "--data-dir", str(folder), "--img-size", "18"], "not divisible by patch")):
         monkeypatch.chdir(tmp_path)
         with pytest.raises(InputError, match=expected):
@@ -234,7 +234,7 @@ def test_run_trials_asks_for_another_output_folder_when_stopped(few, tmp_path, m
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(trials_module.Reach, "measure", cut_off)
-    with pytest.raises(Interrupted, match=r"0 of 12 trials .*; the same command with another --output-dir goes on"):
+    with pytest.raises(Interrupted, match=r"0 of 12 trials .*; the same command with another --output-dir continues"):
         train(["reach"], tmp_path, options("--train", "--output-dir", "out"))
 
 
@@ -290,8 +290,8 @@ def test_cnn_vs_vit_judges_a_folder(tmp_path, monkeypatch, capsys):
     assert results["finding"] in page
     assert "Accuracy on 30 test images" in page
     assert "predicting the largest class every time</td><td>50.0%" in page
-    assert "Only 1 steps of one model fitted" in results["finding"]
-    assert "40 training images are few: a pretrained model may do better" in results["finding"]
+    assert "One model was trained for only 1 steps" in results["finding"]
+    assert "With only 40 training images, a pretrained model may do better" in results["finding"]
 
 
 @pytest.fixture
@@ -315,7 +315,7 @@ def test_compare_on_folder_names_the_images_and_costs(parts, split, tmp_path, ca
     results, (section,) = cv.compare_on_folder(words, tmp_path)
     found = results["verdict"]
     assert found["costs"] == dict(ConvNet=2.0, Hybrid=4.0, ViT=1.0)
-    assert "ViT is the cheapest of them, 1.00 ms an image." in found["finding"]
+    assert "ViT is the cheapest of them at 1.00 ms per image." in found["finding"]
     assert found["controls"]["a linear classifier on the pixels"] == 0.4
     ((caption, (heads, *rows)),) = section.tables
     assert caption.endswith(f" {split} images")
@@ -331,12 +331,12 @@ def test_compare_on_folder_says_beforehand_what_can_be_found(tmp_path, monkeypat
     words = options("--data-dir", str(make_folder(tmp_path / "photos", 16, ("train", "test"))), "--minutes", "1",
                     "--device", "cpu")
     n = cv._loaders_of(words)[2].n_images
-    expected = f": {describe_power(assumed_noise(n, 3))}."
+    expected = f": {describe_power(assumed_noise(n, 3))}"
     monkeypatch.setattr(cv, "compare_on_dataset", lambda *loaders, compare=cv.compare_on_dataset, **run: (
         asked.append(capsys.readouterr().out), compare(*loaders, **run))[1])
     asked = []
     _, (section,) = cv.compare_on_folder(words, tmp_path)
-    assert f"Expected before any training, with an assumed spread between seeds and an accuracy of 75%{expected}" in \
+    assert f"Expected before any training (the spread between seeds and an accuracy of 75% are assumed){expected}" in \
         asked[0]
     assert section.note.endswith(expected)
 
@@ -352,7 +352,7 @@ def test_compare_on_folder_gives_no_mean_to_a_kind_that_learns_or_does_not(tmp_p
                     "--device", "cpu")
     _, (section,) = cv.compare_on_folder(words, tmp_path)
     assert section.finding.startswith("ConvNet is ahead of Hybrid by 20.0 points")
-    assert "ViT learns or does not: 2 of 3 seeds learned (96.0% to 97.0%; otherwise 50.0%)." in section.finding
+    assert "ViT learned with only 2 of 3 seeds. These reach at least 96.0%, the others at" in section.finding
     ((_, (_, *table)),) = section.tables
     assert [row[:5] for row in table[:3]] == [
         ["ConvNet", "90.3%", "90.0%", "91.0%", "90.0%"], ["Hybrid", "70.3%", "70.0%", "71.0%", "70.0%"],
@@ -365,20 +365,20 @@ def test_compare_on_folder_gives_no_mean_to_a_kind_that_learns_or_does_not(tmp_p
 def test_cnn_vs_vit_says_a_stopped_verdict_keeps_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(cv, "compare_on_dataset", lambda *loaders, **run: signal.raise_signal(signal.SIGTERM))
     folder = make_folder(tmp_path / "photos", 16, ("train", "test"))
-    with pytest.raises(Interrupted, match="nothing of them is kept; give fewer --minutes"):
+    with pytest.raises(Interrupted, match="none of them is saved; give fewer --minutes"):
         cv.main(["--data-dir", str(folder), "--minutes", "1", "--output-dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("words", "expected"), [
     (["--only", "costs"], "--only 'costs' is unknown"), (["--minutes", "3"], "give --data-dir DIR too"),
-    (["--data-dir", "nowhere"], "--data-dir nowhere needs a question"),
+    (["--data-dir", "nowhere"], "--data-dir nowhere does not say what to compare; add --minutes M"),
     (["--train-fractions", "2"], "--train-fractions/--shares: 2"),
     (["--data-dir", "data", "--minutes", "3"], "--data-dir data does not exist"),
     (["--data-dir", "data", "--minutes", "3", "--dry-run"], "--data-dir data does not exist"),
     (["--data-dir", ".", "--minutes", "3", "--train"], "leave out --train and --only"),
     (["--data-dir", ".", "--minutes", "3", "--only", "cost"], "leave out --train and --only"),
-    (["--data-dir", ".", "--train", "--only", "position"], "not for --only position"),
+    (["--data-dir", ".", "--train", "--only", "position"], "not with --only position"),
     (["--device", "gpu"], "device 'gpu' is unknown"), (["--img-size", "96"], "a whole number from 8 to 64")])
 def test_cnn_vs_vit_reports_bad_options_in_one_line(words, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -422,7 +422,7 @@ def test_read_trials_refuses_a_file_that_is_no_trial(text, tmp_path, few):
     (tmp_path / "reach-ViT-0.json").write_text(text)
     for read in (lambda: read_trials(["reach"], [tmp_path]),
                  lambda: train(["reach"], tmp_path, options("--train"))):
-        with pytest.raises(InputError, match=r"reach-ViT-0.json holds no result of cnn_vs_vit.py --train .*; remove"):
+        with pytest.raises(InputError, match=r"reach-ViT-0.json is not a result of cnn_vs_vit.py --train .*; remove"):
             read()
     assert not few
 
@@ -469,7 +469,7 @@ def test_read_trials_refuses_a_trial_with_wrong_values(name, change, tmp_path):
     assert len(read_trials([experiment], [tmp_path])[experiment]) == 1
     trial["result"] |= change
     (tmp_path / f"{name}.json").write_text(json.dumps(trial))
-    with pytest.raises(InputError, match=rf"\A[^\n]*{name}.json holds no result of [^\n]*; remove it"):
+    with pytest.raises(InputError, match=rf"\A[^\n]*{name}.json is not a result of [^\n]*; remove it"):
         read_trials([experiment], [tmp_path])
 
 

@@ -10,6 +10,7 @@ from command_runs import ROOT
 
 import examples
 from vit_bridge.cli import script
+from vit_bridge.lessons.exercises import EXERCISES, solution
 from vit_model import InputError, VisionTransformer
 
 QUICK = [name for name in examples.DEMOS if name not in examples.TRAINS]
@@ -27,7 +28,7 @@ def test_examples_dry_run_prints_and_draws_each_demo(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "examples.py", "--dry-run"], cwd=tmp_path, capture_output=True,
                           text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
-    *shown, last = re.split(r"^Picture: .*\n", done.stdout, flags=re.MULTILINE)
+    *shown, last = re.split(r"^Figure: .*\n", done.stdout, flags=re.MULTILINE)
     assert "Dry run" in last
     assert [text.split(":")[0].strip() for text in shown] == QUICK
     for name, text in zip(QUICK, shown, strict=True):
@@ -49,7 +50,9 @@ def test_vit_by_hand_matches_the_model_in_60_lines():
 
 
 @pytest.mark.parametrize(("words", "expected"), [
-    (["--only", "swin"], "--only swin is unknown"), (["--output-dir", "file/figures"], "cannot make --output-dir")])
+    (["--only", "swin"], "--only swin is unknown; --list names all demos"),
+    (["--only", "head"], "--only head is unknown; did you mean heads? --list names all demos"),
+    (["--output-dir", "file/figures"], "cannot make --output-dir")])
 def test_examples_reports_bad_options_in_one_line(words, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
@@ -66,16 +69,33 @@ def test_examples_reports_bad_options_in_one_line(words, expected, capsys, tmp_p
 def test_exercise_is_written_then_checked(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     examples.main(["exercise", "attention"])
-    assert "fill it in, then run the same command again" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith("Exercise attention (medium). Scaled dot-product attention")
+    assert "fill it in, then run the same command again. Add --hint for a hint." in printed
     with pytest.raises(SystemExit) as stop:
         examples.main(["exercise", "attention"])
     assert stop.value.code == 1
-    assert "not filled in yet" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "not filled in yet" in printed
+    assert "--hint for a hint, or --solution for our solution" in printed
     path = tmp_path / "attention_exercise.py"
     path.write_text(path.read_text().replace('raise NotImplementedError("fill this in")',
                                              "return (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1) @ v"))
     examples.main(["exercise", "attention"])
     assert "right: values" in capsys.readouterr().out
+
+
+def test_exercise_shows_its_hint_and_solution_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, exercise in EXERCISES.items():
+        examples.main(["exercise", name, "--hint"])
+        assert " ".join(capsys.readouterr().out.split()) == f"Hint: {exercise.hint}"
+        examples.main(["exercise", name, "--solution"])
+        assert capsys.readouterr().out == solution(name)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as stop:
+        examples.main(["exercise", "block", "--hint", "--solution"])
+    assert stop.value.code == 2
 
 
 def test_exercise_in_another_file_gives_its_own_command(tmp_path, monkeypatch, capsys):
@@ -94,7 +114,7 @@ def test_exercise_in_another_file_gives_its_own_command(tmp_path, monkeypatch, c
 
 def test_exercise_refuses_a_file_that_is_not_python(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"foo\.txt is not a Python file; expected a name that ends in \.py"):
+    with pytest.raises(InputError, match=r"foo\.txt is not a Python file; give a name that ends in \.py"):
         examples.main(["exercise", "block", "--file", "foo.txt"])
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""Figures: every accepted image gives the same picture, every panel is labelled, nothing is changed."""
+"""Figures: every kind of image gives the same picture, every panel is labelled, nothing changes."""
 
 import numpy as np
 import pytest
@@ -145,7 +145,7 @@ def test_plot_images_draws_images_with_titles():
             v.plot_images(images, titles)
     for image, words in ((pixels(), r"an array of shape \(14, 15, 3\)"), (pixels()[:, :, 0], "an array"),
                          ("a.png", "'a.png'")):
-        with pytest.raises(InputError, match=rf"\Agot {words}[^\n]*, one image; expected several, give a list[^\n]*\Z"):
+        with pytest.raises(InputError, match=rf"\Agot {words}[^\n]*, a single image; give a list[^\n]*\Z"):
             v.plot_images(image)
     v.plot_images([pixels()], title="$\\x$").canvas.draw()  # as maths an error
 
@@ -253,17 +253,17 @@ def test_explore_writes_a_page(tmp_path, capsys):
     assert "photo.png" in (tmp_path / "page.html").read_text(encoding="utf-8")
     said = capsys.readouterr().out
     assert "page.html: " in said
-    assert "MB, to be opened in any browser. Photographs are seen whole, in 7 x 9 patches; a model knows" in said
+    assert "MB; open it in any browser. Photographs are shown whole, in 7 x 9 patches. A model predicts" in said
     v.main([*words, "--max-tokens", "30"])
     said = capsys.readouterr().out
-    assert "MB, in place of the page that was there, to be opened" in said
-    assert "seen whole, in 5 x 6 patches" in said
+    assert "MB, replaces the earlier page; open it" in said
+    assert "shown whole, in 5 x 6 patches" in said
 
 
 def test_explore_shows_drawn_shapes_at_their_size(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(v, "load", lambda name: vit())
     v.main(["explore", "--n-images", "1", "--output", str(tmp_path / "page.html")])
-    assert "Drawn shapes are seen in 2 x 3 patches; a model knows" in capsys.readouterr().out
+    assert "Drawn shapes are shown in 2 x 3 patches. A model predicts" in capsys.readouterr().out
 
 
 def test_explore_says_which_size_fits(tmp_path, monkeypatch, capsys):
@@ -272,12 +272,12 @@ def test_explore_says_which_size_fits(tmp_path, monkeypatch, capsys):
     words = ["explore", str(tmp_path / "photo.png"), "--output", str(tmp_path / "page.html"), "--class-names", *"abcde"]
     v.main([*words, "--max-mb", "0.3"])
     said = capsys.readouterr().out
-    assert said.startswith("So that this page stays within 0.3 MB, its images have ")
+    assert said.startswith("To keep this page within 0.3 MB, its images have at most ")
     assert (tmp_path / "page.html").stat().st_size <= 0.3e6
-    with pytest.raises(InputError, match="its images have one size"):
+    with pytest.raises(InputError, match="the size of its images is fixed"):
         v.main([*words, "--max-mb", "0.3", "--img-size", "32", "32"])
     (tmp_path / "page.html").write_text("mine")
-    with pytest.raises(InputError, match="is another file than a page of explore"):
+    with pytest.raises(InputError, match="is not a page that explore wrote"):
         v.main(words)
     assert (tmp_path / "page.html").read_text() == "mine"
 

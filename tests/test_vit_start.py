@@ -1,4 +1,4 @@
-"""Where a ViT starts from, and images of any size."""
+"""The initialisation of a ViT, and images of any size."""
 
 import copy
 
@@ -11,7 +11,7 @@ from vit_model import InputError, VisionTransformer, resize_positions, sincos_po
 
 
 def products(model):
-    """(W_q^T W_k of every head (H, D, D), W_proj W_v (D, D)) of each block."""
+    """Yield (W_q^T W_k of every head (H, D, D), W_proj W_v (D, D)) of each block."""
     H = model.config.n_heads
     for block in model.blocks:
         w_q, w_k, w_v = block.attn.qkv.weight.unflatten(0, (3, H, -1))  # 3 x (H, K, D)
@@ -38,13 +38,13 @@ def test_mimetic_init_heads_are_low_rank_with_balanced_factors():
     for product in qk:
         assert torch.linalg.matrix_rank(product) == 16
         trace = product.diagonal().sum().item()
-        assert trace > 0.4 * 16  # of the identity as much as fits into a third of the directions
+        assert trace > 0.4 * 16  # 16 of the 48 directions hold a part of the identity
     w_q, w_k, _ = model.blocks[0].attn.qkv.weight.unflatten(0, (3, 3, 16))
     torch.testing.assert_close(w_q.norm(dim=2), w_k.norm(dim=2))  # the factors share the singular values evenly
 
 
 def test_mimetic_init_makes_tokens_attend_to_themselves():
-    """The control is the usual start, which looks at all tokens nearly alike."""
+    """The control is the usual initialisation, which attends to all tokens nearly equally."""
     looks = {}
     for init in ("xavier", "mimetic"):
         torch.manual_seed(0)

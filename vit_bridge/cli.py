@@ -20,7 +20,7 @@ from vit_bridge.system import Interrupted, n_processes, process_number
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argparse parser without abbreviations, whose errors are one line, without the usage, with exit code 2."""
+    """An argparse parser without abbreviations, whose errors are one line and exit with code 2."""
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)

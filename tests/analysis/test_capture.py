@@ -1,4 +1,4 @@
-"""What a watched pass gives: our own maps, those of other libraries on shared weights, and nothing left behind."""
+"""Captured passes: our own maps, those of other libraries on shared weights, and no side effects."""
 
 import copy
 import weakref

@@ -1,4 +1,4 @@
-"""Costs against counts by hand and a published one."""
+"""Costs against counts by hand and a published count."""
 
 import pytest
 import torch
@@ -87,8 +87,11 @@ def test_peak_memory_in_training_includes_activations_and_gradients():
 
 
 def test_peak_memory_in_training_matches_sizes_by_hand():
-    """The gradients of two weights of 4 MB are what counts. Those of the warm-up are gone, or each layer would free
-    the new one as soon as it is added to the old, and only one would be held at a time."""
+    """Check that the gradients of two weights of 4 MB are what counts.
+
+    The gradients of the warm-up must be gone. Otherwise each layer would free its new gradient as soon as it is added
+    to the old one, and only one would be held at a time.
+    """
     model = nn.Sequential(nn.Linear(1000, 1000, bias=False), nn.Linear(1000, 1000, bias=False))
     gradients = 2 * 4 * 1000 * 1000
     assert gradients <= peak_memory(model, torch.zeros(2, 1000), train=True) < 1.1 * gradients

@@ -301,7 +301,7 @@ def bump(rows=37, columns=37, seed=0, spread=0.12):
 
 
 def at_random(share, shape, seed=1):
-    """A mask of a share of all places, at random."""
+    """Return a mask of a random share of all positions."""
     places = torch.randperm(shape.numel(), generator=torch.Generator().manual_seed(seed))
     return (places < round(share * shape.numel())).view(shape)
 
@@ -737,7 +737,7 @@ def test_grad_cam_says_so_when_it_is_blank():
 
 
 def distilled(library, depth=3):
-    """A DeiT with a head on CLS and one on the distillation token, random weights."""
+    """Make a DeiT with one head on CLS, one on the distillation token, and random weights."""
     if library == "timm":
         model = VisionTransformerDistilled(img_size=8, patch_size=4, embed_dim=12, depth=depth, num_heads=3,
                                            num_classes=3)
@@ -877,7 +877,7 @@ def test_selfcheck_sees_misplaced_tokens(monkeypatch):
 
 
 def most_held(function):
-    """The most bytes that are allocated while a function runs."""
+    """Return the most bytes that are allocated while a function runs."""
     function()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()

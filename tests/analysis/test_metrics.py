@@ -1,4 +1,4 @@
-"""Confusion, recalls and intervals by hand."""
+"""Confusion, recalls and intervals against values by hand."""
 
 import math
 

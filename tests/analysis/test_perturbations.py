@@ -1,4 +1,4 @@
-"""Changed images: each change against its definition, and models whose answers are known."""
+"""Changed images: each change against its definition, and models whose predictions are known."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ class Constant(Brightest):
 
 
 def dots(*places, size=(9, 11)):
-    """An image for each place, black but for that pixel."""
+    """Make an image for each position, black except for that pixel."""
     images = torch.zeros(len(places), 3, *size)
     for image, (row, column) in zip(images, places, strict=True):
         image[:, row, column] = 1

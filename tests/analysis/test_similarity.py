@@ -1,4 +1,4 @@
-"""CKA: against its definition in plain numpy, and by what must be true of it."""
+"""CKA against its definition in plain numpy, and against its known properties."""
 
 from types import SimpleNamespace
 
@@ -94,7 +94,7 @@ class Layers(nn.Module):
 
 @pytest.fixture
 def similarity_of(monkeypatch):
-    """A function that gives the CKA of two sets of features (n, F)."""
+    """Return a function that computes the CKA of two sets of features (n, F)."""
     monkeypatch.setattr(r, "adapt", lambda model: SimpleNamespace(layers=[model.layer]))
 
     def compute(a, b, batch_size=64):

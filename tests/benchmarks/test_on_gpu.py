@@ -1,4 +1,4 @@
-"""benchmarks/on_gpu.sh: failures are kept and reported, the other parts still run, and RESULTS.md shows the outcome."""
+"""benchmarks/on_gpu.sh: failures are kept and reported, and the other parts still run."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Intervals, rankings and their words: a winner only where seeds and images leave no doubt."""
+"""Intervals and rankings name a winner only if seeds and images leave no doubt."""
 
 import math
 import random
@@ -146,7 +146,7 @@ def test_rank_samples_ties_samples_of_one_seed():
 def test_rank_samples_names_no_winner_among_one():
     alone = st.rank_samples(accuracies_of(dict(A=0.9)), 1000)
     assert (alone.best, alone.leaders, alone.winner) == ("A", ["A"], None)
-    assert st.describe_ranking(alone) == "there is nothing to compare A with"
+    assert st.describe_ranking(alone) == st.describe_leaders(alone) == "there is no other model to compare A with"
 
 
 def test_rank_shares_ties_shares_of_few_images():
@@ -367,9 +367,10 @@ def test_measured_noise_matches_hand_values():
 def test_describe_power_names_the_lead_and_what_it_rests_on():
     noise = st.assumed_noise(1000, 3)
     assert st.describe_power(noise) == (
-        f"with 1,000 images, 3 seeds and 1.0 points between seeds beyond chance, a lead of 2 points over another model "
-        f"is found in {st.power(0.02, noise):.0%} of cases, one of {100 * st.smallest_lead(noise):.1f} points in 80%")
-    assert st.describe_power(st.assumed_noise(10, 3)).endswith("no lead is found in 80% of cases")
+        f"A lead of 2 points is found in {st.power(0.02, noise):.0%} of comparisons. A lead of "
+        f"{100 * st.smallest_lead(noise):.1f} points is found in 80%. This is for 1,000 images and 3 seeds, which "
+        f"differ by 1.0 points beyond chance.")
+    assert st.describe_power(st.assumed_noise(10, 3)).startswith("No lead is found in 80% of comparisons.")
 
 
 # ---- Student's t
@@ -419,4 +420,9 @@ def test_bands_are_of_all_seeds():
      "A and B cannot be told apart; C and D are behind, the closest by 40.0 points (95% interval 35.0 to 45.0)"),
     (dict(A=1.0, B=0.0), 0.2, "A is ahead of B by 100.0 points (95% interval 80.0 to 100.0)")])
 def test_describe_ranking_puts_a_ranking_in_words(values, half, words):
-    assert st.describe_ranking(st.rank(values, dict.fromkeys(values, half))) == words
+    ranking = st.rank(values, dict.fromkeys(values, half))
+    assert st.describe_ranking(ranking) == words
+    leaders = st.describe_leaders(ranking, points=True)
+    assert words.startswith(leaders)
+    assert "interval" not in leaders
+    assert "points" not in st.describe_leaders(ranking)

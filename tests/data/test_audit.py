@@ -1,4 +1,4 @@
-"""The look at a folder before a training: what is in it, and what would make its score untrue."""
+"""The audit of a folder before training: what it holds, and what would make its score wrong."""
 
 import shutil
 
@@ -11,7 +11,7 @@ from vit_bridge.data.loaders import get_data_loaders
 
 
 def write_images(root, counts, ending=".png"):
-    """For {"train/cat": 3, ...} three images in root/train/cat, all of them different."""
+    """Write images, all different: {"train/cat": 3, ...} puts three into root/train/cat."""
     for k, (folder, count) in enumerate(counts.items()):
         (root / folder).mkdir(parents=True, exist_ok=True)
         for i in range(count):
@@ -38,16 +38,16 @@ def test_audit_says_what_is_there(tmp_path):
     assert found.left_out == {".txt": 2, ".heic": 1}
     assert (found.loose, found.unused, found.empty) == (1, ["notes"], [str(root / "val/ant/empty.jpg")])
     assert str(found).replace(str(root), "set").splitlines() == [
-        "set: 19 images, 11 .png, 5 .gif, 2 .bmp, 1 .jpg",
-        "  classes, in the order of the outputs (alphabetical): Zebra (3), ant (9), b ü (4)",
+        "set: 19 images (11 .png, 5 .gif, 2 .bmp, 1 .jpg)",
+        "  classes, in the order of the model's outputs (alphabetical): Zebra (3), ant (9), b ü (4)",
         "  train: 16 images",
         "  val: 3 images, none of Zebra, b ü",
         "  links followed: 1 (set/train/b ü/pool)",
-        "  not followed: 1 (set/train/ant/all)",
-        "  left out: 2 .txt, 1 .heic",
-        "  left out: 1 images in no class folder",
-        "  folders not used, as they are neither train, val nor test: 1 (notes)",
-        "  files without content: 1 (set/val/ant/empty.jpg)"]
+        "  links and folders not followed: 1 (set/train/ant/all)",
+        "  other files, ignored: 2 .txt, 1 .heic",
+        "  images outside the class folders, ignored: 1",
+        "  folders ignored, as they are not train, val or test: 1 (notes)",
+        "  empty files: 1 (set/val/ant/empty.jpg)"]
     assert found.class_names == get_data_loaders(root, img_size=16, skip_corrupt=True)[0].class_names
 
 
@@ -59,7 +59,7 @@ def test_audit_of_a_plain_folder_is_short(tmp_path):
     assert (found.two_classes, found.two_parts, found.links, found.refused) == ([], [], [], [])
 
 
-def test_audit_finds_the_same_picture_in_two_classes_and_parts(tmp_path):
+def test_audit_finds_the_same_image_in_two_classes_and_parts(tmp_path):
     root = write_images(tmp_path, {"train/a": 3, "train/b": 3, "val/a": 2, "test/b": 2})
     pairs = [("train/a/000.png", "train/b/copy.png"), ("train/a/001.png", "val/a/copy.png"),
              ("val/a/000.png", "test/b/copy.png"), ("train/b/001.png", "train/b/copy2.png")]
@@ -69,9 +69,9 @@ def test_audit_finds_the_same_picture_in_two_classes_and_parts(tmp_path):
     names = [[tuple(path.removeprefix(f"{root}/") for path in group) for group in groups]
              for groups in (found.two_classes, found.two_parts)]
     assert names == [[pairs[0], pairs[2]], [pairs[1], pairs[2]]]
-    assert (f"  the same picture in two classes: at most one of the labels is right: 2 (such as {root}/train/a/000.png "
+    assert (f"  the same image in two classes, so at least one label is wrong: 2 (such as {root}/train/a/000.png "
             f"= {root}/train/b/copy.png)") in str(found)
-    assert f"the score is too high: 2 (such as {root}/train/a/001.png = {root}/val/a/copy.png)" in str(found)
+    assert f"the score will be too high: 2 (such as {root}/train/a/001.png = {root}/val/a/copy.png)" in str(found)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -17,7 +17,7 @@ from vit_model import InputError
 
 
 def marks_in(image):
-    """The kinds of the marks in an image (3, S, S), found by looking everywhere."""
+    """Return the kinds of the marks in an image (3, S, S), found by searching everywhere."""
     windows = image[0].float().div(255).unfold(0, M, 1).unfold(1, M, 1)  # (S - M + 1, S - M + 1, M, M)
     return [kind for kind, mark in enumerate(MARKS) for _ in range(int((windows == mark).all(dim=(2, 3)).sum()))]
 

@@ -1,4 +1,4 @@
-"""Every accepted image gives the same picture, and what is none is refused."""
+"""All accepted kinds of images give the same result, and anything else is refused."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from vit_model import InputError, VisionTransformer
 
 
 def statistics_of(model):
-    """(mean, std) of the images that the model takes."""
+    """Return (mean, std) of the images that the model takes."""
     preprocessing = adapt(model).preprocessing
     return preprocessing.mean, preprocessing.std
 
@@ -154,7 +154,7 @@ def test_adapt_gives_one_channel_models_one_mean_and_std():
     (np.zeros((0, 15, 3)), "ndarray of float64"),
     (np.zeros((14, 15), dtype=np.int64), "ndarray of int64"),
     ("nowhere.png", "nowhere.png"),
-    (None, "NoneType, which is no image"),
+    (None, "NoneType, which is not an image"),
 ])
 def test_prepare_image_refuses_what_is_no_image(image, text):
     with pytest.raises(InputError, match=text) as caught:
@@ -239,7 +239,7 @@ def test_whole_has_as_many_patches_as_asked_for_and_stretches_to_a_given_size():
 
 
 def test_whole_photograph_reaches_every_edge():
-    """White along its four edges, which the validation's cut would lose."""
+    """The image is white along its edges, which a centre crop would remove."""
     pixels = np.zeros((60, 100, 3), np.uint8)
     pixels[:6], pixels[-6:], pixels[:, :6], pixels[:, -6:] = 255, 255, 255, 255
     model = VisionTransformer(img_size=32, patch_size=4, embed_dim=8, depth=1, n_heads=1)

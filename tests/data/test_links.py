@@ -1,4 +1,4 @@
-"""Folders with links in them, circles too: each image once, in one class and one part, and what is refused is said."""
+"""Folders with links, circular ones too: each image is used once, and refused links are reported."""
 
 import os
 import warnings
@@ -13,7 +13,7 @@ from vit_bridge.errors import Assumption, InputError
 
 
 def write_images(root, counts):
-    """For {"train/cat": 3, ...} three images in root/train/cat, all of them different."""
+    """Write images, all different: {"train/cat": 3, ...} puts three into root/train/cat."""
     for k, (folder, count) in enumerate(counts.items()):
         (root / folder).mkdir(parents=True, exist_ok=True)
         for i in range(count):
@@ -32,7 +32,7 @@ def zoo(tmp_path):
 
 
 def loaders(root):
-    """(training and validation loader, what was said)."""
+    """Return ((training loader, validation loader), the warnings)."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         pair = get_data_loaders(root, img_size=16)
@@ -41,11 +41,11 @@ def loaders(root):
 
 
 @pytest.mark.parametrize(("where", "target", "reason"), [
-    ("fox/all", "..", "above"), ("fox/latest", ".", "above"), ("fox/x", "../hare", "in the set itself"),
-    ("fox/deep/up", "../..", "above"), ("fox/deep/loop", ".", "above"), ("hare/0", "../fox/001.png", "in the set"),
-    ("hare/0.png", "../fox/001.png", "in the set itself"), ("hare/0.png", "001.png", "in the set itself"),
-    ("fox/far", "../../..", "above"), ("foxes", "fox", "in the set itself"), ("all", ".", "above"),
-    ("all", "..", "above"), ("fox/twice", "../fox/../fox", "above"), ("gone", "nowhere", "dead link"),
+    ("fox/all", "..", "contains it"), ("fox/latest", ".", "contains it"), ("fox/x", "../hare", "in the data set"),
+    ("fox/deep/up", "../..", "contains it"), ("fox/deep/loop", ".", "contains it"), ("hare/0", "../fox/001.png", ""),
+    ("hare/0.png", "../fox/001.png", "in the data set"), ("hare/0.png", "001.png", "in the data set"),
+    ("fox/far", "../../..", "contains it"), ("foxes", "fox", "in the data set"), ("all", ".", "contains it"),
+    ("all", "..", "contains it"), ("fox/twice", "../fox/../fox", "contains it"), ("gone", "nowhere", "dead link"),
     ("fox/gone", "nowhere", "dead link"), ("fox/self", "self", "dead link")])
 def test_links_into_the_set_are_refused_and_said(zoo, where, target, reason):
     link(zoo / where, target)
@@ -54,11 +54,11 @@ def test_links_into_the_set_are_refused_and_said(zoo, where, target, reason):
     assert (train.class_names, len(files), len(set(files))) == (["fox", "hare"], 20, 20)
     assert [train.class_counts, val.class_counts] == [[9, 9], [1, 1]]
     if where == "hare/0":  # not an image by its name
-        assert said == [f"1 file in {str(zoo)!r} is left out, in no format of images that Pillow opens here: 1 without "
+        assert said == [f"1 file in {str(zoo)!r} is ignored (not in an image format that Pillow reads here): 1 without "
                         f"an ending"]
         return
     assert len(said) == 1
-    assert said[0].startswith(f"{str(zoo / where)!r} is left out: a ")
+    assert said[0].startswith(f"{str(zoo / where)!r} is ignored: it is a ")
     assert reason in said[0]
 
 
@@ -69,8 +69,8 @@ def test_many_refused_links_are_named_thrice_and_counted(zoo):
         link(zoo / f"hare/gone{i}", f"nowhere{i}")
     _, said = loaders(zoo)
     assert len(said) == 4
-    assert said[3] == (f"6 more paths in {str(zoo)!r} are left out: 4 as a link to ..., a folder above it or above "
-                       f"others of the set; 2 as a dead link to ...")
+    assert said[3] == (f"6 more paths in {str(zoo)!r} are ignored: 4 because each is a link to ..., a folder that "
+                       f"contains it or another part of the data set; 2 because each is a dead link to ...")
 
 
 def test_links_to_elsewhere_are_followed_once(zoo, tmp_path):
@@ -113,7 +113,8 @@ def test_a_linked_folder_leaves_out_what_a_link_has_led_to(zoo, tmp_path):
     link(zoo / "fox/pool", pool)
     (train, val), said = loaders(zoo)
     assert len([file for file in train.files + val.files if "pool" in file]) == 3
-    assert said == [f"{str(zoo / 'fox/pool/002.png')!r} is left out: there already as {str(zoo / 'fox/first.png')!r}"]
+    assert said == [f"{str(zoo / 'fox/pool/002.png')!r} is ignored: it is already used as "
+                    f"{str(zoo / 'fox/first.png')!r}"]
 
 
 def test_links_to_hidden_images_of_a_class_are_taken(zoo):
@@ -136,9 +137,9 @@ def test_parts_do_not_lead_into_each_other(tmp_path):
     (train, val), said = loaders(root)
     assert (train.n_images, val.class_counts) == (8, [2, 2])
     assert len(said) == 3
-    with pytest.warns(Assumption, match="left out: a link"):
+    with pytest.warns(Assumption, match="ignored: it is a link"):
         assert get_test_loader(root, img_size=16).class_counts == [2, 0]
-    with pytest.warns(Assumption, match="left out: a link"):
+    with pytest.warns(Assumption, match="ignored: it is a link"):
         assert get_evaluation_loader(root, ["fox", "hare"], img_size=16).class_counts == [2, 0]
 
 
@@ -162,7 +163,7 @@ def test_a_part_may_be_a_link_to_elsewhere(tmp_path):
 
 def test_parts_by_other_names_are_no_classes(tmp_path):
     root = write_images(tmp_path, {"Train/fox": 4, "Train/hare": 4, "Test/fox": 1})
-    with pytest.raises(InputError, match=r"has the folders Test, Train, which are parts of a set and no classes"):
+    with pytest.raises(InputError, match=r"has the folders Test, Train, which look like parts of a data set"):
         get_data_loaders(root)
 
 
@@ -188,7 +189,7 @@ def test_what_is_no_image_is_counted_by_ending(zoo):
     assert find_images(zoo / "fox").left_out == {".txt": 2, ".heic": 1, "": 1, ".db": 1, ".pdf": 1, ".mpg": 1}
     assert "2 .txt, 1 without an ending, 1 .db, 1 .heic, 1 .mpg, 1 .pdf" in said[3]
     assert [words for words in ("__MACOSX", "@eaDir", "pipe.png") if not any(words in line for line in said)] == []
-    assert said[4] == f"1 image in {str(zoo)!r} is left out, in no class folder"
+    assert said[4] == f"1 image in {str(zoo)!r} is ignored, outside the class folders"
 
 
 def test_every_format_of_pillow_is_taken(zoo):
@@ -219,7 +220,7 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_one(zoo, monkeypatch):
 def test_predict_takes_each_file_of_a_folder_once(zoo):
     link(zoo / "fox/all", "..")
     link(zoo / "again", "hare")
-    with pytest.warns(Assumption, match="above it|in the set itself"):
+    with pytest.warns(Assumption, match="contains it|already in the data set"):
         files = files_at(str(zoo))
     assert len(files) == len(set(files)) == 20
     assert files_at(str(zoo / "fox/000.png")) == [str(zoo / "fox/000.png")]

@@ -24,13 +24,13 @@ PLAIN = DatasetInfo("folder", Preprocessing(16, (0.5,) * 3, (0.25,) * 3, class_n
 
 
 def random_picture(width, height, seed):
-    """A smooth random picture, so that JPEG and resizing keep it nearly as it is."""
+    """Return a smooth random image, which JPEG and resizing hardly change."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def write_images(root, counts, size=(16, 16), suffix=".png"):
-    """For {"train/cat": 3, ...} three images in root/train/cat, all of them different."""
+    """Write images, all different: {"train/cat": 3, ...} puts three into root/train/cat."""
     for k, (folder, count) in enumerate(counts.items()):
         (root / folder).mkdir(parents=True, exist_ok=True)
         for i in range(count):
@@ -397,7 +397,7 @@ def test_loaders_refuse_channels_that_no_file_has(n, tmp_path):
         for function in (get_data_loaders, get_test_loader):
             assert f"in_channels {n} is out of range" in error_of(function, img_size=8, preprocessing=given, **args)
             assert f"in_channels {n} is out of range" in error_of(function, img_size=8, in_channels=n, **args)
-            assert "in_channels 3 is not that of preprocessing" in error_of(
+            assert "in_channels 3 does not match preprocessing" in error_of(
                 function, img_size=8, preprocessing=given, in_channels=3, **args)
 
 
@@ -620,7 +620,7 @@ def test_get_data_loaders_answers_unknown_set_with_known_ones():
 
 @pytest.mark.parametrize(("counts", "words"), [
     ({}, ["0 class folders"]),
-    ({"x": 3}, ["1 class folders", "'x'", "2 or more"]),
+    ({"x": 3}, ["1 class folder (x)", "at least 2"]),
     ({"x": 3, "y": 0}, ["'y'", "no images"]),
     ({"train/x": 3, "train/y": 0}, ["train/y", "no images"]),
     ({"train/x": 3, "train/y": 2, "val/z": 1}, ["val'", "'z'", "x, y"]),

@@ -1,5 +1,8 @@
-"""What the values of a pixel mean: scaled where the file says how, refused where nothing does, and a warning where 16
-bits are not used; and files that go away or are too large."""
+"""The range of pixel values, and files that cannot be read.
+
+Values are scaled if the file states their range and refused otherwise; unused bits of 16 cause a warning. Files may
+also disappear or be too large.
+"""
 
 import os
 import struct
@@ -35,7 +38,7 @@ def save_pgm(path, values, white):
 
 
 def save_png16(path, values, color_type, transparent=b""):
-    """A PNG file of 16 bits a channel, values (H, W, C)."""
+    """Save values (H, W, C) as a PNG file with 16 bits per channel."""
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -48,7 +51,7 @@ def save_png16(path, values, color_type, transparent=b""):
 
 
 def save_12_bits(path):
-    """A TIFF file whose samples are packed in 12 bits: 256 values, 16 times those of GREY, and the rest of 4095."""
+    """Save GREY, scaled to 0..4095, as a TIFF file whose samples are packed in 12 bits."""
     first, second = (GREY * np.float64(4095 / 255)).round().astype(int).reshape(-1, 2).T
     packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
     entries = [(256, 3, 1, 16), (257, 3, 1, 16), (258, 3, 1, 12), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 122),
@@ -64,7 +67,7 @@ def grey16(share=1.0):
 
 
 def write(kind, path):
-    """A file that shows GREY, of a kind whose range is known."""
+    """Save GREY in a format with a known range."""
     match kind:
         case "16-bit png":
             Image.fromarray(grey16()).save(path / "x.png")
@@ -115,9 +118,9 @@ def test_known_ranges_are_scaled_alike_from_paths_and_pil_images(kind, tmp_path)
 def test_unknown_ranges_are_refused_alike(values, tags, tmp_path):
     path = save_tiff(tmp_path / "x.tif", values, **tags)
     mode = "F" if values.dtype == np.float32 else "I"
-    words = rf"mode '{mode}' with values from \S+ to \S+, which does not tell where white is"
-    with pytest.raises(UnreadableImage, match=rf"\Aimage file '{path}' cannot be read \({words}\): expected 8 or 16 "
-                                              rf"bits [^\n]*\Z"):
+    words = rf"mode '{mode}' with values from \S+ to \S+, for which black and white are unknown"
+    with pytest.raises(UnreadableImage, match=rf"\Aimage file '{path}' cannot be read \({words}\); expected unsigned "
+                                              rf"values of 8 or 16 bits [^\n]*\Z"):
         open_image(path)
     for image in (Image.open(path), Image.fromarray(values)):
         with pytest.raises(InputError, match=rf"\Agot a PIL image of {words}; give a float array[^\n]*\Z"):
@@ -132,18 +135,18 @@ def test_values_outside_the_stated_range_are_refused(value, tmp_path):
     values = (GREY / 255).astype(np.float32)
     values[3, 3] = value
     path = save_tiff(tmp_path / "x.tif", values, S_MIN=-3.0, S_MAX=2.0)
-    with pytest.raises(UnreadableImage, match="the file states -3 to 2, which does not tell"):
+    with pytest.raises(UnreadableImage, match="outside the -3 to 2 that the file states"):
         open_image(path)
 
 
 def test_signed_values_are_refused_in_files_of_8_and_of_16_bits(tmp_path):
-    """Pillow reads signed bytes as if they had no sign: -1 as 255."""
+    """Pillow reads signed bytes as unsigned: -1 becomes 255."""
     path = save_tiff(tmp_path / "x.tif", GREY, SAMPLE_FORMAT=2)
     for read in (open_image, lambda path: open_picture(Image.open(path))):
-        with pytest.raises(InputError, match="mode 'L' with signed values, which do not tell where white is"):
+        with pytest.raises(InputError, match="mode 'L' with signed values, for which black and white are unknown"):
             read(path)
     signed = save_tiff(tmp_path / "y.tif", GREY.astype(np.int32) - 100)  # as Pillow reads those of 16 bits
-    with pytest.raises(UnreadableImage, match="expected 8 or 16 bits a channel without a sign, or a TIFF file"):
+    with pytest.raises(UnreadableImage, match="expected unsigned values of 8 or 16 bits per channel, or a TIFF file"):
         open_image(signed)
     assert np.array_equal(np.asarray(open_image(save_tiff(tmp_path / "z.tif", GREY, SAMPLE_FORMAT=1)))[:, :, 0], GREY)
 
@@ -203,7 +206,7 @@ def test_several_frames_are_said_and_the_first_is_taken(tmp_path):
         path = tmp_path / f"x.{ending}"
         red.save(path, save_all=True, append_images=[blue], **({"lossless": True} if ending == "webp" else {}))
         assert open_image(path).getpixel((3, 3)) == (255, 0, 0)
-        with pytest.warns(Assumption, match="the first of each is taken"):
+        with pytest.warns(Assumption, match="the first of each is used"):
             remark_on([str(path)])
     red.save(tmp_path / "one.gif")
     with warnings.catch_warnings():
@@ -303,7 +306,7 @@ def test_own_side_leaves_a_dead_link_out(tmp_path):
 def test_open_image_names_a_dead_link_and_a_folder(tmp_path):
     (tmp_path / "x.png").symlink_to("nowhere.png")
     for path, words in ((tmp_path / "x.png", r"there is no image file '[^']*x.png', which is a link to 'nowhere.png'"),
-                        (tmp_path, "is a folder: give the path of an image file in it")):
+                        (tmp_path, "is a folder; give the path of an image file in it")):
         with pytest.raises(InputError, match=words):
             open_image(path)
 
@@ -312,7 +315,7 @@ def test_open_image_names_a_dead_link_and_a_folder(tmp_path):
 
 
 def blank_png(path, width, height):
-    """A PNG file of 1 bit a pixel, black."""
+    """Write a black PNG file with 1 bit per pixel."""
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -324,7 +327,7 @@ def blank_png(path, width, height):
 def test_a_scan_above_pillows_limit_is_named_in_one_line(tmp_path):
     path = blank_png(tmp_path / "scan.png", 20_000, 10_000)
     with pytest.raises(UnreadableImage, match=r"scan.png' cannot be read \(200 million pixels, more than the 179 "
-                                              r"million that Pillow opens\): expected fewer, [^\n]*\Z"):
+                                              r"million that Pillow opens\); expected fewer pixels, [^\n]*\Z"):
         open_image(path)
     assert decode_images([str(path), str(make_set(tmp_path / "set", 16) / "a/0.png")], Preprocessing(16), True)[1] == {
         str(path): "200 million pixels, more than the 179 million that Pillow opens"}
@@ -344,7 +347,7 @@ def test_a_scan_below_the_limit_is_opened_without_pillows_warning(tmp_path, monk
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
 def test_a_pipe_is_no_image_and_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.jpg")
-    with pytest.raises(UnreadableImage, match="it is no file, but a pipe or a device"):
+    with pytest.raises(UnreadableImage, match="it is a pipe or a device, not a file"):
         open_image(tmp_path / "a.jpg")
 
 

@@ -1,4 +1,4 @@
-"""Loaders that begin within an epoch, give one process its share, leave out corrupt files, or serve a trained model."""
+"""Loaders that resume within an epoch, shard batches, skip corrupt files, or evaluate a trained model."""
 
 import os
 import pickle
@@ -31,7 +31,7 @@ KINDS = pytest.mark.parametrize("kind", ["memory", "resized", "photos"])
 
 
 def write_images(root, counts, size=(19, 23)):
-    """For {"train/cat": 3, ...} three images in root/train/cat, all of them different."""
+    """Write images, all different: {"train/cat": 3, ...} puts three into root/train/cat."""
     for k, (folder, count) in enumerate(counts.items()):
         (root / folder).mkdir(parents=True, exist_ok=True)
         for i in range(count):
@@ -41,7 +41,7 @@ def write_images(root, counts, size=(19, 23)):
 
 
 def make_loader(kind, root, training=True, n=N, workers=0, **options):
-    """A loader of n images whose labels are their places in the set."""
+    """Return a loader of n images whose labels are their indices in the data set."""
     if kind == "photos":
         write_images(root, {"x": n})
         files = sorted(str(path) for path in (root / "x").iterdir())
@@ -157,7 +157,7 @@ def test_set_shard_splits_each_batch_between_ranks(kind, training, tmp_path):
 
 @pytest.mark.parametrize("kind", ["list", "DataLoader"])
 def test_a_list_and_a_dataloader_become_loaders(kind):
-    """They begin anywhere and give shards; the sampler hears of the epoch."""
+    """They start at any batch and give shards, and the epoch is passed to the sampler."""
     images, labels = torch.randn(N, 3, S, S), torch.arange(N)
     batches, epochs = list(zip(images.split(BATCH), labels.split(BATCH), strict=True)), []
     if kind == "DataLoader":
@@ -304,9 +304,9 @@ def test_get_data_loaders_refuses_a_set_without_readable_images(tmp_path):
     root = write_images(tmp_path, {"x": 2, "y": 3})
     spoil(*root.rglob("*.png"))
     message = error_of(get_data_loaders, root, img_size=S, skip_corrupt=True)
-    assert "none of 3 image files" in message
+    assert "none of the 3 image files" in message
     assert str(root / "x") in message
-    assert "none of 5 image files" in error_of(get_data_loaders, root, img_size=None, skip_corrupt=True)
+    assert "none of the 5 image files" in error_of(get_data_loaders, root, img_size=None, skip_corrupt=True)
 
 
 def test_open_image_error_pickles_and_suggests_no_skipping(tmp_path):

@@ -21,7 +21,7 @@ def picture(height=30, width=50, seed=0, mode="RGB"):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes with five pictures each of 30 x 50 pixels, two of which have transparency; and a test set."""
+    """Write two classes of five images (30 x 50 pixels, two with transparency) and a test set."""
     for part, n in (("train", 5), ("test", 2)):
         for c, name in enumerate(("fox", "hare")):
             (tmp_path / part / name).mkdir(parents=True)

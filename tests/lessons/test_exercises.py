@@ -1,4 +1,4 @@
-"""Right answers pass, the usual mistakes are told by name, and whatever else is off is said in one line."""
+"""Right solutions pass, usual mistakes are explained, and any other fault is described in one line."""
 
 import sys
 from pathlib import Path
@@ -38,7 +38,7 @@ def convolution(images, weight, bias):
 
 
 def rolled_from(start):
-    """As Abnar has it: the identity is added, and each row is divided by its sum."""
+    """Return a rollout as in Abnar's code: add the identity, then divide each row by its sum."""
     def rollout(maps):
         rolled = start(maps)
         for block in e._with_residual(maps.mean(dim=1)):
@@ -50,7 +50,7 @@ def rolled_from(start):
 
 OTHER_ANSWERS = [
     pytest.param("rollout", rolled_from(lambda maps: torch.eye(maps.shape[-1], dtype=maps.dtype)), id="rows scaled"),
-    pytest.param("rollout", lambda maps: rollout(maps[:, None])[0], id="that of explanations.py"),
+    pytest.param("rollout", lambda maps: rollout(maps[:, None])[0], id="as in explanations.py"),
     pytest.param("rollout", lambda maps: F.normalize(e.attention_rollout(maps), p=1.0, dim=-1), id="scaled at the end"),
     pytest.param("rollout", lambda maps: torch.linalg.multi_dot(list((e._with_residual(maps.mean(1)) / 2).flip(0))),
                  id="multi_dot"),
@@ -80,6 +80,25 @@ def test_exercises_have_at_least_five_distinct_mistakes():
     assert all(len(exercise.mistakes) >= 5 for exercise in e.EXERCISES.values())
     words = [words for exercise in e.EXERCISES.values() for words, _ in exercise.mistakes]
     assert len(set(words)) == len(words)
+
+
+# ---- Levels, hints and solutions
+
+
+@pytest.mark.parametrize("name", e.EXERCISES)
+def test_exercises_have_a_level_and_a_hint_that_is_not_the_solution(name):
+    exercise = e.EXERCISES[name]
+    assert exercise.level in e.LEVELS
+    assert exercise.hint.endswith(".")
+    assert not {line.strip() for line in e.solution(name).splitlines() if line} & set(exercise.hint.split(". "))
+    assert f"({exercise.level})" in e.stub(name).splitlines()[0]
+
+
+@pytest.mark.parametrize("name", e.EXERCISES)
+def test_solution_is_a_file_that_passes(name, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(e.solution(name), encoding="utf-8")
+    assert e.check_file(name, path).right
 
 
 # ---- The solutions are what the library does
@@ -115,21 +134,21 @@ def test_exercises_sizes_differ_between_the_three_sets(name):
 
 @pytest.mark.parametrize(("name", "function", "where", "words"), [
     ("rollout", lambda maps: (lambda a: a[2] @ a[1] @ a[0])(e._with_residual(maps.mean(1)) / 2),
-     "maps is (4, 3, 5, 5)", "the shape is right, the values are not: "),
+     "maps is (4, 3, 5, 5)", "the shape is right, but the values are not; "),
     ("rollout", lambda maps: e._multiply((maps.mean(1) + torch.eye(7, dtype=maps.dtype)) / 2),
-     "maps is (4, 3, 5, 5)", "it stops: RuntimeError: "),
+     "maps is (4, 3, 5, 5)", "it fails: RuntimeError: "),
     ("attention", lambda q, k, v: e._attention_scaled(q, k, v, 5**0.5),
-     "q is (3, 2, 6, 8), k is (3, 2, 6, 8), v is (3, 2, 6, 8)", "the shape is right, the values are not: "),
+     "q is (3, 2, 6, 8), k is (3, 2, 6, 8), v is (3, 2, 6, 8)", "the shape is right, but the values are not; "),
     ("patch_embedding", lambda i, w, b: F.unfold(i, 2, stride=2).mT @ w.T + b,
-     "images is (4, 2, 12, 9), weight is (7, 18), bias is (7,)", "it stops: RuntimeError: "),
+     "images is (4, 2, 12, 9), weight is (7, 18), bias is (7,)", "it fails: RuntimeError: "),
     ("positions", lambda x, c, p: torch.cat([c.expand(3, -1, -1), x], dim=1) + p,
-     "patches is (2, 6, 5), cls_token is (1, 1, 5), positions is (1, 7, 5)", "it stops: RuntimeError: "),
+     "patches is (2, 6, 5), cls_token is (1, 1, 5), positions is (1, 7, 5)", "it fails: RuntimeError: "),
     ("block", lambda x, n1, a, n2, m: e.block(x, n1, a, n2, m)[:2], "x is (3, 4, 7)",
-     "it returns the shape (2, 4, 7); expected (3, 4, 7)")])
+     "it returns shape (2, 4, 7); expected (3, 4, 7)")])
 def test_check_function_refuses_hard_coded_sizes(name, function, where, words):
     verdict = e.check_function(name, function)
-    assert verdict.words.startswith(f"right at one set of sizes, but not where {where}: {words}")
-    assert verdict.words.endswith("; take sizes from the shapes of the arguments")
+    assert verdict.words.startswith(f"right for one set of sizes, but not if {where}: {words}")
+    assert verdict.words.endswith("; read the sizes from the arguments' shapes")
     assert not verdict.right
 
 
@@ -138,17 +157,17 @@ def test_check_function_refuses_hard_coded_sizes(name, function, where, words):
 
 @pytest.mark.parametrize(("name", "function", "words"), [
     ("rollout", rolled_from(lambda maps: torch.eye(maps.shape[-1])),
-     "(all arguments are float64; give new tensors dtype=maps.dtype)"),
+     "(all arguments are float64; create tensors with dtype=maps.dtype)"),
     ("positions", positions_written_into(torch.float32),
-     "the values are right but for rounding, as if float32 came in: give new tensors dtype=patches.dtype"),
+     "the values are right up to rounding, as if float32 was used; create tensors with dtype=patches.dtype"),
     ("positions", lambda x, c, p: e.add_positions(x, c, p).float(),
-     "it returns float32, and all arguments are float64: give new tensors dtype=patches.dtype"),
+     "it returns float32, but all arguments are float64; create tensors with dtype=patches.dtype"),
     ("positions", lambda x, c, p: torch.zeros(3, 5, 6).scatter(1, torch.zeros(3, 4, 6, dtype=torch.long), x),
-     "(all arguments are float64; give new tensors dtype=patches.dtype)"),
+     "(all arguments are float64; create tensors with dtype=patches.dtype)"),
     ("patch_embedding", lambda i, w, b: F.conv2d(i, torch.ones(5, 3, 2, 2), stride=2).flatten(2).mT,
-     "(all arguments are float64; give new tensors dtype=images.dtype)"),
+     "(all arguments are float64; create tensors with dtype=images.dtype)"),
     ("block", lambda x, n1, a, n2, m: F.layer_norm(x, (6,), torch.ones(6)),
-     "(all arguments are float64; give new tensors dtype=x.dtype)")])
+     "(all arguments are float64; create tensors with dtype=x.dtype)")])
 def test_check_function_names_float32(name, function, words):
     verdict = e.check_function(name, function)
     assert verdict.words.endswith(words)
@@ -159,36 +178,36 @@ def test_check_function_names_mistakes_in_float32_too():
     def at_the_wrong_end(patches, cls_token, positions):
         return positions_written_into(torch.float32)(patches, cls_token, 0 * positions).roll(-1, dims=1) + positions
 
-    assert e.check_function("positions", at_the_wrong_end).words == "CLS stands at the wrong end of the sequence"
+    assert e.check_function("positions", at_the_wrong_end).words == "CLS is at the wrong end of the sequence"
 
 
 @pytest.mark.parametrize(("name", "first"), [("attention", "q"), ("rollout", "maps"), ("block", "x")])
 def test_stub_says_all_numbers_are_float64(name, first):
-    assert f"All numbers are float64: a new tensor takes dtype={first}.dtype." in " ".join(e.stub(name).split())
+    assert f"All numbers are float64: create tensors with dtype={first}.dtype." in " ".join(e.stub(name).split())
 
 
 # ---- What else is off
 
 
 @pytest.mark.parametrize(("body", "words"), [
-    ("return q.transpose(0, 1) @ k", "it stops: line 5: RuntimeError: "),
-    ("q += k; return q @ k.mT @ v", "it stops: line 5: RuntimeError: a leaf Variable"),
+    ("return q.transpose(0, 1) @ k", "it fails: line 5: RuntimeError: "),
+    ("q += k; return q @ k.mT @ v", "it fails: line 5: RuntimeError: a leaf Variable"),
     ("q += k; return q @ k.mT @ v", " (do not change a tensor in place, as x += y does; write x = x + y)"),
     ("w = (q @ k.mT / q.shape[-1] ** 0.5).exp(); w /= w.sum(-1, keepdim=True); return w @ v",
-     "the values are right, but the gradient stops: RuntimeError: one of the variables needed for gradient "),
+     "the values are right, but backward fails: RuntimeError: one of the variables needed for gradient "),
     ("w = (q @ k.mT / q.shape[-1] ** 0.5).exp(); w /= w.sum(-1, keepdim=True); return w @ v",
      "expected version 0 instead. (do not change a tensor in place, as x += y does; write x = x + y)"),
-    ("exit()", "it stops: line 5: sys.exit, exit or quit would end whatever runs it; leave it out"),
-    ("raise SystemExit(0)", "it stops: line 5: sys.exit, exit or quit would end whatever runs it; leave it out"),
-    ("return q @ (k > 0).mT @ (k > 0)", "it stops: line 5: RuntimeError: "),
-    ("return (q > 0) @ (k > 0).mT", "it stops: line 5: "),
-    ("return attend(q)", "it stops: line 5: NameError: name 'attend' is not defined"),
+    ("exit()", "it fails: line 5: this would end Python (sys.exit, exit or quit); remove it"),
+    ("raise SystemExit(0)", "it fails: line 5: this would end Python (sys.exit, exit or quit); remove it"),
+    ("return q @ (k > 0).mT @ (k > 0)", "it fails: line 5: RuntimeError: "),
+    ("return (q > 0) @ (k > 0).mT", "it fails: line 5: "),
+    ("return attend(q)", "it fails: line 5: NameError: name 'attend' is not defined"),
     ("return 7", "it returns a int; expected a tensor of shape (2, 3, 7, 5)"),
-    ("return q[:1] + 0 * k", "the shape is right, the values are not: the largest difference is "),
-    ("return q.mean(dim=1)", "it returns the shape (2, 7, 5); expected (2, 3, 7, 5)"),
+    ("return q[:1] + 0 * k", "the shape is right, but the values are not; the largest difference is "),
+    ("return q.mean(dim=1)", "it returns shape (2, 7, 5); expected (2, 3, 7, 5)"),
     ("raise NotImplementedError", "not filled in yet"),
     ('raise NotImplementedError("fill this in")', "not filled in yet"),
-    ("return ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).detach()", "no gradient comes back"),
+    ("return ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).detach()", "no gradient reaches the inputs"),
     ("return (q @ k.detach().mT / q.shape[-1] ** 0.5).softmax(-1) @ v", "the gradient of argument 2 is not"),
     ("return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v", "right: ")])
 def test_check_file_says_what_is_wrong(body, words, tmp_path):
@@ -211,7 +230,7 @@ def test_check_function_refuses_a_wrong_gradient():
 @pytest.mark.parametrize(("text", "words"), [
     ("def attention(q, k, v)\n    return q", "line 1: "), ("import nowhere", "ModuleNotFoundError"),
     ("def other(q): return q", r"has no function attention\(q, k, v\)"), ("1 / 0", "line 1: ZeroDivisionError"),
-    ("import sys\nsys.exit(0)", "cannot be run: line 2: sys.exit, exit or quit would end whatever runs it; leave")])
+    ("import sys\nsys.exit(0)", r"cannot be run: line 2: this would end Python \(sys.exit, exit or quit\)")])
 def test_check_file_refuses_a_file_that_cannot_run(text, words, tmp_path):
     path = tmp_path / "attention_exercise.py"
     path.write_text(text, encoding="utf-8")
@@ -267,7 +286,7 @@ def test_write_stub_starts_unfilled_and_never_overwrites(name, tmp_path, monkeyp
     e.write_stub(name, path)
     assert e.check_file(name, path) == e.Verdict(False, "not filled in yet")
     assert max(map(len, path.read_text(encoding="utf-8").splitlines())) <= 100
-    with pytest.raises(InputError, match="already exists and is left as it is"):
+    with pytest.raises(InputError, match="already exists and is not overwritten"):
         e.write_stub(name, path)
     with pytest.raises(InputError, match="exercise 'atention' is unknown"):
         e.check_file("atention", path)
@@ -276,13 +295,13 @@ def test_write_stub_starts_unfilled_and_never_overwrites(name, tmp_path, monkeyp
 def test_check_file_takes_relative_paths_and_refuses_other_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("def attention(q, k, v):\n    return q @ k\n", encoding="utf-8")
-    assert e.check_file("attention", "mine.py").words.startswith("it stops: line 2: RuntimeError")
+    assert e.check_file("attention", "mine.py").words.startswith("it fails: line 2: RuntimeError")
     (tmp_path / "mine").touch()
     for path in ("mine", "."):
-        with pytest.raises(InputError, match=r"is not a Python file; expected a name that ends in \.py"):
+        with pytest.raises(InputError, match=r"is not a Python file; give a name that ends in \.py"):
             e.check_file("attention", path)
-    with pytest.raises(InputError, match=r"there is no file .*other\.py; expected one that write_stub has written"):
+    with pytest.raises(InputError, match=r"other\.py does not exist; python examples\.py exercise attention writes"):
         e.check_file("attention", "other.py")
-    with pytest.raises(InputError, match=r"stub\.txt is not a Python file; expected a name that ends in \.py"):
+    with pytest.raises(InputError, match=r"stub\.txt is not a Python file; give a name that ends in \.py"):
         e.write_stub("attention", "stub.txt")
     assert not Path("stub.txt").exists()

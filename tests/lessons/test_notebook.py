@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, and what it says holds."""
+"""The notebook runs from top to bottom, and its claims hold."""
 
 import json
 import math
@@ -47,14 +47,15 @@ def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
 
 
 def check_shuffled(printed):
-    """What the lesson says of the positions: a shuffle of the ViT's own patches costs it little, another one most."""
-    line = r"(\d+)% of the squares shuffled: (\d+)% right on its own grid, (\d+)% on the moved one"
+    """Check the lesson's claims on positions: shuffling its own patches costs the ViT little, other squares most."""
+    line = r"(\d+)% of the squares shuffled: (\d+)% right on its own grid, (\d+)% on the moved grid"
     lines = re.findall(line, printed)
     shares, own, moved = zip(*[map(int, line) for line in lines], strict=True)
     assert shares == (0, 25, 50, 75)
     assert own[0] == moved[0]
     assert min(own) > own[0] - 5
     assert max(moved[1:]) < own[0] / 2
+    assert int(re.search(r"random weights and its own grid, (\d+)%", printed)[1]) >= 95
 
 
 def test_notebook_claims_about_explanations_hold():
@@ -67,26 +68,30 @@ def test_notebook_claims_about_explanations_hold():
                          for what in ("deletion", "insertion"))
         assert len(hidden) == len(shown) == 4
         assert max(hidden.values()) < cell["deletion"]["random order"]
-    always = {name for name in shown
-              if all(cell["insertion"][name] > cell["insertion"]["random order"] for cell in cells)}
-    assert always == {"attention", "rollout", "relevance"}
+    leads = {name: [cell["leads"]["insertion"][name] for cell in cells] for name in shown}  # (mean, standard error)
+    clear = {name: sum(lead > 2 * error for lead, error in own) for name, own in leads.items()}
+    assert clear == dict(rollout=3, relevance=3, attention=2, grad_cam=0)
 
 
 def test_notebook_model_is_as_large_as_stated():
-    assert "A ViT of half a million parameters" in " ".join(text for _, text in SECTIONS)
+    assert "a ViT of half a million parameters" in " ".join(text for _, text in SECTIONS)
     assert 0.45e6 < count_parameters(create_vit_nano(n_classes=10)) < 0.55e6
 
 
-def test_notebook_folds_a_solution_below_each_exercise():
+def test_notebook_folds_a_hint_and_a_solution_below_each_exercise():
     folded = [text for kind, text in SECTIONS if text.startswith("<details>")]
     assert len(folded) == 5
     for name, one in exercises.EXERCISES.items():
         stub, solution = next((SECTIONS[i][1], SECTIONS[i + 1][1]) for i, (_, text) in
                               enumerate(SECTIONS) if f"check_function('{name}'" in text)
         names = dict(math=math, torch=torch, F=torch.nn.functional)
+        hint, solution = solution.split("<details><summary>Solution</summary>")
+        assert one.hint in " ".join(hint.split())
         exec(solution.split("```python\n")[1].split("```")[0], names)
         assert exercises.check_function(name, names[one.function]).right
-        assert one.function in stub
+        body = exercises.stub(name).split("\n\n\n", 1)[1].rstrip()
+        assert stub.startswith(f"# Exercise {name} ({one.level})\n{body}\n")
+        assert f"`{name}` ({one.level})" in SECTIONS[0][1]
 
 
 def test_notebook_timetable_fills_ninety_minutes():

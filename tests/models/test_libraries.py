@@ -196,7 +196,7 @@ VIEWS = {
 }
 NO_HEAD = ("this {name} has no head, so there is no class to explain; use a model with a head, or the views "
            "'attention' or 'rollout'")
-NO_ANSWER = "this {name} has no head, so there is no answer that hiding patches could change; give one with a head"
+NO_ANSWER = "this {name} has no head, so hiding patches cannot change a prediction; give a model with a head"
 NO_ROW = ("the head reads {pool}, so no row of an attention map belongs to it; choose a patch with patch=(row, "
           "column)")
 
@@ -260,17 +260,17 @@ def with_kernel():
 
 REFUSED = {
     "two maps a head": (partial(timm_vit, attn_layer="diff", num_heads=2), "attends by DiffAttention, the difference"),
-    "two attentions a block": (partial(timm_vit, block_fn=ParallelThingsBlock), "6 attention maps of .* expected 3"),
+    "two attentions a block": (partial(timm_vit, block_fn=ParallelThingsBlock), "6 attention maps over .* expected 3"),
     "logits of each token": (partial(timm_vit, global_pool=""), r"computes logits for each token \(global_po"),
     "stem of a CNN": (partial(timm.create_model, "vit_tiny_r_s16_p8_224", img_size=64), "tokens in another way than"),
     "another head": (lambda: Shifted(SIDE, PATCH, num_classes=CLASSES, embed_dim=D, depth=DEPTH, num_heads=HEADS),
-                     r"makes something else of the tokens after its last block than a timm ViT with this head \(la"),
-    "another kernel": (with_kernel, "no attention map was seen in this VisionTransformer: it attends in a kernel of"),
+                     r"does not read its last tokens as a timm ViT with this head does \(la"),
+    "another kernel": (with_kernel, "this VisionTransformer computed no attention map that could be captured"),
     "pixels as output": (partial(of_transformers, "ViTForMaskedImageModeling", encoder_stride=PATCH),
                          r"is not supported; pass the ViTModel inside it, its part 'vit'\Z"),
     "patches hidden at random": (partial(of_transformers, "ViTMAEModel"), "class ViTMAEModel is not supported; exp"),
     "maps as output": (partial(of_transformers, "Dinov2Backbone"), r"try load\(\)\Z"),
-    "a tuple as output": (partial(of_transformers, "ViTModel", return_dict=False), "this ViTModel gives a tuple, exp"),
+    "a tuple as output": (partial(of_transformers, "ViTModel", return_dict=False), "this ViTModel returns a tuple"),
     "a part of another module": (lambda: nn.Sequential(torchvision_vit(), nn.Linear(CLASSES, 2)),
                                  r"Sequential is not supported; pass the VisionTransformer inside it, its part '0'\Z"),
     "ours in another module": (lambda: nn.ModuleDict({"vit": HybridCNNViT(embed_dim=32, depth=1, img_size=32)}),

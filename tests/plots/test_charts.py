@@ -1,4 +1,4 @@
-"""Charts: what is drawn are the numbers given, every panel is labelled, no text is clipped."""
+"""Charts draw the given numbers, label every panel and clip no text."""
 
 import io
 
@@ -85,7 +85,7 @@ def test_plot_bars_draws_values_with_ranges():
     for word in ("0.460", "88.0 (86.5 to 89.2)", "parameters (millions)", "accuracy (%)", "both", "ViT"):
         assert word in texts(figure), word
     for panels in ({}, {"empty": {}}):
-        with pytest.raises(InputError, match="hold no bars"):
+        with pytest.raises(InputError, match="contain no bars"):
             c.plot_bars(panels)
 
 
@@ -115,7 +115,7 @@ def test_plot_curves_draws_points_bands_and_lines():
     assert [tick.get_text() for tick in first.get_xticklabels()] == ["2", "8"]
     for word in ("one", "two", "images", "right (%)", "both", "guessing", "ViT"):
         assert word in texts(figure)
-    with pytest.raises(InputError, match="hold no curves"):
+    with pytest.raises(InputError, match="contain no curves"):
         c.plot_curves({"empty": {}}, "x", "y")
 
 

@@ -1,4 +1,4 @@
-"""The page holds the numbers, says how far off they are, needs nothing but itself, and stays small."""
+"""The page holds the numbers, states its error, is self-contained, and stays small."""
 
 import base64
 import io
@@ -29,7 +29,7 @@ READY = Path(__file__).parents[2] / "benchmarks" / "figures" / "explorer.html"
 
 
 def picture_in(uri):
-    """The picture (H, W, 3), uint8, of a data URI."""
+    """Return the picture (H, W, 3), uint8, of a data URI."""
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("RGB"))
 
 
@@ -60,8 +60,8 @@ def test_explore_page_holds_numbers_within_its_stated_error(tmp_path):
     assert worst == pytest.approx(page.weight_error, rel=0.05)
     assert relative == pytest.approx(page.quantisation_error, rel=0.05)
     assert 0 < page.quantisation_error < 1 / 510
-    assert f"by {100 * page.weight_error:.2g} percentage points at most" in page.html
-    assert f"and by {100 * page.quantisation_error:.2g}% at most of" in page.html
+    assert f"by at most {100 * page.weight_error:.2g} percentage points" in page.html
+    assert f"by at most {100 * page.quantisation_error:.2g}%, and" in page.html
 
 
 def model_scores(model, fed):
@@ -71,7 +71,7 @@ def model_scores(model, fed):
 
 
 def keep(maps=None, query=None, key=None, bias=None, bits=8, readers=None):
-    """(what the page computes again of one block, (H, N, N); its part; Kept)."""
+    """Return (attention of one block as the page computes it, (H, N, N); its part; Kept)."""
     maps = (query @ key.mT + (0 if bias is None else bias)).softmax(dim=-1) if maps is None else maps
     kept = explorer.Kept(bits)
     part, kept.errors = explorer._keep_block(Attended(maps, query, key, bias), readers, kept)
@@ -271,7 +271,7 @@ def test_explore_keeps_the_same_bytes_once():
 
 
 def wide_vit(img_size=32):
-    """A page of it takes about 1.5 kB a patch in 8 bits."""
+    """Make a ViT whose page takes about 1.5 kB per patch in 8 bits."""
     model = vit(img_size=img_size, patch_size=2, embed_dim=128)
     model.any_size = True
     return model
@@ -296,15 +296,14 @@ def test_explore_takes_fewer_patches_for_max_mb():
     grids = [one["rows"] * one["columns"] for one in data_of(page)["models"][0]["images"]]
     assert 16 < max(grids) < 256
     said, = page.remarks
-    assert said == (f"So that this page stays within 0.3 MB, its images have {max(grids)} patches at most, where 256 "
-                    f"were asked for.")
+    assert said == f"To keep this page within 0.3 MB, its images have at most {max(grids)} patches instead of 256."
     assert said in page.html
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (dict(whole=Whole(), max_mb=0.05), "above max_mb 0.05, and with 16 patches an image it gets no smaller"),
-    (dict(max_mb=0.3), "its images have one size; expected a larger max_mb, fewer images, or pictures with whole="),
-    (dict(whole=Whole(img_size=32), max_mb=0.3), "its images have one size"),
+    (dict(whole=Whole(), max_mb=0.05), "more than max_mb 0.05, already with only 16 patches per image"),
+    (dict(max_mb=0.3), "size of its images is fixed; give a larger max_mb, fewer images, or photographs with whole="),
+    (dict(whole=Whole(img_size=32), max_mb=0.3), "the size of its images is fixed"),
     (dict(max_mb=0), "max_mb 0 is out of range"), (dict(max_mb="3"), "max_mb '3' is out of range"),
     (dict(max_mb=float("nan")), "max_mb nan is out of range")])
 def test_explore_refuses_a_max_mb_that_cannot_be_kept(options, words, tmp_path):
@@ -320,7 +319,7 @@ def test_explore_overwrites_nothing_but_pages(tmp_path):
     assert path.read_text(encoding="utf-8") == second.html != first.html
     for content in (b"", b"<!doctype html><p>my own page", bytes(range(256))):
         path.write_bytes(content)
-        with pytest.raises(InputError, match="is another file than a page of explore, and it stays as it is"):
+        with pytest.raises(InputError, match="is not a page that explore wrote, so it is not overwritten"):
             explorer.explore(square_vit(), pixels(12, 12), path)
         assert path.read_bytes() == content
     with pytest.raises(InputError, match="which is a folder; give the name of a file in it"):

@@ -1,4 +1,4 @@
-"""The page in a browser: every control, the keys, three widths, no errors. Without Chromium and Playwright: skipped."""
+"""The page in a browser: every control and key, three widths, no errors. Skipped without Chromium."""
 
 import base64
 import io
@@ -34,7 +34,7 @@ def chromium():
 
 
 def marked(model):
-    """The model with weights so large that its attention is far from even."""
+    """Double the weights of a model, so that its attention is far from even."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2)
@@ -50,7 +50,7 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def visit(chromium):
-    """A function file -> page, ready. Afterwards none may have had an error or asked for anything."""
+    """Return a function file -> opened page, and check that no page had an error or sent a request."""
     pages, errors = [], []
 
     def go(path):
@@ -87,7 +87,7 @@ def headings(page):
 
 
 def canvas_of(page, number):
-    """The pixels (H, W, 3), uint8, of a panel's view."""
+    """Return the pixels (H, W, 3), uint8, of a panel's view."""
     uri = page.evaluate(f"panels[{number}].view.toDataURL()")
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("RGB"))
 
@@ -129,8 +129,8 @@ def test_explorer_shows_rollout_and_relevance(opened, written, method):
     assert opened.evaluate("byId('direction').selectedOptions[0].textContent") == "what reaches the output"
     opened.evaluate("change({patch: 5})")
     place = 1 + int((expected > expected[5]).sum())
-    assert " The patch in row 1, column 2 gives " in said(opened)
-    assert said(opened).endswith(f", number {place} of 9.")
+    assert " The patch in row 1, column 2 contributes " in said(opened)
+    assert said(opened).endswith(f", rank {place} of 9.")
     opened.keyboard.press("d")
     assert state(opened)["direction"] == "from"
     assert opened.is_hidden("canvas.strip >> nth=0")
@@ -218,7 +218,7 @@ def test_explorer_handles_registers_mean_pooling_and_oblong_grids(visit, tmp_pat
     page.evaluate("change({direction: 'to'})")
     np.testing.assert_allclose(page.evaluate("[...shown(0, 1, 0, -1).values]"), maps[1, 0, 3:, 3:].mean(axis=1),
                                atol=2e-3)
-    assert said(page).endswith("Each value is what that patch gives to a patch, on average.")
+    assert said(page).endswith("Each value is the share of that patch’s attention that goes to a patch, on average.")
     page.evaluate("change({direction: 'from'})")
     for method in ("rollout", "relevance"):
         page.select_option("#method", method)
@@ -233,7 +233,7 @@ def test_explorer_shows_the_logit_lens_of_the_model(opened, written):
     model = marked(square_vit())
     lens = logit_lens(model, prepare_image(pixels(12, 12), model)[0])[:, 0]
     order = lens[-1].argsort(descending=True).tolist()
-    assert cells[0] == ["blocks passed", "says", *[model.preprocessing.class_names[i] for i in order]]
+    assert cells[0] == ["blocks passed", "prediction", *[model.preprocessing.class_names[i] for i in order]]
     assert len(cells) == 5
     for depth, (row, values) in enumerate(zip(cells[1:], lens, strict=True)):
         best = int(values.argmax())
@@ -241,7 +241,7 @@ def test_explorer_shows_the_logit_lens_of_the_model(opened, written):
         np.testing.assert_allclose([int(cell[:-1]) for cell in row[2:]], 100 * values[order], atol=0.51)
     answer = opened.locator("article >> nth=1").locator(".scroll table tr").nth(1).locator("td").all_inner_texts()
     assert len(answer) == 6
-    assert answer[0] == "answer"
+    assert answer[0] == "probability"
     assert f"({answer[1]})" in headings(opened)[1]
 
 
@@ -366,7 +366,7 @@ def test_explorer_says_that_a_file_is_cut_off(chromium, written, tmp_path):
         (tmp_path / "cut.html").write_text(text[:length], encoding="utf-8")
         page = chromium.new_page()
         page.goto((tmp_path / "cut.html").as_uri())
-        assert "If this line stays, the file is not whole" in said(page)
+        assert "If this line stays, the file is incomplete" in said(page)
         assert page.is_hidden("#controls")
         page.close()
 
@@ -451,7 +451,7 @@ def test_explorer_reaches_every_layer_and_head_of_both_models(visit, tmp_path):
                     (3, 1), (3, 0), (3, -1), (3, -1), (3, 0), (3, 1), (3, 2)]
     assert page.input_value("#layer") == "3"
     assert page.input_value("#head") == "2"
-    assert "one with fewer stays at its last" in page.inner_text("footer")
+    assert "a model with fewer stays at its last" in page.inner_text("footer")
 
 
 def test_explorer_reaches_every_depth_of_a_deeper_convnet(visit, tmp_path):
@@ -495,6 +495,6 @@ def test_explorer_names_the_convnet_unit_shown(opened):
     assert "what the unit in the middle (row" in headings(opened)[1]
     opened.locator("canvas.view").first.focus()
     opened.keyboard.press("ArrowRight")
-    assert "what the unit at this place sees" in headings(opened)[1]
+    assert "what the unit at this position sees" in headings(opened)[1]
     opened.keyboard.press("d")
-    assert "which units see the place chosen" in headings(opened)[1]
+    assert "which units see the chosen position" in headings(opened)[1]

@@ -1,4 +1,4 @@
-"""The look at one photograph: its numbers are those of the analysis, its panels say what is there and fit the page."""
+"""The look at a photograph has the numbers of the analysis; its panels describe them and fit the page."""
 
 import numpy as np
 import pytest
@@ -69,9 +69,9 @@ def test_describe_says_what_was_found_in_numbers():
     said = dict(describe(found, "mine"))
     assert said["Model"].startswith("mine: ")
     assert "3 blocks of 2 heads, patches of 4 × 4 pixels" in said["Model"]
-    assert said["Photograph"] == ("24 × 12 pixels (height × width), fed at 16 × 8: 4 × 2 = 8 patches; nothing is cut "
-                                  "off or stretched")
-    assert "CLS gives 40% of the attention to itself (by head 20% to 60%)" in said["Attention"]
+    assert said["Photograph"] == ("24 × 12 pixels (height × width), given to the model at 16 × 8: 4 × 2 = 8 patches; "
+                                  "nothing is cut off or stretched")
+    assert "CLS gives 40% of its attention to itself (20% to 60%, depending on the head)" in said["Attention"]
     assert "head 1 looks nearest, 3 pixels away on average, and head 2 farthest, 7 pixels" in said["Reach"]
     assert said["Artefacts"].startswith("25.0% of the patches (2)")
     assert said["Artefacts"].endswith(f"{found.norms.max() / np.median(found.norms):.1f} times as long as the median")
@@ -89,7 +89,7 @@ def test_panels_without_a_head_say_so():
     assert found.likeliest() == []
     assert panels_of(found)[3].title == "No class to explain"
     assert "no head" in texts(draw_look(found, "m"))
-    assert dict(describe(found, "m"))["Prediction"] == "none, as this model has no head"
+    assert dict(describe(found, "m"))["Prediction"] == "none: this model has no head"
 
 
 def test_mean_pooling_is_named(monkeypatch):
@@ -102,8 +102,8 @@ def test_two_readers_give_and_small_shares_are_not_none():
     found = look(timm_vit(VisionTransformerDistilled).eval(), pixels())
     found.heads = np.array([[[0.4, 0.599]], [[0.5, 0.50001]]])
     said = dict(describe(found, "m"))["Attention"]
-    assert "CLS and the distillation token give <1% of the attention to CLS and the distillation token" in said
-    assert "(by head 0% to <1%)" in said
+    assert "CLS and the distillation token give <1% of their attention to CLS and the distillation token" in said
+    assert "(0% to <1%, depending on the head)" in said
     assert [tile.label for tile in panels_of(found)[-1].tiles] == ["head 1 (<1%)", "head 2 (0%)"]
 
 
@@ -158,4 +158,4 @@ def test_crop_of_a_photograph_of_the_models_size_cuts_nothing():
     found = look(square_vit(), pixels(12, 12))
     assert "nothing is cut off" in dict(describe(found, "mine", cropped=True))["Photograph"]
     found.size = (24, 12)
-    assert "its middle alone" in dict(describe(found, "mine", cropped=True))["Photograph"]
+    assert "only the centre" in dict(describe(found, "mine", cropped=True))["Photograph"]

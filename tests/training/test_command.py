@@ -1,4 +1,4 @@
-"""The training command: what it is given and what it leaves."""
+"""The training command: its options, and the files it writes."""
 
 import argparse
 import csv
@@ -228,7 +228,7 @@ def test_pretrained_keeps_its_preprocessing_and_gets_a_zero_head(photos, tmp_pat
     for loader in (made.train_loader, made.val_loader):
         assert loader.img_size == 32
         assert loader.preprocessing == replace(source.preprocessing, class_names=loader.class_names)
-    assert made.data["preprocessing"] == source.preprocessing  # the test images' too
+    assert made.data["preprocessing"] == source.preprocessing  # for the test images too
     state, expected = made.model.state_dict(), source.state_dict()
     assert [key for key in expected if key not in ("head.weight", "head.bias")
             and not torch.equal(state[key], expected[key])] == []
@@ -248,7 +248,7 @@ def test_pretrained_resamples_positions_for_another_image_size(photos, tmp_path)
 def test_pretrained_keeps_the_head_for_the_same_classes(tmp_path):
     data = make_folder(tmp_path / "photos", 24, classes=sorted(SHAPES), n=2)
     source = shapes_model()
-    renamed = tmp_path / "sorted.pt"  # folders come by the alphabet
+    renamed = tmp_path / "sorted.pt"  # folders are read in alphabetical order
     save_model(source, renamed, replace(source.preprocessing, class_names=sorted(SHAPES)))
     made = prepared("--data-dir", data, "--output-dir", tmp_path / "run", "--pretrained", renamed)
     assert torch.equal(made.model.head.weight, source.head.weight)
@@ -268,13 +268,13 @@ def test_fit_head_adds_a_zero_head_of_the_right_width():
 
 @pytest.mark.parametrize("source", ["vit_nano_shapes", "hybrid_shapes", "convnet_shapes", "raw", "bare"])
 def test_pretrained_starts_from_any_kind_of_weights_file(source, photos, untested, tmp_path):
-    """One step at a rate of 1e-12 leaves the weights where they were."""
+    """One step at a learning rate of 1e-12 does not change the weights visibly."""
     path = OURS_FOLDER / f"{source}.pt"
     if source == "raw":
         torch.manual_seed(0)
         path, model = tmp_path / "raw.pth", VisionTransformer(24, 8, 3, 5, 64, 2, 1)
         torch.save(model.state_dict(), path)
-    if source == "bare":  # nothing is known of its images
+    if source == "bare":  # without preprocessing
         path, model = tmp_path / "bare.pt", VisionTransformer(24, 8, 3, 5, 64, 2, 1)
         save_model(model, path)
     expected = torch.load(path, weights_only=True)
@@ -337,7 +337,7 @@ def test_parse_refuses_contradictory_options(words, expected):
 
 def test_parse_records_exactly_the_given_options():
     assert parse([]).given == {}
-    assert parse(["--seed", "0", "--lr", "1e-3"]).given == dict(seed=0, lr=1e-3)  # 0 is the default
+    assert parse(["--seed", "0", "--lr", "1e-3"]).given == dict(seed=0, lr=1e-3)  # although 0 is the default
     assert parse(["--model-ema", "--class-weights"]).given == dict(model_ema=0.999, class_weights=True)
     assert parse(["--data-dir=./data", "--resume", "x"]).given == dict(data_dir="./data", resume="x")
     assert parse(["--resume"]).given == dict(resume=True)
@@ -362,10 +362,22 @@ def test_command_of_parses_back_to_the_same_options(words):
 
 
 def test_make_parser_uses_only_options_that_can_be_rewritten():
-    """A new option of a kind that as_words() cannot write would be noticed here."""
+    """Options of a new kind fail here, because _as_words() cannot write them."""
     kinds = {action.dest: type(action) for action in train_vit.make_parser()._actions if action.dest != "help"}
     assert set(kinds.values()) <= {argparse._StoreAction, argparse._StoreTrueAction, Names, Size}
     assert set(CHANGEABLE) <= set(kinds)
+
+
+def test_help_shows_ten_everyday_options_first_and_every_default(capsys):
+    with pytest.raises(SystemExit):
+        train_vit.main(["--help"])
+    assert capsys.readouterr().out.startswith("usage: python train_vit.py [options]\n")
+    groups = [group for group in train_vit.make_parser()._action_groups if group._group_actions]
+    assert groups[0].title == "everyday options"
+    assert len(groups[0]._group_actions) == 10 + 1  # and --help
+    for action in [action for group in groups for action in group._group_actions]:
+        alone = action.nargs == 0 or action.dest in ("steps", "resume", "n_heads", "class_names")
+        assert alone or "default: " in action.help, action.dest
 
 
 def test_command_includes_torchrun_for_several_processes(monkeypatch):
@@ -379,14 +391,14 @@ def test_command_includes_torchrun_for_several_processes(monkeypatch):
 
 @pytest.mark.slow
 def test_train_vit_on_two_processes_matches_one(photos, tmp_path):
-    """The slowest test here: torchrun starts two processes, which share every batch."""
+    """The slowest test here: torchrun starts two processes that share every batch."""
     words = ["--data-dir", photos, "--steps", 3, "--batch-size", 9, "--class-weights", "--device", "cpu"]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", ROOT / "train_vit.py",
          *map(str, words), "--amp", "off", "--output-dir", tmp_path / "two"],
         capture_output=True, text=True, timeout=200, check=False, env=dict(os.environ, OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("3 steps, ") == done.stdout.count("val accuracy ") == 1  # the first process alone prints
+    assert done.stdout.count("3 steps, ") == done.stdout.count("val accuracy ") == 1  # only the first process prints
     assert "torchrun --nproc-per-node=2 train_vit.py" in done.stdout
     folder = tmp_path / "two"
     assert {path.name for path in folder.iterdir()} == {
@@ -406,7 +418,7 @@ def test_train_vit_on_two_processes_matches_one(photos, tmp_path):
 
 
 def test_train_vit_by_minutes_matches_the_same_run_by_steps(untested, tmp_path, monkeypatch):
-    """Measuring the speed draws random numbers; the run after it must not notice."""
+    """Measuring the speed draws random numbers, which must not change the run after it."""
     monkeypatch.setattr(train_vit, "steps_within", lambda *args, **settings: int(torch.rand(3).numel()))
     data = make_folder(tmp_path / "photos", 24)
     common = ["--data-dir", str(data), "--drop-path", "0.5", "--batch-size", "4", "--device", "cpu", "--seed", "5"]

@@ -1,4 +1,4 @@
-"""The training command: how it goes on after whatever cut it."""
+"""The training command: resuming after interruptions of all kinds."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ from vit_bridge.weights.checkpoints import read_checkpoint
 
 
 def outcome(folder):
-    """All that a run becomes but its times: the tensors of both checkpoints, and the history."""
+    """Return the results of a run except its times: the tensors of both checkpoints, and the history."""
     last, best = (read_checkpoint(folder / name) for name in ("last.pt", "best.pt"))
     history = {name: values for name, values in last["training"]["history"].items()
                if name not in ("seconds", "images_per_second")}
@@ -43,7 +43,7 @@ def assert_same_run(folder, other):
 # ---- A run that is cut
 
 
-# Seven steps in three epochs of three batches, the last epoch a part, with all that chance and state go into.
+# Seven steps in epochs of three batches, so the last epoch is cut short; with every option that draws or keeps state.
 SEVEN = ["--steps", 7, "--batch-size", 8, "--drop-path", 0.3, "--model-ema", 0.9, "--class-weights",
          "--layer-decay", 0.7, "--seed", 4]
 
@@ -131,7 +131,7 @@ def test_train_vit_leaves_no_folder_on_an_early_signal(photos, tmp_path, capsys,
 
 @pytest.mark.slow
 def test_train_vit_process_saves_on_a_real_sigint(photos, tmp_path):
-    """The same from outside, once: another process, a real signal, the state kept."""
+    """Once more from outside: another process, a real signal, the state saved."""
     folder = tmp_path / "run"
     words = ["--data-dir", photos, "--steps", "100000", "--batch-size", "8", "--device", "cpu", "--output-dir", folder]
     process = subprocess.Popen([sys.executable, ROOT / "train_vit.py", *words], stdout=subprocess.PIPE,

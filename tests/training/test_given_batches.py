@@ -1,5 +1,7 @@
-"""What people give a Trainer: labels, images and loaders of all kinds, and models of other libraries. Each trains as
-the plain batch does, or is refused in one line."""
+"""Inputs of a Trainer: labels, images and loaders of all kinds, and models of other libraries.
+
+Each trains as the plain batch does, or is refused in one line.
+"""
 
 import re
 import warnings
@@ -29,7 +31,7 @@ def toy_model():
 
 
 def trained(batches, model=None, **settings):
-    """The weights after two steps."""
+    """Return the weights after two steps."""
     model = model or toy_model()
     Trainer(model, "cpu", amp="off", seed=1).train(batches, **dict(n_steps=2, progress=False) | settings)
     return model.state_dict()
@@ -107,14 +109,14 @@ class Singles(Dataset):
     (Singles(), "got a Singles, a data set that gives one image at a time; expected batches"),
 ], ids=range(21))
 def test_trainer_refuses_what_it_cannot_use_in_one_line(batches, words):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))  # which does not check its images
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))  # a model without checks of its own
     with pytest.raises(InputError, match=words) as error:
         trained(batches, model, n_epochs=1, n_steps=None)
     assert "\n" not in str(error.value)
 
 
 def test_labels_beyond_the_classes_are_seen_before_the_step_without_a_look_at_the_device():
-    """On a GPU labels cannot be looked at in the step; the loader's side has seen them."""
+    """On a GPU the step does not check labels, because that would wait; the loader checks them."""
     objective, model = Classification(), nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     objective(model, objective.check((IMAGES, LABELS)))
     assert (objective.n_classes, objective.suspect) == (3, False)
@@ -248,7 +250,7 @@ def test_model_without_a_head_is_refused_and_a_module_with_another_head_is_train
 
 
 class Scaled(nn.Module):
-    """A head that is no linear layer."""
+    """A head that is not a linear layer."""
 
     def __init__(self, width):
         super().__init__()
@@ -273,7 +275,7 @@ class Giving(nn.Module):
 
 
 class Output(dict):
-    """As transformers' ModelOutput: a dict whose entries are attributes too."""
+    """A dict whose entries are attributes too, like ModelOutput of transformers."""
 
     logits = property(lambda self: self["logits"])
 

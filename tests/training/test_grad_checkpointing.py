@@ -1,4 +1,4 @@
-"""Layers that are computed again in the backward pass: the same steps, fewer activations kept."""
+"""Gradient checkpointing: the same steps, with fewer activations kept."""
 
 import pytest
 import timm
@@ -20,7 +20,7 @@ MODELS = {
 
 
 def run(build, **settings):
-    """(state dict, average's, history, numbers kept for the backward passes) of a training of two epochs."""
+    """Return (state dict, average's state dict, history, numbers kept for backward) of two epochs."""
     torch.manual_seed(0)
     trainer, kept = Trainer(build(), "cpu", **dict(amp="off", ema_decay=0.9) | settings), []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x):
@@ -33,7 +33,7 @@ def run(build, **settings):
 def test_grad_checkpointing_makes_the_same_steps_and_keeps_less(name, settings):
     *plain, kept = run(MODELS[name], **settings)
     *again, kept_again = run(MODELS[name], grad_checkpointing=True, **settings)
-    assert same(plain[0], again[0])  # batch statistics too, which count once
+    assert same(plain[0], again[0])  # batch statistics too, which are updated only once
     assert same(plain[1], again[1])
     assert plain[2] == again[2]
     assert kept_again < kept / 2

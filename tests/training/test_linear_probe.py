@@ -1,4 +1,4 @@
-"""Fine-tuning: rates by layer, features that are computed once, and what a linear model of the pixels reaches."""
+"""Fine-tuning: learning rates by layer, features computed once, and a linear classifier on the pixels."""
 
 import math
 
@@ -33,7 +33,7 @@ MODELS = {
 
 
 def images_loader(n=11, batch_size=4, training=True):
-    """n noisy images of 8 pixels in two classes."""
+    """Return a loader of n noisy images of 8 pixels in two classes."""
     generator = torch.Generator().manual_seed(1)
     facts = DatasetInfo("noise", Preprocessing(8, (0.5,) * 3, (0.25,) * 3, class_names=["even", "odd"]))
     images = torch.randint(0, 256, (n, 3, 8, 8), generator=generator, dtype=torch.uint8)
@@ -44,7 +44,7 @@ def images_loader(n=11, batch_size=4, training=True):
 
 
 def test_layer_lr_scales_of_a_vit_match_hand_values():
-    """Two blocks: the head at 1, the blocks at 1/2 and 1/4, what comes before them at 1/8."""
+    """With two blocks the head has 1, the blocks 1/2 and 1/4, and everything before them 1/8."""
     factors = layer_lr_scales(VisionTransformer(**VIT, n_registers=1), 0.5)
     expected = {"cls_token": 0.125, "reg_token": 0.125, "pos_embed": 0.125, "patch_embed.proj.weight": 0.125,
                 "patch_embed.proj.bias": 0.125, "norm.weight": 1, "norm.bias": 1, "head.weight": 1, "head.bias": 1}
@@ -116,7 +116,7 @@ def test_head_inputs_restores_the_head_even_after_an_error():
 
 
 class BadLoader:
-    """Gives images of five channels."""
+    """A loader of images with five channels."""
 
     def to(self, device):
         return self
@@ -129,7 +129,7 @@ class BadLoader:
 
 
 def test_feature_loader_follows_order_positions_and_shards():
-    """Features that are the places of the images show which of them a pass gives."""
+    """The features are the indices of the images, so they show which images a pass yields."""
     source = images_loader()
     places = FeatureLoader(torch.arange(11.0)[:, None], source.labels, source)
     assert (len(places), places.n_images, places.class_counts) == (len(source), 11, [6, 5])
@@ -230,10 +230,10 @@ def test_linear_classifier_is_ridge_regression():
         penalty = ridge * (x[:, :-1] ** 2).sum() / 105 * torch.eye(106).double()
         penalty[-1, -1] = 0
         weight = torch.linalg.solve(x.T @ x + penalty, x.T @ nn.functional.one_hot(y, 3).double())
-        answers = [torch.cat([images.flatten(1), torch.ones(len(images), 1)], dim=1).double() @ weight
-                   for images, _ in val]
+        scores = [torch.cat([images.flatten(1), torch.ones(len(images), 1)], dim=1).double() @ weight
+                  for images, _ in val]
         labels = torch.cat([labels for _, labels in val])
-        accuracies[ridge] = (torch.cat(answers).argmax(dim=1) == labels).double().mean().item()
+        accuracies[ridge] = (torch.cat(scores).argmax(dim=1) == labels).double().mean().item()
     result = linear_classifier(train, val)
     assert result["val_acc"] == pytest.approx(max(accuracies.values()))
     assert accuracies[result["ridge"]] == max(accuracies.values())
@@ -241,7 +241,7 @@ def test_linear_classifier_is_ridge_regression():
 
 
 def test_linear_classifier_takes_the_strongest_ridge_among_equals():
-    train, val = toy_loader(997, 0, True), toy_loader(211, 1, True)  # every strength gets all of them right
+    train, val = toy_loader(997, 0, True), toy_loader(211, 1, True)  # every penalty classifies all of them correctly
     assert linear_classifier(train, val)["ridge"] == max(RIDGES)
 
 

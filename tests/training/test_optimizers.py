@@ -1,4 +1,4 @@
-"""What turns gradients into a step, each part against its formula."""
+"""Schedules, parameter groups, Muon and the average of weights, each against its formula."""
 
 import copy
 import math
@@ -62,7 +62,7 @@ def test_parameter_groups_refuse_a_frozen_model():
 
 
 class Numbers(nn.Module):
-    """A weight, a buffer of floats and one of whole numbers."""
+    """A module with a weight, a buffer of floats and a buffer of whole numbers."""
 
     def __init__(self, weight, buffer, count):
         super().__init__()
@@ -105,7 +105,7 @@ def test_orthogonal_keeps_directions_with_singular_values_near_one(shape):
     assert made.shape == matrices.shape
     for before, after in zip(matrices, made, strict=True):
         U, _, V = torch.linalg.svd(before, full_matrices=False)
-        inner = U.T @ after @ V.T  # diagonal, if the directions are the same
+        inner = U.T @ after @ V.T  # diagonal if the singular vectors are the same
         torch.testing.assert_close(inner, inner.diagonal().diag(), atol=1e-9, rtol=0)
         assert inner.diagonal().min() > 0.6
         assert inner.diagonal().max() < 1.3

@@ -1,4 +1,4 @@
-"""The Trainer: a batch in parts, or over several processes, gives the step of the whole."""
+"""The Trainer: a batch in parts, or over several processes, gives the step of the whole batch."""
 
 from datetime import timedelta
 
@@ -75,10 +75,10 @@ def test_batch_split_warning_names_what_differs():
 # ---- Several processes ------------------------------------------------------------------------------------
 
 
-SIZES = (7, 3, 1)  # of the last batch the second of two processes gets nothing
+SIZES = (7, 3, 1)  # the second of two processes gets no image of the last batch
 
 
-RUNS = {  # a model, training and validation loader, what the Trainer gets, what train() gets
+RUNS = {  # model, loaders for training and validation, arguments of Trainer, arguments of train()
     "list": (small_net, lambda: (sized_batches(SIZES), sized_batches((5, 1))),
              dict(grad_accum_steps=2, loss_fn=CrossEntropy(0.1, [0.5, 1, 2])), dict(ema_decay=0.9)),
     "memory": (small_net, lambda: (memory_loader(17, 5, training=True), memory_loader(11, 5)), {}, {}),
@@ -93,16 +93,16 @@ def sized_batches(sizes):
 
 
 def run_of(name):
-    """(Trainer, history, weights, average) of one of RUNS, by this process alone or with the others."""
+    """Return the history, weights and average of one of RUNS, by this process alone or with the others."""
     make, loaders, settings, arguments = RUNS[name]
-    torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)  # it is the first one's weights that count
+    torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)  # only the first process's weights count
     trainer = Trainer(make(), "cpu", amp="off", **settings)
     history = train_quietly(trainer, *loaders(), n_epochs=2, **arguments)
     return dict(history=history, weights=copy_of(trainer.model), average=trainer.average and copy_of(trainer.average))
 
 
 def stopped_run(stop_rank, n, resume=None):
-    """The run "list", in which one rank wishes to stop; or the rest of such a run."""
+    """Run "list" until one rank stops it, or resume it to its end."""
     make, loaders, settings, arguments = RUNS["list"]
     torch.manual_seed(dist.get_rank())
     trainer = Trainer(make(), "cpu", amp="off", **settings)
@@ -118,9 +118,9 @@ def stopped_run(stop_rank, n, resume=None):
 def work_of_a_rank(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2,
-                            timeout=timedelta(seconds=60))  # rather an error than to wait for ever for the other
+                            timeout=timedelta(seconds=60))  # an error instead of an endless wait for the other process
     results = {name: run_of(name) for name in RUNS}
-    for name, n in (("stop", 8), ("stop in evaluation", 5)):  # an epoch calls 3 + 1 + 2 times
+    for name, n in (("stop", 8), ("stop in evaluation", 5)):  # an epoch has 3 + 1 + 2 calls
         results[name] = [stopped_run(1, n)]
         torch.save(results[name][0]["saved"], f"{folder}/{name} {rank}.pt")
         dist.barrier()
@@ -154,7 +154,7 @@ def test_trainer_on_two_processes_matches_one(tmp_path):
         counts, others = ([s * v for s, v in zip(run["history"]["seconds"], run["history"]["images_per_second"],
                                                  strict=True)] for run in (one, alone))
         assert counts == pytest.approx(others), name
-        if name != "vit":  # in which Adam makes steps of rounding errors
+        if name != "vit":  # in which Adam turns rounding errors into whole steps
             assert_close(one["weights"], alone["weights"], 1e-4)
         if arguments:
             assert same(one["average"], two["average"])

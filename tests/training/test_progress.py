@@ -1,4 +1,4 @@
-"""The progress bar of a training: the loss so far every ten steps, and nothing where none is shown."""
+"""The progress bar of a training: the loss so far every ten steps, and nothing if the bar is hidden."""
 
 import pytest
 from toy_training import toy_batches, toy_trainer, train_quietly
@@ -7,7 +7,7 @@ import train_vit
 
 
 class Bar:
-    """Stands in for tqdm and records its updates."""
+    """A stand-in for tqdm that records its updates."""
 
     def __init__(self, total, initial, disable, **settings):
         self.total, self.disable, self.updates, self.texts = total, disable, initial, []

@@ -1,4 +1,4 @@
-"""The training command and its recipes: which is chosen, what overrides it, and that a run keeps to it."""
+"""The training command and its recipes: which one is chosen, what overrides it, and that a run uses it."""
 
 import json
 import re
@@ -29,7 +29,7 @@ QUICK = ["--dataset", "shapes", "--device", "cpu", "--dry-run"]
 
 @pytest.fixture
 def prepared(tmp_path):
-    """A function that gives the Run of these words, before its first step."""
+    """Return a function from the words of a command to its Run, before the first step."""
 
     def prepare(*words):
         options = parse([*map(str, words), *QUICK, "--output-dir", str(tmp_path / "run")])
@@ -103,7 +103,7 @@ def test_of_any_version_keeps_what_an_older_run_used():
     assert _of_any_version(old)["batch_size"] == 64
     assert _of_any_version(old | dict(pretrained="a.pt"))["recipe"] == "fine_tuning"
     assert _of_any_version(old | dict(pretrained="a.pt", freeze_backbone=True))["recipe"] == "classic"
-    newer = _of_any_version(dict(recipe="convnet_fast", seed=7))  # than recipes, and older than --n-heads
+    newer = _of_any_version(dict(recipe="convnet_fast", seed=7))  # newer than recipes and older than --n-heads
     assert (newer["recipe"], newer["seed"], newer["n_heads"]) == ("convnet_fast", 7, None)
     assert newer.keys() == vars(make_parser().parse_args([])).keys()
 

@@ -1,4 +1,4 @@
-"""A run's folder: files that are whole or not there, one run at a time, and what may change when it goes on."""
+"""A run's folder: complete files, one run at a time, and options that may change on a resume."""
 
 import argparse
 import builtins
@@ -72,7 +72,7 @@ def test_write_whole_keeps_the_old_file_on_a_full_disk(write, tmp_path, monkeypa
 
 
 def test_save_model_reports_the_disk_error_hidden_by_torch(tmp_path):
-    """torch.save hides the disk's error behind one of its own; a limit on the size of files is a disk that fails."""
+    """torch.save hides the disk's error behind its own; a limit on file sizes imitates a full disk."""
     resource = pytest.importorskip("resource")
     path, before = tmp_path / "last.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
     path.write_bytes(b"old")
@@ -90,7 +90,7 @@ def test_save_model_reports_the_disk_error_hidden_by_torch(tmp_path):
 
 def test_save_model_keeps_the_old_file_after_a_partial_write(tmp_path, monkeypatch):
     class Filling:
-        """A file with room for 100 bytes."""
+        """A file with room for only 100 bytes."""
 
         def __init__(self, file):
             self.file, self.room = file, 100
@@ -122,7 +122,7 @@ def test_save_model_keeps_the_old_file_after_a_partial_write(tmp_path, monkeypat
 
 
 def test_write_whole_syncs_before_renaming(tmp_path, monkeypatch):
-    """Written, flushed, synced, renamed: in that order, so that a name never stands for half a file."""
+    """The order is write, flush, sync, rename, so that no name ever belongs to half a file."""
     path, order = tmp_path / "last.pt", []
     path.write_bytes(b"old")
     fsync, replace = os.fsync, os.replace
@@ -177,7 +177,7 @@ def test_lock_folder_refuses_a_folder_another_run_holds(tmp_path):
     finally:
         holder.kill()
         holder.communicate()
-    lock_folder(tmp_path).close()  # the system gave it up with the process
+    lock_folder(tmp_path).close()  # the system released it when the process ended
 
 
 def test_lock_folder_blocks_other_processes_until_closed(tmp_path):
@@ -196,7 +196,7 @@ def test_lock_folder_blocks_other_processes_until_closed(tmp_path):
 
 @pytest.fixture
 def run_at(tmp_path):
-    """A run that has been cut before its first checkpoint."""
+    """Return the folder of a run that was cut before its first checkpoint."""
     folder = tmp_path / "runs" / "a"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(dict(options={}, n_steps=3, n_images=4, class_names=NAMES)))
@@ -209,13 +209,13 @@ def test_folder_to_resume_accepts_folder_checkpoint_or_output_dir(run_at, tmp_pa
     assert folder_to_resume(str(run_at), str(run_at.parent / ".." / "runs" / "a")) == run_at
     (run_at / "last.pt").touch()
     assert folder_to_resume(str(run_at / "last.pt"), None) == run_at
-    assert folder_to_resume(True, str(tmp_path / "new")) == tmp_path / "new"  # to be begun
+    assert folder_to_resume(True, str(tmp_path / "new")) == tmp_path / "new"  # a new run
 
 
 def test_folder_to_resume_starts_only_in_an_empty_folder(run_at):
     empty = run_at.parent / "b"
     empty.mkdir()
-    for name in (".lock", "config.json.part"):  # of a run killed in its first second
+    for name in (".lock", "config.json.part"):  # left by a run killed in its first second
         (empty / name).touch()
         assert folder_to_resume(True, str(empty)) == empty
     (empty / "thesis.tex").touch()
@@ -318,7 +318,7 @@ HISTORY = ("train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc",
 
 
 class State:
-    """A TrainState for a Saver: its weights are those of the epoch."""
+    """A TrainState for a Saver; its weights hold the number of the epoch."""
 
     def __init__(self, model, average=False):
         self.model, self.step, self.history = model, 0, {name: [] for name in HISTORY}
@@ -357,7 +357,7 @@ def value_in(path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """run_folder's clock, which stands at clock[0]; every writing of a checkpoint takes clock[1] seconds."""
+    """Return run_folder's clock, which shows clock[0]; writing a checkpoint takes clock[1] seconds."""
     now = [1000.0, 0.0]
     monkeypatch.setattr(run_folder, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
@@ -406,8 +406,10 @@ def test_saver_writes_best_before_last(tmp_path, monkeypatch):
 
 
 def test_saver_groups_short_epochs_and_always_writes_the_last(tmp_path, clock):
-    """A writing takes 2 s (best.pt and last.pt) or 1 s (last.pt alone), and an epoch 3 s: 9 times as long passes
-    before the next."""
+    """Saving takes 2 s (best.pt and last.pt) or 1 s (last.pt alone), and an epoch 3 s.
+
+    The next save comes after 9 times as long as the last one took.
+    """
     state, kept = State(small_model()), []
     saver = saver_of(tmp_path, state.model, n_steps=20)
     clock[0], clock[1] = clock[0] + 1, 1.0
@@ -416,7 +418,7 @@ def test_saver_groups_short_epochs_and_always_writes_the_last(tmp_path, clock):
         saver.on_epoch(state.epoch(0.9 if epoch == 5 else 0.5))
         kept.append(int(value_in(tmp_path / "last.pt")))
     assert sorted(set(kept)) == [1, 7, 13, 16, 19, 20]
-    assert value_in(tmp_path / "best.pt") == 5  # though written at the end of epoch 7
+    assert value_in(tmp_path / "best.pt") == 5  # although it was written at the end of epoch 7
     assert read_checkpoint(tmp_path / "best.pt")["epoch"] == 5
     assert saver.saved_step == 20
 
@@ -425,7 +427,7 @@ def test_saver_writes_the_averaged_weights_to_both_files(tmp_path, clock):
     state = State(small_model(), average=True)
     saver_of(tmp_path, state.model).on_epoch(state.epoch(0.5))
     assert value_in(tmp_path / "best.pt") == value_in(tmp_path / "last.pt") == 101
-    assert state.model.head.bias[0] == 1  # the training goes on with its own
+    assert state.model.head.bias[0] == 1  # the training continues with its own weights
 
 
 @pytest.mark.parametrize("average", [False, True])

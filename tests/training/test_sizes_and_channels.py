@@ -1,4 +1,4 @@
-"""Commands on rectangular and on grey images, from the training to the ONNX file, and a resumed training."""
+"""Commands on rectangular and grey images, from training and resuming to the ONNX file."""
 
 import json
 
@@ -50,7 +50,7 @@ def test_a_rectangular_training_resumes_and_starts_another_one(tmp_path, capsys)
     whole = read_checkpoint(tmp_path / "run" / "last.pt")["state_dict"]
     (tmp_path / "run" / "last.pt").unlink()
     (tmp_path / "run" / "result.json").unlink()
-    # From config.json, where pairs are lists.
+    # from config.json, in which pairs are lists
     train(tmp_path / "run", "--resume", tmp_path / "run", "--img-size", 24, 40)
     again = read_checkpoint(tmp_path / "run" / "last.pt")["state_dict"]
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())

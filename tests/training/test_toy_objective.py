@@ -1,6 +1,7 @@
-"""An objective that is none of classification: nothing but this file knows it, and it trains, resumes and is kept.
+"""An objective other than classification, defined only in this file: it trains, resumes and is saved.
 
-Shapes:  B images in a batch."""
+Shapes:  B images in a batch.
+"""
 
 import csv
 
@@ -40,7 +41,7 @@ def trainer_of(seed, **settings):
 
 
 def images(n_batches, batch_size=7):
-    """Batches of images alone, without labels."""
+    """Return batches of images without labels."""
     return [(images,) for images, _ in toy_batches(n_batches, batch_size)]
 
 

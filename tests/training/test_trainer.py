@@ -1,4 +1,4 @@
-"""The Trainer: its recipe, its losses and averages, what it tells, what can go wrong."""
+"""The Trainer: its steps, losses and averages, its reports, and what can go wrong."""
 
 import math
 import os
@@ -94,7 +94,7 @@ def test_set_train_mode_skips_frozen_modules():
     model = VisionTransformer(**TINY, dropout=0.1)
     _set_train_mode(model)
     assert all(module.training for module in model.modules())
-    model.patch_embed.requires_grad_(False)  # as whitened ones are
+    model.patch_embed.requires_grad_(False)  # like whitened filters
     _set_train_mode(model)
     assert {name for name, module in model.named_children() if not module.training} == {"patch_embed"}
     _set_train_mode(freeze_backbone(model))
@@ -124,7 +124,7 @@ def test_evaluate_counts_every_image_once_and_restores_the_mode():
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_follows_float32(amp):
-    """fp16 goes through the gradient scaler, on the CPU as on CUDA; it may skip the first steps to find its scale."""
+    """fp16 uses the gradient scaler, on the CPU as on CUDA; it may skip the first steps to find its scale."""
     losses = {}
     for precision in ("off", amp):
         trainer = toy_trainer(amp=precision)
@@ -143,7 +143,7 @@ def test_choose_precision_uses_bf16_only_on_capable_cpus(monkeypatch):
 
 
 class Clock:
-    """A clock that only the loaders move on."""
+    """A clock that only the loaders advance."""
 
     def __init__(self):
         self.now = 0.0
@@ -153,7 +153,7 @@ class Clock:
 
 
 class Slow:
-    """Batches that take their seconds, by that clock."""
+    """Batches that take a number of seconds on that clock."""
 
     def __init__(self, clock, batches, seconds):
         self.clock, self.batches, self.seconds = clock, batches, seconds
@@ -168,8 +168,10 @@ class Slow:
 
 
 def test_steps_within_fills_the_time_and_keeps_the_model(monkeypatch):
-    """Measuring takes 1 + 1 steps and a batch of the evaluation, 2.5 seconds. Of the other 40.5 an epoch takes 5 + 1:
-    there are 6 of them, then 3 steps and an evaluation."""
+    """Measuring takes 1 + 1 steps and one batch of an evaluation, 2.5 seconds. An epoch takes 5 + 1 seconds.
+
+    The other 40.5 seconds have room for 6 epochs, then 3 steps and an evaluation.
+    """
     clock, trainer = Clock(), toy_trainer()
     monkeypatch.setattr("train_vit.time", clock)
     train_loader, val_loader = Slow(clock, toy_batches(5), 1.0), Slow(clock, toy_batches(2), 0.5)
@@ -197,7 +199,7 @@ def test_on_save_runs_by_the_clock_with_a_resumable_state(monkeypatch):
     whole, cut = toy_trainer(), toy_trainer(1)
     train_quietly(whole, loader, n_epochs=2, seed=0, save_every=2.5, on_save=lambda state: states.append(
         state.state_dict()))
-    assert [state["step"] for state in states] == [2, 5, 8]  # after 3, 6 and 9 batches were fetched
+    assert [state["step"] for state in states] == [2, 5, 8]  # after fetching 3, 6 and 9 batches
     train_quietly(cut, loader, n_epochs=2, seed=0, resume=states[1])
     assert same(copy_of(cut.model), copy_of(whole.model))
 
@@ -264,7 +266,7 @@ def test_cross_entropy_without_class_weights_matches_torch():
 
 
 def test_cross_entropy_weighs_smoothing_by_the_label_alone():
-    """Else the best answer for an image of a common class would be the rarest one."""
+    """Otherwise the best prediction for an image of a common class would be the rarest class."""
     logits, weights = torch.tensor([[3.0, 0.0, 1.0]]), [0.37, 3.7, 25.0]
     for label in range(3):
         alone = F.cross_entropy(logits, torch.tensor([label]), label_smoothing=0.1)
@@ -303,12 +305,12 @@ def test_trainer_evaluates_and_hands_on_the_average():
 
 
 def test_evaluate_averages_balanced_accuracy_over_classes_with_images():
-    answers, labels = torch.tensor([0, 0, 0, 1, 2, 1, 3, 3]), torch.tensor([0, 0, 0, 0, 0, 1, 1, 1])
-    answers, labels = torch.cat([answers, torch.tensor([1, 1])]), torch.cat([labels, torch.tensor([3, 3])])
-    logits = F.one_hot(answers, 4).float()  # the images of a model that hands them on
+    predicted, labels = torch.tensor([0, 0, 0, 1, 2, 1, 3, 3]), torch.tensor([0, 0, 0, 0, 0, 1, 1, 1])
+    predicted, labels = torch.cat([predicted, torch.tensor([1, 1])]), torch.cat([labels, torch.tensor([3, 3])])
+    logits = F.one_hot(predicted, 4).float()  # a model that returns its images
     score = Trainer(nn.Flatten(), "cpu").evaluate(list(zip(logits.split(3), labels.split(3), strict=True)))
     assert (score["n"], score["correct"], score["acc"]) == (10, 4, 0.4)
-    assert score["balanced_acc"] == pytest.approx((3 / 5 + 1 / 3 + 0 / 2) / 3)  # of class 2 there are none
+    assert score["balanced_acc"] == pytest.approx((3 / 5 + 1 / 3 + 0 / 2) / 3)  # class 2 has no images
 
 
 def test_trainer_lr_scales_multiply_the_step_length():
@@ -318,7 +320,7 @@ def test_trainer_lr_scales_multiply_the_step_length():
     train_quietly(trainer, toy_batches(1), n_epochs=1, weight_decay=0.0, warmup_epochs=0, lr_scales=factors,
                   on_epoch=lambda state: rates.extend(group["lr"] for group in state.optimizer.param_groups))
     assert sorted(rates) == [0.0, 0.005, 0.01, 0.01]
-    for name, p in trainer.model.named_parameters():  # Adam's first step is as long as the rate
+    for name, p in trainer.model.named_parameters():  # Adam's first step is as long as the learning rate
         longest = (p - before[name]).abs().max().item()
         assert longest == pytest.approx(0.01 * factors.get(name, 1), rel=1e-3)
 
@@ -327,7 +329,7 @@ def test_trainer_lr_scales_multiply_the_step_length():
 
 
 class Epochs:
-    """Five batches as other libraries give them: a note of the epochs, and no positions."""
+    """Five batches of a loader that records set_epoch() and has no set_position()."""
     batch_size = 7
 
     def __init__(self):
@@ -344,7 +346,7 @@ class Epochs:
 
 
 class Positions(Epochs):
-    """A Loader."""
+    """A Loader that records its positions."""
 
     def to(self, device):
         self.calls.append(("to", device.type))
@@ -386,7 +388,7 @@ def test_trainer_reports_seconds_speed_and_data_share():
 
 def batches_with_nan_at(step, n_batches=5):
     batches = toy_batches(n_batches)
-    batches[step] = (batches[step][0] * 1e38, batches[step][1])  # numbers, whose sums overflow
+    batches[step] = (batches[step][0] * 1e38, batches[step][1])  # finite numbers whose sums overflow
     return batches
 
 
@@ -437,7 +439,7 @@ def test_trainer_gives_up_on_endless_fp16_overflow():
 
 
 class DoublingScaler:
-    """A gradient scaler of a power of two, which leaves no rounding: it may change nothing."""
+    """A gradient scaler whose scales are powers of two: without rounding errors it must change nothing."""
 
     def __init__(self, *words, enabled=True):
         self.unscaled = False
@@ -468,7 +470,7 @@ class DoublingScaler:
 
 @pytest.mark.parametrize("clip_norm", [1e-3, 0.5, 1e9])
 def test_trainer_clips_the_gradients_that_the_scaler_gives_back(clip_norm, monkeypatch):
-    """Clipped while still scaled, a gradient of any length would be too long, and Adam would forget their ratios."""
+    """Clipping must follow unscaling: a scaled gradient always looks too long."""
     weights = []
     for scaler in (torch.amp.GradScaler, DoublingScaler):
         monkeypatch.setattr(torch.amp, "GradScaler", scaler)
@@ -592,7 +594,7 @@ def test_trainer_with_compile_matches_eager_training():
 
 
 class Sizes(nn.Module):
-    """Notes the sides of what it is shown."""
+    """A module that records the sizes of its inputs."""
 
     def __init__(self):
         super().__init__()
@@ -622,7 +624,7 @@ def test_progressive_resize_antialiases_smaller_images():
 
 
 def test_steps_within_counts_small_and_large_image_steps(monkeypatch):
-    """A clock on which a step of small images takes 1 second and one of large images 3: 0.5 * 1 + 0.5 * 3 = 2."""
+    """A step takes 1 second with small images and 3 with large ones: 0.5 * 1 + 0.5 * 3 = 2."""
     now, real = [0.0], Trainer.step
 
     def step(self, batch, n_all, state):
@@ -638,7 +640,7 @@ def test_steps_within_counts_small_and_large_image_steps(monkeypatch):
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """Batches without end, and without a length."""
+    """An endless loader without a length."""
 
     def __iter__(self):
         while True:
@@ -653,7 +655,7 @@ def test_trainer_takes_loaders_without_a_length():
 
 
 def test_trainer_trains_a_timm_vit():
-    """Its members of the protocol's names mean other things: no_weight_decay is a method there."""
+    """In timm the names of our protocol mean other things: no_weight_decay is a method."""
     timm = pytest.importorskip("timm")
     model = timm.create_model("vit_tiny_patch16_224", img_size=8, patch_size=4, num_classes=3, depth=1)
     for optimizer in ("adamw", "muon"):

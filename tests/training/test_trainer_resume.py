@@ -1,4 +1,4 @@
-"""The Trainer: chance is a function of seed and step, and a run that was cut ends as a whole one does."""
+"""The Trainer: randomness depends on seed and step, and a resumed run ends as an uninterrupted one does."""
 
 import copy
 
@@ -75,7 +75,7 @@ def test_trainer_resumes_with_the_seed_that_was_drawn():
     for resumed in (False, True):
         trainer = Trainer(copy.deepcopy(toy_trainer().model), "cpu")
         trainer.model.dropout.p = 0.5
-        torch.manual_seed(resumed)  # so that the second run would draw another seed
+        torch.manual_seed(resumed)  # otherwise the second run would draw the same seed
         train_quietly(trainer, toy_batches(3), n_epochs=2, seed=None, resume=states[0] if resumed else None,
                       on_epoch=lambda state: states.append(state.state_dict()))
         trainers.append(trainer)
@@ -95,14 +95,14 @@ def steep_loss(logits, labels):
     return 3 * F.cross_entropy(logits, labels)
 
 
-KINDS = {  # a model, what its Trainer gets, what train() gets
+KINDS = {  # model, arguments of Trainer, arguments of train()
     "chance": (vit_with_chance, dict(grad_accum_steps=2, loss_fn=CrossEntropy(0.1, [0.5, 1, 2])), dict(ema_decay=0.9)),
     "batchnorm": (convnet, {}, dict(ema_decay=0.9)),
     "fp16": (vit_with_sincos, dict(amp="fp16", loss_fn=steep_loss), {})}
 
 
 def loaders_of(kind):
-    """Two batches to train on, two to evaluate."""
+    """Return two batches to train on and two to evaluate."""
     if kind == "list":
         return toy_batches(2, 5), toy_batches(2, 3)
     return memory_loader(11, 7, training=True), memory_loader(5, 3)
@@ -117,7 +117,7 @@ def build(kind, seed):
 @pytest.mark.parametrize(("kind", "data"), [("chance", "list"), ("chance", "memory"), ("batchnorm", "list"),
                                             ("batchnorm", "memory"), ("fp16", "list")])
 def test_resume_from_anywhere_ends_as_the_uncut_run(kind, data):
-    """Two and a half epochs of two steps, each with an evaluation of two batches."""
+    """The run has two and a half epochs of two steps, each with an evaluation of two batches."""
     trainer, arguments = build(kind, 0)
     calls, scales = Call(), []
     history = train_quietly(trainer, *loaders_of(data), on_batch=calls, **arguments,
@@ -125,7 +125,7 @@ def test_resume_from_anywhere_ends_as_the_uncut_run(kind, data):
     weights, average = copy_of(trainer.model), trainer.average and copy_of(trainer.average)
     assert calls.count == (2 + 1 + 2) + (2 + 1 + 2) + (1 + 1 + 2)
     if kind == "fp16":
-        assert 65536 > scales[0] == scales[-1]  # the first steps were too large for fp16 and left out, the last not
+        assert 65536 > scales[0] == scales[-1]  # the first steps overflowed in fp16 and were skipped, the last did not
     steps = []
     for n in range(calls.count):
         trainer, arguments = build(kind, 0)
@@ -173,5 +173,5 @@ def test_resume_refuses_the_state_of_another_training():
               (trainer, saved, dict(arguments, lr_scales={"head.weight": 0.5}))]
     for other, entries, settings in others:
         with pytest.raises(InputError, match=r"\Athe training state does not fit this training \([^\n]{9,200}\); "
-                                             r"resume with the arguments that it was saved from\Z"):
+                                             r"resume with the arguments of the training that saved it\Z"):
             train_quietly(other, toy_batches(2), resume=entries, **settings)

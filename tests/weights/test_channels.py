@@ -1,4 +1,4 @@
-"""Weights for colours in a model of other channels."""
+"""Weights for colour images in a model with other channels."""
 
 import pytest
 import timm
@@ -37,7 +37,7 @@ def test_load_sees_a_grey_image_as_the_same_in_every_colour(name, tmp_path):
     torch.manual_seed(3)
     model = model_class(**arguments).eval()
     save_model(model, tmp_path / "m.pt", SHOWN)
-    with pytest.warns(Assumption, match="channels: the weights for 3 were adapted to 1, as their sum"):
+    with pytest.warns(Assumption, match=r"channels: the weights for 3 channels were adapted to 1 \(summed\)"):
         grey = load(tmp_path / "m.pt", in_channels=1)
     images = torch.randn(2, 1, 8, 8)
     torch.testing.assert_close(grey(images), model(images.expand(-1, 3, -1, -1)))
@@ -56,7 +56,7 @@ def test_load_sees_a_grey_image_as_the_same_in_every_colour(name, tmp_path):
 def test_load_repeats_the_colours_for_more_channels(name, tmp_path):
     model_class, arguments = MODELS[name]
     save_model(model_class(**arguments), tmp_path / "m.pt", SHOWN)
-    with pytest.warns(Assumption, match="adapted to 5, as repeated in turn, times 3/5"):
+    with pytest.warns(Assumption, match=r"adapted to 5 \(repeated in turn, times 3/5\)"):
         model = load(tmp_path / "m.pt", in_channels=5)
     assert model.preprocessing.mean == (0.1, 0.2, 0.6, 0.1, 0.2)
     assert model.preprocessing.std == (0.2, 0.3, 0.4, 0.2, 0.3)

@@ -40,7 +40,7 @@ OPTIONS = [{}, dict(n_registers=2), dict(layer_scale=0.5), dict(qk_norm=True), d
 
 
 def randomised(model_class, arguments, seed=5):
-    """A model in eval mode in which every number of the state dict is random, but for fixed positions."""
+    """Return a model in eval mode whose state dict is random, except for fixed positions."""
     torch.manual_seed(seed)
     model = model_class(**arguments).eval()
     for name, tensor in model.state_dict().items():
@@ -70,7 +70,7 @@ def same_bits(model, before):
 
 
 def load_all(model, path, names):
-    """load_checkpoint, whose report must name every tensor of the file exactly once."""
+    """Call load_checkpoint; its report must name every tensor of the file exactly once."""
     report = load_checkpoint(model, path)
     assert sorted([*report.used, *report.dropped]) == sorted(names)
     assert report.path == str(path)
@@ -78,14 +78,14 @@ def load_all(model, path, names):
 
 
 def raw(path, model):
-    """Writes a bare state dict, and gives it."""
+    """Write and return a bare state dict."""
     state = bits(model)
     torch.save(state, path)
     return state
 
 
 def refuse_to_load(model, path, text):
-    """In one line that names the path and the text, with the model as it was."""
+    """Check that loading is refused in one line with the path and the text, and changes nothing."""
     before = bits(model)
     with pytest.raises(InputError, match=one_line_with(path)) as caught:
         load_checkpoint(model, path)
@@ -131,7 +131,7 @@ def test_save_model_keeps_loaded_preprocessing_and_none_stays_none(tmp_path):
 
 
 def test_load_opens_older_files_with_partial_preprocessing(tmp_path):
-    """Older versions wrote what they were given: names of classes without a mean, a mean without a name."""
+    """Older versions wrote class names without a mean, and a mean without names."""
     model = randomised(*SMALL[0])
     save_model(model, tmp_path / "m.pt")
     entries = read_checkpoint(tmp_path / "m.pt")
@@ -312,9 +312,10 @@ def test_load_checkpoint_keeps_models_head_for_another_class_count(model_class, 
     assert set(report.dropped) == {"head.weight", "head.bias"}
     assert same_bits(other, {**{k: v for k, v in bits(model).items() if not k.startswith("head.")},
                              **{k: v for k, v in before.items() if k.startswith("head.")}})
-    said = "head: the model keeps its own, untrained; that of the file: for 3 classes, the model's head for 5"
+    said = ("head: the model keeps its own, untrained, because the one in the file has 3 classes, but the model's head "
+            "has 5")
     assert report.notes == ((said,) if n_classes else ())
-    assert ("the model has no head, or not one nn.Linear" in str(report)) == (not n_classes)
+    assert ("the model has no head, or one that is not an nn.Linear" in str(report)) == (not n_classes)
 
 
 def test_load_checkpoint_keeps_models_head_when_file_has_none(tmp_path):
@@ -323,7 +324,7 @@ def test_load_checkpoint_keeps_models_head_when_file_has_none(tmp_path):
     head = model.head.weight.clone()
     report = load_all(model, tmp_path / "m.pt", state)
     assert torch.equal(model.head.weight, head)
-    assert report.notes == ("head: the file has none; the model keeps its own, untrained",)
+    assert report.notes == ("head: the file has none, so the model keeps its own, untrained",)
 
 
 def test_load_checkpoint_keeps_the_models_head_without_bias_where_the_file_has_one(tmp_path):
@@ -333,7 +334,7 @@ def test_load_checkpoint_keeps_the_models_head_without_bias_where_the_file_has_o
     weight = model.head.weight.detach().clone()
     report = load_checkpoint(model, tmp_path / "m.pt")
     assert torch.equal(model.head.weight, weight)
-    assert "with a bias where the model's head has none" in report.notes[0]
+    assert "has a bias, but the model's head has none" in report.notes[0]
 
 
 def test_load_checkpoint_takes_a_head_without_bias_as_one_of_zeros(tmp_path):
@@ -377,7 +378,7 @@ def test_load_checkpoint_learns_an_oblong_grid_from_the_model(tmp_path):
 
 
 def prefixed(state, n, seed=11):
-    """The state dict with random positions for n more tokens before those it has."""
+    """Return the state dict with n more random positions before the others."""
     torch.manual_seed(seed)
     return {**state, "pos_embed": torch.cat([torch.rand(1, n, 12), state["pos_embed"]], dim=1)}
 
@@ -432,15 +433,15 @@ def test_load_checkpoint_notes_ambiguous_positions_and_obeys_grid_size(tmp_path)
         model = VisionTransformer(**wide)
         report = load_checkpoint(model, tmp_path / "m.pt", **options)
         assert same_bits(model, state)
-        assert [note for note in report.notes if "grid_size= would say" in note] == ([] if options else [
-            "positions: 16 can be 3x5 patches with 1 before them or 4x4 patches with 0 before them; taken as the "
-            "first; load_checkpoint's grid_size= would say"])
+        assert [note for note in report.notes if "grid_size= sets" in note] == ([] if options else [
+            "positions: 16 fit 3x5 patches and 1 prefix token or 4x4 patches and 0 prefix tokens; the first is used, "
+            "load_checkpoint's grid_size= sets another"])
     model = VisionTransformer(**wide)
     load_checkpoint(model, tmp_path / "m.pt", grid_size=(4, 4))
     assert torch.equal(model.pos_embed[:, 1:], resample_positions(state["pos_embed"], (4, 4), (3, 5)))
     other = randomised(VisionTransformer, wide, seed=7)
     before = bits(other)
-    with pytest.raises(InputError, match=one_line_with("not the grid 5x7 with 1 or 0 before it")):
+    with pytest.raises(InputError, match=one_line_with("do not fit the grid 5x7 with 1 or 0 prefix tokens")):
         load_checkpoint(other, tmp_path / "m.pt", grid_size=(5, 7))
     assert same_bits(other, before)
 
@@ -511,7 +512,7 @@ def test_load_checkpoint_takes_hybrid_and_convnet_state_dicts(model_class, argum
     assert same_bits(model, state)
     known = model_class is ConvNet
     refuse_to_load(randomised(VisionTransformer, VIT), tmp_path / "m.pt",
-                   "it is a ConvNet" if known else "no format that is known")
+                   "it is a ConvNet" if known else "no known format")
     raw(tmp_path / "v.pt", randomised(VisionTransformer, VIT))
     refuse_to_load(randomised(model_class, arguments), tmp_path / "v.pt",
                    "it is a VisionTransformer" if known else f"not those of a {model_class.__name__}")
@@ -544,8 +545,8 @@ def test_load_checkpoint_unwraps_a_state_dict_and_says_so(model_class, arguments
     assert same_bits(model, state)
     two = [name for name in WRAPPINGS[around](state) if name in ("student", "teacher", "model", "model_ema", "ema",
                                                                  "state_dict", "state_dict_ema")]
-    said = [f"of the models under {' and '.join(map(repr, two))} that of {around!r} was taken"] * (len(two) > 1)
-    assert report.notes == (f"the weights lie under {around}", *said)
+    said = [f"of the models under {' and '.join(map(repr, two))}, {around!r} was used"] * (len(two) > 1)
+    assert report.notes == (f"the weights are under {around}", *said)
     assert report.choices == tuple(said)
 
 
@@ -595,7 +596,7 @@ def test_load_checkpoint_refuses_safetensors_files_without_the_package(tmp_path,
 
 
 def built_as_said(path):
-    """The model of the lines that describe_checkpoint prints, run as they stand, and the report of the last."""
+    """Run the lines that describe_checkpoint prints; return their model and report."""
     lines = [line.strip() for line in str(describe_checkpoint(path)).splitlines() if line.startswith("    ")]
     assert len(lines) == 2
     names = dict(VisionTransformer=VisionTransformer, HybridCNNViT=HybridCNNViT, ConvNet=ConvNet)
@@ -632,7 +633,7 @@ def test_describe_checkpoint_guesses_unknown_heads_and_says_so(embed_dim, n_head
     raw(tmp_path / "m.pt", VisionTransformer(**{**SQUARE, "embed_dim": embed_dim, "n_heads": 2, "depth": 1}))
     description = describe_checkpoint(tmp_path / "m.pt")
     assert description.config.n_heads == n_heads
-    guess = f"the file does not say how many; {n_heads} is a guess ({embed_dim // n_heads} channels each)"
+    guess = f"the file does not record how many; {n_heads} is a guess ({embed_dim // n_heads} channels each)"
     assert guess in str(description)
 
 
@@ -646,10 +647,11 @@ def test_load_report_counts_and_names_in_words(tmp_path):
     report = load_all(VisionTransformer(**{**SQUARE, "n_classes": 7}), tmp_path / "m.pt", [*state, "mask_token"])
     assert str(report).splitlines() == [
         f"{tmp_path / 'm.pt'}: timm's names (timm, DeiT, DINO, MAE's encoder); 30 tensors loaded, 3 dropped",
-        "  dropped: mask_token (stands for hidden patches in pre-training)",
-        "  dropped: head.weight and 1 more (for 3 classes, the model's head for 7)",
-        "  head: the model keeps its own, untrained; that of the file: for 3 classes, the model's head for 7",
-        "  heads: the file does not say how many; the model's 3 are right only if it was trained with as many"]
+        "  dropped: mask_token (stands for masked patches in pre-training)",
+        "  dropped: head.weight and 1 more (has 3 classes, but the model's head has 7)",
+        "  head: the model keeps its own, untrained, because the one in the file has 3 classes, but the model's head "
+        "has 7",
+        "  heads: the file does not record how many; the model's 3 are right only if it was trained with 3"]
 
 
 @pytest.mark.parametrize(("options", "known"), [({}, False), (dict(qk_norm=True), True)])
@@ -665,7 +667,7 @@ def test_load_report_says_when_heads_are_unknown(options, known, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The bytes of a whole checkpoint of a small model."""
+    """Return the bytes of a complete checkpoint of a small model."""
     path = tmp_path_factory.mktemp("whole") / "m.pt"
     save_model(randomised(VisionTransformer, VIT), path,
                Preprocessing((10, 15), [0.5], [0.25], class_names=["a", "b", "c"]))

@@ -1,4 +1,4 @@
-"""Names of classes: beside the weights in a file, or given."""
+"""Class names: stored beside the weights in a file, or given by the caller."""
 
 import argparse
 
@@ -25,7 +25,7 @@ def tiny():
     dict(hyper_parameters=dict(classes=NAMES)), dict(args=argparse.Namespace(class_names=NAMES))], ids=str)
 def test_load_takes_the_names_beside_the_weights(entries, tmp_path):
     torch.save(dict(entries, state_dict=tiny().state_dict()), tmp_path / "m.pth")
-    with pytest.warns(Assumption, match="class names: those under '[a-z_2]+' in the file"):
+    with pytest.warns(Assumption, match="class names: taken from '[a-z_2]+' in the file"):
         assert load(tmp_path / "m.pth").preprocessing.class_names == NAMES
 
 
@@ -39,9 +39,9 @@ def test_names_that_fit_no_head_are_not_taken(entries):
 def test_load_takes_given_names_where_nothing_records_them(tmp_path):
     torch.save(tiny().state_dict(), tmp_path / "m.pth")
     assert load(tmp_path / "m.pth", class_names=NAMES).preprocessing.class_names == NAMES
-    with pytest.raises(InputError, match=r"class_names owl, hare are 2, and the head of .* has 3 rows"):
+    with pytest.raises(InputError, match=r"class_names has 2 names \(owl, hare\), but the head of .* has 3 outputs"):
         load(tmp_path / "m.pth", class_names=NAMES[:2])
     save_model(tiny(), tmp_path / "ours.pt", Preprocessing(8, class_names=NAMES))
     assert load(tmp_path / "ours.pt", class_names=NAMES).preprocessing.class_names == NAMES
-    with pytest.raises(InputError, match=r"class_names fox, hare, owl are not those that .* records, owl, hare, fox"):
+    with pytest.raises(InputError, match=r"class_names \(fox, hare, owl\) differ from those that .* records \(owl"):
         load(tmp_path / "ours.pt", class_names=NAMES[::-1])

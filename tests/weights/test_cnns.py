@@ -1,4 +1,4 @@
-"""Public CNNs: each library's own model, random throughout and in its own names, opens and answers as there."""
+"""Public CNNs: each library's own model, with random weights, loads and gives the same logits."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def one_line_with(text):
 
 
 def randomised(model):
-    """In float64 and eval mode, every parameter and statistic random numbers of float32, which any file holds."""
+    """Return the model in float64 and eval mode, with random weights that float32 can hold."""
     torch.manual_seed(5)
     for name, tensor in model.double().state_dict().items():
         if tensor.is_floating_point():
@@ -57,7 +57,7 @@ def torchvision_convnext():
 
 
 def timm_resnet(block, **options):
-    """As narrow as timm makes them: 64 channels come from the stem."""
+    """Return the narrowest timm ResNet, which still has 64 channels after the stem."""
     return timm.models.ResNet(block, DEPTHS, channels=(64, 6, 8, 10), num_classes=CLASSES, **options)
 
 
@@ -78,7 +78,7 @@ def transformers_convnext():
 
 
 def official(state):
-    """ConvNeXt's names in its paper's code, which no package writes."""
+    """Return a state dict with the names of the ConvNeXt paper's code, which no package writes."""
     pairs = [(r"stem\.", "downsample_layers.0."), (r"stages\.(\d)\.downsample\.", r"downsample_layers.\1."),
              (r"stages\.(\d)\.blocks\.", r"stages.\1."), (r"\.conv_dw\.", ".dwconv."), (r"\.mlp\.fc", ".pwconv"),
              (r"head\.norm\.", "norm."), (r"head\.fc\.", "head.")]
@@ -91,7 +91,7 @@ def official(state):
 
 
 def small_images(state):
-    """The names of the ResNets for CIFAR-10 in github.com/kuangliu/pytorch-cifar."""
+    """Return the state dict with the names of github.com/kuangliu/pytorch-cifar."""
     return {re.sub(r"^fc\.", "linear.", name).replace("downsample", "shortcut"): tensor
             for name, tensor in state.items()}
 
@@ -114,7 +114,7 @@ FILES = {
 
 
 def write(build, names, folder):
-    """(the library's model, the path of its file)."""
+    """Return (the library's model, the path of its file)."""
     theirs = randomised(build())
     if names is None:
         theirs.float().save_pretrained(folder)
@@ -175,10 +175,10 @@ def test_resnets_for_small_images_open_with_a_stem_of_three_by_three(tmp_path):
 
 
 REFUSED = {
-    "ResNeXt": (lambda: timm_resnet(Bottleneck, cardinality=2, base_width=32), "a ResNeXt: its 3 x 3 convolutions"),
+    "ResNeXt": (lambda: timm_resnet(Bottleneck, cardinality=2, base_width=32), "a ResNeXt, whose 3 x 3 convolutions"),
     "wide ResNet": (lambda: timm_resnet(Bottleneck, base_width=128), "a wide ResNet"),
     "ResNet-D": (lambda: timm_resnet(BasicBlock, stem_type="deep", avg_down=True), "ResNet-D"),
-    "SE": (lambda: timm_resnet(BasicBlock, block_args=dict(attn_layer="se")), "weigh their channels"),
+    "SE": (lambda: timm_resnet(BasicBlock, block_args=dict(attn_layer="se")), "weight their channels"),
     "GroupNorm": (lambda: timm_resnet(BasicBlock, norm_layer=lambda n, **_: torch.nn.GroupNorm(2, n)), "batch norm"),
     "ResNetV2": (lambda: timm.models.ResNetV2((1,), channels=(128,), stem_chs=32, num_classes=3), "a ResNet V2"),
     "ConvNeXt V2": (lambda: timm_convnext(use_grn=True, ls_init_value=None), "a ConvNeXt V2"),
@@ -212,7 +212,7 @@ def test_load_checkpoint_refuses_a_cnn_of_another_kind(model, tmp_path):
 def test_a_cnn_with_missing_blocks_is_no_whole_one(tmp_path):
     state = timm_resnet(BasicBlock).state_dict()
     torch.save({name: tensor for name, tensor in state.items() if not name.startswith("layer2.0.")}, tmp_path / "m.pth")
-    with pytest.raises(InputError, match=one_line_with("no whole CNN")):
+    with pytest.raises(InputError, match=one_line_with("not a complete CNN")):
         load(tmp_path / "m.pth")
 
 
@@ -233,9 +233,9 @@ def test_a_folder_of_transformers_opens_with_its_classes_and_size(tmp_path):
 @pytest.mark.parametrize(("build", "change", "words"), [
     (lambda: transformers_resnet("basic"), dict(downsample_in_first_stage=True), "downsample_in_first_stage"),
     (lambda: transformers_resnet("bottleneck"), dict(downsample_in_bottleneck=True), "downsample_in_bottleneck"),
-    (lambda: transformers_resnet("basic"), dict(hidden_act="silu"), "'silu', and ConvNet has 'relu'"),
-    (transformers_convnext, dict(hidden_act="relu"), "'relu', and ConvNeXt has 'gelu'"),
-    (transformers_convnext, dict(model_type="convnextv2"), "'convnextv2', and the tensors beside it are a ConvNeXt's")])
+    (lambda: transformers_resnet("basic"), dict(hidden_act="silu"), "'silu', but ConvNet has 'relu'"),
+    (transformers_convnext, dict(hidden_act="relu"), "'relu', but ConvNeXt has 'gelu'"),
+    (transformers_convnext, dict(model_type="convnextv2"), "'convnextv2', but the tensors beside it are a ConvNeXt's")])
 def test_a_config_that_no_tensor_shows_is_refused(build, change, words, tmp_path):
     build().save_pretrained(tmp_path)
     entries = json.loads((tmp_path / "config.json").read_text())
@@ -253,7 +253,7 @@ def test_a_config_of_timm_gives_what_it_says_and_refuses_smoothing(tmp_path):
     assert (model.config.img_size, model.preprocessing.mean, model.preprocessing.interpolation) == (
         (96, 160), (0.25, 0.5, 0.75), "bicubic")
     (tmp_path / "config.json").write_text(json.dumps(entries | dict(architecture="resnetblur18")))
-    with pytest.raises(InputError, match=one_line_with("'resnetblur18', which smooths its maps")):
+    with pytest.raises(InputError, match=one_line_with("'resnetblur18', which blurs its maps")):
         load(tmp_path)
 
 
@@ -328,7 +328,7 @@ ENTRIES = {"resnet18": (ConvNet, dict(widths=(8, 8, 12, 16), depths=(1, 1, 1, 1)
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The public CNNs of these names, but small and random, in torchvision's names where torch.hub puts files."""
+    """Put small random CNNs with these public names into torch.hub's folder."""
     folder, entries, models = tmp_path / "hub" / "checkpoints", {}, {}
     folder.mkdir(parents=True)
     for name, (model_class, config) in ENTRIES.items():

@@ -1,4 +1,4 @@
-"""Files that are no checkpoints, or damaged ones: each is refused in one line, runs nothing, changes no model."""
+"""Damaged files and other files: each is refused in one line, executes nothing and changes no model."""
 
 import argparse
 import ast
@@ -29,7 +29,7 @@ SQUARE = {**VIT, "img_size": 15}
 
 
 def randomised(arguments, seed=5):
-    """A model in eval mode in which every number of the state dict is random."""
+    """Return a model in eval mode whose state dict is random."""
     torch.manual_seed(seed)
     model = VisionTransformer(**arguments).eval()
     for tensor in model.state_dict().values():
@@ -69,14 +69,14 @@ def torch_bytes(value, **options):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The bytes of a whole checkpoint of a small model."""
+    """Return the bytes of a complete checkpoint of a small model."""
     path = tmp_path_factory.mktemp("whole") / "m.pt"
     save_model(randomised(VIT), path, Preprocessing((10, 15), [0.5], [0.25], class_names=["a", "b", "c"]))
     return path.read_bytes()
 
 
 def refuse(path, contents=None):
-    """Both ways of loading must refuse the file in one line that names it, and leave the model alone."""
+    """Check that all ways of loading refuse the file in one line with its path and change nothing."""
     if contents is not None:
         path.write_bytes(contents)
     model = randomised(VIT)
@@ -142,7 +142,7 @@ def test_load_does_not_execute_code_in_a_file(wrap, tmp_path):
 
 @dataclass
 class Settings:
-    """A class of a training script, as its author would keep an instance of it in a file."""
+    """A class of a training script, an instance of which its author stored in a file."""
     lr: float
 
 
@@ -155,7 +155,7 @@ OBJECTS = {"path": Path("runs"), "defaultdict": defaultdict(list, loss=[1.0]), "
                                     lambda s, x: {"epoch": 3, "state_dict": s, "x": x}],
                          ids=["model", "among the tensors", "state_dict"])
 def test_load_prints_three_lines_that_save_the_weights_beside_an_object(name, around, tmp_path):
-    """The lines are run as they stand; what they write opens."""
+    """The lines run as they are, and the file that they write can be loaded."""
     state, path = bits(randomised(SQUARE)), tmp_path / "m.pt"
     torch.save(around(state, OBJECTS[name]), path)
     with pytest.raises(InputError) as caught:
@@ -214,12 +214,12 @@ def test_load_takes_no_objects_in_numpys_arrays(tmp_path):
 def test_load_does_not_advise_to_open_a_file_whose_data_hide_a_call(tmp_path):
     for data in (np.empty(1, dtype=object), Path("runs")):
         torch.save({"model": bits(randomised(VIT)), "x": data, "y": Trap(tmp_path / "sprung")}, tmp_path / "m.pt")
-        with pytest.raises(InputError, match=r"\A[^\n]*take the weights from another source\Z"):
+        with pytest.raises(InputError, match=r"\A[^\n]*get the weights from another source\Z"):
             load(tmp_path / "m.pt")
 
 
 def test_weights_only_scan_sees_the_modules_that_load():
-    """A scan of the wrong folder would find nothing, and pass."""
+    """A scan of the wrong folder would find nothing and pass."""
     assert any("torch.load(" in path.read_text(encoding="utf-8") for path in MODULES)
     assert {"train_vit", "checkpoints", "results"} <= {path.stem for path in MODULES}
 
@@ -235,7 +235,7 @@ def test_torch_load_is_always_called_with_weights_only(path):
 
 
 def changed(whole, **changes):
-    """The checkpoint with entries changed; those changed to `...` are removed."""
+    """Return the checkpoint with entries changed; `...` removes an entry."""
     entries = {**torch.load(io.BytesIO(whole), weights_only=True), **changes}
     return torch_bytes({key: value for key, value in entries.items() if value is not ...})
 
@@ -246,7 +246,7 @@ def test_load_refuses_another_format_that_load_checkpoint_takes(form, whole, tmp
     with pytest.raises(InputError, match=one_line_with(tmp_path / "m.pt")):
         load(tmp_path / "m.pt")
     model = VisionTransformer(**VIT)
-    assert load_checkpoint(model, tmp_path / "m.pt").notes[0] == "the weights lie under state_dict"
+    assert load_checkpoint(model, tmp_path / "m.pt").notes[0] == "the weights are under state_dict"
     assert same_bits(model, bits(randomised(VIT)))
 
 
@@ -283,7 +283,7 @@ def test_load_refuses_a_missing_tensor(whole, tmp_path):
 
 
 def renamed(state):
-    """The same weights under the names of transformers."""
+    """Return the same weights under the names of transformers."""
     names = [("patch_embed.proj", "embeddings.patch_embeddings.projection"), ("cls_token", "embeddings.cls_token"),
              ("pos_embed", "embeddings.position_embeddings"), ("norm1", "layernorm_before"),
              ("norm2", "layernorm_after"), ("attn.proj", "attention.o_proj"), ("blocks.", "layers.")]
@@ -298,7 +298,7 @@ def renamed(state):
 
 
 def google(state):
-    """The same weights under the names of Google's npz, dense kernels alone transposed: enough to be refused."""
+    """Return the weights under Google's names, with only dense kernels transposed."""
     arrays = {"cls": state["cls_token"], "Transformer/posembed_input/pos_embedding": state["pos_embed"],
               "embedding/kernel": state["patch_embed.proj.weight"].permute(2, 3, 1, 0), "head/bias": state["head.bias"],
               "Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel": state["blocks.0.mlp.fc1.weight"].T,
@@ -315,7 +315,7 @@ def without(name):
 
 
 def torch_file(change):
-    """Writes what a change makes of a state dict."""
+    """Write a changed state dict."""
     return lambda path, state: torch.save(change(state), path)
 
 
@@ -440,13 +440,13 @@ def test_load_checkpoint_refuses_a_damaged_file(name, options, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "reason"), [
-    ("no keys.pt", "queries, keys and values do not belong together"), ("two names.pt", "are the same tensor"),
-    ("other keys.pt", "queries, keys and values do not belong together"), ("no data.pt", "without plain numbers"),
-    ("sparse.pt", "without plain numbers"), ("quantised.pt", "quantised"), ("NaN.pt", "not finite"),
-    ("infinite half.pt", "not finite"), ("head without weight.pt", "biases of its head"),
-    ("transposed head.pt", "biases of its head"), ("None among the tensors.pt", "'norm.bias', a NoneType"),
+    ("no keys.pt", "queries, keys and values do not fit together"), ("two names.pt", "are the same tensor"),
+    ("other keys.pt", "queries, keys and values do not fit together"), ("no data.pt", "sparse tensor or one without"),
+    ("sparse.pt", "sparse tensor or one without"), ("quantised.pt", "quantised"), ("NaN.pt", "not finite"),
+    ("infinite half.pt", "not finite"), ("head without weight.pt", "bias of its head"),
+    ("transposed head.pt", "bias of its head"), ("None among the tensors.pt", "'norm.bias', a NoneType"),
     ("empty model.pt", "'model', a dict"), ("missing key.pt", "lacks blocks.1.norm2.bias"),
-    ("extra key.pt", "has blocks.1.extra"), ("transposed.pt", "(48, 12) there, (12, 48) in the model"),
+    ("extra key.pt", "has blocks.1.extra"), ("transposed.pt", "(48, 12) in the file, but (12, 48) in the model"),
     ("positions of no square.pt", "has 8 positions"),
     ("code among the tensors.pt", "holds Python objects (posix.mkdir)"), ("list.pt", "holds a list")])
 @pytest.mark.filterwarnings("ignore")

@@ -1,4 +1,4 @@
-"""Each format against the library that it comes from: features of the source's own model, random throughout."""
+"""Each format against its own library: the features of the library's model, with random weights."""
 
 import argparse
 import re
@@ -34,7 +34,7 @@ def one_line_with(text):
 
 
 def randomised(model, seed=5):
-    """In float64, every parameter random, so that no zero hides anything."""
+    """Return the model in float64 with random parameters, as zeros could hide errors."""
     torch.manual_seed(seed)
     model = model.double().eval()
     with torch.no_grad():
@@ -54,7 +54,7 @@ def timm_vit(**options):
 
 @dataclass
 class Sample:
-    """A file, what its source answers to images_of(img_size), and what ours must be built with.
+    """A file, the output of its source for images_of(img_size), and the arguments of our model.
 
     names      those of the tensors in the file, without what lies around them
     logits     None where the source's head is none that ours could hold
@@ -72,7 +72,7 @@ class Sample:
 
 
 def from_timm(folder, head=True, state_dict=None, around=dict, arguments=None, dropped=0, **options):
-    """A timm model and its weights; `state_dict` turns those into another format, `around` wraps them."""
+    """Write a file of a timm model, as a Sample; `state_dict` converts its weights, `around` wraps them."""
     model = timm_vit(**options)
     state = (state_dict or dict)(model.state_dict())
     torch.save(around(state), folder / "m.pth")
@@ -87,7 +87,7 @@ def deit3(state):
 
 
 def dinov2(state):
-    """Positions for CLS too, registers under their own name, and the token of masked patches (DINOv2's code)."""
+    """Return a state dict as in DINOv2's code: with positions for CLS, registers and a mask token."""
     cls = torch.randn(1, 1, D).double()
     native = {**state, "mask_token": torch.randn(1, D).double()}
     if "reg_token" in state:
@@ -97,13 +97,13 @@ def dinov2(state):
 
 
 def in_chunks(state):
-    """DINOv2's blocks in two chunks, each after place holders for the blocks of the one before."""
+    """Return a state dict with DINOv2's blocks in two chunks, as in its training."""
     return {re.sub(r"blocks\.(\d+)\.", lambda block: f"blocks.{2 * int(block[1]) // DEPTH}.{block[1]}.", name): tensor
             for name, tensor in state.items()}
 
 
 def dino_in_training(state):
-    """DINO's main_dino.py: backbone and head in one wrapper."""
+    """Return a state dict as in DINO's main_dino.py: backbone and head in one wrapper."""
     return {**{f"backbone.{name}": tensor for name, tensor in state.items()},
             "head.mlp.0.weight": torch.randn(13, D), "head.last_layer.weight_v": torch.randn(17, 13)}
 
@@ -115,7 +115,7 @@ def student_and_teacher(state):
 
 
 def mae_with_decoder(state):
-    """MAE's pre-training model: the encoder in timm's names, the decoder beside it."""
+    """Return MAE's pre-training model: the encoder in timm's names, and the decoder."""
     decoder = {"mask_token": (1, 1, 13), "decoder_pos_embed": (1, 10, 13), "decoder_embed.weight": (13, D),
                "decoder_blocks.0.norm1.weight": (13,), "decoder_norm.bias": (13,), "decoder_pred.weight": (75, 13)}
     return {**state, **{name: torch.randn(shape) for name, shape in decoder.items()}}
@@ -134,7 +134,7 @@ def from_torchvision(folder, legacy=False, pre_logits=False):
 
 
 def from_transformers(folder, model, old_names, arguments, dropped=0, encoder=None, has_head=False, **inputs):
-    """`old_names`: those of save_pretrained; else those of the model in memory."""
+    """Write a transformers model, as a Sample, under the names of save_pretrained or of its memory."""
     model = randomised(model)
     if old_names:
         model.save_pretrained(folder)
@@ -160,7 +160,7 @@ def from_mae(folder, old_names, decoder):
 
 
 def flax(model):
-    """The arrays of Google's npz: (in, out), (P, P, C, D), (D, H, K) and (H, K, D) kernels, in float32."""
+    """Return Google's npz in float32: kernels (in, out), (P, P, C, D), (D, H, K) and (H, K, D)."""
     def dense(layer):
         return {"kernel": layer.weight.T, "bias": layer.bias}
 
@@ -187,7 +187,7 @@ def flax(model):
 
 
 def from_google(folder, prefix="", pre_logits=False):
-    """Random arrays in Google's layout; what they mean is timm's own reader's word."""
+    """Write random arrays in Google's layout, as a Sample; timm's own reader gives the expected output."""
     arrays = flax(timm_vit())
     arrays |= {"pre_logits/kernel": arrays["head/kernel"], "pre_logits/bias": arrays["head/bias"]} if pre_logits else {}
     np.savez(folder / "m.npz", **{f"{prefix}{name}": array for name, array in arrays.items()})
@@ -201,7 +201,7 @@ def from_google(folder, prefix="", pre_logits=False):
 
 @dataclass(frozen=True)
 class Source:
-    """What a format is checked against, and what writes a file of it into a folder, as a Sample."""
+    """What a format is checked against, and a function that writes its file, as a Sample."""
     against: str
     write: Callable
 
@@ -284,7 +284,7 @@ SOURCES = {
 
 @torch.no_grad()
 def difference(name, folder):
-    """(largest difference of tokens and logits over their largest value, LoadReport, Sample) of one of SOURCES."""
+    """Return (largest relative difference of tokens and logits, LoadReport, Sample) of a source."""
     sample = SOURCES[name].write(folder)
     model = VisionTransformer(**sample.arguments).double().eval()
     report = load_checkpoint(model, sample.path)
@@ -329,7 +329,7 @@ def test_describe_checkpoint_finds_the_architecture_of_the_source(loaded):
     if "npz" in name or "qk_norm" in name or "old names" in name:  # which save_pretrained wrote with a config.json
         assert (found.config.n_heads, found.report.heads) == (HEADS, "")
     else:
-        assert "the file does not say how many" in found.report.heads
+        assert "the file does not record how many" in found.report.heads
 
 
 @torch.no_grad()
@@ -352,7 +352,7 @@ def test_load_checkpoint_notes_another_norm_eps(name, tmp_path):
     sample = SOURCES[name].write(tmp_path)
     eps = sample.arguments.get("norm_eps", 1e-6)
     report = load_checkpoint(VisionTransformer(**{**sample.arguments, "norm_eps": 1e-5}), sample.path)
-    assert f"norm_eps={eps} makes them equal" in str(report)
+    assert f"norm_eps={eps} to match" in str(report)
 
 
 @pytest.mark.parametrize("which", ["old", "new"])
@@ -362,8 +362,8 @@ def test_load_checkpoint_skips_a_head_of_cls_and_mean(which, tmp_path):
     head = model.head.weight.clone()
     report = load_checkpoint(model, sample.path)
     assert torch.equal(model.head.weight, head)
-    assert "head: the model keeps its own, untrained; that of the file: reads 56 features, the model's head 28" in (
-        report.notes)
+    assert ("head: the model keeps its own, untrained, because the one in the file reads 56 features, but the model's "
+            "head reads 28") in report.notes
 
 
 # Where a number of positions could be read in two ways, the format tells: of 4 x 4 patches and CLS, never 17 x 1.
@@ -440,7 +440,7 @@ def test_load_checkpoint_transposes_googles_arrays_correctly(tmp_path):
 
 
 def refuse(path, text, **options):
-    """In one line that names the file and says the text, with the model as it was."""
+    """Check that loading is refused in one line with the file and the text, and changes nothing."""
     model = VisionTransformer(**{**OURS, **options})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for read in (lambda path: load_checkpoint(model, path), describe_checkpoint):
@@ -466,7 +466,7 @@ def test_load_opens_timms_mean_pooled_models(name, tmp_path):
 
 @torch.no_grad()
 def test_load_opens_maes_fine_tuned_models(tmp_path):
-    """models_vit.py of the MAE code with global_pool=True: no norm, the mean over the patches, fc_norm, the head."""
+    """MAE's models_vit.py with global_pool=True: no norm, mean over the patches, fc_norm, head."""
     inner = timm_vit(embed_dim=64, num_heads=1)
     norm = randomised(torch.nn.LayerNorm(64, eps=1e-6), seed=9)
     state = {name: tensor for name, tensor in inner.state_dict().items() if not name.startswith("norm.")}
@@ -492,7 +492,7 @@ def test_load_normalises_googles_images_by_a_half(tmp_path):
 
 def test_load_checkpoint_refuses_other_heads_than_googles_arrays(tmp_path):
     np.savez(tmp_path / "m.npz", **flax(timm_vit()))
-    refuse(tmp_path / "m.npz", "n_heads is 7 there, 4 in the model", n_heads=4)
+    refuse(tmp_path / "m.npz", "n_heads is 7 in the file, but 4 in the model", n_heads=4)
 
 
 def test_load_checkpoint_refuses_a_google_array_named_twice(tmp_path):
@@ -517,7 +517,7 @@ def test_load_checkpoint_accepts_maes_fixed_positions(tmp_path):
 
 
 def names_of(*names):
-    """A state dict in which only the names matter."""
+    """Return a state dict in which only the names matter."""
     return {name: torch.zeros(2) for name in names}
 
 
@@ -573,7 +573,7 @@ REFUSALS = {
         "big_vision"),
     "timm CLIP": (timm_state(timm.models.VisionTransformer, pre_norm=True), "CLIP"),
     "RoPE-ViT": (lambda: names_of(*TIMM_NAMES, "blocks.0.gamma_1"), "RoPE-ViT"),
-    "torchvision, convolutional stem": (lambda: names_of("class_token", "conv_proj.conv_last.weight"), "no format"),
+    "torchvision, convolutional stem": (lambda: names_of("class_token", "conv_proj.conv_last.weight"), "known format"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The head of trained weights for other classes, or the same in another order."""
+"""The head of trained weights for other classes, or for the same classes in another order."""
 
 import re
 
@@ -20,7 +20,7 @@ CONVNET = dict(img_size=8, in_channels=3, widths=(4, 6), depths=(1, 1), stem_str
 
 
 def trained(names, n_classes=3):
-    """A small model whose head has row i full of i + 1, and bias 10 (i + 1)."""
+    """Return a small model whose head has i + 1 in all of row i, and bias 10 (i + 1)."""
     model = ConvNet(**CONVNET, n_classes=n_classes)
     if n_classes:
         with torch.no_grad():
@@ -34,34 +34,34 @@ CASES = {
     "the same": (["owl", "fox", "hare"], ["owl", "fox", "hare"], [1, 2, 3],
                  "head: kept, its 3 classes are those of the images"),
     "another order": (["owl", "fox", "hare"], ["fox", "hare", "owl"], [2, 3, 1],
-                      "head: kept, all 3 rows, matched by the names of the classes"),
+                      "head: kept, all 3 rows, matched by class name"),
     "a new one": (["owl", "fox", "hare"], ["emu", "fox", "hare", "owl"], [0, 2, 3, 1],
-                  "head: kept, all 3 rows, matched by the names of the classes; 1 new (emu)"),
+                  "head: kept, all 3 rows, matched by class name; 1 new (emu)"),
     "one less": (["owl", "fox", "hare"], ["hare", "owl"], [3, 1],
-                 "head: kept, 2 of 3 rows, matched by the names of the classes; dropped (fox)"),
+                 "head: kept, 2 of 3 rows, matched by class name; dropped (fox)"),
     "another": (["owl", "fox", "hare"], ["emu", "fox", "owl"], [0, 2, 1],
-                "head: kept, 2 of 3 rows, matched by the names of the classes; 1 new (emu); dropped (hare)"),
+                "head: kept, 2 of 3 rows, matched by class name; 1 new (emu); dropped (hare)"),
     "none of them": (["owl", "fox", "hare"], ["cat", "dog", "emu"], [0, 0, 0],
-                     "head: new, because none of its 3 classes (owl, fox, hare) is among the 3 of the images (cat, "
-                     "dog, emu)"),
+                     "head: new, because none of its 3 classes (owl, fox, hare) is among the 3 classes of the images "
+                     "(cat, dog, emu)"),
     "text and numbers": ([0, 1, 2], ["2", "0", "1"], [3, 1, 2],
-                         "head: kept, all 3 rows, matched by the names of the classes"),
+                         "head: kept, all 3 rows, matched by class name"),
     "one name twice, the same": (["crane", "owl", "crane"], ["crane", "owl", "crane"], [1, 2, 3],
                                  "head: kept, its 3 classes are those of the images"),
     "one name twice": (["crane", "owl", "crane"], ["owl", "crane", "hare"], [2, 0, 0],
-                       "head: kept, 1 of 3 rows, matched by the names of the classes; 2 new (crane, hare); dropped "
-                       "(crane, crane); the rows of a name that occurs more than once are not known (crane)"),
+                       "head: kept, 1 of 3 rows, matched by class name; 2 new (crane, hare); dropped (crane, crane); "
+                       "names that occur more than once could not be matched (crane)"),
     "one folder twice": (["crane", "owl", "hare"], ["crane", "crane", "hare"], [0, 0, 3],
-                         "head: kept, 1 of 3 rows, matched by the names of the classes; 2 new (crane, crane); dropped "
-                         "(crane, owl); the rows of a name that occurs more than once are not known (crane)"),
+                         "head: kept, 1 of 3 rows, matched by class name; 2 new (crane, crane); dropped (crane, owl); "
+                         "names that occur more than once could not be matched (crane)"),
     "no names": (None, ["fox", "hare", "owl"], [1, 2, 3],
-                 "head: kept, its 3 rows; nothing names their classes, so their order is assumed to be that of the "
-                 "images (fox, hare, owl); class_names= or --class-names can say otherwise"),
+                 "head: kept, with its 3 rows; their classes have no names, so they are assumed to be in the order of "
+                 "the images' classes (fox, hare, owl); if not, set class_names= or --class-names"),
     "no names, another width": (None, ["fox", "hare"], [0, 0],
-                                "head: new, because the trained one is for 3 classes, not for 2 (fox, hare)"),
-    "a number": (["owl", "fox", "hare"], 3, [1, 2, 3], "head: kept, its 3 rows as they are"),
+                                "head: new, because the trained one has 3 classes, not 2 (fox, hare)"),
+    "a number": (["owl", "fox", "hare"], 3, [1, 2, 3], "head: kept, with its 3 rows unchanged"),
     "another number": (["owl", "fox", "hare"], 2, [0, 0],
-                       "head: new, because the trained one is for 3 classes (owl, fox, hare), not for 2"),
+                       "head: new, because the trained one has 3 classes (owl, fox, hare), not 2"),
 }
 
 
@@ -82,10 +82,10 @@ def test_fit_head_makes_a_head_where_there_is_none_and_none_for_zero():
     model = trained(None, n_classes=0)
     assert fit_head(model, ["a", "b"]) == "head: new, because the weights have none"
     assert not model.head.weight.any()
-    assert fit_head(model, 0) == "head: none, as n_classes is 0; that of 2 classes was dropped"
+    assert fit_head(model, 0) == "head: none, because n_classes is 0; the head with 2 classes was dropped"
     assert isinstance(model.head, nn.Identity)
     model.head = nn.Sequential(nn.Linear(6, 3))
-    assert fit_head(model, ["a", "b"]) == "head: new, because a Sequential is not one linear layer"
+    assert fit_head(model, ["a", "b"]) == "head: new, because a Sequential is not a single linear layer"
 
 
 def test_fit_head_keeps_a_head_without_bias():
@@ -109,11 +109,11 @@ def test_a_head_without_bias_is_saved_with_one_of_zeros(tmp_path):
 
 
 @pytest.mark.parametrize(("names", "rows", "words"), [
-    (["owl", "hare", "fox"], [3, 2, 1], "head: kept, all 3 rows, matched by the names of the classes"),
+    (["owl", "hare", "fox"], [3, 2, 1], "head: kept, all 3 rows, matched by class name"),
     (["fox", "hare", "owl"], [1, 2, 3], None),
-    (["owl", "emu", "fox"], [3, 7, 1], "head: kept, 2 of 3 rows, matched by the names of the classes; 1 new (emu)"),
-    (["cat", "dog", "emu"], [7, 7, 7], "head: the model keeps its own, untrained; that of the file: for other classes "
-                                       "(fox, hare, owl) than the model's (cat, dog, emu)")])
+    (["owl", "emu", "fox"], [3, 7, 1], "head: kept, 2 of 3 rows, matched by class name; 1 new (emu)"),
+    (["cat", "dog", "emu"], [7, 7, 7], "head: the model keeps its own, untrained, because the one in the file is for "
+                                       "other classes (fox, hare, owl) than the model's (cat, dog, emu)")])
 def test_load_checkpoint_matches_rows_by_the_names_of_the_classes(names, rows, words, tmp_path, recwarn):
     save_model(trained(["fox", "hare", "owl"]), tmp_path / "m.pt")
     model = trained(names)
@@ -153,7 +153,7 @@ def transformers_folder(folder):
 
 @pytest.mark.parametrize("frozen", [[], ["--freeze-backbone"]], ids=["all", "frozen"])
 @pytest.mark.parametrize(("make", "words"), [
-    (timm_file, "nothing names their classes"), (transformers_folder, "all 3 rows, matched by the names")])
+    (timm_file, "their classes have no names"), (transformers_folder, "all 3 rows, matched by class name")])
 def test_training_begins_with_the_trained_head_and_says_so(make, words, frozen, animals, tmp_path, capsys):
     path, rows = make(tmp_path)
     with pytest.warns(Assumption):
@@ -168,8 +168,8 @@ def test_training_begins_with_the_trained_head_and_says_so(make, words, frozen, 
 
 def test_load_says_what_becomes_of_the_head(tmp_path):
     path, rows = timm_file(tmp_path)
-    for n_classes, words in ((3, "head: kept, its 3 rows"), (4, "head: new, because the trained one is for 3"),
-                             (0, "head: none, as n_classes is 0; that of 3 classes was dropped")):
+    for n_classes, words in ((3, "head: kept, with its 3 rows"), (4, "head: new, because the trained one has 3"),
+                             (0, "head: none, because n_classes is 0; the head with 3 classes")):
         with pytest.warns(Assumption, match=words):
             model = load(path, n_classes=n_classes)
         assert model.config.n_classes == n_classes

@@ -1,4 +1,4 @@
-"""Files of other trainers: the one model in them is found, what lies beside it is dropped with a reason."""
+"""Files of other trainers: the model is found, and everything beside it is dropped with a reason."""
 
 import re
 from collections import OrderedDict
@@ -38,7 +38,7 @@ def images():
 
 
 def opened(path, **options):
-    """(model, what was said)."""
+    """Return (model, the warning)."""
     with pytest.warns(Assumption) as caught:
         model = load(path, n_heads=4, **options)
     [warning] = [w for w in caught if issubclass(w.category, Assumption)]
@@ -46,7 +46,7 @@ def opened(path, **options):
 
 
 class Lit(nn.Module):
-    """A Lightning module's parts: the model, a loss with a buffer, metrics."""
+    """The parts of a Lightning module: the model, a loss with a buffer, metrics."""
 
     def __init__(self, model, name="net"):
         super().__init__()
@@ -78,11 +78,11 @@ def test_load_finds_the_model_in_a_lightning_file(library, name, tmp_path):
     model, words = opened(tmp_path / "m.ckpt")
     answer = theirs(images())
     torch.testing.assert_close(model(images()), getattr(answer, "logits", answer))
-    assert "dropped beside the model: criterion.pos_weight and 2 more" in words
+    assert "dropped outside the model: criterion.pos_weight and 2 more" in words
     report = describe_checkpoint(tmp_path / "m.ckpt").report
     assert report.dropped == dict.fromkeys(["criterion.pos_weight", "val_acc.correct", "val_acc.total"],
-                                           f"beside the model, which lies under '{name}.'")
-    assert f"the weights lie under state_dict / {name}." in report.notes
+                                           f"outside the model, which is under '{name}.'")
+    assert f"the weights are under state_dict / {name}." in report.notes
 
 
 @pytest.mark.parametrize("around", ["net", "network", "weights"])
@@ -101,7 +101,7 @@ def test_load_takes_the_average_of_two_models_and_says_so(student, teacher, tmp_
     torch.save({**named(student, one.state_dict()), **named(teacher, two.state_dict())}, tmp_path / "m.pth")
     model, words = opened(tmp_path / "m.pth")
     torch.testing.assert_close(model(images()), two(images()))
-    assert f"of the models under {student!r} and {teacher!r} that of {teacher!r} was taken, usually the" in words
+    assert f"of the models under {student!r} and {teacher!r}, {teacher!r} was used, usually the" in words
 
 
 @pytest.mark.parametrize("larger", [dict(depth=3), dict(embed_dim=48)], ids=str)
@@ -121,7 +121,7 @@ def test_load_refuses_two_models_that_are_as_good(prefixes, tmp_path):
     for content in (flat, nested):
         torch.save(content, tmp_path / "m.pth")
         for run in (load, describe_checkpoint, lambda path: load_checkpoint(VisionTransformer(**OURS), path)):
-            with pytest.raises(InputError, match=r"\A[^\n]*holds 2 models, under [^\n]*, save the[^\n]*\Z") as caught:
+            with pytest.raises(InputError, match=r"\A[^\n]*holds 2 models, under [^\n]*; save [^\n]*\Z") as caught:
                 run(tmp_path / "m.pth")
             assert all(prefix[:-1] in str(caught.value) for prefix in prefixes)
 
@@ -145,7 +145,7 @@ def test_load_takes_the_head_beside_a_backbone(backbone, head, tmp_path):
     features = theirs(images())
     features = features if backbone == "timm" else features.last_hidden_state[:, 0]
     torch.testing.assert_close(model(images()), linear(features))
-    assert (f"{head} beside the model was taken as its head" in words) == ((backbone, head) != ("transformers",
+    assert (f"{head} beside the model was used as its head" in words) == ((backbone, head) != ("transformers",
                                                                                                   "classifier"))
 
 
@@ -172,7 +172,7 @@ def test_load_takes_the_head_where_people_put_it(kind, bias, tmp_path):
     with pytest.warns(Assumption) as caught:
         model = load(tmp_path / "m.pth", **dict(n_heads=4) if build == "vit" else {})
     torch.testing.assert_close(model(images()), linear(theirs(images())))
-    assert (f"{name} beside the model was taken as its head" in str(caught[0].message)) == bool(prefix)
+    assert (f"{name} beside the model was used as its head" in str(caught[0].message)) == bool(prefix)
 
 
 def test_load_takes_the_head_beside_a_model_before_its_own(tmp_path):
@@ -181,14 +181,14 @@ def test_load_takes_the_head_beside_a_model_before_its_own(tmp_path):
     model, words = opened(tmp_path / "m.pth")
     theirs.reset_classifier(0)
     torch.testing.assert_close(model(images()), linear(theirs(images())))
-    assert "head beside the model was taken as its head, and its own was dropped" in words
+    assert "head beside the model was used as its head, and its own was dropped" in words
 
 
 @pytest.mark.parametrize("head", [nn.Linear(3, 5), nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 5))], ids=str)
 def test_load_refuses_a_head_on_top_of_the_models_own(head, tmp_path):
     theirs = timm.models.VisionTransformer(**TIMM)
     torch.save(named("backbone.", theirs.state_dict()) | named("head.", head.state_dict()), tmp_path / "m.pth")
-    with pytest.raises(InputError, match=r"\A[^\n]*has two heads, head\.[^\n]* and [^\n]*head\.weight inside;[^\n]*\Z"):
+    with pytest.raises(InputError, match=r"\A[^\n]*has two heads, head\.[^\n]* and [^\n]*head\.weight inside[^\n]*\Z"):
         load(tmp_path / "m.pth")
 
 
@@ -200,7 +200,7 @@ def test_load_names_a_head_that_it_drops(head, tmp_path):
     torch.save(named("backbone.", theirs.state_dict()) | named("head.", head.state_dict()), tmp_path / "m.pth")
     model, words = opened(tmp_path / "m.pth")
     assert model.config.n_classes == 0
-    assert "dropped of a head: head." in words
+    assert "dropped from a head: head." in words
 
 
 @pytest.mark.parametrize(("name", "shape"), [
@@ -221,7 +221,7 @@ def test_load_drops_a_loss_beside_a_model_without_prefix(tmp_path):
                tmp_path / "m.pth")
     model, words = opened(tmp_path / "m.pth")
     torch.testing.assert_close(model(images()), theirs(images()))
-    assert "dropped beside the model: criterion.weight and 1 more" in words
+    assert "dropped outside the model: criterion.weight and 1 more" in words
 
 
 def test_load_refuses_another_architecture_under_a_prefix(tmp_path):

@@ -197,7 +197,7 @@ def test_load_takes_the_same_overrides_for_a_file(tmp_path):
 
 @pytest.mark.parametrize("n_classes", [0, 6])
 def test_load_takes_a_timm_state_dict(n_classes, tmp_path):
-    """With its size and its head, ImageNet's normalisation and no names of classes."""
+    """It has the file's size and head, ImageNet's normalisation and no class names."""
     torch.manual_seed(0)
     theirs = timm.models.VisionTransformer(img_size=16, patch_size=4, embed_dim=64, depth=2, num_heads=1,
                                            num_classes=n_classes).eval()
@@ -226,7 +226,7 @@ SMALL = dict(img_size=20, patch_size=5, embed_dim=12, depth=2, n_heads=3)
 
 @dataclass
 class Public:
-    """Stand-ins in the table, the folder that files go to, and the addresses that were asked for."""
+    """Stand-ins for the table, the folder of files, and the requested addresses."""
     models: dict
     folder: Path
     asked: list
@@ -234,7 +234,7 @@ class Public:
 
 @pytest.fixture
 def public(tmp_path, monkeypatch):
-    """Two small entries, whose random weights lie where torch.hub would put them, and no network."""
+    """Provide two small entries with random weights in torch.hub's folder, and no network."""
     torch.manual_seed(5)
     folder, asked, entries, models = tmp_path / "hub" / "checkpoints", [], {}, {}
     folder.mkdir(parents=True)
@@ -361,7 +361,7 @@ def test_load_discards_a_download_with_the_wrong_checksum(public, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "reason"), [
-    ("small", "its sha256 begins"), ("headless", "delete it and it is fetched again")])
+    ("small", "its sha256 begins"), ("headless", "it is downloaded again")])
 def test_load_refuses_a_damaged_cached_file_naming_its_path(name, reason, public):
     path = public.folder / f"{name}.pth"
     path.write_bytes(path.read_bytes()[:-7])
@@ -381,7 +381,7 @@ def test_check_sum_compares_the_published_digits(tmp_path):
 
 
 class Server(BaseHTTPRequestHandler):
-    """/whole sends what it says, /short less, /stalled nothing for a while."""
+    """/whole sends all that it announces, /short less, and /stalled nothing for a while."""
 
     def do_GET(self):
         if self.path == "/stalled":
@@ -435,7 +435,7 @@ def test_first_look_has_the_megabytes_of_its_parameters():
 
 
 def parameters_of(c):
-    """Of a VisionTransformer of these arguments, by arithmetic."""
+    """Return the parameter count of a VisionTransformer, by arithmetic."""
     D, hidden, n_patches = c["embed_dim"], 4 * c["embed_dim"], (c["img_size"] // c["patch_size"]) ** 2
     tokens = 1 + c["n_registers"] + n_patches + (c["n_registers"] == 0)  # CLS, registers, and the positions
     block = 2 * 2 * D + (D + 1) * 3 * D + (D + 1) * D + (D + 1) * hidden + (hidden + 1) * D
@@ -534,7 +534,7 @@ def test_public_entries_have_the_blocks_of_timm(name):
 
 
 def run_main(monkeypatch, capsys, *arguments):
-    """(exit code, what it printed, what it complained)."""
+    """Return (exit code, stdout, stderr)."""
     monkeypatch.setattr(sys, "argv", ["train_vit.py"])
     code = 0
     try:

@@ -1,4 +1,4 @@
-"""What a file does not say: read from what lies beside it, given by the caller, or assumed and said."""
+"""Values that a file does not record: read from files beside it, given, or assumed with a warning."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def randomised(model):
 
 
 def said(run, *arguments, **options):
-    """(what it returns, what it assumed)."""
+    """Return (the result, the warnings)."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = run(*arguments, **options)
@@ -53,7 +53,7 @@ def images_of(size=(16, 16), n_channels=3):
 
 
 def edited(path, **changes):
-    """A JSON file with entries changed; those changed to `...` are removed."""
+    """Change entries of a JSON file; `...` removes an entry."""
     entries = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({name: value for name, value in entries.items() if value is not ...}))
 
@@ -78,8 +78,8 @@ def test_load_reads_transformers_config_where_it_lies(what, tmp_path):
         torch.save(theirs.state_dict(), path)
     model, assumed = said(load, path)
     assert len(assumed) == 1
-    assert assumed[0].endswith("squeezes an image into 16x16 pixels; here it keeps its proportions, and the middle is "
-                               "cut out")
+    assert assumed[0].endswith("squeezes an image into 16x16 pixels; here the image keeps its proportions and is "
+                               "centre-cropped")
     assert (model.config.n_heads, model.config.norm_eps, model.config.pool) == (4, 1e-3, "cls")
     torch.testing.assert_close(model(images_of()), theirs(images_of()).logits)
     assert model.preprocessing == Preprocessing(16, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), "bicubic", NAMES)
@@ -97,7 +97,7 @@ def test_load_opens_a_folder_of_shards(tmp_path):
     model = said(load, tmp_path / "shards")[0]
     torch.testing.assert_close(model(images_of()), theirs(images_of()).logits)
     files[0].unlink()
-    with pytest.raises(InputError, match=rf"\Ano file {re.escape(str(files[0]))}[^\n]*\Z"):
+    with pytest.raises(InputError, match=rf"\Athere is no file {re.escape(str(files[0]))}[^\n]*\Z"):
         load(tmp_path / "shards")
 
 
@@ -118,7 +118,7 @@ def test_load_opens_a_folder_of_dinov2_and_says_that_its_head_is_dropped(tmp_pat
     torch.testing.assert_close(model.forward_features(images_of()), tokens)
     assert model.preprocessing == Preprocessing(16, IMAGENET_MEAN, IMAGENET_STD, "bicubic")
     assert len(assumed) == 1
-    assert "head: that of the file was dropped: reads 48 features, and the model has 24" in assumed[0]
+    assert "head: the one in the file was dropped, because it reads 48 features, but the model has 24" in assumed[0]
     assert "ImageNet's mean and std" in assumed[0]
 
 
@@ -129,7 +129,7 @@ def test_load_opens_a_folder_of_deit(tmp_path):
     torch.testing.assert_close(model(images_of()), theirs(images_of()).logits)
     assert model.preprocessing == Preprocessing(16, IMAGENET_MEAN, IMAGENET_STD, "bicubic", NAMES)
     assert assumed == [f"{tmp_path / 'model.safetensors'}: not recorded, so assumed: ImageNet's mean and std, bicubic "
-                       f"resizing; preprocessor_config.json beside it can say otherwise"]
+                       f"resizing; set it with a preprocessor_config.json beside it"]
 
 
 def test_load_takes_a_rectangle_from_the_config(tmp_path):
@@ -149,7 +149,7 @@ def test_load_takes_no_stand_ins_for_names_of_classes(tmp_path):
     (dict(do_rescale=False), 0.1 / 255, 0.2 / 255), (dict(rescale_factor=1 / 127.5), 0.05, 0.1),
     (dict(do_normalize=False), 0.0, 1.0)], ids=str)
 def test_load_translates_what_an_image_processor_does(options, mean, std, tmp_path):
-    """Its own result on a picture of bytes, and ours."""
+    """The processor's own result on a uint8 image is the same as ours."""
     of_vit(tmp_path)
     processor = transformers.ViTImageProcessor(image_mean=[0.1] * 3, image_std=[0.2] * 3,
                                                size=dict(height=16, width=16), **options)
@@ -209,18 +209,18 @@ def test_load_says_that_a_config_of_no_known_kind_is_not_taken(content, tmp_path
     (tmp_path / "config.json").write_text(content)
     model, again = said(load, tmp_path / "m.pth")
     assert model.config == without.config
-    assert again == [f"{assumed}; config.json beside it is not taken: it names neither a model_type, as transformers' "
-                     f"does, nor an architecture, as timm's"]
+    assert again == [f"{assumed}; config.json beside it is ignored: it has neither a model_type, as in transformers, "
+                     f"nor an architecture, as in timm"]
 
 
 def test_load_says_that_a_config_is_damaged_or_of_another_library(tmp_path):
     torch.save(VisionTransformer(**OURS).state_dict(), tmp_path / "m.pth")
     (tmp_path / "config.json").write_text('{"model_type": "vit", ')
-    assert "config.json beside it cannot be read" in said(load, tmp_path / "m.pth")[1][0]
+    assert "config.json beside it is ignored: it cannot be read" in said(load, tmp_path / "m.pth")[1][0]
     (tmp_path / "config.json").write_text(json.dumps(dict(model_type="vit", num_attention_heads=12)))
     model, assumed = said(load, tmp_path / "m.pth")
     assert model.config.n_heads == 1
-    assert "config.json beside it is one of transformers, whose names the tensors do not have" in assumed[0]
+    assert "config.json beside it is ignored: it is from transformers" in assumed[0]
 
 
 def test_load_keeps_to_our_files_own_word(tmp_path):
@@ -236,7 +236,7 @@ def test_load_keeps_to_our_files_own_word(tmp_path):
     (dict(hidden_size=48), "embed_dim 48"), (dict(num_hidden_layers=3), "depth 3"),
     (dict(patch_size=8), "patch_size 8"), (dict(image_size=32), "img_size 32"), (dict(num_channels=1), "in_channels 1"),
     (dict(intermediate_size=40), "mlp_ratio"), (dict(id2label={"0": "a", "1": "b"}), "n_classes 2"),
-    (dict(hidden_act="gelu_new"), "says 'gelu_new', and VisionTransformer has 'gelu'"),
+    (dict(hidden_act="gelu_new"), "says 'gelu_new', but VisionTransformer has 'gelu'"),
     (dict(model_type="swin"), "'swin'")], ids=str)
 def test_load_refuses_a_config_that_contradicts_the_tensors(changes, words, tmp_path):
     of_vit(tmp_path)
@@ -266,7 +266,7 @@ def test_load_refuses_timms_config_where_it_is_wrong(changes, words, tmp_path):
 
 
 def bare_timm(folder, architecture="vit_tiny_patch16_224", **entries):
-    """A timm ViT of width 192 with a config.json of these entries."""
+    """Write a timm ViT of width 192 with a config.json of these entries."""
     theirs = randomised(timm.models.VisionTransformer(**{**TIMM, "embed_dim": 192, "num_heads": 3, "reg_tokens": 2}))
     torch.save(theirs.state_dict(), folder / "pytorch_model.bin")
     entries = dict(architecture=architecture, num_classes=3, global_pool="token") | entries
@@ -275,12 +275,12 @@ def bare_timm(folder, architecture="vit_tiny_patch16_224", **entries):
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (dict(pool_include_prefix=True, reg_tokens=2), "pool_include_prefix True, and VisionTransformer has False"),
-    (dict(norm_layer="rmsnorm"), "norm_layer 'rmsnorm', and VisionTransformer has 'layernorm'"),
+    (dict(pool_include_prefix=True, reg_tokens=2), "pool_include_prefix True, but VisionTransformer has False"),
+    (dict(norm_layer="rmsnorm"), "norm_layer 'rmsnorm', but VisionTransformer has 'layernorm'"),
     (dict(norm_eps=1e-5), "norm_eps 1e-05"), (dict(class_token=False), "class_token False"),
-    (dict(output_stride=8), "output_stride 8, and VisionTransformer has 32"),
-    (dict(aa_layer="blurpool"), "aa_layer 'blurpool', and VisionTransformer has none"),
-    (dict(global_pool="avg"), "global_pool 'token', and 'avg' in its model_args")], ids=str)
+    (dict(output_stride=8), "output_stride 8, but VisionTransformer has 32"),
+    (dict(aa_layer="blurpool"), "aa_layer 'blurpool', but VisionTransformer has none"),
+    (dict(global_pool="avg"), "global_pool 'token', but 'avg' in its model_args")], ids=str)
 def test_load_refuses_arguments_of_timm_that_it_does_not_hold(arguments, words, tmp_path):
     bare_timm(tmp_path, model_args=dict(img_size=16, patch_size=4) | arguments)
     for run in (load, describe_checkpoint):
@@ -292,7 +292,7 @@ def test_load_says_which_arguments_of_timm_were_not_taken(tmp_path):
     theirs = bare_timm(tmp_path, model_args=dict(img_size=16, patch_size=4, norm_layer="LayerNorm", drop_rate=0.1,
                                                  pool_include_prefix=False, some_new_thing=[3]))
     model, assumed = said(load, tmp_path)
-    assert "config.json beside it says some_new_thing [3] in its model_args, which is not known here" in assumed[0]
+    assert "config.json beside it says some_new_thing [3] in its model_args, which is unknown here" in assumed[0]
     assert not [name for name in ("norm_layer", "norm_eps", "drop_rate", "prefix") if name in assumed[0]]
     torch.testing.assert_close(model(images_of()), theirs(images_of()))
 
@@ -311,12 +311,12 @@ def test_load_checkpoint_holds_a_model_to_the_config(tmp_path):
     _, assumed = said(load_checkpoint, model, tmp_path)
     assert assumed == []
     torch.testing.assert_close(model.eval()(images_of()), theirs(images_of()).logits)
-    for wrong, words in ((dict(n_heads=3), "n_heads is 4 there, 3 in the model"),
-                         (dict(pool="mean"), "its head reads pool='cls', and the model has 'mean'")):
+    for wrong, words in ((dict(n_heads=3), "n_heads is 4 in the file, but 3 in the model"),
+                         (dict(pool="mean"), "its head reads pool='cls', but the model has 'mean'")):
         with pytest.raises(InputError, match=words):
             load_checkpoint(VisionTransformer(**right | wrong), tmp_path)
     _, assumed = said(load_checkpoint, VisionTransformer(**right | dict(norm_eps=1e-6)), tmp_path)
-    assert "norm_eps=1e-12 makes them equal" in assumed[0]
+    assert "norm_eps=1e-12 to match" in assumed[0]
 
 
 # ---- What is assumed, and given
@@ -329,8 +329,8 @@ def test_load_says_what_a_bare_file_leaves_open_in_one_line(tmp_path):
     assert model.config.n_heads == 3
     assert assumed == [
         f"{tmp_path / 'twelve.pth'}: not recorded, so assumed: n_heads=3 (64 channels each), pool='cls', "
-        f"norm_eps=1e-06, img_size=16 (a square of 4x4 patches), ImageNet's mean and std, bilinear resizing; load's "
-        f"n_heads=, pool=, norm_eps=, img_size= or --n-heads or config.json beside it can say otherwise"]
+        f"norm_eps=1e-06, img_size=16 (a square of 4x4 patches), ImageNet's mean and std, bilinear resizing; set it "
+        f"with load's n_heads=, pool=, norm_eps=, img_size= or --n-heads or a config.json beside it"]
     described = str(describe_checkpoint(tmp_path / "twelve.pth"))
     for words in ("3 is a guess", "pool='cls'", "norm_eps=1e-06", "a square of 4x4 patches", "ImageNet's mean and std"):
         assert words in described
@@ -361,8 +361,8 @@ def test_n_heads_cannot_overrule_what_is_recorded(tmp_path):
 def test_load_checkpoint_says_that_heads_are_not_known(tmp_path):
     torch.save(VisionTransformer(**OURS).state_dict(), tmp_path / "m.pth")
     _, assumed = said(load_checkpoint, VisionTransformer(**OURS), tmp_path / "m.pth")
-    assert assumed == [f"{tmp_path / 'm.pth'}: heads: the file does not say how many; the model's 4 are right only if "
-                       f"it was trained with as many"]
+    assert assumed == [f"{tmp_path / 'm.pth'}: heads: the file does not record how many; the model's 4 are right only "
+                       f"if it was trained with 4"]
 
 
 def test_load_says_that_our_own_file_has_no_normalisation(tmp_path):
@@ -370,7 +370,7 @@ def test_load_says_that_our_own_file_has_no_normalisation(tmp_path):
     model, assumed = said(load, tmp_path / "m.pt")
     assert (model.preprocessing, len(assumed)) == (None, 1)
     assert "ImageNet's mean and std" in assumed[0]
-    assert "save_model(model, path, preprocessing) can say otherwise" in assumed[0]
+    assert "set it with save_model(model, path, preprocessing)" in assumed[0]
 
 
 @pytest.mark.parametrize(("n_channels", "words"), [
@@ -388,7 +388,7 @@ def test_load_says_the_normalisation_that_is_used(n_channels, words, tmp_path):
 
 
 def test_load_normalises_by_format(tmp_path):
-    """A file without anything beside it: transformers' ViT by 0.5, as adapt sees the model in memory."""
+    """A file on its own: transformers' ViT is normalised by 0.5, as adapt does in memory."""
     theirs = of_vit(tmp_path / "folder")
     path = shutil.copy(tmp_path / "folder" / "model.safetensors", tmp_path)
     model, assumed = said(load, path)
@@ -401,25 +401,25 @@ def test_load_normalises_by_format(tmp_path):
 def test_load_takes_the_given_size_as_the_grid_of_a_rectangle(tmp_path):
     theirs = randomised(timm.models.VisionTransformer(**{**TIMM, "img_size": (8, 24)}))
     torch.save(theirs.state_dict(), tmp_path / "m.pth")
-    with pytest.raises(InputError, match=r"\A[^\n]*13 positions[^\n]*give load img_size=\(height, width\)[^\n]*\Z"):
+    with pytest.raises(InputError, match=r"\A[^\n]*13 positions[^\n]*load\(\.\.\., img_size=\(height, width\)[^\n]*\Z"):
         load(tmp_path / "m.pth")
     for size in ((8, 24), [8, 24]):
         model, assumed = said(load, tmp_path / "m.pth", img_size=size, n_heads=4)
         assert model.config.img_size == model.preprocessing.img_size == (8, 24)
         assert "square" not in assumed[0]
         torch.testing.assert_close(model(images_of((8, 24))), theirs(images_of((8, 24))))
-    with pytest.raises(InputError, match="13 positions, not the grid 4x4"):
+    with pytest.raises(InputError, match="13 positions, which do not fit the grid 4x4"):
         load(tmp_path / "m.pth", img_size=16)
 
 
 @pytest.mark.parametrize("size", [(24, 40), (16, 32), (16, 64)])
 def test_load_takes_the_given_size_where_the_positions_make_a_square_too(size, tmp_path):
-    """3 x 5 patches and CLS are as many positions as 4 x 4 patches without it; 2 x 8 as 4 x 4, both with CLS."""
+    """3 x 5 patches with CLS have as many positions as 4 x 4 without; 2 x 8 as many as 4 x 4."""
     theirs = randomised(timm.models.VisionTransformer(**{**TIMM, "img_size": size, "patch_size": 8}))
     torch.save(theirs.state_dict(), tmp_path / "m.pth")
     model, assumed = said(load, tmp_path / "m.pth", img_size=size, n_heads=4)
     torch.testing.assert_close(model(images_of(size)), theirs(images_of(size)))
-    assert "taken as the first" in assumed[0]
+    assert "the first is used" in assumed[0]
     assert "img_size=" not in assumed[0]
     assert "img_size= or" in said(load, tmp_path / "m.pth")[1][0]
 
@@ -448,7 +448,7 @@ def run_command(main, monkeypatch, capsys, *arguments):
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """A file of timm, and a picture."""
+    """Write a file of timm and an image."""
     folder = tmp_path_factory.mktemp("bare")
     torch.save(timm.models.VisionTransformer(**TIMM).state_dict(), folder / "m.pth")
     Image.new("RGB", (16, 16)).save(folder / "a.png")

@@ -43,7 +43,8 @@ def attention_rows(model, images, patch=None):
     Raises
     ------
     InputError
-        For the same reasons as `capture`, if the head reads no tokens, or if the patch does not exist.
+        For the same reasons as `capture`, if the head does not read a weighted mean of tokens, or if the patch does
+        not exist.
     """
     adapter = adapt_vit(model)
     adapter.check_images(images)

@@ -454,7 +454,7 @@ def _valley(values, steps=200):
         return None
     x = ((values - mean) / spread).sort().values
     weights, means, widths, likelihood = _fit_two(x, steps)
-    of_one = -0.5 * n * (math.log(2 * math.pi) + 1)  # of variance 1
+    of_one = -0.5 * n * (math.log(2 * math.pi) + 1)  # log-likelihood of one, of variance 1
     gained = 2 * (likelihood - of_one) - (5 - 2) * math.log(n)  # how much lower BIC is: 5 parameters against 2
     if gained <= VERY_STRONG:
         return None
@@ -629,7 +629,7 @@ def blurred(images):
     reach = round(5 * larger)  # pixels to each side
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / (5 * larger))**2).to(images)
     kernel = (kernel / kernel.sum()).expand(images.shape[1], 1, 1, -1)  # (C, 1, 1, 2 reach + 1)
-    for _ in range(2):  # along one side, then along the other
+    for _ in range(2):  # along the width, then along the height
         images = F.conv2d(F.pad(images, (reach, reach, 0, 0), mode="replicate"), kernel, groups=images.shape[1])
         images = images.transpose(2, 3)
     return images
@@ -658,7 +658,7 @@ def _progress(n_images):
 
 def _ranks_of(saliency, orders):
     """Rank the patches, 0 the most salient; ties are broken by `orders`: 2 x (B, n) -> (B, n)."""
-    ranking = saliency.gather(1, orders).argsort(dim=1, descending=True, stable=True)  # (B, n) places in the orders
+    ranking = saliency.gather(1, orders).argsort(dim=1, descending=True, stable=True)  # (B, n) positions in the orders
     return orders.gather(1, ranking).argsort(dim=1)
 
 

@@ -117,7 +117,7 @@ def _check_attention_and_rollout(model, images, rounding):
     checks = [_check_own_logits(model, images, seen, hooks)]
     checks.append(within("attention rows sum to one", max(off for _, off in seen.maps), 1e-5 * rounding))
     checks += [_check_head_row(model, images, kept[-1], seen), _check_places(model, images)]
-    rolled = rollout(torch.stack(kept)[:, :, None].cpu().double())  # of the means, as of one head
+    rolled = rollout(torch.stack(kept)[:, :, None].cpu().double())  # the mean over the heads, as a single head
     checks.append(within("rollout rows sum to one", (rolled.sum(dim=-1) - 1).abs().max(),
                          1e-9 if rounding == 1 else 1e-6 * rounding))
     uniform = capture(model, images[:1], change=_uniform_attention, keep=_over_the_heads)

@@ -447,7 +447,7 @@ class Position(Experiment):
         own, moved, hidden = (_describe_kept(*rank_kept(
             {name: (model["correct"][change][0], model["correct"][change][-1]) for name, model in models.items()},
             data["n"], data["classes"])) for change in ("shuffled", MOVED, "hidden, mean"))
-        return (f"The most predictions survive in {_leaders(shifted)} if the image moves, in {own} if "
+        return (f"The largest share of predictions survives in {_leaders(shifted)} if the image moves, in {own} if "
                 f"{data['shares'][-1]:.0%} of the ViT's own patches are shuffled, in {moved} if the shuffled grid is "
                 f"moved by half a patch, and in {hidden} if the patches are hidden.")
 

@@ -187,8 +187,9 @@ class Reach(Experiment):
         elif falls.tied:
             text = (f"{join_words(falls.leaders)} lose up to {100 * largest:.0f} points as the marks move apart, and "
                     f"cannot be told apart.")
-        elif falls.best == "ConvNet":
-            text += f" It sees only {_convnet_window()} pixels at a time, the receptive field of its last layer."
+        elif falls.best == "ConvNet" and _right_within(window := _convnet_window(), accuracies["ConvNet"], trials):
+            text = (f"ConvNet loses {100 * largest:.0f} points of accuracy once the marks are farther apart than its "
+                    f"own receptive field of {window} pixels.")
         text += f" {join_words(not_learned)} did not learn the task." if not_learned else ""
         return " ".join([text, *split.values()])
 
@@ -198,6 +199,12 @@ class Reach(Experiment):
             ["", "seeds", *(f"{distance} px" for distance in distances)]] + [
             [kind, len(own), *(format_range([trial["correct"][i] / trial["n"] for trial in own])
                                for i in range(len(distances)))] for kind, own in _by_kind(trials).items()])]
+
+
+def _right_within(window, accuracies, trials, least=0.95):
+    """Return whether the mean accuracies (S, distances) are high wherever the marks lie within this window."""
+    inside = torch.tensor([distance <= window for distance in trials[0]["distances"]])
+    return bool((accuracies.mean(dim=0)[inside] >= least).all())
 
 
 def _convnet_window(img_size=48):
@@ -237,8 +244,8 @@ class Cues(Experiment):
         low, high = min(bias, key=bias.get), max(bias, key=bias.get)
         span = f"{bias[low]:.0%} ({low})" + (f" to {bias[high]:.0%} ({high})" if high != low else "")
         sides = [(cue, [kind for kind in bias if _follows(cue, trials, kind)]) for cue in ("outline", "texture")]
-        sides = " and ".join(f"the {cue} in {join_words(kinds)}" for cue, kinds in sides if kinds)
-        follows = f"most follow {sides} with every seed" if sides else "no model follows the same cue with every seed"
+        sides = ", and ".join(f"the {cue} prevails in {join_words(kinds)}" for cue, kinds in sides if kinds)
+        follows = f"with every seed, {sides}" if sides else "no cue prevails with every seed of a model"
         return f"The outline decides {span} of the predictions that follow a cue; {follows}."
 
     def tables(self, trials):

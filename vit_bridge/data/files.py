@@ -59,7 +59,8 @@ class Found:
         for path, reason in self.refused[:N_TOLD]:
             assume(f"{path!r} is ignored: {reason}")
         if more := [re.sub(r"'.*?'|\".*?\"", "...", reason) for _, reason in self.refused[N_TOLD:]]:  # without paths
-            reasons = "; ".join(f"{n:,} because {reason}" for reason, n in Counter(more).most_common())
+            reasons = "; ".join(f"{n:,} because "
+                                f"{reason.replace('it is', 'each is', 1)}" for reason, n in Counter(more).most_common())
             assume(f"{_are(len(more), 'more path', folder)} ignored: {reasons}")
         if self.left_out:
             assume(f"{_are(self.left_out.total(), 'file', folder)} ignored (not in an image format that Pillow reads "

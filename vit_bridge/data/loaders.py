@@ -283,9 +283,11 @@ class BatchLoader:
         Called with each batch, a tuple of tensors, before it moves to a device. It returns the batch to use, or raises
         InputError.
 
-    Notes ----- A pass that starts in the middle of an epoch computes the batches before that point and discards them.
-    set_epoch() is called if the DataLoader or its sampler has it. With a DistributedSampler, which has sharded the data
-    already, batches are passed on unchanged.
+    Notes
+    -----
+    A pass that starts in the middle of an epoch computes the batches before that point and discards them. set_epoch()
+    is called if the DataLoader or its sampler has it. With a DistributedSampler, which has sharded the data already,
+    batches are passed on unchanged.
     """
 
     def __init__(self, batches, check=None):

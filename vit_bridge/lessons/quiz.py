@@ -38,7 +38,8 @@ def _where_the_parameters_are():
     model = create_vit_base()
     block = model.blocks[0]
     share = count_parameters(block.mlp) / count_parameters(block)
-    return (1 if share > 0.5 else 0), f"The MLP holds {share:.0%} of the {count_parameters(block):,} parameters of a block."
+    return (1 if share > 0.5 else 0), (
+        f"The MLP holds {share:.0%} of the {count_parameters(block):,} parameters of a block.")
 
 
 def _cost_of_twice_the_side():
@@ -65,8 +66,8 @@ def _gradient_after_the_last_block():
     before, after = torch.autograd.grad(seen.logits.square().sum(), seen.tokens[-2:])
     before, after = (gradient[:, 1:].abs().max().item() for gradient in (before, after))
     return (0 if after == 0 else 1), (
-        f"After the last block, the largest gradient is {after:g}; one block earlier it is {before:.2g}. The head reads "
-        f"only CLS, and no later block can pass information from the patches to CLS.")
+        f"After the last block, the largest gradient is {after:g}; one block earlier it is {before:.2g}. The head "
+        f"reads only CLS, and no later block can pass information from the patches to CLS.")
 
 
 def _who_needs_the_order():

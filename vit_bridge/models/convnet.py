@@ -263,7 +263,7 @@ ConvNet.config_class = ConvNetConfig
 def check_stages(widths, depths):
     """Raise InputError unless widths and depths hold one positive whole number for each stage."""
     if not widths or len(widths) != len(depths):
-        raise InputError(f"widths {widths} and depths {depths} need the same length; give one number for each "
+        raise InputError(f"widths {widths} and depths {depths} need the same length, at least 1; give one number for "
                          f"stage")
     for name, values in dict(widths=widths, depths=depths).items():
         for value in values:

@@ -1,11 +1,10 @@
 """Charts: numbers in, a matplotlib Figure out.
 
-    plot_curves, plot_training_curves           a quantity against another, with bands; the history of a training
-    plot_bars, plot_matrices, plot_confusion    bars with intervals, heat maps, a confusion matrix
+plot_curves, plot_training_curves           one quantity against another, with bands; the history of a training
+plot_bars, plot_matrices, plot_confusion    bars with intervals, heat maps, a confusion matrix
 
-Every function returns its Figure, which a notebook shows, and writes a file only if save_path is given (.png, .pdf,
-.svg, ...). A model has one colour and one marker in all of them: looks_of. visualizations.py draws images and what a
-model sees in them.
+Every function returns its Figure and writes a file only if save_path is given (.png, .pdf, .svg, ...). A model has
+the same colour and marker in all of them (looks_of). visualizations.py draws images and what a model sees in them.
 
 Shapes:  K classes, n points of a line.
 """
@@ -28,16 +27,16 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "
 COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
 MARKERS = "osD^vPXh"
 DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1.5)), (0, (5, 1.5, 1.5, 1.5)))
-CLOSE = 0.006  # as a part of the axis: lines no farther apart hide each other
-THICK = "a thick line lies under another"
+CLOSE = 0.006  # as a fraction of the axis: lines at most this far apart hide each other
+THICK = "a thick line lies under another line"
 CLIP = 0.99  # the quantile of a map's values at which its colours end
 
-# A family of models, by a word in their names -> its colour and marker in every figure. The first word that fits
-# counts, so that HybridCNNViT is a hybrid. Three colours more are of Tol's "muted", told apart from these as well.
+# A word in the name of a model -> colour and marker of its family in every figure. The first word that matches counts,
+# so HybridCNNViT is a hybrid. Three further colours come from Tol's "muted" scheme, which is distinct from these.
 FAMILIES = {"hybrid": (GREEN, "s"), "convnext": (ORANGE, "P"), "resnet": (PURPLE, "v"), "convnet": (VERMILION, "D"),
             "cnn": (VERMILION, "D"), "swin": ("#882255", "X"), "deit": ("#332288", "h"), "beit": ("#999933", "*"),
             "vit, mean pooling": (SKY, "^"), "vit": (BLUE, "o")}
-CONTROLS = ("untrained", "random")  # words in the name of a model's twin, which has its colour, hollow and dashed
+CONTROLS = ("untrained", "random")  # words in the name of a twin: the same colour, hollow and dashed
 
 
 # ---- Colours of models -------------------------------------------------------------------------------------
@@ -45,7 +44,7 @@ CONTROLS = ("untrained", "random")  # words in the name of a model's twin, which
 
 @dataclass(frozen=True)
 class Look:
-    """How a model is drawn, as a line and as a bar."""
+    """The style of a model's line and bar."""
     colour: str
     marker: str
     dash: str | tuple
@@ -63,9 +62,12 @@ class Look:
 
 
 def looks_of(names):
-    """{name: Look} for the names in a figure. A model of one of FAMILIES has the family's colour and marker whatever
-    stands beside it, and its untrained twin is hollow and dashed. Of several in one family each further one has
-    another marker and dash; names of no family share the colours that are left."""
+    """Assign each name in a figure its Look: {name: Look}.
+
+    A model of one of FAMILIES has its family's colour and marker in every figure; an untrained twin is hollow and
+    dashed. Further models of the same family get other markers and dashes. Names of no family share the remaining
+    colours.
+    """
     families = {name: next((word for word in FAMILIES if word in name.lower()), None) for name in names}
     taken = {FAMILIES[word][0] for word in families.values() if word}
     free = [colour for colour in (ORANGE, PURPLE, SKY, BLUE, VERMILION, GREEN) if colour not in taken] or COLOURS
@@ -87,8 +89,10 @@ def looks_of(names):
 
 
 def n_covered_by(curves, close):
-    """For each of several curves, 2 x (n), how many of the later ones run over it: at more than half of the points that
-    both have they are no more than `close` apart."""
+    """Count, for each of several curves 2 x (n), how many later curves run over it.
+
+    A curve runs over another if, at more than half of the points that both have, they are at most `close` apart.
+    """
     def runs_over(upper, lower):
         shared, i, j = np.intersect1d(lower[0], upper[0], return_indices=True)
         return 2 * np.count_nonzero(np.abs(lower[1][i] - upper[1][j]) <= close) > len(shared)
@@ -97,8 +101,10 @@ def n_covered_by(curves, close):
 
 
 def widths(n_covered):
-    """Width and size of the markers of a line that so many others cover: it is wider, so that it is seen on both
-    sides of them."""
+    """Return line width and marker size of a line that n other lines cover.
+
+    It is wider than they are, so it stays visible on both sides.
+    """
     return dict(linewidth=2 + 1.8 * min(n_covered, 5), markersize=5 + 3 * min(n_covered, 5))
 
 
@@ -106,20 +112,38 @@ def widths(n_covered):
 
 
 def plot_curves(panels, xlabel, ylabel, save_path=None, title=None, log=(), percent=False, lines=()):
-    """One quantity against another, a panel for each heading; more than three panels make two rows.
+    """Plot one quantity against another, with one panel for each heading.
 
-    panels    heading -> {name: points}; points are (x, y) or, with a band, (x, y, low, high). A name has the same
-              colour and marker in every panel, by looks_of. A line that others cover is wider than they are
-    xlabel    of all panels; ylabel too; each with its unit
-    log       the axes that are logarithmic: "x", "y" or both
-    percent   y is a share from 0 to 1, and shown in per cent from 0 to 100
-    lines     (label, y): dotted lines across every panel, such as chance
+    Parameters
+    ----------
+    panels : dict
+        Heading -> {name: points}. Points are (x, y) or, with a band, (x, y, low, high). A name has the same colour and
+        marker in every panel. More than three panels make two rows.
+    xlabel, ylabel : str
+        Axis labels of all panels, with units.
+    save_path : str or Path, optional
+        Where to write the figure.
+    title : str, optional
+        Heading of the figure.
+    log : sequence of str, optional
+        The logarithmic axes: "x", "y" or both.
+    percent : bool, optional
+        If True, y is a share from 0 to 1 and is shown in per cent.
+    lines : sequence, optional
+        (label, y) of dotted horizontal lines in every panel, such as chance.
 
-    Raises InputError where there is nothing to draw.
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    InputError
+        If there is nothing to draw.
     """
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     if not names:
-        raise InputError(f"panels {panels!r} hold no curves; expected heading -> {{name: [(x, y), ...]}}")
+        raise InputError(f"panels {panels!r} contain no curves; expected heading -> {{name: [(x, y), ...]}}")
     n_rows = 1 if len(panels) <= 3 else 2
     n_columns = math.ceil(len(panels) / n_rows)
     figure = new_figure(2.2 + 4.6 * n_columns, 4.4 * n_rows + (0.3 if title else 0))
@@ -156,7 +180,7 @@ def plot_curves(panels, xlabel, ylabel, save_path=None, title=None, log=(), perc
         if percent:
             panel.set_ylim(0, 104)
     if not percent and "y" not in log:
-        grid[0, 0].set_ylim(bottom=0)  # of all panels, once all are drawn
+        grid[0, 0].set_ylim(bottom=0)  # shared by all panels, so only once all are drawn
     for panel in grid[:, 0]:
         panel.set_ylabel(ylabel)
     handles = {line.get_label(): line for panel in reversed(axes) for line in panel.lines}
@@ -169,11 +193,26 @@ def plot_curves(panels, xlabel, ylabel, save_path=None, title=None, log=(), perc
 
 
 def plot_training_curves(history, save_path=None, baseline=None):
-    """Loss, accuracy and learning rate over the epochs.
+    """Plot loss, accuracy and learning rate over the epochs.
 
-    history    dict of equally long lists, one entry an epoch: train_loss, val_loss, train_acc, val_acc (in
-               0..1), lr; others are ignored
-    baseline   (name, accuracy): drawn as a line across the accuracies, such as the linear classifier's
+    Parameters
+    ----------
+    history : dict
+        Lists of equal length, one entry per epoch: train_loss, val_loss, train_acc, val_acc (from 0 to 1) and lr. Other
+        keys are ignored.
+    save_path : str or Path, optional
+        Where to write the figure.
+    baseline : tuple, optional
+        (name, accuracy) of a horizontal line in the accuracy panel, such as a linear classifier.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    InputError
+        If the lists are empty or differ in length.
     """
     epochs = _epochs_of(history)
     marker = "o" if len(epochs) <= 40 else None
@@ -188,7 +227,7 @@ def plot_training_curves(history, save_path=None, baseline=None):
         accuracy.axhline(100 * share, color="black", linestyle=":", linewidth=2, label=f"{name}: {share:.1%}")
     rate.plot(epochs, history["lr"], color=GREEN, marker=marker, markersize=4, linewidth=2)
     loss.set(title="Loss", ylabel="cross-entropy (nats)")
-    accuracy.set(title="Accuracy", ylabel="images right (%)")
+    accuracy.set(title="Accuracy", ylabel="accuracy (%)")
     rate.set(title="Learning rate", ylabel="learning rate")
     for axes in (loss, accuracy):
         show_legend(axes, fontsize=11)
@@ -197,17 +236,17 @@ def plot_training_curves(history, save_path=None, baseline=None):
 
 
 def _epochs_of(history):
-    """1, 2, ... for each entry of the history. Raises InputError unless its lists are equally long."""
+    """Return 1, 2, ... for the entries of a history. Raises InputError unless its lists match."""
     names = ("train_loss", "val_loss", "train_acc", "val_acc", "lr")
     lengths = {name: len(history.get(name, [])) for name in names}
     if len(set(lengths.values())) > 1 or not lengths["lr"]:
-        raise InputError(f"the history has lists of lengths {lengths}; expected one entry an epoch in each, as "
-                         f"Trainer.train returns")
+        raise InputError(f"the history has lists of lengths {lengths}; expected one entry per epoch in each, as in "
+                         f"the history that Trainer.train returns")
     return range(1, lengths["lr"] + 1)
 
 
 def _label_epochs(panels):
-    """Whole epochs along x, and y from zero."""
+    """Label the x axis with whole epochs, and start the y axis at zero."""
     for axes in panels:
         axes.set(xlabel="epoch", xlim=None if len(axes.lines[0].get_xdata()) > 1 else (0.5, 1.5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -219,14 +258,30 @@ def _label_epochs(panels):
 
 
 def plot_bars(panels, save_path=None, title=None):
-    """Horizontal bars, a panel for each quantity.
+    """Plot horizontal bars, one panel for each quantity.
 
-    panels: title of the panel, with its unit -> {name: value, or (value, low, high) for a value with an
-    interval}. A name has the same colour in every panel, by looks_of. Raises InputError where there is nothing to draw.
+    Parameters
+    ----------
+    panels : dict
+        Title of the panel, with its unit -> {name: value}. For a value with an interval give (value, low, high). A name
+        has the same colour in every panel.
+    save_path : str or Path, optional
+        Where to write the figure.
+    title : str, optional
+        Heading of the figure.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    InputError
+        If there is nothing to draw.
     """
     names = list(dict.fromkeys(name for bars in panels.values() for name in bars))
     if not names:
-        raise InputError(f"panels {panels!r} hold no bars; expected panel title -> {{name: value}}")
+        raise InputError(f"panels {panels!r} contain no bars; expected panel title -> {{name: value}}")
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = new_figure(1 + 4 * columns, rows * (0.7 + 0.5 * len(names)) + (0.5 if title else 0))
@@ -243,7 +298,7 @@ def plot_bars(panels, save_path=None, title=None):
 
 
 def _draw_bars(axes, bars, looks):
-    """One panel of plot_bars: the bars from the top down, each with its value, and its interval, beside it."""
+    """Draw one panel of plot_bars, from the top down, with values and intervals beside the bars."""
     triples = [value if isinstance(value, (tuple, list)) else (value, value, value) for value in bars.values()]
     values, lows, highs = np.array(triples, dtype=float).reshape(-1, 3).T
     places = range(len(bars))
@@ -264,17 +319,41 @@ def _draw_bars(axes, bars, looks):
 
 def plot_matrices(matrices, titles, label, xlabel="", ylabel="", save_path=None, most=None, centred=False, title=None,
                   columns=5):
-    """Matrices (rows, columns), not negative, as heat maps on one colour scale from 0, up to `columns` in a row.
+    """Plot non-negative matrices as heat maps on one colour scale that starts at 0.
 
-    label    what the colours mean, with its unit
-    most     the end of the scale; None: the largest value
-    centred  rows and columns are numbered from the middle
+    Parameters
+    ----------
+    matrices : sequence of array, each (rows, columns)
+        The values.
+    titles : sequence of str
+        One title for each matrix.
+    label : str
+        What the colours mean, with the unit.
+    xlabel, ylabel : str, optional
+        Axis labels.
+    save_path : str or Path, optional
+        Where to write the figure.
+    most : float, optional
+        End of the colour scale; the largest value by default.
+    centred : bool, optional
+        If True, rows and columns are numbered from the middle.
+    title : str, optional
+        Heading of the figure.
+    columns : int, optional
+        Panels in a row, at most.
 
-    Raises InputError unless there is a title for each matrix.
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    InputError
+        Unless there is at least one matrix and a title for each.
     """
     if not len(matrices) or len(matrices) != len(titles):
-        raise InputError(f"{len(matrices)} matrices and {len(titles)} titles do not make a figure; expected at "
-                         f"least one matrix and a title for each")
+        raise InputError(f"{len(matrices)} matrices and {len(titles)} titles do not match; give at least one matrix, "
+                         f"and one title for each")
     most = max(float(matrix.max()) for matrix in matrices) if most is None else most
     rows = math.ceil(len(matrices) / columns)
     columns = math.ceil(len(matrices) / rows)
@@ -299,9 +378,27 @@ def plot_matrices(matrices, titles, label, xlabel="", ylabel="", save_path=None,
 
 
 def plot_confusion(confusion, class_names, save_path=None, title=None):
-    """Which classes are taken for which: confusion (K, K), counts of images, rows true, columns predicted.
+    """Plot a confusion matrix; the colours are shares of each row.
 
-    Each row is coloured by its shares. Up to 20 classes have their counts written in, up to 40 their names beside.
+    Parameters
+    ----------
+    confusion : array, shape (K, K)
+        Counts of images. Rows are true classes, columns predicted ones.
+    class_names : sequence of str
+        K names. Up to 20 classes have their counts written in, up to 40 have their names beside.
+    save_path : str or Path, optional
+        Where to write the figure.
+    title : str, optional
+        Heading of the figure.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    InputError
+        If the counts do not have one row and one column for each class.
     """
     counts, K = np.asarray(confusion), len(class_names)
     if counts.shape != (K, K):
@@ -320,13 +417,13 @@ def plot_confusion(confusion, class_names, save_path=None, title=None):
     for (row, column), count in np.ndenumerate(counts) if K <= 20 else ():
         axes.text(column, row, count, ha="center", va="center", fontsize=11 if counts.max() < 1000 else 9,
                   color="white" if shares[row, column] < 0.43 else "black")
-    axes.set(title=title or "Which classes are taken for which", xlabel="predicted class", ylabel="true class")
-    figure.colorbar(mappable, label="share of the true class")
+    axes.set(title=title or "Confusion matrix", xlabel="predicted class", ylabel="true class")
+    figure.colorbar(mappable, label="share of the images of the true class")
     return finish(figure, save_path)
 
 
 def _short_number(value):
-    """Three significant digits, and thousands with commas: 0.123, 4.57, 81.2, 459,562."""
+    """Format a number with three significant digits and commas: 0.123, 4.57, 81.2, 459,562."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
 
 
@@ -334,8 +431,10 @@ def _short_number(value):
 
 
 class ShownFigure(Figure):
-    """A Figure that a notebook shows where it is the last line of a cell. A plain one, which pyplot does not manage, is
-    shown only once pyplot has been imported."""
+    """A Figure that a notebook displays if it is the last line of a cell.
+
+    Without this, a figure that pyplot does not manage is displayed only after pyplot has been imported.
+    """
 
     def _repr_png_(self):
         buffer = io.BytesIO()
@@ -344,26 +443,29 @@ class ShownFigure(Figure):
 
 
 def new_figure(width, height):
-    """An empty Figure of this size in inches that arranges its panels itself and needs no display."""
+    """Make an empty Figure of this size in inches; it arranges its panels and needs no display."""
     figure = ShownFigure(figsize=(width, height), layout="compressed")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     return figure
 
 
 def set_heading(figure, text, fontsize=14):
-    """The heading of a figure, in as many lines as its width asks for."""
+    """Set the heading of a figure, wrapped to its width."""
     figure.suptitle(wrapped(text, figure.get_figwidth(), fontsize), fontsize=fontsize)
 
 
 def wrapped(text, inches, fontsize):
-    """The text in lines that are no longer than so many inches."""
+    """Wrap text to lines of at most this many inches."""
     n_letters = max(8, int(inches * 72 / (0.62 * fontsize)))
     return "\n".join(textwrap.fill(line, n_letters) for line in text.split("\n"))
 
 
 def finish(figure, save_path):
-    """Saves the figure where there is a save_path, and returns it. Nothing written in it is read as maths, as the names
-    of classes, models and files may hold a $; tick labels are left to those who set them."""
+    """Save the figure if there is a save_path, and return it.
+
+    No text is parsed as maths, because names of classes, models and files may contain a $. Tick labels keep their
+    setting.
+    """
     for axes in figure.axes:
         legend = axes.get_legend()
         for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts, *(legend.texts if legend else ())):
@@ -377,23 +479,24 @@ def finish(figure, save_path):
 
 
 def save_figure(figure, save_path):
-    """Writes the figure as .png, .pdf, .svg, ... Raises InputError where it cannot be written."""
+    """Write the figure as .png, .pdf, .svg, ... Raises InputError if it cannot be written."""
     if not Path(save_path).suffix:
-        raise InputError(f"cannot save the figure as {str(save_path)!r}, a name without an ending; choose one "
-                         f"that ends in .png, .pdf or .svg")
+        raise InputError(f"cannot save the figure as {str(save_path)!r}: the name has no extension; choose one that "
+                         f"ends in .png, .pdf or .svg")
     try:
         figure.savefig(save_path, dpi=150)
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot save the figure as {str(save_path)!r} ({first_line(error)}); choose a folder "
-                         f"that exists and is writable, and a name that ends in .png") from error
+        raise InputError(f"cannot save the figure as {str(save_path)!r} ({first_line(error)}); choose an "
+                         f"existing, writable folder and a name that ends in .png") from error
 
 
 def show_legend(axes, **options):
-    """A legend of all lines, also of those whose names begin with _, which matplotlib leaves out by itself."""
+    """Draw a legend of all lines; by itself matplotlib leaves out names that begin with an underscore."""
     axes.legend(axes.lines, [line.get_label() for line in axes.lines], **options)
 
 
 def hide_ticks(axes):
+    """Remove ticks and tick labels."""
     axes.set_xticks([])
     axes.set_yticks([])
 
@@ -402,7 +505,7 @@ def hide_ticks(axes):
 
 
 def spread(n, most):
-    """At most `most` of the indices 0 .. n - 1, evenly from the first to the last."""
+    """Choose at most `most` of the indices 0 .. n - 1, evenly from the first to the last."""
     return sorted({round(i * (n - 1) / max(min(n, most) - 1, 1)) for i in range(min(n, most))})
 
 
@@ -410,42 +513,45 @@ def spread(n, most):
 
 
 def clip_at(grid, quantile=CLIP):
-    """The top of a colour scale that begins at 0: this quantile of the values of a map (rows, columns), so that a
-    single patch with half of the attention does not make a dark wall of the others, and even attention stays even."""
+    """Return the top of a colour scale that starts at 0: a quantile of the map (rows, columns).
+
+    With the maximum as the top, a single patch with half of the attention would make all others dark.
+    """
     values = np.asarray(grid, dtype=float)
     return max(float(np.nanquantile(values, quantile, method="lower")), 1e-12)
 
 
 def clip_between(grid, quantile=CLIP):
-    """(low, top) of a colour scale for lengths (rows, columns), which are nowhere near 0: the quantiles that leave out
-    as much at both ends. It is no narrower than a twentieth of its top, so that lengths that are even look even."""
+    """Return (low, top) of a colour scale for lengths (rows, columns), which are far from 0.
+
+    Both ends leave out the same fraction. The scale spans at least a twentieth of its top, so even lengths look even.
+    """
     values = np.asarray(grid, dtype=float)
     low, top = (float(np.nanquantile(values, share, method="lower")) for share in (1 - quantile, quantile))
     return min(low, top - max(0.05 * abs(top), 1e-12)), top
 
 
 def in_digits(value, n_digits=2):
-    """So many significant digits, never as a power: 0.41, 12, 0.00031, 1,200."""
+    """Format a number with n significant digits and without exponent: 0.41, 12, 0.00031, 1,200."""
     rounded = float(f"{value:.{n_digits}g}")
     return np.format_float_positional(rounded, trim="-") if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def percent(share, n_digits=2):
-    """A share from 0 to 1 in per cent, in_digits; below 0.001% no more than that."""
+    """Format a share from 0 to 1 in per cent; below 0.001% as '<0.001%'."""
     return "<0.001%" if 0 < share < 1e-5 else f"{in_digits(100 * share, n_digits)}%"
 
 
 def colour_bar(figure, mappable, axes, label, number=in_digits):
-    """The bar of a map on its own scale: numbers beside it, and that larger values look as its top does. number:
-    in_digits or percent."""
+    """Draw the colour bar of one map; `number` formats its ticks: in_digits or percent."""
     bar = figure.colorbar(mappable, ax=axes, extend="max", format=FuncFormatter(lambda value, place: number(value, 4)))
-    bar.set_label(wrapped(f"{label}; the scale ends at the 99th percentile, larger values look the same",
+    bar.set_label(wrapped(f"{label}; colours end at the 99th percentile: larger values all have the top colour",
                           0.8 * figure.get_figheight(), 10))
     return bar
 
 
 def shared_bar(figure, axes, label, ends=("0", "its top"), extend="max"):
-    """The bar below several maps that have a scale each: the words at its ends, and the label in lines that fit."""
+    """Draw one colour bar below several maps with scales of their own; `ends` are the words at its ends."""
     bar = figure.colorbar(ScalarMappable(cmap="viridis"), ax=axes, location="bottom", extend=extend, ticks=[0, 1],
                           shrink=0.5, aspect=40)
     bar.ax.set_xticklabels(ends)
@@ -457,11 +563,11 @@ def shared_bar(figure, axes, label, ends=("0", "its top"), extend="max"):
 
 
 def proportion(picture):
-    """Height over width, clipped to what fits a figure."""
+    """Return height over width of a picture, clipped to what fits a figure."""
     return min(2.5, max(0.4, picture.shape[0] / picture.shape[1]))
 
 
 def extent_of(picture):
-    """The frame in which a coarser map lies over the picture, for imshow."""
+    """Return the `extent` that lays a coarser map over a picture in imshow."""
     height, width = picture.shape[:2]
     return (-0.5, width - 0.5, height - 0.5, -0.5)

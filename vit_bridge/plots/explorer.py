@@ -1,13 +1,12 @@
-"""Attention to play with: one self-contained HTML page, without server or network, of images and one or two models.
+"""An interactive page of attention: one self-contained HTML file of images and one or two models.
 
-    explore(model, images, save_path, compare_with=None)    AttentionVisualizer.explore is the same
+explore(model, images, save_path, compare_with=None)    the same as AttentionVisualizer.explore
 
-The page grows with the tokens, not with their square: it holds the queries and keys of every layer and head, and
-computes rows of attention when they are asked for, softmax(q k^T + bias). Of rollout and relevance it holds what the
-head's token gathers. It names the largest difference that rounding makes. Of a ConvNet it holds instead which patches
-of the image each unit sees, depth by depth. explorer.html is the template.
+The file holds queries and keys of every block and head; the page computes rows of attention from them when needed,
+softmax(q k^T + bias), so its size grows with the tokens and not with their square. Of a ConvNet it holds the receptive
+field of each unit, depth by depth. The page names the largest rounding error. explorer.html is the template.
 
-Shapes:  L layers, H heads, N tokens (prefix tokens, then patches), n patches, K classes, W width of a head,
+Shapes:  L blocks, H heads, N tokens (prefix tokens, then patches), n patches, K classes, W width of a head,
          m matrices, H, W height and width of an image, D channels.
 """
 
@@ -36,27 +35,36 @@ from vit_bridge.models.protocol import class_name
 from vit_bridge.runtime import at_least_float32, class_probabilities, unwrapped
 from vit_bridge.system import write_whole
 
-PAGE = Path(__file__).with_name("explorer.html")  # $NAME stands for data, colours and title
-MARK = b'<script id="data" type="application/json">'  # in every page of ours, also of older versions
-N_CLASSES = 6  # of the logit lens
+PAGE = Path(__file__).with_name("explorer.html")  # the template; $NAME is a placeholder
+MARK = b'<script id="data" type="application/json">'  # in every page of ours, also in those of older versions
+N_CLASSES = 6  # in the logit lens
 MB = 10**6
-FINE_UP_TO = 10 * MB  # queries and keys have 16 bits where the page is then no larger, else 8
-EMBED_UP_TO = 4 * MB  # a larger page does not go into a notebook, which shows its file instead
-LOSSLESS_UP_TO = 100_000  # bytes of a picture: a larger one is kept as JPEG
-LEAST_PATCHES = 16  # to which max_mb may bring an image down
+FINE_UP_TO = 10 * MB  # queries and keys have 16 bits up to this size of the page, otherwise 8
+EMBED_UP_TO = 4 * MB  # a notebook embeds pages up to this size and links to the file of a larger one
+LOSSLESS_UP_TO = 100_000  # bytes; a larger picture is stored as JPEG
+LEAST_PATCHES = 16  # max_mb does not reduce an image below this
 
 
 @dataclass
 class ExplorerPage:
-    """A page. A notebook shows it.
+    """A page that a notebook displays.
 
-    html
-    path                where it was written; None: nowhere
-    bits                of the queries and keys in it: 16, or 8 where it would be too large
-    quantisation_error  the largest difference to the model's own numbers, as a part of the largest in the token's row
-    weight_error        the largest difference of an attention weight, which lies in 0..1
-    remarks             what was chosen or left out, in sentences, as at the top of the page
-    grids               (rows, columns) of each image's patches, of the first model
+    Attributes
+    ----------
+    html : str
+        The page.
+    path : Path or None
+        Where it was written.
+    bits : int
+        Bits of the queries and keys in it: 16, or 8 if the page would be too large.
+    quantisation_error : float
+        Largest difference from the model's own numbers, relative to the largest in the token's row.
+    weight_error : float
+        Largest difference of an attention weight, which lies in 0..1.
+    remarks : list of str
+        What was chosen or left out, as at the top of the page.
+    grids : list of tuple
+        (rows, columns) of each image's patches, for the first model.
     """
     html: str
     path: Path | None
@@ -67,7 +75,7 @@ class ExplorerPage:
     grids: list
 
     def describe_grids(self):
-        """The grids in words, each once."""
+        """Return the grids in words, each once."""
         return " and ".join(f"{rows} x {columns}" for rows, columns in dict.fromkeys(self.grids)) + " patches"
 
     @property
@@ -78,30 +86,50 @@ class ExplorerPage:
         size = 'width="100%" height="900" style="border:0" title="attention explorer"'
         if len(self.html) <= EMBED_UP_TO:
             return f'<iframe srcdoc="{html.escape(self.html, quote=True)}" {size}></iframe>'
-        words = f"This page is {self.megabytes:.1f} MB, too large to be kept inside a notebook"
+        words = f"This page is {self.megabytes:.1f} MB, too large to store in a notebook"
         if self.path is None:
-            return f"<p>{words}. Give <code>save_path</code>: it is then shown from its file.</p>"
+            return f"<p>{words}. Give <code>save_path</code> to show it from its file.</p>"
         address = html.escape(self.path.as_posix(), quote=True)
-        return (f'<p>{words}: it is shown from its file, <a href="{address}" target="_blank">{address}</a>. Where the '
-                f'frame stays empty, open that in a browser.</p><iframe src="{address}" {size}></iframe>')
+        return (f'<p>{words}. It is shown from its file, <a href="{address}" target="_blank">{address}</a>. If the '
+                f'frame stays empty, open that file in a browser.</p><iframe src="{address}" {size}></iframe>')
 
 
 @differentiable()
 def explore(model, images, save_path="attention.html", compare_with=None, names=None, title="Where a ViT looks",
             whole=None, max_mb=None):
-    """An ExplorerPage of images, written to save_path where that is given, in place of an earlier page.
+    """Make an interactive page of images.
 
-    images        one of what data/images.py takes, or a list of them; a float tensor is normalised for `model`, and the
-                  second model is given it with its own normalisation instead
-    compare_with  a second model beside it: a ViT, or a ConvNet, whose receptive field is shown at the same place
-    names         of the model, and of the second one; None: their classes
-    whole         a preprocessing.Whole: photographs in their own proportions, nothing cut off, for which the models
-                  must take any size; None: the middle that the model sees in validation
-    max_mb        the page has at most so many MB (10^6 bytes). With whole each image gets as many patches as fit, and
-                  the page says how many
+    Parameters
+    ----------
+    model : nn.Module
+        A ViT.
+    images : image or list of images
+        Any kind that data/images.py accepts. A float tensor is normalised for `model`; it is renormalised for the
+        second model.
+    save_path : str or Path, optional
+        Where to write the page. An earlier page of this kind is replaced. None writes nothing.
+    compare_with : nn.Module, optional
+        A second model beside it: a ViT, or a ConvNet, whose receptive field is shown at the same position.
+    names : sequence of str, optional
+        Names of the models; by default their classes.
+    title : str, optional
+        Heading of the page.
+    whole : Whole, optional
+        Shows whole photographs in their own proportions; the models must then accept any size. By default the models
+        see the centre, as in validation.
+    max_mb : float, optional
+        Largest size of the page in MB (10^6 bytes). With `whole`, each image gets as many patches as fit, and the page
+        says how many.
 
-    Raises InputError for a first model without attention, for images that cannot be used, for a save_path that holds
-    another file than such a page, and where the page cannot be made to fit.
+    Returns
+    -------
+    ExplorerPage
+
+    Raises
+    ------
+    InputError
+        If the first model has no attention, if an image cannot be used, if `save_path` holds a file that is not such a
+        page, or if the page cannot be made small enough.
     """
     images = list(images) if isinstance(images, (list, tuple)) else [images]
     if not images:
@@ -113,7 +141,7 @@ def explore(model, images, save_path="attention.html", compare_with=None, names=
     adapt_vit(model)
     names = list(names) if names else [class_name(one) for one in models]
     if len(names) != len(models):
-        raise InputError(f"{len(names)} names were given for {len(models)} models; expected one for each")
+        raise InputError(f"{len(names)} names were given for {len(models)} models; give one for each model")
     if save_path is not None:
         is_page(save_path)
     page = _fitting_page(models, names, images, title, whole, math.inf if max_mb is None else max_mb * MB)
@@ -123,8 +151,10 @@ def explore(model, images, save_path="attention.html", compare_with=None, names=
 
 
 def is_page(path):
-    """Whether a page of ours is at path; False where nothing is. Raises InputError for another file, which explore does
-    not overwrite."""
+    """Return whether there is a page of ours at path; False if there is nothing.
+
+    Raises InputError for any other file: explore does not overwrite it.
+    """
     path = Path(path)
     if not path.exists():
         return False
@@ -133,8 +163,8 @@ def is_page(path):
                          f"such as {str(path / 'attention.html')!r}")
     with open(path, "rb") as file:
         if MARK not in file.read(2**17):
-            raise InputError(f"{str(path)!r} is another file than a page of explore, and it stays as it is; choose "
-                             f"another name for the page, or remove the file")
+            raise InputError(f"{str(path)!r} exists and is not a page that explore wrote, so it is not overwritten; "
+                             f"choose another name for the page, or remove the file")
     return True
 
 
@@ -142,9 +172,11 @@ def is_page(path):
 
 
 def _fitting_page(models, names, images, title, whole, most):
-    """The ExplorerPage, of at most `most` bytes: with 16 bits where that makes no large page, else with 8, else of
-    fewer patches."""
-    wanted = None  # patches of an image, before any were taken away
+    """Make the ExplorerPage of at most `most` bytes.
+
+    It uses 16 bits if the page stays small, otherwise 8 bits, otherwise fewer patches.
+    """
+    wanted = None  # patches of an image before any reduction
     while True:
         prepared = [[_prepare_for(image, one, models[0], whole) for image in images] for one in models]
         fed = [[image for image, _ in own] for own in prepared]
@@ -157,8 +189,8 @@ def _fitting_page(models, names, images, title, whole, most):
             pictures = [dict(name=_image_name(image, i), pngs=_pngs_of([picture for _, picture in own]))
                         for i, (image, *own) in enumerate(zip(images, *prepared, strict=True), start=1)]
             said = [] if used == wanted else [
-                f"So that this page stays within {most / MB:g} MB, its images have {used:,} patches at most, where "
-                f"{wanted:,} were asked for."]
+                f"To keep this page within {most / MB:g} MB, its images have at most {used:,} patches instead of "
+                f"{wanted:,}."]
             page = _page_of(described, coarse, pictures, title, said)
             if (size := len(page.html.encode())) + 1.2 * coarse.blobs.n_bytes <= min(most, FINE_UP_TO):
                 return _page_of(described, _keep_attention(models, fed, 16), pictures, title, said)
@@ -168,21 +200,23 @@ def _fitting_page(models, names, images, title, whole, most):
 
 
 def _with_fewer(whole, models, images, used, size, most):
-    """A Whole with fewer patches than the `used` ones, which made a page of more than `most` bytes. Raises InputError
-    where there is no choice."""
-    over = f"is {size / MB:.2g} MB or more, above max_mb {most / MB:g}"
+    """Return a Whole with fewer patches than the `used` ones, which made a page of more than `most` bytes.
+
+    Raises InputError if the number of patches cannot be chosen.
+    """
+    over = f"takes at least {size / MB:.2g} MB, more than max_mb {most / MB:g}"
     if used <= LEAST_PATCHES:
-        raise InputError(f"the page {over}, and with {used} patches an image it gets no smaller; expected a larger "
-                         f"max_mb, or fewer images")
+        raise InputError(f"the page {over}, already with only {used} patches per image; give a larger max_mb or "
+                         f"fewer images")
     sizes_given = whole is None or whole.img_size is not None or any(is_input(image) for image in images)
     if sizes_given or not all(adapt(model).any_size for model in models):
-        raise InputError(f"the page {over}, and its images have one size; expected a larger max_mb, fewer images, or "
-                         f"pictures with whole=Whole(), without an img_size, for a model that takes any size")
+        raise InputError(f"the page {over}, and the size of its images is fixed; give a larger max_mb, fewer images, "
+                         f"or photographs with whole=Whole() and no img_size for a model that takes any size")
     return replace(whole, max_tokens=max(LEAST_PATCHES, min(used - 1, int(0.99 * used * most / size))))
 
 
 def _page_of(described, kept, pictures, title, said):
-    """The ExplorerPage of what models and images are (_describe) and of their attention (_keep_attention)."""
+    """Make the ExplorerPage from models and images (_describe) and their attention (_keep_attention)."""
     models, remarks = [], list(said)
     for one, attention in zip(described, kept.parts, strict=True):
         own = [image["facts"] | dict(attention=part) | {name: kept.blobs.add(*array) for name, array in
@@ -200,28 +234,29 @@ def _page_of(described, kept, pictures, title, said):
 
 
 def _note_of(models, pictures, kept, bytes_error):
-    """The note at the foot of the page."""
+    """Return the note at the foot of the page."""
     most, usual = (f"{100 * error:.2g}%" for error in (kept.errors.max(), kept.errors.median()))
-    note = (f"Attention is computed in the page, softmax(q kᵀ + bias), from queries and keys of {kept.bits} bits. A "
-            f"weight differs from the model's own by {100 * kept.weight_error:.2g} percentage points at most, over all "
-            f"layers, heads and rows, and by {most} at most of the largest value in its row; in half of the rows by no "
-            f"more than {usual}. ")
+    note = (f"The page computes attention as softmax(q kᵀ + bias), from queries and keys of {kept.bits} bits. Over all "
+            f"blocks, heads and rows, a weight differs from the model's own by at most "
+            f"{100 * kept.weight_error:.2g} percentage points. Relative to the largest weight in its row, it differs "
+            f"by at most {most}, and by at most {usual} in half of the rows. ")
     if any("relevance" in image for model in models for image in model["images"]):
-        note += "Relevance is shown without the 1 that each token has of itself. "
+        note += "Relevance leaves out the initial relevance of each token for itself. "
     if bytes_error:
-        note += (f"What the units of the ConvNet see is stored as bytes, at most {bytes_error:.2%} of the largest "
-                 f"value in a row off. ")
-    note += "All that is shown is in this file."
+        note += (f"Receptive fields of the ConvNet are stored as bytes; their error is at most {bytes_error:.2%} of "
+                 f"the largest value in a row. ")
+    note += "This file contains everything that the page shows."
     if len(models) > 1:
-        note += " Blocks and heads count up to the most that a model here has; one with fewer stays at its last."
+        note += (" The controls offer as many blocks and heads as the larger model has; a model with fewer stays at "
+                 "its last.")
     if any(len(one["pngs"]) > 1 for one in pictures):
-        note += (" Each model's picture is what it is given, cut and resized as it needs it; the same place in both "
-                 "pictures need not be quite the same place of a photograph.")
+        note += (" Each model is shown with its own input, cut and resized as it needs it; the same position in both "
+                 "inputs need not be exactly the same position in the photograph.")
     return note
 
 
 def fill(data, title, note, remark=""):
-    """The page with its data. What stands in a script may not end it."""
+    """Fill the template with data; escaping keeps the data from ending its script."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     colours = np.round(255 * matplotlib.colormaps["viridis"](np.linspace(0, 1, 64))[:, :3]).astype(int).tolist()
     page = Template(PAGE.read_text(encoding="utf-8"))
@@ -230,13 +265,16 @@ def fill(data, title, note, remark=""):
 
 
 class Blobs:
-    """Arrays as text, deflated and then in base64, as the page unpacks them. The same bytes are kept once."""
+    """Arrays as text: deflated, then in base64, as the page unpacks them.
+
+    Equal arrays are stored once.
+    """
 
     def __init__(self):
         self.texts = {}
 
     def add(self, values, kind):
-        """The number of the blob with these values as numbers of a kind, such as "<f4"."""
+        """Store values as numbers of a kind, such as "<f4", and return the number of their blob."""
         raw = np.ascontiguousarray(values).astype(kind).tobytes()
         return self.texts.setdefault(base64.b64encode(zlib.compress(raw, 6)).decode(), len(self.texts))
 
@@ -250,9 +288,17 @@ class Blobs:
 
 @dataclass
 class Kept:
-    """The attention of models and images. parts: for each model and image what _keep_block gives of its layers, {} for
-    one without attention; errors (m), of each row of every map as a part of its largest weight; weight_error, the
-    largest of a weight."""
+    """The attention of models and images, as the page stores it.
+
+    Attributes
+    ----------
+    parts : list
+        For each model and image, what `_keep_block` gives for its blocks; {} for a model without attention.
+    errors : Tensor, shape (m,)
+        Error of each row of every map, relative to its largest weight.
+    weight_error : float
+        Largest error of a weight.
+    """
     bits: int
     blobs: Blobs = field(default_factory=Blobs)
     parts: list = field(default_factory=list)
@@ -261,7 +307,10 @@ class Kept:
 
 
 def _keep_attention(models, fed, bits):
-    """Kept of models, each with its own images (1, C, H, W). One layer's maps are in memory at a time."""
+    """Return the Kept of models, each with its own images (1, C, H, W).
+
+    Only one block's maps are in memory at a time.
+    """
     kept = Kept(bits)
     errors = []
 
@@ -286,18 +335,21 @@ def _keep_attention(models, fed, bits):
 
 
 def _readers(adapter, grid):
-    """How much of each token the head reads, (N,), sum 1. Raises InputError where that is no row of tokens."""
+    """Return how much of each token the head reads, (N,), sum 1.
+
+    Raises InputError if the head does not read a weighted sum of tokens.
+    """
     return reading_weights(adapter.pool, adapter.n_prefix, adapter.n_prefix + math.prod(grid)).float()
 
 
 def _keep_block(attended, readers, kept):
-    """(What the page needs of one block for one image, the error of each row of its maps, (H N)).
+    """Return what the page needs of one block for one image, and the error of each row of its maps, (H N).
 
-    score_ij = sum_d weight_d q_id k_jd + lift_j + step bias_ij, with whole numbers q, k and bias. The softmax of a row
-    stays the same when all keys move by one vector, so their mean is taken off first; that of the queries too, and what
-    it adds, the same in each row, is `lift`. Each channel of each head has its own scale. For who looks at a token the
-    page has the log-sum-exp of each row of these scores. Where the scores are no product of queries and keys the
-    logarithms of the maps are the bias.
+    score_ij = sum_d weight_d q_id k_jd + lift_j + step bias_ij, with integers q, k and bias. Softmax does not change if
+    all keys move by one vector, so their mean is subtracted first. The mean of the queries is subtracted too; its
+    contribution, the same in each row, is `lift`. Each channel of each head has its own scale. For "who looks at it"
+    the page stores the log-sum-exp of each row of scores. If the scores are not a product of queries and keys, the
+    logarithms of the maps serve as the bias.
     """
     maps = at_least_float32(attended.maps[0].detach().cpu())  # (H, N, N)
     heads, n = maps.shape[:2]
@@ -318,14 +370,14 @@ def _keep_block(attended, readers, kept):
         bias = bias[(None,) * (4 - bias.ndim)][0].expand(-1, n, n)  # (H or 1, N, N)
         hidden = bias.isinf()
         middle = (bias.masked_fill(hidden, -math.inf).amax(dim=(1, 2), keepdim=True)
-                  + bias.masked_fill(hidden, math.inf).amin(dim=(1, 2), keepdim=True)) / 2  # which softmax does not see
+                  + bias.masked_fill(hidden, math.inf).amin(dim=(1, 2), keepdim=True)) / 2  # softmax ignores this shift
         codes, step = _round((bias - middle).masked_fill(hidden, 0), (1, 2), levels)
         scores += (codes * step).masked_fill(hidden, -math.inf)
         part |= dict(biased=len(bias), bias=kept.blobs.add(codes.masked_fill(hidden, -levels - 1), kind))
         floats.append(step)
     shown = scores.softmax(dim=2)
     floats.append(scores.logsumexp(dim=2))  # (H, N)
-    if readers is not None:  # too many rows to compute in the page: that of what the head reads, and its column
+    if readers is not None:  # averages over many rows are stored: the head's row and its column
         floats += [readers.to(shown) @ shown, shown @ readers.to(shown)]  # 2 x (H, N)
     part |= dict(numbers=kept.blobs.add(torch.stack([q, k]), kind),
                  floats=kept.blobs.add(torch.cat([values.flatten() for values in floats]), "<f4"))
@@ -335,8 +387,10 @@ def _keep_block(attended, readers, kept):
 
 
 def _round(values, over, levels):
-    """(whole numbers from -levels to levels, the steps between them), the largest of each group of values at the end.
-    over: the dimensions of a group."""
+    """Round values to integers from -levels to levels; return (integers, step size).
+
+    The largest value of each group maps to the end of the range; `over` are the dimensions of a group.
+    """
     steps = (values.abs().amax(dim=over, keepdim=True) / levels).clamp(min=1e-30)
     return (values / steps).round(), steps
 
@@ -345,9 +399,11 @@ def _round(values, over, levels):
 
 
 def _describe(model, name, images):
-    """A model and what it does with images, each (1, C, H, W), beside their attention. facts: as the page reads them;
-    images: of each its facts, and arrays, name -> (values, kind of number); error: of what is stored as bytes;
-    remarks: what is left out."""
+    """Describe a model and what it does with its images, each (1, C, H, W), apart from attention.
+
+    Returns a dict. facts: as the page reads them; images: for each its facts, and arrays as name -> (values, kind of
+    number); error: of what is stored as bytes; remarks: what was left out.
+    """
     if not adapt(model).attends:
         return _describe_convnet(model, name, images)
     adapter, remarks = adapt_vit(model), []
@@ -379,13 +435,16 @@ def _describe_image(model, adapter, image, remarks):
 
 
 def _no_words():
-    """words() of a model without a head."""
+    """Return the `words` of a model without a head."""
     return dict(prediction="", target="", lens=dict(classes=[], rows=[], says=[]))
 
 
 def words(lens, class_names):
-    """Prediction and logit lens, probabilities (L + 1, K), as the page shows them: the likeliest class after each
-    block, and the probabilities there of the classes that are likeliest at the end."""
+    """Format prediction and logit lens, probabilities (L + 1, K), as the page shows them.
+
+    These are the most likely class after each block, and the probabilities of the classes that are most likely at the
+    end.
+    """
     named = class_names or [f"class {label}" for label in range(lens.shape[1])]
     shown = lens[-1].topk(min(N_CLASSES, lens.shape[1])).indices.tolist()
     best = lens.argmax(dim=1).tolist()
@@ -396,8 +455,10 @@ def words(lens, class_names):
 
 
 def _bytes_of(matrices):
-    """(values, factors, error): matrices (m, n, n) as bytes, each row from 0 to its largest value; and the largest
-    difference that makes, relative to that value: 1 / 510 at most."""
+    """Store matrices (m, n, n) as bytes, each row from 0 to its largest value: (values, factors, error).
+
+    The error is the largest difference relative to that value, at most 1 / 510.
+    """
     matrices = matrices.detach().cpu().double()
     factors = (matrices.amax(dim=2, keepdim=True) / 255).clamp(min=1e-30).float()  # (m, n, 1)
     values = (matrices / factors).round().clamp(0, 255)
@@ -409,8 +470,11 @@ def _bytes_of(matrices):
 
 
 def _describe_convnet(model, name, images, side=8):
-    """A ConvNet as the page reads it: for every depth the share of each patch of the image in the gradient of each
-    unit, the image cut into side x side patches, or fewer where it has fewer pixels."""
+    """Describe a ConvNet as the page reads it.
+
+    For every depth it holds the share of each image patch in the gradient of each unit. The image is cut into side x
+    side patches, or fewer if it has fewer pixels.
+    """
     check_int("side", side, 1)
     n_depths, own, worst = len(adapt(model).layers), [], 0.0
     for image in images:
@@ -430,8 +494,11 @@ def _describe_convnet(model, name, images, side=8):
 
 
 def _unit_fields(model, image, depth, grid):
-    """(n, n): row i is the share of every patch in the gradient of the unit at the middle of patch i, summed over its
-    channels. analysis.receptive_field.receptive_field does so for the unit in the middle of the image."""
+    """Return (n, n): row i is the share of every patch in the gradient of the unit at the middle of patch i.
+
+    The gradient is that of the sum over channels, as in `receptive_field`, which takes the unit in the middle of the
+    image.
+    """
     rows = []
     pixels, features, _ = watch_layer(model, adapt(model).layers[depth], image)  # (1, 3, H, W), (1, D, rows, columns)
     for row in range(grid[0]):
@@ -448,8 +515,11 @@ def _unit_fields(model, image, depth, grid):
 
 
 def _prepare_for(image, model, first, whole):
-    """prepare_image. A float tensor is normalised for the first model; another gets it with its own normalisation, and
-    the picture stays. How many patches a photograph gets is nothing to a model without patches."""
+    """Prepare an image as `prepare_image` does, for one of the models.
+
+    A float tensor is normalised for the first model; another model gets it renormalised. A limit on patches does not
+    apply to a model without patches.
+    """
     if whole is not None and not adapt(model).attends:
         whole = replace(whole, max_tokens=None)
     images, picture = prepare_image(image, model, whole)  # (1, C, H, W), (H, W, 3)
@@ -465,7 +535,7 @@ def _image_name(image, number):
 
 
 def _as_uri(picture):
-    """A picture (H, W, 3) in 0..1 as a data URI: a PNG, or a JPEG of high quality where that would be large."""
+    """Encode a picture (H, W, 3) in 0..1 as a data URI: a PNG, or a JPEG of high quality if that is large."""
     image = Image.fromarray(np.round(255 * picture).astype(np.uint8))
     for kind, options in (("png", dict(optimize=True)), ("jpeg", dict(quality=92, subsampling=0))):
         buffer = io.BytesIO()
@@ -476,5 +546,5 @@ def _as_uri(picture):
 
 
 def _pngs_of(pictures):
-    """A picture for each model, as data URIs; one where they are the same."""
+    """Encode one picture for each model as data URIs; only one if they are equal."""
     return list(dict.fromkeys(_as_uri(picture) for picture in pictures))

@@ -1,11 +1,9 @@
-"""One photograph, looked into: what `python visualizations.py photo.jpg` draws and says.
+"""One look inside a model at one photograph: what `python visualizations.py photo.jpg` draws and prints.
 
-    look(model, image, whole)          a Look: features as colours, attention by head, norms, explanation; and of a
-                                       ConvNet its stages
-    share_colours(looks)               colours that mean the same in several photographs
-    draw_look(look, name, heading)     all of it in one Figure
-    panels_of(look)                    its panels, each with one sentence on how to read it; draw_panel draws one alone
-    describe(look, name)               what was found, in plain lines
+look(model, image, whole)          compute a Look: features, attention by head, token lengths, explanation
+share_colours(looks)               give several photographs the same feature colours
+panels_of(look), draw_look, draw_panel     its panels, each with a sentence on how to read it, and their figures
+describe(look, name)               what was found, in plain lines
 
 Shapes:  H heads, D width, K classes, h, w height and width of the photograph. Sizes are in pixels in images, and in
          inches in figures.
@@ -31,11 +29,11 @@ from vit_bridge.models.adapters import ModelAdapter, adapt, check_pool
 from vit_bridge.plots.charts import VERMILION, ShownFigure, clip_at, extent_of, finish, hide_ticks
 from vit_bridge.runtime import at_least_float32, unwrapped
 
-SIDE, BIG, TALL = 2.6, 4.1, 4.6  # width of the column at the right, of the large panels, and their greatest height
+SIDE, BIG, TALL = 2.6, 4.1, 4.6  # widths of the right column and of large panels, and their greatest height
 STRIP = 2.2  # greatest height of a map in the strip of heads or stages
 GAP, MARGIN = 0.3, 0.3
 TITLE, SENTENCE, LABEL = 12, 10, 10  # points
-BOLD = 0.66  # width over height of a letter of a title
+BOLD = 0.66  # width over height of a letter in a title
 N_LIKELIEST = 5
 
 
@@ -44,19 +42,37 @@ N_LIKELIEST = 5
 
 @dataclass
 class Look:
-    """What a model makes of one photograph. Maps are arrays.
+    """What a model computes for one photograph.
 
-    picture        (height, width, 3) in 0..1, as the model is fed it; size: (h, w) of the photograph, upright
-    grid           (rows, columns) of the patches, or of the last stage's places
-    features       (rows, columns, D), after the last block or stage, each place scaled to mean 0 and variance 1
-    colours        (rows, columns, 3), the features as colours; `together`: over how many photographs
-    probabilities  (K), None for a model without a head
-    explanation    (rows, columns), of the likeliest class; None where there is none, then `refused` says why
-
-    heads          (H, rows, columns), the attention of the head's token to the patches in the last block
-    distances      (H), how far patches look there, and uniform, how far they would if they looked everywhere alike
-    norms          (rows, columns), length of the patch tokens after it; artefacts (rows, columns), bool
-    stages         of a ConvNet: (rows, columns, 3) after the stem and each stage, as colours; it has no heads
+    Attributes
+    ----------
+    adapter : ModelAdapter
+        The adapter of the model.
+    n_parameters : int
+        Number of parameters of the model.
+    picture : array, shape (height, width, 3)
+        The input of the model, in 0..1.
+    size : tuple of int
+        (h, w) of the photograph, upright.
+    grid : tuple of int
+        (rows, columns) of the patches of a ViT, or of the last feature map of a ConvNet.
+    features : Tensor, shape (rows, columns, D)
+        Features after the last block or stage; each position is scaled to mean 0 and variance 1.
+    colours : array, shape (rows, columns, 3)
+        The features as colours, shared with `together` photographs.
+    probabilities : Tensor, shape (K,), or None
+        Predicted probabilities; None for a model without a head.
+    explanation : array, shape (rows, columns), or None
+        Saliency for the most likely class. If it is None, `refused` holds the reason.
+    heads : array, shape (H, rows, columns), or None
+        Attention of the head's token to the patches in the last block; None for a ConvNet.
+    distances : list of float
+        How far patches look in the last block, in pixels, for each head; `uniform` is the distance of uniform
+        attention.
+    norms, artefacts : array, shape (rows, columns), or None
+        Length of each patch token after the last block, and whether it is an artefact.
+    stages : list of array, each (rows, columns, 3)
+        Features of a ConvNet after the stem and each stage, as colours.
     """
     adapter: ModelAdapter
     n_parameters: int
@@ -78,17 +94,17 @@ class Look:
 
     @property
     def stretch(self):
-        """How much longer one side has become, measured by the other: 0 for not at all."""
+        """Relative change of the aspect ratio of the photograph; 0 if it is not distorted."""
         (h, w), (height, width) = self.size, self.picture.shape[:2]
         return max(height * w / (width * h), width * h / (height * w)) - 1
 
     @property
     def elsewhere(self):
-        """(H): the share of the attention that goes to tokens that are no patch."""
+        """Share of the attention that goes to tokens other than patches, (H)."""
         return np.maximum(0, 1 - self.heads.sum(axis=(1, 2)))
 
     def likeliest(self, n=N_LIKELIEST):
-        """[(class, probability)], the likeliest first; none without a head."""
+        """Return [(class, probability)], the most likely first; empty without a head."""
         if self.probabilities is None:
             return []
         best = self.probabilities.topk(min(n, len(self.probabilities)))
@@ -98,9 +114,25 @@ class Look:
 
 
 def look(model, image, whole=None):
-    """A Look at one image, of any kind that data.images takes. whole: as in prepare_image; None: its middle.
+    """Look at one image with a model.
 
-    Raises InputError for an image that cannot be used, and for a model whose head reads no tokens of its own.
+    Parameters
+    ----------
+    model : nn.Module
+        A ViT or a ConvNet.
+    image : str, Path, PIL image, array or Tensor
+        Any kind of image that data/images.py accepts.
+    whole : Whole, optional
+        Shows the model the whole photograph, as in `prepare_image`. By default the model sees only the centre.
+
+    Returns
+    -------
+    Look
+
+    Raises
+    ------
+    InputError
+        If the image cannot be used, or if the head does not read a weighted mean of tokens.
     """
     model = unwrapped(model)
     adapter = adapt(model)
@@ -117,24 +149,24 @@ def look(model, image, whole=None):
         except InputError as error:
             found.refused = str(error)
     else:
-        found.refused = "this model has no head, so it names no class that could be explained"
+        found.refused = "this model has no head, so it predicts no class to explain"
     share_colours([found])
     return found
 
 
 def _look_at_tokens(model, images, about):
-    """(Look, logits) of a ViT."""
+    """Return (Look, logits) of a ViT."""
     adapter = about["adapter"]
     check_pool(adapter.pool)
     grid, first, last = adapter.grid(images), adapter.n_prefix, len(adapter.blocks) - 1
 
     def keep(block, attended):
-        """Of the last block: (the row of the head's token over the patches, the distance of each head)."""
+        """Keep (attention of the head's token to the patches, distance of each head) of the last block."""
         if block < last:
             return None
         maps = at_least_float32(attended.maps)  # (1, H, N, N)
         distances = [attention_distance(maps[None, :, [head]], grid, adapter.patch_size, first).item()
-                     for head in range(maps.shape[1])]  # head by head, as they are computed in float64
+                     for head in range(maps.shape[1])]  # head by head: they are computed in float64
         return cls_attention_grid(maps[0], grid, first, adapter.pool).cpu().numpy(), distances
 
     seen = capture(model, images, keep=keep)
@@ -148,7 +180,7 @@ def _look_at_tokens(model, images, about):
 
 
 def _look_at_stages(model, images, about):
-    """(Look, logits) of a ConvNet."""
+    """Return (Look, logits) of a ConvNet."""
     maps = []
     for layer in about["adapter"].layers:
         _, output, logits = watch_layer(model, layer, images)  # (1, D, rows, columns)
@@ -158,17 +190,21 @@ def _look_at_stages(model, images, about):
 
 
 def _scaled(features):
-    """Features (..., D), each place scaled to mean 0 and variance 1, as the last norm of a ViT does it: else the
-    colours would show the few tokens that are far longer than the others, and not what the others hold."""
+    """Scale features (..., D) to mean 0 and variance 1 at each position, as the last norm of a ViT does.
+
+    Otherwise a few very long tokens would determine the colours.
+    """
     features = at_least_float32(features.cpu())
     return F.layer_norm(features, features.shape[-1:])
 
 
 def share_colours(looks):
-    """Gives the looks, all by one model, colours over all of them together: alike in colour is alike to the model,
-    across the photographs too."""
-    flat = torch.cat([one.features.flatten(0, 1) for one in looks])  # (all places, D)
-    colours = feature_colours(flat[None, None])[0, 0]  # (all places, 3)
+    """Give several looks of one model the same feature colours.
+
+    Similar colours then mean similar features across the photographs too.
+    """
+    flat = torch.cat([one.features.flatten(0, 1) for one in looks])  # (all positions, D)
+    colours = feature_colours(flat[None, None])[0, 0]  # (all positions, 3)
     parts = colours.split([math.prod(one.grid) for one in looks])
     for one, part in zip(looks, parts, strict=True):
         one.colours, one.together = part.unflatten(0, one.grid).numpy(), len(looks)
@@ -178,26 +214,27 @@ def share_colours(looks):
 
 
 def describe(look, name, cropped=False):
-    """What was found, as (what, words) in their order."""
+    """Return what was found as (label, text) pairs, in the order in which they are printed."""
     lines = [("Model", f"{name}: {_described_model(look)}"), ("Photograph", _described_fit(look, cropped))]
     likeliest = ", ".join(f"{label} {probability:.1%}" for label, probability in look.likeliest())
-    lines.append(("Prediction", likeliest or "none, as this model has no head"))
+    lines.append(("Prediction", likeliest or "none: this model has no head"))
     if look.probabilities is not None and look.refused:
         lines.append(("Explanation", f"none: {look.refused}"))
     if look.heads is None:
         return lines
     if look.adapter.n_prefix:
         shares, rest = look.elsewhere, _prefix(look)
-        lines.append(("Attention", f"in the last block {_reader(look)} {_verb(look, 'give')} {_share(shares.mean())} "
-                                   f"of the attention to {rest} (by head {_share(shares.min())} to "
-                                   f"{_share(shares.max())}), and what is left to patches"))
+        whose = "its" if look.adapter.pool == "cls" else "their"
+        lines.append(("Attention", f"in the last block, {_reader(look)} {_verb(look, 'give')} {_share(shares.mean())} "
+                                   f"of {whose} attention to {rest} ({_share(shares.min())} to {_share(shares.max())}, "
+                                   f"depending on the head) and the rest to the patches"))
     near, far = np.argmin(look.distances), np.argmax(look.distances)
     lines.append(("Reach", f"in that block, head {near + 1} looks nearest, {look.distances[near]:.0f} pixels away on "
                            f"average, and head {far + 1} farthest, {look.distances[far]:.0f} pixels; uniform attention "
                            f"would average {look.uniform:.0f}"))
     n, longest = int(look.artefacts.sum()), look.norms.max() / np.median(look.norms)
-    words = f"{look.artefacts.mean():.1%} of the patches ({n:,}), framed in the picture" if n else \
-        "0% of the patches: no tokens stand far above the others"
+    words = f"{look.artefacts.mean():.1%} of the patches ({n:,}), framed in the figure" if n else \
+        "0% of the patches: no token is much longer than the others"
     lines.append(("Artefacts", f"{words}; the longest token is {longest:.1f} times as long as the median"))
     return lines
 
@@ -212,11 +249,11 @@ def _described_model(look):
 
 
 def _described_fit(look, cropped):
-    words = f"{_size(look.size)} pixels (height × width), fed at {_size(look.picture.shape[:2])}"
+    words = f"{_size(look.size)} pixels (height × width), given to the model at {_size(look.picture.shape[:2])}"
     if look.heads is not None:
         words += f": {_size(look.grid)} = {math.prod(look.grid):,} patches"
     if cropped and look.size != look.picture.shape[:2]:
-        return f"{words}; its middle alone, the edges are cut off, as in validation"
+        return f"{words}; only the centre, as in validation: the edges are cut off"
     stretched = f", stretched by {look.stretch:.1%}" if look.stretch >= 5e-4 else " or stretched"
     return f"{words}; nothing is cut off{stretched}"
 
@@ -230,7 +267,7 @@ def _size(sides):
 
 
 def _reader(look):
-    """Whose attention it is."""
+    """Name the token whose attention is shown."""
     return {"cls": "CLS", "mean": "the patches"}.get(look.adapter.pool, look.adapter.pool)
 
 
@@ -239,12 +276,12 @@ def _verb(look, verb):
 
 
 def _share(share):
-    """A share in whole per cent; what is above none and rounds to none is below 1%."""
+    """Format a share in whole per cent; a small positive one as '<1%'."""
     return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
 
 
 def _prefix(look):
-    """The tokens that are no patch, as those that CLS attends to: "itself and 4 registers"."""
+    """Name the tokens that are not patches, as targets of CLS: "itself and 4 registers"."""
     counts = {name: look.adapter.prefix.count(name) for name in look.adapter.prefix}
     alone = {"CLS": "itself" if look.adapter.pool == "cls" else "CLS"}
     return " and ".join(alone.get(name, f"the {name}") if n == 1 else f"{n} {name}s" for name, n in counts.items())
@@ -255,8 +292,10 @@ def _prefix(look):
 
 @dataclass
 class Tile:
-    """A map (rows, columns), coloured from bottom to top, or colours (rows, columns, 3), over the whole photograph;
-    framed: places of the map."""
+    """A map coloured from bottom to top, or colours, over the whole photograph.
+
+    `values` has shape (rows, columns) or (rows, columns, 3); `framed` lists positions (row, column) that get a frame.
+    """
     values: np.ndarray
     label: str = ""
     bottom: float = 0.0
@@ -266,7 +305,10 @@ class Tile:
 
 @dataclass
 class Panel:
-    """One thing to look at. name: of its file; without tiles it is only words."""
+    """One view in the figure.
+
+    `name` is the stem of its file. A panel without tiles consists of words only.
+    """
     name: str
     title: str
     sentence: str
@@ -274,16 +316,16 @@ class Panel:
 
 
 def panels_of(look):
-    """The Panels: the photograph, features as colours, what stands at the side, and the strip below."""
+    """Return the Panels: the photograph, features as colours, the side column, and the strip below."""
     height, width = look.picture.shape[:2]
-    cells = f", in {_size(look.grid)} patches" if look.heads is not None else ""
-    photograph = Panel("photograph", "The photograph", f"All that the model is given: {height} × {width} "
+    cells = f", cut into {_size(look.grid)} patches" if look.heads is not None else ""
+    photograph = Panel("photograph", "The photograph", f"The whole input of the model: {height} × {width} "
                        f"pixels{cells}.", [Tile(look.picture)])
-    place = "patch" if look.heads is not None else "place"
+    places, where = ("patches", "patches") if look.heads is not None else ("positions", "last stage")
     across = f", across the {look.together} photographs too" if look.together > 1 else ""
-    colours = Panel("colours", f"What the model makes of each {place}", f"Where colours are alike, the model finds the "
-                    f"{place}{'es' if place == 'patch' else 's'} alike{across}: red, green and blue are the three "
-                    f"directions in which they differ most.", [Tile(look.colours)])
+    colours = Panel("colours", f"Features of the {where}, as colours", f"{places.capitalize()} of similar colour have "
+                    f"similar features{across}; red, green and blue are the three directions in which the features "
+                    f"differ most.", [Tile(look.colours)])
     if look.heads is None:
         return [photograph, colours, _explanation_panel(look), _stages_panel(look)]
     return [photograph, colours, _norms_panel(look), _explanation_panel(look), _heads_panel(look)]
@@ -293,19 +335,19 @@ def _heads_panel(look):
     tiles = [Tile(grid, f"head {head}" + (f" ({_share(share)})" if look.adapter.n_prefix else ""), top=clip_at(grid))
              for head, (grid, share) in enumerate(zip(look.heads, look.elsewhere, strict=True), start=1)]
     instead = _prefix(look).replace("itself", "CLS itself")
-    share = f"; in brackets the share that goes to {instead} instead" if look.adapter.n_prefix else ""
+    share = f"; in brackets is the share that goes to {instead}" if look.adapter.n_prefix else ""
     who = {"cls": "CLS looks", "mean": "the patches look, on average,"}.get(look.adapter.pool, f"{_reader(look)} look")
-    return Panel("heads", f"Where {who} in the last block, head by head", f"Bright patches get the most attention, "
-                 f"each head on a scale of its own, up to its 99th percentile{share}.", tiles)
+    return Panel("heads", f"Where {who} in the last block, head by head", f"Bright patches get the most attention; "
+                 f"each head has its own colours, which end at its 99th percentile{share}.", tiles)
 
 
 def _norms_panel(look):
     bottom, top = look.norms.min(), clip_at(look.norms)
     places = [tuple(place) for place in np.argwhere(look.artefacts)]
-    found = (f"the {look.artefacts.mean():.1%} that are framed may be artefacts, where a model keeps notes of its own"
-             if places else "none stand far above the others, so there are no artefacts")
-    return Panel("norms", "Length of the tokens", f"Dark {bottom:.3g}, bright {top:.3g} and more; {found}.",
-                 [Tile(look.norms, bottom=bottom, top=max(top, bottom + 1e-9), framed=places)])
+    found = (f"the framed {look.artefacts.mean():.1%} may be artefacts, which hold something other than their patch"
+             if places else "no token is much longer than the others, so there are no artefacts")
+    return Panel("norms", "Length of each token", f"Dark is {bottom:.3g}, bright is {top:.3g} or more; "
+                 f"{found}.", [Tile(look.norms, bottom=bottom, top=max(top, bottom + 1e-9), framed=places)])
 
 
 def _explanation_panel(look):
@@ -313,23 +355,25 @@ def _explanation_panel(look):
         title = "No class to explain" if look.probabilities is None else "No explanation"
         return Panel("explanation", title, f"{look.refused[:1].upper()}{look.refused[1:]}.", [])
     (label, probability), = look.likeliest(1)
-    place, method = ("patch", "relevance") if look.heads is not None else ("place", "Grad-CAM")
-    places = f"{place}es" if place == "patch" else f"{place}s"
-    return Panel("explanation", f"What speaks for “{label}”", f"Yellow {places} speak most for this class, which gets "
-                 f"{probability:.0%} ({method}); grey ones do not.", [Tile(_coloured(look.picture, look.explanation))])
+    places, method = ("patches", "relevance") if look.heads is not None else ("positions", "Grad-CAM")
+    return Panel("explanation", f"What speaks for “{label}”", f"Yellow {places} speak most for this class, whose "
+                 f"probability is {probability:.0%} ({method}); grey ones do not.",
+                 [Tile(_coloured(look.picture, look.explanation))])
 
 
 def _stages_panel(look):
     names = ["stem", *(f"stage {i}" for i in range(1, len(look.stages)))]
     tiles = [Tile(colours, f"{name}: {_size(colours.shape[:2])}")
              for name, colours in zip(names, look.stages, strict=True)]
-    return Panel("stages", "The same after each stage", "From stage to stage there are fewer places, and each "
-                 "knows more of its surroundings (a ConvNet has no attention to show).", tiles)
+    return Panel("stages", "Features after each stage, as colours", "From stage to stage there are fewer positions, "
+                 "and each one sees more of its surroundings; a ConvNet has no attention to show.", tiles)
 
 
 def _coloured(picture, grid):
-    """The picture (height, width, 3) in grey where the map (rows, columns) is 0, and the more in the map's colours, the
-    nearer the map is to its 99th percentile."""
+    """Lay a map (rows, columns) over the grey picture (height, width, 3).
+
+    Where the map is 0 the picture stays grey. The colours grow stronger up to the 99th percentile of the map.
+    """
     light = torch.from_numpy(grid / clip_at(grid)).clamp(0, 1).float()[None, None]
     light = F.interpolate(light, picture.shape[:2], mode="bilinear")[0, 0].numpy()  # (height, width)
     strength = 0.75 * light[:, :, None]
@@ -340,11 +384,11 @@ def _coloured(picture, grid):
 
 
 def draw_look(look, name, heading="", save_path=None):
-    """All panels in one Figure. name: of the model; heading: of the photograph."""
+    """Draw all panels in one Figure; `name` is that of the model, `heading` describes the photograph."""
     photograph, colours, *side, strip = panels_of(look)
     ratio = look.picture.shape[0] / look.picture.shape[1]
     grown = 1.3 if sum(bool(panel.tiles) for panel in side) > 1 else 1.0  # beside two small maps
-    big = max(min(grown * BIG, grown * TALL / ratio), SIDE)  # of a tall photograph the columns are narrower
+    big = max(min(grown * BIG, grown * TALL / ratio), SIDE)  # narrower columns for a tall photograph
     width = 2 * big + SIDE + 2 * GAP
     title = _words(name, 15, width, BOLD)
     below = [line for line in _words(heading, 11, width).split("\n") if line]
@@ -369,7 +413,7 @@ def draw_look(look, name, heading="", save_path=None):
 
 
 def draw_panel(panel, look, name, save_path=None):
-    """A Figure of one panel, as large as it is worth, with the model's name in a line above."""
+    """Draw one panel in a Figure of its own, with the model's name in a line above."""
     ratio, width = look.picture.shape[0] / look.picture.shape[1], 8.0 if len(panel.tiles) < 2 else 12.0
     placed = _Placed(panel, ratio, MARGIN, MARGIN + 0.3, width, 7.0 if len(panel.tiles) < 2 else 3.5)
     figure = ShownFigure(figsize=(width + 2 * MARGIN, placed.bottom + MARGIN), facecolor="white")
@@ -379,7 +423,10 @@ def draw_panel(panel, look, name, save_path=None):
 
 
 class _Placed:
-    """A panel at its place on a page, in inches from the upper left: its title, its tiles in rows, its sentence."""
+    """A panel at its position on a page, in inches from the upper left.
+
+    It has a title, tiles in rows, and a sentence.
+    """
 
     def __init__(self, panel, ratio, left, top, width, tallest):
         self.panel, self.left, self.top = panel, left, top
@@ -416,7 +463,7 @@ class _Placed:
 
 
 def _frame(axes, picture, tile):
-    """Frames the places of a tile that are to be."""
+    """Frame the positions of a tile that are to be framed."""
     height, width = (side / n for side, n in zip(picture.shape[:2], tile.values.shape[:2], strict=True))
     for row, column in tile.framed:
         axes.add_patch(Rectangle((column * width - 0.5, row * height - 0.5), width, height, fill=False,
@@ -430,7 +477,7 @@ def _write(figure, left, top, text, size, **style):
 
 
 def _words(text, size, width, letter=0.52):
-    """Text of this size in points, in lines of this width in inches. letter: width over height of one."""
+    """Wrap text of this size in points to a width in inches; `letter`: width over height of a letter."""
     return textwrap.fill(text, max(8, int(width * 72 / (letter * size))))
 
 

@@ -1,4 +1,4 @@
-"""Linear classifiers: linear_classifier on pixels, as a baseline, and feature_loaders for a head on a frozen backbone.
+"""Linear classifiers: on pixels (linear_classifier), and on a frozen backbone (feature_loaders).
 
 Shapes:  B images in a batch, N images in a set, C channels, K classes, D features that the head reads, F pixel
          features.
@@ -116,7 +116,7 @@ class FeatureLoader(DatasetLoader):
 
 
 def feature_loaders(model, loaders, device):
-    """Return a FeatureLoader for each loader, with what the model's head reads of its images, each computed once.
+    """Return a FeatureLoader for each loader, with the inputs of the model's head, computed once.
 
     Parameters
     ----------

@@ -305,7 +305,7 @@ def are_shares(labels, logits):
 
 
 def check_range(labels, n_classes=None):
-    """Raise InputError for labels (B) out of range, and for soft targets (B, C) with the wrong number of classes.
+    """Raise InputError for labels (B) out of range, or soft targets (B, C) of another C.
 
     Without n_classes it only refuses negative labels.
     """
@@ -381,7 +381,7 @@ def balancing_weights(class_counts):
 
 
 class ClassificationMetrics(Metrics):
-    """Metrics of the loss and, in sums["classes"] (2, C), the images and the correct predictions of each class."""
+    """Metrics of the loss and, in sums["classes"] (2, C), images and correct predictions by class."""
 
     def update(self, loss, logits, labels):
         """Add a batch: its mean loss, its logits (B, C), and its labels (B) or soft targets (B, C).

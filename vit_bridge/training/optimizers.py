@@ -1,4 +1,4 @@
-"""From gradients to a step: learning-rate schedule, parameter groups, optimisers and the average of the weights.
+"""From gradients to a step: schedules, parameter groups, optimisers and the average of weights.
 
 make_optimizer builds AdamW, or Muon beside AdamW; learning_rate_at is the schedule; update_average keeps a moving
 average of the weights; layer_lr_scales gives early layers smaller learning rates.
@@ -32,7 +32,7 @@ def learning_rate_at(step, n_steps, warmup_steps, peak, schedule="cosine"):
 
 
 def parameter_groups(model, weight_decay, lr_scales=None):
-    """Return the trainable parameters in groups for an optimiser: by weight decay and by factor on the learning rate.
+    """Return the trainable parameters in groups, by weight decay and learning-rate factor.
 
     Weight decay is 0 for vectors (biases, norms), for what is added to every image alike (positions and tokens, whose
     first dimension is 1), and for the parameters that the model's no_weight_decay names. `lr_scales` is {parameter
@@ -59,9 +59,9 @@ def parameter_groups(model, weight_decay, lr_scales=None):
 def update_average(average, model, step, decay):
     """Move the weights of `average` towards those of the model: w <- d w + (1 - d) w_model.
 
-    d is min(decay, (1 + step) / (10 + step)): the early, bad weights are soon forgotten. Buffers of floating-point
-    numbers, such as batch statistics, are averaged too; whole numbers, such as BatchNorm's count of batches, are
-    copied.
+    d is min(decay, (1 + step) / (10 + step)), so that the weights of the first steps are soon forgotten. Buffers of
+    floating-point numbers, such as batch statistics, are averaged too; whole numbers, such as BatchNorm's count of
+    batches, are copied.
 
     References
     ----------
@@ -83,8 +83,8 @@ class Muon(torch.optim.Optimizer):
     """Muon, an optimiser for the hidden matrices of a model.
 
     Let U S V^T be the singular value decomposition of a matrix's momentum. Gradient descent would step along it, mostly
-    in the few directions with large singular values. Muon steps along about U V^T instead, in which those directions
-    have the same length (see orthogonal).
+    in the few directions with large singular values. Muon steps along about U V^T instead, which gives all those
+    directions about the same length (see orthogonal).
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ class Muon(torch.optim.Optimizer):
         each output channel. "n_splits" in a group splits each of its matrices along the rows: 3 for a matrix that
         holds the queries, keys and values, so that each of the three is orthogonalised by itself.
     lr : float
-        Learning rate. The step of a full-rank matrix has a root mean square of about 0.2 lr, near that of AdamW.
+        Learning rate. The step of a full-rank matrix has a root mean square of about 0.2 lr, similar to AdamW's.
     momentum : float
         Nesterov momentum.
     weight_decay : float
@@ -126,7 +126,7 @@ class Muon(torch.optim.Optimizer):
                 part.add_(update.view(part.shape), alpha=-lr * 0.2 * math.sqrt(max(R, Q)))
 
     def collect(self, group, by_shape):
-        """Decay the group's weights, update their momentum, and add the matrices to orthogonalise to by_shape."""
+        """Decay a group's weights, update their momentum, and collect the matrices in by_shape."""
         weights = [p for p in group["params"] if p.grad is not None]
         if not weights:
             return

@@ -1,11 +1,8 @@
-"""The folder of a run: its files, the options that may change on a resume, and the Saver that writes the files.
+"""The folder of a run: its files, the options that may change on a resume, and the Saver that writes them.
 
-config.json holds the options, last.pt the state of the training, best.pt the model of the best epoch, and history.csv
-one line per epoch. last.pt is a checkpoint (weights.checkpoints.save_model) with the entries of config.json and
-"training", which is TrainState.state_dict() with the best epoch and the seconds so far.
-
-Files of older versions are read by OLD_NAMES, Recipe.from_dict, TrainState.load_state_dict and, for runs older than
-recipes, train_vit._of_any_version.
+config.json holds the options, best.pt the model of the best epoch, history.csv one line per epoch. last.pt is a
+checkpoint with the entries of config.json and "training": TrainState.state_dict(), the best epoch, the seconds so far.
+Files of older versions are read by OLD_NAMES, Recipe.from_dict, TrainState.load_state_dict, train_vit._of_any_version.
 """
 
 import csv
@@ -25,7 +22,7 @@ from vit_bridge.weights.checkpoints import read_checkpoint, save_model
 
 
 def on_cpu(entries):
-    """Return nested dicts and lists with copies of their tensors on the CPU, which further training does not change."""
+    """Return nested dicts and lists with copies of their tensors on the CPU."""
     if isinstance(entries, torch.Tensor):
         return entries.detach().to("cpu", copy=True)
     if isinstance(entries, dict):
@@ -144,7 +141,7 @@ def read_run(folder):
 
 
 def _read_config(folder):
-    """Return the entries of config.json, or None without one; raise InputError if it is not the config of a run."""
+    """Return the entries of config.json, or None without one; raise InputError if it is damaged."""
     try:
         entries = json.loads((folder / CONFIG).read_text())
     except FileNotFoundError:

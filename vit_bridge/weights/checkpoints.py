@@ -372,8 +372,10 @@ def load_checkpoint(model, path, grid_size=None):
         If a tensor is missing, left over or of another shape, or if the file cannot be read. The model is then
         unchanged.
 
-    Notes ----- Weights with another number of heads have the same shapes. Checkpoints of this library, Google's files
-    and a config.json record the number; for other files, an Assumption asks you to check it against the paper.
+    Notes
+    -----
+    The shapes do not show the number of heads. Checkpoints of this library, Google's files and a config.json record it;
+    for other files, an Assumption asks you to check it against the paper.
     """
     model = unwrapped(model)
     if not is_ours(model):
@@ -725,10 +727,10 @@ def _read_grid(weights, grid=None, given=None):
         tried = [f"the grid {rows}x{columns}" for rows, columns in grids] + ["a square grid"] * (not given)
         wanted = " or ".join(tried)
         raise InputError(f"{weights.path} has {M} positions, which do not fit {wanted} with "
-                         f"{' or '.join(map(str, prefixes))} before it; give the image size of its training, load(..., "
-                         f"img_size=(height, width)) or --img-size HEIGHT WIDTH, or load_checkpoint(..., "
-                         f"grid_size=(rows, columns))")
-    texts = [f"{rows}x{columns} patches with {n} before them" for (rows, columns), n in ways]
+                         f"{' or '.join(map(str, prefixes))} prefix token{'s' * (prefixes != [1])}; give the image "
+                         f"size of its training, load(..., img_size=(height, width)) or --img-size HEIGHT WIDTH, or "
+                         f"load_checkpoint(..., grid_size=(rows, columns))")
+    texts = [f"{rows}x{columns} patches and {n} prefix token{'s' * (n != 1)}" for (rows, columns), n in ways]
     notes = [f"positions: {M} fit {' or '.join(texts)}; the first is used, load_checkpoint's grid_size= sets "
              f"another"] if ways[1:] else []
     return *ways[0], notes

@@ -228,7 +228,8 @@ REFUSED = (
     (r"relative_position_bias|attn\.q_bias$|^beit\.",
      "a BEiT or EVA, whose relative positions or biases VisionTransformer does not have"),
     (r"visual\.class_embedding|vision_model\.embeddings|^norm_pre\.",
-     "a CLIP, SigLIP or ConvNeXt with a norm or an attention pooling that the models here do not have"),
+     "a CLIP or SigLIP, which normalises before its first block or pools by attention, or a ConvNeXt that normalises "
+     "before it pools; the models here do not"),
     (r"mlp\.(w12|weights_in|gate_proj)\.",
      "a ViT with gated MLPs (DINOv2 giant), which VisionTransformer does not have"),
     (r"(^|\.)(rope|rotary)", "a ViT with rotary positions, which VisionTransformer does not have"),
