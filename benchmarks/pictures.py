@@ -59,7 +59,7 @@ WIDTH, FULL_COLOUR = 1100, 250_000  # pixels, and bytes from which a figure gets
 
 @cache
 def vit_s(path):
-    """Return ViT-S/14, ready for photographs of any size."""
+    """Return ViT-S/14 from a file, ready for photographs of any size."""
     model = load(path)
     model.any_size = True
     return model
@@ -109,7 +109,7 @@ OF_SHIPPED_MODELS = {
 
 
 def write_explorer(path, folder):
-    """Write explorer.html, the page of the cat, and explorer.png, what Chromium shows of it after a choice."""
+    """Write explorer.html, the page of the cat, and explorer.png, a screenshot of it with an eye chosen."""
     page = folder / "explorer.html"
     explore(vit_s(path), CAT, page, names=[VIT_S], title="Where a ViT looks", whole=Whole(), max_mb=3)
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -192,8 +192,10 @@ def save_small(image, path):
 
 
 def in_256_colours(image):
-    """Return the picture with a palette. Rare colours count for more than their area, so that a scale keeps its ends
-    and a small eye its green."""
+    """Return the picture with a palette.
+
+    Rare colours count for more than their area, so that a colour scale keeps its ends and a small eye its green.
+    """
     pixels = np.asarray(image)
     colours, places, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True, return_counts=True)
     weighted = np.repeat(colours, np.ceil(np.sqrt(counts)).astype(int), axis=0)
@@ -216,10 +218,11 @@ def draw(name, weights, folder):
 
 
 def main(argv=None):
-    parser = OneLineParser(prog="pictures.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="pictures.py", description=__doc__,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="figures to draw (default: all)")
-    parser.add_argument("--weights", metavar="FILE", help="a checkpoint of DINOv2 ViT-S/14, for the figures that need it")
-    parser.add_argument("--output-dir", type=Path, default=FIGURES, help="where they go (default: benchmarks/figures)")
+    parser.add_argument("--weights", metavar="FILE", help="a checkpoint of DINOv2 ViT-S/14, for figures that need it")
+    parser.add_argument("--output-dir", type=Path, default=FIGURES, help="where they go (default: %(default)s)")
     parser.add_argument("--list", action="store_true", help="print the names and end")
     options = parser.parse_args(argv)
     if options.list:
