@@ -22,7 +22,7 @@ COLOURS = {  # red, green, blue from 0 to 1
     "cyan": (0.0, 0.8, 0.9), "blue": (0.1, 0.2, 1.0), "purple": (0.6, 0.0, 0.9), "pink": (1.0, 0.2, 0.7),
 }
 # Signed distance functions of the shapes, in coordinates (n, S, S) in which a shape has radius 1: negative inside,
-# positive outside, and near the edge about the distance to it. Every shape is symmetric, so mirroring keeps its label.
+# positive outside, and near the edge about the distance to it. All are mirror-symmetric, so mirroring keeps the label.
 EDGES = {
     "circle": lambda u, v: length(u, v) - 0.85,
     "ring": lambda u, v: (length(u, v) - 0.74).abs() - 0.22,
