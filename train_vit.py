@@ -1550,7 +1550,7 @@ def _describe_score(found, loader):
     places, heading = range(len(found.class_names)), "recall of each class:"
     if n_seen > 20:
         places = class_recalls(found.confusion).argsort(stable=True)[:20].tolist()  # classes without images come last
-        heading = "the 20 classes with the lowest recall:"
+        heading = "recall of the 20 classes with the lowest:"
     classes = _per_class(found)
     shown = [classes[place] for place in places if classes[place][1]]
     width = max(len(name) for name, _, _ in shown)
