@@ -1542,7 +1542,7 @@ def _describe_score(found, loader):
     if loader.skipped:
         lines.append(f"left out: {len(loader.skipped)} image files that cannot be read")
     lines += [f"accuracy           {percent(found.correct, found.n)}, {found.correct:,} right (95% Wilson interval)",
-              f"balanced accuracy  {found.balanced_accuracy:.1%}, the mean recall of {n_seen} classes"]
+              f"balanced accuracy  {found.balanced_accuracy:.1%}, the mean of the recalls of {n_seen} classes"]
     if n_seen < len(found.class_names):
         lines[-1] += f"; the other {len(found.class_names) - n_seen} have no images here"
     if found.top5 is not None:
@@ -1550,7 +1550,7 @@ def _describe_score(found, loader):
     places, heading = range(len(found.class_names)), "recall of each class:"
     if n_seen > 20:
         places = class_recalls(found.confusion).argsort(stable=True)[:20].tolist()  # classes without images come last
-        heading = "the 20 classes with the lowest recall:"
+        heading = "recall of the 20 classes with the lowest:"
     classes = _per_class(found)
     shown = [classes[place] for place in places if classes[place][1]]
     width = max(len(name) for name, _, _ in shown)
