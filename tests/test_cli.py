@@ -462,7 +462,7 @@ def test_look_without_a_network_takes_a_shipped_model_and_says_so(tiny, capsys, 
     monkeypatch.setattr(visualizations, "WITHOUT_NETWORK", "vit_nano_shapes")
     script(lambda: visualizations.main(["a.jpg"]))
     out, err = capsys.readouterr()
-    assert "cannot be downloaded (TimeoutError: timed out), so the shipped vit_nano_shapes is shown" in err
+    assert "cannot be downloaded (TimeoutError: timed out), so the shipped vit_nano_shapes is used" in err
     assert "about 88 MB, Apache-2.0" in err
     assert "Model        vit_nano_shapes (shipped; dinov2_vits14_reg could not be downloaded)" in out
     assert calls[0]["names"] == ["vit_nano_shapes (shipped; dinov2_vits14_reg could not be downloaded)"]
@@ -473,8 +473,8 @@ def test_look_without_a_network_takes_a_shipped_model_and_says_so(tiny, capsys, 
 
 def test_look_at_a_convnet_says_why_there_is_no_page(tiny, capsys):
     visualizations.main(["a.jpg", "--pretrained", "convnet_shapes"])
-    assert "none, as a ConvNet has no attention" in capsys.readouterr().out
-    with pytest.raises(InputError, match="--max-tokens is of ViTs"):
+    assert "none: a ConvNet has no attention" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--max-tokens limits patches"):
         visualizations.main(["a.jpg", "--pretrained", "convnet_shapes", "--max-tokens", "4"])
 
 
