@@ -496,7 +496,7 @@ def test_export_command_does_not_overwrite(checkpoint, capsys, untraced):
     (train_vit.evaluate_command, [], "--checkpoint"),
     (train_vit.evaluate_command, ["--checkpoint", "best.pt", "--data-dir", "absent"], "no data folder 'absent'"),
     (train_vit.evaluate_command, ["--checkpoint", "best.pt", "--data-dir", "other"], "class folder 'cat'"),
-    (train_vit.evaluate_command, ["--checkpoint", "best.pt", "--dataset", "shapes"], "classes circle"),
+    (train_vit.evaluate_command, ["--checkpoint", "best.pt", "--dataset", "shapes"], "classes (circle"),
     (train_vit.evaluate_command, ["--checkpoint", "best.pt", "--device", "gpu"], "device 'gpu'"),
     (train_vit.evaluate_command, ["--checkpoint", "best.pt", "--batch-size", "0"], "--batch-size"),
     (train_vit.predict_command, ["--checkpoint", "best.pt"], "IMAGE"),

@@ -171,10 +171,10 @@ def test_quantised_model_says_what_it_cannot_do(layers, tmp_path):
             call()
     with pytest.raises(InputError, match="is quantised, and integer products are not counted; count"):
         count_flops(model)
-    with pytest.raises(InputError, match="is quantised, and a checkpoint holds floating-point weights"):
+    with pytest.raises(InputError, match="is quantised, but a checkpoint holds floating-point weights"):
         save_model(model, tmp_path / "model.pt")
     save_model(plain(), tmp_path / "plain.pt")
-    with pytest.raises(InputError, match="is quantised, and a checkpoint holds floating-point weights"):
+    with pytest.raises(InputError, match="is quantised, but a checkpoint holds floating-point weights"):
         load_checkpoint(model, tmp_path / "plain.pt")
     with pytest.raises(InputError, match="is quantised, and weights of whole numbers do not learn"):
         Trainer(model, "cpu")

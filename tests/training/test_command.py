@@ -172,14 +172,14 @@ def test_train_vit_looks_at_a_folder_first_and_takes_each_image_once(tmp_path, c
     (data / "red" / "all").symlink_to("..")
     (data / "red" / "x").symlink_to("../blue")
     shutil.copy(data / "red" / "3.jpg", data / "blue" / "copy.jpg")
-    with pytest.warns(Assumption, match="is left out: a link to"):
+    with pytest.warns(Assumption, match="is ignored: it is a link to"):
         made = prepared("--data-dir", data, "--output-dir", tmp_path / "run")
     assert made.train_loader.n_images + made.val_loader.n_images == 21
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == f"{data}: 21 images, 21 .jpg"
-    assert out[1] == "  classes, in the order of the outputs (alphabetical): blue (11), red (10)"
-    assert out[3].startswith("  not followed: 2 ")
-    assert out[4].startswith("  the same picture in two classes: ")
+    assert out[0] == f"{data}: 21 images (21 .jpg)"
+    assert out[1] == "  classes, in the order of the model's outputs (alphabetical): blue (11), red (10)"
+    assert out[3].startswith("  links and folders not followed: 2 ")
+    assert out[4].startswith("  the same image in two classes, ")
     made.lock.close()
 
 
@@ -260,7 +260,7 @@ def test_fit_head_adds_a_zero_head_of_the_right_width():
         for model in (VisionTransformer(8, 4, 3, n_classes, 12, 1, 3), ConvNet(8, 3, n_classes, (4, 6), (1, 1), 1)):
             width = 12 if isinstance(model, VisionTransformer) else 6
             line = fit_head(model, ["a", "b"])
-            assert re.fullmatch(r"head: new, because (the weights have none|the trained one is for 3 classes.*)", line)
+            assert re.fullmatch(r"head: new, because (the weights have none|the trained one has 3 classes.*)", line)
             assert (model.head.weight.shape, model.config.n_classes) == ((2, width), 2)
             assert model.preprocessing == Preprocessing(8, class_names=["a", "b"])
             assert model.eval()(torch.zeros(1, 3, 8, 8)).tolist() == [[0, 0]]

@@ -67,7 +67,7 @@ def test_trainer_takes_one_hot_labels_as_soft_targets():
 
 
 def test_trainer_says_which_entries_of_a_dict_it_leaves_out(plain):
-    with pytest.warns(Assumption, match=r"'image' are the images and 'label' the labels; 'idx' is not used"):
+    with pytest.warns(Assumption, match=r"'image' holds the images and 'label' the labels; not used: 'idx'"):
         assert same(trained([{"image": IMAGES, "label": LABELS, "idx": LABELS}]), plain)
 
 
@@ -94,8 +94,8 @@ class Singles(Dataset):
     ([(IMAGES, 2 * ONE_HOT.float())], r"labels of float32 \(7, 3\) have rows that sum to 2 to 2"),
     ([(IMAGES, torch.eye(5)[LABELS])], r"soft targets of shape \(7, 5\) are for 5 classes, but the model has 3"),
     ([(IMAGES, LABELS[:, None, None].expand(7, 2, 2))], r"labels are int64 of \(7, 2, 2\)"),
-    ([(IMAGES, LABELS[:6])], r"tensors of \(7, 3, 8, 8\) and \(6,\); expected as many labels as images"),
-    ([(IMAGES, torch.tensor(1))], r"tensors of \(7, 3, 8, 8\) and \(\)"),
+    ([(IMAGES, LABELS[:6])], r"tensors of shape \(7, 3, 8, 8\) and \(6,\); expected as many labels as images"),
+    ([(IMAGES, torch.tensor(1))], r"tensors of shape \(7, 3, 8, 8\) and \(\)"),
     ([(IMAGES, ["fox"] * 7)], "a batch holds a list of str; expected"),
     ([{"foo": IMAGES, "bar": LABELS}], "a batch is a dict with 'foo', 'bar'; expected one of 'pixel_values'"),
     ([{"image": IMAGES, "images": IMAGES, "label": LABELS}], "a batch is a dict with 'image', 'images', 'label'"),
@@ -105,8 +105,8 @@ class Singles(Dataset):
     ([(with_nan(), LABELS)], "1 of the 7 images of a batch hold NaN or infinity, the first at index 3"),
     ([(IMAGES.permute(0, 2, 3, 1), LABELS)], r"the shape \(7, 8, 8, 3\), with channels last; expected \(B, C, H, W\)"),
     ([], "the loader has 0 batches"),
-    (None, "got a NoneType as a loader; expected a torch DataLoader"),
-    (Singles(), "got a Singles, a data set that gives one image at a time; expected batches"),
+    (None, "got a NoneType as a loader; give a torch DataLoader"),
+    (Singles(), "got a Singles, a data set that gives one image at a time; give batches"),
 ], ids=range(21))
 def test_trainer_refuses_what_it_cannot_use_in_one_line(batches, words):
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))  # a model without checks of its own
@@ -218,7 +218,7 @@ def test_trainer_resumes_on_a_loader_without_a_length():
 
 
 @pytest.mark.parametrize(("run", "words"), [
-    (lambda: trained(stream(), n_epochs=1, n_steps=None), "the loader has no length, as that of a stream or a generator"
+    (lambda: trained(stream(), n_epochs=1, n_steps=None), "the loader has no length, like a stream or a generator"
                                                           "; give n_steps="),
     (lambda: trained(stream(), warmup_epochs=1.0), "the loader has no length"),
     (lambda: trained(batches(1)), "the loader is a generator, which gives its batches only once"),
