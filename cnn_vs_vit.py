@@ -135,6 +135,7 @@ class TrialPlan:
     settings, arguments : dict
         By experiment: the settings that its trials share, and further arguments of its measure().
     """
+
     trials: list
     folder: Path
     recipe: TrialRecipe

@@ -753,6 +753,7 @@ class Run:
     resume : dict or None
         Training state of a resumed run.
     """
+
     options: argparse.Namespace
     device: torch.device
     folder: Path

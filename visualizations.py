@@ -616,6 +616,7 @@ class MapScale:
     extend : str
         Ends beyond which there are values, as in matplotlib.
     """
+
     between: Callable
     say: Callable
     label: str

@@ -152,6 +152,7 @@ class Mistakes:
     files : list of n str or None
         Paths; None if the loader does not know them.
     """
+
     images: torch.Tensor
     labels: torch.Tensor
     predictions: torch.Tensor
@@ -181,6 +182,7 @@ class Score:
     class_names : list of K
     mistakes : Mistakes
     """
+
     confusion: torch.Tensor
     n: int
     correct: int

@@ -60,6 +60,7 @@ class Attended:
     bias : Tensor, shape (B or 1, H or 1, N, N), or None
         What the block adds to the scores, such as a relative position bias.
     """
+
     maps: torch.Tensor
     query: torch.Tensor
     key: torch.Tensor
@@ -90,6 +91,7 @@ class Capture:
     calls : list
         (args, kwargs) of the call of each block; the tokens come first.
     """
+
     tokens: list
     maps: list
     logits: torch.Tensor
@@ -174,6 +176,7 @@ class Step:
     kept : object
         What `keep` returned for `blocks[place]`, the block just passed; None at the head.
     """
+
     place: int
     gradient: torch.Tensor
     kept: object = None

@@ -155,6 +155,7 @@ class Explanation:
     probabilities : Tensor, shape (B,), or None
         Their probabilities; None for a model without a head.
     """
+
     saliency: torch.Tensor
     targets: torch.Tensor | None
     probabilities: torch.Tensor | None
@@ -387,6 +388,7 @@ class Artefacts:
     ratio : float
         The largest norm over the median norm, whether or not it is an artefact.
     """
+
     mask: torch.Tensor
     share: float
     threshold: float | None
@@ -723,6 +725,7 @@ class Comparison:
     targets, probabilities : Tensor, shape (B,)
         The explained classes and their probabilities.
     """
+
     saliencies: dict
     refused: dict
     correlations: torch.Tensor

@@ -49,6 +49,7 @@ class Check:
     found : str
         The measured difference, or the reason.
     """
+
     name: str
     holds: bool | None
     found: str
@@ -239,6 +240,7 @@ def _check_grad_cam(model, images, rounding):
 @dataclass
 class Shift:
     """A forward hook that moves all patch tokens of a block by the same amount, (B, 1, D)."""
+
     first: int
     amount: torch.Tensor
 
@@ -282,6 +284,7 @@ def _check_map_gradients(model, images, seed, step=1e-2):
 @dataclass
 class Nudge:
     """A `change` for capture that adds an amount to the map of one block."""
+
     block: int
     amount: torch.Tensor
 

@@ -83,6 +83,7 @@ class ComparisonSetup:
     trained_shift : int, optional
         Largest shift in pixels of the augmentation that the models were trained with.
     """
+
     models: dict[str, nn.Module]
     images: torch.Tensor
     labels: torch.Tensor
@@ -109,6 +110,7 @@ class Experiment:
     - `finding(data)` says in a sentence or two what was observed.
     - `tables(data)` returns [(caption, rows)]; the first row holds the column heads.
     """
+
     title: str
     question: str
 

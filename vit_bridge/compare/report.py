@@ -48,6 +48,7 @@ class Section:
     note : str
         Where the numbers come from.
     """
+
     title: str
     question: str = ""
     finding: str = ""

@@ -118,6 +118,7 @@ class Noise:
     apart : float
         Variance over the images of the difference between two models, each averaged over its seeds.
     """
+
     n_images: int
     n_seeds: int
     spread: float
@@ -217,6 +218,7 @@ class Ranking:
     differences, half_widths : dict
         For each other name, the lead of the best over it, and half the width of that lead's interval.
     """
+
     best: str
     tied: tuple
     behind: tuple

@@ -68,6 +68,7 @@ DISTANCES = (8, 14, 20, 26, 32, 42)  # between the two marks, in pixels
 @dataclass(frozen=True)
 class TrialRecipe:
     """The training recipe of every model here; it counts steps, so fewer images are seen more often."""
+
     n_steps: int = 800
     batch_size: int = 64
     weight_decay: float = 0.05
@@ -345,6 +346,7 @@ class Trial:
 
     `n_images` and `dataset` belong to the experiment "data"; `dataset` is "" for the built-in shapes.
     """
+
     experiment: str
     kind: str
     seed: int

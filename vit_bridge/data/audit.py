@@ -46,6 +46,7 @@ class Audit:
         Paths with identical bytes in several classes, or in several parts. The images that are split off for
         validation count as the part "val".
     """
+
     root: str
     endings: Counter
     class_names: list

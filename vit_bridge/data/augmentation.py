@@ -79,6 +79,7 @@ class Augmentation:
     .. [1] Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", Section 3.6.
     .. [2] DeVries and Taylor 2017, "Improved Regularization of Convolutional Neural Networks with Cutout".
     """
+
     shift: float = 0.125
     flip: str = "random"
     cutout: float = 0.0

@@ -54,6 +54,7 @@ DATASETS = ("auto", "folder", "shapes", *TORCHVISION_SETS)
 @dataclass(frozen=True)
 class DatasetInfo:
     """The name of a data set and its `Preprocessing`, which a model that is trained on it takes over."""
+
     dataset_name: str
     preprocessing: Preprocessing
 

@@ -49,6 +49,7 @@ class Found:
     left_out : Counter
         Number of other files for each ending; "" counts the files without one.
     """
+
     files: list = field(default_factory=list)
     links: list = field(default_factory=list)
     refused: list = field(default_factory=list)

@@ -215,6 +215,7 @@ class Loader(Protocol):
     batch_size : int or None
         Images in a full batch, or None if unknown.
     """
+
     batch_size: int | None
 
     def __len__(self):

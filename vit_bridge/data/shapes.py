@@ -60,6 +60,7 @@ class DrawnShapes:
     labels, textures, colours : Tensor of int64, shape (N,)
         Indices into SHAPES, TEXTURES and COLOURS.
     """
+
     images: torch.Tensor
     labels: torch.Tensor
     textures: torch.Tensor
@@ -277,6 +278,7 @@ class Drawn:
     distances : Tensor of float64, shape (N,), optional
         Distance between the two marks in pixels.
     """
+
     images: torch.Tensor
     labels: torch.Tensor
     class_names: tuple[str, ...]

@@ -58,6 +58,7 @@ class Exercise:
     arguments : callable
         Maps the leaf tensors to the arguments, each a tensor or a function.
     """
+
     function: str
     signature: str
     level: str
@@ -73,6 +74,7 @@ class Exercise:
 @dataclass
 class Verdict:
     """Whether a file is right, and one line that says why."""
+
     right: bool
     words: str
 

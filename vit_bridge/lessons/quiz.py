@@ -24,6 +24,7 @@ from vit_model import MultiHeadAttention, create_vit_base, create_vit_nano
 @dataclass(frozen=True)
 class Question:
     """A question; measure() returns the index of the right guess and a text with the measured numbers."""
+
     text: str
     guesses: tuple
     measure: Callable

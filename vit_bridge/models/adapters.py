@@ -57,6 +57,7 @@ class ModelAdapter:
     unit : str
         What a layer is called: "stage" or "block".
     """
+
     library: str
     layers: list
     img_size: tuple
@@ -117,6 +118,7 @@ class ViTAdapter(ModelAdapter):
     positions : Tensor, shape (n, D), or None
         Position embeddings of the patches.
     """
+
     patch_size: tuple
     prefix: tuple
     pool: str

@@ -16,6 +16,7 @@ class ModelEntry:
     `scaled` is the argument that grows with the images, and its value up to 64 pixels: twice that up to 128 pixels, and
     four times that above. None if no argument does.
     """
+
     model_class: type
     arguments: dict
     scaled: tuple | None = ("patch_size", 4)

@@ -45,6 +45,7 @@ CONTROLS = ("untrained", "random")  # words in the name of a twin: the same colo
 @dataclass(frozen=True)
 class Look:
     """The style of a model's line and bar."""
+
     colour: str
     marker: str
     dash: str | tuple

@@ -66,6 +66,7 @@ class ExplorerPage:
     grids : list of tuple
         (rows, columns) of each image's patches, for the first model.
     """
+
     html: str
     path: Path | None
     bits: int
@@ -299,6 +300,7 @@ class Kept:
     weight_error : float
         Largest error of a weight.
     """
+
     bits: int
     blobs: Blobs = field(default_factory=Blobs)
     parts: list = field(default_factory=list)

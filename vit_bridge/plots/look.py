@@ -74,6 +74,7 @@ class Look:
     stages : list of array, each (rows, columns, 3)
         Features of a ConvNet after the stem and each stage, as colours.
     """
+
     adapter: ModelAdapter
     n_parameters: int
     picture: np.ndarray
@@ -296,6 +297,7 @@ class Tile:
 
     `values` has shape (rows, columns) or (rows, columns, 3); `framed` lists positions (row, column) that get a frame.
     """
+
     values: np.ndarray
     label: str = ""
     bottom: float = 0.0
@@ -309,6 +311,7 @@ class Panel:
 
     `name` is the stem of its file. A panel without tiles consists of words only.
     """
+
     name: str
     title: str
     sentence: str

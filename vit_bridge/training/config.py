@@ -65,6 +65,7 @@ class TrainConfig:
     InputError
         If a value is out of range.
     """
+
     n_epochs: int = 10
     n_steps: int | None = None
     learning_rate: float = 1e-3
@@ -171,6 +172,7 @@ class Recipe:
     InputError
         If `mixing` is unknown.
     """
+
     train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=2e-3))
     model: str | None = None
     small: bool | None = None

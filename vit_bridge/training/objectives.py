@@ -92,6 +92,7 @@ class Objective(nn.Module):
     mixing : callable, optional
         Combines the images of a batch: (images, labels) -> (images, soft targets).
     """
+
     columns = {"train_loss": ".3f", "val_loss": ".3f"}  # noqa: RUF012 - subclasses replace it
     criterion, maximise, mixing = "val_loss", False, None
     looked = ()  # modes whose first batch had its pixel range checked: True for training, False for evaluation
@@ -205,6 +206,7 @@ class Classification(Objective):
     InputError
         While training: for logits or labels of the wrong shape, and labels out of range.
     """
+
     columns = {"train_loss": ".3f", "train_acc": ".1%",  # noqa: RUF012
                "val_loss": ".3f", "val_acc": ".1%", "val_balanced_acc": ".1%"}
     maximise = True

@@ -323,6 +323,7 @@ class LoadReport:
     assumed : tuple of str
         Values that are not recorded and were assumed, without the number of heads.
     """
+
     path: str
     format: str
     used: tuple
@@ -756,6 +757,7 @@ class Description:
     preprocessing : Preprocessing or None
         What its images must be; None if a checkpoint of this library does not say.
     """
+
     report: LoadReport
     model_class: str
     config: object
@@ -843,6 +845,7 @@ class Inferred:
     unrecorded : tuple of str
         Fields that are not recorded, which the caller may therefore choose.
     """
+
     model_class: type
     config: object
     preprocessing: Preprocessing | None

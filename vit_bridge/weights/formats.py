@@ -50,6 +50,7 @@ class Format:
     holds : str
         Name of our class for it.
     """
+
     name: str
     root: str
     marks: tuple = ()
@@ -263,6 +264,7 @@ class Weights:
     model : Module or None
         The model, if save_model wrote the file.
     """
+
     path: str
     format: Format
     around: list

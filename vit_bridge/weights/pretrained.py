@@ -47,6 +47,7 @@ class Pretrained:
     config : dict
         Overrides of the model's arguments.
     """
+
     model: str
     url: str
     checksum: str | None

@@ -60,6 +60,7 @@ class Recorded:
     notes : tuple of str
         What was found but not used, and why.
     """
+
     source: str = ""
     config: dict = field(default_factory=dict)
     images: dict = field(default_factory=dict)
