@@ -206,14 +206,14 @@ def accuracy_curve(model, images, labels, change, shares):
 # ---- Outline against texture ------------------------------------------------------------------------------
 
 
-def cue_choices(answers, outlines, textures):
+def cue_choices(predicted, outlines, textures):
     """Count the predictions that follow the outline, the texture, or neither.
 
     The two cues of each image must belong to different classes.
 
     Parameters
     ----------
-    answers : Tensor, shape (N,)
+    predicted : Tensor, shape (N,)
         Predicted classes.
     outlines, textures : Tensor, shape (N,)
         Class of the outline and class of the texture of each image.
@@ -231,8 +231,8 @@ def cue_choices(answers, outlines, textures):
     if (outlines == textures).any():
         raise InputError(f"outline and texture agree in {int((outlines == textures).sum())} images; give images whose "
                          f"cues belong to different classes")
-    by_outline, by_texture = int((answers == outlines).sum()), int((answers == textures).sum())
-    return dict(outline=by_outline, texture=by_texture, neither=len(answers) - by_outline - by_texture)
+    by_outline, by_texture = int((predicted == outlines).sum()), int((predicted == textures).sum())
+    return dict(outline=by_outline, texture=by_texture, neither=len(predicted) - by_outline - by_texture)
 
 
 def shape_bias(choices):
