@@ -60,7 +60,7 @@ def fake_download(url, path):
 def furnished(tmp_path_factory):
     """A folder with the files that the pages name: photographs, and a finished run on them."""
     folder = tmp_path_factory.mktemp("furnished")
-    make_folder(folder / "photos", 40, classes=("cat", "dog"))
+    make_folder(folder / "photos", 40, classes=("cat", "dog"), n=6)
     shutil.copytree(folder / "photos" / "cat", folder / "more_photos")
     for photo, name in zip(sample_photographs(), ("new.jpg", "photo.jpg", "more.jpg"), strict=False):
         shutil.copy(photo, folder / name)
