@@ -89,9 +89,11 @@ def attention():
     q, k, v = layer.qkv(x).chunk(3, dim=-1)  # 3 x (1, 7, 8)
     weights = (q @ k.transpose(1, 2) / math.sqrt(8)).softmax(dim=-1)  # (1, 7, 7)
     by_hand = layer.proj(weights @ v)  # (1, 7, 8)
+    print("Seven random tokens x of width 8, (1, 7, 8), and an untrained layer: softmax(Q K^T / sqrt(8)) V.")
     print(f"By hand and in the module: the largest difference is {_largest(by_hand - layer(x)):.1e}.")
-    print(f"Each row sums to one, to within {_largest(weights.sum(-1) - 1):.1e}.")
+    print(f"Each row of the attention weights, (1, 7, 7), sums to one up to {_largest(weights.sum(-1) - 1):.1e}.")
     print("Look at: each row shows how one token (a query) distributes its attention over all seven (the keys).")
+    print("Without training, all weights are near 1/7 = 0.14.")
     return plot_matrices([weights[0].detach()], ["attention of 7 random tokens"], "attention weight",
                          xlabel="key", ylabel="query")
 
@@ -112,7 +114,7 @@ def heads():
     print(f"Attention has {count_parameters(layer)} parameters with three heads and {count_parameters(one_head)} with "
           f"one.")
     print("Look at: there are three different maps, for the same number of parameters as one.")
-    return plot_matrices([m[0].detach() for m in maps], [f"head {h}" for h in range(3)], "attention weight",
+    return plot_matrices([m[0].detach() for m in maps], [f"head {h} of 3" for h in (1, 2, 3)], "attention weight",
                          xlabel="key", ylabel="query")
 
 
@@ -280,8 +282,9 @@ def attention_map():
     for name, maps in (("trained", trained), ("random weights (control)", fresh)):
         entropy = -(maps * maps.clamp_min(1e-12).log()).sum(-1)  # (L, 4, H, 65), in nats
         counts = ", ".join(f"{n:.0f}" for n in entropy.mean(dim=(1, 2, 3)).exp())
-        print(f"  {name}: a token attends to {counts} of 65 tokens, block by block")
-    print("Look at: the others attend most to the bright patches. The counts above are exp(mean entropy).")
+        print(f"  {name}: a token attends to about {counts} of 65 tokens, block by block")
+    print("  (1: to a single token; 65: to all alike. It is the exponential of the mean entropy of the rows.)")
+    print("Look at: the bright patches get the most attention from the patches that the head reads.")
     print("This model knows only ten classes: it must assign an astronaut and a cup of coffee to one of them.")
     return visualize_attention_grid(model, images)
 
@@ -293,7 +296,8 @@ def hybrid():
     fields = {}
     for name, model in models.items():
         fields[name] = receptive_field(model, images, depth=0)  # (32, 32)
-        print(f"  {name}: before the first attention, a token sees {int((fields[name] > 0).sum())} pixels; "
+        side = math.isqrt(int((fields[name] > 0).sum()))
+        print(f"  {name}: before the first attention, a token sees {side} x {side} pixels; "
               f"{count_parameters(model):,} parameters, {count_flops(model) / 1e6:.0f} MFLOPs")
     cat = sample_photographs()[1]
     for name in ("vit_nano_cifar10", "hybrid_cifar10", "convnet_cifar10"):
