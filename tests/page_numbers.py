@@ -77,9 +77,10 @@ PAGES["README.md"] = Page(
          mean(seeds("targets-convnet-10-convnet_wide-?", "test_acc"))),
         ("In two minutes it reached {:.1%} on the drawn shapes, with all three seeds",
          min(seeds("shapes-vit_nano-bf16-?", "test_acc"))),
-        ("From scratch on 450 CIFAR-10 (JPEG) images, with the same number of steps, the ConvNet reached {:.1%} and the ViT {:.1%}",
+        ("450 CIFAR-10 (JPEG) images, with the same number of steps, the ConvNet reached {:.1%} and the ViT {:.1%}",
          mean(accuracies("data-cifar10-jpeg-ConvNet-450-?")), mean(accuracies("data-cifar10-jpeg-ViT-450-?"))),
-        ("{:.0%} of the ConvNet's predictions that followed either one followed the outline, against {:.0%} for the ViT",
+        ("{:.0%} of the ConvNet's predictions that followed either one followed the outline, against {:.0%} for the "
+         "ViT",
          mean(seeds("cues-ConvNet-?", "shape_bias")), mean(seeds("cues-ViT-?", "shape_bias"))),
         ("With marks {} pixels apart, a ConvNet with a 25-pixel window hardly beat guessing; the ViT and the "
          "hybrid stayed above {:.0%}", cell("reach-ConvNet-0", "distances", -1),
@@ -96,8 +97,7 @@ PAGES["README.md"] = Page(
     stated=[
         ("Python 3.11 or newer", "pyproject.toml"),
         ("a 90-minute lesson", "lesson.ipynb, its timetable"),
-        ("90 minutes for a class", "lesson.ipynb, its timetable"),
-        ("torch 2.7 and matplotlib 3.10 are the oldest that work. Prefer torch 2.10", "requirements.txt"),
+        ("torch 2.7 and matplotlib 3.10 are the oldest that work. Use torch 2.10", "requirements.txt"),
         ("a new model in ten minutes", "docs/extending.md"),
         ("with DINOv2 (an 88 MB download)", "weights/pretrained.py, megabytes of the file; tests/weights checks it"),
         ("A ConvNet for the 2020s", "the title of the paper"),
