@@ -69,12 +69,12 @@ def test_describe_says_what_was_found_in_numbers():
     said = dict(describe(found, "mine"))
     assert said["Model"].startswith("mine: ")
     assert "3 blocks of 2 heads, patches of 4 × 4 pixels" in said["Model"]
-    assert said["Photograph"] == ("24 × 12 pixels (height × width), given to the model at 16 × 8: 4 × 2 = 8 patches; "
+    assert said["Photograph"] == ("24 × 12 pixels (height × width); the model sees 16 × 8: 4 × 2 = 8 patches; "
                                   "nothing is cut off or stretched")
     assert "CLS gives 40% of its attention to itself (20% to 60%, depending on the head)" in said["Attention"]
     assert "head 1 looks nearest, 3 pixels away on average, and head 2 farthest, 7 pixels" in said["Reach"]
     assert said["Artefacts"].startswith("25.0% of the patches (2)")
-    assert said["Artefacts"].endswith(f"{found.norms.max() / np.median(found.norms):.1f} times as long as the median")
+    assert said["Artefacts"].endswith(f"{found.norms.max() / np.median(found.norms):.1f} times the median")
     assert "edges are cut off" in dict(describe(found, "mine", cropped=True))["Photograph"]
 
 
