@@ -222,7 +222,7 @@ def main(argv=None):
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="figures to draw (default: all)")
     parser.add_argument("--weights", metavar="FILE", help="a checkpoint of DINOv2 ViT-S/14, for figures that need it")
-    parser.add_argument("--output-dir", type=Path, default=FIGURES, help="folder for the figures (default: %(default)s)")
+    parser.add_argument("--output-dir", type=Path, default=FIGURES, help="folder of the figures (default: %(default)s)")
     parser.add_argument("--list", action="store_true", help="print the names and exit")
     options = parser.parse_args(argv)
     if options.list:

@@ -209,11 +209,11 @@ def test_explore_shows_each_model_its_own_picture():
     assert len(found) == 2  # above 64 pixels an eighth is cut off, below nothing
     for uri, model in zip(found, (first, second), strict=True):
         np.testing.assert_array_equal(picture_in(uri), np.round(255 * prepare_image(photo, model)[1]))
-    assert "cut and resized as it needs it" in page.html
+    assert "cropped and resized as required" in page.html
     page = explorer.explore(square_vit(), pixels(12, 12), None, second)
     one, = data_of(page)["pictures"][0]["pngs"]
     np.testing.assert_array_equal(picture_in(one), pixels(12, 12))
-    assert "cut and resized as it needs it" not in page.html
+    assert "cropped and resized as required" not in page.html
 
 
 @pytest.mark.parametrize("second", [small_convnet(), vit(img_size=12, patch_size=6)])
@@ -374,7 +374,7 @@ def test_explore_page_displays_in_a_notebook(tmp_path, monkeypatch):
     assert frame.startswith("<iframe srcdoc=")
     assert "<script" not in frame
     monkeypatch.setattr(explorer, "EMBED_UP_TO", len(page.html) - 1)
-    assert "Give <code>save_path</code>" in page._repr_html_()
+    assert "Set <code>save_path</code>" in page._repr_html_()
     monkeypatch.chdir(tmp_path)
     shown = explorer.explore(square_vit(), pixels(12, 12), "my page.html")._repr_html_()
     assert 'href="my page.html"' in shown

@@ -127,8 +127,8 @@ def capture(model, images, gradients=False, change=None, keep=whole_maps):
     Raises
     ------
     InputError
-        If the model is not a supported ViT, if it does not accept these images, or if its attention is not that of a
-        plain ViT. With `gradients`, also if the model is quantised or uses gradient checkpointing. For a model from
+        If the model is not a supported ViT, if it does not accept these images, or if it does not attend as a plain ViT
+        does. With `gradients`, also if the model is quantised or uses gradient checkpointing. For a model from
         a different library, also if its captured logits differ from an ordinary forward pass or from its adapter's.
     NoNumbers
         If maps or logits are not finite.

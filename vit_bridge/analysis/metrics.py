@@ -79,7 +79,7 @@ def wilson_interval(correct, n, z=1.96):
     n : int
         Number of independent images.
     z : float, optional
-        Width in standard deviations; 1.96 gives 95% confidence.
+        Width in standard deviations; 1.96 for 95% confidence.
 
     Raises
     ------
