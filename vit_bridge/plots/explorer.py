@@ -176,7 +176,7 @@ def is_page(path):
 def _fitting_page(models, names, images, title, whole, most):
     """Make the ExplorerPage of at most `most` bytes.
 
-    It uses 16 bits if the page stays small, otherwise 8 bits, and fewer patches if that is still too large.
+    The page uses 16 bits if it stays small, otherwise 8 bits, and fewer patches if it is still too large.
     """
     wanted = None  # patches of an image before any reduction
     while True:
