@@ -1,11 +1,11 @@
-"""Look inside a Vision Transformer on your photograph: where it looks, where its prediction comes from.
+"""Look inside a Vision Transformer on your photograph: where it looks, and where its prediction comes from.
 
-    python visualizations.py photo.jpg               one figure of everything, and an interactive page
+    python visualizations.py photo.jpg               one figure with all views, and an interactive page
     python visualizations.py selfcheck | explore     the other commands; each has --help
 
 AttentionVisualizer holds the views of one model, as figures, as numbers and as a page (explore). The functions
 visualize_..., compare_receptive_fields and plot_images draw several images or models.
-Each map has its own colour scale. It ends at the map's 99th percentile, because one patch may hold half of the weight.
+Each map has its own colour scale, which ends at the 99th percentile: one patch may hold half of the weight.
 
 Shapes:  B images, C channels, H, W height and width of an image, P patch side, L blocks, H heads, N tokens (prefix
          tokens, then patches), K classes, n filters, R random orders, S steps of a curve.
@@ -118,7 +118,7 @@ SHORT = {"register": "reg.", "distillation token": "dist."}  # short names for s
 class AttentionVisualizer:
     """Views of a ViT: where it looks, and where its prediction comes from.
 
-    By default the views show what the head reads: the CLS token, or with pool="mean" the mean of the patches.
+    By default, the views show what the classifier head reads: CLS or, with pool="mean", the mean of the patches.
     attention_maps, rollout, relevance, grad_cam and attention_distance return numbers; visualize_... return a Figure.
 
     Parameters
@@ -127,10 +127,11 @@ class AttentionVisualizer:
         A ViT, ours or from timm, transformers or torchvision. It is moved to the device and stays there; its weights
         and its mode do not change.
     device : str, optional
-        "auto" uses CUDA if there is a GPU.
+        "auto" uses CUDA if a GPU is available.
     whole : Whole, optional
-        By default the model sees the centre of a photograph, as in validation. With `vit_bridge.preprocessing.Whole()`
-        it sees the whole photograph in its own proportions; set `model.any_size = True` first.
+        By default, the model sees the centre of a photograph, as in validation. With
+        `vit_bridge.preprocessing.Whole()`, it sees the whole photograph in its own proportions; set
+        `model.any_size = True` first.
 
     Raises
     ------
@@ -140,7 +141,7 @@ class AttentionVisualizer:
     Notes
     -----
     `image` is a file, a PIL image, an array or a tensor (see data/images.py); `images` is a list of them or a
-    normalised batch (B, C, height, width). `target` is a class by number or name, by default the predicted class.
+    normalised batch (B, C, height, width). `target` is a class number or name, by default the predicted class.
     `layer_idx` and `head_idx` are Python indices from 0, and `patch` is (row, column) from 0; figures count blocks and
     heads from 1. `save_path` ends in .png, .pdf or .svg; None writes no file.
     """
@@ -162,7 +163,7 @@ class AttentionVisualizer:
         return attention_maps(self.model, prepare_image(image, self.model, self.whole)[0])[:, 0].cpu()
 
     def rollout(self, image, discard_ratio=0.0):
-        """Return the attention rollout of what the head reads, (rows, columns)."""
+        """Return the attention rollout of the tokens that the classifier head reads, (rows, columns)."""
         return self.explain(image, "rollout", discard_ratio=discard_ratio).saliency[0]
 
     def relevance(self, image, target=None):
@@ -172,14 +173,14 @@ class AttentionVisualizer:
     def grad_cam(self, image, target=None, layer_idx=None):
         """Return Grad-CAM of the patch tokens after a block, for a class, (rows, columns).
 
-        `layer_idx` is a Python index from 0. By default it is the last block whose patches the head still reads.
+        `layer_idx` is a Python index from 0. By default it is the last block whose patch tokens still reach the head.
         """
         return self.explain(image, "grad_cam", target, layer_idx=layer_idx).saliency[0]
 
     def attention_distance(self, images):
         """Return how far the patches look in each head, in pixels, (L, H).
 
-        `images` are a list of images or a normalised batch (B, C, height, width); the distance is their mean.
+        `images` is a list of images or a normalised batch (B, C, height, width); the distances are averaged over it.
         """
         return mean_distances(self.model, prepare_images(images, self.model, self.whole))
 
@@ -188,13 +189,13 @@ class AttentionVisualizer:
         return explain(self.model, prepare_image(image, self.model, self.whole)[0], method, target, **options)
 
     def selfcheck(self, images=None):
-        """Check the formulas of this package on the model; by default the images are noise."""
+        """Check the formulas of this package on the model; by default, the images are noise."""
         return selfcheck(self.model, None if images is None else prepare_images(images, self.model, self.whole))
 
     # ---- Attention
 
     def visualize_attention(self, image, layer_idx=-1, head_idx=None, save_path=None, patch=None):
-        """Draw the image, the attention of CLS to its patches, and that attention over the image.
+        """Draw the image, the attention of CLS to its patches, and this attention over the image.
 
         Parameters
         ----------
@@ -207,7 +208,7 @@ class AttentionVisualizer:
         save_path : str or Path, optional
             Where to write the figure.
         patch : tuple of int, optional
-            (row, column) of a patch, from 0. Its attention is drawn instead of that of CLS.
+            (row, column) of a patch, from 0. Its attention is drawn instead of the attention of CLS.
 
         Returns
         -------
@@ -233,7 +234,7 @@ class AttentionVisualizer:
                  ", ".join([f"all patches {grid.sum():.1%}", *shares]) if shares else ""]
         middle.set_title("\n".join(["attention to each patch", *filter(None, words)]))
         _draw_over(right, picture, grid, scale, interpolation="bilinear")
-        right.set_title("the same over the image,\nsmoothed")
+        right.set_title("the same map, smoothed,\nover the image")
         colour_bar(figure, mappable, right, "attention weight of a patch", percent)
         for axes in (left, middle, right):
             hide_ticks(axes)
@@ -250,7 +251,7 @@ class AttentionVisualizer:
     def visualize_all_heads(self, image, layers=None, save_path=None, patch=None):
         """Draw the attention of CLS to the patches, with a row for each block and a column for each head.
 
-        Each panel has its own colour scale. Below it is the share of the attention that goes to CLS and to registers.
+        Each panel has its own colour scale. The shares of the attention that go to CLS and to registers are below it.
 
         Parameters
         ----------
@@ -261,7 +262,7 @@ class AttentionVisualizer:
         save_path : str or Path, optional
             Where to write the figure.
         patch : tuple of int, optional
-            (row, column) of a patch, from 0. Its attention is drawn instead of that of CLS.
+            (row, column) of a patch, from 0. Its attention is drawn instead of the attention of CLS.
         """
         images, picture = prepare_image(image, self.model, self.whole)
         rows = attention_rows(self.model, images, patch)[:, 0]  # (L, H, N)
@@ -277,7 +278,8 @@ class AttentionVisualizer:
     def visualize_all_layers(self, image, save_path=None, patch=None):
         """Draw the image and the attention to its patches in every block, averaged over the heads.
 
-        Each panel has its own colour scale. `patch` is (row, column) of a patch that looks, instead of CLS.
+        Each panel has its own colour scale. With `patch`, (row, column), the attention of this patch is drawn
+        instead of the attention of CLS.
         """
         images, picture = prepare_image(image, self.model, self.whole)
         rows = attention_rows(self.model, images, patch)[:, 0].mean(dim=1)  # (L, N)
@@ -318,7 +320,7 @@ class AttentionVisualizer:
         return self.draw_explanation(image, "grad_cam", save_path, target, layer_idx=layer_idx)
 
     def draw_explanation(self, image, method, save_path=None, target=None, **options):
-        """Draw the image and one of the METHODS: alone, and over the image."""
+        """Draw the image, the map of one of the METHODS, and this map over the image."""
         images, picture = prepare_image(image, self.model, self.whole)
         found = explain(self.model, images, method, target, **options)
         grid, same = found.saliency[0].numpy(), method in SAME_FOR_EVERY_CLASS
@@ -335,7 +337,7 @@ class AttentionVisualizer:
             words.append(f"all patches {grid.sum():.1%}, the rest {others}")
         middle.set_title("\n".join(words))
         _draw_over(right, picture, grid, scale)
-        right.set_title("the same over the image")
+        right.set_title("the same map over the image")
         colour_bar(figure, mappable, middle, "weight of a patch" if same else "value of a patch", number)
         for axes in (left, middle, right):
             hide_ticks(axes)
@@ -345,7 +347,7 @@ class AttentionVisualizer:
         return finish(figure, save_path)
 
     def title_of(self, method, options):
-        """Return what a map shows, with its block and its head if the method takes them."""
+        """Return the title of a map, with its block and its head if the method has these options."""
         n_blocks, head = len(self.adapter.blocks), options.get("head_idx")
         if method == "grad_cam":
             return f"Grad-CAM after block {cam_layer(self.adapter, options.get('layer_idx')) + 1} of {n_blocks}"
@@ -358,12 +360,12 @@ class AttentionVisualizer:
         return TITLES[method]
 
     def visualize_explanations(self, image, target=None, n_steps=16, save_path=None, n_draws=8):
-        """Draw all methods on one image: their maps, how far they agree, and whether they beat random order.
+        """Draw all methods on one image: their maps, their agreement, and whether they beat random order.
 
         Each map is scaled to a sum of one and has its own colour scale. The lower panels show Spearman's rank
-        correlation of each pair of maps, and the probability of the class while patches are hidden or shown, the most
-        salient first. The random order is drawn n_draws times: the line is the mean, the band two standard deviations
-        to each side.
+        correlation of each pair of maps, and the probability of the class while patches are hidden or shown, most
+        salient first. The random order is drawn n_draws times: the line is the mean, and the band is two standard
+        deviations on each side.
 
         Parameters
         ----------
@@ -372,11 +374,11 @@ class AttentionVisualizer:
         target : int or str, optional
             The class to explain, by default the predicted one.
         n_steps : int, optional
-            Steps of the curves.
+            Number of steps of the curves.
         save_path : str or Path, optional
             Where to write the figure.
         n_draws : int, optional
-            Random orders.
+            Number of random orders.
         """
         images, picture = prepare_image(image, self.model, self.whole)
         found = compare_explanations(self.model, images, target, n_steps=n_steps, n_draws=n_draws)
@@ -400,21 +402,21 @@ class AttentionVisualizer:
         set_heading(figure, "\n".join(words), fontsize=13 if not refused else 10)
         _draw_agreement(agreement, found.correlations.numpy(), names)
         _draw_trust(curves[0], found.deletion, found.draws["deletion"],
-                   "hiding the most salient patches first\n(a good map makes it fall early)")
+                   "hiding the most salient patches first\n(with a good map, the probability falls early)")
         _draw_trust(curves[1], found.insertion, found.draws["insertion"],
-                   "showing the most salient patches first\n(a good map makes it rise early)")
+                   "showing the most salient patches first\n(with a good map, the probability rises early)")
         return finish(figure, save_path)
 
     def visualize_logit_lens(self, image, n_classes=5, save_path=None):
         """Draw what the head would predict after every block.
 
-        The lines are the n_classes most likely classes at the end, and classes that were most likely after some block;
-        six at most. Raises InputError if n_classes is above six.
+        The lines are the n_classes classes most likely at the end, and classes that were most likely after some block,
+        six lines at most. Raises InputError if n_classes is above six.
         """
         check_int("n_classes", n_classes, 1)
         if n_classes > len(COLOURS):
             raise InputError(f"n_classes {n_classes} is out of range; expected 1 to {len(COLOURS)}, the number of "
-                             f"distinct colours; explanations.logit_lens returns the numbers of all classes")
+                             f"distinct colours; explanations.logit_lens returns the probabilities of all classes")
         images, picture = prepare_image(image, self.model, self.whole)
         lens = logit_lens(self.model, images)[:, 0]  # (L + 1, K)
         order = lens[-1].argsort(descending=True).tolist()
@@ -440,7 +442,7 @@ class AttentionVisualizer:
     # ---- Over images
 
     def visualize_attention_distance(self, images, save_path=None):
-        """Draw how far patches look: a point for each head of each block, and the line of uniform attention.
+        """Draw how far patches look: a point for each head of each block, and a line for uniform attention.
 
         Parameters
         ----------
@@ -478,14 +480,14 @@ class AttentionVisualizer:
         return finish(figure, save_path)
 
     def visualize_token_norms(self, image, save_path=None):
-        """Draw the length of each patch token after each block; outliers are framed.
+        """Draw the norm of each patch token after each block; outliers are framed.
 
-        Outliers may be register artefacts. Each panel has its own colour scale.
+        Outliers may be norm artefacts. Each panel has its own colour scale.
         """
         images, picture = prepare_image(image, self.model, self.whole)
         norms, artefacts = token_norms(capture(self.model, images, keep=None))  # (L, 1, rows, columns)
         chosen = spread(len(norms), 6)
-        title = (f"Lengths of the patch tokens after {_counted(len(chosen), len(norms))}; outliers framed: "
+        title = (f"Norms of the patch tokens after {_counted(len(chosen), len(norms))}; outliers framed: "
                  f"{int(artefacts[chosen].sum())}{self.describe_prediction(images)}")
         maps = [(norms[layer, 0].numpy(), [f"{int(artefacts[layer].sum())} framed"]) for layer in chosen]
         figure = _draw_map_grid([picture], [maps], [""], [f"block {i + 1}" for i in chosen], title, LENGTHS)
@@ -499,14 +501,14 @@ class AttentionVisualizer:
     def explore(self, images, save_path="attention.html", compare_with=None, **options):
         """Write one self-contained interactive HTML page of images, and return it as an ExplorerPage.
 
-        `compare_with` is a second model, a ViT or a ConvNet; `options` are those of `explorer.explore`, such as max_mb.
+        `compare_with` is a second model, a ViT or a ConvNet; `options` go to `explorer.explore`, for example max_mb.
         """
         return explore(self.model, images, save_path, compare_with, **dict(whole=self.whole) | options)
 
-    # ---- Words
+    # ---- Text
 
     def on_patches(self, row, images):
-        """Cut the patches out of weights of all tokens: (..., N) -> (..., rows, columns)."""
+        """Select the patches from weights of all tokens: (..., N) -> (..., rows, columns)."""
         return patches_of(row, self.adapter.grid(images), self.adapter.n_prefix)
 
     def on_others(self, row):
@@ -520,7 +522,7 @@ class AttentionVisualizer:
     def panels_of(self, rows, images):
         """Turn weights of all tokens (n, N) into n panels.
 
-        A panel is (map of the patches, [words for each other kind of token]).
+        A panel is (map of the patches, [text for each other kind of token]).
         """
         return [(self.on_patches(row, images).numpy(),
                  [f"{SHORT.get(name.removesuffix('s'), name)} {share:.0%}" if share >= 0.01 else
@@ -528,7 +530,7 @@ class AttentionVisualizer:
                 for row in rows]
 
     def who_looks(self, patch=None):
-        """Return the start of a heading: which token's attention is shown."""
+        """Return the start of a heading, which names the token whose attention is shown."""
         if patch is not None:
             return f"Where the framed patch {tuple(patch)} looks"
         if self.adapter.pool == "cls":
@@ -548,7 +550,7 @@ class AttentionVisualizer:
         return self.describe_predictions(images[:1])[0]
 
     def describe_predictions(self, images):
-        """Return such a line for each image."""
+        """Return a line with the predicted class and its probability for each image."""
         if not self.adapter.has_head:
             return [""] * len(images)
         probabilities, labels = class_probabilities(self.model, images).max(dim=1)  # (B), (B)
@@ -601,20 +603,20 @@ def visualize_attention_grid(model, images, save_path=None, whole=None):
 
 @dataclass(frozen=True)
 class MapScale:
-    """How maps beside each other are coloured, each on its own scale.
+    """How the maps of one figure are coloured, each on its own scale.
 
     Attributes
     ----------
     between : callable
         Map (rows, columns) -> (low, top), the ends of its scale.
     say : callable
-        (low, top, largest value) -> the words below its panel.
+        (low, top, largest value) -> the text below its panel.
     label : str
         Label of the colour bar.
     ends : tuple of str
-        Words at the two ends of the colour bar.
+        Labels of the two ends of the colour bar.
     extend : str
-        Ends beyond which there are values, as in matplotlib.
+        The ends of the scale that values may exceed, as in matplotlib.
     """
 
     between: Callable
@@ -626,21 +628,21 @@ class MapScale:
 
 WEIGHTS = MapScale(
     lambda grid: (0, clip_at(grid)), lambda low, top, largest: f"to {percent(top)}\nmax {percent(largest)}",
-    "Attention weight of a patch. Each panel has its own colours, from 0 to its 99th percentile (“to”, below it); "
-    "larger weights, up to “max”, all have the top colour. Below a panel is also the weight of the other tokens.")
+    "Attention weight of a patch. Each panel has its own colour scale, from 0 to its 99th percentile (“to”, below it); "
+    "larger weights, up to “max”, all have the top colour. The weights of the other tokens are also below the panel.")
 SHARES_OF_MAP = MapScale(
     WEIGHTS.between, WEIGHTS.say,
-    "Share of each patch in its map. Each panel has its own colours, from 0 to its 99th percentile (“to”, below it); "
-    "larger shares, up to “max”, all have the top colour.")
+    "Share of each patch in its map. Each panel has its own colour scale, from 0 to its 99th percentile (“to”, below "
+    "it); larger shares, up to “max”, all have the top colour.")
 LENGTHS = MapScale(
     clip_between, lambda low, top, largest: f"{in_digits(low)} to {in_digits(top)}\nmax {in_digits(largest)}",
-    "Length of a patch token. Each panel has its own colours, from its 1st to its 99th percentile (the numbers below "
-    "it), or wider if the lengths are nearly equal; values beyond have the end colours.",
+    "Norm of a patch token. Each panel has its own colour scale, from its 1st to its 99th percentile (the numbers "
+    "below it), or wider if the norms are nearly equal; values beyond the scale have the end colours.",
     ("the lower number", "the higher number"), "both")
 
 
 def _draw_map(axes, picture, grid, scale, notes=(), patch=None):
-    """Draw a map (rows, columns) in the frame of its picture, with the meaning of its colours below."""
+    """Draw a map (rows, columns) at the size of its picture, with its colour scale written below."""
     low, top = scale.between(grid)
     axes.imshow(grid, cmap="viridis", vmin=low, vmax=top, extent=extent_of(picture))
     axes.set_xlabel("\n".join([scale.say(low, top, grid.max()), *notes]), fontsize=9)
@@ -652,7 +654,7 @@ def _draw_map(axes, picture, grid, scale, notes=(), patch=None):
 def _draw_map_grid(pictures, maps, row_labels, column_labels, title, scale, patch=None):
     """Draw a row for each picture (H, W, 3): the picture, then its maps (rows, columns).
 
-    `maps` holds a list of (map, words below it) for each picture; a patch (row, column) is framed.
+    `maps` holds a list of (map, text below it) for each picture; `patch` (row, column) is framed.
     """
     n_maps, n_notes = len(maps[0]), 2 + len(maps[0][0][1])
     side = max(0.8, min(1.7, 12.5 / (1 + n_maps)))
@@ -676,14 +678,14 @@ def _draw_map_grid(pictures, maps, row_labels, column_labels, title, scale, patc
 
 
 def _counted(n_shown, n_blocks):
-    """Say how many of the blocks a figure shows."""
+    """Describe how many of the blocks a figure shows."""
     if n_shown < n_blocks:
         return f"{n_shown} of {n_blocks} blocks"
     return f"all {n_blocks} blocks" if n_blocks > 1 else "the only block"
 
 
 def _columns_for(n_panels, tall):
-    """Return the number of columns in which n panels, `tall` times as high as wide, fill a page best."""
+    """Return the number of columns with which n panels, `tall` times as high as wide, best fill a page."""
     def waste(n_columns):
         n_rows = math.ceil(n_panels / n_columns)
         height = n_rows * (min(2.0, 13 / n_columns) * tall + 0.9)
@@ -702,7 +704,7 @@ def _draw_over(axes, picture, grid, scale, **how):
 
 
 def _frame_patch(axes, picture, grid, patch):
-    """Frame one patch of a picture (H, W, 3) with a grid (rows, columns); thinner if patches are small."""
+    """Frame one patch of a picture (H, W, 3) with a grid (rows, columns); small patches get thinner frames."""
     height, width = (side / count for side, count in zip(picture.shape[:2], grid, strict=True))
     row, column = (place % count for place, count in zip(patch, grid, strict=True))
     axes.add_patch(Rectangle((column * width - 0.5, row * height - 0.5), width, height, fill=False,
@@ -718,13 +720,13 @@ def _draw_agreement(axes, correlations, names):
     words = [TITLES[name].replace("attention ", "attention\n", 1).replace(" block", "\nblock") for name in names]
     axes.set_xticks(range(len(names)), words, fontsize=9)
     axes.set_yticks(range(len(names)), words, fontsize=9)
-    axes.set_title("agreement of the maps\n(Spearman: 1 same ranking, 0 unrelated)", fontsize=11)
+    axes.set_title("agreement of the maps\n(Spearman: 1 = same ranking, 0 = unrelated)", fontsize=11)
 
 
 def _draw_trust(axes, curves, draws, heading):
     """Draw curves {name: (S + 1, B)}, averaged over the images.
 
-    Random order is dashed, in the band of its draws (R, S + 1, B): two standard deviations to each side.
+    Random order is dashed. The band shows its draws (R, S + 1, B): two standard deviations on each side.
     """
     draws = draws.mean(dim=2)  # (R, S + 1)
     means = {name: values.nanmean(dim=1) for name, values in curves.items()}  # (S + 1) each
@@ -751,9 +753,9 @@ def _draw_trust(axes, curves, draws, heading):
 
 
 def visualize_patch_filters(model, n_filters=28, save_path=None):
-    """Draw the principal components of the filters of the patch projection, the strongest first.
+    """Draw the principal components of the filters of the patch projection, strongest first.
 
-    Each has its own scale, on which grey is zero; above it is its share of the sum of squares.
+    Each has its own scale, on which grey is zero. The number above it is its share of the sum of squares.
 
     Raises
     ------
@@ -767,7 +769,7 @@ def visualize_patch_filters(model, n_filters=28, save_path=None):
     filters, shares = patch_filters(model, n_filters)  # (n, C, P, P), (n)
     if filters.shape[1] not in (1, 3):
         raise InputError(f"the filters of this {class_name(model)} have {filters.shape[1]} channels; expected 1 or "
-                         f"3, which can be drawn; explanations.patch_filters returns their numbers")
+                         f"3, which can be drawn; explanations.patch_filters returns their values")
     columns = min(7, len(filters))
     n_rows = math.ceil(len(filters) / columns)
     figure = new_figure(1.2 * columns + 0.6, 1.45 * n_rows + 1.1)
@@ -778,7 +780,7 @@ def visualize_patch_filters(model, n_filters=28, save_path=None):
         axes.imshow((0.5 + one / one.abs().max() / 2).permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
         axes.set_title(f"{share:.1%}", fontsize=10)
     set_heading(figure, f"Filters of the patch projection: the first {len(filters)} principal components\n"
-                    f"(above each its share of the sum of squares; together {shares.sum():.0%})", fontsize=12)
+                    f"(above each: its share of the sum of squares; together {shares.sum():.0%})", fontsize=12)
     return finish(figure, save_path)
 
 
@@ -786,7 +788,7 @@ def visualize_features(model, images, save_path=None, whole=None):
     """Draw the patch tokens of several images as colours after a third, two thirds and all of the blocks.
 
     The colours are the first three principal components over all images. Within a row, similar colours mean similar
-    features, also across images.
+    features, including across images.
 
     Parameters
     ----------
@@ -820,12 +822,12 @@ def visualize_features(model, images, save_path=None, whole=None):
     for axes in panels.flat:
         hide_ticks(axes)
     set_heading(figure, "Patch tokens as colours: their first three principal components as red, green and blue\n"
-                        "(within a row, similar colours mean similar features, also across images)", fontsize=12)
+                        "(within a row, similar colours mean similar features, including across images)", fontsize=12)
     return finish(figure, save_path)
 
 
 def visualize_positions(model, save_path=None):
-    """Draw the cosine similarity of position embeddings: for each patch a small map of all patches.
+    """Draw the cosine similarity of position embeddings, as a small map of all patches for each patch.
 
     All maps share one colour scale, from the smallest similarity to 1. At most 8 x 8 patches have a map; rows and
     columns count from 0.
@@ -863,22 +865,22 @@ def visualize_positions(model, save_path=None):
 
 
 def visualize_patch_embedding(image, patch_size=16, save_path=None, img_size=None, preprocessing=None):
-    """Draw an image with the grid of its patches, and the patches as the sequence that a ViT reads.
+    """Draw an image with its patch grid, and the patches as the sequence that a ViT reads.
 
     Parameters
     ----------
     image : str, Path, PIL image, array or Tensor
         Any kind of image that data/images.py accepts.
     patch_size : int or tuple of int, optional
-        Side of a patch in pixels, or (height, width). If the image is not a whole number of patches, equal margins are
-        cut off.
+        Side of a patch in pixels, or (height, width). If the image size is not a multiple of it, equal margins are cut
+        off.
     save_path : str or Path, optional
         Where to write the figure.
     img_size : int or tuple of int, optional
         Side or (height, width) to which a picture is resized and cropped. By default, a picture whose shorter side
-        exceeds 224 becomes 224 x 224; a smaller one keeps its size. Tensors always keep theirs.
+        exceeds 224 becomes 224 x 224; a smaller one keeps its size. Tensors always keep their size.
     preprocessing : Preprocessing, optional
-        The normalisation to undo for a float tensor; by default that of ImageNet.
+        The normalisation to undo for a float tensor; by default the ImageNet normalisation.
 
     Raises
     ------
@@ -930,7 +932,7 @@ def _picture_to_cut(image, img_size, preprocessing):
 
 
 def _cut_to_patches(picture, patch):
-    """Crop the picture (H, W, 3) to whole patches; return it and their (rows, columns)."""
+    """Crop the picture (H, W, 3) to whole patches; return it and the (rows, columns) of the patches."""
     height, width = picture.shape[:2]
     rows, columns = height // patch[0], width // patch[1]
     if not 1 <= rows * columns <= 4096:
@@ -947,7 +949,7 @@ def compare_receptive_fields(save_path="receptive_fields.png", models=None, imag
     """Draw the measured receptive fields of a CNN and a ViT, each before and after training.
 
     There is a row for each model and a column for each of four depths. All panels share one logarithmic colour scale;
-    white pixels have exactly no influence. The circles, whose radii are given, hold 50% and 90% of the mass.
+    white pixels have exactly no influence. The circles hold 50% and 90% of the mass; the titles state their radii.
 
     Parameters
     ----------
@@ -955,7 +957,7 @@ def compare_receptive_fields(save_path="receptive_fields.png", models=None, imag
         Where to write the figure; None writes nothing.
     models : dict, optional
         Name -> trained model, a ConvNet or a ViT. By default convnet_shapes and vit_nano_shapes. Untrained twins are
-        made from their configurations with seed 0; a model of another library is only shown trained.
+        made from their configurations with seed 0; models from other libraries are only shown trained.
     images : Tensor, shape (B, 3, H, W), optional
         Images over which the gradients are averaged, normalised for all models. By default 32 drawn shapes, prepared
         for each model.
@@ -999,7 +1001,7 @@ def compare_receptive_fields(save_path="receptive_fields.png", models=None, imag
 
 
 def _draw_field(axes, model, images, depth, scale):
-    """Draw one receptive field with its two circles; return what the colour bar needs."""
+    """Draw one receptive field with its two circles; return its mappable for the colour bar."""
     field = receptive_field(model, images, depth)  # (height, width)
     centre = unit_centre(model, field.shape, depth)
     half, most = (radius_holding(field, share, centre) for share in (0.5, 0.9))
@@ -1018,7 +1020,7 @@ def _draw_field(axes, model, images, depth, scale):
 
 
 def _four_depths(model):
-    """Return depths 0, 1, halfway and the last; None for each that the model lacks."""
+    """Return the depths 0, 1, halfway and last; None for each that the model lacks."""
     last = len(adapt(model).layers) - 1
     depths = sorted({0, 1, (1 + last) // 2, last})
     return depths + [None] * (4 - len(depths))
@@ -1033,7 +1035,7 @@ def _shapes_for(model, n_images):
 
 
 def plot_images(images, titles=None, columns=8, save_path=None, title=None, preprocessing=None):
-    """Draw a contact sheet: images with a title above each.
+    """Draw a contact sheet: images, each with a title above it.
 
     Parameters
     ----------
@@ -1042,13 +1044,13 @@ def plot_images(images, titles=None, columns=8, save_path=None, title=None, prep
     titles : sequence, optional
         One title for each image.
     columns : int, optional
-        Images in a row, at most.
+        Maximum number of images in a row.
     save_path : str or Path, optional
         Where to write the figure.
     title : str, optional
         Heading of the sheet.
     preprocessing : Preprocessing, optional
-        The normalisation to undo for float tensors; by default that of ImageNet.
+        The normalisation to undo for float tensors; by default the ImageNet normalisation.
 
     Raises
     ------
@@ -1057,11 +1059,11 @@ def plot_images(images, titles=None, columns=8, save_path=None, title=None, prep
     """
     if isinstance(images, (str, Path)) or (isinstance(images, np.ndarray) and images.shape[2:] in ((), (3,), (4,))):
         what = f"an array of shape {images.shape}" if isinstance(images, np.ndarray) else repr(str(images))
-        raise InputError(f"got {what}, a single image; give a list, such as [image]")
+        raise InputError(f"got {what}, a single image; pass a list, such as [image]")
     pictures = [as_picture(image, preprocessing) for image in images]
     titles = [""] * len(pictures) if titles is None else [str(text) for text in titles]
     if not pictures or len(titles) != len(pictures):
-        raise InputError(f"{len(pictures)} images and {len(titles)} titles do not match; give at least one "
+        raise InputError(f"{len(pictures)} images and {len(titles)} titles do not match; pass at least one "
                          f"image, and one title for each or titles=None")
     check_int("columns", columns, 1)
     columns = min(columns, len(pictures))
@@ -1073,7 +1075,7 @@ def plot_images(images, titles=None, columns=8, save_path=None, title=None, prep
         panel.set_axis_off()
     for panel, picture, text in zip(panels, pictures, titles, strict=False):
         panel.imshow(picture)
-        panel.set_title(text, fontsize=10, parse_math=False)  # names of classes may hold a $
+        panel.set_title(text, fontsize=10, parse_math=False)  # class names may contain a $
     if title:
         set_heading(figure, title, fontsize=14)
     return finish(figure, save_path)
@@ -1088,7 +1090,7 @@ def _load(name, n_heads, **facts):
 
 
 def _run_selfcheck(options):
-    """Print which checks hold on a model; exit with 1 if one does not."""
+    """Print which checks hold on a model; exit with status 1 if one does not hold."""
     model = _load(options.pretrained, options.n_heads)
     adapt_vit(model)
     checks = selfcheck(model, prepare_images(_images_for(model, options.photos, 4), model))
@@ -1100,7 +1102,7 @@ def _run_selfcheck(options):
 
 
 def _run_explore(options):
-    """Write a page of whole photographs or of drawn shapes, and print what is in it."""
+    """Write a page of whole photographs or of drawn shapes, and print a summary of it."""
     model = _load(options.pretrained, options.n_heads, class_names=options.class_names)
     other = _load(options.compare_with, options.compare_n_heads) if options.compare_with else None
     whole = Whole(options.max_tokens, options.img_size) if options.photos else None
@@ -1115,11 +1117,11 @@ def _run_explore(options):
         print(remark)
     print(f"{page.path}: {page.megabytes:.1f} MB{', replaces the earlier page' if replaced else ''}; open it in any "
           f"browser. {'Photographs are shown whole, in' if whole else 'Drawn shapes are shown in'} "
-          f"{page.describe_grids()}. A model predicts only its own classes.")
+          f"{page.describe_grids()}. A model predicts only the classes it was trained on.")
 
 
 def _images_for(model, photos, n_images):
-    """Return the photographs, or drawn shapes as pictures; each model normalises them itself."""
+    """Return the photographs, or drawn shapes as pictures; they are normalised for each model later."""
     return photos or list(make_shapes(n_images, max(*adapt(model).img_size, 8), start=TEST_START).images)
 
 
@@ -1173,26 +1175,26 @@ def _look_parser():
     parser = OneLineParser(
         prog="visualizations.py", usage="python visualizations.py photo.jpg [more.jpg ...] [options]",
         description=f"Look inside a Vision Transformer on your photographs. Writes look.png, each of its panels as "
-                    f"a file, and explorer.html, an interactive page; prints what was found. The model is "
+                    f"a file, and explorer.html, an interactive page; prints the findings. The model is "
                     f"{FIRST_LOOK} (about {PUBLIC[FIRST_LOOK].megabytes:.0f} MB, {PUBLIC[FIRST_LOOK].licence}); it is "
                     f"downloaded once.",
         epilog="Other commands, each with --help: `python visualizations.py explore` makes a page of several "
                "photographs or two models; `selfcheck` checks the formulas on a model. (Write ./explore for a "
                "photograph with that name.)")
     parser.add_argument("photos", nargs="+", metavar="photo.jpg", help="image files, or folders of them")
-    parser.add_argument("--pretrained", "--checkpoint", metavar="NAME", help=f"another model: a name that `python "
-                        f"train_vit.py inspect` lists, such as {WITH_CLASSES}, which predicts classes, so that "
-                        f"they can be explained; or a checkpoint file (default: {FIRST_LOOK})")
-    parser.add_argument("--output-dir", metavar="DIR", help="folder of the files; several photographs get a "
-                        "subfolder each (default: look/ and the photograph's name)")
+    parser.add_argument("--pretrained", "--checkpoint", metavar="NAME", help=f"a different model: a name that `python "
+                        f"train_vit.py inspect` lists, such as {WITH_CLASSES}, whose predicted classes can be "
+                        f"explained; or a checkpoint file (default: {FIRST_LOOK})")
+    parser.add_argument("--output-dir", metavar="DIR", help="folder for the files; each of several "
+                        "photographs gets a subfolder (default: look/ and the photograph's name)")
     parser.add_argument("--max-tokens", type=int_at_least(1), metavar="N", help="maximum number of patches; more show "
                         "more detail and take longer (default: as many as the model was built for)")
     parser.add_argument("--img-size", type=int_at_least(1), nargs="+", action=Size, metavar="PIXELS", help="side, or "
                         "height and width, to which photographs are stretched (default: their own proportions)")
     parser.add_argument("--crop", action="store_true", help="show the model only the centre, as in validation")
     parser.add_argument("--max-mb", type=positive(), default=50.0, metavar="M", help="maximum size of explorer.html; "
-                        "it gets as many patches as fit (default: %(default)g)")
-    parser.add_argument("--label", help="name of the model in figure and page (default: its name)")
+                        "the page gets as many patches as fit (default: %(default)g)")
+    parser.add_argument("--label", help="label of the model in the figure and the page (default: its name)")
     add_class_names(parser)
     add_n_heads(parser, of="the model")
     return parser
@@ -1201,8 +1203,8 @@ def _look_parser():
 def _run_look(options):
     started = time.monotonic()
     if options.crop and (options.max_tokens or options.img_size):
-        raise InputError("--crop shows the centre at the model's own size; leave out --max-tokens and --img-size, or "
-                         "leave out --crop")
+        raise InputError("--crop shows the centre at the model's own size; remove --max-tokens and --img-size, or "
+                         "remove --crop")
     files = list(dict.fromkeys(file for path in options.photos for file in files_at(path)))
     for file in files:
         check_not_empty(file)
@@ -1239,7 +1241,7 @@ def _run_look(options):
 def _model_to_look_with(options):
     """Return (model, its name in figure and page), ready for photographs of any size.
 
-    Without a network, a shipped model replaces the default, and its name says so.
+    Offline, a shipped model replaces the default, and its label states this.
     """
     facts = {name: value for name in ("n_heads", "class_names") if (value := getattr(options, name)) is not None}
     chosen = options.pretrained or FIRST_LOOK
@@ -1253,14 +1255,14 @@ def _model_to_look_with(options):
         name = f"{WITHOUT_NETWORK} (shipped; {FIRST_LOOK} could not be downloaded)"
         side = adapt(model).img_size[0]
         assume(f"{FIRST_LOOK} cannot be downloaded ({error.reason}), so the shipped {WITHOUT_NETWORK} is used, a ViT "
-               f"for images of {side} pixels; choose another with --pretrained NAME or FILE")
+               f"for {side}-pixel images; choose a different model with --pretrained NAME or FILE")
     if adapt(model).attends:
         model.any_size = True
     return model.to(choose_device()), options.label or name
 
 
 def _short_name(model):
-    """Return the name of a model for figure and page; of a file, its folder and name."""
+    """Return the name of a model for figure and page; for a file, its folder and file name."""
     return "/".join(Path(model).absolute().parts[-2:]) if os.path.exists(model) else model
 
 
@@ -1276,8 +1278,8 @@ def _look_within_memory(model, file, whole):
 def _folders(output_dir, files, name):
     """Make a folder for the look at each file and return them.
 
-    A folder with other files is not touched. If the user chose it, InputError is raised, otherwise the next free number
-    is appended. Also raises InputError if a folder cannot be written.
+    A folder with other files is left unchanged: InputError is raised if the user chose it; otherwise, the next free
+    number is appended to its name. Also raises InputError if a folder is not writable.
     """
     folders = []
     for file in files:
@@ -1303,11 +1305,11 @@ def _folders(output_dir, files, name):
 
 
 def _holds_other(folder, file, name):
-    """Return whether a folder holds files other than the look of this model at this photograph."""
+    """Return whether a folder contains files other than the look of this model at this photograph."""
     try:
         if json.loads((folder / "look.json").read_text(encoding="utf-8"))["of"] == _identity(file, name):
             return False
-    except (OSError, ValueError, KeyError, TypeError):  # no record, or that of another program
+    except (OSError, ValueError, KeyError, TypeError):  # no record, or the record of a different program
         pass
     return folder.is_dir() and any(entry.name[0] != "." for entry in folder.iterdir())
 
@@ -1319,7 +1321,7 @@ def _identity(file, name):
 def _write_look(model, found, file, folder, name, whole, max_mb):
     """Write all files of a look and return (their paths, remarks on the page).
 
-    The page comes first, because it may be refused.
+    The page is made first, because it may raise InputError.
     """
     written, remarks = [], []
     if found.adapter.attends:

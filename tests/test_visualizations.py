@@ -145,7 +145,7 @@ def test_plot_images_draws_images_with_titles():
             v.plot_images(images, titles)
     for image, words in ((pixels(), r"an array of shape \(14, 15, 3\)"), (pixels()[:, :, 0], "an array"),
                          ("a.png", "'a.png'")):
-        with pytest.raises(InputError, match=rf"\Agot {words}[^\n]*, a single image; give a list[^\n]*\Z"):
+        with pytest.raises(InputError, match=rf"\Agot {words}[^\n]*, a single image; pass a list[^\n]*\Z"):
             v.plot_images(image)
     v.plot_images([pixels()], title="$\\x$").canvas.draw()  # as maths an error
 

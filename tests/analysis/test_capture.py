@@ -161,7 +161,7 @@ def test_capture_refuses_maps_the_model_does_not_use():
         nn.init.normal_(parameter, std=0.4)
     for block in model.blocks:
         block.attn = Sharp(block.attn)
-    with pytest.raises(InputError, match="gives other logits than in a plain pass"):
+    with pytest.raises(InputError, match="returns different logits from an ordinary forward pass"):
         r.capture(model, images_of(1, (15, 15)))
 
 
@@ -176,7 +176,7 @@ def test_capture_allows_rounding_by_the_size_of_the_logits(size, apart, right):
     if right:
         r._check_logits(model, images_of(1, (15, 15)).double(), seen)
     else:
-        with pytest.raises(InputError, match="gives other logits"):
+        with pytest.raises(InputError, match="returns different logits"):
             r._check_logits(model, images_of(1, (15, 15)).double(), seen)
 
 
@@ -313,7 +313,7 @@ def test_capture_refuses_gradients_under_checkpointing():
 def test_capture_refuses_nan_and_infinity(build):
     model = build()
     list(model.parameters())[-1].data[0] = torch.nan  # the bias of the head
-    with pytest.raises(r.NoNumbers, match=r"\Athis \w+ gives NaN or infinity for these images; [^\n]*\Z"):
+    with pytest.raises(r.NoNumbers, match=r"\Athis \w+ returns NaN or infinity for these images; [^\n]*\Z"):
         r.capture(model, images_of(1, (15, 15)))
     headless = vit(n_classes=0)
     headless.norm = nn.Identity()  # so that nothing but a map is wrong
@@ -344,7 +344,7 @@ def test_capture_gives_inference_mode_models_maps_without_gradients():
     assert len(r.capture(model, images).maps) == DEPTH
     for track_finite in (lambda: r.capture(model, images, gradients=True),
                   lambda: r.watch_layer(model, model.blocks[1], images)):
-        with pytest.raises(InputError, match=r"\A[^\n]*made inside torch.inference_mode[^\n]*load it outside\Z"):
+        with pytest.raises(InputError, match=r"\A[^\n]*created inside torch.inference_mode[^\n]*load it outside\Z"):
             track_finite()
 
 
@@ -528,5 +528,5 @@ def test_backward_by_blocks_refuses_what_does_not_come_out_again():
         steps(model)
     with torch.inference_mode():
         frozen = timm_vit()
-    with pytest.raises(InputError, match=r"made inside torch\.inference_mode"):
+    with pytest.raises(InputError, match=r"created inside torch\.inference_mode"):
         steps(frozen)

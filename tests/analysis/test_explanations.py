@@ -645,7 +645,7 @@ def test_selfcheck_reports_a_model_that_gives_nan():
     check, = selfcheck(model, images_of())
     assert (check.name, check.holds) == ("logits and attention maps are finite", False)
     for see in (e.explain, e.compare_explanations, e.logit_lens):
-        with pytest.raises(InputError, match=r"\Athis VisionTransformer gives NaN or infinity [^\n]*\Z"):
+        with pytest.raises(InputError, match=r"\Athis VisionTransformer returns NaN or infinity [^\n]*\Z"):
             see(model, images_of())
 
 
@@ -675,7 +675,7 @@ def test_explain_accepts_class_names():
         assert found.targets.tolist() == [3, 3, 3]
     with pytest.raises(InputError, match=r"'owl' is out of range; .*a class from 0 to 4, or a name such as 'ant'"):
         e.explain(model, images, target="owl")
-    with pytest.raises(InputError, match="2 targets were given for 3 images"):
+    with pytest.raises(InputError, match="2 targets were passed for 3 images"):
         e.explain(model, images, target=[1, 2])
 
 

@@ -125,7 +125,7 @@ def test_perturbations_refuse_bad_arguments():
     images = numbered(2)
     for refused, words in ((lambda: p.occlude(images, (2, 3), 1.5), "share 1.5"),
                            (lambda: p.occlude(images, (2, 3), 0.5, "white"), "fill 'white'"),
-                           (lambda: p.occlude(images, (2, 3), 0.5, "black"), "give the preprocessing of a loader"),
+                           (lambda: p.occlude(images, (2, 3), 0.5, "black"), "pass the preprocessing of a loader"),
                            (lambda: p.shuffle_patches(images, 4), "not divisible by patch_size")):
         with pytest.raises(InputError, match=words):
             refused()

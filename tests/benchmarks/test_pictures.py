@@ -48,7 +48,7 @@ def test_pictures_draws_a_chart_from_its_cells(pictures, name, tmp_path):
 
 
 def test_pictures_says_which_figures_need_weights(pictures, tmp_path):
-    with pytest.raises(InputError, match="look is drawn with ViT-S/14; give its checkpoint with --weights FILE"):
+    with pytest.raises(InputError, match="look is drawn with ViT-S/14; set its checkpoint with --weights FILE"):
         pictures.main(["look", "--output-dir", str(tmp_path)])
     with pytest.raises(InputError, match="NAME"):
         pictures.main(["lok", "--output-dir", str(tmp_path)])

@@ -209,11 +209,11 @@ def test_explore_shows_each_model_its_own_picture():
     assert len(found) == 2  # above 64 pixels an eighth is cut off, below nothing
     for uri, model in zip(found, (first, second), strict=True):
         np.testing.assert_array_equal(picture_in(uri), np.round(255 * prepare_image(photo, model)[1]))
-    assert "cut and resized as it needs it" in page.html
+    assert "cropped and resized as required" in page.html
     page = explorer.explore(square_vit(), pixels(12, 12), None, second)
     one, = data_of(page)["pictures"][0]["pngs"]
     np.testing.assert_array_equal(picture_in(one), pixels(12, 12))
-    assert "cut and resized as it needs it" not in page.html
+    assert "cropped and resized as required" not in page.html
 
 
 @pytest.mark.parametrize("second", [small_convnet(), vit(img_size=12, patch_size=6)])
@@ -301,8 +301,8 @@ def test_explore_takes_fewer_patches_for_max_mb():
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (dict(whole=Whole(), max_mb=0.05), "more than max_mb 0.05, already with only 16 patches per image"),
-    (dict(max_mb=0.3), "size of its images is fixed; give a larger max_mb, fewer images, or photographs with whole="),
+    (dict(whole=Whole(), max_mb=0.05), "more than max_mb 0.05, even with only 16 patches per image"),
+    (dict(max_mb=0.3), "size of its images is fixed; set a larger max_mb, use fewer images, or use photographs with"),
     (dict(whole=Whole(img_size=32), max_mb=0.3), "the size of its images is fixed"),
     (dict(max_mb=0), "max_mb 0 is out of range"), (dict(max_mb="3"), "max_mb '3' is out of range"),
     (dict(max_mb=float("nan")), "max_mb nan is out of range")])
@@ -322,7 +322,7 @@ def test_explore_overwrites_nothing_but_pages(tmp_path):
         with pytest.raises(InputError, match="is not a page that explore wrote, so it is not overwritten"):
             explorer.explore(square_vit(), pixels(12, 12), path)
         assert path.read_bytes() == content
-    with pytest.raises(InputError, match="which is a folder; give the name of a file in it"):
+    with pytest.raises(InputError, match="which is a folder; pass the name of a file in it"):
         explorer.explore(square_vit(), pixels(12, 12), tmp_path)
 
 
@@ -333,7 +333,7 @@ def test_explore_says_what_is_left_out():
     page = explorer.explore(model, pixels(12, 12), None)
     assert "relevance" not in data_of(page)["models"][0]["images"][0]
     said, = page.remarks
-    assert said.startswith("Relevance is left out: this VisionTransformer is quantised")
+    assert said.startswith("Relevance is omitted: this VisionTransformer is quantised")
     assert said.split("; ")[0] in page.html
 
 
@@ -361,7 +361,7 @@ def test_explore_refuses_nan_and_infinity(value, tmp_path):
     for model in (broken, other):
         torch.nn.init.constant_(next(model.parameters()), value)
     for models in ((broken, None), (sound, broken), (sound, other)):
-        with pytest.raises(InputError, match=r"\Athis \w+ gives NaN or infinity for these images; [^\n]*\Z"):
+        with pytest.raises(InputError, match=r"\Athis \w+ returns NaN or infinity for these images; [^\n]*\Z"):
             explorer.explore(models[0], pixels(12, 12), tmp_path / "page.html", models[1])
     assert not (tmp_path / "page.html").exists()
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -374,7 +374,7 @@ def test_explore_page_displays_in_a_notebook(tmp_path, monkeypatch):
     assert frame.startswith("<iframe srcdoc=")
     assert "<script" not in frame
     monkeypatch.setattr(explorer, "EMBED_UP_TO", len(page.html) - 1)
-    assert "Give <code>save_path</code>" in page._repr_html_()
+    assert "Set <code>save_path</code>" in page._repr_html_()
     monkeypatch.chdir(tmp_path)
     shown = explorer.explore(square_vit(), pixels(12, 12), "my page.html")._repr_html_()
     assert 'href="my page.html"' in shown

@@ -123,7 +123,7 @@ def test_explorer_shows_rollout_and_relevance(opened, written, method):
     opened.select_option("#method", method)
     expected = vector(written[1], method)
     np.testing.assert_allclose(opened.evaluate("[...shown(0, 0, -1, -1).values]"), expected, rtol=1e-5, atol=1e-6)
-    assert {"rollout": "by rollout", "relevance": "speaks for"}[method] in said(opened)
+    assert {"rollout": "by rollout", "relevance": "evidence for the class"}[method] in said(opened)
     for control in ("#layer", "#head", "#direction", "#ends"):
         assert opened.is_disabled(control)
     assert opened.evaluate("byId('direction').selectedOptions[0].textContent") == "what reaches the output"
@@ -355,7 +355,7 @@ def test_explorer_says_what_a_browser_lacks(chromium, written):
     page = chromium.new_page()
     page.add_init_script("delete window.DecompressionStream")
     page.goto(written[0].as_uri())
-    page.wait_for_function("byId('say').textContent.includes('DecompressionStream; open it in Chrome or Edge from')")
+    page.wait_for_function("byId('say').textContent.includes('DecompressionStream; use Chrome or Edge 80')")
     assert page.is_hidden("#controls")
     page.close()
 
@@ -451,7 +451,7 @@ def test_explorer_reaches_every_layer_and_head_of_both_models(visit, tmp_path):
                     (3, 1), (3, 0), (3, -1), (3, -1), (3, 0), (3, 1), (3, 2)]
     assert page.input_value("#layer") == "3"
     assert page.input_value("#head") == "2"
-    assert "a model with fewer stays at its last" in page.inner_text("footer")
+    assert "a model with fewer shows its last one" in page.inner_text("footer")
 
 
 def test_explorer_reaches_every_depth_of_a_deeper_convnet(visit, tmp_path):

@@ -58,7 +58,7 @@ def test_share_colours_makes_equal_features_equal_across_photographs_of_differen
     share_colours(looks)
     assert looks[0].colours.shape == (4, 2, 3)
     assert np.allclose(looks[0].colours, looks[1].colours.transpose(1, 0, 2))
-    assert "across the 2 photographs too" in panels_of(looks[0])[1].sentence
+    assert "including across the 2 photographs" in panels_of(looks[0])[1].sentence
 
 
 def test_describe_says_what_was_found_in_numbers():
@@ -69,12 +69,12 @@ def test_describe_says_what_was_found_in_numbers():
     said = dict(describe(found, "mine"))
     assert said["Model"].startswith("mine: ")
     assert "3 blocks of 2 heads, patches of 4 × 4 pixels" in said["Model"]
-    assert said["Photograph"] == ("24 × 12 pixels (height × width), given to the model at 16 × 8: 4 × 2 = 8 patches; "
+    assert said["Photograph"] == ("24 × 12 pixels (height × width); the model sees 16 × 8: 4 × 2 = 8 patches; "
                                   "nothing is cut off or stretched")
-    assert "CLS gives 40% of its attention to itself (20% to 60%, depending on the head)" in said["Attention"]
+    assert "CLS pays 40% of its attention to itself (20% to 60%, depending on the head)" in said["Attention"]
     assert "head 1 looks nearest, 3 pixels away on average, and head 2 farthest, 7 pixels" in said["Reach"]
     assert said["Artefacts"].startswith("25.0% of the patches (2)")
-    assert said["Artefacts"].endswith(f"{found.norms.max() / np.median(found.norms):.1f} times as long as the median")
+    assert said["Artefacts"].endswith(f"{found.norms.max() / np.median(found.norms):.1f} times the median")
     assert "edges are cut off" in dict(describe(found, "mine", cropped=True))["Photograph"]
 
 
@@ -95,14 +95,14 @@ def test_panels_without_a_head_say_so():
 def test_mean_pooling_is_named(monkeypatch):
     found = look(vit(pool="mean"), pixels())
     assert "the patches look, on average," in panels_of(found)[-1].title
-    assert "the patches give" in dict(describe(found, "m"))["Attention"]
+    assert "the patches pay" in dict(describe(found, "m"))["Attention"]
 
 
-def test_two_readers_give_and_small_shares_are_not_none():
+def test_two_readers_pay_and_small_shares_are_not_none():
     found = look(timm_vit(VisionTransformerDistilled).eval(), pixels())
     found.heads = np.array([[[0.4, 0.599]], [[0.5, 0.50001]]])
     said = dict(describe(found, "m"))["Attention"]
-    assert "CLS and the distillation token give <1% of their attention to CLS and the distillation token" in said
+    assert "CLS and the distillation token pay <1% of their attention to CLS and the distillation token" in said
     assert "(0% to <1%, depending on the head)" in said
     assert [tile.label for tile in panels_of(found)[-1].tiles] == ["head 1 (<1%)", "head 2 (0%)"]
 

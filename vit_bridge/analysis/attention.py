@@ -18,13 +18,14 @@ from vit_bridge.models.protocol import class_name
 from vit_bridge.runtime import at_least_float32
 from vit_model import grid_of, pair
 
-PART = 2**22  # most attention weights of one head, over all images that are processed together
+PART = 2**22  # maximum number of attention weights of one head, over all images that are processed together
 
 
 def attention_rows(model, images, patch=None):
-    """Return the attention that the head's input pays to every token, in all blocks and heads.
+    """Return the attention that the classifier head's input pays to every token, in all blocks and heads.
 
-    If the head reads CLS, this is the row of CLS. If it reads the mean of the patches, it is the mean of their rows.
+    If the classifier head reads CLS, the result is the row of CLS. If it reads the mean of the patches, the result is
+    the mean of the patch rows.
 
     Parameters
     ----------
@@ -33,7 +34,7 @@ def attention_rows(model, images, patch=None):
     images : Tensor, shape (B, C, height, width)
         Normalised images.
     patch : tuple of int, optional
-        (row, column) of a patch, counted from 0, or from the end if negative. Its row is returned instead.
+        (row, column) of a patch, counted from 0, or from the end if negative. This patch's row is returned instead.
 
     Returns
     -------
@@ -43,8 +44,8 @@ def attention_rows(model, images, patch=None):
     Raises
     ------
     InputError
-        For the same reasons as `capture`, if the head does not read a weighted mean of tokens, or if the patch does
-        not exist.
+        For the same reasons as `capture`, if the classifier head does not read a weighted mean of tokens, or if the
+        patch does not exist.
     """
     adapter = adapt_vit(model)
     adapter.check_images(images)
@@ -89,13 +90,13 @@ def mean_distances(model, images, renormalise=True):
 
 
 def in_parts(adapter, images):
-    """Split images into parts whose maps of one block fit in memory."""
+    """Split images into parts small enough that one block's maps of a part fit in memory."""
     rows, columns = adapter.grid(images)
     return images.split(max(1, PART // (adapter.n_prefix + rows * columns)**2))
 
 
 def patches_of(row, grid_size, n_prefix_tokens):
-    """Cut the patches out of weights on all tokens: (..., N) -> (..., rows, columns)."""
+    """Select the patches from weights on all tokens: (..., N) -> (..., rows, columns)."""
     return row[..., n_prefix_tokens:].unflatten(-1, grid_size)
 
 
@@ -128,9 +129,9 @@ def select_attention(maps, layer_idx=-1, head_idx=None):
 
 
 def cls_attention_grid(attention, grid_size, n_prefix_tokens=1, pool="cls"):
-    """Return the attention that the head's input pays to each patch: (..., N, N) -> (..., rows, columns).
+    """Return the attention that the classifier head's input pays to each patch: (..., N, N) -> (..., rows, columns).
 
-    The weights are not rescaled: together with the weights on CLS and on the registers they sum to one.
+    The weights are not rescaled: together with the weights on CLS and the registers, they sum to one.
 
     Parameters
     ----------
@@ -141,8 +142,8 @@ def cls_attention_grid(attention, grid_size, n_prefix_tokens=1, pool="cls"):
     n_prefix_tokens : int, optional
         Number of tokens before the patches (CLS and registers), as in `model.n_prefix_tokens`.
     pool : str, optional
-        What the head reads, as in `model.config.pool`: "cls" gives the attention of CLS, "mean" the mean attention of
-        the patches. Other values that `adapters.reading_weights` knows give a weighted mean of the rows.
+        What the classifier head reads, as in `model.config.pool`: "cls" selects the attention of CLS, "mean" the mean
+        attention of the patches. Other values that `adapters.reading_weights` accepts select a weighted mean of rows.
 
     Raises
     ------
@@ -153,13 +154,13 @@ def cls_attention_grid(attention, grid_size, n_prefix_tokens=1, pool="cls"):
     if attention.shape[-1] != n_prefix_tokens + rows * columns:
         prefix = "CLS" if n_prefix_tokens == 1 else f"{n_prefix_tokens} prefix tokens"
         raise InputError(f"a map over {attention.shape[-1]} tokens does not fit a grid of {rows}x{columns} patches "
-                         f"and {prefix} ({n_prefix_tokens + rows * columns} tokens); give the grid_size and "
-                         f"n_prefix_tokens of the model that made it")
+                         f"and {prefix} ({n_prefix_tokens + rows * columns} tokens); pass the grid_size and "
+                         f"n_prefix_tokens of the model that computed it")
     return patches_of(row_of_head(attention, pool, n_prefix_tokens), grid_size, n_prefix_tokens)
 
 
 def row_of_head(attention, pool, n_prefix_tokens):
-    """Average the rows of the tokens that the head reads: (..., N, N) -> (..., N), at least in float32."""
+    """Average the rows of the tokens that the classifier head reads: (..., N, N) -> (..., N), at least in float32."""
     weights = reading_weights(pool, n_prefix_tokens, attention.shape[-1])  # (N)
     readers = weights.nonzero()[:, 0]
     rows = at_least_float32(attention[..., readers, :])
@@ -244,7 +245,7 @@ def position_similarity(model):
     """
     adapter = adapt(model)
     if not adapter.attends or adapter.positions is None:
-        raise InputError(f"this {class_name(model)} has no position embeddings; give a VisionTransformer or a "
+        raise InputError(f"this {class_name(model)} has no position embeddings; use a VisionTransformer or a "
                          f"HybridCNNViT with position 'learned' or 'sincos'")
     positions = F.normalize(adapter.positions.float(), dim=-1)  # (n_patches, D)
     return (positions @ positions.T).reshape(2 * grid_of(adapter.img_size, adapter.patch_size))  # rows, columns, twice

@@ -1,10 +1,10 @@
 """One forward pass with its intermediate results: tokens after each block, attention maps, logits.
 
-capture(model, images)      all of them, as a Capture, with gradients on request; attention_maps: the maps alone
-backward_by_blocks(...)     gradients of tokens and maps, one block in memory at a time, from the last to the first
+capture(model, images)      all of them, as a Capture, with gradients if set; attention_maps: the maps alone
+backward_by_blocks(...)     gradients of tokens and maps, from the last block to the first, one in memory at a time
 predict_logits(...), watch_layer(...)   the logits alone, or the output of one layer; both also for ConvNets
 
-Fused attention computes no maps, so AttentionCapture replaces it by an explicit softmax while the pass runs.
+Fused attention computes no maps, so AttentionCapture replaces it with an explicit softmax during the pass.
 
 Shapes:  B images, C channels, L blocks, H heads, N tokens (prefix tokens, then patches), D width, K classes,
          W width of a head.
@@ -33,15 +33,15 @@ from vit_bridge.runtime import (
 
 SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax)
 MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
-ALIKE = 1e-4  # how far a captured pass may differ from a plain one, relative to the largest logit
-ALIKE_QUANTISED = 0.05  # the same for a model that rounds its activations to 8 bits
+ALIKE = 1e-4  # how far a captured pass may differ from an ordinary one, relative to the largest logit
+ALIKE_QUANTISED = 0.05  # the same tolerance for a model that rounds its activations to 8 bits
 
 
 @contextmanager
 def differentiable():
-    """Compute gradients inside, even if the caller has switched them off with no_grad or inference_mode.
+    """Enable gradients inside, even if the caller has disabled them with no_grad or inference_mode.
 
-    A context manager that also decorates functions: @differentiable().
+    It is a context manager and also a decorator: @differentiable().
     """
     with torch.inference_mode(False), torch.enable_grad():
         yield
@@ -49,7 +49,7 @@ def differentiable():
 
 @dataclass
 class Attended:
-    """The attention of one block, as `keep` receives it.
+    """The attention of one block, passed to `keep`.
 
     Attributes
     ----------
@@ -58,7 +58,7 @@ class Attended:
     query, key : Tensor, shape (B, H, N, W), or None
         The query includes its scale. Both are None if the scores are not a product of queries and keys.
     bias : Tensor, shape (B or 1, H or 1, N, N), or None
-        What the block adds to the scores, such as a relative position bias.
+        The term that the block adds to the scores, such as a relative position bias.
     """
 
     maps: torch.Tensor
@@ -74,14 +74,14 @@ def whole_maps(block, attended):
 
 @dataclass
 class Capture:
-    """What one forward pass computed.
+    """The results of one forward pass.
 
     Attributes
     ----------
     tokens : list of Tensor, each (B, N, D)
-        L + 1 of them: before the first block, then after each block.
+        L + 1 tensors: before the first block, then after each block.
     maps : list
-        For each of the L blocks what `keep` returned, by default (B, H, N, N); rows are queries and sum to one.
+        For each of the L blocks, what `keep` returned: by default (B, H, N, N), whose rows are queries and sum to one.
     logits : Tensor, shape (B, K)
         For a model without a head, its output as `ViTAdapter.read` describes it.
     grid : tuple of int
@@ -89,7 +89,7 @@ class Capture:
     adapter : ViTAdapter
         The adapter of the model.
     calls : list
-        (args, kwargs) of the call of each block; the tokens come first.
+        (args, kwargs) of the call of each block; the first argument holds the tokens.
     """
 
     tokens: list
@@ -113,9 +113,9 @@ def capture(model, images, gradients=False, change=None, keep=whole_maps):
         Normalised images.
     gradients : bool, optional
         If True, logits, maps and tokens belong to one graph for `torch.autograd.grad`, even if the caller has
-        switched gradients off.
+        disabled gradients.
     change : callable, optional
-        (index of the block from 0, map) -> map. The pass continues with the map that it returns.
+        (index of the block from 0, map) -> map. The pass continues with the returned map.
     keep : callable, optional
         (index of the block from 0, Attended) -> what to store in `maps`, for example a row or a mean. None computes
         no maps at all, which is fastest if you only need tokens and logits.
@@ -127,9 +127,9 @@ def capture(model, images, gradients=False, change=None, keep=whole_maps):
     Raises
     ------
     InputError
-        If the model is not a known ViT, if it does not take these images, or if it does not attend as a plain ViT
-        does. With `gradients`, also if the model is quantised or uses gradient checkpointing. For a model of another
-        library, also if its captured logits differ from a plain pass or from what its adapter reads.
+        If the model is not a supported ViT, if it does not accept these images, or if it does not attend as a plain ViT
+        does. With `gradients`, also if the model is quantised or uses gradient checkpointing. For a model from
+        a different library, also if its captured logits differ from an ordinary forward pass or from its adapter's.
     NoNumbers
         If maps or logits are not finite.
     """
@@ -165,7 +165,7 @@ def capture(model, images, gradients=False, change=None, keep=whole_maps):
 
 @dataclass
 class Step:
-    """How far `backward_by_blocks` has come.
+    """One position of `backward_by_blocks`, from the head to the first block.
 
     Attributes
     ----------
@@ -186,18 +186,18 @@ def backward_by_blocks(model, seen, answer, keep=None):
     """Backpropagate from the head to the first block with the graph of only one block in memory at a time.
 
     This is a generator: stop iterating as soon as you have what you need. Each block is computed again from its own
-    input, and the chain rule passes the gradient on.
+    input, and its gradient follows by the chain rule.
 
     Parameters
     ----------
     model : nn.Module
-        The model that made `seen`.
+        The model that computed `seen`.
     seen : Capture
         The forward pass. Capturing with `keep=None` is cheapest.
     answer : callable
-        Logits (B, K) -> a scalar, whose gradients are computed.
+        Logits (B, K) -> the scalar to differentiate.
     keep : callable, optional
-        (maps, gradient), both (B, H, N, N) -> what to keep of a block's attention and its gradient. By default no map
+        (maps, gradient), both (B, H, N, N) -> what to keep of a block's attention and its gradient. By default, no map
         is computed.
 
     Yields
@@ -208,8 +208,8 @@ def backward_by_blocks(model, seen, answer, keep=None):
     Raises
     ------
     InputError
-        If the model is quantised, was made in inference mode, or does not attend as a plain ViT does; or if the head or
-        a block, computed alone, gives another result than in the forward pass.
+        If the model is quantised, was created in inference mode, or does not attend as a plain ViT does; or if the head
+        or a block, computed alone, returns a different result from the forward pass.
 
     References
     ----------
@@ -230,7 +230,7 @@ def backward_by_blocks(model, seen, answer, keep=None):
 
 @differentiable()
 def _back_over(model, seen, place, gradient, keep):
-    """Return (gradient before block `place`, what `keep` kept), from the gradient after the block."""
+    """Return (gradient before block `place`, what `keep` returned), from the gradient after the block."""
     (given, *args), kwargs = seen.calls[place]
     _check_again(model, f"the input of block {place + 1}", given, seen.tokens[place], seen)
     recorder = AttentionCapture() if keep else nullcontext()
@@ -278,7 +278,7 @@ def predict_logits(model, images):
     Raises
     ------
     InputError
-        If the model does not take these images.
+        If the model does not accept these images.
     NoNumbers
         If the logits are not finite.
     """
@@ -309,7 +309,7 @@ def watch_layer(model, layer, images, run=None):
     Raises
     ------
     InputError
-        If the model is quantised, was made in inference mode, or uses gradient checkpointing.
+        If the model is quantised, was created in inference mode, or uses gradient checkpointing.
     """
     model = unwrapped(model)
     _check_kept(model)
@@ -325,16 +325,16 @@ def watch_layer(model, layer, images, run=None):
 
 
 class AttentionCapture(TorchFunctionMode):
-    """A context that makes attention an explicit softmax and collects what `keep` returns.
+    """A context that computes attention as an explicit softmax and collects what `keep` returns.
 
-    It intercepts the torch functions that attention is made of, not modules, so it works with any library.
+    It intercepts the torch functions that compute attention, not modules, so it works with any library.
     """
 
     def __init__(self, change=None, keep=whole_maps):
         super().__init__()
         self.kept, self.sizes, self.finite = [], set(), True
         self.change, self.keep = change, keep
-        self.product = None  # (query, key^T, their product): the last one that could be scores
+        self.product = None  # (query, key^T, their product) of the last product that could be scores
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -354,7 +354,7 @@ class AttentionCapture(TorchFunctionMode):
         return self.note(Attended(result, query * scale, transposed.transpose(-2, -1), bias))
 
     def note(self, attended):
-        """Store what `keep` returns for a block, and return the map with which the pass continues."""
+        """Store what `keep` returns for a block, and return the map for the rest of the pass."""
         if self.change is not None:
             attended.maps = self.change(len(self.kept), attended.maps)
         self.sizes.add(tuple(attended.maps.shape[-2:]))
@@ -393,7 +393,7 @@ class AttentionCapture(TorchFunctionMode):
 
 
 def _without_the_rest(kept, maps):
-    """Copy what is kept if it is a view of part of the maps; a view would keep all of them in memory."""
+    """Copy a kept tensor if it is a view of part of the maps; a view would keep all maps in memory."""
     if not isinstance(kept, torch.Tensor) or kept.numel() >= maps.numel():
         return kept
     return kept.clone() if kept.untyped_storage().data_ptr() == maps.untyped_storage().data_ptr() else kept
@@ -406,7 +406,7 @@ def _is_map(result):
 def _check_kept(model):
     """Raise InputError for a model whose activations cannot be kept for gradients.
 
-    Either it has no gradients, or it is a timm model that computes its blocks again in the backward pass.
+    Either the model has no gradients, or it is a timm model that recomputes its blocks in the backward pass.
     """
     _check_differentiable(model)
     if getattr(model, "grad_checkpointing", False):
@@ -415,13 +415,13 @@ def _check_kept(model):
 
 
 def _check_differentiable(model):
-    """Raise InputError for a model without gradients: quantised, or made in inference mode."""
+    """Raise InputError for a model without gradients: quantised, or created in inference mode."""
     if is_quantised(model):
         raise InputError(f"this {class_name(model)} is quantised, so it has no gradients; use attention or rollout, or "
-                         f"give the model before quantisation")
+                         f"the model before quantisation")
     if any(weight.is_inference() for weight in model.parameters()):
-        raise InputError(f"this {class_name(model)} was made inside torch.inference_mode(), so its weights have no "
-                         f"gradients; make or load it outside")
+        raise InputError(f"this {class_name(model)} was created inside torch.inference_mode(), so its weights have no "
+                         f"gradients; create or load it outside")
 
 
 def _scale_and_bias(scores, product):
@@ -431,7 +431,7 @@ def _scale_and_bias(scores, product):
     given, whole = scores.detach(), product.detach()
     largest = whole.abs().argmax()
     scale = (given.flatten()[largest] / whole.flatten()[largest]).item()
-    size = (scale * whole).abs().max()  # not of the scores: a mask makes them infinite
+    size = (scale * whole).abs().max()  # not from the scores: a mask makes them infinite
     if (given - scale * whole).abs().max() <= 16 * torch.finfo(given.dtype).eps * size:
         return scale, None
     seen = given.isfinite()
@@ -440,7 +440,7 @@ def _scale_and_bias(scores, product):
 
 
 def _check_maps(model, recorder, n_blocks, n_tokens):
-    """Raise InputError unless every block gave one finite map over n_tokens tokens."""
+    """Raise InputError unless every block computed one finite map over n_tokens tokens."""
     if not recorder.kept:
         raise InputError(f"this {class_name(model)} computed no attention map that could be captured: it uses a "
                          f"special kernel, such as xFormers, FlashAttention or FlexAttention; build a transformers "
@@ -448,13 +448,13 @@ def _check_maps(model, recorder, n_blocks, n_tokens):
                          f"from the hub")
     if len(recorder.kept) != n_blocks or recorder.sizes != {(n_tokens, n_tokens)}:
         raise InputError(f"this model computed {len(recorder.kept)} attention maps over {sorted(recorder.sizes)} "
-                         f"tokens; expected {n_blocks}, one per block, over {n_tokens} tokens; give a plain ViT")
+                         f"tokens; expected {n_blocks}, one per block, over {n_tokens} tokens; use a plain ViT")
     if not recorder.finite:
         raise NoNumbers(_no_numbers(model))
 
 
 class NoNumbers(InputError):
-    """An InputError for a model whose output holds NaN or infinity."""
+    """An InputError for a model whose output contains NaN or infinity."""
 
 
 def check_finite_numbers(model, *values):
@@ -468,30 +468,30 @@ def check_finite_numbers(model, *values):
 
 
 def _no_numbers(model):
-    return (f"this {class_name(model)} gives NaN or infinity for these images; give a model whose training converged, "
+    return (f"this {class_name(model)} returns NaN or infinity for these images; use a model whose training converged, "
             f"or call .float() on a model in half precision")
 
 
 def alike_within(model, dtype):
-    """Return how far, relative to the largest logit, a captured pass may differ from a plain one."""
+    """Return how far, relative to the largest logit, a captured pass may differ from an ordinary one."""
     return ALIKE_QUANTISED if is_quantised(model) else max(ALIKE, 8 * torch.finfo(dtype).eps)
 
 
 def _check_again(model, what, found, expected, seen):
-    """Raise InputError unless a part of the model repeats what it gave in the captured pass."""
+    """Raise InputError unless a part of the model reproduces its result of the captured pass."""
     apart, length = (at_least_float32(one.detach()).norm().item() for one in (found - expected, expected))
     if not apart <= alike_within(model, seen.logits.dtype) * length:
         raise InputError(f"{what} of this {class_name(model)} differs from the whole pass (by {apart:.1e}, for a norm "
-                         f"of {length:.1e}), so its gradients cannot be computed block by block; give a plain ViT")
+                         f"of {length:.1e}), so its gradients cannot be computed block by block; use a plain ViT")
 
 
 def _check_logits(model, images, logits):
-    """Raise InputError unless a plain pass gives the same logits."""
+    """Raise InputError unless an ordinary forward pass returns the same logits."""
     with evaluating(model), torch.no_grad():
         own = logits_of(model(to_model(images.detach(), model)))
     if words := _apart(model, own, logits):
-        raise InputError(f"with explicit attention this {class_name(model)} gives other logits than in a plain pass "
-                         f"({words}), so the maps would not be the model's own; give a plain ViT")
+        raise InputError(f"with explicit attention, this {class_name(model)} returns different logits from an ordinary "
+                         f"forward pass ({words}), so the maps would not be the model's own; use a plain ViT")
 
 
 def _check_read(model, adapter, tokens, logits):
@@ -500,11 +500,11 @@ def _check_read(model, adapter, tokens, logits):
         read = adapter.read(tokens.detach())
     if words := _apart(model, read, logits):
         raise InputError(f"this {class_name(model)} does not read its last tokens as a {adapter.library} ViT with this "
-                         f"head does ({words}); give a model whose head is not customised")
+                         f"head does ({words}); use a model whose head is not customised")
 
 
 def _apart(model, own, logits):
-    """Say how two outputs differ; return "" if they differ only by rounding."""
+    """Describe how two outputs differ; return "" if they differ only by rounding."""
     if own.shape != logits.shape:
         return f"shape {tuple(logits.shape)}, expected {tuple(own.shape)}"
     difference, scale = (own - logits.detach()).abs().max().item(), max(1.0, own.abs().max().item())

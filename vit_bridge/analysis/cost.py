@@ -2,7 +2,7 @@
 
 count_parameters, count_flops     exact counts
 throughput, peak_memory     measurements
-fitted_exponent     how a cost grows with size
+fitted_exponent     the power law of a cost against size
 
 Shapes:  B images, C channels, K classes.
 """
@@ -43,7 +43,7 @@ def count_parameters(model, trainable_only=False):
 
 
 def count_flops(model, img_size=None):
-    """Return the FLOPs of one forward pass of one image; a multiply-add counts as 2.
+    """Return the FLOPs of one forward pass on one image; a multiply-add counts as 2.
 
     Parameters
     ----------
@@ -60,8 +60,8 @@ def count_flops(model, img_size=None):
     Notes
     -----
     Matrix products and convolutions count, as in `torch.utils.flop_counter`; norms, softmax, activations, biases and
-    additions do not. As in published counts, every token passes through every block. In fact, a ViT whose head reads
-    only CLS skips most of the last one. Nothing is computed: the pass runs on shapes alone (device "meta").
+    additions do not. As in published counts, every token passes through every block, although a ViT whose head reads
+    only CLS skips most of the last block. Nothing is computed: the pass runs on shapes alone (device "meta").
     """
     model = unwrapped(model)
     if is_quantised(model):
@@ -81,7 +81,7 @@ def count_flops(model, img_size=None):
 def fitted_exponent(sizes, values):
     """Return the exponent b of a power law, value ~ size^b.
 
-    It is the least-squares slope of log(value) = a + b log(size).
+    The exponent is the least-squares slope of log(value) = a + b log(size).
 
     Raises
     ------
@@ -98,20 +98,21 @@ def fitted_exponent(sizes, values):
 
 
 def throughput(model, img_size=None, batch_size=32, seconds=1.0, train=False, device=None):
-    """Return the images per second: batch_size over the median time of a pass.
+    """Return the images per second: batch_size divided by the median time of a pass.
 
     Parameters
     ----------
     model : nn.Module
-        A model of ours. A copy of it is measured, with random images that already lie on the device.
+        A model of ours. A copy of it is measured, on random images that are already on the device.
     img_size : int or tuple of int, optional
         Side of the images in pixels, or (height, width). The model's own size by default.
     batch_size : int, optional
-        Images in one pass.
+        Number of images in one pass.
     seconds : float, optional
         How long to measure, after two passes to warm up. At least three passes are timed.
     train : bool, optional
-        False measures the forward pass in eval mode without gradients; True forward and backward, without an optimiser.
+        If False, measure the forward pass in eval mode without gradients; if True, forward and backward passes without
+        an optimiser.
     device : str, optional
         As in `choose_device`. By default the model's own device.
     """
@@ -142,13 +143,13 @@ def peak_memory(model, images, train=False):
     images : Tensor, shape (B, C, height, width)
         Normalised images.
     train : bool, optional
-        If True, measure forward and backward. An optimiser's state comes on top.
+        If True, measure forward and backward passes. The optimiser's state is not included.
 
     Notes
     -----
-    The peak includes activations and the working memory of the operations; with `train` also the activations kept for
-    the backward pass and the gradients of the weights. On CUDA it is measured with `torch.cuda.max_memory_allocated`,
-    otherwise on the CPU, as the highest running sum of the allocations that `torch.profiler` records.
+    The peak includes activations and the working memory of the operations; with `train`, also the activations kept for
+    the backward pass and the gradients of the weights. On CUDA, it is measured with `torch.cuda.max_memory_allocated`;
+    otherwise, on the CPU, as the highest running sum of the allocations that `torch.profiler` records.
     """
     device = device_of(model) if device_of(model).type == "cuda" else torch.device("cpu")
     model, images = copy.deepcopy(model).to(device).train(train), to_model(images, model).to(device)
@@ -168,7 +169,7 @@ def peak_memory(model, images, train=False):
 
 
 def _run_pass(model, images, train):
-    """Run a forward pass, with train=True also the backward pass of a cross-entropy, and wait for it."""
+    """Run a forward pass and, with train=True, the backward pass of a cross-entropy; wait until it ends."""
     if train and is_quantised(model):
         raise InputError(f"this {class_name(unwrapped(model))} is quantised, so it has no gradients; measure it with "
                          f"train=False")

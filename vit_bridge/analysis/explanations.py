@@ -1,10 +1,10 @@
-"""Where in an image a prediction comes from, by four methods, and how far to trust each map.
+"""Which parts of an image a prediction comes from, by four methods, and how far to trust each map.
 
 explain(model, images, method)     one of METHODS; rollout, relevance and token_cam are the formulas
 logit_lens, token_norms, norm_artefacts, feature_colours, patch_filters     what tokens and filters contain
 compare_explanations               all methods: their agreement, and deletion and insertion against random order
 
-A method that does not work on a model raises InputError with the reason. selfcheck.py checks the formulas.
+A method that does not apply to a model raises InputError with the reason. selfcheck.py checks the formulas.
 
 Shapes:  B images, L blocks, H heads, N tokens (prefix tokens, then patches), D width, K classes, n patches,
           C channels, P patch side, M methods, R random orders, S steps of a curve.
@@ -45,7 +45,7 @@ from vit_bridge.runtime import at_least_float32, evaluating, logits_of, to_model
 def rollout(maps, discard_ratio=0.0):
     """Return how much of each input token is in each output token, (B, N, N); rows sum to one.
 
-    Each block counts half as attention, averaged over the heads, and half as the residual: A = (mean_h A_h + I) / 2.
+    Each block counts as half attention, averaged over the heads, and half residual: A = (mean_h A_h + I) / 2.
     The result is the product of all blocks, the last on the left.
 
     Parameters
@@ -74,7 +74,7 @@ def rollout(maps, discard_ratio=0.0):
 class Rollout:
     """Attention rollout, block by block, as a `keep` for capture that stores nothing else.
 
-    `rolled` (B, N, N) is the rollout of the blocks so far. Raises InputError for a ratio out of range.
+    `rolled` (B, N, N) is the rollout of the blocks so far. Raises InputError if the ratio is out of range.
     """
 
     def __init__(self, discard_ratio=0.0):
@@ -98,17 +98,17 @@ class Rollout:
 
 
 def relevance(maps, gradients):
-    """Return how much each input token speaks for a class in each output token, (B, N, N).
+    """Return how much each input token supports a class in each output token, (B, N, N).
 
-    R starts as I. Each block, from the first on, adds A R, where A is the mean over the heads of the positive part of
-    map times gradient.
+    R starts as I. Each block, from the first on, adds A R. A is the mean over the heads of the positive part of map
+    times gradient.
 
     Parameters
     ----------
     maps : Tensor or list, shape (L, B, H, N, N)
         Attention maps; rows are queries.
     gradients : Tensor or list, shape (L, B, H, N, N)
-        Gradients of the logit of the class with respect to the maps.
+        Gradients of the class logit with respect to the maps.
 
     References
     ----------
@@ -118,9 +118,9 @@ def relevance(maps, gradients):
 
 
 def relevance_gained(maps, gradients):
-    """Compute relevance without its initial I.
+    """Compute relevance without the initial I.
 
-    Beside the 1 that each token has of itself, small values would be lost to rounding.
+    If added to the 1 on the diagonal of I, small values would be lost to rounding.
     """
     gained = None
     for attention, gradient in zip(maps, gradients, strict=True):
@@ -149,7 +149,7 @@ class Explanation:
     Attributes
     ----------
     saliency : Tensor, shape (B, rows, columns)
-        Not negative. NaN for an image whose Grad-CAM is blank while those of other images are not.
+        Non-negative. An image has NaN if its Grad-CAM is blank and another image's is not.
     targets : Tensor, shape (B,), or None
         The explained classes; None for a model without a head.
     probabilities : Tensor, shape (B,), or None
@@ -165,7 +165,7 @@ class Explanation:
 def explain(model, images, method="relevance", target=None, **options):
     """Explain the predictions of a model by one of METHODS.
 
-    It works even if the caller has switched gradients off.
+    This works even if the caller has disabled gradients.
 
     Parameters
     ----------
@@ -189,7 +189,7 @@ def explain(model, images, method="relevance", target=None, **options):
     Raises
     ------
     InputError
-        If the model does not take these images, or if the method cannot work on this model (with the reason).
+        If the model does not accept these images, or if the method does not apply to this model (with the reason).
     """
     check_choice("method", method, METHODS)
     for name in options:
@@ -205,14 +205,14 @@ def explain(model, images, method="relevance", target=None, **options):
 
 
 def attention_saliency(model, images, targets, layer_idx=-1, head_idx=None):
-    """Return the attention of the head's token to each patch in one block; the class does not matter."""
+    """Return the attention of what the classifier head reads to each patch in one block, for any class."""
     row = select_attention(attention_rows(model, images), layer_idx, head_idx)  # (B, N)
     adapter = adapt_vit(model)
     return patches_of(row, adapter.grid(images), adapter.n_prefix)
 
 
 def rollout_saliency(model, images, targets, discard_ratio=0.0):
-    """Return the attention rollout of the head's token; the class does not matter."""
+    """Return the attention rollout of what the classifier head reads, for any class."""
     check_pool(adapt_vit(model).pool)
     carried = Rollout(discard_ratio)
     seen = capture(model, images, keep=carried)
@@ -220,9 +220,9 @@ def rollout_saliency(model, images, targets, discard_ratio=0.0):
 
 
 def relevance_saliency(model, images, targets):
-    """Return the relevance of each patch in the head's token for the class, without the initial I.
+    """Return the relevance of each patch for the class in what the classifier head reads, without the initial I.
 
-    Only the row of that token is computed, from the last block to the first: r <- r + r A.
+    Only the row of what the head reads is computed, from the last block to the first: r <- r + r A.
     """
     check_head(model)
     check_pool(adapt_vit(model).pool)
@@ -231,7 +231,7 @@ def relevance_saliency(model, images, targets):
     tokens = seen.tokens[0]  # (B, N, D)
     start = reading_weights(pool, first, tokens.shape[1]).to(at_least_float32(tokens[0, :, 0]))  # (N)
     start = start.expand(len(tokens), 1, -1)  # (B, 1, N)
-    gained = torch.zeros_like(start)  # apart from start, as in relevance_gained
+    gained = torch.zeros_like(start)  # kept separate from start, as in relevance_gained
     for step in backward_by_blocks(model, seen, partial(chosen, targets=targets), keep=speaking):
         if step.kept is not None:
             gained = gained + (start + gained) @ step.kept
@@ -240,9 +240,9 @@ def relevance_saliency(model, images, targets):
 
 
 def speaking(maps, gradient):
-    """Keep how much each token of a block speaks for the class: a `keep` for backward_by_blocks.
+    """Keep how much each token of a block supports the class: a `keep` for backward_by_blocks.
 
-    It is the mean over the heads of the positive part of map times gradient, 2 x (B, H, N, N) -> (B, N, N).
+    The result is the mean over the heads of the positive part of map times gradient, 2 x (B, H, N, N) -> (B, N, N).
     """
     return at_least_float32((maps * gradient).clamp_(min=0).mean(dim=1))
 
@@ -250,7 +250,7 @@ def speaking(maps, gradient):
 def cam_saliency(model, images, targets, layer_idx=None):
     """Return Grad-CAM of the patch tokens after a block, or of the feature map after a stage of a ConvNet.
 
-    Images for which the map is blank have NaN.
+    The map of an image is NaN if it would be blank.
 
     Parameters
     ----------
@@ -261,8 +261,8 @@ def cam_saliency(model, images, targets, layer_idx=None):
     targets : Tensor, shape (B,)
         The classes to explain.
     layer_idx : int, optional
-        Python index of the block or stage: 0 is the first block of a ViT, and the stem of a ConvNet. By default the
-        last whose patches the head can still see. If the head reads no patch, that is the last block but one.
+        Python index of the block or stage: 0 is the first block of a ViT, or the stem of a ConvNet. By default the last
+        one whose patches still reach the head. If the head reads no patch, this is the second-to-last block.
 
     Raises
     ------
@@ -297,14 +297,14 @@ def cam_layer(adapter, layer_idx=None):
 
 
 def _not_blank(saliency):
-    """Replace blank maps (zero everywhere) of Grad-CAM, (B, rows, columns), by NaN.
+    """Replace blank Grad-CAM maps (zero everywhere), (B, rows, columns), with NaN.
 
     Raises InputError if the maps of all images are blank.
     """
     blank = ~(saliency > 0).flatten(1).any(dim=1)  # (B)
     if blank.all():
-        raise InputError("Grad-CAM is blank: the weighted channels speak for the class at no position; choose another "
-                         "layer_idx or another method")
+        raise InputError("Grad-CAM is blank: the weighted channels support the class at no position; choose a "
+                         "different layer_idx or method")
     return saliency.masked_fill(blank[:, None, None], torch.nan)
 
 
@@ -324,7 +324,7 @@ OPTIONS = {"attention": ("layer_idx", "head_idx"), "rollout": ("discard_ratio",)
            "grad_cam": ("layer_idx",)}
 
 
-# ---- What tokens hold -------------------------------------------------------------------------------------
+# ---- What tokens contain ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -341,7 +341,7 @@ def logit_lens(model, images):
     Returns
     -------
     Tensor, shape (L + 1, B, K)
-        Probabilities; the first are those before the first block.
+        Probabilities; index 0 is before the first block.
 
     Raises
     ------
@@ -363,7 +363,7 @@ def logit_lens(model, images):
 def token_norms(captured):
     """Return (norms, artefacts), both (L, B, rows, columns), of the patch tokens after each block.
 
-    The norms are the lengths of the tokens; `norm_artefacts` decides which are artefacts.
+    `norm_artefacts` determines which tokens are artefacts.
     """
     first = captured.adapter.n_prefix
     norms = torch.stack([at_least_float32(tokens.detach())[:, first:].norm(dim=2).cpu()
@@ -375,7 +375,7 @@ def token_norms(captured):
 
 @dataclass
 class Artefacts:
-    """The patch tokens that are much longer than the others.
+    """The patch tokens with much larger norms than the others.
 
     Attributes
     ----------
@@ -384,9 +384,9 @@ class Artefacts:
     share : float
         Their fraction of all patch tokens.
     threshold : float or None
-        The norm above which they lie; None if there are none.
+        The norm above which a token is an artefact; None if there are none.
     ratio : float
-        The largest norm over the median norm, whether or not it is an artefact.
+        The largest norm divided by the median norm, with or without artefacts.
     """
 
     mask: torch.Tensor
@@ -399,14 +399,14 @@ VERY_STRONG = 10  # difference of BIC: Kass and Raftery 1995, "Bayes Factors", S
 
 
 def norm_artefacts(norms):
-    """Find the few tokens that are much longer than the others: register artefacts.
+    """Find norm artefacts: the few tokens with much larger norms than the others.
 
-    A model uses them for something other than the content of their patch.
+    A model uses these tokens for something other than the content of their patch.
 
     Parameters
     ----------
     norms : Tensor, shape (rows, columns)
-        Lengths of the patch tokens of one image.
+        Norms of the patch tokens of one image.
 
     Returns
     -------
@@ -414,14 +414,14 @@ def norm_artefacts(norms):
 
     Notes
     -----
-    The threshold follows from the norms. Two normal distributions are fitted to their logarithms. There are artefacts
-    only if all of this holds:
+    The threshold is derived from the norms. Two normal distributions are fitted to their logarithms. There are
+    artefacts only if all of these conditions hold:
 
     - Two kinds: the evidence for two distributions is very strong (their BIC is lower by VERY_STRONG), and the joint
       density has two peaks with a valley below half the lower peak. The bottom of the valley is the threshold.
     - Few: at most a tenth of the tokens, rounded up, lie above it. Darcet et al. find about 2%.
-    - Scattered: the median artefact has at most one more artefact among its up to eight neighbours than chance would
-      give. Otherwise they lie together, like a region of the image, and count as content.
+    - Scattered: the median artefact has at most one more artefact among its eight or fewer neighbours than chance
+      predicts. Otherwise the tokens lie together, like a region of the image, and count as content.
 
     References
     ----------
@@ -456,8 +456,8 @@ def _valley(values, steps=200):
         return None
     x = ((values - mean) / spread).sort().values
     weights, means, widths, likelihood = _fit_two(x, steps)
-    of_one = -0.5 * n * (math.log(2 * math.pi) + 1)  # log-likelihood of one, of variance 1
-    gained = 2 * (likelihood - of_one) - (5 - 2) * math.log(n)  # how much lower BIC is: 5 parameters against 2
+    of_one = -0.5 * n * (math.log(2 * math.pi) + 1)  # log-likelihood of one distribution, with variance 1
+    gained = 2 * (likelihood - of_one) - (5 - 2) * math.log(n)  # reduction of BIC: 5 parameters against 2
     if gained <= VERY_STRONG:
         return None
     between = torch.linspace(means.min().item(), means.max().item(), 1001).double()
@@ -471,10 +471,10 @@ def _valley(values, steps=200):
 def _fit_two(x, steps):
     """Fit a mixture of two normal distributions to sorted values x (n) of variance 1.
 
-    Returns (weights, means, standard deviations), each (2), and the log-likelihood of the best of several fits. Each is
-    an expectation maximisation that starts from a cut: in the middle, below the largest tenth, below the largest
-    hundredth, or at the largest gap. No distribution may be narrower than a twentieth of the whole, so none collapses
-    to one value.
+    Returns (weights, means, standard deviations), each (2), and the log-likelihood of the best of several fits. Each
+    fit is an expectation maximisation that starts from a cut: in the middle, below the largest tenth, below the largest
+    hundredth, or at the largest gap. The standard deviation of a component is at least a twentieth of the total, so no
+    component collapses to one value.
     """
     n = len(x)
     cuts = torch.tensor([n // 2, n - -(-n // 10), n - -(-n // 100), x.diff().argmax().item() + 1])
@@ -498,7 +498,7 @@ def _fit_two(x, steps):
 def feature_colours(features):
     """Map features to colours by their first three principal components, over all images together.
 
-    Similar colours mean similar features, also across images. Each component is scaled from its 2nd to its 98th
+    Similar colours mean similar features, including across images. Each component is scaled from its 2nd to its 98th
     percentile, with the sign that makes its skew positive.
 
     Parameters
@@ -523,14 +523,14 @@ def feature_colours(features):
 
 @torch.no_grad()
 def patch_filters(model, n_filters=28):
-    """Return the principal components of the filters of the patch projection, the strongest first.
+    """Return the principal components of the filters of the patch projection, strongest first.
 
     Parameters
     ----------
     model : nn.Module
         A ViT.
     n_filters : int, optional
-        How many components to return at most.
+        Maximum number of components.
 
     Returns
     -------
@@ -541,7 +541,7 @@ def patch_filters(model, n_filters=28):
     Raises
     ------
     InputError
-        If the first layer is not a projection of whole patches, as in a hybrid.
+        If the first layer is not a projection of whole patches, for example in a hybrid.
 
     References
     ----------
@@ -551,7 +551,7 @@ def patch_filters(model, n_filters=28):
     projection = adapter.projection
     if not adapter.projects_patches:
         raise InputError(f"the first layer of this {class_name(model)} is a {type(projection).__name__}, not a "
-                         f"projection of patches; give a ViT that cuts images into patches")
+                         f"projection of patches; use a ViT that cuts images into patches")
     check_int("n_filters", n_filters, 1)
     weight = projection.weight.detach().cpu().double()  # (D, C, P, P)
     _, strengths, components = torch.linalg.svd(weight.flatten(1), full_matrices=False)
@@ -565,9 +565,9 @@ def patch_filters(model, n_filters=28):
 def deletion_insertion(model, images, saliency, targets, n_steps=16, batch_size=128, seed=0):
     """Return the deletion and insertion curves of a saliency map, each (S + 1, B).
 
-    The curves hold the probability of the target class while patches are hidden, the most salient first, and while they
-    are shown on a blurred image, the most salient first. If a map finds what the prediction depends on, deletion falls
-    early and insertion rises early; `area_under` measures this.
+    The curves are the probability of the target class while patches are hidden (deletion) or shown on a blurred image
+    (insertion), most salient first. If a map finds what the prediction depends on, deletion falls early and insertion
+    rises early; `area_under` measures this.
 
     Parameters
     ----------
@@ -576,12 +576,12 @@ def deletion_insertion(model, images, saliency, targets, n_steps=16, batch_size=
     images : Tensor, shape (B, C, height, width)
         Normalised images.
     saliency : Tensor, shape (B, rows, columns)
-        The map. Patches of equal saliency come in a random order that depends only on the seed and the image, so a
-        constant map gives random order, the control. NaN in a map gives NaN in the image's curves.
+        The map. Patches of equal saliency have a random order that depends only on the seed and the image, so a
+        constant map yields random order, the control. If a map contains NaN, its image's curves are NaN.
     targets : Tensor, shape (B,)
         The classes whose probability is measured.
     n_steps : int, optional
-        Steps of each curve, S.
+        Number of steps of each curve, S.
     batch_size : int, optional
         Images in one pass.
     seed : int, optional
@@ -593,7 +593,7 @@ def deletion_insertion(model, images, saliency, targets, n_steps=16, batch_size=
 
     Notes
     -----
-    Hidden patches get the mean of the normalisation. Insertion starts from `blurred` images.
+    Hidden patches are filled with the mean of the normalisation. Insertion starts from `blurred` images.
 
     References
     ----------
@@ -608,7 +608,7 @@ def deletion_insertion(model, images, saliency, targets, n_steps=16, batch_size=
 def _curves(model, images, saliency, targets, n_steps, batch_size, seed, bar):
     images, saliency, n, grid = images.cpu(), saliency.cpu(), saliency[0].numel(), saliency.shape[1:]
     rows, columns = (torch.arange(side) * count // side for side, count in zip(images.shape[2:], grid, strict=True))
-    ranks = _ranks_of(saliency.flatten(1), _random_orders(images, n, seed))  # (B, n), 0 the most salient
+    ranks = _ranks_of(saliency.flatten(1), _random_orders(images, n, seed))  # (B, n), 0 is the most salient
     no_map = saliency.flatten(1).isnan().any(dim=1)  # (B)
     curves = []
     for inserting, rest in ((False, torch.zeros_like(images)), (True, blurred(images))):
@@ -625,7 +625,7 @@ def blurred(images):
     """Blur images (B, C, height, width) so that details vanish and no edges appear.
 
     The kernel is RISE's Gaussian of 11 x 11 pixels with standard deviation 5. It grows in proportion if the shorter
-    side exceeds 224 pixels. Beyond its border an image is continued by its outermost pixels.
+    side exceeds 224 pixels. The border pixels are repeated beyond the image.
     """
     larger = max(1.0, min(images.shape[2:]) / 224)
     reach = round(5 * larger)  # pixels to each side
@@ -645,21 +645,21 @@ def area_under(curves):
 def mean_and_error(values):
     """Return (mean, standard error of the mean) of the values that are not NaN.
 
-    The error of fewer than two values is NaN.
+    The error is NaN for fewer than two values.
     """
     values = values[~values.isnan()].double()
     return values.mean().item(), values.std().item() / len(values)**0.5 if len(values) > 1 else float("nan")
 
 
 def _progress(n_images):
-    """Make a progress bar over n_images; it appears after 5 seconds, on a terminal or in Jupyter."""
+    """Create a progress bar over n_images; it appears after 5 seconds, in a terminal or in Jupyter."""
     from tqdm.auto import tqdm  # imported late: it warns in Jupyter without ipywidgets
 
     return tqdm(total=n_images, desc="hiding and showing patches", unit="image", delay=5, leave=False, disable=None)
 
 
 def _ranks_of(saliency, orders):
-    """Rank the patches, 0 the most salient; ties are broken by `orders`: 2 x (B, n) -> (B, n)."""
+    """Rank the patches from 0, the most salient; `orders` breaks ties: 2 x (B, n) -> (B, n)."""
     ranking = saliency.gather(1, orders).argsort(dim=1, descending=True, stable=True)  # (B, n) positions in the orders
     return orders.gather(1, ranking).argsort(dim=1)
 
@@ -693,7 +693,7 @@ def rank_correlation(first, second):
 
 
 def _centred_ranks(values):
-    """Rank values (B, n) and subtract the mean; ties share their mean rank, and NaN gives NaN."""
+    """Rank values (B, n) and subtract the mean; ties share their mean rank, and NaN stays NaN."""
     in_order = values.sort(dim=1).values
     below, up_to = (torch.searchsorted(in_order, values, side=side) for side in ("left", "right"))
     ranks = (below + up_to).double() / 2  # (B, n)
@@ -715,11 +715,11 @@ class Comparison:
     saliencies : dict
         Method -> (B, rows, columns); NaN for an image for which the method has no map.
     refused : dict
-        Method -> why it has no map for any image.
+        Method -> the reason why it has no map for any image.
     correlations : Tensor, shape (M, M)
         Rank correlations, averaged over the images.
     deletion, insertion : dict
-        Method -> (S + 1, B), with NaN as in `saliencies`; "random order" is the mean of the draws.
+        Method -> (S + 1, B), with NaN as in `saliencies`; "random order" holds the mean of the draws.
     draws : dict
         "deletion" and "insertion" -> (R, S + 1, B), one curve for each random order.
     targets, probabilities : Tensor, shape (B,)
@@ -737,10 +737,10 @@ class Comparison:
 
     @property
     def differences(self):
-        """Area of each method minus the mean area of its random orders, image by image.
+        """Area of each method minus the mean area of the random orders, image by image.
 
-        "deletion" and "insertion" -> method -> (B). A good map is below zero in deletion and above zero in insertion.
-        NaN as in `saliencies`.
+        "deletion" and "insertion" -> method -> (B), with NaN as in `saliencies`. A good map is below zero in deletion
+        and above zero in insertion.
         """
         control = {what: area_under(draws.transpose(0, 1)).mean(dim=0) for what, draws in self.draws.items()}  # (B)
         return {what: {name: area_under(getattr(self, what)[name]) - control[what] for name in self.saliencies}
@@ -757,13 +757,13 @@ class Comparison:
 
     @property
     def blank(self):
-        """Number of images without a map, for each method that has some."""
+        """Number of images without a map, for each method with at least one."""
         counts = {name: int(saliency.flatten(1).isnan().any(dim=1).sum()) for name, saliency in self.saliencies.items()}
         return {name: count for name, count in counts.items() if count}
 
 
 def compare_explanations(model, images, target=None, methods=tuple(METHODS), n_steps=16, seed=0, n_draws=8):
-    """Compare explanation methods on the same images, against random order.
+    """Compare explanation methods with each other and with random order, on the same images.
 
     Parameters
     ----------
@@ -776,11 +776,11 @@ def compare_explanations(model, images, target=None, methods=tuple(METHODS), n_s
     methods : sequence of str, optional
         Names from METHODS.
     n_steps : int, optional
-        Steps of each curve.
+        Number of steps of each curve.
     seed : int, optional
         Seed of the random orders.
     n_draws : int, optional
-        Random orders for each image. Their spread shows which lead of a method is more than chance.
+        Number of random orders for each image. Their spread shows which lead of a method is more than chance.
 
     Returns
     -------
@@ -789,11 +789,11 @@ def compare_explanations(model, images, target=None, methods=tuple(METHODS), n_s
     Raises
     ------
     InputError
-        If the model does not take these images, if it has no head, or if no method works on it.
+        If the model does not accept these images, if it has no head, or if no method applies to it.
 
     Notes
     -----
-    Each method and each draw takes 2 (n_steps + 1) passes of the images; for a large model choose fewer draws.
+    Each method and each draw takes 2 (n_steps + 1) passes over the images; choose fewer draws for a large model.
     """
     check_int("n_draws", n_draws, 1)
     check_int("n_steps", n_steps, 1)
@@ -803,7 +803,7 @@ def compare_explanations(model, images, target=None, methods=tuple(METHODS), n_s
     for method in methods:
         check_choice("method", method, METHODS)
     if not adapt(model).has_head:
-        raise InputError(f"this {class_name(model)} has no head, so hiding patches cannot change a prediction; give a "
+        raise InputError(f"this {class_name(model)} has no head, so hiding patches cannot change a prediction; use a "
                          f"model with a head")
     target = choose_targets(predict_logits(model, images), target, adapt(model).class_names).cpu()
     for method in methods:
@@ -828,13 +828,13 @@ def compare_explanations(model, images, target=None, methods=tuple(METHODS), n_s
                       explained.probabilities)
 
 
-# ---- What the methods share -------------------------------------------------------------------------------
+# ---- Shared by the methods --------------------------------------------------------------------------------
 
 
 def choose_targets(logits, target, class_names=None):
     """Turn class numbers or names into class numbers (B), on the device of the logits (B, K).
 
-    Raises InputError for a class that does not exist, and unless there is one target or one for each image.
+    Raises InputError for a class that does not exist, or unless there is one target or one for each image.
     """
     if logits.ndim != 2:
         raise InputError(f"the model returns shape {tuple(logits.shape)} for a batch of images; expected logits (B, K)")
@@ -844,7 +844,7 @@ def choose_targets(logits, target, class_names=None):
     given = target.tolist() if isinstance(target, (torch.Tensor, np.ndarray)) else target
     given = list(given) if isinstance(given, (list, tuple)) else [given]
     if len(given) not in (1, B):
-        raise InputError(f"{len(given)} targets were given for {B} images; give one, or one for each image")
+        raise InputError(f"{len(given)} targets were passed for {B} images; pass one, or one for each image")
     labels = [class_names.index(one) if class_names and one in class_names else one for one in given]
     for one in labels:
         if isinstance(one, bool) or not isinstance(one, (int, np.integer)) or not 0 <= one < K:

@@ -1,4 +1,4 @@
-"""Which classes are confused, and how certain an accuracy is.
+"""Which classes a model confuses, and how certain its accuracy is.
 
 confusion_matrix, class_recalls, balanced_accuracy     results by class
 wilson_interval, percent     confidence intervals
@@ -26,12 +26,12 @@ def confusion_matrix(labels, predictions, n_classes):
     Returns
     -------
     Tensor, shape (K, K)
-        Counts, int64. Rows are true classes, columns predicted ones.
+        Counts, int64. Rows are true classes, and columns are predicted classes.
 
     Raises
     ------
     InputError
-        If labels and predictions differ in number, or if a class number is out of range.
+        If the numbers of labels and predictions differ, or if a class number is out of range.
     """
     if labels.shape != predictions.shape or labels.ndim != 1:
         raise InputError(f"labels of shape {tuple(labels.shape)} and predictions of shape {tuple(predictions.shape)} "
@@ -48,13 +48,13 @@ def confusion_matrix(labels, predictions, n_classes):
 def class_recalls(confusion):
     """Return the fraction of each class's images that were predicted correctly: (K, K) -> (K), float64.
 
-    A class without images has NaN.
+    The fraction is NaN for a class without images.
     """
     return confusion.diagonal().double() / confusion.sum(dim=1)
 
 
 def balanced_accuracy(confusion):
-    """Return the mean recall over the classes that have images, so that rare classes count as much as others.
+    """Return the mean recall over the classes that have images; rare classes count as much as others.
 
     Raises
     ------
@@ -79,7 +79,7 @@ def wilson_interval(correct, n, z=1.96):
     n : int
         Number of independent images.
     z : float, optional
-        Width in standard deviations; 1.96 gives 95% confidence.
+        Width in standard deviations; 1.96 for 95% confidence.
 
     Raises
     ------

@@ -1,13 +1,13 @@
 """How predictions change when images are shifted, shuffled, occluded, or given conflicting cues.
 
-shift_consistency                            how often the prediction stays when the image moves by some pixels
-shuffle_patches, occlude, accuracy_curve     patches in random order or hidden, and the predictions that stay correct
+shift_consistency                            how often the prediction is unchanged when the image is shifted
+shuffle_patches, occlude, accuracy_curve     patches shuffled or hidden, and the correct predictions that remain
 cue_choices, shape_bias                      outline against texture
 
 Images are normalised, (B, C, height, width), and on the CPU. Random changes depend on a seed and differ by image.
 
 Shapes:  B images in a batch, N images, C channels, n patches of an image, m of them, P patch side,
-         R the largest shift in pixels.
+         R the maximum shift in pixels.
 """
 
 import torch
@@ -28,17 +28,17 @@ def shift_consistency(model, images, reach=4, batch_size=128):
     model : nn.Module
         A classifier.
     images : Tensor, shape (B, C, height, width)
-        Normalised images. Pixels that enter at the border are mirrored, as in training.
+        Normalised images. Pixels beyond the border are filled by mirroring the image, as in training.
     reach : int, optional
-        The largest shift R in pixels.
+        The maximum shift R in pixels.
     batch_size : int, optional
-        Images in one pass.
+        Number of images in one pass.
 
     Returns
     -------
     Tensor, shape (2R + 1, 2R + 1)
-        Fractions of the images, float64. Entry (R + r, R + c) is the shift by r rows down and c columns right; the
-        middle is 1.
+        Fractions of the images, float64. Entry (R + r, R + c) is for a shift by r rows down and c columns right; the
+        middle entry is 1.
 
     Raises
     ------
@@ -47,8 +47,8 @@ def shift_consistency(model, images, reach=4, batch_size=128):
 
     References
     ----------
-    Zhang 2019, "Making Convolutional Networks Shift-Invariant Again", Sec. 4. There, two random offsets are compared
-    with each other; here, each offset is compared with no shift.
+    Zhang 2019, "Making Convolutional Networks Shift-Invariant Again", Sec. 4. The paper compares two random offsets
+    with each other; this function compares each offset with no shift.
     """
     check_int("reach", reach, 1)
     if reach >= min(images.shape[2:]):
@@ -84,7 +84,7 @@ def to_patches(images, patch_size):
 
 
 def from_patches(patches, grid_size):
-    """Put the patches of `to_patches` together again: (B, n, C, P, P) -> (B, C, height, width)."""
+    """Reassemble the patches of `to_patches`: (B, n, C, P, P) -> (B, C, height, width)."""
     grid = patches.unflatten(1, tuple(grid_size)).permute(0, 3, 1, 4, 2, 5)  # (B, C, rows, P, columns, P)
     return grid.flatten(4, 5).flatten(2, 3)  # (B, C, height, width)
 
@@ -95,7 +95,7 @@ def _random_ranks(n_images, n, seed):
 
 
 def shuffle_patches(images, patch_size, share=1.0, seed=0, offset=0):
-    """Permute a random fraction of the patches of each image, in another way for each image.
+    """Permute a random fraction of the patches of each image, differently for each image.
 
     Parameters
     ----------
@@ -104,12 +104,12 @@ def shuffle_patches(images, patch_size, share=1.0, seed=0, offset=0):
     patch_size : int or tuple of int
         Side of the patches, or (height, width).
     share : float, optional
-        Fraction of the patches that take part, from 0 to 1.
+        Fraction of the patches that are permuted, from 0 to 1.
     seed : int, optional
         Seed of the random order.
     offset : int, optional
-        Pixels by which the grid moves down and right; the image wraps around. With 0, a ViT with this patch size
-        keeps its patches whole; with half a patch, the shuffled squares cut through its patches.
+        Pixels by which the grid moves down and right; the image wraps around. With 0, the patches of a ViT with this
+        patch size stay intact; with half a patch, the shuffled squares cut through its patches.
 
     Returns
     -------
@@ -121,7 +121,7 @@ def shuffle_patches(images, patch_size, share=1.0, seed=0, offset=0):
     """
     patches, grid = to_patches(images.cpu().roll((-offset, -offset), dims=(2, 3)), patch_size)  # (B, n, C, P, P)
     B, n = patches.shape[:2]
-    chosen = _random_ranks(B, n, seed)[:, :_share_of(share, n)]  # (B, m) positions that take part
+    chosen = _random_ranks(B, n, seed)[:, :_share_of(share, n)]  # (B, m) positions to permute
     order = torch.arange(n).expand(B, n).clone()  # (B, n)
     order.scatter_(1, chosen, chosen.gather(1, _random_ranks(B, chosen.shape[1], seed + 1)))
     moved = from_patches(patches[torch.arange(B)[:, None], order], grid)  # (B, C, height, width)
@@ -129,7 +129,7 @@ def shuffle_patches(images, patch_size, share=1.0, seed=0, offset=0):
 
 
 def occlude(images, patch_size, share, fill="mean", seed=0, preprocessing=None):
-    """Hide a random fraction of the patches of each image, other patches in each image.
+    """Hide a random fraction of the patches of each image, different patches in each image.
 
     Parameters
     ----------
@@ -142,7 +142,7 @@ def occlude(images, patch_size, share, fill="mean", seed=0, preprocessing=None):
     fill : str, optional
         "mean" fills with the mean of the normalisation, which is 0; "black" fills with pixels of 0.
     seed : int, optional
-        Seed of the choice of patches.
+        Seed of the random choice of patches.
     preprocessing : Preprocessing, optional
         The images' preprocessing; "black" needs it.
 
@@ -161,7 +161,7 @@ def occlude(images, patch_size, share, fill="mean", seed=0, preprocessing=None):
     """
     check_choice("fill", fill, FILLS)
     if fill == "black" and preprocessing is None:
-        raise InputError("fill 'black' depends on the normalisation of the images; give the preprocessing of a loader "
+        raise InputError("fill 'black' depends on the normalisation of the images; pass the preprocessing of a loader "
                          "or of a trained model")
     patches, grid = to_patches(images.cpu(), patch_size)  # (B, n, C, P, P)
     B, n = patches.shape[:2]
@@ -174,7 +174,7 @@ def occlude(images, patch_size, share, fill="mean", seed=0, preprocessing=None):
 
 
 def _share_of(share, n):
-    """Return how many of n patches a fraction is. Raises InputError unless it is from 0 to 1."""
+    """Return the number of patches for a fraction of n. Raises InputError unless it is from 0 to 1."""
     if not 0 <= share <= 1:
         raise InputError(f"share {share} is out of range; expected 0 to 1")
     return round(share * n)
@@ -192,7 +192,7 @@ def accuracy_curve(model, images, labels, change, shares):
     labels : Tensor, shape (N,)
         Their classes.
     change : callable
-        Such as `occlude` with its other arguments fixed by functools.partial.
+        For example `occlude`, with its other arguments fixed by functools.partial.
     shares : sequence of float
         Fractions of the patches, from 0 to 1.
 
@@ -229,7 +229,7 @@ def cue_choices(predicted, outlines, textures):
         If outline and texture agree in an image.
     """
     if (outlines == textures).any():
-        raise InputError(f"outline and texture agree in {int((outlines == textures).sum())} images; give images whose "
+        raise InputError(f"outline and texture agree in {int((outlines == textures).sum())} images; use images whose "
                          f"cues belong to different classes")
     by_outline, by_texture = int((predicted == outlines).sum()), int((predicted == textures).sum())
     return dict(outline=by_outline, texture=by_texture, neither=len(predicted) - by_outline - by_texture)

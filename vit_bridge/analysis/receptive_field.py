@@ -1,7 +1,7 @@
 """Which pixels one unit of a model sees.
 
 receptive_field, theoretical_receptive_field     measured by gradients, and derived from kernels
-radius_holding, unit_centre, untrained_copy     what figures and comparisons need
+radius_holding, unit_centre, untrained_copy     helpers for figures and comparisons
 
 Shapes:  B images, C channels, D width, k side of a kernel.
 """
@@ -18,17 +18,17 @@ from vit_model import pair
 
 @differentiable()
 def receptive_field(model, images, depth=None):
-    """Return the effective receptive field of the unit in the centre: the weight of each pixel.
+    """Return the effective receptive field of the centre unit: the weight of each pixel.
 
     Parameters
     ----------
     model : nn.Module
-        Ours, or a ViT of timm, transformers or torchvision.
+        A model of ours, or a ViT from timm, transformers or torchvision.
     images : Tensor, shape (B, C, height, width)
         Normalised images.
     depth : int, optional
         Number of blocks (ViT, hybrid) or stages (ConvNet) before the unit; 0 is after the patch embedding or the stem.
-        By default the last block or stage.
+        By default after the last block or stage.
 
     Returns
     -------
@@ -38,12 +38,12 @@ def receptive_field(model, images, depth=None):
     Raises
     ------
     InputError
-        If the model does not take these images, if `depth` is out of range, or if the gradient is zero everywhere.
+        If the model does not accept these images, if `depth` is out of range, or if the gradient is zero everywhere.
 
     Notes
     -----
-    The unit is position (rows // 2, columns // 2) of the feature map or of the grid of patch tokens. Its channels are
-    summed, and the absolute gradient of that sum with respect to the pixels is averaged over images and colours.
+    The unit is at position (rows // 2, columns // 2) of the feature map or of the grid of patch tokens. Its channels
+    are summed, and the absolute gradient of the sum with respect to the pixels is averaged over images and colours.
 
     References
     ----------
@@ -64,12 +64,12 @@ def receptive_field(model, images, depth=None):
     field = gradient.cpu().double().abs().mean(dim=(0, 1))  # (height, width)
     if not field.sum() > 0:
         raise InputError("the gradient of the centre unit is zero at every pixel, so its receptive field cannot be "
-                         "measured on these images; give other images or another depth")
+                         "measured on these images; use different images or a different depth")
     return field / field.sum()
 
 
 def theoretical_receptive_field(model, depth=None):
-    """Return (height, width) in pixels of the window that can influence one unit.
+    """Return (height, width) in pixels of the window that can influence a unit.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ def theoretical_receptive_field(model, depth=None):
     Notes
     -----
     A convolution or pooling with kernel k at total stride j enlarges the window by (k - 1) j; the window may exceed the
-    image. After an attention block it is the whole image.
+    image. After an attention block, the window is the whole image.
 
     References
     ----------
@@ -97,7 +97,7 @@ def theoretical_receptive_field(model, depth=None):
 def unit_centre(model, img_size, depth=None):
     """Return (row, column) of the pixel at the centre of the unit that `receptive_field` measures.
 
-    Pixels count from 0. The centre may lie between two pixels: in a patch of 4 pixels it is 1.5 pixels from the first.
+    Pixels count from 0. The centre may lie between two pixels: in a 4-pixel patch, it is 1.5 pixels from the first.
     """
     centre = []
     for axis, side in enumerate(pair(img_size)):
@@ -122,7 +122,7 @@ def _walk_kernels(model, depth, axis):
 def _kernels_of(model, depth, axis):
     """Yield (size, step, padding) along one axis of each convolution and pooling up to a depth, in order.
 
-    Of a residual block only the main path counts; its shortcut has the same stride and no larger window.
+    Only the main path of a residual block counts; its shortcut has the same stride and no larger window.
     """
     for layer in adapt(model).layers[:depth + 1]:
         for name, module in layer.named_modules():

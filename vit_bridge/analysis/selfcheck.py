@@ -1,4 +1,4 @@
-"""Closed-form checks of attention, rollout, relevance, Grad-CAM and the logit lens on a given model.
+"""Closed-form checks of attention, rollout, relevance, Grad-CAM and the logit lens on one model.
 
 selfcheck     runs all checks on one model
 
@@ -43,11 +43,11 @@ class Check:
     Attributes
     ----------
     name : str
-        What should hold.
+        The property that should hold.
     holds : bool or None
         Whether it holds; None if it does not apply to this model.
     found : str
-        The measured difference, or the reason.
+        The measured difference, or the reason why the check does not apply.
     """
 
     name: str
@@ -71,14 +71,14 @@ def selfcheck(model, images=None, seed=0):
     Returns
     -------
     list of Check
-        A single one for a model that gives NaN or infinity.
+        A single failed check for a model that returns NaN or infinity.
 
     Notes
     -----
-    Attention is checked for the captured logits, row sums, the row that the head reads, the token of each patch, and
-    the distance of uniform attention. Rollout is checked for row sums and for uniform attention. Gradients of the maps
-    are compared with finite differences, relevance with another order of the products, and Grad-CAM with one shift of
-    all patch tokens. The last row of the logit lens must be the prediction.
+    The checks of attention cover the captured logits, row sums, the row that the classifier head reads, the token of
+    each patch, and the distance of uniform attention. The checks of rollout cover row sums and uniform attention.
+    Gradients of the maps are compared with finite differences, relevance with a different order of the products, and
+    Grad-CAM with one shift of all patch tokens. The last row of the logit lens must be the prediction.
 
     Models are checked in the precision of their weights, without autocast. In half precision the tolerances are wider,
     in proportion to the rounding.
@@ -90,7 +90,7 @@ def selfcheck(model, images=None, seed=0):
 
 
 def _closed_forms(model, images, seed):
-    """Run the checks of selfcheck. Raises NoNumbers for a model that gives NaN or infinity."""
+    """Run the checks of selfcheck. Raises NoNumbers for a model that returns NaN or infinity."""
     adapter = adapt_vit(model)
     if images is None:
         size = (4, adapter.in_channels, *adapter.img_size)
@@ -110,7 +110,7 @@ def _closed_forms(model, images, seed):
 
 
 def _check_attention_and_rollout(model, images, rounding):
-    """Run the checks that need no class."""
+    """Run the checks that do not depend on a class."""
     hooks = _count_hooks(model)
     seen = capture(model, images, keep=_over_the_heads)
     kept = [mean for mean, _ in seen.maps]
@@ -139,7 +139,7 @@ def within(name, difference, most):
 
 
 def _over_the_heads(block, attended):
-    """Keep the mean over the heads, (B, N, N), and how far row sums are from one: a `keep` for capture."""
+    """Keep the mean over the heads, (B, N, N), and the largest error of a row sum: a `keep` for capture."""
     return at_least_float32(attended.maps).mean(dim=1), (attended.maps.sum(dim=-1) - 1).abs().max().item()
 
 
@@ -152,16 +152,16 @@ def _count_hooks(model):
 
 
 def _check_own_logits(model, images, seen, hooks):
-    """Check that the captured logits are those of a plain pass, and that no hooks are left."""
+    """Check that the captured logits equal those of an ordinary forward pass, and that no hooks remain."""
     own = predict_logits(model, images)
     check = within("logits are the same when captured", (own - seen.logits).abs().max(),
                    alike_within(model, own.dtype) * max(1.0, own.abs().max().item()))
     left = _count_hooks(model) - hooks
-    return check if not left else Check(check.name, False, f"{left} hooks are left")
+    return check if not left else Check(check.name, False, f"{left} hooks remain")
 
 
 def _check_head_row(model, images, attention, seen):
-    """Check the saliency of attention against the row that the head reads, from maps (B, N, N)."""
+    """Check the attention saliency against the row that the classifier head reads, from maps (B, N, N)."""
     name = "attention to a patch is its weight in the row that the head reads"
     try:
         saliency = explain(model, images, "attention").saliency  # (B, rows, columns)
@@ -176,7 +176,7 @@ def _check_head_row(model, images, attention, seen):
 
 
 def _check_places(model, images):
-    """Check which token changes with the upper right and with the lower left patch of the image."""
+    """Check which token changes when the upper right or the lower left patch of the image changes."""
     name = "changing one patch of the image changes the token at its position"
     adapter = adapt_vit(model)
     if not adapter.projects_patches:
@@ -194,9 +194,9 @@ def _check_places(model, images):
 
 
 def _check_relevance(model, images, rounding):
-    """Check relevance against the whole matrix, computed from the first block to the last.
+    """Check relevance against the full matrix, computed from the first block to the last.
 
-    This uses the first image and the gradients of all maps at once.
+    The check uses the first image and the gradients of all maps at once.
     """
     name = "relevance is the same when computed from the first block to the last"
     try:
@@ -215,7 +215,7 @@ def _check_relevance(model, images, rounding):
 def _check_grad_cam(model, images, rounding):
     """Check Grad-CAM against the gradient with respect to one shift of all patch tokens.
 
-    That gradient is the sum of the tokens' gradients, of which Grad-CAM takes the mean.
+    This gradient is the sum of the tokens' gradients; Grad-CAM uses their mean.
     """
     name = "Grad-CAM weights the patch tokens by the effect of one shift of all of them"
     try:
@@ -229,7 +229,7 @@ def _check_grad_cam(model, images, rounding):
     hook = seen.adapter.blocks[layer].register_forward_hook(shift)
     try:
         with evaluating(model):
-            logits = logits_of(model(to_model(images, model).clone()))  # a clone may leave inference_mode
+            logits = logits_of(model(to_model(images, model).clone()))  # the clone is no inference tensor
     finally:
         hook.remove()
     gradient, = torch.autograd.grad(chosen(logits, found.targets.to(logits.device)), shift.amount)  # (B, 1, D)
@@ -239,7 +239,7 @@ def _check_grad_cam(model, images, rounding):
 
 @dataclass
 class Shift:
-    """A forward hook that moves all patch tokens of a block by the same amount, (B, 1, D)."""
+    """A forward hook that adds the same amount, (B, 1, D), to all patch tokens of a block."""
 
     first: int
     amount: torch.Tensor
@@ -254,7 +254,7 @@ def alike(name, saliency, expected, rounding):
     """Return a Check that two maps (B, rows, columns) agree, relative to their largest value."""
     expected = at_least_float32(expected.detach()).cpu()
     if not expected.any():
-        return Check(name, None, "every gradient is zero, for example because the head is still zero")
+        return Check(name, None, "every gradient is zero, for example because the head's weights are still zero")
     return within(name, (saliency - expected).abs().max() / expected.max(), 1e-4 if rounding == 1 else 0.1)
 
 
@@ -293,19 +293,19 @@ class Nudge:
 
 
 def _check_last_gradient(model, images):
-    """Check where the gradients of patch tokens end.
+    """Check at which depth the gradients of patch tokens end.
 
     If the head reads no patch, patch tokens have no gradient after the last block, but they have one before it.
     """
     seen = capture(model, images, gradients=True)
     if seen.adapter.reads_patches:
         return Check("patch tokens have no gradient after the last block", None,
-                     f"the head reads {seen.adapter.pool}, so they have one")
+                     f"the head reads {seen.adapter.pool}, so the patch tokens have a gradient")
     gradients = torch.autograd.grad(seen.logits.square().sum(), seen.tokens[-2:])
     first = seen.adapter.n_prefix
     before, after = (gradient[:, first:].abs().max().item() for gradient in gradients)
     if before == after == 0:
         return Check("patch tokens have no gradient after the last block", None, "every gradient is zero, "
-                     "for example because the head is still zero")
+                     "for example because the head's weights are still zero")
     return Check("patch tokens have no gradient after the last block, but have one before it", after == 0 < before,
                  f"largest after {after:.1e}, before {before:.1e}")

@@ -3,8 +3,8 @@
 layer_features      the features of every layer
 layer_similarity    linear CKA of every layer of one model with every layer of another, or of the same model
 
-Centred kernel alignment compares the similarities between images in two layers: 1 if one layer is a rotated and
-scaled copy of the other, near 0 if they have nothing in common.
+Centred kernel alignment compares the similarities between images in two layers. It is 1 if one layer is a rotated and
+scaled copy of the other, and near 0 if the layers have nothing in common.
 
 Shapes:  B images of a batch, N images, C channels, F features of an image in a layer, L layers of a model; as Gram
          matrices K of a layers and L of b layers.
@@ -38,7 +38,7 @@ def layer_features(model, images):
 def gram_matrices(features):
     """Return x x^T of each layer's features (B, F), with a zero diagonal: (L, B, B), float64.
 
-    The mean over the images is subtracted first. This does not change CKA, and it keeps the products small.
+    The mean over the images is subtracted first, which does not change CKA and keeps the products small.
     """
     features = (x.cpu().double() for x in features)
     centred = (x - x.mean(dim=0) for x in features)
@@ -49,7 +49,7 @@ def gram_matrices(features):
 def unbiased_hsic(K, L):
     """Return the unbiased HSIC of every pair of Gram matrices: K (a, B, B), L (b, B, B) -> (a, b).
 
-    The diagonals of K and L must be zero. It needs at least 4 images.
+    The diagonals of K and L must be zero, and at least 4 images are needed.
 
     Song et al. 2012, "Feature Selection via Dependence Maximization", Eq. 5.
     """
@@ -70,10 +70,10 @@ def layer_similarity(first, second, images, batch_size=64, second_images=None):
     images : Tensor, shape (N, C, height, width)
         Images, normalised for `first`.
     batch_size : int, optional
-        Images in a batch. The three HSIC terms are averaged over the batches and then divided. A smaller last batch is
-        left out, unless it is the only one.
+        Number of images in a batch. The three HSIC terms are averaged over the batches and then divided. A smaller last
+        batch is ignored, unless it is the only one.
     second_images : Tensor, optional
-        The same images, normalised for `second`. By default the same tensor.
+        The same images, normalised for `second`. By default `images`.
 
     Returns
     -------
@@ -97,7 +97,7 @@ def layer_similarity(first, second, images, batch_size=64, second_images=None):
     """
     check_int("batch_size", batch_size, 4)
     if len(images) < 4:
-        raise InputError(f"{len(images)} images are too few for CKA; give at least 4, preferably 256")
+        raise InputError(f"{len(images)} images are too few for CKA; use at least 4, preferably 256")
     others = images if second_images is None else second_images
     terms = [0.0, 0.0, 0.0]  # HSIC of first with second (a, b), of each with itself (a), (b)
     whole = max(1, len(images) // batch_size)
@@ -112,6 +112,6 @@ def layer_similarity(first, second, images, batch_size=64, second_images=None):
     for own in terms[1:]:
         if not (own > 0).all():
             layer = int((own <= 0).nonzero()[0, 0])
-            raise InputError(f"layer {layer} has the same features for all images, so its CKA is undefined; give other "
-                             f"images or another model")
+            raise InputError(f"layer {layer} has the same features for all images, so its CKA is undefined; use "
+                             f"different images or a different model")
     return terms[0] / (terms[1][:, None] * terms[2]).sqrt()  # (a, b)

@@ -1,10 +1,10 @@
 """Charts: numbers in, a matplotlib Figure out.
 
-plot_curves, plot_training_curves           one quantity against another, with bands; the history of a training
+plot_curves, plot_training_curves           one quantity against another, with bands; the history of a training run
 plot_bars, plot_matrices, plot_confusion    bars with intervals, heat maps, a confusion matrix
 
 Every function returns its Figure and writes a file only if save_path is given (.png, .pdf, .svg, ...). A model has
-the same colour and marker in all of them (looks_of). visualizations.py draws images and what a model sees in them.
+the same colour and marker in all of them (looks_of). visualizations.py draws the views of images and models.
 
 Shapes:  K classes, n points of a line.
 """
@@ -28,15 +28,15 @@ COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
 MARKERS = "osD^vPXh"
 DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1.5)), (0, (5, 1.5, 1.5, 1.5)))
 CLOSE = 0.006  # as a fraction of the axis: lines at most this far apart hide each other
-THICK = "a thick line lies under another line"
-CLIP = 0.99  # the quantile of a map's values at which its colours end
+THICK = "a thick line lies under a thinner line"
+CLIP = 0.99  # the quantile of a map's values at which its colour scale ends
 
-# A word in the name of a model -> colour and marker of its family in every figure. The first word that matches counts,
-# so HybridCNNViT is a hybrid. Three further colours come from Tol's "muted" scheme, which is distinct from these.
+# A word in the name of a model -> colour and marker of its family in every figure. The first match counts, so
+# HybridCNNViT is a hybrid. Three further colours come from Tol's "muted" scheme, which is distinct from the six above.
 FAMILIES = {"hybrid": (GREEN, "s"), "convnext": (ORANGE, "P"), "resnet": (PURPLE, "v"), "convnet": (VERMILION, "D"),
             "cnn": (VERMILION, "D"), "swin": ("#882255", "X"), "deit": ("#332288", "h"), "beit": ("#999933", "*"),
             "vit, mean pooling": (SKY, "^"), "vit": (BLUE, "o")}
-CONTROLS = ("untrained", "random")  # words in the name of a twin: the same colour, hollow and dashed
+CONTROLS = ("untrained", "random")  # words that mark an untrained twin: the same colour, hollow and dashed
 
 
 # ---- Colours of models -------------------------------------------------------------------------------------
@@ -66,8 +66,8 @@ def looks_of(names):
     """Assign each name in a figure its Look: {name: Look}.
 
     A model of one of FAMILIES has its family's colour and marker in every figure; an untrained twin is hollow and
-    dashed. Further models of the same family get other markers and dashes. Names of no family share the remaining
-    colours.
+    dashed. Further models of the same family get different markers and dashes. Names that match no family share the
+    remaining colours.
     """
     families = {name: next((word for word in FAMILIES if word in name.lower()), None) for name in names}
     taken = {FAMILIES[word][0] for word in families.values() if word}
@@ -90,9 +90,9 @@ def looks_of(names):
 
 
 def n_covered_by(curves, close):
-    """Count, for each of several curves 2 x (n), how many later curves run over it.
+    """Count for each of several curves, 2 x (n), how many later curves cover it.
 
-    A curve runs over another if, at more than half of the points that both have, they are at most `close` apart.
+    A curve covers an earlier one if they are at most `close` apart at more than half of their common points.
     """
     def runs_over(upper, lower):
         shared, i, j = np.intersect1d(lower[0], upper[0], return_indices=True)
@@ -102,9 +102,9 @@ def n_covered_by(curves, close):
 
 
 def widths(n_covered):
-    """Return line width and marker size of a line that n other lines cover.
+    """Return the line width and marker size of a line that n other lines cover.
 
-    It is wider than they are, so it stays visible on both sides.
+    It is wider than those lines, so it stays visible on both sides.
     """
     return dict(linewidth=2 + 1.8 * min(n_covered, 5), markersize=5 + 3 * min(n_covered, 5))
 
@@ -129,7 +129,7 @@ def plot_curves(panels, xlabel, ylabel, save_path=None, title=None, log=(), perc
     log : sequence of str, optional
         The logarithmic axes: "x", "y" or both.
     percent : bool, optional
-        If True, y is a share from 0 to 1 and is shown in per cent.
+        If True, y is a fraction from 0 to 1 and is shown in per cent.
     lines : sequence, optional
         (label, y) of dotted horizontal lines in every panel, such as chance.
 
@@ -264,8 +264,8 @@ def plot_bars(panels, save_path=None, title=None):
     Parameters
     ----------
     panels : dict
-        Title of the panel, with its unit -> {name: value}. For a value with an interval give (value, low, high). A name
-        has the same colour in every panel.
+        Title of the panel, with the unit -> {name: value}. A value with an interval is (value, low, high). A name has
+        the same colour in every panel.
     save_path : str or Path, optional
         Where to write the figure.
     title : str, optional
@@ -299,7 +299,7 @@ def plot_bars(panels, save_path=None, title=None):
 
 
 def _draw_bars(axes, bars, looks):
-    """Draw one panel of plot_bars, from the top down, with values and intervals beside the bars."""
+    """Draw one panel of plot_bars, from top to bottom, with values and intervals beside the bars."""
     triples = [value if isinstance(value, (tuple, list)) else (value, value, value) for value in bars.values()]
     values, lows, highs = np.array(triples, dtype=float).reshape(-1, 3).T
     places = range(len(bars))
@@ -341,7 +341,7 @@ def plot_matrices(matrices, titles, label, xlabel="", ylabel="", save_path=None,
     title : str, optional
         Heading of the figure.
     columns : int, optional
-        Panels in a row, at most.
+        Maximum number of panels in a row.
 
     Returns
     -------
@@ -353,7 +353,7 @@ def plot_matrices(matrices, titles, label, xlabel="", ylabel="", save_path=None,
         Unless there is at least one matrix and a title for each.
     """
     if not len(matrices) or len(matrices) != len(titles):
-        raise InputError(f"{len(matrices)} matrices and {len(titles)} titles do not match; give at least one matrix, "
+        raise InputError(f"{len(matrices)} matrices and {len(titles)} titles do not match; pass at least one matrix, "
                          f"and one title for each")
     most = max(float(matrix.max()) for matrix in matrices) if most is None else most
     rows = math.ceil(len(matrices) / columns)
@@ -384,9 +384,9 @@ def plot_confusion(confusion, class_names, save_path=None, title=None):
     Parameters
     ----------
     confusion : array, shape (K, K)
-        Counts of images. Rows are true classes, columns predicted ones.
+        Counts of images. Rows are true classes, and columns are predicted classes.
     class_names : sequence of str
-        K names. Up to 20 classes have their counts written in, up to 40 have their names beside.
+        K names. Counts are written for up to 20 classes, and names for up to 40.
     save_path : str or Path, optional
         Where to write the figure.
     title : str, optional
@@ -432,7 +432,7 @@ def _short_number(value):
 
 
 class ShownFigure(Figure):
-    """A Figure that a notebook displays if it is the last line of a cell.
+    """A Figure that a notebook displays if it is the value of the last line of a cell.
 
     Without this, a figure that pyplot does not manage is displayed only after pyplot has been imported.
     """
@@ -444,7 +444,7 @@ class ShownFigure(Figure):
 
 
 def new_figure(width, height):
-    """Make an empty Figure of this size in inches; it arranges its panels and needs no display."""
+    """Make an empty Figure of this size in inches; it lays out its own panels and needs no display."""
     figure = ShownFigure(figsize=(width, height), layout="compressed")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     return figure
@@ -464,8 +464,7 @@ def wrapped(text, inches, fontsize):
 def finish(figure, save_path):
     """Save the figure if there is a save_path, and return it.
 
-    No text is parsed as maths, because names of classes, models and files may contain a $. Tick labels keep their
-    setting.
+    Text other than tick labels is not parsed as maths, because names of classes, models and files may contain a $.
     """
     for axes in figure.axes:
         legend = axes.get_legend()
@@ -492,7 +491,7 @@ def save_figure(figure, save_path):
 
 
 def show_legend(axes, **options):
-    """Draw a legend of all lines; by itself matplotlib leaves out names that begin with an underscore."""
+    """Draw a legend of all lines, including names that begin with an underscore, which matplotlib omits."""
     axes.legend(axes.lines, [line.get_label() for line in axes.lines], **options)
 
 
@@ -502,7 +501,7 @@ def hide_ticks(axes):
     axes.set_yticks([])
 
 
-# ---- Which of many ---------------------------------------------------------------------------------------
+# ---- Selection -------------------------------------------------------------------------------------------
 
 
 def spread(n, most):
@@ -516,16 +515,17 @@ def spread(n, most):
 def clip_at(grid, quantile=CLIP):
     """Return the top of a colour scale that starts at 0: a quantile of the map (rows, columns).
 
-    With the maximum as the top, a single patch with half of the attention would make all others dark.
+    If the scale ended at the maximum, a single patch with half of the attention would make all others dark.
     """
     values = np.asarray(grid, dtype=float)
     return max(float(np.nanquantile(values, quantile, method="lower")), 1e-12)
 
 
 def clip_between(grid, quantile=CLIP):
-    """Return (low, top) of a colour scale for lengths (rows, columns), which are far from 0.
+    """Return (low, top) of a colour scale for norms (rows, columns), which are far from 0.
 
-    Both ends leave out the same fraction. The scale spans at least a twentieth of its top, so even lengths look even.
+    Both ends leave out the same fraction. The scale spans at least a twentieth of its top, so near-equal norms look
+    equal.
     """
     values = np.asarray(grid, dtype=float)
     low, top = (float(np.nanquantile(values, share, method="lower")) for share in (1 - quantile, quantile))
@@ -533,7 +533,7 @@ def clip_between(grid, quantile=CLIP):
 
 
 def in_digits(value, n_digits=2):
-    """Format a number with n significant digits and without exponent: 0.41, 12, 0.00031, 1,200."""
+    """Format a number with n significant digits and no exponent: 0.41, 12, 0.00031, 1,200."""
     rounded = float(f"{value:.{n_digits}g}")
     return np.format_float_positional(rounded, trim="-") if abs(value) < 1000 else f"{value:,.0f}"
 
@@ -552,7 +552,7 @@ def colour_bar(figure, mappable, axes, label, number=in_digits):
 
 
 def shared_bar(figure, axes, label, ends=("0", "its top"), extend="max"):
-    """Draw one colour bar below several maps with scales of their own; `ends` are the words at its ends."""
+    """Draw one colour bar below several maps that have their own scales; `ends` are the labels of its ends."""
     bar = figure.colorbar(ScalarMappable(cmap="viridis"), ax=axes, location="bottom", extend=extend, ticks=[0, 1],
                           shrink=0.5, aspect=40)
     bar.ax.set_xticklabels(ends)
@@ -564,11 +564,11 @@ def shared_bar(figure, axes, label, ends=("0", "its top"), extend="max"):
 
 
 def proportion(picture):
-    """Return height over width of a picture, clipped to what fits a figure."""
+    """Return the height of a picture relative to its width, clipped to what fits a figure."""
     return min(2.5, max(0.4, picture.shape[0] / picture.shape[1]))
 
 
 def extent_of(picture):
-    """Return the `extent` that lays a coarser map over a picture in imshow."""
+    """Return the imshow `extent` with which a coarser map covers a picture."""
     height, width = picture.shape[:2]
     return (-0.5, width - 0.5, height - 0.5, -0.5)

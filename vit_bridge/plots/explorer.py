@@ -2,9 +2,10 @@
 
 explore(model, images, save_path, compare_with=None)    the same as AttentionVisualizer.explore
 
-The file holds queries and keys of every block and head; the page computes rows of attention from them when needed,
-softmax(q k^T + bias), so its size grows with the tokens and not with their square. Of a ConvNet it holds the receptive
-field of each unit, depth by depth. The page names the largest rounding error. explorer.html is the template.
+The file holds the queries and keys of every block and head. The page computes rows of attention from them when needed,
+softmax(q k^T + bias), so its size grows with the number of tokens, not with its square. For a ConvNet, the file holds
+the receptive field of each unit at each depth. The page states the largest rounding error. explorer.html is the
+template.
 
 Shapes:  L blocks, H heads, N tokens (prefix tokens, then patches), n patches, K classes, W width of a head,
          m matrices, H, W height and width of an image, D channels.
@@ -36,13 +37,13 @@ from vit_bridge.runtime import at_least_float32, class_probabilities, unwrapped
 from vit_bridge.system import write_whole
 
 PAGE = Path(__file__).with_name("explorer.html")  # the template; $NAME is a placeholder
-MARK = b'<script id="data" type="application/json">'  # in every page of ours, also in those of older versions
+MARK = b'<script id="data" type="application/json">'  # in every page of ours, including pages of older versions
 N_CLASSES = 6  # in the logit lens
 MB = 10**6
-FINE_UP_TO = 10 * MB  # queries and keys have 16 bits up to this size of the page, otherwise 8
-EMBED_UP_TO = 4 * MB  # a notebook embeds pages up to this size and links to the file of a larger one
+FINE_UP_TO = 10 * MB  # a page up to this size stores queries and keys in 16 bits, a larger one in 8
+EMBED_UP_TO = 4 * MB  # a notebook embeds pages up to this size and links to the files of larger ones
 LOSSLESS_UP_TO = 100_000  # bytes; a larger picture is stored as JPEG
-LEAST_PATCHES = 16  # max_mb does not reduce an image below this
+LEAST_PATCHES = 16  # max_mb does not reduce an image below this many patches
 
 
 @dataclass
@@ -56,15 +57,15 @@ class ExplorerPage:
     path : Path or None
         Where it was written.
     bits : int
-        Bits of the queries and keys in it: 16, or 8 if the page would be too large.
+        Bits of its queries and keys: 16, or 8 if the page would otherwise be too large.
     quantisation_error : float
-        Largest difference from the model's own numbers, relative to the largest in the token's row.
+        Largest difference from the model's own values, relative to the largest value in the same row.
     weight_error : float
-        Largest difference of an attention weight, which lies in 0..1.
+        Largest absolute error of an attention weight.
     remarks : list of str
-        What was chosen or left out, as at the top of the page.
+        What was chosen or omitted, as stated at the top of the page.
     grids : list of tuple
-        (rows, columns) of each image's patches, for the first model.
+        (rows, columns) of the patches of each image, for the first model.
     """
 
     html: str
@@ -76,7 +77,7 @@ class ExplorerPage:
     grids: list
 
     def describe_grids(self):
-        """Return the grids in words, each once."""
+        """Describe the grids, each once."""
         return " and ".join(f"{rows} x {columns}" for rows, columns in dict.fromkeys(self.grids)) + " patches"
 
     @property
@@ -89,7 +90,7 @@ class ExplorerPage:
             return f'<iframe srcdoc="{html.escape(self.html, quote=True)}" {size}></iframe>'
         words = f"This page is {self.megabytes:.1f} MB, too large to store in a notebook"
         if self.path is None:
-            return f"<p>{words}. Give <code>save_path</code> to show it from its file.</p>"
+            return f"<p>{words}. Set <code>save_path</code> to show it from its file.</p>"
         address = html.escape(self.path.as_posix(), quote=True)
         return (f'<p>{words}. It is shown from its file, <a href="{address}" target="_blank">{address}</a>. If the '
                 f'frame stays empty, open that file in a browser.</p><iframe src="{address}" {size}></iframe>')
@@ -98,29 +99,29 @@ class ExplorerPage:
 @differentiable()
 def explore(model, images, save_path="attention.html", compare_with=None, names=None, title="Where a ViT looks",
             whole=None, max_mb=None):
-    """Make an interactive page of images.
+    """Make an interactive page of one or more images.
 
     Parameters
     ----------
     model : nn.Module
         A ViT.
     images : image or list of images
-        Any kind that data/images.py accepts. A float tensor is normalised for `model`; it is renormalised for the
+        Any kind that data/images.py accepts. A float tensor must be normalised for `model`; it is renormalised for the
         second model.
     save_path : str or Path, optional
         Where to write the page. An earlier page of this kind is replaced. None writes nothing.
     compare_with : nn.Module, optional
-        A second model beside it: a ViT, or a ConvNet, whose receptive field is shown at the same position.
+        A second model: a ViT, or a ConvNet, whose receptive field is shown at the same position.
     names : sequence of str, optional
-        Names of the models; by default their classes.
+        Names of the models; by default their class names.
     title : str, optional
         Heading of the page.
     whole : Whole, optional
-        Shows whole photographs in their own proportions; the models must then accept any size. By default the models
-        see the centre, as in validation.
+        The models see whole photographs in their own proportions; they must then accept any size. By default, they see
+        the centre, as in validation.
     max_mb : float, optional
-        Largest size of the page in MB (10^6 bytes). With `whole`, each image gets as many patches as fit, and the page
-        says how many.
+        Maximum size of the page in MB (10^6 bytes). With `whole`, each image gets as many patches as fit, and the page
+        states how many.
 
     Returns
     -------
@@ -129,12 +130,12 @@ def explore(model, images, save_path="attention.html", compare_with=None, names=
     Raises
     ------
     InputError
-        If the first model has no attention, if an image cannot be used, if `save_path` holds a file that is not such a
-        page, or if the page cannot be made small enough.
+        If the first model has no attention, if an image cannot be used, if `save_path` is a file that is not a page of
+        this kind, or if the page cannot be made small enough.
     """
     images = list(images) if isinstance(images, (list, tuple)) else [images]
     if not images:
-        raise InputError("there is no image to explore; give at least one")
+        raise InputError("there is no image to explore; pass at least one")
     if max_mb is not None and not (isinstance(max_mb, (int, float)) and 0 < max_mb < math.inf):
         raise InputError(f"max_mb {max_mb!r} is out of range; expected a number of MB above 0, such as 10")
     model = unwrapped(model)
@@ -142,7 +143,7 @@ def explore(model, images, save_path="attention.html", compare_with=None, names=
     adapt_vit(model)
     names = list(names) if names else [class_name(one) for one in models]
     if len(names) != len(models):
-        raise InputError(f"{len(names)} names were given for {len(models)} models; give one for each model")
+        raise InputError(f"{len(names)} names were passed for {len(models)} models; pass one for each model")
     if save_path is not None:
         is_page(save_path)
     page = _fitting_page(models, names, images, title, whole, math.inf if max_mb is None else max_mb * MB)
@@ -152,7 +153,7 @@ def explore(model, images, save_path="attention.html", compare_with=None, names=
 
 
 def is_page(path):
-    """Return whether there is a page of ours at path; False if there is nothing.
+    """Return whether there is a page of ours at path; False if the path does not exist.
 
     Raises InputError for any other file: explore does not overwrite it.
     """
@@ -160,7 +161,7 @@ def is_page(path):
     if not path.exists():
         return False
     if path.is_dir():
-        raise InputError(f"cannot write the page as {str(path)!r}, which is a folder; give the name of a file in it, "
+        raise InputError(f"cannot write the page as {str(path)!r}, which is a folder; pass the name of a file in it, "
                          f"such as {str(path / 'attention.html')!r}")
     with open(path, "rb") as file:
         if MARK not in file.read(2**17):
@@ -175,7 +176,7 @@ def is_page(path):
 def _fitting_page(models, names, images, title, whole, most):
     """Make the ExplorerPage of at most `most` bytes.
 
-    It uses 16 bits if the page stays small, otherwise 8 bits, otherwise fewer patches.
+    The page uses 16 bits if it stays small, otherwise 8 bits, and fewer patches if it is still too large.
     """
     wanted = None  # patches of an image before any reduction
     while True:
@@ -201,18 +202,19 @@ def _fitting_page(models, names, images, title, whole, most):
 
 
 def _with_fewer(whole, models, images, used, size, most):
-    """Return a Whole with fewer patches than the `used` ones, which made a page of more than `most` bytes.
+    """Return a Whole with fewer patches than `used`, which made a page of more than `most` bytes.
 
-    Raises InputError if the number of patches cannot be chosen.
+    Raises InputError if the number of patches cannot be reduced.
     """
     over = f"takes at least {size / MB:.2g} MB, more than max_mb {most / MB:g}"
     if used <= LEAST_PATCHES:
-        raise InputError(f"the page {over}, already with only {used} patches per image; give a larger max_mb or "
+        raise InputError(f"the page {over}, even with only {used} patches per image; set a larger max_mb or use "
                          f"fewer images")
     sizes_given = whole is None or whole.img_size is not None or any(is_input(image) for image in images)
     if sizes_given or not all(adapt(model).any_size for model in models):
-        raise InputError(f"the page {over}, and the size of its images is fixed; give a larger max_mb, fewer images, "
-                         f"or photographs with whole=Whole() and no img_size for a model that takes any size")
+        raise InputError(f"the page {over}, and the size of its images is fixed; set a larger max_mb, use fewer "
+                         f"images, or use photographs with whole=Whole() and no img_size for a model that accepts any "
+                         f"size")
     return replace(whole, max_tokens=max(LEAST_PATCHES, min(used - 1, int(0.99 * used * most / size))))
 
 
@@ -235,29 +237,29 @@ def _page_of(described, kept, pictures, title, said):
 
 
 def _note_of(models, pictures, kept, bytes_error):
-    """Return the note at the foot of the page."""
+    """Return the note at the bottom of the page."""
     most, usual = (f"{100 * error:.2g}%" for error in (kept.errors.max(), kept.errors.median()))
     note = (f"The page computes attention as softmax(q kᵀ + bias), from queries and keys of {kept.bits} bits. Over all "
             f"blocks, heads and rows, a weight differs from the model's own by at most "
             f"{100 * kept.weight_error:.2g} percentage points. Relative to the largest weight in its row, it differs "
             f"by at most {most}, and by at most {usual} in half of the rows. ")
     if any("relevance" in image for model in models for image in model["images"]):
-        note += "Relevance leaves out the initial relevance of each token for itself. "
+        note += "Relevance omits the initial relevance of each token for itself. "
     if bytes_error:
         note += (f"Receptive fields of the ConvNet are stored as bytes; their error is at most {bytes_error:.2%} of "
                  f"the largest value in a row. ")
-    note += "This file contains everything that the page shows."
+    note += "The page needs no other file and no network access."
     if len(models) > 1:
-        note += (" The controls offer as many blocks and heads as the larger model has; a model with fewer stays at "
-                 "its last.")
+        note += (" The controls offer as many blocks and heads as the larger model has; a model with fewer shows its "
+                 "last one.")
     if any(len(one["pngs"]) > 1 for one in pictures):
-        note += (" Each model is shown with its own input, cut and resized as it needs it; the same position in both "
-                 "inputs need not be exactly the same position in the photograph.")
+        note += (" Each model is shown with its own input, cropped and resized as required; the same position in both "
+                 "inputs may not be exactly the same position in the photograph.")
     return note
 
 
 def fill(data, title, note, remark=""):
-    """Fill the template with data; escaping keeps the data from ending its script."""
+    """Fill the template with data, escaped so that the data cannot end the script element."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     colours = np.round(255 * matplotlib.colormaps["viridis"](np.linspace(0, 1, 64))[:, :3]).astype(int).tolist()
     page = Template(PAGE.read_text(encoding="utf-8"))
@@ -266,7 +268,7 @@ def fill(data, title, note, remark=""):
 
 
 class Blobs:
-    """Arrays as text: deflated, then in base64, as the page unpacks them.
+    """Arrays as text: deflated, then encoded in base64, as the page unpacks them.
 
     Equal arrays are stored once.
     """
@@ -275,7 +277,7 @@ class Blobs:
         self.texts = {}
 
     def add(self, values, kind):
-        """Store values as numbers of a kind, such as "<f4", and return the number of their blob."""
+        """Store values as numbers of a kind, such as "<f4", and return the index of their blob."""
         raw = np.ascontiguousarray(values).astype(kind).tobytes()
         return self.texts.setdefault(base64.b64encode(zlib.compress(raw, 6)).decode(), len(self.texts))
 
@@ -294,7 +296,7 @@ class Kept:
     Attributes
     ----------
     parts : list
-        For each model and image, what `_keep_block` gives for its blocks; {} for a model without attention.
+        For each model and image, what `_keep_block` returns for the blocks; {} for a model without attention.
     errors : Tensor, shape (m,)
         Error of each row of every map, relative to its largest weight.
     weight_error : float
@@ -337,7 +339,7 @@ def _keep_attention(models, fed, bits):
 
 
 def _readers(adapter, grid):
-    """Return how much of each token the head reads, (N,), sum 1.
+    """Return the weight with which the classifier head reads each token, (N,); the weights sum to 1.
 
     Raises InputError if the head does not read a weighted sum of tokens.
     """
@@ -345,12 +347,12 @@ def _readers(adapter, grid):
 
 
 def _keep_block(attended, readers, kept):
-    """Return what the page needs of one block for one image, and the error of each row of its maps, (H N).
+    """Return the data of one block of one image for the page, and the error of each row of its maps, (H N).
 
     score_ij = sum_d weight_d q_id k_jd + lift_j + step bias_ij, with integers q, k and bias. Softmax does not change if
-    all keys move by one vector, so their mean is subtracted first. The mean of the queries is subtracted too; its
-    contribution, the same in each row, is `lift`. Each channel of each head has its own scale. For "who looks at it"
-    the page stores the log-sum-exp of each row of scores. If the scores are not a product of queries and keys, the
+    all keys are shifted by one vector, so their mean is subtracted first. The mean of the queries is subtracted too;
+    its contribution, the same in each row, is `lift`. Each channel of each head has its own scale. For "who looks at
+    it", the page stores the log-sum-exp of each row of scores. If the scores are not a product of queries and keys, the
     logarithms of the maps serve as the bias.
     """
     maps = at_least_float32(attended.maps[0].detach().cpu())  # (H, N, N)
@@ -379,7 +381,7 @@ def _keep_block(attended, readers, kept):
         floats.append(step)
     shown = scores.softmax(dim=2)
     floats.append(scores.logsumexp(dim=2))  # (H, N)
-    if readers is not None:  # averages over many rows are stored: the head's row and its column
+    if readers is not None:  # averages over many rows are stored: the classifier head's row and column
         floats += [readers.to(shown) @ shown, shown @ readers.to(shown)]  # 2 x (H, N)
     part |= dict(numbers=kept.blobs.add(torch.stack([q, k]), kind),
                  floats=kept.blobs.add(torch.cat([values.flatten() for values in floats]), "<f4"))
@@ -391,20 +393,20 @@ def _keep_block(attended, readers, kept):
 def _round(values, over, levels):
     """Round values to integers from -levels to levels; return (integers, step size).
 
-    The largest value of each group maps to the end of the range; `over` are the dimensions of a group.
+    The largest value of each group maps to the end of the range; `over` lists the dimensions of a group.
     """
     steps = (values.abs().amax(dim=over, keepdim=True) / levels).clamp(min=1e-30)
     return (values / steps).round(), steps
 
 
-# ---- What a model does, as the page reads it --------------------------------------------------------------
+# ---- Descriptions of models for the page -------------------------------------------------------------------
 
 
 def _describe(model, name, images):
-    """Describe a model and what it does with its images, each (1, C, H, W), apart from attention.
+    """Describe a model and its results for the images, each (1, C, H, W), except attention.
 
-    Returns a dict. facts: as the page reads them; images: for each its facts, and arrays as name -> (values, kind of
-    number); error: of what is stored as bytes; remarks: what was left out.
+    Returns a dict with the keys facts (as the page reads them); images (facts of each image, and its arrays as
+    name -> (values, kind of number)); error (of the values stored as bytes); and remarks (what was omitted).
     """
     if not adapt(model).attends:
         return _describe_convnet(model, name, images)
@@ -426,7 +428,7 @@ def _describe_image(model, adapter, image, remarks):
         except NoNumbers:
             raise
         except InputError as error:
-            remarks.append(f"{method.capitalize()} is left out: {error}.")
+            remarks.append(f"{method.capitalize()} is omitted: {error}.")
             continue
         check_finite_numbers(model, saliency)
         arrays[method] = saliency.flatten(), "<f4"
@@ -442,10 +444,10 @@ def _no_words():
 
 
 def words(lens, class_names):
-    """Format prediction and logit lens, probabilities (L + 1, K), as the page shows them.
+    """Format the prediction and the logit lens, probabilities (L + 1, K), for the page.
 
-    These are the most likely class after each block, and the probabilities of the classes that are most likely at the
-    end.
+    The lens consists of the most likely class after each block, and the probabilities of the classes that are most
+    likely at the end.
     """
     named = class_names or [f"class {label}" for label in range(lens.shape[1])]
     shown = lens[-1].topk(min(N_CLASSES, lens.shape[1])).indices.tolist()
@@ -457,7 +459,7 @@ def words(lens, class_names):
 
 
 def _bytes_of(matrices):
-    """Store matrices (m, n, n) as bytes, each row from 0 to its largest value: (values, factors, error).
+    """Round matrices (m, n, n) to bytes, each row from 0 to its largest value: (values, factors, error).
 
     The error is the largest difference relative to that value, at most 1 / 510.
     """
@@ -468,14 +470,14 @@ def _bytes_of(matrices):
     return values, factors, errors.max().item()
 
 
-# ---- A ConvNet beside it ----------------------------------------------------------------------------------
+# ---- ConvNets ----------------------------------------------------------------------------------------------
 
 
 def _describe_convnet(model, name, images, side=8):
-    """Describe a ConvNet as the page reads it.
+    """Describe a ConvNet for the page.
 
-    For every depth it holds the share of each image patch in the gradient of each unit. The image is cut into side x
-    side patches, or fewer if it has fewer pixels.
+    For every depth, the description holds the share of each image patch in the gradient of each unit. The image is cut
+    into side x side patches, or fewer if it has fewer pixels.
     """
     check_int("side", side, 1)
     n_depths, own, worst = len(adapt(model).layers), [], 0.0
@@ -496,9 +498,9 @@ def _describe_convnet(model, name, images, side=8):
 
 
 def _unit_fields(model, image, depth, grid):
-    """Return (n, n): row i is the share of every patch in the gradient of the unit at the middle of patch i.
+    """Return (n, n); row i is the share of every patch in the gradient of the unit in the middle of patch i.
 
-    The gradient is that of the sum over channels, as in `receptive_field`, which takes the unit in the middle of the
+    It is the gradient of the sum over channels, as in `receptive_field`, which measures the unit in the centre of the
     image.
     """
     rows = []
@@ -519,8 +521,8 @@ def _unit_fields(model, image, depth, grid):
 def _prepare_for(image, model, first, whole):
     """Prepare an image as `prepare_image` does, for one of the models.
 
-    A float tensor is normalised for the first model; another model gets it renormalised. A limit on patches does not
-    apply to a model without patches.
+    A float tensor is normalised for the first model and renormalised for the second. A limit on patches does not apply
+    to a model without patches.
     """
     if whole is not None and not adapt(model).attends:
         whole = replace(whole, max_tokens=None)
@@ -537,7 +539,7 @@ def _image_name(image, number):
 
 
 def _as_uri(picture):
-    """Encode a picture (H, W, 3) in 0..1 as a data URI: a PNG, or a JPEG of high quality if that is large."""
+    """Encode a picture (H, W, 3) in 0..1 as a data URI: a PNG, or a high-quality JPEG if the PNG is large."""
     image = Image.fromarray(np.round(255 * picture).astype(np.uint8))
     for kind, options in (("png", dict(optimize=True)), ("jpeg", dict(quality=92, subsampling=0))):
         buffer = io.BytesIO()
@@ -548,5 +550,5 @@ def _as_uri(picture):
 
 
 def _pngs_of(pictures):
-    """Encode one picture for each model as data URIs; only one if they are equal."""
+    """Encode one picture for each model as data URIs; equal pictures are encoded only once."""
     return list(dict.fromkeys(_as_uri(picture) for picture in pictures))

@@ -1,9 +1,9 @@
-"""One look inside a model at one photograph: what `python visualizations.py photo.jpg` draws and prints.
+"""A look inside a model at one photograph: what `python visualizations.py photo.jpg` draws and prints.
 
-look(model, image, whole)          compute a Look: features, attention by head, token lengths, explanation
-share_colours(looks)               give several photographs the same feature colours
+look(model, image, whole)          compute a Look: features, attention by head, token norms, explanation
+share_colours(looks)               compute feature colours over several photographs together
 panels_of(look), draw_look, draw_panel     its panels, each with a sentence on how to read it, and their figures
-describe(look, name)               what was found, in plain lines
+describe(look, name)               the findings as lines of text
 
 Shapes:  H heads, D width, K classes, h, w height and width of the photograph. Sizes are in pixels in images, and in
          inches in figures.
@@ -29,15 +29,15 @@ from vit_bridge.models.adapters import ModelAdapter, adapt, check_pool
 from vit_bridge.plots.charts import VERMILION, ShownFigure, clip_at, extent_of, finish, hide_ticks
 from vit_bridge.runtime import at_least_float32, unwrapped
 
-SIDE, BIG, TALL = 2.6, 4.1, 4.6  # widths of the right column and of large panels, and their greatest height
-STRIP = 2.2  # greatest height of a map in the strip of heads or stages
+SIDE, BIG, TALL = 2.6, 4.1, 4.6  # width of the right column, width and maximum height of the large panels
+STRIP = 2.2  # maximum height of a map in the strip of heads or stages
 GAP, MARGIN = 0.3, 0.3
 TITLE, SENTENCE, LABEL = 12, 10, 10  # points
-BOLD = 0.66  # width over height of a letter in a title
+BOLD = 0.66  # width of a letter in a title, relative to its height
 N_LIKELIEST = 5
 
 
-# ---- What a model makes of a photograph -------------------------------------------------------------------
+# ---- Computing a look ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Look:
     n_parameters : int
         Number of parameters of the model.
     picture : array, shape (height, width, 3)
-        The input of the model, in 0..1.
+        The model's input, in 0..1.
     size : tuple of int
         (h, w) of the photograph, upright.
     grid : tuple of int
@@ -59,18 +59,19 @@ class Look:
     features : Tensor, shape (rows, columns, D)
         Features after the last block or stage; each position is scaled to mean 0 and variance 1.
     colours : array, shape (rows, columns, 3)
-        The features as colours, shared with `together` photographs.
+        The features as colours, computed over `together` photographs.
     probabilities : Tensor, shape (K,), or None
         Predicted probabilities; None for a model without a head.
     explanation : array, shape (rows, columns), or None
         Saliency for the most likely class. If it is None, `refused` holds the reason.
     heads : array, shape (H, rows, columns), or None
-        Attention of the head's token to the patches in the last block; None for a ConvNet.
+        Attention to the patches in the last block, of the token that the classifier head reads; None for a
+        ConvNet.
     distances : list of float
-        How far patches look in the last block, in pixels, for each head; `uniform` is the distance of uniform
+        Mean attention distance of each head in the last block, in pixels; `uniform` is the distance of uniform
         attention.
     norms, artefacts : array, shape (rows, columns), or None
-        Length of each patch token after the last block, and whether it is an artefact.
+        Norm of each patch token after the last block, and whether it is an artefact.
     stages : list of array, each (rows, columns, 3)
         Features of a ConvNet after the stem and each stage, as colours.
     """
@@ -101,11 +102,11 @@ class Look:
 
     @property
     def elsewhere(self):
-        """Share of the attention that goes to tokens other than patches, (H)."""
+        """Share of each head's attention that goes to tokens other than patches, (H)."""
         return np.maximum(0, 1 - self.heads.sum(axis=(1, 2)))
 
     def likeliest(self, n=N_LIKELIEST):
-        """Return [(class, probability)], the most likely first; empty without a head."""
+        """Return [(class, probability)], most likely first; empty for a model without a head."""
         if self.probabilities is None:
             return []
         best = self.probabilities.topk(min(n, len(self.probabilities)))
@@ -124,7 +125,7 @@ def look(model, image, whole=None):
     image : str, Path, PIL image, array or Tensor
         Any kind of image that data/images.py accepts.
     whole : Whole, optional
-        Shows the model the whole photograph, as in `prepare_image`. By default the model sees only the centre.
+        The model sees the whole photograph, as in `prepare_image`. By default it sees only the centre.
 
     Returns
     -------
@@ -162,7 +163,7 @@ def _look_at_tokens(model, images, about):
     grid, first, last = adapter.grid(images), adapter.n_prefix, len(adapter.blocks) - 1
 
     def keep(block, attended):
-        """Keep (attention of the head's token to the patches, distance of each head) of the last block."""
+        """Keep (attention to the patches that the classifier head reads, distance of each head) of the last block."""
         if block < last:
             return None
         maps = at_least_float32(attended.maps)  # (1, H, N, N)
@@ -193,16 +194,16 @@ def _look_at_stages(model, images, about):
 def _scaled(features):
     """Scale features (..., D) to mean 0 and variance 1 at each position, as the last norm of a ViT does.
 
-    Otherwise a few very long tokens would determine the colours.
+    Otherwise a few tokens with very large norms would determine the colours.
     """
     features = at_least_float32(features.cpu())
     return F.layer_norm(features, features.shape[-1:])
 
 
 def share_colours(looks):
-    """Give several looks of one model the same feature colours.
+    """Compute the feature colours of several looks of one model together.
 
-    Similar colours then mean similar features across the photographs too.
+    Similar colours then mean similar features, including across photographs.
     """
     flat = torch.cat([one.features.flatten(0, 1) for one in looks])  # (all positions, D)
     colours = feature_colours(flat[None, None])[0, 0]  # (all positions, 3)
@@ -211,11 +212,11 @@ def share_colours(looks):
         one.colours, one.together = part.unflatten(0, one.grid).numpy(), len(looks)
 
 
-# ---- Words ------------------------------------------------------------------------------------------------
+# ---- Text -------------------------------------------------------------------------------------------------
 
 
 def describe(look, name, cropped=False):
-    """Return what was found as (label, text) pairs, in the order in which they are printed."""
+    """Return the findings as (label, text) pairs, in the order in which they are printed."""
     lines = [("Model", f"{name}: {_described_model(look)}"), ("Photograph", _described_fit(look, cropped))]
     likeliest = ", ".join(f"{label} {probability:.1%}" for label, probability in look.likeliest())
     lines.append(("Prediction", likeliest or "none: this model has no head"))
@@ -226,7 +227,7 @@ def describe(look, name, cropped=False):
     if look.adapter.n_prefix:
         shares, rest = look.elsewhere, _prefix(look)
         whose = "its" if look.adapter.pool == "cls" else "their"
-        lines.append(("Attention", f"in the last block, {_reader(look)} {_verb(look, 'give')} {_share(shares.mean())} "
+        lines.append(("Attention", f"in the last block, {_reader(look)} {_verb(look, 'pay')} {_share(shares.mean())} "
                                    f"of {whose} attention to {rest} ({_share(shares.min())} to {_share(shares.max())}, "
                                    f"depending on the head) and the rest to the patches"))
     near, far = np.argmin(look.distances), np.argmax(look.distances)
@@ -235,8 +236,8 @@ def describe(look, name, cropped=False):
                            f"would average {look.uniform:.0f}"))
     n, longest = int(look.artefacts.sum()), look.norms.max() / np.median(look.norms)
     words = f"{look.artefacts.mean():.1%} of the patches ({n:,}), framed in the figure" if n else \
-        "0% of the patches: no token is much longer than the others"
-    lines.append(("Artefacts", f"{words}; the longest token is {longest:.1f} times as long as the median"))
+        "0% of the patches: no token has a much larger norm than the others"
+    lines.append(("Artefacts", f"{words}; the largest token norm is {longest:.1f} times the median"))
     return lines
 
 
@@ -250,7 +251,7 @@ def _described_model(look):
 
 
 def _described_fit(look, cropped):
-    words = f"{_size(look.size)} pixels (height × width), given to the model at {_size(look.picture.shape[:2])}"
+    words = f"{_size(look.size)} pixels (height × width); the model sees {_size(look.picture.shape[:2])}"
     if look.heads is not None:
         words += f": {_size(look.grid)} = {math.prod(look.grid):,} patches"
     if cropped and look.size != look.picture.shape[:2]:
@@ -282,7 +283,7 @@ def _share(share):
 
 
 def _prefix(look):
-    """Name the tokens that are not patches, as targets of CLS: "itself and 4 registers"."""
+    """Name the tokens that are not patches, as targets of CLS, such as "itself and 4 registers"."""
     counts = {name: look.adapter.prefix.count(name) for name in look.adapter.prefix}
     alone = {"CLS": "itself" if look.adapter.pool == "cls" else "CLS"}
     return " and ".join(alone.get(name, f"the {name}") if n == 1 else f"{n} {name}s" for name, n in counts.items())
@@ -295,7 +296,7 @@ def _prefix(look):
 class Tile:
     """A map coloured from bottom to top, or colours, over the whole photograph.
 
-    `values` has shape (rows, columns) or (rows, columns, 3); `framed` lists positions (row, column) that get a frame.
+    `values` has shape (rows, columns) or (rows, columns, 3); `framed` lists the positions (row, column) to frame.
     """
 
     values: np.ndarray
@@ -309,7 +310,7 @@ class Tile:
 class Panel:
     """One view in the figure.
 
-    `name` is the stem of its file. A panel without tiles consists of words only.
+    `name` is the stem of its file name. A panel without tiles contains only text.
     """
 
     name: str
@@ -319,14 +320,14 @@ class Panel:
 
 
 def panels_of(look):
-    """Return the Panels: the photograph, features as colours, the side column, and the strip below."""
+    """Return the Panels: the photograph, its features as colours, the side column, and the strip below."""
     height, width = look.picture.shape[:2]
     cells = f", cut into {_size(look.grid)} patches" if look.heads is not None else ""
     photograph = Panel("photograph", "The photograph", f"The whole input of the model: {height} × {width} "
                        f"pixels{cells}.", [Tile(look.picture)])
-    places, where = ("patches", "patches") if look.heads is not None else ("positions", "last stage")
-    across = f", across the {look.together} photographs too" if look.together > 1 else ""
-    colours = Panel("colours", f"Features of the {where}, as colours", f"{places.capitalize()} of similar colour have "
+    places, where = ("patches", "Patch") if look.heads is not None else ("positions", "Last-stage")
+    across = f", including across the {look.together} photographs" if look.together > 1 else ""
+    colours = Panel("colours", f"{where} features as colours", f"{places.capitalize()} of similar colour have "
                     f"similar features{across}; red, green and blue are the three directions in which the features "
                     f"differ most.", [Tile(look.colours)])
     if look.heads is None:
@@ -338,18 +339,18 @@ def _heads_panel(look):
     tiles = [Tile(grid, f"head {head}" + (f" ({_share(share)})" if look.adapter.n_prefix else ""), top=clip_at(grid))
              for head, (grid, share) in enumerate(zip(look.heads, look.elsewhere, strict=True), start=1)]
     instead = _prefix(look).replace("itself", "CLS itself")
-    share = f"; in brackets is the share that goes to {instead}" if look.adapter.n_prefix else ""
+    share = f"; the number in brackets is the share that goes to {instead}" if look.adapter.n_prefix else ""
     who = {"cls": "CLS looks", "mean": "the patches look, on average,"}.get(look.adapter.pool, f"{_reader(look)} look")
     return Panel("heads", f"Where {who} in the last block, head by head", f"Bright patches get the most attention; "
-                 f"each head has its own colours, which end at its 99th percentile{share}.", tiles)
+                 f"each head has its own colour scale, which ends at its 99th percentile{share}.", tiles)
 
 
 def _norms_panel(look):
     bottom, top = look.norms.min(), clip_at(look.norms)
     places = [tuple(place) for place in np.argwhere(look.artefacts)]
     found = (f"the framed {look.artefacts.mean():.1%} may be artefacts, which hold something other than their patch"
-             if places else "no token is much longer than the others, so there are no artefacts")
-    return Panel("norms", "Length of each token", f"Dark is {bottom:.3g}, bright is {top:.3g} or more; "
+             if places else "no token has a much larger norm than the others, so there are no artefacts")
+    return Panel("norms", "Token norms", f"Dark is {bottom:.3g}, bright is {top:.3g} or more; "
                  f"{found}.", [Tile(look.norms, bottom=bottom, top=max(top, bottom + 1e-9), framed=places)])
 
 
@@ -359,8 +360,8 @@ def _explanation_panel(look):
         return Panel("explanation", title, f"{look.refused[:1].upper()}{look.refused[1:]}.", [])
     (label, probability), = look.likeliest(1)
     places, method = ("patches", "relevance") if look.heads is not None else ("positions", "Grad-CAM")
-    return Panel("explanation", f"What speaks for “{label}”", f"Yellow {places} speak most for this class, whose "
-                 f"probability is {probability:.0%} ({method}); grey ones do not.",
+    return Panel("explanation", f"Evidence for the class “{label}”", f"Yellow {places} support this class most, "
+                 f"as measured by {method}, and grey ones do not; its probability is {probability:.0%}.",
                  [Tile(_coloured(look.picture, look.explanation))])
 
 
@@ -368,14 +369,14 @@ def _stages_panel(look):
     names = ["stem", *(f"stage {i}" for i in range(1, len(look.stages)))]
     tiles = [Tile(colours, f"{name}: {_size(colours.shape[:2])}")
              for name, colours in zip(names, look.stages, strict=True)]
-    return Panel("stages", "Features after each stage, as colours", "From stage to stage there are fewer positions, "
+    return Panel("stages", "Features after each stage as colours", "From stage to stage there are fewer positions, "
                  "and each one sees more of its surroundings; a ConvNet has no attention to show.", tiles)
 
 
 def _coloured(picture, grid):
     """Lay a map (rows, columns) over the grey picture (height, width, 3).
 
-    Where the map is 0 the picture stays grey. The colours grow stronger up to the 99th percentile of the map.
+    The picture stays grey at positions where the map is 0. The colours grow stronger up to the map's 99th percentile.
     """
     light = torch.from_numpy(grid / clip_at(grid)).clamp(0, 1).float()[None, None]
     light = F.interpolate(light, picture.shape[:2], mode="bilinear")[0, 0].numpy()  # (height, width)
@@ -387,7 +388,7 @@ def _coloured(picture, grid):
 
 
 def draw_look(look, name, heading="", save_path=None):
-    """Draw all panels in one Figure; `name` is that of the model, `heading` describes the photograph."""
+    """Draw all panels in one Figure; `name` is the model's name, and `heading` describes the photograph."""
     photograph, colours, *side, strip = panels_of(look)
     ratio = look.picture.shape[0] / look.picture.shape[1]
     grown = 1.3 if sum(bool(panel.tiles) for panel in side) > 1 else 1.0  # beside two small maps
@@ -416,7 +417,7 @@ def draw_look(look, name, heading="", save_path=None):
 
 
 def draw_panel(panel, look, name, save_path=None):
-    """Draw one panel in a Figure of its own, with the model's name in a line above."""
+    """Draw one panel in its own Figure, with the model's name above it."""
     ratio, width = look.picture.shape[0] / look.picture.shape[1], 8.0 if len(panel.tiles) < 2 else 12.0
     placed = _Placed(panel, ratio, MARGIN, MARGIN + 0.3, width, 7.0 if len(panel.tiles) < 2 else 3.5)
     figure = ShownFigure(figsize=(width + 2 * MARGIN, placed.bottom + MARGIN), facecolor="white")
@@ -428,7 +429,7 @@ def draw_panel(panel, look, name, save_path=None):
 class _Placed:
     """A panel at its position on a page, in inches from the upper left.
 
-    It has a title, tiles in rows, and a sentence.
+    It consists of a title, rows of tiles and a sentence.
     """
 
     def __init__(self, panel, ratio, left, top, width, tallest):
@@ -466,7 +467,7 @@ class _Placed:
 
 
 def _frame(axes, picture, tile):
-    """Frame the positions of a tile that are to be framed."""
+    """Draw the frames of a tile."""
     height, width = (side / n for side, n in zip(picture.shape[:2], tile.values.shape[:2], strict=True))
     for row, column in tile.framed:
         axes.add_patch(Rectangle((column * width - 0.5, row * height - 0.5), width, height, fill=False,
@@ -480,7 +481,7 @@ def _write(figure, left, top, text, size, **style):
 
 
 def _words(text, size, width, letter=0.52):
-    """Wrap text of this size in points to a width in inches; `letter`: width over height of a letter."""
+    """Wrap text of this size in points to a width in inches; `letter` is a letter's width relative to its height."""
     return textwrap.fill(text, max(8, int(width * 72 / (letter * size))))
 
 
