@@ -631,7 +631,7 @@ def trainable(model):
 
 
 def compiled_part(model):
-    """Return the torch.compile wrapper among those of a model, or None."""
+    """Return the torch.compile wrapper around a model, or None if there is none."""
     inside = unwrapped(model)
     while model is not inside:
         if "_orig_mod" in model._modules:
@@ -772,7 +772,7 @@ class Run:
 
 
 def train(options):
-    """Carry out one training run, from the images to result.json.
+    """Carry out a training run, from the images to result.json.
 
     The folder then contains config.json, history.csv, result.json, best.pt, last.pt, curves.png and, if the model has
     attention, attention.png. weights.checkpoints.load opens the checkpoints.
@@ -1180,7 +1180,7 @@ def _training_result(run, history, seconds):
 
 
 def _compare_with_linear(run, score, split, loader):
-    """Print the accuracies of the model and of a linear classifier, and return both as result entries."""
+    """Print the accuracies of the model and of a linear classifier, and return both as entries of the result."""
     train_loader, val_loader = run.train_loader, run.val_loader
     for each in (val_loader, loader):
         each.set_shard(0, 1)  # only the first process computes what follows
@@ -1241,7 +1241,7 @@ def report_skipped(files):
 
 
 WORKERS_HELP = "processes that read photographs, 0 for none (default: one per core, at most 8)"
-AMP_HELP = "mixed precision (default: auto, bf16 or fp16 if the hardware is fast at it, otherwise float32)"
+AMP_HELP = "mixed precision (default: auto, bf16 or fp16 if the hardware computes fast in it, otherwise float32)"
 DEVICE_HELP = "auto, cpu, cuda, cuda:N or mps (default: %(default)s)"
 DESCRIPTION = """\
 Train a model on a folder with one folder of images per class.
@@ -1266,9 +1266,9 @@ def make_parser():
         epilog="models:\n" + textwrap.fill(", ".join(MODELS), 78, initial_indent="  ", subsequent_indent="  "))
     group = parser.add_argument_group("everyday options")
     group.add_argument("--data-dir", default="./data", metavar="FOLDER", help="folder with one folder of images per "
-                       "class, or with a known data set (default: %(default)s; if there is none, drawn shapes)")
+                       "class, or with a supported data set (default: %(default)s; if it does not exist, drawn shapes)")
     group.add_argument("--pretrained", metavar="NAME|PATH", help="start from trained weights: a name that `inspect` "
-                       "lists, a checkpoint, or a folder of transformers or timm (default: new weights)")
+                       "lists, a checkpoint, or a folder written by transformers or timm (default: new weights)")
     group.add_argument("--model", metavar="NAME", help="model to train from new weights; all are listed below "
                        "(default: vit_nano for images up to 64 pixels, otherwise vit_tiny)")
     length = group.add_mutually_exclusive_group()
@@ -1289,10 +1289,10 @@ def make_parser():
 
     group = parser.add_argument_group("data and augmentation")
     group.add_argument("--dataset", default="auto", metavar="NAME", help=f"{', '.join(DATASETS)} (default: "
-                       "%(default)s, what --data-dir holds)")
+                       "%(default)s, detected in --data-dir)")
     group.add_argument("--img-size", type=int_at_least(1), nargs="+", action=Size, metavar="PIXELS",
                        help="side, or height and width, in pixels (default: the size of the pretrained model; small "
-                       "images keep theirs; otherwise 224)")
+                       "images keep their size; otherwise 224)")
     group.add_argument("--in-channels", type=int_at_least(1), metavar="N", help="1 for grey, 3 for colour, 4 for "
                        "colour with transparency (default: as in the pretrained model, otherwise 3)")
     group.add_argument("--val-fraction", type=float, default=0.1, metavar="F", help="fraction of the training images "
@@ -1356,16 +1356,16 @@ def make_parser():
     group = parser.add_argument_group("devices, memory and speed (see also --device)")
     group.add_argument("--num-workers", "--workers", type=int_at_least(0), metavar="N", help=WORKERS_HELP)
     group.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help=AMP_HELP)
-    group.add_argument("--compile", action="store_true", help="train through torch.compile")
+    group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
     group.add_argument("--grad-accum-steps", "--accumulate", type=int_at_least(1), default=1, metavar="N",
-                       help="parts in which a batch passes through the model, to save memory (default: %(default)s)")
+                       help="number of parts into which a batch is split, to save memory (default: %(default)s)")
     group.add_argument("--grad-checkpointing", action="store_true", help="recompute the layers in the backward pass, "
                        "to save memory at the cost of one more forward pass")
     return parser
 
 
 def parse(argv=None):
-    """Return the options of a training run; `given` holds {name: value} of those on the command line."""
+    """Return the options of a training run; `given` holds {name: value} of the options on the command line."""
     options = make_parser().parse_args(argv)
     unset = object()
     blank = argparse.Namespace(**dict.fromkeys(vars(options), unset))
@@ -1442,12 +1442,12 @@ example:
   python train_vit.py evaluate --checkpoint runs/NAME/best.pt --data-dir photos""")
     group = _add_checkpoint(parser)
     group.add_argument("--data-dir", default=DEFAULT_DATA_DIR, metavar="FOLDER", help="folder with one folder of "
-                       "images per class, or with a known data set (default: %(default)s; if there is none, drawn "
-                       "shapes)")
+                       "images per class, or with a supported data set (default: %(default)s; if it does not exist, "
+                       "drawn shapes)")
     group.add_argument("--output-dir", metavar="FOLDER", help="new folder for the results (default: "
                        "runs/evaluation-<data>-<n>)")
     group.add_argument("--dataset", default="auto", metavar="NAME", help=f"{', '.join(DATASETS)} (default: "
-                       f"%(default)s, what --data-dir holds)")
+                       f"%(default)s, detected in --data-dir)")
     group.add_argument("--skip-corrupt", action="store_true", help="skip image files that cannot be read, and report "
                        "them")
     _add_help(group)
@@ -1502,7 +1502,7 @@ def _evaluation_loader(model, options):
 
 
 def _training_cut(checkpoint, data_dir):
-    """Return (loader arguments, fingerprint of the held-out images) of a training on this folder.
+    """Return (loader arguments, fingerprint of the held-out images) of the run that trained on this folder.
 
     They are ({}, None) if the checkpoint does not record that it was trained on this folder.
     """
@@ -1684,7 +1684,7 @@ example:
     options = parser.parse_args(argv)
     path = Path(options.output or Path(options.checkpoint).with_suffix(".onnx"))
     if path.exists():
-        raise InputError(f"{path} already exists; choose another name with --output, or remove it")
+        raise InputError(f"{path} already exists; choose a different name with --output, or remove the file")
     model = load(options.checkpoint, **chosen(options, "n_heads", "class_names"))
     difference = export_onnx(model, path)
     height, width = pair(model.config.img_size)
@@ -1757,7 +1757,7 @@ COMMANDS = dict(evaluate=evaluate_command, predict=predict_command, export=expor
 
 
 def main(argv=None):
-    """Run a training run, or the command that is the first word of argv."""
+    """Train a model, or run the command that is the first word of argv."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
         COMMANDS[argv[0]](argv[1:])

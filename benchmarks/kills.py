@@ -58,7 +58,7 @@ def start(photos, folder, words):
 
 
 def run_to_the_end(photos, folder, words):
-    """Run a training to its end and return the seconds; a failure raises RuntimeError with the output."""
+    """Run training to its end and return the seconds; raise RuntimeError with the output if it fails."""
     started, process = time.monotonic(), start(photos, folder, words)
     output, _ = process.communicate()
     if process.returncode:

@@ -37,7 +37,7 @@ def areas(model, images, seed, chunk=100, **options):
     dict
         deletion, insertion : {method: mean area over the images that have a map}
         draws : {"deletion" or "insertion": the mean area of each random order}
-        leads : {"deletion" or "insertion": {method: (mean, standard error) of its area minus that of a random order}}
+        leads : {"deletion" or "insertion": {method: (mean, standard error) of its area minus a random order's}}
         blank : {method: number of images without a map}
         correlations : the mean rank correlations of the methods
 

@@ -98,7 +98,7 @@ def _count_correct(weights, loader):
 class FeatureLoader(DatasetLoader):
     """A loader of features (B, D) and labels (B), held in memory and never augmented.
 
-    `features` (N, D) are in the order of `labels` (N). Order, shards and positions are those of a DatasetLoader.
+    `features` (N, D) are in the order of `labels` (N). Order, shards and positions work as in DatasetLoader.
     """
 
     def __init__(self, features, labels, source):

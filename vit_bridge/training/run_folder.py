@@ -201,11 +201,11 @@ def changes_since(saved, class_names, n_images, n_processes, **files):
         before = saved.get(f"n_{name.split()[-1]}", now)
         if before != now:
             changes.append(f"there are {now:,} {name}, but the run started with {before:,}; it continues, but its "
-                           f"result will differ from that of an unchanged run")
+                           f"result will differ from the result of an unchanged run")
     for name, now in files.items():
         if saved.get(name, now) != now and not changes:
             changes.append(f"the {name.replace('_', ' ')} or their classes have changed since the run started; it "
-                           f"continues, but its result will differ from that of an unchanged run")
+                           f"continues, but its result will differ from the result of an unchanged run")
     return changes
 
 
