@@ -64,7 +64,7 @@ TABLES = {
              "--train --only reach`, kept by `python benchmarks/results.py cells runs/cnn_vs_vit-cells`). The last "
              "stage of this ConvNet has a window of 25 pixels",
     "cues": "Outline or texture: predictions for images whose outline and texture belong to different classes. The "
-            "shape bias is the share of outline predictions among all predictions of either class (`python "
+            "shape bias is the share of outline among the predictions of outline or texture (`python "
             "cnn_vs_vit.py --train --only cues`)",
     "data": "Data efficiency: test accuracy against the number of training images, at a fixed number of steps "
             "(`python cnn_vs_vit.py --train --only data`; for CIFAR-10 (JPEG) with `--data-dir CIFAR "
