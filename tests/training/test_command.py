@@ -328,7 +328,7 @@ def test_freeze_backbone_trains_only_the_head_on_cached_features(
 
 
 @pytest.mark.parametrize(("words", "expected"), [
-    (["--resume", "x", "--dry-run"], "--dry-run starts a run of its own"),
+    (["--resume", "x", "--dry-run"], "--dry-run starts a new run"),
     (["--pretrained", "x", "--freeze-backbone", "--layer-decay", "0.7"], "--layer-decay cannot be combined")])
 def test_parse_refuses_contradictory_options(words, expected):
     with pytest.raises(ValueError, match=expected):
