@@ -466,7 +466,8 @@ PAGES["docs/training.md"] = Page(
          -change("vit_nano", "label-smoothing-0")),
         ("A width of 64 instead of 96 gains {:.1f} points, and a narrower MLP {:.1f}", change("vit_nano", "64-wide"),
          change("vit_nano", "MLP-2-wide")),
-        ("of the steps gain {:.1f}; the recipe `vit_nano_fast` includes this. Wider or deeper models lose {:.1f} to {:.1f}",
+        ("of the steps gain {:.1f}; the recipe `vit_nano_fast` includes this. Wider or deeper models lose {:.1f} to "
+         "{:.1f}",
          change("vit_nano", "24-pixels-for-60"), -change("vit_nano", "128-wide-3-deep"),
          -change("vit_nano", "128-wide")),
     ],
