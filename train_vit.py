@@ -1,4 +1,4 @@
-"""The Trainer, whose training loop begins below, and the commands around it.
+"""The Trainer and its training loop, and the commands built on them.
 
     python train_vit.py --data-dir photos --pretrained deit_tiny_patch16_224      train on a folder of images
     python train_vit.py --resume runs/NAME                                       continue an interrupted run
@@ -138,7 +138,7 @@ from vit_bridge.weights.pretrained import PRETRAINED, describe_pretrained
 from vit_model import freeze_backbone, pair
 
 __all__ = ["Trainer", "get_data_loaders", "predict"]
-CHECK_EVERY = 10  # steps between two checks that loss and gradient are finite, as a check makes the CPU wait for a GPU
+CHECK_EVERY = 10  # steps between checks that loss and gradient are finite; each check makes the CPU wait for the GPU
 
 
 class NotFinite(InputError):
@@ -146,7 +146,7 @@ class NotFinite(InputError):
 
 
 class Stopped(Exception):
-    """A callback stopped the training; `state`, a TrainState, can be resumed."""
+    """A callback stopped the training; `state` is a TrainState from which it can resume."""
 
     def __init__(self, state):
         super().__init__(f"stopped after step {state.step}")
@@ -157,17 +157,17 @@ class Stopped(Exception):
 
 
 class Trainer:
-    """A training loop for any module: it minimises what an objective computes, by default cross-entropy.
+    """A training loop for any module: it minimises an objective, by default cross-entropy.
 
     Parameters
     ----------
     model : Module
-        Moved to the device. The model is taken out of torch's wrappers; a torch.compile wrapper stays in use.
+        Moved to the device. torch's wrappers are removed, but a torch.compile wrapper stays in use.
     device : str or torch.device
         "auto", "cpu", "cuda", "cuda:N" or "mps".
     objective : Objective, optional
-        None: Classification, with label smoothing 0.1. The same objective serves training and evaluation, so that the
-        two curves can be compared.
+        None: Classification, with label smoothing 0.1. The same objective is used for training and evaluation, so
+        that the two curves can be compared.
     config : TrainConfig, optional
         Settings of the training.
     loss_fn : callable, optional
@@ -192,11 +192,11 @@ class Trainer:
     -----
     The randomness inside a step, such as dropout, depends only on the seed and the step; the order and the augmentation
     of this project's loaders depend only on their seed and the epoch. A TrainState holds everything else. On a CPU a
-    resumed training therefore ends exactly as if it had never been interrupted. An exception is a DataLoader with
-    shuffle=True: it draws its order from torch's global generator, so the resumed training sees another order.
+    resumed run therefore ends exactly as if it had never been interrupted. An exception is a DataLoader with
+    shuffle=True: it draws its order from torch's global generator, so the resumed run sees a different order.
 
     Under torchrun each process has its own Trainer and its shard of every batch. DistributedDataParallel averages the
-    gradients, weighted so that the step is the step of one process with the whole batch.
+    gradients, weighted so that the step equals the step of a single process with the whole batch.
 
     Examples
     --------
@@ -205,7 +205,7 @@ class Trainer:
 
     def __init__(self, model, device="auto", objective=None, config=None, *, loss_fn=None, **overrides):
         if objective is not None and loss_fn is not None:
-            raise InputError("Trainer got an objective and a loss_fn; give only one, because an objective has its own "
+            raise InputError("Trainer got an objective and a loss_fn; pass only one, because an objective has its own "
                              "loss")
         self.config = replace(config or TrainConfig(), **overrides)
         self.device = choose_device(device)
@@ -213,7 +213,7 @@ class Trainer:
         self.model = trainable(model).to(self.device)
         self.compiled = compiled_part(model)
         if not isinstance(objective, Objective | None):
-            raise InputError(f"{type(objective).__name__} is not an Objective; give a function of logits and labels as "
+            raise InputError(f"{type(objective).__name__} is not an Objective; pass a function of logits and labels as "
                              f"loss_fn=")
         self.objective = (objective or Classification(loss_fn=loss_fn)).to(self.device)
         self.objective.check_model(self.model)
@@ -236,7 +236,7 @@ class Trainer:
             Fields of the TrainConfig, for this run.
         callbacks : list of Callback
         resume : dict, optional
-            state_dict() of an earlier TrainState. Give all other arguments as before; see the notes on Trainer.
+            state_dict() of an earlier TrainState. Pass all other arguments as before; see the notes on Trainer.
         progress : bool
             Show a bar with loss, accuracy, images per second and the time left.
 
@@ -339,13 +339,13 @@ class Trainer:
     def step(self, batch, n_all, state):
         """Take one step of the optimiser, with this process's shard of a batch of n_all images.
 
-        The gradient is that of the mean loss over all n_all images: the loss of each part is weighted by its images.
+        The gradient is taken of the mean loss over all n_all images: each part's loss is weighted by its images.
         """
         state.optimizer.zero_grad(set_to_none=True)
         n_own, total = len(batch[0]), 0.0
-        if n_own == 0:  # nothing to learn from, but the other processes wait for this one's gradients
+        if n_own == 0:  # no images, but the other processes wait for this process's gradients
             batch = tuple(tensor.new_zeros(1, *tensor.shape[1:]) for tensor in batch)
-            self.model.eval()  # so that the made-up image leaves no trace in batch statistics
+            self.model.eval()  # so that the dummy image does not change the statistics of batch normalisation
         size = math.ceil(len(batch[0]) / state.config.grad_accum_steps)
         parts = list(zip(*(tensor.split(size) for tensor in batch), strict=True))
         for i, (images, *targets) in enumerate(parts):
@@ -374,7 +374,7 @@ class Trainer:
         """Evaluate the model and add the epoch to the history."""
         metrics = state.metrics.merge()
         if not metrics.n:
-            raise InputError("the training loader gave no images; expected at least one batch")
+            raise InputError("the training loader yielded no images; expected at least one batch")
         values = {f"train_{name}": value for name, value in metrics.compute().items()}
         if val_loader is not None:
             val = self.evaluate(val_loader, state.average, state)
@@ -395,7 +395,7 @@ class Trainer:
         ----------
         loader : Loader, DataLoader or list
         model : Module, optional
-            Another model than the Trainer's own, on the same device.
+            The model to evaluate instead of the Trainer's own, on the same device.
         state : TrainState, optional
             The training that this evaluation is part of, which may save or stop between two batches.
 
@@ -413,7 +413,7 @@ class Trainer:
         model = self.model if model is None else model
         loader = self.own_loader(loader)
         if self.world_size > 1:
-            for buffer in model.buffers():  # all processes evaluate with the first one's batch statistics
+            for buffer in model.buffers():  # all processes use the first one's batch normalisation statistics
                 dist.broadcast(buffer, 0)
         metrics = self.objective.new_metrics(self.device)
         forward = InPrecision(model, self.device, self.dtype, dtype_of(model))
@@ -426,7 +426,7 @@ class Trainer:
                         self.objective(forward, batch, metrics)
         metrics = metrics.merge()
         if not metrics.n:
-            raise InputError("the loader gave no images to evaluate; expected at least one batch")
+            raise InputError("the loader yielded no images to evaluate; expected at least one batch")
         return metrics.compute()
 
     def pause(self, state, n_own=0):
@@ -457,20 +457,20 @@ class Trainer:
         modules = list(self.model.modules())
         reasons = []
         if any(isinstance(module, _BatchNorm) for module in modules):
-            reasons.append("batch statistics are computed for each part alone")
+            reasons.append("batch normalisation uses the statistics of each part alone")
         rates = [module.p for module in modules if isinstance(module, _DropoutNd)]
         if any(rates + [getattr(module, "rate", 0) for module in modules if type(module).__name__ == "DropPath"]):
-            reasons.append("dropout is drawn for each part anew")
+            reasons.append("dropout is drawn separately for each part")
         if self.objective.mixing is not None:
             reasons.append("images are mixed within each part")
         if self.dtype is not None:
-            reasons.append(f"sums in {str(self.dtype).removeprefix('torch.')} are rounded for each part")
+            reasons.append(f"sums in {str(self.dtype).removeprefix('torch.')} are rounded separately for each part")
         ways = [f"over {self.world_size} processes"] * (self.world_size > 1) + [f"in {n_parts} parts"] * (n_parts > 1)
-        return (f"batches are split {' and '.join(ways)}, so the losses differ from those of whole batches: "
+        return (f"batches are split {' and '.join(ways)}, so the losses differ from the losses with whole batches: "
                 f"{'; '.join(reasons)}") if reasons else ""
 
     def layers(self, grad_checkpointing):
-        """Return the layers to recompute in the backward pass; raise InputError if the model names none."""
+        """Return the layers to recompute in the backward pass, or raise InputError if the model does not name them."""
         if not grad_checkpointing:
             return []
         try:
@@ -498,22 +498,22 @@ class Trainer:
 
 
 class TrainState:
-    """Where a training stands: model, optimiser, gradient scaler, average and counters.
+    """The state of a training run: model, optimiser, gradient scaler, averaged weights and counters.
 
     Attributes
     ----------
     config : TrainConfig
-        Of this run.
+        Settings of this run.
     n_steps, warmup_steps : int
-        Steps of the run, and those at its start in which the learning rate rises.
+        Number of steps of the run, and of the warm-up at its start.
     forward : callable
         The model as the objective calls it.
     step, batch : int
-        Steps done, in the whole run and in the unfinished epoch.
+        Steps completed, in the whole run and in the unfinished epoch.
     history : dict
-        Of the finished epochs.
+        History of the finished epochs.
     metrics, seconds
-        Of the unfinished epoch.
+        Metrics and training time of the unfinished epoch.
     lr : float
         Learning rate of the last step.
     """
@@ -532,7 +532,7 @@ class TrainState:
 
     @property
     def trained(self):
-        """The module to evaluate and save: the average of the weights, or the model if there is none."""
+        """The module to evaluate and save: the average, if there is one, otherwise the model."""
         return self.model if self.average is None else self.average
 
     def resized(self, images):
@@ -550,16 +550,16 @@ class TrainState:
                            scaler=self.scaler.state_dict(), history=copy.deepcopy(self.history)))
 
     def load_state_dict(self, entries):
-        """Restore a state, of older versions too; raise InputError if it does not fit."""
+        """Restore a state, including one from an older version; raise InputError if it does not fit."""
         entries = {OLD_NAMES["training"].get(name, name): value for name, value in entries.items()}
         try:
             if (entries["average"] is None) != (self.average is None):
-                raise ValueError("only one of the two keeps an average of the weights")
+                raise ValueError("only one of the two has averaged weights")
             self.model.load_state_dict(entries["model"])
             if self.average is not None:
                 self.average.load_state_dict(entries["average"])
             optimizer = renamed(entries["optimizer"], "optimizer")
-            self.optimizer.load_state_dict(copy.deepcopy(optimizer))  # otherwise it would use these tensors themselves
+            self.optimizer.load_state_dict(copy.deepcopy(optimizer))  # otherwise it would modify these tensors
             self.scaler.load_state_dict(entries["scaler"])
             if self.first:  # these are sums over all processes, which will be summed again
                 self.metrics.load_state_dict(entries["metrics"])
@@ -567,13 +567,13 @@ class TrainState:
             for name in ("step", "batch", "lr", "seconds", "data_seconds"):
                 setattr(self, name, entries[name])
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            raise InputError(f"the training state does not fit this training ({' '.join(str(error).split())[:200]}); "
-                             f"resume with the arguments of the training that saved it") from error
+            raise InputError(f"the training state does not fit this run ({' '.join(str(error).split())[:200]}); "
+                             f"resume with the arguments of the run that saved it") from error
 
     def track_finite(self, finite):
         """Record the first step whose loss or gradient was not finite.
 
-        A gradient scaler skips those steps, so with one a finite step clears the record.
+        A gradient scaler skips those steps, so with a scaler a finite step clears the record.
         """
         kept = torch.where(self.first_nonfinite_step >= 0, self.first_nonfinite_step, self.step)
         clear = -1 if self.scaler.is_enabled() else self.first_nonfinite_step
@@ -595,9 +595,9 @@ class TrainState:
 
 
 class InPrecision:
-    """A model as an objective calls it: in mixed precision inside, with float32 logits.
+    """A model that computes in mixed precision and returns float32 logits, as an objective calls it.
 
-    The model runs under autocast to `dtype` (None: without), on inputs converted to `input_dtype`, which is that of its
+    The model runs under autocast to `dtype` (None: no autocast), on inputs converted to `input_dtype`, the type of its
     weights.
     """
 
@@ -617,21 +617,21 @@ def trainable(model):
     """Return the model inside torch's wrappers; raise InputError if it cannot be trained."""
     n = len(getattr(model, "device_ids", None) or ())
     if n > 1:
-        raise InputError(f"the model is wrapped in a DataParallel over {n} GPUs; give the model itself, and start one "
+        raise InputError(f"the model is wrapped in a DataParallel over {n} GPUs; pass the model itself, and start one "
                          f"process per GPU with torchrun --nproc-per-node={n}")
     model = unwrapped(model)
     device_of(model)  # refuses a model on the device "meta"
     if is_quantised(model):
-        raise InputError(f"this {class_name(model)} is quantised, and weights of whole numbers do not learn; train the "
+        raise InputError(f"this {class_name(model)} is quantised, and integer weights cannot be trained; train the "
                          f"original model, and quantise it afterwards")
     if dtype_of(model) == torch.float16:
-        raise InputError(f"the weights of this {class_name(model)} are float16, too coarse for an optimiser's small "
-                         f"steps; train model.float() with amp='fp16', which computes in float16")
+        raise InputError(f"the weights of this {class_name(model)} are float16, which is too coarse for an optimiser's "
+                         f"small steps; train model.float() with amp='fp16', which computes in float16")
     return model
 
 
 def compiled_part(model):
-    """Return the torch.compile wrapper among those of a model, or None."""
+    """Return the torch.compile wrapper around a model, or None if there is none."""
     inside = unwrapped(model)
     while model is not inside:
         if "_orig_mod" in model._modules:
@@ -641,10 +641,10 @@ def compiled_part(model):
 
 
 def _set_train_mode(model):
-    """Set train mode, but leave modules that are wholly frozen in eval mode.
+    """Set train mode, but leave modules that are entirely frozen in eval mode.
 
-    They then apply no dropout and keep their batch statistics. If only the last layer is trained, layers without
-    parameters before it, such as the dropout after the positions, stay in eval mode too.
+    They then apply no dropout and keep their batch normalisation statistics. If only the last layer is trained, layers
+    without parameters before it, such as the dropout after the positions, stay in eval mode too.
     """
     model.train()
     for module in model.modules():
@@ -660,19 +660,19 @@ def _set_train_mode(model):
 
 
 def steps_within(seconds, model, train_loader, val_loader, device="auto", objective=None, config=None, **overrides):
-    """Return how many steps fit into a time, with an evaluation after every epoch.
+    """Return how many steps fit into a time, including an evaluation after every epoch.
 
-    The speed is measured on a copy of the model. The measurement counts too: it takes about 3% of the time, or two
-    steps and one batch of an evaluation if those take longer.
+    The speed is measured on a copy of the model. The measurement counts towards the time: it takes about 3% of it, or
+    two steps and one batch of an evaluation if those take longer.
 
     Parameters
     ----------
     seconds : float
-        Time for training and evaluation. If there are several processes, each must give the same value.
+        Time for training and evaluation. If there are several processes, each must pass the same value.
     model, device, objective, config, **overrides
         As for Trainer.
     train_loader, val_loader : Loader, DataLoader or list
-        With a length.
+        Both must have a length.
 
     Returns
     -------
@@ -689,7 +689,7 @@ def steps_within(seconds, model, train_loader, val_loader, device="auto", object
                       for one in (train_loader, val_loader))
     config = replace(config or TrainConfig(), **overrides | dict(learning_rate=1e-6, save_every=math.inf))
     trial = Trainer(copy.deepcopy(model), device, objective, config)
-    trial.train(train_loader, n_steps=1, progress=False)  # a first step is slower: memory, kernels, workers
+    trial.train(train_loader, n_steps=1, progress=False)  # the first step is slower: it starts workers
     parts = [(1.0, None)]  # fractions of the steps, and their progressive_resize
     if config.progressive_resize is not None:
         scale, share = config.progressive_resize
@@ -700,7 +700,7 @@ def steps_within(seconds, model, train_loader, val_loader, device="auto", object
         while trial_seconds < max(1.0, 0.02 * seconds) / len(parts):
             history = trial.train(train_loader, n_steps=max(1, n_trial), progressive_resize=resize, progress=False)
             n_trial += max(1, n_trial)
-            # all processes must take the same decision
+            # all processes must make the same decision
             trial_seconds += trial.all_reduce_sum(sum(history["seconds"]))[0] / trial.world_size
         step_seconds += share * trial_seconds / n_trial
     eval_started = time.perf_counter()
@@ -717,37 +717,37 @@ def steps_within(seconds, model, train_loader, val_loader, device="auto", object
 # ---- A training run ---------------------------------------------------------------------------------------
 
 WHITENED_BY = 2000  # images from which the filters of a whitened first layer are computed
-MINUTES = 2  # length of a training if no option sets it
-HEAD_EPOCHS = 100  # length of a training with --freeze-backbone, whose epochs take a moment
-LINEAR_IMAGES = 20_000  # largest number of images on which the linear classifier of the test is fitted
-UNEVEN = 2  # classes are called uneven if the largest has at least this many times the images of the smallest
+MINUTES = 2  # length of a run if no option sets it
+HEAD_EPOCHS = 100  # length of a run with --freeze-backbone, whose epochs take moments
+LINEAR_IMAGES = 20_000  # largest number of images used to fit the linear classifier, the test's baseline
+UNEVEN = 2  # classes are called uneven if the largest has at least this many times as many images as the smallest
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training that is ready to start. All processes compute; only the first one writes.
+    """A training run that is ready to start. All processes compute; only the first one writes.
 
     Attributes
     ----------
     options : Namespace
-        From parse(); for a resumed run those it started with.
+        From parse(); for a resumed run, the options that it started with.
     device : torch.device
     folder, lock
-        Where the results go; the open lock file keeps other runs out.
+        The folder of the results, and the open lock file that keeps other runs out of it.
     data : dict
         Arguments of get_data_loaders, used for the test images too.
     train_loader, val_loader : Loader
-        Of the images.
+        Loaders of the images.
     name : str
         Name of the model.
     recipe : Recipe
-        With what the options override.
+        The recipe, after the options have overridden parts of it.
     model, trained : Module
         The whole model, and the part of it that is trained: all of it, or its head.
     loaders : tuple
-        What `trained` is trained and evaluated on: the images, or features of them.
+        Loaders on which `trained` is trained and evaluated: train_loader and val_loader, or loaders of features.
     trainer : Trainer
-        Of `trained`.
+        The Trainer of `trained`.
     entries : dict
         Further entries of last.pt: options, n_steps, command, ...
     resume : dict or None
@@ -772,10 +772,10 @@ class Run:
 
 
 def train(options):
-    """Run one training, from the images to result.json.
+    """Carry out a training run, from the images to result.json.
 
-    The folder gets config.json, history.csv, result.json, best.pt, last.pt, curves.png and, if the model has attention,
-    attention.png. weights.checkpoints.load opens the checkpoints.
+    The folder then contains config.json, history.csv, result.json, best.pt, last.pt, curves.png and, if the model has
+    attention, attention.png. weights.checkpoints.load opens the checkpoints.
 
     Parameters
     ----------
@@ -884,12 +884,12 @@ def _lasting(options):
 
 
 def chosen(options, *names):
-    """Return {name: value} of those of these options that are set."""
+    """Return {name: value} for those of the named options that are set."""
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def _data_arguments(options, start):
-    """Return the arguments of get_data_loaders; a pretrained model brings its preprocessing."""
+    """Return the arguments of get_data_loaders; a pretrained model supplies the preprocessing."""
     data = dict(data_dir=options.data_dir, img_size=options.img_size, dataset=options.dataset,
                 in_channels=options.in_channels, val_fraction=options.val_fraction, seed=options.seed,
                 workers=options.num_workers, skip_corrupt=options.skip_corrupt)
@@ -921,7 +921,7 @@ def _pretrained_model(options, folder, saved):
 
 
 def _model_name(options, img_size):
-    """Return the name of the model: its name in MODELS, or that of the pretrained file or its run."""
+    """Return the model's name in MODELS, or the name of the pretrained file or its run."""
     if not options.pretrained:
         return options.model or ("vit_nano" if img_size <= SMALL_SIDE else "vit_tiny")
     path = Path(options.pretrained)
@@ -929,7 +929,7 @@ def _model_name(options, img_size):
 
 
 def new_model(name, recipe, train_loader):
-    """Return a new model for the loader's images and classes, whitened if the recipe asks for it."""
+    """Return a new model for the loader's images and classes, whitened if the recipe specifies it."""
     model = build_model(name, n_classes=len(train_loader.class_names), img_size=train_loader.img_size,
                         in_channels=train_loader.preprocessing.n_channels, **recipe.model_options)
     if recipe.whiten and model.whitening_layer() is not None:
@@ -947,7 +947,7 @@ def first_images(loader, n_images):
 
 
 def _choose_run_recipe(options, saved, name, train_loader, device):
-    """Return the recipe with what the options override.
+    """Return the recipe, with parts of it overridden by the options.
 
     It is the recipe of the resumed run, the one in the options, or the one that choose_recipe picks.
     """
@@ -961,15 +961,15 @@ def _choose_run_recipe(options, saved, name, train_loader, device):
     check_choice("recipe", options.recipe, RECIPES)
     recipe = RECIPES[options.recipe]
     if recipe.model not in (None, name) and not options.pretrained:
-        raise InputError(f"--recipe {options.recipe} is for --model {recipe.model}, but the model is {name}; give "
-                         f"--model {recipe.model} or another recipe")
+        raise InputError(f"--recipe {options.recipe} is for --model {recipe.model}, but the model is {name}; use "
+                         f"--model {recipe.model} or a different recipe")
     if min(size) < recipe.smallest:
         raise InputError(f"--recipe {options.recipe} needs images of at least {recipe.smallest} pixels, but these "
-                         f"have {min(size)}; choose a larger --img-size or another recipe")
+                         f"have {min(size)}; choose a larger --img-size or a different recipe")
     pixels = chosen(options, "shift", "flip", "cutout")
     if pixels and not isinstance(train_loader, MemoryLoader):
         raise InputError(f"--{next(iter(pixels))} is for small images in memory, of at most {SMALL_SIDE} pixels; "
-                         f"photographs are cropped, mirrored and recoloured as they are read: leave it out, or give "
+                         f"photographs are cropped, mirrored and recoloured as they are read: leave it out, or set "
                          f"--img-size {SMALL_SIDE}")
     train = chosen(options, "optimizer", "weight_decay", "schedule")
     if options.lr is not None:
@@ -1002,7 +1002,7 @@ def _make_trainer(options, recipe, model, trained, train_loader, device):
 
 
 def _budget(options):
-    """Return the length in minutes, or None if it is given in epochs or steps."""
+    """Return the length in minutes, or None if it is set in epochs or steps."""
     in_steps = options.epochs or options.steps or (options.freeze_backbone and not options.minutes)
     return None if in_steps else options.minutes or MINUTES
 
@@ -1020,12 +1020,12 @@ def _count_steps(options, trainer, loaders, spent):
                            trainer.config)
     if n_steps < len(loaders[0]):
         print(f"Warning: {minutes:g} minutes are too short to use each image once ({n_steps} of {len(loaders[0])} "
-              f"steps); give more --minutes, a smaller --img-size or a smaller model.")
+              f"steps); use more --minutes, a smaller --img-size or a smaller model.")
     return n_steps
 
 
 def _describe_run(options, name, recipe, model, train, val, trainer):
-    """Print what is trained on what, with warnings; `train` and `val` are the loaders of the images."""
+    """Print the model, the data and the recipe, with warnings; `train` and `val` are the loaders of the images."""
     frozen = f", {count_parameters(trainer.model):,} of them trained" if options.freeze_backbone else ""
     print(f"{name}: {count_parameters(model):,} parameters{frozen}; {train.dataset_name}: "
           f"{train.n_images:,} training and {val.n_images:,} validation images of {_describe_images(train)}, "
@@ -1100,7 +1100,7 @@ def fit(run, interrupts):
     except InputError as error:
         raise InputError(f"{error}. {_what_is_saved(error, run.folder, saver, n_steps, resume)}") from error
     interrupts.held = False
-    interrupts.advice = f"the training is finished, but not its test; resume with: {resume}"
+    interrupts.advice = f"the training has finished, but the test has not; resume with: {resume}"
     if interrupts.caught:
         raise Interrupted(interrupts.caught, interrupts.advice)
     broadcast_object(None)  # the first process has written best.pt
@@ -1127,7 +1127,7 @@ def finish(run, history, seconds):
     best, first = load(run.folder / BEST), process_number() == 0
     result = _training_result(run, history, seconds)
     if first:
-        write_json(result, run.folder / "result.json")  # before the test, so that a bad test image loses nothing
+        write_json(result, run.folder / "result.json")  # before the test, so that a bad test image does not lose it
         save_figure(plot_training_curves(history), run.folder / "curves.png")
     loader, split = get_test_loader(**run.data), "test"
     if loader is not None and run.entries["test_files"] not in (None, _fingerprint(loader)):
@@ -1135,8 +1135,8 @@ def finish(run, history, seconds):
               f"images that are there now.")
     if loader is None:
         loader, split = run.val_loader, "val"
-        print("There are no test images, so the accuracies below are those of the validation images, which chose the "
-              "best epoch. Fitting a linear classifier for comparison ...", flush=True)
+        print("There are no test images, so the accuracies below are on the validation images, which also chose "
+              "the best epoch. Fitting a linear classifier for comparison ...", flush=True)
     else:
         print("Testing the best model, and fitting a linear classifier for comparison ...", flush=True)
     if run.options.dry_run:
@@ -1164,7 +1164,7 @@ def finish(run, history, seconds):
 
 
 def _training_result(run, history, seconds):
-    """Print the result of the training in short, and return its entries of result.json."""
+    """Print a summary of the training, and return its entries of result.json."""
     objective, trainer = run.trainer.objective, run.trainer
     epoch = objective.best_epoch(history)
     best = history[objective.criterion][epoch - 1]
@@ -1180,7 +1180,7 @@ def _training_result(run, history, seconds):
 
 
 def _compare_with_linear(run, score, split, loader):
-    """Print the accuracy beside that of a linear classifier, and return both as result entries."""
+    """Print the accuracies of the model and of a linear classifier, and return both as entries of the result."""
     train_loader, val_loader = run.train_loader, run.val_loader
     for each in (val_loader, loader):
         each.set_shard(0, 1)  # only the first process computes what follows
@@ -1232,7 +1232,7 @@ def _complete_result(folder):
 def report_skipped(files):
     """Print which image files were skipped, if there were any."""
     for file in files[:5]:
-        print(f"Left out, as it cannot be read: {file}")
+        print(f"Skipped, because it cannot be read: {file}")
     if len(files) > 5:
         print(f"... and {len(files) - 5} more, {len(files)} in all.")
 
@@ -1241,7 +1241,7 @@ def report_skipped(files):
 
 
 WORKERS_HELP = "processes that read photographs, 0 for none (default: one per core, at most 8)"
-AMP_HELP = "mixed precision (default: auto, bf16 or fp16 if the hardware is fast at it, otherwise float32)"
+AMP_HELP = "mixed precision (default: auto, bf16 or fp16 if the hardware computes fast in it, otherwise float32)"
 DEVICE_HELP = "auto, cpu, cuda, cuda:N or mps (default: %(default)s)"
 DESCRIPTION = """\
 Train a model on a folder with one folder of images per class.
@@ -1259,16 +1259,16 @@ commands for a trained model, each with --help:
 
 
 def make_parser():
-    """Return the parser of a training: first the everyday options, then all others in groups."""
+    """Return the parser of a training run: first the everyday options, then all others in groups."""
     parser = OneLineParser(
         prog="train_vit.py", description=DESCRIPTION, formatter_class=HelpFormatter, add_help=False,
         usage="python train_vit.py [options]\n       python train_vit.py COMMAND [options]",
         epilog="models:\n" + textwrap.fill(", ".join(MODELS), 78, initial_indent="  ", subsequent_indent="  "))
     group = parser.add_argument_group("everyday options")
     group.add_argument("--data-dir", default="./data", metavar="FOLDER", help="folder with one folder of images per "
-                       "class, or with a known data set (default: %(default)s; if there is none, drawn shapes)")
+                       "class, or with a supported data set (default: %(default)s; if it does not exist, drawn shapes)")
     group.add_argument("--pretrained", metavar="NAME|PATH", help="start from trained weights: a name that `inspect` "
-                       "lists, a checkpoint, or a folder of transformers or timm (default: new weights)")
+                       "lists, a checkpoint, or a folder written by transformers or timm (default: new weights)")
     group.add_argument("--model", metavar="NAME", help="model to train from new weights; all are listed below "
                        "(default: vit_nano for images up to 64 pixels, otherwise vit_tiny)")
     length = group.add_mutually_exclusive_group()
@@ -1289,12 +1289,12 @@ def make_parser():
 
     group = parser.add_argument_group("data and augmentation")
     group.add_argument("--dataset", default="auto", metavar="NAME", help=f"{', '.join(DATASETS)} (default: "
-                       "%(default)s, what --data-dir holds)")
+                       "%(default)s, detected in --data-dir)")
     group.add_argument("--img-size", type=int_at_least(1), nargs="+", action=Size, metavar="PIXELS",
                        help="side, or height and width, in pixels (default: the size of the pretrained model; small "
-                       "images keep theirs; otherwise 224)")
+                       "images keep their size; otherwise 224)")
     group.add_argument("--in-channels", type=int_at_least(1), metavar="N", help="1 for grey, 3 for colour, 4 for "
-                       "colour with transparency (default: those of the pretrained model, otherwise 3)")
+                       "colour with transparency (default: as in the pretrained model, otherwise 3)")
     group.add_argument("--val-fraction", type=float, default=0.1, metavar="F", help="fraction of the training images "
                        "held out for validation if there is no val folder (default: %(default)s)")
     group.add_argument("--skip-corrupt", action="store_true", help="skip image files that cannot be read, and report "
@@ -1324,7 +1324,7 @@ def make_parser():
     length._group_actions.append(steps)  # listed here, but still exclusive with --minutes and --epochs
     group.add_argument("--recipe", metavar="NAME", help=f"named settings: {', '.join(RECIPES)} (default: chosen by "
                        f"model, image size and minutes, and printed)")
-    group.add_argument("--batch-size", type=int_at_least(1), metavar="N", help="images in a step, over all processes "
+    group.add_argument("--batch-size", type=int_at_least(1), metavar="N", help="images per step, over all processes "
                        "(default: the recipe's)")
     group.add_argument("--optimizer", choices=OPTIMIZERS, help="rule that updates the weights (default: the "
                        "recipe's)")
@@ -1332,8 +1332,8 @@ def make_parser():
     group.add_argument("--schedule", choices=SCHEDULES, help="how the learning rate falls (default: the recipe's)")
     group.add_argument("--warmup-epochs", type=Bounded(float, 0, sys.float_info.max, "0 or more"), metavar="N",
                        help="epochs in which the learning rate rises (default: 5%% of the run)")
-    group.add_argument("--layer-decay", type=Bounded(float, 0.01, 1, "0.01 to 1"), metavar="F", help="factor from each "
-                       "layer's learning rate to that of the layer before it, such as 0.75 to fine-tune (default: 1)")
+    group.add_argument("--layer-decay", type=Bounded(float, 0.01, 1, "0.01 to 1"), metavar="F", help="each layer's "
+                       "learning rate as a fraction of the next layer's, such as 0.75 for fine-tuning (default: 1)")
 
     group = parser.add_argument_group("loss and regularisation")
     group.add_argument("--class-weights", action="store_true", help="give every class the same weight in the loss, and "
@@ -1346,7 +1346,7 @@ def make_parser():
     group.add_argument("--drop-path", type=float, metavar="P", help="stochastic depth: probability of skipping the "
                        "last block, lower for earlier ones (default: the model's)")
     group.add_argument("--model-ema", type=Bounded(float, 0, 1, "0 to 1"), nargs="?", const=0.999, metavar="DECAY",
-                       help="keep a moving average of the weights, and evaluate it (decay without a number: 0.999; "
+                       help="keep a moving average of the weights, and evaluate it (decay if no number follows: 0.999; "
                        "default: the recipe's)")
 
     group = parser.add_argument_group("checkpoints and resuming (see also --output-dir and --resume)")
@@ -1356,16 +1356,16 @@ def make_parser():
     group = parser.add_argument_group("devices, memory and speed (see also --device)")
     group.add_argument("--num-workers", "--workers", type=int_at_least(0), metavar="N", help=WORKERS_HELP)
     group.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help=AMP_HELP)
-    group.add_argument("--compile", action="store_true", help="train through torch.compile")
+    group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
     group.add_argument("--grad-accum-steps", "--accumulate", type=int_at_least(1), default=1, metavar="N",
-                       help="parts in which a batch passes through the model, to save memory (default: %(default)s)")
+                       help="number of parts into which a batch is split, to save memory (default: %(default)s)")
     group.add_argument("--grad-checkpointing", action="store_true", help="recompute the layers in the backward pass, "
                        "to save memory at the cost of one more forward pass")
     return parser
 
 
 def parse(argv=None):
-    """Return the options of a training; `given` holds {name: value} of those on the command line."""
+    """Return the options of a training run; `given` holds {name: value} of the options on the command line."""
     options = make_parser().parse_args(argv)
     unset = object()
     blank = argparse.Namespace(**dict.fromkeys(vars(options), unset))
@@ -1374,7 +1374,7 @@ def parse(argv=None):
     if options.recipe:
         check_choice("recipe", options.recipe, tuple(RECIPES))
     if options.resume and options.dry_run:
-        raise InputError("--dry-run starts a run of its own and cannot resume another; leave out --resume")
+        raise InputError("--dry-run starts a new run and cannot resume one; leave out --resume")
     if options.freeze_backbone and options.layer_decay:
         raise InputError("--layer-decay cannot be combined with --freeze-backbone, which trains only the last layer; "
                          "leave one of them out")
@@ -1404,7 +1404,7 @@ def _as_words(options):
 
 
 def command(*words):
-    """Return a command of this script as one would type it, with torchrun if there are several processes."""
+    """Return a command of this script as it would be typed, with torchrun if there are several processes."""
     start = ["python"] if n_processes() == 1 else ["torchrun", f"--nproc-per-node={n_processes()}"]
     join = subprocess.list2cmdline if os.name == "nt" else shlex.join
     return join([*start, "train_vit.py", *map(str, words)])
@@ -1422,9 +1422,9 @@ def _command_of(options, n_steps):
 # What the images of a loader are, by DatasetLoader.split.
 SPLITS = {
     "test": "test images",
-    "val": "validation images, as there are no test images; a training on this folder chose its best epoch with them",
-    "held out": "validation images, held out of the training, which chose its best epoch with them",
-    "all": "images, all of the folder: a test only if the model was trained on none of them",
+    "val": "validation images, because there are no test images; a run on this folder chose its best epoch with them",
+    "held out": "validation images, held out of the training run, which chose its best epoch with them",
+    "all": "images, the whole folder: a fair test only if the model was trained on none of them",
 }
 
 
@@ -1435,25 +1435,25 @@ Measure the accuracy of a model on a set of images, and write a confusion
 matrix and the worst mistakes into a folder.
 
 The images are the first of these that exist: the test images; the validation
-images; those that the training of the model held out of this folder; all
-images.
+images; the images of this folder that were held out when the model was trained;
+all images.
 
 example:
   python train_vit.py evaluate --checkpoint runs/NAME/best.pt --data-dir photos""")
     group = _add_checkpoint(parser)
     group.add_argument("--data-dir", default=DEFAULT_DATA_DIR, metavar="FOLDER", help="folder with one folder of "
-                       "images per class, or with a known data set (default: %(default)s; if there is none, drawn "
-                       "shapes)")
+                       "images per class, or with a supported data set (default: %(default)s; if it does not exist, "
+                       "drawn shapes)")
     group.add_argument("--output-dir", metavar="FOLDER", help="new folder for the results (default: "
                        "runs/evaluation-<data>-<n>)")
     group.add_argument("--dataset", default="auto", metavar="NAME", help=f"{', '.join(DATASETS)} (default: "
-                       f"%(default)s, what --data-dir holds)")
+                       f"%(default)s, detected in --data-dir)")
     group.add_argument("--skip-corrupt", action="store_true", help="skip image files that cannot be read, and report "
                        "them")
     _add_help(group)
     _add_file_options(parser)
     group = _add_device(parser)
-    group.add_argument("--batch-size", type=int_at_least(1), default=64, metavar="N", help="images computed at a time "
+    group.add_argument("--batch-size", type=int_at_least(1), default=64, metavar="N", help="images per forward pass "
                        "(default: %(default)s)")
     group.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help=AMP_HELP)
     group.add_argument("--num-workers", "--workers", type=int_at_least(0), metavar="N", help=WORKERS_HELP)
@@ -1502,9 +1502,9 @@ def _evaluation_loader(model, options):
 
 
 def _training_cut(checkpoint, data_dir):
-    """Return (loader arguments, fingerprint of the held-out images) of a training on this folder.
+    """Return (loader arguments, fingerprint of the held-out images) of the run that trained on this folder.
 
-    They are ({}, None) if the checkpoint does not say that it was trained on this folder.
+    They are ({}, None) if the checkpoint does not record that it was trained on this folder.
     """
     entries = read_file(checkpoint) if Path(checkpoint).is_file() else {}  # the training of a named model is unknown
     training = entries.get("options") or {}
@@ -1516,7 +1516,7 @@ def _training_cut(checkpoint, data_dir):
 
 
 def _test_fingerprint(data):
-    """Return the fingerprint of the current names of the test images, or None without such files."""
+    """Return the fingerprint of the names of the current test images, or None if there are no such files."""
     if choose_set(data["data_dir"], data["dataset"], None) != "folder":
         return None
     folder = FolderSet(data["data_dir"])
@@ -1526,7 +1526,7 @@ def _test_fingerprint(data):
 
 
 def _fingerprint(loader):
-    """Return a checksum of the names of a loader's files, skipped ones included, or None without files."""
+    """Return a checksum of the names of a loader's files, skipped ones included, or None if it has no files."""
     return None if loader.files is None else _fingerprint_of({*map(str, loader.files), *map(str, loader.skipped)})
 
 
@@ -1541,8 +1541,8 @@ def _describe_score(found, loader):
     n_seen = (found.confusion.sum(dim=1) > 0).sum().item()
     lines = [f"{loader.dataset_name}: {found.n:,} {SPLITS.get(loader.split, 'images')}"]
     if loader.skipped:
-        lines.append(f"left out: {len(loader.skipped)} image files that cannot be read")
-    lines += [f"accuracy           {percent(found.correct, found.n)}, {found.correct:,} right (95% Wilson interval)",
+        lines.append(f"skipped: {len(loader.skipped)} image files that cannot be read")
+    lines += [f"accuracy           {percent(found.correct, found.n)}, {found.correct:,} correct (95% Wilson interval)",
               f"balanced accuracy  {found.balanced_accuracy:.1%}, the mean of the recalls of {n_seen} classes"]
     if n_seen < len(found.class_names):
         lines[-1] += f"; the other {len(found.class_names) - n_seen} have no images here"
@@ -1551,7 +1551,7 @@ def _describe_score(found, loader):
     places, heading = range(len(found.class_names)), "recall of each class:"
     if n_seen > 20:
         places = class_recalls(found.confusion).argsort(stable=True)[:20].tolist()  # classes without images come last
-        heading = "recall of the 20 classes with the lowest:"
+        heading = "the 20 classes with the lowest recall:"
     classes = _per_class(found)
     shown = [classes[place] for place in places if classes[place][1]]
     width = max(len(name) for name, _, _ in shown)
@@ -1605,13 +1605,13 @@ def predict_command(argv=None):
     """Run `train_vit.py predict`."""
     parser = _make_command_parser("predict", "--checkpoint FILE IMAGE [IMAGE ...] [options]", """\
 Name the most probable classes of images, one line per file. Files that cannot
-be read are named on stderr; the others are predicted, and the exit code is 2.
+be read are named on stderr; the others are classified, and the exit code is 2.
 
 example:
   python train_vit.py predict --checkpoint runs/NAME/best.pt a.jpg folder""")
     group = _add_checkpoint(parser)
     group.add_argument("images", nargs="+", metavar="IMAGE", help="image file, or a folder with image files at any "
-                       "depth; hidden ones are left out")
+                       "depth; hidden files are ignored")
     group.add_argument("--top", type=int_at_least(1), default=3, metavar="N", help="number of classes to name "
                        "(default: %(default)s)")
     group.add_argument("--json", action="store_true", help='print a JSON list of {"file", "predictions": [{"class", '
@@ -1673,7 +1673,7 @@ def export_command(argv=None):
     """Run `train_vit.py export`."""
     parser = _make_command_parser("export", "--checkpoint FILE [options]", """\
 Write a model as one ONNX file, for programs without PyTorch, and compare its
-logits with the model's. Needs the packages onnx and onnxscript.
+logits with the model's. This needs the packages onnx and onnxscript.
 
 example:
   python train_vit.py export --checkpoint runs/NAME/best.pt""")
@@ -1684,7 +1684,7 @@ example:
     options = parser.parse_args(argv)
     path = Path(options.output or Path(options.checkpoint).with_suffix(".onnx"))
     if path.exists():
-        raise InputError(f"{path} exists already; choose another name with --output, or remove it")
+        raise InputError(f"{path} already exists; choose a different name with --output, or remove the file")
     model = load(options.checkpoint, **chosen(options, "n_heads", "class_names"))
     difference = export_onnx(model, path)
     height, width = pair(model.config.img_size)
@@ -1713,7 +1713,7 @@ examples:
     options = parser.parse_args(argv)
     if options.file in PRETRAINED and not Path(options.file).exists():
         raise InputError(f"{options.file} is the name of a pretrained model; expected a file. "
-                         f"load({options.file!r}) makes that model")
+                         f"load({options.file!r}) builds that model")
     print(describe_checkpoint(options.file, **chosen(options, "n_heads")) if options.file else describe_pretrained())
 
 
@@ -1732,7 +1732,7 @@ def _add_help(group):
 def _add_checkpoint(parser):
     """Add the group of everyday options, with --checkpoint, and return it."""
     group = parser.add_argument_group("everyday options")
-    group.add_argument("--checkpoint", required=True, metavar="FILE", help="best.pt of a training, which records "
+    group.add_argument("--checkpoint", required=True, metavar="FILE", help="best.pt of a run, which records "
                        "classes, image size and normalisation; a pretrained model's name, or a file or folder of "
                        "another library")
     return group
@@ -1757,13 +1757,13 @@ COMMANDS = dict(evaluate=evaluate_command, predict=predict_command, export=expor
 
 
 def main(argv=None):
-    """Run a training, or the command that is the first word of argv."""
+    """Train a model, or run the command that is the first word of argv."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
         COMMANDS[argv[0]](argv[1:])
         return
     if argv and argv[0][:1] != "-":
-        raise InputError(f"command {argv[0]!r} is unknown; expected {', '.join(COMMANDS)}, or options of a training")
+        raise InputError(f"command {argv[0]!r} is unknown; expected {', '.join(COMMANDS)}, or training options")
     options = parse(argv)
     if options.dry_run and options.output_dir is None:
         with tempfile.TemporaryDirectory() as folder:

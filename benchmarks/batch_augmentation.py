@@ -1,10 +1,10 @@
-"""Compare augmentation by the batch with torchvision's pipeline, which takes one image at a time.
+"""Compare augmentation in batches with torchvision's pipeline, which processes one image at a time.
 
     python benchmarks/batch_augmentation.py --keep
 
 Both shift 32-pixel images by up to 4 pixels, flip half of them, normalise them and stack batches of 128; the second
-row also hides a square of 8 pixels. The images are in memory on both sides, so that decoding is not counted. The two
-take turns on one core, and the table has medians over rounds.
+row also hides a square of 8 pixels. Both have the images in memory, so that decoding is not counted. The two take turns
+on one core, and the table shows medians over rounds.
 """
 
 import argparse

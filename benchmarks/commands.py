@@ -1,9 +1,9 @@
-"""The time of the commands that a reader runs first, and what the comparison of the shipped models measures.
+"""Measure the time of the commands that a reader runs first, and store the comparison of the shipped models.
 
     python benchmarks/commands.py          runs each command three times, in turns, and prints the seconds
     python benchmarks/commands.py --keep   also keeps both tables: `commands`, and `shipped` from cnn_vs_vit.py
 
-Wall time of a new process each, without a network; run it on a machine that does nothing else.
+Each time is the wall time of a new process, offline; run this on an otherwise idle machine.
 """
 
 import argparse

@@ -2,9 +2,10 @@
 
     python benchmarks/explorer.py --keep [--weights FILE]     results/explorer-*.json (about two minutes)
 
-One photograph at 8 x 8 to 37 x 37 patches, in a random ViT-S/16 and, with --weights, in a pretrained ViT-S/14. Chromium
-opens the page. The hover time is from the choice of another patch until the next frame is drawn, the median of 15. The
-error compares twenty random rows of attention, as the page computes them, with the model's own softmax.
+The page shows one photograph at 8 x 8 to 37 x 37 patches, in a random ViT-S/16 and, with --weights, in a pretrained
+ViT-S/14, and is opened in Chromium. The hover time is the time from choosing a different patch until the next frame is
+drawn, as a median of 15. The error compares twenty random rows of attention, as the page computes them, with the
+model's own softmax.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python benchmarks/factors.py --data-dir CIFAR speeds         measures the speed of each variant, on an idle machine
     python benchmarks/factors.py --data-dir CIFAR run            trains every variant that has no result yet
-    python benchmarks/factors.py --data-dir CIFAR run --minutes 10 --keep vit_nano adamw 0     trains one, and keeps it
+    python benchmarks/factors.py --data-dir CIFAR run --minutes 10 --keep vit_nano adamw 0     trains one and stores it
     python benchmarks/factors.py --data-dir CIFAR --amp bf16 ...  the same in bfloat16, on a CPU that has it
 """
 
@@ -46,7 +46,7 @@ REGULARISATION = {
     "24 pixels for 60%": LOW,
 }
 STEPS = {"average 0.99": dict(ema_decay=0.99), "batch 64": dict(batch_size=64), "batch 256": dict(batch_size=256)}
-FACTORS = {  # most for the ViT; the others have those whose effect may differ with convolutions
+FACTORS = {  # the ViT has most; the others have those whose effect may differ with convolutions
     "vit_nano": {"the recipe": {}, **ADAMW, **NOT_WHITENED, **ATTENTION,
                  "64 wide": dict(embed_dim=64, n_heads=2), "128 wide": dict(embed_dim=128, n_heads=4),
                  "128 wide, 3 deep": dict(embed_dim=128, n_heads=4, depth=3), "6 deep": dict(depth=6),
@@ -73,7 +73,7 @@ FACTORS = {  # most for the ViT; the others have those whose effect may differ w
 }
 SEEDS_OF_RECIPE = 3  # a change has one seed
 FREE = {"learning_rate", "schedule", "weight_decay", "label_smoothing", "whiten", "init", "position", "flip", "shift",
-        "cutout", "mixing"}  # these change the time of a step by less than it varies by itself
+        "cutout", "mixing"}  # these change the time of a step by less than its own variation
 AUGMENTATION = ("shift", "flip", "cutout")
 
 
@@ -116,7 +116,7 @@ def measure_speeds(model_name, loader, amp):
             wanted = 0 if i == 0 else ROUND_SECONDS * speeds[factor][0] / recipe.batch_size
             n_steps = max(2, round(wanted))
             if recipe.train.progressive_resize:
-                n_steps = 5 * max(1, round(wanted / 5))  # three steps of five use smaller images
+                n_steps = 5 * max(1, round(wanted / 5))  # three steps out of five use smaller images
             history = trainer.train(loader, n_steps=n_steps, learning_rate=1e-6, progress=False)
             speeds[factor].append(history["images_per_second"][0])
     return {factor: round(statistics.median(values[1:]), 1) for factor, values in speeds.items()}
@@ -140,7 +140,7 @@ def run_cell(model_name, factor, seed, minutes, loaders, speed, amp="off"):
 
 
 def speed_of(model_name, factor, amp):
-    """Return the measured images per second of a variant; a change that costs no time has the recipe's."""
+    """Return the measured images per second of a variant; a change that costs no time has the recipe's speed."""
     path = HERE / "results" / f"speeds-{model_name}{suffix(amp)}.json"
     speeds, changes = json.loads(path.read_text())["result"]["speeds"], costly(FACTORS[model_name][factor])
     return speeds[next((name for name, those in FACTORS[model_name].items() if those == changes), factor)]
@@ -174,8 +174,9 @@ def main():
 
     A variant trains for as many steps as fit into 2 minutes on an idle machine. The speeds are measured first, on all
     cores, in rounds in which all variants of a model take turns. The result of those steps does not depend on the load
-    of the machine, so two trainings run at a time, each on one thread. Speeds and results in bfloat16 are kept apart
-    from those in float32. The validation images are the 5,000 that train_vit.py splits off; no test image is read.
+    of the machine, so two runs train at a time, each on one thread. Speeds and results in bfloat16 are stored
+    separately from those in float32. The validation images are the 5,000 that train_vit.py splits off; no test image is
+    read.
     """
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data-dir", required=True)

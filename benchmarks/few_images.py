@@ -1,4 +1,4 @@
-"""Train on 500 images of five classes: from scratch, fine-tuned, and as a linear probe.
+"""Train on 500 images of five classes: from scratch, with fine-tuning, and with a linear probe.
 
     python benchmarks/few_images.py --data-dir CIFAR             trains in runs/few-images; resumes interrupted runs
     python benchmarks/few_images.py --data-dir CIFAR --keep      also keeps the results in benchmarks/results/
@@ -56,9 +56,9 @@ def train_vit(*words):
 def main():
     """Pretrain, train every method with every learning rate and seed, and score the best rate.
 
-    CIFAR holds train/<class>/ and test/<class>/ of CIFAR-10. vit_nano is pretrained on airplane, bird, deer, horse and
-    truck (25,000 images). Then each of three seeds draws 100 images each of automobile, cat, dog, frog and ship: 90 to
-    train on and 10 to validate. The learning rate of a method is the best of three by validation accuracy, as a mean
+    CIFAR contains train/<class>/ and test/<class>/ of CIFAR-10. vit_nano is pretrained on airplane, bird, deer, horse
+    and truck (25,000 images). Then each of three seeds draws 100 images each of automobile, cat, dog, frog and ship: 90
+    to train on and 10 to validate. The learning rate of a method is the best of three by validation accuracy, averaged
     over the seeds. The 5,000 test images are read once per method and seed, after that choice.
     """
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])

@@ -19,7 +19,7 @@ PACKAGES = ("timm", "torchvision", "transformers")
 
 
 def how_verified(name):
-    """Say how far the files of a source are real ones."""
+    """Return whether the files of a source are real, and what they were checked against."""
     if name.startswith(PACKAGES):
         return "yes: the package's own model and names"
     if name.startswith("Google"):

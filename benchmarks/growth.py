@@ -2,9 +2,10 @@
 
     python benchmarks/growth.py --keep        writes results/growth-*.json and figures/growth.png
 
-Four blocks of ViT-Tiny (D 192, 3 heads) on one image of N = 64 to 4,096 patches; pool="mean", so that the last block
-computes every token. For each N the two kinds of attention take turns, in inference and in training (forward and
-backward); the median of the rounds is kept. Memory is analysis.cost.peak_memory.
+The model has four blocks of ViT-Tiny (D = 192, 3 heads) and reads one image of N = 64 to 4,096 patches, with
+pool="mean", so that the last block computes every token. For each N the two kinds of attention take turns, in inference
+and in training (forward and backward); the median over the rounds is kept. Memory is measured with
+analysis.cost.peak_memory.
 """
 
 import argparse
@@ -72,7 +73,7 @@ def seconds_of(model, images, train):
 
 
 def measure(grid, n_rounds, device):
-    """Return two dicts of one size: {(path, train): seconds} and {(path, train): bytes}."""
+    """Return two dicts for one size: {(path, train): seconds} and {(path, train): bytes}."""
     torch.manual_seed(0)
     model = vit_model.VisionTransformer(4 * grid, 4, 3, 10, D, DEPTH, 3, pool="mean", position="none").to(device)
     images = torch.rand(1, 3, 4 * grid, 4 * grid, device=device)
@@ -98,7 +99,7 @@ def exponent(sizes, values):
 def draw(result, save_path=None):
     """Draw time (left) and memory (right) against the number of tokens.
 
-    The count of multiplications is drawn beside the times, scaled to fused inference at the largest size.
+    The number of multiplications is drawn with the times, scaled to fused inference at the largest size.
     """
     figure = new_figure(12.5, 5.4)
     sizes = result["tokens"]
@@ -118,10 +119,10 @@ def draw(result, save_path=None):
     counted = np.array(result["multiplications"], dtype=float)
     time_axes.plot(sizes, counted * fused["seconds"][-1] * 1e3 / counted[-1], color=GREEN, linestyle=":", linewidth=2.5,
                    label=f"12 N D² + 2 N² D, scaled: N^{result['multiplications_exponent']:.2f}")
-    time_axes.set(ylabel="milliseconds a pass", title="Time")
+    time_axes.set(ylabel="milliseconds per pass", title="Time")
     memory_axes.set(ylabel="MiB beyond weights and image", title="Peak memory")
     for axes in (time_axes, memory_axes):
-        axes.legend(fontsize=10, title="slope from the upper half")
+        axes.legend(fontsize=10, title="slope over the upper half")
     figure.suptitle(f"Four blocks of ViT-Tiny, one image, float32, {result['device']}", fontsize=14)
     return finish(figure, save_path)
 

@@ -1,11 +1,11 @@
-"""Kill trainings at random instants, resume them, and compare them with an uninterrupted run.
+"""Kill training runs at random times, resume them, and compare them with an uninterrupted run.
 
     python benchmarks/kills.py            sends 30 SIGKILLs
     python benchmarks/kills.py --keep     also keeps the outcome in benchmarks/results/
 
-Three kinds of run take turns: a ViT in memory with stochastic depth, an average of the weights and class weights; a
-ViT on photographs that worker processes read and augment; a ConvNet with batch statistics and batches in three parts.
-A third of the kills wait until a file of the run is being written, and strike then.
+Three kinds of run take turns: a ViT on images in memory, with stochastic depth, averaged weights and class weights; a
+ViT on photographs that worker processes read and augment; a ConvNet with batch normalisation and gradient accumulation
+over three parts. A third of the kills happen while a file of the run is being written.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def start(photos, folder, words):
 
 
 def run_to_the_end(photos, folder, words):
-    """Run a training to its end and return the seconds; a failure raises RuntimeError with the output."""
+    """Run training to its end and return the seconds; raise RuntimeError with the output if it fails."""
     started, process = time.monotonic(), start(photos, folder, words)
     output, _ = process.communicate()
     if process.returncode:
@@ -82,7 +82,7 @@ def run_and_kill(photos, folder, words, seconds, in_a_write):
 
 
 def outcome(folder):
-    """Return what must be equal: the tensors by name, and the history without its times."""
+    """Return the values that must be equal: the tensors by name, and the history without its times."""
     tensors = {}
     for file in ("last.pt", "best.pt"):
         entries = read_checkpoint(folder / file)
@@ -111,7 +111,7 @@ def same(one, other):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the instants (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the times of the kills (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="keep the outcome in benchmarks/results/")
     options = parser.parse_args()
     chance, rows = random.Random(options.seed), []
@@ -135,7 +135,7 @@ def main():
             shutil.rmtree(folder)
     equal, in_writes = sum(row["equal"] for row in rows), sum(bool(row["in_a_write_of"]) for row in rows)
     print(f"{equal} of {len(rows)} runs ended with every tensor and every row of the history equal; {in_writes} kills "
-          f"hit a file while it was being written")
+          f"interrupted the writing of a file")
     if options.keep:
         write_cell("kills", "cpu", options.seed, "python benchmarks/kills.py --keep", dict(device="cpu", rows=rows))
     sys.exit(equal < len(rows))

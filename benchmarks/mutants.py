@@ -1,13 +1,13 @@
 """Mutation testing: change the code at random places, one at a time, and run the tests.
 
     python benchmarks/mutants.py                      draws 30 mutants
-    python benchmarks/mutants.py --n 5 --seed 1       draws others
+    python benchmarks/mutants.py --n 5 --seed 1       draws 5 different ones
     python benchmarks/mutants.py --keep               also keeps the outcome in benchmarks/results/
 
 A mutant is a copy of the repository with one changed expression or statement in vit_bridge's data, weights, training or
-analysis, or in the Trainer. Its kind is drawn first, then its place. The module's own tests run first, then those that
-name the module, then all quick tests, then the slow tests of those files, up to the first failure. A mutant that
-survives shows a gap in the tests, or changes nothing: then EQUIVALENT says why.
+analysis, or in the Trainer. Its kind is drawn first, then its position. The module's own tests run first, then the
+tests that name the module, then all quick tests, then the slow tests of those files, until the first failure. A mutant
+that survives shows a gap in the tests, unless it changes nothing; EQUIVALENT records the reason.
 """
 
 import argparse
@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 from results import write_cell
 
 ROOMS = ("data", "weights", "training", "analysis")  # of vit_bridge
-TRAINER = {"train_vit.py": ("Trainer", "TrainState")}  # {file: classes}, outside these rooms
+TRAINER = {"train_vit.py": ("Trainer", "TrainState")}  # {file: classes}, outside these packages
 COMPARISONS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "in": "not in", "not in": "in",
                "is": "is not", "is not": "is"}
 SWAPS = {"+": "-", "-": "+", "*": "/", "/": "*", "//": "*", "%": "*", "and": "or", "or": "and", "min": "max",
@@ -39,7 +39,7 @@ SWAPS = {"+": "-", "-": "+", "*": "/", "/": "*", "//": "*", "%": "*", "and": "or
 ARITHMETIC = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//", ast.Mod: "%"}
 TIMEOUT = 1200  # seconds of a test run; a mutant that makes the tests hang counts as killed
 
-# Mutants that change nothing that a user could see: {(file, the changed line): why}.
+# Mutants that change nothing that a user could see: {(file, the changed line): reason}.
 EQUIVALENT = {
     ("vit_bridge/data/loaders.py", 'def get_test_loader(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, '
                                    'dataset="auto", val_fraction=0.2,'): "val_fraction changes nothing there",
@@ -50,7 +50,7 @@ EQUIVALENT = {
 
 
 class Places(ast.NodeVisitor):
-    """The places of a source that can be changed: `found` is [(kind, start, end, new text)], in characters.
+    """The positions in a source file that can be changed: `found` is [(kind, start, end, new text)], in characters.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ class Places(ast.NodeVisitor):
         return self.offset(node.lineno, node.col_offset), self.offset(node.end_lineno, node.end_col_offset)
 
     def swap(self, kind, start, end, swaps):
-        """Add a swap of the operator in the text between two operands, which may hold parentheses too."""
+        """Add a swap of the operator in the text between two operands, which may also contain parentheses."""
         words = "|".join(re.escape(word) for word in sorted(swaps, key=len, reverse=True))
         operator = re.search(rf"(?<!\w)({words})(?!\w)" if kind == "and, or" else rf"({words})", self.source[start:end])
         if operator:
@@ -155,7 +155,7 @@ class Places(ast.NodeVisitor):
 
 
 def changed_constant(value):
-    """Return the text of another value of the same type; None for text and other types."""
+    """Return the text of a different value of the same type; None for text and other types."""
     if isinstance(value, bool):
         return str(not value)
     if isinstance(value, int):
@@ -178,9 +178,9 @@ def all_places(root):
 
 
 def draw_breaks(places, n, seed):
-    """Draw n mutants, no place twice: [(kind, file, start, end, new text)].
+    """Draw n mutants, no position twice: [(kind, file, start, end, new text)].
 
-    Each kind is equally likely, however many places it has.
+    Each kind is equally likely, regardless of its number of positions.
     """
     chance, left, drawn = random.Random(seed), {kind: list(own) for kind, own in places.items()}, []
     while len(drawn) < n and any(left.values()):
@@ -228,7 +228,7 @@ def who_sees(file, root):
     """Return the first test that fails, or None."""
     for words in stages_of(file, root):
         code, failed, _ = run_tests(root, words)
-        if code not in (0, 5):  # 5: no test was chosen
+        if code not in (0, 5):  # 5: no tests were selected
             return failed[0] if failed else f"pytest ends with {code}"
     return None
 

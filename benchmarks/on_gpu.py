@@ -1,10 +1,11 @@
-"""Check one GPU in one call of at most 9 minutes, without a network.
+"""Check one GPU in one call of at most 9 minutes, offline.
 
-    benchmarks/on_gpu.sh OUT                             tests, throughput, trainings; writes OUT/cells.json and logs
+    benchmarks/on_gpu.sh OUT                             tests, throughput, training; writes OUT/cells.json and logs
     python benchmarks/results.py gpu OUT/cells.json      adds the outcome to RESULTS.md
     benchmarks/on_gpu.sh OUT --dry-run                   runs a tiny version of everything on the CPU
 
-The trainings need CIFAR-10 (JPEG) in the checkout, in data/cifar10-jpeg/ or data/cifar10-jpeg.tar.xz; git ignores both.
+The training runs need CIFAR-10 (JPEG) in the checkout, in data/cifar10-jpeg/ or data/cifar10-jpeg.tar.xz; git ignores
+both.
 """
 
 import argparse
@@ -29,8 +30,8 @@ from vit_bridge.errors import InputError, first_line
 from vit_bridge.runtime import choose_device
 from vit_bridge.system import ROOT
 
-TOTAL_SECONDS = 520  # for the whole call; commands that still run then are killed
-TEST_SECONDS, THROUGHPUT_SECONDS, TRAINING_SECONDS = 150, 210, 70  # one training: 45 seconds, plus start and test
+TOTAL_SECONDS = 520  # for the whole call; commands still running then are killed
+TEST_SECONDS, THROUGHPUT_SECONDS, TRAINING_SECONDS = 150, 210, 70  # one run: 45 seconds, plus start and test
 TRAINED = ("vit_nano", "hybrid", "convnet")
 DRY_ENVIRONMENT = dict(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1")  # torch.compile then returns the model unchanged
 IMAGES = ROOT / "data" / "cifar10-jpeg"
@@ -38,7 +39,7 @@ TAIL = 2000  # characters of a failed command's output that are kept
 
 
 class Check:
-    """The parts of the check, one after the other; each adds its cells and rewrites the file."""
+    """The parts of the check, run one after the other; each adds its cells and rewrites the file."""
 
     def __init__(self, out, scratch, device, dry_run):
         self.out, self.scratch, self.device, self.dry_run = out, scratch, device, dry_run

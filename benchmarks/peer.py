@@ -2,9 +2,9 @@
 
     python benchmarks/peer.py --data-dir CIFAR --minutes 10 --keep
 
-The script is written for a GPU and 200 epochs; ten minutes on 2 cores are a few of its steps. The generous form,
---batch-size 128 --fit-schedule, has smaller batches and a learning rate that falls within the given time. --bf16 is for
-CPUs that multiply in bfloat16.
+The script was written for a GPU and 200 epochs; ten minutes on 2 cores are enough for only a few of its steps. The more
+generous variant, --batch-size 128 --fit-schedule, has smaller batches and a learning rate that falls to zero within the
+available time. --bf16 is for CPUs with bfloat16 instructions.
 """
 
 import argparse
@@ -65,9 +65,9 @@ def count_right(model, loader):
 def main():
     """Train within the time limit, then read the test images once.
 
-    The script trains vit-pytorch's ViT: patches of 4, width 512, 6 blocks of 8 heads, an MLP of width 512, dropout 0.1.
-    It uses batches of 512 in float32, and Adam at 1e-4 with a cosine over 200 epochs. torchvision augments one image at
-    a time: RandAugment (2 operations, magnitude 14), a crop with 4 pixels of black border, a flip.
+    The script trains vit-pytorch's ViT: patches of 4, width 512, 6 blocks with 8 heads, an MLP of width 512, dropout
+    0.1. It uses batches of 512 in float32, and Adam at 1e-4 with a cosine over 200 epochs. torchvision augments one
+    image at a time: RandAugment (2 operations, magnitude 14), a crop with 4 pixels of black border, a flip.
     """
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data-dir", type=Path, required=True)

@@ -1,9 +1,10 @@
-"""Compare one process with several, and whole batches with split ones, on the same training.
+"""Compare one process with several, and whole batches with gradient accumulation, on the same training run.
 
     python benchmarks/processes.py            prints the largest differences
     python benchmarks/processes.py --keep     also keeps them in benchmarks/results/ and figures/processes.png
 
-There are 363 training, 40 validation and 43 test images, so that the last batch is short and the shares are uneven.
+There are 363 training, 40 validation and 43 test images, so that the last batch is small and the processes have unequal
+shares.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Keep the project's results, one JSON file each, and draw the page RESULTS.md from them.
+"""Keep the project's results, one JSON file each, and generate the page RESULTS.md from them.
 
     python benchmarks/results.py add TABLE runs/NAME     keeps the result of a run of train_vit.py in a table
     python benchmarks/results.py ship NAME runs/NAME     stores its best model in vit_bridge/weights/shipped, in 8 bits
@@ -25,118 +25,123 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from vit_bridge.system import commit, machine
 
 HERE = Path(__file__).parent
-ADDED = ("targets",)  # tables beside the training tables that take the result of a run
+ADDED = ("targets",)  # further tables that accept the result of a run
 TRAINING_TABLES = {
-    "shapes": "The drawn shapes, two minutes: `python train_vit.py --seed SEED`, which chooses the recipe "
-              "vit_nano_fast, and the same command with `--recipe classic`. The two recipes ran on different machines",
-    "cifar10-jpeg": "CIFAR-10 (JPEG), five minutes: `python train_vit.py --data-dir DIR --minutes 5 --model MODEL "
-                    "--recipe classic`. JPEG loses detail, so do not compare these accuracies with those published "
+    "shapes": "Two minutes on the drawn shapes, the synthetic data set of this project: `python train_vit.py --seed "
+              "SEED`, which chooses the recipe vit_nano_fast, and the same command with `--recipe classic`. The two "
+              "recipes ran on different machines",
+    "cifar10-jpeg": "Five minutes on CIFAR-10 (JPEG): `python train_vit.py --data-dir DIR --minutes 5 --model MODEL "
+                    "--recipe classic`. JPEG loses detail, so do not compare these accuracies with published results "
                     "for the original files",
     "weights": "The models in vit_bridge/weights/shipped: trained in float32 on the drawn shapes, and in bfloat16 for "
-               "ten minutes on CIFAR-10 (JPEG), called photographs here. Other work ran on the machine while the "
-               "hybrid and the ConvNet learned the photographs. The speed of the ConvNet was therefore "
-               "underestimated, and it made few steps. The command is in each result; `python benchmarks/results.py "
-               "ship NAME runs/RUN` then stores the model",
+               "ten minutes on CIFAR-10 (JPEG), called photographs here. The machine was also doing other work while "
+               "the hybrid and the ConvNet were trained on the photographs. The speed of the ConvNet was therefore "
+               "underestimated, and its run had few steps. Each result contains its command; `python "
+               "benchmarks/results.py ship NAME runs/RUN` then stores the model",
 }
 TABLES = {
     **TRAINING_TABLES,
-    "targets": "Test accuracy on CIFAR-10 (JPEG) after some minutes on 2 cores: `python train_vit.py --data-dir CIFAR "
-               "--minutes MINUTES --model MODEL --seed SEED`, kept by `python benchmarks/results.py add targets "
-               "runs/RUN`. `peer` is the plain ViT of a public script, rebuilt (`python benchmarks/peer.py`). Its "
-               "model is far larger than vit_nano and makes few steps in ten minutes (below the table), so its "
-               "accuracy says little about the method. `mirrored` is the accuracy if each test image is also shown "
-               "mirrored. `aim` is the project's own target. `seconds` is the time of training and validation: the "
-               "number of steps is fixed by the speed measured at the start, and the speed of the machine drifts",
+    "targets": "Test accuracy on CIFAR-10 (JPEG) after training for some minutes on 2 cores: `python train_vit.py "
+               "--data-dir CIFAR --minutes MINUTES --model MODEL --seed SEED`, kept by `python benchmarks/results.py "
+               "add targets runs/RUN`. `peer` is the plain ViT of a public script, rebuilt (`python "
+               "benchmarks/peer.py`). It is far larger than vit_nano and makes few steps in ten minutes (see below the "
+               "table), so its accuracy is little evidence about the method. `mirrored` is the accuracy if the "
+               "probabilities for each test image and its mirror image are averaged. `aim` is the project's own "
+               "target. `seconds` is the time of training and validation; it varies because the number of steps is "
+               "fixed by the speed measured at the start, and the speed of the machine drifts",
     "factors": "Ablation of the recipes: one component changed at a time, scored on the validation images of CIFAR-10 "
                "(JPEG). Each variant trains for as many steps as it makes in the given minutes on 2 cores (`python "
                "benchmarks/factors.py`). With 5,000 images, one standard error is 0.7 points at 60% and 0.5 at 85%; "
-               "the spread over seeds is below each table. A change that costs no time has the images/s of the "
-               "recipe. The cells of 10 minutes of vit_nano and hybrid rest on an older measurement of speed, which "
-               "gave variants with smaller images about a tenth too many steps",
-    "steps": "Where the time of a training step goes. The floor is the time that its multiplications would take at "
+               "the spread over seeds is below each table. A change that costs no time has the same images/s as the "
+               "recipe. The 10-minute results of vit_nano and hybrid are based on an older measurement of speed, "
+               "which led to about a tenth too many steps for variants with smaller images",
+    "steps": "How the time of a training step is spent. The floor is the time that its multiplications would take at "
              "the speed of a large matrix product on the same machine (`python benchmarks/steps.py --keep`)",
-    "augmentation": "Augmentation of 32-pixel images, in images per second on one core: ours takes batches of 128, "
+    "augmentation": "Augmentation of 32-pixel images, in images per second on one core: ours processes batches of 128, "
                     "torchvision's transforms one image at a time (`python benchmarks/batch_augmentation.py --keep`)",
-    "reach": "Reach: the model sees two marks and says whether they are the same, against the distance between them. "
-             "Accuracy on 1,000 test images at each distance, mean over the seeds (`python cnn_vs_vit.py --train "
-             "--only reach`, kept by `python benchmarks/results.py cells runs/cnn_vs_vit-cells`). The last stage of "
-             "this ConvNet has a window of 25 pixels",
+    "reach": "Reach: the model classifies two marks as same or different, at several distances between them. The table "
+             "shows the accuracy on 1,000 test images at each distance, averaged over the seeds (`python cnn_vs_vit.py "
+             "--train --only reach`, kept by `python benchmarks/results.py cells runs/cnn_vs_vit-cells`). The last "
+             "stage of this ConvNet has a window of 25 pixels",
     "cues": "Outline or texture: predictions for images whose outline and texture belong to different classes. The "
-            "shape bias is the share of outline among the predictions that follow either (`python cnn_vs_vit.py "
-            "--train --only cues`)",
-    "data": "Data efficiency: test accuracy against the number of training images, with the same number of steps "
+            "shape bias is the share of outline among the predictions of outline or texture (`python "
+            "cnn_vs_vit.py --train --only cues`)",
+    "data": "Data efficiency: test accuracy against the number of training images, at a fixed number of steps "
             "(`python cnn_vs_vit.py --train --only data`; for CIFAR-10 (JPEG) with `--data-dir CIFAR "
             "--train-fractions 0.01 0.1 1`)",
-    "verdicts": "The findings of `python cnn_vs_vit.py --data-dir DIR --minutes M` on folders whose truth is known "
-                "(`python benchmarks/verdicts.py --keep`). They are quoted as they were printed when this was "
-                "measured",
+    "verdicts": "The findings of `python cnn_vs_vit.py --data-dir DIR --minutes M` on folders with a known answer "
+                "(`python benchmarks/verdicts.py --keep`), quoted as they were printed at the time of the "
+                "measurement",
     "trust": "How far to trust each explanation (`python benchmarks/trust.py --keep`). Deletion is the area under the "
-             "probability of the class while patches are hidden in the order of a map: less is better. Insertion is "
-             "the same while patches are shown on a blurred image: more is better. Each seed trains a new model on "
-             "the drawn shapes and uses 500 test images. Ties are broken at random, the random order is the mean of "
-             "eight draws, and images without a map are left out",
-    "views": "Time and memory of each view of one photograph, each in a process of its own: processor seconds of one "
-             "call, and peak memory beyond the model's (`python benchmarks/views.py --keep`; the script says how)",
-    "throughput": "VisionTransformer beside four other libraries, in images per second (`python "
-                  "benchmarks/throughput.py --keep`; the script says how). Each number is a median over rounds in "
-                  "which every library takes a turn. A ratio is the peer's time over ours in the same round, with the "
-                  "95% interval of the median, which assumes independent rounds. The named peer is the one with the "
-                  "smallest ratio, so the ratio may differ from the quotient of the medians beside it. `share` is our "
-                  "speed as a fraction of the machine's, measured by a 2048 x 2048 matrix product, from the FLOPs "
-                  "that were computed. `memory` is what ours holds beyond weights and images in a pass, then the "
-                  "least of the other libraries. The columns in bf16 come from another machine, which has AVX512-BF16",
+             "probability of the class while patches are hidden in the order of a map: lower is better. Insertion is "
+             "the area while patches are restored in a blurred image: higher is better. Each seed trains a new model "
+             "on the drawn shapes and uses 500 test images. Ties are broken at random, the random order is averaged "
+             "over eight draws, and images without a map are excluded",
+    "views": "Time and memory of each view of one photograph, each in its own process: processor seconds of one "
+             "call, and peak memory beyond the model's (`python benchmarks/views.py --keep`; the script describes the "
+             "method)",
+    "throughput": "VisionTransformer compared with four other libraries, in images per second (`python "
+                  "benchmarks/throughput.py --keep`; the script describes the method). Each number is a median over "
+                  "rounds in which every library takes a turn. A ratio is the peer's time divided by ours in the same "
+                  "round, with the 95% interval of the median, which assumes independent rounds. The named peer is the "
+                  "one with the smallest ratio, so the ratio may differ from the quotient of the medians in the row. "
+                  "`share` is our speed in FLOPs per second as a fraction of the machine's, measured with a 2048 x "
+                  "2048 matrix product. `memory` is what a pass of ours needs beyond weights and images, followed by "
+                  "the smallest value of the other libraries. The bf16 results come from a different machine, which "
+                  "has AVX512-BF16",
     "growth": "Time and memory against the number of tokens; the exponents are fitted to the upper half of the sizes "
               "(`python benchmarks/growth.py --keep`)",
-    "commands": "Time of the commands that a reader runs first: wall time of a new process, in seconds (`python "
+    "commands": "Time taken by the commands that a reader runs first: wall time of a new process, in seconds (`python "
                 "benchmarks/commands.py --keep`)",
     "shipped": "What `python cnn_vs_vit.py` measures on the shipped models and new drawn shapes (kept by `python "
-               "benchmarks/commands.py --keep`). The models were trained for different lengths",
+               "benchmarks/commands.py --keep`). The models were trained for different lengths of time",
     "explorer": "The explorer's page of one photograph against the number of tokens, in Chromium (`python "
-                "benchmarks/explorer.py --keep`). The hover time is from the choice of another patch until the page "
-                "is drawn, as a median of 15. It is given for where a patch looks in one head (from), for who looks "
-                "at it (to), and for the mean of the heads. The first error compares the attention weights of twenty "
-                "random rows, as the page computes them, with the model's own softmax. The second is over all rows, "
-                "as the page states it",
+                "benchmarks/explorer.py --keep`). The hover time is the time from choosing a different patch until "
+                "the page is drawn, as a median of 15. It is listed for attention from a patch in one head (from), "
+                "for attention to it (to), and for the mean over the heads. The first error compares the attention "
+                "weights of twenty random rows, as the page computes them, with the model's own softmax. The second "
+                "is over all rows, as stated on the page",
     "formats": "Checkpoint formats: a model with random weights is saved in its own format and loaded by "
-               "`load_checkpoint`. The difference is the largest over all tokens and logits, relative to their "
-               "largest value, in float64 unless the format is float32 (`python benchmarks/formats.py --keep`)",
+               "`load_checkpoint`. The table shows the largest difference over all tokens and logits, relative to "
+               "their largest value, in float64 unless the format is float32 (`python benchmarks/formats.py --keep`)",
     "kills": "Runs killed (SIGKILL) at random instants, resumed with `--resume`, and compared with an uninterrupted "
-             "run: all tensors of last.pt (weights, average, optimiser) and best.pt, and the history without its "
-             "times (`python benchmarks/kills.py --keep`). A run that was killed before its first checkpoint starts "
+             "run: all tensors of last.pt (weights, averaged weights, optimiser) and best.pt, and the history except "
+             "its times (`python benchmarks/kills.py --keep`). A run killed before its first checkpoint starts "
              "again, so it tests little",
     "mutants": "Mutation testing: random changes in the code for data, weights, training, analysis and the Trainer, "
-               "one at a time, and whether the tests notice them (`python benchmarks/mutants.py --keep`). Equivalent: "
-               "it changes nothing that a user could see, for the given reason. When the changes of seed 0 were first "
-               "drawn, the tests caught 25 of 30, one was equivalent, and four survived. Tests were then written for "
-               "those four, so the table below says that these gaps are closed, not how many others remain",
-    "processes": "One process beside several, and a batch in parts: the largest difference from the losses of one "
-                 "process over six epochs, and whether each of the 43 test images counts once (`python "
-                 "benchmarks/processes.py --keep`). The images/s are for images of 32 pixels and one thread per "
-                 "process; 3 processes share 2 cores",
-    "few-images": "500 CIFAR-10 (JPEG) images of five classes: 90 per class to train on and 10 to choose by, with "
+               "one at a time, and whether the tests notice them (`python benchmarks/mutants.py --keep`). A mutant is "
+               "equivalent if it changes nothing that a user could see, for the stated reason. When the changes of "
+               "seed 0 were first drawn, the tests caught 25 of 30, one was equivalent, and four survived. Tests were "
+               "then written for those four, so the table below shows that these gaps are closed, not how many others "
+               "remain",
+    "processes": "Several processes, and gradient accumulation, compared with one process: the largest difference from "
+                 "its losses over six epochs, and whether each of the 43 test images is counted once (`python "
+                 "benchmarks/processes.py --keep`). The images/s are for 32-pixel images and one thread per process; "
+                 "3 processes share 2 cores",
+    "few-images": "500 CIFAR-10 (JPEG) images of five classes: 90 per class for training and 10 for validation, with "
                   "5,000 test images. Pretraining used 25,000 images of the five other classes. The learning rate is "
-                  "the best of three by validation accuracy, as a mean over three seeds; a seed draws the images, the "
-                  "weights and the order (`python benchmarks/few_images.py --data-dir CIFAR --keep`). From scratch "
-                  "uses the recipe classic, and not the one that train_vit.py now chooses for such images, so the "
-                  "table does not say what pretraining is worth",
-    "gpu": "One GPU: the tests marked `cuda`; images per second at 224 pixels in bf16, measured as under throughput "
-           "but with a matrix product of 8192 x 8192; and trainings of 45 seconds on CIFAR-10 (JPEG) "
+                  "the best of three by validation accuracy, averaged over three seeds; a seed draws the images, the "
+                  "weights and the order (`python benchmarks/few_images.py --data-dir CIFAR --keep`). Training "
+                  "from scratch uses the recipe classic, not the recipe that train_vit.py now chooses for images of "
+                  "this size, so the table does not show how much pretraining helps",
+    "gpu": "One GPU: the tests marked `cuda`; images per second at 224 pixels in bf16, measured as for throughput "
+           "but with a matrix product of 8192 x 8192; and 45-second training runs on CIFAR-10 (JPEG) "
            "(`benchmarks/on_gpu.sh OUT`, then `python benchmarks/results.py gpu OUT/cells.json`)",
 }
 
 INTRODUCTION = """# Results
 
-`python benchmarks/results.py page` draws this page from the files in results/. Accuracies are of the test images, which
-are read once at the end of a run, with their 95% Wilson interval. `linear` is a linear classifier on the pixels,
-trained and tested on the same images. `data` is the share of the training time that went to fetching and augmenting
-images (at commit 602f427, the share of the whole run's time)."""
+`python benchmarks/results.py page` generates this page from the files in results/. Accuracies are measured on the test
+images, which are read once at the end of a run, and are followed by their 95% Wilson interval. `linear` is the accuracy
+of a linear classifier on the pixels, trained and tested on the same images. `data` is the share of the training time
+spent fetching and augmenting images (at commit 602f427, the share of the whole run's time)."""
 
 
 def add(table, run):
     """Write results/<table>-<model>-<seed>.json from the result.json of a run."""
     result = json.loads((run / "result.json").read_text())
     if table in ADDED and result["minutes"] is None:
-        sys.exit(f"{run} has a length in steps or epochs; the table {table} takes runs with --minutes")
+        sys.exit(f"{run} has a length in steps or epochs; the table {table} accepts only runs with --minutes")
     minutes = f"-{result['minutes']:g}" if table in ADDED else ""
     words = "-bf16" * (result["precision"] == "torch.bfloat16")
     words += f"-{result['recipe']}" * (table in ADDED)
@@ -152,7 +157,7 @@ def write_cell(table, name, seed, command, result, versions=None):
 
 
 def make_cell(table, seed, command, result, versions=None):
-    """Return a result with its origin; versions of packages that are not given are those installed here."""
+    """Return a result with its origin; package versions default to the installed ones."""
     return dict(table=table, commit=commit(), date=datetime.date.today().isoformat(),
                 machine=machine(result.get("device")),
                 versions=dict(python=platform.python_version(), **(versions or installed())), seed=seed,
@@ -184,7 +189,7 @@ def ship(name, run):
 def keep_gpu(path):
     """Write results/gpu-<device>.json from the list of cells that on_gpu.sh wrote.
 
-    If that machine had no git, the commit is that of this checkout.
+    If that machine had no git, the commit of this checkout is used.
     """
     cells = json.loads(path.read_text())
     for cell in cells:
@@ -280,7 +285,7 @@ def throughput_lines(cells):
                    and len(cell["result"]["libraries"]) > 1]
         results.sort(key=lambda r: (r["precision"], r["compiled"], r["variant"], r["batch"], r["train"]))
         peers = list(dict.fromkeys(name for r in results for name in r["libraries"] if name != "ours"))
-        lines += [f"| {device} | ours | {' | '.join(peers)} | ours over the best peer | share | memory, MiB |",
+        lines += [f"| {device} | ours | {' | '.join(peers)} | ours / best peer | share | memory, MiB |",
                   f"|---|---:|{'---:|' * len(peers)}---|---:|---|"]
         ratios, of_medians = [], []
         for r in results:
@@ -301,7 +306,7 @@ def throughput_lines(cells):
         below = [column for _, _, high, column in ratios if high < 1]
         touching = [f"{column} ({low:.3f})" for _, low, high, column in ratios if low < 1 <= high]
         lines += ["", f"Geometric mean of these ratios over the {len(results)} columns: {middle:.3f}; of ours over the "
-                  f"fastest peer by the medians of images per second printed here: {geometric_mean(of_medians):.3f}. "
+                  f"fastest peer, from the medians in this table: {geometric_mean(of_medians):.3f}. "
                   f"The project aims at 1.10. Columns whose whole interval lies below 1: {', '.join(below) or 'none'}. "
                   f"Columns whose interval begins below 1: {', '.join(touching) or 'none'}.", ""]
     return lines
@@ -342,11 +347,11 @@ def kill_lines(cells):
                      f"{sum(row['equal'] for row in of_kind)} |")
     files = Counter(part.removesuffix(".part") for row in rows for part in row["in_a_write_of"])
     written = ", ".join(f"{name} in {n}" for name, n in files.most_common())
-    return [*lines, "", f"File that was being written: {written}.", ""]
+    return [*lines, "", f"Files that were being written: {written}.", ""]
 
 
 def mutant_lines(cells):
-    """Return one row per room, then the mutants that no test catches."""
+    """Return one row per package, then the mutants that no test catches."""
     lines = ["| where | seed | mutants | caught | equivalent | survived |", "|---|---:|---:|---:|---:|---:|"]
     unseen = []
     for cell in cells:
@@ -463,7 +468,7 @@ def step_lines(cells):
         r = cell["result"]
         groups = list(dict.fromkeys(group for row in r["rows"] for group in row["shares"]))
         lines += [f"**{r.get('precision', 'float32')}, {cell['machine']}**", ""]
-        lines += [f"| recipe | step, ms | images/s | MFLOPs per image | floor, ms | floor over step | "
+        lines += [f"| recipe | step, ms | images/s | MFLOPs per image | floor, ms | floor / step | "
                   f"{' | '.join(groups)} |", f"|---|---:|---:|---:|---:|---:|{'---:|' * len(groups)}"]
         for row in r["rows"]:
             shares = " | ".join(f"{row['shares'].get(group, 0):.0%}" for group in groups)
@@ -540,7 +545,7 @@ def trust_lines(cells):
             draws = f"{min(r['draws'][what]):.3f} to {max(r['draws'][what]):.3f}"
             lines.append(f"| {what} | {cell['seed']} | {r['right']} | {values} | {draws} | {r['blank']['grad_cam']} |")
     methods = [name for name in names if name in cells[0]["result"]["leads"]["deletion"]]
-    lines += ["", "Difference from the random order, image by image: mean ± standard error over the images.", "",
+    lines += ["", "Difference from the random order for each image: mean ± standard error over the images.", "",
               "| | seed | " + " | ".join(methods) + " |", "|---|---:|" + "---:|" * len(methods)]
     for what in ("deletion", "insertion"):
         for cell in cells:
@@ -550,7 +555,7 @@ def trust_lines(cells):
 
 
 def view_lines(cells):
-    """Return a table for each model: a row per view, beside the same view of an older checkout."""
+    """Return a table for each model, with a row per view that compares it with an older checkout."""
     lines = []
     for model in dict.fromkeys(cell["result"]["model"] for cell in cells):
         own = {cell["result"]["name"]: cell["result"] for cell in cells if cell["result"]["model"] == model}
@@ -597,7 +602,7 @@ def explorer_lines(cells):
 
 
 def gpu_lines(cells):
-    """Return the tests, throughput and trainings of each GPU, then what was not measured, and why."""
+    """Return the tests, throughput and training runs of each GPU, then what was not measured, and why."""
     lines = []
     for device in sorted({name_of_device(cell) for cell in cells}):
         own = [cell for cell in cells if name_of_device(cell) == device]

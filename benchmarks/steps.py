@@ -1,10 +1,10 @@
 """Profile a training step of each recipe, and compare it with the time of its multiplications alone.
 
     python benchmarks/steps.py --keep                on an idle machine
-    python benchmarks/steps.py --amp bf16 --keep     on a CPU that multiplies bfloat16
+    python benchmarks/steps.py --amp bf16 --keep     on a CPU with bfloat16 instructions
 
 It also times a step of each optimiser on the matrices of vit_nano, and convolutions with channels last and first, both
-in float32: medians over rounds in which they take turns.
+in float32, as medians over rounds in which they take turns.
 """
 
 import argparse
@@ -138,7 +138,7 @@ def main():
     parser.add_argument("--amp", default="off", choices=("off", "bf16"))
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise the profiler of torch 2.14 prints lines of its own
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise the profiler of torch 2.14 prints extra lines
     recipes = ["vit_nano_fast", "hybrid_fast", "convnet_fast", *["convnet_wider"] * (options.amp == "bf16")]
     rows = [profile_recipe(name, options.amp) for name in recipes]
     precision = "bfloat16" if options.amp == "bf16" else "float32"

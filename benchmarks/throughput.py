@@ -1,10 +1,10 @@
 """Compare the speed of VisionTransformer with four other libraries, which take turns in one process.
 
-    python benchmarks/throughput.py                         every column, in each precision of this machine
+    python benchmarks/throughput.py                         every column, in each precision that this machine supports
     python benchmarks/throughput.py --columns tiny-16-inference-float32 --rounds 5
     python benchmarks/throughput.py --device cuda --set gpu --budget 210 --output gpu.jsonl    as on_gpu.sh calls it
 
-It needs timm, transformers and vit-pytorch (requirements-dev.txt). A missing library is named and left out.
+It needs timm, transformers and vit-pytorch (requirements-dev.txt). Missing libraries are reported and skipped.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from vit_model import VARIANTS, VisionTransformer
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 SECONDS_A_TURN = 0.2
-PRODUCT_SIDES = {"cuda": 8192}  # 2048 elsewhere: too little work for a GPU
+PRODUCT_SIDES = {"cuda": 8192}  # 2048 on other devices; that is too little work for a GPU
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def available_libraries():
             build(VARIANTS["vit_nano"])
             found.append(name)
         except ImportError as error:
-            print(f"{name} is left out: {error}")
+            print(f"{name} is skipped: {error}")
     return found
 
 
@@ -219,7 +219,7 @@ def count_pass(model, images, train):
 def median_interval(values, confidence=0.95):
     """Return (median, low, high), with a confidence interval for the median between two order statistics.
 
-    It holds the median with at least this confidence, by the binomial distribution of the number of values below it.
+    It contains the median with at least this confidence, by the binomial distribution of the number of values below it.
     With fewer than 6 values it is their range.
     """
     values, n = sorted(values), len(values)
@@ -237,9 +237,9 @@ def measure(column, names, n_rounds, device, max_seconds=600):
 
     A column is a model, a batch size, a pass (inference, or a training step: forward, backward, AdamW), a precision,
     and eager or compiled. In each round every library has one turn, in a new order. A turn is as many passes as take a
-    fifth of a second. A ratio is the peer's time over ours in the same round, so above 1 ours is faster. It is reported
-    as the median over rounds with a 95% interval from order statistics, which assumes independent rounds and no
-    distribution. `share` is the FLOPs per second, as a fraction of a Product's in the same rounds.
+    fifth of a second. A ratio is the peer's time divided by ours in the same round, so ours is faster above 1. It is
+    reported as the median over rounds with a 95% interval from order statistics, which assumes independent rounds and
+    no distribution. `share` is the FLOPs per second as a fraction of Product's FLOPs per second in the same rounds.
 
     After max_seconds, and at least five rounds, no further round starts.
     """
@@ -298,7 +298,7 @@ def choose_columns(options, device):
             check_choice("column", name, [column.name for column in columns])
         return [column for column in columns if column.name in options.columns]
     if options.set == "all" and choose_precision("auto", device) is None:
-        print(f"{device} does not multiply bfloat16: the columns in bf16 are left out unless --columns names them")
+        print(f"{device} has no bfloat16 instructions: the bf16 columns are skipped unless --columns names them")
         return [column for column in columns if column.precision != "bf16"]
     return columns
 
@@ -316,15 +316,15 @@ def measure_within(column, libraries, n_rounds, device, seconds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", choices=SETS, default="all", help="which columns there are (default: %(default)s)")
+    parser.add_argument("--set", choices=SETS, default="all", help="the columns to choose from (default: %(default)s)")
     parser.add_argument("--columns", nargs="+", metavar="NAME",
                         help=" ".join(column.name for columns in SETS.values() for column in columns()))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--keep", action="store_true", help="write benchmarks/results/throughput-*.json")
     parser.add_argument("--output", type=Path, help="append each result to this file, as a line of JSON")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="time for all columns together; a column that "
-                        "fails or gets no time then has the reason as its result")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="time for all columns together; if a column "
+                        "fails or no time is left for it, its result is the reason")
     options = parser.parse_args()
     try:
         device = choose_device(options.device)

@@ -1,4 +1,4 @@
-"""Measure how far to trust each explanation: deletion and insertion areas beside a random order.
+"""Measure how far to trust each explanation: deletion and insertion areas compared with a random order.
 
     python benchmarks/trust.py --keep [--seeds 0 1 2] [--steps 2000] [--n-images 500]
 
@@ -37,7 +37,7 @@ def areas(model, images, seed, chunk=100, **options):
     dict
         deletion, insertion : {method: mean area over the images that have a map}
         draws : {"deletion" or "insertion": the mean area of each random order}
-        leads : {"deletion" or "insertion": {method: (mean, standard error) of its area minus that of a random order}}
+        leads : {"deletion" or "insertion": {method: (mean, standard error) of its area minus a random order's}}
         blank : {method: number of images without a map}
         correlations : the mean rank correlations of the methods
 
@@ -77,7 +77,7 @@ def main():
     """Train and score one model per seed.
 
     The random order is drawn eight times for each image; the mean area and the areas of the draws are kept. Images
-    without a map of a method are left out of its means, and counted.
+    without a map of a method are excluded from its means, and counted.
     """
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -101,7 +101,7 @@ def main():
         for what, values in result["draws"].items():
             print(f"  {what} of random orders: {min(values):.3f} to {max(values):.3f}", flush=True)
             for name, (mean, error) in result["leads"][what].items():
-                print(f"  {what}, {name} less random order: {mean:+.3f} ± {error:.3f}", flush=True)
+                print(f"  {what}, {name} minus random order: {mean:+.3f} ± {error:.3f}", flush=True)
         if options.keep:
             write_cell("trust", f"vit_nano-{seed}", seed, command_of(seed, options.steps, options.n_images),
                        dict(steps=options.steps, n=len(images), right=right, val_acc=val_acc, **result, device="cpu"))

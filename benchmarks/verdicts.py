@@ -1,4 +1,4 @@
-"""Run `cnn_vs_vit.py --data-dir` on four folders whose truth is known.
+"""Run `cnn_vs_vit.py --data-dir` on four folders with a known answer.
 
     python benchmarks/verdicts.py --minutes 9 --keep [locality near far nothing]
 """
@@ -24,10 +24,10 @@ TEST_START = 10**9
 
 
 def locality(n, start, side=32, strength=0.3):
-    """Draw few images with one faint mark in noise; the kind of the mark is the class.
+    """Draw images with one faint mark in noise; the kind of the mark is the class.
 
-    The mark has this fraction of the contrast from black to white. A model that slides one window over all places needs
-    fewer images than one that cuts the image at fixed places.
+    `strength` is the contrast of the mark, as a fraction of the contrast between black and white. A model that slides a
+    window over all positions needs fewer images than a model that cuts the image at fixed positions.
     """
     generator = generator_from(start)
     images = torch.rand(n, 1, side, side, generator=generator) / 2 + 0.25  # (n, 1, S, S)
@@ -70,7 +70,7 @@ def far(n, start):
 
 
 def nothing(n, start):
-    """Draw noise with random classes: nothing can be learned, so no model may win."""
+    """Draw noise with random classes: nothing can be learned, so no model should win."""
     generator = generator_from(start)
     images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
     return images, [("heads", "tails")[side] for side in torch.randint(0, 2, (n,), generator=generator).tolist()]

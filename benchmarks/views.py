@@ -1,13 +1,13 @@
-"""Measure every view of a ViT at real scale: whether it works, its time and its memory.
+"""Measure every view of ViTs at realistic sizes: whether it works, its time and its memory.
 
     python benchmarks/views.py --keep                       all views of all models
-    python benchmarks/views.py --keep --code DIR --as NAME  the same with the code of another checkout
+    python benchmarks/views.py --keep --code DIR --as NAME  the same with the code of a different checkout
     python benchmarks/views.py --models vit_nano --views rollout relevance
 
-Each view runs in a process of its own, on one photograph; Linux only. Weights are random unless a file is at hand: they
-change neither time nor memory. Memory is the peak of the process during the call (VmHWM) minus what it held before.
-Seconds are processor time of one call and its drawing, on one thread. A view over LIMIT seconds is stopped. An
-InputError counts as refused; any other error, or a map that is not finite, is a defect.
+Each view runs in its own process, on one photograph (Linux only). Weights are random unless a file is available: they
+affect neither time nor memory. Memory is the peak of the process during the call (VmHWM) minus its memory before the
+call. Seconds are the processor time of one call, including its drawing, on one thread. A view that takes longer than
+LIMIT seconds is stopped. An InputError counts as refused; any other error, or a map that is not finite, is a defect.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PHOTO = HERE.parent / "vit_bridge" / "data" / "samples" / "astronaut.jpg"
-DINO = HERE.parents[1] / "shared" / "weights" / "dinov2_vits14_focus.safetensors"  # optional, beside the checkout
+DINO = HERE.parents[1] / "shared" / "weights" / "dinov2_vits14_focus.safetensors"  # optional
 LIMIT = 120  # seconds of processor time
 
 
@@ -111,7 +111,7 @@ VIEWS = {
 }
 
 
-# ---- One view in a process of its own ---------------------------------------------------------------------
+# ---- One view in its own process --------------------------------------------------------------------------
 
 
 def _of(module):
@@ -158,14 +158,14 @@ def _finite(made):
 
 
 def measure(model, view, code):
-    """Measure one view of one model in a process of its own, with the code in a folder."""
+    """Measure one view of one model in its own process, with the code in a folder."""
     command = [sys.executable, __file__, "--one", model, view, "--code", str(code)]
     environment = dict(os.environ, OMP_NUM_THREADS="1", MPLBACKEND="Agg")
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=code)
     if done.returncode == -signal.SIGXCPU:
         return dict(status=f"over {LIMIT} s", seconds=None, mebibytes=None)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no words"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         return dict(status=f"defect: ended with {done.returncode}: {last}", seconds=None, mebibytes=None)
     return json.loads(done.stdout.splitlines()[-1])
 

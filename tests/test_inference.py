@@ -351,7 +351,7 @@ def test_evaluate_writes_scores_confusion_and_mistakes(tmp_path, checkpoint, cap
                "--device", "cpu") == 0
     printed = capsys.readouterr().out
     assert "folder: 7 test images\n" in printed
-    assert "accuracy           85.7% (48.7 to 97.4), 6 right" in printed
+    assert "accuracy           85.7% (48.7 to 97.4), 6 correct" in printed
     assert "balanced accuracy  88.9%" in printed
     assert "top-5" not in printed
     assert "  red     66.7%  2 of 3\n  green  100.0%  2 of 2\n" in printed
@@ -379,7 +379,7 @@ def test_evaluate_without_mistakes_writes_no_figure_of_them(tmp_path, checkpoint
     assert run(train_vit.evaluate_command, *command) == 2
     assert "broken.png" in capsys.readouterr().err
     assert run(train_vit.evaluate_command, *command, "--skip-corrupt") == 0
-    assert "left out: 1 image files" in capsys.readouterr().out
+    assert "skipped: 1 image files" in capsys.readouterr().out
     assert not (out / "mistakes.png").exists()
     assert (out / "mistakes.csv").read_text().split() == ["file,true,predicted,probability"]
     assert list(json.loads((out / "result.json").read_text())["skipped"]) == [str(data / "test" / "red" / "broken.png")]
@@ -400,7 +400,7 @@ def test_evaluate_holds_nothing_out_of_a_changed_folder(tmp_path, capsys):
     assert run(train_vit.evaluate_command, *words, tmp_path / "b") == 0
     printed = capsys.readouterr().out
     assert "have changed since the training" in printed
-    assert "13 images, all of the folder" in printed
+    assert "13 images, the whole folder" in printed
 
 
 @pytest.mark.slow
@@ -417,7 +417,7 @@ def test_evaluate_takes_the_images_held_out_of_the_training(tmp_path, monkeypatc
     assert (tmp_path / "runs" / "evaluation-folder-1" / "result.json").exists()
     data.rename(tmp_path / "other")
     assert run(train_vit.evaluate_command, "--checkpoint", path, "--data-dir", "other", "--device", "cpu") == 0
-    assert "folder: 12 images, all of the folder: a test only if" in capsys.readouterr().out
+    assert "folder: 12 images, the whole folder: a fair test only if" in capsys.readouterr().out
     cut = dict(held_out=True, val_fraction=0.5, seed=3)
     assert train_vit._training_cut(path, tmp_path / "x" / ".." / "data") == (cut, None)
 
@@ -433,7 +433,7 @@ def test_describe_score_lists_the_lowest_recalls():
     assert "class 0 " not in text
     lines = text.splitlines()
     assert lines[-20] == "  class 7     6.5%  7 of 107"
-    assert lines[-21] == "recall of the 20 classes with the lowest:"
+    assert lines[-21] == "the 20 classes with the lowest recall:"
 
 
 def test_predict_command_prints_the_top_classes(tmp_path, checkpoint, capsys):
@@ -486,7 +486,7 @@ def test_export_command_does_not_overwrite(checkpoint, capsys, untraced):
     assert run(train_vit.export_command, "--checkpoint", checkpoint) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert f"{path} exists already" in err
+    assert f"{path} already exists" in err
     assert run(train_vit.export_command, "--checkpoint", checkpoint, "--output", path.with_name("other.onnx")) == 0
     assert path.with_name("other.onnx").exists()
 

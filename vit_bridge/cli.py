@@ -1,4 +1,4 @@
-"""What the command lines share: checked arguments, help texts, and errors and interruptions in one line.
+"""Tools shared by all commands: checked arguments, help texts, and one-line errors and interruptions.
 
     script(main)                         runs a script's main()
     OneLineParser, int_at_least(1), ...  argparse with checked numbers
@@ -73,7 +73,7 @@ class Names(argparse.Action):
 
 
 def add_class_names(parser):
-    """Add the option --class-names, the classes of a file."""
+    """Add the option --class-names, the class names of a file."""
     parser.add_argument("--class-names", nargs="+", action=Names, metavar="NAME", help="classes in the order of the "
                         "head's outputs, for a file that does not record them")
 
@@ -81,7 +81,7 @@ def add_class_names(parser):
 def add_n_heads(parser, name="--n-heads", of="the file"):
     """Add the option --n-heads, the number of attention heads of a file's model."""
     parser.add_argument(name, type=int_at_least(1), metavar="N", help=f"attention heads of {of}, if neither it nor a "
-                        f"config.json beside it records them")
+                        f"config.json in its folder records them")
 
 
 class Bounded:
@@ -105,11 +105,11 @@ def script(run):
 
     An InputError or an error of the operating system ends with exit code 2. An interruption ends with 128 plus the
     signal's number: 130 for Ctrl-C, 143 for SIGTERM. A closed output pipe ends silently with 141. Each Assumption is
-    one line on stderr, printed by the first process.
+    printed in one line on stderr, by the first process.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # for consoles that lack a letter of a folder's name
+            stream.reconfigure(errors="backslashreplace")  # for consoles that cannot show every character
     name = Path(sys.argv[0]).name
     if n_processes() > 1:
         name = f"[process {process_number()}] {name}"
@@ -118,7 +118,7 @@ def script(run):
             warnings.simplefilter("always", Assumption)
             warnings.showwarning = partial(_show_warning, warnings.showwarning, name, set())
             run()
-    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
+    except BrokenPipeError:  # the program that reads the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
     except (InputError, OSError) as error:

@@ -176,7 +176,7 @@ def test_quantised_model_says_what_it_cannot_do(layers, tmp_path):
     save_model(plain(), tmp_path / "plain.pt")
     with pytest.raises(InputError, match="is quantised, but a checkpoint holds floating-point weights"):
         load_checkpoint(model, tmp_path / "plain.pt")
-    with pytest.raises(InputError, match="is quantised, and weights of whole numbers do not learn"):
+    with pytest.raises(InputError, match="is quantised, and integer weights cannot be trained"):
         Trainer(model, "cpu")
     pytest.importorskip("onnxscript")
     with pytest.raises(InputError, match="is quantised, and cannot be exported"):

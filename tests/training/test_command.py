@@ -52,7 +52,7 @@ from vit_model import InputError, VisionTransformer
     (["--pretrained", "vit_nano_shapes", "--model", "vit_tiny"], "--model vit_tiny cannot be combined with"),
     (["--pretrained", "vit_nano_shapes", "--patch-size", 8], "--patch-size 8 cannot be combined with --pretrained"),
     (["--freeze-backbone"], "add --pretrained"),
-    (["--resume"], "--resume alone does not say which run"),
+    (["--resume"], "--resume alone does not specify a run"),
     (["--resume", "nowhere"], "--resume nowhere: there is no run"),
     (["evaluate"], "--checkpoint")])
 def test_train_vit_reports_bad_options_in_one_line(words, expected, capsys, tmp_path, monkeypatch):
@@ -209,7 +209,7 @@ def test_skip_corrupt_names_and_counts_the_skipped_images(side, frozen, tmp_path
         start = ["--pretrained", tmp_path / "start.pt", "--freeze-backbone"]
     train(tmp_path / "run", "--data-dir", data, *start, "--epochs", 1, "--skip-corrupt", "--batch-size", 8)
     lines = [line for line in capsys.readouterr().out.splitlines() if "eft out" in line or "more" in line]
-    named = [line.removeprefix("Left out, as it cannot be read: ") for line in lines[:5]]
+    named = [line.removeprefix("Skipped, because it cannot be read: ") for line in lines[:5]]
     assert set(named) < set(map(str, bad))
     assert lines[5:] == ["... and 2 more, 7 in all."]
     assert json.loads((tmp_path / "run" / "result.json").read_text())["skipped"] == 7
@@ -328,7 +328,7 @@ def test_freeze_backbone_trains_only_the_head_on_cached_features(
 
 
 @pytest.mark.parametrize(("words", "expected"), [
-    (["--resume", "x", "--dry-run"], "--dry-run starts a run of its own"),
+    (["--resume", "x", "--dry-run"], "--dry-run starts a new run"),
     (["--pretrained", "x", "--freeze-backbone", "--layer-decay", "0.7"], "--layer-decay cannot be combined")])
 def test_parse_refuses_contradictory_options(words, expected):
     with pytest.raises(ValueError, match=expected):

@@ -165,7 +165,7 @@ def test_labels_beyond_the_classes_get_the_advice_that_fits():
         trained([(IMAGES, ignored)], model)
     with pytest.raises(InputError, match=r"label 3 is out of range .* end at 2: subtract 1"):
         trained([(IMAGES, LABELS + 1)], model)
-    with pytest.raises(InputError, match=r"int64 of \(7, 3, 1\).*: give one number or one row per image"):
+    with pytest.raises(InputError, match=r"int64 of \(7, 3, 1\).*: pass one number or one row per image"):
         trained([(IMAGES, ONE_HOT[:, :, None])], model)
 
 

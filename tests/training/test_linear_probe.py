@@ -279,5 +279,5 @@ def test_linear_classifier_pools_to_32():
 def test_linear_classifier_without_images():
     val = toy_loader(10, 1, True)
     for train, other in ((ToyLoader(), val), (val, ToyLoader())):
-        with pytest.raises(InputError, match="gave 0 images"):
+        with pytest.raises(InputError, match="yielded 0 images"):
             linear_classifier(train, other)

@@ -60,7 +60,7 @@ def test_batch_split_warning_names_what_differs():
         assert Trainer(model, **plain).batch_split_warning() == ""
     assert Trainer(VisionTransformer(**TINY), "cpu", amp="bf16").batch_split_warning() == ""
     assert Trainer(VisionTransformer(**TINY), **plain, grad_accum_steps=2).batch_split_warning() == ""
-    for model, word in ((convnet(), "batch statistics"), (with_path, "dropout"), (with_dropout, "dropout")):
+    for model, word in ((convnet(), "batch normalisation"), (with_path, "dropout"), (with_dropout, "dropout")):
         text = Trainer(model, **plain, grad_accum_steps=3).batch_split_warning()
         assert word in text
         assert "in 3 parts" in text
@@ -168,9 +168,9 @@ def test_trainer_on_two_processes_matches_one(tmp_path):
         for column, values in without_times(rest["history"]).items():
             assert values == pytest.approx(first["list"]["history"][column]), (name, column)
     assert without_times(first["batchnorm"]["history"]) == without_times(second["batchnorm"]["history"])
-    alone = Trainer(convnet(), "cpu", amp="off")  # the batch statistics are those of the first process
+    alone = Trainer(convnet(), "cpu", amp="off")  # with the first process's batch normalisation statistics
     alone.model.load_state_dict(first["batchnorm"]["weights"])
     assert first["batchnorm"]["history"]["val_loss"][-1] == pytest.approx(alone.evaluate(toy_batches(1, 5))["loss"])
     assert "2 processes" in first["batchnorm"]["text"]
-    assert "batch statistics" in first["batchnorm"]["text"]
+    assert "batch normalisation" in first["batchnorm"]["text"]
     assert not set(first["drawn"]) & set(second["drawn"])

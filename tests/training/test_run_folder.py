@@ -237,7 +237,7 @@ def test_folder_to_resume_refuses_what_is_not_a_run(name, words, run_at):
 def test_folder_to_resume_refuses_a_second_or_missing_folder(run_at, tmp_path):
     with pytest.raises(InputError, match="leave it out, because a run resumes in its own folder"):
         folder_to_resume(str(run_at), str(tmp_path / "other"))
-    with pytest.raises(InputError, match="--resume alone does not say which run"):
+    with pytest.raises(InputError, match="--resume alone does not specify a run"):
         folder_to_resume(True, None)
 
 

@@ -226,7 +226,7 @@ def test_trainer_refuses_a_loss_function_as_its_objective():
 
 
 def test_trainer_refuses_a_loader_without_images():
-    with pytest.raises(InputError, match="gave no images"):
+    with pytest.raises(InputError, match="yielded no images"):
         toy_trainer().train([], n_steps=3)
 
 
@@ -530,7 +530,7 @@ def test_trainer_skips_an_empty_batch_but_counts_the_step():
 
 
 def test_evaluate_refuses_a_loader_without_images():
-    with pytest.raises(InputError, match="gave no images to evaluate"):
+    with pytest.raises(InputError, match="yielded no images to evaluate"):
         toy_trainer().evaluate([(torch.empty(0, 3, 8, 8), torch.empty(0, dtype=torch.int64))])
 
 

@@ -172,6 +172,6 @@ def test_resume_refuses_the_state_of_another_training():
     others = [(deeper, saved, arguments), (trainer, saved, dict(n_steps=5)), (trainer, {}, arguments),
               (trainer, saved, dict(arguments, lr_scales={"head.weight": 0.5}))]
     for other, entries, settings in others:
-        with pytest.raises(InputError, match=r"\Athe training state does not fit this training \([^\n]{9,200}\); "
-                                             r"resume with the arguments of the training that saved it\Z"):
+        with pytest.raises(InputError, match=r"\Athe training state does not fit this run \([^\n]{9,200}\); "
+                                             r"resume with the arguments of the run that saved it\Z"):
             train_quietly(other, toy_batches(2), resume=entries, **settings)

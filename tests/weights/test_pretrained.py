@@ -581,4 +581,4 @@ def test_inspect_without_a_file_lists_every_name(monkeypatch, capsys):
 def test_inspect_points_a_model_name_to_load(monkeypatch, capsys):
     code, _, err = run_main(monkeypatch, capsys, "dinov2_vits14")
     assert code == 2
-    assert "load('dinov2_vits14') makes that model" in err
+    assert "load('dinov2_vits14') builds that model" in err

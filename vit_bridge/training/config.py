@@ -1,6 +1,6 @@
-"""The settings of a training, and named recipes: everything except the images and the length.
+"""The settings of a training run, and named recipes: everything except the images and the length.
 
-TrainConfig holds the settings, RECIPES the named ones, and Callback what the Trainer calls.
+TrainConfig holds the settings, RECIPES the named ones, and Callback the methods that the Trainer calls.
 
     recipe = RECIPES[choose_recipe("vit_nano", img_size=32, minutes=10)]
 """
@@ -16,7 +16,7 @@ from vit_bridge.training.optimizers import OPTIMIZERS, SCHEDULES
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of a training.
+    """The settings of a training run.
 
     Parameters
     ----------
@@ -46,10 +46,10 @@ class TrainConfig:
     resize_multiple : int
         Shrunken sides are rounded to a multiple of this, the model's patch size.
     clip_norm : float
-        Largest norm of the gradient of all weights together; a longer gradient is scaled down.
+        Largest norm of the gradient of all weights together; a larger gradient is scaled down.
     grad_accum_steps : int
-        Parts in which a batch passes through the model, one after the other. This is the same step in less memory,
-        with the exceptions that Trainer.batch_split_warning names.
+        Parts in which a batch passes through the model, one after the other. The step is the same but needs less
+        memory; Trainer.batch_split_warning states the exceptions.
     amp : {"auto", "off", "bf16", "fp16"}
         Mixed precision; see choose_precision.
     compile : bool
@@ -57,8 +57,8 @@ class TrainConfig:
     save_every : float
         Seconds between two calls of Callback.on_save.
     grad_checkpointing : bool
-        Keep no activations inside the layers; the backward pass computes them again. The steps stay the same, bit for
-        bit in float32. Memory falls, and each step costs one more forward pass through the layers.
+        Store no activations inside the layers; the backward pass computes them again. The steps stay the same, bit for
+        bit in float32. Each step needs less memory, but one more forward pass through the layers.
 
     Raises
     ------
@@ -138,7 +138,7 @@ class Callback:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named TrainConfig, with the model, augmentation and loss that go with it.
+    """A named TrainConfig, and the model, augmentation and loss to use with it.
 
     Options on the command line override it.
 
@@ -148,7 +148,7 @@ class Recipe:
     model : str, optional
         Name in models.registry.MODELS of the model that the recipe is for. None: any model.
     small : bool, optional
-        True: only for images of at most SMALL_SIDE pixels. False: only for larger ones. None: for both.
+        True: only for images of at most SMALL_SIDE pixels. False: only for larger images. None: for all sizes.
     minutes : float
         Shortest time, in minutes on 2 CPU cores in float32, for which choose_recipe picks the recipe.
     smallest : int
@@ -156,11 +156,11 @@ class Recipe:
     model_options : dict
         Arguments of build_model.
     whiten : bool
-        Give the first layer whitening filters (models.initialisation.whiten_first_layer).
+        Whether the first layer starts with whitening filters (models.initialisation.whiten_first_layer).
     batch_size : int
-        Images in a step.
+        Images per step.
     augmentation : Augmentation
-        Of small images in memory; photographs have their own (data.augmentation.train_transform).
+        Augmentation of small images in memory; for photographs see data.augmentation.train_transform.
     label_smoothing : float
         Fraction of the target that is spread evenly over all classes.
     mixing : {"none", "mixup", "cutmix"}
@@ -194,12 +194,12 @@ class Recipe:
     def from_dict(cls, entries):
         """Return the recipe with these entries, which asdict() made.
 
-        JSON may have turned tuples into lists, and older versions wrote the fields of `train` beside the others.
+        JSON may have turned tuples into lists, and older versions wrote the fields of `train` alongside the others.
 
         Raises
         ------
         InputError
-            If this version does not know an entry.
+            If this version does not support an entry.
         """
         entries = dict(entries)
         try:
@@ -211,7 +211,7 @@ class Recipe:
             return cls(TrainConfig(**dict(train, progressive_resize=resize and tuple(resize))),
                        augmentation=Augmentation(**entries.pop("augmentation")), model_options=model_options, **entries)
         except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"this version does not know the recipe of this run ({error}); resume with the version "
+            raise InputError(f"this version does not support the recipe of this run ({error}); resume with the version "
                              f"that started the run, or start a new run") from error
 
     def describe(self, small=True):
@@ -237,7 +237,7 @@ SMALLER_FIRST = TrainConfig(**FAST_TRAIN, progressive_resize=(0.75, 0.6))
 # Each recipe opens with the command that measures it and the test accuracy it reached, as in benchmarks/RESULTS.md: the
 # tables "shapes" (classic), "few-images" (fine_tuning) and "targets" (the others, on CIFAR-10 (JPEG)). The spread is
 # the standard deviation over the seeds, in points. The fast recipes were chosen on the validation images of CIFAR-10
-# (JPEG) on 2 CPU cores; the table "factors" shows what each change to them does.
+# (JPEG) on 2 CPU cores; the table "factors" shows the effect of each change to them.
 RECIPES = {
     "classic": Recipe(
         command="python train_vit.py --recipe classic",
@@ -277,7 +277,7 @@ HALF_COUNTS = 2  # a minute in half precision counts as this many in float32; me
 
 
 def choose_recipe(model, img_size, minutes=None, start="new", precision=None):
-    """Return the name of the recipe for a model and a budget: the fitting one with the largest `minutes`.
+    """Return the name of the recipe for a model and a budget: the applicable recipe with the largest `minutes`.
 
     Parameters
     ----------
@@ -286,11 +286,11 @@ def choose_recipe(model, img_size, minutes=None, start="new", precision=None):
     img_size : int or (int, int)
         Side, or (height, width), in pixels.
     minutes : float, optional
-        Length of the training. None: no limit.
+        Length of the training run. None: no limit.
     start : {"new", "pretrained", "head"}
         Train new weights, fine-tune trained ones, or train only a new head on trained ones.
     precision : torch.dtype, optional
-        Autocast type of the training. None: float32.
+        Autocast type of the training run. None: float32.
     """
     if minutes is not None and precision is not None:
         minutes = HALF_COUNTS * minutes

@@ -19,17 +19,18 @@ RIDGES = (0.01, 0.1, 1.0, 10.0)
 
 @torch.no_grad()
 def linear_classifier(train_loader, val_loader, test_loader=None, max_images=20_000):
-    """Fit a linear classifier on the pixels, the baseline for every trained accuracy.
+    """Fit a linear classifier on the pixels, the baseline for the accuracy of every trained model.
 
-    This is ridge regression from pixels, averaged down to at most 32 x 32, to one-hot classes. The penalty is the one
-    of RIDGES with the best validation accuracy, the largest on a tie. The test images are read once, after that choice.
+    This is ridge regression from pixels, averaged down to at most 32 x 32, to one-hot classes. The penalty is the
+    value in RIDGES with the best validation accuracy, the largest on a tie. The test images are read once,
+    after that choice.
 
     Parameters
     ----------
     train_loader, val_loader, test_loader : iterable
         Batches of images (B, C, H, W) and labels (B); train_loader has class_names. test_loader may be None.
     max_images : int
-        Use at most this many training images, the first that the loader yields.
+        Use only the first training images that the loader yields, at most this many.
 
     Returns
     -------
@@ -55,9 +56,9 @@ def linear_classifier(train_loader, val_loader, test_loader=None, max_images=20_
         if n >= max_images:
             break
     if n == 0:
-        raise InputError("the training loader gave 0 images; expected at least one batch, so check the data")
+        raise InputError("the training loader yielded 0 images; expected at least one batch, so check the data")
     gram, moments = gram.cpu().double(), moments.cpu().double()
-    mean_square = max(gram.diagonal()[:-1].mean().item(), 1e-12)  # so that all-black images have a solution too
+    mean_square = max(gram.diagonal()[:-1].mean().item(), 1e-12)  # so that all-black images have a solution, too
     penalty = torch.full((len(gram),), mean_square, dtype=torch.float64)  # (F)
     penalty[-1] = 0  # no penalty on the constant
     ridges = sorted(RIDGES, reverse=True)
@@ -75,7 +76,7 @@ def linear_classifier(train_loader, val_loader, test_loader=None, max_images=20_
 def _pixel_features(images):
     """Return the pixels of images (B, C, H, W) averaged down to at most 32 x 32, and a constant 1: (B, F)."""
     size = [min(side, 32) for side in images.shape[2:]]
-    if images.device.type == "mps":  # MPS only pools to sizes that divide the image's
+    if images.device.type == "mps":  # on MPS, the output size must divide the image size
         images = images.cpu()
     pixels = F.adaptive_avg_pool2d(images.float(), size).flatten(1)  # (B, F - 1)
     return F.pad(pixels, (0, 1), value=1.0)  # (B, F)
@@ -90,14 +91,14 @@ def _count_correct(weights, loader):
         correct += (predicted == labels.cpu()).sum(dim=1)
         n += len(labels)
     if n == 0:
-        raise InputError("a validation or test loader gave 0 images; expected at least one batch, so check the data")
+        raise InputError("a validation or test loader yielded 0 images; expected at least one batch, so check the data")
     return correct.tolist(), n
 
 
 class FeatureLoader(DatasetLoader):
     """A loader of features (B, D) and labels (B), held in memory and never augmented.
 
-    `features` (N, D) are in the order of `labels` (N). Order, shards and positions are those of a DatasetLoader.
+    `features` (N, D) are in the order of `labels` (N). Order, shards and positions work as in DatasetLoader.
     """
 
     def __init__(self, features, labels, source):
@@ -116,12 +117,12 @@ class FeatureLoader(DatasetLoader):
 
 
 def feature_loaders(model, loaders, device):
-    """Return a FeatureLoader for each loader, with the inputs of the model's head, computed once.
+    """Return a FeatureLoader for each loader, with the inputs of the model's head computed once.
 
     Parameters
     ----------
     model : Module
-        Moved to the device. Its head must be one module named `head`, and is not used.
+        Moved to the device. Its head must be one module named `head`; it is not used.
     loaders : sequence of DatasetLoader
         Files that cannot be read are added to their `skipped`.
     device : torch.device

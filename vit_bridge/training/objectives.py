@@ -1,7 +1,7 @@
-"""Objectives: what a training minimises, and the metrics it keeps.
+"""Objectives, which training minimises, and the metrics that they collect.
 
-Classification is the objective that train_vit.py uses. A new one is a subclass of Objective; a small example is
-tests/training/test_toy_objective.py.
+Classification is the objective that train_vit.py uses. New objectives are subclasses of Objective; for a small example
+see tests/training/test_toy_objective.py.
 
     loss = objective(model, batch, metrics)
 
@@ -22,9 +22,9 @@ from vit_bridge.models.adapters import check_has_head
 
 
 class Metrics:
-    """Sums over images, kept on the device so that adding to them does not wait for it.
+    """Sums over images, kept on the device so that adding to them does not make the CPU wait for it.
 
-    With skip_nonfinite a value that is not finite counts as 0, because a gradient scaler skips that training step.
+    With skip_nonfinite, a value that is not finite counts as 0, because a gradient scaler skips that training step.
 
     Attributes
     ----------
@@ -39,7 +39,7 @@ class Metrics:
         self.n, self.sums = 0, {}
 
     def update(self, n, **means):
-        """Add n images; `means` are the means of values over them, scalar tensors."""
+        """Add n images; `means` are scalar tensors, each the mean of a value over these images."""
         for name, mean in means.items():
             mean = mean.detach().float()
             self.add(name, (mean.nan_to_num(0.0, 0.0, 0.0) if self.skip_nonfinite else mean) * n)
@@ -77,14 +77,14 @@ class Metrics:
 
 
 class Objective(nn.Module):
-    """What a training minimises: a subclass defines forward(), the columns and the criterion.
+    """The quantity that training minimises: a subclass defines forward(), the columns and the criterion.
 
     The Trainer moves an objective to the model's device. It neither trains nor saves the objective's own parameters.
 
     Attributes
     ----------
     columns : dict
-        {name: format} of the history's columns. A name is "train_" or "val_" and a value that the metrics compute.
+        {name: format} of the history's columns. A name is "train_" or "val_" followed by the name of a metric.
     criterion : str
         The column that chooses the best epoch.
     maximise : bool
@@ -109,14 +109,14 @@ class Objective(nn.Module):
         batch : tuple of Tensor
             What the loader yields, on the model's device; images (B, C, H, W) come first.
         metrics : Metrics, optional
-            Updated if given.
+            Updated with the batch.
         """
         raise NotImplementedError
 
     def check(self, batch):
         """Check a batch before it moves to the device, and return it as forward() expects it.
 
-        Warns with an Assumption if the images of a first batch do not look normalised.
+        Warns with an Assumption if the images of the first batch do not look normalised.
 
         Raises
         ------
@@ -133,7 +133,7 @@ class Objective(nn.Module):
         return batch
 
     def check_model(self, model):
-        """Raise InputError if the model has no output to minimise."""
+        """Raise InputError if the objective cannot be used with the model."""
 
     def new_metrics(self, device, skip_nonfinite=False):
         """Return empty Metrics."""
@@ -161,7 +161,7 @@ class Objective(nn.Module):
 def check_pixels(images):
     """Raise InputError unless images are finite floating-point numbers with channels first.
 
-    Only images on the CPU are searched for NaN: on a GPU the search would make the CPU wait.
+    Only images on the CPU are checked for NaN: on a GPU the check would make the CPU wait.
     """
     shape = tuple(images.shape)
     if not images.is_floating_point():
@@ -196,10 +196,10 @@ class Classification(Objective):
         See CrossEntropy. With class weights the best epoch is the one with the best balanced accuracy.
     mixing : callable, optional
         Such as data.augmentation.Mixing, applied to training batches. The class with the larger share then counts as
-        the true one.
+        the true class.
     loss_fn : callable, optional
         (logits, labels) -> a scalar, the mean over the images; replaces CrossEntropy. It receives floating-point labels
-        unchanged, of any shape. Accuracies are NaN if those are not one number per class, (B, C).
+        unchanged, of any shape. Accuracies are NaN if such labels do not have one number per class, (B, C).
 
     Raises
     ------
@@ -217,8 +217,8 @@ class Classification(Objective):
         self.own_loss = not isinstance(self.loss_fn, CrossEntropy)
         self.mixing = mixing
         self.criterion = "val_acc" if class_weights is None else "val_balanced_acc"
-        self.n_classes = None  # of the model's logits, known after the first batch
-        self.suspect = False  # whether the batch checked last has a label beyond n_classes
+        self.n_classes = None  # of the model's logits, set after the first batch
+        self.suspect = False  # whether the last checked batch has a label of n_classes or more
 
     def forward(self, model, batch, metrics=None):
         """Return the mean loss of a batch (images, labels)."""
@@ -246,7 +246,7 @@ class Classification(Objective):
         Raises
         ------
         InputError
-            If the batch has another form, or a label is out of range.
+            If the batch has a different form, or a label is out of range.
         """
         if len(batch) != 2:
             shapes = ", ".join(str(tuple(one.shape)) for one in batch)
@@ -295,7 +295,7 @@ def class_labels(labels):
     if labels.is_floating_point() or labels.is_complex() or labels.ndim not in (1, 2):
         advice = "use labels.long() for classes, or loss_fn=nn.MSELoss() to predict numbers"
         if labels.ndim not in (1, 2):
-            advice = "give one number or one row per image, or write an Objective"
+            advice = "pass one number or one row per image, or write an Objective"
         raise InputError(f"labels are {_type_name(labels)} of {tuple(labels.shape)}; expected class numbers from 0, "
                          f"int64 (B), or soft targets (B, C): {advice}")
     return labels.reshape(-1).long()  # (B)
@@ -307,9 +307,9 @@ def are_shares(labels, logits):
 
 
 def check_range(labels, n_classes=None):
-    """Raise InputError for labels (B) out of range, or soft targets (B, C) of another C.
+    """Raise InputError for labels (B) out of range, or soft targets (B, C) with a different C.
 
-    Without n_classes it only refuses negative labels.
+    Without n_classes, only negative labels are refused.
     """
     if labels.ndim == 2:
         if n_classes not in (None, labels.shape[1]):
@@ -374,16 +374,16 @@ class CrossEntropy(nn.Module):
 
 
 def balancing_weights(class_counts):
-    """Return class weights N / (C n_c), with which every class contributes equally to the loss.
+    """Return class weights N / (C n_c), which make every class contribute equally to the loss.
 
-    A class without images gets 0. If every class has images, the mean weight over the N images is 1.
+    A class without images has weight 0. If every class has images, the mean weight over the N images is 1.
     """
     total, n_classes = sum(class_counts), len(class_counts)
     return [total / (n_classes * n) if n else 0.0 for n in class_counts]
 
 
 class ClassificationMetrics(Metrics):
-    """Metrics of the loss and, in sums["classes"] (2, C), images and correct predictions by class."""
+    """Metrics of the loss and, in sums["classes"] (2, C), of images and correct predictions per class."""
 
     def update(self, loss, logits, labels):
         """Add a batch: its mean loss, its logits (B, C), and its labels (B) or soft targets (B, C).

@@ -1,6 +1,6 @@
-"""From gradients to a step: schedules, parameter groups, optimisers and the average of weights.
+"""Everything between gradients and a step: schedules, parameter groups, optimisers and averaged weights.
 
-make_optimizer builds AdamW, or Muon beside AdamW; learning_rate_at is the schedule; update_average keeps a moving
+make_optimizer builds AdamW, or Muon with AdamW; learning_rate_at is the schedule; update_average keeps a moving
 average of the weights; layer_lr_scales gives early layers smaller learning rates.
 
 Shapes:  R rows and Q columns of a matrix, M matrices of one shape.
@@ -22,8 +22,8 @@ MUON_LR_SCALE = 5.0  # Muon's learning rate divided by AdamW's
 def learning_rate_at(step, n_steps, warmup_steps, peak, schedule="cosine"):
     """Return the learning rate of a step, from 0 to n_steps - 1.
 
-    It rises linearly and reaches the peak in the last warm-up step. Then it falls along half a cosine, or a line,
-    which would reach 0 in step n_steps.
+    It rises linearly and reaches the peak in the last warm-up step. Then it falls along half a cosine or a straight
+    line, which would reach 0 in step n_steps.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -34,9 +34,9 @@ def learning_rate_at(step, n_steps, warmup_steps, peak, schedule="cosine"):
 def parameter_groups(model, weight_decay, lr_scales=None):
     """Return the trainable parameters in groups, by weight decay and learning-rate factor.
 
-    Weight decay is 0 for vectors (biases, norms), for what is added to every image alike (positions and tokens, whose
-    first dimension is 1), and for the parameters that the model's no_weight_decay names. `lr_scales` is {parameter
-    name: factor}, with 1 for the others; a group stores its factor as "lr_scale".
+    Weight decay is 0 for vectors (biases, norms), for position embeddings and tokens (whose first dimension is 1),
+    and for the parameters listed in the model's no_weight_decay. `lr_scales` is {parameter name: factor}, with 1 for
+    the others; a group stores its factor as "lr_scale".
 
     Raises
     ------
@@ -57,10 +57,10 @@ def parameter_groups(model, weight_decay, lr_scales=None):
 
 @torch.no_grad()
 def update_average(average, model, step, decay):
-    """Move the weights of `average` towards those of the model: w <- d w + (1 - d) w_model.
+    """Move the weights of `average` towards the model's weights: w <- d w + (1 - d) w_model.
 
-    d is min(decay, (1 + step) / (10 + step)), so that the weights of the first steps are soon forgotten. Buffers of
-    floating-point numbers, such as batch statistics, are averaged too; whole numbers, such as BatchNorm's count of
+    d is min(decay, (1 + step) / (10 + step)), so that the weights of the first steps are soon forgotten. Floating-point
+    buffers, such as the statistics of batch normalisation, are averaged too; integers, such as BatchNorm's count of
     batches, are copied.
 
     References
@@ -83,15 +83,15 @@ class Muon(torch.optim.Optimizer):
     """Muon, an optimiser for the hidden matrices of a model.
 
     Let U S V^T be the singular value decomposition of a matrix's momentum. Gradient descent would step along it, mostly
-    in the few directions with large singular values. Muon steps along about U V^T instead, which gives all those
-    directions about the same length (see orthogonal).
+    in the few directions with large singular values. Muon steps approximately along U V^T instead, in which all these
+    directions have about the same length (see orthogonal).
 
     Parameters
     ----------
     groups : list of dict
         Groups of parameters, each a matrix (R, Q) or a convolution kernel, which counts as a matrix with one row for
         each output channel. "n_splits" in a group splits each of its matrices along the rows: 3 for a matrix that
-        holds the queries, keys and values, so that each of the three is orthogonalised by itself.
+        holds the queries, keys and values, so that each of the three is orthogonalised separately.
     lr : float
         Learning rate. The step of a full-rank matrix has a root mean square of about 0.2 lr, similar to AdamW's.
     momentum : float
@@ -102,8 +102,8 @@ class Muon(torch.optim.Optimizer):
     Notes
     -----
     torch.optim.Muon accepts neither kernels nor splits, and it multiplies in bfloat16, which is slow on a CPU without
-    bfloat16 instructions: there its step took 361 ms, and this one 16 ms (benchmarks/RESULTS.md#steps). This class uses
-    bfloat16 only on CUDA, and multiplies all matrices of one shape together.
+    bfloat16 instructions: its step took 361 ms there, and this class's 16 ms (benchmarks/RESULTS.md#steps). This class
+    uses bfloat16 only on CUDA, and multiplies all matrices of one shape together.
 
     References
     ----------
@@ -146,9 +146,9 @@ def orthogonal(matrices, n_rounds=5):
 
     Each round computes X <- a X + b (X X^T) X + c (X X^T)^2 X. This keeps the singular vectors of X and maps each
     singular value s to a s + b s^3 + c s^5. X starts with a Frobenius norm of 1, so that every s is at most 1. After
-    five rounds a value that started above 0.0015 lies between 0.68 and 1.21. A smaller one has grown by a factor of at
-    most a^5 = 485, so those near zero stay small, and a matrix of low rank keeps its low rank. More than 80% of the
-    singular values of a random 96 x 96 matrix end between 0.7 and 1.2, but only 8% of those of a matrix of rank 8.
+    five rounds, a value that started above 0.0015 lies between 0.68 and 1.21. A smaller value has grown by a factor of
+    at most a^5 = 485, so values near zero stay small, and a matrix of low rank keeps its low rank. More than 80% of the
+    singular values of a random 96 x 96 matrix end between 0.7 and 1.2, but only 8% in a matrix of rank 8.
 
     The coefficients are Jordan's: a large slope at 0 lifts small values in few rounds, and the values never settle at
     exactly 1.
@@ -196,9 +196,9 @@ class CombinedOptimizer:
 def hidden_matrices(model):
     """Return {parameter: n_splits} of the trainable matrices and kernels that Muon updates.
 
-    These are the weights between hidden layers. Left to AdamW are the first weight, which reads the pixels, the heads,
-    the parameters that no_muon names (models/protocol.py), and what is added to every image alike (tokens, positions).
-    n_splits is 3 for a weight named qkv, which holds the queries, keys and values.
+    These are the weights between hidden layers. AdamW updates the first weight, which reads the pixels, the heads, the
+    parameters listed in no_muon (models/protocol.py), position embeddings and tokens. n_splits is 3 for a weight named
+    qkv, which holds the queries, keys and values.
     """
     weights = [(name, p) for name, p in model.named_parameters() if name.endswith("weight") and p.ndim in (2, 4)]
     return {p: 3 if name.endswith("qkv.weight") else 1 for name, p in weights[1:]
@@ -243,7 +243,7 @@ def layer_lr_scales(model, decay):
     """Return {parameter name: decay ** (layers between it and the head)}, for TrainConfig.lr_scales.
 
     The first layer is everything before the blocks: patch embedding or stem, tokens and positions. Each block or stage
-    is a layer, and the head with the norm before it is the last, with a factor of 1.
+    is a layer. The head and the norm before it form the last layer, with a factor of 1.
 
     Raises
     ------

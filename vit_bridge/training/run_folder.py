@@ -1,7 +1,7 @@
 """The folder of a run: its files, the options that may change on a resume, and the Saver that writes them.
 
-config.json holds the options, best.pt the model of the best epoch, history.csv one line per epoch. last.pt is a
-checkpoint with the entries of config.json and "training": TrainState.state_dict(), the best epoch, the seconds so far.
+config.json holds the options, best.pt the model of the best epoch, and history.csv one line per epoch. last.pt is a
+checkpoint with the entries of config.json and "training": TrainState.state_dict(), the best epoch, the elapsed seconds.
 Files of older versions are read by OLD_NAMES, Recipe.from_dict, TrainState.load_state_dict, train_vit._of_any_version.
 """
 
@@ -31,11 +31,11 @@ def on_cpu(entries):
 
 
 CONFIG, LAST, BEST, HISTORY_TABLE, LOCK = "config.json", "last.pt", "best.pt", "history.csv", ".lock"
-# Options that may change on a resume: where and in how many parts it computes, where its images are, what it skips.
+# Options that may change on a resume: device, memory use, location of the images, and skipping of unreadable ones.
 CHANGEABLE = ("resume", "output_dir", "data_dir", "device", "num_workers", "skip_corrupt", "save_minutes", "compile",
               "grad_accum_steps", "grad_checkpointing")
 
-# Names that older versions wrote in config.json and last.pt, and their names now.
+# Names that older versions wrote in config.json and last.pt, and the current names.
 OLD_NAMES = {
     "options": {"accumulate": "grad_accum_steps", "workers": "num_workers"},
     "recipe": {"options": "model_options", "low": "progressive_resize", "model_ema": "ema_decay"},
@@ -68,7 +68,7 @@ def lock_folder(folder):
         else:
             import fcntl
 
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process alone: its workers do not inherit it
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # only for this process: its workers do not inherit it
     except OSError as error:
         file.close()
         raise InputError(f"another run is writing to {folder}; wait for it, or choose another --output-dir") from error
@@ -81,7 +81,7 @@ def folder_to_resume(resume, output_dir):
     Parameters
     ----------
     resume : str or True
-        The run's folder or its last.pt; True for --resume without a value, which takes --output-dir. That folder may
+        The run's folder or its last.pt; True for --resume without a value, which uses --output-dir. That folder may
         not exist yet.
     output_dir : str, optional
 
@@ -92,7 +92,7 @@ def folder_to_resume(resume, output_dir):
     """
     if resume is True:
         if output_dir is None:
-            raise InputError("--resume alone does not say which run; give its folder, --resume runs/NAME, or add "
+            raise InputError("--resume alone does not specify a run; name its folder, --resume runs/NAME, or add "
                              "the run's --output-dir")
         folder = Path(output_dir)
         if folder.is_dir() and not holds_run(folder) and any(
@@ -103,7 +103,7 @@ def folder_to_resume(resume, output_dir):
     folder = path.parent if path.name == LAST and not path.is_dir() else path
     if path.is_file() and path.name != LAST:
         raise InputError(f"--resume {resume} is neither a run's folder nor its {LAST}, which holds the state of the "
-                         f"training; give one of these, or start a new run from these weights with --pretrained "
+                         f"training; use one of these, or start a new run from these weights with --pretrained "
                          f"{resume}")
     if not holds_run(folder):
         raise InputError(f"--resume {resume}: there is no run there; expected a folder with {LAST} or {CONFIG}")
@@ -121,18 +121,18 @@ def holds_run(folder):
 def read_run(folder):
     """Return the entries of a folder's last.pt, or of its config.json before the first checkpoint, or None.
 
-    Options and recipe get today's names.
+    Options and recipe are returned with the current names.
 
     Raises
     ------
     InputError
-        If the file is damaged or does not belong to a training.
+        If the file is damaged or does not belong to a training run.
     """
     entries = _read_config(folder)
     if (folder / LAST).is_file():
         entries = read_checkpoint(folder / LAST)
         if not {"options", "n_steps", "training"} <= entries.keys():
-            raise InputError(f"{folder / LAST} holds no training state; expected one that train_vit.py wrote. "
+            raise InputError(f"{folder / LAST} holds no training state; expected a file that train_vit.py wrote. "
                              f"--pretrained {folder / LAST} starts a new run from its weights")
     if entries is None:
         return None
@@ -156,7 +156,7 @@ def _read_config(folder):
 
 
 def device_to_resume(options):
-    """Return the device in the options, or the resumed run's device if --device was not given."""
+    """Return the device in the options, or the resumed run's device if --device was not set."""
     if options.resume and "device" not in options.given:
         config = _read_config(folder_to_resume(options.resume, options.output_dir))
         return config["options"]["device"] if config else options.device
@@ -164,7 +164,7 @@ def device_to_resume(options):
 
 
 def options_to_resume(given, saved):
-    """Return the options of a resumed run: the saved ones, updated by the given ones that may change.
+    """Return the options of a resumed run: the saved options, updated by those that were set and may change.
 
     `given` is {name: value} of the options on the command line.
 
@@ -174,7 +174,7 @@ def options_to_resume(given, saved):
         If a given option differs from the run's and is not one of CHANGEABLE.
     """
     for name, value in given.items():
-        if name not in CHANGEABLE and value != saved.get(name):  # tuples both, if there are several
+        if name not in CHANGEABLE and value != saved.get(name):  # both are tuples if there are several
             flag = f"--{name.replace('_', '-')}"
             before = saved.get(name)
             own = f"the run, which was started without {flag}" if before is None else f"the run's {before}"
@@ -195,17 +195,17 @@ def changes_since(saved, class_names, n_images, n_processes, **files):
     """
     if saved["class_names"] != class_names:
         raise InputError(f"the images have the classes {_some(class_names)}, but the run has "
-                         f"{_some(saved['class_names'])}; give the run's own --data-dir")
+                         f"{_some(saved['class_names'])}; use the run's own --data-dir")
     changes = []
     for name, now in (("training images", n_images), ("processes", n_processes)):
         before = saved.get(f"n_{name.split()[-1]}", now)
         if before != now:
             changes.append(f"there are {now:,} {name}, but the run started with {before:,}; it continues, but its "
-                           f"result will differ from that of an unchanged run")
+                           f"result will differ from the result of an unchanged run")
     for name, now in files.items():
         if saved.get(name, now) != now and not changes:
             changes.append(f"the {name.replace('_', ' ')} or their classes have changed since the run started; it "
-                           f"continues, but its result will differ from that of an unchanged run")
+                           f"continues, but its result will differ from the result of an unchanged run")
     return changes
 
 
@@ -225,9 +225,9 @@ class Saver(Callback):
     model : Module
         The whole model, as it is to be saved.
     preprocessing : Preprocessing
-        Of the checkpoints.
+        Preprocessing that the checkpoints record.
     config : dict
-        Further entries of last.pt; best.pt gets `options` and `validation_files` of them.
+        Further entries of last.pt; `options` and `validation_files` are also saved in best.pt.
     objective : Objective
         Chooses the best epoch and formats the values to print.
     head_only : bool
@@ -281,7 +281,7 @@ class Saver(Callback):
         self.cost = self.saved_at - started
 
     def write(self, name, weights, **more):
-        """Write a checkpoint of the whole model; `weights` are those of the trained part."""
+        """Write a checkpoint of the whole model; `weights` are the weights of the trained part."""
         if self.head_only:
             weights = self.model.state_dict() | {f"head.{key}": value for key, value in weights.items()}
         save_model(self.model, self.folder / name, self.preprocessing, state_dict=weights, **more)
