@@ -284,7 +284,7 @@ PAGES["docs/models-and-weights.md"] = Page(
          max(row["difference"] for row in cell("formats-all", "rows"))),
     ],
     stated=[
-        ("gives Large as 307M", "Dosovitskiy et al. 2021, Table 1"),
+        ("lists Large as 307M", "Dosovitskiy et al. 2021, Table 1"),
         ("1e-6, in transformers' ViT 1e-12", "the default of each library: vit_bridge/weights/formats.py"),
     ],
 )

@@ -187,9 +187,9 @@ def test_what_is_no_image_is_counted_by_ending(zoo):
     assert train.n_images + val.n_images == 20
     assert train.class_names == ["fox", "hare"]
     assert find_images(zoo / "fox").left_out == {".txt": 2, ".heic": 1, "": 1, ".db": 1, ".pdf": 1, ".mpg": 1}
-    assert "2 .txt, 1 without an ending, 1 .db, 1 .heic, 1 .mpg, 1 .pdf" in said[3]
+    assert "2 .txt, 1 without an extension, 1 .db, 1 .heic, 1 .mpg, 1 .pdf" in said[3]
     assert [words for words in ("__MACOSX", "@eaDir", "pipe.png") if not any(words in line for line in said)] == []
-    assert said[4] == f"1 image in {str(zoo)!r} is ignored, outside the class folders"
+    assert said[4] == f"1 image in {str(zoo)!r} is ignored (outside the class folders)"
 
 
 def test_every_format_of_pillow_is_taken(zoo):
