@@ -54,8 +54,8 @@ def test_links_into_the_set_are_refused_and_said(zoo, where, target, reason):
     assert (train.class_names, len(files), len(set(files))) == (["fox", "hare"], 20, 20)
     assert [train.class_counts, val.class_counts] == [[9, 9], [1, 1]]
     if where == "hare/0":  # not an image by its name
-        assert said == [f"1 file in {str(zoo)!r} is ignored (not in an image format that Pillow reads here): 1 without "
-                        f"an ending"]
+        assert said == [f"1 file in {str(zoo)!r} is ignored (not in an image format that Pillow can read here): 1 "
+                        f"without an extension"]
         return
     assert len(said) == 1
     assert said[0].startswith(f"{str(zoo / where)!r} is ignored: it is a ")

@@ -515,7 +515,7 @@ def test_load_checkpoint_takes_hybrid_and_convnet_state_dicts(model_class, argum
                    "it is a ConvNet" if known else "no known format")
     raw(tmp_path / "v.pt", randomised(VisionTransformer, VIT))
     refuse_to_load(randomised(model_class, arguments), tmp_path / "v.pt",
-                   "it is a VisionTransformer" if known else f"not those of a {model_class.__name__}")
+                   "it is a VisionTransformer" if known else f"do not belong to a {model_class.__name__}")
 
 
 def named(prefix, state):
