@@ -145,7 +145,7 @@ class Whole:
     max_tokens : int, optional
         Maximum number of patches. By default, the number that the model was built for.
     img_size : int or (int, int), optional
-        Side, or (height, width), in pixels. If given, the photograph is stretched to it instead.
+        Side, or (height, width), in pixels. If set, the photograph is stretched to this size instead.
 
     Raises
     ------
@@ -214,7 +214,7 @@ def resized_channels(numbers, n_channels):
 
 
 def _channel_numbers(name, values):
-    """Return a mean or std, given as any kind of sequence, as a tuple of floats."""
+    """Return a mean or std, in any kind of sequence, as a tuple of floats."""
     try:
         numbers = torch.as_tensor(values, dtype=torch.float64)
         sound = numbers.isfinite() & (numbers > 0) if name == "std" else numbers.isfinite()

@@ -89,7 +89,7 @@ class Augmentation:
         for name, most in (("shift", 0.5), ("cutout", 2.0)):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value <= most:
-                raise InputError(f"{name} {value!r} is out of range; give a fraction of the side from 0 to {most:g}")
+                raise InputError(f"{name} {value!r} is out of range; use a fraction of the side from 0 to {most:g}")
 
 
 class EpochAugmentation:

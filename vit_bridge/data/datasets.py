@@ -226,7 +226,7 @@ class FolderSet:
             for other, outer in real.items():
                 if part != other and inner.is_relative_to(outer):
                     raise InputError(f"{str(self.folders[part])!r} and {str(self.folders[other])!r} lead to the same "
-                                     f"images ({str(inner)!r}); give each part its own folder, or remove the link")
+                                     f"images ({str(inner)!r}); use separate folders for them, or remove the link")
 
     def _class_folders(self):
         """Return {part: the entries that may be class folders}, and count the loose images."""

@@ -500,7 +500,7 @@ class MemoryLoader(DatasetLoader):
     files, skipped : list, dict, optional
         As in `DatasetLoader`.
     augmentation : Augmentation, optional
-        The augmentation in training. MNIST is never mirrored, because a mirrored digit is a different sign.
+        The augmentation in training. MNIST is never mirrored, because mirroring changes a digit.
     """
 
     def __init__(self, images, labels, info, batch_size, seed=0, training=False, files=None, skipped=None,

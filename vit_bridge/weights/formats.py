@@ -3,7 +3,7 @@
     weights = translate(state, path, around)     a state dict under our names, and what was dropped
 
 FORMATS lists the known formats, and REFUSED those that are known but cannot be loaded. The tests compare features with
-the libraries' own models; benchmarks/RESULTS.md says what each format was checked against.
+the libraries' own models; benchmarks/RESULTS.md lists what each format was checked against.
 
 Shapes:  D width, H heads, K = D / H width of a head, P patch side, C channels.
 """
