@@ -278,7 +278,7 @@ PAGES["docs/models-and-weights.md"] = Page(
           for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")),
         *((f"`{name}` | `ConvNeXt` | 224 | 1,000 | {{:,}} |", parameters("build_model", name=name))
           for name in ("convnext_tiny", "convnext_small", "convnext_base", "convnext_large")),
-        ("Ours reach {:.1%} (ViT), {:.1%} (hybrid) and {:.1%} (ConvNet) of the test images of CIFAR-10",
+        ("ours reach a test accuracy of {:.1%} (ViT), {:.1%} (hybrid) and {:.1%} (ConvNet)",
          *(cell(f"weights-{name}-bf16-0", "test_acc") for name in ("vit_nano", "hybrid", "convnet"))),
         ("The largest difference of the ViT formats was {:.1e} of the largest value",
          max(row["difference"] for row in cell("formats-all", "rows"))),

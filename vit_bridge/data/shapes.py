@@ -3,8 +3,8 @@
     make_shapes                         images of ten shapes, with their shapes, textures and colours as numbers
     make_marks, make_mark, make_cues    two marks to compare; a single mark; shape and texture in conflict
 
-An image depends only on the seed, its number and its side S. The scene is the same for every S, because
-pixels are computed from their distances to edges.
+An image depends only on the seed, its number and its side S. The scene is the same for every S, because pixels
+are computed from their distances to edges.
 
 Shapes:  N images in a data set, n some of them, S side of a square image in pixels, M side of a mark in pixels, m marks
          in an image, k random numbers per image.
@@ -68,7 +68,7 @@ class DrawnShapes:
 
 
 def make_shapes(n_images, img_size=32, seed=0, start=0, *, shape=None, texture=None, colour=None):
-    """Draw images number start to start + n_images - 1 of the endless data set that `seed` determines.
+    """Draw images start to start + n_images - 1 of the endless data set that `seed` determines.
 
     Each image has one of SHAPES at a random position and size, turned by up to 45 degrees either way. The shape is
     filled with one of TEXTURES in two tones of one of COLOURS, on a patterned background, with noise on top. The shape
