@@ -105,7 +105,7 @@ class Singles(Dataset):
     ([(with_nan(), LABELS)], "1 of the 7 images of a batch hold NaN or infinity, the first at index 3"),
     ([(IMAGES.permute(0, 2, 3, 1), LABELS)], r"the shape \(7, 8, 8, 3\), with channels last; expected \(B, C, H, W\)"),
     ([], "the loader has 0 batches"),
-    (None, "got a NoneType as a loader; give a torch DataLoader"),
+    (None, "got a NoneType as a loader; pass a torch DataLoader"),
     (Singles(), "got a Singles, a data set that returns one image at a time; pass batches"),
 ], ids=range(21))
 def test_trainer_refuses_what_it_cannot_use_in_one_line(batches, words):
