@@ -279,13 +279,13 @@ PAGES["docs/models-and-weights.md"] = Page(
           for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")),
         *((f"`{name}` | `ConvNeXt` | 224 | 1,000 | {{:,}} |", parameters("build_model", name=name))
           for name in ("convnext_tiny", "convnext_small", "convnext_base", "convnext_large")),
-        ("Ours reach {:.1%} (ViT), {:.1%} (hybrid) and {:.1%} (ConvNet) of the test images of CIFAR-10",
+        ("ours reach a test accuracy of {:.1%} (ViT), {:.1%} (hybrid) and {:.1%} (ConvNet)",
          *(cell(f"weights-{name}-bf16-0", "test_acc") for name in ("vit_nano", "hybrid", "convnet"))),
         ("The largest difference of the ViT formats was {:.1e} of the largest value",
          max(row["difference"] for row in cell("formats-all", "rows"))),
     ],
     stated=[
-        ("gives Large as 307M", "Dosovitskiy et al. 2021, Table 1"),
+        ("lists Large as 307M", "Dosovitskiy et al. 2021, Table 1"),
         ("1e-6, in transformers' ViT 1e-12", "the default of each library: vit_bridge/weights/formats.py"),
     ],
 )

@@ -284,7 +284,7 @@ def test_explore_says_which_size_fits(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("words", "expected"), [
     (["lok"], "no image file 'lok'"), (["explore", "nowhere.jpg"], "no image file 'nowhere.jpg'"),
-    (["explore", "."], "'.' is a folder; give the path of an image file in it"),
+    (["explore", "."], "'.' is a folder; use the path of an image file in it"),
     (["explore", "--pretrained", "convnet_shapes"], "ConvNet has no attention maps"),
     (["explore", "--max-mb", "0"], "--max-mb: 0 is out of range"),
     (["explore", "--n-images", "0"], "--n-images: 0 is out of range")])

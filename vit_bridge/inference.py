@@ -1,4 +1,4 @@
-"""Using a trained model: predict the class of images, score a model on a data set, export it to ONNX.
+"""Use a trained model: predict the classes of images, score a model on a data set, export it to ONNX.
 
     predict(model, "cat.jpg")            the most probable classes of one image, or of several
     score(model, loader)                 accuracy, confusion matrix and worst mistakes on a data set
@@ -150,7 +150,7 @@ class Mistakes:
     label_probabilities, probabilities : Tensor, shape (n,)
         Probabilities of the true and of the predicted class, from 0 to 1.
     files : list of n str or None
-        Paths; None if the loader does not know them.
+        Paths; None if the loader does not list them.
     """
 
     images: torch.Tensor
@@ -203,13 +203,13 @@ def score(model, loader, device="auto", amp="off", n_worst=24):
     model : nn.Module
         A model with a head. It is moved to `device` and stays there.
     loader : iterable
-        Whatever a Trainer accepts, such as a list of batches (images (B, 3, H, W), labels (B)). Batches may be empty.
+        Anything a Trainer accepts, such as a list of batches (images (B, 3, H, W), labels (B)). Batches may be empty.
     device : str, optional
         As in choose_device.
     amp : {"auto", "off", "bf16", "fp16"}, optional
         As in choose_precision.
     n_worst : int, optional
-        Largest number of mistakes to keep.
+        Maximum number of mistakes to keep.
 
     Returns
     -------
@@ -218,7 +218,7 @@ def score(model, loader, device="auto", amp="off", n_worst=24):
     Raises
     ------
     InputError
-        If the loader has no images or other classes than the model, or if the outputs are not finite.
+        If the loader has no images or its classes differ from the model's, or if the outputs are not finite.
     """
     check_int("n_worst", n_worst, 0)
     check_has_head(model)
@@ -243,7 +243,7 @@ def score(model, loader, device="auto", amp="off", n_worst=24):
             worst = _worst_of(worst, _mistakes_of(images, labels, logits, n), n_worst)
             n += len(images)
     if not n:
-        raise InputError("the loader gave 0 images; expected at least one, check the data")
+        raise InputError("the loader yielded 0 images; expected at least one, so check the data")
     K, correct = len(confusion), confusion.trace().item()
     return Score(confusion, n, correct, correct / n, wilson_interval(correct, n), balanced_accuracy(confusion),
                  top5_hits / n if K > 5 else None, names, _with_files(worst, loader, n))
@@ -270,7 +270,7 @@ def _worst_of(worst, mistakes, n_worst):
 
 
 def _with_files(worst, loader, n):
-    """Return the Mistakes, with their files if the loader knows the files of a pass of n images."""
+    """Return the Mistakes, with their files if the loader lists the files of a pass of n images."""
     places, *fields = worst
     skipped = set(map(str, getattr(loader, "skipped", None) or ()))
     files = [file for file in getattr(loader, "files", None) or () if str(file) not in skipped]
@@ -279,7 +279,7 @@ def _with_files(worst, loader, n):
 
 
 def _shared_names(model, loader, n_classes):
-    """Return K class names. Raises InputError if those of the model and of the loader differ."""
+    """Return K class names; raise InputError if the model's and the loader's names differ."""
     theirs = getattr(loader, "class_names", None)
     shown = getattr(model, "preprocessing", None)
     ours = (shown and shown.class_names) or theirs
@@ -301,16 +301,16 @@ def _first_names(names, most=8):
 def export_onnx(model, path):
     """Export a model as one .onnx file, check it against the model, and return the largest difference.
 
-    The file holds the weights and takes batches of any size. Its input "images" is normalised, (B, 3, H, W); its output
-    "logits" is (B, K). Its metadata hold, as JSON, class_names, mean, std, img_size and interpolation as far as the
-    model knows them. The model is not changed.
+    The file holds the weights and accepts batches of any size. Its input "images" is normalised, (B, 3, H, W); its
+    output "logits" is (B, K). Its metadata hold, as JSON, class_names, mean, std, img_size and interpolation, unless
+    the model lacks them. The model is not changed.
 
     Parameters
     ----------
     model : nn.Module
         A model of vit_bridge.models.
     path : path-like
-        The file to write. It appears completely or not at all.
+        The file to write. It is written completely or not at all.
 
     Returns
     -------
@@ -333,14 +333,14 @@ def export_onnx(model, path):
     model = unwrapped(model)
     device_of(model)  # raises for a model without weights
     if is_quantised(model):
-        raise InputError(f"this {class_name(model)} is quantised, and cannot be exported; export the model before it "
-                         f"is quantised, and quantise the file, for example with onnxruntime.quantization")
+        raise InputError(f"this {class_name(model)} is quantised and cannot be exported; export the model before it "
+                         f"is quantised, then quantise the file, for example with onnxruntime.quantization")
     if not Path(path).parent.is_dir():
         raise InputError(f"cannot write {path}: there is no folder {Path(path).parent}; choose a folder that exists")
     n_bytes = sum(tensor.numel() * 4 for tensor in model.state_dict().values())
     if n_bytes >= PROTOBUF_LIMIT:
-        raise InputError(f"the model has {n_bytes / 1e9:.1f} GB of weights; expected less than 2, the most that one "
-                         f".onnx file holds")
+        raise InputError(f"the model has {n_bytes / 1e9:.1f} GB of weights; expected less than 2, the limit of one "
+                         f".onnx file")
     twin = copy.deepcopy(model).cpu().float().eval()
     shape = (twin.config.in_channels, *pair(twin.config.img_size))
     proto = _to_onnx(twin, torch.zeros(2, *shape))

@@ -1,4 +1,4 @@
-"""What a model's images must look like: size, mean, std, interpolation and class names.
+"""How a model's input images must be preprocessed: size, mean, std, interpolation and class names.
 
 Every trained model and every checkpoint carries a Preprocessing. FitSize, Whole and eval_transform apply it to images.
 
@@ -31,14 +31,15 @@ IMAGENET_MEAN, IMAGENET_STD = NORMALISATION["folder"]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a model's images must look like, and the names of its classes.
+    """How a model's input images must be preprocessed, and the names of its classes.
 
     Parameters
     ----------
     img_size : int or (int, int)
         Side, or (height, width), in pixels. Equal sides become one number.
     mean, std : sequence of C floats, optional
-        Of each channel, for values from 0 to 1: the model sees (x - mean) / std. ImageNet's by default.
+        Mean and standard deviation of each channel, for values from 0 to 1: the model receives (x - mean) / std.
+        ImageNet's by default.
     interpolation : {"bilinear", "bicubic"}, optional
         How images are resized.
     class_names : list, optional
@@ -63,7 +64,7 @@ class Preprocessing:
             object.__setattr__(self, name, _channel_numbers(name, getattr(self, name)))
         if len(self.mean) != len(self.std):
             raise InputError(f"mean {self.mean} and std {self.std} have {len(self.mean)} and {len(self.std)} "
-                             f"numbers; give each of them one number per channel")
+                             f"numbers; pass one number per channel in each")
         if isinstance(self.class_names, str):
             raise InputError(f"class_names {self.class_names!r} is one string; expected a list of names")
         if self.class_names is not None:  # plain Python values, which a checkpoint can hold
@@ -81,7 +82,7 @@ class Preprocessing:
         return len(self.mean)
 
     def with_channels(self, n_channels):
-        """Return the same for another number of channels.
+        """Return this preprocessing for a different number of channels.
 
         One channel gets the mean over the colours; more channels repeat the colours in order.
         """
@@ -111,8 +112,8 @@ class FitSize:
     """A transform that resizes an image until it just covers a size, then crops the middle.
 
     It takes PIL images and tensors (..., C, h, w). Photographs are resized to 256 / 224 of the size before the crop, as
-    is usual for ImageNet. If the size, or a side of the image, is at most 64 pixels, there is no such margin: only what
-    does not fit the proportions of the size is cut off. An image that already has the size is returned unchanged.
+    is usual for ImageNet. If the size, or a side of the image, is at most 64 pixels, there is no such margin, and only
+    what does not fit the target's proportions is cut off. An image that already has the size is returned unchanged.
 
     Parameters
     ----------
@@ -142,9 +143,9 @@ class Whole:
     Parameters
     ----------
     max_tokens : int, optional
-        Largest number of patches. By default as many as the model was built for.
+        Maximum number of patches. By default, the number that the model was built for.
     img_size : int or (int, int), optional
-        Side, or (height, width), in pixels. If given, the photograph is stretched to it instead.
+        Side, or (height, width), in pixels. If set, the photograph is stretched to this size instead.
 
     Raises
     ------
@@ -213,7 +214,7 @@ def resized_channels(numbers, n_channels):
 
 
 def _channel_numbers(name, values):
-    """Return a mean or std, given as any kind of sequence, as a tuple of floats."""
+    """Return a mean or std, in any kind of sequence, as a tuple of floats."""
     try:
         numbers = torch.as_tensor(values, dtype=torch.float64)
         sound = numbers.isfinite() & (numbers > 0) if name == "std" else numbers.isfinite()

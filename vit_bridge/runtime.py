@@ -1,4 +1,4 @@
-"""The one way to run a model over images: device, precision, eval mode, and what to do when memory runs out.
+"""The shared code for running a model on images: device, precision, eval mode and out-of-memory errors.
 
 Main names: choose_device, choose_precision, evaluating, class_probabilities, explain_out_of_memory, processes.
 
@@ -53,7 +53,7 @@ def choose_device(device="auto"):
 
 
 def choose_precision(amp, device):
-    """Return the autocast dtype for a device, or None for plain float32.
+    """Return the autocast dtype for a device, or None for float32.
 
     Parameters
     ----------
@@ -75,9 +75,9 @@ def choose_precision(amp, device):
 
 
 def unwrapped(module):
-    """Return the model inside torch's wrappers, also nested ones.
+    """Return the model inside torch's wrappers, even nested ones.
 
-    They are torch.compile, DataParallel, DistributedDataParallel and AveragedModel.
+    The wrappers are torch.compile, DataParallel, DistributedDataParallel and AveragedModel.
     """
     while True:
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
@@ -89,7 +89,7 @@ def unwrapped(module):
 
 
 def is_quantised(model):
-    """Return whether the model has layers with integer weights, as torch.ao.quantization makes them.
+    """Return whether the model has layers with integer weights, as torch.ao.quantization creates.
 
     No gradient flows through these layers.
     """
@@ -199,7 +199,7 @@ class OutOfMemory(InputError):
 
 @contextmanager
 def explain_out_of_memory(device, batch_size=None, grad_accum_steps=1, training=False):
-    """Turn an out-of-memory error inside into an OutOfMemory that names the batch and a remedy.
+    """Turn an out-of-memory error inside into an OutOfMemory that states the batch size and a remedy.
 
     Other errors pass unchanged.
 
@@ -268,7 +268,7 @@ def _statistics_kept(norms):
 
 @contextmanager
 def replaced_forwards(forwards):
-    """Run modules with other forward functions inside, given as {module: function}."""
+    """Replace the forward functions of modules inside, given as {module: function}."""
     before = {module: vars(module).get("forward") for module in forwards}
     for module, forward in forwards.items():
         module.forward = forward
@@ -283,9 +283,9 @@ def replaced_forwards(forwards):
 
 @contextmanager
 def processes(device="auto"):
-    """Join the processes of one command, and yield the device of this one.
+    """Join the processes of one command, and yield this process's device.
 
-    With several processes each gets its own GPU, and only the first prints. With one process nothing is joined.
+    With several processes, each uses its own GPU, and only the first one prints. A single process joins nothing.
 
     Raises InputError if the device is not available, or if another process stopped early.
     """
@@ -304,5 +304,5 @@ def processes(device="auto"):
             if "gloo" not in str(error) and not isinstance(error, dist.DistError):
                 raise
             raise InputError(f"another process stopped early ({str(error).splitlines()[0][:150]}); see its own message "
-                             f"for the reason, and continue a training with --resume and its folder") from None
+                             f"for the reason, and continue a training run with --resume and its folder") from None
     dist.destroy_process_group()

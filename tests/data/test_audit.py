@@ -46,7 +46,7 @@ def test_audit_says_what_is_there(tmp_path):
         "  links and folders not followed: 1 (set/train/ant/all)",
         "  other files, ignored: 2 .txt, 1 .heic",
         "  images outside the class folders, ignored: 1",
-        "  folders ignored, as they are not train, val or test: 1 (notes)",
+        "  folders ignored, because they are not train, val or test: 1 (notes)",
         "  empty files: 1 (set/val/ant/empty.jpg)"]
     assert found.class_names == get_data_loaders(root, img_size=16, skip_corrupt=True)[0].class_names
 

@@ -54,8 +54,8 @@ def test_links_into_the_set_are_refused_and_said(zoo, where, target, reason):
     assert (train.class_names, len(files), len(set(files))) == (["fox", "hare"], 20, 20)
     assert [train.class_counts, val.class_counts] == [[9, 9], [1, 1]]
     if where == "hare/0":  # not an image by its name
-        assert said == [f"1 file in {str(zoo)!r} is ignored (not in an image format that Pillow reads here): 1 without "
-                        f"an ending"]
+        assert said == [f"1 file in {str(zoo)!r} is ignored (not in an image format that Pillow can read here): 1 "
+                        f"without an extension"]
         return
     assert len(said) == 1
     assert said[0].startswith(f"{str(zoo / where)!r} is ignored: it is a ")
@@ -187,9 +187,9 @@ def test_what_is_no_image_is_counted_by_ending(zoo):
     assert train.n_images + val.n_images == 20
     assert train.class_names == ["fox", "hare"]
     assert find_images(zoo / "fox").left_out == {".txt": 2, ".heic": 1, "": 1, ".db": 1, ".pdf": 1, ".mpg": 1}
-    assert "2 .txt, 1 without an ending, 1 .db, 1 .heic, 1 .mpg, 1 .pdf" in said[3]
+    assert "2 .txt, 1 without an extension, 1 .db, 1 .heic, 1 .mpg, 1 .pdf" in said[3]
     assert [words for words in ("__MACOSX", "@eaDir", "pipe.png") if not any(words in line for line in said)] == []
-    assert said[4] == f"1 image in {str(zoo)!r} is ignored, outside the class folders"
+    assert said[4] == f"1 image in {str(zoo)!r} is ignored (outside the class folders)"
 
 
 def test_every_format_of_pillow_is_taken(zoo):

@@ -123,7 +123,7 @@ def test_unknown_ranges_are_refused_alike(values, tags, tmp_path):
                                               rf"values of 8 or 16 bits [^\n]*\Z"):
         open_image(path)
     for image in (Image.open(path), Image.fromarray(values)):
-        with pytest.raises(InputError, match=rf"\Agot a PIL image of {words}; give a float array[^\n]*\Z"):
+        with pytest.raises(InputError, match=rf"\Agot a PIL image of {words}; pass a float array[^\n]*\Z"):
             open_picture(image)
     Image.fromarray(GREY).save(tmp_path / "sound.png")
     skipped = decode_images([str(path), str(tmp_path / "sound.png")], Preprocessing(16), True)[1]
@@ -306,7 +306,7 @@ def test_own_side_leaves_a_dead_link_out(tmp_path):
 def test_open_image_names_a_dead_link_and_a_folder(tmp_path):
     (tmp_path / "x.png").symlink_to("nowhere.png")
     for path, words in ((tmp_path / "x.png", r"there is no image file '[^']*x.png', which is a link to 'nowhere.png'"),
-                        (tmp_path, "is a folder; give the path of an image file in it")):
+                        (tmp_path, "is a folder; use the path of an image file in it")):
         with pytest.raises(InputError, match=words):
             open_image(path)
 

@@ -179,7 +179,7 @@ def test_quantised_model_says_what_it_cannot_do(layers, tmp_path):
     with pytest.raises(InputError, match="is quantised, and integer weights cannot be trained"):
         Trainer(model, "cpu")
     pytest.importorskip("onnxscript")
-    with pytest.raises(InputError, match="is quantised, and cannot be exported"):
+    with pytest.raises(InputError, match="is quantised and cannot be exported"):
         export_onnx(model, tmp_path / "model.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["plain.pt"]
 

@@ -234,7 +234,7 @@ def test_explore_renormalises_a_tensor_for_the_second_model(second):
 
 def test_explore_takes_images_of_several_sizes_whole():
     model, photos = square_vit(), [pixels(40, 80), pixels(90, 30)]
-    with pytest.raises(InputError, match="takes only images of 12x12 pixels"):
+    with pytest.raises(InputError, match="accepts only images of 12x12 pixels"):
         explorer.explore(model, photos, None, whole=Whole())
     model.any_size = True
     data = data_of(explorer.explore(model, [*photos, torch.zeros(3, 16, 8)], None, small_convnet(), whole=Whole()))

@@ -105,8 +105,8 @@ class Singles(Dataset):
     ([(with_nan(), LABELS)], "1 of the 7 images of a batch hold NaN or infinity, the first at index 3"),
     ([(IMAGES.permute(0, 2, 3, 1), LABELS)], r"the shape \(7, 8, 8, 3\), with channels last; expected \(B, C, H, W\)"),
     ([], "the loader has 0 batches"),
-    (None, "got a NoneType as a loader; give a torch DataLoader"),
-    (Singles(), "got a Singles, a data set that gives one image at a time; give batches"),
+    (None, "got a NoneType as a loader; pass a torch DataLoader"),
+    (Singles(), "got a Singles, a data set that returns one image at a time; pass batches"),
 ], ids=range(21))
 def test_trainer_refuses_what_it_cannot_use_in_one_line(batches, words):
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))  # a model without checks of its own
@@ -219,10 +219,10 @@ def test_trainer_resumes_on_a_loader_without_a_length():
 
 @pytest.mark.parametrize(("run", "words"), [
     (lambda: trained(stream(), n_epochs=1, n_steps=None), "the loader has no length, like a stream or a generator"
-                                                          "; give n_steps="),
+                                                          "; pass n_steps="),
     (lambda: trained(stream(), warmup_epochs=1.0), "the loader has no length"),
-    (lambda: trained(batches(1)), "the loader is a generator, which gives its batches only once"),
-    (lambda: steps_within(1.0, toy_model(), stream(), [(IMAGES, LABELS)], "cpu"), r"no length.*give a number of steps"),
+    (lambda: trained(batches(1)), "the loader is a generator, which yields its batches only once"),
+    (lambda: steps_within(1.0, toy_model(), stream(), [(IMAGES, LABELS)], "cpu"), r"no length.*pass a number of steps"),
     (lambda: steps_within(1.0, toy_model(), [(IMAGES, LABELS)], batches(1), "cpu"), "no length"),
 ], ids=["epochs", "warm-up", "exhausted", "steps_within", "steps_within, validation"])
 def test_loader_without_a_length_is_refused_where_it_needs_one(run, words):
@@ -231,7 +231,7 @@ def test_loader_without_a_length_is_refused_where_it_needs_one(run, words):
 
 
 def test_generator_as_validation_loader_is_refused_in_the_second_epoch():
-    with pytest.raises(InputError, match="which gives its batches only once"):
+    with pytest.raises(InputError, match="which yields its batches only once"):
         Trainer(toy_model(), "cpu").train([(IMAGES, LABELS)], batches(1), n_epochs=2, progress=False)
 
 

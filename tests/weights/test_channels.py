@@ -80,5 +80,5 @@ def test_load_gives_a_grey_file_of_timm_a_grey_normalisation(tmp_path):
 def test_load_refuses_another_first_layer_that_depends_on_the_channels(tmp_path):
     save_model(ConvNet(img_size=16, widths=(3, 5), depths=(1, 1), stem_stride=1, n_classes=3, block="pooled"),
                tmp_path / "m.pt", SHOWN)
-    with pytest.raises(InputError, match=r"\A[^\n]*m\.pt is for another architecture: stem\.0\.weight[^\n]*\Z"):
+    with pytest.raises(InputError, match=r"\A[^\n]*m\.pt is for a different architecture: stem\.0\.weight[^\n]*\Z"):
         load(tmp_path / "m.pt", in_channels=1)

@@ -170,7 +170,7 @@ def test_preprocessing_takes_names_from_numpy_and_no_string(tmp_path):
 
 
 def test_save_model_refuses_a_mean_outside_preprocessing(tmp_path):
-    with pytest.raises(InputError, match=r"\Asave_model got mean \(0\.5,\); expected it in preprocessing=[^\n]*\Z"):
+    with pytest.raises(InputError, match=r"\Asave_model got mean=\(0\.5,\); pass it in preprocessing=[^\n]*\Z"):
         save_model(randomised(*SMALL[0]), tmp_path / "m.pt", mean=(0.5,))
 
 
@@ -312,8 +312,8 @@ def test_load_checkpoint_keeps_models_head_for_another_class_count(model_class, 
     assert set(report.dropped) == {"head.weight", "head.bias"}
     assert same_bits(other, {**{k: v for k, v in bits(model).items() if not k.startswith("head.")},
                              **{k: v for k, v in before.items() if k.startswith("head.")}})
-    said = ("head: the model keeps its own, untrained, because the one in the file has 3 classes, but the model's head "
-            "has 5")
+    said = ("head: the model keeps its own, which is untrained, because the file's head has 3 classes, but the "
+            "model's head has 5")
     assert report.notes == ((said,) if n_classes else ())
     assert ("the model has no head, or one that is not an nn.Linear" in str(report)) == (not n_classes)
 
@@ -324,7 +324,7 @@ def test_load_checkpoint_keeps_models_head_when_file_has_none(tmp_path):
     head = model.head.weight.clone()
     report = load_all(model, tmp_path / "m.pt", state)
     assert torch.equal(model.head.weight, head)
-    assert report.notes == ("head: the file has none, so the model keeps its own, untrained",)
+    assert report.notes == ("head: the file has none, so the model keeps its own, which is untrained",)
 
 
 def test_load_checkpoint_keeps_the_models_head_without_bias_where_the_file_has_one(tmp_path):
@@ -433,9 +433,9 @@ def test_load_checkpoint_notes_ambiguous_positions_and_obeys_grid_size(tmp_path)
         model = VisionTransformer(**wide)
         report = load_checkpoint(model, tmp_path / "m.pt", **options)
         assert same_bits(model, state)
-        assert [note for note in report.notes if "grid_size= sets" in note] == ([] if options else [
-            "positions: 16 fit 3x5 patches and 1 prefix token or 4x4 patches and 0 prefix tokens; the first is used, "
-            "load_checkpoint's grid_size= sets another"])
+        assert [note for note in report.notes if "grid_size=" in note] == ([] if options else [
+            "positions: 16 fit 3x5 patches and 1 prefix token or 4x4 patches and 0 prefix tokens; the first is used; "
+            "to choose another, pass grid_size= to load_checkpoint"])
     model = VisionTransformer(**wide)
     load_checkpoint(model, tmp_path / "m.pt", grid_size=(4, 4))
     assert torch.equal(model.pos_embed[:, 1:], resample_positions(state["pos_embed"], (4, 4), (3, 5)))
@@ -515,7 +515,7 @@ def test_load_checkpoint_takes_hybrid_and_convnet_state_dicts(model_class, argum
                    "it is a ConvNet" if known else "no known format")
     raw(tmp_path / "v.pt", randomised(VisionTransformer, VIT))
     refuse_to_load(randomised(model_class, arguments), tmp_path / "v.pt",
-                   "it is a VisionTransformer" if known else f"not those of a {model_class.__name__}")
+                   "it is a VisionTransformer" if known else f"do not belong to a {model_class.__name__}")
 
 
 def named(prefix, state):
@@ -633,7 +633,7 @@ def test_describe_checkpoint_guesses_unknown_heads_and_says_so(embed_dim, n_head
     raw(tmp_path / "m.pt", VisionTransformer(**{**SQUARE, "embed_dim": embed_dim, "n_heads": 2, "depth": 1}))
     description = describe_checkpoint(tmp_path / "m.pt")
     assert description.config.n_heads == n_heads
-    guess = f"the file does not record how many; {n_heads} is a guess ({embed_dim // n_heads} channels each)"
+    guess = f"the file does not record their number; {n_heads} is a guess ({embed_dim // n_heads} channels each)"
     assert guess in str(description)
 
 
@@ -647,11 +647,12 @@ def test_load_report_counts_and_names_in_words(tmp_path):
     report = load_all(VisionTransformer(**{**SQUARE, "n_classes": 7}), tmp_path / "m.pt", [*state, "mask_token"])
     assert str(report).splitlines() == [
         f"{tmp_path / 'm.pt'}: timm's names (timm, DeiT, DINO, MAE's encoder); 30 tensors loaded, 3 dropped",
-        "  dropped: mask_token (stands for masked patches in pre-training)",
+        "  dropped: mask_token (the token for masked patches in pre-training)",
         "  dropped: head.weight and 1 more (has 3 classes, but the model's head has 7)",
-        "  head: the model keeps its own, untrained, because the one in the file has 3 classes, but the model's head "
-        "has 7",
-        "  heads: the file does not record how many; the model's 3 are right only if it was trained with 3"]
+        "  head: the model keeps its own, which is untrained, because the file's head has 3 classes, but the model's "
+        "head has 7",
+        "  heads: the file does not record their number; the model's 3 are correct only if the weights were trained "
+        "with 3"]
 
 
 @pytest.mark.parametrize(("options", "known"), [({}, False), (dict(qk_norm=True), True)])

@@ -204,7 +204,7 @@ def test_relatives_of_the_cnns_are_refused_with_the_reason(kind, tmp_path):
 def test_load_checkpoint_refuses_a_cnn_of_another_kind(model, tmp_path):
     torch.save(timm_resnet(BasicBlock).state_dict(), tmp_path / "m.pth")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(InputError, match=one_line_with("is for another architecture")):
+    with pytest.raises(InputError, match=one_line_with("is for a different architecture")):
         load_checkpoint(model, tmp_path / "m.pth")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -233,9 +233,9 @@ def test_a_folder_of_transformers_opens_with_its_classes_and_size(tmp_path):
 @pytest.mark.parametrize(("build", "change", "words"), [
     (lambda: transformers_resnet("basic"), dict(downsample_in_first_stage=True), "downsample_in_first_stage"),
     (lambda: transformers_resnet("bottleneck"), dict(downsample_in_bottleneck=True), "downsample_in_bottleneck"),
-    (lambda: transformers_resnet("basic"), dict(hidden_act="silu"), "'silu', but ConvNet has 'relu'"),
-    (transformers_convnext, dict(hidden_act="relu"), "'relu', but ConvNeXt has 'gelu'"),
-    (transformers_convnext, dict(model_type="convnextv2"), "'convnextv2', but the tensors beside it are a ConvNeXt's")])
+    (lambda: transformers_resnet("basic"), dict(hidden_act="silu"), "'silu', but ConvNet uses 'relu'"),
+    (transformers_convnext, dict(hidden_act="relu"), "'relu', but ConvNeXt uses 'gelu'"),
+    (transformers_convnext, dict(model_type="convnextv2"), "'convnextv2', but the tensors belong to a ConvNeXt")])
 def test_a_config_that_no_tensor_shows_is_refused(build, change, words, tmp_path):
     build().save_pretrained(tmp_path)
     entries = json.loads((tmp_path / "config.json").read_text())
@@ -264,7 +264,7 @@ def test_a_config_of_timm_refuses_a_resnet_that_computes_otherwise(arguments, tm
     for given in (dict(output_stride=32, aa_layer=None, norm_layer="batchnorm2d"), arguments):
         (tmp_path / "config.json").write_text(json.dumps(entries | dict(model_args=given)))
         if given is arguments:
-            with pytest.raises(InputError, match=one_line_with(f"says {next(iter(given))} ")):
+            with pytest.raises(InputError, match=one_line_with(f"specifies {next(iter(given))}=")):
                 load(tmp_path)
         else:
             load(tmp_path)
@@ -377,7 +377,7 @@ def test_load_gives_a_public_cnn_ready_to_use(name, hub):
     assert model.config == hub[name].config
     assert (len(model.preprocessing.class_names), model.preprocessing.mean) == (1000, IMAGENET_MEAN)
     assert load(name, img_size=48).preprocessing.img_size == 48
-    with pytest.raises(InputError, match=one_line_with("stem_stride 1 is not that of")):
+    with pytest.raises(InputError, match=one_line_with("stem_stride=1 does not match")):
         load(name, stem_stride=1)
 
 

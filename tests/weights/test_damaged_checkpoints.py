@@ -440,9 +440,9 @@ def test_load_checkpoint_refuses_a_damaged_file(name, options, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "reason"), [
-    ("no keys.pt", "queries, keys and values do not fit together"), ("two names.pt", "are the same tensor"),
-    ("other keys.pt", "queries, keys and values do not fit together"), ("no data.pt", "sparse tensor or one without"),
-    ("sparse.pt", "sparse tensor or one without"), ("quantised.pt", "quantised"), ("NaN.pt", "not finite"),
+    ("no keys.pt", "queries, keys and values do not fit together"), ("two names.pt", "map to the same tensor"),
+    ("other keys.pt", "queries, keys and values do not fit together"), ("no data.pt", "sparse tensor or without data"),
+    ("sparse.pt", "sparse tensor or without data"), ("quantised.pt", "quantised"), ("NaN.pt", "not finite"),
     ("infinite half.pt", "not finite"), ("head without weight.pt", "bias of its head"),
     ("transposed head.pt", "bias of its head"), ("None among the tensors.pt", "'norm.bias', a NoneType"),
     ("empty model.pt", "'model', a dict"), ("missing key.pt", "lacks blocks.1.norm2.bias"),

@@ -329,7 +329,7 @@ def test_describe_checkpoint_finds_the_architecture_of_the_source(loaded):
     if "npz" in name or "qk_norm" in name or "old names" in name:  # which save_pretrained wrote with a config.json
         assert (found.config.n_heads, found.report.heads) == (HEADS, "")
     else:
-        assert "the file does not record how many" in found.report.heads
+        assert "the file does not record their number" in found.report.heads
 
 
 @torch.no_grad()
@@ -362,8 +362,8 @@ def test_load_checkpoint_skips_a_head_of_cls_and_mean(which, tmp_path):
     head = model.head.weight.clone()
     report = load_checkpoint(model, sample.path)
     assert torch.equal(model.head.weight, head)
-    assert ("head: the model keeps its own, untrained, because the one in the file reads 56 features, but the model's "
-            "head reads 28") in report.notes
+    assert ("head: the model keeps its own, which is untrained, because the file's head reads 56 features, but the "
+            "model's head reads 28") in report.notes
 
 
 # Where a number of positions could be read in two ways, the format tells: of 4 x 4 patches and CLS, never 17 x 1.

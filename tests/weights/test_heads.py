@@ -32,7 +32,7 @@ def trained(names, n_classes=3):
 
 CASES = {
     "the same": (["owl", "fox", "hare"], ["owl", "fox", "hare"], [1, 2, 3],
-                 "head: kept, its 3 classes are those of the images"),
+                 "head: kept, because its 3 classes are those of the images"),
     "another order": (["owl", "fox", "hare"], ["fox", "hare", "owl"], [2, 3, 1],
                       "head: kept, all 3 rows, matched by class name"),
     "a new one": (["owl", "fox", "hare"], ["emu", "fox", "hare", "owl"], [0, 2, 3, 1],
@@ -47,7 +47,7 @@ CASES = {
     "text and numbers": ([0, 1, 2], ["2", "0", "1"], [3, 1, 2],
                          "head: kept, all 3 rows, matched by class name"),
     "one name twice, the same": (["crane", "owl", "crane"], ["crane", "owl", "crane"], [1, 2, 3],
-                                 "head: kept, its 3 classes are those of the images"),
+                                 "head: kept, because its 3 classes are those of the images"),
     "one name twice": (["crane", "owl", "crane"], ["owl", "crane", "hare"], [2, 0, 0],
                        "head: kept, 1 of 3 rows, matched by class name; 2 new (crane, hare); dropped (crane, crane); "
                        "names that occur more than once could not be matched (crane)"),
@@ -112,8 +112,8 @@ def test_a_head_without_bias_is_saved_with_one_of_zeros(tmp_path):
     (["owl", "hare", "fox"], [3, 2, 1], "head: kept, all 3 rows, matched by class name"),
     (["fox", "hare", "owl"], [1, 2, 3], None),
     (["owl", "emu", "fox"], [3, 7, 1], "head: kept, 2 of 3 rows, matched by class name; 1 new (emu)"),
-    (["cat", "dog", "emu"], [7, 7, 7], "head: the model keeps its own, untrained, because the one in the file is for "
-                                       "other classes (fox, hare, owl) than the model's (cat, dog, emu)")])
+    (["cat", "dog", "emu"], [7, 7, 7], "head: the model keeps its own, which is untrained, because the file's head is "
+                                       "for different classes (fox, hare, owl) from the model's (cat, dog, emu)")])
 def test_load_checkpoint_matches_rows_by_the_names_of_the_classes(names, rows, words, tmp_path, recwarn):
     save_model(trained(["fox", "hare", "owl"]), tmp_path / "m.pt")
     model = trained(names)

@@ -1,4 +1,4 @@
-"""Files of other trainers: the model is found, and everything beside it is dropped with a reason."""
+"""Files of other trainers: the model is found, and everything outside it is dropped with a reason."""
 
 import re
 from collections import OrderedDict
@@ -145,7 +145,7 @@ def test_load_takes_the_head_beside_a_backbone(backbone, head, tmp_path):
     features = theirs(images())
     features = features if backbone == "timm" else features.last_hidden_state[:, 0]
     torch.testing.assert_close(model(images()), linear(features))
-    assert (f"{head} beside the model was used as its head" in words) == ((backbone, head) != ("transformers",
+    assert (f"{head}, outside the model, was used as its head" in words) == ((backbone, head) != ("transformers",
                                                                                                   "classifier"))
 
 
@@ -172,7 +172,7 @@ def test_load_takes_the_head_where_people_put_it(kind, bias, tmp_path):
     with pytest.warns(Assumption) as caught:
         model = load(tmp_path / "m.pth", **dict(n_heads=4) if build == "vit" else {})
     torch.testing.assert_close(model(images()), linear(theirs(images())))
-    assert (f"{name} beside the model was used as its head" in str(caught[0].message)) == bool(prefix)
+    assert (f"{name}, outside the model, was used as its head" in str(caught[0].message)) == bool(prefix)
 
 
 def test_load_takes_the_head_beside_a_model_before_its_own(tmp_path):
@@ -181,7 +181,7 @@ def test_load_takes_the_head_beside_a_model_before_its_own(tmp_path):
     model, words = opened(tmp_path / "m.pth")
     theirs.reset_classifier(0)
     torch.testing.assert_close(model(images()), linear(theirs(images())))
-    assert "head beside the model was used as its head, and its own was dropped" in words
+    assert "head, outside the model, was used as its head, and its own was dropped" in words
 
 
 @pytest.mark.parametrize("head", [nn.Linear(3, 5), nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 5))], ids=str)

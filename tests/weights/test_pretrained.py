@@ -152,10 +152,10 @@ def test_load_takes_overrides_of_size_and_dropout():
 
 
 @pytest.mark.parametrize(("overrides", "value"), [
-    (dict(n_heads=6), "n_heads 6 is not that of vit_nano_shapes, 3"), (dict(depth=5), "depth 5"),
-    (dict(embed_dim=48), "embed_dim 48"), (dict(pool="mean"), "pool 'mean'"), (dict(norm_eps=1e-5), "norm_eps"),
-    (dict(position="none"), "position 'none'"), (dict(n_registers=2), "n_registers 2"),
-    (dict(patch_size=8), "patch_size 8"), (dict(head=5), "'head'"), (dict(img_size=30), "30x30"),
+    (dict(n_heads=6), "n_heads=6 does not match vit_nano_shapes, which has 3"), (dict(depth=5), "depth=5"),
+    (dict(embed_dim=48), "embed_dim=48"), (dict(pool="mean"), "pool='mean'"), (dict(norm_eps=1e-5), "norm_eps"),
+    (dict(position="none"), "position='none'"), (dict(n_registers=2), "n_registers=2"),
+    (dict(patch_size=8), "patch_size=8"), (dict(head=5), "'head'"), (dict(img_size=30), "30x30"),
     (dict(n_classes=-1), "n_classes"), (dict(n_classes=5, pool="mean"), "pool")])
 def test_load_refuses_overrides_that_misfit_the_weights(overrides, value):
     with pytest.raises(InputError, match=one_line_with(value)):
@@ -190,7 +190,7 @@ def test_load_takes_the_same_overrides_for_a_file(tmp_path):
     model = load(path, img_size=24, drop_path=0.1)
     assert torch.equal(model.pos_embed, load("vit_nano_shapes", img_size=24).pos_embed)
     assert (model.preprocessing.img_size, model.config.drop_path) == (24, 0.1)
-    for overrides, value in ((dict(depth=5), "depth 5 is not that of"), (dict(widths=(3,)), "'widths'")):
+    for overrides, value in ((dict(depth=5), "depth=5 does not match"), (dict(widths=(3,)), "'widths'")):
         with pytest.raises(InputError, match=one_line_with(value)):
             load(path, **overrides)
 
@@ -284,9 +284,9 @@ def test_load_takes_a_public_files_grid_from_its_entry(public):
 
 
 @pytest.mark.parametrize(("overrides", "value"), [
-    (dict(n_heads=2), "n_heads 2 is not that of small, 3"), (dict(norm_eps=1e-5), "norm_eps"), (dict(depth=3), "depth"),
-    (dict(position="sincos"), "position"), (dict(layer_scale=0.1), "layer_scale"), (dict(heads=2), "'heads'"),
-    (dict(pool="mean"), "pool"), (dict(pool="mean", n_classes=1000), "pool")])
+    (dict(n_heads=2), "n_heads=2 does not match small, which has 3"), (dict(norm_eps=1e-5), "norm_eps"),
+    (dict(depth=3), "depth"), (dict(position="sincos"), "position"), (dict(layer_scale=0.1), "layer_scale"),
+    (dict(heads=2), "'heads'"), (dict(pool="mean"), "pool"), (dict(pool="mean", n_classes=1000), "pool")])
 def test_load_refuses_overrides_that_misfit_a_public_model(overrides, value, public):
     with pytest.raises(InputError, match=one_line_with(value)):
         load("small", **overrides)
@@ -361,7 +361,7 @@ def test_load_discards_a_download_with_the_wrong_checksum(public, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "reason"), [
-    ("small", "its sha256 begins"), ("headless", "it is downloaded again")])
+    ("small", "its sha256 begins"), ("headless", "to download it again")])
 def test_load_refuses_a_damaged_cached_file_naming_its_path(name, reason, public):
     path = public.folder / f"{name}.pth"
     path.write_bytes(path.read_bytes()[:-7])

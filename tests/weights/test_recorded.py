@@ -1,4 +1,4 @@
-"""Values that a file does not record: read from files beside it, given, or assumed with a warning."""
+"""Values that a file does not record: read from files in its folder, given, or assumed with a warning."""
 
 import json
 import re
@@ -78,7 +78,7 @@ def test_load_reads_transformers_config_where_it_lies(what, tmp_path):
         torch.save(theirs.state_dict(), path)
     model, assumed = said(load, path)
     assert len(assumed) == 1
-    assert assumed[0].endswith("squeezes an image into 16x16 pixels; here the image keeps its proportions and is "
+    assert assumed[0].endswith("stretches images to 16x16 pixels; here, images keep their proportions and are "
                                "centre-cropped")
     assert (model.config.n_heads, model.config.norm_eps, model.config.pool) == (4, 1e-3, "cls")
     torch.testing.assert_close(model(images_of()), theirs(images_of()).logits)
@@ -118,7 +118,7 @@ def test_load_opens_a_folder_of_dinov2_and_says_that_its_head_is_dropped(tmp_pat
     torch.testing.assert_close(model.forward_features(images_of()), tokens)
     assert model.preprocessing == Preprocessing(16, IMAGENET_MEAN, IMAGENET_STD, "bicubic")
     assert len(assumed) == 1
-    assert "head: the one in the file was dropped, because it reads 48 features, but the model has 24" in assumed[0]
+    assert "head: the file's head was dropped, because it reads 48 features, but the model has 24" in assumed[0]
     assert "ImageNet's mean and std" in assumed[0]
 
 
@@ -129,7 +129,7 @@ def test_load_opens_a_folder_of_deit(tmp_path):
     torch.testing.assert_close(model(images_of()), theirs(images_of()).logits)
     assert model.preprocessing == Preprocessing(16, IMAGENET_MEAN, IMAGENET_STD, "bicubic", NAMES)
     assert assumed == [f"{tmp_path / 'model.safetensors'}: not recorded, so assumed: ImageNet's mean and std, bicubic "
-                       f"resizing; set it with a preprocessor_config.json beside it"]
+                       f"resizing; to change this, use a preprocessor_config.json in the same folder"]
 
 
 def test_load_takes_a_rectangle_from_the_config(tmp_path):
@@ -209,18 +209,18 @@ def test_load_says_that_a_config_of_no_known_kind_is_not_taken(content, tmp_path
     (tmp_path / "config.json").write_text(content)
     model, again = said(load, tmp_path / "m.pth")
     assert model.config == without.config
-    assert again == [f"{assumed}; config.json beside it is ignored: it has neither a model_type, as in transformers, "
-                     f"nor an architecture, as in timm"]
+    assert again == [f"{assumed}; config.json in the same folder is ignored: it has neither a model_type, as in "
+                     f"transformers, nor an architecture, as in timm"]
 
 
 def test_load_says_that_a_config_is_damaged_or_of_another_library(tmp_path):
     torch.save(VisionTransformer(**OURS).state_dict(), tmp_path / "m.pth")
     (tmp_path / "config.json").write_text('{"model_type": "vit", ')
-    assert "config.json beside it is ignored: it cannot be read" in said(load, tmp_path / "m.pth")[1][0]
+    assert "config.json in the same folder is ignored: it cannot be read" in said(load, tmp_path / "m.pth")[1][0]
     (tmp_path / "config.json").write_text(json.dumps(dict(model_type="vit", num_attention_heads=12)))
     model, assumed = said(load, tmp_path / "m.pth")
     assert model.config.n_heads == 1
-    assert "config.json beside it is ignored: it is from transformers" in assumed[0]
+    assert "config.json in the same folder is ignored: it is from transformers" in assumed[0]
 
 
 def test_load_keeps_to_our_files_own_word(tmp_path):
@@ -232,11 +232,11 @@ def test_load_keeps_to_our_files_own_word(tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    (dict(num_attention_heads=5), "the 5 heads"), (dict(num_attention_heads="four"), "num_attention_heads 'four'"),
-    (dict(hidden_size=48), "embed_dim 48"), (dict(num_hidden_layers=3), "depth 3"),
-    (dict(patch_size=8), "patch_size 8"), (dict(image_size=32), "img_size 32"), (dict(num_channels=1), "in_channels 1"),
-    (dict(intermediate_size=40), "mlp_ratio"), (dict(id2label={"0": "a", "1": "b"}), "n_classes 2"),
-    (dict(hidden_act="gelu_new"), "says 'gelu_new', but VisionTransformer has 'gelu'"),
+    (dict(num_attention_heads=5), "the 5 heads"), (dict(num_attention_heads="four"), "num_attention_heads='four'"),
+    (dict(hidden_size=48), "embed_dim=48"), (dict(num_hidden_layers=3), "depth=3"),
+    (dict(patch_size=8), "patch_size=8"), (dict(image_size=32), "img_size=32"), (dict(num_channels=1), "in_channels=1"),
+    (dict(intermediate_size=40), "mlp_ratio"), (dict(id2label={"0": "a", "1": "b"}), "n_classes=2"),
+    (dict(hidden_act="gelu_new"), "specifies 'gelu_new', but VisionTransformer uses 'gelu'"),
     (dict(model_type="swin"), "'swin'")], ids=str)
 def test_load_refuses_a_config_that_contradicts_the_tensors(changes, words, tmp_path):
     of_vit(tmp_path)
@@ -248,10 +248,10 @@ def test_load_refuses_a_config_that_contradicts_the_tensors(changes, words, tmp_
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    (dict(global_pool="map"), "global_pool 'map'"), (dict(global_pool="avg"), None),
+    (dict(global_pool="map"), "global_pool='map'"), (dict(global_pool="avg"), None),
     (dict(global_pool="avg", model_args=dict(global_pool="token")), "'token' in its model_args"),
-    (dict(num_classes=7), "n_classes 7"), (dict(label_names=["a"]), "names 1 classes"),
-    (dict(architecture="vit_base_patch16_224"), "embed_dim 768"),
+    (dict(num_classes=7), "n_classes=7"), (dict(label_names=["a"]), "lists 1 class names"),
+    (dict(architecture="vit_base_patch16_224"), "embed_dim=768"),
     (dict(architecture="vit_tiny_patch16_quickgelu_224"), "exact GELU")], ids=str)
 def test_load_refuses_timms_config_where_it_is_wrong(changes, words, tmp_path):
     settings = dict(img_size=32, depth=1, num_classes=3)
@@ -275,16 +275,16 @@ def bare_timm(folder, architecture="vit_tiny_patch16_224", **entries):
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (dict(pool_include_prefix=True, reg_tokens=2), "pool_include_prefix True, but VisionTransformer has False"),
-    (dict(norm_layer="rmsnorm"), "norm_layer 'rmsnorm', but VisionTransformer has 'layernorm'"),
-    (dict(norm_eps=1e-5), "norm_eps 1e-05"), (dict(class_token=False), "class_token False"),
-    (dict(output_stride=8), "output_stride 8, but VisionTransformer has 32"),
-    (dict(aa_layer="blurpool"), "aa_layer 'blurpool', but VisionTransformer has none"),
-    (dict(global_pool="avg"), "global_pool 'token', but 'avg' in its model_args")], ids=str)
+    (dict(pool_include_prefix=True, reg_tokens=2), "pool_include_prefix=True, but VisionTransformer has False"),
+    (dict(norm_layer="rmsnorm"), "norm_layer='rmsnorm', but VisionTransformer has 'layernorm'"),
+    (dict(norm_eps=1e-5), "norm_eps=1e-05"), (dict(class_token=False), "class_token=False"),
+    (dict(output_stride=8), "output_stride=8, but VisionTransformer has 32"),
+    (dict(aa_layer="blurpool"), "aa_layer='blurpool', but VisionTransformer has none"),
+    (dict(global_pool="avg"), "global_pool='token', but 'avg' in its model_args")], ids=str)
 def test_load_refuses_arguments_of_timm_that_it_does_not_hold(arguments, words, tmp_path):
     bare_timm(tmp_path, model_args=dict(img_size=16, patch_size=4) | arguments)
     for run in (load, describe_checkpoint):
-        with pytest.raises(InputError, match=rf"\A[^\n]*config\.json says {re.escape(words)}[^\n]*\Z"):
+        with pytest.raises(InputError, match=rf"\A[^\n]*config\.json specifies {re.escape(words)}[^\n]*\Z"):
             run(tmp_path)
 
 
@@ -292,7 +292,7 @@ def test_load_says_which_arguments_of_timm_were_not_taken(tmp_path):
     theirs = bare_timm(tmp_path, model_args=dict(img_size=16, patch_size=4, norm_layer="LayerNorm", drop_rate=0.1,
                                                  pool_include_prefix=False, some_new_thing=[3]))
     model, assumed = said(load, tmp_path)
-    assert "config.json beside it says some_new_thing [3] in its model_args, which is unknown here" in assumed[0]
+    assert "config.json in the same folder specifies some_new_thing=[3] in its model_args" in assumed[0]
     assert not [name for name in ("norm_layer", "norm_eps", "drop_rate", "prefix") if name in assumed[0]]
     torch.testing.assert_close(model(images_of()), theirs(images_of()))
 
@@ -312,7 +312,7 @@ def test_load_checkpoint_holds_a_model_to_the_config(tmp_path):
     assert assumed == []
     torch.testing.assert_close(model.eval()(images_of()), theirs(images_of()).logits)
     for wrong, words in ((dict(n_heads=3), "n_heads is 4 in the file, but 3 in the model"),
-                         (dict(pool="mean"), "its head reads pool='cls', but the model has 'mean'")):
+                         (dict(pool="mean"), "its head expects pool='cls', but the model has pool='mean'")):
         with pytest.raises(InputError, match=words):
             load_checkpoint(VisionTransformer(**right | wrong), tmp_path)
     _, assumed = said(load_checkpoint, VisionTransformer(**right | dict(norm_eps=1e-6)), tmp_path)
@@ -329,8 +329,9 @@ def test_load_says_what_a_bare_file_leaves_open_in_one_line(tmp_path):
     assert model.config.n_heads == 3
     assert assumed == [
         f"{tmp_path / 'twelve.pth'}: not recorded, so assumed: n_heads=3 (64 channels each), pool='cls', "
-        f"norm_eps=1e-06, img_size=16 (a square of 4x4 patches), ImageNet's mean and std, bilinear resizing; set it "
-        f"with load's n_heads=, pool=, norm_eps=, img_size= or --n-heads or a config.json beside it"]
+        f"norm_eps=1e-06, img_size=16 (a square of 4x4 patches), ImageNet's mean and std, bilinear resizing; to "
+        f"change this, use load's n_heads=, pool=, norm_eps=, img_size= or --n-heads or a config.json in the same "
+        f"folder"]
     described = str(describe_checkpoint(tmp_path / "twelve.pth"))
     for words in ("3 is a guess", "pool='cls'", "norm_eps=1e-06", "a square of 4x4 patches", "ImageNet's mean and std"):
         assert words in described
@@ -346,7 +347,7 @@ def test_n_heads_makes_a_bare_file_compute_what_it_did(tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "m.pth")
     torch.testing.assert_close(load(tmp_path / "m.pth", n_heads=4)(images_of()), theirs(images_of()))
     assert not torch.allclose(load(tmp_path / "m.pth")(images_of()), theirs(images_of()))
-    with pytest.raises(InputError, match=r"\Athe 5 heads do not divide the width 24 of [^\n]*\Z"):
+    with pytest.raises(InputError, match=r"\Athe width 24 of [^\n]* is not divisible by the 5 heads[^\n]*\Z"):
         load(tmp_path / "m.pth", n_heads=5)
 
 
@@ -354,15 +355,15 @@ def test_n_heads_cannot_overrule_what_is_recorded(tmp_path):
     of_vit(tmp_path)
     assert load(tmp_path, n_heads=4).config.n_heads == 4
     for run in (load, describe_checkpoint):
-        with pytest.raises(InputError, match=r"\An_heads 6 is not that of [^\n]*, 4[^\n]*\Z"):
+        with pytest.raises(InputError, match=r"\An_heads=6 does not match [^\n]*, which has 4[^\n]*\Z"):
             run(tmp_path, n_heads=6)
 
 
 def test_load_checkpoint_says_that_heads_are_not_known(tmp_path):
     torch.save(VisionTransformer(**OURS).state_dict(), tmp_path / "m.pth")
     _, assumed = said(load_checkpoint, VisionTransformer(**OURS), tmp_path / "m.pth")
-    assert assumed == [f"{tmp_path / 'm.pth'}: heads: the file does not record how many; the model's 4 are right only "
-                       f"if it was trained with 4"]
+    assert assumed == [f"{tmp_path / 'm.pth'}: heads: the file does not record their number; the model's 4 are "
+                       f"correct only if the weights were trained with 4"]
 
 
 def test_load_says_that_our_own_file_has_no_normalisation(tmp_path):
@@ -370,7 +371,7 @@ def test_load_says_that_our_own_file_has_no_normalisation(tmp_path):
     model, assumed = said(load, tmp_path / "m.pt")
     assert (model.preprocessing, len(assumed)) == (None, 1)
     assert "ImageNet's mean and std" in assumed[0]
-    assert "set it with save_model(model, path, preprocessing)" in assumed[0]
+    assert "to change this, use save_model(model, path, preprocessing)" in assumed[0]
 
 
 @pytest.mark.parametrize(("n_channels", "words"), [

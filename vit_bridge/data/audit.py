@@ -1,4 +1,4 @@
-"""Audit a folder of images before training on it: what it holds, and what would make its score wrong.
+"""Audit a folder of images before training on it: what it contains, and what would make a score wrong.
 
     print(audit_folder("photos"))
 """
@@ -13,38 +13,38 @@ from vit_bridge.data.datasets import FolderSet, stratified_cut
 from vit_bridge.data.files import by_ending
 
 TAIL = 16_384  # bytes at the end of a file: different files of the same size nearly always differ there
-N_NAMED = 8  # the most class names in one line
+N_NAMED = 8  # maximum number of class names in one line
 
 
 @dataclass
 class Audit:
-    """The findings of `audit_folder`; `str()` gives them as a report.
+    """The findings of `audit_folder`; `str()` formats them as a report.
 
     Attributes
     ----------
     root : str
         The folder.
     endings : Counter
-        Number of images for each file ending.
+        Number of images for each file extension.
     class_names : list of str
         Class names, in the order of the model's outputs.
     counts : dict
         Images per class, as a list, for each of the parts "train", "val" and "test" that exists.
     links : list of str
-        Links that are followed.
+        Links that were followed.
     refused : list of (str, str)
-        Path and reason for each link or folder that is not followed.
+        Path and reason for each link or folder that was not followed.
     left_out : Counter
-        Number of files that are not images, for each file ending.
+        Number of files that are not images, for each file extension.
     loose : int
         Number of images outside the class folders.
     unused : list of str
-        Names of the folders beside train, val and test.
+        Names of the folders other than train, val and test.
     empty : list of str
         Image files of zero bytes.
     two_classes, two_parts : list of list of str
-        Paths with identical bytes in several classes, or in several parts. The images that are split off for
-        validation count as the part "val".
+        Paths with identical bytes in several classes, or in several parts. Images split off for validation
+        count as the part "val".
     """
 
     root: str
@@ -70,7 +70,7 @@ class Audit:
                                                                                                      "followed"),
             self.left_out and f"  other files, ignored: {by_ending(self.left_out)}",
             self.loose and f"  images outside the class folders, ignored: {self.loose:,}",
-            self._line(self.unused, "folders ignored, as they are not train, val or test"),
+            self._line(self.unused, "folders ignored, because they are not train, val or test"),
             self._line(self.empty, "empty files"),
             self._pairs(self.two_classes, "two classes, so at least one label is wrong"),
             self._pairs(self.two_parts, "two of train, val and test, so the score will be too high")]))
@@ -102,7 +102,7 @@ def audit_folder(data_dir, val_fraction=0.1, seed=0):
     Parameters
     ----------
     data_dir : path
-        Folder with class folders, or with train/, val/ and test/ that hold class folders.
+        Folder with class folders, or with train/, val/ and test/ that contain class folders.
     val_fraction, seed : float, int
         The validation split, as in `get_data_loaders`; used only if there is no val/.
 
@@ -156,7 +156,7 @@ def same_files(paths):
 
 
 def _grouped(paths, key):
-    """Return the lists of two or more paths with the same key; paths with the key None are left out."""
+    """Return the lists of two or more paths with the same key; paths with the key None are omitted."""
     groups = defaultdict(list)
     for path in paths:
         groups[key(path)].append(path)

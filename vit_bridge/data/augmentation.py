@@ -59,8 +59,8 @@ class Augmentation:
     Parameters
     ----------
     shift : float
-        Largest shift as a fraction of the side, from 0 to 0.5: 0.125 moves an image of 32 pixels by up to 4 pixels in
-        each direction. The gap is filled by reflecting the image at its border.
+        Largest shift as a fraction of the side, from 0 to 0.5: 0.125 moves a 32-pixel image by up to 4 pixels in each
+        direction. The gap is filled by reflecting the image at its border.
     flip : str
         Mirroring left to right. "random" mirrors with probability 1/2 in each epoch. "alternating" draws the first
         epoch at random and alternates after that, so two successive epochs show both versions [1]_. "none" never
@@ -89,7 +89,7 @@ class Augmentation:
         for name, most in (("shift", 0.5), ("cutout", 2.0)):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value <= most:
-                raise InputError(f"{name} {value!r} is out of range; give a fraction of the side from 0 to {most:g}")
+                raise InputError(f"{name} {value!r} is out of range; use a fraction of the side from 0 to {most:g}")
 
 
 class EpochAugmentation:
@@ -137,7 +137,7 @@ def crop_and_flip(images, top, left, flip):
     top, left : Tensor of int, shape (B,)
         How far the window moves down and right. Pixels outside the image are reflected at its border.
     flip : Tensor of bool, shape (B,)
-        Which images are mirrored.
+        Whether each image is mirrored.
 
     Returns
     -------
@@ -205,7 +205,7 @@ class Mixing:
 
 
 def mix_seed(*numbers):
-    """Combine non-negative integers into one seed of 63 bits."""
+    """Combine non-negative integers into one 63-bit seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

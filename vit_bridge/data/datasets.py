@@ -39,7 +39,7 @@ DEFAULT_DATA_DIR = "./data"
 MEMORY_LIMIT = 2 * 1024**3  # bytes: a folder that decodes to more is read file by file
 VALIDATION_FOLDERS = ("val", "valid", "validation")
 PART_FOLDERS = ("train", *VALIDATION_FOLDERS, "test")
-OTHER_PARTS = {*PART_FOLDERS, "training", "dev", "eval", "testing"}  # not class names, in upper or lower case
+OTHER_PARTS = {*PART_FOLDERS, "training", "dev", "eval", "testing"}  # not class names, in either case
 # For each data set: torchvision's class, its folder in data_dir, and its files.
 IDX_FILES = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
 TORCHVISION_SETS = {
@@ -53,7 +53,7 @@ DATASETS = ("auto", "folder", "shapes", *TORCHVISION_SETS)
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """The name of a data set and its `Preprocessing`, which a model that is trained on it takes over."""
+    """The name of a data set and its `Preprocessing`, which a model trained on it adopts."""
 
     dataset_name: str
     preprocessing: Preprocessing
@@ -70,19 +70,19 @@ class DatasetInfo:
 def dataset_info(name, class_names, img_size, preprocessing=None, in_channels=None):
     """Return the DatasetInfo of a data set.
 
-    mean, std and interpolation are those of `preprocessing`, or the data set's own if it is None. in_channels None
-    means the channels of `preprocessing`, or 3.
+    mean, std and interpolation come from `preprocessing`, or from the data set if it is None. in_channels None means
+    the channels of `preprocessing`, or 3.
     """
     if preprocessing is None:
         preprocessing = Preprocessing(img_size, *NORMALISATION[name]).with_channels(in_channels or 3)
     if in_channels not in (None, preprocessing.n_channels):
         raise InputError(f"in_channels {in_channels} does not match preprocessing, whose mean {preprocessing.mean} has "
-                         f"{preprocessing.n_channels} numbers; give a mean and std with one number per channel")
+                         f"{preprocessing.n_channels} numbers; pass a mean and std with one number per channel")
     possible = FILE_CHANNELS if name == "folder" else (1, 3)
     if preprocessing.n_channels not in possible:
         raise InputError(f"in_channels {preprocessing.n_channels} is out of range; images of {name!r} can be read with "
-                         f"{' or '.join(map(str, possible))} channels. For other channels give the Trainer your own "
-                         f"batches")
+                         f"{' or '.join(map(str, possible))} channels. For other channels, pass your own batches to "
+                         f"the Trainer")
     return DatasetInfo(name, replace(preprocessing, img_size=img_size, class_names=class_names))
 
 
@@ -98,8 +98,8 @@ def choose_set(data_dir, dataset, n_images):
         nothing_given = Path(data_dir) == Path(DEFAULT_DATA_DIR) and not root.exists()
         name = found[0] if found else "shapes" if nothing_given else "folder"
     if n_images is not None and name != "shapes":
-        raise InputError(f"n_images {n_images} applies only to the data set 'shapes', and this is {name!r}; leave it "
-                         f"out")
+        raise InputError(f"n_images {n_images} applies only to the data set 'shapes', but this is {name!r}; omit "
+                         f"it")
     return name
 
 
@@ -150,7 +150,7 @@ def read_training_folder(folder, img_size, preprocessing, skip_corrupt, in_chann
     if len(class_names) < 2:
         raise InputError(f"{str(parts['train'])!r} has {len(class_names)} class "
                          f"folder{'s' * (len(class_names) != 1)}{listed(class_names)}, and at least 2 are needed; put "
-                         f"the images of each class into a folder of its own")
+                         f"the images of each class into a separate folder")
     files, labels = folder.images("train", class_names)
     empty = [name for label, name in enumerate(class_names) if not (labels == label).any()]
     if empty:
@@ -162,7 +162,7 @@ def read_training_folder(folder, img_size, preprocessing, skip_corrupt, in_chann
 
 
 class FolderSet:
-    """A folder of images, listed as a whole, so that no link puts an image into two classes or parts.
+    """A folder of images, listed as a whole so that no link puts an image into two classes or parts.
 
     Parameters
     ----------
@@ -176,17 +176,17 @@ class FolderSet:
     classes : dict
         {part: {class name: Found}}, sorted by class name.
     refused : list of (str, str)
-        Path and reason for each class folder that is not used.
+        Path and reason for each class folder that was not used.
     loose : dict
         Number of images outside the class folders, for each part.
     unused : list of str
-        Names of the folders beside the parts.
+        Names of the folders that are not parts.
 
     Raises
     ------
     InputError
-        If the folder does not exist or cannot be listed, if a part is a dead link, and if one part lies inside another
-        or is the same folder.
+        If the folder does not exist or cannot be listed, if a part is a dead link, or if two parts are the same folder
+        or one lies inside the other.
     """
 
     def __init__(self, data_dir):
@@ -220,13 +220,13 @@ class FolderSet:
                         for part, entries in chosen.items()}
 
     def _check_apart(self):
-        """Raise InputError if one part leads into another."""
+        """Raise InputError if one part lies inside another."""
         real = {part: Path(os.path.realpath(folder)) for part, folder in self.folders.items()}
         for part, inner in real.items():
             for other, outer in real.items():
                 if part != other and inner.is_relative_to(outer):
                     raise InputError(f"{str(self.folders[part])!r} and {str(self.folders[other])!r} lead to the same "
-                                     f"images ({str(inner)!r}); give each part its own folder, or remove the link")
+                                     f"images ({str(inner)!r}); use separate folders for them, or remove the link")
 
     def _class_folders(self):
         """Return {part: the entries that may be class folders}, and count the loose images."""
@@ -280,7 +280,7 @@ class FolderSet:
         return found
 
     def tell(self):
-        """Warn about what is left out, and return self."""
+        """Warn about what is ignored, and return self."""
         self.everything().tell(self.root, sum(self.loose.values()))
         return self
 
@@ -289,8 +289,8 @@ def existing_folder(data_dir):
     """Return data_dir as a Path; raise InputError if it is not a folder."""
     root = Path(data_dir).expanduser()
     if not root.is_dir():
-        raise InputError(f"there is no data folder {str(data_dir)!r}; give a folder that holds a folder of images for "
-                         f"each class")
+        raise InputError(f"there is no data folder {str(data_dir)!r}; use a folder that contains a folder of images "
+                         f"for each class")
     return root
 
 
@@ -325,7 +325,7 @@ def decode_images(files, preprocessing, skip_corrupt):
     Raises
     ------
     InputError
-        For the first file that cannot be read, without skip_corrupt; with it, if none can be read.
+        If a file cannot be read or, with skip_corrupt, if none can be read.
     """
     C, size = preprocessing.n_channels, preprocessing.size
     images, n_read, all_skipped = torch.empty(len(files), C, *size, dtype=torch.uint8), 0, {}
@@ -344,7 +344,7 @@ def decode_images(files, preprocessing, skip_corrupt):
 
 
 def _decode_part(files, n_channels, fit, skip_corrupt):
-    """Do the work of `decode_images` for some of the files."""
+    """Implement `decode_images` for some of the files."""
     arrays, skipped = [], {}
     for file in files:
         image = open_or_skip(file, skip_corrupt, skipped, n_channels)
@@ -357,7 +357,7 @@ def _decode_part(files, n_channels, fit, skip_corrupt):
 def _check_any_read(read, skipped):
     if not read:
         path, reason = next(iter(skipped.items()))
-        raise InputError(f"none of the {len(skipped)} image files can be read (the first: {path!r}, {reason}); give "
+        raise InputError(f"none of the {len(skipped)} image files can be read (the first: {path!r}, {reason}); use "
                          f"undamaged images with 8 or 16 bits per channel in a format that Pillow reads")
 
 
@@ -384,12 +384,12 @@ def stratified_cut(labels, val_fraction, seed):
         drawn = torch.randperm(len(members), generator=generator_of(seed, label))[:n_val]  # (n_val,)
         to_validation[members[drawn]] = True
     if not to_validation.any():
-        raise InputError("no class has 2 images, so none can be kept for validation; add images, or a folder val/")
+        raise InputError("no class has 2 images, so none can be kept for validation; add images, or a val/ folder")
     return (~to_validation).nonzero()[:, 0], to_validation.nonzero()[:, 0]
 
 
 def check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images, in_channels=None):
-    """Raise InputError for arguments of the loaders that are out of range."""
+    """Raise InputError if an argument of the loaders is out of range."""
     for side in pair(img_size) if img_size is not None else ():
         check_int("img_size", side, 8)
     for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("workers", workers, 0),
@@ -397,4 +397,4 @@ def check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images,
         if value is not None or name in ("batch_size", "seed"):
             check_int(name, value, least)
     if isinstance(val_fraction, bool) or not isinstance(val_fraction, int | float) or not 0 < val_fraction < 1:
-        raise InputError(f"val_fraction {val_fraction!r} is out of range; give a fraction between 0 and 1, such as 0.1")
+        raise InputError(f"val_fraction {val_fraction!r} is out of range; use a fraction between 0 and 1, such as 0.1")

@@ -1,7 +1,7 @@
-"""Find the image files in a folder, each of them once, and report what is left out.
+"""Find the image files in a folder, each of them once, and report what is ignored.
 
-Links are followed, to files, folders and class folders, except a link to something that is in the data set already: a
-folder above the link, a folder or an image of the set, or the target of another link.
+Links to files, folders and class folders are followed, except links to something already in the data set: a folder
+above the link, a folder or an image of the set, or the target of another link.
 """
 
 import os
@@ -19,7 +19,7 @@ from vit_bridge.errors import InputError, assume
 NO_PICTURES = ("BUFR", "FITS", "GRIB", "HDF5", "EPS", "WMF", "MPEG", "PDF")
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 N_NAMED = 3  # refused paths that are named; the others are counted
-SOME_FORMATS = "JPEG, PNG, WebP, TIFF, ..."  # for messages; image_endings() has them all
+SOME_FORMATS = "JPEG, PNG, WebP, TIFF, ..."  # for messages; image_endings() returns all of them
 
 
 def image_formats():
@@ -29,7 +29,7 @@ def image_formats():
 
 
 def image_endings():
-    """Return the file endings of images, such as ".jpg", sorted and in lower case."""
+    """Return the file extensions of images, such as ".jpg", sorted and in lower case."""
     formats = {*image_formats(), "MPO"}  # a JPEG file that holds several images
     return tuple(sorted(ending for ending, name in Image.registered_extensions().items() if name in formats))
 
@@ -47,7 +47,7 @@ class Found:
     refused : list of (str, str)
         Path and reason for each file, folder or link that was not used.
     left_out : Counter
-        Number of other files for each ending; "" counts the files without one.
+        Number of other files for each file extension; "" counts the files without one.
     """
 
     files: list = field(default_factory=list)
@@ -56,7 +56,7 @@ class Found:
     left_out: Counter = field(default_factory=Counter)
 
     def tell(self, folder, loose=0):
-        """Warn about what was left out, in a few lines; `loose` counts images outside the class folders."""
+        """Warn about what was ignored, in a few lines; `loose` counts images outside the class folders."""
         for path, reason in self.refused[:N_NAMED]:
             assume(f"{path!r} is ignored: {reason}")
         if more := [re.sub(r"'.*?'|\".*?\"", "...", reason) for _, reason in self.refused[N_NAMED:]]:  # without paths
@@ -64,10 +64,10 @@ class Found:
                                 f"{reason.replace('it is', 'each is', 1)}" for reason, n in Counter(more).most_common())
             assume(f"{_are(len(more), 'more path', folder)} ignored: {reasons}")
         if self.left_out:
-            assume(f"{_are(self.left_out.total(), 'file', folder)} ignored (not in an image format that Pillow reads "
-                   f"here): {by_ending(self.left_out)}")
+            assume(f"{_are(self.left_out.total(), 'file', folder)} ignored (not in an image format that Pillow can "
+                   f"read here): {by_ending(self.left_out)}")
         if loose:
-            assume(f"{_are(loose, 'image', folder)} ignored, outside the class folders")
+            assume(f"{_are(loose, 'image', folder)} ignored (outside the class folders)")
 
 
 def _are(n, what, folder):
@@ -75,16 +75,16 @@ def _are(n, what, folder):
 
 
 def by_ending(counts, n_shown=12):
-    """Format counts by file ending as '30 .txt, 5 .heic', the n_shown most frequent first."""
+    """Format counts by file extension as '30 .txt, 5 .heic', the n_shown most frequent first."""
     frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    words = [f"{n:,} {ending or 'without an ending'}" for ending, n in frequent[:n_shown]]
+    words = [f"{n:,} {ending or 'without an extension'}" for ending, n in frequent[:n_shown]]
     rest = frequent[n_shown:]
-    more = [f"{sum(n for _, n in rest):,} with {len(rest)} other endings"] * bool(rest)
+    more = [f"{sum(n for _, n in rest):,} with {len(rest)} other extensions"] * bool(rest)
     return ", ".join([*words, *more])
 
 
 def find_images(folder):
-    """Return what lies in a folder, as `Found`."""
+    """Return the contents of a folder as `Found`."""
     return ImageFinder([folder]).find(folder)
 
 
@@ -104,12 +104,12 @@ def check_not_empty(file):
     """Raise InputError if the path, as returned by `files_at`, is a folder without images."""
     if os.path.isdir(file):
         held = by_ending(find_images(file).left_out, 4)
-        raise InputError(f"folder {file!r} has no image files ({SOME_FORMATS}){held and f', only {held}'}; give a "
+        raise InputError(f"folder {file!r} has no image files ({SOME_FORMATS}){held and f', only {held}'}; use a "
                          f"folder with images, or the images themselves")
 
 
 class ImageFinder:
-    """Finds the images of several folders that form one data set, each file once.
+    """A search for the images of several folders that form one data set, which finds each file once.
 
     A folder or file that can be reached in two ways is used the first time it is found and refused after that.
     """
@@ -130,7 +130,7 @@ class ImageFinder:
         self.in_set.clear()
 
     def find(self, folder):
-        """Return what lies in one of the data set's folders, as `Found`.
+        """Return the contents of one of the data set's folders as `Found`.
 
         Raises
         ------
@@ -144,7 +144,7 @@ class ImageFinder:
     def refusal(self, target, is_folder, holder):
         """Return why a link is not followed, or None if it is.
 
-        target is the link's real path; holder is the real path of the folder that contains the link.
+        `target` is the link's real path; `holder` is the real path of the folder that contains the link.
         """
         if is_folder and (target in self.above or Path(holder).is_relative_to(target)):
             return f"it is a link to {target!r}, a folder that contains it or another part of the data set"
@@ -166,7 +166,7 @@ class ImageFinder:
     def _walk(self, path, real, linked, found):
         """Add the contents of a folder to `found`.
 
-        real is its path without links; linked says whether a link led to it.
+        `real` is its path without links; `linked` is True if a link led to it.
         """
         folders = []
         for entry in list_folder(path):

@@ -1,4 +1,4 @@
-"""Read images of any kind and turn them into a model's input.
+"""Read images of any kind and convert them to a model's input.
 
 An image is a path, a PIL image, an array (H, W, C) or (H, W) of uint8, uint16, bool or float in 0..1, or a uint8 tensor
 (C, H, W) or (1, C, H, W). A float tensor of these shapes is a model's input: it must be normalised by
@@ -28,7 +28,7 @@ from vit_model import grid_of
 
 FILE_CHANNELS = (1, 3, 4)  # an image file can be read as grey, colour, or colour and transparency
 
-# TIFF tags that say what the values of a pixel mean.
+# TIFF tags that specify what the values of a pixel mean.
 BITS, PHOTOMETRIC, MAX_SAMPLE, SAMPLE_FORMAT, S_MIN_SAMPLE, S_MAX_SAMPLE = 258, 262, 281, 339, 340, 341
 WHITE_IS_ZERO, SIGNED = 0, 2  # values of PHOTOMETRIC and SAMPLE_FORMAT
 SIXTEEN_BITS = 65535
@@ -46,7 +46,7 @@ class UnreadableImage(InputError):
     expected, advice : str, optional
         What was expected, and what to do.
     alone : str, optional
-        The whole message, used when this is the only file asked for.
+        The whole message, used if this is the only file requested.
 
     Notes
     -----
@@ -69,7 +69,7 @@ class UnreadableImage(InputError):
 
 
 class UnknownRange(ValueError):
-    """An image whose values do not show which of them are black and white."""
+    """An image whose values for black and white are unknown."""
 
 
 def open_image(path, n_channels=3):
@@ -97,14 +97,14 @@ def open_image(path, n_channels=3):
     except FileNotFoundError:
         dead = f", which is a link to {os.readlink(path)!r}" if os.path.islink(path) else ""
         raise UnreadableImage(str(path), f"there is no such file{dead and ': a dead link'}", "an image",
-                              f"there is no image file {str(path)!r}{dead}; give the path of an image") from None
+                              f"there is no image file {str(path)!r}{dead}; use the path of an image") from None
     except IsADirectoryError:
-        raise UnreadableImage(str(path), "it is a folder", "an image", f"{str(path)!r} is a folder; give the path of "
+        raise UnreadableImage(str(path), "it is a folder", "an image", f"{str(path)!r} is a folder; use the path of "
                                                                        f"an image file in it") from None
     except UnknownRange as error:
         raise UnreadableImage(str(path), str(error), "unsigned values of 8 or 16 bits per channel, or a TIFF file "
-                                                     "whose tags SMinSampleValue and SMaxSampleValue give the "
-                                                     "range") from None
+                                                     "whose tags SMinSampleValue and SMaxSampleValue state "
+                                                     "the range") from None
     except Image.DecompressionBombError as error:
         n, most = (int(number) / 1e6 for number in re.findall(r"\d+", str(error))[:2])
         raise UnreadableImage(str(path), f"{n:.0f} million pixels, more than the {most:.0f} million that Pillow opens",
@@ -117,7 +117,7 @@ def open_image(path, n_channels=3):
 def open_header(path):
     """Open an image file as a PIL image without reading its pixels yet.
 
-    Pillow's warning about large images (more than half of its limit) is not shown, as they are opened all the same.
+    Pillow's warning about large images (more than half of its limit) is hidden, because they are opened anyway.
     """
     if isinstance(path, (str, Path)) and os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise OSError("it is a pipe or a device, not a file")  # opening one could block forever
@@ -130,7 +130,7 @@ def open_header(path):
 def open_or_skip(path, skip_corrupt, skipped, n_channels=3):
     """Open one of many image files, as `open_image`.
 
-    With skip_corrupt, return None for a file that cannot be read and put its reason into the dict `skipped`.
+    With skip_corrupt, return None for a file that cannot be read and record the reason in the dict `skipped`.
     """
     try:
         return open_image(path, n_channels)
@@ -143,8 +143,8 @@ def open_or_skip(path, skip_corrupt, skipped, n_channels=3):
 def remark_on(files):
     """Warn, once for a whole data set, about images that are read only in part or look too dark.
 
-    It checks up to 64 of the files for several frames or pages, and up to 8 with 16 bits for unused range. It runs in
-    the main process; worker processes do not warn.
+    It checks up to 64 of the files for several frames or pages, and up to 8 16-bit images for an unused range. It runs
+    in the main process; worker processes do not warn.
     """
     n_deep = 0
     for file in files[:: -(-len(files) // 64) or 1]:
@@ -174,7 +174,7 @@ def eight_bits(image):
     Raises
     ------
     UnknownRange
-        If the file states no range, or one that the values exceed, and for signed 8-bit values.
+        If the file states no range, if the values exceed the stated range, or if they are signed 8-bit values.
     """
     limits, deep, key = _limits(image), _is_deep(image), image.info.get("transparency")
     signed = SIGNED in np.ravel(getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT, 1))
@@ -206,7 +206,7 @@ def to_bytes(values, black=0, white=SIXTEEN_BITS):
 
 def _say_dark():
     assume("A 16-bit image has no value above a quarter of 65535, as if 12 or 14 bits had been stored in 16. It is "
-           "used as it is and looks dark; scale its values up if 65535 is not white")
+           "used unchanged and looks dark; scale its values up if 65535 is not white")
 
 
 def _is_deep(image):
@@ -245,7 +245,7 @@ def with_channels(image, n_channels):
     """
     if n_channels not in FILE_CHANNELS:
         raise InputError(f"an image file cannot be read as {n_channels} channels; expected "
-                         f"{' or '.join(map(str, FILE_CHANNELS))}. For other channels give a uint8 tensor "
+                         f"{' or '.join(map(str, FILE_CHANNELS))}. For other channels, pass a uint8 tensor "
                          f"({n_channels}, H, W)")
     if n_channels == 4:
         return (image if image.has_transparency_data else to_rgb(image)).convert("RGBA")
@@ -255,7 +255,7 @@ def with_channels(image, n_channels):
 def grey(images):
     """Convert colour images uint8 (B, 3, H, W) to grey (B, 1, H, W).
 
-    The weights of the colours are Pillow's, those of ITU-R 601-2.
+    The colours have the weights that Pillow uses (ITU-R 601-2).
     """
     red, green, blue = images.int().unbind(1)  # (B, H, W) each
     return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).to(torch.uint8).unsqueeze(1)  # (B, 1, H, W)
@@ -281,24 +281,24 @@ def sample_photographs():
 
 
 def prepare_image(image, model, whole=None):
-    """Turn an image into a model's input and into an array to show.
+    """Convert an image to a model's input and to an array for display.
 
     Parameters
     ----------
     image : path, PIL image, array or tensor
-        An image of any kind that this module takes. A float tensor counts as a normalised input.
+        An image of any kind that this module accepts. A float tensor counts as a normalised input.
     model : Module
         The model, whose preprocessing is used.
     whole : preprocessing.Whole, optional
-        Resize the whole image instead of cropping its centre; the model must take images of any size.
+        Resize the whole image instead of cropping its centre; the model must accept images of any size.
 
     Returns
     -------
     images : Tensor, shape (1, C, H, W)
         The input. Images are resized and centre-cropped to the model's img_size, as validation images are; a float
-        tensor must already have that size, unless the model takes any.
+        tensor must already have that size, unless the model accepts any size.
     picture : ndarray, shape (H, W, 3)
-        The same in 0..1, with the normalisation undone and clipped.
+        The same image in 0..1, with the normalisation undone and the values clipped.
 
     Raises
     ------
@@ -311,8 +311,8 @@ def prepare_image(image, model, whole=None):
         images = as_batch(image, adapter.in_channels)
         if tuple(images.shape[2:]) != size and not adapter.any_size:
             raise InputError(f"got a tensor of {images.shape[2]}x{images.shape[3]} pixels, expected "
-                             f"{size[0]}x{size[1]}; resize it, or give an image file or a uint8 image, which is "
-                             f"resized for you")
+                             f"{size[0]}x{size[1]}; resize it, or pass an image file or a uint8 image, which is "
+                             f"resized automatically")
     else:
         picture = open_picture(image, adapter.in_channels)
         if adapter.assumed:
@@ -329,25 +329,25 @@ def prepare_image(image, model, whole=None):
 
 
 def whole_size(image_size, adapter, whole):
-    """Return the (height, width) at which the model gets a whole image of image_size, (h, w).
+    """Return the (height, width) at which the model receives a whole image of image_size, (h, w).
 
     Raises
     ------
     InputError
-        If the model takes only one size, and the image needs another.
+        If the model accepts only one size, and the image needs a different one.
     """
     patch = adapter.patch_size if adapter.attends else (1, 1)
     size = whole.size_for(image_size, patch, math.prod(grid_of(adapter.img_size, patch)))
     if size != adapter.img_size and not adapter.any_size:
         height, width = adapter.img_size
-        raise InputError(f"this model takes only images of {height}x{width} pixels, and the whole image needs "
-                         f"{size[0]}x{size[1]}; set model.any_size = True (timm: dynamic_img_size=True), or let the "
-                         f"image be cropped")
+        raise InputError(f"this model accepts only images of {height}x{width} pixels, but the whole image needs "
+                         f"{size[0]}x{size[1]}; set model.any_size = True (timm: dynamic_img_size=True), or crop the "
+                         f"image")
     return size
 
 
 def prepare_images(images, model, whole=None):
-    """Return the input (B, C, H, W) for one image, a list of images, or a batch that is an input already.
+    """Return the input (B, C, H, W) for one image, a list of images, or a batch that is already an input.
 
     `whole` works as in `prepare_image`.
 
@@ -362,8 +362,8 @@ def prepare_images(images, model, whole=None):
     fed = prepare_each(images, model, whole)
     sizes = sorted({f"{one.shape[2]}x{one.shape[3]}" for one in fed})
     if len(sizes) > 1:
-        raise InputError(f"got images of {' and '.join(sizes)} pixels, expected one size; give images of the same size "
-                         f"together, or image files, which are resized for you")
+        raise InputError(f"got images of {' and '.join(sizes)} pixels, expected one size; pass images of one size, or "
+                         f"image files, which are resized automatically")
     return torch.cat(fed)
 
 
@@ -376,7 +376,7 @@ def prepare_each(images, model, whole=None):
     if isinstance(images, torch.Tensor) and images.ndim == 4:
         several = list(images)
     if not several:
-        raise InputError("there is no image; give at least one")
+        raise InputError("there is no image; pass at least one")
     return [prepare_image(image, model, whole)[0] for image in several]
 
 
@@ -396,16 +396,16 @@ def as_picture(image, preprocessing=None):
 def to_array(images, preprocessing=None):
     """Convert a normalised tensor (1, C, H, W) to an array (H, W, 3) in 0..1.
 
-    preprocessing None means ImageNet's mean and std.
+    `preprocessing` None means ImageNet's mean and std.
     """
     preprocessing = preprocessing or Preprocessing(tuple(images.shape[2:])).with_channels(images.shape[1])
     return shown_channels(preprocessing.denormalise(images[0]))
 
 
 def shown_channels(picture):
-    """Convert a tensor (C, H, W) in 0..1 to an array (H, W, 3) to look at.
+    """Convert a tensor (C, H, W) in 0..1 to an array (H, W, 3) for display.
 
-    One or two channels are averaged to grey; of more than three, the first three are shown.
+    One or two channels are averaged to grey. If there are more than three, the first three are shown.
     """
     picture = picture[:3] if len(picture) >= 3 else picture.mean(dim=0).expand(3, -1, -1)  # (3, H, W)
     return picture.permute(1, 2, 0).numpy()  # (H, W, 3)
@@ -422,11 +422,11 @@ def as_batch(image, n_channels=3):
     Raises
     ------
     InputError
-        For another shape, NaN or infinity.
+        If the shape is wrong, or if a value is not finite.
     """
     C = n_channels
     if tuple(image.shape[:-2]) not in ((C,), (1, C)) or image.numel() == 0:
-        raise InputError(f"got a tensor of shape {tuple(image.shape)}, expected ({C}, H, W) or (1, {C}, H, W); give "
+        raise InputError(f"got a tensor of shape {tuple(image.shape)}, expected ({C}, H, W) or (1, {C}, H, W); pass "
                          f"one image, such as images[0]")
     batch = image.detach().cpu().reshape(1, *image.shape[-3:])  # (1, C, H, W)
     _check_finite(batch)
@@ -436,7 +436,7 @@ def as_batch(image, n_channels=3):
 def _check_finite(images):
     """Raise InputError if an input holds NaN or infinity."""
     if is_input(images) and not images.isfinite().all():
-        raise InputError("the image has values that are not finite; give a normalised float tensor without NaN or "
+        raise InputError("the image has values that are not finite; pass a normalised float tensor without NaN or "
                          "infinity")
 
 
@@ -456,7 +456,7 @@ def open_picture(image, n_channels=3):
         try:
             upright = eight_bits(image)
         except UnknownRange as error:
-            raise InputError(f"got a PIL image of {error}; give a float array in 0..1, or a uint8 array") from None
+            raise InputError(f"got a PIL image of {error}; pass a float array in 0..1, or a uint8 array") from None
         except (OSError, ValueError) as error:  # ValueError: the image is closed
             raise InputError(f"the PIL image cannot be read ({error}); open it again, or replace its file if that is "
                              f"damaged") from error
@@ -473,7 +473,7 @@ def open_picture(image, n_channels=3):
             low, high = image.min(), image.max()
             if not (low >= 0 and high <= 1):
                 raise InputError(f"got a float array with values from {low:.3g} to {high:.3g}, expected 0..1; scale "
-                                 f"it, or give a normalised image as a torch tensor")
+                                 f"it, or pass a normalised image as a torch tensor")
             image = to_bytes(image, 0, 1)
         elif image.dtype in (np.bool_, np.uint16):
             image = to_bytes(image, 0, 1 if image.dtype == np.bool_ else SIXTEEN_BITS)

@@ -1,11 +1,11 @@
 """Data loaders: from an image folder, a known data set or the drawn shapes to training batches.
 
-    get_data_loaders, get_test_loader   training and validation images; test images, kept apart
+    get_data_loaders, get_test_loader   training and validation images; separate test images
     get_evaluation_loader               images to evaluate a trained model on, labelled by its class names
-    as_loader                           any torch DataLoader or list of batches, as the Trainer needs it
+    as_loader                           a torch DataLoader or a list of batches, wrapped for the Trainer
 
 Small images stay in memory as one uint8 tensor and are augmented a batch at a time (MemoryLoader); worker processes
-read photographs from their files (PhotoLoader). Both give normalised float32 images and int64 labels.
+read photographs from their files (PhotoLoader). Both yield normalised float32 images and int64 labels.
 
 Shapes:  B images in a batch, N images in a data set, n some of them, C channels, H, W height and width (h, w before
          resizing).
@@ -61,15 +61,15 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
     ----------
     data_dir : path
         Folder of the data. An image folder holds train/<class>/*.jpg, with val/ (or valid/, validation/) and test/
-        beside train/ if you have them, or simply <class>/*.jpg.
+        next to train/ if you have them, or simply <class>/*.jpg.
     batch_size : int
-        Images per batch. A last training batch of a single image, too few for BatchNorm, is left out.
+        Images per batch. A last training batch of a single image, too few for BatchNorm, is dropped.
     img_size : int or (int, int), optional
         Side, or (height, width), in pixels; images are resized to cover it and centre-cropped. None uses the data set's
-        own: 32 for CIFAR and shapes, 28 for the MNIST kinds. For a folder it is the largest side of up to 64 images,
-        rounded up to a multiple of 4, or 224 if that side is above 64.
+        own: 32 for CIFAR and shapes, 28 for MNIST and Fashion-MNIST. For a folder it is the largest side of up to 64
+        images, rounded up to a multiple of 4, or 224 if that side is above 64.
     dataset : str
-        A name in DATASETS. "auto" takes what is in data_dir, and the drawn shapes if the default data_dir does not
+        A name in DATASETS. "auto" uses what is in data_dir, or the drawn shapes if the default data_dir does not
         exist.
     val_fraction : float
         Fraction of each class that is split off for validation if there is no val/.
@@ -82,7 +82,7 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
     preprocessing : Preprocessing, optional
         Use its mean, std and interpolation, such as a pretrained model's, instead of the data set's own.
     skip_corrupt : bool
-        True leaves out image files that cannot be read and lists them in loader.skipped: small images from the start,
+        True skips image files that cannot be read and lists them in loader.skipped: small images from the start,
         photographs when they are read. False raises InputError for them.
     augmentation : Augmentation, optional
         Augmentation of training images in memory. Photographs always use `train_transform`.
@@ -97,13 +97,13 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
     Raises
     ------
     InputError
-        For arguments out of range, and for data that cannot be used.
+        If an argument is out of range, or if the data cannot be used.
     """
     check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images, in_channels)
     name = choose_set(data_dir, dataset, n_images)
     if name == "shapes" and dataset == "auto":
-        print(f"There is no {data_dir}: using the built-in drawn shapes. For other data give data_dir (a folder that "
-              f"holds a folder of images for each class) or dataset ({', '.join(TORCHVISION_SETS)}).")
+        print(f"There is no {data_dir}: using the built-in drawn shapes. For other data, set data_dir (a folder that "
+              f"contains a folder of images for each class) or dataset ({', '.join(TORCHVISION_SETS)}).")
     if name != "folder":
         images, labels, info = read_memory_set(name, data_dir, img_size, n_images, preprocessing, True, in_channels)
         train, val = stratified_cut(labels, val_fraction, seed)
@@ -127,8 +127,8 @@ def get_test_loader(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, dat
                     in_channels=None):
     """Return the loader of the test images, or None for a folder without test/.
 
-    The arguments are those of `get_data_loaders`; val_fraction has no effect. Of the drawn shapes, there are a fifth as
-    many test images as training and validation images, and none of them is among those.
+    The arguments are the same as for `get_data_loaders`; val_fraction has no effect. The drawn shapes have one test
+    image for every five training and validation images, and no image is in both sets.
     """
     check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images, in_channels)
     class_names = None
@@ -154,7 +154,7 @@ def get_evaluation_loader(data_dir, class_names, batch_size=128, img_size=None, 
         As in `get_data_loaders`.
     class_names : list of str
         The model's class names, in the order of its outputs; labels are indices into it. A folder may lack some of
-        these classes. For a known data set, they must be its own, or None.
+        these classes. For a known data set, they must be its classes, or None.
     img_size : int or (int, int), optional
         As in `get_data_loaders`; for a folder, None looks at the images to be evaluated.
     held_out : bool
@@ -162,30 +162,30 @@ def get_evaluation_loader(data_dir, class_names, batch_size=128, img_size=None, 
         matters only if the folder has neither test/ nor val/: True then evaluates only the images split off for
         validation.
     val_fraction : float
-        As in the training; used with held_out.
+        As in training; used with held_out.
 
     Returns
     -------
     DatasetLoader
-        Its attribute `split` says which images it has: "test" (a known data set's test images, or test/), "val" (val/,
-        valid/ or validation/), "held out" (the images split off for validation) or "all".
+        Its attribute `split` records which images it has: "test" (a known data set's test images, or test/), "val"
+        (val/, valid/ or validation/), "held out" (the images split off for validation) or "all".
 
     Raises
     ------
     InputError
-        For a class that the model does not know, and as in `get_data_loaders`.
+        If a class is not one of the model's classes, and as in `get_data_loaders`.
     """
     check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images, in_channels)
     name, split = choose_set(data_dir, dataset, n_images), "test"
     if name != "folder":
         images, labels, info = read_memory_set(name, data_dir, img_size, n_images, preprocessing, False, in_channels)
         if class_names is not None and list(class_names) != info.class_names:
-            raise InputError(f"data set {name!r} has other classes{listed(info.class_names)} than the "
-                             f"model{listed(class_names)}; evaluate the model on images of its own classes")
+            raise InputError(f"data set {name!r} has different classes{listed(info.class_names)} from the "
+                             f"model's{listed(class_names)}; evaluate the model on images of its own classes")
         loader = MemoryLoader(images, labels, info, batch_size, seed)
     else:
         if not class_names:
-            raise InputError(f"class_names {class_names} cannot label the images of a folder; give the model's class "
+            raise InputError(f"class_names {class_names} cannot label the images of a folder; pass the model's class "
                              f"names in the order of its outputs (--class-names)")
         folder = FolderSet(data_dir).tell()
         part = next(part for part in ("test", "val", "train") if part in folder.folders)
@@ -243,7 +243,7 @@ def as_loader(batches, check=None):
     Raises
     ------
     InputError
-        If `batches` does not give batches.
+        If `batches` does not yield batches.
     """
     return batches if isinstance(batches, Loader) else BatchLoader(batches, check)
 
@@ -262,11 +262,11 @@ def n_batches(loader, instead):
     Raises
     ------
     InputError
-        If the loader is empty or has no length; the message then says what to give instead.
+        If the loader is empty or has no length; the message then states what to pass instead.
     """
     length = length_of(loader)
     if length is None:
-        raise InputError(f"the loader has no length, like a stream or a generator; give {instead}")
+        raise InputError(f"the loader has no length, like a stream or a generator; pass {instead}")
     if not length:
         raise InputError("the loader has 0 batches, and at least one is needed; check the data")
     return length
@@ -293,10 +293,10 @@ class BatchLoader:
 
     def __init__(self, batches, check=None):
         if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
-            raise InputError(f"got a {type(batches).__name__}, a data set that gives one image at a time; give "
+            raise InputError(f"got a {type(batches).__name__}, a data set that returns one image at a time; pass "
                              f"batches, such as torch.utils.data.DataLoader(dataset, batch_size=128, shuffle=True)")
         if not isinstance(batches, Iterable):
-            raise InputError(f"got a {type(batches).__name__} as a loader; give a torch DataLoader or a list of "
+            raise InputError(f"got a {type(batches).__name__} as a loader; pass a torch DataLoader or a list of "
                              f"batches (images, labels)")
         self.batches, self.batch_size, self.check = batches, getattr(batches, "batch_size", None), check
         self.sampler = getattr(batches, "sampler", None)
@@ -329,15 +329,15 @@ class BatchLoader:
                 tensors = self.check(tensors)
             yield tuple(tensor[self.shard].to(self.device, non_blocking=True) for tensor in tensors)
         if batch is None and source is self.batches:
-            raise InputError(f"the loader is a {type(source).__name__}, which gives its batches only once, and none "
-                             f"are left; give a list or a DataLoader")
+            raise InputError(f"the loader is a {type(source).__name__}, which yields its batches only once, and none "
+                             f"are left; pass a list or a DataLoader")
 
 
 IMAGE_KEYS, LABEL_KEYS = ("pixel_values", "images", "image"), ("labels", "label")
 
 
 def as_tensors(batch):
-    """Return a batch of any kind that `BatchLoader` takes as a tuple of tensors.
+    """Return a batch of any kind that `BatchLoader` accepts as a tuple of tensors.
 
     Raises
     ------
@@ -401,7 +401,7 @@ class DatasetLoader:
     files : list of str or None
         Paths of the images, if they come from files.
     skipped : dict
-        {path: reason} of the files left out.
+        {path: reason} of the skipped files.
     split : str or None
         Which images these are; set by `get_evaluation_loader`.
     """
@@ -477,7 +477,7 @@ class DatasetLoader:
         return epoch, [batch[self.rank :: self.world_size] for batch in batches]
 
     def __len__(self):
-        """Return the batches in a pass; a last training batch of one image is dropped if there are others."""
+        """Return the number of batches in a pass; a last training batch of one image is dropped if there are others."""
         n_batches, rest = -(-self.n_images // self.batch_size), self.n_images % self.batch_size
         return n_batches - 1 if self.training and rest == 1 and n_batches > 1 else n_batches
 
@@ -500,7 +500,7 @@ class MemoryLoader(DatasetLoader):
     files, skipped : list, dict, optional
         As in `DatasetLoader`.
     augmentation : Augmentation, optional
-        The augmentation in training. MNIST is never mirrored, as a mirrored digit is not that digit.
+        The augmentation in training. MNIST is never mirrored, because mirroring changes a digit.
     """
 
     def __init__(self, images, labels, info, batch_size, seed=0, training=False, files=None, skipped=None,
@@ -524,7 +524,7 @@ class MemoryLoader(DatasetLoader):
     def without_augmentation(self, n_images=None):
         """Return a new loader of all images, or of n_images drawn from them, in order and not augmented.
 
-        It gives whole batches, whatever the shard and the position of this loader.
+        It yields full batches, whatever the shard and the position of this loader.
         """
         indices = self.subset(n_images)
         files = self.files and [self.files[i] for i in indices.tolist()]
@@ -554,7 +554,7 @@ class MemoryLoader(DatasetLoader):
                                    mode=self.preprocessing.interpolation, antialias=True)
             images = center_crop(images, self.size)
             if self.preprocessing.interpolation == "bicubic":
-                images.clamp_(0, 255)  # bicubic interpolation overshoots beside edges
+                images.clamp_(0, 255)  # bicubic interpolation overshoots near edges
         mean, std = self.normalisation
         return images.sub_(mean).div_(std)  # (B, C, H, W)
 
@@ -579,8 +579,7 @@ class PhotoLoader(DatasetLoader):
     workers : int
         Number of worker processes; 0 reads in this process.
     skip_corrupt : bool
-        Leave files that cannot be read out of their batch and list them in `skipped`; n_images and len() still count
-        them.
+        Skip files that cannot be read and list them in `skipped`; n_images and len() still count them.
     """
 
     def __init__(self, files, labels, info, batch_size, seed=0, training=False, workers=0, skip_corrupt=False):

@@ -3,8 +3,8 @@
     make_shapes                         images of ten shapes, with their shapes, textures and colours as numbers
     make_marks, make_mark, make_cues    two marks to compare; a single mark; shape and texture in conflict
 
-An image depends only on the seed, its number and its side S. Every S shows the same scene, because pixels are
-computed from their distances to edges.
+An image depends only on the seed, its number and its side S. The scene is the same for every S, because pixels
+are computed from their distances to edges.
 
 Shapes:  N images in a data set, n some of them, S side of a square image in pixels, M side of a mark in pixels, m marks
          in an image, k random numbers per image.
@@ -46,12 +46,12 @@ PATTERNS = {
 }
 SHAPES, TEXTURES = tuple(EDGES), tuple(PATTERNS)
 TEST_START = 1_000_000_000  # number of the loaders' first test image; their other images start at 0
-NOISE = 0.1  # largest range of a pixel's noise, where 1 is black to white
+NOISE = 0.1  # largest range of a pixel's noise; 1 is the range from black to white
 
 
 @dataclass(frozen=True)
 class DrawnShapes:
-    """Drawn shapes and what they show.
+    """Drawn shapes with their labels, textures and colours.
 
     Attributes
     ----------
@@ -68,11 +68,11 @@ class DrawnShapes:
 
 
 def make_shapes(n_images, img_size=32, seed=0, start=0, *, shape=None, texture=None, colour=None):
-    """Draw images number start to start + n_images - 1 of the endless data set that `seed` names.
+    """Draw images start to start + n_images - 1 of the endless data set that `seed` determines.
 
-    Each image has one of SHAPES at a random place and size, turned by up to 45 degrees either way. The shape is filled
-    with one of TEXTURES in two tones of one of COLOURS, on a patterned background, with noise on top. The shape of
-    image i is i modulo 10; texture and colour are drawn independently of it.
+    Each image has one of SHAPES at a random position and size, turned by up to 45 degrees either way. The shape is
+    filled with one of TEXTURES in two tones of one of COLOURS, on a patterned background, with noise on top. The shape
+    of image i is i modulo 10; texture and colour are drawn independently of it.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ def make_shapes(n_images, img_size=32, seed=0, start=0, *, shape=None, texture=N
     img_size : int
         Side S in pixels, at least 8.
     shape, texture, colour : str, int, or N ints, optional
-        Override the shape, texture or colour by name or index. Everything else in the images stays the same.
+        Fix the shape, texture or colour by name or index. Everything else in the images stays the same.
 
     Returns
     -------
@@ -90,7 +90,7 @@ def make_shapes(n_images, img_size=32, seed=0, start=0, *, shape=None, texture=N
     Raises
     ------
     InputError
-        For unknown names and numbers out of range.
+        If a name is unknown or a number is out of range.
 
     Notes
     -----
@@ -116,7 +116,7 @@ def make_shapes(n_images, img_size=32, seed=0, start=0, *, shape=None, texture=N
 
 
 def _choose_factor(name, wanted, names, drawn):
-    """Return a factor's values, int64 (N,): those that the caller wants, or those drawn (N,)."""
+    """Return a factor's values, int64 (N,): the caller's if there are any, otherwise the drawn ones (N,)."""
     if wanted is None:
         return drawn
     try:
@@ -218,7 +218,7 @@ def _tone(colour, level):
 
 
 def mixed(first, second, share):
-    """Blend from the first image or tone, at share (n, S, S) 0, to the second, at share 1: (n, 3, S, S)."""
+    """Blend the first image or tone (share 0) into the second (share 1): (n, 3, S, S); share is (n, S, S)."""
     return first + (second - first) * share[:, None]
 
 
@@ -260,7 +260,7 @@ MARKS = torch.tensor([[[1.0, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 
 KINDS = ("lying", "standing")  # of MARKS: three bars each, unchanged by mirroring
 ANSWERS = ("different", "same")
 CUES = {"circle": "plain", "cross": "stripes", "star": "checks", "heart": "dots", "square": "rings"}
-MARK_NOISE = 0.5  # range of a pixel's noise, where 1 is black to white
+MARK_NOISE = 0.5  # range of a pixel's noise; 1 is the range from black to white
 
 
 @dataclass(frozen=True)
@@ -286,9 +286,9 @@ class Drawn:
 
 
 def make_marks(n_images, img_size=32, seed=0, start=0, distance=None):
-    """Draw two marks per image; the label says whether they are of the same kind (1) or not (0), in turn.
+    """Draw two marks per image; the label is 1 if they are of the same kind and 0 otherwise, in turn.
 
-    Both kinds are equally frequent, so a single mark says nothing about the label.
+    Both kinds are equally frequent, so a single mark carries no information about the label.
 
     Parameters
     ----------
@@ -307,7 +307,7 @@ def make_marks(n_images, img_size=32, seed=0, start=0, distance=None):
     Raises
     ------
     InputError
-        For numbers out of range.
+        If a number is out of range.
     """
     longest = _check_marks(n_images, img_size, seed, start)
     if distance is not None and not 8 <= distance <= longest:
@@ -320,7 +320,7 @@ def make_marks(n_images, img_size=32, seed=0, start=0, distance=None):
     length = 8 + chance[:, 1] * (longest - 8) if distance is None else torch.full((n_images,), float(distance))
     angle = chance[:, 2] * 2 * torch.pi
     between = torch.stack([angle.sin(), angle.cos()], dim=1) * length[:, None]  # (N, 2): rows, columns
-    free = img_size - M - 1 - between.abs()  # (N, 2), room for the midpoint of both
+    free = img_size - M - 1 - between.abs()  # (N, 2), space for the midpoint of both
     middle = between.abs() / 2 + M / 2 + chance[:, 3:5] * free.clamp(min=0)  # (N, 2)
     places = torch.stack([middle - between / 2, middle + between / 2], dim=1)  # (N, 2, 2): mark, axis
     corners = (places - M / 2).round().long().clamp(0, img_size - M)  # (N, 2, 2)
@@ -330,9 +330,9 @@ def make_marks(n_images, img_size=32, seed=0, start=0, distance=None):
 
 
 def make_mark(n_images, img_size=32, seed=0, start=0):
-    """Draw one mark per image at a random place; the label is its kind, in turn.
+    """Draw one mark per image at a random position; the label is its kind, in turn.
 
-    An area of M x M pixels is enough to decide it.
+    An area of M x M pixels is enough to determine the kind.
     """
     _check_marks(n_images, img_size, seed, start)
     index, chance = _chances(n_images, seed, start)
@@ -342,10 +342,10 @@ def make_mark(n_images, img_size=32, seed=0, start=0):
 
 
 def make_cues(n_images, img_size=32, seed=0, start=0, agree=True):
-    """Draw shapes and textures that stand for the classes of CUES.
+    """Draw shapes and textures that represent the classes of CUES.
 
     With agree=True, shape and texture show the same class. With agree=False, they show different classes, and all pairs
-    come in turn.
+    occur in turn.
 
     Returns
     -------

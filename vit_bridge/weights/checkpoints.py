@@ -1,11 +1,11 @@
 """Checkpoints: save and load models of this library, and load the weights of other libraries and papers.
 
     model = load(name_or_path)                  a trained model, by name or from a file of any known format
-    print(load_checkpoint(model, path))         fills a model from such a file
-    save_model(model, path)                     writes a model of this library
-    print(describe_checkpoint(path))            what a file is, and how it would load
+    print(load_checkpoint(model, path))         loads such a file into a model
+    save_model(model, path)                     saves a model of this library
+    print(describe_checkpoint(path))            describes a file and how it would load
 
-No code in a file is executed.
+No code in the files is executed.
 
 Shapes:  B images, D width.
 """
@@ -45,10 +45,10 @@ from vit_bridge.weights.pretrained import OURS, OURS_FOLDER, PRETRAINED, PUBLIC,
 from vit_bridge.weights.recorded import Recorded, file_in, read_recorded
 from vit_model import VisionTransformer, ViTConfig, grid_of, pair, resample_positions, sincos_positions
 
-WITHOUT_SHAPE = ("n_heads", "pool", "position", "norm_eps", "stem_stride", "stem", "block")  # not visible in shapes
-FREE = ("img_size", "in_channels", "dropout", "drop_path")  # may differ from the training's
+WITHOUT_SHAPE = ("n_heads", "pool", "position", "norm_eps", "stem_stride", "stem", "block")  # not shown by shapes
+FREE = ("img_size", "in_channels", "dropout", "drop_path")  # may differ from training
 CHECKPOINT_FORMAT = "vit-bridge 1"
-MEND = "correct it, or move the weights to a folder of their own"
+MEND = "correct it, or move the weights to a separate folder"
 
 
 # ---- Ours -------------------------------------------------------------------------------------------------
@@ -64,15 +64,15 @@ def save_model(model, path, preprocessing=None, dtype=None, state_dict=None, **m
     model : Module
         A model whose class is in models.registry.MODELS.
     path : path
-        The file.
+        The file to write.
     preprocessing : Preprocessing, optional
-        What its images must be; model.preprocessing by default.
+        How its input images must be preprocessed; model.preprocessing by default.
     dtype : torch.dtype, optional
-        torch.float16 halves the file and torch.int8 quarters it (`files.to_int8`). `load` always gives float32.
+        torch.float16 halves the file size and torch.int8 quarters it (`files.to_int8`). `load` always returns float32.
     state_dict : dict, optional
-        Other weights of this model, such as their average, instead of the current ones.
+        Weights to save instead of the current ones, such as averaged weights.
     **more
-        Further entries, stored as they are (a trainer's state, an accuracy).
+        Additional entries, stored unchanged, such as a trainer's state or an accuracy.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def save_model(model, path, preprocessing=None, dtype=None, state_dict=None, **m
     model = unwrapped(model)
     if model_classes().get(class_name(model)) is not type(model):
         raise InputError(f"a {type(model).__module__}.{class_name(model)} cannot be saved as a checkpoint; expected "
-                         f"one of this library's classes, not a subclass: {', '.join(model_classes())}")
+                         f"one of this library's classes (not a subclass): {', '.join(model_classes())}")
     _check_plain_weights(model)
     if not isinstance(model.head, (nn.Linear, nn.Identity)):
         raise InputError(f"a head of class {type(model.head).__name__} cannot be saved; expected a single nn.Linear")
@@ -90,14 +90,14 @@ def save_model(model, path, preprocessing=None, dtype=None, state_dict=None, **m
     shown = model.preprocessing if preprocessing is None else preprocessing
     names = shown and shown.class_names
     if names and config.n_classes and len(names) != config.n_classes:
-        raise InputError(f"{len(names)} class_names do not fit a head of {config.n_classes} classes; give "
-                         f"model.preprocessing one name per class")
+        raise InputError(f"{len(names)} class_names do not fit a head of {config.n_classes} classes; set "
+                         f"one name per class in model.preprocessing")
     state = {key: value.detach().cpu() for key, value in _plain_names(state_dict or model.state_dict()).items()}
     if "head.weight" in state and model.head.bias is None:  # a bias of zeros is equivalent
         state["head.bias"] = torch.zeros_like(state["head.weight"][:, 0])
     for name in ("class_names", "mean", "std", "interpolation"):
         if name in more:
-            raise InputError(f"save_model got {name} {more[name]!r}; expected it in preprocessing=Preprocessing(...)")
+            raise InputError(f"save_model got {name}={more[name]!r}; pass it in preprocessing=Preprocessing(...)")
     facts = {name: getattr(shown, name, None) for name in ("class_names", "mean", "std", "interpolation")}
     facts |= {name: list(facts[name]) for name in ("mean", "std") if facts[name] is not None}
     if dtype == torch.int8:
@@ -115,15 +115,15 @@ def _plain_names(state):
 
 
 def _check_plain_weights(model):
-    """Raise InputError for a model on the device meta, or one that is quantised."""
+    """Raise InputError if the model is on the meta device or is quantised."""
     device_of(model)  # raises InputError on the device "meta"
     if is_quantised(model):
         raise InputError(f"this {class_name(model)} is quantised, but a checkpoint holds floating-point weights; save "
-                         f"the original model, and quantise after load()")
+                         f"the original model, and quantise it after load()")
 
 
 def read_checkpoint(path):
-    """Return the entries of a checkpoint as save_model wrote them, without executing anything in the file.
+    """Return the entries of a checkpoint as save_model wrote them, without executing any code in the file.
 
     Raises
     ------
@@ -133,7 +133,7 @@ def read_checkpoint(path):
     entries = read_file(path)
     if entries.get("format") != CHECKPOINT_FORMAT:
         raise InputError(f"{path} is not a checkpoint of this project; expected a file that train_vit.py or save_model "
-                         f"wrote. `python train_vit.py inspect {path}` says what it is")
+                         f"wrote. To identify it, run `python train_vit.py inspect {path}`")
     return entries
 
 
@@ -148,15 +148,15 @@ def load(name_or_path, n_classes=None, class_names=None, **overrides):
         A pretrained model's name (`describe_pretrained` lists them); a checkpoint of this library, or of a ViT, ResNet
         or ConvNeXt in any of the FORMATS; or a folder that transformers' save_pretrained or timm's save_for_hf wrote.
     n_classes : int, optional
-        None keeps the checkpoint's head; a model without one returns features (B, D). With a number, the head is kept
-        if it has that many rows, and replaced by a new one of zeros otherwise. An Assumption says which, unless the
-        head is kept and its classes have names.
+        None keeps the checkpoint's head; a model without a head returns features (B, D). If a number is passed, a head
+        with that many rows is kept, and any other head is replaced by one of zeros. An Assumption reports which, unless
+        the head is kept and its classes have names.
     class_names : list of str, optional
-        Names of the checkpoint's classes in the order of its outputs, if they are not recorded.
+        Names of the checkpoint's classes in the order of its outputs, if the file does not record them.
     **overrides
         img_size (resamples the positions), in_channels (`adapt_input_channels`), dropout and drop_path; pool, for a
         public model without its own head; and fields that the file does not record, such as n_heads, pool or norm_eps.
-        Any other field must equal that of the weights.
+        Any other field must match the weights.
 
     Returns
     -------
@@ -166,13 +166,13 @@ def load(name_or_path, n_classes=None, class_names=None, **overrides):
     Raises
     ------
     InputError
-        For an unknown name or field; if a file cannot be downloaded (with its address, and where to put it) or read;
-        and if weights and configuration do not fit.
+        If a name or field is unknown, if a file cannot be downloaded or read, or if weights and configuration do not
+        match. After a failed download, the message states the URL and where to save the file.
 
     Notes
     -----
-    Values that neither the file nor a config.json or preprocessor_config.json beside it records are assumed, and one
-    Assumption per file says so (vit_bridge.errors).
+    Values that neither the file nor a config.json or preprocessor_config.json in the same folder records are assumed,
+    and one Assumption per file lists them (vit_bridge.errors).
     """
     name, weights = str(name_or_path), None
     overrides = {argument: tuple(value) if isinstance(value, list) else value for argument, value in overrides.items()}
@@ -194,19 +194,19 @@ def load(name_or_path, n_classes=None, class_names=None, **overrides):
     free = (*FREE, *found.unrecorded, *["pool"] * (name in PUBLIC and not (own_head and config["n_classes"])))
     for argument, value in overrides.items():
         if argument not in free and value != config[argument]:
-            raise InputError(f"{argument} {value!r} is not that of {name}, {config[argument]!r}; with these weights "
-                             f"you can change only {', '.join(free)} and n_classes")
+            raise InputError(f"{argument}={value!r} does not match {name}, which has {config[argument]!r}; with these "
+                             f"weights you can change only {', '.join(free)} and n_classes")
     model = found.model_class(**config | overrides)
     try:
         state, report = _fitted(weights or _read_weights(path), model, found.grid)
     except InputError as error:
         if name not in PUBLIC:
             raise
-        raise InputError(f"{error}; if the download is incomplete, delete the file and it is downloaded "
+        raise InputError(f"{error}; if the download is incomplete, delete the file to download it "
                          f"again") from error
     model.load_state_dict(state)
     shown, n_channels = found.preprocessing, model.config.in_channels
-    if shown is None and n_channels != found.config.in_channels:  # the assumption is for the channels of the file
+    if shown is None and n_channels != found.config.in_channels:  # the assumed values are for the file's channels
         shown = adapt(weights.model).preprocessing
     if shown is not None:
         model.preprocessing = replace(shown, img_size=model.config.img_size)
@@ -231,34 +231,35 @@ def _with_names(preprocessing, class_names, n_classes, path):
     Raises
     ------
     InputError
-        If other names are recorded, or if their number is not n_classes.
+        If the file records different names, or if the number of names is not n_classes.
     """
     class_names, recorded = list(class_names), preprocessing.class_names
     if recorded is not None and list(recorded) != class_names:
-        raise InputError(f"class_names{listed(class_names)} differ from those that {path} records{listed(recorded)}; "
-                         f"leave class_names out")
+        raise InputError(f"class_names{listed(class_names)} differ from the names in {path}{listed(recorded)}; "
+                         f"omit class_names")
     if len(class_names) != n_classes:
         raise InputError(f"class_names has {len(class_names)} names{listed(class_names)}, but the head of {path} has "
-                         f"{n_classes} outputs; give one name per output, in their order")
+                         f"{n_classes} outputs; pass one name per output, in order")
     return replace(preprocessing, class_names=class_names)
 
 
 def _say(path, assumed, choices, ours=False):
-    """Warn once about a file: which values are not recorded, and what was chosen or dropped."""
+    """Warn once per file about values that are not recorded, and about what was chosen or dropped."""
     parts = list(choices)
     if assumed:
         fields = [f"{name}=" for name, words in assumed.items() if words.startswith(f"{name}=")]
         ways = [f"load's {', '.join(fields)}"] * bool(fields) + ["--n-heads"] * ("n_heads" in assumed)
-        ways.append(f"a {'config.json' if fields else 'preprocessor_config.json'} beside it")
+        ways.append(f"a {'config.json' if fields else 'preprocessor_config.json'} in the same folder")
         if ours:
             ways = ["save_model(model, path, preprocessing)"]
-        parts.insert(0, f"not recorded, so assumed: {', '.join(assumed.values())}; set it with {' or '.join(ways)}")
+        parts.insert(0, f"not recorded, so assumed: {', '.join(assumed.values())}; to change this, use "
+                        f"{' or '.join(ways)}")
     if parts:
         assume(f"{path}: {'; '.join(parts)}")
 
 
 def _unsettled(weights):
-    """Return [what the names in a file do not show], or [] if a config.json settles it."""
+    """Return [a note on what tensor names do not show], or [] if the format has none or there is a config.json."""
     return [weights.format.note] if weights.format.note and not weights.recorded.source else []
 
 
@@ -270,7 +271,7 @@ def _existing_file(name):
         close = get_close_matches(name, PRETRAINED, 1)
         what = f"there is no file {name}" if Path(name).suffix else f"there is no pretrained model or file {name!r}"
         advice = f"did you mean {close[0]!r}? `python train_vit.py inspect` lists all names" if close else \
-            "give the path of a checkpoint, or a name that `python train_vit.py inspect` lists"
+            "use the path of a checkpoint, or a name that `python train_vit.py inspect` lists"
         raise InputError(f"{what}; {advice}")
     return name
 
@@ -287,14 +288,14 @@ def _model_of(entries, path):
         model = model_classes()[entries["model_class"]](**entries["config"])
         model.load_state_dict(entries["state_dict"])
         facts = {name: entries[name] for name in ("class_names", "mean", "std")}
-        facts["interpolation"] = entries.get("interpolation")  # missing in older files
+        facts["interpolation"] = entries.get("interpolation")  # absent from older files
         if any(value is not None for value in facts.values()):
             known = {name: value for name, value in facts.items() if value is not None}
-            if "mean" not in known and model.config.in_channels != 3:  # these channels have no usual mean and std
+            if "mean" not in known and model.config.in_channels != 3:  # there is no standard mean and std for them
                 known |= dict(mean=(0.0,) * model.config.in_channels, std=(1.0,) * model.config.in_channels)
             model.preprocessing = Preprocessing(entries["img_size"], **known)
     except Exception as error:
-        raise InputError(f"{path} is damaged: its weights and its configuration do not fit together "
+        raise InputError(f"{path} is damaged: its weights and its configuration do not match "
                          f"({first_line(error)})") from error
     return model.eval()
 
@@ -304,24 +305,24 @@ def _model_of(entries, path):
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What load_checkpoint did with each tensor of a file; `str()` gives it in a few lines.
+    """A report of what load_checkpoint did with each tensor of a file; `str()` summarises it.
 
     Attributes
     ----------
     path, format : str
-        The file, and how it names its weights.
+        The file, and the format of its tensor names.
     used : tuple of str
         Names in the file that were loaded.
     dropped : dict
-        Names in the file that the model does not use, and why.
+        Names in the file that the model does not use, each with the reason.
     notes : tuple of str
         Differences between the file and the model, and what was done about them.
     heads : str
         A warning about the number of heads, if the file does not record it.
     choices : tuple of str
-        The notes that also cause a warning.
+        The notes that also raise a warning.
     assumed : tuple of str
-        Values that are not recorded and were assumed, without the number of heads.
+        Values that were assumed because the file does not record them, except the number of heads.
     """
 
     path: str
@@ -346,13 +347,14 @@ class LoadReport:
 
 
 def load_checkpoint(model, path, grid_size=None):
-    """Fill a model from a file in any of the FORMATS, of save_model, or with the model's own state dict.
+    """Load weights into a model, from a save_model file, any of the FORMATS or the model's own state dict.
 
-    Loading is strict: every tensor of the file is used, or dropped for a reason that the report gives, and all shapes
-    must match. What may differ: with another number of classes the model keeps its own head; at another resolution the
-    positions are resampled; another number of channels is adapted (`adapt_input_channels`). If both the file and
-    model.preprocessing have class names, the rows of the head are matched by name. A wrapped model (torch.compile,
-    DataParallel, AveragedModel) is filled inside.
+    Loading is strict: every tensor of the file is either used or dropped for a reason that the report states, and all
+    shapes must match. Three things may differ. If the number of classes differs, the model keeps its own head. If the
+    resolution differs, the positions are resampled. If the number of channels differs, the first convolution is adapted
+    (`adapt_input_channels`). If the number of classes is the same and both the file and model.preprocessing have class
+    names, the rows of the head are matched by name. For a wrapped model (torch.compile, DataParallel, AveragedModel),
+    the model inside is filled.
 
     Parameters
     ----------
@@ -361,7 +363,7 @@ def load_checkpoint(model, path, grid_size=None):
     path : path
         The file, or a folder that transformers or timm wrote.
     grid_size : (int, int), optional
-        Rows and columns of the patches in the file's training, for files whose number of positions fits several grids.
+        Rows and columns of patches in training, if the file's number of positions fits several grids.
 
     Returns
     -------
@@ -370,13 +372,13 @@ def load_checkpoint(model, path, grid_size=None):
     Raises
     ------
     InputError
-        If a tensor is missing, left over or of another shape, or if the file cannot be read. The model is then
+        If a tensor is missing, unexpected or has the wrong shape, or if the file cannot be read. The model is then
         unchanged.
 
     Notes
     -----
-    The shapes do not show the number of heads. Checkpoints of this library, Google's files and a config.json record it;
-    for other files, an Assumption asks you to check it against the paper.
+    Tensor shapes do not show the number of heads. Checkpoints of this library, Google's files and a config.json record
+    it; for other files, an Assumption warns that the model's number may be wrong.
     """
     model = unwrapped(model)
     if not is_ours(model):
@@ -387,15 +389,15 @@ def load_checkpoint(model, path, grid_size=None):
     state, report = _fitted(weights, model, grid_size)
     pool = weights.recorded.config.get("pool", "cls" if "pool" in weights.format.fixes else None)
     if pool and "head.weight" in weights.tensors and model.config.pool != pool:
-        raise InputError(f"{path} is for another architecture: its head reads pool={pool!r}, but the model has "
-                         f"{model.config.pool!r}")
+        raise InputError(f"{path} is for a different architecture: its head expects pool={pool!r}, but the model has "
+                         f"pool={model.config.pool!r}")
     model.load_state_dict({key: state[key.replace("_orig_mod.", "")] for key in model.state_dict()})
     _say(path, {}, [*([f"heads: {report.heads}"] if report.heads else []), *report.choices, *_unsettled(weights)])
     return report
 
 
 def _read_weights(path, model=None):
-    """Read a file, or the one in a folder, as Weights; the names of `model` are known too."""
+    """Read a file, or the file in a folder, as Weights; the tensor names of `model` are also recognised."""
     path = file_in(path) if Path(path).is_dir() else path
     entries = read_file(path)
     if entries.get("format") == CHECKPOINT_FORMAT:
@@ -416,8 +418,8 @@ def _read_weights(path, model=None):
     if found or (own is not None and not held):
         prefix, choice = chosen_prefix(found, state, path) if found else ("", "")
         if {*under(prefix, state)} - {"n_averaged"} != own.keys():
-            raise InputError(f"{path} is for another architecture: its tensors, such as {next(iter(state))}, are not "
-                             f"those of a {class_name(model)}; build the model that it was saved from")
+            raise InputError(f"{path} is for a different architecture: its tensors, such as {next(iter(state))}, do "
+                             f"not belong to a {class_name(model)}; build the model that the file was saved from")
         around = [*around, *re.findall(r"[^./]*[./]", prefix)]
         weights = _own_names(f"state dict of a {class_name(model)}", path, around,
                              {name: state[prefix + name] for name in under(prefix, state)})
@@ -431,13 +433,14 @@ def _read_weights(path, model=None):
     except Exception as error:  # tensors with an unexpected number of dimensions
         raise InputError(f"{path} is damaged or in an unknown format ({first_line(error)})") from error
     if not (model is None or any(weights.format.holds == cls.__name__ for cls in type(model).__mro__)):
-        raise InputError(f"{path} is for another architecture: it is a {weights.format.holds} ({weights.format.name}), "
-                         f"but the model is a {class_name(model)}; use load(path), which builds the file's model")
+        raise InputError(f"{path} is for a different architecture: it is a {weights.format.holds} "
+                         f"({weights.format.name}), but the model is a {class_name(model)}; use load(path), which "
+                         f"builds the matching model")
     weights.recorded = recorded = read_recorded(path, weights.format.library, weights.format.holds)
     heads = recorded.config.get("n_heads", weights.n_heads)
     if weights.n_heads not in (None, heads):
-        raise InputError(f"{recorded.source} says {heads} heads, but the tensors of {path} have {weights.n_heads}; "
-                         f"{MEND}")
+        raise InputError(f"{recorded.source} specifies {heads} heads, but the tensors of {path} have "
+                         f"{weights.n_heads}; {MEND}")
     weights.n_heads = heads
     weights.choices += [*([taken] if taken else []), *recorded.notes]
     head = weights.tensors.get("head.weight")
@@ -450,7 +453,7 @@ def _read_weights(path, model=None):
 
 
 def _models_among(names, own):
-    """Return {prefix: ...} of the models among names, which are those in `own` or, if None, of any format."""
+    """Return {prefix: ...} for the models among names: those with the names `own`, or of any format if it is None."""
     if own is None:
         try:
             return recognise(names, "")
@@ -462,7 +465,7 @@ def _models_among(names, own):
 
 
 def _own_names(kind, path, around, state):
-    """Return Weights whose names are the model's own."""
+    """Return Weights under the model's own tensor names."""
     tensors = {name: tensor for name, tensor in state.items() if name != "n_averaged"}
     dropped = {name: "the step counter of an averaged model" for name in state.keys() - tensors.keys()}
     return Weights(str(path), Format(kind, "", norm_eps=None), around, tensors, {name: [name] for name in tensors},
@@ -470,21 +473,21 @@ def _own_names(kind, path, around, state):
 
 
 def _check_same_kind(other, model, path):
-    """Raise InputError if a model differs from the file's in a way that shapes do not show."""
+    """Raise InputError if a model differs from the file's model in a way that tensor shapes do not show."""
     if model.config_class is not other.config_class:
         raise InputError(f"{path} holds a {type(other).__name__}, but the model is a {class_name(model)}; use "
-                         f"load(path), which builds the file's model")
+                         f"load(path), which builds the matching model")
     for name in WITHOUT_SHAPE:
         theirs, ours = getattr(other.config, name, None), getattr(model.config, name, None)
         if theirs != ours:
-            raise InputError(f"{path} is for another architecture: {name} is {theirs} in the file, but {ours} in the "
-                             f"model; use load(path), which builds the file's model")
+            raise InputError(f"{path} is for a different architecture: {name} is {theirs} in the file, but {ours} in "
+                             f"the model; use load(path), which builds the matching model")
 
 
 def _fitted(weights, model, grid_size=None, advise=True):
     """Return (state dict for the model, LoadReport).
 
-    advise says whether an error points to the command that inspects the file.
+    If `advise` is set, an error mentions the command that inspects the file.
 
     Raises
     ------
@@ -494,21 +497,21 @@ def _fitted(weights, model, grid_size=None, advise=True):
     try:
         return fit(weights, model, grid_size)
     except InputError as error:
-        hint = f"; `python train_vit.py inspect {weights.path}` says what the file is"
+        hint = f"; to identify the file, run `python train_vit.py inspect {weights.path}`"
         raise InputError(f"{error}{hint if advise and '; ' not in str(error) else ''}") from error
     except Exception as error:  # tensors with an unexpected number of dimensions
         raise InputError(f"{weights.path} is damaged: its tensors do not fit together ({first_line(error)})") from error
 
 
 def fit(weights, model, grid_size):
-    """Do the work of `_fitted` for tensors with the expected numbers of dimensions."""
+    """Implement `_fitted` for tensors with the expected numbers of dimensions."""
     expected, notes = _plain_names(model.state_dict()), [weights.format.note] if weights.format.note else []
     choices, recorded = list(weights.choices), weights.recorded.config
     if weights.around:
         notes.append(f"the weights are under {' / '.join(weights.around)}")
     if weights.n_heads not in (None, getattr(model.config, "n_heads", None)):
-        raise InputError(f"{weights.path} is for another architecture: n_heads is {weights.n_heads} in the file, but "
-                         f"{model.config.n_heads} in the model")
+        raise InputError(f"{weights.path} is for a different architecture: n_heads is {weights.n_heads} in the file, "
+                         f"but {model.config.n_heads} in the model")
     eps = recorded.get("norm_eps", weights.format.norm_eps)
     if eps not in (None, getattr(model.config, "norm_eps", None)):
         choices.append(f"norms: the file's library uses norm_eps={eps} by default, but the model has "
@@ -516,7 +519,7 @@ def fit(weights, model, grid_size):
     choices += _match_head(weights, model, expected)
     choices += _match_channels(weights, model)
     notes += _fit_positions(weights, model, grid_size)
-    choices += [note for note in notes if note.startswith("positions: resampled") or "grid_size= sets" in note]
+    choices += [note for note in notes if note.startswith("positions: resampled") or "grid_size=" in note]
     notes += [choice for choice in choices if choice not in notes]
     tensors = weights.tensors
     missing = [name for name in expected if name not in tensors and not name.startswith("head.")
@@ -526,11 +529,11 @@ def fit(weights, model, grid_size):
         if wrong:
             name = weights.sources[wrong[0]][0] if wrong is extra else wrong[0]
             more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
-            raise InputError(f"{weights.path} is for another architecture: {where.format(name + more)}"
+            raise InputError(f"{weights.path} is for a different architecture: {where.format(name + more)}"
                              f"{_advice(wrong[0], weights)}")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
-            raise InputError(f"{weights.path} is for another architecture: {weights.sources[name][0]} is "
+            raise InputError(f"{weights.path} is for a different architecture: {weights.sources[name][0]} has shape "
                              f"{tuple(tensor.shape)} in the file, but {tuple(expected[name].shape)} in the "
                              f"model{_advice(name, weights)}")
         if tensor.is_floating_point() != expected[name].is_floating_point():
@@ -540,14 +543,14 @@ def fit(weights, model, grid_size):
     used = tuple(dict.fromkeys(name for ours in tensors for name in weights.sources[ours]))
     heads = ""
     if weights.model is None and weights.n_heads is None and ask(model, "attends"):
-        heads = (f"the file does not record how many; the model's {model.config.n_heads} are right only if it was "
-                 f"trained with {model.config.n_heads}")
+        heads = (f"the file does not record their number; the model's {model.config.n_heads} are correct only if the "
+                 f"weights were trained with {model.config.n_heads}")
     return state, LoadReport(weights.path, weights.format.name, used, weights.dropped, tuple(notes), heads,
                              tuple(choices))
 
 
 def _advice(name, weights):
-    """Say how to build the model that a tensor fits, if the tensor shows it, after a semicolon."""
+    """Return "; " and how to build a model that fits this tensor, or "" if the tensor does not show it."""
     there = name in weights.tensors
     if re.search(r"\.ls[12]\.", name):
         return f"; build the model with layer_scale={1e-5 if there else None}"
@@ -561,7 +564,7 @@ def _advice(name, weights):
 
 
 def adapt_input_channels(weight, n_channels):
-    """Adapt the kernel of a first convolution to images with another number of channels.
+    """Adapt the kernel of a first convolution to images with a different number of channels.
 
     Parameters
     ----------
@@ -573,10 +576,10 @@ def adapt_input_channels(weight, n_channels):
     Returns
     -------
     Tensor, shape (D, n_channels, h, w)
-        For one channel, the sum over the colours: a grey image then has the same output as in colour, if the colours
-        share one mean and std (with ImageNet's, nearly the same). From 3 to 4 channels, zeros for the transparency. For
-        others, the channels are repeated in turn and scaled by C / n_channels, which keeps the size of the sum, as timm
-        does.
+        For one channel, the sum over the colours: a grey image then has the same output as its colour version, if all
+        colours share one mean and std (with ImageNet's, nearly the same). From 3 to 4 channels, the transparency gets
+        zeros. Otherwise, the channels are repeated in turn and scaled by C / n_channels, as in timm, which preserves
+        the magnitude of the sum.
     """
     C = weight.shape[1]
     if n_channels == 1:
@@ -587,7 +590,7 @@ def adapt_input_channels(weight, n_channels):
 
 
 def _match_channels(weights, model):
-    """Adapt the first convolution to the model's channels, and return notes on it."""
+    """Adapt the first convolution to the model's channels, and return notes."""
     layer = next((layer for layer in model.layers()[0].modules() if isinstance(layer, nn.Conv2d)), None)
     name = next((name for name, parameter in model.named_parameters() if layer and parameter is layer.weight), None)
     theirs = weights.tensors.get(name)
@@ -605,16 +608,16 @@ def _match_channels(weights, model):
 
 
 def _match_head(weights, model, expected):
-    """Match the head to the model's, and return notes on it; a head that does not fit is dropped."""
+    """Match the file's head to the model's, and return notes; a head that does not fit is dropped."""
     theirs = {name: weights.tensors[name] for name in ("head.weight", "head.bias") if name in weights.tensors}
     wanted = expected.get("head.weight")
     if not theirs:
         has_head = any(name.startswith("head.") for name in expected)
-        return ["head: the file has none, so the model keeps its own, untrained"] if has_head else []
+        return ["head: the file has none, so the model keeps its own, which is untrained"] if has_head else []
     weight, bias = theirs.get("head.weight"), theirs.get("head.bias")
     if weight is None or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         shapes = ", ".join(f"{weights.sources[name][0]} {tuple(tensor.shape)}" for name, tensor in theirs.items())
-        raise InputError(f"{weights.path} is damaged: weight and bias of its head do not fit together ({shapes})")
+        raise InputError(f"{weights.path} is damaged: the weight and bias of its head do not fit together ({shapes})")
     if bias is None and "head.bias" in expected:  # equivalent to a bias of zeros
         weights.tensors["head.bias"] = theirs["head.bias"] = torch.zeros(len(weight))
         weights.sources["head.bias"] = weights.sources["head.weight"]
@@ -624,7 +627,7 @@ def _match_head(weights, model, expected):
     elif wanted is None:
         reason = "the model has no head, or one that is not an nn.Linear"
     elif any("pre_logits" in name for name in weights.dropped):
-        reason = "reads a layer before it that was dropped"
+        reason = "reads the output of a layer that was dropped"
     elif weight.shape[1] != wanted.shape[1]:
         reason = f"reads {weight.shape[1]} features, but the model's head reads {wanted.shape[1]}"
     elif len(weight) != len(wanted):
@@ -645,44 +648,44 @@ def _match_head(weights, model, expected):
                     if row is not None:
                         weights.tensors[name][i] = tensor[row]
             return [line]
-        reason = f"is for other classes{listed(names)} than the model's{listed(own)}"
+        reason = f"is for different classes{listed(names)} from the model's{listed(own)}"
     for name in theirs:
         weights.dropped[weights.sources.pop(name)[0]] = reason
         del weights.tensors[name]
     if wanted is None:
-        return [] if weight.shape[1] == n_features else [f"head: the one in the file was dropped, because it {reason}"]
-    return [f"head: the model keeps its own, untrained, because the one in the file {reason}"]
+        return [] if weight.shape[1] == n_features else [f"head: the file's head was dropped, because it {reason}"]
+    return [f"head: the model keeps its own, which is untrained, because the file's head {reason}"]
 
 
 def _fit_positions(weights, model, grid_size):
-    """Fit the positions to the model's grid and its CLS token, and return notes on them."""
+    """Fit the positions to the model's grid and its CLS token, and return notes."""
     theirs, grid = weights.tensors.get("pos_embed"), getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if grid is None or theirs is None:
         return []
     if model.pos_embed is None:
-        raise InputError(f"{weights.path} is for another architecture: it has positions, but the model was built with "
-                         f"position='none'; build it with position='learned'")
+        raise InputError(f"{weights.path} is for a different architecture: it has positions, but the model was built "
+                         f"with position='none'; build it with position='learned'")
     D = model.config.embed_dim
     if theirs.ndim != 3 or theirs.shape[0] != 1 or theirs.shape[2] != D:
-        raise InputError(f"{weights.path} is for another architecture: {weights.sources['pos_embed'][0]} is "
+        raise InputError(f"{weights.path} is for a different architecture: {weights.sources['pos_embed'][0]} is "
                          f"{tuple(theirs.shape)} in the file, but {tuple(model.pos_embed.shape)} in the model")
     old, n_prefix, notes = _read_grid(weights, grid, grid_size)
     n_cls, wanted = min(n_prefix, 1), int(model.reg_token is None)
     if n_prefix > 1:
         _add_to_token(weights, "reg_token", theirs[:, 1:n_prefix])
-        notes.append("positions: those of the registers were added to the register tokens")
+        notes.append("positions: the registers' positions were added to the register tokens")
     if n_cls > wanted:
         _add_to_token(weights, "cls_token", theirs[:, :1])
-        notes.append("positions: the position of CLS was added to the CLS token, as a model with registers has none "
-                     "for it")
+        notes.append("positions: the position of CLS was added to the CLS token, because a model with registers has "
+                     "no position for it")
     if n_cls < wanted:
-        notes.append("positions: the file has none for CLS, which gets zeros")
+        notes.append("positions: the file has none for CLS, so zeros are used")
     first = theirs[:, :1] if n_cls else torch.zeros_like(theirs[:, :1])  # (1, 1, D)
     theirs = torch.cat([first[:, :wanted], theirs[:, n_prefix:]], dim=1)  # (1, wanted + patches, D)
     if model.config.position == "sincos":
         if not torch.allclose(theirs.float(), sincos_positions(old, D)[:, 1 - wanted:], atol=1e-3):
-            raise InputError(f"{weights.path} is for another architecture: its positions are learned, but the model "
-                             f"was built with position='sincos'; build it with position='learned'")
+            raise InputError(f"{weights.path} is for a different architecture: its positions are learned, but the "
+                             f"model was built with position='sincos'; build it with position='learned'")
         theirs = model.pos_embed  # the same sines and cosines, on the model's grid
     elif old != grid:
         theirs = resample_positions(theirs, old, grid)
@@ -701,15 +704,15 @@ def _add_to_token(weights, name, positions):
 
 
 def _read_grid(weights, grid=None, given=None):
-    """Find the grid of the positions in a file: ((rows, columns), positions before it, notes).
+    """Find the grid of the positions in a file; return ((rows, columns), number of prefix positions, notes).
 
-    A file of save_model records it. For others, it is the given grid, or the first that fits their number: the model's
-    grid, then a square.
+    A save_model file records it. For other files, it is the grid `given`, or the first that fits the number of
+    positions: the model's grid, then a square.
 
     Raises
     ------
     InputError
-        If none fits.
+        If no grid fits.
     """
     M = weights.tensors["pos_embed"].shape[1]
     if weights.model is not None:
@@ -728,12 +731,12 @@ def _read_grid(weights, grid=None, given=None):
         tried = [f"the grid {rows}x{columns}" for rows, columns in grids] + ["a square grid"] * (not given)
         wanted = " or ".join(tried)
         raise InputError(f"{weights.path} has {M} positions, which do not fit {wanted} with "
-                         f"{' or '.join(map(str, prefixes))} prefix token{'s' * (prefixes != [1])}; give the image "
-                         f"size of its training, load(..., img_size=(height, width)) or --img-size HEIGHT WIDTH, or "
-                         f"load_checkpoint(..., grid_size=(rows, columns))")
+                         f"{' or '.join(map(str, prefixes))} prefix token{'s' * (prefixes != [1])}; set the "
+                         f"image size used in training with load(..., img_size=(height, width)) or --img-size HEIGHT "
+                         f"WIDTH, or the grid with load_checkpoint(..., grid_size=(rows, columns))")
     texts = [f"{rows}x{columns} patches and {n} prefix token{'s' * (n != 1)}" for (rows, columns), n in ways]
-    notes = [f"positions: {M} fit {' or '.join(texts)}; the first is used, load_checkpoint's grid_size= sets "
-             f"another"] if ways[1:] else []
+    notes = [f"positions: {M} fit {' or '.join(texts)}; the first is used; to choose another, pass "
+             f"grid_size= to load_checkpoint"] if ways[1:] else []
     return *ways[0], notes
 
 
@@ -742,12 +745,12 @@ def _read_grid(weights, grid=None, given=None):
 
 @dataclass(frozen=True)
 class Description:
-    """What a checkpoint is; `str()` gives it in a few lines.
+    """A description of a checkpoint; `str()` formats it in a few lines.
 
     Attributes
     ----------
     report : LoadReport
-        The report of loading it into a model that fits.
+        Report of loading the file into a matching model.
     model_class : str
         Class of that model.
     config : dataclass
@@ -755,7 +758,7 @@ class Description:
     n_parameters : int
         Number of parameters.
     preprocessing : Preprocessing or None
-        What its images must be; None if a checkpoint of this library does not say.
+        How its input images must be preprocessed; None if a checkpoint of this library does not record it.
     """
 
     report: LoadReport
@@ -787,9 +790,9 @@ def _in_short(names):
 
 
 def describe_checkpoint(path, **given):
-    """Say what a file is and how it would load, without loading it into a model.
+    """Describe a file and how it would load, without loading it into a model.
 
-    Only the file itself takes memory: for files of other libraries, the model is built on the device "meta".
+    Only the contents of the file take up memory: for files of other libraries, the model is built on the meta device.
 
     Parameters
     ----------
@@ -805,21 +808,21 @@ def describe_checkpoint(path, **given):
     Raises
     ------
     InputError
-        If the file cannot be loaded, with the reason.
+        If the file cannot be loaded; the message states why.
     """
     weights = _read_weights(path)
     found, model = _inferred(weights, given), weights.model
     for argument, value in given.items():
         if argument not in found.unrecorded and value != getattr(found.config, argument):
-            raise InputError(f"{argument} {value!r} is not that of {path}, {getattr(found.config, argument)!r}; leave "
-                             f"it out")
+            raise InputError(f"{argument}={value!r} does not match {path}, which has "
+                             f"{getattr(found.config, argument)!r}; omit it")
     if model is None:
         with torch.device("meta"):
             model = found.model_class(**vars(found.config))
     _, report = _fitted(weights, model, found.grid, advise=False)
     n_parameters = sum(p.numel() for p in model.parameters())
     assumed = {name: words for name, words in found.assumed.items() if name != "n_heads"}
-    guess = f"the file does not record how many; {found.config.n_heads} is a guess (" \
+    guess = f"the file does not record their number; {found.config.n_heads} is a guess (" \
             f"{found.config.embed_dim // found.config.n_heads} channels each), and any divisor of " \
             f"{found.config.embed_dim} loads; set it with n_heads= or --n-heads" if "n_heads" in found.assumed else ""
     report = replace(report, heads=guess, assumed=tuple(assumed.values()))
@@ -828,7 +831,7 @@ def describe_checkpoint(path, **given):
 
 @dataclass(frozen=True)
 class Inferred:
-    """The model that a file fits.
+    """The model inferred from a file.
 
     Attributes
     ----------
@@ -837,13 +840,13 @@ class Inferred:
     config : dataclass
         Its configuration.
     preprocessing : Preprocessing or None
-        What its images must be; None if a checkpoint of this library has none.
+        How its input images must be preprocessed; None if a checkpoint of this library does not record it.
     grid : (int, int) or None
-        Rows and columns of the patches in the file; None for the model's own.
+        Rows and columns of patches in the file; None for the model's own grid.
     assumed : dict
-        Values that are not recorded: {field of the configuration, or "images": the value in words}.
+        Values that were assumed: {field of the configuration, or "images": a description of the value}.
     unrecorded : tuple of str
-        Fields that are not recorded, which the caller may therefore choose.
+        Fields that the file does not record, so the caller may choose them.
     """
 
     model_class: type
@@ -855,9 +858,9 @@ class Inferred:
 
 
 def _inferred(weights, given):
-    """Return the Inferred of a file.
+    """Infer the model that a file fits.
 
-    given is {field of the configuration: value chosen by the caller}; it counts for fields that are not recorded.
+    `given` is {field of the configuration: the caller's value}, used for fields that the file does not record.
 
     Raises
     ------
@@ -877,12 +880,12 @@ def _inferred(weights, given):
     except InputError:
         raise
     except (ValueError, IndexError, TypeError, StopIteration) as error:
-        raise InputError(f"{weights.path} ({weights.format.name}) has tensors of shapes that no model has "
+        raise InputError(f"{weights.path} ({weights.format.name}) has tensor shapes that match no model "
                          f"({first_line(error)})") from error
 
 
 def infer_vit(weights, given):
-    """Return the Inferred of a VisionTransformer's weights."""
+    """Infer a VisionTransformer from its weights."""
     tensors, recorded = weights.tensors, weights.recorded.config
     needed = ("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
     missing = [name for name in needed if name not in tensors]
@@ -903,8 +906,8 @@ def infer_vit(weights, given):
     for name, value in shown.items():
         theirs = recorded.get(name, value)
         if int(theirs * D) != hidden if name == "mlp_ratio" else theirs != value:
-            raise InputError(f"{weights.recorded.source} says {name} {theirs!r}, but the tensors of {weights.path} "
-                             f"have {value!r}; {MEND}")
+            raise InputError(f"{weights.recorded.source} specifies {name}={theirs!r}, but the tensors of "
+                             f"{weights.path} have {value!r}; {MEND}")
     grid, assumed = _infer_grid(weights, patch, given)
     heads = _likely_heads(D)
     guesses = dict(n_heads=(heads, f"n_heads={heads} ({D // heads} channels each)"), pool=("cls", "pool='cls'"),
@@ -921,20 +924,20 @@ def infer_vit(weights, given):
         layer_scale=1e-5 if "blocks.0.ls1.gamma" in tensors else None, qk_norm="blocks.0.attn.q_norm.weight" in tensors,
         fc_norm="fc_norm.weight" in tensors)
     if D % config.n_heads:
-        where = f" that {weights.recorded.source} says" if "n_heads" in recorded else ""
-        raise InputError(f"the {config.n_heads} heads{where} do not divide the width {D} of {weights.path}; expected a "
-                         f"divisor of {D}")
+        where = f" specified in {weights.recorded.source}" if "n_heads" in recorded else ""
+        raise InputError(f"the width {D} of {weights.path} is not divisible by the {config.n_heads} heads{where}; "
+                         f"expected a divisor of {D}")
     preprocessing, words = _infer_preprocessing(weights, img_size, config)
     assumed |= dict(images=words) if words else {}
     return Inferred(VisionTransformer, config, preprocessing, grid, assumed, tuple(unrecorded))
 
 
 def infer_cnn(weights, given):
-    """Return the Inferred of a ConvNet's or ConvNeXt's weights, which do not show the size of the images."""
+    """Infer a ConvNet or ConvNeXt from its weights, which do not show the image size."""
     config, recorded, assumed = CNN_CONFIGS[weights.format.holds](weights), weights.recorded.config, {}
     for name in ("in_channels", "n_classes"):
         if recorded.get(name, getattr(config, name)) != getattr(config, name):
-            raise InputError(f"{weights.recorded.source} says {name} {recorded[name]!r}, but the tensors of "
+            raise InputError(f"{weights.recorded.source} specifies {name}={recorded[name]!r}, but the tensors of "
                              f"{weights.path} have {getattr(config, name)!r}; {MEND}")
     if "img_size" in recorded:
         config = replace(config, img_size=recorded["img_size"])
@@ -962,8 +965,8 @@ def _infer_grid(weights, patch, given):
             return _read_grid(weights, given=grid_of(pair(recorded), tuple(patch)))[0], {}
         except InputError as error:
             M = weights.tensors["pos_embed"].shape[1]
-            raise InputError(f"{weights.recorded.source} says img_size {recorded!r}, but {weights.path} has {M} "
-                             f"positions for patches of {patch[0]}x{patch[1]}; {MEND}") from error
+            raise InputError(f"{weights.recorded.source} specifies img_size={recorded!r}, but {weights.path} has {M} "
+                             f"positions for {patch[0]}x{patch[1]} patches; {MEND}") from error
     size = given.get("img_size")
     wished = grid_of(pair(size), tuple(patch)) if size else None
     grid, _, notes = _read_grid(weights, wished)
@@ -973,12 +976,12 @@ def _infer_grid(weights, patch, given):
 
 
 def _infer_preprocessing(weights, img_size, config):
-    """Return (the Preprocessing of a file, what of it was assumed in words, or "")."""
+    """Return (the Preprocessing of a file, a description of what was assumed, or "")."""
     images, known = weights.recorded.images, weights.format
     names = images.get("class_names")
     if names and config.n_classes and len(names) != config.n_classes:
-        raise InputError(f"{weights.recorded.source} names {len(names)} classes, but the head of {weights.path} has "
-                         f"{config.n_classes}; {MEND}")
+        raise InputError(f"{weights.recorded.source} lists {len(names)} class names, but the head of {weights.path} "
+                         f"has {config.n_classes} classes; {MEND}")
     facts = {name: images.get(name, getattr(known, name)) for name in ("mean", "std", "interpolation")}
     shown = Preprocessing(img_size, **facts, class_names=names if config.n_classes else None)
     missing = [name for name in facts if name not in images]
@@ -989,7 +992,7 @@ def _infer_preprocessing(weights, img_size, config):
 
 
 def _likely_heads(D):
-    """Guess the heads of a ViT of width D: 64 channels each, but 16 for Huge, as in Table 1 of the ViT paper."""
+    """Guess the heads of a ViT of width D: 64 channels each, but 16 heads for Huge (ViT paper, Table 1)."""
     if D == 1280:
         return 16
     return next(n for n in range(max(1, D // 64), 0, -1) if D % n == 0)

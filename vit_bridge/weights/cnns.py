@@ -1,6 +1,6 @@
 """Infer the configuration of a ConvNet or ConvNeXt from the tensors of a file.
 
-    convnet_config(weights), convnext_config(weights)    what CNN_CONFIGS chooses from
+    convnet_config(weights), convnext_config(weights)    the functions in CNN_CONFIGS
 
 Shapes:  C channels, k side of a kernel, K classes.
 """
@@ -18,7 +18,7 @@ def convnet_config(weights):
     Raises
     ------
     InputError
-        For a variant of ResNet that ConvNet cannot hold.
+        For a variant of ResNet that ConvNet does not support.
     """
     tensors, depths = weights.tensors, _depths(weights, r"stages\.(\d+)\.(\d+)\.")
     stem, narrow = _tensor(weights, "stem.0.weight"), _tensor(weights, "stages.0.0.conv1.weight")  # 2 x (C', C, k, k)
@@ -49,7 +49,7 @@ def convnext_config(weights):
     Raises
     ------
     InputError
-        For a variant of ConvNeXt that our class cannot hold.
+        For a variant of ConvNeXt that our class does not support.
     """
     tensors, depths = weights.tensors, _depths(weights, r"stages\.(\d+)\.blocks\.(\d+)\.")
     stem, kernel = _tensor(weights, "stem.0.weight"), _tensor(weights, "stages.0.blocks.0.conv_dw.weight")
@@ -75,12 +75,12 @@ CNN_CONFIGS = dict(ConvNet=convnet_config, ConvNeXt=convnext_config)
 def _depths(weights, block):
     """Return the number of blocks in each stage.
 
-    block is a pattern for the beginning of their names, with one group for the stage and one for the block.
+    `block` is a pattern for the start of their names, with one group for the stage and one for the block.
     """
     found = {tuple(map(int, place.groups())) for name in weights.tensors if (place := re.match(block, name))}
     stages = [{j for i, j in found if i == stage} for stage in range(len({i for i, _ in found}))]
     if not stages or any(stage != set(range(len(stage))) or not stage for stage in stages):
-        _refuse(weights, "not a complete CNN: blocks are missing in its stages")
+        _refuse(weights, "not a complete CNN: blocks are missing from its stages")
     return tuple(map(len, stages))
 
 
@@ -91,7 +91,7 @@ def _tensor(weights, name):
 
 
 def _n_classes(weights):
-    """Return K, or 0 without a head."""
+    """Return K, or 0 if there is no head."""
     head = weights.tensors.get("head.weight")
     return 0 if head is None else len(head)
 

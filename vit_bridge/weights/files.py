@@ -1,9 +1,9 @@
-"""Read files of weights without executing anything in them, and find the state dict inside.
+"""Read files of weights without executing any code in them, and find the state dict inside.
 
-    entries = read_file(path)                              a file as a dict
-    state, around, taken = unwrap(entries, path, is_model) the state dict in it, and where it was
+    entries = read_file(path)                              the contents of a file as a dict
+    state, around, taken = unwrap(entries, path, is_model) the state dict in it, and where it was found
 
-Files of torch.save are loaded with weights_only=True, numpy files without pickle.
+Files of torch.save are loaded with weights_only=True, numpy files with allow_pickle=False.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SCALES = "int8_scales"  # the entry with the scales of int8 weights
 
 
 def read_file(path):
-    """Read a file of weights as a dict, without executing anything in it.
+    """Read a file of weights as a dict, without executing any code in it.
 
     Raises
     ------
@@ -34,8 +34,8 @@ def read_file(path):
     """
     try:
         if not Path(path).is_file():
-            raise InputError(f"{path} is a folder; give a checkpoint file" if Path(path).is_dir() else
-                             f"there is no file {path}; give the path of a checkpoint")
+            raise InputError(f"{path} is a folder; use a checkpoint file in it" if Path(path).is_dir() else
+                             f"there is no file {path}; expected the path of a checkpoint")
         if str(path).endswith(".index.json"):
             return _read_shards(Path(path))
         if str(path).endswith(".safetensors"):
@@ -110,7 +110,7 @@ def _harmless():
     return [argparse.Namespace, np.dtype, np.ndarray, *kinds, *named]
 
 
-# Modules whose objects, in a pickle, are calls that can do anything; objects of other modules are meant as data.
+# A pickle that names an object of these modules calls code that can do anything; other objects are treated as data.
 CALLS = ("os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "importlib", "runpy", "builtins", "operator",
          "functools", "webbrowser", "pty", "ctypes", "pickle", "marshal", "code", "types")
 DATA_OF_BUILTINS = ("set", "frozenset", "slice", "range", "complex", "bytearray", "list", "dict", "tuple", "object")
@@ -122,20 +122,20 @@ def _is_call(name):
 
 
 def _worst_global(path, name):
-    """Return a call that the pickled objects in a file make; if there is none, return `name`."""
+    """Return the name of a dangerous call in a file of pickled objects, or `name` if there is none."""
     with suppress(Exception):  # files of old torch versions cannot be searched; damaged ones may raise anything
         return next(filter(_is_call, torch.serialization.get_unsafe_globals_in_checkpoint(path)), name)
     return name
 
 
 def _about_objects(path, name):
-    """Say why a file of pickled objects is not opened and, for data, how to save its weights alone."""
+    """Explain why a file of pickled objects is not loaded and, if they are only data, how to save just its weights."""
     text = f"{path} holds Python objects ({name}), which are not loaded because unpickling can run code"
     if _is_call(name):
         return f"{text}; get the weights from another source"
     target = str(Path(path).with_name(f"{Path(path).stem}-weights.pt"))
     return "\n".join([
-        f"{text}; if you wrote the file or trust its author, save its weights alone, in Python:",
+        f"{text}; if you wrote the file or trust its author, save only its weights, in Python:",
         f"    import torch; entries = torch.load({str(path)!r}, map_location='cpu', weights_only=False)",
         f"    model = next((entries[name] for name in {(*WRAPPERS[:7], 'net')} if name in entries), entries) if "
         f"isinstance(entries, dict) else entries",
@@ -153,12 +153,13 @@ def _read_safetensors(path):
 
 
 def _read_shards(path):
-    """Read the tensors of the files that a transformers index names, which lie beside it."""
+    """Read the tensors of the files that a transformers index lists, which are in the same folder."""
     entries = json.loads(path.read_text(encoding="utf-8"))
     files = entries.get("weight_map") if isinstance(entries, dict) else None
     if not isinstance(files, dict) or not all(isinstance(file, str) and Path(file).name == file
                                               for file in files.values()):
-        raise InputError(f"{path} is not an index of weights; expected a weight_map from tensors to files beside it")
+        raise InputError(f"{path} is not an index of weights; expected a weight_map from tensors to files in its "
+                         f"folder")
     parts = {file: read_file(path.with_name(file)) for file in sorted(set(files.values()))}
     missing = [name for name, file in files.items() if name not in parts[file]]
     if missing:
@@ -168,7 +169,7 @@ def _read_shards(path):
 
 # ---- The state dict inside --------------------------------------------------------------------------------
 
-# Names under which training scripts store a state dict, best first: averaged weights come before the others.
+# Names under which training scripts store a state dict, in order of preference: averaged weights come first.
 WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model", "module", "teacher",
             "target")
 MOST_WRAPPERS = 4  # the search grows exponentially if a file contains itself
@@ -184,8 +185,8 @@ def unwrap(entries, path, is_model):
     path : path
         The file, for messages.
     is_model : callable
-        Takes a list of tensor names and returns whether they belong to a model. It finds a state dict under a name that
-        is not in WRAPPERS.
+        Takes a list of tensor names and returns whether they belong to a model. It is used to find a state dict under a
+        name that is not in WRAPPERS.
 
     Returns
     -------
@@ -222,12 +223,12 @@ def unwrap(entries, path, is_model):
             raise InputError(f"{path} holds {name!r}, a {type(value).__name__}, among its tensors; expected a state "
                              f"dict that holds only tensors")
         if value.layout != torch.strided or value.is_meta:
-            raise InputError(f"{path} holds {name!r} as a sparse tensor or one without data; expected dense tensors")
+            raise InputError(f"{path} holds {name!r} as a sparse tensor or without data; expected dense tensors")
     return entries, around, taken
 
 
 def _way_to_tensors(entries, depth=0):
-    """Return the keys in WRAPPERS that lead to tensors, best first, or None if there are none."""
+    """Return the preferred path of WRAPPERS keys that leads to tensors, or None if there is none."""
     for name in WRAPPERS if depth < MOST_WRAPPERS else ():
         inner = entries.get(name)
         if isinstance(inner, dict) and (rest := _way_to_tensors(inner, depth + 1)) is not None:
@@ -243,12 +244,12 @@ def _state_dicts(entries, is_model):
 
 
 def _way_by_contents(found, path):
-    """Return a list with the one of these names to use, or None if there are none."""
+    """Return [the name to use], or None if there are no names."""
     if len(found) > 1:
         found = [name for name in found if TAKEN_FIRST.search(name)] or found
     if len(found) > 1:
         raise InputError(f"{path} holds {len(found)} models, under {' and '.join(map(repr, found))}; save only the "
-                         f"state_dict of the one that you want")
+                         f"state_dict of the model that you want")
     return found or None
 
 
@@ -258,7 +259,7 @@ SETTINGS_KEYS = ("hyper_parameters", "hparams", "meta", "args", "config")
 
 
 def class_names_in(entries, n_classes):
-    """Find class names that a training script stored beside the weights.
+    """Find class names that a training script stored alongside the weights.
 
     Returns (key, n_classes names in the order of the outputs), or ("", None) if none fit.
     """

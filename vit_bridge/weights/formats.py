@@ -1,9 +1,9 @@
 """How other libraries and papers name the weights of a ViT, ResNet or ConvNeXt, and our names for them.
 
-    weights = translate(state, path, around)     a state dict under our names, and what was left out
+    weights = translate(state, path, around)     a state dict under our names, and what was dropped
 
 FORMATS lists the known formats, and REFUSED those that are known but cannot be loaded. The tests compare features with
-the libraries' own models; benchmarks/RESULTS.md says what each format was checked against.
+the libraries' own models; benchmarks/RESULTS.md lists what each format was checked against.
 
 Shapes:  D width, H heads, K = D / H width of a head, P patch side, C channels.
 """
@@ -30,23 +30,23 @@ class Format:
     root : str
         Pattern for the whole name of the first layer's weight. Anything before it is a prefix.
     marks : tuple of str
-        Further patterns. Each must be found in some name, without the prefix, for a file to have this format.
+        Further patterns. A file has this format only if each pattern matches some name, without the prefix.
     names : tuple of (str, str)
         Pattern and our name; the first pattern that matches the whole name counts. Other names stay as they are.
     drops : tuple of (str, str)
         Pattern and reason for tensors that the model does not use.
     norm_eps : float or None
-        What the format's library adds to variances; None if the model decides.
+        The ε that the format's library adds to variances; None to keep the model's own.
     pos_cls : bool or None
-        Whether the positions start with one for CLS; None if their number must show it.
+        Whether the positions start with one for CLS; None to infer it from their number.
     library : str
-        The library whose config.json goes with it: "timm", "transformers" or "".
+        The library whose config.json describes it: "timm", "transformers" or "".
     fixes : tuple of str
-        Fields of the configuration that are the same in all models of this format, so nothing is assumed.
+        Fields of the configuration that are the same in all models of this format, so they are not assumed.
     mean, std, interpolation : tuple, tuple, str
         Preprocessing of the library's models.
     note : str
-        What the names do not show. The load report states it; `load` states it unless a config.json settles it.
+        What the names do not show. The load report includes it; `load` warns about it unless there is a config.json.
     holds : str
         Name of our class for it.
     """
@@ -72,7 +72,7 @@ AVERAGED = (r"(.*\.)?n_averaged", "the step counter of an averaged model")
 BESIDE = (r"(\w+_)?(criterion|loss(es)?|loss_f\w*|metrics?|acc|accuracy|auroc|f1|confmat|precision|recall)(_\w+)?\..*",
           "part of a loss or a metric, not of the model")
 PRE_LOGITS = (r"(heads\.)?pre_logits[./].*", "a layer before the head, from pre-training")
-MASK = (r"(.*\.)?mask_token", "stands for masked patches in pre-training")
+MASK = (r"(.*\.)?mask_token", "the token for masked patches in pre-training")
 BLOCK = r"(?:vit|deit|dinov2|dinov2_with_registers)?\.?(?:encoder\.)?layers?\.(\d+)\."
 ROOT = r"(?:vit|deit|dinov2|dinov2_with_registers)?\.?"
 TRANSFORMERS_NAMES = (
@@ -98,8 +98,8 @@ TV_BLOCK = r"encoder\.layers\.encoder_layer_(\d+)\."
 NPZ_BLOCK = r"Transformer/encoderblock_(\d+)/"
 NPZ_KIND = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
-# Blocks of CNNs by (stage, block, ...) or (stage, ...). torchvision counts a ResNet's stages from 1, and a ConvNeXt's
-# stages together with the stem and the downsampling layers.
+# Names of CNN blocks, with groups (stage, block, ...) or (stage, ...). torchvision counts a ResNet's stages from 1, and
+# a ConvNeXt's stages together with the stem and the downsampling layers.
 RESNET = r"(?:resnet\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\."
 RESNET_HEAD = ((r"(?:fc|linear|classifier\.1)\.(\w+)", r"head.\1"),)
 CONVNEXT = r"(?:convnext\.)?"
@@ -111,7 +111,7 @@ CNN_FORMATS = (
         *((rf"layer{i + 1}\.(\d+)\.downsample\.(.*)", rf"stages.{i}.\1.shortcut.\2") for i in range(4)),
         *((rf"layer{i + 1}\.(.*)", rf"stages.{i}.\1") for i in range(4)),
         *RESNET_HEAD), (AVERAGED,), norm_eps=None, library="timm", holds="ConvNet", note="timm's resnetaa and "
-           "resnetblur have the same names, and nothing shows that they blur their maps; do not load them"),
+           "resnetblur have the same names, which do not show that they blur their maps; do not load them"),
     Format("transformers ResNet", r"(?:resnet\.)?embedder\.embedder\.convolution\.weight", (RESNET,), (
         (r"(?:resnet\.)?embedder\.embedder\.convolution\.(\w+)", r"stem.0.\1"),
         (r"(?:resnet\.)?embedder\.embedder\.normalization\.(\w+)", r"stem.1.\1"),
@@ -189,12 +189,12 @@ FORMATS = (
         (r"Transformer/encoder_norm/(\w+)", r"norm.\1"),
         (r"head/(\w+)", r"head.\1")), (PRE_LOGITS,), pos_cls=True,
            fixes=("pool", "norm_eps"), mean=(0.5,) * 3, std=(0.5,) * 3,
-           note="its code uses flax's GELU, a tanh approximation; here it is the exact GELU, as in timm"),
+           note="its code uses flax's GELU, a tanh approximation; here the exact GELU is used, as in timm"),
     Format("MAE with its decoder", TIMM_ROOT, (r"^decoder_embed\.weight$",), (),
            (MASK, (r"decoder_.*", "MAE's decoder, used in pre-training"), AVERAGED), pos_cls=True),
     Format("DeiT-III", TIMM_ROOT, (r"^blocks\.0\.gamma_1$",),
            ((r"blocks\.(\d+)\.gamma_([12])", r"blocks.\1.ls\2.gamma"),), (AVERAGED,), pos_cls=False, library="timm",
-           note="RoPE-ViT can have the names of DeiT-III, which do not show its rotation; do not load one"),
+           note="a RoPE-ViT can have DeiT-III's names, which do not show its rotation; do not load one"),
     Format("DINOv2", TIMM_ROOT, (r"^mask_token$", r"^blocks\.0\.(0\.)?ls1\.gamma$"), (
         (r"register_tokens", "reg_token"),
         (r"blocks\.\d+\.(\d+)\.(.*)", r"blocks.\1.\2")),  # stored in chunks during training: (chunk, block)
@@ -246,7 +246,7 @@ class Weights:
     Attributes
     ----------
     path, format : str, Format
-        The file, and how it names its weights.
+        The file, and the format of its tensor names.
     around : list of str
         Keys and prefixes under which the weights are stored.
     tensors : dict
@@ -254,13 +254,13 @@ class Weights:
     sources : dict
         For each of our names, the names in the file that it comes from.
     dropped : dict
-        Names in the file, and why the model does not use them.
+        Names in the file that the model does not use, each with the reason.
     choices : list of str
-        Decisions that could be wrong, in words.
+        Descriptions of decisions that could be wrong.
     n_heads : int or None
         Number of heads, if the file or its config.json records it.
     recorded : Recorded
-        What the files beside it say.
+        What the JSON files in the same folder record.
     model : Module or None
         The model, if save_model wrote the file.
     """
@@ -277,18 +277,18 @@ class Weights:
     model: object = None
 
 
-# Prefixes that wrappers put before every name; and names of the better of two models, usually averaged weights.
+# Prefixes that wrappers put before every name; and names of the preferred of two models, usually averaged weights.
 WRAPPED = re.compile(r"^((module|_orig_mod|model)\.)*(opt/target/|params/)?")
 TAKEN_FIRST = re.compile(r"(^|[._])(ema|averaged?|swa|teacher|target)([._]|$)")
 
 
 def recognise(names, path):
-    """Return {prefix: Format} of the models among these tensor names.
+    """Return {prefix: Format} for the models among these tensor names.
 
     Raises
     ------
     InputError
-        If there is none.
+        If there are none.
     """
     found = {}
     for name in names:
@@ -301,16 +301,16 @@ def recognise(names, path):
     if not found:
         _refuse_known([WRAPPED.sub("", name) for name in names], path)
         raise InputError(f"{path} holds {len(names)} tensors such as {next(iter(names), 'none')}, which match no known "
-                         f"format; expected a ViT, ResNet or ConvNeXt as torchvision, timm, transformers, "
-                         f"facebookresearch or Google's npz files name its weights")
+                         f"format; expected a ViT, ResNet or ConvNeXt with the tensor names of torchvision, timm, "
+                         f"transformers, facebookresearch or Google's npz files")
     return found
 
 
 def _whole_prefix(name, root, inner, known):
     """Return the prefix of a model, given the name of its first layer's weight.
 
-    `root` is that name without the prefix. transformers' own prefix ("vit.") counts as part of the names, as long as
-    everything beside it has names of the format too.
+    `root` is that name without the prefix. transformers' own prefix ("vit.") counts as part of the names, provided
+    that all tensors outside it also have names of the format.
     """
     own, place = re.match(ROOT, root)[0], len(name) - len(root)
     if known.library == "transformers" and any(not one.startswith(own) and not any(
@@ -330,7 +330,7 @@ def parent_of(prefix):
 
 
 def chosen_prefix(found, state, path):
-    """Return (the prefix of the model to use, what was chosen in words or "").
+    """Return (the prefix of the model to use, a description of the choice or "").
 
     Raises
     ------
@@ -347,23 +347,23 @@ def chosen_prefix(found, state, path):
     best = [prefix for prefix in found if TAKEN_FIRST.search(prefix)]
     listed = " and ".join(repr(prefix) for prefix in found)
     if len(best) != 1:
-        raise InputError(f"{path} holds {len(found)} models, under {listed}; save only the state_dict of the one that "
-                         f"you want")
+        raise InputError(f"{path} holds {len(found)} models, under {listed}; save only the state_dict of the model "
+                         f"that you want")
     check_average(best[0], dict(zip(found, parts, strict=True)), path)
-    return best[0], f"of the models under {listed}, {best[0]!r} was used, usually the average of the weights"
+    return best[0], f"of the models under {listed}, {best[0]!r} was used, usually the averaged weights"
 
 
 def check_average(name, models, path):
-    """Raise InputError if a model cannot be the average of another, because its shapes differ.
+    """Raise InputError if a model cannot be an average of another, because their shapes differ.
 
-    models is {name: state dict}.
+    `models` is {name: state dict}.
     """
     shapes = {key: Counter(tuple(value.shape) for value in model.values() if isinstance(value, torch.Tensor)
                            and value.ndim) for key, model in models.items()}
     for other in shapes:
         if not shapes[name] <= shapes[other]:
             raise InputError(f"{path} holds models of different shapes, under {other!r} and {name!r}; save only the "
-                             f"state_dict of the one that you want")
+                             f"state_dict of the model that you want")
 
 
 def _refuse_known(names, path):
@@ -377,7 +377,7 @@ def _refuse_known(names, path):
 
 
 def translate(state, path, around):
-    """Translate a state dict in any of the FORMATS to our names, in float32 or wider.
+    """Translate a state dict in any of the FORMATS to our names, in float32 or higher precision.
 
     The model may be stored under one prefix; everything outside it is dropped.
 
@@ -423,14 +423,14 @@ def translate(state, path, around):
         if re.search(r"\.ls\.gamma$|\.mlp\.fc\d\.weight$", ours):  # (C, 1, 1), and 1 x 1 convolutions
             tensor = tensor.flatten(ours.count("weight")) if tensor.shape[-2:] == (1, 1) else tensor
         if ours in weights.tensors:
-            raise InputError(f"{path} is damaged: {name} and {weights.sources[ours][0]} are the same tensor of the "
-                             f"model")
+            raise InputError(f"{path} is damaged: {name} and {weights.sources[ours][0]} map to the same tensor "
+                             f"of the model")
         weights.tensors[ours], weights.sources[ours] = tensor, [name]
     _join_qkv(weights)
     _take_head(weights, parent_of(prefix), parent_of(prefix) in found, whole)
     weights.choices += [text] if (text := beside(weights.dropped)) else []
     if "cls_token" in weights.tensors and "blocks.0.attn.q_norm.weight" in weights.tensors:
-        # q_norm is as wide as one head
+        # q_norm has the width of one head
         weights.n_heads = weights.tensors["cls_token"].shape[-1] // len(weights.tensors["blocks.0.attn.q_norm.weight"])
     for name, tensor in weights.tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -443,32 +443,33 @@ def drop_outside(weights, prefix, state):
     for name in state:
         if not name.startswith(prefix):
             counter = re.fullmatch(AVERAGED[0], name)
-            weights.dropped[name] = AVERAGED[1] if counter else f"outside the model, which is under {prefix!r}"
+            weights.dropped[name] = AVERAGED[1] if counter else f"{OUTSIDE}, which is under {prefix!r}"
 
 
 def beside(dropped):
-    """Say which of the dropped tensors are outside the model, those of heads first; "" if there are none."""
-    names = [name for name, reason in dropped.items() if reason == BESIDE[1] or reason.startswith("outside the")]
+    """Describe the dropped tensors that are outside the model, heads first; "" if there are none."""
+    names = [name for name, reason in dropped.items() if reason == BESIDE[1] or reason.startswith(OUTSIDE)]
     heads = [name for name in names if re.search(rf"(^|[._/]){HEAD}", name)]
     parts = [f"dropped {what}: {found[0]}{f' and {len(found) - 1} more' if found[1:] else ''}" for what, found in (
-        ("from a head", heads), ("outside the model", [name for name in names if name not in heads])) if found]
+        ("from a head", heads), (OUTSIDE, [name for name in names if name not in heads])) if found]
     return "; ".join(parts)
 
 
+OUTSIDE = "outside the model"  # how the reason for dropping its tensors begins
 HEAD = r"(heads?|classifier|fc|linear|linear_head)\."
 
 
 def _take_head(weights, parent, is_anothers, state):
-    """Give a model the single linear layer of a head under another name.
+    """Use a single linear layer under a different name as the model's head.
 
-    The layer may be inside a Sequential, for example after dropout, or beside the model, in a module that holds a
-    backbone and a head. A head beside the model is preferred to its own.
+    The layer may be inside a Sequential, for example after dropout, or outside the model, in a module that holds a
+    backbone and a head. A head outside the model is preferred to the model's own.
 
-    parent is the prefix of a head beside the model; is_anothers says whether another model is stored there.
+    `parent` is the prefix of a head outside the model; is_anothers is True if another model is stored there.
     """
     tensors = weights.tensors
     inside = {name: weights.sources[name][0] for name in tensors if re.match(HEAD, name)}
-    outside = {name[len(parent):]: name for name, reason in weights.dropped.items() if reason.startswith("outside the")
+    outside = {name[len(parent):]: name for name, reason in weights.dropped.items() if reason.startswith(OUTSIDE)
                and not is_anothers and name.startswith(parent) and re.match(HEAD, name[len(parent):])}
     for found, held in ((inside, dict(tensors)), (outside, {name: state[outside[name]] for name in outside})):
         groups = [[name for name in found if name.split(".")[0] == root] for root in {n.split(".")[0] for n in found}]
@@ -476,14 +477,14 @@ def _take_head(weights, parent, is_anothers, state):
                   and held[f"{layer}.weight"].shape[1:] == (_n_features(tensors),)]
         if len(layers) != 1 or (found is inside and layers == ["head"]):
             if found and found is outside and "head.weight" in tensors:
-                raise InputError(f"{weights.path} has two heads, {next(iter(found.values()))} beside the model, which "
+                raise InputError(f"{weights.path} has two heads, {next(iter(found.values()))} outside the model, which "
                                  f"is not a linear layer on its features, and {weights.sources['head.weight'][0]} "
                                  f"inside it; save only the state_dict of the model")
             continue
         own = [name for name in ("head.weight", "head.bias") if found is outside and name in tensors]
         for name in own:
             del tensors[name]
-            weights.dropped[weights.sources.pop(name)[0]] = "the model's own head, replaced by the one beside it"
+            weights.dropped[weights.sources.pop(name)[0]] = "the model's own head, replaced by the one outside it"
         for kind in ("weight", "bias"):
             name = f"{layers[0]}.{kind}"
             if name in found:
@@ -492,12 +493,12 @@ def _take_head(weights, parent, is_anothers, state):
                 weights.dropped.pop(found[name], None)
                 tensors[f"head.{kind}"], weights.sources[f"head.{kind}"] = held[name].float(), [found[name]]
         if found is outside:
-            weights.choices.append(f"{parent}{layers[0]} beside the model was used as its head"
+            weights.choices.append(f"{parent}{layers[0]}, outside the model, was used as its head"
                                    f"{', and its own was dropped' if own else ''}")
 
 
 def _only_layer(names):
-    """Return the layer of which these are the weight and bias, or None if there are other tensors."""
+    """Return the layer that these weight and bias tensors belong to, or None if there are other tensors."""
     layers = {name.rpartition(".")[0] for name in names}
     kinds = {name.rpartition(".")[2] for name in names}
     return layers.pop() if len(layers) == 1 and {"weight"} <= kinds <= {"weight", "bias"} else None

@@ -1,4 +1,4 @@
-"""Fit the head of a trained model to the classes of another data set.
+"""Fit the head of a trained model to the classes of a new data set.
 
     line = fit_head(model, class_names)
 
@@ -13,15 +13,15 @@ from torch import nn
 
 from vit_bridge.models.adapters import adapt
 
-MOST_NAMES = 5  # the most class names in one line
+MOST_NAMES = 5  # maximum number of class names in one line
 
 
 def fit_head(model, classes):
-    """Give a model a head for these classes, in place.
+    """Fit the head of a model to these classes, in place.
 
-    If both sides have class names, trained rows are matched by name, whatever their order, and new classes get rows of
-    zeros. Without names, a head with the right number of rows is kept. In all other cases the head is new, with zeros,
-    as in Section 3.2 of the ViT paper.
+    If both sides have class names, trained rows are matched by name, in any order, and new classes get rows of zeros.
+    Without names, a head with the right number of rows is kept. Otherwise the head is new and filled with zeros, as in
+    Section 3.2 of the ViT paper.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ def fit_head(model, classes):
     Returns
     -------
     str
-        One line that says what was done, such as "head: kept ..." or "head: new, because ...".
+        One line that reports what was done, such as "head: kept ..." or "head: new, because ...".
     """
     names, n_classes = (None, classes) if isinstance(classes, int) else (list(classes), len(classes))
     shown, old = adapt(model).preprocessing, model.head
@@ -49,7 +49,7 @@ def fit_head(model, classes):
 
 
 def _matched_rows(head, theirs, names, n_classes):
-    """Return (the row of the head for each class, None for a new one; what to say about it)."""
+    """Return (the row of the head for each class, or None for a new class; one line that reports it)."""
     new, K = [None] * n_classes, getattr(head, "out_features", 0)
     if not n_classes:
         return new, f"head: none, because n_classes is 0; the head with {K} classes was dropped" if K else "head: none"
@@ -78,18 +78,18 @@ def match_names(theirs, names):
     Parameters
     ----------
     theirs, names : list
-        The classes of the head's rows, and the classes that are wanted.
+        The classes of the head's rows, and the new classes.
 
     Returns
     -------
     rows : list of int or None
-        The row for each of `names`; None for a new one.
+        The row for each of `names`; None for a new class.
     line : str
         What was done.
     """
     K, (old, wanted) = len(theirs), ([str(name) for name in side] for side in (theirs, names))
     if old == wanted:
-        return list(range(K)), f"head: kept, its {K} classes are those of the images"
+        return list(range(K)), f"head: kept, because its {K} classes are those of the images"
     place, times = {name: row for row, name in enumerate(old)}, Counter(old) | Counter(wanted)
     rows = [place.get(name) if times[name] == 1 else None for name in wanted]
     kept = {row for row in rows if row is not None}
@@ -114,7 +114,7 @@ def listed(names):
 
 @torch.no_grad()
 def _head_of_rows(old, rows, n_features, model):
-    """Return a linear layer of these rows of an old one, zeros for None; nn.Identity without rows."""
+    """Return a linear layer with these rows of the old one (zeros for None), or nn.Identity if there are no rows."""
     if not rows:
         return nn.Identity()
     like = next(model.parameters())

@@ -30,18 +30,18 @@ class Pretrained:
     model : str
         A name in models.registry.MODELS; `config` overrides its arguments.
     url : str
-        Address of the file.
+        URL of the file.
     checksum : str or None
         "sha256:" or "md5:" and the first hex digits of the file's checksum, as published; None if none is published.
     top1 : float
-        Accuracy in per cent on ImageNet-1k's validation images, as its authors report it.
+        Accuracy in per cent on ImageNet-1k's validation images, as reported by its authors.
     licence : str
-        Licence that its authors state. (torchvision notes that its weights may also be subject to the terms of their
+        Licence stated by its authors. (torchvision notes that its weights may also be subject to the terms of their
         training data.)
     source : str
         Paper and repository.
     measured : str
-        How top1 was measured, if not with the model as it is.
+        How top1 was measured, if not with the model itself.
     mean, std, interpolation : tuple, tuple, str
         As in `Preprocessing`.
     config : dict
@@ -71,7 +71,7 @@ class Pretrained:
 
     @property
     def preprocessing(self):
-        """The Preprocessing, with the names of ImageNet's classes if it has a head for them."""
+        """The Preprocessing, with ImageNet's class names if the model has a head."""
         names = ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"] if self.arguments["n_classes"] else None
         return Preprocessing(self.arguments["img_size"], self.mean, self.std, self.interpolation, names)
 
@@ -119,7 +119,7 @@ def _mae(model, file, checksum, top1):
                       config=dict(n_classes=0))
 
 
-# The names are those of the authors. DeiT and torchvision publish checksums in their file names, MAE in its README.
+# The names are the authors' own. DeiT and torchvision publish checksums in their file names, MAE in its README.
 PUBLIC = {
     "deit_tiny_patch16_224": _deit("vit_tiny", "deit_tiny_patch16_224-a1311bcf.pth", "sha256:a1311bcf", 72.2),
     "deit_small_patch16_224": _deit("vit_small", "deit_small_patch16_224-cd65a155.pth", "sha256:cd65a155", 79.9),
@@ -160,14 +160,14 @@ OURS_FOLDER = Path(__file__).parent / "shipped"
 PRETRAINED = (*OURS, *PUBLIC)
 # Defaults for looking inside a photograph. DINOv2's patch tokens separate the parts of objects, on a fine grid of 1,369
 # patches; registers keep high-norm artefacts out of the maps (Darcet et al. 2024). It has no head, so DeiT-S is the
-# default where a class has to be explained.
+# default if a class has to be explained.
 FIRST_LOOK, WITH_CLASSES = "dinov2_vits14_reg", "deit_small_patch16_224"
 WITHOUT_NETWORK = "vit_nano_cifar10"  # comes with this package
 TIMEOUT = 10  # seconds to wait for a connection and for the next bytes
 
 
 class NotFetched(InputError):
-    """A public file that is not here and cannot be downloaded; `reason` says why."""
+    """A public file that is missing and cannot be downloaded; `reason` states why."""
 
     def __init__(self, text, reason):
         super().__init__(text)
@@ -175,7 +175,7 @@ class NotFetched(InputError):
 
 
 def fetch(name):
-    """Return the path of a public checkpoint; download it to torch.hub's folder if it is not there.
+    """Return the path of a public checkpoint; download it to torch.hub's folder if it is missing.
 
     Before a download, a line on stderr states its size and its licence.
 
@@ -201,10 +201,10 @@ def fetch(name):
         part.replace(path)
     except (OSError, HTTPException) as error:  # URLError is an OSError
         reason = first_line(error.reason if type(error) is URLError and isinstance(error.reason, OSError) else error)
-        raise NotFetched(f"cannot download {name} from {entry.url} ({reason}); download it in another way and put it "
-                         f"at {path}", reason) from None
+        raise NotFetched(f"cannot download {name} from {entry.url} ({reason}); download it by other means and save it "
+                         f"as {path}", reason) from None
     finally:
-        with suppress(OSError):  # after a success it is gone already
+        with suppress(OSError):  # after a successful download it no longer exists
             part.unlink()
     return path
 
@@ -236,7 +236,7 @@ def _check_sum(path, checksum):
         found = hashlib.file_digest(file, kind).hexdigest()
     if not found.startswith(digits):
         raise InputError(f"{path} is not the published file: its {kind} begins {found[:len(digits)]}, expected "
-                         f"{digits}; delete it and it is downloaded again")
+                         f"{digits}; delete it to download it again")
 
 
 def describe_pretrained():

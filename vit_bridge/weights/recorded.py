@@ -1,6 +1,6 @@
-"""Read what lies beside a file of weights: config.json and preprocessor_config.json.
+"""Read the config.json and preprocessor_config.json in the same folder as a file of weights.
 
-    read_recorded(path, "timm")     the facts for a file whose tensors have that library's names, as Recorded
+    read_recorded(path, "timm")     what they record, for a file with that library's tensor names, as Recorded
     file_in(folder)                 the file of weights in a folder that transformers or timm wrote
 """
 
@@ -16,20 +16,20 @@ from vit_bridge.preprocessing import INTERPOLATIONS
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json",
                 "pytorch_model.bin.index.json")
-# transformers: the model types that each of our classes can hold, and our names for their settings.
+# transformers: the model types that each of our classes supports, and our names for their settings.
 MODEL_TYPES = dict(VisionTransformer=("vit", "deit", "dinov2", "dinov2_with_registers", "vit_mae", "vit_msn"),
                    ConvNet=("resnet",), ConvNeXt=("convnext",))
 TRANSFORMERS_FIELDS = dict(hidden_size="embed_dim", num_hidden_layers="depth", num_attention_heads="n_heads",
                            image_size="img_size", patch_size="patch_size", num_channels="in_channels",
                            layer_norm_eps="norm_eps")
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's constants
-# timm: width and heads by the size in an architecture's name, and our names for its settings.
+# timm: width and number of heads for each size in an architecture's name, and our names for its settings.
 TIMM_SIZES = dict(tiny=(192, 3), small=(384, 6), medium=(512, 8), base=(768, 12), large=(1024, 16), huge=(1280, 16),
                   giant=(1408, 16), gigantic=(1664, 16))
 TIMM_FIELDS = dict(embed_dim="embed_dim", depth="depth", num_heads="n_heads", img_size="img_size",
                    patch_size="patch_size", in_chans="in_channels", mlp_ratio="mlp_ratio")
 TIMM_POOLS = {"token": "cls", "avg": "mean"}
-# timm arguments that the tensors do not show, and the values that our models can hold.
+# timm arguments that the tensors do not show, and the values that our models support.
 TIMM_HELD = dict(output_stride=(32,), aa_layer=(None, ""), pool_include_prefix=(False,), norm_eps=(None, 1e-6),
                  class_token=(True,))
 TIMM_NORMS = dict(VisionTransformer=("layernorm",), ConvNet=("batchnorm", "batchnorm2d"),
@@ -47,12 +47,12 @@ TIMM_READ = (
 
 @dataclass(frozen=True)
 class Recorded:
-    """What the files beside a file of weights say.
+    """What the JSON files in the same folder as a file of weights record.
 
     Attributes
     ----------
     source : str
-        The config.json, or "" if there is none of its library.
+        Path of the config.json, or "" if there is none from the library of the weights.
     config : dict
         Fields of ViTConfig.
     images : dict
@@ -78,31 +78,31 @@ def file_in(folder):
     for name in WEIGHT_FILES:
         if (Path(folder) / name).is_file():
             return Path(folder) / name
-    raise InputError(f"folder {folder} holds no {' or '.join(WEIGHT_FILES[:2])}; give a folder that transformers or "
+    raise InputError(f"folder {folder} contains no {' or '.join(WEIGHT_FILES[:2])}; use a folder that transformers or "
                      f"timm wrote, or a checkpoint file, such as {Path(folder) / 'best.pt'}")
 
 
 def read_recorded(path, library, holds="VisionTransformer"):
-    """Read the files beside a file of weights.
+    """Read the JSON files in the same folder as a file of weights.
 
     Parameters
     ----------
     path : path
         The file of weights.
     library : str
-        The library whose names its tensors have: "timm", "transformers" or "".
+        The library whose tensor names the file has: "timm", "transformers" or "".
     holds : str
         Name of our class for it.
 
     Returns
     -------
     Recorded
-        A config.json of another library, or of something else, is ignored and noted.
+        A config.json from a different library or of an unknown kind is ignored, which a note reports.
 
     Raises
     ------
     InputError
-        If a config.json of this library is for another kind of model, or has invalid values.
+        If a config.json from this library is for a different kind of model, or has invalid values.
     """
     folder, notes, config, images = Path(path).parent, [], {}, {}
     entries, source = _read_json(folder / CONFIG, notes), folder / CONFIG
@@ -112,11 +112,11 @@ def read_recorded(path, library, holds="VisionTransformer"):
         if holds != "VisionTransformer":  # the tensors of a CNN show the rest
             config = {name: config[name] for name in ("img_size", "in_channels", "n_classes") if name in config}
     elif kind:
-        notes.append(f"{CONFIG} beside it is ignored: it is from {kind}, but the tensors do not have that library's "
-                     f"names")
+        notes.append(f"{CONFIG} in the same folder is ignored: it is from {kind}, but the tensors do not have that "
+                     f"library's names")
     elif entries and not entries.keys() >= {"options", "n_steps"}:  # not the config.json of one of our runs
-        notes.append(f"{CONFIG} beside it is ignored: it has neither a model_type, as in transformers, nor an "
-                     f"architecture, as in timm")
+        notes.append(f"{CONFIG} in the same folder is ignored: it has neither a model_type, as in transformers, nor "
+                     f"an architecture, as in timm")
     shown = _read_json(folder / PREPROCESSOR, notes)
     shown = shown.get("image_processor", shown)
     if "image_mean" in shown or shown.get("do_normalize") is False:
@@ -129,13 +129,13 @@ def _read_json(path, notes):
     try:
         entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, OSError) as error:
-        notes.append(f"{path.name} beside it is ignored: it cannot be read ({first_line(error)})")
+        notes.append(f"{path.name} in the same folder is ignored: it cannot be read ({first_line(error)})")
         return {}
     return entries if isinstance(entries, dict) else {}
 
 
 def _kind_of(entries):
-    """Return whose config.json it is: "timm", "transformers", or None for any other."""
+    """Return which library wrote a config.json: "timm", "transformers", or None for any other."""
     of_timm = entries.keys() & {"num_classes", "pretrained_cfg", "model_args"}
     if of_timm and isinstance(entries.get("architecture"), str):
         return "timm"
@@ -145,14 +145,14 @@ def _kind_of(entries):
 def _of_transformers(entries, source, notes, holds):
     """Return (fields of ViTConfig, fields of Preprocessing) in a config.json of transformers."""
     if entries["model_type"] not in MODEL_TYPES[holds]:
-        raise InputError(f"{source} says {entries['model_type']!r}, but the tensors beside it are a "
-                         f"{'ViT' if holds == 'VisionTransformer' else holds}'s; expected "
-                         f"{', '.join(MODEL_TYPES[holds])}: move the weights to a folder of their own, or correct it")
+        raise InputError(f"{source} specifies model_type={entries['model_type']!r}, but the tensors belong to a "
+                         f"{'ViT' if holds == 'VisionTransformer' else holds}; set it to one of "
+                         f"{', '.join(MODEL_TYPES[holds])}, or move the weights to a separate folder")
     _check_activation(entries.get("hidden_act"), holds, source)
     for name in ("downsample_in_bottleneck", "downsample_in_first_stage"):
         if entries.get(name):
-            raise InputError(f"{source} says {name} true, but ConvNet has its strides in the 3 x 3 convolutions, from "
-                             f"the second stage on; use weights that were trained that way")
+            raise InputError(f"{source} specifies {name}=true, but ConvNet has its strides in the 3 x 3 convolutions, "
+                             f"from the second stage onwards; use weights trained with these strides")
     config = {ours: _size(entries[theirs], theirs, source) for theirs, ours in TRANSFORMERS_FIELDS.items()
               if entries.get(theirs) is not None}
     if entries.get("intermediate_size") and "embed_dim" in config:
@@ -171,14 +171,14 @@ def _of_transformers(entries, source, notes, holds):
 def _of_timm(entries, source, notes, holds):
     """Return (fields of ViTConfig, fields of Preprocessing) in a config.json of timm.
 
-    transformers writes the same entries around a timm model.
+    transformers writes the same entries when it wraps a timm model.
     """
     name, given, shown = entries["architecture"], *(entries[part] if isinstance(entries.get(part), dict) else {}
                                                     for part in ("model_args", "pretrained_cfg"))
     _check_activation(name if "quickgelu" in name else given.get("act_layer"), holds, source)
     if smoothed := re.search("resnet(aa|blur)", name):
-        raise InputError(f"{source} says {name!r}, which blurs its maps before it downsamples them ({smoothed[1]}), "
-                         f"unlike ConvNet; use a plain resnet")
+        raise InputError(f"{source} specifies {name!r}, which blurs its maps before downsampling ({smoothed[1]}), "
+                         f"unlike ConvNet; use an ordinary resnet")
     _check_arguments(given, holds, source, notes)
     config, size = {}, re.match(r"(?:vit|deit3?)_([a-z]+)_", f"{name}_")
     if size and size[1] in TIMM_SIZES:
@@ -192,13 +192,12 @@ def _of_timm(entries, source, notes, holds):
                if given.get(theirs) is not None}
     pool = entries.get("global_pool", given.get("global_pool"))
     if given.get("global_pool", pool) != pool:
-        raise InputError(f"{source} says global_pool {pool!r}, but {given['global_pool']!r} in its model_args; correct "
-                         f"one of them")
+        raise InputError(f"{source} specifies global_pool={pool!r}, but {given['global_pool']!r} in its model_args; "
+                         f"correct one of them")
     if pool is not None:
         if pool not in (TIMM_POOLS if holds == "VisionTransformer" else ("avg",)):
-            raise InputError(f"{source} says global_pool {pool!r}; expected "
-                             f"{'token or avg' if holds == 'VisionTransformer' else 'avg'}, the pooling that {holds} "
-                             f"has")
+            raise InputError(f"{source} specifies global_pool={pool!r}; {holds} supports only "
+                             f"{'token or avg' if holds == 'VisionTransformer' else 'avg'}")
         config["pool"] = TIMM_POOLS[pool]
     if isinstance(entries.get("num_classes"), int):
         config["n_classes"] = entries["num_classes"]
@@ -212,25 +211,25 @@ def _of_timm(entries, source, notes, holds):
 
 
 def _check_arguments(given, holds, source, notes):
-    """Raise InputError for model_args of timm that our class cannot hold, and note unknown ones."""
+    """Raise InputError for timm model_args that our class does not support, and note unknown ones."""
     held = TIMM_HELD | dict(norm_layer=(None, "", *TIMM_NORMS[holds]))
     for name, value in given.items():
         if name not in TIMM_READ:
-            notes.append(f"{CONFIG} beside it says {name} {value!r} in its model_args, which is unknown here and "
-                         f"ignored")
+            notes.append(f"{CONFIG} in the same folder specifies {name}={value!r} in its model_args, which is unknown "
+                         f"here and ignored")
         plain = value.replace("_", "").lower() if name == "norm_layer" and isinstance(value, str) else value
         if plain not in held.get(name, (plain,)):
             ours = " or ".join(repr(known) for known in held[name] if known not in (None, "")) or "none"
-            raise InputError(f"{source} says {name} {value!r}, but {holds} has {ours}; use weights that were trained "
-                             f"that way")
+            raise InputError(f"{source} specifies {name}={value!r}, but {holds} has {ours}; use weights trained with "
+                             f"that setting")
 
 
 def _check_activation(name, holds, source):
     """Raise InputError for an activation that our class does not have; None is the library's default."""
     own = "relu" if holds == "ConvNet" else "gelu"
     if name not in (None, own):
-        raise InputError(f"{source} says {name!r}, but {holds} has {own!r}{', the exact GELU' * (own == 'gelu')}; use "
-                         f"weights that were trained with it")
+        raise InputError(f"{source} specifies {name!r}, but {holds} uses "
+                         f"{own!r}{', the exact GELU' * (own == 'gelu')}; use weights trained with it")
 
 
 def _of_processor(entries, source, config, notes):
@@ -244,7 +243,7 @@ def _of_processor(entries, source, config, notes):
             numbers = numbers if isinstance(numbers, list) else [numbers] * n_channels
             images[name] = tuple(number if abs(scale - 1) < 1e-6 else number / scale for number in numbers)
     except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise InputError(f"{source} says image_mean {entries.get('image_mean')!r}, image_std "
+        raise InputError(f"{source} specifies image_mean={entries.get('image_mean')!r} and image_std="
                          f"{entries.get('image_std')!r}; expected one number per channel in each") from error
     if entries.get("resample") is not None:
         images["interpolation"] = _interpolation(RESAMPLE.get(entries["resample"], entries["resample"]), "resample",
@@ -252,14 +251,14 @@ def _of_processor(entries, source, config, notes):
     whole = entries.get("size")
     if entries.get("do_resize", True) and not entries.get("do_center_crop") and (
             isinstance(whole, int) or (isinstance(whole, dict) and whole.keys() >= {"height", "width"})):
-        notes.append(f"{PREPROCESSOR} beside it squeezes an image into {_words(whole)} pixels; here the image keeps "
-                     f"its proportions and is centre-cropped")
+        notes.append(f"{PREPROCESSOR} in the same folder stretches images to {_words(whole)} pixels; here, images keep "
+                     f"their proportions and are centre-cropped")
     size = entries.get("crop_size" if entries.get("do_center_crop") else "size")
     if isinstance(size, dict):
         size = [size["height"], size["width"]] if size.keys() >= {"height", "width"} else size.get("shortest_edge")
     if size is not None and "img_size" in config and pair(_size(size, "size", source)) != pair(config["img_size"]):
-        notes.append(f"{PREPROCESSOR} beside it makes images of {size} pixels, but the model is built for "
-                     f"{config['img_size']}, which is used (load's img_size= resamples it)")
+        notes.append(f"{PREPROCESSOR} in the same folder specifies {size} pixels, but the model is built for "
+                     f"{config['img_size']}, which is used (to change it, pass img_size= to load)")
     return images
 
 
@@ -269,15 +268,15 @@ def _words(size):
 
 
 def _interpolation(value, name, notes):
-    """Return one of INTERPOLATIONS, and bicubic for anything else, which is noted."""
+    """Return the value if it is one of INTERPOLATIONS; otherwise, note it and return bicubic."""
     if value in INTERPOLATIONS:
         return value
-    notes.append(f"{name} is {value!r} beside it, which is not {' or '.join(INTERPOLATIONS)}: bicubic is used")
+    notes.append(f"{name}={value!r} is not {' or '.join(INTERPOLATIONS)}: bicubic is used instead")
     return "bicubic"
 
 
 def _size(value, name, source):
-    """Return a positive number, or (height, width), as one number if both are equal.
+    """Return a positive number or (height, width); equal sides become one number.
 
     Raises
     ------
@@ -287,5 +286,5 @@ def _size(value, name, source):
     sides = tuple(value) if isinstance(value, list) else (value,)
     if len(sides) > 2 or not all(isinstance(side, (int, float)) and not isinstance(side, bool) and side > 0
                                  for side in sides):
-        raise InputError(f"{source} says {name} {value!r}; expected a positive number")
+        raise InputError(f"{source} specifies {name}={value!r}; expected a positive number")
     return sides[0] if len(set(sides)) == 1 else sides
