@@ -136,7 +136,7 @@ def test_adapt_gives_one_channel_models_one_mean_and_std():
     model.preprocessing = Preprocessing(SIZE, [0.5], [0.25])
     assert statistics_of(model) == ((0.5,), (0.25,))
     model.preprocessing = Preprocessing(SIZE)
-    with pytest.raises(InputError, match="mean and std for 3 channels, but the model takes 1"):
+    with pytest.raises(InputError, match="mean and std for 3 channels, but the model expects 1"):
         statistics_of(model)
 
 
