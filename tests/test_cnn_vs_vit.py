@@ -205,9 +205,9 @@ def test_cnn_vs_vit_reports_every_error_before_measuring(few, tmp_path, monkeypa
     folder = make_folder(tmp_path / "photos", 16, ("train", "test"))
     two = ["--only", "reach", "convolution"]
     for words, expected in (([*two, "--results-dir", "trials"], "is not a result"),
-                            ([*two, "--results-dir", "file"], "--results-dir file is a file; give the folder"),
+                            ([*two, "--results-dir", "file"], "--results-dir file is a file; choose the folder"),
                             (["--train", *two, "--results-dir", "trials"], "is not a result"),
-                            (["--train", "--results-dir", "file"], "--results-dir file is a file; give the folder"),
+                            (["--train", "--results-dir", "file"], "--results-dir file is a file; choose the folder"),
                             (["--train", "--data-dir", str(folder), "--img-size", "18"], "not divisible by patch")):
         monkeypatch.chdir(tmp_path)
         with pytest.raises(InputError, match=expected):
@@ -367,13 +367,13 @@ def test_compare_on_folder_gives_no_mean_to_a_kind_that_learns_or_does_not(tmp_p
 def test_cnn_vs_vit_says_a_stopped_verdict_keeps_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(cv, "compare_on_dataset", lambda *loaders, **run: signal.raise_signal(signal.SIGTERM))
     folder = make_folder(tmp_path / "photos", 16, ("train", "test"))
-    with pytest.raises(Interrupted, match="none of them is saved; give fewer --minutes"):
+    with pytest.raises(Interrupted, match="none of them is saved; use fewer --minutes"):
         cv.main(["--data-dir", str(folder), "--minutes", "1", "--output-dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("words", "expected"), [
-    (["--only", "costs"], "--only 'costs' is unknown"), (["--minutes", "3"], "give --data-dir DIR too"),
+    (["--only", "costs"], "--only 'costs' is unknown"), (["--minutes", "3"], "set --data-dir DIR too"),
     (["--data-dir", "nowhere"], "--data-dir nowhere does not say what to compare; add --minutes M"),
     (["--train-fractions", "2"], "--train-fractions/--shares: 2"),
     (["--data-dir", "data", "--minutes", "3"], "--data-dir data does not exist"),

@@ -114,7 +114,7 @@ def test_exercise_in_another_file_gives_its_own_command(tmp_path, monkeypatch, c
 
 def test_exercise_refuses_a_file_that_is_not_python(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"foo\.txt is not a Python file; give a name that ends in \.py"):
+    with pytest.raises(InputError, match=r"foo\.txt is not a Python file; choose a name that ends in \.py"):
         examples.main(["exercise", "block", "--file", "foo.txt"])
     assert not list(tmp_path.iterdir())
 

@@ -121,7 +121,7 @@ def show_to(model, mean, std):
 
 @pytest.mark.parametrize(("mean", "std", "words"), [
     (0.5, 0.2, r"mean 0\.5 [^\n]*expected a finite number for each channel"),
-    ([0.5], [0.2], r"model\.preprocessing has a mean and std for 1 channels, [^\n]*takes 3; set model\.preprocessing"),
+    ([0.5], [0.2], r"model\.preprocessing has a mean and std for 1 channels, [^\n]*expects 3; set model"),
     ((0.5,) * 3, (0.2, 0.0, 0.2), r"std \(0\.2, 0\.0[^\n]*expected a finite number above 0 for each channel"),
     ((0.5,) * 3, [0.2] * 4, r"mean \(0\.5, [^\n]* and std \(0\.2, [^\n]* have 3 and 4 numbers; give each"),
     ((0.5, 0.5, np.nan), (0.2,) * 3, r"mean \(0\.5, 0\.5, nan\)"), ("dark", (0.2,) * 3, "mean 'dark'")])

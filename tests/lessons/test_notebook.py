@@ -74,7 +74,7 @@ def test_notebook_claims_about_explanations_hold():
 
 
 def test_notebook_model_is_as_large_as_stated():
-    assert "a ViT of half a million parameters" in " ".join(text for _, text in SECTIONS)
+    assert "a ViT with half a million parameters" in " ".join(text for _, text in SECTIONS)
     assert 0.45e6 < count_parameters(create_vit_nano(n_classes=10)) < 0.55e6
 
 

@@ -262,7 +262,7 @@ REFUSED = {
     "two maps a head": (partial(timm_vit, attn_layer="diff", num_heads=2), "uses DiffAttention, the difference"),
     "two attentions a block": (partial(timm_vit, block_fn=ParallelThingsBlock), "6 attention maps over .* expected 3"),
     "logits of each token": (partial(timm_vit, global_pool=""), r"computes logits for each token \(global_po"),
-    "stem of a CNN": (partial(timm.create_model, "vit_tiny_r_s16_p8_224", img_size=64), "not make its tokens by one projection"),
+    "stem of a CNN": (partial(timm.create_model, "vit_tiny_r_s16_p8_224", img_size=64), "does not make its tokens by"),
     "another head": (lambda: Shifted(SIDE, PATCH, num_classes=CLASSES, embed_dim=D, depth=DEPTH, num_heads=HEADS),
                      r"does not read its last tokens as a timm ViT with this head does \(la"),
     "another kernel": (with_kernel, "this VisionTransformer computed no attention map that could be captured"),
@@ -272,7 +272,7 @@ REFUSED = {
     "maps as output": (partial(of_transformers, "Dinov2Backbone"), r"try load\(\)\Z"),
     "a tuple as output": (partial(of_transformers, "ViTModel", return_dict=False), "this ViTModel returns a tuple"),
     "a part of another module": (lambda: nn.Sequential(torchvision_vit(), nn.Linear(CLASSES, 2)),
-                                 r"Sequential is not supported; pass the VisionTransformer inside it, its module '0'\Z"),
+                                 r"not supported; pass the VisionTransformer inside it, its module '0'\Z"),
     "ours in another module": (lambda: nn.ModuleDict({"vit": HybridCNNViT(embed_dim=32, depth=1, img_size=32)}),
                                "pass the HybridCNNViT inside it, its module 'vit'"),
 }
