@@ -228,7 +228,7 @@ def run_trials(plan, options):
                 try:
                     write_json(_measure_trial(trial, plan, options), path)
                 except NotFinite as error:
-                    tqdm.write(f"{path.stem} is left out: {error}")
+                    tqdm.write(f"{path.stem} is skipped: {error}")
                     continue
                 tqdm.write(f"{path.stem}: saved, {there + 1} of {n}")
             there += 1

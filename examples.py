@@ -1,7 +1,7 @@
 """Eleven short demos, from cutting a photograph into patches to looking inside a trained model.
 
     python examples.py                  run all demos; --list names them, --only heads runs one
-    python examples.py quiz             guess first, then see the result measured
+    python examples.py quiz             guess first, then see the measured result
     python examples.py exercise NAME    write a part yourself: fill in a file, then check it
 
 Each demo prints what it measured and what to look at, and saves a figure in --output-dir.
@@ -162,7 +162,7 @@ def cls_token():
     return visualize_attention_grid(model, images)
 
 
-# ---- The whole --------------------------------------------------------------------------------------------
+# ---- The whole model --------------------------------------------------------------------------------------
 
 
 def vit_by_hand(images, w, patch_size, depth, n_heads):

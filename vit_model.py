@@ -420,7 +420,7 @@ def pair(size, name="img_size"):
 
 
 def grid_of(img_size, patch_size):
-    """Return the number of patches along (height, width). Raises InputError unless both are whole."""
+    """Return the number of patches along (height, width). Raises InputError unless both are whole numbers."""
     for side, patch in zip(img_size, patch_size, strict=True):
         if side % patch:
             near = max(patch, round(side / patch) * patch)

@@ -456,7 +456,7 @@ def test_run_trials_leaves_out_a_diverging_trial(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(trials_module.Reach, "measure", diverges)
     assert train(["reach"], tmp_path, options("--train")) == dict(reach=[])
-    assert "reach-ViT-0 is left out" in capsys.readouterr().out
+    assert "reach-ViT-0 is skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "change"), [

@@ -304,8 +304,8 @@ HALF, IMAGENET = ((0.5,) * 3, (0.5,) * 3), (IMAGENET_MEAN, IMAGENET_STD)
 
 
 @pytest.mark.parametrize(("build", "numbers", "interpolation", "assumed"), [
-    (MODELS["ViTModel"][0], HALF, "bilinear", "assuming mean 0.5 and std 0.5 (those of Google's"),
-    (MODELS["ViTForImageClassification"][0], HALF, "bilinear", "assuming mean 0.5 and std 0.5 (those of Google's"),
+    (MODELS["ViTModel"][0], HALF, "bilinear", "assuming mean 0.5 and std 0.5 (as in Google's"),
+    (MODELS["ViTForImageClassification"][0], HALF, "bilinear", "assuming mean 0.5 and std 0.5 (as in Google's"),
     (MODELS["DeiTModel"][0], IMAGENET, "bicubic", None), (MODELS["Dinov2Model"][0], IMAGENET, "bicubic", None),
     (MODELS["ViTMSNModel"][0], IMAGENET, "bilinear", None), (torchvision_vit, IMAGENET, "bilinear", None),
     (MODELS["IJepaModel"][0], IMAGENET, "bilinear", "ImageNet's, as in I-JEPA's training"),

@@ -320,7 +320,7 @@ def _first_argument(exercise):
 
 
 def stub(name, path=None):
-    """Return the text of the file to fill in; `path` is where it will be, if not at the default path."""
+    """Return the text of the file to fill in; `path` is its location, if not the default path."""
     exercise = _find_exercise(name)
     task = f"{exercise.task} All numbers are float64: create tensors with dtype={_first_argument(exercise)}.dtype."
     task = textwrap.fill(task, 100, initial_indent='    """', subsequent_indent="    ")

@@ -1,4 +1,4 @@
-"""A quiz about ViTs and CNNs: guess first, then see the result measured on the spot.
+"""A quiz about ViTs and CNNs: guess first, then see the result, which is measured live.
 
     QUESTIONS     Question: a text, the guesses to choose from, and measure()
     ask(...)      asks the questions one after the other

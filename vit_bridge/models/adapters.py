@@ -4,7 +4,7 @@
     adapt_vit(model)   its ViTAdapter, or an InputError
     reading_weights    how much of each token the head reads
 
-LIBRARIES holds the known classes. To add one, write a function that returns its ViTAdapter, and add an entry.
+LIBRARIES lists the supported classes. To add one, write a function that returns its ViTAdapter, and add an entry.
 
 Shapes:  B images, C channels, N tokens (prefix tokens, then patches), D width, K classes, n patches.
 """
@@ -81,7 +81,7 @@ class ModelAdapter:
         return names if names and len(names) == self.n_classes else None
 
     def check_images(self, images):
-        """Raise InputError unless the model can take these images.
+        """Raise InputError unless the model accepts these images.
 
         They must be normalised, (B, C, height, width), with B > 0 and a size that the model accepts.
         """
@@ -153,7 +153,7 @@ class ViTAdapter(ModelAdapter):
         return grid_of(tuple(images.shape[2:]), self.patch_size)
 
     def check_images(self, images):
-        """Raise InputError unless the model can take these images, divided into whole patches."""
+        """Raise InputError unless the model accepts these images and their sides are multiples of the patch size."""
         super().check_images(images)
         self.grid(images)
 
@@ -329,7 +329,7 @@ def _of_vit(model):
     """Adapt a ViT of transformers, with the mean and std of Google's checkpoints."""
     half = (0.5,) * model.config.num_channels
     return _of_transformers(model, _prefix(1), mean=half, std=half,
-                            unsure="those of Google's checkpoints; DINO's ViTs have this class too, but "
+                            unsure="as in Google's checkpoints; DINO's ViTs use the same class, but "
                                    "ImageNet's values")
 
 
@@ -356,7 +356,7 @@ def _classes_in(folder, make, *names):
     return {f"transformers.models.{folder}.modeling_{folder}.{name}": make for name in names}
 
 
-LIBRARIES = {  # {full name of a class: function that adapts its models and those of its subclasses}
+LIBRARIES = {  # {full name of a class: function that adapts models of this class and its subclasses}
     "timm.models.vision_transformer.VisionTransformer": _of_timm,
     "torchvision.models.vision_transformer.VisionTransformer": _of_torchvision,
     "dinov2.models.vision_transformer.DinoVisionTransformer": _of_hub_dinov2,
@@ -459,9 +459,9 @@ def check_head(model):
 
 
 def check_has_head(model):
-    """Raise InputError for a known model without a head, or with nn.Identity as its head.
+    """Raise InputError for a model of a supported class without a head, or with nn.Identity as its head.
 
-    Models of unknown classes pass, as their head may have any name.
+    Models of other classes pass, because their head may have any name.
     """
     model = unwrapped(model)
     try:
