@@ -327,7 +327,7 @@ class AttentionDistance(Experiment):
                    if spread_is_learned(rows["trained"][0], rows[RANDOM][0], rows["uniform"])]
         return (f"The mean attention distance of the nearest head in the first block is {nearest} (uniform attention: "
                 f"{uniform}). Compared with random weights, heads with clearly different distances appear in "
-                f" {join_words(learned) or 'no model'}.")
+                f"{join_words(learned) or 'no model'}.")
 
     def tables(self, data):
         table = [["", "block", "trained", RANDOM, "trained, CLS as distance 0", "uniform"]]
@@ -450,9 +450,10 @@ class Position(Experiment):
         own, moved, hidden = (_describe_kept(*rank_kept(
             {name: (model["correct"][change][0], model["correct"][change][-1]) for name, model in models.items()},
             data["n"], data["classes"])) for change in ("shuffled", MOVED, "hidden, mean"))
-        return (f"The largest fraction of predictions stays the same in {_leaders(shifted)} if the image is shifted, "
-                f"in {own} if {data['shares'][-1]:.0%} of the ViT's own patches are shuffled, in {moved} if the "
-                f"shuffled grid is moved by half a patch, and in {hidden} if the patches are hidden.")
+        return (f"Shifting the image leaves the largest fraction of predictions unchanged in {_leaders(shifted)}. The "
+                f"largest fraction of correct predictions stays correct in {own} if {data['shares'][-1]:.0%} of the "
+                f"ViT's own patches are shuffled, in {moved} if the shuffled grid is moved by half a patch, and in "
+                f"{hidden} if the patches are hidden.")
 
     def tables(self, data):
         heads = ["", "moved as in training", "moved further", f"as in training, {RANDOM}", "unchanged",

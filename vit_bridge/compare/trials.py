@@ -319,8 +319,8 @@ class DataEfficiency(Experiment):
                      for kind, gain, half in step_gains(own, n)}
             gains.append([f"{n_images:,}", *(steps.get(kind, "") for kind in kinds[1:])])
         return [("Test accuracy: mean over the seeds (lowest to highest)", accuracies),
-                ("Points gained over the model to the left; ± is the range that seeds and test images can explain. "
-                 "From ViT, mean pooling to Hybrid two things change: the stem, and the head, which reads CLS", gains)]
+                ("Points gained over the model to the left; ± is the range that seeds and test images can explain. Two "
+                 "things change from ViT, mean pooling to Hybrid: the stem, and a head that reads CLS", gains)]
 
 
 def _accuracies(trials):
