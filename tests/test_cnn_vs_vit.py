@@ -317,7 +317,7 @@ def test_compare_on_folder_names_the_images_and_costs(parts, split, tmp_path, ca
     results, (section,) = cv.compare_on_folder(words, tmp_path)
     found = results["verdict"]
     assert found["costs"] == dict(ConvNet=2.0, Hybrid=4.0, ViT=1.0)
-    assert "ViT is the cheapest of them at 1.00 ms per image." in found["finding"]
+    assert "ViT is the cheapest of these at 1.00 ms per image." in found["finding"]
     assert found["controls"]["a linear classifier on the pixels"] == 0.4
     ((caption, (heads, *rows)),) = section.tables
     assert caption.endswith(f" {split} images")
@@ -374,12 +374,12 @@ def test_cnn_vs_vit_says_a_stopped_verdict_keeps_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("words", "expected"), [
     (["--only", "costs"], "--only 'costs' is unknown"), (["--minutes", "3"], "set --data-dir DIR too"),
-    (["--data-dir", "nowhere"], "--data-dir nowhere does not say what to compare; add --minutes M"),
+    (["--data-dir", "nowhere"], "--data-dir nowhere does not specify what to compare; add --minutes M"),
     (["--train-fractions", "2"], "--train-fractions/--shares: 2"),
     (["--data-dir", "data", "--minutes", "3"], "--data-dir data does not exist"),
     (["--data-dir", "data", "--minutes", "3", "--dry-run"], "--data-dir data does not exist"),
-    (["--data-dir", ".", "--minutes", "3", "--train"], "leave out --train and --only"),
-    (["--data-dir", ".", "--minutes", "3", "--only", "cost"], "leave out --train and --only"),
+    (["--data-dir", ".", "--minutes", "3", "--train"], "remove --train and --only"),
+    (["--data-dir", ".", "--minutes", "3", "--only", "cost"], "remove --train and --only"),
     (["--data-dir", ".", "--train", "--only", "position"], "not with --only position"),
     (["--device", "gpu"], "device 'gpu' is unknown"), (["--img-size", "96"], "a whole number from 8 to 64")])
 def test_cnn_vs_vit_reports_bad_options_in_one_line(words, expected, capsys, tmp_path, monkeypatch):

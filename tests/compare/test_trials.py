@@ -212,8 +212,8 @@ def data_trials(levels):
 def test_data_efficiency_finding_follows_the_numbers():
     finding = le.TRAINING_EXPERIMENTS["data"].finding
     assert finding(data_trials(dict(ViT=(300, 800), ConvNet=(400, 801)))) == (
-        "With 100 images, ConvNet is ahead of ViT by 10.0 points; with 9,000 images, ConvNet and ViT cannot be told "
-        "apart.")
+        "With 100 images, ConvNet is ahead of ViT by 10.0 points; with 9,000 images, ConvNet and ViT cannot be "
+        "distinguished.")
     assert finding(data_trials(dict(ViT=(400, 900), ConvNet=(300, 800)))).endswith("images, ViT is ahead.")
 
 
@@ -337,7 +337,7 @@ def test_summarise_names_diverged_trainings():
     rows = rows_of(dict(ConvNet=360, Hybrid=240, ViT=200))
     assert "diverged" not in le.summarise(rows)
     rows["ViT"][1] |= dict(diverged=True, right=[False] * 400, accuracy=0.0)
-    assert le.summarise(rows).endswith("1 of 3 trainings of ViT diverged and count as 0%.")
+    assert le.summarise(rows).endswith("1 of 3 training runs of ViT diverged and count as 0%.")
 
 
 def test_caveats_are_those_that_hold():
