@@ -351,7 +351,7 @@ def test_capture_gives_inference_mode_models_maps_without_gradients():
 def test_capture_refuses_a_timm_hybrid():
     model = timm_vit()
     model.patch_embed.proj = nn.Identity()
-    with pytest.raises(InputError, match="makes its tokens in another way"):
+    with pytest.raises(InputError, match="does not make its tokens by one projection"):
         r.capture(model, images_of(1, (15, 15)))
 
 
