@@ -1,9 +1,9 @@
-"""CNN, ViT and the hybrid between them, side by side: every experiment has a control.
+"""Compare a CNN, a ViT and a hybrid of the two; every experiment has a control.
 
     python cnn_vs_vit.py                                    compare the shipped models, in a few minutes
     python cnn_vs_vit.py --only position                    run one experiment
-    python cnn_vs_vit.py --train                            add the experiments that train: hours, resumable
-    python cnn_vs_vit.py --data-dir photos --minutes 30     train all three on your images: which suits them?
+    python cnn_vs_vit.py --train                            add the experiments that train (hours; can be resumed)
+    python cnn_vs_vit.py --data-dir photos --minutes 30     train all three on your images to see which suits them
 
 A run writes report.html (one file that you can open or send), results.json and the figures into a folder.
 """
@@ -62,20 +62,20 @@ from vit_bridge.weights.checkpoints import load
 __all__ = ["HybridCNNViT", "shipped_setup"]
 SHIPPED_MODELS = {"ConvNet": "convnet_shapes", "Hybrid": "hybrid_shapes", "ViT": "vit_nano_shapes"}
 COMMITTED = ROOT / "benchmarks" / "results"  # trials that come with the project
-RECIPE_NOTE = (f"All models get the same time and the same recipe, which is not that of train_vit.py: "
+RECIPE_NOTE = (f"All models get the same time and the same recipe, which differs from the recipe of train_vit.py: "
                f"{RECIPE.optimizer} with learning rate {RATES[1]:g} and batches of {RECIPE.batch_size} images.")
 INTRODUCTION = ("This report compares a ConvNet, a hybrid and a ViT of nearly the same size. Each experiment has a "
                 "control: the same model with random weights, uniform attention, a formula, or guessing.")
-SHIPPED_NOTE = ("The shipped models learned the drawn shapes with different numbers of training steps. The ConvNet had "
-                "250 steps of 64 images and reaches a test accuracy of 95.9%. The hybrid had 600 steps and reaches "
-                "93.0%. The ViT had 3,200 steps and reaches 97.9%. Some differences between them may come from that.")
+SHIPPED_NOTE = ("The shipped models learned the drawn shapes with different numbers of training steps. The ConvNet was "
+                "trained for 250 steps of 64 images and has a test accuracy of 95.9%. The hybrid has 93.0% after 600 "
+                "steps, and the ViT 97.9% after 3,200 steps. Some differences between them may come from this.")
 
 
 # ---- Experiments on the shipped models --------------------------------------------------------------------
 
 
 def shipped_setup(n_images=500, **settings):
-    """Return the shipped models and test images of the drawn shapes, for EXPERIMENTS[name].measure().
+    """Return the shipped models, and test images of our synthetic drawn shapes, for EXPERIMENTS[name].measure().
 
     Parameters
     ----------
@@ -127,9 +127,9 @@ class TrialPlan:
     Attributes
     ----------
     trials : list of Trial
-        In the order in which they are measured.
+        The trials, in the order in which they are measured.
     folder : Path
-        Where their files go.
+        The folder for their files.
     recipe : TrialRecipe
         How every model is trained.
     settings, arguments : dict
@@ -144,7 +144,7 @@ class TrialPlan:
 
 
 def plan_trials(names, folder, options, recipe=RECIPE):
-    """Plan the trials of these experiments, and check everything before anything is measured.
+    """Plan the trials of these experiments, and check all inputs before the first measurement.
 
     Returns
     -------
@@ -179,8 +179,8 @@ def _describe_loaders(loaders, options):
     """Return what identifies the images, the numbers of training images, and the data set's name."""
     train_loader, _, test_loader = loaders
     if test_loader is None:
-        raise InputError(f"{options.data_dir} has no test images, and the validation images already choose the "
-                         f"learning rates; put test images into test/<class>/")
+        raise InputError(f"{options.data_dir} has no test images, and the validation images are already used to "
+                         f"choose the learning rates; put test images into test/<class>/")
     class_names = list(train_loader.class_names)
     for kind in CNN_TO_VIT_MODELS:
         build_kind(kind, len(class_names), train_loader.img_size)
@@ -215,8 +215,8 @@ def run_trials(plan, options):
     For each kind, the trial with the first seed and the most images chooses the learning rate for all others.
     """
     there, n = 0, len(plan.trials)
-    print(f"{n} trials of one to three trainings each. Each is saved in {plan.folder} when it ends, and a later run "
-          f"continues from there; an interrupted trial starts again.", flush=True)
+    print(f"{n} trials of one to three training runs each. Each is saved in {plan.folder} when it ends, and a later "
+          f"command continues from there; an interrupted trial starts again.", flush=True)
     again = "the same command with another --output-dir" if options.output_dir else "the same command"
     bar = tqdm(plan.trials, unit="trial", disable=None)
     with Interrupts() as interrupts:
@@ -228,7 +228,7 @@ def run_trials(plan, options):
                 try:
                     write_json(_measure_trial(trial, plan, options), path)
                 except NotFinite as error:
-                    tqdm.write(f"{path.stem} is left out: {error}")
+                    tqdm.write(f"{path.stem} is skipped: {error}")
                     continue
                 tqdm.write(f"{path.stem}: saved, {there + 1} of {n}")
             there += 1
@@ -236,7 +236,7 @@ def run_trials(plan, options):
 
 
 def _measure_trial(trial, plan, options):
-    """Measure a trial and return the contents of its file, with the keys of all results of the project."""
+    """Measure a trial and return the contents of its file, with the keys that all results of the project have."""
     most = max((other.n_images for other in plan.trials if other.n_images), default=None)
     first = replace(trial, seed=SEEDS[0], n_images=trial.n_images and most).path(plan.folder)
     arguments = dict(plan.arguments[trial.experiment], recipe=plan.recipe, device=options.device, amp=options.amp,
@@ -307,21 +307,21 @@ def show_trials(names, folder, trials):
 
 
 def compare_on_folder(options, folder):
-    """Train all three on the images of --data-dir and say which, if any, is better there.
+    """Train all three models on the images in --data-dir and report which, if any, is better on them.
 
     Returns ({"verdict": data}, sections).
     """
     loaders = _loaders_of(options)
     train_loader, val_loader, test_loader = loaders
     images, tested = ("validation", val_loader) if test_loader is None else ("test", test_loader)
-    print(f"{train_loader.n_images:,} training images of {train_loader.img_size} pixels, "
-          f"{len(train_loader.class_names)} classes. Three models with {len(SEEDS)} seeds each share "
+    print(f"{train_loader.n_images:,} {train_loader.img_size}-pixel training images, "
+          f"{len(train_loader.class_names)} classes. Three models, each with {len(SEEDS)} seeds, share "
           f"{options.minutes:g} min and are compared on {tested.n_images:,} {images} images. {RECIPE_NOTE}")
     expected = (f"Expected before any training (the spread between seeds and an accuracy of 75% are assumed): "
                 f"{describe_power(assumed_noise(tested.n_images, len(SEEDS)))}")
     print(expected)
     with Interrupts() as interrupts:
-        interrupts.advice = "a comparison needs all trainings, and none of them is saved; give fewer --minutes"
+        interrupts.advice = "a comparison needs all training runs, and none of them is saved; use fewer --minutes"
         minutes = 0.01 if options.dry_run else options.minutes
         rows = compare_on_dataset(loaders, minutes, device=options.device, amp=options.amp)
     device = choose_device(options.device)
@@ -334,7 +334,7 @@ def compare_on_folder(options, folder):
                 "predicting the largest class every time": guessing}
     skipped = _skipped_files(loaders)
     finding = " ".join([summarise(rows, costs, guessing), *caveats(rows, controls, train_loader.n_images),
-                        *([f"Left out: {len(skipped)} image files that cannot be read."] if skipped else [])])
+                        *([f"{len(skipped)} image files cannot be read and were ignored."] if skipped else [])])
     split = split_kinds(rows, guessing)  # a mean over seeds that learned and seeds that did not describes neither
     means, names, bars = {}, {}, {}
     for name, own in rows.items():
@@ -350,19 +350,19 @@ def compare_on_folder(options, folder):
              *([name, means[name], *(f"{row['accuracy']:.1%}" for row in own), own[0]["n_steps"],
                 f"{costs[name]:.2f}"] for name, own in rows.items()),
              *([name, f"{share:.1%}", *[""] * (len(SEEDS) + 2)] for name, share in controls.items())]
-    note = (f"{RECIPE_NOTE} A lead counts if it is larger than what seeds and images can explain, by Student's t at 5% "
+    note = (f"{RECIPE_NOTE} A lead counts if it is larger than seeds and images can explain, by Student's t at 5% "
             f"for the three comparisons together. {expected}")
-    section = Section("Which model for these images?", "Which of the three is better here, and how certain is that?",
+    section = Section("Which model for these images?", "Which of the three is best here, and how certain is that?",
                       finding, {"verdict": figure}, [(f"Accuracy on {tested.n_images:,} {images} images", table)], note)
     _publish(section, folder)
     return {"verdict": dict(rows=rows, costs=costs, controls=controls, finding=finding, skipped=skipped)}, [section]
 
 
 def _split_for_linear(train_loader):
-    """Split the training images, not augmented, into four fifths and one fifth.
+    """Split the training images, without augmentation, into four fifths and one fifth.
 
-    The first part fits a linear classifier, the second chooses its regularisation; the validation images stay free for
-    the comparison.
+    A linear classifier is fitted to the first part, and its regularisation is chosen on the second. The validation
+    images are thus kept for the comparison.
     """
     plain = train_loader.without_augmentation(LINEAR_IMAGES)
     fifth = torch.arange(plain.n_images, device=plain.labels.device) % 5 == 0  # (n)
@@ -377,7 +377,7 @@ def _share_of_largest_class(train_loader, tested):
 
 
 def _loaders_of(options):
-    """Return training, validation and test images of --data-dir, or the built-in shapes; photographs are shrunk."""
+    """Return loaders for the images in --data-dir, or for the built-in shapes; photographs are shrunk."""
     data = dict(data_dir=options.data_dir or "./no-such-folder", img_size=options.img_size, seed=options.seed,
                 dataset="auto" if options.data_dir else "shapes", batch_size=RECIPE.batch_size,
                 skip_corrupt=options.skip_corrupt)
@@ -390,7 +390,7 @@ def _loaders_of(options):
               f"train_vit.py trains on larger ones).")
         loaders = get_data_loaders(**data)
     if not isinstance(loaders[0], MemoryLoader):
-        raise InputError(f"{loaders[0].n_images:,} images of {loaders[0].img_size} pixels do not fit in memory; give "
+        raise InputError(f"{loaders[0].n_images:,} {loaders[0].img_size}-pixel images do not fit in memory; use "
                          f"fewer images or a smaller --img-size")
     if loaders[0].dataset_name == "folder":
         print(audit_folder(options.data_dir, seed=options.seed))
@@ -400,7 +400,7 @@ def _loaders_of(options):
 
 
 def _skipped_files(loaders):
-    """Return the image files that were left out, each once."""
+    """Return the image files that were skipped, each once."""
     return sorted({str(file) for loader in loaders if loader is not None for file in loader.skipped})
 
 
@@ -408,7 +408,7 @@ def _skipped_files(loaders):
 
 
 def compare(options, folder):
-    """Run what the options ask for, and write the results into the folder."""
+    """Run the requested comparison, and write the results into the folder."""
     started = time.perf_counter()
     if options.minutes:
         introduction = ("A ConvNet, a hybrid and a ViT of nearly the same size were trained on the same images for the "
@@ -431,7 +431,7 @@ def compare_models(options, folder):
     training = [name for name in TRAINING_EXPERIMENTS if name in wanted]
     results_dir = folder / "trials" if options.dry_run else Path(options.results_dir)
     if results_dir.exists() and not results_dir.is_dir():
-        raise InputError(f"--results-dir {results_dir} is a file; give the folder where --train keeps its trials")
+        raise InputError(f"--results-dir {results_dir} is a file; choose the folder in which --train keeps its trials")
     if options.train:
         recipe = replace(RECIPE, n_steps=1, batch_size=8) if options.dry_run else RECIPE
         plan = plan_trials(training, results_dir, options, recipe)
@@ -446,8 +446,8 @@ def compare_models(options, folder):
         trials = run_trials(plan, options)
     more_results, more_sections = show_trials(training, folder, trials)
     if not options.train:
-        print("\nThese are the shipped models and saved results; they say nothing about other images. To compare on "
-              "your own, use --data-dir DIR --minutes M.")
+        print("\nThese are the shipped models and saved results; they show nothing about other images. To compare on "
+              "your own images, use --data-dir DIR --minutes M.")
     return introduction, results | more_results, sections + more_sections
 
 
@@ -456,26 +456,26 @@ def make_parser():
     parser.add_argument("--only", nargs="+", metavar="NAME",
                         help=f"run only these experiments: {', '.join([*EXPERIMENTS, *TRAINING_EXPERIMENTS])}")
     parser.add_argument("--train", "--full", action="store_true", dest="train",
-                        help="also run the experiments that train; takes hours, and the same command resumes")
+                        help="also run the experiments that train; this takes hours, and the same command resumes")
     parser.add_argument("--results-dir", "--cells", default="runs/cnn_vs_vit-cells", dest="results_dir",
-                        help="folder where --train keeps its trials (default: %(default)s)")
+                        help="folder in which --train keeps its trials (default: %(default)s)")
     parser.add_argument("--data-dir", help="your images: a folder with one folder per class, or a known data set (see "
                                            "train_vit.py)")
     parser.add_argument("--img-size", type=Bounded(int, 8, SMALL_SIDE, f"a whole number from 8 to {SMALL_SIDE}"),
-                        help=f"image side in pixels, at most {SMALL_SIDE} (default: small images keep theirs, "
-                             f"photographs get {SMALL_SIDE})")
+                        help=f"image side in pixels, at most {SMALL_SIDE} (default: small images keep "
+                             f"their size, photographs get {SMALL_SIDE})")
     parser.add_argument("--minutes", type=positive(), help="with --data-dir: train all three on these images within "
-                                                           "this time, and say which is better")
+                                                           "this time, and report which is best")
     parser.add_argument("--train-fractions", "--shares", nargs="+", type=Bounded(float, 1e-6, 1, "above 0 to 1"),
                         default=list(TRAIN_FRACTIONS), dest="train_fractions",
                         help="for the experiment data: fractions of the training images")
     parser.add_argument("--seed", type=seed(), default=0, help="seed of the validation split (default: %(default)s)")
-    parser.add_argument("--skip-corrupt", action="store_true", help="leave out image files that cannot be read")
+    parser.add_argument("--skip-corrupt", action="store_true", help="skip image files that cannot be read")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
                         help="mixed precision (default: %(default)s)")
     parser.add_argument("--output-dir", help="a new folder for the results (default: runs/cnn_vs_vit-<data>-<n>)")
-    parser.add_argument("--dry-run", action="store_true", help="run a little of everything; keeps nothing without "
+    parser.add_argument("--dry-run", action="store_true", help="run a little of everything; nothing is kept without "
                                                                "--output-dir")
     return parser
 
@@ -485,17 +485,17 @@ def main(argv=None):
     for name in options.only or ():
         check_choice("--only", name, (*EXPERIMENTS, *TRAINING_EXPERIMENTS))
     if options.minutes and (options.train or options.only):
-        raise InputError("--minutes compares all three models on your images; leave out --train and --only")
+        raise InputError("--minutes compares all three models on your images; remove --train and --only")
     if options.minutes and not options.data_dir:
-        raise InputError("--minutes needs images of your own; give --data-dir DIR too")
+        raise InputError("--minutes needs your own images; set --data-dir DIR too")
     if options.data_dir and not (options.minutes or options.train):
-        raise InputError(f"--data-dir {options.data_dir} does not say what to compare; add --minutes M (which of the "
-                         f"three suits these images) or --train (data efficiency)")
+        raise InputError(f"--data-dir {options.data_dir} does not specify what to compare; add --minutes M (which of "
+                         f"the three suits these images) or --train (data efficiency)")
     if options.data_dir and options.only and options.only != ["data"]:
-        raise InputError(f"--data-dir works with --only data, not with --only {' '.join(options.only)}; leave out one "
-                         f"of the two")
+        raise InputError(f"--data-dir works with --only data, not with --only {' '.join(options.only)}; remove one of "
+                         f"the two")
     if options.data_dir and not Path(options.data_dir).exists():
-        raise InputError(f"--data-dir {options.data_dir} does not exist; give a folder with one folder per class")
+        raise InputError(f"--data-dir {options.data_dir} does not exist; choose a folder with one folder per class")
     choose_device(options.device)
     if options.dry_run and not options.output_dir:
         with tempfile.TemporaryDirectory() as folder:

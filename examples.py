@@ -1,8 +1,8 @@
-"""Eleven short demos, from a photograph cut into patches to a look inside a trained model.
+"""Eleven short demos, from cutting a photograph into patches to looking inside a trained model.
 
     python examples.py                  run all demos; --list names them, --only heads runs one
-    python examples.py quiz             guess first, then see the result measured
-    python examples.py exercise NAME    write a part yourself: fill in a file, then have it checked
+    python examples.py quiz             guess first, then see the measured result
+    python examples.py exercise NAME    write a part yourself: fill in a file, then check it
 
 Each demo prints what it measured and what to look at, and saves a figure in --output-dir.
 
@@ -71,15 +71,16 @@ def shape_images(n_images, start=50_000):
 
 
 def patches():
-    """Turn an image into a sequence: cutting it into patches and projecting them is one strided convolution."""
+    """Turn an image into a sequence: cutting and projecting the patches is one strided convolution."""
     image, embed = photograph_tensor(), PatchEmbedding(img_size=224, patch_size=16, embed_dim=192)
     tokens = embed(image)  # (1, 196, 192)
     cut = F.unfold(image, kernel_size=16, stride=16).transpose(1, 2)  # (1, 196, 768), one row per patch
     by_hand = cut @ embed.proj.weight.flatten(1).T + embed.proj.bias  # (1, 196, 192)
-    print(f"The {image.numel():,} numbers of a 224 x 224 image became {tokens.shape[1]} tokens of width "
+    print(f"The {image.numel():,} numbers in a 224 x 224 image become {tokens.shape[1]} tokens of width "
           f"{tokens.shape[2]}.")
-    print(f"Cut, flattened and multiplied by a matrix, they differ by {_largest(tokens - by_hand):.1e} at most.")
-    print("Look at: the order of the patches, row by row. So far, it is all that tells where a patch was.")
+    print(f"Cutting, flattening and multiplying by a matrix computes the same tokens, up to "
+          f"{_largest(tokens - by_hand):.1e}.")
+    print("Look at: the order of the patches, row by row. So far, nothing else shows where a patch was.")
     return visualize_patch_embedding(photograph(), 16)
 
 
@@ -99,7 +100,7 @@ def attention():
 
 
 def heads():
-    """Split attention into heads: each head attends on its part of the width, then the results are concatenated."""
+    """Split attention into heads: each head uses its own part of the width, then the results are concatenated."""
     x, layer = torch.randn(1, 7, 12), MultiHeadAttention(embed_dim=12, n_heads=3)
     q, k, v = layer.qkv(x).chunk(3, dim=-1)  # 3 x (1, 7, 12)
     maps, outputs = [], []
@@ -113,7 +114,7 @@ def heads():
     print(f"By hand and in the module: the largest difference is {_largest(by_hand - layer(x)):.1e}.")
     print(f"Attention has {count_parameters(layer)} parameters with three heads and {count_parameters(one_head)} with "
           f"one.")
-    print("Look at: there are three different maps, for the same number of parameters as one.")
+    print("Look at: three heads have three different maps, but no more parameters than one head.")
     return plot_matrices([m[0].detach() for m in maps], [f"head {h} of 3" for h in (1, 2, 3)], "attention weight",
                          xlabel="key", ylabel="query")
 
@@ -138,7 +139,7 @@ def positions():
           ", ".join(f"{name} {change:.1e}" for name, change in changes.items()))
     print(f"A trained ViT with positions has an accuracy of {right:.1%} on 256 shapes, and of {still_right:.1%} when "
           f"they are shuffled.")
-    print("Look at: without positions, a ViT sees a bag of patches, and the shuffled image is the same image to it.")
+    print("Look at: without positions, a ViT sees a bag of patches, and shuffling them changes nothing but rounding.")
     print("With positions, compare the two accuracies: they show how much these predictions depend on the order.")
     return plot_images([_to_picture(images[0]), _to_picture(shuffled[0])],
                        ["as drawn", f"shuffled: without positions,\nthe logits change by {changes['none']:.0e}"],
@@ -146,7 +147,7 @@ def positions():
 
 
 def cls_token():
-    """Show that the head reads only the CLS token: after the last block, nothing else matters."""
+    """Show that the head reads only the CLS token: after the last block, no other token matters."""
     images, _ = shape_images(4)
     model = load("vit_nano_shapes")
     tokens = model.forward_features(images).detach().requires_grad_()  # (4, 65, 96)
@@ -161,7 +162,7 @@ def cls_token():
     return visualize_attention_grid(model, images)
 
 
-# ---- The whole --------------------------------------------------------------------------------------------
+# ---- The whole model --------------------------------------------------------------------------------------
 
 
 def vit_by_hand(images, w, patch_size, depth, n_heads):
@@ -202,7 +203,7 @@ def vit_by_hand(images, w, patch_size, depth, n_heads):
 
 @torch.no_grad()
 def whole_vit():
-    """Write out a whole ViT in tensor operations; it gives the same logits as the model."""
+    """Write out a whole ViT in tensor operations; it computes the same logits as the model."""
     images, drawn = shape_images(256)
     model = load("vit_nano_shapes")
     theirs = vit_by_hand(images, model.state_dict(), patch_size=4, depth=4, n_heads=3)  # (256, 10)
@@ -210,7 +211,7 @@ def whole_vit():
     correct = int((theirs.argmax(1) == drawn.labels).sum())
     print(f"The logits reach {_largest(ours):.1f}, and the largest difference is {_largest(theirs - ours):.1e}.")
     print(f"The accuracy by hand on 256 unseen images is {percent(correct, 256)}.")
-    print("Look at: vit_by_hand, above this function in examples.py. That is a whole ViT.")
+    print("Look at: vit_by_hand, above this function in examples.py, which is a whole ViT.")
     classes = [model.preprocessing.class_names[i] for i in theirs.argmax(1)]
     return plot_images([_to_picture(image) for image in images[:8]], classes[:8])
 
@@ -226,7 +227,7 @@ def variants():
         print(f"  {name:<18} D {config.embed_dim:>4}  blocks {config.depth:>2}  heads {config.n_heads:>2}  "
               f"patch {config.patch_size:>2}  {counts[name]:>11,} parameters")
     ratio = counts["vit_base"] / counts["384 wide, 24 deep"]
-    print(f"Look at: the last one is twice as deep as vit_base and half as wide. vit_base has {ratio:.1f} times as "
+    print(f"Look at: the last model is twice as deep as vit_base and half as wide. vit_base has {ratio:.1f} times as "
           f"many parameters, because a block has about 12 D^2.")
     return plot_bars({"million parameters, 1000 classes": {n: c / 1e6 for n, c in counts.items()}})
 
@@ -243,8 +244,8 @@ def first_training():
     history = trainer.train(train_loader, val_loader, n_epochs=2, learning_rate=2e-3, progress=sys.stderr.isatty())
     correct = round(history["val_acc"][-1] * val_loader.n_images)
     print(f"After {time.perf_counter() - started:.0f} s, the accuracy is {percent(correct, val_loader.n_images)} on "
-          f"{val_loader.n_images} validation images. Guessing gives 10%.")
-    print("Look at: is the loss still falling at the end? python train_vit.py trains longer.")
+          f"{val_loader.n_images} validation images. Guessing reaches 10%.")
+    print("Look at: is the loss still falling at the end? To train longer, run python train_vit.py.")
     return plot_training_curves(history)
 
 
@@ -266,7 +267,7 @@ def transfer():
         results[name] = (score["acc"], *wilson_interval(score["correct"], score["n"]))
         print(f"  backbone {name}: accuracy {percent(score['correct'], score['n'])} on 1,000 test images; "
               f"{count_parameters(model, trainable_only=True):,} of {count_parameters(model):,} parameters trained")
-    print("Look at: do features that were learned for one task help with another? Guessing gives 50%.")
+    print("Look at: do features that were learned for one task help with another? Guessing reaches 50%.")
     return plot_bars({"test accuracy, 95% interval": results})
 
 
@@ -274,7 +275,7 @@ def transfer():
 
 
 def attention_map():
-    """Show attention maps: where the patches of four photographs look in a trained ViT, block by block."""
+    """Show attention maps: what the patches of four photographs attend to in a trained ViT, block by block."""
     model = load("vit_nano_cifar10")  # its head reads the mean of the patches, so the rows are means over them
     images = prepare_images(sample_photographs(), model)  # (4, 3, 32, 32)
     trained = attention_maps(model, images)  # (L, 4, H, 65, 65)
@@ -283,9 +284,9 @@ def attention_map():
         entropy = -(maps * maps.clamp_min(1e-12).log()).sum(-1)  # (L, 4, H, 65), in nats
         counts = ", ".join(f"{n:.0f}" for n in entropy.mean(dim=(1, 2, 3)).exp())
         print(f"  {name}: a token attends to about {counts} of 65 tokens, block by block")
-    print("  (1: to a single token; 65: to all alike. It is the exponential of the mean entropy of the rows.)")
+    print("  (1 means a single token, 65 all tokens equally. This is the exponential of the mean entropy of the rows.)")
     print("Look at: the bright patches get the most attention from the patches that the head reads.")
-    print("This model knows only ten classes: it must assign an astronaut and a cup of coffee to one of them.")
+    print("This model has only ten classes, so it must assign even an astronaut and a cup of coffee to one of them.")
     return visualize_attention_grid(model, images)
 
 
@@ -322,20 +323,20 @@ def _to_picture(image):
 
 DEMOS = {demo.__name__: demo for demo in (patches, attention, heads, positions, cls_token, whole_vit, variants,
                                           first_training, transfer, attention_map, hybrid)}
-TRAINS = ("first_training", "transfer")  # a dry run leaves these out
+TRAINS = ("first_training", "transfer")  # a dry run skips these
 
 
 # ---- The commands -----------------------------------------------------------------------------------------
 
 
 def _run_quiz(argv):
-    OneLineParser(prog="examples.py quiz", description="Guess first, then see the result measured.").parse_args(argv)
+    OneLineParser(prog="examples.py quiz", description="Guess first, then see the measured result.").parse_args(argv)
     torch.manual_seed(0)
     ask()
 
 
 def _run_exercise(argv):
-    parser = OneLineParser(prog="examples.py exercise", description="Write a part of a ViT and have it checked.")
+    parser = OneLineParser(prog="examples.py exercise", description="Write a part of a ViT and check it.")
     parser.add_argument("name", choices=list(EXERCISES), help="the exercise, one of %(choices)s", metavar="NAME")
     parser.add_argument("--file", help="the file to fill in, with a name that ends in .py (default: "
                                        "<name>_exercise.py)")
@@ -377,7 +378,7 @@ def main(argv=None):
     parser.add_argument("--list", action="store_true", help="list the demos")
     parser.add_argument("--only", metavar="NAME", help="run one demo")
     parser.add_argument("--output-dir", default="figures", help="where to save the figures (default: %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="leave out the two demos that train")
+    parser.add_argument("--dry-run", action="store_true", help="skip the two demos that train")
     options = parser.parse_args(argv)
     if options.list:
         for name, demo in DEMOS.items():
@@ -392,7 +393,7 @@ def main(argv=None):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make --output-dir {folder} ({error.strerror}); choose another folder") from error
+        raise InputError(f"cannot create --output-dir {folder} ({error.strerror}); choose another folder") from error
     started = time.perf_counter()
     for name in names:
         print(f"\n{name}: {DEMOS[name].__doc__}")

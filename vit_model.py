@@ -1,6 +1,6 @@
 """The Vision Transformer (ViT) of Dosovitskiy et al., "An Image is Worth 16x16 Words" (ICLR 2021).
 
-Read this file beside the paper. The model comes first, down to "Parts of the model"; its configuration and its
+Read this file alongside the paper. The model comes first, down to "Parts of the model"; its configuration and its
 variants follow.
 
     Paper                In words                                   Code
@@ -9,7 +9,7 @@ variants follow.
     Sec. 3.1             the MLP: two layers with a GELU            MLP
     Sec. 3.1, Eq. 2, 3   an encoder block                           TransformerBlock
     Sec. 3.1, Eq. 1, 4   the whole model                            VisionTransformer
-    Sec. 3.2             fine-tuning at another resolution          resize_positions
+    Sec. 3.2             fine-tuning at a different resolution      resize_positions
     Table 1              ViT-Base and ViT-Large                     VARIANTS
 
 Parameters have timm's names (blocks.0.attn.qkv.weight, ...), so state dicts can be exchanged with timm. Dropout follows
@@ -41,7 +41,7 @@ class PatchEmbedding(nn.Module):
     Parameters
     ----------
     img_size, patch_size : int or (int, int), optional
-        Side, or (height, width), in pixels. The patch must divide the image.
+        Side, or (height, width), in pixels. The image size must be divisible by the patch size.
     in_channels, embed_dim : int, optional
         C and D.
     """
@@ -70,7 +70,7 @@ class MultiHeadAttention(nn.Module):
     Parameters
     ----------
     embed_dim, n_heads : int
-        D and H. H must divide D.
+        D and H. D must be divisible by H.
     dropout : float, optional
         Dropout rate after the output projection.
     qk_norm : bool, optional
@@ -89,7 +89,7 @@ class MultiHeadAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, return_attention=False, n_query_tokens=None):
-        """Return tokens (B, n, D), and on request the maps A (B, H, n, N), whose rows sum to one."""
+        """Return tokens (B, n, D), and with return_attention the maps A (B, H, n, N), whose rows sum to one."""
         qkv = self.qkv(x).unflatten(2, (3, self.n_heads, -1))  # (B, N, 3, H, K)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, K)                             Eq. 5
         q, k = self.q_norm(q[:, :, :n_query_tokens]), self.k_norm(k)  # (B, H, n, K), (B, H, N, K)
@@ -125,7 +125,7 @@ class MLP(nn.Module):
 class TransformerBlock(nn.Module):
     """One encoder block: attention mixes the tokens, then the MLP mixes the channels within each token.
 
-    (B, N, D) -> (B, n, D). Each of the two is a residual branch: LayerNorm, then the layer, then add the input.
+    (B, N, D) -> (B, n, D). Both are residual branches: apply LayerNorm and the layer, then add the input.
 
     Parameters
     ----------
@@ -149,7 +149,7 @@ class TransformerBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x, return_attention=False, n_query_tokens=None):
-        """Return tokens (B, n, D), and on request the attention maps (B, H, n, N)."""
+        """Return tokens (B, n, D), and with return_attention the maps (B, H, n, N)."""
         mixed = self.attn(self.norm1(x), return_attention, n_query_tokens)  # (B, n, D)
         mixed, attention = mixed if return_attention else (mixed, None)
         x = x[:, :n_query_tokens] + self.drop_path(self.ls1(mixed))  # (B, n, D)             Eq. 2
@@ -163,7 +163,7 @@ class VisionTransformer(nn.Module):
     Parameters
     ----------
     *args, **options
-        The fields of ViTConfig, in its order.
+        The fields of ViTConfig, in order.
 
     Raises
     ------
@@ -177,7 +177,7 @@ class VisionTransformer(nn.Module):
     torch.Size([2, 10])
     """
 
-    preprocessing = None  # size, mean and std of its images (vit_bridge.preprocessing), set by training and loading
+    preprocessing = None  # how to prepare its images (vit_bridge.preprocessing); training and loading set it
 
     def __init__(self, *args, **options):
         super().__init__()
@@ -232,7 +232,7 @@ class VisionTransformer(nn.Module):
         return (x, maps) if return_attention else x
 
     def forward_head(self, x, pre_logits=False):
-        """Return the logits (B, n_classes) of tokens (B, N, D), or the head's input with pre_logits=True."""
+        """Return the logits (B, n_classes) for tokens (B, N, D), or with pre_logits=True the head's input."""
         x = x[:, 0] if self.config.pool == "cls" else x[:, self.n_prefix_tokens:].mean(dim=1)  # (B, D)
         x = self.fc_norm(x)
         return x if pre_logits else self.head(x)  # (B, n_classes)
@@ -252,7 +252,7 @@ class VisionTransformer(nn.Module):
         return torch.cat([cls, registers, patches], dim=1)  # (B, N, D)
 
     def positions_at(self, size):
-        """Return the positions for images of this size, resampled if any_size allows other sizes."""
+        """Return the positions for images of this size, fitted to their grid if any_size is set."""
         embed = self.patch_embed
         if self.pos_embed is None or tuple(size) == embed.img_size:
             return self.pos_embed
@@ -262,8 +262,8 @@ class VisionTransformer(nn.Module):
         """Set `pos_embed`: a parameter, a fixed buffer, or None.
 
         Its shape is (1, 1 + n_patches, D), with CLS first. With registers it is (1, n_patches, D), for the patches
-        only, as in timm's DINOv2 models with registers. That loses nothing: a position of CLS can be added to
-        `cls_token` once, and loading DINOv2's own files does so.
+        only, as in timm's DINOv2 models with registers. No information is lost: the position of CLS can be added to
+        `cls_token` once, as is done when DINOv2's own files are loaded.
         """
         D, n_positions = self.cls_token.shape[-1], self.patch_embed.n_patches + (self.reg_token is None)
         if position == "learned":
@@ -292,9 +292,9 @@ class VisionTransformer(nn.Module):
 
     @property
     def any_size(self):
-        """Whether the model takes images of every size that its patch divides; False by default.
+        """Whether the model accepts any image size that is a multiple of the patch size; False by default.
 
-        The positions are then resampled in each forward pass. resize_positions changes the model itself instead.
+        If so, each forward pass fits the positions to the images. resize_positions changes the model itself instead.
         """
         return self.patch_embed.any_size
 
@@ -307,22 +307,22 @@ class VisionTransformer(nn.Module):
 
 
 def head_width(embed_dim, n_heads):
-    """Return K, the width of one head. Raises InputError if the heads do not divide the width."""
+    """Return K, the width of one head. Raises InputError if D is not divisible by the number of heads."""
     if n_heads < 1 or embed_dim % n_heads:
         raise InputError(f"embed_dim {embed_dim} is not divisible by n_heads {n_heads}; choose n_heads among its "
                          f"divisors")
     return embed_dim // n_heads
 
 
-# {(device, type): the longest sequences, without and with gradients, for which attend uses the explicit softmax}.
-# Measured with ViT-Tiny/16 on 2 cores with AVX512-BF16, as the time of torch's fused kernel over that of the softmax.
-# Without gradients it is 0.98 at 577 tokens and 0.83 at 1,025. With gradients it is 1.55 at 577, 1.39 at 1,025 and
-# 1.33 at 1,601, but there the maps would fill the memory.
+# {(device, dtype): the longest sequences, without and with gradients, for which attend uses the explicit softmax}.
+# They follow from the time of torch's fused kernel divided by the time of the softmax, measured with ViT-Tiny/16 on
+# 2 cores with AVX512-BF16. Without gradients this ratio is 0.98 at 577 tokens and 0.83 at 1,025. With gradients it is
+# 1.55 at 577, 1.39 at 1,025 and 1.33 at 1,601, but at that length the maps would fill the memory.
 MATH_ATTENTION_MAX_TOKENS = {("cpu", torch.bfloat16): (512, 1024)}
 
 
 def attend(q, k, v, return_attention=False):
-    """Return softmax(q k^T / sqrt(K)) v, and the softmax itself on request (Eq. 6 and 7).
+    """Return softmax(q k^T / sqrt(K)) v, and with return_attention the softmax itself (Eq. 6 and 7).
 
     Parameters
     ----------
@@ -338,8 +338,8 @@ def attend(q, k, v, return_attention=False):
 
     Notes
     -----
-    If nobody needs the maps, torch's fused kernel computes the same result without storing an n x N matrix.
-    MATH_ATTENTION_MAX_TOKENS holds the cases in which it is slower.
+    If the maps are not needed, torch's fused kernel computes the same result without storing an n x N matrix.
+    MATH_ATTENTION_MAX_TOKENS lists the cases in which this kernel is slower.
     """
     most = MATH_ATTENTION_MAX_TOKENS.get((q.device.type, q.dtype), (0, 0))[q.requires_grad]
     if not return_attention and k.shape[2] > most:
@@ -350,13 +350,13 @@ def attend(q, k, v, return_attention=False):
 
 
 def is_hooked(module):
-    """Return whether a module, or one inside it, has a hook: hooks should see every token."""
+    """Return whether a module or any of its submodules has a hook, because hooks should see every token."""
     return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
                for m in module.modules())
 
 
 class LayerScale(nn.Module):
-    """A learned factor for each channel of a residual branch, which starts small: (..., D) -> (..., D).
+    """A learned factor, small at first, for each channel of a residual branch: (..., D) -> (..., D).
 
     Touvron et al. 2021, "Going deeper with Image Transformers" (CaiT), Eq. 3.
     """
@@ -370,7 +370,7 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: training drops a residual branch for a whole image with probability `rate`.
+    """Stochastic depth: in training, each image skips a residual branch with probability `rate`.
 
     Branches that are kept are multiplied by 1 / (1 - rate), so the expected value stays the same.
     Huang et al. 2016, "Deep Networks with Stochastic Depth".
@@ -399,8 +399,8 @@ def drop_path_rates(last, depth):
 def sincos_positions(grid_size, embed_dim):
     """Return fixed two-dimensional positions (1, 1 + rows * columns, D), as in MAE (He et al. 2022).
 
-    CLS has the position zero. The first half of the channels encodes the column and the second half the row. Each half
-    holds D / 4 sines, then D / 4 cosines, with frequencies from 1 down to almost 1 / 10000 radians per patch.
+    The position of CLS is zero. The first half of the channels encodes the column and the second half the row. Each
+    half holds D / 4 sines, then D / 4 cosines, with frequencies from 1 down to almost 1 / 10000 radians per patch.
     """
     rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid_size), indexing="ij")
     frequencies = 10000.0 ** -(torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim // 4))  # (D / 4)
@@ -413,14 +413,14 @@ def pair(size, name="img_size"):
     """Return a side, or (height, width), as (height, width). Raises InputError for anything else."""
     sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(sides) != 2:
-        raise InputError(f"{name} {size!r} has {len(sides)} numbers; give one side, or (height, width)")
+        raise InputError(f"{name} {size!r} has {len(sides)} numbers; pass one side, or (height, width)")
     for side in sides:
         check_int(name, side, 1)
     return sides
 
 
 def grid_of(img_size, patch_size):
-    """Return the number of patches along (height, width); the patch must divide the image."""
+    """Return the number of patches along (height, width). Raises InputError unless both are whole numbers."""
     for side, patch in zip(img_size, patch_size, strict=True):
         if side % patch:
             near = max(patch, round(side / patch) * patch)
@@ -468,12 +468,12 @@ def initialise(model):
 
 @torch.no_grad()
 def mimic_trained_attention(model):
-    """Give the attention weights of a new model the structure that they have in trained ViTs.
+    """Initialise attention weights with the structure that they have in trained ViTs.
 
     In trained ViTs, W_q^T W_k of a head is close to a multiple of the identity I, and W_proj W_v to a negative
-    multiple. Here the first starts as 0.7 Z + 0.7 I (reduced to rank K, which is all that a head can hold) and the
-    second as 0.4 Z - 0.4 I, where Z is normal with variance 1 / D. Learned positions start as sincos_positions. So each
-    token first attends to tokens with similar content and nearby positions.
+    multiple. Here the first starts as 0.7 Z + 0.7 I (reduced to rank K, the highest rank that a head can have) and the
+    second as 0.4 Z - 0.4 I, where Z is normal with variance 1 / D. Learned positions start as sincos_positions. At
+    first, each token therefore attends to tokens with similar content and nearby positions.
 
     Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers", Sec. 4.
     """
@@ -498,7 +498,7 @@ def mimic_trained_attention(model):
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Everything that it takes to build a model again: VisionTransformer(**vars(config)).
+    """Everything needed to rebuild a model: VisionTransformer(**vars(config)).
 
     Parameters
     ----------
@@ -522,13 +522,13 @@ class ViTConfig:
     drop_path : float
         Stochastic depth: the drop rate of the last block, in [0, 1). Earlier blocks have lower rates (drop_path_rates).
     position : {"learned", "sincos", "none"}
-        Learned positions, as in the paper; fixed ones (sincos_positions); or none, so that the model cannot see the
-        order of the patches.
+        Learned positions, as in the paper; fixed positions (sincos_positions); or none, so that the order of the
+        patches has no effect on the logits.
     n_registers : int
         Number of extra learned tokens after CLS. They belong to no patch, and no head reads them (Darcet et al. 2024,
         "Vision Transformers Need Registers").
     layer_scale : float or None
-        Initial value of a learned factor on each channel of a residual branch. None leaves the factors out. CaiT
+        Initial value of a learned factor on each channel of a residual branch. None omits the factors. CaiT
         chooses 0.1, 1e-5 or 1e-6 by depth; DeiT-III uses 1e-4 and DINOv2 1e-5.
     qk_norm : bool
         Whether each head applies a LayerNorm to its queries and its keys (Dehghani et al. 2023, Sec. 2).
@@ -536,10 +536,10 @@ class ViTConfig:
         Added to the variance in every LayerNorm: 1e-6 in the released code, timm and torchvision, 1e-12 in the ViT of
         transformers.
     init : {"xavier", "mimetic"}
-        Weights of a new model: those of the released code (initialise), or mimic_trained_attention.
+        Initial weights: as in the released code (initialise), or with mimic_trained_attention on top.
     fc_norm : bool
         Whether the last norm comes after the mean over the patches instead of before it, as in MAE's fine-tuned models
-        and in timm's with global_pool="avg". Needs pool="mean".
+        and in timm models with global_pool="avg". Needs pool="mean".
 
     Raises
     ------
@@ -613,7 +613,8 @@ def check_positive(name, value):
 def check_choice(name, value, choices, listed_by=None):
     """Raise InputError unless value is one of the choices.
 
-    The message lists up to eight choices. Of more it names the closest, and `listed_by`, the command that lists all.
+    The message lists up to eight choices. If there are more, it names the closest ones and
+    `listed_by`, the command that lists all.
     """
     if value in choices:
         return
@@ -628,7 +629,7 @@ def check_choice(name, value, choices, listed_by=None):
 VisionTransformer.config_class = ViTConfig
 
 # Base and Large come from Table 1 of the paper. Tiny and Small come from DeiT (Touvron et al. 2021, "Training
-# data-efficient image transformers", Table 1). Nano is our own, for images of 32 pixels on a laptop.
+# data-efficient image transformers", Table 1). Nano is our own, for 32-pixel images on a laptop.
 VARIANTS = {
     "vit_nano": ViTConfig(img_size=32, patch_size=4, embed_dim=96, depth=4, n_heads=3),
     "vit_tiny": ViTConfig(embed_dim=192, depth=12, n_heads=3),
@@ -697,7 +698,7 @@ def create_vit_base(n_classes=1000, **overrides):
 def create_vit_large(n_classes=1000, **overrides):
     """Build ViT-L/16 for 224 x 224 images: 304,326,632 parameters with 1,000 classes.
 
-    Table 1 of the paper gives 307M for ViT-Large and does not say what it counts.
+    Table 1 of the paper lists 307M for ViT-Large and does not define what is counted.
     """
     return create_vit("vit_large", n_classes, **overrides)
 
@@ -723,7 +724,7 @@ def resample_positions(positions, old, new):
 
 
 def fitted_positions(model, grid_size):
-    """Return a model's positions for another grid: learned ones resampled, fixed ones computed again."""
+    """Return a model's positions for a different grid: resample learned ones, compute fixed ones again."""
     if model.config.position == "learned":
         return resample_positions(model.pos_embed, model.patch_embed.grid_size, grid_size)
     n_positions = grid_size[0] * grid_size[1] + (model.reg_token is None)
@@ -732,11 +733,11 @@ def fitted_positions(model, grid_size):
 
 @torch.no_grad()
 def resize_positions(model, img_size):
-    """Change a model in place so that it takes images of another resolution (Sec. 3.2).
+    """Change a model in place so that it accepts images of a different resolution (Sec. 3.2).
 
-    The patch size stays, so the number of patches changes. Learned positions are resampled to the new grid, fixed ones
-    are computed again, and the position of CLS stays. `model.pos_embed` becomes a new parameter, so create the
-    optimiser afterwards.
+    The patch size stays the same, so the number of patches changes. Learned positions are resampled to the new grid,
+    fixed ones are computed again, and the position of CLS is kept. `model.pos_embed` becomes a new parameter, so create
+    the optimiser afterwards.
 
     Parameters
     ----------
@@ -752,7 +753,7 @@ def resize_positions(model, img_size):
     Raises
     ------
     InputError
-        If the patch does not divide the new size.
+        If the new size is not divisible by the patch size.
     """
     img_size, embed = pair(img_size), model.patch_embed
     new = grid_of(img_size, embed.patch_size)

@@ -209,7 +209,7 @@ PAGES["docs/concepts.md"] = Page(
         ("2N²D and 12ND², and they are equal at N = 6D tokens", "the products of one block, counted"),
         ("For ViT-Base that is 4,608 tokens", "6 × 768"),
         ("ImageNet's 1.3 million images, and ahead with 300 million", "Dosovitskiy et al. 2021, Sec. 4.1 and Figure 3"),
-        ("a lesson of 90 minutes", "the timetable in lesson.ipynb"),
+        ("a 90-minute lesson", "the timetable in lesson.ipynb"),
     ],
 )
 

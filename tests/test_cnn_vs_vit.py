@@ -205,9 +205,9 @@ def test_cnn_vs_vit_reports_every_error_before_measuring(few, tmp_path, monkeypa
     folder = make_folder(tmp_path / "photos", 16, ("train", "test"))
     two = ["--only", "reach", "convolution"]
     for words, expected in (([*two, "--results-dir", "trials"], "is not a result"),
-                            ([*two, "--results-dir", "file"], "--results-dir file is a file; give the folder"),
+                            ([*two, "--results-dir", "file"], "--results-dir file is a file; choose the folder"),
                             (["--train", *two, "--results-dir", "trials"], "is not a result"),
-                            (["--train", "--results-dir", "file"], "--results-dir file is a file; give the folder"),
+                            (["--train", "--results-dir", "file"], "--results-dir file is a file; choose the folder"),
                             (["--train", "--data-dir", str(folder), "--img-size", "18"], "not divisible by patch")):
         monkeypatch.chdir(tmp_path)
         with pytest.raises(InputError, match=expected):
@@ -317,7 +317,7 @@ def test_compare_on_folder_names_the_images_and_costs(parts, split, tmp_path, ca
     results, (section,) = cv.compare_on_folder(words, tmp_path)
     found = results["verdict"]
     assert found["costs"] == dict(ConvNet=2.0, Hybrid=4.0, ViT=1.0)
-    assert "ViT is the cheapest of them at 1.00 ms per image." in found["finding"]
+    assert "ViT is the cheapest of these at 1.00 ms per image." in found["finding"]
     assert found["controls"]["a linear classifier on the pixels"] == 0.4
     ((caption, (heads, *rows)),) = section.tables
     assert caption.endswith(f" {split} images")
@@ -367,19 +367,19 @@ def test_compare_on_folder_gives_no_mean_to_a_kind_that_learns_or_does_not(tmp_p
 def test_cnn_vs_vit_says_a_stopped_verdict_keeps_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(cv, "compare_on_dataset", lambda *loaders, **run: signal.raise_signal(signal.SIGTERM))
     folder = make_folder(tmp_path / "photos", 16, ("train", "test"))
-    with pytest.raises(Interrupted, match="none of them is saved; give fewer --minutes"):
+    with pytest.raises(Interrupted, match="none of them is saved; use fewer --minutes"):
         cv.main(["--data-dir", str(folder), "--minutes", "1", "--output-dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("words", "expected"), [
-    (["--only", "costs"], "--only 'costs' is unknown"), (["--minutes", "3"], "give --data-dir DIR too"),
-    (["--data-dir", "nowhere"], "--data-dir nowhere does not say what to compare; add --minutes M"),
+    (["--only", "costs"], "--only 'costs' is unknown"), (["--minutes", "3"], "set --data-dir DIR too"),
+    (["--data-dir", "nowhere"], "--data-dir nowhere does not specify what to compare; add --minutes M"),
     (["--train-fractions", "2"], "--train-fractions/--shares: 2"),
     (["--data-dir", "data", "--minutes", "3"], "--data-dir data does not exist"),
     (["--data-dir", "data", "--minutes", "3", "--dry-run"], "--data-dir data does not exist"),
-    (["--data-dir", ".", "--minutes", "3", "--train"], "leave out --train and --only"),
-    (["--data-dir", ".", "--minutes", "3", "--only", "cost"], "leave out --train and --only"),
+    (["--data-dir", ".", "--minutes", "3", "--train"], "remove --train and --only"),
+    (["--data-dir", ".", "--minutes", "3", "--only", "cost"], "remove --train and --only"),
     (["--data-dir", ".", "--train", "--only", "position"], "not with --only position"),
     (["--device", "gpu"], "device 'gpu' is unknown"), (["--img-size", "96"], "a whole number from 8 to 64")])
 def test_cnn_vs_vit_reports_bad_options_in_one_line(words, expected, capsys, tmp_path, monkeypatch):
@@ -456,7 +456,7 @@ def test_run_trials_leaves_out_a_diverging_trial(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(trials_module.Reach, "measure", diverges)
     assert train(["reach"], tmp_path, options("--train")) == dict(reach=[])
-    assert "reach-ViT-0 is left out" in capsys.readouterr().out
+    assert "reach-ViT-0 is skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "change"), [

@@ -52,7 +52,7 @@ def test_vit_by_hand_matches_the_model_in_60_lines():
 @pytest.mark.parametrize(("words", "expected"), [
     (["--only", "swin"], "--only swin is unknown; --list names all demos"),
     (["--only", "head"], "--only head is unknown; did you mean heads? --list names all demos"),
-    (["--output-dir", "file/figures"], "cannot make --output-dir")])
+    (["--output-dir", "file/figures"], "cannot create --output-dir")])
 def test_examples_reports_bad_options_in_one_line(words, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
@@ -114,7 +114,7 @@ def test_exercise_in_another_file_gives_its_own_command(tmp_path, monkeypatch, c
 
 def test_exercise_refuses_a_file_that_is_not_python(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"foo\.txt is not a Python file; give a name that ends in \.py"):
+    with pytest.raises(InputError, match=r"foo\.txt is not a Python file; choose a name that ends in \.py"):
         examples.main(["exercise", "block", "--file", "foo.txt"])
     assert not list(tmp_path.iterdir())
 

@@ -1,6 +1,7 @@
 """Errors for bad input, and the checks that raise them.
 
-InputError and the checks that vit_model.py needs are defined there, so that it works alone; this module passes them on.
+InputError and the checks that vit_model.py needs are defined in that file, so that it works alone. This module
+re-exports them.
 """
 
 import sys
@@ -14,7 +15,7 @@ __all__ = ["Assumption", "InputError", "assume", "check_choice", "check_index", 
 
 
 class Assumption(UserWarning):
-    """A warning that something a file does not record was assumed: what, why, and how to set it."""
+    """A warning that states what was assumed because a file does not record it, and how to set it."""
 
 
 def assume(message):
@@ -29,7 +30,7 @@ def assume(message):
 
 
 def first_line(error):
-    """Return the type and the first sentence of an error, to quote inside another message."""
+    """Return the type and the first sentence of an error, to quote in a message."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0].split('. ')[0]}".rstrip(": ")
 

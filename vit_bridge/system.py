@@ -26,7 +26,7 @@ from vit_bridge.errors import InputError, first_line
 
 
 def write_whole(path, write):
-    """Write a file so that it appears completely or not at all; until then an older file stays.
+    """Write a file so that it appears completely or not at all. An older file stays until the new one is complete.
 
     Parameters
     ----------
@@ -49,12 +49,12 @@ def write_whole(path, write):
         os.replace(part, path)
         _sync_folder(part.parent)
     except (OSError, RuntimeError) as error:
-        # for a full disk torch.save raises an error of its own, with the disk's error as its context
+        # if the disk is full, torch.save raises its own error, with the disk's error as its context
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise InputError(f"cannot write {path} ({getattr(reason, 'strerror', None) or first_line(reason)}); choose a "
                          f"folder that exists, is writable and has free space") from error
     finally:
-        with suppress(OSError):  # after a success it is already gone
+        with suppress(OSError):  # after a success, it no longer exists
             part.unlink()
 
 
@@ -72,7 +72,7 @@ def _sync_folder(folder):
 
 
 def n_processes():
-    """Return how many processes torchrun, or another launcher, started for this command."""
+    """Return how many processes torchrun or another launcher started for this command."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
@@ -103,7 +103,7 @@ def all_gather_object(value):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A request to stop by a signal. Its text says what to do next."""
+    """A request, sent as a signal, to stop. Its text says what to do next."""
 
     def __init__(self, number, text=""):
         super().__init__(text)
@@ -200,7 +200,7 @@ INSTRUCTIONS = dict(amx_bf16="AMX", avx512_bf16="AVX512-BF16", avx512f="AVX512",
 
 
 def machine(device="cpu"):
-    """Describe the computer in words: CPU, cores and system; with device="cuda" also the GPU."""
+    """Describe the computer in words: CPU, cores and system, and with device="cuda" also the GPU."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -218,7 +218,7 @@ def machine(device="cpu"):
 def commit():
     """Return the short hash of the checked-out commit, or "unknown" outside a git checkout.
 
-    It ends in -dirty if a tracked file differs from the commit; the measured results do not count.
+    It ends in -dirty if a tracked file differs from the commit. Measured results and figures are ignored.
     """
     def git(*words):
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)

@@ -277,7 +277,7 @@ def test_capture_takes_another_size_where_allowed(build):
 @pytest.mark.parametrize(("images", "words"), [
     (torch.zeros(3, 14, 15), "expected"), (torch.zeros(1, 3, 28, 15), r"(expected 14x15|expected \(B, 3, 14, 15\))"),
     (torch.zeros(1, 1, 14, 15), "expected"), ([torch.zeros(3, 14, 15)], "as a list"),
-    (torch.zeros(0, 3, 14, 15), r"\(0, 3, 14, 15\), in which there is no image"),
+    (torch.zeros(0, 3, 14, 15), r"\(0, 3, 14, 15\), which contains no image"),
     (torch.zeros(1, 3, 14, 15, dtype=torch.uint8), "got images of torch.uint8")])
 def test_capture_refuses_images_that_do_not_fit(build, images, words):
     with pytest.raises(InputError, match=rf"\A[^\n]*{words}[^\n]*\Z"):
@@ -351,7 +351,7 @@ def test_capture_gives_inference_mode_models_maps_without_gradients():
 def test_capture_refuses_a_timm_hybrid():
     model = timm_vit()
     model.patch_embed.proj = nn.Identity()
-    with pytest.raises(InputError, match="makes its tokens in another way"):
+    with pytest.raises(InputError, match="does not make its tokens by one projection"):
         r.capture(model, images_of(1, (15, 15)))
 
 

@@ -691,7 +691,7 @@ def test_explain_refuses_unknown_methods_and_options():
 @pytest.mark.parametrize(("images", "words"), [
     ("x.jpg", "got images as a str; expected a tensor"), (np.zeros((29, 29, 3)), "got images as a ndarray"),
     (torch.zeros(1, 3, 29, 29, dtype=torch.uint8), "got images of torch.uint8"),
-    (torch.zeros(0, 3, 29, 29), "in which there is no image"), (torch.zeros(1, 1, 29, 29), "expected"),
+    (torch.zeros(0, 3, 29, 29), "which contains no image"), (torch.zeros(1, 1, 29, 29), "expected"),
     (torch.zeros(3, 29, 29), "expected")])
 def test_explain_refuses_bad_images_for_a_convnet(images, words):
     model = ConvNet(img_size=29, n_classes=5, widths=(3, 5), depths=(1, 1))
@@ -702,7 +702,7 @@ def test_explain_refuses_bad_images_for_a_convnet(images, words):
 
 def test_compare_explanations_refuses_no_images_or_methods():
     for see in (e.compare_explanations, selfcheck, e.logit_lens):
-        with pytest.raises(InputError, match=r"\A[^\n]*\(0, 3, 14, 15\), in which there is no image[^\n]*\Z"):
+        with pytest.raises(InputError, match=r"\A[^\n]*\(0, 3, 14, 15\), which contains no image[^\n]*\Z"):
             see(vit(), images_of()[:0])
     with pytest.raises(InputError, match=r"\Amethods \(\) is empty; expected at least one of attention, rollout, "):
         e.compare_explanations(vit(), images_of(), methods=())

@@ -141,8 +141,8 @@ def test_attention_distance_finding_follows_the_numbers():
             {"A": {"trained": [trained], RANDOM: [random], "uniform": 16.5}})
 
     assert finding([2.0, 15.0], [8.0, 8.2]) == (
-        "The nearest head of the first block looks 2.0 pixels far in A (uniform attention: 16.5). Compared with random "
-        "weights, heads of clearly different distances appear in A.")
+        "The mean attention distance of the nearest head in the first block is 2.0 pixels in A (uniform attention: "
+        "16.5). Compared with random weights, heads with clearly different distances appear in A.")
     assert finding([8.0, 8.2], [8.0, 8.2]).endswith("appear in no model.")
 
 
@@ -171,9 +171,9 @@ def position_data(n=1000, **models):
 def test_position_finding_follows_the_numbers():
     finding = EXPERIMENTS["position"].finding
     assert finding(position_data(A=(0.9, 0.4, 0.5, 0.2), B=(0.5, 0.8, 0.5, 0.9))) == (
-        "The largest share of predictions survives in A if the image moves, in B if 75% of the ViT's own patches are "
-        "shuffled, in A and B (a tie) if the shuffled grid is moved by half a patch, and in B (the only one above "
-        "guessing) if the patches are hidden.")
+        "Shifting the image leaves the largest fraction of predictions unchanged in A. The largest fraction of correct "
+        "predictions stays correct in B if 75% of the ViT's own patches are shuffled, in A and B (a tie) if the "
+        "shuffled grid is moved by half a patch, and in B (the only one above guessing) if the patches are hidden.")
     few = finding(position_data(50, A=(0.9, 0.5, 0.5, 0.5), B=(0.88, 0.6, 0.5, 0.5)))
     assert few.count("(a tie)") == 4
 
@@ -266,7 +266,7 @@ def test_convolution_experiment_reproduces_convolutions_by_attention(measured):
     assert len(data["rows"]) == 4  # all but the strided one
     assert max(row["difference"] for row in data["rows"]) < 1e-5
     assert min(row["unset"] for row in data["rows"]) > 0.1
-    assert "gives the same numbers" in EXPERIMENTS["convolution"].finding(data)
+    assert "produces the same numbers" in EXPERIMENTS["convolution"].finding(data)
     data["rows"][0]["difference"] = 0.1
     assert "differs from it by up to 1.0e-01" in EXPERIMENTS["convolution"].finding(data)
     for i, head in enumerate(data["maps"]):  # around the pixel in the middle of 9 x 9

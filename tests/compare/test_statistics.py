@@ -415,11 +415,11 @@ def test_bands_are_of_all_seeds():
 
 @pytest.mark.parametrize(("values", "half", "words"), [
     (dict(A=0.9, B=0.8, C=0.5), 0.05, "A is ahead of B by 10.0 points (95% interval 5.0 to 15.0)"),
-    (dict(A=0.9, B=0.88), 0.05, "A and B cannot be told apart"),
+    (dict(A=0.9, B=0.88), 0.05, "A and B cannot be distinguished"),
     (dict(A=0.9, B=0.88, C=0.5), 0.05,
-     "A and B cannot be told apart; C is behind by 40.0 points (95% interval 35.0 to 45.0)"),
+     "A and B cannot be distinguished; C is behind by 40.0 points (95% interval 35.0 to 45.0)"),
     (dict(A=0.9, B=0.88, C=0.5, D=0.4), 0.05,
-     "A and B cannot be told apart; C and D are behind, the closest by 40.0 points (95% interval 35.0 to 45.0)"),
+     "A and B cannot be distinguished; C and D are behind, the closest by 40.0 points (95% interval 35.0 to 45.0)"),
     (dict(A=1.0, B=0.0), 0.2, "A is ahead of B by 100.0 points (95% interval 80.0 to 100.0)")])
 def test_describe_ranking_puts_a_ranking_in_words(values, half, words):
     ranking = st.rank(values, dict.fromkeys(values, half))

@@ -173,7 +173,7 @@ def test_reach_finding_follows_the_numbers():
     assert finding(reach_trials(dict(ViT=(99, 55), ConvNet=(98, 97)))).startswith("ViT loses the most accuracy")
     assert "loses more than 5 points" in finding(reach_trials(dict(ViT=(98, 97), ConvNet=(99, 96))))
     alike = finding(reach_trials({"ViT": (99, 55), "Hybrid": (98, 97), "ConvNet": (99, 54)}))
-    assert alike == "ConvNet and ViT lose up to 45 points as the marks move apart, and cannot be told apart."
+    assert alike == "ConvNet and ViT lose up to 45 points as the marks move apart, and cannot be distinguished."
     partly = finding(reach_trials(dict(ViT=(51, 50), ConvNet=(99, 55))))
     assert partly.endswith("receptive field of 25 pixels. ViT did not learn the task.")
     assert "No model learned the task" in finding(reach_trials(dict(ViT=(50, 49), ConvNet=(52, 55))))
@@ -212,8 +212,8 @@ def data_trials(levels):
 def test_data_efficiency_finding_follows_the_numbers():
     finding = le.TRAINING_EXPERIMENTS["data"].finding
     assert finding(data_trials(dict(ViT=(300, 800), ConvNet=(400, 801)))) == (
-        "With 100 images, ConvNet is ahead of ViT by 10.0 points; with 9,000 images, ConvNet and ViT cannot be told "
-        "apart.")
+        "With 100 images, ConvNet is ahead of ViT by 10.0 points; with 9,000 images, ConvNet and ViT cannot be "
+        "distinguished.")
     assert finding(data_trials(dict(ViT=(400, 900), ConvNet=(300, 800)))).endswith("images, ViT is ahead.")
 
 
@@ -233,7 +233,7 @@ def test_data_efficiency_finding_ranks_no_kind_alone():
 
 def test_data_efficiency_finding_ties_a_single_seed():
     trials = [one for one in data_trials(dict(ViT=(300, 300), ConvNet=(900, 900))) if one["seed"] == 0]
-    assert le.TRAINING_EXPERIMENTS["data"].finding(trials).count("cannot be told apart") == 2
+    assert le.TRAINING_EXPERIMENTS["data"].finding(trials).count("cannot be distinguished") == 2
     one_number = [trial for trial in trials if trial["n_images"] == 100]
     assert le.TRAINING_EXPERIMENTS["data"].finding(one_number).count("images") == 1
 
@@ -291,8 +291,8 @@ def test_summarise_names_a_winner_or_none():
     assert first.startswith("ConvNet is ahead of Hybrid by 30.0 points (95% interval ")
     rows = rows_of(dict(ConvNet=285, Hybrid=284, ViT=100))
     text = le.summarise(rows, dict(ConvNet=2.0, Hybrid=0.5, ViT=0.1))
-    assert text.startswith("No winner: ConvNet and Hybrid cannot be told apart; ViT is behind by 46.2 points")
-    assert "Hybrid is the cheapest of them at 0.50 ms per image." in text
+    assert text.startswith("No winner: ConvNet and Hybrid cannot be distinguished; ViT is behind by 46.2 points")
+    assert "Hybrid is the cheapest of these at 0.50 ms per image." in text
     few = le.summarise(rows_of(dict(ConvNet=2, ViT=0), n=2))
     assert few == "No winner: 2 images are too few; at least 20 are needed."
 
@@ -337,7 +337,7 @@ def test_summarise_names_diverged_trainings():
     rows = rows_of(dict(ConvNet=360, Hybrid=240, ViT=200))
     assert "diverged" not in le.summarise(rows)
     rows["ViT"][1] |= dict(diverged=True, right=[False] * 400, accuracy=0.0)
-    assert le.summarise(rows).endswith("1 of 3 trainings of ViT diverged and count as 0%.")
+    assert le.summarise(rows).endswith("1 of 3 training runs of ViT diverged and count as 0%.")
 
 
 def test_caveats_are_those_that_hold():

@@ -121,7 +121,7 @@ def show_to(model, mean, std):
 
 @pytest.mark.parametrize(("mean", "std", "words"), [
     (0.5, 0.2, r"mean 0\.5 [^\n]*expected a finite number for each channel"),
-    ([0.5], [0.2], r"model\.preprocessing has a mean and std for 1 channels, [^\n]*takes 3; set model\.preprocessing"),
+    ([0.5], [0.2], r"model\.preprocessing has a mean and std for 1 channels, [^\n]*expects 3; set model"),
     ((0.5,) * 3, (0.2, 0.0, 0.2), r"std \(0\.2, 0\.0[^\n]*expected a finite number above 0 for each channel"),
     ((0.5,) * 3, [0.2] * 4, r"mean \(0\.5, [^\n]* and std \(0\.2, [^\n]* have 3 and 4 numbers; pass one"),
     ((0.5, 0.5, np.nan), (0.2,) * 3, r"mean \(0\.5, 0\.5, nan\)"), ("dark", (0.2,) * 3, "mean 'dark'")])
@@ -136,7 +136,7 @@ def test_adapt_gives_one_channel_models_one_mean_and_std():
     model.preprocessing = Preprocessing(SIZE, [0.5], [0.25])
     assert statistics_of(model) == ((0.5,), (0.25,))
     model.preprocessing = Preprocessing(SIZE)
-    with pytest.raises(InputError, match="mean and std for 3 channels, but the model takes 1"):
+    with pytest.raises(InputError, match="mean and std for 3 channels, but the model expects 1"):
         statistics_of(model)
 
 

@@ -192,11 +192,11 @@ def test_stub_says_all_numbers_are_float64(name, first):
 @pytest.mark.parametrize(("body", "words"), [
     ("return q.transpose(0, 1) @ k", "it fails: line 5: RuntimeError: "),
     ("q += k; return q @ k.mT @ v", "it fails: line 5: RuntimeError: a leaf Variable"),
-    ("q += k; return q @ k.mT @ v", " (do not change a tensor in place, as x += y does; write x = x + y)"),
+    ("q += k; return q @ k.mT @ v", " (do not modify a tensor in place, as x += y does; write x = x + y)"),
     ("w = (q @ k.mT / q.shape[-1] ** 0.5).exp(); w /= w.sum(-1, keepdim=True); return w @ v",
      "the values are right, but backward fails: RuntimeError: one of the variables needed for gradient "),
     ("w = (q @ k.mT / q.shape[-1] ** 0.5).exp(); w /= w.sum(-1, keepdim=True); return w @ v",
-     "expected version 0 instead. (do not change a tensor in place, as x += y does; write x = x + y)"),
+     "expected version 0 instead. (do not modify a tensor in place, as x += y does; write x = x + y)"),
     ("exit()", "it fails: line 5: this would end Python (sys.exit, exit or quit); remove it"),
     ("raise SystemExit(0)", "it fails: line 5: this would end Python (sys.exit, exit or quit); remove it"),
     ("return q @ (k > 0).mT @ (k > 0)", "it fails: line 5: RuntimeError: "),
@@ -298,10 +298,10 @@ def test_check_file_takes_relative_paths_and_refuses_other_files(tmp_path, monke
     assert e.check_file("attention", "mine.py").words.startswith("it fails: line 2: RuntimeError")
     (tmp_path / "mine").touch()
     for path in ("mine", "."):
-        with pytest.raises(InputError, match=r"is not a Python file; give a name that ends in \.py"):
+        with pytest.raises(InputError, match=r"is not a Python file; choose a name that ends in \.py"):
             e.check_file("attention", path)
     with pytest.raises(InputError, match=r"other\.py does not exist; python examples\.py exercise attention writes"):
         e.check_file("attention", "other.py")
-    with pytest.raises(InputError, match=r"stub\.txt is not a Python file; give a name that ends in \.py"):
+    with pytest.raises(InputError, match=r"stub\.txt is not a Python file; choose a name that ends in \.py"):
         e.write_stub("attention", "stub.txt")
     assert not Path("stub.txt").exists()

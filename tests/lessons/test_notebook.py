@@ -41,14 +41,14 @@ def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.count("not filled in yet") == 5
     assert "does not hold" not in printed
-    assert "gives the same numbers" in printed
+    assert "produces the same numbers" in printed
     assert figures >= 6
     check_shuffled(printed)
 
 
 def check_shuffled(printed):
     """Check the lesson's claims on positions: shuffling its own patches costs the ViT little, other squares most."""
-    line = r"(\d+)% of the squares shuffled: (\d+)% right on its own grid, (\d+)% on the moved grid"
+    line = r"(\d+)% of the squares shuffled: accuracy (\d+)% on its own grid, (\d+)% on the moved grid"
     lines = re.findall(line, printed)
     shares, own, moved = zip(*[map(int, line) for line in lines], strict=True)
     assert shares == (0, 25, 50, 75)
@@ -74,7 +74,7 @@ def test_notebook_claims_about_explanations_hold():
 
 
 def test_notebook_model_is_as_large_as_stated():
-    assert "a ViT of half a million parameters" in " ".join(text for _, text in SECTIONS)
+    assert "a ViT with half a million parameters" in " ".join(text for _, text in SECTIONS)
     assert 0.45e6 < count_parameters(create_vit_nano(n_classes=10)) < 0.55e6
 
 

@@ -81,8 +81,8 @@ def test_accuracy_kept_counts_right_before_and_after(monkeypatch):
 
 
 @pytest.mark.parametrize(("own", "moved", "words"), [
-    (0.89, 0.1, "depend on where its patches are"), (0.95, 0.2, "but it needs the patches whole"),
-    (0.95, 0.94, "nor whole patches")])
+    (0.89, 0.1, "depend on where its patches are"), (0.95, 0.2, "but the patches must stay intact"),
+    (0.95, 0.94, "nor on whether they stay intact")])
 def test_conclude_about_order_follows_the_numbers(own, moved, words):
     assert words in quiz._conclude_about_order(own, moved)
 
@@ -108,7 +108,7 @@ def test_how_far_the_first_block_looks_uses_the_nearest_head():
     place, sentence = quiz._how_far_the_first_block_looks()
     assert numbers_in(sentence, " pixels")[0] == round(nearest, 1)
     between = torch.cdist(*[torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0)) * 4] * 2)  # (n, n)
-    assert f"uniform attention looks {between.mean():.1f} pixels far." in sentence
+    assert f"for uniform attention it is {between.mean():.1f} pixels." in sentence
     assert place == (0 if nearest < 0.5 * between.mean() else 1 if nearest < 0.8 * between.mean() else 2)
 
 

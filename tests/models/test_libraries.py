@@ -259,22 +259,22 @@ def with_kernel():
 
 
 REFUSED = {
-    "two maps a head": (partial(timm_vit, attn_layer="diff", num_heads=2), "attends by DiffAttention, the difference"),
+    "two maps a head": (partial(timm_vit, attn_layer="diff", num_heads=2), "uses DiffAttention, the difference"),
     "two attentions a block": (partial(timm_vit, block_fn=ParallelThingsBlock), "6 attention maps over .* expected 3"),
     "logits of each token": (partial(timm_vit, global_pool=""), r"computes logits for each token \(global_po"),
-    "stem of a CNN": (partial(timm.create_model, "vit_tiny_r_s16_p8_224", img_size=64), "tokens in another way than"),
+    "stem of a CNN": (partial(timm.create_model, "vit_tiny_r_s16_p8_224", img_size=64), "does not make its tokens by"),
     "another head": (lambda: Shifted(SIDE, PATCH, num_classes=CLASSES, embed_dim=D, depth=DEPTH, num_heads=HEADS),
                      r"does not read its last tokens as a timm ViT with this head does \(la"),
     "another kernel": (with_kernel, "this VisionTransformer computed no attention map that could be captured"),
     "pixels as output": (partial(of_transformers, "ViTForMaskedImageModeling", encoder_stride=PATCH),
-                         r"is not supported; pass the ViTModel inside it, its part 'vit'\Z"),
+                         r"is not supported; pass the ViTModel inside it, its module 'vit'\Z"),
     "patches hidden at random": (partial(of_transformers, "ViTMAEModel"), "class ViTMAEModel is not supported; exp"),
     "maps as output": (partial(of_transformers, "Dinov2Backbone"), r"try load\(\)\Z"),
     "a tuple as output": (partial(of_transformers, "ViTModel", return_dict=False), "this ViTModel returns a tuple"),
     "a part of another module": (lambda: nn.Sequential(torchvision_vit(), nn.Linear(CLASSES, 2)),
-                                 r"Sequential is not supported; pass the VisionTransformer inside it, its part '0'\Z"),
+                                 r"not supported; pass the VisionTransformer inside it, its module '0'\Z"),
     "ours in another module": (lambda: nn.ModuleDict({"vit": HybridCNNViT(embed_dim=32, depth=1, img_size=32)}),
-                               "pass the HybridCNNViT inside it, its part 'vit'"),
+                               "pass the HybridCNNViT inside it, its module 'vit'"),
 }
 
 
@@ -304,8 +304,8 @@ HALF, IMAGENET = ((0.5,) * 3, (0.5,) * 3), (IMAGENET_MEAN, IMAGENET_STD)
 
 
 @pytest.mark.parametrize(("build", "numbers", "interpolation", "assumed"), [
-    (MODELS["ViTModel"][0], HALF, "bilinear", "assuming mean 0.5 and std 0.5 (those of Google's"),
-    (MODELS["ViTForImageClassification"][0], HALF, "bilinear", "assuming mean 0.5 and std 0.5 (those of Google's"),
+    (MODELS["ViTModel"][0], HALF, "bilinear", "assuming mean 0.5 and std 0.5 (as in Google's"),
+    (MODELS["ViTForImageClassification"][0], HALF, "bilinear", "assuming mean 0.5 and std 0.5 (as in Google's"),
     (MODELS["DeiTModel"][0], IMAGENET, "bicubic", None), (MODELS["Dinov2Model"][0], IMAGENET, "bicubic", None),
     (MODELS["ViTMSNModel"][0], IMAGENET, "bilinear", None), (torchvision_vit, IMAGENET, "bilinear", None),
     (MODELS["IJepaModel"][0], IMAGENET, "bilinear", "ImageNet's, as in I-JEPA's training"),

@@ -3,8 +3,8 @@
     EXPERIMENTS[name]    an Experiment: measure, draw, finding, tables
     ComparisonSetup      the models and images to measure
 
-The control is the same model with random weights, uniform attention, guessing or a formula. The experiments that train
-their models are in trials.py.
+The control is the same model with random weights, uniform attention, guessing or a formula. trials.py contains the
+experiments that train their models.
 
 Shapes:  N images, S side of an image in pixels, L blocks, H heads, M tokens including the padding.
 """
@@ -54,7 +54,7 @@ from vit_model import pair
 MASS_FRACTIONS = (0.5, 0.9, 0.99)  # of the gradient; we measure the radius that holds each
 HIDDEN = (0.0, 0.125, 0.25, 0.5, 0.75)  # fractions of the patches that are hidden or shuffled
 SIZES, COUNTED_SIZES = (32, 64, 128, 256), (32, 64, 128, 256, 512)  # image sides in pixels: timed, and only counted
-PATCHES, PATCH_SIZE_IMAGE = (4, 8, 16, 32), 128  # patch sizes, and the image size they are compared at
+PATCHES, PATCH_SIZE_IMAGE = (4, 8, 16, 32), 128  # patch sizes, and the image size at which they are compared
 RANDOM, MOVED = "random weights", "shuffled, grid moved"  # keys in results.json
 
 
@@ -71,9 +71,9 @@ class ComparisonSetup:
     labels : Tensor, shape (N,)
         Their classes.
     preprocessing : Preprocessing
-        What the images went through.
+        How the images were preprocessed.
     patch_size : int, optional
-        Side in pixels of the patches to shuffle and hide.
+        Side in pixels of the patches that are shuffled and hidden.
     seconds : float, optional
         Time to spend on each measurement of speed.
     sizes, patches : tuple of int, optional
@@ -105,10 +105,10 @@ class Experiment:
 
     Subclasses define four methods.
 
-    - `measure(setup)` returns the data: plain numbers, as results.json keeps them.
-    - `draw(data, setup)` returns {name: figure}; without a setup, only the figures that the data alone can give.
-    - `finding(data)` says in a sentence or two what was observed.
-    - `tables(data)` returns [(caption, rows)]; the first row holds the column heads.
+    - `measure(setup)` returns the data as plain numbers, in the form stored in results.json.
+    - `draw(data, setup)` returns {name: figure}; without a setup, only the figures that need nothing but the data.
+    - `finding(data)` states in a sentence or two what was observed.
+    - `tables(data)` returns [(caption, rows)]; the first row holds the column headings.
     """
 
     title: str
@@ -130,7 +130,7 @@ class Cost(Experiment):
     def measure(self, setup):
         """Measure parameters, FLOPs, speed and memory of new models for several image sizes and patch sizes.
 
-        Also fit how FLOPs grow: the exponent of the number of pixels.
+        Also fit the growth of the FLOPs: the exponent of the number of pixels.
         """
         data = dict(resolution={}, patch=[], exponents={})
         for name, model in setup.models.items():
@@ -166,11 +166,11 @@ class Cost(Experiment):
             "cost_speed": plot_curves({heading: _against_size(data, key) for heading, key in speeds.items()}, side,
                                       "images per second", log=("x", "y"), title="Speed"),
             "cost_memory": plot_curves({heading: _against_size(data, key) for heading, key in memory.items()}, side,
-                                       "MiB per image", log=("x", "y"), title="Memory besides the weights")}
+                                       "MiB per image", log=("x", "y"), title="Memory in addition to the weights")}
         if data["patch"]:
             panels = {heading: {"ViT": [(row["patch_size"], row[key]) for row in data["patch"]]}
                       for heading, key in speeds.items()}
-            title = f"Speed against patch size, for images of {PATCH_SIZE_IMAGE} pixels"
+            title = f"Speed against patch size, for {PATCH_SIZE_IMAGE}-pixel images"
             figures["cost_patches"] = plot_curves(panels, "patch side (pixels)", "images per second",
                                                   log=("x", "y"), title=title)
         return figures
@@ -188,17 +188,17 @@ class Cost(Experiment):
     def tables(self, data):
         heads = ["", "side (px)", "parameters", "MFLOPs", "images/s", "training", "MiB per image", "training"]
         keys = ("images_per_second", "training_images_per_second", "peak_mib", "training_peak_mib")
-        return [("New models with random weights on one machine; memory is counted besides the weights", [heads] + [
+        return [("New models with random weights on one machine; memory does not include the weights", [heads] + [
             [name, row["size"], f"{row['parameters']:,}", f"{row['flops'] / 1e6:,.1f}",
              *(f"{row[key]:,.4g}" if key in row else "" for key in keys)]
             for name, rows in data["resolution"].items() for row in rows]),
-            ("Exponent of the number of pixels in the FLOPs (convolutions alone: 1; attention alone: 2)",
+            ("Exponent of the number of pixels in the FLOPs (convolutions only: 1; attention products only: 2)",
              [["", "counted", "from the formula"]] + [
                  [name, f"{row['flops']:.2f}", f"{row['formula']:.2f}"] for name, row in data["exponents"].items()])]
 
 
 def _resized(model, **changes):
-    """Return a new model of the same class and configuration except for these changes, with random weights."""
+    """Return a new model of the same class with random weights and this configuration, except for the changes."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         return type(model)(**vars(model.config) | changes).eval()
@@ -216,7 +216,7 @@ def _costs_of(model, size, seconds):
 def _textbook_cost(model, size):
     """Return the textbook count of multiplications, up to a constant factor.
 
-    That is height x width for convolutions, and 12 n D^2 + 2 n^2 D for a block of attention and MLP on n tokens.
+    It is height x width for convolutions, and 12 n D^2 + 2 n^2 D for a block of attention and MLP on n tokens.
     """
     if not model.attends:
         return size**2
@@ -239,8 +239,8 @@ class ReceptiveField(Experiment):
     def measure(self, setup, n_images=32):
         """Measure the radii in pixels that hold MASS_FRACTIONS of the gradient of the centre unit, at every depth.
 
-        Trained models are compared with random weights. Convolutional layers also get the side of their theoretical
-        window.
+        Trained models are compared with random weights. For convolutional layers, the side of the theoretical window is
+        included.
         """
         images, data = setup.images[:n_images], {}
         for name, model in setup.models.items():
@@ -289,7 +289,7 @@ class ReceptiveField(Experiment):
 
 class AttentionDistance(Experiment):
     title = "Attention distance"
-    question = "How far does a patch look in each head?"
+    question = "How far does a patch attend in each head?"
 
     def measure(self, setup, n_images=64):
         """Measure the mean attention distance in pixels, (L, H) for each model, trained and with random weights.
@@ -321,12 +321,13 @@ class AttentionDistance(Experiment):
     def finding(self, data):
         if not data:
             return "None of the models has attention."
-        nearest = join_words(f"{min(rows['trained'][0]):.1f} pixels far in {name}" for name, rows in data.items())
+        nearest = join_words(f"{min(rows['trained'][0]):.1f} pixels in {name}" for name, rows in data.items())
         uniform = join_words(dict.fromkeys(f"{rows['uniform']:.1f}" for rows in data.values()))
         learned = [name for name, rows in data.items()
                    if spread_is_learned(rows["trained"][0], rows[RANDOM][0], rows["uniform"])]
-        return (f"The nearest head of the first block looks {nearest} (uniform attention: {uniform}). Compared with "
-                f"random weights, heads of clearly different distances appear in {join_words(learned) or 'no model'}.")
+        return (f"The mean attention distance of the nearest head in the first block is {nearest} (uniform attention: "
+                f"{uniform}). Compared with random weights, heads with clearly different distances appear in "
+                f"{join_words(learned) or 'no model'}.")
 
     def tables(self, data):
         table = [["", "block", "trained", RANDOM, "trained, CLS as distance 0", "uniform"]]
@@ -401,9 +402,9 @@ class Position(Experiment):
     question = "What happens to the predictions if the image is shifted, or its patches are shuffled or hidden?"
 
     def measure(self, setup, n_images=400, n_shifted=64):
-        """Measure shift consistency, and how many predictions stay correct as patches are shuffled or hidden.
+        """Measure shift consistency, and how many predictions stay correct when patches are shuffled or hidden.
 
-        The ViT's own patches are shuffled, which leaves its tokens whole. The control is the same grid moved by half a
+        The ViT's own patches are shuffled, which leaves its tokens intact. The control is the same grid moved by half a
         patch. For the shifts, the control is the same model with random weights, whose predictions hardly depend on
         the image. Hidden patches are black or filled with the mean.
         """
@@ -438,7 +439,7 @@ class Position(Experiment):
                    "shift_consistency": plot_matrices(maps, list(data["models"]), "fraction of unchanged predictions",
                                                       "shift to the right (pixels)", "shift down (pixels)", most=1,
                                                       centred=True,
-                                                      title="How often the prediction stays when the image moves")}
+                                                      title="Unchanged predictions when the image is shifted")}
         if setup is not None:
             figures["patches_examples"] = _draw_changed_patches(setup)
         return figures
@@ -449,15 +450,16 @@ class Position(Experiment):
         own, moved, hidden = (_describe_kept(*rank_kept(
             {name: (model["correct"][change][0], model["correct"][change][-1]) for name, model in models.items()},
             data["n"], data["classes"])) for change in ("shuffled", MOVED, "hidden, mean"))
-        return (f"The largest share of predictions survives in {_leaders(shifted)} if the image moves, in {own} if "
-                f"{data['shares'][-1]:.0%} of the ViT's own patches are shuffled, in {moved} if the shuffled grid is "
-                f"moved by half a patch, and in {hidden} if the patches are hidden.")
+        return (f"Shifting the image leaves the largest fraction of predictions unchanged in {_leaders(shifted)}. The "
+                f"largest fraction of correct predictions stays correct in {own} if {data['shares'][-1]:.0%} of the "
+                f"ViT's own patches are shuffled, in {moved} if the shuffled grid is moved by half a patch, and in "
+                f"{hidden} if the patches are hidden.")
 
     def tables(self, data):
         heads = ["", "moved as in training", "moved further", f"as in training, {RANDOM}", "unchanged",
                  *(f"{what}, {data['shares'][-1]:.0%}" for what in next(iter(data["models"].values()))["correct"])]
-        return [(f"Moved: predictions that stay, for {data['n_shifted']} images ({data['n_control']} with random "
-                 f"weights). Then: correct predictions of {data['n']}", [heads] + [
+        return [(f"Moved: unchanged predictions, for {data['n_shifted']} images ({data['n_control']} with random "
+                 f"weights). Other columns: correct predictions out of {data['n']}", [heads] + [
             [name, f"{model['consistency']:.0%}",
              "" if model["consistency_beyond"] is None else f"{model['consistency_beyond']:.0%}",
              f"{model[f'consistency, {RANDOM}']:.0%}", model["correct"]["shuffled"][0],
@@ -475,9 +477,9 @@ def _draw_changed_patches(setup, n_images=5):
 
 
 def _consistencies(stays, within):
-    """Return the mean of shift_consistency()'s map over offsets up to `within` pixels, and over those beyond.
+    """Return the mean of shift_consistency()'s map over offsets of up to `within` pixels, and over larger offsets.
 
-    The second is None if there are none.
+    The second is None if there are no larger offsets.
     """
     reach = len(stays) // 2
     inner = stays[reach - within:reach + within + 1, reach - within:reach + within + 1]
@@ -486,7 +488,7 @@ def _consistencies(stays, within):
 
 
 def _describe_kept(ranking, lost):
-    """Say in which models rank_kept() finds that most predictions survive."""
+    """Describe in which models rank_kept() finds that most predictions stay correct."""
     if ranking is None:
         return "no model (all fall to guessing)" if lost else "no model (all guess to begin with)"
     alone = lost and not (ranking.tied or ranking.behind)
@@ -507,8 +509,8 @@ class ConvolutionIsAttention(Experiment):
     def measure(self, setup, side=16):
         """Compare trained convolutions with attention layers that are set to equal them.
 
-        Returns the largest differences for the 3 x 3 convolutions of the first ConvNet among the models, and where the
-        heads of one pixel look. The control is the same attention with a random projection.
+        Returns the largest differences for the 3 x 3 convolutions of the first ConvNet among the models, and the
+        attention maps of one pixel, one for each head. The control is the same attention with a random projection.
         """
         model = next((model for model in setup.models.values() if not model.attends), None)
         convs = [nn.Conv2d(3, 8, 3, padding=1)] if model is None else [
@@ -532,14 +534,14 @@ class ConvolutionIsAttention(Experiment):
         return {"convolution_as_attention": plot_matrices(
             [torch.tensor(head) for head in data["maps"]], [f"head {i + 1}" for i in range(len(data["maps"]))],
             "attention weight", "columns from the pixel", "rows from the pixel", most=1, centred=True, columns=3,
-            title="Nine heads, each fixed on one position of a 3 x 3 kernel")}
+            title="Nine heads, each fixed on one position in a 3 x 3 kernel")}
 
     def finding(self, data):
         worst = max(row["difference"] for row in data["rows"])
         if worst >= 1e-4:
             return f"Attention that is set to equal a convolution differs from it by up to {worst:.1e}."
-        return (f"Attention with nine heads, each fixed on one neighbour, gives the same numbers as a 3 x 3 "
-                f"convolution, to within {worst:.1e}.")
+        return (f"Attention with nine heads, each fixed on one position in the kernel, produces the same "
+                f"numbers as a 3 x 3 convolution, to within {worst:.1e}.")
 
     def tables(self, data):
         return [("Largest difference between attention and convolution", [

@@ -1,4 +1,4 @@
-"""A self-contained HTML page of findings, figures and tables that needs no network and fits a phone.
+"""A self-contained HTML page of findings, figures and tables that works offline and on a phone.
 
     write_report    writes the page
     Section         a title with its question, finding, figures and tables
@@ -40,11 +40,11 @@ class Section:
     Parameters
     ----------
     title, question, finding : str
-        The heading, what is asked, and what was observed.
+        The heading, the question, and what was observed.
     figures : dict
-        {file name without ending: Figure}.
+        {file name without extension: Figure}.
     tables : list
-        (caption, rows); the first row holds the column heads.
+        (caption, rows); the first row holds the column headings.
     note : str
         Where the numbers come from.
     """
@@ -80,7 +80,7 @@ def _section_html(section, number):
 
 
 def _figure_html(name, figure):
-    """Return the figure as a PNG inside the page; its titles become the alternative text."""
+    """Return HTML with the figure embedded as a PNG; its titles become the alternative text."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     titles = [figure.get_suptitle(), *(axes.get_title() for axes in figure.axes)]

@@ -1,8 +1,8 @@
-"""Which model is ahead, and how certain that is.
+"""Rankings of models, and how certain they are.
 
     Ranking                       the best model, those tied with it and those behind; describe_ranking puts it in words
     rank_trainings, rank_samples  rank models tested on the same images, or by one accuracy per seed
-    rank_kept, rank_falls         rank by the accuracy kept on changed images, or lost as a task gets harder
+    rank_kept, rank_falls         rank models by accuracy kept on changed images, or lost on harder tasks
     Noise, power, smallest_lead   how often a lead is found, and the smallest lead that usually is
 
 Shapes:  S seeds, n test images.
@@ -18,7 +18,7 @@ import torch
 from vit_bridge.analysis.metrics import wilson_interval
 from vit_bridge.errors import InputError
 
-MIN_IMAGES = 20  # with fewer test images, no model is named the winner
+MIN_IMAGES = 20  # with fewer test images, no winner is declared
 FOUND = 0.8  # the fraction of comparisons that must find a lead for it to count as the smallest lead
 # Student's t by degrees of freedom: two-sided 5% for three comparisons together (Bonferroni: 5% / 3 each).
 CONFIDENCE = {1: 38.19, 2: 7.649, 3: 4.857, 4: 3.961, 5: 3.534, 6: 3.287, 8: 3.016, 10: 2.870, 15: 2.694, 20: 2.613,
@@ -29,12 +29,12 @@ CONFIDENCE = {1: 38.19, 2: 7.649, 3: 4.857, 4: 3.961, 5: 3.534, 6: 3.287, 8: 3.0
 
 
 def t_quantile(df):
-    """Return the quantile for `df` >= 1; between two entries of CONFIDENCE, the wider one."""
+    """Return the quantile for `df` >= 1; between two entries of CONFIDENCE, return the larger one."""
     return CONFIDENCE[max(known for known in CONFIDENCE if known <= df)]
 
 
 def half_width(parts):
-    """Return half the interval of a sum of parts, each (variance, degrees of freedom), by Welch-Satterthwaite."""
+    """Return half the interval's width for a sum of (variance, degrees of freedom) parts, by Welch-Satterthwaite."""
     variance = sum(part for part, _ in parts)
     df = variance**2 / sum(part**2 / own for part, own in parts)
     return t_quantile(max(1, df)) * math.sqrt(variance)
@@ -46,7 +46,7 @@ def compare_two(first, second):
     Parameters
     ----------
     first, second : list of dict
-        One row per training: `accuracy`, and `right`, n booleans.
+        One row per training run: `accuracy`, and `right`, n booleans.
 
     Returns
     -------
@@ -55,9 +55,9 @@ def compare_two(first, second):
 
     Notes
     -----
-    The variance adds up two parts: between seeds, and between images. The second is the variance over the images of
-    the two models' difference, each model averaged over its seeds. Two images are added, one that only the first model
-    gets right and one that only the second does, so that agreement on a few images proves little.
+    The variance has two parts: between seeds, and between images. The second is the variance, over the images, of the
+    difference between the two models, each averaged over its seeds. Two images are added, one that only the first model
+    classifies correctly and one that only the second does, so that agreement on a few images proves little.
     """
     accuracies = [[row["accuracy"] for row in rows] for rows in (first, second)]
     by_image = [torch.tensor([row["right"] for row in rows]).double().mean(dim=0) for rows in (first, second)]  # (n)
@@ -68,10 +68,10 @@ def compare_two(first, second):
 
 
 def margin(first, second, n, of_images=None):
-    """Return by how much the means of two samples of accuracies may differ by chance.
+    """Return how far the means of two samples of accuracies may differ by chance.
 
-    Chance acts between seeds and between images; each sample counts as if it had its own n images. The margin is
-    infinite if a sample has fewer than two accuracies.
+    Chance includes variation between seeds and between images; each sample is treated as if it had its own n images.
+    The margin is infinite if a sample has fewer than two accuracies.
 
     Parameters
     ----------
@@ -80,8 +80,8 @@ def margin(first, second, n, of_images=None):
     n : int
         Number of test images behind each accuracy.
     of_images : float, optional
-        Variance between images. By default that of an accuracy; for a drop from one accuracy to another, at most
-        0.5 / n.
+        Variance between images. By default it is the variance of an accuracy; for a drop from one accuracy to another,
+        it is at most 0.5 / n.
     """
     if min(len(first), len(second)) < 2:
         return math.inf
@@ -92,9 +92,9 @@ def margin(first, second, n, of_images=None):
 
 
 def variance_of_ratio(before, after, n):
-    """Return the variance of after / before, two counts of correct predictions of n images (delta method).
+    """Return the variance of after / before, two counts of correct predictions on n images (delta method).
 
-    The two counts are treated as if each came from its own images.
+    Each count is treated as if it came from its own images.
     """
     after = max(after, 1)
     return (after / before) ** 2 * ((1 - after / n) / after + (1 - before / n) / before)
@@ -112,7 +112,7 @@ class Noise:
     n_images, n_seeds : int
         n and S.
     spread : float
-        Standard deviation between a model's seeds, beyond what the choice of test images explains.
+        Standard deviation between a model's seeds, beyond the part explained by the choice of test images.
     chance : float
         Variance of one seed's result on an image (1 right, 0 wrong) about the mean of all seeds.
     apart : float
@@ -129,17 +129,17 @@ class Noise:
 def assumed_noise(n_images, n_seeds, spread=0.01, accuracy=0.75):
     """Return the Noise to expect before any training, for an assumed spread and accuracy.
 
-    Each prediction is taken to be right by chance. This is the worst case: in practice, an image that is hard for one
-    seed is mostly hard for the others too.
+    Correct predictions are assumed to be independent between seeds. This is the worst case: in practice, an image that
+    is hard for one seed is usually hard for the others too.
     """
     chance = accuracy * (1 - accuracy)
     return Noise(n_images, n_seeds, spread, chance, 2 * chance / n_seeds)
 
 
 def measured_noise(rows):
-    """Return the Noise of {name: [one row per training]}, averaged over the models and their pairs.
+    """Return the Noise of {name: [one row per training run]}, averaged over the models and their pairs.
 
-    The rows are those of compare_two().
+    The rows have the form used in compare_two().
     """
     right = [torch.tensor([row["right"] for row in own]).double() for own in rows.values()]  # each (S, n)
     n_seeds, n = right[0].shape
@@ -152,8 +152,8 @@ def measured_noise(rows):
 def power(lead, noise, draws=2000):
     """Return how often compare_two() finds a lead of this size, as a fraction of all comparisons.
 
-    The observed lead is taken as normally distributed. The width of its interval depends on the seeds, which are
-    simulated, always with the same draws. The power is 0 with fewer than MIN_IMAGES images or two seeds.
+    The observed lead is assumed to be normally distributed. The width of its interval depends on the seeds, which are
+    simulated, always with the same random numbers. The power is 0 with fewer than MIN_IMAGES images or two seeds.
     """
     n, n_seeds = noise.n_images, noise.n_seeds
     if n < MIN_IMAGES or n_seeds < 2:
@@ -188,8 +188,8 @@ def seeds_that_learned(accuracies, n, guessing):
     """Return which seeds learned, if some clearly did and the others only guess; otherwise None.
 
     Some seeds must be no better than guessing (by the lower end of a Wilson interval), all others must be above
-    learned_level(), and the gap between the two groups must be wider than the range of those that learned. The mean
-    of accuracies that split like this, each from n images, describes no seed.
+    learned_level(), and the gap between the two groups must be wider than the range of those that learned. If
+    accuracies (each from n images) split like this, their mean describes none of the seeds.
     """
     learned = [own for own in accuracies if own >= learned_level(n, guessing)]
     others = [own for own in accuracies if wilson_interval(round(own * n), n)[0] <= guessing]
@@ -212,7 +212,7 @@ class Ranking:
     best : str
         The name with the highest value.
     tied, behind : tuple of str
-        The other names, highest first: those that chance could put ahead, and the rest.
+        The other names, highest first: names whose deficit chance could explain, and the rest.
     values : dict
         The value of each name.
     differences, half_widths : dict
@@ -228,17 +228,17 @@ class Ranking:
 
     @property
     def leaders(self):
-        """The best and all tied with it."""
+        """The best name and all names tied with it."""
         return [self.best, *self.tied]
 
     @property
     def winner(self):
-        """The best, if all others are behind it; None if any is tied or there are no others."""
+        """The best name if all others are behind it; None if any is tied or there are no others."""
         return self.best if self.behind and not self.tied else None
 
 
 def rank(values, half_widths):
-    """Return the Ranking of values by name; `half_widths` belong to each other name's distance from the best."""
+    """Return the Ranking of values by name; `half_widths` are for each other name's distance from the best."""
     best, *others = sorted(values, key=values.get, reverse=True)
     differences = {name: values[best] - values[name] for name in others}
     tied = tuple(name for name in others if differences[name] <= half_widths[name])
@@ -252,7 +252,7 @@ def rank_trainings(rows):
     Parameters
     ----------
     rows : dict
-        {name: [one row per training]}, with the rows of compare_two().
+        {name: [one row per training run]}, with rows as in compare_two().
 
     Returns
     -------
@@ -262,7 +262,7 @@ def rank_trainings(rows):
     Raises
     ------
     InputError
-        For fewer than two models, or fewer than two trainings of a model.
+        For fewer than two models, or fewer than two training runs of a model.
     """
     if len(rows) < 2 or min(map(len, rows.values())) < 2:
         raise InputError("a comparison needs at least two kinds of model and two seeds of each; train the missing ones")
@@ -291,28 +291,28 @@ def rank_shares(shares, n):
 
 
 def rank_speeds(speeds):
-    """Return the Ranking of speeds that were measured once; a gap of up to a tenth of the fastest is a tie."""
+    """Return the Ranking of speeds that were measured once; a gap of up to 10% of the fastest is a tie."""
     return rank(speeds, dict.fromkeys(speeds, 0.1 * max(speeds.values())))
 
 
 def beats_guessing(correct, n, n_classes):
-    """Return whether `correct` of n predictions beat guessing, by the lower end of a Wilson interval."""
+    """Return whether `correct` out of n predictions beats guessing, by the lower end of a Wilson interval."""
     return wilson_interval(correct, n)[0] > 1 / n_classes
 
 
 def rank_kept(counts, n, n_classes):
-    """Rank models by the fraction of correct predictions that they keep when their images are changed.
+    """Rank models by the fraction of correct predictions that stay correct when the images are changed.
 
     Parameters
     ----------
     counts : dict
-        {name: (before, after)}, correct predictions of n images.
+        {name: (before, after)}, correct predictions on n images.
 
     Returns
     -------
     tuple
         The Ranking of the models that still beat guessing after the change (None if there are none), and the names of
-        those that fell to guessing. Models that only guessed before the change are left out of both.
+        those that fell to guessing. Models that only guessed before the change appear in neither.
     """
     counts = {name: pair for name, pair in counts.items() if beats_guessing(pair[0], n, n_classes)}
     left = {name: pair for name, pair in counts.items() if beats_guessing(pair[1], n, n_classes)}
@@ -334,8 +334,8 @@ def rank_falls(accuracies, n):
     Returns
     -------
     Ranking or None
-        Of the models that learned the task: their mean accuracy exceeds learned_level() at some step. None if no
-        model did.
+        Ranks the models that learned the task, that is, whose mean accuracy exceeds learned_level() at some step. None
+        if no model did.
     """
     falls = {name: (own.cummax(dim=1).values - own).amax(dim=1).tolist() for name, own in accuracies.items()
              if own.mean(dim=0).max() > learned_level(n)}
@@ -346,21 +346,21 @@ def rank_falls(accuracies, n):
 
 
 def step_gains(samples, n):
-    """Return [(name, gain, margin())] of each name over the one before it, for samples as in rank_samples()."""
+    """Return [(name, gain, margin())] of each name over the previous one, for samples as in rank_samples()."""
     return [(after, mean(samples[after]) - mean(samples[before]), margin(samples[before], samples[after], n))
             for before, after in pairwise(samples)]
 
 
 def majority_with_every_seed(counts):
-    """Return whether every seed has a majority beyond chance, and there are at least two seeds.
+    """Return whether there are at least two seeds and each has a majority beyond chance.
 
-    `counts` is a list of (votes for it, all votes); each Wilson interval must lie above one half.
+    `counts` is a list of (votes in favour, all votes); each Wilson interval must lie above one half.
     """
     return len(counts) > 1 and all(n and wilson_interval(chosen, n)[0] > 0.5 for chosen, n in counts)
 
 
 def none_beats(accuracies, control, n):
-    """Return whether no model beats the control's accuracy by more than chance, not even with single seeds.
+    """Return whether no model, not even with a single seed, beats the control's accuracy by more than chance.
 
     `accuracies` is {name: [one accuracy per seed]}.
     """
@@ -369,7 +369,7 @@ def none_beats(accuracies, control, n):
 
 
 def sort_by_change(before, after, least):
-    """Return three lists of names: values that grew by at least `least`, that fell by as much, and the rest."""
+    """Return three lists of names: values that grew by at least `least`, values that fell by as much, and the rest."""
     change = {name: after[name] - before[name] for name in after}
     grew, fell = [n for n in change if change[n] >= least], [n for n in change if change[n] <= -least]
     return grew, fell, [name for name in change if name not in (*grew, *fell)]
@@ -378,7 +378,7 @@ def sort_by_change(before, after, least):
 def spread_is_learned(trained, random, uniform):
     """Return whether training spread the heads' attention distances.
 
-    The spread must exceed twice that of random heads and a tenth of the distance of uniform attention.
+    The spread must exceed both twice the spread of random heads and a tenth of the distance of uniform attention.
     """
     return max(trained) - min(trained) > max(2 * (max(random) - min(random)), 0.1 * uniform)
 
@@ -407,7 +407,7 @@ def format_range(shares):
 
 
 def format_lead(ranking, name):
-    """Return the lead of the best over this name as text, with its interval, in percentage points."""
+    """Return the lead of the best model over this one as text, with its interval, in percentage points."""
     difference, half = ranking.differences[name], ranking.half_widths[name]
     low, high = difference - half, min(1, difference + half)
     return f"{100 * difference:.1f} points (95% interval {100 * low:.1f} to {100 * high:.1f})"
@@ -419,7 +419,7 @@ def describe_ranking(ranking):
         return f"there is no other model to compare {ranking.best} with"
     if ranking.winner:
         return f"{ranking.best} is ahead of {ranking.behind[0]} by {format_lead(ranking, ranking.behind[0])}"
-    text = f"{join_words(ranking.leaders)} cannot be told apart"
+    text = f"{join_words(ranking.leaders)} cannot be distinguished"
     if ranking.behind:
         closest = ", the closest" if len(ranking.behind) > 1 else ""
         text += f"; {is_or_are(ranking.behind)} behind{closest} by {format_lead(ranking, ranking.behind[0])}"
@@ -427,9 +427,9 @@ def describe_ranking(ranking):
 
 
 def describe_leaders(ranking, points=False):
-    """Say which models of a Ranking of fractions lead; points: also by how much, if there is a winner."""
+    """Describe which models lead in a Ranking of fractions; with `points`, also by how much if there is a winner."""
     if ranking.winner is None:
-        tied = f"{join_words(ranking.leaders)} cannot be told apart"
+        tied = f"{join_words(ranking.leaders)} cannot be distinguished"
         return tied if ranking.tied else describe_ranking(ranking)
     second = ranking.behind[0]
     lead = f" of {second} by {100 * ranking.differences[second]:.1f} points" if points else ""
@@ -437,7 +437,7 @@ def describe_leaders(ranking, points=False):
 
 
 def describe_power(noise):
-    """Say how often a lead of 2 points is found, and which lead is found in FOUND of all comparisons."""
+    """Describe how often a lead of 2 points is found, and which lead is found in FOUND of all comparisons."""
     given = (f"This is for {noise.n_images:,} images and {noise.n_seeds} seeds, which differ by "
              f"{100 * noise.spread:.1f} points beyond chance.")
     least = smallest_lead(noise)
@@ -448,7 +448,7 @@ def describe_power(noise):
 
 
 def describe_split(name, accuracies, learned):
-    """Say that only some seeds of this kind learned; `learned` comes from seeds_that_learned()."""
+    """Describe a kind that learned with only some seeds; `learned` comes from seeds_that_learned()."""
     good, bad = ([own for own, has in zip(accuracies, learned, strict=True) if has == which] for which in (True, False))
     return (f"{name} learned with only {len(good)} of {len(accuracies)} seeds. These reach at least {min(good):.1%}, "
             f"the others at most {max(bad):.1%}.")

@@ -1,9 +1,9 @@
-"""CNN against ViT, compared by training both with one recipe; test images are read once.
+"""CNN against ViT, compared by training both with one recipe; the test images are used only once.
 
     TRAINING_EXPERIMENTS[name]  "cues", "reach" and "data": like EXPERIMENTS, but measure() returns one trial and the
                                 other methods take a list of trials
-    Trial, read_trials          a trial is one kind of model trained with one seed, kept in its own file
-    compare_on_dataset          trains all kinds on the same images with several seeds; summarise() says which is ahead
+    Trial, read_trials          a trial is one kind of model trained with one seed, stored in its own file
+    compare_on_dataset          trains all kinds on the same images with several seeds; summarise() reports which leads
 
 Shapes:  N images, S side of an image in pixels, n test images; in Reach.finding, S seeds.
 """
@@ -50,7 +50,7 @@ from vit_bridge.preprocessing import Preprocessing
 from vit_bridge.runtime import predictions
 
 # From the plain ViT to the CNN, with parameter counts within 10% of each other. From "ViT, mean pooling" to "Hybrid",
-# two things change: a convolutional stem makes the tokens, and the head reads CLS again.
+# two things change: a convolutional stem produces the tokens, and the head reads CLS again.
 CNN_TO_VIT_MODELS = {
     "ViT": ("vit_nano", {}),
     "ViT, mean pooling": ("vit_nano", dict(pool="mean")),
@@ -67,7 +67,7 @@ DISTANCES = (8, 14, 20, 26, 32, 42)  # between the two marks, in pixels
 
 @dataclass(frozen=True)
 class TrialRecipe:
-    """The training recipe of every model here; it counts steps, so fewer images are seen more often."""
+    """The training recipe of every model here. It fixes the number of steps, so fewer images are seen more often."""
 
     n_steps: int = 800
     batch_size: int = 64
@@ -89,8 +89,8 @@ def loader_of(images, labels, class_names, recipe, seed=0, training=False):
 def build_kind(kind, n_classes, img_size):
     """Build a new model of CNN_TO_VIT_MODELS for images of this size.
 
-    From 64 pixels on, the patch size and the stride of the ConvNet's stem double. At 64 pixels, the grid is then as
-    small as at 32.
+    From 64 pixels on, the patch size and the stride of the ConvNet's stem double. At 64 pixels, the grid is therefore
+    as small as at 32.
     """
     name, options = CNN_TO_VIT_MODELS[kind]
     coarser = {}
@@ -112,18 +112,18 @@ def train_once(kind, loader, recipe, learning_rate, seed, device="auto", amp="au
 
 
 def best_of_rates(kind, loader, val_loader, recipe, seed, rates=RATES, **run):
-    """Train once with each learning rate and keep the best by validation accuracy.
+    """Train once with each learning rate and keep the model with the best validation accuracy.
 
     Returns
     -------
     tuple
-        The model, {learning rate: validation accuracy} and the best learning rate, the lowest if several are equal. A
-        training that diverges counts as accuracy 0.
+        The model, {learning rate: validation accuracy} and the best learning rate (the lowest if several are equal). A
+        training run that diverges counts as accuracy 0.
 
     Raises
     ------
     NotFinite
-        If every training diverges.
+        If every training run diverges.
     """
     found = {}
     for rate in rates:
@@ -146,8 +146,8 @@ class Reach(Experiment):
     question = "Can the models compare two marks that are far apart?"
 
     def measure(self, kind, seed, recipe=RECIPE, n_images=20_000, n_test=1000, distances=DISTANCES, img_size=48, **run):
-        """Train on two marks at all distances, and count the correct ones of n_test predictions at each distance."""
-        recipe = replace(recipe, augmentation=Augmentation(0.0, "random"))  # shifts mirror the border: extra marks
+        """Train on two marks at all distances, and count how many of n_test predictions are right at each one."""
+        recipe = replace(recipe, augmentation=Augmentation(0.0, "random"))  # shifts mirror the border: more marks
         drawn, val = (make_marks(n, img_size, seed=1 + seed, start=start)
                       for n, start in ((n_images, 0), (2000, 10**9)))
         loader = loader_of(drawn.images, drawn.labels, drawn.class_names, recipe, seed, True)
@@ -180,14 +180,14 @@ class Reach(Experiment):
                 accuracies[kind] = own[torch.tensor(learned)]
         falls = rank_falls(accuracies, n)
         if falls is None:
-            return "No model learned the task in these steps, so they show nothing about reach."
+            return "No model learned the task in these steps, so the results show nothing about reach."
         largest, not_learned = falls.values[falls.best], [kind for kind in accuracies if kind not in falls.values]
         text = f"{falls.best} loses the most accuracy as the marks move apart: {100 * largest:.0f} points."
         if largest <= 0.05:
             text = "No model that learned the task loses more than 5 points as the marks move apart."
         elif falls.tied:
             text = (f"{join_words(falls.leaders)} lose up to {100 * largest:.0f} points as the marks move apart, and "
-                    f"cannot be told apart.")
+                    f"cannot be distinguished.")
         elif falls.best == "ConvNet" and _right_within(window := _convnet_window(), accuracies["ConvNet"], trials):
             text = (f"ConvNet loses {100 * largest:.0f} points of accuracy once the marks are farther apart than its "
                     f"own receptive field of {window} pixels.")
@@ -235,7 +235,7 @@ class Cues(Experiment):
 
     def draw(self, trials, setup=None):
         bars = {kind: mean_min_max(biases) for kind in _by_kind(trials) if (biases := _biases(trials, kind))}
-        heading = "predictions that follow the outline,\nof those that follow outline or texture"
+        heading = "predictions that follow the outline,\nas a fraction of predictions that follow a cue"
         return {"shape_bias": plot_bars({heading: bars}, title=_band_title(trials, "Lines"))} if bars else {}
 
     def finding(self, trials):
@@ -278,10 +278,10 @@ class DataEfficiency(Experiment):
     question = "How many training images does each model need?"
 
     def measure(self, kind, seed, n_images, loaders, recipe=RECIPE, **run):
-        """Train on n_images of the training images, for the same number of steps whatever n_images is, and test.
+        """Train on n_images of the training images, always for the same number of steps, and test.
 
-        The seed draws the images. The validation images, always all of them, choose the learning rate. `loaders` are
-        three MemoryLoaders: training, validation and test.
+        The seed selects the images. All validation images are used to choose the learning rate. `loaders` are three
+        MemoryLoaders: training, validation and test.
         """
         train_loader, val_loader, test_loader = loaders
         train_loader.seed = seed
@@ -319,12 +319,12 @@ class DataEfficiency(Experiment):
                      for kind, gain, half in step_gains(own, n)}
             gains.append([f"{n_images:,}", *(steps.get(kind, "") for kind in kinds[1:])])
         return [("Test accuracy: mean over the seeds (lowest to highest)", accuracies),
-                ("Points gained over the model to the left; ± is what seeds and test images can explain. Two things "
-                 "change from ViT, mean pooling to Hybrid: the stem, and the head, which reads CLS again", gains)]
+                ("Points gained over the model to the left; ± is the range that seeds and test images can explain. Two "
+                 "things change from ViT, mean pooling to Hybrid: the stem, and a head that reads CLS", gains)]
 
 
 def _accuracies(trials):
-    """Return {number of training images: {kind: [test accuracy of each seed]}}, for kinds that have any."""
+    """Return {number of training images: {kind: [test accuracy of each seed]}}, without kinds that have no trial."""
     found = {}
     for kind, own in _by_kind(trials).items():
         for trial in own:
@@ -333,7 +333,7 @@ def _accuracies(trials):
 
 
 def numbers_of_images(fractions, n_images, n_classes):
-    """Return how many of n_images each fraction is, at least one per class, largest first, without repeats."""
+    """Return the number of images for each fraction, at least one per class, largest first, without repeats."""
     return sorted({max(n_classes, round(fraction * n_images)) for fraction in fractions}, reverse=True)
 
 
@@ -363,8 +363,8 @@ class Trial:
 def read_trials(names, folders):
     """Read the trials of these experiments: {experiment: [file contents]}.
 
-    All trials of an experiment and data set come from one folder: the one with the most, or the first of several with
-    equally many. Raises InputError for a file that holds no trial.
+    All trials of an experiment and data set come from one folder: the folder with the most trials, or the first of
+    several with equally many. Raises InputError for a file that holds no trial.
     """
     trials = {}
     for name in names:
@@ -436,17 +436,17 @@ TRAINING_EXPERIMENTS = {"cues": Cues(), "reach": Reach(), "data": DataEfficiency
 
 def compare_on_dataset(loaders, minutes, seeds=SEEDS, kinds=("ConvNet", "Hybrid", "ViT"), recipe=RECIPE,
                        device="auto", amp="auto", report=print):
-    """Train each kind with each seed on the same images, within a time limit.
+    """Train each kind of model with each seed on the same images, within a time limit.
 
     Parameters
     ----------
     loaders : tuple
-        Training, validation and test loader. If the last is None, the validation images are used to test. Nothing was
-        chosen on them, as all models share one learning rate and one time.
+        Training, validation and test loader. If the last is None, the models are tested on the validation images.
+        Nothing was chosen on these, because all models share one learning rate and one time limit.
     minutes : float
-        Time for all trainings together; each gets an equal share.
+        Time for all training runs together, divided equally among them.
     report : callable, optional
-        Called with one line of text after each training.
+        Called with one line of text after each training run.
 
     Returns
     -------
@@ -458,11 +458,11 @@ def compare_on_dataset(loaders, minutes, seeds=SEEDS, kinds=("ConvNet", "Hybrid"
     tested, rows = test_loader or val_loader, {kind: [] for kind in kinds}
     train_loader.batch_size = min(recipe.batch_size, train_loader.n_images)
     seconds = 60 * minutes / len(kinds) / len(seeds)
-    for kind in kinds:  # an image size that does not fit is an error before any training
+    for kind in kinds:  # an unsuitable image size is reported before any training
         build_kind(kind, len(train_loader.class_names), train_loader.img_size)
     for kind in kinds:
         model = build_kind(kind, len(train_loader.class_names), train_loader.img_size)
-        one_batch = list(itertools.islice(val_loader, 1))  # these trainings do not validate
+        one_batch = list(itertools.islice(val_loader, 1))  # these training runs do not validate
         n_steps = steps_within(seconds, model, train_loader, one_batch, device, optimizer=recipe.optimizer, amp=amp)
         for seed in seeds:
             own, diverged = replace(recipe, n_steps=n_steps), False
@@ -490,7 +490,7 @@ def split_kinds(rows, guessing=0.0):
 
 
 def summarise(rows, costs=None, guessing=0.0):
-    """Say which model is best on these images, and how certain that is.
+    """Describe which model is best on these images, and how certain that is.
 
     A kind that only some seeds learned is described by itself and not ranked by its mean.
 
@@ -526,14 +526,14 @@ def summarise(rows, costs=None, guessing=0.0):
         text = f"No winner: {text}"
     if costs and compared and ranking.tied:
         cheapest = min(ranking.leaders, key=costs.get)
-        text += f" {cheapest} is the cheapest of them at {costs[cheapest]:.2f} ms per image."
+        text += f" {cheapest} is the cheapest of these at {costs[cheapest]:.2f} ms per image."
     for kind, learned in split.items():
         text += f" {describe_split(kind, [row['accuracy'] for row in rows[kind]], learned)}"
     if compared and n >= MIN_IMAGES:
         text += f" As measured: {describe_power(measured_noise(steady))}"
     for kind, own in rows.items():
         diverged = sum(row.get("diverged", False) for row in own)
-        text += f" {diverged} of {len(own)} trainings of {kind} diverged and count as 0%." if diverged else ""
+        text += f" {diverged} of {len(own)} training runs of {kind} diverged and count as 0%." if diverged else ""
     return text
 
 
@@ -545,14 +545,14 @@ def caveats(rows, controls, n_images):
     rows : dict
         The result of compare_on_dataset().
     controls : dict
-        {name: accuracy} of what needs none of these models, such as a linear classifier.
+        {name: accuracy} of baselines that need none of these models, such as a linear classifier.
     n_images : int
         Number of training images.
     """
     least, n = min(own[0]["n_steps"] for own in rows.values()), len(next(iter(rows.values()))[0]["right"])
     control, sentences = max(controls, key=controls.get), []
     if least < FEW_STEPS:
-        sentences.append(f"One model was trained for only {least} steps in its time; give more --minutes.")
+        sentences.append(f"One model was trained for only {least} steps in its time; increase --minutes.")
     if none_beats({kind: [row["accuracy"] for row in own] for kind, own in rows.items()}, controls[control], n):
         sentences.append(f"No model beats {control} by more than chance: the models learned nothing, or there is "
                          f"nothing to learn.")

@@ -2,9 +2,9 @@
 
     EXERCISES[name]           an Exercise: its level, task, hint, solution and usual mistakes
     write_stub(name, path)    writes the file to fill in
-    check_file(name, path)    says what is wrong in a file, without giving the solution away
+    check_file(name, path)    reports what is wrong in a file, without revealing the solution
 
-The check makes the usual mistakes too: if a student's numbers match one of them, it explains that mistake.
+The check also computes the usual mistakes: if a student's numbers match one of them, it explains that mistake.
 
 Shapes:  B images, C channels, P patch side, N tokens, n patches, D width, H heads, K width of a head, L blocks.
 """
@@ -28,7 +28,7 @@ from vit_bridge.errors import InputError, check_choice
 from vit_bridge.system import write_whole
 
 FILL_IN = "fill this in"  # message of the error that a stub raises
-FLOAT32 = 1e-5  # tolerance: smaller differences may be rounding in float32
+FLOAT32 = 1e-5  # tolerance: smaller differences may come from rounding in float32
 LEVELS = ("easy", "medium", "hard")
 IMPORTS = dict(math="import math", torch="import torch", F="import torch.nn.functional as F")  # of the solutions
 
@@ -50,7 +50,7 @@ class Exercise:
     sizes : tuple
         One tuple for each of the three sets of inputs. No two are equal, so a hard-coded size fails.
     shapes : callable
-        Maps a tuple of sizes to the shapes of the leaf tensors, which gradients are taken for.
+        Maps a tuple of sizes to the shapes of the leaf tensors, for which gradients are computed.
     solution : callable
         Our function.
     mistakes : tuple
@@ -73,7 +73,7 @@ class Exercise:
 
 @dataclass
 class Verdict:
-    """Whether a file is right, and one line that says why."""
+    """Whether a file is right, and one line that explains why."""
 
     right: bool
     words: str
@@ -194,7 +194,7 @@ def _with_residual(maps):
 ROLLOUT_MISTAKES = (
     ("the residual connection is missing: half of each token comes from itself",
      lambda maps: _multiply(maps.mean(dim=1))),
-    ("the matrices are multiplied in the wrong order; the last block reads what the earlier ones made",
+    ("the matrices are multiplied in the wrong order; the last block reads the output of the earlier ones",
      lambda maps: _multiply(_with_residual(maps.mean(dim=1)) / 2, True)),
     ("the rows no longer sum to one once the residual is added",
      lambda maps: _multiply(_with_residual(maps.mean(dim=1)))),
@@ -250,7 +250,7 @@ EXERCISES = {
         "attention", "q, k, v", "medium",
         "Scaled dot-product attention: compute how much every query attends to every key, then average the values with "
         "these weights. q, k and v are (B, H, N, K). Return (B, H, N, K). See the ViT paper, Eq. 6 and 7.",
-        "Three steps: multiply q by k with its last two axes swapped, which gives (B, H, N, N); divide by the square "
+        "Three steps: multiply q by k with its last two axes swapped, which returns (B, H, N, N); divide by the square "
         "root of K and apply a softmax over the keys; multiply the result by v.",
         ((2, 3, 7, 5), (3, 2, 6, 8), (4, 5, 3, 6)), lambda B, H, N, K: [(B, H, N, K)] * 3, attention,
         ATTENTION_MISTAKES),
@@ -279,7 +279,7 @@ EXERCISES = {
         "(L, H, N, N), first block first, and its rows are queries. A block counts as half attention (the mean over "
         "its heads) and half residual. Return (N, N) with rows that sum to one. See Abnar and Zuidema 2020.",
         "Turn each block into one matrix: average its heads, add the identity, divide by 2. Then multiply these "
-        "matrices. Each new block goes on the left, because its rows mix what the earlier blocks have made.",
+        "matrices. Each new block goes on the left, because its rows mix the outputs of the earlier blocks.",
         ((3, 2, 7), (4, 3, 5), (2, 4, 6)), lambda L, H, N: [(L, H, N, N)], attention_rollout, ROLLOUT_MISTAKES,
         lambda scores: [scores[0].softmax(dim=-1)]),
     "block": Exercise(
@@ -320,7 +320,7 @@ def _first_argument(exercise):
 
 
 def stub(name, path=None):
-    """Return the text of the file to fill in; `path` is where it will be, if not at the default path."""
+    """Return the text of the file to fill in; `path` is its location, if not the default path."""
     exercise = _find_exercise(name)
     task = f"{exercise.task} All numbers are float64: create tensors with dtype={_first_argument(exercise)}.dtype."
     task = textwrap.fill(task, 100, initial_indent='    """', subsequent_indent="    ")
@@ -336,13 +336,13 @@ def write_stub(name, path):
     """Write the file to fill in; raise InputError if it exists or its name does not end in .py."""
     _check_suffix(path)
     if Path(path).exists():
-        raise InputError(f"{path} already exists and is not overwritten; give the name of a new file")
+        raise InputError(f"{path} already exists and is not overwritten; choose a new file name")
     write_whole(path, lambda file: file.write(stub(name, path).encode()))
 
 
 def _check_suffix(path):
     if Path(path).suffix != ".py":
-        raise InputError(f"{path} is not a Python file; give a name that ends in .py")
+        raise InputError(f"{path} is not a Python file; choose a name that ends in .py")
 
 
 def check_file(name, path):
@@ -404,7 +404,7 @@ def _describe_shapes(exercise, seed):
 
 
 def _find_fault(exercise, function, seed, path):
-    """Say what is wrong with a function on one set of inputs; return None if it is right."""
+    """Describe what is wrong with a function on one set of inputs; return None if it is right."""
     (our_leaves, arguments), (leaves, given) = _draw_inputs(exercise, seed), _draw_inputs(exercise, seed)
     expected = exercise.solution(*arguments)
     try:
@@ -445,17 +445,17 @@ def _gradients(result, leaves):
 
 
 def _advice(exercise, error):
-    """Return what to do about an error of torch, if its text does not say so."""
+    """Return advice for an error of torch whose text contains none."""
     text = str(error)
     if "in-place" in text or "inplace" in text:
-        return " (do not change a tensor in place, as x += y does; write x = x + y)"
+        return " (do not modify a tensor in place, as x += y does; write x = x + y)"
     if isinstance(error, RuntimeError) and ("dtype" in text or ("type" in text and "double" in text.lower())):
         return f" (all arguments are float64; create tensors with dtype={_first_argument(exercise)}.dtype)"
     return ""
 
 
 def _find_hint(mistakes, arguments, found, expected):
-    """Explain the usual mistake that gives the same numbers; if there is none, say how far off they are."""
+    """Explain the usual mistake that produces the same numbers; if none does, report how far off they are."""
     for words, mistaken in mistakes:
         wrong = mistaken(*arguments)
         if wrong.shape == found.shape and _allclose(wrong, found, FLOAT32):

@@ -1,4 +1,4 @@
-"""A quiz about ViTs and CNNs: guess first, then see the result measured on the spot.
+"""A quiz about ViTs and CNNs: guess first, then see the result, which is measured live.
 
     QUESTIONS     Question: a text, the guesses to choose from, and measure()
     ask(...)      asks the questions one after the other
@@ -76,13 +76,14 @@ def _who_needs_the_order():
     vit, convnet = ([_accuracy_kept(load(key), own, offset) for offset in (0, own // 2)]
                     for key in ("vit_nano_shapes", "convnet_shapes"))
     return (0 if vit[0] < 0.5 else 1 if vit[0] < 0.9 else 2), (
-        f"The ViT keeps {vit[0]:.0%} of its correct predictions: its tokens stay whole but change places. It keeps "
-        f"{vit[1]:.0%} if the grid is moved by {own // 2} pixels, so that it cuts the patches. The ConvNet, whose "
-        f"windows are cut by both grids, keeps {convnet[0]:.0%} and {convnet[1]:.0%}. {_conclude_about_order(*vit)}")
+        f"The ViT keeps {vit[0]:.0%} of its correct predictions: its tokens stay intact but change positions. It keeps "
+        f"{vit[1]:.0%} if the grid is moved by {own // 2} pixels, so that it cuts through the patches. The ConvNet, "
+        f"whose windows are cut by both grids, keeps {convnet[0]:.0%} and {convnet[1]:.0%}. "
+        f"{_conclude_about_order(*vit)}")
 
 
 def _accuracy_kept(model, patch_size, offset):
-    """Return the fraction of correct predictions on 200 images that survive shuffling three quarters of the squares.
+    """Return the fraction of correct predictions on 200 images that stay correct when 75% of the squares are shuffled.
 
     The squares have this side in pixels, and their grid is moved by `offset` pixels.
     """
@@ -93,13 +94,13 @@ def _accuracy_kept(model, patch_size, offset):
 
 
 def _conclude_about_order(own, moved):
-    """Say what the fractions kept on the ViT's own grid and on a moved one show."""
+    """Describe what the fractions kept on the ViT's own grid and on a moved one show."""
     if own < 0.9:
         return "On these shapes, the predictions of this ViT depend on where its patches are."
     if moved < own - 0.1:
-        return ("On these shapes, this ViT hardly needs to know where its own patches are, but it needs the patches "
-                "whole.")
-    return "On these shapes, this ViT needs neither the order of its patches nor whole patches."
+        return ("On these shapes, this ViT hardly depends on where its own patches are, but the patches must stay "
+                "intact.")
+    return "On these shapes, this ViT depends neither on the order of its patches nor on whether they stay intact."
 
 
 def _who_minds_a_shift():
@@ -116,12 +117,12 @@ def _how_far_the_first_block_looks():
     near = attention_distance(torch.stack(seen.maps), seen.grid, seen.adapter.patch_size, seen.adapter.n_prefix)[0]
     line = uniform_attention_distance(seen.grid, seen.adapter.patch_size)
     share = near.min().item() / line
-    nearer = (" In Fig. 7 of the ViT paper, some heads of the first blocks look much nearer. Raghu et al. 2021 find "
-              "near heads in large ViTs after pre-training on JFT-300M, but not after training on ImageNet alone."
+    nearer = (" In Fig. 7 of the ViT paper, some heads of the first blocks attend much nearer. Raghu et al. 2021 find "
+              "such heads in large ViTs after pre-training on JFT-300M, but not after training on ImageNet alone."
               if share >= 0.8 else "")
     return (0 if share < 0.5 else 1 if share < 0.8 else 2), (
-        f"The nearest head of the first block looks {near.min():.1f} pixels far on average; uniform attention looks "
-        f"{line:.1f} pixels far.{nearer}")
+        f"The mean attention distance of the nearest head in the first block is {near.min():.1f} pixels; for uniform "
+        f"attention it is {line:.1f} pixels.{nearer}")
 
 
 def _price_of_heads():
@@ -136,7 +137,7 @@ QUESTIONS = (
              _where_the_parameters_are),
     Question("What happens to the number of parameters of attention with twelve heads instead of one?",
              ("it grows twelvefold", "nothing"), _price_of_heads),
-    Question("An image has 448 instead of 224 pixels a side. How much more does ViT-Base compute?",
+    Question("The side of an image grows from 224 to 448 pixels. How much more does ViT-Base compute?",
              ("about twice as much", "three to six times as much", "sixteen times as much"), _cost_of_twice_the_side),
     Question("What happens to the logits of a ViT without positions when all patches are shuffled?",
              ("nothing", "they change a little", "they change completely"), _shuffled_without_positions),
@@ -147,7 +148,7 @@ QUESTIONS = (
              _who_needs_the_order),
     Question("Images move by one or two pixels, which changes every patch. How often does our trained ViT keep its "
              "prediction?", ("less than 60%", "60 to 90%", "more than 90%"), _who_minds_a_shift),
-    Question("How far does the nearest head of the first block of our trained ViT look, compared with uniform "
+    Question("How far does the nearest head in the first block of our trained ViT attend, compared with uniform "
              "attention?", ("less than half as far", "half to four fifths as far", "nearly as far"),
              _how_far_the_first_block_looks),
 )

@@ -1,10 +1,10 @@
-"""How the library sees any model: its own by their protocol, ViTs of other libraries by their class.
+"""Adapters for all models: the library's own by their protocol, ViTs of other libraries by their class.
 
-    adapt(model)       its ModelAdapter: layers, image size, classes; a ViTAdapter if it attends
+    adapt(model)       its ModelAdapter: layers, image size, classes; a ViTAdapter if it has attention
     adapt_vit(model)   its ViTAdapter, or an InputError
     reading_weights    how much of each token the head reads
 
-LIBRARIES holds the known classes. To add one, write a function that returns its ViTAdapter, and add an entry.
+LIBRARIES lists the supported classes. To add one, write a function that returns its ViTAdapter, and add an entry.
 
 Shapes:  B images, C channels, N tokens (prefix tokens, then patches), D width, K classes, n patches.
 """
@@ -31,7 +31,7 @@ SHARES = {"cls": ((1.0,), 0.0), "mean": ((), 1.0), CLS_AND_DISTILLATION: ((0.5, 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelAdapter:
-    """What the library knows about a model.
+    """The facts that the library needs about a model.
 
     Attributes
     ----------
@@ -46,14 +46,14 @@ class ModelAdapter:
     n_classes : int or None
         K. None if the model has no head and returns features.
     preprocessing : Preprocessing
-        What its images must look like.
+        How its input images must be preprocessed.
     assumed : str
-        Which part of `preprocessing` is a guess, as a message for errors.assume; "" if none is. It is shown when an
-        image is prepared.
+        Which part of `preprocessing` is a guess, as a message for errors.assume; "" if none is. The message
+        appears when an image is prepared.
     any_size : bool
-        Whether it takes images of other sizes.
+        Whether it accepts images of other sizes.
     attends : bool
-        Whether its layers are attention blocks. Then it is a ViTAdapter.
+        Whether its layers are attention blocks. If so, the adapter is a ViTAdapter.
     unit : str
         What a layer is called: "stage" or "block".
     """
@@ -76,14 +76,14 @@ class ModelAdapter:
 
     @property
     def class_names(self):
-        """The K class names, or None if there are none that fit the head."""
+        """The K class names, or None if no names match the head."""
         names = self.preprocessing.class_names
         return names if names and len(names) == self.n_classes else None
 
     def check_images(self, images):
-        """Raise InputError unless the model can take these images.
+        """Raise InputError unless the model accepts these images.
 
-        They must be normalised, (B, C, height, width), with B > 0 and a size that the model takes.
+        They must be normalised, (B, C, height, width), with B > 0 and a size that the model accepts.
         """
         _check_kind(images, self.in_channels)
         if self.library == "ours":
@@ -98,7 +98,7 @@ class ModelAdapter:
 
 @dataclass(frozen=True, kw_only=True)
 class ViTAdapter(ModelAdapter):
-    """What the library knows about a ViT, and where its parts are.
+    """The facts that the library needs about a ViT, and references to its parts.
 
     Attributes
     ----------
@@ -108,8 +108,8 @@ class ViTAdapter(ModelAdapter):
         Names of the tokens before the patches: "CLS", "distillation token", "register".
     pool : str
         What the head reads: "cls", "mean" (of the patches), CLS_AND_DISTILLATION (the mean of two heads, one for each
-        token), CLS_AND_PATCHES (CLS and the mean of the patches, concatenated), or a description of something else. For
-        a model without a head that returns all tokens it is "cls" if there is a CLS, because that is what views show.
+        token), CLS_AND_PATCHES (CLS and the mean of the patches, concatenated), or a description of something else. If
+        a model has no head and returns all tokens, it is "cls" if there is a CLS, because the views show that token.
     read : callable
         Maps the tokens (B, N, D) after any block to what the model would return if that block were the last: logits
         (B, K); without a head, features (B, D) or all tokens after the last norm (B, N, D).
@@ -145,7 +145,7 @@ class ViTAdapter(ModelAdapter):
 
     @property
     def projects_patches(self):
-        """Whether each token is a projection of its own patch only, and not of overlapping windows."""
+        """Whether each token is a projection of its own patch only, and not of an overlapping window."""
         return getattr(self.projection, "kernel_size", None) == self.patch_size
 
     def grid(self, images):
@@ -153,7 +153,7 @@ class ViTAdapter(ModelAdapter):
         return grid_of(tuple(images.shape[2:]), self.patch_size)
 
     def check_images(self, images):
-        """Raise InputError unless the model can take these images, divided into whole patches."""
+        """Raise InputError unless the model accepts these images and their sides are multiples of the patch size."""
         super().check_images(images)
         self.grid(images)
 
@@ -181,7 +181,7 @@ def adapt(model):
         return _of_ours(model)
     if make := _maker_for(model):
         return make(model)
-    inside = [f"pass the {class_name(part)} inside it, its part {name!r}" for name, part in getattr(
+    inside = [f"pass the {class_name(part)} inside it, its module {name!r}" for name, part in getattr(
         model, "named_modules", tuple)() if is_ours(part) or _maker_for(part)]
     advice = inside[0] if inside else (
         "expected a model of vit_bridge.models, a VisionTransformer of timm, torchvision or DINOv2's hub, or a ViT, "
@@ -217,17 +217,17 @@ def _of_ours(model):
 
 
 def _of_timm(model):
-    """Adapt a VisionTransformer of timm: also distilled, without CLS, with registers or without a head.
+    """Adapt a VisionTransformer of timm, which may be distilled, have registers, or lack CLS or a head.
 
-    Kinds of attention that are not refused here are refused by the views that need the maps.
+    Kinds of attention that are unsupported but not refused here are refused by the views that need the maps.
     """
     embed, kept = model.patch_embed, getattr(model, "pretrained_cfg", None) or {}  # absent if built by its class
     projection, n_classes = getattr(embed, "proj", None), _classes_of(model.head)
     if not isinstance(projection, torch.nn.Conv2d) or "backbone" in embed._modules:
-        raise InputError(f"this {class_name(model)} of timm makes its tokens in another way than by one projection "
-                         f"of patches, which is not supported; use a plain ViT")
+        raise InputError(f"this {class_name(model)} of timm does not make its tokens by one projection of patches, "
+                         f"which is not supported; use a plain ViT")
     if differential := [name for name in map(class_name, model.blocks.modules()) if name.startswith("Diff")]:
-        raise InputError(f"this {class_name(model)} of timm attends by {differential[0]}, the difference of two maps, "
+        raise InputError(f"this {class_name(model)} of timm uses {differential[0]}, the difference of two maps, "
                          f"which is not supported; use a plain ViT")
     pool = TIMM_POOLS.get(model.global_pool, f"the patches by timm's pooling {model.global_pool!r}")
     if pool == "mean" and getattr(model, "pool_include_prefix", False):
@@ -267,7 +267,7 @@ def _of_torchvision(model):
 def _of_hub_dinov2(model):
     """Adapt a DinoVisionTransformer of facebookresearch/dinov2.
 
-    Its blocks may come in chunks, each filled with nn.Identity up to the chunk's first block.
+    Its blocks may be grouped in chunks; each chunk is padded with nn.Identity up to its first block.
     """
     chunks = model.blocks if model.chunked_blocks else [model.blocks]
     blocks = [block for chunk in chunks for block in chunk if not isinstance(block, torch.nn.Identity)]
@@ -291,7 +291,7 @@ def _of_transformers(model, prefix, pool="cls", any_size=False, unsure="", **fac
     prefix, pool, any_size
         As in ViTAdapter, with the pool of the head.
     unsure, **facts
-        As in _images_of: the model's image processor, which records these facts, is stored apart from the model.
+        As in _images_of, because the image processor that records these facts is stored apart from the model.
     """
     base, config = model.base_model, model.config
     heads = [model._modules[name] for name in ("classifier", "cls_classifier", "distillation_classifier")
@@ -329,7 +329,7 @@ def _of_vit(model):
     """Adapt a ViT of transformers, with the mean and std of Google's checkpoints."""
     half = (0.5,) * model.config.num_channels
     return _of_transformers(model, _prefix(1), mean=half, std=half,
-                            unsure="those of Google's checkpoints; DINO's ViTs have this class too, but "
+                            unsure="as in Google's checkpoints; DINO's ViTs use the same class, but "
                                    "ImageNet's values")
 
 
@@ -356,7 +356,7 @@ def _classes_in(folder, make, *names):
     return {f"transformers.models.{folder}.modeling_{folder}.{name}": make for name in names}
 
 
-LIBRARIES = {  # {full name of a class: function that adapts its models and those of its subclasses}
+LIBRARIES = {  # {full name of a class: function that adapts models of this class and its subclasses}
     "timm.models.vision_transformer.VisionTransformer": _of_timm,
     "torchvision.models.vision_transformer.VisionTransformer": _of_torchvision,
     "dinov2.models.vision_transformer.DinoVisionTransformer": _of_hub_dinov2,
@@ -385,8 +385,9 @@ def _prefix(n_cls=0, n_registers=0, distilled=False):
 def _images_of(model, n_channels, img_size, unsure="", **facts):
     """Return the fields `preprocessing` and `assumed` of an adapter.
 
-    They come from the model's own Preprocessing, or else from these facts. `unsure` says whose mean and std the facts
-    are, if nothing records that this model has them. Raises InputError if the model's own is for other channels.
+    They come from the model's own Preprocessing, or otherwise from these facts. If it is a guess that the facts apply
+    to this model, `unsure` says whose mean and std they are. Raises InputError if the model's own Preprocessing has a
+    different number of channels.
     """
     own = getattr(model, "preprocessing", None)
     if own is None:
@@ -398,13 +399,13 @@ def _images_of(model, n_channels, img_size, unsure="", **facts):
                 f"{_short(default.mean)} and std {_short(default.std)} ({unsure}); otherwise set model.preprocessing")
         return dict(preprocessing=default, assumed=line if unsure else "")
     if len(own.mean) != n_channels:
-        raise InputError(f"model.preprocessing has a mean and std for {len(own.mean)} channels, but the model takes "
+        raise InputError(f"model.preprocessing has a mean and std for {len(own.mean)} channels, but the model expects "
                          f"{n_channels}; set model.preprocessing to the one used in training")
     return dict(preprocessing=own)
 
 
 def _short(numbers):
-    """Return the numbers of the channels as text, only one if all are the same."""
+    """Return one number per channel as text, or a single number if all are equal."""
     return f"{numbers[0]:g}" if len(set(numbers)) == 1 else "(" + ", ".join(f"{one:g}" for one in numbers) + ")"
 
 
@@ -436,7 +437,7 @@ def _check_kind(images, in_channels):
         raise InputError(f"got images of {images.dtype}; expected normalised floating-point numbers, as "
                          f"vit_bridge.data.images.prepare_images(images, model) returns")
     if not images.numel():
-        raise InputError(f"got images of shape {tuple(images.shape)}, in which there is no image; expected at least "
+        raise InputError(f"got images of shape {tuple(images.shape)}, which contains no image; expected at least "
                          f"one")
 
 
@@ -458,9 +459,9 @@ def check_head(model):
 
 
 def check_has_head(model):
-    """Raise InputError for a known model without a head, or with nn.Identity as its head.
+    """Raise InputError for a model of a supported class without a head, or with nn.Identity as its head.
 
-    Models of unknown classes pass, as their head may have any name.
+    Models of other classes pass, because their head may have any name.
     """
     model = unwrapped(model)
     try:
@@ -469,12 +470,12 @@ def check_has_head(model):
         return
     parts = [part for name in HEADS for part in getattr(model, name, torch.nn.Identity()).modules()]
     if headless and all(isinstance(part, torch.nn.Identity | torch.nn.Sequential) for part in parts):
-        raise InputError(f"this {class_name(model)} has no head, so it returns features and no classes; build it "
+        raise InputError(f"this {class_name(model)} has no head, so it returns features and no logits; build it "
                          f"with n_classes and train it")
 
 
 def check_pool(pool):
-    """Raise InputError if what the head reads is not a mean of tokens."""
+    """Raise InputError unless the head reads a mean of tokens."""
     if pool not in SHARES:
         raise InputError(f"the head reads {pool}, so no row of an attention map belongs to it; choose a patch with "
                          f"patch=(row, column)")
@@ -483,8 +484,8 @@ def check_pool(pool):
 def reading_weights(pool, n_prefix, n_tokens):
     """Return how much of each token the head reads: (N,) float64, with sum 1.
 
-    The view of what the head reads is the mean of the tokens' rows with these weights. Raises InputError if the head
-    reads something else than a mean of tokens.
+    A view of what the head reads averages the tokens' rows with these weights. Raises InputError unless the head reads
+    a mean of tokens.
     """
     check_pool(pool)
     first, of_patches = SHARES[pool]

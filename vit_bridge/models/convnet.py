@@ -1,6 +1,6 @@
-"""The CNN to compare with: ConvNet, with residual, bottleneck or pooled stages.
+"""The CNN that the ViT is compared with: ConvNet, with residual, bottleneck or pooled stages.
 
-ConvolutionAsAttention writes a convolution as attention.
+ConvolutionAsAttention computes a convolution by attention.
 
 Shapes:  B images, C channels, N tokens, M tokens including the padding around the image, S total stride,
          k side of a kernel; h, w height and width of a map, C' channels of the output.
@@ -21,8 +21,8 @@ from vit_model import check_images, pair
 class PooledStage(nn.Sequential):
     """A stage of a pooled ConvNet: (B, C, h, w) -> (B, C', h // 2, w // 2).
 
-    It is a convolution, 2 x 2 max-pooling, and `depth` more convolutions. Batch norm and GELU follow the pooling and
-    each later convolution.
+    It consists of a convolution, 2 x 2 max-pooling, and `depth` more convolutions. Batch norm and GELU follow the
+    pooling and each later convolution.
 
     Parameters
     ----------
@@ -78,8 +78,9 @@ class ResidualBlock(nn.Module):
 class BottleneckBlock(nn.Module):
     """The block of deeper ResNets: (B, C, h, w) -> (B, 4C', h / stride, w / stride).
 
-    A 1 x 1 convolution narrows the map to C' channels, a 3 x 3 convolution works on them, and a 1 x 1 convolution
-    widens the map again. The stride is in the 3 x 3 convolution, as in torchvision; in the paper it is in the first.
+    A 1 x 1 convolution narrows the map to C' channels, a 3 x 3 convolution works on them, and a second 1 x 1
+    convolution widens the map again. The stride is in the 3 x 3 convolution, as in torchvision; in the paper it is in
+    the first.
 
     Parameters
     ----------
@@ -126,9 +127,9 @@ class ConvNet(ImageModel):
     """A CNN: images (B, C, height, width) -> logits (B, n_classes).
 
     It has a stem, stages, the mean over all positions and a linear head. By default it is ResNet-18 and computes the
-    same as torchvision's: stages of residual blocks, where each stage but the first halves the resolution. With
-    block="bottleneck" and depths=(3, 4, 6, 3) it is ResNet-50. With block="pooled" it has PooledStages after one
-    convolution, which is meant for whitening_filters.
+    same as torchvision's: it has stages of residual blocks, and each stage but the first halves the resolution. With
+    block="bottleneck" and depths=(3, 4, 6, 3) it is ResNet-50. With block="pooled" it consists of PooledStages
+    after one convolution, which is meant for whitening_filters.
 
     Parameters
     ----------
@@ -196,8 +197,8 @@ class ConvNet(ImageModel):
             stride = self.config.stem_stride * 2 ** (len(self.stages) - 1)
             if max(images.shape[2:]) <= stride:
                 raise InputError(f"one image of {images.shape[2]}x{images.shape[3]} pixels leaves one value per "
-                                 f"channel after the last stage, too few for batch statistics; use larger batches or "
-                                 f"images, or eval mode")
+                                 f"channel after the last stage, too few for batch normalisation; use larger batches "
+                                 f"or images, or eval mode")
         x = self.stem(images.contiguous(memory_format=torch.channels_last))  # (B, C, height / stem_stride, ...)
         for stage in self.stages:
             x = stage(x)  # halves height and width; a first stage of residual blocks keeps them
@@ -211,22 +212,22 @@ class ConvNet(ImageModel):
 
 @dataclass(frozen=True)
 class ConvNetConfig:
-    """Everything that it takes to build a model again: ConvNet(**vars(config)).
+    """Everything needed to rebuild a model: ConvNet(**vars(config)).
 
     Parameters
     ----------
     img_size : int or (int, int)
-        The size, in pixels, for which the model is meant. As a CNN it takes other sizes too.
+        The size, in pixels, for which the model is meant. A CNN also accepts other sizes.
     in_channels, n_classes : int
         Channels of an image, and number of logits. With 0 classes the model has no head and returns the pooled
         features.
     widths : tuple of int
-        Channels of each stage. In stages of bottlenecks this is the inner width; four times as many come out.
+        Channels of each stage. In bottleneck stages this is the inner width; the output has four times as many.
     depths : tuple of int
         Blocks in each stage; in pooled stages, convolutions after the pooling.
     stem_stride : {1, 2, 4}
         With 1 or 2 the stem is one 3 x 3 convolution, for small images. With 4 it is ResNet's 7 x 7 convolution and
-        max-pooling. Before pooled stages it is a convolution of 2 x 2, 2 x 2 or 4 x 4.
+        max-pooling. Before pooled stages it is a 2 x 2, 2 x 2 or 4 x 4 convolution.
     block : {"residual", "bottleneck", "pooled"}
         As in ConvNet.
 
@@ -263,7 +264,7 @@ ConvNet.config_class = ConvNetConfig
 def check_stages(widths, depths):
     """Raise InputError unless widths and depths hold one positive whole number for each stage."""
     if not widths or len(widths) != len(depths):
-        raise InputError(f"widths {widths} and depths {depths} need the same length, at least 1; give one number "
+        raise InputError(f"widths {widths} and depths {depths} need the same length, at least 1; pass one number "
                          f"for each stage")
     for name, values in dict(widths=widths, depths=depths).items():
         for value in values:
@@ -276,12 +277,13 @@ def check_stages(widths, depths):
 class ConvolutionAsAttention(nn.Module):
     """A k x k convolution, computed by attention between pixels: (B, C, h, w) -> (B, C', h, w).
 
-    Every pixel is a token, and every position of the kernel is a head: k k heads. A head scores a key only by its
-    offset from the query, as -sharpness |offset - own offset|^2. Its softmax therefore selects the one pixel under its
-    position of the kernel. Values are the raw pixels, and the projection after the heads holds the kernel. Tokens of
-    zeros around the image are the padding: they are keys and values, but never queries.
+    Every pixel is a token, and every position in the kernel is a head, so there are k k heads. A head scores a key only
+    by its offset from the query, as -sharpness |offset - own offset|^2. Its softmax therefore selects the one pixel
+    under its position in the kernel. Values are the raw pixels, and the projection after the heads holds the kernel.
+    Tokens of zeros around the image are the padding: they are keys and values, but never queries.
 
-    `places` (k k, 3), which gives the scores, and `proj` are parameters, so training may move away from a convolution.
+    `places` (k k, 3), which determines the scores, and `proj` are parameters, so training may move away from a
+    convolution.
 
     Parameters
     ----------
@@ -290,7 +292,7 @@ class ConvolutionAsAttention(nn.Module):
     kernel_size : int, optional
         k, which must be odd.
     sharpness : float, optional
-        How fast the scores fall around a head's own offset.
+        How fast the scores fall with distance from a head's own offset.
 
     References
     ----------
@@ -302,7 +304,7 @@ class ConvolutionAsAttention(nn.Module):
         super().__init__()
         check_int("kernel_size", kernel_size, 1)
         if kernel_size % 2 == 0:
-            raise InputError(f"kernel_size {kernel_size} is even; expected an odd one, such as 3, which has a centre")
+            raise InputError(f"kernel_size {kernel_size} is even; expected an odd number such as 3")
         self.reach = kernel_size // 2
         offsets = _offsets_between((1, 1), self.reach)[0]  # (k k, 2), from the centre of the kernel
         self.places = nn.Parameter(-sharpness * torch.cat([torch.ones(len(offsets), 1), -2 * offsets], dim=1))
@@ -328,7 +330,7 @@ class ConvolutionAsAttention(nn.Module):
         return layer
 
     def forward(self, x, return_attention=False):
-        """Return the map (B, C', h, w), and on request the maps (k k, N, M) of attention."""
+        """Return the map (B, C', h, w), and with return_attention the attention maps (k k, N, M)."""
         size, (left, right) = x.shape[2:], (self.reach,) * 2
         tokens = F.pad(x, (left, right, left, right)).flatten(2).transpose(1, 2)  # (B, M, C)
         offsets = _offsets_between(size, self.reach).to(x)  # (N, M, 2)

@@ -1,6 +1,6 @@
-"""ConvNeXt, a CNN rebuilt with ideas of the ViT: Liu et al. 2022, "A ConvNet for the 2020s".
+"""ConvNeXt, a CNN redesigned with ideas from the ViT: Liu et al. 2022, "A ConvNet for the 2020s".
 
-Compare its block with the ViT's. Where the ViT has attention, a depthwise convolution mixes the positions of each
+Compare its block with the ViT's. A depthwise convolution takes the role of attention and mixes the positions of each
 channel; the MLP then mixes the channels at each position. Parameters have timm's names, except in the head.
 
 Shapes:  B images, C channels of a map, h, w its height and width, S total stride, C' channels of the output.
@@ -29,7 +29,7 @@ class ChannelNorm(nn.LayerNorm):
 class ConvNeXtBlock(nn.Module):
     """The block of Fig. 4: (B, C, h, w) -> (B, C, h, w).
 
-    It has one norm and one activation, where a bottleneck block of ResNet has three of each.
+    It has one norm and one activation; a bottleneck block of ResNet has three of each.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ class ConvNeXtBlock(nn.Module):
 class ConvNeXtStage(nn.Module):
     """A stage: downsampling if stride > 1, then blocks; (B, C, h, w) -> (B, C', h // stride, w // stride).
 
-    The downsampling is a norm and a convolution of stride x stride. Without it, C' = C.
+    The downsampling is a norm and a stride x stride convolution. Without it, C' = C.
 
     Parameters
     ----------
@@ -85,13 +85,13 @@ class ConvNeXtStage(nn.Module):
 class ConvNeXt(ImageModel):
     """The whole model: images (B, C, height, width) -> logits (B, n_classes). By default it is ConvNeXt-T.
 
-    A stem cuts the image into patches. Stages of blocks follow, and each stage but the first halves the resolution.
-    Then come the mean over all positions, a norm and a linear head.
+    A stem cuts the image into patches. Stages of blocks follow, and each stage but the first halves the resolution. The
+    mean over all positions, a norm and a linear head complete the model.
 
     Parameters
     ----------
     *args, **options
-        The fields of ConvNeXtConfig, in its order.
+        The fields of ConvNeXtConfig, in order.
 
     Raises
     ------
@@ -150,24 +150,24 @@ class ConvNeXt(ImageModel):
 
 @dataclass(frozen=True)
 class ConvNeXtConfig:
-    """Everything that it takes to build a model again: ConvNeXt(**vars(config)).
+    """Everything needed to rebuild a model: ConvNeXt(**vars(config)).
 
     Parameters
     ----------
     img_size : int or (int, int)
-        The size, in pixels, for which the model is meant. As a CNN it takes other sizes too.
+        The size, in pixels, for which the model is meant. A CNN also accepts other sizes.
     in_channels, n_classes : int
         Channels of an image, and number of logits. With 0 classes the model has no head and returns the pooled
         features.
     widths, depths : tuple of int
         Channels of each stage, and blocks in each stage.
     stem_stride : int
-        Side of the patches that the stem cuts. It is 4 in the paper; smaller ones suit small images.
+        Side of the patches that the stem cuts. It is 4 in the paper; smaller patches suit small images.
     drop_path : float
         Stochastic depth: the drop rate of the last block, in [0, 1). The paper uses 0.1, 0.4, 0.5 and 0.5 for T, S, B
         and L (Liu et al. 2022, Table 5).
     layer_scale : float or None
-        Initial value of a learned factor on each channel of a residual branch. None leaves the factors out.
+        Initial value of a learned factor on each channel of a residual branch. None omits the factors.
     norm_eps : float
         Added to the variance in every LayerNorm.
 

@@ -17,9 +17,9 @@ from vit_model import VisionTransformer, ViTConfig, check_images, grid_of, pair
 
 
 class ConvStem(nn.Module):
-    """A stem of strided convolutions in place of PatchEmbedding: (B, C, height, width) -> (B, n_patches, D).
+    """A stem of strided convolutions that replaces PatchEmbedding: (B, C, height, width) -> (B, n_patches, D).
 
-    It has log2(P) convolutions of 3 x 3 with stride 2, so there is still one token for every P x P pixels. The channels
+    It has log2(P) 3 x 3 convolutions with stride 2, so there is still one token for every P x P pixels. The channels
     double up to D, with batch norm and ReLU in between. Neighbouring tokens overlap: each sees (2P - 1) x (2P - 1)
     pixels.
 
@@ -37,7 +37,7 @@ class ConvStem(nn.Module):
         n_convs = _halvings(patch_size, self.patch_size)
         if embed_dim % 2 ** (n_convs - 1):
             raise InputError(f"embed_dim {embed_dim} cannot be halved {n_convs - 1} times, as the stem for "
-                             f"patch_size {patch_size} needs; choose a multiple of {2 ** (n_convs - 1)}")
+                             f"patch_size {patch_size} requires; choose a multiple of {2 ** (n_convs - 1)}")
         self.grid_size, self.any_size = grid_of(self.img_size, self.patch_size), False
         self.n_patches = self.grid_size[0] * self.grid_size[1]
         layers = []
@@ -67,9 +67,9 @@ def _halvings(given, patch_size):
 
 
 class PooledStem(nn.Module):
-    """A stem of pooled stages in place of PatchEmbedding: (B, C, height, width) -> (B, n_patches, D).
+    """A stem of pooled stages that replaces PatchEmbedding: (B, C, height, width) -> (B, n_patches, D).
 
-    It consists of the first layers of a pooled ConvNet: a convolution of 2 x 2, which is meant for whitening_filters,
+    It consists of the first layers of a pooled ConvNet: a 2 x 2 convolution, which is meant for whitening_filters,
     and log2(P) stages whose channels double. A 1 x 1 convolution then sets the width to D.
 
     Parameters
@@ -115,7 +115,7 @@ class HybridCNNViT(VisionTransformer):
     n_heads : int, optional
         By default one head for every 64 channels, as in ViT-Base and ViT-Large.
     stem : {"strided", "pooled"}, optional
-        What makes the tokens: ConvStem or PooledStem.
+        The layers that produce the tokens: ConvStem or PooledStem.
     **options
         Other fields of ViTConfig.
 
@@ -146,9 +146,9 @@ class HybridCNNViT(VisionTransformer):
 
 @dataclass(frozen=True)
 class HybridConfig(ViTConfig):
-    """Everything that it takes to build a model again: HybridCNNViT(**vars(config)).
+    """Everything needed to rebuild a model: HybridCNNViT(**vars(config)).
 
-    Its fields are those of ViTConfig and `stem`, {"strided", "pooled"}, as in HybridCNNViT.
+    It has the fields of ViTConfig, and `stem`, {"strided", "pooled"}, as in HybridCNNViT.
     """
 
     stem: str = "strided"

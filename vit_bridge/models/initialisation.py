@@ -1,4 +1,4 @@
-"""Initial weights: of convolutions, and whitening filters for the first layer.
+"""Initial weights of convolutions, and whitening filters for the first layer.
 
 Shapes:  B images, C channels, k side of a kernel.
 """
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def initialise_convolutions(model):
-    """Make convolutions He-normal (fan-out), as torchvision's ResNet does; leave the rest as it is."""
+    """Make convolutions He-normal (fan-out), as torchvision's ResNet does; leave other layers unchanged."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -17,9 +17,10 @@ def initialise_convolutions(model):
 
 @torch.no_grad()
 def initialise_as_identity(stages):
-    """Make the first channels of each convolution copy its input channels, as many as there are.
+    """Make the first output channels of each convolution copy its input channels.
 
-    Other channels stay as torch makes them. (Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", Sec. 3.3.)
+    Other channels keep torch's initialisation. (Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", Sec.
+    3.3.)
     """
     for module in stages.modules():
         if isinstance(module, nn.Conv2d):
@@ -32,8 +33,8 @@ def initialise_as_identity(stages):
 def whitening_filters(images, side, floor=0.01):
     """Return filters that whiten the patches of images.
 
-    Their outputs are uncorrelated and of nearly equal size. The filters are the principal directions of the patches,
-    largest variance first, each divided by the square root of its variance plus `floor`.
+    Their outputs are uncorrelated and have nearly equal variance. The filters are the principal directions of the
+    patches, largest variance first, each divided by the square root of its variance plus `floor`.
 
     Parameters
     ----------
@@ -41,7 +42,7 @@ def whitening_filters(images, side, floor=0.01):
     side : int
         k, side of a patch in pixels.
     floor : float, optional
-        Added to each variance, so that directions with little variance are not blown up.
+        Added to each variance, so that directions with little variance are not amplified too much.
 
     Returns
     -------
@@ -61,14 +62,14 @@ def whitening_filters(images, side, floor=0.01):
 def whiten_first_layer(model, images):
     """Set the model's whitening layer, if it has one, to whitening_filters(images); return the model.
 
-    A layer that holds each filter and its negative is frozen. Any other layer, such as a patch projection, keeps
-    learning: it gets the filters of the largest variance, as many as it has channels, and small random weights in
-    channels that are left over.
+    A layer that holds each filter and its negative is frozen. Any other layer, such as a patch projection, stays
+    trainable: its channels are set to the filters with the largest variance, and any remaining channels to small random
+    weights.
 
     Parameters
     ----------
     model : nn.Module
-        A model of the protocol.
+        A model that follows the protocol.
     images : Tensor, shape (B, C, height, width)
         Images normalised for this model.
     """

@@ -1,8 +1,8 @@
 """What the library needs from a model, with defaults: ImageModel.
 
 A model of this library is a subclass of ImageModel, or defines the same members, as VisionTransformer does. Training,
-checkpoints, figures and comparisons use these members and never check for a class. adapters.py adds what models of
-other libraries lack. tests/models/test_toy_model.py holds a complete new model, from its class to its comparison.
+checkpoints, figures and comparisons use these members and never check for a class. adapters.py supplies what models of
+other libraries lack. tests/models/test_toy_model.py contains a complete new model, from its class to its comparison.
 
 Shapes:  B images, C channels, D features that the head reads.
 """
@@ -15,23 +15,23 @@ class ImageModel(nn.Module):
 
     A subclass defines `n_features`, `layers`, `forward_features` and `forward_head`, and sets two attributes:
 
-    - `config`: a frozen dataclass with img_size, in_channels, n_classes and everything else that it takes to build the
-      model again, type(model)(**vars(model.config)). Its class is `config_class`.
+    - `config`: a frozen dataclass with img_size, in_channels, n_classes and everything else needed to rebuild the
+      model, type(model)(**vars(model.config)). Its class is `config_class`.
     - `head`: an nn.Linear, or nn.Identity if n_classes is 0.
 
     Attributes
     ----------
     preprocessing : vit_bridge.preprocessing.Preprocessing or None
-        What its images must look like. None before training.
+        How its input images must be preprocessed. None before training.
     attends : bool
-        Whether its layers are attention blocks over n_prefix_tokens and patches, as in a ViT. Then it also has blocks,
-        norm, patch_embed and pos_embed, as VisionTransformer has.
+        Whether its layers are attention blocks over n_prefix_tokens and patches, as in a ViT. If so, it also has
+        blocks, norm, patch_embed and pos_embed, as VisionTransformer does.
     any_size : bool
-        Whether it takes images of other sizes than config.img_size.
+        Whether it accepts images of sizes other than config.img_size.
     head_names : tuple of str
         Its heads. Layer-wise learning rates treat them as the last group, and Muon never trains them.
     no_weight_decay : tuple of str
-        Parameters without weight decay. Vectors, and what is added to every image, never decay anyway.
+        Parameters without weight decay. Vectors, and tensors that are added to every image, never decay anyway.
     no_muon : tuple of str
         Parameters that Muon leaves to AdamW, besides the first layer and the heads.
     """
@@ -52,7 +52,7 @@ class ImageModel(nn.Module):
     def layers(self):
         """Return the modules in order: the stem or patch embedding, then the stages or blocks.
 
-        A depth, in receptive fields, similarities and layer-wise learning rates, is an index into this list.
+        In receptive fields, similarities and layer-wise learning rates, a depth is an index into this list.
         """
         raise NotImplementedError
 
@@ -82,7 +82,7 @@ def is_ours(model):
 
 
 def ask(model, name):
-    """Return a member of the protocol; ImageModel's if the module is not ours or does not define it."""
+    """Return a member of the protocol, or ImageModel's default if the module is not ours or does not define it."""
     default = getattr(ImageModel, name)
     return getattr(model, name, default) if is_ours(model) else default
 
@@ -95,9 +95,9 @@ def class_name(model):
 def layer_groups(model):
     """Return {parameter name: index of its layer}, for layer-wise learning rates.
 
-    Parameters of layer i of layers() have the index i. Those before the first layer have 0. Those after the last layer,
-    such as the last norm, and those of the heads have len(layers()). What comes before and after is read from the order
-    of the parameters in the model.
+    Parameters of layer i of layers() have the index i. Parameters before the first layer have 0. Parameters after the
+    last layer, such as the last norm, and parameters of the heads have len(layers()). The order of the parameters in
+    the model determines what comes before and after.
 
     Raises AttributeError for a module without layers().
     """

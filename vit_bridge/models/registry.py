@@ -13,8 +13,8 @@ from vit_model import VARIANTS, VisionTransformer, pair
 class ModelEntry:
     """A named model: its class and its arguments.
 
-    `scaled` is the argument that grows with the images, and its value up to 64 pixels: twice that up to 128 pixels, and
-    four times that above. None if no argument does.
+    `scaled` is the argument that grows with the images, and its value for images of up to 64 pixels. The value is
+    doubled up to 128 pixels and quadrupled above. None if no argument grows.
     """
 
     model_class: type
@@ -57,15 +57,15 @@ def model_classes():
 def build_model(name, **arguments):
     """Build a new model from MODELS.
 
-    If you give img_size but no patch_size, the patch has 4 pixels for images up to 64 pixels, 8 up to 128 and 16 above.
-    For a ConvNet or ConvNeXt the stride of the stem follows in the same way: 1, 2 and 4.
+    If you pass img_size but no patch_size, the patch size is 4 pixels for images of up to 64 pixels, 8 up to 128 pixels
+    and 16 above. For a ConvNet or ConvNeXt the stride of the stem follows the same rule: 1, 2 and 4.
 
     Parameters
     ----------
     name : str
         A name in MODELS, such as "vit_tiny", "hybrid" or "resnet18".
     **arguments
-        Fields of the model's configuration, which override those of its entry.
+        Fields of the model's configuration, which override the values in its entry.
 
     Returns
     -------
