@@ -132,7 +132,7 @@ TABLES = {
 INTRODUCTION = """# Results
 
 `python benchmarks/results.py page` generates this page from the files in results/. Accuracies are measured on the test
-images, which are read once at the end of a run, and are followed by their 95% Wilson interval. `linear` is the accuracy
+images, which are used once at the end of a run, and are followed by their 95% Wilson interval. `linear` is the accuracy
 of a linear classifier on the pixels, trained and tested on the same images. `data` is the share of the training time
 spent fetching and augmenting images (at commit 602f427, the share of the whole run's time)."""
 
