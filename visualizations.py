@@ -19,7 +19,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +93,7 @@ from vit_bridge.plots.charts import (
     show_legend,
     spread,
     widths,
+    wrapped,
 )
 from vit_bridge.plots.explorer import explore, is_page
 from vit_bridge.plots.look import describe, draw_look, draw_panel, look, panels_of, share_colours
@@ -127,7 +128,7 @@ class AttentionVisualizer:
         A ViT, ours or from timm, transformers or torchvision. It is moved to the device and stays there; its weights
         and its mode do not change.
     device : str, optional
-        "auto" uses CUDA if a GPU is available.
+        "auto" uses a CUDA GPU if there is one, otherwise an Apple GPU, otherwise the CPU.
     whole : Whole, optional
         By default, the model sees the centre of a photograph, as in validation. With
         `vit_bridge.preprocessing.Whole()`, it sees the whole photograph in its own proportions; set
@@ -272,7 +273,7 @@ class AttentionVisualizer:
         title = f"{self.who_looks(patch)}, in {_counted(len(chosen), n_layers)}{self.describe_prediction(images)}"
         figure = _draw_map_grid([picture] * len(chosen), [self.panels_of(rows[layer], images) for layer in chosen],
                                 [f"block {layer + 1}" for layer in chosen],
-                                [f"head {head + 1}" for head in range(n_heads)], title, WEIGHTS, patch)
+                                [f"head {head + 1}" for head in range(n_heads)], title, self.weights, patch)
         return finish(figure, save_path)
 
     def visualize_all_layers(self, image, save_path=None, patch=None):
@@ -296,11 +297,11 @@ class AttentionVisualizer:
         for layer, (axes, (grid, notes)) in enumerate(zip(others, maps, strict=False)):
             axes.set_axis_on()
             axes.set_title(f"block {layer + 1}", fontsize=11)
-            _draw_map(axes, picture, grid, WEIGHTS, notes, patch)
+            _draw_map(axes, picture, grid, self.weights, notes, patch)
         hide_ticks(first)
         if patch is not None:
             _frame_patch(first, picture, maps[0][0].shape, patch)
-        shared_bar(figure, figure.axes, WEIGHTS.label, WEIGHTS.ends, WEIGHTS.extend)
+        shared_bar(figure, figure.axes, self.weights.label, WEIGHTS.ends, WEIGHTS.extend)
         title = f"{self.who_looks(patch)}, in {_counted(len(maps), len(maps))}, mean over the heads"
         set_heading(figure, title + self.describe_prediction(images), fontsize=13)
         return finish(figure, save_path)
@@ -398,13 +399,15 @@ class AttentionVisualizer:
             axes.set_title(TITLES[name], fontsize=11)
         shared_bar(figure, panels, SHARES_OF_MAP.label, SHARES_OF_MAP.ends, SHARES_OF_MAP.extend)
         refused = [f"left out: {reason}" for reason in found.refused.values()]
-        words = [self.describe_class(found) + self.describe_prediction(images), *refused]
+        predicted = class_probabilities(self.model, images).argmax().item()
+        also = ", the predicted class" if found.targets[0].item() == predicted else self.describe_prediction(images)
+        words = [self.describe_class(found) + also, *refused]
         set_heading(figure, "\n".join(words), fontsize=13 if not refused else 10)
         _draw_agreement(agreement, found.correlations.numpy(), names)
         _draw_trust(curves[0], found.deletion, found.draws["deletion"],
-                   "hiding the most salient patches first\n(with a good map, the probability falls early)")
+                   "hiding the most salient patches first\n(a good map makes the probability fall early)")
         _draw_trust(curves[1], found.insertion, found.draws["insertion"],
-                   "showing the most salient patches first\n(with a good map, the probability rises early)")
+                   "showing the most salient patches first\n(a good map makes the probability rise early)")
         return finish(figure, save_path)
 
     def visualize_logit_lens(self, image, n_classes=5, save_path=None):
@@ -557,6 +560,16 @@ class AttentionVisualizer:
         return [f"\npredicted: {self.name_of(label)} ({probability:.0%})"
                 for label, probability in zip(labels.tolist(), probabilities.tolist(), strict=True)]
 
+    @property
+    def weights(self):
+        """The MapScale of attention weights, with the other tokens of this model in its label."""
+        kinds = list(self.on_others(torch.zeros(self.adapter.n_prefix)))
+        if not kinds:
+            return WEIGHTS
+        lines = "last line below a panel is" if len(kinds) == 1 else f"last {len(kinds)} lines below a panel are"
+        whom = " and to ".join(kind if kind == "CLS" else f"the {kind}" for kind in kinds)
+        return replace(WEIGHTS, label=f"{WEIGHTS.label} The {lines} the attention to {whom}.")
+
     def describe_class(self, found):
         """Describe the explained class of an Explanation or Comparison of one image."""
         if found.targets is None:
@@ -594,7 +607,7 @@ def visualize_attention_grid(model, images, save_path=None, whole=None):
     predicted = [textwrap.fill(views.describe_prediction(one).strip(), 14) for one in fed]
     maps = [views.panels_of(row[chosen], one) for row, one in zip(rows, fed, strict=True)]
     title = f"{views.who_looks()}, in {_counted(len(chosen), len(rows[0]))}, mean over the heads"
-    figure = _draw_map_grid(pictures, maps, predicted, [f"block {layer + 1}" for layer in chosen], title, WEIGHTS)
+    figure = _draw_map_grid(pictures, maps, predicted, [f"block {layer + 1}" for layer in chosen], title, views.weights)
     return finish(figure, save_path)
 
 
@@ -628,16 +641,16 @@ class MapScale:
 
 WEIGHTS = MapScale(
     lambda grid: (0, clip_at(grid)), lambda low, top, largest: f"to {percent(top)}\nmax {percent(largest)}",
-    "Attention weight of a patch. Each panel has its own colour scale, from 0 to its 99th percentile (“to”, below it); "
-    "larger weights, up to “max”, all have the top colour. The weights of the other tokens are also below the panel.")
+    "Attention to each patch. Each panel has its own scale, up to its 99th percentile (“to”); “max” is its largest "
+    "weight.")
 SHARES_OF_MAP = MapScale(
     WEIGHTS.between, WEIGHTS.say,
-    "Share of each patch in its map. Each panel has its own colour scale, from 0 to its 99th percentile (“to”, below "
-    "it); larger shares, up to “max”, all have the top colour.")
+    "Share of each patch in its map. Each panel has its own scale, up to its 99th percentile (“to”); “max” is its "
+    "largest share.")
 LENGTHS = MapScale(
     clip_between, lambda low, top, largest: f"{in_digits(low)} to {in_digits(top)}\nmax {in_digits(largest)}",
-    "Norm of a patch token. Each panel has its own colour scale, from its 1st to its 99th percentile (the numbers "
-    "below it), or wider if the norms are nearly equal; values beyond the scale have the end colours.",
+    "Norm of each patch token. Each panel has its own scale, from its 1st to its 99th percentile (the two numbers "
+    "below it), or wider if the norms are nearly equal; “max” is its largest norm.",
     ("the lower number", "the higher number"), "both")
 
 
@@ -857,7 +870,7 @@ def visualize_positions(model, save_path=None):
     figure.colorbar(mappable, ax=axes, label="cosine similarity")
     figure.supxlabel("column of the patch")
     figure.supylabel("row of the patch")
-    set_heading(figure, "Position embeddings: similarity of each patch to all patches", fontsize=14)
+    set_heading(figure, "Similarity of each patch's position embedding to all others", fontsize=14)
     return finish(figure, save_path)
 
 
@@ -971,8 +984,11 @@ def compare_receptive_fields(save_path="receptive_fields.png", models=None, imag
     InputError
         For the same reasons as `load` and `receptive_field`, and if `models` is not a dict of models.
     """
+    which = ""
     if models is None:
-        models = {"ConvNet": load("convnet_shapes"), "ViT": load("vit_nano_shapes")}
+        shipped = {"ConvNet": "convnet_shapes", "ViT": "vit_nano_shapes"}
+        models = {name: load(model) for name, model in shipped.items()}
+        which = "\n" + "; ".join(f"{name}: {model}" for name, model in shipped.items())
     if not isinstance(models, dict) or not models:
         raise InputError(f"models is {'empty' if isinstance(models, dict) else f'a {type(models).__name__}'}; expected "
                          f"name -> trained model, such as {{'ViT': model}}")
@@ -994,9 +1010,11 @@ def compare_receptive_fields(save_path="receptive_fields.png", models=None, imag
             if i == 0:
                 axes.set_ylabel(name, fontsize=12)
     colorbar = figure.colorbar(mappable, ax=panels, shrink=min(0.9, 3 / len(rows)), aspect=30, extend="both")
-    colorbar.set_label("share of each pixel (log scale; white is exactly 0)", fontsize=12)
-    set_heading(figure, "Which pixels one unit in the centre sees (axes and radii in pixels)\n"
-                    "Circles hold 50% (solid) and 90% (dashed) of the gradient", fontsize=14)
+    colorbar.set_label(wrapped("share of the gradient at each pixel (log scale; white is exactly 0)",
+                               0.8 * figure.get_figheight(), 12), fontsize=12)
+    over = "32 drawn shapes" if images is None else f"{len(images)} image{'s' * (len(images) > 1)}"
+    set_heading(figure, f"Which pixels one unit in the centre sees (axes and radii in pixels; mean over {over})\n"
+                    f"Circles hold 50% (solid) and 90% (dashed) of the gradient{which}", fontsize=14)
     return finish(figure, save_path)
 
 
@@ -1214,6 +1232,7 @@ def _run_look(options):
             open_image(file)  # raises the precise error before a model is downloaded
     remark_on(files)
     model, name = _model_to_look_with(options)
+    given = options.pretrained or name
     attends, whole = adapt(model).attends, None if options.crop else Whole(options.max_tokens, options.img_size)
     if options.max_tokens and not attends:
         raise InputError(f"--max-tokens limits patches, and {name} is a ConvNet, which has none; use --img-size")
@@ -1231,10 +1250,11 @@ def _run_look(options):
             share_colours(looks)
         for file, folder, one in zip(files, folders, looks, strict=True):
             bar.set_description_str(f"drawing {Path(file).name}")
-            written, remarks = _write_look(model, one, file, folder, name, whole, options.max_mb)
+            found = describe(one, options.label or given, options.crop)
+            written, remarks = _write_look(model, one, file, folder, name, found, whole, options.max_mb)
             bar.update()
             with bar.external_write_mode():
-                _print_look(one, file, name, folder, written, remarks, options.crop)
+                _print_look(one, file, given, folder, found, written, remarks)
     print(f"{'Took':12} {time.monotonic() - started:.0f} s")
 
 
@@ -1318,40 +1338,40 @@ def _identity(file, name):
     return dict(photograph=os.path.realpath(file), model=name)
 
 
-def _write_look(model, found, file, folder, name, whole, max_mb):
+def _write_look(model, one, file, folder, name, found, whole, max_mb):
     """Write all files of a look and return (their paths, remarks on the page).
 
     The page is made first, because it may raise InputError.
     """
     written, remarks = [], []
-    if found.adapter.attends:
+    if one.adapter.attends:
         page = explore(model, [file], folder / "explorer.html", names=[name], title=f"{Path(file).name}: {name}",
                        whole=whole, max_mb=max_mb)
         written.append(page.path)
         remarks = page.remarks
-    heading = f"{Path(file).name}, {' × '.join(map(str, found.size))} pixels (height × width)"
-    figures = dict(look=draw_look(found, name, heading))
-    figures |= {panel.name: draw_panel(panel, found, name) for panel in panels_of(found) if panel.tiles}
+    heading = f"{Path(file).name}, {' × '.join(map(str, one.size))} pixels (height × width)"
+    figures = dict(look=draw_look(one, name, heading))
+    figures |= {panel.name: draw_panel(panel, one, name) for panel in panels_of(one) if panel.tiles}
     for stem, figure in figures.items():
         path = folder / f"{stem}.png"
         write_whole(path, lambda file, figure=figure: figure.savefig(file, format="png", dpi=150))
         written.append(path)
-    record = dict(of=_identity(file, name), found=dict(describe(found, name)), files=[path.name for path in written])
+    record = dict(of=_identity(file, name), found=dict(found), files=[path.name for path in written])
     write_json(record, folder / "look.json")
     return sorted(written, key=lambda path: path.name != "look.png"), remarks
 
 
-def _print_look(found, file, name, folder, written, remarks, cropped):
+def _print_look(one, file, given, folder, found, written, remarks):
     print(f"{file}")
-    for what, words in describe(found, name, cropped):
+    for what, words in found:
         print(f"{what:12} {words}")
     print(f"{'Written':12} {folder}{os.sep}: " + ", ".join(f"{path.name} ({_in_bytes(path.stat().st_size)})"
                                                           for path in written))
     for remark in remarks:
         print(f"{'Page':12} {remark}")
-    if not found.adapter.attends:
+    if not one.adapter.attends:
         print(f"{'Page':12} none: a ConvNet has no attention; to compare it with a ViT: python visualizations.py "
-              f"explore {file} --compare-with {name}")
+              f"explore {file} --compare-with {given}")
 
 
 def _in_bytes(n):

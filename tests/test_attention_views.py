@@ -96,8 +96,9 @@ def test_visualize_all_heads_says_each_panels_scale_and_shares():
         assert drawn.get_clim() == (0, pytest.approx(top))
         assert drawn.axes.get_xlabel().split("\n") == [f"to {percent(top)}", f"max {percent(largest)}",
                                                        f"CLS {row[0]:.0%}", f"reg. {row[1:3].sum():.0%}"]
-    for word in ("in all 3 blocks", "block 1", "block 3", "head 1", "head 2", "Attention weight"):
-        assert word in texts(figure)
+    for word in ("in all 3 blocks", "block 1", "block 3", "head 1", "head 2", "Attention to each patch",
+                 "The last 2 lines below a panel are the attention to CLS and to the registers."):
+        assert word in " ".join(texts(figure).split())
     some = v.AttentionVisualizer(model, device="cpu").visualize_all_heads(image, layers=[-1])
     assert "in 1 of 3 blocks" in texts(some)
     assert "block 3" in texts(some)
@@ -350,8 +351,9 @@ def test_visualize_explanations_draws_all_methods_side_by_side():
     model, image = square_vit(), pixels(12, 12)
     figure = v.AttentionVisualizer(model, device="cpu").visualize_explanations(image, n_steps=4)
     words = texts(figure)
-    for title in (*v.TITLES.values(), "random order: area 0.", "Spearman", "class explained:"):
+    for title in (*v.TITLES.values(), "random order: area 0.", "Spearman", "class explained:", ", the predicted class"):
         assert title in words
+    assert "predicted:" not in words  # once is enough
     found = compare_explanations(model, prepare_image(image, model)[0], n_steps=4)
     for shown, saliency in zip(data_of(figure)[1:5], found.saliencies.values(), strict=True):
         np.testing.assert_allclose(shown, saliency[0] / saliency[0].sum(), rtol=1e-5)

@@ -435,12 +435,12 @@ def test_look_crops_and_sizes_only_when_asked(tiny, capsys):
     look_at("a.jpg", "--img-size", 8, 16, "--output-dir", "2")
     look_at("a.jpg", "--max-tokens", 9, "--output-dir", "3")
     assert [call["whole"] for call in calls] == [None, Whole(img_size=(8, 16)), Whole(9)]
-    assert "model at 8 × 8: 2 × 2 = 4 patches; only the centre, as in validation" in capsys.readouterr().out
+    assert "the model sees 8 × 8: 2 × 2 = 4 patches; only the centre, as in validation" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("words", "reason"), [
     (["no.jpg"], "there is no image file 'no.jpg'"), (["a.jpg", "tiny.pt"], "image file 'tiny.pt' cannot be read"),
-    (["empty"], "folder 'empty' has no image files"), (["a.jpg", "--crop", "--max-tokens", "4"], "leave out"),
+    (["empty"], "folder 'empty' has no image files"), (["a.jpg", "--crop", "--max-tokens", "4"], "or remove --crop"),
     (["a.jpg", "--output-dir", "a.jpg"], "cannot write to a.jpg"), (["a.jpg", "--img-size", "9"], "9x9")])
 def test_look_ends_in_one_line_and_leaves_nothing(words, reason, tiny, capsys):
     folder, _ = tiny

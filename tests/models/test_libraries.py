@@ -197,8 +197,8 @@ VIEWS = {
 NO_HEAD = ("this {name} has no head, so there is no class to explain; use a model with a head, or the views "
            "'attention' or 'rollout'")
 NO_ANSWER = "this {name} has no head, so hiding patches cannot change a prediction; use a model with a head"
-NO_ROW = ("the head reads {pool}, so no row of an attention map belongs to it; choose a patch with patch=(row, "
-          "column)")
+NO_ROW = ("the head reads {pool}, so no row of an attention map belongs to it; use visualize_attention or "
+          "visualize_all_heads with patch=(row, column)")
 
 
 def expected_of(name, view, needs):

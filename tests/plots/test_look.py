@@ -90,6 +90,7 @@ def test_panels_without_a_head_say_so():
     assert panels_of(found)[3].title == "No class to explain"
     assert "no head" in texts(draw_look(found, "m"))
     assert dict(describe(found, "m"))["Prediction"] == "none: this model has no head"
+    assert dict(describe(found, "m"))["Artefacts"].startswith("none found; the largest token norm is ")
 
 
 def test_mean_pooling_is_named(monkeypatch):
@@ -104,6 +105,8 @@ def test_two_readers_pay_and_small_shares_are_not_none():
     said = dict(describe(found, "m"))["Attention"]
     assert "CLS and the distillation token pay <1% of their attention to CLS and the distillation token" in said
     assert "(0% to <1%, depending on the head)" in said
+    found.heads = found.heads[:1]
+    assert "the distillation token and the rest to the patches" in dict(describe(found, "m"))["Attention"]
     assert [tile.label for tile in panels_of(found)[-1].tiles] == ["head 1 (<1%)", "head 2 (0%)"]
 
 

@@ -477,8 +477,8 @@ def check_has_head(model):
 def check_pool(pool):
     """Raise InputError unless the head reads a mean of tokens."""
     if pool not in SHARES:
-        raise InputError(f"the head reads {pool}, so no row of an attention map belongs to it; choose a patch with "
-                         f"patch=(row, column)")
+        raise InputError(f"the head reads {pool}, so no row of an attention map belongs to it; use "
+                         f"visualize_attention or visualize_all_heads with patch=(row, column)")
 
 
 def reading_weights(pool, n_prefix, n_tokens):

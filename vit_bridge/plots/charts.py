@@ -28,7 +28,7 @@ COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
 MARKERS = "osD^vPXh"
 DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1.5)), (0, (5, 1.5, 1.5, 1.5)))
 CLOSE = 0.006  # as a fraction of the axis: lines at most this far apart hide each other
-THICK = "a thick line lies under a thinner line"
+THICK = "thick: hidden behind another line"
 CLIP = 0.99  # the quantile of a map's values at which its colour scale ends
 
 # A word in the name of a model -> colour and marker of its family in every figure. The first match counts, so

@@ -227,16 +227,17 @@ def describe(look, name, cropped=False):
     if look.adapter.n_prefix:
         shares, rest = look.elsewhere, _prefix(look)
         whose = "its" if look.adapter.pool == "cls" else "their"
+        least, most = _share(shares.min()), _share(shares.max())
+        span = f" ({least} to {most}, depending on the head)" if least != most else ""
         lines.append(("Attention", f"in the last block, {_reader(look)} {_verb(look, 'pay')} {_share(shares.mean())} "
-                                   f"of {whose} attention to {rest} ({_share(shares.min())} to {_share(shares.max())}, "
-                                   f"depending on the head) and the rest to the patches"))
+                                   f"of {whose} attention to {rest}{span} and the rest to the patches"))
     near, far = np.argmin(look.distances), np.argmax(look.distances)
     lines.append(("Reach", f"in that block, head {near + 1} looks nearest, {look.distances[near]:.0f} pixels away on "
                            f"average, and head {far + 1} farthest, {look.distances[far]:.0f} pixels; uniform attention "
                            f"would average {look.uniform:.0f}"))
     n, longest = int(look.artefacts.sum()), look.norms.max() / np.median(look.norms)
     words = f"{look.artefacts.mean():.1%} of the patches ({n:,}), framed in the figure" if n else \
-        "0% of the patches: no token has a much larger norm than the others"
+        "none found"
     lines.append(("Artefacts", f"{words}; the largest token norm is {longest:.1f} times the median"))
     return lines
 
@@ -349,7 +350,7 @@ def _norms_panel(look):
     bottom, top = look.norms.min(), clip_at(look.norms)
     places = [tuple(place) for place in np.argwhere(look.artefacts)]
     found = (f"the framed {look.artefacts.mean():.1%} may be artefacts, which hold something other than their patch"
-             if places else "no token has a much larger norm than the others, so there are no artefacts")
+             if places else "no token has a much larger norm than the others: no sign of artefacts")
     return Panel("norms", "Token norms", f"Dark is {bottom:.3g}, bright is {top:.3g} or more; "
                  f"{found}.", [Tile(look.norms, bottom=bottom, top=max(top, bottom + 1e-9), framed=places)])
 
