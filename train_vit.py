@@ -11,6 +11,7 @@ Shapes:  B images in a batch, K classes, C channels, H, W height and width.
 import argparse
 import copy
 import csv
+import difflib
 import hashlib
 import itertools
 import json
@@ -48,6 +49,7 @@ from vit_bridge.cli import (
     Size,
     add_class_names,
     add_n_heads,
+    counted,
     int_at_least,
     positive,
     script,
@@ -866,7 +868,8 @@ def prepare(options, device, folder=None, lock=None, saved=None):
     entries = dict(options=_lasting(options), n_steps=n_steps, n_images=train_loader.n_images,
                    command=_command_of(vars(options), n_steps), n_processes=n_processes(),
                    recipe=asdict(recipe), **files)
-    print(f"{n_steps} steps, {n_steps / len(loaders[0]):.1f} epochs; to repeat this run: {entries['command']}")
+    print(f"{counted(n_steps, 'step')}, {n_steps / len(loaders[0]):.1f} epochs; to repeat this run: "
+          f"{entries['command']}")
     if process_number() == 0:
         write_json(dict(entries, model=name, model_config=vars(model.config), class_names=class_names),
                    folder / CONFIG)
@@ -1014,22 +1017,24 @@ def _count_steps(options, trainer, loaders, spent):
     minutes = _budget(options)
     if minutes is None:
         return options.steps or (options.epochs or HEAD_EPOCHS) * len(loaders[0])
-    print(f"Measuring the speed, to find how many steps fit into {minutes:g} minutes of training and validation ...",
-          flush=True)
+    print(f"Measuring the speed, to find how many steps fit into {counted(minutes, 'minute')} of training and "
+          f"validation ...", flush=True)
     n_steps = steps_within(max(1.0, 60 * minutes - spent), trainer.model, *loaders, trainer.device, trainer.objective,
                            trainer.config)
     if n_steps < len(loaders[0]):
-        print(f"Warning: {minutes:g} minutes are too short to use each image once ({n_steps} of {len(loaders[0])} "
-              f"steps); use more --minutes, a smaller --img-size or a smaller model.")
+        print(f"Warning: a run of {counted(minutes, 'minute')} is too short to use each image once ({n_steps} of "
+              f"{counted(len(loaders[0]), 'step')}); use more --minutes, a smaller --img-size or a smaller model.")
     return n_steps
 
 
 def _describe_run(options, name, recipe, model, train, val, trainer):
     """Print the model, the data and the recipe, with warnings; `train` and `val` are the loaders of the images."""
     frozen = f", {count_parameters(trainer.model):,} of them trained" if options.freeze_backbone else ""
-    print(f"{name}: {count_parameters(model):,} parameters{frozen}; {train.dataset_name}: "
-          f"{train.n_images:,} training and {val.n_images:,} validation images of {_describe_images(train)}, "
-          f"{len(train.class_names)} classes; {trainer.device}, {trainer.dtype or torch.float32}")
+    print(f"{name}: {count_parameters(model):,} parameters{frozen}; "
+          f"{_data_name(train, options.data_dir)}: {train.n_images:,} training and "
+          f"{counted(val.n_images, 'validation image')} of {_describe_images(train)}, "
+          f"{len(train.class_names)} classes; {trainer.device}, "
+          f"{str(trainer.dtype or torch.float32).removeprefix('torch.')}")
     print(f"Recipe {options.recipe}: {recipe.describe(isinstance(train, MemoryLoader))}")
     if text := _unevenness(train.class_names, train.class_counts):
         weighted = "--class-weights gives every class the same weight" if options.class_weights else \
@@ -1037,6 +1042,11 @@ def _describe_run(options, name, recipe, model, train, val, trainer):
         print(f"{text}; {weighted}.")
     if text := trainer.batch_split_warning():
         print(f"Warning: {text}.")
+
+
+def _data_name(loader, data_dir):
+    """Return the name of a loader's data as a reader knows it: for a folder of images, the folder's name."""
+    return loader.dataset_name if loader.dataset_name != "folder" else Path(data_dir).resolve().name or str(data_dir)
 
 
 def _describe_images(loader):
@@ -1121,6 +1131,9 @@ def _what_is_saved(error, folder, saver, n_steps, resume):
 
 # ---- After the training
 
+CRITERIA = dict(val_acc="validation accuracy", val_balanced_acc="balanced validation accuracy",
+                val_loss="validation loss")  # criteria of objectives, as they are printed
+
 
 def finish(run, history, seconds):
     """Test the best model and write figures and result.json; return its contents on the first process."""
@@ -1131,12 +1144,13 @@ def finish(run, history, seconds):
         save_figure(plot_training_curves(history), run.folder / "curves.png")
     loader, split = get_test_loader(**run.data), "test"
     if loader is not None and run.entries["test_files"] not in (None, _fingerprint(loader)):
-        print(f"Warning: the test images have changed since the training started; testing on the {loader.n_images:,} "
-              f"images that are there now.")
+        print(f"Warning: the test images have changed since the training started; testing on the "
+              f"{counted(loader.n_images, 'image')} now in the folder.")
     if loader is None:
         loader, split = run.val_loader, "val"
-        print("There are no test images, so the accuracies below are on the validation images, which also chose "
-              "the best epoch. Fitting a linear classifier for comparison ...", flush=True)
+        print("There are no test images, so the accuracies below are on the validation images. The best epoch was "
+              "chosen on them, so they are slightly optimistic. Fitting a linear classifier for comparison ...",
+              flush=True)
     else:
         print("Testing the best model, and fitting a linear classifier for comparison ...", flush=True)
     if run.options.dry_run:
@@ -1156,7 +1170,8 @@ def finish(run, history, seconds):
     draw(run, best, history, ("linear classifier", result[f"linear_{split}_acc"]))
     write_json(result, run.folder / "result.json")  # last, because it marks the run as complete
     if mirrored is not None:
-        print(f"Accuracy if the probabilities for an image and its mirror image are averaged: {mirrored:.1%}.")
+        print(f"Accuracy if the probabilities for an image and its mirror image are averaged: {mirrored:.1%}. "
+              f"`predict` does not average them.")
     print(f"{result['images_per_second']:.0f} images/s; fetching and augmenting took {run.trainer.data_share:.1%} of "
           f"the training time. Results: {run.folder}/"
           + (" (without attention.png: this model has no attention)" if not best.attends else ""))
@@ -1168,8 +1183,10 @@ def _training_result(run, history, seconds):
     objective, trainer = run.trainer.objective, run.trainer
     epoch = objective.best_epoch(history)
     best = history[objective.criterion][epoch - 1]
-    print(f"Trained in {seconds:.0f} s. Best {objective.criterion} {best:{objective.columns[objective.criterion]}}, "
-          f"epoch {epoch} of {len(history['lr'])}.", flush=True)
+    n_equal = history[objective.criterion].count(best)
+    print(f"Trained in {seconds:.0f} s. Best {CRITERIA.get(objective.criterion, objective.criterion)} "
+          f"{best:{objective.columns[objective.criterion]}} in epoch {epoch} of {len(history['lr'])}"
+          + (f" (the last of {n_equal} equally good epochs)." if n_equal > 1 else "."), flush=True)
     speed = sum(s * r for s, r in zip(history["seconds"], history["images_per_second"], strict=True))
     return dict(model=run.name, dataset=run.train_loader.dataset_name, seed=run.options.seed, recipe=run.options.recipe,
                 minutes=_budget(run.options), n_steps=run.entries["n_steps"], parameters=count_parameters(run.model),
@@ -1194,8 +1211,8 @@ def _compare_with_linear(run, score, split, loader):
         largest = loader.class_counts[place] / sum(loader.class_counts)
         balanced = f", balanced {score['balanced_acc']:.1%}"
         chance = f"always {names[place]}: {largest:.1%}, balanced {1 / len(names):.1%}"
-    print(f"{split} accuracy {percent(score['correct'], score['n'])} on {score['n']:,} images (95% Wilson interval)"
-          f"{balanced}; linear classifier on the pixels: {linear[f'{split}_acc']:.1%}; {chance}")
+    print(f"{split} accuracy {percent(score['correct'], score['n'])} on {counted(score['n'], 'image')} (95% Wilson "
+          f"interval){balanced}; linear classifier on the pixels: {linear[f'{split}_acc']:.1%}; {chance}")
     return {f"{split}_acc": score["acc"], f"{split}_correct": score["correct"], f"{split}_n": score["n"],
             f"{split}_balanced_acc": score["balanced_acc"],
             f"{split}_interval": wilson_interval(score["correct"], score["n"]),
@@ -1244,7 +1261,7 @@ WORKERS_HELP = "processes that read photographs, 0 for none (default: one per co
 AMP_HELP = "mixed precision (default: auto, bf16 or fp16 if the hardware computes fast in it, otherwise float32)"
 DEVICE_HELP = "auto, cpu, cuda, cuda:N or mps (default: %(default)s)"
 DESCRIPTION = """\
-Train a model on a folder with one folder of images per class.
+Train a model on a folder with one subfolder of images per class.
 
 examples:
   python train_vit.py --data-dir photos --pretrained deit_tiny_patch16_224
@@ -1265,17 +1282,17 @@ def make_parser():
         usage="python train_vit.py [options]\n       python train_vit.py COMMAND [options]",
         epilog="models:\n" + textwrap.fill(", ".join(MODELS), 78, initial_indent="  ", subsequent_indent="  "))
     group = parser.add_argument_group("everyday options")
-    group.add_argument("--data-dir", default="./data", metavar="FOLDER", help="folder with one folder of images per "
-                       "class, or with a supported data set (default: %(default)s; if it does not exist, drawn shapes)")
+    group.add_argument("--data-dir", default="./data", metavar="FOLDER", help="folder with one subfolder of images "
+                       "per class, or a known data set (default: %(default)s; if it does not exist, drawn shapes)")
     group.add_argument("--pretrained", metavar="NAME|PATH", help="start from trained weights: a name that `inspect` "
                        "lists, a checkpoint, or a folder written by transformers or timm (default: new weights)")
     group.add_argument("--model", metavar="NAME", help="model to train from new weights; all are listed below "
                        "(default: vit_nano for images up to 64 pixels, otherwise vit_tiny)")
     length = group.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=positive(), metavar="M", help="length in minutes, converted to steps by "
-                        "measuring the speed first (default: 2)")
+                        "measuring the speed first (default: 2; with --freeze-backbone, 100 epochs)")
     length.add_argument("--epochs", type=int_at_least(1), metavar="N", help="length in passes over the training images "
-                        "(default: 2 minutes; with --freeze-backbone 100 epochs)")
+                        "(default: 2 minutes; with --freeze-backbone, 100 epochs)")
     group.add_argument("--output-dir", metavar="FOLDER", help="new folder for the results (default: "
                        "runs/<model>-<data>-<n>)")
     group.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="continue the run in this folder exactly "
@@ -1419,12 +1436,13 @@ def _command_of(options, n_steps):
 
 # ---- python train_vit.py evaluate -------------------------------------------------------------------------
 
-# What the images of a loader are, by DatasetLoader.split.
+# What the images of a loader are, by DatasetLoader.split: (word before their number, noun, remark).
 SPLITS = {
-    "test": "test images",
-    "val": "validation images, because there are no test images; a run on this folder chose its best epoch with them",
-    "held out": "validation images, held out of the training run, which chose its best epoch with them",
-    "all": "images, the whole folder: a fair test only if the model was trained on none of them",
+    "test": ("", "test image", ""),
+    "val": ("", "validation image", ", because there are no test images; if the best epoch was chosen on them, the "
+                                    "accuracy is slightly optimistic"),
+    "held out": ("", "validation image", "; the best epoch was chosen on them, so the accuracy is slightly optimistic"),
+    "all": ("all ", "image", "; if the model was trained on some of them, the accuracy is too high"),
 }
 
 
@@ -1435,15 +1453,14 @@ Measure the accuracy of a model on a set of images, and write a confusion
 matrix and the worst mistakes into a folder.
 
 The images are the first of these that exist: the test images; the validation
-images; the images of this folder that were held out when the model was trained;
-all images.
+images; the images of this folder that the training run held out; all images.
 
 example:
   python train_vit.py evaluate --checkpoint runs/NAME/best.pt --data-dir photos""")
     group = _add_checkpoint(parser)
-    group.add_argument("--data-dir", default=DEFAULT_DATA_DIR, metavar="FOLDER", help="folder with one folder of "
-                       "images per class, or with a supported data set (default: %(default)s; if it does not exist, "
-                       "drawn shapes)")
+    group.add_argument("--data-dir", default=DEFAULT_DATA_DIR, metavar="FOLDER", help="folder with one subfolder "
+                       "of images per class, or a known data set (default: %(default)s; if it does not exist, drawn "
+                       "shapes)")
     group.add_argument("--output-dir", metavar="FOLDER", help="new folder for the results (default: "
                        "runs/evaluation-<data>-<n>)")
     group.add_argument("--dataset", default="auto", metavar="NAME", help=f"{', '.join(DATASETS)} (default: "
@@ -1468,9 +1485,9 @@ def evaluate(options):
     loader = _evaluation_loader(model, options)
     with unless_empty(new_output_dir(options.output_dir, "evaluation", loader.dataset_name)) as folder:
         found = score(model, loader, device, options.amp)
-    print(_describe_score(found, loader))
+    print(_describe_score(found, loader, options.data_dir))
     report_skipped(sorted(map(str, loader.skipped)))
-    heading = f"accuracy {percent(found.correct, found.n)}\n{found.n:,} images"
+    heading = f"accuracy {percent(found.correct, found.n)}\n{counted(found.n, 'image')}"
     names = list(map(_drawable, found.class_names))
     save_figure(plot_confusion(found.confusion, names, title=heading), folder / "confusion.png")
     _write_rows(folder / "confusion.csv", ["true \\ predicted", *found.class_names],
@@ -1536,12 +1553,13 @@ def _fingerprint_of(files):
     return hashlib.sha256(ends.encode(errors="surrogateescape")).hexdigest()
 
 
-def _describe_score(found, loader):
+def _describe_score(found, loader, data_dir):
     """Return a Score as lines of text."""
     n_seen = (found.confusion.sum(dim=1) > 0).sum().item()
-    lines = [f"{loader.dataset_name}: {found.n:,} {SPLITS.get(loader.split, 'images')}"]
+    before, noun, remark = SPLITS.get(loader.split, ("", "image", ""))
+    lines = [f"{_data_name(loader, data_dir)}: {before}{counted(found.n, noun)}{remark}"]
     if loader.skipped:
-        lines.append(f"skipped: {len(loader.skipped)} image files that cannot be read")
+        lines.append(f"skipped: {counted(len(loader.skipped), 'image file')} that cannot be read")
     lines += [f"accuracy           {percent(found.correct, found.n)}, {found.correct:,} correct (95% Wilson interval)",
               f"balanced accuracy  {found.balanced_accuracy:.1%}, the mean of the recalls of {n_seen} classes"]
     if n_seen < len(found.class_names):
@@ -1763,13 +1781,16 @@ def main(argv=None):
         COMMANDS[argv[0]](argv[1:])
         return
     if argv and argv[0][:1] != "-":
-        raise InputError(f"command {argv[0]!r} is unknown; expected {', '.join(COMMANDS)}, or training options")
+        close = difflib.get_close_matches(argv[0], COMMANDS, 1)
+        found = f"--data-dir {argv[0]}" if Path(argv[0]).is_dir() else close[0] if close else ""
+        raise InputError(f"command {argv[0]!r} is unknown; " + (
+            f"did you mean {found}?" if found else f"expected {', '.join(COMMANDS)}, or training options"))
     options = parse(argv)
     if options.dry_run and options.output_dir is None:
         with tempfile.TemporaryDirectory() as folder:
             options.output_dir = folder
             train(options)
-        print("Dry run: all parts ran; nothing was kept.")
+        print("Dry run: all parts ran; its files were deleted.")
     else:
         train(options)
 

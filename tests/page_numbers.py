@@ -306,8 +306,8 @@ PAGES["docs/reliability.md"] = Page(
         ("- {} of the {} kills came before the first checkpoint", sum(row["kept_step"] is None for row in KILLS),
          len(KILLS)),
         ("- {} kills came after a checkpoint", sum(row["kept_step"] is not None for row in KILLS)),
-        ("- {} kills interrupted the writing of a file: `config.json` in {} cases, at the start of the run, and "
-         "`last.pt` in {}.", sum(bool(row["in_a_write_of"]) for row in KILLS), kills_during("config.json"),
+        ("- {} kills interrupted the writing of a file: {} hit `config.json` at the start of the run, and {} hit "
+         "`last.pt`.", sum(bool(row["in_a_write_of"]) for row in KILLS), kills_during("config.json"),
          kills_during("last.pt")),
         ("by less than {}e-7", math.ceil(1e7 * max(
             row[f"{name}_loss difference"] for row in RANKS for name in ("train", "val")))),

@@ -19,7 +19,7 @@ from PIL import Image
 
 import visualizations
 from vit_bridge.analysis.metrics import percent
-from vit_bridge.cli import OneLineParser, int_at_least, positive, script, seed
+from vit_bridge.cli import OneLineParser, counted, int_at_least, positive, script, seed
 from vit_bridge.errors import Assumption, assume
 from vit_bridge.plots.explorer import ExplorerPage
 from vit_bridge.preprocessing import Preprocessing, Whole
@@ -100,12 +100,39 @@ def test_number_types_accept_values_in_range(kind, text, value):
 
 
 @pytest.mark.parametrize(("kind", "text"), [
-    (int_at_least(1), "0"), (int_at_least(1), "1.5"), (int_at_least(1), "many"), (int_at_least(0), "-1"),
-    (int_at_least(0), ""), (seed(), "-1"), (seed(), str(2**63)), (positive(), "0"), (positive(), "-1"),
-    (positive(), "nan"), (positive(), "inf"), (positive(), "1e999")])
+    (int_at_least(1), "0"), (int_at_least(0), "-1"), (seed(), "-1"), (seed(), str(2**63)), (positive(), "0"),
+    (positive(), "-1"), (positive(), "nan"), (positive(), "inf"), (positive(), "1e999")])
 def test_number_types_name_values_out_of_range(kind, text):
     with pytest.raises(argparse.ArgumentTypeError, match=rf"\A{text} is out of range; expected a .*number[^\n]*\Z"):
         kind(text)
+
+
+@pytest.mark.parametrize(("kind", "text", "words"), [
+    (int_at_least(1), "1.5", "a whole number"), (int_at_least(1), "many", "a whole number"),
+    (int_at_least(0), "", "a whole number"), (positive(), "ten", "a number")])
+def test_number_types_name_words_that_are_no_numbers(kind, text, words):
+    with pytest.raises(argparse.ArgumentTypeError, match=rf"\A'{text}' is not {words}; expected a [^\n]*\Z"):
+        kind(text)
+
+
+@pytest.mark.parametrize(("n", "text"), [(1, "1 step"), (2, "2 steps"), (1.0, "1 step"), (0.5, "0.5 steps"),
+                                         (2000, "2,000 steps"), (0, "0 steps")])
+def test_counted(n, text):
+    assert counted(n, "step") == text
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    (["--learning-rate", "1"], "unknown option --learning-rate; did you mean --lr?"),
+    (["--skip-corrup"], "unknown option --skip-corrup; did you mean --skip-corrupt?"),
+    (["--zzz=3"], "unknown option --zzz; --help lists the options"),
+    (["photos", "more"], "unexpected 'photos'; --help lists the options")])
+def test_one_line_parser_suggests_the_closest_option(capsys, words, expected):
+    parser = OneLineParser(prog="name.py")
+    parser.add_argument("--lr")
+    parser.add_argument("--skip-corrupt", action="store_true")
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(words)
+    assert capsys.readouterr().err == f"name.py: {expected}\n"
 
 
 def test_one_line_parser_reports_an_error_and_exits_with_2(capsys):
@@ -299,6 +326,8 @@ def test_new_output_dir_makes_parent_folders(tmp_path):
 
 def test_new_output_dir_names_why_it_cannot_write(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file is a file; choose a folder with --output-dir"):
+        new_output_dir(tmp_path / "file", "vit", "photos")
     with pytest.raises(InputError, match=r"cannot write to --output-dir .*file.*Not a directory"):
         new_output_dir(tmp_path / "file" / "run", "vit", "photos")
     monkeypatch.setattr(Path, "touch", raiser_of_disk)

@@ -350,7 +350,7 @@ def test_evaluate_writes_scores_confusion_and_mistakes(tmp_path, checkpoint, cap
     assert run(train_vit.evaluate_command, "--checkpoint", checkpoint, "--data-dir", data, "--output-dir", out,
                "--device", "cpu") == 0
     printed = capsys.readouterr().out
-    assert "folder: 7 test images\n" in printed
+    assert "data: 7 test images\n" in printed
     assert "accuracy           85.7% (48.7 to 97.4), 6 correct" in printed
     assert "balanced accuracy  88.9%" in printed
     assert "top-5" not in printed
@@ -379,7 +379,7 @@ def test_evaluate_without_mistakes_writes_no_figure_of_them(tmp_path, checkpoint
     assert run(train_vit.evaluate_command, *command) == 2
     assert "broken.png" in capsys.readouterr().err
     assert run(train_vit.evaluate_command, *command, "--skip-corrupt") == 0
-    assert "skipped: 1 image files" in capsys.readouterr().out
+    assert "skipped: 1 image file that cannot" in capsys.readouterr().out
     assert not (out / "mistakes.png").exists()
     assert (out / "mistakes.csv").read_text().split() == ["file,true,predicted,probability"]
     assert list(json.loads((out / "result.json").read_text())["skipped"]) == [str(data / "test" / "red" / "broken.png")]
@@ -395,12 +395,12 @@ def test_evaluate_holds_nothing_out_of_a_changed_folder(tmp_path, capsys):
     save_model(colour_model(), path, options=options, validation_files=train_vit._fingerprint(val_loader))
     words = ("--checkpoint", path, "--data-dir", data, "--device", "cpu", "--output-dir")
     assert run(train_vit.evaluate_command, *words, tmp_path / "a") == 0
-    assert "6 validation images, held out" in capsys.readouterr().out
+    assert "6 validation images; the best epoch was chosen on them" in capsys.readouterr().out
     save(data / next(iter(COLOURS)) / "0 new.png", 5, 0, 0)
     assert run(train_vit.evaluate_command, *words, tmp_path / "b") == 0
     printed = capsys.readouterr().out
     assert "have changed since the training" in printed
-    assert "13 images, the whole folder" in printed
+    assert ": all 13 images; if the model was trained on some of them" in printed
 
 
 @pytest.mark.slow
@@ -413,11 +413,11 @@ def test_evaluate_takes_the_images_held_out_of_the_training(tmp_path, monkeypatc
     path = tmp_path / "best.pt"
     save_model(colour_model(), path, options=dict(data_dir="data", val_fraction=0.5, seed=3))
     assert run(train_vit.evaluate_command, "--checkpoint", path, "--data-dir", data, "--device", "cpu") == 0
-    assert "folder: 6 validation images, held out" in capsys.readouterr().out
+    assert "data: 6 validation images; the best epoch was chosen on them" in capsys.readouterr().out
     assert (tmp_path / "runs" / "evaluation-folder-1" / "result.json").exists()
     data.rename(tmp_path / "other")
     assert run(train_vit.evaluate_command, "--checkpoint", path, "--data-dir", "other", "--device", "cpu") == 0
-    assert "folder: 12 images, the whole folder: a fair test only if" in capsys.readouterr().out
+    assert "other: all 12 images; if the model was trained on some of them" in capsys.readouterr().out
     cut = dict(held_out=True, val_fraction=0.5, seed=3)
     assert train_vit._training_cut(path, tmp_path / "x" / ".." / "data") == (cut, None)
 
@@ -427,7 +427,10 @@ def test_describe_score_lists_the_lowest_recalls():
     confusion[7, 8] = 100
     found = SimpleNamespace(confusion=confusion, class_names=[f"class {i}" for i in range(25)], n=400, correct=300,
                             balanced_accuracy=0.5, top5=0.9)
-    text = train_vit._describe_score(found, SimpleNamespace(dataset_name="folder", split="val", skipped={}))
+    loader = SimpleNamespace(dataset_name="folder", split="val", skipped={"a": "b"})
+    text = train_vit._describe_score(found, loader, "photos")
+    assert text.startswith("photos: 400 validation images, because there are no test images; if the best epoch")
+    assert "skipped: 1 image file that cannot be read" in text
     assert "the mean of the recalls of 24 classes; the other 1 have no images" in text
     assert "top-5 accuracy     90.0%" in text
     assert "class 0 " not in text

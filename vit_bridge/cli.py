@@ -5,6 +5,7 @@
 """
 
 import argparse
+import difflib
 import math
 import os
 import signal
@@ -27,7 +28,20 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message):
         """Print the error in one line and exit with code 2."""
+        kind, _, words = message.partition("unrecognized arguments: ")
+        if words and not kind:
+            message = self._unknown(words.split())
         self.exit(2, f"{self.prog}: {message}\n")
+
+    def _unknown(self, words):
+        """Return a message that names the first unknown option, or word, and the option closest to it."""
+        option = next((word.partition("=")[0] for word in words if word.startswith("--")), None)
+        if option is None:
+            return f"unexpected {words[0]!r}; --help lists the options"
+        known = [name for action in self._actions for name in action.option_strings]
+        initials = "--" + "".join(part[:1] for part in option[2:].split("-"))  # --learning-rate: --lr
+        close = [initials] if initials in known else difflib.get_close_matches(option, known, 1)
+        return f"unknown option {option}; " + (f"did you mean {close[0]}?" if close else "--help lists the options")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -74,14 +88,19 @@ class Names(argparse.Action):
 
 def add_class_names(parser):
     """Add the option --class-names, the class names of a file."""
-    parser.add_argument("--class-names", nargs="+", action=Names, metavar="NAME", help="classes in the order of the "
-                        "head's outputs, for a file that does not record them")
+    parser.add_argument("--class-names", nargs="+", action=Names, metavar="NAME", help="class names in output order, "
+                        "if the file does not contain them")
 
 
 def add_n_heads(parser, name="--n-heads", of="the file"):
     """Add the option --n-heads, the number of attention heads of a file's model."""
-    parser.add_argument(name, type=int_at_least(1), metavar="N", help=f"attention heads of {of}, if neither it nor a "
-                        f"config.json in its folder records them")
+    parser.add_argument(name, type=int_at_least(1), metavar="N", help=f"number of attention heads, if neither {of} "
+                        f"nor a config.json in its folder records it")
+
+
+def counted(n, noun):
+    """Return a number and a noun as text: "1 step", "2,000 steps", "0.5 minutes"."""
+    return f"{f'{n:,}' if isinstance(n, int) else f'{n:g}'} {noun}{'s' * (n != 1)}"
 
 
 class Bounded:
@@ -94,7 +113,8 @@ class Bounded:
         try:
             value = self.kind(text)
         except ValueError:
-            value = math.nan
+            kind = "a whole number" if self.kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind}; expected {self.expected}") from None
         if not self.low <= value <= self.high:
             raise argparse.ArgumentTypeError(f"{text} is out of range; expected {self.expected}")
         return value

@@ -160,6 +160,8 @@ def new_output_dir(wanted, model_name, dataset_name):
                              f"overwritten")
         (folder / ".write-test").touch()
         (folder / ".write-test").unlink()
+    except FileExistsError as error:
+        raise InputError(f"{folder} is a file; choose a folder with --output-dir") from error
     except OSError as error:
         raise InputError(f"cannot write to --output-dir {folder} ({error.strerror}); choose a folder that is "
                          f"writable") from error

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from vit_bridge.data.shapes import SHAPES, make_shapes
 from vit_bridge.errors import Assumption
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.preprocessing import Preprocessing
+from vit_bridge.training.objectives import Classification
 from vit_bridge.training.run_folder import CHANGEABLE, Saver
 from vit_bridge.weights.checkpoints import load, read_checkpoint, save_model
 from vit_bridge.weights.heads import fit_head
@@ -34,7 +36,9 @@ from vit_model import InputError, VisionTransformer
     (["--epochs", 0], "--epochs: 0 is out of range"),
     (["--lr", "nan"], "--lr: nan is out of range"),
     (["--minutes", -1], "--minutes: -1 is out of range"),
-    (["--batch-size", "many"], "--batch-size: many is out of range"),
+    (["--batch-size", "many"], "--batch-size: 'many' is not a whole number"),
+    (["--learning-rate", 1], "did you mean --lr?"),
+    (["evaluat"], "did you mean evaluate?"),
     (["--epochs", 1, "--minutes", 1], "not allowed with"),
     (["--data-dir", "nowhere"], "nowhere"),
     (["--dataset", "imagenet"], "imagenet"),
@@ -64,6 +68,30 @@ def test_train_vit_reports_bad_options_in_one_line(words, expected, capsys, tmp_
     assert expected in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_train_vit_suggests_data_dir_for_a_folder(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    code, error = run(["photos"], capsys)
+    assert (code, error.partition(": ")[2]) == (2, "command 'photos' is unknown; did you mean --data-dir photos?\n")
+    code, error = run(["words"], capsys)
+    assert (code, "expected evaluate, predict, export, inspect, or training options" in error) == (2, True)
+
+
+@pytest.mark.parametrize(("accuracies", "expected"), [
+    ([0.5, 1.0, 0.5, 1.0], "Best validation accuracy 100.0% in epoch 4 of 4 (the last of 2 equally good epochs)."),
+    ([0.5, 1.0, 0.75], "Best validation accuracy 100.0% in epoch 2 of 3.")])
+def test_training_result_names_the_best_epoch(accuracies, expected, capsys):
+    n = len(accuracies)
+    history = dict(val_acc=accuracies, lr=[0.1] * n, seconds=[1.0] * n, images_per_second=[2.0] * n)
+    model = torch.nn.Linear(2, 2)
+    blank = SimpleNamespace(objective=Classification(), data_share=0.0, dtype=None)
+    options = SimpleNamespace(seed=0, recipe="classic", epochs=n, steps=None, freeze_backbone=False, minutes=None)
+    train_vit._training_result(SimpleNamespace(
+        trainer=blank, name="a", train_loader=SimpleNamespace(dataset_name="shapes"), options=options, model=model,
+        entries=dict(n_steps=1, command=""), device="cpu"), history, 3)
+    assert expected in capsys.readouterr().out
 
 
 def test_train_vit_refuses_an_output_folder_with_files(capsys, tmp_path):

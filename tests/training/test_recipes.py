@@ -190,6 +190,6 @@ def test_linear_classifier_learns_from_unaugmented_images(tmp_path, capsys, monk
     assert torch.equal(*seen)
     assert seen[0].abs().sum() > 0
     printed = capsys.readouterr().out
-    assert re.search(r"Trained in \d+ s. Best val_acc [\d.]+%, epoch 1 of 1\.\nTesting the best model", printed)
-    assert re.search(r"mirror image are averaged: [\d.]+%", printed)
+    assert re.search(r"Trained in \d+ s. Best validation accuracy [\d.]+% in epoch 1 of 1\.\nTesting the best", printed)
+    assert re.search(r"averaged: [\d.]+%\. `predict` does not average them\.", printed)
     assert "without attention.png: this model has no attention" in printed
