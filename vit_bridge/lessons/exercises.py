@@ -394,7 +394,7 @@ def check_function(name, function, path=""):
                      f"sizes from the arguments' shapes")
         if words:
             return Verdict(False, words)
-    return Verdict(True, "right: values and gradients on three sets of inputs")
+    return Verdict(True, "right: the values and gradients agree with ours on three sets of inputs")
 
 
 def _describe_shapes(exercise, seed):
@@ -413,8 +413,10 @@ def _find_fault(exercise, function, seed, path):
         if isinstance(error, NotImplementedError) and str(error) in ("", FILL_IN):
             return "not filled in yet"
         return f"it fails: {_describe_error(error, path)}{_advice(exercise, error)}"
+    if found is None:
+        return f"it returns None; did you forget `return`? Expected a tensor of shape {tuple(expected.shape)}"
     if not isinstance(found, torch.Tensor):
-        return f"it returns a {type(found).__name__}; expected a tensor of shape {tuple(expected.shape)}"
+        return f"it returns a value of type {type(found).__name__}; expected a tensor of shape {tuple(expected.shape)}"
     if found.shape != expected.shape:
         return f"it returns shape {tuple(found.shape)}; expected {tuple(expected.shape)}"
     if found.dtype != expected.dtype:
