@@ -85,8 +85,8 @@ def test_exercise_is_written_then_checked(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "right: the values and gradients agree" in printed
     assert printed.endswith("\nNext: python examples.py exercise patch_embedding\n")
-    (tmp_path / "block.py").write_text(solution("block"))
-    examples.main(["exercise", "block", "--file", "block.py"])
+    (tmp_path / "last.py").write_text(solution("rollout"))
+    examples.main(["exercise", "rollout", "--file", "last.py"])
     assert capsys.readouterr().out.endswith("\nThis was the last exercise.\n")
 
 
