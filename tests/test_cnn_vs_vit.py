@@ -290,7 +290,7 @@ def test_cnn_vs_vit_judges_a_folder(tmp_path, monkeypatch, capsys):
     assert html.escape(results["finding"]).replace("\n", "<br>\n") in page
     assert "Accuracy on 30 test images" in page
     assert "predicting the largest class every time</td><td>50.0%" in page
-    assert "One model was trained for only 1 steps" in results["finding"]
+    assert "One model was trained for only 1 step " in results["finding"]
     assert "With only 40 training images, a pretrained model may do better" in results["finding"]
 
 

@@ -349,12 +349,14 @@ def test_caveats_are_those_that_hold():
     assert le.caveats(near, {"luck": 0.2, "pixels": 0.5}, 5000, guessing=0.2) == [
         "With 400 images, it cannot be shown that any model beats pixels (50.0%); more images or more --minutes may "
         "show it."]
+    (text,) = le.caveats(near, {"pixels": 1.0}, 5000)
+    assert text == "No model can beat pixels, which classifies all 400 images correctly."
     (text,) = le.caveats(near, {"luck": 0.5, "pixels": 0.52}, 5000, guessing=0.5)
     assert text.startswith("No model beats guessing (50.0%) by more than chance: the models learned nothing")
     (text,) = le.caveats(rows, {"luck": 0.2}, 40)
     assert text.startswith("With only 40 training images, a pretrained model may do better")
     rows["ViT"][0]["n_steps"] = 1
-    assert le.caveats(rows, {"luck": 0.2}, 5000)[0].startswith("One model was trained for only 1 steps")
+    assert le.caveats(rows, {"luck": 0.2}, 5000)[0].startswith("One model was trained for only 1 step ")
 
 
 def test_caveats_never_say_that_nothing_was_learned_above_guessing():

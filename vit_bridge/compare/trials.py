@@ -476,7 +476,8 @@ def compare_on_dataset(loaders, minutes, seeds=SEEDS, kinds=("ConvNet", "Hybrid"
             rows[kind].append(dict(seed=seed, n_steps=n_steps, right=right.tolist(), diverged=diverged,
                                    accuracy=right.double().mean().item()))
             accuracy = rows[kind][-1]["accuracy"]
-            report(f"{kind}, seed {seed}: {accuracy:.1%} of {len(right):,} images after {n_steps} steps")
+            report(f"{kind}, seed {seed}: {accuracy:.1%} of {len(right):,} images after {n_steps} "
+                   f"step{'s' * (n_steps != 1)}")
     return rows
 
 
@@ -559,11 +560,14 @@ def caveats(rows, controls, n_images, guessing=0.0):
     least, n = min(own[0]["n_steps"] for own in rows.values()), len(next(iter(rows.values()))[0]["right"])
     control, sentences = max(controls, key=controls.get), []
     if least < FEW_STEPS:
-        sentences.append(f"One model was trained for only {least} steps in its time; increase --minutes.")
+        steps = f"{least} step{'s' * (least != 1)}"
+        sentences.append(f"One model was trained for only {steps} in its time; increase --minutes.")
     accuracies = {kind: [row["accuracy"] for row in own] for kind, own in rows.items()}
     if none_beats(accuracies, guessing, n):
         sentences.append(f"No model beats guessing ({guessing:.1%}) by more than chance: the models learned nothing "
                          f"that {n:,} images can show.")
+    elif controls[control] == 1:
+        sentences.append(f"No model can beat {control}, which classifies all {n:,} images correctly.")
     elif none_beats(accuracies, controls[control], n):
         sentences.append(f"With {n:,} images, it cannot be shown that any model beats {control} "
                          f"({controls[control]:.1%}); more images or more --minutes may show it.")
