@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from train_vit import LINEAR_IMAGES, NotFinite, report_skipped
 from vit_bridge.analysis.cost import throughput
-from vit_bridge.cli import Bounded, OneLineParser, positive, script, seed
+from vit_bridge.cli import Bounded, HelpFormatter, OneLineParser, positive, script, seed
 from vit_bridge.compare.experiments import EXPERIMENTS, ComparisonSetup
 from vit_bridge.compare.report import Section, write_report
-from vit_bridge.compare.statistics import assumed_noise, describe_power, mean_min_max
+from vit_bridge.compare.statistics import MIN_IMAGES, assumed_noise, describe_power, mean_min_max
 from vit_bridge.compare.trials import (
     CNN_TO_VIT_MODELS,
     RATES,
@@ -50,7 +50,7 @@ from vit_bridge.compare.trials import (
 from vit_bridge.data.audit import audit_folder
 from vit_bridge.data.loaders import MemoryLoader, get_data_loaders, get_test_loader
 from vit_bridge.data.shapes import TEST_START, make_shapes
-from vit_bridge.errors import InputError, check_choice
+from vit_bridge.errors import InputError
 from vit_bridge.models.hybrid import HybridCNNViT
 from vit_bridge.plots.charts import plot_bars, save_figure
 from vit_bridge.preprocessing import SMALL_SIDE
@@ -61,6 +61,13 @@ from vit_bridge.weights.checkpoints import load
 
 __all__ = ["HybridCNNViT", "shipped_setup"]
 SHIPPED_MODELS = {"ConvNet": "convnet_shapes", "Hybrid": "hybrid_shapes", "ViT": "vit_nano_shapes"}
+DESCRIPTION = """\
+Compare a CNN, a ViT and a hybrid of the two; every experiment has a control.
+
+examples:
+  python cnn_vs_vit.py                                  compare the shipped models, in a few minutes
+  python cnn_vs_vit.py --only position                  run one experiment
+  python cnn_vs_vit.py --data-dir photos --minutes 30   train all three on your images"""
 COMMITTED = ROOT / "benchmarks" / "results"  # trials that come with the project
 RECIPE_NOTE = (f"All models get the same time and the same recipe, which differs from the recipe of train_vit.py: "
                f"{RECIPE.optimizer} with learning rate {RATES[1]:g} and batches of {RECIPE.batch_size} images.")
@@ -110,9 +117,10 @@ def run_experiments(setup, names, folder):
     return results, sections
 
 
-def _publish(section, folder):
+def _publish(section, folder, with_note=True):
     """Print a section's finding and save its figures into the folder."""
-    print(f"\n{section.title}\n{section.finding}" + (f"\n({section.note})" if section.note else ""), flush=True)
+    note = f"\n({section.note})" if section.note and with_note else ""
+    print(f"\n{section.title}\n{section.finding}{note}", flush=True)
     for name, figure in section.figures.items():
         save_figure(figure, folder / f"{name}.png")
 
@@ -317,9 +325,13 @@ def compare_on_folder(options, folder):
     print(f"{train_loader.n_images:,} {train_loader.img_size}-pixel training images, "
           f"{len(train_loader.class_names)} classes. Three models, each with {len(SEEDS)} seeds, share "
           f"{options.minutes:g} min and are compared on {tested.n_images:,} {images} images. {RECIPE_NOTE}")
-    expected = (f"Expected before any training (the spread between seeds and an accuracy of 75% are assumed): "
+    expected = (f"Expected before any training (assuming an accuracy of 75%, and seeds that differ by 1 point): "
                 f"{describe_power(assumed_noise(tested.n_images, len(SEEDS)))}")
-    print(expected)
+    if tested.n_images < MIN_IMAGES:
+        print(f"{tested.n_images} {images} images are too few to name a winner; at least {MIN_IMAGES} are needed. "
+              f"{_more_images(options.data_dir)}")
+    else:
+        print(expected)
     with Interrupts() as interrupts:
         interrupts.advice = "a comparison needs all training runs, and none of them is saved; use fewer --minutes"
         minutes = 0.01 if options.dry_run else options.minutes
@@ -333,8 +345,8 @@ def compare_on_folder(options, folder):
     controls = {"a linear classifier on the pixels": linear_classifier(*parts, tested)["test_acc"],
                 "predicting the largest class every time": guessing}
     skipped = _skipped_files(loaders)
-    finding = " ".join([summarise(rows, costs, guessing), *caveats(rows, controls, train_loader.n_images),
-                        *([f"{len(skipped)} image files cannot be read and were ignored."] if skipped else [])])
+    finding = "\n".join([summarise(rows, costs, guessing), *caveats(rows, controls, train_loader.n_images, guessing),
+                         *([f"{len(skipped)} image files cannot be read and were ignored."] if skipped else [])])
     split = split_kinds(rows, guessing)  # a mean over seeds that learned and seeds that did not describes neither
     means, names, bars = {}, {}, {}
     for name, own in rows.items():
@@ -342,20 +354,29 @@ def compare_on_folder(options, folder):
         counted = [row["accuracy"] for row, has in zip(own, learned, strict=True) if has]
         means[name] = f"{sum(learned)} of {len(own)} learned" if name in split else f"{mean(counted):.1%}"
         names[name] = f"{name}: {means[name]}" if name in split else name
-        bars[names[name]] = mean_min_max(counted)
-    figure = plot_bars({f"accuracy on the {images} images\n(lines: lowest and highest seed)": bars | controls,
+        bars[names[name]] = [100 * value for value in mean_min_max(counted)]
+    figure = plot_bars({f"accuracy on the {images} images (%)\n(lines: lowest and highest seed)": bars | {
+                            name: 100 * share for name, share in controls.items()},
                         f"milliseconds per image\n({device.type}, batches of 32)": {
                             names[name]: cost for name, cost in costs.items()}})
     table = [["model", "mean", *(f"seed {row['seed']}" for row in next(iter(rows.values()))), "steps", "ms per image"],
              *([name, means[name], *(f"{row['accuracy']:.1%}" for row in own), own[0]["n_steps"],
                 f"{costs[name]:.2f}"] for name, own in rows.items()),
              *([name, f"{share:.1%}", *[""] * (len(SEEDS) + 2)] for name, share in controls.items())]
-    note = (f"{RECIPE_NOTE} A lead counts if it is larger than seeds and images can explain, by Student's t at 5% "
-            f"for the three comparisons together. {expected}")
+    note = (f"{RECIPE_NOTE} A lead counts if it is larger than seeds and images can explain, by Student's t with a 5% "
+            f"chance of a false winner in all three comparisons together. {expected}")
     section = Section("Which model for these images?", "Which of the three is best here, and how certain is that?",
                       finding, {"verdict": figure}, [(f"Accuracy on {tested.n_images:,} {images} images", table)], note)
-    _publish(section, folder)
+    _publish(section, folder, with_note=False)  # printed before the training
     return {"verdict": dict(rows=rows, costs=costs, controls=controls, finding=finding, skipped=skipped)}, [section]
+
+
+def _more_images(data_dir):
+    """Return advice on where to put more test images."""
+    if (Path(data_dir) / "train").is_dir():
+        return f"Put more images into {Path(data_dir) / 'test'}/<class>/."
+    return f"Move the training images into {Path(data_dir) / 'train'}/<class>/ and put test images into " \
+           f"{Path(data_dir) / 'test'}/<class>/."
 
 
 def _split_for_linear(train_loader):
@@ -452,29 +473,31 @@ def compare_models(options, folder):
 
 
 def make_parser():
-    parser = OneLineParser(description=__doc__.split("\n\n")[0])
+    parser = OneLineParser(prog="cnn_vs_vit.py", description=DESCRIPTION, formatter_class=HelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME",
                         help=f"run only these experiments: {', '.join([*EXPERIMENTS, *TRAINING_EXPERIMENTS])}")
     parser.add_argument("--train", "--full", action="store_true", dest="train",
                         help="also run the experiments that train; this takes hours, and the same command resumes")
     parser.add_argument("--results-dir", "--cells", default="runs/cnn_vs_vit-cells", dest="results_dir",
-                        help="folder in which --train keeps its trials (default: %(default)s)")
-    parser.add_argument("--data-dir", help="your images: a folder with one folder per class, or a known data set (see "
-                                           "train_vit.py)")
+                        metavar="FOLDER", help="folder in which --train keeps its trials (default: %(default)s)")
+    parser.add_argument("--data-dir", metavar="FOLDER", help="your images: a folder with one folder per class, or a "
+                                                             "known data set (see train_vit.py)")
     parser.add_argument("--img-size", type=Bounded(int, 8, SMALL_SIDE, f"a whole number from 8 to {SMALL_SIDE}"),
-                        help=f"image side in pixels, at most {SMALL_SIDE} (default: small images keep "
-                             f"their size, photographs get {SMALL_SIDE})")
-    parser.add_argument("--minutes", type=positive(), help="with --data-dir: train all three on these images within "
-                                                           "this time, and report which is best")
+                        metavar="PIXELS", help=f"image side in pixels, at most {SMALL_SIDE} (default: small images "
+                                               f"keep their size, photographs get {SMALL_SIDE})")
+    parser.add_argument("--minutes", type=positive(), metavar="M", help="with --data-dir: train all three on these "
+                        "images within this time, and report which is best")
     parser.add_argument("--train-fractions", "--shares", nargs="+", type=Bounded(float, 1e-6, 1, "above 0 to 1"),
-                        default=list(TRAIN_FRACTIONS), dest="train_fractions",
+                        default=list(TRAIN_FRACTIONS), dest="train_fractions", metavar="F",
                         help="for the experiment data: fractions of the training images")
-    parser.add_argument("--seed", type=seed(), default=0, help="seed of the validation split (default: %(default)s)")
+    parser.add_argument("--seed", type=seed(), default=0, metavar="N",
+                        help="seed of the validation split (default: %(default)s)")
     parser.add_argument("--skip-corrupt", action="store_true", help="skip image files that cannot be read")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
                         help="mixed precision (default: %(default)s)")
-    parser.add_argument("--output-dir", help="a new folder for the results (default: runs/cnn_vs_vit-<data>-<n>)")
+    parser.add_argument("--output-dir", metavar="FOLDER",
+                        help="a new folder for the results (default: runs/cnn_vs_vit-<data>-<n>)")
     parser.add_argument("--dry-run", action="store_true", help="run a little of everything; nothing is kept without "
                                                                "--output-dir")
     return parser
@@ -483,7 +506,9 @@ def make_parser():
 def main(argv=None):
     options = make_parser().parse_args(argv)
     for name in options.only or ():
-        check_choice("--only", name, (*EXPERIMENTS, *TRAINING_EXPERIMENTS))
+        known = (*EXPERIMENTS, *TRAINING_EXPERIMENTS)
+        if name not in known:
+            raise InputError(f"--only {name!r} is unknown; choose one of: {', '.join(known)}")
     if options.minutes and (options.train or options.only):
         raise InputError("--minutes compares all three models on your images; remove --train and --only")
     if options.minutes and not options.data_dir:

@@ -94,7 +94,7 @@ def attention():
     print(f"By hand and in the module: the largest difference is {_largest(by_hand - layer(x)):.1e}.")
     print(f"Each row of the attention weights, (1, 7, 7), sums to one up to {_largest(weights.sum(-1) - 1):.1e}.")
     print("Look at: each row shows how one token (a query) distributes its attention over all seven (the keys).")
-    print("Without training, all weights are near 1/7 = 0.14.")
+    print(f"Without training, the weights are around 1/7: here from {weights.min():.2f} to {weights.max():.2f}.")
     return plot_matrices([weights[0].detach()], ["attention of 7 random tokens"], "attention weight",
                          xlabel="key", ylabel="query")
 
@@ -355,13 +355,16 @@ def _run_exercise(argv):
     if not path.exists():
         write_stub(options.name, path)
         print(textwrap.fill(f"Exercise {options.name} ({exercise.level}). {exercise.task}", 100))
-        print(f"\n{path}: fill it in, then run the same command again. Add --hint for a hint.")
+        print(f"\n{path}: fill it in, then run the same command again. Add --hint for a hint. To start again, delete "
+              f"the file.")
         return
     verdict = check_file(options.name, path)
     print(f"{path}: {verdict.words}")
     if not verdict.right:
-        print("Add --hint for a hint, or --solution for our solution.")
+        print(f"Add --hint for a hint, or --solution for our solution. To start again, delete {path}.")
         raise SystemExit(1)
+    following = [*EXERCISES][[*EXERCISES].index(options.name) + 1:]
+    print(f"Next: python examples.py exercise {following[0]}" if following else "This was the last exercise.")
 
 
 COMMANDS = dict(quiz=_run_quiz, exercise=_run_exercise)

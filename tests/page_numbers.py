@@ -161,7 +161,7 @@ PAGES["docs/comparison.md"] = Page(
         ("(a multiply-add counts as 2) | {:.0f} | {:.1f} | {:.1f} |",
          *(rows[0]["flops"] / 1e6 for rows in shipped("cost", "resolution", "KIND"))),
         ("against the number of pixels | {:.2f} | {:.2f} | {:.2f} |", *shipped("cost", "exponents", "KIND", "flops")),
-        ("unit's gradient, pixels | {:.1f} | {:.1f} | {:.1f} | | … with random weights | {:.1f} | {:.1f} | {:.1f} |",
+        ("unit's gradient | {:.1f} | {:.1f} | {:.1f} | | … with random weights | {:.1f} | {:.1f} | {:.1f} |",
          *(rows[-1][weights][0] for weights in ("trained", UNTRAINED) for rows in shipped("receptive_field", "KIND"))),
         ("first block's heads, pixels | | {:.1f} to {:.1f} | {:.1f} to {:.1f} | "
          "| … with random weights | | {:.1f} to {:.1f} | {:.1f} to {:.1f} |",
@@ -194,7 +194,8 @@ PAGES["docs/comparison.md"] = Page(
             ("| ConvNet", "ConvNet"))),
     ],
     stated=[
-        ("at 5% for the three comparisons together", "CONFIDENCE in vit_bridge/compare/statistics.py"),
+        ("only leads above about 35 points", "smallest_lead(assumed_noise(30, 3)) in vit_bridge/compare/statistics.py"),
+        ("with a 5% chance of a false winner", "CONFIDENCE in vit_bridge/compare/statistics.py"),
         ("--minutes 30", "an option"),
         ("under a ceiling of 100%", "definition of an accuracy"),
     ],

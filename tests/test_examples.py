@@ -77,12 +77,17 @@ def test_exercise_is_written_then_checked(tmp_path, monkeypatch, capsys):
     assert stop.value.code == 1
     printed = capsys.readouterr().out
     assert "not filled in yet" in printed
-    assert "--hint for a hint, or --solution for our solution" in printed
+    assert "--hint for a hint, or --solution for our solution. To start again, delete attention_exercise.py." in printed
     path = tmp_path / "attention_exercise.py"
     path.write_text(path.read_text().replace('raise NotImplementedError("fill this in")',
                                              "return (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1) @ v"))
     examples.main(["exercise", "attention"])
-    assert "right: values" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "right: the values and gradients agree" in printed
+    assert printed.endswith("\nNext: python examples.py exercise patch_embedding\n")
+    (tmp_path / "last.py").write_text(solution("rollout"))
+    examples.main(["exercise", "rollout", "--file", "last.py"])
+    assert capsys.readouterr().out.endswith("\nThis was the last exercise.\n")
 
 
 def test_exercise_shows_its_hint_and_solution_and_writes_nothing(tmp_path, monkeypatch, capsys):

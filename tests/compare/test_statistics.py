@@ -369,10 +369,11 @@ def test_measured_noise_matches_hand_values():
 def test_describe_power_names_the_lead_and_what_it_rests_on():
     noise = st.assumed_noise(1000, 3)
     assert st.describe_power(noise) == (
-        f"A lead of 2 points is found in {st.power(0.02, noise):.0%} of comparisons. A lead of "
-        f"{100 * st.smallest_lead(noise):.1f} points is found in 80%. This is for 1,000 images and 3 seeds, which "
-        f"differ by 1.0 points beyond chance.")
-    assert st.describe_power(st.assumed_noise(10, 3)).startswith("No lead is found in 80% of comparisons.")
+        f"only a lead of about {100 * st.smallest_lead(noise):.1f} points or more would be found with 80% probability "
+        f"(1,000 images, 3 seeds).")
+    assert st.describe_power(st.assumed_noise(30, 3)).startswith("only a lead of about 35 points or more")
+    assert st.describe_power(st.assumed_noise(10, 3)) == (
+        "no lead, however large, would be found reliably (10 images, 3 seeds).")
 
 
 # ---- Student's t

@@ -292,7 +292,9 @@ def test_summarise_names_a_winner_or_none():
     rows = rows_of(dict(ConvNet=285, Hybrid=284, ViT=100))
     text = le.summarise(rows, dict(ConvNet=2.0, Hybrid=0.5, ViT=0.1))
     assert text.startswith("No winner: ConvNet and Hybrid cannot be distinguished; ViT is behind by 46.2 points")
-    assert "Hybrid is the cheapest of these at 0.50 ms per image." in text
+    fastest = "Of ConvNet and Hybrid, Hybrid is the fastest, at about 0.5 ms per image in one short measurement."
+    assert fastest in text.splitlines()
+    assert "fastest" not in le.summarise(rows, dict(ConvNet=0.52, Hybrid=0.5, ViT=0.1))  # too close to call
     few = le.summarise(rows_of(dict(ConvNet=2, ViT=0), n=2))
     assert few == "No winner: 2 images are too few; at least 20 are needed."
 
@@ -310,7 +312,7 @@ def test_summarise_names_a_kind_that_learns_or_does_not():
     split = "ViT learned with only 2 of 3 seeds. These reach at least 96.0%, the others at most 50.0%."
     assert split in text
     two = le.summarise({kind: rows[kind] for kind in ("ConvNet", "ViT")}, dict(ConvNet=1.0, ViT=2.0), guessing=0.5)
-    assert two == f"No winner: only ConvNet behaves the same with every seed. {split}"
+    assert two == f"No winner: only ConvNet behaves the same with every seed.\n{split}"
     assert "learned with only" not in le.summarise(rows_with(dict(ConvNet=(0.9, 0.8, 0.7), ViT=(0.5, 0.51, 0.5))),
                                                     guessing=0.5)
     assert le.split_kinds(rows, 0.5) == dict(ViT=[True, False, True])
@@ -320,8 +322,8 @@ def test_summarise_names_a_kind_that_learns_or_does_not():
 def test_summarise_says_which_lead_could_have_been_found():
     rows = rows_with(dict(ConvNet=(0.75, 0.76, 0.77), ViT=(0.74, 0.75, 0.76)))
     noise = st.measured_noise(rows)
-    assert le.summarise(rows).endswith(f" As measured: {st.describe_power(noise)}")
-    assert "As measured" not in le.summarise(rows_with(dict(ConvNet=(1.0, 1.0), ViT=(0.5, 0.5)), n=10))
+    assert le.summarise(rows).splitlines()[1:] == [f"With the noise measured here, {st.describe_power(noise)}"]
+    assert "noise measured" not in le.summarise(rows_with(dict(ConvNet=(1.0, 1.0), ViT=(0.5, 0.5)), n=10))
 
 
 def test_reach_finding_names_a_kind_that_learns_or_does_not():
@@ -343,12 +345,24 @@ def test_summarise_names_diverged_trainings():
 def test_caveats_are_those_that_hold():
     rows = rows_of(dict(ConvNet=360, ViT=200), n=400)
     assert le.caveats(rows, {"luck": 0.2, "pixels": 0.3}, 5000) == []
-    (text,) = le.caveats(rows_of(dict(ConvNet=204, ViT=200), n=400), {"luck": 0.2, "pixels": 0.5}, 5000)
-    assert text.startswith("No model beats pixels by more than chance")
+    near = rows_of(dict(ConvNet=204, ViT=200), n=400)
+    assert le.caveats(near, {"luck": 0.2, "pixels": 0.5}, 5000, guessing=0.2) == [
+        "With 400 images, it cannot be shown that any model beats pixels (50.0%); more images or more --minutes may "
+        "show it."]
+    (text,) = le.caveats(near, {"pixels": 1.0}, 5000)
+    assert text == "No model can beat pixels, which classifies all 400 images correctly."
+    (text,) = le.caveats(near, {"luck": 0.5, "pixels": 0.52}, 5000, guessing=0.5)
+    assert text.startswith("No model beats guessing (50.0%) by more than chance: the models learned nothing")
     (text,) = le.caveats(rows, {"luck": 0.2}, 40)
     assert text.startswith("With only 40 training images, a pretrained model may do better")
     rows["ViT"][0]["n_steps"] = 1
-    assert le.caveats(rows, {"luck": 0.2}, 5000)[0].startswith("One model was trained for only 1 steps")
+    assert le.caveats(rows, {"luck": 0.2}, 5000)[0].startswith("One model was trained for only 1 step ")
+
+
+def test_caveats_never_say_that_nothing_was_learned_above_guessing():
+    rows = rows_of(dict(ConvNet=23, Hybrid=22, ViT=21), n=30)  # 70 to 77%
+    (text,) = le.caveats(rows, {"linear": 16 / 30, "luck": 1 / 3}, 5000, guessing=1 / 3)
+    assert text.startswith("With 30 images, it cannot be shown that any model beats linear (53.3%)")
 
 
 def test_best_of_rates_counts_a_diverged_training_as_zero(monkeypatch):

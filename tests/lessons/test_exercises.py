@@ -11,14 +11,14 @@ from vit_bridge.analysis.explanations import rollout
 from vit_bridge.lessons import exercises as e
 from vit_model import InputError, MultiHeadAttention, PatchEmbedding, TransformerBlock, VisionTransformer
 
+RIGHT = e.Verdict(True, "right: the values and gradients agree with ours on three sets of inputs")
 MISTAKES = [pytest.param(name, words, mistaken, id=f"{name}, {words[:30]}") for name, exercise in e.EXERCISES.items()
             for words, mistaken in exercise.mistakes]
 
 
 @pytest.mark.parametrize("name", e.EXERCISES)
 def test_check_function_passes_every_solution(name):
-    assert e.check_function(name, e.EXERCISES[name].solution) == e.Verdict(
-        True, "right: values and gradients on three sets of inputs")
+    assert e.check_function(name, e.EXERCISES[name].solution) == RIGHT
 
 
 def positions_written_into(dtype):
@@ -62,7 +62,7 @@ OTHER_ANSWERS = [
 
 @pytest.mark.parametrize(("name", "function"), OTHER_ANSWERS)
 def test_check_function_passes_answers_in_another_form(name, function):
-    assert e.check_function(name, function) == e.Verdict(True, "right: values and gradients on three sets of inputs")
+    assert e.check_function(name, function) == RIGHT
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
@@ -202,7 +202,8 @@ def test_stub_says_all_numbers_are_float64(name, first):
     ("return q @ (k > 0).mT @ (k > 0)", "it fails: line 5: RuntimeError: "),
     ("return (q > 0) @ (k > 0).mT", "it fails: line 5: "),
     ("return attend(q)", "it fails: line 5: NameError: name 'attend' is not defined"),
-    ("return 7", "it returns a int; expected a tensor of shape (2, 3, 7, 5)"),
+    ("return 7", "it returns a value of type int; expected a tensor of shape (2, 3, 7, 5)"),
+    ("w = q @ k.mT", "it returns None; did you forget `return`? Expected a tensor of shape (2, 3, 7, 5)"),
     ("return q[:1] + 0 * k", "the shape is right, but the values are not; the largest difference is "),
     ("return q.mean(dim=1)", "it returns shape (2, 7, 5); expected (2, 3, 7, 5)"),
     ("raise NotImplementedError", "not filled in yet"),

@@ -126,7 +126,7 @@ def test_ask_judges_and_counts_guesses():
     text = "\n".join(said)
     assert "Right. Measured: that. It is so." in text
     assert "No. Measured: that. It is so." in text
-    assert text.endswith("\n1 of 2 right.")
+    assert text.endswith("\n1 of 2 right, 1 skipped.")
 
 
 def test_ask_repeats_after_an_invalid_guess():

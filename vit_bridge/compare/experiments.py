@@ -447,13 +447,12 @@ class Position(Experiment):
     def finding(self, data):
         models = data["models"]
         shifted = rank_shares({name: model["consistency"] for name, model in models.items()}, data["n_shifted"])
-        own, moved, hidden = (_describe_kept(*rank_kept(
-            {name: (model["correct"][change][0], model["correct"][change][-1]) for name, model in models.items()},
-            data["n"], data["classes"])) for change in ("shuffled", MOVED, "hidden, mean"))
-        return (f"Shifting the image leaves the largest fraction of predictions unchanged in {_leaders(shifted)}. The "
-                f"largest fraction of correct predictions stays correct in {own} if {data['shares'][-1]:.0%} of the "
-                f"ViT's own patches are shuffled, in {moved} if the shuffled grid is moved by half a patch, and in "
-                f"{hidden} if the patches are hidden.")
+        changed = {"shuffled": f"With {data['shares'][-1]:.0%} of the ViT's own patches shuffled",
+                   MOVED: "With the shuffled grid moved by half a patch", "hidden, mean": "With the patches hidden"}
+        kept = [f"{words}, {_describe_kept(models, change, data['n'], data['classes'])}."
+                for change, words in changed.items()]
+        return " ".join([f"Shifting the image leaves the largest fraction of predictions unchanged in "
+                         f"{_leaders(shifted)}.", *kept])
 
     def tables(self, data):
         heads = ["", "moved as in training", "moved further", f"as in training, {RANDOM}", "unchanged",
@@ -487,12 +486,16 @@ def _consistencies(stays, within):
     return mean_consistency(inner), ((stays.sum() - inner.sum()) / n_beyond).item() if n_beyond else None
 
 
-def _describe_kept(ranking, lost):
-    """Describe in which models rank_kept() finds that most predictions stay correct."""
-    if ranking is None:
-        return "no model (all fall to guessing)" if lost else "no model (all guess to begin with)"
-    alone = lost and not (ranking.tied or ranking.behind)
-    return f"{ranking.best} (the only one above guessing)" if alone else _leaders(ranking)
+def _describe_kept(models, change, n, n_classes):
+    """Describe how much accuracy each model keeps after a change, and which models are then no better than guessing."""
+    counts = {name: (model["correct"][change][0], model["correct"][change][-1]) for name, model in models.items()}
+    ranking, lost = rank_kept(counts, n, n_classes)
+    learned = [name for name in counts if name in lost or (ranking and name in ranking.values)]
+    if not learned:
+        return "nothing can be compared: all models guess to begin with"
+    first, *rest = (f"{name} keeps {counts[name][1] / counts[name][0]:.0%}" for name in learned)
+    kept = join_words([f"{first} of its accuracy", *(words.replace(" keeps", "") for words in rest)])
+    return f"{kept}; {join_words(lost) or 'none'} {'are' if len(lost) > 1 else 'is'} no better than guessing"
 
 
 def _leaders(ranking):

@@ -40,7 +40,7 @@ class Section:
     Parameters
     ----------
     title, question, finding : str
-        The heading, the question, and what was observed.
+        The heading, the question, and what was observed; the finding may have several lines.
     figures : dict
         {file name without extension: Figure}.
     tables : list
@@ -72,11 +72,15 @@ def write_report(path, title, introduction, sections):
 def _section_html(section, number):
     parts = [f'<section id="part{number}">', f"<h2>{number}. {html.escape(section.title)}</h2>"]
     parts += [f"<p>{html.escape(section.question)}</p>"] * bool(section.question)
-    parts += [f'<p class="finding">{html.escape(section.finding)}</p>'] * bool(section.finding)
+    parts += [f'<p class="finding">{_lines_html(section.finding)}</p>'] * bool(section.finding)
     parts += [_figure_html(name, figure) for name, figure in section.figures.items()]
     parts += [_table_html(caption, rows) for caption, rows in section.tables]
     parts += [f'<p class="note">{html.escape(section.note)}</p>'] * bool(section.note)
     return "\n".join([*parts, "</section>"])
+
+
+def _lines_html(text):
+    return html.escape(text).replace("\n", "<br>\n")
 
 
 def _figure_html(name, figure):

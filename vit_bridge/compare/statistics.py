@@ -437,14 +437,12 @@ def describe_leaders(ranking, points=False):
 
 
 def describe_power(noise):
-    """Describe how often a lead of 2 points is found, and which lead is found in FOUND of all comparisons."""
-    given = (f"This is for {noise.n_images:,} images and {noise.n_seeds} seeds, which differ by "
-             f"{100 * noise.spread:.1f} points beyond chance.")
-    least = smallest_lead(noise)
+    """Describe which lead is found in FOUND of all comparisons, as a clause that ends with a full stop."""
+    least, tested = 100 * smallest_lead(noise), f"{noise.n_images:,} images, {noise.n_seeds} seeds"
     if least == math.inf:
-        return f"No lead is found in {FOUND:.0%} of comparisons. {given}"
-    return (f"A lead of 2 points is found in {power(0.02, noise):.0%} of comparisons. A lead of {100 * least:.1f} "
-            f"points is found in {FOUND:.0%}. {given}")
+        return f"no lead, however large, would be found reliably ({tested})."
+    return (f"only a lead of about {least:.{0 if least >= 10 else 1}f} points or more would be found with {FOUND:.0%} "
+            f"probability ({tested}).")
 
 
 def describe_split(name, accuracies, learned):

@@ -35,6 +35,7 @@ from vit_bridge.compare.statistics import (
     none_beats,
     rank_falls,
     rank_samples,
+    rank_speeds,
     rank_trainings,
     seeds_that_learned,
     step_gains,
@@ -475,7 +476,8 @@ def compare_on_dataset(loaders, minutes, seeds=SEEDS, kinds=("ConvNet", "Hybrid"
             rows[kind].append(dict(seed=seed, n_steps=n_steps, right=right.tolist(), diverged=diverged,
                                    accuracy=right.double().mean().item()))
             accuracy = rows[kind][-1]["accuracy"]
-            report(f"{kind}, seed {seed}: {accuracy:.1%} of {len(right):,} images after {n_steps} steps")
+            report(f"{kind}, seed {seed}: {accuracy:.1%} of {len(right):,} images after {n_steps} "
+                   f"step{'s' * (n_steps != 1)}")
     return rows
 
 
@@ -506,6 +508,7 @@ def summarise(rows, costs=None, guessing=0.0):
     Returns
     -------
     str
+        The finding in one line, and further lines for what qualifies it.
 
     Raises
     ------
@@ -524,21 +527,24 @@ def summarise(rows, costs=None, guessing=0.0):
         text = f"No winner: {f'only {join_words(steady)}' if steady else 'no model'} behaves the same with every seed."
     elif ranking.tied:
         text = f"No winner: {text}"
+    lines = [text]
     if costs and compared and ranking.tied:
-        cheapest = min(ranking.leaders, key=costs.get)
-        text += f" {cheapest} is the cheapest of these at {costs[cheapest]:.2f} ms per image."
-    for kind, learned in split.items():
-        text += f" {describe_split(kind, [row['accuracy'] for row in rows[kind]], learned)}"
+        fastest = rank_speeds({kind: 1 / costs[kind] for kind in ranking.leaders}).winner
+        if fastest:
+            lines.append(f"Of {join_words(ranking.leaders)}, {fastest} is the fastest, at about {costs[fastest]:.2g} "
+                         f"ms per image in one short measurement.")
+    accuracies = {kind: [row["accuracy"] for row in own] for kind, own in rows.items()}
+    lines += [describe_split(kind, accuracies[kind], learned) for kind, learned in split.items()]
     if compared and n >= MIN_IMAGES:
-        text += f" As measured: {describe_power(measured_noise(steady))}"
+        lines.append(f"With the noise measured here, {describe_power(measured_noise(steady))}")
     for kind, own in rows.items():
         diverged = sum(row.get("diverged", False) for row in own)
-        text += f" {diverged} of {len(own)} training runs of {kind} diverged and count as 0%." if diverged else ""
-    return text
+        lines += [f"{diverged} of {len(own)} training runs of {kind} diverged and count as 0%."] * bool(diverged)
+    return "\n".join(lines)
 
 
-def caveats(rows, controls, n_images):
-    """Return sentences that warn about a comparison: too few steps, too few images, or nothing learned.
+def caveats(rows, controls, n_images, guessing=0.0):
+    """Return sentences that warn about a comparison: too few steps or images, or no model above the baselines.
 
     Parameters
     ----------
@@ -548,14 +554,23 @@ def caveats(rows, controls, n_images):
         {name: accuracy} of baselines that need none of these models, such as a linear classifier.
     n_images : int
         Number of training images.
+    guessing : float, optional
+        The accuracy without learning.
     """
     least, n = min(own[0]["n_steps"] for own in rows.values()), len(next(iter(rows.values()))[0]["right"])
     control, sentences = max(controls, key=controls.get), []
     if least < FEW_STEPS:
-        sentences.append(f"One model was trained for only {least} steps in its time; increase --minutes.")
-    if none_beats({kind: [row["accuracy"] for row in own] for kind, own in rows.items()}, controls[control], n):
-        sentences.append(f"No model beats {control} by more than chance: the models learned nothing, or there is "
-                         f"nothing to learn.")
+        steps = f"{least} step{'s' * (least != 1)}"
+        sentences.append(f"One model was trained for only {steps} in its time; increase --minutes.")
+    accuracies = {kind: [row["accuracy"] for row in own] for kind, own in rows.items()}
+    if none_beats(accuracies, guessing, n):
+        sentences.append(f"No model beats guessing ({guessing:.1%}) by more than chance: the models learned nothing "
+                         f"that {n:,} images can show.")
+    elif controls[control] == 1:
+        sentences.append(f"No model can beat {control}, which classifies all {n:,} images correctly.")
+    elif none_beats(accuracies, controls[control], n):
+        sentences.append(f"With {n:,} images, it cannot be shown that any model beats {control} "
+                         f"({controls[control]:.1%}); more images or more --minutes may show it.")
     if n_images < FEW_IMAGES:
         sentences.append(f"With only {n_images:,} training images, a pretrained model may do better than all three "
                          f"(train_vit.py --pretrained NAME).")

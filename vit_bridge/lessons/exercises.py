@@ -249,7 +249,8 @@ EXERCISES = {
     "attention": Exercise(
         "attention", "q, k, v", "medium",
         "Scaled dot-product attention: compute how much every query attends to every key, then average the values with "
-        "these weights. q, k and v are (B, H, N, K). Return (B, H, N, K). See the ViT paper, Eq. 6 and 7.",
+        "these weights. q, k and v are (B, H, N, K), where K is the width of a head. Return (B, H, N, K). See the ViT "
+        "paper, Eq. 6 and 7.",
         "Three steps: multiply q by k with its last two axes swapped, which returns (B, H, N, N); divide by the square "
         "root of K and apply a softmax over the keys; multiply the result by v.",
         ((2, 3, 7, 5), (3, 2, 6, 8), (4, 5, 3, 6)), lambda B, H, N, K: [(B, H, N, K)] * 3, attention,
@@ -273,6 +274,14 @@ EXERCISES = {
         "addition then broadcasts over the images.",
         ((3, 4, 6), (2, 6, 5), (5, 3, 7)), lambda B, n, D: [(B, n, D), (1, 1, D), (1, 1 + n, D)], add_positions,
         POSITION_MISTAKES),
+    "block": Exercise(
+        "block", "x, norm1, attend, norm2, mlp", "easy",
+        "An encoder block: combine its four parts, which are functions from (B, N, D) to (B, N, D). x is (B, N, D). "
+        "Return (B, N, D). See the ViT paper, Eq. 2 and 3.",
+        "There are two steps, attention and MLP. Each normalises its input, applies its part and adds the result to "
+        "the input as it was before the norm.",
+        ((2, 5, 6), (3, 4, 7), (4, 6, 5)), lambda B, N, D: [(B, N, D), (D,), (N, N), (D,), (D, D)], block,
+        BLOCK_MISTAKES, _block_arguments),
     "rollout": Exercise(
         "rollout", "maps", "hard",
         "Attention rollout: compute how much of each input token is in each token after the last block. maps is "
@@ -282,14 +291,6 @@ EXERCISES = {
         "matrices. Each new block goes on the left, because its rows mix the outputs of the earlier blocks.",
         ((3, 2, 7), (4, 3, 5), (2, 4, 6)), lambda L, H, N: [(L, H, N, N)], attention_rollout, ROLLOUT_MISTAKES,
         lambda scores: [scores[0].softmax(dim=-1)]),
-    "block": Exercise(
-        "block", "x, norm1, attend, norm2, mlp", "easy",
-        "An encoder block: combine its four parts, which are functions from (B, N, D) to (B, N, D). x is (B, N, D). "
-        "Return (B, N, D). See the ViT paper, Eq. 2 and 3.",
-        "There are two steps, attention and MLP. Each normalises its input, applies its part and adds the result to "
-        "the input as it was before the norm.",
-        ((2, 5, 6), (3, 4, 7), (4, 6, 5)), lambda B, N, D: [(B, N, D), (D,), (N, N), (D,), (D, D)], block,
-        BLOCK_MISTAKES, _block_arguments),
 }
 
 
@@ -394,7 +395,7 @@ def check_function(name, function, path=""):
                      f"sizes from the arguments' shapes")
         if words:
             return Verdict(False, words)
-    return Verdict(True, "right: values and gradients on three sets of inputs")
+    return Verdict(True, "right: the values and gradients agree with ours on three sets of inputs")
 
 
 def _describe_shapes(exercise, seed):
@@ -413,8 +414,10 @@ def _find_fault(exercise, function, seed, path):
         if isinstance(error, NotImplementedError) and str(error) in ("", FILL_IN):
             return "not filled in yet"
         return f"it fails: {_describe_error(error, path)}{_advice(exercise, error)}"
+    if found is None:
+        return f"it returns None; did you forget `return`? Expected a tensor of shape {tuple(expected.shape)}"
     if not isinstance(found, torch.Tensor):
-        return f"it returns a {type(found).__name__}; expected a tensor of shape {tuple(expected.shape)}"
+        return f"it returns a value of type {type(found).__name__}; expected a tensor of shape {tuple(expected.shape)}"
     if found.shape != expected.shape:
         return f"it returns shape {tuple(found.shape)}; expected {tuple(expected.shape)}"
     if found.dtype != expected.dtype:

@@ -40,7 +40,7 @@ def _where_the_parameters_are():
     block = model.blocks[0]
     share = count_parameters(block.mlp) / count_parameters(block)
     return (1 if share > 0.5 else 0), (
-        f"The MLP holds {share:.0%} of the {count_parameters(block):,} parameters of a block.")
+        f"In ViT-Base, the MLP holds {share:.0%} of the {count_parameters(block):,} parameters of a block.")
 
 
 def _cost_of_twice_the_side():
@@ -121,7 +121,7 @@ def _how_far_the_first_block_looks():
               "such heads in large ViTs after pre-training on JFT-300M, but not after training on ImageNet alone."
               if share >= 0.8 else "")
     return (0 if share < 0.5 else 1 if share < 0.8 else 2), (
-        f"The mean attention distance of the nearest head in the first block is {near.min():.1f} pixels; for uniform "
+        f"The head of the first block that looks nearest looks {near.min():.1f} pixels away on average; for uniform "
         f"attention it is {line:.1f} pixels.{nearer}")
 
 
@@ -133,12 +133,13 @@ def _price_of_heads():
 
 
 QUESTIONS = (
-    Question("Where are most of the parameters of a ViT block?", ("in the attention", "in the MLP"),
+    Question("Where are most of the parameters of a block of ViT-Base?", ("in the attention", "in the MLP"),
              _where_the_parameters_are),
     Question("What happens to the number of parameters of attention with twelve heads instead of one?",
              ("it grows twelvefold", "nothing"), _price_of_heads),
-    Question("The side of an image grows from 224 to 448 pixels. How much more does ViT-Base compute?",
-             ("about twice as much", "three to six times as much", "sixteen times as much"), _cost_of_twice_the_side),
+    Question("The side of an image grows from 224 to 448 pixels. How many times as much does ViT-Base "
+             "compute?", ("about twice as much", "three to six times as much", "sixteen times as much"),
+             _cost_of_twice_the_side),
     Question("What happens to the logits of a ViT without positions when all patches are shuffled?",
              ("nothing", "they change a little", "they change completely"), _shuffled_without_positions),
     Question("The head reads CLS. How large is the gradient of the patch tokens after the last block?",
@@ -148,8 +149,8 @@ QUESTIONS = (
              _who_needs_the_order),
     Question("Images move by one or two pixels, which changes every patch. How often does our trained ViT keep its "
              "prediction?", ("less than 60%", "60 to 90%", "more than 90%"), _who_minds_a_shift),
-    Question("How far does the nearest head in the first block of our trained ViT attend, compared with uniform "
-             "attention?", ("less than half as far", "half to four fifths as far", "nearly as far"),
+    Question("Take the head that looks nearest in the first block of our trained ViT. How far does it look, compared "
+             "with uniform attention?", ("less than half as far", "half to four fifths as far", "nearly as far"),
              _how_far_the_first_block_looks),
 )
 END = "q"
@@ -170,9 +171,9 @@ def ask(questions=QUESTIONS, read=input, write=print):
     Returns
     -------
     tuple of int
-        The number of right guesses and of all guesses.
+        The number of right guesses and of all guesses; skipped questions are not guesses.
     """
-    right = guessed = 0
+    right = guessed = skipped = 0
     has_input = True
     for number, question in enumerate(questions, start=1):
         write(f"\n{number}. {question.text}")
@@ -188,12 +189,14 @@ def ask(questions=QUESTIONS, read=input, write=print):
             break
         place, sentence = question.measure()
         verdict = ""
-        if answer is not None:
+        if answer is None:
+            skipped += 1
+        else:
             guessed, right = guessed + 1, right + (answer == place)
             verdict = "Right. " if answer == place else "No. "
         write(f"   {verdict}Measured: {question.guesses[place]}. {sentence}")
     if guessed:
-        write(f"\n{right} of {guessed} right.")
+        write(f"\n{right} of {guessed} right{f', {skipped} skipped' if skipped else ''}.")
     return right, guessed
 
 
