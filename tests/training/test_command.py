@@ -176,7 +176,7 @@ def test_train_vit_looks_at_a_folder_first_and_takes_each_image_once(tmp_path, c
         made = prepared("--data-dir", data, "--output-dir", tmp_path / "run")
     assert made.train_loader.n_images + made.val_loader.n_images == 21
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == f"{data}: 21 images (21 .jpg)"
+    assert out[0] == f"{data}: 21 image files (21 .jpg)"
     assert out[1] == "  classes, in the order of the model's outputs (alphabetical): blue (11), red (10)"
     assert out[3].startswith("  links and folders not followed: 2 ")
     assert out[4].startswith("  the same image in two classes, ")
