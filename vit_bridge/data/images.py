@@ -264,8 +264,8 @@ def with_channels(image, n_channels):
     """
     if n_channels not in FILE_CHANNELS:
         raise InputError(f"an image file cannot be read as {n_channels} channels; expected "
-                         f"{', '.join(map(str, FILE_CHANNELS[:-1]))} or {FILE_CHANNELS[-1]}. For other channels, pass a uint8 tensor "
-                         f"({n_channels}, H, W)")
+                         f"{', '.join(map(str, FILE_CHANNELS[:-1]))} or {FILE_CHANNELS[-1]}. For other channels, "
+                         f"pass a uint8 tensor ({n_channels}, H, W)")
     if n_channels == 4:
         return (image if image.has_transparency_data else to_rgb(image)).convert("RGBA")
     return to_rgb(image) if n_channels == 3 else to_rgb(image).convert("L")
