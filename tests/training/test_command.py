@@ -208,7 +208,7 @@ def test_skip_corrupt_names_and_counts_the_skipped_images(side, frozen, tmp_path
                    Preprocessing(side, [0.5] * 3, [0.5] * 3))
         start = ["--pretrained", tmp_path / "start.pt", "--freeze-backbone"]
     train(tmp_path / "run", "--data-dir", data, *start, "--epochs", 1, "--skip-corrupt", "--batch-size", 8)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "eft out" in line or "more" in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "Skipped" in line or "more" in line]
     named = [line.removeprefix("Skipped, because it cannot be read: ") for line in lines[:5]]
     assert set(named) < set(map(str, bad))
     assert lines[5:] == ["... and 2 more, 7 in all."]
