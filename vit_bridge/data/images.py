@@ -124,7 +124,7 @@ def _unreadable(path, error):
     words, ending = " ".join(str(error).split()) or type(error).__name__, os.path.splitext(path)[1].lower()
     if isinstance(error, OSError) and error.errno:
         return UnreadableImage(path, words)
-    if not os.path.getsize(path):
+    if os.path.isfile(path) and not os.path.getsize(path):
         return UnreadableImage(path, "empty", None)
     if isinstance(error, UnidentifiedImageError):
         known = ending in image_endings()
