@@ -621,9 +621,16 @@ def check_choice(name, value, choices, listed_by=None):
     words = list(map(str, choices))
     if len(words) <= 8:
         raise InputError(f"{name} {value!r} is unknown; choose one of: {', '.join(words)}")
-    closest = get_close_matches(str(value), words, cutoff=0.0)
+    closest = closest_names(str(value), words, cutoff=0.0)
     rest = f"; list all {len(words)} with {listed_by}" if listed_by else f" (of {len(words)})"
     raise InputError(f"{name} {value!r} is unknown; the closest choices are {', '.join(closest)}{rest}")
+
+
+def closest_names(name, choices, n=3, cutoff=0.6):
+    """Return up to n choices close to a name: first those that begin with it, then those that contain it."""
+    held = [choice for choice in choices if name and name.lower() in choice.lower()]
+    held.sort(key=lambda choice: not choice.lower().startswith(name.lower()))
+    return list(dict.fromkeys([*held, *get_close_matches(name, choices, n, cutoff)]))[:n]
 
 
 VisionTransformer.config_class = ViTConfig

@@ -468,7 +468,7 @@ def test_look_crops_and_sizes_only_when_asked(tiny, capsys):
 
 
 @pytest.mark.parametrize(("words", "reason"), [
-    (["no.jpg"], "there is no image file 'no.jpg'"), (["a.jpg", "tiny.pt"], "image file 'tiny.pt' cannot be read"),
+    (["no.jpg"], "there is no image file 'no.jpg'"), (["a.jpg", "tiny.pt"], "'tiny.pt' is not an image that Pillow"),
     (["empty"], "folder 'empty' has no image files"), (["a.jpg", "--crop", "--max-tokens", "4"], "or remove --crop"),
     (["a.jpg", "--output-dir", "a.jpg"], "cannot write to a.jpg"), (["a.jpg", "--img-size", "9"], "9x9")])
 def test_look_ends_in_one_line_and_leaves_nothing(words, reason, tiny, capsys):

@@ -42,6 +42,7 @@ from vit_bridge.runtime import (
 )
 from vit_bridge.system import write_whole
 from vit_bridge.training.objectives import Classification, check_logits, check_range
+from vit_bridge.weights.heads import first_difference
 from vit_model import pair
 
 BATCH_SIZE = 64  # images that predict holds in memory at a time
@@ -283,16 +284,13 @@ def _shared_names(model, loader, n_classes):
     theirs = getattr(loader, "class_names", None)
     shown = getattr(model, "preprocessing", None)
     ours = (shown and shown.class_names) or theirs
-    if theirs and (list(theirs) != list(ours) or len(theirs) != n_classes):
-        raise InputError(f"the loader has the classes {_first_names(theirs)}, but the model has {n_classes} outputs "
-                         f"for {_first_names(ours)}; score it on images labelled with its own classes")
+    if theirs and list(theirs) != list(ours):
+        raise InputError(f"the classes of the loader differ from the model's, {first_difference(theirs, ours)}; score "
+                         f"the model on images labelled with its own classes")
+    if theirs and len(theirs) != n_classes:
+        raise InputError(f"the loader has {len(theirs)} classes, but the model has {n_classes} outputs; score the "
+                         f"model on images labelled with its own classes")
     return list(theirs) if theirs else _names_or_numbers(ours, n_classes)
-
-
-def _first_names(names, most=8):
-    """Return the first names as text, and how many there are if these are not all."""
-    more = f", ... ({len(names)} in all)" if len(names) > most else ""
-    return ", ".join(map(str, list(names)[:most])) + more
 
 
 # ---- Export -----------------------------------------------------------------------------------------------

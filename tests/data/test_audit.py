@@ -8,6 +8,7 @@ from PIL import Image
 
 from vit_bridge.data.audit import TAIL, audit_folder, same_files
 from vit_bridge.data.loaders import get_data_loaders
+from vit_bridge.errors import Assumption
 
 
 def write_images(root, counts, ending=".png"):
@@ -38,10 +39,10 @@ def test_audit_says_what_is_there(tmp_path):
     assert found.left_out == {".txt": 2, ".heic": 1}
     assert (found.loose, found.unused, found.empty) == (1, ["notes"], [str(root / "val/ant/empty.jpg")])
     assert str(found).replace(str(root), "set").splitlines() == [
-        "set: 19 images (11 .png, 5 .gif, 2 .bmp, 1 .jpg)",
+        "set: 19 image files (11 .png, 5 .gif, 2 .bmp, 1 .jpg)",
         "  classes, in the order of the model's outputs (alphabetical): Zebra (3), ant (9), b ü (4)",
-        "  train: 16 images",
-        "  val: 3 images, none of Zebra, b ü",
+        "  train: 16 image files",
+        "  val: 3 image files, none of Zebra, b ü",
         "  links followed: 1 (set/train/b ü/pool)",
         "  links and folders not followed: 1 (set/train/ant/all)",
         "  other files, ignored: 2 .txt, 1 .heic",
@@ -72,6 +73,24 @@ def test_audit_finds_the_same_image_in_two_classes_and_parts(tmp_path):
     assert (f"  the same image in two classes, so at least one label is wrong: 2 (such as {root}/train/a/000.png "
             f"= {root}/train/b/copy.png)") in str(found)
     assert f"the score will be too high: 2 (such as {root}/train/a/001.png = {root}/val/a/copy.png)" in str(found)
+
+
+def test_audit_names_one_path_of_each_class_and_part(tmp_path):
+    root = write_images(tmp_path, {"train/a": 2, "train/b": 2, "val/a": 1})
+    for copy in ("train/a/again.png", "train/b/copy.png", "val/a/copy.png"):
+        shutil.copy(root / "train/a/000.png", root / copy)
+    found = str(audit_folder(root))
+    assert f"label is wrong: 1 (such as {root}/train/a/000.png = {root}/train/b/copy.png)" in found
+    assert f"too high: 1 (such as {root}/train/a/000.png = {root}/val/a/copy.png)" in found
+
+
+def test_audit_and_loaders_count_files_next_to_the_class_folders(tmp_path):
+    root = write_images(tmp_path, {"a": 2, "b": 2})
+    (root / "notes.txt").write_text("x")
+    (root / "a/IMG_1.HEIC").write_text("x")
+    assert audit_folder(root).left_out == {".txt": 1, ".heic": 1}
+    with pytest.warns(Assumption, match=r"2 files in .*: 1 .heic, 1 .txt; convert .heic files to JPEG first"):
+        get_data_loaders(root, img_size=16)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

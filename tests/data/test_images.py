@@ -177,7 +177,7 @@ def test_prepare_image_takes_tensors_of_any_channels_and_refuses_files_of_them(t
     assert torch.equal(prepare_image(image.permute(1, 2, 0).numpy(), model)[0], fed)
     assert prepare_image(torch.rand(5, *SIZE), model)[0].shape == (1, 5, *SIZE)
     Image.fromarray(pixels()).save(tmp_path / "a.png")
-    with pytest.raises(InputError, match="cannot be read as 5 channels; expected 1 or 3 or 4"):
+    with pytest.raises(InputError, match="cannot be read as 5 channels; expected 1, 3 or 4"):
         prepare_image(tmp_path / "a.png", model)
 
 

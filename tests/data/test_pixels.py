@@ -5,6 +5,7 @@ also disappear or be too large.
 """
 
 import os
+import pickle
 import struct
 import warnings
 import zlib
@@ -309,6 +310,22 @@ def test_open_image_names_a_dead_link_and_a_folder(tmp_path):
                         (tmp_path, "is a folder; use the path of an image file in it")):
         with pytest.raises(InputError, match=words):
             open_image(path)
+
+
+def test_open_image_says_what_a_file_is(tmp_path):
+    Image.effect_noise((64, 64), 90).save(tmp_path / "cut.jpg")
+    data = (tmp_path / "cut.jpg").read_bytes()
+    contents = {"cut.jpg": data[:len(data) // 2], "README.md": b"text", "a.png": b"text", "b.HEIC": b"x", "c.jpg": b""}
+    words = {"cut.jpg": "damaged (truncated); ", "README.md": "not an image that Pillow can read; ",
+             "a.png": "damaged, or not an image that Pillow can read; ", "c.jpg": "empty; ",
+             "b.HEIC": "not an image that Pillow can read; convert .heic files to JPEG first"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UnreadableImage) as caught:
+            open_image(tmp_path / name)
+        assert str(caught.value).startswith(f"{str(tmp_path / name)!r} is {words[name]}")
+        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+        assert str(caught.value.in_a_set()).endswith("; remove it, or add --skip-corrupt (in Python skip_corrupt=True)")
 
 
 # ---- Very large scans --------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -247,7 +248,7 @@ def test_memory_loader_leaves_out_corrupt_files(tmp_path):
         assert loader.n_images == len(loader.images) == len(loader.labels) == len(kept)
         assert loader.labels.tolist() == [int("/y/" in name) for name in kept]
         assert names_of(loader.skipped, root) == [name for name in files if name in broken]
-        assert all("cannot identify" in reason for reason in loader.skipped.values())
+        assert all("damaged, or not an image" in reason for reason in loader.skipped.values())
         assert loader.without_augmentation().skipped == loader.skipped
         expected = np.stack([FitSize(S)(open_image(file)) for file in loader.files])  # (N, S, S, 3)
         assert np.array_equal(loader.images.permute(0, 2, 3, 1), expected)
@@ -275,7 +276,7 @@ def test_photo_loader_leaves_out_corrupt_files_when_met(tmp_path, workers):
     batches = iter(loader)
     images, labels = next(batches)
     assert list(loader.skipped) == [loader.files[2]]
-    assert "cannot identify" in loader.skipped[loader.files[2]]
+    assert "damaged, or not an image" in loader.skipped[loader.files[2]]
     assert labels.tolist() == [0, 1, 3, 4]
     assert torch.equal(images, whole[0][0][[0, 1, 3, 4]])
     assert_same([next(batches), next(batches)], whole[1:3])
@@ -397,7 +398,7 @@ def test_get_evaluation_loader_labels_follow_the_models_class_names(tmp_path):
     root = write_images(tmp_path, {"a": 2, "b": 3, "c": 1})
     assert get_evaluation_loader(root, ["c", "never seen", "b", "a"], img_size=S).class_counts == [1, 0, 3, 2]
     message = error_of(get_evaluation_loader, root, ["a", "d", "c"])
-    assert "class folder 'b'" in message
+    assert "the model does not have the class 'b', a folder in" in message
     assert "a, d, c" in message
     for nameless in (None, []):
         assert f"class_names {nameless}" in error_of(get_evaluation_loader, root, nameless)
@@ -430,9 +431,29 @@ def test_get_evaluation_loader_gives_a_known_sets_test_images():
         assert_same(list(loader), list(get_test_loader(**args)))
     message = error_of(get_evaluation_loader, "./data", ["cat", "dog"], **args)
     assert "'shapes'" in message
-    assert "cat, dog" in message
-    assert "circle" in message
-    assert "'shapes'" in error_of(get_evaluation_loader, "./data", SHAPES[::-1], **args)
+    assert f"first at position 1: {SHAPES[0]!r} instead of 'cat' ({len(SHAPES)} names, and 2)" in message
+    swapped = [*SHAPES[:-2], SHAPES[-1], SHAPES[-2]]
+    assert f"at position {len(SHAPES) - 1}: " in error_of(get_evaluation_loader, "./data", swapped, **args)
+
+
+def test_get_evaluation_loader_asks_for_a_folder_of_images_in_classes(tmp_path, monkeypatch):
+    root = write_images(tmp_path / "photos", {"": 2, "cat": 2, "dog": 2})
+    message = error_of(get_evaluation_loader, root / "cat", ["cat", "dog"])
+    assert message.endswith(f"did you mean its parent, {str(root)!r}?")
+    shutil.move(root / "cat", root / "new")
+    message = error_of(get_evaluation_loader, root / "new", ["cat", "dog", "emu"])
+    assert message.endswith(f"evaluate needs {root / 'new/cat'}/, {root / 'new/dog'}/, ...; for images without known "
+                            f"classes, use predict")
+    monkeypatch.chdir(tmp_path)
+    assert error_of(get_evaluation_loader, "./data", ["cat", "dog"]).startswith("there is no folder './data'; set "
+                                                                                "--data-dir (")
+
+
+def test_get_data_loaders_suggests_the_parent_of_a_class_folder(tmp_path):
+    root = write_images(tmp_path, {"cat": 2, "dog": 2})
+    assert error_of(get_data_loaders, root / "cat").endswith(f"did you mean its parent, {str(root)!r}?")
+    shutil.rmtree(root / "dog")
+    assert "at least 2 are needed" in error_of(get_data_loaders, root / "cat")
 
 
 def test_get_evaluation_loader_heeds_its_other_arguments(tmp_path):

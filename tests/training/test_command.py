@@ -204,7 +204,7 @@ def test_train_vit_looks_at_a_folder_first_and_takes_each_image_once(tmp_path, c
         made = prepared("--data-dir", data, "--output-dir", tmp_path / "run")
     assert made.train_loader.n_images + made.val_loader.n_images == 21
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == f"{data}: 21 images (21 .jpg)"
+    assert out[0] == f"{data}: 21 image files (21 .jpg)"
     assert out[1] == "  classes, in the order of the model's outputs (alphabetical): blue (11), red (10)"
     assert out[3].startswith("  links and folders not followed: 2 ")
     assert out[4].startswith("  the same image in two classes, ")
@@ -236,7 +236,7 @@ def test_skip_corrupt_names_and_counts_the_skipped_images(side, frozen, tmp_path
                    Preprocessing(side, [0.5] * 3, [0.5] * 3))
         start = ["--pretrained", tmp_path / "start.pt", "--freeze-backbone"]
     train(tmp_path / "run", "--data-dir", data, *start, "--epochs", 1, "--skip-corrupt", "--batch-size", 8)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "eft out" in line or "more" in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "Skipped" in line or "more" in line]
     named = [line.removeprefix("Skipped, because it cannot be read: ") for line in lines[:5]]
     assert set(named) < set(map(str, bad))
     assert lines[5:] == ["... and 2 more, 7 in all."]

@@ -194,7 +194,7 @@ def test_resume_refuses_changed_options_classes_and_wrong_paths(photos, uncut, t
             (["--resume", folder, "--epochs", 2], "--epochs 2 differs from the run, which was started without"),
             (["--resume", folder, "--model-ema"], "--model-ema 0.999 differs from the run's 0.9"),
             (["--resume", folder, "--lr", "2e-3"], "--lr 0.002 differs from the run, which was started without --lr"),
-            (["--resume", folder, "--data-dir", others], "but the run has blue, red"),
+            (["--resume", folder, "--data-dir", others], "first at position 1: 'pink' instead of 'blue'"),
             (["--resume", folder / "best.pt"], "--pretrained"),
             (["--resume", photos], "there is no run"),
             (["--output-dir", folder], "already holds files")):

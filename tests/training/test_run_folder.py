@@ -296,8 +296,8 @@ def test_changes_since_refuses_classes_and_warns_about_counts():
     images, processes = changes_since(saved, list(NAMES), 1100, 2)
     assert "1,100 training images, but the run started with 1,200" in images
     assert "2 processes, but the run started with 1" in processes
-    for other in (["cat", "dog"], ["dog", "cat", "eel"]):
-        with pytest.raises(InputError, match=rf"the classes {', '.join(other)}, but the run has cat, dog, eel;"):
+    for other, words in ((["cat", "dog"], "3: no name instead of 'eel' [(]2"), (["dog", "cat", "eel"], "1: 'dog'")):
+        with pytest.raises(InputError, match=f"differ from the run's, first at position {words}"):
             changes_since(saved, other, 1200, 1)
 
 

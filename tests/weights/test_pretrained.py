@@ -103,8 +103,18 @@ def test_build_model_and_load_refuse_bad_names_and_arguments(build, value):
 
 
 def test_build_model_names_the_closest_models_for_an_unknown_one():
-    with pytest.raises(InputError, match=f"closest choices are vit_tiny, .*; list all {len(MODELS)} with python"):
+    with pytest.raises(InputError, match=f"choices are vit_nano, vit_tiny, vit_small; list all {len(MODELS)} with"):
         build_model("vit")
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("deit_tiny", "did you mean 'deit_tiny_patch16_224'?"), ("vitb16", "did you mean 'dino_vitb16'?"),
+    ("deit", "did you mean 'deit_tiny_patch16_224' or 'deit_small_patch16_224' or 'deit_base_patch16_224'?"),
+    ("resnet_50", "did you mean 'resnet50'?"), ("ResNet50", "did you mean 'resnet50'?"),
+    ("zzz", "use the path of a checkpoint")])
+def test_load_suggests_names_that_begin_like_the_one_asked_for(name, words):
+    with pytest.raises(InputError, match=one_line_with(words)):
+        load(name)
 
 
 # ---- Those that we trained
@@ -348,6 +358,8 @@ def test_load_names_address_and_path_when_download_fails(error, public, monkeypa
     with pytest.raises(InputError, match=one_line_with("https://example.org/of/small.pth")) as caught:
         load("small")
     assert str(public.folder / "small.pth") in str(caught.value)
+    assert ("(no network? " in str(caught.value)) == (type(error) in (URLError, TimeoutError))
+    assert "or use vit_nano_cifar10 (32 pixels), which is shipped" in str(caught.value)
     assert [path.name for path in public.folder.iterdir()] == ["headless.pth"]
 
 

@@ -229,6 +229,8 @@ def test_load_keeps_to_our_files_own_word(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(dict(architecture="vit_base_patch16_224", num_classes=5)))
     loaded, assumed = said(load, tmp_path / "best.pt")
     assert (loaded.config, assumed) == (model.config, [])
+    with pytest.raises(InputError, match=r"is the folder of a run; use [^\n]*best\.pt\Z"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(("changes", "words"), [

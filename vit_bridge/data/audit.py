@@ -25,11 +25,11 @@ class Audit:
     root : str
         The folder.
     endings : Counter
-        Number of images for each file extension.
+        Number of image files for each file extension, damaged ones included, because none is decoded.
     class_names : list of str
         Class names, in the order of the model's outputs.
     counts : dict
-        Images per class, as a list, for each of the parts "train", "val" and "test" that exists.
+        Image files per class, as a list, for each of the parts "train", "val" and "test" that exists.
     links : list of str
         Links that were followed.
     refused : list of (str, str)
@@ -43,8 +43,8 @@ class Audit:
     empty : list of str
         Image files of zero bytes.
     two_classes, two_parts : list of list of str
-        Paths with identical bytes in several classes, or in several parts. Images split off for validation
-        count as the part "val".
+        Paths with identical bytes in several classes, or in several parts; the first two paths of a list differ in
+        class or part. Images split off for validation count as the part "val".
     """
 
     root: str
@@ -62,9 +62,9 @@ class Audit:
 
     def __str__(self):
         return "\n".join(filter(None, [
-            f"{self.root}: {self.endings.total():,} images ({by_ending(self.endings)})",
+            f"{self.root}: {self.endings.total():,} image files ({by_ending(self.endings)})",
             f"  classes, in the order of the model's outputs (alphabetical): {self._classes()}",
-            *(f"  {part}: {sum(counts):,} images" + self._missing(counts) for part, counts in self.counts.items()),
+            *(f"  {part}: {sum(counts):,} image files" + self._missing(counts) for part, counts in self.counts.items()),
             self._line(self.links, "links followed"), self._line([path for path, _ in self.refused], "links and "
                                                                                                      "folders not "
                                                                                                      "followed"),
@@ -131,10 +131,18 @@ def audit_folder(data_dir, val_fraction=0.1, seed=0):
     same, empty = same_files(list(places))
     spread = [[len({places[path][i] for path in group}) > 1 for group in same] for i in (1, 0)]
     two_classes, two_parts = (list(itertools.compress(same, several)) for several in spread)
-    two_parts = [sorted(group, key=lambda path: places[path][0] != "train") for group in two_parts]
+    two_classes = [_apart(group, lambda path: places[path][1]) for group in two_classes]
+    two_parts = [_apart(sorted(group, key=lambda path: places[path][0] != "train"), lambda path: places[path][0])
+                 for group in two_parts]
     endings = Counter(os.path.splitext(path)[1].lower() for path in places)
     return Audit(str(data_dir), endings, class_names, counts, everything.links, everything.refused, everything.left_out,
                  sum(folder.loose.values()), folder.unused, empty, two_classes, two_parts)
+
+
+def _apart(group, key):
+    """Move a path whose key differs from the first path's to the second position."""
+    other = next(path for path in group if key(path) != key(group[0]))
+    return [group[0], other, *(path for path in group[1:] if path != other)]
 
 
 def same_files(paths):

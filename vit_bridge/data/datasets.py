@@ -8,7 +8,9 @@ Shapes:  N images in a data set, n some of them, C channels, H, W height and wid
 """
 
 import os
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,7 @@ from vit_bridge.data.files import (
     by_ending,
     image_endings,
     list_folder,
+    to_convert,
 )
 from vit_bridge.data.images import FILE_CHANNELS, grey, open_header, open_or_skip
 from vit_bridge.data.shapes import SHAPES, TEST_START, make_shapes
@@ -78,11 +81,11 @@ def dataset_info(name, class_names, img_size, preprocessing=None, in_channels=No
     if in_channels not in (None, preprocessing.n_channels):
         raise InputError(f"in_channels {in_channels} does not match preprocessing, whose mean {preprocessing.mean} has "
                          f"{preprocessing.n_channels} numbers; pass a mean and std with one number per channel")
-    possible = FILE_CHANNELS if name == "folder" else (1, 3)
+    shown, possible = ("photographs", FILE_CHANNELS) if name == "folder" else (f"images of {name!r}", (1, 3))
     if preprocessing.n_channels not in possible:
-        raise InputError(f"in_channels {preprocessing.n_channels} is out of range; images of {name!r} can be read with "
-                         f"{' or '.join(map(str, possible))} channels. For other channels, pass your own batches to "
-                         f"the Trainer")
+        raise InputError(f"in_channels {preprocessing.n_channels} is out of range; {shown} have "
+                         f"{', '.join(map(str, possible[:-1]))} or {possible[-1]} channels. For other channels, pass "
+                         f"your own batches to the Trainer")
     return DatasetInfo(name, replace(preprocessing, img_size=img_size, class_names=class_names))
 
 
@@ -147,6 +150,8 @@ def read_training_folder(folder, img_size, preprocessing, skip_corrupt, in_chann
     if class_names and {name.lower() for name in class_names} <= OTHER_PARTS:
         raise InputError(f"{str(parts['train'])!r} has the folders {', '.join(class_names)}, which look like parts of "
                          f"a data set, not classes; rename them to train, val and test")
+    if not class_names and folder.loose["train"] and (parent := _parent_set(folder.root)):
+        raise InputError(f"{str(folder.root)!r} has images but no class folders; did you mean its parent, {parent!r}?")
     if len(class_names) < 2:
         raise InputError(f"{str(parts['train'])!r} has {len(class_names)} class "
                          f"folder{'s' * (len(class_names) != 1)}{listed(class_names)}, and at least 2 are needed; put "
@@ -154,11 +159,23 @@ def read_training_folder(folder, img_size, preprocessing, skip_corrupt, in_chann
     files, labels = folder.images("train", class_names)
     empty = [name for label, name in enumerate(class_names) if not (labels == label).any()]
     if empty:
-        held = by_ending(folder.classes["train"][empty[0]].left_out, 4)
+        left_out = folder.classes["train"][empty[0]].left_out
+        held, advice = by_ending(left_out, 4), to_convert(left_out) or "add some, or remove the folder"
         raise InputError(f"class folder {str(parts['train'] / empty[0])!r} has no images "
-                         f"({SOME_FORMATS}){held and f', only {held}'}; add some, or remove the folder")
+                         f"({SOME_FORMATS}){held and f', only {held}'}; {advice}")
     img_size = img_size or own_side(files, skip_corrupt)
     return dataset_info("folder", class_names, img_size, preprocessing, in_channels), files, labels
+
+
+def _parent_set(folder):
+    """Return the parent of a folder if it holds two or more folders with images, otherwise None."""
+    endings = image_endings()
+    parent = folder.parent if folder.name not in ("", "..") else folder.resolve().parent
+    with suppress(InputError):
+        inside = [entry.path for entry in list_folder(parent) if os.path.isdir(entry.path)]
+        if sum(any(entry.name.lower().endswith(endings) for entry in list_folder(path)) for path in inside) > 1:
+            return str(parent)
+    return None
 
 
 class FolderSet:
@@ -179,6 +196,8 @@ class FolderSet:
         Path and reason for each class folder that was not used.
     loose : dict
         Number of images outside the class folders, for each part.
+    others : Counter
+        Number of other files outside the class folders, for each file extension.
     unused : list of str
         Names of the folders that are not parts.
 
@@ -202,7 +221,7 @@ class FolderSet:
         used = {folder.name for folder in self.folders.values()}
         self.unused = [] if self.folders.get("train") == self.root else [
             entry.name for entry in list_folder(self.root) if os.path.isdir(entry.path) and entry.name not in used]
-        self.refused, self.loose = [], {}
+        self.refused, self.loose, self.others = [], {}, Counter()
         finder, chosen = ImageFinder(), self._class_folders()
         for entries in chosen.values():
             for entry in entries:
@@ -233,7 +252,9 @@ class FolderSet:
         chosen, endings = {}, image_endings()
         for part, folder in self.folders.items():
             entries = list_folder(folder)
-            self.loose[part] = sum(entry.name.lower().endswith(endings) and entry.is_file() for entry in entries)
+            files = [entry.name.lower() for entry in entries if entry.is_file()]
+            self.loose[part] = sum(name.endswith(endings) for name in files)
+            self.others.update(os.path.splitext(name)[1] for name in files if not name.endswith(endings))
             chosen[part] = [entry for entry in entries if os.path.isdir(entry.path)]
             self.refused += [(entry.path, f"it is a dead link to {os.readlink(entry.path)!r}") for entry in entries
                              if entry.is_symlink() and not os.path.exists(entry.path)]
@@ -269,9 +290,10 @@ class FolderSet:
         return files, torch.tensor(labels)
 
     def everything(self):
-        """Return the contents of all class folders together, as one `Found`."""
+        """Return the contents of all class folders together, and the files next to them that are not images."""
         own = [os.path.join(self.folders[part], name) for part, classes in self.classes.items() for name in classes]
-        found = Found(refused=list(self.refused), links=[path for path in own if os.path.islink(path)])
+        found = Found(refused=list(self.refused), links=[path for path in own if os.path.islink(path)],
+                      left_out=Counter(self.others))
         for each in (each for classes in self.classes.values() for each in classes.values()):
             found.files += each.files
             found.links += each.links

@@ -17,6 +17,7 @@ from vit_bridge.errors import InputError, assume
 
 # Formats that Pillow registers but that are not plain images: scientific data, vector graphics and documents, video.
 NO_PICTURES = ("BUFR", "FITS", "GRIB", "HDF5", "EPS", "WMF", "MPEG", "PDF")
+CAMERA_FORMATS = (".heic", ".heif", ".arw", ".cr2", ".cr3", ".dng", ".nef", ".raf")  # Pillow alone reads none of them
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 N_NAMED = 3  # refused paths that are named; the others are counted
 SOME_FORMATS = "JPEG, PNG, WebP, TIFF, ..."  # for messages; image_endings() returns all of them
@@ -64,8 +65,9 @@ class Found:
                                 f"{reason.replace('it is', 'each is', 1)}" for reason, n in Counter(more).most_common())
             assume(f"{_are(len(more), 'more path', folder)} ignored: {reasons}")
         if self.left_out:
+            advice = to_convert(self.left_out)
             assume(f"{_are(self.left_out.total(), 'file', folder)} ignored (not in an image format that Pillow can "
-                   f"read here): {by_ending(self.left_out)}")
+                   f"read here): {by_ending(self.left_out)}{advice and f'; {advice}'}")
         if loose:
             assume(f"{_are(loose, 'image', folder)} ignored (outside the class folders)")
 
@@ -81,6 +83,12 @@ def by_ending(counts, n_shown=12):
     rest = frequent[n_shown:]
     more = [f"{sum(n for _, n in rest):,} with {len(rest)} other extensions"] * bool(rest)
     return ", ".join([*words, *more])
+
+
+def to_convert(endings):
+    """Return advice on photographs that Pillow cannot read, or "" if none of the file extensions is such a format."""
+    found = [ending for ending in CAMERA_FORMATS if ending in endings]
+    return f"convert {' and '.join(found)} files to JPEG first" if found else ""
 
 
 def find_images(folder):
@@ -103,9 +111,10 @@ def files_at(path):
 def check_not_empty(file):
     """Raise InputError if the path, as returned by `files_at`, is a folder without images."""
     if os.path.isdir(file):
-        held = by_ending(find_images(file).left_out, 4)
-        raise InputError(f"folder {file!r} has no image files ({SOME_FORMATS}){held and f', only {held}'}; use a "
-                         f"folder with images, or the images themselves")
+        left_out = find_images(file).left_out
+        held, advice = by_ending(left_out, 4), to_convert(left_out)
+        raise InputError(f"folder {file!r} has no image files ({SOME_FORMATS}){held and f', only {held}'}; "
+                         f"{advice or 'use a folder with images, or the images themselves'}")
 
 
 class ImageFinder:

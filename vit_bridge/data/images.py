@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as image_functional
 
-from vit_bridge.data.files import image_formats
+from vit_bridge.data.files import image_endings, image_formats, to_convert
 from vit_bridge.errors import InputError, assume
 from vit_bridge.models.adapters import adapt
 from vit_bridge.preprocessing import FitSize, Preprocessing
@@ -43,8 +43,10 @@ class UnreadableImage(InputError):
     ----------
     path, reason : str
         The file, and why it cannot be read.
-    expected, advice : str, optional
-        What was expected, and what to do.
+    expected : str, optional
+        What was expected. Without it, `reason` states what the file is, such as "damaged (truncated)".
+    advice : str, optional
+        What to do.
     alone : str, optional
         The whole message, used if this is the only file requested.
 
@@ -60,12 +62,13 @@ class UnreadableImage(InputError):
 
     def __str__(self):
         path, reason, expected, alone, advice = self.args
+        if not expected:
+            return alone or f"{path!r} is {reason}; {advice}"
         return alone or f"image file {path!r} cannot be read ({reason}); expected {expected}; {advice}"
 
     def in_a_set(self):
         """Return this error with the advice for one image of many."""
-        return UnreadableImage(*self.args[:3], None, "replace or remove it, or skip such files: --skip-corrupt (in "
-                                                     "Python skip_corrupt=True)")
+        return UnreadableImage(*self.args[:3], None, "remove it, or add --skip-corrupt (in Python skip_corrupt=True)")
 
 
 class UnknownRange(ValueError):
@@ -109,9 +112,25 @@ def open_image(path, n_channels=3):
         n, most = (int(number) / 1e6 for number in re.findall(r"\d+", str(error))[:2])
         raise UnreadableImage(str(path), f"{n:.0f} million pixels, more than the {most:.0f} million that Pillow opens",
                               "fewer pixels, or a higher PIL.Image.MAX_IMAGE_PIXELS") from None
+    except UnreadableImage:
+        raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
-        raise UnreadableImage(str(path), " ".join(str(error).split()) or type(error).__name__) from None
+        raise _unreadable(str(path), error) from None
     return with_channels(upright, n_channels)
+
+
+def _unreadable(path, error):
+    """Return the UnreadableImage for an error of the operating system or of a decoder."""
+    words, ending = " ".join(str(error).split()) or type(error).__name__, os.path.splitext(path)[1].lower()
+    if isinstance(error, OSError) and error.errno:
+        return UnreadableImage(path, words)
+    if os.path.isfile(path) and not os.path.getsize(path):
+        return UnreadableImage(path, "empty", None)
+    if isinstance(error, UnidentifiedImageError):
+        known = ending in image_endings()
+        return UnreadableImage(path, f"{'damaged, or ' * known}not an image that Pillow can read", None,
+                               advice=to_convert([ending]) or "replace or remove it")
+    return UnreadableImage(path, f"damaged ({'truncated' if 'truncated' in words else words})", None)
 
 
 def open_header(path):
@@ -120,7 +139,7 @@ def open_header(path):
     Pillow's warning about large images (more than half of its limit) is hidden, because they are opened anyway.
     """
     if isinstance(path, (str, Path)) and os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
-        raise OSError("it is a pipe or a device, not a file")  # opening one could block forever
+        raise UnreadableImage(str(path), "it is a pipe or a device, not a file")  # opening one could block forever
     silence = ("ignore", None, Image.DecompressionBombWarning, None, 0)
     if silence not in warnings.filters:  # catch_warnings() would affect all threads at once
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -245,8 +264,8 @@ def with_channels(image, n_channels):
     """
     if n_channels not in FILE_CHANNELS:
         raise InputError(f"an image file cannot be read as {n_channels} channels; expected "
-                         f"{' or '.join(map(str, FILE_CHANNELS))}. For other channels, pass a uint8 tensor "
-                         f"({n_channels}, H, W)")
+                         f"{', '.join(map(str, FILE_CHANNELS[:-1]))} or {FILE_CHANNELS[-1]}. For other channels, "
+                         f"pass a uint8 tensor ({n_channels}, H, W)")
     if n_channels == 4:
         return (image if image.has_transparency_data else to_rgb(image)).convert("RGBA")
     return to_rgb(image) if n_channels == 3 else to_rgb(image).convert("L")

@@ -47,7 +47,7 @@ from vit_bridge.data.datasets import (
 from vit_bridge.data.images import open_image, remark_on
 from vit_bridge.errors import Assumption, InputError, assume, check_choice, check_int
 from vit_bridge.preprocessing import SMALL_SIDE, covering_size, eval_transform
-from vit_bridge.weights.heads import listed
+from vit_bridge.weights.heads import first_difference, listed
 
 # ---- By name or folder ------------------------------------------------------------------------------------
 
@@ -180,8 +180,12 @@ def get_evaluation_loader(data_dir, class_names, batch_size=128, img_size=None, 
     if name != "folder":
         images, labels, info = read_memory_set(name, data_dir, img_size, n_images, preprocessing, False, in_channels)
         if class_names is not None and list(class_names) != info.class_names:
-            raise InputError(f"data set {name!r} has different classes{listed(info.class_names)} from the "
-                             f"model's{listed(class_names)}; evaluate the model on images of its own classes")
+            if name == "shapes" and dataset == "auto":
+                raise InputError(f"there is no folder {str(data_dir)!r}; set --data-dir (in Python data_dir) to a "
+                                 f"folder with images of the model's classes")
+            raise InputError(f"the classes of data set {name!r} differ from the model's, "
+                             f"{first_difference(info.class_names, class_names)}; evaluate the model on images of its "
+                             f"own classes")
         loader = MemoryLoader(images, labels, info, batch_size, seed)
     else:
         if not class_names:
@@ -189,6 +193,7 @@ def get_evaluation_loader(data_dir, class_names, batch_size=128, img_size=None, 
                              f"names in the order of its outputs (--class-names)")
         folder = FolderSet(data_dir).tell()
         part = next(part for part in ("test", "val", "train") if part in folder.folders)
+        _check_labelled(folder, part, class_names)
         files, labels = folder.images(part, class_names)
         split = "all" if part == "train" else part
         if split == "all" and held_out:
@@ -199,6 +204,20 @@ def get_evaluation_loader(data_dir, class_names, batch_size=128, img_size=None, 
         loader = _folder_loader(files, labels, info, batch_size, seed, workers, skip_corrupt)
     loader.split = split
     return loader
+
+
+def _check_labelled(folder, part, class_names):
+    """Raise InputError if a part has images but no class folders, or a class that the model does not have."""
+    found, where = folder.class_names(part), folder.folders[part]
+    if not found and folder.loose[part]:
+        advice = f"did you mean its parent, {str(where.parent)!r}?" if where.resolve().name in class_names else \
+            "for images without known classes, use predict"
+        needed = [f"{where / str(name)}/" for name in class_names[:2]] + ["..."] * (len(class_names) > 2)
+        raise InputError(f"{str(where)!r} has images but no class folders; evaluate needs {', '.join(needed)}; "
+                         f"{advice}")
+    if unknown := [name for name in found if name not in class_names]:
+        raise InputError(f"the model does not have the class {unknown[0]!r}, a folder in {str(where)!r}; its "
+                         f"{len(class_names)} classes are {listed(class_names)[2:-1]}; rename or remove the folder")
 
 
 # ---- What a loader is -------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """ConvNeXt, a CNN redesigned with ideas from the ViT: Liu et al. 2022, "A ConvNet for the 2020s".
 
 Compare its block with the ViT's. A depthwise convolution takes the role of attention and mixes the positions of each
-channel; the MLP then mixes the channels at each position. Parameters have timm's names, except in the head.
+channel; the MLP then mixes the channels at each position. Parameters have timm's names, except in the layer
+scale and the head.
 
 Shapes:  B images, C channels of a map, h, w its height and width, S total stride, C' channels of the output.
 """

@@ -34,7 +34,7 @@ def whitening_filters(images, side, floor=0.01):
     """Return filters that whiten the patches of images.
 
     Their outputs are uncorrelated and have nearly equal variance. The filters are the principal directions of the
-    patches, largest variance first, each divided by the square root of its variance plus `floor`.
+    patches, largest variance first, each divided by the square root of (its variance + `floor`).
 
     Parameters
     ----------

@@ -19,6 +19,7 @@ from vit_bridge.errors import InputError
 from vit_bridge.system import write_whole
 from vit_bridge.training.config import Callback
 from vit_bridge.weights.checkpoints import read_checkpoint, save_model
+from vit_bridge.weights.heads import first_difference
 
 
 def on_cpu(entries):
@@ -194,8 +195,8 @@ def changes_since(saved, class_names, n_images, n_processes, **files):
         If the classes differ.
     """
     if saved["class_names"] != class_names:
-        raise InputError(f"the images have the classes {_some(class_names)}, but the run has "
-                         f"{_some(saved['class_names'])}; use the run's own --data-dir")
+        raise InputError(f"the classes of the images differ from the run's, "
+                         f"{first_difference(class_names, saved['class_names'])}; use the run's own --data-dir")
     changes = []
     for name, now in (("training images", n_images), ("processes", n_processes)):
         before = saved.get(f"n_{name.split()[-1]}", now)
@@ -207,11 +208,6 @@ def changes_since(saved, class_names, n_images, n_processes, **files):
             changes.append(f"the {name.replace('_', ' ')} or their classes have changed since the run started; it "
                            f"continues, but its result will differ from the result of an unchanged run")
     return changes
-
-
-def _some(names):
-    """Return up to eight names in one line of text."""
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 class Saver(Callback):

@@ -13,7 +13,6 @@ Shapes:  B images, D width.
 import math
 import re
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
 
@@ -40,10 +39,10 @@ from vit_bridge.weights.formats import (
     translate,
     under,
 )
-from vit_bridge.weights.heads import fit_head, listed, match_names
+from vit_bridge.weights.heads import first_difference, fit_head, listed, match_names
 from vit_bridge.weights.pretrained import OURS, OURS_FOLDER, PRETRAINED, PUBLIC, fetch
 from vit_bridge.weights.recorded import Recorded, file_in, read_recorded
-from vit_model import VisionTransformer, ViTConfig, grid_of, pair, resample_positions, sincos_positions
+from vit_model import VisionTransformer, ViTConfig, closest_names, grid_of, pair, resample_positions, sincos_positions
 
 WITHOUT_SHAPE = ("n_heads", "pool", "position", "norm_eps", "stem_stride", "stem", "block")  # not shown by shapes
 FREE = ("img_size", "in_channels", "dropout", "drop_path")  # may differ from training
@@ -235,7 +234,7 @@ def _with_names(preprocessing, class_names, n_classes, path):
     """
     class_names, recorded = list(class_names), preprocessing.class_names
     if recorded is not None and list(recorded) != class_names:
-        raise InputError(f"class_names{listed(class_names)} differ from the names in {path}{listed(recorded)}; "
+        raise InputError(f"class_names differ from the names in {path}, {first_difference(class_names, recorded)}; "
                          f"omit class_names")
     if len(class_names) != n_classes:
         raise InputError(f"class_names has {len(class_names)} names{listed(class_names)}, but the head of {path} has "
@@ -268,10 +267,11 @@ def _existing_file(name):
     if Path(name).is_dir():
         return file_in(name)
     if not Path(name).is_file():
-        close = get_close_matches(name, PRETRAINED, 1)
+        close = closest_names(name, PRETRAINED)
+        close = [known for known in close if name.lower() in known] or close[:1]
         what = f"there is no file {name}" if Path(name).suffix else f"there is no pretrained model or file {name!r}"
-        advice = f"did you mean {close[0]!r}? `python train_vit.py inspect` lists all names" if close else \
-            "use the path of a checkpoint, or a name that `python train_vit.py inspect` lists"
+        advice = (f"did you mean {' or '.join(map(repr, close))}? `python train_vit.py inspect` lists all names"
+                  if close else "use the path of a checkpoint, or a name that `python train_vit.py inspect` lists")
         raise InputError(f"{what}; {advice}")
     return name
 
@@ -648,7 +648,7 @@ def _match_head(weights, model, expected):
                     if row is not None:
                         weights.tensors[name][i] = tensor[row]
             return [line]
-        reason = f"is for different classes{listed(names)} from the model's{listed(own)}"
+        reason = f"is for different classes from the model's, {first_difference(names, own)}"
     for name in theirs:
         weights.dropped[weights.sources.pop(name)[0]] = reason
         del weights.tensors[name]

@@ -52,8 +52,8 @@ def read_file(path):
                           r"Can only (?:build|create) [^\n]* but got <class '(\w+\.[\w.]+)'>", str(error))
         if found:
             raise InputError(_about_objects(path, _worst_global(path, found[1] or found[2]))) from error
-        raise InputError(f"{path} is damaged or not a checkpoint ({first_line(error)}); expected a file written by "
-                         f"torch.save, safetensors or numpy") from error
+        raise InputError(f"{path} is not a checkpoint, or is damaged ({first_line(error)}); use the best.pt of a run, "
+                         f"or a file written by torch.save, safetensors or numpy") from error
     if not isinstance(entries, dict):
         raise InputError(f"{path} holds a {type(entries).__name__}; expected a dict of tensors, as state_dict() "
                          f"returns")

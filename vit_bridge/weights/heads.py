@@ -100,9 +100,16 @@ def match_names(theirs, names):
     if not kept:
         return rows, (f"head: new, because none of its {K} classes{listed(theirs)} is among the {len(names)} classes "
                       f"of the images{listed(names)}{unclear}")
-    line = f"head: kept, {'all' if not dropped else f'{len(kept)} of'} {K} rows, matched by class name"
+    line = f"head: starts from the trained rows for {_in_words([old[row] for row in rows if row is not None])}"
     line += f"; {len(added)} new{listed(added)}" if added else ""
-    return rows, line + (f"; dropped{listed(dropped)}" if dropped else "") + unclear
+    return rows, line + (f"; {len(dropped)} of {K} dropped{listed(dropped)}" if dropped else "") + unclear
+
+
+def _in_words(names):
+    """Format names as 'fox, hare and owl', and more than MOST_NAMES as '9 classes (fox, hare, ...)'."""
+    if len(names) > MOST_NAMES:
+        return f"{len(names)} classes{listed(names)}"
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def listed(names):
@@ -110,6 +117,14 @@ def listed(names):
     if not names:
         return ""
     return f" ({', '.join(map(str, names[:MOST_NAMES]))}{', ...' if names[MOST_NAMES:] else ''})"
+
+
+def first_difference(names, expected):
+    """Describe where two lists of class names first differ, for a message that continues "they differ ..."."""
+    n = next((i for i, (one, other) in enumerate(zip(names, expected, strict=False)) if one != other),
+             min(len(names), len(expected)))
+    found, wanted = (repr(side[n]) if n < len(side) else "no name" for side in (names, expected))
+    return f"first at position {n + 1}: {found} instead of {wanted} ({len(names)} names, and {len(expected)})"
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 import torch
@@ -201,8 +201,11 @@ def fetch(name):
         part.replace(path)
     except (OSError, HTTPException) as error:  # URLError is an OSError
         reason = first_line(error.reason if type(error) is URLError and isinstance(error.reason, OSError) else error)
-        raise NotFetched(f"cannot download {name} from {entry.url} ({reason}); download it by other means and save it "
-                         f"as {path}", reason) from None
+        offline = "no network? " if isinstance(error, (URLError, TimeoutError)) and not isinstance(error, HTTPError) \
+            else ""
+        raise NotFetched(f"cannot download {name} ({offline}{reason}); download {entry.url} on another computer and "
+                         f"copy it to {path}, or use {WITHOUT_NETWORK} (32 pixels), which is shipped",
+                         reason) from None
     finally:
         with suppress(OSError):  # after a successful download it no longer exists
             part.unlink()

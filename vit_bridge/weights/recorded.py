@@ -78,8 +78,11 @@ def file_in(folder):
     for name in WEIGHT_FILES:
         if (Path(folder) / name).is_file():
             return Path(folder) / name
+    for name in ("best.pt", "last.pt"):
+        if (Path(folder) / name).is_file():
+            raise InputError(f"{folder} is the folder of a run; use {Path(folder) / name}")
     raise InputError(f"folder {folder} contains no {' or '.join(WEIGHT_FILES[:2])}; use a folder that transformers or "
-                     f"timm wrote, or a checkpoint file, such as {Path(folder) / 'best.pt'}")
+                     f"timm wrote, or a checkpoint file")
 
 
 def read_recorded(path, library, holds="VisionTransformer"):
