@@ -988,7 +988,7 @@ def compare_receptive_fields(save_path="receptive_fields.png", models=None, imag
     if models is None:
         shipped = {"ConvNet": "convnet_shapes", "ViT": "vit_nano_shapes"}
         models = {name: load(model) for name, model in shipped.items()}
-        which = "\n" + "; ".join(f"{name}: {model}" for name, model in shipped.items())
+        which = "".join(f"; {name}: {model}" for name, model in shipped.items())
     if not isinstance(models, dict) or not models:
         raise InputError(f"models is {'empty' if isinstance(models, dict) else f'a {type(models).__name__}'}; expected "
                          f"name -> trained model, such as {{'ViT': model}}")
@@ -1013,8 +1013,8 @@ def compare_receptive_fields(save_path="receptive_fields.png", models=None, imag
     colorbar.set_label(wrapped("share of the gradient at each pixel (log scale; white is exactly 0)",
                                0.8 * figure.get_figheight(), 12), fontsize=12)
     over = "32 drawn shapes" if images is None else f"{len(images)} image{'s' * (len(images) > 1)}"
-    set_heading(figure, f"Which pixels one unit in the centre sees (axes and radii in pixels; mean over {over})\n"
-                    f"Circles hold 50% (solid) and 90% (dashed) of the gradient{which}", fontsize=14)
+    set_heading(figure, "Which pixels one unit in the centre sees (axes and radii in pixels)\n"
+                    f"Circles hold 50% (solid) and 90% (dashed) of the gradient\nMean over {over}{which}", fontsize=14)
     return finish(figure, save_path)
 
 
