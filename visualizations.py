@@ -273,7 +273,7 @@ class AttentionVisualizer:
         title = f"{self.who_looks(patch)}, in {_counted(len(chosen), n_layers)}{self.describe_prediction(images)}"
         figure = _draw_map_grid([picture] * len(chosen), [self.panels_of(rows[layer], images) for layer in chosen],
                                 [f"block {layer + 1}" for layer in chosen],
-                                [f"head {head + 1}" for head in range(n_heads)], title, self.weights, patch)
+                                [f"head {head + 1}" for head in range(n_heads)], title, self.attention_scale, patch)
         return finish(figure, save_path)
 
     def visualize_all_layers(self, image, save_path=None, patch=None):
@@ -297,11 +297,11 @@ class AttentionVisualizer:
         for layer, (axes, (grid, notes)) in enumerate(zip(others, maps, strict=False)):
             axes.set_axis_on()
             axes.set_title(f"block {layer + 1}", fontsize=11)
-            _draw_map(axes, picture, grid, self.weights, notes, patch)
+            _draw_map(axes, picture, grid, self.attention_scale, notes, patch)
         hide_ticks(first)
         if patch is not None:
             _frame_patch(first, picture, maps[0][0].shape, patch)
-        shared_bar(figure, figure.axes, self.weights.label, WEIGHTS.ends, WEIGHTS.extend)
+        shared_bar(figure, figure.axes, self.attention_scale.label, WEIGHTS.ends, WEIGHTS.extend)
         title = f"{self.who_looks(patch)}, in {_counted(len(maps), len(maps))}, mean over the heads"
         set_heading(figure, title + self.describe_prediction(images), fontsize=13)
         return finish(figure, save_path)
@@ -561,7 +561,7 @@ class AttentionVisualizer:
                 for label, probability in zip(labels.tolist(), probabilities.tolist(), strict=True)]
 
     @property
-    def weights(self):
+    def attention_scale(self):
         """The MapScale of attention weights, with the other tokens of this model in its label."""
         kinds = list(self.on_others(torch.zeros(self.adapter.n_prefix)))
         if not kinds:
@@ -607,7 +607,8 @@ def visualize_attention_grid(model, images, save_path=None, whole=None):
     predicted = [textwrap.fill(views.describe_prediction(one).strip(), 14) for one in fed]
     maps = [views.panels_of(row[chosen], one) for row, one in zip(rows, fed, strict=True)]
     title = f"{views.who_looks()}, in {_counted(len(chosen), len(rows[0]))}, mean over the heads"
-    figure = _draw_map_grid(pictures, maps, predicted, [f"block {layer + 1}" for layer in chosen], title, views.weights)
+    figure = _draw_map_grid(pictures, maps, predicted, [f"block {layer + 1}" for layer in chosen], title,
+                            views.attention_scale)
     return finish(figure, save_path)
 
 
@@ -988,7 +989,7 @@ def compare_receptive_fields(save_path="receptive_fields.png", models=None, imag
     if models is None:
         shipped = {"ConvNet": "convnet_shapes", "ViT": "vit_nano_shapes"}
         models = {name: load(model) for name, model in shipped.items()}
-        which = "\n" + "; ".join(f"{name}: {model}" for name, model in shipped.items())
+        which = "".join(f"; {name}: {model}" for name, model in shipped.items())
     if not isinstance(models, dict) or not models:
         raise InputError(f"models is {'empty' if isinstance(models, dict) else f'a {type(models).__name__}'}; expected "
                          f"name -> trained model, such as {{'ViT': model}}")
@@ -1013,8 +1014,8 @@ def compare_receptive_fields(save_path="receptive_fields.png", models=None, imag
     colorbar.set_label(wrapped("share of the gradient at each pixel (log scale; white is exactly 0)",
                                0.8 * figure.get_figheight(), 12), fontsize=12)
     over = "32 drawn shapes" if images is None else f"{len(images)} image{'s' * (len(images) > 1)}"
-    set_heading(figure, f"Which pixels one unit in the centre sees (axes and radii in pixels; mean over {over})\n"
-                    f"Circles hold 50% (solid) and 90% (dashed) of the gradient{which}", fontsize=14)
+    set_heading(figure, "Which pixels one unit in the centre sees (axes and radii in pixels)\n"
+                    f"Circles hold 50% (solid) and 90% (dashed) of the gradient\nMean over {over}{which}", fontsize=14)
     return finish(figure, save_path)
 
 

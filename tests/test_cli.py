@@ -459,12 +459,15 @@ def test_look_overwrites_only_its_own_files(tiny):
 
 
 def test_look_crops_and_sizes_only_when_asked(tiny, capsys):
-    _, calls = tiny
+    folder, calls = tiny
     look_at("a.jpg", "--crop", "--output-dir", "1")
     look_at("a.jpg", "--img-size", 8, 16, "--output-dir", "2")
     look_at("a.jpg", "--max-tokens", 9, "--output-dir", "3")
     assert [call["whole"] for call in calls] == [None, Whole(img_size=(8, 16)), Whole(9)]
-    assert "the model sees 8 × 8: 2 × 2 = 4 patches; only the centre, as in validation" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "the model sees 8 × 8: 2 × 2 = 4 patches; only the centre, as in validation" in out
+    assert out.count("Model        tiny.pt: ") == 3  # the path as it was given
+    assert calls[0]["names"] == [f"{folder.name}/tiny.pt"]
 
 
 @pytest.mark.parametrize(("words", "reason"), [

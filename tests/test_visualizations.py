@@ -76,8 +76,8 @@ def test_compare_receptive_fields_draws_untrained_and_trained_models(tmp_path, m
     assert torch.equal(random_state, torch.get_rng_state())
     for word in ("ConvNet, untrained", "ConvNet, trained", "ViT, untrained", "ViT, trained", "pixels", "50%",
                  "90%", "after the stem", "after the patch embedding", "after stage 2 of 2",
-                 "after block 3 of 3", "share of the gradient", "mean over 32 drawn shapes",
-                 "ConvNet: convnet_shapes; ViT: vit_nano_shapes"):
+                 "after block 3 of 3", "share of the gradient",
+                 "Mean over 32 drawn shapes; ConvNet: convnet_shapes; ViT: vit_nano_shapes"):
         assert word in texts(figure), word
     fields = [axes.images[0] for axes in figure.axes if axes.images]
     assert len(fields) == 2 * 3 + 2 * 4
@@ -91,7 +91,7 @@ def test_compare_receptive_fields_uses_the_models_given():
     figure = v.compare_receptive_fields(save_path=None, models={"mine": model})
     assert "mine, untrained" in texts(figure)
     given = v.compare_receptive_fields(None, {"mine": model}, v._shapes_for(model, 32))
-    assert "mean over 32 images" in texts(given)
+    assert "Mean over 32 images" in texts(given)
     assert "vit_nano" not in texts(given)
     for first, second in zip(data_of(figure), data_of(given), strict=True):
         np.testing.assert_array_equal(first, second)
