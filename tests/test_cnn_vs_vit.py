@@ -57,7 +57,7 @@ def test_cnn_vs_vit_dry_run_writes_its_files(tmp_path):
     for name in EXPERIMENTS:
         assert results[name]["finding"] in done.stdout
         assert html.escape(results[name]["finding"]) in page
-    assert "they say nothing about other images" in done.stdout
+    assert "they show nothing about other images" in done.stdout
 
 
 def test_cnn_vs_vit_exports_the_hybrid():
