@@ -239,7 +239,8 @@ def run_lines(cells):
              "|---|---:|---:|---|---:|---:|---:|---:|---:|"]
     by_model = defaultdict(list)
     several = len({cell["result"]["dataset"] for cell in cells}) > 1
-    recipes = len({cell["result"].get("recipe", "classic") for cell in cells}) > 1 and not several
+    named = {(cell["result"]["model"], cell["result"].get("recipe", "classic")) for cell in cells}
+    recipes = len(named) > len({model for model, _ in named}) and not several  # a model has several recipes
     for cell in cells:
         r = cell["result"]
         name = r["model"] + f", {'photographs' if r['dataset'] == 'folder' else r['dataset']}" * several

@@ -259,7 +259,7 @@ def test_cnn_vs_vit_reports_skipped_images(tmp_path, monkeypatch, capsys):
     cv.main(["--data-dir", str(folder), "--minutes", "1", "--skip-corrupt", "--output-dir", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert all(f"Skipped, because it cannot be read: {path}" in printed for path in broken)
-    assert "Left out: 2 image files that cannot be read." in printed
+    assert "2 image files cannot be read and were ignored." in printed
     found = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["verdict"]
     assert found["skipped"] == sorted(map(str, broken))
 
