@@ -13,7 +13,8 @@ variants follow.
     Table 1              ViT-Base and ViT-Large                     VARIANTS
 
 Parameters have timm's names (blocks.0.attn.qkv.weight, ...), so state dicts can be exchanged with timm. Dropout follows
-App. B.1: after the positions are added and after every dense layer except q, k and v, never on the attention weights.
+App. B.1: after the positions are added and after every dense layer except q, k and v, but never on the attention
+weights.
 
 Shapes:  B images, C channels, P patch side, N tokens (CLS, registers and patches; the paper's N counts patches only),
          D width of a token (embed_dim), H heads, K = D / H width of a head, L blocks (depth),
@@ -350,7 +351,7 @@ def attend(q, k, v, return_attention=False):
 
 
 def is_hooked(module):
-    """Return whether a module or any of its submodules has a hook, because hooks should see every token."""
+    """Return whether a module or any of its submodules has a hook, which should see every token."""
     return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
                for m in module.modules())
 

@@ -79,13 +79,13 @@ PAGES["README.md"] = Page(
          min(seeds("shapes-vit_nano-bf16-?", "test_acc"))),
         ("450 CIFAR-10 (JPEG) images, with the same number of steps, the ConvNet reached {:.1%} and the ViT {:.1%}",
          mean(accuracies("data-cifar10-jpeg-ConvNet-450-?")), mean(accuracies("data-cifar10-jpeg-ViT-450-?"))),
-        ("a prediction that matched one of them matched the outline in {:.0%} of cases for the ConvNet and in {:.0%} "
+        ("of the predictions that named one of the two, {:.0%} named the outline's class for the ConvNet and {:.0%} "
          "for the ViT",
          mean(seeds("cues-ConvNet-?", "shape_bias")), mean(seeds("cues-ViT-?", "shape_bias"))),
         ("With marks {} pixels apart, a ConvNet with a 25-pixel window hardly beat guessing; the ViT and the "
          "hybrid stayed above {:.0%}", cell("reach-ConvNet-0", "distances", -1),
          math.floor(min(map(min, seeds("reach-[HV]*", "correct"))) / 10) / 100),
-        ("A ViT-Tiny training step was {:.0%} faster than in the fastest of four other libraries",
+        ("A ViT-Tiny training step was {:.0%} faster than the same step in the fastest of four other libraries",
          smallest_ratio("throughput-cpu-tiny-16-training-float32") - 1),
         ("{} runs were killed at random moments and resumed; all ended with the same tensors as an uninterrupted run. "
          "({} had no checkpoint yet and started again.)",
@@ -208,9 +208,9 @@ PAGES["docs/concepts.md"] = Page(
         ("224 / 16 = 14 patches along each side, so 14 × 14 = **196 tokens**", "definition"),
         ("The 50,176 pixels of a 224 × 224 image make more than two billion pairs", "224² = 50,176, and its square"),
         ("2N²D and 12ND², so the share of the first is N / (N + 6D)", "the products of one block, counted"),
-        ("With 197 tokens it is 4% of a block of ViT-Base", "197 / (197 + 6 × 768)"),
+        ("With 197 tokens, the first term is 4% of the cost", "197 / (197 + 6 × 768)"),
         ("equal at N = 6D, which is 4,608 tokens for ViT-Base", "6 × 768"),
-        ("ImageNet's 1.3 million images, and ahead with 300 million", "Dosovitskiy et al. 2021, Sec. 4.1 and Figure 3"),
+        ("ImageNet's 1.3 million images, and overtook them with 300 million", "Dosovitskiy et al. 2021, Figure 3"),
         ("a 90-minute lesson", "the timetable in lesson.ipynb"),
     ],
 )

@@ -53,8 +53,8 @@ def rollout(maps, discard_ratio=0.0):
     maps : Tensor or list, shape (L, B, H, N, N)
         Attention maps; rows are queries.
     discard_ratio : float, optional
-        Fraction of the smallest weights of each block that is set to zero before I is added, in [0, 1). The rows are
-        then rescaled to sum to one.
+        Fraction of the weights of each block, the smallest ones, that are set to zero before I is added, in [0, 1).
+        The rows are then rescaled to sum to one.
 
     Raises
     ------
@@ -149,7 +149,7 @@ class Explanation:
     Attributes
     ----------
     saliency : Tensor, shape (B, rows, columns)
-        Non-negative. An image has NaN if its Grad-CAM is blank and another image's is not.
+        Non-negative. NaN for an image whose Grad-CAM is blank, if another image's is not.
     targets : Tensor, shape (B,), or None
         The explained classes; None for a model without a head.
     probabilities : Tensor, shape (B,), or None
@@ -205,14 +205,14 @@ def explain(model, images, method="relevance", target=None, **options):
 
 
 def attention_saliency(model, images, targets, layer_idx=-1, head_idx=None):
-    """Return the attention of what the classifier head reads to each patch in one block, for any class."""
+    """Return the attention in one block from what the classifier head reads to each patch; no class plays a part."""
     row = select_attention(attention_rows(model, images), layer_idx, head_idx)  # (B, N)
     adapter = adapt_vit(model)
     return patches_of(row, adapter.grid(images), adapter.n_prefix)
 
 
 def rollout_saliency(model, images, targets, discard_ratio=0.0):
-    """Return the attention rollout of what the classifier head reads, for any class."""
+    """Return the attention rollout of what the classifier head reads; no class plays a part."""
     check_pool(adapt_vit(model).pool)
     carried = Rollout(discard_ratio)
     seen = capture(model, images, keep=carried)
@@ -220,7 +220,7 @@ def rollout_saliency(model, images, targets, discard_ratio=0.0):
 
 
 def relevance_saliency(model, images, targets):
-    """Return the relevance of each patch for the class in what the classifier head reads, without the initial I.
+    """Return the relevance of each patch for the target class in what the classifier head reads, without the first I.
 
     Only the row of what the head reads is computed, from the last block to the first: r <- r + r A.
     """
@@ -303,8 +303,8 @@ def _not_blank(saliency):
     """
     blank = ~(saliency > 0).flatten(1).any(dim=1)  # (B)
     if blank.all():
-        raise InputError("Grad-CAM is blank: the weighted channels support the class at no position; choose a "
-                         "different layer_idx or method")
+        raise InputError("Grad-CAM is blank: the weighted channels do not support the class at any position; "
+                         "choose a different layer_idx or method")
     return saliency.masked_fill(blank[:, None, None], torch.nan)
 
 
@@ -780,7 +780,8 @@ def compare_explanations(model, images, target=None, methods=tuple(METHODS), n_s
     seed : int, optional
         Seed of the random orders.
     n_draws : int, optional
-        Number of random orders for each image. Their spread shows which lead of a method is more than chance.
+        Number of random orders for each image. Their spread shows how large a lead must be to count as
+        more than chance.
 
     Returns
     -------

@@ -260,8 +260,8 @@ EXERCISES = {
         "Patches to tokens: cut images (B, C, height, width) into n patches, row by row, and multiply each by one "
         "matrix. weight is (D, C P P): each of its D rows reads a patch channel by channel, and each channel row by "
         "row. bias is (D). Return (B, n, D). See the ViT paper, Eq. 1.",
-        "P is the square root of C P P / C, so you can compute it from the shapes of weight and images. "
-        "torch.nn.functional.unfold(images, P, stride=P) cuts them in the right order and returns (B, C P P, n).",
+        "weight has C P P columns and images have C channels, so P is the square root of their ratio. "
+        "torch.nn.functional.unfold(images, P, stride=P) cuts the images in the right order and returns (B, C P P, n).",
         ((2, 3, 4, 6, 5, 2), (4, 2, 12, 9, 7, 3), (3, 4, 8, 20, 6, 4)),
         lambda B, C, height, width, D, P: [(B, C, height, width), (D, C * P * P), (D,)], patch_embedding,
         PATCH_MISTAKES),

@@ -354,7 +354,7 @@ def load_checkpoint(model, path, grid_size=None):
     resolution differs, the positions are resampled. If the number of channels differs, the first convolution is adapted
     (`adapt_input_channels`). If the number of classes is the same and both the file and model.preprocessing have class
     names, the rows of the head are matched by name. For a wrapped model (torch.compile, DataParallel, AveragedModel),
-    the model inside is filled.
+    the weights go into the model inside.
 
     Parameters
     ----------
@@ -453,7 +453,7 @@ def _read_weights(path, model=None):
 
 
 def _models_among(names, own):
-    """Return {prefix: ...} for the models among names: those with the names `own`, or of any format if it is None."""
+    """Return {prefix: ...} for the models found in names, with the tensor names `own` or, if None, of any format."""
     if own is None:
         try:
             return recognise(names, "")
@@ -576,10 +576,10 @@ def adapt_input_channels(weight, n_channels):
     Returns
     -------
     Tensor, shape (D, n_channels, h, w)
-        For one channel, the sum over the colours: a grey image then has the same output as its colour version, if all
-        colours share one mean and std (with ImageNet's, nearly the same). From 3 to 4 channels, the transparency gets
-        zeros. Otherwise, the channels are repeated in turn and scaled by C / n_channels, as in timm, which preserves
-        the magnitude of the sum.
+        For one channel, the sum over the colours: a grey image then gives the same output as its RGB version if all
+        channels share one mean and std, and nearly the same with ImageNet's. From 3 to 4 channels, the alpha channel
+        gets zeros. Otherwise, the channels are repeated in turn and scaled by C / n_channels, as in timm, which
+        preserves the magnitude of the sum.
     """
     C = weight.shape[1]
     if n_channels == 1:
