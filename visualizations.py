@@ -458,7 +458,7 @@ class AttentionVisualizer:
         -----
         In Dosovitskiy et al. 2021 (the ViT paper), Fig. 7 (right), some heads in the first blocks look nearby. Raghu et
         al. 2021, "Do Vision Transformers See Like Convolutional Neural Networks?", find such heads after large-scale
-        pre-training such as on JFT-300M, but not after training on ImageNet alone.
+        pretraining such as on JFT-300M, but not after training on ImageNet alone.
         """
         by_size, n_images, distances, line = {}, 0, 0, 0  # whole photographs have several sizes
         for one in prepare_each(images, self.model, self.whole):

@@ -647,7 +647,7 @@ def test_load_report_counts_and_names_in_words(tmp_path):
     report = load_all(VisionTransformer(**{**SQUARE, "n_classes": 7}), tmp_path / "m.pt", [*state, "mask_token"])
     assert str(report).splitlines() == [
         f"{tmp_path / 'm.pt'}: timm's names (timm, DeiT, DINO, MAE's encoder); 30 tensors loaded, 3 dropped",
-        "  dropped: mask_token (the token for masked patches in pre-training)",
+        "  dropped: mask_token (the token for masked patches in pretraining)",
         "  dropped: head.weight and 1 more (has 3 classes, but the model's head has 7)",
         "  head: the model keeps its own, which is untrained, because the file's head has 3 classes, but the model's "
         "head has 7",

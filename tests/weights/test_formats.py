@@ -115,7 +115,7 @@ def student_and_teacher(state):
 
 
 def mae_with_decoder(state):
-    """Return MAE's pre-training model: the encoder in timm's names, and the decoder."""
+    """Return MAE's pretraining model: the encoder in timm's names, and the decoder."""
     decoder = {"mask_token": (1, 1, 13), "decoder_pos_embed": (1, 10, 13), "decoder_embed.weight": (13, D),
                "decoder_blocks.0.norm1.weight": (13,), "decoder_norm.bias": (13,), "decoder_pred.weight": (75, 13)}
     return {**state, **{name: torch.randn(shape) for name, shape in decoder.items()}}

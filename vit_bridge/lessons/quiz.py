@@ -118,7 +118,7 @@ def _how_far_the_first_block_looks():
     line = uniform_attention_distance(seen.grid, seen.adapter.patch_size)
     share = near.min().item() / line
     nearer = (" In Fig. 7 of the ViT paper, some heads of the first blocks attend much nearer. Raghu et al. 2021 find "
-              "such heads in large ViTs after pre-training on JFT-300M, but not after training on ImageNet alone."
+              "such heads in large ViTs after pretraining on JFT-300M, but not after training on ImageNet alone."
               if share >= 0.8 else "")
     return (0 if share < 0.5 else 1 if share < 0.8 else 2), (
         f"The head of the first block that looks nearest looks {near.min():.1f} pixels away on average; for uniform "

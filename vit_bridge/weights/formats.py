@@ -67,12 +67,12 @@ class Format:
     holds: str = "VisionTransformer"
 
 
-# Tensors that wrappers and pre-training leave in a file.
+# Tensors that wrappers and pretraining leave in a file.
 AVERAGED = (r"(.*\.)?n_averaged", "the step counter of an averaged model")
 BESIDE = (r"(\w+_)?(criterion|loss(es)?|loss_f\w*|metrics?|acc|accuracy|auroc|f1|confmat|precision|recall)(_\w+)?\..*",
           "part of a loss or a metric, not of the model")
-PRE_LOGITS = (r"(heads\.)?pre_logits[./].*", "a layer before the head, from pre-training")
-MASK = (r"(.*\.)?mask_token", "the token for masked patches in pre-training")
+PRE_LOGITS = (r"(heads\.)?pre_logits[./].*", "a layer before the head, from pretraining")
+MASK = (r"(.*\.)?mask_token", "the token for masked patches in pretraining")
 BLOCK = r"(?:vit|deit|dinov2|dinov2_with_registers)?\.?(?:encoder\.)?layers?\.(\d+)\."
 ROOT = r"(?:vit|deit|dinov2|dinov2_with_registers)?\.?"
 TRANSFORMERS_NAMES = (
@@ -91,7 +91,7 @@ TRANSFORMERS_NAMES = (
     (r"classifier\.(\w+)", r"head.\1"),
 )
 TRANSFORMERS_DROPS = ((ROOT + r"pooler\..*", "a dense layer that the classification head does not use"), MASK,
-                      (r"decoder\..*", "MAE's decoder, used in pre-training"))
+                      (r"decoder\..*", "MAE's decoder, used in pretraining"))
 TRANSFORMERS_ROOT = ROOT + r"embeddings\.patch_embeddings\.projection\.weight"
 TIMM_ROOT = r"patch_embed\.proj\.weight"
 TV_BLOCK = r"encoder\.layers\.encoder_layer_(\d+)\."
@@ -191,7 +191,7 @@ FORMATS = (
            fixes=("pool", "norm_eps"), mean=(0.5,) * 3, std=(0.5,) * 3,
            note="its code uses flax's GELU, a tanh approximation; here the exact GELU is used, as in timm"),
     Format("MAE with its decoder", TIMM_ROOT, (r"^decoder_embed\.weight$",), (),
-           (MASK, (r"decoder_.*", "MAE's decoder, used in pre-training"), AVERAGED), pos_cls=True),
+           (MASK, (r"decoder_.*", "MAE's decoder, used in pretraining"), AVERAGED), pos_cls=True),
     Format("DeiT-III", TIMM_ROOT, (r"^blocks\.0\.gamma_1$",),
            ((r"blocks\.(\d+)\.gamma_([12])", r"blocks.\1.ls\2.gamma"),), (AVERAGED,), pos_cls=False, library="timm",
            note="a RoPE-ViT can have DeiT-III's names, which do not show its rotation; do not load one"),
@@ -202,7 +202,7 @@ FORMATS = (
     Format("DINO in training", rf"backbone\.{TIMM_ROOT}", (r"^(head|dino_head|ibot_head)\.(mlp|last_layer)\b",), (
         (r"backbone\.register_tokens", "reg_token"), (r"backbone\.(.*)", r"\1")),
            ((r"(backbone\.)?mask_token", MASK[1]),
-            (r"(head|dino_head|ibot_head)\.(mlp|last_layer)\b.*", "DINO's projection head, used in pre-training")),
+            (r"(head|dino_head|ibot_head)\.(mlp|last_layer)\b.*", "DINO's projection head, used in pretraining")),
            pos_cls=True),
     Format("timm's names (timm, DeiT, DINO, MAE's encoder)", TIMM_ROOT, (r"^blocks\.0\.attn\.qkv",), (),
            (MASK, PRE_LOGITS, AVERAGED), library="timm"),
