@@ -10,7 +10,6 @@ Shapes:  B images, C channels, S side of an image in pixels, P patch side, N tok
          K = D / H width of a head, L blocks.
 """
 
-import difflib
 import math
 import sys
 import textwrap
@@ -32,7 +31,7 @@ from vit_bridge.data.datasets import DatasetInfo
 from vit_bridge.data.images import open_image, prepare_images, sample_photographs
 from vit_bridge.data.loaders import MemoryLoader, get_data_loaders
 from vit_bridge.data.shapes import SHAPES, make_shapes
-from vit_bridge.errors import InputError
+from vit_bridge.errors import InputError, closest_names
 from vit_bridge.inference import predict
 from vit_bridge.lessons.exercises import EXERCISES, check_file, default_path, solution, write_stub
 from vit_bridge.lessons.quiz import ask
@@ -388,7 +387,7 @@ def main(argv=None):
             print(f"{name:<15} {demo.__doc__}")
         return
     if options.only and options.only not in DEMOS:
-        close = difflib.get_close_matches(options.only, DEMOS, 1)
+        close = closest_names(options.only, DEMOS, 1)
         advice = f"did you mean {close[0]}? --list" if close else "--list"
         raise InputError(f"--only {options.only} is unknown; {advice} names all demos")
     names = [options.only] if options.only else [name for name in DEMOS if not (options.dry_run and name in TRAINS)]

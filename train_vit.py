@@ -11,7 +11,6 @@ Shapes:  B images in a batch, K classes, C channels, H, W height and width.
 import argparse
 import copy
 import csv
-import difflib
 import hashlib
 import itertools
 import json
@@ -70,7 +69,7 @@ from vit_bridge.data.loaders import (
     length_of,
     n_batches,
 )
-from vit_bridge.errors import InputError, check_choice
+from vit_bridge.errors import InputError, check_choice, closest_names
 from vit_bridge.inference import Mirrored, batches_of, check_has_head, export_onnx, predict, ranked, score
 from vit_bridge.models.adapters import adapt
 from vit_bridge.models.initialisation import whiten_first_layer
@@ -1781,7 +1780,7 @@ def main(argv=None):
         COMMANDS[argv[0]](argv[1:])
         return
     if argv and argv[0][:1] != "-":
-        close = difflib.get_close_matches(argv[0], COMMANDS, 1)
+        close = closest_names(argv[0], COMMANDS, 1)
         found = f"--data-dir {argv[0]}" if Path(argv[0]).is_dir() else close[0] if close else ""
         raise InputError(f"command {argv[0]!r} is unknown; " + (
             f"did you mean {found}?" if found else f"expected {', '.join(COMMANDS)}, or training options"))

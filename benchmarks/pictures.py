@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import growth
+import processes
 
 from visualizations import (
     AttentionVisualizer,
@@ -41,7 +42,6 @@ from vit_bridge.compare.experiments import EXPERIMENTS
 from vit_bridge.compare.trials import TRAINING_EXPERIMENTS, by_dataset, read_trials
 from vit_bridge.data.images import sample_photographs
 from vit_bridge.errors import InputError, check_choice
-from vit_bridge.plots.charts import plot_curves
 from vit_bridge.plots.explorer import explore
 from vit_bridge.plots.look import draw_look, look
 from vit_bridge.preprocessing import Whole
@@ -65,19 +65,15 @@ def vit_s(path):
     return model
 
 
-@cache
-def shipped(name):
-    return load(name)
-
-
 def see(path):
     """Return the views of ViT-S/14 on whole photographs."""
     return AttentionVisualizer(vit_s(path), "cpu", Whole())
 
 
+@cache
 def see_small():
     """Return the views of the shipped ViT, which has a head, so it predicts classes to explain."""
-    return AttentionVisualizer(shipped("vit_nano_cifar10"), "cpu")
+    return AttentionVisualizer(load("vit_nano_cifar10"), "cpu")
 
 
 def draw_cat(path):
@@ -152,12 +148,6 @@ def draw_patches_changed():
     return EXPERIMENTS["position"].draw(cell("shipped-cpu")["position"])["patches_changed"]
 
 
-def draw_processes():
-    losses = {way: list(enumerate(curves["train_loss"], start=1))
-              for way, curves in cell("processes-cpu")["curves"].items()}
-    return plot_curves({"Training loss": losses}, "epoch", "cross-entropy (nats)")
-
-
 OF_CELLS = {
     "data_efficiency_cifar": partial(draw_trials, "data", "data_efficiency", "CIFAR-10 (JPEG)"),
     "data_efficiency_shapes": partial(draw_trials, "data", "data_efficiency"),
@@ -165,7 +155,7 @@ OF_CELLS = {
     "reach": partial(draw_trials, "reach", "reach"),
     "patches_changed": draw_patches_changed,
     "growth": lambda: growth.draw(cell("growth-cpu")),
-    "processes": draw_processes,
+    "processes": lambda: processes.draw(cell("processes-cpu")["curves"]),
 }
 NEED_WEIGHTS = (*OF_VIT_S, "explorer")
 NAMES = (*NEED_WEIGHTS, *OF_SHIPPED_MODELS, *OF_CELLS)

@@ -69,6 +69,12 @@ def compare(histories, results):
     return rows
 
 
+def draw(curves, save_path=None):
+    """Draw the training loss of each way against the epoch. curves: way -> {"train_loss": one value per epoch}."""
+    losses = {way: list(enumerate(history["train_loss"], start=1)) for way, history in curves.items()}
+    return plot_curves({"Training loss": losses}, "epoch", "cross-entropy (nats)", save_path)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--keep", action="store_true", help="keep the outcome in benchmarks/")
@@ -87,8 +93,7 @@ def main():
         write_cell("processes", "cpu", 0, "python benchmarks/processes.py --keep",
                    dict(device="cpu", rows=rows, curves={way: {name: histories[way][name] for name in curves}
                                                          for way in WAYS}))
-        losses = {way: list(enumerate(history["train_loss"], start=1)) for way, history in histories.items()}
-        plot_curves({"Training loss": losses}, "epoch", "cross-entropy (nats)", HERE / "figures" / "processes.png")
+        draw(histories, HERE / "figures" / "processes.png")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ TABLES = {
                   "round, with the 95% interval of the median, which assumes independent rounds. The named peer is the "
                   "one with the smallest ratio, so the ratio may differ from the quotient of the medians in the row. "
                   "`share` is our speed in FLOPs per second as a fraction of the machine's, measured with a 2048 x "
-                  "2048 matrix product. `memory` is what a pass of ours needs beyond weights and images, followed by "
+                  "2048 matrix product. `memory` is what our pass needs beyond weights and images, followed by "
                   "the smallest value of the other libraries. The bf16 results come from a different machine, which "
                   "has AVX512-BF16",
     "growth": "Time and memory against the number of tokens; the exponents are fitted to the upper half of the sizes "

@@ -5,7 +5,6 @@
 """
 
 import argparse
-import difflib
 import math
 import os
 import signal
@@ -15,7 +14,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-from vit_bridge.errors import Assumption, InputError, pair
+from vit_bridge.errors import Assumption, InputError, closest_names, pair
 from vit_bridge.preprocessing import one_side
 from vit_bridge.system import Interrupted, n_processes, process_number
 
@@ -40,7 +39,7 @@ class OneLineParser(argparse.ArgumentParser):
             return f"unexpected {words[0]!r}; --help lists the options"
         known = [name for action in self._actions for name in action.option_strings]
         initials = "--" + "".join(part[:1] for part in option[2:].split("-"))  # --learning-rate: --lr
-        close = [initials] if initials in known else difflib.get_close_matches(option, known, 1)
+        close = [initials] if initials in known else closest_names(option, known, 1)
         return f"unknown option {option}; " + (f"did you mean {close[0]}?" if close else "--help lists the options")
 
 

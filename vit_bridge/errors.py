@@ -9,9 +9,10 @@ import warnings
 
 import numpy as np
 
-from vit_model import InputError, check_choice, check_int, pair
+from vit_model import InputError, check_choice, check_int, closest_names, pair
 
-__all__ = ["Assumption", "InputError", "assume", "check_choice", "check_index", "check_int", "first_line", "pair"]
+__all__ = ["Assumption", "InputError", "assume", "check_choice", "check_index", "check_int", "closest_names",
+           "first_line", "join_words", "pair"]
 
 
 class Assumption(UserWarning):
@@ -44,3 +45,9 @@ def check_index(name, index, length):
         raise InputError(f"{name} {index} is out of range; expected 0 to {length - 1}, or {-length} to -1 from "
                          f"the end")
     return int(index) % length
+
+
+def join_words(words):
+    """Return "a", "a and b" or "a, b and c"."""
+    words = list(words)
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

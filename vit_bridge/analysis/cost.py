@@ -48,7 +48,7 @@ def count_flops(model, img_size=None):
     Parameters
     ----------
     model : nn.Module
-        A model of ours.
+        One of our models.
     img_size : int or tuple of int, optional
         Side of the image in pixels, or (height, width). The model's own size by default.
 
@@ -103,7 +103,7 @@ def throughput(model, img_size=None, batch_size=32, seconds=1.0, train=False, de
     Parameters
     ----------
     model : nn.Module
-        A model of ours. A copy of it is measured, on random images that are already on the device.
+        One of our models. A copy of it is measured, on random images that are already on the device.
     img_size : int or tuple of int, optional
         Side of the images in pixels, or (height, width). The model's own size by default.
     batch_size : int, optional

@@ -23,7 +23,7 @@ def receptive_field(model, images, depth=None):
     Parameters
     ----------
     model : nn.Module
-        A model of ours, or a ViT from timm, transformers or torchvision.
+        One of our models, or a ViT from timm, transformers or torchvision.
     images : Tensor, shape (B, C, height, width)
         Normalised images.
     depth : int, optional
@@ -74,7 +74,7 @@ def theoretical_receptive_field(model, depth=None):
     Parameters
     ----------
     model : nn.Module
-        A model of ours.
+        One of our models.
     depth : int, optional
         As in `receptive_field`.
 

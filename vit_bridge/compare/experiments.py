@@ -37,7 +37,6 @@ from vit_bridge.analysis.receptive_field import (
 from vit_bridge.analysis.similarity import layer_similarity
 from vit_bridge.compare.statistics import (
     is_or_are,
-    join_words,
     mean_min_max,
     rank_kept,
     rank_shares,
@@ -45,6 +44,7 @@ from vit_bridge.compare.statistics import (
     sort_by_change,
     spread_is_learned,
 )
+from vit_bridge.errors import join_words
 from vit_bridge.models.adapters import adapt
 from vit_bridge.models.convnet import ConvolutionAsAttention
 from vit_bridge.plots.charts import plot_curves, plot_matrices

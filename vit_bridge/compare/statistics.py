@@ -16,7 +16,7 @@ from statistics import mean, stdev, variance
 import torch
 
 from vit_bridge.analysis.metrics import wilson_interval
-from vit_bridge.errors import InputError
+from vit_bridge.errors import InputError, join_words
 
 MIN_IMAGES = 20  # with fewer test images, no winner is declared
 FOUND = 0.8  # the fraction of comparisons that must find a lead for it to count as the smallest lead
@@ -384,12 +384,6 @@ def spread_is_learned(trained, random, uniform):
 
 
 # ---- Words ------------------------------------------------------------------------------------------------
-
-
-def join_words(words):
-    """Return "a", "a and b" or "a, b and c"."""
-    words = list(words)
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def is_or_are(names):

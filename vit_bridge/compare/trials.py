@@ -28,7 +28,6 @@ from vit_bridge.compare.statistics import (
     describe_ranking,
     describe_split,
     format_range,
-    join_words,
     majority_with_every_seed,
     mean_min_max,
     measured_noise,
@@ -44,7 +43,7 @@ from vit_bridge.data.augmentation import Augmentation
 from vit_bridge.data.datasets import DatasetInfo
 from vit_bridge.data.loaders import MemoryLoader
 from vit_bridge.data.shapes import CUES, make_cues, make_marks
-from vit_bridge.errors import InputError
+from vit_bridge.errors import InputError, join_words
 from vit_bridge.models.registry import build_model
 from vit_bridge.plots.charts import plot_bars, plot_curves
 from vit_bridge.preprocessing import Preprocessing

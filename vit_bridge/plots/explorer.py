@@ -37,7 +37,7 @@ from vit_bridge.runtime import at_least_float32, class_probabilities, unwrapped
 from vit_bridge.system import write_whole
 
 PAGE = Path(__file__).with_name("explorer.html")  # the template; $NAME is a placeholder
-MARK = b'<script id="data" type="application/json">'  # in every page of ours, including pages of older versions
+MARK = b'<script id="data" type="application/json">'  # in each of our pages, including pages of older versions
 N_CLASSES = 6  # in the logit lens
 MB = 10**6
 FINE_UP_TO = 10 * MB  # a page up to this size stores queries and keys in 16 bits, a larger one in 8
@@ -153,7 +153,7 @@ def explore(model, images, save_path="attention.html", compare_with=None, names=
 
 
 def is_page(path):
-    """Return whether there is a page of ours at path; False if the path does not exist.
+    """Return whether the file at path is one of our pages; False if the path does not exist.
 
     Raises InputError for any other file: explore does not overwrite it.
     """

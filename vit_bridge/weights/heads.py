@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from vit_bridge.errors import join_words
 from vit_bridge.models.adapters import adapt
 
 MOST_NAMES = 5  # maximum number of class names in one line
@@ -109,7 +110,7 @@ def _in_words(names):
     """Format names as 'fox, hare and owl', and more than MOST_NAMES as '9 classes (fox, hare, ...)'."""
     if len(names) > MOST_NAMES:
         return f"{len(names)} classes{listed(names)}"
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    return join_words(names)
 
 
 def listed(names):
