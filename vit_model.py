@@ -94,10 +94,15 @@ class MultiHeadAttention(nn.Module):
         qkv = self.qkv(x).unflatten(2, (3, self.n_heads, -1))  # (B, N, 3, H, K)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, K)                             Eq. 5
         q, k = self.q_norm(q[:, :, :n_query_tokens]), self.k_norm(k)  # (B, H, n, K), (B, H, N, K)
-        heads, attention = attend(q, k, v, return_attention)  # (B, H, n, K), (B, H, n, N)   Eq. 6, 7
+        bias = self.bias(n_query_tokens)
+        heads, attention = attend(q, k, v, return_attention, bias)  # (B, H, n, K), (B, H, n, N)  Eq. 6, 7
         x = heads.transpose(1, 2).flatten(2)  # (B, n, D), the heads concatenated
         x = self.dropout(self.proj(x))  #                                                    Eq. 8
         return (x, attention) if return_attention else x
+
+    def bias(self, n_query_tokens=None):
+        """Return what is added to the scores of the first n queries, (H, n, N), or None, as in a ViT."""
+        return None
 
 
 class MLP(nn.Module):
@@ -182,8 +187,8 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, *args, **options):
         super().__init__()
-        self.config = c = ViTConfig(*args, **options)
-        self.n_prefix_tokens = 1 + c.n_registers
+        self.config = c = self.config_class(*args, **options)
+        self.n_prefix_tokens = self.n_cls_tokens + c.n_registers
         self.patch_embed = PatchEmbedding(c.img_size, c.patch_size, c.in_channels, c.embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
         self.reg_token = nn.Parameter(torch.zeros(1, c.n_registers, c.embed_dim)) if c.n_registers else None
@@ -201,7 +206,7 @@ class VisionTransformer(nn.Module):
         """Return the logits of normalised images."""
         # If the head reads only CLS, the last block only has to compute CLS.
         only_cls = self.config.pool == "cls" and not is_hooked(self.blocks[-1])
-        tokens = self.forward_features(images, n_query_tokens=1 if only_cls else None)
+        tokens = self.forward_features(images, n_query_tokens=self.n_cls_tokens if only_cls else None)
         return self.forward_head(tokens)  # (B, n_classes)
 
     def forward_features(self, images, return_attention=False, n_query_tokens=None):
@@ -223,6 +228,10 @@ class VisionTransformer(nn.Module):
             Only with return_attention=True. The last map is (B, H, n, N).
         """
         x = self.dropout(self.add_prefix(self.patch_embed(images), images.shape[2:]))  # (B, N, D)  Eq. 1
+        return self.encode(x, return_attention, n_query_tokens)
+
+    def encode(self, x, return_attention=False, n_query_tokens=None):
+        """Apply the blocks and the last norm to tokens (B, N, D); the rest is as in forward_features."""
         maps = []
         for i, block in enumerate(self.blocks, start=1):
             x = block(x, return_attention, n_query_tokens if i == len(self.blocks) else None)
@@ -244,13 +253,17 @@ class VisionTransformer(nn.Module):
         size: (height, width) of the images, in pixels.
         """
         pos_embed = self.positions_at(size)
-        cls = self.cls_token.expand(patches.shape[0], -1, -1)  # (B, 1, D)
+        cls = self.cls_tokens().expand(patches.shape[0], -1, -1)  # (B, 1, D)
         if self.reg_token is None:
             x = torch.cat([cls, patches], dim=1)  # (B, N, D)
             return x if pos_embed is None else x + pos_embed
         registers = self.reg_token.expand(patches.shape[0], -1, -1)  # (B, n_registers, D)
         patches = patches if pos_embed is None else patches + pos_embed
         return torch.cat([cls, registers, patches], dim=1)  # (B, N, D)
+
+    def cls_tokens(self):
+        """Return the tokens that the heads read, (1, n_cls_tokens, D): CLS, and in a subclass further ones."""
+        return self.cls_token
 
     def positions_at(self, size):
         """Return the positions for images of this size, fitted to their grid if any_size is set."""
@@ -266,17 +279,24 @@ class VisionTransformer(nn.Module):
         only, as in timm's DINOv2 models with registers. No information is lost: the position of CLS can be added to
         `cls_token` once, as is done when DINOv2's own files are loaded.
         """
-        D, n_positions = self.cls_token.shape[-1], self.patch_embed.n_patches + (self.reg_token is None)
+        D, grid_size, n_prefix = self.cls_token.shape[-1], self.patch_embed.grid_size, self.n_prefix_positions
         if position == "learned":
-            self.pos_embed = nn.Parameter(torch.zeros(1, n_positions, D))
+            self.pos_embed = nn.Parameter(torch.zeros(1, n_prefix + self.patch_embed.n_patches, D))
         elif position == "sincos":
-            self.register_buffer("pos_embed", sincos_positions(self.patch_embed.grid_size, D)[:, -n_positions:])
+            self.register_buffer("pos_embed", sincos_positions(grid_size, D, n_prefix))
         else:
             self.pos_embed = None
 
     # ---- What training and figures need from every model (vit_bridge/models/protocol.py explains) ----
 
     attends = True  # its layers are attention blocks
+    n_cls_tokens = 1  # CLS
+    head_names = ("head",)
+
+    @property
+    def n_prefix_positions(self):
+        """How many positions come before those of the patches: 1, for CLS, or 0 if there are registers."""
+        return self.n_cls_tokens if self.reg_token is None else 0
 
     @property
     def n_features(self):
@@ -322,8 +342,8 @@ def head_width(embed_dim, n_heads):
 MATH_ATTENTION_MAX_TOKENS = {("cpu", torch.bfloat16): (512, 1024)}
 
 
-def attend(q, k, v, return_attention=False):
-    """Return softmax(q k^T / sqrt(K)) v, and with return_attention the softmax itself (Eq. 6 and 7).
+def attend(q, k, v, return_attention=False, bias=None):
+    """Return softmax(q k^T / sqrt(K) + bias) v, and with return_attention the softmax itself (Eq. 6 and 7).
 
     Parameters
     ----------
@@ -331,6 +351,8 @@ def attend(q, k, v, return_attention=False):
     k, v : Tensor, shape (B, H, N, K)
     return_attention : bool, optional
         Whether to return the maps.
+    bias : Tensor, broadcastable to (B, H, n, N), optional
+        Added to the scores. A ViT has none; models/relative.py learns one for each offset between two positions.
 
     Returns
     -------
@@ -344,9 +366,10 @@ def attend(q, k, v, return_attention=False):
     """
     most = MATH_ATTENTION_MAX_TOKENS.get((q.device.type, q.dtype), (0, 0))[q.requires_grad]
     if not return_attention and k.shape[2] > most:
-        return F.scaled_dot_product_attention(q, k, v), None  # (B, H, n, K)
+        return F.scaled_dot_product_attention(q, k, v, bias), None  # (B, H, n, K)
     q = q / math.sqrt(q.shape[-1])  # scaling q costs less than scaling the n x N products
-    attention = (q @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, H, n, N)
+    scores = q @ k.transpose(-2, -1)  # (B, H, n, N)
+    attention = (scores if bias is None else scores + bias).softmax(dim=-1)  # (B, H, n, N)
     return attention @ v, attention if return_attention else None  # (B, H, n, K), (B, H, n, N)
 
 
@@ -397,17 +420,17 @@ def drop_path_rates(last, depth):
     return [last * block / max(depth - 1, 1) for block in range(depth)]
 
 
-def sincos_positions(grid_size, embed_dim):
-    """Return fixed two-dimensional positions (1, 1 + rows * columns, D), as in MAE (He et al. 2022).
+def sincos_positions(grid_size, embed_dim, n_prefix=1):
+    """Return fixed two-dimensional positions (1, n_prefix + rows * columns, D), as in MAE (He et al. 2022).
 
-    The position of CLS is zero. The first half of the channels encodes the column and the second half the row. Each
+    The positions of the prefix, by default CLS, are zero. The first half of the channels encodes the column and the second half the row. Each
     half holds D / 4 sines, then D / 4 cosines, with frequencies from 1 down to almost 1 / 10000 radians per patch.
     """
     rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid_size), indexing="ij")
     frequencies = 10000.0 ** -(torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim // 4))  # (D / 4)
     angles = [place.reshape(-1, 1) * frequencies for place in (columns, rows)]  # 2 x (N - 1, D / 4)
     patches = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)  # (N - 1, D)
-    return F.pad(patches, (0, 0, 1, 0)).float().unsqueeze(0)  # (1, N, D)
+    return F.pad(patches, (0, 0, n_prefix, 0)).float().unsqueeze(0)  # (1, n_prefix + rows * columns, D)
 
 
 def pair(size, name="img_size"):
@@ -490,8 +513,7 @@ def mimic_trained_attention(model):
         w_v.copy_((S.sqrt()[:, None] * V).unflatten(0, (H, K)))
         block.attn.proj.weight.copy_(U * S.sqrt())
     if model.config.position == "learned":
-        n_positions = model.pos_embed.shape[1]
-        model.pos_embed.copy_(sincos_positions(model.patch_embed.grid_size, D)[:, -n_positions:])
+        model.pos_embed.copy_(sincos_positions(model.patch_embed.grid_size, D, model.n_prefix_positions))
 
 
 # ---- Configuration and variants ---------------------------------------------------------------------------
@@ -674,10 +696,15 @@ def create_vit(variant, n_classes=1000, **overrides):
     >>> create_vit("vit_nano", n_classes=10)(torch.randn(1, 3, 32, 32)).shape
     torch.Size([1, 10])
     """
+    return VisionTransformer(**vars(variant_config(variant, n_classes=n_classes, **overrides)))
+
+
+def variant_config(variant, **overrides):
+    """Return the ViTConfig of a name in VARIANTS, with other values for some fields."""
     check_choice("variant", variant, tuple(VARIANTS))
     for name in overrides:
         check_choice("argument", name, tuple(ViTConfig.__dataclass_fields__), "help(ViTConfig)")
-    return VisionTransformer(**vars(replace(VARIANTS[variant], n_classes=n_classes, **overrides)))
+    return replace(VARIANTS[variant], **overrides)
 
 
 # Shortcuts for create_vit, with the same arguments.
@@ -735,8 +762,7 @@ def fitted_positions(model, grid_size):
     """Return a model's positions for a different grid: resample learned ones, compute fixed ones again."""
     if model.config.position == "learned":
         return resample_positions(model.pos_embed, model.patch_embed.grid_size, grid_size)
-    n_positions = grid_size[0] * grid_size[1] + (model.reg_token is None)
-    return sincos_positions(grid_size, model.config.embed_dim)[:, -n_positions:].to(model.pos_embed)
+    return sincos_positions(grid_size, model.config.embed_dim, model.n_prefix_positions).to(model.pos_embed)
 
 
 @torch.no_grad()
@@ -777,10 +803,11 @@ def resize_positions(model, img_size):
 
 
 def freeze_backbone(model):
-    """Freeze everything except the head, and return the model.
+    """Freeze everything except the head, or the heads of a model with several, and return the model.
 
     Freezing only `patch_embed` and `blocks` would leave the CLS token, the positions and the last norm trainable.
     """
     model.requires_grad_(False)
-    model.head.requires_grad_(True)
+    for name in model.head_names:
+        model.get_submodule(name).requires_grad_(True)
     return model

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vit_bridge.errors import InputError
+from vit_bridge.errors import InputError, assume
 from vit_bridge.models.protocol import ask, class_name, is_ours
 from vit_bridge.preprocessing import Preprocessing
 from vit_bridge.runtime import unwrapped
@@ -187,6 +187,32 @@ def adapt(model):
         "expected a model of vit_bridge.models, a VisionTransformer of timm, torchvision or DINOv2's hub, or a ViT, "
         "DeiT, DINOv2, ViT-MSN or I-JEPA model of transformers; for another class, save its state_dict and try load()")
     raise InputError(f"the class {class_name(model)} is not supported; {advice}")
+
+
+def preprocessing_of(model):
+    """Return how a model's images must be prepared, for any model that records it.
+
+    Besides the supported classes these are models with a `preprocessing`, and other models of timm.
+
+    Raises
+    ------
+    InputError
+        If nothing records it.
+    """
+    model = unwrapped(model)
+    if is_ours(model) or _maker_for(model):
+        adapter = adapt(model)
+        if adapter.assumed:
+            assume(adapter.assumed)
+        return adapter.preprocessing
+    kept = getattr(model, "pretrained_cfg", None) or {}
+    if getattr(model, "preprocessing", None) is None and "mean" not in kept:
+        raise InputError(f"nothing records how images for this {class_name(model)} are prepared; set its preprocessing, "
+                         f"model.preprocessing = Preprocessing(img_size, mean, std, class_names=...)")
+    size = tuple(kept.get("input_size", (3, 224, 224))[1:])
+    facts = {name: kept[name] for name in ("mean", "std", "interpolation") if name in kept}
+    n_channels = len(kept["mean"]) if "mean" in kept else model.preprocessing.n_channels
+    return _images_of(model, n_channels, size, **facts)["preprocessing"]
 
 
 def adapt_vit(model):

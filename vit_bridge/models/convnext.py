@@ -127,6 +127,10 @@ class ConvNeXt(ImageModel):
         """The depthwise kernels: each row is a filter of its own, and no matrix mixes the channels."""
         return tuple(name for name, _ in self.named_parameters() if name.endswith("conv_dw.weight"))
 
+    def whitening_layer(self):
+        """Return the layer to whiten, and whether it holds each filter together with its negative."""
+        return self.stem[0], False
+
     def layers(self):
         """Return the stem and the stages, in order."""
         return [self.stem, *self.stages]

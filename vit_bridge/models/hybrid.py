@@ -3,7 +3,7 @@
 Shapes:  B images, C channels, P patch side, N tokens, D width (embed_dim).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -136,7 +136,7 @@ class HybridCNNViT(VisionTransformer):
         if n_heads is None:
             n_heads = max(1, embed_dim // 64)
         super().__init__(img_size, patch_size, in_channels, n_classes, embed_dim, depth, n_heads, **options)
-        self.config = HybridConfig(**vars(self.config), stem=stem)
+        self.config = replace(self.config, stem=stem)
         self.patch_embed = STEMS[stem](img_size, patch_size, in_channels, embed_dim)
 
     def whitening_layer(self):

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from vit_bridge.errors import check_choice
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.models.convnext import ConvNeXt
+from vit_bridge.models.deit import DistilledViT
 from vit_bridge.models.hybrid import HybridCNNViT
+from vit_bridge.models.swin import SwinTransformer
 from vit_model import VARIANTS, VisionTransformer, pair
 
 
@@ -28,6 +30,12 @@ def _cnn(model_class, widths, depths, **more):
     return ModelEntry(model_class, arguments, ("stem_stride", 1))
 
 
+def _swin(embed_dim, depths, n_heads):
+    """Return the entry of a Swin Transformer for 224 x 224 images."""
+    arguments = dict(img_size=224, patch_size=4, embed_dim=embed_dim, depths=depths, n_heads=n_heads)
+    return ModelEntry(SwinTransformer, arguments, ("patch_size", 1))
+
+
 # With 10 classes and 32 x 32 images, vit_nano, hybrid and convnet have similar sizes: 459,562, 497,818 and 481,170
 # parameters.
 MODELS = {
@@ -36,12 +44,21 @@ MODELS = {
     "hybrid_small": ModelEntry(HybridCNNViT, dict(img_size=224, patch_size=16, embed_dim=384, depth=6, n_heads=6)),
     "convnet": ModelEntry(ConvNet, dict(img_size=32, widths=(40, 80, 160), depths=(1, 1, 1), stem_stride=1),
                           ("stem_stride", 1)),
+    **{name.replace("vit", "deit"): ModelEntry(DistilledViT, vars(config)) for name, config in VARIANTS.items()
+       if name != "vit_large"},
+    "swin_nano": ModelEntry(SwinTransformer, dict(img_size=32, patch_size=2, embed_dim=32, depths=(2, 2, 2),
+                                                  n_heads=(1, 2, 4), window_size=4), ("patch_size", 2)),
+    "swin_tiny": _swin(96, (2, 2, 6, 2), (3, 6, 12, 24)),  # Liu et al. 2021, Sec. 3.3
+    "swin_small": _swin(96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    "swin_base": _swin(128, (2, 2, 18, 2), (4, 8, 16, 32)),
     # ResNet: He et al. 2016, Table 1. ConvNeXt: Liu et al. 2022, Sec. 3.
     "resnet18": _cnn(ConvNet, (64, 128, 256, 512), (2, 2, 2, 2)),
     "resnet34": _cnn(ConvNet, (64, 128, 256, 512), (3, 4, 6, 3)),
     "resnet50": _cnn(ConvNet, (64, 128, 256, 512), (3, 4, 6, 3), block="bottleneck"),
     "resnet101": _cnn(ConvNet, (64, 128, 256, 512), (3, 4, 23, 3), block="bottleneck"),
     "resnet152": _cnn(ConvNet, (64, 128, 256, 512), (3, 8, 36, 3), block="bottleneck"),
+    "convnext_nano": ModelEntry(ConvNeXt, dict(img_size=32, widths=(36, 72, 144), depths=(2, 2, 2), stem_stride=2),
+                                ("stem_stride", 2)),
     "convnext_tiny": _cnn(ConvNeXt, (96, 192, 384, 768), (3, 3, 9, 3)),
     "convnext_small": _cnn(ConvNeXt, (96, 192, 384, 768), (3, 3, 27, 3)),
     "convnext_base": _cnn(ConvNeXt, (128, 256, 512, 1024), (3, 3, 27, 3)),

@@ -250,6 +250,12 @@ RECIPES = {
         command="python train_vit.py --data-dir CIFAR --minutes 10",
         expected="75.0% (three seeds, spread 0.5), 2 cores, float32",
         train=SMALLER_FIRST, model="vit_nano", model_options=dict(pool="mean", init="mimetic"), **FAST),
+    "deit_nano_fast": Recipe(
+        train=SMALLER_FIRST, model="deit_nano", model_options=dict(init="mimetic"), **FAST),
+    "swin_nano_fast": Recipe(
+        train=TrainConfig(**FAST_TRAIN), model="swin_nano", **FAST),
+    "convnext_nano_fast": Recipe(
+        train=SMALLER_FIRST, model="convnext_nano", smallest=16, **FAST),
     "hybrid_fast": Recipe(
         command="python train_vit.py --data-dir CIFAR --minutes 10 --model hybrid",
         expected="83.7% (three seeds, spread 0.3), 2 cores, float32; 86.2% (three seeds, spread 0.2) with AVX512-BF16, "

@@ -15,8 +15,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from vit_bridge.errors import InputError, assume
-from vit_bridge.models.adapters import check_has_head
+from vit_bridge.errors import InputError, assume, check_choice
+from vit_bridge.models.adapters import check_has_head, preprocessing_of
+from vit_bridge.models.protocol import ask
+from vit_bridge.runtime import logits_of, unwrapped
+from vit_bridge.weights.heads import listed, match_names
 
 # ---- Metrics and the interface of objectives --------------------------------------------------------------
 
@@ -217,6 +220,7 @@ class Classification(Objective):
         self.own_loss = not isinstance(self.loss_fn, CrossEntropy)
         self.mixing = mixing
         self.criterion = "val_acc" if class_weights is None else "val_balanced_acc"
+        self.n_heads = 1  # of the model, set by check_model
         self.n_classes = None  # of the model's logits, set after the first batch
         self.suspect = False  # whether the last checked batch has a label of n_classes or more
 
@@ -226,8 +230,11 @@ class Classification(Objective):
         labels = self.targets(labels)  # (B), or (B, C)
         if self.mixing is not None and self.training:
             images, labels = self.mixing(images, labels)
-        logits = model(images)  # (B, C)
-        check_logits(logits, len(images))
+        heads = model(images)  # (B, C); in training, one for each head
+        heads = heads if self.n_heads > 1 and isinstance(heads, tuple) else (heads,)
+        for logits in heads:
+            check_logits(logits, len(images))
+        logits = sum(heads) / len(heads)  # (B, C)
         if self.own_loss and labels.is_floating_point():
             if self.n_classes != logits.shape[1] and not are_shares(labels, logits):
                 assume(f"labels of {_type_name(labels)} {tuple(labels.shape)} are not classes, so accuracies are NaN")
@@ -235,10 +242,14 @@ class Classification(Objective):
         elif labels.device.type == "cpu" or self.suspect or self.n_classes != logits.shape[1]:  # a GPU would wait
             self.n_classes = logits.shape[1]
             check_range(labels, self.n_classes)
-        loss = self.loss_fn(logits, labels)
+        loss = self.loss(heads, images, labels)
         if metrics is not None:
             metrics.update(loss, logits, labels)
         return loss
+
+    def loss(self, heads, images, labels):
+        """Return the loss, a scalar: the mean over the heads, a tuple of logits (B, C)."""
+        return sum(self.loss_fn(logits, labels) for logits in heads) / len(heads)
 
     def check(self, batch):
         """Return (images, labels), with labels int64 (B) or soft targets (B, C).
@@ -274,6 +285,7 @@ class Classification(Objective):
     def check_model(self, model):
         """Raise InputError if the model has no head."""
         check_has_head(model)
+        self.n_heads = len(ask(unwrapped(model), "head_names"))
 
     def new_metrics(self, device, skip_nonfinite=False):
         """Return empty ClassificationMetrics."""
@@ -413,3 +425,112 @@ class ClassificationMetrics(Metrics):
         correct = int(hits.sum())
         return dict(loss=self.sums["loss"].item() / self.n, acc=correct / self.n,
                     balanced_acc=(hits[n > 0] / n[n > 0]).mean().item(), correct=correct, n=self.n)
+
+
+# ---- Distillation -----------------------------------------------------------------------------------------
+
+DISTILLATIONS = {"hard": dict(weight=0.5, temperature=1.0), "soft": dict(weight=0.1, temperature=3.0)}
+
+
+class Distillation(Classification):
+    """Learn from the labels and from a teacher: (1 - weight) label loss + weight * distillation_loss.
+
+    A model with two heads, such as DistilledViT, learns the labels with the first and the teacher with the second. A
+    model with one head learns both with it. The teacher sees the same augmented images as the model, resized and
+    normalised as its own preprocessing says. Evaluations do not use it.
+
+    Parameters
+    ----------
+    teacher : Module
+        A trained classifier: a model of this library, of timm or of torchvision, or any other with a `preprocessing`.
+        It is frozen, stays in eval mode and computes in float32.
+    preprocessing : Preprocessing
+        How the model's own images are prepared. If it has class names, the teacher's classes are matched by name.
+    kind : {"hard", "soft"}
+        Whether to learn the class that the teacher predicts, or its probabilities; see distillation_loss.
+    weight, temperature : float, optional
+        By default as in the paper: 0.5 for "hard", 0.1 and 3 for "soft".
+    **classification
+        As for Classification.
+
+    Raises
+    ------
+    InputError
+        If a value is out of range, if the teacher has no head, if nothing records how its images are prepared, or if
+        it does not know all classes.
+
+    References
+    ----------
+    Touvron et al. 2021, "Training data-efficient image transformers", Eq. 2 and 3.
+    """
+
+    def __init__(self, teacher, preprocessing, kind="hard", weight=None, temperature=None, **classification):
+        super().__init__(**classification)
+        check_choice("distillation", kind, tuple(DISTILLATIONS))
+        check_has_head(teacher)
+        self.kind, given = kind, dict(weight=weight, temperature=temperature)
+        for name, value in given.items():
+            setattr(self, name, DISTILLATIONS[kind][name] if value is None else value)
+        if not 0 <= self.weight <= 1:
+            raise InputError(f"weight {weight!r} is out of range; expected 0, the labels alone, to 1, the teacher alone")
+        if not 0 < self.temperature < math.inf:
+            raise InputError(f"temperature {temperature!r} is out of range; expected a positive number such as 3")
+        self.own, self.theirs = preprocessing, preprocessing_of(teacher)
+        if self.own.n_channels != self.theirs.n_channels:
+            raise InputError(f"the teacher's images have {self.theirs.n_channels} channels, but the model's have "
+                             f"{self.own.n_channels}; choose a teacher for the same images")
+        self.teacher = unwrapped(teacher).requires_grad_(False).eval()
+        self.columns_of_teacher = matched_classes(self.theirs.class_names, self.own.class_names)
+
+    def train(self, mode=True):
+        """Set the mode, but leave the teacher in eval mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def loss(self, heads, images, labels):
+        """Return the loss, a scalar; `heads` are one or two logits (B, C)."""
+        if not self.training:
+            return super().loss(heads, images, labels)
+        taught = distillation_loss(heads[-1], self.teach(images), self.kind, self.temperature)
+        return (1 - self.weight) * self.loss_fn(heads[0], labels) + self.weight * taught
+
+    @torch.no_grad()
+    def teach(self, images):
+        """Return the teacher's logits (B, C) of the model's images, with the classes in the model's order."""
+        mean, std, their_mean, their_std = (images.new_tensor(numbers).view(-1, 1, 1) for numbers in (
+            self.own.mean, self.own.std, self.theirs.mean, self.theirs.std))
+        pixels = images * std + mean  # from 0 to 1
+        if pixels.shape[2:] != self.theirs.size:
+            pixels = F.interpolate(pixels, self.theirs.size, mode="bilinear", antialias=True)
+        logits = logits_of(self.teacher((pixels - their_mean) / their_std)).float()  # (B, their classes)
+        return logits if self.columns_of_teacher is None else logits[:, self.columns_of_teacher]
+
+
+def distillation_loss(logits, teacher_logits, kind="hard", temperature=1.0):
+    """Return the loss of logits (B, C) against a teacher's, a scalar.
+
+    "hard": the cross-entropy with the classes that the teacher predicts. "soft": T^2 KL(teacher || model), where the
+    logits of both are divided by the temperature T; the factor keeps the gradient's size (Hinton et al. 2015). It is the
+    mean over the images. (DeiT's code divides by B C instead of B, so its soft loss is C times smaller.)
+    """
+    if kind == "hard":
+        return F.cross_entropy(logits, teacher_logits.argmax(dim=1))
+    ours, theirs = (F.log_softmax(one / temperature, dim=1) for one in (logits, teacher_logits))
+    return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+
+def matched_classes(theirs, ours):
+    """Return the column of a teacher's logits for each class, or None if there are no names to match.
+
+    Raises InputError if the teacher does not know a class.
+    """
+    if not theirs or not ours:
+        assume("the classes of the teacher or of the images have no names, so they are assumed to be in the same order")
+        return None
+    columns, _ = match_names(theirs, ours)
+    missing = [name for name, column in zip(ours, columns, strict=True) if column is None]
+    if missing:
+        raise InputError(f"the teacher does not know {len(missing)} of the {len(ours)} classes{listed(missing)}; its own "
+                         f"are{listed(theirs)}: fine-tune it on these images first, with --pretrained")
+    return columns

@@ -670,9 +670,10 @@ def _fit_positions(weights, model, grid_size):
         raise InputError(f"{weights.path} is for a different architecture: {weights.sources['pos_embed'][0]} is "
                          f"{tuple(theirs.shape)} in the file, but {tuple(model.pos_embed.shape)} in the model")
     old, n_prefix, notes = _read_grid(weights, grid, grid_size)
-    n_cls, wanted = min(n_prefix, 1), int(model.reg_token is None)
-    if n_prefix > 1:
-        _add_to_token(weights, "reg_token", theirs[:, 1:n_prefix])
+    n_own, wanted = model.n_cls_tokens, model.n_prefix_positions
+    n_cls = min(n_prefix, n_own)
+    if n_prefix > n_own:
+        _add_to_token(weights, "reg_token", theirs[:, n_own:n_prefix])
         notes.append("positions: the registers' positions were added to the register tokens")
     if n_cls > wanted:
         _add_to_token(weights, "cls_token", theirs[:, :1])
@@ -680,10 +681,10 @@ def _fit_positions(weights, model, grid_size):
                      "no position for it")
     if n_cls < wanted:
         notes.append("positions: the file has none for CLS, so zeros are used")
-    first = theirs[:, :1] if n_cls else torch.zeros_like(theirs[:, :1])  # (1, 1, D)
+    first = theirs[:, :n_own] if n_cls else theirs.new_zeros(1, n_own, D)  # (1, CLS tokens, D)
     theirs = torch.cat([first[:, :wanted], theirs[:, n_prefix:]], dim=1)  # (1, wanted + patches, D)
     if model.config.position == "sincos":
-        if not torch.allclose(theirs.float(), sincos_positions(old, D)[:, 1 - wanted:], atol=1e-3):
+        if not torch.allclose(theirs.float(), sincos_positions(old, D, wanted), atol=1e-3):
             raise InputError(f"{weights.path} is for a different architecture: its positions are learned, but the "
                              f"model was built with position='sincos'; build it with position='learned'")
         theirs = model.pos_embed  # the same sines and cosines, on the model's grid
