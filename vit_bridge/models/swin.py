@@ -115,7 +115,7 @@ class WindowAttention(RelativeAttention):
         return [by if length < side else 0 for by, length, side in zip(self.shift, self.grid_size, size, strict=True)]
 
 
-def spread_windows(maps, window, shift, size):
+def spread_windows(maps, window, shift, size, pads_first=True):
     """Return the attention of a whole map from that of its windows: (B, W, H, M, M) -> (B, H, h w, h w).
 
     A token does not attend outside its window, so these weights are 0. Padding outside the map is left out; only if
@@ -129,14 +129,27 @@ def spread_windows(maps, window, shift, size):
         Height and width of a window, and the shift that was used.
     size : (int, int)
         (h, w).
+    pads_first : bool, optional
+        As in window_places.
     """
-    padded = [side + -side % length for side, length in zip(size, window, strict=True)]
-    ids = torch.arange(padded[0] * padded[1], device=maps.device).view(1, *padded, 1)
-    ids = split_windows(ids.roll([-by for by in shift], dims=(1, 2)), window)[0, :, :, 0]  # (W, M), places in the map
-    whole = maps.new_zeros(len(maps), maps.shape[2], padded[0] * padded[1], padded[0] * padded[1])
-    whole[:, :, ids[:, :, None], ids[:, None]] = maps.transpose(1, 2)  # (B, H, W, M, M)
-    inside = torch.arange(padded[0] * padded[1], device=maps.device).view(padded)[:size[0], :size[1]].flatten()
-    return whole[:, :, inside][:, :, :, inside]  # (B, H, h w, h w)
+    places = window_places(size, window, shift, pads_first).to(maps.device)  # (W, M)
+    n = size[0] * size[1]  # the number of tokens, and the place of padding
+    whole = maps.new_zeros(len(maps), maps.shape[2], n + 1, n + 1)
+    whole[:, :, places[:, :, None], places[:, None]] = maps.transpose(1, 2)  # (B, H, W, M, M)
+    return whole[:, :, :n, :n]
+
+
+def window_places(size, window, shift, pads_first=True):
+    """Return which token of a map is at each place of each window, (W, M): row by row, and h w for padding.
+
+    With pads_first=False the map is rolled before it is padded, as in timm.
+    """
+    pad = (0, -size[1] % window[1], 0, -size[0] % window[0])
+    places, back = torch.arange(size[0] * size[1]).view(*size), [-by for by in shift]
+    places = places if pads_first else places.roll(back, dims=(0, 1))
+    places = F.pad(places, pad, value=size[0] * size[1])
+    places = places.roll(back, dims=(0, 1)) if pads_first else places
+    return split_windows(places[None, :, :, None], window)[0, :, :, 0]
 
 
 # ---- The model --------------------------------------------------------------------------------------------
@@ -231,6 +244,8 @@ class SwinTransformer(ImageModel):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    windowed = True
 
     @property
     def n_features(self):

@@ -472,7 +472,7 @@ class Distillation(Classification):
         for name, value in given.items():
             setattr(self, name, DISTILLATIONS[kind][name] if value is None else value)
         if not 0 <= self.weight <= 1:
-            raise InputError(f"weight {weight!r} is out of range; expected 0, the labels alone, to 1, the teacher alone")
+            raise InputError(f"weight {weight!r} is out of range; expected 0 (only the labels) to 1 (only the teacher)")
         if not 0 < self.temperature < math.inf:
             raise InputError(f"temperature {temperature!r} is out of range; expected a positive number such as 3")
         self.own, self.theirs = preprocessing, preprocessing_of(teacher)
@@ -511,8 +511,8 @@ def distillation_loss(logits, teacher_logits, kind="hard", temperature=1.0):
     """Return the loss of logits (B, C) against a teacher's, a scalar.
 
     "hard": the cross-entropy with the classes that the teacher predicts. "soft": T^2 KL(teacher || model), where the
-    logits of both are divided by the temperature T; the factor keeps the gradient's size (Hinton et al. 2015). It is the
-    mean over the images. (DeiT's code divides by B C instead of B, so its soft loss is C times smaller.)
+    logits of both are divided by the temperature T; the factor keeps the gradient's size (Hinton et al. 2015). It is
+    the mean over the images. (DeiT's code divides by B C instead of B, so its soft loss is C times smaller.)
     """
     if kind == "hard":
         return F.cross_entropy(logits, teacher_logits.argmax(dim=1))
@@ -531,6 +531,6 @@ def matched_classes(theirs, ours):
     columns, _ = match_names(theirs, ours)
     missing = [name for name, column in zip(ours, columns, strict=True) if column is None]
     if missing:
-        raise InputError(f"the teacher does not know {len(missing)} of the {len(ours)} classes{listed(missing)}; its own "
-                         f"are{listed(theirs)}: fine-tune it on these images first, with --pretrained")
+        raise InputError(f"the teacher does not know {len(missing)} of the {len(ours)} classes{listed(missing)}; its "
+                         f"own are{listed(theirs)}: fine-tune it on these images first, with --pretrained")
     return columns
