@@ -496,7 +496,8 @@ def _of_timm_swin(model):
     unsure = "" if "mean" in facts else "ImageNet's; timm.create_model would record the model's own"
     return WindowAdapter(
         library="timm", layers=[projection, *(stage[-1] for stage in stages)],
-        img_size=tuple(model.patch_embed.img_size), in_channels=projection.in_channels, n_classes=_classes_of(model.head), channels_last=True, pads_first=False,
+        img_size=tuple(model.patch_embed.img_size), in_channels=projection.in_channels,
+        n_classes=_classes_of(model.head), channels_last=True, pads_first=False,
         **_images_of(model, projection.in_channels, model.patch_embed.img_size, unsure, **facts),
         patch_size=tuple(model.patch_embed.patch_size), stages=stages, projection=projection,
         window_of=lambda block, size: (tuple(block.window_size), tuple(block.shift_size)),
