@@ -830,7 +830,7 @@ def prepare(options, device, folder=None, lock=None, saved=None):
     if isinstance(train_loader, MemoryLoader):
         recipe = replace(recipe, augmentation=train_loader.augmentation)  # digits are never mirrored
     files = dict(validation_files=_fingerprint(val_loader), training_files=_fingerprint(train_loader),
-                 test_files=_test_fingerprint(data))
+                 test_files=_test_fingerprint(data), teacher_weights=_fingerprint_of_weights(teacher))
     if options.dry_run:
         val_loader = val_loader.without_augmentation(2 * recipe.batch_size)
     class_names = train_loader.class_names
@@ -952,7 +952,7 @@ def _choose_run_recipe(options, saved, name, train_loader, device):
         kind = "head" if options.freeze_backbone else "pretrained" if options.pretrained else "new"
         precision = choose_precision(options.amp, device)
         options.recipe = choose_recipe(name, train_loader.img_size, _budget(options), kind, precision)
-    check_choice("recipe", options.recipe, RECIPES)
+    check_choice("recipe", options.recipe, tuple(RECIPES), "python train_vit.py --help")
     recipe = RECIPES[options.recipe]
     if recipe.model not in (None, name) and not options.pretrained:
         raise InputError(f"--recipe {options.recipe} is for --model {recipe.model}, but the model is {name}; use "
@@ -1412,7 +1412,7 @@ def parse(argv=None):
     words = vars(make_parser().parse_args(argv, blank))
     options.given = {name: value for name, value in words.items() if value is not unset}
     if options.recipe:
-        check_choice("recipe", options.recipe, tuple(RECIPES))
+        check_choice("recipe", options.recipe, tuple(RECIPES), "python train_vit.py --help")
     if options.resume and options.dry_run:
         raise InputError("--dry-run starts a new run and cannot resume one; leave out --resume")
     if options.freeze_backbone and options.layer_decay:
@@ -1576,6 +1576,17 @@ def _test_fingerprint(data):
 def _fingerprint(loader):
     """Return a checksum of the names of a loader's files, skipped ones included, or None if it has no files."""
     return None if loader.files is None else _fingerprint_of({*map(str, loader.files), *map(str, loader.skipped)})
+
+
+def _fingerprint_of_weights(model):
+    """Return a checksum of a model's weights and preprocessing, or None without a model."""
+    if model is None:
+        return None
+    checksum = hashlib.sha256(repr(model.preprocessing).encode(errors="surrogateescape"))
+    for name, tensor in model.state_dict().items():
+        checksum.update(name.encode())
+        checksum.update(tensor.contiguous().numpy().tobytes())
+    return checksum.hexdigest()
 
 
 def _fingerprint_of(files):

@@ -10,8 +10,10 @@ from vit_bridge.analysis.metrics import wilson_interval
 from vit_bridge.data.datasets import DatasetInfo
 from vit_bridge.data.loaders import MemoryLoader
 from vit_bridge.models.convnet import ConvNet
+from vit_bridge.models.convnext import ConvNeXt
 from vit_bridge.models.deit import DistilledViT
 from vit_bridge.models.hybrid import HybridCNNViT
+from vit_bridge.models.swin import SwinTransformer
 from vit_bridge.preprocessing import Preprocessing
 from vit_bridge.training.linear_probe import (
     RIDGES,
@@ -69,6 +71,24 @@ def test_layer_lr_scales_of_a_convnet_go_by_stage():
         by_layer.setdefault(".".join(name.split(".")[:2]) if name.startswith("stages") else name.split(".")[0],
                             set()).add(round(factor, 12))
     assert by_layer == {"stem": {0.001}, "stages.0": {0.01}, "stages.1": {0.1}, "head": {1}}
+
+
+def test_layer_lr_scales_of_a_distilled_vit_treat_both_tokens_and_heads_alike():
+    factors = layer_lr_scales(DistilledViT(**VIT), 0.5)
+    assert factors["dist_token"] == factors["cls_token"] == factors["pos_embed"] == 0.125
+    assert factors["head_dist.weight"] == factors["head_dist.bias"] == factors["head.weight"] == 1
+    assert (factors["blocks.0.attn.qkv.weight"], factors["blocks.1.attn.qkv.weight"]) == (0.25, 0.5)
+
+
+@pytest.mark.parametrize(("model", "first"), [
+    (SwinTransformer(8, 1, 3, 2, 6, (2, 1), (1, 2), 3), ("patch_embed", "patch_norm")),
+    (ConvNeXt(8, 3, 2, (5, 7), (1, 1), 1), ("stem",))], ids=["swin", "convnext"])
+def test_layer_lr_scales_of_swin_and_convnext_go_by_stage(model, first):
+    factors = layer_lr_scales(model, 0.5)
+    for name, factor in factors.items():
+        stage = {"stages.0": 0.25, "stages.1": 0.5}.get(".".join(name.split(".")[:2]))
+        assert factor == (stage or (0.125 if name.split(".")[0] in first else 1)), name
+    assert {0.125, 0.25, 0.5, 1} == set(factors.values())
 
 
 @pytest.mark.parametrize("name", MODELS)

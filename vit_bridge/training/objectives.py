@@ -602,7 +602,6 @@ def matched_classes(theirs, n_theirs, ours):
     places, _ = match_names(theirs, ours)
     missing = [name for name, place in zip(ours, places, strict=True) if place is None]
     if missing:
-        raise InputError(f"the teacher does not know {len(missing)} of the {len(ours)} classes{listed(missing)}, but "
-                         f"has {len(theirs)} others{listed(theirs)}; fine-tune it on these images first, with "
-                         f"--pretrained")
+        raise InputError(f"the teacher does not know {len(missing)} of the {len(ours)} classes{listed(missing)}; it "
+                         f"knows {len(theirs)}{listed(theirs)}: fine-tune it on these images first, with --pretrained")
     return torch.tensor(places)
