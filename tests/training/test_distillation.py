@@ -324,7 +324,7 @@ def test_a_teacher_that_cannot_teach_is_refused_in_one_line(build, expected):
     (dict(kind="warm"), "distillation 'warm' is unknown; choose one of: hard, soft"),
     (dict(weight=1.5), "weight 1.5 is out of range"),
     (dict(kind="soft", temperature=0), "temperature 0 is out of range"),
-    (dict(temperature=3.0), "temperature 3.0 has no effect on hard distillation")])
+    (dict(kind="hard", temperature=3.0), "temperature 3.0 has no effect on hard distillation")])
 def test_distillation_refuses_values_out_of_range(settings, expected):
     with pytest.raises(InputError, match=expected):
         Distillation(teacher_of(), OWN, **settings)
@@ -436,7 +436,7 @@ def test_a_teacher_does_not_change_the_first_weights(teacher_file, photos, tmp_p
 def test_resume_reports_a_missing_and_a_changed_teacher(teacher_file, photos, untested, tmp_path, monkeypatch, capsys):
     teacher = tmp_path / "teacher.pt"
     teacher.write_bytes(teacher_file.read_bytes())
-    words = ["--data-dir", photos, "--teacher", teacher, *SIX]
+    words = ["--data-dir", photos, "--teacher", teacher, "--distillation", "hard", *SIX]
     with monkeypatch.context() as patch:
         at_step(patch, 4, cut)
         with pytest.raises(PowerCut):
