@@ -173,8 +173,8 @@ class Trainer:
     device : str or torch.device
         "auto", "cpu", "cuda", "cuda:N" or "mps".
     objective : Objective, optional
-        None: Classification, with label smoothing 0.1. The same objective is used for training and evaluation, so
-        that the two curves can be compared.
+        None: Classification, with label smoothing 0.1, for training and evaluation alike, so that the two curves can
+        be compared.
     config : TrainConfig, optional
         Settings of the training.
     loss_fn : callable, optional
@@ -1400,7 +1400,7 @@ def make_parser():
 
 def _located(name):
     """Return the absolute path of a model's file or folder, or the name of a pretrained model unchanged."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # unlike Path.expanduser it accepts unknown users
     return str(path.resolve()) if path.exists() and name not in PRETRAINED else name
 
 

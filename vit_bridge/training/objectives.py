@@ -450,7 +450,7 @@ class ClassificationMetrics(Metrics):
                     balanced_acc=(hits[n > 0] / n[n > 0]).mean().item(), correct=correct, n=self.n)
 
 
-# ---- Distillation ---------------------------------------------------------------------------------------------
+# ---- Distillation -----------------------------------------------------------------------------------------
 
 DISTILLATIONS = {"hard": dict(weight=0.5, temperature=1.0), "soft": dict(weight=0.1, temperature=3.0)}  # the paper's
 DEFAULT_DISTILLATION = "hard"
