@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from vit_bridge.errors import InputError, check_choice
-from vit_model import VisionTransformer, ViTConfig, variant_config
+from vit_bridge.models.protocol import create_variant
+from vit_model import VARIANTS, VisionTransformer, ViTConfig
 
 
 class DistilledViT(VisionTransformer):
@@ -90,7 +91,7 @@ def create_deit(size, n_classes, distilled, overrides):
     """Build a DistilledViT of a size in vit_model.VARIANTS, such as "tiny", or without distilled the plain ViT."""
     check_choice("distilled", distilled, (True, False))
     model_class = DistilledViT if distilled else VisionTransformer
-    return model_class(**vars(variant_config(f"vit_{size}", n_classes=n_classes, **overrides)))
+    return create_variant(model_class, VARIANTS[f"vit_{size}"], n_classes, overrides)
 
 
 def create_deit_nano(n_classes=1000, distilled=True, **overrides):
