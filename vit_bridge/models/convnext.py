@@ -196,9 +196,9 @@ class ConvNeXtConfig:
         check_int("in_channels", self.in_channels, 1)
         check_int("n_classes", self.n_classes, 0)
         check_int("stem_stride", self.stem_stride, 1)
+        check_stages(widths=self.widths, depths=self.depths)
         for name in ("widths", "depths"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        check_stages(self.widths, self.depths)
         check_rate("drop_path", self.drop_path)
         check_positive("norm_eps", self.norm_eps)
         if self.layer_scale is not None:

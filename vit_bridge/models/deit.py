@@ -66,8 +66,8 @@ class DistilledViT(VisionTransformer):
         """
         if pre_logits:
             return x[:, :2].mean(dim=1)  # (B, D)
-        logits = self.head(x[:, 0]), self.head_dist(x[:, 1])  # 2 x (B, n_classes)
-        return logits if self.training else sum(logits) / 2
+        cls, dist = self.head(x[:, 0]), self.head_dist(x[:, 1])  # 2 x (B, n_classes)
+        return (cls, dist) if self.training else (cls + dist) / 2
 
 
 @dataclass(frozen=True)
