@@ -107,7 +107,7 @@ class WindowAttention(RelativeAttention):
         return (x, attention.unflatten(1, (n_windows, -1))) if return_attention else x
 
     def window_bias(self, n_windows, mask):
-        """Return what is added to the scores, (W H, M, M): the heads' bias and the windows' mask, or None for neither."""
+        """Return what is added to the scores, (W H, M, M): the heads' bias plus the windows' mask, or None."""
         bias = self.bias()  # (H, M, M)
         if mask is not None:
             bias = mask[:, None] if bias is None else bias + mask[:, None]  # (W, 1, M, M), or (W, H, M, M)
