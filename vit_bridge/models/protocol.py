@@ -7,7 +7,11 @@ other libraries lack. tests/models/test_toy_model.py contains a complete new mod
 Shapes:  B images, C channels, D features that the head reads.
 """
 
+from dataclasses import replace
+
 from torch import nn
+
+from vit_bridge.errors import check_choice
 
 
 class ImageModel(nn.Module):
@@ -110,3 +114,16 @@ def layer_groups(model):
     heads = ask(model, "head_names")
     return {name: len(layers) if name.split(".")[0] in heads else place.get(id(p), len(layers) if i > last else 0)
             for i, (name, p) in enumerate(named)}
+
+
+def check_arguments(model_class, arguments):
+    """Raise InputError for an argument that the model's configuration does not have."""
+    for argument in arguments:
+        config_class = model_class.config_class
+        check_choice("argument", argument, tuple(config_class.__dataclass_fields__), f"help({config_class.__name__})")
+
+
+def create_variant(model_class, config, n_classes, overrides):
+    """Build a model with new weights from a configuration, with other values for some fields."""
+    check_arguments(model_class, overrides)
+    return model_class(**vars(replace(config, n_classes=n_classes, **overrides)))
