@@ -212,7 +212,7 @@ def test_load_checkpoint_refuses_a_cnn_of_another_kind(model, tmp_path):
 def test_a_cnn_with_missing_blocks_is_no_whole_one(tmp_path):
     state = timm_resnet(BasicBlock).state_dict()
     torch.save({name: tensor for name, tensor in state.items() if not name.startswith("layer2.0.")}, tmp_path / "m.pth")
-    with pytest.raises(InputError, match=one_line_with("not a complete CNN")):
+    with pytest.raises(InputError, match=one_line_with("not a complete ConvNet")):
         load(tmp_path / "m.pth")
 
 
