@@ -1000,7 +1000,7 @@ def infer_vit(weights, given):
 def infer_cnn(weights, given):
     """Infer a ConvNet, ConvNeXt or SwinTransformer from its weights, which do not show the image size."""
     config, recorded, assumed = CNN_CONFIGS[weights.format.holds](weights), weights.recorded.config, {}
-    for name in ("in_channels", "n_classes"):
+    for name in ("in_channels", *["n_classes"] * (config.n_classes > 0)):
         if recorded.get(name, getattr(config, name)) != getattr(config, name):
             raise InputError(f"{weights.recorded.source} specifies {name}={recorded[name]!r}, but the tensors of "
                              f"{weights.path} have {getattr(config, name)!r}; {MEND}")
