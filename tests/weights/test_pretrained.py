@@ -565,6 +565,51 @@ def test_public_entries_have_the_stages_of_timms_swin(name):
             assert tuple(block.attn.shift_in(their_block.input_resolution)) == tuple(their_block.shift_size)
 
 
+OF_THE_FAMILY = {
+    "deit_tiny_distilled_patch16_224": dict(SMALL),
+    "swin_t": dict(img_size=16, patch_size=2, embed_dim=8, depths=(1, 2), n_heads=(1, 2), window_size=4),
+    "swin_tiny_patch4_window7_224": dict(img_size=12, patch_size=2, embed_dim=8, depths=(1, 2), n_heads=(1, 2),
+                                         window_size=3)}
+
+
+def file_of(name, c, folder):
+    """Write a small random model as the authors of the public file `name` would; return the authors' model."""
+    if "deit" in name:
+        theirs = timm.models.deit.VisionTransformerDistilled(img_size=c["img_size"], patch_size=c["patch_size"],
+                                                             embed_dim=c["embed_dim"], depth=c["depth"],
+                                                             num_heads=c["n_heads"])
+        state = theirs.state_dict()
+    elif name == "swin_t":
+        theirs = torchvision.models.SwinTransformer([c["patch_size"]] * 2, c["embed_dim"], list(c["depths"]),
+                                                    list(c["n_heads"]), [c["window_size"]] * 2)
+        state = theirs.state_dict()
+    else:
+        theirs = timm.models.SwinTransformer(img_size=c["img_size"], patch_size=c["patch_size"], depths=c["depths"],
+                                             embed_dim=c["embed_dim"], num_heads=c["n_heads"],
+                                             window_size=c["window_size"])
+        state = {key.replace("head.fc", "head").replace("layers.1.downsample", "layers.0.downsample"): tensor
+                 for key, tensor in theirs.state_dict().items()}
+    torch.save({"model": state}, folder / PUBLIC[name].url.rsplit("/", 1)[1])
+    return theirs.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OF_THE_FAMILY)
+def test_load_gives_a_public_model_of_the_family_ready_to_use(name, public, monkeypatch):
+    entry = replace(PUBLIC[name], config=OF_THE_FAMILY[name], checksum=None)
+    for module in (pretrained, checkpoints):
+        monkeypatch.setattr(module, "PUBLIC", {name: entry})
+    theirs = file_of(name, OF_THE_FAMILY[name], public.folder)
+    model, images = load(name), torch.randn(2, 3, *(OF_THE_FAMILY[name]["img_size"],) * 2)
+    torch.testing.assert_close(model(images), theirs(images))
+    assert (type(model), len(model.preprocessing.class_names)) == (entry.model_class, 1000)
+    assert model.preprocessing.interpolation == "bicubic"
+    larger = load(name, n_classes=4, img_size=40)
+    assert larger(torch.zeros(2, 3, 40, 40)).shape == (2, 4)
+    with pytest.raises(InputError, match=one_line_with("does not match")):
+        load(name, patch_size=4)
+
+
 # ---- From the command line
 
 

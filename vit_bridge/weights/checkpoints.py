@@ -92,7 +92,7 @@ def save_model(model, path, preprocessing=None, dtype=None, state_dict=None, **m
     if len(set(sizes.values())) > 1:
         raise InputError(f"the heads of this {class_name(model)} have different numbers of classes: "
                          f"{join_words(f'{name} {n}' for name, n in sizes.items())}; give all heads the same classes")
-    config = replace(model.config, n_classes=sizes["head"])
+    config = replace(model.config, n_classes=max(sizes.values()))
     shown = model.preprocessing if preprocessing is None else preprocessing
     names = shown and shown.class_names
     if names and config.n_classes and len(names) != config.n_classes:
@@ -199,7 +199,7 @@ def load(name_or_path, n_classes=None, class_names=None, **overrides):
     check_arguments(found.model_class, overrides)
     config = vars(found.config)
     own_head = n_classes is None or n_classes == config["n_classes"]
-    pool = ["pool"] * (name in PUBLIC and not (own_head and config["n_classes"]))
+    pool = ["pool"] * (name in PUBLIC and "pool" in config and not (own_head and config["n_classes"]))
     free = [*(argument for argument in FREE if argument in config), *found.unrecorded, *pool]
     for argument, value in overrides.items():
         if argument not in free and value != config[argument]:
@@ -951,9 +951,9 @@ def infer_vit(weights, given):
     """Infer a VisionTransformer or DistilledViT from its weights."""
     tensors, recorded, model_class = weights.tensors, weights.recorded.config, model_classes()[weights.format.holds]
     needed = ("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
-    heads = [f"{head}.weight" for head in model_class.head_names]
-    heads *= any(name in tensors for name in heads)
-    missing = [name for name in (*needed, *heads) if name not in tensors]
+    heads = [f"{head}.weight" for head in model_class.head_names]  # all of them, or none
+    needed += tuple(heads) if any(name in tensors for name in heads) else ()
+    missing = [name for name in needed if name not in tensors]
     if missing:
         raise InputError(f"{weights.path} ({weights.format.name}) is not a complete ViT: {', '.join(missing)} missing")
     D, C, *patch = tensors["patch_embed.proj.weight"].shape
