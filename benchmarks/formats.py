@@ -1,4 +1,4 @@
-"""Measure how exactly each checkpoint format loads; tests/weights/test_formats.py requires 1e-12.
+"""Measure how exactly each checkpoint format loads; test_formats.py and test_swin_files.py require 1e-12.
 
     python benchmarks/formats.py --keep        prints the table and writes results/formats-all.json
 
@@ -12,14 +12,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path[:0] = [str(Path(__file__).parent.parent / "tests"), str(Path(__file__).parent.parent / "tests" / "weights")]
+import test_formats
+import test_swin_files
 from results import write_cell
-from test_formats import SOURCES, difference
 
 PACKAGES = ("timm", "torchvision", "transformers")
 
 
 def how_verified(name):
     """Return whether the files of a source are real, and what they were checked against."""
+    if name.startswith("our names"):
+        return "yes: this library's own model"
     if name.startswith(PACKAGES):
         return "yes: the package's own model and names"
     if name.startswith("Google"):
@@ -27,12 +30,18 @@ def how_verified(name):
     return "no real file: layout of the published code, on timm's model"
 
 
+def every_source():
+    """Return (name, source, the function that measures it) of every format."""
+    return [(name, source, module.difference) for module in (test_formats, test_swin_files)
+            for name, source in module.SOURCES.items()]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", action="store_true", help="write benchmarks/results/formats-all.json")
     options = parser.parse_args()
     rows = []
-    for name, source in SOURCES.items():
+    for name, source, difference in every_source():
         with tempfile.TemporaryDirectory() as folder:
             largest, report, _ = difference(name, Path(folder))
         rows.append(dict(format=name, recognised_as=report.format, source=source.against, difference=largest,

@@ -62,7 +62,7 @@ def timm_resnet(block, **options):
 
 
 def timm_convnext(**options):
-    return timm.models.ConvNeXt(num_classes=CLASSES, depths=DEPTHS, dims=WIDTHS, **options)
+    return timm.models.ConvNeXt(**{"num_classes": CLASSES, **options}, depths=DEPTHS, dims=WIDTHS)
 
 
 def transformers_resnet(kind):
@@ -109,7 +109,9 @@ FILES = {
     "timm's ConvNeXt of 1 x 1 convolutions": (lambda: timm_convnext(conv_mlp=True), dict, ConvNeXt),
     "timm's ConvNeXt without layer scale": (lambda: timm_convnext(ls_init_value=None), dict, ConvNeXt),
     "facebookresearch's ConvNeXt": (timm_convnext, official, ConvNeXt),
+    "facebookresearch's ConvNeXt, ImageNet-22k": (lambda: timm_convnext(num_classes=21_841), official, ConvNeXt),
     "transformers ConvNext": (transformers_convnext, None, ConvNeXt),
+    "transformers ConvNext, names in memory": (transformers_convnext, dict, ConvNeXt),
 }
 
 
@@ -212,7 +214,7 @@ def test_load_checkpoint_refuses_a_cnn_of_another_kind(model, tmp_path):
 def test_a_cnn_with_missing_blocks_is_no_whole_one(tmp_path):
     state = timm_resnet(BasicBlock).state_dict()
     torch.save({name: tensor for name, tensor in state.items() if not name.startswith("layer2.0.")}, tmp_path / "m.pth")
-    with pytest.raises(InputError, match=one_line_with("not a complete CNN")):
+    with pytest.raises(InputError, match=one_line_with("not a complete ConvNet")):
         load(tmp_path / "m.pth")
 
 

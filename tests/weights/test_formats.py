@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from vit_bridge.errors import Assumption
+from vit_bridge.models.deit import DistilledViT
 from vit_bridge.weights.checkpoints import describe_checkpoint, load, load_checkpoint
 from vit_model import InputError, VisionTransformer, resample_positions
 
@@ -59,6 +60,7 @@ class Sample:
     names      those of the tensors in the file, without what lies around them
     logits     None where the source's head is none that ours could hold
     dropped    how many tensors have no place in ours
+    holds      our class
     """
     path: object
     names: list
@@ -66,20 +68,23 @@ class Sample:
     logits: torch.Tensor | None = None
     arguments: dict = None
     dropped: int = 0
+    holds: type = VisionTransformer
 
 
 # ---- The formats: each writes a file of its kind into a folder
 
 
-def from_timm(folder, head=True, state_dict=None, around=dict, arguments=None, dropped=0, **options):
+def from_timm(folder, head=True, state_dict=None, around=dict, arguments=None, dropped=0, holds=VisionTransformer,
+              **options):
     """Write a file of a timm model, as a Sample; `state_dict` converts its weights, `around` wraps them."""
-    model = timm_vit(**options)
+    build = timm.models.deit.VisionTransformerDistilled if holds is DistilledViT else timm.models.VisionTransformer
+    model = randomised(build(**{**TIMM, **options}))
     state = (state_dict or dict)(model.state_dict())
     torch.save(around(state), folder / "m.pth")
     images = images_of(options.get("img_size", SIDE))
     tokens = model.forward_features(images)
     return Sample(folder / "m.pth", list(state), tokens, model.forward_head(tokens) if head else None,
-                  {**OURS, **(arguments or {})}, dropped)
+                  {**OURS, **(arguments or {})}, dropped, holds)
 
 
 def deit3(state):
@@ -133,7 +138,8 @@ def from_torchvision(folder, legacy=False, pre_logits=False):
     return Sample(folder / "m.pth", list(state), tokens, logits, OURS, dropped)
 
 
-def from_transformers(folder, model, old_names, arguments, dropped=0, encoder=None, has_head=False, **inputs):
+def from_transformers(folder, model, old_names, arguments, dropped=0, encoder=None, has_head=False,
+                      holds=VisionTransformer, **inputs):
     """Write a transformers model, as a Sample, under the names of save_pretrained or of its memory."""
     model = randomised(model)
     if old_names:
@@ -145,7 +151,8 @@ def from_transformers(folder, model, old_names, arguments, dropped=0, encoder=No
         torch.save(model.state_dict(), path)
     tokens = getattr(model, encoder or "base_model")(images_of(), **inputs).last_hidden_state
     logits = model(images_of()).logits if has_head else None
-    return Sample(path, names, tokens, logits, {**OURS, "n_classes": CLASSES if has_head else 0, **arguments}, dropped)
+    return Sample(path, names, tokens, logits, {**OURS, "n_classes": CLASSES if has_head else 0, **arguments}, dropped,
+                  holds)
 
 
 def from_mae(folder, old_names, decoder):
@@ -235,6 +242,11 @@ SOURCES = {
     "timm, average of weights": case(
         "timm", from_timm, around=lambda s: {"state_dict": {k: 0 * v for k, v in s.items()}, "state_dict_ema": s}),
     "DeiT": case("timm", from_timm, around=lambda s: {"model": s}),
+    "DeiT, distilled": case("timm", from_timm, holds=DistilledViT, around=lambda s: {"model": s}),
+    "DeiT, distilled, 2 x 5 patches": case("timm", from_timm, holds=DistilledViT, img_size=(10, 25),
+                                           arguments=dict(img_size=(10, 25))),
+    "DeiT, distilled, no heads": case("timm", from_timm, holds=DistilledViT, num_classes=0, head=False,
+                                      arguments=dict(n_classes=0)),
     "DeiT-III": case("timm", from_timm, no_embed_class=True, init_values=0.1, state_dict=deit3,
                      around=lambda s: {"model": s}, arguments=dict(layer_scale=0.5)),
     "DINO": case("timm", from_timm, num_classes=0, head=False, arguments=dict(n_classes=0)),
@@ -262,6 +274,8 @@ SOURCES = {
     **with_both_names("transformers ViT", "ViTModel", lambda: transformers.ViTConfig(**HF_VIT), EPS, dropped=2),
     **with_both_names("transformers DeiT with head", "DeiTForImageClassification",
                       lambda: transformers.DeiTConfig(**HF_VIT), dict(n_registers=1, **EPS), has_head=True),
+    **with_both_names("transformers DeiT with two heads", "DeiTForImageClassificationWithTeacher",
+                      lambda: transformers.DeiTConfig(**HF_VIT), EPS, has_head=True, holds=DistilledViT),
     **with_both_names("transformers DeiT", "DeiTModel", lambda: transformers.DeiTConfig(**HF_VIT),
                       dict(n_registers=1, **EPS), dropped=2),
     **with_both_names("transformers Dinov2", "Dinov2Model", lambda: transformers.Dinov2Config(**HF_DINO),
@@ -286,7 +300,7 @@ SOURCES = {
 def difference(name, folder):
     """Return (largest relative difference of tokens and logits, LoadReport, Sample) of a source."""
     sample = SOURCES[name].write(folder)
-    model = VisionTransformer(**sample.arguments).double().eval()
+    model = sample.holds(**sample.arguments).double().eval()
     report = load_checkpoint(model, sample.path)
     images = images_of(sample.arguments["img_size"])
     tokens = model.forward_features(images)
@@ -314,12 +328,13 @@ def test_load_checkpoint_reproduces_the_sources_features_and_logits(loaded):
 
 def test_describe_checkpoint_finds_the_architecture_of_the_source(loaded):
     name, _, _, sample = loaded
-    wanted = VisionTransformer(**sample.arguments).config
-    if name == "timm, 2 x 5 patches":
-        with pytest.raises(InputError, match=one_line_with("11 positions")):
+    wanted = sample.holds(**sample.arguments).config
+    if "2 x 5 patches" in name:
+        with pytest.raises(InputError, match=one_line_with(f"{10 + sample.holds.n_cls_tokens} positions")):
             describe_checkpoint(sample.path)
         return
     found = describe_checkpoint(sample.path)
+    assert found.model_class == sample.holds.__name__
     for option in ("n_classes", "embed_dim", "depth", "mlp_ratio", "n_registers", "norm_eps", "qk_norm", "position",
                    "fc_norm"):
         assert getattr(found.config, option) == getattr(wanted, option), option
@@ -525,10 +540,6 @@ def timm_state(build, **options):
     return lambda: build(**{**TIMM, **options}).state_dict()
 
 
-def swin_of_torchvision():
-    return torchvision.models.SwinTransformer([2, 2], 4, [1, 1], [1, 1], [2, 2], num_classes=CLASSES).state_dict()
-
-
 def resnet():
     with torch.device("meta"):
         names = torchvision.models.resnet18().state_dict()
@@ -537,22 +548,11 @@ def resnet():
 
 TIMM_NAMES = ("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
 REFUSALS = {
-    "timm DeiT, distilled": (timm_state(timm.models.deit.VisionTransformerDistilled), "distilled DeiT"),
-    "transformers DeiT with two heads": (
-        lambda: transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**HF_VIT)).state_dict(),
-        "distilled DeiT"),
     "timm BEiT": (timm_state(timm.models.beit.Beit, use_rel_pos_bias=True), "BEiT"),
     "timm BEiT, shared": (timm_state(timm.models.beit.Beit, use_shared_rel_pos_bias=True), "BEiT"),
     "transformers BEiT": (
         lambda: transformers.BeitModel(transformers.BeitConfig(**HF_VIT, use_relative_position_bias=True)).state_dict(),
         "BEiT"),
-    "timm Swin": (
-        lambda: timm.models.SwinTransformer(img_size=32, patch_size=4, num_classes=CLASSES, embed_dim=4, depths=(1, 1),
-                                            num_heads=(1, 1), window_size=4).state_dict(), "Swin"),
-    "torchvision Swin": (swin_of_torchvision, "Swin"),
-    "transformers Swin": (
-        lambda: transformers.SwinForImageClassification(transformers.SwinConfig(
-            image_size=32, embed_dim=4, depths=[1, 1], num_heads=[1, 1], window_size=4)).state_dict(), "Swin"),
     "ResNet": (resnet, "torchvision's ResNet"),
     "OpenAI's CLIP": (lambda: names_of("visual.class_embedding", "visual.conv1.weight"), "CLIP"),
     "transformers CLIP": (
@@ -589,9 +589,8 @@ def test_load_checkpoint_refuses_foreign_architectures_with_the_reason(name, tmp
 
 
 @pytest.mark.parametrize(("model_class", "config", "reason"), [
-    ("DeiTForImageClassificationWithTeacher", transformers.DeiTConfig(**HF_VIT), "distilled DeiT"),
     ("BeitModel", transformers.BeitConfig(**HF_VIT, use_relative_position_bias=True), "BEiT")])
-def test_load_checkpoint_refuses_saved_deit_and_beit_of_transformers(model_class, config, reason, tmp_path):
+def test_load_checkpoint_refuses_a_saved_beit_of_transformers(model_class, config, reason, tmp_path):
     getattr(transformers, model_class)(config).save_pretrained(tmp_path)
     refuse(tmp_path / "model.safetensors", reason)
 

@@ -225,11 +225,11 @@ def test_load_drops_a_loss_beside_a_model_without_prefix(tmp_path):
 
 
 def test_load_refuses_another_architecture_under_a_prefix(tmp_path):
-    swin = timm.models.SwinTransformer(img_size=32, patch_size=4, num_classes=3, embed_dim=4, depths=(1, 1),
-                                       num_heads=(1, 1), window_size=4)
+    swin = timm.models.SwinTransformerV2(img_size=32, patch_size=4, num_classes=3, embed_dim=4, depths=(1, 1),
+                                         num_heads=(1, 1), window_size=4)
     for prefix in ("net.", "model.", "module.model."):
         torch.save(named(prefix, swin.state_dict()), tmp_path / "m.pth")
-        with pytest.raises(InputError, match=r"\A[^\n]*m\.pth[^\n]*\Z"):
+        with pytest.raises(InputError, match=r"\A[^\n]*m\.pth is a Swin Transformer V2[^\n]*\Z"):
             load(tmp_path / "m.pth")
 
 

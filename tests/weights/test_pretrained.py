@@ -21,6 +21,7 @@ from vit_bridge.data.loaders import get_data_loaders
 from vit_bridge.models import registry
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.models.registry import MODELS, build_model
+from vit_bridge.models.swin import SwinTransformer
 from vit_bridge.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from vit_bridge.weights import checkpoints, pretrained
 from vit_bridge.weights.checkpoints import describe_checkpoint, load, read_checkpoint
@@ -55,7 +56,7 @@ def test_build_model_builds_a_running_model_for_every_name(name):
         model = build_model(name, n_classes=7)
         images = torch.empty(2, 3, model.config.img_size, model.config.img_size)
         assert type(model) is MODELS[name].model_class
-        assert model(images).shape == (2, 7)
+        assert model.eval()(images).shape == (2, 7)
         assert build_model(name).head.out_features == 1000
 
 
@@ -108,7 +109,8 @@ def test_build_model_names_the_closest_models_for_an_unknown_one():
 
 
 @pytest.mark.parametrize(("name", "words"), [
-    ("deit_tiny", "did you mean 'deit_tiny_patch16_224'?"), ("vitb16", "did you mean 'dino_vitb16'?"),
+    ("deit_tiny", "did you mean 'deit_tiny_patch16_224' or 'deit_tiny_distilled_patch16_224'?"),
+    ("vitb16", "did you mean 'dino_vitb16'?"),
     ("deit", "did you mean 'deit_tiny_patch16_224' or 'deit_small_patch16_224' or 'deit_base_patch16_224'?"),
     ("resnet_50", "did you mean 'resnet50'?"), ("ResNet50", "did you mean 'resnet50'?"),
     ("zzz", "use the path of a checkpoint")])
@@ -446,28 +448,32 @@ def test_first_look_has_the_megabytes_of_its_parameters():
 # ---- The table of public ones
 
 
-def parameters_of(c):
-    """Return the parameter count of a VisionTransformer, by arithmetic."""
+def parameters_of(c, n_cls=1):
+    """Return the parameter count of a VisionTransformer with this number of CLS tokens and heads, by arithmetic."""
     D, hidden, n_patches = c["embed_dim"], 4 * c["embed_dim"], (c["img_size"] // c["patch_size"]) ** 2
-    tokens = 1 + c["n_registers"] + n_patches + (c["n_registers"] == 0)  # CLS, registers, and the positions
+    tokens = n_cls + c["n_registers"] + n_patches + n_cls * (c["n_registers"] == 0)  # CLS, registers, the positions
     block = 2 * 2 * D + (D + 1) * 3 * D + (D + 1) * D + (D + 1) * hidden + (hidden + 1) * D
     block += 2 * D if c["layer_scale"] else 0
     embedding = (3 * c["patch_size"] ** 2 + 1) * D
-    return embedding + tokens * D + c["depth"] * block + 2 * D + (D + 1) * c["n_classes"] * (c["n_classes"] > 0)
+    return embedding + tokens * D + c["depth"] * block + 2 * D + n_cls * (D + 1) * c["n_classes"] * (c["n_classes"] > 0)
 
 
-KNOWN = {"deit_tiny_patch16_224": 5_717_416, "deit_base_patch16_224": 86_567_656, "vit_b_16": 86_567_656,
+KNOWN = {"deit_tiny_patch16_224": 5_717_416, "deit_tiny_distilled_patch16_224": 5_910_800,
+         "deit_small_distilled_patch16_224": 22_436_432, "deit_base_distilled_patch16_224": 87_338_192,
+         "deit_base_patch16_224": 86_567_656, "vit_b_16": 86_567_656,
          "vit_l_16": 304_326_632, "dinov2_vits14": 22_056_192, "dino_vits16": 21_665_664}
-VITS = [name for name, entry in PUBLIC.items() if entry.model_class is VisionTransformer]
+VITS = [name for name, entry in PUBLIC.items() if issubclass(entry.model_class, VisionTransformer)]
+SWINS = [name for name, entry in PUBLIC.items() if entry.model_class is SwinTransformer]
 
 
 @pytest.mark.parametrize("name", VITS)
 def test_public_entries_have_the_parameters_of_their_architecture(name):
     arguments = PUBLIC[name].arguments
     with torch.device("meta"):
-        model = VisionTransformer(**arguments)
+        model = PUBLIC[name].model_class(**arguments)
     count = sum(p.numel() for p in model.parameters())
-    assert count == parameters_of(arguments)
+    assert count == parameters_of(arguments, model.n_cls_tokens)
+    assert ("distilled" in name) == (model.n_cls_tokens == 2)
     assert count == KNOWN.get(name, count)
     assert type(model.head) is (torch.nn.Linear if PUBLIC[name].measured == "as it is" else torch.nn.Identity)
 
@@ -492,7 +498,7 @@ def test_public_entries_agree_with_torchvision(name):
 
 
 def test_public_cnns_are_named_models_and_resnets_are_all_here():
-    cnns = {name for name, entry in PUBLIC.items() if entry.model_class is not VisionTransformer}
+    cnns = PUBLIC.keys() - {*VITS, *SWINS}
     assert cnns == {f"resnet{depth}" for depth in (18, 34, 50, 101, 152)} | {
         f"convnext_{size}" for size in ("tiny", "small", "base", "large")}
     for name in cnns:
@@ -502,6 +508,8 @@ def test_public_cnns_are_named_models_and_resnets_are_all_here():
 
 TIMM_NAMES = {
     **{name: f"{name}.fb_in1k" for name in PUBLIC if name.startswith("deit")},
+    **{name: f"{name}.ms_in1k" for name in PUBLIC if re.fullmatch(r"swin_.*_(224|384)", name)},
+    **{name: f"{name.removesuffix('_22kto1k')}.ms_in22k_ft_in1k" for name in PUBLIC if name.endswith("_22kto1k")},
     "dino_vits16": "vit_small_patch16_224.dino", "dino_vitb16": "vit_base_patch16_224.dino",
     **{f"dinov2_vit{letter}14{end}": f"vit_{size}_patch14{infix}_dinov2.lvd142m"
        for letter, size in (("s", "small"), ("b", "base"), ("l", "large"))
@@ -526,11 +534,11 @@ def test_public_entries_agree_with_timm(name):
     assert digits or entry.checksum is None or entry.checksum.startswith("md5:")
 
 
-@pytest.mark.parametrize("name", TIMM_NAMES)
+@pytest.mark.parametrize("name", [name for name in TIMM_NAMES if name in VITS])
 def test_public_entries_have_the_blocks_of_timm(name):
     with torch.device("meta"):
         theirs = timm.create_model(TIMM_NAMES[name].split(".")[0], depth=1)
-        ours = VisionTransformer(**{**PUBLIC[name].arguments, "depth": 1})
+        ours = PUBLIC[name].model_class(**{**PUBLIC[name].arguments, "depth": 1})
     entry = PUBLIC[name]
     assert ours.blocks[0].attn.n_heads == theirs.blocks[0].attn.num_heads
     assert ours.norm.eps == theirs.norm.eps
@@ -540,6 +548,66 @@ def test_public_entries_have_the_blocks_of_timm(name):
             if not key.startswith("head.") and key != "pos_embed"} == shapes
     assert ours.patch_embed.img_size == theirs.patch_embed.img_size
     assert entry.arguments["n_classes"] in (0, 1000)
+
+
+@pytest.mark.parametrize("name", [name for name in TIMM_NAMES if name in SWINS])
+def test_public_entries_have_the_stages_of_timms_swin(name):
+    with torch.device("meta"):
+        theirs = timm.create_model(TIMM_NAMES[name].split(".")[0])
+        ours = SwinTransformer(**PUBLIC[name].arguments)
+    shapes = {re.sub(r"^stages", "layers", re.sub(r"^patch_norm", "patch_embed.norm", key)): tensor.shape
+              for key, tensor in ours.state_dict().items() if not key.startswith("head.")}
+    assert shapes == {key: tensor.shape for key, tensor in theirs.state_dict().items() if not key.startswith("head.")}
+    assert (ours.head.weight.shape, ours.norm.eps) == (theirs.head.fc.weight.shape, theirs.norm.eps)
+    for stage, layer in zip(ours.stages, theirs.layers, strict=True):
+        for block, their_block in zip(stage.blocks, layer.blocks, strict=True):
+            assert block.attn.grid_size == their_block.window_size
+            assert tuple(block.attn.shift_in(their_block.input_resolution)) == tuple(their_block.shift_size)
+
+
+OF_THE_FAMILY = {
+    "deit_tiny_distilled_patch16_224": dict(SMALL),
+    "swin_t": dict(img_size=16, patch_size=2, embed_dim=8, depths=(1, 2), n_heads=(1, 2), window_size=4),
+    "swin_tiny_patch4_window7_224": dict(img_size=12, patch_size=2, embed_dim=8, depths=(1, 2), n_heads=(1, 2),
+                                         window_size=3)}
+
+
+def file_of(name, c, folder):
+    """Write a small random model as the authors of the public file `name` would; return the authors' model."""
+    if "deit" in name:
+        theirs = timm.models.deit.VisionTransformerDistilled(img_size=c["img_size"], patch_size=c["patch_size"],
+                                                             embed_dim=c["embed_dim"], depth=c["depth"],
+                                                             num_heads=c["n_heads"])
+        state = theirs.state_dict()
+    elif name == "swin_t":
+        theirs = torchvision.models.SwinTransformer([c["patch_size"]] * 2, c["embed_dim"], list(c["depths"]),
+                                                    list(c["n_heads"]), [c["window_size"]] * 2)
+        state = theirs.state_dict()
+    else:
+        theirs = timm.models.SwinTransformer(img_size=c["img_size"], patch_size=c["patch_size"], depths=c["depths"],
+                                             embed_dim=c["embed_dim"], num_heads=c["n_heads"],
+                                             window_size=c["window_size"])
+        state = {key.replace("head.fc", "head").replace("layers.1.downsample", "layers.0.downsample"): tensor
+                 for key, tensor in theirs.state_dict().items()}
+    torch.save({"model": state}, folder / PUBLIC[name].url.rsplit("/", 1)[1])
+    return theirs.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OF_THE_FAMILY)
+def test_load_gives_a_public_model_of_the_family_ready_to_use(name, public, monkeypatch):
+    entry = replace(PUBLIC[name], config=OF_THE_FAMILY[name], checksum=None)
+    for module in (pretrained, checkpoints):
+        monkeypatch.setattr(module, "PUBLIC", {name: entry})
+    theirs = file_of(name, OF_THE_FAMILY[name], public.folder)
+    model, images = load(name), torch.randn(2, 3, *(OF_THE_FAMILY[name]["img_size"],) * 2)
+    torch.testing.assert_close(model(images), theirs(images))
+    assert (type(model), len(model.preprocessing.class_names)) == (entry.model_class, 1000)
+    assert model.preprocessing.interpolation == "bicubic"
+    larger = load(name, n_classes=4, img_size=40)
+    assert larger(torch.zeros(2, 3, 40, 40)).shape == (2, 4)
+    with pytest.raises(InputError, match=one_line_with("does not match")):
+        load(name, patch_size=4)
 
 
 # ---- From the command line

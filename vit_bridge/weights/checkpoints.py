@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vit_bridge.errors import InputError, assume, first_line
+from vit_bridge.errors import InputError, assume, first_line, join_words
 from vit_bridge.models.adapters import adapt
 from vit_bridge.models.protocol import ask, class_name, is_ours
 from vit_bridge.models.registry import check_arguments, model_classes
+from vit_bridge.models.relative import resample_bias_table
 from vit_bridge.preprocessing import IMAGENET_MEAN, Preprocessing, one_side
 from vit_bridge.runtime import device_of, is_quantised, unwrapped
 from vit_bridge.system import write_whole
@@ -41,11 +42,11 @@ from vit_bridge.weights.formats import (
 )
 from vit_bridge.weights.heads import first_difference, fit_head, listed, match_names
 from vit_bridge.weights.pretrained import OURS, OURS_FOLDER, PRETRAINED, PUBLIC, fetch
-from vit_bridge.weights.recorded import Recorded, file_in, read_recorded
-from vit_model import VisionTransformer, ViTConfig, closest_names, grid_of, pair, resample_positions, sincos_positions
+from vit_bridge.weights.recorded import VITS, Recorded, file_in, read_recorded
+from vit_model import closest_names, grid_of, pair, resample_positions, sincos_positions
 
-WITHOUT_SHAPE = ("n_heads", "pool", "position", "norm_eps", "stem_stride", "stem", "block")  # not shown by shapes
-FREE = ("img_size", "in_channels", "dropout", "drop_path")  # may differ from training
+WITHOUT_SHAPE = ("n_heads", "pool", "position", "norm_eps", "stem_stride", "stem", "block", "shift")  # not in shapes
+FREE = ("img_size", "in_channels", "window_size", "dropout", "drop_path")  # may differ from training
 CHECKPOINT_FORMAT = "vit-bridge 1"
 MEND = "correct it, or move the weights to a separate folder"
 
@@ -83,17 +84,24 @@ def save_model(model, path, preprocessing=None, dtype=None, state_dict=None, **m
         raise InputError(f"a {type(model).__module__}.{class_name(model)} cannot be saved as a checkpoint; expected "
                          f"one of this library's classes (not a subclass): {', '.join(model_classes())}")
     _check_plain_weights(model)
-    if not isinstance(model.head, (nn.Linear, nn.Identity)):
-        raise InputError(f"a head of class {type(model.head).__name__} cannot be saved; expected a single nn.Linear")
-    config = replace(model.config, n_classes=getattr(model.head, "out_features", 0))
+    heads = {name: getattr(model, name) for name in ask(model, "head_names")}
+    for head in heads.values():
+        if not isinstance(head, (nn.Linear, nn.Identity)):
+            raise InputError(f"a head of class {type(head).__name__} cannot be saved; expected a single nn.Linear")
+    sizes = {name: getattr(head, "out_features", 0) for name, head in heads.items()}
+    if len(set(sizes.values())) > 1:
+        raise InputError(f"the heads of this {class_name(model)} have different numbers of classes: "
+                         f"{join_words(f'{name} {n}' for name, n in sizes.items())}; give all heads the same classes")
+    config = replace(model.config, n_classes=max(sizes.values()))
     shown = model.preprocessing if preprocessing is None else preprocessing
     names = shown and shown.class_names
     if names and config.n_classes and len(names) != config.n_classes:
         raise InputError(f"{len(names)} class_names do not fit a head of {config.n_classes} classes; set "
                          f"one name per class in model.preprocessing")
     state = {key: value.detach().cpu() for key, value in _plain_names(state_dict or model.state_dict()).items()}
-    if "head.weight" in state and model.head.bias is None:  # a bias of zeros is equivalent
-        state["head.bias"] = torch.zeros_like(state["head.weight"][:, 0])
+    for name, head in heads.items():
+        if f"{name}.weight" in state and head.bias is None:  # a bias of zeros is equivalent
+            state[f"{name}.bias"] = torch.zeros_like(state[f"{name}.weight"][:, 0])
     for name in ("class_names", "mean", "std", "interpolation"):
         if name in more:
             raise InputError(f"save_model got {name}={more[name]!r}; pass it in preprocessing=Preprocessing(...)")
@@ -144,8 +152,9 @@ def load(name_or_path, n_classes=None, class_names=None, **overrides):
     Parameters
     ----------
     name_or_path : str or path
-        A pretrained model's name (`describe_pretrained` lists them); a checkpoint of this library, or of a ViT, ResNet
-        or ConvNeXt in any of the FORMATS; or a folder that transformers' save_pretrained or timm's save_for_hf wrote.
+        A pretrained model's name (`describe_pretrained` lists them); a checkpoint of this library, or of a ViT, DeiT,
+        Swin, ResNet or ConvNeXt in any of the FORMATS; or a folder that transformers' save_pretrained or timm's
+        save_for_hf wrote.
     n_classes : int, optional
         None keeps the checkpoint's head; a model without a head returns features (B, D). If a number is passed, a head
         with that many rows is kept, and any other head is replaced by one of zeros. An Assumption reports which, unless
@@ -153,9 +162,9 @@ def load(name_or_path, n_classes=None, class_names=None, **overrides):
     class_names : list of str, optional
         Names of the checkpoint's classes in the order of its outputs, if the file does not record them.
     **overrides
-        img_size (resamples the positions), in_channels (`adapt_input_channels`), dropout and drop_path; pool, for a
-        public model without its own head; and fields that the file does not record, such as n_heads, pool or norm_eps.
-        Any other field must match the weights.
+        img_size and a Swin's window_size (both resample the positions), in_channels (`adapt_input_channels`), dropout
+        and drop_path; pool, for a public model without its own head; and fields that the file does not record, such as
+        n_heads, pool or norm_eps. Any other field must match the weights.
 
     Returns
     -------
@@ -190,7 +199,8 @@ def load(name_or_path, n_classes=None, class_names=None, **overrides):
     check_arguments(found.model_class, overrides)
     config = vars(found.config)
     own_head = n_classes is None or n_classes == config["n_classes"]
-    free = (*FREE, *found.unrecorded, *["pool"] * (name in PUBLIC and not (own_head and config["n_classes"])))
+    pool = ["pool"] * (name in PUBLIC and "pool" in config and not (own_head and config["n_classes"]))
+    free = [*(argument for argument in FREE if argument in config), *found.unrecorded, *pool]
     for argument, value in overrides.items():
         if argument not in free and value != config[argument]:
             raise InputError(f"{argument}={value!r} does not match {name}, which has {config[argument]!r}; with these "
@@ -351,10 +361,10 @@ def load_checkpoint(model, path, grid_size=None):
 
     Loading is strict: every tensor of the file is either used or dropped for a reason that the report states, and all
     shapes must match. Three things may differ. If the number of classes differs, the model keeps its own head. If the
-    resolution differs, the positions are resampled. If the number of channels differs, the first convolution is adapted
-    (`adapt_input_channels`). If the number of classes is the same and both the file and model.preprocessing have class
-    names, the rows of the head are matched by name. For a wrapped model (torch.compile, DataParallel, AveragedModel),
-    the weights go into the model inside.
+    resolution or the windows differ, the positions are resampled. If the number of channels differs, the first
+    convolution is adapted (`adapt_input_channels`). If the number of classes is the same and both the file and
+    model.preprocessing have class names, the rows of the head are matched by name. Several heads are treated alike. For
+    a wrapped model (torch.compile, DataParallel, AveragedModel), the weights go into the model inside.
 
     Parameters
     ----------
@@ -409,7 +419,7 @@ def _read_weights(path, model=None):
         if other.preprocessing is not None:
             weights.recorded = Recorded(images=dict(class_names=other.preprocessing.class_names))
         return weights
-    own = None if model is None or model.config_class is VisionTransformer.config_class else \
+    own = None if model is None or model.config_class in [model_classes()[name].config_class for name in VITS] else \
         _plain_names(model.state_dict())
     held = model is None or any(known.holds == class_name(model) for known in FORMATS)
     state, around, taken = unwrap(entries, path, lambda names: bool(_models_among(names, own)
@@ -518,11 +528,12 @@ def fit(weights, model, grid_size):
                        f"{model.config.norm_eps}; build it with norm_eps={eps} to match")
     choices += _match_head(weights, model, expected)
     choices += _match_channels(weights, model)
-    notes += _fit_positions(weights, model, grid_size)
+    notes += _fit_positions(weights, model, grid_size) + _fit_tables(weights, model)
     choices += [note for note in notes if note.startswith("positions: resampled") or "grid_size=" in note]
     notes += [choice for choice in choices if choice not in notes]
     tensors = weights.tensors
-    missing = [name for name in expected if name not in tensors and not name.startswith("head.")
+    headless = not _heads_in(tensors, model)  # the model then keeps its own heads
+    missing = [name for name in expected if name not in tensors and not (headless and _of_heads([name], model))
                and not name.endswith(".num_batches_tracked")]  # unused, and missing in old files
     extra = [name for name in tensors if name not in expected]
     for wrong, where in ((extra, "the file has {}, which the model does not have"), (missing, "the file lacks {}")):
@@ -560,6 +571,8 @@ def _advice(name, weights):
         return "; build the model with pool='mean', fc_norm=True" if there else "; build the model with fc_norm=False"
     if name == "reg_token":
         return f"; build the model with n_registers={weights.tensors[name].shape[1] if there else 0}"
+    if name.endswith(".relative_position_bias_table"):
+        return f"; build the model with relative_bias={there}"
     return ""
 
 
@@ -607,54 +620,77 @@ def _match_channels(weights, model):
     return [f"channels: the weights for {theirs.shape[1]} channels were adapted to {n_channels} ({how})"]
 
 
+def _of_heads(names, model):
+    """Return the names that belong to the model's heads."""
+    return [name for name in names if name.split(".")[0] in ask(model, "head_names")]
+
+
+def _heads_in(tensors, model):
+    """Return the names of the weights and biases of the model's heads that are among the tensors."""
+    names = [f"{head}.{kind}" for head in ask(model, "head_names") for kind in ("weight", "bias")]
+    return [name for name in names if name in tensors]
+
+
 def _match_head(weights, model, expected):
-    """Match the file's head to the model's, and return notes; a head that does not fit is dropped."""
-    theirs = {name: weights.tensors[name] for name in ("head.weight", "head.bias") if name in weights.tensors}
-    wanted = expected.get("head.weight")
-    if not theirs:
-        has_head = any(name.startswith("head.") for name in expected)
+    """Match the file's heads to the model's, and return notes; heads that do not fit are all dropped."""
+    found = list(dict.fromkeys(name.split(".")[0] for name in _heads_in(weights.tensors, model)))
+    if not found:
+        has_head = _of_heads(expected, model)
         return ["head: the file has none, so the model keeps its own, which is untrained"] if has_head else []
-    weight, bias = theirs.get("head.weight"), theirs.get("head.bias")
+    ways = [_matched_head(weights, model, expected, head) for head in found]
+    reason, (_, rows, line) = next((way[0] for way in ways if way[0]), ""), ways[0]
+    if reason:
+        for name in _heads_in(weights.tensors, model):
+            weights.dropped[weights.sources.pop(name)[0]] = reason
+            del weights.tensors[name]
+        if _heads_in(expected, model):
+            return [f"head: the model keeps its own, which is untrained, because the file's head {reason}"]
+        return [f"head: the file's head was dropped, because it {reason}"] if "features" in reason else []
+    for name in _heads_in(weights.tensors, model) if rows else ():
+        tensor = weights.tensors[name]
+        weights.tensors[name] = expected[name].detach().to(tensor, copy=True)
+        for i, row in enumerate(rows):
+            if row is not None:
+                weights.tensors[name][i] = tensor[row]
+    return [line] if rows else []
+
+
+def _matched_head(weights, model, expected, head):
+    """Compare one head with the model's; return (why it does not fit or "", its row for each class or None, a note).
+
+    The rows and the note are None if the head fits as it is.
+    """
+    names = [f"{head}.weight", f"{head}.bias"]
+    theirs = {name: weights.tensors[name] for name in names if name in weights.tensors}
+    wanted = expected.get(f"{head}.weight")
+    weight, bias = theirs.get(f"{head}.weight"), theirs.get(f"{head}.bias")
     if weight is None or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         shapes = ", ".join(f"{weights.sources[name][0]} {tuple(tensor.shape)}" for name, tensor in theirs.items())
         raise InputError(f"{weights.path} is damaged: the weight and bias of its head do not fit together ({shapes})")
-    if bias is None and "head.bias" in expected:  # equivalent to a bias of zeros
-        weights.tensors["head.bias"] = theirs["head.bias"] = torch.zeros(len(weight))
-        weights.sources["head.bias"] = weights.sources["head.weight"]
-    n_features = model.n_features
-    if wanted is None and weight.shape[1] != n_features:
-        reason = f"reads {weight.shape[1]} features, but the model has {n_features}"
-    elif wanted is None:
-        reason = "the model has no head, or one that is not an nn.Linear"
-    elif any("pre_logits" in name for name in weights.dropped):
-        reason = "reads the output of a layer that was dropped"
-    elif weight.shape[1] != wanted.shape[1]:
-        reason = f"reads {weight.shape[1]} features, but the model's head reads {wanted.shape[1]}"
-    elif len(weight) != len(wanted):
-        reason = f"has {len(weight)} classes, but the model's head has {len(wanted)}"
-    elif theirs.keys() != {name for name in expected if name.startswith("head.")}:
-        reason = "has a bias, but the model's head has none"
-    else:
-        names, own = weights.recorded.images.get("class_names"), model.preprocessing and model.preprocessing.class_names
-        if not names or not own or not len(names) == len(own) == len(weight):
-            return []
-        rows, line = match_names(names, own)
-        if rows == list(range(len(weight))):
-            return []
-        if any(row is not None for row in rows):
-            for name, tensor in theirs.items():
-                weights.tensors[name] = expected[name].detach().to(tensor, copy=True)
-                for i, row in enumerate(rows):
-                    if row is not None:
-                        weights.tensors[name][i] = tensor[row]
-            return [line]
-        reason = f"is for different classes from the model's, {first_difference(names, own)}"
-    for name in theirs:
-        weights.dropped[weights.sources.pop(name)[0]] = reason
-        del weights.tensors[name]
+    if bias is None and f"{head}.bias" in expected:  # equivalent to a bias of zeros
+        weights.tensors[f"{head}.bias"] = theirs[f"{head}.bias"] = torch.zeros(len(weight))
+        weights.sources[f"{head}.bias"] = weights.sources[f"{head}.weight"]
+    if wanted is None and weight.shape[1] != model.n_features:
+        return f"reads {weight.shape[1]} features, but the model has {model.n_features}", None, None
     if wanted is None:
-        return [] if weight.shape[1] == n_features else [f"head: the file's head was dropped, because it {reason}"]
-    return [f"head: the model keeps its own, which is untrained, because the file's head {reason}"]
+        return "the model has no head, or one that is not an nn.Linear", None, None
+    if any("pre_logits" in name for name in weights.dropped):
+        return "reads the output of a layer that was dropped", None, None
+    if weight.shape[1] != wanted.shape[1]:
+        return f"reads {weight.shape[1]} features, but the model's head reads {wanted.shape[1]}", None, None
+    if len(weight) != len(wanted):
+        return f"has {len(weight)} classes, but the model's head has {len(wanted)}", None, None
+    if theirs.keys() != {name for name in expected if name.startswith(f"{head}.")}:
+        return "has a bias, but the model's head has none", None, None
+    names, own = weights.recorded.images.get("class_names"), model.preprocessing and model.preprocessing.class_names
+    if not names or not own or not len(names) == len(own) == len(weight):
+        return "", None, None
+    rows, line = match_names(names, own)
+    if rows == list(range(len(weight))):
+        return "", None, None
+    if any(row is not None for row in rows):
+        return "", rows, line
+    return f"is for different classes from the model's, {first_difference(names, own)}", None, None
 
 
 def _fit_positions(weights, model, grid_size):
@@ -695,6 +731,31 @@ def _fit_positions(weights, model, grid_size):
     return notes
 
 
+def _fit_tables(weights, model):
+    """Fit the tables of relative positions to the model's windows, and return notes."""
+    changes = {}
+    for place, module in model.named_modules():
+        name = f"{place.replace('_orig_mod.', '')}.relative_position_bias_table"
+        theirs, new = weights.tensors.get(name), getattr(module, "grid_size", None)
+        if new is None or theirs is None or theirs.ndim != 2:
+            continue
+        if weights.model is not None:
+            old = weights.model.get_submodule(name.rpartition(".")[0]).grid_size
+        elif len(theirs) == math.prod(2 * side - 1 for side in new):
+            old = new
+        else:
+            old = ((math.isqrt(len(theirs)) + 1) // 2,) * 2
+        if len(theirs) != math.prod(2 * side - 1 for side in old):
+            raise InputError(f"{weights.path} is for a different architecture: {weights.sources[name][0]} has "
+                             f"{len(theirs)} offsets, which belong to no square window, and the model's windows of "
+                             f"{new[0]}x{new[1]} have {math.prod(2 * side - 1 for side in new)}; build the model with "
+                             f"the image size and window_size of the training")
+        weights.tensors[name] = resample_bias_table(theirs, old, new)
+        changes |= {(old, new): None} if old != new else {}
+    return [f"positions: resampled from windows of {old[0]}x{old[1]} to {new[0]}x{new[1]} tokens"
+            for old, new in changes]
+
+
 def _add_to_token(weights, name, positions):
     """Add positions to the token that they belong to; raise InputError if it is missing."""
     token = weights.tensors.get(name)
@@ -721,7 +782,8 @@ def _read_grid(weights, grid=None, given=None):
         return (rows, columns), M - rows * columns, []
     registers = weights.tensors.get("reg_token")
     n_registers = 0 if registers is None or registers.ndim != 3 else registers.shape[1]
-    prefixes = {True: [1], False: [0], None: [1 + n_registers, 0] if n_registers else [1, 0]}[weights.format.pos_cls]
+    n_cls = 1 + ("dist_token" in weights.tensors)
+    prefixes = {True: [n_cls], False: [0], None: [n_cls + n_registers, 0]}[weights.format.pos_cls]
     grids = [tuple(given)] if given else [grid] if grid else []
     ways = [(known, n) for known in grids for n in prefixes if known[0] * known[1] == M - n]
     if not given:
@@ -886,9 +948,11 @@ def _inferred(weights, given):
 
 
 def infer_vit(weights, given):
-    """Infer a VisionTransformer from its weights."""
-    tensors, recorded = weights.tensors, weights.recorded.config
+    """Infer a VisionTransformer or DistilledViT from its weights."""
+    tensors, recorded, model_class = weights.tensors, weights.recorded.config, model_classes()[weights.format.holds]
     needed = ("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
+    heads = [f"{head}.weight" for head in model_class.head_names]  # all of them, or none
+    needed += tuple(heads) if any(name in tensors for name in heads) else ()
     missing = [name for name in needed if name not in tensors]
     if missing:
         raise InputError(f"{weights.path} ({weights.format.name}) is not a complete ViT: {', '.join(missing)} missing")
@@ -910,8 +974,8 @@ def infer_vit(weights, given):
             raise InputError(f"{weights.recorded.source} specifies {name}={theirs!r}, but the tensors of "
                              f"{weights.path} have {value!r}; {MEND}")
     grid, assumed = _infer_grid(weights, patch, given)
-    heads = _likely_heads(D)
-    guesses = dict(n_heads=(heads, f"n_heads={heads} ({D // heads} channels each)"), pool=("cls", "pool='cls'"),
+    n_heads = _likely_heads(D)
+    guesses = dict(n_heads=(n_heads, f"n_heads={n_heads} ({D // n_heads} channels each)"), pool=("cls", "pool='cls'"),
                    norm_eps=(weights.format.norm_eps, f"norm_eps={weights.format.norm_eps}"))
     known = {name: guesses[name][0] for name in weights.format.fixes} | recorded | shown
     known |= dict(n_heads=weights.n_heads) if weights.n_heads else {}
@@ -919,7 +983,7 @@ def infer_vit(weights, given):
     settings = {name: known.get(name, given.get(name, guess)) for name, (guess, _) in guesses.items()}
     assumed = {name: guesses[name][1] for name in unrecorded if name not in given} | assumed
     img_size = one_side(tuple(n * side for n, side in zip(grid, patch, strict=True)))
-    config = ViTConfig(
+    config = model_class.config_class(
         **{"n_classes": 0, **shown, **settings}, img_size=img_size, position="learned" if "pos_embed" in tensors
         else "none", n_registers=tensors["reg_token"].shape[1] if "reg_token" in tensors else 0,
         layer_scale=1e-5 if "blocks.0.ls1.gamma" in tensors else None, qk_norm="blocks.0.attn.q_norm.weight" in tensors,
@@ -930,13 +994,13 @@ def infer_vit(weights, given):
                          f"expected a divisor of {D}")
     preprocessing, words = _infer_preprocessing(weights, img_size, config)
     assumed |= dict(images=words) if words else {}
-    return Inferred(VisionTransformer, config, preprocessing, grid, assumed, tuple(unrecorded))
+    return Inferred(model_class, config, preprocessing, grid, assumed, tuple(unrecorded))
 
 
 def infer_cnn(weights, given):
-    """Infer a ConvNet or ConvNeXt from its weights, which do not show the image size."""
+    """Infer a ConvNet, ConvNeXt or SwinTransformer from its weights, which do not show the image size."""
     config, recorded, assumed = CNN_CONFIGS[weights.format.holds](weights), weights.recorded.config, {}
-    for name in ("in_channels", "n_classes"):
+    for name in ("in_channels", *["n_classes"] * (config.n_classes > 0)):
         if recorded.get(name, getattr(config, name)) != getattr(config, name):
             raise InputError(f"{weights.recorded.source} specifies {name}={recorded[name]!r}, but the tensors of "
                              f"{weights.path} have {getattr(config, name)!r}; {MEND}")

@@ -1,15 +1,19 @@
-"""Infer the configuration of a ConvNet or ConvNeXt from the tensors of a file.
+"""Infer the configuration of a model with stages, a ConvNet, ConvNeXt or SwinTransformer, from the tensors of a file.
 
-    convnet_config(weights), convnext_config(weights)    the functions in CNN_CONFIGS
+    convnet_config(weights), convnext_config(weights), swin_config(weights)    the functions in CNN_CONFIGS
 
-Shapes:  C channels, k side of a kernel, K classes.
+Shapes:  C channels, k side of a kernel, K classes, D width, H heads.
 """
 
+import math
 import re
 
 from vit_bridge.errors import InputError
 from vit_bridge.models.convnet import BLOCKS, ConvNetConfig
 from vit_bridge.models.convnext import ConvNeXtConfig
+from vit_bridge.models.swin import SwinConfig
+from vit_bridge.preprocessing import one_side
+from vit_model import grid_of, pair
 
 
 def convnet_config(weights):
@@ -64,12 +68,55 @@ def convnext_config(weights):
                           layer_scale=layer_scale, norm_eps=weights.format.norm_eps or 1e-6)
 
 
+def swin_config(weights):
+    """Return the SwinConfig of a Swin Transformer's Weights.
+
+    Unless a config.json records the image size, it is the one that the paper's code uses for the window: in the last
+    stage, one window covers the map. Stages with smaller windows show the size, because there the window is the map.
+
+    Raises
+    ------
+    InputError
+        For a variant of Swin that SwinTransformer does not support.
+    """
+    tensors, depths = weights.tensors, _depths(weights, r"stages\.(\d+)\.blocks\.(\d+)\.")
+    stem = _tensor(weights, "patch_embed.proj.weight")  # (D, C, height, width of a patch)
+    hidden = len(_tensor(weights, "stages.0.blocks.0.mlp.fc1.weight"))
+    if stem.ndim != 4:
+        _refuse(weights, f"a Swin Transformer whose patches have {stem.ndim - 2} dimensions; ours have 2")
+    if "stages.0.blocks.0.attn.relative_position_bias_table" not in tensors:
+        _refuse(weights, "a Swin Transformer without tables of relative positions, which show its heads and windows; "
+                         "build the model as it was trained, and use load_checkpoint(model, path)")
+    tables = [_tensor(weights, f"stages.{i}.blocks.0.attn.relative_position_bias_table") for i in range(len(depths))]
+    rows, n_heads = [len(table) for table in tables], tuple(table.shape[1] for table in tables)
+    sides = [(math.isqrt(n) + 1) // 2 for n in rows]
+    (D, C, *patch), recorded = stem.shape, weights.recorded.config
+    window = recorded.get("window_size", sides[0])
+    shown = next(((i, side) for i, side in enumerate(sides) if side != sides[0]), (len(sides) - 1, sides[0]))
+    img_size = recorded.get("img_size", one_side(tuple(length * shown[1] * 2 ** shown[0] for length in patch)))
+    ratio = next(r for r in (hidden / D, math.nextafter(hidden / D, math.inf)) if int(D * r) == hidden)
+    config = SwinConfig(img_size, one_side(tuple(patch)), C, _n_classes(weights), D, depths, n_heads, window, ratio,
+                        norm_eps=weights.format.norm_eps)
+    windows = config.windows()
+    if [(2 * h - 1) * (2 * w - 1) for h, w in windows] != rows:
+        _refuse(weights, f"a Swin Transformer whose tables have {', '.join(map(str, rows))} offsets, which do not "
+                         f"belong to images of {'x'.join(map(str, pair(img_size)))} pixels and windows of "
+                         f"{'x'.join(map(str, pair(window, 'window_size')))} tokens; build the model as it was "
+                         f"trained, and use load_checkpoint(model, path)")
+    grids = [[-(-side // 2 ** i) for side in grid_of(pair(img_size), tuple(patch))] for i in range(len(depths))]
+    if weights.format.library == "timm" and any(side % length for grid, window in zip(grids, windows, strict=True)
+                                                for side, length in zip(grid, window, strict=True)):
+        weights.choices.append("padding: timm pads maps after it shifts them, but this library pads before, so the "
+                               "windows of the shifted blocks differ at the edges")
+    return config
+
+
 def stem_is_small(weights):
     """Return whether the first convolution is ConvNet's 3 x 3 one, whose stride no tensor shows."""
     return weights.format.holds == "ConvNet" and weights.tensors["stem.0.weight"].shape[-1] == 3
 
 
-CNN_CONFIGS = dict(ConvNet=convnet_config, ConvNeXt=convnext_config)
+CNN_CONFIGS = dict(ConvNet=convnet_config, ConvNeXt=convnext_config, SwinTransformer=swin_config)
 
 
 def _depths(weights, block):
@@ -80,13 +127,13 @@ def _depths(weights, block):
     found = {tuple(map(int, place.groups())) for name in weights.tensors if (place := re.match(block, name))}
     stages = [{j for i, j in found if i == stage} for stage in range(len({i for i, _ in found}))]
     if not stages or any(stage != set(range(len(stage))) or not stage for stage in stages):
-        _refuse(weights, "not a complete CNN: blocks are missing from its stages")
+        _refuse(weights, f"not a complete {weights.format.holds}: blocks are missing from its stages")
     return tuple(map(len, stages))
 
 
 def _tensor(weights, name):
     if name not in weights.tensors:
-        _refuse(weights, f"not a complete CNN: {name} is missing")
+        _refuse(weights, f"not a complete {weights.format.holds}: {name} is missing")
     return weights.tensors[name]
 
 

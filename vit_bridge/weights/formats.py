@@ -1,4 +1,4 @@
-"""How other libraries and papers name the weights of a ViT, ResNet or ConvNeXt, and our names for them.
+"""How other libraries and papers name the weights of a ViT, DeiT, Swin, ResNet or ConvNeXt, and our names for them.
 
     weights = translate(state, path, around)     a state dict under our names, and what was dropped
 
@@ -98,6 +98,56 @@ TV_BLOCK = r"encoder\.layers\.encoder_layer_(\d+)\."
 NPZ_BLOCK = r"Transformer/encoderblock_(\d+)/"
 NPZ_KIND = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
+# Names of a distilled DeiT, which has a second token and a second head.
+DISTILLED_NAMES = (
+    (ROOT + r"embeddings\.distillation_token", "dist_token"),
+    (r"cls_classifier\.(\w+)", r"head.\1"),
+    (r"distillation_classifier\.(\w+)", r"head_dist.\1"),
+    *TRANSFORMERS_NAMES,
+)
+
+# Names of Swin's blocks, with groups (stage, block, ...). Our stages begin with their merging, as in timm; elsewhere it
+# stands at the end of the stage before.
+STAGES = range(8)
+SWIN_DROPS = ((r".*\.relative_position_index", "the row of the table for two positions, which the model computes"),
+              (r".*\.attn_mask", "the mask of the shifted windows, which the model computes"), MASK, AVERAGED)
+SWIN_IMAGES = dict(norm_eps=1e-5, interpolation="bicubic", holds="SwinTransformer")
+SWIN_BLOCK = r"^layers\.0\.blocks\.0\.attn\.qkv\.weight$"
+SWIN_NAMES = ((r"patch_embed\.norm\.(\w+)", r"patch_norm.\1"), (r"layers\.(.*)", r"stages.\1"))
+SWIN = r"(?:swin\.)?"
+HF_SWIN_BLOCK = SWIN + r"encoder\.layers\.(\d+)\.blocks\.(\d+)\."
+SWIN_FORMATS = (
+    Format("torchvision's Swin", r"features\.0\.0\.weight", (r"^features\.1\.0\.attn\.qkv\.weight$",), (
+        (r"features\.0\.0\.(\w+)", r"patch_embed.proj.\1"),
+        (r"features\.0\.2\.(\w+)", r"patch_norm.\1"),
+        *((rf"features\.{2 * i + 1}\.(\d+)\.{theirs}(.*)", rf"stages.{i}.blocks.\1.{ours}\2") for i in STAGES
+          for theirs, ours in ((r"mlp\.0\.", "mlp.fc1."), (r"mlp\.3\.", "mlp.fc2."), ("", ""))),
+        *((rf"features\.{2 * i}\.(.*)", rf"stages.{i}.downsample.\1") for i in STAGES)), SWIN_DROPS, **SWIN_IMAGES),
+    Format("transformers Swin", SWIN + r"embeddings\.patch_embeddings\.projection\.weight", (HF_SWIN_BLOCK,), (
+        (SWIN + r"embeddings\.patch_embeddings\.projection\.(\w+)", r"patch_embed.proj.\1"),
+        (SWIN + r"embeddings\.norm\.(\w+)", r"patch_norm.\1"),
+        (HF_SWIN_BLOCK + r"layernorm_before\.(\w+)", r"stages.\1.blocks.\2.norm1.\3"),
+        (HF_SWIN_BLOCK + r"layernorm_after\.(\w+)", r"stages.\1.blocks.\2.norm2.\3"),
+        (HF_SWIN_BLOCK + r"attention\.(?:self\.)?(q|k|v)(?:uery|ey|alue|_proj)\.(\w+)",
+         r"stages.\1.blocks.\2.attn.\3.\4"),
+        (HF_SWIN_BLOCK + r"attention\.(?:self|relative_position_bias)\.(relative_position_bias_table)",
+         r"stages.\1.blocks.\2.attn.\3"),
+        (HF_SWIN_BLOCK + r"attention\.(?:output\.dense|o_proj)\.(\w+)", r"stages.\1.blocks.\2.attn.proj.\3"),
+        (HF_SWIN_BLOCK + r"(?:intermediate\.dense|mlp\.fc1)\.(\w+)", r"stages.\1.blocks.\2.mlp.fc1.\3"),
+        (HF_SWIN_BLOCK + r"(?:output\.dense|mlp\.fc2)\.(\w+)", r"stages.\1.blocks.\2.mlp.fc2.\3"),
+        *((SWIN + rf"encoder\.layers\.{i}\.downsample\.(.*)", rf"stages.{i + 1}.downsample.\1") for i in STAGES),
+        (SWIN + r"layernorm\.(\w+)", r"norm.\1"),
+        (r"classifier\.(\w+)", r"head.\1")), (*SWIN_DROPS, (r"decoder\..*", "the decoder of masked images, used in "
+                                              "pretraining")), library="transformers", **SWIN_IMAGES),
+    Format("microsoft's Swin", TIMM_ROOT, (SWIN_BLOCK, r"^layers\.0\.downsample\."), (
+        *((rf"layers\.{i}\.downsample\.(.*)", rf"stages.{i + 1}.downsample.\1") for i in STAGES),
+        *SWIN_NAMES), SWIN_DROPS, **SWIN_IMAGES),
+    Format("timm's Swin", TIMM_ROOT, (SWIN_BLOCK,), (*SWIN_NAMES, (r"head\.fc\.(\w+)", r"head.\1")), SWIN_DROPS,
+           library="timm", **SWIN_IMAGES),
+    Format("our names of a SwinTransformer", TIMM_ROOT, (r"^stages\.0\.blocks\.0\.attn\.qkv\.weight$",
+                                                         r"^patch_norm\.weight$"), (), SWIN_DROPS, **SWIN_IMAGES),
+)
+
 # Names of CNN blocks, with groups (stage, block, ...) or (stage, ...). torchvision counts a ResNet's stages from 1, and
 # a ConvNeXt's stages together with the stem and the downsampling layers.
 RESNET = r"(?:resnet\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\."
@@ -156,6 +206,7 @@ CNN_FORMATS = (
            note="transformers adds 1e-12 to the variance in the last norm; here it is 1e-6, as in the paper's code"),
 )
 FORMATS = (
+    *SWIN_FORMATS,
     Format("torchvision", r"conv_proj\.weight", (r"^class_token$",), (
         (r"class_token", "cls_token"),
         (r"encoder\.pos_embedding", "pos_embed"),
@@ -171,6 +222,9 @@ FORMATS = (
     Format("transformers Dinov2", TRANSFORMERS_ROOT, (r"layer_scale1\.lambda1$",), TRANSFORMERS_NAMES,
            (*TRANSFORMERS_DROPS, AVERAGED), pos_cls=True, library="transformers", fixes=("pool",),
            interpolation="bicubic"),
+    Format("transformers DeiT, distilled", TRANSFORMERS_ROOT, (r"^(cls|distillation)_classifier\.",), DISTILLED_NAMES,
+           (*TRANSFORMERS_DROPS, AVERAGED), norm_eps=1e-12, pos_cls=True, library="transformers", fixes=("pool",),
+           interpolation="bicubic", holds="DistilledViT"),
     Format("transformers DeiT", TRANSFORMERS_ROOT, (r"embeddings\.distillation_token$",), TRANSFORMERS_NAMES,
            (*TRANSFORMERS_DROPS, AVERAGED), norm_eps=1e-12, library="transformers", fixes=("pool",),
            interpolation="bicubic", note="its distillation token, which no head reads, becomes a register here"),
@@ -204,19 +258,20 @@ FORMATS = (
            ((r"(backbone\.)?mask_token", MASK[1]),
             (r"(head|dino_head|ibot_head)\.(mlp|last_layer)\b.*", "DINO's projection head, used in pretraining")),
            pos_cls=True),
+    Format("timm's names of a distilled DeiT", TIMM_ROOT, (r"^dist_token$",), (), (AVERAGED,), pos_cls=True,
+           library="timm", fixes=("pool", "norm_eps"), interpolation="bicubic", holds="DistilledViT"),
     Format("timm's names (timm, DeiT, DINO, MAE's encoder)", TIMM_ROOT, (r"^blocks\.0\.attn\.qkv",), (),
            (MASK, PRE_LOGITS, AVERAGED), library="timm"),
     *CNN_FORMATS,
 )
 # Known architectures that cannot be loaded: a pattern found in some name, and the reason.
-SWIN = "a Swin Transformer or a relative, whose windows and stages VisionTransformer does not have"
 REFUSED = (
-    (r"dist_token|^head_dist\.|^(distillation|cls)_classifier\.",
-     "a distilled DeiT, whose distillation token has a head that VisionTransformer does not have; use the DeiT without "
-     "distillation"),
-    (r"(^|\.)layers\.\d+\.blocks\.\d+\.|^swin|^stages\.\d+\.blocks\.\d+\.attn|"
-     r"^features\.\d+\.\d+\.attn\.relative_position",
-     SWIN),
+    (r"\.(attn|self|attention)\.(logit_scale|cpb_mlp|meta_mlp|continuous_position_bias)",
+     "a Swin Transformer V2, with scaled cosine attention and a continuous position bias, which SwinTransformer does "
+     "not have"),
+    (r"\.spatial_mlp\.", "a SwinMLP, which mixes the tokens of a window without attention; SwinTransformer attends"),
+    (r"^absolute_pos_embed$|^swin\.embeddings\.position_embeddings$",
+     "a Swin Transformer with absolute positions, which SwinTransformer does not have"),
     (r"^conv1\.\d+\.weight|(^|\.)attnpool\.",
      "a ResNet with several convolutions before its stages (ResNet-C, ResNet-D, CLIP's); ConvNet has one"),
     (r"^layer\d\.\d+\.conv\d\.(conv|paths|attn|fc\d)",
@@ -226,7 +281,7 @@ REFUSED = (
     (r"^stem\.conv\d?\.weight$|^root\.conv",
      "a ResNet V2 (BiT) or another CNN, whose stem and blocks ConvNet does not have"),
     (r"\.grn\.", "a ConvNeXt V2, whose response normalisation (GRN) ConvNeXt does not have"),
-    (r"relative_position_bias|attn\.q_bias$|^beit\.",
+    (r"^(?!features|.*(layers|stages)\.\d+\.blocks\.).*relative_position_bias|attn\.q_bias$|^beit\.",
      "a BEiT or EVA, whose relative positions or biases VisionTransformer does not have"),
     (r"visual\.class_embedding|vision_model\.embeddings|^norm_pre\.",
      "a CLIP or SigLIP, which normalises before its first block or pools by attention, or a ConvNeXt that normalises "
@@ -301,8 +356,8 @@ def recognise(names, path):
     if not found:
         _refuse_known([WRAPPED.sub("", name) for name in names], path)
         raise InputError(f"{path} holds {len(names)} tensors such as {next(iter(names), 'none')}, which match no known "
-                         f"format; expected a ViT, ResNet or ConvNeXt with the tensor names of torchvision, timm, "
-                         f"transformers, facebookresearch or Google's npz files")
+                         f"format; expected a ViT, DeiT, Swin, ResNet or ConvNeXt with the tensor names of "
+                         f"torchvision, timm, transformers, facebookresearch, microsoft or Google's npz files")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Fit the head of a trained model to the classes of a new data set.
+"""Fit the heads of a trained model to the classes of a new data set.
 
     line = fit_head(model, class_names)
 
@@ -13,12 +13,13 @@ from torch import nn
 
 from vit_bridge.errors import join_words
 from vit_bridge.models.adapters import adapt
+from vit_bridge.models.protocol import ask
 
 MOST_NAMES = 5  # maximum number of class names in one line
 
 
 def fit_head(model, classes):
-    """Fit the head of a model to these classes, in place.
+    """Fit the head of a model to these classes, in place. Several heads are all fitted in the same way.
 
     If both sides have class names, trained rows are matched by name, in any order, and new classes get rows of zeros.
     Without names, a head with the right number of rows is kept. Otherwise the head is new and filled with zeros, as in
@@ -37,12 +38,14 @@ def fit_head(model, classes):
         One line that reports what was done, such as "head: kept ..." or "head: new, because ...".
     """
     names, n_classes = (None, classes) if isinstance(classes, int) else (list(classes), len(classes))
-    shown, old = adapt(model).preprocessing, model.head
-    theirs = shown.class_names if isinstance(old, nn.Linear) and len(shown.class_names or ()) == old.out_features \
-        else None
-    rows, line = _matched_rows(old, theirs, names, n_classes)
-    if rows != list(range(getattr(old, "out_features", 0))) or not isinstance(old, nn.Linear):
-        model.head = _head_of_rows(old, rows, model.n_features, model)
+    shown = adapt(model).preprocessing
+    for head in ask(model, "head_names"):
+        old = getattr(model, head)
+        theirs = shown.class_names if isinstance(old, nn.Linear) and len(shown.class_names or ()) == old.out_features \
+            else None
+        rows, line = _matched_rows(old, theirs, names, n_classes)
+        if rows != list(range(getattr(old, "out_features", 0))) or not isinstance(old, nn.Linear):
+            setattr(model, head, _head_of_rows(old, rows, model.n_features, model))
     model.config = replace(model.config, n_classes=n_classes)
     model.preprocessing = replace(shown, class_names=theirs if names is None and len(theirs or ()) == n_classes
                                   else names)

@@ -93,9 +93,14 @@ def _deit3(model, file, top1):
                       config=dict(layer_scale=1e-4))
 
 
-def _of_torchvision(model, file, checksum, top1):
+def _of_torchvision(model, file, checksum, top1, interpolation="bilinear"):
     return Pretrained(model, f"https://download.pytorch.org/models/{file}", checksum, top1, "BSD-3-Clause",
-                      "torchvision, IMAGENET1K_V1, github.com/pytorch/vision", interpolation="bilinear")
+                      "torchvision, IMAGENET1K_V1, github.com/pytorch/vision", interpolation=interpolation)
+
+
+def _swin(model, file, top1, **config):
+    return Pretrained(model, f"https://github.com/SwinTransformer/storage/releases/download/v1.0.0/{file}", None, top1,
+                      "MIT", "Swin, Liu et al. 2021, github.com/microsoft/Swin-Transformer", config=config)
 
 
 def _dino(model, folder, top1):
@@ -119,6 +124,8 @@ def _mae(model, file, checksum, top1):
                       config=dict(n_classes=0))
 
 
+AT_384 = dict(img_size=384, window_size=12)
+SWIN_LARGE = dict(embed_dim=192, n_heads=(6, 12, 24, 48))
 # The names are the authors' own. DeiT and torchvision publish checksums in their file names, MAE in its README.
 PUBLIC = {
     "deit_tiny_patch16_224": _deit("vit_tiny", "deit_tiny_patch16_224-a1311bcf.pth", "sha256:a1311bcf", 72.2),
@@ -126,11 +133,33 @@ PUBLIC = {
     "deit_base_patch16_224": _deit("vit_base", "deit_base_patch16_224-b5f2ef4d.pth", "sha256:b5f2ef4d", 81.8),
     "deit_base_patch16_384": _deit("vit_base", "deit_base_patch16_384-8de9b5d1.pth", "sha256:8de9b5d1", 82.9,
                                   img_size=384),
+    "deit_tiny_distilled_patch16_224": _deit("deit_tiny", "deit_tiny_distilled_patch16_224-b40b3cf7.pth",
+                                             "sha256:b40b3cf7", 74.5),
+    "deit_small_distilled_patch16_224": _deit("deit_small", "deit_small_distilled_patch16_224-649709d9.pth",
+                                              "sha256:649709d9", 81.2),
+    "deit_base_distilled_patch16_224": _deit("deit_base", "deit_base_distilled_patch16_224-df68dfff.pth",
+                                             "sha256:df68dfff", 83.4),
+    "deit_base_distilled_patch16_384": _deit("deit_base", "deit_base_distilled_patch16_384-d0272ac0.pth",
+                                             "sha256:d0272ac0", 85.2, img_size=384),
     "deit3_small_patch16_224": _deit3("vit_small", "deit_3_small_224_1k.pth", 81.4),
     "deit3_base_patch16_224": _deit3("vit_base", "deit_3_base_224_1k.pth", 83.8),
     "deit3_large_patch16_224": _deit3("vit_large", "deit_3_large_224_1k.pth", 84.9),
     "vit_b_16": _of_torchvision("vit_base", "vit_b_16-c867db91.pth", "sha256:c867db91", 81.072),
     "vit_l_16": _of_torchvision("vit_large", "vit_l_16-852ce7e3.pth", "sha256:852ce7e3", 79.662),
+    "swin_t": _of_torchvision("swin_tiny", "swin_t-704ceda3.pth", "sha256:704ceda3", 81.474, "bicubic"),
+    "swin_s": _of_torchvision("swin_small", "swin_s-5e29d889.pth", "sha256:5e29d889", 83.196, "bicubic"),
+    "swin_b": _of_torchvision("swin_base", "swin_b-68c6b09e.pth", "sha256:68c6b09e", 83.582, "bicubic"),
+    "swin_tiny_patch4_window7_224": _swin("swin_tiny", "swin_tiny_patch4_window7_224.pth", 81.2),
+    "swin_small_patch4_window7_224": _swin("swin_small", "swin_small_patch4_window7_224.pth", 83.2),
+    "swin_base_patch4_window7_224": _swin("swin_base", "swin_base_patch4_window7_224.pth", 83.5),
+    "swin_base_patch4_window12_384": _swin("swin_base", "swin_base_patch4_window12_384.pth", 84.5, **AT_384),
+    "swin_base_patch4_window7_224_22kto1k": _swin("swin_base", "swin_base_patch4_window7_224_22kto1k.pth", 85.2),
+    "swin_base_patch4_window12_384_22kto1k": _swin("swin_base", "swin_base_patch4_window12_384_22kto1k.pth", 86.4,
+                                                   **AT_384),
+    "swin_large_patch4_window7_224_22kto1k": _swin("swin_base", "swin_large_patch4_window7_224_22kto1k.pth", 86.3,
+                                                   **SWIN_LARGE),
+    "swin_large_patch4_window12_384_22kto1k": _swin("swin_base", "swin_large_patch4_window12_384_22kto1k.pth", 87.3,
+                                                    **AT_384, **SWIN_LARGE),
     "resnet18": _of_torchvision("resnet18", "resnet18-f37072fd.pth", "sha256:f37072fd", 69.758),
     "resnet34": _of_torchvision("resnet34", "resnet34-b627a593.pth", "sha256:b627a593", 73.314),
     "resnet50": _of_torchvision("resnet50", "resnet50-0676ba61.pth", "sha256:0676ba61", 76.13),

@@ -18,25 +18,28 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.safetensors.ind
                 "pytorch_model.bin.index.json")
 # transformers: the model types that each of our classes supports, and our names for their settings.
 MODEL_TYPES = dict(VisionTransformer=("vit", "deit", "dinov2", "dinov2_with_registers", "vit_mae", "vit_msn"),
-                   ConvNet=("resnet",), ConvNeXt=("convnext",))
+                   DistilledViT=("deit",), SwinTransformer=("swin",), ConvNet=("resnet",), ConvNeXt=("convnext",))
+VITS = "VisionTransformer", "DistilledViT"  # our classes whose tensors do not show everything
 TRANSFORMERS_FIELDS = dict(hidden_size="embed_dim", num_hidden_layers="depth", num_attention_heads="n_heads",
                            image_size="img_size", patch_size="patch_size", num_channels="in_channels",
-                           layer_norm_eps="norm_eps")
+                           layer_norm_eps="norm_eps", window_size="window_size")
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's constants
 # timm: width and number of heads for each size in an architecture's name, and our names for its settings.
 TIMM_SIZES = dict(tiny=(192, 3), small=(384, 6), medium=(512, 8), base=(768, 12), large=(1024, 16), huge=(1280, 16),
                   giant=(1408, 16), gigantic=(1664, 16))
 TIMM_FIELDS = dict(embed_dim="embed_dim", depth="depth", num_heads="n_heads", img_size="img_size",
                    patch_size="patch_size", in_chans="in_channels", mlp_ratio="mlp_ratio")
+TIMM_STAGES = dict(img_size="img_size", in_chans="in_channels", window_size="window_size")  # for models with stages
 TIMM_POOLS = {"token": "cls", "avg": "mean"}
 # timm arguments that the tensors do not show, and the values that our models support.
 TIMM_HELD = dict(output_stride=(32,), aa_layer=(None, ""), pool_include_prefix=(False,), norm_eps=(None, 1e-6),
-                 class_token=(True,))
-TIMM_NORMS = dict(VisionTransformer=("layernorm",), ConvNet=("batchnorm", "batchnorm2d"),
-                  ConvNeXt=("layernorm", "layernorm2d"))
+                 class_token=(True,), always_partition=(False,))
+TIMM_NORMS = dict(VisionTransformer=("layernorm",), DistilledViT=("layernorm",), SwinTransformer=("layernorm",),
+                  ConvNet=("batchnorm", "batchnorm2d"), ConvNeXt=("layernorm", "layernorm2d"))
 # timm arguments that are used, that the tensors show, or that matter only in training. Others are reported as ignored.
 TIMM_READ = (
     *TIMM_FIELDS, *TIMM_HELD, "num_classes", "global_pool", "act_layer", "norm_layer", "layers", "depths", "dims",
+    "window_size", "head_dim", "strict_img_size",
     "channels", "cardinality", "base_width", "stem_width", "stem_type", "stem_chs", "avg_down", "down_kernel_size",
     "kernel_sizes", "conv_mlp", "conv_bias", "use_grn", "ls_init_value", "head_norm_first", "head_hidden_size",
     "qkv_bias", "qk_norm", "proj_bias", "init_values", "no_embed_class", "reg_tokens", "pre_norm", "final_norm",
@@ -112,8 +115,9 @@ def read_recorded(path, library, holds="VisionTransformer"):
     kind = _kind_of(entries)
     if kind and kind == library:
         config, images = (_of_timm if kind == "timm" else _of_transformers)(entries, source, notes, holds)
-        if holds != "VisionTransformer":  # the tensors of a CNN show the rest
-            config = {name: config[name] for name in ("img_size", "in_channels", "n_classes") if name in config}
+        if holds not in VITS:  # the tensors of a model with stages show the rest
+            config = {name: config[name] for name in ("img_size", "in_channels", "n_classes", "window_size")
+                      if name in config}
     elif kind:
         notes.append(f"{CONFIG} in the same folder is ignored: it is from {kind}, but the tensors do not have that "
                      f"library's names")
@@ -149,9 +153,12 @@ def _of_transformers(entries, source, notes, holds):
     """Return (fields of ViTConfig, fields of Preprocessing) in a config.json of transformers."""
     if entries["model_type"] not in MODEL_TYPES[holds]:
         raise InputError(f"{source} specifies model_type={entries['model_type']!r}, but the tensors belong to a "
-                         f"{'ViT' if holds == 'VisionTransformer' else holds}; set it to one of "
+                         f"{'ViT' if holds in VITS else holds}; set it to one of "
                          f"{', '.join(MODEL_TYPES[holds])}, or move the weights to a separate folder")
     _check_activation(entries.get("hidden_act"), holds, source)
+    if holds == "SwinTransformer" and entries.get("layer_norm_eps", 1e-5) != 1e-5:
+        raise InputError(f"{source} specifies layer_norm_eps={entries['layer_norm_eps']!r}, which transformers uses in "
+                         f"only some norms of a Swin; SwinTransformer needs 1e-05 in all")
     for name in ("downsample_in_bottleneck", "downsample_in_first_stage"):
         if entries.get(name):
             raise InputError(f"{source} specifies {name}=true, but ConvNet has its strides in the 3 x 3 convolutions, "
@@ -191,16 +198,18 @@ def _of_timm(entries, source, notes, holds):
     if isinstance(shown.get("input_size"), list) and len(shown["input_size"]) == 3:
         config |= dict(in_channels=_size(shown["input_size"][0], "input_size", source),
                        img_size=_size(shown["input_size"][1:], "input_size", source))
-    config |= {ours: _size(given[theirs], theirs, source) for theirs, ours in TIMM_FIELDS.items()
+    named = TIMM_FIELDS if holds in VITS else TIMM_STAGES
+    config |= {ours: _size(given[theirs], theirs, source) for theirs, ours in named.items()
                if given.get(theirs) is not None}
     pool = entries.get("global_pool", given.get("global_pool"))
     if given.get("global_pool", pool) != pool:
         raise InputError(f"{source} specifies global_pool={pool!r}, but {given['global_pool']!r} in its model_args; "
                          f"correct one of them")
     if pool is not None:
-        if pool not in (TIMM_POOLS if holds == "VisionTransformer" else ("avg",)):
+        supported = {"VisionTransformer": ("token", "avg"), "DistilledViT": ("token",)}.get(holds, ("avg",))
+        if pool not in supported:
             raise InputError(f"{source} specifies global_pool={pool!r}; {holds} supports only "
-                             f"{'token or avg' if holds == 'VisionTransformer' else 'avg'}")
+                             f"{' or '.join(supported)}")
         config["pool"] = TIMM_POOLS[pool]
     if isinstance(entries.get("num_classes"), int):
         config["n_classes"] = entries["num_classes"]
