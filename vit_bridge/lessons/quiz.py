@@ -59,9 +59,9 @@ def _cost_of_windows():
                      for name in ("swin_tiny", "vit_small"))
     ratio = swin[1] / swin[0]
     return (0 if ratio < 3 else 1 if ratio < 6 else 2), (
-        f"{swin[0] / 1e9:.0f} GFLOPs become {swin[1] / 1e9:.0f}, which is {ratio:.1f} times as much. There are four times "
-        f"as many tokens, and each attends to 49 tokens as before. ViT-Small costs about the same at 224 pixels, but "
-        f"{vit[1] / vit[0]:.1f} times as much at 896 as at 448.")
+        f"{swin[0] / 1e9:.0f} GFLOPs become {swin[1] / 1e9:.0f}, which is {ratio:.1f} times as much. There are four "
+        f"times as many tokens, and each attends to 49 tokens as before. ViT-Small costs about the same at 224 pixels, "
+        f"but {vit[1] / vit[0]:.1f} times as much at 896 as at 448.")
 
 
 def _shuffled_without_positions():
