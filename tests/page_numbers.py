@@ -215,6 +215,10 @@ PAGES["docs/concepts.md"] = Page(
     ],
 )
 
+# ---- docs/family.md ---------------------------------------------------------------------------------------
+
+PAGES["docs/family.md"] = Page(stated=[("A ConvNet for the 2020s", "the title of the paper")])
+
 # ---- docs/extending.md ------------------------------------------------------------------------------------
 
 PAGES["docs/extending.md"] = Page(
