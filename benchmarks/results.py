@@ -223,8 +223,8 @@ def page():
         draw = {"throughput": throughput_lines, "growth": growth_lines, "formats": format_lines, "kills": kill_lines,
                 "mutants": mutant_lines, "processes": process_lines, "few-images": few_image_lines,
                 "targets": target_lines, "factors": factor_lines, "family": family_lines, "steps": step_lines,
-                "reach": reach_lines, "cues": cue_lines, "data": data_lines, "verdicts": verdict_lines, "trust": trust_lines,
-                "views": view_lines, "commands": command_lines, "shipped": shipped_lines,
+                "reach": reach_lines, "cues": cue_lines, "data": data_lines, "verdicts": verdict_lines,
+                "trust": trust_lines, "views": view_lines, "commands": command_lines, "shipped": shipped_lines,
                 "augmentation": augmentation_lines, "gpu": gpu_lines,
                 "explorer": explorer_lines}.get(table, run_lines)
         lines += [f"## {table}", "", f"{title}.", "", *draw(tables[table])]
