@@ -30,6 +30,8 @@ class ImageModel(nn.Module):
     attends : bool
         Whether its layers are attention blocks over n_prefix_tokens and patches, as in a ViT. If so, it also has
         blocks, norm, patch_embed and pos_embed, as VisionTransformer does.
+    windowed : bool
+        Whether its layers are stages of blocks with attention within windows, as in SwinTransformer.
     any_size : bool
         Whether it accepts images of sizes other than config.img_size.
     head_names : tuple of str
@@ -42,7 +44,7 @@ class ImageModel(nn.Module):
 
     config_class = None
     preprocessing = None
-    attends = False
+    attends = windowed = False
     any_size = True
     head_names = ("head",)
     no_weight_decay = ()

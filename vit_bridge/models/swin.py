@@ -8,8 +8,8 @@ Parameters have timm's names, with three exceptions: `stages` is `layers` in tim
 and `head` is `head.fc`.
 
 Shapes:  B images, C channels of an image, D channels of a map (embed_dim, doubled in each stage), h, w height and width
-         of a map in tokens, h', w' the same with padding, W windows, M tokens of a window, H heads, K = D / H width of a
-         head.
+         of a map in tokens, h', w' the same with padding, W windows, M tokens of a window, H heads, K = D / H width of
+         a head.
 """
 
 from dataclasses import dataclass
@@ -119,7 +119,7 @@ class WindowAttention(RelativeAttention):
         return [by if length < side else 0 for by, length, side in zip(self.shift, self.grid_size, size, strict=True)]
 
 
-def spread_windows(maps, window, shift, size):
+def spread_windows(maps, window, shift, size, pads_first=True):
     """Return the attention of a whole map from that of its windows: (B, W, H, M, M) -> (B, H, h w, h w).
 
     A token does not attend outside its window, so these weights are 0. Padding outside the map is left out; only if
@@ -133,15 +133,27 @@ def spread_windows(maps, window, shift, size):
         Height and width of a window, and the shift that was used.
     size : (int, int)
         (h, w).
+    pads_first : bool, optional
+        As in window_places.
     """
-    padded = [side + -side % length for side, length in zip(size, window, strict=True)]
-    ids = torch.arange(padded[0] * padded[1], device=maps.device).view(padded)  # (h', w'), numbered by rows
-    rolled = ids.roll([-by for by in shift], dims=(0, 1))[None, :, :, None]  # (1, h', w', 1)
-    tokens = split_windows(rolled, window)[0, :, :, 0]  # (W, M)
-    whole = maps.new_zeros(maps.shape[0], maps.shape[2], ids.numel(), ids.numel())
-    whole[:, :, tokens[:, :, None], tokens[:, None]] = maps.transpose(1, 2)  # (B, H, W, M, M)
-    inside = ids[:size[0], :size[1]].flatten()  # (h w)
-    return whole[:, :, inside][:, :, :, inside]  # (B, H, h w, h w)
+    places = window_places(size, window, shift, pads_first).to(maps.device)  # (W, M)
+    n = size[0] * size[1]  # the number of tokens, and the place of padding
+    whole = maps.new_zeros(len(maps), maps.shape[2], n + 1, n + 1)
+    whole[:, :, places[:, :, None], places[:, None]] = maps.transpose(1, 2)  # (B, H, W, M, M)
+    return whole[:, :, :n, :n]
+
+
+def window_places(size, window, shift, pads_first=True):
+    """Return which token of a map is at each place of each window, (W, M): row by row, and h w for padding.
+
+    With pads_first=False the map is rolled before it is padded, as in timm.
+    """
+    pad = (0, -size[1] % window[1], 0, -size[0] % window[0])
+    places, back = torch.arange(size[0] * size[1]).view(*size), [-by for by in shift]
+    places = places if pads_first else places.roll(back, dims=(0, 1))
+    places = F.pad(places, pad, value=size[0] * size[1])
+    places = places.roll(back, dims=(0, 1)) if pads_first else places
+    return split_windows(places[None, :, :, None], window)[0, :, :, 0]  # (W, M)
 
 
 # ---- The model --------------------------------------------------------------------------------------------
@@ -238,6 +250,8 @@ class SwinTransformer(ImageModel):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    windowed = True
 
     @property
     def n_features(self):
