@@ -100,6 +100,10 @@ TABLES = {
                 "benchmarks/commands.py --keep`)",
     "shipped": "What `python cnn_vs_vit.py` measures on the shipped models and new drawn shapes (kept by `python "
                "benchmarks/commands.py --keep`). The models were trained for different lengths of time",
+    "resolution": "What larger images cost in inference, in float32: models with about as many parameters, and images "
+                  "per second as medians of rounds in which all models and sizes take turns. The exponents are fitted "
+                  "to the upper half of the sides, against the number of pixels (`python benchmarks/growth.py models "
+                  "--keep`)",
     "explorer": "The explorer's page of one photograph against the number of tokens, in Chromium (`python "
                 "benchmarks/explorer.py --keep`). The hover time is the time from choosing a different patch until "
                 "the page is drawn, as a median of 15. It is listed for attention from a patch in one head (from), "
@@ -220,7 +224,8 @@ def page():
     for table, title in TABLES.items():
         if not tables[table]:
             continue
-        draw = {"throughput": throughput_lines, "growth": growth_lines, "formats": format_lines, "kills": kill_lines,
+        draw = {"throughput": throughput_lines, "growth": growth_lines,
+                "resolution": resolution_lines, "formats": format_lines, "kills": kill_lines,
                 "mutants": mutant_lines, "processes": process_lines, "few-images": few_image_lines,
                 "targets": target_lines, "factors": factor_lines, "family": family_lines, "steps": step_lines,
                 "reach": reach_lines, "cues": cue_lines, "data": data_lines, "verdicts": verdict_lines,
@@ -316,6 +321,18 @@ def throughput_lines(cells):
                   f"The project aims at 1.10. Columns whose whole interval lies below 1: {', '.join(below) or 'none'}. "
                   f"Columns whose interval begins below 1: {', '.join(touching) or 'none'}.", ""]
     return lines
+
+
+def resolution_lines(cells):
+    """Return a table of FLOPs and images per second against the side of the images."""
+    r = cells[0]["result"]
+    lines = [f"| model | {' | '.join(f'{side} pixels' for side in r['sides'])} | exponent of FLOPs | of time |",
+             f"|---|{'---:|' * len(r['sides'])}---:|---:|"]
+    for name, row in r["models"].items():
+        values = " | ".join(f"{1e-9 * flops:.3f} GFLOPs, {speed:.0f} images/s" for flops, speed in zip(
+            row["flops"], row["images_per_second"], strict=True))
+        lines.append(f"| {name} | {values} | {row['flops_exponent']:.2f} | {row['seconds_exponent']:.2f} |")
+    return [*lines, "", "![FLOPs and speed against the side of the images](figures/resolution.png)", ""]
 
 
 def growth_lines(cells):
