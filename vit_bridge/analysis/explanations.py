@@ -261,8 +261,8 @@ def cam_saliency(model, images, targets, layer_idx=None):
     targets : Tensor, shape (B,)
         The classes to explain.
     layer_idx : int, optional
-        Python index of the block or stage: 0 is the first block of a ViT, or the stem of a CNN or Swin. By default the last
-        one whose patches still reach the head. If the head reads no patch, this is the second-to-last block.
+        Python index of the block or stage: 0 is the first block of a ViT, or the stem of a CNN or Swin. By default the
+        last one whose patches still reach the head. If the head reads no patch, this is the second-to-last block.
 
     Raises
     ------
