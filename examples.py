@@ -1,4 +1,4 @@
-"""Eleven short demos, from cutting a photograph into patches to looking inside a trained model.
+"""Fourteen short demos, from cutting a photograph into patches to the windows of Swin and the teacher of DeiT.
 
     python examples.py                  run all demos; --list names them, --only heads runs one
     python examples.py quiz             guess first, then see the measured result
@@ -7,7 +7,7 @@
 Each demo prints what it measured and what to look at, and saves a figure in --output-dir.
 
 Shapes:  B images, C channels, S side of an image in pixels, P patch side, N tokens, D width, H heads,
-         K = D / H width of a head, L blocks.
+         K = D / H width of a head, L blocks, h, w height and width of a map in tokens, W windows, M tokens of a window.
 """
 
 import math
@@ -35,9 +35,19 @@ from vit_bridge.errors import InputError, closest_names
 from vit_bridge.inference import predict
 from vit_bridge.lessons.exercises import EXERCISES, check_file, default_path, solution, write_stub
 from vit_bridge.lessons.quiz import ask
+from vit_bridge.models.deit import create_deit_nano
 from vit_bridge.models.hybrid import HybridCNNViT
+from vit_bridge.models.swin import (
+    SwinBlock,
+    WindowAttention,
+    create_swin_tiny,
+    join_windows,
+    split_windows,
+    spread_windows,
+)
 from vit_bridge.plots.charts import plot_bars, plot_matrices, plot_training_curves, save_figure
 from vit_bridge.preprocessing import Preprocessing, eval_transform
+from vit_bridge.training.objectives import Distillation
 from vit_bridge.weights.checkpoints import load
 from vit_model import (
     VARIANTS,
@@ -310,6 +320,89 @@ def hybrid():
                          "fraction of the mean absolute gradient", xlabel="pixel", ylabel="pixel")
 
 
+# ---- The family -------------------------------------------------------------------------------------------
+
+
+def windows():
+    """Keep attention within windows, as Swin does: one softmax per window, and a bias for each offset."""
+    x, layer = torch.randn(1, 8, 8, 12), WindowAttention(embed_dim=12, n_heads=1, window=(4, 4))  # x: (B, h, w, D)
+    nn.init.normal_(layer.relative_position_bias_table)  # (49, 1): offsets of -3 to 3 rows and columns
+    q, k, v = layer.qkv(split_windows(x, (4, 4))).chunk(3, dim=-1)  # 3 x (1, 4, 16, 12): four windows of 16 tokens
+    row, column = torch.arange(16) // 4, torch.arange(16) % 4  # of each token in its window
+    offset = (row[:, None] - row + 3) * 7 + column[:, None] - column + 3  # (16, 16), from query to key
+    bias = layer.relative_position_bias_table[offset, 0]  # (16, 16)
+    weights = (q @ k.transpose(2, 3) / math.sqrt(12) + bias).softmax(dim=-1)  # (1, 4, 16, 16)
+    by_hand = layer.proj(join_windows(weights @ v, (4, 4), (8, 8)))  # (1, 8, 8, 12)
+    full = WindowAttention(embed_dim=12, n_heads=1, window=(8, 8))
+    full.load_state_dict(layer.state_dict() | {"relative_position_bias_table": torch.zeros(225, 1)})
+    everywhere = full(x, return_attention=True)[1]  # (1, 1, 1, 64, 64): one window, one head
+    print("A map of 8 x 8 tokens, cut into four windows of 4 x 4: softmax(Q K^T / sqrt(K) + B) V in each window.")
+    print(f"By hand and in the module: the largest difference is {_largest(by_hand - layer(x)):.1e}.")
+    for side in (224, 448):
+        with torch.device("meta"):  # tensors without storage: counting needs no memory
+            small, whole = (count_flops(create_swin_tiny(img_size=side, window_size=size)) for size in (7, side // 4))
+        print(f"  Swin-T at {side} pixels: {small / 1e9:.0f} GFLOPs with windows of 7 x 7 tokens, {whole / 1e9:.0f} "
+              f"with one window for the whole map")
+    print("Four times as many tokens: with windows the model costs four times as much, with full attention far more.")
+    print("Look at: a token attends to the 16 tokens of its window. The bias favours the same offsets in all windows.")
+    maps = {"full attention,\nno bias": everywhere[0, 0, 0],
+            "in windows,\nwith the bias": spread_windows(weights[:, :, None], (4, 4), (0, 0), (8, 8))[0, 0]}  # (64, 64)
+    return plot_matrices([m.detach() for m in maps.values()], list(maps), "attention weight", xlabel="key",
+                         ylabel="query")
+
+
+def shift():
+    """Follow which tokens can influence one token of a Swin: only the shift connects the windows."""
+    reached = {}
+    for name, by in (("without the shift", (0, 0)), ("with the shift", (2, 2))):
+        torch.manual_seed(0)
+        blocks = [SwinBlock(embed_dim=8, n_heads=2, window=(4, 4), shift=by if i % 2 else (0, 0)) for i in range(4)]
+        for depth in (2, 4):
+            x = torch.randn(1, 16, 16, 8, requires_grad=True)  # (B, h, w, D)
+            nn.Sequential(*blocks[:depth])(x)[0, 9, 9].sum().backward()  # the token in row 9 and column 9
+            reached[f"{name}, {depth} blocks"] = (x.grad[0].abs().sum(dim=-1) > 0).int()  # (16, 16)
+    print("A map of 16 x 16 tokens, windows of 4 x 4. Which tokens can influence the output in row 9, column 9?")
+    for name, tokens in reached.items():
+        rows, columns = (int(tokens.amax(dim=axis).sum()) for axis in (1, 0))
+        print(f"  {name}: {int(tokens.sum())} of 256 tokens, {rows} rows and {columns} columns")
+    print("After two blocks with the shift (o is the output's own place):")
+    for i, row in enumerate(reached["with the shift, 2 blocks"].tolist()):
+        print("   ", " ".join("o" if (i, j) == (9, 9) else "#" if seen else "." for j, seen in enumerate(row)))
+    print("Look at: without the shift, no number of blocks leaves the window. With it, the region grows, as in a CNN.")
+    return plot_matrices(list(reached.values()), [name.replace(", ", ",\n") for name in reached],
+                         "1: can influence the token", xlabel="column", ylabel="row")
+
+
+def teacher():
+    """Ask a teacher: its probabilities say more than a label, and both losses of DeiT by hand."""
+    images, drawn = shape_images(256)
+    labels, convnet, names = drawn.labels, load("convnet_shapes"), load("convnet_shapes").preprocessing.class_names
+    student = create_deit_nano(n_classes=10, img_size=32)
+    objectives = {kind: Distillation(convnet, convnet.preprocessing, kind, label_smoothing=0.0).train()
+                  for kind in ("hard", "soft")}
+    with torch.no_grad():
+        theirs, heads = convnet(images), student(images)  # (256, 10), and in training mode 2 x (256, 10): CLS and DIST
+        shares = (theirs / 3).softmax(dim=1)  # (256, 10), softened by the temperature 3
+        on_labels, on_predictions = (-logits.log_softmax(dim=1).gather(1, classes[:, None]).mean()
+                                     for logits, classes in zip(heads, (labels, theirs.argmax(1)), strict=True))
+        divergence = (shares * (shares.log() - (heads[1] / 3).log_softmax(dim=1))).sum(dim=1).mean()
+        by_hand = dict(hard=on_labels / 2 + on_predictions / 2, soft=0.9 * on_labels + 0.1 * 9 * divergence)
+        for kind, value in by_hand.items():
+            loss = objectives[kind].loss(heads, images, labels)
+            print(f"  {kind} loss by hand {value:.4f}; the module differs by {_largest(value - loss):.1e}")
+    predicted = theirs.softmax(dim=1)  # (256, 10)
+    doubtful = int((predicted * predicted.log()).sum(dim=1).argmin())  # the image with the largest entropy
+    right = int((theirs.argmax(1) == labels).sum())
+    best = ", ".join(f"{names[i]} {predicted[doubtful, i]:.0%}" for i in predicted[doubtful].topk(3).indices)
+    print(f"The teacher, a ConvNet, is right on {percent(right, 256)} of these shapes.")
+    print(f"It is least sure of image {doubtful}, whose label is {names[labels[doubtful]]}. It predicts {best}.")
+    print("Look at: the label names one class. The teacher also ranks the others, for this very image.")
+    print("Does that help a student? benchmarks/RESULTS.md, section family, has the measurements.")
+    bars = {"the label": F.one_hot(labels[doubtful], 10), "the teacher": predicted[doubtful],
+            "the teacher at T = 3": shares[doubtful]}
+    return plot_bars({title: dict(zip(names, values.tolist(), strict=True)) for title, values in bars.items()})
+
+
 def _largest(x):
     """Return the largest absolute value."""
     return x.abs().max().item()
@@ -321,7 +414,8 @@ def _to_picture(image):
 
 
 DEMOS = {demo.__name__: demo for demo in (patches, attention, heads, positions, cls_token, whole_vit, variants,
-                                          first_training, transfer, attention_map, hybrid)}
+                                          first_training, transfer, attention_map, hybrid, windows,
+                                          shift, teacher)}
 TRAINS = ("first_training", "transfer")  # a dry run skips these
 
 

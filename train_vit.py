@@ -73,13 +73,12 @@ from vit_bridge.errors import InputError, check_choice, closest_names
 from vit_bridge.inference import Mirrored, batches_of, check_has_head, export_onnx, predict, ranked, score
 from vit_bridge.models.adapters import adapt
 from vit_bridge.models.initialisation import whiten_first_layer
-from vit_bridge.models.protocol import class_name
+from vit_bridge.models.protocol import ask, class_name, is_ours
 from vit_bridge.models.registry import MODELS, build_model
 from vit_bridge.plots.charts import plot_confusion, plot_training_curves, save_figure
 from vit_bridge.preprocessing import SMALL_SIDE, describe_size
 from vit_bridge.runtime import (
     OutOfMemory,
-    at_least_float32,
     check_compiler,
     choose_device,
     choose_precision,
@@ -88,7 +87,6 @@ from vit_bridge.runtime import (
     evaluating,
     explain_out_of_memory,
     is_quantised,
-    logits_of,
     processes,
     recomputed,
     replaced_forwards,
@@ -106,8 +104,16 @@ from vit_bridge.system import (
     write_json,
 )
 from vit_bridge.training.config import RECIPES, Callback, Recipe, TrainConfig, choose_recipe
-from vit_bridge.training.linear_probe import feature_loaders, linear_classifier
-from vit_bridge.training.objectives import Classification, Objective, balancing_weights
+from vit_bridge.training.linear_probe import Heads, feature_loaders, linear_classifier
+from vit_bridge.training.objectives import (
+    DEFAULT_DISTILLATION,
+    DISTILLATIONS,
+    Classification,
+    Distillation,
+    InPrecision,
+    Objective,
+    balancing_weights,
+)
 from vit_bridge.training.optimizers import (
     OPTIMIZERS,
     SCHEDULES,
@@ -167,8 +173,8 @@ class Trainer:
     device : str or torch.device
         "auto", "cpu", "cuda", "cuda:N" or "mps".
     objective : Objective, optional
-        None: Classification, with label smoothing 0.1. The same objective is used for training and evaluation, so
-        that the two curves can be compared.
+        None: Classification, with label smoothing 0.1, for training and evaluation alike, so that the two curves can
+        be compared.
     config : TrainConfig, optional
         Settings of the training.
     loss_fn : callable, optional
@@ -275,6 +281,7 @@ class Trainer:
             forward = nn.parallel.DistributedDataParallel(
                 self.model, device_ids=[self.device] if self.device.type == "cuda" else None)
         self.parallel, self.dtype = forward, choose_precision(config.amp, self.device)
+        self.objective.dtype = self.dtype
         fixed = config.n_steps is not None and config.warmup_epochs is None  # the loader may then have no length
         length = None if fixed else n_batches(train_loader, "n_steps=, and no warmup_epochs=")
         compiled = config.compile or self.compiled is not None
@@ -595,25 +602,6 @@ class TrainState:
                         f"learning rate {self.lr:.3g}; {advice}")
 
 
-class InPrecision:
-    """A model that computes in mixed precision and returns float32 logits, as an objective calls it.
-
-    The model runs under autocast to `dtype` (None: no autocast), on inputs converted to `input_dtype`, the type of its
-    weights.
-    """
-
-    def __init__(self, model, device, dtype, input_dtype):
-        self.model, self.device_type, self.dtype, self.input_dtype = model, device.type, dtype, input_dtype
-
-    def __call__(self, *inputs):
-        inputs = [one.to(self.input_dtype) if one.is_floating_point() else one for one in inputs]
-        with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
-            output = logits_of(self.model(*inputs))
-        if isinstance(output, tuple):
-            return tuple(at_least_float32(one) if isinstance(one, torch.Tensor) else one for one in output)
-        return output.float() if isinstance(output, torch.Tensor) else output
-
-
 def trainable(model):
     """Return the model inside torch's wrappers; raise InputError if it cannot be trained."""
     n = len(getattr(model, "device_ids", None) or ())
@@ -644,19 +632,21 @@ def compiled_part(model):
 def _set_train_mode(model):
     """Set train mode, but leave modules that are entirely frozen in eval mode.
 
-    They then apply no dropout and keep their batch normalisation statistics. If only the last layer is trained, layers
-    without parameters before it, such as the dropout after the positions, stay in eval mode too.
+    They then apply no dropout and keep their batch normalisation statistics. If only the heads are trained, or the last
+    layer of another library's model, layers without parameters, such as the dropout after the positions, stay in eval
+    mode too.
     """
     model.train()
     for module in model.modules():
         parameters = list(module.parameters())
         if parameters and not any(p.requires_grad for p in parameters):
             module.eval()
-    own, layers = list(model.parameters(recurse=False)), [list(child.parameters()) for child in model.children()]
-    before_head = [*own, *chain(*list(filter(None, layers))[:-1])]
+    layers = {name: list(child.parameters()) for name, child in model.named_children()}
+    heads = ask(model, "head_names") if is_ours(model) else [name for name in layers if layers[name]][-1:]
+    before_head = [*model.parameters(recurse=False), *chain(*(layers[name] for name in layers if name not in heads))]
     if before_head and not any(p.requires_grad for p in before_head):
-        for child, parameters in zip(model.children(), layers, strict=True):
-            if not parameters:
+        for name, child in model.named_children():
+            if not layers[name]:
                 child.eval()
 
 
@@ -744,7 +734,7 @@ class Run:
     recipe : Recipe
         The recipe, after the options have overridden parts of it.
     model, trained : Module
-        The whole model, and the part of it that is trained: all of it, or its head.
+        The whole model, and the part of it that is trained: all of it, or its Heads.
     loaders : tuple
         Loaders on which `trained` is trained and evaluated: train_loader and val_loader, or loaders of features.
     trainer : Trainer
@@ -826,6 +816,7 @@ def prepare(options, device, folder=None, lock=None, saved=None):
                          f"--resume {options.output_dir}, or choose a new folder")
     if options.compile:
         check_compiler(device.type)
+    teacher = _load_teacher(options, saved) if options.teacher else None  # before the seed, so it changes no weights
     torch.manual_seed(options.seed)
     start = _pretrained_model(options, folder, saved) if options.pretrained else None
     data = _data_arguments(options, start)
@@ -839,7 +830,7 @@ def prepare(options, device, folder=None, lock=None, saved=None):
     if isinstance(train_loader, MemoryLoader):
         recipe = replace(recipe, augmentation=train_loader.augmentation)  # digits are never mirrored
     files = dict(validation_files=_fingerprint(val_loader), training_files=_fingerprint(train_loader),
-                 test_files=_test_fingerprint(data))
+                 test_files=_test_fingerprint(data), teacher_weights=_fingerprint_of_weights(teacher))
     if options.dry_run:
         val_loader = val_loader.without_augmentation(2 * recipe.batch_size)
     class_names = train_loader.class_names
@@ -850,6 +841,7 @@ def prepare(options, device, folder=None, lock=None, saved=None):
         print(fit_head(start, class_names))
     if recipe.train.progressive_resize:
         model.any_size = True
+    objective = _make_objective(options, recipe, train_loader, teacher)
     if saved:
         for change in changes_since(saved, class_names, train_loader.n_images, n_processes(), **files):
             print(f"Warning: {change}.")
@@ -859,8 +851,8 @@ def prepare(options, device, folder=None, lock=None, saved=None):
     folder = broadcast_object(folder)
     loaders, trained = (train_loader, val_loader), model
     if options.freeze_backbone:
-        loaders, trained = feature_loaders(freeze_backbone(model), loaders, device), model.head
-    trainer = _make_trainer(options, recipe, model, trained, train_loader, device)
+        loaders, trained = feature_loaders(freeze_backbone(model), loaders, device), Heads(model)
+    trainer = _make_trainer(options, recipe, model, trained, objective, device)
     _describe_run(options, name, recipe, model, train_loader, val_loader, trainer)
     spent = broadcast_object(time.perf_counter() - started) if options.freeze_backbone else 0.0  # for the features
     n_steps = saved["n_steps"] if saved else _count_steps(options, trainer, loaders, spent)
@@ -960,7 +952,7 @@ def _choose_run_recipe(options, saved, name, train_loader, device):
         kind = "head" if options.freeze_backbone else "pretrained" if options.pretrained else "new"
         precision = choose_precision(options.amp, device)
         options.recipe = choose_recipe(name, train_loader.img_size, _budget(options), kind, precision)
-    check_choice("recipe", options.recipe, RECIPES)
+    check_choice("recipe", options.recipe, tuple(RECIPES), "python train_vit.py --help")
     recipe = RECIPES[options.recipe]
     if recipe.model not in (None, name) and not options.pretrained:
         raise InputError(f"--recipe {options.recipe} is for --model {recipe.model}, but the model is {name}; use "
@@ -990,17 +982,36 @@ def _choose_run_recipe(options, saved, name, train_loader, device):
     return recipe
 
 
-def _make_trainer(options, recipe, model, trained, train_loader, device):
+def _load_teacher(options, saved):
+    """Return the teacher of a run; raise InputError if it cannot be loaded."""
+    if saved and options.teacher not in PRETRAINED and not Path(options.teacher).exists():
+        raise InputError(f"the teacher of this run, {options.teacher}, is no longer there; put it back to resume the "
+                         f"run, or start a new run from its weights with --pretrained")
+    try:
+        return load(options.teacher)
+    except InputError as error:
+        raise InputError(f"--teacher: {error}") from error
+
+
+def _make_objective(options, recipe, train_loader, teacher):
+    """Return the objective of a run: Distillation if there is a teacher, otherwise Classification."""
+    settings = dict(label_smoothing=recipe.label_smoothing,
+                    class_weights=balancing_weights(train_loader.class_counts) if options.class_weights else None,
+                    mixing=None if recipe.mixing == "none" else Mixing(recipe.mixing, len(train_loader.class_names)))
+    if teacher is None:
+        return Classification(**settings)
+    return Distillation(teacher, train_loader.preprocessing, options.distillation, **settings)
+
+
+def _make_trainer(options, recipe, model, trained, objective, device):
     """Return the Trainer of a run, with the recipe and the options about precision, memory and speed."""
-    weights = balancing_weights(train_loader.class_counts) if options.class_weights else None
-    mixing = None if recipe.mixing == "none" else Mixing(recipe.mixing, len(train_loader.class_names))
     config = replace(recipe.train, seed=options.seed, **chosen(options, "warmup_epochs"),
                      resize_multiple=max(pair(getattr(model.config, "patch_size", 4))),
                      lr_scales=layer_lr_scales(trained, options.layer_decay) if options.layer_decay else None,
                      grad_accum_steps=options.grad_accum_steps, amp=options.amp, compile=options.compile,
                      grad_checkpointing=options.grad_checkpointing,
                      save_every=60 * options.save_minutes)
-    return Trainer(trained, device, Classification(recipe.label_smoothing, weights, mixing), config)
+    return Trainer(trained, device, objective, config)
 
 
 def _budget(options):
@@ -1035,6 +1046,8 @@ def _describe_run(options, name, recipe, model, train, val, trainer):
           f"{len(train.class_names)} classes; {trainer.device}, "
           f"{str(trainer.dtype or torch.float32).removeprefix('torch.')}")
     print(f"Recipe {options.recipe}: {recipe.describe(isinstance(train, MemoryLoader))}")
+    if options.teacher:
+        print(f"Teacher {options.teacher}: {trainer.objective.describe_teacher()}")
     if text := _unevenness(train.class_names, train.class_counts):
         weighted = "--class-weights gives every class the same weight" if options.class_weights else \
             "look at the balanced accuracy, or give every class the same weight with --class-weights"
@@ -1091,7 +1104,7 @@ def fit(run, interrupts):
     saver, n_steps = None, run.entries["n_steps"]
     if process_number() == 0:
         saver = Saver(run.folder, run.model, run.train_loader.preprocessing, run.entries, run.trainer.objective,
-                      run.options.freeze_backbone, run.resume)
+                      run.resume)
     resume = command("--resume", run.folder)
     interrupts.held = True
     try:
@@ -1173,7 +1186,7 @@ def finish(run, history, seconds):
               f"`predict` does not average them.")
     print(f"{result['images_per_second']:.0f} images/s; fetching and augmenting took {run.trainer.data_share:.1%} of "
           f"the training time. Results: {run.folder}/"
-          + (" (without attention.png: this model has no attention)" if not best.attends else ""))
+          + ("" if best.attends else " (without attention.png: this model has no token that attends to all patches)"))
     return result
 
 
@@ -1188,6 +1201,7 @@ def _training_result(run, history, seconds):
           + (f" (the last of {n_equal} equally good epochs)." if n_equal > 1 else "."), flush=True)
     speed = sum(s * r for s, r in zip(history["seconds"], history["images_per_second"], strict=True))
     return dict(model=run.name, dataset=run.train_loader.dataset_name, seed=run.options.seed, recipe=run.options.recipe,
+                teacher=run.options.teacher, distillation=run.options.distillation,
                 minutes=_budget(run.options), n_steps=run.entries["n_steps"], parameters=count_parameters(run.model),
                 val_acc=history["val_acc"][epoch - 1], seconds=round(seconds, 1),
                 images_per_second=round(speed / sum(history["seconds"]), 1), data_share=round(trainer.data_share, 4),
@@ -1352,6 +1366,10 @@ def make_parser():
                        "learning rate as a fraction of the next layer's, such as 0.75 for fine-tuning (default: 1)")
 
     group = parser.add_argument_group("loss and regularisation")
+    group.add_argument("--teacher", type=_located, metavar="NAME|PATH", help="learn from this trained model too, which "
+                       "must know the classes: a checkpoint, or a name that `inspect` lists (default: labels alone)")
+    group.add_argument("--distillation", choices=tuple(DISTILLATIONS), help="what to learn from the teacher: the class "
+                       f"that it predicts, or its probabilities (default: {DEFAULT_DISTILLATION})")
     group.add_argument("--class-weights", action="store_true", help="give every class the same weight in the loss, and "
                        "choose the best epoch by balanced accuracy")
     group.add_argument("--label-smoothing", type=Bounded(float, 0, 1, "0 to 1"), metavar="F", help="fraction of the "
@@ -1380,6 +1398,12 @@ def make_parser():
     return parser
 
 
+def _located(name):
+    """Return the absolute path of a model's file or folder, or the name of a pretrained model unchanged."""
+    path = Path(os.path.expanduser(name))  # unlike Path.expanduser it accepts unknown users
+    return str(path.resolve()) if path.exists() and name not in PRETRAINED else name
+
+
 def parse(argv=None):
     """Return the options of a training run; `given` holds {name: value} of the options on the command line."""
     options = make_parser().parse_args(argv)
@@ -1388,7 +1412,7 @@ def parse(argv=None):
     words = vars(make_parser().parse_args(argv, blank))
     options.given = {name: value for name, value in words.items() if value is not unset}
     if options.recipe:
-        check_choice("recipe", options.recipe, tuple(RECIPES))
+        check_choice("recipe", options.recipe, tuple(RECIPES), "python train_vit.py --help")
     if options.resume and options.dry_run:
         raise InputError("--dry-run starts a new run and cannot resume one; leave out --resume")
     if options.freeze_backbone and options.layer_decay:
@@ -1399,6 +1423,14 @@ def parse(argv=None):
     if options.freeze_backbone and options.grad_checkpointing:
         raise InputError("--grad-checkpointing cannot be combined with --freeze-backbone, which needs no backward pass "
                          "through the layers; leave one of them out")
+    if options.freeze_backbone and options.teacher:
+        raise InputError("--teacher cannot be combined with --freeze-backbone, which trains on features instead of "
+                         "images; leave one of them out")
+    if options.distillation and not options.teacher and not options.resume:
+        raise InputError(f"--distillation {options.distillation} needs a teacher; add --teacher NAME or PATH, or leave "
+                         f"it out")
+    if options.teacher and not options.distillation:
+        options.distillation = DEFAULT_DISTILLATION
     for name in ("model", "patch_size"):
         if options.pretrained and getattr(options, name):
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)} cannot be combined with "
@@ -1544,6 +1576,17 @@ def _test_fingerprint(data):
 def _fingerprint(loader):
     """Return a checksum of the names of a loader's files, skipped ones included, or None if it has no files."""
     return None if loader.files is None else _fingerprint_of({*map(str, loader.files), *map(str, loader.skipped)})
+
+
+def _fingerprint_of_weights(model):
+    """Return a checksum of a model's weights and preprocessing, or None without a model."""
+    if model is None:
+        return None
+    checksum = hashlib.sha256(repr(model.preprocessing).encode(errors="surrogateescape"))
+    for name, tensor in model.state_dict().items():
+        checksum.update(name.encode())
+        checksum.update(tensor.contiguous().numpy().tobytes())
+    return checksum.hexdigest()
 
 
 def _fingerprint_of(files):

@@ -423,8 +423,9 @@ def drop_path_rates(last, depth):
 def sincos_positions(grid_size, embed_dim, n_prefix=1):
     """Return fixed two-dimensional positions (1, n_prefix + rows * columns, D), as in MAE (He et al. 2022).
 
-    The positions of the prefix, by default CLS, are zero. The first half of the channels encodes the column and the second half the row. Each
-    half holds D / 4 sines, then D / 4 cosines, with frequencies from 1 down to almost 1 / 10000 radians per patch.
+    The positions of the prefix, by default CLS, are zero. The first half of the channels encodes the column and the
+    second half the row. Each half holds D / 4 sines, then D / 4 cosines, with frequencies from 1 down to almost
+    1 / 10000 radians per patch.
     """
     rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid_size), indexing="ij")
     frequencies = 10000.0 ** -(torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim // 4))  # (D / 4)

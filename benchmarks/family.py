@@ -208,7 +208,7 @@ def main():
     if options.command == "plan":
         for name, arm in ARMS.items():
             print(f"{name:35s} {arm.minutes:g} min x {len(SEEDS)} seeds, "
-                  + (f"rate of {arm.rate_of}" if arm.rate_of else f"rates {', '.join(f'{r:g}' for r in RATES)}, seed 0"))
+                  + (f"rate of {arm.rate_of}" if arm.rate_of else f"{len(RATES)} rates with seed 0"))
         n = sum(arm.minutes * (len(SEEDS) + (len(RATES) - 1) * (arm.rate_of is None)) for arm in ARMS.values())
         print(f"{n:g} minutes in all")
         return

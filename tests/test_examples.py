@@ -16,11 +16,11 @@ from vit_model import InputError, VisionTransformer
 QUICK = [name for name in examples.DEMOS if name not in examples.TRAINS]
 
 
-def test_examples_lists_eleven_demos(capsys):
+def test_examples_lists_fourteen_demos(capsys):
     examples.main(["--list"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(examples.DEMOS) == 11
-    assert len({line.split(maxsplit=1)[1] for line in lines}) == 11
+    assert len(lines) == len(examples.DEMOS) == 14
+    assert len({line.split(maxsplit=1)[1] for line in lines}) == 14
 
 
 @pytest.mark.slow
@@ -47,6 +47,35 @@ def test_vit_by_hand_matches_the_model_in_60_lines():
     by_hand = examples.vit_by_hand(images, model.state_dict(), patch_size=2, depth=2, n_heads=3)
     torch.testing.assert_close(by_hand, model(images), rtol=1e-5, atol=1e-5)
     assert len(inspect.getsource(examples.vit_by_hand).splitlines()) <= 60
+
+
+def test_windows_by_hand_match_the_module(capsys):
+    torch.manual_seed(0)
+    maps = examples.windows().axes[1].images[0].get_array()  # (64, 64)
+    printed = capsys.readouterr().out
+    assert float(re.search(r"By hand and in the module: the largest difference is (\S+)\.\n", printed)[1]) < 1e-6
+    costs = [tuple(map(int, numbers)) for numbers in re.findall(r"pixels: (\d+) GFLOPs .* tokens, (\d+)", printed)]
+    assert costs[1][0] == 4 * costs[0][0]
+    assert costs[1][1] > 8 * costs[0][1]
+    assert ((maps > 0).sum(axis=1) == 16).all()
+    assert abs(maps.sum(axis=1) - 1).max() < 1e-5
+
+
+def test_shift_counts_the_tokens_that_windows_connect(capsys):
+    examples.shift()
+    printed = capsys.readouterr().out
+    assert re.findall(r"blocks: (\d+) of 256 tokens, (\d+) rows and (\d+) columns", printed) == [
+        (str(side**2), str(side), str(side)) for side in (4, 4, 8, 16)]
+    assert (printed.count("#"), printed.count("o #")) == (63, 1)
+
+
+def test_losses_of_a_teacher_by_hand_match_the_module(capsys):
+    torch.manual_seed(0)
+    examples.teacher()
+    printed = capsys.readouterr().out
+    found = re.findall(r"(hard|soft) loss by hand [\d.]+; the module differs by (\S+)\n", printed)
+    assert [kind for kind, _ in found] == ["hard", "soft"]
+    assert all(float(difference) < 1e-5 for _, difference in found)
 
 
 @pytest.mark.parametrize(("words", "expected"), [
@@ -85,8 +114,8 @@ def test_exercise_is_written_then_checked(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "right: the values and gradients agree" in printed
     assert printed.endswith("\nNext: python examples.py exercise patch_embedding\n")
-    (tmp_path / "last.py").write_text(solution("rollout"))
-    examples.main(["exercise", "rollout", "--file", "last.py"])
+    (tmp_path / "last.py").write_text(solution("windows"))
+    examples.main(["exercise", "windows", "--file", "last.py"])
     assert capsys.readouterr().out.endswith("\nThis was the last exercise.\n")
 
 

@@ -225,6 +225,48 @@ def test_attend_uses_explicit_softmax_for_short_bf16_sequences_on_a_cpu(monkeypa
     assert used == [0, 1, 1, 0, 1]
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (3, 5, 7), (1, 5, 7), (2, 1, 1, 7)])
+def test_attend_adds_a_bias_to_the_scores(shape):
+    """Fused and explicit, with the bias's gradient; -inf hides a key."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 4, dtype=torch.float64, requires_grad=True) for n in (5, 7, 7))
+    bias = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    expected = ((q @ k.transpose(2, 3)) / 2 + bias).softmax(-1)
+    wanted = torch.autograd.grad((expected @ v).pow(3).sum(), (q, k, v, bias))
+    for maps_too in (False, True):
+        heads, maps = vit_model.attend(q, k, v, maps_too, bias)
+        torch.testing.assert_close(heads, expected @ v, rtol=1e-12, atol=1e-12)
+        found = torch.autograd.grad(heads.pow(3).sum(), (q, k, v, bias))
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(maps, expected)
+    hidden = torch.zeros(5, 7, dtype=torch.float64).masked_fill(torch.arange(7) == 3, -torch.inf)
+    assert not vit_model.attend(q, k, v, True, hidden)[1][..., 3].any()
+    torch.testing.assert_close(vit_model.attend(q, k, v, False, hidden)[0], vit_model.attend(q, k, v, True, hidden)[0])
+
+
+class Offset(MultiHeadAttention):
+    """Attention with a bias of its own, as models/relative.py has it."""
+
+    def bias(self, n_query_tokens=None):
+        return torch.arange(22.0, dtype=torch.float64).expand(3, 22, 22)[:, :n_query_tokens]
+
+
+def test_attention_uses_the_bias_of_its_subclass():
+    model = small_vit().double()
+    images = images_for(model)
+    plain = model(images)
+    for block in model.blocks:
+        block.attn.__class__ = Offset
+    assert not torch.allclose(model(images), plain)
+    fused, (explicit, maps) = model.forward_features(images), model.forward_features(images, return_attention=True)
+    torch.testing.assert_close(fused, explicit)
+    torch.testing.assert_close(model.forward_features(images, n_query_tokens=2), fused[:, :2])
+    x = model.blocks[0].norm1(model.add_prefix(model.patch_embed(images), images.shape[2:]))
+    q, k, _ = model.blocks[0].attn.qkv(x).unflatten(2, (3, 3, 4)).permute(2, 0, 3, 1, 4)
+    torch.testing.assert_close(maps[0], (q @ k.transpose(2, 3) / 2 + torch.arange(22.0)).softmax(-1))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_attention_rows_sum_to_one_despite_dropout(training):
     attention = MultiHeadAttention(15, 5, dropout=0.5).train(training)
@@ -290,6 +332,21 @@ def test_vit_forward_is_the_head_of_the_features():
     assert features.shape == (3, 22, 12)
     torch.testing.assert_close(model(images), model.forward_head(features))
     torch.testing.assert_close(model(images), model.head(model.forward_head(features, pre_logits=True)))
+
+
+def test_encode_is_what_follows_the_embedding():
+    """Any number of tokens passes through the blocks and the last norm."""
+    model = small_vit().double()
+    images = images_for(model)
+    tokens = model.add_prefix(model.patch_embed(images), images.shape[2:])
+    torch.testing.assert_close(model.encode(tokens), model.forward_features(images), rtol=0, atol=0)
+    encoded, maps = model.encode(tokens[:, :9], return_attention=True, n_query_tokens=4)
+    assert encoded.shape == (3, 4, 12)
+    assert [one.shape for one in maps] == [(3, 3, 9, 9), (3, 3, 4, 9)]
+    expected = tokens[:, :9]
+    for block in model.blocks:
+        expected = block(expected)
+    torch.testing.assert_close(encoded, model.norm(expected)[:, :4])
 
 
 @pytest.mark.parametrize("n", [1, 2, 22])
@@ -599,6 +656,15 @@ def test_freeze_backbone_leaves_exactly_the_head():
     model.head = nn.Linear(model.head.in_features, 7)
     assert freeze_backbone(model) is model
     assert trainable_names(model) == {"head.weight", "head.bias"}
+
+
+def test_freeze_backbone_leaves_exactly_the_heads_that_the_model_names():
+    class TwoHeads(VisionTransformer):
+        head_names = ("head", "second")
+
+    model = TwoHeads(**SMALL)
+    model.second = nn.Linear(12, 11)
+    assert trainable_names(freeze_backbone(model)) == {"head.weight", "head.bias", "second.weight", "second.bias"}
 
 
 def test_vit_with_frozen_blocks_trains_more_than_the_head():

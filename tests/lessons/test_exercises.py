@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 from vit_bridge.analysis.explanations import rollout
 from vit_bridge.lessons import exercises as e
+from vit_bridge.models.relative import RelativeAttention
+from vit_bridge.models.swin import WindowAttention, join_windows, split_windows
 from vit_model import InputError, MultiHeadAttention, PatchEmbedding, TransformerBlock, VisionTransformer
 
 RIGHT = e.Verdict(True, "right: the values and gradients agree with ours on three sets of inputs")
@@ -48,7 +50,28 @@ def rolled_from(start):
     return rollout
 
 
+def folded(x, side, mix):
+    """Windows by F.unfold and F.fold, which take the channels first."""
+    windows = F.unfold(x.permute(0, 3, 1, 2), side, stride=side).unflatten(1, (x.shape[3], -1))  # (B, D, M, W)
+    mixed = mix(windows.permute(0, 3, 2, 1)).permute(0, 3, 2, 1).flatten(1, 2)  # (B, D M, W)
+    return F.fold(mixed, x.shape[1:3], side, stride=side).permute(0, 2, 3, 1)
+
+
+def one_by_one(x, side, mix):
+    _, h, w, _ = x.shape
+    places = [(slice(i, i + side), slice(j, j + side)) for i in range(0, h, side) for j in range(0, w, side)]
+    mixed = mix(torch.stack([x[:, rows, columns].flatten(1, 2) for rows, columns in places], dim=1))
+    result = torch.zeros_like(x)
+    for i, (rows, columns) in enumerate(places):
+        result[:, rows, columns] = mixed[:, i].unflatten(1, (side, side))
+    return result
+
+
 OTHER_ANSWERS = [
+    pytest.param("windows", folded, id="unfold and fold"),
+    pytest.param("windows", one_by_one, id="window by window"),
+    pytest.param("windows", lambda x, side, mix: join_windows(mix(split_windows(x, (side, side))), (side, side),
+                                                              x.shape[1:3]), id="as in swin.py"),
     pytest.param("rollout", rolled_from(lambda maps: torch.eye(maps.shape[-1], dtype=maps.dtype)), id="rows scaled"),
     pytest.param("rollout", lambda maps: rollout(maps[:, None])[0], id="as in explanations.py"),
     pytest.param("rollout", lambda maps: F.normalize(e.attention_rollout(maps), p=1.0, dim=-1), id="scaled at the end"),
@@ -123,6 +146,15 @@ def test_exercises_patches_and_positions_match_the_model():
                                model.add_prefix(patches, (8, 8)))
 
 
+def test_exercise_windows_matches_the_model():
+    torch.manual_seed(0)
+    inside, x = WindowAttention(embed_dim=12, n_heads=3, window=(4, 4)), torch.randn(2, 8, 12, 12)
+    plain = RelativeAttention(embed_dim=12, n_heads=3, grid_size=(4, 4))
+    plain.load_state_dict(inside.state_dict())
+    mixed = e.within_windows(x, 4, lambda t: plain(t.flatten(0, 1)).unflatten(0, t.shape[:2]))
+    torch.testing.assert_close(mixed, inside(x))
+
+
 # ---- Sizes
 
 
@@ -144,7 +176,8 @@ def test_exercises_sizes_differ_between_the_three_sets(name):
     ("positions", lambda x, c, p: torch.cat([c.expand(3, -1, -1), x], dim=1) + p,
      "patches is (2, 6, 5), cls_token is (1, 1, 5), positions is (1, 7, 5)", "it fails: RuntimeError: "),
     ("block", lambda x, n1, a, n2, m: e.block(x, n1, a, n2, m)[:2], "x is (3, 4, 7)",
-     "it returns shape (2, 4, 7); expected (3, 4, 7)")])
+     "it returns shape (2, 4, 7); expected (3, 4, 7)"),
+    ("windows", lambda x, side, mix: e.within_windows(x, 2, mix), "x is (3, 12, 15, 4)", "it fails: RuntimeError: ")])
 def test_check_function_refuses_hard_coded_sizes(name, function, where, words):
     verdict = e.check_function(name, function)
     assert verdict.words.startswith(f"right for one set of sizes, but not if {where}: {words}")

@@ -45,11 +45,12 @@ def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
         if not last.startswith((" ", "print", ")")):
             figures += isinstance(eval(last, names), Figure)
     printed = capsys.readouterr().out
-    assert printed.count("not filled in yet") == 5
+    assert printed.count("not filled in yet") == 6
     assert "does not hold" not in printed
     assert "produces the same numbers" in printed
-    assert figures >= 6
+    assert figures >= 8
     check_shuffled(printed)
+    check_family(printed)
 
 
 def check_shuffled(printed):
@@ -65,6 +66,18 @@ def check_shuffled(printed):
     own, moved = map(int, re.search(control, printed).groups())
     assert own >= 95
     assert 50 < moved < 90
+
+
+def check_family(printed):
+    """Check the lesson's claims on the family: what the shift connects, and what twice the side costs."""
+    reached = re.findall(r"(\d+) of 144 tokens can influence", printed)
+    assert list(map(int, reached)) == [16, 16, 64]
+    costs = {name: [int(number) for number in re.findall(r"(\d+) GFLOPs", line)]
+             for name, line in re.findall(r"^(\w+_(?:small|tiny)): (.*)$", printed, flags=re.MULTILINE)}
+    assert list(costs) == ["vit_small", "swin_tiny", "convnext_tiny"]
+    assert {one[0] for one in costs.values()} == {9}
+    assert {name: round(one[2] / one[1]) for name, one in costs.items()} == dict(vit_small=7, swin_tiny=4,
+                                                                              convnext_tiny=4)
 
 
 def test_notebook_claims_about_explanations_hold():
@@ -89,7 +102,7 @@ def test_notebook_model_is_as_large_as_stated():
 
 def test_notebook_folds_a_hint_and_a_solution_below_each_exercise():
     folded = [text for kind, text in SECTIONS if "<summary>Hint" in text]
-    assert len(folded) == 5
+    assert len(folded) == 6
     for name, one in exercises.EXERCISES.items():
         stub, solution = next((SECTIONS[i][1], SECTIONS[i + 1][1]) for i, (_, text) in
                               enumerate(SECTIONS) if f"check_function('{name}'" in text)

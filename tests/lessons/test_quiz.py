@@ -37,7 +37,7 @@ def test_quiz_answer_is_one_of_the_guesses(question):
 
 def test_quiz_gives_the_exact_answers():
     assert [quiz._shuffled_without_positions()[0], quiz._gradient_after_the_last_block()[0], quiz._price_of_heads()[0],
-            quiz._cost_of_twice_the_side()[0]] == [0, 0, 1, 1]
+            quiz._cost_of_twice_the_side()[0], quiz._cost_of_windows()[0]] == [0, 0, 1, 1, 1]
 
 
 # ---- Results that are measured, compared with direct measurements

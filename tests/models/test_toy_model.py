@@ -138,6 +138,13 @@ def test_toy_model_is_fine_tuned_with_layer_decay_and_muon(tmp_path, photos, unt
     assert torch.equal(load(tmp_path / "probe" / "best.pt").stem.weight, toy().stem.weight)
 
 
+def test_toy_model_teaches_and_is_taught(tmp_path, photos, untested):
+    teacher = build_model("toy", n_classes=2, img_size=16)
+    save_model(teacher, tmp_path / "toy.pt", Preprocessing(16, class_names=["red", "blue"]))
+    train(tmp_path / "run", "--data-dir", photos, "--model", "toy", "--teacher", tmp_path / "toy.pt", "--steps", "2")
+    assert load(tmp_path / "run" / "best.pt").head.out_features == 2
+
+
 @pytest.mark.slow
 def test_toy_model_is_compared():
     torch.manual_seed(0)

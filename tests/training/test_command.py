@@ -56,6 +56,14 @@ from vit_model import InputError, VisionTransformer
     (["--pretrained", "vit_nano_shapes", "--model", "vit_tiny"], "--model vit_tiny cannot be combined with"),
     (["--pretrained", "vit_nano_shapes", "--patch-size", 8], "--patch-size 8 cannot be combined with --pretrained"),
     (["--freeze-backbone"], "add --pretrained"),
+    (["--teacher", "vit_nano_shapes", "--freeze-backbone", "--pretrained", "vit_nano_shapes"],
+     "--teacher cannot be combined with --freeze-backbone"),
+    (["--distillation", "soft"], "--distillation soft needs a teacher"),
+    (["--teacher", "vit_nano_shapes", "--distillation", "warm"], "'warm'"),
+    (["--teacher", "nowhere.pt"], "--teacher: there is no file nowhere.pt"),
+    (["--teacher", "vit_nano_cifar10"], "the teacher does not know"),
+    (["--teacher", "vit_nano_shapes", "--in-channels", 1],
+     "the teacher's images have 3 channels, but those of the training have 1"),
     (["--resume"], "--resume alone does not specify a run"),
     (["--resume", "nowhere"], "--resume nowhere: there is no run"),
     (["evaluate"], "--checkpoint")])
@@ -87,7 +95,8 @@ def test_training_result_names_the_best_epoch(accuracies, expected, capsys):
     history = dict(val_acc=accuracies, lr=[0.1] * n, seconds=[1.0] * n, images_per_second=[2.0] * n)
     model = torch.nn.Linear(2, 2)
     blank = SimpleNamespace(objective=Classification(), data_share=0.0, dtype=None)
-    options = SimpleNamespace(seed=0, recipe="classic", epochs=n, steps=None, freeze_backbone=False, minutes=None)
+    options = SimpleNamespace(seed=0, recipe="classic", epochs=n, steps=None, freeze_backbone=False, minutes=None,
+                              teacher=None, distillation=None)
     train_vit._training_result(SimpleNamespace(
         trainer=blank, name="a", train_loader=SimpleNamespace(dataset_name="shapes"), options=options, model=model,
         entries=dict(n_steps=1, command=""), device="cpu"), history, 3)
@@ -376,6 +385,7 @@ def test_parse_records_exactly_the_given_options():
     [], ["--data-dir", "my photos/it's \"here\"", "--seed", "9", "--lr", "3e-05"],
     ["--model-ema", "--class-weights", "--skip-corrupt", "--compile"], ["--model-ema", "0.99", "--accumulate", "4"],
     ["--model-ema", "1"], ["--model-ema", "0"], ["--drop-path", "0"], ["--warmup-epochs", "0", "--weight-decay", "0"],
+    ["--teacher", "a b/best.pt"], ["--teacher", "convnet_cifar10", "--distillation", "soft"],
     ["--pretrained", "/tmp/a b/best.pt", "--freeze-backbone"], ["--pretrained", "x", "--layer-decay", "0.75"],
     ["--img-size", "48", "--patch-size", "6", "--model", "vit_nano", "--dataset", "shapes", "--workers", "0"],
     ["--val-fraction", "0.3", "--label-smoothing", "0", "--amp", "bf16", "--device", "cuda:1", "--batch-size", "3"],

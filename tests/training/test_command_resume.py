@@ -204,6 +204,26 @@ def test_resume_refuses_changed_options_classes_and_wrong_paths(photos, uncut, t
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_resume_of_a_frozen_run_of_an_older_version(photos, untested, tmp_path, monkeypatch):
+    """Its state holds the weights of the head alone, without the name of the head."""
+    words = ["--data-dir", photos, "--pretrained", "vit_nano_shapes", "--freeze-backbone", "--steps", 7,
+             "--batch-size", 8, "--model-ema", 0.9]
+    train(tmp_path / "whole", *words)
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, cut)
+        with pytest.raises(PowerCut):
+            train(tmp_path / "cut", *words, "--save-minutes", "0.00001")
+    entries = read_checkpoint(tmp_path / "cut" / "last.pt")
+    for name in ("model", "average"):
+        entries["training"][name] = {key.removeprefix("head."): value
+                                     for key, value in entries["training"][name].items()}
+    torch.save(entries, tmp_path / "cut" / "last.pt")
+    train_vit.main(["--resume", str(tmp_path / "cut")])
+    whole, resumed = (tensors_in(read_checkpoint(tmp_path / name / "last.pt")) for name in ("whole", "cut"))
+    assert whole.keys() == resumed.keys()
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+
+
 def test_resume_warns_about_another_number_of_images(photos, untested, tmp_path, capsys, monkeypatch):
     at_step(monkeypatch, 2, cut)
     with pytest.raises(PowerCut):

@@ -7,13 +7,19 @@ from toy_training import TINY, copy_of, same, toy_batches, without_times
 
 from train_vit import Trainer, parse
 from vit_bridge.models.convnet import ConvNet
+from vit_bridge.models.convnext import ConvNeXt
+from vit_bridge.models.deit import DistilledViT
 from vit_bridge.models.hybrid import HybridCNNViT
+from vit_bridge.models.swin import SwinTransformer
 from vit_model import InputError, VisionTransformer
 
 MODELS = {
     "vit": lambda: VisionTransformer(**TINY | dict(depth=3), dropout=0.1, drop_path=0.2),
     "hybrid": lambda: HybridCNNViT(3, 12, 3, 3, 8, 4, dropout=0.1),  # batch norm in its stem
     "convnet": lambda: ConvNet(8, 3, 3, (5, 7), (1, 1), 1),
+    "distilled": lambda: DistilledViT(**TINY | dict(depth=3), drop_path=0.2),
+    "swin": lambda: SwinTransformer(8, 1, 3, 3, 6, (2, 2), (1, 2), 3, dropout=0.1, drop_path=0.2),
+    "convnext": lambda: ConvNeXt(8, 3, 3, (5, 7), (1, 1), 1, drop_path=0.2),
     "timm": lambda: timm.models.VisionTransformer(img_size=8, patch_size=4, embed_dim=12, depth=3, num_heads=3,
                                                   num_classes=3, proj_drop_rate=0.1),
 }

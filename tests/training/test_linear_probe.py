@@ -10,17 +10,21 @@ from vit_bridge.analysis.metrics import wilson_interval
 from vit_bridge.data.datasets import DatasetInfo
 from vit_bridge.data.loaders import MemoryLoader
 from vit_bridge.models.convnet import ConvNet
+from vit_bridge.models.convnext import ConvNeXt
+from vit_bridge.models.deit import DistilledViT
 from vit_bridge.models.hybrid import HybridCNNViT
+from vit_bridge.models.swin import SwinTransformer
 from vit_bridge.preprocessing import Preprocessing
 from vit_bridge.training.linear_probe import (
     RIDGES,
     FeatureLoader,
+    Heads,
     _head_inputs,
     _pixel_features,
     feature_loaders,
     linear_classifier,
 )
-from vit_bridge.training.optimizers import layer_lr_scales
+from vit_bridge.training.optimizers import hidden_matrices, layer_lr_scales
 from vit_model import InputError, VisionTransformer, freeze_backbone
 
 VIT = dict(img_size=8, patch_size=4, embed_dim=12, depth=2, n_heads=3, n_classes=2)
@@ -69,6 +73,24 @@ def test_layer_lr_scales_of_a_convnet_go_by_stage():
     assert by_layer == {"stem": {0.001}, "stages.0": {0.01}, "stages.1": {0.1}, "head": {1}}
 
 
+def test_layer_lr_scales_of_a_distilled_vit_treat_both_tokens_and_heads_alike():
+    factors = layer_lr_scales(DistilledViT(**VIT), 0.5)
+    assert factors["dist_token"] == factors["cls_token"] == factors["pos_embed"] == 0.125
+    assert factors["head_dist.weight"] == factors["head_dist.bias"] == factors["head.weight"] == 1
+    assert (factors["blocks.0.attn.qkv.weight"], factors["blocks.1.attn.qkv.weight"]) == (0.25, 0.5)
+
+
+@pytest.mark.parametrize(("model", "first"), [
+    (SwinTransformer(8, 1, 3, 2, 6, (2, 1), (1, 2), 3), ("patch_embed", "patch_norm")),
+    (ConvNeXt(8, 3, 2, (5, 7), (1, 1), 1), ("stem",))], ids=["swin", "convnext"])
+def test_layer_lr_scales_of_swin_and_convnext_go_by_stage(model, first):
+    factors = layer_lr_scales(model, 0.5)
+    for name, factor in factors.items():
+        stage = {"stages.0": 0.25, "stages.1": 0.5}.get(".".join(name.split(".")[:2]))
+        assert factor == (stage or (0.125 if name.split(".")[0] in first else 1)), name
+    assert {0.125, 0.25, 0.5, 1} == set(factors.values())
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_layer_lr_scales_are_1_for_every_parameter_without_decay(name):
     model = MODELS[name]()
@@ -100,19 +122,34 @@ def test_head_inputs_are_what_the_head_reads(name):
     with torch.no_grad():
         expected = torch.cat([model.forward_head(model.forward_features(images), pre_logits=True)
                               for images, _ in loader])
-    torch.testing.assert_close(features, expected)
+    torch.testing.assert_close(features[:, 0], expected)
+    assert features.shape[1] == 1
     assert torch.equal(labels, torch.arange(11) % 2)
     assert not features.requires_grad
 
 
-def test_head_inputs_restores_the_head_even_after_an_error():
+def test_head_inputs_leaves_no_hook_even_after_an_error():
     model, loader = MODELS["cls"](), images_loader()
-    head = model.head
     _head_inputs(model, loader, torch.device("cpu"))
-    assert model.head is head
+    assert not model.head._forward_pre_hooks
     with pytest.raises(InputError):
         _head_inputs(model, BadLoader(), torch.device("cpu"))
-    assert model.head is head
+    assert not model.head._forward_pre_hooks
+
+
+def test_heads_of_a_distilled_vit_read_its_two_tokens():
+    torch.manual_seed(0)
+    model, loader = DistilledViT(**VIT), images_loader(training=False)
+    features, _ = _head_inputs(model, loader, torch.device("cpu"))
+    assert features.shape == (11, 2, 12)
+    images, heads = torch.cat([images for images, _ in loader]), Heads(model)
+    for training in (True, False):
+        model.train(training)
+        heads.train(training)
+        torch.testing.assert_close(heads(features), model(images))  # two logits in training, their mean otherwise
+    assert hidden_matrices(heads) == {}
+    assert {name for name, _ in heads.named_parameters()} == {
+        name for name, p in freeze_backbone(model).named_parameters() if p.requires_grad}
 
 
 class BadLoader:
@@ -175,7 +212,7 @@ def test_feature_loaders_compute_every_image_once_and_never_augment(monkeypatch)
     assert sum(seen) == 11 + 5
     with torch.no_grad():
         expected = model.forward_head(forward(model, next(iter(loaders[1].without_augmentation()))[0]), pre_logits=True)
-    torch.testing.assert_close(val.features[:4], expected)
+    torch.testing.assert_close(val.features[:4, 0], expected)
     assert model.head.in_features == 12
 
 

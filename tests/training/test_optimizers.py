@@ -10,8 +10,11 @@ from toy_training import Calls
 
 from train_vit import Trainer
 from vit_bridge.models.convnet import ConvNet
+from vit_bridge.models.convnext import ConvNeXt
+from vit_bridge.models.deit import DistilledViT
 from vit_bridge.models.hybrid import HybridCNNViT
 from vit_bridge.models.protocol import layer_groups
+from vit_bridge.models.swin import SwinTransformer
 from vit_bridge.training.optimizers import (
     MUON_LR_SCALE,
     Muon,
@@ -53,6 +56,40 @@ def test_fc_norm_belongs_to_the_head_and_does_not_decay():
     assert {"fc_norm.weight", "fc_norm.bias"} < plain
     groups = layer_groups(model)
     assert groups["fc_norm.weight"] == groups["fc_norm.bias"] == groups["head.weight"] == len(model.layers())
+
+
+def swin():
+    return SwinTransformer(8, 1, 3, 3, 6, (2, 1), (1, 2), 3)
+
+
+def decayed_names(model):
+    """Return the names of the parameters that decay."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {names[p] for group in parameter_groups(model, 0.3) if group["weight_decay"] for p in group["params"]}
+
+
+def test_parameter_groups_of_the_family_decay_only_weight_matrices():
+    assert decayed_names(DistilledViT(**TINY)) == decayed_names(VisionTransformer(**TINY)) | {"head_dist.weight"}
+    model = swin()
+    layers = {"patch_embed.proj", "stages.1.downsample.reduction", "head"} | {
+        f"stages.{i}.blocks.{j}.{name}" for i, j in ((0, 0), (0, 1), (1, 0))
+        for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    assert decayed_names(model) == {f"{name}.weight" for name in layers}
+    tables = [name for name, _ in model.named_parameters() if name.endswith("relative_position_bias_table")]
+    assert len(tables) == 3
+    assert tuple(tables) == model.no_weight_decay
+    model = ConvNeXt(8, 3, 3, (5, 7), (1, 1), 1)
+    assert decayed_names(model) == {name for name, p in model.named_parameters() if p.ndim > 1}
+
+
+@pytest.mark.parametrize("build", [lambda: DistilledViT(**TINY), swin, lambda: ConvNeXt(8, 3, 3, (5, 7), (1, 1), 1)],
+                         ids=["deit", "swin", "convnext"])
+def test_hidden_matrices_of_the_family_leave_out_heads_tables_and_depthwise_kernels(build):
+    model = build()
+    first = next(name for name, p in model.named_parameters() if p.ndim in (2, 4))
+    left_out = {f"{name}.weight" for name in model.head_names} | {first} | {
+        name for name in decayed_names(model) if "conv_dw" in name}
+    assert names_of(model, hidden_matrices(model)) == decayed_names(model) - left_out
 
 
 def test_parameter_groups_refuse_a_frozen_model():

@@ -41,7 +41,9 @@ def prepared(tmp_path):
 
 
 @pytest.mark.parametrize(("words", "name"), [
-    ([], "vit_nano_fast"), (["--model", "convnet"], "convnet_fast"), (["--recipe", "classic"], "classic"),
+    ([], "vit_nano_fast"), (["--model", "convnet"], "convnet_fast"), (["--model", "deit_nano"], "deit_nano_fast"),
+    (["--model", "swin_nano"], "swin_nano_fast"), (["--model", "convnext_nano"], "convnext_nano_fast"),
+    (["--recipe", "classic"], "classic"),
     (["--model", "hybrid", "--minutes", 10], "hybrid_fast"), (["--model", "vit_tiny"], "classic"),
     (["--pretrained", "vit_nano_shapes"], "fine_tuning"),
     (["--pretrained", "vit_nano_shapes", "--freeze-backbone"], "classic")])
@@ -77,10 +79,11 @@ def test_train_vit_refuses_an_unknown_recipe_in_one_line(capsys):
         script(lambda: train_vit.main(["--recipe", "soup"]))
     error = capsys.readouterr().err
     assert (stop.value.code, error.count("\n")) == (2, 1)
-    assert "recipe 'soup' is unknown; choose one of: classic" in error
+    assert "recipe 'soup' is unknown; the closest choices are" in error
+    assert f"; list all {len(RECIPES)} with python train_vit.py --help" in error
 
 
-@pytest.mark.parametrize("model", ["vit_nano", "hybrid", "convnet"])
+@pytest.mark.parametrize("model", ["vit_nano", "hybrid", "convnet", "deit_nano", "swin_nano", "convnext_nano"])
 def test_prepare_whitens_the_first_layer_with_training_images(model, prepared):
     run = prepared("--model", model)
     layer, _ = run.model.whitening_layer()
@@ -168,7 +171,8 @@ def test_trainer_with_mixing_resumes_as_if_never_cut(kind):
     (["--recipe", "vit_nano_fast"], 24),
     (["--pretrained", "vit_nano_shapes", "--recipe", "vit_nano_fast"], 24),
     (["--pretrained", "vit_nano_shapes", "--freeze-backbone", "--recipe", "vit_nano_fast", "--mixing", "mixup"], 32),
-    (["--model", "hybrid"], 24), (["--patch-size", 16], 32)])
+    (["--model", "hybrid"], 24), (["--model", "deit_nano"], 24), (["--model", "convnext_nano"], 24),
+    (["--model", "swin_nano"], 32), (["--patch-size", 16], 32)])
 def test_prepare_chooses_a_smaller_size_the_patch_divides(words, side, prepared):
     run = prepared(*words)
     assert run.trainer.config.image_size((32, 32), 0, 10) == (side, side)

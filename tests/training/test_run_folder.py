@@ -23,6 +23,7 @@ from vit_bridge.models.convnet import ConvNet
 from vit_bridge.preprocessing import Preprocessing
 from vit_bridge.system import write_whole
 from vit_bridge.training import run_folder
+from vit_bridge.training.linear_probe import Heads
 from vit_bridge.training.objectives import Classification
 from vit_bridge.training.run_folder import (
     CHANGEABLE,
@@ -434,8 +435,8 @@ def test_saver_writes_the_averaged_weights_to_both_files(tmp_path, clock):
 def test_saver_writes_a_trained_head_in_its_whole_model(average, tmp_path, clock):
     model = small_model()
     before = copy.deepcopy(model.state_dict())
-    state = State(model.head, average)
-    saver_of(tmp_path, model, head_only=True).on_epoch(state.epoch(0.5))
+    state = State(Heads(model), average)
+    saver_of(tmp_path, model).on_epoch(state.epoch(0.5))
     for name in ("best.pt", "last.pt"):
         saved = load(tmp_path / name).state_dict()
         assert {key for key in before if not torch.equal(saved[key], before[key])} == {"head.weight", "head.bias"}

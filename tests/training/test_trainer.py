@@ -25,6 +25,7 @@ from toy_training import (
 import train_vit
 from train_vit import NotFinite, Trainer, _set_train_mode, steps_within
 from vit_bridge.models.convnet import ConvNet
+from vit_bridge.models.deit import DistilledViT
 from vit_bridge.runtime import check_compiler, choose_device, choose_precision
 from vit_bridge.training.objectives import Classification, CrossEntropy, balancing_weights
 from vit_bridge.training.optimizers import learning_rate_at
@@ -99,6 +100,8 @@ def test_set_train_mode_skips_frozen_modules():
     assert {name for name, module in model.named_children() if not module.training} == {"patch_embed"}
     _set_train_mode(freeze_backbone(model))
     assert {name for name, module in model.named_children() if module.training} == {"head"}
+    _set_train_mode(freeze_backbone(distilled := DistilledViT(**TINY, dropout=0.1)))
+    assert {name for name, module in distilled.named_children() if module.training} == {"head", "head_dist"}
     for n_frozen, training in ((2, {1, 2, 3, 4}), (3, {4})):
         layers = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.1), nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 7))
         layers[:n_frozen].requires_grad_(False)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from vit_bridge.analysis.capture import capture
+from vit_bridge.analysis.windows import check_patch, window_distances
 from vit_bridge.errors import InputError, check_index
 from vit_bridge.models.adapters import adapt, adapt_vit, reading_weights
 from vit_bridge.models.protocol import class_name
@@ -53,10 +54,8 @@ def attention_rows(model, images, patch=None):
     weights = torch.zeros(first + grid[0] * grid[1])
     if patch is None:
         weights = reading_weights(adapter.pool, first, len(weights))
-    elif not isinstance(patch, (tuple, list)) or len(patch) != 2:
-        raise InputError(f"patch {patch!r} is not a position; expected (row, column), such as (0, {grid[1] - 1})")
     else:
-        row, column = (check_index("patch", place, n) for place, n in zip(patch, grid, strict=True))
+        row, column = check_patch(patch, grid)
         weights[first + row * grid[1] + column] = 1
     chosen = weights.nonzero()[:, 0]
 
@@ -80,6 +79,8 @@ def mean_distances(model, images, renormalise=True):
     renormalise : bool, optional
         As in `attention_distance`.
     """
+    if adapt(model).windowed:
+        return window_distances(model, images)
     adapter, total = adapt_vit(model), 0
     adapter.check_images(images)
     layout = adapter.grid(images), adapter.patch_size, adapter.n_prefix, renormalise

@@ -330,8 +330,9 @@ class AttentionCapture(TorchFunctionMode):
     It intercepts the torch functions that compute attention, not modules, so it works with any library.
     """
 
-    def __init__(self, change=None, keep=whole_maps):
+    def __init__(self, change=None, keep=whole_maps, least=2):
         super().__init__()
+        self.least = least  # smallest number of tokens that counts as a map
         self.kept, self.sizes, self.finite = [], set(), True
         self.change, self.keep = change, keep
         self.product = None  # (query, key^T, their product) of the last product that could be scores
@@ -343,15 +344,18 @@ class AttentionCapture(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             return self.attend_in_projection(*args, **kwargs)
         result = func(*args, **kwargs)
-        if func in MATMULS and _is_map(result):
+        if func in MATMULS and self.is_map(result):
             self.product = (*args[:2], result)
-        if func not in SOFTMAXES or not _is_map(result):
+        if func not in SOFTMAXES or not self.is_map(result):
             return result
         if self.product is None or self.product[2].shape != result.shape:
             return self.note(Attended(result, None, None, None))
         query, transposed, product = self.product
         scale, bias = _scale_and_bias(args[0] if args else kwargs["input"], product)
         return self.note(Attended(result, query * scale, transposed.transpose(-2, -1), bias))
+
+    def is_map(self, result):
+        return result.ndim == 4 and result.shape[-1] == result.shape[-2] >= self.least
 
     def note(self, attended):
         """Store what `keep` returns for a block, and return the map for the rest of the pass."""
@@ -397,10 +401,6 @@ def _without_the_rest(kept, maps):
     if not isinstance(kept, torch.Tensor) or kept.numel() >= maps.numel():
         return kept
     return kept.clone() if kept.untyped_storage().data_ptr() == maps.untyped_storage().data_ptr() else kept
-
-
-def _is_map(result):
-    return result.ndim == 4 and result.shape[-1] == result.shape[-2] > 1
 
 
 def _check_kept(model):

@@ -37,7 +37,7 @@ from vit_bridge.analysis.capture import (
 from vit_bridge.errors import InputError, check_choice, check_index, check_int
 from vit_bridge.models.adapters import adapt, adapt_vit, check_head, check_pool, reading_weights
 from vit_bridge.models.protocol import class_name
-from vit_bridge.runtime import at_least_float32, evaluating, logits_of, to_model, unwrapped
+from vit_bridge.runtime import at_least_float32, evaluating, logits_of, to_model, tokens_of, unwrapped
 
 # ---- The formulas -----------------------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ def explain(model, images, method="relevance", target=None, **options):
     Parameters
     ----------
     model : nn.Module
-        A ViT, ours or from timm, transformers or torchvision; for Grad-CAM also a ConvNet.
+        A ViT, ours or from timm, transformers or torchvision; for Grad-CAM also a CNN or a Swin Transformer.
     images : Tensor, shape (B, C, height, width)
         Normalised images.
     method : str, optional
@@ -248,21 +248,21 @@ def speaking(maps, gradient):
 
 
 def cam_saliency(model, images, targets, layer_idx=None):
-    """Return Grad-CAM of the patch tokens after a block, or of the feature map after a stage of a ConvNet.
+    """Return Grad-CAM of the patch tokens after a block, or of the feature map after a stage of a CNN or Swin.
 
     The map of an image is NaN if it would be blank.
 
     Parameters
     ----------
     model : nn.Module
-        A ViT or a ConvNet with a head.
+        A ViT, CNN or Swin Transformer with a head.
     images : Tensor, shape (B, C, height, width)
         Normalised images.
     targets : Tensor, shape (B,)
         The classes to explain.
     layer_idx : int, optional
-        Python index of the block or stage: 0 is the first block of a ViT, or the stem of a ConvNet. By default the last
-        one whose patches still reach the head. If the head reads no patch, this is the second-to-last block.
+        Python index of the block or stage: 0 is the first block of a ViT, or the stem of a CNN or Swin. By default the
+        last one whose patches still reach the head. If the head reads no patch, this is the second-to-last block.
 
     Raises
     ------
@@ -309,13 +309,16 @@ def _not_blank(saliency):
 
 
 def _convolutional_cam(model, images, targets, layer_idx):
-    """Compute Grad-CAM after a stage of a ConvNet: (B, rows, columns) of its feature map."""
-    layers = adapt(model).layers
-    layer = layers[check_index("layer_idx", layer_idx, len(layers))]
-    _, features, logits = watch_layer(model, layer, images)  # (B, D, rows, columns), (B, K)
-    gradient, = torch.autograd.grad(chosen(logits, targets), features)  # (B, D, rows, columns)
-    places = [part.flatten(2).transpose(1, 2) for part in (features, gradient)]  # 2 x (B, n, D)
-    return token_cam(*places).unflatten(1, features.shape[2:])
+    """Compute Grad-CAM after a stage of a ConvNet or Swin Transformer: (B, rows, columns) of its feature map."""
+    adapter = adapt(model)
+    adapter.check_images(images)
+    depth = check_index("layer_idx", layer_idx, len(adapter.layers))
+    _, output, logits = watch_layer(model, adapter.layers[depth], images)  # the layer's own shape, (B, K)
+    features = tokens_of(output)
+    gradient, = torch.autograd.grad(chosen(logits_of(logits), targets), features)
+    maps = [adapter.as_map(part, images, depth) for part in (features, gradient)]  # 2 x (B, D, rows, columns)
+    places = [part.flatten(2).transpose(1, 2) for part in maps]  # 2 x (B, n, D)
+    return token_cam(*places).unflatten(1, maps[0].shape[2:])
 
 
 METHODS = {"attention": attention_saliency, "rollout": rollout_saliency, "relevance": relevance_saliency,

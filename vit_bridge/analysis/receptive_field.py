@@ -12,7 +12,7 @@ from torch import nn
 from vit_bridge.analysis.capture import differentiable, watch_layer
 from vit_bridge.errors import InputError
 from vit_bridge.models.adapters import adapt, check_depth
-from vit_bridge.runtime import tokens_of, unwrapped
+from vit_bridge.runtime import unwrapped
 from vit_model import pair
 
 
@@ -23,11 +23,12 @@ def receptive_field(model, images, depth=None):
     Parameters
     ----------
     model : nn.Module
-        One of our models, or a ViT from timm, transformers or torchvision.
+        One of our models, or a ViT or Swin Transformer from timm, transformers or torchvision.
     images : Tensor, shape (B, C, height, width)
         Normalised images.
     depth : int, optional
-        Number of blocks (ViT, hybrid) or stages (ConvNet) before the unit; 0 is after the patch embedding or the stem.
+        Number of blocks (ViT, hybrid) or stages (CNN, Swin) before the unit; 0 is after the patch embedding or the
+        stem.
         By default after the last block or stage.
 
     Returns
@@ -50,14 +51,10 @@ def receptive_field(model, images, depth=None):
     Luo et al. 2016, "Understanding the Effective Receptive Field in Deep Convolutional Neural Networks".
     """
     model = unwrapped(model)
-    layer = adapt(model).layers[check_depth(model, depth)]
-    adapt(model).check_images(images)
-    pixels, features, _ = watch_layer(model, layer, images, getattr(model, "forward_features", None))
-    features = tokens_of(features)
-    if features.ndim == 3:
-        grid = adapt(model).grid(images)
-        patches = features[:, -grid[0] * grid[1]:]  # (B, n_patches, D), without CLS and registers
-        features = patches.transpose(1, 2).unflatten(2, grid)  # (B, D, rows, columns)
+    adapter, depth = adapt(model), check_depth(model, depth)
+    adapter.check_images(images)
+    pixels, features, _ = watch_layer(model, adapter.layers[depth], images, getattr(model, "forward_features", None))
+    features = adapter.as_map(features, images, depth)  # (B, D, rows, columns)
     rows, columns = features.shape[2:]
     unit = features[:, :, rows // 2, columns // 2].sum()
     gradient, = torch.autograd.grad(unit, pixels)  # (B, C, height, width)
@@ -81,7 +78,9 @@ def theoretical_receptive_field(model, depth=None):
     Notes
     -----
     A convolution or pooling with kernel k at total stride j enlarges the window by (k - 1) j; the window may exceed the
-    image. After an attention block, the window is the whole image.
+    image. After an attention block, the window is the whole image. In a Swin Transformer it depends on the position of
+    the unit in its window; it is that of the unit in the centre of an image of the model's size, as in
+    `receptive_field`.
 
     References
     ----------
@@ -89,6 +88,8 @@ def theoretical_receptive_field(model, depth=None):
     """
     depth = check_depth(model, depth)
     adapter = adapt(model)
+    if adapter.windowed:
+        return tuple(_reach_of_windows(adapter, depth, axis) for axis in (0, 1))
     if depth and adapter.attends:
         return adapter.img_size
     return tuple(_walk_kernels(model, depth, axis)[0] for axis in (0, 1))
@@ -99,7 +100,11 @@ def unit_centre(model, img_size, depth=None):
 
     Pixels count from 0. The centre may lie between two pixels: in a 4-pixel patch, it is 1.5 pixels from the first.
     """
-    centre = []
+    centre, adapter = [], adapt(model)
+    if adapter.windowed:
+        size = adapter.patch_size_in(max(check_depth(model, depth) - 1, 0))
+        return tuple((-(-side // length) // 2 + 0.5) * length - 0.5 for side, length in zip(pair(img_size), size,
+                                                                                            strict=True))
     for axis, side in enumerate(pair(img_size)):
         depth, n_units = check_depth(model, depth), side
         for kernel, step, padding in _kernels_of(model, depth, axis):
@@ -107,6 +112,25 @@ def unit_centre(model, img_size, depth=None):
         _, stride, first = _walk_kernels(model, depth, axis)
         centre.append(first + n_units // 2 * stride)
     return tuple(centre)
+
+
+def _reach_of_windows(adapter, depth, axis):
+    """Return how many pixels along one axis can influence the centre unit after some stages of a Swin Transformer.
+
+    From the last block to the first, the reach grows to the ends of the windows that it touches.
+    """
+    sides = [-(-adapter.img_size[axis] // adapter.patch_size[axis] // 2**stage) for stage in range(max(depth, 1))]
+    first = last = sides[-1] // 2
+    for stage in reversed(range(depth)):
+        for block in reversed(adapter.stages[stage]):
+            grid = tuple(-(-side // patch // 2**stage) for side, patch in zip(adapter.img_size, adapter.patch_size,
+                                                                              strict=True))
+            window, shift = (pair[axis] for pair in adapter.window_of(block, grid))
+            first = max(0, shift + (first - shift) // window * window)
+            last = min(sides[stage] - 1, shift + ((last - shift) // window + 1) * window - 1)
+        if stage:
+            first, last = 2 * first, min(2 * last + 1, sides[stage - 1] - 1)
+    return (last - first + 1) * adapter.patch_size[axis]
 
 
 def _walk_kernels(model, depth, axis):

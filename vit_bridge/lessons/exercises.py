@@ -1,4 +1,4 @@
-"""Five parts of a ViT to write yourself, checked against our solutions in values and gradients.
+"""Six parts of a ViT to write yourself, checked against our solutions in values and gradients.
 
     EXERCISES[name]           an Exercise: its level, task, hint, solution and usual mistakes
     write_stub(name, path)    writes the file to fill in
@@ -6,7 +6,8 @@
 
 The check also computes the usual mistakes: if a student's numbers match one of them, it explains that mistake.
 
-Shapes:  B images, C channels, P patch side, N tokens, n patches, D width, H heads, K width of a head, L blocks.
+Shapes:  B images, C channels, P patch side, N tokens, n patches, D width, H heads, K width of a head, L blocks,
+         h, w height and width of a map in tokens, W windows, S side of a window, M = S S tokens of a window.
 """
 
 import importlib.util
@@ -56,7 +57,7 @@ class Exercise:
     mistakes : tuple
         Pairs of an explanation and a function that makes the mistake.
     arguments : callable
-        Maps the leaf tensors to the arguments, each a tensor or a function.
+        Maps the leaf tensors to the arguments, each a tensor, a number or a function.
     """
 
     function: str
@@ -245,6 +246,61 @@ def _block_arguments(leaves):
             lambda t: F.layer_norm(t, (D,)) * scale2, lambda t: F.gelu(t @ inner))
 
 
+# ---- Windows ----------------------------------------------------------------------------------------------
+
+
+def within_windows(x, side, mix):
+    B, h, w, D = x.shape
+    cut = x.reshape(B, h // side, side, w // side, side, D).transpose(2, 3)  # (B, h / S, w / S, S, S, D)
+    mixed = mix(cut.reshape(B, -1, side * side, D))  # (B, W, M, D)
+    return mixed.reshape(cut.shape).transpose(2, 3).reshape(B, h, w, D)
+
+
+def _mix_windows(x, side, mix, cut=(0, 1, 3, 2, 4, 5), join=(0, 1, 3, 2, 4, 5)):
+    """Mix within windows, with the axes in these orders: `cut` of (B, h / S, S, w / S, S, D), `join` of its result."""
+    cut = x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).permute(cut)
+    return mix(cut.flatten(3, 4).flatten(1, 2)).reshape(cut.shape).permute(join).reshape(x.shape)
+
+
+def _mix_split_wrong(x, side, mix):
+    """Mix within squares whose side is the number of windows."""
+    B, h, w, D = x.shape
+    cut = x.reshape(B, side, h // side, side, w // side, D).transpose(2, 3)
+    return mix(cut.reshape(B, -1, side * side, D)).reshape(cut.shape).transpose(2, 3).reshape(x.shape)
+
+
+def _mix_joined_across(x, side, mix):
+    """Mix within windows, but swap their numbers of rows and columns when they are put back."""
+    (B, h, w, D), cut = x.shape, x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
+    mixed = mix(cut.flatten(3, 4).flatten(1, 2))
+    return mixed.reshape(B, w // side, h // side, side, side, D).transpose(2, 3).reshape(x.shape)
+
+
+WINDOW_MISTAKES = (
+    ("the windows come column by column; they should come row by row",
+     lambda x, s, mix: _mix_windows(x, s, mix, (0, 3, 1, 2, 4, 5), (0, 2, 3, 1, 4, 5))),
+    ("inside a window, rows and columns are swapped; its tokens should come row by row",
+     lambda x, s, mix: _mix_windows(x, s, mix, (0, 1, 3, 4, 2, 5), (0, 1, 4, 2, 3, 5))),
+    ("the windows are right, but their tokens are not put back where they came from; the axes that were exchanged must "
+     "be exchanged again",
+     lambda x, s, mix: _mix_windows(x, s, mix, join=(0, 1, 2, 3, 4, 5))),
+    ("the windows are right, but when they are put back, the number of rows of windows is swapped with the number of "
+     "columns",
+     _mix_joined_across),
+    ("these are not squares of the map: a reshape alone reads tokens in memory order, across windows",
+     lambda x, s, mix: mix(x.reshape(len(x), -1, s * s, x.shape[-1])).reshape(x.shape)),
+    ("h must be split into (h / side, side), the number of windows first; here the side comes first",
+     _mix_split_wrong),
+    ("x is returned unchanged; give the windows to mix, and put back what it returns", lambda x, s, mix: 1 * x),
+)
+
+
+def _window_arguments(leaves):
+    """Return a map, the side of a window, and a function for which the order of windows and tokens matters."""
+    x, mixing, scales = leaves
+    return x, math.isqrt(len(mixing)), lambda t: mixing.softmax(dim=1) @ t * scales
+
+
 EXERCISES = {
     "attention": Exercise(
         "attention", "q, k, v", "medium",
@@ -291,6 +347,18 @@ EXERCISES = {
         "matrices. Each new block goes on the left, because its rows mix the outputs of the earlier blocks.",
         ((3, 2, 7), (4, 3, 5), (2, 4, 6)), lambda L, H, N: [(L, H, N, N)], attention_rollout, ROLLOUT_MISTAKES,
         lambda scores: [scores[0].softmax(dim=-1)]),
+    "windows": Exercise(
+        "within_windows", "x, side, mix", "medium",
+        "Windows, as in Swin: cut a map of tokens into square windows, mix the tokens within each window, and put them "
+        "back. x is (B, h, w, D), and h and w are multiples of side. mix is a function from (B, W, M, D) to "
+        "(B, W, M, D): W windows, row by row, each with M = side * side tokens, row by row. Return (B, h, w, D), with "
+        "every token where it came from. See Liu et al. 2021, Sec. 3.2.",
+        "Reshape splits h into (h / side, side), and w likewise, which makes six axes. Exchange the third and the "
+        "fourth, so that the axes of the windows stand before the axes inside a window; a second reshape then joins "
+        "each pair. To put the tokens back, take the same steps in reverse order.",
+        ((2, 6, 8, 5, 2), (3, 12, 15, 4, 3), (4, 8, 12, 3, 4)),
+        lambda B, h, w, D, S: [(B, h, w, D), (S * S, S * S), (h * w // S**2, 1, 1)], within_windows, WINDOW_MISTAKES,
+        _window_arguments),
 }
 
 

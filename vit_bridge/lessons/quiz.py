@@ -16,6 +16,7 @@ from vit_bridge.analysis.capture import capture
 from vit_bridge.analysis.cost import count_flops, count_parameters
 from vit_bridge.analysis.perturbations import mean_consistency, shift_consistency, shuffle_patches
 from vit_bridge.data.shapes import TEST_START, make_shapes
+from vit_bridge.models.registry import build_model
 from vit_bridge.runtime import predictions
 from vit_bridge.weights.checkpoints import load
 from vit_model import MultiHeadAttention, create_vit_base, create_vit_nano
@@ -50,6 +51,17 @@ def _cost_of_twice_the_side():
         f"{flops[0] / 1e9:.1f} GFLOPs become {flops[1] / 1e9:.1f}, which is {ratio:.1f} times as much. There are four "
         f"times as many tokens, so layers that treat each token by itself cost four times as much. Only the products "
         f"of attention cost sixteen times as much.")
+
+
+def _cost_of_windows():
+    with torch.device("meta"):  # tensors without storage: counting needs no memory
+        swin, vit = ([count_flops(build_model(name, n_classes=1000, img_size=side)) for side in (448, 896)]
+                     for name in ("swin_tiny", "vit_small"))
+    ratio = swin[1] / swin[0]
+    return (0 if ratio < 3 else 1 if ratio < 6 else 2), (
+        f"{swin[0] / 1e9:.0f} GFLOPs become {swin[1] / 1e9:.0f}, which is {ratio:.1f} times as much. There are four "
+        f"times as many tokens, and each attends to 49 tokens as before. ViT-Small costs about the same at 224 pixels, "
+        f"but {vit[1] / vit[0]:.1f} times as much at 896 as at 448.")
 
 
 def _shuffled_without_positions():
@@ -140,6 +152,9 @@ QUESTIONS = (
     Question("The side of an image grows from 224 to 448 pixels. How many times as much does ViT-Base "
              "compute?", ("about twice as much", "three to six times as much", "sixteen times as much"),
              _cost_of_twice_the_side),
+    Question("Swin-T attends within windows of 7 x 7 tokens. The side of an image grows from 448 to 896 pixels. How "
+             "many times as much does it compute?", ("about twice as much", "three to six times as much",
+                                                     "sixteen times as much"), _cost_of_windows),
     Question("What happens to the logits of a ViT without positions when all patches are shuffled?",
              ("nothing", "they change a little", "they change completely"), _shuffled_without_positions),
     Question("The head reads CLS. How large is the gradient of the patch tokens after the last block?",

@@ -1,12 +1,32 @@
-"""The models, importable from here, such as VisionTransformer, SwinTransformer and build_model."""
+"""The models, importable from here, such as SwinTransformer, create_swin_tiny and build_model."""
 
 from vit_bridge.models.convnet import ConvNet
-from vit_bridge.models.convnext import ConvNeXt
-from vit_bridge.models.deit import DistilledViT
+from vit_bridge.models.convnext import (
+    ConvNeXt,
+    create_convnext_base,
+    create_convnext_nano,
+    create_convnext_small,
+    create_convnext_tiny,
+)
+from vit_bridge.models.deit import (
+    DistilledViT,
+    create_deit_base,
+    create_deit_nano,
+    create_deit_small,
+    create_deit_tiny,
+)
 from vit_bridge.models.hybrid import HybridCNNViT
 from vit_bridge.models.registry import build_model
-from vit_bridge.models.swin import SwinTransformer
+from vit_bridge.models.swin import (
+    SwinTransformer,
+    create_swin_base,
+    create_swin_nano,
+    create_swin_small,
+    create_swin_tiny,
+)
 from vit_model import VisionTransformer
 
 __all__ = ["ConvNeXt", "ConvNet", "DistilledViT", "HybridCNNViT", "SwinTransformer", "VisionTransformer",
-           "build_model"]
+           "build_model", "create_convnext_base", "create_convnext_nano", "create_convnext_small",
+           "create_convnext_tiny", "create_deit_base", "create_deit_nano", "create_deit_small", "create_deit_tiny",
+           "create_swin_base", "create_swin_nano", "create_swin_small", "create_swin_tiny"]

@@ -1,7 +1,7 @@
 """Adapters for all models: the library's own by their protocol, ViTs of other libraries by their class.
 
     adapt(model)       its ModelAdapter: layers, image size, classes; a ViTAdapter if it has attention
-    adapt_vit(model)   its ViTAdapter, or an InputError
+    adapt_vit(model)   its ViTAdapter, or an InputError; adapt_attention also accepts a WindowAdapter (Swin)
     reading_weights    how much of each token the head reads
 
 LIBRARIES lists the supported classes. To add one, write a function that returns its ViTAdapter, and add an entry.
@@ -17,7 +17,7 @@ import torch
 from vit_bridge.errors import InputError, assume
 from vit_bridge.models.protocol import ask, class_name, is_ours
 from vit_bridge.preprocessing import Preprocessing
-from vit_bridge.runtime import unwrapped
+from vit_bridge.runtime import tokens_of, unwrapped
 from vit_model import check_images, grid_of, pair
 
 HEADS = "head", "heads", "classifier"  # the libraries' names for a head
@@ -66,7 +66,7 @@ class ModelAdapter:
     preprocessing: Preprocessing
     assumed: str = ""
     any_size: bool = False
-    attends = False
+    attends = windowed = False
     unit = "stage"
 
     @property
@@ -94,6 +94,10 @@ class ModelAdapter:
             wanted = "height, width" if self.any_size else f"{size[0]}, {size[1]}"
             raise InputError(f"got images of shape {tuple(images.shape)}, expected (B, {self.in_channels}, {wanted}); "
                              f"convert or resize them")
+
+    def as_map(self, output, images, depth):
+        """Return the output of layers[depth] for these images as a map (B, D, rows, columns)."""
+        return output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +156,83 @@ class ViTAdapter(ModelAdapter):
         """Return the number of patches of these images along (height, width)."""
         return grid_of(tuple(images.shape[2:]), self.patch_size)
 
+    def as_map(self, output, images, depth):
+        """Return the patch tokens after layers[depth] as a map (B, D, rows, columns), without the prefix."""
+        grid, output = self.grid(images), tokens_of(output)
+        if output.ndim == 4:
+            return output  # of a convolution, the projection
+        return output[:, -grid[0] * grid[1]:].transpose(1, 2).unflatten(2, grid)
+
+    def check_images(self, images):
+        """Raise InputError unless the model accepts these images and their sides are multiples of the patch size."""
+        super().check_images(images)
+        self.grid(images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowAdapter(ModelAdapter):
+    """The facts that the library needs about a Swin Transformer: stages of blocks with attention within windows.
+
+    Attributes
+    ----------
+    patch_size : (int, int)
+        Height and width of a patch of the first stage, in pixels. It doubles in each stage.
+    stages : list of list of nn.Module
+        The blocks of each stage.
+    window_of : callable
+        (block, (h, w)) -> ((height, width) of its windows, shift) for a map of h x w tokens. Call it after a pass.
+    tables : list of (Tensor, (int, int))
+        The relative position bias table of each block, (offsets, H), and its window; empty if there is none.
+    projection : nn.Module
+        The layer that turns patches into tokens.
+    pads_first : bool
+        Whether maps are padded before they are rolled.
+    channels_last : bool
+        Whether the layers return (B, h, w, D).
+    """
+
+    patch_size: tuple
+    stages: list
+    window_of: Callable
+    tables: list
+    projection: torch.nn.Module
+    pads_first: bool = True
+    channels_last: bool = False
+    windowed = True
+    pool = "mean"
+    prefix = ()
+    n_prefix = 0
+    reads_patches = projects_patches = True
+
+    @property
+    def blocks(self):
+        """The blocks of all stages, in order."""
+        return [block for stage in self.stages for block in stage]
+
+    @property
+    def stage_of_block(self):
+        """The stage of each block, from 0."""
+        return [i for i, stage in enumerate(self.stages) for _ in stage]
+
+    def grid(self, images):
+        """Return the number of patches of these images along (height, width)."""
+        return grid_of(tuple(images.shape[2:]), self.patch_size)
+
+    def grid_in(self, images, stage):
+        """Return the number of tokens along (height, width) in a stage, from 0."""
+        return tuple(-(-side // 2**stage) for side in self.grid(images))
+
+    def patch_size_in(self, stage):
+        """Return the height and width in pixels of a token in a stage, from 0."""
+        return tuple(side << stage for side in self.patch_size)
+
+    def as_map(self, output, images, depth):
+        """Return the output of layers[depth] for these images as a map (B, D, rows, columns)."""
+        output = tokens_of(output)
+        if output.ndim == 3:
+            return output.transpose(1, 2).unflatten(2, self.grid_in(images, max(depth - 1, 0)))
+        return output.permute(0, 3, 1, 2) if self.channels_last and depth else output
+
     def check_images(self, images):
         """Raise InputError unless the model accepts these images and their sides are multiples of the patch size."""
         super().check_images(images)
@@ -164,12 +245,13 @@ def adapt(model):
     Parameters
     ----------
     model : nn.Module
-        A model of this library, or a ViT of timm, transformers, torchvision or DINOv2's hub.
+        A model of this library, a ViT of timm, transformers, torchvision or DINOv2's hub, or a Swin Transformer of
+        timm, transformers or torchvision.
 
     Returns
     -------
     ModelAdapter
-        A ViTAdapter if the model's layers are attention blocks.
+        A ViTAdapter if the model's layers are attention blocks, a WindowAdapter for a Swin Transformer.
 
     Raises
     ------
@@ -184,8 +266,9 @@ def adapt(model):
     inside = [f"pass the {class_name(part)} inside it, its module {name!r}" for name, part in getattr(
         model, "named_modules", tuple)() if is_ours(part) or _maker_for(part)]
     advice = inside[0] if inside else (
-        "expected a model of vit_bridge.models, a VisionTransformer of timm, torchvision or DINOv2's hub, or a ViT, "
-        "DeiT, DINOv2, ViT-MSN or I-JEPA model of transformers; for another class, save its state_dict and try load()")
+        "expected a model of vit_bridge.models, a VisionTransformer or SwinTransformer of timm or torchvision, a "
+        "VisionTransformer of DINOv2's hub, or a ViT, DeiT, DINOv2, ViT-MSN, I-JEPA or Swin model of transformers; for "
+        "another class, save its state_dict and try load()")
     raise InputError(f"the class {class_name(model)} is not supported; {advice}")
 
 
@@ -207,7 +290,7 @@ def preprocessing_of(model):
         return adapter.preprocessing
     kept = getattr(model, "pretrained_cfg", None) or {}
     if getattr(model, "preprocessing", None) is None and "mean" not in kept:
-        raise InputError(f"nothing records how images for this {class_name(model)} are prepared; set its preprocessing, "
+        raise InputError(f"nothing records how images for this {class_name(model)} are prepared; set "
                          f"model.preprocessing = Preprocessing(img_size, mean, std, class_names=...)")
     size = tuple(kept.get("input_size", (3, 224, 224))[1:])
     facts = {name: kept[name] for name in ("mean", "std", "interpolation") if name in kept}
@@ -218,10 +301,20 @@ def preprocessing_of(model):
 def adapt_vit(model):
     """Return the ViTAdapter of a model. Raises InputError if its layers are not attention blocks."""
     adapter = adapt(model)
+    if adapter.windowed:
+        raise InputError(f"a {class_name(model)} attends within windows, and its tokens change between stages, so no "
+                         f"map reaches from its head to the patches; use the attention of a patch=(row, column), the "
+                         f"attention distance, or Grad-CAM")
     if not adapter.attends:
         raise InputError(f"a {class_name(model)} has no attention maps; use a ViT, or Grad-CAM: "
                          f"explain(model, images, 'grad_cam')")
     return adapter
+
+
+def adapt_attention(model):
+    """Return the ViTAdapter or WindowAdapter of a model. Raises InputError if it has no attention."""
+    adapter = adapt(model)
+    return adapter if adapter.windowed else adapt_vit(model)
 
 
 # ---- Adapters by library ----------------------------------------------------------------------------------
@@ -233,12 +326,21 @@ def _of_ours(model):
     common = dict(library="ours", layers=model.layers(), img_size=pair(config.img_size), in_channels=config.in_channels,
                   n_classes=n_classes, any_size=ask(model, "any_size"),
                   **_images_of(model, config.in_channels, config.img_size))
+    if ask(model, "windowed"):
+        stages = [list(stage.blocks) for stage in model.stages]
+        return WindowAdapter(
+            **common, patch_size=model.patch_embed.patch_size, stages=stages, projection=model.patch_embed.proj,
+            window_of=lambda block, size: (block.attn.grid_size, block.attn.shift_in(size)),
+            tables=[(block.attn.relative_position_bias_table.detach(), block.attn.grid_size) for stage in stages
+                    for block in stage if config.relative_bias])
     if not ask(model, "attends"):
         return ModelAdapter(**common)
-    n = model.patch_embed.n_patches
+    n, distilled = model.patch_embed.n_patches, model.n_cls_tokens == 2
     return ViTAdapter(
-        **common, patch_size=pair(config.patch_size, "patch_size"), prefix=_prefix(1, model.n_prefix_tokens - 1),
-        pool=config.pool, read=lambda x: model.forward_head(model.norm(x)), projection=model.patch_embed.proj,
+        **common, patch_size=pair(config.patch_size, "patch_size"),
+        prefix=_prefix(1, model.n_prefix_tokens - model.n_cls_tokens, distilled),
+        pool=CLS_AND_DISTILLATION if distilled else config.pool, projection=model.patch_embed.proj,
+        read=lambda x: model.forward_head(model.norm(x)),
         positions=None if model.pos_embed is None else model.pos_embed[0, -n:].detach())
 
 
@@ -382,9 +484,76 @@ def _classes_in(folder, make, *names):
     return {f"transformers.models.{folder}.modeling_{folder}.{name}": make for name in names}
 
 
+# ---- Swin Transformers of other libraries
+
+
+def _of_timm_swin(model):
+    """Adapt a SwinTransformer of timm. Its windows and masks are built for one image size."""
+    kept, projection = getattr(model, "pretrained_cfg", None) or {}, model.patch_embed.proj
+    if any(getattr(layer, "grad_checkpointing", False) for layer in model.layers):
+        raise InputError(f"this {class_name(model)} uses gradient checkpointing, which hides its blocks; call "
+                         f"model.set_grad_checkpointing(False) first")
+    stages = [list(layer.blocks) for layer in model.layers]
+    facts = {name: kept[name] for name in ("mean", "std", "interpolation") if kept.get(name) is not None}
+    unsure = "" if "mean" in facts else "ImageNet's; timm.create_model would record the model's own"
+    return WindowAdapter(
+        library="timm", layers=[projection, *(stage[-1] for stage in stages)],
+        img_size=tuple(model.patch_embed.img_size), in_channels=projection.in_channels,
+        n_classes=_classes_of(model.head), channels_last=True, pads_first=False,
+        **_images_of(model, projection.in_channels, model.patch_embed.img_size, unsure, **facts),
+        patch_size=tuple(model.patch_embed.patch_size), stages=stages, projection=projection,
+        window_of=lambda block, size: (tuple(block.window_size), tuple(block.shift_size)),
+        tables=[(block.attn.relative_position_bias_table.detach(), tuple(block.attn.window_size)) for stage in stages
+                for block in stage])
+
+
+def _of_torchvision_swin(model):
+    """Adapt a SwinTransformer of torchvision, which accepts any image size and does not record its own."""
+    projection = model.features[0][0]
+    stages = [list(stage) for stage in list(model.features)[1::2]]
+    if "cpb_mlp" in stages[0][0].attn._modules:
+        raise InputError(f"this {class_name(model)} is a Swin Transformer V2, whose attention is a scaled cosine; use "
+                         f"a Swin Transformer of the first version")
+    return WindowAdapter(
+        library="torchvision", layers=[projection, *(stage[-1] for stage in stages)], img_size=(224, 224),
+        in_channels=projection.in_channels, n_classes=_classes_of(model.head), any_size=True, channels_last=True,
+        **_images_of(model, projection.in_channels, 224), patch_size=tuple(projection.kernel_size), stages=stages,
+        projection=projection, window_of=_torchvision_window,
+        tables=[(block.attn.relative_position_bias_table.detach(), tuple(block.attn.window_size)) for stage in stages
+                for block in stage])
+
+
+def _torchvision_window(block, size):
+    """Return the window of a block, and its shift: 0 along a side that one window covers."""
+    window = tuple(block.attn.window_size)
+    return window, [by if length < side else 0 for by, length, side in zip(block.attn.shift_size, window, size,
+                                                                           strict=True)]
+
+
+def _of_transformers_swin(model):
+    """Adapt a SwinModel or SwinForImageClassification of transformers."""
+    base, config = model.base_model, model.config
+    if config.use_absolute_embeddings:
+        raise InputError(f"this {class_name(model)} adds absolute positions, which is not supported; use a Swin "
+                         f"Transformer with relative positions only")
+    stages = [list(stage.blocks) for stage in base.encoder.layers]
+    projection, head = base.embeddings.patch_embeddings.projection, model._modules.get("classifier")
+    return WindowAdapter(
+        library="transformers", layers=[projection, *(stage[-1] for stage in stages)], img_size=pair(config.image_size),
+        in_channels=config.num_channels, n_classes=_classes_of(head) if head else None, any_size=True,
+        **_images_of(model, config.num_channels, config.image_size, class_names=listed_names(config.id2label)),
+        patch_size=pair(config.patch_size, "patch_size"), stages=stages, projection=projection,
+        window_of=lambda block, size: (pair(int(block.window_size)), [int(block.shift_size)] * 2),
+        tables=[(block.attention.relative_position_bias.relative_position_bias_table.detach(), pair(config.window_size))
+                for stage in stages for block in stage])
+
+
 LIBRARIES = {  # {full name of a class: function that adapts models of this class and its subclasses}
     "timm.models.vision_transformer.VisionTransformer": _of_timm,
     "torchvision.models.vision_transformer.VisionTransformer": _of_torchvision,
+    "timm.models.swin_transformer.SwinTransformer": _of_timm_swin,
+    "torchvision.models.swin_transformer.SwinTransformer": _of_torchvision_swin,
+    **_classes_in("swin", _of_transformers_swin, "SwinModel", "SwinForImageClassification"),
     "dinov2.models.vision_transformer.DinoVisionTransformer": _of_hub_dinov2,
     **_classes_in("vit", _of_vit, "ViTModel", "ViTForImageClassification"),
     **_classes_in("vit_msn", _of_vit_msn, "ViTMSNModel", "ViTMSNForImageClassification"),

@@ -248,7 +248,7 @@ class ConvNetConfig:
     def __post_init__(self):
         check_int("in_channels", self.in_channels, 1)
         check_int("n_classes", self.n_classes, 0)
-        check_stages(self.widths, self.depths)
+        check_stages(widths=self.widths, depths=self.depths)
         pair(self.img_size)
         check_choice("stem_stride", self.stem_stride, (1, 2, 4))
         check_choice("block", self.block, (*BLOCKS, "pooled"))
@@ -261,12 +261,16 @@ class ConvNetConfig:
 ConvNet.config_class = ConvNetConfig
 
 
-def check_stages(widths, depths):
-    """Raise InputError unless widths and depths hold one positive whole number for each stage."""
-    if not widths or len(widths) != len(depths):
-        raise InputError(f"widths {widths} and depths {depths} need the same length, at least 1; pass one number "
-                         f"for each stage")
-    for name, values in dict(widths=widths, depths=depths).items():
+def check_stages(**stages):
+    """Raise InputError unless each argument, such as widths and depths, holds one positive whole number per stage."""
+    for name, values in stages.items():
+        if not isinstance(values, (tuple, list)):
+            raise InputError(f"{name} {values!r} is no tuple; pass one number for each stage, such as (2, 2, 6, 2)")
+    lengths = {len(values) for values in stages.values()}
+    if len(lengths) > 1 or lengths == {0}:
+        listed = " and ".join(f"{name} {tuple(values)}" for name, values in stages.items())
+        raise InputError(f"{listed} need the same length, at least 1; pass one number for each stage")
+    for name, values in stages.items():
         for value in values:
             check_int(name, value, 1)
 

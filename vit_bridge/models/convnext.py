@@ -15,7 +15,7 @@ from torch import nn
 
 from vit_bridge.errors import InputError, check_int, pair
 from vit_bridge.models.convnet import check_stages
-from vit_bridge.models.protocol import ImageModel
+from vit_bridge.models.protocol import ImageModel, create_variant
 from vit_model import MLP, DropPath, LayerScale, check_images, check_positive, check_rate, drop_path_rates
 
 
@@ -196,9 +196,9 @@ class ConvNeXtConfig:
         check_int("in_channels", self.in_channels, 1)
         check_int("n_classes", self.n_classes, 0)
         check_int("stem_stride", self.stem_stride, 1)
+        check_stages(widths=self.widths, depths=self.depths)
         for name in ("widths", "depths"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        check_stages(self.widths, self.depths)
         check_rate("drop_path", self.drop_path)
         check_positive("norm_eps", self.norm_eps)
         if self.layer_scale is not None:
@@ -214,3 +214,32 @@ class ConvNeXtConfig:
 
 
 ConvNeXt.config_class = ConvNeXtConfig
+
+# Tiny to Large come from Sec. 3 of the paper. Nano is our own, for 32-pixel images on a laptop.
+CONVNEXT_VARIANTS = {
+    "convnext_nano": ConvNeXtConfig(img_size=32, widths=(36, 72, 144), depths=(2, 2, 2), stem_stride=2),
+    "convnext_tiny": ConvNeXtConfig(),
+    "convnext_small": ConvNeXtConfig(depths=(3, 3, 27, 3)),
+    "convnext_base": ConvNeXtConfig(widths=(128, 256, 512, 1024), depths=(3, 3, 27, 3)),
+    "convnext_large": ConvNeXtConfig(widths=(192, 384, 768, 1536), depths=(3, 3, 27, 3)),
+}
+
+
+def create_convnext_nano(n_classes=1000, **overrides):
+    """Build ConvNeXt-nano/2 for 32 x 32 images: 3 stages of 2 blocks, with 36, 72 and 144 channels."""
+    return create_variant(ConvNeXt, CONVNEXT_VARIANTS["convnext_nano"], n_classes, overrides)
+
+
+def create_convnext_tiny(n_classes=1000, **overrides):
+    """Build ConvNeXt-T for 224 x 224 images: 28,589,128 parameters with 1,000 classes."""
+    return create_variant(ConvNeXt, CONVNEXT_VARIANTS["convnext_tiny"], n_classes, overrides)
+
+
+def create_convnext_small(n_classes=1000, **overrides):
+    """Build ConvNeXt-S for 224 x 224 images: 50,223,688 parameters with 1,000 classes."""
+    return create_variant(ConvNeXt, CONVNEXT_VARIANTS["convnext_small"], n_classes, overrides)
+
+
+def create_convnext_base(n_classes=1000, **overrides):
+    """Build ConvNeXt-B for 224 x 224 images: 88,591,464 parameters with 1,000 classes."""
+    return create_variant(ConvNeXt, CONVNEXT_VARIANTS["convnext_base"], n_classes, overrides)

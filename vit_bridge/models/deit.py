@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from vit_bridge.errors import InputError, check_choice
-from vit_model import VisionTransformer, ViTConfig, variant_config
+from vit_bridge.models.protocol import create_variant
+from vit_model import VARIANTS, VisionTransformer, ViTConfig
 
 
 class DistilledViT(VisionTransformer):
@@ -65,8 +66,8 @@ class DistilledViT(VisionTransformer):
         """
         if pre_logits:
             return x[:, :2].mean(dim=1)  # (B, D)
-        logits = self.head(x[:, 0]), self.head_dist(x[:, 1])  # 2 x (B, n_classes)
-        return logits if self.training else sum(logits) / 2
+        cls, dist = self.head(x[:, 0]), self.head_dist(x[:, 1])  # 2 x (B, n_classes)
+        return (cls, dist) if self.training else (cls + dist) / 2
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def create_deit(size, n_classes, distilled, overrides):
     """Build a DistilledViT of a size in vit_model.VARIANTS, such as "tiny", or without distilled the plain ViT."""
     check_choice("distilled", distilled, (True, False))
     model_class = DistilledViT if distilled else VisionTransformer
-    return model_class(**vars(variant_config(f"vit_{size}", n_classes=n_classes, **overrides)))
+    return create_variant(model_class, VARIANTS[f"vit_{size}"], n_classes, overrides)
 
 
 def create_deit_nano(n_classes=1000, distilled=True, **overrides):

@@ -7,7 +7,11 @@ other libraries lack. tests/models/test_toy_model.py contains a complete new mod
 Shapes:  B images, C channels, D features that the head reads.
 """
 
+from dataclasses import replace
+
 from torch import nn
+
+from vit_bridge.errors import check_choice
 
 
 class ImageModel(nn.Module):
@@ -26,6 +30,8 @@ class ImageModel(nn.Module):
     attends : bool
         Whether its layers are attention blocks over n_prefix_tokens and patches, as in a ViT. If so, it also has
         blocks, norm, patch_embed and pos_embed, as VisionTransformer does.
+    windowed : bool
+        Whether its layers are stages of blocks with attention within windows, as in SwinTransformer.
     any_size : bool
         Whether it accepts images of sizes other than config.img_size.
     head_names : tuple of str
@@ -38,7 +44,7 @@ class ImageModel(nn.Module):
 
     config_class = None
     preprocessing = None
-    attends = False
+    attends = windowed = False
     any_size = True
     head_names = ("head",)
     no_weight_decay = ()
@@ -108,3 +114,16 @@ def layer_groups(model):
     heads = ask(model, "head_names")
     return {name: len(layers) if name.split(".")[0] in heads else place.get(id(p), len(layers) if i > last else 0)
             for i, (name, p) in enumerate(named)}
+
+
+def check_arguments(model_class, arguments):
+    """Raise InputError for an argument that the model's configuration does not have."""
+    for argument in arguments:
+        config_class = model_class.config_class
+        check_choice("argument", argument, tuple(config_class.__dataclass_fields__), f"help({config_class.__name__})")
+
+
+def create_variant(model_class, config, n_classes, overrides):
+    """Build a model with new weights from a configuration, with other values for some fields."""
+    check_arguments(model_class, overrides)
+    return model_class(**vars(replace(config, n_classes=n_classes, **overrides)))

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 from vit_bridge.errors import check_choice
 from vit_bridge.models.convnet import ConvNet
-from vit_bridge.models.convnext import ConvNeXt
+from vit_bridge.models.convnext import CONVNEXT_VARIANTS, ConvNeXt
 from vit_bridge.models.deit import DistilledViT
 from vit_bridge.models.hybrid import HybridCNNViT
-from vit_bridge.models.swin import SwinTransformer
+from vit_bridge.models.protocol import check_arguments
+from vit_bridge.models.swin import SWIN_VARIANTS, SwinTransformer
 from vit_model import VARIANTS, VisionTransformer, pair
 
 
@@ -24,16 +25,10 @@ class ModelEntry:
     scaled: tuple | None = ("patch_size", 4)
 
 
-def _cnn(model_class, widths, depths, **more):
-    """Return the entry of a CNN for 224 x 224 images."""
-    arguments = dict(img_size=224, widths=widths, depths=depths, stem_stride=4, **more)
-    return ModelEntry(model_class, arguments, ("stem_stride", 1))
-
-
-def _swin(embed_dim, depths, n_heads):
-    """Return the entry of a Swin Transformer for 224 x 224 images."""
-    arguments = dict(img_size=224, patch_size=4, embed_dim=embed_dim, depths=depths, n_heads=n_heads)
-    return ModelEntry(SwinTransformer, arguments, ("patch_size", 1))
+def _resnet(depths, block="residual"):
+    """Return the entry of a ResNet for 224 x 224 images."""
+    return ModelEntry(ConvNet, dict(img_size=224, widths=(64, 128, 256, 512), depths=depths, stem_stride=4,
+                                    block=block), ("stem_stride", 1))
 
 
 # With 10 classes and 32 x 32 images, vit_nano, hybrid and convnet have similar sizes: 459,562, 497,818 and 481,170
@@ -46,23 +41,15 @@ MODELS = {
                           ("stem_stride", 1)),
     **{name.replace("vit", "deit"): ModelEntry(DistilledViT, vars(config)) for name, config in VARIANTS.items()
        if name != "vit_large"},
-    "swin_nano": ModelEntry(SwinTransformer, dict(img_size=32, patch_size=2, embed_dim=32, depths=(2, 2, 2),
-                                                  n_heads=(1, 2, 4), window_size=4), ("patch_size", 2)),
-    "swin_tiny": _swin(96, (2, 2, 6, 2), (3, 6, 12, 24)),  # Liu et al. 2021, Sec. 3.3
-    "swin_small": _swin(96, (2, 2, 18, 2), (3, 6, 12, 24)),
-    "swin_base": _swin(128, (2, 2, 18, 2), (4, 8, 16, 32)),
-    # ResNet: He et al. 2016, Table 1. ConvNeXt: Liu et al. 2022, Sec. 3.
-    "resnet18": _cnn(ConvNet, (64, 128, 256, 512), (2, 2, 2, 2)),
-    "resnet34": _cnn(ConvNet, (64, 128, 256, 512), (3, 4, 6, 3)),
-    "resnet50": _cnn(ConvNet, (64, 128, 256, 512), (3, 4, 6, 3), block="bottleneck"),
-    "resnet101": _cnn(ConvNet, (64, 128, 256, 512), (3, 4, 23, 3), block="bottleneck"),
-    "resnet152": _cnn(ConvNet, (64, 128, 256, 512), (3, 8, 36, 3), block="bottleneck"),
-    "convnext_nano": ModelEntry(ConvNeXt, dict(img_size=32, widths=(36, 72, 144), depths=(2, 2, 2), stem_stride=2),
-                                ("stem_stride", 2)),
-    "convnext_tiny": _cnn(ConvNeXt, (96, 192, 384, 768), (3, 3, 9, 3)),
-    "convnext_small": _cnn(ConvNeXt, (96, 192, 384, 768), (3, 3, 27, 3)),
-    "convnext_base": _cnn(ConvNeXt, (128, 256, 512, 1024), (3, 3, 27, 3)),
-    "convnext_large": _cnn(ConvNeXt, (192, 384, 768, 1536), (3, 3, 27, 3)),
+    **{name: ModelEntry(SwinTransformer, vars(config), ("patch_size", 2 if name == "swin_nano" else 1))
+       for name, config in SWIN_VARIANTS.items()},
+    **{name: ModelEntry(ConvNeXt, vars(config), ("stem_stride", 2 if name == "convnext_nano" else 1))
+       for name, config in CONVNEXT_VARIANTS.items()},
+    "resnet18": _resnet((2, 2, 2, 2)),  # He et al. 2016, Table 1
+    "resnet34": _resnet((3, 4, 6, 3)),
+    "resnet50": _resnet((3, 4, 6, 3), "bottleneck"),
+    "resnet101": _resnet((3, 4, 23, 3), "bottleneck"),
+    "resnet152": _resnet((3, 8, 36, 3), "bottleneck"),
 }
 
 
@@ -102,10 +89,3 @@ def build_model(name, **arguments):
         side, (argument, value) = max(pair(arguments["img_size"])), entry.scaled
         scaled = {argument: value * (1 if side <= 64 else 2 if side <= 128 else 4)}
     return entry.model_class(**{**entry.arguments, **scaled, **arguments})
-
-
-def check_arguments(model_class, arguments):
-    """Raise InputError for an argument that the model's configuration does not have."""
-    for argument in arguments:
-        config_class = model_class.config_class
-        check_choice("argument", argument, tuple(config_class.__dataclass_fields__), f"help({config_class.__name__})")

@@ -2,7 +2,7 @@
 
 Swin uses it within its windows (Liu et al. 2021, Eq. 4). Parameters have the names of the paper's code and of timm.
 
-Shapes:  H heads, D width, h, w height and width of a grid of positions, M = h w positions.
+Shapes:  H heads, D width of a token, h, w height and width of a grid of positions, M = h w positions, n queries.
 """
 
 import torch
@@ -13,7 +13,7 @@ from vit_model import MultiHeadAttention
 
 
 class RelativeAttention(MultiHeadAttention):
-    """Self-attention with softmax(Q K^T / sqrt(K) + B) V, where B depends on the offset between query and key.
+    """Self-attention with softmax(Q K^T / sqrt(D / H) + B) V, where B depends on the offset from key to query.
 
     The table has one row for each offset and one column for each head. Positions with the same offset share a row, so
     a pattern such as "attend to the left neighbour" is learned once for all positions.
@@ -33,7 +33,7 @@ class RelativeAttention(MultiHeadAttention):
     def __init__(self, embed_dim, n_heads, grid_size, dropout=0.0, relative_bias=True):
         super().__init__(embed_dim, n_heads, dropout)
         self.grid_size = grid_size
-        self.register_parameter("relative_position_bias_table", None)
+        self.relative_position_bias_table = None
         if relative_bias:
             n_offsets = (2 * grid_size[0] - 1) * (2 * grid_size[1] - 1)
             self.relative_position_bias_table = nn.Parameter(torch.zeros(n_offsets, n_heads))

@@ -4,10 +4,12 @@ Attention stays within windows, so its cost grows with the number of tokens and 
 every second block the windows are shifted by half their side, and tokens of neighbouring windows meet. Between stages,
 2 x 2 neighbouring tokens merge into one that is twice as wide, as a CNN halves its resolution.
 
-Parameters have timm's names, except that `layers.` is `stages.` and the norm of the patches is `patch_norm`.
+Parameters have timm's names, with three exceptions: `stages` is `layers` in timm, `patch_norm` is `patch_embed.norm`,
+and `head` is `head.fc`.
 
 Shapes:  B images, C channels of an image, D channels of a map (embed_dim, doubled in each stage), h, w height and width
-         of a map in tokens, W windows, M tokens of a window, H heads, K = D / H width of a head.
+         of a map in tokens, h', w' the same with padding, W windows, M tokens of a window, H heads, K = D / H width of
+         a head.
 """
 
 from dataclasses import dataclass
@@ -18,7 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from vit_bridge.errors import InputError, check_choice, check_int, pair
-from vit_bridge.models.protocol import ImageModel
+from vit_bridge.models.convnet import check_stages
+from vit_bridge.models.protocol import ImageModel, create_variant
 from vit_bridge.models.relative import RelativeAttention
 from vit_model import (
     PatchEmbedding,
@@ -35,32 +38,28 @@ from vit_model import (
 
 
 def split_windows(x, window):
-    """Cut a map into windows, row by row: (B, h, w, D) -> (B, W, M, D). h and w must be multiples of the window."""
-    (rows, columns), (B, h, w, D) = window, x.shape
-    x = x.reshape(B, h // rows, rows, w // columns, columns, D)
-    return x.transpose(2, 3).reshape(B, -1, rows * columns, D)  # (B, W, M, D)
+    """Cut a map into windows of (rows, columns), row by row: (B, h, w, D) -> (B, W, M, D). They must fit exactly."""
+    x = x.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0]))  # (B, h / rows, rows, w / columns, columns, D)
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, W, M, D)
 
 
 def join_windows(windows, window, size):
     """Undo split_windows: (B, W, M, D) -> (B, h, w, D), with size (h, w)."""
-    (rows, columns), (h, w) = window, size
-    x = windows.reshape(len(windows), h // rows, w // columns, rows, columns, windows.shape[-1])
-    return x.transpose(2, 3).reshape(len(windows), h, w, -1)  # (B, h, w, D)
+    x = windows.unflatten(2, window).unflatten(1, (size[0] // window[0], size[1] // window[1]))
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, h, w, D)
 
 
 def shift_mask(size, window, shift, device=None):
-    """Return which tokens of a window are neighbours in a shifted map: (W, M, M), 0 for neighbours, else -inf.
+    """Return what is added to the scores of a rolled map: (W, M, M), -inf for tokens that must not meet, else 0.
 
-    Rolling a map brings tokens from opposite edges into one window. They must not attend to each other.
+    The roll moves the first rows to the end, where they share windows with the last rows, and the same happens to the
+    columns. Tokens from opposite edges of the map must not attend to each other.
     """
-    ids = torch.zeros(1, *size, 1, device=device)
-    for axis, (side, length, by) in enumerate(zip(size, window, shift, strict=True), start=1):
-        place = torch.arange(side, device=device)
-        region = (place >= side - length).long() + (place >= side - by)  # 0, 1 or 2 along this axis
-        ids = 3 * ids + region.view([-1 if one == axis else 1 for one in range(4)])
-    ids = split_windows(ids, window)[0, :, :, 0]  # (W, M)
-    return torch.zeros(len(ids), ids.shape[1], ids.shape[1], device=device).masked_fill(
-        ids[:, :, None] != ids[:, None], -torch.inf)
+    rows, columns = (torch.arange(side, device=device) >= side - by for side, by in zip(size, shift, strict=True))
+    edges = 2 * rows[:, None] + columns  # (h, w): whether the row and the column come from the opposite edge
+    edges = split_windows(edges[None, :, :, None], window)[0, :, :, 0]  # (W, M)
+    apart = edges[:, :, None] != edges[:, None]  # (W, M, M)
+    return torch.zeros(apart.shape, device=device).masked_fill(apart, -torch.inf)
 
 
 class WindowAttention(RelativeAttention):
@@ -86,9 +85,12 @@ class WindowAttention(RelativeAttention):
         self.shift = shift
 
     def forward(self, x, return_attention=False, n_query_tokens=None):
-        """Return the map (B, h, w, D), and with return_attention also A (B, W, H, M, M), whose rows sum to one."""
+        """Return the map (B, h, w, D), and with return_attention also A (B, W, H, M, M), whose rows sum to one.
+
+        n_query_tokens is always None here: every token of a map is needed.
+        """
         size, window = x.shape[1:3], self.grid_size
-        x = F.pad(x, (0, 0, 0, -size[1] % window[1], 0, -size[0] % window[0]))
+        x = F.pad(x, (0, 0, 0, -size[1] % window[1], 0, -size[0] % window[0]))  # (B, h', w', D)
         padded, shift = x.shape[1:3], self.shift_in(size)
         if any(shift):
             x = x.roll([-by for by in shift], dims=(1, 2))
@@ -96,26 +98,28 @@ class WindowAttention(RelativeAttention):
         n_windows = x.shape[1]
         qkv = self.qkv(x).unflatten(3, (3, self.n_heads, -1))  # (B, W, M, 3, H, K)
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3)  # 3 x (B, W H, M, K)
-        bias = self.bias()  # (H, M, M)
-        if any(shift):
-            mask = shift_mask(padded, window, shift, x.device)[:, None].to(x.dtype)  # (W, 1, M, M)
-            bias = (mask if bias is None else bias + mask).expand(-1, self.n_heads, -1, -1)  # (W, H, M, M)
-        elif bias is not None:
-            bias = bias.expand(n_windows, -1, -1, -1)  # (W, H, M, M)
-        heads, attention = attend(q, k, v, return_attention, None if bias is None else bias.flatten(0, 1))
+        mask = shift_mask(padded, window, shift, x.device).to(x.dtype) if any(shift) else None  # (W, M, M)
+        heads, attention = attend(q, k, v, return_attention, self.window_bias(n_windows, mask))
         x = heads.unflatten(1, (n_windows, -1)).transpose(2, 3).flatten(3)  # (B, W, M, D), the heads concatenated
-        x = join_windows(self.dropout(self.proj(x)), window, padded)  # (B, h, w, D)
+        x = join_windows(self.dropout(self.proj(x)), window, padded)  # (B, h', w', D)
         if any(shift):
             x = x.roll(shift, dims=(1, 2))
-        x = x[:, :size[0], :size[1]]
+        x = x[:, :size[0], :size[1]]  # (B, h, w, D)
         return (x, attention.unflatten(1, (n_windows, -1))) if return_attention else x
+
+    def window_bias(self, n_windows, mask):
+        """Return what is added to the scores, (W H, M, M): the heads' bias plus the windows' mask, or None."""
+        bias = self.bias()  # (H, M, M)
+        if mask is not None:
+            bias = mask[:, None] if bias is None else bias + mask[:, None]  # (W, 1, M, M), or (W, H, M, M)
+        return None if bias is None else bias.expand(n_windows, self.n_heads, -1, -1).flatten(0, 1)  # (W H, M, M)
 
     def shift_in(self, size):
         """Return the shift for a map of this (height, width): 0 along a side that one window covers."""
         return [by if length < side else 0 for by, length, side in zip(self.shift, self.grid_size, size, strict=True)]
 
 
-def spread_windows(maps, window, shift, size):
+def spread_windows(maps, window, shift, size, pads_first=True):
     """Return the attention of a whole map from that of its windows: (B, W, H, M, M) -> (B, H, h w, h w).
 
     A token does not attend outside its window, so these weights are 0. Padding outside the map is left out; only if
@@ -129,14 +133,27 @@ def spread_windows(maps, window, shift, size):
         Height and width of a window, and the shift that was used.
     size : (int, int)
         (h, w).
+    pads_first : bool, optional
+        As in window_places.
     """
-    padded = [side + -side % length for side, length in zip(size, window, strict=True)]
-    ids = torch.arange(padded[0] * padded[1], device=maps.device).view(1, *padded, 1)
-    ids = split_windows(ids.roll([-by for by in shift], dims=(1, 2)), window)[0, :, :, 0]  # (W, M), places in the map
-    whole = maps.new_zeros(len(maps), maps.shape[2], padded[0] * padded[1], padded[0] * padded[1])
-    whole[:, :, ids[:, :, None], ids[:, None]] = maps.transpose(1, 2)  # (B, H, W, M, M)
-    inside = torch.arange(padded[0] * padded[1], device=maps.device).view(padded)[:size[0], :size[1]].flatten()
-    return whole[:, :, inside][:, :, :, inside]  # (B, H, h w, h w)
+    places = window_places(size, window, shift, pads_first).to(maps.device)  # (W, M)
+    n = size[0] * size[1]  # the number of tokens, and the place of padding
+    whole = maps.new_zeros(len(maps), maps.shape[2], n + 1, n + 1)
+    whole[:, :, places[:, :, None], places[:, None]] = maps.transpose(1, 2)  # (B, H, W, M, M)
+    return whole[:, :, :n, :n]
+
+
+def window_places(size, window, shift, pads_first=True):
+    """Return which token of a map is at each place of each window, (W, M): row by row, and h w for padding.
+
+    With pads_first=False the map is rolled before it is padded, as in timm.
+    """
+    pad = (0, -size[1] % window[1], 0, -size[0] % window[0])
+    places, back = torch.arange(size[0] * size[1]).view(*size), [-by for by in shift]
+    places = places if pads_first else places.roll(back, dims=(0, 1))
+    places = F.pad(places, pad, value=size[0] * size[1])
+    places = places.roll(back, dims=(0, 1)) if pads_first else places
+    return split_windows(places[None, :, :, None], window)[0, :, :, 0]  # (W, M)
 
 
 # ---- The model --------------------------------------------------------------------------------------------
@@ -147,7 +164,9 @@ class SwinBlock(TransformerBlock):
 
     Parameters
     ----------
-    embed_dim, n_heads, window, shift, relative_bias : optional
+    embed_dim, n_heads, window, shift
+        As in WindowAttention.
+    relative_bias : optional
         As in WindowAttention.
     mlp_ratio, dropout, drop_path, norm_eps : optional
         As in TransformerBlock.
@@ -220,22 +239,24 @@ class SwinTransformer(ImageModel):
         self.dropout, self.stages = nn.Dropout(c.dropout), nn.ModuleList()
         rates = iter(drop_path_rates(c.drop_path, sum(c.depths)))
         for i, (depth, n_heads, window) in enumerate(zip(c.depths, c.n_heads, c.windows(), strict=True)):
-            D, half = c.embed_dim << i, tuple(side // 2 for side in window)
-            blocks = [SwinBlock(D, n_heads, window, half if c.shift and j % 2 else (0, 0), c.mlp_ratio, c.dropout, rate,
-                                c.norm_eps, c.relative_bias) for j, rate in enumerate(islice(rates, depth))]
+            D, shifts = c.embed_dim * 2**i, [(0, 0), tuple(side // 2 for side in window) if c.shift else (0, 0)]
+            blocks = [SwinBlock(D, n_heads, window, shifts[j % 2], c.mlp_ratio, c.dropout, rate, c.norm_eps,
+                                c.relative_bias) for j, rate in enumerate(islice(rates, depth))]
             self.stages.append(SwinStage(PatchMerging(D // 2, c.norm_eps) if i else nn.Identity(), blocks))
         self.norm = nn.LayerNorm(self.n_features, eps=c.norm_eps)
         self.head = nn.Linear(self.n_features, c.n_classes) if c.n_classes else nn.Identity()
-        for module in self.modules():
+        for module in self.modules():  # as in the paper's code
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    windowed = True
+
     @property
     def n_features(self):
         """The width of the head's input: D of the last stage."""
-        return self.config.embed_dim << (len(self.config.depths) - 1)
+        return self.config.embed_dim * 2 ** (len(self.config.depths) - 1)
 
     @property
     def no_weight_decay(self):
@@ -281,8 +302,8 @@ class SwinConfig:
     depths, n_heads : tuple of int
         Blocks and heads of each stage.
     window_size : int or (int, int)
-        Side, or (height, width), of a window, in tokens. In a stage whose map for img_size is smaller, the window is
-        the whole map.
+        Side, or (height, width), of a window, in tokens. In a stage where the map of an image of img_size is shorter or
+        narrower, the window has the height or the width of the map.
     mlp_ratio : float
         Hidden width of the MLP, divided by D.
     dropout, drop_path : float
@@ -292,7 +313,7 @@ class SwinConfig:
     shift : bool
         Whether every second block shifts its windows.
     relative_bias : bool
-        Whether attention learns a bias for each offset. The paper compares both without (Table 4).
+        Whether attention learns a bias for each offset. Table 4 of the paper measures what shift and relative_bias add.
 
     Raises
     ------
@@ -318,27 +339,25 @@ class SwinConfig:
     def __post_init__(self):
         for name, least in dict(in_channels=1, n_classes=0, embed_dim=1).items():
             check_int(name, getattr(self, name), least)
+        check_stages(depths=self.depths, n_heads=self.n_heads)
         for name in ("depths", "n_heads"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-            for value in getattr(self, name):
-                check_int(name, value, 1)
-        if not self.depths or len(self.depths) != len(self.n_heads):
-            raise InputError(f"depths {self.depths} and n_heads {self.n_heads} need the same length, at least 1; pass "
-                             f"one number for each stage")
         for i, n_heads in enumerate(self.n_heads):
-            head_width(self.embed_dim << i, n_heads)
+            head_width(self.embed_dim * 2**i, n_heads)
         for name in ("dropout", "drop_path"):
             check_rate(name, getattr(self, name))
         for name in ("mlp_ratio", "norm_eps"):
             check_positive(name, getattr(self, name))
+        if self.embed_dim * self.mlp_ratio < 1:
+            raise InputError(f"mlp_ratio {self.mlp_ratio} leaves no hidden unit; expected a positive number such as 4")
         for name in ("shift", "relative_bias"):
             check_choice(name, getattr(self, name), (True, False))
         self.windows()
 
     def windows(self):
         """Return the (height, width) of the windows of each stage, in tokens."""
-        grid, window = grid_of(pair(self.img_size), pair(self.patch_size, "patch_size")), pair(self.window_size,
-                                                                                               "window_size")
+        grid = grid_of(pair(self.img_size), pair(self.patch_size, "patch_size"))
+        window = pair(self.window_size, "window_size")
         return [tuple(min(length, -(-side // 2**i)) for length, side in zip(window, grid, strict=True))
                 for i in range(len(self.depths))]
 
@@ -346,23 +365,31 @@ class SwinConfig:
 SwinTransformer.config_class = SwinConfig
 
 
-def create_swin(n_classes, overrides, **size):
-    """Build a SwinTransformer of one of the paper's sizes (Sec. 3.3)."""
-    for name in overrides:
-        check_choice("argument", name, tuple(SwinConfig.__dataclass_fields__), "help(SwinConfig)")
-    return SwinTransformer(**size | dict(n_classes=n_classes) | overrides)
+# Tiny, Small and Base come from Sec. 3.3 of the paper. Nano is our own, for 32-pixel images on a laptop.
+SWIN_VARIANTS = {
+    "swin_nano": SwinConfig(img_size=32, patch_size=2, embed_dim=32, depths=(2, 2, 2), n_heads=(1, 2, 4),
+                            window_size=4),
+    "swin_tiny": SwinConfig(),
+    "swin_small": SwinConfig(depths=(2, 2, 18, 2)),
+    "swin_base": SwinConfig(embed_dim=128, depths=(2, 2, 18, 2), n_heads=(4, 8, 16, 32)),
+}
+
+
+def create_swin_nano(n_classes=1000, **overrides):
+    """Build Swin-nano/2 for 32 x 32 images: windows of 4 x 4 tokens, 3 stages of 2 blocks, D = 32, 64 and 128."""
+    return create_variant(SwinTransformer, SWIN_VARIANTS["swin_nano"], n_classes, overrides)
 
 
 def create_swin_tiny(n_classes=1000, **overrides):
     """Build Swin-T for 224 x 224 images: 28,288,354 parameters with 1,000 classes."""
-    return create_swin(n_classes, overrides, embed_dim=96, depths=(2, 2, 6, 2), n_heads=(3, 6, 12, 24))
+    return create_variant(SwinTransformer, SWIN_VARIANTS["swin_tiny"], n_classes, overrides)
 
 
 def create_swin_small(n_classes=1000, **overrides):
     """Build Swin-S for 224 x 224 images: 49,606,258 parameters with 1,000 classes."""
-    return create_swin(n_classes, overrides, embed_dim=96, depths=(2, 2, 18, 2), n_heads=(3, 6, 12, 24))
+    return create_variant(SwinTransformer, SWIN_VARIANTS["swin_small"], n_classes, overrides)
 
 
 def create_swin_base(n_classes=1000, **overrides):
     """Build Swin-B for 224 x 224 images: 87,768,224 parameters with 1,000 classes."""
-    return create_swin(n_classes, overrides, embed_dim=128, depths=(2, 2, 18, 2), n_heads=(4, 8, 16, 32))
+    return create_variant(SwinTransformer, SWIN_VARIANTS["swin_base"], n_classes, overrides)

@@ -504,7 +504,8 @@ def _unit_fields(model, image, depth, grid):
     image.
     """
     rows = []
-    pixels, features, _ = watch_layer(model, adapt(model).layers[depth], image)  # (1, 3, H, W), (1, D, rows, columns)
+    pixels, output, _ = watch_layer(model, adapt(model).layers[depth], image)  # (1, 3, H, W), the layer's own shape
+    features = adapt(model).as_map(output, image, depth)  # (1, D, rows, columns)
     for row in range(grid[0]):
         for column in range(grid[1]):
             y, x = (int((place + 0.5) / n * count) for place, n, count in zip((row, column), grid, features.shape[2:],

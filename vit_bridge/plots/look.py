@@ -27,7 +27,7 @@ from vit_bridge.data.images import is_input, open_picture, prepare_image
 from vit_bridge.errors import InputError
 from vit_bridge.models.adapters import ModelAdapter, adapt, check_pool
 from vit_bridge.plots.charts import VERMILION, ShownFigure, clip_at, extent_of, finish, hide_ticks
-from vit_bridge.runtime import at_least_float32, unwrapped
+from vit_bridge.runtime import at_least_float32, logits_of, unwrapped
 
 SIDE, BIG, TALL = 2.6, 4.1, 4.6  # width of the right column, width and maximum height of the large panels
 STRIP = 2.2  # maximum height of a map in the strip of heads or stages
@@ -183,12 +183,13 @@ def _look_at_tokens(model, images, about):
 
 def _look_at_stages(model, images, about):
     """Return (Look, logits) of a ConvNet."""
-    maps = []
-    for layer in about["adapter"].layers:
-        _, output, logits = watch_layer(model, layer, images)  # (1, D, rows, columns)
-        maps.append(_scaled(output.detach()[0].permute(1, 2, 0)))  # (rows, columns, D)
+    maps, adapter = [], about["adapter"]
+    for depth, layer in enumerate(adapter.layers):
+        _, output, logits = watch_layer(model, layer, images)
+        features = adapter.as_map(output, images, depth).detach()[0]  # (D, rows, columns)
+        maps.append(_scaled(features.permute(1, 2, 0)))  # (rows, columns, D)
     stages = [feature_colours(one[None])[0].numpy() for one in maps]
-    return Look(**about, grid=tuple(maps[-1].shape[:2]), features=maps[-1], stages=stages), logits
+    return Look(**about, grid=tuple(maps[-1].shape[:2]), features=maps[-1], stages=stages), logits_of(logits)
 
 
 def _scaled(features):

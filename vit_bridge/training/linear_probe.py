@@ -1,16 +1,18 @@
-"""Linear classifiers: on pixels (linear_classifier), and on a frozen backbone (feature_loaders).
+"""Linear classifiers: on pixels (linear_classifier), and on a frozen backbone (feature_loaders, Heads).
 
-Shapes:  B images in a batch, N images in a set, C channels, K classes, D features that the head reads, F pixel
+Shapes:  B images in a batch, N images in a set, C channels, K classes, H heads, D features that a head reads, F pixel
          features.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
 from vit_bridge.data.loaders import DatasetLoader
 from vit_bridge.errors import InputError
+from vit_bridge.models.protocol import ImageModel
 from vit_bridge.runtime import evaluating, explain_out_of_memory
 
 # Penalties that linear_classifier tries, as multiples of the mean squared feature.
@@ -96,9 +98,9 @@ def _count_correct(weights, loader):
 
 
 class FeatureLoader(DatasetLoader):
-    """A loader of features (B, D) and labels (B), held in memory and never augmented.
+    """A loader of features (B, H, D) and labels (B), held in memory and never augmented.
 
-    `features` (N, D) are in the order of `labels` (N). Order, shards and positions work as in DatasetLoader.
+    `features` (N, H, D) are in the order of `labels` (N). Order, shards and positions work as in DatasetLoader.
     """
 
     def __init__(self, features, labels, source):
@@ -113,16 +115,16 @@ class FeatureLoader(DatasetLoader):
     def __iter__(self):
         _, batches = self.epoch_batches()
         for batch in batches:
-            yield self.features[batch], self.labels[batch]  # (B, D), (B)
+            yield self.features[batch], self.labels[batch]  # (B, H, D), (B)
 
 
 def feature_loaders(model, loaders, device):
-    """Return a FeatureLoader for each loader, with the inputs of the model's head computed once.
+    """Return a FeatureLoader for each loader, with the inputs of the model's heads computed once.
 
     Parameters
     ----------
     model : Module
-        Moved to the device. Its head must be one module named `head`; it is not used.
+        A model of this library, moved to the device.
     loaders : sequence of DatasetLoader
         Files that cannot be read are added to their `skipped`.
     device : torch.device
@@ -137,15 +139,45 @@ def feature_loaders(model, loaders, device):
 
 @torch.no_grad()
 def _head_inputs(model, loader, device):
-    """Return (features (N, D), labels (N)) of a loader's images on the CPU; the model runs in eval mode."""
-    head, model.head = model.head, nn.Identity()
-    features, labels = [], []
+    """Return (features (N, H, D), labels (N)) of a loader's images on the CPU; the model runs in eval mode."""
+    read, features, labels = {}, [], []
+    hooks = [model.get_submodule(name).register_forward_pre_hook(partial(_keep_input, read, name))
+             for name in model.head_names]
     try:
         with evaluating(model):
             for images, targets in tqdm(loader.to(device), desc="features", unit="batch", leave=False, disable=None):
                 with explain_out_of_memory(device, len(images)):
-                    features.append(model(images).cpu())  # (B, D)
+                    model(images)
+                features.append(torch.stack([read[name] for name in model.head_names], dim=1).cpu())  # (B, H, D)
                 labels.append(targets.cpu())
     finally:
-        model.head = head
-    return torch.cat(features), torch.cat(labels)  # (N, D), (N)
+        for hook in hooks:
+            hook.remove()
+    return torch.cat(features), torch.cat(labels)  # (N, H, D), (N)
+
+
+def _keep_input(read, name, _, inputs):
+    """Keep the input of a head (B, D) in read[name]."""
+    read[name] = inputs[0]
+
+
+class Heads(ImageModel):
+    """The heads of a model, each on its own features: (B, H, D) -> logits (B, K), as the model returns them.
+
+    In training mode, several heads return a tuple, one entry for each. In eval mode, they return their mean.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.config, self.head_names = model.config, model.head_names
+        for name in self.head_names:
+            self.add_module(name, model.get_submodule(name))
+
+    def layers(self):
+        """Return no layers: the backbone is not part of this module."""
+        return []
+
+    def forward(self, features):
+        """Return the logits."""
+        logits = tuple(self.get_submodule(name)(x) for name, x in zip(self.head_names, features.unbind(1), strict=True))
+        return logits if self.training and len(logits) > 1 else sum(logits) / len(logits)

@@ -1,7 +1,7 @@
 """Objectives, which training minimises, and the metrics that they collect.
 
-Classification is the objective that train_vit.py uses. New objectives are subclasses of Objective; for a small example
-see tests/training/test_toy_objective.py.
+Classification is the objective that train_vit.py uses, and Distillation the one with --teacher. New objectives are
+subclasses of Objective; for a small example see tests/training/test_toy_objective.py.
 
     loss = objective(model, batch, metrics)
 
@@ -15,10 +15,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from vit_bridge.analysis.cost import count_parameters
 from vit_bridge.errors import InputError, assume, check_choice
 from vit_bridge.models.adapters import check_has_head, preprocessing_of
-from vit_bridge.models.protocol import ask
-from vit_bridge.runtime import logits_of, unwrapped
+from vit_bridge.models.protocol import ask, class_name
+from vit_bridge.preprocessing import describe_size
+from vit_bridge.runtime import at_least_float32, device_of, dtype_of, logits_of, unwrapped
 from vit_bridge.weights.heads import listed, match_names
 
 # ---- Metrics and the interface of objectives --------------------------------------------------------------
@@ -94,10 +96,12 @@ class Objective(nn.Module):
         Whether the largest value of the criterion is the best; otherwise the smallest is.
     mixing : callable, optional
         Combines the images of a batch: (images, labels) -> (images, soft targets).
+    dtype : torch.dtype or None
+        Mixed precision of the training, set by the Trainer, for models that belong to the objective.
     """
 
     columns = {"train_loss": ".3f", "val_loss": ".3f"}  # noqa: RUF012 - subclasses replace it
-    criterion, maximise, mixing = "val_loss", False, None
+    criterion, maximise, mixing, dtype = "val_loss", False, None, None
     looked = ()  # modes whose first batch had its pixel range checked: True for training, False for evaluation
 
     def forward(self, model, batch, metrics=None):
@@ -159,6 +163,25 @@ class Objective(nn.Module):
             if column in values:
                 parts.setdefault(part, [part]).append(f"{name.replace('_', ' ')} {values[column]:{spec}}")
         return "   ".join(" ".join(words) for words in parts.values())
+
+
+class InPrecision:
+    """A model that computes in mixed precision and returns float32 logits, as an objective calls it.
+
+    The model runs under autocast to `dtype` (None: no autocast), on inputs converted to `input_dtype`, the type of its
+    weights.
+    """
+
+    def __init__(self, model, device, dtype, input_dtype):
+        self.model, self.device_type, self.dtype, self.input_dtype = model, device.type, dtype, input_dtype
+
+    def __call__(self, *inputs):
+        inputs = [one.to(self.input_dtype) if one.is_floating_point() else one for one in inputs]
+        with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
+            output = logits_of(self.model(*inputs))
+        if isinstance(output, tuple):
+            return tuple(at_least_float32(one) if isinstance(one, torch.Tensor) else one for one in output)
+        return output.float() if isinstance(output, torch.Tensor) else output
 
 
 def check_pixels(images):
@@ -339,8 +362,8 @@ def check_range(labels, n_classes=None):
                          f"and end at {n_classes - 1}: {first}, or build the model with n_classes={high + 1} or more")
 
 
-def check_logits(logits, n_images):
-    """Raise InputError unless logits are one tensor (B, C)."""
+def check_logits(logits, n_images, who="model"):
+    """Raise InputError unless the logits of the model, or of the teacher, are one tensor (B, C)."""
     if isinstance(logits, torch.Tensor) and logits.ndim == 2 and len(logits) == n_images:
         return
     if isinstance(logits, torch.Tensor):
@@ -351,8 +374,8 @@ def check_logits(logits, n_images):
         found = f"a dict with {', '.join(map(repr, logits))}"
     else:
         found = f"a {type(logits).__name__}"
-    raise InputError(f"the model returns {found} for {n_images} images; expected one tensor of logits (B, C), or an "
-                     f"output with .logits: wrap the model in a module that returns them, or write an Objective")
+    raise InputError(f"the {who} returns {found} for {n_images} images; expected one tensor of logits (B, C), or an "
+                     f"output with .logits: wrap the {who} in a module that returns them, or write an Objective")
 
 
 class CrossEntropy(nn.Module):
@@ -429,58 +452,76 @@ class ClassificationMetrics(Metrics):
 
 # ---- Distillation -----------------------------------------------------------------------------------------
 
-DISTILLATIONS = {"hard": dict(weight=0.5, temperature=1.0), "soft": dict(weight=0.1, temperature=3.0)}
+DISTILLATIONS = {"hard": dict(weight=0.5, temperature=1.0), "soft": dict(weight=0.1, temperature=3.0)}  # the paper's
+DEFAULT_DISTILLATION = "hard"
 
 
 class Distillation(Classification):
     """Learn from the labels and from a teacher: (1 - weight) label loss + weight * distillation_loss.
 
     A model with two heads, such as DistilledViT, learns the labels with the first and the teacher with the second. A
-    model with one head learns both with it. The teacher sees the same augmented images as the model, resized and
-    normalised as its own preprocessing says. Evaluations do not use it.
+    model with one head learns both with it. The teacher sees the same augmented images as the model, stretched to its
+    own size and normalised as in its own training. Evaluations do not use it: their loss is the label loss, which
+    cannot be compared with the training loss.
 
     Parameters
     ----------
     teacher : Module
-        A trained classifier: a model of this library, of timm or of torchvision, or any other with a `preprocessing`.
-        It is frozen, stays in eval mode and computes in float32.
+        A trained classifier: a model of this library, of timm, torchvision or transformers, or any other that has a
+        `preprocessing`. It is frozen and stays in eval mode. It computes in the precision of the training.
     preprocessing : Preprocessing
-        How the model's own images are prepared. If it has class names, the teacher's classes are matched by name.
-    kind : {"hard", "soft"}
+        How the images of the training are prepared. If both sides have class names, the teacher's classes are matched
+        by name, and its other classes are left out.
+    kind : {"hard", "soft"}, optional
         Whether to learn the class that the teacher predicts, or its probabilities; see distillation_loss.
-    weight, temperature : float, optional
-        By default as in the paper: 0.5 for "hard", 0.1 and 3 for "soft".
+    weight : float, optional
+        Share of the teacher in the loss, from 0 to 1. By default as in the paper: 0.5 for "hard", 0.1 for "soft".
+    temperature : float, optional
+        For "soft"; by default 3, as in the paper.
     **classification
-        As for Classification.
+        As for Classification. Label smoothing and class weights apply to the label loss only.
 
     Raises
     ------
     InputError
-        If a value is out of range, if the teacher has no head, if nothing records how its images are prepared, or if
-        it does not know all classes.
+        If a value is out of range, if the teacher has no head, if nothing records how its images are prepared, if they
+        have different channels, or if it does not know all classes.
 
     References
     ----------
     Touvron et al. 2021, "Training data-efficient image transformers", Eq. 2 and 3.
     """
 
-    def __init__(self, teacher, preprocessing, kind="hard", weight=None, temperature=None, **classification):
+    def __init__(self, teacher, preprocessing, kind=DEFAULT_DISTILLATION, weight=None, temperature=None,
+                 **classification):
         super().__init__(**classification)
         check_choice("distillation", kind, tuple(DISTILLATIONS))
-        check_has_head(teacher)
-        self.kind, given = kind, dict(weight=weight, temperature=temperature)
-        for name, value in given.items():
-            setattr(self, name, DISTILLATIONS[kind][name] if value is None else value)
+        if kind == "hard" and temperature is not None:
+            raise InputError(f"temperature {temperature!r} has no effect on hard distillation; leave it out, or use "
+                             f"kind='soft'")
+        self.kind, default = kind, DISTILLATIONS[kind]
+        self.weight = default["weight"] if weight is None else weight
+        self.temperature = default["temperature"] if temperature is None else temperature
         if not 0 <= self.weight <= 1:
-            raise InputError(f"weight {weight!r} is out of range; expected 0, the labels alone, to 1, the teacher alone")
+            raise InputError(f"weight {weight!r} is out of range; expected 0 (the labels alone) to 1 (the teacher "
+                             f"alone)")
         if not 0 < self.temperature < math.inf:
             raise InputError(f"temperature {temperature!r} is out of range; expected a positive number such as 3")
-        self.own, self.theirs = preprocessing, preprocessing_of(teacher)
-        if self.own.n_channels != self.theirs.n_channels:
-            raise InputError(f"the teacher's images have {self.theirs.n_channels} channels, but the model's have "
-                             f"{self.own.n_channels}; choose a teacher for the same images")
+        check_has_head(teacher)
+        own, self.theirs = preprocessing, preprocessing_of(teacher)
+        if own.n_channels != self.theirs.n_channels:
+            raise InputError(f"the teacher's images have {self.theirs.n_channels} channels, but those of the training "
+                             f"have {own.n_channels}; choose a teacher for the same kind of images")
         self.teacher = unwrapped(teacher).requires_grad_(False).eval()
-        self.columns_of_teacher = matched_classes(self.theirs.class_names, self.own.class_names)
+        mean, std, their_mean, their_std = (torch.tensor(numbers, dtype=torch.float64).view(-1, 1, 1) for numbers in (
+            own.mean, own.std, self.theirs.mean, self.theirs.std))
+        # from the one normalisation to the other: (std x + mean - their_mean) / their_std
+        self.register_buffer("scale", (std / their_std).float())  # (C, 1, 1)
+        self.register_buffer("shift", ((mean - their_mean) / their_std).float())  # (C, 1, 1)
+        self.register_buffer("order", None)
+        self.to(device_of(self.teacher))
+        self.n_theirs = self.teach(self.scale.new_zeros(1, own.n_channels, *own.size)).shape[1]
+        self.order = matched_classes(self.theirs.class_names, self.n_theirs, own.class_names)
 
     def train(self, mode=True):
         """Set the mode, but leave the teacher in eval mode."""
@@ -492,45 +533,75 @@ class Distillation(Classification):
         """Return the loss, a scalar; `heads` are one or two logits (B, C)."""
         if not self.training:
             return super().loss(heads, images, labels)
-        taught = distillation_loss(heads[-1], self.teach(images), self.kind, self.temperature)
+        theirs = self.teach(images)  # (B, C)
+        if theirs.shape != heads[-1].shape:
+            raise InputError(f"the teacher has {theirs.shape[1]} classes, but the model has {heads[-1].shape[1]}; "
+                             f"choose a teacher for the same classes, or name the classes of both in their "
+                             f"preprocessing")
+        taught = distillation_loss(heads[-1], theirs, self.kind, self.temperature)
         return (1 - self.weight) * self.loss_fn(heads[0], labels) + self.weight * taught
 
     @torch.no_grad()
     def teach(self, images):
-        """Return the teacher's logits (B, C) of the model's images, with the classes in the model's order."""
-        mean, std, their_mean, their_std = (images.new_tensor(numbers).view(-1, 1, 1) for numbers in (
-            self.own.mean, self.own.std, self.theirs.mean, self.theirs.std))
-        pixels = images * std + mean  # from 0 to 1
-        if pixels.shape[2:] != self.theirs.size:
-            pixels = F.interpolate(pixels, self.theirs.size, mode="bilinear", antialias=True)
-        logits = logits_of(self.teacher((pixels - their_mean) / their_std)).float()  # (B, their classes)
-        return logits if self.columns_of_teacher is None else logits[:, self.columns_of_teacher]
+        """Return the teacher's logits (B, C) for images of the training, with the classes in their order."""
+        if images.shape[2:] != self.theirs.size:
+            images = F.interpolate(images, self.theirs.size, mode=self.theirs.interpolation, antialias=True)
+        forward = InPrecision(self.teacher, images.device, self.dtype, dtype_of(self.teacher))
+        logits = forward(images * self.scale + self.shift)  # (B, the teacher's classes)
+        check_logits(logits, len(images), "teacher")
+        return logits if self.order is None else logits[:, self.order]
+
+    def describe_teacher(self):
+        """Return in one line who teaches and how, and which of its classes."""
+        n = self.n_theirs if self.order is None else len(self.order)
+        return (f"{class_name(self.teacher)} with {count_parameters(self.teacher):,} parameters for images of "
+                f"{describe_size(self.theirs.img_size)} pixels; {self.kind} distillation, weight {self.weight:g}"
+                + (f", temperature {self.temperature:g}" if self.kind == "soft" else "")
+                + (f"; its {n:,} classes, " if n == self.n_theirs else f"; {n:,} of its {self.n_theirs:,} classes, ")
+                + ("assumed to be in the order of the images' classes" if self.order is None else "matched by name"))
 
 
-def distillation_loss(logits, teacher_logits, kind="hard", temperature=1.0):
-    """Return the loss of logits (B, C) against a teacher's, a scalar.
+def distillation_loss(logits, teacher_logits, kind=DEFAULT_DISTILLATION, temperature=1.0):
+    """Return the loss of logits (B, C) against a teacher's, a scalar: the mean over the images.
 
     "hard": the cross-entropy with the classes that the teacher predicts. "soft": T^2 KL(teacher || model), where the
-    logits of both are divided by the temperature T; the factor keeps the gradient's size (Hinton et al. 2015). It is the
-    mean over the images. (DeiT's code divides by B C instead of B, so its soft loss is C times smaller.)
+    logits of both are divided by the temperature T; the factor keeps the gradient's size (Hinton et al. 2015). (DeiT's
+    code divides by B C instead of B, so its soft loss is C times smaller.)
     """
     if kind == "hard":
         return F.cross_entropy(logits, teacher_logits.argmax(dim=1))
-    ours, theirs = (F.log_softmax(one / temperature, dim=1) for one in (logits, teacher_logits))
+    ours, theirs = (F.log_softmax(one / temperature, dim=1) for one in (logits, teacher_logits))  # (B, C)
     return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
-def matched_classes(theirs, ours):
-    """Return the column of a teacher's logits for each class, or None if there are no names to match.
+def matched_classes(theirs, n_theirs, ours):
+    """Return the place among a teacher's logits of each class, int64 (C), or None if there are no names to match.
 
-    Raises InputError if the teacher does not know a class.
+    Parameters
+    ----------
+    theirs, ours : list of str or None
+        Class names of the teacher and of the images.
+    n_theirs : int
+        Number of the teacher's logits.
+
+    Raises
+    ------
+    InputError
+        If the teacher does not know a class, or if names or logits are missing.
     """
+    if theirs and len(theirs) != n_theirs:
+        raise InputError(f"the teacher's preprocessing names {len(theirs)} classes{listed(theirs)}, but it has "
+                         f"{n_theirs} logits; set one name for each in teacher.preprocessing")
     if not theirs or not ours:
+        if ours and len(ours) != n_theirs:
+            raise InputError(f"the teacher has {n_theirs} classes without names, but the images have {len(ours)}"
+                             f"{listed(ours)}; choose a teacher for the same classes, or name its classes in "
+                             f"teacher.preprocessing")
         assume("the classes of the teacher or of the images have no names, so they are assumed to be in the same order")
         return None
-    columns, _ = match_names(theirs, ours)
-    missing = [name for name, column in zip(ours, columns, strict=True) if column is None]
+    places, _ = match_names(theirs, ours)
+    missing = [name for name, place in zip(ours, places, strict=True) if place is None]
     if missing:
-        raise InputError(f"the teacher does not know {len(missing)} of the {len(ours)} classes{listed(missing)}; its own "
-                         f"are{listed(theirs)}: fine-tune it on these images first, with --pretrained")
-    return columns
+        raise InputError(f"the teacher does not know {len(missing)} of the {len(ours)} classes{listed(missing)}; it "
+                         f"knows {len(theirs)}{listed(theirs)}: fine-tune it on these images first, with --pretrained")
+    return torch.tensor(places)

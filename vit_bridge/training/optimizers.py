@@ -43,10 +43,10 @@ def parameter_groups(model, weight_decay, lr_scales=None):
     InputError
         If the model has no trainable parameter.
     """
-    groups = {}
+    groups, exceptions = {}, ask(model, "no_weight_decay")
     for name, p in model.named_parameters():
         if p.requires_grad:
-            plain = p.ndim < 2 or p.shape[0] == 1 or name in ask(model, "no_weight_decay")
+            plain = p.ndim < 2 or p.shape[0] == 1 or name in exceptions
             scale = (lr_scales or {}).get(name, 1.0)
             group = dict(params=[], weight_decay=0.0 if plain else weight_decay, lr_scale=scale)
             groups.setdefault((plain, scale), group)["params"].append(p)
@@ -201,9 +201,9 @@ def hidden_matrices(model):
     qkv, which holds the queries, keys and values.
     """
     weights = [(name, p) for name, p in model.named_parameters() if name.endswith("weight") and p.ndim in (2, 4)]
+    exceptions, heads = ask(model, "no_muon"), ask(model, "head_names")
     return {p: 3 if name.endswith("qkv.weight") else 1 for name, p in weights[1:]
-            if p.requires_grad and p.shape[0] > 1 and name not in ask(model, "no_muon")
-            and name.split(".")[0] not in ask(model, "head_names")}
+            if p.requires_grad and p.shape[0] > 1 and name not in exceptions and name.split(".")[0] not in heads}
 
 
 def make_optimizer(name, model, weight_decay, lr_scales=None):

@@ -135,6 +135,10 @@ def read_run(folder):
         if not {"options", "n_steps", "training"} <= entries.keys():
             raise InputError(f"{folder / LAST} holds no training state; expected a file that train_vit.py wrote. "
                              f"--pretrained {folder / LAST} starts a new run from its weights")
+        training = entries["training"]
+        if training.get("model", {}).keys() == {"weight", "bias"}:  # a head alone, before there were models with two
+            entries["training"] = training | {name: {f"head.{key}": value for key, value in training[name].items()}
+                                              for name in ("model", "average") if training[name] is not None}
     if entries is None:
         return None
     return entries | {section: renamed(entries[section], section) for section in ("options", "recipe")
@@ -226,15 +230,13 @@ class Saver(Callback):
         Further entries of last.pt; `options` and `validation_files` are also saved in best.pt.
     objective : Objective
         Chooses the best epoch and formats the values to print.
-    head_only : bool
-        Whether only model.head is trained.
     resumed : dict, optional
         The "training" entry of the last.pt of a resumed run.
     """
 
-    def __init__(self, folder, model, preprocessing, config, objective, head_only=False, resumed=None):
+    def __init__(self, folder, model, preprocessing, config, objective, resumed=None):
         self.folder, self.model, self.preprocessing, self.config = folder, model, preprocessing, config
-        self.objective, self.head_only, resumed = objective, head_only, resumed or {}
+        self.objective, resumed = objective, resumed or {}
         self.best_weights = None  # not yet written
         self.saved_step, self.elapsed_before = resumed.get("step", 0), resumed.get("elapsed", 0.0)
         self.started = self.saved_at = time.monotonic()
@@ -278,8 +280,7 @@ class Saver(Callback):
 
     def write(self, name, weights, **more):
         """Write a checkpoint of the whole model; `weights` are the weights of the trained part."""
-        if self.head_only:
-            weights = self.model.state_dict() | {f"head.{key}": value for key, value in weights.items()}
+        weights = self.model.state_dict() | weights
         save_model(self.model, self.folder / name, self.preprocessing, state_dict=weights, **more)
 
 
