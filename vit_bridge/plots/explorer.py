@@ -253,7 +253,8 @@ def _note_of(models, pictures, kept, bytes_error):
                 f"differs by at most {most}, and by at most {usual} in half of the rows. ")
     if kept.window_error:
         note += (f"Attention within windows is stored as bytes; its error is at most {kept.window_error:.2%} of the "
-                 f"largest weight in a row. Attention to padding outside the image is not shown. ")
+                 f"largest weight in a row. Windows that reach beyond the image hold padding; attention to it is not "
+                 f"shown. ")
     if any("relevance" in image for model in models for image in model["images"]):
         note += "Relevance omits the initial relevance of each token for itself. "
     if bytes_error:
