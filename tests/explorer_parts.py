@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from vit_bridge.models.convnet import ConvNet
+from vit_bridge.models.swin import SwinTransformer
 
 
 def data_of(page):
@@ -41,6 +42,21 @@ def kept_maps(data, model=0, image=0):
     return np.stack(maps), rests
 
 
+def window_maps(data, model=0, image=0):
+    """The attention of each block of a Swin Transformer as the page holds it: L arrays (H, N, N), without padding."""
+    whole = []
+    for layer in data["models"][model]["images"][image]["attention"]["layers"]:
+        heads, n, m = layer["heads"], layer["rows"] * layer["columns"], layer["window"][0] * layer["window"][1]
+        places = blob(data, layer["places"], "<i4").reshape(-1, m)  # (W, M)
+        maps = blob(data, layer["values"], "u1").reshape(heads, -1, m, m).astype(float)
+        maps = maps * blob(data, layer["factors"], "<f4").reshape(heads, -1, m, 1)
+        own = np.zeros((heads, n + 1, n + 1))
+        for window, at in enumerate(places):
+            own[:, at[:, None], at[None]] = maps[:, window]
+        whole.append(own[:, :n, :n])
+    return whole
+
+
 def vector(data, name, model=0, image=0):
     """What the page holds of rollout or relevance, (n)."""
     return blob(data, data["models"][model]["images"][image][name], "<f4")
@@ -56,3 +72,19 @@ def fields_of(data, model, image=0):
 def small_convnet(**options):
     torch.manual_seed(0)
     return ConvNet(**dict(img_size=12, n_classes=5, widths=(3, 5), depths=(1, 1), stem_stride=1) | options)
+
+
+def small_swin(**options):
+    """A Swin Transformer of 3 stages, whose windows of 4 x 4 tokens do not divide most maps."""
+    torch.manual_seed(0)
+    return uneven(SwinTransformer(**dict(img_size=(36, 28), patch_size=2, n_classes=5, embed_dim=8, depths=(2, 3, 2),
+                                         n_heads=(1, 2, 4), window_size=4) | options))
+
+
+def uneven(model):
+    """In eval mode, with parameters drawn so that attention is far from even."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.4 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()

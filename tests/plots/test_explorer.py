@@ -7,8 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
-from explorer_parts import blob, data_of, fields_of, kept_maps, small_convnet, vector
+import torchvision
+import transformers
+from explorer_parts import (
+    blob,
+    data_of,
+    fields_of,
+    kept_maps,
+    small_convnet,
+    small_swin,
+    uneven,
+    vector,
+    window_maps,
+)
 from figure_checks import pixels, square_vit, vit
 from other_models import shared
 from PIL import Image
@@ -16,8 +29,10 @@ from PIL import Image
 from vit_bridge.analysis.capture import Attended, attention_maps, capture
 from vit_bridge.analysis.explanations import explain
 from vit_bridge.analysis.receptive_field import receptive_field
+from vit_bridge.analysis.windows import capture_windows
 from vit_bridge.data.images import prepare_image
 from vit_bridge.models.adapters import adapt
+from vit_bridge.models.swin import create_swin_tiny
 from vit_bridge.plots import explorer
 from vit_bridge.preprocessing import Preprocessing, Whole
 from vit_model import InputError, create_vit_base
@@ -360,7 +375,9 @@ def test_explore_refuses_nan_and_infinity(value, tmp_path):
     sound, broken, other = square_vit(), square_vit(), small_convnet()
     for model in (broken, other):
         torch.nn.init.constant_(next(model.parameters()), value)
-    for models in ((broken, None), (sound, broken), (sound, other)):
+    swin = small_swin(img_size=12)
+    torch.nn.init.constant_(swin.stages[0].blocks[0].attn.qkv.weight, value)
+    for models in ((broken, None), (sound, broken), (sound, other), (swin, None), (sound, swin)):
         with pytest.raises(InputError, match=r"\Athis \w+ returns NaN or infinity for these images; [^\n]*\Z"):
             explorer.explore(models[0], pixels(12, 12), tmp_path / "page.html", models[1])
     assert not (tmp_path / "page.html").exists()
@@ -404,6 +421,116 @@ def test_explore_keeps_the_mean_row_of_a_few_patches_too():
             row, column = rest[-2 * 2 * n:].reshape(2, 2, n)
             np.testing.assert_allclose(row, own[:, 1:].mean(axis=1), atol=1e-5)
             np.testing.assert_allclose(column, own[:, :, 1:].mean(axis=2), atol=1e-5)
+
+
+# ---- Swin Transformers
+
+SWIN = dict(embed_dim=8, depths=(2, 3, 2))  # of stages with 1, 2 and 4 heads
+SWINS = {
+    "ours": small_swin,
+    "timm": lambda: timm.models.SwinTransformer((36, 28), 2, window_size=4, num_classes=5, num_heads=(1, 2, 4), **SWIN),
+    "torchvision": lambda: torchvision.models.SwinTransformer([2, 2], num_heads=[1, 2, 4], window_size=[4, 4],
+                                                              num_classes=5, **SWIN),
+    "transformers": lambda: transformers.SwinForImageClassification(transformers.SwinConfig(
+        image_size=36, patch_size=2, window_size=4, num_labels=5, num_heads=(1, 2, 4), **SWIN)),
+}
+
+
+def swin_images(n=1, size=(36, 28)):
+    return list(torch.randn(n, 3, *size, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("name", SWINS)
+def test_explore_page_holds_the_windows_of_a_swin_within_its_stated_error(name):
+    model, images = uneven(SWINS[name]()), swin_images(2)
+    page = explorer.explore(model, images, None)
+    data = data_of(page)
+    described = data["models"][0]
+    assert (described["kind"], described["layers"], described["stages"]) == ("swin", 7, [2, 3, 2])
+    assert (described["heads"], page.bits, page.grids) == (4, 8, [(18, 14)] * 2)
+    worst = relative = 0
+    for i, image in enumerate(images):
+        blocks, logits = capture_windows(model, image[None])
+        found, layers = window_maps(data, image=i), described["images"][i]["attention"]["layers"]
+        for own, block, layer in zip(found, blocks, layers, strict=True):
+            assert (layer["rows"], layer["columns"]) == block.size
+            assert [layer["stage"], layer["window"], layer["shift"]] == [block.stage, *map(list, (block.window,
+                                                                                                 block.shift))]
+            maps = block.whole()[0].double().numpy()  # (H, N, N)
+            differences = np.abs(own - maps).max(axis=2)
+            worst, relative = max(worst, differences.max()), max(relative, (differences / maps.max(axis=2)).max())
+            assert own.sum(axis=2) == pytest.approx(maps.sum(axis=2), abs=0.04)  # less than 1 where there is padding
+        probabilities = logits.softmax(dim=1)[0]
+        assert described["images"][i]["lens"]["rows"][0][0] == pytest.approx(probabilities.max().item(), abs=1e-4)
+    assert {layer["rows"] for layer in layers} == {18, 9, 5}
+    assert any(layer["shift"] != [0, 0] for layer in layers)
+    assert worst == pytest.approx(page.weight_error, rel=0.05)
+    assert relative == pytest.approx(page.quantisation_error, rel=0.05)
+    assert 0 < page.quantisation_error < 1 / 509
+    assert f"its error is at most {page.quantisation_error:.2%} of the largest weight in a row" in page.html
+    assert "softmax(q kᵀ + bias)" not in page.html.split("<footer>")[1].split("</footer>")[0]
+
+
+def test_explore_compares_a_swin_with_other_models():
+    swin, image = small_swin(img_size=24), pixels(24, 24)
+    other, cnn = vit(img_size=24, patch_size=8), small_convnet(img_size=24)
+    pages = {}
+    for first, second in ((swin, other), (other, swin), (swin, cnn), (swin, swin)):
+        page = explorer.explore(first, image, None, second)
+        data = data_of(page)
+        pages[tuple(one["kind"] for one in data["models"])] = page
+        for i, model in enumerate((first, second)):
+            fed = prepare_image(image, model)[0]
+            if model is swin:
+                for own, block in zip(window_maps(data, i), capture_windows(swin, fed)[0], strict=True):
+                    np.testing.assert_allclose(own, block.whole()[0], atol=1 / 509)
+            elif model is other:
+                np.testing.assert_allclose(kept_maps(data, i)[0], attention_maps(other, fed)[:, 0], atol=1e-4)
+            else:
+                assert fields_of(data, i).shape == (3, 64, 64)
+    assert {kinds: page.bits for kinds, page in pages.items()} == {
+        ("swin", "vit"): 16, ("vit", "swin"): 16, ("swin", "cnn"): 8, ("swin", "swin"): 8}
+    for kinds, page in pages.items():
+        assert ("softmax(q kᵀ + bias)" in page.html.split("<footer>")[1].split("</footer>")[0]) == ("vit" in kinds)
+        assert ("Receptive fields of the ConvNet" in page.html) == ("cnn" in kinds)
+        assert "Attention within windows is stored as bytes" in page.html
+
+
+def test_explore_gives_a_model_of_another_kind_patches_in_proportion():
+    swin, other, cnn = small_swin(img_size=24), vit(img_size=24, patch_size=8), small_convnet()  # 144 and 9 patches
+    limits = [explorer._limit_for(*models, 64) for models in ((swin, swin), (other, swin), (swin, other), (cnn, swin))]
+    assert limits == [64, 4, 1024, None]
+    assert explorer._limit_for(other, swin, None) is None
+    assert explorer._limit_for(other, swin, 3) == 1
+
+
+def test_explore_shows_a_swin_images_of_other_sizes():
+    model = small_swin()
+    page = explorer.explore(model, [pixels(20, 20), pixels(50, 40)], None, whole=Whole(img_size=(20, 26)))
+    assert page.grids == [(10, 13)] * 2
+    for image, size in ((pixels(50, 40), (36, 28)), (swin_images(1, (14, 30))[0], (14, 30))):
+        fed = prepare_image(image, model)[0]
+        assert tuple(fed.shape[2:]) == size
+        found = window_maps(data_of(explorer.explore(model, image, None)))
+        for own, block in zip(found, capture_windows(model, fed)[0], strict=True):
+            np.testing.assert_allclose(own, block.whole()[0], atol=1 / 509)
+
+
+def test_explore_reduces_the_patches_of_a_swin_for_max_mb():
+    model, photo = small_swin(), pixels(50, 40)
+    fewer = explorer._with_fewer(Whole(), [model], [photo], used=252, size=0.2e6, most=0.1e6)
+    assert fewer == Whole(max_tokens=124)
+    with pytest.raises(InputError, match="the size of its images is fixed"):
+        explorer.explore(model, photo, None, max_mb=0.03)
+    with pytest.raises(InputError, match="the size of its images is fixed"):
+        explorer.explore(uneven(SWINS["timm"]()), swin_images(), None, max_mb=0.03)
+
+
+@pytest.mark.slow
+def test_explore_keeps_swin_tiny_below_three_megabytes():
+    page = explorer.explore(uneven(create_swin_tiny(5)), pixels(224, 224), None)
+    assert len(page.html) < 3e6
+    assert page.grids == [(56, 56)]
 
 
 def test_explorer_ready_page_is_current_and_small():

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from explorer_parts import data_of, kept_maps, small_convnet, vector
+from explorer_parts import data_of, kept_maps, small_convnet, small_swin, vector, window_maps
 from figure_checks import pixels, square_vit, vit
 from PIL import Image
 
@@ -317,8 +317,7 @@ BIAS[:, :, :, 4] = -torch.inf  # a mask
     lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=BIAS[:, :, :q.shape[2]]),
     lambda q, k, v: (q @ k.mT / q.shape[-1]**0.5 + BIAS[:, :, :q.shape[2]]).softmax(dim=-1) @ v])
 def test_explorer_computes_rows_with_a_bias(visit, tmp_path, monkeypatch, attend):
-    monkeypatch.setattr(vit_model, "attend", lambda q, k, v, return_attention=False, bias=None: (
-        attend(q, k, v), None))
+    monkeypatch.setattr(vit_model, "attend", lambda q, k, v, *others: (attend(q, k, v), None))
     model = marked(square_vit())
     explore(model, pixels(12, 12), tmp_path / "page.html")
     maps = attention_maps(model, prepare_image(pixels(12, 12), model)[0])[:, 0].numpy()
@@ -499,3 +498,133 @@ def test_explorer_names_the_convnet_unit_shown(opened):
     assert "what the unit at this position sees" in headings(opened)[1]
     opened.keyboard.press("d")
     assert "which units see the chosen position" in headings(opened)[1]
+
+
+# ---- Swin Transformers
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory):
+    """(file, its attention: L arrays (H, N, N)) of a page of a Swin Transformer: maps of 18 x 14, 9 x 7 and 5 x 4."""
+    path = tmp_path_factory.mktemp("swin") / "page.html"
+    return path, window_maps(data_of(explore(small_swin(), pixels(36, 28), path)))
+
+
+@pytest.fixture
+def swin_page(visit, windowed):
+    return visit(windowed[0])
+
+
+def test_explorer_shows_attention_within_windows_in_both_directions(swin_page, windowed):
+    for layer, maps in enumerate(windowed[1]):
+        n = maps.shape[1]
+        for head in range(len(maps)):
+            for token in (0, n // 2, n - 1):
+                for direction, expected in (("from", maps[head, token]), ("to", maps[head, :, token])):
+                    swin_page.evaluate(f"state.direction = '{direction}'")
+                    found = swin_page.evaluate(f"[...shown(0, {layer}, {head}, {token}).values]")
+                    np.testing.assert_allclose(found, expected, atol=1e-7)
+        swin_page.evaluate("state.direction = 'from'")
+        np.testing.assert_allclose(swin_page.evaluate(f"[...shown(0, {layer}, -1, -1).values]"),
+                                   maps.mean(axis=(0, 1)), atol=1e-7)
+        swin_page.evaluate("state.direction = 'to'")
+        np.testing.assert_allclose(swin_page.evaluate(f"[...shown(0, {layer}, 0, -1).values]"), maps[0].mean(axis=1),
+                                   atol=1e-7)
+
+
+def test_explorer_finds_the_token_that_holds_a_patch(swin_page, windowed):
+    assert swin_page.evaluate("methods") == ["attention"]
+    assert swin_page.locator("#layer option").all_inner_texts()[1:4] == [
+        "stage 1, block 2 of 2", "stage 2, block 1 of 3", "stage 2, block 2 of 3"]
+    view = swin_page.locator("canvas.view")
+    box = view.bounding_box()
+    swin_page.select_option("#layer", "3")  # 9 x 7 tokens
+    row, column = 7, 13  # of 18 x 14 patches
+    view.click(position=dict(x=box["width"] * (column + 0.5) / 14, y=box["height"] * (row + 0.5) / 18))
+    assert state(swin_page)["patch"] == row * 14 + column
+    best = windowed[1][3].mean(axis=0)[3 * 7 + 6]
+    at = int(best.argmax())
+    assert said(swin_page).startswith(
+        f"The token in row 3, column 6, which holds the patch in row 7, column 13, looks most at row {at // 7}, column "
+        f"{at % 7} ({best[at]:.1%}); ")
+    assert "in stage 2, block 2 of 3, mean of 2 heads." in said(swin_page)
+    assert f"Of its attention, {1 - best.sum():.1%} goes to padding." in said(swin_page)
+    assert swin_page.inner_text(".facts") == ("9 rows and 7 columns of tokens of 4 × 4 pixels, in windows of 4 × 4, "
+                                              "shifted by 2 × 2")
+    view.click(position=dict(x=box["width"] * 12.5 / 14, y=box["height"] * 6.5 / 18))  # the same token
+    assert state(swin_page)["patch"] == -1
+    assert said(swin_page).startswith("Averaged over all tokens, a token looks most at ")
+    swin_page.select_option("#layer", "6")
+    assert said(swin_page).startswith("What the head reads (the mean of the last stage’s tokens) looks most at ")
+    found = swin_page.evaluate("[...Array(252).keys()].map(patch => tokenOf(main, 6, patch))")
+    assert found == [(patch // 14 // 4) * 4 + patch % 14 // 4 for patch in range(252)]
+
+
+def test_explorer_offers_the_heads_of_a_block(swin_page):
+    def offered():
+        return swin_page.evaluate("[...byId('head').children].filter(one => !one.hidden).map(one => one.value)")
+
+    assert offered() == ["-1", "0", "1", "2", "3"]
+    swin_page.select_option("#head", "3")
+    swin_page.select_option("#layer", "2")
+    assert (offered(), state(swin_page)["head"]) == (["-1", "0", "1"], 1)
+    assert "in stage 2, block 1 of 3, head 2 of 2" in said(swin_page)
+    strip = swin_page.locator("canvas.strip")
+    width, height, left, top = swin_page.evaluate("(({width, height, left, top}) => [width, height, left, top])"
+                                                  "(stripOf(main))")
+    for layer, head, expected in ((6, 3, (6, 3)), (0, 3, (6, 3)), (0, 0, (0, 0))):  # stage 1 has one head
+        strip.click(position=dict(x=left + (head + 0.5) * width, y=top + (layer + 0.5) * height))
+        assert (state(swin_page)["layer"], state(swin_page)["head"]) == expected
+    swin_page.locator("canvas.view").focus()
+    for key, part in ((".", dict(head=0)), ("ArrowRight", dict(patch=9 * 14 + 7)),
+                      ("ArrowRight", dict(patch=9 * 14 + 8)), ("]", dict(layer=1)), ("]", dict(layer=2)),
+                      ("ArrowDown", dict(patch=11 * 14 + 8)),
+                      ("ArrowLeft", dict(patch=11 * 14 + 6)), ("d", dict(direction="to"))):
+        swin_page.keyboard.press(key)
+        assert state(swin_page) | part == state(swin_page), key
+    assert "is looked at most by" in said(swin_page)
+    swin_page.keyboard.press("c")
+    assert said(swin_page).startswith(f"Averaged over all tokens, each of them receives at most {1 / 63:.1%} of a "
+                                      f"token’s attention, in stage 2, block 1 of 3, head 1 of 2.")
+
+
+def test_explorer_draws_tokens_and_windows_where_they_are(swin_page):
+    swin_page.evaluate("byId('opacity').value = 100; change({layer: 3, head: 1, patch: -1})")
+    values = np.array(swin_page.evaluate("[...shown(0, 3, 1, -1).values]"))
+    view, side = canvas_of(swin_page, 0), 4 * round(512 / 28)  # of a token
+    assert view.shape[:2] == (9 * side, 7 * side)
+    found = view[side // 3::side, side // 3::side].reshape(63, 3)
+    end = np.sort(values)[int(0.99 * 62)]
+    expected = matplotlib.colormaps["viridis"](np.minimum(values / end, 1))[:, :3] * 255
+    np.testing.assert_allclose(found, expected, atol=6)
+    rows = view[:, side // 3].astype(int).sum(axis=1)  # from top to bottom, across edges of windows and of tokens
+    bright = [row for row in range(1, 9) if rows[row * side - 1:row * side + 1].max() > 550]
+    assert bright == [2, 6]  # windows of 4, shifted by 2
+    swin_page.evaluate("change({layer: 6})")  # 5 x 4 tokens, of which the last reach beyond the image
+    values = np.array(swin_page.evaluate("[...shown(0, 6, 1, -1).values]"))
+    end = np.sort(values)[int(0.99 * 19)]
+    expected = matplotlib.colormaps["viridis"](np.minimum(values / end, 1))[:, :3].reshape(5, 4, 3) * 255
+    view = canvas_of(swin_page, 0)
+    np.testing.assert_allclose(view[side // 3::2 * side, side // 3::2 * side], expected, atol=6)
+    np.testing.assert_allclose(view[5 * side // 3::2 * side, 5 * side // 3::2 * side], expected[:4, :3], atol=6)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_explorer_shows_a_swin_beside_other_models(visit, tmp_path, width):
+    swin, image = small_swin(img_size=24), pixels(24, 24)
+    models = dict(swin=swin, vit=vit(img_size=24, patch_size=8), cnn=small_convnet(img_size=24))
+    for first, second in (("swin", "vit"), ("vit", "swin"), ("swin", "cnn")):
+        explore(models[first], image, tmp_path / f"{first}-{second}.html", models[second], names=["A", "B"])
+        page = visit(tmp_path / f"{first}-{second}.html")
+        page.set_viewport_size(dict(width=width, height=800))
+        assert page.evaluate("methods") == ["attention"]
+        page.evaluate("change({patch: imageOf(main).rows * imageOf(main).columns - 1, layer: 2})")  # the last
+        places = page.evaluate("DATA.models.map(m => [placeIn(m), gridOf(m, layerOf(m)).rows])")
+        assert all(place == rows**2 - 1 for place, rows in places)
+        titles = headings(page)
+        for kind, title in zip((first, second), titles, strict=True):
+            assert dict(swin="stage 2, block 1 of 3, mean of 2 heads", vit="block 3 of 3, mean of 2 heads",
+                        cnn="what the unit at this position sees, after stage 2")[kind] in title
+        for key in "[]].,dcmn":
+            page.keyboard.press(key)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -2,13 +2,14 @@
 
 explore(model, images, save_path, compare_with=None)    the same as AttentionVisualizer.explore
 
-The file holds the queries and keys of every block and head. The page computes rows of attention from them when needed,
-softmax(q k^T + bias), so its size grows with the number of tokens, not with its square. For a ConvNet, the file holds
-the receptive field of each unit at each depth. The page states the largest rounding error. explorer.html is the
-template.
+For a ViT, the file holds the queries and keys of every block and head. The page computes rows of attention from them
+when needed, softmax(q k^T + bias), so its size grows with the number of tokens, not with its square. For a Swin
+Transformer, the file holds the attention within each window. For a ConvNet, it holds the receptive field of each unit
+at each depth. The page states the largest rounding error. explorer.html is the template.
 
 Shapes:  L blocks, H heads, N tokens (prefix tokens, then patches), n patches, K classes, W width of a head,
-         m matrices, H, W height and width of an image, D channels.
+         m matrices, H, W height and width of an image, D channels. In a Swin Transformer: W windows, M tokens of a
+         window.
 """
 
 import base64
@@ -17,6 +18,7 @@ import io
 import json
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import Template
@@ -29,12 +31,14 @@ from tqdm import tqdm
 
 from vit_bridge.analysis.capture import NoNumbers, capture, check_finite_numbers, differentiable, watch_layer
 from vit_bridge.analysis.explanations import explain, logit_lens
+from vit_bridge.analysis.windows import capture_windows
 from vit_bridge.data.images import is_input, prepare_image
 from vit_bridge.errors import InputError, check_int
-from vit_bridge.models.adapters import adapt, adapt_vit, reading_weights
+from vit_bridge.models.adapters import adapt, adapt_attention, adapt_vit, reading_weights
 from vit_bridge.models.protocol import class_name
 from vit_bridge.runtime import at_least_float32, class_probabilities, unwrapped
 from vit_bridge.system import write_whole
+from vit_model import grid_of
 
 PAGE = Path(__file__).with_name("explorer.html")  # the template; $NAME is a placeholder
 MARK = b'<script id="data" type="application/json">'  # in each of our pages, including pages of older versions
@@ -57,7 +61,7 @@ class ExplorerPage:
     path : Path or None
         Where it was written.
     bits : int
-        Bits of its queries and keys: 16, or 8 if the page would otherwise be too large.
+        Bits of its queries and keys: 16, or 8 if the page would otherwise be too large. 8 if it has none.
     quantisation_error : float
         Largest difference from the model's own values, relative to the largest value in the same row.
     weight_error : float
@@ -104,21 +108,22 @@ def explore(model, images, save_path="attention.html", compare_with=None, names=
     Parameters
     ----------
     model : nn.Module
-        A ViT.
+        A ViT or a Swin Transformer.
     images : image or list of images
         Any kind that data/images.py accepts. A float tensor must be normalised for `model`; it is renormalised for the
         second model.
     save_path : str or Path, optional
         Where to write the page. An earlier page of this kind is replaced. None writes nothing.
     compare_with : nn.Module, optional
-        A second model: a ViT, or a ConvNet, whose receptive field is shown at the same position.
+        A second model: a ViT, a Swin Transformer, or a ConvNet, whose receptive field is shown at the same position.
     names : sequence of str, optional
         Names of the models; by default their class names.
     title : str, optional
         Heading of the page.
     whole : Whole, optional
         The models see whole photographs in their own proportions; they must then accept any size. By default, they see
-        the centre, as in validation.
+        the centre, as in validation. A limit on patches is that of the first model. A second model of another kind
+        gets a limit in proportion to the patches that it was built for.
     max_mb : float, optional
         Maximum size of the page in MB (10^6 bytes). With `whole`, each image gets as many patches as fit, and the page
         states how many.
@@ -140,7 +145,7 @@ def explore(model, images, save_path="attention.html", compare_with=None, names=
         raise InputError(f"max_mb {max_mb!r} is out of range; expected a number of MB above 0, such as 10")
     model = unwrapped(model)
     models = [model] if compare_with is None else [model, unwrapped(compare_with)]
-    adapt_vit(model)
+    adapt_attention(model)
     names = list(names) if names else [class_name(one) for one in models]
     if len(names) != len(models):
         raise InputError(f"{len(names)} names were passed for {len(models)} models; pass one for each model")
@@ -182,7 +187,7 @@ def _fitting_page(models, names, images, title, whole, most):
     while True:
         prepared = [[_prepare_for(image, one, models[0], whole) for image in images] for one in models]
         fed = [[image for image, _ in own] for own in prepared]
-        used = max(math.prod(adapt_vit(models[0]).grid(image)) for image in fed[0])
+        used = max(math.prod(adapt(models[0]).grid(image)) for image in fed[0])
         wanted = wanted or used
         coarse = _keep_attention(models, fed, 8)
         size = coarse.blobs.n_bytes
@@ -194,7 +199,8 @@ def _fitting_page(models, names, images, title, whole, most):
                 f"To keep this page within {most / MB:g} MB, its images have at most {used:,} patches instead of "
                 f"{wanted:,}."]
             page = _page_of(described, coarse, pictures, title, said)
-            if (size := len(page.html.encode())) + 1.2 * coarse.blobs.n_bytes <= min(most, FINE_UP_TO):
+            size = len(page.html.encode())
+            if coarse.holds_keys and size + 1.2 * coarse.blobs.n_bytes <= min(most, FINE_UP_TO):
                 return _page_of(described, _keep_attention(models, fed, 16), pictures, title, said)
             if size <= most:
                 return page
@@ -232,17 +238,23 @@ def _page_of(described, kept, pictures, title, said):
     note = _note_of(models, pictures, kept, bytes_error)
     data = dict(models=models, pictures=pictures, bits=kept.bits, blobs=list(kept.blobs.texts))
     return ExplorerPage(fill(data, title, note, " ".join(remarks)), None, kept.bits,
-                        max(kept.errors.max().item(), bytes_error), kept.weight_error, remarks,
+                        max(kept.largest_error, bytes_error), kept.weight_error, remarks,
                         [(image["rows"], image["columns"]) for image in models[0]["images"]])
 
 
 def _note_of(models, pictures, kept, bytes_error):
     """Return the note at the bottom of the page."""
-    most, usual = (f"{100 * error:.2g}%" for error in (kept.errors.max(), kept.errors.median()))
-    note = (f"The page computes attention as softmax(q kᵀ + bias), from queries and keys of {kept.bits} bits. Over all "
-            f"blocks, heads and rows, a weight differs from the model's own by at most "
-            f"{100 * kept.weight_error:.2g} percentage points. Relative to the largest weight in its row, it differs "
-            f"by at most {most}, and by at most {usual} in half of the rows. ")
+    note = ""
+    if kept.holds_keys:
+        most, usual = (f"{100 * error:.2g}%" for error in (kept.errors.max(), kept.errors.median()))
+        note = (f"The page computes attention as softmax(q kᵀ + bias), from queries and keys of {kept.bits} bits. Over "
+                f"all blocks, heads and rows, a weight differs from the model's own by at most "
+                f"{100 * kept.weight_error:.2g} percentage points. Relative to the largest weight in its row, it "
+                f"differs by at most {most}, and by at most {usual} in half of the rows. ")
+    if kept.window_error:
+        note += (f"Attention within windows is stored as bytes; its error is at most {kept.window_error:.2%} of the "
+                 f"largest weight in a row. Windows that reach beyond the image hold padding; attention to it is not "
+                 f"shown. ")
     if any("relevance" in image for model in models for image in model["images"]):
         note += "Relevance omits the initial relevance of each token for itself. "
     if bytes_error:
@@ -252,6 +264,8 @@ def _note_of(models, pictures, kept, bytes_error):
     if len(models) > 1:
         note += (" The controls offer as many blocks and heads as the larger model has; a model with fewer shows its "
                  "last one.")
+    if any(model["kind"] == "swin" for model in models):
+        note += " In a Swin Transformer, stages have different numbers of heads; the control offers those of the block."
     if any(len(one["pngs"]) > 1 for one in pictures):
         note += (" Each model is shown with its own input, cropped and resized as required; the same position in both "
                  "inputs may not be exactly the same position in the photograph.")
@@ -296,9 +310,12 @@ class Kept:
     Attributes
     ----------
     parts : list
-        For each model and image, what `_keep_block` returns for the blocks; {} for a model without attention.
+        For each model and image, the most heads of a block and the data of the blocks; {} for a model without
+        attention.
     errors : Tensor, shape (m,)
-        Error of each row of every map, relative to its largest weight.
+        Error of each row of every map that is computed from queries and keys, relative to its largest weight.
+    window_error : float
+        Largest such error of a row within a window.
     weight_error : float
         Largest error of a weight.
     """
@@ -307,16 +324,38 @@ class Kept:
     blobs: Blobs = field(default_factory=Blobs)
     parts: list = field(default_factory=list)
     errors: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    window_error: float = 0.0
     weight_error: float = 0.0
+
+    @property
+    def holds_keys(self):
+        """Whether any attention is computed from queries and keys."""
+        return len(self.errors) > 0
+
+    @property
+    def largest_error(self):
+        """Largest error of a row of either sort."""
+        return max(self.window_error, self.errors.max().item() if self.holds_keys else 0.0)
 
 
 def _keep_attention(models, fed, bits):
-    """Return the Kept of models, each with its own images (1, C, H, W).
-
-    Only one block's maps are in memory at a time.
-    """
+    """Return the Kept of models, each with its own images (1, C, H, W)."""
     kept = Kept(bits)
-    errors = []
+    for model, images in zip(models, fed, strict=True):
+        images = tqdm(images, desc=f"attention in {bits} bits", unit="image", delay=5, leave=False, disable=None)
+        kept.parts.append([KINDS[_kind(model)].keep(model, image, kept) for image in images])
+    return kept
+
+
+def _keep_nothing(model, image, kept):
+    """Return no data: a ConvNet has no attention."""
+    return {}
+
+
+def _keep_vit(model, image, kept):
+    """Return the attention of a ViT for one image. Only one block's maps are in memory at a time."""
+    adapter, errors = adapt_vit(model), []
+    readers = _readers(adapter, adapter.grid(image)) if adapter.reads_patches else None
 
     def keep(block, attended):
         check_finite_numbers(model, attended.maps)
@@ -324,18 +363,9 @@ def _keep_attention(models, fed, bits):
         errors.append(error)
         return part
 
-    for model, images in zip(models, fed, strict=True):
-        if not adapt(model).attends:
-            kept.parts.append([{} for _ in images])
-            continue
-        adapter, parts = adapt_vit(model), []
-        for image in tqdm(images, desc=f"attention in {bits} bits", unit="image", delay=5, leave=False, disable=None):
-            readers = _readers(adapter, adapter.grid(image)) if adapter.reads_patches else None
-            layers = capture(model, image, keep=keep).maps
-            parts.append(dict(heads=layers[0]["heads"], layers=layers))
-        kept.parts.append(parts)
-    kept.errors = torch.cat(errors)
-    return kept
+    layers = capture(model, image, keep=keep).maps
+    kept.errors = torch.cat([kept.errors, *errors])
+    return dict(heads=layers[0]["heads"], layers=layers)
 
 
 def _readers(adapter, grid):
@@ -390,6 +420,34 @@ def _keep_block(attended, readers, kept):
     return part, (differences / maps.amax(dim=2)).flatten()
 
 
+def _keep_swin(model, image, kept):
+    """Return the attention of a Swin Transformer for one image. Only one block's maps are in memory at a time."""
+
+    def keep(attended):
+        check_finite_numbers(model, attended.maps)
+        return _keep_windows(attended, kept)
+
+    layers = capture_windows(model, image, keep)[0]
+    return dict(heads=max(layer["heads"] for layer in layers), layers=layers)
+
+
+def _keep_windows(attended, kept):
+    """Return the data of one block of one image for the page: its attention within windows, as bytes.
+
+    Rows and columns of padding are 0, so that the error is relative to the largest weight on the image.
+    """
+    inside = attended.places < math.prod(attended.size)  # (W, M)
+    maps = attended.maps[0].transpose(0, 1) * (inside[:, :, None] & inside[:, None])  # (H, W, M, M)
+    heads, maps = len(maps), maps.flatten(0, 1)  # (H W, M, M)
+    values, factors, error = _bytes_of(maps)
+    kept.window_error = max(kept.window_error, error)
+    kept.weight_error = max(kept.weight_error, (values * factors - maps).abs().max().item())
+    rows, columns = attended.size
+    return dict(heads=heads, rows=rows, columns=columns, stage=attended.stage, window=attended.window,
+                shift=attended.shift, places=kept.blobs.add(attended.places, "<i4"),
+                values=kept.blobs.add(values, "u1"), factors=kept.blobs.add(factors, "<f4"))
+
+
 def _round(values, over, levels):
     """Round values to integers from -levels to levels; return (integers, step size).
 
@@ -408,8 +466,11 @@ def _describe(model, name, images):
     Returns a dict with the keys facts (as the page reads them); images (facts of each image, and its arrays as
     name -> (values, kind of number)); error (of the values stored as bytes); and remarks (what was omitted).
     """
-    if not adapt(model).attends:
-        return _describe_convnet(model, name, images)
+    return KINDS[_kind(model)].describe(model, name, images)
+
+
+def _describe_vit(model, name, images):
+    """Describe a ViT for the page."""
     adapter, remarks = adapt_vit(model), []
     own = [_describe_image(model, adapter, image, remarks)
            for image in tqdm(images, desc="explanations", unit="image", delay=5, leave=False, disable=None)]
@@ -436,6 +497,24 @@ def _describe_image(model, adapter, image, remarks):
         text = words(logit_lens(model, image)[:, 0], adapter.class_names)
     rows, columns = adapter.grid(image)
     return dict(facts=dict(text, rows=rows, columns=columns), arrays=arrays)
+
+
+def _describe_swin(model, name, images):
+    """Describe a Swin Transformer for the page. Rows and columns are those of the first stage."""
+    adapter, own = adapt(model), []
+    for image in images:
+        rows, columns = adapter.grid(image)
+        own.append(dict(facts=dict(_answer(model, image), rows=rows, columns=columns), arrays={}))
+    facts = dict(kind="swin", name=name, layers=len(adapter.blocks), stages=[len(stage) for stage in adapter.stages],
+                 prefix=[], pool=adapter.pool, head=adapter.has_head, reads=None, patch=adapter.patch_size)
+    return dict(facts=facts, images=own, error=0.0, remarks=[])
+
+
+def _answer(model, image):
+    """Return the `words` of a model's prediction for one image, without a logit lens."""
+    answer = class_probabilities(model, image).cpu()  # (1, K)
+    check_finite_numbers(model, answer)
+    return words(answer, adapt(model).class_names) if adapt(model).has_head else _no_words()
 
 
 def _no_words():
@@ -485,11 +564,8 @@ def _describe_convnet(model, name, images, side=8):
         rows, columns = (min(side, n) for n in image.shape[2:])
         fields = torch.stack([_unit_fields(model, image, depth, (rows, columns)) for depth in range(n_depths)])
         values, factors, error = _bytes_of(fields)  # (depths, n, n)
-        text, answer = _no_words(), class_probabilities(model, image).cpu()
-        check_finite_numbers(model, fields, answer)
-        if adapt(model).has_head:
-            text = words(answer, adapt(model).class_names)
-        own.append(dict(facts=dict(text, rows=rows, columns=columns),
+        check_finite_numbers(model, fields)
+        own.append(dict(facts=dict(_answer(model, image), rows=rows, columns=columns),
                         arrays=dict(values=(values, "u1"), factors=(factors, "<f4"))))
         worst = max(worst, error)
     depths = ["the stem", *(f"stage {i}" for i in range(1, n_depths))]
@@ -522,17 +598,29 @@ def _unit_fields(model, image, depth, grid):
 def _prepare_for(image, model, first, whole):
     """Prepare an image as `prepare_image` does, for one of the models.
 
-    A float tensor is normalised for the first model and renormalised for the second. A limit on patches does not apply
-    to a model without patches.
+    A float tensor is normalised for the first model and renormalised for the second.
     """
-    if whole is not None and not adapt(model).attends:
-        whole = replace(whole, max_tokens=None)
+    if whole is not None:
+        whole = replace(whole, max_tokens=_limit_for(model, first, whole.max_tokens))
     images, picture = prepare_image(image, model, whole)  # (1, C, H, W), (H, W, 3)
     if not is_input(image) or model is first:
         return images, picture
     mean, std, own_mean, own_std = (torch.tensor(values).view(-1, 1, 1) for one in (first, model)
                                     for values in (adapt(one).preprocessing.mean, adapt(one).preprocessing.std))
     return images * (std / own_std) + (mean - own_mean) / own_std, prepare_image(image, first)[1]
+
+
+def _limit_for(model, first, most):
+    """Return the limit on patches of a model if that of the first model is `most`; None for no limit.
+
+    For a model of another kind, it is in proportion to the patches that it was built for. A ConvNet has no patches.
+    """
+    if _kind(model) == _kind(first) or most is None:
+        return most
+    if _kind(model) == "cnn":
+        return None
+    built, built_first = (math.prod(grid_of(one.img_size, one.patch_size)) for one in map(adapt, (model, first)))
+    return max(1, most * built // built_first)
 
 
 def _image_name(image, number):
@@ -553,3 +641,32 @@ def _as_uri(picture):
 def _pngs_of(pictures):
     """Encode one picture for each model as data URIs; equal pictures are encoded only once."""
     return list(dict.fromkeys(_as_uri(picture) for picture in pictures))
+
+
+# ---- Kinds of models --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the page holds models of one kind.
+
+    Attributes
+    ----------
+    describe : callable
+        (model, name, images) -> its description, as from `_describe`.
+    keep : callable
+        (model, image, Kept) -> the data of its attention for an image, an entry of Kept.parts.
+    """
+
+    describe: Callable
+    keep: Callable
+
+
+KINDS = dict(vit=Kind(_describe_vit, _keep_vit), swin=Kind(_describe_swin, _keep_swin),
+             cnn=Kind(_describe_convnet, _keep_nothing))
+
+
+def _kind(model):
+    """Return the kind of a model, a key of KINDS. The page uses the same words."""
+    adapter = adapt(model)
+    return "swin" if adapter.windowed else "vit" if adapter.attends else "cnn"
