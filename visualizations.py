@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.patches import Circle, Rectangle
@@ -704,21 +705,22 @@ def visualize_distillation(model, image, save_path=None, layers=None, whole=None
     tokens = capture(model, images, keep=lambda block, attended: attended.maps[0, :, :2].mean(dim=0)).maps  # L x (2, N)
     features, attention = token_similarity(model, images)  # (L + 1), (L)
     chosen = _chosen_blocks(layers, len(tokens), 4)
-    block = rows_by_block(model, images, (0, 0))[0]
+    block = rows_by_block(model, images[:1])[0]  # for its grid
     figure = new_figure(14, 1.9 + 4.6 * proportion(picture))
-    maps, curve = figure.subfigures(1, 2, width_ratios=(2.3, 1))
-    panels = maps.subplots(2, 1 + len(chosen), squeeze=False)
-    for row, (line, name) in enumerate(zip(panels, ("CLS", "distillation token"), strict=True)):
+    cells = figure.add_gridspec(2, 2 + len(chosen), width_ratios=(*[1] * (1 + len(chosen)), 2.2))
+    panels = [[figure.add_subplot(cells[row, column]) for column in range(1 + len(chosen))] for row in range(2)]
+    axes = figure.add_subplot(cells[:, -1])
+    for row, (line, name) in enumerate(zip(panels, ("CLS", "distillation\ntoken"), strict=True)):
         line[0].imshow(picture)
+        line[0].set_title("" if row else "image", fontsize=11)
         line[0].set_ylabel(f"{name}\nlooks at", fontsize=11)
         hide_ticks(line[0])
-        for axes, layer in zip(line[1:], chosen, strict=True):
+        for cell, layer in zip(line[1:], chosen, strict=True):
             panel, = views.panels_of(at_least_float32(tokens[layer][[row]].cpu()), block)
-            _draw_panel(axes, picture, panel, views.attention_scale)
-            axes.set_title(f"block {layer + 1}" if row == 0 else "", fontsize=11)
-    panels[0, 0].set_title("image", fontsize=11)
-    shared_bar(maps, panels, views.attention_scale.label, WEIGHTS.ends, WEIGHTS.extend)
-    axes = curve.subplots()
+            _draw_panel(cell, picture, panel, views.attention_scale)
+            cell.set_title("" if row else f"block {layer + 1}", fontsize=11)
+    scale = views.attention_scale
+    shared_bar(figure, [cell for line in panels for cell in line], scale.label, scale.ends, scale.extend)
     passed = np.arange(len(features))
     axes.plot(passed, features, color=COLOURS[0], marker=MARKERS[0], label="of the two tokens")
     axes.plot(passed[1:] - 0.5, attention, color=COLOURS[3], marker=MARKERS[1], linestyle=DASHES[1],
@@ -1311,14 +1313,16 @@ def compare_receptive_fields(save_path="receptive_fields.png", models=None, imag
     panels = figure.subplots(len(rows), 4, squeeze=False)
     scale = LogNorm(1e-6, 1e-1)
     for (name, model, own_images), line in zip(rows, panels, strict=True):
+        adapt(model).check_images(own_images)
         for i, (depth, axes) in enumerate(zip(_four_depths(model), line, strict=True)):
             if depth is None:
                 axes.set_axis_off()
                 continue
-            mappable = _draw_field(axes, model, own_images, depth, scale)
+            _draw_field(axes, model, own_images, depth, scale)
             if i == 0:
                 axes.set_ylabel(name, fontsize=12)
-    colorbar = figure.colorbar(mappable, ax=panels, shrink=min(0.9, 3 / len(rows)), aspect=30, extend="both")
+    colorbar = figure.colorbar(ScalarMappable(scale, "viridis"), ax=panels, shrink=min(0.9, 3 / len(rows)), aspect=30,
+                               extend="both")
     colorbar.set_label(wrapped("share of the gradient at each pixel (log scale; white is exactly 0)",
                                0.8 * figure.get_figheight(), 12), fontsize=12)
     over = "32 drawn shapes" if images is None else f"{len(images)} image{'s' * (len(images) > 1)}"
@@ -1335,22 +1339,28 @@ def _check_named(models):
 
 
 def _draw_field(axes, model, images, depth, scale):
-    """Draw one receptive field with its two circles; return its mappable for the colour bar."""
-    field = receptive_field(model, images, depth)  # (height, width)
-    centre = unit_centre(model, field.shape, depth)
-    half, most = (radius_holding(field, share, centre) for share in (0.5, 0.9))
-    mappable = axes.imshow(np.ma.masked_equal(field.numpy(), 0), cmap="viridis", norm=scale)
-    for radius, style in ((half, "-"), (most, "--")):
-        axes.add_patch(Circle(centre[::-1], radius, fill=False, color=VERMILION, linewidth=1.8, linestyle=style))
+    """Draw one receptive field with its two circles, or the reason why it cannot be measured."""
     adapter = adapt(model)
     start = "patch embedding" if (adapter.attends or adapter.windowed) and adapter.projects_patches else "stem"
     place = f"after {adapter.unit} {depth} of {len(adapter.layers) - 1}" if depth else f"after the {start}"
+    try:
+        field = receptive_field(model, images, depth)  # (height, width)
+    except InputError as error:  # such as after a new LayerNorm: the sum of its channels is constant
+        axes.text(0.5, 0.5, wrapped(f"not measured: {str(error).split(', so')[0]}", 1.8, 9), ha="center", va="center",
+                  fontsize=9, transform=axes.transAxes)
+        axes.set_title(f"{place}\n", fontsize=11)
+        hide_ticks(axes)
+        return
+    centre = unit_centre(model, field.shape, depth)
+    half, most = (radius_holding(field, share, centre) for share in (0.5, 0.9))
+    axes.imshow(np.ma.masked_equal(field.numpy(), 0), cmap="viridis", norm=scale)
+    for radius, style in ((half, "-"), (most, "--")):
+        axes.add_patch(Circle(centre[::-1], radius, fill=False, color=VERMILION, linewidth=1.8, linestyle=style))
     axes.set_title(f"{place}\n50%: {half:.1f}   90%: {most:.1f} px", fontsize=11)
     axes.set(xlim=(-0.5, field.shape[1] - 0.5), ylim=(field.shape[0] - 0.5, -0.5))
     axes.set_xticks([0, field.shape[1] - 1])
     axes.set_yticks([0, field.shape[0] - 1])
     axes.tick_params(labelsize=9)
-    return mappable
 
 
 def _four_depths(model):
@@ -1391,6 +1401,12 @@ def compare_reach(models, images, save_path=None, untrained=True):
     InputError
         For the same reasons as `receptive_field`, and if `models` is not a dict of models.
 
+    Notes
+    -----
+    In a new ConvNeXt or Swin Transformer, a LayerNorm follows the stem, and the sum of its channels is constant. So
+    after stage 1 the gradient of this sum passes only through the branches of the blocks, and the radius is larger than
+    the share of these branches suggests.
+
     References
     ----------
     Dosovitskiy et al. 2021 (the ViT paper), Fig. 7 (right); Luo et al. 2016, "Understanding the Effective Receptive
@@ -1407,8 +1423,8 @@ def compare_reach(models, images, save_path=None, untrained=True):
     distance, half, most = figure.subplots(1, 3)
     for name, (model, own_images) in drawn.items():
         ends, middles = _places_in_stages(adapt(model), max(staged, default=0))
-        fields = [receptive_field(model, own_images, depth) for depth in range(len(ends))]
-        centres = [unit_centre(model, field.shape, depth) for depth, field in enumerate(fields)]
+        fields = [receptive_field(model, own_images, depth + 1) for depth in range(len(ends))]
+        centres = [unit_centre(model, field.shape, depth + 1) for depth, field in enumerate(fields)]
         for axes, share in ((half, 0.5), (most, 0.9)):
             radii = [radius_holding(field, share, centre) for field, centre in zip(fields, centres, strict=True)]
             axes.plot(ends, radii, label=name, **looks[name].line)
@@ -1422,14 +1438,14 @@ def compare_reach(models, images, save_path=None, untrained=True):
     most.set_title("receptive field of the centre unit:\nradius that holds 90% of the gradient", fontsize=11)
     last = round(half.dataLim.x1)
     for axes in (distance, half, most):
-        axes.set(ylabel="pixels", xlim=(-0.1, last + 0.1))
+        axes.set(ylabel="pixels", xlim=(0, last + 0.1))
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     unit = "stage" if staged else "block"
     distance.set_xticks([i + 0.5 for i in range(last)], [f"{unit} {i + 1}" for i in range(last)])
     for axes in (half, most):
-        axes.set_xticks(range(last + 1), ["start", *(f"{unit} {i + 1}" for i in range(last))])
-        axes.set_xlabel(f"after this {unit} (start: after the stem or the patch embedding)")
+        axes.set_xticks(range(1, last + 1), [f"{unit} {i + 1}" for i in range(last)])
+        axes.set_xlabel(f"after this {unit}")
     distance.set_xlabel(f"in this {unit}")
     figure.legend(*half.get_legend_handles_labels(), loc="outside right center", fontsize=11)
     n_images = len(next(iter(drawn.values()))[1])
@@ -1439,19 +1455,17 @@ def compare_reach(models, images, save_path=None, untrained=True):
 
 
 def _places_in_stages(adapter, n_stages):
-    """Return where layers lie on an axis of stages: (ends of all depths, middles of the blocks or None).
+    """Return where layers lie on an axis of stages: (ends of the stages or blocks, middles of the blocks or None).
 
     Blocks lie side by side in their stage; those of a ViT are spread over n_stages, if there are any.
     """
-    depths = np.arange(len(adapter.layers))
+    ends = np.arange(1, len(adapter.layers))
     if adapter.windowed:
-        middles = [stage + (i + 0.5) / len(blocks) for stage, blocks in enumerate(adapter.stages)
-                   for i in range(len(blocks))]
-        return depths, middles
+        return ends, [i + (j + 0.5) / len(stage) for i, stage in enumerate(adapter.stages) for j in range(len(stage))]
     if not adapter.attends:
-        return depths, None
-    ends = depths * (n_stages / depths[-1] if n_stages else 1)
-    return ends, (ends[1:] + ends[:-1]) / 2
+        return ends, None
+    step = n_stages / len(ends) if n_stages else 1
+    return ends * step, (ends - 0.5) * step
 
 
 # ---- A contact sheet --------------------------------------------------------------------------------------
@@ -1638,8 +1652,8 @@ def _run_look(options):
     remark_on(files)
     model, name = _model_to_look_with(options)
     given = options.pretrained or name
-    attends, whole = adapt(model).attends, None if options.crop else Whole(options.max_tokens, options.img_size)
-    if options.max_tokens and not attends:
+    adapter, whole = adapt(model), None if options.crop else Whole(options.max_tokens, options.img_size)
+    if options.max_tokens and not (adapter.attends or adapter.windowed):
         raise InputError(f"--max-tokens limits patches, and {name} is a ConvNet, which has none; use --img-size")
     with ExitStack() as stack:
         stack.enter_context(unless_empty(Path(options.output_dir or "look")))
@@ -1749,7 +1763,7 @@ def _write_look(model, one, file, folder, name, found, whole, max_mb):
     The page is made first, because it may raise InputError.
     """
     written, remarks = [], []
-    if one.adapter.attends:
+    if one.adapter.attends or one.adapter.windowed:
         page = explore(model, [file], folder / "explorer.html", names=[name], title=f"{Path(file).name}: {name}",
                        whole=whole, max_mb=max_mb)
         written.append(page.path)
@@ -1774,7 +1788,7 @@ def _print_look(one, file, given, folder, found, written, remarks):
                                                           for path in written))
     for remark in remarks:
         print(f"{'Page':12} {remark}")
-    if not one.adapter.attends:
+    if not (one.adapter.attends or one.adapter.windowed):
         print(f"{'Page':12} none: a ConvNet has no attention; to compare it with a ViT: python visualizations.py "
               f"explore {file} --compare-with {given}")
 

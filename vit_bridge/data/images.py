@@ -355,7 +355,7 @@ def whole_size(image_size, adapter, whole):
     InputError
         If the model accepts only one size, and the image needs a different one.
     """
-    patch = adapter.patch_size if adapter.attends else (1, 1)
+    patch = adapter.patch_size if adapter.attends or adapter.windowed else (1, 1)
     size = whole.size_for(image_size, patch, math.prod(grid_of(adapter.img_size, patch)))
     if size != adapter.img_size and not adapter.any_size:
         height, width = adapter.img_size
