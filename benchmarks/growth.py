@@ -176,7 +176,7 @@ def draw_models(result, save_path=None):
         axes.set_xticks(sides, [str(side) for side in sides])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=10, title=f"exponent of {power} over pixels")
+        axes.legend(fontsize=10, title=f"{'FLOPs' if what == 'flops' else 'time'}: exponent of the pixels")
     figure.suptitle(f"ViT, Swin and ConvNeXt, float32, {result['device']}", fontsize=14)
     return finish(figure, save_path)
 

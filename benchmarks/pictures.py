@@ -155,6 +155,7 @@ OF_CELLS = {
     "reach": partial(draw_trials, "reach", "reach"),
     "patches_changed": draw_patches_changed,
     "growth": lambda: growth.draw(cell("growth-cpu")),
+    "resolution": lambda: growth.draw_models(cell("resolution-cpu")),
     "processes": lambda: processes.draw(cell("processes-cpu")["curves"]),
 }
 NEED_WEIGHTS = (*OF_VIT_S, "explorer")

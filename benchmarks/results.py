@@ -55,6 +55,11 @@ TABLES = {
                "the spread over seeds is below each table. A change that costs no time has the same images/s as the "
                "recipe. The 10-minute results of vit_nano and hybrid are based on an older measurement of speed, "
                "which led to about a tenth too many steps for variants with smaller images",
+    "family": "DeiT, Swin and ConvNeXt on CIFAR-10 (JPEG), in equal minutes. Each arm trains for as many steps as fit "
+              "into its minutes on 2 idle cores in float32, with its teacher's forward passes counted (`python "
+              "benchmarks/family.py`). The teacher is the shipped convnet_cifar10. Learning rates are chosen on the "
+              "validation images, with seed 0; arms without a grid of their own use the rate of a similar arm, as "
+              "listed in benchmarks/family.py. The band is the 95% interval of the mean over the seeds (Student's t)",
     "steps": "How the time of a training step is spent. The floor is the time that its multiplications would take at "
              "the speed of a large matrix product on the same machine (`python benchmarks/steps.py --keep`)",
     "augmentation": "Augmentation of 32-pixel images, in images per second on one core: ours processes batches of 128, "
@@ -95,6 +100,10 @@ TABLES = {
                 "benchmarks/commands.py --keep`)",
     "shipped": "What `python cnn_vs_vit.py` measures on the shipped models and new drawn shapes (kept by `python "
                "benchmarks/commands.py --keep`). The models were trained for different lengths of time",
+    "resolution": "What larger images cost in inference, in float32: models with about as many parameters, and images "
+                  "per second as medians of rounds in which all models and sizes take turns. The exponents are fitted "
+                  "to the upper half of the sides, against the number of pixels (`python benchmarks/growth.py models "
+                  "--keep`)",
     "explorer": "The explorer's page of one photograph against the number of tokens, in Chromium (`python "
                 "benchmarks/explorer.py --keep`). The hover time is the time from choosing a different patch until "
                 "the page is drawn, as a median of 15. It is listed for attention from a patch in one head (from), "
@@ -215,11 +224,12 @@ def page():
     for table, title in TABLES.items():
         if not tables[table]:
             continue
-        draw = {"throughput": throughput_lines, "growth": growth_lines, "formats": format_lines, "kills": kill_lines,
+        draw = {"throughput": throughput_lines, "growth": growth_lines,
+                "resolution": resolution_lines, "formats": format_lines, "kills": kill_lines,
                 "mutants": mutant_lines, "processes": process_lines, "few-images": few_image_lines,
-                "targets": target_lines, "factors": factor_lines, "steps": step_lines, "reach": reach_lines,
-                "cues": cue_lines, "data": data_lines, "verdicts": verdict_lines, "trust": trust_lines,
-                "views": view_lines, "commands": command_lines, "shipped": shipped_lines,
+                "targets": target_lines, "factors": factor_lines, "family": family_lines, "steps": step_lines,
+                "reach": reach_lines, "cues": cue_lines, "data": data_lines, "verdicts": verdict_lines,
+                "trust": trust_lines, "views": view_lines, "commands": command_lines, "shipped": shipped_lines,
                 "augmentation": augmentation_lines, "gpu": gpu_lines,
                 "explorer": explorer_lines}.get(table, run_lines)
         lines += [f"## {table}", "", f"{title}.", "", *draw(tables[table])]
@@ -311,6 +321,18 @@ def throughput_lines(cells):
                   f"The project aims at 1.10. Columns whose whole interval lies below 1: {', '.join(below) or 'none'}. "
                   f"Columns whose interval begins below 1: {', '.join(touching) or 'none'}.", ""]
     return lines
+
+
+def resolution_lines(cells):
+    """Return a table of FLOPs and images per second against the side of the images."""
+    r = cells[0]["result"]
+    lines = [f"| model | {' | '.join(f'{side} pixels' for side in r['sides'])} | exponent of FLOPs | of time |",
+             f"|---|{'---:|' * len(r['sides'])}---:|---:|"]
+    for name, row in r["models"].items():
+        values = " | ".join(f"{1e-9 * flops:.3f} GFLOPs, {speed:.0f} images/s" for flops, speed in zip(
+            row["flops"], row["images_per_second"], strict=True))
+        lines.append(f"| {name} | {values} | {row['flops_exponent']:.2f} | {row['seconds_exponent']:.2f} |")
+    return [*lines, "", "![FLOPs and speed against the side of the images](figures/resolution.png)", ""]
 
 
 def growth_lines(cells):
@@ -461,6 +483,32 @@ def factor_lines(cells):
                       f"{100 * stdev([r['val_acc'] for r in recipe]):.1f} points. Each change has one seed."]
         lines.append("")
     return lines
+
+
+T95 = {2: 12.706, 3: 4.303}  # Student's t for a 95% interval, by the number of seeds
+
+
+def family_lines(cells):
+    """Return a table of the arms with their chosen learning rates, and a line with the rates that were tried."""
+    runs, tried = defaultdict(list), defaultdict(dict)
+    for cell in sorted(cells, key=lambda cell: cell["seed"]):
+        r = cell["result"]
+        if "test_acc" in r:
+            runs[r["arm"]].append(r)
+        if cell["seed"] == 0:
+            tried[r["arm"]][r["learning_rate"]] = r["val_acc"]
+    lines = ["| arm | minutes | steps | epochs | learning rate | validation accuracy of each seed | test accuracy of "
+             "each seed | mean, band | parameters |", "|---|---:|---:|---:|---:|---|---|---:|---:|"]
+    for arm, results in sorted(runs.items(), key=lambda item: -mean([r["test_acc"] for r in item[1]])):
+        r, accuracies = results[0], [r["test_acc"] for r in results]
+        band = f" ± {100 * T95[len(accuracies)] * stdev(accuracies) / len(accuracies) ** 0.5:.1f}" \
+            if len(accuracies) in T95 else ""
+        checked, tests = (", ".join(f"{one[name]:.1%}" for one in results) for name in ("val_acc", "test_acc"))
+        lines.append(f"| {arm} | {r['minutes']:g} | {r['n_steps']:,} | {r['epochs']:.1f} | {r['learning_rate']:g} | "
+                     f"{checked} | {tests} | {mean(accuracies):.1%}{band} | {r['parameters']:,} |")
+    grids = [f"{arm} ({', '.join(f'{rate:g}: {share:.1%}' for rate, share in sorted(rates.items()))})"
+             for arm, rates in tried.items() if len(rates) > 1]
+    return [*lines, "", f"Validation accuracy of each learning rate tried with seed 0: {'; '.join(grids)}.", ""]
 
 
 def step_lines(cells):

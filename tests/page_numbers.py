@@ -283,8 +283,14 @@ PAGES["docs/models-and-weights.md"] = Page(
         ("`hybrid_small` | `HybridCNNViT` | 224 | 1,000 | {:,} |", parameters("build_model", name="hybrid_small")),
         *((f"`{name}` | `ConvNet` | 224 | 1,000 | {{:,}} |", parameters("build_model", name=name))
           for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")),
-        *((f"`{name}` | `ConvNeXt` | 224 | 1,000 | {{:,}} |", parameters("build_model", name=name))
-          for name in ("convnext_tiny", "convnext_small", "convnext_base", "convnext_large")),
+        *((f"`{name}` | `{kind}` | 224 | 1,000 | {{:,}} |", parameters("build_model", name=name))
+          for kind, names in (("DistilledViT", ("deit_tiny", "deit_small", "deit_base")),
+                              ("SwinTransformer", ("swin_tiny", "swin_small", "swin_base")),
+                              ("ConvNeXt", ("convnext_tiny", "convnext_small", "convnext_base", "convnext_large")))
+          for name in names),
+        *((f"`{name}` | `{kind}` | 32 | 10 | {{:,}} |", parameters("build_model", name=name, n_classes=10))
+          for name, kind in (("deit_nano", "DistilledViT"), ("swin_nano", "SwinTransformer"),
+                             ("convnext_nano", "ConvNeXt"))),
         ("ours reach a test accuracy of {:.1%} (ViT), {:.1%} (hybrid) and {:.1%} (ConvNet)",
          *(cell(f"weights-{name}-bf16-0", "test_acc") for name in ("vit_nano", "hybrid", "convnet"))),
         ("The largest difference of the ViT formats was {:.1e} of the largest value",

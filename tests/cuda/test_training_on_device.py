@@ -55,13 +55,13 @@ def test_scaler_skips_an_overflowing_step_and_training_continues(device):
 # ---- A planted fault --------------------------------------------------------------------------------------
 
 
-def attend_unscaled(q, k, v, return_attention=False):
+def attend_unscaled(q, k, v, return_attention=False, bias=None):
     """In bf16 the scores are not divided by sqrt(K)."""
     q = q * math.sqrt(q.shape[-1]) if q.dtype == torch.bfloat16 else q
     return RIGHT_ATTEND(q, k, v, return_attention)
 
 
-def attend_with_sums_in_bf16(q, k, v, return_attention=False):
+def attend_with_sums_in_bf16(q, k, v, return_attention=False, bias=None):
     """In bf16 the softmax adds up its terms one by one in bf16, and what is small against the sum is lost."""
     if q.dtype != torch.bfloat16:
         return RIGHT_ATTEND(q, k, v, return_attention)

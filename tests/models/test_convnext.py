@@ -11,7 +11,13 @@ from torchvision.models import convnext_tiny
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.convnext import ConvNeXt as TorchvisionConvNeXt
 
-from vit_bridge.models import ConvNeXt, build_model
+from vit_bridge.models import (
+    ConvNeXt,
+    build_model,
+    create_convnext_base,
+    create_convnext_small,
+    create_convnext_tiny,
+)
 from vit_bridge.models.convnext import ConvNeXtBlock
 from vit_bridge.models.protocol import layer_groups
 from vit_bridge.training.optimizers import hidden_matrices, parameter_groups
@@ -123,6 +129,15 @@ def test_named_cnns_have_the_published_parameters(name, n_parameters):
         assert sum(p.numel() for p in build_model(name).parameters()) == n_parameters
 
 
+@pytest.mark.parametrize(("create", "n_parameters"), [
+    (create_convnext_tiny, 28_589_128), (create_convnext_small, 50_223_688), (create_convnext_base, 88_591_464)])
+def test_create_convnext_builds_the_papers_sizes(create, n_parameters):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in create().parameters()) == n_parameters
+    with pytest.raises(InputError, match=one_line_with("argument 'width' is unknown")):
+        create(width=8)
+
+
 def test_convnext_drops_more_of_deeper_blocks_as_torchvision_does():
     ours = ConvNeXt(drop_path=0.1)
     theirs = convnext_tiny(weights=None)  # its own rate is 0.1
@@ -204,7 +219,8 @@ def test_convnext_groups_of_layers_and_of_optimisers():
 
 
 @pytest.mark.parametrize(("arguments", "value"), [
-    (dict(widths=(3, 5)), "(3, 5)"), (dict(widths=(3, 0, 1, 1)), "widths 0"), (dict(drop_path=1.0), "drop_path 1.0"),
+    (dict(widths=(3, 5)), "(3, 5)"), (dict(widths=3), "widths 3"), (dict(widths=(3, 0, 1, 1)), "widths 0"),
+    (dict(drop_path=1.0), "drop_path 1.0"),
     (dict(layer_scale=-1), "layer_scale -1"), (dict(norm_eps=0), "norm_eps 0"), (dict(stem_stride=0), "stem_stride 0"),
     (dict(img_size=31), "images of 31x31"), (dict(n_classes=-1), "n_classes -1"), (dict(in_channels=0), "in_channels")])
 def test_convnext_refuses_bad_arguments_naming_the_value(arguments, value):

@@ -14,6 +14,7 @@ import transformers
 from parity_checks import differences, randomised, relative_difference, renamed
 from torch import nn
 
+from vit_bridge.inference import TOLERANCE, export_onnx
 from vit_bridge.models import DistilledViT, VisionTransformer
 from vit_bridge.models import create_deit_base as deit_base
 from vit_bridge.models import create_deit_small as deit_small
@@ -246,6 +247,11 @@ def test_deit_without_classes_gives_its_pooled_features():
 def test_deit_frozen_trains_both_heads():
     trained = {name for name, p in freeze_backbone(small()).named_parameters() if p.requires_grad}
     assert trained == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+
+
+def test_deit_as_onnx_computes_the_mean_of_its_heads(tmp_path):
+    pytest.importorskip("onnxscript")
+    assert export_onnx(small().train(), tmp_path / "deit.onnx") < TOLERANCE
 
 
 def test_deit_refuses_the_mean_of_the_patches():

@@ -30,6 +30,7 @@ from vit_bridge.models.swin import (
     shift_mask,
     split_windows,
     spread_windows,
+    window_places,
 )
 from vit_bridge.training.optimizers import hidden_matrices, parameter_groups
 from vit_model import InputError, freeze_backbone
@@ -314,6 +315,20 @@ def test_windows_are_masked_attention_over_the_whole_map(size, window, shift, re
         torch.testing.assert_close(spread.sum(dim=3), torch.ones(spread.shape[:3]).double())
     else:
         assert (spread.sum(dim=3) < 1 - 1e-9).any()  # weights of the padding are left out
+
+
+@pytest.mark.parametrize("pads_first", [True, False])
+@pytest.mark.parametrize(("size", "window", "shift"), [((5, 7), (3, 3), (1, 1)), ((6, 4), (3, 4), (1, 0))])
+def test_window_places_follow_the_padding_and_the_roll(size, window, shift, pads_first):
+    H, W = (side + -side % length for side, length in zip(size, window, strict=True))
+    places = torch.full((H, W), size[0] * size[1])
+    for row in range(size[0]):
+        for column in range(size[1]):
+            wide, high = (W, H) if pads_first else (size[1], size[0])  # timm rolls the map without its padding
+            places[(row - shift[0]) % high, (column - shift[1]) % wide] = row * size[1] + column
+    expected = [places[top:top + window[0], left:left + window[1]].flatten() for top in range(0, H, window[0])
+                for left in range(0, W, window[1])]
+    assert torch.equal(window_places(size, window, shift, pads_first), torch.stack(expected))
 
 
 def test_a_block_gives_the_maps_of_its_windows():

@@ -317,7 +317,8 @@ BIAS[:, :, :, 4] = -torch.inf  # a mask
     lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=BIAS[:, :, :q.shape[2]]),
     lambda q, k, v: (q @ k.mT / q.shape[-1]**0.5 + BIAS[:, :, :q.shape[2]]).softmax(dim=-1) @ v])
 def test_explorer_computes_rows_with_a_bias(visit, tmp_path, monkeypatch, attend):
-    monkeypatch.setattr(vit_model, "attend", lambda q, k, v, return_attention=False: (attend(q, k, v), None))
+    monkeypatch.setattr(vit_model, "attend", lambda q, k, v, return_attention=False, bias=None: (
+        attend(q, k, v), None))
     model = marked(square_vit())
     explore(model, pixels(12, 12), tmp_path / "page.html")
     maps = attention_maps(model, prepare_image(pixels(12, 12), model)[0])[:, 0].numpy()

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import transformers
+from command_runs import make_folder, train
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 from timm.models.swin_transformer import checkpoint_filter_fn
@@ -417,6 +418,27 @@ def test_a_swin_without_shift_or_tables_is_saved_and_does_not_pass_for_another(t
         load_checkpoint(SwinTransformer(**OURS, shift=False), tmp_path / "ours.pt")
 
 
+DAMAGES = {"missing": None, "flat": torch.flatten, "empty": lambda tensor: tensor[:0], "one number": torch.sum,
+           "whole numbers": torch.Tensor.long, "not finite": lambda tensor: tensor * float("nan")}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["microsoft's Swin", "torchvision's Swin", "transformers Swin with head, new names"])
+def test_a_damaged_file_of_swin_is_refused_in_one_line(name, damage, tmp_path):
+    sample = SOURCES[name].write(tmp_path)
+    content = torch.load(sample.path, weights_only=True)
+    state = content.get("model", content)
+    matrices = [key for key, tensor in state.items() if tensor.ndim == 2 and "index" not in key]
+    for key in (matrices[0], next(key for key in matrices if "table" in key), matrices[-2]):
+        broken = {other: tensor for other, tensor in state.items() if other != key}
+        if damage != "missing":
+            broken[key] = DAMAGES[damage](state[key])
+        torch.save(broken, tmp_path / "m.pth")
+        for take in (load, lambda path: load_checkpoint(SwinTransformer(**OURS), path)):
+            with pytest.raises(InputError, match=one_line_with("m.pth")):
+                take(tmp_path / "m.pth")
+
+
 # ---- Used as any of our models
 
 
@@ -431,3 +453,17 @@ def test_a_public_swin_is_inspected_and_gets_a_new_head(tmp_path, capsys):
     assert not model.head.weight.any()
     assert model(torch.randn(2, 3, SIDE, SIDE)).shape == (2, 3)
     assert isinstance(load(sample.path, n_classes=0).head, nn.Identity)
+
+
+@pytest.mark.parametrize("frozen", [[], ["--freeze-backbone"]], ids=["all", "frozen"])
+def test_train_fine_tunes_a_swin_of_another_library(frozen, tmp_path):
+    sample = SOURCES["microsoft's Swin"].write(tmp_path)
+    start = load(sample.path).state_dict()
+    train(tmp_path / "run", "--data-dir", make_folder(tmp_path / "set", 30), "--pretrained", sample.path, "--steps", 2,
+          "--batch-size", 8, *frozen)
+    model = load(tmp_path / "run" / "best.pt")
+    assert (type(model), model.preprocessing.class_names) == (SwinTransformer, ["blue", "red"])
+    moved = {key for key, tensor in model.state_dict().items()
+             if tensor.shape != start[key].shape or not torch.equal(tensor, start[key])}
+    assert (moved == {"head.weight", "head.bias"}) == bool(frozen)
+    assert moved >= {"head.weight", "head.bias"}

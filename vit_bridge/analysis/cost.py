@@ -37,8 +37,8 @@ def count_parameters(model, trainable_only=False):
     """
     numbers = [p for p in model.parameters() if p.requires_grad or not trainable_only]
     if not trainable_only:  # in quantised layers, weight and bias are methods
-        numbers += [part() for module in model.modules() for part in (getattr(module, "weight", None),
-                                                                      getattr(module, "bias", None)) if callable(part)]
+        numbers += [part() for module in model.modules() if callable(getattr(module, "weight", None))
+                    for part in (module.weight, module.bias)]
     return sum(p.numel() for p in numbers if p is not None)
 
 

@@ -170,7 +170,7 @@ def explain(model, images, method="relevance", target=None, **options):
     Parameters
     ----------
     model : nn.Module
-        A ViT, ours or from timm, transformers or torchvision; for Grad-CAM also a ConvNet.
+        A ViT, ours or from timm, transformers or torchvision; for Grad-CAM also a CNN or a Swin Transformer.
     images : Tensor, shape (B, C, height, width)
         Normalised images.
     method : str, optional
@@ -248,21 +248,21 @@ def speaking(maps, gradient):
 
 
 def cam_saliency(model, images, targets, layer_idx=None):
-    """Return Grad-CAM of the patch tokens after a block, or of the feature map after a stage of a ConvNet.
+    """Return Grad-CAM of the patch tokens after a block, or of the feature map after a stage of a CNN or Swin.
 
     The map of an image is NaN if it would be blank.
 
     Parameters
     ----------
     model : nn.Module
-        A ViT or a ConvNet with a head.
+        A ViT, CNN or Swin Transformer with a head.
     images : Tensor, shape (B, C, height, width)
         Normalised images.
     targets : Tensor, shape (B,)
         The classes to explain.
     layer_idx : int, optional
-        Python index of the block or stage: 0 is the first block of a ViT, or the stem of a ConvNet. By default the last
-        one whose patches still reach the head. If the head reads no patch, this is the second-to-last block.
+        Python index of the block or stage: 0 is the first block of a ViT, or the stem of a CNN or Swin. By default the
+        last one whose patches still reach the head. If the head reads no patch, this is the second-to-last block.
 
     Raises
     ------

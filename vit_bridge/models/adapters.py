@@ -245,12 +245,13 @@ def adapt(model):
     Parameters
     ----------
     model : nn.Module
-        A model of this library, or a ViT of timm, transformers, torchvision or DINOv2's hub.
+        A model of this library, a ViT of timm, transformers, torchvision or DINOv2's hub, or a Swin Transformer of
+        timm, transformers or torchvision.
 
     Returns
     -------
     ModelAdapter
-        A ViTAdapter if the model's layers are attention blocks.
+        A ViTAdapter if the model's layers are attention blocks, a WindowAdapter for a Swin Transformer.
 
     Raises
     ------
@@ -265,8 +266,9 @@ def adapt(model):
     inside = [f"pass the {class_name(part)} inside it, its module {name!r}" for name, part in getattr(
         model, "named_modules", tuple)() if is_ours(part) or _maker_for(part)]
     advice = inside[0] if inside else (
-        "expected a model of vit_bridge.models, a VisionTransformer of timm, torchvision or DINOv2's hub, or a ViT, "
-        "DeiT, DINOv2, ViT-MSN or I-JEPA model of transformers; for another class, save its state_dict and try load()")
+        "expected a model of vit_bridge.models, a VisionTransformer or SwinTransformer of timm or torchvision, a "
+        "VisionTransformer of DINOv2's hub, or a ViT, DeiT, DINOv2, ViT-MSN, I-JEPA or Swin model of transformers; for "
+        "another class, save its state_dict and try load()")
     raise InputError(f"the class {class_name(model)} is not supported; {advice}")
 
 

@@ -8,7 +8,8 @@ Parameters have timm's names, with three exceptions: `stages` is `layers` in tim
 and `head` is `head.fc`.
 
 Shapes:  B images, C channels of an image, D channels of a map (embed_dim, doubled in each stage), h, w height and width
-         of a map in tokens, W windows, M tokens of a window, H heads, K = D / H width of a head.
+         of a map in tokens, h', w' the same with padding, W windows, M tokens of a window, H heads, K = D / H width of
+         a head.
 """
 
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from vit_model import (
 
 
 def split_windows(x, window):
-    """Cut a map into windows of (rows, columns), row by row: (B, h, w, D) -> (B, W, M, D). They must divide (h, w)."""
+    """Cut a map into windows of (rows, columns), row by row: (B, h, w, D) -> (B, W, M, D). They must fit exactly."""
     x = x.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0]))  # (B, h / rows, rows, w / columns, columns, D)
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, W, M, D)
 
@@ -89,7 +90,7 @@ class WindowAttention(RelativeAttention):
         n_query_tokens is always None here: every token of a map is needed.
         """
         size, window = x.shape[1:3], self.grid_size
-        x = F.pad(x, (0, 0, 0, -size[1] % window[1], 0, -size[0] % window[0]))
+        x = F.pad(x, (0, 0, 0, -size[1] % window[1], 0, -size[0] % window[0]))  # (B, h', w', D)
         padded, shift = x.shape[1:3], self.shift_in(size)
         if any(shift):
             x = x.roll([-by for by in shift], dims=(1, 2))
@@ -100,10 +101,10 @@ class WindowAttention(RelativeAttention):
         mask = shift_mask(padded, window, shift, x.device).to(x.dtype) if any(shift) else None  # (W, M, M)
         heads, attention = attend(q, k, v, return_attention, self.window_bias(n_windows, mask))
         x = heads.unflatten(1, (n_windows, -1)).transpose(2, 3).flatten(3)  # (B, W, M, D), the heads concatenated
-        x = join_windows(self.dropout(self.proj(x)), window, padded)  # (B, h, w, D)
+        x = join_windows(self.dropout(self.proj(x)), window, padded)  # (B, h', w', D)
         if any(shift):
             x = x.roll(shift, dims=(1, 2))
-        x = x[:, :size[0], :size[1]]
+        x = x[:, :size[0], :size[1]]  # (B, h, w, D)
         return (x, attention.unflatten(1, (n_windows, -1))) if return_attention else x
 
     def window_bias(self, n_windows, mask):
@@ -152,7 +153,7 @@ def window_places(size, window, shift, pads_first=True):
     places = places if pads_first else places.roll(back, dims=(0, 1))
     places = F.pad(places, pad, value=size[0] * size[1])
     places = places.roll(back, dims=(0, 1)) if pads_first else places
-    return split_windows(places[None, :, :, None], window)[0, :, :, 0]
+    return split_windows(places[None, :, :, None], window)[0, :, :, 0]  # (W, M)
 
 
 # ---- The model --------------------------------------------------------------------------------------------
@@ -163,7 +164,9 @@ class SwinBlock(TransformerBlock):
 
     Parameters
     ----------
-    embed_dim, n_heads, window, shift, relative_bias : optional
+    embed_dim, n_heads, window, shift
+        As in WindowAttention.
+    relative_bias : optional
         As in WindowAttention.
     mlp_ratio, dropout, drop_path, norm_eps : optional
         As in TransformerBlock.

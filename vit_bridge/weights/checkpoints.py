@@ -942,7 +942,7 @@ def _inferred(weights, given):
         return (infer_cnn if weights.format.holds in CNN_CONFIGS else infer_vit)(weights, given)
     except InputError:
         raise
-    except (ValueError, IndexError, TypeError, StopIteration) as error:
+    except (ArithmeticError, ValueError, IndexError, TypeError, StopIteration) as error:
         raise InputError(f"{weights.path} ({weights.format.name}) has tensor shapes that match no model "
                          f"({first_line(error)})") from error
 

@@ -90,6 +90,8 @@ def swin_config(weights):
     tables = [_tensor(weights, f"stages.{i}.blocks.0.attn.relative_position_bias_table") for i in range(len(depths))]
     rows, n_heads = [len(table) for table in tables], tuple(table.shape[1] for table in tables)
     sides = [(math.isqrt(n) + 1) // 2 for n in rows]
+    if 0 in (*sides, *n_heads, *stem.shape):
+        _refuse(weights, "not a complete SwinTransformer: its patches or its tables of relative positions are empty")
     (D, C, *patch), recorded = stem.shape, weights.recorded.config
     window = recorded.get("window_size", sides[0])
     shown = next(((i, side) for i, side in enumerate(sides) if side != sides[0]), (len(sides) - 1, sides[0]))

@@ -596,7 +596,7 @@ def _join_qkv(weights):
     for name in [name for name in weights.tensors if ".attn.q." in name]:
         parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
         missing = [part for part in parts if part not in weights.tensors]
-        if missing or len({weights.tensors[part].shape for part in parts}) > 1:
+        if missing or len({(weights.tensors[part].shape, weights.tensors[part].dtype) for part in parts}) > 1:
             raise InputError(f"{weights.path} is damaged: queries, keys and values do not fit together at "
                              f"{weights.sources[name][0]}")
         joined = name.replace(".attn.q.", ".attn.qkv.")
