@@ -355,8 +355,8 @@ def whole_size(image_size, adapter, whole):
     InputError
         If the model accepts only one size, and the image needs a different one.
     """
-    patch = adapter.patch_size if adapter.attends or adapter.windowed else (1, 1)
-    size = whole.size_for(image_size, patch, math.prod(grid_of(adapter.img_size, patch)))
+    step = adapter.size_step
+    size = whole.size_for(image_size, step, math.prod(grid_of(adapter.img_size, step)))
     if size != adapter.img_size and not adapter.any_size:
         height, width = adapter.img_size
         raise InputError(f"this model accepts only images of {height}x{width} pixels, but the whole image needs "

@@ -70,6 +70,11 @@ class ModelAdapter:
     unit = "stage"
 
     @property
+    def size_step(self):
+        """What the height and width of its images must be multiples of, in pixels."""
+        return 1, 1
+
+    @property
     def has_head(self):
         """Whether the model returns logits."""
         return self.n_classes is not None
@@ -131,6 +136,11 @@ class ViTAdapter(ModelAdapter):
     positions: torch.Tensor | None
     attends = True
     unit = "block"
+
+    @property
+    def size_step(self):
+        """The patch size: images of other sizes cannot be cut into patches."""
+        return self.patch_size
 
     @property
     def n_prefix(self):
@@ -203,6 +213,11 @@ class WindowAdapter(ModelAdapter):
     prefix = ()
     n_prefix = 0
     reads_patches = projects_patches = True
+
+    @property
+    def size_step(self):
+        """The patch size: images of other sizes cannot be cut into patches."""
+        return self.patch_size
 
     @property
     def blocks(self):
