@@ -1067,7 +1067,7 @@ def visualize_windows(model, image, save_path=None, layers=None, whole=None):
     lines = [line for line in lines if line]
     n_columns = max(map(len, lines))
     side = max(2.3, min(3.4, 14 / n_columns))
-    figure = new_figure(max(6.0, side * n_columns + 0.4), 0.9 + (side * proportion(picture) + 0.75) * len(lines))
+    figure = new_figure(max(6.0, side * n_columns + 0.4), 0.6 + (side * proportion(picture) + 0.6) * len(lines))
     panels = figure.subplots(len(lines), n_columns, squeeze=False)
     for axes in panels.flat:
         axes.set_axis_off()
