@@ -24,17 +24,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.colors import LogNorm
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.patches import Circle, Rectangle
 from tqdm import tqdm
 
 from vit_bridge.analysis.attention import (
-    attention_rows,
+    bias_by_offset,
+    block_names,
+    check_distilled,
     mean_distances,
     patches_of,
     position_similarity,
-    select_attention,
-    uniform_attention_distance,
+    rows_by_block,
+    token_similarity,
+    uniform_distances,
+    window_groups,
 )
 from vit_bridge.analysis.capture import attention_maps, capture
 from vit_bridge.analysis.explanations import (
@@ -50,6 +56,7 @@ from vit_bridge.analysis.explanations import (
 )
 from vit_bridge.analysis.receptive_field import radius_holding, receptive_field, unit_centre, untrained_copy
 from vit_bridge.analysis.selfcheck import selfcheck
+from vit_bridge.analysis.windows import capture_windows, check_patch
 from vit_bridge.cli import OneLineParser, Size, add_class_names, add_n_heads, int_at_least, positive, script
 from vit_bridge.data.files import check_not_empty, files_at
 from vit_bridge.data.images import (
@@ -66,8 +73,8 @@ from vit_bridge.data.images import (
     to_array,
 )
 from vit_bridge.data.shapes import TEST_START, make_shapes
-from vit_bridge.errors import InputError, assume, check_index, check_int, pair
-from vit_bridge.models.adapters import adapt, adapt_vit
+from vit_bridge.errors import InputError, assume, check_index, check_int, join_words, pair
+from vit_bridge.models.adapters import adapt, adapt_attention, adapt_vit
 from vit_bridge.models.protocol import class_name
 from vit_bridge.plots.charts import (
     CLOSE,
@@ -80,10 +87,12 @@ from vit_bridge.plots.charts import (
     clip_at,
     clip_between,
     colour_bar,
+    draw_map,
     extent_of,
     finish,
     hide_ticks,
     in_digits,
+    looks_of,
     n_covered_by,
     new_figure,
     percent,
@@ -100,6 +109,7 @@ from vit_bridge.plots.look import describe, draw_look, draw_panel, look, panels_
 from vit_bridge.preprocessing import FitSize, Whole
 from vit_bridge.runtime import (
     OutOfMemory,
+    at_least_float32,
     choose_device,
     class_probabilities,
     device_of,
@@ -119,14 +129,15 @@ SHORT = {"register": "reg.", "distillation token": "dist."}  # short names for s
 class AttentionVisualizer:
     """Views of a ViT: where it looks, and where its prediction comes from.
 
-    By default, the views show what the classifier head reads: CLS or, with pool="mean", the mean of the patches.
+    By default, the views show what the classifier head reads: CLS or, with pool="mean", the mean of the patches. A Swin
+    Transformer has no such row, so its views of attention need a `patch`, and its explanation is Grad-CAM.
     attention_maps, rollout, relevance, grad_cam and attention_distance return numbers; visualize_... return a Figure.
 
     Parameters
     ----------
     model : nn.Module
-        A ViT, ours or from timm, transformers or torchvision. It is moved to the device and stays there; its weights
-        and its mode do not change.
+        A ViT or a Swin Transformer, ours or from timm, transformers or torchvision. It is moved to the device and stays
+        there; its weights and its mode do not change.
     device : str, optional
         "auto" uses a CUDA GPU if there is one, otherwise an Apple GPU, otherwise the CPU.
     whole : Whole, optional
@@ -144,18 +155,19 @@ class AttentionVisualizer:
     `image` is a file, a PIL image, an array or a tensor (see data/images.py); `images` is a list of them or a
     normalised batch (B, C, height, width). `target` is a class number or name, by default the predicted class.
     `layer_idx` and `head_idx` are Python indices from 0, and `patch` is (row, column) from 0; figures count blocks and
-    heads from 1. `save_path` ends in .png, .pdf or .svg; None writes no file.
+    heads from 1. The blocks of a Swin Transformer count through all stages, and its `patch` is one of the first stage;
+    later stages show the token that holds it. `save_path` ends in .png, .pdf or .svg; None writes no file.
     """
 
     def __init__(self, model, device="auto", whole=None):
-        adapt_vit(model)
+        adapt_attention(model)
         device_of(model)  # refuses a model on the device "meta"
         self.model, self.whole = unwrapped(model).to(choose_device(device)), whole
 
     @property
     def adapter(self):
-        """The ViTAdapter of the model as it is now: its head and class names may have changed."""
-        return adapt_vit(self.model)
+        """The adapter of the model as it is now: its head and class names may have changed."""
+        return adapt_attention(self.model)
 
     # ---- Numbers
 
@@ -175,11 +187,12 @@ class AttentionVisualizer:
         """Return Grad-CAM of the patch tokens after a block, for a class, (rows, columns).
 
         `layer_idx` is a Python index from 0. By default it is the last block whose patch tokens still reach the head.
+        In a Swin Transformer it is a stage, and 0 is the patch embedding.
         """
         return self.explain(image, "grad_cam", target, layer_idx=layer_idx).saliency[0]
 
     def attention_distance(self, images):
-        """Return how far the patches look in each head, in pixels, (L, H).
+        """Return how far the patches look in each head, in pixels, (L, H), as `mean_distances`.
 
         `images` is a list of images or a normalised batch (B, C, height, width); the distances are averaged over it.
         """
@@ -209,7 +222,8 @@ class AttentionVisualizer:
         save_path : str or Path, optional
             Where to write the figure.
         patch : tuple of int, optional
-            (row, column) of a patch, from 0. Its attention is drawn instead of the attention of CLS.
+            (row, column) of a patch, from 0. Its attention is drawn instead of the attention of CLS. A Swin Transformer
+            needs it.
 
         Returns
         -------
@@ -221,32 +235,36 @@ class AttentionVisualizer:
             If an index is out of range, or if the image cannot be used.
         """
         images, picture = prepare_image(image, self.model, self.whole)
-        rows = attention_rows(self.model, images, patch)  # (L, 1, H, N)
-        row = select_attention(rows, layer_idx, head_idx)[0]  # (N)
-        grid = self.on_patches(row, images).numpy()  # (rows, columns)
+        blocks = rows_by_block(self.model, images, patch)
+        layer = check_index("layer_idx", layer_idx, len(blocks))
+        block, n_heads = blocks[layer], blocks[layer].weights.shape[1]
+        head = f"mean of {n_heads} heads"
+        if head_idx is None:
+            row = block.weights[0].mean(dim=0)  # (N)
+        else:
+            head_idx = check_index("head_idx", head_idx, n_heads)
+            row, head = block.weights[0, head_idx], f"head {head_idx + 1} of {n_heads}"
+        grid = self.on_patches(row, block).numpy()  # (rows, columns)
         figure = new_figure(12, 1.3 + 3.4 * proportion(picture))
         left, middle, right = figure.subplots(1, 3)
         left.imshow(picture)
         left.set_title("the image, as the model sees it" + self.describe_prediction(images))
-        scale = dict(cmap="viridis", vmin=0, vmax=clip_at(grid), extent=extent_of(picture))
-        mappable = middle.imshow(grid, **scale)
+        scale = dict(cmap="viridis", vmin=0, vmax=clip_at(grid))
+        mappable = draw_map(middle, picture, grid, block.token_size, **scale)
         shares = [f"{name} {share:.1%}" for name, share in self.on_others(row).items()]
         words = [f"colours end at {percent(clip_at(grid))}; largest {percent(grid.max())}",
                  ", ".join([f"all patches {grid.sum():.1%}", *shares]) if shares else ""]
         middle.set_title("\n".join(["attention to each patch", *filter(None, words)]))
-        _draw_over(right, picture, grid, scale, interpolation="bilinear")
+        _draw_over(right, picture, grid, block.token_size, scale, interpolation="bilinear")
         right.set_title("the same map, smoothed,\nover the image")
         colour_bar(figure, mappable, right, "attention weight of a patch", percent)
+        corner = self.corner_of(patch, images)
         for axes in (left, middle, right):
             hide_ticks(axes)
-            if patch is not None:
-                _frame_patch(axes, picture, grid.shape, patch)
-        n_layers, _, n_heads = rows.shape[:3]
-        layer = check_index("layer_idx", layer_idx, n_layers)
-        head = f"mean of {n_heads} heads"
-        if head_idx is not None:
-            head = f"head {check_index('head_idx', head_idx, n_heads) + 1} of {n_heads}"
-        set_heading(figure, f"{self.who_looks(patch)}: block {layer + 1} of {n_layers}, {head}", fontsize=14)
+            _frame_token(axes, picture, self.adapter.patch_size if axes is left else block.token_size, corner)
+        name = block_names(self.adapter)[layer]
+        place = name if self.adapter.windowed else f"{name} of {len(blocks)}"
+        set_heading(figure, f"{self.who_looks(patch)}: {place}, {head}", fontsize=14)
         return finish(figure, save_path)
 
     def visualize_all_heads(self, image, layers=None, save_path=None, patch=None):
@@ -263,28 +281,29 @@ class AttentionVisualizer:
         save_path : str or Path, optional
             Where to write the figure.
         patch : tuple of int, optional
-            (row, column) of a patch, from 0. Its attention is drawn instead of the attention of CLS.
+            (row, column) of a patch, from 0. Its attention is drawn instead of the attention of CLS. A Swin Transformer
+            needs it.
         """
         images, picture = prepare_image(image, self.model, self.whole)
-        rows = attention_rows(self.model, images, patch)[:, 0]  # (L, H, N)
-        n_layers, n_heads = rows.shape[:2]
-        layers = [] if layers is None else np.ravel(layers).tolist()
-        chosen = [check_index("layer", i, n_layers) for i in layers or spread(n_layers, 6)]
-        title = f"{self.who_looks(patch)}, in {_counted(len(chosen), n_layers)}{self.describe_prediction(images)}"
-        figure = _draw_map_grid([picture] * len(chosen), [self.panels_of(rows[layer], images) for layer in chosen],
-                                [f"block {layer + 1}" for layer in chosen],
-                                [f"head {head + 1}" for head in range(n_heads)], title, self.attention_scale, patch)
+        blocks = rows_by_block(self.model, images, patch)
+        chosen = _chosen_blocks(layers, len(blocks))
+        maps = [self.panels_of(blocks[layer].weights[0], blocks[layer]) for layer in chosen]
+        names = block_names(self.adapter)
+        title = f"{self.who_looks(patch)}, in {_counted(len(chosen), len(blocks))}{self.describe_prediction(images)}"
+        figure = _draw_map_grid([picture] * len(chosen), maps, [names[layer].replace(", ", "\n") for layer in chosen],
+                                [f"head {head + 1}" for head in range(max(map(len, maps)))], title,
+                                self.attention_scale, self.adapter.patch_size, self.corner_of(patch, images))
         return finish(figure, save_path)
 
     def visualize_all_layers(self, image, save_path=None, patch=None):
         """Draw the image and the attention to its patches in every block, averaged over the heads.
 
         Each panel has its own colour scale. With `patch`, (row, column), the attention of this patch is drawn
-        instead of the attention of CLS.
+        instead of the attention of CLS. A Swin Transformer needs it.
         """
         images, picture = prepare_image(image, self.model, self.whole)
-        rows = attention_rows(self.model, images, patch)[:, 0].mean(dim=1)  # (L, N)
-        maps = self.panels_of(rows, images)
+        blocks = rows_by_block(self.model, images, patch)
+        maps = [self.panels_of(block.weights[0].mean(dim=0, keepdim=True), block)[0] for block in blocks]
         n_columns = _columns_for(1 + len(maps), proportion(picture))
         n_rows = math.ceil((1 + len(maps)) / n_columns)
         side = min(2.0, 13 / n_columns)
@@ -294,13 +313,13 @@ class AttentionVisualizer:
         first.set_title("image", fontsize=11)
         for axes in others:
             axes.set_axis_off()
-        for layer, (axes, (grid, notes)) in enumerate(zip(others, maps, strict=False)):
+        corner = self.corner_of(patch, images)
+        for axes, name, panel in zip(others, block_names(self.adapter), maps, strict=False):
             axes.set_axis_on()
-            axes.set_title(f"block {layer + 1}", fontsize=11)
-            _draw_map(axes, picture, grid, self.attention_scale, notes, patch)
+            axes.set_title(name, fontsize=11)
+            _draw_panel(axes, picture, panel, self.attention_scale, corner)
         hide_ticks(first)
-        if patch is not None:
-            _frame_patch(first, picture, maps[0][0].shape, patch)
+        _frame_token(first, picture, self.adapter.patch_size, corner)
         shared_bar(figure, figure.axes, self.attention_scale.label, WEIGHTS.ends, WEIGHTS.extend)
         title = f"{self.who_looks(patch)}, in {_counted(len(maps), len(maps))}, mean over the heads"
         set_heading(figure, title + self.describe_prediction(images), fontsize=13)
@@ -326,18 +345,20 @@ class AttentionVisualizer:
         found = explain(self.model, images, method, target, **options)
         grid, same = found.saliency[0].numpy(), method in SAME_FOR_EVERY_CLASS
         number, top = percent if same else in_digits, clip_at(grid)
+        cam = method == "grad_cam"
+        token_size = self.cam_place(options.get("layer_idx"))[1] if cam else self.adapter.patch_size
         figure = new_figure(12, 1.4 + 3.4 * proportion(picture))
         left, middle, right = figure.subplots(1, 3)
         left.imshow(picture)
         left.set_title("the image, as the model sees it" + self.describe_prediction(images))
-        scale = dict(cmap="viridis", vmin=0, vmax=top, extent=extent_of(picture))
-        mappable = middle.imshow(grid, **scale)
+        scale = dict(cmap="viridis", vmin=0, vmax=top)
+        mappable = draw_map(middle, picture, grid, token_size, **scale)
         words = [self.title_of(method, options), f"colours end at {number(top)}; largest {number(grid.max())}"]
         if same and self.adapter.prefix:
             others = " and ".join(dict.fromkeys(self.adapter.prefix))
             words.append(f"all patches {grid.sum():.1%}, the rest {others}")
         middle.set_title("\n".join(words))
-        _draw_over(right, picture, grid, scale)
+        _draw_over(right, picture, grid, token_size, scale)
         right.set_title("the same map over the image")
         colour_bar(figure, mappable, middle, "weight of a patch" if same else "value of a patch", number)
         for axes in (left, middle, right):
@@ -351,7 +372,7 @@ class AttentionVisualizer:
         """Return the title of a map, with its block and its head if the method has these options."""
         n_blocks, head = len(self.adapter.blocks), options.get("head_idx")
         if method == "grad_cam":
-            return f"Grad-CAM after block {cam_layer(self.adapter, options.get('layer_idx')) + 1} of {n_blocks}"
+            return f"Grad-CAM after {self.cam_place(options.get('layer_idx'))[0]}"
         if method == "attention" and options:
             layer = check_index("layer_idx", options.get("layer_idx", -1), n_blocks)
             title = f"attention of block {layer + 1} of {n_blocks}"
@@ -359,6 +380,15 @@ class AttentionVisualizer:
                 return title
             return title + (f"\nhead {head + 1}" if head >= 0 else f"\nhead {-head} from the end")
         return TITLES[method]
+
+    def cam_place(self, layer_idx=None):
+        """Return (where Grad-CAM takes its map, the height and width in pixels of a token there)."""
+        adapter = self.adapter
+        if not adapter.windowed:
+            return f"block {cam_layer(adapter, layer_idx) + 1} of {len(adapter.blocks)}", adapter.patch_size
+        depth = check_index("layer_idx", -1 if layer_idx is None else layer_idx, len(adapter.layers))
+        place = f"stage {depth} of {len(adapter.stages)}" if depth else "the patch embedding"
+        return place, adapter.patch_size_in(max(depth - 1, 0))
 
     def visualize_explanations(self, image, target=None, n_steps=16, save_path=None, n_draws=8):
         """Draw all methods on one image: their maps, their agreement, and whether they beat random order.
@@ -395,10 +425,16 @@ class AttentionVisualizer:
         hide_ticks(panels[0])
         for axes, name, grid in zip(panels[1:], names, grids, strict=True):
             of_all = f"patches: {found.saliencies[name][0].sum():.1%} of the weight"
-            _draw_map(axes, picture, grid, SHARES_OF_MAP, [of_all] * (name in SAME_FOR_EVERY_CLASS))
+            token_size = self.cam_place()[1] if name == "grad_cam" else self.adapter.patch_size
+            panel = MapPanel(grid, [of_all] * (name in SAME_FOR_EVERY_CLASS), token_size)
+            _draw_panel(axes, picture, panel, SHARES_OF_MAP)
             axes.set_title(TITLES[name], fontsize=11)
         shared_bar(figure, panels, SHARES_OF_MAP.label, SHARES_OF_MAP.ends, SHARES_OF_MAP.extend)
-        refused = [f"left out: {reason}" for reason in found.refused.values()]
+        reasons = {}  # several methods may be left out for the same reason
+        for name, reason in found.refused.items():
+            reasons.setdefault(reason, []).append(TITLES[name])
+        refused = [f"left out{f' ({join_words(left_out)})' if len(left_out) > 1 else ''}: {reason}"
+                   for reason, left_out in reasons.items()]
         predicted = class_probabilities(self.model, images).argmax().item()
         also = ", the predicted class" if found.targets[0].item() == predicted else self.describe_prediction(images)
         words = [self.describe_class(found) + also, *refused]
@@ -447,6 +483,8 @@ class AttentionVisualizer:
     def visualize_attention_distance(self, images, save_path=None):
         """Draw how far patches look: a point for each head of each block, and a line for uniform attention.
 
+        In a Swin Transformer the line is that of uniform attention within a whole window.
+
         Parameters
         ----------
         images : list of images or Tensor, shape (B, C, height, width)
@@ -466,7 +504,7 @@ class AttentionVisualizer:
         for several in by_size.values():
             batch, n_images = torch.cat(several), n_images + len(several)
             distances = distances + len(several) * self.attention_distance(batch).numpy()  # (L, H)
-            line += len(several) * uniform_attention_distance(self.adapter.grid(batch), self.adapter.patch_size)
+            line = line + len(several) * np.array(uniform_distances(self.model, batch))  # (L)
         distances, line = distances / n_images, line / n_images
         figure = new_figure(8, 4.4)
         axes = figure.subplots()
@@ -474,10 +512,20 @@ class AttentionVisualizer:
         for head in range(distances.shape[1]):
             axes.plot(blocks, distances[:, head], "o", color=COLOURS[0], alpha=0.7,
                       label="one head" if head == 0 else None)
-        axes.plot(blocks, distances.mean(axis=1), color=COLOURS[1], label="mean over the heads")
-        axes.axhline(line, color="0.4", linestyle="--", label=f"uniform attention: {line:.1f}")
-        axes.set(xlabel="block", ylabel="mean distance (pixels)", ylim=(0, 1.15 * max(line, distances.max())))
-        axes.set_xticks([block + 1 for block in spread(len(distances), 13)])
+        axes.plot(blocks, np.nanmean(distances, axis=1), color=COLOURS[1], label="mean over the heads")
+        uniform = dict(color="0.4", linestyle="--")
+        if self.adapter.windowed:
+            axes.plot(blocks, line, drawstyle="steps-mid", label="uniform attention in a whole window", **uniform)
+        else:
+            axes.axhline(line[0], label=f"uniform attention: {line[0]:.1f}", **uniform)
+        shown = [blocks[i] for i in spread(len(blocks), 13)]
+        axes.set(ylabel="mean distance (pixels)", ylim=(0, 1.15 * max(line.max(), np.nanmax(distances))))
+        if self.adapter.windowed:
+            names = block_names(self.adapter)
+            axes.set_xticks(shown, [names[i - 1].replace(", ", "\n") for i in shown], fontsize=9)
+        else:
+            axes.set_xticks(shown)
+            axes.set_xlabel("block")
         axes.legend(fontsize=10)
         axes.set_title(f"How far patches look: mean over {n_images} image{'s' * (n_images > 1)}")
         return finish(figure, save_path)
@@ -492,11 +540,12 @@ class AttentionVisualizer:
         chosen = spread(len(norms), 6)
         title = (f"Norms of the patch tokens after {_counted(len(chosen), len(norms))}; outliers framed: "
                  f"{int(artefacts[chosen].sum())}{self.describe_prediction(images)}")
-        maps = [(norms[layer, 0].numpy(), [f"{int(artefacts[layer].sum())} framed"]) for layer in chosen]
-        figure = _draw_map_grid([picture], [maps], [""], [f"block {i + 1}" for i in chosen], title, LENGTHS)
+        size = self.adapter.patch_size
+        maps = [MapPanel(norms[layer, 0].numpy(), [f"{int(artefacts[layer].sum())} framed"], size) for layer in chosen]
+        figure = _draw_map_grid([picture], [maps], [""], [f"block {i + 1}" for i in chosen], title, LENGTHS, size)
         for axes, layer in zip(figure.axes[1:], chosen, strict=False):
             for place in artefacts[layer, 0].nonzero().tolist():
-                _frame_patch(axes, picture, norms.shape[2:], place)
+                _frame_token(axes, picture, size, self.corner_of(place, images))
         return finish(figure, save_path)
 
     # ---- An interactive page
@@ -510,27 +559,36 @@ class AttentionVisualizer:
 
     # ---- Text
 
-    def on_patches(self, row, images):
-        """Select the patches from weights of all tokens: (..., N) -> (..., rows, columns)."""
-        return patches_of(row, self.adapter.grid(images), self.adapter.n_prefix)
+    def on_patches(self, row, block):
+        """Select the patches from weights of all tokens in one of the BlockRows: (..., N) -> (..., rows, columns)."""
+        return patches_of(row, block.grid, self.adapter.n_prefix)
+
+    def corner_of(self, patch, images):
+        """Return the upper left corner (y, x) of a patch, in pixels, or None for no patch."""
+        if patch is None:
+            return None
+        places = check_patch(patch, self.adapter.grid(images))
+        return tuple(place * side for place, side in zip(places, self.adapter.patch_size, strict=True))
 
     def on_others(self, row):
-        """Sum the weights (N) of the tokens before the patches: {"CLS": share, "registers": share}."""
+        """Sum the weights (N) of the tokens before the patches: {"CLS": share, "registers": share}.
+
+        The padding of windows, which are no tokens, has the rest.
+        """
         shares = {}
         for name, share in zip(self.adapter.prefix, row.tolist(), strict=False):
             shares[name] = shares.get(name, 0) + share
+        if (padding := 1 - row.sum().item()) > 1e-3 and self.adapter.windowed:
+            shares["padding"] = padding
         many = self.adapter.prefix.count("register") > 1
         return {f"{name}s" if name == "register" and many else name: share for name, share in shares.items()}
 
-    def panels_of(self, rows, images):
-        """Turn weights of all tokens (n, N) into n panels.
-
-        A panel is (map of the patches, [text for each other kind of token]).
-        """
-        return [(self.on_patches(row, images).numpy(),
-                 [f"{SHORT.get(name.removesuffix('s'), name)} {share:.0%}" if share >= 0.01 else
-                  f"{SHORT.get(name.removesuffix('s'), name)} <1%" for name, share in self.on_others(row).items()])
-                for row in rows]
+    def panels_of(self, rows, block):
+        """Turn weights of all tokens (n, N) in one of the BlockRows into n MapPanels."""
+        return [MapPanel(self.on_patches(row, block).numpy(),
+                         [f"{SHORT.get(name.removesuffix('s'), name)} {share:.0%}" if share >= 0.01 else
+                          f"{SHORT.get(name.removesuffix('s'), name)} <1%"
+                          for name, share in self.on_others(row).items()], block.token_size) for row in rows]
 
     def who_looks(self, patch=None):
         """Return the start of a heading, which names the token whose attention is shown."""
@@ -563,7 +621,7 @@ class AttentionVisualizer:
     @property
     def attention_scale(self):
         """The MapScale of attention weights, with the other tokens of this model in its label."""
-        kinds = list(self.on_others(torch.zeros(self.adapter.n_prefix)))
+        kinds = list(self.on_others(torch.zeros(self.adapter.n_prefix))) if self.adapter.prefix else []
         if not kinds:
             return WEIGHTS
         lines = "last line below a panel is" if len(kinds) == 1 else f"last {len(kinds)} lines below a panel are"
@@ -601,14 +659,80 @@ def visualize_attention_grid(model, images, save_path=None, whole=None):
     """
     views = AttentionVisualizer(model, device_of(model), whole)
     fed = prepare_each(images, model, whole)
-    rows = [attention_rows(model, one)[:, 0].mean(dim=1) for one in fed]  # (L, N) each
+    rows = [rows_by_block(model, one) for one in fed]
     chosen = spread(len(rows[0]), 6)
     pictures = [as_picture(one, views.adapter.preprocessing) for one in fed]
     predicted = [textwrap.fill(views.describe_prediction(one).strip(), 14) for one in fed]
-    maps = [views.panels_of(row[chosen], one) for row, one in zip(rows, fed, strict=True)]
+    maps = [[views.panels_of(blocks[layer].weights[0].mean(dim=0, keepdim=True), blocks[layer])[0] for layer in chosen]
+            for blocks in rows]
     title = f"{views.who_looks()}, in {_counted(len(chosen), len(rows[0]))}, mean over the heads"
     figure = _draw_map_grid(pictures, maps, predicted, [f"block {layer + 1}" for layer in chosen], title,
-                            views.attention_scale)
+                            views.attention_scale, views.adapter.patch_size)
+    return finish(figure, save_path)
+
+
+def visualize_distillation(model, image, save_path=None, layers=None, whole=None):
+    """Draw where the class token and the distillation token of a DeiT look, and how similar they are in each block.
+
+    The maps are means over the heads, each with its own colour scale. The curves show the cosine similarity of the two
+    tokens, and of their rows of attention.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A distilled ViT, ours or from timm or transformers.
+    image : str, Path, PIL image, array or Tensor
+        Any kind of image that data/images.py accepts.
+    save_path : str or Path, optional
+        Where to write the figure.
+    layers : int or sequence of int, optional
+        Python indices of the blocks, from 0. By default all blocks, or four of them from the first to the last.
+    whole : Whole, optional
+        As in AttentionVisualizer.
+
+    Raises
+    ------
+    InputError
+        If the model has no distillation token, or if an index is out of range.
+
+    References
+    ----------
+    Touvron et al. 2021, "Training data-efficient image transformers", Sec. 4.
+    """
+    check_distilled(model)
+    views = AttentionVisualizer(model, device_of(model), whole)
+    images, picture = prepare_image(image, model, whole)
+    tokens = capture(model, images, keep=lambda block, attended: attended.maps[0, :, :2].mean(dim=0)).maps  # L x (2, N)
+    features, attention = token_similarity(model, images)  # (L + 1), (L)
+    chosen = _chosen_blocks(layers, len(tokens), 4)
+    block = rows_by_block(model, images[:1])[0]  # for its grid
+    figure = new_figure(14, 1.9 + 4.6 * proportion(picture))
+    cells = figure.add_gridspec(2, 2 + len(chosen), width_ratios=(*[1] * (1 + len(chosen)), 2.2))
+    panels = [[figure.add_subplot(cells[row, column]) for column in range(1 + len(chosen))] for row in range(2)]
+    axes = figure.add_subplot(cells[:, -1])
+    for row, (line, name) in enumerate(zip(panels, ("CLS", "distillation\ntoken"), strict=True)):
+        line[0].imshow(picture)
+        line[0].set_title("" if row else "image", fontsize=11)
+        line[0].set_ylabel(f"{name}\nlooks at", fontsize=11)
+        hide_ticks(line[0])
+        for cell, layer in zip(line[1:], chosen, strict=True):
+            panel, = views.panels_of(at_least_float32(tokens[layer][[row]].cpu()), block)
+            _draw_panel(cell, picture, panel, views.attention_scale)
+            cell.set_title("" if row else f"block {layer + 1}", fontsize=11)
+    scale = views.attention_scale
+    shared_bar(figure, [cell for line in panels for cell in line], scale.label, scale.ends, scale.extend)
+    passed = np.arange(len(features))
+    axes.plot(passed, features, color=COLOURS[0], marker=MARKERS[0], label="of the two tokens")
+    axes.plot(passed[1:] - 0.5, attention, color=COLOURS[3], marker=MARKERS[1], linestyle=DASHES[1],
+              label="of their attention in a block,\nmean over the heads")
+    axes.set(xlabel="number of blocks passed", ylabel="cosine similarity", ylim=(min(0, features.min(), attention.min())
+                                                                                - 0.05, 1.05))
+    axes.set_xticks(spread(len(features), 13))
+    axes.grid(alpha=0.3)
+    axes.set_title("Similarity of CLS and the distillation token\n(1 = same direction)", fontsize=11)
+    axes.legend(fontsize=10)
+    title = f"CLS and the distillation token, in {_counted(len(chosen), len(tokens))}, mean over the heads"
+    set_heading(figure, title + views.describe_prediction(images), fontsize=13)
     return finish(figure, save_path)
 
 
@@ -655,24 +779,34 @@ LENGTHS = MapScale(
     ("the lower number", "the higher number"), "both")
 
 
-def _draw_map(axes, picture, grid, scale, notes=(), patch=None):
-    """Draw a map (rows, columns) at the size of its picture, with its colour scale written below."""
-    low, top = scale.between(grid)
-    axes.imshow(grid, cmap="viridis", vmin=low, vmax=top, extent=extent_of(picture))
-    axes.set_xlabel("\n".join([scale.say(low, top, grid.max()), *notes]), fontsize=9)
+@dataclass(frozen=True)
+class MapPanel:
+    """A map (rows, columns), the texts below it, and the height and width in pixels of its tokens."""
+
+    grid: np.ndarray
+    notes: list
+    token_size: tuple
+
+
+def _draw_panel(axes, picture, panel, scale, corner=None):
+    """Draw a MapPanel at the size of its picture, with its colour scale written below; frame the token at a corner."""
+    low, top = scale.between(panel.grid)
+    draw_map(axes, picture, panel.grid, panel.token_size, cmap="viridis", vmin=low, vmax=top)
+    axes.set_xlabel("\n".join([scale.say(low, top, panel.grid.max()), *panel.notes]), fontsize=9)
     hide_ticks(axes)
-    if patch is not None:
-        _frame_patch(axes, picture, grid.shape, patch)
+    _frame_token(axes, picture, panel.token_size, corner)
 
 
-def _draw_map_grid(pictures, maps, row_labels, column_labels, title, scale, patch=None):
-    """Draw a row for each picture (H, W, 3): the picture, then its maps (rows, columns).
+def _draw_map_grid(pictures, maps, row_labels, column_labels, title, scale, patch_size, corner=None):
+    """Draw a row for each picture (H, W, 3): the picture, then its maps.
 
-    `maps` holds a list of (map, text below it) for each picture; `patch` (row, column) is framed.
+    `maps` holds a list of MapPanels for each picture; if their lengths differ, each row has its own column labels. The
+    token that holds the pixel `corner`, (y, x), is framed.
     """
-    n_maps, n_notes = len(maps[0]), 2 + len(maps[0][0][1])
+    n_maps, n_notes = len(column_labels), 2 + max(len(panel.notes) for row in maps for panel in row)
+    labelled = range(len(maps)) if len(set(map(len, maps))) > 1 else [0]
     side = max(0.8, min(1.7, 12.5 / (1 + n_maps)))
-    heights = [side * proportion(picture) + 0.16 * n_notes for picture in pictures]
+    heights = [side * proportion(picture) + 0.16 * n_notes + 0.2 * (len(labelled) > 1) for picture in pictures]
     beside = 0.08 * max(len(words) for label in row_labels for words in label.split("\n"))  # inches
     figure = new_figure(max(7.0, side * (1.2 + n_maps)) + beside, max(3.0, sum(heights) + 1.9))
     axes = figure.subplots(len(pictures), 1 + n_maps, squeeze=False, height_ratios=heights)
@@ -680,15 +814,23 @@ def _draw_map_grid(pictures, maps, row_labels, column_labels, title, scale, patc
         line[0].imshow(picture)
         line[0].set_ylabel(row_label, fontsize=10, rotation=0, ha="right", va="center")
         hide_ticks(line[0])
-        if patch is not None:
-            _frame_patch(line[0], picture, row[0][0].shape, patch)
-        for panel, (grid, notes) in zip(line[1:], row, strict=True):
-            _draw_map(panel, picture, grid, scale, notes, patch)
-    for panel, heading in zip(axes[0], ["image", *column_labels], strict=True):
-        panel.set_title(heading, fontsize=10)
+        _frame_token(line[0], picture, patch_size, corner)
+        for panel in line[1 + len(row):]:
+            panel.set_axis_off()
+        for panel, shown in zip(line[1:], row, strict=False):
+            _draw_panel(panel, picture, shown, scale, corner)
+    for row in labelled:
+        for panel, heading in zip(axes[row], ["image", *column_labels][:1 + len(maps[row])], strict=False):
+            panel.set_title(heading, fontsize=10)
     shared_bar(figure, axes, scale.label, scale.ends, scale.extend)
     set_heading(figure, title, fontsize=14)
     return figure
+
+
+def _chosen_blocks(layers, n_blocks, most=6):
+    """Return the indices of the blocks given, one or several; by default at most six, from the first to the last."""
+    layers = [] if layers is None else np.ravel(layers).tolist()
+    return [check_index("layer", i, n_blocks) for i in layers or spread(n_blocks, most)]
 
 
 def _counted(n_shown, n_blocks):
@@ -708,25 +850,36 @@ def _columns_for(n_panels, tall):
     return min(range(min(n_panels, 6), min(n_panels, 12) + 1), key=waste)
 
 
-def _draw_over(axes, picture, grid, scale, **how):
+def _draw_over(axes, picture, grid, token_size, scale, **how):
     """Draw a map (rows, columns) over the grey picture (H, W, 3).
 
     The larger a value, the less of the picture shows through.
     """
     axes.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=1)
-    axes.imshow(grid, alpha=0.1 + 0.65 * np.clip(grid / scale["vmax"], 0, 1), **scale, **how)
+    opacity = 0.1 + 0.65 * np.clip(grid / scale["vmax"], 0, 1)
+    draw_map(axes, picture, grid, token_size, alpha=opacity, **scale, **how)
 
 
-def _frame_patch(axes, picture, grid, patch):
-    """Frame one patch of a picture (H, W, 3) with a grid (rows, columns); small patches get thinner frames."""
-    height, width = (side / count for side, count in zip(picture.shape[:2], grid, strict=True))
-    row, column = (place % count for place, count in zip(patch, grid, strict=True))
-    axes.add_patch(Rectangle((column * width - 0.5, row * height - 0.5), width, height, fill=False,
-                             edgecolor=VERMILION, linewidth=2 if max(grid) <= 16 else 1.2))
+def _frame_token(axes, picture, token_size, corner):
+    """Frame the token that holds the pixel `corner`, (y, x), of a picture (H, W, 3); None frames nothing.
+
+    Small tokens get thinner frames.
+    """
+    if corner is None:
+        return
+    (y, x), (height, width) = (place // side * side for place, side in zip(corner, token_size, strict=True)), token_size
+    large = max(picture.shape[0] / height, picture.shape[1] / width) <= 16
+    axes.add_patch(Rectangle((x - 0.5, y - 0.5), width, height, fill=False, edgecolor=VERMILION,
+                             linewidth=2 if large else 1.2))
 
 
 def _draw_agreement(axes, correlations, names):
-    """Draw the matrix of rank correlations between methods."""
+    """Draw the matrix of rank correlations between methods, if there are several."""
+    if len(names) == 1:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "only one method applies to this model,\nso there is no other map to agree with",
+                  ha="center", va="center", fontsize=11)
+        return
     axes.imshow(correlations, cmap="cividis", vmin=-1, vmax=1)
     for row, column in np.ndindex(correlations.shape):
         value = correlations[row, column]
@@ -875,6 +1028,165 @@ def visualize_positions(model, save_path=None):
     return finish(figure, save_path)
 
 
+# ---- Windows of a Swin Transformer --------------------------------------------------------------------------
+
+
+def visualize_windows(model, image, save_path=None, layers=None, whole=None):
+    """Draw the windows of a Swin Transformer over an image: tokens attend to each other only within one window.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A Swin Transformer, ours or from timm, transformers or torchvision.
+    image : str, Path, PIL image, array or Tensor
+        Any kind of image that data/images.py accepts.
+    save_path : str or Path, optional
+        Where to write the figure.
+    layers : int or sequence of int, optional
+        Python indices of the blocks, from 0. By default the first two of each stage: without a shift, and with it.
+    whole : Whole, optional
+        As in AttentionVisualizer.
+
+    Raises
+    ------
+    InputError
+        If the model is not a Swin Transformer, or if an index is out of range.
+
+    References
+    ----------
+    Liu et al. 2021, "Swin Transformer", Fig. 2 and 4.
+    """
+    images, picture = prepare_image(image, model, whole)
+    blocks, _ = capture_windows(model, images, keep=lambda block: replace(block, maps=None))
+    names = block_names(adapt(model))
+    stages = [block.stage for block in blocks]
+    if layers is None:
+        lines = [[stages.index(stage) + i for stage in sorted(set(stages)) if stages.count(stage) > i] for i in (0, 1)]
+    else:
+        lines = [_chosen_blocks(layers, len(blocks))]
+    lines = [line for line in lines if line]
+    n_columns = max(map(len, lines))
+    side = max(2.3, min(3.4, 14 / n_columns))
+    figure = new_figure(max(6.0, side * n_columns + 0.4), 0.6 + (side * proportion(picture) + 0.6) * len(lines))
+    panels = figure.subplots(len(lines), n_columns, squeeze=False)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    cut = False
+    for row, line in zip(panels, lines, strict=True):
+        for axes, i in zip(row, line, strict=False):
+            axes.set_axis_on()
+            axes.set_title(f"{names[i]}: {_described_windows(blocks[i])}", fontsize=10)
+            cut = _draw_windows(axes, picture, blocks[i]) or cut
+    words = "Tokens attend to each other only within one coloured window (sizes: height × width)"
+    if cut:
+        words += "\nHatched: windows that the shift or the edge of the image cuts, so they hold fewer tokens"
+    set_heading(figure, words, fontsize=13)
+    return finish(figure, save_path)
+
+
+def _described_windows(block):
+    """Describe the windows of a Windowed in tokens and pixels."""
+    def sizes(pair, mark=" × "):
+        pixels = [n * side for n, side in zip(pair, block.token_size, strict=True)]
+        return mark.join(map(str, pair)), mark.join(map(str, pixels))
+
+    (tokens, pixels), (by, pixels_by) = sizes(block.window), sizes(block.shift)
+    if len(set(block.shift)) == 1 and len(set(block.token_size)) == 1:
+        by, pixels_by = block.shift[0], block.shift[0] * block.token_size[0]
+    shift = f"shifted by {by} tokens = {pixels_by} pixels" if any(block.shift) else "not shifted"
+    if all(length >= side for length, side in zip(block.window, block.size, strict=True)):
+        shift = "one window holds the whole map"
+    return f"{' × '.join(map(str, block.size))} tokens\nwindows of {tokens} tokens = {pixels} pixels\n{shift}"
+
+
+def _draw_windows(axes, picture, block):
+    """Draw the groups of tokens of a Windowed over the grey picture; return whether any are smaller than a window."""
+    _, groups = np.unique(window_groups(block).numpy(), return_inverse=True)
+    groups, (height, width) = groups.reshape(block.size), block.token_size
+    colours = np.array([to_rgb(colour) for colour in COLOURS])[_colouring(groups)]  # (h, w, 3)
+    axes.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=1)
+    draw_map(axes, picture, colours, block.token_size, alpha=0.38)
+    borders = [[(x + 1, y), (x + 1, y + 1)] for y, x in np.argwhere(groups[:, 1:] != groups[:, :-1])]
+    borders += [[(x, y + 1), (x + 1, y + 1)] for y, x in np.argwhere(groups[1:] != groups[:-1])]
+    axes.add_collection(LineCollection([np.array(line) * (width, height) - 0.5 for line in borders], colors="black",
+                                       linewidths=1.4))
+    partial = np.argwhere(np.bincount(groups.ravel())[groups] < min(math.prod(block.window), groups.size))
+    cells = [np.array([(x, y), (x + 1, y), (x + 1, y + 1), (x, y + 1)]) * (width, height) - 0.5 for y, x in partial]
+    axes.add_collection(PolyCollection(cells, facecolors="none", edgecolors="black", linewidths=0, hatch="////"))
+    hide_ticks(axes)
+    return len(cells) > 0
+
+
+def _colouring(groups):
+    """Return a colour number for each token (h, w) such that groups that touch have different ones, at corners too."""
+    touch = set()
+    for here, there in ((groups[:, 1:], groups[:, :-1]), (groups[1:], groups[:-1]), (groups[1:, 1:], groups[:-1, :-1]),
+                        (groups[1:, :-1], groups[:-1, 1:])):
+        touch |= set(zip(here.ravel().tolist(), there.ravel().tolist(), strict=True))
+    colours = []
+    for group in range(groups.max() + 1):
+        taken = {colours[other] for pair in touch if group in pair for other in pair if other < group}
+        colours.append(next(colour for colour in range(len(taken) + 1) if colour not in taken))
+    return np.array(colours)[groups] % len(COLOURS)
+
+
+def visualize_bias_tables(model, save_path=None, layers=None):
+    """Draw the relative position bias of a Swin Transformer: a row for each block, an image for each head.
+
+    An image shows what a head adds to the score of a key, by the offset of the key from the query, which is at the
+    centre. Each block has its own colour scale, which is centred at zero. At most twelve heads are drawn.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A Swin Transformer, ours or from timm, transformers or torchvision.
+    save_path : str or Path, optional
+        Where to write the figure.
+    layers : int or sequence of int, optional
+        Python indices of the blocks, from 0. By default all blocks, or six of them from the first to the last.
+
+    Raises
+    ------
+    InputError
+        If the model has no such tables, or if an index is out of range.
+
+    References
+    ----------
+    Liu et al. 2021, "Swin Transformer", Eq. 4.
+    """
+    adapter = adapt(model)
+    if not adapter.windowed or not adapter.tables:
+        raise InputError(f"this {class_name(model)} has no relative position bias; use a Swin Transformer with "
+                         f"relative_bias=True")
+    chosen = _chosen_blocks(layers, len(adapter.tables))
+    names, tables = block_names(adapter), [bias_by_offset(*adapter.tables[i]).numpy() for i in chosen]
+    n_columns = min(12, max(map(len, tables)))
+    figure = new_figure(max(6.5, 2.6 + 1.05 * n_columns), 1.6 + 1.3 * len(chosen))
+    panels = figure.subplots(len(chosen), n_columns, squeeze=False)
+    for line, i, images in zip(panels, chosen, tables, strict=True):
+        top, (down, right) = max(np.abs(images).max(), 1e-12), (side // 2 for side in images.shape[1:])
+        for axes in line:
+            axes.set_axis_off()
+        for axes, head in zip(line, spread(len(images), n_columns), strict=False):
+            axes.set_axis_on()
+            mappable = axes.imshow(images[head], cmap="RdBu_r", vmin=-top, vmax=top,
+                                   extent=(-right - 0.5, right + 0.5, down + 0.5, -down - 0.5))
+            axes.set_title(f"head {head + 1}", fontsize=9)
+            hide_ticks(axes)
+        line[0].set_ylabel(names[i].replace(", ", "\n"), fontsize=10, rotation=0, ha="right", va="center")
+        line[0].set_xticks(sorted({-right, 0, right}))
+        line[0].set_yticks(sorted({-down, 0, down}))
+        line[0].tick_params(labelsize=9)
+        figure.colorbar(mappable, ax=line, ticks=[-top, 0, top], format=lambda value, place: in_digits(value),
+                        fraction=0.05)
+    figure.supxlabel("columns from the query to the key, in tokens (to the right: positive)", fontsize=11)
+    figure.supylabel("rows from the query to the key (down: positive)", fontsize=11)
+    set_heading(figure, f"Relative position bias in {_counted(len(chosen), len(adapter.tables))}: what each head adds "
+                        f"to a score, by the offset of the key from the query\n(red: more attention, blue: less; each "
+                        f"block has its own scale)", fontsize=12)
+    return finish(figure, save_path)
+
+
 # ---- Patches ----------------------------------------------------------------------------------------------
 
 
@@ -990,9 +1302,7 @@ def compare_receptive_fields(save_path="receptive_fields.png", models=None, imag
         shipped = {"ConvNet": "convnet_shapes", "ViT": "vit_nano_shapes"}
         models = {name: load(model) for name, model in shipped.items()}
         which = "".join(f"; {name}: {model}" for name, model in shipped.items())
-    if not isinstance(models, dict) or not models:
-        raise InputError(f"models is {'empty' if isinstance(models, dict) else f'a {type(models).__name__}'}; expected "
-                         f"name -> trained model, such as {{'ViT': model}}")
+    _check_named(models)
     rows = []
     for name, model in models.items():
         own_images = _shapes_for(model, 32) if images is None else images
@@ -1003,14 +1313,16 @@ def compare_receptive_fields(save_path="receptive_fields.png", models=None, imag
     panels = figure.subplots(len(rows), 4, squeeze=False)
     scale = LogNorm(1e-6, 1e-1)
     for (name, model, own_images), line in zip(rows, panels, strict=True):
+        adapt(model).check_images(own_images)
         for i, (depth, axes) in enumerate(zip(_four_depths(model), line, strict=True)):
             if depth is None:
                 axes.set_axis_off()
                 continue
-            mappable = _draw_field(axes, model, own_images, depth, scale)
+            _draw_field(axes, model, own_images, depth, scale)
             if i == 0:
                 axes.set_ylabel(name, fontsize=12)
-    colorbar = figure.colorbar(mappable, ax=panels, shrink=min(0.9, 3 / len(rows)), aspect=30, extend="both")
+    colorbar = figure.colorbar(ScalarMappable(scale, "viridis"), ax=panels, shrink=min(0.9, 3 / len(rows)), aspect=30,
+                               extend="both")
     colorbar.set_label(wrapped("share of the gradient at each pixel (log scale; white is exactly 0)",
                                0.8 * figure.get_figheight(), 12), fontsize=12)
     over = "32 drawn shapes" if images is None else f"{len(images)} image{'s' * (len(images) > 1)}"
@@ -1019,23 +1331,36 @@ def compare_receptive_fields(save_path="receptive_fields.png", models=None, imag
     return finish(figure, save_path)
 
 
+def _check_named(models):
+    """Raise InputError unless models is a dict with at least one model."""
+    if not isinstance(models, dict) or not models:
+        raise InputError(f"models is {'empty' if isinstance(models, dict) else f'a {type(models).__name__}'}; expected "
+                         f"name -> trained model, such as {{'ViT': model}}")
+
+
 def _draw_field(axes, model, images, depth, scale):
-    """Draw one receptive field with its two circles; return its mappable for the colour bar."""
-    field = receptive_field(model, images, depth)  # (height, width)
+    """Draw one receptive field with its two circles, or the reason why it cannot be measured."""
+    adapter = adapt(model)
+    start = "patch embedding" if (adapter.attends or adapter.windowed) and adapter.projects_patches else "stem"
+    place = f"after {adapter.unit} {depth} of {len(adapter.layers) - 1}" if depth else f"after the {start}"
+    try:
+        field = receptive_field(model, images, depth)  # (height, width)
+    except InputError as error:  # such as after a new LayerNorm: the sum of its channels is constant
+        axes.text(0.5, 0.5, wrapped(f"not measured: {str(error).split(', so')[0]}", 1.8, 9), ha="center", va="center",
+                  fontsize=9, transform=axes.transAxes)
+        axes.set_title(f"{place}\n", fontsize=11)
+        hide_ticks(axes)
+        return
     centre = unit_centre(model, field.shape, depth)
     half, most = (radius_holding(field, share, centre) for share in (0.5, 0.9))
-    mappable = axes.imshow(np.ma.masked_equal(field.numpy(), 0), cmap="viridis", norm=scale)
+    axes.imshow(np.ma.masked_equal(field.numpy(), 0), cmap="viridis", norm=scale)
     for radius, style in ((half, "-"), (most, "--")):
         axes.add_patch(Circle(centre[::-1], radius, fill=False, color=VERMILION, linewidth=1.8, linestyle=style))
-    adapter = adapt(model)
-    start = "patch embedding" if adapter.attends and adapter.projects_patches else "stem"
-    place = f"after {adapter.unit} {depth} of {len(adapter.layers) - 1}" if depth else f"after the {start}"
     axes.set_title(f"{place}\n50%: {half:.1f}   90%: {most:.1f} px", fontsize=11)
     axes.set(xlim=(-0.5, field.shape[1] - 0.5), ylim=(field.shape[0] - 0.5, -0.5))
     axes.set_xticks([0, field.shape[1] - 1])
     axes.set_yticks([0, field.shape[0] - 1])
     axes.tick_params(labelsize=9)
-    return mappable
 
 
 def _four_depths(model):
@@ -1048,6 +1373,99 @@ def _four_depths(model):
 def _shapes_for(model, n_images):
     """Draw shapes and prepare them for the model, (n_images, C, H, W)."""
     return prepare_images(list(make_shapes(n_images, max(*adapt(model).img_size, 8)).images), model)
+
+
+def compare_reach(models, images, save_path=None, untrained=True):
+    """Draw how far models look, by stage: their attention distance, and the radius of their receptive field.
+
+    The radii are those of compare_receptive_fields. The blocks of a stage lie side by side within it. A ViT has no
+    stages: its blocks are spread evenly over those of the other models.
+
+    Parameters
+    ----------
+    models : dict
+        Name -> model: ConvNets, Swin Transformers or ViTs.
+    images : list of images or Tensor, shape (B, C, H, W)
+        Images of any kind, prepared for each model, or a batch that is normalised for all of them.
+    save_path : str or Path, optional
+        Where to write the figure.
+    untrained : bool, optional
+        Whether our models also have an untrained twin, dashed, with the same configuration and seed 0.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    InputError
+        For the same reasons as `receptive_field`, and if `models` is not a dict of models.
+
+    Notes
+    -----
+    In a new ConvNeXt or Swin Transformer, a LayerNorm follows the stem, and the sum of its channels is constant. So
+    after stage 1 the gradient of this sum passes only through the branches of the blocks, and the radius is larger than
+    the share of these branches suggests.
+
+    References
+    ----------
+    Dosovitskiy et al. 2021 (the ViT paper), Fig. 7 (right); Luo et al. 2016, "Understanding the Effective Receptive
+    Field in Deep Convolutional Neural Networks".
+    """
+    _check_named(models)
+    drawn = {}
+    for name, model in models.items():
+        drawn[name] = model, prepare_images(images, model)
+        if untrained and adapt(model).library == "ours":
+            drawn[f"{name}, untrained"] = untrained_copy(model), drawn[name][1]
+    staged = [len(adapt(model).layers) - 1 for model in models.values() if not adapt(model).attends]
+    figure, looks = new_figure(15, 4.8), looks_of(drawn)
+    distance, half, most = figure.subplots(1, 3)
+    for name, (model, own_images) in drawn.items():
+        ends, middles = _places_in_stages(adapt(model), max(staged, default=0))
+        fields = [receptive_field(model, own_images, depth + 1) for depth in range(len(ends))]
+        centres = [unit_centre(model, field.shape, depth + 1) for depth, field in enumerate(fields)]
+        for axes, share in ((half, 0.5), (most, 0.9)):
+            radii = [radius_holding(field, share, centre) for field, centre in zip(fields, centres, strict=True)]
+            axes.plot(ends, radii, label=name, **looks[name].line)
+        if middles is not None:
+            distances = mean_distances(model, own_images).numpy()  # (L, H)
+            if not looks[name].hollow:
+                distance.plot(middles, distances, ".", color=looks[name].colour, alpha=0.5)
+            distance.plot(middles, np.nanmean(distances, axis=1), **looks[name].line)
+    distance.set_title("attention distance of the blocks\n(points: heads; lines: means over the heads)", fontsize=11)
+    half.set_title("receptive field of the centre unit:\nradius that holds 50% of the gradient", fontsize=11)
+    most.set_title("receptive field of the centre unit:\nradius that holds 90% of the gradient", fontsize=11)
+    last = round(half.dataLim.x1)
+    for axes in (distance, half, most):
+        axes.set(ylabel="pixels", xlim=(0, last + 0.1))
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    unit = "stage" if staged else "block"
+    distance.set_xticks([i + 0.5 for i in range(last)], [f"{unit} {i + 1}" for i in range(last)])
+    for axes in (half, most):
+        axes.set_xticks(range(1, last + 1), [f"{unit} {i + 1}" for i in range(last)])
+        axes.set_xlabel(f"after this {unit}")
+    distance.set_xlabel(f"in this {unit}")
+    figure.legend(*half.get_legend_handles_labels(), loc="outside right center", fontsize=11)
+    n_images = len(next(iter(drawn.values()))[1])
+    over = f"{n_images} image{'s' * (n_images > 1)}"
+    set_heading(figure, f"How far models look, in pixels (mean over {over})", fontsize=14)
+    return finish(figure, save_path)
+
+
+def _places_in_stages(adapter, n_stages):
+    """Return where layers lie on an axis of stages: (ends of the stages or blocks, middles of the blocks or None).
+
+    Blocks lie side by side in their stage; those of a ViT are spread over n_stages, if there are any.
+    """
+    ends = np.arange(1, len(adapter.layers))
+    if adapter.windowed:
+        return ends, [i + (j + 0.5) / len(stage) for i, stage in enumerate(adapter.stages) for j in range(len(stage))]
+    if not adapter.attends:
+        return ends, None
+    step = n_stages / len(ends) if n_stages else 1
+    return ends * step, (ends - 0.5) * step
 
 
 # ---- A contact sheet --------------------------------------------------------------------------------------
@@ -1234,8 +1652,8 @@ def _run_look(options):
     remark_on(files)
     model, name = _model_to_look_with(options)
     given = options.pretrained or name
-    attends, whole = adapt(model).attends, None if options.crop else Whole(options.max_tokens, options.img_size)
-    if options.max_tokens and not attends:
+    adapter, whole = adapt(model), None if options.crop else Whole(options.max_tokens, options.img_size)
+    if options.max_tokens and not (adapter.attends or adapter.windowed):
         raise InputError(f"--max-tokens limits patches, and {name} is a ConvNet, which has none; use --img-size")
     with ExitStack() as stack:
         stack.enter_context(unless_empty(Path(options.output_dir or "look")))
@@ -1345,7 +1763,7 @@ def _write_look(model, one, file, folder, name, found, whole, max_mb):
     The page is made first, because it may raise InputError.
     """
     written, remarks = [], []
-    if one.adapter.attends:
+    if one.adapter.attends or one.adapter.windowed:
         page = explore(model, [file], folder / "explorer.html", names=[name], title=f"{Path(file).name}: {name}",
                        whole=whole, max_mb=max_mb)
         written.append(page.path)
@@ -1370,7 +1788,7 @@ def _print_look(one, file, given, folder, found, written, remarks):
                                                           for path in written))
     for remark in remarks:
         print(f"{'Page':12} {remark}")
-    if not one.adapter.attends:
+    if not (one.adapter.attends or one.adapter.windowed):
         print(f"{'Page':12} none: a ConvNet has no attention; to compare it with a ViT: python visualizations.py "
               f"explore {file} --compare-with {given}")
 

@@ -36,12 +36,14 @@ from visualizations import (
     visualize_patch_embedding,
     visualize_patch_filters,
     visualize_positions,
+    visualize_windows,
 )
 from vit_bridge.cli import OneLineParser, script
 from vit_bridge.compare.experiments import EXPERIMENTS
 from vit_bridge.compare.trials import TRAINING_EXPERIMENTS, by_dataset, read_trials
 from vit_bridge.data.images import sample_photographs
 from vit_bridge.errors import InputError, check_choice
+from vit_bridge.models.registry import build_model
 from vit_bridge.plots.explorer import explore
 from vit_bridge.plots.look import draw_look, look
 from vit_bridge.preprocessing import Whole
@@ -101,6 +103,7 @@ OF_SHIPPED_MODELS = {
     "explanations": lambda: see_small().visualize_explanations(CAT),
     "receptive_fields": lambda: compare_receptive_fields(None),
     "patches": lambda: visualize_patch_embedding(ASTRONAUT, 16),
+    "windows": lambda: visualize_windows(build_model("swin_tiny").eval(), CAT, layers=[0, 1, 4, 5]),  # of any weights
 }
 
 

@@ -9,6 +9,7 @@ import transformers
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
+from vit_bridge.models.swin import SwinTransformer
 from vit_bridge.weights.checkpoints import load_checkpoint
 from vit_model import VisionTransformer
 
@@ -167,3 +168,39 @@ def shared(name, folder):
     load_checkpoint(ours, folder / "theirs.pt")
     size = ours.patch_embed.img_size
     return theirs, ours, torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(7)).double()
+
+
+# ---- Swin Transformers: three stages of two blocks with 1, 2 and 4 heads, patches of 4, windows of 7
+
+
+def _swin(build):
+    torch.manual_seed(0)
+    model = build().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model
+
+
+def _swin_of(library, side=56):
+    if library == "ours":
+        return SwinTransformer(img_size=side, patch_size=4, n_classes=CLASSES, embed_dim=12, depths=(2, 2, 2),
+                               n_heads=(1, 2, 4))
+    if library == "timm":
+        return timm.models.swin_transformer.SwinTransformer(
+            img_size=side, patch_size=4, num_classes=CLASSES, embed_dim=12, depths=(2, 2, 2), num_heads=(1, 2, 4))
+    if library == "torchvision":
+        return torchvision.models.SwinTransformer([4, 4], 12, [2, 2, 2], [1, 2, 4], [7, 7], num_classes=CLASSES)
+    return transformers.SwinForImageClassification(transformers.SwinConfig(
+        image_size=2 * side, patch_size=4, num_labels=CLASSES, embed_dim=12, depths=[2, 2, 2], num_heads=[1, 2, 4],
+        window_size=7))
+
+
+SWINS = {library: lambda library=library, **options: _swin(partial(_swin_of, library, **options))
+         for library in ("ours", "timm", "torchvision", "transformers")}
+
+
+def swin_images(name, n=2):
+    """Images of 56 pixels, or for transformers of 112, whose windows do not shrink at a stage of 4 tokens."""
+    side = 112 if name == "transformers" else 56
+    return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(2))

@@ -22,16 +22,35 @@ from figure_checks import (
 )
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from other_models import HF, shared, timm_vit, torchvision_vit, transformers_vit
+from other_models import (
+    HF,
+    SWINS,
+    WITH_HEAD,
+    randomised,
+    shared,
+    swin_images,
+    timm_vit,
+    torchvision_vit,
+    transformers_vit,
+)
+from other_models import SIDE as SIDE_OF_OTHERS
 from PIL import Image
 
 import visualizations as v
-from vit_bridge.analysis.attention import attention_distance, uniform_attention_distance
+from vit_bridge.analysis.attention import (
+    attention_distance,
+    bias_by_offset,
+    rows_by_block,
+    token_similarity,
+    uniform_attention_distance,
+)
 from vit_bridge.analysis.capture import attention_maps
 from vit_bridge.analysis.explanations import area_under, compare_explanations, explain
 from vit_bridge.data.images import prepare_image
 from vit_bridge.data.shapes import TEST_START, make_shapes
 from vit_bridge.models.adapters import adapt
+from vit_bridge.models.deit import DistilledViT
+from vit_bridge.models.swin import SwinTransformer
 from vit_bridge.plots.charts import percent
 from vit_bridge.preprocessing import Whole
 from vit_bridge.system import ROOT
@@ -584,3 +603,118 @@ def test_attention_visualizer_accepts_lists_of_images(tmp_path):
 def test_visualize_all_heads_counts_omitted_blocks():
     figure = v.AttentionVisualizer(vit(depth=8), device="cpu").visualize_all_heads(pixels())
     assert "in 6 of 8 blocks" in texts(figure)
+
+
+# ---- Swin Transformers
+
+
+@pytest.mark.parametrize("name", SWINS)
+def test_views_of_a_swin_draw_the_rows_of_a_patch(name):
+    model, images, patch = SWINS[name](), swin_images(name, 1), (3, -4)
+    views = v.AttentionVisualizer(model, device="cpu")
+    blocks = rows_by_block(model, images, patch)
+    figure = views.visualize_attention(images, 3, 1, patch=patch)
+    assert "Where the framed patch (3, -4) looks: stage 2, block 2, head 2 of 2" in texts(figure)
+    expected = blocks[3].weights[0, 1].view(blocks[3].grid)
+    np.testing.assert_allclose(data_of(figure)[1], expected, atol=1e-7)
+    column = images.shape[3] // 4 - 4
+    frames = [axes.patches[0].get_bbox().bounds for axes in figure.axes[:2]]
+    assert frames == [(4 * column - 0.5, 12 - 0.5, 4, 4), (8 * (column // 2) - 0.5, 8 - 0.5, 8, 8)]
+    figure = views.visualize_all_layers(images, patch=patch)
+    names = [f"stage {stage}, block {block}" for stage in (1, 2, 3) for block in (1, 2)]
+    assert [axes.get_title() for axes in figure.axes[1:7]] == names
+    for shown, one in zip(data_of(figure)[1:], blocks, strict=False):
+        np.testing.assert_allclose(shown, one.weights[0].mean(dim=0).view(one.grid), atol=1e-7)
+    assert_no_text_clipped(figure)
+    figure = views.visualize_all_heads(images, layers=[0, 5], patch=patch)
+    assert len(maps_of(figure)) == 1 + 4
+    assert "stage 3\nblock 2" in texts(figure)
+
+
+@pytest.mark.parametrize("name", SWINS)
+def test_windows_and_tables_are_drawn(name):
+    model, images = SWINS[name](), swin_images(name, 1)
+    figure = v.visualize_windows(model, images)
+    titles = [axes.get_title() for axes in figure.axes]
+    side = images.shape[2] // 4
+    assert titles[0] == (f"stage 1, block 1: {side} × {side} tokens\nwindows of 7 × 7 tokens = 28 × 28 pixels\n"
+                         "not shifted")
+    assert titles[3].startswith("stage 1, block 2")
+    assert titles[3].endswith("shifted by 3 tokens = 12 pixels")
+    assert "one window holds the whole map" in titles[5]
+    assert "Hatched" in texts(figure)
+    borders = {round(float(x) + 0.5) for line in figure.axes[3].collections[0].get_segments() for x, _ in line}
+    assert {12, 40} <= borders  # 3 tokens, and a window later
+    assert_no_text_clipped(figure)
+    figure = v.visualize_bias_tables(model, layers=[1, 2])
+    shown, (table, window) = data_of(figure), adapt(model).tables[1]
+    np.testing.assert_allclose(shown[0], bias_by_offset(table, window)[0])
+    low, top = figure.axes[0].images[0].get_clim()
+    assert -low == top == pytest.approx(table.abs().max().item())
+    assert "down: positive" in texts(figure)
+    assert_no_text_clipped(figure)
+
+
+def test_views_of_a_swin_without_a_patch_are_refused_in_one_line():
+    views, image = v.AttentionVisualizer(SWINS["ours"](), device="cpu"), pixels(56, 56)
+    for view in (views.visualize_attention, views.visualize_all_heads, views.visualize_all_layers, views.rollout,
+                 views.relevance, views.attention_maps, views.visualize_logit_lens, views.visualize_token_norms):
+        with pytest.raises(InputError, match=r"\Aa SwinTransformer attends within windows[^\n]*use [^\n]*\Z"):
+            view(image)
+    with pytest.raises(InputError, match=r"\A[^\n]*a bias for each offset[^\n]*use visualize_bias_tables\Z"):
+        v.visualize_positions(views.model)
+    for draw in (v.visualize_windows, v.visualize_distillation):
+        with pytest.raises(InputError, match=r"\A[^\n]*; use [^\n]*\Z"):
+            draw(square_vit(), pixels(12, 12))
+    for model in (square_vit(), SwinTransformer(img_size=8, embed_dim=4, depths=(1,), n_heads=(1,),
+                                                relative_bias=False)):
+        with pytest.raises(InputError, match=r"\Athis [^\n]* has no relative position bias; use [^\n]*\Z"):
+            v.visualize_bias_tables(model)
+
+
+def test_a_swin_has_distances_and_grad_cam():
+    model = SWINS["ours"]()
+    views = v.AttentionVisualizer(model, device="cpu")
+    photo = pixels(56, 56)
+    axes = views.visualize_attention_distance([photo]).axes[0]
+    distances = views.attention_distance([photo]).numpy()
+    np.testing.assert_allclose(axes.lines[-2].get_ydata(), np.nanmean(distances, axis=1))
+    assert [label.get_text() for label in axes.get_xticklabels()][2] == "stage 2\nblock 1"
+    figure = views.visualize_grad_cam(photo, layer_idx=2)
+    assert "Grad-CAM after stage 2 of 3" in texts(figure)
+    assert data_of(figure)[1].shape == (7, 7)
+    figure = views.visualize_explanations(photo, n_steps=1, n_draws=1)
+    assert texts(figure).count("attends within windows") == 1
+    assert "only one method applies" in texts(figure)
+
+
+def test_tokens_over_the_edge_lie_where_they_are():
+    """A grid of 7 tokens has 4 of twice the size in the next stage, and the last reaches over the picture."""
+    model = SwinTransformer(img_size=28, patch_size=4, n_classes=5, embed_dim=4, depths=(1, 1), n_heads=(1, 1)).eval()
+    figure = v.AttentionVisualizer(model, device="cpu").visualize_attention(pixels(28, 28), patch=(6, 6))
+    drawn = figure.axes[1].images[0]
+    assert drawn.get_array().shape == (4, 4)
+    assert tuple(drawn.get_extent()) == (-0.5, 31.5, 31.5, -0.5)
+    assert figure.axes[1].get_xlim() == (-0.5, 27.5)
+
+
+# ---- The two tokens of a DeiT
+
+
+@pytest.mark.parametrize("build", [
+    lambda: DistilledViT(img_size=SIDE_OF_OTHERS, patch_size=5, n_classes=5, embed_dim=28, depth=3, n_heads=7),
+    WITH_HEAD["timm, distilled"][0], WITH_HEAD["DeiTForImageClassificationWithTeacher"][0]])
+def test_visualize_distillation_draws_both_tokens(build):
+    torch.manual_seed(0)
+    model, image = randomised(build()), pixels(15, 15)
+    figure = v.visualize_distillation(model, image)
+    images = prepare_image(image, model)[0]
+    maps = attention_maps(model, images)[:, 0].mean(dim=1)  # (L, N, N)
+    shown = [axes.images[0].get_array() for axes in figure.axes if axes.images and axes.images[0].get_array().ndim == 2]
+    for i, drawn in enumerate(shown[:6]):
+        np.testing.assert_allclose(drawn, maps[i % 3, i // 3, 2:].view(3, 3), atol=1e-6)
+    features, attention = token_similarity(model, images)
+    curve = next(axes for axes in figure.axes if axes.get_ylabel() == "cosine similarity")
+    np.testing.assert_allclose(curve.lines[0].get_ydata(), features)
+    np.testing.assert_allclose(curve.lines[1].get_ydata(), attention)
+    assert_no_text_clipped(figure)

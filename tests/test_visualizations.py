@@ -8,12 +8,15 @@ from other_models import shared
 from PIL import Image
 
 import visualizations as v
+from vit_bridge.analysis.attention import mean_distances
 from vit_bridge.analysis.capture import capture
 from vit_bridge.analysis.explanations import feature_colours
-from vit_bridge.analysis.receptive_field import untrained_copy
+from vit_bridge.analysis.receptive_field import radius_holding, receptive_field, unit_centre, untrained_copy
 from vit_bridge.analysis.selfcheck import Check
 from vit_bridge.cli import script
+from vit_bridge.models.convnext import ConvNeXt
 from vit_bridge.models.hybrid import HybridCNNViT
+from vit_bridge.models.swin import SwinTransformer
 from vit_model import InputError, VisionTransformer
 
 
@@ -130,6 +133,42 @@ def test_shapes_for_fits_the_model():
 def test_compare_receptive_fields_refuses_models_without_names(models, words):
     with pytest.raises(InputError, match=rf"\Amodels is {words}; expected name -> trained model, [^\n]*\Z"):
         v.compare_receptive_fields(None, models)
+
+
+@pytest.mark.parametrize("windowed", [True, False])
+def test_compare_reach_draws_distances_and_radii(windowed):
+    swin = SwinTransformer(img_size=12, patch_size=2, n_classes=5, embed_dim=4, depths=(2, 1), n_heads=(1, 2),
+                           window_size=3)
+    models = {"ConvNet": convnet(), "ViT": square_vit()} | (dict(Swin=swin) if windowed else {})
+    images = torch.randn(2, 3, 12, 12)
+    figure = v.compare_reach(models, images)
+    distance, _, most = figure.axes
+    lines = {line.get_label(): line for line in most.lines}
+    assert list(lines) == [name for one in models for name in (one, f"{one}, untrained")]
+    for depth, radius in enumerate(lines["ConvNet"].get_ydata(), start=1):
+        field = receptive_field(models["ConvNet"], images, depth)
+        assert radius == radius_holding(field, 0.9, unit_centre(models["ConvNet"], (12, 12), depth))
+    np.testing.assert_allclose(lines["ViT"].get_xdata(), [2 / 3, 4 / 3, 2])
+    means = [line for line in distance.lines if line.get_color() == lines["ViT"].get_color()
+             and len(line.get_xdata()) == 3 and line.get_marker() == "o"]
+    np.testing.assert_allclose(means[0].get_ydata(), mean_distances(models["ViT"], images).mean(dim=1))
+    if windowed:
+        swins = [line for line in distance.lines if line.get_color() == lines["Swin"].get_color()]
+        np.testing.assert_allclose(swins[-1].get_xdata(), [0.25, 0.75, 1.5])
+    assert_no_text_clipped(figure)
+    with pytest.raises(InputError, match="models is empty"):
+        v.compare_reach({}, images)
+
+
+def test_compare_receptive_fields_takes_the_family():
+    """The sum of the channels of a new LayerNorm is constant, so after ConvNeXt's stem it has no gradient."""
+    options = dict(img_size=12, patch_size=2, n_classes=5, embed_dim=4, depths=(1, 1), n_heads=(1, 1), window_size=3)
+    models = {"Swin": SwinTransformer(**options),
+              "ConvNeXt": ConvNeXt(img_size=12, n_classes=5, widths=(4, 6), depths=(1, 1), stem_stride=2)}
+    figure = v.compare_receptive_fields(None, models, torch.randn(2, 3, 12, 12))
+    for words in ("after the patch embedding", "after stage 2 of 2", "Swin, untrained", "ConvNeXt, trained"):
+        assert words in texts(figure)
+    assert_no_text_clipped(figure)
 
 
 # ---- A contact sheet

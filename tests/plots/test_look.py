@@ -5,7 +5,7 @@ import pytest
 import torch
 from figure_checks import assert_no_text_clipped, convnet, data_of, pixels, square_vit, texts, vit
 from matplotlib import colormaps
-from other_models import timm_vit
+from other_models import SWINS, timm_vit
 from timm.models.deit import VisionTransformerDistilled
 
 from vit_bridge.analysis.attention import attention_distance
@@ -49,6 +49,17 @@ def test_look_at_a_convnet_has_stages_and_grad_cam_but_no_heads():
     assert np.allclose(found.explanation, explain(model, images, "grad_cam").saliency[0], atol=1e-6)
     assert found.heads is None
     assert [panel.name for panel in panels_of(found)] == ["photograph", "colours", "explanation", "stages"]
+
+
+def test_look_at_a_swin_has_stages_and_grad_cam():
+    model = SWINS["ours"]()
+    found = look(model, pixels(56, 56))
+    images, _ = prepare_image(pixels(56, 56), model)
+    assert [stage.shape[:2] for stage in found.stages] == [(14, 14), (14, 14), (7, 7), (4, 4)]
+    assert np.allclose(found.explanation, explain(model, images, "grad_cam").saliency[0], atol=1e-6)
+    strip = panels_of(found)[-1]
+    assert strip.tiles[0].label == "patches: 14 × 14"
+    assert strip.sentence.endswith("so it is shown patch by patch, in the page.")
 
 
 def test_share_colours_makes_equal_features_equal_across_photographs_of_different_size():

@@ -1,21 +1,27 @@
 """Where tokens look, how far they look, and how similar their position embeddings are.
 
 attention_rows, mean_distances     run a model on images; only one block's maps are in memory at a time
+rows_by_block, window_groups       the rows of each block, also of a Swin; which of its tokens attend to each other
+token_similarity                   how similar the class token and the distillation token are
 select_attention, cls_attention_grid, attention_distance     work on attention maps that you already have
 position_similarity     compares the position embeddings of the patches
 
-Shapes:  B images, L blocks, H heads, N tokens (CLS, registers, patches), n patches, D width.
+Shapes:  B images, L blocks, H heads, N tokens (CLS, registers, patches), n patches, D width, h, w height and width of a
+         map in tokens, W windows, M tokens of a window.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from vit_bridge.analysis.capture import capture
-from vit_bridge.analysis.windows import check_patch, window_distances
+from vit_bridge.analysis.windows import check_patch, window_distances, window_rows
 from vit_bridge.errors import InputError, check_index
-from vit_bridge.models.adapters import adapt, adapt_vit, reading_weights
+from vit_bridge.models.adapters import adapt, adapt_attention, adapt_vit, reading_weights
 from vit_bridge.models.protocol import class_name
+from vit_bridge.models.swin import shift_mask
 from vit_bridge.runtime import at_least_float32
 from vit_model import grid_of, pair
 
@@ -67,13 +73,69 @@ def attention_rows(model, images, patch=None):
     return torch.cat(parts, dim=1)  # (L, B, H, N)
 
 
-def mean_distances(model, images, renormalise=True):
-    """Return the attention distance of each head, averaged over images: (L, H) in pixels, float64.
+@dataclass
+class BlockRows:
+    """The attention of one token, or of what the classifier head reads, in one block.
+
+    Attributes
+    ----------
+    weights : Tensor, shape (B, H, N)
+        Attention weights on the CPU, with the tokens before the patches first. Each row sums to one, or to less if the
+        windows of a Swin Transformer also hold padding.
+    grid : (int, int)
+        (rows, columns) of the patches, or of the tokens of a stage.
+    token_size : (int, int)
+        Height and width of one of them, in pixels.
+    """
+
+    weights: torch.Tensor
+    grid: tuple
+    token_size: tuple
+
+
+def rows_by_block(model, images, patch=None):
+    """Return the attention of attention_rows in each block, also for a Swin Transformer: a list of L BlockRows.
 
     Parameters
     ----------
     model : nn.Module
-        A ViT, ours or from timm, transformers or torchvision.
+        A ViT or a Swin Transformer, ours or from timm, transformers or torchvision.
+    images : Tensor, shape (B, C, height, width)
+        Normalised images.
+    patch : (int, int), optional
+        As in attention_rows. A Swin Transformer needs it. In its later stages the row is that of the token that holds
+        the patch.
+
+    Raises
+    ------
+    InputError
+        As attention_rows, and for a Swin Transformer without a patch.
+    """
+    adapter = adapt_attention(model)
+    if not adapter.windowed or patch is None:
+        grid, rows = adapter.grid(images), attention_rows(model, images, patch)
+        return [BlockRows(weights, grid, adapter.patch_size) for weights in rows]
+    rows = window_rows(model, images, patch)  # L tensors (B, H, h, w)
+    return [BlockRows(row.flatten(2), tuple(row.shape[2:]), adapter.patch_size_in(stage))
+            for row, stage in zip(rows, adapter.stage_of_block, strict=True)]
+
+
+def block_names(adapter):
+    """Return the names of the L blocks for figures: "block 3", or in a Swin Transformer "stage 2, block 1"."""
+    if not adapter.windowed:
+        return [f"block {i + 1}" for i in range(len(adapter.blocks))]
+    return [f"stage {i + 1}, block {j + 1}" for i, stage in enumerate(adapter.stages) for j in range(len(stage))]
+
+
+def mean_distances(model, images, renormalise=True):
+    """Return the attention distance of each head, averaged over images: (L, H) in pixels, float64.
+
+    Blocks of a Swin Transformer with fewer heads than the last have NaN for the others.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A ViT or a Swin Transformer, ours or from timm, transformers or torchvision.
     images : Tensor, shape (B, C, height, width)
         Normalised images.
     renormalise : bool, optional
@@ -225,6 +287,104 @@ def uniform_attention_distance(grid_size, patch_size):
     return _patch_distances(grid_size, patch_size).mean().item()
 
 
+def uniform_distances(model, images):
+    """Return the attention distance in pixels that uniform attention would have in each block: a list of L numbers.
+
+    In a Swin Transformer it is uniform within a whole window. Windows that the shift or the edge cuts are smaller.
+    Call it after a pass, as `WindowAdapter.window_of`.
+    """
+    adapter = adapt_attention(model)
+    if not adapter.windowed:
+        return [uniform_attention_distance(adapter.grid(images), adapter.patch_size)] * len(adapter.blocks)
+    distances = []
+    for block, stage in zip(adapter.blocks, adapter.stage_of_block, strict=True):
+        size = adapter.grid_in(images, stage)
+        window = tuple(map(min, adapter.window_of(block, size)[0], size))
+        distances.append(uniform_attention_distance(window, adapter.patch_size_in(stage)))
+    return distances
+
+
+def window_groups(block):
+    """Return which tokens of a map attend to each other: (h, w), with equal numbers for the tokens of one group.
+
+    A group is a window, or after a shift a part of one at an edge of the map: tokens from opposite edges share a window
+    and are masked from each other. `block` is a Windowed, as from windows.capture_windows.
+    """
+    (h, w), places = block.size, block.places  # (W, M)
+    padded = [side + -side % length for side, length in zip(block.size, block.window, strict=True)]
+    first = (shift_mask(padded, block.window, block.shift) == 0).int().argmax(dim=2)  # (W, M), first of the group
+    groups = places.new_zeros(h * w + 1)
+    groups[places] = first + places.shape[1] * torch.arange(len(places))[:, None]
+    return groups[:-1].view(h, w)
+
+
+def bias_by_offset(table, window):
+    """Return the relative position bias by the offset of the key from the query: (offsets, H) -> (H, 2h - 1, 2w - 1).
+
+    The offset (0, 0) is in the centre; rows count down and columns to the right. The table itself is ordered by query
+    minus key, so both axes are reversed. `window` is the (height, width) of a window, in tokens.
+    """
+    sides = [2 * length - 1 for length in window]
+    return table.detach().cpu().float().T.unflatten(1, sides).flip(1, 2)
+
+
+@torch.no_grad()
+def token_similarity(model, images):
+    """Return how similar the class token and the distillation token are, as means of cosine similarities.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A distilled ViT, ours or from timm or transformers.
+    images : Tensor, shape (B, C, height, width)
+        Normalised images.
+
+    Returns
+    -------
+    features : Tensor, shape (L + 1,)
+        Of the two tokens before the first block and after each block, averaged over the images; float64.
+    attention : Tensor, shape (L,)
+        Of their rows of attention in each block, averaged over the images and heads; float64.
+
+    Raises
+    ------
+    InputError
+        If the model has no distillation token, and for the same reasons as `capture`.
+
+    References
+    ----------
+    Touvron et al. 2021, "Training data-efficient image transformers", Sec. 4: the two tokens become more similar from
+    layer to layer.
+    """
+    adapter = check_distilled(model)
+    adapter.check_images(images)
+    features, attention = 0, 0
+
+    def keep(block, attended):
+        return _cosine(*attended.maps[:, :, :2].unbind(dim=2)).mean()  # of two (B, H, N)
+
+    for part in in_parts(adapter, images):
+        seen = capture(model, part, keep=keep)
+        features = features + len(part) * torch.stack([_cosine(*tokens[:, :2].unbind(dim=1)).mean()
+                                                       for tokens in seen.tokens])  # (L + 1)
+        attention = attention + len(part) * torch.stack(seen.maps)  # (L)
+    return features / len(images), attention / len(images)
+
+
+def check_distilled(model):
+    """Return the ViTAdapter of a model. Raises InputError if it has no distillation token beside CLS."""
+    adapter = adapt_vit(model)
+    if adapter.prefix[:2] != ("CLS", "distillation token"):
+        raise InputError(f"this {class_name(model)} has no distillation token; use a DistilledViT, or a distilled DeiT "
+                         f"of timm or transformers")
+    return adapter
+
+
+def _cosine(first, second):
+    """Return the cosine similarity of vectors (..., N), in float64 on the CPU."""
+    return F.cosine_similarity(first.cpu().double(), second.cpu().double(), dim=-1)
+
+
 @torch.no_grad()
 def position_similarity(model):
     """Return the cosine similarity of the position embeddings of all pairs of patches.
@@ -245,6 +405,9 @@ def position_similarity(model):
     Dosovitskiy et al. 2021 (the ViT paper), Fig. 7 (centre).
     """
     adapter = adapt(model)
+    if adapter.windowed:
+        raise InputError(f"a {class_name(model)} has no position embeddings, but a bias for each offset between two "
+                         f"tokens; use visualize_bias_tables")
     if not adapter.attends or adapter.positions is None:
         raise InputError(f"this {class_name(model)} has no position embeddings; use a VisionTransformer or a "
                          f"HybridCNNViT with position 'learned' or 'sincos'")

@@ -572,3 +572,14 @@ def extent_of(picture):
     """Return the imshow `extent` with which a coarser map covers a picture."""
     height, width = picture.shape[:2]
     return (-0.5, width - 0.5, height - 0.5, -0.5)
+
+
+def draw_map(axes, picture, grid, token_size, **style):
+    """Draw a map (rows, columns, ...) of tokens of this (height, width) in pixels over a picture (H, W, 3).
+
+    The last tokens may reach over the edge of the picture.
+    """
+    (rows, columns), (height, width), (left, right, bottom, top) = grid.shape[:2], token_size, extent_of(picture)
+    mappable = axes.imshow(grid, extent=(-0.5, columns * width - 0.5, rows * height - 0.5, -0.5), **style)
+    axes.set(xlim=(left, right), ylim=(bottom, top))
+    return mappable

@@ -55,7 +55,7 @@ class Look:
     size : tuple of int
         (h, w) of the photograph, upright.
     grid : tuple of int
-        (rows, columns) of the patches of a ViT, or of the last feature map of a ConvNet.
+        (rows, columns) of the patches of a ViT, or of the last feature map of a ConvNet or Swin Transformer.
     features : Tensor, shape (rows, columns, D)
         Features after the last block or stage; each position is scaled to mean 0 and variance 1.
     colours : array, shape (rows, columns, 3)
@@ -66,14 +66,14 @@ class Look:
         Saliency for the most likely class. If it is None, `refused` holds the reason.
     heads : array, shape (H, rows, columns), or None
         Attention to the patches in the last block, of the token that the classifier head reads; None for a
-        ConvNet.
+        ConvNet or Swin Transformer.
     distances : list of float
         Mean attention distance of each head in the last block, in pixels; `uniform` is the distance of uniform
         attention.
     norms, artefacts : array, shape (rows, columns), or None
         Norm of each patch token after the last block, and whether it is an artefact.
     stages : list of array, each (rows, columns, 3)
-        Features of a ConvNet after the stem and each stage, as colours.
+        Features of a ConvNet or Swin Transformer after the stem and each stage, as colours.
     """
 
     adapter: ModelAdapter
@@ -121,7 +121,7 @@ def look(model, image, whole=None):
     Parameters
     ----------
     model : nn.Module
-        A ViT or a ConvNet.
+        A ViT, a ConvNet or a Swin Transformer.
     image : str, Path, PIL image, array or Tensor
         Any kind of image that data/images.py accepts.
     whole : Whole, optional
@@ -182,7 +182,7 @@ def _look_at_tokens(model, images, about):
 
 
 def _look_at_stages(model, images, about):
-    """Return (Look, logits) of a ConvNet."""
+    """Return (Look, logits) of a ConvNet or Swin Transformer."""
     maps, adapter = [], about["adapter"]
     for depth, layer in enumerate(adapter.layers):
         _, output, logits = watch_layer(model, layer, images)
@@ -368,11 +368,13 @@ def _explanation_panel(look):
 
 
 def _stages_panel(look):
-    names = ["stem", *(f"stage {i}" for i in range(1, len(look.stages)))]
+    names = ["patches" if look.adapter.windowed else "stem", *(f"stage {i}" for i in range(1, len(look.stages)))]
     tiles = [Tile(colours, f"{name}: {_size(colours.shape[:2])}")
              for name, colours in zip(names, look.stages, strict=True)]
-    return Panel("stages", "Features after each stage as colours", "From stage to stage there are fewer positions, "
-                 "and each one sees more of its surroundings; a ConvNet has no attention to show.", tiles)
+    rest = ("the attention of a Swin Transformer stays within windows, so it is shown patch by patch, in the page"
+            if look.adapter.windowed else "a ConvNet has no attention to show")
+    return Panel("stages", "Features after each stage as colours", f"From stage to stage there are fewer positions, "
+                 f"and each one sees more of its surroundings; {rest}.", tiles)
 
 
 def _coloured(picture, grid):
