@@ -1186,7 +1186,8 @@ def finish(run, history, seconds):
               f"`predict` does not average them.")
     print(f"{result['images_per_second']:.0f} images/s; fetching and augmenting took {run.trainer.data_share:.1%} of "
           f"the training time. Results: {run.folder}/"
-          + ("" if best.attends else " (without attention.png: this model has no token that attends to all patches)"))
+          + ("" if best.attends else " (without attention.png: its attention stays within windows)"
+             if ask(best, "windowed") else " (without attention.png: this model has no attention)"))
     return result
 
 

@@ -35,7 +35,7 @@ from vit_bridge.analysis.capture import (
     watch_layer,
 )
 from vit_bridge.errors import InputError, check_choice, check_index, check_int
-from vit_bridge.models.adapters import adapt, adapt_vit, check_head, check_pool, reading_weights
+from vit_bridge.models.adapters import adapt, adapt_attention, adapt_vit, check_head, check_pool, reading_weights
 from vit_bridge.models.protocol import class_name
 from vit_bridge.runtime import at_least_float32, evaluating, logits_of, to_model, tokens_of, unwrapped
 
@@ -531,7 +531,7 @@ def patch_filters(model, n_filters=28):
     Parameters
     ----------
     model : nn.Module
-        A ViT.
+        A ViT or a Swin Transformer.
     n_filters : int, optional
         Maximum number of components.
 
@@ -550,7 +550,7 @@ def patch_filters(model, n_filters=28):
     ----------
     Dosovitskiy et al. 2021 (the ViT paper), Fig. 7 (left).
     """
-    adapter = adapt_vit(model)
+    adapter = adapt_attention(model)
     projection = adapter.projection
     if not adapter.projects_patches:
         raise InputError(f"the first layer of this {class_name(model)} is a {type(projection).__name__}, not a "

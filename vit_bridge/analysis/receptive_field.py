@@ -44,7 +44,8 @@ def receptive_field(model, images, depth=None):
     Notes
     -----
     The unit is at position (rows // 2, columns // 2) of the feature map or of the grid of patch tokens. Its channels
-    are summed, and the absolute gradient of the sum with respect to the pixels is averaged over images and colours.
+    are summed with `channel_weights`, and the absolute gradient of the sum with respect to the pixels is averaged over
+    images and colours.
 
     References
     ----------
@@ -56,13 +57,22 @@ def receptive_field(model, images, depth=None):
     pixels, features, _ = watch_layer(model, adapter.layers[depth], images, getattr(model, "forward_features", None))
     features = adapter.as_map(features, images, depth)  # (B, D, rows, columns)
     rows, columns = features.shape[2:]
-    unit = features[:, :, rows // 2, columns // 2].sum()
-    gradient, = torch.autograd.grad(unit, pixels)  # (B, C, height, width)
+    unit = features[:, :, rows // 2, columns // 2]  # (B, D)
+    gradient, = torch.autograd.grad((unit * channel_weights(unit)).sum(), pixels)  # (B, C, height, width)
     field = gradient.cpu().double().abs().mean(dim=(0, 1))  # (height, width)
     if not field.sum() > 0:
         raise InputError("the gradient of the centre unit is zero at every pixel, so its receptive field cannot be "
                          "measured on these images; use different images or a different depth")
     return field / field.sum()
+
+
+def channel_weights(features):
+    """Return weights of D channels, (D), normal and always the same, for features (..., D).
+
+    With equal weights the sum of the channels after a LayerNorm would be constant, and its gradient zero.
+    """
+    weights = torch.randn(features.shape[-1], generator=torch.Generator().manual_seed(0))
+    return weights.to(features)
 
 
 def theoretical_receptive_field(model, depth=None):

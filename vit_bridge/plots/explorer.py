@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from vit_bridge.analysis.capture import NoNumbers, capture, check_finite_numbers, differentiable, watch_layer
 from vit_bridge.analysis.explanations import explain, logit_lens
+from vit_bridge.analysis.receptive_field import channel_weights
 from vit_bridge.analysis.windows import capture_windows
 from vit_bridge.data.images import is_input, prepare_image
 from vit_bridge.errors import InputError, check_int
@@ -576,7 +577,7 @@ def _describe_convnet(model, name, images, side=8):
 def _unit_fields(model, image, depth, grid):
     """Return (n, n); row i is the share of every patch in the gradient of the unit in the middle of patch i.
 
-    It is the gradient of the sum over channels, as in `receptive_field`, which measures the unit in the centre of the
+    It is the gradient of a weighted sum over channels, as in `receptive_field`, which measures the unit in the centre of the
     image.
     """
     rows = []
@@ -586,7 +587,8 @@ def _unit_fields(model, image, depth, grid):
         for column in range(grid[1]):
             y, x = (int((place + 0.5) / n * count) for place, n, count in zip((row, column), grid, features.shape[2:],
                                                                               strict=True))
-            gradient, = torch.autograd.grad(features[0, :, y, x].sum(), pixels, retain_graph=True)
+            unit = features[0, :, y, x]  # (D)
+            gradient, = torch.autograd.grad((unit * channel_weights(unit)).sum(), pixels, retain_graph=True)
             field = torch.nn.functional.adaptive_avg_pool2d(gradient.abs().mean(dim=1), grid).flatten()  # (n)
             rows.append(field / field.sum().clamp(min=1e-30))
     return torch.stack(rows)  # (n, n)
