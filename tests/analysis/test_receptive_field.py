@@ -10,6 +10,7 @@ from other_models import BUILDERS, shared
 from torch import nn
 
 from vit_bridge.analysis.receptive_field import (
+    channel_weights,
     radius_holding,
     receptive_field,
     theoretical_receptive_field,
@@ -17,6 +18,8 @@ from vit_bridge.analysis.receptive_field import (
 )
 from vit_bridge.models.adapters import adapt
 from vit_bridge.models.convnet import ConvNet
+from vit_bridge.models.convnext import ConvNeXt
+from vit_bridge.models.swin import SwinTransformer
 from vit_model import InputError
 
 
@@ -28,7 +31,8 @@ def test_receptive_field_grows_from_one_patch_to_everything():
     inside = torch.zeros(SIZE, dtype=torch.bool)
     inside[7:14, 5:10] = True  # the patch at (1, 1) of 2 x 3
     assert torch.equal(field > 0, inside)
-    by_hand = model.patch_embed.proj.weight.sum(dim=0).abs().mean(dim=0).double()
+    kernel = model.patch_embed.proj.weight  # (D, C, *PATCH)
+    by_hand = torch.einsum("d,dchw->chw", channel_weights(kernel[:, 0, 0, 0]), kernel).abs().mean(dim=0).double()
     torch.testing.assert_close(field[7:14, 5:10], by_hand / by_hand.sum(), rtol=1e-5, atol=1e-9)
     assert unit_centre(model, SIZE, 0) == (10.0, 7.0)
     for depth in (1, None):
@@ -169,8 +173,10 @@ def test_receptive_field_matches_finite_differences():
             features = outputs[0][0].numpy()
             if features.ndim == 2:  # tokens (1 + rows * columns, D)
                 rows, columns = GRID
-                return features[1 + rows // 2 * columns + columns // 2].sum()
-            return features[:, features.shape[1] // 2, features.shape[2] // 2].sum()
+                features = features[1 + rows // 2 * columns + columns // 2]  # (D)
+            else:
+                features = features[:, features.shape[1] // 2, features.shape[2] // 2]  # (D)
+            return features @ channel_weights(torch.from_numpy(features)).numpy()
 
         field = np.zeros((height, width))
         for image in images.numpy():
@@ -181,3 +187,16 @@ def test_receptive_field_matches_finite_differences():
         expected = field / field.sum()
         ours = receptive_field(model, images, depth).numpy()
         assert np.abs(ours - expected).max() < 1e-6
+
+
+def test_receptive_field_is_measured_after_a_new_layer_norm():
+    """The plain sum of its channels is constant: the gradient would be zero, or rounding noise."""
+    for model in (ConvNeXt(img_size=16, n_classes=2, widths=(6, 12), depths=(1, 1), stem_stride=4),
+                  SwinTransformer(16, 4, 3, 2, 6, (1, 1), (1, 2), 2)):
+        field = receptive_field(model.eval(), torch.randn(2, 3, 16, 16), 0)
+        if adapt(model).windowed:  # its norm comes after the projection
+            assert (field > 0).sum() == 16
+        else:
+            unit = field.unflatten(0, (4, 4)).unflatten(2, (4, 4)).sum(dim=(1, 3))  # of 4 x 4 patches
+            assert unit[2, 2].item() == pytest.approx(1, abs=1e-9)
+            assert field[8:12, 8:12].min() > 0
