@@ -577,8 +577,8 @@ def _describe_convnet(model, name, images, side=8):
 def _unit_fields(model, image, depth, grid):
     """Return (n, n); row i is the share of every patch in the gradient of the unit in the middle of patch i.
 
-    It is the gradient of a weighted sum over channels, as in `receptive_field`, which measures the unit in the centre of
-    the image.
+    It is the gradient of a weighted sum over channels, as in `receptive_field`, which measures the unit in the centre
+    of the image.
     """
     rows = []
     pixels, output, _ = watch_layer(model, adapt(model).layers[depth], image)  # (1, 3, H, W), the layer's own shape
