@@ -293,7 +293,7 @@ PAGES["docs/models-and-weights.md"] = Page(
                              ("convnext_nano", "ConvNeXt"))),
         ("ours reach a test accuracy of {:.1%} (ViT), {:.1%} (hybrid) and {:.1%} (ConvNet)",
          *(cell(f"weights-{name}-bf16-0", "test_acc") for name in ("vit_nano", "hybrid", "convnet"))),
-        ("The largest difference of the ViT formats was {:.1e} of the largest value",
+        ("The largest difference in the rows of ViT, DeiT and Swin was {:.1e} of the largest value",
          max(row["difference"] for row in cell("formats-all", "rows"))),
     ],
     stated=[
