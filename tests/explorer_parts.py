@@ -81,10 +81,10 @@ def small_swin(**options):
                                          n_heads=(1, 2, 4), window_size=4) | options))
 
 
-def uneven(model):
-    """In eval mode, with parameters drawn so that attention is far from even."""
+def uneven(model, by=0.4):
+    """In eval mode, with parameters drawn so that attention is far from even; a deep model needs less."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.4 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
     return model.eval()

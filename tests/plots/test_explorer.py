@@ -528,7 +528,7 @@ def test_explore_reduces_the_patches_of_a_swin_for_max_mb():
 
 @pytest.mark.slow
 def test_explore_keeps_swin_tiny_below_three_megabytes():
-    page = explorer.explore(uneven(create_swin_tiny(5)), pixels(224, 224), None)
+    page = explorer.explore(uneven(create_swin_tiny(5), 0.1), pixels(224, 224), None)
     assert len(page.html) < 3e6
     assert page.grids == [(56, 56)]
 
