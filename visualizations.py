@@ -1401,12 +1401,6 @@ def compare_reach(models, images, save_path=None, untrained=True):
     InputError
         For the same reasons as `receptive_field`, and if `models` is not a dict of models.
 
-    Notes
-    -----
-    In a new ConvNeXt or Swin Transformer, a LayerNorm follows the stem, and the sum of its channels is constant. So
-    after stage 1 the gradient of this sum passes only through the branches of the blocks, and the radius is larger than
-    the share of these branches suggests.
-
     References
     ----------
     Dosovitskiy et al. 2021 (the ViT paper), Fig. 7 (right); Luo et al. 2016, "Understanding the Effective Receptive
