@@ -1345,7 +1345,7 @@ def _draw_field(axes, model, images, depth, scale):
     place = f"after {adapter.unit} {depth} of {len(adapter.layers) - 1}" if depth else f"after the {start}"
     try:
         field = receptive_field(model, images, depth)  # (height, width)
-    except InputError as error:  # such as after a new LayerNorm: the sum of its channels is constant
+    except InputError as error:  # such as weights of zero: the gradient is zero at every pixel
         axes.text(0.5, 0.5, wrapped(f"not measured: {str(error).split(', so')[0]}", 1.8, 9), ha="center", va="center",
                   fontsize=9, transform=axes.transAxes)
         axes.set_title(f"{place}\n", fontsize=11)
@@ -1400,12 +1400,6 @@ def compare_reach(models, images, save_path=None, untrained=True):
     ------
     InputError
         For the same reasons as `receptive_field`, and if `models` is not a dict of models.
-
-    Notes
-    -----
-    In a new ConvNeXt or Swin Transformer, a LayerNorm follows the stem, and the sum of its channels is constant. So
-    after stage 1 the gradient of this sum passes only through the branches of the blocks, and the radius is larger than
-    the share of these branches suggests.
 
     References
     ----------
