@@ -1345,7 +1345,7 @@ def _draw_field(axes, model, images, depth, scale):
     place = f"after {adapter.unit} {depth} of {len(adapter.layers) - 1}" if depth else f"after the {start}"
     try:
         field = receptive_field(model, images, depth)  # (height, width)
-    except InputError as error:  # such as after a new LayerNorm: the sum of its channels is constant
+    except InputError as error:  # such as weights of zero: the gradient is zero at every pixel
         axes.text(0.5, 0.5, wrapped(f"not measured: {str(error).split(', so')[0]}", 1.8, 9), ha="center", va="center",
                   fontsize=9, transform=axes.transAxes)
         axes.set_title(f"{place}\n", fontsize=11)

@@ -1,4 +1,4 @@
-"""DeiT, Swin and ConvNeXt on CIFAR-10 (JPEG): equal minutes, each at its own learning rate, three seeds.
+"""DeiT, Swin and ConvNeXt on CIFAR-10 (JPEG): equal minutes, learning rates chosen with the first seed, three seeds.
 
     python benchmarks/family.py --data-dir CIFAR speeds          measures the speed of each arm, on an idle machine
     python benchmarks/family.py --data-dir CIFAR run             trains every cell that has no result yet
@@ -115,32 +115,33 @@ def read(name, learning_rate, seed):
     return json.loads(path.read_text())["result"] if path.exists() else None
 
 
-def chosen_rate(name):
-    """Return the arm's learning rate, once the grid has been trained with seed 0 and its edge does not win."""
+def search(name):
+    """Return (the arm's learning rate or None, the rates that seed 0 still has to try).
+
+    The grid grows beyond its edge for as long as the edge has the best validation accuracy.
+    """
     owner, rates = ARMS[name].rate_of or name, list(RATES)
     while True:
         found = {rate: read(owner, rate, 0) for rate in rates}
-        if None in found.values():
-            return None
+        if missing := [rate for rate, result in found.items() if result is None]:
+            return None, missing
         best = max(found, key=lambda rate: found[rate]["val_acc"])
         if min(rates) < best < max(rates):
-            return best
+            return best, []
         rates.append(best / 2 if best == min(rates) else best * 2)
+
+
+def chosen_rate(name):
+    """Return the arm's learning rate, or None while its grid is not complete."""
+    return search(name)[0]
 
 
 def wanted_cells():
     """Yield (arm, learning rate, seed) of the next cells: first the grids with seed 0, then the other seeds."""
     for name, arm in ARMS.items():
         if arm.rate_of is None:
-            known = [rate for rate in (RATES[0] / 4, RATES[0] / 2, *RATES, RATES[-1] * 2, RATES[-1] * 4)]
-            results = {rate: read(name, rate, 0) for rate in known}
-            for rate in RATES:
-                if results[rate] is None:
-                    yield name, rate, 0
-            if chosen_rate(name) is None and all(results[rate] for rate in RATES):
-                done = {rate: result["val_acc"] for rate, result in results.items() if result}
-                best = max(done, key=done.get)
-                yield name, best / 2 if best == min(done) else best * 2, 0
+            for rate in search(name)[1]:
+                yield name, rate, 0
     for seed in SEEDS:
         for name in ARMS:
             rate = chosen_rate(name)

@@ -672,6 +672,11 @@ def test_views_of_a_swin_without_a_patch_are_refused_in_one_line():
             v.visualize_bias_tables(model)
 
 
+@pytest.mark.parametrize("name", ["torchvision", "transformers"])
+def test_a_swin_of_another_library_is_resized_as_in_its_weights(name):
+    assert adapt(SWINS[name]()).preprocessing.interpolation == "bicubic"
+
+
 def test_a_swin_has_distances_and_grad_cam():
     model = SWINS["ours"]()
     views = v.AttentionVisualizer(model, device="cpu")

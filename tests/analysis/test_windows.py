@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torchvision
 from other_models import SWINS, swin_images
 from torch import nn
 
@@ -104,6 +105,39 @@ def test_padding_has_the_rest_of_the_weight(size):
         inside = one.places < one.size[0] * one.size[1]  # (W, M)
         within = (one.maps * inside[:, None, None]).sum(dim=4)  # (B, W, H, M)
         torch.testing.assert_close(total.sum(), (within * inside[:, None]).sum())
+
+
+@pytest.mark.parametrize("library", ["ours", "torchvision"])
+def test_distances_leave_out_windows_of_padding_alone(library):
+    """6 x 6 tokens in windows of 4, shifted by 2: two padded rows form a group of their own in the shifted windows."""
+    torch.manual_seed(0)
+    if library == "ours":
+        model = SwinTransformer(img_size=24, patch_size=4, embed_dim=8, depths=(2,), n_heads=(2,), window_size=4)
+    else:
+        model = torchvision.models.SwinTransformer([4, 4], 8, [2], [2], [4, 4])
+    kept, _ = capture_windows(model.eval(), torch.randn(2, 3, 24, 24))
+    assert any((one.places == 36).any() and any(one.shift) for one in kept)
+    centres = 4 * torch.cartesian_prod(torch.arange(6), torch.arange(6)).double()
+    apart = torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")
+    for one in kept:
+        whole = one.whole().double()
+        expected = ((whole * apart).sum(dim=3) / whole.sum(dim=3)).mean(dim=2)  # (B, H)
+        torch.testing.assert_close(one.distances(), expected)
+
+
+def test_images_that_are_too_small_for_a_swin_of_transformers_are_refused_in_one_line():
+    """Its windows shrink with the map, but its tables do not."""
+    model = SWINS["transformers"]()  # three stages, patches of 4, windows of 7
+    capture_windows(model, torch.randn(1, 3, 112, 112))
+    with pytest.raises(InputError, match=r"\Agot images of 96x112 pixels[^\n]*6 tokens[^\n]*need 7; use [^\n]*\Z"):
+        capture_windows(model, torch.randn(1, 3, 96, 112))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_windows_of_a_quantised_swin_are_its_own_within_the_rounding_of_its_activations():
+    """Activations are rounded to 8 bits by their range in the batch, so a single image gives slightly other logits."""
+    model = torch.ao.quantization.quantize_dynamic(SWINS["ours"](), {nn.Linear})
+    assert window_distances(model, swin_images("ours", 3))[:, 0].isfinite().all()
 
 
 def test_timm_rolls_its_map_before_it_pads_it():

@@ -245,6 +245,31 @@ def test_load_says_where_timm_pads_otherwise(tmp_path):
         assert any("timm pads maps after it shifts them" in str(warning.message) for warning in caught) == differs
 
 
+def test_load_says_where_transformers_does_not_shift(tmp_path):
+    """24 x 12 pixels: the map of the second stage has 6 x 3 tokens, and windows have 3 x 3."""
+    torch.manual_seed(5)
+    for size, differs in (([24, 12], True), ([24, 24], False)):
+        theirs = transformers.SwinForImageClassification(transformers.SwinConfig(**{
+            **HF, "image_size": size, "depths": [1, 2], "num_heads": [1, 2]})).eval()
+        theirs.save_pretrained(tmp_path)
+        with pytest.warns(Assumption) as caught:
+            model = load(tmp_path)
+        assert model.config.img_size == (tuple(size) if differs else 24)
+        assert any("transformers shifts its windows along neither" in str(one.message) for one in caught) == differs
+        images = images_of(tuple(size)).float()
+        with torch.no_grad():
+            assert torch.allclose(model(images), theirs(images).logits, rtol=1e-4, atol=1e-4) != differs
+
+
+def test_load_assumes_the_shift_that_a_state_dict_does_not_show(tmp_path):
+    model = randomised(SwinTransformer(**OURS, shift=False)).float()
+    torch.save(model.state_dict(), tmp_path / "m.pth")
+    with pytest.warns(Assumption, match="shift=True"):
+        assert load(tmp_path / "m.pth").config.shift
+    again, images = load(tmp_path / "m.pth", shift=False, img_size=SIDE), images_of(SIDE).float()
+    assert torch.equal(again(images), model(images))
+
+
 # ---- Other windows
 
 

@@ -189,6 +189,20 @@ def test_files_of_one_and_of_two_heads_do_not_pass_for_each_other(tmp_path):
             load_checkpoint(other, tmp_path / "ours.pt")
 
 
+@pytest.mark.parametrize("n_registers", [0, 2])
+def test_the_state_dict_of_a_distilled_vit_opens_with_and_without_registers(n_registers, tmp_path):
+    model = trained(n_registers=n_registers)
+    torch.save(model.state_dict(), tmp_path / "m.pth")
+    again = DistilledViT(**OURS, n_registers=n_registers).eval()
+    with pytest.warns(Assumption):
+        load_checkpoint(again, tmp_path / "m.pth")
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(again(images), model(images))
+    with pytest.warns(Assumption):
+        loaded = load(tmp_path / "m.pth", n_heads=2)
+    assert torch.equal(loaded(images), model(images))
+
+
 # ---- What lies beside a file
 
 

@@ -11,14 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from vit_bridge.analysis.capture import AttentionCapture, check_finite_numbers
+from vit_bridge.analysis.capture import AttentionCapture, alike_within, check_finite_numbers
 from vit_bridge.errors import InputError, check_index
 from vit_bridge.models.adapters import adapt
 from vit_bridge.models.protocol import class_name
 from vit_bridge.models.swin import spread_windows, window_places
 from vit_bridge.runtime import at_least_float32, evaluating, logits_of, to_model, unwrapped
-
-LIKE_WHOLE_BLOCKS = 1e-4  # how far explicit attention may change the logits, relative to the largest logit
 
 
 @dataclass
@@ -75,7 +73,8 @@ class Windowed:
                               dim=2).double()  # (W, M, 2), in pixels
         apart = torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")  # (W, M, M)
         weights = self.maps.double() * inside[:, None, None]  # (B, W, H, M, M)
-        means = (weights * apart[:, None]).sum(dim=4) / weights.sum(dim=4)  # (B, W, H, M)
+        totals = weights.sum(dim=4).clamp(min=1e-300)  # 0 in the rows of padding that attends to padding alone
+        means = (weights * apart[:, None]).sum(dim=4) / totals  # (B, W, H, M)
         return (means * inside[:, None]).sum(dim=(1, 3)) / n
 
 
@@ -134,7 +133,7 @@ def capture_windows(model, images, keep=None):
                              f"each of its {len(blocks)} blocks, over the tokens of its windows")
         own = logits_of(model(to_model(images[:1], model)))
     apart, scale = (own - logits[:1]).abs().max().item(), max(1.0, own.abs().max().item())
-    if not apart <= LIKE_WHOLE_BLOCKS * scale:
+    if not apart <= alike_within(model, own.dtype) * scale:
         raise InputError(f"with explicit attention, this {class_name(model)} returns different logits (by "
                          f"{apart:.1e}), so the maps would not be the model's own")
     return kept, logits

@@ -199,6 +199,8 @@ class WindowAdapter(ModelAdapter):
         Whether maps are padded before they are rolled.
     channels_last : bool
         Whether the layers return (B, h, w, D).
+    least_side : int
+        Smallest number of tokens along a side of a map that the blocks accept.
     """
 
     patch_size: tuple
@@ -208,6 +210,7 @@ class WindowAdapter(ModelAdapter):
     projection: torch.nn.Module
     pads_first: bool = True
     channels_last: bool = False
+    least_side: int = 1
     windowed = True
     pool = "mean"
     prefix = ()
@@ -252,6 +255,10 @@ class WindowAdapter(ModelAdapter):
         """Raise InputError unless the model accepts these images and their sides are multiples of the patch size."""
         super().check_images(images)
         self.grid(images)
+        if (side := min(self.grid_in(images, len(self.stages) - 1))) < self.least_side:
+            raise InputError(f"got images of {images.shape[2]}x{images.shape[3]} pixels, whose last map has only "
+                             f"{side} tokens along a side, but this model's windows need {self.least_side}; use larger "
+                             f"images")
 
 
 def adapt(model):
@@ -532,8 +539,8 @@ def _of_torchvision_swin(model):
     return WindowAdapter(
         library="torchvision", layers=[projection, *(stage[-1] for stage in stages)], img_size=(224, 224),
         in_channels=projection.in_channels, n_classes=_classes_of(model.head), any_size=True, channels_last=True,
-        **_images_of(model, projection.in_channels, 224), patch_size=tuple(projection.kernel_size), stages=stages,
-        projection=projection, window_of=_torchvision_window,
+        **_images_of(model, projection.in_channels, 224, interpolation="bicubic"),
+        patch_size=tuple(projection.kernel_size), stages=stages, projection=projection, window_of=_torchvision_window,
         tables=[(block.attn.relative_position_bias_table.detach(), tuple(block.attn.window_size)) for stage in stages
                 for block in stage])
 
@@ -556,8 +563,10 @@ def _of_transformers_swin(model):
     return WindowAdapter(
         library="transformers", layers=[projection, *(stage[-1] for stage in stages)], img_size=pair(config.image_size),
         in_channels=config.num_channels, n_classes=_classes_of(head) if head else None, any_size=True,
-        **_images_of(model, config.num_channels, config.image_size, class_names=listed_names(config.id2label)),
+        **_images_of(model, config.num_channels, config.image_size, class_names=listed_names(config.id2label),
+                     interpolation="bicubic"),
         patch_size=pair(config.patch_size, "patch_size"), stages=stages, projection=projection,
+        least_side=config.window_size,  # on a smaller map the window shrinks, but not its table
         window_of=lambda block, size: (pair(int(block.window_size)), [int(block.shift_size)] * 2),
         tables=[(block.attention.relative_position_bias.relative_position_bias_table.detach(), pair(config.window_size))
                 for stage in stages for block in stage])

@@ -62,7 +62,8 @@ def build_model(name, **arguments):
     """Build a new model from MODELS.
 
     If you pass img_size but no patch_size, the patch size is 4 pixels for images of up to 64 pixels, 8 up to 128 pixels
-    and 16 above. For a ConvNet or ConvNeXt the stride of the stem follows the same rule: 1, 2 and 4.
+    and 16 above. For a Swin it is 1, 2 and 4, and so is the stride of the stem of a ConvNet or ConvNeXt. For swin_nano
+    and convnext_nano these are 2, 4 and 8.
 
     Parameters
     ----------

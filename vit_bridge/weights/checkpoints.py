@@ -27,7 +27,7 @@ from vit_bridge.models.relative import resample_bias_table
 from vit_bridge.preprocessing import IMAGENET_MEAN, Preprocessing, one_side
 from vit_bridge.runtime import device_of, is_quantised, unwrapped
 from vit_bridge.system import write_whole
-from vit_bridge.weights.cnns import CNN_CONFIGS, stem_is_small
+from vit_bridge.weights.cnns import CNN_CONFIGS, not_in_tensors
 from vit_bridge.weights.files import SCALES, class_names_in, read_file, to_int8, unwrap
 from vit_bridge.weights.formats import (
     FORMATS,
@@ -1008,15 +1008,13 @@ def infer_cnn(weights, given):
         config = replace(config, img_size=recorded["img_size"])
     elif "img_size" not in given:
         assumed["img_size"] = f"img_size={config.img_size}"
-    small = stem_is_small(weights)
-    if small and "stem_stride" not in given:
-        assumed["stem_stride"] = f"stem_stride={config.stem_stride} without pooling"
-    elif small:
-        config = replace(config, stem_stride=given["stem_stride"])
+    unrecorded = not_in_tensors(weights, config)
+    config = replace(config, **{name: given[name] for name in unrecorded if name in given})
+    assumed |= {name: words for name, words in unrecorded.items() if name not in given}
     preprocessing, words = _infer_preprocessing(weights, config.img_size, config)
     assumed |= dict(images=words) if words else {}
     model_class = model_classes()[weights.format.holds]
-    return Inferred(model_class, config, preprocessing, None, assumed, ("stem_stride",) if small else ())
+    return Inferred(model_class, config, preprocessing, None, assumed, tuple(unrecorded))
 
 
 def _infer_grid(weights, patch, given):

@@ -13,6 +13,7 @@ from vit_bridge.models.convnet import BLOCKS, ConvNetConfig
 from vit_bridge.models.convnext import ConvNeXtConfig
 from vit_bridge.models.swin import SwinConfig
 from vit_bridge.preprocessing import one_side
+from vit_bridge.weights.formats import OUR_SWIN
 from vit_model import grid_of, pair
 
 
@@ -110,12 +111,25 @@ def swin_config(weights):
                                                 for side, length in zip(grid, window, strict=True)):
         weights.choices.append("padding: timm pads maps after it shifts them, but this library pads before, so the "
                                "windows of the shifted blocks differ at the edges")
+    if weights.format.library == "transformers" and any((grid[0] <= window[0]) != (grid[1] <= window[1])
+                                                        for grid, window in zip(grids, windows, strict=True)):
+        weights.choices.append("shift: where a window covers a map along one side only, transformers shifts its "
+                               "windows along neither side, but this library shifts them along the other")
     return config
 
 
 def stem_is_small(weights):
     """Return whether the first convolution is ConvNet's 3 x 3 one, whose stride no tensor shows."""
     return weights.format.holds == "ConvNet" and weights.tensors["stem.0.weight"].shape[-1] == 3
+
+
+def not_in_tensors(weights, config):
+    """Return {field of the configuration that no tensor of the file shows: the value that is assumed, in words}."""
+    if stem_is_small(weights):
+        return dict(stem_stride=f"stem_stride={config.stem_stride} without pooling")
+    if weights.format.name == OUR_SWIN:  # in other libraries, every second block shifts its windows
+        return dict(shift=f"shift={config.shift}")
+    return {}
 
 
 CNN_CONFIGS = dict(ConvNet=convnet_config, ConvNeXt=convnext_config, SwinTransformer=swin_config)

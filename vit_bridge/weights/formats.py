@@ -116,6 +116,7 @@ SWIN_BLOCK = r"^layers\.0\.blocks\.0\.attn\.qkv\.weight$"
 SWIN_NAMES = ((r"patch_embed\.norm\.(\w+)", r"patch_norm.\1"), (r"layers\.(.*)", r"stages.\1"))
 SWIN = r"(?:swin\.)?"
 HF_SWIN_BLOCK = SWIN + r"encoder\.layers\.(\d+)\.blocks\.(\d+)\."
+OUR_SWIN = "our names of a SwinTransformer"
 SWIN_FORMATS = (
     Format("torchvision's Swin", r"features\.0\.0\.weight", (r"^features\.1\.0\.attn\.qkv\.weight$",), (
         (r"features\.0\.0\.(\w+)", r"patch_embed.proj.\1"),
@@ -144,8 +145,8 @@ SWIN_FORMATS = (
         *SWIN_NAMES), SWIN_DROPS, **SWIN_IMAGES),
     Format("timm's Swin", TIMM_ROOT, (SWIN_BLOCK,), (*SWIN_NAMES, (r"head\.fc\.(\w+)", r"head.\1")), SWIN_DROPS,
            library="timm", **SWIN_IMAGES),
-    Format("our names of a SwinTransformer", TIMM_ROOT, (r"^stages\.0\.blocks\.0\.attn\.qkv\.weight$",
-                                                         r"^patch_norm\.weight$"), (), SWIN_DROPS, **SWIN_IMAGES),
+    Format(OUR_SWIN, TIMM_ROOT, (r"^stages\.0\.blocks\.0\.attn\.qkv\.weight$", r"^patch_norm\.weight$"), (), SWIN_DROPS,
+           **SWIN_IMAGES),
 )
 
 # Names of CNN blocks, with groups (stage, block, ...) or (stage, ...). torchvision counts a ResNet's stages from 1, and
@@ -258,8 +259,8 @@ FORMATS = (
            ((r"(backbone\.)?mask_token", MASK[1]),
             (r"(head|dino_head|ibot_head)\.(mlp|last_layer)\b.*", "DINO's projection head, used in pretraining")),
            pos_cls=True),
-    Format("timm's names of a distilled DeiT", TIMM_ROOT, (r"^dist_token$",), (), (AVERAGED,), pos_cls=True,
-           library="timm", fixes=("pool", "norm_eps"), interpolation="bicubic", holds="DistilledViT"),
+    Format("timm's names of a distilled DeiT", TIMM_ROOT, (r"^dist_token$",), (), (AVERAGED,), library="timm",
+           fixes=("pool", "norm_eps"), interpolation="bicubic", holds="DistilledViT"),
     Format("timm's names (timm, DeiT, DINO, MAE's encoder)", TIMM_ROOT, (r"^blocks\.0\.attn\.qkv",), (),
            (MASK, PRE_LOGITS, AVERAGED), library="timm"),
     *CNN_FORMATS,
