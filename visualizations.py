@@ -249,10 +249,11 @@ class AttentionVisualizer:
         left, middle, right = figure.subplots(1, 3)
         left.imshow(picture)
         left.set_title("the image, as the model sees it" + self.describe_prediction(images))
-        scale = dict(cmap="viridis", vmin=0, vmax=clip_at(grid))
+        top = top_weight(grid)
+        scale = dict(cmap="viridis", vmin=0, vmax=top)
         mappable = draw_map(middle, picture, grid, block.token_size, **scale)
         shares = [f"{name} {share:.1%}" for name, share in self.on_others(row).items()]
-        words = [f"colours end at {percent(clip_at(grid))}; largest {percent(grid.max())}",
+        words = [f"colours end at {percent(top)}; largest {percent(grid.max())}",
                  ", ".join([f"all patches {grid.sum():.1%}", *shares]) if shares else ""]
         middle.set_title("\n".join(["attention to each patch", *filter(None, words)]))
         _draw_over(right, picture, grid, block.token_size, scale, interpolation="bilinear")
@@ -622,6 +623,9 @@ class AttentionVisualizer:
     def attention_scale(self):
         """The MapScale of attention weights, with the other tokens of this model in its label."""
         kinds = list(self.on_others(torch.zeros(self.adapter.n_prefix))) if self.adapter.prefix else []
+        if self.adapter.windowed:
+            return replace(WEIGHTS, label=WEIGHTS.label.replace("its 99th percentile",
+                                                                "the 99th percentile of the weights in the window"))
         if not kinds:
             return WEIGHTS
         lines = "last line below a panel is" if len(kinds) == 1 else f"last {len(kinds)} lines below a panel are"
@@ -764,12 +768,21 @@ class MapScale:
     extend: str = "max"
 
 
+def top_weight(grid):
+    """Return the top of the colour scale of attention weights (rows, columns).
+
+    Tokens outside a window have a weight of exactly 0. They do not count: in a large image they are most of the map.
+    """
+    counted = grid[grid > 0]
+    return clip_at(counted if counted.size else grid)
+
+
 WEIGHTS = MapScale(
-    lambda grid: (0, clip_at(grid)), lambda low, top, largest: f"to {percent(top)}\nmax {percent(largest)}",
+    lambda grid: (0, top_weight(grid)), lambda low, top, largest: f"to {percent(top)}\nmax {percent(largest)}",
     "Attention to each patch. Each panel has its own scale, up to its 99th percentile (“to”); “max” is its largest "
     "weight.")
 SHARES_OF_MAP = MapScale(
-    WEIGHTS.between, WEIGHTS.say,
+    lambda grid: (0, clip_at(grid)), WEIGHTS.say,
     "Share of each patch in its map. Each panel has its own scale, up to its 99th percentile (“to”); “max” is its "
     "largest share.")
 LENGTHS = MapScale(
@@ -1341,7 +1354,7 @@ def _check_named(models):
 def _draw_field(axes, model, images, depth, scale):
     """Draw one receptive field with its two circles, or the reason why it cannot be measured."""
     adapter = adapt(model)
-    start = "patch embedding" if (adapter.attends or adapter.windowed) and adapter.projects_patches else "stem"
+    start = "patch embedding" if adapter.projects_patches else "stem"
     place = f"after {adapter.unit} {depth} of {len(adapter.layers) - 1}" if depth else f"after the {start}"
     try:
         field = receptive_field(model, images, depth)  # (height, width)
@@ -1647,7 +1660,7 @@ def _run_look(options):
     model, name = _model_to_look_with(options)
     given = options.pretrained or name
     adapter, whole = adapt(model), None if options.crop else Whole(options.max_tokens, options.img_size)
-    if options.max_tokens and not (adapter.attends or adapter.windowed):
+    if options.max_tokens and not adapter.has_attention:
         raise InputError(f"--max-tokens limits patches, and {name} is a ConvNet, which has none; use --img-size")
     with ExitStack() as stack:
         stack.enter_context(unless_empty(Path(options.output_dir or "look")))
@@ -1757,7 +1770,7 @@ def _write_look(model, one, file, folder, name, found, whole, max_mb):
     The page is made first, because it may raise InputError.
     """
     written, remarks = [], []
-    if one.adapter.attends or one.adapter.windowed:
+    if one.adapter.has_attention:
         page = explore(model, [file], folder / "explorer.html", names=[name], title=f"{Path(file).name}: {name}",
                        whole=whole, max_mb=max_mb)
         written.append(page.path)
@@ -1782,7 +1795,7 @@ def _print_look(one, file, given, folder, found, written, remarks):
                                                           for path in written))
     for remark in remarks:
         print(f"{'Page':12} {remark}")
-    if not (one.adapter.attends or one.adapter.windowed):
+    if not one.adapter.has_attention:
         print(f"{'Page':12} none: a ConvNet has no attention; to compare it with a ViT: python visualizations.py "
               f"explore {file} --compare-with {given}")
 

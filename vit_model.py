@@ -295,7 +295,7 @@ class VisionTransformer(nn.Module):
 
     @property
     def n_prefix_positions(self):
-        """How many positions come before those of the patches: 1, for CLS, or 0 if there are registers."""
+        """How many positions come before those of the patches: one for each CLS token, or 0 if there are registers."""
         return self.n_cls_tokens if self.reg_token is None else 0
 
     @property
@@ -697,15 +697,10 @@ def create_vit(variant, n_classes=1000, **overrides):
     >>> create_vit("vit_nano", n_classes=10)(torch.randn(1, 3, 32, 32)).shape
     torch.Size([1, 10])
     """
-    return VisionTransformer(**vars(variant_config(variant, n_classes=n_classes, **overrides)))
-
-
-def variant_config(variant, **overrides):
-    """Return the ViTConfig of a name in VARIANTS, with other values for some fields."""
     check_choice("variant", variant, tuple(VARIANTS))
     for name in overrides:
         check_choice("argument", name, tuple(ViTConfig.__dataclass_fields__), "help(ViTConfig)")
-    return replace(VARIANTS[variant], **overrides)
+    return VisionTransformer(**vars(replace(VARIANTS[variant], n_classes=n_classes, **overrides)))
 
 
 # Shortcuts for create_vit, with the same arguments.

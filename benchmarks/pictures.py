@@ -103,7 +103,7 @@ OF_SHIPPED_MODELS = {
     "explanations": lambda: see_small().visualize_explanations(CAT),
     "receptive_fields": lambda: compare_receptive_fields(None),
     "patches": lambda: visualize_patch_embedding(ASTRONAUT, 16),
-    "windows": lambda: visualize_windows(build_model("swin_tiny").eval(), CAT, layers=[0, 1, 4, 5]),  # of any weights
+    "windows": lambda: visualize_windows(build_model("swin_tiny").eval(), CAT, layers=[2, 3]),  # of any weights
 }
 
 

@@ -497,8 +497,11 @@ def family_lines(cells):
             runs[r["arm"]].append(r)
         if cell["seed"] == 0:
             tried[r["arm"]][r["learning_rate"]] = r["val_acc"]
-    lines = ["| arm | minutes | steps | epochs | learning rate | validation accuracy of each seed | test accuracy of "
-             "each seed | mean, band | parameters |", "|---|---:|---:|---:|---:|---|---|---:|---:|"]
+    if runs:
+        lines = ["| arm | minutes | steps | epochs | learning rate | validation accuracy of each seed | test accuracy "
+                 "of each seed | mean, band | parameters |", "|---|---:|---:|---:|---:|---|---|---:|---:|"]
+    else:
+        lines = ["So far only the learning rates have been compared, with one seed. No test image has been read."]
     for arm, results in sorted(runs.items(), key=lambda item: -mean([r["test_acc"] for r in item[1]])):
         r, accuracies = results[0], [r["test_acc"] for r in results]
         band = f" ± {100 * T95[len(accuracies)] * stdev(accuracies) / len(accuracies) ** 0.5:.1f}" \

@@ -723,3 +723,13 @@ def test_visualize_distillation_draws_both_tokens(build):
     np.testing.assert_allclose(curve.lines[0].get_ydata(), features)
     np.testing.assert_allclose(curve.lines[1].get_ydata(), attention)
     assert_no_text_clipped(figure)
+
+
+def test_colours_of_a_large_swin_end_among_the_weights_of_the_window():
+    """A window of 4 x 4 among 40 x 40 tokens is 1% of the map: its 99th percentile over all tokens would be 0."""
+    model = SwinTransformer(80, 2, 3, 2, 6, (2,), (1,), 4).eval()
+    row = rows_by_block(model, torch.randn(1, 3, 80, 80), (20, 20))[0].weights[0, 0].numpy()  # (1600,)
+    assert (row > 0).sum() == 16
+    assert np.quantile(row, 0.99, method="lower") == 0
+    assert v.top_weight(row.reshape(40, 40)) == np.sort(row)[-2]
+    assert v.top_weight(np.zeros((2, 2))) > 0

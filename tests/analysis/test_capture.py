@@ -174,10 +174,10 @@ def test_capture_allows_rounding_by_the_size_of_the_logits(size, apart, right):
     model[1].bias = nn.Parameter(torch.tensor([size, -size / 2]).double())
     seen = model[1].bias.detach()[None] + torch.tensor([0.0, apart])
     if right:
-        r._check_logits(model, images_of(1, (15, 15)).double(), seen)
+        r.check_same_logits(model, images_of(1, (15, 15)).double(), seen)
     else:
         with pytest.raises(InputError, match="returns different logits"):
-            r._check_logits(model, images_of(1, (15, 15)).double(), seen)
+            r.check_same_logits(model, images_of(1, (15, 15)).double(), seen)
 
 
 def test_capture_refuses_too_few_maps():

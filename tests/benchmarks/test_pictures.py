@@ -36,7 +36,7 @@ def test_pictures_draws_every_figure_of_the_pages(pictures):
 def test_figures_are_small_enough_for_a_page(pictures):
     sizes = {path.name: path.stat().st_size for path in (ROOT / "benchmarks" / "figures").glob("*.png")}
     assert max(sizes.values()) < 300_000, sizes
-    assert sum(sizes.values()) < 4_000_000
+    assert sum(sizes.values()) < 3_200_000
 
 
 @pytest.mark.parametrize("name", ["reach", "shape_bias", "data_efficiency_cifar", "patches_changed", "processes"])

@@ -322,8 +322,8 @@ def test_a_teacher_that_cannot_teach_is_refused_in_one_line(build, expected):
 
 @pytest.mark.parametrize(("settings", "expected"), [
     (dict(kind="warm"), "distillation 'warm' is unknown; choose one of: hard, soft"),
-    (dict(weight=1.5), "weight 1.5 is out of range"),
-    (dict(kind="soft", temperature=0), "temperature 0 is out of range"),
+    (dict(weight=1.5), "weight 1.5 must lie between 0"),
+    (dict(kind="soft", temperature=0), "temperature 0 must be a positive number"),
     (dict(kind="hard", temperature=3.0), "temperature 3.0 has no effect on hard distillation")])
 def test_distillation_refuses_values_out_of_range(settings, expected):
     with pytest.raises(InputError, match=expected):

@@ -112,7 +112,7 @@ def rows_by_block(model, images, patch=None):
         As attention_rows, and for a Swin Transformer without a patch.
     """
     adapter = adapt_attention(model)
-    if not adapter.windowed or patch is None:
+    if not adapter.windowed or patch is None:  # attention_rows gives the reason why a Swin needs a patch
         grid, rows = adapter.grid(images), attention_rows(model, images, patch)
         return [BlockRows(weights, grid, adapter.patch_size) for weights in rows]
     rows = window_rows(model, images, patch)  # L tensors (B, H, h, w)

@@ -159,7 +159,7 @@ def capture(model, images, gradients=False, change=None, keep=whole_maps):
         return seen
     _check_maps(model, recorder, len(adapter.blocks), adapter.n_prefix + grid[0] * grid[1])
     if change is None and adapter.library != "ours":
-        _check_logits(model, images[:1], logits[:1])
+        check_same_logits(model, images[:1], logits[:1])
     return seen
 
 
@@ -485,13 +485,14 @@ def _check_again(model, what, found, expected, seen):
                          f"of {length:.1e}), so its gradients cannot be computed block by block; use a plain ViT")
 
 
-def _check_logits(model, images, logits):
+def check_same_logits(model, images, logits):
     """Raise InputError unless an ordinary forward pass returns the same logits."""
     with evaluating(model), torch.no_grad():
         own = logits_of(model(to_model(images.detach(), model)))
     if words := _apart(model, own, logits):
         raise InputError(f"with explicit attention, this {class_name(model)} returns different logits from an ordinary "
-                         f"forward pass ({words}), so the maps would not be the model's own; use a plain ViT")
+                         f"forward pass ({words}), so the maps would not be the model's own; use a plain ViT or Swin "
+                         f"Transformer")
 
 
 def _check_read(model, adapter, tokens, logits):

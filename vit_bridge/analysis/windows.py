@@ -7,11 +7,12 @@ Shapes:  B images, C channels, L blocks, H heads, h, w height and width of a map
          M tokens of a window.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-from vit_bridge.analysis.capture import AttentionCapture, alike_within, check_finite_numbers
+from vit_bridge.analysis.capture import AttentionCapture, check_finite_numbers, check_same_logits
 from vit_bridge.errors import InputError, check_index
 from vit_bridge.models.adapters import adapt
 from vit_bridge.models.protocol import class_name
@@ -27,8 +28,6 @@ class Windowed:
     ----------
     maps : Tensor, shape (B, W, H, M, M)
         Rows are queries and sum to one. Places outside the map, which only pad it, are included.
-    places : Tensor, shape (W, M)
-        The token of the map at each place of each window, row by row; N for padding.
     size : (int, int)
         (h, w).
     window, shift : (int, int)
@@ -42,7 +41,6 @@ class Windowed:
     """
 
     maps: torch.Tensor
-    places: torch.Tensor
     size: tuple
     window: tuple
     shift: tuple
@@ -50,16 +48,21 @@ class Windowed:
     token_size: tuple
     pads_first: bool = True
 
+    @property
+    def places(self):
+        """The token of the map at each place of each window, (W, M), row by row; N for padding."""
+        return window_places(self.size, self.window, self.shift, self.pads_first)
+
     def whole(self):
         """Return the attention between all tokens of the map, (B, H, N, N); it is 0 outside a token's window."""
         return spread_windows(self.maps, self.window, self.shift, self.size, self.pads_first)
 
     def row(self, place):
         """Return the attention of the token at (row, column) to all tokens, (B, H, N)."""
-        n, token = self.size[0] * self.size[1], place[0] * self.size[1] + place[1]
-        window, i = (self.places == token).nonzero()[0].tolist()
+        places, n, token = self.places, self.size[0] * self.size[1], place[0] * self.size[1] + place[1]
+        window, i = (places == token).nonzero()[0].tolist()
         row = self.maps.new_zeros(len(self.maps), self.maps.shape[2], n + 1)
-        row[:, :, self.places[window]] = self.maps[:, window, :, i]
+        row[:, :, places[window]] = self.maps[:, window, :, i]
         return row[:, :, :n]
 
     def distances(self):
@@ -67,9 +70,9 @@ class Windowed:
 
         Padding is left out, and the weights of each token on the others are rescaled to sum to one.
         """
-        n, (_, columns) = self.size[0] * self.size[1], self.size
-        inside = (self.places < n).double()  # (W, M)
-        centres = torch.stack([self.places // columns * self.token_size[0], self.places % columns * self.token_size[1]],
+        places, n, (_, columns) = self.places, self.size[0] * self.size[1], self.size
+        inside = (places < n).double()  # (W, M)
+        centres = torch.stack([places // columns * self.token_size[0], places % columns * self.token_size[1]],
                               dim=2).double()  # (W, M, 2), in pixels
         apart = torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")  # (W, M, M)
         weights = self.maps.double() * inside[:, None, None]  # (B, W, H, M, M)
@@ -105,37 +108,31 @@ def capture_windows(model, images, keep=None):
     model = unwrapped(model)
     adapter = adapt_windows(model)
     adapter.check_images(images)
-    blocks, stages, kept, sizes = adapter.blocks, adapter.stage_of_block, [], []
+    blocks, stages, kept = adapter.blocks, adapter.stage_of_block, []
 
     def note(index, attended):
         if index >= len(blocks):
-            return None
+            return
         size = adapter.grid_in(images, stages[index])
-        window, shift = adapter.window_of(blocks[index], size)
-        places = window_places(size, window, shift, adapter.pads_first)  # (W, M)
-        maps = at_least_float32(attended.maps.detach()).cpu()
-        if maps.shape[-1] == places.shape[1] and maps.shape[0] * maps.shape[1] % len(places) == 0:
-            ours = maps.shape[0] == len(images) and adapter.library == "ours"
-            maps = maps.unflatten(1, (len(places), -1)) if ours else maps.unflatten(0, (len(images), -1))
-            sizes.append(maps.shape[1] == len(places))
-            one = Windowed(maps, places, size, tuple(window), tuple(shift), stages[index],
-                           adapter.patch_size_in(stages[index]), adapter.pads_first)
-            kept.append(one if keep is None else keep(one))
-        return None
+        window, shift = (tuple(pair) for pair in adapter.window_of(blocks[index], size))
+        n_windows = math.prod(-(-side // length) for side, length in zip(size, window, strict=True))
+        maps, length = at_least_float32(attended.maps.detach()).cpu(), math.prod(window)
+        if maps.shape[-1] != length or maps.shape[0] * maps.shape[1] % (len(images) * n_windows):
+            return
+        maps = maps.reshape(len(images), n_windows, -1, length, length)  # from (B, W H, M, M), or (B W, H, M, M)
+        one = Windowed(maps, size, window, shift, stages[index], adapter.patch_size_in(stages[index]),
+                       adapter.pads_first)
+        kept.append(one if keep is None else keep(one))
 
     recorder = AttentionCapture(keep=note, least=1)
     with torch.no_grad(), evaluating(model):
         with recorder:
             logits = logits_of(model(to_model(images, model)))
         check_finite_numbers(model, logits)
-        if len(kept) != len(blocks) or not all(sizes):
+        if len(kept) != len(blocks):
             raise InputError(f"this {class_name(model)} computed {len(recorder.kept)} attention maps; expected one for "
                              f"each of its {len(blocks)} blocks, over the tokens of its windows")
-        own = logits_of(model(to_model(images[:1], model)))
-    apart, scale = (own - logits[:1]).abs().max().item(), max(1.0, own.abs().max().item())
-    if not apart <= alike_within(model, own.dtype) * scale:
-        raise InputError(f"with explicit attention, this {class_name(model)} returns different logits (by "
-                         f"{apart:.1e}), so the maps would not be the model's own")
+    check_same_logits(model, images[:1], logits[:1])
     return kept, logits
 
 

@@ -66,8 +66,13 @@ class ModelAdapter:
     preprocessing: Preprocessing
     assumed: str = ""
     any_size: bool = False
-    attends = windowed = False
+    attends = windowed = projects_patches = False
     unit = "stage"
+
+    @property
+    def has_attention(self):
+        """Whether the model attends to tokens: as a ViT, or within windows."""
+        return self.attends or self.windowed
 
     @property
     def size_step(self):
@@ -310,14 +315,26 @@ def preprocessing_of(model):
         if adapter.assumed:
             assume(adapter.assumed)
         return adapter.preprocessing
-    kept = getattr(model, "pretrained_cfg", None) or {}
-    if getattr(model, "preprocessing", None) is None and "mean" not in kept:
+    if (own := getattr(model, "preprocessing", None)) is not None:
+        return own
+    facts = _facts_of_timm(model)
+    if "mean" not in facts:
         raise InputError(f"nothing records how images for this {class_name(model)} are prepared; set "
                          f"model.preprocessing = Preprocessing(img_size, mean, std, class_names=...)")
-    size = tuple(kept.get("input_size", (3, 224, 224))[1:])
-    facts = {name: kept[name] for name in ("mean", "std", "interpolation") if name in kept}
-    n_channels = len(kept["mean"]) if "mean" in kept else model.preprocessing.n_channels
-    return _images_of(model, n_channels, size, **facts)["preprocessing"]
+    return Preprocessing(tuple(model.pretrained_cfg.get("input_size", (3, 224, 224))[1:]), **facts)
+
+
+def _facts_of_timm(model):
+    """Return what a model of timm records about its images; nothing if it was built by its class."""
+    kept = getattr(model, "pretrained_cfg", None) or {}
+    return {name: kept[name] for name in ("mean", "std", "interpolation") if kept.get(name) is not None}
+
+
+def _images_of_timm(model, n_channels, img_size):
+    """Return the fields `preprocessing` and `assumed` of the adapter of a model of timm."""
+    facts = _facts_of_timm(model)
+    unsure = "" if "mean" in facts else "ImageNet's; timm.create_model would record the model's own"
+    return _images_of(model, n_channels, img_size, unsure, **facts)
 
 
 def adapt_vit(model):
@@ -336,7 +353,7 @@ def adapt_vit(model):
 def adapt_attention(model):
     """Return the ViTAdapter or WindowAdapter of a model. Raises InputError if it has no attention."""
     adapter = adapt(model)
-    return adapter if adapter.windowed else adapt_vit(model)
+    return adapter if adapter.has_attention else adapt_vit(model)
 
 
 # ---- Adapters by library ----------------------------------------------------------------------------------
@@ -371,8 +388,8 @@ def _of_timm(model):
 
     Kinds of attention that are unsupported but not refused here are refused by the views that need the maps.
     """
-    embed, kept = model.patch_embed, getattr(model, "pretrained_cfg", None) or {}  # absent if built by its class
-    projection, n_classes = getattr(embed, "proj", None), _classes_of(model.head)
+    embed, n_classes = model.patch_embed, _classes_of(model.head)
+    projection = getattr(embed, "proj", None)
     if not isinstance(projection, torch.nn.Conv2d) or "backbone" in embed._modules:
         raise InputError(f"this {class_name(model)} of timm does not make its tokens by one projection of patches, "
                          f"which is not supported; use a plain ViT")
@@ -388,12 +405,10 @@ def _of_timm(model):
     if pool == SINGLE_TOKENS and model.has_class_token:
         pool = "cls"
     distilled = "head_dist" in model._modules
-    facts = {name: kept[name] for name in ("mean", "std", "interpolation") if kept.get(name) is not None}
-    unsure = "" if "mean" in facts else "ImageNet's; timm.create_model would record the model's own"
     return ViTAdapter(
         library="timm", layers=[projection, *model.blocks], img_size=tuple(embed.img_size), n_classes=n_classes,
         in_channels=projection.in_channels, any_size=bool(getattr(model, "dynamic_img_size", False)),
-        **_images_of(model, projection.in_channels, embed.img_size, unsure, **facts),
+        **_images_of_timm(model, projection.in_channels, embed.img_size),
         patch_size=tuple(embed.patch_size), pool=CLS_AND_DISTILLATION if distilled else pool,
         prefix=_prefix(model.has_class_token, model.num_reg_tokens, distilled),
         read=lambda x: model.forward_head(model.norm(x)), projection=projection,
@@ -511,22 +526,24 @@ def _classes_in(folder, make, *names):
 
 def _of_timm_swin(model):
     """Adapt a SwinTransformer of timm. Its windows and masks are built for one image size."""
-    kept, projection = getattr(model, "pretrained_cfg", None) or {}, model.patch_embed.proj
+    projection = model.patch_embed.proj
     if any(getattr(layer, "grad_checkpointing", False) for layer in model.layers):
         raise InputError(f"this {class_name(model)} uses gradient checkpointing, which hides its blocks; call "
                          f"model.set_grad_checkpointing(False) first")
     stages = [list(layer.blocks) for layer in model.layers]
-    facts = {name: kept[name] for name in ("mean", "std", "interpolation") if kept.get(name) is not None}
-    unsure = "" if "mean" in facts else "ImageNet's; timm.create_model would record the model's own"
     return WindowAdapter(
         library="timm", layers=[projection, *(stage[-1] for stage in stages)],
         img_size=tuple(model.patch_embed.img_size), in_channels=projection.in_channels,
         n_classes=_classes_of(model.head), channels_last=True, pads_first=False,
-        **_images_of(model, projection.in_channels, model.patch_embed.img_size, unsure, **facts),
+        **_images_of_timm(model, projection.in_channels, model.patch_embed.img_size),
         patch_size=tuple(model.patch_embed.patch_size), stages=stages, projection=projection,
-        window_of=lambda block, size: (tuple(block.window_size), tuple(block.shift_size)),
-        tables=[(block.attn.relative_position_bias_table.detach(), tuple(block.attn.window_size)) for stage in stages
-                for block in stage])
+        window_of=lambda block, size: (tuple(block.window_size), tuple(block.shift_size)), tables=_tables_of(stages))
+
+
+def _tables_of(stages):
+    """Return the table and the window of each block of timm or torchvision."""
+    return [(block.attn.relative_position_bias_table.detach(), tuple(block.attn.window_size)) for stage in stages
+            for block in stage]
 
 
 def _of_torchvision_swin(model):
@@ -541,8 +558,7 @@ def _of_torchvision_swin(model):
         in_channels=projection.in_channels, n_classes=_classes_of(model.head), any_size=True, channels_last=True,
         **_images_of(model, projection.in_channels, 224, interpolation="bicubic"),
         patch_size=tuple(projection.kernel_size), stages=stages, projection=projection, window_of=_torchvision_window,
-        tables=[(block.attn.relative_position_bias_table.detach(), tuple(block.attn.window_size)) for stage in stages
-                for block in stage])
+        tables=_tables_of(stages))
 
 
 def _torchvision_window(block, size):

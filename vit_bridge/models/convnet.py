@@ -265,7 +265,7 @@ def check_stages(**stages):
     """Raise InputError unless each argument, such as widths and depths, holds one positive whole number per stage."""
     for name, values in stages.items():
         if not isinstance(values, (tuple, list)):
-            raise InputError(f"{name} {values!r} is no tuple; pass one number for each stage, such as (2, 2, 6, 2)")
+            raise InputError(f"{name} {values!r} is not a tuple; pass one number for each stage, such as (2, 2, 6, 2)")
     lengths = {len(values) for values in stages.values()}
     if len(lengths) > 1 or lengths == {0}:
         listed = " and ".join(f"{name} {tuple(values)}" for name, values in stages.items())

@@ -437,7 +437,8 @@ def _keep_windows(attended, kept):
 
     Rows and columns of padding are 0, so that the error is relative to the largest weight on the image.
     """
-    inside = attended.places < math.prod(attended.size)  # (W, M)
+    places = attended.places  # (W, M)
+    inside = places < math.prod(attended.size)  # (W, M)
     maps = attended.maps[0].transpose(0, 1) * (inside[:, :, None] & inside[:, None])  # (H, W, M, M)
     heads, maps = len(maps), maps.flatten(0, 1)  # (H W, M, M)
     values, factors, error = _bytes_of(maps)
@@ -445,7 +446,7 @@ def _keep_windows(attended, kept):
     kept.weight_error = max(kept.weight_error, (values * factors - maps).abs().max().item())
     rows, columns = attended.size
     return dict(heads=heads, rows=rows, columns=columns, stage=attended.stage, window=attended.window,
-                shift=attended.shift, places=kept.blobs.add(attended.places, "<i4"),
+                shift=attended.shift, places=kept.blobs.add(places, "<i4"),
                 values=kept.blobs.add(values, "u1"), factors=kept.blobs.add(factors, "<f4"))
 
 

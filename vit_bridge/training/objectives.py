@@ -503,10 +503,10 @@ class Distillation(Classification):
         self.weight = default["weight"] if weight is None else weight
         self.temperature = default["temperature"] if temperature is None else temperature
         if not 0 <= self.weight <= 1:
-            raise InputError(f"weight {weight!r} is out of range; expected 0 (the labels alone) to 1 (the teacher "
-                             f"alone)")
+            raise InputError(f"weight {weight!r} must lie between 0 (learn from the labels only) and 1 (learn from the "
+                             f"teacher only)")
         if not 0 < self.temperature < math.inf:
-            raise InputError(f"temperature {temperature!r} is out of range; expected a positive number such as 3")
+            raise InputError(f"temperature {temperature!r} must be a positive number such as 3")
         check_has_head(teacher)
         own, self.theirs = preprocessing, preprocessing_of(teacher)
         if own.n_channels != self.theirs.n_channels:

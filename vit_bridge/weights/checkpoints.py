@@ -21,13 +21,12 @@ from torch import nn
 
 from vit_bridge.errors import InputError, assume, first_line, join_words
 from vit_bridge.models.adapters import adapt
-from vit_bridge.models.protocol import ask, class_name, is_ours
-from vit_bridge.models.registry import check_arguments, model_classes
+from vit_bridge.models.protocol import ask, check_arguments, class_name, is_ours
+from vit_bridge.models.registry import model_classes
 from vit_bridge.models.relative import resample_bias_table
 from vit_bridge.preprocessing import IMAGENET_MEAN, Preprocessing, one_side
 from vit_bridge.runtime import device_of, is_quantised, unwrapped
 from vit_bridge.system import write_whole
-from vit_bridge.weights.cnns import CNN_CONFIGS, not_in_tensors
 from vit_bridge.weights.files import SCALES, class_names_in, read_file, to_int8, unwrap
 from vit_bridge.weights.formats import (
     FORMATS,
@@ -43,6 +42,7 @@ from vit_bridge.weights.formats import (
 from vit_bridge.weights.heads import first_difference, fit_head, listed, match_names
 from vit_bridge.weights.pretrained import OURS, OURS_FOLDER, PRETRAINED, PUBLIC, fetch
 from vit_bridge.weights.recorded import VITS, Recorded, file_in, read_recorded
+from vit_bridge.weights.staged import STAGED_CONFIGS, not_in_tensors
 from vit_model import closest_names, grid_of, pair, resample_positions, sincos_positions
 
 WITHOUT_SHAPE = ("n_heads", "pool", "position", "norm_eps", "stem_stride", "stem", "block", "shift")  # not in shapes
@@ -640,12 +640,13 @@ def _match_head(weights, model, expected):
     ways = [_matched_head(weights, model, expected, head) for head in found]
     reason, (_, rows, line) = next((way[0] for way in ways if way[0]), ""), ways[0]
     if reason:
+        as_wide = all(weights.tensors[f"{head}.weight"].shape[1] == model.n_features for head in found)
         for name in _heads_in(weights.tensors, model):
             weights.dropped[weights.sources.pop(name)[0]] = reason
             del weights.tensors[name]
         if _heads_in(expected, model):
             return [f"head: the model keeps its own, which is untrained, because the file's head {reason}"]
-        return [f"head: the file's head was dropped, because it {reason}"] if "features" in reason else []
+        return [] if as_wide else [f"head: the file's head was dropped, because it {reason}"]
     for name in _heads_in(weights.tensors, model) if rows else ():
         tensor = weights.tensors[name]
         weights.tensors[name] = expected[name].detach().to(tensor, copy=True)
@@ -939,7 +940,7 @@ def _inferred(weights, given):
             assumed["images"] = f"{numbers}, {used.interpolation} resizing"
         return Inferred(type(weights.model), weights.model.config, shown, assumed=assumed)
     try:
-        return (infer_cnn if weights.format.holds in CNN_CONFIGS else infer_vit)(weights, given)
+        return (infer_staged if weights.format.holds in STAGED_CONFIGS else infer_vit)(weights, given)
     except InputError:
         raise
     except (ArithmeticError, ValueError, IndexError, TypeError, StopIteration) as error:
@@ -997,9 +998,9 @@ def infer_vit(weights, given):
     return Inferred(model_class, config, preprocessing, grid, assumed, tuple(unrecorded))
 
 
-def infer_cnn(weights, given):
+def infer_staged(weights, given):
     """Infer a ConvNet, ConvNeXt or SwinTransformer from its weights, which do not show the image size."""
-    config, recorded, assumed = CNN_CONFIGS[weights.format.holds](weights), weights.recorded.config, {}
+    config, recorded, assumed = STAGED_CONFIGS[weights.format.holds](weights), weights.recorded.config, {}
     for name in ("in_channels", *["n_classes"] * (config.n_classes > 0)):
         if recorded.get(name, getattr(config, name)) != getattr(config, name):
             raise InputError(f"{weights.recorded.source} specifies {name}={recorded[name]!r}, but the tensors of "

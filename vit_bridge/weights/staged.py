@@ -1,6 +1,6 @@
 """Infer the configuration of a model with stages, a ConvNet, ConvNeXt or SwinTransformer, from the tensors of a file.
 
-    convnet_config(weights), convnext_config(weights), swin_config(weights)    the functions in CNN_CONFIGS
+    convnet_config(weights), convnext_config(weights), swin_config(weights)    the functions in STAGED_CONFIGS
 
 Shapes:  C channels, k side of a kernel, K classes, D width, H heads.
 """
@@ -132,7 +132,7 @@ def not_in_tensors(weights, config):
     return {}
 
 
-CNN_CONFIGS = dict(ConvNet=convnet_config, ConvNeXt=convnext_config, SwinTransformer=swin_config)
+STAGED_CONFIGS = dict(ConvNet=convnet_config, ConvNeXt=convnext_config, SwinTransformer=swin_config)
 
 
 def _depths(weights, block):
