@@ -7,9 +7,9 @@
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -31,38 +31,38 @@ from vit_bridge.training.objectives import Classification, Distillation
 from vit_bridge.weights.checkpoints import load, save_model
 
 TEACHER, TEACHER_MINUTES = "convnet_cifar10", 5  # the shipped ConvNet; its 2,958 steps take 4.8 minutes here
-ROUNDS, ROUND_SECONDS = 4, 1.5
+ROUNDS, ROUND_SECONDS = 8, 1.5
 RATES, SEEDS = (5e-4, 1e-3, 2e-3), (0, 1, 2)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: a recipe, changes to the model, a teacher, minutes, and the arm whose learning rate it uses."""
+    """One way to train: a recipe, changes to the model, a teacher, and minutes."""
 
     recipe: str
     options: dict
     kind: str | None = None
     minutes: float = 5
-    rate_of: str | None = None
 
 
 ARMS = {
     "ViT": Arm("vit_nano_fast", {}),
+    "ViT, CLS": Arm("vit_nano_fast", dict(pool="cls")),
     "ViT, soft": Arm("vit_nano_fast", {}, "soft"),
-    "ViT, hard": Arm("vit_nano_fast", {}, "hard", rate_of="ViT, soft"),
+    "ViT, hard": Arm("vit_nano_fast", {}, "hard"),
+    "DeiT, no teacher": Arm("deit_nano_fast", {}),
     "DeiT, soft": Arm("deit_nano_fast", {}, "soft"),
-    "DeiT, hard": Arm("deit_nano_fast", {}, "hard", rate_of="DeiT, soft"),
-    "DeiT, no teacher": Arm("deit_nano_fast", {}, rate_of="DeiT, soft"),
-    "ViT, the teacher's minutes added": Arm("vit_nano_fast", {}, minutes=5 + TEACHER_MINUTES, rate_of="ViT"),
+    "DeiT, hard": Arm("deit_nano_fast", {}, "hard"),
+    "ViT, the teacher's minutes added": Arm("vit_nano_fast", {}, minutes=5 + TEACHER_MINUTES),
     "Swin": Arm("swin_nano_fast", {}),
-    "Swin, no shift": Arm("swin_nano_fast", dict(shift=False), rate_of="Swin"),
-    "Swin, no bias": Arm("swin_nano_fast", dict(relative_bias=False), rate_of="Swin"),
+    "Swin, no shift": Arm("swin_nano_fast", dict(shift=False)),
+    "Swin, no bias": Arm("swin_nano_fast", dict(relative_bias=False)),
     "Hybrid": Arm("hybrid_fast", {}),
     "ConvNeXt": Arm("convnext_nano_fast", {}),
 }
 
 
-def prepare(arm, loader, seed, learning_rate):
+def prepare(arm, loader, seed, learning_rate, device="cpu"):
     """Return (recipe, trainer) of an arm, ready to train on the loader."""
     arm = ARMS[arm]
     recipe = RECIPES[arm.recipe]
@@ -80,7 +80,7 @@ def prepare(arm, loader, seed, learning_rate):
     objective = Classification(recipe.label_smoothing)
     if arm.kind:
         objective = Distillation(load(TEACHER), loader.preprocessing, arm.kind, label_smoothing=recipe.label_smoothing)
-    return recipe, Trainer(model, "auto", objective, recipe.train, amp="off",
+    return recipe, Trainer(model, device, objective, recipe.train, amp="off",
                            resize_multiple=getattr(model.config, "patch_size", 4))
 
 
@@ -120,9 +120,9 @@ def search(name):
 
     The grid grows beyond its edge for as long as the edge has the best validation accuracy.
     """
-    owner, rates = ARMS[name].rate_of or name, list(RATES)
+    rates = list(RATES)
     while True:
-        found = {rate: read(owner, rate, 0) for rate in rates}
+        found = {rate: read(name, rate, 0) for rate in rates}
         if missing := [rate for rate, result in found.items() if result is None]:
             return None, missing
         best = max(found, key=lambda rate: found[rate]["val_acc"])
@@ -137,25 +137,24 @@ def chosen_rate(name):
 
 
 def wanted_cells():
-    """Yield (arm, learning rate, seed) of the next cells: first the grids with seed 0, then the other seeds."""
-    for name, arm in ARMS.items():
-        if arm.rate_of is None:
-            for rate in search(name)[1]:
-                yield name, rate, 0
+    """Yield (arm, learning rate, seed) of the next cells: all seeds of an arm as soon as its learning rate is known."""
+    searches = {name: search(name) for name in ARMS}
     for seed in SEEDS:
-        for name in ARMS:
-            rate = chosen_rate(name)
+        for name, (rate, _) in searches.items():
             result = rate and read(name, rate, seed)
             if rate and (result is None or "test_acc" not in result):
                 yield name, rate, seed
+    for name, (_, missing) in searches.items():
+        for rate in missing:
+            yield name, rate, 0
 
 
-def run_cell(name, learning_rate, seed, loaders, work):
+def run_cell(name, learning_rate, seed, loaders, work, device):
     """Train an arm and return its result. The test images are read only if this is the arm's chosen rate."""
     train_loader, val_loader, test_loader = loaders
     path, result = work / f"{cell_of(name, learning_rate, seed).stem}.pt", read(name, learning_rate, seed)
     if result is None:
-        recipe, trainer = prepare(name, train_loader, seed, learning_rate)
+        recipe, trainer = prepare(name, train_loader, seed, learning_rate, device)
         n_steps, started = int(60 * ARMS[name].minutes * speed_of(name) / recipe.batch_size), time.perf_counter()
         trainer.train(train_loader, n_steps=n_steps, seed=seed, progress=False)
         model = trainer.model.eval()
@@ -165,10 +164,11 @@ def run_cell(name, learning_rate, seed, loaders, work):
                       teacher=TEACHER if ARMS[name].kind else None, images_per_second=speed_of(name), n_steps=n_steps,
                       epochs=round(n_steps * recipe.batch_size / train_loader.n_images, 2),
                       parameters=sum(p.numel() for p in model.parameters()), val_acc=plain["acc"],
-                      val_correct=plain["correct"], val_n=plain["n"], device="cpu", precision="torch.float32",
-                      training_seconds=round(time.perf_counter() - started), threads=torch.get_num_threads())
+                      val_correct=plain["correct"], val_n=plain["n"], device=trainer.device.type,
+                      precision="torch.float32", training_seconds=round(time.perf_counter() - started),
+                      threads=torch.get_num_threads())
     if chosen_rate(name) == learning_rate or seed > 0:
-        tested = Trainer(load(path), "auto", Classification(0.1), amp="off").evaluate(test_loader)
+        tested = Trainer(load(path), device, Classification(0.1), amp="off").evaluate(test_loader)
         result |= dict(test_acc=tested["acc"], test_correct=tested["correct"], test_n=tested["n"],
                        test_interval=wilson_interval(tested["correct"], tested["n"]))
     return result
@@ -189,49 +189,63 @@ def claim(work, cell):
         return False
 
 
+def run_job(options, loaders, command):
+    """Train cells until none is left, or until too little time is left for another."""
+    torch.backends.cudnn.allow_tf32 = False  # convolutions on a GPU in float32, too
+    started, longest = time.perf_counter(), 0
+    while time.perf_counter() - started + longest < 60 * options.until:
+        cell = next((cell for cell in wanted_cells() if claim(options.work, cell)), None)
+        if cell is None:
+            return
+        name, learning_rate, seed = cell
+        begun = time.perf_counter()
+        result = run_cell(name, learning_rate, seed, loaders, options.work, options.device)
+        longest = max(longest, time.perf_counter() - begun)
+        write_cell("family", cell_of(*cell).stem.removeprefix("family-"), seed, f"{command} run", result)
+        (options.work / f"{cell_of(*cell).stem}.claim").unlink()
+        print(f"{time.strftime('%H:%M:%S')} {name}, rate {learning_rate:g}, seed {seed}: validation "
+              f"{result['val_acc']:.1%}, test {result.get('test_acc', float('nan')):.1%}, "
+              f"{result['training_seconds']} s", flush=True)
+
+
 def main():
     """Measure the speeds, or train the cells.
 
-    An arm trains for as many steps as fit into its minutes on an idle machine, with the time of its teacher counted.
-    The speeds are measured first, on all cores, in rounds in which all arms take turns. The result of those steps does
-    not depend on the load of the machine, so two cells train at a time, each on one thread. Rates are chosen with seed
-    0 on the 5,000 validation images that train_vit.py splits off; test images are read for the chosen rate only.
+    An arm trains for as many steps as fit into its minutes on two idle cores, with the time of its teacher counted. The
+    speeds are measured first, in rounds in which all arms take turns. The result of those steps depends neither on the
+    load of the machine nor on the device, so several cells train at a time, on a CPU one thread each. Rates are chosen
+    with seed 0 on the 5,000 validation images that train_vit.py splits off; test images are read for the chosen rate
+    only.
     """
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/family"), help="folder for the trained weights")
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--job", type=int, help="run one job in this process (used internally)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the cells are trained")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that train at the same time")
+    parser.add_argument("--until", type=float, default=float("inf"), help="minutes after which no cell is started")
     parser.add_argument("command", choices=("speeds", "run", "plan"))
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     command = "python benchmarks/family.py --data-dir CIFAR"
     if options.command == "plan":
         for name, arm in ARMS.items():
-            print(f"{name:35s} {arm.minutes:g} min x {len(SEEDS)} seeds, "
-                  + (f"rate of {arm.rate_of}" if arm.rate_of else f"{len(RATES)} rates with seed 0"))
-        n = sum(arm.minutes * (len(SEEDS) + (len(RATES) - 1) * (arm.rate_of is None)) for arm in ARMS.values())
-        print(f"{n:g} minutes in all")
+            print(f"{name:35s} {arm.minutes:g} min x ({len(SEEDS)} seeds + {len(RATES) - 1} other rates with seed 0)")
+        print(f"{sum(arm.minutes for arm in ARMS.values()) * (len(SEEDS) + len(RATES) - 1):g} minutes in all, at least")
         return
-    if options.command == "run" and options.job is None:
-        script = [sys.executable, __file__, "--data-dir", options.data_dir, "--work", str(options.work), "run"]
-        jobs = [subprocess.Popen([*script, "--job", str(job)], env=dict(os.environ, OMP_NUM_THREADS="1"))
-                for job in range(options.jobs)]
-        sys.exit(max(job.wait() for job in jobs))
-    loaders = get_data_loaders(options.data_dir, img_size=None)
     if options.command == "speeds":
+        loader = get_data_loaders(options.data_dir, img_size=None)[0]
         write_cell("family-speeds", "cpu", 0, f"{command} speeds",
-                   dict(speeds=measure_speeds(loaders[0]), threads=torch.get_num_threads(), device="cpu"))
+                   dict(speeds=measure_speeds(loader), threads=torch.get_num_threads(), device="cpu"))
         return
-    loaders = (*loaders, get_test_loader(options.data_dir, img_size=None))
-    while cell := next((cell for cell in wanted_cells() if claim(options.work, cell)), None):
-        name, learning_rate, seed = cell
-        result = run_cell(name, learning_rate, seed, loaders, options.work)
-        write_cell("family", cell_of(*cell).stem.removeprefix("family-"), seed, f"{command} run", result)
-        (options.work / f"{cell_of(*cell).stem}.claim").unlink()
-        print(f"{time.strftime('%H:%M')} {name}, rate {learning_rate:g}, seed {seed}: validation "
-              f"{result['val_acc']:.1%}, test {result.get('test_acc', float('nan')):.1%}, "
-              f"{result['training_seconds']} s", flush=True)
+    torch.set_num_threads(1)
+    loaders = (*get_data_loaders(options.data_dir, img_size=None), get_test_loader(options.data_dir, img_size=None))
+    fork = multiprocessing.get_context("fork")  # the jobs share the decoded images
+    jobs = [fork.Process(target=run_job, args=(options, loaders, command)) for _ in range(options.jobs)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    sys.exit(max(job.exitcode for job in jobs))
 
 
 if __name__ == "__main__":
