@@ -37,12 +37,13 @@ RATES, SEEDS = (5e-4, 1e-3, 2e-3), (0, 1, 2)
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: a recipe, changes to the model, a teacher, and minutes."""
+    """One way to train: a recipe, changes to the model, a teacher, minutes, and the arm whose learning rate it uses."""
 
     recipe: str
     options: dict
     kind: str | None = None
     minutes: float = 5
+    rate_of: str | None = None
 
 
 ARMS = {
@@ -52,11 +53,11 @@ ARMS = {
     "ViT, hard": Arm("vit_nano_fast", {}, "hard"),
     "DeiT, no teacher": Arm("deit_nano_fast", {}),
     "DeiT, soft": Arm("deit_nano_fast", {}, "soft"),
-    "DeiT, hard": Arm("deit_nano_fast", {}, "hard"),
-    "ViT, the teacher's minutes added": Arm("vit_nano_fast", {}, minutes=5 + TEACHER_MINUTES),
+    "DeiT, hard": Arm("deit_nano_fast", {}, "hard", rate_of="DeiT, soft"),
+    "ViT, the teacher's minutes added": Arm("vit_nano_fast", {}, minutes=5 + TEACHER_MINUTES, rate_of="ViT"),
     "Swin": Arm("swin_nano_fast", {}),
-    "Swin, no shift": Arm("swin_nano_fast", dict(shift=False)),
-    "Swin, no bias": Arm("swin_nano_fast", dict(relative_bias=False)),
+    "Swin, no shift": Arm("swin_nano_fast", dict(shift=False), rate_of="Swin"),
+    "Swin, no bias": Arm("swin_nano_fast", dict(relative_bias=False), rate_of="Swin"),
     "Hybrid": Arm("hybrid_fast", {}),
     "ConvNeXt": Arm("convnext_nano_fast", {}),
 }
@@ -120,9 +121,9 @@ def search(name):
 
     The grid grows beyond its edge for as long as the edge has the best validation accuracy.
     """
-    rates = list(RATES)
+    owner, rates = ARMS[name].rate_of or name, list(RATES)
     while True:
-        found = {rate: read(name, rate, 0) for rate in rates}
+        found = {rate: read(owner, rate, 0) for rate in rates}
         if missing := [rate for rate, result in found.items() if result is None]:
             return None, missing
         best = max(found, key=lambda rate: found[rate]["val_acc"])
@@ -137,16 +138,17 @@ def chosen_rate(name):
 
 
 def wanted_cells():
-    """Yield (arm, learning rate, seed) of the next cells: all seeds of an arm as soon as its learning rate is known."""
-    searches = {name: search(name) for name in ARMS}
+    """Yield (arm, learning rate, seed) of the next cells: first the grids with seed 0, then the other seeds."""
+    for name, arm in ARMS.items():
+        if arm.rate_of is None:
+            for rate in search(name)[1]:
+                yield name, rate, 0
     for seed in SEEDS:
-        for name, (rate, _) in searches.items():
+        for name in ARMS:
+            rate = chosen_rate(name)
             result = rate and read(name, rate, seed)
             if rate and (result is None or "test_acc" not in result):
                 yield name, rate, seed
-    for name, (_, missing) in searches.items():
-        for rate in missing:
-            yield name, rate, 0
 
 
 def run_cell(name, learning_rate, seed, loaders, work, device):
@@ -229,8 +231,10 @@ def main():
     command = "python benchmarks/family.py --data-dir CIFAR"
     if options.command == "plan":
         for name, arm in ARMS.items():
-            print(f"{name:35s} {arm.minutes:g} min x ({len(SEEDS)} seeds + {len(RATES) - 1} other rates with seed 0)")
-        print(f"{sum(arm.minutes for arm in ARMS.values()) * (len(SEEDS) + len(RATES) - 1):g} minutes in all, at least")
+            print(f"{name:35s} {arm.minutes:g} min x {len(SEEDS)} seeds, "
+                  + (f"rate of {arm.rate_of}" if arm.rate_of else f"{len(RATES)} rates with seed 0"))
+        n = sum(arm.minutes * (len(SEEDS) + (len(RATES) - 1) * (arm.rate_of is None)) for arm in ARMS.values())
+        print(f"{n:g} minutes in all")
         return
     if options.command == "speeds":
         loader = get_data_loaders(options.data_dir, img_size=None)[0]
