@@ -364,7 +364,7 @@ def attend(q, k, v, return_attention=False, bias=None):
     If the maps are not needed, torch's fused kernel computes the same result without storing an n x N matrix.
     MATH_ATTENTION_MAX_TOKENS lists the cases in which this kernel is slower.
     """
-    most = MATH_ATTENTION_MAX_TOKENS.get((q.device.type, q.dtype), (0, 0))[q.requires_grad]
+    most = MATH_ATTENTION_MAX_TOKENS.get((q.device.type, q.dtype), (0, 0))[int(q.requires_grad)]
     if not return_attention and k.shape[2] > most:
         return F.scaled_dot_product_attention(q, k, v, bias), None  # (B, H, n, K)
     q = q / math.sqrt(q.shape[-1])  # scaling q costs less than scaling the n x N products

@@ -18,6 +18,7 @@ from vit_bridge.analysis.similarity import layer_similarity
 from vit_bridge.inference import export_onnx, predict, score
 from vit_bridge.models.adapters import adapt
 from vit_bridge.models.convnet import ConvNet
+from vit_bridge.models.registry import build_model
 from vit_bridge.preprocessing import Preprocessing
 from vit_bridge.runtime import predictions, unwrapped
 from vit_bridge.weights.checkpoints import load, load_checkpoint, read_checkpoint, save_model
@@ -47,6 +48,15 @@ def compiled_in_place(model):
 WRAPPERS = {"DataParallel": nn.DataParallel, "AveragedModel": AveragedModel, "compiled": compiled,
             "compiled in place": compiled_in_place, "compiled inside": lambda model: nn.DataParallel(compiled(model)),
             "compiled outside": lambda model: compiled(nn.DataParallel(model))}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["vit_nano", "deit_nano", "swin_nano", "hybrid", "convnet", "convnext_nano"])
+def test_model_compiles_as_one_graph(name, training):
+    """Where torch.compile cannot trace a line it runs it eagerly, without a word, and gains nothing."""
+    torch.compiler.reset()
+    model = build_model(name, n_classes=3).train(training)
+    torch.compile(model, backend="eager", fullgraph=True)(torch.rand(2, 3, 32, 32))
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
