@@ -3,6 +3,7 @@
     python benchmarks/family.py --data-dir CIFAR speeds          measures the speed of each arm, on an idle machine
     python benchmarks/family.py --data-dir CIFAR run             trains every cell that has no result yet
     python benchmarks/family.py --data-dir CIFAR plan            prints the cells and their minutes
+    python benchmarks/family.py --data-dir CIFAR ship            keeps the weights of SHIPPED for load(name)
 """
 
 import argparse
@@ -29,10 +30,12 @@ from vit_bridge.models.registry import build_model
 from vit_bridge.training.config import RECIPES
 from vit_bridge.training.objectives import Classification, Distillation
 from vit_bridge.weights.checkpoints import load, save_model
+from vit_bridge.weights.pretrained import OURS_FOLDER
 
 TEACHER, TEACHER_MINUTES = "convnet_cifar10", 5  # the shipped ConvNet; its 2,958 steps take 4.8 minutes here
 ROUNDS, ROUND_SECONDS = 8, 1.5
 RATES, SEEDS = (5e-4, 1e-3, 2e-3), (0, 1, 2)
+SHIPPED = {"deit_nano_cifar10": "DeiT, soft", "swin_nano_cifar10": "Swin", "convnext_nano_cifar10": "ConvNeXt"}
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,15 @@ def run_cell(name, learning_rate, seed, loaders, work, device):
     return result
 
 
+def ship(work, command):
+    """Write the weights of the first seed into the package, in int8 steps."""
+    for name, arm in SHIPPED.items():
+        cell = cell_of(arm, chosen_rate(arm), SEEDS[0])
+        save_model(load(work / f"{cell.stem}.pt"), OURS_FOLDER / f"{name}.pt", dtype=torch.int8, command=command,
+                   seed=SEEDS[0], test_acc=read(arm, chosen_rate(arm), SEEDS[0])["test_acc"])
+        print(f"{name}: {(OURS_FOLDER / f'{name}.pt').stat().st_size:,} bytes")
+
+
 def claim(work, cell):
     """Return whether this process may train a cell; a file marks those that another one trains."""
     mark = work / f"{cell_of(*cell).stem}.claim"
@@ -225,7 +237,7 @@ def main():
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the cells are trained")
     parser.add_argument("--jobs", type=int, default=2, help="processes that train at the same time")
     parser.add_argument("--until", type=float, default=float("inf"), help="minutes after which no cell is started")
-    parser.add_argument("command", choices=("speeds", "run", "plan"))
+    parser.add_argument("command", choices=("speeds", "run", "plan", "ship"))
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     command = "python benchmarks/family.py --data-dir CIFAR"
@@ -240,6 +252,9 @@ def main():
         loader = get_data_loaders(options.data_dir, img_size=None)[0]
         write_cell("family-speeds", "cpu", 0, f"{command} speeds",
                    dict(speeds=measure_speeds(loader), threads=torch.get_num_threads(), device="cpu"))
+        return
+    if options.command == "ship":
+        ship(options.work, f"{command} run")
         return
     torch.set_num_threads(1)
     loaders = (*get_data_loaders(options.data_dir, img_size=None), get_test_loader(options.data_dir, img_size=None))
