@@ -400,7 +400,8 @@ def teacher():
     print("Does that help a student? benchmarks/RESULTS.md, section family, shows what has been measured so far.")
     bars = {"the label": F.one_hot(labels[doubtful], 10), "the teacher": predicted[doubtful],
             "the teacher at T = 3": shares[doubtful]}
-    return plot_bars({title: dict(zip(names, values.tolist(), strict=True)) for title, values in bars.items()})
+    return plot_bars({title: dict(zip(names, values.tolist(), strict=True)) for title, values in bars.items()},
+                     title=f"Probabilities for image {doubtful}, a {names[labels[doubtful]]}", same_scale=True)
 
 
 def _largest(x):

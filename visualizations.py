@@ -1796,7 +1796,7 @@ def _print_look(one, file, given, folder, found, written, remarks):
     for remark in remarks:
         print(f"{'Page':12} {remark}")
     if not one.adapter.has_attention:
-        print(f"{'Page':12} none: a ConvNet has no attention; to compare it with a ViT: python visualizations.py "
+        print(f"{'Page':12} none: a CNN has no attention; to compare it with a ViT: python visualizations.py "
               f"explore {file} --compare-with {given}")
 
 

@@ -217,7 +217,15 @@ PAGES["docs/concepts.md"] = Page(
 
 # ---- docs/family.md ---------------------------------------------------------------------------------------
 
-PAGES["docs/family.md"] = Page(stated=[("A ConvNet for the 2020s", "the title of the paper")])
+PAGES["docs/family.md"] = Page(
+    measured=[
+    ],
+    stated=[
+        ("A ConvNet for the 2020s", "the title of the paper"),
+        ("By default λ is 0.1 and T is 3, as in the paper", "Touvron et al. 2021, Sec. 5.1; DISTILLATIONS in "
+         "vit_bridge/training/objectives.py"),
+    ],
+)
 
 # ---- docs/extending.md ------------------------------------------------------------------------------------
 

@@ -505,7 +505,7 @@ def test_look_without_a_network_takes_a_shipped_model_and_says_so(tiny, capsys, 
 
 def test_look_at_a_convnet_says_why_there_is_no_page(tiny, capsys):
     visualizations.main(["a.jpg", "--pretrained", "convnet_shapes"])
-    assert "none: a ConvNet has no attention" in capsys.readouterr().out
+    assert "none: a CNN has no attention" in capsys.readouterr().out
     with pytest.raises(InputError, match="--max-tokens limits patches"):
         visualizations.main(["a.jpg", "--pretrained", "convnet_shapes", "--max-tokens", "4"])
 

@@ -297,11 +297,11 @@ def test_load_resamples_the_tables_for_other_windows_as_the_papers_code(options,
         assert torch.equal(model.state_dict()[TABLE.format(i)], wanted)
     text = " ".join(str(warning.message) for warning in caught)
     for side in {*sides} - {WINDOW}:
-        assert f"positions: resampled from windows of 3x3 to {side}x{side} tokens" in text
+        assert f"bias tables: resampled from windows of 3x3 to {side}x{side} tokens" in text
     save_model(model, tmp_path / "ours.pt")
     other = SwinTransformer(**OURS)
     report = load_checkpoint(other, tmp_path / "ours.pt")
-    assert [note for note in report.notes if note.startswith("positions: resampled from windows")]
+    assert [note for note in report.notes if note.startswith("bias tables: resampled from windows")]
 
 
 def test_load_checkpoint_keeps_the_tables_of_rectangular_windows(tmp_path):

@@ -373,8 +373,8 @@ def token_similarity(model, images):
 
 def check_distilled(model):
     """Return the ViTAdapter of a model. Raises InputError if it has no distillation token beside CLS."""
-    adapter = adapt_vit(model)
-    if adapter.prefix[:2] != ("CLS", "distillation token"):
+    adapter = adapt(model)
+    if not adapter.attends or adapter.prefix[:2] != ("CLS", "distillation token"):
         raise InputError(f"this {class_name(model)} has no distillation token; use a DistilledViT, or a distilled DeiT "
                          f"of timm or transformers")
     return adapter

@@ -341,9 +341,9 @@ def adapt_vit(model):
     """Return the ViTAdapter of a model. Raises InputError if its layers are not attention blocks."""
     adapter = adapt(model)
     if adapter.windowed:
-        raise InputError(f"a {class_name(model)} attends within windows, and its tokens change between stages, so no "
-                         f"map reaches from its head to the patches; use the attention of a patch=(row, column), the "
-                         f"attention distance, or Grad-CAM")
+        raise InputError(f"a {class_name(model)} attends within windows, and its tokens change between stages, so this "
+                         f"view, which follows the same tokens through all blocks, does not apply; use the attention "
+                         f"of a patch=(row, column), the attention distance, or Grad-CAM")
     if not adapter.attends:
         raise InputError(f"a {class_name(model)} has no attention maps; use a ViT, or Grad-CAM: "
                          f"explain(model, images, 'grad_cam')")

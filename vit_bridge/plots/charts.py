@@ -227,7 +227,7 @@ def plot_training_curves(history, save_path=None, baseline=None):
         name, share = baseline
         accuracy.axhline(100 * share, color="black", linestyle=":", linewidth=2, label=f"{name}: {share:.1%}")
     rate.plot(epochs, history["lr"], color=GREEN, marker=marker, markersize=4, linewidth=2)
-    loss.set(title="Loss", ylabel="cross-entropy (nats)")
+    loss.set(title="Loss", ylabel="loss (nats)")
     accuracy.set(title="Accuracy", ylabel="accuracy (%)")
     rate.set(title="Learning rate", ylabel="learning rate")
     for axes in (loss, accuracy):
@@ -258,7 +258,7 @@ def _label_epochs(panels):
 # ---- Bars and matrices ------------------------------------------------------------------------------------
 
 
-def plot_bars(panels, save_path=None, title=None):
+def plot_bars(panels, save_path=None, title=None, same_scale=False):
     """Plot horizontal bars, one panel for each quantity.
 
     Parameters
@@ -270,6 +270,8 @@ def plot_bars(panels, save_path=None, title=None):
         Where to write the figure.
     title : str, optional
         Heading of the figure.
+    same_scale : bool, optional
+        Whether bars of equal length mean equal values in all panels.
 
     Returns
     -------
@@ -293,6 +295,10 @@ def plot_bars(panels, save_path=None, title=None):
         _draw_bars(panel, bars, looks)
         panel.set_title(heading, fontsize=12)
         panel.set_ylim(len(names) - 0.5, -0.5)
+    if same_scale:
+        longest = max(panel.get_xlim()[1] for panel in axes[:len(panels)])
+        for panel in axes[:len(panels)]:
+            panel.set_xlim(0, longest)
     if title:
         set_heading(figure, title, fontsize=14)
     return finish(figure, save_path)

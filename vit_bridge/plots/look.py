@@ -363,7 +363,7 @@ def _explanation_panel(look):
     (label, probability), = look.likeliest(1)
     places, method = ("patches", "relevance") if look.heads is not None else ("positions", "Grad-CAM")
     return Panel("explanation", f"Evidence for the class “{label}”", f"Yellow {places} support this class most, "
-                 f"as measured by {method}, and grey ones do not; its probability is {probability:.0%}.",
+                 f"as measured by {method}, and grey ones do not; its probability is {_share(probability)}.",
                  [Tile(_coloured(look.picture, look.explanation))])
 
 
@@ -372,7 +372,7 @@ def _stages_panel(look):
     tiles = [Tile(colours, f"{name}: {_size(colours.shape[:2])}")
              for name, colours in zip(names, look.stages, strict=True)]
     rest = ("the attention of a Swin Transformer stays within windows, so it is shown patch by patch, in the page"
-            if look.adapter.windowed else "a ConvNet has no attention to show")
+            if look.adapter.windowed else "a CNN has no attention to show")
     return Panel("stages", "Features after each stage as colours", f"From stage to stage there are fewer positions, "
                  f"and each one sees more of its surroundings; {rest}.", tiles)
 

@@ -529,7 +529,7 @@ def fit(weights, model, grid_size):
     choices += _match_head(weights, model, expected)
     choices += _match_channels(weights, model)
     notes += _fit_positions(weights, model, grid_size) + _fit_tables(weights, model)
-    choices += [note for note in notes if note.startswith("positions: resampled") or "grid_size=" in note]
+    choices += [note for note in notes if ": resampled from " in note or "grid_size=" in note]
     notes += [choice for choice in choices if choice not in notes]
     tensors = weights.tensors
     headless = not _heads_in(tensors, model)  # the model then keeps its own heads
@@ -753,7 +753,7 @@ def _fit_tables(weights, model):
                              f"the image size and window_size of the training")
         weights.tensors[name] = resample_bias_table(theirs, old, new)
         changes |= {(old, new): None} if old != new else {}
-    return [f"positions: resampled from windows of {old[0]}x{old[1]} to {new[0]}x{new[1]} tokens"
+    return [f"bias tables: resampled from windows of {old[0]}x{old[1]} to {new[0]}x{new[1]} tokens"
             for old, new in changes]
 
 
