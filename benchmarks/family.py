@@ -37,7 +37,7 @@ from vit_bridge.weights.pretrained import OURS_FOLDER
 TEACHER, TEACHER_MINUTES = "convnet_cifar10", 5  # the shipped ConvNet; its 2,958 steps take 4.8 minutes here
 ROUNDS, ROUND_SECONDS = 8, 1.5
 RATES, SEEDS = (5e-4, 1e-3, 2e-3), (0, 1, 2)
-SHIPPED = {"deit_nano_cifar10": "DeiT, soft", "swin_nano_cifar10": "Swin", "convnext_nano_cifar10": "ConvNeXt"}
+SHIPPED = {"deit_nano_cifar10": "DeiT, hard", "swin_nano_cifar10": "Swin", "convnext_nano_cifar10": "ConvNeXt"}
 
 
 @dataclass(frozen=True)

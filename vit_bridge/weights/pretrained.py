@@ -184,7 +184,9 @@ PUBLIC = {
 # collected for research, and its authors state no licence for them.
 OURS = {"vit_nano_shapes": "the drawn shapes", "hybrid_shapes": "the drawn shapes",
         "convnet_shapes": "the drawn shapes", "vit_nano_cifar10": "CIFAR-10 (JPEG)",
-        "hybrid_cifar10": "CIFAR-10 (JPEG)", "convnet_cifar10": "CIFAR-10 (JPEG)"}
+        "hybrid_cifar10": "CIFAR-10 (JPEG)", "convnet_cifar10": "CIFAR-10 (JPEG)",
+        "deit_nano_cifar10": "CIFAR-10 (JPEG)", "swin_nano_cifar10": "CIFAR-10 (JPEG)",
+        "convnext_nano_cifar10": "CIFAR-10 (JPEG)"}
 OURS_FOLDER = Path(__file__).parent / "shipped"
 PRETRAINED = (*OURS, *PUBLIC)
 # Defaults for looking inside a photograph. DINOv2's patch tokens separate the parts of objects, on a fine grid of 1,369
