@@ -239,5 +239,5 @@ def test_token_similarity_refuses_a_vit_without_the_token():
     with pytest.raises(InputError, match=r"\Athis VisionTransformer has no distillation token; use [^\n]*\Z"):
         token_similarity(VisionTransformer(img_size=8, patch_size=4, embed_dim=4, depth=1, n_heads=1),
                          torch.randn(1, 3, 8, 8))
-    with pytest.raises(InputError, match="attends within windows"):
+    with pytest.raises(InputError, match="this SwinTransformer has no distillation token"):
         token_similarity(SwinTransformer(img_size=8, embed_dim=4, depths=(1,), n_heads=(1,)), torch.randn(1, 3, 8, 8))
