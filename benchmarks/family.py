@@ -206,6 +206,7 @@ def draw():
     """Draw the test accuracies of all arms: a point for each seed, the mean, and the 95% interval of the mean."""
     figure = new_figure(12, 4.4)
     for axes, (title, names) in zip(figure.subplots(1, 2), PANELS.items(), strict=True):
+        names = [name for name in names if accuracies(name)]
         looks = looks_of([name.split(",")[0] for name in names])
         for i, name in enumerate(names):
             values, colour = [100 * value for value in accuracies(name)], looks[name.split(",")[0]].colour
