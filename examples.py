@@ -397,7 +397,7 @@ def teacher():
     print(f"The teacher, a ConvNet, is right on {percent(right, 256)} of these shapes.")
     print(f"It is least sure of image {doubtful}, whose label is {names[labels[doubtful]]}. It predicts {best}.")
     print("Look at: the label names one class. The teacher also ranks the others, for this very image.")
-    print("Does that help a student? benchmarks/RESULTS.md, section family, shows what has been measured so far.")
+    print("Does that help a student? In five minutes on CIFAR-10 (JPEG) it did not: docs/family.md, What we measured.")
     bars = {"the label": F.one_hot(labels[doubtful], 10), "the teacher": predicted[doubtful],
             "the teacher at T = 3": shares[doubtful]}
     return plot_bars({title: dict(zip(names, values.tolist(), strict=True)) for title, values in bars.items()},
