@@ -23,7 +23,7 @@ def pair_of(name, device):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim < 2:  # biases start at 0, and ConvNeXt's layer scale at 1e-6
-                parameter.add_(torch.randn(parameter.shape) * 0.3)
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
     images = torch.randn(4, 3, 32, 32)
     return copy.deepcopy(model).double(), model.to(device), images
 

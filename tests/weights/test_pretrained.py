@@ -111,7 +111,7 @@ def test_build_model_names_the_closest_models_for_an_unknown_one():
 @pytest.mark.parametrize(("name", "words"), [
     ("deit_tiny", "did you mean 'deit_tiny_patch16_224' or 'deit_tiny_distilled_patch16_224'?"),
     ("vitb16", "did you mean 'dino_vitb16'?"),
-    ("deit", "did you mean 'deit_tiny_patch16_224' or 'deit_small_patch16_224' or 'deit_base_patch16_224'?"),
+    ("deit", "did you mean 'deit_nano_cifar10' or 'deit_tiny_patch16_224' or 'deit_small_patch16_224'?"),
     ("resnet_50", "did you mean 'resnet50'?"), ("ResNet50", "did you mean 'resnet50'?"),
     ("zzz", "use the path of a checkpoint")])
 def test_load_suggests_names_that_begin_like_the_one_asked_for(name, words):
