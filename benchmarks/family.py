@@ -68,6 +68,11 @@ ARMS = {
 }
 
 
+PANELS = {"What a teacher adds": ("ViT", "ViT, CLS", "ViT, the teacher's minutes added", "ViT, soft", "ViT, hard",
+                                  "DeiT, no teacher", "DeiT, soft", "DeiT, hard"),
+          "What mixes the positions": ("ViT", "Swin", "Swin, no shift", "Swin, no bias", "ConvNeXt", "Hybrid")}
+
+
 def prepare(arm, loader, seed, learning_rate, device="cpu"):
     """Return (recipe, trainer) of an arm, ready to train on the loader."""
     arm = ARMS[arm]
@@ -190,15 +195,10 @@ def ship(work, command):
         print(f"{name}: {(OURS_FOLDER / f'{name}.pt').stat().st_size:,} bytes")
 
 
-TEACHING, MIXING = "What a teacher adds", "What mixes the positions"  # the panels of the figure
-PANELS = {TEACHING: ("ViT", "ViT, CLS", "ViT, the teacher's minutes added", "ViT, soft", "ViT, hard",
-                     "DeiT, no teacher", "DeiT, soft", "DeiT, hard"),
-          MIXING: ("ViT", "Swin", "Swin, no shift", "Swin, no bias", "ConvNeXt", "Hybrid")}
-
-
 def accuracies(name):
     """Return the test accuracies of an arm, one for each seed."""
-    results = [read(name, chosen_rate(name), seed) for seed in SEEDS]
+    rate = chosen_rate(name)
+    results = [read(name, rate, seed) for seed in SEEDS] if rate else []
     return [result["test_acc"] for result in results if result and "test_acc" in result]
 
 
@@ -206,13 +206,14 @@ def draw():
     """Draw the test accuracies of all arms: a point for each seed, the mean, and the 95% interval of the mean."""
     figure = new_figure(12, 4.4)
     for axes, (title, names) in zip(figure.subplots(1, 2), PANELS.items(), strict=True):
-        names = [name for name in names if accuracies(name)]
-        looks = looks_of([name.split(",")[0] for name in names])
-        for i, name in enumerate(names):
-            values, colour = [100 * value for value in accuracies(name)], looks[name.split(",")[0]].colour
+        found = {name: [100 * value for value in accuracies(name)] for name in names}
+        found = {name: values for name, values in found.items() if values}
+        looks = looks_of([name.split(",")[0] for name in found])
+        for i, (name, values) in enumerate(found.items()):
+            colour = looks[name.split(",")[0]].colour
             axes.plot(values, [i] * len(values), "o", color=colour, alpha=0.4, markersize=5)
             axes.errorbar(statistics.mean(values), i, xerr=band(values), fmt="D", color=colour, capsize=4)
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(found)), list(found))
         axes.invert_yaxis()
         axes.set_title(title, fontsize=12)
         axes.set_xlabel("test accuracy (%)")

@@ -150,7 +150,8 @@ def read_report(path):
         for kind, entries in (("failure", failed), ("error", failed), ("skipped", skipped)):
             if (found := case.find(kind)) is not None:
                 reason = (found.get("message") or "").split("\n")[0][:300]
-                entries.append(dict(test=case.get("name"), reason=reason, tail=(found.text or "")[-TAIL:]))
+                tail = (found.text or "").replace(f"{ROOT}/", "")[-TAIL:]  # paths that hold on every machine
+                entries.append(dict(test=case.get("name"), reason=reason, tail=tail))
     tests = len(list(suite.iter("testcase")))
     return dict(passed=tests - len(failed) - len(skipped), failed=failed, skipped=skipped,
                 seconds=float(suite.get("time")))

@@ -59,7 +59,8 @@ TABLES = {
               "into its minutes on 2 idle cores in float32, with its teacher's forward passes counted (`python "
               "benchmarks/family.py`). The teacher is the shipped convnet_cifar10. Learning rates are chosen on the "
               "validation images, with seed 0; arms without a grid of their own use the rate of a similar arm, as "
-              "listed in benchmarks/family.py. The band is the 95% interval of the mean over the seeds (Student's t)",
+              "listed in benchmarks/family.py. Some cells took these steps on a GPU. The band is the 95% interval of "
+              "the mean over the seeds (Student's t)",
     "steps": "How the time of a training step is spent. The floor is the time that its multiplications would take at "
              "the speed of a large matrix product on the same machine (`python benchmarks/steps.py --keep`)",
     "augmentation": "Augmentation of 32-pixel images, in images per second on one core: ours processes batches of 128, "

@@ -16,6 +16,7 @@ import torch
 
 import vit_bridge.models
 import vit_model
+from benchmarks.results import band
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
@@ -62,8 +63,7 @@ def arm(name):
     """Return (mean test accuracy in per cent, half its 95% interval) of an arm of benchmarks/family.py."""
     results = [cell(path.stem) for path in RESULTS.glob("family-*.json") if path.stem != "family-speeds-cpu"]
     found = [100 * one["test_acc"] for one in results if one["arm"] == name and "test_acc" in one]
-    student_t = {2: 12.706, 3: 4.303}  # for a 95% interval, by the number of seeds
-    return mean(found), student_t[len(found)] * stdev(found) / math.sqrt(len(found)) if len(found) > 1 else 0.0
+    return mean(found), band(found)
 
 
 class Page:
@@ -230,20 +230,15 @@ PAGES["docs/concepts.md"] = Page(
 
 PAGES["docs/family.md"] = Page(
     measured=[
-        ("| ViT, labels alone | {:.1f} ± {:.1f} |", *arm('ViT')),
-        ("| ViT that reads CLS, labels alone | {:.1f} (one seed) |", arm('ViT, CLS')[0]),
-        ("| ViT, hard teacher | {:.1f} ± {:.1f} |", *arm('ViT, hard')),
-        ("| ViT, soft teacher | {:.1f} ± {:.1f} |", *arm('ViT, soft')),
-        ("| DeiT, labels alone | {:.1f} ± {:.1f} |", *arm('DeiT, no teacher')),
-        ("| DeiT, hard teacher | {:.1f} ± {:.1f} |", *arm('DeiT, hard')),
-        ("| DeiT, soft teacher | {:.1f} ± {:.1f} |", *arm('DeiT, soft')),
-        ("| ViT, labels alone, ten minutes | {:.1f} ± {:.1f} (two seeds) |", *arm("ViT, the teacher's minutes added")),
-        ("| hybrid | {:.1f} ± {:.1f} |", *arm('Hybrid')),
-        ("| ViT | {:.1f} ± {:.1f} |", *arm('ViT')),
-        ("| ConvNeXt | {:.1f} ± {:.1f} |", *arm('ConvNeXt')),
-        ("| Swin | {:.1f} ± {:.1f} |", *arm('Swin')),
-        ("| Swin without the bias | {:.1f} ± {:.1f} (two seeds) |", *arm('Swin, no bias')),
-        ("| Swin without the shift | {:.1f} ± {:.1f} (two seeds) |", *arm('Swin, no shift')),
+        *((f"| {words} | {{:.1f}} ± {{:.1f}}{seeds_in_words} |", *arm(name)) for words, name, seeds_in_words in (
+            ("ViT, labels alone", "ViT", ""), ("ViT, hard teacher", "ViT, hard", ""),
+            ("ViT, soft teacher", "ViT, soft", ""), ("DeiT, labels alone", "DeiT, no teacher", ""),
+            ("DeiT, hard teacher", "DeiT, hard", ""), ("DeiT, soft teacher", "DeiT, soft", ""),
+            ("ViT, labels alone, ten minutes", "ViT, the teacher's minutes added", " (two seeds)"),
+            ("hybrid", "Hybrid", ""), ("ViT", "ViT", ""), ("ConvNeXt", "ConvNeXt", ""), ("Swin", "Swin", ""),
+            ("Swin without the bias", "Swin, no bias", " (two seeds)"),
+            ("Swin without the shift", "Swin, no shift", " (two seeds)"))),
+        ("| ViT that reads CLS, labels alone | {:.1f} (one seed) |", arm("ViT, CLS")[0]),
     ],
     stated=[
         ("A ConvNet for the 2020s", "the title of the paper"),
@@ -428,7 +423,8 @@ PAGES["docs/speed.md"] = Page(
         ("the geometric mean of the ratios is {:.3f}", geometric_mean(map(smallest_ratio, COLUMNS))),
         ("the ratio lies between {:.2f} and {:.2f} in all eight configurations",
          *(bound(smallest_ratio(name) for name in COLUMNS if name.endswith("bf16")) for bound in (min, max))),
-        ("at 224 pixels in bfloat16, ours is {:.2f} to {:.2f} times as fast as timm", min(GPU_RATIOS), max(GPU_RATIOS)),
+        ("at 224 pixels in bfloat16, our model is {:.2f} to {:.2f} times as fast as timm", min(GPU_RATIOS),
+         max(GPU_RATIOS)),
         *map(growth_row, (256, 1024, 4096)),
         ("the count grows as N^{:.2f}", cell("growth-cpu", "multiplications_exponent")),
         ("the time of the fused kernel grows as N^{:.2f}", exponent("fused", "seconds")),
@@ -446,7 +442,7 @@ PAGES["docs/speed.md"] = Page(
         ("the ViT's step takes {:.0f} ms", 1e3 * cell("steps-cpu-bf16", "rows")[0]["seconds"]),
     ],
     stated=[("with its 95% interval", "benchmarks/throughput.py, median_interval"),
-            ("torch 2.11 silently ran it uncompiled", "the versions of the table gpu")],
+            ("torch 2.11 ran it uncompiled, without a warning", "the versions of the table gpu")],
 )
 
 # ---- docs/training.md -------------------------------------------------------------------------------------

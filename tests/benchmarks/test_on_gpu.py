@@ -142,9 +142,9 @@ REPORT = """<testsuites><testsuite time="7.5">
 
 
 def test_results_page_shows_a_failed_test_with_its_reason(check, on_gpu, results, tmp_path):
-    (tmp_path / "report.xml").write_text(REPORT)
+    (tmp_path / "report.xml").write_text(REPORT.replace("the trace", f"{on_gpu.ROOT}/tests/a.py: the trace"))
     found = on_gpu.read_report(tmp_path / "report.xml")
-    assert found["failed"] == [dict(test="test_b", reason="bf16: off", tail="the trace")]
+    assert found["failed"] == [dict(test="test_b", reason="bf16: off", tail="tests/a.py: the trace")]
     check.keep("tests", "tests", [], found)
     check.keep("throughput", "base-128-training-bf16", [], dict(error="out of memory"))
     before, page = page_with(results, check.cells)

@@ -54,6 +54,14 @@ def test_pictures_says_which_figures_need_weights(pictures, tmp_path):
         pictures.main(["lok", "--output-dir", str(tmp_path)])
 
 
+def test_only_pictures_of_few_colours_get_a_palette(pictures, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)  # as many colours as pixels
+    for name, pixels, mode in (("chart", noise // 255 * 255, "P"), ("photograph", noise, "RGB")):
+        pictures.save_small(Image.fromarray(pixels), tmp_path / f"{name}.png")
+        with Image.open(tmp_path / f"{name}.png") as saved:
+            assert saved.mode == mode
+
+
 def test_palette_keeps_white_and_rare_colours(pictures):
     pixels = np.full((64, 64, 3), 255, dtype=np.uint8)
     pixels[:32, :, 0], pixels[:32, :, 1] = np.arange(64), np.arange(32)[:, None]  # 2,048 colours

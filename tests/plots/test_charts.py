@@ -76,6 +76,13 @@ def test_plot_confusion_drops_counts_and_names_of_many_classes(n_classes, n_coun
     assert (len(axes.texts), len(axes.get_xticks()), len(axes.get_yticks())) == (n_counts, n_names, n_names)
 
 
+def test_plot_bars_can_share_one_scale():
+    panels = {"label": {"cat": 1.0, "dog": 0.0}, "teacher": {"cat": 0.3, "dog": 0.2}}
+    own, shared = ([axes.get_xlim()[1] for axes in c.plot_bars(panels, same_scale=same).axes] for same in (False, True))
+    assert own[1] < own[0]
+    assert shared == [own[0], own[0]]
+
+
 def test_plot_bars_draws_values_with_ranges():
     figure = c.plot_bars({"parameters (millions)": {"ViT": 0.4596, "CNN": 0.481},
                           "accuracy (%)": {"CNN": (88.0, 86.5, 89.25), "ViT": (81.0, 80, 82)}}, title="both")
