@@ -36,7 +36,7 @@ def test_the_search_of_rates_ends_where_an_inner_rate_wins(best, family, monkeyp
 def test_a_figure_shows_only_arms_that_were_tested(family, monkeypatch):
     cells = {("ViT", rate, 0): dict(val_acc=0.7 + 0.1 * (rate == 1e-3)) for rate in (5e-4, 1e-3, 2e-3)}
     cells["ViT", 1e-3, 0]["test_acc"] = 0.75
-    monkeypatch.setattr(family, "read", lambda *cell: cells.get(cell))
+    monkeypatch.setattr(family, "read", lambda name, rate, seed: cells.get((name, float(rate), seed)))
     assert family.accuracies("ViT") == [0.75]
     assert family.accuracies("Swin") == []  # its learning rate is not known yet
     assert [[label.get_text() for label in axes.get_yticklabels()] for axes in family.draw().axes] == [["ViT"]] * 2
