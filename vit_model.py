@@ -272,6 +272,13 @@ class VisionTransformer(nn.Module):
             return self.pos_embed
         return fitted_positions(self, grid_of(tuple(size), embed.patch_size))
 
+    def fit_positions(self, size):
+        """Fit `pos_embed` to images of a different size; resize_positions calls it."""
+        if self.config.position == "learned":
+            self.pos_embed = nn.Parameter(self.positions_at(size), self.pos_embed.requires_grad)
+        elif self.config.position == "sincos":
+            self.pos_embed = self.positions_at(size)
+
     def add_positions(self, position):
         """Set `pos_embed`: a parameter, a fixed buffer, or None.
 
@@ -787,10 +794,7 @@ def resize_positions(model, img_size):
     """
     img_size, embed = pair(img_size), model.patch_embed
     new = grid_of(img_size, embed.patch_size)
-    if model.config.position == "learned":
-        model.pos_embed = nn.Parameter(fitted_positions(model, new), model.pos_embed.requires_grad)
-    elif model.config.position == "sincos":
-        model.pos_embed = fitted_positions(model, new)
+    model.fit_positions(img_size)
     embed.img_size, embed.grid_size, embed.n_patches = img_size, new, new[0] * new[1]
     model.config = replace(model.config, img_size=img_size)
     if model.preprocessing is not None:

@@ -32,6 +32,8 @@ class ImageModel(nn.Module):
         blocks, norm, patch_embed and pos_embed, as VisionTransformer does.
     windowed : bool
         Whether its layers are stages of blocks with attention within windows, as in SwinTransformer.
+    masks : bool
+        Whether model(images, noise=None) hides patches and returns (loss, prediction, mask), as MaskedAutoencoder does.
     any_size : bool
         Whether it accepts images of sizes other than config.img_size.
     head_names : tuple of str
@@ -44,7 +46,7 @@ class ImageModel(nn.Module):
 
     config_class = None
     preprocessing = None
-    attends = windowed = False
+    attends = windowed = masks = False
     any_size = True
     head_names = ("head",)
     no_weight_decay = ()

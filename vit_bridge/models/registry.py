@@ -7,6 +7,7 @@ from vit_bridge.models.convnet import ConvNet
 from vit_bridge.models.convnext import CONVNEXT_VARIANTS, ConvNeXt
 from vit_bridge.models.deit import DistilledViT
 from vit_bridge.models.hybrid import HybridCNNViT
+from vit_bridge.models.mae import MAE_VARIANTS, MaskedAutoencoder
 from vit_bridge.models.protocol import check_arguments
 from vit_bridge.models.swin import SWIN_VARIANTS, SwinTransformer
 from vit_model import VARIANTS, VisionTransformer, pair
@@ -41,6 +42,7 @@ MODELS = {
                           ("stem_stride", 1)),
     **{name.replace("vit", "deit"): ModelEntry(DistilledViT, vars(config)) for name, config in VARIANTS.items()
        if name != "vit_large"},
+    **{name: ModelEntry(MaskedAutoencoder, vars(config)) for name, config in MAE_VARIANTS.items()},
     **{name: ModelEntry(SwinTransformer, vars(config), ("patch_size", 2 if name == "swin_nano" else 1))
        for name, config in SWIN_VARIANTS.items()},
     **{name: ModelEntry(ConvNeXt, vars(config), ("stem_stride", 2 if name == "convnext_nano" else 1))

@@ -1,7 +1,7 @@
 """Objectives, which training minimises, and the metrics that they collect.
 
-Classification is the objective that train_vit.py uses, and Distillation the one with --teacher. New objectives are
-subclasses of Objective; for a small example see tests/training/test_toy_objective.py.
+Classification is the objective that train_vit.py uses, and Distillation the one with --teacher. MaskedPixels needs no
+labels. New objectives are subclasses of Objective; for a small example see tests/training/test_toy_objective.py.
 
     loss = objective(model, batch, metrics)
 
@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from vit_bridge.analysis.cost import count_parameters
+from vit_bridge.data.augmentation import generator_of
 from vit_bridge.errors import InputError, assume, check_choice
 from vit_bridge.models.adapters import check_has_head, preprocessing_of
 from vit_bridge.models.protocol import ask, class_name
 from vit_bridge.preprocessing import describe_size
 from vit_bridge.runtime import at_least_float32, device_of, dtype_of, logits_of, unwrapped
 from vit_bridge.weights.heads import listed, match_names
+from vit_model import grid_of
 
 # ---- Metrics and the interface of objectives --------------------------------------------------------------
 
@@ -605,3 +607,51 @@ def matched_classes(theirs, n_theirs, ours):
         raise InputError(f"the teacher does not know {len(missing)} of the {len(ours)} classes{listed(missing)}; it "
                          f"knows {len(theirs)}{listed(theirs)}: fine-tune it on these images first, with --pretrained")
     return torch.tensor(places)
+
+
+# ---- Without labels ---------------------------------------------------------------------------------------
+
+
+class MaskedPixels(Objective):
+    """Predict the pixels of hidden patches: the loss of a MaskedAutoencoder. Labels are ignored.
+
+    In training, each step draws the masks from torch's generator. In an evaluation, the i-th image always gets the i-th
+    mask of a fixed sequence, whatever the batch size, so that the losses of different epochs and models can be
+    compared. Each process counts its own images.
+
+    References
+    ----------
+    He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners".
+    """
+
+    patch_size = None  # of the model, set by check_model
+
+    def forward(self, model, batch, metrics=None):
+        """Return the mean loss of a batch whose first entry is the images."""
+        images = batch[0]
+        noise = () if self.training else (self.noise(images, 0 if metrics is None else metrics.n),)
+        loss, _, _ = model(images, *noise)
+        if metrics is not None:
+            metrics.update(len(images), loss=loss)
+        return loss
+
+    def noise(self, images, first):
+        """Return the fixed noise (B, patches) of images whose place in the evaluation is `first`, first + 1, ...
+
+        It holds whole numbers, which do not change in a model with weights in bfloat16.
+        """
+        n_patches = math.prod(grid_of(tuple(images.shape[2:]), self.patch_size))
+        rows = [torch.randperm(n_patches, generator=generator_of(first + i)) for i in range(len(images))]
+        return torch.stack(rows).to(images.device)
+
+    def check(self, batch):
+        """Return the batch without labels."""
+        return super().check(batch)[:1]
+
+    def check_model(self, model):
+        """Raise InputError if the model does not hide patches."""
+        model = unwrapped(model)
+        if not ask(model, "masks"):
+            raise InputError(f"a {class_name(model)} hides no patches; for MaskedPixels expected a MaskedAutoencoder, "
+                             f"such as build_model('mae_nano')")
+        self.patch_size = model.patch_embed.patch_size
