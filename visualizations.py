@@ -55,6 +55,7 @@ from vit_bridge.analysis.explanations import (
     token_norms,
 )
 from vit_bridge.analysis.receptive_field import radius_holding, receptive_field, unit_centre, untrained_copy
+from vit_bridge.analysis.reconstruction import reconstructions
 from vit_bridge.analysis.selfcheck import selfcheck
 from vit_bridge.analysis.windows import capture_windows, check_patch
 from vit_bridge.cli import OneLineParser, Size, add_class_names, add_n_heads, int_at_least, positive, script
@@ -1476,6 +1477,66 @@ def _places_in_stages(adapter, n_stages):
 
 
 # ---- A contact sheet --------------------------------------------------------------------------------------
+
+
+def visualize_reconstruction(model, images, save_path=None, mask_ratios=None, seed=0):
+    """Draw how a masked autoencoder fills in hidden patches, beside two controls that use no network.
+
+    Each row shows an image, its visible patches, the model's reconstruction, an interpolation of the visible pixels,
+    and their mean colour. The number is the mean squared error of the hidden pixels, from 0 to 1.
+
+    Parameters
+    ----------
+    model : MaskedAutoencoder
+    images : list of images or Tensor, shape (B, C, H, W)
+        Images of any kind, or a normalised batch.
+    save_path : str or Path, optional
+        Where to write the figure.
+    mask_ratios : sequence of float, optional
+        Shares of the patches to hide, with one row for each image and share. By default the model's.
+    seed : int, optional
+        Seed of the masks.
+
+    Raises
+    ------
+    InputError
+        If the model does not reconstruct images, or if a ratio hides nothing or everything.
+
+    References
+    ----------
+    He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners", Fig. 2 to 4.
+    """
+    inputs = prepare_images(images, model)  # (B, C, H, W)
+    rows = [(i, ratio, reconstructions(model, inputs[i:i + 1], ratio, seed + i))
+            for i in range(len(inputs)) for ratio in (mask_ratios or (None,))]
+    scale = torch.tensor(model.preprocessing.std)[:, None, None] if model.preprocessing else 1.0  # (C, 1, 1)
+    height = proportion(as_picture(inputs[0], model.preprocessing))
+    figure = new_figure(11, 0.9 + (2.1 * height + 0.35) * len(rows))
+    panels = figure.subplots(len(rows), 5, squeeze=False)
+    for row, (_, _, found) in zip(panels, rows, strict=True):
+        hidden = found.hidden[0]
+        for axes, (name, filled) in zip(row, {"image": found.images, "visible": found.images,
+                                              **found.filled}.items(), strict=True):
+            picture = np.array(as_picture(filled[0], model.preprocessing), dtype=float)
+            if name == "visible":
+                picture[hidden.numpy()] = HIDDEN_GREY * (255 if picture.max() > 1 else 1)
+            hide_ticks(axes)
+            axes.imshow(picture.astype(np.uint8) if picture.max() > 1 else picture)
+            words = {"image": "the image", "visible": f"visible: {percent(1 - hidden.float().mean().item())}",
+                     "model": "the model"}.get(name, name)
+            if name in found.filled:
+                wrong = ((filled - found.images)[0] * scale)[hidden.expand_as(found.images[0])].square().mean()
+                words += f": {wrong:.4f}"
+            axes.set_title(words, fontsize=10)
+    set_heading(figure, "Hidden patches, filled in by the model and without one (mean squared error of hidden pixels)",
+                fontsize=13)
+    if rows[0][2].borrows:
+        figure.supxlabel("The model predicts normalised patches: its pictures borrow the mean and the contrast of the "
+                         "hidden patches, which it has not seen.", fontsize=9)
+    return finish(figure, save_path)
+
+
+HIDDEN_GREY = 0.5  # of a hidden patch in a picture, from 0 to 1
 
 
 def plot_images(images, titles=None, columns=8, save_path=None, title=None, preprocessing=None):

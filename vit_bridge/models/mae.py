@@ -66,7 +66,7 @@ class MaskedAutoencoder(VisionTransformer):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, images, noise=None):
+    def forward(self, images, noise=None, mask_ratio=None):
         """Hide patches, predict their pixels, and compare.
 
         Parameters
@@ -75,6 +75,8 @@ class MaskedAutoencoder(VisionTransformer):
             Normalised images.
         noise : Tensor, shape (B, N), optional
             The n patches with the smallest values stay visible. None draws it from torch's generator, in eval mode too.
+        mask_ratio : float, optional
+            Share of the patches to hide. By default that of the configuration.
 
         Returns
         -------
@@ -88,7 +90,7 @@ class MaskedAutoencoder(VisionTransformer):
         """
         size, T = images.shape[2:], self.n_prefix_tokens
         x = self.dropout(self.add_prefix(self.patch_embed(images), size))  # (B, T + N, D), with positions
-        visible, mask, ids_restore = random_masking(x[:, T:], self.config.mask_ratio, noise)  # (B, n, D), 2 x (B, N)
+        visible, mask, ids_restore = random_masking(x[:, T:], mask_ratio or self.config.mask_ratio, noise)
         x = self.encode(torch.cat([x[:, :T], visible], dim=1))  # (B, T + n, D)
         prediction = self.decode(x, ids_restore, size)  # (B, N, P P C)
         patches = patchify(images, self.patch_embed.patch_size)  # (B, N, P P C)
@@ -112,7 +114,7 @@ class MaskedAutoencoder(VisionTransformer):
         return patches.mean(dim=2, keepdim=True), (patches.var(dim=2, keepdim=True) + 1e-6).sqrt()
 
     @torch.no_grad()
-    def reconstruct(self, images, noise=None):
+    def reconstruct(self, images, noise=None, mask_ratio=None):
         """Return the images with their hidden patches painted by the model, and the mask.
 
         Normalised pixels have no brightness and no contrast. With norm_pix_loss the painted patches therefore borrow
@@ -121,7 +123,7 @@ class MaskedAutoencoder(VisionTransformer):
 
         Parameters
         ----------
-        images, noise
+        images, noise, mask_ratio
             As in forward.
 
         Returns
@@ -131,7 +133,7 @@ class MaskedAutoencoder(VisionTransformer):
         mask : Tensor, shape (B, N)
             1 where a patch is painted.
         """
-        _, prediction, mask = self(images, noise)
+        _, prediction, mask = self(images, noise, mask_ratio)
         patches = patchify(images, self.patch_embed.patch_size)  # (B, N, P P C)
         mean, std = self.target_scale(patches)
         painted = torch.where(mask[:, :, None] > 0, (prediction * std + mean).to(patches), patches)
@@ -282,10 +284,11 @@ class MAEConfig(ViTConfig):
 
 MaskedAutoencoder.config_class = MAEConfig
 
-# Base and Large have the decoder of the paper. Nano is our own, for 32-pixel images on a laptop.
+# Base and Large have the decoder of the paper. Nano and Tiny are our own, for a laptop.
 MAE_VARIANTS = {
     "mae_nano": MAEConfig(img_size=32, patch_size=4, embed_dim=96, depth=4, n_heads=3, decoder_dim=64, decoder_depth=2,
                           decoder_heads=2),
+    "mae_tiny": MAEConfig(embed_dim=192, depth=12, n_heads=3, decoder_dim=128, decoder_depth=2, decoder_heads=4),
     "mae_base": MAEConfig(embed_dim=768, depth=12, n_heads=12),
     "mae_large": MAEConfig(embed_dim=1024, depth=24, n_heads=16),
 }
@@ -294,6 +297,11 @@ MAE_VARIANTS = {
 def create_mae_nano(n_classes=0, **overrides):
     """Build MAE-nano/4 for 32 x 32 images: ViT-nano, and a decoder of 2 blocks with d = 64."""
     return create_variant(MaskedAutoencoder, MAE_VARIANTS["mae_nano"], n_classes, overrides)
+
+
+def create_mae_tiny(n_classes=0, **overrides):
+    """Build MAE-Ti/16 for 224 x 224 images: ViT-Ti/16, and a decoder of 2 blocks with d = 128."""
+    return create_variant(MaskedAutoencoder, MAE_VARIANTS["mae_tiny"], n_classes, overrides)
 
 
 def create_mae_base(n_classes=0, **overrides):

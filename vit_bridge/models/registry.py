@@ -8,7 +8,7 @@ from vit_bridge.models.convnext import CONVNEXT_VARIANTS, ConvNeXt
 from vit_bridge.models.deit import DistilledViT
 from vit_bridge.models.hybrid import HybridCNNViT
 from vit_bridge.models.mae import MAE_VARIANTS, MaskedAutoencoder
-from vit_bridge.models.protocol import check_arguments
+from vit_bridge.models.protocol import ImageModel, check_arguments
 from vit_bridge.models.swin import SWIN_VARIANTS, SwinTransformer
 from vit_model import VARIANTS, VisionTransformer, pair
 
@@ -24,6 +24,11 @@ class ModelEntry:
     model_class: type
     arguments: dict
     scaled: tuple | None = ("patch_size", 4)
+
+    @property
+    def masks(self):
+        """Whether it learns without labels (ImageModel.masks)."""
+        return getattr(self.model_class, "masks", ImageModel.masks)
 
 
 def _resnet(depths, block="residual"):

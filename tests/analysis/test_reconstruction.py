@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vit_bridge.analysis.inpainting import fill_by_interpolation, fill_with_mean
+from vit_bridge.analysis.reconstruction import fill_by_interpolation, fill_with_mean
 from vit_bridge.errors import InputError
 
 
@@ -35,7 +35,8 @@ def test_interpolation_is_the_mean_of_the_neighbours_and_keeps_visible_pixels():
 
 
 def test_interpolation_reproduces_a_linear_ramp():
-    ramp = (torch.arange(12.0).double()[:, None] * 0.3 - torch.arange(16.0).double() * 0.2)[None, None].repeat(1, 3, 1, 1)
+    rows, columns = torch.arange(12.0).double()[:, None], torch.arange(16.0).double()
+    ramp = (0.3 * rows - 0.2 * columns)[None, None].repeat(1, 3, 1, 1)
     hidden = torch.zeros(1, 12, 16, dtype=torch.bool)
     hidden[:, 2:10, 3:13] = True  # away from the border, where a ramp is no mean of its neighbours
     torch.testing.assert_close(fill_by_interpolation(ramp, hidden, tolerance=1e-12), ramp, rtol=0, atol=1e-9)
