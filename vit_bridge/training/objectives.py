@@ -644,10 +644,6 @@ class MaskedPixels(Objective):
         rows = [torch.randperm(n_patches, generator=generator_of(first + i)) for i in range(len(images))]
         return torch.stack(rows).to(images.device)
 
-    def check(self, batch):
-        """Return the batch without labels."""
-        return super().check(batch)[:1]
-
     def check_model(self, model):
         """Raise InputError if the model does not hide patches."""
         model = unwrapped(model)
