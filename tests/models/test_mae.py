@@ -47,7 +47,7 @@ def noise_for(model, n=3):
 
 
 def draw_config(seed, square=False, grid=None):
-    """The arguments of a small model, drawn from the seed; square: square patches and images."""
+    """The arguments of a small model, drawn from the seed. square: True for square patches and images, "patches"."""
     chance = random.Random(seed)
     n_heads, decoder_heads = chance.randint(1, 4), chance.randint(1, 3)
     patch, grid = (chance.randint(1, 5), chance.randint(1, 5)), grid or (chance.randint(1, 6), chance.randint(2, 6))
@@ -335,7 +335,7 @@ def test_a_perfect_prediction_paints_the_image_and_has_no_loss(norm_pix_loss, mo
     images = images_for(model)
     patches = patchify(images, (4, 4))
     mean, std = model.target_scale(patches)
-    monkeypatch.setattr(model, "decode", lambda x, ids_restore, size: (patches - mean) / std)
+    monkeypatch.setattr(model, "decode", lambda x, ids_restore, grid_size: (patches - mean) / std)
     assert model(images)[0] == 0
     torch.testing.assert_close(model.reconstruct(images)[0], images, rtol=1e-12, atol=1e-12)
 
