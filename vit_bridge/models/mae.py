@@ -115,9 +115,9 @@ class MaskedAutoencoder(VisionTransformer):
     def reconstruct(self, images, noise=None):
         """Return the images with their hidden patches painted by the model, and the mask.
 
-        Normalised pixels have no brightness and no contrast. With norm_pix_loss the painted patches therefore borrow
-        the mean and the standard deviation of the hidden patches, which the model has not seen, so the picture looks
-        better than the model alone could paint it. A model with norm_pix_loss=False borrows nothing.
+        A model with norm_pix_loss predicts neither the brightness nor the contrast of a patch. The painted patches
+        therefore have the mean and the standard deviation of the hidden patches, which the model has not seen, so the
+        picture looks better than the model alone could paint it. With norm_pix_loss=False the model paints alone.
 
         Parameters
         ----------
