@@ -25,6 +25,7 @@ from PIL import Image
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+import family
 import growth
 import processes
 
@@ -165,6 +166,7 @@ OF_CELLS = {
     "patches_changed": draw_patches_changed,
     "growth": lambda: growth.draw(cell("growth-cpu")),
     "resolution": lambda: growth.draw_models(cell("resolution-cpu")),
+    "family": family.draw,
     "processes": lambda: processes.draw(cell("processes-cpu")["curves"]),
 }
 NEED_WEIGHTS = (*OF_VIT_S, "explorer")

@@ -88,21 +88,21 @@ class MaskedAutoencoder(VisionTransformer):
         mask : Tensor, shape (B, N)
             1 where a patch is hidden, 0 where it is visible.
         """
-        size, T = images.shape[2:], self.n_prefix_tokens
-        x = self.dropout(self.add_prefix(self.patch_embed(images), size))  # (B, T + N, D), with positions
+        T, patch_size = self.n_prefix_tokens, self.patch_embed.patch_size
+        x = self.dropout(self.add_prefix(self.patch_embed(images), images.shape[2:]))  # (B, T + N, D)
         visible, mask, ids_restore = random_masking(x[:, T:], mask_ratio or self.config.mask_ratio, noise)
         x = self.encode(torch.cat([x[:, :T], visible], dim=1))  # (B, T + n, D)
-        prediction = self.decode(x, ids_restore, size)  # (B, N, P P C)
-        patches = patchify(images, self.patch_embed.patch_size)  # (B, N, P P C)
+        prediction = self.decode(x, ids_restore, grid_of(tuple(images.shape[2:]), patch_size))  # (B, N, P P C)
+        patches = patchify(images, patch_size)  # (B, N, P P C)
         mean, std = self.target_scale(patches)
         errors = (prediction - (patches - mean) / std).square().mean(dim=2)  # (B, N)
         return (errors * mask).sum() / mask.sum(), prediction, mask
 
-    def decode(self, x, ids_restore, size):
-        """Return the prediction (B, N, P P C) for the encoder's tokens (B, T + n, D) of images of this size."""
+    def decode(self, x, ids_restore, grid_size):
+        """Return the prediction (B, N, P P C) for the encoder's tokens (B, T + n, D)."""
         x, T = self.decoder_embed(x), self.n_prefix_tokens  # (B, T + n, d)
         x = torch.cat([x[:, :T], unmask(x[:, T:], self.mask_token, ids_restore)], dim=1)  # (B, T + N, d)
-        x = x + self.decoder_positions_at(size)
+        x = x + self.decoder_positions(grid_size)
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x))[:, T:]
@@ -117,9 +117,9 @@ class MaskedAutoencoder(VisionTransformer):
     def reconstruct(self, images, noise=None, mask_ratio=None):
         """Return the images with their hidden patches painted by the model, and the mask.
 
-        Normalised pixels have no brightness and no contrast. With norm_pix_loss the painted patches therefore borrow
-        the mean and the standard deviation of the hidden patches, which the model has not seen, so the picture looks
-        better than the model alone could paint it. A model with norm_pix_loss=False borrows nothing.
+        A model with norm_pix_loss predicts neither the brightness nor the contrast of a patch. The painted patches
+        therefore have the mean and the standard deviation of the hidden patches, which the model has not seen, so the
+        picture looks better than the model alone could paint it. With norm_pix_loss=False the model paints alone.
 
         Parameters
         ----------
@@ -146,17 +146,16 @@ class MaskedAutoencoder(VisionTransformer):
         vit.preprocessing, vit.any_size = self.preprocessing, self.any_size
         return vit.train(self.training)
 
-    def decoder_positions_at(self, size):
-        """Return the decoder's positions (1, T + N, d) for images of this size, as positions_at does."""
-        if tuple(size) == self.patch_embed.img_size:
+    def decoder_positions(self, grid_size):
+        """Return the decoder's positions for a grid, (1, T + N, d)."""
+        if grid_size == self.patch_embed.grid_size:
             return self.decoder_pos_embed
-        grid_size = grid_of(tuple(size), self.patch_embed.patch_size)
         return sincos_positions(grid_size, self.config.decoder_dim, self.n_prefix_tokens).to(self.decoder_pos_embed)
 
-    def fit_positions(self, img_size):
-        """Fit the positions of encoder and decoder to images of a different size."""
-        super().fit_positions(img_size)
-        self.decoder_pos_embed = self.decoder_positions_at(img_size)
+    def fit_positions(self, grid_size):
+        """Fit the positions of encoder and decoder to a different grid in place."""
+        super().fit_positions(grid_size)
+        self.decoder_pos_embed = self.decoder_positions(grid_size)
 
 
 # ---- Patches and masks ------------------------------------------------------------------------------------

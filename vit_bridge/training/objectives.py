@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from vit_bridge.analysis.cost import count_parameters
-from vit_bridge.data.augmentation import generator_of
 from vit_bridge.errors import InputError, assume, check_choice
 from vit_bridge.models.adapters import check_has_head, preprocessing_of
 from vit_bridge.models.protocol import ask, class_name
@@ -641,12 +640,9 @@ class MaskedPixels(Objective):
         It holds whole numbers, which do not change in a model with weights in bfloat16.
         """
         n_patches = math.prod(grid_of(tuple(images.shape[2:]), self.patch_size))
-        rows = [torch.randperm(n_patches, generator=generator_of(first + i)) for i in range(len(images))]
-        return torch.stack(rows).to(images.device)
-
-    def check(self, batch):
-        """Return the batch without labels."""
-        return super().check(batch)[:1]
+        generators = [torch.Generator().manual_seed(first + i) for i in range(len(images))]
+        noise = torch.stack([torch.randperm(n_patches, generator=generator) for generator in generators])
+        return noise.to(images.device)
 
     def check_model(self, model):
         """Raise InputError if the model does not hide patches."""
