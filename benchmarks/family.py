@@ -3,6 +3,7 @@
     python benchmarks/family.py --data-dir CIFAR speeds          measures the speed of each arm, on an idle machine
     python benchmarks/family.py --data-dir CIFAR run             trains every cell that has no result yet
     python benchmarks/family.py --data-dir CIFAR plan            prints the cells and their minutes
+    python benchmarks/family.py --data-dir CIFAR ship            keeps the weights of SHIPPED for load(name)
 """
 
 import argparse
@@ -20,19 +21,23 @@ import torch
 from vit_bridge.models.initialisation import whiten_first_layer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from results import HERE, write_cell
+from results import HERE, band, write_cell
 
 from train_vit import WHITENED_BY, Trainer, first_images
 from vit_bridge.analysis.metrics import wilson_interval
 from vit_bridge.data.loaders import get_data_loaders, get_test_loader
 from vit_bridge.models.registry import build_model
+from vit_bridge.plots.charts import finish, looks_of, new_figure, set_heading
+from vit_bridge.system import write_json
 from vit_bridge.training.config import RECIPES
 from vit_bridge.training.objectives import Classification, Distillation
 from vit_bridge.weights.checkpoints import load, save_model
+from vit_bridge.weights.pretrained import OURS_FOLDER
 
 TEACHER, TEACHER_MINUTES = "convnet_cifar10", 5  # the shipped ConvNet; its 2,958 steps take 4.8 minutes here
 ROUNDS, ROUND_SECONDS = 8, 1.5
 RATES, SEEDS = (5e-4, 1e-3, 2e-3), (0, 1, 2)
+SHIPPED = {"deit_nano_cifar10": "DeiT, soft", "swin_nano_cifar10": "Swin", "convnext_nano_cifar10": "ConvNeXt"}
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,46 @@ def run_cell(name, learning_rate, seed, loaders, work, device):
     return result
 
 
+def ship(work, command):
+    """Write the weights of the first seed into the package, in int8 steps."""
+    for name, arm in SHIPPED.items():
+        cell = cell_of(arm, chosen_rate(arm), SEEDS[0])
+        save_model(load(work / f"{cell.stem}.pt"), OURS_FOLDER / f"{name}.pt", dtype=torch.int8, command=command,
+                   seed=SEEDS[0], test_acc=read(arm, chosen_rate(arm), SEEDS[0])["test_acc"])
+        print(f"{name}: {(OURS_FOLDER / f'{name}.pt').stat().st_size:,} bytes")
+
+
+TEACHING, MIXING = "What a teacher adds", "What mixes the positions"  # the panels of the figure
+PANELS = {TEACHING: ("ViT", "ViT, CLS", "ViT, the teacher's minutes added", "ViT, soft", "ViT, hard",
+                     "DeiT, no teacher", "DeiT, soft", "DeiT, hard"),
+          MIXING: ("ViT", "Swin", "Swin, no shift", "Swin, no bias", "ConvNeXt", "Hybrid")}
+
+
+def accuracies(name):
+    """Return the test accuracies of an arm, one for each seed."""
+    results = [read(name, chosen_rate(name), seed) for seed in SEEDS]
+    return [result["test_acc"] for result in results if result and "test_acc" in result]
+
+
+def draw():
+    """Draw the test accuracies of all arms: a point for each seed, the mean, and the 95% interval of the mean."""
+    figure = new_figure(12, 4.4)
+    for axes, (title, names) in zip(figure.subplots(1, 2), PANELS.items(), strict=True):
+        looks = looks_of([name.split(",")[0] for name in names])
+        for i, name in enumerate(names):
+            values, colour = [100 * value for value in accuracies(name)], looks[name.split(",")[0]].colour
+            axes.plot(values, [i] * len(values), "o", color=colour, alpha=0.4, markersize=5)
+            axes.errorbar(statistics.mean(values), i, xerr=band(values), fmt="D", color=colour, capsize=4)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_title(title, fontsize=12)
+        axes.set_xlabel("test accuracy (%)")
+        axes.grid(alpha=0.3)
+    set_heading(figure, "CIFAR-10 (JPEG), equal minutes: points are seeds, diamonds and bars their mean and its 95% "
+                        "interval")
+    return finish(figure, None)
+
+
 def claim(work, cell):
     """Return whether this process may train a cell; a file marks those that another one trains."""
     mark = work / f"{cell_of(*cell).stem}.claim"
@@ -201,9 +246,14 @@ def run_job(options, loaders, command):
             return
         name, learning_rate, seed = cell
         begun = time.perf_counter()
+        trained = read(*cell) is not None
         result = run_cell(name, learning_rate, seed, loaders, options.work, options.device)
         longest = max(longest, time.perf_counter() - begun)
-        write_cell("family", cell_of(*cell).stem.removeprefix("family-"), seed, f"{command} run", result)
+        if trained:  # only the test is new, so the cell stays one of the machine that trained it
+            kept = json.loads(cell_of(*cell).read_text())
+            write_json(kept | dict(result=result), cell_of(*cell))
+        else:
+            write_cell("family", cell_of(*cell).stem.removeprefix("family-"), seed, f"{command} run", result)
         (options.work / f"{cell_of(*cell).stem}.claim").unlink()
         print(f"{time.strftime('%H:%M:%S')} {name}, rate {learning_rate:g}, seed {seed}: validation "
               f"{result['val_acc']:.1%}, test {result.get('test_acc', float('nan')):.1%}, "
@@ -225,7 +275,7 @@ def main():
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the cells are trained")
     parser.add_argument("--jobs", type=int, default=2, help="processes that train at the same time")
     parser.add_argument("--until", type=float, default=float("inf"), help="minutes after which no cell is started")
-    parser.add_argument("command", choices=("speeds", "run", "plan"))
+    parser.add_argument("command", choices=("speeds", "run", "plan", "ship"))
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     command = "python benchmarks/family.py --data-dir CIFAR"
@@ -240,6 +290,9 @@ def main():
         loader = get_data_loaders(options.data_dir, img_size=None)[0]
         write_cell("family-speeds", "cpu", 0, f"{command} speeds",
                    dict(speeds=measure_speeds(loader), threads=torch.get_num_threads(), device="cpu"))
+        return
+    if options.command == "ship":
+        ship(options.work, f"{command} run")
         return
     torch.set_num_threads(1)
     loaders = (*get_data_loaders(options.data_dir, img_size=None), get_test_loader(options.data_dir, img_size=None))

