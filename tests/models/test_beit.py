@@ -375,7 +375,8 @@ def test_beit_refuses_bad_arguments_in_one_line(options, value):
 
 @pytest.mark.parametrize(("options", "value"), [
     (dict(n_classes=3), "n_classes 3 does not fit a MaskedTokenModel"),
-    (dict(n_tokens=1), "n_tokens 1 is out of range"), (dict(fc_norm=True), "fc_norm True does not fit a MaskedTokenModel")])
+    (dict(n_tokens=1), "n_tokens 1 is out of range"),
+    (dict(fc_norm=True), "fc_norm True does not fit a MaskedTokenModel")])
 def test_masked_token_model_refuses_bad_arguments_in_one_line(options, value):
     with pytest.raises(InputError, match=rf"\A[^\n]*{re.escape(value)}[^\n]*\Z"):
         small_masked(**options)
