@@ -38,6 +38,8 @@ class ImageModel(nn.Module):
         Whether it accepts images of sizes other than config.img_size.
     head_names : tuple of str
         Its heads. Layer-wise learning rates treat them as the last group, and Muon never trains them.
+    n_tokens : int
+        Number of tokens that it predicts for each hidden patch, as MaskedTokenModel does; 0 for other models.
     no_weight_decay : tuple of str
         Parameters without weight decay. Vectors, and tensors that are added to every image, never decay anyway.
     no_muon : tuple of str
@@ -49,6 +51,7 @@ class ImageModel(nn.Module):
     attends = windowed = masks = False
     any_size = True
     head_names = ("head",)
+    n_tokens = 0
     no_weight_decay = ()
     no_muon = ()
 
