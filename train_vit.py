@@ -1480,13 +1480,15 @@ def parse(argv=None):
     if options.recipe:
         check_choice("recipe", options.recipe, tuple(RECIPES), "python train_vit.py --help")
     if options.pretrain:
-        for name in ("pretrained", *["teacher"] * (options.pretrain == "mae"), "class_weights", "mixing", "label_smoothing", "freeze_backbone"):
+        unfit = ("pretrained", "class_weights", "mixing", "label_smoothing", "freeze_backbone", "distillation")
+        for name in (*unfit, *["teacher"] * (options.pretrain == "mae")):
             if getattr(options, name):
                 raise InputError(f"--{name.replace('_', '-')} cannot be combined with --pretrain {options.pretrain}, "
                                  f"which learns without labels from new weights; leave one of them out")
     unlabelled = [name for name, entry in MODELS.items() if entry.unlabelled]
     if options.model in MODELS and (options.model in unlabelled) != bool(options.pretrain) and not options.resume:
-        raise InputError(f"--model {options.model} learns without labels; add --pretrain {'mae' if 'mae' in options.model else 'beit'}" if not options.pretrain
+        kind = next(kind for kind in ("mae", "beit") if options.pretrain or kind in options.model)
+        raise InputError(f"--model {options.model} learns without labels; add --pretrain {kind}" if not options.pretrain
                          else f"--model {options.model} learns from labels, but --pretrain {options.pretrain} does "
                               f"not; leave --model out, or choose one of {', '.join(unlabelled)}")
     if options.resume and options.dry_run:

@@ -146,7 +146,7 @@ class MaskedTokenModel(BEiT):
     torch.Size([2, 64, 256])
     """
 
-    head_names = ("lm_head",)
+    no_muon = ("lm_head.weight",)  # the output layer
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
