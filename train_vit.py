@@ -1232,25 +1232,31 @@ def finish(run, history, seconds):
 def finish_pretraining(run, model, history, result):
     """Draw what a model that learned without labels predicts, and return the contents of result.json."""
     run.val_loader.set_shard(0, 1)  # only the first process computes this
-    images = first_images(run.val_loader, RECONSTRUCTED)[:RECONSTRUCTED]
+    images = _spread_images(run.val_loader, RECONSTRUCTED)
     objective = run.trainer.objective
     if ask(model, "masks"):
         found = reconstruction_errors(model, images)
         print(f"Mean squared error of hidden pixels, on {counted(len(images), 'validation image')} (pixels from 0 to "
               "1): " + "; ".join(f"{name} {error:.4f}" for name, error in found.items()))
-        figure, file = visualize_reconstruction(model, images[:N_DRAWN].cpu()), "reconstruction.png"
+        figure, file = visualize_reconstruction(model, images[:: max(1, len(images) // N_DRAWN)][:N_DRAWN].cpu()), "reconstruction.png"
     else:
         best = objective.best_epoch(history) - 1
         found = {name: history[f"val_{name}"][best] for name in ("token_acc", "commonest")}
         print(f"Tokens of hidden patches: {found['token_acc']:.1%} predicted; always the commonest: "
               f"{found['commonest']:.1%}")
-        figure, file = visualize_tokens(model, objective.tokenizer, images[:N_DRAWN].cpu()), "tokens.png"
+        figure, file = visualize_tokens(model, objective.tokenizer, images[:: max(1, len(images) // N_DRAWN)][:N_DRAWN].cpu()), "tokens.png"
     save_figure(figure, run.folder / file)
     result["pretraining"] = found
     write_json(result, run.folder / "result.json")  # last, because it marks the run as complete
     print(f"Results: {run.folder}/. To use what it learned: "
           f"{command('--pretrained', run.folder / BEST, '--data-dir', 'LABELLED')}")
     return result
+
+
+def _spread_images(loader, n_images):
+    """Return up to n_images images (B, C, H, W), spread over the set, because folders are read class by class."""
+    apart = max(1, len(loader) * loader.batch_size // n_images)
+    return torch.cat([images[::apart] for images, _ in loader])[:n_images]
 
 
 def _training_result(run, history, seconds):

@@ -1487,7 +1487,9 @@ def visualize_reconstruction(model, images, save_path=None, mask_ratios=None, se
     """Draw how a masked autoencoder fills in hidden patches, beside two controls that use no network.
 
     Each row shows an image, its visible patches, the model's reconstruction, an interpolation of the visible pixels,
-    and their mean colour. The number is the mean squared error of the hidden pixels, from 0 to 1.
+    and their mean colour. A model of normalised pixels borrows the mean and the contrast of each hidden patch; the last
+    column then shows what the borrowed means alone give. The number is the mean squared error of the hidden pixels,
+    from 0 to 1.
 
     Parameters
     ----------
@@ -1515,8 +1517,9 @@ def visualize_reconstruction(model, images, save_path=None, mask_ratios=None, se
             for i in range(len(inputs)) for ratio in (mask_ratios or (None,))]
     scale = torch.tensor(model.preprocessing.std)[:, None, None] if model.preprocessing else 1.0  # (C, 1, 1)
     height = proportion(as_picture(inputs[0], model.preprocessing))
-    figure = new_figure(11, 0.9 + (2.1 * height + 0.35) * len(rows))
-    panels = figure.subplots(len(rows), 5, squeeze=False)
+    n_columns = 2 + len(rows[0][2].filled)
+    figure = new_figure(2.2 * n_columns, 0.9 + (2.1 * height + 0.35) * len(rows))
+    panels = figure.subplots(len(rows), n_columns, squeeze=False)
     for row, (_, _, found) in zip(panels, rows, strict=True):
         hidden = found.hidden[0]
         for axes, (name, filled) in zip(row, {"image": found.images, "visible": found.images,
