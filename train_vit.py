@@ -1233,18 +1233,19 @@ def finish_pretraining(run, model, history, result):
     """Draw what a model that learned without labels predicts, and return the contents of result.json."""
     run.val_loader.set_shard(0, 1)  # only the first process computes this
     images = _spread_images(run.val_loader, RECONSTRUCTED)
+    few = images[::max(1, len(images) // N_DRAWN)][:N_DRAWN].cpu()
     objective = run.trainer.objective
     if ask(model, "masks"):
         found = reconstruction_errors(model, images)
         print(f"Mean squared error of hidden pixels, on {counted(len(images), 'validation image')} (pixels from 0 to "
               "1): " + "; ".join(f"{name} {error:.4f}" for name, error in found.items()))
-        figure, file = visualize_reconstruction(model, images[:: max(1, len(images) // N_DRAWN)][:N_DRAWN].cpu()), "reconstruction.png"
+        figure, file = visualize_reconstruction(model, few), "reconstruction.png"
     else:
         best = objective.best_epoch(history) - 1
         found = {name: history[f"val_{name}"][best] for name in ("token_acc", "commonest")}
         print(f"Tokens of hidden patches: {found['token_acc']:.1%} predicted; always the commonest: "
               f"{found['commonest']:.1%}")
-        figure, file = visualize_tokens(model, objective.tokenizer, images[:: max(1, len(images) // N_DRAWN)][:N_DRAWN].cpu()), "tokens.png"
+        figure, file = visualize_tokens(model, objective.tokenizer, few), "tokens.png"
     save_figure(figure, run.folder / file)
     result["pretraining"] = found
     write_json(result, run.folder / "result.json")  # last, because it marks the run as complete
