@@ -1,7 +1,7 @@
 """Look inside a Vision Transformer on your photograph: where it looks, and where its prediction comes from.
 
     python visualizations.py photo.jpg               one figure with all views, and an interactive page
-    python visualizations.py selfcheck | explore     the other commands; each has --help
+    python visualizations.py selfcheck | explore | reconstruct     the other commands; each has --help
 
 AttentionVisualizer holds the views of one model, as figures, as numbers and as a page (explore). The functions
 visualize_..., compare_receptive_fields and plot_images draw several images or models.
@@ -55,10 +55,20 @@ from vit_bridge.analysis.explanations import (
     token_norms,
 )
 from vit_bridge.analysis.receptive_field import radius_holding, receptive_field, unit_centre, untrained_copy
-from vit_bridge.analysis.reconstruction import reconstructions
+from vit_bridge.analysis.reconstruction import reconstruction_errors, reconstructions
 from vit_bridge.analysis.selfcheck import selfcheck
 from vit_bridge.analysis.windows import capture_windows, check_patch
-from vit_bridge.cli import OneLineParser, Size, add_class_names, add_n_heads, int_at_least, positive, script
+from vit_bridge.cli import (
+    Bounded,
+    OneLineParser,
+    Size,
+    add_class_names,
+    add_n_heads,
+    int_at_least,
+    positive,
+    script,
+    seed,
+)
 from vit_bridge.data.files import check_not_empty, files_at
 from vit_bridge.data.images import (
     as_batch,
@@ -1703,6 +1713,19 @@ def _run_explore(options):
           f"{page.describe_grids()}. A model predicts only the classes it was trained on.")
 
 
+def _run_reconstruct(options):
+    """Draw what a model trained without labels fills in, and print the errors."""
+    model = load(options.checkpoint)
+    ratios = options.mask_ratios or (0.5, 0.75, 0.9)
+    inputs = prepare_images(options.photos, model)
+    visualize_reconstruction(model, inputs, options.output, ratios, options.seed)
+    for ratio in ratios:
+        errors = reconstruction_errors(model, inputs, ratio, options.seed)
+        print(f"{ratio:.0%} hidden, mean squared error of hidden pixels from 0 to 1: "
+              + "; ".join(f"{name} {error:.4f}" for name, error in errors.items()))
+    print(f"Written: {options.output}")
+
+
 def _images_for(model, photos, n_images):
     """Return the photographs, or drawn shapes as pictures; they are normalised for each model later."""
     return photos or list(make_shapes(n_images, max(*adapt(model).img_size, 8), start=TEST_START).images)
@@ -1721,13 +1744,13 @@ def main(argv=None):
     _run_look(parser.parse_args(argv))
 
 
-COMMANDS = ("selfcheck", "explore")
+COMMANDS = ("selfcheck", "explore", "reconstruct")
 
 
 def _command_parser():
     parser = OneLineParser(prog="visualizations.py", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, run, words in zip(COMMANDS, (_run_selfcheck, _run_explore), ("check the formulas on a model",
+    for name, run, words in zip(COMMANDS[:2], (_run_selfcheck, _run_explore), ("check the formulas on a model",
                                                                           "write an interactive page"), strict=True):
         command = commands.add_parser(name, help=words)
         command.add_argument("photos", nargs="*", help="image files (default: drawn shapes)")
@@ -1748,6 +1771,15 @@ def _command_parser():
     command.add_argument("--output", default="attention.html", help="file of the page (default: %(default)s)")
     command.add_argument("--n-images", type=int_at_least(1), default=6, help="number of drawn shapes "
                          "(default: %(default)s)")
+    command = commands.add_parser("reconstruct", help="draw how a model trained with `train_vit.py --pretrain mae` "
+                                                      "fills in hidden patches")
+    command.add_argument("photos", nargs="+", help="image files")
+    command.add_argument("--checkpoint", required=True, metavar="FILE", help="the model, such as runs/mae/best.pt")
+    command.add_argument("--mask-ratios", type=Bounded(float, 0, 1, "0 to 1"), nargs="+", metavar="F", help="shares of "
+                         "the patches to hide (default: 0.5 0.75 0.9)")
+    command.add_argument("--output", default="reconstruction.png", help="file of the figure (default: %(default)s)")
+    command.add_argument("--seed", type=seed(), default=0, metavar="N", help="seed of the masks (default: %(default)s)")
+    command.set_defaults(run=_run_reconstruct)
     return parser
 
 
