@@ -18,7 +18,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -118,7 +118,7 @@ from vit_bridge.plots.charts import (
 )
 from vit_bridge.plots.explorer import explore, is_page
 from vit_bridge.plots.look import describe, draw_look, draw_panel, look, panels_of, share_colours
-from vit_bridge.preprocessing import FitSize, Whole
+from vit_bridge.preprocessing import FitSize, Whole, describe_size
 from vit_bridge.runtime import (
     OutOfMemory,
     at_least_float32,
@@ -1679,7 +1679,21 @@ def plot_images(images, titles=None, columns=8, save_path=None, title=None, prep
 
 def _load(name, n_heads, **facts):
     facts = dict(facts, n_heads=n_heads)
-    return load(name, **{key: value for key, value in facts.items() if value is not None})
+    return _with_encoder_alone(load(name, **{key: value for key, value in facts.items() if value is not None}), name)
+
+
+def _with_encoder_alone(model, name):
+    """Return the model, or the encoder of one that learned without labels: the part to look inside."""
+    if encoder := ask(model, "encoder"):
+        print(f"{name} is a {class_name(model)}, which learned without labels; the views show its encoder.")
+        return encoder()
+    return model
+
+
+def _accept_photographs(model):
+    """Let a ViT take photographs whole; one whose positions fit a single grid, as a BEiT's, sees them cropped."""
+    with suppress(InputError):
+        model.any_size = True
 
 
 def _run_selfcheck(options):
@@ -1701,7 +1715,7 @@ def _run_explore(options):
     whole = Whole(options.max_tokens, options.img_size) if options.photos else None
     for one in (model, other):
         if whole and one is not None:
-            one.any_size = True
+            _accept_photographs(one)
     replaced = is_page(options.output)
     page = explore(model, _images_for(model, options.photos, options.n_images), options.output, other,
                    [_short_name(name) for name in (options.pretrained, options.compare_with) if name], whole=whole,
@@ -1830,7 +1844,12 @@ def _run_look(options):
     remark_on(files)
     model, name = _model_to_look_with(options)
     given = options.pretrained or name
-    adapter, whole = adapt(model), None if options.crop else Whole(options.max_tokens, options.img_size)
+    adapter = adapt(model)
+    if not adapter.any_size and not options.crop:
+        assume(f"{name} takes images of {describe_size(adapter.img_size)} pixels only, because its positions fit one "
+               f"grid, so it sees the centre of each photograph, as with --crop")
+        options.crop = True
+    whole = None if options.crop else Whole(options.max_tokens, options.img_size)
     if options.max_tokens and not adapter.has_attention:
         raise InputError(f"--max-tokens limits patches, and {name} is a ConvNet, which has none; use --img-size")
     with ExitStack() as stack:
@@ -1864,7 +1883,7 @@ def _model_to_look_with(options):
     chosen = options.pretrained or FIRST_LOOK
     name = _short_name(chosen)
     try:
-        model = load(chosen, **facts)
+        model = _with_encoder_alone(load(chosen, **facts), name)
     except NotFetched as error:
         if options.pretrained:
             raise
@@ -1874,7 +1893,7 @@ def _model_to_look_with(options):
         assume(f"{FIRST_LOOK} cannot be downloaded ({error.reason}), so the shipped {WITHOUT_NETWORK} is used, a ViT "
                f"for {side}-pixel images; choose a different model with --pretrained NAME or FILE")
     if adapt(model).attends:
-        model.any_size = True
+        _accept_photographs(model)
     return model.to(choose_device()), options.label or name
 
 
