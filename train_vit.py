@@ -38,9 +38,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from tqdm import tqdm
 
-from visualizations import plot_images, visualize_attention_grid
+from visualizations import plot_images, visualize_attention_grid, visualize_reconstruction, visualize_tokens
 from vit_bridge.analysis.cost import count_parameters
 from vit_bridge.analysis.metrics import class_recalls, percent, wilson_interval
+from vit_bridge.analysis.reconstruction import reconstruction_errors
 from vit_bridge.cli import (
     Bounded,
     HelpFormatter,
@@ -66,6 +67,7 @@ from vit_bridge.data.loaders import (
     get_data_loaders,
     get_evaluation_loader,
     get_test_loader,
+    get_unlabelled_loaders,
     length_of,
     n_batches,
 )
@@ -111,6 +113,8 @@ from vit_bridge.training.objectives import (
     Classification,
     Distillation,
     InPrecision,
+    MaskedPixels,
+    MaskedTokens,
     Objective,
     balancing_weights,
 )
@@ -138,6 +142,7 @@ from vit_bridge.training.run_folder import (
     read_run,
     renamed,
 )
+from vit_bridge.training.tokenizer import PatchTokenizer, TeacherFeatures
 from vit_bridge.weights.checkpoints import describe_checkpoint, load
 from vit_bridge.weights.files import read_file
 from vit_bridge.weights.heads import fit_head
@@ -709,7 +714,11 @@ def steps_within(seconds, model, train_loader, val_loader, device="auto", object
 
 WHITENED_BY = 2000  # images from which the filters of a whitened first layer are computed
 MINUTES = 2  # length of a run if no option sets it
+USUAL_MODELS = {None: ("vit_nano", "vit_tiny"), "mae": ("mae_nano", "mae_tiny"),
+                "beit": ("beit_nano_pretraining", "beit_tiny_pretraining")}  # for small and for larger images
+TOKENIZED = 2000  # images from which a tokenizer is fitted
 HEAD_EPOCHS = 100  # length of a run with --freeze-backbone, whose epochs take moments
+RECONSTRUCTED, N_DRAWN = 256, 4  # validation images that are reconstructed, and drawn, after a run without labels
 LINEAR_IMAGES = 20_000  # largest number of images used to fit the linear classifier, the test's baseline
 UNEVEN = 2  # classes are called uneven if the largest has at least this many times as many images as the smallest
 
@@ -820,8 +829,8 @@ def prepare(options, device, folder=None, lock=None, saved=None):
     torch.manual_seed(options.seed)
     start = _pretrained_model(options, folder, saved) if options.pretrained else None
     data = _data_arguments(options, start)
-    train_loader, val_loader = load_data(data)
-    if train_loader.dataset_name == "folder" and process_number() == 0 and not saved:
+    train_loader, val_loader = load_data(data, labelled=not options.pretrain)
+    if train_loader.dataset_name == "folder" and process_number() == 0 and not saved and not options.pretrain:
         print(audit_folder(options.data_dir, options.val_fraction, options.seed), flush=True)
     name = _model_name(options, max(train_loader.size))
     recipe = _choose_run_recipe(options, saved, name, train_loader, device)
@@ -830,7 +839,8 @@ def prepare(options, device, folder=None, lock=None, saved=None):
     if isinstance(train_loader, MemoryLoader):
         recipe = replace(recipe, augmentation=train_loader.augmentation)  # digits are never mirrored
     files = dict(validation_files=_fingerprint(val_loader), training_files=_fingerprint(train_loader),
-                 test_files=_test_fingerprint(data), teacher_weights=_fingerprint_of_weights(teacher))
+                 test_files=None if options.pretrain else _test_fingerprint(data),
+                 teacher_weights=_fingerprint_of_weights(teacher))
     if options.dry_run:
         val_loader = val_loader.without_augmentation(2 * recipe.batch_size)
     class_names = train_loader.class_names
@@ -841,7 +851,7 @@ def prepare(options, device, folder=None, lock=None, saved=None):
         print(fit_head(start, class_names))
     if recipe.train.progressive_resize:
         model.any_size = True
-    objective = _make_objective(options, recipe, train_loader, teacher)
+    objective = _make_objective(options, recipe, train_loader, teacher, model)
     if saved:
         for change in changes_since(saved, class_names, train_loader.n_images, n_processes(), **files):
             print(f"Warning: {change}.")
@@ -895,12 +905,12 @@ def _data_arguments(options, start):
     return data
 
 
-def load_data(data):
+def load_data(data, labelled=True):
     """Return (training loader, validation loader); the first process goes first, as it may download."""
     first, one_by_one = process_number() == 0, choose_set(data["data_dir"], data["dataset"], None) in TORCHVISION_SETS
     if one_by_one and not first:
         broadcast_object(None)
-    loaders = get_data_loaders(**data)
+    loaders = (get_data_loaders if labelled else get_unlabelled_loaders)(**data)
     if one_by_one and first:
         broadcast_object(None)
     return loaders
@@ -910,21 +920,26 @@ def _pretrained_model(options, folder, saved):
     """Return the model to start from; a resumed run has it in its last.pt."""
     if saved and "training" in saved:
         return load(folder / LAST)
-    return load(options.pretrained, **chosen(options, "img_size", "in_channels", "drop_path", "n_heads",
+    model = load(options.pretrained, **chosen(options, "img_size", "in_channels", "drop_path", "n_heads",
                                               "class_names"))
+    if encoder := ask(model, "encoder"):
+        print(f"{options.pretrained} is a {class_name(model)}, which learned without labels; the run starts from its "
+              f"encoder.")
+        return encoder()
+    return model
 
 
 def _model_name(options, img_size):
     """Return the model's name in MODELS, or the name of the pretrained file or its run."""
     if not options.pretrained:
-        return options.model or ("vit_nano" if img_size <= SMALL_SIDE else "vit_tiny")
+        return options.model or USUAL_MODELS[options.pretrain][img_size > SMALL_SIDE]
     path = Path(options.pretrained)
     return path.parent.name or "best" if path.name in (BEST, LAST) else path.stem
 
 
 def new_model(name, recipe, train_loader):
     """Return a new model for the loader's images and classes, whitened if the recipe specifies it."""
-    model = build_model(name, n_classes=len(train_loader.class_names), img_size=train_loader.img_size,
+    model = build_model(name, n_classes=len(train_loader.class_names or ()), img_size=train_loader.img_size,
                         in_channels=train_loader.preprocessing.n_channels, **recipe.model_options)
     if recipe.whiten and model.whitening_layer() is not None:
         whiten_first_layer(model, first_images(train_loader, WHITENED_BY))
@@ -993,8 +1008,28 @@ def _load_teacher(options, saved):
         raise InputError(f"--teacher: {error}") from error
 
 
-def _make_objective(options, recipe, train_loader, teacher):
-    """Return the objective of a run: Distillation if there is a teacher, otherwise Classification."""
+def _fit_tokenizer(model, train_loader, teacher):
+    """Return a PatchTokenizer of pixels, or of a teacher's features, and print how many tokens are in use.
+
+    It depends only on the images and their order, so that a resumed run finds the same one.
+    """
+    loader = train_loader.without_augmentation(TOKENIZED)
+    images = first_images(loader, TOKENIZED)
+    features = teacher and TeacherFeatures(teacher, train_loader.preprocessing)
+    tokenizer = PatchTokenizer(model.n_tokens, model.patch_embed.patch_size, model.config.in_channels, features)
+    tokenizer.fit(images)
+    print(f"Tokenizer: {model.n_tokens} tokens, by k-means of the {'features' if teacher else 'pixels'} of patches of "
+          f"{counted(len(images), 'image')}; perplexity {tokenizer.perplexity(tokenizer(images)):.0f}, the number of "
+          f"tokens in use if all were equally frequent")
+    return tokenizer
+
+
+def _make_objective(options, recipe, train_loader, teacher, model):
+    """Return the objective of a run: without labels MaskedPixels or MaskedTokens, otherwise one with labels."""
+    if options.pretrain == "mae":
+        return MaskedPixels()
+    if options.pretrain == "beit":
+        return MaskedTokens(_fit_tokenizer(model, train_loader, teacher))
     settings = dict(label_smoothing=recipe.label_smoothing,
                     class_weights=balancing_weights(train_loader.class_counts) if options.class_weights else None,
                     mixing=None if recipe.mixing == "none" else Mixing(recipe.mixing, len(train_loader.class_names)))
@@ -1043,12 +1078,12 @@ def _describe_run(options, name, recipe, model, train, val, trainer):
     print(f"{name}: {count_parameters(model):,} parameters{frozen}; "
           f"{_data_name(train, options.data_dir)}: {train.n_images:,} training and "
           f"{counted(val.n_images, 'validation image')} of {_describe_images(train)}, "
-          f"{len(train.class_names)} classes; {trainer.device}, "
+          f"{f'{len(train.class_names)} classes' if train.class_names else 'labels ignored'}; {trainer.device}, "
           f"{str(trainer.dtype or torch.float32).removeprefix('torch.')}")
     print(f"Recipe {options.recipe}: {recipe.describe(isinstance(train, MemoryLoader))}")
-    if options.teacher:
+    if options.teacher and not options.pretrain:
         print(f"Teacher {options.teacher}: {trainer.objective.describe_teacher()}")
-    if text := _unevenness(train.class_names, train.class_counts):
+    if train.class_names and (text := _unevenness(train.class_names, train.class_counts)):
         weighted = "--class-weights gives every class the same weight" if options.class_weights else \
             "look at the balanced accuracy, or give every class the same weight with --class-weights"
         print(f"{text}; {weighted}.")
@@ -1143,6 +1178,7 @@ def _what_is_saved(error, folder, saver, n_steps, resume):
 
 # ---- After the training
 
+RESULT_COLUMNS = ("val_acc", "val_loss")  # in result.json
 CRITERIA = dict(val_acc="validation accuracy", val_balanced_acc="balanced validation accuracy",
                 val_loss="validation loss")  # criteria of objectives, as they are printed
 
@@ -1154,6 +1190,8 @@ def finish(run, history, seconds):
     if first:
         write_json(result, run.folder / "result.json")  # before the test, so that a bad test image does not lose it
         save_figure(plot_training_curves(history), run.folder / "curves.png")
+    if run.options.pretrain:
+        return finish_pretraining(run, best.to(run.device), history, result) if first else None
     loader, split = get_test_loader(**run.data), "test"
     if loader is not None and run.entries["test_files"] not in (None, _fingerprint(loader)):
         print(f"Warning: the test images have changed since the training started; testing on the "
@@ -1191,6 +1229,37 @@ def finish(run, history, seconds):
     return result
 
 
+def finish_pretraining(run, model, history, result):
+    """Draw what a model that learned without labels predicts, and return the contents of result.json."""
+    run.val_loader.set_shard(0, 1)  # only the first process computes this
+    images = _spread_images(run.val_loader, RECONSTRUCTED)
+    few = images[::max(1, len(images) // N_DRAWN)][:N_DRAWN].cpu()
+    objective = run.trainer.objective
+    if ask(model, "masks"):
+        found = reconstruction_errors(model, images)
+        print(f"Mean squared error of hidden pixels, on {counted(len(images), 'validation image')} (pixels from 0 to "
+              "1): " + "; ".join(f"{name} {error:.4f}" for name, error in found.items()))
+        figure, file = visualize_reconstruction(model, few), "reconstruction.png"
+    else:
+        best = objective.best_epoch(history) - 1
+        found = {name: history[f"val_{name}"][best] for name in ("token_acc", "commonest")}
+        print(f"Tokens of hidden patches: {found['token_acc']:.1%} predicted; always the commonest: "
+              f"{found['commonest']:.1%}")
+        figure, file = visualize_tokens(model, objective.tokenizer, few), "tokens.png"
+    save_figure(figure, run.folder / file)
+    result["pretraining"] = found
+    write_json(result, run.folder / "result.json")  # last, because it marks the run as complete
+    print(f"Results: {run.folder}/. To use what it learned: "
+          f"{command('--pretrained', run.folder / BEST, '--data-dir', 'LABELLED')}")
+    return result
+
+
+def _spread_images(loader, n_images):
+    """Return up to n_images images (B, C, H, W), spread over the set, because folders are read class by class."""
+    apart = max(1, len(loader) * loader.batch_size // n_images)
+    return torch.cat([images[::apart] for images, _ in loader])[:n_images]
+
+
 def _training_result(run, history, seconds):
     """Print a summary of the training, and return its entries of result.json."""
     objective, trainer = run.trainer.objective, run.trainer
@@ -1204,7 +1273,8 @@ def _training_result(run, history, seconds):
     return dict(model=run.name, dataset=run.train_loader.dataset_name, seed=run.options.seed, recipe=run.options.recipe,
                 teacher=run.options.teacher, distillation=run.options.distillation,
                 minutes=_budget(run.options), n_steps=run.entries["n_steps"], parameters=count_parameters(run.model),
-                val_acc=history["val_acc"][epoch - 1], seconds=round(seconds, 1),
+                **{name: history[name][epoch - 1] for name in objective.columns if name in RESULT_COLUMNS},
+                seconds=round(seconds, 1),
                 images_per_second=round(speed / sum(history["seconds"]), 1), data_share=round(trainer.data_share, 4),
                 device=str(run.device), precision=str(trainer.dtype or torch.float32), torch=torch.__version__,
                 torchvision=torchvision.__version__, command=run.entries["command"])
@@ -1257,7 +1327,7 @@ def _complete_result(folder):
     """Return the contents of a folder's result.json if it includes the test, otherwise None."""
     path = folder / "result.json"
     result = json.loads(path.read_text()) if path.is_file() else {}
-    return result if result.keys() & {"linear_test_acc", "linear_val_acc"} else None
+    return result if result.keys() & {"linear_test_acc", "linear_val_acc", "pretraining"} else None
 
 
 def report_skipped(files):
@@ -1300,6 +1370,8 @@ def make_parser():
                        "per class, or a known data set (default: %(default)s; if it does not exist, drawn shapes)")
     group.add_argument("--pretrained", metavar="NAME|PATH", help="start from trained weights: a name that `inspect` "
                        "lists, a checkpoint, or a folder written by transformers or timm (default: new weights)")
+    group.add_argument("--pretrain", choices=tuple(filter(None, USUAL_MODELS)), help="learn without labels, by "
+                       "reconstructing hidden patches; any folder of images will do (default: learn from labels)")
     group.add_argument("--model", metavar="NAME", help="model to train from new weights; all are listed below "
                        "(default: vit_nano for images up to 64 pixels, otherwise vit_tiny)")
     length = group.add_mutually_exclusive_group()
@@ -1414,6 +1486,18 @@ def parse(argv=None):
     options.given = {name: value for name, value in words.items() if value is not unset}
     if options.recipe:
         check_choice("recipe", options.recipe, tuple(RECIPES), "python train_vit.py --help")
+    if options.pretrain:
+        unfit = ("pretrained", "class_weights", "mixing", "label_smoothing", "freeze_backbone", "distillation")
+        for name in (*unfit, *["teacher"] * (options.pretrain == "mae")):
+            if getattr(options, name):
+                raise InputError(f"--{name.replace('_', '-')} cannot be combined with --pretrain {options.pretrain}, "
+                                 f"which learns without labels from new weights; leave one of them out")
+    unlabelled = [name for name, entry in MODELS.items() if entry.unlabelled]
+    if options.model in MODELS and (options.model in unlabelled) != bool(options.pretrain) and not options.resume:
+        kind = next(kind for kind in ("mae", "beit") if options.pretrain or kind in options.model)
+        raise InputError(f"--model {options.model} learns without labels; add --pretrain {kind}" if not options.pretrain
+                         else f"--model {options.model} learns from labels, but --pretrain {options.pretrain} does "
+                              f"not; leave --model out, or choose one of {', '.join(unlabelled)}")
     if options.resume and options.dry_run:
         raise InputError("--dry-run starts a new run and cannot resume one; leave out --resume")
     if options.freeze_backbone and options.layer_decay:
@@ -1430,7 +1514,7 @@ def parse(argv=None):
     if options.distillation and not options.teacher and not options.resume:
         raise InputError(f"--distillation {options.distillation} needs a teacher; add --teacher NAME or PATH, or leave "
                          f"it out")
-    if options.teacher and not options.distillation:
+    if options.teacher and not options.distillation and not options.pretrain:
         options.distillation = DEFAULT_DISTILLATION
     for name in ("model", "patch_size"):
         if options.pretrained and getattr(options, name):

@@ -1,7 +1,7 @@
 """Look inside a Vision Transformer on your photograph: where it looks, and where its prediction comes from.
 
     python visualizations.py photo.jpg               one figure with all views, and an interactive page
-    python visualizations.py selfcheck | explore     the other commands; each has --help
+    python visualizations.py selfcheck | explore | reconstruct     the other commands; each has --help
 
 AttentionVisualizer holds the views of one model, as figures, as numbers and as a page (explore). The functions
 visualize_..., compare_receptive_fields and plot_images draw several images or models.
@@ -18,7 +18,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,9 +55,20 @@ from vit_bridge.analysis.explanations import (
     token_norms,
 )
 from vit_bridge.analysis.receptive_field import radius_holding, receptive_field, unit_centre, untrained_copy
+from vit_bridge.analysis.reconstruction import reconstruction_errors, reconstructions
 from vit_bridge.analysis.selfcheck import selfcheck
 from vit_bridge.analysis.windows import capture_windows, check_patch
-from vit_bridge.cli import OneLineParser, Size, add_class_names, add_n_heads, int_at_least, positive, script
+from vit_bridge.cli import (
+    Bounded,
+    OneLineParser,
+    Size,
+    add_class_names,
+    add_n_heads,
+    int_at_least,
+    positive,
+    script,
+    seed,
+)
 from vit_bridge.data.files import check_not_empty, files_at
 from vit_bridge.data.images import (
     as_batch,
@@ -75,7 +86,8 @@ from vit_bridge.data.images import (
 from vit_bridge.data.shapes import TEST_START, make_shapes
 from vit_bridge.errors import InputError, assume, check_index, check_int, join_words, pair
 from vit_bridge.models.adapters import adapt, adapt_attention, adapt_vit
-from vit_bridge.models.protocol import class_name
+from vit_bridge.models.beit import block_mask
+from vit_bridge.models.protocol import ask, class_name
 from vit_bridge.plots.charts import (
     CLOSE,
     COLOURS,
@@ -106,19 +118,22 @@ from vit_bridge.plots.charts import (
 )
 from vit_bridge.plots.explorer import explore, is_page
 from vit_bridge.plots.look import describe, draw_look, draw_panel, look, panels_of, share_colours
-from vit_bridge.preprocessing import FitSize, Whole
+from vit_bridge.preprocessing import FitSize, Whole, describe_size
 from vit_bridge.runtime import (
     OutOfMemory,
     at_least_float32,
     choose_device,
     class_probabilities,
     device_of,
+    evaluating,
     explain_out_of_memory,
+    to_model,
     unwrapped,
 )
 from vit_bridge.system import unless_empty, write_json, write_whole
 from vit_bridge.weights.checkpoints import load
 from vit_bridge.weights.pretrained import FIRST_LOOK, PUBLIC, WITH_CLASSES, WITHOUT_NETWORK, NotFetched
+from vit_model import grid_of
 
 TITLES = {"attention": "attention of the last block", "rollout": "attention rollout", "relevance": "relevance",
           "grad_cam": "Grad-CAM"}
@@ -1478,6 +1493,140 @@ def _places_in_stages(adapter, n_stages):
 # ---- A contact sheet --------------------------------------------------------------------------------------
 
 
+def visualize_reconstruction(model, images, save_path=None, mask_ratios=None, seed=0):
+    """Draw how a masked autoencoder fills in hidden patches, beside two controls that use no network.
+
+    Each row shows an image, its visible patches, the model's reconstruction, an interpolation of the visible pixels,
+    and their mean colour. A model of normalised pixels borrows the mean and the contrast of each hidden patch; the last
+    column then shows what the borrowed means alone give. The number is the mean squared error of the hidden pixels,
+    from 0 to 1.
+
+    Parameters
+    ----------
+    model : MaskedAutoencoder
+    images : list of images or Tensor, shape (B, C, H, W)
+        Images of any kind, or a normalised batch.
+    save_path : str or Path, optional
+        Where to write the figure.
+    mask_ratios : sequence of float, optional
+        Shares of the patches to hide, with one row for each image and share. By default the model's.
+    seed : int, optional
+        Seed of the masks.
+
+    Raises
+    ------
+    InputError
+        If the model does not reconstruct images, or if a ratio hides nothing or everything.
+
+    References
+    ----------
+    He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners", Fig. 2 to 4.
+    """
+    inputs = prepare_images(images, model)  # (B, C, H, W)
+    rows = [(i, ratio, reconstructions(model, inputs[i:i + 1], ratio, seed + i))
+            for i in range(len(inputs)) for ratio in (mask_ratios or (None,))]
+    scale = torch.tensor(model.preprocessing.std)[:, None, None] if model.preprocessing else 1.0  # (C, 1, 1)
+    height = proportion(as_picture(inputs[0], model.preprocessing))
+    n_columns = 2 + len(rows[0][2].filled)
+    figure = new_figure(2.2 * n_columns, 0.9 + (2.1 * height + 0.35) * len(rows))
+    panels = figure.subplots(len(rows), n_columns, squeeze=False)
+    for row, (_, _, found) in zip(panels, rows, strict=True):
+        hidden = found.hidden[0]
+        for axes, (name, filled) in zip(row, {"image": found.images, "visible": found.images,
+                                              **found.filled}.items(), strict=True):
+            hide_ticks(axes)
+            axes.imshow(_with_hidden(filled[0], hidden if name == "visible" else None, model.preprocessing))
+            words = {"image": "the image", "visible": f"visible: {percent(1 - hidden.float().mean().item())}",
+                     "model": "the model"}.get(name, name)
+            if name in found.filled:
+                wrong = ((filled - found.images)[0] * scale)[hidden.expand_as(found.images[0])].square().mean()
+                words += f": {wrong:.4f}"
+            axes.set_title(words, fontsize=10)
+    set_heading(figure, "Hidden patches, filled in by the model and without one (mean squared error of hidden pixels)",
+                fontsize=13)
+    if rows[0][2].borrows:
+        figure.supxlabel("The model predicts normalised patches: its pictures borrow the mean and the contrast of the "
+                         "hidden patches, which it has not seen.", fontsize=9)
+    return finish(figure, save_path)
+
+
+def visualize_tokens(model, tokenizer, images, save_path=None, ratio=0.4, seed=0):
+    """Draw the tokens that a MaskedTokenModel predicts for hidden patches, beside the true ones.
+
+    Each row shows an image, its true tokens, its visible patches, and the predicted tokens in the hidden places. A
+    token is drawn as the mean of the patches that it stands for.
+
+    Parameters
+    ----------
+    model : MaskedTokenModel
+    tokenizer : vit_bridge.training.tokenizer.PatchTokenizer
+        The one that the model was trained with.
+    images : Tensor, shape (B, C, H, W)
+        Normalised images.
+    save_path : str or Path, optional
+        Where to write the figure.
+    ratio : float, optional
+        Share of the patches to hide.
+    seed : int, optional
+        Seed of the masks.
+
+    Raises
+    ------
+    InputError
+        If the model predicts other tokens than the tokenizer's.
+
+    References
+    ----------
+    Bao et al. 2022, "BEiT: BERT Pre-Training of Image Transformers", Fig. 1.
+    """
+    model = unwrapped(model)
+    if ask(model, "n_tokens") != tokenizer.n_tokens:
+        raise InputError(f"a {class_name(model)} that predicts {ask(model, 'n_tokens')} tokens does not fit a "
+                         f"tokenizer of {tokenizer.n_tokens}; pass the tokenizer that the model was trained with")
+    size, patch = tuple(images.shape[2:]), tokenizer.patch_size
+    grid = grid_of(size, patch)
+    generator = torch.Generator().manual_seed(seed)
+    n_hidden = max(1, round(ratio * grid[0] * grid[1]))
+    mask = torch.stack([block_mask(grid, n_hidden, generator).flatten() for _ in images])  # (B, N)
+    with torch.no_grad(), evaluating(model):
+        guessed = model(to_model(images, model), mask.to(device_of(model))).argmax(dim=2).cpu()  # (B, N)
+    true = tokenizer(images.to(tokenizer.centres.device)).cpu()  # (B, N)
+
+    def drawn(ids):
+        """Return images of tokens (B, C, H, W)."""
+        pictures = tokenizer.pictures.cpu()[ids].flatten(2).transpose(1, 2)  # (B, C P P, N)
+        return torch.nn.functional.fold(pictures, size, patch, stride=patch)
+
+    hidden = mask.view(-1, *grid).repeat_interleave(patch[0], 1).repeat_interleave(patch[1], 2)  # (B, H, W)
+    columns = {"the image": images.cpu(), f"true tokens ({tokenizer.n_tokens})": drawn(true), "visible": images.cpu(),
+               "predicted tokens": torch.where(hidden[:, None], drawn(guessed), images.cpu())}
+    figure = new_figure(9, 0.9 + (2.2 * size[0] / size[1] + 0.35) * len(images))
+    panels = figure.subplots(len(images), len(columns), squeeze=False)
+    for i, row in enumerate(panels):
+        for axes, (words, shown) in zip(row, columns.items(), strict=True):
+            hide_ticks(axes)
+            axes.imshow(_with_hidden(shown[i], hidden[i] if words == "visible" else None, model.preprocessing))
+            if words.startswith("predicted"):
+                right = (guessed == true)[i][mask[i]].float().mean().item()
+                words = f"predicted: {percent(right)} right"
+            axes.set_title(words, fontsize=10)
+    set_heading(figure, f"Tokens of hidden patches, drawn as the mean of their patches ({percent(ratio)} hidden)",
+                fontsize=13)
+    return finish(figure, save_path)
+
+
+def _with_hidden(image, hidden, preprocessing):
+    """Return an image (C, H, W) as an array for imshow, with the hidden pixels (H, W) grey."""
+    picture = np.array(as_picture(image, preprocessing), dtype=float)
+    picture = picture / 255 if picture.max() > 1 else picture
+    if hidden is not None:
+        picture[hidden.numpy()] = HIDDEN_GREY
+    return picture.clip(0, 1)
+
+
+HIDDEN_GREY = 0.5  # of a hidden patch in a picture, from 0 to 1
+
+
 def plot_images(images, titles=None, columns=8, save_path=None, title=None, preprocessing=None):
     """Draw a contact sheet: images, each with a title above it.
 
@@ -1530,7 +1679,21 @@ def plot_images(images, titles=None, columns=8, save_path=None, title=None, prep
 
 def _load(name, n_heads, **facts):
     facts = dict(facts, n_heads=n_heads)
-    return load(name, **{key: value for key, value in facts.items() if value is not None})
+    return _with_encoder_alone(load(name, **{key: value for key, value in facts.items() if value is not None}), name)
+
+
+def _with_encoder_alone(model, name):
+    """Return the model, or the encoder of one that learned without labels: the part to look inside."""
+    if encoder := ask(model, "encoder"):
+        print(f"{name} is a {class_name(model)}, which learned without labels; the views show its encoder.")
+        return encoder()
+    return model
+
+
+def _accept_photographs(model):
+    """Let a ViT take photographs whole; one whose positions fit a single grid, as a BEiT's, sees them cropped."""
+    with suppress(InputError):
+        model.any_size = True
 
 
 def _run_selfcheck(options):
@@ -1552,7 +1715,7 @@ def _run_explore(options):
     whole = Whole(options.max_tokens, options.img_size) if options.photos else None
     for one in (model, other):
         if whole and one is not None:
-            one.any_size = True
+            _accept_photographs(one)
     replaced = is_page(options.output)
     page = explore(model, _images_for(model, options.photos, options.n_images), options.output, other,
                    [_short_name(name) for name in (options.pretrained, options.compare_with) if name], whole=whole,
@@ -1562,6 +1725,19 @@ def _run_explore(options):
     print(f"{page.path}: {page.megabytes:.1f} MB{', replaces the earlier page' if replaced else ''}; open it in any "
           f"browser. {'Photographs are shown whole, in' if whole else 'Drawn shapes are shown in'} "
           f"{page.describe_grids()}. A model predicts only the classes it was trained on.")
+
+
+def _run_reconstruct(options):
+    """Draw what a model trained without labels fills in, and print the errors."""
+    model = load(options.checkpoint)
+    ratios = options.mask_ratios or (0.5, 0.75, 0.9)
+    inputs = prepare_images(options.photos, model)
+    visualize_reconstruction(model, inputs, options.output, ratios, options.seed)
+    for ratio in ratios:
+        errors = reconstruction_errors(model, inputs, ratio, options.seed)
+        print(f"{ratio:.0%} hidden, mean squared error of hidden pixels from 0 to 1: "
+              + "; ".join(f"{name} {error:.4f}" for name, error in errors.items()))
+    print(f"Written: {options.output}")
 
 
 def _images_for(model, photos, n_images):
@@ -1582,13 +1758,13 @@ def main(argv=None):
     _run_look(parser.parse_args(argv))
 
 
-COMMANDS = ("selfcheck", "explore")
+COMMANDS = ("selfcheck", "explore", "reconstruct")
 
 
 def _command_parser():
     parser = OneLineParser(prog="visualizations.py", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, run, words in zip(COMMANDS, (_run_selfcheck, _run_explore), ("check the formulas on a model",
+    for name, run, words in zip(COMMANDS[:2], (_run_selfcheck, _run_explore), ("check the formulas on a model",
                                                                           "write an interactive page"), strict=True):
         command = commands.add_parser(name, help=words)
         command.add_argument("photos", nargs="*", help="image files (default: drawn shapes)")
@@ -1609,6 +1785,15 @@ def _command_parser():
     command.add_argument("--output", default="attention.html", help="file of the page (default: %(default)s)")
     command.add_argument("--n-images", type=int_at_least(1), default=6, help="number of drawn shapes "
                          "(default: %(default)s)")
+    command = commands.add_parser("reconstruct", help="draw how a model trained with `train_vit.py --pretrain mae` "
+                                                      "fills in hidden patches")
+    command.add_argument("photos", nargs="+", help="image files")
+    command.add_argument("--checkpoint", required=True, metavar="FILE", help="the model, such as runs/mae/best.pt")
+    command.add_argument("--mask-ratios", type=Bounded(float, 0, 1, "0 to 1"), nargs="+", metavar="F", help="shares of "
+                         "the patches to hide (default: 0.5 0.75 0.9)")
+    command.add_argument("--output", default="reconstruction.png", help="file of the figure (default: %(default)s)")
+    command.add_argument("--seed", type=seed(), default=0, metavar="N", help="seed of the masks (default: %(default)s)")
+    command.set_defaults(run=_run_reconstruct)
     return parser
 
 
@@ -1659,7 +1844,12 @@ def _run_look(options):
     remark_on(files)
     model, name = _model_to_look_with(options)
     given = options.pretrained or name
-    adapter, whole = adapt(model), None if options.crop else Whole(options.max_tokens, options.img_size)
+    adapter = adapt(model)
+    if not adapter.any_size and not options.crop:
+        assume(f"{name} takes images of {describe_size(adapter.img_size)} pixels only, because its positions fit one "
+               f"grid, so it sees the centre of each photograph, as with --crop")
+        options.crop = True
+    whole = None if options.crop else Whole(options.max_tokens, options.img_size)
     if options.max_tokens and not adapter.has_attention:
         raise InputError(f"--max-tokens limits patches, and {name} is a ConvNet, which has none; use --img-size")
     with ExitStack() as stack:
@@ -1693,7 +1883,7 @@ def _model_to_look_with(options):
     chosen = options.pretrained or FIRST_LOOK
     name = _short_name(chosen)
     try:
-        model = load(chosen, **facts)
+        model = _with_encoder_alone(load(chosen, **facts), name)
     except NotFetched as error:
         if options.pretrained:
             raise
@@ -1703,7 +1893,7 @@ def _model_to_look_with(options):
         assume(f"{FIRST_LOOK} cannot be downloaded ({error.reason}), so the shipped {WITHOUT_NETWORK} is used, a ViT "
                f"for {side}-pixel images; choose a different model with --pretrained NAME or FILE")
     if adapt(model).attends:
-        model.any_size = True
+        _accept_photographs(model)
     return model.to(choose_device()), options.label or name
 
 

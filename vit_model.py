@@ -194,9 +194,7 @@ class VisionTransformer(nn.Module):
         self.reg_token = nn.Parameter(torch.zeros(1, c.n_registers, c.embed_dim)) if c.n_registers else None
         self.add_positions(c.position)
         self.dropout = nn.Dropout(c.dropout)
-        self.blocks = nn.ModuleList(
-            TransformerBlock(c.embed_dim, c.n_heads, c.mlp_ratio, c.dropout, rate, c.layer_scale, c.qk_norm, c.norm_eps)
-            for rate in drop_path_rates(c.drop_path, c.depth))
+        self.blocks = nn.ModuleList(self.new_block(rate) for rate in drop_path_rates(c.drop_path, c.depth))
         self.norm = nn.Identity() if c.fc_norm else nn.LayerNorm(c.embed_dim, eps=c.norm_eps)
         self.fc_norm = nn.LayerNorm(c.embed_dim, eps=c.norm_eps) if c.fc_norm else nn.Identity()
         self.head = nn.Linear(c.embed_dim, c.n_classes) if c.n_classes else nn.Identity()
@@ -286,6 +284,19 @@ class VisionTransformer(nn.Module):
             self.register_buffer("pos_embed", sincos_positions(grid_size, D, n_prefix))
         else:
             self.pos_embed = None
+
+    def new_block(self, drop_path):
+        """Return a new block with this drop rate; a subclass can change its parts before they are initialised."""
+        c = self.config
+        return TransformerBlock(c.embed_dim, c.n_heads, c.mlp_ratio, c.dropout, drop_path, c.layer_scale, c.qk_norm,
+                                c.norm_eps)
+
+    def fit_positions(self, grid_size):
+        """Fit the positions to a different grid in place: resample learned ones, compute fixed ones again."""
+        if self.config.position == "learned":
+            self.pos_embed = nn.Parameter(fitted_positions(self, grid_size), self.pos_embed.requires_grad)
+        elif self.config.position == "sincos":
+            self.pos_embed = fitted_positions(self, grid_size)
 
     # ---- What training and figures need from every model (vit_bridge/models/protocol.py explains) ----
 
@@ -787,10 +798,7 @@ def resize_positions(model, img_size):
     """
     img_size, embed = pair(img_size), model.patch_embed
     new = grid_of(img_size, embed.patch_size)
-    if model.config.position == "learned":
-        model.pos_embed = nn.Parameter(fitted_positions(model, new), model.pos_embed.requires_grad)
-    elif model.config.position == "sincos":
-        model.pos_embed = fitted_positions(model, new)
+    model.fit_positions(new)
     embed.img_size, embed.grid_size, embed.n_patches = img_size, new, new[0] * new[1]
     model.config = replace(model.config, img_size=img_size)
     if model.preprocessing is not None:

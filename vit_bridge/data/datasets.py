@@ -167,6 +167,32 @@ def read_training_folder(folder, img_size, preprocessing, skip_corrupt, in_chann
     return dataset_info("folder", class_names, img_size, preprocessing, in_channels), files, labels
 
 
+def unlabelled_files(data_dir):
+    """Return (training images, validation images or []) of a folder, whatever folders they are in.
+
+    With train/, they are those of train/ and val/. Without it, they are all images outside val/ and test/.
+
+    Raises
+    ------
+    InputError
+        If there are fewer than 2 training images.
+    """
+    root = existing_folder(data_dir)
+    parts = [first_folder(root, names) for names in (("train",), VALIDATION_FOLDERS, ("test",))]
+    train, val, test = parts
+    finder = ImageFinder([train or root, *([val] if val else [])])
+    found = [finder.find(folder) if folder else Found() for folder in (train or root, val)]
+    if not train:
+        apart = tuple(f"{folder}{os.sep}" for folder in (val, test) if folder)
+        found[0].files = [file for file in found[0].files if not file.startswith(apart)]
+    for each, folder in zip(found, (train or root, val), strict=True):
+        each.tell(folder)
+    if len(found[0].files) < 2:
+        raise InputError(f"{str(train or root)!r} has {len(found[0].files)} images ({SOME_FORMATS}); at least 2 are "
+                         f"needed, one of them for validation")
+    return found[0].files, found[1].files
+
+
 def _parent_set(folder):
     """Return the parent of a folder if it holds two or more folders with images, otherwise None."""
     endings = image_endings()

@@ -2,6 +2,7 @@
 
     get_data_loaders, get_test_loader   training and validation images; separate test images
     get_evaluation_loader               images to evaluate a trained model on, labelled by its class names
+    get_unlabelled_loaders              images to pre-train on: folders of any depth, labels ignored
     as_loader                           a torch DataLoader or a list of batches, wrapped for the Trainer
 
 Small images stay in memory as one uint8 tensor and are augmented a batch at a time (MemoryLoader); worker processes
@@ -43,6 +44,7 @@ from vit_bridge.data.datasets import (
     read_memory_set,
     read_training_folder,
     stratified_cut,
+    unlabelled_files,
 )
 from vit_bridge.data.images import open_image, remark_on
 from vit_bridge.errors import Assumption, InputError, assume, check_choice, check_int
@@ -120,6 +122,43 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
         train_set, val_set = (([files[i] for i in part], labels[part]) for part in cut)
     return (_folder_loader(*train_set, info, batch_size, seed, workers, skip_corrupt, True, augmentation),
             _folder_loader(*val_set, info, batch_size, seed, workers, skip_corrupt))
+
+
+def get_unlabelled_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, dataset="auto", val_fraction=0.1,
+                           *, seed=0, workers=None, n_images=None, preprocessing=None, skip_corrupt=False,
+                           augmentation=None, in_channels=None):
+    """Return the training loader and the validation loader of images without labels; every label is 0.
+
+    The arguments are those of `get_data_loaders`, but a folder may hold its images at any depth, such as all of them
+    directly, or in one folder for each class. If it has train/, only train/ and val/ are used, and never test/. The
+    loaders have no class_names.
+
+    Returns
+    -------
+    train_loader, val_loader : DatasetLoader
+
+    Raises
+    ------
+    InputError
+        As in `get_data_loaders`, and if the folder has fewer than 2 images.
+    """
+    check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images, in_channels)
+    name = choose_set(data_dir, dataset, n_images)
+    if name != "folder":
+        images, _, info = read_memory_set(name, data_dir, img_size, n_images, preprocessing, True, in_channels)
+        info = replace(info, preprocessing=replace(info.preprocessing, class_names=None))
+        train, val = stratified_cut(torch.zeros(len(images), dtype=torch.long), val_fraction, seed)
+        return (MemoryLoader(images[train], torch.zeros_like(train), info, batch_size, seed, True,
+                             augmentation=augmentation),
+                MemoryLoader(images[val], torch.zeros_like(val), info, batch_size, seed))
+    train_files, val_files = unlabelled_files(data_dir)
+    if not val_files:
+        train, val = stratified_cut(torch.zeros(len(train_files), dtype=torch.long), val_fraction, seed)
+        train_files, val_files = [train_files[i] for i in train], [train_files[i] for i in val]
+    info = dataset_info(name, None, img_size or own_side(train_files, skip_corrupt), preprocessing, in_channels)
+    return tuple(_folder_loader(files, torch.zeros(len(files), dtype=torch.long), info, batch_size, seed, workers,
+                                skip_corrupt, training, augmentation)
+                 for files, training in ((train_files, True), (val_files, False)))
 
 
 def get_test_loader(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, dataset="auto", val_fraction=0.1,

@@ -32,10 +32,16 @@ class ImageModel(nn.Module):
         blocks, norm, patch_embed and pos_embed, as VisionTransformer does.
     windowed : bool
         Whether its layers are stages of blocks with attention within windows, as in SwinTransformer.
+    masks : bool
+        Whether model(images, noise=None) hides patches and returns (loss, prediction, mask), as MaskedAutoencoder does.
     any_size : bool
         Whether it accepts images of sizes other than config.img_size.
     head_names : tuple of str
         Its heads. Layer-wise learning rates treat them as the last group, and Muon never trains them.
+    encoder : method or None
+        Of a model that learns without labels: returns a copy of the part to fine-tune, a model without a head.
+    n_tokens : int
+        Number of tokens that it predicts for each hidden patch, as MaskedTokenModel does; 0 for other models.
     no_weight_decay : tuple of str
         Parameters without weight decay. Vectors, and tensors that are added to every image, never decay anyway.
     no_muon : tuple of str
@@ -44,9 +50,11 @@ class ImageModel(nn.Module):
 
     config_class = None
     preprocessing = None
-    attends = windowed = False
+    attends = windowed = masks = False
     any_size = True
     head_names = ("head",)
+    n_tokens = 0
+    encoder = None
     no_weight_decay = ()
     no_muon = ()
 

@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 
 from vit_bridge.errors import check_choice
+from vit_bridge.models.beit import BEIT_VARIANTS, MASKED_TOKEN_VARIANTS, BEiT, MaskedTokenModel
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.models.convnext import CONVNEXT_VARIANTS, ConvNeXt
 from vit_bridge.models.deit import DistilledViT
 from vit_bridge.models.hybrid import HybridCNNViT
-from vit_bridge.models.protocol import check_arguments
+from vit_bridge.models.mae import MAE_VARIANTS, MaskedAutoencoder
+from vit_bridge.models.protocol import ImageModel, check_arguments
 from vit_bridge.models.swin import SWIN_VARIANTS, SwinTransformer
 from vit_model import VARIANTS, VisionTransformer, pair
 
@@ -23,6 +25,11 @@ class ModelEntry:
     model_class: type
     arguments: dict
     scaled: tuple | None = ("patch_size", 4)
+
+    @property
+    def unlabelled(self):
+        """Whether it learns without labels (ImageModel.encoder)."""
+        return getattr(self.model_class, "encoder", ImageModel.encoder) is not None
 
 
 def _resnet(depths, block="residual"):
@@ -41,6 +48,9 @@ MODELS = {
                           ("stem_stride", 1)),
     **{name.replace("vit", "deit"): ModelEntry(DistilledViT, vars(config)) for name, config in VARIANTS.items()
        if name != "vit_large"},
+    **{name: ModelEntry(MaskedAutoencoder, vars(config)) for name, config in MAE_VARIANTS.items()},
+    **{name: ModelEntry(BEiT, vars(config)) for name, config in BEIT_VARIANTS.items()},
+    **{name: ModelEntry(MaskedTokenModel, vars(config)) for name, config in MASKED_TOKEN_VARIANTS.items()},
     **{name: ModelEntry(SwinTransformer, vars(config), ("patch_size", 2 if name == "swin_nano" else 1))
        for name, config in SWIN_VARIANTS.items()},
     **{name: ModelEntry(ConvNeXt, vars(config), ("stem_stride", 2 if name == "convnext_nano" else 1))

@@ -199,8 +199,8 @@ def plot_training_curves(history, save_path=None, baseline=None):
     Parameters
     ----------
     history : dict
-        Lists of equal length, one entry per epoch: train_loss, val_loss, train_acc, val_acc (from 0 to 1) and lr. Other
-        keys are ignored.
+        Lists of equal length, one entry per epoch: train_loss, val_loss, lr and, after a training with labels,
+        train_acc and val_acc (from 0 to 1). Other keys are ignored.
     save_path : str or Path, optional
         Where to write the figure.
     baseline : tuple, optional
@@ -215,30 +215,32 @@ def plot_training_curves(history, save_path=None, baseline=None):
     InputError
         If the lists are empty or differ in length.
     """
-    epochs = _epochs_of(history)
+    labelled = "val_acc" in history
+    epochs = _epochs_of(history, ("train_loss", "val_loss", "lr", *(("train_acc", "val_acc") if labelled else ())))
     marker = "o" if len(epochs) <= 40 else None
-    figure = new_figure(13, 4.2)
-    loss, accuracy, rate = figure.subplots(1, 3)
+    figure = new_figure(13 if labelled else 9, 4.2)
+    loss, *accuracies, rate = figure.subplots(1, 3 if labelled else 2)
     for part, label, colour, style in (("train", "training", BLUE, "-"), ("val", "validation", VERMILION, "--")):
         line = dict(color=colour, linestyle=style, marker=marker, markersize=4, linewidth=2, label=label)
         loss.plot(epochs, history[f"{part}_loss"], **line)
-        accuracy.plot(epochs, [100 * share for share in history[f"{part}_acc"]], **line)
+        for accuracy in accuracies:
+            accuracy.plot(epochs, [100 * share for share in history[f"{part}_acc"]], **line)
     if baseline is not None:
         name, share = baseline
         accuracy.axhline(100 * share, color="black", linestyle=":", linewidth=2, label=f"{name}: {share:.1%}")
     rate.plot(epochs, history["lr"], color=GREEN, marker=marker, markersize=4, linewidth=2)
-    loss.set(title="Loss", ylabel="loss (nats)")
-    accuracy.set(title="Accuracy", ylabel="accuracy (%)")
+    loss.set(title="Loss", ylabel="loss (nats)" if labelled else "loss of hidden patches")
+    for accuracy in accuracies:
+        accuracy.set(title="Accuracy", ylabel="accuracy (%)")
     rate.set(title="Learning rate", ylabel="learning rate")
-    for axes in (loss, accuracy):
+    for axes in (loss, *accuracies):
         show_legend(axes, fontsize=11)
     _label_epochs(figure.axes)
     return finish(figure, save_path)
 
 
-def _epochs_of(history):
-    """Return 1, 2, ... for the entries of a history. Raises InputError unless its lists match."""
-    names = ("train_loss", "val_loss", "train_acc", "val_acc", "lr")
+def _epochs_of(history, names):
+    """Return 1, 2, ... for the entries of a history. Raises InputError unless these lists match."""
     lengths = {name: len(history.get(name, [])) for name in names}
     if len(set(lengths.values())) > 1 or not lengths["lr"]:
         raise InputError(f"the history has lists of lengths {lengths}; expected one entry per epoch in each, as in "

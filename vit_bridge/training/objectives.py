@@ -1,7 +1,8 @@
 """Objectives, which training minimises, and the metrics that they collect.
 
-Classification is the objective that train_vit.py uses, and Distillation the one with --teacher. New objectives are
-subclasses of Objective; for a small example see tests/training/test_toy_objective.py.
+Classification is the objective that train_vit.py uses, and Distillation the one with --teacher. MaskedPixels and
+MaskedTokens need no labels. New objectives are subclasses of Objective; for a small example see
+tests/training/test_toy_objective.py.
 
     loss = objective(model, batch, metrics)
 
@@ -18,10 +19,12 @@ from torch import nn
 from vit_bridge.analysis.cost import count_parameters
 from vit_bridge.errors import InputError, assume, check_choice
 from vit_bridge.models.adapters import check_has_head, preprocessing_of
+from vit_bridge.models.beit import block_mask
 from vit_bridge.models.protocol import ask, class_name
 from vit_bridge.preprocessing import describe_size
 from vit_bridge.runtime import at_least_float32, device_of, dtype_of, logits_of, unwrapped
 from vit_bridge.weights.heads import listed, match_names
+from vit_model import grid_of
 
 # ---- Metrics and the interface of objectives --------------------------------------------------------------
 
@@ -508,20 +511,14 @@ class Distillation(Classification):
         if not 0 < self.temperature < math.inf:
             raise InputError(f"temperature {temperature!r} must be a positive number such as 3")
         check_has_head(teacher)
-        own, self.theirs = preprocessing, preprocessing_of(teacher)
-        if own.n_channels != self.theirs.n_channels:
-            raise InputError(f"the teacher's images have {self.theirs.n_channels} channels, but those of the training "
-                             f"have {own.n_channels}; choose a teacher for the same kind of images")
+        self.theirs = preprocessing_of(teacher)
+        self.prepare = Reprepared(preprocessing, self.theirs)
         self.teacher = unwrapped(teacher).requires_grad_(False).eval()
-        mean, std, their_mean, their_std = (torch.tensor(numbers, dtype=torch.float64).view(-1, 1, 1) for numbers in (
-            own.mean, own.std, self.theirs.mean, self.theirs.std))
-        # from the one normalisation to the other: (std x + mean - their_mean) / their_std
-        self.register_buffer("scale", (std / their_std).float())  # (C, 1, 1)
-        self.register_buffer("shift", ((mean - their_mean) / their_std).float())  # (C, 1, 1)
         self.register_buffer("order", None)
         self.to(device_of(self.teacher))
-        self.n_theirs = self.teach(self.scale.new_zeros(1, own.n_channels, *own.size)).shape[1]
-        self.order = matched_classes(self.theirs.class_names, self.n_theirs, own.class_names)
+        size = preprocessing.n_channels, *preprocessing.size
+        self.n_theirs = self.teach(self.prepare.scale.new_zeros(1, *size)).shape[1]
+        self.order = matched_classes(self.theirs.class_names, self.n_theirs, preprocessing.class_names)
 
     def train(self, mode=True):
         """Set the mode, but leave the teacher in eval mode."""
@@ -544,10 +541,8 @@ class Distillation(Classification):
     @torch.no_grad()
     def teach(self, images):
         """Return the teacher's logits (B, C) for images of the training, with the classes in their order."""
-        if images.shape[2:] != self.theirs.size:
-            images = F.interpolate(images, self.theirs.size, mode=self.theirs.interpolation, antialias=True)
         forward = InPrecision(self.teacher, images.device, self.dtype, dtype_of(self.teacher))
-        logits = forward(images * self.scale + self.shift)  # (B, the teacher's classes)
+        logits = forward(self.prepare(images))  # (B, the teacher's classes)
         check_logits(logits, len(images), "teacher")
         return logits if self.order is None else logits[:, self.order]
 
@@ -559,6 +554,32 @@ class Distillation(Classification):
                 + (f", temperature {self.temperature:g}" if self.kind == "soft" else "")
                 + (f"; its {n:,} classes, " if n == self.n_theirs else f"; {n:,} of its {self.n_theirs:,} classes, ")
                 + ("assumed to be in the order of the images' classes" if self.order is None else "matched by name"))
+
+
+class Reprepared(nn.Module):
+    """Images of a training as a teacher expects them: stretched to its size, and normalised as in its own training.
+
+    own, theirs: Preprocessing of the training's images and of the teacher's. Raises InputError if they have different
+    channels.
+    """
+
+    def __init__(self, own, theirs):
+        super().__init__()
+        if own.n_channels != theirs.n_channels:
+            raise InputError(f"the teacher's images have {theirs.n_channels} channels, but those of the training "
+                             f"have {own.n_channels}; choose a teacher for the same kind of images")
+        self.size, self.interpolation = theirs.size, theirs.interpolation
+        mean, std, their_mean, their_std = (torch.tensor(numbers, dtype=torch.float64).view(-1, 1, 1) for numbers in (
+            own.mean, own.std, theirs.mean, theirs.std))
+        # from the one normalisation to the other: (std x + mean - their_mean) / their_std
+        self.register_buffer("scale", (std / their_std).float())  # (C, 1, 1)
+        self.register_buffer("shift", ((mean - their_mean) / their_std).float())  # (C, 1, 1)
+
+    def forward(self, images):
+        """Return the images for the teacher."""
+        if images.shape[2:] != self.size:
+            images = F.interpolate(images, self.size, mode=self.interpolation, antialias=True)
+        return images * self.scale + self.shift
 
 
 def distillation_loss(logits, teacher_logits, kind=DEFAULT_DISTILLATION, temperature=1.0):
@@ -605,3 +626,137 @@ def matched_classes(theirs, n_theirs, ours):
         raise InputError(f"the teacher does not know {len(missing)} of the {len(ours)} classes{listed(missing)}; it "
                          f"knows {len(theirs)}{listed(theirs)}: fine-tune it on these images first, with --pretrained")
     return torch.tensor(places)
+
+
+# ---- Without labels ---------------------------------------------------------------------------------------
+
+
+class MaskedPixels(Objective):
+    """Predict the pixels of hidden patches: the loss of a MaskedAutoencoder. Labels are ignored.
+
+    In training, each step draws the masks from torch's generator. In an evaluation, the i-th image always gets the i-th
+    mask of a fixed sequence, whatever the batch size, so that the losses of different epochs and models can be
+    compared. Each process counts its own images.
+
+    References
+    ----------
+    He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners".
+    """
+
+    patch_size = None  # of the model, set by check_model
+
+    def forward(self, model, batch, metrics=None):
+        """Return the mean loss of a batch whose first entry is the images."""
+        images = batch[0]
+        noise = () if self.training else (self.noise(images, 0 if metrics is None else metrics.n),)
+        loss, _, _ = model(images, *noise)
+        if metrics is not None:
+            metrics.update(len(images), loss=loss)
+        return loss
+
+    def noise(self, images, first):
+        """Return the fixed noise (B, patches) of images whose place in the evaluation is `first`, first + 1, ...
+
+        It holds whole numbers, which do not change in a model with weights in bfloat16.
+        """
+        n_patches = math.prod(grid_of(tuple(images.shape[2:]), self.patch_size))
+        generators = [torch.Generator().manual_seed(first + i) for i in range(len(images))]
+        noise = torch.stack([torch.randperm(n_patches, generator=generator) for generator in generators])
+        return noise.to(images.device)
+
+    def check_model(self, model):
+        """Raise InputError if the model does not hide patches."""
+        model = unwrapped(model)
+        if not ask(model, "masks"):
+            raise InputError(f"a {class_name(model)} hides no patches; for MaskedPixels expected a MaskedAutoencoder, "
+                             f"such as build_model('mae_nano')")
+        self.patch_size = model.patch_embed.patch_size
+
+
+class MaskedTokens(Objective):
+    """Name the tokens of hidden patches: the mean cross-entropy over these patches (Bao et al. 2022, Eq. 1).
+
+    Labels, if a batch has any, are not used. Every evaluation hides the same patches of the same images.
+
+    Parameters
+    ----------
+    tokenizer : vit_bridge.training.tokenizer.PatchTokenizer
+        A fitted tokenizer. It is neither trained nor saved by the Trainer.
+    ratio : float, optional
+        Share of the patches to hide, between 0 and 1.
+
+    Raises
+    ------
+    InputError
+        If the ratio is out of range, the tokenizer is not fitted, or the model predicts other tokens.
+    """
+
+    columns = {"train_loss": ".3f", "train_token_acc": ".1%",  # noqa: RUF012
+               "val_loss": ".3f", "val_token_acc": ".1%", "val_commonest": ".1%"}
+
+    def __init__(self, tokenizer, ratio=0.4):
+        super().__init__()
+        if not 0 < ratio < 1:
+            raise InputError(f"ratio {ratio!r} must lie between 0 (hide no patch) and 1 (hide all patches)")
+        if not tokenizer.centres.any():
+            raise InputError("all centres of the tokenizer are 0; fit it first: tokenizer.fit(images)")
+        self.tokenizer, self.ratio = tokenizer, ratio
+
+    def forward(self, model, batch, metrics=None):
+        """Return the mean loss of a batch, whose images come first."""
+        images = batch[0]
+        ids = self.tokenizer(images)  # (B, N)
+        mask = self.hide(images, 0 if metrics is None else metrics.n)  # (B, N), on the CPU
+        hidden = mask.flatten().nonzero()[:, 0].to(images.device)  # (B hidden patches); a mask on a GPU would wait
+        logits = model(images, mask.to(images.device))  # (B, N, K)
+        if logits.shape != (*ids.shape, self.tokenizer.n_tokens):
+            raise InputError(f"the model returns logits of {tuple(logits.shape)}; expected "
+                             f"{(*ids.shape, self.tokenizer.n_tokens)}, one row for each patch of the tokenizer: give "
+                             f"both the same patch_size")
+        logits, ids = logits.flatten(0, 1)[hidden], ids.flatten()[hidden]
+        loss = F.cross_entropy(logits, ids)
+        if metrics is not None:
+            metrics.update(len(images), loss, logits, ids)
+        return loss
+
+    def hide(self, images, n_before):
+        """Return which patches are hidden, bool (B, N), equally many in each image.
+
+        In training they are drawn from torch's generator. In an evaluation, the number of an image in it determines
+        its mask; n_before images come before these.
+        """
+        grid = grid_of(tuple(images.shape[2:]), self.tokenizer.patch_size)
+        n_hidden = max(1, round(self.ratio * grid[0] * grid[1]))
+        generators = [None if self.training else torch.Generator().manual_seed(n_before + i)
+                      for i in range(len(images))]
+        return torch.stack([block_mask(grid, n_hidden, generator).flatten() for generator in generators])
+
+    def check_model(self, model):
+        """Raise InputError unless the model predicts the tokenizer's tokens."""
+        n_tokens, wanted = ask(unwrapped(model), "n_tokens"), self.tokenizer.n_tokens
+        if n_tokens != wanted:
+            raise InputError(f"a {class_name(unwrapped(model))} that predicts {n_tokens} tokens does not fit a "
+                             f"tokenizer of {wanted}; use MaskedTokenModel(..., n_tokens={wanted})")
+
+    def new_metrics(self, device, skip_nonfinite=False):
+        """Return empty TokenMetrics."""
+        return TokenMetrics(device, skip_nonfinite)
+
+
+class TokenMetrics(Metrics):
+    """Metrics of the loss and the accuracy on hidden patches, and in sums["tokens"] (K) of their tokens."""
+
+    def update(self, n, loss, logits, ids):
+        """Add n images: their mean loss, and the logits (m, K) and the tokens (m) of their hidden patches."""
+        counts = torch.zeros(logits.shape[1], device=ids.device)
+        self.add("tokens", counts.index_add_(0, ids, torch.ones_like(ids, dtype=counts.dtype)))  # (K)
+        super().update(n, loss=loss, token_acc=(logits.argmax(dim=1) == ids).float().mean())
+
+    def compute(self):
+        """Return dict(loss, token_acc, commonest).
+
+        commonest is the share of the most frequent token, the accuracy of a model that always predicts it.
+        """
+        tokens = self.sums["tokens"]
+        return dict(loss=self.sums["loss"].item() / self.n, token_acc=self.sums["token_acc"].item() / self.n,
+                    commonest=(tokens.max() / tokens.sum()).item())
