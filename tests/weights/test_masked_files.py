@@ -6,6 +6,7 @@ The papers' code is not a package, so its files are written here, with its names
 import argparse
 import json
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,14 +16,14 @@ import transformers
 from parity_checks import randomised, relative_difference, renamed
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
-from timm.models.beit import Beit, checkpoint_filter_fn
+from timm.models.beit import Beit
 
 from vit_bridge.errors import Assumption
-from vit_bridge.models import BEiT, MaskedAutoencoder, MaskedTokenModel
+from vit_bridge.models import BEiT, DistilledViT, MaskedAutoencoder, MaskedTokenModel
 from vit_bridge.models.beit import block_mask
 from vit_bridge.preprocessing import IMAGENET_MEAN
-from vit_bridge.weights.checkpoints import describe_checkpoint, load, load_checkpoint, save_model
-from vit_bridge.weights.formats import PRETRAINING_PARTS
+from vit_bridge.weights.checkpoints import _fit_positions, describe_checkpoint, load, load_checkpoint, save_model
+from vit_bridge.weights.formats import Format, Weights
 from vit_model import InputError, VisionTransformer, resize_positions
 
 PATCH, D, DEPTH, HEADS, CLASSES, TOKENS = 4, 12, 2, 3, 5, 7
@@ -134,8 +135,9 @@ def from_transformers_mae(folder, old_names, version_4=False, **options):
         assert state.keys() != set(names)
         save_file(state, path)
         names = list(state)
-    return Sample(path, names, ours, mae_numbers(theirs, ours),
-                  guessed={} if old_names else dict(n_heads=HEADS, decoder_heads=2, norm_pix_loss=ours.config.norm_pix_loss))
+    guessed = {} if old_names else dict(n_heads=HEADS, decoder_heads=2, norm_pix_loss=ours.config.norm_pix_loss,
+                                        mask_ratio=ours.config.mask_ratio)
+    return Sample(path, names, ours, mae_numbers(theirs, ours), guessed=guessed)
 
 
 def write_transformers(folder, model, old_names):
@@ -331,3 +333,238 @@ def test_masked_files_open_strictly_and_give_the_numbers_of_their_library(name, 
     found = describe_checkpoint(sample.path, **guessed)
     assert (found.model_class, found.config) == (type(model).__name__, model.config)
     assert f"    model = {type(model).__name__}(" in str(found)
+
+
+# ---- MAE: what lies in a file, and what it is opened as
+
+
+def unchanged(model, path, text):
+    """Check that loading is refused in one line and leaves the model as it was."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(InputError, match=one_line_with(text)) as caught:
+        load_checkpoint(model, path)
+    assert str(path) in str(caught.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["MAE, visualize", "transformers MAE with decoder, old names", "ours"])
+def test_a_vit_takes_the_encoder_and_says_that_the_decoder_was_dropped(name, tmp_path):
+    if name == "ours":
+        theirs = randomised(MaskedAutoencoder(**MAE), 1).float()
+        save_model(theirs, tmp_path / "m.pt")
+        path, eps = tmp_path / "m.pt", 1e-6
+    else:
+        sample = SOURCES[name].write(tmp_path)
+        theirs, path, eps = sample.model, sample.path, sample.model.config.norm_eps
+        load_checkpoint(theirs, path)
+    theirs.eval()
+    for position in ("learned", "sincos"):
+        model = VisionTransformer(**VIT, n_classes=0, position=position, norm_eps=eps).eval()
+        report = load_checkpoint(model, path)
+        images = images_for(model).float()
+        torch.testing.assert_close(model(images), theirs.encoder().eval()(images), rtol=0, atol=1e-6)
+        decoder = [one for one in report.dropped if "decoder" in one or "mask_token" in one]
+        assert {report.dropped[one] for one in decoder} == {"MAE's decoder, used in pretraining"}
+        assert len(decoder) == len(report.dropped) == 20
+        assert re.search(r"dropped: \S+ and 19 more \(MAE's decoder, used in pretraining\)", str(report))
+
+
+@pytest.mark.parametrize("kind", ["encoder", "fine-tuned", "ours"])
+def test_a_masked_autoencoder_refuses_a_file_without_a_decoder(kind, tmp_path):
+    vit = VisionTransformer(**VIT, n_classes=CLASSES * (kind == "fine-tuned"), position="sincos")
+    path = tmp_path / "m.pth"
+    if kind == "ours":
+        save_model(vit, path)
+    else:
+        torch.save({"model": vit.state_dict()}, path)
+        assert type(load(path)) is VisionTransformer
+    unchanged(MaskedAutoencoder(**MAE), path, "has no decoder, so it reconstructs nothing; use load(path), which builds "
+                                              "the VisionTransformer")
+
+
+@pytest.mark.parametrize("name", ["pos_embed", "decoder_pos_embed"])
+def test_a_masked_autoencoder_refuses_positions_that_are_not_the_fixed_ones(name, tmp_path):
+    state = MaskedAutoencoder(**MAE).state_dict()
+    for far, fits in ((1e-5, True), (0.01, False)):
+        torch.save({"model": {**state, name: state[name] + far}}, tmp_path / "m.pth")
+        model = MaskedAutoencoder(**MAE)
+        if fits:
+            load_checkpoint(model, tmp_path / "m.pth")
+            assert torch.equal(model.state_dict()[name], state[name])
+        else:
+            unchanged(model, tmp_path / "m.pth", f"{name} is not the fixed sines and cosines of 3x3 patches")
+
+
+@torch.no_grad()
+def test_a_masked_autoencoder_of_another_size_computes_its_positions_again(tmp_path):
+    state = randomised(MaskedAutoencoder(**MAE), 1).state_dict()
+    torch.save({"model": state}, tmp_path / "m.pth")
+    model = MaskedAutoencoder(**MAE | WIDE)
+    load_checkpoint(model, tmp_path / "m.pth")
+    wanted = resize_positions(MaskedAutoencoder(**MAE), (8, 20))
+    for name in ("pos_embed", "decoder_pos_embed"):
+        assert torch.equal(model.state_dict()[name], wanted.state_dict()[name])
+
+
+@pytest.mark.parametrize(("name", "around", "normalised", "said"), [
+    ("mae_visualize_vit_large_ganloss.pth", {}, False, True), ("mae_pretrain_vit_base_full.pth", {}, True, True),
+    ("checkpoint-1.pth", dict(args=argparse.Namespace(norm_pix_loss=False, mask_ratio=0.5)), False, False),
+    ("mae_visualize.pth", dict(args=dict(norm_pix_loss=True, mask_ratio=0.5)), True, False)])
+def test_load_says_which_pixels_it_assumes_a_file_to_predict(name, around, normalised, said, tmp_path):
+    torch.save({"model": MaskedAutoencoder(**MAE).state_dict(), **around}, tmp_path / name)
+    with pytest.warns(Assumption) as caught:
+        model = load(tmp_path / name)
+    assert (model.config.norm_pix_loss, model.config.mask_ratio) == (normalised, 0.5 if around else 0.75)
+    text = str(caught[0].message)
+    assert (f"norm_pix_loss={normalised} (the authors' mae_visualize files have False, their others True)" in text) == said
+    assert ("mask_ratio=0.75" in text) == said
+    assert "decoder_heads=1 (8 channels each)" in text
+    assert "norm_pix_loss=" in str(describe_checkpoint(tmp_path / name)) or not said
+    report = load_checkpoint(MaskedAutoencoder(**MAE | dict(norm_pix_loss=normalised)), tmp_path / name)
+    assert "decoder_heads=2" in report.heads
+    assert (f"norm_pix_loss={normalised}" in report.heads) == said
+
+
+def test_load_checkpoint_refuses_another_decoder_than_the_config_records(tmp_path):
+    SOURCES["transformers MAE with decoder, old names"].write(tmp_path)
+    for field, theirs, ours in (("decoder_heads", 2, 4), ("norm_pix_loss", False, True)):
+        model = MaskedAutoencoder(**MAE | {field: ours, "norm_eps": 1e-12})
+        unchanged(model, tmp_path / "model.safetensors", f"{field} is {theirs} in the file, but {ours} in the model")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "decoder_hidden_size": 16}))
+    with pytest.raises(InputError, match=one_line_with("specifies decoder_dim=16, but the tensors")):
+        load(tmp_path)
+
+
+# ---- BEiT: tables, tokens and images
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["microsoft", "transformers", "ours"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_beit_takes_the_blocks_of_pretraining_and_copies_their_shared_table(kind, shared, tmp_path):
+    name = "microsoft's BEiT v2 for masked images" if kind == "microsoft" else "transformers BEiT for masked images, " \
+                                                                                "old names"
+    if kind == "ours":
+        theirs, path = randomised(MaskedTokenModel(**VIT, n_tokens=TOKENS), 1).float(), tmp_path / "m.pt"
+        save_model(theirs, path)
+    else:
+        sample = SOURCES[name].write(tmp_path)
+        theirs, path = sample.model, sample.path
+        load_checkpoint(theirs, path)
+    model = BEiT(**VIT, n_classes=CLASSES, shared_bias=shared, fc_norm=False, norm_eps=theirs.config.norm_eps).eval()
+    report = load_checkpoint(model, path)
+    images = images_for(model).float()
+    torch.testing.assert_close(model.forward_features(images), theirs.eval().forward_features(images), rtol=0, atol=1e-5)
+    assert ("the table of relative positions, which the file's blocks share, was copied to each of the 2 blocks" in
+            str(report)) == (not shared)
+    assert "the prediction of hidden tokens, used in pretraining" in str(report)
+    assert "head: the file has none, so the model keeps its own, which is untrained" in str(report)
+
+
+@pytest.mark.parametrize("kind", ["timm", "ours"])
+def test_a_masked_token_model_refuses_a_file_of_a_classifier(kind, tmp_path):
+    path = SOURCES["timm's BEiT"].write(tmp_path).path
+    if kind == "ours":
+        save_model(BEiT(**VIT, n_classes=CLASSES), path)
+    unchanged(MaskedTokenModel(**VIT, n_tokens=TOKENS), path, "has no lm_head, so it predicts no tokens of patches")
+
+
+@pytest.mark.parametrize("build", [
+    lambda: VisionTransformer(**VIT), lambda: MaskedAutoencoder(**MAE)])
+def test_other_models_refuse_a_beit_and_name_it(build, tmp_path):
+    unchanged(build(), SOURCES["timm's BEiT"].write(tmp_path).path, "it is a BEiT (microsoft's and timm's names")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["timm's BEiT", "timm's BEiT, shared table"])
+def test_tables_of_another_grid_are_resampled_and_the_last_three_rows_stay(name, tmp_path):
+    sample = SOURCES[name].write(tmp_path)
+    model = BEiT(**vars(sample.model.config) | WIDE)
+    report = load_checkpoint(model, sample.path)
+    assert "positions: resampled from tables of 3x3 to 2x5 patches" in str(report)
+    load_checkpoint(sample.model, sample.path)
+    wanted = resize_positions(sample.model, (8, 20)).state_dict()
+    tables = [key for key in wanted if key.endswith(TABLE)]
+    assert len(tables) == (1 if "shared" in name else DEPTH)
+    for key in tables:
+        assert torch.equal(model.state_dict()[key], wanted[key])
+        assert torch.equal(model.state_dict()[key][-3:], torch.load(sample.path)[key][-3:].float())
+        assert len(wanted[key]) == 3 * 9 + 3
+    assert load(sample.path, img_size=(8, 20)).config.img_size == (8, 20)
+
+
+@torch.no_grad()
+def test_offsets_that_fit_two_grids_are_read_as_told(tmp_path):
+    build = dict(**VIT | dict(img_size=(4, 20)), n_classes=0)  # 1 x 5 patches have 9 offsets, as 2 x 2 patches have
+    torch.save(randomised(BEiT(**build), 1).float().state_dict(), tmp_path / "m.pth")
+    table = f"blocks.0.attn.{TABLE}"
+    report = load_checkpoint(BEiT(**build), tmp_path / "m.pth")
+    assert "positions: 9 offsets fit 1x5 or 2x2 patches; the first is used" in str(report)
+    model, other = BEiT(**build), BEiT(**build)
+    assert "2x2 to 1x5" in str(load_checkpoint(model, tmp_path / "m.pth", grid_size=(2, 2)))
+    load_checkpoint(other, tmp_path / "m.pth", grid_size=(1, 5))
+    assert not torch.equal(model.state_dict()[table], other.state_dict()[table])
+    assert load(tmp_path / "m.pth").config.img_size == 8
+    assert load(tmp_path / "m.pth", img_size=(4, 20)).state_dict()[table].equal(other.state_dict()[table])
+
+
+def test_files_of_transformers_on_grids_that_are_not_square_are_noted(tmp_path):
+    c = BEiT(**VIT | WIDE, n_classes=CLASSES, norm_eps=1e-12).config
+    model = transformers.BeitForImageClassification(transformers_beit_config(c))
+    model.save_pretrained(tmp_path)
+    with pytest.warns(Assumption, match="transformers swaps height and width of the tables if the grid is not square"):
+        assert load(tmp_path).config == BEiT(**vars(c) | dict(layer_scale=1e-5)).config
+    (tmp_path / "square").mkdir()
+    sample = SOURCES["transformers BEiT with head, old names"].write(tmp_path / "square")
+    assert "swaps" not in str(load_checkpoint(sample.model, sample.path))
+
+
+def test_load_says_that_names_do_not_show_which_beit_it_is(tmp_path):
+    sample = SOURCES["timm's BEiT"].write(tmp_path)
+    with pytest.warns(Assumption, match=r"mean and std 0\.5 as in its library, bicubic resizing.* expect ImageNet's"):
+        model = load(sample.path)
+    assert model.preprocessing.mean == (0.5,) * 3
+    theirs = Beit(img_size=12, patch_size=PATCH, embed_dim=D, depth=DEPTH, num_heads=HEADS, num_classes=CLASSES,
+                  use_abs_pos_emb=False, use_rel_pos_bias=True)
+    theirs.pretrained_cfg = dict(architecture="beitv2_base_patch16_224", input_size=(3, 12, 12), num_classes=CLASSES,
+                                 mean=IMAGENET_MEAN, std=(0.2,) * 3, interpolation="bicubic", global_pool="avg")
+    save_for_hf(theirs, tmp_path / "hub", model_config=theirs.pretrained_cfg, model_args=dict(
+        img_size=12, patch_size=PATCH, embed_dim=D, depth=DEPTH, num_heads=HEADS, use_abs_pos_emb=False,
+        use_rel_pos_bias=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Assumption)
+        model = load(tmp_path / "hub")
+    assert (type(model), model.preprocessing.mean, model.preprocessing.std) == (BEiT, IMAGENET_MEAN, (0.2,) * 3)
+
+
+def test_a_table_in_each_block_needs_a_model_without_a_shared_one(tmp_path):
+    path = SOURCES["timm's BEiT"].write(tmp_path).path
+    unchanged(BEiT(**VIT, n_classes=CLASSES, shared_bias=True), path, "build the model with shared_bias=False")
+
+
+@pytest.mark.parametrize("part", [r"attn\.v_bias", r"blocks\.1\.attn\.q_bias"])
+def test_a_beit_without_one_of_its_biases_is_damaged(part, tmp_path):
+    path = SOURCES["timm's BEiT"].write(tmp_path).path
+    state = {name: tensor for name, tensor in torch.load(path).items() if not re.search(part, name)}
+    torch.save(state, path)
+    unchanged(BEiT(**VIT, n_classes=CLASSES), path, path)
+
+
+# ---- A position for CLS alone, and two tokens
+
+
+def test_a_distilled_vit_refuses_a_file_with_one_token(tmp_path):
+    torch.save(VisionTransformer(**VIT, n_classes=CLASSES).state_dict(), tmp_path / "m.pth")
+    unchanged(DistilledViT(**VIT, n_classes=CLASSES), tmp_path / "m.pth", "dist_token")
+
+
+def test_positions_of_one_token_leave_zeros_for_a_second_and_no_patch_twice():
+    positions = torch.randn(1, 10, D)
+    weights = Weights("m.pth", Format("test", "", pos_cls=True), [], {"pos_embed": positions},
+                      {"pos_embed": ["pos_embed"]})
+    notes = _fit_positions(weights, DistilledViT(**VIT, n_classes=0), None)
+    wanted = torch.cat([positions[:, :1], torch.zeros(1, 1, D), positions[:, 1:]], dim=1)
+    assert torch.equal(weights.tensors["pos_embed"], wanted)
+    assert notes == ["positions: the file has none for a second token, so zeros are used"]
