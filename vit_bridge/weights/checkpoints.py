@@ -518,11 +518,16 @@ def _check_parts(kind, model, path):
 
 
 def _drop_pretraining(weights, kind, model):
-    """Drop the parts of pretraining that the model does not have."""
+    """Drop the parts of pretraining that the model does not have, and put the last norm where the model has it."""
     known = _inside(kind, model)
     for name in [name for name in weights.tensors if known and re.fullmatch(known.parts, name)]:
         weights.dropped |= dict.fromkeys(weights.sources.pop(name), known.reason)
         del weights.tensors[name]
+    if known and known.inner == "BEiT" and model.config.fc_norm:  # as in MaskedTokenModel.encoder
+        for name in [name for name in weights.tensors if name.startswith("norm.")]:
+            for place in (weights.tensors, weights.sources):
+                place[f"fc_{name}"] = place.pop(name)
+        weights.choices.append("norm: the file's last norm stands before the mean, the model's after it")
 
 
 def _check_same_kind(other, model, path):

@@ -133,6 +133,7 @@ HF_BEIT_NAMES = (
     (BLOCK + rf"(?:attention\.attention\.)?relative_position_bias\.({TABLE})", r"blocks.\1.attn.\2"),
     (BLOCK + r"lambda_([12])", r"blocks.\1.ls\2.gamma"),
     (ROOT + r"pooler\.layernorm\.(\w+)", r"fc_norm.\1"),
+    (r"lm_head\.(\w+)", r"lm_head.\1"),
     *TRANSFORMERS_NAMES,
 )
 CLS_LAYERS = (r"cls_pt_.*", "the layers that train CLS, used in pretraining")  # of BEiT v2
