@@ -38,7 +38,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from tqdm import tqdm
 
-from visualizations import plot_images, visualize_attention_grid, visualize_reconstruction
+from visualizations import plot_images, visualize_attention_grid, visualize_reconstruction, visualize_tokens
 from vit_bridge.analysis.cost import count_parameters
 from vit_bridge.analysis.metrics import class_recalls, percent, wilson_interval
 from vit_bridge.analysis.reconstruction import reconstruction_errors
@@ -114,6 +114,7 @@ from vit_bridge.training.objectives import (
     Distillation,
     InPrecision,
     MaskedPixels,
+    MaskedTokens,
     Objective,
     balancing_weights,
 )
@@ -141,6 +142,7 @@ from vit_bridge.training.run_folder import (
     read_run,
     renamed,
 )
+from vit_bridge.training.tokenizer import PatchTokenizer, TeacherFeatures
 from vit_bridge.weights.checkpoints import describe_checkpoint, load
 from vit_bridge.weights.files import read_file
 from vit_bridge.weights.heads import fit_head
@@ -712,7 +714,9 @@ def steps_within(seconds, model, train_loader, val_loader, device="auto", object
 
 WHITENED_BY = 2000  # images from which the filters of a whitened first layer are computed
 MINUTES = 2  # length of a run if no option sets it
-USUAL_MODELS = {None: ("vit_nano", "vit_tiny"), "mae": ("mae_nano", "mae_tiny")}  # for small and for larger images
+USUAL_MODELS = {None: ("vit_nano", "vit_tiny"), "mae": ("mae_nano", "mae_tiny"),
+                "beit": ("beit_nano_pretraining", "beit_tiny_pretraining")}  # for small and for larger images
+TOKENIZED = 2000  # images from which a tokenizer is fitted
 HEAD_EPOCHS = 100  # length of a run with --freeze-backbone, whose epochs take moments
 RECONSTRUCTED, N_DRAWN = 256, 4  # validation images that are reconstructed, and drawn, after a run without labels
 LINEAR_IMAGES = 20_000  # largest number of images used to fit the linear classifier, the test's baseline
@@ -847,7 +851,7 @@ def prepare(options, device, folder=None, lock=None, saved=None):
         print(fit_head(start, class_names))
     if recipe.train.progressive_resize:
         model.any_size = True
-    objective = _make_objective(options, recipe, train_loader, teacher)
+    objective = _make_objective(options, recipe, train_loader, teacher, model)
     if saved:
         for change in changes_since(saved, class_names, train_loader.n_images, n_processes(), **files):
             print(f"Warning: {change}.")
@@ -918,9 +922,10 @@ def _pretrained_model(options, folder, saved):
         return load(folder / LAST)
     model = load(options.pretrained, **chosen(options, "img_size", "in_channels", "drop_path", "n_heads",
                                               "class_names"))
-    if ask(model, "masks"):
-        print(f"{options.pretrained} was trained without labels: the run starts from its encoder, without its decoder.")
-        return model.encoder()
+    if encoder := ask(model, "encoder"):
+        print(f"{options.pretrained} is a {class_name(model)}, which learned without labels; the run starts from its "
+              f"encoder.")
+        return encoder()
     return model
 
 
@@ -1003,10 +1008,28 @@ def _load_teacher(options, saved):
         raise InputError(f"--teacher: {error}") from error
 
 
-def _make_objective(options, recipe, train_loader, teacher):
-    """Return the objective of a run: without labels MaskedPixels, with a teacher Distillation, or Classification."""
-    if options.pretrain:
+def _fit_tokenizer(model, train_loader, teacher):
+    """Return a PatchTokenizer of pixels, or of a teacher's features, and print how many tokens are in use.
+
+    It depends only on the images and their order, so that a resumed run finds the same one.
+    """
+    loader = train_loader.without_augmentation(TOKENIZED)
+    images = first_images(loader, TOKENIZED)
+    features = teacher and TeacherFeatures(teacher, train_loader.preprocessing)
+    tokenizer = PatchTokenizer(model.n_tokens, model.patch_embed.patch_size, model.config.in_channels, features)
+    tokenizer.fit(images)
+    print(f"Tokenizer: {model.n_tokens} tokens, by k-means of the {'features' if teacher else 'pixels'} of patches of "
+          f"{counted(len(images), 'image')}; perplexity {tokenizer.perplexity(tokenizer(images)):.0f}, the number of "
+          f"tokens in use if all were equally frequent")
+    return tokenizer
+
+
+def _make_objective(options, recipe, train_loader, teacher, model):
+    """Return the objective of a run: without labels MaskedPixels or MaskedTokens, otherwise one with labels."""
+    if options.pretrain == "mae":
         return MaskedPixels()
+    if options.pretrain == "beit":
+        return MaskedTokens(_fit_tokenizer(model, train_loader, teacher))
     settings = dict(label_smoothing=recipe.label_smoothing,
                     class_weights=balancing_weights(train_loader.class_counts) if options.class_weights else None,
                     mixing=None if recipe.mixing == "none" else Mixing(recipe.mixing, len(train_loader.class_names)))
@@ -1058,7 +1081,7 @@ def _describe_run(options, name, recipe, model, train, val, trainer):
           f"{f'{len(train.class_names)} classes' if train.class_names else 'labels ignored'}; {trainer.device}, "
           f"{str(trainer.dtype or torch.float32).removeprefix('torch.')}")
     print(f"Recipe {options.recipe}: {recipe.describe(isinstance(train, MemoryLoader))}")
-    if options.teacher:
+    if options.teacher and not options.pretrain:
         print(f"Teacher {options.teacher}: {trainer.objective.describe_teacher()}")
     if train.class_names and (text := _unevenness(train.class_names, train.class_counts)):
         weighted = "--class-weights gives every class the same weight" if options.class_weights else \
@@ -1168,7 +1191,7 @@ def finish(run, history, seconds):
         write_json(result, run.folder / "result.json")  # before the test, so that a bad test image does not lose it
         save_figure(plot_training_curves(history), run.folder / "curves.png")
     if run.options.pretrain:
-        return finish_pretraining(run, best.to(run.device), result) if first else None
+        return finish_pretraining(run, best.to(run.device), history, result) if first else None
     loader, split = get_test_loader(**run.data), "test"
     if loader is not None and run.entries["test_files"] not in (None, _fingerprint(loader)):
         print(f"Warning: the test images have changed since the training started; testing on the "
@@ -1206,18 +1229,35 @@ def finish(run, history, seconds):
     return result
 
 
-def finish_pretraining(run, model, result):
-    """Compare reconstructions with filling in without a network, draw them, and return the contents of result.json."""
+def finish_pretraining(run, model, history, result):
+    """Draw what a model that learned without labels predicts, and return the contents of result.json."""
     run.val_loader.set_shard(0, 1)  # only the first process computes this
-    images = first_images(run.val_loader, RECONSTRUCTED)[:RECONSTRUCTED]
-    result["reconstruction"] = errors = reconstruction_errors(model, images)
-    save_figure(visualize_reconstruction(model, images[:N_DRAWN].cpu()), run.folder / "reconstruction.png")
+    images = _spread_images(run.val_loader, RECONSTRUCTED)
+    few = images[::max(1, len(images) // N_DRAWN)][:N_DRAWN].cpu()
+    objective = run.trainer.objective
+    if ask(model, "masks"):
+        found = reconstruction_errors(model, images)
+        print(f"Mean squared error of hidden pixels, on {counted(len(images), 'validation image')} (pixels from 0 to "
+              "1): " + "; ".join(f"{name} {error:.4f}" for name, error in found.items()))
+        figure, file = visualize_reconstruction(model, few), "reconstruction.png"
+    else:
+        best = objective.best_epoch(history) - 1
+        found = {name: history[f"val_{name}"][best] for name in ("token_acc", "commonest")}
+        print(f"Tokens of hidden patches: {found['token_acc']:.1%} predicted; always the commonest: "
+              f"{found['commonest']:.1%}")
+        figure, file = visualize_tokens(model, objective.tokenizer, few), "tokens.png"
+    save_figure(figure, run.folder / file)
+    result["pretraining"] = found
     write_json(result, run.folder / "result.json")  # last, because it marks the run as complete
-    print(f"Mean squared error of hidden pixels, on {counted(len(images), 'validation image')} (pixels from 0 to 1): "
-          + "; ".join(f"{name} {error:.4f}" for name, error in errors.items()))
     print(f"Results: {run.folder}/. To use what it learned: "
           f"{command('--pretrained', run.folder / BEST, '--data-dir', 'LABELLED')}")
     return result
+
+
+def _spread_images(loader, n_images):
+    """Return up to n_images images (B, C, H, W), spread over the set, because folders are read class by class."""
+    apart = max(1, len(loader) * loader.batch_size // n_images)
+    return torch.cat([images[::apart] for images, _ in loader])[:n_images]
 
 
 def _training_result(run, history, seconds):
@@ -1287,7 +1327,7 @@ def _complete_result(folder):
     """Return the contents of a folder's result.json if it includes the test, otherwise None."""
     path = folder / "result.json"
     result = json.loads(path.read_text()) if path.is_file() else {}
-    return result if result.keys() & {"linear_test_acc", "linear_val_acc", "reconstruction"} else None
+    return result if result.keys() & {"linear_test_acc", "linear_val_acc", "pretraining"} else None
 
 
 def report_skipped(files):
@@ -1447,13 +1487,15 @@ def parse(argv=None):
     if options.recipe:
         check_choice("recipe", options.recipe, tuple(RECIPES), "python train_vit.py --help")
     if options.pretrain:
-        for name in ("pretrained", "teacher", "class_weights", "mixing", "label_smoothing", "freeze_backbone"):
+        unfit = ("pretrained", "class_weights", "mixing", "label_smoothing", "freeze_backbone", "distillation")
+        for name in (*unfit, *["teacher"] * (options.pretrain == "mae")):
             if getattr(options, name):
                 raise InputError(f"--{name.replace('_', '-')} cannot be combined with --pretrain {options.pretrain}, "
                                  f"which learns without labels from new weights; leave one of them out")
-    unlabelled = [name for name, entry in MODELS.items() if entry.masks]
+    unlabelled = [name for name, entry in MODELS.items() if entry.unlabelled]
     if options.model in MODELS and (options.model in unlabelled) != bool(options.pretrain) and not options.resume:
-        raise InputError(f"--model {options.model} learns without labels; add --pretrain mae" if not options.pretrain
+        kind = next(kind for kind in ("mae", "beit") if options.pretrain or kind in options.model)
+        raise InputError(f"--model {options.model} learns without labels; add --pretrain {kind}" if not options.pretrain
                          else f"--model {options.model} learns from labels, but --pretrain {options.pretrain} does "
                               f"not; leave --model out, or choose one of {', '.join(unlabelled)}")
     if options.resume and options.dry_run:
@@ -1472,7 +1514,7 @@ def parse(argv=None):
     if options.distillation and not options.teacher and not options.resume:
         raise InputError(f"--distillation {options.distillation} needs a teacher; add --teacher NAME or PATH, or leave "
                          f"it out")
-    if options.teacher and not options.distillation:
+    if options.teacher and not options.distillation and not options.pretrain:
         options.distillation = DEFAULT_DISTILLATION
     for name in ("model", "patch_size"):
         if options.pretrained and getattr(options, name):

@@ -76,7 +76,8 @@ from vit_bridge.data.images import (
 from vit_bridge.data.shapes import TEST_START, make_shapes
 from vit_bridge.errors import InputError, assume, check_index, check_int, join_words, pair
 from vit_bridge.models.adapters import adapt, adapt_attention, adapt_vit
-from vit_bridge.models.protocol import class_name
+from vit_bridge.models.beit import block_mask
+from vit_bridge.models.protocol import ask, class_name
 from vit_bridge.plots.charts import (
     CLOSE,
     COLOURS,
@@ -114,12 +115,15 @@ from vit_bridge.runtime import (
     choose_device,
     class_probabilities,
     device_of,
+    evaluating,
     explain_out_of_memory,
+    to_model,
     unwrapped,
 )
 from vit_bridge.system import unless_empty, write_json, write_whole
 from vit_bridge.weights.checkpoints import load
 from vit_bridge.weights.pretrained import FIRST_LOOK, PUBLIC, WITH_CLASSES, WITHOUT_NETWORK, NotFetched
+from vit_model import grid_of
 
 TITLES = {"attention": "attention of the last block", "rollout": "attention rollout", "relevance": "relevance",
           "grad_cam": "Grad-CAM"}
@@ -1483,7 +1487,9 @@ def visualize_reconstruction(model, images, save_path=None, mask_ratios=None, se
     """Draw how a masked autoencoder fills in hidden patches, beside two controls that use no network.
 
     Each row shows an image, its visible patches, the model's reconstruction, an interpolation of the visible pixels,
-    and their mean colour. The number is the mean squared error of the hidden pixels, from 0 to 1.
+    and their mean colour. A model of normalised pixels borrows the mean and the contrast of each hidden patch; the last
+    column then shows what the borrowed means alone give. The number is the mean squared error of the hidden pixels,
+    from 0 to 1.
 
     Parameters
     ----------
@@ -1511,17 +1517,15 @@ def visualize_reconstruction(model, images, save_path=None, mask_ratios=None, se
             for i in range(len(inputs)) for ratio in (mask_ratios or (None,))]
     scale = torch.tensor(model.preprocessing.std)[:, None, None] if model.preprocessing else 1.0  # (C, 1, 1)
     height = proportion(as_picture(inputs[0], model.preprocessing))
-    figure = new_figure(11, 0.9 + (2.1 * height + 0.35) * len(rows))
-    panels = figure.subplots(len(rows), 5, squeeze=False)
+    n_columns = 2 + len(rows[0][2].filled)
+    figure = new_figure(2.2 * n_columns, 0.9 + (2.1 * height + 0.35) * len(rows))
+    panels = figure.subplots(len(rows), n_columns, squeeze=False)
     for row, (_, _, found) in zip(panels, rows, strict=True):
         hidden = found.hidden[0]
         for axes, (name, filled) in zip(row, {"image": found.images, "visible": found.images,
                                               **found.filled}.items(), strict=True):
-            picture = np.array(as_picture(filled[0], model.preprocessing), dtype=float)
-            if name == "visible":
-                picture[hidden.numpy()] = HIDDEN_GREY * (255 if picture.max() > 1 else 1)
             hide_ticks(axes)
-            axes.imshow(picture.astype(np.uint8) if picture.max() > 1 else picture)
+            axes.imshow(_with_hidden(filled[0], hidden if name == "visible" else None, model.preprocessing))
             words = {"image": "the image", "visible": f"visible: {percent(1 - hidden.float().mean().item())}",
                      "model": "the model"}.get(name, name)
             if name in found.filled:
@@ -1534,6 +1538,80 @@ def visualize_reconstruction(model, images, save_path=None, mask_ratios=None, se
         figure.supxlabel("The model predicts normalised patches: its pictures borrow the mean and the contrast of the "
                          "hidden patches, which it has not seen.", fontsize=9)
     return finish(figure, save_path)
+
+
+def visualize_tokens(model, tokenizer, images, save_path=None, ratio=0.4, seed=0):
+    """Draw the tokens that a MaskedTokenModel predicts for hidden patches, beside the true ones.
+
+    Each row shows an image, its true tokens, its visible patches, and the predicted tokens in the hidden places. A
+    token is drawn as the mean of the patches that it stands for.
+
+    Parameters
+    ----------
+    model : MaskedTokenModel
+    tokenizer : vit_bridge.training.tokenizer.PatchTokenizer
+        The one that the model was trained with.
+    images : Tensor, shape (B, C, H, W)
+        Normalised images.
+    save_path : str or Path, optional
+        Where to write the figure.
+    ratio : float, optional
+        Share of the patches to hide.
+    seed : int, optional
+        Seed of the masks.
+
+    Raises
+    ------
+    InputError
+        If the model predicts other tokens than the tokenizer's.
+
+    References
+    ----------
+    Bao et al. 2022, "BEiT: BERT Pre-Training of Image Transformers", Fig. 1.
+    """
+    model = unwrapped(model)
+    if ask(model, "n_tokens") != tokenizer.n_tokens:
+        raise InputError(f"a {class_name(model)} that predicts {ask(model, 'n_tokens')} tokens does not fit a "
+                         f"tokenizer of {tokenizer.n_tokens}; pass the tokenizer that the model was trained with")
+    size, patch = tuple(images.shape[2:]), tokenizer.patch_size
+    grid = grid_of(size, patch)
+    generator = torch.Generator().manual_seed(seed)
+    n_hidden = max(1, round(ratio * grid[0] * grid[1]))
+    mask = torch.stack([block_mask(grid, n_hidden, generator).flatten() for _ in images])  # (B, N)
+    with torch.no_grad(), evaluating(model):
+        guessed = model(to_model(images, model), mask.to(device_of(model))).argmax(dim=2).cpu()  # (B, N)
+    true = tokenizer(images.to(tokenizer.centres.device)).cpu()  # (B, N)
+
+    def drawn(ids):
+        """Return images of tokens (B, C, H, W)."""
+        pictures = tokenizer.pictures.cpu()[ids].flatten(2).transpose(1, 2)  # (B, C P P, N)
+        return torch.nn.functional.fold(pictures, size, patch, stride=patch)
+
+    hidden = mask.view(-1, *grid).repeat_interleave(patch[0], 1).repeat_interleave(patch[1], 2)  # (B, H, W)
+    columns = {"the image": images.cpu(), f"true tokens ({tokenizer.n_tokens})": drawn(true), "visible": images.cpu(),
+               "predicted tokens": torch.where(hidden[:, None], drawn(guessed), images.cpu())}
+    figure = new_figure(9, 0.9 + (2.2 * size[0] / size[1] + 0.35) * len(images))
+    panels = figure.subplots(len(images), len(columns), squeeze=False)
+    for i, row in enumerate(panels):
+        for axes, (words, shown) in zip(row, columns.items(), strict=True):
+            hide_ticks(axes)
+            axes.imshow(_with_hidden(shown[i], hidden[i] if words == "visible" else None, model.preprocessing))
+            if words.startswith("predicted"):
+                right = (guessed == true)[i][mask[i]].float().mean().item()
+                words = f"predicted: {percent(right)} right"
+            axes.set_title(words, fontsize=10)
+    set_heading(figure, f"Tokens of hidden patches, drawn as the mean of their patches ({percent(ratio)} hidden)",
+                fontsize=13)
+    return finish(figure, save_path)
+
+
+def _with_hidden(image, hidden, preprocessing):
+    """Return an image (C, H, W) as an array for imshow, with the hidden pixels (H, W) grey."""
+    picture = np.array(as_picture(image, preprocessing), dtype=float)
+    picture = picture / 255 if picture.max() > 1 else picture
+    if hidden is not None:
+        picture[hidden.numpy()] = HIDDEN_GREY
+    return picture.clip(0, 1)
 
 
 HIDDEN_GREY = 0.5  # of a hidden patch in a picture, from 0 to 1

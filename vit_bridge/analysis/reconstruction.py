@@ -11,6 +11,7 @@ Shapes:  B images, C channels, H, W height and width, N patches.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from vit_bridge.data.augmentation import generator_of
 from vit_bridge.errors import InputError
@@ -18,7 +19,7 @@ from vit_bridge.models.protocol import ask, class_name
 from vit_bridge.runtime import evaluating, to_model, unwrapped
 from vit_model import grid_of
 
-INTERPOLATION, MEAN = "interpolation", "mean colour"  # the controls
+INTERPOLATION, MEAN, BORROWED = "interpolation", "mean colour", "borrowed mean"  # the controls
 
 
 @dataclass
@@ -32,7 +33,8 @@ class Reconstructions:
     hidden : Tensor of bool, shape (B, H, W)
         Which pixels were hidden.
     filled : dict
-        {"model", "interpolation" or "mean colour": images (B, C, H, W)}; visible pixels are unchanged.
+        {"model", "interpolation", "mean colour", ...: images (B, C, H, W)}; visible pixels are unchanged. If the model
+        borrows, there is also "borrowed mean": each hidden patch has its own true mean, and nothing else.
     borrows : bool
         Whether the model predicts normalised pixels, so that its patches have the mean and the standard deviation of
         the hidden ones, which it has not seen.
@@ -83,11 +85,16 @@ def reconstructions(model, images, mask_ratio=None, seed=0):
     images = images.float().cpu()
     filled = dict(model=painted.float().cpu(), **{INTERPOLATION: fill_by_interpolation(images, hidden),
                                                   MEAN: fill_with_mean(images, hidden)})
-    return Reconstructions(images, hidden, filled, model.config.norm_pix_loss)
+    borrows = model.config.norm_pix_loss
+    if borrows:
+        means = F.avg_pool2d(images, patch_size).mean(dim=1, keepdim=True)  # (B, 1, rows, columns), of all channels
+        means = means.repeat_interleave(patch_size[0], 2).repeat_interleave(patch_size[1], 3)  # (B, 1, H, W)
+        filled[BORROWED] = torch.where(hidden[:, None], means, images)
+    return Reconstructions(images, hidden, filled, borrows)
 
 
 def reconstruction_errors(model, images, mask_ratio=None, seed=0):
-    """Return {"model", "interpolation", "mean colour": mean squared error of the hidden pixels, from 0 to 1}.
+    """Return {"model", "interpolation", "mean colour", ...: mean squared error of the hidden pixels, from 0 to 1}.
 
     The arguments are those of `reconstructions`. The errors are those of pixels from 0 to 1 if the model's
     preprocessing has a std, and of the normalised pixels otherwise.

@@ -18,6 +18,7 @@ Shapes:  B images, C channels, N patches, h, w height and width of the grid of p
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -145,7 +146,7 @@ class MaskedTokenModel(BEiT):
     torch.Size([2, 64, 256])
     """
 
-    head_names = ("lm_head",)
+    no_muon = ("lm_head.weight",)  # the output layer
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -169,6 +170,21 @@ class MaskedTokenModel(BEiT):
             patches = torch.where(mask[:, :, None], self.mask_token.to(patches.dtype), patches)
         x = self.encode(self.dropout(self.add_prefix(patches, images.shape[2:])))  # (B, N + prefix tokens, D)
         return self.lm_head(x[:, self.n_prefix_tokens:])  # (B, N, K)
+
+    def encoder(self):
+        """Return a copy of the encoder, a BEiT without a head in which each block has its own table.
+
+        As in the paper, it starts from the shared table (Sec. 2.6). Its last norm, which stood before the mean, comes
+        after it: fc_norm. fit_head(model, classes) adds a head.
+        """
+        fields = {name: getattr(self.config, name) for name in BEiTConfig.__dataclass_fields__}
+        beit = BEiT(**fields | dict(fc_norm=True, shared_bias=False)).to(self.cls_token)
+        tensors = self.state_dict()
+        tensors = copy_shared_table(tensors, self.config.depth) if self.config.shared_bias else tensors
+        tensors = {re.sub(r"^norm\.", "fc_norm.", name): tensor for name, tensor in tensors.items()}
+        beit.load_state_dict({name: tensors[name] for name in beit.state_dict()})
+        beit.preprocessing = self.preprocessing
+        return beit.train(self.training)
 
     @property
     def n_tokens(self):
@@ -267,6 +283,15 @@ BEIT_VARIANTS = {
     "beit_nano": BEiTConfig(img_size=32, patch_size=4, embed_dim=96, depth=4, n_heads=3),
     "beit_base": BEiTConfig(),
     "beit_large": BEiTConfig(embed_dim=1024, depth=24, n_heads=16, layer_scale=1e-5),
+}
+
+
+# For pre-training with a tokenizer of our own; the paper's has 8,192 tokens.
+MASKED_TOKEN_VARIANTS = {
+    "beit_nano_pretraining": MaskedTokenConfig(img_size=32, patch_size=4, embed_dim=96, depth=4, n_heads=3,
+                                               n_tokens=256),
+    "beit_tiny_pretraining": MaskedTokenConfig(embed_dim=192, depth=12, n_heads=3, n_tokens=1024),
+    "beit_base_pretraining": MaskedTokenConfig(),
 }
 
 

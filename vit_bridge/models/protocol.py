@@ -38,6 +38,8 @@ class ImageModel(nn.Module):
         Whether it accepts images of sizes other than config.img_size.
     head_names : tuple of str
         Its heads. Layer-wise learning rates treat them as the last group, and Muon never trains them.
+    encoder : method or None
+        Of a model that learns without labels: returns a copy of the part to fine-tune, a model without a head.
     n_tokens : int
         Number of tokens that it predicts for each hidden patch, as MaskedTokenModel does; 0 for other models.
     no_weight_decay : tuple of str
@@ -52,6 +54,7 @@ class ImageModel(nn.Module):
     any_size = True
     head_names = ("head",)
     n_tokens = 0
+    encoder = None
     no_weight_decay = ()
     no_muon = ()
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from vit_bridge.errors import check_choice
-from vit_bridge.models.beit import BEIT_VARIANTS, BEiT, MaskedTokenModel
+from vit_bridge.models.beit import BEIT_VARIANTS, MASKED_TOKEN_VARIANTS, BEiT, MaskedTokenModel
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.models.convnext import CONVNEXT_VARIANTS, ConvNeXt
 from vit_bridge.models.deit import DistilledViT
@@ -27,9 +27,9 @@ class ModelEntry:
     scaled: tuple | None = ("patch_size", 4)
 
     @property
-    def masks(self):
-        """Whether it learns without labels (ImageModel.masks)."""
-        return getattr(self.model_class, "masks", ImageModel.masks)
+    def unlabelled(self):
+        """Whether it learns without labels (ImageModel.encoder)."""
+        return getattr(self.model_class, "encoder", ImageModel.encoder) is not None
 
 
 def _resnet(depths, block="residual"):
@@ -50,6 +50,7 @@ MODELS = {
        if name != "vit_large"},
     **{name: ModelEntry(MaskedAutoencoder, vars(config)) for name, config in MAE_VARIANTS.items()},
     **{name: ModelEntry(BEiT, vars(config)) for name, config in BEIT_VARIANTS.items()},
+    **{name: ModelEntry(MaskedTokenModel, vars(config)) for name, config in MASKED_TOKEN_VARIANTS.items()},
     **{name: ModelEntry(SwinTransformer, vars(config), ("patch_size", 2 if name == "swin_nano" else 1))
        for name, config in SWIN_VARIANTS.items()},
     **{name: ModelEntry(ConvNeXt, vars(config), ("stem_stride", 2 if name == "convnext_nano" else 1))
@@ -62,13 +63,9 @@ MODELS = {
 }
 
 
-PRETRAINING = (MaskedTokenModel,)  # models without classes, which learn without labels
-
-
 def model_classes():
-    """Return {class name: class} of every model in MODELS and PRETRAINING."""
-    classes = (*(entry.model_class for entry in MODELS.values()), *PRETRAINING)
-    return {model_class.__name__: model_class for model_class in classes}
+    """Return {class name: class} of every model in MODELS."""
+    return {entry.model_class.__name__: entry.model_class for entry in MODELS.values()}
 
 
 def build_model(name, **arguments):

@@ -1,0 +1,78 @@
+"""python train_vit.py --pretrain: labels are ignored, a run resumes exactly, and its encoder can be fine-tuned."""
+
+import json
+
+import pytest
+import torch
+from command_runs import PowerCut, at_step, cut, make_folder, run, tensors_in, train
+
+from vit_bridge.models.beit import BEiT, MaskedTokenModel
+from vit_bridge.models.mae import MaskedAutoencoder
+from vit_bridge.weights.checkpoints import load, read_checkpoint
+from vit_model import VisionTransformer
+
+KINDS = {"mae": (MaskedAutoencoder, VisionTransformer, "reconstruction.png"),
+         "beit": (MaskedTokenModel, BEiT, "tokens.png")}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """24 small photographs in one flat folder."""
+    folder = make_folder(tmp_path / "made", 32, n=12)
+    flat = tmp_path / "photos"
+    flat.mkdir()
+    for i, path in enumerate(sorted(folder.rglob("*.jpg"))):
+        path.rename(flat / f"{i}.jpg")
+    return flat
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pretraining_on_a_flat_folder_then_fine_tuning(kind, photos, tmp_path, capsys):
+    model_class, encoder_class, figure = KINDS[kind]
+    train(tmp_path / "run", "--pretrain", kind, "--data-dir", photos, "--steps", 3, "--batch-size", 12)
+    said = capsys.readouterr().out
+    assert "labels ignored" in said
+    assert ("perplexity" in said) == (kind == "beit")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["val_loss"] > 0
+    assert "val_acc" not in result
+    assert {"mae": "interpolation", "beit": "commonest"}[kind] in result["pretraining"]
+    assert (tmp_path / "run" / figure).stat().st_size > 5000
+    model = load(tmp_path / "run" / "best.pt")
+    assert type(model) is model_class
+    assert model.preprocessing.class_names is None
+
+    labelled = make_folder(tmp_path / "labelled", 32)
+    train(tmp_path / "tuned", "--pretrained", tmp_path / "run" / "best.pt", "--data-dir", labelled, "--steps", 1)
+    assert "which learned without labels; the run starts from its encoder" in capsys.readouterr().out
+    tuned = load(tmp_path / "tuned" / "best.pt")
+    assert type(tuned) is encoder_class
+    assert tuned.preprocessing.class_names == ["blue", "red"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_pretraining_ends_as_one_in_one_go(kind, photos, tmp_path, monkeypatch):
+    words = ("--pretrain", kind, "--data-dir", photos, "--steps", 4, "--batch-size", 8)
+    train(tmp_path / "whole", *words)
+    at_step(monkeypatch, 3, cut)
+    with pytest.raises(PowerCut):
+        train(tmp_path / "cut", *words, "--save-minutes", 1e-9)
+    train(tmp_path / "cut", "--resume")
+    ends = [tensors_in(read_checkpoint(tmp_path / name / "last.pt")["state_dict"]) for name in ("whole", "cut")]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    (["--pretrain", "dino"], "'dino'"),
+    (["--pretrain", "mae", "--teacher", "convnet_shapes"], "--teacher cannot be combined with --pretrain mae"),
+    (["--pretrain", "mae", "--class-weights"], "--class-weights cannot be combined with --pretrain mae"),
+    (["--pretrain", "beit", "--pretrained", "vit_nano_shapes"], "--pretrained cannot be combined with --pretrain beit"),
+    (["--pretrain", "mae", "--model", "vit_nano"], "--model vit_nano learns from labels, but --pretrain mae does not"),
+    (["--model", "mae_nano"], "--model mae_nano learns without labels; add --pretrain mae"),
+    (["--model", "beit_nano_pretraining"], "learns without labels; add --pretrain beit")])
+def test_contradictory_options_are_refused_in_one_line(words, expected, capsys):
+    code, error = run(words, capsys)
+    assert code == 2
+    assert expected in error
+    assert error.count("\n") == 1
