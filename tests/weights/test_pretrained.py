@@ -19,7 +19,7 @@ from timm.models.beit import Beit
 import train_vit
 from vit_bridge.cli import script
 from vit_bridge.data.loaders import get_data_loaders
-from vit_bridge.models import BEiT, DistilledViT, MaskedAutoencoder, registry
+from vit_bridge.models import BEiT, DistilledViT, MaskedAutoencoder, MaskedTokenModel, registry
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.models.registry import MODELS, build_model
 from vit_bridge.models.swin import SwinTransformer
@@ -465,7 +465,7 @@ KNOWN = {"deit_tiny_patch16_224": 5_717_416, "deit_tiny_distilled_patch16_224": 
          "deit_base_patch16_224": 86_567_656, "vit_b_16": 86_567_656,
          "vit_l_16": 304_326_632, "dinov2_vits14": 22_056_192, "dino_vits16": 21_665_664}
 VITS = [name for name, entry in PUBLIC.items() if entry.model_class in (VisionTransformer, DistilledViT)]
-MASKED = [name for name, entry in PUBLIC.items() if entry.model_class in (BEiT, MaskedAutoencoder)]
+MASKED = [name for name, entry in PUBLIC.items() if entry.model_class in (BEiT, MaskedAutoencoder, MaskedTokenModel)]
 SWINS = [name for name, entry in PUBLIC.items() if entry.model_class is SwinTransformer]
 
 
@@ -523,13 +523,14 @@ TIMM_NAMES = {
 TIMM_ENDS = {"_pt22k_ft22kto1k": ".in22k_ft_in22k_in1k", "_pt1k_ft1k": ".in1k_ft_in1k",
              "_pt1k_ft21kto1k": ".in1k_ft_in22k_in1k"}
 TIMM_BEITS = {name: re.sub("_pt.*", "", name) + TIMM_ENDS[re.search("_pt.*", name)[0]] for name in MASKED
-              if name.startswith("beit")}
+              if name.startswith("beit") and not name.endswith("_pt22k")}
 # These are in no library: MAE's models that paint, and its fine-tuned ones.
 ALONE = [name for name in PUBLIC if re.match("mae_(visualize|finetuned)", name)]
+PRETRAINED_BEITS = [name for name in PUBLIC if name.endswith("_pt22k")]
 
 
 def test_public_entries_are_all_checked_against_a_library():
-    assert {*TIMM_NAMES, *OF_TORCHVISION, *TIMM_BEITS, *ALONE} == set(PUBLIC)
+    assert {*TIMM_NAMES, *OF_TORCHVISION, *TIMM_BEITS, *ALONE, *PRETRAINED_BEITS} == set(PUBLIC)
 
 
 @pytest.mark.parametrize("name", TIMM_BEITS)
@@ -548,6 +549,18 @@ def test_public_entries_agree_with_timms_beit(name):
     assert (ours.fc_norm.eps, ours.blocks[0].attn.n_heads) == (theirs.fc_norm.eps, theirs.blocks[0].attn.num_heads)
     known = timm.get_pretrained_cfg(TIMM_BEITS[name])
     assert (entry.mean, entry.std, entry.interpolation) == (known.mean, known.std, known.interpolation)
+
+
+@pytest.mark.parametrize("name", PRETRAINED_BEITS)
+def test_public_entries_of_pretraining_have_the_blocks_of_the_fine_tuned_ones(name):
+    fine_tuned = f"{name}_ft22kto1k"
+    with torch.device("meta"):
+        model, theirs = (PUBLIC[one].model_class(**PUBLIC[one].arguments) for one in (name, fine_tuned))
+        inner = MaskedTokenModel(**PUBLIC[name].arguments | dict(depth=1)).encoder()
+    assert (model.config.n_tokens, model.config.shared_bias, len(model.blocks)) == (8192, True, len(theirs.blocks))
+    assert vars(inner.config) | dict(depth=theirs.config.depth, n_classes=1000) == vars(theirs.config)
+    assert PUBLIC[name].url.rsplit("/", 1) == [PUBLIC[fine_tuned].url.rsplit("/", 1)[0], f"{name}.pth"]
+    assert (PUBLIC[name].mean, PUBLIC[name].measured) == ((0.5,) * 3, pretrained.FINE_TUNED)
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -703,7 +716,7 @@ def test_inspect_without_a_file_lists_every_name(monkeypatch, capsys):
     for name, entry in PUBLIC.items():
         c = entry.arguments
         patch = [str(c["patch_size"])] if "patch_size" in c else []  # a CNN has none
-        numbers = [str(c["img_size"]), *patch, str(c["n_classes"]), *[f"{entry.top1:.1f}"] * bool(entry.top1)]
+        numbers = [str(c["img_size"]), *patch, str(c["n_classes"]), *([f"{entry.top1:.1f}"] if entry.top1 else [])]
         assert rows[name].split()[1:2 + len(numbers)] == [*numbers, f"{entry.licence},"]
         assert entry.source in rows[name]
         assert (entry.measured in rows[name]) == (entry.measured != "as it is")

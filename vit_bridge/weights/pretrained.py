@@ -123,9 +123,9 @@ def _mae(model, file, checksum, top1, measured="as it is", **config):
                       "MAE, He et al. 2022, github.com/facebookresearch/mae", measured, config=config)
 
 
-def _beit(model, file, top1, **config):
+def _beit(model, file, top1, measured="as it is", **config):
     return Pretrained(model, f"https://github.com/addf400/files/releases/download/v1.0/{file}", None, top1, "MIT",
-                      "BEiT, Bao et al. 2022, github.com/microsoft/unilm", mean=(0.5,) * 3, std=(0.5,) * 3,
+                      "BEiT, Bao et al. 2022, github.com/microsoft/unilm", measured, mean=(0.5,) * 3, std=(0.5,) * 3,
                       config=config)
 
 
@@ -202,6 +202,9 @@ PUBLIC = {
                                     norm_pix_loss=False),
     "mae_visualize_vit_large_ganloss": _mae("mae_large", "visualize/mae_visualize_vit_large_ganloss.pth", None, None,
                                             norm_pix_loss=False),
+    "beit_base_patch16_224_pt22k": _beit("beit_base_pretraining", "beit_base_patch16_224_pt22k.pth", 83.7, FINE_TUNED),
+    "beit_large_patch16_224_pt22k": _beit("beit_base_pretraining", "beit_large_patch16_224_pt22k.pth", 86.0, FINE_TUNED,
+                                          embed_dim=1024, depth=24, n_heads=16, layer_scale=1e-5),
     "beit_base_patch16_224_pt22k_ft22kto1k": _beit("beit_base", "beit_base_patch16_224_pt22k_ft22kto1k.pth", 85.2),
     "beit_base_patch16_384_pt22k_ft22kto1k": _beit("beit_base", "beit_base_patch16_384_pt22k_ft22kto1k.pth", 86.8,
                                                    img_size=384),
