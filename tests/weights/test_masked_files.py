@@ -394,7 +394,7 @@ def test_a_masked_autoencoder_refuses_positions_that_are_not_the_fixed_ones(name
             load_checkpoint(model, tmp_path / "m.pth")
             assert torch.equal(model.state_dict()[name], state[name])
         else:
-            unchanged(model, tmp_path / "m.pth", f"{name} is not the fixed sines and cosines of 3x3 patches")
+            unchanged(model, tmp_path / "m.pth", f"{name} does not hold the fixed sines and cosines of 3x3 patches")
 
 
 @torch.no_grad()
@@ -406,6 +406,20 @@ def test_a_masked_autoencoder_of_another_size_computes_its_positions_again(tmp_p
     wanted = resize_positions(MaskedAutoencoder(**MAE), (8, 20))
     for name in ("pos_embed", "decoder_pos_embed"):
         assert torch.equal(model.state_dict()[name], wanted.state_dict()[name])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_masked_autoencoder_with_registers_keeps_them(whole, tmp_path):
+    build = dict(**MAE, n_registers=2)
+    theirs, model = randomised(MaskedAutoencoder(**build), 1).float(), MaskedAutoencoder(**build)
+    if whole:
+        save_model(theirs, tmp_path / "m.pth")
+    else:
+        torch.save(theirs.state_dict(), tmp_path / "m.pth")
+    assert not load_checkpoint(model, tmp_path / "m.pth").dropped
+    assert all(torch.equal(tensor, theirs.state_dict()[key]) for key, tensor in model.state_dict().items())
+    assert load(tmp_path / "m.pth").config.n_registers == 2
 
 
 @pytest.mark.parametrize(("name", "around", "normalised", "said"), [

@@ -52,6 +52,7 @@ from vit_model import closest_names, grid_of, pair, resample_positions, sincos_p
 WITHOUT_SHAPE = ("n_heads", "pool", "position", "norm_eps", "decoder_heads", "norm_pix_loss", "stem_stride", "stem",
                  "block", "shift")  # not in shapes
 FREE = ("img_size", "in_channels", "window_size", "dropout", "drop_path", "mask_ratio")  # may differ from training
+OF_MAE = ("decoder_heads", "norm_pix_loss")  # of WITHOUT_SHAPE, in a MaskedAutoencoder
 CHECKPOINT_FORMAT = "vit-bridge 1"
 MEND = "correct it, or move the weights to a separate folder"
 
@@ -576,11 +577,11 @@ def fit(weights, model, grid_size):
     if eps not in (None, getattr(model.config, "norm_eps", None)):
         choices.append(f"norms: the file's library uses norm_eps={eps} by default, but the model has "
                        f"{model.config.norm_eps}; build it with norm_eps={eps} to match")
-    for name in ("decoder_heads", "norm_pix_loss"):
-        theirs, ours = recorded.get(name), getattr(model.config, name, None)
-        if None not in (theirs, ours) and theirs != ours:
-            raise InputError(f"{weights.path} is for a different architecture: {name} is {theirs} in the file, but "
-                             f"{ours} in the model; build it with {name}={theirs}")
+    of_mae = {name: vars(model.config)[name] for name in OF_MAE if name in vars(model.config)}
+    for name, ours in of_mae.items():
+        if recorded.get(name, ours) != ours:
+            raise InputError(f"{weights.path} is for a different architecture: {name} is {recorded[name]} in the file, "
+                             f"but {ours} in the model; build it with {name}={recorded[name]}")
     choices += _match_head(weights, model, expected)
     choices += _match_channels(weights, model)
     notes += _fit_positions(weights, model, grid_size) + _share_table(weights, expected)
@@ -612,10 +613,9 @@ def fit(weights, model, grid_size):
     if weights.model is None and weights.n_heads is None and ask(model, "attends"):
         heads = (f"the file does not record their number; the model's {model.config.n_heads} are correct only if the "
                  f"weights were trained with {model.config.n_heads}")
-    unknown = [] if weights.model is not None else [f"{name}={getattr(model.config, name)}" for name in (
-        "decoder_heads", "norm_pix_loss") if hasattr(model.config, name) and name not in recorded]
+    unknown = [f"{name}={ours}" for name, ours in of_mae.items() if weights.model is None and name not in recorded]
     if unknown:
-        heads = f"{heads}; " * bool(heads) + f"the file does not record {' and '.join(unknown)}, the model's values"
+        heads += f"{'; ' * bool(heads)}nothing in the file shows whether {' and '.join(unknown)} fits"
     return state, LoadReport(weights.path, weights.format.name, used, weights.dropped, tuple(notes), heads,
                              tuple(choices))
 
@@ -783,10 +783,12 @@ def _fit_positions(weights, model, grid_size):
     first = torch.cat([theirs[:, :n_cls], theirs.new_zeros(1, n_own - n_cls, D)], dim=1)  # (1, CLS tokens, D)
     theirs = torch.cat([first[:, :wanted], theirs[:, n_prefix:]], dim=1)  # (1, wanted + patches, D)
     if "decoder_pos_embed" in weights.tensors:  # a buffer of our MaskedAutoencoder
-        _check_sincos(weights, "decoder_pos_embed", weights.tensors["decoder_pos_embed"], old, wanted, "")
+        _check_sincos(weights, "decoder_pos_embed", weights.tensors["decoder_pos_embed"], old, model.n_prefix_tokens,
+                      "which the decoder adds to its tokens")
         weights.tensors["decoder_pos_embed"] = model.decoder_pos_embed
     if model.config.position == "sincos":
-        _check_sincos(weights, "pos_embed", theirs, old, wanted, "; build it with position='learned'")
+        _check_sincos(weights, "pos_embed", theirs, old, wanted, "but the model was built with position='sincos'; "
+                                                                 "build it with position='learned'")
         theirs = model.pos_embed  # the same sines and cosines, on the model's grid
     elif old != grid:
         theirs = resample_positions(theirs, old, grid)
@@ -795,13 +797,12 @@ def _fit_positions(weights, model, grid_size):
     return notes
 
 
-def _check_sincos(weights, name, positions, grid, n_prefix, advice):
-    """Raise InputError unless positions are the fixed ones of this grid."""
+def _check_sincos(weights, name, positions, grid, n_prefix, need):
+    """Raise InputError unless positions are the fixed ones of this grid; `need` says why they have to be."""
     fixed = sincos_positions(grid, positions.shape[-1], n_prefix)
     if positions.shape != fixed.shape or not torch.allclose(positions.float(), fixed, atol=1e-3):
-        raise InputError(f"{weights.path} is for a different architecture: {weights.sources[name][0]} is not the fixed "
-                         f"sines and cosines of {grid[0]}x{grid[1]} patches, but the model was built with "
-                         f"position='sincos'{advice}")
+        raise InputError(f"{weights.path} is for a different architecture: {weights.sources[name][0]} does not hold "
+                         f"the fixed sines and cosines of {grid[0]}x{grid[1]} patches, {need}")
 
 
 def _share_table(weights, expected):
@@ -891,6 +892,8 @@ def _read_grid(weights, grid=None, given=None):
     n_registers = 0 if registers is None or registers.ndim != 3 else registers.shape[1]
     n_cls = 1 + ("dist_token" in weights.tensors)
     prefixes = {True: [n_cls], False: [0], None: [n_cls + n_registers, 0]}[weights.format.pos_cls]
+    if n_registers and weights.format.holds == "MaskedAutoencoder":  # ours: the paper's has no registers
+        prefixes = [0]
     grids = [tuple(given)] if given else [grid] if grid else []
     ways = [(known, n) for known in grids for n in prefixes if known[0] * known[1] == M - n]
     if not given:
