@@ -122,7 +122,7 @@ MAE_NAMES = (
 
 # Names of BEiT, whose queries and values have a bias and whose keys have none. The names of the paper's code and timm's
 # are the same.
-TABLE = r"relative_position_bias_table"
+TABLE = "relative_position_bias_table"
 BEIT_TABLE = rf"^(rel_pos_bias|blocks\.0\.attn)\.{TABLE}$"
 BEIT_NAMES = ((r"blocks\.(\d+)\.gamma_([12])", r"blocks.\1.ls\2.gamma"),
               (r"blocks\.(\d+)\.attn\.(q|v)_bias", r"blocks.\1.attn.\2.bias"))
@@ -507,7 +507,7 @@ def _refuse_known(names, path):
             raise InputError(f"{path} is {reason}")
     if any(re.search(r"attn\.q_bias$|^beit\.|lambda_1$", name) for name in names) and not any(
             name.endswith(TABLE) for name in names):
-        raise InputError(f"{path} is a BEiT or EVA without tables of relative positions, which BEiT has")
+        raise InputError(f"{path} is a BEiT or EVA without tables of relative positions, which BEiT needs here")
     if "blocks.0.gamma_1" in names and "pos_embed" not in names and not any(name.endswith(TABLE) for name in names):
         raise InputError(f"{path} has DeiT-III's names but no positions, so it is a RoPE-ViT, whose rotation "
                          f"VisionTransformer does not have")
