@@ -1,7 +1,7 @@
 """Look inside a Vision Transformer on your photograph: where it looks, and where its prediction comes from.
 
     python visualizations.py photo.jpg               one figure with all views, and an interactive page
-    python visualizations.py selfcheck | explore     the other commands; each has --help
+    python visualizations.py selfcheck | explore | reconstruct     the other commands; each has --help
 
 AttentionVisualizer holds the views of one model, as figures, as numbers and as a page (explore). The functions
 visualize_..., compare_receptive_fields and plot_images draw several images or models.
@@ -18,7 +18,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,10 +55,20 @@ from vit_bridge.analysis.explanations import (
     token_norms,
 )
 from vit_bridge.analysis.receptive_field import radius_holding, receptive_field, unit_centre, untrained_copy
-from vit_bridge.analysis.reconstruction import reconstructions
+from vit_bridge.analysis.reconstruction import reconstruction_errors, reconstructions
 from vit_bridge.analysis.selfcheck import selfcheck
 from vit_bridge.analysis.windows import capture_windows, check_patch
-from vit_bridge.cli import OneLineParser, Size, add_class_names, add_n_heads, int_at_least, positive, script
+from vit_bridge.cli import (
+    Bounded,
+    OneLineParser,
+    Size,
+    add_class_names,
+    add_n_heads,
+    int_at_least,
+    positive,
+    script,
+    seed,
+)
 from vit_bridge.data.files import check_not_empty, files_at
 from vit_bridge.data.images import (
     as_batch,
@@ -108,7 +118,7 @@ from vit_bridge.plots.charts import (
 )
 from vit_bridge.plots.explorer import explore, is_page
 from vit_bridge.plots.look import describe, draw_look, draw_panel, look, panels_of, share_colours
-from vit_bridge.preprocessing import FitSize, Whole
+from vit_bridge.preprocessing import FitSize, Whole, describe_size
 from vit_bridge.runtime import (
     OutOfMemory,
     at_least_float32,
@@ -1669,7 +1679,21 @@ def plot_images(images, titles=None, columns=8, save_path=None, title=None, prep
 
 def _load(name, n_heads, **facts):
     facts = dict(facts, n_heads=n_heads)
-    return load(name, **{key: value for key, value in facts.items() if value is not None})
+    return _with_encoder_alone(load(name, **{key: value for key, value in facts.items() if value is not None}), name)
+
+
+def _with_encoder_alone(model, name):
+    """Return the model, or the encoder of one that learned without labels: the part to look inside."""
+    if encoder := ask(model, "encoder"):
+        print(f"{name} is a {class_name(model)}, which learned without labels; the views show its encoder.")
+        return encoder()
+    return model
+
+
+def _accept_photographs(model):
+    """Let a ViT take photographs whole; one whose positions fit a single grid, as a BEiT's, sees them cropped."""
+    with suppress(InputError):
+        model.any_size = True
 
 
 def _run_selfcheck(options):
@@ -1691,7 +1715,7 @@ def _run_explore(options):
     whole = Whole(options.max_tokens, options.img_size) if options.photos else None
     for one in (model, other):
         if whole and one is not None:
-            one.any_size = True
+            _accept_photographs(one)
     replaced = is_page(options.output)
     page = explore(model, _images_for(model, options.photos, options.n_images), options.output, other,
                    [_short_name(name) for name in (options.pretrained, options.compare_with) if name], whole=whole,
@@ -1701,6 +1725,19 @@ def _run_explore(options):
     print(f"{page.path}: {page.megabytes:.1f} MB{', replaces the earlier page' if replaced else ''}; open it in any "
           f"browser. {'Photographs are shown whole, in' if whole else 'Drawn shapes are shown in'} "
           f"{page.describe_grids()}. A model predicts only the classes it was trained on.")
+
+
+def _run_reconstruct(options):
+    """Draw what a model trained without labels fills in, and print the errors."""
+    model = load(options.checkpoint)
+    ratios = options.mask_ratios or (0.5, 0.75, 0.9)
+    inputs = prepare_images(options.photos, model)
+    visualize_reconstruction(model, inputs, options.output, ratios, options.seed)
+    for ratio in ratios:
+        errors = reconstruction_errors(model, inputs, ratio, options.seed)
+        print(f"{ratio:.0%} hidden, mean squared error of hidden pixels from 0 to 1: "
+              + "; ".join(f"{name} {error:.4f}" for name, error in errors.items()))
+    print(f"Written: {options.output}")
 
 
 def _images_for(model, photos, n_images):
@@ -1721,13 +1758,13 @@ def main(argv=None):
     _run_look(parser.parse_args(argv))
 
 
-COMMANDS = ("selfcheck", "explore")
+COMMANDS = ("selfcheck", "explore", "reconstruct")
 
 
 def _command_parser():
     parser = OneLineParser(prog="visualizations.py", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, run, words in zip(COMMANDS, (_run_selfcheck, _run_explore), ("check the formulas on a model",
+    for name, run, words in zip(COMMANDS[:2], (_run_selfcheck, _run_explore), ("check the formulas on a model",
                                                                           "write an interactive page"), strict=True):
         command = commands.add_parser(name, help=words)
         command.add_argument("photos", nargs="*", help="image files (default: drawn shapes)")
@@ -1748,6 +1785,15 @@ def _command_parser():
     command.add_argument("--output", default="attention.html", help="file of the page (default: %(default)s)")
     command.add_argument("--n-images", type=int_at_least(1), default=6, help="number of drawn shapes "
                          "(default: %(default)s)")
+    command = commands.add_parser("reconstruct", help="draw how a model trained with `train_vit.py --pretrain mae` "
+                                                      "fills in hidden patches")
+    command.add_argument("photos", nargs="+", help="image files")
+    command.add_argument("--checkpoint", required=True, metavar="FILE", help="the model, such as runs/mae/best.pt")
+    command.add_argument("--mask-ratios", type=Bounded(float, 0, 1, "0 to 1"), nargs="+", metavar="F", help="shares of "
+                         "the patches to hide (default: 0.5 0.75 0.9)")
+    command.add_argument("--output", default="reconstruction.png", help="file of the figure (default: %(default)s)")
+    command.add_argument("--seed", type=seed(), default=0, metavar="N", help="seed of the masks (default: %(default)s)")
+    command.set_defaults(run=_run_reconstruct)
     return parser
 
 
@@ -1798,7 +1844,12 @@ def _run_look(options):
     remark_on(files)
     model, name = _model_to_look_with(options)
     given = options.pretrained or name
-    adapter, whole = adapt(model), None if options.crop else Whole(options.max_tokens, options.img_size)
+    adapter = adapt(model)
+    if not adapter.any_size and not options.crop:
+        assume(f"{name} takes images of {describe_size(adapter.img_size)} pixels only, because its positions fit one "
+               f"grid, so it sees the centre of each photograph, as with --crop")
+        options.crop = True
+    whole = None if options.crop else Whole(options.max_tokens, options.img_size)
     if options.max_tokens and not adapter.has_attention:
         raise InputError(f"--max-tokens limits patches, and {name} is a ConvNet, which has none; use --img-size")
     with ExitStack() as stack:
@@ -1832,7 +1883,7 @@ def _model_to_look_with(options):
     chosen = options.pretrained or FIRST_LOOK
     name = _short_name(chosen)
     try:
-        model = load(chosen, **facts)
+        model = _with_encoder_alone(load(chosen, **facts), name)
     except NotFetched as error:
         if options.pretrained:
             raise
@@ -1842,7 +1893,7 @@ def _model_to_look_with(options):
         assume(f"{FIRST_LOOK} cannot be downloaded ({error.reason}), so the shipped {WITHOUT_NETWORK} is used, a ViT "
                f"for {side}-pixel images; choose a different model with --pretrained NAME or FILE")
     if adapt(model).attends:
-        model.any_size = True
+        _accept_photographs(model)
     return model.to(choose_device()), options.label or name
 
 

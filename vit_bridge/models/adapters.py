@@ -286,6 +286,9 @@ def adapt(model):
         If the model's class is unknown.
     """
     model = unwrapped(model)
+    if ask(model, "encoder"):
+        raise InputError(f"a {class_name(model)} hides patches and returns no features; look inside its encoder: "
+                         f"model.encoder()")
     if is_ours(model):
         return _of_ours(model)
     if make := _maker_for(model):
