@@ -119,13 +119,6 @@ def student_and_teacher(state):
                 args=argparse.Namespace(arch="vit_small", momentum_teacher=0.996))
 
 
-def mae_with_decoder(state):
-    """Return MAE's pretraining model: the encoder in timm's names, and the decoder."""
-    decoder = {"mask_token": (1, 1, 13), "decoder_pos_embed": (1, 10, 13), "decoder_embed.weight": (13, D),
-               "decoder_blocks.0.norm1.weight": (13,), "decoder_norm.bias": (13,), "decoder_pred.weight": (75, 13)}
-    return {**state, **{name: torch.randn(shape) for name, shape in decoder.items()}}
-
-
 def from_torchvision(folder, legacy=False, pre_logits=False):
     model = randomised(torchvision.models.VisionTransformer(
         SIDE, PATCH, DEPTH, HEADS, D, RATIO * D, num_classes=CLASSES, representation_size=D if pre_logits else None))
@@ -155,15 +148,10 @@ def from_transformers(folder, model, old_names, arguments, dropped=0, encoder=No
                   holds)
 
 
-def from_mae(folder, old_names, decoder):
-    config = transformers.ViTMAEConfig(**HF_VIT, mask_ratio=0.0, decoder_hidden_size=12, decoder_num_hidden_layers=1,
-                                       decoder_num_attention_heads=3, decoder_intermediate_size=13)
-    model = (transformers.ViTMAEForPreTraining if decoder else transformers.ViTMAEModel)(config)
-    n_decoder = sum(name.startswith("decoder.") for name in model.state_dict())
-    assert (n_decoder > 0) == decoder
+def from_mae(folder, old_names):
+    model = transformers.ViTMAEModel(transformers.ViTMAEConfig(**HF_VIT, mask_ratio=0.0))
     in_order = torch.arange(9.0).expand(3, -1)
-    return from_transformers(folder, model, old_names, dict(norm_eps=1e-12), n_decoder, "vit" if decoder else None,
-                             noise=in_order)
+    return from_transformers(folder, model, old_names, dict(norm_eps=1e-12), noise=in_order)
 
 
 def flax(model):
@@ -264,8 +252,8 @@ SOURCES = {
         state_dict=lambda s: in_chunks(dinov2(s)),
         around=lambda s: {"teacher": {f"backbone.{name}": tensor for name, tensor in s.items()}},
         arguments=dict(n_classes=0, layer_scale=0.5, n_registers=2), dropped=1),
-    "MAE": case("timm", from_timm, num_classes=0, head=False, state_dict=mae_with_decoder,
-                around=lambda s: {"model": s}, arguments=dict(n_classes=0), dropped=6),
+    "MAE": case("timm", from_timm, num_classes=0, head=False, around=lambda s: {"model": s},
+                arguments=dict(n_classes=0)),
     "torchvision": case("torchvision", from_torchvision),
     "torchvision, legacy names": case("torchvision", from_torchvision, legacy=True),
     "torchvision, pre_logits": case("torchvision", from_torchvision, pre_logits=True),
@@ -285,10 +273,8 @@ SOURCES = {
     **with_both_names("transformers Dinov2 with registers", "Dinov2WithRegistersModel",
                       lambda: transformers.Dinov2WithRegistersConfig(**HF_DINO, num_register_tokens=2),
                       dict(layer_scale=0.5, n_registers=2), dropped=1),
-    "transformers MAE, old names": case("transformers ViTMAEModel", from_mae, True, False),
-    "transformers MAE, new names": case("transformers ViTMAEModel", from_mae, False, False),
-    "transformers MAE with decoder, old names": case("transformers ViTMAEForPreTraining", from_mae, True, True),
-    "transformers MAE with decoder, new names": case("transformers ViTMAEForPreTraining", from_mae, False, True),
+    "transformers MAE, old names": case("transformers ViTMAEModel", from_mae, True),
+    "transformers MAE, new names": case("transformers ViTMAEModel", from_mae, False),
     "Google's npz": case("timm's reader", from_google),
     "Google's npz, opt/target": case("timm's reader", from_google, prefix="opt/target/"),
     "Google's npz, params": case("timm's reader", from_google, prefix="params/"),
@@ -548,11 +534,12 @@ def resnet():
 
 TIMM_NAMES = ("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
 REFUSALS = {
-    "timm BEiT": (timm_state(timm.models.beit.Beit, use_rel_pos_bias=True), "BEiT"),
-    "timm BEiT, shared": (timm_state(timm.models.beit.Beit, use_shared_rel_pos_bias=True), "BEiT"),
-    "transformers BEiT": (
-        lambda: transformers.BeitModel(transformers.BeitConfig(**HF_VIT, use_relative_position_bias=True)).state_dict(),
-        "BEiT"),
+    "timm BEiT without tables": (timm_state(timm.models.beit.Beit, init_values=0.1), "BEiT or EVA without tables"),
+    "transformers BEiT without tables": (
+        lambda: transformers.BeitModel(transformers.BeitConfig(**HF_VIT)).state_dict(), "BEiT or EVA without tables"),
+    "transformers BEiT without tables, with head": (
+        lambda: transformers.BeitForImageClassification(transformers.BeitConfig(**HF_VIT)).state_dict(),
+        "BEiT or EVA without tables"),
     "ResNet": (resnet, "torchvision's ResNet"),
     "OpenAI's CLIP": (lambda: names_of("visual.class_embedding", "visual.conv1.weight"), "CLIP"),
     "transformers CLIP": (
@@ -588,11 +575,9 @@ def test_load_checkpoint_refuses_foreign_architectures_with_the_reason(name, tmp
     refuse(tmp_path / "m.pt", reason)
 
 
-@pytest.mark.parametrize(("model_class", "config", "reason"), [
-    ("BeitModel", transformers.BeitConfig(**HF_VIT, use_relative_position_bias=True), "BEiT")])
-def test_load_checkpoint_refuses_a_saved_beit_of_transformers(model_class, config, reason, tmp_path):
-    getattr(transformers, model_class)(config).save_pretrained(tmp_path)
-    refuse(tmp_path / "model.safetensors", reason)
+def test_load_checkpoint_refuses_a_saved_beit_of_transformers_without_tables(tmp_path):
+    transformers.BeitModel(transformers.BeitConfig(**HF_VIT)).save_pretrained(tmp_path)
+    refuse(tmp_path / "model.safetensors", "BEiT or EVA without tables")
 
 
 def test_load_checkpoint_refuses_dinov2_giant_under_its_old_names(tmp_path):

@@ -14,11 +14,12 @@ import pytest
 import timm
 import torch
 import torchvision
+from timm.models.beit import Beit
 
 import train_vit
 from vit_bridge.cli import script
 from vit_bridge.data.loaders import get_data_loaders
-from vit_bridge.models import registry
+from vit_bridge.models import BEiT, DistilledViT, MaskedAutoencoder, MaskedTokenModel, registry
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.models.registry import MODELS, build_model
 from vit_bridge.models.swin import SwinTransformer
@@ -463,7 +464,8 @@ KNOWN = {"deit_tiny_patch16_224": 5_717_416, "deit_tiny_distilled_patch16_224": 
          "deit_small_distilled_patch16_224": 22_436_432, "deit_base_distilled_patch16_224": 87_338_192,
          "deit_base_patch16_224": 86_567_656, "vit_b_16": 86_567_656,
          "vit_l_16": 304_326_632, "dinov2_vits14": 22_056_192, "dino_vits16": 21_665_664}
-VITS = [name for name, entry in PUBLIC.items() if issubclass(entry.model_class, VisionTransformer)]
+VITS = [name for name, entry in PUBLIC.items() if entry.model_class in (VisionTransformer, DistilledViT)]
+MASKED = [name for name, entry in PUBLIC.items() if entry.model_class in (BEiT, MaskedAutoencoder, MaskedTokenModel)]
 SWINS = [name for name, entry in PUBLIC.items() if entry.model_class is SwinTransformer]
 
 
@@ -477,6 +479,7 @@ def test_public_entries_have_the_parameters_of_their_architecture(name):
     assert ("distilled" in name) == (model.n_cls_tokens == 2)
     assert count == KNOWN.get(name, count)
     assert type(model.head) is (torch.nn.Linear if PUBLIC[name].measured == "as it is" else torch.nn.Identity)
+    assert isinstance(model.norm, torch.nn.LayerNorm) != isinstance(model.fc_norm, torch.nn.LayerNorm)
 
 
 OF_TORCHVISION = [name for name, entry in PUBLIC.items() if entry.source.startswith("torchvision")]
@@ -499,7 +502,7 @@ def test_public_entries_agree_with_torchvision(name):
 
 
 def test_public_cnns_are_named_models_and_resnets_are_all_here():
-    cnns = PUBLIC.keys() - {*VITS, *SWINS}
+    cnns = PUBLIC.keys() - {*VITS, *SWINS, *MASKED}
     assert cnns == {f"resnet{depth}" for depth in (18, 34, 50, 101, 152)} | {
         f"convnext_{size}" for size in ("tiny", "small", "base", "large")}
     for name in cnns:
@@ -516,10 +519,64 @@ TIMM_NAMES = {
        for letter, size in (("s", "small"), ("b", "base"), ("l", "large"))
        for end, infix in (("", ""), ("_reg", "_reg4"))},
     "mae_vit_base_patch16": "vit_base_patch16_224.mae", "mae_vit_large_patch16": "vit_large_patch16_224.mae"}
+# timm has these files of the papers' code under names of its own, at an address of its own.
+TIMM_ENDS = {"_pt22k_ft22kto1k": ".in22k_ft_in22k_in1k", "_pt1k_ft1k": ".in1k_ft_in1k",
+             "_pt1k_ft21kto1k": ".in1k_ft_in22k_in1k"}
+TIMM_BEITS = {name: re.sub("_pt.*", "", name) + TIMM_ENDS[re.search("_pt.*", name)[0]] for name in MASKED
+              if name.startswith("beit") and not name.endswith("_pt22k")}
+# These are in no library: MAE's models that paint, and its fine-tuned ones.
+ALONE = [name for name in PUBLIC if re.match("mae_(visualize|finetuned)", name)]
+PRETRAINED_BEITS = [name for name in PUBLIC if name.endswith("_pt22k")]
 
 
 def test_public_entries_are_all_checked_against_a_library():
-    assert {*TIMM_NAMES, *OF_TORCHVISION} == set(PUBLIC)
+    assert {*TIMM_NAMES, *OF_TORCHVISION, *TIMM_BEITS, *ALONE, *PRETRAINED_BEITS} == set(PUBLIC)
+
+
+@pytest.mark.parametrize("name", TIMM_BEITS)
+def test_public_entries_agree_with_timms_beit(name):
+    entry, c = PUBLIC[name], PUBLIC[name].arguments
+    assert entry.url.rsplit("/", 1)[1] == f"{name}.pth"
+    with torch.device("meta"):
+        theirs = timm.create_model(TIMM_BEITS[name].split(".")[0])
+        ours = entry.model_class(**c)
+    shapes = {re.sub(r"ls(\d)\.gamma", r"gamma_\1", key): tensor.shape for key, tensor in ours.state_dict().items()
+              if not key.endswith("qkv.bias")}
+    assert shapes == {key: tensor.shape for key, tensor in theirs.state_dict().items()
+                      if not key.endswith(("q_bias", "v_bias"))}
+    assert ours.patch_embed.img_size == theirs.patch_embed.img_size
+    assert ours.config.layer_scale == theirs.blocks[0].init_values
+    assert (ours.fc_norm.eps, ours.blocks[0].attn.n_heads) == (theirs.fc_norm.eps, theirs.blocks[0].attn.num_heads)
+    known = timm.get_pretrained_cfg(TIMM_BEITS[name])
+    assert (entry.mean, entry.std, entry.interpolation) == (known.mean, known.std, known.interpolation)
+
+
+@pytest.mark.parametrize("name", PRETRAINED_BEITS)
+def test_public_entries_of_pretraining_have_the_blocks_of_the_fine_tuned_ones(name):
+    fine_tuned = f"{name}_ft22kto1k"
+    with torch.device("meta"):
+        model, theirs = (PUBLIC[one].model_class(**PUBLIC[one].arguments) for one in (name, fine_tuned))
+        inner = MaskedTokenModel(**PUBLIC[name].arguments | dict(depth=1)).encoder()
+    assert (model.config.n_tokens, model.config.shared_bias, len(model.blocks)) == (8192, True, len(theirs.blocks))
+    assert vars(inner.config) | dict(depth=theirs.config.depth, n_classes=1000) == vars(theirs.config)
+    assert PUBLIC[name].url.rsplit("/", 1) == [PUBLIC[fine_tuned].url.rsplit("/", 1)[0], f"{name}.pth"]
+    assert (PUBLIC[name].mean, PUBLIC[name].measured) == ((0.5,) * 3, pretrained.FINE_TUNED)
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_public_entries_of_mae_say_what_its_files_hold(name):
+    entry = PUBLIC[name]
+    with torch.device("meta"):
+        model = entry.model_class(**entry.arguments)
+    folder, paints = name.split("_")[1].replace("finetuned", "finetune"), "visualize" in name
+    assert entry.url == f"https://dl.fbaipublicfiles.com/mae/{folder}/{name}.pth"
+    assert (entry.top1 is None, entry.checksum is None) == (paints, paints)
+    if paints:
+        assert (model.config.norm_pix_loss, model.decoder_pred.out_features) == (False, 768)
+    else:
+        assert (model.config.pool, model.config.fc_norm, model.head.out_features) == ("mean", True, 1000)
+        assert {**vars(model.config), "pool": "cls", "fc_norm": False} == vars(model.config_class(
+            **MODELS[entry.model].arguments))
 
 
 @pytest.mark.parametrize("name", TIMM_NAMES)
@@ -568,6 +625,8 @@ def test_public_entries_have_the_stages_of_timms_swin(name):
 
 OF_THE_FAMILY = {
     "deit_tiny_distilled_patch16_224": dict(SMALL),
+    "beit_base_patch16_224_pt22k_ft22kto1k": dict(SMALL, layer_scale=0.1),
+    "beitv2_large_patch16_224_pt1k_ft1k": dict(SMALL, layer_scale=0.1),
     "swin_t": dict(img_size=16, patch_size=2, embed_dim=8, depths=(1, 2), n_heads=(1, 2), window_size=4),
     "swin_tiny_patch4_window7_224": dict(img_size=12, patch_size=2, embed_dim=8, depths=(1, 2), n_heads=(1, 2),
                                          window_size=3)}
@@ -579,6 +638,10 @@ def file_of(name, c, folder):
         theirs = timm.models.deit.VisionTransformerDistilled(img_size=c["img_size"], patch_size=c["patch_size"],
                                                              embed_dim=c["embed_dim"], depth=c["depth"],
                                                              num_heads=c["n_heads"])
+        state = theirs.state_dict()
+    elif "beit" in name:
+        theirs = Beit(img_size=c["img_size"], patch_size=c["patch_size"], embed_dim=c["embed_dim"], depth=c["depth"],
+                      num_heads=c["n_heads"], init_values=0.1, use_abs_pos_emb=False, use_rel_pos_bias=True)
         state = theirs.state_dict()
     elif name == "swin_t":
         theirs = torchvision.models.SwinTransformer([c["patch_size"]] * 2, c["embed_dim"], list(c["depths"]),
@@ -605,6 +668,7 @@ def test_load_gives_a_public_model_of_the_family_ready_to_use(name, public, monk
     torch.testing.assert_close(model(images), theirs(images))
     assert (type(model), len(model.preprocessing.class_names)) == (entry.model_class, 1000)
     assert model.preprocessing.interpolation == "bicubic"
+    assert model.preprocessing.mean == ((0.5,) * 3 if name.startswith("beit_") else IMAGENET_MEAN)
     larger = load(name, n_classes=4, img_size=40)
     assert larger(torch.zeros(2, 3, 40, 40)).shape == (2, 4)
     with pytest.raises(InputError, match=one_line_with("does not match")):
@@ -652,9 +716,8 @@ def test_inspect_without_a_file_lists_every_name(monkeypatch, capsys):
     for name, entry in PUBLIC.items():
         c = entry.arguments
         patch = [str(c["patch_size"])] if "patch_size" in c else []  # a CNN has none
-        numbers = [str(c["img_size"]), *patch, str(c["n_classes"]), f"{entry.top1:.1f}"]
-        assert rows[name].split()[1:1 + len(numbers)] == numbers
-        assert entry.licence in rows[name]
+        numbers = [str(c["img_size"]), *patch, str(c["n_classes"]), *([f"{entry.top1:.1f}"] if entry.top1 else [])]
+        assert rows[name].split()[1:2 + len(numbers)] == [*numbers, f"{entry.licence},"]
         assert entry.source in rows[name]
         assert (entry.measured in rows[name]) == (entry.measured != "as it is")
 

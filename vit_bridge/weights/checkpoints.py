@@ -21,15 +21,19 @@ from torch import nn
 
 from vit_bridge.errors import InputError, assume, first_line, join_words
 from vit_bridge.models.adapters import adapt
+from vit_bridge.models.beit import copy_shared_table
 from vit_bridge.models.protocol import ask, check_arguments, class_name, is_ours
 from vit_bridge.models.registry import model_classes
 from vit_bridge.models.relative import resample_bias_table
 from vit_bridge.preprocessing import IMAGENET_MEAN, Preprocessing, one_side
 from vit_bridge.runtime import device_of, is_quantised, unwrapped
 from vit_bridge.system import write_whole
-from vit_bridge.weights.files import SCALES, class_names_in, read_file, to_int8, unwrap
+from vit_bridge.weights.files import SCALES, class_names_in, pixel_settings_in, read_file, to_int8, unwrap
 from vit_bridge.weights.formats import (
+    BEITS,
     FORMATS,
+    PRETRAINING_PARTS,
+    TABLE,
     Format,
     Weights,
     beside,
@@ -45,8 +49,10 @@ from vit_bridge.weights.recorded import VITS, Recorded, file_in, read_recorded
 from vit_bridge.weights.staged import STAGED_CONFIGS, not_in_tensors
 from vit_model import closest_names, grid_of, pair, resample_positions, sincos_positions
 
-WITHOUT_SHAPE = ("n_heads", "pool", "position", "norm_eps", "stem_stride", "stem", "block", "shift")  # not in shapes
-FREE = ("img_size", "in_channels", "window_size", "dropout", "drop_path")  # may differ from training
+WITHOUT_SHAPE = ("n_heads", "pool", "position", "norm_eps", "decoder_heads", "norm_pix_loss", "stem_stride", "stem",
+                 "block", "shift")  # not in shapes
+FREE = ("img_size", "in_channels", "window_size", "dropout", "drop_path", "mask_ratio")  # may differ from training
+OF_MAE = ("decoder_heads", "norm_pix_loss")  # of WITHOUT_SHAPE, in a MaskedAutoencoder
 CHECKPOINT_FORMAT = "vit-bridge 1"
 MEND = "correct it, or move the weights to a separate folder"
 
@@ -153,8 +159,9 @@ def load(name_or_path, n_classes=None, class_names=None, **overrides):
     ----------
     name_or_path : str or path
         A pretrained model's name (`describe_pretrained` lists them); a checkpoint of this library, or of a ViT, DeiT,
-        Swin, ResNet or ConvNeXt in any of the FORMATS; or a folder that transformers' save_pretrained or timm's
-        save_for_hf wrote.
+        MAE, BEiT, Swin, ResNet or ConvNeXt in any of the FORMATS; or a folder that transformers' save_pretrained or
+        timm's save_for_hf wrote. Files of pretraining with all their parts give a MaskedAutoencoder or a
+        MaskedTokenModel, and MAE's encoder alone gives a VisionTransformer.
     n_classes : int, optional
         None keeps the checkpoint's head; a model without a head returns features (B, D). If a number is passed, a head
         with that many rows is kept, and any other head is replaced by one of zeros. An Assumption reports which, unless
@@ -363,8 +370,10 @@ def load_checkpoint(model, path, grid_size=None):
     shapes must match. Three things may differ. If the number of classes differs, the model keeps its own head. If the
     resolution or the windows differ, the positions are resampled. If the number of channels differs, the first
     convolution is adapted (`adapt_input_channels`). If the number of classes is the same and both the file and
-    model.preprocessing have class names, the rows of the head are matched by name. Several heads are treated alike. For
-    a wrapped model (torch.compile, DataParallel, AveragedModel), the weights go into the model inside.
+    model.preprocessing have class names, the rows of the head are matched by name. Several heads are treated alike. A
+    VisionTransformer takes the encoder of a MaskedAutoencoder's file, and a BEiT the blocks of a MaskedTokenModel's,
+    whose shared table is copied to each block if the model has no shared one. For a wrapped model (torch.compile,
+    DataParallel, AveragedModel), the weights go into the model inside.
 
     Parameters
     ----------
@@ -397,7 +406,8 @@ def load_checkpoint(model, path, grid_size=None):
     _check_plain_weights(model)
     weights = _read_weights(path, model)
     state, report = _fitted(weights, model, grid_size)
-    pool = weights.recorded.config.get("pool", "cls" if "pool" in weights.format.fixes else None)
+    fixed = "pool" in weights.format.fixes and "fc_norm.weight" not in weights.tensors
+    pool = weights.recorded.config.get("pool", "cls" if fixed else None)
     if pool and "head.weight" in weights.tensors and model.config.pool != pool:
         raise InputError(f"{path} is for a different architecture: its head expects pool={pool!r}, but the model has "
                          f"pool={model.config.pool!r}")
@@ -415,6 +425,7 @@ def _read_weights(path, model=None):
         if model is not None:
             _check_same_kind(other, model, path)
         weights = _own_names("ours", path, [], other.state_dict())
+        _drop_pretraining(weights, class_name(other), model)
         weights.model = other
         if other.preprocessing is not None:
             weights.recorded = Recorded(images=dict(class_names=other.preprocessing.class_names))
@@ -442,11 +453,16 @@ def _read_weights(path, model=None):
         raise
     except Exception as error:  # tensors with an unexpected number of dimensions
         raise InputError(f"{path} is damaged or in an unknown format ({first_line(error)})") from error
-    if not (model is None or any(weights.format.holds == cls.__name__ for cls in type(model).__mro__)):
-        raise InputError(f"{path} is for a different architecture: it is a {weights.format.holds} "
-                         f"({weights.format.name}), but the model is a {class_name(model)}; use load(path), which "
-                         f"builds the matching model")
-    weights.recorded = recorded = read_recorded(path, weights.format.library, weights.format.holds)
+    kind = weights.format.holds
+    if model is not None:
+        _check_parts(kind, model, path)
+        if kind not in _classes(model) and not _inside(kind, model):
+            raise InputError(f"{path} is for a different architecture: it is a {kind} ({weights.format.name}), but the "
+                             f"model is a {class_name(model)}; use load(path), which builds the matching model")
+    _drop_pretraining(weights, kind, model)
+    weights.recorded = recorded = read_recorded(path, weights.format.library, kind)
+    if kind == "MaskedAutoencoder":
+        recorded.config.update(pixel_settings_in(entries) | recorded.config)
     heads = recorded.config.get("n_heads", weights.n_heads)
     if weights.n_heads not in (None, heads):
         raise InputError(f"{recorded.source} specifies {heads} heads, but the tensors of {path} have "
@@ -482,12 +498,47 @@ def _own_names(kind, path, around, state):
                    dropped)
 
 
+def _classes(model):
+    """Return the names of a model's class and its base classes."""
+    return [cls.__name__ for cls in type(model).__mro__]
+
+
+def _inside(kind, model):
+    """Return the Pretraining of a file's class if the model is what remains without those parts, or None."""
+    known = PRETRAINING_PARTS.get(kind)
+    return known if known and model is not None and kind not in _classes(model) and known.inner in _classes(model) \
+        else None
+
+
+def _check_parts(kind, model, path):
+    """Raise InputError if a model has parts of pretraining that a file of this class lacks."""
+    own = next((name for name in _classes(model) if name in PRETRAINING_PARTS), None)
+    if own and kind == PRETRAINING_PARTS[own].inner:
+        raise InputError(f"{path} has {PRETRAINING_PARTS[own].lacks}; use load(path), which builds the {kind} that it "
+                         f"holds")
+
+
+def _drop_pretraining(weights, kind, model):
+    """Drop the parts of pretraining that the model does not have, and put the last norm where the model has it."""
+    known = _inside(kind, model)
+    for name in [name for name in weights.tensors if known and re.fullmatch(known.parts, name)]:
+        weights.dropped |= dict.fromkeys(weights.sources.pop(name), known.reason)
+        del weights.tensors[name]
+    if known and known.inner == "BEiT" and model.config.fc_norm:  # as in MaskedTokenModel.encoder
+        for name in [name for name in weights.tensors if name.startswith("norm.")]:
+            for place in (weights.tensors, weights.sources):
+                place[f"fc_{name}"] = place.pop(name)
+        weights.choices.append("norm: the file's last norm stands before the mean, the model's after it")
+
+
 def _check_same_kind(other, model, path):
     """Raise InputError if a model differs from the file's model in a way that tensor shapes do not show."""
-    if model.config_class is not other.config_class:
+    _check_parts(class_name(other), model, path)
+    part = _inside(class_name(other), model)
+    if model.config_class is not other.config_class and part is None:
         raise InputError(f"{path} holds a {type(other).__name__}, but the model is a {class_name(model)}; use "
                          f"load(path), which builds the matching model")
-    for name in WITHOUT_SHAPE:
+    for name in ("n_heads", "norm_eps") if part else WITHOUT_SHAPE:
         theirs, ours = getattr(other.config, name, None), getattr(model.config, name, None)
         if theirs != ours:
             raise InputError(f"{path} is for a different architecture: {name} is {theirs} in the file, but {ours} in "
@@ -526,10 +577,16 @@ def fit(weights, model, grid_size):
     if eps not in (None, getattr(model.config, "norm_eps", None)):
         choices.append(f"norms: the file's library uses norm_eps={eps} by default, but the model has "
                        f"{model.config.norm_eps}; build it with norm_eps={eps} to match")
+    of_mae = {name: vars(model.config)[name] for name in OF_MAE if name in vars(model.config)}
+    for name, ours in of_mae.items():
+        if recorded.get(name, ours) != ours:
+            raise InputError(f"{weights.path} is for a different architecture: {name} is {recorded[name]} in the file, "
+                             f"but {ours} in the model; build it with {name}={recorded[name]}")
     choices += _match_head(weights, model, expected)
     choices += _match_channels(weights, model)
-    notes += _fit_positions(weights, model, grid_size) + _fit_tables(weights, model)
-    choices += [note for note in notes if ": resampled from " in note or "grid_size=" in note]
+    notes += _fit_positions(weights, model, grid_size) + _share_table(weights, expected)
+    notes += _fit_tables(weights, model, grid_size)
+    choices += [note for note in notes if ": resampled from " in note or "transformers swaps" in note or "grid_size=" in note]
     notes += [choice for choice in choices if choice not in notes]
     tensors = weights.tensors
     headless = not _heads_in(tensors, model)  # the model then keeps its own heads
@@ -556,6 +613,9 @@ def fit(weights, model, grid_size):
     if weights.model is None and weights.n_heads is None and ask(model, "attends"):
         heads = (f"the file does not record their number; the model's {model.config.n_heads} are correct only if the "
                  f"weights were trained with {model.config.n_heads}")
+    unknown = [f"{name}={ours}" for name, ours in of_mae.items() if weights.model is None and name not in recorded]
+    if unknown:
+        heads += f"{'; ' * bool(heads)}nothing in the file shows whether {' and '.join(unknown)} fits"
     return state, LoadReport(weights.path, weights.format.name, used, weights.dropped, tuple(notes), heads,
                              tuple(choices))
 
@@ -571,8 +631,10 @@ def _advice(name, weights):
         return "; build the model with pool='mean', fc_norm=True" if there else "; build the model with fc_norm=False"
     if name == "reg_token":
         return f"; build the model with n_registers={weights.tensors[name].shape[1] if there else 0}"
-    if name.endswith(".relative_position_bias_table"):
+    if re.match(rf"stages\..*{TABLE}", name):
         return f"; build the model with relative_bias={there}"
+    if re.match(rf"blocks\..*{TABLE}", name) and there:
+        return "; build the model with shared_bias=False"
     return ""
 
 
@@ -708,7 +770,7 @@ def _fit_positions(weights, model, grid_size):
                          f"{tuple(theirs.shape)} in the file, but {tuple(model.pos_embed.shape)} in the model")
     old, n_prefix, notes = _read_grid(weights, grid, grid_size)
     n_own, wanted = model.n_cls_tokens, model.n_prefix_positions
-    n_cls = min(n_prefix, n_own)
+    n_cls = min(n_prefix, n_own)  # positions of the file that belong to CLS tokens of the model
     if n_prefix > n_own:
         _add_to_token(weights, "reg_token", theirs[:, n_own:n_prefix])
         notes.append("positions: the registers' positions were added to the register tokens")
@@ -717,13 +779,16 @@ def _fit_positions(weights, model, grid_size):
         notes.append("positions: the position of CLS was added to the CLS token, because a model with registers has "
                      "no position for it")
     if n_cls < wanted:
-        notes.append("positions: the file has none for CLS, so zeros are used")
-    first = theirs[:, :n_own] if n_cls else theirs.new_zeros(1, n_own, D)  # (1, CLS tokens, D)
+        notes.append(f"positions: the file has none for {'a second token' if n_cls else 'CLS'}, so zeros are used")
+    first = torch.cat([theirs[:, :n_cls], theirs.new_zeros(1, n_own - n_cls, D)], dim=1)  # (1, CLS tokens, D)
     theirs = torch.cat([first[:, :wanted], theirs[:, n_prefix:]], dim=1)  # (1, wanted + patches, D)
+    if "decoder_pos_embed" in weights.tensors:  # a buffer of our MaskedAutoencoder
+        _check_sincos(weights, "decoder_pos_embed", weights.tensors["decoder_pos_embed"], old, model.n_prefix_tokens,
+                      "which the decoder adds to its tokens")
+        weights.tensors["decoder_pos_embed"] = model.decoder_pos_embed
     if model.config.position == "sincos":
-        if not torch.allclose(theirs.float(), sincos_positions(old, D, wanted), atol=1e-3):
-            raise InputError(f"{weights.path} is for a different architecture: its positions are learned, but the "
-                             f"model was built with position='sincos'; build it with position='learned'")
+        _check_sincos(weights, "pos_embed", theirs, old, wanted, "but the model was built with position='sincos'; "
+                                                                 "build it with position='learned'")
         theirs = model.pos_embed  # the same sines and cosines, on the model's grid
     elif old != grid:
         theirs = resample_positions(theirs, old, grid)
@@ -732,29 +797,71 @@ def _fit_positions(weights, model, grid_size):
     return notes
 
 
-def _fit_tables(weights, model):
-    """Fit the tables of relative positions to the model's windows, and return notes."""
-    changes = {}
+def _check_sincos(weights, name, positions, grid, n_prefix, need):
+    """Raise InputError unless positions are the fixed ones of this grid; `need` says why they have to be."""
+    fixed = sincos_positions(grid, positions.shape[-1], n_prefix)
+    if positions.shape != fixed.shape or not torch.allclose(positions.float(), fixed, atol=1e-3):
+        raise InputError(f"{weights.path} is for a different architecture: {weights.sources[name][0]} does not hold "
+                         f"the fixed sines and cosines of {grid[0]}x{grid[1]} patches, {need}")
+
+
+def _share_table(weights, expected):
+    """Copy a table that all blocks share to each block if the model has no shared one, and return notes."""
+    shared, own = f"rel_pos_bias.{TABLE}", f"blocks.{{}}.attn.{TABLE}"
+    depth = len([name for name in expected if re.fullmatch(own.format(r"\d+"), name)])
+    if shared not in weights.tensors or not depth:
+        return []
+    weights.tensors, source = copy_shared_table(weights.tensors, depth), weights.sources.pop(shared)
+    weights.sources |= {own.format(i): source for i in range(depth)}
+    return [f"positions: the table of relative positions, which the file's blocks share, was copied to each of the "
+            f"{depth} blocks"]
+
+
+def _fit_tables(weights, model, grid_size=None):
+    """Fit the tables of relative positions to the model's windows, or a BEiT's grid of patches, and return notes."""
+    changes, notes = {}, []
     for place, module in model.named_modules():
-        name = f"{place.replace('_orig_mod.', '')}.relative_position_bias_table"
-        theirs, new = weights.tensors.get(name), getattr(module, "grid_size", None)
-        if new is None or theirs is None or theirs.ndim != 2:
+        name, own = f"{place.replace('_orig_mod.', '')}.{TABLE}", getattr(module, TABLE, None)
+        theirs = weights.tensors.get(name)
+        if own is None or theirs is None or theirs.ndim != 2:
             continue
+        new = _grid_at(model, place)
+        n_last = len(own) - n_offsets(new)  # a BEiT's table ends with 3 rows for CLS
+        n = len(theirs) - n_last
         if weights.model is not None:
-            old = weights.model.get_submodule(name.rpartition(".")[0]).grid_size
-        elif len(theirs) == math.prod(2 * side - 1 for side in new):
-            old = new
+            grids = [_grid_at(weights.model, name.rpartition(".")[0])]
         else:
-            old = ((math.isqrt(len(theirs)) + 1) // 2,) * 2
-        if len(theirs) != math.prod(2 * side - 1 for side in old):
-            raise InputError(f"{weights.path} is for a different architecture: {weights.sources[name][0]} has "
-                             f"{len(theirs)} offsets, which belong to no square window, and the model's windows of "
-                             f"{new[0]}x{new[1]} have {math.prod(2 * side - 1 for side in new)}; build the model with "
-                             f"the image size and window_size of the training")
+            square = ((math.isqrt(max(n, 0)) + 1) // 2,) * 2
+            grids = [tuple(grid_size)] if grid_size and n_last else [new, square]
+        fits = [grid for grid in dict.fromkeys(grids) if n_offsets(grid) == n]
+        if not fits:
+            what, how = ("grid", "image size, or pass grid_size=") if n_last else ("window", "image size and "
+                                                                                   "window_size")
+            raise InputError(f"{weights.path} is for a different architecture: {weights.sources[name][0]} has {n} "
+                             f"offsets, which belong to no square {what}, and the model's {what}s of {new[0]}x{new[1]} "
+                             f"have {n_offsets(new)}; build the model with the {how} of the training")
+        old = fits[0]
         weights.tensors[name] = resample_bias_table(theirs, old, new)
         changes |= {(old, new): None} if old != new else {}
-    return [f"bias tables: resampled from windows of {old[0]}x{old[1]} to {new[0]}x{new[1]} tokens"
-            for old, new in changes]
+        if n_last and fits[1:]:
+            notes.append(f"positions: {n} offsets fit {old[0]}x{old[1]} or {fits[1][0]}x{fits[1][1]} patches; the "
+                         f"first is used; to choose another, pass grid_size= to load_checkpoint")
+        if n_last and old[0] != old[1] and weights.format.library == "transformers":
+            notes.append("positions: transformers swaps height and width of the tables if the grid is not square, so "
+                         "its own logits differ")
+    what = "tokens" if ask(model, "windowed") else "patches"
+    return [*(f"bias tables: resampled from {'windows' if what == 'tokens' else 'grids'} of {old[0]}x{old[1]} to "
+              f"{new[0]}x{new[1]} {what}" for old, new in changes), *dict.fromkeys(notes)]
+
+
+def n_offsets(grid):
+    """Return the number of offsets between two positions of a grid (rows, columns)."""
+    return math.prod(2 * side - 1 for side in grid)
+
+
+def _grid_at(model, place):
+    """Return the grid of the table at this place in a model; a table that all blocks share has the model's grid."""
+    return getattr(model.get_submodule(place), "grid_size", None) or model.patch_embed.grid_size
 
 
 def _add_to_token(weights, name, positions):
@@ -785,6 +892,8 @@ def _read_grid(weights, grid=None, given=None):
     n_registers = 0 if registers is None or registers.ndim != 3 else registers.shape[1]
     n_cls = 1 + ("dist_token" in weights.tensors)
     prefixes = {True: [n_cls], False: [0], None: [n_cls + n_registers, 0]}[weights.format.pos_cls]
+    if n_registers and weights.format.holds == "MaskedAutoencoder":  # ours: the paper's has no registers
+        prefixes = [0]
     grids = [tuple(given)] if given else [grid] if grid else []
     ways = [(known, n) for known in grids for n in prefixes if known[0] * known[1] == M - n]
     if not given:
@@ -949,7 +1058,7 @@ def _inferred(weights, given):
 
 
 def infer_vit(weights, given):
-    """Infer a VisionTransformer or DistilledViT from its weights."""
+    """Infer a VisionTransformer, or one of the classes that extend it, from its weights."""
     tensors, recorded, model_class = weights.tensors, weights.recorded.config, model_classes()[weights.format.holds]
     needed = ("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
     heads = [f"{head}.weight" for head in model_class.head_names]  # all of them, or none
@@ -969,6 +1078,7 @@ def infer_vit(weights, given):
         shown["n_classes"] = len(head)
     if "fc_norm.weight" in tensors:
         shown["pool"] = "mean"
+    shown |= _shown_in_pretraining(weights)
     for name, value in shown.items():
         theirs = recorded.get(name, value)
         if int(theirs * D) != hidden if name == "mlp_ratio" else theirs != value:
@@ -976,17 +1086,23 @@ def infer_vit(weights, given):
                              f"{weights.path} have {value!r}; {MEND}")
     grid, assumed = _infer_grid(weights, patch, given)
     n_heads = _likely_heads(D)
-    guesses = dict(n_heads=(n_heads, f"n_heads={n_heads} ({D // n_heads} channels each)"), pool=("cls", "pool='cls'"),
+    pool = "mean" if weights.format.holds == "MaskedTokenModel" else "cls"  # of features; nothing else reads it
+    guesses = dict(n_heads=(n_heads, f"n_heads={n_heads} ({D // n_heads} channels each)"), pool=(pool, f"{pool=}"),
                    norm_eps=(weights.format.norm_eps, f"norm_eps={weights.format.norm_eps}"))
+    if weights.format.holds == "MaskedAutoencoder":
+        guesses |= _guesses_for_mae(weights, shown["decoder_dim"])
     known = {name: guesses[name][0] for name in weights.format.fixes} | recorded | shown
     known |= dict(n_heads=weights.n_heads) if weights.n_heads else {}
+    if pool == "mean":
+        known["pool"] = pool  # transformers' config.json has another one for its classifiers
     unrecorded = [name for name in guesses if name not in known]
     settings = {name: known.get(name, given.get(name, guess)) for name, (guess, _) in guesses.items()}
     assumed = {name: guesses[name][1] for name in unrecorded if name not in given} | assumed
     img_size = one_side(tuple(n * side for n, side in zip(grid, patch, strict=True)))
+    position = "sincos" if "decoder_pos_embed" in tensors else "learned" if "pos_embed" in tensors else "none"
     config = model_class.config_class(
-        **{"n_classes": 0, **shown, **settings}, img_size=img_size, position="learned" if "pos_embed" in tensors
-        else "none", n_registers=tensors["reg_token"].shape[1] if "reg_token" in tensors else 0,
+        **{"n_classes": 0, **shown, **settings}, img_size=img_size, position=position,
+        n_registers=tensors["reg_token"].shape[1] if "reg_token" in tensors else 0,
         layer_scale=1e-5 if "blocks.0.ls1.gamma" in tensors else None, qk_norm="blocks.0.attn.q_norm.weight" in tensors,
         fc_norm="fc_norm.weight" in tensors)
     if D % config.n_heads:
@@ -996,6 +1112,31 @@ def infer_vit(weights, given):
     preprocessing, words = _infer_preprocessing(weights, img_size, config)
     assumed |= dict(images=words) if words else {}
     return Inferred(model_class, config, preprocessing, grid, assumed, tuple(unrecorded))
+
+
+def _shown_in_pretraining(weights):
+    """Return the fields of MAEConfig, BEiTConfig or MaskedTokenConfig that the tensors show, besides the encoder's."""
+    tensors, shown = weights.tensors, {}
+    if weights.format.holds == "MaskedAutoencoder":
+        blocks = {name.split(".")[1] for name in tensors if name.startswith("decoder_blocks.")}
+        shown = dict(decoder_dim=len(tensors["decoder_embed.weight"]), decoder_depth=len(blocks))
+    if weights.format.holds in BEITS:
+        shown["shared_bias"] = f"rel_pos_bias.{TABLE}" in tensors
+    if weights.format.holds == "MaskedTokenModel":
+        shown["n_tokens"] = len(tensors["lm_head.weight"])
+    return shown
+
+
+def _guesses_for_mae(weights, decoder_dim):
+    """Return {field that the tensors of an MAE do not show: (assumed value, its description)}.
+
+    The paper's decoder has 32 channels in each head. Of the authors' files, only those called mae_visualize predict
+    plain pixels.
+    """
+    n_heads, plain = _likely_heads(decoder_dim, 32), "visualize" in Path(weights.path).name
+    why = "the authors' mae_visualize files have False, their others True"
+    return dict(decoder_heads=(n_heads, f"decoder_heads={n_heads} ({decoder_dim // n_heads} channels each)"),
+                mask_ratio=(0.75, "mask_ratio=0.75"), norm_pix_loss=(not plain, f"norm_pix_loss={not plain} ({why})"))
 
 
 def infer_staged(weights, given):
@@ -1021,6 +1162,8 @@ def infer_staged(weights, given):
 def _infer_grid(weights, patch, given):
     """Return ((rows, columns) of the patches, {"img_size": words} if they were assumed to form a square)."""
     recorded = weights.recorded.config.get("img_size")
+    if weights.format.holds in BEITS and "pos_embed" not in weights.tensors:
+        return _infer_grid_of_tables(weights, patch, given)
     if "pos_embed" not in weights.tensors:
         size = recorded or given.get("img_size")
         return (grid_of(pair(size), tuple(patch)), {}) if size else ((1, 1), {})
@@ -1039,6 +1182,25 @@ def _infer_grid(weights, patch, given):
     return grid, {} if grid == wished else dict(img_size=f"img_size={side} (a square of {grid[0]}x{grid[1]} patches)")
 
 
+def _infer_grid_of_tables(weights, patch, given):
+    """Return the same as _infer_grid for a BEiT, whose tables of relative positions show the grid."""
+    recorded = weights.recorded.config.get("img_size")
+    sizes = [recorded] if recorded else [given["img_size"]] if "img_size" in given else []
+    name, n = next((name, len(tensor) - 3) for name, tensor in weights.tensors.items() if name.endswith(TABLE))
+    square = ((math.isqrt(max(n, 0)) + 1) // 2,) * 2
+    known = [grid_of(pair(size), tuple(patch)) for size in sizes]
+    grid = next((grid for grid in [*known, *[square] * (not recorded)] if n_offsets(grid) == n), None)
+    if grid is None and recorded:
+        raise InputError(f"{weights.recorded.source} specifies img_size={recorded!r}, but {weights.path} has {n} "
+                         f"offsets of {patch[0]}x{patch[1]} patches; {MEND}")
+    if grid is None:
+        raise InputError(f"{weights.path} has {n} offsets in {weights.sources[name][0]}, which fit no square grid; set "
+                         f"the image size used in training with load(..., img_size=(height, width)) or --img-size "
+                         f"HEIGHT WIDTH, or the grid with load_checkpoint(..., grid_size=(rows, columns))")
+    side = one_side(tuple(count * length for count, length in zip(grid, patch, strict=True)))
+    return grid, {} if grid in known else dict(img_size=f"img_size={side} (a square of {grid[0]}x{grid[1]} patches)")
+
+
 def _infer_preprocessing(weights, img_size, config):
     """Return (the Preprocessing of a file, a description of what was assumed, or "")."""
     images, known = weights.recorded.images, weights.format
@@ -1055,8 +1217,8 @@ def _infer_preprocessing(weights, img_size, config):
     return shown.with_channels(config.in_channels), ", ".join(words)
 
 
-def _likely_heads(D):
+def _likely_heads(D, width=64):
     """Guess the heads of a ViT of width D: 64 channels each, but 16 heads for Huge (ViT paper, Table 1)."""
-    if D == 1280:
+    if (D, width) == (1280, 64):
         return 16
-    return next(n for n in range(max(1, D // 64), 0, -1) if D % n == 0)
+    return next(n for n in range(max(1, D // width), 0, -1) if D % n == 0)

@@ -274,3 +274,11 @@ def class_names_in(entries, n_classes):
                     isinstance(name, str) for name in names):
                 return key, list(names)
     return "", None
+
+
+def pixel_settings_in(entries):
+    """Return the settings of MAE that its training script stored alongside the weights: norm_pix_loss, mask_ratio."""
+    stored = entries.get("args")
+    stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored if isinstance(stored, dict) else {}
+    kinds = dict(norm_pix_loss=bool, mask_ratio=float)
+    return {name: stored[name] for name, kind in kinds.items() if isinstance(stored.get(name), kind)}

@@ -1,4 +1,4 @@
-"""How other libraries and papers name the weights of a ViT, DeiT, Swin, ResNet or ConvNeXt, and our names for them.
+"""How other libraries and papers name the weights of a ViT and its relatives or a CNN, and our names for them.
 
     weights = translate(state, path, around)     a state dict under our names, and what was dropped
 
@@ -73,8 +73,9 @@ BESIDE = (r"(\w+_)?(criterion|loss(es)?|loss_f\w*|metrics?|acc|accuracy|auroc|f1
           "part of a loss or a metric, not of the model")
 PRE_LOGITS = (r"(heads\.)?pre_logits[./].*", "a layer before the head, from pretraining")
 MASK = (r"(.*\.)?mask_token", "the token for masked patches in pretraining")
-BLOCK = r"(?:vit|deit|dinov2|dinov2_with_registers)?\.?(?:encoder\.)?layers?\.(\d+)\."
-ROOT = r"(?:vit|deit|dinov2|dinov2_with_registers)?\.?"
+INDEX = (r".*\.relative_position_index", "the row of the table for two positions, which the model computes")
+ROOT = r"(?:vit|deit|dinov2|dinov2_with_registers|beit)?\.?"
+BLOCK = ROOT + r"(?:encoder\.)?layers?\.(\d+)\."
 TRANSFORMERS_NAMES = (
     (ROOT + r"embeddings\.cls_token", "cls_token"),
     (ROOT + r"embeddings\.(?:register_tokens|distillation_token)", "reg_token"),
@@ -91,7 +92,7 @@ TRANSFORMERS_NAMES = (
     (r"classifier\.(\w+)", r"head.\1"),
 )
 TRANSFORMERS_DROPS = ((ROOT + r"pooler\..*", "a dense layer that the classification head does not use"), MASK,
-                      (r"decoder\..*", "MAE's decoder, used in pretraining"))
+                      (r"decoder\..*", "the decoder of masked images, used in pretraining"))
 TRANSFORMERS_ROOT = ROOT + r"embeddings\.patch_embeddings\.projection\.weight"
 TIMM_ROOT = r"patch_embed\.proj\.weight"
 TV_BLOCK = r"encoder\.layers\.encoder_layer_(\d+)\."
@@ -106,11 +107,56 @@ DISTILLED_NAMES = (
     *TRANSFORMERS_NAMES,
 )
 
+# Names of MAE's decoder, which has blocks of its own. The files of transformers 5 have decoder_encoder.layer.
+DECODER = r"decoder\.decoder_(?:layers|encoder\.layer)\.(\d+)\."
+MAE_NAMES = (
+    (DECODER + r"layernorm_before\.(\w+)", r"decoder_blocks.\1.norm1.\2"),
+    (DECODER + r"layernorm_after\.(\w+)", r"decoder_blocks.\1.norm2.\2"),
+    (DECODER + r"attention\.(?:attention\.)?(q|k|v)(?:uery|ey|alue|_proj)\.(\w+)", r"decoder_blocks.\1.attn.\2.\3"),
+    (DECODER + r"attention\.(?:output\.dense|o_proj)\.(\w+)", r"decoder_blocks.\1.attn.proj.\2"),
+    (DECODER + r"(?:intermediate\.dense|mlp\.fc1)\.(\w+)", r"decoder_blocks.\1.mlp.fc1.\2"),
+    (DECODER + r"(?:output\.dense|mlp\.fc2)\.(\w+)", r"decoder_blocks.\1.mlp.fc2.\2"),
+    (r"decoder\.(mask_token|decoder_(?:embed|pos_embed|norm|pred).*)", r"\1"),
+    *TRANSFORMERS_NAMES,
+)
+
+# Names of BEiT, whose queries and values have a bias and whose keys have none. The names of the paper's code and timm's
+# are the same.
+TABLE = "relative_position_bias_table"
+BEIT_TABLE = rf"^(rel_pos_bias|blocks\.0\.attn)\.{TABLE}$"
+BEIT_NAMES = ((r"blocks\.(\d+)\.gamma_([12])", r"blocks.\1.ls\2.gamma"),
+              (r"blocks\.(\d+)\.attn\.(q|v)_bias", r"blocks.\1.attn.\2.bias"))
+HF_BEIT_TABLE = rf"^{ROOT}(encoder\.|layers?\.|shared_).*{TABLE}$"
+HF_BEIT_NAMES = (
+    (ROOT + r"embeddings\.mask_token", "mask_token"),
+    (ROOT + rf"(?:encoder\.relative_position_bias|shared_position_bias)\.({TABLE})", r"rel_pos_bias.\1"),
+    (BLOCK + rf"(?:attention\.attention\.)?relative_position_bias\.({TABLE})", r"blocks.\1.attn.\2"),
+    (BLOCK + r"lambda_([12])", r"blocks.\1.ls\2.gamma"),
+    (ROOT + r"pooler\.layernorm\.(\w+)", r"fc_norm.\1"),
+    (r"lm_head\.(\w+)", r"lm_head.\1"),
+    *TRANSFORMERS_NAMES,
+)
+CLS_LAYERS = (r"cls_pt_.*", "the layers that train CLS, used in pretraining")  # of BEiT v2
+BEIT_IMAGES = dict(mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", note="BEiT v2 and BEiT trained on "
+                   "ImageNet-1k alone expect ImageNet's mean and std, and the names do not show which model this is")
+MASKED_LM = r"^lm_head\.weight$"
+BEITS = "BEiT", "MaskedTokenModel"
+BEIT_FORMATS = (
+    Format("transformers BEiT for masked images", TRANSFORMERS_ROOT, (HF_BEIT_TABLE, MASKED_LM), HF_BEIT_NAMES,
+           (INDEX, AVERAGED), norm_eps=1e-12, library="transformers", fixes=("pool",), holds="MaskedTokenModel",
+           **BEIT_IMAGES),
+    Format("transformers BEiT", TRANSFORMERS_ROOT, (HF_BEIT_TABLE,), HF_BEIT_NAMES, (INDEX, MASK, AVERAGED),
+           norm_eps=1e-12, library="transformers", fixes=("pool",), holds="BEiT", **BEIT_IMAGES),
+    Format("microsoft's BEiT for masked images", TIMM_ROOT, (BEIT_TABLE, MASKED_LM), BEIT_NAMES,
+           (INDEX, CLS_LAYERS, AVERAGED), fixes=("pool",), holds="MaskedTokenModel", **BEIT_IMAGES),
+    Format("microsoft's and timm's names of a BEiT", TIMM_ROOT, (BEIT_TABLE,), BEIT_NAMES,
+           (INDEX, MASK, CLS_LAYERS, AVERAGED), library="timm", holds="BEiT", **BEIT_IMAGES),
+)
+
 # Names of Swin's blocks, with groups (stage, block, ...). Our stages begin with their merging, as in timm; elsewhere it
 # stands at the end of the stage before.
 STAGES = range(8)
-SWIN_DROPS = ((r".*\.relative_position_index", "the row of the table for two positions, which the model computes"),
-              (r".*\.attn_mask", "the mask of the shifted windows, which the model computes"), MASK, AVERAGED)
+SWIN_DROPS = (INDEX, (r".*\.attn_mask", "the mask of the shifted windows, which the model computes"), MASK, AVERAGED)
 SWIN_IMAGES = dict(norm_eps=1e-5, interpolation="bicubic", holds="SwinTransformer")
 SWIN_BLOCK = r"^layers\.0\.blocks\.0\.attn\.qkv\.weight$"
 SWIN_NAMES = ((r"patch_embed\.norm\.(\w+)", r"patch_norm.\1"), (r"layers\.(.*)", r"stages.\1"))
@@ -208,6 +254,7 @@ CNN_FORMATS = (
 )
 FORMATS = (
     *SWIN_FORMATS,
+    *BEIT_FORMATS,
     Format("torchvision", r"conv_proj\.weight", (r"^class_token$",), (
         (r"class_token", "cls_token"),
         (r"encoder\.pos_embedding", "pos_embed"),
@@ -229,6 +276,9 @@ FORMATS = (
     Format("transformers DeiT", TRANSFORMERS_ROOT, (r"embeddings\.distillation_token$",), TRANSFORMERS_NAMES,
            (*TRANSFORMERS_DROPS, AVERAGED), norm_eps=1e-12, library="transformers", fixes=("pool",),
            interpolation="bicubic", note="its distillation token, which no head reads, becomes a register here"),
+    Format("transformers MAE with its decoder", TRANSFORMERS_ROOT, (r"^decoder\.decoder_embed\.weight$",), MAE_NAMES,
+           (AVERAGED,), norm_eps=1e-12, pos_cls=True, library="transformers", fixes=("pool",), interpolation="bicubic",
+           holds="MaskedAutoencoder"),
     Format("transformers ViT", TRANSFORMERS_ROOT, (), TRANSFORMERS_NAMES, (*TRANSFORMERS_DROPS, AVERAGED),
            norm_eps=1e-12, pos_cls=True, library="transformers", fixes=("pool",), mean=(0.5,) * 3, std=(0.5,) * 3),
     Format("Google's npz", r"embedding/kernel", (NPZ_BLOCK,), (
@@ -245,8 +295,8 @@ FORMATS = (
         (r"head/(\w+)", r"head.\1")), (PRE_LOGITS,), pos_cls=True,
            fixes=("pool", "norm_eps"), mean=(0.5,) * 3, std=(0.5,) * 3,
            note="its code uses flax's GELU, a tanh approximation; here the exact GELU is used, as in timm"),
-    Format("MAE with its decoder", TIMM_ROOT, (r"^decoder_embed\.weight$",), (),
-           (MASK, (r"decoder_.*", "MAE's decoder, used in pretraining"), AVERAGED), pos_cls=True),
+    Format("MAE with its decoder", TIMM_ROOT, (r"^decoder_embed\.weight$",), (), (AVERAGED,), pos_cls=True,
+           fixes=("pool",), interpolation="bicubic", holds="MaskedAutoencoder"),
     Format("DeiT-III", TIMM_ROOT, (r"^blocks\.0\.gamma_1$",),
            ((r"blocks\.(\d+)\.gamma_([12])", r"blocks.\1.ls\2.gamma"),), (AVERAGED,), pos_cls=False, library="timm",
            note="a RoPE-ViT can have DeiT-III's names, which do not show its rotation; do not load one"),
@@ -265,6 +315,36 @@ FORMATS = (
            (MASK, PRE_LOGITS, AVERAGED), library="timm"),
     *CNN_FORMATS,
 )
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """What a model has only for pretraining.
+
+    Attributes
+    ----------
+    inner : str
+        Name of the class without these parts.
+    parts : str
+        Pattern for our names of their tensors.
+    reason : str
+        Why they are dropped.
+    lacks : str
+        What a file without them lacks.
+    """
+
+    inner: str
+    parts: str
+    reason: str
+    lacks: str
+
+
+# The classes that pretraining uses, by name. A model of the inner class takes its tensors from their files.
+PRETRAINING_PARTS = dict(
+    MaskedAutoencoder=Pretraining("VisionTransformer", r"mask_token|decoder_.*", "MAE's decoder, used in pretraining",
+                                  "no decoder, so it reconstructs nothing"),
+    MaskedTokenModel=Pretraining("BEiT", r"mask_token|lm_head\..*", "the prediction of hidden tokens, used in "
+                                 "pretraining", "no lm_head, so it predicts no tokens of patches"))
 # Known architectures that cannot be loaded: a pattern found in some name, and the reason.
 REFUSED = (
     (r"\.(attn|self|attention)\.(logit_scale|cpb_mlp|meta_mlp|continuous_position_bias)",
@@ -282,8 +362,6 @@ REFUSED = (
     (r"^stem\.conv\d?\.weight$|^root\.conv",
      "a ResNet V2 (BiT) or another CNN, whose stem and blocks ConvNet does not have"),
     (r"\.grn\.", "a ConvNeXt V2, whose response normalisation (GRN) ConvNeXt does not have"),
-    (r"^(?!features|.*(layers|stages)\.\d+\.blocks\.).*relative_position_bias|attn\.q_bias$|^beit\.",
-     "a BEiT or EVA, whose relative positions or biases VisionTransformer does not have"),
     (r"visual\.class_embedding|vision_model\.embeddings|^norm_pre\.",
      "a CLIP or SigLIP, which normalises before its first block or pools by attention, or a ConvNeXt that normalises "
      "before it pools; the models here do not"),
@@ -357,7 +435,7 @@ def recognise(names, path):
     if not found:
         _refuse_known([WRAPPED.sub("", name) for name in names], path)
         raise InputError(f"{path} holds {len(names)} tensors such as {next(iter(names), 'none')}, which match no known "
-                         f"format; expected a ViT, DeiT, Swin, ResNet or ConvNeXt with the tensor names of "
+                         f"format; expected a ViT, DeiT, MAE, BEiT, Swin, ResNet or ConvNeXt with the tensor names of "
                          f"torchvision, timm, transformers, facebookresearch, microsoft or Google's npz files")
     return found
 
@@ -427,7 +505,10 @@ def _refuse_known(names, path):
     for pattern, reason in REFUSED:
         if any(re.search(pattern, name) for name in names):
             raise InputError(f"{path} is {reason}")
-    if "blocks.0.gamma_1" in names and "pos_embed" not in names:
+    if any(re.search(r"attn\.q_bias$|^beit\.|lambda_1$", name) for name in names) and not any(
+            name.endswith(TABLE) for name in names):
+        raise InputError(f"{path} is a BEiT or EVA without tables of relative positions, which BEiT needs here")
+    if "blocks.0.gamma_1" in names and "pos_embed" not in names and not any(name.endswith(TABLE) for name in names):
         raise InputError(f"{path} has DeiT-III's names but no positions, so it is a RoPE-ViT, whose rotation "
                          f"VisionTransformer does not have")
 
@@ -488,6 +569,8 @@ def translate(state, path, around):
     if "cls_token" in weights.tensors and "blocks.0.attn.q_norm.weight" in weights.tensors:
         # q_norm has the width of one head
         weights.n_heads = weights.tensors["cls_token"].shape[-1] // len(weights.tensors["blocks.0.attn.q_norm.weight"])
+    if weights.format.holds in BEITS:  # a table has one column for each head
+        weights.n_heads = next(tensor.shape[1] for name, tensor in weights.tensors.items() if name.endswith(TABLE))
     for name, tensor in weights.tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise InputError(f"{path} is damaged: {weights.sources[name][0]} holds values that are not finite")
@@ -593,7 +676,14 @@ def _from_flax(name, array):
 
 
 def _join_qkv(weights):
-    """Join separate queries, keys and values into one tensor, in the order q, k, v."""
+    """Join separate queries, keys and values into one tensor, in the order q, k, v.
+
+    BEiT's keys have no bias, which is equivalent to a bias of zeros.
+    """
+    for name in [name for name in weights.tensors if name.endswith(".attn.q.bias") and weights.format.holds in BEITS]:
+        keys = name.replace(".attn.q.", ".attn.k.")
+        weights.sources.setdefault(keys, [])
+        weights.tensors.setdefault(keys, torch.zeros_like(weights.tensors[name]))
     for name in [name for name in weights.tensors if ".attn.q." in name]:
         parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
         missing = [part for part in parts if part not in weights.tensors]
@@ -601,5 +691,5 @@ def _join_qkv(weights):
             raise InputError(f"{weights.path} is damaged: queries, keys and values do not fit together at "
                              f"{weights.sources[name][0]}")
         joined = name.replace(".attn.q.", ".attn.qkv.")
-        weights.sources[joined] = [weights.sources.pop(part)[0] for part in parts]
+        weights.sources[joined] = [source for part in parts for source in weights.sources.pop(part)]
         weights.tensors[joined] = torch.cat([weights.tensors.pop(part) for part in parts])

@@ -33,8 +33,8 @@ class Pretrained:
         URL of the file.
     checksum : str or None
         "sha256:" or "md5:" and the first hex digits of the file's checksum, as published; None if none is published.
-    top1 : float
-        Accuracy in per cent on ImageNet-1k's validation images, as reported by its authors.
+    top1 : float or None
+        Accuracy in per cent on ImageNet-1k's validation images, as reported by its authors; None if they report none.
     licence : str
         Licence stated by its authors. (torchvision notes that its weights may also be subject to the terms of their
         training data.)
@@ -51,7 +51,7 @@ class Pretrained:
     model: str
     url: str
     checksum: str | None
-    top1: float
+    top1: float | None
     licence: str
     source: str
     measured: str = "as it is"
@@ -118,12 +118,24 @@ def _dinov2(model, name, top1, n_registers=0):
                       config=dict(n_classes=0, img_size=518, patch_size=14, layer_scale=1e-5, n_registers=n_registers))
 
 
-def _mae(model, file, checksum, top1):
-    return Pretrained(model, f"https://dl.fbaipublicfiles.com/mae/pretrain/{file}", checksum, top1, "CC-BY-NC-4.0",
-                      "MAE, He et al. 2022, github.com/facebookresearch/mae", "after fine-tuning the whole model",
-                      config=dict(n_classes=0))
+def _mae(model, file, checksum, top1, measured="as it is", **config):
+    return Pretrained(model, f"https://dl.fbaipublicfiles.com/mae/{file}", checksum, top1, "CC-BY-NC-4.0",
+                      "MAE, He et al. 2022, github.com/facebookresearch/mae", measured, config=config)
 
 
+def _beit(model, file, top1, measured="as it is", **config):
+    return Pretrained(model, f"https://github.com/addf400/files/releases/download/v1.0/{file}", None, top1, "MIT",
+                      "BEiT, Bao et al. 2022, github.com/microsoft/unilm", measured, mean=(0.5,) * 3, std=(0.5,) * 3,
+                      config=config)
+
+
+def _beit2(model, file, top1):
+    return Pretrained(model, f"https://github.com/addf400/files/releases/download/BEiT-v2/{file}", None, top1, "MIT",
+                      "BEiT v2, Peng et al. 2022, github.com/microsoft/unilm", config=dict(layer_scale=1e-5))
+
+
+FINE_TUNED = "after fine-tuning the whole model"
+OF_MEAN = dict(pool="mean", fc_norm=True)
 AT_384 = dict(img_size=384, window_size=12)
 SWIN_LARGE = dict(embed_dim=192, n_heads=(6, 12, 24, 48))
 # The names are the authors' own. DeiT and torchvision publish checksums in their file names, MAE in its README.
@@ -177,8 +189,33 @@ PUBLIC = {
     "dinov2_vits14_reg": _dinov2("vit_small", "dinov2_vits14", 80.9, n_registers=4),
     "dinov2_vitb14_reg": _dinov2("vit_base", "dinov2_vitb14", 84.6, n_registers=4),
     "dinov2_vitl14_reg": _dinov2("vit_large", "dinov2_vitl14", 86.7, n_registers=4),
-    "mae_vit_base_patch16": _mae("vit_base", "mae_pretrain_vit_base.pth", "md5:8cad7c", 83.664),
-    "mae_vit_large_patch16": _mae("vit_large", "mae_pretrain_vit_large.pth", "md5:b8b06e", 85.952),
+    "mae_vit_base_patch16": _mae("vit_base", "pretrain/mae_pretrain_vit_base.pth", "md5:8cad7c", 83.664, FINE_TUNED,
+                                 n_classes=0),
+    "mae_vit_large_patch16": _mae("vit_large", "pretrain/mae_pretrain_vit_large.pth", "md5:b8b06e", 85.952, FINE_TUNED,
+                                  n_classes=0),
+    "mae_finetuned_vit_base": _mae("vit_base", "finetune/mae_finetuned_vit_base.pth", "md5:1b25e9", 83.664, **OF_MEAN),
+    "mae_finetuned_vit_large": _mae("vit_large", "finetune/mae_finetuned_vit_large.pth", "md5:51f550", 85.952,
+                                    **OF_MEAN),
+    "mae_visualize_vit_base": _mae("mae_base", "visualize/mae_visualize_vit_base.pth", None, None,
+                                   norm_pix_loss=False),
+    "mae_visualize_vit_large": _mae("mae_large", "visualize/mae_visualize_vit_large.pth", None, None,
+                                    norm_pix_loss=False),
+    "mae_visualize_vit_large_ganloss": _mae("mae_large", "visualize/mae_visualize_vit_large_ganloss.pth", None, None,
+                                            norm_pix_loss=False),
+    "beit_base_patch16_224_pt22k": _beit("beit_base_pretraining", "beit_base_patch16_224_pt22k.pth", 83.7, FINE_TUNED),
+    "beit_large_patch16_224_pt22k": _beit("beit_base_pretraining", "beit_large_patch16_224_pt22k.pth", 86.0, FINE_TUNED,
+                                          embed_dim=1024, depth=24, n_heads=16, layer_scale=1e-5),
+    "beit_base_patch16_224_pt22k_ft22kto1k": _beit("beit_base", "beit_base_patch16_224_pt22k_ft22kto1k.pth", 85.2),
+    "beit_base_patch16_384_pt22k_ft22kto1k": _beit("beit_base", "beit_base_patch16_384_pt22k_ft22kto1k.pth", 86.8,
+                                                   img_size=384),
+    "beit_large_patch16_224_pt22k_ft22kto1k": _beit("beit_large", "beit_large_patch16_224_pt22k_ft22kto1k.pth", 87.4),
+    "beit_large_patch16_384_pt22k_ft22kto1k": _beit("beit_large", "beit_large_patch16_384_pt22k_ft22kto1k.pth", 88.4,
+                                                    img_size=384),
+    "beitv2_base_patch16_224_pt1k_ft1k": _beit2("beit_base", "beitv2_base_patch16_224_pt1k_ft1k.pth", 85.5),
+    "beitv2_base_patch16_224_pt1k_ft21kto1k": _beit2("beit_base", "beitv2_base_patch16_224_pt1k_ft21kto1k.pth", 86.5),
+    "beitv2_large_patch16_224_pt1k_ft1k": _beit2("beit_large", "beitv2_large_patch16_224_pt1k_ft1k.pth", 87.3),
+    "beitv2_large_patch16_224_pt1k_ft21kto1k": _beit2("beit_large", "beitv2_large_patch16_224_pt1k_ft21kto1k.pth",
+                                                      88.4),
 }
 # Trained by this project; the commands and accuracies are in benchmarks/RESULTS.md. CIFAR-10's photographs were
 # collected for research, and its authors state no licence for them.
@@ -282,7 +319,8 @@ def describe_pretrained():
     for name, entry in PUBLIC.items():
         c = entry.arguments
         how = "" if entry.measured == "as it is" else f" (top-1: {entry.measured})"
+        top1 = "" if entry.top1 is None else f"{entry.top1:.1f}"
         patch = c.get("patch_size", "")
-        lines.append(f"{name:25s} {c['img_size']:6d} {patch:5} {c['n_classes']:7d} {entry.top1:6.1f}  {entry.licence}, "
+        lines.append(f"{name:25s} {c['img_size']:6d} {patch:5} {c['n_classes']:7d} {top1:>6s}  {entry.licence}, "
                      f"{entry.source}{how}")
     return "\n".join(lines)

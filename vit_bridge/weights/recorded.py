@@ -18,11 +18,15 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.safetensors.ind
                 "pytorch_model.bin.index.json")
 # transformers: the model types that each of our classes supports, and our names for their settings.
 MODEL_TYPES = dict(VisionTransformer=("vit", "deit", "dinov2", "dinov2_with_registers", "vit_mae", "vit_msn"),
-                   DistilledViT=("deit",), SwinTransformer=("swin",), ConvNet=("resnet",), ConvNeXt=("convnext",))
-VITS = "VisionTransformer", "DistilledViT"  # our classes whose tensors do not show everything
+                   DistilledViT=("deit",), MaskedAutoencoder=("vit_mae",), BEiT=("beit",), MaskedTokenModel=("beit",),
+                   SwinTransformer=("swin",), ConvNet=("resnet",), ConvNeXt=("convnext",))
+# Our classes whose tensors do not show everything.
+VITS = "VisionTransformer", "DistilledViT", "MaskedAutoencoder", "BEiT", "MaskedTokenModel"
 TRANSFORMERS_FIELDS = dict(hidden_size="embed_dim", num_hidden_layers="depth", num_attention_heads="n_heads",
                            image_size="img_size", patch_size="patch_size", num_channels="in_channels",
-                           layer_norm_eps="norm_eps", window_size="window_size")
+                           layer_norm_eps="norm_eps", window_size="window_size",
+                           decoder_hidden_size="decoder_dim", decoder_num_hidden_layers="decoder_depth",
+                           decoder_num_attention_heads="decoder_heads", vocab_size="n_tokens")
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's constants
 # timm: width and number of heads for each size in an architecture's name, and our names for its settings.
 TIMM_SIZES = dict(tiny=(192, 3), small=(384, 6), medium=(512, 8), base=(768, 12), large=(1024, 16), huge=(1280, 16),
@@ -34,8 +38,9 @@ TIMM_POOLS = {"token": "cls", "avg": "mean"}
 # timm arguments that the tensors do not show, and the values that our models support.
 TIMM_HELD = dict(output_stride=(32,), aa_layer=(None, ""), pool_include_prefix=(False,), norm_eps=(None, 1e-6),
                  class_token=(True,), always_partition=(False,))
-TIMM_NORMS = dict(VisionTransformer=("layernorm",), DistilledViT=("layernorm",), SwinTransformer=("layernorm",),
-                  ConvNet=("batchnorm", "batchnorm2d"), ConvNeXt=("layernorm", "layernorm2d"))
+TIMM_NORMS = dict(VisionTransformer=("layernorm",), DistilledViT=("layernorm",), BEiT=("layernorm",),
+                  SwinTransformer=("layernorm",), ConvNet=("batchnorm", "batchnorm2d"),
+                  ConvNeXt=("layernorm", "layernorm2d"))
 # timm arguments that are used, that the tensors show, or that matter only in training. Others are reported as ignored.
 TIMM_READ = (
     *TIMM_FIELDS, *TIMM_HELD, "num_classes", "global_pool", "act_layer", "norm_layer", "layers", "depths", "dims",
@@ -43,7 +48,8 @@ TIMM_READ = (
     "channels", "cardinality", "base_width", "stem_width", "stem_type", "stem_chs", "avg_down", "down_kernel_size",
     "kernel_sizes", "conv_mlp", "conv_bias", "use_grn", "ls_init_value", "head_norm_first", "head_hidden_size",
     "qkv_bias", "qk_norm", "proj_bias", "init_values", "no_embed_class", "reg_tokens", "pre_norm", "final_norm",
-    "fc_norm", "pos_embed", "dynamic_img_size", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate",
+    "fc_norm", "use_fc_norm", "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias", "swiglu_mlp",
+    "scale_mlp", "pos_embed", "dynamic_img_size", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate",
     "attn_drop_rate", "drop_path_rate", "drop_block_rate", "weight_init", "fix_init", "zero_init_last",
     "head_init_scale", "device", "dtype", "pretrained")
 
@@ -169,6 +175,9 @@ def _of_transformers(entries, source, notes, holds):
         config["mlp_ratio"] = _size(entries["intermediate_size"], "intermediate_size", source) / config["embed_dim"]
     elif entries.get("mlp_ratio"):
         config["mlp_ratio"] = _size(entries["mlp_ratio"], "mlp_ratio", source)
+    config |= {name: entries[name] for name in ("mask_ratio", "norm_pix_loss") if entries.get(name) is not None}
+    if "use_mean_pooling" in entries:
+        config["pool"] = "mean" if entries["use_mean_pooling"] else "cls"
     labels, images = entries.get("id2label"), {}
     if isinstance(labels, dict) and labels:
         config["n_classes"] = len(labels)
@@ -190,7 +199,7 @@ def _of_timm(entries, source, notes, holds):
         raise InputError(f"{source} specifies {name!r}, which blurs its maps before downsampling ({smoothed[1]}), "
                          f"unlike ConvNet; use an ordinary resnet")
     _check_arguments(given, holds, source, notes)
-    config, size = {}, re.match(r"(?:vit|deit3?)_([a-z]+)_", f"{name}_")
+    config, size = {}, re.match(r"(?:vit|deit3?|beit(?:v2)?)_([a-z]+)_", f"{name}_")
     if size and size[1] in TIMM_SIZES:
         config |= dict(zip(("embed_dim", "n_heads"), TIMM_SIZES[size[1]], strict=True))
     if given.get("norm_layer") or (config and "clip" not in name):
@@ -206,7 +215,7 @@ def _of_timm(entries, source, notes, holds):
         raise InputError(f"{source} specifies global_pool={pool!r}, but {given['global_pool']!r} in its model_args; "
                          f"correct one of them")
     if pool is not None:
-        supported = {"VisionTransformer": ("token", "avg"), "DistilledViT": ("token",)}.get(holds, ("avg",))
+        supported = {"DistilledViT": ("token",)}.get(holds, ("token", "avg") if holds in VITS else ("avg",))
         if pool not in supported:
             raise InputError(f"{source} specifies global_pool={pool!r}; {holds} supports only "
                              f"{' or '.join(supported)}")
