@@ -507,7 +507,7 @@ def test_tables_of_another_grid_are_resampled_and_the_last_three_rows_stay(name,
     sample = SOURCES[name].write(tmp_path)
     model = BEiT(**vars(sample.model.config) | WIDE)
     report = load_checkpoint(model, sample.path)
-    assert "positions: resampled from tables of 3x3 to 2x5 patches" in str(report)
+    assert "bias tables: resampled from grids of 3x3 to 2x5 patches" in str(report)
     load_checkpoint(sample.model, sample.path)
     wanted = resize_positions(sample.model, (8, 20)).state_dict()
     tables = [key for key in wanted if key.endswith(TABLE)]

@@ -287,8 +287,7 @@ def adapt(model):
     """
     model = unwrapped(model)
     if ask(model, "encoder"):
-        raise InputError(f"a {class_name(model)} hides patches and returns no features; look inside its encoder: "
-                         f"model.encoder()")
+        raise InputError(f"a {class_name(model)} hides patches and has no head; use its encoder: model.encoder()")
     if is_ours(model):
         return _of_ours(model)
     if make := _maker_for(model):
@@ -325,6 +324,11 @@ def preprocessing_of(model):
         raise InputError(f"nothing records how images for this {class_name(model)} are prepared; set "
                          f"model.preprocessing = Preprocessing(img_size, mean, std, class_names=...)")
     return Preprocessing(tuple(model.pretrained_cfg.get("input_size", (3, 224, 224))[1:]), **facts)
+
+
+def images_of_ours(model):
+    """Return the Preprocessing that a model of this library records, or ImageNet's if it records none."""
+    return _images_of(model, model.config.in_channels, model.config.img_size)["preprocessing"]
 
 
 def _facts_of_timm(model):

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from vit_bridge.errors import InputError, assume, first_line, join_words
-from vit_bridge.models.adapters import adapt
+from vit_bridge.models.adapters import images_of_ours
 from vit_bridge.models.beit import copy_shared_table
 from vit_bridge.models.protocol import ask, check_arguments, class_name, is_ours
 from vit_bridge.models.registry import model_classes
@@ -223,13 +223,13 @@ def load(name_or_path, n_classes=None, class_names=None, **overrides):
     model.load_state_dict(state)
     shown, n_channels = found.preprocessing, model.config.in_channels
     if shown is None and n_channels != found.config.in_channels:  # the assumed values are for the file's channels
-        shown = adapt(weights.model).preprocessing
+        shown = images_of_ours(weights.model)
     if shown is not None:
         model.preprocessing = replace(shown, img_size=model.config.img_size)
         if n_channels != found.config.in_channels:
             model.preprocessing = model.preprocessing.with_channels(n_channels)
     if class_names is not None:
-        shown = model.preprocessing = _with_names(adapt(model).preprocessing, class_names, config["n_classes"], path)
+        shown = model.preprocessing = _with_names(images_of_ours(model), class_names, config["n_classes"], path)
     unsettled = _unsettled(weights) if weights else []  # a public model is fully described by its name
     _say(path, found.assumed, [*report.choices, *unsettled], ours=weights is not None and weights.model is not None)
     if n_classes is not None:
@@ -586,7 +586,8 @@ def fit(weights, model, grid_size):
     choices += _match_channels(weights, model)
     notes += _fit_positions(weights, model, grid_size) + _share_table(weights, expected)
     notes += _fit_tables(weights, model, grid_size)
-    choices += [note for note in notes if ": resampled from " in note or "transformers swaps" in note or "grid_size=" in note]
+    choices += [note for note in notes
+                if any(mark in note for mark in (": resampled", "transformers swaps", "grid_size="))]
     notes += [choice for choice in choices if choice not in notes]
     tensors = weights.tensors
     headless = not _heads_in(tensors, model)  # the model then keeps its own heads
@@ -1043,7 +1044,7 @@ def _inferred(weights, given):
     if weights.model is not None:
         shown, assumed = weights.model.preprocessing, {}
         if shown is None:
-            used = adapt(weights.model).preprocessing
+            used = images_of_ours(weights.model)
             numbers = "ImageNet's mean and std" if used.mean == IMAGENET_MEAN else f"mean {used.mean[0]:g} and std " \
                                                                                    f"{used.std[0]:g}"
             assumed["images"] = f"{numbers}, {used.interpolation} resizing"
