@@ -1,4 +1,4 @@
-"""DeiT, Swin, ConvNeXt and distillation on the device, in float32, beside the CPU's in float64."""
+"""DeiT, Swin, ConvNeXt, MAE, BEiT and distillation on the device, in float32, beside the CPU's in float64."""
 
 import copy
 import math
@@ -10,16 +10,17 @@ from device_checks import SHIPPED, loss_and_gradient, shipped
 from vit_bridge.analysis.attention import mean_distances
 from vit_bridge.analysis.windows import capture_windows
 from vit_bridge.models.registry import build_model
-from vit_bridge.training.objectives import Classification, Distillation
+from vit_bridge.training.objectives import Classification, Distillation, MaskedTokens
+from vit_bridge.training.tokenizer import PatchTokenizer
 
 pytestmark = pytest.mark.cuda
-FAMILY = ("deit_nano", "swin_nano", "convnext_nano")
+FAMILY = ("deit_nano", "swin_nano", "convnext_nano", "beit_nano")
 
 
-def pair_of(name, device):
+def pair_of(name, device, **options):
     """(exact, model, images): a random model in float64 on the CPU, and in float32 on the device."""
     torch.manual_seed(0)
-    model = build_model(name, n_classes=7).eval()
+    model = build_model(name, **options or dict(n_classes=7)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim < 2:  # biases start at 0, and ConvNeXt's layer scale at 1e-6
@@ -43,6 +44,36 @@ def test_logits_and_gradients_on_the_device_match_the_cpu(device, name, size):
     right.square().mean().backward()
     for (label, one), other in zip(model.named_parameters(), exact.parameters(), strict=True):
         assert relative_error(one.grad, other.grad) < 1e-4, label
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_mae_on_the_device_matches_the_cpu(device, norm_pix_loss):
+    exact, model, images = pair_of("mae_nano", device, norm_pix_loss=norm_pix_loss)
+    noise = torch.rand(len(images), 64)
+    found, right = model(images.to(device), noise.to(device)), exact(images.double(), noise.double())
+    assert torch.equal(found[2].cpu(), right[2].float())
+    assert relative_error(found[1], right[1]) < 1e-5
+    assert_equal_losses_and_gradients(model, exact, found[0], right[0])
+
+
+def test_masked_tokens_on_the_device_match_the_cpu(device):
+    exact, model, images = pair_of("beit_nano_pretraining", device, n_tokens=32)
+    tokenizer = PatchTokenizer(32, model.patch_embed.patch_size).fit(images)
+    losses = []
+    for one, place in ((model, device), (exact, torch.device("cpu"))):
+        objective = MaskedTokens(copy.deepcopy(tokenizer)).to(place).eval()
+        objective.check_model(one)
+        losses.append(objective(one, (images.to(place, next(one.parameters()).dtype),)))
+    assert_equal_losses_and_gradients(model, exact, *losses)
+
+
+def assert_equal_losses_and_gradients(model, exact, loss, right):
+    assert math.isclose(loss.item(), right.item(), rel_tol=1e-5)
+    loss.backward()
+    right.backward()
+    for (label, one), other in zip(model.named_parameters(), exact.parameters(), strict=True):
+        if one.grad is not None:
+            assert relative_error(one.grad, other.grad) < 1e-4, label
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
