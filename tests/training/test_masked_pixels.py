@@ -109,6 +109,7 @@ def test_labels_are_ignored_in_every_form():
     plain = [images for images, _ in toy_batches()]
     forms = [[(images,) for images in plain], plain, toy_batches(),
              [dict(pixel_values=images, labels=torch.zeros(7)) for images in plain],
+             [dict(image=images) for images in plain],
              [(images, torch.full((7, 2), -1.0)) for images in plain],
              [(images, torch.arange(7), torch.arange(7)) for images in plain]]
     histories = [without_times(train_quietly(trainer_of(0), batches, batches, n_epochs=2)) for batches in forms]
