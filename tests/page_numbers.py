@@ -333,6 +333,17 @@ PAGES["docs/models-and-weights.md"] = Page(
     ],
 )
 
+# ---- docs/pretraining.md ----------------------------------------------------------------------------------
+
+PAGES["docs/pretraining.md"] = Page(
+    measured=[
+    ],
+    stated=[
+        ("about 40% of the patches, in blocks", "Bao et al. 2022, Sec. 2.3; MaskedTokens in "
+         "vit_bridge/training/objectives.py"),
+    ],
+)
+
 # ---- docs/reliability.md ----------------------------------------------------------------------------------
 
 GPU = json.loads((RESULTS / "gpu-nvidia-h200.json").read_text(encoding="utf-8"))  # a list of cells
