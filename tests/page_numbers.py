@@ -83,8 +83,6 @@ PAGES["README.md"] = Page(
          mean(seeds("targets-vit_nano-10-vit_nano_fast-?", "test_acc")),
          mean(seeds("targets-hybrid-10-hybrid_fast-?", "test_acc")),
          mean(seeds("targets-convnet-10-convnet_wide-?", "test_acc"))),
-        ("In two minutes `python train_vit.py` reached {:.1%} on the drawn shapes, with all three seeds",
-         min(seeds("shapes-vit_nano-bf16-?", "test_acc"))),
         ("450 CIFAR-10 (JPEG) images, with the same number of steps, the ConvNet reached {:.1%} and the ViT {:.1%}",
          mean(accuracies("data-cifar10-jpeg-ConvNet-450-?")), mean(accuracies("data-cifar10-jpeg-ViT-450-?"))),
         ("of the predictions that named one of the two, {:.0%} named the outline's class for the ConvNet and {:.0%} "
