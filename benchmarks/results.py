@@ -136,9 +136,7 @@ TABLES = {
                   "this size, so the table does not show how much pretraining helps",
     "gpu": "One GPU: the tests marked `cuda`; images per second at 224 pixels in bf16, measured as for throughput "
            "but with a matrix product of 8192 x 8192; and 45-second training runs on CIFAR-10 (JPEG) "
-           "(`benchmarks/on_gpu.sh OUT`, then `python benchmarks/results.py gpu OUT/cells.json`). On the H200, torch "
-           "2.11 could not trace one line of `attend` and ran our model uncompiled in the two compiled columns; that "
-           "line has been mended since (tests/models), but the columns have not been measured again",
+           "(`benchmarks/on_gpu.sh OUT`, then `python benchmarks/results.py gpu OUT/cells.json`).",
 }
 
 INTRODUCTION = """# Results
