@@ -413,11 +413,12 @@ def is_ready(cell, options):
 
 
 def run_job(options, loaders, command):
-    """Train cells until none is left, or until it is too late to start another."""
+    """Train cells until none is left that would end in time, by the pace of the earlier ones."""
     torch.backends.cudnn.allow_tf32 = False  # convolutions on a GPU in float32, too
-    started = time.perf_counter()
+    started, pace = time.perf_counter(), 0  # pace: seconds for a minute of a cell
     while time.perf_counter() - started < 60 * options.until:
-        wanted = wanted_cells()
+        left = 60 * options.until - time.perf_counter() + started
+        wanted = [cell for cell in wanted_cells() if pace * cell.minutes < left]
         cell = next((cell for cell in wanted if is_ready(cell, options) and claim(cell, options.work)), None)
         if cell is None:
             if options.device == "cpu" or not wanted:
@@ -431,6 +432,7 @@ def run_job(options, loaders, command):
         else:
             write_cell("pretraining", cell.path.stem.removeprefix("pretraining-"), cell.seed, f"{command} run", result)
         (options.work / f"{cell.path.stem}.claim").unlink()
+        pace = max(pace, (time.perf_counter() - begun) / cell.minutes)
         score = result.get("val_acc", result.get("probe", {}).get("45000", {}).get("test_acc", 0))
         print(f"{time.strftime('%H:%M:%S')} {cell.path.stem}: {score:.1%}, test {result.get('test_acc', 0):.1%}, "
               f"{result['n_steps']} steps, {time.perf_counter() - begun:.0f} s", flush=True)
@@ -500,7 +502,7 @@ def main():
     parser.add_argument("--work", type=Path, default=Path("runs/pretraining"), help="folder for the trained weights")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the cells are trained")
     parser.add_argument("--jobs", type=int, default=2, help="processes that train at the same time")
-    parser.add_argument("--until", type=float, default=float("inf"), help="minutes after which no cell is started")
+    parser.add_argument("--until", type=float, default=float("inf"), help="minutes in which the cells have to end")
     parser.add_argument("--only", default="", help="train only cells with this in their name")
     parser.add_argument("command", choices=("speeds", "run", "plan", "ship"))
     options = parser.parse_args()
