@@ -64,12 +64,11 @@ TABLES = {
     "pretraining": "Learning without labels on CIFAR-10 (JPEG): ten minutes on the 45,000 training images without "
                    "their labels, then 1, 2 and 5 minutes with 450, 4,500 and 45,000 labels, beside controls that use "
                    "only these labels (`python benchmarks/pretraining.py`). A minute is the steps that fit into one "
-                   "on 2 idle cores in float32; some cells took these steps on a GPU. A seed draws the labelled "
+                   "on 2 idle cores in float32; the steps were then taken in bfloat16. A seed draws the labelled "
                    "images, the weights and the order. Learning rates are chosen with seed 0 for each number of "
-                   "labels; those of the ten minutes without labels by short trials. All choices use the same 5,000 "
-                   "validation images, which have labels. The hybrid is another model, trained with the same labels; "
-                   "as a teacher, it labels the other images. The band is the 95% interval of the mean over the seeds "
-                   "(Student's t)",
+                   "labels. All choices use the same 5,000 validation images, which have labels. The hybrid is "
+                   "another model, trained with the same labels; as a teacher, it labels the other images. The band "
+                   "is the 95% interval of the mean over the seeds (Student's t)",
     "steps": "How the time of a training step is spent. The floor is the time that its multiplications would take at "
              "the speed of a large matrix product on the same machine (`python benchmarks/steps.py --keep`)",
     "augmentation": "Augmentation of 32-pixel images, in images per second on one core: ours processes batches of 128, "
