@@ -494,9 +494,9 @@ def main():
 
     A cell trains for as many steps as fit into its minutes on two idle cores in float32; the speeds are measured first,
     in rounds in which all kinds take turns. The result of those steps does not depend on the load of the machine, so
-    several cells train at a time, on a CPU one thread each. All are trained in bfloat16, to save time. Learning rates are chosen with seed 0, for each
-    number of labels, on the 5,000 validation images that train_vit.py splits off. Test images are read at the chosen
-    rate only. A seed draws the labelled images, the weights and the order.
+    several cells train at a time, on a CPU one thread each. All are trained in bfloat16, to save time. Learning rates
+    are chosen with seed 0, for each number of labels, on the 5,000 validation images that train_vit.py splits off. Test
+    images are read at the chosen rate only. A seed draws the labelled images, the weights and the order.
     """
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data-dir", required=True)
