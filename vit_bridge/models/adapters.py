@@ -302,6 +302,12 @@ def adapt(model):
     raise InputError(f"the class {class_name(model)} is not supported; {advice}")
 
 
+def adapt_images(model):
+    """Return a ModelAdapter for the model's images alone; unlike adapt, it takes a model that learns without labels."""
+    model = unwrapped(model)
+    return _of_ours(model) if ask(model, "encoder") else adapt(model)
+
+
 def preprocessing_of(model):
     """Return how a model's images must be prepared, for any model that records it.
 
