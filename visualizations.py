@@ -1543,9 +1543,9 @@ def visualize_reconstruction(model, images, save_path=None, mask_ratios=None, se
                 wrong = ((filled - one.images)[i] * scale)[hidden.expand_as(one.images[i])].square().mean()
                 words += f": {wrong:.4f}"
             axes.set_title(words, fontsize=10)
-    unit = "from 0 to 1" if model.preprocessing else "normalised"
-    set_heading(figure, f"Hidden patches, filled in by the model and by controls (mean squared error of the hidden "
-                        f"pixels, {unit})", fontsize=13)
+    unit = "pixels from 0 to 1" if model.preprocessing else "normalised pixels"
+    set_heading(figure, f"Hidden patches, filled in by the model and by controls (mean squared error, {unit})",
+                fontsize=13)
     if found[0].borrows:
         figure.supxlabel("The model predicts normalised patches: its pictures borrow the mean and the contrast of the "
                          "hidden patches, which it has not seen.", fontsize=9)

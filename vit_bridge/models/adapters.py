@@ -302,8 +302,8 @@ def adapt(model):
     raise InputError(f"the class {class_name(model)} is not supported; {advice}")
 
 
-def adapt_images(model):
-    """Return a ModelAdapter for the model's images alone; unlike adapt, it takes a model that learns without labels."""
+def adapt_unlabelled(model):
+    """Return the ModelAdapter of a model for its images and layers; unlike adapt, also if it learns without labels."""
     model = unwrapped(model)
     return _of_ours(model) if ask(model, "encoder") else adapt(model)
 

@@ -189,7 +189,8 @@ def k_means(points, n_centres, seed=0, n_rounds=25):
     place, distances = int(draws[0] * len(points)), torch.full((len(points),), torch.inf, device=points.device)
     centres = points[place:place + 1]  # (1, F)
     for draw in draws[1:]:
-        distances = distances.minimum((points - centres[-1]).square().sum(dim=1))  # (n)
+        latest = torch.cdist(points, centres[-1:], compute_mode="donot_use_mm_for_euclid_dist")[:, 0]  # (n), exact
+        distances = distances.minimum(latest.square())  # (n)
         sums = distances.double().cumsum(dim=0)  # (n)
         place = torch.searchsorted(sums, draw * sums[-1:], right=True).clamp(max=len(points) - 1)  # (1)
         centres = torch.cat([centres, points[place]])
