@@ -636,6 +636,9 @@ def _advice(name, weights):
         return f"; build the model with qk_norm={there}"
     if name.startswith("fc_norm."):
         return "; build the model with pool='mean', fc_norm=True" if there else "; build the model with fc_norm=False"
+    if name.startswith("decoder_pred."):
+        return ("; its decoder predicts the pixels of other channels or patches: leave in_channels as it is, or fill a "
+                "VisionTransformer(..., in_channels=...) with load_checkpoint, which takes the encoder alone")
     if name == "reg_token":
         return f"; build the model with n_registers={weights.tensors[name].shape[1] if there else 0}"
     if re.match(rf"stages\..*{TABLE}", name):
