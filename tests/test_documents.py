@@ -58,14 +58,17 @@ def fake_download(url, path):
 
 @pytest.fixture(scope="session")
 def furnished(tmp_path_factory):
-    """A folder with the files that the pages name: photographs, and a finished run on them."""
+    """A folder with the files that the pages name: photographs, and finished runs on them, with and without labels."""
     folder = tmp_path_factory.mktemp("furnished")
     make_folder(folder / "photos", 40, classes=("cat", "dog"), n=6)
     shutil.copytree(folder / "photos" / "cat", folder / "more_photos")
+    shutil.copytree(folder / "photos", folder / "labelled")
     for photo, name in zip(sample_photographs(), ("new.jpg", "photo.jpg", "more.jpg"), strict=False):
         shutil.copy(photo, folder / name)
     train_vit.main(["--data-dir", str(folder / "photos"), "--img-size", "32", "--steps", "2", "--device", "cpu",
                     "--output-dir", str(folder / "runs" / "mine")])
+    train_vit.main(["--pretrain", "mae", "--data-dir", str(folder / "photos"), "--img-size", "32", "--steps", "2",
+                    "--device", "cpu", "--output-dir", str(folder / "runs" / "mae")])
     return folder
 
 

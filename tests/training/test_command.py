@@ -92,7 +92,8 @@ def test_train_vit_suggests_data_dir_for_a_folder(capsys, tmp_path, monkeypatch)
     ([0.5, 1.0, 0.75], "Best validation accuracy 100.0% in epoch 2 of 3.")])
 def test_training_result_names_the_best_epoch(accuracies, expected, capsys):
     n = len(accuracies)
-    history = dict(val_acc=accuracies, lr=[0.1] * n, seconds=[1.0] * n, images_per_second=[2.0] * n)
+    history = dict(val_acc=accuracies, val_loss=accuracies, lr=[0.1] * n, seconds=[1.0] * n,
+                   images_per_second=[2.0] * n)
     model = torch.nn.Linear(2, 2)
     blank = SimpleNamespace(objective=Classification(), data_share=0.0, dtype=None)
     options = SimpleNamespace(seed=0, recipe="classic", epochs=n, steps=None, freeze_backbone=False, minutes=None,
@@ -407,13 +408,13 @@ def test_make_parser_uses_only_options_that_can_be_rewritten():
     assert set(CHANGEABLE) <= set(kinds)
 
 
-def test_help_shows_ten_everyday_options_first_and_every_default(capsys):
+def test_help_shows_eleven_everyday_options_first_and_every_default(capsys):
     with pytest.raises(SystemExit):
         train_vit.main(["--help"])
     assert capsys.readouterr().out.startswith("usage: python train_vit.py [options]\n")
     groups = [group for group in train_vit.make_parser()._action_groups if group._group_actions]
     assert groups[0].title == "everyday options"
-    assert len(groups[0]._group_actions) == 10 + 1  # and --help
+    assert len(groups[0]._group_actions) == 11 + 1  # and --help
     for action in [action for group in groups for action in group._group_actions]:
         alone = action.nargs == 0 or action.dest in ("steps", "resume", "n_heads", "class_names")
         assert alone or "default: " in action.help, action.dest
