@@ -145,8 +145,9 @@ class TeacherFeatures(nn.Module):
         """Return the features of each patch, (B, N, F); the teacher's map is resampled to the grid of patches."""
         grid, adapter = grid_of(tuple(images.shape[2:]), patch_size), adapt(self.teacher)
         images, depth = self.prepare(images), len(adapter.layers) - 1
-        _, output, _ = watch_layer(self.teacher, adapter.layers[depth], images)
-        features = adapter.as_map(output, images, depth).detach().float()  # (B, F, rows, columns)
+        without_graph = torch.no_grad()(self.teacher.forward)  # watch_layer enables gradients
+        _, output, _ = watch_layer(self.teacher, adapter.layers[depth], images, without_graph)
+        features = adapter.as_map(output, images, depth).float()  # (B, F, rows, columns)
         if features.shape[2:] != grid:
             features = F.interpolate(features, grid, mode="bilinear", antialias=True)
         return F.normalize(features.flatten(2).transpose(1, 2), dim=2)  # (B, N, F)
