@@ -73,7 +73,7 @@ from vit_bridge.data.loaders import (
 )
 from vit_bridge.errors import InputError, check_choice, closest_names
 from vit_bridge.inference import Mirrored, batches_of, check_has_head, export_onnx, predict, ranked, score
-from vit_bridge.models.adapters import adapt
+from vit_bridge.models.adapters import adapt, adapt_unlabelled
 from vit_bridge.models.initialisation import whiten_first_layer
 from vit_bridge.models.protocol import ask, class_name, is_ours
 from vit_bridge.models.registry import MODELS, build_model
@@ -490,7 +490,7 @@ class Trainer:
         if not grad_checkpointing:
             return []
         try:
-            return adapt(self.model).layers
+            return adapt_unlabelled(self.model).layers
         except InputError as error:
             raise InputError(f"grad_checkpointing needs a model whose layers are known: {error}") from None
 
@@ -719,7 +719,7 @@ WHITENED_BY = 2000  # images from which the filters of a whitened first layer ar
 MINUTES = 2  # length of a run if no option sets it
 USUAL_MODELS = {None: ("vit_nano", "vit_tiny"), "mae": ("mae_nano", "mae_tiny"),
                 "beit": ("beit_nano_pretraining", "beit_tiny_pretraining")}  # for small and for larger images
-TOKENIZED = 2000  # images from which a tokenizer is fitted
+TOKENIZED, TOKENIZED_NUMBERS = 2000, 50_000_000  # most images, and pixels of them, from which a tokenizer is fitted
 HEAD_EPOCHS = 100  # length of a run with --freeze-backbone, whose epochs take moments
 RECONSTRUCTED, N_DRAWN = 256, 4  # validation images that are reconstructed, and drawn, after a run without labels
 LINEAR_IMAGES = 20_000  # largest number of images used to fit the linear classifier, the test's baseline
@@ -994,6 +994,8 @@ def _choose_run_recipe(options, saved, name, train_loader, device):
                      **chosen(options, "batch_size", "label_smoothing", "mixing"))
     if options.pretrained:  # the model exists already
         recipe = replace(recipe, model_options={}, whiten=False)
+    if options.pretrain:
+        recipe = replace(recipe, label_smoothing=0.0, mixing="none")
     if options.freeze_backbone:  # features are computed once, without augmentation
         recipe = replace(recipe, train=replace(recipe.train, progressive_resize=None), mixing="none",
                          augmentation=Augmentation(0.0, "none"))
@@ -1006,9 +1008,11 @@ def _load_teacher(options, saved):
         raise InputError(f"the teacher of this run, {options.teacher}, is no longer there; put it back to resume the "
                          f"run, or start a new run from its weights with --pretrained")
     try:
-        return load(options.teacher)
+        teacher = load(options.teacher)
     except InputError as error:
         raise InputError(f"--teacher: {error}") from error
+    encoder = ask(teacher, "encoder")
+    return encoder() if encoder and options.pretrain else teacher  # a tokenizer needs features and no head
 
 
 def _fit_tokenizer(model, train_loader, teacher):
@@ -1016,8 +1020,8 @@ def _fit_tokenizer(model, train_loader, teacher):
 
     It depends only on the images and their order, so that a resumed run finds the same one.
     """
-    loader = train_loader.without_augmentation(TOKENIZED)
-    images = first_images(loader, TOKENIZED)
+    n_images = min(TOKENIZED, max(1, TOKENIZED_NUMBERS // math.prod((model.config.in_channels, *train_loader.size))))
+    images = first_images(train_loader.without_augmentation(n_images), n_images)
     features = teacher and TeacherFeatures(teacher, train_loader.preprocessing)
     tokenizer = PatchTokenizer(model.n_tokens, model.patch_embed.patch_size, model.config.in_channels, features)
     tokenizer.fit(images)
@@ -1194,7 +1198,8 @@ def finish(run, history, seconds):
         write_json(result, run.folder / "result.json")  # before the test, so that a bad test image does not lose it
         save_figure(plot_training_curves(history), run.folder / "curves.png")
     if run.options.pretrain:
-        return finish_pretraining(run, best.to(run.device), history, result) if first else None
+        skipped = _skipped_by_all(run.train_loader, run.val_loader)
+        return finish_pretraining(run, best.to(run.device), history, result, skipped) if first else None
     loader, split = get_test_loader(**run.data), "test"
     if loader is not None and run.entries["test_files"] not in (None, _fingerprint(loader)):
         print(f"Warning: the test images have changed since the training started; testing on the "
@@ -1212,8 +1217,7 @@ def finish(run, history, seconds):
     score, mirrored = trainer.evaluate(loader), None
     if run.recipe.augmentation.flip != "none":
         mirrored = result[f"{split}_mirrored_acc"] = trainer.evaluate(loader, Mirrored(best))["acc"]
-    skipped = [each.skipped for each in (run.train_loader, run.val_loader, loader)]
-    skipped = {file for part in all_gather_object(skipped) for files in part for file in files}
+    skipped = _skipped_by_all(run.train_loader, run.val_loader, loader)
     if not first:
         return None
     result |= _compare_with_linear(run, score, split, loader)
@@ -1232,8 +1236,9 @@ def finish(run, history, seconds):
     return result
 
 
-def finish_pretraining(run, model, history, result):
+def finish_pretraining(run, model, history, result, skipped):
     """Draw what a model that learned without labels predicts, and return the contents of result.json."""
+    report_skipped(sorted(skipped))
     run.val_loader.set_shard(0, 1)  # only the first process computes this
     images = _spread_images(run.val_loader, RECONSTRUCTED)
     few = images[::max(1, len(images) // N_DRAWN)][:N_DRAWN].cpu()
@@ -1250,11 +1255,17 @@ def finish_pretraining(run, model, history, result):
               f"{found['commonest']:.1%}")
         figure, file = visualize_tokens(model, objective.tokenizer, few), "tokens.png"
     save_figure(figure, run.folder / file)
-    result["pretraining"] = found
+    result |= dict(pretraining=found, skipped=len(skipped))
     write_json(result, run.folder / "result.json")  # last, because it marks the run as complete
     print(f"Results: {run.folder}/. To use what it learned: "
           f"{command('--pretrained', run.folder / BEST, '--data-dir', 'LABELLED')}")
     return result
+
+
+def _skipped_by_all(*loaders):
+    """Return the files that the loaders of any process skipped, because they cannot be read."""
+    skipped = [each.skipped for each in loaders]
+    return {file for part in all_gather_object(skipped) for files in part for file in files}
 
 
 def _spread_images(loader, n_images):
@@ -1490,17 +1501,19 @@ def parse(argv=None):
     if options.recipe:
         check_choice("recipe", options.recipe, tuple(RECIPES), "python train_vit.py --help")
     if options.pretrain:
-        unfit = ("pretrained", "class_weights", "mixing", "label_smoothing", "freeze_backbone", "distillation")
-        for name in (*unfit, *["teacher"] * (options.pretrain == "mae")):
-            if getattr(options, name):
+        unfit = ("pretrained", "class_weights", "class_names", "mixing", "label_smoothing", "freeze_backbone",
+                 "distillation", *["teacher"] * (options.pretrain == "mae"))
+        for name in unfit:
+            if name in options.given:
                 raise InputError(f"--{name.replace('_', '-')} cannot be combined with --pretrain {options.pretrain}, "
                                  f"which learns without labels from new weights; leave one of them out")
-    unlabelled = [name for name, entry in MODELS.items() if entry.unlabelled]
-    if options.model in MODELS and (options.model in unlabelled) != bool(options.pretrain) and not options.resume:
-        kind = next(kind for kind in ("mae", "beit") if options.pretrain or kind in options.model)
-        raise InputError(f"--model {options.model} learns without labels; add --pretrain {kind}" if not options.pretrain
-                         else f"--model {options.model} learns from labels, but --pretrain {options.pretrain} does "
-                              f"not; leave --model out, or choose one of {', '.join(unlabelled)}")
+    kinds = {name: name.split("_")[0] for name, entry in MODELS.items() if entry.unlabelled}  # of --pretrain
+    if options.model in MODELS and kinds.get(options.model) != options.pretrain and not options.resume:
+        fit = [name for name, kind in kinds.items() if kind == options.pretrain]
+        learns = f"is for --pretrain {kinds[options.model]}" if options.model in kinds else "learns from labels"
+        raise InputError(f"--model {options.model} {learns}, not for --pretrain {options.pretrain}; leave --model out, "
+                         f"or choose one of {', '.join(fit)}" if options.pretrain else
+                         f"--model {options.model} learns without labels; add --pretrain {kinds[options.model]}")
     if options.resume and options.dry_run:
         raise InputError("--dry-run starts a new run and cannot resume one; leave out --resume")
     if options.freeze_backbone and options.layer_decay:

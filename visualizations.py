@@ -11,6 +11,7 @@ Shapes:  B images, C channels, H, W height and width of an image, P patch side, 
          tokens, then patches), K classes, n filters, R random orders, S steps of a curve.
 """
 
+import itertools
 import json
 import math
 import os
@@ -85,7 +86,7 @@ from vit_bridge.data.images import (
 )
 from vit_bridge.data.shapes import TEST_START, make_shapes
 from vit_bridge.errors import InputError, assume, check_index, check_int, join_words, pair
-from vit_bridge.models.adapters import adapt, adapt_attention, adapt_vit
+from vit_bridge.models.adapters import adapt, adapt_attention, adapt_vit, images_of_ours
 from vit_bridge.models.beit import block_mask
 from vit_bridge.models.protocol import ask, class_name
 from vit_bridge.plots.charts import (
@@ -1498,8 +1499,8 @@ def visualize_reconstruction(model, images, save_path=None, mask_ratios=None, se
 
     Each row shows an image, its visible patches, the model's reconstruction, an interpolation of the visible pixels,
     and their mean colour. A model of normalised pixels borrows the mean and the contrast of each hidden patch; the last
-    column then shows what the borrowed means alone give. The number is the mean squared error of the hidden pixels,
-    from 0 to 1.
+    column then shows what the borrowed means alone give. The number is the mean squared error of the hidden pixels, as
+    in analysis.reconstruction.reconstruction_errors, with the same masks.
 
     Parameters
     ----------
@@ -1522,29 +1523,30 @@ def visualize_reconstruction(model, images, save_path=None, mask_ratios=None, se
     ----------
     He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners", Fig. 2 to 4.
     """
+    model = unwrapped(model)
     inputs = prepare_images(images, model)  # (B, C, H, W)
-    rows = [(i, ratio, reconstructions(model, inputs[i:i + 1], ratio, seed + i))
-            for i in range(len(inputs)) for ratio in (mask_ratios or (None,))]
-    scale = torch.tensor(model.preprocessing.std)[:, None, None] if model.preprocessing else 1.0  # (C, 1, 1)
-    height = proportion(as_picture(inputs[0], model.preprocessing))
-    n_columns = 2 + len(rows[0][2].filled)
-    figure = new_figure(2.2 * n_columns, 0.9 + (2.1 * height + 0.35) * len(rows))
-    panels = figure.subplots(len(rows), n_columns, squeeze=False)
-    for row, (_, _, found) in zip(panels, rows, strict=True):
-        hidden = found.hidden[0]
-        for axes, (name, filled) in zip(row, {"image": found.images, "visible": found.images,
-                                              **found.filled}.items(), strict=True):
+    found = [reconstructions(model, inputs, ratio, seed) for ratio in mask_ratios or (None,)]
+    shown = images_of_ours(model)
+    scale = torch.tensor(shown.std)[:, None, None] if model.preprocessing else 1.0  # (C, 1, 1)
+    n_columns, n_rows = 2 + len(found[0].filled), len(inputs) * len(found)
+    figure = new_figure(2.2 * n_columns, 0.9 + (2.1 * inputs.shape[2] / inputs.shape[3] + 0.35) * n_rows)
+    panels = figure.subplots(n_rows, n_columns, squeeze=False)
+    for row, (i, one) in zip(panels, itertools.product(range(len(inputs)), found), strict=True):
+        hidden = one.hidden[i]  # (H, W)
+        for axes, (name, filled) in zip(row, {"image": one.images, "visible": one.images,
+                                              **one.filled}.items(), strict=True):
             hide_ticks(axes)
-            axes.imshow(_with_hidden(filled[0], hidden if name == "visible" else None, model.preprocessing))
+            axes.imshow(_with_hidden(filled[i], hidden if name == "visible" else None, shown))
             words = {"image": "the image", "visible": f"visible: {percent(1 - hidden.float().mean().item())}",
                      "model": "the model"}.get(name, name)
-            if name in found.filled:
-                wrong = ((filled - found.images)[0] * scale)[hidden.expand_as(found.images[0])].square().mean()
+            if name in one.filled:
+                wrong = ((filled - one.images)[i] * scale)[hidden.expand_as(one.images[i])].square().mean()
                 words += f": {wrong:.4f}"
             axes.set_title(words, fontsize=10)
-    set_heading(figure, "Hidden patches, filled in by the model and without one (mean squared error of hidden pixels)",
+    unit = "pixels from 0 to 1" if model.preprocessing else "normalised pixels"
+    set_heading(figure, f"Hidden patches, filled in by the model and by controls (mean squared error, {unit})",
                 fontsize=13)
-    if rows[0][2].borrows:
+    if found[0].borrows:
         figure.supxlabel("The model predicts normalised patches: its pictures borrow the mean and the contrast of the "
                          "hidden patches, which it has not seen.", fontsize=9)
     return finish(figure, save_path)
@@ -1573,13 +1575,15 @@ def visualize_tokens(model, tokenizer, images, save_path=None, ratio=0.4, seed=0
     Raises
     ------
     InputError
-        If the model predicts other tokens than the tokenizer's.
+        If the model predicts other tokens than the tokenizer's, or if the ratio is out of range.
 
     References
     ----------
     Bao et al. 2022, "BEiT: BERT Pre-Training of Image Transformers", Fig. 1.
     """
     model = unwrapped(model)
+    if not 0 < ratio < 1:
+        raise InputError(f"ratio {ratio!r} must lie between 0 (hide no patch) and 1 (hide all patches)")
     if ask(model, "n_tokens") != tokenizer.n_tokens:
         raise InputError(f"a {class_name(model)} that predicts {ask(model, 'n_tokens')} tokens does not fit a "
                          f"tokenizer of {tokenizer.n_tokens}; pass the tokenizer that the model was trained with")
@@ -1605,7 +1609,7 @@ def visualize_tokens(model, tokenizer, images, save_path=None, ratio=0.4, seed=0
     for i, row in enumerate(panels):
         for axes, (words, shown) in zip(row, columns.items(), strict=True):
             hide_ticks(axes)
-            axes.imshow(_with_hidden(shown[i], hidden[i] if words == "visible" else None, model.preprocessing))
+            axes.imshow(_with_hidden(shown[i], hidden[i] if words == "visible" else None, images_of_ours(model)))
             if words.startswith("predicted"):
                 right = (guessed == true)[i][mask[i]].float().mean().item()
                 words = f"predicted: {percent(right)} right"
@@ -1616,15 +1620,15 @@ def visualize_tokens(model, tokenizer, images, save_path=None, ratio=0.4, seed=0
 
 
 def _with_hidden(image, hidden, preprocessing):
-    """Return an image (C, H, W) as an array for imshow, with the hidden pixels (H, W) grey."""
+    """Return an image (C, H, W) as an array for imshow, with the hidden pixels (H, W) blue-grey."""
     picture = np.array(as_picture(image, preprocessing), dtype=float)
     picture = picture / 255 if picture.max() > 1 else picture
     if hidden is not None:
-        picture[hidden.numpy()] = HIDDEN_GREY
+        picture[hidden.numpy()] = HIDDEN
     return picture.clip(0, 1)
 
 
-HIDDEN_GREY = 0.5  # of a hidden patch in a picture, from 0 to 1
+HIDDEN = (0.42, 0.5, 0.62)  # colour of a hidden patch, which stands out in grey images too
 
 
 def plot_images(images, titles=None, columns=8, save_path=None, title=None, preprocessing=None):

@@ -54,7 +54,7 @@ def test_test_images_are_never_used(tmp_path, folders):
 
 def test_too_few_images_are_refused_in_one_line(tmp_path):
     fill(tmp_path, ["only"])
-    with pytest.raises(InputError, match=r"has 1 images \(JPEG.*at least 2 are needed"):
+    with pytest.raises(InputError, match=r"has 1 image \(JPEG.*at least 2 are needed"):
         get_unlabelled_loaders(tmp_path)
 
 

@@ -6,11 +6,15 @@ import torch
 from toy_training import TINY, copy_of, same, toy_batches, without_times
 
 from train_vit import Trainer, parse
+from vit_bridge.models.beit import MaskedTokenModel
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.models.convnext import ConvNeXt
 from vit_bridge.models.deit import DistilledViT
 from vit_bridge.models.hybrid import HybridCNNViT
+from vit_bridge.models.mae import MaskedAutoencoder
 from vit_bridge.models.swin import SwinTransformer
+from vit_bridge.training.objectives import MaskedPixels, MaskedTokens
+from vit_bridge.training.tokenizer import PatchTokenizer
 from vit_model import InputError, VisionTransformer
 
 MODELS = {
@@ -32,6 +36,19 @@ def run(build, **settings):
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x):
         history = trainer.train(toy_batches(2), toy_batches(1), n_epochs=2, seed=1, progress=False)
     return copy_of(trainer.model), copy_of(trainer.average), without_times(history), sum(kept)
+
+
+@pytest.mark.parametrize("kind", ["mae", "beit"])
+def test_grad_checkpointing_of_models_without_labels_makes_the_same_steps_and_keeps_less(kind):
+    vit = dict(TINY, patch_size=2, depth=3, n_classes=0, drop_path=0.2)
+    objectives = dict(mae=MaskedPixels, beit=lambda: MaskedTokens(PatchTokenizer(5, 2).fit(toy_batches(1)[0][0])))
+    models = dict(mae=lambda: MaskedAutoencoder(**vit, decoder_dim=8, decoder_depth=1, decoder_heads=2),
+                  beit=lambda: MaskedTokenModel(**vit, n_tokens=5))
+    (plain, _, history, kept), (again, _, same_history, kept_again) = (
+        run(models[kind], objective=objectives[kind](), grad_checkpointing=on) for on in (False, True))
+    assert same(plain, again)
+    assert history == same_history
+    assert kept_again < 0.8 * kept
 
 
 @pytest.mark.parametrize("settings", [{}, dict(grad_accum_steps=2), dict(amp="bf16")], ids=["", "in parts", "bf16"])

@@ -281,8 +281,10 @@ def test_features_of_a_teacher_are_its_last_layers_and_have_unit_length(name):
     torch.manual_seed(0)
     teacher = TEACHERS[name]().train()
     features = features_of(teacher, 12 if name == "larger vit" else 8)
-    before, images = copy_of(teacher), images_of(3)
-    found = features(images, (2, 2))
+    before, images, kept = copy_of(teacher), images_of(3), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        found = features(images, (2, 2))
+    assert not kept  # a graph of the teacher would take the memory of a second training
     assert found.shape[:2] == (3, 16)
     torch.testing.assert_close(found.norm(dim=2), torch.ones(3, 16))
     assert not found.requires_grad

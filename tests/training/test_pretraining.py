@@ -1,11 +1,13 @@
 """python train_vit.py --pretrain: labels are ignored, a run resumes exactly, and its encoder can be fine-tuned."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from command_runs import PowerCut, at_step, cut, make_folder, run, tensors_in, train
 
+import train_vit
 from train_vit import USUAL_MODELS, Trainer
 from vit_bridge.models.beit import BEiT, MaskedTokenModel
 from vit_bridge.models.mae import MaskedAutoencoder
@@ -116,7 +118,13 @@ def test_learning_classes_with_a_whole_model_is_refused_before_the_training(kind
     (["--pretrain", "mae", "--teacher", "convnet_shapes"], "--teacher cannot be combined with --pretrain mae"),
     (["--pretrain", "mae", "--class-weights"], "--class-weights cannot be combined with --pretrain mae"),
     (["--pretrain", "beit", "--pretrained", "vit_nano_shapes"], "--pretrained cannot be combined with --pretrain beit"),
-    (["--pretrain", "mae", "--model", "vit_nano"], "--model vit_nano learns from labels, but --pretrain mae does not"),
+    (["--pretrain", "mae", "--label-smoothing", "0"], "--label-smoothing cannot be combined with --pretrain mae"),
+    (["--pretrain", "mae", "--class-names", "a", "b"], "--class-names cannot be combined with --pretrain mae"),
+    (["--pretrain", "beit", "--mixing", "none"], "--mixing cannot be combined with --pretrain beit"),
+    (["--pretrain", "mae", "--model", "vit_nano"], "--model vit_nano learns from labels, not for --pretrain mae"),
+    (["--pretrain", "beit", "--model", "mae_nano"], "--model mae_nano is for --pretrain mae, not for --pretrain beit"),
+    (["--pretrain", "beit", "--model", "vit_nano"], "choose one of beit_nano_pretraining, beit_tiny_pretraining, beit"),
+    (["--pretrain", "mae", "--model", "beit_nano_pretraining"], "is for --pretrain beit, not for --pretrain mae"),
     (["--model", "mae_nano"], "--model mae_nano learns without labels; add --pretrain mae"),
     (["--model", "beit_nano_pretraining"], "learns without labels; add --pretrain beit")])
 def test_contradictory_options_are_refused_in_one_line(words, expected, capsys):
@@ -124,3 +132,47 @@ def test_contradictory_options_are_refused_in_one_line(words, expected, capsys):
     assert code == 2
     assert expected in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("n", "expected"), [(0, "has 0 images"), (1, "has 1 image ("), (None, "there is no data")])
+def test_too_few_images_are_refused_in_one_line(n, expected, tmp_path, capsys):
+    if n is not None:
+        make_folder(tmp_path / "photos", 32, classes=("red",)[:n], n=1)
+        (tmp_path / "photos").mkdir(exist_ok=True)
+    code, error = run(["--pretrain", "mae", "--data-dir", tmp_path / "photos", "--steps", 1], capsys)
+    assert code == 2
+    assert expected in error
+    assert error.count("\n") == 1
+
+
+def test_unreadable_files_are_refused_or_reported(photos, tmp_path, capsys):
+    (photos / "3.jpg").write_bytes(b"no image")
+    words = ["--pretrain", "mae", "--data-dir", photos, "--steps", 1, "--device", "cpu", "--amp", "off"]
+    code, error = run([*words, "--output-dir", tmp_path / "refused"], capsys)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "3.jpg' is damaged, or not an image that Pillow can read; remove it, or add --skip-corrupt" in error
+    train(tmp_path / "run", *words[:6], "--skip-corrupt")
+    said = capsys.readouterr().out
+    assert f"Skipped, because it cannot be read: {photos / '3.jpg'}" in said
+    assert "label smoothing" not in said  # there are no labels
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["skipped"] == 1
+
+
+def test_the_encoder_of_a_model_without_labels_can_teach_a_tokenizer(photos, tmp_path, capsys):
+    path = saved("mae", tmp_path)
+    train(tmp_path / "run", "--pretrain", "beit", "--data-dir", photos, "--steps", 1, "--teacher", path)
+    assert "by k-means of the features of patches" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("side", "n_images"), [(32, 2000), (224, 332), (20_000, 1)])
+def test_a_tokenizer_is_fitted_on_fewer_large_images(side, n_images):
+    model = SimpleNamespace(config=SimpleNamespace(in_channels=3))
+    asked = []
+
+    def stop(n):
+        asked.append(n)
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        train_vit._fit_tokenizer(model, SimpleNamespace(size=(side, side), without_augmentation=stop), None)
+    assert asked == [n_images]

@@ -568,6 +568,19 @@ def test_a_table_in_each_block_needs_a_model_without_a_shared_one(tmp_path):
     unchanged(BEiT(**VIT, n_classes=CLASSES, shared_bias=True), path, "build the model with shared_bias=False")
 
 
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_an_mae_of_grey_images_predicts_the_mean_of_the_colours(norm_pix_loss, tmp_path):
+    colour = randomised(MaskedAutoencoder(**MAE | dict(norm_pix_loss=norm_pix_loss)), 3).float().eval()
+    save_model(colour, tmp_path / "m.pt")
+    with pytest.warns(Assumption, match=r"the weights for 3 channels were adapted to 1 \(summed\)"):
+        grey = load(tmp_path / "m.pt", in_channels=1)
+    images, noise = torch.randn(2, 1, 12, 12), torch.rand(2, 9)
+    wanted = colour(images.expand(-1, 3, -1, -1), noise)[1].unflatten(2, (16, 3)).mean(dim=3)
+    torch.testing.assert_close(grey(images, noise)[1], wanted, rtol=1e-4, atol=1e-4)
+    with pytest.warns(Assumption, match="adapted to 5"):
+        assert load(tmp_path / "m.pt", in_channels=5)(torch.randn(2, 5, 12, 12), noise)[1].shape == (2, 9, 80)
+
+
 @pytest.mark.parametrize("old_names", [True, False])
 def test_a_masked_beit_with_two_norms_is_refused_with_this_reason(old_names, tmp_path):
     config = MaskedTokenModel(**VIT, n_tokens=TOKENS).config

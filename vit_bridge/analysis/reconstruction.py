@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from vit_bridge.data.augmentation import generator_of
 from vit_bridge.errors import InputError
 from vit_bridge.models.protocol import ask, class_name
-from vit_bridge.runtime import evaluating, to_model, unwrapped
+from vit_bridge.runtime import device_of, evaluating, to_model, unwrapped
 from vit_model import grid_of
 
 INTERPOLATION, MEAN, BORROWED = "interpolation", "mean colour", "borrowed mean"  # the controls
@@ -68,9 +68,11 @@ def reconstructions(model, images, mask_ratio=None, seed=0):
     Raises
     ------
     InputError
-        If the model does not reconstruct images.
+        If the model does not reconstruct images, or if the ratio hides nothing or everything.
     """
     model = unwrapped(model)
+    if mask_ratio is not None and not 0 < mask_ratio < 1:
+        raise InputError(f"mask_ratio {mask_ratio!r} must lie between 0 (hide no patch) and 1 (hide all patches)")
     if not ask(model, "masks"):
         raise InputError(f"a {class_name(model)} reconstructs nothing, because it has no decoder; train a "
                          f"MaskedAutoencoder with `python train_vit.py --pretrain mae`, or load a file that holds one")
@@ -79,7 +81,7 @@ def reconstructions(model, images, mask_ratio=None, seed=0):
     noise = torch.stack([torch.rand(grid_size[0] * grid_size[1], generator=generator_of(seed, i))
                          for i in range(len(images))])  # (B, N)
     with evaluating(model):
-        painted, mask = model.reconstruct(to_model(images, model), to_model(noise, model), mask_ratio)
+        painted, mask = model.reconstruct(to_model(images, model), noise.to(device_of(model)), mask_ratio)
     hidden = (mask > 0).cpu().unflatten(1, grid_size)  # (B, rows, columns)
     hidden = hidden.repeat_interleave(patch_size[0], 1).repeat_interleave(patch_size[1], 2)  # (B, H, W)
     images = images.float().cpu()

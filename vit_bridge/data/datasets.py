@@ -188,7 +188,8 @@ def unlabelled_files(data_dir):
     for each, folder in zip(found, (train or root, val), strict=True):
         each.tell(folder)
     if len(found[0].files) < 2:
-        raise InputError(f"{str(train or root)!r} has {len(found[0].files)} images ({SOME_FORMATS}); at least 2 are "
+        n = len(found[0].files)
+        raise InputError(f"{str(train or root)!r} has {n} image{'s' * (n != 1)} ({SOME_FORMATS}); at least 2 are "
                          f"needed, one of them for validation")
     return found[0].files, found[1].files
 

@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional as image_functional
 
 from vit_bridge.data.files import image_endings, image_formats, to_convert
 from vit_bridge.errors import InputError, assume
-from vit_bridge.models.adapters import adapt
+from vit_bridge.models.adapters import adapt_unlabelled
 from vit_bridge.preprocessing import FitSize, Preprocessing
 from vit_model import grid_of
 
@@ -324,7 +324,7 @@ def prepare_image(image, model, whole=None):
     InputError
         If the image cannot be used.
     """
-    adapter = adapt(model)
+    adapter = adapt_unlabelled(model)
     size, preprocessing = adapter.img_size, adapter.preprocessing
     if is_input(image):
         images = as_batch(image, adapter.in_channels)

@@ -302,6 +302,12 @@ def adapt(model):
     raise InputError(f"the class {class_name(model)} is not supported; {advice}")
 
 
+def adapt_unlabelled(model):
+    """Return the ModelAdapter of a model for its images and layers; unlike adapt, also if it learns without labels."""
+    model = unwrapped(model)
+    return _of_ours(model) if ask(model, "encoder") else adapt(model)
+
+
 def preprocessing_of(model):
     """Return how a model's images must be prepared, for any model that records it.
 

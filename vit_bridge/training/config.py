@@ -218,8 +218,8 @@ class Recipe:
         """Return the recipe in one line of text; `small` adds the augmentation of small images."""
         a, t = self.augmentation, self.train
         parts = [f"{name} {value}" for name, value in self.model_options.items()]
-        parts += [f"batches of {self.batch_size}", f"{t.optimizer} at {t.learning_rate:g}", t.schedule,
-                  f"label smoothing {self.label_smoothing:g}"]
+        parts += [f"batches of {self.batch_size}", f"{t.optimizer} at {t.learning_rate:g}", t.schedule]
+        parts += [f"label smoothing {self.label_smoothing:g}"] * bool(self.label_smoothing)
         flip = "no flip" if a.flip == "none" else f"{a.flip} flip"
         parts += [f"shift {a.shift:g}", flip, *[f"cutout {a.cutout:g}"] * bool(a.cutout)] if small else []
         if t.progressive_resize:

@@ -145,8 +145,9 @@ class TeacherFeatures(nn.Module):
         """Return the features of each patch, (B, N, F); the teacher's map is resampled to the grid of patches."""
         grid, adapter = grid_of(tuple(images.shape[2:]), patch_size), adapt(self.teacher)
         images, depth = self.prepare(images), len(adapter.layers) - 1
-        _, output, _ = watch_layer(self.teacher, adapter.layers[depth], images)
-        features = adapter.as_map(output, images, depth).detach().float()  # (B, F, rows, columns)
+        without_graph = torch.no_grad()(self.teacher.forward)  # watch_layer enables gradients
+        _, output, _ = watch_layer(self.teacher, adapter.layers[depth], images, without_graph)
+        features = adapter.as_map(output, images, depth).float()  # (B, F, rows, columns)
         if features.shape[2:] != grid:
             features = F.interpolate(features, grid, mode="bilinear", antialias=True)
         return F.normalize(features.flatten(2).transpose(1, 2), dim=2)  # (B, N, F)
@@ -189,7 +190,8 @@ def k_means(points, n_centres, seed=0, n_rounds=25):
     place, distances = int(draws[0] * len(points)), torch.full((len(points),), torch.inf, device=points.device)
     centres = points[place:place + 1]  # (1, F)
     for draw in draws[1:]:
-        distances = distances.minimum((points - centres[-1]).square().sum(dim=1))  # (n)
+        latest = torch.cdist(points, centres[-1:], compute_mode="donot_use_mm_for_euclid_dist")[:, 0]  # (n), exact
+        distances = distances.minimum(latest.square())  # (n)
         sums = distances.double().cumsum(dim=0)  # (n)
         place = torch.searchsorted(sums, draw * sums[-1:], right=True).clamp(max=len(points) - 1)  # (1)
         centres = torch.cat([centres, points[place]])

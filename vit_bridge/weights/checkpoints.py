@@ -672,21 +672,25 @@ def adapt_input_channels(weight, n_channels):
 
 
 def _match_channels(weights, model):
-    """Adapt the first convolution to the model's channels, and return notes."""
+    """Adapt the first convolution to the model's channels, and the last layer of a decoder, and return notes."""
     layer = next((layer for layer in model.layers()[0].modules() if isinstance(layer, nn.Conv2d)), None)
     name = next((name for name, parameter in model.named_parameters() if layer and parameter is layer.weight), None)
     theirs = weights.tensors.get(name)
     if theirs is None or theirs.ndim != 4 or theirs.shape[1] == layer.weight.shape[1] or (
             theirs.shape[:1] + theirs.shape[2:] != layer.weight.shape[:1] + layer.weight.shape[2:]):
         return []
-    n_channels = layer.weight.shape[1]
+    C, n_channels = theirs.shape[1], layer.weight.shape[1]
     weights.tensors[name] = adapt_input_channels(theirs, n_channels)
-    how = f"repeated in turn, times {theirs.shape[1]}/{n_channels}"
+    how = f"repeated in turn, times {C}/{n_channels}"
     if n_channels == 1:
         how = "summed"
-    elif (theirs.shape[1], n_channels) == (3, 4):
+    elif (C, n_channels) == (3, 4):
         how = "zeros for the transparency"
-    return [f"channels: the weights for {theirs.shape[1]} channels were adapted to {n_channels} ({how})"]
+    for name in [name for name in weights.tensors if name.startswith("decoder_pred.")]:  # predicts the C channels
+        rows = weights.tensors[name].unflatten(0, (-1, C))  # (pixels of a patch, C, ...)
+        rows = rows.mean(dim=1, keepdim=True) if n_channels == 1 else rows[:, [i % C for i in range(n_channels)]]
+        weights.tensors[name] = rows.flatten(0, 1)
+    return [f"channels: the weights for {C} channels were adapted to {n_channels} ({how})"]
 
 
 def _of_heads(names, model):
