@@ -434,8 +434,8 @@ EXERCISES = {
         "Masking, as in MAE: hide tokens at random, encode the visible ones, and put them back. x is (B, N, D), and "
         "noise is (B, N). In each image, the n_visible tokens with the smallest noise are visible. encode is a "
         "function from (B, n_visible, D) to (B, n_visible, D); as in attention, tokens in a different order give the "
-        "same results in that order. mask_token is (1, 1, D). Return (B, N, D): each encoded token in the place where it came from, "
-        "and mask_token in every hidden place. See He et al. 2022, Sec. 3.",
+        "same results in that order. mask_token is (1, 1, D). Return (B, N, D): each encoded token in the place where "
+        "it came from, and mask_token in every hidden place. See He et al. 2022, Sec. 3.",
         "noise.argsort(dim=1) lists the places, smallest noise first. Take the first n_visible tokens of this list "
         "with take_along_dim, encode them, and append mask tokens. The argsort of the list is the rank of each place; "
         "take the tokens by their ranks to put them back.",
