@@ -333,7 +333,8 @@ def _seen(noise, n):
 MASKING_MISTAKES = (
     ("the tokens with the largest noise are visible; those with the smallest should be",
      lambda x, noise, n, m, f: hide_and_restore(x, -noise, n, m, f)),
-    ("the n_visible tokens with the smallest noise are hidden, and the others are visible; it should be the other way",
+    ("the n_visible tokens with the smallest noise are hidden, and the others are visible; it should be the other way "
+     "round",
      lambda x, noise, n, m, f: hide_and_restore(x, -noise, x.shape[1] - n, m, f)),
     ("the images hide different numbers of tokens; each should keep the n_visible smallest of its own noise",
      lambda x, noise, n, m, f: _encode_seen(x, noise <= noise.flatten().kthvalue(len(x) * n).values, m, f)),
@@ -432,9 +433,9 @@ EXERCISES = {
         "hide_and_restore", "x, noise, n_visible, mask_token, encode", "medium",
         "Masking, as in MAE: hide tokens at random, encode the visible ones, and put them back. x is (B, N, D), and "
         "noise is (B, N). In each image, the n_visible tokens with the smallest noise are visible. encode is a "
-        "function from (B, n_visible, D) to (B, n_visible, D) for which the order of the tokens does not matter, as "
-        "in attention. mask_token is (1, 1, D). Return (B, N, D): each encoded token in the place where it came from, "
-        "and mask_token in every hidden place. See He et al. 2022, Sec. 3.",
+        "function from (B, n_visible, D) to (B, n_visible, D); as in attention, tokens in a different order give the "
+        "same results in that order. mask_token is (1, 1, D). Return (B, N, D): each encoded token in the place where "
+        "it came from, and mask_token in every hidden place. See He et al. 2022, Sec. 3.",
         "noise.argsort(dim=1) lists the places, smallest noise first. Take the first n_visible tokens of this list "
         "with take_along_dim, encode them, and append mask tokens. The argsort of the list is the rank of each place; "
         "take the tokens by their ranks to put them back.",
