@@ -1,4 +1,4 @@
-"""Fourteen short demos, from cutting a photograph into patches to the windows of Swin and the teacher of DeiT.
+"""Sixteen short demos, from cutting a photograph into patches to the patches that MAE and BEiT hide.
 
     python examples.py                  run all demos; --list names them, --only heads runs one
     python examples.py quiz             guess first, then see the measured result
@@ -21,11 +21,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from train_vit import Trainer
-from visualizations import plot_images, visualize_attention_grid, visualize_patch_embedding
+from visualizations import (
+    plot_images,
+    visualize_attention_grid,
+    visualize_patch_embedding,
+    visualize_reconstruction,
+)
 from vit_bridge.analysis.capture import attention_maps
 from vit_bridge.analysis.cost import count_flops, count_parameters
 from vit_bridge.analysis.metrics import percent, wilson_interval
 from vit_bridge.analysis.receptive_field import receptive_field
+from vit_bridge.analysis.reconstruction import reconstruction_errors
 from vit_bridge.cli import OneLineParser, script
 from vit_bridge.data.datasets import DatasetInfo
 from vit_bridge.data.images import open_image, prepare_images, sample_photographs
@@ -35,8 +41,10 @@ from vit_bridge.errors import InputError, closest_names
 from vit_bridge.inference import predict
 from vit_bridge.lessons.exercises import EXERCISES, check_file, default_path, solution, write_stub
 from vit_bridge.lessons.quiz import ask
+from vit_bridge.models.beit import block_mask
 from vit_bridge.models.deit import create_deit_nano
 from vit_bridge.models.hybrid import HybridCNNViT
+from vit_bridge.models.mae import patchify, unpatchify
 from vit_bridge.models.swin import (
     SwinBlock,
     WindowAttention,
@@ -48,6 +56,7 @@ from vit_bridge.models.swin import (
 from vit_bridge.plots.charts import plot_bars, plot_matrices, plot_training_curves, save_figure
 from vit_bridge.preprocessing import Preprocessing, eval_transform
 from vit_bridge.training.objectives import Distillation
+from vit_bridge.training.tokenizer import PatchTokenizer
 from vit_bridge.weights.checkpoints import load
 from vit_model import (
     VARIANTS,
@@ -404,6 +413,78 @@ def teacher():
                      title=f"Probabilities for image {doubtful}, a {names[labels[doubtful]]}", same_scale=True)
 
 
+# ---- Without labels ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def reconstruction():
+    """Hide most of a photograph, as MAE does, and fill it in: by a model, by interpolation and by the mean colour."""
+    model = load("mae_nano_cifar10")  # it predicts plain pixels, so it borrows nothing from the hidden patches
+    images, noise = prepare_images(sample_photographs(), model.encoder()), torch.rand(4, 64)  # (4, 3, 32, 32)
+    loss, prediction, mask = model(images, noise)  # (), (4, 64, 48), and (4, 64): 1 where a patch is hidden
+    patches, hidden = patchify(images, (4, 4)), mask[:, :, None] > 0  # (4, 64, 48), (4, 64, 1)
+    by_hand = (prediction - patches).square()[hidden.expand_as(patches)].mean()
+    changed = torch.where(hidden, torch.randn_like(patches), patches)
+    effect = model(unpatchify(changed, (4, 4), (32, 32)), noise)[1] - prediction  # (4, 64, 48)
+    print(f"Of {mask.shape[1]} patches, the encoder sees {int((~hidden[0]).sum())}, chosen at random. The loss is the "
+          f"mean squared error of the others.")
+    print(f"By hand and in the module: the difference of the losses is {_largest(by_hand - loss):.1e}.")
+    print(f"With random pixels in all hidden patches, the prediction changes by {_largest(effect):.1e}: the model does "
+          f"not see them.")
+    print("Mean squared error of the hidden pixels, from 0 to 1, on four photographs with 16 masks each:")
+    for ratio in (0.25, 0.5, 0.75, 0.9):
+        errors = reconstruction_errors(model, images.repeat(16, 1, 1, 1), ratio)
+        print(f"  {ratio:.0%} hidden: " + ", ".join(f"{name} {error:.4f}" for name, error in errors.items()))
+    print(f"The model was trained with {model.config.mask_ratio:.0%} hidden. Interpolation and the mean colour know "
+          f"nothing about photographs.")
+    print("Look at: for which shares is the model better than interpolation?")
+    print("If many pictures fit the visible patches, their mean has the smallest squared error, and a mean is blurred.")
+    return visualize_reconstruction(model, images[2:3], mask_ratios=(0.5, 0.75, 0.9))
+
+
+def tokenizer():
+    """Give each patch a visual token, the nearest of a few centres: BEiT names the tokens of hidden patches."""
+    shown = Preprocessing(224, (0.5,) * 3, (0.5,) * 3)
+    images = torch.stack([eval_transform(shown)(open_image(path)) for path in sample_photographs()])  # (4, 3, 224, 224)
+    cut = F.unfold(images, kernel_size=8, stride=8).transpose(1, 2)  # (4, 784, 192), one row per patch
+    panels = {"the photograph": cut[0]}
+    for n_tokens in (4, 16, 64, 256):
+        tokens = PatchTokenizer(n_tokens, patch_size=8).fit(images)
+        ids = tokens(images)  # (4, 784)
+        redrawn = tokens.pictures.flatten(1)[ids]  # (4, 784, 192): each patch becomes the picture of its token
+        panels[f"{n_tokens} tokens"] = redrawn[0]
+        shares = ids.flatten().bincount() / ids.numel()
+        print(f"  {n_tokens:>3} tokens: perplexity {tokens.perplexity(ids):.1f}; the commonest stands for "
+              f"{shares.max():.0%} of the patches; error of the pictures {((redrawn - cut) / 2).square().mean():.4f}")
+    print("  (The perplexity is the number of tokens if all are equally frequent, and smaller otherwise.")
+    print("  The error is the mean squared error of pixels from 0 to 1.)")
+    same = int((torch.cdist(cut, tokens.centres).argmin(dim=2) == ids).sum())
+    print(f"By hand and in the module: {same:,} of {ids.numel():,} patches have the same nearest centre.")
+    blocks = torch.stack([block_mask((28, 28), n_hidden=314).flatten() for _ in range(10)])  # (10, 784): 40% are hidden
+    at_random = torch.rand(10, 784).argsort(dim=1) < 314  # (10, 784)
+    in_blocks, elsewhere = (_copied_tokens(ids, masks) for masks in (blocks, at_random))
+    print(f"With {n_tokens} tokens, a hidden patch has the token of the nearest visible one in {in_blocks:.0%} of the "
+          f"cases if blocks are hidden,")
+    print(f"and in {elsewhere:.0%} if as many patches are hidden at random.")
+    print("Look at: what do few tokens keep of the photograph, and what do they lose? And what do blocks change?")
+    common = ids[0] == ids[0].bincount().argmax()  # (784)
+    panels |= {"commonest token": redrawn[0][common][:1], "its patches": cut[0] * common[:, None],  # 0 is grey
+               "hidden at random": cut[0] * ~at_random[0][:, None], "hidden in blocks": cut[0] * ~blocks[0][:, None],
+               "tokens to name": redrawn[0] * blocks[0][:, None]}
+    pictures = [F.fold(rows.T[None], 8 * math.isqrt(len(rows)), 8, stride=8)[0] for rows in panels.values()]
+    return plot_images(pictures, list(panels), columns=5, preprocessing=shown,
+                       title="Tokens of a photograph, and what BEiT hides")
+
+
+def _copied_tokens(ids, masks):
+    """Return how often the nearest visible patch has the token of a hidden one: ids (B, 784), masks (n, 784)."""
+    places, right = torch.cartesian_prod(torch.arange(28.0), torch.arange(28.0)), []  # (784, 2)
+    for hidden in masks:
+        nearest = torch.cdist(places[hidden], places[~hidden]).argmin(dim=1)
+        right.append(ids[:, ~hidden][:, nearest] == ids[:, hidden])  # (B, hidden)
+    return torch.cat(right).float().mean().item()
+
+
 def _largest(x):
     """Return the largest absolute value."""
     return x.abs().max().item()
@@ -416,7 +497,7 @@ def _to_picture(image):
 
 DEMOS = {demo.__name__: demo for demo in (patches, attention, heads, positions, cls_token, whole_vit, variants,
                                           first_training, transfer, attention_map, hybrid, windows,
-                                          shift, teacher)}
+                                          shift, teacher, reconstruction, tokenizer)}
 TRAINS = ("first_training", "transfer")  # a dry run skips these
 
 

@@ -476,6 +476,9 @@ class Trainer:
             reasons.append("dropout is drawn separately for each part")
         if self.objective.mixing is not None:
             reasons.append("images are mixed within each part")
+        masks, names_tokens = ask(self.model, "masks"), ask(self.model, "n_tokens") > 0
+        if (self.world_size > 1 and (masks or names_tokens)) or (masks and self.device.type != "cpu"):
+            reasons.append("the hidden patches are drawn separately for each part")
         if self.dtype is not None:
             reasons.append(f"sums in {str(self.dtype).removeprefix('torch.')} are rounded separately for each part")
         ways = [f"over {self.world_size} processes"] * (self.world_size > 1) + [f"in {n_parts} parts"] * (n_parts > 1)

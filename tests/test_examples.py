@@ -16,11 +16,11 @@ from vit_model import InputError, VisionTransformer
 QUICK = [name for name in examples.DEMOS if name not in examples.TRAINS]
 
 
-def test_examples_lists_fourteen_demos(capsys):
+def test_examples_lists_sixteen_demos(capsys):
     examples.main(["--list"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(examples.DEMOS) == 14
-    assert len({line.split(maxsplit=1)[1] for line in lines}) == 14
+    assert len(lines) == len(examples.DEMOS) == 16
+    assert len({line.split(maxsplit=1)[1] for line in lines}) == 16
 
 
 @pytest.mark.slow
@@ -78,6 +78,42 @@ def test_losses_of_a_teacher_by_hand_match_the_module(capsys):
     assert all(float(difference) < 1e-5 for _, difference in found)
 
 
+def test_reconstruction_measures_a_model_that_does_not_see_what_is_hidden(capsys):
+    torch.manual_seed(0)
+    figure = examples.reconstruction()
+    printed = capsys.readouterr().out
+    assert "Of 64 patches, the encoder sees 16, chosen at random." in printed
+    assert float(re.search(r"the difference of the losses is (\S+)\.\n", printed)[1]) < 1e-6
+    assert "the prediction changes by 0.0e+00: the model does not see them." in printed
+    found = re.findall(r"(\d+)% hidden: model ([\d.]+), interpolation ([\d.]+), mean colour ([\d.]+)\n", printed)
+    assert [int(share) for share, *_ in found] == [25, 50, 75, 90]
+    errors = [list(map(float, row)) for _, *row in found]
+    assert errors[2][0] < errors[2][2]  # with as many hidden as in its training, it is better than a single colour
+    shares = [re.search(r"visible: ([\d.]+)%", axes.get_title())[1] for axes in figure.axes[1::5]]
+    assert shares == ["50", "25", "9.4"]
+
+
+def test_tokenizer_keeps_more_with_more_tokens_and_blocks_are_hard_to_copy(capsys):
+    torch.manual_seed(0)
+    figure = examples.tokenizer()
+    printed = capsys.readouterr().out
+    found = re.findall(r"(\d+) tokens: perplexity (\S+); .* for (\d+)% .* pictures (\S+)\n", printed)
+    n_tokens, perplexities, shares, errors = (list(map(float, column)) for column in zip(*found, strict=True))
+    assert n_tokens == [4, 16, 64, 256]
+    assert all(perplexity < n for n, perplexity in zip(n_tokens, perplexities, strict=True))
+    assert perplexities == sorted(perplexities)
+    assert shares == sorted(shares, reverse=True)
+    assert errors == sorted(errors, reverse=True)
+    same = re.search(r"(\S+) of 3,136 patches have the same nearest centre", printed)[1].replace(",", "")
+    assert int(same) >= 3_130  # rounding may decide between centres that are equally near
+    blocks, random = map(int, re.search(r"in (\d+)% of the cases if blocks.*\nand in (\d+)%", printed).groups())
+    assert blocks + 5 < random
+    redrawn, hidden = (figure.axes[i].images[0].get_array() for i in (4, 8))
+    assert redrawn.shape == hidden.shape == (224, 224, 3)
+    grey = (abs(hidden - 0.5) < 1e-6).all(axis=2).reshape(28, 8, 28, 8)
+    assert grey.all(axis=(1, 3)).sum() == 314
+
+
 @pytest.mark.parametrize(("words", "expected"), [
     (["--only", "swin"], "--only swin is unknown; --list names all demos"),
     (["--only", "head"], "--only head is unknown; did you mean heads? --list names all demos"),
@@ -114,8 +150,8 @@ def test_exercise_is_written_then_checked(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "right: the values and gradients agree" in printed
     assert printed.endswith("\nNext: python examples.py exercise patch_embedding\n")
-    (tmp_path / "last.py").write_text(solution("windows"))
-    examples.main(["exercise", "windows", "--file", "last.py"])
+    (tmp_path / "last.py").write_text(solution("masking"))
+    examples.main(["exercise", "masking", "--file", "last.py"])
     assert capsys.readouterr().out.endswith("\nThis was the last exercise.\n")
 
 

@@ -319,8 +319,8 @@ def export_onnx(model, path):
     Raises
     ------
     InputError
-        If the difference is TOLERANCE or more, the packages onnx and onnxscript are missing, the model has 2 GB of
-        weights or more or cannot be traced, or the file cannot be written.
+        If the difference is TOLERANCE or more, the packages onnx and onnxscript are missing, the model has no head, has
+        2 GB of weights or more or cannot be traced, or the file cannot be written.
     """
     try:
         import onnx  # noqa: F401
@@ -329,6 +329,7 @@ def export_onnx(model, path):
         raise InputError("an export needs the packages onnx and onnxscript; install them with python -m pip "
                          "install onnx onnxscript") from None
     model = unwrapped(model)
+    check_has_head(model)
     device_of(model)  # raises for a model without weights
     if is_quantised(model):
         raise InputError(f"this {class_name(model)} is quantised and cannot be exported; export the model before it "

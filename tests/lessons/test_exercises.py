@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from vit_bridge.analysis.explanations import rollout
 from vit_bridge.lessons import exercises as e
+from vit_bridge.models.mae import random_masking, unmask
 from vit_bridge.models.relative import RelativeAttention
 from vit_bridge.models.swin import WindowAttention, join_windows, split_windows
 from vit_model import InputError, MultiHeadAttention, PatchEmbedding, TransformerBlock, VisionTransformer
@@ -67,7 +68,23 @@ def one_by_one(x, side, mix):
     return result
 
 
+def into_their_places(x, noise, n_visible, mask_token, encode):
+    """Masking by a mask: the visible tokens stay in the order of the image, which encode does not notice."""
+    seen = noise <= noise.kthvalue(n_visible, dim=1, keepdim=True).values
+    result = mask_token.repeat(*x.shape[:2], 1)
+    result[seen] = encode(x[seen].unflatten(0, (len(x), n_visible))).flatten(0, 1)
+    return result
+
+
+def as_in_mae(x, noise, n_visible, mask_token, encode):
+    visible, mask, ids_restore = random_masking(x, 1 - (n_visible + 0.5) / x.shape[1], noise)
+    assert mask.sum() == len(x) * (x.shape[1] - n_visible)
+    return unmask(encode(visible), mask_token, ids_restore)
+
+
 OTHER_ANSWERS = [
+    pytest.param("masking", into_their_places, id="written into mask tokens"),
+    pytest.param("masking", as_in_mae, id="as in mae.py"),
     pytest.param("windows", folded, id="unfold and fold"),
     pytest.param("windows", one_by_one, id="window by window"),
     pytest.param("windows", lambda x, side, mix: join_windows(mix(split_windows(x, (side, side))), (side, side),
@@ -177,7 +194,9 @@ def test_exercises_sizes_differ_between_the_three_sets(name):
      "patches is (2, 6, 5), cls_token is (1, 1, 5), positions is (1, 7, 5)", "it fails: RuntimeError: "),
     ("block", lambda x, n1, a, n2, m: e.block(x, n1, a, n2, m)[:2], "x is (3, 4, 7)",
      "it returns shape (2, 4, 7); expected (3, 4, 7)"),
-    ("windows", lambda x, side, mix: e.within_windows(x, 2, mix), "x is (3, 12, 15, 4)", "it fails: RuntimeError: ")])
+    ("windows", lambda x, side, mix: e.within_windows(x, 2, mix), "x is (3, 12, 15, 4)", "it fails: RuntimeError: "),
+    ("masking", lambda x, noise, n, m, f: e.hide_and_restore(x, noise, 5, m, f),
+     "x is (3, 8, 5), noise is (3, 8), mask_token is (1, 1, 5)", "the shape is right, but the values are not; ")])
 def test_check_function_refuses_hard_coded_sizes(name, function, where, words):
     verdict = e.check_function(name, function)
     assert verdict.words.startswith(f"right for one set of sizes, but not if {where}: {words}")

@@ -13,10 +13,12 @@ from matplotlib.figure import Figure
 from vit_bridge.analysis.attention import attention_distance
 from vit_bridge.analysis.capture import attention_maps
 from vit_bridge.analysis.cost import count_parameters
-from vit_bridge.data.images import sample_photographs
+from vit_bridge.data.images import open_image, sample_photographs
 from vit_bridge.data.shapes import make_shapes
 from vit_bridge.inference import predict
 from vit_bridge.lessons import exercises
+from vit_bridge.preprocessing import Preprocessing, eval_transform
+from vit_bridge.training.tokenizer import PatchTokenizer
 from vit_bridge.weights.checkpoints import load
 from vit_model import create_vit_nano
 
@@ -45,12 +47,13 @@ def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
         if not last.startswith((" ", "print", ")")):
             figures += isinstance(eval(last, names), Figure)
     printed = capsys.readouterr().out
-    assert printed.count("not filled in yet") == 6
+    assert printed.count("not filled in yet") == 7
     assert "does not hold" not in printed
     assert "produces the same numbers" in printed
     assert figures >= 8
     check_shuffled(printed)
     check_family(printed)
+    check_hidden(printed)
 
 
 def check_shuffled(printed):
@@ -80,6 +83,26 @@ def check_family(printed):
                                                                               convnext_tiny=4)
 
 
+def check_hidden(printed):
+    """Check the lesson's claims on reconstructions: the mean colour is never best, and interpolation gets worse."""
+    line = r"(\d+)% hidden, mean squared error: model (\S+), interpolation (\S+), mean colour (\S+)\n"
+    shares, model, interpolation, colour = zip(*[map(float, found) for found in re.findall(line, printed)], strict=True)
+    assert shares == (25, 50, 75, 90)
+    assert all(best < last for best, last in zip(map(min, model, interpolation), colour, strict=True))
+    assert interpolation[-1] > 2 * interpolation[0]
+
+
+def test_notebook_claims_about_tokens_hold():
+    shown = Preprocessing(224, (0.5,) * 3, (0.5,) * 3)
+    photographs = torch.stack([eval_transform(shown)(open_image(path)) for path in sample_photographs()])
+    for n_tokens in (4, 16):
+        tokenizer = PatchTokenizer(n_tokens, patch_size=8).fit(photographs)
+        ids, colours = tokenizer(photographs), tokenizer.pictures.mean(dim=(2, 3)) / 2 + 0.5  # (4, 784), (K, 3)
+        blue = (colours[:, 2] > 1.1 * colours[:, 0])[ids].sum(dim=1)  # (4): of each photograph
+        assert blue[1] > 0
+        assert blue[3] > 0.9 * blue.sum()  # the rocket
+
+
 def test_notebook_claims_about_explanations_hold():
     cells = [json.loads(path.read_text(encoding="utf-8"))["result"]
              for path in (ROOT / "benchmarks" / "results").glob("trust-*.json")]
@@ -102,7 +125,7 @@ def test_notebook_model_is_as_large_as_stated():
 
 def test_notebook_folds_a_hint_and_a_solution_below_each_exercise():
     folded = [text for kind, text in SECTIONS if "<summary>Hint" in text]
-    assert len(folded) == 6
+    assert len(folded) == 7
     for name, one in exercises.EXERCISES.items():
         stub, solution = next((SECTIONS[i][1], SECTIONS[i + 1][1]) for i, (_, text) in
                               enumerate(SECTIONS) if f"check_function('{name}'" in text)

@@ -19,6 +19,7 @@ from torch import nn
 from vit_bridge.analysis.capture import attention_maps
 from vit_bridge.models import MaskedAutoencoder, VisionTransformer, build_model
 from vit_bridge.models import create_mae_base as mae_base
+from vit_bridge.models import create_mae_huge as mae_huge
 from vit_bridge.models import create_mae_large as mae_large
 from vit_bridge.models import create_mae_nano as mae_nano
 from vit_bridge.models import mae as module
@@ -127,7 +128,8 @@ def test_mae_equals_transformers_on_rectangles(grid):
     assert relative_difference(prediction, theirs.decoder(seen.last_hidden_state, seen.ids_restore).logits) <= 1e-12
 
 
-@pytest.mark.parametrize(("create", "n_parameters"), [(mae_base, 111_655_680), (mae_large, 329_239_296)])
+@pytest.mark.parametrize(("create", "n_parameters"), [(mae_base, 111_655_680), (mae_large, 329_239_296),
+                                                      (mae_huge, 656_613_964)])
 def test_mae_has_the_parameters_of_transformers(create, n_parameters):
     with torch.device("meta"):
         ours = create()
@@ -427,6 +429,8 @@ def test_mae_variants_are_those_of_the_vit(name):
 def test_mae_is_built_by_name_for_another_size():
     model = build_model("mae_nano", img_size=(64, 96), decoder_depth=1)
     assert (model.patch_embed.grid_size, len(model.decoder_blocks)) == ((8, 12), 1)
+    huge = build_model("mae_huge", img_size=112, embed_dim=48, depth=1, decoder_depth=1)
+    assert huge.patch_embed.patch_size == (14, 14)  # as in ViT-H/14, whatever the size
 
 
 def test_mae_starts_as_in_the_papers_code():

@@ -69,6 +69,9 @@ def test_trainer_takes_one_hot_labels_as_soft_targets():
 def test_trainer_says_which_entries_of_a_dict_it_leaves_out(plain):
     with pytest.warns(Assumption, match=r"'image' holds the images and 'label' the labels; not used: 'idx'"):
         assert same(trained([{"image": IMAGES, "label": LABELS, "idx": LABELS}]), plain)
+    with (pytest.warns(Assumption, match=r"'image' holds the images and nothing the labels; not used: 'target'"),
+          pytest.raises(InputError, match="a batch has 1 entry")):
+        trained([{"image": IMAGES, "target": LABELS}])
 
 
 def with_nan():
@@ -99,7 +102,9 @@ class Singles(Dataset):
     ([(IMAGES, ["fox"] * 7)], "a batch holds a list of str; expected"),
     ([{"foo": IMAGES, "bar": LABELS}], "a batch is a dict with 'foo', 'bar'; expected one of 'pixel_values'"),
     ([{"image": IMAGES, "images": IMAGES, "label": LABELS}], "a batch is a dict with 'image', 'images', 'label'"),
+    ([{"image": IMAGES, "label": LABELS, "labels": LABELS}], "a batch is a dict with 'image', 'label', 'labels'"),
     ([IMAGES], r"a batch has 1 entry, \(7, 3, 8, 8\); expected 2, images"),
+    ([{"image": IMAGES}], r"a batch has 1 entry, .*labels \(B\), in a dict under 'labels' or 'label'; for other"),
     ([(IMAGES, LABELS, LABELS)], r"a batch has 3 entries, \(7, 3, 8, 8\), \(7,\), \(7,\); expected 2"),
     ([(IMAGES.byte(), LABELS)], r"images of a batch are uint8 of \(7, 3, 8, 8\); expected normalised"),
     ([(with_nan(), LABELS)], "1 of the 7 images of a batch hold NaN or infinity, the first at index 3"),
@@ -107,7 +112,7 @@ class Singles(Dataset):
     ([], "the loader has 0 batches"),
     (None, "got a NoneType as a loader; pass a torch DataLoader"),
     (Singles(), "got a Singles, a data set that returns one image at a time; pass batches"),
-], ids=range(21))
+], ids=range(23))
 def test_trainer_refuses_what_it_cannot_use_in_one_line(batches, words):
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))  # a model without checks of its own
     with pytest.raises(InputError, match=words) as error:

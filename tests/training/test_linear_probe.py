@@ -9,10 +9,12 @@ from torch import nn
 from vit_bridge.analysis.metrics import wilson_interval
 from vit_bridge.data.datasets import DatasetInfo
 from vit_bridge.data.loaders import MemoryLoader
+from vit_bridge.models.beit import MaskedTokenModel
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.models.convnext import ConvNeXt
 from vit_bridge.models.deit import DistilledViT
 from vit_bridge.models.hybrid import HybridCNNViT
+from vit_bridge.models.mae import MaskedAutoencoder
 from vit_bridge.models.swin import SwinTransformer
 from vit_bridge.preprocessing import Preprocessing
 from vit_bridge.training.linear_probe import (
@@ -89,6 +91,18 @@ def test_layer_lr_scales_of_swin_and_convnext_go_by_stage(model, first):
         stage = {"stages.0": 0.25, "stages.1": 0.5}.get(".".join(name.split(".")[:2]))
         assert factor == (stage or (0.125 if name.split(".")[0] in first else 1)), name
     assert {0.125, 0.25, 0.5, 1} == set(factors.values())
+
+
+def test_layer_lr_scales_put_the_mask_token_where_it_enters():
+    """MAE's stands before the decoder, after all blocks; BEiT's stands in place of patches, before them."""
+    vit = {**VIT, "n_classes": 0}
+    mae = layer_lr_scales(MaskedAutoencoder(**vit, decoder_dim=8, decoder_depth=1, decoder_heads=2), 0.5)
+    late = {name for name in mae if name.startswith(("mask_token", "decoder_", "norm."))}
+    assert {name for name, factor in mae.items() if factor == 1} == late
+    assert mae["cls_token"] == mae["patch_embed.proj.weight"] == 0.125
+    beit = layer_lr_scales(MaskedTokenModel(**vit, n_tokens=5), 0.5)
+    assert beit["mask_token"] == beit["cls_token"] == 0.125
+    assert beit["lm_head.weight"] == beit["norm.weight"] == 1
 
 
 @pytest.mark.parametrize("name", MODELS)

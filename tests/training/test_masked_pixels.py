@@ -93,10 +93,23 @@ def test_trainings_draw_a_new_mask_in_every_step():
     assert torch.equal(torch.stack(found), torch.stack(masks))
 
 
+def test_parts_of_a_batch_hide_what_the_whole_batch_hides():
+    """On the CPU; elsewhere they do not, and Trainer.batch_split_warning says so."""
+    found = {}
+    for n in (1, 3):
+        trainer, masks = trainer_of(0, grad_accum_steps=n), []
+        trainer.model.register_forward_hook(lambda layer, inputs, output, masks=masks: masks.append(output[2]))
+        history = train_quietly(trainer, batches_of(all_images(2), 7), n_epochs=2)
+        found[n] = torch.cat(masks), history["train_loss"]
+    assert torch.equal(found[1][0], found[3][0])
+    assert found[1][1] == pytest.approx(found[3][1], rel=1e-4)
+
+
 def test_labels_are_ignored_in_every_form():
     plain = [images for images, _ in toy_batches()]
     forms = [[(images,) for images in plain], plain, toy_batches(),
              [dict(pixel_values=images, labels=torch.zeros(7)) for images in plain],
+             [dict(image=images) for images in plain],
              [(images, torch.full((7, 2), -1.0)) for images in plain],
              [(images, torch.arange(7), torch.arange(7)) for images in plain]]
     histories = [without_times(train_quietly(trainer_of(0), batches, batches, n_epochs=2)) for batches in forms]

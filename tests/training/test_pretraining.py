@@ -6,10 +6,14 @@ import pytest
 import torch
 from command_runs import PowerCut, at_step, cut, make_folder, run, tensors_in, train
 
+from train_vit import USUAL_MODELS, Trainer
 from vit_bridge.models.beit import BEiT, MaskedTokenModel
 from vit_bridge.models.mae import MaskedAutoencoder
-from vit_bridge.weights.checkpoints import load, read_checkpoint
-from vit_model import VisionTransformer
+from vit_bridge.models.registry import build_model
+from vit_bridge.preprocessing import Preprocessing
+from vit_bridge.weights.checkpoints import load, read_checkpoint, save_model
+from vit_bridge.weights.heads import fit_head
+from vit_model import InputError, VisionTransformer
 
 KINDS = {"mae": (MaskedAutoencoder, VisionTransformer, "reconstruction.png"),
          "beit": (MaskedTokenModel, BEiT, "tokens.png")}
@@ -61,6 +65,50 @@ def test_a_resumed_pretraining_ends_as_one_in_one_go(kind, photos, tmp_path, mon
     ends = [tensors_in(read_checkpoint(tmp_path / name / "last.pt")["state_dict"]) for name in ("whole", "cut")]
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def saved(kind, folder):
+    """A whole model of this kind in a file, as a run without labels leaves it."""
+    torch.manual_seed(0)
+    model = build_model(USUAL_MODELS[kind][0], img_size=16, embed_dim=12, depth=1)
+    save_model(model, folder / f"{kind}.pt", Preprocessing(16))
+    return folder / f"{kind}.pt"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("words", [["predict", "0.jpg"], ["evaluate", "--data-dir", "."], ["export"]])
+def test_commands_for_classes_name_the_way_to_them_in_one_line(kind, words, photos, tmp_path, capsys, monkeypatch):
+    path = saved(kind, tmp_path)
+    monkeypatch.chdir(photos)
+    before = sorted(tmp_path.rglob("*"))
+    code, error = run([words[0], "--checkpoint", path, *words[1:]], capsys)
+    assert code == 2
+    assert f"a {KINDS[kind][0].__name__} learns without labels and has no head; use its encoder" in error
+    assert "python train_vit.py --pretrained FILE" in error
+    assert error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("classes", [dict(n_classes=3), dict(n_classes=0), dict(class_names=["a", "b"])])
+def test_loading_a_whole_model_with_classes_names_its_encoder_in_one_line(kind, classes, tmp_path):
+    path = saved(kind, tmp_path)
+    words = "class_names=(a, b)" if "class_names" in classes else f"n_classes={classes['n_classes']}"
+    with pytest.raises(InputError) as error:
+        load(path, **classes)
+    assert str(error.value) == (
+        f"{words} does not fit {path}, a whole {KINDS[kind][0].__name__}, which learned without labels and has no "
+        f"head; use encoder = load({str(path)!r}).encoder() and fit_head(encoder, classes), or train it with `python "
+        f"train_vit.py --pretrained {path}`")
+    encoder = load(path).encoder()
+    assert fit_head(encoder, 3) == "head: new, because the weights have none"
+    assert encoder(torch.randn(2, 3, 16, 16)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_learning_classes_with_a_whole_model_is_refused_before_the_training(kind, tmp_path):
+    with pytest.raises(InputError, match=r"\Aa Masked\w+ learns without labels and has no head; [^\n]*\Z"):
+        Trainer(load(saved(kind, tmp_path)), "cpu")
 
 
 @pytest.mark.parametrize(("words", "expected"), [

@@ -23,9 +23,12 @@ from toy_training import (
 )
 
 from train_vit import Stopped, Trainer
+from vit_bridge.models.beit import MaskedTokenModel
 from vit_bridge.models.deit import DistilledViT
+from vit_bridge.models.mae import MaskedAutoencoder
 from vit_bridge.preprocessing import Preprocessing
-from vit_bridge.training.objectives import Classification, CrossEntropy, Distillation
+from vit_bridge.training.objectives import Classification, CrossEntropy, Distillation, MaskedPixels, MaskedTokens
+from vit_bridge.training.tokenizer import PatchTokenizer
 from vit_model import DropPath, VisionTransformer
 
 # ---- In parts ---------------------------------------------------------------------------------------------
@@ -72,6 +75,22 @@ def test_batch_split_warning_names_what_differs():
                                                grad_accum_steps=2).batch_split_warning()
     assert Trainer(VisionTransformer(**TINY), **mixed).batch_split_warning() == ""
     assert "bfloat16" in Trainer(VisionTransformer(**TINY), "cpu", amp="bf16", grad_accum_steps=2).batch_split_warning()
+
+
+def test_batch_split_warning_names_the_masks_where_they_differ():
+    """Processes draw different masks. The parts of one process draw the same ones on the CPU, but MAE's on a GPU."""
+    tokenizer = PatchTokenizer(5, 2).fit(torch.randn(5, 3, 8, 8))
+    vit = dict(img_size=8, patch_size=2, embed_dim=12, depth=1, n_heads=3)
+    mae = MaskedAutoencoder(**vit, decoder_dim=8, decoder_depth=1, decoder_heads=2)
+    beit = MaskedTokenModel(**vit, n_tokens=5)
+    for model, objective, n_warnings in ((mae, MaskedPixels(), 3), (beit, MaskedTokens(tokenizer), 2)):
+        trainer, texts = Trainer(model, "cpu", objective, amp="off", grad_accum_steps=2), []
+        for device, world_size in (("cpu", 1), ("cuda", 1), ("cpu", 2), ("cuda", 2)):
+            trainer.device, trainer.world_size = torch.device(device), world_size
+            texts.append(trainer.batch_split_warning())
+        told = [text for text in texts if text]
+        assert told == texts[-n_warnings:]
+        assert all(text.endswith("batches: the hidden patches are drawn separately for each part") for text in told)
 
 
 # ---- Several processes ------------------------------------------------------------------------------------

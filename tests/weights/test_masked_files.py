@@ -568,6 +568,18 @@ def test_a_table_in_each_block_needs_a_model_without_a_shared_one(tmp_path):
     unchanged(BEiT(**VIT, n_classes=CLASSES, shared_bias=True), path, "build the model with shared_bias=False")
 
 
+@pytest.mark.parametrize("old_names", [True, False])
+def test_a_masked_beit_with_two_norms_is_refused_with_this_reason(old_names, tmp_path):
+    config = MaskedTokenModel(**VIT, n_tokens=TOKENS).config
+    theirs = transformers.BeitForMaskedImageModeling(transformers_beit_config(
+        config, vocab_size=TOKENS, use_mask_token=True, use_mean_pooling=False))
+    path, _ = write_transformers(tmp_path, theirs, old_names)
+    reason = f"{path} is a BEiT for masked images with use_mean_pooling=false, which has two norms before its lm_head"
+    with pytest.raises(InputError, match=one_line_with(reason)):
+        load(path)
+    unchanged(MaskedTokenModel(**VIT, n_tokens=TOKENS), path, reason)
+
+
 @pytest.mark.parametrize("part", [r"attn\.v_bias", r"blocks\.1\.attn\.q_bias"])
 def test_a_beit_without_one_of_its_biases_is_damaged(part, tmp_path):
     path = SOURCES["timm's BEiT"].write(tmp_path).path

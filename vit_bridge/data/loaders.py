@@ -336,8 +336,8 @@ class BatchLoader:
     Parameters
     ----------
     batches : iterable
-        A batch may be a tuple or list of tensors, arrays or numbers, a dict with one of IMAGE_KEYS and one of
-        LABEL_KEYS, or a single tensor.
+        A batch may be a tuple or list of tensors, arrays or numbers, a dict with one of IMAGE_KEYS and, unless the
+        objective needs no labels, one of LABEL_KEYS, or a single tensor.
     check : callable, optional
         Called with each batch, a tuple of tensors, before it moves to a device. It returns the batch to use, or raises
         InputError.
@@ -417,16 +417,16 @@ def as_tensors(batch):
 
 
 def _entries_of(batch):
-    """Return (images, labels) of a batch that is a dict."""
+    """Return [images, labels] of a batch that is a dict, or [images] if it has no labels."""
     found = [[key for key in keys if key in batch] for keys in (IMAGE_KEYS, LABEL_KEYS)]
-    if [len(keys) for keys in found] != [1, 1]:
+    if len(found[0]) != 1 or len(found[1]) > 1:
         raise InputError(f"a batch is a dict with {', '.join(map(repr, batch)) or 'no entries'}; expected one of "
                          f"{', '.join(map(repr, IMAGE_KEYS))} and one of {', '.join(map(repr, LABEL_KEYS))}, or a "
                          f"tuple (images, labels)")
-    keys = [key for key, in found]
+    keys = [*found[0], *found[1]]
     if others := [key for key in batch if key not in keys]:
-        assume(f"in each batch, {keys[0]!r} holds the images and {keys[1]!r} the labels; not used: "
-               f"{', '.join(map(repr, others))}")
+        labels = f"{keys[1]!r} the labels" if found[1] else "nothing the labels"
+        assume(f"in each batch, {keys[0]!r} holds the images and {labels}; not used: {', '.join(map(repr, others))}")
     return [batch[key] for key in keys]
 
 

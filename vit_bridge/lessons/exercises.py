@@ -1,4 +1,4 @@
-"""Six parts of a ViT to write yourself, checked against our solutions in values and gradients.
+"""Seven parts of a ViT to write yourself, checked against our solutions in values and gradients.
 
     EXERCISES[name]           an Exercise: its level, task, hint, solution and usual mistakes
     write_stub(name, path)    writes the file to fill in
@@ -7,7 +7,8 @@
 The check also computes the usual mistakes: if a student's numbers match one of them, it explains that mistake.
 
 Shapes:  B images, C channels, P patch side, N tokens, n patches, D width, H heads, K width of a head, L blocks,
-         h, w height and width of a map in tokens, W windows, S side of a window, M = S S tokens of a window.
+         h, w height and width of a map in tokens, W windows, S side of a window, M = S S tokens of a window,
+         V visible tokens.
 """
 
 import importlib.util
@@ -301,6 +302,74 @@ def _window_arguments(leaves):
     return x, math.isqrt(len(mixing)), lambda t: mixing.softmax(dim=1) @ t * scales
 
 
+# ---- Masking ----------------------------------------------------------------------------------------------
+
+
+def hide_and_restore(x, noise, n_visible, mask_token, encode):
+    ids_shuffle = noise.argsort(dim=1)  # (B, N), the places in the order of their noise
+    ids_restore = ids_shuffle.argsort(dim=1)  # (B, N), the rank of each place
+    visible = x.take_along_dim(ids_shuffle[:, :n_visible, None], dim=1)  # (B, V, D)
+    hidden = mask_token.expand(len(x), x.shape[1] - n_visible, -1)  # (B, N - V, D)
+    return torch.cat([encode(visible), hidden], dim=1).take_along_dim(ids_restore[:, :, None], dim=1)
+
+
+def _encode_seen(x, seen, mask_token, encode):
+    """Encode the tokens of each image where `seen` (B, N) is True; put them back, and mask_token elsewhere."""
+    return torch.stack([mask_token[0].expand_as(one).masked_scatter(here[:, None], encode(one[None, here])[0])
+                        for one, here in zip(x, seen, strict=True)])
+
+
+def _encode_smallest(x, noise, n, mask_token, encode):
+    """Return the encoded tokens in the order of their noise, then the mask tokens: (B, N, D)."""
+    visible = encode(x.take_along_dim(noise.argsort(dim=1)[:, :n, None], dim=1))
+    return torch.cat([visible, mask_token.expand(len(x), x.shape[1] - n, -1)], dim=1)
+
+
+def _seen(noise, n):
+    """Return where the noise is among the n smallest of its image: bool (B, N, 1)."""
+    return (noise.argsort(dim=1).argsort(dim=1) < n)[:, :, None]
+
+
+MASKING_MISTAKES = (
+    ("the tokens with the largest noise are visible; those with the smallest should be",
+     lambda x, noise, n, m, f: hide_and_restore(x, -noise, n, m, f)),
+    ("the n_visible tokens with the smallest noise are hidden, and the others are visible; it should be the other way",
+     lambda x, noise, n, m, f: hide_and_restore(x, -noise, x.shape[1] - n, m, f)),
+    ("the images hide different numbers of tokens; each should keep the n_visible smallest of its own noise",
+     lambda x, noise, n, m, f: _encode_seen(x, noise <= noise.flatten().kthvalue(len(x) * n).values, m, f)),
+    ("all images hide the same places; each has its own noise",
+     lambda x, noise, n, m, f: hide_and_restore(x, noise[:1].expand_as(noise), n, m, f)),
+    ("the first n_visible tokens are visible; the noise should choose them",
+     lambda x, noise, n, m, f: _encode_seen(x, torch.arange(x.shape[1]).expand_as(noise) < n, m, f)),
+    ("argsort lists the places in the order of their noise; the rank of each place is the argsort of that list",
+     lambda x, noise, n, m, f: _encode_seen(x, noise.argsort(dim=1) < n, m, f)),
+    ("the visible tokens stand first, and the mask tokens last; put every token back in its place", _encode_smallest),
+    ("the tokens are shuffled once more; the inverse of a permutation is its argsort",
+     lambda x, noise, n, m, f: _encode_smallest(x, noise, n, m, f).take_along_dim(noise.argsort(dim=1)[:, :, None], 1)),
+    ("the right places are visible, but their tokens stand in the order of their noise; each should return to its own "
+     "place",
+     lambda x, noise, n, m, f: m.expand_as(x).masked_scatter(_seen(noise, n),
+                                                             _encode_smallest(x, noise, n, m, f)[:, :n])),
+    ("every place holds mask_token; the visible places should hold the encoded tokens",
+     lambda x, noise, n, m, f: 1 * m.expand_as(x)),
+    ("the hidden places hold zeros; they should hold mask_token",
+     lambda x, noise, n, m, f: hide_and_restore(x, noise, n, 0 * m, f)),
+    ("encode is missing: the visible tokens should pass through it",
+     lambda x, noise, n, m, f: hide_and_restore(x, noise, n, m, lambda t: t)),
+    ("encode sees the hidden tokens too; give it only the visible ones",
+     lambda x, noise, n, m, f: torch.where(_seen(noise, n), f(x), m)),
+    ("encode sees the mask tokens too; add them after it",
+     lambda x, noise, n, m, f: f(torch.where(_seen(noise, n), x, m))),
+)
+
+
+def _masking_arguments(leaves):
+    """Return tokens, noise that follows from them, V, a mask token, and attention among any number of tokens."""
+    x, mask_token, keys = leaves
+    return (x, x.detach().sum(dim=2), len(keys), mask_token,
+            lambda t: attention(t @ keys.T @ keys, t, t))  # (B, V, D) -> (B, V, D)
+
+
 EXERCISES = {
     "attention": Exercise(
         "attention", "q, k, v", "medium",
@@ -359,6 +428,18 @@ EXERCISES = {
         ((2, 6, 8, 5, 2), (3, 12, 15, 4, 3), (4, 8, 12, 3, 4)),
         lambda B, h, w, D, S: [(B, h, w, D), (S * S, S * S), (h * w // S**2, 1, 1)], within_windows, WINDOW_MISTAKES,
         _window_arguments),
+    "masking": Exercise(
+        "hide_and_restore", "x, noise, n_visible, mask_token, encode", "medium",
+        "Masking, as in MAE: hide tokens at random, encode the visible ones, and put them back. x is (B, N, D), and "
+        "noise is (B, N). In each image, the n_visible tokens with the smallest noise are visible. encode is a "
+        "function from (B, n_visible, D) to (B, n_visible, D) for which the order of the tokens does not matter, as "
+        "in attention. mask_token is (1, 1, D). Return (B, N, D): each encoded token in the place where it came from, "
+        "and mask_token in every hidden place. See He et al. 2022, Sec. 3.",
+        "noise.argsort(dim=1) lists the places, smallest noise first. Take the first n_visible tokens of this list "
+        "with take_along_dim, encode them, and append mask tokens. The argsort of the list is the rank of each place; "
+        "take the tokens by their ranks to put them back.",
+        ((2, 12, 5, 4), (3, 8, 2, 5), (4, 15, 6, 3)), lambda B, N, V, D: [(B, N, D), (1, 1, D), (V, D)],
+        hide_and_restore, MASKING_MISTAKES, _masking_arguments),
 }
 
 

@@ -287,7 +287,8 @@ def adapt(model):
     """
     model = unwrapped(model)
     if ask(model, "encoder"):
-        raise InputError(f"a {class_name(model)} hides patches and has no head; use its encoder: model.encoder()")
+        raise InputError(f"a {class_name(model)} learns without labels and has no head; use its encoder, "
+                         f"model.encoder(), or train that on classes with `python train_vit.py --pretrained FILE`")
     if is_ours(model):
         return _of_ours(model)
     if make := _maker_for(model):
@@ -709,6 +710,8 @@ def check_has_head(model):
     try:
         headless = not adapt(model).has_head
     except InputError:
+        if is_ours(model):  # it learns without labels
+            raise
         return
     parts = [part for name in HEADS for part in getattr(model, name, torch.nn.Identity()).modules()]
     if headless and all(isinstance(part, torch.nn.Identity | torch.nn.Sequential) for part in parts):

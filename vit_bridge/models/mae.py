@@ -283,13 +283,14 @@ class MAEConfig(ViTConfig):
 
 MaskedAutoencoder.config_class = MAEConfig
 
-# Base and Large have the decoder of the paper. Nano and Tiny are our own, for a laptop.
+# Base, Large and Huge have the decoder of the paper. Nano and Tiny are our own, for a laptop.
 MAE_VARIANTS = {
     "mae_nano": MAEConfig(img_size=32, patch_size=4, embed_dim=96, depth=4, n_heads=3, decoder_dim=64, decoder_depth=2,
                           decoder_heads=2),
     "mae_tiny": MAEConfig(embed_dim=192, depth=12, n_heads=3, decoder_dim=128, decoder_depth=2, decoder_heads=4),
     "mae_base": MAEConfig(embed_dim=768, depth=12, n_heads=12),
     "mae_large": MAEConfig(embed_dim=1024, depth=24, n_heads=16),
+    "mae_huge": MAEConfig(patch_size=14, embed_dim=1280, depth=32, n_heads=16),
 }
 
 
@@ -311,3 +312,8 @@ def create_mae_base(n_classes=0, **overrides):
 def create_mae_large(n_classes=0, **overrides):
     """Build MAE-L/16 for 224 x 224 images: ViT-L/16, and a decoder of 8 blocks with d = 512."""
     return create_variant(MaskedAutoencoder, MAE_VARIANTS["mae_large"], n_classes, overrides)
+
+
+def create_mae_huge(n_classes=0, **overrides):
+    """Build MAE-H/14 for 224 x 224 images: ViT-H/14, and a decoder of 8 blocks with d = 512."""
+    return create_variant(MaskedAutoencoder, MAE_VARIANTS["mae_huge"], n_classes, overrides)

@@ -110,8 +110,9 @@ def layer_groups(model):
     """Return {parameter name: index of its layer}, for layer-wise learning rates.
 
     Parameters of layer i of layers() have the index i. Parameters before the first layer have 0. Parameters after the
-    last layer, such as the last norm, and parameters of the heads have len(layers()). The order of the parameters in
-    the model determines what comes before and after.
+    last layer, such as the last norm or a decoder, and parameters of the heads have len(layers()). The order of the
+    parameters in the model determines what comes before and after, except that the mask token of a model that `masks`
+    belongs to its decoder.
 
     Raises AttributeError for a module without layers().
     """
@@ -119,8 +120,8 @@ def layer_groups(model):
     place = {id(p): i for i, layer in enumerate(layers) for p in layer.parameters()}
     named = list(model.named_parameters())
     last = max((i for i, (_, p) in enumerate(named) if id(p) in place), default=0)
-    heads = ask(model, "head_names")
-    return {name: len(layers) if name.split(".")[0] in heads else place.get(id(p), len(layers) if i > last else 0)
+    late = (*ask(model, "head_names"), *["mask_token"] * ask(model, "masks"))
+    return {name: len(layers) if name.split(".")[0] in late else place.get(id(p), len(layers) if i > last else 0)
             for i, (name, p) in enumerate(named)}
 
 

@@ -48,7 +48,8 @@ MODELS = {
                           ("stem_stride", 1)),
     **{name.replace("vit", "deit"): ModelEntry(DistilledViT, vars(config)) for name, config in VARIANTS.items()
        if name != "vit_large"},
-    **{name: ModelEntry(MaskedAutoencoder, vars(config)) for name, config in MAE_VARIANTS.items()},
+    **{name: ModelEntry(MaskedAutoencoder, vars(config), None if name == "mae_huge" else ModelEntry.scaled)
+       for name, config in MAE_VARIANTS.items()},
     **{name: ModelEntry(BEiT, vars(config)) for name, config in BEIT_VARIANTS.items()},
     **{name: ModelEntry(MaskedTokenModel, vars(config)) for name, config in MASKED_TOKEN_VARIANTS.items()},
     **{name: ModelEntry(SwinTransformer, vars(config), ("patch_size", 2 if name == "swin_nano" else 1))

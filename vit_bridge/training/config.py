@@ -264,6 +264,15 @@ RECIPES = {
         command="python benchmarks/family.py --data-dir CIFAR run",
         expected="75.8% in 5 minutes (three seeds, spread 0.5), 2 cores, float32",
         train=replace(SMALLER_FIRST, learning_rate=8e-3), model="convnext_nano", smallest=16, **FAST),
+    "mae_nano_fast": Recipe(
+        command="python benchmarks/pretraining.py --data-dir CIFAR run",
+        expected="",
+        train=TrainConfig(**FAST_TRAIN), model="mae_nano", model_options=dict(pool="mean", init="mimetic"),
+        **FAST | dict(batch_size=256)),
+    "beit_nano_fast": Recipe(
+        command="python benchmarks/pretraining.py --data-dir CIFAR run",
+        expected="",
+        train=TrainConfig(**FAST_TRAIN), model="beit_nano_pretraining", model_options=dict(init="mimetic"), **FAST),
     "hybrid_fast": Recipe(
         command="python train_vit.py --data-dir CIFAR --minutes 10 --model hybrid",
         expected="83.7% (three seeds, spread 0.3), 2 cores, float32; 86.2% (three seeds, spread 0.2) with AVX512-BF16, "

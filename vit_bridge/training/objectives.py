@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vit_bridge.analysis.cost import count_parameters
+from vit_bridge.data.loaders import LABEL_KEYS
 from vit_bridge.errors import InputError, assume, check_choice
 from vit_bridge.models.adapters import check_has_head, preprocessing_of
 from vit_bridge.models.beit import block_mask
@@ -288,7 +289,8 @@ class Classification(Objective):
         if len(batch) != 2:
             shapes = ", ".join(str(tuple(one.shape)) for one in batch)
             raise InputError(f"a batch has {len(batch)} {'entry' if len(batch) == 1 else 'entries'}, {shapes}; "
-                             f"expected 2, images (B, C, H, W) and labels (B); for other batches write an Objective")
+                             f"expected 2, images (B, C, H, W) and labels (B), in a dict under "
+                             f"{' or '.join(map(repr, LABEL_KEYS))}; for other batches write an Objective")
         images, labels = super().check(batch)[0], self.targets(batch[1])
         if not len(labels) or (self.own_loss and labels.is_floating_point()) or (
                 labels.device.type != "cpu" and self.n_classes is not None):

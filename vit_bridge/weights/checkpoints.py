@@ -181,8 +181,9 @@ def load(name_or_path, n_classes=None, class_names=None, **overrides):
     Raises
     ------
     InputError
-        If a name or field is unknown, if a file cannot be downloaded or read, or if weights and configuration do not
-        match. After a failed download, the message states the URL and where to save the file.
+        If a name or field is unknown, if a file cannot be downloaded or read, if weights and configuration do not
+        match, or if classes are passed for a model that learned without labels. After a failed download, the message
+        states the URL and where to save the file.
 
     Notes
     -----
@@ -213,6 +214,11 @@ def load(name_or_path, n_classes=None, class_names=None, **overrides):
             raise InputError(f"{argument}={value!r} does not match {name}, which has {config[argument]!r}; with these "
                              f"weights you can change only {', '.join(free)} and n_classes")
     model = found.model_class(**config | overrides)
+    if ask(model, "encoder") and not (n_classes is None and class_names is None):
+        classes = f"n_classes={n_classes}" if class_names is None else f"class_names={listed(list(class_names))[1:]}"
+        raise InputError(f"{classes} does not fit {name}, a whole {class_name(model)}, which learned without labels "
+                         f"and has no head; use encoder = load({name!r}).encoder() and fit_head(encoder, classes), or "
+                         f"train it with `python train_vit.py --pretrained {name}`")
     try:
         state, report = _fitted(weights or _read_weights(path), model, found.grid)
     except InputError as error:

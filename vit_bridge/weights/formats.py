@@ -505,6 +505,10 @@ def _refuse_known(names, path):
     for pattern, reason in REFUSED:
         if any(re.search(pattern, name) for name in names):
             raise InputError(f"{path} is {reason}")
+    if {"beit.layernorm.weight", "layernorm.weight", "lm_head.weight"} <= {*names}:
+        raise InputError(f"{path} is a BEiT for masked images with use_mean_pooling=false, which has two norms before "
+                         f"its lm_head, beit.layernorm and layernorm; MaskedTokenModel has one, so use a model with "
+                         f"use_mean_pooling=true")
     if any(re.search(r"attn\.q_bias$|^beit\.|lambda_1$", name) for name in names) and not any(
             name.endswith(TABLE) for name in names):
         raise InputError(f"{path} is a BEiT or EVA without tables of relative positions, which BEiT needs here")
