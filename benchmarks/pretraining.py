@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import family
 import torch
 import torch.nn.functional as F
 from results import HERE, band, write_cell
@@ -49,11 +50,12 @@ SHIPPED = {"mae_nano_cifar10": "MAE, plain pixels"}
 class Start:
     """One way to learn without labels: a recipe, changes to the model, masks, and the start whose features BEiT names.
 
-    speed_of: the start whose speed it has.
+    rate: the learning rate, or None for the recipe's. speed_of: the start whose speed it has.
     """
 
     recipe: str = "mae_nano_fast"
     options: tuple = ()
+    rate: float | None = None
     blocks: bool = False
     teacher: str | None = None
     seeds: tuple = FIRST
@@ -81,6 +83,8 @@ class Arm:
 
 STARTS = {
     "MAE": Start(seeds=SEEDS),
+    "MAE, learning rate 1e-3": Start(rate=1e-3, speed_of="MAE"),
+    "MAE, learning rate 4e-3": Start(rate=4e-3, speed_of="MAE"),
     "MAE, plain pixels": Start(options=(("norm_pix_loss", False),), speed_of="MAE"),
     "MAE, 50% hidden": Start(options=(("mask_ratio", 0.5),)),
     "MAE, 90% hidden": Start(options=(("mask_ratio", 0.9),)),
@@ -90,7 +94,7 @@ STARTS = {
 }
 ARMS = {
     "MAE, fine-tuned": Arm(start="MAE"),
-    "ViT": Arm(),
+    "ViT": Arm(labels=(450, 4_500)),  # with all labels, it is the arm ViT of family.py
     "ViT, 10 minutes more": Arm(added=PRETRAINING, rate_of="ViT", speed_of="ViT"),
     "hybrid": Arm("hybrid_fast", labels=(450, 4_500)),
     "ViT taught by the hybrid": Arm(teacher="hybrid", rate_of="ViT", labels=(450, 4_500)),
@@ -98,7 +102,7 @@ ARMS = {
                                 rate_of="MAE, fine-tuned", labels=(4_500,), seeds=FIRST,
                                 speed_of=None if name == "BEiT, tokens of pixels" else
                                 "BEiT, tokens of pixels, fine-tuned" if name.startswith("BEiT") else "MAE, fine-tuned")
-     for name in STARTS if name != "MAE"}
+     for name, start in STARTS.items() if name != "MAE" and not start.rate}
 
 
 # ---- Models, images and objectives ------------------------------------------------------------------------
@@ -150,7 +154,7 @@ def trainer_of(model, recipe, objective, device):
 def prepare_start(name, loader, seed, device="cpu", teacher=None):
     """Return (recipe, trainer, loader) of a training without labels; BEiT may name tokens of a teacher's features."""
     start = STARTS[name]
-    recipe = tuned(start.recipe, None, start.options)
+    recipe = tuned(start.recipe, start.rate, start.options)
     loader = MemoryLoader(loader.images, loader.labels, replace(loader.info, preprocessing=replace(
         loader.preprocessing, class_names=None)), recipe.batch_size, seed, True, augmentation=recipe.augmentation)
     torch.manual_seed(seed)
@@ -245,7 +249,8 @@ def n_correct(head, x, y):
 def measure_speeds(loader):
     """Return {start or arm: images per second}: medians over rounds in which all take turns.
 
-    A teacher and a pre-trained model are not trained here, which does not change the speed.
+    They are scaled so that the ViT's is the one that family.py measured on an equal machine, because its cells of the
+    ViT with all labels are used here. Teachers and pre-trained models are not trained, which does not change the speed.
     """
     ready = {}
     for name, start in STARTS.items():
@@ -255,14 +260,18 @@ def measure_speeds(loader):
     for name, arm in ARMS.items():
         if not arm.speed_of:
             source = ready[arm.start or arm.teacher][1].model if arm.start or arm.teacher else None
-            ready[name] = prepare_arm(name, loader, 45_000, 0, 1e-6, source=copy.deepcopy(source))
+            source = copy.deepcopy(source)
+            if arm.teacher:
+                source.preprocessing = loader.preprocessing
+            ready[name] = prepare_arm(name, loader, 45_000, 0, 1e-6, source=source)
     speeds = {name: [] for name in ready}
     for i in range(ROUNDS + 1):
         for name, (recipe, trainer, own) in ready.items():
             wanted = 0 if i == 0 else ROUND_SECONDS * speeds[name][0] / recipe.batch_size
             n_steps = 5 * max(1, round(wanted / 5))  # three steps out of five may use smaller images
             speeds[name].append(trainer.train(own, n_steps=n_steps, progress=False)["images_per_second"][0])
-    return {name: round(statistics.median(values[1:]), 1) for name, values in speeds.items()}
+    medians = {name: statistics.median(values[1:]) for name, values in speeds.items()}
+    return {name: round(value * family.speed_of("ViT") / medians["ViT"], 1) for name, value in medians.items()}
 
 
 def speed_of(name):
@@ -326,6 +335,8 @@ def search(name, n_labels):
     """
     rates, owner = list(RATES), ARMS[name].rate_of or name
     n_labels = 45_000 if ARMS[name].teacher else n_labels
+    if (owner, n_labels) == ("ViT", 45_000):
+        return family.chosen_rate("ViT"), []
     while True:
         found = {rate: Cell(owner, 0, n_labels, rate).result for rate in rates}
         if missing := [rate for rate, result in found.items() if result is None]:
@@ -337,16 +348,16 @@ def search(name, n_labels):
 
 
 def wanted_cells():
-    """Yield the cells without a result whose learning rate is known, the most important ones first."""
-    for name, start in STARTS.items():
-        yield from (cell for seed in start.seeds if (cell := Cell(name, seed)).result is None)
+    """List the cells without a result whose learning rate is known: the starts, then the arms, the shortest first."""
+    starts = [Cell(name, seed) for name, start in STARTS.items() for seed in start.seeds]
+    cells = []
     for name, arm in ARMS.items():
         for n_labels in arm.labels:
             rate, missing = search(name, n_labels)
-            if not arm.rate_of:
-                yield from (Cell(name, 0, n_labels, each) for each in missing)
-            cells = [Cell(name, seed, n_labels, rate) for seed in arm.seeds if rate]
-            yield from (cell for cell in cells if "test_acc" not in (cell.result or {}))
+            cells += [Cell(name, 0, n_labels, each) for each in missing if not arm.rate_of]
+            cells += [cell for seed in arm.seeds if rate and "test_acc" not in (
+                (cell := Cell(name, seed, n_labels, rate)).result or {})]
+    return [cell for cell in starts if cell.result is None] + sorted(cells, key=lambda cell: cell.minutes)
 
 
 def run_cell(cell, loaders, work, device):
@@ -406,7 +417,7 @@ def run_job(options, loaders, command):
     torch.backends.cudnn.allow_tf32 = False  # convolutions on a GPU in float32, too
     started = time.perf_counter()
     while time.perf_counter() - started < 60 * options.until:
-        wanted = list(wanted_cells())
+        wanted = wanted_cells()
         cell = next((cell for cell in wanted if is_ready(cell, options) and claim(cell, options.work)), None)
         if cell is None:
             if options.device == "cpu" or not wanted:
@@ -438,6 +449,8 @@ def ship(work, command):
 
 def accuracies(name, n_labels):
     """Return the test accuracies of an arm, or of the linear probe on a start, one for each seed."""
+    if (name, n_labels) == ("ViT", 45_000):
+        return family.accuracies("ViT")
     if name in STARTS:
         results = [Cell(name, seed).result for seed in STARTS[name].seeds]
         return [result["probe"][str(n_labels)]["test_acc"] for result in results if result]
@@ -451,7 +464,7 @@ def draw():
     figure = new_figure(9, 5)
     axes = figure.subplots()
     names = [name for name, arm in ARMS.items() if len(arm.seeds) > 1] + ["MAE"]
-    shown = {name: {n: accuracies(name, n) for n in (MINUTES if name in STARTS else ARMS[name].labels)}
+    shown = {name: {n: accuracies(name, n) for n in MINUTES if name == "MAE" or search(name, n)[0]}
              for name in names}
     shown = {name: {n: values for n, values in found.items() if values} for name, found in shown.items()}
     shown = {name: found for name, found in shown.items() if found}
