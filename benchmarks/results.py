@@ -120,8 +120,9 @@ TABLES = {
                 "weights of twenty random rows, as the page computes them, with the model's own softmax. The second "
                 "is over all rows, as stated on the page",
     "formats": "Checkpoint formats: a model with random weights is saved in its own format and loaded by "
-               "`load_checkpoint`. The table shows the largest difference over all tokens and logits, relative to "
-               "their largest value, in float64 unless the format is float32 (`python benchmarks/formats.py --keep`)",
+               "`load_checkpoint`. The table shows the largest difference over all tokens and logits, or over the loss "
+               "and the predictions of models that hide patches, relative to their largest value, in float64 unless "
+               "the format is float32 (`python benchmarks/formats.py --keep`)",
     "kills": "Runs killed (SIGKILL) at random instants, resumed with `--resume`, and compared with an uninterrupted "
              "run: all tensors of last.pt (weights, averaged weights, optimiser) and best.pt, and the history except "
              "its times (`python benchmarks/kills.py --keep`). A run killed before its first checkpoint starts "

@@ -322,6 +322,7 @@ PAGES["docs/models-and-weights.md"] = Page(
         *((f"`{name}` | `{kind}` | {side} | none | {{:,}} |", parameters("build_model", name=name))
           for name, kind, side in (("mae_nano", "MaskedAutoencoder", 32), ("mae_tiny", "MaskedAutoencoder", 224),
                                    ("mae_base", "MaskedAutoencoder", 224), ("mae_large", "MaskedAutoencoder", 224),
+                                   ("mae_huge", "MaskedAutoencoder", 224),
                                    ("beit_nano_pretraining", "MaskedTokenModel", 32),
                                    ("beit_tiny_pretraining", "MaskedTokenModel", 224),
                                    ("beit_base_pretraining", "MaskedTokenModel", 224))),
