@@ -41,7 +41,7 @@ from tqdm import tqdm
 from visualizations import plot_images, visualize_attention_grid, visualize_reconstruction, visualize_tokens
 from vit_bridge.analysis.cost import count_parameters
 from vit_bridge.analysis.metrics import class_recalls, percent, wilson_interval
-from vit_bridge.analysis.reconstruction import reconstruction_errors
+from vit_bridge.analysis.reconstruction import BORROWED, reconstruction_errors
 from vit_bridge.cli import (
     Bounded,
     HelpFormatter,
@@ -855,6 +855,7 @@ def prepare(options, device, folder=None, lock=None, saved=None):
     if recipe.train.progressive_resize:
         model.any_size = True
     objective = _make_objective(options, recipe, train_loader, teacher, model)
+    objective.check_model(model)  # before the run has a folder
     if saved:
         for change in changes_since(saved, class_names, train_loader.n_images, n_processes(), **files):
             print(f"Warning: {change}.")
@@ -1247,6 +1248,9 @@ def finish_pretraining(run, model, history, result, skipped):
         found = reconstruction_errors(model, images)
         print(f"Mean squared error of hidden pixels, on {counted(len(images), 'validation image')} (pixels from 0 to "
               "1): " + "; ".join(f"{name} {error:.4f}" for name, error in found.items()))
+        if BORROWED in found:
+            print("The model borrows the mean and the contrast of each hidden patch, which it has not seen; compare it "
+                  "with the borrowed mean.")
         figure, file = visualize_reconstruction(model, few), "reconstruction.png"
     else:
         best = objective.best_epoch(history) - 1
@@ -1257,8 +1261,8 @@ def finish_pretraining(run, model, history, result, skipped):
     save_figure(figure, run.folder / file)
     result |= dict(pretraining=found, skipped=len(skipped))
     write_json(result, run.folder / "result.json")  # last, because it marks the run as complete
-    print(f"Results: {run.folder}/. To use what it learned: "
-          f"{command('--pretrained', run.folder / BEST, '--data-dir', 'LABELLED')}")
+    advice = command("--pretrained", run.folder / BEST, "--data-dir", "LABELLED")
+    print(f"Results: {run.folder}/" + ("" if run.options.dry_run else f". To use what it learned: {advice}"))
     return result
 
 
@@ -1270,8 +1274,11 @@ def _skipped_by_all(*loaders):
 
 def _spread_images(loader, n_images):
     """Return up to n_images images (B, C, H, W), spread over the set, because folders are read class by class."""
-    apart = max(1, len(loader) * loader.batch_size // n_images)
-    return torch.cat([images[::apart] for images, _ in loader])[:n_images]
+    kept, n_before, apart = [], 0, math.ceil(loader.n_images / n_images)
+    for images, _ in loader:
+        kept.append(images[-n_before % apart::apart])
+        n_before += len(images)
+    return torch.cat(kept)
 
 
 def _training_result(run, history, seconds):
@@ -1387,7 +1394,8 @@ def make_parser():
     group.add_argument("--pretrain", choices=tuple(filter(None, USUAL_MODELS)), help="learn without labels, by "
                        "reconstructing hidden patches; any folder of images will do (default: learn from labels)")
     group.add_argument("--model", metavar="NAME", help="model to train from new weights; all are listed below "
-                       "(default: vit_nano for images up to 64 pixels, otherwise vit_tiny)")
+                       "(default: vit_nano for images up to 64 pixels, otherwise vit_tiny; with --pretrain, the model "
+                       "of that size for it)")
     length = group.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=positive(), metavar="M", help="length in minutes, converted to steps by "
                         "measuring the speed first (default: 2; with --freeze-backbone, 100 epochs)")
@@ -1453,8 +1461,9 @@ def make_parser():
                        "learning rate as a fraction of the next layer's, such as 0.75 for fine-tuning (default: 1)")
 
     group = parser.add_argument_group("loss and regularisation")
-    group.add_argument("--teacher", type=_located, metavar="NAME|PATH", help="learn from this trained model too, which "
-                       "must know the classes: a checkpoint, or a name that `inspect` lists (default: labels alone)")
+    group.add_argument("--teacher", type=_located, metavar="NAME|PATH", help="learn from this trained model too: a "
+                       "checkpoint, or a name that `inspect` lists. With labels it must know the classes; with "
+                       "--pretrain beit the tokens come from its features (default: none)")
     group.add_argument("--distillation", choices=tuple(DISTILLATIONS), help="what to learn from the teacher: the class "
                        f"that it predicts, or its probabilities (default: {DEFAULT_DISTILLATION})")
     group.add_argument("--class-weights", action="store_true", help="give every class the same weight in the loss, and "

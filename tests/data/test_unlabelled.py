@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from vit_bridge.data.loaders import get_unlabelled_loaders
-from vit_bridge.errors import InputError
+from vit_bridge.errors import Assumption, InputError
 
 
 def fill(folder, names, side=12):
@@ -50,6 +50,37 @@ def test_test_images_are_never_used(tmp_path, folders):
         assert (train, val) == ([f"train/x{i}" for i in range(4)], [f"val/x{i}" for i in range(4)])
     if folders == ("valid",):
         assert (train, val) == (["loose0", "loose1", "loose2"], [f"valid/x{i}" for i in range(4)])
+
+
+@pytest.mark.parametrize(("files", "said"), [
+    (["train/a", "train/b", "val/c", "test/d", "more/e", "f"],
+     r"more/, test/ and 1 image outside train/; learning without labels uses train/ and val/ alone"),
+    (["a", "b", "validation/c", "test/d"], r"test/; learning without labels uses all images outside test/")])
+def test_images_that_are_not_used_are_named(tmp_path, files, said):
+    fill(tmp_path, files)
+    with pytest.warns(Assumption, match=rf"\Anot used in [^\n]*: {said}\Z"):
+        train, val = files_of(get_unlabelled_loaders(tmp_path, img_size=12), tmp_path)
+    assert (train, val) == ([name for name in files if name[:5] in ("a", "b", "train")], [files[2]])
+
+
+@pytest.mark.parametrize("files", [["a", "deep/b", "c"], ["train/a", "train/b", "val/c"]])
+def test_nothing_is_said_if_all_images_are_used(tmp_path, files):
+    fill(tmp_path, files)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Assumption)
+        get_unlabelled_loaders(tmp_path, img_size=12)
+
+
+def test_an_absent_folder_is_refused_without_advice_on_classes(tmp_path):
+    with pytest.raises(InputError, match=r"\Athere is no data folder '[^\n]*absent'; use a folder of images\Z"):
+        get_unlabelled_loaders(tmp_path / "absent")
+
+
+def test_the_drawn_shapes_are_named_if_there_is_no_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    get_unlabelled_loaders(img_size=8, n_images=20)
+    assert "There is no ./data: using the built-in drawn shapes. For other data, set data_dir (a folder of images)" in \
+        capsys.readouterr().out
 
 
 def test_too_few_images_are_refused_in_one_line(tmp_path):

@@ -468,6 +468,14 @@ def test_mae_refuses_bad_images_and_noise_in_one_line(options, images, noise, wo
         model(torch.randn(images), None if noise is None else torch.rand(noise))
 
 
+def test_a_mask_ratio_of_0_is_refused_and_not_replaced_by_the_default():
+    model = small()
+    for mask in (model, model.reconstruct):
+        with pytest.raises(InputError, match=r"\Amask_ratio 0 leaves 15 of 15 patches visible[^\n]*\Z"):
+            mask(images_for(model), mask_ratio=0)
+    assert model(images_for(model), mask_ratio=0.5)[2].sum() == 3 * 8
+
+
 def test_create_mae_refuses_unknown_arguments_in_one_line():
     with pytest.raises(InputError, match=r"\Aargument 'decoder_dpeth' is unknown[^\n]*\Z"):
         mae_nano(decoder_dpeth=2)

@@ -1,6 +1,7 @@
 """python train_vit.py --pretrain: labels are ignored, a run resumes exactly, and its encoder can be fine-tuned."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +9,10 @@ import torch
 from command_runs import PowerCut, at_step, cut, make_folder, run, tensors_in, train
 
 import train_vit
-from train_vit import USUAL_MODELS, Trainer
-from vit_bridge.models.beit import BEiT, MaskedTokenModel
+from train_vit import USUAL_MODELS, Trainer, main
+from vit_bridge.models.beit import MASKED_TOKEN_VARIANTS, BEiT, MaskedTokenModel
 from vit_bridge.models.mae import MaskedAutoencoder
-from vit_bridge.models.registry import build_model
+from vit_bridge.models.registry import MODELS, build_model
 from vit_bridge.preprocessing import Preprocessing
 from vit_bridge.weights.checkpoints import load, read_checkpoint, save_model
 from vit_bridge.weights.heads import fit_head
@@ -134,7 +135,7 @@ def test_contradictory_options_are_refused_in_one_line(words, expected, capsys):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize(("n", "expected"), [(0, "has 0 images"), (1, "has 1 image ("), (None, "there is no data")])
+@pytest.mark.parametrize(("n", "expected"), [(0, "has 0 images"), (1, "has 1 image ("), (None, "; use a folder of images\n")])
 def test_too_few_images_are_refused_in_one_line(n, expected, tmp_path, capsys):
     if n is not None:
         make_folder(tmp_path / "photos", 32, classes=("red",)[:n], n=1)
@@ -143,6 +144,45 @@ def test_too_few_images_are_refused_in_one_line(n, expected, tmp_path, capsys):
     assert code == 2
     assert expected in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_too_few_patches_are_refused_before_the_run_has_a_folder(kind, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(MODELS, USUAL_MODELS["beit"][0], replace(  # 24 photographs of one patch
+        MODELS[USUAL_MODELS["beit"][0]], arguments=vars(MASKED_TOKEN_VARIANTS[USUAL_MODELS["beit"][0]])
+        | dict(n_tokens=2)))
+    before = sorted(tmp_path.rglob("*"))
+    code, error = run(["--pretrain", kind, "--data-dir", photos, "--steps", 1, "--patch-size", 32], capsys)
+    assert code == 2
+    assert {"mae": "0 of 1 patches visible", "beit": "1 of 1 patches leaves none visible"}[kind] in error
+    assert "smaller patches" in error
+    assert error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_dry_run_does_not_advise_to_use_its_model(keep, photos, tmp_path, capsys):
+    words = ["--output-dir", tmp_path / "run"] if keep else []
+    main([str(word) for word in ["--pretrain", "mae", "--data-dir", photos, "--dry-run", *words]])
+    said = capsys.readouterr().out
+    assert "--pretrained" not in said
+    assert ("its files were deleted" in said) is not keep
+    assert "Mean squared error of hidden pixels" in said
+    assert "The model borrows the mean and the contrast of each hidden patch" in said  # mae_nano normalises
+
+
+@pytest.mark.parametrize(("n", "batch", "wanted"), [(100, 7, 10), (95, 32, 10), (9, 4, 10), (64, 64, 1), (50, 8, 49)])
+def test_images_to_reconstruct_are_spread_over_the_whole_set(n, batch, wanted):
+    class Numbers(list):
+        n_images = n
+
+    loader = Numbers((images, None) for images in torch.arange(n)[:, None].split(batch))
+    numbers = train_vit._spread_images(loader, wanted)[:, 0]
+    assert 0 < len(numbers) <= wanted
+    apart = numbers.diff().unique()
+    assert len(apart) <= 1
+    assert n - 1 - numbers[-1] < (apart.item() if len(apart) else n)
 
 
 def test_unreadable_files_are_refused_or_reported(photos, tmp_path, capsys):

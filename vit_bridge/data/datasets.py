@@ -33,7 +33,7 @@ from vit_bridge.data.files import (
 )
 from vit_bridge.data.images import FILE_CHANNELS, grey, open_header, open_or_skip
 from vit_bridge.data.shapes import SHAPES, TEST_START, make_shapes
-from vit_bridge.errors import InputError, check_choice, check_int
+from vit_bridge.errors import InputError, assume, check_choice, check_int, join_words
 from vit_bridge.preprocessing import NORMALISATION, SMALL_SIDE, FitSize, Preprocessing
 from vit_bridge.weights.heads import listed
 from vit_model import pair
@@ -170,21 +170,22 @@ def read_training_folder(folder, img_size, preprocessing, skip_corrupt, in_chann
 def unlabelled_files(data_dir):
     """Return (training images, validation images or []) of a folder, whatever folders they are in.
 
-    With train/, they are those of train/ and val/. Without it, they are all images outside val/ and test/.
+    With train/, they are those of train/ and val/. Without it, they are all images outside val/ and test/. Warns about
+    folders and images that are not used.
 
     Raises
     ------
     InputError
-        If there are fewer than 2 training images.
+        If the folder does not exist, or if there are fewer than 2 training images.
     """
-    root = existing_folder(data_dir)
-    parts = [first_folder(root, names) for names in (("train",), VALIDATION_FOLDERS, ("test",))]
-    train, val, test = parts
+    root = existing_folder(data_dir, "a folder of images")
+    train, val, test = (first_folder(root, names) for names in (("train",), VALIDATION_FOLDERS, ("test",)))
     finder = ImageFinder([train or root, *([val] if val else [])])
     found = [finder.find(folder) if folder else Found() for folder in (train or root, val)]
     if not train:
         apart = tuple(f"{folder}{os.sep}" for folder in (val, test) if folder)
         found[0].files = [file for file in found[0].files if not file.startswith(apart)]
+    _tell_unused(root, train, val, test)
     for each, folder in zip(found, (train or root, val), strict=True):
         each.tell(folder)
     if len(found[0].files) < 2:
@@ -192,6 +193,20 @@ def unlabelled_files(data_dir):
         raise InputError(f"{str(train or root)!r} has {n} image{'s' * (n != 1)} ({SOME_FORMATS}); at least 2 are "
                          f"needed, one of them for validation")
     return found[0].files, found[1].files
+
+
+def _tell_unused(root, train, val, test):
+    """Warn about folders and images of root that learning without labels does not use."""
+    used = {folder.name for folder in (train, val) if folder}
+    others = [entry for entry in list_folder(root) if entry.name not in {*used, *SYSTEM_FOLDERS}] if train else []
+    unused = [f"{entry.name}/" for entry in others if os.path.isdir(entry.path)]
+    n_images = sum(entry.name.lower().endswith(image_endings()) for entry in others if entry.is_file())
+    if not train and test:
+        unused = [f"{test.name}/"]
+    if unused or n_images:
+        unused += [f"{n_images:,} image{'s' * (n_images != 1)} outside train/"] * bool(n_images)
+        assume(f"not used in {str(root)!r}: {join_words(unused)}; learning without labels uses "
+               f"{'train/ and val/ alone' if train else 'all images outside test/'}")
 
 
 def _parent_set(folder):
@@ -334,12 +349,11 @@ class FolderSet:
         return self
 
 
-def existing_folder(data_dir):
-    """Return data_dir as a Path; raise InputError if it is not a folder."""
+def existing_folder(data_dir, needed="a folder that contains a folder of images for each class"):
+    """Return data_dir as a Path; raise InputError, which says what is needed, if it is not a folder."""
     root = Path(data_dir).expanduser()
     if not root.is_dir():
-        raise InputError(f"there is no data folder {str(data_dir)!r}; use a folder that contains a folder of images "
-                         f"for each class")
+        raise InputError(f"there is no data folder {str(data_dir)!r}; use {needed}")
     return root
 
 

@@ -104,8 +104,7 @@ def get_data_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, da
     check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images, in_channels)
     name = choose_set(data_dir, dataset, n_images)
     if name == "shapes" and dataset == "auto":
-        print(f"There is no {data_dir}: using the built-in drawn shapes. For other data, set data_dir (a folder that "
-              f"contains a folder of images for each class) or dataset ({', '.join(TORCHVISION_SETS)}).")
+        _tell_shapes(data_dir, "a folder that contains a folder of images for each class")
     if name != "folder":
         images, labels, info = read_memory_set(name, data_dir, img_size, n_images, preprocessing, True, in_channels)
         train, val = stratified_cut(labels, val_fraction, seed)
@@ -144,6 +143,8 @@ def get_unlabelled_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=2
     """
     check_arguments(batch_size, img_size, val_fraction, seed, workers, n_images, in_channels)
     name = choose_set(data_dir, dataset, n_images)
+    if name == "shapes" and dataset == "auto":
+        _tell_shapes(data_dir, "a folder of images")
     if name != "folder":
         images, _, info = read_memory_set(name, data_dir, img_size, n_images, preprocessing, True, in_channels)
         info = replace(info, preprocessing=replace(info.preprocessing, class_names=None))
@@ -159,6 +160,12 @@ def get_unlabelled_loaders(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=2
     return tuple(_folder_loader(files, torch.zeros(len(files), dtype=torch.long), info, batch_size, seed, workers,
                                 skip_corrupt, training, augmentation)
                  for files, training in ((train_files, True), (val_files, False)))
+
+
+def _tell_shapes(data_dir, needed):
+    """Print that the drawn shapes are used because the default folder does not exist."""
+    print(f"There is no {data_dir}: using the built-in drawn shapes. For other data, set data_dir ({needed}) or "
+          f"dataset ({', '.join(TORCHVISION_SETS)}).")
 
 
 def get_test_loader(data_dir=DEFAULT_DATA_DIR, batch_size=128, img_size=224, dataset="auto", val_fraction=0.1,

@@ -18,14 +18,13 @@ Shapes:  B images, C channels, N patches, h, w height and width of the grid of p
 """
 
 import math
-import re
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from vit_bridge.errors import InputError, check_choice, check_int
-from vit_bridge.models.protocol import create_variant
+from vit_bridge.models.protocol import copy_part, create_variant, refuse_fields
 from vit_bridge.models.relative import BiasTable, RelativeAttention, resize_table
 from vit_model import VisionTransformer, ViTConfig
 
@@ -80,13 +79,9 @@ class BEiT(VisionTransformer):
         """The tables, as in the paper's code."""
         return tuple(name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table"))
 
-    @property
-    def any_size(self):
-        """False: the tables fit one grid. resize_positions changes it."""
-        return False
-
-    @any_size.setter
+    @VisionTransformer.any_size.setter
     def any_size(self, value):
+        """Stay False: the tables fit one grid of patches. resize_positions changes it."""
         if value:
             raise InputError("any_size True does not fit a BEiT, whose tables of relative positions fit one grid of "
                              "patches; change the model's size with resize_positions(model, img_size)")
@@ -115,8 +110,7 @@ class BEiTConfig(ViTConfig):
     def __post_init__(self):
         super().__post_init__()
         check_choice("shared_bias", self.shared_bias, (False, True))
-        if self.qk_norm:
-            raise InputError("qk_norm True does not fit a BEiT, whose attention has no such norms; leave it out")
+        refuse_fields(self, ("qk_norm",), "a BEiT, whose attention has no such norms; leave it out")
 
 
 BEiT.config_class = BEiTConfig
@@ -177,14 +171,11 @@ class MaskedTokenModel(BEiT):
         As in the paper, it starts from the shared table (Sec. 2.6). Its last norm, which stood before the mean, comes
         after it: fc_norm. fit_head(model, classes) adds a head.
         """
-        fields = {name: getattr(self.config, name) for name in BEiTConfig.__dataclass_fields__}
-        beit = BEiT(**fields | dict(fc_norm=True, shared_bias=False)).to(self.cls_token)
         tensors = self.state_dict()
-        tensors = copy_shared_table(tensors, self.config.depth) if self.config.shared_bias else tensors
-        tensors = {re.sub(r"^norm\.", "fc_norm.", name): tensor for name, tensor in tensors.items()}
-        beit.load_state_dict({name: tensors[name] for name in beit.state_dict()})
-        beit.preprocessing = self.preprocessing
-        return beit.train(self.training)
+        if self.config.shared_bias:
+            tensors = copy_shared_table(tensors, self.config.depth)
+        tensors |= {f"fc_norm.{name}": tensor for name, tensor in self.norm.state_dict().items()}
+        return copy_part(self, BEiT, tensors, fc_norm=True, shared_bias=False)
 
     @property
     def n_tokens(self):
@@ -213,10 +204,8 @@ class MaskedTokenConfig(BEiTConfig):
     def __post_init__(self):
         super().__post_init__()
         check_int("n_tokens", self.n_tokens, 2)
-        for name in ("n_classes", "fc_norm"):
-            if getattr(self, name):
-                raise InputError(f"{name} {getattr(self, name)} does not fit a MaskedTokenModel, which predicts the "
-                                 f"tokens of patches; leave it out, or use a BEiT")
+        refuse_fields(self, ("n_classes", "fc_norm"), "a MaskedTokenModel, which predicts the tokens of patches; leave "
+                      "it out, or use a BEiT")
 
 
 MaskedTokenModel.config_class = MaskedTokenConfig
@@ -260,8 +249,8 @@ def block_mask(grid_size, n_hidden, generator=None):
     (h, w), n_patches = grid_size, grid_size[0] * grid_size[1]
     check_int("n_hidden", n_hidden, 1)
     if n_hidden >= n_patches:
-        raise InputError(f"n_hidden {n_hidden} of {n_patches} patches leaves none visible; expected at most "
-                         f"{n_patches - 1}")
+        raise InputError(f"n_hidden {n_hidden} of {n_patches} patches leaves none visible; hide fewer, or use "
+                         f"smaller patches")
     hidden, least = set(), 16 * n_patches / 196  # places in the grid, counted row by row
     while missing := n_hidden - len(hidden):
         draws = torch.rand(4, dtype=torch.float64, generator=generator).tolist()

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vit_bridge.errors import InputError, check_choice, check_int
-from vit_bridge.models.protocol import create_variant
+from vit_bridge.models.protocol import copy_part, create_variant, refuse_fields
 from vit_model import TransformerBlock, VisionTransformer, ViTConfig, check_rate, grid_of, sincos_positions
 
 
@@ -90,7 +90,8 @@ class MaskedAutoencoder(VisionTransformer):
         """
         T, patch_size = self.n_prefix_tokens, self.patch_embed.patch_size
         x = self.dropout(self.add_prefix(self.patch_embed(images), images.shape[2:]))  # (B, T + N, D)
-        visible, mask, ids_restore = random_masking(x[:, T:], mask_ratio or self.config.mask_ratio, noise)
+        mask_ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
+        visible, mask, ids_restore = random_masking(x[:, T:], mask_ratio, noise)
         x = self.encode(torch.cat([x[:, :T], visible], dim=1))  # (B, T + n, D)
         prediction = self.decode(x, ids_restore, grid_of(tuple(images.shape[2:]), patch_size))  # (B, N, P P C)
         patches = patchify(images, patch_size)  # (B, N, P P C)
@@ -141,10 +142,7 @@ class MaskedAutoencoder(VisionTransformer):
 
     def encoder(self):
         """Return a copy of the encoder, a VisionTransformer without a head; fit_head(model, classes) adds one."""
-        vit = VisionTransformer(**{name: getattr(self.config, name) for name in ViTConfig.__dataclass_fields__})
-        vit.to(self.cls_token).load_state_dict({name: self.state_dict()[name] for name in vit.state_dict()})
-        vit.preprocessing, vit.any_size = self.preprocessing, self.any_size
-        return vit.train(self.training)
+        return copy_part(self, VisionTransformer, self.state_dict())
 
     def decoder_positions(self, grid_size):
         """Return the decoder's positions for a grid, (1, T + N, d)."""
@@ -272,10 +270,8 @@ class MAEConfig(ViTConfig):
             check_int(name, getattr(self, name), 1)
         check_choice("norm_pix_loss", self.norm_pix_loss, (True, False))
         check_rate("mask_ratio", self.mask_ratio)
-        for name in ("n_classes", "fc_norm"):
-            if getattr(self, name):
-                raise InputError(f"{name} {getattr(self, name)!r} does not fit a MaskedAutoencoder, which has no head; "
-                                 f"leave it out, or use a VisionTransformer")
+        refuse_fields(self, ("n_classes", "fc_norm"), "a MaskedAutoencoder, which has no head; leave it out, or use a "
+                      "VisionTransformer")
         if self.decoder_dim % self.decoder_heads or self.decoder_dim % 4:
             raise InputError(f"decoder_dim {self.decoder_dim} is not divisible by decoder_heads {self.decoder_heads} "
                              f"and by 4, which fixed positions need; choose a multiple of both")

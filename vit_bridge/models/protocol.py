@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from vit_bridge.errors import check_choice
+from vit_bridge.errors import InputError, check_choice
 
 
 class ImageModel(nn.Module):
@@ -130,6 +130,26 @@ def check_arguments(model_class, arguments):
     for argument in arguments:
         config_class = model_class.config_class
         check_choice("argument", argument, tuple(config_class.__dataclass_fields__), f"help({config_class.__name__})")
+
+
+def refuse_fields(config, names, reason):
+    """Raise InputError if one of these fields of a configuration is set. The message ends with the reason."""
+    for name in names:
+        if getattr(config, name):
+            raise InputError(f"{name} {getattr(config, name)!r} does not fit {reason}")
+
+
+def copy_part(model, part_class, tensors, **fields):
+    """Return a copy of a part of a model, such as its encoder, as a model of its own.
+
+    part_class: its class. It gets those values of the model's configuration that it has fields for, unless `fields`
+    has others. tensors: {name: tensor}, which may contain more than the part needs.
+    """
+    config = {name: getattr(model.config, name) for name in part_class.config_class.__dataclass_fields__}
+    part = part_class(**config | fields).to(next(model.parameters()))  # its device and dtype
+    part.load_state_dict({name: tensors[name] for name in part.state_dict()})
+    part.preprocessing, part.any_size = model.preprocessing, model.any_size
+    return part.train(model.training)
 
 
 def create_variant(model_class, config, n_classes, overrides):

@@ -21,6 +21,7 @@ from vit_bridge.data.loaders import LABEL_KEYS
 from vit_bridge.errors import InputError, assume, check_choice
 from vit_bridge.models.adapters import check_has_head, preprocessing_of
 from vit_bridge.models.beit import block_mask
+from vit_bridge.models.mae import random_masking
 from vit_bridge.models.protocol import ask, class_name
 from vit_bridge.preprocessing import describe_size
 from vit_bridge.runtime import at_least_float32, device_of, dtype_of, logits_of, unwrapped
@@ -667,12 +668,13 @@ class MaskedPixels(Objective):
         return noise.to(images.device)
 
     def check_model(self, model):
-        """Raise InputError if the model does not hide patches."""
+        """Raise InputError if the model does not hide patches, or has too few to hide some and leave some."""
         model = unwrapped(model)
         if not ask(model, "masks"):
             raise InputError(f"a {class_name(model)} hides no patches; for MaskedPixels expected a MaskedAutoencoder, "
                              f"such as build_model('mae_nano')")
-        self.patch_size = model.patch_embed.patch_size
+        self.patch_size, n_patches = model.patch_embed.patch_size, model.patch_embed.n_patches
+        random_masking(torch.zeros(1, n_patches, 1), model.config.mask_ratio, torch.zeros(1, n_patches))
 
 
 class MaskedTokens(Objective):
@@ -705,7 +707,7 @@ class MaskedTokens(Objective):
         self.tokenizer, self.ratio = tokenizer, ratio
 
     def forward(self, model, batch, metrics=None):
-        """Return the mean loss of a batch, whose images come first."""
+        """Return the mean loss of a batch whose first entry is the images."""
         images = batch[0]
         ids = self.tokenizer(images)  # (B, N)
         mask = self.hide(images, 0 if metrics is None else metrics.n)  # (B, N), on the CPU
@@ -728,17 +730,21 @@ class MaskedTokens(Objective):
         its mask; n_before images come before these.
         """
         grid = grid_of(tuple(images.shape[2:]), self.tokenizer.patch_size)
-        n_hidden = max(1, round(self.ratio * grid[0] * grid[1]))
         generators = [None if self.training else torch.Generator().manual_seed(n_before + i)
                       for i in range(len(images))]
-        return torch.stack([block_mask(grid, n_hidden, generator).flatten() for generator in generators])
+        return torch.stack([self.mask(grid, generator).flatten() for generator in generators])
+
+    def mask(self, grid, generator=None):
+        """Return which patches of one image are hidden, bool (rows, columns)."""
+        return block_mask(grid, max(1, round(self.ratio * grid[0] * grid[1])), generator)
 
     def check_model(self, model):
-        """Raise InputError unless the model predicts the tokenizer's tokens."""
-        n_tokens, wanted = ask(unwrapped(model), "n_tokens"), self.tokenizer.n_tokens
-        if n_tokens != wanted:
-            raise InputError(f"a {class_name(unwrapped(model))} that predicts {n_tokens} tokens does not fit a "
+        """Raise InputError unless the model predicts the tokenizer's tokens and has patches to hide and to leave."""
+        model, wanted = unwrapped(model), self.tokenizer.n_tokens
+        if ask(model, "n_tokens") != wanted:
+            raise InputError(f"a {class_name(model)} that predicts {ask(model, 'n_tokens')} tokens does not fit a "
                              f"tokenizer of {wanted}; use MaskedTokenModel(..., n_tokens={wanted})")
+        self.mask(model.patch_embed.grid_size, torch.Generator())
 
     def new_metrics(self, device, skip_nonfinite=False):
         """Return empty TokenMetrics."""
@@ -746,7 +752,7 @@ class MaskedTokens(Objective):
 
 
 class TokenMetrics(Metrics):
-    """Metrics of the loss and the accuracy on hidden patches, and in sums["tokens"] (K) of their tokens."""
+    """Metrics of hidden patches: the loss, the accuracy, and in sums["tokens"] (K) how often each token occurs."""
 
     def update(self, n, loss, logits, ids):
         """Add n images: their mean loss, and the logits (m, K) and the tokens (m) of their hidden patches."""

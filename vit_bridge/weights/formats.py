@@ -76,17 +76,25 @@ MASK = (r"(.*\.)?mask_token", "the token for masked patches in pretraining")
 INDEX = (r".*\.relative_position_index", "the row of the table for two positions, which the model computes")
 ROOT = r"(?:vit|deit|dinov2|dinov2_with_registers|beit)?\.?"
 BLOCK = ROOT + r"(?:encoder\.)?layers?\.(\d+)\."
+
+
+def _names_of_blocks(block, ours):
+    """Return transformers' names of a block's layers, and ours; `block` is the pattern of the part with its number."""
+    return (
+        (block + r"(?:layernorm_before|norm1)\.(\w+)", ours + r".\1.norm1.\2"),
+        (block + r"(?:layernorm_after|norm2)\.(\w+)", ours + r".\1.norm2.\2"),
+        (block + r"attention\.(?:attention\.)?(q|k|v)(?:uery|ey|alue|_proj)\.(\w+)", ours + r".\1.attn.\2.\3"),
+        (block + r"attention\.(?:output\.dense|o_proj)\.(\w+)", ours + r".\1.attn.proj.\2"),
+        (block + r"(?:intermediate\.dense|mlp\.fc1)\.(\w+)", ours + r".\1.mlp.fc1.\2"),
+        (block + r"(?:output\.dense|mlp\.fc2)\.(\w+)", ours + r".\1.mlp.fc2.\2"))
+
+
 TRANSFORMERS_NAMES = (
     (ROOT + r"embeddings\.cls_token", "cls_token"),
     (ROOT + r"embeddings\.(?:register_tokens|distillation_token)", "reg_token"),
     (ROOT + r"embeddings\.position_embeddings", "pos_embed"),
     (ROOT + r"embeddings\.patch_embeddings\.projection\.(\w+)", r"patch_embed.proj.\1"),
-    (BLOCK + r"(?:layernorm_before|norm1)\.(\w+)", r"blocks.\1.norm1.\2"),
-    (BLOCK + r"(?:layernorm_after|norm2)\.(\w+)", r"blocks.\1.norm2.\2"),
-    (BLOCK + r"attention\.(?:attention\.)?(q|k|v)(?:uery|ey|alue|_proj)\.(\w+)", r"blocks.\1.attn.\2.\3"),
-    (BLOCK + r"attention\.(?:output\.dense|o_proj)\.(\w+)", r"blocks.\1.attn.proj.\2"),
-    (BLOCK + r"(?:intermediate\.dense|mlp\.fc1)\.(\w+)", r"blocks.\1.mlp.fc1.\2"),
-    (BLOCK + r"(?:output\.dense|mlp\.fc2)\.(\w+)", r"blocks.\1.mlp.fc2.\2"),
+    *_names_of_blocks(BLOCK, "blocks"),
     (BLOCK + r"layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
     (ROOT + r"layernorm\.(\w+)", r"norm.\1"),
     (r"classifier\.(\w+)", r"head.\1"),
@@ -110,12 +118,7 @@ DISTILLED_NAMES = (
 # Names of MAE's decoder, which has blocks of its own. The files of transformers 5 have decoder_encoder.layer.
 DECODER = r"decoder\.decoder_(?:layers|encoder\.layer)\.(\d+)\."
 MAE_NAMES = (
-    (DECODER + r"layernorm_before\.(\w+)", r"decoder_blocks.\1.norm1.\2"),
-    (DECODER + r"layernorm_after\.(\w+)", r"decoder_blocks.\1.norm2.\2"),
-    (DECODER + r"attention\.(?:attention\.)?(q|k|v)(?:uery|ey|alue|_proj)\.(\w+)", r"decoder_blocks.\1.attn.\2.\3"),
-    (DECODER + r"attention\.(?:output\.dense|o_proj)\.(\w+)", r"decoder_blocks.\1.attn.proj.\2"),
-    (DECODER + r"(?:intermediate\.dense|mlp\.fc1)\.(\w+)", r"decoder_blocks.\1.mlp.fc1.\2"),
-    (DECODER + r"(?:output\.dense|mlp\.fc2)\.(\w+)", r"decoder_blocks.\1.mlp.fc2.\2"),
+    *_names_of_blocks(DECODER, "decoder_blocks"),
     (r"decoder\.(mask_token|decoder_(?:embed|pos_embed|norm|pred).*)", r"\1"),
     *TRANSFORMERS_NAMES,
 )
