@@ -135,7 +135,8 @@ def test_contradictory_options_are_refused_in_one_line(words, expected, capsys):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize(("n", "expected"), [(0, "has 0 images"), (1, "has 1 image ("), (None, "; use a folder of images\n")])
+@pytest.mark.parametrize(("n", "expected"), [(0, "has 0 images"), (1, "has 1 image ("),
+                                             (None, "; use a folder of images\n")])
 def test_too_few_images_are_refused_in_one_line(n, expected, tmp_path, capsys):
     if n is not None:
         make_folder(tmp_path / "photos", 32, classes=("red",)[:n], n=1)
