@@ -144,9 +144,9 @@ class MaskedTokenModel(BEiT):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        c = self.config
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
-        self.lm_head = nn.Linear(c.embed_dim, c.n_tokens)
+        D, self.n_tokens = self.config.embed_dim, self.config.n_tokens
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.lm_head = nn.Linear(D, self.n_tokens)
         nn.init.normal_(self.mask_token, std=0.02)
         nn.init.xavier_uniform_(self.lm_head.weight)
         nn.init.zeros_(self.lm_head.bias)
@@ -176,11 +176,6 @@ class MaskedTokenModel(BEiT):
             tensors = copy_shared_table(tensors, self.config.depth)
         tensors |= {f"fc_norm.{name}": tensor for name, tensor in self.norm.state_dict().items()}
         return copy_part(self, BEiT, tensors, fc_norm=True, shared_bias=False)
-
-    @property
-    def n_tokens(self):
-        """K, the number of tokens that it predicts."""
-        return self.config.n_tokens
 
 
 @dataclass(frozen=True)
