@@ -28,6 +28,7 @@ from other_models import (
     torchvision_vit,
 )
 from PIL import Image
+from timm.models.beit import Block as BeitBlock
 from timm.models.vision_transformer import Block, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
 from torch import nn
 
@@ -35,10 +36,12 @@ import visualizations as v
 from vit_bridge.analysis.capture import capture
 from vit_bridge.analysis.explanations import explain, relevance_gained, rollout
 from vit_bridge.analysis.selfcheck import selfcheck
+from vit_bridge.analysis.similarity import layer_similarity
 from vit_bridge.data.images import prepare_image
 from vit_bridge.errors import Assumption
 from vit_bridge.models.adapters import adapt, reading_weights
 from vit_bridge.models.hybrid import HybridCNNViT
+from vit_bridge.plots.look import draw_look, look
 from vit_bridge.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from vit_bridge.runtime import unwrapped
 from vit_bridge.weights.checkpoints import load
@@ -60,9 +63,10 @@ def own_maps(model, images):
     if isinstance(model, transformers.PreTrainedModel):
         model.set_attn_implementation("eager")
         return model(images, output_attentions=True).attentions
-    maps, blocks = [], [part for part in model.modules() if hasattr(part, "self_attention") or isinstance(part, Block)]
+    maps, blocks = [], [part for part in model.modules()
+                        if hasattr(part, "self_attention") or isinstance(part, Block | BeitBlock)]
     for block in blocks:
-        if isinstance(block, Block):
+        if hasattr(block, "attn"):
             block.attn.fused_attn = False
             block.attn.attn_drop.register_forward_pre_hook(lambda module, args: maps.append(args[0]))
         else:
@@ -189,6 +193,9 @@ VIEWS = {
     "visualize_attention_grid": (ROW, v.visualize_attention_grid),
     "visualize_features": (NOTHING, v.visualize_features),
     "visualize_positions": (NOTHING, lambda model, images: v.visualize_positions(model)),
+    "visualize_bias_tables": (NOTHING, lambda model, images: v.visualize_bias_tables(model)),
+    "look": (NOTHING, lambda model, images: draw_look(look(model, images[0]), "it")),
+    "layer_similarity": (NOTHING, lambda model, images: layer_similarity(model, model, some_images(5))),
     "visualize_patch_filters": (NOTHING, lambda model, images: v.visualize_patch_filters(model, 4)),
     "compare_receptive_fields": (NOTHING, lambda model, images: v.compare_receptive_fields(
         None, {"it": model}, images)),
@@ -199,11 +206,17 @@ NO_HEAD = ("this {name} has no head, so there is no class to explain; use a mode
 NO_ANSWER = "this {name} has no head, so hiding patches cannot change a prediction; use a model with a head"
 NO_ROW = ("the head reads {pool}, so no row of an attention map belongs to it; use visualize_attention or "
           "visualize_all_heads with patch=(row, column)")
-
+NO_POSITIONS = ("a {name} has no position embeddings, but a bias for each offset between two tokens; use "
+                "visualize_bias_tables")
+NO_TABLES = "this {name} has no relative position bias; use a Swin Transformer with relative_bias=True, or a BEiT"
 
 def expected_of(name, view, needs):
     """"ok", or the words in which a view is refused."""
     words, pool = {"name": type(MODELS[name][0]()).__name__, "pool": MODELS[name][1]}, MODELS[name][1]
+    if view == "visualize_positions" and "Beit" in words["name"] and "positions" not in name:
+        return NO_POSITIONS.format(**words)
+    if view == "visualize_bias_tables" and "Beit" not in words["name"]:
+        return NO_TABLES.format(**words)
     if name in HEADLESS and needs in (HEAD, BOTH):
         return (NO_ANSWER if view == "visualize_explanations" else NO_HEAD).format(**words)
     return NO_ROW.format(**words) if pool in (POOLED, SINGLE) and needs in (ROW, BOTH) else "ok"
