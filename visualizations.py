@@ -1213,7 +1213,7 @@ def visualize_bias_tables(model, save_path=None, layers=None):
         figure.colorbar(mappable, ax=line, ticks=[-top, 0, top], format=lambda value, place: in_digits(value),
                         fraction=0.05)
     figure.supxlabel("columns from the query to the key, in tokens (to the right: positive)", fontsize=11)
-    figure.supylabel("rows from the query to the key (down: positive)", fontsize=11)
+    figure.supylabel("rows from the query to the key\n(down: positive)", fontsize=11)
     set_heading(figure, f"Relative position bias{where}: what each head adds to a score, by the offset of the key from "
                         f"the query\n(red: more attention, blue: less; each row has its own scale)", fontsize=12)
     return finish(figure, save_path)

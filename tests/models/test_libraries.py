@@ -26,6 +26,7 @@ from other_models import (
     some_images,
     timm_vit,
     torchvision_vit,
+    transformers_beit,
 )
 from PIL import Image
 from timm.models.beit import Block as BeitBlock
@@ -127,8 +128,9 @@ def test_selfcheck_holds_in_half_precision(name, precision):
 
 
 @pytest.mark.parametrize("name", ["Dinov2Model", "Dinov2ForImageClassification", "Dinov2WithRegistersModel",
-                                  "timm, DINOv2 with registers"])
-def test_dinov2_takes_any_size(name):
+                                  "timm, DINOv2 with registers", "BeitForImageClassification", "BeitModel",
+                                  "BeitForImageClassification, CLS and positions"])
+def test_dinov2_and_beit_of_transformers_take_any_size(name):
     model, images = built(name), some_images(1, (2 * PATCH, 4 * PATCH))
     seen = capture(model, images)
     assert seen.grid == (2, 4)
@@ -136,7 +138,8 @@ def test_dinov2_takes_any_size(name):
     assert explain(model, images, "attention").saliency.shape == (1, 2, 4)
 
 
-@pytest.mark.parametrize("name", ["ViTModel", "DeiTModel", "ViTMSNModel", "IJepaModel", "torchvision, no head", "timm"])
+@pytest.mark.parametrize("name", ["ViTModel", "DeiTModel", "ViTMSNModel", "IJepaModel", "torchvision, no head", "timm",
+                                  "timm, BEiT"])
 def test_other_models_take_their_own_size_alone(name):
     with pytest.raises(InputError, match=r"\Agot images of shape \(1, 3, 10, 20\), expected \(B, 3, 15, 15\); "):
         capture(built(name), some_images(1, (10, 20)))
@@ -281,6 +284,8 @@ REFUSED = {
     "another kernel": (with_kernel, "this VisionTransformer computed no attention map that could be captured"),
     "pixels as output": (partial(of_transformers, "ViTForMaskedImageModeling", encoder_stride=PATCH),
                          r"is not supported; pass the ViTModel inside it, its module 'vit'\Z"),
+    "a BEiT of 2 x 5 patches": (partial(transformers_beit, image_size=(10, 25)),
+                                "form no square, and transformers then"),
     "patches hidden at random": (partial(of_transformers, "ViTMAEModel"), "class ViTMAEModel is not supported; exp"),
     "maps as output": (partial(of_transformers, "Dinov2Backbone"), r"try load\(\)\Z"),
     "a tuple as output": (partial(of_transformers, "ViTModel", return_dict=False), "this ViTModel returns a tuple"),
@@ -323,6 +328,8 @@ HALF, IMAGENET = ((0.5,) * 3, (0.5,) * 3), (IMAGENET_MEAN, IMAGENET_STD)
     (MODELS["ViTMSNModel"][0], IMAGENET, "bilinear", None), (torchvision_vit, IMAGENET, "bilinear", None),
     (MODELS["IJepaModel"][0], IMAGENET, "bilinear", "ImageNet's, as in I-JEPA's training"),
     (DinoVisionTransformer, IMAGENET, "bicubic", None),
+    (transformers_beit, HALF, "bicubic", "assuming mean 0.5 and std 0.5 (as in BEiT's"),
+    (partial(timm.create_model, "beit_base_patch16_224", img_size=32, depth=1), HALF, "bicubic", None),
     (timm_vit, IMAGENET, "bilinear", "assuming mean (0.485, 0.456, 0.406) and std (0.229, 0.224, 0.225) (Image"),
     (partial(timm.create_model, "vit_tiny_patch16_224", img_size=32), HALF, "bicubic", None),
     (partial(timm.create_model, "deit_tiny_distilled_patch16_224", img_size=32), IMAGENET, "bicubic", None),
