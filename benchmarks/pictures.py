@@ -27,6 +27,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import family
 import growth
+import pretraining
 import processes
 
 from visualizations import (
@@ -39,6 +40,7 @@ from visualizations import (
     visualize_patch_embedding,
     visualize_patch_filters,
     visualize_positions,
+    visualize_reconstruction,
     visualize_windows,
 )
 from vit_bridge.cli import OneLineParser, script
@@ -110,6 +112,7 @@ OF_SHIPPED_MODELS = {
     "patches": lambda: visualize_patch_embedding(ASTRONAUT, 16),
     "family_reach": lambda: compare_reach({name: load(file) for name, file in FAMILY.items()}, PHOTOGRAPHS),
     "distillation": lambda: visualize_distillation(load("deit_nano_cifar10"), CAT),
+    "reconstruction": lambda: visualize_reconstruction(load("mae_nano_cifar10"), [CAT, COFFEE]),
     "windows": lambda: visualize_windows(build_model("swin_tiny").eval(), CAT, layers=[2, 3]),  # of any weights
 }
 
@@ -167,6 +170,7 @@ OF_CELLS = {
     "growth": lambda: growth.draw(cell("growth-cpu")),
     "resolution": lambda: growth.draw_models(cell("resolution-cpu")),
     "family": family.draw,
+    "pretraining": pretraining.draw,
     "processes": lambda: processes.draw(cell("processes-cpu")["curves"]),
 }
 NEED_WEIGHTS = (*OF_VIT_S, "explorer")

@@ -66,6 +66,19 @@ def arm(name):
     return mean(found), band(found)
 
 
+def pretraining(name, n_labels):
+    """Return (mean test accuracy in per cent, half its 95% interval) of an arm of benchmarks/pretraining.py.
+
+    For "... probe", it is the linear probe on a start.
+    """
+    start = name.removesuffix(" probe")
+    results = [cell(path.stem) for path in RESULTS.glob("pretraining-*.json") if path.stem != "pretraining-speeds-cpu"]
+    found = [100 * one["probe"][str(n_labels)]["test_acc"] for one in results if one["name"] == start and "probe" in one
+             ] if start != name else [100 * one["test_acc"] for one in results
+                                      if (one["name"], one["n_labels"]) == (name, n_labels) and "test_acc" in one]
+    return mean(found), band(found)
+
+
 class Page:
     """The numbers of one page."""
 

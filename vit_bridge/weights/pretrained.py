@@ -219,11 +219,12 @@ PUBLIC = {
 }
 # Trained by this project; the commands and accuracies are in benchmarks/RESULTS.md. CIFAR-10's photographs were
 # collected for research, and its authors state no licence for them.
-OURS = {"vit_nano_shapes": "the drawn shapes", "hybrid_shapes": "the drawn shapes",
-        "convnet_shapes": "the drawn shapes", "vit_nano_cifar10": "CIFAR-10 (JPEG)",
-        "hybrid_cifar10": "CIFAR-10 (JPEG)", "convnet_cifar10": "CIFAR-10 (JPEG)",
-        "deit_nano_cifar10": "CIFAR-10 (JPEG)", "swin_nano_cifar10": "CIFAR-10 (JPEG)",
-        "convnext_nano_cifar10": "CIFAR-10 (JPEG)"}
+OURS = {  # name: (images of its training, number of classes)
+    **{f"{name}_shapes": ("the drawn shapes", 10) for name in ("vit_nano", "hybrid", "convnet")},
+    **{f"{name}_cifar10": ("CIFAR-10 (JPEG)", 10) for name in ("vit_nano", "hybrid", "convnet", "deit_nano",
+                                                               "swin_nano", "convnext_nano")},
+    "mae_nano_cifar10": ("CIFAR-10 (JPEG), without labels", 0),
+}
 OURS_FOLDER = Path(__file__).parent / "shipped"
 PRETRAINED = (*OURS, *PUBLIC)
 # Defaults for looking inside a photograph. DINOv2's patch tokens separate the parts of objects, on a fine grid of 1,369
@@ -313,9 +314,9 @@ def _check_sum(path, checksum):
 def describe_pretrained():
     """Return a table of all pretrained models, in lines of text."""
     lines = [f"{'name':25s} {'pixels':>6s} {'patch':>5s} {'classes':>7s} {'top-1':>6s}  licence, source"]
-    for name, images in OURS.items():
-        lines.append(f"{name:25s} {32:6d} {'':5s} {10:7d} {'':6s}  MIT, this project, trained on {images} (accuracy: "
-                     f"benchmarks/RESULTS.md)")
+    for name, (images, n_classes) in OURS.items():
+        lines.append(f"{name:25s} {32:6d} {'':5s} {n_classes:7d} {'':6s}  MIT, this project, trained on {images} "
+                     f"(measured: benchmarks/RESULTS.md)")
     for name, entry in PUBLIC.items():
         c = entry.arguments
         how = "" if entry.measured == "as it is" else f" (top-1: {entry.measured})"
