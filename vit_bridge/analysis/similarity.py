@@ -28,7 +28,7 @@ def layer_features(model, images):
         for layer in adapt(model).layers:
             hooks.append(layer.register_forward_hook(lambda module, args, output: outputs.append(output)))
         with evaluating(model):
-            model(to_model(images, model))
+            getattr(model, "forward_features", model)(to_model(images, model))
     finally:
         for hook in hooks:
             hook.remove()
