@@ -1160,19 +1160,20 @@ def _colouring(groups):
 
 
 def visualize_bias_tables(model, save_path=None, layers=None):
-    """Draw the relative position bias of a Swin Transformer: a row for each block, an image for each head.
+    """Draw the relative position bias of a Swin Transformer or a BEiT: a row for each table, an image for each head.
 
     An image shows what a head adds to the score of a key, by the offset of the key from the query, which is at the
-    centre. Each block has its own colour scale, which is centred at zero. At most twelve heads are drawn.
+    centre. Each table has its own colour scale, which is centred at zero. At most twelve heads are drawn.
 
     Parameters
     ----------
     model : nn.Module
-        A Swin Transformer, ours or from timm, transformers or torchvision.
+        A Swin Transformer, ours or from timm, transformers or torchvision, or a BEiT, ours or from timm or
+        transformers.
     save_path : str or Path, optional
         Where to write the figure.
     layers : int or sequence of int, optional
-        Python indices of the blocks, from 0. By default all blocks, or six of them from the first to the last.
+        Python indices of the tables, from 0. By default all, or six of them from the first to the last.
 
     Raises
     ------
@@ -1181,14 +1182,17 @@ def visualize_bias_tables(model, save_path=None, layers=None):
 
     References
     ----------
-    Liu et al. 2021, "Swin Transformer", Eq. 4.
+    Liu et al. 2021, "Swin Transformer", Eq. 4; Bao et al. 2022, "BEiT".
     """
     adapter = adapt(model)
-    if not adapter.windowed or not adapter.tables:
+    if not adapter.tables:
         raise InputError(f"this {class_name(model)} has no relative position bias; use a Swin Transformer with "
-                         f"relative_bias=True")
+                         f"relative_bias=True, or a BEiT")
     chosen = _chosen_blocks(layers, len(adapter.tables))
-    names, tables = block_names(adapter), [bias_by_offset(*adapter.tables[i]).numpy() for i in chosen]
+    names, where = block_names(adapter), f" in {_counted(len(chosen), len(adapter.tables))}"
+    if len(adapter.tables) != len(names):  # the first is shared
+        names, where = ["all blocks", *names], ""
+    tables = [bias_by_offset(*adapter.tables[i]).numpy() for i in chosen]
     n_columns = min(12, max(map(len, tables)))
     figure = new_figure(max(6.5, 2.6 + 1.05 * n_columns), 1.6 + 1.3 * len(chosen))
     panels = figure.subplots(len(chosen), n_columns, squeeze=False)
@@ -1209,10 +1213,9 @@ def visualize_bias_tables(model, save_path=None, layers=None):
         figure.colorbar(mappable, ax=line, ticks=[-top, 0, top], format=lambda value, place: in_digits(value),
                         fraction=0.05)
     figure.supxlabel("columns from the query to the key, in tokens (to the right: positive)", fontsize=11)
-    figure.supylabel("rows from the query to the key (down: positive)", fontsize=11)
-    set_heading(figure, f"Relative position bias in {_counted(len(chosen), len(adapter.tables))}: what each head adds "
-                        f"to a score, by the offset of the key from the query\n(red: more attention, blue: less; each "
-                        f"block has its own scale)", fontsize=12)
+    figure.supylabel("rows from the query to the key\n(down: positive)", fontsize=11)
+    set_heading(figure, f"Relative position bias{where}: what each head adds to a score, by the offset of the key from "
+                        f"the query\n(red: more attention, blue: less; each row has its own scale)", fontsize=12)
     return finish(figure, save_path)
 
 

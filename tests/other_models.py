@@ -6,9 +6,11 @@ import timm
 import torch
 import torchvision
 import transformers
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
+from vit_bridge.models.beit import BEiT
 from vit_bridge.models.swin import SwinTransformer
 from vit_bridge.weights.checkpoints import load_checkpoint
 from vit_model import VisionTransformer
@@ -22,6 +24,12 @@ def timm_vit(model_class=timm.models.VisionTransformer, **options):
     settings = dict(img_size=SIDE, patch_size=PATCH, num_classes=CLASSES, embed_dim=D, depth=DEPTH, num_heads=HEADS,
                     mlp_ratio=3)
     return model_class(**settings | options)
+
+
+def timm_beit(shared=False, **options):
+    """timm's BEiT; shared: all blocks have one table."""
+    return timm_vit(Beit, use_rel_pos_bias=not shared, use_shared_rel_pos_bias=shared, init_values=0.1,
+                    **dict(use_abs_pos_emb=False) | options)
 
 
 def torchvision_vit():
@@ -77,6 +85,12 @@ def of_transformers(name, attention="sdpa", **options):
     return model_class(model_class.config_class(**settings | ratio | options, attn_implementation=attention))
 
 
+def transformers_beit(name="BeitForImageClassification", shared=False, **options):
+    """transformers' BEiT; shared: all blocks have one table."""
+    return of_transformers(name, use_relative_position_bias=not shared, use_shared_relative_position_bias=shared,
+                           **options)
+
+
 def torchvision_without_head():
     model = torchvision_vit()
     model.heads = nn.Identity()
@@ -95,6 +109,8 @@ WITH_HEAD = {
     "timm, no CLS": (partial(timm_vit, class_token=False, global_pool="avg", reg_tokens=1), "mean", ("register",)),
     "timm, attention pooling": (partial(timm_vit, class_token=False, global_pool="map"), POOLED, ()),
     "timm, distilled": (partial(timm_vit, VisionTransformerDistilled), DIST, TWO),
+    "timm, BEiT": (timm_beit, "mean", CLS),
+    "timm, BEiT, positions of both kinds": (partial(timm_beit, use_abs_pos_emb=True, global_pool="token"), "cls", CLS),
     "torchvision": (torchvision_vit, "cls", CLS),
     **{name: (partial(of_transformers, name), "cls", CLS) for name in (
         "ViTForImageClassification", "ViTMSNForImageClassification")},
@@ -105,6 +121,9 @@ WITH_HEAD = {
     "Dinov2WithRegistersForImageClassification": (
         partial(of_transformers, "Dinov2WithRegistersForImageClassification", **TWO_REGISTERS), BESIDE, REGISTERS),
     "IJepaForImageClassification": (partial(of_transformers, "IJepaForImageClassification"), "mean", ()),
+    "BeitForImageClassification": (transformers_beit, "mean", CLS),
+    "BeitForImageClassification, CLS and positions": (partial(
+        transformers_beit, use_mean_pooling=False, use_absolute_position_embeddings=True), "cls", CLS),
 }
 HEADLESS = {
     "timm, no head": (partial(timm_vit, num_classes=0), "cls", CLS),
@@ -115,6 +134,8 @@ HEADLESS = {
     "timm, no head, distilled": (partial(timm_vit, VisionTransformerDistilled, num_classes=0), DIST, TWO),
     "timm, DINOv2 with registers": (partial(timm_vit, num_classes=0, reg_tokens=2, no_embed_class=True, init_values=1,
                                             dynamic_img_size=True), "cls", REGISTERS),
+    "timm, BEiT, no head": (partial(timm_beit, num_classes=0), "mean", CLS),
+    "timm, BEiT, no head, all tokens": (partial(timm_beit, shared=True, num_classes=0, global_pool=""), "cls", CLS),
     "torchvision, no head": (torchvision_without_head, "cls", CLS),
     "the hub's DINOv2": (DinoVisionTransformer, "cls", CLS),
     "the hub's DINOv2, registers, in chunks": (partial(DinoVisionTransformer, 2, n_chunks=3), "cls", REGISTERS),
@@ -125,6 +146,9 @@ HEADLESS = {
     "Dinov2WithRegistersModel": (partial(of_transformers, "Dinov2WithRegistersModel", **TWO_REGISTERS), "cls",
                                  REGISTERS),
     "IJepaModel": (partial(of_transformers, "IJepaModel"), SINGLE, ()),
+    "BeitModel": (partial(transformers_beit, "BeitModel"), "cls", CLS),
+    "BeitForMaskedImageModeling": (partial(
+        transformers_beit, "BeitForMaskedImageModeling", shared=True, use_mean_pooling=False), "cls", CLS),
 }
 
 
@@ -150,6 +174,12 @@ BUILDERS = {
     "torchvision": (torchvision_vit, {}),
     "transformers": (transformers_vit, dict(norm_eps=1e-12)),
     "transformers, eager": (lambda: transformers_vit("eager"), dict(norm_eps=1e-12)),
+    "timm, BEiT, mean": (timm_beit, dict(build=BEiT)),
+    "timm, BEiT, mean, shared table, 2 x 5 patches": (
+        lambda: timm_beit(shared=True, img_size=(10, 25)), dict(build=BEiT, shared_bias=True, img_size=(10, 25))),
+    "transformers, BEiT, mean": (transformers_beit, dict(build=BEiT, norm_eps=1e-12)),
+    "transformers, BEiT, mean, shared table": (
+        lambda: transformers_beit(shared=True), dict(build=BEiT, shared_bias=True, norm_eps=1e-12)),
 }
 
 
@@ -163,8 +193,8 @@ def shared(name, folder):
             parameter.copy_(0.4 * torch.randn(parameter.shape))  # numbers of float32, which any file holds exactly
     torch.save(theirs.state_dict(), folder / "theirs.pt")
     settings = dict(img_size=SIDE, patch_size=PATCH, n_classes=CLASSES, embed_dim=D, depth=DEPTH, n_heads=HEADS,
-                    mlp_ratio=3)
-    ours = VisionTransformer(**settings | options).double().eval()
+                    mlp_ratio=3, build=VisionTransformer) | options
+    ours = settings.pop("build")(**settings).double().eval()
     load_checkpoint(ours, folder / "theirs.pt")
     size = ours.patch_embed.img_size
     return theirs, ours, torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(7)).double()

@@ -655,6 +655,15 @@ def test_windows_and_tables_are_drawn(name):
     assert_no_text_clipped(figure)
 
 
+@pytest.mark.parametrize("name", ["timm, BEiT, mean", "timm, BEiT, mean, shared table, 2 x 5 patches"])
+def test_tables_of_a_beit_are_drawn_a_row_for_each(name, tmp_path):
+    figure = v.visualize_bias_tables(shared(name, tmp_path)[0])
+    labels = [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()]
+    assert labels == (["all blocks"] if "shared" in name else ["block 1", "block 2", "block 3"])
+    assert ("in all 3 blocks" in texts(figure)) != ("shared" in name)
+    assert_no_text_clipped(figure)
+
+
 def test_views_of_a_swin_without_a_patch_are_refused_in_one_line():
     views, image = v.AttentionVisualizer(SWINS["ours"](), device="cpu"), pixels(56, 56)
     for view in (views.visualize_attention, views.visualize_all_heads, views.visualize_all_layers, views.rollout,

@@ -88,6 +88,10 @@ def test_capture_of_other_libraries_matches_ours(name, tmp_path):
     for a, b in zip([*seen.maps, *seen.tokens, seen.logits], [*expected.maps, *expected.tokens, expected.logits],
                     strict=True):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-5 if "eager" in name else 1e-10)
+    for found, wanted in zip(seen.maps, expected.maps, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5 if "eager" in name else 1e-12)
+        torch.testing.assert_close(found.sum(dim=-1), torch.ones_like(found[..., 0]))
+    assert [table.shape for table, _ in seen.adapter.tables] == [table.shape for table, _ in expected.adapter.tables]
     assert (seen.grid, seen.adapter.n_prefix, seen.adapter.pool, seen.adapter.patch_size) == (
         expected.grid, expected.adapter.n_prefix, expected.adapter.pool, expected.adapter.patch_size)
     torch.testing.assert_close(seen.adapter.positions, expected.adapter.positions, rtol=0, atol=1e-12)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torchvision
-from other_models import SWINS, swin_images
+from other_models import BUILDERS, SWINS, shared, swin_images
 from torch import nn
 
 from vit_bridge.analysis.attention import (
@@ -171,6 +171,19 @@ def test_tables_by_offset_are_the_bias_between_two_tokens(name):
         i, j = (row * window[1] + column for row, column in (query, key))
         shown = images[:, 6 + key[0] - query[0], 6 + key[1] - query[1]]
         torch.testing.assert_close(shown, bias[:, i, j])
+
+
+@pytest.mark.parametrize("name", [name for name in BUILDERS if "BEiT" in name])
+def test_tables_of_a_beit_by_offset_are_the_bias_of_its_scores(name, tmp_path):
+    for model in shared(name, tmp_path)[:2]:
+        (table, grid), *others = adapt(model).tables
+        images = torch.randn(1, 3, *adapt(model).img_size).double()
+        biases = capture(model, images, keep=lambda i, attended: attended.bias).maps  # L x (1, H, N, N)
+        assert len(others) == (0 if "shared" in name else len(biases) - 1)
+        shown, bias = bias_by_offset(table, grid), biases[0].float().view(-1, *[1 + grid[0] * grid[1]] * 2)[:, 1:, 1:]
+        bias = bias.unflatten(2, grid).unflatten(1, grid)  # (H, rows, columns, rows, columns)
+        for (i, j), (k, m) in (((0, 0), (1, 2)), ((1, 1), (0, 0)), ((1, 2), (1, 1))):
+            torch.testing.assert_close(shown[:, grid[0] - 1 + k - i, grid[1] - 1 + m - j], bias[:, i, j, k, m])
 
 
 def test_uniform_attention_has_the_distance_that_is_drawn():

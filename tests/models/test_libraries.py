@@ -26,8 +26,10 @@ from other_models import (
     some_images,
     timm_vit,
     torchvision_vit,
+    transformers_beit,
 )
 from PIL import Image
+from timm.models.beit import Block as BeitBlock
 from timm.models.vision_transformer import Block, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
 from torch import nn
 
@@ -35,10 +37,12 @@ import visualizations as v
 from vit_bridge.analysis.capture import capture
 from vit_bridge.analysis.explanations import explain, relevance_gained, rollout
 from vit_bridge.analysis.selfcheck import selfcheck
+from vit_bridge.analysis.similarity import layer_similarity
 from vit_bridge.data.images import prepare_image
 from vit_bridge.errors import Assumption
 from vit_bridge.models.adapters import adapt, reading_weights
 from vit_bridge.models.hybrid import HybridCNNViT
+from vit_bridge.plots.look import draw_look, look
 from vit_bridge.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from vit_bridge.runtime import unwrapped
 from vit_bridge.weights.checkpoints import load
@@ -60,9 +64,10 @@ def own_maps(model, images):
     if isinstance(model, transformers.PreTrainedModel):
         model.set_attn_implementation("eager")
         return model(images, output_attentions=True).attentions
-    maps, blocks = [], [part for part in model.modules() if hasattr(part, "self_attention") or isinstance(part, Block)]
+    maps, blocks = [], [part for part in model.modules()
+                        if hasattr(part, "self_attention") or isinstance(part, Block | BeitBlock)]
     for block in blocks:
-        if isinstance(block, Block):
+        if hasattr(block, "attn"):
             block.attn.fused_attn = False
             block.attn.attn_drop.register_forward_pre_hook(lambda module, args: maps.append(args[0]))
         else:
@@ -123,8 +128,9 @@ def test_selfcheck_holds_in_half_precision(name, precision):
 
 
 @pytest.mark.parametrize("name", ["Dinov2Model", "Dinov2ForImageClassification", "Dinov2WithRegistersModel",
-                                  "timm, DINOv2 with registers"])
-def test_dinov2_takes_any_size(name):
+                                  "timm, DINOv2 with registers", "BeitForImageClassification", "BeitModel",
+                                  "BeitForImageClassification, CLS and positions"])
+def test_dinov2_and_beit_of_transformers_take_any_size(name):
     model, images = built(name), some_images(1, (2 * PATCH, 4 * PATCH))
     seen = capture(model, images)
     assert seen.grid == (2, 4)
@@ -132,7 +138,8 @@ def test_dinov2_takes_any_size(name):
     assert explain(model, images, "attention").saliency.shape == (1, 2, 4)
 
 
-@pytest.mark.parametrize("name", ["ViTModel", "DeiTModel", "ViTMSNModel", "IJepaModel", "torchvision, no head", "timm"])
+@pytest.mark.parametrize("name", ["ViTModel", "DeiTModel", "ViTMSNModel", "IJepaModel", "torchvision, no head", "timm",
+                                  "timm, BEiT"])
 def test_other_models_take_their_own_size_alone(name):
     with pytest.raises(InputError, match=r"\Agot images of shape \(1, 3, 10, 20\), expected \(B, 3, 15, 15\); "):
         capture(built(name), some_images(1, (10, 20)))
@@ -189,6 +196,9 @@ VIEWS = {
     "visualize_attention_grid": (ROW, v.visualize_attention_grid),
     "visualize_features": (NOTHING, v.visualize_features),
     "visualize_positions": (NOTHING, lambda model, images: v.visualize_positions(model)),
+    "visualize_bias_tables": (NOTHING, lambda model, images: v.visualize_bias_tables(model)),
+    "look": (NOTHING, lambda model, images: draw_look(look(model, images[0]), "it")),
+    "layer_similarity": (NOTHING, lambda model, images: layer_similarity(model, model, some_images(5))),
     "visualize_patch_filters": (NOTHING, lambda model, images: v.visualize_patch_filters(model, 4)),
     "compare_receptive_fields": (NOTHING, lambda model, images: v.compare_receptive_fields(
         None, {"it": model}, images)),
@@ -199,11 +209,17 @@ NO_HEAD = ("this {name} has no head, so there is no class to explain; use a mode
 NO_ANSWER = "this {name} has no head, so hiding patches cannot change a prediction; use a model with a head"
 NO_ROW = ("the head reads {pool}, so no row of an attention map belongs to it; use visualize_attention or "
           "visualize_all_heads with patch=(row, column)")
-
+NO_POSITIONS = ("a {name} has no position embeddings, but a bias for each offset between two tokens; use "
+                "visualize_bias_tables")
+NO_TABLES = "this {name} has no relative position bias; use a Swin Transformer with relative_bias=True, or a BEiT"
 
 def expected_of(name, view, needs):
     """"ok", or the words in which a view is refused."""
     words, pool = {"name": type(MODELS[name][0]()).__name__, "pool": MODELS[name][1]}, MODELS[name][1]
+    if view == "visualize_positions" and "Beit" in words["name"] and "positions" not in name:
+        return NO_POSITIONS.format(**words)
+    if view == "visualize_bias_tables" and "Beit" not in words["name"]:
+        return NO_TABLES.format(**words)
     if name in HEADLESS and needs in (HEAD, BOTH):
         return (NO_ANSWER if view == "visualize_explanations" else NO_HEAD).format(**words)
     return NO_ROW.format(**words) if pool in (POOLED, SINGLE) and needs in (ROW, BOTH) else "ok"
@@ -268,6 +284,8 @@ REFUSED = {
     "another kernel": (with_kernel, "this VisionTransformer computed no attention map that could be captured"),
     "pixels as output": (partial(of_transformers, "ViTForMaskedImageModeling", encoder_stride=PATCH),
                          r"is not supported; pass the ViTModel inside it, its module 'vit'\Z"),
+    "a BEiT of 2 x 5 patches": (partial(transformers_beit, image_size=(10, 25)),
+                                "form no square, and transformers then"),
     "patches hidden at random": (partial(of_transformers, "ViTMAEModel"), "class ViTMAEModel is not supported; exp"),
     "maps as output": (partial(of_transformers, "Dinov2Backbone"), r"try load\(\)\Z"),
     "a tuple as output": (partial(of_transformers, "ViTModel", return_dict=False), "this ViTModel returns a tuple"),
@@ -310,6 +328,8 @@ HALF, IMAGENET = ((0.5,) * 3, (0.5,) * 3), (IMAGENET_MEAN, IMAGENET_STD)
     (MODELS["ViTMSNModel"][0], IMAGENET, "bilinear", None), (torchvision_vit, IMAGENET, "bilinear", None),
     (MODELS["IJepaModel"][0], IMAGENET, "bilinear", "ImageNet's, as in I-JEPA's training"),
     (DinoVisionTransformer, IMAGENET, "bicubic", None),
+    (transformers_beit, HALF, "bicubic", "assuming mean 0.5 and std 0.5 (as in BEiT's"),
+    (partial(timm.create_model, "beit_base_patch16_224", img_size=32, depth=1), HALF, "bicubic", None),
     (timm_vit, IMAGENET, "bilinear", "assuming mean (0.485, 0.456, 0.406) and std (0.229, 0.224, 0.225) (Image"),
     (partial(timm.create_model, "vit_tiny_patch16_224", img_size=32), HALF, "bicubic", None),
     (partial(timm.create_model, "deit_tiny_distilled_patch16_224", img_size=32), IMAGENET, "bicubic", None),

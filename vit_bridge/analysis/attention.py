@@ -322,10 +322,11 @@ def bias_by_offset(table, window):
     """Return the relative position bias by the offset of the key from the query: (offsets, H) -> (H, 2h - 1, 2w - 1).
 
     The offset (0, 0) is in the centre; rows count down and columns to the right. The table itself is ordered by query
-    minus key, so both axes are reversed. `window` is the (height, width) of a window, in tokens.
+    minus key, so both axes are reversed. `window` is the (height, width) of a window, in tokens. The rows of prefix
+    tokens, which come last in the table of a BEiT, are left out.
     """
     sides = [2 * length - 1 for length in window]
-    return table.detach().cpu().float().T.unflatten(1, sides).flip(1, 2)
+    return table[:sides[0] * sides[1]].detach().cpu().float().T.unflatten(1, sides).flip(1, 2)
 
 
 @torch.no_grad()
@@ -405,11 +406,12 @@ def position_similarity(model):
     Dosovitskiy et al. 2021 (the ViT paper), Fig. 7 (centre).
     """
     adapter = adapt(model)
-    if adapter.windowed:
+    positions = adapter.positions if adapter.attends else None
+    if positions is None and adapter.tables:
         raise InputError(f"a {class_name(model)} has no position embeddings, but a bias for each offset between two "
                          f"tokens; use visualize_bias_tables")
-    if not adapter.attends or adapter.positions is None:
+    if positions is None:
         raise InputError(f"this {class_name(model)} has no position embeddings; use a VisionTransformer or a "
                          f"HybridCNNViT with position 'learned' or 'sincos'")
-    positions = F.normalize(adapter.positions.float(), dim=-1)  # (n_patches, D)
+    positions = F.normalize(positions.float(), dim=-1)  # (n_patches, D)
     return (positions @ positions.T).reshape(2 * grid_of(adapter.img_size, adapter.patch_size))  # rows, columns, twice

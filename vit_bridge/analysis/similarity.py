@@ -14,7 +14,7 @@ import torch
 
 from vit_bridge.errors import InputError, check_int
 from vit_bridge.models.adapters import adapt
-from vit_bridge.runtime import evaluating, to_model, unwrapped
+from vit_bridge.runtime import evaluating, to_model, tokens_of, unwrapped
 
 
 @torch.no_grad()
@@ -28,11 +28,11 @@ def layer_features(model, images):
         for layer in adapt(model).layers:
             hooks.append(layer.register_forward_hook(lambda module, args, output: outputs.append(output)))
         with evaluating(model):
-            model.forward_features(to_model(images, model))
+            getattr(model, "forward_features", model)(to_model(images, model))
     finally:
         for hook in hooks:
             hook.remove()
-    return [output.float().flatten(1) for output in outputs]  # L x (B, F)
+    return [tokens_of(output).float().flatten(1) for output in outputs]  # L x (B, F)
 
 
 def gram_matrices(features):

@@ -52,6 +52,9 @@ class ModelAdapter:
         appears when an image is prepared.
     any_size : bool
         Whether it accepts images of other sizes.
+    tables : list of (Tensor, (int, int))
+        The relative position bias tables, (offsets, H), and their grid or window: one for each block, or one that all
+        blocks share, before those of the blocks if a model has both. Empty if there is none.
     attends : bool
         Whether its layers are attention blocks. If so, the adapter is a ViTAdapter.
     unit : str
@@ -66,6 +69,7 @@ class ModelAdapter:
     preprocessing: Preprocessing
     assumed: str = ""
     any_size: bool = False
+    tables: list = ()
     attends = windowed = projects_patches = False
     unit = "stage"
 
@@ -126,7 +130,8 @@ class ViTAdapter(ModelAdapter):
         a model has no head and returns all tokens, it is "cls" if there is a CLS, because the views show that token.
     read : callable
         Maps the tokens (B, N, D) after any block to what the model would return if that block were the last: logits
-        (B, K); without a head, features (B, D) or all tokens after the last norm (B, N, D).
+        (B, K); without a head for classes, features (B, D), all tokens after the last norm (B, N, D), or the logits of
+        each patch.
     projection : nn.Module
         The layer that turns patches into tokens, or the stem before it.
     positions : Tensor, shape (n, D), or None
@@ -196,8 +201,6 @@ class WindowAdapter(ModelAdapter):
         The blocks of each stage.
     window_of : callable
         (block, (h, w)) -> ((height, width) of its windows, shift) for a map of h x w tokens. Call it after a pass.
-    tables : list of (Tensor, (int, int))
-        The relative position bias table of each block, (offsets, H), and its window; empty if there is none.
     projection : nn.Module
         The layer that turns patches into tokens.
     pads_first : bool
@@ -211,7 +214,6 @@ class WindowAdapter(ModelAdapter):
     patch_size: tuple
     stages: list
     window_of: Callable
-    tables: list
     projection: torch.nn.Module
     pads_first: bool = True
     channels_last: bool = False
@@ -297,8 +299,8 @@ def adapt(model):
         model, "named_modules", tuple)() if is_ours(part) or _maker_for(part)]
     advice = inside[0] if inside else (
         "expected a model of vit_bridge.models, a VisionTransformer or SwinTransformer of timm or torchvision, a "
-        "VisionTransformer of DINOv2's hub, or a ViT, DeiT, DINOv2, ViT-MSN, I-JEPA or Swin model of transformers; for "
-        "another class, save its state_dict and try load()")
+        "Beit of timm, a VisionTransformer of DINOv2's hub, or a ViT, DeiT, DINOv2, ViT-MSN, I-JEPA, BEiT or Swin "
+        "model of transformers; for another class, save its state_dict and try load()")
     raise InputError(f"the class {class_name(model)} is not supported; {advice}")
 
 
@@ -393,12 +395,20 @@ def _of_ours(model):
         **common, patch_size=pair(config.patch_size, "patch_size"),
         prefix=_prefix(1, model.n_prefix_tokens - model.n_cls_tokens, distilled),
         pool=CLS_AND_DISTILLATION if distilled else config.pool, projection=model.patch_embed.proj,
-        read=lambda x: model.forward_head(model.norm(x)),
+        read=lambda x: model.forward_head(model.norm(x)), tables=_tables_in(model, model.patch_embed.grid_size),
         positions=None if model.pos_embed is None else model.pos_embed[0, -n:].detach())
 
 
-def _of_timm(model):
+def _tables_in(model, grid):
+    """Return the tables of a BEiT of any library, and their grid; an empty list for a ViT without tables."""
+    return [(table.detach(), grid) for name, table in model.named_parameters()
+            if name.endswith("relative_position_bias_table")]
+
+
+def _of_timm(model, prefix=None):
     """Adapt a VisionTransformer of timm, which may be distilled, have registers, or lack CLS or a head.
+
+    `prefix` is needed for a class that does not record it.
 
     Kinds of attention that are unsupported but not refused here are refused by the views that need the maps.
     """
@@ -416,17 +426,22 @@ def _of_timm(model):
     if pool == SINGLE_TOKENS and n_classes is not None:
         raise InputError(f"this {class_name(model)} of timm computes logits for each token (global_pool=''), which "
                          f"is not supported; build it with global_pool='token' or 'avg', or with num_classes=0")
-    if pool == SINGLE_TOKENS and model.has_class_token:
-        pool = "cls"
     distilled = "head_dist" in model._modules
+    prefix = prefix or _prefix(model.has_class_token, model.num_reg_tokens, distilled)
+    if pool == SINGLE_TOKENS and "CLS" in prefix:
+        pool = "cls"
     return ViTAdapter(
         library="timm", layers=[projection, *model.blocks], img_size=tuple(embed.img_size), n_classes=n_classes,
         in_channels=projection.in_channels, any_size=bool(getattr(model, "dynamic_img_size", False)),
         **_images_of_timm(model, projection.in_channels, embed.img_size),
         patch_size=tuple(embed.patch_size), pool=CLS_AND_DISTILLATION if distilled else pool,
-        prefix=_prefix(model.has_class_token, model.num_reg_tokens, distilled),
-        read=lambda x: model.forward_head(model.norm(x)), projection=projection,
+        prefix=prefix, read=lambda x: model.forward_head(model.norm(x)), projection=projection,
+        tables=_tables_in(model, tuple(embed.grid_size)),
         positions=None if model.pos_embed is None else model.pos_embed[0, -embed.num_patches:].detach())
+
+
+def _of_timm_beit(model):
+    return _of_timm(model, _prefix(1))
 
 
 TIMM_POOLS = {"token": "cls", "avg": "mean", "": SINGLE_TOKENS, "map": "the patches by attention pooling"}
@@ -481,6 +496,7 @@ def _of_transformers(model, prefix, pool="cls", any_size=False, unsure="", **fac
         pool = CLS_AND_DISTILLATION
     layers = base.layers if "layers" in base._modules else base.encoder.layer
     projection, img_size = base.embeddings.patch_embeddings.projection, pair(config.image_size)
+    positions = base.embeddings.position_embeddings
     patch_size = pair(config.patch_size, "patch_size")
     rows, columns = grid_of(img_size, patch_size)
 
@@ -494,8 +510,8 @@ def _of_transformers(model, prefix, pool="cls", any_size=False, unsure="", **fac
         library="transformers", layers=[projection, *layers], img_size=img_size, in_channels=config.num_channels,
         n_classes=_classes_of(heads[0]) if heads else None, any_size=any_size, patch_size=patch_size, prefix=prefix,
         **_images_of(model, config.num_channels, img_size, unsure, class_names=listed_names(config.id2label), **facts),
-        pool=pool, read=read, projection=projection,
-        positions=base.embeddings.position_embeddings[0, -rows * columns:].detach())
+        pool=pool, read=read, projection=projection, tables=_tables_in(base, (rows, columns)),
+        positions=None if positions is None else positions[0, -rows * columns:].detach())
 
 
 # The input of each head of a model, from tokens (B, N, D) with n prefix tokens.
@@ -528,6 +544,26 @@ def _of_dinov2(model):
 
 def _of_ijepa(model):
     return _of_transformers(model, (), "mean", unsure="ImageNet's, as in I-JEPA's training")
+
+
+def _of_beit(model):
+    """Adapt BEiT, which resamples its positions for any image size and may predict tokens of patches."""
+    base, half = model.base_model, (0.5,) * model.config.num_channels
+
+    def read(x):
+        x = base.layernorm(x)  # (B, N, D)
+        if "lm_head" in model._modules:
+            return model.lm_head(model.layernorm(x[:, 1:]))  # (B, n, tokens of the tokenizer)
+        return model.classifier(base.pooler(x)) if "classifier" in model._modules else x
+
+    adapter = _of_transformers(model, _prefix(1), "mean" if model.config.use_mean_pooling else "cls", any_size=True,
+                               mean=half, std=half, interpolation="bicubic",
+                               unsure="as in BEiT's checkpoints; BEiT v2 and BEiT trained on ImageNet-1k alone expect "
+                                      "ImageNet's values")
+    if adapter.tables and len(set(adapter.tables[0][1])) == 2:
+        raise InputError(f"the patches of this {class_name(model)} form no square, and transformers then mixes up the "
+                         f"rows of its tables; use square images, or load() its state_dict")
+    return replace(adapter, read=read)
 
 
 def _classes_in(folder, make, *names):
@@ -604,6 +640,7 @@ def _of_transformers_swin(model):
 
 LIBRARIES = {  # {full name of a class: function that adapts models of this class and its subclasses}
     "timm.models.vision_transformer.VisionTransformer": _of_timm,
+    "timm.models.beit.Beit": _of_timm_beit,
     "torchvision.models.vision_transformer.VisionTransformer": _of_torchvision,
     "timm.models.swin_transformer.SwinTransformer": _of_timm_swin,
     "torchvision.models.swin_transformer.SwinTransformer": _of_torchvision_swin,
@@ -616,6 +653,7 @@ LIBRARIES = {  # {full name of a class: function that adapts models of this clas
     **_classes_in("dinov2", _of_dinov2, "Dinov2Model", "Dinov2ForImageClassification"),
     **_classes_in("dinov2_with_registers", _of_dinov2, "Dinov2WithRegistersModel",
                   "Dinov2WithRegistersForImageClassification"),
+    **_classes_in("beit", _of_beit, "BeitModel", "BeitForImageClassification", "BeitForMaskedImageModeling"),
     **_classes_in("ijepa", _of_ijepa, "IJepaModel", "IJepaForImageClassification"),
 }
 
