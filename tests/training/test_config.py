@@ -16,8 +16,11 @@ from vit_model import InputError
 def test_recipe_builds_its_model_and_describes_itself(name):
     recipe = RECIPES[name]
     assert recipe.model is None or recipe.model in MODELS
-    model = build_model(recipe.model or "vit_nano", n_classes=3, img_size=32, **recipe.model_options).eval()
-    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+    name = recipe.model or "vit_nano"
+    labels = {} if MODELS[name].unlabelled else dict(n_classes=3)
+    model = build_model(name, img_size=32, **labels, **recipe.model_options).eval()
+    features = model.encoder() if MODELS[name].unlabelled else model
+    assert features(torch.zeros(1, 3, 32, 32)).shape == (1, 3 if labels else model.n_features)
     text = recipe.describe()
     assert "\n" not in text
     assert f"batches of {recipe.batch_size}" in text
