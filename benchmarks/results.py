@@ -533,6 +533,9 @@ def pretraining_lines(cells):
         r = cell["result"]
         if not r["n_labels"]:
             starts[r["name"]].append(r)
+            if cell["seed"] == 0 and r["name"].split(", learning")[0] == "MAE":
+                tried[0, "MAE, probe with all labels"][r["learning_rate"]] = max(
+                    r["probe"]["45000"]["val_accs"].values())
         elif "test_acc" in r:
             runs[r["n_labels"], r["name"]].append(r)
         if r["n_labels"] and cell["seed"] == 0:
@@ -551,11 +554,13 @@ def pretraining_lines(cells):
               f"{' | '.join(f'{int(n):,} labels' for n in counts)} |", f"|---|---:|---:|---:|{'---:|' * len(counts)}"]
     for name, results in starts.items():
         r = results[0]
+        if "test_acc" not in r["probe"][counts[0]]:
+            continue  # another learning rate
         probes = [[one["probe"][n]["test_acc"] for one in results] for n in counts]
         lines.append(f"| {name} | {r['n_steps']:,} | {r['learning_rate']:g} | "
                      f"{', '.join(format(one['val_loss'], '.3f') for one in results)} | "
                      f"{' | '.join(f'{mean(accuracies):.1%}{spread_of(accuracies)}' for accuracies in probes)} |")
-    return [*lines, *rate_lines({f"{name}, {n_labels:,} labels": tried[n_labels, name]
+    return [*lines, *rate_lines({f"{name}, {n_labels:,} labels" if n_labels else name: tried[n_labels, name]
                                  for n_labels, name in sorted(tried)})]
 
 
