@@ -1366,11 +1366,13 @@ WORKERS_HELP = "processes that read photographs, 0 for none (default: one per co
 AMP_HELP = "mixed precision (default: auto, bf16 or fp16 if the hardware computes fast in it, otherwise float32)"
 DEVICE_HELP = "auto, cpu, cuda, cuda:N or mps (default: %(default)s)"
 DESCRIPTION = """\
-Train a model on a folder with one subfolder of images per class.
+Train a model on a folder with one subfolder of images per class, or without
+labels on any folder of images.
 
 examples:
   python train_vit.py --data-dir photos --pretrained deit_tiny_patch16_224
   python train_vit.py --data-dir photos --model vit_tiny --minutes 30
+  python train_vit.py --data-dir unlabelled --pretrain mae --minutes 20
   python train_vit.py --resume runs/NAME
 
 commands for a trained model, each with --help:
@@ -1388,11 +1390,12 @@ def make_parser():
         epilog="models:\n" + textwrap.fill(", ".join(MODELS), 78, initial_indent="  ", subsequent_indent="  "))
     group = parser.add_argument_group("everyday options")
     group.add_argument("--data-dir", default="./data", metavar="FOLDER", help="folder with one subfolder of images "
-                       "per class, or a known data set (default: %(default)s; if it does not exist, drawn shapes)")
+                       "per class; with --pretrain, any folder of images; or a known data set (default: %(default)s; "
+                       "if it does not exist, drawn shapes)")
     group.add_argument("--pretrained", metavar="NAME|PATH", help="start from trained weights: a name that `inspect` "
                        "lists, a checkpoint, or a folder written by transformers or timm (default: new weights)")
     group.add_argument("--pretrain", choices=tuple(filter(None, USUAL_MODELS)), help="learn without labels, by "
-                       "reconstructing hidden patches; any folder of images will do (default: learn from labels)")
+                       "predicting hidden patches (default: learn from labels)")
     group.add_argument("--model", metavar="NAME", help="model to train from new weights; all are listed below "
                        "(default: vit_nano for images up to 64 pixels, otherwise vit_tiny; with --pretrain, the model "
                        "of that size for it)")

@@ -1547,8 +1547,8 @@ def visualize_reconstruction(model, images, save_path=None, mask_ratios=None, se
                 words += f": {wrong:.4f}"
             axes.set_title(words, fontsize=10)
     unit = "pixels from 0 to 1" if model.preprocessing else "normalised pixels"
-    set_heading(figure, f"Hidden patches, filled in by the model and by controls (mean squared error, {unit})",
-                fontsize=13)
+    set_heading(figure, "Hidden patches (blue-grey), filled in by the model and by controls\n"
+                        f"mean squared error of the hidden pixels, smaller is better ({unit})", fontsize=13)
     if found[0].borrows:
         figure.supxlabel("The model predicts normalised patches: its pictures borrow the mean and the contrast of the "
                          "hidden patches, which it has not seen.", fontsize=9)
@@ -1605,7 +1605,7 @@ def visualize_tokens(model, tokenizer, images, save_path=None, ratio=0.4, seed=0
         return torch.nn.functional.fold(pictures, size, patch, stride=patch)
 
     hidden = mask.view(-1, *grid).repeat_interleave(patch[0], 1).repeat_interleave(patch[1], 2)  # (B, H, W)
-    columns = {"the image": images.cpu(), f"true tokens ({tokenizer.n_tokens})": drawn(true), "visible": images.cpu(),
+    columns = {"the image": images.cpu(), "visible": images.cpu(), f"all tokens ({tokenizer.n_tokens})": drawn(true),
                "predicted tokens": torch.where(hidden[:, None], drawn(guessed), images.cpu())}
     figure = new_figure(9, 0.9 + (2.2 * size[0] / size[1] + 0.35) * len(images))
     panels = figure.subplots(len(images), len(columns), squeeze=False)
@@ -1617,7 +1617,7 @@ def visualize_tokens(model, tokenizer, images, save_path=None, ratio=0.4, seed=0
                 right = (guessed == true)[i][mask[i]].float().mean().item()
                 words = f"predicted: {percent(right)} right"
             axes.set_title(words, fontsize=10)
-    set_heading(figure, f"Tokens of hidden patches, drawn as the mean of their patches ({percent(ratio)} hidden)",
+    set_heading(figure, f"Visual tokens, each drawn as the mean of its patches ({percent(ratio)} hidden, blue-grey)",
                 fontsize=13)
     return finish(figure, save_path)
 

@@ -152,7 +152,7 @@ def test_figure_of_tokens_counts_the_right_ones_and_draws_them(n_channels):
         right = (model.eval()(images, mask).argmax(dim=2) == tokenizer(images))[mask].view(2, -1).float().mean(dim=1)
     assert [float(title.split()[1].rstrip("%")) for title in titles_of(figure) if title.startswith("predicted")] == \
         pytest.approx((100 * right).tolist(), abs=0.5)
-    drawn = figure.axes[1].get_images()[0].get_array()  # the true tokens of the first image
+    drawn = figure.axes[2].get_images()[0].get_array()  # all tokens of the first image
     patch = tokenizer.pictures[tokenizer(images)[0, 9]] * 0.25 + 0.4  # at row 1, column 1 of 8
     assert np.allclose(drawn[4:8, 4:8], patch.clamp(0, 1).permute(1, 2, 0).expand(4, 4, 3), atol=1e-5)
     plt.close(figure)

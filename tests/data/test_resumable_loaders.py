@@ -451,7 +451,7 @@ def test_get_evaluation_loader_asks_for_a_folder_of_images_in_classes(tmp_path, 
 
 def test_get_data_loaders_suggests_the_parent_of_a_class_folder(tmp_path):
     root = write_images(tmp_path, {"cat": 2, "dog": 2})
-    assert error_of(get_data_loaders, root / "cat").endswith(f"did you mean its parent, {str(root)!r}?")
+    assert error_of(get_data_loaders, root / "cat").endswith(f"or did you mean its parent, {str(root)!r}?")
     shutil.rmtree(root / "dog")
     assert "at least 2 are needed" in error_of(get_data_loaders, root / "cat")
 

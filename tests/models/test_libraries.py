@@ -197,7 +197,7 @@ VIEWS = {
     "visualize_features": (NOTHING, v.visualize_features),
     "visualize_positions": (NOTHING, lambda model, images: v.visualize_positions(model)),
     "visualize_bias_tables": (NOTHING, lambda model, images: v.visualize_bias_tables(model)),
-    "look": (NOTHING, lambda model, images: draw_look(look(model, images[0]), "it")),
+    "look": (ROW, lambda model, images: draw_look(look(model, images[0]), "it")),
     "layer_similarity": (NOTHING, lambda model, images: layer_similarity(model, model, some_images(5))),
     "visualize_patch_filters": (NOTHING, lambda model, images: v.visualize_patch_filters(model, 4)),
     "compare_receptive_fields": (NOTHING, lambda model, images: v.compare_receptive_fields(

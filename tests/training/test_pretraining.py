@@ -86,7 +86,7 @@ def test_commands_for_classes_name_the_way_to_them_in_one_line(kind, words, phot
     before = sorted(tmp_path.rglob("*"))
     code, error = run([words[0], "--checkpoint", path, *words[1:]], capsys)
     assert code == 2
-    assert f"a {KINDS[kind][0].__name__} learns without labels and has no head; use its encoder" in error
+    assert f"a {KINDS[kind][0].__name__} learns without labels and has no head; train its encoder" in error
     assert "python train_vit.py --pretrained FILE" in error
     assert error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before

@@ -43,6 +43,7 @@ MEMORY_LIMIT = 2 * 1024**3  # bytes: a folder that decodes to more is read file 
 VALIDATION_FOLDERS = ("val", "valid", "validation")
 PART_FOLDERS = ("train", *VALIDATION_FOLDERS, "test")
 OTHER_PARTS = {*PART_FOLDERS, "training", "dev", "eval", "testing"}  # not class names, in either case
+WITHOUT_LABELS = "to learn without labels, use train_vit.py --pretrain mae"
 # For each data set: torchvision's class, its folder in data_dir, and its files.
 IDX_FILES = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
 TORCHVISION_SETS = {
@@ -151,11 +152,13 @@ def read_training_folder(folder, img_size, preprocessing, skip_corrupt, in_chann
         raise InputError(f"{str(parts['train'])!r} has the folders {', '.join(class_names)}, which look like parts of "
                          f"a data set, not classes; rename them to train, val and test")
     if not class_names and folder.loose["train"] and (parent := _parent_set(folder.root)):
-        raise InputError(f"{str(folder.root)!r} has images but no class folders; did you mean its parent, {parent!r}?")
+        raise InputError(f"{str(folder.root)!r} has images but no class folders; {WITHOUT_LABELS}; or did you mean its "
+                         f"parent, {parent!r}?")
     if len(class_names) < 2:
+        advice = f"; {WITHOUT_LABELS}" if folder.loose["train"] else ""
         raise InputError(f"{str(parts['train'])!r} has {len(class_names)} class "
                          f"folder{'s' * (len(class_names) != 1)}{listed(class_names)}, and at least 2 are needed; put "
-                         f"the images of each class into a separate folder")
+                         f"the images of each class into a separate folder{advice}")
     files, labels = folder.images("train", class_names)
     empty = [name for label, name in enumerate(class_names) if not (labels == label).any()]
     if empty:

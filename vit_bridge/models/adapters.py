@@ -289,8 +289,9 @@ def adapt(model):
     """
     model = unwrapped(model)
     if ask(model, "encoder"):
-        raise InputError(f"a {class_name(model)} learns without labels and has no head; use its encoder, "
-                         f"model.encoder(), or train that on classes with `python train_vit.py --pretrained FILE`")
+        raise InputError(f"a {class_name(model)} learns without labels and has no head; train its encoder on images "
+                         f"with labels, `python train_vit.py --pretrained FILE --data-dir LABELLED`, or use "
+                         f"model.encoder()")
     if is_ours(model):
         return _of_ours(model)
     if make := _maker_for(model):
