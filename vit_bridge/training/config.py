@@ -235,9 +235,10 @@ FAST = dict(small=True, whiten=True, batch_size=128, augmentation=Augmentation(f
 SMALLER_FIRST = TrainConfig(**FAST_TRAIN, progressive_resize=(0.75, 0.6))
 
 # Each recipe opens with the command that measures it and the test accuracy it reached, as in benchmarks/RESULTS.md: the
-# tables "shapes" (classic), "few-images" (fine_tuning), "family" (DeiT, Swin, ConvNeXt) and "targets" (the others, on
-# CIFAR-10 (JPEG)). The spread is the standard deviation over the seeds, in points. The fast recipes were chosen on the
-# validation images of CIFAR-10 (JPEG) on 2 CPU cores; the table "factors" shows the effect of each change to them.
+# tables "shapes" (classic), "few-images" (fine_tuning), "family" (DeiT, Swin, ConvNeXt), "pretraining" (MAE, BEiT) and
+# "targets" (the others), all but the first on CIFAR-10 (JPEG). The spread is the standard deviation over the seeds, in
+# points. The fast recipes were chosen on the validation images of CIFAR-10 (JPEG) on 2 CPU cores; the table "factors"
+# shows the effect of each change to them.
 RECIPES = {
     "classic": Recipe(
         command="python train_vit.py --recipe classic",
@@ -266,12 +267,13 @@ RECIPES = {
         train=replace(SMALLER_FIRST, learning_rate=8e-3), model="convnext_nano", smallest=16, **FAST),
     "mae_nano_fast": Recipe(
         command="python benchmarks/pretraining.py --data-dir CIFAR run",
-        expected="",
+        expected="54.1% with a linear probe on 4,500 labels, after 10 minutes without labels (three seeds, spread "
+                 "0.6), 2 cores",
         train=TrainConfig(**FAST_TRAIN), model="mae_nano", model_options=dict(pool="mean", init="mimetic"),
         **FAST | dict(batch_size=256)),
     "beit_nano_fast": Recipe(
         command="python benchmarks/pretraining.py --data-dir CIFAR run",
-        expected="",
+        expected="",  # not measured
         train=TrainConfig(**FAST_TRAIN), model="beit_nano_pretraining", model_options=dict(init="mimetic"), **FAST),
     "hybrid_fast": Recipe(
         command="python train_vit.py --data-dir CIFAR --minutes 10 --model hybrid",
