@@ -465,21 +465,18 @@ def accuracies(name, n_labels):
 
 
 def draw():
-    """Draw the test accuracies of the arms with several seeds, and of the probe, over the number of labels."""
+    """Draw the test accuracies of the arms with results for several numbers of labels, and of MAE's linear probe."""
     figure = new_figure(9, 5)
     axes = figure.subplots()
-    names = [name for name, arm in ARMS.items() if len(arm.seeds) > 1] + ["MAE"]
-    shown = {name: {n: accuracies(name, n) for n in MINUTES if name == "MAE" or search(name, n)[0]}
-             for name in names}
+    shown = {name: {n: [100 * value for value in accuracies(name, n)] for n in ARMS[name].labels} for name in ARMS}
+    shown["MAE, linear probe"] = {n: [100 * value for value in accuracies("MAE", n)] for n in MINUTES}
     shown = {name: {n: values for n, values in found.items() if values} for name, found in shown.items()}
-    shown = {name: found for name, found in shown.items() if found}
+    shown = {name: found for name, found in shown.items() if len(found) > 1}
     looks = looks_of(shown)
     for i, (name, found) in enumerate(shown.items()):
         places = [n * 1.05 ** (i - len(shown) / 2) for n in found]  # side by side
-        axes.errorbar(places, [100 * statistics.mean(values) for values in found.values()],
-                      yerr=[band([100 * value for value in values]) for values in found.values()],
-                      color=looks[name].colour, linestyle=looks[name].line, marker=looks[name].marker, capsize=4,
-                      label="MAE, linear probe" if name == "MAE" else name)
+        axes.errorbar(places, list(map(statistics.mean, found.values())), yerr=list(map(band, found.values())),
+                      **looks[name].line, capsize=4, label=name)
     axes.set_xscale("log")
     axes.set_xticks(list(MINUTES), [f"{n:,}\n({n / 45_000:.0%})" for n in MINUTES])
     axes.minorticks_off()
@@ -487,7 +484,7 @@ def draw():
     axes.set_ylabel("test accuracy (%)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
-    set_heading(figure, "CIFAR-10 (JPEG): means of three seeds and their 95% intervals")
+    set_heading(figure, "CIFAR-10 (JPEG): means over the seeds and their 95% intervals")
     return finish(figure, None)
 
 
