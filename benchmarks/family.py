@@ -180,9 +180,7 @@ def run_cell(name, learning_rate, seed, loaders, work, device):
                       precision="torch.float32", training_seconds=round(time.perf_counter() - started),
                       threads=torch.get_num_threads())
     if chosen_rate(name) == learning_rate or seed > 0:
-        tested = Trainer(load(path), device, Classification(0.1), amp="off").evaluate(test_loader)
-        result |= dict(test_acc=tested["acc"], test_correct=tested["correct"], test_n=tested["n"],
-                       test_interval=wilson_interval(tested["correct"], tested["n"]))
+        result |= read_test(path, device, "off", test_loader)
     return result
 
 
@@ -223,9 +221,8 @@ def draw():
     return finish(figure, None)
 
 
-def claim(work, cell):
-    """Return whether this process may train a cell; a file marks those that another one trains."""
-    mark = work / f"{cell_of(*cell).stem}.claim"
+def claim(mark):
+    """Return whether this process may train a cell; the file `mark` exists while another one trains it."""
     try:
         with open(mark, "x") as file:
             file.write(str(os.getpid()))
@@ -234,8 +231,28 @@ def claim(work, cell):
         pid = mark.read_text()
         if pid and not Path(f"/proc/{pid}").exists():  # it was killed
             mark.unlink()
-            return claim(work, cell)
+            return claim(mark)
         return False
+
+
+def keep(table, path, seed, command, result):
+    """Write the result of a cell. If only its test is new, the cell stays one of the machine that trained it."""
+    if path.exists():
+        write_json(json.loads(path.read_text()) | dict(result=result), path)
+    else:
+        write_cell(table, path.stem.removeprefix(f"{table}-"), seed, command, result)
+
+
+def read_test(weights, device, amp, loader):
+    """Return the entries of a result about the test images, for the model in a file."""
+    tested = Trainer(load(weights), device, Classification(0.1), amp=amp).evaluate(loader)
+    return dict(test_acc=tested["acc"], test_correct=tested["correct"], test_n=tested["n"],
+                test_interval=wilson_interval(tested["correct"], tested["n"]))
+
+
+def mark_of(work, cell):
+    """Return the file that marks a cell in training."""
+    return work / f"{cell_of(*cell).stem}.claim"
 
 
 def run_job(options, loaders, command):
@@ -243,20 +260,15 @@ def run_job(options, loaders, command):
     torch.backends.cudnn.allow_tf32 = False  # convolutions on a GPU in float32, too
     started, longest = time.perf_counter(), 0
     while time.perf_counter() - started + longest < 60 * options.until:
-        cell = next((cell for cell in wanted_cells() if claim(options.work, cell)), None)
+        cell = next((cell for cell in wanted_cells() if claim(mark_of(options.work, cell))), None)
         if cell is None:
             return
         name, learning_rate, seed = cell
         begun = time.perf_counter()
-        trained = read(*cell) is not None
         result = run_cell(name, learning_rate, seed, loaders, options.work, options.device)
         longest = max(longest, time.perf_counter() - begun)
-        if trained:  # only the test is new, so the cell stays one of the machine that trained it
-            kept = json.loads(cell_of(*cell).read_text())
-            write_json(kept | dict(result=result), cell_of(*cell))
-        else:
-            write_cell("family", cell_of(*cell).stem.removeprefix("family-"), seed, f"{command} run", result)
-        (options.work / f"{cell_of(*cell).stem}.claim").unlink()
+        keep("family", cell_of(*cell), seed, f"{command} run", result)
+        mark_of(options.work, cell).unlink()
         print(f"{time.strftime('%H:%M:%S')} {name}, rate {learning_rate:g}, seed {seed}: validation "
               f"{result['val_acc']:.1%}, test {result.get('test_acc', float('nan')):.1%}, "
               f"{result['training_seconds']} s", flush=True)

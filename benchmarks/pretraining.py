@@ -10,7 +10,6 @@ import argparse
 import copy
 import json
 import multiprocessing
-import os
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -28,7 +27,6 @@ from vit_bridge.models.beit import block_mask
 from vit_bridge.models.protocol import ask
 from vit_bridge.plots.charts import finish, looks_of, new_figure, set_heading
 from vit_bridge.runtime import unwrapped
-from vit_bridge.system import write_json
 from vit_bridge.training.config import RECIPES
 from vit_bridge.training.linear_probe import feature_loaders
 from vit_bridge.training.objectives import Classification, Distillation, MaskedPixels, MaskedTokens
@@ -389,25 +387,8 @@ def run_cell(cell, loaders, work, device):
             compared = loaders[:2] if STARTS[cell.name].rate else loaders  # another rate, which reads no test images
             return result | dict(probe=probe(model.encoder(), compared, cell.seed, trainer.device))
     if cell.seed > 0 or search(cell.name, cell.n_labels)[0] == cell.rate:
-        tested = Trainer(load(weights), device, Classification(0.1), amp=AMP).evaluate(test_loader)
-        result |= dict(test_acc=tested["acc"], test_correct=tested["correct"], test_n=tested["n"],
-                       test_interval=wilson_interval(tested["correct"], tested["n"]))
+        result |= family.read_test(weights, device, AMP, test_loader)
     return result
-
-
-def claim(cell, work):
-    """Return whether this process may train a cell; a file marks those that another one trains."""
-    mark = work / f"{cell.path.stem}.claim"
-    try:
-        with open(mark, "x") as file:
-            file.write(str(os.getpid()))
-        return True
-    except FileExistsError:
-        pid = mark.read_text()
-        if pid and not Path(f"/proc/{pid}").exists():  # it was killed
-            mark.unlink()
-            return claim(cell, work)
-        return False
 
 
 def is_ready(cell, options):
@@ -424,18 +405,16 @@ def run_job(options, loaders, command):
     while time.perf_counter() - started < 60 * options.until:
         left = 60 * options.until - time.perf_counter() + started
         wanted = [cell for cell in wanted_cells() if pace * cell.minutes < left]
-        cell = next((cell for cell in wanted if is_ready(cell, options) and claim(cell, options.work)), None)
+        cell = next((cell for cell in wanted if is_ready(cell, options)
+                     and family.claim(options.work / f"{cell.path.stem}.claim")), None)
         if cell is None:
             if options.device == "cpu" or not wanted:
                 return
             time.sleep(1)  # another job may be training what the next cell needs
             continue
-        begun, old = time.perf_counter(), cell.result
+        begun = time.perf_counter()
         result = run_cell(cell, loaders, options.work, options.device)
-        if old:  # only the test is new: the cell stays one of the machine that trained it
-            write_json(json.loads(cell.path.read_text()) | dict(result=result), cell.path)
-        else:
-            write_cell("pretraining", cell.path.stem.removeprefix("pretraining-"), cell.seed, f"{command} run", result)
+        family.keep("pretraining", cell.path, cell.seed, f"{command} run", result)
         (options.work / f"{cell.path.stem}.claim").unlink()
         pace = max(pace, (time.perf_counter() - begun) / cell.minutes)
         score = result.get("val_acc", max(result.get("probe", {}).get("45000", {}).get("val_accs", {"": 0}).values()))

@@ -1,6 +1,8 @@
 """What the tests of parity share: random weights, names of another library, and relative differences."""
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -58,3 +60,16 @@ def differences(ours, theirs, images, pairs):
     assert whole > 0
     return relative_difference(mine, others), max(((found[name] - gradient).norm() / whole).item()
                                                   for name, gradient in wanted.items())
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a file format is checked against, and a function that writes its file, as a Sample."""
+
+    against: str
+    write: Callable
+
+
+def case(against, write, *positional, **options):
+    """A Source whose function gets these arguments after the folder."""
+    return Source(against, lambda folder: write(folder, *positional, **options))

@@ -2,7 +2,6 @@
 
 import argparse
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +10,7 @@ import timm
 import torch
 import torchvision
 import transformers
+from parity_checks import case
 from safetensors.torch import load_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
@@ -192,17 +192,6 @@ def from_google(folder, prefix="", pre_logits=False):
     tokens = reader.forward_features(images_of())
     logits, dropped = (None, 4) if pre_logits else (reader.forward_head(tokens), 0)
     return Sample(folder / "m.npz", list(arrays), tokens, logits, OURS, dropped)
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a format is checked against, and a function that writes its file, as a Sample."""
-    against: str
-    write: Callable
-
-
-def case(against, write, *positional, **options):
-    return Source(against, lambda folder: write(folder, *positional, **options))
 
 
 def hf(name, config, old_names, arguments, **options):

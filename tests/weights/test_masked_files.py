@@ -7,13 +7,12 @@ import argparse
 import json
 import re
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 import transformers
-from parity_checks import randomised, relative_difference, renamed
+from parity_checks import case, randomised, relative_difference, renamed
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from timm.models.beit import Beit
@@ -233,17 +232,6 @@ def from_ours(folder, build):
     ours = float32_numbers(randomised(build(), 7))
     torch.save(ours.state_dict(), folder / "m.pth")
     return Sample(folder / "m.pth", list(ours.state_dict()), build(), outputs_of(ours), guessed={})
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a format is checked against, and a function that writes its file, as a Sample."""
-    against: str
-    write: Callable
-
-
-def case(against, write, *positional, **options):
-    return Source(against, lambda folder: write(folder, *positional, **options))
 
 
 def both(label, against, write, *positional, **options):
