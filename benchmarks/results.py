@@ -327,8 +327,8 @@ def throughput_lines(cells):
         middle = geometric_mean([ratio for ratio, _, _, _ in ratios])
         below = [column for _, _, high, column in ratios if high < 1]
         touching = [f"{column} ({low:.3f})" for _, low, high, column in ratios if low < 1 <= high]
-        lines += ["", f"Geometric mean of these ratios over the {len(results)} columns: {middle:.3f}; of our speed over "
-                  f"the fastest peer's, from the medians in this table: {geometric_mean(of_medians):.3f}. "
+        lines += ["", f"Geometric mean of these ratios over the {len(results)} columns: {middle:.3f}; of our speed "
+                  f"over the fastest peer's, from the medians in this table: {geometric_mean(of_medians):.3f}. "
                   f"The project aims at 1.10. Columns whose whole interval lies below 1: {', '.join(below) or 'none'}. "
                   f"Columns whose interval begins below 1: {', '.join(touching) or 'none'}.", ""]
     return lines
