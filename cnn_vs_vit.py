@@ -34,7 +34,7 @@ from vit_bridge.compare.trials import (
     RECIPE,
     SEEDS,
     TRAIN_FRACTIONS,
-    TRAINING_EXPERIMENTS,
+    TRAINED,
     Trial,
     TrialRecipe,
     build_kind,
@@ -76,6 +76,11 @@ INTRODUCTION = ("This report compares a ConvNet, a hybrid and a ViT of nearly th
 SHIPPED_NOTE = ("The shipped models learned the drawn shapes with different numbers of training steps. The ConvNet was "
                 "trained for 250 steps of 64 images and has a test accuracy of 95.9%. The hybrid has 93.0% after 600 "
                 "steps, and the ViT 97.9% after 3,200 steps. Some differences between them may come from this.")
+
+
+LITTLE = {  # arguments of measure() in a dry run
+    "ladder": dict(minutes=1e-3), "data": dict(first_steps=1, most_steps=2),
+    "reach": dict(n_steps=1, n_images=40, n_test=8), "cues": dict(n_steps=1, n_images=40, n_test=8)}
 
 
 # ---- Experiments on the shipped models --------------------------------------------------------------------
@@ -128,75 +133,29 @@ def _publish(section, folder, with_note=True):
 # ---- Experiments that train -------------------------------------------------------------------------------
 
 
-@dataclass
-class TrialPlan:
-    """The trials that --train measures.
-
-    Attributes
-    ----------
-    trials : list of Trial
-        The trials, in the order in which they are measured.
-    folder : Path
-        The folder for their files.
-    recipe : TrialRecipe
-        How every model is trained.
-    settings, arguments : dict
-        By experiment: the settings that its trials share, and further arguments of its measure().
-    """
-
-    trials: list
-    folder: Path
-    recipe: TrialRecipe
-    settings: dict
-    arguments: dict
-
-
-def plan_trials(names, folder, options, recipe=RECIPE):
-    """Plan the trials of these experiments, and check all inputs before the first measurement.
-
-    Returns
-    -------
-    TrialPlan
-
-    Raises
-    ------
-    InputError
-        Without test images, for an image size that a model does not accept, and for a file in the folder that was
-        measured on other images or with another recipe.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()  # OSError if the folder is not writable
-    precision = choose_precision(options.amp, choose_device(options.device))
-    few, seeds = (dict(n_images=40, n_test=8), SEEDS[:1]) if options.dry_run else ({}, SEEDS)
-    plan = TrialPlan([], folder, recipe, {}, {})
-    for name in names:
-        images, plan.arguments[name], numbers, dataset = few, few, (None,), ""
-        if name == "data":
-            loaders = _loaders_of(options)
-            images, numbers, dataset = _describe_loaders(loaders, options)
-            plan.arguments[name] = dict(loaders=loaders)
-        settings = dict(recipe=asdict(recipe), precision=str(precision or torch.float32), images=images)
-        plan.settings[name] = json.loads(json.dumps(settings))  # as it comes back from a file
-        _check_settings(plan.settings[name], name, dataset, folder)
-        plan.trials.extend(Trial(name, kind, number, n_images, dataset)
-                           for n_images in numbers for number in seeds for kind in CNN_TO_VIT_MODELS)
-    return plan
+def measure_trials(names, folder, options):
+    """Measure the trials of these experiments that have no file in the folder yet; return {name: [file contents]}."""
+    on_images = any(TRAINED[name].on_images for name in names)
+    images = _describe_loaders(_loaders_of(options), options) if on_images else None
+    plan = plan_trials(names, folder, dict(device=options.device, amp=options.amp),
+                       {name: _command_of(name, options) for name in names}, images, LITTLE if options.dry_run else None)
+    again = "the same command with another --output-dir" if options.output_dir else "the same command"
+    return run_trials(plan, options.jobs, again)
 
 
 def _describe_loaders(loaders, options):
-    """Return what identifies the images, the numbers of training images, and the data set's name."""
+    """Return (loaders, numbers of training images, name of the data set, what identifies the images)."""
     train_loader, _, test_loader = loaders
     if test_loader is None:
         raise InputError(f"{options.data_dir} has no test images, and the validation images are already used to "
                          f"choose the learning rates; put test images into test/<class>/")
-    class_names = list(train_loader.class_names)
-    for kind in CNN_TO_VIT_MODELS:
-        build_kind(kind, len(class_names), train_loader.img_size)
-    images = dict(n_images=train_loader.n_images, img_size=train_loader.img_size, n_test=test_loader.n_images,
-                  class_names=class_names, cut=options.seed, content=_checksum(loaders))
+    n, n_classes = train_loader.n_images, len(train_loader.class_names)
+    facts = dict(n_images=n, img_size=train_loader.img_size, n_test=test_loader.n_images,
+                 class_names=list(train_loader.class_names), cut=options.seed, content=_checksum(loaders))
     dataset = train_loader.dataset_name if options.data_dir else ""  # "" for the built-in shapes
     dataset = Path(options.data_dir).resolve().name if dataset == "folder" else dataset
-    return images, numbers_of_images(options.train_fractions, train_loader.n_images, len(class_names)), dataset
+    numbers = sorted({max(n_classes, round(fraction * n)) for fraction in options.train_fractions})
+    return loaders, numbers, dataset, facts
 
 
 def _checksum(loaders):
@@ -208,62 +167,10 @@ def _checksum(loaders):
     return total.hexdigest()
 
 
-def _check_settings(settings, name, dataset, folder):
-    """Raise InputError if the folder holds a trial of the same experiment and data set with other settings."""
-    for path in folder.glob(f"{name}-*.json"):
-        trial = read_trial(path)
-        if trial["result"].get("dataset", "") == dataset and trial.get("setting") != settings:
-            raise InputError(f"{path} was measured on other images, in another precision or with another recipe; "
-                             f"remove it, or choose another folder with --results-dir")
-
-
-def run_trials(plan, options):
-    """Measure every trial of a plan that has no file yet; return {experiment: [file contents]}.
-
-    For each kind, the trial with the first seed and the most images chooses the learning rate for all others.
-    """
-    there, n = 0, len(plan.trials)
-    print(f"{n} trials of one to three training runs each. Each is saved in {plan.folder} when it ends, and a later "
-          f"command continues from there; an interrupted trial starts again.", flush=True)
-    again = "the same command with another --output-dir" if options.output_dir else "the same command"
-    bar = tqdm(plan.trials, unit="trial", disable=None)
-    with Interrupts() as interrupts:
-        for trial in bar:
-            interrupts.advice = f"{there} of {n} trials are in {plan.folder}; {again} continues with the next one"
-            path = trial.path(plan.folder)
-            bar.set_description(path.stem)
-            if not path.exists():
-                try:
-                    write_json(_measure_trial(trial, plan, options), path)
-                except NotFinite as error:
-                    tqdm.write(f"{path.stem} is skipped: {error}")
-                    continue
-                tqdm.write(f"{path.stem}: saved, {there + 1} of {n}")
-            there += 1
-    return read_trials(plan.settings, [plan.folder])
-
-
-def _measure_trial(trial, plan, options):
-    """Measure a trial and return the contents of its file, with the keys that all results of the project have."""
-    most = max((other.n_images for other in plan.trials if other.n_images), default=None)
-    first = replace(trial, seed=SEEDS[0], n_images=trial.n_images and most).path(plan.folder)
-    arguments = dict(plan.arguments[trial.experiment], recipe=plan.recipe, device=options.device, amp=options.amp,
-                     rates=(read_trial(first)["result"]["rate"],) if first.exists() else RATES)
-    if trial.experiment == "data":
-        arguments["n_images"] = trial.n_images
-    result = TRAINING_EXPERIMENTS[trial.experiment].measure(trial.kind, trial.seed, **arguments)
-    result |= dict(dataset=trial.dataset) if trial.experiment == "data" else {}
-    device = choose_device(options.device).type
-    return dict(table=trial.experiment, commit=commit(), date=time.strftime("%Y-%m-%d"), machine=machine(device),
-                versions=dict(torch=torch.__version__, torchvision=torchvision.__version__), seed=trial.seed,
-                command=_command_of(trial.experiment, options), setting=plan.settings[trial.experiment],
-                result=result | dict(device=device))
-
-
 def _command_of(name, options):
     """Return the command that measures the trials of this experiment again."""
     words, defaults = ["python", "cnn_vs_vit.py", "--train", "--only", name], vars(make_parser().parse_args([]))
-    of_images = ("data_dir", "img_size", "train_fractions", "seed", "skip_corrupt") if name == "data" else ()
+    of_images = ("data_dir", "img_size", "train_fractions", "seed", "skip_corrupt") * TRAINED[name].on_images
     for key in (*of_images, "device", "amp", "dry_run"):
         value, option = getattr(options, key), f"--{key.replace('_', '-')}"
         if value != defaults[key]:
@@ -273,12 +180,12 @@ def _command_of(name, options):
 
 
 def show_trials(names, folder, trials):
-    """Print and draw TRAINING_EXPERIMENTS from measured trials, with one section per data set.
+    """Print and draw TRAINED from measured trials, with one section per data set.
 
     Parameters
     ----------
     names : list of str
-        Keys of TRAINING_EXPERIMENTS.
+        Keys of TRAINED.
     folder : Path
         Where the figures go.
     trials : dict
@@ -291,7 +198,7 @@ def show_trials(names, folder, trials):
     """
     results, sections = {}, []
     for name in names:
-        experiment = TRAINING_EXPERIMENTS[name]
+        experiment = TRAINED[name]
         if not trials.get(name):
             finding = f"Not measured yet; run python cnn_vs_vit.py --train --only {name}."
             sections.append(Section(experiment.title, experiment.question, finding))
@@ -447,24 +354,21 @@ def compare(options, folder):
 
 def compare_models(options, folder):
     """Check the options, then run the experiments; return (introduction, {name: data}, sections)."""
-    wanted = options.only or (["data"] if options.data_dir else [*EXPERIMENTS, *TRAINING_EXPERIMENTS])
+    wanted = options.only or (
+        [name for name, one in TRAINED.items() if one.on_images] if options.data_dir else [*EXPERIMENTS, *TRAINED])
     looking = [name for name in EXPERIMENTS if name in wanted]
-    training = [name for name in TRAINING_EXPERIMENTS if name in wanted]
+    training = [name for name in TRAINED if name in wanted]
     results_dir = folder / "trials" if options.dry_run else Path(options.results_dir)
     if results_dir.exists() and not results_dir.is_dir():
         raise InputError(f"--results-dir {results_dir} is a file; choose the folder in which --train keeps its trials")
-    if options.train:
-        recipe = replace(RECIPE, n_steps=1, batch_size=8) if options.dry_run else RECIPE
-        plan = plan_trials(training, results_dir, options, recipe)
-    else:
-        trials = read_trials(training, [results_dir, COMMITTED])
+    trials = {} if options.train else read_trials(training, [results_dir, COMMITTED])
     introduction, results, sections = INTRODUCTION, {}, []
     if looking:
         little = dict(n_images=16, seconds=0.01, sizes=(32,), patches=(32,), reach=1) if options.dry_run else {}
         results, sections = run_experiments(shipped_setup(**little), looking, folder)
         introduction += f" {SHIPPED_NOTE}"
     if options.train:
-        trials = run_trials(plan, options)
+        trials = measure_trials(training, results_dir, options)
     more_results, more_sections = show_trials(training, folder, trials)
     if not options.train:
         print("\nThese are the shipped models and saved results; they show nothing about other images. To compare on "
@@ -475,9 +379,11 @@ def compare_models(options, folder):
 def make_parser():
     parser = OneLineParser(prog="cnn_vs_vit.py", description=DESCRIPTION, formatter_class=HelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME",
-                        help=f"run only these experiments: {', '.join([*EXPERIMENTS, *TRAINING_EXPERIMENTS])}")
+                        help=f"run only these experiments: {', '.join([*EXPERIMENTS, *TRAINED])}")
     parser.add_argument("--train", "--full", action="store_true", dest="train",
                         help="also run the experiments that train; this takes hours, and the same command resumes")
+    parser.add_argument("--jobs", type=int_at_least(1), default=1, metavar="N",
+                        help="processes that train at the same time, with --train (default: %(default)s)")
     parser.add_argument("--results-dir", "--cells", default="runs/cnn_vs_vit-cells", dest="results_dir",
                         metavar="FOLDER", help="folder in which --train keeps its trials (default: %(default)s)")
     parser.add_argument("--data-dir", metavar="FOLDER", help="your images: a folder with one folder per class, or a "
@@ -489,7 +395,7 @@ def make_parser():
                         "images within this time, and report which is best")
     parser.add_argument("--train-fractions", "--shares", nargs="+", type=Bounded(float, 1e-6, 1, "above 0 to 1"),
                         default=list(TRAIN_FRACTIONS), dest="train_fractions", metavar="F",
-                        help="for the experiment data: fractions of the training images")
+                        help="for the experiments data and ladder: fractions of the training images")
     parser.add_argument("--seed", type=seed(), default=0, metavar="N",
                         help="seed of the validation split (default: %(default)s)")
     parser.add_argument("--skip-corrupt", action="store_true", help="skip image files that cannot be read")
@@ -506,7 +412,7 @@ def make_parser():
 def main(argv=None):
     options = make_parser().parse_args(argv)
     for name in options.only or ():
-        known = (*EXPERIMENTS, *TRAINING_EXPERIMENTS)
+        known = (*EXPERIMENTS, *TRAINED)
         if name not in known:
             raise InputError(f"--only {name!r} is unknown; choose one of: {', '.join(known)}")
     if options.minutes and (options.train or options.only):
@@ -516,9 +422,10 @@ def main(argv=None):
     if options.data_dir and not (options.minutes or options.train):
         raise InputError(f"--data-dir {options.data_dir} does not specify what to compare; add --minutes M (which of "
                          f"the three suits these images) or --train (data efficiency)")
-    if options.data_dir and options.only and options.only != ["data"]:
-        raise InputError(f"--data-dir works with --only data, not with --only {' '.join(options.only)}; remove one of "
-                         f"the two")
+    others = [name for name in options.only or () if name in EXPERIMENTS or not TRAINED[name].on_images]
+    if options.data_dir and others:
+        raise InputError(f"--data-dir works with --only data or ladder, not with --only {' '.join(others)}; remove one "
+                         f"of the two")
     if options.data_dir and not Path(options.data_dir).exists():
         raise InputError(f"--data-dir {options.data_dir} does not exist; choose a folder with one folder per class")
     choose_device(options.device)

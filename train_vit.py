@@ -941,10 +941,10 @@ def _model_name(options, img_size):
     return path.parent.name or "best" if path.name in (BEST, LAST) else path.stem
 
 
-def new_model(name, recipe, train_loader):
+def new_model(name, recipe, train_loader, build=build_model):
     """Return a new model for the loader's images and classes, whitened if the recipe specifies it."""
-    model = build_model(name, n_classes=len(train_loader.class_names or ()), img_size=train_loader.img_size,
-                        in_channels=train_loader.preprocessing.n_channels, **recipe.model_options)
+    model = build(name, n_classes=len(train_loader.class_names or ()), img_size=train_loader.img_size,
+                  in_channels=train_loader.preprocessing.n_channels, **recipe.model_options)
     if recipe.whiten and model.whitening_layer() is not None:
         whiten_first_layer(model, first_images(train_loader, WHITENED_BY))
     return model

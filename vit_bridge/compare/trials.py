@@ -1,340 +1,216 @@
-"""CNN against ViT, compared by training both with one recipe; the test images are used only once.
+"""Trainings for the comparison: arms, learning rates chosen on validation images, and trials in files.
 
-    TRAINING_EXPERIMENTS[name]  "cues", "reach" and "data": like EXPERIMENTS, but measure() returns one trial and the
-                                other methods take a list of trials
-    Trial, read_trials          a trial is one kind of model trained with one seed, stored in its own file
-    compare_on_dataset          trains all kinds on the same images with several seeds; summarise() reports which leads
+    Arm, train_arm      one way to train: a recipe of train_vit.py with changes to its model
+    choose_rate         trains with several learning rates; the winner is never the edge of the grid
+    Trial, read_trials  an arm trained with one seed in an experiment, stored in its own file
 
-Shapes:  N images, S side of an image in pixels, n test images; in Reach.finding, S seeds.
+Shapes:  N images, S side of an image in pixels.
 """
 
-import itertools
 import json
-import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from statistics import mean
 
 import torch
 
-from train_vit import NotFinite, Trainer, steps_within
-from vit_bridge.analysis.cost import count_parameters
-from vit_bridge.analysis.perturbations import cue_choices, shape_bias
-from vit_bridge.analysis.receptive_field import theoretical_receptive_field
+from train_vit import NotFinite, Trainer, new_model
 from vit_bridge.compare.experiments import Experiment
-from vit_bridge.compare.statistics import (
-    MIN_IMAGES,
-    describe_leaders,
-    describe_power,
-    describe_ranking,
-    describe_split,
-    format_range,
-    majority_with_every_seed,
-    mean_min_max,
-    measured_noise,
-    none_beats,
-    rank_falls,
-    rank_samples,
-    rank_speeds,
-    rank_trainings,
-    seeds_that_learned,
-    step_gains,
-)
 from vit_bridge.data.augmentation import Augmentation
 from vit_bridge.data.datasets import DatasetInfo
 from vit_bridge.data.loaders import MemoryLoader
-from vit_bridge.data.shapes import CUES, make_cues, make_marks
-from vit_bridge.errors import InputError, join_words
+from vit_bridge.errors import InputError
 from vit_bridge.models.registry import build_model
-from vit_bridge.plots.charts import plot_bars, plot_curves
 from vit_bridge.preprocessing import Preprocessing
-from vit_bridge.runtime import predictions
+from vit_bridge.training.config import RECIPES
+from vit_bridge.training.objectives import Classification
+from vit_model import pair
 
-# From the plain ViT to the CNN, with parameter counts within 10% of each other. From "ViT, mean pooling" to "Hybrid",
-# two things change: a convolutional stem produces the tokens, and the head reads CLS again.
-CNN_TO_VIT_MODELS = {
-    "ViT": ("vit_nano", {}),
-    "ViT, mean pooling": ("vit_nano", dict(pool="mean")),
-    "Hybrid": ("hybrid", {}),
-    "ConvNet": ("convnet", {}),
-}
-RATES = (5e-4, 1e-3, 2e-3)  # learning rates to choose from, by validation accuracy
 SEEDS = (0, 1, 2)
-TRAIN_FRACTIONS = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the training images
-FEW_STEPS = 100  # below this, and below FEW_IMAGES, caveats() adds a warning
-FEW_IMAGES = 1000
-DISTANCES = (8, 14, 20, 26, 32, 42)  # between the two marks, in pixels
+MOST_RATES = 8  # a grid of learning rates that still grows then has no optimum worth looking for
+
+
+# ---- One training -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class TrialRecipe:
-    """The training recipe of every model here. It fixes the number of steps, so fewer images are seen more often."""
+class Arm:
+    """One way to train: a recipe of train_vit.py, and what differs from it.
 
-    n_steps: int = 800
-    batch_size: int = 64
-    weight_decay: float = 0.05
-    schedule: str = "linear"
-    optimizer: str = "muon"
-    augmentation: Augmentation = field(default_factory=Augmentation)
-
-
-RECIPE = TrialRecipe()
-
-
-def loader_of(images, labels, class_names, recipe, seed=0, training=False):
-    """Return a loader of uint8 images (N, 3, S, S) and labels (N,), with the recipe's augmentation if training."""
-    info = DatasetInfo("drawn", Preprocessing(images.shape[-1], (0.5,) * 3, (0.25,) * 3, class_names=class_names))
-    return MemoryLoader(images, labels, info, recipe.batch_size, seed, training, augmentation=recipe.augmentation)
-
-
-def build_kind(kind, n_classes, img_size):
-    """Build a new model of CNN_TO_VIT_MODELS for images of this size.
-
-    From 64 pixels on, the patch size and the stride of the ConvNet's stem double. At 64 pixels, the grid is therefore
-    as small as at 32.
+    Attributes
+    ----------
+    recipe : str
+        A key of RECIPES.
+    options : dict
+        Changes to the recipe's model_options.
+    build : callable
+        Builds the model from the recipe's name and the options: build_model, or a function like it.
+    augmentation : Augmentation, optional
+        Used instead of the recipe's.
+    resized : bool
+        Whether the first steps may use smaller images, as in the recipe. They would destroy details of one pixel.
     """
-    name, options = CNN_TO_VIT_MODELS[kind]
-    coarser = {}
-    if img_size >= 64 and img_size % 8 == 0:
-        coarser = dict(stem_stride=2) if name == "convnet" else dict(patch_size=8)
-    return build_model(name, n_classes=n_classes, img_size=img_size, **options, **coarser)
+
+    recipe: str
+    options: dict = field(default_factory=dict)
+    build: Callable = build_model
+    augmentation: Augmentation | None = None
+    resized: bool = True
+
+    def own_recipe(self):
+        """Return the recipe with the changes."""
+        recipe = RECIPES[self.recipe]
+        train = recipe.train if self.resized else replace(recipe.train, progressive_resize=None)
+        return replace(recipe, train=train, augmentation=self.augmentation or recipe.augmentation,
+                       model_options=recipe.model_options | self.options)
 
 
-def train_once(kind, loader, recipe, learning_rate, seed, device="auto", amp="auto", progress=False):
-    """Train a new model of CNN_TO_VIT_MODELS and return its Trainer."""
+def prepare_arm(arm, loader, seed, device="auto", amp="auto", start=None, objective=None):
+    """Return the Trainer of an arm, and set up the loader for it.
+
+    Parameters
+    ----------
+    arm : Arm
+    loader : MemoryLoader
+        The training images. It gets the recipe's batch size and augmentation, and the seed.
+    seed : int
+        Determines new weights, the order and the augmentation.
+    device, amp : optional
+        As for Trainer.
+    start : Module, optional
+        A model to train further. None: a new one.
+    objective : Objective, optional
+        None: the recipe's classification.
+    """
+    recipe = arm.own_recipe()
+    loader.training, loader.batch_size, loader.seed = True, min(recipe.batch_size, loader.n_images), seed
+    loader.set_augmentation(recipe.augmentation)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = build_kind(kind, len(loader.class_names), loader.img_size)
-    loader.seed = seed
-    trainer = Trainer(model, device, amp=amp)
-    trainer.train(loader, n_steps=recipe.n_steps, learning_rate=learning_rate, weight_decay=recipe.weight_decay,
-                  seed=seed, schedule=recipe.schedule, optimizer=recipe.optimizer, progress=progress)
-    return trainer
+        model = start or new_model(recipe.model, recipe, loader, arm.build)
+    if recipe.train.progressive_resize:
+        model.any_size = True
+    return Trainer(model, device, objective or Classification(recipe.label_smoothing), recipe.train, amp=amp,
+                   resize_multiple=max(pair(getattr(model.config, "patch_size", 4))))
 
 
-def best_of_rates(kind, loader, val_loader, recipe, seed, rates=RATES, **run):
-    """Train once with each learning rate and keep the model with the best validation accuracy.
+def train_arm(arm, loader, n_steps, learning_rate, seed, **options):
+    """Train an arm and return the model; the options are those of prepare_arm."""
+    trainer = prepare_arm(arm, loader, seed, **options)
+    trainer.train(loader, n_steps=n_steps, learning_rate=learning_rate, seed=seed, progress=False)
+    return trainer.model.eval()
+
+
+def rates_around(arm):
+    """Return half, once and twice the recipe's learning rate: where a grid starts."""
+    rate = RECIPES[arm.recipe].train.learning_rate
+    return rate / 2, rate, 2 * rate
+
+
+def choose_rate(train, score, rates):
+    """Train once with each learning rate and keep the model with the best score.
+
+    While the best rate is the smallest or the largest one, half or twice this rate is tried, too.
+
+    Parameters
+    ----------
+    train : callable
+        train(learning_rate) returns a model.
+    score : callable
+        score(model) returns its validation accuracy.
+    rates : tuple of float
+        The first rates. A single one is not searched for.
 
     Returns
     -------
     tuple
-        The model, {learning rate: validation accuracy} and the best learning rate (the lowest if several are equal). A
-        training run that diverges counts as accuracy 0.
+        The model, the best rate (the smallest of several equally good ones), and {rate: score}. A training run that
+        diverges has the score 0.
 
     Raises
     ------
     NotFinite
         If every training run diverges.
     """
-    found = {}
-    for rate in rates:
+    found, best, left = {}, None, list(rates)
+    while left:
+        rate = left.pop(0)
         try:
-            trainer = train_once(kind, loader, recipe, rate, seed, **run)
-            found[rate] = trainer.model, trainer.evaluate(val_loader)["acc"]
+            model = train(rate)
+            found[rate] = score(model)
         except NotFinite:
-            if rate == rates[-1] and not any(model for model, _ in found.values()):
+            found[rate] = 0.0
+            if not left and best is None:
                 raise
-            found[rate] = None, 0.0
-    best = max((rate for rate in found if found[rate][0]), key=lambda rate: found[rate][1])
-    return found[best][0], {rate: accuracy for rate, (_, accuracy) in found.items()}, best
+            continue
+        if best is None or found[rate] > found[best[1]]:
+            best = model, rate
+        if not left and len(rates) > 1 and len(found) < MOST_RATES:
+            left = [rate for edge, rate in ((min(found), best[1] / 2), (max(found), best[1] * 2)) if best[1] == edge]
+    return *best, found
 
 
-# ---- 7. Reach ---------------------------------------------------------------------------------------------
+def loader_of(images, labels, class_names):
+    """Return a loader of uint8 images (N, 3, S, S) and labels (N,), without augmentation."""
+    info = DatasetInfo("drawn", Preprocessing(images.shape[-1], (0.5,) * 3, (0.25,) * 3, class_names=class_names))
+    return MemoryLoader(images, labels, info, 64)
 
 
-class Reach(Experiment):
-    title = "Reach"
-    question = "Can the models compare two marks that are far apart?"
-
-    def measure(self, kind, seed, recipe=RECIPE, n_images=20_000, n_test=1000, distances=DISTANCES, img_size=48, **run):
-        """Train on two marks at all distances, and count how many of n_test predictions are right at each one."""
-        recipe = replace(recipe, augmentation=Augmentation(0.0, "random"))  # shifts mirror the border: more marks
-        drawn, val = (make_marks(n, img_size, seed=1 + seed, start=start)
-                      for n, start in ((n_images, 0), (2000, 10**9)))
-        loader = loader_of(drawn.images, drawn.labels, drawn.class_names, recipe, seed, True)
-        val_loader = loader_of(val.images, val.labels, val.class_names, recipe)
-        model, rates, rate = best_of_rates(kind, loader, val_loader, recipe, seed, **run)
-        correct = []
-        for distance in distances:
-            test = make_marks(n_test, img_size, seed=0, start=2 * 10**9, distance=distance)
-            images = torch.cat([images for images, _ in loader_of(test.images, test.labels, test.class_names, recipe)])
-            correct.append(int((predictions(model, images) == test.labels).sum()))
-        return dict(kind=kind, seed=seed, distances=list(distances), correct=correct, n=n_test, rates=rates, rate=rate,
-                    parameters=count_parameters(model))
-
-    def draw(self, trials, setup=None):
-        points = {kind: [(distance, *mean_min_max([trial["correct"][i] / trial["n"] for trial in own]))
-                         for i, distance in enumerate(own[0]["distances"])] for kind, own in _by_kind(trials).items()}
-        return {"reach": plot_curves({"Are two marks of the same kind?": points}, "distance between the marks (pixels)",
-                                     "accuracy (%)", percent=True, lines=[("guessing", 0.5)],
-                                     title=_band_title(trials))}
-
-    def finding(self, trials):
-        accuracies = {kind: torch.tensor([trial["correct"] for trial in own]).double() / own[0]["n"]
-                      for kind, own in _by_kind(trials).items()}  # kind -> (S, distances)
-        n, split = trials[0]["n"], {}
-        for kind, own in accuracies.items():
-            by_seed, n_predictions = own.mean(dim=1).tolist(), n * own.shape[1]  # over all distances
-            learned = seeds_that_learned(by_seed, n_predictions, 0.5)
-            if learned is not None:
-                split[kind] = describe_split(kind, by_seed, learned)
-                accuracies[kind] = own[torch.tensor(learned)]
-        falls = rank_falls(accuracies, n)
-        if falls is None:
-            return "No model learned the task in these steps, so the results show nothing about reach."
-        largest, not_learned = falls.values[falls.best], [kind for kind in accuracies if kind not in falls.values]
-        text = f"{falls.best} loses the most accuracy as the marks move apart: {100 * largest:.0f} points."
-        if largest <= 0.05:
-            text = "No model that learned the task loses more than 5 points as the marks move apart."
-        elif falls.tied:
-            text = (f"{join_words(falls.leaders)} lose up to {100 * largest:.0f} points as the marks move apart, and "
-                    f"cannot be distinguished.")
-        elif falls.best == "ConvNet" and _right_within(window := _convnet_window(), accuracies["ConvNet"], trials):
-            text = (f"ConvNet loses {100 * largest:.0f} points of accuracy once the marks are farther apart than its "
-                    f"own receptive field of {window} pixels.")
-        text += f" {join_words(not_learned)} did not learn the task." if not_learned else ""
-        return " ".join([text, *split.values()])
-
-    def tables(self, trials):
-        distances = trials[0]["distances"]
-        return [("Accuracy at each distance: mean over the seeds (lowest to highest)", [
-            ["", "seeds", *(f"{distance} px" for distance in distances)]] + [
-            [kind, len(own), *(format_range([trial["correct"][i] / trial["n"] for trial in own])
-                               for i in range(len(distances)))] for kind, own in _by_kind(trials).items()])]
+def part_of(loader, indices=slice(None), labels=None):
+    """Return a new loader of the images at these indices, with these labels instead of their own if given."""
+    labels = loader.labels[indices] if labels is None else labels
+    return MemoryLoader(loader.images[indices], labels, loader.info, loader.batch_size)
 
 
-def _right_within(window, accuracies, trials, least=0.95):
-    """Return whether the mean accuracies (S, distances) are high wherever the marks lie within this window."""
-    inside = torch.tensor([distance <= window for distance in trials[0]["distances"]])
-    return bool((accuracies.mean(dim=0)[inside] >= least).all())
+def draw_indices(loader, n_images, seed):
+    """Return n_images indices of a loader's images, in ascending order, drawn by the seed."""
+    loader.seed = seed
+    return loader.subset(n_images)
 
 
-def _convnet_window(img_size=48):
-    """Return the side in pixels of the window that a unit in the ConvNet's last layer sees."""
-    return max(theoretical_receptive_field(build_kind("ConvNet", 2, img_size)))
+def count_correct(model, loader, device="auto"):
+    """Return how many images of a loader a model classifies correctly, in float32, and how many there are."""
+    found = Trainer(model, device, amp="off").evaluate(loader)
+    return found["correct"], found["n"]
 
 
-# ---- 8. Outline against texture ---------------------------------------------------------------------------
+class TrainedExperiment(Experiment):
+    """An experiment that trains: measure() returns the result of one trial, and the other methods take a list of them.
 
+    Attributes
+    ----------
+    arms : dict
+        {name: Arm}, in the order of tables and figures.
+    on_images : bool
+        Whether it uses a data set, with several numbers of training images.
+    needs_speeds : bool
+        Whether its trainings have equal minutes, so that measure() gets the speeds.
+    """
 
-class Cues(Experiment):
-    title = "Outline or texture"
-    question = "If outline and texture disagree, which one does a model follow?"
+    arms: dict
+    on_images = False
+    needs_speeds = False
 
-    def measure(self, kind, seed, recipe=RECIPE, n_images=10_000, n_test=1000, img_size=32, **run):
-        """Train on images whose outline and texture show the same class, and test on images where they differ."""
-        images, outlines, _ = make_cues(n_images, img_size, seed=1 + seed)
-        val_images, val_outlines, _ = make_cues(1000, img_size, seed=1 + seed, start=10**9)
-        loader = loader_of(images, outlines, CUES, recipe, seed, True)
-        val_loader = loader_of(val_images, val_outlines, CUES, recipe)
-        model, rates, rate = best_of_rates(kind, loader, val_loader, recipe, seed, **run)
-        test, outlines, textures = make_cues(n_test, img_size, seed=0, start=2 * 10**9, agree=False)
-        shown = torch.cat([images for images, _ in loader_of(test, outlines, CUES, recipe)])
-        choices = cue_choices(predictions(model, shown), outlines, textures)
-        return dict(kind=kind, seed=seed, choices=choices, shape_bias=shape_bias(choices), val_acc=rates[rate],
-                    rates=rates, rate=rate)
+    def plan(self, numbers):
+        """Return (arm, number of images or None) of all trials, each after those whose choices it uses."""
+        return [(arm, number) for number in (numbers if self.on_images else (None,)) for arm in self.arms]
 
-    def draw(self, trials, setup=None):
-        bars = {kind: mean_min_max(biases) for kind in _by_kind(trials) if (biases := _biases(trials, kind))}
-        heading = "predictions that follow the outline,\nas a fraction of predictions that follow a cue"
-        return {"shape_bias": plot_bars({heading: bars}, title=_band_title(trials, "Lines"))} if bars else {}
+    def owners(self, trial, numbers):
+        """Return the trials whose choices a trial uses, by name; {} if it chooses itself, as that of the first seed."""
+        first = replace(trial, seed=SEEDS[0])
+        return {} if trial == first else dict(rate=first)
 
-    def finding(self, trials):
-        bias = {kind: mean(biases) for kind in _by_kind(trials) if (biases := _biases(trials, kind))}
-        if not bias:
-            return "No model follows the outline or the texture."
-        low, high = min(bias, key=bias.get), max(bias, key=bias.get)
-        span = f"{bias[low]:.0%} ({low})" + (f" to {bias[high]:.0%} ({high})" if high != low else "")
-        sides = [(cue, [kind for kind in bias if _follows(cue, trials, kind)]) for cue in ("outline", "texture")]
-        sides = ", and ".join(f"the {cue} prevails in {join_words(kinds)}" for cue, kinds in sides if kinds)
-        follows = f"with every seed, {sides}" if sides else "no cue prevails with every seed of a model"
-        return f"The outline decides {span} of the predictions that follow a cue; {follows}."
+    def train(self, trial, chosen, loader, val_loader, n_steps, **run):
+        """Train an arm on a loader; return choose_rate()'s result, or that of the rate which is chosen already."""
+        arm = self.arms[trial.arm]
 
-    def tables(self, trials):
-        table = [["", "seeds", "outline, of outline + texture", "outline", "texture", "neither"]]
-        for kind, own in _by_kind(trials).items():
-            biases = _biases(trials, kind)
-            table.append([kind, len(own), format_range(biases) if biases else "",
-                          *(f"{mean(trial['choices'][cue] for trial in own):,.0f}"
-                            for cue in ("outline", "texture", "neither"))])
-        return [("Which cue the predictions follow when the two disagree: mean over the seeds", table)]
+        def train(rate):
+            return train_arm(arm, part_of(loader), n_steps, rate, trial.seed, **run)
 
+        def score(model):
+            correct, n = count_correct(model, val_loader, run.get("device", "auto"))
+            return correct / n
 
-def _biases(trials, kind):
-    """Return the shape bias of each seed that has one."""
-    return [trial["shape_bias"] for trial in trials if trial["kind"] == kind and not math.isnan(trial["shape_bias"])]
-
-
-def _follows(cue, trials, kind):
-    """Return whether every seed follows this cue more often than the other."""
-    return majority_with_every_seed([(trial["choices"][cue], trial["choices"]["outline"] + trial["choices"]["texture"])
-                                     for trial in trials if trial["kind"] == kind])
-
-
-# ---- 9. Data efficiency -----------------------------------------------------------------------------------
-
-
-class DataEfficiency(Experiment):
-    title = "Data efficiency"
-    question = "How many training images does each model need?"
-
-    def measure(self, kind, seed, n_images, loaders, recipe=RECIPE, **run):
-        """Train on n_images of the training images, always for the same number of steps, and test.
-
-        The seed selects the images. All validation images are used to choose the learning rate. `loaders` are three
-        MemoryLoaders: training, validation and test.
-        """
-        train_loader, val_loader, test_loader = loaders
-        train_loader.seed = seed
-        part = train_loader.without_augmentation(n_images)
-        part.training, part.batch_size = True, min(recipe.batch_size, n_images)
-        part.set_augmentation(recipe.augmentation)
-        model, rates, rate = best_of_rates(kind, part, val_loader, recipe, seed, **run)
-        score = Trainer(model, run.get("device", "auto"), amp="off").evaluate(test_loader)
-        return dict(kind=kind, seed=seed, n_images=n_images, correct=score["correct"], n=score["n"],
-                    rates=rates, rate=rate, parameters=count_parameters(model))
-
-    def draw(self, trials, setup=None):
-        points = {kind: [] for kind in _by_kind(trials)}
-        for n_images, accuracies in sorted(_accuracies(trials).items()):
-            for kind, own in accuracies.items():
-                points[kind].append((n_images, *mean_min_max(own)))
-        heading = f"After the same number of steps: {trials[0].get('dataset') or 'drawn shapes'}"
-        return {"data_efficiency": plot_curves({heading: points}, "training images", "test accuracy (%)", percent=True,
-                                               log=("x",), title=_band_title(trials))}
-
-    def finding(self, trials):
-        by_number, n = _accuracies(trials), trials[0]["n"]
-        ends = dict.fromkeys((min(by_number), max(by_number)))
-        clauses = [f"with {number:,} images, {describe_leaders(rank_samples(by_number[number], n), points=not i)}"
-                   for i, number in enumerate(ends)]
-        return f"W{'; '.join(clauses)[1:]}."
-
-    def tables(self, trials):
-        """Return two tables: the accuracies, and the difference from each kind to the next."""
-        kinds, n = list(_by_kind(trials)), trials[0]["n"]
-        accuracies, gains = [["training images", *kinds]], [["training images", *kinds[1:]]]
-        for n_images, own in sorted(_accuracies(trials).items()):
-            accuracies.append([f"{n_images:,}", *(format_range(own[kind]) if kind in own else "" for kind in kinds)])
-            steps = {kind: f"{100 * gain:+.1f} ± {100 * half:.1f}" if half < math.inf else f"{100 * gain:+.1f}"
-                     for kind, gain, half in step_gains(own, n)}
-            gains.append([f"{n_images:,}", *(steps.get(kind, "") for kind in kinds[1:])])
-        return [("Test accuracy: mean over the seeds (lowest to highest)", accuracies),
-                ("Points gained over the model to the left; ± is the range that seeds and test images can explain. Two "
-                 "things change from ViT, mean pooling to Hybrid: the stem, and a head that reads CLS", gains)]
-
-
-def _accuracies(trials):
-    """Return {number of training images: {kind: [test accuracy of each seed]}}, without kinds that have no trial."""
-    found = {}
-    for kind, own in _by_kind(trials).items():
-        for trial in own:
-            found.setdefault(trial["n_images"], {}).setdefault(kind, []).append(trial["correct"] / trial["n"])
-    return found
-
-
-def numbers_of_images(fractions, n_images, n_classes):
-    """Return the number of images for each fraction, at least one per class, largest first, without repeats."""
-    return sorted({max(n_classes, round(fraction * n_images)) for fraction in fractions}, reverse=True)
+        return choose_rate(train, score, (chosen["rate"]["learning_rate"],) if chosen else rates_around(arm))
 
 
 # ---- Trials and their files -------------------------------------------------------------------------------
@@ -342,21 +218,21 @@ def numbers_of_images(fractions, n_images, n_classes):
 
 @dataclass(frozen=True)
 class Trial:
-    """One kind of model trained with one seed in an experiment, perhaps with several learning rates.
+    """An arm trained with one seed in an experiment.
 
-    `n_images` and `dataset` belong to the experiment "data"; `dataset` is "" for the built-in shapes.
+    `n_images` and `dataset` belong to experiments on a data set; `dataset` is "" for the built-in shapes.
     """
 
     experiment: str
-    kind: str
+    arm: str
     seed: int
     n_images: int | None = None
     dataset: str = ""
 
     def path(self, folder):
         """Return the path of the trial's file."""
-        kind = self.kind.replace(", ", "-").replace(" ", "-")
-        words = [self.experiment, self.dataset, kind, self.n_images and str(self.n_images), str(self.seed)]
+        arm = self.arm.replace(", ", "-").replace(" ", "-")
+        words = [self.experiment, self.dataset, arm, self.n_images and str(self.n_images), str(self.seed)]
         return folder / ("-".join(filter(None, words)) + ".json")
 
 
@@ -381,13 +257,24 @@ def read_trial(path):
     """Read and check a trial's file; raise InputError if it holds no trial."""
     try:
         trial = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(trial[key], str) for key in ("date", "command")):
-            raise TypeError("date and command must be strings")
-        _check_result(path.name.split("-")[0], trial["result"])
+        result = trial["result"]
+        if not all(isinstance(value, str) for value in (trial["date"], trial["command"], result["arm"])):
+            raise TypeError("date, command and arm must be strings")
+        if not isinstance(result["learning_rate"], float):
+            raise TypeError("the learning rate is not a float")
+        counts = [result["seed"], *(result[key] for key in ("n", "n_images", "n_steps") if key in result),
+                  *_counts(result.get("correct", 0)), *_counts(result.get("choices", 0))]
+        if not all(type(count) is int and count >= 0 for count in counts) or result.get("n") == 0:
+            raise ValueError(f"{counts} are not all numbers of images")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a result of cnn_vs_vit.py --train ({type(error).__name__}); remove it, or "
                          f"choose another folder with --results-dir") from error
     return trial
+
+
+def _counts(value):
+    """Return the numbers in a result: itself, or those of a list or a dict."""
+    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
 
 
 def by_dataset(trials):
@@ -398,179 +285,8 @@ def by_dataset(trials):
     return groups
 
 
-def _check_result(name, result):
-    """Raise KeyError, TypeError or ValueError unless `result` fits TRAINING_EXPERIMENTS[name].measure()."""
-    if result["kind"] not in CNN_TO_VIT_MODELS:
-        raise ValueError(f"kind {result['kind']!r} is unknown; expected one of {', '.join(CNN_TO_VIT_MODELS)}")
-    if not isinstance(result["rate"], float):
-        raise TypeError(f"the learning rate {result['rate']!r} is not a float")
-    counts = [result["seed"]]
-    if name == "cues":
-        counts += [result["choices"][cue] for cue in ("outline", "texture", "neither")]
-        math.isnan(result["shape_bias"])  # NaN if no prediction followed a cue
-    elif name == "reach":
-        counts += [result["n"], *(count for _, count in zip(result["distances"], result["correct"], strict=True))]
-    else:
-        counts += [result["n"], result["n_images"], result["correct"]]
-    if not all(type(count) is int and count >= 0 for count in counts) or result.get("n") == 0:
-        raise ValueError(f"{counts} are not all numbers of images")
-
-
-def _by_kind(trials):
-    """Group trials by kind, in the order of CNN_TO_VIT_MODELS; raise InputError if there are none."""
+def by_arm(trials, order):
+    """Group results by arm, in this order of names; raise InputError if there are none."""
     if not trials:
         raise InputError("there are no trials yet; run python cnn_vs_vit.py --train")
-    return {kind: own for kind in CNN_TO_VIT_MODELS if (own := [trial for trial in trials if trial["kind"] == kind])}
-
-
-def _band_title(trials, what="Bands"):
-    """Return the title that explains the bands, or lines, in a figure of trials."""
-    return f"{what}: lowest to highest of {len({trial['seed'] for trial in trials})} seeds"
-
-
-TRAINING_EXPERIMENTS = {"cues": Cues(), "reach": Reach(), "data": DataEfficiency()}
-
-
-# ---- Which for my data? -----------------------------------------------------------------------------------
-
-
-def compare_on_dataset(loaders, minutes, seeds=SEEDS, kinds=("ConvNet", "Hybrid", "ViT"), recipe=RECIPE,
-                       device="auto", amp="auto", report=print):
-    """Train each kind of model with each seed on the same images, within a time limit.
-
-    Parameters
-    ----------
-    loaders : tuple
-        Training, validation and test loader. If the last is None, the models are tested on the validation images.
-        Nothing was chosen on these, because all models share one learning rate and one time limit.
-    minutes : float
-        Time for all training runs together, divided equally among them.
-    report : callable, optional
-        Called with one line of text after each training run.
-
-    Returns
-    -------
-    dict
-        {kind: [one row per seed]}. A row holds `seed`, `n_steps`, `diverged`, `accuracy`, and `right`, one boolean per
-        image.
-    """
-    train_loader, val_loader, test_loader = loaders
-    tested, rows = test_loader or val_loader, {kind: [] for kind in kinds}
-    train_loader.batch_size = min(recipe.batch_size, train_loader.n_images)
-    seconds = 60 * minutes / len(kinds) / len(seeds)
-    for kind in kinds:  # an unsuitable image size is reported before any training
-        build_kind(kind, len(train_loader.class_names), train_loader.img_size)
-    for kind in kinds:
-        model = build_kind(kind, len(train_loader.class_names), train_loader.img_size)
-        one_batch = list(itertools.islice(val_loader, 1))  # these training runs do not validate
-        n_steps = steps_within(seconds, model, train_loader, one_batch, device, optimizer=recipe.optimizer, amp=amp)
-        for seed in seeds:
-            own, diverged = replace(recipe, n_steps=n_steps), False
-            try:
-                model = train_once(kind, train_loader, own, RATES[1], seed, device, amp).model
-                right = torch.cat([predictions(model, images) == labels.cpu() for images, labels in tested])
-            except NotFinite as error:
-                report(f"{kind}, seed {seed}: {error}; it counts as 0% accuracy")
-                right, diverged = torch.zeros(tested.n_images, dtype=torch.bool), True
-            rows[kind].append(dict(seed=seed, n_steps=n_steps, right=right.tolist(), diverged=diverged,
-                                   accuracy=right.double().mean().item()))
-            accuracy = rows[kind][-1]["accuracy"]
-            report(f"{kind}, seed {seed}: {accuracy:.1%} of {len(right):,} images after {n_steps} "
-                   f"step{'s' * (n_steps != 1)}")
-    return rows
-
-
-def split_kinds(rows, guessing=0.0):
-    """Return {kind: [whether each seed learned]} for kinds that only some seeds learned.
-
-    `rows` come from compare_on_dataset(); `guessing` is the accuracy without learning.
-    """
-    found = {kind: seeds_that_learned([row["accuracy"] for row in own], len(own[0]["right"]), guessing)
-             for kind, own in rows.items()}
-    return {kind: learned for kind, learned in found.items() if learned is not None}
-
-
-def summarise(rows, costs=None, guessing=0.0):
-    """Describe which model is best on these images, and how certain that is.
-
-    A kind that only some seeds learned is described by itself and not ranked by its mean.
-
-    Parameters
-    ----------
-    rows : dict
-        The result of compare_on_dataset().
-    costs : dict, optional
-        {kind: milliseconds per image}.
-    guessing : float, optional
-        The accuracy without learning.
-
-    Returns
-    -------
-    str
-        The finding in one line, and further lines for what qualifies it.
-
-    Raises
-    ------
-    InputError
-        For fewer than two kinds, or fewer than two seeds of a kind.
-    """
-    ranking, n, split = rank_trainings(rows), len(next(iter(rows.values()))[0]["right"]), split_kinds(rows, guessing)
-    steady = {kind: own for kind, own in rows.items() if kind not in split}
-    compared = len(steady) > 1
-    if split and compared:
-        ranking = rank_trainings(steady)
-    text = f"{describe_ranking(ranking)}."
-    if n < MIN_IMAGES:
-        text = f"No winner: {n} images are too few; at least {MIN_IMAGES} are needed."
-    elif not compared:
-        text = f"No winner: {f'only {join_words(steady)}' if steady else 'no model'} behaves the same with every seed."
-    elif ranking.tied:
-        text = f"No winner: {text}"
-    lines = [text]
-    if costs and compared and ranking.tied:
-        fastest = rank_speeds({kind: 1 / costs[kind] for kind in ranking.leaders}).winner
-        if fastest:
-            lines.append(f"Of {join_words(ranking.leaders)}, {fastest} is the fastest, at about {costs[fastest]:.2g} "
-                         f"ms per image in one short measurement.")
-    accuracies = {kind: [row["accuracy"] for row in own] for kind, own in rows.items()}
-    lines += [describe_split(kind, accuracies[kind], learned) for kind, learned in split.items()]
-    if compared and n >= MIN_IMAGES:
-        lines.append(f"With the noise measured here, {describe_power(measured_noise(steady))}")
-    for kind, own in rows.items():
-        diverged = sum(row.get("diverged", False) for row in own)
-        lines += [f"{diverged} of {len(own)} training runs of {kind} diverged and count as 0%."] * bool(diverged)
-    return "\n".join(lines)
-
-
-def caveats(rows, controls, n_images, guessing=0.0):
-    """Return sentences that warn about a comparison: too few steps or images, or no model above the baselines.
-
-    Parameters
-    ----------
-    rows : dict
-        The result of compare_on_dataset().
-    controls : dict
-        {name: accuracy} of baselines that need none of these models, such as a linear classifier.
-    n_images : int
-        Number of training images.
-    guessing : float, optional
-        The accuracy without learning.
-    """
-    least, n = min(own[0]["n_steps"] for own in rows.values()), len(next(iter(rows.values()))[0]["right"])
-    control, sentences = max(controls, key=controls.get), []
-    if least < FEW_STEPS:
-        steps = f"{least} step{'s' * (least != 1)}"
-        sentences.append(f"One model was trained for only {steps} in its time; increase --minutes.")
-    accuracies = {kind: [row["accuracy"] for row in own] for kind, own in rows.items()}
-    if none_beats(accuracies, guessing, n):
-        sentences.append(f"No model beats guessing ({guessing:.1%}) by more than chance: the models learned nothing "
-                         f"that {n:,} images can show.")
-    elif controls[control] == 1:
-        sentences.append(f"No model can beat {control}, which classifies all {n:,} images correctly.")
-    elif none_beats(accuracies, controls[control], n):
-        sentences.append(f"With {n:,} images, it cannot be shown that any model beats {control} "
-                         f"({controls[control]:.1%}); more images or more --minutes may show it.")
-    if n_images < FEW_IMAGES:
-        sentences.append(f"With only {n_images:,} training images, a pretrained model may do better than all three "
-                         f"(train_vit.py --pretrained NAME).")
-    return sentences
+    return {arm: own for arm in order if (own := [trial for trial in trials if trial["arm"] == arm])}

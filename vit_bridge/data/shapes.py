@@ -1,7 +1,7 @@
 """The built-in data: drawn shapes with independent texture and colour, and tasks made of marks and cues.
 
     make_shapes                         images of ten shapes, with their shapes, textures and colours as numbers
-    make_marks, make_mark, make_cues    two marks to compare; a single mark; shape and texture in conflict
+    make_corners, make_mark, make_cues  four marks, whose arrangement counts; one mark; shape and texture in conflict
 
 An image depends only on the seed, its number and its side S. The scene is the same for every S, because pixels
 are computed from their distances to edges.
@@ -258,7 +258,7 @@ M = 5
 MARKS = torch.tensor([[[1.0, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]],
                       [[1.0, 0, 1, 0, 1], [1, 0, 1, 0, 1], [1, 0, 1, 0, 1], [1, 0, 1, 0, 1], [1, 0, 1, 0, 1]]])
 KINDS = ("lying", "standing")  # of MARKS: three bars each, unchanged by mirroring
-ANSWERS = ("different", "same")
+ARRANGEMENTS = ("columns", "rows")  # where equal marks stand together, in make_corners
 CUES = {"circle": "plain", "cross": "stripes", "star": "checks", "heart": "dots", "square": "rings"}
 MARK_NOISE = 0.5  # range of a pixel's noise; 1 is the range from black to white
 
@@ -276,7 +276,7 @@ class Drawn:
     class_names : tuple of str
         Names of the classes.
     distances : Tensor of float64, shape (N,), optional
-        Distance between the two marks in pixels.
+        Distance between neighbouring marks in pixels.
     """
 
     images: torch.Tensor
@@ -285,10 +285,12 @@ class Drawn:
     distances: torch.Tensor | None = None
 
 
-def make_marks(n_images, img_size=32, seed=0, start=0, distance=None):
-    """Draw two marks per image; the label is 1 if they are of the same kind and 0 otherwise, in turn.
+def make_corners(n_images, img_size=48, seed=0, start=0, distance=None):
+    """Draw four marks, two of each kind, at the corners of a square; the label says how equal marks are arranged.
 
-    Both kinds are equally frequent, so a single mark carries no information about the label.
+    The label is 1 if the two marks of a row are equal and 0 if those of a column are, in turn. Every image has two
+    marks of each kind, so no sum over the marks of an image depends on the label. It takes two marks of a row or of a
+    column to determine it.
 
     Parameters
     ----------
@@ -296,9 +298,9 @@ def make_marks(n_images, img_size=32, seed=0, start=0, distance=None):
         Non-negative integers, as in `make_shapes`.
     img_size : int
         Side S in pixels, at least 16.
-    distance : float, optional
-        Distance between the centres in pixels, from 8 to S - 6, before rounding to whole pixels. None draws it
-        uniformly from this range.
+    distance : int, optional
+        Side of the square: the distance between the centres of neighbouring marks in pixels, from 8 to S - 6. None
+        draws it uniformly from this range.
 
     Returns
     -------
@@ -310,23 +312,18 @@ def make_marks(n_images, img_size=32, seed=0, start=0, distance=None):
         If a number is out of range.
     """
     longest = _check_marks(n_images, img_size, seed, start)
-    if distance is not None and not 8 <= distance <= longest:
-        raise InputError(f"distance {distance} is out of range for two marks in {img_size} pixels; "
-                         f"expected 8 to {longest}")
+    if distance is not None and not (isinstance(distance, int) and 8 <= distance <= longest):
+        raise InputError(f"distance {distance} is out of range for marks in {img_size} pixels; expected a whole number "
+                         f"from 8 to {longest}")
     index, chance = _chances(n_images, seed, start)
     labels = torch.arange(start, start + n_images) % 2
-    kinds = (chance[:, 0] < 0.5).long()  # (N)
-    kinds = torch.stack([kinds, kinds ^ (1 - labels)], dim=1)  # (N, 2)
-    length = 8 + chance[:, 1] * (longest - 8) if distance is None else torch.full((n_images,), float(distance))
-    angle = chance[:, 2] * 2 * torch.pi
-    between = torch.stack([angle.sin(), angle.cos()], dim=1) * length[:, None]  # (N, 2): rows, columns
-    free = img_size - M - 1 - between.abs()  # (N, 2), space for the midpoint of both
-    middle = between.abs() / 2 + M / 2 + chance[:, 3:5] * free.clamp(min=0)  # (N, 2)
-    places = torch.stack([middle - between / 2, middle + between / 2], dim=1)  # (N, 2, 2): mark, axis
-    corners = (places - M / 2).round().long().clamp(0, img_size - M)  # (N, 2, 2)
-    images = _on_noise(corners, kinds, seed, index, img_size)
-    distances = (corners[:, 0] - corners[:, 1]).double().norm(dim=1)  # (N)
-    return Drawn(images, labels, ANSWERS, distances)
+    first = (chance[:, 0] < 0.5).long()  # (N), the kind of the upper left mark
+    kinds = torch.stack([first, first ^ 1 - labels, first ^ labels, 1 - first], dim=1)  # (N, 4), row by row
+    sides = 8 + (chance[:, 1] * (longest - 7)).long() if distance is None else torch.full((n_images,), distance)
+    corner = (chance[:, 3:5] * (img_size - M - sides + 1)[:, None]).long()  # (N, 2), of the upper left mark
+    offsets = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]) * sides[:, None, None]  # (N, 4, 2)
+    return Drawn(_on_noise(corner[:, None] + offsets, kinds, seed, index, img_size), labels, ARRANGEMENTS,
+                 sides.double())
 
 
 def make_mark(n_images, img_size=32, seed=0, start=0):

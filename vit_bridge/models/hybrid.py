@@ -94,12 +94,16 @@ class PooledStem(nn.Module):
 
     def forward(self, images):
         """Return the tokens of images (B, C, height, width)."""
+        return self.forward_map(images).flatten(2).transpose(1, 2)  # (B, n_patches, D)
+
+    def forward_map(self, images):
+        """Return the tokens as a map, (B, D, height / P, width / P)."""
         check_images(images, self.in_channels, None if self.any_size else self.img_size)
         x = F.pad(images.contiguous(memory_format=torch.channels_last), (0, 1, 0, 1))  # (B, C, height + 1, width + 1)
         x = F.gelu(self.whiten(x))  # (B, 8C, height, width)
         for stage in self.stages:
             x = stage(x)  # halves height and width
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B, n_patches, D)
+        return self.proj(x)  # (B, D, height / P, width / P)
 
 
 STEMS = dict(strided=ConvStem, pooled=PooledStem)

@@ -1,0 +1,335 @@
+"""The ladder: from a plain ViT to a ConvNet, one change at a time, with nearly equal FLOPs and equal minutes.
+
+    RUNGS       the networks; each differs from the one before in what CHANGES says
+    BESIDE      what can be done without changing the network
+    Ladder      the experiment; its figure follows Liu et al. 2022, "A ConvNet for the 2020s", Fig. 2
+
+Shapes:  B images, C channels, D width of a token, h, w height and width of a map.
+"""
+
+import copy
+from dataclasses import replace
+from statistics import mean, median
+
+import torch
+from torch import nn
+
+from vit_bridge.analysis.cost import count_flops, count_parameters
+from vit_bridge.compare.statistics import format_range, step_gains
+from vit_bridge.compare.trials import (
+    SEEDS,
+    Arm,
+    TrainedExperiment,
+    by_arm,
+    choose_rate,
+    count_correct,
+    draw_indices,
+    part_of,
+    prepare_arm,
+    rates_around,
+    train_arm,
+)
+from vit_bridge.data.loaders import MemoryLoader
+from vit_bridge.errors import join_words
+from vit_bridge.models.convnext import ChannelNorm, ConvNeXt
+from vit_bridge.models.hybrid import PooledStem
+from vit_bridge.models.registry import MODELS
+from vit_bridge.models.swin import SwinTransformer
+from vit_bridge.plots.charts import finish, looks_of, new_figure, set_heading
+from vit_bridge.runtime import predictions
+from vit_bridge.training.config import RECIPES
+from vit_bridge.training.objectives import Distillation, MaskedPixels
+from vit_bridge.weights.heads import fit_head
+
+MINUTES = 3  # of training, for every rung
+LONGER = 3  # times the minutes
+ROUNDS, ROUND_SECONDS = 5, 1.0  # of the measurement of speed
+
+
+# ---- The networks -----------------------------------------------------------------------------------------
+
+
+class StemmedSwin(SwinTransformer):
+    """A Swin Transformer whose tokens come from a PooledStem.
+
+    Parameters
+    ----------
+    *args, **options
+        As for SwinTransformer.
+    channels : int, optional
+        Channels of the stem.
+    """
+
+    def __init__(self, *args, channels=32, **options):
+        super().__init__(*args, **options)
+        c = self.config
+        self.patch_embed = PooledStem(c.img_size, c.patch_size, c.in_channels, c.embed_dim, channels)
+        self.patch_embed.any_size = True
+
+    def whitening_layer(self):
+        """Return the layer to whiten, and whether it holds each filter together with its negative."""
+        return self.patch_embed.whiten, True
+
+
+class StemmedConvNeXt(ConvNeXt):
+    """A ConvNeXt whose first map comes from a PooledStem.
+
+    Parameters
+    ----------
+    *args, **options
+        As for ConvNeXt.
+    channels : int, optional
+        Channels of the stem.
+    """
+
+    def __init__(self, *args, channels=32, **options):
+        super().__init__(*args, **options)
+        c = self.config
+        self.stem = nn.Sequential(PooledMap(c.img_size, c.stem_stride, c.in_channels, c.widths[0], channels),
+                                  ChannelNorm(c.widths[0], c.norm_eps))
+
+    def whitening_layer(self):
+        """Return the layer to whiten, and whether it holds each filter together with its negative."""
+        return self.stem[0].whiten, True
+
+
+class PooledMap(PooledStem):
+    """A PooledStem that returns a map instead of tokens: (B, C, height, width) -> (B, D, h, w), for any size."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.any_size = True
+
+    def forward(self, images):
+        """Return the map of images (B, C, height, width)."""
+        return self.forward_map(images)
+
+
+STEMMED = {"swin_nano": StemmedSwin, "convnext_nano": StemmedConvNeXt}
+
+
+def build_with_stem(name, **options):
+    """Build a model of STEMMED: the registered model of this name, with a PooledStem."""
+    return STEMMED[name](**MODELS[name].arguments | options)
+
+
+RUNGS = {
+    "ViT, CLS": Arm("vit_nano_fast", dict(pool="cls")),
+    "ViT, mean pooling": Arm("vit_nano_fast"),
+    "ViT, convolutional stem": Arm("hybrid_fast"),
+    "Swin, convolutional stem": Arm("swin_nano_fast", build=build_with_stem),
+    "ConvNeXt, convolutional stem": Arm("convnext_nano_fast", dict(widths=(40, 80, 160)), build_with_stem),
+    "ConvNet": Arm("convnet_fast", dict(widths=(44, 88, 176))),
+}
+CHANGES = {
+    "ViT, CLS": "patches, global attention, the head reads CLS",
+    "ViT, mean pooling": "the head reads the mean of the patches",
+    "ViT, convolutional stem": "pooled convolutions make the tokens; fewer and wider blocks",
+    "Swin, convolutional stem": "attention in windows, in three stages of falling resolution",
+    "ConvNeXt, convolutional stem": "depthwise convolutions instead of attention",
+    "ConvNet": "full convolutions and pooling instead of ConvNeXt's blocks",
+}
+PLAIN = "ViT, mean pooling"  # the network of the bars beside the ladder
+TEACHER, PRETRAINED, LONG = "taught by the ConvNet", "pre-trained with MAE", "three times the minutes"
+BESIDE = {
+    TEACHER: "half of the minutes train the ConvNet, which then labels all images",
+    PRETRAINED: "half of the minutes train a MAE on all images without labels",
+    LONG: "the same images again",
+}
+MORE = "all labels"  # the PLAIN rung with all images, beside the ladder
+MAE = Arm("mae_nano_fast")
+
+
+# ---- The experiment ---------------------------------------------------------------------------------------
+
+
+class Ladder(TrainedExperiment):
+    """The ladder, for few images and for all; BESIDE only for few."""
+
+    title = "From a ViT to a CNN"
+    question = "Which step closes the gap between a plain ViT and a CNN?"
+    arms = RUNGS | dict.fromkeys(BESIDE, RUNGS[PLAIN])
+    on_images = True
+    needs_speeds = True
+
+    def plan(self, numbers):
+        """Return (arm, number of images) of all trials, each after those whose choices it uses."""
+        few, most = numbers[-2:]
+        return [*((arm, number) for number in (few, most) for arm in RUNGS), *((arm, few) for arm in BESIDE)]
+
+    def owners(self, trial, numbers):
+        """Return the trials whose choices a trial uses, as {"rate": Trial, "teacher": Trial}; {} if it chooses."""
+        first, most = replace(trial, seed=SEEDS[0]), numbers[-1]
+        if trial.arm == TEACHER:  # its student sees all images
+            return dict(rate=replace(first, arm=PLAIN, n_images=most), teacher=replace(first, arm="ConvNet"))
+        if trial.arm == LONG:
+            return dict(rate=replace(first, arm=PLAIN))
+        return {} if trial == first else dict(rate=first)
+
+    def measure(self, trial, loaders, speeds, chosen, minutes=MINUTES, **run):
+        """Train one arm with one seed, and test it.
+
+        Parameters
+        ----------
+        trial : Trial
+            Its seed draws the images, the weights and the order.
+        loaders : tuple of MemoryLoader
+            Training, validation and test images.
+        speeds : dict
+            The result of measure_speeds().
+        chosen : dict
+            The results of the owners of this trial.
+        minutes : float, optional
+            Training time of an arm, with that of its teacher or of its pre-training.
+        **run
+            `device` and `amp`, as for Trainer.
+        """
+        images, val_loader, test_loader = loaders
+        name = trial.arm if trial.arm in RUNGS else PLAIN
+        own = {TEACHER: minutes / 2, PRETRAINED: minutes / 2, LONG: LONGER * minutes}.get(trial.arm, minutes)
+        indices = draw_indices(images, trial.n_images, trial.seed)
+        part, start, objective = part_of(images, indices), None, None
+        if trial.arm == TEACHER:
+            part, objective = taught(images, indices, minutes / 2, speeds, trial.seed,
+                                     chosen["teacher"]["learning_rate"], **run)
+        elif trial.arm == PRETRAINED:
+            start = pretrained(images, minutes / 2, speeds, trial.seed, **run)
+        n_steps = steps_in(own, name, speeds)
+
+        def train(rate):
+            return train_arm(RUNGS[name], part, n_steps, rate, trial.seed, start=copy.deepcopy(start),
+                             objective=objective, **run)
+
+        def score(model):
+            correct, n = count_correct(model, val_loader, run.get("device", "auto"))
+            return correct / n
+
+        rates = (chosen["rate"]["learning_rate"],) if chosen else rates_around(RUNGS[name])
+        model, rate, tried = choose_rate(train, score, rates)
+        correct, n = count_correct(model, test_loader, run.get("device", "auto"))
+        return dict(arm=trial.arm, seed=trial.seed, n_images=trial.n_images, correct=correct, n=n, learning_rate=rate,
+                    rates=tried, minutes=max(own, minutes), n_steps=n_steps, parameters=count_parameters(model),
+                    flops=count_flops(model))
+
+    def draw(self, trials, setup=None):
+        """Draw a bar for each arm and number of images, with a point for each seed."""
+        few, most = numbers_of(trials)
+        shown = {f"{few:,} training images": [*RUNGS], f"{most:,} training images": [*RUNGS],
+                 f"The network stays: {PLAIN}, {few:,} images": [PLAIN, *BESIDE, MORE]}
+        figure = new_figure(13, 4.6)
+        panels = figure.subplots(1, 3, sharex=True, width_ratios=(1, 1, 1))
+        looks = looks_of([*RUNGS])
+        for axes, (heading, arms), number in zip(panels, shown.items(), (few, most, few), strict=True):
+            for i, arm in enumerate(arms):
+                accuracies = [100 * value for value in accuracies_of(trials, arm, number, most)]
+                if not accuracies:
+                    continue
+                axes.barh(i, mean(accuracies), color=looks[arm if arm in RUNGS else PLAIN].colour, alpha=0.6)
+                axes.plot(accuracies, [i] * len(accuracies), "k|", markersize=9)
+                axes.annotate(f" {mean(accuracies):.1f}", (max(accuracies), i), va="center", fontsize=9)
+            axes.set_yticks(range(len(arms)), [arm.replace(", ", ",\n") for arm in arms], fontsize=9)
+            axes.invert_yaxis()
+            axes.set_title(heading, fontsize=11)
+            axes.set_xlabel("test accuracy (%)")
+        set_heading(figure, f"{trials[0]['minutes']:g} minutes of training each; lines are seeds")
+        return {"ladder": finish(figure, None)}
+
+    def finding(self, trials):
+        few, most = numbers_of(trials)
+        clauses = []
+        for number in (few, most):
+            samples = {arm: values for arm in RUNGS if (values := accuracies_of(trials, arm, number, most))}
+            gains = {arm: (gain, half) for arm, gain, half in step_gains(samples, trials[0]["n"])}
+            if not gains:
+                continue
+            best = max(gains, key=lambda arm: gains[arm][0])
+            nothing = [arm for arm, (gain, half) in gains.items() if gain <= half]
+            clauses.append(f"With {number:,} images, the largest step is {best}: {100 * gains[best][0]:+.1f} points."
+                           + (f" Not distinguishable from no gain: {join_words(nothing)}." if nothing else ""))
+        return " ".join(clauses) or "Only one network is measured, so there is no step to compare."
+
+    def tables(self, trials):
+        few, most = numbers_of(trials)
+        tables = []
+        for number in (few, most):
+            rows = [["", "what changes", "MFLOPs", "parameters", "learning rate", "test accuracy", "gain"]]
+            samples = {arm: values for arm in RUNGS if (values := accuracies_of(trials, arm, number, most))}
+            gains = {arm: f"{100 * gain:+.1f} ± {100 * half:.1f}" for arm, gain, half in step_gains(
+                samples, trials[0]["n"])}
+            for arm, values in samples.items():
+                one = next(trial for trial in trials if (trial["arm"], trial["n_images"]) == (arm, number))
+                rows.append([arm, CHANGES[arm], f"{one['flops'] / 1e6:.1f}", f"{one['parameters']:,}",
+                             f"{one['learning_rate']:g}", format_range(values), gains.get(arm, "")])
+            tables.append((f"{number:,} training images; ± is the range that seeds and test images can explain", rows))
+        rows = [["", "what is done", "test accuracy"]]
+        rows += [[arm, {MORE: f"{most:,} labels", PLAIN: "", **BESIDE}[arm], format_range(values)]
+                 for arm in (PLAIN, *BESIDE, MORE) if (values := accuracies_of(trials, arm, few, most))]
+        return [*tables, (f"The network stays: {PLAIN}, {few:,} labels", rows)]
+
+
+def numbers_of(trials):
+    """Return the smallest and the largest number of images of the trials."""
+    by_arm(trials, RUNGS)  # an error if there are none
+    numbers = [trial["n_images"] for trial in trials]
+    return min(numbers), max(numbers)
+
+
+def accuracies_of(trials, arm, number, most):
+    """Return the test accuracy of each seed of an arm; MORE is PLAIN with all images."""
+    wanted = (PLAIN, most) if arm == MORE else (arm, number)
+    return [trial["correct"] / trial["n"] for trial in trials if (trial["arm"], trial["n_images"]) == wanted]
+
+
+def taught(images, indices, minutes, speeds, seed, learning_rate, **run):
+    """Train a ConvNet on some of the images; return all images with the classes it predicts, and the objective.
+
+    The images at `indices` keep their true labels.
+    """
+    teacher = train_arm(RUNGS["ConvNet"], part_of(images, indices), steps_in(minutes, "ConvNet", speeds), learning_rate,
+                        seed, **run)
+    teacher.preprocessing = images.preprocessing
+    labels = torch.cat([predictions(teacher, batch) for batch, _ in images.without_augmentation()])
+    labels = labels.to(images.labels.device).index_copy(0, indices, images.labels[indices])
+    objective = Distillation(teacher, images.preprocessing, "hard",
+                             label_smoothing=RUNGS[PLAIN].own_recipe().label_smoothing)
+    return part_of(images, labels=labels), objective
+
+
+def pretrained(images, minutes, speeds, seed, **run):
+    """Train a MAE on the images without their labels; return its encoder with a new head."""
+    model = train_arm(MAE, without_labels(images), steps_in(minutes, "MAE", speeds),
+                      RECIPES[MAE.recipe].train.learning_rate, seed, objective=MaskedPixels(), **run)
+    encoder = model.encoder()
+    fit_head(encoder, images.class_names)
+    return encoder
+
+
+def without_labels(images):
+    """Return a loader of the images for training without labels."""
+    info = replace(images.info, preprocessing=replace(images.preprocessing, class_names=None))
+    return MemoryLoader(images.images, images.labels, info, images.batch_size)
+
+
+# ---- Speed ------------------------------------------------------------------------------------------------
+
+
+def measure_speeds(images, **run):
+    """Return {rung or "MAE": images per second}: medians over rounds in which all take turns."""
+    ready = {}
+    for name, arm in (RUNGS | {"MAE": MAE}).items():
+        loader, objective = (without_labels(images), MaskedPixels()) if arm is MAE else (part_of(images), None)
+        ready[name] = prepare_arm(arm, loader, 0, objective=objective, **run), loader
+    speeds = {name: [] for name in ready}
+    for i in range(ROUNDS + 1):
+        for name, (trainer, loader) in ready.items():
+            wanted = 0 if i == 0 else ROUND_SECONDS * speeds[name][-1] / loader.batch_size
+            n_steps = 5 * max(1, round(wanted / 5))  # three steps out of five may use smaller images
+            history = trainer.train(loader, n_steps=n_steps, learning_rate=1e-6, progress=False)
+            speeds[name].append(history["images_per_second"][0])
+    return {name: round(median(values[1:]), 1) for name, values in speeds.items()}
+
+
+def steps_in(minutes, name, speeds):
+    """Return how many steps a rung, or the MAE, makes in these minutes."""
+    arm = (RUNGS | {"MAE": MAE})[name]
+    return max(1, int(60 * minutes * speeds[name] / arm.own_recipe().batch_size))

@@ -1,0 +1,291 @@
+"""The experiments that train their models: each model by its own recipe, with learning rates chosen for each task.
+
+    TRAINED["ladder"]  from a plain ViT to a ConvNet, one change at a time (ladder.py)
+    TRAINED["data"]    how many training images a model needs
+    TRAINED["reach"]   whether a model can compare marks that are far apart
+    TRAINED["cues"]    whether a model follows outline or texture
+
+Shapes:  N images, S side of an image in pixels, n test images, M side of a mark.
+"""
+
+import math
+from functools import partial
+from statistics import mean
+
+import torch
+
+from vit_bridge.analysis.cost import count_parameters
+from vit_bridge.analysis.perturbations import cue_choices, shape_bias
+from vit_bridge.analysis.receptive_field import theoretical_receptive_field
+from vit_bridge.compare.ladder import RUNGS, Ladder
+from vit_bridge.compare.statistics import (
+    describe_leaders,
+    format_range,
+    majority_with_every_seed,
+    mean_min_max,
+    rank_samples,
+)
+from vit_bridge.compare.trials import (
+    Arm,
+    TrainedExperiment,
+    by_arm,
+    choose_rate,
+    count_correct,
+    draw_indices,
+    loader_of,
+    part_of,
+    rates_around,
+    train_arm,
+)
+from vit_bridge.data.augmentation import Augmentation
+from vit_bridge.data.shapes import CUES, MARKS, M, make_corners, make_cues
+from vit_bridge.errors import join_words
+from vit_bridge.plots.charts import plot_bars, plot_curves
+from vit_bridge.runtime import predictions
+
+VAL_START, TEST_START = 10**9, 2 * 10**9  # first numbers of drawn validation and test images
+
+
+# ---- Data efficiency --------------------------------------------------------------------------------------
+
+
+DATA_ARMS = {"ViT": RUNGS["ViT, mean pooling"], "hybrid": RUNGS["ViT, convolutional stem"],
+             "ConvNet": RUNGS["ConvNet"]}
+
+
+class DataEfficiency(TrainedExperiment):
+    """Each model trains until its validation accuracy stops rising, for every number of images.
+
+    The rule is the same for all. The first seed chooses the learning rate with `first_steps` steps. Then the number of
+    steps doubles until the validation accuracy rises by less than RISE.
+    """
+
+    title = "Data efficiency"
+    question = "How many training images does each model need?"
+    arms = DATA_ARMS
+    on_images = True
+    RISE = 0.01
+
+    def measure(self, trial, loaders, chosen, first_steps=1000, most_steps=16_000, **run):
+        """Train one arm with one seed, and test it; the seed draws the images."""
+        images, val_loader, test_loader = loaders
+        part = part_of(images, draw_indices(images, trial.n_images, trial.seed))
+        n_steps = chosen["rate"]["n_steps"] if chosen else first_steps
+
+        def train(rate, n_steps):
+            return train_arm(self.arms[trial.arm], part, n_steps, rate, trial.seed, **run)
+
+        def score(model):
+            correct, n = count_correct(model, val_loader, run.get("device", "auto"))
+            return correct / n
+
+        rates = (chosen["rate"]["learning_rate"],) if chosen else rates_around(self.arms[trial.arm])
+        model, rate, tried = choose_rate(partial(train, n_steps=n_steps), score, rates)
+        lengths = {n_steps: tried[rate]}
+        while not chosen and 2 * n_steps <= most_steps:
+            longer = train(rate, 2 * n_steps)
+            lengths[2 * n_steps] = score(longer)
+            if lengths[2 * n_steps] < lengths[n_steps] + self.RISE:
+                break
+            model, n_steps = longer, 2 * n_steps
+        correct, n = count_correct(model, test_loader, run.get("device", "auto"))
+        return dict(arm=trial.arm, seed=trial.seed, n_images=trial.n_images, correct=correct, n=n, learning_rate=rate,
+                    rates=tried, n_steps=n_steps, lengths=lengths, still_rising=2 * n_steps > most_steps,
+                    parameters=count_parameters(model))
+
+    def draw(self, trials, setup=None):
+        points = {arm: [] for arm in by_arm(trials, self.arms)}
+        for n_images, accuracies in sorted(self.accuracies(trials).items()):
+            for arm, own in accuracies.items():
+                points[arm].append((n_images, *mean_min_max(own)))
+        heading = f"Trained until validation stops rising: {trials[0].get('dataset') or 'drawn shapes'}"
+        return {"data_efficiency": plot_curves({heading: points}, "training images", "test accuracy (%)", percent=True,
+                                               log=("x",), title=title_of_bands(trials))}
+
+    def finding(self, trials):
+        by_number, n = self.accuracies(trials), trials[0]["n"]
+        clauses = [f"with {number:,} images, {describe_leaders(rank_samples(own, n), points=True)}"
+                   for number, own in sorted(by_number.items())]
+        return f"W{'; '.join(clauses)[1:]}."
+
+    def tables(self, trials):
+        arms = list(by_arm(trials, self.arms))
+        accuracies, lengths = [["training images", *arms]], [["training images", *arms]]
+        for number, own in sorted(self.accuracies(trials).items()):
+            accuracies.append([f"{number:,}", *(format_range(own[arm]) if arm in own else "" for arm in arms)])
+            first = {arm: next((one for one in trials if (one["arm"], one["n_images"]) == (arm, number)), None)
+                     for arm in arms}
+            lengths.append([f"{number:,}", *(f"{one['n_steps']:,}{' (still rising)' if one['still_rising'] else ''} at "
+                                             f"{one['learning_rate']:g}" if one else "" for one in first.values())])
+        return [("Test accuracy: mean over the seeds (lowest to highest)", accuracies),
+                (f"Steps after which validation rises by less than {100 * self.RISE:.0f} point when they are doubled, "
+                 f"and the learning rate", lengths)]
+
+    def accuracies(self, trials):
+        """Return {number of training images: {arm: [test accuracy of each seed]}}."""
+        found = {}
+        for arm, own in by_arm(trials, self.arms).items():
+            for trial in own:
+                found.setdefault(trial["n_images"], {}).setdefault(arm, []).append(trial["correct"] / trial["n"])
+        return found
+
+
+# ---- Reach ------------------------------------------------------------------------------------------------
+
+
+UNSHIFTED = Augmentation(0.0, "random")  # a shift mirrors the border, which adds marks
+WINDOWS = {"ConvNet, 2 stages": (64, 128), "ConvNet, 3 stages": (40, 80, 160), "ConvNet, 4 stages": (24, 48, 96, 192)}
+REACH_ARMS = {
+    "ViT": Arm("vit_nano_fast", augmentation=UNSHIFTED, resized=False),
+    "Swin": Arm("swin_nano_fast", augmentation=UNSHIFTED, resized=False),
+    "hybrid": Arm("hybrid_fast", augmentation=UNSHIFTED, resized=False),
+    **{name: Arm("convnet_fast", dict(widths=widths, depths=(1,) * len(widths)), augmentation=UNSHIFTED, resized=False)
+       for name, widths in WINDOWS.items()}}
+
+
+class Reach(TrainedExperiment):
+    """Four marks at the corners of a square; the class says whether equal marks share a row or a column."""
+
+    title = "Reach"
+    question = "Can a model compare marks that are far apart?"
+    arms = REACH_ARMS
+    DISTANCES = (8, 14, 20, 26, 32, 42)
+    SOLVED = 0.95
+
+    def measure(self, trial, chosen, n_steps=2000, n_images=20_000, n_test=1000, distances=DISTANCES, img_size=48,
+                **run):
+        """Train on squares of all sizes, and count how many of n_test predictions are right at each size."""
+        train_set, val_set = (make_corners(n, img_size, seed=1 + trial.seed, start=start)
+                              for n, start in ((n_images, 0), (2000, VAL_START)))
+        model, rate, tried = self.train(trial, chosen, *(loader_of(one.images, one.labels, one.class_names)
+                                                         for one in (train_set, val_set)), n_steps, **run)
+        correct, detector = [], []
+        for distance in distances:
+            test = make_corners(n_test, img_size, start=TEST_START, distance=distance)
+            loader = loader_of(test.images, test.labels, test.class_names)
+            correct.append(count_correct(model, loader, run.get("device", "auto"))[0])
+            detector.append(best_threshold(count_marks(test.images)[:, 0], test.labels))
+        window = None if model.attends or model.windowed else max(theoretical_receptive_field(model))
+        return dict(arm=trial.arm, seed=trial.seed, distances=list(distances), correct=correct, detector=detector,
+                    n=n_test, learning_rate=rate, rates=tried, n_steps=n_steps, window=window,
+                    parameters=count_parameters(model))
+
+    def draw(self, trials, setup=None):
+        points = {self.label(own[0]): [(distance, *mean_min_max([trial["correct"][i] / trial["n"] for trial in own]))
+                                       for i, distance in enumerate(own[0]["distances"])]
+                  for own in by_arm(trials, self.arms).values()}
+        return {"reach": plot_curves({"Are equal marks in rows or in columns?": points},
+                                     "distance between the marks (pixels)", "accuracy (%)", percent=True,
+                                     lines=[("guessing", 0.5)], title=title_of_bands(trials))}
+
+    def finding(self, trials):
+        parts = []
+        for own in by_arm(trials, self.arms).values():
+            worst = [min(trial["correct"][i] / trial["n"] for trial in own) for i in range(len(own[0]["distances"]))]
+            solved = [distance for distance, accuracy in zip(own[0]["distances"], worst, strict=True)
+                      if accuracy >= self.SOLVED]
+            parts.append(f"{self.label(own[0])}: {join_words(map(str, solved)) if solved else 'none'}")
+        return (f"Distances in pixels at which every seed is right in at least {self.SOLVED:.0%} of the images: "
+                f"{'; '.join(parts)}.")
+
+    def tables(self, trials):
+        distances = trials[0]["distances"]
+        rows = [["", "seeds", *(f"{distance} px" for distance in distances)]]
+        rows += [[self.label(own[0]), len(own), *(format_range([trial["correct"][i] / trial["n"] for trial in own])
+                                                  for i in range(len(distances)))]
+                 for own in by_arm(trials, self.arms).values()]
+        rows.append(["the best threshold on the number of marks of a kind", "",
+                     *(f"{share:.1%}" for share in trials[0]["detector"])])
+        return [("Accuracy at each distance: mean over the seeds (lowest to highest)", rows)]
+
+    def label(self, trial):
+        """Return the name of an arm, with the window of a ConvNet in pixels."""
+        return trial["arm"] if trial["window"] is None else f"{trial['arm']}, window {trial['window']}"
+
+
+def count_marks(images):
+    """Return how many marks of each kind uint8 images (N, 3, S, S) hold: (N, kinds)."""
+    windows = images[:, 0].float().div(255).unfold(1, M, 1).unfold(2, M, 1)  # (N, S - M + 1, S - M + 1, M, M)
+    return torch.stack([(windows == mark).all(dim=(3, 4)).sum(dim=(1, 2)) for mark in MARKS], dim=1)
+
+
+def best_threshold(values, labels):
+    """Return the accuracy of the best threshold on values (n) for two classes, chosen on these very labels."""
+    accuracies = [((values >= threshold).long() == labels).double().mean().item()
+                  for threshold in (*values.unique().tolist(), values.max().item() + 1)]
+    return max(*accuracies, 1 - min(accuracies))
+
+
+# ---- Outline against texture ------------------------------------------------------------------------------
+
+
+CUE_ARMS = {
+    **{f"ViT, patches of {side}": Arm("vit_nano_fast", dict(patch_size=side), resized=False) for side in (2, 4, 8)},
+    "hybrid": Arm("hybrid_fast", resized=False),
+    "ConvNet": Arm("convnet_fast", resized=False)}
+
+
+class Cues(TrainedExperiment):
+    """Images whose outline and texture show the same class in training, and different classes in the test."""
+
+    title = "Outline or texture"
+    question = "If outline and texture disagree, which one does a model follow, and does the patch size decide it?"
+    arms = CUE_ARMS
+
+    def measure(self, trial, chosen, n_steps=1600, n_images=10_000, n_test=1000, img_size=32, **run):
+        """Train on images whose outline and texture show the same class, and test on images where they differ."""
+        train_set, val_set = (make_cues(n, img_size, seed=1 + trial.seed, start=start)
+                              for n, start in ((n_images, 0), (1000, VAL_START)))
+        model, rate, tried = self.train(trial, chosen, *(loader_of(images, outlines, tuple(CUES))
+                                                         for images, outlines, _ in (train_set, val_set)), n_steps,
+                                        **run)
+        test, outlines, textures = make_cues(n_test, img_size, start=TEST_START, agree=False)
+        shown = torch.cat([predictions(model, images) for images, _ in loader_of(test, outlines, tuple(CUES))])
+        choices = cue_choices(shown, outlines, textures)
+        return dict(arm=trial.arm, seed=trial.seed, choices=choices, shape_bias=shape_bias(choices),
+                    val_acc=tried[rate], learning_rate=rate, rates=tried, n_steps=n_steps)
+
+    def draw(self, trials, setup=None):
+        bars = {arm: mean_min_max(biases) for arm in by_arm(trials, self.arms) if (biases := self.biases(trials, arm))}
+        heading = "predictions that follow the outline,\nas a fraction of predictions that follow a cue"
+        return {"shape_bias": plot_bars({heading: bars}, title=title_of_bands(trials, "Lines"))} if bars else {}
+
+    def finding(self, trials):
+        arms = [arm for arm in by_arm(trials, self.arms) if self.biases(trials, arm)]
+        if not arms:
+            return "No model follows the outline or the texture."
+        shares = join_words(f"{mean(self.biases(trials, arm)):.0%} ({arm})" for arm in arms)
+        sides = [(cue, [arm for arm in arms if self.follows(cue, trials, arm)]) for cue in ("outline", "texture")]
+        sides = ", and ".join(f"the {cue} prevails in {join_words(own)}" for cue, own in sides if own)
+        return (f"The outline decides {shares} of the predictions that follow a cue. "
+                f"{f'With every seed, {sides}' if sides else 'No cue prevails with every seed of a model'}.")
+
+    def tables(self, trials):
+        table = [["", "seeds", "outline, of outline + texture", "outline", "texture", "neither", "both agree"]]
+        for arm, own in by_arm(trials, self.arms).items():
+            biases = self.biases(trials, arm)
+            table.append([arm, len(own), format_range(biases) if biases else "",
+                          *(f"{mean(trial['choices'][cue] for trial in own):,.0f}"
+                            for cue in ("outline", "texture", "neither")),
+                          f"{mean(trial['val_acc'] for trial in own):.1%}"])
+        return [("Which cue the predictions follow when the two disagree: mean over the seeds. The last column is the "
+                 "accuracy on validation images where they agree", table)]
+
+    def biases(self, trials, arm):
+        """Return the shape bias of each seed that has one."""
+        return [trial["shape_bias"] for trial in trials
+                if trial["arm"] == arm and not math.isnan(trial["shape_bias"])]
+
+    def follows(self, cue, trials, arm):
+        """Return whether every seed follows this cue more often than the other."""
+        return majority_with_every_seed([
+            (trial["choices"][cue], trial["choices"]["outline"] + trial["choices"]["texture"])
+            for trial in trials if trial["arm"] == arm])
+
+
+def title_of_bands(trials, what="Bands"):
+    """Return the title that explains the bands, or lines, in a figure of trials."""
+    return f"{what}: lowest to highest of {len({trial['seed'] for trial in trials})} seeds"
+
+
+TRAINED = {"ladder": Ladder(), "data": DataEfficiency(), "reach": Reach(), "cues": Cues()}
