@@ -80,7 +80,8 @@ SHIPPED_NOTE = ("The shipped models learned the drawn shapes with different numb
 
 LITTLE = {  # arguments of measure() in a dry run
     "ladder": dict(minutes=1e-3), "data": dict(first_steps=1, most_steps=2),
-    "reach": dict(n_steps=1, n_images=40, n_test=8), "cues": dict(n_steps=1, n_images=40, n_test=8)}
+    "reach": dict(n_steps=1, n_images=40, n_val=8, n_test=8, distances=(8, 20)),
+    "cues": dict(n_steps=1, n_images=40, n_val=8, n_test=8)}
 
 
 # ---- Experiments on the shipped models --------------------------------------------------------------------

@@ -1,517 +1,170 @@
-"""Trainings use one recipe for all and choose by validation images, and their summaries stay cautious."""
-
-import math
-from types import SimpleNamespace
+"""Arms train by the recipes of train_vit.py, and learning rates are never those of a grid's edge."""
 
 import pytest
 import torch
-from matplotlib.collections import PolyCollection
-from torch import nn
-from toy_training import one_step
 
-import train_vit
 from train_vit import NotFinite
-from vit_bridge.analysis.cost import count_flops, count_parameters
-from vit_bridge.compare import statistics as st
-from vit_bridge.compare import trials as le
-from vit_bridge.data import shapes as shapes_module
+from vit_bridge.compare import trials as tr
 from vit_bridge.data.augmentation import Augmentation
-from vit_bridge.data.shapes import make_cues, make_mark, make_marks
+from vit_bridge.data.shapes import make_mark
 from vit_bridge.models.registry import build_model
+from vit_bridge.system import write_json
+from vit_bridge.training.config import RECIPES
 from vit_model import InputError
 
-QUICK = le.TrialRecipe(n_steps=2, batch_size=8)
 ON_CPU = dict(device="cpu", amp="off")
+TINY = tr.Arm("vit_nano_fast", dict(embed_dim=12, depth=1, n_heads=2))
 
 
-def loaders(n=40, img_size=16):
-    made = [make_mark(count, img_size, start=start) for count, start in ((n, 0), (12, 1000), (14, 2000))]
-    return tuple(le.loader_of(drawn.images, drawn.labels, drawn.class_names, QUICK, training=i == 0)
-                 for i, drawn in enumerate(made))
+def loader(n=24, img_size=16, start=0):
+    drawn = make_mark(n, img_size, start=start)
+    return tr.loader_of(drawn.images, drawn.labels, drawn.class_names)
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """Make the four kinds small, under the same names."""
-    tiny = dict(vit_nano=dict(embed_dim=12, depth=1, n_heads=2), hybrid=dict(embed_dim=12, depth=1, n_heads=2),
-                convnet=dict(widths=(3, 5), depths=(1, 1)))
-    monkeypatch.setattr(le, "build_model", lambda name, **options: build_model(name, **tiny[name] | options))
+# ---- Arms
 
 
-class Answers:
-    """A trainer whose model is its learning rate, with accuracies for the validation images only."""
-
-    def __init__(self, rate, accuracies):
-        self.model, self.accuracies = rate, accuracies
-
-    def evaluate(self, loader):
-        assert loader == "validation"
-        return dict(acc=self.accuracies[self.model])
-
-
-class Says(nn.Module):
-    """A model that predicts these classes one after the other, whatever the images."""
-
-    def __init__(self, answers, n_classes=2):
-        super().__init__()
-        self.answers, self.n_classes, self.weight = list(answers), n_classes, nn.Parameter(torch.zeros(1))
-
-    def forward(self, images):
-        given, self.answers = self.answers[:len(images)], self.answers[len(images):]
-        return nn.functional.one_hot(torch.tensor(given), self.n_classes).float()
+def test_arm_changes_only_what_it_says():
+    recipe = tr.Arm("hybrid_fast", dict(depth=1)).own_recipe()
+    assert recipe.model_options == RECIPES["hybrid_fast"].model_options | dict(depth=1)
+    assert recipe.train == RECIPES["hybrid_fast"].train
+    assert recipe.augmentation == RECIPES["hybrid_fast"].augmentation
+    plain = tr.Arm("hybrid_fast", augmentation=Augmentation(0.0), resized=False).own_recipe()
+    assert plain.train.progressive_resize is None
+    assert plain.augmentation == Augmentation(0.0)
 
 
-def test_cnn_to_vit_models_have_similar_parameter_counts():
-    counts = {kind: count_parameters(build_model(name, n_classes=10, img_size=32, **options))
-              for kind, (name, options) in le.CNN_TO_VIT_MODELS.items()}
-    assert max(counts.values()) <= 1.1 * min(counts.values())
-
-
-@pytest.mark.usefixtures("small")
-def test_train_once_depends_only_on_its_seed():
+def test_train_arm_depends_only_on_its_seed():
     def weights(seed):
-        train, val, _ = loaders()
         state = torch.get_rng_state()
-        trainer = le.train_once("ViT", train, QUICK, 1e-3, seed, **ON_CPU)
+        model = tr.train_arm(TINY, loader(), 2, 1e-3, seed, **ON_CPU)
         assert torch.equal(state, torch.get_rng_state())
-        assert 0 <= trainer.evaluate(val)["acc"] <= 1
-        return trainer.model.head.weight
+        return model.head.weight
 
     assert torch.equal(weights(3), weights(3))
     assert not torch.equal(weights(3), weights(4))
 
 
-def test_best_of_rates_picks_the_smallest_of_the_best(monkeypatch):
-    accuracies = {1e-3: 0.7, 2e-3: 0.9, 4e-3: 0.9}
-    monkeypatch.setattr(le, "train_once", lambda kind, train, recipe, rate, seed, **run: Answers(rate, accuracies))
-    assert le.best_of_rates("ViT", None, "validation", QUICK, 0, tuple(accuracies)) == (2e-3, accuracies, 2e-3)
+def test_prepare_arm_trains_as_train_vit_does():
+    images = loader()
+    trainer = tr.prepare_arm(TINY, images, 5, **ON_CPU)
+    recipe = RECIPES["vit_nano_fast"]
+    assert (trainer.config.optimizer, trainer.config.progressive_resize) == ("muon", recipe.train.progressive_resize)
+    assert (trainer.objective.loss_fn.label_smoothing, trainer.config.resize_multiple) == (recipe.label_smoothing, 4)
+    assert (images.augmentation, images.seed, images.training) == (recipe.augmentation, 5, True)
+    assert images.batch_size == 24  # of 128, because there are no more images
+    filters = trainer.model.patch_embed.proj.weight.flatten(1)
+    assert torch.allclose(filters[0] @ filters[1], torch.zeros(()), atol=1e-4)  # whitened: orthogonal
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("small")
-def test_reach_and_cues_measure_a_trial(monkeypatch):
-    for trial in (le.TRAINING_EXPERIMENTS["reach"].measure("Hybrid", 1, QUICK, 24, 20, (8, 20), 32, **ON_CPU),
-                 le.TRAINING_EXPERIMENTS["cues"].measure("Hybrid", 1, QUICK, 25, 20, 16, **ON_CPU)):
-        assert (trial["kind"], trial["seed"], trial["rate"] in le.RATES, len(trial["rates"])) == ("Hybrid", 1, True, 3)
-    reach = le.TRAINING_EXPERIMENTS["reach"].measure("ViT", 0, QUICK, 24, 20, (8, 20), 32, **ON_CPU)
-    assert [0 <= correct <= 20 for correct in reach["correct"]] == [True, True]
-    cues = le.TRAINING_EXPERIMENTS["cues"].measure("ViT", 0, QUICK, 25, 20, 16, **ON_CPU)
-    assert sum(cues["choices"].values()) == 20
+def test_train_arm_continues_from_a_start():
+    start = build_model("vit_nano", n_classes=2, img_size=16, embed_dim=12, depth=1, n_heads=2)
+    before = start.head.weight.clone()
+    assert tr.train_arm(TINY, loader(), 1, 1e-3, 0, start=start, **ON_CPU) is start
+    assert not torch.equal(before, start.head.weight)
 
 
-def test_reach_counts_right_answers_at_each_distance(monkeypatch):
-    monkeypatch.setattr(le, "make_marks", lambda n, side, **how: make_marks(min(n, 9), side, **how))
-    model = Says([0, 1, 0, 1, 0, 0, 0, 1, 1, 1])  # where 0, 1, 0, 1, 0 are right, at each distance
-    monkeypatch.setattr(le, "best_of_rates", lambda *words, **run: (model, {1e-3: 0.9}, 1e-3))
-    trial = le.TRAINING_EXPERIMENTS["reach"].measure("ViT", 0, QUICK, n_test=5, distances=(8, 20), img_size=32)
-    assert (trial["distances"], trial["correct"], trial["n"]) == ([8, 20], [5, 2], 5)
+# ---- Learning rates
 
 
-def test_cues_separates_answers_by_outline_and_texture(monkeypatch):
-    _, outlines, textures = make_cues(8, 16, start=2 * 10**9, agree=False)
-    neither = min({0, 1, 2} - {outlines[7].item(), textures[7].item()})
-    model = Says([*outlines[:5].tolist(), *textures[5:7].tolist(), neither], n_classes=len(shapes_module.CUES))
-    monkeypatch.setattr(le, "make_cues", lambda n, side, **how: make_cues(min(n, 8), side, **how))
-    monkeypatch.setattr(le, "best_of_rates", lambda *words, **run: (model, {1e-3: 0.9}, 1e-3))
-    trial = le.TRAINING_EXPERIMENTS["cues"].measure("ViT", 0, QUICK, n_test=8, img_size=16)
-    assert trial["choices"] == dict(outline=5, texture=2, neither=1)
-    assert trial["shape_bias"] == 5 / 7
+@pytest.mark.parametrize(("scores", "best", "tried"), [
+    ({1: 0.5, 2: 0.6, 4: 0.5}, 2, [1, 2, 4]),
+    ({1: 0.5, 2: 0.6, 4: 0.7, 8: 0.8, 16: 0.1}, 8, [1, 2, 4, 8, 16]),
+    ({1: 0.9, 2: 0.6, 4: 0.5, 0.5: 0.8}, 1, [1, 2, 4, 0.5]),
+    ({1: 0.5, 2: 0.5, 4: 0.5, 0.5: 0.4}, 1, [1, 2, 4, 0.5])])  # of equally good ones, the first
+def test_choose_rate_goes_on_beyond_the_edge(scores, best, tried):
+    model, rate, found = tr.choose_rate(lambda rate: f"model {rate}", lambda model: scores[float(model[6:])], (1, 2, 4))
+    assert (model, rate, list(found)) == (f"model {best}", best, tried)
+    assert found == {rate: scores[rate] for rate in tried}
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("small")
-def test_reach_tests_on_new_images_without_shifts(monkeypatch):
-    drawn, trained, make, train = [], [], shapes_module.make_marks, le.train_once
-    monkeypatch.setattr(le, "make_marks", lambda n, side, **how: drawn.append(how) or make(n, side, **how))
-    monkeypatch.setattr(le, "train_once", lambda kind, loader, recipe, *rest, **run: trained.append(
-        (loader.augmentation, recipe.augmentation)) or train(kind, loader, recipe, *rest, **run))
-    le.TRAINING_EXPERIMENTS["reach"].measure("ViT", 1, QUICK, 24, 20, (8, 20), 32, **ON_CPU)
-    first, val, *tests = [(how["seed"], how["start"], how.get("distance")) for how in drawn]
-    assert (first, val) == ((2, 0, None), (2, 10**9, None))
-    assert tests == [(0, 2 * 10**9, 8), (0, 2 * 10**9, 20)]
-    assert {one.shift for pair in trained for one in pair} == {0.0}
+def test_choose_rate_does_not_search_for_a_given_rate():
+    assert tr.choose_rate(lambda rate: rate, lambda model: 0.3, (2,)) == (2, 2, {2: 0.3})
 
 
-@pytest.mark.usefixtures("small")
-def test_data_efficiency_tunes_on_validation_and_tests_once(monkeypatch):
-    parts, asked, evaluate = loaders(), [], train_vit.Trainer.evaluate
-    monkeypatch.setattr(train_vit.Trainer, "evaluate", lambda self, loader: asked.append(
-        parts.index(loader)) or evaluate(self, loader))
-    le.TRAINING_EXPERIMENTS["data"].measure("ViT", 0, 40, parts, QUICK, **ON_CPU)
-    assert asked == [1, 1, 1, 2]
+def test_choose_rate_stops_a_grid_that_never_ends():
+    _, rate, found = tr.choose_rate(lambda rate: rate, lambda rate: rate, (1, 2, 4))
+    assert (rate, len(found)) == (2 ** (tr.MOST_RATES - 1), tr.MOST_RATES)
 
 
-@pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("n_images", [2, 4, 40])
-def test_data_efficiency_trains_on_the_given_number_of_images(n_images, monkeypatch):
-    seen, train = [], le.train_once
+def test_choose_rate_counts_a_diverged_training_as_zero():
+    def train(rate):
+        if rate >= bad:
+            raise NotFinite("the loss is NaN")
+        return rate
 
-    def watched(kind, loader, *rest, **run):
-        seen.append((loader.n_images, loader.training, loader.augmentation, loader.seed))
-        return train(kind, loader, *rest, **run)
-
-    monkeypatch.setattr(le, "train_once", watched)
-    trial = le.TRAINING_EXPERIMENTS["data"].measure("ConvNet", 5, n_images, loaders(), QUICK, **ON_CPU)
-    assert seen == [(n_images, True, Augmentation(), 5)] * 3
-    assert (trial["n_images"], trial["n"]) == (n_images, 14)
-
-
-# ---- Findings and figures
-
-
-def reach_trials(levels):
-    return [dict(kind=kind, seed=seed, distances=[8, 42], correct=[near, far], n=100)
-            for kind, (near, far) in levels.items() for seed in le.SEEDS]
-
-
-def test_reach_finding_follows_the_numbers():
-    finding = le.TRAINING_EXPERIMENTS["reach"].finding
-    assert finding(reach_trials(dict(ViT=(98, 97), ConvNet=(99, 55)))) == (
-        "ConvNet loses 44 points of accuracy once the marks are farther apart than its own receptive field of 25 "
-        "pixels.")
-    assert finding(reach_trials(dict(ViT=(98, 97), ConvNet=(90, 55)))).startswith("ConvNet loses the most accuracy")
-    assert finding(reach_trials(dict(ViT=(99, 55), ConvNet=(98, 97)))).startswith("ViT loses the most accuracy")
-    assert "loses more than 5 points" in finding(reach_trials(dict(ViT=(98, 97), ConvNet=(99, 96))))
-    alike = finding(reach_trials({"ViT": (99, 55), "Hybrid": (98, 97), "ConvNet": (99, 54)}))
-    assert alike == "ConvNet and ViT lose up to 45 points as the marks move apart, and cannot be distinguished."
-    partly = finding(reach_trials(dict(ViT=(51, 50), ConvNet=(99, 55))))
-    assert partly.endswith("receptive field of 25 pixels. ViT did not learn the task.")
-    assert "No model learned the task" in finding(reach_trials(dict(ViT=(50, 49), ConvNet=(52, 55))))
-
-
-def cue_trial(kind, level):
-    choices = dict(outline=round(100 * level), texture=round(100 - 100 * level)) if not math.isnan(level) else \
-        dict(outline=0, texture=0)
-    return dict(kind=kind, shape_bias=level, choices=choices | dict(neither=7))
-
-
-def test_cues_finding_follows_the_numbers():
-    def finding(**levels):
-        return le.TRAINING_EXPERIMENTS["cues"].finding(
-            [cue_trial(kind, level) for kind, level in levels.items() for _ in le.SEEDS])
-
-    assert finding(ViT=0.8, ConvNet=0.1) == (
-        "The outline decides 10% (ConvNet) to 80% (ViT) of the predictions that follow a cue; with every seed, the "
-        "outline prevails in ViT, and the texture prevails in ConvNet.")
-    assert "outline prevails in ConvNet, and the texture prevails in ViT" in finding(ViT=0.1, ConvNet=0.8)
-    assert "every seed, the texture prevails in ViT and ConvNet" in finding(ViT=0.1, ConvNet=0.2)
-    assert "no cue prevails" in finding(ViT=0.5, ConvNet=0.55)  # 0.55 of 100 predictions is chance
-    assert "No model follows the outline or the texture" in finding(ViT=math.nan)
-    assert finding(ViT=0.8, ConvNet=math.nan).endswith("with every seed, the outline prevails in ViT.")
-    for levels in ((0.8, 0.7, 0.4), (0.8, math.nan, math.nan), (0.8,)):  # not with every seed, or one alone
-        trials = [cue_trial("ViT", level) for level in levels]
-        assert "no cue prevails with every seed" in le.TRAINING_EXPERIMENTS["cues"].finding(trials)
-
-
-def data_trials(levels):
-    return [dict(kind=kind, seed=seed, n_images=n_images, correct=correct + seed, n=1000)
-            for kind, pairs in levels.items() for n_images, correct in zip((100, 9000), pairs, strict=True)
-            for seed in le.SEEDS]
-
-
-def test_data_efficiency_finding_follows_the_numbers():
-    finding = le.TRAINING_EXPERIMENTS["data"].finding
-    assert finding(data_trials(dict(ViT=(300, 800), ConvNet=(400, 801)))) == (
-        "With 100 images, ConvNet is ahead of ViT by 10.0 points; with 9,000 images, ConvNet and ViT cannot be "
-        "distinguished.")
-    assert finding(data_trials(dict(ViT=(400, 900), ConvNet=(300, 800)))).endswith("images, ViT is ahead.")
-
-
-def test_data_efficiency_tables_show_what_each_step_gains():
-    accuracies, gains = le.TRAINING_EXPERIMENTS["data"].tables(data_trials(dict(ViT=(300, 800), ConvNet=(400, 801))))
-    assert accuracies[1][1] == ["100", "30.1% (30.0 to 30.2)", "40.1% (40.0 to 40.2)"]
-    assert gains[1][0] == ["training images", "ConvNet"]
-    assert [row[1].split(" ± ")[0] for row in gains[1][1:]] == ["+10.0", "+0.1"]
-
-
-def test_data_efficiency_finding_ranks_no_kind_alone():
-    finding, trials = le.TRAINING_EXPERIMENTS["data"].finding, data_trials(dict(ViT=(300, 800), ConvNet=(400, 900)))
-    assert finding([trial for trial in trials if trial["kind"] == "ViT"]).count("no other model to compare ViT") == 2
-    cut = finding([trial for trial in trials if trial["kind"] == "ViT" or trial["n_images"] == 9000])
-    assert cut == "With 100 images, there is no other model to compare ViT with; with 9,000 images, ConvNet is ahead."
-
-
-def test_data_efficiency_finding_ties_a_single_seed():
-    trials = [one for one in data_trials(dict(ViT=(300, 300), ConvNet=(900, 900))) if one["seed"] == 0]
-    assert le.TRAINING_EXPERIMENTS["data"].finding(trials).count("cannot be distinguished") == 2
-    one_number = [trial for trial in trials if trial["n_images"] == 100]
-    assert le.TRAINING_EXPERIMENTS["data"].finding(one_number).count("images") == 1
-
-
-@pytest.mark.parametrize(("name", "trials"), [
-    ("reach", reach_trials(dict(ViT=(98, 97), ConvNet=(99, 55)))),
-    ("cues", [cue_trial("ViT", level) | dict(seed=seed) for seed, level in enumerate((0.2, 0.4, math.nan))]),
-    ("data", data_trials(dict(ViT=(300, 800), ConvNet=(400, 801))))])
-def test_training_experiments_give_tables_and_banded_figures(name, trials):
-    experiment = le.TRAINING_EXPERIMENTS[name]
-    (figure,) = experiment.draw(trials).values()
-    if name != "cues":
-        bands = [part.get_paths()[0].vertices[:, 1] for part in figure.axes[0].collections
-                 if isinstance(part, PolyCollection)]
-        assert len(bands) == 2
-        shares = sorted(100 * trial["correct"][0] / trial["n"] if name == "reach" else
-                        100 * trial["correct"] / trial["n"] for trial in trials)
-        assert max(map(max, bands)) == pytest.approx(shares[-1])
-    assert "of 3 seeds" in " ".join(figure.get_suptitle().split())
-    for caption, (heads, *rows) in experiment.tables(trials):
-        assert caption
-        assert rows
-        assert {len(row) for row in rows} == {len(heads)}
-
-
-def test_cues_draws_nothing_without_predictions_by_cue():
-    trials = [cue_trial("ViT", math.nan) | dict(seed=0)]
-    assert le.TRAINING_EXPERIMENTS["cues"].draw(trials) == {}
-    assert "No model follows" in le.TRAINING_EXPERIMENTS["cues"].finding(trials)
-
-
-def test_compare_on_dataset_refuses_a_bad_size_before_training(monkeypatch):
-    monkeypatch.setattr(le, "train_once", None)
-    with pytest.raises(InputError, match="not divisible by patch_size"):
-        le.compare_on_dataset(loaders(img_size=18), 1, **ON_CPU)
-
-
-def test_training_experiments_need_trials_for_a_finding():
-    for experiment in le.TRAINING_EXPERIMENTS.values():
-        with pytest.raises(InputError, match="no trials yet"):
-            experiment.finding([])
-
-
-# ---- Which for my images?
-
-
-def rows_of(right, n=400):
-    """Return rows as from compare_on_dataset(): each kind is right in its first images, with every seed."""
-    return {kind: [dict(seed=seed, n_steps=200, right=[i < count for i in range(n)], accuracy=count / n)
-                   for seed in le.SEEDS] for kind, count in right.items()}
-
-
-def test_summarise_names_a_winner_or_none():
-    first = le.summarise(rows_of(dict(ConvNet=360, Hybrid=240, ViT=200)))
-    assert first.startswith("ConvNet is ahead of Hybrid by 30.0 points (95% interval ")
-    rows = rows_of(dict(ConvNet=285, Hybrid=284, ViT=100))
-    text = le.summarise(rows, dict(ConvNet=2.0, Hybrid=0.5, ViT=0.1))
-    assert text.startswith("No winner: ConvNet and Hybrid cannot be distinguished; ViT is behind by 46.2 points")
-    fastest = "Of ConvNet and Hybrid, Hybrid is the fastest, at about 0.5 ms per image in one short measurement."
-    assert fastest in text.splitlines()
-    assert "fastest" not in le.summarise(rows, dict(ConvNet=0.52, Hybrid=0.5, ViT=0.1))  # too close to call
-    few = le.summarise(rows_of(dict(ConvNet=2, ViT=0), n=2))
-    assert few == "No winner: 2 images are too few; at least 20 are needed."
-
-
-def rows_with(accuracies, n=1000):
-    """Return rows as from compare_on_dataset(), with these accuracies per seed."""
-    return {kind: [dict(seed=seed, n_steps=200, right=[i < round(level * n) for i in range(n)], accuracy=level)
-                   for seed, level in enumerate(own)] for kind, own in accuracies.items()}
-
-
-def test_summarise_names_a_kind_that_learns_or_does_not():
-    rows = rows_with(dict(ConvNet=(0.9, 0.91, 0.9), Hybrid=(0.7, 0.71, 0.7), ViT=(0.97, 0.5, 0.96)))
-    text = le.summarise(rows, guessing=0.5)
-    assert text.startswith("ConvNet is ahead of Hybrid by 20.0 points")  # not of a mean of 81% that no ViT has
-    split = "ViT learned with only 2 of 3 seeds. These reach at least 96.0%, the others at most 50.0%."
-    assert split in text
-    two = le.summarise({kind: rows[kind] for kind in ("ConvNet", "ViT")}, dict(ConvNet=1.0, ViT=2.0), guessing=0.5)
-    assert two == f"No winner: only ConvNet behaves the same with every seed.\n{split}"
-    assert "learned with only" not in le.summarise(rows_with(dict(ConvNet=(0.9, 0.8, 0.7), ViT=(0.5, 0.51, 0.5))),
-                                                    guessing=0.5)
-    assert le.split_kinds(rows, 0.5) == dict(ViT=[True, False, True])
-    assert le.caveats(rows_with(dict(ConvNet=(0.5, 0.5, 0.5), ViT=(0.97, 0.5, 0.5))), {"luck": 0.5}, 5000) == []
-
-
-def test_summarise_says_which_lead_could_have_been_found():
-    rows = rows_with(dict(ConvNet=(0.75, 0.76, 0.77), ViT=(0.74, 0.75, 0.76)))
-    noise = st.measured_noise(rows)
-    assert le.summarise(rows).splitlines()[1:] == [f"With the noise measured here, {st.describe_power(noise)}"]
-    assert "noise measured" not in le.summarise(rows_with(dict(ConvNet=(1.0, 1.0), ViT=(0.5, 0.5)), n=10))
-
-
-def test_reach_finding_names_a_kind_that_learns_or_does_not():
-    trials = reach_trials(dict(ConvNet=(99, 98)))
-    trials += [dict(kind="ViT", seed=seed, distances=[8, 42], correct=correct, n=100)
-               for seed, correct in enumerate(([99, 60], [50, 51], [98, 60]))]
-    assert le.TRAINING_EXPERIMENTS["reach"].finding(trials) == (
-        "ViT loses the most accuracy as the marks move apart: 38 points. ViT learned with only 2 of 3 seeds. These "
-        "reach at least 79.0%, the others at most 50.5%.")
-
-
-def test_summarise_names_diverged_trainings():
-    rows = rows_of(dict(ConvNet=360, Hybrid=240, ViT=200))
-    assert "diverged" not in le.summarise(rows)
-    rows["ViT"][1] |= dict(diverged=True, right=[False] * 400, accuracy=0.0)
-    assert le.summarise(rows).endswith("1 of 3 training runs of ViT diverged and count as 0%.")
-
-
-def test_caveats_are_those_that_hold():
-    rows = rows_of(dict(ConvNet=360, ViT=200), n=400)
-    assert le.caveats(rows, {"luck": 0.2, "pixels": 0.3}, 5000) == []
-    near = rows_of(dict(ConvNet=204, ViT=200), n=400)
-    assert le.caveats(near, {"luck": 0.2, "pixels": 0.5}, 5000, guessing=0.2) == [
-        "With 400 images, it cannot be shown that any model beats pixels (50.0%); more images or more --minutes may "
-        "show it."]
-    (text,) = le.caveats(near, {"pixels": 1.0}, 5000)
-    assert text == "No model can beat pixels, which classifies all 400 images correctly."
-    (text,) = le.caveats(near, {"luck": 0.5, "pixels": 0.52}, 5000, guessing=0.5)
-    assert text.startswith("No model beats guessing (50.0%) by more than chance: the models learned nothing")
-    (text,) = le.caveats(rows, {"luck": 0.2}, 40)
-    assert text.startswith("With only 40 training images, a pretrained model may do better")
-    rows["ViT"][0]["n_steps"] = 1
-    assert le.caveats(rows, {"luck": 0.2}, 5000)[0].startswith("One model was trained for only 1 step ")
-
-
-def test_caveats_never_say_that_nothing_was_learned_above_guessing():
-    rows = rows_of(dict(ConvNet=23, Hybrid=22, ViT=21), n=30)  # 70 to 77%
-    (text,) = le.caveats(rows, {"linear": 16 / 30, "luck": 1 / 3}, 5000, guessing=1 / 3)
-    assert text.startswith("With 30 images, it cannot be shown that any model beats linear (53.3%)")
-
-
-def test_best_of_rates_counts_a_diverged_training_as_zero(monkeypatch):
-    def train(kind, loader, recipe, rate, *rest, **run):
-        if rate > limit:
-            raise NotFinite("loss or gradient are not finite")
-        return Answers(rate, dict.fromkeys(le.RATES, 0.5))
-
-    monkeypatch.setattr(le, "train_once", train)
-    limit = 1e-3
-    _, rates, best = le.best_of_rates("ViT", None, "validation", QUICK, 0)
-    assert (rates, best) == ({5e-4: 0.5, 1e-3: 0.5, 2e-3: 0.0}, 5e-4)
-    limit = 0
+    bad = 2
+    assert tr.choose_rate(train, lambda rate: rate / 10, (1, 2, 4)) == (1, 1, {1: 0.1, 2: 0, 4: 0, 0.5: 0.05})
+    bad = 0
     with pytest.raises(NotFinite):
-        le.best_of_rates("ViT", None, "validation", QUICK, 0)
-    monkeypatch.setattr(le, "steps_within", one_step)
-    lines = []
-    rows = le.compare_on_dataset(loaders(), 1, report=lines.append, recipe=QUICK, **ON_CPU)
-    assert {(row["accuracy"], row["diverged"]) for own in rows.values() for row in own} == {(0.0, True)}
-    assert "counts as 0% accuracy" in lines[0]
+        tr.choose_rate(train, lambda rate: rate, (1, 2, 4))
 
 
-# ---- Three seeds are three trainings, on images of their own where images are drawn
+def test_rates_around_have_the_recipes_in_the_middle():
+    assert tr.rates_around(tr.Arm("convnext_nano_fast")) == (4e-3, 8e-3, 16e-3)
 
 
-def settings_of_trainings(measure, monkeypatch):
-    """Return what distinguishes the trainings of measure(seed), for each of SEEDS.
-
-    That is the weights at the start, the labels in the order of the first epoch, and the seed of Trainer.train(), which
-    draws dropout and augmentation.
-    """
-    found = []
-
-    class Watched:
-        def __init__(self, model, *device, **settings):
-            self.model = model
-
-        def train(self, loader, *, seed, **settings):
-            loader.set_epoch(0)
-            weights = torch.cat([own.flatten() for own in self.model.parameters()]).tolist()
-            found.append((weights, [labels.tolist() for _, labels in loader], seed))
-
-        def evaluate(self, loader):
-            return dict(acc=0.5, correct=7, n=14)
-
-    monkeypatch.setattr(le, "Trainer", Watched)
-    for seed in le.SEEDS:
-        measure(seed)
-    return found
+# ---- Images
 
 
-@pytest.mark.usefixtures("small")
-def test_compare_on_dataset_trains_each_seed_from_its_own_start_and_order(monkeypatch):
-    monkeypatch.setattr(le, "steps_within", one_step)
-    train, val, test = loaders(n=60)
-
-    def measure(seed):
-        if seed == 0:  # which trains all seeds
-            le.compare_on_dataset((train, val, test), 1, recipe=QUICK, report=lambda line: None, **ON_CPU)
-
-    found = settings_of_trainings(measure, monkeypatch)
-    assert len(found) == 9
-    for kind in range(3):
-        weights, orders, seeds = zip(*found[3 * kind:3 * kind + 3], strict=True)
-        assert [len({str(own) for own in part}) for part in (weights, orders)] == [3, 3]
-        assert seeds == le.SEEDS
-    assert [order for _, order, _ in found[:3]] == [order for _, order, _ in found[3:6]]  # the same for all kinds
+def test_draw_indices_depends_on_the_seed_and_part_of_takes_them():
+    images = loader(40)
+    first = tr.draw_indices(images, 10, 3)
+    assert torch.equal(first, tr.draw_indices(images, 10, 3))
+    assert not torch.equal(first, tr.draw_indices(images, 10, 4))
+    part = tr.part_of(images, first)
+    assert torch.equal(part.images, images.images[first])
+    assert torch.equal(part.labels, images.labels[first])
+    assert tr.part_of(images, labels=1 - images.labels).labels[0] == 1 - images.labels[0]
 
 
-@pytest.mark.usefixtures("small")
-def test_data_efficiency_trains_each_seed_on_its_own_part_in_its_own_order(monkeypatch):
-    parts = loaders(n=60)
-    found = settings_of_trainings(
-        lambda seed: le.TRAINING_EXPERIMENTS["data"].measure("ViT", seed, 20, parts, QUICK, **ON_CPU), monkeypatch)
-    for rate in range(3):
-        weights, orders, seeds = zip(*found[rate::3], strict=True)
-        assert [len({str(own) for own in part}) for part in (weights, orders)] == [3, 3]
-        assert seeds == le.SEEDS
+def test_count_correct_counts(monkeypatch):
+    class First(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, images):
+            return torch.tensor([[1.0, 0.0]]).expand(len(images), 2) + self.weight
+
+    images = loader(30)
+    assert tr.count_correct(First(), images, "cpu") == (int((images.labels == 0).sum()), 30)
 
 
-@pytest.mark.parametrize(("name", "draws", "answers"), [("cues", "make_cues", 5), ("reach", "make_marks", 2)])
-def test_trials_draw_new_images_for_each_seed_and_test_all_on_the_same(name, draws, answers, monkeypatch):
-    seen, make = {}, getattr(le, draws)
-
-    def watched(n, side, **how):
-        drawn = make(min(n, 8), side, **how)
-        images = drawn[0] if isinstance(drawn, tuple) else drawn.images
-        seen.setdefault((how.get("start", 0), how.get("distance")), []).append(images)
-        return drawn
-
-    monkeypatch.setattr(le, draws, watched)
-    monkeypatch.setattr(le, "best_of_rates", lambda *words, **run: (Says([0] * 8, answers), {1e-3: 0.9}, 1e-3))
-    for seed in le.SEEDS:
-        sizes = dict(distances=(8,), img_size=32) if name == "reach" else dict(img_size=16)
-        le.TRAINING_EXPERIMENTS[name].measure("ViT", seed, QUICK, n_test=8, **sizes)
-    assert len(seen) == 3
-    for (part, _), images in seen.items():
-        assert len({str(own.tolist()) for own in images}) == (1 if part == 2 * 10**9 else 3)
+# ---- Files
 
 
-@pytest.mark.usefixtures("small")
-def test_compare_on_dataset_trains_every_kind_and_seed_in_time(monkeypatch):
-    asked = []
-    monkeypatch.setattr(le, "steps_within",
-                        lambda seconds, *rest, **run: asked.append(seconds) or 2 * one_step(seconds, *rest, **run))
-    lines = []
-    trained, train = [], le.train_once
-    monkeypatch.setattr(le, "train_once", lambda kind, loader, recipe, rate, *rest, **run: trained.append(
-        (recipe, rate)) or train(kind, loader, recipe, rate, *rest, **run))
-    rows = le.compare_on_dataset(loaders(), 3, recipe=QUICK, report=lines.append, **ON_CPU)
-    assert trained == [(QUICK, le.RATES[1])] * 9  # one recipe for all
-    assert asked == [20, 20, 20]
-    assert list(rows) == ["ConvNet", "Hybrid", "ViT"]
-    assert {len(row["right"]) for own in rows.values() for row in own} == {14}
-    assert [row["seed"] for own in rows.values() for row in own] == [0, 1, 2] * 3
-    assert len(lines) == 9
-    train_loader, val, _ = loaders()
-    rows = le.compare_on_dataset((train_loader, val, None), 3, recipe=QUICK, report=lines.append, **ON_CPU)
-    assert {len(row["right"]) for own in rows.values() for row in own} == {12}
-    for own in rows.values():
-        assert all(row["accuracy"] == pytest.approx(sum(row["right"]) / 12) for row in own)
+def trial(**changes):
+    result = dict(arm="ViT", seed=0, correct=3, n=4, n_images=8, n_steps=2, learning_rate=1e-3) | changes
+    return dict(date="2026-01-01", command="python cnn_vs_vit.py", result=result)
 
 
-@pytest.mark.usefixtures("small")
-def test_compare_on_dataset_counts_right_predictions(monkeypatch):
-    train, val, _ = loaders()
-    drawn = make_mark(60, 16, start=2000)
-    test = le.loader_of(drawn.images, drawn.labels, drawn.class_names, QUICK)
-    right = dict(ConvNet=[True] * 60, Hybrid=[True] * 20 + [False] * 40, ViT=[False] * 60)
-
-    def train_once(kind, *words):
-        answers = [label if knows else 1 - label for label, knows in zip(drawn.labels.tolist(), right[kind],
-                                                                         strict=True)]
-        return SimpleNamespace(model=Says(answers))
-
-    monkeypatch.setattr(le, "train_once", train_once)
-    monkeypatch.setattr(le, "steps_within", one_step)
-    rows = le.compare_on_dataset((train, val, test), 1, recipe=QUICK, report=lambda line: None, **ON_CPU)
-    assert {kind: [row["right"] for row in own] for kind, own in rows.items()} == {
-        kind: [answers] * 3 for kind, answers in right.items()}
-    assert [own[0]["accuracy"] for own in rows.values()] == pytest.approx([1, 1 / 3, 0])
-    assert le.summarise(rows).startswith("ConvNet is ahead of Hybrid by 66.7 points")
+@pytest.mark.parametrize("changes", [dict(correct=-1), dict(correct=[1, 2.5]), dict(n=0), dict(learning_rate=1),
+                                     dict(choices=dict(outline="1")), dict(arm=3), dict(seed=None)])
+def test_read_trial_refuses_what_is_no_trial(changes, tmp_path):
+    path = tmp_path / "data-ViT-0.json"
+    write_json(trial(), path)
+    assert tr.read_trial(path) == trial()
+    write_json(trial(**changes), path)
+    with pytest.raises(InputError, match=r"data-ViT-0.json is not a result of cnn_vs_vit.py --train"):
+        tr.read_trial(path)
 
 
-def test_build_kind_scales_patches_and_keeps_sizes_alike():
-    for kind in ("ViT", "Hybrid"):
-        assert [le.build_kind(kind, 3, side).patch_embed.n_patches for side in (32, 64)] == [64, 64]
-    counts = [count_parameters(le.build_kind(kind, 10, 64)) for kind in le.CNN_TO_VIT_MODELS]
-    assert max(counts) <= 1.15 * min(counts)
-    for kind in le.CNN_TO_VIT_MODELS:  # a step from 32 to 64 pixels costs each of them about as much more
-        small, large = (count_flops(le.build_kind(kind, 10, side)) for side in (32, 64))
-        assert large <= 1.15 * small
+def test_read_trials_takes_the_folder_with_most_trials(tmp_path):
+    for folder, n in (("a", 1), ("b", 2)):
+        for seed in range(n):
+            one = tr.Trial("reach", "ViT, large", seed)
+            path = one.path(tmp_path / folder)
+            path.parent.mkdir(exist_ok=True)
+            write_json(trial(arm=folder, seed=seed), path)
+    assert path.name == "reach-ViT-large-1.json"
+    found = tr.read_trials(["reach", "cues"], [tmp_path / "a", tmp_path / "b"])
+    assert [one["result"]["arm"] for one in found["reach"]] == ["b", "b"]
+    assert found["cues"] == []
+
+
+def test_by_arm_keeps_the_order_and_needs_trials():
+    trials = [dict(arm="b"), dict(arm="a"), dict(arm="b")]
+    assert tr.by_arm(trials, ["a", "b", "c"]) == {"a": [trials[1]], "b": [trials[0], trials[2]]}
+    with pytest.raises(InputError, match="no trials yet"):
+        tr.by_arm([], ["a"])

@@ -119,7 +119,7 @@ RUNGS = {
     "ViT, convolutional stem": Arm("hybrid_fast"),
     "Swin, convolutional stem": Arm("swin_nano_fast", build=build_with_stem),
     "ConvNeXt, convolutional stem": Arm("convnext_nano_fast", dict(widths=(40, 80, 160)), build_with_stem),
-    "ConvNet": Arm("convnet_fast", dict(widths=(44, 88, 176))),
+    "ConvNet": Arm("convnet_fast", dict(widths=(42, 84, 168))),
 }
 CHANGES = {
     "ViT, CLS": "patches, global attention, the head reads CLS",

@@ -137,13 +137,12 @@ def choose_rate(train, score, rates):
         try:
             model = train(rate)
             found[rate] = score(model)
+            if best is None or found[rate] > found[best[1]]:
+                best = model, rate
         except NotFinite:
             found[rate] = 0.0
             if not left and best is None:
                 raise
-            continue
-        if best is None or found[rate] > found[best[1]]:
-            best = model, rate
         if not left and len(rates) > 1 and len(found) < MOST_RATES:
             left = [rate for edge, rate in ((min(found), best[1] / 2), (max(found), best[1] * 2)) if best[1] == edge]
     return *best, found

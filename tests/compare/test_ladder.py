@@ -1,0 +1,127 @@
+"""The ladder's networks have nearly equal FLOPs, and its findings follow the numbers."""
+
+import pytest
+import torch
+
+from vit_bridge.analysis.cost import count_flops
+from vit_bridge.compare import ladder as ld
+from vit_bridge.compare import trials as tr
+from vit_bridge.compare.trials import SEEDS, Trial
+from vit_bridge.data.shapes import make_mark
+from vit_bridge.models.initialisation import whiten_first_layer
+
+ON_CPU = dict(device="cpu", amp="off")
+
+
+def built(name, n_classes=10, img_size=32):
+    recipe = ld.RUNGS[name].own_recipe()
+    return ld.RUNGS[name].build(recipe.model, n_classes=n_classes, img_size=img_size, **recipe.model_options)
+
+
+def test_rungs_have_nearly_equal_flops():
+    flops = {name: count_flops(built(name)) for name in ld.RUNGS}
+    assert max(flops.values()) <= 1.08 * min(flops.values())
+    assert list(ld.CHANGES) == list(ld.RUNGS)
+
+
+@pytest.mark.parametrize("name", ["Swin, convolutional stem", "ConvNeXt, convolutional stem"])
+def test_stemmed_models_start_with_the_stem_of_the_hybrid(name):
+    torch.manual_seed(0)
+    model = built(name).eval()
+    layer, mirrored = model.whitening_layer()
+    assert mirrored
+    assert (layer.kernel_size, layer.out_channels) == ((2, 2), 24)
+    whiten_first_layer(model, torch.randn(64, 3, 32, 32))
+    images = torch.randn(3, 3, 24, 24)  # a smaller size, as in the first steps
+    seen = []
+    model.stages[0].register_forward_hook(lambda module, given, result: seen.append(given[0]))
+    assert model(images).shape == (3, 10)
+    assert seen[0].shape[2:] == (12, 12)
+    stem = model.patch_embed if name.startswith("Swin") else model.stem[0]
+    norm = model.patch_norm if name.startswith("Swin") else model.stem[1]
+    tokens = stem.forward_map(images).permute(0, 2, 3, 1)
+    expected = torch.nn.functional.layer_norm(tokens, tokens.shape[-1:], norm.weight, norm.bias, norm.eps)
+    assert torch.allclose(seen[0].permute(0, 2, 3, 1), expected, atol=1e-5)
+
+
+def images(n=40, img_size=16):
+    made = [make_mark(count, img_size, start=start) for count, start in ((n, 0), (12, 1000), (14, 2000))]
+    return tuple(tr.loader_of(drawn.images, drawn.labels, drawn.class_names) for drawn in made)
+
+
+SPEEDS = {name: 1000.0 for name in (*ld.RUNGS, "MAE")}
+CHOSEN = dict(rate=dict(learning_rate=1e-3), teacher=dict(learning_rate=2e-3))
+
+
+@pytest.mark.parametrize(("arm", "minutes"), [("ViT, mean pooling", [3]), (ld.LONG, [9]), (ld.TEACHER, [1.5, 1.5]),
+                                              (ld.PRETRAINED, [1.5, 1.5])])
+def test_ladder_divides_the_minutes(arm, minutes, monkeypatch):
+    steps, model = [], built("ViT, mean pooling", 2, 16)
+
+    def train_arm(arm, loader, n_steps, rate, seed, **options):
+        steps.append((n_steps, arm.own_recipe().batch_size, loader.n_images))
+        return model if arm is not ld.MAE else type("MAE", (), dict(encoder=lambda self: built(ld.PLAIN, 2, 16)))()
+
+    monkeypatch.setattr(ld, "train_arm", train_arm)
+    found = ld.Ladder().measure(Trial("ladder", arm, 1, 10), images(), SPEEDS, CHOSEN, 3, device="cpu")
+    assert [n for n, _, _ in steps] == [int(60 * part * 1000 / size) for part, (_, size, _) in zip(minutes, steps,
+                                                                                                  strict=True)]
+    n_images = {ld.TEACHER: [10, 40], ld.PRETRAINED: [40, 10]}.get(arm, [10])
+    assert [n for _, _, n in steps] == n_images
+    assert (found["minutes"], found["n_images"], found["n"]) == (max(3, sum(minutes)), 10, 14)
+
+
+def test_taught_keeps_true_labels_and_predicts_the_others(monkeypatch):
+    parts = images()
+    teacher = built("ConvNet", 2, 16)
+    monkeypatch.setattr(ld, "train_arm", lambda *words, **options: teacher)
+    monkeypatch.setattr(ld, "predictions", lambda model, batch: torch.zeros(len(batch), dtype=torch.long))
+    indices = tr.draw_indices(parts[0], 10, 0)
+    loader, objective = ld.taught(parts[0], indices, 1, SPEEDS, 0, 1e-3)
+    expected = torch.zeros(40, dtype=torch.long)
+    expected[indices] = parts[0].labels[indices]
+    assert torch.equal(loader.labels, expected)
+    assert (loader.n_images, objective.kind) == (40, "hard")
+
+
+@pytest.mark.slow
+def test_ladder_trains_every_arm():
+    for arm in (*ld.RUNGS, *ld.BESIDE):
+        found = ld.Ladder().measure(Trial("ladder", arm, 0, 20), images(), SPEEDS, CHOSEN, 1e-4, **ON_CPU)
+        assert (found["arm"], found["n_steps"]) == (arm, 1)
+        assert found["learning_rate"] == 1e-3
+
+
+# ---- Findings
+
+
+def trials(levels, beside=()):
+    found = [dict(arm=arm, seed=seed, n_images=number, correct=correct + 10 * seed, n=10_000, minutes=3, n_steps=9,
+                  learning_rate=1e-3, parameters=5, flops=6e7)
+             for number, gain in ((100, 0), (1000, 1000)) for arm, base in levels.items() for seed in SEEDS
+             for correct in (base + gain,)]
+    return found + [dict(found[0], arm=arm, seed=seed, correct=correct + 10 * seed) for arm, correct in beside
+                    for seed in SEEDS]
+
+
+LEVELS = dict(zip(ld.RUNGS, (6000, 6005, 7000, 6500, 7500, 7900), strict=True))
+
+
+def test_ladder_finding_names_the_largest_step_and_those_that_buy_nothing():
+    text = ld.Ladder().finding(trials(LEVELS))
+    assert text.startswith("With 100 images, the largest step is ConvNeXt, convolutional stem: +10.0 points. Not "
+                           "distinguishable from no gain: ViT, mean pooling and Swin, convolutional stem. With 1,000")
+    assert "no step to compare" in ld.Ladder().finding(trials({"ConvNet": 6000}))
+
+
+def test_ladder_tables_and_figure_hold_every_arm():
+    made = trials(LEVELS, [(ld.TEACHER, 6600), (ld.LONG, 6010)])
+    few, most, beside = (rows for _, rows in ld.Ladder().tables(made))
+    assert few[2][:3] == ["ViT, mean pooling", ld.CHANGES["ViT, mean pooling"], "60.0"]
+    assert few[3][-1].startswith("+9.9 ± ")
+    assert most[1][5].startswith("70.1%")
+    assert [row[0] for row in beside[1:]] == [ld.PLAIN, ld.TEACHER, ld.LONG, ld.MORE]
+    assert beside[-1][2].startswith("70.2%")
+    figure = ld.Ladder().draw(made)["ladder"]
+    assert len(figure.axes) == 3
+    assert [len(axes.patches) for axes in figure.axes] == [6, 6, 4]
