@@ -45,7 +45,8 @@ from visualizations import (
 )
 from vit_bridge.cli import OneLineParser, script
 from vit_bridge.compare.experiments import EXPERIMENTS
-from vit_bridge.compare.trials import TRAINING_EXPERIMENTS, by_dataset, read_trials
+from vit_bridge.compare.trained import TRAINED
+from vit_bridge.compare.trials import by_dataset, read_trials
 from vit_bridge.data.images import sample_photographs
 from vit_bridge.errors import InputError, check_choice
 from vit_bridge.models.registry import build_model
@@ -154,7 +155,7 @@ def cell(name):
 def draw_trials(name, figure, dataset=""):
     """Draw a figure of an experiment that trains, from its trials on one data set ("": the drawn images)."""
     trials = by_dataset(read_trials([name], [RESULTS])[name])[dataset]
-    return TRAINING_EXPERIMENTS[name].draw([trial["result"] for trial in trials])[figure]
+    return TRAINED[name].draw([trial["result"] for trial in trials])[figure]
 
 
 def draw_patches_changed():

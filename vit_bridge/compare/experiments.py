@@ -49,6 +49,7 @@ from vit_bridge.models.adapters import adapt
 from vit_bridge.models.convnet import ConvolutionAsAttention
 from vit_bridge.plots.charts import plot_curves, plot_matrices
 from vit_bridge.preprocessing import Preprocessing
+from vit_bridge.runtime import predictions
 from vit_model import pair
 
 MASS_FRACTIONS = (0.5, 0.9, 0.99)  # of the gradient; we measure the radius that holds each
@@ -404,9 +405,9 @@ class Position(Experiment):
     def measure(self, setup, n_images=400, n_shifted=64):
         """Measure shift consistency, and how many predictions stay correct when patches are shuffled or hidden.
 
-        The ViT's own patches are shuffled, which leaves its tokens intact. The control is the same grid moved by half a
-        patch. For the shifts, the control is the same model with random weights, whose predictions hardly depend on
-        the image. Hidden patches are black or filled with the mean.
+        The ViT's own patches are shuffled, which leaves its tokens intact. One control is the same grid moved by half a
+        patch. The other, for shuffles and shifts, is the same model with random weights, whose predictions hardly
+        depend on the image. Hidden patches are black or filled with the mean.
         """
         images, labels = setup.images[:n_images], setup.labels[:n_images]
         shuffle = partial(shuffle_patches, patch_size=setup.patch_size, seed=0)
@@ -418,13 +419,18 @@ class Position(Experiment):
         data = dict(n=len(images), n_shifted=min(n_shifted, len(images)), n_control=min(n_shifted // 4, len(images)),
                     shares=list(HIDDEN),
                     trained_shift=min(setup.trained_shift, setup.reach), classes=len(set(labels.tolist())), models={})
+        few = images[:data["n_shifted"]]
         for name, model in setup.models.items():
-            stays = shift_consistency(model, images[:n_shifted], setup.reach)
-            control = shift_consistency(untrained_copy(model), images[:data["n_control"]], data["trained_shift"])
+            twin, stays = untrained_copy(model), shift_consistency(model, few, setup.reach)
+            control = shift_consistency(twin, few[:data["n_control"]], data["trained_shift"])
             near, far = _consistencies(stays, data["trained_shift"])
+            unchanged = {weights: {what: accuracy_curve(which, few, predictions(which, few), changes[what],
+                                                        HIDDEN[-1:])[0] for what in ("shuffled", MOVED)}
+                         for weights, which in (("trained", model), (RANDOM, twin))}
             curves = {what: accuracy_curve(model, images, labels, change, HIDDEN) for what, change in changes.items()}
             data["models"][name] = dict(shift_map=stays.tolist(), consistency=near, consistency_beyond=far,
-                                        correct=curves, **{f"consistency, {RANDOM}": mean_consistency(control)})
+                                        correct=curves, unchanged=unchanged,
+                                        **{f"consistency, {RANDOM}": mean_consistency(control)})
         return data
 
     def draw(self, data, setup=None):
@@ -455,15 +461,24 @@ class Position(Experiment):
                          f"{_leaders(shifted)}.", *kept])
 
     def tables(self, data):
-        heads = ["", "moved as in training", "moved further", f"as in training, {RANDOM}", "unchanged",
-                 *(f"{what}, {data['shares'][-1]:.0%}" for what in next(iter(data["models"].values()))["correct"])]
-        return [(f"Moved: unchanged predictions, for {data['n_shifted']} images ({data['n_control']} with random "
-                 f"weights). Other columns: correct predictions out of {data['n']}", [heads] + [
-            [name, f"{model['consistency']:.0%}",
-             "" if model["consistency_beyond"] is None else f"{model['consistency_beyond']:.0%}",
-             f"{model[f'consistency, {RANDOM}']:.0%}", model["correct"]["shuffled"][0],
-             *(counts[-1] for counts in model["correct"].values())]
-            for name, model in data["models"].items()])]
+        moved = [["", "as in training", "further", f"as in training, {RANDOM}"]]
+        moved += [[name, f"{model['consistency']:.0%}",
+                   "" if model["consistency_beyond"] is None else f"{model['consistency_beyond']:.0%}",
+                   f"{model[f'consistency, {RANDOM}']:.0%}"] for name, model in data["models"].items()]
+        share, whats = f"{data['shares'][-1]:.0%}", list(next(iter(data["models"].values()))["correct"])
+        correct = [["", "unchanged image", *(f"{what}, {share}" for what in whats)]]
+        correct += [[name, model["correct"]["shuffled"][0], *(counts[-1] for counts in model["correct"].values())]
+                    for name, model in data["models"].items()]
+        kept = [["", *(f"{what}, {share}{', ' + RANDOM if weights == RANDOM else ''}"
+                       for what in ("shuffled", MOVED) for weights in ("trained", RANDOM))]]
+        kept += [[name, *(f"{model['unchanged'][weights][what] / data['n_shifted']:.0%}"
+                          for what in ("shuffled", MOVED) for weights in ("trained", RANDOM))]
+                 for name, model in data["models"].items() if "unchanged" in model]
+        return [(f"Unchanged predictions when the image is moved, for {data['n_shifted']} images "
+                 f"({data['n_control']} with {RANDOM})", moved),
+                (f"Correct predictions of {data['n']}", correct),
+                *[(f"Unchanged predictions when patches are shuffled, for {data['n_shifted']} images", kept)]
+                * (len(kept) > 1)]
 
 
 def _draw_changed_patches(setup, n_images=5):
