@@ -67,38 +67,23 @@ def test_cnn_vs_vit_exports_the_hybrid():
 # ---- Trials
 
 
-def test_plan_trials_goes_seed_by_seed(tmp_path):
-    plan = cv.plan_trials(["reach", "cues"], tmp_path, options("--train"))
-    assert len(set(plan.trials)) == len(plan.trials) == 2 * len(SEEDS) * len(CNN_TO_VIT_MODELS)
-    assert [(trial.experiment, trial.kind, trial.seed) for trial in plan.trials[:5]] == [
-        *(("reach", kind, SEEDS[0]) for kind in CNN_TO_VIT_MODELS), ("reach", "ViT", SEEDS[1])]
-
-
 def test_read_trials_finds_those_of_the_checkout():
     """If the folder were wrong, the report would say that nothing has been measured."""
-    found = read_trials(trials_module.TRAINING_EXPERIMENTS, [cv.COMMITTED])
-    assert {name: len(own) for name, own in found.items()} == dict(cues=12, reach=12, data=72)
-
-
-def test_cnn_vs_vit_reports_the_trials_of_the_checkout(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    cv.main(["--only", *trials_module.TRAINING_EXPERIMENTS, "--output-dir", "out"])
-    assert "Not measured yet" not in capsys.readouterr().out
-    assert set(json.loads((tmp_path / "out" / "results.json").read_text())["results"]) == {
-        "cues", "reach", "data", "data_CIFAR-10 (JPEG)"}
-    assert (tmp_path / "out" / "data_efficiency_CIFAR-10-JPEG.png").is_file()
+    found = read_trials(TRAINED, [cv.COMMITTED])
+    assert all(len({trial["result"]["seed"] for trial in own}) <= len(SEEDS) for own in found.values())
 
 
 @pytest.fixture
 def few(monkeypatch):
-    """Make trials take no time; return the list of measured ones, with the learning rates that they tried."""
+    """Make trials of Reach take no time; return those that are measured."""
     measured = []
 
-    def measure(self, kind, seed, rates, **run):
-        measured.append((kind, seed, rates))
-        return dict(kind=kind, seed=seed, distances=[8, 20], correct=[9, 7], n=10, rate=rates[-1])
+    def measure(self, trial, chosen, **run):
+        measured.append(trial)
+        return dict(arm=trial.arm, seed=trial.seed, distances=[8, 20], correct=[9, 7], n=10, detector=[0.5, 0.5],
+                    window=None, learning_rate=0.25, rates={0.25: 0.9}, n_steps=1)
 
-    monkeypatch.setattr(trials_module.Reach, "measure", measure)
+    monkeypatch.setattr(trained.Reach, "measure", measure)
     return measured
 
 
@@ -106,94 +91,64 @@ def options(*words):
     return cv.make_parser().parse_args([*words])
 
 
-def train(names, folder, options, *recipe):
-    return cv.run_trials(cv.plan_trials(names, folder, options, *recipe), options)
-
-
-def test_run_trials_skips_trials_already_measured(few, tmp_path, capsys):
-    trials = train(["reach"], tmp_path, options("--train"))
-    assert "reach-ViT-0: saved, 1 of 12" in capsys.readouterr().out
-    assert len(few) == len(trials["reach"]) == 12
-    (tmp_path / "reach-ConvNet-1.json").unlink()
-    again = train(["reach"], tmp_path, options("--train"))
-    assert few[12:] == [("ConvNet", 1, RATES[-1:])]
-    assert {rates for _, number, rates in few if number == SEEDS[0]} == {RATES}  # the first seed chooses
-    assert {rates for _, number, rates in few if number != SEEDS[0]} == {RATES[-1:]}
-    assert again == trials
-    first = trials["reach"][0]
-    assert first["command"] == "python cnn_vs_vit.py --train --only reach"
-    assert first["result"]["kind"] in CNN_TO_VIT_MODELS
-    assert {"commit", "machine", "versions", "date", "seed", "setting"} <= set(first)
-    with pytest.raises(InputError, match="measured on other images, in another precision or with another recipe"):
-        train(["reach"], tmp_path, options("--train"), TrialRecipe(n_steps=3))
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_run_trials_says_what_is_kept_when_stopped(number, few, tmp_path, monkeypatch):
-    def cut_off(self, kind, seed, **run):
-        if (kind, seed) == ("ConvNet", 0):
-            signal.raise_signal(number)
-        return dict(kind=kind, seed=seed, distances=[8], correct=[9], n=10, rate=1e-3)
-
-    monkeypatch.setattr(trials_module.Reach, "measure", cut_off)
-    with pytest.raises(Interrupted, match=r"3 of 12 trials are in .*; the same command continues with the next one"):
-        train(["reach"], tmp_path, options("--train"))
-    assert len(list(tmp_path.iterdir())) == 3
+def test_cnn_vs_vit_measures_and_reports_trials(few, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cv.main(["--train", "--only", "reach", "--results-dir", "trials", "--output-dir", "out"])
+    shown = capsys.readouterr().out
+    assert "reach-ViT-0: saved" in shown
+    assert "ViT: none" in shown
+    assert len(few) == len(SEEDS) * len(trained.REACH_ARMS)
+    assert (tmp_path / "out" / "reach.png").is_file()
+    assert set(json.loads((tmp_path / "out" / "results.json").read_text())["results"]) == {"reach"}
+    cv.main(["--only", "reach", "--results-dir", "trials", "--output-dir", "again"])
+    assert (tmp_path / "again" / "reach.png").is_file()
+    assert len(few) == len(SEEDS) * len(trained.REACH_ARMS)
 
 
 def test_show_trials_separates_datasets(few, tmp_path, capsys):
-    trials = train(["reach"], tmp_path, options("--train"))["reach"]
-    for trial in trials[:6]:
-        trial["result"]["dataset"] = "photos"
-    assert {group: len(own) for group, own in by_dataset(trials).items()} == {"photos": 6, "": 6}
-    results, sections = cv.show_trials(["reach", "cues"], tmp_path, dict(reach=trials))
-    assert set(results) == {"reach", "reach_photos"}
-    assert {path.name for path in tmp_path.glob("*.png")} == {"reach.png", "reach_photos.png"}
+    plan = plan_trials(["reach"], tmp_path / "trials", dict(device="cpu", amp="off"), dict(reach="the command"))
+    trials = run_trials(plan)["reach"]
     for trial in trials[:6]:
         trial["result"]["dataset"] = "CIFAR-10 (JPEG)"
-    cv.show_trials(["reach"], tmp_path, dict(reach=trials))
-    assert (tmp_path / "reach_CIFAR-10-JPEG.png").is_file()
+    results, sections = cv.show_trials(["reach", "cues"], tmp_path, dict(reach=trials))
+    assert set(results) == {"reach", "reach_CIFAR-10 (JPEG)"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"reach.png", "reach_CIFAR-10-JPEG.png"}
     assert "6 trials, measured " in sections[0].note
+    assert sections[0].note.endswith("with: the command")
     assert "python cnn_vs_vit.py --train --only cues" in capsys.readouterr().out
     assert [section.finding[:16] for section in sections if section.title == "Outline or texture"] == [
         "Not measured yet"]
 
 
-def test_run_trials_on_a_folder_records_name_and_checks_images(tmp_path, monkeypatch):
-    folder = make_folder(tmp_path / "a" / "my set", 16, ("train", "test"))
-    tried = []
-
-    def measure(self, kind, seed, n_images, loaders, rates, **run):
-        tried.append((seed, n_images, rates))
-        return dict(kind=kind, seed=seed, n_images=n_images, correct=3, n=4, rate=rates[-1])
-
-    monkeypatch.setattr(trials_module.DataEfficiency, "measure", measure)
-    words = ["--train", "--data-dir", str(folder), "--train-fractions", "1", "0.5"]
-    trials = train(["data"], tmp_path / "trials", options(*words))
-    assert len(trials["data"]) == 24
-    assert {trial["result"]["dataset"] for trial in trials["data"]} == {"my set"}
-    most = max(n_images for _, n_images, _ in tried)  # with which the first seed chooses the rates
-    assert all((rates == RATES) == ((number, n_images) == (SEEDS[0], most)) for number, n_images, rates in tried)
-    assert trials["data"][0]["command"].endswith(f"--train --only data --data-dir '{folder}' --train-fractions 1 0.5")
-    other = make_folder(tmp_path / "b" / "my set", 16, ("train", "test"), n=20)
-    with pytest.raises(InputError, match="measured on other images"):  # although its trials would have other names
-        train(["data"], tmp_path / "trials", options("--train", "--data-dir", str(other), "--train-fractions", "1"))
-    assert len(list((tmp_path / "trials").iterdir())) == 24
+def test_measure_trials_describes_the_images(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path / "my set", 16, ("train", "test"))
+    plans = []
+    monkeypatch.setattr(cv, "run_trials", lambda plan, jobs, again: plans.append((plan, jobs, again)) or {})
+    words = ["--train", "--data-dir", str(folder), "--train-fractions", "1", "0.5", "--jobs", "2"]
+    cv.measure_trials(["data"], tmp_path / "trials", options(*words))
+    (plan, jobs, again), = plans
+    assert (jobs, again) == (2, "the same command")
+    assert plan.numbers == sorted(plan.numbers)
+    assert plan.numbers[0] * 2 == pytest.approx(plan.numbers[1], abs=1)
+    assert {trial.dataset for trial in plan.trials} == {"my set"}
+    assert len(plan.trials) == 2 * len(SEEDS) * len(trained.DATA_ARMS)
+    assert plan.commands["data"].endswith(f"--train --only data --data-dir '{folder}' --train-fractions 1 0.5")
+    cv.measure_trials(["data"], tmp_path / "trials", options(*words, "--output-dir", "out"))
+    assert plans[1][2] == "the same command with another --output-dir"
     with pytest.raises(InputError, match="has no test images"):
-        train(["data"], tmp_path / "trials", options("--train", "--data-dir", str(folder / "train")))
+        cv.measure_trials(["data"], tmp_path / "other", options("--train", "--data-dir", str(folder / "train")))
 
 
-def test_plan_trials_refuses_changed_images_of_the_same_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(trials_module.DataEfficiency, "measure", lambda self, kind, seed, n_images, rates, **run: dict(
-        kind=kind, seed=seed, n_images=n_images, correct=3, n=4, rate=rates[-1]))
+def test_measure_trials_refuses_changed_images_of_the_same_names(tmp_path, monkeypatch):
+    contents = []
+    monkeypatch.setattr(cv, "run_trials", lambda plan, jobs, again: contents.append(
+        plan.settings["data"]["images"]["content"]) or {})
     first = make_folder(tmp_path / "a" / "photos", 16, ("train", "test"))
     other = make_folder(tmp_path / "b" / "photos", 16, ("train", "test"))
     shutil.copy(other / "train" / "red" / "0.jpg", other / "train" / "red" / "1.jpg")
-    words, trials = ["--train", "--train-fractions", "1", "--data-dir"], tmp_path / "trials"
-    for _ in range(2):
-        assert len(train(["data"], trials, options(*words, str(first)))["data"]) == 12
-    with pytest.raises(InputError, match="measured on other images"):
-        cv.plan_trials(["data"], trials, options(*words, str(other)))
+    for folder in (first, first, other):
+        cv.measure_trials(["data"], tmp_path / "trials", options("--train", "--data-dir", str(folder)))
+    assert contents[0] == contents[1] != contents[2]
 
 
 def test_cnn_vs_vit_reports_every_error_before_measuring(few, tmp_path, monkeypatch):
@@ -206,7 +161,7 @@ def test_cnn_vs_vit_reports_every_error_before_measuring(few, tmp_path, monkeypa
     two = ["--only", "reach", "convolution"]
     for words, expected in (([*two, "--results-dir", "trials"], "is not a result"),
                             ([*two, "--results-dir", "file"], "--results-dir file is a file; choose the folder"),
-                            (["--train", *two, "--results-dir", "trials"], "is not a result"),
+                            (["--train", "--only", "reach", "--results-dir", "trials"], "is not a result"),
                             (["--train", "--results-dir", "file"], "--results-dir file is a file; choose the folder"),
                             (["--train", "--data-dir", str(folder), "--img-size", "18"], "not divisible by patch")):
         monkeypatch.chdir(tmp_path)
@@ -227,15 +182,6 @@ def test_command_of_repeats_every_option_that_matters():
     command = cv._command_of("data", options("--train", *words))
     own, again = (vars(options(*part)) for part in (["--train", *words], shlex.split(command)[2:]))
     assert own | dict(only=["data"]) == again
-
-
-def test_run_trials_asks_for_another_output_folder_when_stopped(few, tmp_path, monkeypatch):
-    def cut_off(self, kind, seed, **run):
-        signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(trials_module.Reach, "measure", cut_off)
-    with pytest.raises(Interrupted, match=r"0 of 12 trials .*; the same command with another --output-dir continues"):
-        train(["reach"], tmp_path, options("--train", "--output-dir", "out"))
 
 
 @pytest.mark.slow

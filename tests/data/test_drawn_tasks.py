@@ -51,7 +51,7 @@ def test_make_corners_sums_over_marks_tell_nothing_of_the_label():
 def test_make_mark_draws_one_mark_of_the_labels_kind():
     drawn = make_mark(301, 23)
     assert drawn.class_names == KINDS
-    assert all(found_marks(image)[1] == [label] for image, label in zip(drawn.images, drawn.labels.tolist(), strict=True))
+    assert [found_marks(image)[1] for image in drawn.images] == [[label] for label in drawn.labels.tolist()]
 
 
 def test_make_corners_images_depend_on_their_number_alone():

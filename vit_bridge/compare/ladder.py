@@ -116,7 +116,7 @@ def build_with_stem(name, **options):
 RUNGS = {
     "ViT, CLS": Arm("vit_nano_fast", dict(pool="cls")),
     "ViT, mean pooling": Arm("vit_nano_fast"),
-    "ViT, convolutional stem": Arm("hybrid_fast"),
+    "hybrid, convolutional stem": Arm("hybrid_fast"),
     "Swin, convolutional stem": Arm("swin_nano_fast", build=build_with_stem),
     "ConvNeXt, convolutional stem": Arm("convnext_nano_fast", dict(widths=(40, 80, 160)), build_with_stem),
     "ConvNet": Arm("convnet_fast", dict(widths=(42, 84, 168))),
@@ -124,7 +124,7 @@ RUNGS = {
 CHANGES = {
     "ViT, CLS": "patches, global attention, the head reads CLS",
     "ViT, mean pooling": "the head reads the mean of the patches",
-    "ViT, convolutional stem": "pooled convolutions make the tokens; fewer and wider blocks",
+    "hybrid, convolutional stem": "pooled convolutions make the tokens; fewer and wider blocks",
     "Swin, convolutional stem": "attention in windows, in three stages of falling resolution",
     "ConvNeXt, convolutional stem": "depthwise convolutions instead of attention",
     "ConvNet": "full convolutions and pooling instead of ConvNeXt's blocks",
@@ -215,9 +215,9 @@ class Ladder(TrainedExperiment):
         """Draw a bar for each arm and number of images, with a point for each seed."""
         few, most = numbers_of(trials)
         shown = {f"{few:,} training images": [*RUNGS], f"{most:,} training images": [*RUNGS],
-                 f"The network stays: {PLAIN}, {few:,} images": [PLAIN, *BESIDE, MORE]}
-        figure = new_figure(13, 4.6)
-        panels = figure.subplots(1, 3, sharex=True, width_ratios=(1, 1, 1))
+                 f"{PLAIN}, {few:,} images:\nwithout changing the network": [PLAIN, *BESIDE, MORE]}
+        figure = new_figure(13, 4.8)
+        panels = figure.subplots(1, 3, sharex=True)
         looks = looks_of([*RUNGS])
         for axes, (heading, arms), number in zip(panels, shown.items(), (few, most, few), strict=True):
             for i, arm in enumerate(arms):
@@ -226,12 +226,14 @@ class Ladder(TrainedExperiment):
                     continue
                 axes.barh(i, mean(accuracies), color=looks[arm if arm in RUNGS else PLAIN].colour, alpha=0.6)
                 axes.plot(accuracies, [i] * len(accuracies), "k|", markersize=9)
-                axes.annotate(f" {mean(accuracies):.1f}", (max(accuracies), i), va="center", fontsize=9)
+                axes.annotate(f"  {mean(accuracies):.1f}", (max(accuracies), i), va="center", fontsize=9)
+            axes.margins(x=0.12)
             axes.set_yticks(range(len(arms)), [arm.replace(", ", ",\n") for arm in arms], fontsize=9)
             axes.invert_yaxis()
             axes.set_title(heading, fontsize=11)
             axes.set_xlabel("test accuracy (%)")
-        set_heading(figure, f"{trials[0]['minutes']:g} minutes of training each; lines are seeds")
+        set_heading(figure, f"From a ViT to a CNN: {trials[0]['minutes']:g} minutes of training each, about "
+                            f"{trials[0]['flops'] / 1e6:.0f} MFLOPs; lines are seeds")
         return {"ladder": finish(figure, None)}
 
     def finding(self, trials):
