@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from train_vit import LINEAR_IMAGES, NotFinite, report_skipped
 from vit_bridge.analysis.cost import throughput
-from vit_bridge.cli import Bounded, HelpFormatter, OneLineParser, positive, script, seed
+from vit_bridge.cli import Bounded, HelpFormatter, OneLineParser, int_at_least, positive, script, seed
 from vit_bridge.compare.experiments import EXPERIMENTS, ComparisonSetup
 from vit_bridge.compare.report import Section, write_report
+from vit_bridge.compare.running import plan_trials, run_trials
 from vit_bridge.compare.statistics import MIN_IMAGES, assumed_noise, describe_power, mean_min_max
 from vit_bridge.compare.trials import (
     CNN_TO_VIT_MODELS,
@@ -134,14 +135,14 @@ def _publish(section, folder, with_note=True):
 # ---- Experiments that train -------------------------------------------------------------------------------
 
 
-def measure_trials(names, folder, options):
-    """Measure the trials of these experiments that have no file in the folder yet; return {name: [file contents]}."""
-    on_images = any(TRAINED[name].on_images for name in names)
-    images = _describe_loaders(_loaders_of(options), options) if on_images else None
-    plan = plan_trials(names, folder, dict(device=options.device, amp=options.amp),
-                       {name: _command_of(name, options) for name in names}, images, LITTLE if options.dry_run else None)
-    again = "the same command with another --output-dir" if options.output_dir else "the same command"
-    return run_trials(plan, options.jobs, again)
+def make_plan(names, folder, options):
+    """Return the plan of the trials of these experiments; all inputs are checked."""
+    images = None
+    if any(TRAINED[name].on_images for name in names):
+        images = _describe_loaders(_loaders_of(options), options)
+    commands = {name: _command_of(name, options) for name in names}
+    return plan_trials(names, folder, dict(device=options.device, amp=options.amp), commands, images,
+                       LITTLE if options.dry_run else None)
 
 
 def _describe_loaders(loaders, options):
@@ -362,14 +363,18 @@ def compare_models(options, folder):
     results_dir = folder / "trials" if options.dry_run else Path(options.results_dir)
     if results_dir.exists() and not results_dir.is_dir():
         raise InputError(f"--results-dir {results_dir} is a file; choose the folder in which --train keeps its trials")
-    trials = {} if options.train else read_trials(training, [results_dir, COMMITTED])
+    if options.train:
+        plan = make_plan(training, results_dir, options)
+    else:
+        trials = read_trials(training, [results_dir, COMMITTED])
     introduction, results, sections = INTRODUCTION, {}, []
     if looking:
         little = dict(n_images=16, seconds=0.01, sizes=(32,), patches=(32,), reach=1) if options.dry_run else {}
         results, sections = run_experiments(shipped_setup(**little), looking, folder)
         introduction += f" {SHIPPED_NOTE}"
     if options.train:
-        trials = measure_trials(training, results_dir, options)
+        again = "the same command with another --output-dir" if options.output_dir else "the same command"
+        trials = run_trials(plan, options.jobs, again)
     more_results, more_sections = show_trials(training, folder, trials)
     if not options.train:
         print("\nThese are the shipped models and saved results; they show nothing about other images. To compare on "

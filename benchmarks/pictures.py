@@ -2,7 +2,7 @@
 
     python benchmarks/pictures.py                    all figures except those of ViT-S/14
     python benchmarks/pictures.py --weights FILE     all figures; FILE holds the weights of ViT-S/14
-    python benchmarks/pictures.py reach look         only these figures; --list prints all names
+    python benchmarks/pictures.py growth look        only these figures; --list prints all names
 
 Nothing is measured: charts are drawn from the cells in benchmarks/results/, and the models only run on a few
 photographs. Figures are PNGs at most 1,100 pixels wide, so that a page with twenty of them loads quickly.
@@ -45,8 +45,6 @@ from visualizations import (
 )
 from vit_bridge.cli import OneLineParser, script
 from vit_bridge.compare.experiments import EXPERIMENTS
-from vit_bridge.compare.trained import TRAINED
-from vit_bridge.compare.trials import by_dataset, read_trials
 from vit_bridge.data.images import sample_photographs
 from vit_bridge.errors import InputError, check_choice
 from vit_bridge.models.registry import build_model
@@ -152,21 +150,11 @@ def cell(name):
     return json.loads(path.read_text(encoding="utf-8"))["result"]
 
 
-def draw_trials(name, figure, dataset=""):
-    """Draw a figure of an experiment that trains, from its trials on one data set ("": the drawn images)."""
-    trials = by_dataset(read_trials([name], [RESULTS])[name])[dataset]
-    return TRAINED[name].draw([trial["result"] for trial in trials])[figure]
-
-
 def draw_patches_changed():
     return EXPERIMENTS["position"].draw(cell("shipped-cpu")["position"])["patches_changed"]
 
 
 OF_CELLS = {
-    "data_efficiency_cifar": partial(draw_trials, "data", "data_efficiency", "CIFAR-10 (JPEG)"),
-    "data_efficiency_shapes": partial(draw_trials, "data", "data_efficiency"),
-    "shape_bias": partial(draw_trials, "cues", "shape_bias"),
-    "reach": partial(draw_trials, "reach", "reach"),
     "patches_changed": draw_patches_changed,
     "growth": lambda: growth.draw(cell("growth-cpu")),
     "resolution": lambda: growth.draw_models(cell("resolution-cpu")),

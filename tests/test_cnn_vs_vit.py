@@ -15,7 +15,7 @@ import cnn_vs_vit as cv
 from cnn_vs_vit import HybridCNNViT
 from train_vit import NotFinite
 from vit_bridge.cli import script
-from vit_bridge.compare import trials as trials_module
+from vit_bridge.compare import trained
 from vit_bridge.compare.experiments import EXPERIMENTS
 from vit_bridge.compare.statistics import assumed_noise, describe_power
 from vit_bridge.compare.trials import (
@@ -120,34 +120,24 @@ def test_show_trials_separates_datasets(few, tmp_path, capsys):
         "Not measured yet"]
 
 
-def test_measure_trials_describes_the_images(tmp_path, monkeypatch):
+def test_make_plan_describes_the_images(tmp_path):
     folder = make_folder(tmp_path / "my set", 16, ("train", "test"))
-    plans = []
-    monkeypatch.setattr(cv, "run_trials", lambda plan, jobs, again: plans.append((plan, jobs, again)) or {})
-    words = ["--train", "--data-dir", str(folder), "--train-fractions", "1", "0.5", "--jobs", "2"]
-    cv.measure_trials(["data"], tmp_path / "trials", options(*words))
-    (plan, jobs, again), = plans
-    assert (jobs, again) == (2, "the same command")
-    assert plan.numbers == sorted(plan.numbers)
+    words = ["--train", "--data-dir", str(folder), "--train-fractions", "1", "0.5"]
+    plan = cv.make_plan(["data"], tmp_path / "trials", options(*words))
     assert plan.numbers[0] * 2 == pytest.approx(plan.numbers[1], abs=1)
     assert {trial.dataset for trial in plan.trials} == {"my set"}
     assert len(plan.trials) == 2 * len(SEEDS) * len(trained.DATA_ARMS)
     assert plan.commands["data"].endswith(f"--train --only data --data-dir '{folder}' --train-fractions 1 0.5")
-    cv.measure_trials(["data"], tmp_path / "trials", options(*words, "--output-dir", "out"))
-    assert plans[1][2] == "the same command with another --output-dir"
     with pytest.raises(InputError, match="has no test images"):
-        cv.measure_trials(["data"], tmp_path / "other", options("--train", "--data-dir", str(folder / "train")))
+        cv.make_plan(["data"], tmp_path / "other", options("--train", "--data-dir", str(folder / "train")))
 
 
-def test_measure_trials_refuses_changed_images_of_the_same_names(tmp_path, monkeypatch):
-    contents = []
-    monkeypatch.setattr(cv, "run_trials", lambda plan, jobs, again: contents.append(
-        plan.settings["data"]["images"]["content"]) or {})
+def test_make_plan_tells_changed_images_of_the_same_names_apart(tmp_path):
     first = make_folder(tmp_path / "a" / "photos", 16, ("train", "test"))
     other = make_folder(tmp_path / "b" / "photos", 16, ("train", "test"))
     shutil.copy(other / "train" / "red" / "0.jpg", other / "train" / "red" / "1.jpg")
-    for folder in (first, first, other):
-        cv.measure_trials(["data"], tmp_path / "trials", options("--train", "--data-dir", str(folder)))
+    contents = [cv.make_plan(["data"], tmp_path / "trials", options("--train", "--data-dir", str(folder))).settings[
+        "data"]["images"]["content"] for folder in (first, first, other)]
     assert contents[0] == contents[1] != contents[2]
 
 
@@ -161,7 +151,7 @@ def test_cnn_vs_vit_reports_every_error_before_measuring(few, tmp_path, monkeypa
     two = ["--only", "reach", "convolution"]
     for words, expected in (([*two, "--results-dir", "trials"], "is not a result"),
                             ([*two, "--results-dir", "file"], "--results-dir file is a file; choose the folder"),
-                            (["--train", "--only", "reach", "--results-dir", "trials"], "is not a result"),
+                            (["--train", *two, "--results-dir", "trials"], "is not a result"),
                             (["--train", "--results-dir", "file"], "--results-dir file is a file; choose the folder"),
                             (["--train", "--data-dir", str(folder), "--img-size", "18"], "not divisible by patch")):
         monkeypatch.chdir(tmp_path)
