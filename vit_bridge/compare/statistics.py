@@ -507,6 +507,31 @@ def describe_ranking(ranking):
     return text
 
 
+def describe_verdict(rows, guessing=0.0):
+    """Describe which model is best, or that none is, and which models learned with only some of the seeds.
+
+    Parameters
+    ----------
+    rows, guessing
+        As in rank_candidates().
+
+    Returns
+    -------
+    list of str
+        Lines of text.
+    """
+    ranking, split = rank_candidates(rows, guessing)
+    n, steady = len(next(iter(rows.values()))[0]["right"]), [name for name in rows if name not in split]
+    if n < MIN_IMAGES:
+        text = f"No winner: {n} images are too few; at least {MIN_IMAGES} are needed."
+    elif ranking is None:
+        text = f"No winner: {f'only {join_words(steady)}' if steady else 'no model'} behaves the same with every seed."
+    else:
+        text = f"{'' if ranking.winner else 'No winner: '}{describe_ranking(ranking)}."
+    return [text, *(describe_split(name, [row["accuracy"] for row in rows[name]], learned)
+                    for name, learned in split.items())]
+
+
 def describe_leaders(ranking, points=False):
     """Describe which models lead in a Ranking of fractions; with `points`, also by how much if there is a winner."""
     if ranking.winner is None:

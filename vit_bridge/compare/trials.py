@@ -3,12 +3,10 @@
     TRAINING_EXPERIMENTS[name]  "cues", "reach" and "data": like EXPERIMENTS, but measure() returns one trial and the
                                 other methods take a list of trials
     Trial, read_trials          a trial is one kind of model trained with one seed, stored in its own file
-    compare_on_dataset          trains all kinds on the same images with several seeds; summarise() reports which leads
 
 Shapes:  N images, S side of an image in pixels, n test images; in Reach.finding, S seeds.
 """
 
-import itertools
 import json
 import math
 from dataclasses import dataclass, field, replace
@@ -16,26 +14,19 @@ from statistics import mean
 
 import torch
 
-from train_vit import NotFinite, Trainer, steps_within
+from train_vit import NotFinite, Trainer
 from vit_bridge.analysis.cost import count_parameters
 from vit_bridge.analysis.perturbations import cue_choices, shape_bias
 from vit_bridge.analysis.receptive_field import theoretical_receptive_field
 from vit_bridge.compare.experiments import Experiment
 from vit_bridge.compare.statistics import (
-    MIN_IMAGES,
     describe_leaders,
-    describe_power,
-    describe_ranking,
     describe_split,
     format_range,
     majority_with_every_seed,
     mean_min_max,
-    measured_noise,
-    none_beats,
     rank_falls,
     rank_samples,
-    rank_speeds,
-    rank_trainings,
     seeds_that_learned,
     step_gains,
 )
@@ -60,8 +51,6 @@ CNN_TO_VIT_MODELS = {
 RATES = (5e-4, 1e-3, 2e-3)  # learning rates to choose from, by validation accuracy
 SEEDS = (0, 1, 2)
 TRAIN_FRACTIONS = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the training images
-FEW_STEPS = 100  # below this, and below FEW_IMAGES, caveats() adds a warning
-FEW_IMAGES = 1000
 DISTANCES = (8, 14, 20, 26, 32, 42)  # between the two marks, in pixels
 
 
@@ -429,148 +418,3 @@ def _band_title(trials, what="Bands"):
 
 
 TRAINING_EXPERIMENTS = {"cues": Cues(), "reach": Reach(), "data": DataEfficiency()}
-
-
-# ---- Which for my data? -----------------------------------------------------------------------------------
-
-
-def compare_on_dataset(loaders, minutes, seeds=SEEDS, kinds=("ConvNet", "Hybrid", "ViT"), recipe=RECIPE,
-                       device="auto", amp="auto", report=print):
-    """Train each kind of model with each seed on the same images, within a time limit.
-
-    Parameters
-    ----------
-    loaders : tuple
-        Training, validation and test loader. If the last is None, the models are tested on the validation images.
-        Nothing was chosen on these, because all models share one learning rate and one time limit.
-    minutes : float
-        Time for all training runs together, divided equally among them.
-    report : callable, optional
-        Called with one line of text after each training run.
-
-    Returns
-    -------
-    dict
-        {kind: [one row per seed]}. A row holds `seed`, `n_steps`, `diverged`, `accuracy`, and `right`, one boolean per
-        image.
-    """
-    train_loader, val_loader, test_loader = loaders
-    tested, rows = test_loader or val_loader, {kind: [] for kind in kinds}
-    train_loader.batch_size = min(recipe.batch_size, train_loader.n_images)
-    seconds = 60 * minutes / len(kinds) / len(seeds)
-    for kind in kinds:  # an unsuitable image size is reported before any training
-        build_kind(kind, len(train_loader.class_names), train_loader.img_size)
-    for kind in kinds:
-        model = build_kind(kind, len(train_loader.class_names), train_loader.img_size)
-        one_batch = list(itertools.islice(val_loader, 1))  # these training runs do not validate
-        n_steps = steps_within(seconds, model, train_loader, one_batch, device, optimizer=recipe.optimizer, amp=amp)
-        for seed in seeds:
-            own, diverged = replace(recipe, n_steps=n_steps), False
-            try:
-                model = train_once(kind, train_loader, own, RATES[1], seed, device, amp).model
-                right = torch.cat([predictions(model, images) == labels.cpu() for images, labels in tested])
-            except NotFinite as error:
-                report(f"{kind}, seed {seed}: {error}; it counts as 0% accuracy")
-                right, diverged = torch.zeros(tested.n_images, dtype=torch.bool), True
-            rows[kind].append(dict(seed=seed, n_steps=n_steps, right=right.tolist(), diverged=diverged,
-                                   accuracy=right.double().mean().item()))
-            accuracy = rows[kind][-1]["accuracy"]
-            report(f"{kind}, seed {seed}: {accuracy:.1%} of {len(right):,} images after {n_steps} "
-                   f"step{'s' * (n_steps != 1)}")
-    return rows
-
-
-def split_kinds(rows, guessing=0.0):
-    """Return {kind: [whether each seed learned]} for kinds that only some seeds learned.
-
-    `rows` come from compare_on_dataset(); `guessing` is the accuracy without learning.
-    """
-    found = {kind: seeds_that_learned([row["accuracy"] for row in own], len(own[0]["right"]), guessing)
-             for kind, own in rows.items()}
-    return {kind: learned for kind, learned in found.items() if learned is not None}
-
-
-def summarise(rows, costs=None, guessing=0.0):
-    """Describe which model is best on these images, and how certain that is.
-
-    A kind that only some seeds learned is described by itself and not ranked by its mean.
-
-    Parameters
-    ----------
-    rows : dict
-        The result of compare_on_dataset().
-    costs : dict, optional
-        {kind: milliseconds per image}.
-    guessing : float, optional
-        The accuracy without learning.
-
-    Returns
-    -------
-    str
-        The finding in one line, and further lines for what qualifies it.
-
-    Raises
-    ------
-    InputError
-        For fewer than two kinds, or fewer than two seeds of a kind.
-    """
-    ranking, n, split = rank_trainings(rows), len(next(iter(rows.values()))[0]["right"]), split_kinds(rows, guessing)
-    steady = {kind: own for kind, own in rows.items() if kind not in split}
-    compared = len(steady) > 1
-    if split and compared:
-        ranking = rank_trainings(steady)
-    text = f"{describe_ranking(ranking)}."
-    if n < MIN_IMAGES:
-        text = f"No winner: {n} images are too few; at least {MIN_IMAGES} are needed."
-    elif not compared:
-        text = f"No winner: {f'only {join_words(steady)}' if steady else 'no model'} behaves the same with every seed."
-    elif ranking.tied:
-        text = f"No winner: {text}"
-    lines = [text]
-    if costs and compared and ranking.tied:
-        fastest = rank_speeds({kind: 1 / costs[kind] for kind in ranking.leaders}).winner
-        if fastest:
-            lines.append(f"Of {join_words(ranking.leaders)}, {fastest} is the fastest, at about {costs[fastest]:.2g} "
-                         f"ms per image in one short measurement.")
-    accuracies = {kind: [row["accuracy"] for row in own] for kind, own in rows.items()}
-    lines += [describe_split(kind, accuracies[kind], learned) for kind, learned in split.items()]
-    if compared and n >= MIN_IMAGES:
-        lines.append(f"With the noise measured here, {describe_power(measured_noise(steady))}")
-    for kind, own in rows.items():
-        diverged = sum(row.get("diverged", False) for row in own)
-        lines += [f"{diverged} of {len(own)} training runs of {kind} diverged and count as 0%."] * bool(diverged)
-    return "\n".join(lines)
-
-
-def caveats(rows, controls, n_images, guessing=0.0):
-    """Return sentences that warn about a comparison: too few steps or images, or no model above the baselines.
-
-    Parameters
-    ----------
-    rows : dict
-        The result of compare_on_dataset().
-    controls : dict
-        {name: accuracy} of baselines that need none of these models, such as a linear classifier.
-    n_images : int
-        Number of training images.
-    guessing : float, optional
-        The accuracy without learning.
-    """
-    least, n = min(own[0]["n_steps"] for own in rows.values()), len(next(iter(rows.values()))[0]["right"])
-    control, sentences = max(controls, key=controls.get), []
-    if least < FEW_STEPS:
-        steps = f"{least} step{'s' * (least != 1)}"
-        sentences.append(f"One model was trained for only {steps} in its time; increase --minutes.")
-    accuracies = {kind: [row["accuracy"] for row in own] for kind, own in rows.items()}
-    if none_beats(accuracies, guessing, n):
-        sentences.append(f"No model beats guessing ({guessing:.1%}) by more than chance: the models learned nothing "
-                         f"that {n:,} images can show.")
-    elif controls[control] == 1:
-        sentences.append(f"No model can beat {control}, which classifies all {n:,} images correctly.")
-    elif none_beats(accuracies, controls[control], n):
-        sentences.append(f"With {n:,} images, it cannot be shown that any model beats {control} "
-                         f"({controls[control]:.1%}); more images or more --minutes may show it.")
-    if n_images < FEW_IMAGES:
-        sentences.append(f"With only {n_images:,} training images, a pretrained model may do better than all three "
-                         f"(train_vit.py --pretrained NAME).")
-    return sentences
