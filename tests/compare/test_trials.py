@@ -1,18 +1,15 @@
 """Trainings use one recipe for all and choose by validation images, and their summaries stay cautious."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from matplotlib.collections import PolyCollection
 from torch import nn
-from toy_training import one_step
 
 import train_vit
 from train_vit import NotFinite
 from vit_bridge.analysis.cost import count_flops, count_parameters
-from vit_bridge.compare import statistics as st
 from vit_bridge.compare import trials as le
 from vit_bridge.data import shapes as shapes_module
 from vit_bridge.data.augmentation import Augmentation
@@ -265,65 +262,10 @@ def test_cues_draws_nothing_without_predictions_by_cue():
     assert "No model follows" in le.TRAINING_EXPERIMENTS["cues"].finding(trials)
 
 
-def test_compare_on_dataset_refuses_a_bad_size_before_training(monkeypatch):
-    monkeypatch.setattr(le, "train_once", None)
-    with pytest.raises(InputError, match="not divisible by patch_size"):
-        le.compare_on_dataset(loaders(img_size=18), 1, **ON_CPU)
-
-
 def test_training_experiments_need_trials_for_a_finding():
     for experiment in le.TRAINING_EXPERIMENTS.values():
         with pytest.raises(InputError, match="no trials yet"):
             experiment.finding([])
-
-
-# ---- Which for my images?
-
-
-def rows_of(right, n=400):
-    """Return rows as from compare_on_dataset(): each kind is right in its first images, with every seed."""
-    return {kind: [dict(seed=seed, n_steps=200, right=[i < count for i in range(n)], accuracy=count / n)
-                   for seed in le.SEEDS] for kind, count in right.items()}
-
-
-def test_summarise_names_a_winner_or_none():
-    first = le.summarise(rows_of(dict(ConvNet=360, Hybrid=240, ViT=200)))
-    assert first.startswith("ConvNet is ahead of Hybrid by 30.0 points (95% interval ")
-    rows = rows_of(dict(ConvNet=285, Hybrid=284, ViT=100))
-    text = le.summarise(rows, dict(ConvNet=2.0, Hybrid=0.5, ViT=0.1))
-    assert text.startswith("No winner: ConvNet and Hybrid cannot be distinguished; ViT is behind by 46.2 points")
-    fastest = "Of ConvNet and Hybrid, Hybrid is the fastest, at about 0.5 ms per image in one short measurement."
-    assert fastest in text.splitlines()
-    assert "fastest" not in le.summarise(rows, dict(ConvNet=0.52, Hybrid=0.5, ViT=0.1))  # too close to call
-    few = le.summarise(rows_of(dict(ConvNet=2, ViT=0), n=2))
-    assert few == "No winner: 2 images are too few; at least 20 are needed."
-
-
-def rows_with(accuracies, n=1000):
-    """Return rows as from compare_on_dataset(), with these accuracies per seed."""
-    return {kind: [dict(seed=seed, n_steps=200, right=[i < round(level * n) for i in range(n)], accuracy=level)
-                   for seed, level in enumerate(own)] for kind, own in accuracies.items()}
-
-
-def test_summarise_names_a_kind_that_learns_or_does_not():
-    rows = rows_with(dict(ConvNet=(0.9, 0.91, 0.9), Hybrid=(0.7, 0.71, 0.7), ViT=(0.97, 0.5, 0.96)))
-    text = le.summarise(rows, guessing=0.5)
-    assert text.startswith("ConvNet is ahead of Hybrid by 20.0 points")  # not of a mean of 81% that no ViT has
-    split = "ViT learned with only 2 of 3 seeds. These reach at least 96.0%, the others at most 50.0%."
-    assert split in text
-    two = le.summarise({kind: rows[kind] for kind in ("ConvNet", "ViT")}, dict(ConvNet=1.0, ViT=2.0), guessing=0.5)
-    assert two == f"No winner: only ConvNet behaves the same with every seed.\n{split}"
-    assert "learned with only" not in le.summarise(rows_with(dict(ConvNet=(0.9, 0.8, 0.7), ViT=(0.5, 0.51, 0.5))),
-                                                    guessing=0.5)
-    assert le.split_kinds(rows, 0.5) == dict(ViT=[True, False, True])
-    assert le.caveats(rows_with(dict(ConvNet=(0.5, 0.5, 0.5), ViT=(0.97, 0.5, 0.5))), {"luck": 0.5}, 5000) == []
-
-
-def test_summarise_says_which_lead_could_have_been_found():
-    rows = rows_with(dict(ConvNet=(0.75, 0.76, 0.77), ViT=(0.74, 0.75, 0.76)))
-    noise = st.measured_noise(rows)
-    assert le.summarise(rows).splitlines()[1:] == [f"With the noise measured here, {st.describe_power(noise)}"]
-    assert "noise measured" not in le.summarise(rows_with(dict(ConvNet=(1.0, 1.0), ViT=(0.5, 0.5)), n=10))
 
 
 def test_reach_finding_names_a_kind_that_learns_or_does_not():
@@ -333,36 +275,6 @@ def test_reach_finding_names_a_kind_that_learns_or_does_not():
     assert le.TRAINING_EXPERIMENTS["reach"].finding(trials) == (
         "ViT loses the most accuracy as the marks move apart: 38 points. ViT learned with only 2 of 3 seeds. These "
         "reach at least 79.0%, the others at most 50.5%.")
-
-
-def test_summarise_names_diverged_trainings():
-    rows = rows_of(dict(ConvNet=360, Hybrid=240, ViT=200))
-    assert "diverged" not in le.summarise(rows)
-    rows["ViT"][1] |= dict(diverged=True, right=[False] * 400, accuracy=0.0)
-    assert le.summarise(rows).endswith("1 of 3 training runs of ViT diverged and count as 0%.")
-
-
-def test_caveats_are_those_that_hold():
-    rows = rows_of(dict(ConvNet=360, ViT=200), n=400)
-    assert le.caveats(rows, {"luck": 0.2, "pixels": 0.3}, 5000) == []
-    near = rows_of(dict(ConvNet=204, ViT=200), n=400)
-    assert le.caveats(near, {"luck": 0.2, "pixels": 0.5}, 5000, guessing=0.2) == [
-        "With 400 images, it cannot be shown that any model beats pixels (50.0%); more images or more --minutes may "
-        "show it."]
-    (text,) = le.caveats(near, {"pixels": 1.0}, 5000)
-    assert text == "No model can beat pixels, which classifies all 400 images correctly."
-    (text,) = le.caveats(near, {"luck": 0.5, "pixels": 0.52}, 5000, guessing=0.5)
-    assert text.startswith("No model beats guessing (50.0%) by more than chance: the models learned nothing")
-    (text,) = le.caveats(rows, {"luck": 0.2}, 40)
-    assert text.startswith("With only 40 training images, a pretrained model may do better")
-    rows["ViT"][0]["n_steps"] = 1
-    assert le.caveats(rows, {"luck": 0.2}, 5000)[0].startswith("One model was trained for only 1 step ")
-
-
-def test_caveats_never_say_that_nothing_was_learned_above_guessing():
-    rows = rows_of(dict(ConvNet=23, Hybrid=22, ViT=21), n=30)  # 70 to 77%
-    (text,) = le.caveats(rows, {"linear": 16 / 30, "luck": 1 / 3}, 5000, guessing=1 / 3)
-    assert text.startswith("With 30 images, it cannot be shown that any model beats linear (53.3%)")
 
 
 def test_best_of_rates_counts_a_diverged_training_as_zero(monkeypatch):
@@ -378,11 +290,6 @@ def test_best_of_rates_counts_a_diverged_training_as_zero(monkeypatch):
     limit = 0
     with pytest.raises(NotFinite):
         le.best_of_rates("ViT", None, "validation", QUICK, 0)
-    monkeypatch.setattr(le, "steps_within", one_step)
-    lines = []
-    rows = le.compare_on_dataset(loaders(), 1, report=lines.append, recipe=QUICK, **ON_CPU)
-    assert {(row["accuracy"], row["diverged"]) for own in rows.values() for row in own} == {(0.0, True)}
-    assert "counts as 0% accuracy" in lines[0]
 
 
 # ---- Three seeds are three trainings, on images of their own where images are drawn
@@ -415,24 +322,6 @@ def settings_of_trainings(measure, monkeypatch):
 
 
 @pytest.mark.usefixtures("small")
-def test_compare_on_dataset_trains_each_seed_from_its_own_start_and_order(monkeypatch):
-    monkeypatch.setattr(le, "steps_within", one_step)
-    train, val, test = loaders(n=60)
-
-    def measure(seed):
-        if seed == 0:  # which trains all seeds
-            le.compare_on_dataset((train, val, test), 1, recipe=QUICK, report=lambda line: None, **ON_CPU)
-
-    found = settings_of_trainings(measure, monkeypatch)
-    assert len(found) == 9
-    for kind in range(3):
-        weights, orders, seeds = zip(*found[3 * kind:3 * kind + 3], strict=True)
-        assert [len({str(own) for own in part}) for part in (weights, orders)] == [3, 3]
-        assert seeds == le.SEEDS
-    assert [order for _, order, _ in found[:3]] == [order for _, order, _ in found[3:6]]  # the same for all kinds
-
-
-@pytest.mark.usefixtures("small")
 def test_data_efficiency_trains_each_seed_on_its_own_part_in_its_own_order(monkeypatch):
     parts = loaders(n=60)
     found = settings_of_trainings(
@@ -461,50 +350,6 @@ def test_trials_draw_new_images_for_each_seed_and_test_all_on_the_same(name, dra
     assert len(seen) == 3
     for (part, _), images in seen.items():
         assert len({str(own.tolist()) for own in images}) == (1 if part == 2 * 10**9 else 3)
-
-
-@pytest.mark.usefixtures("small")
-def test_compare_on_dataset_trains_every_kind_and_seed_in_time(monkeypatch):
-    asked = []
-    monkeypatch.setattr(le, "steps_within",
-                        lambda seconds, *rest, **run: asked.append(seconds) or 2 * one_step(seconds, *rest, **run))
-    lines = []
-    trained, train = [], le.train_once
-    monkeypatch.setattr(le, "train_once", lambda kind, loader, recipe, rate, *rest, **run: trained.append(
-        (recipe, rate)) or train(kind, loader, recipe, rate, *rest, **run))
-    rows = le.compare_on_dataset(loaders(), 3, recipe=QUICK, report=lines.append, **ON_CPU)
-    assert trained == [(QUICK, le.RATES[1])] * 9  # one recipe for all
-    assert asked == [20, 20, 20]
-    assert list(rows) == ["ConvNet", "Hybrid", "ViT"]
-    assert {len(row["right"]) for own in rows.values() for row in own} == {14}
-    assert [row["seed"] for own in rows.values() for row in own] == [0, 1, 2] * 3
-    assert len(lines) == 9
-    train_loader, val, _ = loaders()
-    rows = le.compare_on_dataset((train_loader, val, None), 3, recipe=QUICK, report=lines.append, **ON_CPU)
-    assert {len(row["right"]) for own in rows.values() for row in own} == {12}
-    for own in rows.values():
-        assert all(row["accuracy"] == pytest.approx(sum(row["right"]) / 12) for row in own)
-
-
-@pytest.mark.usefixtures("small")
-def test_compare_on_dataset_counts_right_predictions(monkeypatch):
-    train, val, _ = loaders()
-    drawn = make_mark(60, 16, start=2000)
-    test = le.loader_of(drawn.images, drawn.labels, drawn.class_names, QUICK)
-    right = dict(ConvNet=[True] * 60, Hybrid=[True] * 20 + [False] * 40, ViT=[False] * 60)
-
-    def train_once(kind, *words):
-        answers = [label if knows else 1 - label for label, knows in zip(drawn.labels.tolist(), right[kind],
-                                                                         strict=True)]
-        return SimpleNamespace(model=Says(answers))
-
-    monkeypatch.setattr(le, "train_once", train_once)
-    monkeypatch.setattr(le, "steps_within", one_step)
-    rows = le.compare_on_dataset((train, val, test), 1, recipe=QUICK, report=lambda line: None, **ON_CPU)
-    assert {kind: [row["right"] for row in own] for kind, own in rows.items()} == {
-        kind: [answers] * 3 for kind, answers in right.items()}
-    assert [own[0]["accuracy"] for own in rows.values()] == pytest.approx([1, 1 / 3, 0])
-    assert le.summarise(rows).startswith("ConvNet is ahead of Hybrid by 66.7 points")
 
 
 def test_build_kind_scales_patches_and_keeps_sizes_alike():

@@ -34,8 +34,8 @@ from train_vit import (
 from vit_bridge.analysis.cost import count_parameters, throughput
 from vit_bridge.cli import counted
 from vit_bridge.compare.statistics import (
+    MIN_IMAGES,
     images_needed,
-    is_or_are,
     mean_min_max,
     measured_noise,
     none_beats,
@@ -46,7 +46,7 @@ from vit_bridge.compare.statistics import (
 from vit_bridge.compare.trials import SEEDS
 from vit_bridge.data.augmentation import Mixing
 from vit_bridge.data.loaders import get_data_loaders, get_test_loader
-from vit_bridge.errors import InputError
+from vit_bridge.errors import InputError, join_words
 from vit_bridge.models.adapters import adapt
 from vit_bridge.models.protocol import ask, class_name
 from vit_bridge.plots.charts import plot_bars
@@ -290,7 +290,9 @@ def _recipe(candidate, loader, minutes, device, amp, **_):
 
 
 def _first_model(candidate, recipe, loader, seed):
-    """Return the model of a candidate before its training."""
+    """Set up the training loader for a recipe and a seed, and return the candidate's model before its training."""
+    loader.batch_size, loader.seed = recipe.batch_size, seed
+    loader.set_augmentation(recipe.augmentation)
     if candidate.weights is None:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -308,15 +310,12 @@ def _train(candidate, images, minutes, seeds, device, amp, n_steps, report):
     train_loader, val_loader, test_loader = images.loaders(candidate.preprocessing)
     name, started, rows = _recipe(candidate, train_loader, minutes, device, amp), time.perf_counter(), []
     recipe, given = RECIPES[name], (train_loader, test_loader or val_loader)
-    train_loader.batch_size = recipe.batch_size
-    train_loader.set_augmentation(recipe.augmentation)
     if candidate.start == "head":  # the features are computed once, without augmentation
         backbone = freeze_backbone(_first_model(candidate, recipe, train_loader, seeds[0]))
         given = feature_loaders(backbone, given, device)
         n_steps = n_steps or HEAD_EPOCHS * len(given[0])
     for seed in seeds:
-        train_loader.seed = given[0].seed = seed
-        model = _first_model(candidate, recipe, train_loader, seed)
+        model, given[0].seed = _first_model(candidate, recipe, train_loader, seed), seed
         trained = Heads(freeze_backbone(model)) if candidate.start == "head" else model
         trainer = _trainer(recipe, model, trained, seed, device, amp)
         if n_steps is None:  # measured with the first seed
@@ -370,20 +369,28 @@ def next_step(rows, costs, commands, guessing=0.0):
         Lines of text.
     """
     ranking, _ = rank_candidates(rows, guessing)
-    if ranking is None:
-        return ["Next: repeat the comparison with more --minutes, so that the candidates learn with every seed."]
+    n = len(next(iter(rows.values()))[0]["right"])
+    if n < MIN_IMAGES:
+        return ["Next: repeat the comparison with more test images."]
+    if ranking is None or none_beats(accuracies_of(rows), guessing, n):
+        return ["Next: repeat the comparison with more --minutes, and check that the images show their classes."]
     if ranking.winner:
         return [f"Next: {commands[ranking.winner]}"]
-    second, n = ranking.tied[0], len(rows[ranking.best][0]["right"])
+    second = ranking.tied[0]
     lead = ranking.differences[second]
     needed = images_needed(lead, measured_noise({name: rows[name] for name in (ranking.best, second)}, len(rows)))
-    fast = rank_speeds({name: 1 / costs[name] for name in ranking.leaders}).leaders
-    first = next(name for name in rows if name in fast)
-    return [f"Next: take {first}, for no tied candidate is faster by more than a tenth ({costs[first]:.2g} ms per "
-            f"image): {commands[first]}",
-            f"{ranking.best} and {second} differ by {100 * lead:.1f} points. " + (
-                "More test images alone would not tell them apart; more --minutes may." if needed == math.inf else
-                f"To tell them apart, about {max(needed, n):,} test images would be needed instead of {n:,}.")]
+    cheap = rank_speeds({name: 1 / costs[name] for name in ranking.leaders}).leaders
+    first = next(name for name in rows if name in cheap)
+    return [f"Next: take the fastest of them, {first} ({costs[first]:.2g} ms per image; a difference of 10% does not "
+            f"count): {commands[first]}",
+            f"{ranking.best} and {second} differ by {100 * lead:.1f} points; " + (
+                "more test images alone would not tell them apart." if needed == math.inf else
+                f"about {max(needed, n):,} test images instead of {n:,} would tell them apart.")]
+
+
+def accuracies_of(rows):
+    """Return {name: [accuracy of each seed]}."""
+    return {name: [row["accuracy"] for row in own] for name, own in rows.items()}
 
 
 def caveats(results, controls, guessing=0.0):
@@ -397,19 +404,17 @@ def caveats(results, controls, guessing=0.0):
         The results of baselines().
     """
     rows = {name: result["rows"] for name, result in results.items()}
-    accuracies = {name: [row["accuracy"] for row in own] for name, own in rows.items()}
-    n, sentences = len(next(iter(rows.values()))[0]["right"]), []
-    linear = controls[LINEAR]
+    n, sentences, linear = len(next(iter(rows.values()))[0]["right"]), [], controls[LINEAR]
     for name, own in rows.items():
         diverged = sum(bool(row["diverged"]) for row in own)
         sentences += [f"{diverged} of {len(own)} training runs of {name} diverged and count as 0%."] * bool(diverged)
     if short := [name for name, own in rows.items() if own[0]["epochs"] < 1]:
-        sentences.append(f"{is_or_are(short)} trained for less than one epoch; use more --minutes.")
-    if none_beats(accuracies, guessing, n):
+        sentences.append(f"{join_words(short)} trained for less than one epoch; use more --minutes.")
+    if none_beats(accuracies_of(rows), guessing, n):
         sentences.append(f"No candidate beats guessing ({guessing:.1%}) by more than chance.")
     elif linear == 1:
         sentences.append(f"No candidate can beat the {LINEAR}, which classifies all {n:,} images correctly.")
-    elif none_beats(accuracies, linear, n):
+    elif none_beats(accuracies_of(rows), linear, n):
         sentences.append(f"With {n:,} images, it cannot be shown that any candidate beats the {LINEAR} ({linear:.1%}).")
     return sentences
 
