@@ -226,11 +226,12 @@ def images_needed(lead, noise, share=FOUND):
     It is exact to 5%, and infinite above MOST_IMAGES: if the seeds alone hide the lead, no number is enough.
     """
     low, high = MIN_IMAGES, MOST_IMAGES
-    if power(lead, replace(noise, n_images=high)) < share:
+    if power(lead, replace(noise, n_images=high), 500) < share:
         return math.inf
     while high > 1.05 * low:
         middle = round(math.sqrt(low * high))
-        low, high = (low, middle) if power(lead, replace(noise, n_images=middle)) >= share else (middle, high)
+        found = power(lead, replace(noise, n_images=middle), 500) >= share
+        low, high = (low, middle) if found else (middle, high)
     return high
 
 
