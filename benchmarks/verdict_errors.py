@@ -1,6 +1,6 @@
 """How often `cnn_vs_vit.py --data-dir` names a false winner, and how often it finds a true lead, by simulation.
 
-    python benchmarks/verdict_errors.py            prints the rates, about eight minutes on one core
+    python benchmarks/verdict_errors.py            prints the rates, about seven minutes on one core
     python benchmarks/verdict_errors.py --keep     also keeps them in benchmarks/results/
 
 Each simulated comparison draws which test images every training run classifies correctly, and calls the functions that
@@ -11,6 +11,7 @@ Shapes:  S seeds, n test images, k models.
 
 import argparse
 import itertools
+import multiprocessing
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,8 +76,7 @@ def simulate(setting, generator):
     if setting.answers != "independent":
         own = k if setting.answers == "of each model" else 1
         difficulty = torch.rand(own, 1, n, generator=generator)
-        decides = torch.rand(k, N_SEEDS, n, generator=generator) < BY_DIFFICULTY
-        luck = torch.where(decides, difficulty, luck)
+        luck = torch.where(luck < BY_DIFFICULTY, difficulty, (luck - BY_DIFFICULTY) / (1 - BY_DIFFICULTY))
     levels = torch.tensor(setting.levels)[:, None] + setting.spread * torch.randn(k, N_SEEDS, generator=generator)
     learned = torch.rand(N_SEEDS, generator=generator) < setting.learns
     levels[0, ~learned] = GUESSING
@@ -111,6 +111,11 @@ def measure(setting, n_comparisons, seed):
     return asdict(setting) | dict(n=n_comparisons, **counts)
 
 
+def measure_job(job):
+    """Return measure() of a tuple of its arguments."""
+    return measure(*job)
+
+
 def settings():
     """Return all Settings: equal models, a model that learns with some seeds only, a worse one, and a true lead."""
     found = [Setting("equal", (LEVEL,) * k, n, spread, answers)
@@ -129,15 +134,17 @@ def main():
     """Measure all settings; exit with an error if false claims are above 5% in one of them, beyond chance."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--n", type=int, default=2000, help="simulated comparisons for each setting")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
-    for seed, setting in enumerate(settings()):
-        rows.append(measure(setting, options.n, seed))
-        print(f"{setting.what}, {len(setting.levels)} models, {setting.n_images:,} images, spread {setting.spread:g}, "
-              f"answers {setting.answers}: {rows[-1]['false_claims']} false claims, {rows[-1]['found']} found",
-              flush=True)
+    rows, jobs = [], [(setting, options.n, seed) for seed, setting in enumerate(settings())]
+    with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
+        for row in pool.imap(measure_job, jobs):
+            rows.append(row)
+            print(f"{row['what']}, {len(row['levels'])} models, {row['n_images']:,} images, spread {row['spread']:g}, "
+                  f"answers {row['answers']}: {row['false_claims']} false claims, {row['false_splits']} false splits, "
+                  f"{row['found']} found", flush=True)
     if options.keep:
         write_cell("verdict-errors", "cpu", 0, f"python benchmarks/verdict_errors.py --n {options.n} --keep",
                    dict(rows=rows, device="cpu"))

@@ -11,6 +11,9 @@ from vit_bridge.compare import statistics as st
 from vit_model import InputError
 
 
+P = 1 - st.LEVEL / 2  # of t_quantile() in an interval for two models
+
+
 def rows_of(shares, n=400, seeds=3, spread=0.0, generator=None):
     """Draw rows as from compare_candidates(): each kind with this accuracy, and the same images hard for all."""
     generator = generator or random.Random(0)
@@ -93,7 +96,7 @@ def test_compare_two_adds_the_seeds_of_both_models():
         assert difference == pytest.approx(sum(first) / 3 - sum(second) / 3)
         total = images[0] + sum(part for part, _ in parts)
         df = total**2 / (images[0] ** 2 / images[1] + sum(part**2 / own for part, own in parts))
-        assert half == pytest.approx(st.t_quantile(0.975, tenth(df)) * math.sqrt(total))
+        assert half == pytest.approx(st.t_quantile(P, tenth(df)) * math.sqrt(total))
 
 
 def test_margin_adds_seeds_and_images_of_both_samples():
@@ -103,10 +106,10 @@ def test_margin_adds_seeds_and_images_of_both_samples():
     total = sum(part for part, _ in parts)
     df = total**2 / sum(part**2 / own for part, own in parts)
     for first, second in ((wide, narrow), (narrow, wide)):
-        assert st.margin(first, second, 50) == pytest.approx(st.t_quantile(0.975, tenth(df)) * math.sqrt(total))
+        assert st.margin(first, second, 50) == pytest.approx(st.t_quantile(P, tenth(df)) * math.sqrt(total))
     one, other = st.margin(wide, narrow, 10**9), st.margin(narrow, (0.42,) * 3, 10**9)  # seeds alone
-    assert one == pytest.approx(st.t_quantile(0.975, 2.1) * math.sqrt(0.0104 / 3), rel=1e-3)
-    assert other == pytest.approx(st.t_quantile(0.975, 2) * math.sqrt(0.0004 / 3), rel=1e-3)
+    assert one == pytest.approx(st.t_quantile(P, 2.1) * math.sqrt(0.0104 / 3), rel=1e-3)
+    assert other == pytest.approx(st.t_quantile(P, 2) * math.sqrt(0.0004 / 3), rel=1e-3)
 
 
 def test_rank_trainings_ties_when_images_are_few():
@@ -121,7 +124,7 @@ def test_rank_trainings_ties_when_images_are_few():
     difference, half = st.compare_two(rows(30, 0.8), rows(30, 0.7))
     assert difference == pytest.approx(0.1)
     by_image = torch.tensor([0.0] * 27 + [1.0] * 3 + [1.0, -1.0])  # and one more image for each side
-    assert half == pytest.approx(st.t_quantile(0.975, 31) * (by_image.var().item() / 32) ** 0.5, rel=1e-6)
+    assert half == pytest.approx(st.t_quantile(P, 31) * (by_image.var().item() / 32) ** 0.5, rel=1e-6)
 
 
 def test_rank_trainings_names_no_winner_below_twenty_images():
@@ -332,7 +335,7 @@ def test_power_follows_its_closed_form_where_seeds_do_not_differ():
     """With a fixed half width and a normal lead, the power is ndtr((lead - half) / error)."""
     noise = st.Noise(1000, 3, 2, spread=0.0, chance=0.0, apart=0.1)
     error = math.sqrt(0.1 / 1000)
-    half = st.t_quantile(0.975, 1001) * math.sqrt((999 * 0.1 + 2) / 1001 / 1002)
+    half = st.t_quantile(P, 1001) * math.sqrt((999 * 0.1 + 2) / 1001 / 1002)
     for lead in (0.0, 0.02, 0.03):
         expected = torch.special.ndtr(torch.tensor((lead - half) / error)).item()
         assert st.power(lead, noise) == pytest.approx(expected, rel=1e-4)
@@ -452,8 +455,8 @@ def test_t_quantile_follows_the_closed_forms(p):
 @pytest.mark.parametrize("k", [2, 3, 6, 10])
 def test_half_width_shares_the_level_among_all_pairs(k):
     pairs = math.comb(k, 2)
-    assert st.half_width([(0.25, 2), (0.25, 2)], k) == pytest.approx(st.t_quantile(1 - 0.025 / pairs, 4) * 0.5**0.5)
-    assert st.half_width([(1.0, 120), (0.0, 2)], k) == pytest.approx(st.t_quantile(1 - 0.025 / pairs, 120))
+    assert st.half_width([(0.25, 2), (0.25, 2)], k) == pytest.approx(st.t_quantile(1 - st.LEVEL / 2 / pairs, 4) * 0.5**0.5)
+    assert st.half_width([(1.0, 120), (0.0, 2)], k) == pytest.approx(st.t_quantile(1 - st.LEVEL / 2 / pairs, 120))
 
 
 def test_rankings_count_all_models_of_the_comparison():
