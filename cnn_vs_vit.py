@@ -3,61 +3,49 @@
     python cnn_vs_vit.py                                    compare the shipped models, in a few minutes
     python cnn_vs_vit.py --only position                    run one experiment
     python cnn_vs_vit.py --train                            add the experiments that train (hours; can be resumed)
-    python cnn_vs_vit.py --data-dir photos --minutes 30     train all three on your images to see which suits them
+    python cnn_vs_vit.py --data-dir photos --minutes 30     find the model that suits your images
 
 A run writes report.html (one file that you can open or send), results.json and the figures into a folder.
 """
 
 import hashlib
-import json
 import re
 import shlex
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import mean
 
 import torch
-import torchvision
-from tqdm import tqdm
 
-from train_vit import LINEAR_IMAGES, NotFinite, report_skipped
-from vit_bridge.analysis.cost import throughput
+from train_vit import report_skipped
 from vit_bridge.cli import Bounded, HelpFormatter, OneLineParser, int_at_least, positive, script, seed
 from vit_bridge.compare.experiments import EXPERIMENTS, ComparisonSetup
 from vit_bridge.compare.report import Section, write_report
 from vit_bridge.compare.running import plan_trials, run_trials
-from vit_bridge.compare.statistics import MIN_IMAGES, assumed_noise, describe_power, mean_min_max
-from vit_bridge.compare.trials import (
-    CNN_TO_VIT_MODELS,
-    RATES,
-    RECIPE,
-    SEEDS,
-    TRAIN_FRACTIONS,
-    TRAINED,
-    Trial,
-    TrialRecipe,
-    build_kind,
-    by_dataset,
+from vit_bridge.compare.statistics import MIN_IMAGES, assumed_noise, describe_power, describe_verdict
+from vit_bridge.compare.trained import TRAINED
+from vit_bridge.compare.trials import SEEDS, by_dataset, read_trials
+from vit_bridge.compare.which import (
+    DEFAULT_WEIGHTS,
+    FolderImages,
+    baselines,
+    candidate_table,
+    candidates_of,
     caveats,
-    compare_on_dataset,
-    numbers_of_images,
-    read_trial,
-    read_trials,
-    split_kinds,
-    summarise,
+    compare_candidates,
+    describe_weights,
+    draw_candidates,
+    next_step,
 )
 from vit_bridge.data.audit import audit_folder
 from vit_bridge.data.loaders import MemoryLoader, get_data_loaders, get_test_loader
 from vit_bridge.data.shapes import TEST_START, make_shapes
 from vit_bridge.errors import InputError
 from vit_bridge.models.hybrid import HybridCNNViT
-from vit_bridge.plots.charts import plot_bars, save_figure
-from vit_bridge.preprocessing import SMALL_SIDE
-from vit_bridge.runtime import choose_device, choose_precision
-from vit_bridge.system import ROOT, Interrupts, commit, machine, new_output_dir, unless_empty, write_json
-from vit_bridge.training.linear_probe import linear_classifier
+from vit_bridge.plots.charts import save_figure
+from vit_bridge.preprocessing import SMALL_SIDE, describe_size
+from vit_bridge.runtime import choose_device
+from vit_bridge.system import ROOT, Interrupts, new_output_dir, unless_empty, write_json
 from vit_bridge.weights.checkpoints import load
 
 __all__ = ["HybridCNNViT", "shipped_setup"]
@@ -68,10 +56,8 @@ Compare a CNN, a ViT and a hybrid of the two; every experiment has a control.
 examples:
   python cnn_vs_vit.py                                  compare the shipped models, in a few minutes
   python cnn_vs_vit.py --only position                  run one experiment
-  python cnn_vs_vit.py --data-dir photos --minutes 30   train all three on your images"""
+  python cnn_vs_vit.py --data-dir photos --minutes 30   find the model that suits your images"""
 COMMITTED = ROOT / "benchmarks" / "results"  # trials that come with the project
-RECIPE_NOTE = (f"All models get the same time and the same recipe, which differs from the recipe of train_vit.py: "
-               f"{RECIPE.optimizer} with learning rate {RATES[1]:g} and batches of {RECIPE.batch_size} images.")
 INTRODUCTION = ("This report compares a ConvNet, a hybrid and a ViT of nearly the same size. Each experiment has a "
                 "control: the same model with random weights, uniform attention, a formula, or guessing.")
 SHIPPED_NOTE = ("The shipped models learned the drawn shapes with different numbers of training steps. The ConvNet was "
@@ -79,6 +65,7 @@ SHIPPED_NOTE = ("The shipped models learned the drawn shapes with different numb
                 "steps, and the ViT 97.9% after 3,200 steps. Some differences between them may come from this.")
 
 
+TRAIN_FRACTIONS = (0.01, 0.1, 1.0)  # of the training images
 LITTLE = {  # arguments of measure() in a dry run
     "ladder": dict(minutes=1e-3), "data": dict(first_steps=1, most_steps=2),
     "reach": dict(n_steps=1, n_images=40, n_val=8, n_test=8, distances=(8, 20)),
@@ -222,62 +209,59 @@ def show_trials(names, folder, trials):
 
 # ---- Which for my images? ---------------------------------------------------------------------------------
 
+DRY_RUN_IMAGES = 40  # images of each part in a dry run
+TITLE, QUESTION = "Which model for these images?", "Which candidate is best here, and how certain is that?"
+CANDIDATES = ("A linear probe, fine-tuned models and models trained from scratch were trained on the same images. All "
+              "but the probe had the same time, and each had the recipe that train_vit.py chooses for it.")
+
 
 def compare_on_folder(options, folder):
-    """Train all three models on the images in --data-dir and report which, if any, is better on them.
+    """Train all candidates on the images in --data-dir and report which, if any, is better on them.
 
     Returns ({"verdict": data}, sections).
     """
-    loaders = _loaders_of(options)
-    train_loader, val_loader, test_loader = loaders
-    images, tested = ("validation", val_loader) if test_loader is None else ("test", test_loader)
-    print(f"{train_loader.n_images:,} {train_loader.img_size}-pixel training images, "
-          f"{len(train_loader.class_names)} classes. Three models, each with {len(SEEDS)} seeds, share "
-          f"{options.minutes:g} min and are compared on {tested.n_images:,} {images} images. {RECIPE_NOTE}")
-    expected = (f"Expected before any training (assuming an accuracy of 75%, and seeds that differ by 1 point): "
-                f"{describe_power(assumed_noise(tested.n_images, len(SEEDS)))}")
-    if tested.n_images < MIN_IMAGES:
-        print(f"{tested.n_images} {images} images are too few to name a winner; at least {MIN_IMAGES} are needed. "
-              f"{_more_images(options.data_dir)}")
-    else:
-        print(expected)
+    candidates = candidates_of(options.pretrained or DEFAULT_WEIGHTS)
+    images = FolderImages(DRY_RUN_IMAGES if options.dry_run else None, data_dir=options.data_dir, seed=options.seed,
+                          img_size=options.img_size, skip_corrupt=options.skip_corrupt)
+    expected, weights = _announce(options, candidates, images)
     with Interrupts() as interrupts:
         interrupts.advice = "a comparison needs all training runs, and none of them is saved; use fewer --minutes"
-        minutes = 0.01 if options.dry_run else options.minutes
-        rows = compare_on_dataset(loaders, minutes, device=options.device, amp=options.amp)
-    device = choose_device(options.device)
-    costs = {kind: 1e3 / throughput(build_kind(kind, len(train_loader.class_names), train_loader.img_size),
-                                    batch_size=32, seconds=0.5, device=device) for kind in rows}
-    parts = _split_for_linear(train_loader) if test_loader is None else (
-        train_loader.without_augmentation(LINEAR_IMAGES), val_loader)
-    guessing = _share_of_largest_class(train_loader, tested)
-    controls = {"a linear classifier on the pixels": linear_classifier(*parts, tested)["test_acc"],
-                "predicting the largest class every time": guessing}
-    skipped = _skipped_files(loaders)
-    finding = "\n".join([summarise(rows, costs, guessing), *caveats(rows, controls, train_loader.n_images, guessing),
-                         *([f"{len(skipped)} image files cannot be read and were ignored."] if skipped else [])])
-    split = split_kinds(rows, guessing)  # a mean over seeds that learned and seeds that did not describes neither
-    means, names, bars = {}, {}, {}
-    for name, own in rows.items():
-        learned = split.get(name, [True] * len(own))
-        counted = [row["accuracy"] for row, has in zip(own, learned, strict=True) if has]
-        means[name] = f"{sum(learned)} of {len(own)} learned" if name in split else f"{mean(counted):.1%}"
-        names[name] = f"{name}: {means[name]}" if name in split else name
-        bars[names[name]] = [100 * value for value in mean_min_max(counted)]
-    figure = plot_bars({f"accuracy on the {images} images (%)\n(lines: lowest and highest seed)": bars | {
-                            name: 100 * share for name, share in controls.items()},
-                        f"milliseconds per image\n({device.type}, batches of 32)": {
-                            names[name]: cost for name, cost in costs.items()}})
-    table = [["model", "mean", *(f"seed {row['seed']}" for row in next(iter(rows.values()))), "steps", "ms per image"],
-             *([name, means[name], *(f"{row['accuracy']:.1%}" for row in own), own[0]["n_steps"],
-                f"{costs[name]:.2f}"] for name, own in rows.items()),
-             *([name, f"{share:.1%}", *[""] * (len(SEEDS) + 2)] for name, share in controls.items())]
-    note = (f"{RECIPE_NOTE} A lead counts if it is larger than seeds and images can explain, by Student's t with a 5% "
-            f"chance of a false winner in all three comparisons together. {expected}")
-    section = Section("Which model for these images?", "Which of the three is best here, and how certain is that?",
-                      finding, {"verdict": figure}, [(f"Accuracy on {tested.n_images:,} {images} images", table)], note)
+        results = compare_candidates(candidates, images, options.minutes, device=options.device, amp=options.amp,
+                                     n_steps=1 if options.dry_run else None)
+    controls, guessing = baselines(images.loaders())
+    rows, costs = ({name: result[key] for name, result in results.items()} for key in ("rows", "ms"))
+    commands = {one.name: one.command(options.data_dir, images.img_size, options.minutes) for one in candidates}
+    report_skipped(images.skipped)
+    finding = "\n".join([*describe_verdict(rows, guessing), *next_step(rows, costs, commands, guessing),
+                         *caveats(results, controls, guessing), *weights])
+    shown = results, controls, guessing
+    section = Section(TITLE, QUESTION, finding, {"verdict": draw_candidates(*shown)}, [candidate_table(*shown)],
+                      expected)
     _publish(section, folder, with_note=False)  # printed before the training
-    return {"verdict": dict(rows=rows, costs=costs, controls=controls, finding=finding, skipped=skipped)}, [section]
+    data = dict(results=results, controls=controls, guessing=guessing, finding=finding, skipped=images.skipped)
+    return {"verdict": data}, [section]
+
+
+def _announce(options, candidates, images):
+    """Print what is compared, and which lead can be found; return that line and the lines about unfair weights."""
+    train_loader, val_loader, test_loader = images.loaders()
+    part, tested = ("validation", val_loader) if test_loader is None else ("test", test_loader)
+    if train_loader.dataset_name == "folder":
+        print(audit_folder(options.data_dir, seed=options.seed))
+    print(f"{train_loader.n_images:,} training images of {len(train_loader.class_names)} classes. "
+          f"{len(candidates)} candidates, each with {len(SEEDS)} seeds, share {options.minutes:g} min and are compared "
+          f"on {tested.n_images:,} {part} images. New models get images of {describe_size(train_loader.img_size)} "
+          f"pixels, trained ones their own size.")
+    described = dict.fromkeys(describe_weights(one, train_loader.class_names) for one in candidates if one.weights)
+    for origin, _ in described:
+        print(origin)
+    expected = (f"Expected before any training (assuming an accuracy of 75%, and seeds that differ by 1 point): "
+                f"{describe_power(assumed_noise(tested.n_images, len(SEEDS), len(candidates)))}")
+    if tested.n_images < MIN_IMAGES:
+        expected = (f"{tested.n_images} {part} images are too few to name a winner; at least {MIN_IMAGES} are needed. "
+                    f"{_more_images(options.data_dir)}")
+    print(expected, flush=True)
+    return expected, [unfair for _, unfair in described if unfair]
 
 
 def _more_images(data_dir):
@@ -288,28 +272,10 @@ def _more_images(data_dir):
            f"{Path(data_dir) / 'test'}/<class>/."
 
 
-def _split_for_linear(train_loader):
-    """Split the training images, without augmentation, into four fifths and one fifth.
-
-    A linear classifier is fitted to the first part, and its regularisation is chosen on the second. The validation
-    images are thus kept for the comparison.
-    """
-    plain = train_loader.without_augmentation(LINEAR_IMAGES)
-    fifth = torch.arange(plain.n_images, device=plain.labels.device) % 5 == 0  # (n)
-    return [MemoryLoader(plain.images[part], plain.labels[part], plain.info, plain.batch_size)
-            for part in (~fifth, fifth)]
-
-
-def _share_of_largest_class(train_loader, tested):
-    """Return the fraction of the test images that belong to the class with the most training images."""
-    counts = train_loader.class_counts
-    return tested.class_counts[counts.index(max(counts))] / tested.n_images
-
-
 def _loaders_of(options):
     """Return loaders for the images in --data-dir, or for the built-in shapes; photographs are shrunk."""
     data = dict(data_dir=options.data_dir or "./no-such-folder", img_size=options.img_size, seed=options.seed,
-                dataset="auto" if options.data_dir else "shapes", batch_size=RECIPE.batch_size,
+                dataset="auto" if options.data_dir else "shapes", batch_size=64,
                 skip_corrupt=options.skip_corrupt)
     if options.dry_run and not options.data_dir:
         data["n_images"] = 60
@@ -341,8 +307,7 @@ def compare(options, folder):
     """Run the requested comparison, and write the results into the folder."""
     started = time.perf_counter()
     if options.minutes:
-        introduction = ("A ConvNet, a hybrid and a ViT of nearly the same size were trained on the same images for the "
-                        "same time.")
+        introduction = CANDIDATES
         results, sections = compare_on_folder(options, folder)
     else:
         introduction, results, sections = compare_models(options, folder)
@@ -397,8 +362,11 @@ def make_parser():
     parser.add_argument("--img-size", type=Bounded(int, 8, SMALL_SIDE, f"a whole number from 8 to {SMALL_SIDE}"),
                         metavar="PIXELS", help=f"image side in pixels, at most {SMALL_SIDE} (default: small images "
                                                f"keep their size, photographs get {SMALL_SIDE})")
-    parser.add_argument("--minutes", type=positive(), metavar="M", help="with --data-dir: train all three on these "
-                        "images within this time, and report which is best")
+    parser.add_argument("--minutes", type=positive(), metavar="M", help="with --data-dir: train all candidates on "
+                        "these images within this time, and report which is best")
+    parser.add_argument("--pretrained", nargs="+", metavar="NAME|PATH", help="with --minutes: trained weights to "
+                        "start from, as in train_vit.py; from each ViT a linear probe and a fine-tuning, from each CNN "
+                        f"a fine-tuning (default: {' '.join(DEFAULT_WEIGHTS)})")
     parser.add_argument("--train-fractions", "--shares", nargs="+", type=Bounded(float, 1e-6, 1, "above 0 to 1"),
                         default=list(TRAIN_FRACTIONS), dest="train_fractions", metavar="F",
                         help="for the experiments data and ladder: fractions of the training images")
@@ -422,12 +390,14 @@ def main(argv=None):
         if name not in known:
             raise InputError(f"--only {name!r} is unknown; choose one of: {', '.join(known)}")
     if options.minutes and (options.train or options.only):
-        raise InputError("--minutes compares all three models on your images; remove --train and --only")
+        raise InputError("--minutes compares all candidates on your images; remove --train and --only")
+    if options.pretrained and not options.minutes:
+        raise InputError("--pretrained is for the comparison on your own images; add --data-dir DIR --minutes M")
     if options.minutes and not options.data_dir:
         raise InputError("--minutes needs your own images; set --data-dir DIR too")
     if options.data_dir and not (options.minutes or options.train):
-        raise InputError(f"--data-dir {options.data_dir} does not specify what to compare; add --minutes M (which of "
-                         f"the three suits these images) or --train (data efficiency)")
+        raise InputError(f"--data-dir {options.data_dir} does not specify what to compare; add --minutes M (which "
+                         f"model suits these images) or --train (ladder and data efficiency)")
     others = [name for name in options.only or () if name in EXPERIMENTS or not TRAINED[name].on_images]
     if options.data_dir and others:
         raise InputError(f"--data-dir works with --only data or ladder, not with --only {' '.join(others)}; remove one "

@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 import warnings
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import numpy as np

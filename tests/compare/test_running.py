@@ -105,6 +105,8 @@ def test_plan_trials_checks_everything_first(tmp_path):
     plan(["data"], tmp_path, images=(images(), [20], "other", dict(content="b")))
     with pytest.raises(InputError, match="measured on other images"):
         plan(["data"], tmp_path, images=(images(), [20], "photos", dict(content="b")))
+    with pytest.raises(InputError, match="--train-fractions has one"):
+        plan(["ladder"], tmp_path, images=(images(), [20], "", {}))
     (tmp_path / "reach-ViT-0.json").write_text("{")
     with pytest.raises(InputError, match="is not a result"):
         plan(["reach"], tmp_path)

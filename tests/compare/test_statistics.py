@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ import torch
 from vit_bridge.compare import statistics as st
 from vit_model import InputError
 
+P = 1 - st.LEVEL / 2  # of t_quantile() in an interval for two models
+
 
 def rows_of(shares, n=400, seeds=3, spread=0.0, generator=None):
-    """Draw rows as from compare_on_dataset(): each kind with this accuracy, and the same images hard for all."""
+    """Draw rows as from compare_candidates(): each kind with this accuracy, and the same images hard for all."""
     generator = generator or random.Random(0)
     hard = [generator.random() for _ in range(n)]
     rows = {}
@@ -27,6 +30,11 @@ def rows_of(shares, n=400, seeds=3, spread=0.0, generator=None):
 def accuracies_of(levels):
     """Return {name: [one accuracy per seed]}, half a point apart."""
     return {name: [level + by for by in (-0.005, 0.0, 0.005)] for name, level in levels.items()}
+
+
+def tenth(df):
+    """Degrees of freedom as half_width() rounds them."""
+    return max(1, math.floor(10 * df) / 10)
 
 
 # ---- Trainings tested on the same images
@@ -87,7 +95,7 @@ def test_compare_two_adds_the_seeds_of_both_models():
         assert difference == pytest.approx(sum(first) / 3 - sum(second) / 3)
         total = images[0] + sum(part for part, _ in parts)
         df = total**2 / (images[0] ** 2 / images[1] + sum(part**2 / own for part, own in parts))
-        assert half == pytest.approx(st.t_quantile(df) * math.sqrt(total))
+        assert half == pytest.approx(st.t_quantile(P, tenth(df)) * math.sqrt(total))
 
 
 def test_margin_adds_seeds_and_images_of_both_samples():
@@ -97,10 +105,10 @@ def test_margin_adds_seeds_and_images_of_both_samples():
     total = sum(part for part, _ in parts)
     df = total**2 / sum(part**2 / own for part, own in parts)
     for first, second in ((wide, narrow), (narrow, wide)):
-        assert st.margin(first, second, 50) == pytest.approx(st.t_quantile(df) * math.sqrt(total))
+        assert st.margin(first, second, 50) == pytest.approx(st.t_quantile(P, tenth(df)) * math.sqrt(total))
     one, other = st.margin(wide, narrow, 10**9), st.margin(narrow, (0.42,) * 3, 10**9)  # seeds alone
-    assert one == pytest.approx(st.t_quantile(2) * math.sqrt(0.0104 / 3), rel=1e-3)
-    assert other == pytest.approx(st.t_quantile(2) * math.sqrt(0.0004 / 3), rel=1e-3)
+    assert one == pytest.approx(st.t_quantile(P, 2.1) * math.sqrt(0.0104 / 3), rel=1e-3)
+    assert other == pytest.approx(st.t_quantile(P, 2) * math.sqrt(0.0004 / 3), rel=1e-3)
 
 
 def test_rank_trainings_ties_when_images_are_few():
@@ -115,7 +123,7 @@ def test_rank_trainings_ties_when_images_are_few():
     difference, half = st.compare_two(rows(30, 0.8), rows(30, 0.7))
     assert difference == pytest.approx(0.1)
     by_image = torch.tensor([0.0] * 27 + [1.0] * 3 + [1.0, -1.0])  # and one more image for each side
-    assert half == pytest.approx(st.t_quantile(31) * (by_image.var().item() / 32) ** 0.5, rel=1e-6)
+    assert half == pytest.approx(st.t_quantile(P, 31) * (by_image.var().item() / 32) ** 0.5, rel=1e-6)
 
 
 def test_rank_trainings_names_no_winner_below_twenty_images():
@@ -126,10 +134,10 @@ def test_rank_trainings_names_no_winner_below_twenty_images():
     assert st.rank_samples(dict(ViT=[44 / 50] * 3, ConvNet=[45 / 50] * 3), 50).winner is None
 
 
-def test_rank_trainings_needs_two_seeds_and_two_kinds():
+def test_rank_trainings_needs_two_seeds_and_two_models():
     with pytest.raises(InputError, match="two seeds"):
         st.rank_trainings(rows_of(dict(ConvNet=0.9, ViT=0.1), seeds=1))
-    with pytest.raises(InputError, match="two kinds"):
+    with pytest.raises(InputError, match="two models"):
         st.rank_trainings(rows_of(dict(ConvNet=0.9)))
 
 
@@ -240,6 +248,43 @@ def test_seeds_that_learned_part_those_that_guess(accuracies, learned):
     assert st.seeds_that_learned(accuracies, 1000, 0.5) == learned
 
 
+def test_seeds_that_learned_part_only_if_images_do_not_explain_it():
+    for n, learned in ((30, None), (60, [True, False, True])):  # 25 and 50 right, and half of the images
+        assert st.seeds_that_learned((25 / 30, 15 / 30, 25 / 30), n, 0.5) == learned
+
+
+def rows_with(accuracies, n=1000):
+    """Return rows as from compare_candidates(), with these accuracies per seed."""
+    return {name: [dict(seed=seed, right=[i < round(level * n) for i in range(n)], accuracy=level)
+                   for seed, level in enumerate(own)] for name, own in accuracies.items()}
+
+
+def test_rank_candidates_ranks_no_mean_of_seeds_that_part():
+    rows = rows_with(dict(A=(0.9, 0.91, 0.9), B=(0.7, 0.71, 0.7), C=(0.97, 0.5, 0.96)))
+    ranking, split = st.rank_candidates(rows, 0.5)
+    assert (ranking.winner, split) == ("A", dict(C=[True, False, True]))  # not C, whose mean is between them
+    assert ranking.half_widths["B"] == st.compare_two(rows["A"], rows["B"], 3)[1]  # C was compared, too
+    assert st.rank_candidates(rows, 0.0)[1] == {}
+    assert st.rank_candidates({name: rows[name] for name in "AC"}, 0.5) == (None, dict(C=[True, False, True]))
+
+
+def test_describe_verdict_names_a_winner_or_none():
+    rows = rows_with(dict(A=(0.9, 0.91, 0.9), B=(0.7, 0.71, 0.7), C=(0.97, 0.5, 0.96)))
+    split = "C learned with only 2 of 3 seeds. These reach at least 96.0%, the others at most 50.0%."
+    first, second = st.describe_verdict(rows, 0.5)
+    assert first.startswith("A is ahead of B by 20.0 points (95% interval ")
+    assert second == split
+    assert st.describe_verdict({name: rows[name] for name in "AC"}, 0.5) == [
+        "No winner: only A behaves the same with every seed.", split]
+    assert st.describe_verdict({"C": rows["C"], "D": rows["C"]}, 0.5)[0] == (
+        "No winner: no model behaves the same with every seed.")
+    tied = rows_with(dict(A=(0.9, 0.91, 0.9), B=(0.9, 0.91, 0.91), C=(0.5, 0.51, 0.5)))
+    (text,) = st.describe_verdict(tied)
+    assert text.startswith("No winner: B and A cannot be distinguished; C is behind by 40.")
+    assert st.describe_verdict(rows_with(dict(A=(1.0, 1.0), B=(0.0, 0.0)), n=19)) == [
+        "No winner: 19 images are too few; at least 20 are needed."]
+
+
 def test_rank_falls_ties_single_measurements():
     one = {name: torch.tensor([own]).double() / 100 for name, own in (("ViT", (99, 97)), ("ConvNet", (99, 55)))}
     assert st.rank_falls(one, 100).winner is None
@@ -253,7 +298,7 @@ def test_step_gains_are_differences_between_neighbours():
     (first, gain, half), (second, larger, other) = st.step_gains(samples, 1000)
     assert (first, second) == ("Hybrid", "ConvNet")
     assert gain == pytest.approx(0.001)
-    assert half == st.margin(samples["ViT"], samples["Hybrid"], 1000) > gain
+    assert half == st.margin(samples["ViT"], samples["Hybrid"], 1000, k=3) > gain
     assert larger == pytest.approx(0.099)
     assert larger > other
 
@@ -287,9 +332,9 @@ def test_spread_is_learned_compares_with_random_heads():
 
 def test_power_follows_its_closed_form_where_seeds_do_not_differ():
     """With a fixed half width and a normal lead, the power is ndtr((lead - half) / error)."""
-    noise = st.Noise(1000, 3, spread=0.0, chance=0.0, apart=0.1)
+    noise = st.Noise(1000, 3, 2, spread=0.0, chance=0.0, apart=0.1)
     error = math.sqrt(0.1 / 1000)
-    half = st.t_quantile(1001) * math.sqrt((999 * 0.1 + 2) / 1001 / 1002)
+    half = st.t_quantile(P, 1001) * math.sqrt((999 * 0.1 + 2) / 1001 / 1002)
     for lead in (0.0, 0.02, 0.03):
         expected = torch.special.ndtr(torch.tensor((lead - half) / error)).item()
         assert st.power(lead, noise) == pytest.approx(expected, rel=1e-4)
@@ -298,7 +343,7 @@ def test_power_follows_its_closed_form_where_seeds_do_not_differ():
 
 def test_power_follows_its_closed_form_where_seeds_are_all():
     """With two seeds and unlimited images, S / sigma of each side is the absolute value of a normal number."""
-    noise = st.Noise(10**9, 2, spread=0.01, chance=0.0, apart=0.0)
+    noise = st.Noise(10**9, 2, 2, spread=0.01, chance=0.0, apart=0.0)
     a = torch.linspace(0.0005, 0.9995, 1000).double()
     chi = torch.special.ndtri((1 + a) / 2) ** 2  # chi squared of one degree, by its quantiles
     halves = [st.half_width([(5e-5 * x, 1), (5e-5 * y, 1)]) for x in chi[::20].tolist() for y in chi[::20].tolist()]
@@ -308,7 +353,7 @@ def test_power_follows_its_closed_form_where_seeds_are_all():
 
 
 def shares_found(levels, n, spread, by_chance, repeats, seed=0):
-    """Simulate comparisons of two models, three seeds each.
+    """Simulate comparisons of two models out of three, three seeds each.
 
     Returns how often compare_two() puts the first ahead, and the Noise with the mean of the measured variances.
     by_chance is the fraction of predictions that do not depend on the image's difficulty.
@@ -323,11 +368,11 @@ def shares_found(levels, n, spread, by_chance, repeats, seed=0):
                 needed = torch.where(chosen < by_chance, luck, hard)  # (n), uniform: the accuracy is the level
                 right = (needed < level + spread * torch.randn((), generator=generator)).tolist()
                 rows[kind].append(dict(right=right, accuracy=sum(right) / n))
-        difference, half = st.compare_two(*rows.values())
+        difference, half = st.compare_two(*rows.values(), 3)
         found += difference > half
         noises.append(st.measured_noise(rows))
     chance, apart = (sum(getattr(noise, name) for noise in noises) / repeats for name in ("chance", "apart"))
-    return found / repeats, st.Noise(n, 3, spread, chance, apart)
+    return found / repeats, st.Noise(n, 3, 3, spread, chance, apart)
 
 
 @pytest.mark.parametrize(("spread", "by_chance", "lead"), [(0.0, 1.0, 0.12), (0.04, 0.5, 0.15), (0.02, 0.2, 0.08)])
@@ -338,21 +383,21 @@ def test_power_is_how_often_compare_two_finds_a_lead(spread, by_chance, lead):
 
 
 def test_power_of_two_points_is_a_few_percent():
-    """With 1,000 images and 0.9 points between seeds, a lead of 2 points is found in 3 to 4% of cases."""
-    noise = st.assumed_noise(1000, 3, spread=0.009, accuracy=0.71)
-    assert st.power(0.02, noise) == pytest.approx(0.035, abs=0.01)
+    """With 1,000 images and 0.9 points between seeds, a lead of 2 points is found in about 5% of cases."""
+    noise = st.assumed_noise(1000, 3, 3, spread=0.009, accuracy=0.71)
+    assert st.power(0.02, noise) == pytest.approx(0.047, abs=0.01)
     share, _ = shares_found((0.72, 0.70), 1000, 0.009, 1.0, 300)
-    assert share == pytest.approx(0.03, abs=0.03)
+    assert share == pytest.approx(0.047, abs=0.04)
 
 
 def test_power_grows_with_images_seeds_and_lead():
     base = st.assumed_noise(1000, 3)
     assert st.power(0.05, base) < st.power(0.05, st.assumed_noise(4000, 3))
     assert st.power(0.05, base) < st.power(0.05, st.assumed_noise(1000, 6))
-    assert st.power(0.05, base) > st.power(0.05, st.assumed_noise(1000, 3, spread=0.03))
+    assert st.power(0.05, base) > st.power(0.05, st.assumed_noise(1000, 3, 2, spread=0.03))
     assert st.power(0.03, base) < st.power(0.05, base)
     assert st.power(st.smallest_lead(base), base) >= 0.8 > st.power(st.smallest_lead(base) - 2e-4, base)
-    for noise in (st.assumed_noise(19, 3), st.assumed_noise(1000, 1), st.assumed_noise(1000, 3, spread=0.9)):
+    for noise in (st.assumed_noise(19, 3), st.assumed_noise(1000, 1), st.assumed_noise(1000, 3, 2, spread=0.9)):
         assert st.smallest_lead(noise) == math.inf
 
 
@@ -360,46 +405,68 @@ def test_measured_noise_matches_hand_values():
     rows = dict(A=[dict(right=[1, 1, 0, 0], accuracy=0.5), dict(right=[1, 1, 1, 0], accuracy=0.75)],
                 B=[dict(right=[0, 0, 0, 0], accuracy=0.0)] * 2)
     noise = st.measured_noise(rows)
-    assert (noise.n_images, noise.n_seeds) == (4, 2)
+    assert (noise.n_images, noise.n_seeds, noise.n_models) == (4, 2, 2)
+    assert st.measured_noise(rows, 6) == replace(noise, n_models=6)
     assert noise.chance == pytest.approx((0.5 / 4 + 0) / 2)  # one image of four, whose variance is a half
     assert noise.spread == pytest.approx(math.sqrt(0.03125 / 2 - noise.chance / 4), abs=1e-9)
     assert noise.apart == pytest.approx(torch.tensor([1.0, 1.0, 0.5, 0.0]).var().item())
 
 
 def test_describe_power_names_the_lead_and_what_it_rests_on():
-    noise = st.assumed_noise(1000, 3)
+    noise = st.assumed_noise(1000, 3, 6)
     assert st.describe_power(noise) == (
         f"only a lead of about {100 * st.smallest_lead(noise):.1f} points or more would be found with 80% probability "
-        f"(1,000 images, 3 seeds).")
-    assert st.describe_power(st.assumed_noise(30, 3)).startswith("only a lead of about 35 points or more")
-    assert st.describe_power(st.assumed_noise(10, 3)) == (
-        "no lead, however large, would be found reliably (10 images, 3 seeds).")
+        f"(1,000 images, 3 seeds, 6 models).")
+    assert st.describe_power(st.assumed_noise(30, 3, 6)).startswith("only a lead of about 44 points or more")
+    assert st.describe_power(st.assumed_noise(10, 3, 6)) == (
+        "no lead, however large, would be found reliably (10 images, 3 seeds, 6 models).")
+
+
+def test_images_needed_finds_the_lead_and_fewer_do_not():
+    noise = st.assumed_noise(100, 3, 3, spread=0.005)
+    n = st.images_needed(0.1, noise)
+    assert 100 < n < 10_000
+    assert st.power(0.1, replace(noise, n_images=n), 500) >= 0.8
+    assert st.power(0.1, replace(noise, n_images=round(0.94 * n)), 500) < 0.8
+    assert st.images_needed(0.01, noise) == st.images_needed(0.0, noise) == math.inf  # the seeds alone hide it
+    assert st.images_needed(0.01, replace(noise, spread=0.0)) < math.inf
 
 
 # ---- Student's t
 
 
-def student_tail(t, df, step=1e-3, end=400.0):
-    """Return P(T > t) for Student's t by the trapezoid rule; for df = 1, whose tail is too long, by its formula."""
-    if df == 1:
-        return 0.5 - math.atan(t) / math.pi
-    constant = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
-    x = torch.arange(t, end, step, dtype=torch.float64)
-    return (constant * torch.trapezoid((1 + x**2 / df) ** (-(df + 1) / 2), x)).item()
+@pytest.mark.parametrize(("p", "df", "t"), [  # from printed tables
+    (0.975, 4, 2.776), (0.975, 2, 4.303), (0.95, 10, 1.812), (0.995, 3, 5.841), (0.975, 30, 2.042), (0.99, 120, 2.358)])
+def test_t_quantile_agrees_with_printed_tables(p, df, t):
+    assert st.t_quantile(p, df) == pytest.approx(t, abs=6e-4)
 
 
-@pytest.mark.parametrize("df", sorted(st.CONFIDENCE))
-def test_confidence_holds_students_t_quantiles(df):
-    assert student_tail(st.CONFIDENCE[df], df) == pytest.approx(0.05 / 3 / 2, rel=2e-3)
+@pytest.mark.parametrize("p", [0.6, 0.9, 0.975, 1 - 0.05 / 30])
+def test_t_quantile_follows_the_closed_forms(p):
+    """Of 1 and 2 degrees of freedom, and of so many that t is normal."""
+    assert st.t_quantile(p, 1) == pytest.approx(math.tan(math.pi * (p - 0.5)), rel=1e-6)
+    assert st.t_quantile(p, 2) == pytest.approx((2 * p - 1) / math.sqrt(2 * p * (1 - p)), rel=1e-5)
+    normal = torch.special.ndtri(torch.tensor(p, dtype=torch.float64)).item()
+    assert st.t_quantile(p, 1e9) == pytest.approx(normal, rel=1e-4)
+    assert normal < st.t_quantile(p, 700) < st.t_quantile(p, 600) < st.t_quantile(p, 30.5) < st.t_quantile(p, 30)
 
 
-def test_t_quantile_rounds_degrees_of_freedom_down():
-    assert [st.t_quantile(df) for df in (1, 2, 2.9, 5, 7, 400)] == [38.19, 7.649, 7.649, 3.534, 3.287, 2.428]
+@pytest.mark.parametrize("k", [2, 3, 6, 10])
+def test_half_width_shares_the_level_among_all_pairs(k):
+    pairs = math.comb(k, 2)
+    assert st.half_width([(0.25, 2), (0.25, 2)], k) == pytest.approx(st.t_quantile(1 - st.LEVEL / 2 / pairs, 4) * 0.5**0.5)
+    assert st.half_width([(1.0, 120), (0.0, 2)], k) == pytest.approx(st.t_quantile(1 - st.LEVEL / 2 / pairs, 120))
 
 
-def test_half_width_combines_degrees_of_freedom():
-    assert st.half_width([(0.25, 2), (0.25, 2)]) == pytest.approx(st.CONFIDENCE[4] * 0.5**0.5)
-    assert st.half_width([(1.0, 120), (0.0, 2)]) == pytest.approx(st.CONFIDENCE[120])
+def test_rankings_count_all_models_of_the_comparison():
+    rows = rows_of(dict(A=0.9, B=0.6, C=0.5, D=0.3), spread=0.02)
+    ranking = st.rank_trainings(rows)
+    assert ranking.half_widths["B"] == st.compare_two(rows["A"], rows["B"], 4)[1]
+    two = {name: rows[name] for name in "AB"}
+    assert st.rank_trainings(two).half_widths["B"] == st.compare_two(rows["A"], rows["B"])[1]
+    assert st.rank_trainings(two, 4).half_widths["B"] == ranking.half_widths["B"]
+    samples = {name: [row["accuracy"] for row in own] for name, own in rows.items()}
+    assert st.rank_samples(samples, 400).half_widths["B"] == st.margin(samples["A"], samples["B"], 400, k=4)
 
 
 # ---- Words

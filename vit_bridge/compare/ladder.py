@@ -30,7 +30,7 @@ from vit_bridge.compare.trials import (
     train_arm,
 )
 from vit_bridge.data.loaders import MemoryLoader
-from vit_bridge.errors import join_words
+from vit_bridge.errors import InputError, join_words
 from vit_bridge.models.convnext import ChannelNorm, ConvNeXt
 from vit_bridge.models.hybrid import PooledStem
 from vit_bridge.models.registry import MODELS
@@ -154,6 +154,9 @@ class Ladder(TrainedExperiment):
 
     def plan(self, numbers):
         """Return (arm, number of images) of all trials, each after those whose choices it uses."""
+        if len(numbers) < 2:
+            raise InputError("the ladder needs two numbers of training images, but --train-fractions has one; set "
+                             "--train-fractions 0.1 1, or choose other experiments with --only")
         few, most = numbers[-2:]
         return [*((arm, number) for number in (few, most) for arm in RUNGS), *((arm, few) for arm in BESIDE)]
 

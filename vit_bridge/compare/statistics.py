@@ -1,52 +1,81 @@
 """Rankings of models, and how certain they are.
 
-    Ranking                       the best model, those tied with it and those behind; describe_ranking puts it in words
-    rank_trainings, rank_samples  rank models tested on the same images, or by one accuracy per seed
-    rank_kept, rank_falls         rank models by accuracy kept on changed images, or lost on harder tasks
-    Noise, power, smallest_lead   how often a lead is found, and the smallest lead that usually is
+    Ranking                          the best model, those tied with it and those behind it
+    rank_candidates, rank_trainings  rank models that were tested on the same images
+    rank_samples, rank_falls         rank models by one accuracy per seed, or by accuracy lost on harder tasks
+    rank_kept                        ranks models by the accuracy that they keep on changed images
+    Noise, power, smallest_lead      how often a lead is found, and the smallest lead that usually is
 
-Shapes:  S seeds, n test images.
+Every claim "A is ahead of B" that one ranking makes is wrong with a probability of at most 5% for all of them together,
+whatever the number of models.
+
+Shapes:  S seeds, n test images, k models.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import combinations, pairwise
 from statistics import mean, stdev, variance
 
+import numpy as np
 import torch
 
 from vit_bridge.analysis.metrics import wilson_interval
 from vit_bridge.errors import InputError, join_words
 
+# The nominal probability of at least one wrong claim in a ranking of equal models. With three seeds, the degrees of
+# freedom are only approximate, and the simulated probability is a little higher, but below 5% (benchmarks/verdict_errors.py).
+LEVEL = 0.035
 MIN_IMAGES = 20  # with fewer test images, no winner is declared
 FOUND = 0.8  # the fraction of comparisons that must find a lead for it to count as the smallest lead
-# Student's t by degrees of freedom: two-sided 5% for three comparisons together (Bonferroni: 5% / 3 each).
-CONFIDENCE = {1: 38.19, 2: 7.649, 3: 4.857, 4: 3.961, 5: 3.534, 6: 3.287, 8: 3.016, 10: 2.870, 15: 2.694, 20: 2.613,
-              30: 2.536, 60: 2.463, 120: 2.428}
+MOST_IMAGES = 10**7  # images_needed() looks no further
 
 
 # ---- Intervals --------------------------------------------------------------------------------------------
 
 
-def t_quantile(df):
-    """Return the quantile for `df` >= 1; between two entries of CONFIDENCE, return the larger one."""
-    return CONFIDENCE[max(known for known in CONFIDENCE if known <= df)]
+@cache
+def t_quantile(p, df):
+    """Return the number that Student's t with `df` degrees of freedom exceeds with probability 1 - p, for p > 1/2.
+
+    With t = sqrt(df) tan(a), the density of the angle a is proportional to cos(a)^(df - 1). It is summed up from a = 0
+    to the angle that leaves 1 - p above it.
+    """
+    angles = np.linspace(0, min(math.pi / 2, 40 / math.sqrt(df)), 4001)
+    density = np.cos(angles) ** (df - 1)
+    below = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])  # trapezoids
+    return math.sqrt(df) * math.tan(np.interp(p - 0.5, below / below[-1] / 2, angles))
 
 
-def half_width(parts):
-    """Return half the interval's width for a sum of (variance, degrees of freedom) parts, by Welch-Satterthwaite."""
+def half_width(parts, k=2):
+    """Return half the width of an interval for a difference of two models, out of k that are compared.
+
+    Parameters
+    ----------
+    parts : list of (float, float)
+        The variance of the difference as a sum of parts, each with its degrees of freedom.
+    k : int, optional
+        Number of models. The intervals of all k (k - 1) / 2 pairs hold together with 95% probability (Bonferroni).
+
+    Notes
+    -----
+    The degrees of freedom of the sum are those of Welch and Satterthwaite, rounded down to tenths, and at least 1.
+    """
     variance = sum(part for part, _ in parts)
     df = variance**2 / sum(part**2 / own for part, own in parts)
-    return t_quantile(max(1, df)) * math.sqrt(variance)
+    return t_quantile(1 - LEVEL / (k * (k - 1)), max(1.0, math.floor(10 * df) / 10)) * math.sqrt(variance)
 
 
-def compare_two(first, second):
-    """Compare the mean accuracies of two models that were tested on the same images.
+def compare_two(first, second, k=2):
+    """Compare the mean accuracies of two models, out of k, that were tested on the same images.
 
     Parameters
     ----------
     first, second : list of dict
         One row per training run: `accuracy`, and `right`, n booleans.
+    k : int, optional
+        As in half_width().
 
     Returns
     -------
@@ -60,14 +89,19 @@ def compare_two(first, second):
     classifies correctly and one that only the second does, so that agreement on a few images proves little.
     """
     accuracies = [[row["accuracy"] for row in rows] for rows in (first, second)]
-    by_image = [torch.tensor([row["right"] for row in rows]).double().mean(dim=0) for rows in (first, second)]  # (n)
+    by_image = [_right_of(rows).mean(dim=0) for rows in (first, second)]  # (n)
     differences = torch.cat([by_image[0] - by_image[1], torch.tensor([1.0, -1.0]).double()])  # (n + 2)
     parts = [(differences.var().item() / len(differences), len(differences) - 1),
              *((stdev(values) ** 2 / len(values), len(values) - 1) for values in accuracies)]
-    return mean(accuracies[0]) - mean(accuracies[1]), half_width(parts)
+    return mean(accuracies[0]) - mean(accuracies[1]), half_width(parts, k)
 
 
-def margin(first, second, n, of_images=None):
+def _right_of(rows):
+    """Return which images each row classifies correctly, 1 or 0: (S, n)."""
+    return torch.stack([torch.as_tensor(row["right"]) for row in rows]).double()
+
+
+def margin(first, second, n, of_images=None, k=2):
     """Return how far the means of two samples of accuracies may differ by chance.
 
     Chance includes variation between seeds and between images; each sample is treated as if it had its own n images.
@@ -82,13 +116,15 @@ def margin(first, second, n, of_images=None):
     of_images : float, optional
         Variance between images. By default it is the variance of an accuracy; for a drop from one accuracy to another,
         it is at most 0.5 / n.
+    k : int, optional
+        As in half_width().
     """
     if min(len(first), len(second)) < 2:
         return math.inf
     parts = [(stdev(values) ** 2 / len(values), len(values) - 1) for values in (first, second)]
     parts += [(mean(values) * (1 - mean(values)) / n + 1 / n**2 if of_images is None else of_images, n)
               for values in (first, second)]
-    return half_width(parts)
+    return half_width(parts, k)
 
 
 def variance_of_ratio(before, after, n):
@@ -105,12 +141,12 @@ def variance_of_ratio(before, after, n):
 
 @dataclass(frozen=True)
 class Noise:
-    """The noise that can hide a lead between two models, each trained with S seeds and tested on the same n images.
+    """The noise that can hide a lead between two of k models, each trained with S seeds, tested on the same n images.
 
     Attributes
     ----------
-    n_images, n_seeds : int
-        n and S.
+    n_images, n_seeds, n_models : int
+        n, S and k.
     spread : float
         Standard deviation between a model's seeds, beyond the part explained by the choice of test images.
     chance : float
@@ -121,32 +157,33 @@ class Noise:
 
     n_images: int
     n_seeds: int
+    n_models: int
     spread: float
     chance: float
     apart: float
 
 
-def assumed_noise(n_images, n_seeds, spread=0.01, accuracy=0.75):
+def assumed_noise(n_images, n_seeds, n_models=2, spread=0.01, accuracy=0.75):
     """Return the Noise to expect before any training, for an assumed spread and accuracy.
 
     Correct predictions are assumed to be independent between seeds. This is the worst case: in practice, an image that
     is hard for one seed is usually hard for the others too.
     """
     chance = accuracy * (1 - accuracy)
-    return Noise(n_images, n_seeds, spread, chance, 2 * chance / n_seeds)
+    return Noise(n_images, n_seeds, n_models, spread, chance, 2 * chance / n_seeds)
 
 
-def measured_noise(rows):
+def measured_noise(rows, n_models=None):
     """Return the Noise of {name: [one row per training run]}, averaged over the models and their pairs.
 
-    The rows have the form used in compare_two().
+    The rows have the form used in compare_two(). `n_models` is k, by default the number of models in `rows`.
     """
-    right = [torch.tensor([row["right"] for row in own]).double() for own in rows.values()]  # each (S, n)
+    right = [_right_of(own) for own in rows.values()]  # each (S, n)
     n_seeds, n = right[0].shape
     chance = mean(own.var(dim=0).mean().item() for own in right)
     between = mean(variance(row["accuracy"] for row in own) for own in rows.values())
     apart = mean((one.mean(dim=0) - other.mean(dim=0)).var().item() for one, other in combinations(right, 2))
-    return Noise(n, n_seeds, math.sqrt(max(0, between - chance / n)), chance, apart)
+    return Noise(n, n_seeds, n_models or len(rows), math.sqrt(max(0, between - chance / n)), chance, apart)
 
 
 def power(lead, noise, draws=2000):
@@ -155,17 +192,23 @@ def power(lead, noise, draws=2000):
     The observed lead is assumed to be normally distributed. The width of its interval depends on the seeds, which are
     simulated, always with the same random numbers. The power is 0 with fewer than MIN_IMAGES images or two seeds.
     """
-    n, n_seeds = noise.n_images, noise.n_seeds
-    if n < MIN_IMAGES or n_seeds < 2:
+    if noise.n_images < MIN_IMAGES or noise.n_seeds < 2:
         return 0.0
+    half_widths, error = _simulated_intervals(noise, draws)
+    return torch.special.ndtr((lead - half_widths) / max(error, 1e-12)).mean().item()
+
+
+@cache
+def _simulated_intervals(noise, draws):
+    """Return (half the width of the interval in each simulated comparison, standard deviation of the lead)."""
+    n, n_seeds = noise.n_images, noise.n_seeds
     between = noise.spread**2 + noise.chance / n  # variance between the accuracies of a model's seeds
     drawn = torch.randn(draws, 2, n_seeds, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     images = ((n - 1) * noise.apart + 2) / (n + 1) / (n + 2), n + 1  # with one image added for each side
-    half_widths = torch.tensor([half_width([images, *((part, n_seeds - 1) for part in parts)])
+    half_widths = torch.tensor([half_width([images, *((part, n_seeds - 1) for part in parts)], noise.n_models)
                                 for parts in (between * drawn.var(dim=2) / n_seeds).tolist()])  # (draws)
     # the chance part of each seed is in `apart` too, and must count only once
-    error = math.sqrt(2 * between / n_seeds + max(0, noise.apart - 2 * noise.chance / n_seeds) / n)
-    return torch.special.ndtr((lead - half_widths) / max(error, 1e-12)).mean().item()
+    return half_widths, math.sqrt(2 * between / n_seeds + max(0, noise.apart - 2 * noise.chance / n_seeds) / n)
 
 
 def smallest_lead(noise, share=FOUND):
@@ -179,6 +222,21 @@ def smallest_lead(noise, share=FOUND):
     return high / 10_000
 
 
+def images_needed(lead, noise, share=FOUND):
+    """Return the number of test images with which this lead is found in this fraction of comparisons.
+
+    It is exact to 5%, and infinite above MOST_IMAGES: if the seeds alone hide the lead, no number is enough.
+    """
+    low, high = MIN_IMAGES, MOST_IMAGES
+    if power(lead, replace(noise, n_images=high), 500) < share:
+        return math.inf
+    while high > 1.05 * low:
+        middle = round(math.sqrt(low * high))
+        found = power(lead, replace(noise, n_images=middle), 500) >= share
+        low, high = (low, middle) if found else (middle, high)
+    return high
+
+
 def learned_level(n, guessing=0.5):
     """Return the accuracy that shows learning: guessing plus the larger of 0.1 and three standard errors."""
     return guessing + max(0.1, 3 * math.sqrt(guessing * (1 - guessing) / n))
@@ -187,17 +245,19 @@ def learned_level(n, guessing=0.5):
 def seeds_that_learned(accuracies, n, guessing):
     """Return which seeds learned, if some clearly did and the others only guess; otherwise None.
 
-    Some seeds must be no better than guessing (by the lower end of a Wilson interval), all others must be above
-    learned_level(), and the gap between the two groups must be wider than the range of those that learned. If
-    accuracies (each from n images) split like this, their mean describes none of the seeds.
+    If accuracies (each from n images) split like this, their mean describes none of the seeds. Some seeds must be no
+    better than guessing (by the lower end of a Wilson interval), and all others above learned_level(). The Wilson
+    intervals of the two groups must not overlap, and the gap between the groups must be wider than the range of those
+    that learned.
     """
     learned = [own for own in accuracies if own >= learned_level(n, guessing)]
     others = [own for own in accuracies if wilson_interval(round(own * n), n)[0] <= guessing]
     if not learned or not others or len(learned) + len(others) < len(accuracies):
         return None
-    if min(learned) - max(others) <= max(learned) - min(learned):
+    lowest, highest = min(learned), max(others)
+    if wilson_interval(round(lowest * n), n)[0] <= wilson_interval(round(highest * n), n)[1]:
         return None
-    return [own >= min(learned) for own in accuracies]
+    return None if lowest - highest <= max(learned) - lowest else [own >= lowest for own in accuracies]
 
 
 # ---- Rankings ---------------------------------------------------------------------------------------------
@@ -246,13 +306,40 @@ def rank(values, half_widths):
     return Ranking(best, tied, behind, values, differences, {name: half_widths[name] for name in others})
 
 
-def rank_trainings(rows):
+def rank_candidates(rows, guessing=0.0):
+    """Rank models that were trained several times, except those that learned with only some of the seeds.
+
+    The mean over seeds that learned and seeds that only guess describes neither.
+
+    Parameters
+    ----------
+    rows : dict
+        As in rank_trainings().
+    guessing : float, optional
+        The accuracy without learning.
+
+    Returns
+    -------
+    tuple
+        The Ranking of the models that behave the same with every seed (None if there are fewer than two), and {name:
+        [whether each seed learned]} of the others.
+    """
+    learned = {name: seeds_that_learned([row["accuracy"] for row in own], len(own[0]["right"]), guessing)
+               for name, own in rows.items()}
+    steady = {name: own for name, own in rows.items() if learned[name] is None}
+    return (rank_trainings(steady, len(rows)) if len(steady) > 1 else None,
+            {name: own for name, own in learned.items() if own is not None})
+
+
+def rank_trainings(rows, k=None):
     """Rank models that were trained several times and tested on the same images.
 
     Parameters
     ----------
     rows : dict
         {name: [one row per training run]}, with rows as in compare_two().
+    k : int, optional
+        Number of models that were compared, if `rows` has only some of them.
 
     Returns
     -------
@@ -265,18 +352,19 @@ def rank_trainings(rows):
         For fewer than two models, or fewer than two training runs of a model.
     """
     if len(rows) < 2 or min(map(len, rows.values())) < 2:
-        raise InputError("a comparison needs at least two kinds of model and two seeds of each; train the missing ones")
+        raise InputError("a comparison needs at least two models and two seeds of each; train the missing ones")
     values = {name: mean(row["accuracy"] for row in own) for name, own in rows.items()}
     best = rows[max(values, key=values.get)]
     few = len(best[0]["right"]) < MIN_IMAGES
-    return rank(values, {name: math.inf if few else compare_two(best, own)[1] for name, own in rows.items()})
+    return rank(values, {name: math.inf if few else compare_two(best, own, k or len(rows))[1]
+                         for name, own in rows.items()})
 
 
 def rank_samples(samples, n, of_images=None):
     """Return the Ranking of {name: [one accuracy per seed]}, each from its own n images; see margin()."""
     values = {name: mean(own) for name, own in samples.items()}
-    best = samples[max(values, key=values.get)]
-    return rank(values, {name: margin(best, own, n, of_images) for name, own in samples.items()})
+    best, k = samples[max(values, key=values.get)], max(2, len(samples))
+    return rank(values, {name: margin(best, own, n, of_images, k) for name, own in samples.items()})
 
 
 def rank_by_variance(values, variances):
@@ -347,7 +435,8 @@ def rank_falls(accuracies, n):
 
 def step_gains(samples, n):
     """Return [(name, gain, margin())] of each name over the previous one, for samples as in rank_samples()."""
-    return [(after, mean(samples[after]) - mean(samples[before]), margin(samples[before], samples[after], n))
+    k = max(2, len(samples))
+    return [(after, mean(samples[after]) - mean(samples[before]), margin(samples[before], samples[after], n, k=k))
             for before, after in pairwise(samples)]
 
 
@@ -364,7 +453,8 @@ def none_beats(accuracies, control, n):
 
     `accuracies` is {name: [one accuracy per seed]}.
     """
-    return all(mean(own) - control <= margin(own, own, n) and seeds_that_learned(own, n, control) is None
+    k = len(accuracies) + 1  # the control is one more
+    return all(mean(own) - control <= margin(own, own, n, k=k) and seeds_that_learned(own, n, control) is None
                for own in accuracies.values())
 
 
@@ -420,6 +510,31 @@ def describe_ranking(ranking):
     return text
 
 
+def describe_verdict(rows, guessing=0.0):
+    """Describe which model is best, or that none is, and which models learned with only some of the seeds.
+
+    Parameters
+    ----------
+    rows, guessing
+        As in rank_candidates().
+
+    Returns
+    -------
+    list of str
+        Lines of text.
+    """
+    ranking, split = rank_candidates(rows, guessing)
+    n, steady = len(next(iter(rows.values()))[0]["right"]), [name for name in rows if name not in split]
+    if n < MIN_IMAGES:
+        text = f"No winner: {n} images are too few; at least {MIN_IMAGES} are needed."
+    elif ranking is None:
+        text = f"No winner: {f'only {join_words(steady)}' if steady else 'no model'} behaves the same with every seed."
+    else:
+        text = f"{'' if ranking.winner else 'No winner: '}{describe_ranking(ranking)}."
+    return [text, *(describe_split(name, [row["accuracy"] for row in rows[name]], learned)
+                    for name, learned in split.items())]
+
+
 def describe_leaders(ranking, points=False):
     """Describe which models lead in a Ranking of fractions; with `points`, also by how much if there is a winner."""
     if ranking.winner is None:
@@ -432,7 +547,8 @@ def describe_leaders(ranking, points=False):
 
 def describe_power(noise):
     """Describe which lead is found in FOUND of all comparisons, as a clause that ends with a full stop."""
-    least, tested = 100 * smallest_lead(noise), f"{noise.n_images:,} images, {noise.n_seeds} seeds"
+    least = 100 * smallest_lead(noise)
+    tested = f"{noise.n_images:,} images, {noise.n_seeds} seeds, {noise.n_models} models"
     if least == math.inf:
         return f"no lead, however large, would be found reliably ({tested})."
     return (f"only a lead of about {least:.{0 if least >= 10 else 1}f} points or more would be found with {FOUND:.0%} "
