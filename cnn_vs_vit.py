@@ -21,10 +21,9 @@ from train_vit import report_skipped
 from vit_bridge.cli import Bounded, HelpFormatter, OneLineParser, int_at_least, positive, script, seed
 from vit_bridge.compare.experiments import EXPERIMENTS, ComparisonSetup
 from vit_bridge.compare.report import Section, write_report
-from vit_bridge.compare.running import plan_trials, run_trials
 from vit_bridge.compare.statistics import MIN_IMAGES, assumed_noise, describe_power, describe_verdict
 from vit_bridge.compare.trained import TRAINED
-from vit_bridge.compare.trials import SEEDS, by_dataset, read_trials
+from vit_bridge.compare.trials import SEEDS, by_dataset, plan_trials, read_trials, run_trials
 from vit_bridge.compare.which import (
     DEFAULT_WEIGHTS,
     FolderImages,
@@ -128,8 +127,8 @@ def make_plan(names, folder, options):
     if any(TRAINED[name].on_images for name in names):
         images = _describe_loaders(_loaders_of(options), options)
     commands = {name: _command_of(name, options) for name in names}
-    return plan_trials(names, folder, dict(device=options.device, amp=options.amp), commands, images,
-                       LITTLE if options.dry_run else None)
+    return plan_trials({name: TRAINED[name] for name in names}, folder, dict(device=options.device, amp=options.amp),
+                       commands, images, LITTLE if options.dry_run else None)
 
 
 def _describe_loaders(loaders, options):

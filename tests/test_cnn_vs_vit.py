@@ -14,10 +14,10 @@ from cnn_vs_vit import DRY_RUN_IMAGES, HybridCNNViT
 from vit_bridge.cli import script
 from vit_bridge.compare import trained
 from vit_bridge.compare.experiments import EXPERIMENTS
-from vit_bridge.compare.running import plan_trials, run_trials
 from vit_bridge.compare.statistics import assumed_noise, describe_power
 from vit_bridge.compare.trained import TRAINED
-from vit_bridge.compare.trials import SEEDS, read_trials
+from vit_bridge.compare.trials import SEEDS, plan_trials, read_trials, run_trials
+from vit_bridge.compare.which import candidates_of
 from vit_bridge.models.hybrid import HybridCNNViT as HybridOfThePackage
 from vit_bridge.system import Interrupted
 from vit_model import InputError
@@ -94,7 +94,8 @@ def test_cnn_vs_vit_measures_and_reports_trials(few, tmp_path, monkeypatch, caps
 
 
 def test_show_trials_separates_datasets(few, tmp_path, capsys):
-    plan = plan_trials(["reach"], tmp_path / "trials", dict(device="cpu", amp="off"), dict(reach="the command"))
+    plan = plan_trials(dict(reach=TRAINED["reach"]), tmp_path / "trials", dict(device="cpu", amp="off"),
+                       dict(reach="the command"))
     trials = run_trials(plan)["reach"]
     for trial in trials[:6]:
         trial["result"]["dataset"] = "CIFAR-10 (JPEG)"

@@ -67,8 +67,8 @@ def test_imports_use_only_runtime_packages(path):
 
 
 def test_package_has_few_modules():
-    """50, and the family: relative, deit, swin, mae and beit, windows and reconstruction in analysis, and tokenizer."""
-    assert len([path for path in FILES if path.stem != "__init__" and path.stem not in DOORS]) <= 58
+    """50; the family: relative, deit, swin, mae, beit, windows, reconstruction, tokenizer; ladder, trained, which."""
+    assert len([path for path in FILES if path.stem != "__init__" and path.stem not in DOORS]) <= 61
 
 
 def is_guard(statement):

@@ -6,7 +6,6 @@ import signal
 import pytest
 
 from train_vit import NotFinite
-from vit_bridge.compare import running as rn
 from vit_bridge.compare import trained as td
 from vit_bridge.compare import trials as tr
 from vit_bridge.compare.ladder import BESIDE, RUNGS
@@ -39,17 +38,17 @@ def images(n=20, img_size=16):
 
 
 def plan(names, folder, **options):
-    return rn.plan_trials(names, folder, RUN, COMMANDS, **options)
+    return tr.plan_trials({name: td.TRAINED[name] for name in names}, folder, RUN, COMMANDS, **options)
 
 
 def test_run_trials_keeps_each_and_measures_only_what_is_missing(measured, tmp_path, capsys):
-    found = rn.run_trials(plan(["reach"], tmp_path))["reach"]
+    found = tr.run_trials(plan(["reach"], tmp_path))["reach"]
     n = len(SEEDS) * len(td.REACH_ARMS)
     assert "reach-ViT-0: saved after 0 s, 1 of 18" in capsys.readouterr().out
     assert len(measured) == len(found) == n
     assert measured == [(arm, seed, 0.25 if seed else {}) for seed in SEEDS for arm in td.REACH_ARMS]
     (tmp_path / "reach-hybrid-1.json").unlink()
-    assert rn.run_trials(plan(["reach"], tmp_path))["reach"] == found
+    assert tr.run_trials(plan(["reach"], tmp_path))["reach"] == found
     assert measured[n:] == [("hybrid", 1, 0.25)]
     assert {"commit", "machine", "versions", "date", "seed", "setting", "command"} <= set(found[0])
     with pytest.raises(InputError, match="measured on other images, in another precision or with other recipes"):
@@ -67,7 +66,7 @@ def test_run_trials_says_what_is_kept_when_stopped(number, measured, tmp_path, m
 
     monkeypatch.setattr(td.Reach, "measure", cut_off)
     with pytest.raises(Interrupted, match=r"2 of 18 trials are in .*; the same command continues with the next one"):
-        rn.run_trials(plan(["reach"], tmp_path))
+        tr.run_trials(plan(["reach"], tmp_path))
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -80,7 +79,7 @@ def test_run_trials_skips_an_arm_that_diverges(measured, tmp_path, monkeypatch, 
         return measure(self, trial, chosen, **run)
 
     monkeypatch.setattr(td.Reach, "measure", diverges)
-    found = rn.run_trials(plan(["reach"], tmp_path))["reach"]
+    found = tr.run_trials(plan(["reach"], tmp_path))["reach"]
     assert "reach-Swin-0 is skipped: the loss is NaN" in capsys.readouterr().out
     assert {one["result"]["arm"] for one in found} == set(td.REACH_ARMS) - {"Swin"}  # its other seeds need its rate
 
@@ -99,7 +98,7 @@ def test_plan_trials_checks_everything_first(tmp_path):
     with pytest.raises(InputError, match="not divisible by patch_size"):
         plan(["ladder"], tmp_path, images=(images(img_size=18), [4, 20], "", {}))
     first = plan(["data"], tmp_path, images=(images(), [20], "photos", dict(content="a")))
-    rn.write_json(dict(date="", command="", setting=first.settings["data"], result=dict(
+    tr.write_json(dict(date="", command="", setting=first.settings["data"], result=dict(
         arm="ViT", seed=0, learning_rate=0.1, dataset="photos")), first.trials[0].path(tmp_path))
     plan(["data"], tmp_path, images=(images(), [20], "photos", dict(content="a")))
     plan(["data"], tmp_path, images=(images(), [20], "other", dict(content="b")))
@@ -118,15 +117,15 @@ def test_run_trials_in_two_processes(tmp_path):
     made = plan(["cues"], tmp_path, little=little)
     made.trials = [trial for trial in made.trials if trial.arm == "ViT, patches of 8"]
     made.trials += [tr.replace(made.trials[0], seed=seed) for seed in SEEDS[1:]]
-    found = rn.run_trials(made, jobs=2)["cues"]
+    found = tr.run_trials(made, jobs=2)["cues"]
     assert [one["result"]["seed"] for one in found] == list(SEEDS)
     assert len({one["result"]["learning_rate"] for one in found}) == 1
 
 
 def test_speeds_are_measured_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(rn, "measure_speeds", lambda loader, **run: dict(ConvNet=7.0))
+    monkeypatch.setattr(td.Ladder, "measure_speeds", lambda self, loader, **run: dict(ConvNet=7.0))
     made = plan(["ladder"], tmp_path, images=(images(), [4, 20], "photos", {}))
-    assert rn._speeds_of(made) == dict(ConvNet=7.0)
-    monkeypatch.setattr(rn, "measure_speeds", None)
-    assert rn._speeds_of(made) == dict(ConvNet=7.0)
+    assert tr._speeds_of("ladder", made) == dict(ConvNet=7.0)
+    monkeypatch.setattr(td.Ladder, "measure_speeds", None)
+    assert tr._speeds_of("ladder", made) == dict(ConvNet=7.0)
     assert json.loads((tmp_path / "speeds-ladder-photos.json").read_text())["table"] == "speeds"

@@ -454,7 +454,8 @@ def test_t_quantile_follows_the_closed_forms(p):
 @pytest.mark.parametrize("k", [2, 3, 6, 10])
 def test_half_width_shares_the_level_among_all_pairs(k):
     pairs = math.comb(k, 2)
-    assert st.half_width([(0.25, 2), (0.25, 2)], k) == pytest.approx(st.t_quantile(1 - st.LEVEL / 2 / pairs, 4) * 0.5**0.5)
+    expected = st.t_quantile(1 - st.LEVEL / 2 / pairs, 4) * 0.5**0.5
+    assert st.half_width([(0.25, 2), (0.25, 2)], k) == pytest.approx(expected)
     assert st.half_width([(1.0, 120), (0.0, 2)], k) == pytest.approx(st.t_quantile(1 - st.LEVEL / 2 / pairs, 120))
 
 
