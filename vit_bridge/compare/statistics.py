@@ -24,8 +24,8 @@ import torch
 from vit_bridge.analysis.metrics import wilson_interval
 from vit_bridge.errors import InputError, join_words
 
-# The nominal probability of at least one wrong claim in a ranking of equal models. With three seeds, the degrees of
-# freedom are only approximate, and the simulated probability is a little higher, but below 5% (benchmarks/verdict_errors.py).
+# The nominal probability of at least one wrong claim in a ranking of equal models. The degrees of freedom of three
+# seeds are only approximate: the simulated probability is a little higher, but below 5% (benchmarks/verdict_errors.py).
 LEVEL = 0.035
 MIN_IMAGES = 20  # with fewer test images, no winner is declared
 FOUND = 0.8  # the fraction of comparisons that must find a lead for it to count as the smallest lead
