@@ -86,8 +86,8 @@ TABLES = {
             "--train-fractions 0.01 0.1 1`)",
     "verdicts": "The findings of `python cnn_vs_vit.py --data-dir DIR --minutes M` on folders with a known answer "
                 "(`python benchmarks/verdicts.py --keep`), quoted as they were printed at the time of the "
-                "measurement. `far`, `locality` and `near` are older: they compare three models from scratch, all "
-                "with one recipe and one learning rate",
+                "measurement. Rows without an entry for what is better by construction are older: they compare "
+                "three models from scratch, all with one recipe and one learning rate",
     "verdict-errors": "How often the rule behind these findings makes a false claim, in simulated comparisons with "
                       "three seeds for each model (`python benchmarks/verdict_errors.py --keep`; the script describes "
                       "the settings). A claim that one model is ahead of another is false if the other is as good. "
@@ -650,10 +650,12 @@ def data_lines(cells):
 
 
 def verdict_lines(cells):
-    lines = ["| folder | minutes | finding |", "|---|---:|---|"]
+    """Return one row per folder; older cells state no expected winner."""
+    lines = ["| folder | minutes | better by construction | named as the winner | finding |", "|---|---:|---|---|---|"]
     for cell in cells:
         r = cell["result"]
-        lines.append(f"| {r['name']} | {r['minutes']:g} | {r['finding']} |")
+        winners = [r[key] or "none" if key in r else "" for key in ("expected", "winner")]
+        lines.append(f"| {r['name']} | {r['minutes']:g} | {' | '.join(winners)} | {' '.join(r['finding'].split())} |")
     return [*lines, ""]
 
 

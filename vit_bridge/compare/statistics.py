@@ -29,6 +29,7 @@ from vit_bridge.errors import InputError, join_words
 LEVEL = 0.035
 MIN_IMAGES = 20  # with fewer test images, no winner is declared
 FOUND = 0.8  # the fraction of comparisons that must find a lead for it to count as the smallest lead
+SPLIT_Z = 2.5  # width, in standard deviations, of the intervals that part seeds that learned from the others
 MOST_IMAGES = 10**7  # images_needed() looks no further
 
 
@@ -246,16 +247,16 @@ def seeds_that_learned(accuracies, n, guessing):
     """Return which seeds learned, if some clearly did and the others only guess; otherwise None.
 
     If accuracies (each from n images) split like this, their mean describes none of the seeds. Some seeds must be no
-    better than guessing (by the lower end of a Wilson interval), and all others above learned_level(). The Wilson
-    intervals of the two groups must not overlap, and the gap between the groups must be wider than the range of those
-    that learned.
+    better than guessing (by the lower end of a Wilson interval), and all others above learned_level(). The wider Wilson
+    intervals of SPLIT_Z must not overlap between the two groups, and the gap between the groups must be wider than the
+    range of those that learned.
     """
     learned = [own for own in accuracies if own >= learned_level(n, guessing)]
     others = [own for own in accuracies if wilson_interval(round(own * n), n)[0] <= guessing]
     if not learned or not others or len(learned) + len(others) < len(accuracies):
         return None
     lowest, highest = min(learned), max(others)
-    if wilson_interval(round(lowest * n), n)[0] <= wilson_interval(round(highest * n), n)[1]:
+    if wilson_interval(round(lowest * n), n, SPLIT_Z)[0] <= wilson_interval(round(highest * n), n, SPLIT_Z)[1]:
         return None
     return None if lowest - highest <= max(learned) - lowest else [own >= lowest for own in accuracies]
 
