@@ -22,6 +22,7 @@ from statistics import geometric_mean, mean, stdev
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from vit_bridge.analysis.metrics import wilson_interval
 from vit_bridge.system import commit, machine
 
 HERE = Path(__file__).parent
@@ -94,7 +95,14 @@ TABLES = {
             "without changing it",
     "verdicts": "The findings of `python cnn_vs_vit.py --data-dir DIR --minutes M` on folders with a known answer "
                 "(`python benchmarks/verdicts.py --keep`), quoted as they were printed at the time of the "
-                "measurement",
+                "measurement. Rows without an entry for what is better by construction are older: they compare "
+                "three models from scratch, all with one recipe and one learning rate",
+    "verdict-errors": "How often the rule behind these findings makes a false claim, in simulated comparisons with "
+                      "three seeds for each model (`python benchmarks/verdict_errors.py --keep`; the script describes "
+                      "the settings). A claim that one model is ahead of another is false if the other is as good. "
+                      "The values are the comparisons with at least one false claim, in brackets their 95% Wilson "
+                      "interval. Among them are those that name a false winner. A false split is the claim that a "
+                      "model learned with only some seeds, although it learned with all",
     "trust": "How far to trust each explanation (`python benchmarks/trust.py --keep`). Deletion is the area under the "
              "probability of the class while patches are hidden in the order of a map: lower is better. Insertion is "
              "the area while patches are restored in a blurred image: higher is better. Each seed trains a new model "
@@ -249,7 +257,7 @@ def page():
                 "targets": target_lines, "factors": factor_lines, "family": family_lines, "steps": step_lines,
                 "pretraining": pretraining_lines,
                 "ladder": trained_lines, "data": trained_lines, "reach": trained_lines, "cues": trained_lines,
-                "fell": fell_lines, "verdicts": verdict_lines,
+                "fell": fell_lines, "verdicts": verdict_lines, "verdict-errors": verdict_error_lines,
                 "trust": trust_lines, "views": view_lines, "commands": command_lines, "shipped": shipped_lines,
                 "augmentation": augmentation_lines, "gpu": gpu_lines,
                 "explorer": explorer_lines}.get(table, run_lines)
@@ -640,11 +648,52 @@ def fell_lines(cells):
 
 
 def verdict_lines(cells):
-    lines = ["| folder | minutes | finding |", "|---|---:|---|"]
+    """Return one row per folder; older cells state no expected winner."""
+    lines = ["| folder | minutes | better by construction | named as the winner | finding |", "|---|---:|---|---|---|"]
     for cell in cells:
         r = cell["result"]
-        lines.append(f"| {r['name']} | {r['minutes']:g} | {r['finding']} |")
+        winners = [r[key] or "none" if key in r else "" for key in ("expected", "winner")]
+        lines.append(f"| {r['name']} | {r['minutes']:g} | {' | '.join(winners)} | {' '.join(r['finding'].split())} |")
     return [*lines, ""]
+
+
+def verdict_error_lines(cells):
+    """Return a table of false claims, one of the leads that are found, and the largest rates."""
+    rows = cells[0]["result"]["rows"]
+    numbers = sorted({row["n_images"] for row in rows})
+    head = f"{' | '.join(f'{n:,} images' for n in numbers)} |", f"{'---:|' * len(numbers)}"
+    errors, powers = ([row for row in rows if (row["what"] == "a true lead") == true] for true in (False, True))
+    lines = [f"| models | | spread of the seeds | answers | {head[0]}", f"|---:|---|---:|---|{head[1]}"]
+    for (what, k, spread, answers), own in by_setting(errors).items():
+        shares = " | ".join(f"{share_of(row, 'false_claims')}" for row in own)
+        lines.append(f"| {k} | {what} | {100 * spread:g} points | {answers} | {shares} |")
+    for key, name in (("false_claims", "false claims"), ("false_winners", "false winners"),
+                      ("false_splits", "false splits")):
+        worst = max(rows, key=lambda row, key=key: row[key])
+        lines += ["", f"Largest rate of {name} in a setting: {share_of(worst, key)}."]
+    lines += ["", "How often the smallest lead is found that the command announces before the training, for an assumed "
+              "accuracy of 75%, a spread of 1 point and independent answers. It should be near 80% if the answers are "
+              "independent, and is higher if the models find the same images difficult:", "",
+              f"| models | answers | {head[0]}", f"|---:|---|{head[1]}"]
+    for (_, k, _, answers), own in by_setting(powers).items():
+        shares = " | ".join(f"{100 * (row['levels'][0] - row['levels'][1]):.1f} points: {share_of(row, 'found')}"
+                            for row in own)
+        lines.append(f"| {k} | {answers} | {shares} |")
+    return [*lines, ""]
+
+
+def by_setting(rows):
+    """Group rows of verdict_errors.py by everything but the number of images."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["what"], len(row["levels"]), row["spread"], row["answers"]].append(row)
+    return groups
+
+
+def share_of(row, key):
+    """Return a count as a share of the comparisons, with its Wilson interval."""
+    low, high = wilson_interval(row[key], row["n"])
+    return f"{row[key] / row['n']:.1%} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def trust_lines(cells):

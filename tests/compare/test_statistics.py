@@ -383,11 +383,11 @@ def test_power_is_how_often_compare_two_finds_a_lead(spread, by_chance, lead):
 
 
 def test_power_of_two_points_is_a_few_percent():
-    """With 1,000 images and 0.9 points between seeds, a lead of 2 points is found in about 5% of cases."""
+    """With 1,000 images and 0.9 points between seeds, a lead of 2 points is found in 3 to 4% of cases."""
     noise = st.assumed_noise(1000, 3, 3, spread=0.009, accuracy=0.71)
-    assert st.power(0.02, noise) == pytest.approx(0.047, abs=0.01)
+    assert st.power(0.02, noise) == pytest.approx(0.035, abs=0.01)
     share, _ = shares_found((0.72, 0.70), 1000, 0.009, 1.0, 300)
-    assert share == pytest.approx(0.047, abs=0.04)
+    assert share == pytest.approx(0.03, abs=0.03)
 
 
 def test_power_grows_with_images_seeds_and_lead():
@@ -413,11 +413,11 @@ def test_measured_noise_matches_hand_values():
 
 
 def test_describe_power_names_the_lead_and_what_it_rests_on():
-    noise = st.assumed_noise(1000, 3, 6)
+    noise = st.assumed_noise(1000, 3, 3)
     assert st.describe_power(noise) == (
         f"only a lead of about {100 * st.smallest_lead(noise):.1f} points or more would be found with 80% probability "
-        f"(1,000 images, 3 seeds, 6 models).")
-    assert st.describe_power(st.assumed_noise(30, 3, 6)).startswith("only a lead of about 44 points or more")
+        f"(1,000 images, 3 seeds, 3 models).")
+    assert st.describe_power(st.assumed_noise(30, 3, 6)).startswith("only a lead of about 46 points or more")
     assert st.describe_power(st.assumed_noise(10, 3, 6)) == (
         "no lead, however large, would be found reliably (10 images, 3 seeds, 6 models).")
 
@@ -453,10 +453,9 @@ def test_t_quantile_follows_the_closed_forms(p):
 
 @pytest.mark.parametrize("k", [2, 3, 6, 10])
 def test_half_width_shares_the_level_among_all_pairs(k):
-    pairs = math.comb(k, 2)
-    expected = st.t_quantile(1 - st.LEVEL / 2 / pairs, 4) * 0.5**0.5
-    assert st.half_width([(0.25, 2), (0.25, 2)], k) == pytest.approx(expected)
-    assert st.half_width([(1.0, 120), (0.0, 2)], k) == pytest.approx(st.t_quantile(1 - st.LEVEL / 2 / pairs, 120))
+    p = 1 - st.LEVEL / 2 / math.comb(k, 2)
+    assert st.half_width([(0.25, 2), (0.25, 2)], k) == pytest.approx(st.t_quantile(p, 4) * 0.5**0.5)
+    assert st.half_width([(1.0, 120), (0.0, 2)], k) == pytest.approx(st.t_quantile(p, 120))
 
 
 def test_rankings_count_all_models_of_the_comparison():

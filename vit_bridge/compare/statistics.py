@@ -24,12 +24,12 @@ import torch
 from vit_bridge.analysis.metrics import wilson_interval
 from vit_bridge.errors import InputError, join_words
 
-# The nominal probability of at least one wrong claim in a ranking of equal models. With three seeds, the degrees of
-# freedom are only approximate, and the simulated probability is a little higher, but below 5%
-# (benchmarks/verdict_errors.py).
+# The nominal probability of at least one wrong claim in a ranking of equal models. The degrees of freedom of three
+# seeds are only approximate: the simulated probability is a little higher, but below 5% (benchmarks/verdict_errors.py).
 LEVEL = 0.035
 MIN_IMAGES = 20  # with fewer test images, no winner is declared
 FOUND = 0.8  # the fraction of comparisons that must find a lead for it to count as the smallest lead
+SPLIT_Z = 2.5  # width, in standard deviations, of the intervals that part seeds that learned from the others
 MOST_IMAGES = 10**7  # images_needed() looks no further
 
 
@@ -247,16 +247,16 @@ def seeds_that_learned(accuracies, n, guessing):
     """Return which seeds learned, if some clearly did and the others only guess; otherwise None.
 
     If accuracies (each from n images) split like this, their mean describes none of the seeds. Some seeds must be no
-    better than guessing (by the lower end of a Wilson interval), and all others above learned_level(). The Wilson
-    intervals of the two groups must not overlap, and the gap between the groups must be wider than the range of those
-    that learned.
+    better than guessing (by the lower end of a Wilson interval), and all others above learned_level(). The wider Wilson
+    intervals of SPLIT_Z must not overlap between the two groups, and the gap between the groups must be wider than the
+    range of those that learned.
     """
     learned = [own for own in accuracies if own >= learned_level(n, guessing)]
     others = [own for own in accuracies if wilson_interval(round(own * n), n)[0] <= guessing]
     if not learned or not others or len(learned) + len(others) < len(accuracies):
         return None
     lowest, highest = min(learned), max(others)
-    if wilson_interval(round(lowest * n), n)[0] <= wilson_interval(round(highest * n), n)[1]:
+    if wilson_interval(round(lowest * n), n, SPLIT_Z)[0] <= wilson_interval(round(highest * n), n, SPLIT_Z)[1]:
         return None
     return None if lowest - highest <= max(learned) - lowest else [own >= lowest for own in accuracies]
 
