@@ -247,6 +247,20 @@ def test_candidates_that_do_not_fit_are_left_out_with_a_reason(tmp_path):
 
 
 @pytest.mark.usefixtures("small")
+def test_photographs_are_read_in_the_size_of_each_candidate(tmp_path):
+    """Those of 72 pixels from their files, those of 64 from memory; a broken file counts for neither."""
+    photos = make_folder(tmp_path / "photos", 80, ("train", "test"), n=4)
+    for part in ("train", "test"):
+        (photos / part / "red" / "0.jpg").write_text("no picture")
+    images = FolderImages(data_dir=photos, skip_corrupt=True)
+    results = compare_candidates(candidates_of([weights_file(tmp_path / "vit.pt", size=72)]), images, 1, n_steps=1,
+                                 report=lambda line: None, **ON_CPU)
+    assert [result["img_size"] for result in results.values()] == [72, 72, 64, 64, 64]
+    assert {len(row["right"]) for result in results.values() for row in result["rows"]} == {7}
+    assert images.skipped == [str(photos / part / "red" / "0.jpg") for part in ("test", "train")]
+
+
+@pytest.mark.usefixtures("small")
 def test_a_diverging_training_counts_as_zero(images, tmp_path, monkeypatch):
     def train(self, *loaders, **settings):
         raise NotFinite("the loss is not finite")

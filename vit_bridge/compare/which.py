@@ -427,10 +427,12 @@ def draw_candidates(results, controls, guessing=0.0):
     shown = {name: _shown(result["rows"], guessing) for name, result in results.items()}
     names = {name: f"{name}: {words}" if words else name for name, (_, words) in shown.items()}
     bars = {names[name]: [100 * value for value in mean_min_max(own)] for name, (own, _) in shown.items()}
-    return plot_bars({"accuracy (%)\n(lines: lowest and highest seed)":
-                      bars | {name: 100 * share for name, share in controls.items()},
-                      "ms per image\n(batches of 32)":
-                      {names[name]: result["ms"] for name, result in results.items()}})
+    figure = plot_bars({"accuracy (%)\n(lines: lowest and highest seed)":
+                        bars | {name: 100 * share for name, share in controls.items()},
+                        "ms per image\n(batches of 32)":
+                        {names[name]: result["ms"] for name, result in results.items()}})
+    figure.axes[1].set_yticks([])  # the names are beside the first panel
+    return figure
 
 
 def candidate_table(results, controls, guessing=0.0):
