@@ -192,6 +192,8 @@ PAGES["docs/comparison.md"] = Page(
     ],
     stated=[
         ("only leads above about 35 points", "smallest_lead(assumed_noise(30, 3)) in vit_bridge/compare/statistics.py"),
+        ("All have 62 to 66 MFLOPs", "test_rungs_have_nearly_equal_flops in tests/compare/test_ladder.py"),
+        ("A ConvNet for the 2020s", "the title of Liu et al. 2022"),
         ("with a 5% chance of a false winner", "CONFIDENCE in vit_bridge/compare/statistics.py"),
         ("--minutes 30", "an option"),
     ],

@@ -39,7 +39,7 @@ def test_figures_are_small_enough_for_a_page(pictures):
     assert sum(sizes.values()) < 3_200_000
 
 
-@pytest.mark.parametrize("name", ["reach", "shape_bias", "data_efficiency_cifar", "patches_changed", "processes"])
+@pytest.mark.parametrize("name", ["patches_changed", "processes"])
 def test_pictures_draws_a_chart_from_its_cells(pictures, name, tmp_path):
     pictures.main([name, "--output-dir", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == [f"{name}.png"]

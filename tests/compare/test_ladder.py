@@ -20,7 +20,7 @@ def built(name, n_classes=10, img_size=32):
 
 def test_rungs_have_nearly_equal_flops():
     flops = {name: count_flops(built(name)) for name in ld.RUNGS}
-    assert max(flops.values()) <= 1.08 * min(flops.values())
+    assert (round(min(flops.values()) / 1e6), round(max(flops.values()) / 1e6)) == (62, 66)
     assert list(ld.CHANGES) == list(ld.RUNGS)
 
 
