@@ -672,8 +672,8 @@ def verdict_error_lines(cells):
         worst = max(rows, key=lambda row, key=key: row[key])
         lines += ["", f"Largest rate of {name} in a setting: {share_of(worst, key)}."]
     lines += ["", "How often the smallest lead is found that the command announces before the training, for an assumed "
-              "accuracy of 75%, a spread of 1 point and independent answers. It should be near 80% if the answers are "
-              "independent, and is higher if the models find the same images difficult:", "",
+              "accuracy of 75%, a spread of 1 point and independent answers. It should be near 80% for independent "
+              "answers:", "",
               f"| models | answers | {head[0]}", f"|---:|---|{head[1]}"]
     for (_, k, _, answers), own in by_setting(powers).items():
         shares = " | ".join(f"{100 * (row['levels'][0] - row['levels'][1]):.1f} points: {share_of(row, 'found')}"

@@ -132,9 +132,16 @@ def shipped(experiment, *keys):
     return [cell("shipped-cpu", experiment, *(kind if key == "KIND" else key for key in keys)) for kind in KINDS]
 
 
-def verdict(folder):
-    """Return the mean accuracy of each of KINDS on a folder of benchmarks/verdicts.py."""
-    return [mean(row["accuracy"] for row in cell(f"verdicts-{folder}", "rows", kind)) for kind in KINDS]
+def verdict_rows(what, n_models):
+    """Return the rows of benchmarks/verdict_errors.py about so many models: {number of images: row}."""
+    return {row["n_images"]: row for row in cell("verdict-errors-cpu", "rows") if row["what"] == what
+            and len(row["levels"]) == n_models}
+
+
+def announced(n_images):
+    """Return the smallest lead in points that is announced for six models and so many images."""
+    best, second, *_ = verdict_rows("a true lead", 6)[n_images]["levels"]
+    return points(best - second)
 
 
 def off_diagonal(matrix):
@@ -158,10 +165,10 @@ PAGES["docs/comparison.md"] = Page(
     measured=[
         ("{:,} parameters (ConvNet), {:,} (hybrid) and {:,} (ViT)",
          *(rows[0]["parameters"] for rows in shipped("cost", "resolution", "KIND"))),
-        ("360 training images | {:.1%} | {:.1%} | {:.1%} |", *verdict("locality")),
-        ("within the ConvNet's window | {:.1%} | {:.1%} | {:.1%} |", *verdict("near")),
-        ("farther apart than that window | {:.1%} | {:.1%} | {:.1%} |", *verdict("far")),
-        ("noise with random classes | {:.1%} | {:.1%} | {:.1%} |", *verdict("nothing")),
+        ("at most {:.1%} of the comparisons made a false claim",
+         max(row["false_claims"] / row["n"] for row in cell("verdict-errors-cpu", "rows"))),
+        ("30 test images find only leads of about {:.0f} points, and 1,000 images leads of about {:.0f} points",
+         announced(30), announced(1000)),
         ("(a multiply-add counts as 2) | {:.0f} | {:.1f} | {:.1f} |",
          *(rows[0]["flops"] / 1e6 for rows in shipped("cost", "resolution", "KIND"))),
         ("against the number of pixels | {:.2f} | {:.2f} | {:.2f} |", *shipped("cost", "exponents", "KIND", "flops")),
@@ -191,10 +198,8 @@ PAGES["docs/comparison.md"] = Page(
              "vit_nano-10-vit_nano_fast", "hybrid-10-hybrid_fast", "convnet-10-convnet_wide"))),
     ],
     stated=[
-        ("only leads above about 35 points", "smallest_lead(assumed_noise(30, 3)) in vit_bridge/compare/statistics.py"),
         ("All have 62 to 66 MFLOPs", "test_rungs_have_nearly_equal_flops in tests/compare/test_ladder.py"),
         ("A ConvNet for the 2020s", "the title of Liu et al. 2022"),
-        ("with a 5% chance of a false winner", "CONFIDENCE in vit_bridge/compare/statistics.py"),
         ("--minutes 30", "an option"),
     ],
 )
