@@ -376,8 +376,10 @@ PAGES["docs/pretraining.md"] = Page(
            100 * cell(f"pretraining-{file}-0", "probe", "4500", "test_acc"))
           for words, file in (
               ("MAE, 75% hidden (seed 0)", "MAE"), ("MAE, 50% hidden", "MAE-50-hidden"),
-              ("MAE, 90% hidden", "MAE-90-hidden"), ("normalised ones", "MAE-plain-pixels"),
-              ("as in BEiT", "MAE-40-hidden-in-blocks"), ("BEiT, tokens of pixels", "BEiT-tokens-of-pixels"),
+              ("MAE, 90% hidden", "MAE-90-hidden"),
+              ("MAE, plain pixels instead of normalised ones", "MAE-plain-pixels"),
+              ("MAE, 40% hidden, in blocks as in BEiT", "MAE-40-hidden-in-blocks"),
+              ("BEiT, tokens of pixels", "BEiT-tokens-of-pixels"),
               ("BEiT, tokens of MAE's features", "BEiT-tokens-of-MAEs-features"))),
         ("They are {:.0f} passes over the images", cell("pretraining-MAE-0", "epochs")),
     ],
