@@ -273,7 +273,7 @@ RECIPES = {
         **FAST | dict(batch_size=256)),
     "beit_nano_fast": Recipe(
         command="python benchmarks/pretraining.py --data-dir CIFAR run",
-        expected="",  # not measured
+        expected="48.4% with a linear probe on 4,500 labels, after 10 minutes without labels (one seed), 2 cores",
         train=TrainConfig(**FAST_TRAIN), model="beit_nano_pretraining", model_options=dict(init="mimetic"), **FAST),
     "hybrid_fast": Recipe(
         command="python train_vit.py --data-dir CIFAR --minutes 10 --model hybrid",
