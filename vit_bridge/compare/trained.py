@@ -152,7 +152,7 @@ class Reach(TrainedExperiment):
     DISTANCES = (8, 14, 20, 26, 32, 42)
     SOLVED = 0.95
 
-    def measure(self, trial, chosen, n_steps=2000, n_images=20_000, n_val=2000, n_test=1000, distances=DISTANCES,
+    def measure(self, trial, chosen, n_steps=1000, n_images=20_000, n_val=2000, n_test=1000, distances=DISTANCES,
                 img_size=48, **run):
         """Train on squares of all sizes, and count how many of n_test predictions are right at each size."""
         train_set, val_set = (make_corners(n, img_size, seed=1 + trial.seed, start=start)
@@ -232,7 +232,7 @@ class Cues(TrainedExperiment):
     question = "If outline and texture disagree, which one does a model follow, and does the patch size decide it?"
     arms = CUE_ARMS
 
-    def measure(self, trial, chosen, n_steps=1600, n_images=10_000, n_val=1000, n_test=1000, img_size=32, **run):
+    def measure(self, trial, chosen, n_steps=800, n_images=10_000, n_val=1000, n_test=1000, img_size=32, **run):
         """Train on images whose outline and texture show the same class, and test on images where they differ."""
         train_set, val_set = (make_cues(n, img_size, seed=1 + trial.seed, start=start)
                               for n, start in ((n_images, 0), (n_val, VAL_START)))
