@@ -214,16 +214,16 @@ class Ladder(TrainedExperiment):
                     rates=tried, minutes=max(own, minutes), n_steps=n_steps, parameters=count_parameters(model),
                     flops=count_flops(model))
 
-    def measure_speeds(self, images, **run):
+    def measure_speeds(self, images, rounds=ROUNDS, seconds=ROUND_SECONDS, **run):
         """Return {rung or "MAE": images per second}: medians over rounds in which all take turns."""
         ready = {}
         for name, arm in (RUNGS | {"MAE": MAE}).items():
             loader, objective = (without_labels(images), MaskedPixels()) if arm is MAE else (part_of(images), None)
             ready[name] = prepare_arm(arm, loader, 0, objective=objective, **run), loader
         speeds = {name: [] for name in ready}
-        for i in range(ROUNDS + 1):
+        for i in range(rounds + 1):
             for name, (trainer, loader) in ready.items():
-                wanted = 0 if i == 0 else ROUND_SECONDS * speeds[name][-1] / loader.batch_size
+                wanted = 0 if i == 0 else seconds * speeds[name][-1] / loader.batch_size
                 n_steps = 5 * max(1, round(wanted / 5))  # three steps out of five may use smaller images
                 history = trainer.train(loader, n_steps=n_steps, learning_rate=1e-6, progress=False)
                 speeds[name].append(history["images_per_second"][0])

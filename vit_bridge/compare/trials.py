@@ -504,7 +504,8 @@ def _speeds_of(name, plan):
     path = plan.folder / f"speeds-{'-'.join(filter(None, (name, dataset)))}.json"
     if not path.exists():
         print("Measuring the speed of each network, which should be alone on the machine ...", flush=True)
-        speeds = plan.experiments[name].measure_speeds(plan.loaders[0], **plan.run)
+        short = dict(rounds=1, seconds=0) if plan.arguments[name] else {}  # in a dry run
+        speeds = plan.experiments[name].measure_speeds(plan.loaders[0], **short, **plan.run)
         device = choose_device(plan.run["device"]).type
         write_json(cell("speeds", 0, plan.commands[name], dict(speeds=speeds, device=device,
                                                                threads=torch.get_num_threads())), path)
