@@ -133,13 +133,13 @@ def shipped(experiment, *keys):
 
 
 def verdict_rows(what, n_models):
-    """Return the rows of benchmarks/verdict_errors.py about so many models: {number of images: row}."""
+    """Return the rows of benchmarks/verdict_errors.py about this number of models: {number of images: row}."""
     return {row["n_images"]: row for row in cell("verdict-errors-cpu", "rows") if row["what"] == what
             and len(row["levels"]) == n_models}
 
 
 def announced(n_images):
-    """Return the smallest lead in points that is announced for six models and so many images."""
+    """Return the smallest lead that is announced for six models and this number of images, in points."""
     best, second, *_ = verdict_rows("a true lead", 6)[n_images]["levels"]
     return points(best - second)
 

@@ -283,7 +283,7 @@ def _fits(candidate, images, minutes, run):
 
 
 def _recipe(candidate, loader, minutes, device, amp, **_):
-    """Return the name of the recipe that train_vit.py chooses for a candidate and so many minutes."""
+    """Return the name of the recipe that train_vit.py chooses for a candidate and a number of minutes."""
     precision = choose_precision(amp, device)
     minutes = None if candidate.start == "head" else minutes
     return choose_recipe(candidate.model, loader.img_size, minutes, candidate.start, precision)
