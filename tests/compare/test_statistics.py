@@ -202,34 +202,9 @@ def test_variance_of_ratio_matches_a_hand_value():
     assert st.variance_of_ratio(380, 90, 400) == pytest.approx(0.05609 * (0.008611 + 0.0001316), rel=1e-3)
 
 
-def falls(**levels):
-    return st.rank_falls({name: torch.tensor([own] * 3).double() / 100 for name, own in levels.items()}, 100)
-
-
-def test_rank_falls_measures_from_earlier_to_later_steps():
-    assert falls(ViT=(98, 97), ConvNet=(99, 55)).winner == "ConvNet"
-    assert falls(ViT=(99, 51, 98), ConvNet=(99, 98, 97)).values["ViT"] == pytest.approx(0.48)
-    assert falls(ViT=(55, 99), ConvNet=(99, 98)).best == "ConvNet"  # which rises loses nothing
-    alike = falls(ViT=(99, 55), Hybrid=(98, 97), ConvNet=(99, 54))
-    assert (alike.leaders, alike.behind) == (["ConvNet", "ViT"], ("Hybrid",))
-
-
-def test_rank_falls_leaves_out_models_that_learned_nothing():
-    assert list(falls(ViT=(51, 50), ConvNet=(99, 55)).values) == ["ConvNet"]
-    assert falls(ViT=(50, 49), ConvNet=(52, 55)) is None
-
-
 @pytest.mark.parametrize(("n", "level"), [(100, 0.65), (900, 0.6), (10_000, 0.6), (25, 0.8)])
 def test_learned_is_a_tenth_above_guessing_and_three_standard_errors(n, level):
     assert st.learned_level(n) == pytest.approx(level)
-    for step, learned in ((-0.005, False), (0.005, True)):
-        accuracies = torch.tensor([[level + step, 0.5]] * 3).double()
-        assert (st.rank_falls(dict(A=accuracies), n) is not None) == learned
-
-
-def test_learned_level_applies_to_the_mean_of_the_seeds():
-    accuracies = torch.tensor([[0.7, 0.5], [0.5, 0.5], [0.5, 0.5]]).double()  # a mean of 57%
-    assert st.rank_falls(dict(A=accuracies), 10_000) is None
 
 
 def test_learned_level_of_ten_classes():
@@ -283,11 +258,6 @@ def test_describe_verdict_names_a_winner_or_none():
     assert text.startswith("No winner: B and A cannot be distinguished; C is behind by 40.")
     assert st.describe_verdict(rows_with(dict(A=(1.0, 1.0), B=(0.0, 0.0)), n=19)) == [
         "No winner: 19 images are too few; at least 20 are needed."]
-
-
-def test_rank_falls_ties_single_measurements():
-    one = {name: torch.tensor([own]).double() / 100 for name, own in (("ViT", (99, 97)), ("ConvNet", (99, 55)))}
-    assert st.rank_falls(one, 100).winner is None
 
 
 # ---- Yes or no

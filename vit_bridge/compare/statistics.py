@@ -2,7 +2,7 @@
 
     Ranking                          the best model, those tied with it and those behind it
     rank_candidates, rank_trainings  rank models that were tested on the same images
-    rank_samples, rank_falls         rank models by one accuracy per seed, or by accuracy lost on harder tasks
+    rank_samples                     ranks models by one accuracy per seed
     rank_kept                        ranks models by the accuracy that they keep on changed images
     Noise, power, smallest_lead      how often a lead is found, and the smallest lead that usually is
 
@@ -102,7 +102,7 @@ def _right_of(rows):
     return torch.stack([torch.as_tensor(row["right"]) for row in rows]).double()
 
 
-def margin(first, second, n, of_images=None, k=2):
+def margin(first, second, n, k=2):
     """Return how far the means of two samples of accuracies may differ by chance.
 
     Chance includes variation between seeds and between images; each sample is treated as if it had its own n images.
@@ -114,16 +114,13 @@ def margin(first, second, n, of_images=None, k=2):
         One accuracy per seed.
     n : int
         Number of test images behind each accuracy.
-    of_images : float, optional
-        Variance between images. By default it is the variance of an accuracy; for a drop from one accuracy to another,
-        it is at most 0.5 / n.
     k : int, optional
         As in half_width().
     """
     if min(len(first), len(second)) < 2:
         return math.inf
     parts = [(stdev(values) ** 2 / len(values), len(values) - 1) for values in (first, second)]
-    parts += [(mean(values) * (1 - mean(values)) / n + 1 / n**2 if of_images is None else of_images, n)
+    parts += [(mean(values) * (1 - mean(values)) / n + 1 / n**2, n)
               for values in (first, second)]
     return half_width(parts, k)
 
@@ -361,11 +358,11 @@ def rank_trainings(rows, k=None):
                          for name, own in rows.items()})
 
 
-def rank_samples(samples, n, of_images=None):
+def rank_samples(samples, n):
     """Return the Ranking of {name: [one accuracy per seed]}, each from its own n images; see margin()."""
     values = {name: mean(own) for name, own in samples.items()}
     best, k = samples[max(values, key=values.get)], max(2, len(samples))
-    return rank(values, {name: margin(best, own, n, of_images, k) for name, own in samples.items()})
+    return rank(values, {name: margin(best, own, n, k) for name, own in samples.items()})
 
 
 def rank_by_variance(values, variances):
@@ -408,27 +405,6 @@ def rank_kept(counts, n, n_classes):
     shares = {name: after / before for name, (before, after) in left.items()}
     variances = {name: variance_of_ratio(*pair, n) for name, pair in left.items()}
     return rank_by_variance(shares, variances) if left else None, [name for name in counts if name not in left]
-
-
-def rank_falls(accuracies, n):
-    """Rank models by the accuracy they lose as a task with two classes gets harder, the largest loss first.
-
-    The loss of a seed is its largest drop from one step to a later one.
-
-    Parameters
-    ----------
-    accuracies : dict
-        {name: tensor (S, steps from easy to hard)}, each accuracy from n images.
-
-    Returns
-    -------
-    Ranking or None
-        Ranks the models that learned the task, that is, whose mean accuracy exceeds learned_level() at some step. None
-        if no model did.
-    """
-    falls = {name: (own.cummax(dim=1).values - own).amax(dim=1).tolist() for name, own in accuracies.items()
-             if own.mean(dim=0).max() > learned_level(n)}
-    return rank_samples(falls, n, 0.5 / n) if falls else None
 
 
 # ---- Other comparisons ------------------------------------------------------------------------------------
