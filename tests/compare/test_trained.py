@@ -98,7 +98,8 @@ def test_data_efficiency_doubles_the_steps_until_validation_stops_rising(monkeyp
     trained = []
     monkeypatch.setattr(td, "train_arm", lambda arm, part, n_steps, rate, seed, **run: trained.append(
         (part.n_images, n_steps, rate, seed)) or n_steps)
-    monkeypatch.setattr(td, "count_correct", lambda model, loader, device: (scores[model] * 1000, 1000))
+    for module in (td, tr):
+        monkeypatch.setattr(module, "count_correct", lambda model, loader, device: (scores[model] * 1000, 1000))
     monkeypatch.setattr(td, "count_parameters", lambda model: 0)
     experiment, images = td.DataEfficiency(), loaders()
     found = experiment.measure(Trial("data", "ViT", 0, 30), images, {}, first_steps=1, most_steps=16)

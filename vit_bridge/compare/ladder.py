@@ -27,6 +27,7 @@ from vit_bridge.compare.trials import (
     part_of,
     prepare_arm,
     rates_around,
+    scorer,
     train_arm,
 )
 from vit_bridge.data.loaders import MemoryLoader
@@ -203,10 +204,7 @@ class Ladder(TrainedExperiment):
             return train_arm(RUNGS[name], part, n_steps, rate, trial.seed, start=copy.deepcopy(start),
                              objective=objective, **run)
 
-        def score(model):
-            correct, n = count_correct(model, val_loader, run.get("device", "auto"))
-            return correct / n
-
+        score = scorer(val_loader, **run)
         rates = (chosen["rate"]["learning_rate"],) if chosen else rates_around(RUNGS[name])
         model, rate, tried = choose_rate(train, score, rates)
         correct, n = count_correct(model, test_loader, run.get("device", "auto"))

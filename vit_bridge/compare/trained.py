@@ -35,6 +35,7 @@ from vit_bridge.compare.trials import (
     loader_of,
     part_of,
     rates_around,
+    scorer,
     train_arm,
 )
 from vit_bridge.data.augmentation import Augmentation
@@ -75,10 +76,7 @@ class DataEfficiency(TrainedExperiment):
         def train(rate, n_steps):
             return train_arm(self.arms[trial.arm], part, n_steps, rate, trial.seed, **run)
 
-        def score(model):
-            correct, n = count_correct(model, val_loader, run.get("device", "auto"))
-            return correct / n
-
+        score = scorer(val_loader, **run)
         rates = (chosen["rate"]["learning_rate"],) if chosen else rates_around(self.arms[trial.arm])
         model, rate, tried = choose_rate(partial(train, n_steps=n_steps), score, rates)
         lengths = {n_steps: tried[rate]}

@@ -183,6 +183,15 @@ def count_correct(model, loader, device="auto"):
     return found["correct"], found["n"]
 
 
+def scorer(loader, device="auto", **_):
+    """Return a function that returns the accuracy of a model on a loader."""
+    def score(model):
+        correct, n = count_correct(model, loader, device)
+        return correct / n
+
+    return score
+
+
 class TrainedExperiment(Experiment):
     """An experiment that trains: measure() returns the result of one trial, and the other methods take a list of them.
 
@@ -217,11 +226,8 @@ class TrainedExperiment(Experiment):
         def train(rate):
             return train_arm(arm, part_of(loader), n_steps, rate, trial.seed, **run)
 
-        def score(model):
-            correct, n = count_correct(model, val_loader, run.get("device", "auto"))
-            return correct / n
-
-        return choose_rate(train, score, (chosen["rate"]["learning_rate"],) if chosen else rates_around(arm))
+        return choose_rate(train, scorer(val_loader, **run),
+                           (chosen["rate"]["learning_rate"],) if chosen else rates_around(arm))
 
 
 # ---- Trials and their files -------------------------------------------------------------------------------
