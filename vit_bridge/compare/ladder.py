@@ -42,7 +42,7 @@ from vit_bridge.training.config import RECIPES
 from vit_bridge.training.objectives import Distillation, MaskedPixels
 from vit_bridge.weights.heads import fit_head
 
-MINUTES = 2  # of training, for every rung
+MINUTES = 5  # of training, for every rung
 LONGER = 3  # times the minutes
 ROUNDS, ROUND_SECONDS = 5, 1.0  # of the measurement of speed
 
