@@ -2,6 +2,7 @@
 
     benchmarks/on_gpu.sh OUT                             tests, throughput, training; writes OUT/cells.json and logs
     python benchmarks/results.py gpu OUT/cells.json      adds the outcome to RESULTS.md
+    benchmarks/on_gpu.sh OUT --only tests                one part; `results.py gpu` keeps the others as they are
     benchmarks/on_gpu.sh OUT --dry-run                   runs a tiny version of everything on the CPU
 
 The training runs need CIFAR-10 (JPEG) in the checkout, in data/cifar10-jpeg/ or data/cifar10-jpeg.tar.xz; git ignores
@@ -32,6 +33,7 @@ from vit_bridge.system import ROOT
 
 TOTAL_SECONDS = 520  # for the whole call; commands still running then are killed
 TEST_SECONDS, THROUGHPUT_SECONDS, TRAINING_SECONDS = 150, 210, 70  # one run: 45 seconds, plus start and test
+PARTS = ("tests", "throughput", "training")
 TRAINED = ("vit_nano", "hybrid", "convnet")
 DRY_ENVIRONMENT = dict(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1")  # torch.compile then returns the model unchanged
 IMAGES = ROOT / "data" / "cifar10-jpeg"
@@ -72,13 +74,15 @@ class Check:
         error = f"ended after {seconds:.0f} s" if code is None else f"exit status {code}"
         return dict(error=error, tail=log.read_text(errors="replace")[-TAIL:])
 
-    def run_all(self):
-        for part in (self.test, self.measure, self.train):
+    def run_all(self, wanted=PARTS):
+        for part, method in dict(tests=self.test, throughput=self.measure, training=self.train).items():
+            if part not in wanted:
+                continue
             try:
-                part()
+                method()
             except Exception as error:  # the other parts still run
-                self.failed_tests = self.failed_tests or part == self.test
-                self.keep(part.__name__, part.__name__, [], dict(error=first_line(error)))
+                self.failed_tests = self.failed_tests or part == "tests"
+                self.keep(part, part, [], dict(error=first_line(error)))
 
     # ---- The parts
 
@@ -183,6 +187,7 @@ def summary(cells):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="a folder for cells.json and the logs")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="run only these parts")
     parser.add_argument("--dry-run", action="store_true", help="run a tiny version of everything on the CPU")
     options = parser.parse_args()
     try:
@@ -192,7 +197,7 @@ def main():
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         check = Check(options.out.resolve(), Path(scratch), device, options.dry_run)
-        check.run_all()
+        check.run_all(options.only)
     print(f"\n{summary(check.cells)}\n{options.out / 'cells.json'}")
     sys.exit(int(check.failed_tests))
 

@@ -223,7 +223,7 @@ def ship(name, run):
 
 
 def keep_gpu(path):
-    """Write results/gpu-<device>.json from the list of cells that on_gpu.sh wrote.
+    """Write results/gpu-<device>.json from the list of cells that on_gpu.sh wrote; keep parts that it left out.
 
     If that machine had no git, the commit of this checkout is used.
     """
@@ -232,6 +232,9 @@ def keep_gpu(path):
         cell["commit"] = commit() if cell["commit"] == "unknown" else cell["commit"]
     device = re.sub(r"[^a-z0-9]+", "-", name_of_device(cells[0]).lower()).strip("-")
     kept = HERE / "results" / f"gpu-{device}.json"
+    parts = {cell["result"]["part"] for cell in cells}
+    old = json.loads(kept.read_text()) if kept.exists() else []
+    cells += [cell for cell in old if cell["result"]["part"] not in parts]
     kept.write_text(json.dumps(cells, indent=2) + "\n")
     print(kept)
 

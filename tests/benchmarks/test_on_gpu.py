@@ -102,6 +102,20 @@ def test_check_runs_the_other_parts_after_a_failure(check, monkeypatch):
     assert [cell["result"]["error"] for cell in cells] == ["x", "OSError: no room", "y"]
 
 
+def test_one_part_alone_leaves_the_other_parts_of_the_page(check, results, monkeypatch):
+    for name in ("test", "measure", "train"):
+        part = {"test": "tests", "measure": "throughput", "train": "training"}[name]
+        monkeypatch.setattr(check, name, lambda part=part: check.keep(part, part, [], dict(error=f"{part} failed")))
+    check.run_all()
+    page_with(results, check.cells)
+    check.cells = []
+    check.run_all(["tests"])
+    assert [cell["result"]["part"] for cell in check.cells] == ["tests"]
+    _, after = page_with(results, check.cells)
+    for part in ("tests", "throughput", "training"):
+        assert after.count(f"{part} failed") == 1
+
+
 def test_check_trains_nothing_without_images(check, on_gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(on_gpu, "ROOT", tmp_path)
     monkeypatch.setattr(on_gpu, "IMAGES", tmp_path / "data" / "photos")
