@@ -852,8 +852,6 @@ def prepare(options, device, folder=None, lock=None, saved=None):
         model = new_model(name, recipe, train_loader)
     else:
         print(fit_head(start, class_names))
-    if recipe.train.progressive_resize:
-        model.any_size = True
     objective = _make_objective(options, recipe, train_loader, teacher, model)
     objective.check_model(model)  # before the run has a folder
     if saved:
@@ -941,13 +939,52 @@ def _model_name(options, img_size):
     return path.parent.name or "best" if path.name in (BEST, LAST) else path.stem
 
 
-def new_model(name, recipe, train_loader, build=build_model):
-    """Return a new model for the loader's images and classes, whitened if the recipe specifies it."""
-    model = build(name, n_classes=len(train_loader.class_names or ()), img_size=train_loader.img_size,
-                  in_channels=train_loader.preprocessing.n_channels, **recipe.model_options)
-    if recipe.whiten and model.whitening_layer() is not None:
-        whiten_first_layer(model, first_images(train_loader, WHITENED_BY))
+def set_up_loader(loader, recipe, seed):
+    """Give a training loader the batch size and the augmentation of a recipe, and a seed."""
+    loader.training, loader.batch_size, loader.seed = True, min(recipe.batch_size, loader.n_images), seed
+    loader.set_augmentation(recipe.augmentation)
+
+
+def new_model(name, recipe, train_loader, build=build_model, seed=None):
+    """Return a new model for the loader's images and classes, whitened if the recipe specifies it.
+
+    The seed draws its weights and leaves torch's generator as it is; None uses torch's generator.
+    """
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        model = build(name, n_classes=len(train_loader.class_names or ()), img_size=train_loader.img_size,
+                      in_channels=train_loader.preprocessing.n_channels, **recipe.model_options)
+        if recipe.whiten and model.whitening_layer() is not None:
+            whiten_first_layer(model, first_images(train_loader, WHITENED_BY))
     return model
+
+
+def trainer_for(recipe, model, device="auto", objective=None, trained=None, **settings):
+    """Return the Trainer of a model by a recipe.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    model : Module
+        Accepts images of any size from now on, if the recipe's first steps use smaller ones.
+    device : optional
+        As for Trainer.
+    objective : Objective, optional
+        None: the recipe's classification.
+    trained : Module, optional
+        What is trained instead of the whole model.
+    **settings
+        Fields of TrainConfig that replace those of the recipe.
+    """
+    if recipe.train.progressive_resize:
+        model.any_size = True
+    if objective is None:
+        mixing = None if recipe.mixing == "none" else Mixing(recipe.mixing, model.config.n_classes)
+        objective = Classification(recipe.label_smoothing, mixing=mixing)
+    patch = pair(getattr(model.config, "patch_size", 4))
+    return Trainer(model if trained is None else trained, device, objective, recipe.train,
+                   resize_multiple=max(patch), **settings)
 
 
 def first_images(loader, n_images):
@@ -1048,13 +1085,11 @@ def _make_objective(options, recipe, train_loader, teacher, model):
 
 def _make_trainer(options, recipe, model, trained, objective, device):
     """Return the Trainer of a run, with the recipe and the options about precision, memory and speed."""
-    config = replace(recipe.train, seed=options.seed, **chosen(options, "warmup_epochs"),
-                     resize_multiple=max(pair(getattr(model.config, "patch_size", 4))),
-                     lr_scales=layer_lr_scales(trained, options.layer_decay) if options.layer_decay else None,
-                     grad_accum_steps=options.grad_accum_steps, amp=options.amp, compile=options.compile,
-                     grad_checkpointing=options.grad_checkpointing,
-                     save_every=60 * options.save_minutes)
-    return Trainer(trained, device, objective, config)
+    scales = layer_lr_scales(trained, options.layer_decay) if options.layer_decay else None
+    return trainer_for(recipe, model, device, objective, trained, seed=options.seed, lr_scales=scales,
+                       grad_accum_steps=options.grad_accum_steps, amp=options.amp, compile=options.compile,
+                       grad_checkpointing=options.grad_checkpointing, save_every=60 * options.save_minutes,
+                       **chosen(options, "warmup_epochs"))
 
 
 def _budget(options):

@@ -19,18 +19,13 @@ from pathlib import Path
 
 import torch
 
-from vit_bridge.models.initialisation import whiten_first_layer
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from results import HERE, write_cell
 
-from train_vit import WHITENED_BY, Trainer, first_images
-from vit_bridge.data.augmentation import Mixing
+from train_vit import new_model, set_up_loader, trainer_for
 from vit_bridge.data.loaders import get_data_loaders
 from vit_bridge.inference import Mirrored
-from vit_bridge.models.registry import build_model
 from vit_bridge.training.config import RECIPES
-from vit_bridge.training.objectives import Classification
 
 ROUNDS, ROUND_SECONDS = 4, 0.8
 ADAMW = {"adamw": dict(optimizer="adamw"), "adamw, rate 4e-3": dict(optimizer="adamw", learning_rate=4e-3)}
@@ -92,17 +87,8 @@ def variant(model_name, factor):
 def prepare(model_name, factor, loader, seed, amp="off"):
     """Return (recipe, trainer) of a variant, ready to train on the loader."""
     recipe = variant(model_name, factor)
-    loader.batch_size, loader.seed = recipe.batch_size, seed
-    loader.set_augmentation(recipe.augmentation)
-    torch.manual_seed(seed)
-    model = build_model(model_name, n_classes=len(loader.class_names), img_size=loader.img_size, **recipe.model_options)
-    if recipe.train.progressive_resize:
-        model.any_size = True
-    if recipe.whiten:
-        whiten_first_layer(model, first_images(loader, WHITENED_BY))
-    mixing = None if recipe.mixing == "none" else Mixing(recipe.mixing, len(loader.class_names))
-    return recipe, Trainer(model, "auto", Classification(recipe.label_smoothing, mixing=mixing), recipe.train, amp=amp,
-                           resize_multiple=recipe.model_options.get("patch_size", 4))
+    set_up_loader(loader, recipe, seed)
+    return recipe, trainer_for(recipe, new_model(model_name, recipe, loader, seed=seed), amp=amp)
 
 
 def measure_speeds(model_name, loader, amp):

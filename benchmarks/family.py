@@ -18,15 +18,12 @@ from pathlib import Path
 
 import torch
 
-from vit_bridge.models.initialisation import whiten_first_layer
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from results import HERE, band, write_cell
 
-from train_vit import WHITENED_BY, Trainer, first_images
+from train_vit import Trainer, new_model, set_up_loader, trainer_for
 from vit_bridge.analysis.metrics import wilson_interval
 from vit_bridge.data.loaders import get_data_loaders, get_test_loader
-from vit_bridge.models.registry import build_model
 from vit_bridge.plots.charts import finish, looks_of, new_figure, set_heading
 from vit_bridge.system import write_json
 from vit_bridge.training.config import RECIPES
@@ -79,20 +76,11 @@ def prepare(arm, loader, seed, learning_rate, device="cpu"):
     recipe = RECIPES[arm.recipe]
     recipe = replace(recipe, train=replace(recipe.train, learning_rate=learning_rate),
                      model_options=recipe.model_options | arm.options)
-    loader.batch_size, loader.seed = recipe.batch_size, seed
-    loader.set_augmentation(recipe.augmentation)
-    torch.manual_seed(seed)
-    model = build_model(recipe.model, n_classes=len(loader.class_names), img_size=loader.img_size,
-                        **recipe.model_options)
-    if recipe.train.progressive_resize:
-        model.any_size = True
-    if recipe.whiten and model.whitening_layer() is not None:
-        whiten_first_layer(model, first_images(loader, WHITENED_BY))
-    objective = Classification(recipe.label_smoothing)
+    set_up_loader(loader, recipe, seed)
+    model, objective = new_model(recipe.model, recipe, loader, seed=seed), None
     if arm.kind:
         objective = Distillation(load(TEACHER), loader.preprocessing, arm.kind, label_smoothing=recipe.label_smoothing)
-    return recipe, Trainer(model, device, objective, recipe.train, amp="off",
-                           resize_multiple=getattr(model.config, "patch_size", 4))
+    return recipe, trainer_for(recipe, model, device, objective, amp="off")
 
 
 def measure_speeds(loader):

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from results import HERE, band, write_cell
 
-from train_vit import TOKENIZED, Trainer, first_images, new_model
+from train_vit import TOKENIZED, first_images, new_model, trainer_for
 from vit_bridge.analysis.metrics import wilson_interval
 from vit_bridge.data.loaders import MemoryLoader, get_data_loaders, get_test_loader
 from vit_bridge.models.beit import block_mask
@@ -29,7 +29,7 @@ from vit_bridge.plots.charts import finish, looks_of, new_figure, set_heading
 from vit_bridge.runtime import unwrapped
 from vit_bridge.training.config import RECIPES
 from vit_bridge.training.linear_probe import feature_loaders
-from vit_bridge.training.objectives import Classification, Distillation, MaskedPixels, MaskedTokens
+from vit_bridge.training.objectives import Distillation, MaskedPixels, MaskedTokens
 from vit_bridge.training.tokenizer import PatchTokenizer, TeacherFeatures
 from vit_bridge.weights.checkpoints import load, save_model
 from vit_bridge.weights.heads import fit_head
@@ -143,28 +143,19 @@ def tuned(name, rate, options=()):
                    model_options=recipe.model_options | dict(options))
 
 
-def trainer_of(model, recipe, objective, device):
-    """Return the Trainer of a model and a recipe."""
-    if recipe.train.progressive_resize:
-        model.any_size = True
-    return Trainer(model, device, objective, recipe.train, amp=AMP,
-                   resize_multiple=getattr(model.config, "patch_size", 4))
-
-
 def prepare_start(name, loader, seed, device="cpu", teacher=None):
     """Return (recipe, trainer, loader) of a training without labels; BEiT may name tokens of a teacher's features."""
     start = STARTS[name]
     recipe = tuned(start.recipe, start.rate, start.options)
     loader = MemoryLoader(loader.images, loader.labels, replace(loader.info, preprocessing=replace(
         loader.preprocessing, class_names=None)), recipe.batch_size, seed, True, augmentation=recipe.augmentation)
-    torch.manual_seed(seed)
-    model = new_model(recipe.model, recipe, loader)
+    model = new_model(recipe.model, recipe, loader, seed=seed)
     objective = BlockMaskedPixels() if start.blocks else MaskedPixels()
     if ask(model, "n_tokens"):
         features = TeacherFeatures(teacher.encoder(), loader.preprocessing) if start.teacher else None
         tokenizer = PatchTokenizer(model.n_tokens, model.config.patch_size, features=features)
         objective = MaskedTokens(tokenizer.fit(first_images(loader.without_augmentation(TOKENIZED), TOKENIZED)))
-    return recipe, trainer_of(model, recipe, objective, device), loader
+    return recipe, trainer_for(recipe, model, device, objective, amp=AMP), loader
 
 
 def prepare_arm(name, loader, n_labels, seed, rate, device="cpu", source=None):
@@ -173,18 +164,17 @@ def prepare_arm(name, loader, n_labels, seed, rate, device="cpu", source=None):
     source: the pre-trained model of the arm's start, or the teacher that labels the other images.
     """
     arm, recipe, places = ARMS[name], tuned(ARMS[name].recipe, rate), labelled(loader.labels, n_labels, seed)
-    images, labels, objective = loader.images[places], loader.labels[places], Classification(recipe.label_smoothing)
+    images, labels, objective = loader.images[places], loader.labels[places], None
     if arm.teacher:
         images, labels = loader.images, predicted(source, loader, device).index_copy(0, places, labels)
         objective = Distillation(source, loader.preprocessing, "hard", label_smoothing=recipe.label_smoothing)
     train = MemoryLoader(images, labels, loader.info, recipe.batch_size, seed, True, augmentation=recipe.augmentation)
-    torch.manual_seed(seed)
     if arm.start:
         model = source.encoder()
         fit_head(model, loader.class_names)
     else:
-        model = new_model(recipe.model, recipe, train)
-    return recipe, trainer_of(model, recipe, objective, device), train
+        model = new_model(recipe.model, recipe, train, seed=seed)
+    return recipe, trainer_for(recipe, model, device, objective, amp=AMP), train
 
 
 @torch.no_grad()

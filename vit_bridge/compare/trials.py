@@ -14,13 +14,14 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torchvision
 
-from train_vit import NotFinite, Trainer, new_model
+from train_vit import NotFinite, Trainer, new_model, set_up_loader, trainer_for
 from vit_bridge.compare.experiments import Experiment
 from vit_bridge.data.augmentation import Augmentation
 from vit_bridge.data.datasets import DatasetInfo
@@ -31,8 +32,6 @@ from vit_bridge.preprocessing import Preprocessing
 from vit_bridge.runtime import choose_device, choose_precision
 from vit_bridge.system import Interrupts, commit, machine, write_json
 from vit_bridge.training.config import RECIPES
-from vit_bridge.training.objectives import Classification
-from vit_model import pair
 
 SEEDS = (0, 1, 2)
 FREE, RUNNING, DONE, SKIPPED = range(4)  # states of a trial
@@ -93,15 +92,9 @@ def prepare_arm(arm, loader, seed, device="auto", amp="auto", start=None, object
         None: the recipe's classification.
     """
     recipe = arm.own_recipe()
-    loader.training, loader.batch_size, loader.seed = True, min(recipe.batch_size, loader.n_images), seed
-    loader.set_augmentation(recipe.augmentation)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        model = start or new_model(recipe.model, recipe, loader, arm.build)
-    if recipe.train.progressive_resize:
-        model.any_size = True
-    return Trainer(model, device, objective or Classification(recipe.label_smoothing), recipe.train, amp=amp,
-                   resize_multiple=max(pair(getattr(model.config, "patch_size", 4))))
+    set_up_loader(loader, recipe, seed)
+    model = start or new_model(recipe.model, recipe, loader, arm.build, seed)
+    return trainer_for(recipe, model, device, objective, amp=amp)
 
 
 def train_arm(arm, loader, n_steps, learning_rate, seed, **options):
@@ -459,8 +452,8 @@ def run_trials(plan, jobs=1, again="the same command"):
             context = torch.multiprocessing.get_context("spawn")
             threads = max(1, torch.get_num_threads() // jobs)
             processes = [context.Process(target=_work, args=(plan, states, threads), daemon=True) for _ in range(jobs)]
-            for process in processes:
-                process.start()
+            with ThreadPoolExecutor(jobs) as pool:  # start() waits until the new process has imported torch
+                list(pool.map(torch.multiprocessing.Process.start, processes))
             while any(process.is_alive() for process in processes):
                 interrupts.advice = _advice(plan, states, again)
                 processes[0].join(POLL)

@@ -15,7 +15,7 @@ import copy
 import itertools
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import mean
 
 import torch
@@ -26,10 +26,11 @@ from train_vit import (
     LINEAR_IMAGES,
     USUAL_MODELS,
     NotFinite,
-    Trainer,
     command,
     new_model,
+    set_up_loader,
     steps_within,
+    trainer_for,
 )
 from vit_bridge.analysis.cost import count_parameters, throughput
 from vit_bridge.cli import counted
@@ -44,7 +45,6 @@ from vit_bridge.compare.statistics import (
     seeds_that_learned,
 )
 from vit_bridge.compare.trials import SEEDS
-from vit_bridge.data.augmentation import Mixing
 from vit_bridge.data.loaders import get_data_loaders, get_test_loader
 from vit_bridge.errors import InputError, join_words
 from vit_bridge.models.adapters import adapt
@@ -54,11 +54,10 @@ from vit_bridge.preprocessing import SMALL_SIDE, describe_size
 from vit_bridge.runtime import choose_device, choose_precision, predictions
 from vit_bridge.training.config import RECIPES, choose_recipe
 from vit_bridge.training.linear_probe import Heads, feature_loaders, linear_classifier
-from vit_bridge.training.objectives import Classification
 from vit_bridge.weights.checkpoints import load
 from vit_bridge.weights.heads import fit_head, listed
 from vit_bridge.weights.pretrained import OURS, PUBLIC
-from vit_model import freeze_backbone, pair
+from vit_model import freeze_backbone
 
 DEFAULT_WEIGHTS = ("vit_nano_cifar10", "convnet_cifar10")
 LINEAR, LARGEST = "linear classifier on pixels", "always the largest class"  # the baselines
@@ -291,17 +290,11 @@ def _recipe(candidate, loader, minutes, device, amp, **_):
 
 def _first_model(candidate, recipe, loader, seed):
     """Set up the training loader for a recipe and a seed, and return the candidate's model before its training."""
-    loader.batch_size, loader.seed = recipe.batch_size, seed
-    loader.set_augmentation(recipe.augmentation)
+    set_up_loader(loader, recipe, seed)
     if candidate.weights is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            model = new_model(candidate.model, recipe, loader)
-    else:
-        model = copy.deepcopy(candidate.weights)
-        fit_head(model, loader.class_names)
-    if recipe.train.progressive_resize:
-        model.any_size = True
+        return new_model(candidate.model, recipe, loader, seed=seed)
+    model = copy.deepcopy(candidate.weights)
+    fit_head(model, loader.class_names)
     return model
 
 
@@ -317,7 +310,7 @@ def _train(candidate, images, minutes, seeds, device, amp, n_steps, report):
     for seed in seeds:
         model, given[0].seed = _first_model(candidate, recipe, train_loader, seed), seed
         trained = Heads(freeze_backbone(model)) if candidate.start == "head" else model
-        trainer = _trainer(recipe, model, trained, seed, device, amp)
+        trainer = trainer_for(recipe, model, device, trained=trained, seed=seed, amp=amp)
         if n_steps is None:  # measured with the first seed
             one_batch = list(itertools.islice(val_loader, 1))  # these training runs do not validate
             n_steps = steps_within(60 * minutes, model, train_loader, one_batch, device, trainer.objective,
@@ -336,14 +329,6 @@ def _train(candidate, images, minutes, seeds, device, amp, n_steps, report):
     return dict(recipe=name, img_size=train_loader.img_size, parameters=count_parameters(model),
                 ms=1e3 / throughput(model, batch_size=32, seconds=0.5, device=device),
                 seconds=round(time.perf_counter() - started, 1), rows=rows)
-
-
-def _trainer(recipe, model, trained, seed, device, amp):
-    """Return the Trainer of a model, or of a part of it that is trained, with the settings of the recipe."""
-    config = replace(recipe.train, seed=seed, amp=amp,
-                     resize_multiple=max(pair(getattr(model.config, "patch_size", 4))))
-    mixing = None if recipe.mixing == "none" else Mixing(recipe.mixing, model.config.n_classes)
-    return Trainer(trained, device, Classification(recipe.label_smoothing, mixing=mixing), config)
 
 
 # ---- What to do next --------------------------------------------------------------------------------------
