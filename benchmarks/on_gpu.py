@@ -3,10 +3,13 @@
     benchmarks/on_gpu.sh OUT                             tests, throughput, training; writes OUT/cells.json and logs
     python benchmarks/results.py gpu OUT/cells.json      adds the outcome to RESULTS.md
     benchmarks/on_gpu.sh OUT --only tests                one part; `results.py gpu` keeps the others as they are
+    benchmarks/on_gpu.sh OUT --only trials               trains what cnn_vs_vit.py --train still lacks; writes
+                                                         OUT/trials.tar.gz, for `results.py cells` once unpacked
     benchmarks/on_gpu.sh OUT --dry-run                   runs a tiny version of everything on the CPU
 
-The training runs need CIFAR-10 (JPEG) in the checkout, in data/cifar10-jpeg/ or data/cifar10-jpeg.tar.xz; git ignores
-both.
+Trials start from those in benchmarks/results/unfinished/. The speeds there were measured on a CPU, and give the ladder
+its equal minutes. The training runs and trials need CIFAR-10 (JPEG) in the checkout, in data/cifar10-jpeg/ or
+data/cifar10-jpeg.tar.xz; git ignores both.
 """
 
 import argparse
@@ -14,12 +17,14 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -32,8 +37,11 @@ from vit_bridge.runtime import choose_device
 from vit_bridge.system import ROOT
 
 TOTAL_SECONDS = 520  # for the whole call; commands still running then are killed
-TEST_SECONDS, THROUGHPUT_SECONDS, TRAINING_SECONDS = 150, 210, 70  # one run: 45 seconds, plus start and test
-PARTS = ("tests", "throughput", "training")
+TEST_SECONDS, THROUGHPUT_SECONDS, PACK_SECONDS = 150, 210, 5
+TRAINING_SECONDS = 70  # one run: 45 seconds, plus start and test
+PARTS = ("tests", "throughput", "training")  # all but "trials", which takes minutes of its own
+UNFINISHED = ROOT / "benchmarks" / "results" / "unfinished"
+JOBS = {"ladder": 8, "reach cues": 7}  # processes of each command; each needs a core
 TRAINED = ("vit_nano", "hybrid", "convnet")
 DRY_ENVIRONMENT = dict(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1")  # torch.compile then returns the model unchanged
 IMAGES = ROOT / "data" / "cifar10-jpeg"
@@ -75,7 +83,8 @@ class Check:
         return dict(error=error, tail=log.read_text(errors="replace")[-TAIL:])
 
     def run_all(self, wanted=PARTS):
-        for part, method in dict(tests=self.test, throughput=self.measure, training=self.train).items():
+        for part, method in dict(tests=self.test, throughput=self.measure, training=self.train,
+                                 trials=self.compare).items():
             if part not in wanted:
                 continue
             try:
@@ -131,6 +140,31 @@ class Check:
             result = failure or json.loads((self.scratch / model / "result.json").read_text())
             self.keep("training", model, command, result)
 
+    def compare(self):
+        """Train experiments of cnn_vs_vit.py side by side until the time is over, and pack all their trials."""
+        if not self.dry_run and find_images() is None:
+            raise InputError(f"no images in {IMAGES.relative_to(ROOT)}/, and no {IMAGES.name}.tar.xz beside it")
+        if not self.dry_run:
+            unpack_images()
+        folder = self.scratch / "trials"
+        shutil.copytree(UNFINISHED, folder)
+        with ThreadPoolExecutor(len(JOBS)) as pool:
+            failures = list(pool.map(lambda names: self.compare_with(names, folder), JOBS))
+        with tarfile.open(self.out / "trials.tar.gz", "w:gz") as archive:
+            archive.add(folder, "trials")
+        found = dict(trials=len(list(folder.glob("*.json"))), stopped=[one["error"] for one in failures if one])
+        self.keep("trials", "trials", [], found)
+
+    def compare_with(self, names, folder):
+        """Train these experiments; trials that end before the time is over are in the folder."""
+        command = [sys.executable, "cnn_vs_vit.py", "--train", "--only", *names.split(), "--device", self.device.type,
+                   "--amp", "off", "--jobs", "2" if self.dry_run else str(JOBS[names]), "--results-dir", str(folder),
+                   "--output-dir", str(self.scratch / names)]
+        if names == "ladder" and not self.dry_run:
+            command += ["--data-dir", str(IMAGES.relative_to(ROOT)), "--train-fractions", "0.1", "1"]
+        return self.run(f"trials-{names.replace(' ', '-')}", command + ["--dry-run"] * self.dry_run,
+                        self.seconds_left - PACK_SECONDS)
+
 
 def find_images():
     """Return the folder of images or its archive, or None if there is neither."""
@@ -175,6 +209,8 @@ def summary(cells):
         elif r["part"] == "tests":
             text = f"{r['passed']} passed, {len(r['failed'])} failed, {len(r['skipped'])} skipped"
             text += "".join(f"\n    FAILED {entry['test']}: {entry['reason']}" for entry in r["failed"])
+        elif r["part"] == "trials":
+            text = ", ".join([f"{r['trials']} files", *r["stopped"]])
         elif r["part"] == "throughput":
             text = ", ".join(f"{name} {found['images_per_second']:.0f}" for name, found in r["libraries"].items())
             text += " images/s"
@@ -187,7 +223,7 @@ def summary(cells):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="a folder for cells.json and the logs")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="run only these parts")
+    parser.add_argument("--only", nargs="+", choices=(*PARTS, "trials"), default=PARTS, help="run only these parts")
     parser.add_argument("--dry-run", action="store_true", help="run a tiny version of everything on the CPU")
     options = parser.parse_args()
     try:

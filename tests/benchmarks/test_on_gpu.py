@@ -194,3 +194,27 @@ def test_on_gpu_dry_run_goes_through_all_parts(results, tmp_path):
     section = page[len(before):]
     for line in ("dry run\n", "Tests: 3 passed, 0 failed, 0 skipped", "| nano-2-inference-bf16 |", "| convnet | 0 |"):
         assert line in section
+
+
+@pytest.mark.slow
+def test_trials_are_packed_with_those_that_they_started_from(on_gpu, check, monkeypatch, tmp_path):
+    start = tmp_path / "unfinished"
+    start.mkdir()
+    (start / "speeds-ladder-x.json").write_text("{}")
+    monkeypatch.setattr(on_gpu, "UNFINISHED", start)
+    check.run_all(["trials"])
+    result = check.cells[0]["result"]
+    assert result["stopped"] == [], (check.out / "trials-ladder.log").read_text()
+    assert result["trials"] == 1
+    with tarfile.open(check.out / "trials.tar.gz") as archive:
+        assert archive.getnames() == ["trials", "trials/speeds-ladder-x.json"]
+
+
+def test_trials_that_stop_are_named_and_packed(on_gpu, check, monkeypatch, tmp_path):
+    monkeypatch.setattr(on_gpu, "UNFINISHED", tmp_path / "none")
+    (tmp_path / "none").mkdir()
+    monkeypatch.setattr(check, "run", lambda name, *_: dict(error=f"{name} ended after 1 s", tail=""))
+    check.run_all(["trials"])
+    assert check.cells[0]["result"]["stopped"] == ["trials-ladder ended after 1 s", "trials-reach-cues ended after 1 s"]
+    assert "0 files, trials-ladder ended after 1 s" in on_gpu.summary(check.cells)
+    assert (check.out / "trials.tar.gz").exists()
