@@ -479,3 +479,18 @@ def test_convolution_as_attention_refuses_unsupported_convolutions(settings, wor
 def test_convolution_as_attention_refuses_an_even_kernel():
     with pytest.raises(InputError, match="kernel_size 4 is even"):
         ConvolutionAsAttention(3, 5, 4)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_of_a_narrow_projection_are_those_of_float64(stride):
+    """float64 does not use oneDNN, whose strided 1 x 1 convolution over few channels writes outside its memory."""
+    torch.manual_seed(0)
+    block = ResidualBlock(3, 5, stride)
+    images = torch.randn(8, 3, 9, 7).contiguous(memory_format=torch.channels_last)
+    gradients = []
+    for kind in (torch.float32, torch.float64):
+        block.zero_grad()
+        block.to(kind)(images.to(kind)).square().mean().backward()
+        gradients.append({name: p.grad.double() for name, p in block.named_parameters()})
+    for name, wanted in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], wanted, rtol=1e-4, atol=1e-6, msg=name)

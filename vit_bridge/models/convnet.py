@@ -117,7 +117,23 @@ def _shortcut(in_channels, out_channels, stride):
     """Return a block's shortcut, with a projection only if the shape changes (He et al. 2016, option B)."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+    return Projection(in_channels, out_channels, stride)
+
+
+class Projection(nn.Sequential):
+    """A 1 x 1 convolution with a stride, and batch normalisation: (B, C, h, w) -> (B, C', h / stride, w / stride).
+
+    It takes the positions before the convolution. With a stride, the backward pass of torch's own 1 x 1 convolution on
+    fewer than 8 channels can write outside its memory on a CPU (github.com/uxlfoundation/oneDNN/issues/6035).
+    """
+
+    def __init__(self, in_channels, out_channels, stride):
+        super().__init__(nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
+        self.stride = stride
+
+    def forward(self, x):
+        """Return the map of every stride-th position."""
+        return super().forward(x[:, :, ::self.stride, ::self.stride])
 
 
 BLOCKS = dict(residual=ResidualBlock, bottleneck=BottleneckBlock)
