@@ -41,7 +41,7 @@ TEST_SECONDS, THROUGHPUT_SECONDS, PACK_SECONDS = 150, 210, 5
 TRAINING_SECONDS = 70  # one run: 45 seconds, plus start and test
 PARTS = ("tests", "throughput", "training")  # all but "trials", which takes minutes of its own
 UNFINISHED = ROOT / "benchmarks" / "results" / "unfinished"
-JOBS = {"ladder": 8, "reach cues": 7}  # processes of each command; each needs a core
+JOBS = {"ladder data": 9, "reach cues": 6}  # processes of each command; each needs a core
 TRAINED = ("vit_nano", "hybrid", "convnet")
 DRY_ENVIRONMENT = dict(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1")  # torch.compile then returns the model unchanged
 IMAGES = ROOT / "data" / "cifar10-jpeg"
@@ -159,9 +159,9 @@ class Check:
         """Train these experiments; trials that end before the time is over are in the folder."""
         command = [sys.executable, "cnn_vs_vit.py", "--train", "--only", *names.split(), "--device", self.device.type,
                    "--amp", "off", "--jobs", "2" if self.dry_run else str(JOBS[names]), "--results-dir", str(folder),
-                   "--output-dir", str(self.scratch / names)]
-        if names == "ladder" and not self.dry_run:
-            command += ["--data-dir", str(IMAGES.relative_to(ROOT)), "--train-fractions", "0.1", "1"]
+                   "--output-dir", str(self.scratch / names.replace(" ", "-"))]
+        if names == "ladder data" and not self.dry_run:
+            command += ["--data-dir", str(IMAGES.relative_to(ROOT))]
         return self.run(f"trials-{names.replace(' ', '-')}", command + ["--dry-run"] * self.dry_run,
                         self.seconds_left - PACK_SECONDS)
 

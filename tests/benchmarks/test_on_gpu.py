@@ -204,7 +204,7 @@ def test_trials_are_packed_with_those_that_they_started_from(on_gpu, check, monk
     monkeypatch.setattr(on_gpu, "UNFINISHED", start)
     check.run_all(["trials"])
     result = check.cells[0]["result"]
-    assert result["stopped"] == [], (check.out / "trials-ladder.log").read_text()
+    assert result["stopped"] == [], (check.out / "trials-ladder-data.log").read_text()
     assert result["trials"] == 1
     with tarfile.open(check.out / "trials.tar.gz") as archive:
         assert archive.getnames() == ["trials", "trials/speeds-ladder-x.json"]
@@ -215,6 +215,7 @@ def test_trials_that_stop_are_named_and_packed(on_gpu, check, monkeypatch, tmp_p
     (tmp_path / "none").mkdir()
     monkeypatch.setattr(check, "run", lambda name, *_: dict(error=f"{name} ended after 1 s", tail=""))
     check.run_all(["trials"])
-    assert check.cells[0]["result"]["stopped"] == ["trials-ladder ended after 1 s", "trials-reach-cues ended after 1 s"]
-    assert "0 files, trials-ladder ended after 1 s" in on_gpu.summary(check.cells)
+    stopped = [f"trials-{names} ended after 1 s" for names in ("ladder-data", "reach-cues")]
+    assert check.cells[0]["result"]["stopped"] == stopped
+    assert "0 files, trials-ladder-data ended after 1 s" in on_gpu.summary(check.cells)
     assert (check.out / "trials.tar.gz").exists()

@@ -51,8 +51,22 @@ def test_run_trials_keeps_each_and_measures_only_what_is_missing(measured, tmp_p
     assert tr.run_trials(plan(["reach"], tmp_path))["reach"] == found
     assert measured[n:] == [("hybrid", 1, 0.25)]
     assert {"commit", "machine", "versions", "date", "seed", "setting", "command"} <= set(found[0])
-    with pytest.raises(InputError, match="measured on other images, in another precision or with other recipes"):
+    with pytest.raises(InputError, match="measured on other images, in another precision, or with other recipes"):
         plan(["reach"], tmp_path, little=dict(reach=dict(n_steps=3)))
+
+
+def test_trials_of_another_default_length_are_not_mixed(tmp_path, monkeypatch):
+    def measure_with(n_steps):
+        def measure(self, trial, chosen, n_steps=n_steps, **run):
+            return dict(arm=trial.arm, seed=trial.seed, learning_rate=0.25, n_steps=n_steps)
+        return measure
+
+    monkeypatch.setattr(td.Reach, "measure", measure_with(10))
+    tr.run_trials(plan(["reach"], tmp_path))
+    plan(["reach"], tmp_path)
+    monkeypatch.setattr(td.Reach, "measure", measure_with(20))
+    with pytest.raises(InputError, match="numbers of steps; remove it"):
+        plan(["reach"], tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

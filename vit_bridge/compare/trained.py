@@ -67,7 +67,7 @@ class DataEfficiency(TrainedExperiment):
     on_images = True
     RISE = 0.01
 
-    def measure(self, trial, loaders, chosen, first_steps=1000, most_steps=16_000, **run):
+    def measure(self, trial, loaders, chosen, first_steps=500, most_steps=8000, **run):
         """Train one arm with one seed, and test it; the seed draws the images."""
         images, val_loader, test_loader = loaders
         part = part_of(images, draw_indices(images, trial.n_images, trial.seed))

@@ -9,6 +9,7 @@
 Shapes:  N images, S side of an image in pixels.
 """
 
+import inspect
 import json
 import signal
 import tempfile
@@ -416,7 +417,8 @@ def plan_trials(experiments, folder, run, commands, images=None, little=None):
                                            img_size=loaders[0].img_size, **recipe.model_options)
         plan.settings[name] = json.loads(json.dumps(dict(
             recipes={arm: f"{recipe.model}, {recipe.describe()}" for arm, recipe in recipes.items()},
-            precision=precision, arguments=plan.arguments[name], images=facts if experiment.on_images else None)))
+            precision=precision, arguments=_defaults(experiment.measure) | plan.arguments[name],
+            images=facts if experiment.on_images else None)))
         own = dataset if experiment.on_images else ""
         _check_settings(plan.settings[name], name, own, folder)
         plan.trials.extend(Trial(name, arm, seed, number, own) for seed in (SEEDS[:1] if little else SEEDS)
@@ -424,13 +426,19 @@ def plan_trials(experiments, folder, run, commands, images=None, little=None):
     return plan
 
 
+def _defaults(function):
+    """Return the default values of a function's arguments: {name: value}."""
+    return {name: one.default for name, one in inspect.signature(function).parameters.items()
+            if one.default is not one.empty}
+
+
 def _check_settings(settings, name, dataset, folder):
     """Raise InputError if the folder holds a trial of the same experiment and data set with other settings."""
     for path in folder.glob(f"{name}-*.json"):
         trial = read_trial(path)
         if trial["result"].get("dataset", "") == dataset and trial.get("setting") != settings:
-            raise InputError(f"{path} was measured on other images, in another precision or with other recipes; "
-                             f"remove it, or choose another folder with --results-dir")
+            raise InputError(f"{path} was measured on other images, in another precision, or with other recipes or "
+                             f"numbers of steps; remove it, or choose another folder with --results-dir")
 
 
 def run_trials(plan, jobs=1, again="the same command"):
