@@ -1,6 +1,7 @@
-"""Run `cnn_vs_vit.py --data-dir` on three folders with a known answer.
+"""Run `cnn_vs_vit.py --data-dir` on three folders with a known answer, and on photographs.
 
     python benchmarks/verdicts.py --minutes 30 --draws 3 --keep [nothing equal better]
+    python benchmarks/verdicts.py --minutes 30 --draws 3 --keep --images CIFAR photographs
     python benchmarks/verdicts.py --smoke        few images and few minutes, to see whether it runs
 
 The ConvNets of train_vit.py's recipes have a window of 51 pixels (theoretical_receptive_field), more than the images of
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torchvision.io import ImageReadMode, read_image
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -57,8 +59,25 @@ def better(n, start):
 
 
 @dataclass(frozen=True)
+class Photographs:
+    """Draws photographs from a folder of CIFAR-10 (JPEG), whose answer is not known.
+
+    The weights that are offered here learned the drawn shapes and have seen none of them.
+    """
+
+    root: Path
+
+    def __call__(self, n, start):
+        """Return n images (uint8) of one part, drawn by the seed `start`, and the names of their classes."""
+        files = sorted((self.root / ("test" if start >= TEST_START else "train")).glob("*/*.jpg"))
+        drawn = torch.randperm(len(files), generator=torch.Generator().manual_seed(start))[:n].tolist()
+        return (torch.stack([read_image(str(files[i]), ImageReadMode.RGB) for i in drawn]),
+                [files[i].parent.name for i in drawn])
+
+
+@dataclass(frozen=True)
 class Folder:
-    """A folder with a known answer.
+    """A folder, with a known answer if it is drawn.
 
     Attributes
     ----------
@@ -111,13 +130,19 @@ def judge(name, draw, minutes, most=10**9):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("names", nargs="*", default=list(FOLDERS))
+    parser.add_argument("names", nargs="*", default=list(FOLDERS), help=f"of {', '.join(FOLDERS)}, photographs")
+    parser.add_argument("--images", type=Path, help="CIFAR-10 (JPEG), for the folder of photographs")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--draws", type=int, default=1, help="how many folders of each kind, each with new images")
     parser.add_argument("--smoke", action="store_true", help="one folder with few images and half a minute; keeps "
                                                              "nothing")
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
+    if "photographs" in options.names and not options.images:
+        parser.error("photographs needs --images, a folder of CIFAR-10 (JPEG)")
+    if options.images:
+        FOLDERS["photographs"] = Folder(Photographs(options.images), 2000, 1000,
+                                        options=("--pretrained", "vit_nano_shapes", "convnet_shapes"))
     if options.smoke:
         print(judge("equal", 0, SMOKE_MINUTES, SMOKE_IMAGES)["finding"])
         return
