@@ -31,7 +31,7 @@ from vit_bridge.compare.trials import (
     train_arm,
 )
 from vit_bridge.data.loaders import MemoryLoader
-from vit_bridge.errors import InputError, join_words
+from vit_bridge.errors import InputError
 from vit_bridge.models.convnext import ChannelNorm, ConvNeXt
 from vit_bridge.models.hybrid import PooledStem
 from vit_bridge.models.registry import MODELS
@@ -117,7 +117,8 @@ def build_with_stem(name, **options):
 RUNGS = {
     "ViT, CLS": Arm("vit_nano_fast", dict(pool="cls")),
     "ViT, mean pooling": Arm("vit_nano_fast"),
-    "hybrid, convolutional stem": Arm("hybrid_fast"),
+    "ViT, convolutional stem": Arm("hybrid_fast", dict(embed_dim=96, depth=4, n_heads=3)),  # the ViT's own blocks
+    "hybrid, two wide blocks": Arm("hybrid_fast"),
     "Swin, convolutional stem": Arm("swin_nano_fast", build=build_with_stem),
     "ConvNeXt, convolutional stem": Arm("convnext_nano_fast", dict(widths=(40, 80, 160)), build_with_stem),
     "ConvNet": Arm("convnet_fast", dict(widths=(42, 84, 168))),
@@ -125,7 +126,8 @@ RUNGS = {
 CHANGES = {
     "ViT, CLS": "patches, global attention, the head reads CLS",
     "ViT, mean pooling": "the head reads the mean of the patches",
-    "hybrid, convolutional stem": "pooled convolutions make the tokens; fewer and wider blocks",
+    "ViT, convolutional stem": "pooled convolutions make 16 tokens, instead of 64 patches; the same four blocks",
+    "hybrid, two wide blocks": "two blocks of width 128 instead of four of width 96",
     "Swin, convolutional stem": "attention in windows, in three stages of falling resolution",
     "ConvNeXt, convolutional stem": "depthwise convolutions instead of attention",
     "ConvNet": "full convolutions and pooling instead of ConvNeXt's blocks",
@@ -263,7 +265,7 @@ class Ladder(TrainedExperiment):
             best = max(gains, key=lambda arm: gains[arm][0])
             nothing = [arm for arm, (gain, half) in gains.items() if gain <= half]
             clauses.append(f"With {number:,} images, the largest step is {best}: {100 * gains[best][0]:+.1f} points."
-                           + (f" Not distinguishable from no gain: {join_words(nothing)}." if nothing else ""))
+                           + (f" Not distinguishable from no gain: {'; '.join(nothing)}." if nothing else ""))
         return " ".join(clauses) or "Only one network is measured, so there is no step to compare."
 
     def tables(self, trials):

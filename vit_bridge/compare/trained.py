@@ -50,7 +50,7 @@ VAL_START, TEST_START = 10**9, 2 * 10**9  # first numbers of drawn validation an
 # ---- Data efficiency --------------------------------------------------------------------------------------
 
 
-DATA_ARMS = {"ViT": RUNGS["ViT, mean pooling"], "hybrid": RUNGS["hybrid, convolutional stem"],
+DATA_ARMS = {"ViT": RUNGS["ViT, mean pooling"], "hybrid": RUNGS["hybrid, two wide blocks"],
              "ConvNet": RUNGS["ConvNet"]}
 
 
