@@ -941,7 +941,7 @@ def _model_name(options, img_size):
 
 def set_up_loader(loader, recipe, seed):
     """Give a training loader the batch size and the augmentation of a recipe, and a seed."""
-    loader.training, loader.batch_size, loader.seed = True, min(recipe.batch_size, loader.n_images), seed
+    loader.training, loader.batch_size, loader.seed = True, recipe.batch_size, seed
     loader.set_augmentation(recipe.augmentation)
 
 

@@ -52,7 +52,7 @@ def test_prepare_arm_trains_as_train_vit_does():
     assert (trainer.config.optimizer, trainer.config.progressive_resize) == ("muon", recipe.train.progressive_resize)
     assert (trainer.objective.loss_fn.label_smoothing, trainer.config.resize_multiple) == (recipe.label_smoothing, 4)
     assert (images.augmentation, images.seed, images.training) == (recipe.augmentation, 5, True)
-    assert images.batch_size == 24  # of 128, because there are no more images
+    assert images.batch_size == recipe.batch_size
     filters = trainer.model.patch_embed.proj.weight.flatten(1)
     assert torch.allclose(filters[0] @ filters[1], torch.zeros(()), atol=1e-4)  # whitened: orthogonal
 

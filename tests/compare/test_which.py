@@ -114,7 +114,7 @@ def test_candidates_start_and_train_as_train_vit_does(images):
         words = [word for word in words if word not in ("--minutes", "10")]
         run = prepared(*words, "--amp", "off", "--recipe", name)  # of one step
         model = which._first_model(one, RECIPES[name], loader, 0)
-        trainer = which._trainer(RECIPES[name], model, model, 0, "cpu", "off")
+        trainer = train_vit.trainer_for(RECIPES[name], model, "cpu", seed=0, amp="off")
         assert trainer.config == run.trainer.config
         assert trainer.objective.loss_fn.label_smoothing == run.trainer.objective.loss_fn.label_smoothing
         assert (loader.batch_size, loader.seed) == (run.train_loader.batch_size, run.train_loader.seed)
