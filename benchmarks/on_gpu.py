@@ -142,9 +142,9 @@ class Check:
 
     def compare(self):
         """Train experiments of cnn_vs_vit.py side by side until the time is over, and pack all their trials."""
-        if not self.dry_run and find_images() is None:
-            raise InputError(f"no images in {IMAGES.relative_to(ROOT)}/, and no {IMAGES.name}.tar.xz beside it")
         if not self.dry_run:
+            if find_images() is None:
+                raise InputError(f"no images in {IMAGES.relative_to(ROOT)}/, and no {IMAGES.name}.tar.xz beside it")
             unpack_images()
         folder = self.scratch / "trials"
         shutil.copytree(UNFINISHED, folder)

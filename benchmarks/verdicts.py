@@ -60,7 +60,7 @@ def better(n, start):
 
 @dataclass(frozen=True)
 class Photographs:
-    """Draws photographs from a folder of CIFAR-10 (JPEG), whose answer is not known.
+    """Draws photographs from a folder of CIFAR-10 (JPEG). Which candidate is best on them is not known.
 
     The weights that are offered here learned the drawn shapes and have seen none of them.
     """
