@@ -161,7 +161,7 @@ class Ladder(TrainedExperiment):
             raise InputError("the ladder needs two numbers of training images, but --train-fractions has one; set "
                              "--train-fractions 0.1 1, or choose other experiments with --only")
         few, most = numbers[-2:]
-        return [*((arm, number) for number in (few, most) for arm in RUNGS), *((arm, few) for arm in BESIDE)]
+        return [*((arm, few) for arm in RUNGS), (PLAIN, most), *((arm, few) for arm in BESIDE)]
 
     def owners(self, trial, numbers):
         """Return the trials whose choices a trial uses, as {"rate": Trial, "teacher": Trial}; {} if it chooses."""
