@@ -139,7 +139,7 @@ BESIDE = {
     PRETRAINED: "half of the minutes train a MAE on all images without labels",
     LONG: "the same images again",
 }
-MORE = "all labels"  # the PLAIN rung with all images, beside the ladder
+MORE = "all labels"  # PLAIN with all images
 MAE = Arm("mae_nano_fast")
 
 
@@ -147,7 +147,7 @@ MAE = Arm("mae_nano_fast")
 
 
 class Ladder(TrainedExperiment):
-    """The ladder, for few images and for all; BESIDE only for few."""
+    """The ladder for few images; beside it, PLAIN by other means: those of BESIDE, and all images."""
 
     title = "From a ViT to a CNN"
     question = "Which step closes the gap between a plain ViT and a CNN?"
@@ -230,16 +230,16 @@ class Ladder(TrainedExperiment):
         return {name: round(median(values[1:]), 1) for name, values in speeds.items()}
 
     def draw(self, trials, setup=None):
-        """Draw a bar for each arm and number of images, with a point for each seed."""
-        few, most = numbers_of(trials)
-        shown = {f"{few:,} training images": [*RUNGS], f"{most:,} training images": [*RUNGS],
-                 f"{PLAIN}, {few:,} images:\nwithout changing the network": [PLAIN, *BESIDE, MORE]}
-        figure = new_figure(13, 4.8)
-        panels = figure.subplots(1, 3, sharex=True)
+        """Draw a bar for each network, and for each way to leave the network as it is, with a line for each seed."""
+        few = numbers_of(trials)[0]
+        shown = {f"one change at a time, {few:,} training images": [*RUNGS],
+                 f"{PLAIN}: without changing the network": [PLAIN, *BESIDE, MORE]}
+        figure = new_figure(10.5, 4.6)
+        panels = figure.subplots(1, 2, sharex=True)
         looks = looks_of([*RUNGS])
-        for axes, (heading, arms), number in zip(panels, shown.items(), (few, most, few), strict=True):
+        for axes, (heading, arms) in zip(panels, shown.items(), strict=True):
             for i, arm in enumerate(arms):
-                accuracies = [100 * value for value in accuracies_of(trials, arm, number, most)]
+                accuracies = [100 * value for value in accuracies_of(trials, arm)]
                 if not accuracies:
                     continue
                 axes.barh(i, mean(accuracies), color=looks[arm if arm in RUNGS else PLAIN].colour, alpha=0.6)
@@ -255,36 +255,29 @@ class Ladder(TrainedExperiment):
         return {"ladder": finish(figure, None)}
 
     def finding(self, trials):
-        few, most = numbers_of(trials)
-        clauses = []
-        for number in (few, most):
-            samples = {arm: values for arm in RUNGS if (values := accuracies_of(trials, arm, number, most))}
-            gains = {arm: (gain, half) for arm, gain, half in step_gains(samples, trials[0]["n"])}
-            if not gains:
-                continue
-            best = max(gains, key=lambda arm: gains[arm][0])
-            nothing = [arm for arm, (gain, half) in gains.items() if gain <= half]
-            clauses.append(f"With {number:,} images, the largest step is {best}: {100 * gains[best][0]:+.1f} points."
-                           + (f" Not distinguishable from no gain: {'; '.join(nothing)}." if nothing else ""))
-        return " ".join(clauses) or "Only one network is measured, so there is no step to compare."
+        gains = {arm: (gain, half) for arm, gain, half in step_gains(samples_of(trials), trials[0]["n"])}
+        if not gains:
+            return "Only one network is measured, so there is no step to compare."
+        best = max(gains, key=lambda arm: gains[arm][0])
+        nothing = [arm for arm, (gain, half) in gains.items() if gain <= half]
+        return (f"With {numbers_of(trials)[0]:,} images, the largest step is {best}: {100 * gains[best][0]:+.1f} points"
+                + (f". Not distinguishable from no gain: {'; '.join(nothing)}." if nothing else "."))
 
     def tables(self, trials):
         few, most = numbers_of(trials)
-        tables = []
-        for number in (few, most):
-            rows = [["", "what changes", "MFLOPs", "parameters", "learning rate", "test accuracy", "gain"]]
-            samples = {arm: values for arm in RUNGS if (values := accuracies_of(trials, arm, number, most))}
-            gains = {arm: f"{100 * gain:+.1f} ± {100 * half:.1f}" for arm, gain, half in step_gains(
-                samples, trials[0]["n"])}
-            for arm, values in samples.items():
-                one = next(trial for trial in trials if (trial["arm"], trial["n_images"]) == (arm, number))
-                rows.append([arm, CHANGES[arm], f"{one['flops'] / 1e6:.1f}", f"{one['parameters']:,}",
-                             f"{one['learning_rate']:g}", format_range(values), gains.get(arm, "")])
-            tables.append((f"{number:,} training images; ± is the range that seeds and test images can explain", rows))
-        rows = [["", "what is done", "test accuracy"]]
-        rows += [[arm, {MORE: f"{most:,} labels", PLAIN: "", **BESIDE}[arm], format_range(values)]
-                 for arm in (PLAIN, *BESIDE, MORE) if (values := accuracies_of(trials, arm, few, most))]
-        return [*tables, (f"The network stays: {PLAIN}, {few:,} labels", rows)]
+        samples = samples_of(trials)
+        gains = {arm: f"{100 * gain:+.1f} ± {100 * half:.1f}"
+                 for arm, gain, half in step_gains(samples, trials[0]["n"])}
+        rows = [["", "what changes", "MFLOPs", "parameters", "learning rate", "test accuracy", "gain"]]
+        for arm, values in samples.items():
+            one = next(trial for trial in trials if (trial["arm"], trial["n_images"]) == (arm, few))
+            rows.append([arm, CHANGES[arm], f"{one['flops'] / 1e6:.1f}", f"{one['parameters']:,}",
+                         f"{one['learning_rate']:g}", format_range(values), gains.get(arm, "")])
+        beside = [["", "what is done", "test accuracy"]]
+        beside += [[arm, {MORE: f"{most:,} labels", PLAIN: "", **BESIDE}[arm], format_range(values)]
+                   for arm in (PLAIN, *BESIDE, MORE) if (values := accuracies_of(trials, arm))]
+        return [(f"{few:,} training images; ± is the range that seeds and test images can explain", rows),
+                (f"The network stays: {PLAIN}, {few:,} labels", beside)]
 
 
 def numbers_of(trials):
@@ -294,9 +287,17 @@ def numbers_of(trials):
     return min(numbers), max(numbers)
 
 
-def accuracies_of(trials, arm, number, most):
-    """Return the test accuracy of each seed of an arm; MORE is PLAIN with all images."""
-    wanted = (PLAIN, most) if arm == MORE else (arm, number)
+def samples_of(trials):
+    """Return {network: [test accuracy of each seed]} of RUNGS."""
+    return {arm: values for arm in RUNGS if (values := accuracies_of(trials, arm))}
+
+
+def accuracies_of(trials, arm):
+    """Return the test accuracy of each seed of an arm with few images; MORE is PLAIN with all of them."""
+    few, most = numbers_of(trials)
+    if arm == MORE and few == most:
+        return []
+    wanted = (PLAIN, most) if arm == MORE else (arm, few)
     return [trial["correct"] / trial["n"] for trial in trials if (trial["arm"], trial["n_images"]) == wanted]
 
 
