@@ -33,7 +33,8 @@ class Tags(HTMLParser):
 
 @pytest.fixture
 def page(tmp_path):
-    figure = plot_bars({"Speed <fast>": {"A & B": 3.0}}, title='Bars "quoted"')
+    figure = plot_bars({"Speed <fast>": {"A & B": 3.0}}, title='Bars "quoted"',
+                       save_path=tmp_path / "bars.png")
     write_report(tmp_path / "report.html", "Title <1>", "Intro & more", [
         Section("First", "Why?", "A < B", {"bars": figure}, [("A table", [["model", "x"], ["<ViT>", 5]])], "A note"),
         Section("Second")])

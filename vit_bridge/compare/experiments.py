@@ -54,7 +54,7 @@ from vit_model import pair
 
 MASS_FRACTIONS = (0.5, 0.9, 0.99)  # of the gradient; we measure the radius that holds each
 HIDDEN = (0.0, 0.125, 0.25, 0.5, 0.75)  # fractions of the patches that are hidden or shuffled
-SIZES, COUNTED_SIZES = (32, 64, 128, 256), (32, 64, 128, 256, 512)  # image sides in pixels: timed, and only counted
+SIZES, COUNTED_SIZES = (32, 128, 256), (32, 64, 128, 256, 512)  # image sides in pixels: timed, and only counted
 PATCHES, PATCH_SIZE_IMAGE = (4, 8, 16, 32), 128  # patch sizes, and the image size at which they are compared
 RANDOM, MOVED = "random weights", "shuffled, grid moved"  # keys in results.json
 
@@ -93,7 +93,7 @@ class ComparisonSetup:
     seconds: float = 0.3
     sizes: tuple = SIZES
     patches: tuple = PATCHES
-    reach: int = 6
+    reach: int = 5
     trained_shift: int = 4
 
     def models_with_attention(self):
@@ -206,7 +206,7 @@ def _resized(model, **changes):
 
 
 def _costs_of(model, size, seconds):
-    batch = max(1, min(64, 64 * 32**2 // size**2))
+    batch = max(1, min(32, 32 * 32**2 // size**2))
     images = torch.zeros(batch, 3, size, size)
     return dict(images_per_second=throughput(model, size, batch, seconds), batch=batch,
                 training_images_per_second=throughput(model, size, batch, seconds, train=True),
@@ -402,7 +402,7 @@ class Position(Experiment):
     title = "Position and shape"
     question = "What happens to the predictions if the image is shifted, or its patches are shuffled or hidden?"
 
-    def measure(self, setup, n_images=400, n_shifted=64):
+    def measure(self, setup, n_images=300, n_shifted=64):
         """Measure shift consistency, and how many predictions stay correct when patches are shuffled or hidden.
 
         The ViT's own patches are shuffled, which leaves its tokens intact. One control is the same grid moved by half a
@@ -427,7 +427,9 @@ class Position(Experiment):
             unchanged = {weights: {what: accuracy_curve(which, few, predictions(which, few), changes[what],
                                                         HIDDEN[-1:])[0] for what in ("shuffled", MOVED)}
                          for weights, which in (("trained", model), (RANDOM, twin))}
-            curves = {what: accuracy_curve(model, images, labels, change, HIDDEN) for what, change in changes.items()}
+            start = accuracy_curve(model, images, labels, shuffle, HIDDEN[:1])
+            curves = {what: start + accuracy_curve(model, images, labels, change, HIDDEN[1:])
+                      for what, change in changes.items()}
             data["models"][name] = dict(shift_map=stays.tolist(), consistency=near, consistency_beyond=far,
                                         correct=curves, unchanged=unchanged,
                                         **{f"consistency, {RANDOM}": mean_consistency(control)})

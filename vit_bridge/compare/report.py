@@ -6,11 +6,11 @@
 
 import base64
 import html
-import io
 from dataclasses import dataclass, field
 
 from vit_bridge.system import write_whole
 
+SCREEN_DPI = 110  # pixels of the page for an inch of a figure
 STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8882; --page: Canvas; }
 body { font: 17px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }
@@ -20,7 +20,8 @@ nav a { margin-right: 1rem; white-space: nowrap; }
 .note { opacity: .8; font-size: .9rem; overflow-wrap: anywhere; }
 figure { margin: 1.2rem 0; overflow-x: auto; } figcaption { font-size: .9rem; opacity: .8; }
 img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
-@media (max-width: 44rem) { figure img { max-width: none; width: 44rem; } }
+@media (max-width: 44rem) { figure img { max-width: none; width: 44rem; }
+  figcaption::after { content: " (scroll sideways to see all of it)"; } }
 .table { overflow-x: auto; background:
   linear-gradient(to right, var(--page) 30%, transparent) left / 3rem 100% no-repeat local,
   linear-gradient(to left, var(--page) 30%, transparent) right / 3rem 100% no-repeat local,
@@ -58,9 +59,12 @@ class Section:
 
 
 def write_report(path, title, introduction, sections):
-    """Write the sections as one HTML page, completely or not at all."""
+    """Write the sections as one HTML page, completely or not at all.
+
+    The page contains the figures' PNG files, <name>.png, which must be in its folder already.
+    """
     links = " ".join(f'<a href="#part{i}">{html.escape(section.title)}</a>' for i, section in enumerate(sections, 1))
-    parts = "\n".join(_section_html(section, i) for i, section in enumerate(sections, 1))
+    parts = "\n".join(_section_html(section, i, path.parent) for i, section in enumerate(sections, 1))
     page = (f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f"<title>{html.escape(title)}</title>\n"
@@ -69,11 +73,11 @@ def write_report(path, title, introduction, sections):
     write_whole(path, lambda file: file.write(page.encode()))
 
 
-def _section_html(section, number):
+def _section_html(section, number, folder):
     parts = [f'<section id="part{number}">', f"<h2>{number}. {html.escape(section.title)}</h2>"]
     parts += [f"<p>{html.escape(section.question)}</p>"] * bool(section.question)
     parts += [f'<p class="finding">{_lines_html(section.finding)}</p>'] * bool(section.finding)
-    parts += [_figure_html(name, figure) for name, figure in section.figures.items()]
+    parts += [_figure_html(folder / f"{name}.png", figure) for name, figure in section.figures.items()]
     parts += [_table_html(caption, rows) for caption, rows in section.tables]
     parts += [f'<p class="note">{html.escape(section.note)}</p>'] * bool(section.note)
     return "\n".join([*parts, "</section>"])
@@ -83,15 +87,13 @@ def _lines_html(text):
     return html.escape(text).replace("\n", "<br>\n")
 
 
-def _figure_html(name, figure):
-    """Return HTML with the figure embedded as a PNG; its titles become the alternative text."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+def _figure_html(path, figure):
+    """Return HTML with a figure's file embedded; the figure's titles become the alternative text."""
     titles = [figure.get_suptitle(), *(axes.get_title() for axes in figure.axes)]
     words = html.escape("; ".join(" ".join(text.split()) for text in titles if text), quote=True)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<figure><img alt="{words}" src="data:image/png;base64,{data}"><figcaption>{html.escape(name)}.png' \
-           f"</figcaption></figure>"
+    data, width = base64.b64encode(path.read_bytes()).decode(), round(SCREEN_DPI * figure.get_figwidth())
+    return f'<figure><img alt="{words}" width="{width}" src="data:image/png;base64,{data}"><figcaption>' \
+           f"{html.escape(path.name)}</figcaption></figure>"
 
 
 def _table_html(caption, rows):
