@@ -2,6 +2,7 @@
 
     python benchmarks/few_images.py --data-dir CIFAR             trains in runs/few-images; resumes interrupted runs
     python benchmarks/few_images.py --data-dir CIFAR --keep      also keeps the results in benchmarks/results/
+    python benchmarks/few_images.py --data-dir CIFAR --only "from scratch"      one method
 """
 
 import argparse
@@ -21,7 +22,9 @@ from results import write_cell
 SEEN, NEW = ("airplane", "bird", "deer", "horse", "truck"), ("automobile", "cat", "dog", "frog", "ship")
 SEEDS = (0, 1, 2)
 METHODS = {  # {method: (options of train_vit.py, learning rates to choose from)}
-    "from scratch": (["--recipe", "classic", "--epochs", "60"], (5e-4, 1e-3, 2e-3)),
+    "from scratch": (["--epochs", "60"], (1e-3, 2e-3, 4e-3)),
+    "ConvNet from scratch": (["--model", "convnet", "--epochs", "60"], (1e-3, 2e-3, 4e-3)),
+    "from scratch, recipe classic": (["--recipe", "classic", "--epochs", "60"], (5e-4, 1e-3, 2e-3)),
     "fine-tuned": (["--pretrained", "CHECKPOINT", "--epochs", "60"], (2e-4, 5e-4, 1e-3)),
     "fine-tuned, layer decay 0.75": (["--pretrained", "CHECKPOINT", "--epochs", "60", "--layer-decay", "0.75"],
                                      (2e-4, 5e-4, 1e-3)),
@@ -65,17 +68,21 @@ def main():
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs/few-images"))
     parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD",
+                        help=f"of: {', '.join(METHODS)}")
     options = parser.parse_args()
     source, runs = options.data_dir, options.runs
     link(source, runs / "seen", ("train", "test"), SEEN)
     link(source, runs / "new", ("test",), NEW)
     checkpoint = runs / "pretraining" / "best.pt"
-    train_vit("--data-dir", runs / "seen", "--recipe", "classic", "--epochs", 12, "--drop-path", 0.05,
-              "--resume", "--output-dir", checkpoint.parent)
+    methods = {method: METHODS[method] for method in options.only}
+    if any("CHECKPOINT" in words for words, _ in methods.values()):
+        train_vit("--data-dir", runs / "seen", "--recipe", "classic", "--epochs", 12, "--drop-path", 0.05,
+                  "--resume", "--output-dir", checkpoint.parent)
     for seed in SEEDS:
         if not (runs / f"images-{seed}").exists():
             draw_images(source, runs / f"images-{seed}", seed)
-    for method, (words, rates) in METHODS.items():
+    for method, (words, rates) in methods.items():
         folders = {(rate, seed): runs / f"{method.replace(' ', '-')}-{rate}-{seed}" for rate in rates for seed in SEEDS}
         for (rate, seed), folder in folders.items():
             train_vit("--data-dir", runs / f"images-{seed}", "--seed", seed, "--lr", rate, "--resume", "--output-dir",
