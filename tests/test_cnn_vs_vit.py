@@ -68,7 +68,7 @@ def few(monkeypatch):
 
     def measure(self, trial, chosen, **run):
         measured.append(trial)
-        return dict(arm=trial.arm, seed=trial.seed, distances=[8, 20], correct=[9, 7], n=10, detector=[0.5, 0.5],
+        return dict(arm=trial.arm, seed=trial.seed, distances=[8, 20], correct=[9, 7], n=10, sums=[[0.5, 0.75]] * 2,
                     window=None, learning_rate=0.25, rates={0.25: 0.9}, n_steps=1)
 
     monkeypatch.setattr(trained.Reach, "measure", measure)

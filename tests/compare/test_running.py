@@ -100,19 +100,19 @@ def test_run_trials_skips_an_arm_that_diverges(measured, tmp_path, monkeypatch, 
 
 def test_plan_trials_of_the_ladder_measures_first_what_others_use(tmp_path):
     made = plan(["ladder"], tmp_path, images=(images(), [4, 20], "", {}))
-    assert len(set(made.trials)) == len(made.trials) == len(SEEDS) * (2 * len(RUNGS) + len(BESIDE))
+    assert len(set(made.trials)) == len(made.trials) == len(SEEDS) * (len(RUNGS) + 1 + len(BESIDE))
     for i, trial in enumerate(made.trials):
         assert all(owner in made.trials[:i] for owner in made.owners(trial).values())
     chooses = [trial for trial in made.trials if not made.owners(trial)]
     assert {trial.seed for trial in chooses} == {SEEDS[0]}
-    assert len(chooses) == 2 * len(RUNGS) + 1  # each rung at each size, and the fine-tuning of the pre-trained ViT
+    assert len(chooses) == len(RUNGS) + 2  # each rung, PLAIN with all images, and the pre-trained ViT
 
 
 def test_plan_trials_checks_everything_first(tmp_path):
     with pytest.raises(InputError, match="not divisible by patch_size"):
         plan(["ladder"], tmp_path, images=(images(img_size=18), [4, 20], "", {}))
     first = plan(["data"], tmp_path, images=(images(), [20], "photos", dict(content="a")))
-    tr.write_json(dict(date="", command="", setting=first.settings["data"], result=dict(
+    tr.write_json(dict(date="", command="", setting=first.setting_of("data", "ViT"), result=dict(
         arm="ViT", seed=0, learning_rate=0.1, dataset="photos")), first.trials[0].path(tmp_path))
     plan(["data"], tmp_path, images=(images(), [20], "photos", dict(content="a")))
     plan(["data"], tmp_path, images=(images(), [20], "other", dict(content="b")))

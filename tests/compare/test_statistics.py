@@ -268,7 +268,8 @@ def test_step_gains_are_differences_between_neighbours():
     (first, gain, half), (second, larger, other) = st.step_gains(samples, 1000)
     assert (first, second) == ("Hybrid", "ConvNet")
     assert gain == pytest.approx(0.001)
-    assert half == st.margin(samples["ViT"], samples["Hybrid"], 1000, k=3) > gain
+    level = (1 + math.sqrt(17)) / 2  # k (k - 1) / 2 = 2 steps
+    assert half == st.margin(samples["ViT"], samples["Hybrid"], 1000, k=level) > gain
     assert larger == pytest.approx(0.099)
     assert larger > other
 

@@ -13,7 +13,7 @@ from vit_bridge.compare.trials import SEEDS, Arm, Trial
 from vit_bridge.data.shapes import CUES, make_corners, make_cues, make_mark
 
 ON_CPU = dict(device="cpu", amp="off")
-TINY = Arm("vit_nano_fast", dict(embed_dim=12, depth=1, n_heads=2), resized=False)
+TINY = Arm("vit_nano_fast", dict(embed_dim=12, depth=1, n_heads=2), first_smaller=False)
 CHOSEN = dict(rate=dict(learning_rate=1e-3, n_steps=1))
 
 
@@ -38,8 +38,12 @@ def loaders(n=40, img_size=16):
 
 def answering(monkeypatch, answers, n_classes=2):
     """Make every training return a model that gives these answers."""
-    monkeypatch.setattr(tr.TrainedExperiment, "train", lambda *words, **run: (Says(answers, n_classes), 1e-3,
-                                                                              {1e-3: 0.9}))
+    def train(self, trial, chosen, loader, val_loader, n_steps, look=lambda rate, model: None, **run):
+        model = Says(answers, n_classes)
+        look(1e-3, model)
+        return model, 1e-3, {1e-3: 0.9}
+
+    monkeypatch.setattr(tr.TrainedExperiment, "train", train)
 
 
 # ---- Measuring
@@ -50,15 +54,17 @@ def test_reach_counts_correct_predictions_at_each_distance(monkeypatch):
     found = td.Reach().measure(Trial("reach", "ViT", 1), {}, n_images=9, n_val=4, n_test=5, distances=(8, 20),
                                img_size=32, device="cpu")
     assert (found["distances"], found["correct"], found["n"]) == ([8, 20], [5, 2], 5)
-    assert found["detector"] == [pytest.approx(0.6)] * 2  # three of five images have the first class
+    assert [numbers for numbers, _ in found["sums"]] == [pytest.approx(0.6)] * 2  # three of five have the first class
 
 
-def test_reach_detector_is_at_chance():
-    """Every image has two marks of each kind, so the best threshold on a count is as good as guessing."""
-    drawn = make_corners(60, 32, start=8)
-    counts = td.count_marks(drawn.images)
-    assert counts.tolist() == [[2, 2]] * 60
-    assert td.best_threshold(counts[:, 0], drawn.labels) == 0.5
+def test_reach_sums_over_single_marks_solve_at_most_three_quarters():
+    """Every image has two marks of each kind. Weighted by row, they cancel out unless the marks of a row are equal."""
+    drawn = make_corners(200, 32, start=8, distance=20)
+    numbers, by_row = td.mark_sums(drawn.images).T
+    assert numbers.tolist() == [2] * 200
+    assert td.best_threshold(numbers, drawn.labels) == 0.5
+    assert set(by_row.tolist()) == {-40, 0, 40}  # twice the distance if a row's marks are equal
+    assert td.best_threshold(by_row, drawn.labels) == pytest.approx(0.75, abs=0.1)
 
 
 @pytest.mark.parametrize(("values", "labels", "accuracy"), [
@@ -91,6 +97,8 @@ def test_cues_separates_predictions_by_outline_and_texture(monkeypatch):
     found = td.Cues().measure(Trial("cues", "ConvNet", 0), {}, n_images=9, n_val=4, n_test=8, img_size=16)
     assert found["choices"] == dict(outline=5, texture=2, neither=1)
     assert found["shape_bias"] == 5 / 7
+    assert set(found["by_rate"]) == set(found["rates"])
+    assert found["by_rate"][found["learning_rate"]] == 5 / 7
 
 
 def test_data_efficiency_doubles_the_steps_until_validation_stops_rising(monkeypatch):
@@ -106,7 +114,9 @@ def test_data_efficiency_doubles_the_steps_until_validation_stops_rising(monkeyp
     rate = found["learning_rate"]
     assert found["lengths"] == {1: 0.5, 2: 0.6, 4: 0.65, 8: 0.655}
     assert (found["n_steps"], found["still_rising"], found["correct"]) == (4, False, 650)
-    assert trained[-3:] == [(30, 2, rate, 0), (30, 4, rate, 0), (30, 8, rate, 0)]
+    doubled, again = trained[-5:-2], trained[-2:]
+    assert doubled == [(30, 2, rate, 0), (30, 4, rate, 0), (30, 8, rate, 0)]
+    assert again == [(30, 4, rate / 2, 0), (30, 4, 2 * rate, 0)]
     found = experiment.measure(Trial("data", "ViT", 0, 30), images, {}, first_steps=1, most_steps=4)
     assert (found["n_steps"], found["still_rising"]) == (4, True)
     trained.clear()
@@ -132,7 +142,7 @@ def test_experiments_train_an_arm(monkeypatch):
 
 
 def reach_trials(levels):
-    return [dict(arm=arm, seed=seed, distances=[8, 42], correct=[near, far], n=100, detector=[0.5, 0.5],
+    return [dict(arm=arm, seed=seed, distances=[8, 42], correct=[near, far], n=100, sums=[[0.5, 0.75]] * 2,
                  window=23 if arm.startswith("ConvNet") else None)
             for arm, (near, far) in levels.items() for seed in SEEDS]
 
@@ -148,7 +158,7 @@ def test_reach_finding_lists_the_solved_distances():
 def cue_trial(arm, level):
     choices = dict(outline=round(100 * level), texture=round(100 - 100 * level)) if not math.isnan(level) else \
         dict(outline=0, texture=0)
-    return dict(arm=arm, shape_bias=level, choices=choices | dict(neither=7), val_acc=0.9)
+    return dict(arm=arm, shape_bias=level, by_rate={"0.001": level}, choices=choices | dict(neither=7), val_acc=0.9)
 
 
 def test_cues_finding_follows_the_numbers():

@@ -29,8 +29,9 @@ def test_arm_changes_only_what_it_says():
     assert recipe.model_options == RECIPES["hybrid_fast"].model_options | dict(depth=1)
     assert recipe.train == RECIPES["hybrid_fast"].train
     assert recipe.augmentation == RECIPES["hybrid_fast"].augmentation
-    plain = tr.Arm("hybrid_fast", augmentation=Augmentation(0.0), resized=False).own_recipe()
+    plain = tr.Arm("hybrid_fast", augmentation=Augmentation(0.0), first_smaller=False).own_recipe()
     assert plain.train.progressive_resize is None
+    assert tr.Arm("swin_nano_fast", first_smaller=(0.5, 0.6)).own_recipe().train.progressive_resize == (0.5, 0.6)
     assert plain.augmentation == Augmentation(0.0)
 
 
@@ -101,7 +102,7 @@ def test_choose_rate_counts_a_diverged_training_as_zero():
 
 
 def test_rates_around_have_the_recipes_in_the_middle():
-    assert tr.rates_around(tr.Arm("convnext_nano_fast")) == (4e-3, 8e-3, 16e-3)
+    assert tr.rates_around(tr.Arm("convnext_nano_fast")) == (8e-3, 4e-3, 16e-3)
 
 
 # ---- Images

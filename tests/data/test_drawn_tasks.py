@@ -67,6 +67,11 @@ def test_make_cues_makes_cues_agree_or_conflict():
     expected = make_shapes(23, 16, 1, 3, shape=torch.tensor([SHAPES.index(names[i]) for i in outlines]),
                            texture=torch.tensor([TEXTURES.index(CUES[names[i]]) for i in textures]))
     assert torch.equal(images, expected.images)
+    other, same, _ = make_cues(5, 16, pairing=2)
+    assert torch.equal(same, torch.arange(5))
+    moved = make_shapes(5, 16, shape=torch.tensor([SHAPES.index(name) for name in CUES]), texture=torch.tensor(
+        [TEXTURES.index(name) for name in ("checks", "dots", "rings", "plain", "stripes")]))
+    assert torch.equal(other, moved.images)
     _, outlines, textures = make_cues(40, 16, agree=False)
     pairs = list(zip(outlines.tolist(), textures.tolist(), strict=True))
     assert sorted(set(pairs)) == [(i, j) for i in range(5) for j in range(5) if i != j]

@@ -33,13 +33,13 @@ from vit_bridge.compare.trials import (
 from vit_bridge.data.loaders import MemoryLoader
 from vit_bridge.errors import InputError
 from vit_bridge.models.convnext import ChannelNorm, ConvNeXt
-from vit_bridge.models.hybrid import PooledStem
+from vit_bridge.models.hybrid import HybridCNNViT, PooledStem
 from vit_bridge.models.registry import MODELS
 from vit_bridge.models.swin import SwinTransformer
 from vit_bridge.plots.charts import finish, looks_of, new_figure, set_heading
 from vit_bridge.runtime import predictions
 from vit_bridge.training.config import RECIPES
-from vit_bridge.training.objectives import Distillation, MaskedPixels
+from vit_bridge.training.objectives import MaskedPixels
 from vit_bridge.weights.heads import fit_head
 
 MINUTES = 5  # of training, for every rung
@@ -106,7 +106,24 @@ class PooledMap(PooledStem):
         return self.forward_map(images)
 
 
-STEMMED = {"swin_nano": StemmedSwin, "convnext_nano": StemmedConvNeXt}
+class StemmedViT(HybridCNNViT):
+    """A ViT whose tokens come from a PooledStem, as many as from its patches.
+
+    Parameters
+    ----------
+    *args, **options
+        As for HybridCNNViT.
+    channels : int, optional
+        Channels of the stem. Few, so that the stem costs little beside the blocks.
+    """
+
+    def __init__(self, *args, channels=12, **options):
+        super().__init__(*args, **options)
+        c = self.config
+        self.patch_embed = PooledStem(c.img_size, c.patch_size, c.in_channels, c.embed_dim, channels)
+
+
+STEMMED = {"hybrid": StemmedViT, "swin_nano": StemmedSwin, "convnext_nano": StemmedConvNeXt}
 
 
 def build_with_stem(name, **options):
@@ -114,28 +131,30 @@ def build_with_stem(name, **options):
     return STEMMED[name](**MODELS[name].arguments | options)
 
 
+BLOCKS = dict(embed_dim=96, depth=4, n_heads=3)  # of vit_nano
 RUNGS = {
     "ViT, CLS": Arm("vit_nano_fast", dict(pool="cls")),
     "ViT, mean pooling": Arm("vit_nano_fast"),
-    "ViT, convolutional stem": Arm("hybrid_fast", dict(embed_dim=96, depth=4, n_heads=3)),  # the ViT's own blocks
-    "hybrid, two wide blocks": Arm("hybrid_fast"),
-    "Swin, convolutional stem": Arm("swin_nano_fast", build=build_with_stem),
+    "ViT, convolutional stem": Arm("hybrid_fast", BLOCKS | dict(patch_size=4), build_with_stem),
+    "hybrid": Arm("hybrid_fast", BLOCKS),
+    # Swin's own recipe has no smaller images; here it has them like all others, so that only the network changes.
+    "Swin, convolutional stem": Arm("swin_nano_fast", build=build_with_stem, first_smaller=(0.75, 0.6)),
     "ConvNeXt, convolutional stem": Arm("convnext_nano_fast", dict(widths=(40, 80, 160)), build_with_stem),
     "ConvNet": Arm("convnet_fast", dict(widths=(42, 84, 168))),
 }
 CHANGES = {
     "ViT, CLS": "patches, global attention, the head reads CLS",
     "ViT, mean pooling": "the head reads the mean of the patches",
-    "ViT, convolutional stem": "pooled convolutions make 16 tokens, instead of 64 patches; the same four blocks",
-    "hybrid, two wide blocks": "two blocks of width 128 instead of four of width 96",
-    "Swin, convolutional stem": "attention in windows, in three stages of falling resolution",
-    "ConvNeXt, convolutional stem": "depthwise convolutions instead of attention",
+    "ViT, convolutional stem": "a small stem of convolutions makes the 64 tokens; the same four blocks",
+    "hybrid": "wider convolutions with one more stage make 16 tokens, and do 76% of the FLOPs; the same four blocks",
+    "Swin, convolutional stem": "one stage of convolutions, then attention in windows, in three stages",
+    "ConvNeXt, convolutional stem": "depthwise convolutions instead of attention, in wider stages",
     "ConvNet": "full convolutions and pooling instead of ConvNeXt's blocks",
 }
 PLAIN = "ViT, mean pooling"  # the network of the bars beside the ladder
-TEACHER, PRETRAINED, LONG = "taught by the ConvNet", "pre-trained with MAE", "three times the minutes"
+TEACHER, PRETRAINED, LONG = "labels from the ConvNet", "pre-trained with MAE", "three times the minutes"
 BESIDE = {
-    TEACHER: "half of the minutes train the ConvNet, which then labels all images",
+    TEACHER: "half of the minutes train the ConvNet, which then labels the other images; the ViT learns from all",
     PRETRAINED: "half of the minutes train a MAE on all images without labels",
     LONG: "the same images again",
 }
@@ -194,17 +213,17 @@ class Ladder(TrainedExperiment):
         name = trial.arm if trial.arm in RUNGS else PLAIN
         own = {TEACHER: minutes / 2, PRETRAINED: minutes / 2, LONG: LONGER * minutes}.get(trial.arm, minutes)
         indices = draw_indices(images, trial.n_images, trial.seed)
-        part, start, objective = part_of(images, indices), None, None
+        part, start = part_of(images, indices), None
         if trial.arm == TEACHER:
-            part, objective = taught(images, indices, minutes / 2, speeds, trial.seed,
-                                     chosen["teacher"]["learning_rate"], **run)
+            part = labelled(images, indices, minutes / 2, speeds, trial.seed, chosen["teacher"]["learning_rate"], **run)
+            own -= minutes_to_label(images.n_images - len(indices), speeds)
         elif trial.arm == PRETRAINED:
             start = pretrained(images, minutes / 2, speeds, trial.seed, **run)
         n_steps = steps_in(own, name, speeds)
 
         def train(rate):
             return train_arm(RUNGS[name], part, n_steps, rate, trial.seed, start=copy.deepcopy(start),
-                             objective=objective, **run)
+                             **run)
 
         score = scorer(val_loader, **run)
         rates = (chosen["rate"]["learning_rate"],) if chosen else rates_around(RUNGS[name])
@@ -258,21 +277,23 @@ class Ladder(TrainedExperiment):
         gains = {arm: (gain, half) for arm, gain, half in step_gains(samples_of(trials), trials[0]["n"])}
         if not gains:
             return "Only one network is measured, so there is no step to compare."
-        best = max(gains, key=lambda arm: gains[arm][0])
-        nothing = [arm for arm, (gain, half) in gains.items() if gain <= half]
-        return (f"With {numbers_of(trials)[0]:,} images, the largest step is {best}: {100 * gains[best][0]:+.1f} points"
-                + (f". Not distinguishable from no gain: {'; '.join(nothing)}." if nothing else "."))
+        sides = {"Steps that gain": [], "Steps that lose": [], "Not distinguishable from no change": []}
+        for arm, (gain, half) in gains.items():
+            side = list(sides)[2 if abs(gain) <= half else 0 if gain > 0 else 1]
+            sides[side].append(f"{arm} ({100 * gain:+.1f} ± {100 * half:.1f})")
+        return (f"Test accuracy with {numbers_of(trials)[0]:,} images, in points over the network before. "
+                + " ".join(f"{side}: {'; '.join(arms)}." for side, arms in sides.items() if arms))
 
     def tables(self, trials):
         few, most = numbers_of(trials)
         samples = samples_of(trials)
         gains = {arm: f"{100 * gain:+.1f} ± {100 * half:.1f}"
                  for arm, gain, half in step_gains(samples, trials[0]["n"])}
-        rows = [["", "what changes", "MFLOPs", "parameters", "learning rate", "test accuracy", "gain"]]
+        rows = [["", "what changes", "MFLOPs", "parameters", "steps", "learning rate", "test accuracy", "gain"]]
         for arm, values in samples.items():
             one = next(trial for trial in trials if (trial["arm"], trial["n_images"]) == (arm, few))
             rows.append([arm, CHANGES[arm], f"{one['flops'] / 1e6:.1f}", f"{one['parameters']:,}",
-                         f"{one['learning_rate']:g}", format_range(values), gains.get(arm, "")])
+                         f"{one['n_steps']:,}", f"{one['learning_rate']:g}", format_range(values), gains.get(arm, "")])
         beside = [["", "what is done", "test accuracy"]]
         beside += [[arm, {MORE: f"{most:,} labels", PLAIN: "", **BESIDE}[arm], format_range(values)]
                    for arm in (PLAIN, *BESIDE, MORE) if (values := accuracies_of(trials, arm))]
@@ -301,19 +322,17 @@ def accuracies_of(trials, arm):
     return [trial["correct"] / trial["n"] for trial in trials if (trial["arm"], trial["n_images"]) == wanted]
 
 
-def taught(images, indices, minutes, speeds, seed, learning_rate, **run):
-    """Train a ConvNet on some of the images; return all images with the classes it predicts, and the objective.
-
-    The images at `indices` keep their true labels.
-    """
+def labelled(images, indices, minutes, speeds, seed, learning_rate, **run):
+    """Train a ConvNet on the images at `indices`; return all images, the others with the classes that it predicts."""
     teacher = train_arm(RUNGS["ConvNet"], part_of(images, indices), steps_in(minutes, "ConvNet", speeds), learning_rate,
                         seed, **run)
-    teacher.preprocessing = images.preprocessing
     labels = torch.cat([predictions(teacher, batch) for batch, _ in images.without_augmentation()])
-    labels = labels.to(images.labels.device).index_copy(0, indices, images.labels[indices])
-    objective = Distillation(teacher, images.preprocessing, "hard",
-                             label_smoothing=RUNGS[PLAIN].own_recipe().label_smoothing)
-    return part_of(images, labels=labels), objective
+    return part_of(images, labels=labels.to(images.labels.device).index_copy(0, indices, images.labels[indices]))
+
+
+def minutes_to_label(n_images, speeds):
+    """Return how long the ConvNet takes to label images: half as long as to train on them, which is a little more."""
+    return n_images / (2 * speeds["ConvNet"]) / 60
 
 
 def pretrained(images, minutes, speeds, seed, **run):

@@ -56,7 +56,7 @@ def half_width(parts, k=2):
     ----------
     parts : list of (float, float)
         The variance of the difference as a sum of parts, each with its degrees of freedom.
-    k : int, optional
+    k : float, optional
         Number of models. The intervals of all k (k - 1) / 2 pairs hold together with 95% probability (Bonferroni).
 
     Notes
@@ -411,8 +411,11 @@ def rank_kept(counts, n, n_classes):
 
 
 def step_gains(samples, n):
-    """Return [(name, gain, margin())] of each name over the previous one, for samples as in rank_samples()."""
-    k = max(2, len(samples))
+    """Return [(name, gain, margin())] of each name over the previous one, for samples as in rank_samples().
+
+    The intervals of all steps hold together with 95% probability.
+    """
+    k = (1 + math.sqrt(1 + 8 * max(1, len(samples) - 1))) / 2  # k models have as many pairs as there are steps
     return [(after, mean(samples[after]) - mean(samples[before]), margin(samples[before], samples[after], n, k=k))
             for before, after in pairwise(samples)]
 

@@ -50,15 +50,15 @@ VAL_START, TEST_START = 10**9, 2 * 10**9  # first numbers of drawn validation an
 # ---- Data efficiency --------------------------------------------------------------------------------------
 
 
-DATA_ARMS = {"ViT": RUNGS["ViT, mean pooling"], "hybrid": RUNGS["hybrid, two wide blocks"],
-             "ConvNet": RUNGS["ConvNet"]}
+DATA_ARMS = {"ViT": RUNGS["ViT, mean pooling"], "hybrid": Arm("hybrid_fast"), "ConvNet": RUNGS["ConvNet"]}
 
 
 class DataEfficiency(TrainedExperiment):
     """Each model trains until its validation accuracy stops rising, for every number of images.
 
     The rule is the same for all. The first seed chooses the learning rate with `first_steps` steps. Then the number of
-    steps doubles until the validation accuracy rises by less than RISE.
+    steps doubles until the validation accuracy rises by less than RISE. With the final number of steps, the learning
+    rate is chosen once more.
     """
 
     title = "Data efficiency"
@@ -67,7 +67,7 @@ class DataEfficiency(TrainedExperiment):
     on_images = True
     RISE = 0.01
 
-    def measure(self, trial, loaders, chosen, first_steps=500, most_steps=8000, **run):
+    def measure(self, trial, loaders, chosen, first_steps=250, most_steps=8000, **run):
         """Train one arm with one seed, and test it; the seed draws the images."""
         images, val_loader, test_loader = loaders
         part = part_of(images, draw_indices(images, trial.n_images, trial.seed))
@@ -86,6 +86,10 @@ class DataEfficiency(TrainedExperiment):
             if lengths[2 * n_steps] < lengths[n_steps] + self.RISE:
                 break
             model, n_steps = longer, 2 * n_steps
+        if not chosen and n_steps > first_steps:
+            final = model, rate
+            model, rate, tried = choose_rate(lambda one: final[0] if one == final[1] else train(one, n_steps), score,
+                                             (rate, rate / 2, 2 * rate))
         correct, n = count_correct(model, test_loader, run.get("device", "auto"))
         return dict(arm=trial.arm, seed=trial.seed, n_images=trial.n_images, correct=correct, n=n, learning_rate=rate,
                     rates=tried, n_steps=n_steps, lengths=lengths, still_rising=2 * n_steps > most_steps,
@@ -133,19 +137,20 @@ class DataEfficiency(TrainedExperiment):
 
 UNSHIFTED = Augmentation(0.0, "random")  # a shift mirrors the border, which adds marks
 WINDOWS = {"ConvNet, 2 stages": (64, 128), "ConvNet, 3 stages": (40, 80, 160), "ConvNet, 4 stages": (24, 48, 96, 192)}
+SUMS = ("the number of marks of a kind", "the sum of the marks, weighted by kind and row")
 REACH_ARMS = {
-    "ViT": Arm("vit_nano_fast", augmentation=UNSHIFTED, resized=False),
-    "Swin": Arm("swin_nano_fast", augmentation=UNSHIFTED, resized=False),
-    "hybrid": Arm("hybrid_fast", augmentation=UNSHIFTED, resized=False),
-    **{name: Arm("convnet_fast", dict(widths=widths, depths=(1,) * len(widths)), augmentation=UNSHIFTED, resized=False)
-       for name, widths in WINDOWS.items()}}
+    "ViT": Arm("vit_nano_fast", augmentation=UNSHIFTED, first_smaller=False),
+    "Swin": Arm("swin_nano_fast", augmentation=UNSHIFTED, first_smaller=False),
+    "hybrid": Arm("hybrid_fast", augmentation=UNSHIFTED, first_smaller=False),
+    **{name: Arm("convnet_fast", dict(widths=widths, depths=(1,) * len(widths)), augmentation=UNSHIFTED,
+                 first_smaller=False) for name, widths in WINDOWS.items()}}
 
 
 class Reach(TrainedExperiment):
     """Four marks at the corners of a square; the class says whether equal marks share a row or a column."""
 
     title = "Reach"
-    question = "Can a model compare marks that are far apart?"
+    question = "Does a model learn to compare marks that are far apart?"
     arms = REACH_ARMS
     DISTANCES = (8, 14, 20, 26, 32, 42)
     SOLVED = 0.95
@@ -157,14 +162,14 @@ class Reach(TrainedExperiment):
                               for n, start in ((n_images, 0), (n_val, VAL_START)))
         model, rate, tried = self.train(trial, chosen, *(loader_of(one.images, one.labels, one.class_names)
                                                          for one in (train_set, val_set)), n_steps, **run)
-        correct, detector = [], []
+        correct, sums = [], []
         for distance in distances:
             test = make_corners(n_test, img_size, start=TEST_START, distance=distance)
             loader = loader_of(test.images, test.labels, test.class_names)
             correct.append(count_correct(model, loader, run.get("device", "auto"))[0])
-            detector.append(best_threshold(count_marks(test.images)[:, 0], test.labels))
+            sums.append([best_threshold(values, test.labels) for values in mark_sums(test.images).T])
         window = None if model.attends or model.windowed else max(theoretical_receptive_field(model))
-        return dict(arm=trial.arm, seed=trial.seed, distances=list(distances), correct=correct, detector=detector,
+        return dict(arm=trial.arm, seed=trial.seed, distances=list(distances), correct=correct, sums=sums,
                     n=n_test, learning_rate=rate, rates=tried, n_steps=n_steps, window=window,
                     parameters=count_parameters(model))
 
@@ -172,9 +177,11 @@ class Reach(TrainedExperiment):
         points = {self.label(own[0]): [(distance, *mean_min_max([trial["correct"][i] / trial["n"] for trial in own]))
                                        for i, distance in enumerate(own[0]["distances"])]
                   for own in by_arm(trials, self.arms).values()}
+        single = mean(max(own) for own in trials[0]["sums"])
         return {"reach": plot_curves({"Are equal marks in rows or in columns?": points},
                                      "distance between the marks (pixels)", "accuracy (%)", percent=True,
-                                     lines=[("guessing", 0.5)], title=title_of_bands(trials))}
+                                     lines=[("guessing", 0.5), ("a sum over single marks", single)],
+                                     title=title_of_bands(trials))}
 
     def finding(self, trials):
         parts = []
@@ -192,8 +199,8 @@ class Reach(TrainedExperiment):
         rows += [[self.label(own[0]), len(own), *(format_range([trial["correct"][i] / trial["n"] for trial in own])
                                                   for i in range(len(distances)))]
                  for own in by_arm(trials, self.arms).values()]
-        rows.append(["the best threshold on the number of marks of a kind", "",
-                     *(f"{share:.1%}" for share in trials[0]["detector"])])
+        rows += [[f"the best threshold on {what}", "", *(f"{own[i]:.1%}" for own in trials[0]["sums"])]
+                 for i, what in enumerate(SUMS)]
         return [("Accuracy at each distance: mean over the seeds (lowest to highest)", rows)]
 
     def label(self, trial):
@@ -201,10 +208,12 @@ class Reach(TrainedExperiment):
         return trial["arm"] if trial["window"] is None else f"{trial['arm']}, window {trial['window']}"
 
 
-def count_marks(images):
-    """Return how many marks of each kind uint8 images (N, 3, S, S) hold: (N, kinds)."""
+def mark_sums(images):
+    """Return the SUMS of uint8 images (N, 3, S, S), as a detector of single marks finds them: (N, len(SUMS))."""
     windows = images[:, 0].float().div(255).unfold(1, M, 1).unfold(2, M, 1)  # (N, S - M + 1, S - M + 1, M, M)
-    return torch.stack([(windows == mark).all(dim=(3, 4)).sum(dim=(1, 2)) for mark in MARKS], dim=1)
+    first, second = ((windows == mark).all(dim=(3, 4)).long() for mark in MARKS)  # (N, S - M + 1, S - M + 1)
+    rows = torch.arange(first.shape[1])[:, None]
+    return torch.stack([first.sum(dim=(1, 2)), ((first - second) * rows).sum(dim=(1, 2))], dim=1)
 
 
 def best_threshold(values, labels):
@@ -218,13 +227,17 @@ def best_threshold(values, labels):
 
 
 CUE_ARMS = {
-    **{f"ViT, patches of {side}": Arm("vit_nano_fast", dict(patch_size=side), resized=False) for side in (2, 4, 8)},
-    "hybrid": Arm("hybrid_fast", resized=False),
-    "ConvNet": Arm("convnet_fast", resized=False)}
+    **{f"ViT, patches of {side}": Arm("vit_nano_fast", dict(patch_size=side), first_smaller=False, whiten=False)
+       for side in (2, 4, 8)},
+    "hybrid": Arm("hybrid_fast", first_smaller=False),
+    "ConvNet": Arm("convnet_fast", first_smaller=False)}
 
 
 class Cues(TrainedExperiment):
-    """Images whose outline and texture show the same class in training, and different classes in the test."""
+    """Images whose outline and texture show the same class in training, and different classes in the test.
+
+    Each seed pairs other outlines with other textures.
+    """
 
     title = "Outline or texture"
     question = "If outline and texture disagree, which one does a model follow, and does the patch size decide it?"
@@ -232,16 +245,21 @@ class Cues(TrainedExperiment):
 
     def measure(self, trial, chosen, n_steps=800, n_images=10_000, n_val=1000, n_test=1000, img_size=32, **run):
         """Train on images whose outline and texture show the same class, and test on images where they differ."""
-        train_set, val_set = (make_cues(n, img_size, seed=1 + trial.seed, start=start)
+        train_set, val_set = (make_cues(n, img_size, seed=1 + trial.seed, start=start, pairing=trial.seed)
                               for n, start in ((n_images, 0), (n_val, VAL_START)))
-        model, rate, tried = self.train(trial, chosen, *(loader_of(images, outlines, tuple(CUES))
-                                                         for images, outlines, _ in (train_set, val_set)), n_steps,
-                                        **run)
-        test, outlines, textures = make_cues(n_test, img_size, start=TEST_START, agree=False)
-        shown = torch.cat([predictions(model, images) for images, _ in loader_of(test, outlines, tuple(CUES))])
-        choices = cue_choices(shown, outlines, textures)
-        return dict(arm=trial.arm, seed=trial.seed, choices=choices, shape_bias=shape_bias(choices),
-                    val_acc=tried[rate], learning_rate=rate, rates=tried, n_steps=n_steps)
+        test, outlines, textures = make_cues(n_test, img_size, start=TEST_START, agree=False, pairing=trial.seed)
+        found = {}
+
+        def look(rate, model):
+            shown = torch.cat([predictions(model, images) for images, _ in loader_of(test, outlines, tuple(CUES))])
+            found[rate] = cue_choices(shown, outlines, textures)
+
+        _, rate, tried = self.train(trial, chosen, *(loader_of(images, outlines, tuple(CUES))
+                                                     for images, outlines, _ in (train_set, val_set)), n_steps, look,
+                                    **run)
+        return dict(arm=trial.arm, seed=trial.seed, choices=found[rate], shape_bias=shape_bias(found[rate]),
+                    by_rate={one: shape_bias(choices) for one, choices in found.items()}, val_acc=tried[rate],
+                    learning_rate=rate, rates=tried, n_steps=n_steps)
 
     def draw(self, trials, setup=None):
         bars = {arm: mean_min_max(biases) for arm in by_arm(trials, self.arms) if (biases := self.biases(trials, arm))}
@@ -259,10 +277,12 @@ class Cues(TrainedExperiment):
                 f"{f'With every seed, {sides}' if sides else 'No cue prevails with every seed of a model'}.")
 
     def tables(self, trials):
-        table = [["", "seeds", "outline, of outline + texture", "outline", "texture", "neither", "both agree"]]
+        table = [["", "seeds", "outline, of outline + texture", "with each rate tried", "outline", "texture", "neither",
+                  "both agree"]]
         for arm, own in by_arm(trials, self.arms).items():
-            biases = self.biases(trials, arm)
+            biases, by_rate = self.biases(trials, arm), max((trial["by_rate"] for trial in own), key=len)
             table.append([arm, len(own), format_range(biases) if biases else "",
+                          "; ".join(f"{share:.0%} at {float(rate):g}" for rate, share in by_rate.items()),
                           *(f"{mean(trial['choices'][cue] for trial in own):,.0f}"
                             for cue in ("outline", "texture", "neither")),
                           f"{mean(trial['val_acc'] for trial in own):.1%}"])

@@ -57,21 +57,28 @@ class Arm:
         Builds the model from the recipe's name and the options: build_model, or a function like it.
     augmentation : Augmentation, optional
         Used instead of the recipe's.
-    resized : bool
-        Whether the first steps may use smaller images, as in the recipe. They would destroy details of one pixel.
+    first_smaller : bool or tuple
+        Whether the first steps use smaller images: True as in the recipe, False never (small images would lose details
+        of one pixel), a tuple as in TrainConfig.progressive_resize.
+    whiten : bool
+        Whether the first layer may start from whitening filters, as in the recipe. Their number depends on the patch.
     """
 
     recipe: str
     options: dict = field(default_factory=dict)
     build: Callable = build_model
     augmentation: Augmentation | None = None
-    resized: bool = True
+    first_smaller: bool | tuple = True
+    whiten: bool = True
 
     def own_recipe(self):
         """Return the recipe with the changes."""
         recipe = RECIPES[self.recipe]
-        train = recipe.train if self.resized else replace(recipe.train, progressive_resize=None)
-        return replace(recipe, train=train, augmentation=self.augmentation or recipe.augmentation,
+        train = recipe.train
+        if self.first_smaller is not True:
+            train = replace(train, progressive_resize=self.first_smaller or None)
+        return replace(recipe, train=train, whiten=recipe.whiten and self.whiten,
+                       augmentation=self.augmentation or recipe.augmentation,
                        model_options=recipe.model_options | self.options)
 
 
@@ -106,9 +113,9 @@ def train_arm(arm, loader, n_steps, learning_rate, seed, **options):
 
 
 def rates_around(arm):
-    """Return half, once and twice the recipe's learning rate: where a grid starts."""
+    """Return the recipe's learning rate, half and twice of it: where a grid starts. The recipe's own wins a tie."""
     rate = RECIPES[arm.recipe].train.learning_rate
-    return rate / 2, rate, 2 * rate
+    return rate, rate / 2, 2 * rate
 
 
 def choose_rate(train, score, rates):
@@ -128,7 +135,7 @@ def choose_rate(train, score, rates):
     Returns
     -------
     tuple
-        The model, the best rate (the smallest of several equally good ones), and {rate: score}. A training run that
+        The model, the best rate (the first of several equally good ones), and {rate: score}. A training run that
         diverges has the score 0.
 
     Raises
@@ -213,12 +220,18 @@ class TrainedExperiment(Experiment):
         first = replace(trial, seed=SEEDS[0])
         return {} if trial == first else dict(rate=first)
 
-    def train(self, trial, chosen, loader, val_loader, n_steps, **run):
-        """Train an arm on a loader; return choose_rate()'s result, or that of the rate which is chosen already."""
+    def train(self, trial, chosen, loader, val_loader, n_steps, look=None, **run):
+        """Train an arm on a loader; return choose_rate()'s result, or that of the rate which is chosen already.
+
+        look(rate, model), if given, sees every trained model.
+        """
         arm = self.arms[trial.arm]
 
         def train(rate):
-            return train_arm(arm, part_of(loader), n_steps, rate, trial.seed, **run)
+            model = train_arm(arm, part_of(loader), n_steps, rate, trial.seed, **run)
+            if look is not None:
+                look(rate, model)
+            return model
 
         return choose_rate(train, scorer(val_loader, **run),
                            (chosen["rate"]["learning_rate"],) if chosen else rates_around(arm))
@@ -325,7 +338,7 @@ class TrialPlan:
     arguments : dict
         By experiment: further arguments of measure().
     settings : dict
-        By experiment: what its trials have in common. Trials with other settings cannot be mixed with them.
+        By experiment: what its trials have in common, and the recipe of each arm. See setting_of().
     commands : dict
         By experiment: the command that measures its trials.
     run : dict
@@ -349,6 +362,11 @@ class TrialPlan:
         """Return the trials whose choices a trial uses, by name."""
         return self.experiments[trial.experiment].owners(trial, self.numbers)
 
+    def setting_of(self, experiment, arm):
+        """Return what must be the same for the trials of an arm; those with another setting cannot be mixed."""
+        settings = dict(self.settings[experiment])
+        return dict(recipe=settings.pop("recipes").get(arm), **settings)
+
     def measure(self, trial):
         """Measure a trial and write its file."""
         experiment, arguments = self.experiments[trial.experiment], dict(self.arguments[trial.experiment])
@@ -364,7 +382,7 @@ class TrialPlan:
                        seconds=round(time.perf_counter() - started, 1))
         result |= dict(dataset=trial.dataset) if experiment.on_images else {}
         write_json(cell(trial.experiment, trial.seed, self.commands[trial.experiment], result)
-                   | dict(setting=self.settings[trial.experiment]), trial.path(self.folder))
+                   | dict(setting=self.setting_of(trial.experiment, trial.arm)), trial.path(self.folder))
 
 
 def cell(table, seed, command, result):
@@ -420,7 +438,7 @@ def plan_trials(experiments, folder, run, commands, images=None, little=None):
             precision=precision, arguments=_defaults(experiment.measure) | plan.arguments[name],
             images=facts if experiment.on_images else None)))
         own = dataset if experiment.on_images else ""
-        _check_settings(plan.settings[name], name, own, folder)
+        _check_settings(plan, name, own)
         plan.trials.extend(Trial(name, arm, seed, number, own) for seed in (SEEDS[:1] if little else SEEDS)
                            for arm, number in experiment.plan(plan.numbers))
     return plan
@@ -432,11 +450,12 @@ def _defaults(function):
             if one.default is not one.empty}
 
 
-def _check_settings(settings, name, dataset, folder):
-    """Raise InputError if the folder holds a trial of the same experiment and data set with other settings."""
-    for path in folder.glob(f"{name}-*.json"):
+def _check_settings(plan, name, dataset):
+    """Raise InputError if the folder holds a trial of the same experiment and data set with another setting."""
+    for path in plan.folder.glob(f"{name}-*.json"):
         trial = read_trial(path)
-        if trial["result"].get("dataset", "") == dataset and trial.get("setting") != settings:
+        result = trial["result"]
+        if result.get("dataset", "") == dataset and trial.get("setting") != plan.setting_of(name, result["arm"]):
             raise InputError(f"{path} was measured on other images, in another precision, or with other recipes or "
                              f"numbers of steps; remove it, or choose another folder with --results-dir")
 

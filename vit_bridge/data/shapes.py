@@ -289,8 +289,9 @@ def make_corners(n_images, img_size=48, seed=0, start=0, distance=None):
     """Draw four marks, two of each kind, at the corners of a square; the label says how equal marks are arranged.
 
     The label is 1 if the two marks of a row are equal and 0 if those of a column are, in turn. Every image has two
-    marks of each kind, so no sum over the marks of an image depends on the label. It takes two marks of a row or of a
-    column to determine it.
+    marks of each kind, so their numbers do not depend on the label. It takes two marks of a row or of a column to
+    determine it. A sum over single marks, weighted by kind and row, allows a decision that is right in 75% of the
+    images.
 
     Parameters
     ----------
@@ -338,11 +339,12 @@ def make_mark(n_images, img_size=32, seed=0, start=0):
     return Drawn(_on_noise(corners, labels[:, None], seed, index, img_size), labels, KINDS)
 
 
-def make_cues(n_images, img_size=32, seed=0, start=0, agree=True):
+def make_cues(n_images, img_size=32, seed=0, start=0, agree=True, pairing=0):
     """Draw shapes and textures that represent the classes of CUES.
 
     With agree=True, shape and texture show the same class. With agree=False, they show different classes, and all pairs
-    occur in turn.
+    occur in turn. With another `pairing`, from 0 to 4, the classes have the textures of other classes: that many
+    further on in CUES.
 
     Returns
     -------
@@ -359,7 +361,7 @@ def make_cues(n_images, img_size=32, seed=0, start=0, agree=True):
     shape_numbers = torch.tensor([SHAPES.index(name) for name in CUES])
     texture_numbers = torch.tensor([TEXTURES.index(name) for name in CUES.values()])
     drawn = make_shapes(n_images, img_size, seed, start, shape=shape_numbers[outlines],
-                        texture=texture_numbers[textures])
+                        texture=texture_numbers.roll(-pairing)[textures])
     return drawn.images, outlines, textures
 
 
