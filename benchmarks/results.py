@@ -74,16 +74,16 @@ TABLES = {
              "the speed of a large matrix product on the same machine (`python benchmarks/steps.py --keep`)",
     "augmentation": "Augmentation of 32-pixel images, in images per second on one core: ours processes batches of 128, "
                     "torchvision's transforms one image at a time (`python benchmarks/batch_augmentation.py --keep`)",
-    "ladder": "From a ViT to a CNN, one change at a time: equal minutes, nearly equal FLOPs, and for each network "
-              "and number of images its own learning rate, chosen on validation images from a grid whose edge does not "
-              "win (`python cnn_vs_vit.py --train --only ladder --data-dir CIFAR --train-fractions 0.01 0.1 1`). The "
-              "speeds that fix the number of steps are measured first, in rounds in which all networks take turns",
+    "ladder": "From a ViT to a CNN, step by step: equal minutes, nearly equal FLOPs, and for each network its own "
+              "learning rate, chosen on validation images from a grid whose edge does not win (`python cnn_vs_vit.py "
+              "--train --only ladder --data-dir CIFAR --train-fractions 0.01 0.1 1`). The speeds that fix the number of "
+              "steps are measured first, in rounds in which all networks take turns",
     "data": "Data efficiency: each model trains for as many steps as raise its validation accuracy, by the same rule, "
             "with its own learning rate for each number of images (`python cnn_vs_vit.py --train --only data "
             "--data-dir CIFAR --train-fractions 0.01 0.1 1`)",
     "reach": "Reach: four marks at the corners of a square, two of each kind. The class says whether equal marks share "
-             "a row or a column, so no sum over the marks depends on it. The table shows the accuracy on 1,000 test "
-             "images at each distance (`python cnn_vs_vit.py --train --only reach`)",
+             "a row or a column. The table shows the accuracy on 1,000 test images at each distance (`python "
+             "cnn_vs_vit.py --train --only reach`)",
     "cues": "Outline or texture: predictions for images whose outline and texture belong to different classes "
             "(`python cnn_vs_vit.py --train --only cues`)",
     "fell": "What fell: results of older versions of these experiments, whose conclusions did not survive. Reach "
