@@ -76,8 +76,8 @@ TABLES = {
                     "torchvision's transforms one image at a time (`python benchmarks/batch_augmentation.py --keep`)",
     "ladder": "From a ViT to a CNN, step by step: equal minutes, nearly equal FLOPs, and for each network its own "
               "learning rate, chosen on validation images from a grid whose edge does not win (`python cnn_vs_vit.py "
-              "--train --only ladder --data-dir CIFAR --train-fractions 0.01 0.1 1`). The speeds that fix the number of "
-              "steps are measured first, in rounds in which all networks take turns",
+              "--train --only ladder --data-dir CIFAR --train-fractions 0.01 0.1 1`). The speeds that fix the numbers "
+              "of steps were measured in rounds in which the networks took turns",
     "data": "Data efficiency: each model trains for as many steps as raise its validation accuracy, by the same rule, "
             "with its own learning rate for each number of images (`python cnn_vs_vit.py --train --only data "
             "--data-dir CIFAR --train-fractions 0.01 0.1 1`)",
