@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from vit_bridge.analysis.cost import count_flops
 from vit_bridge.compare import ladder as ld
@@ -24,6 +25,15 @@ def test_rungs_have_nearly_equal_flops():
     flops = {name: count_flops(built(name)) for name in ld.RUNGS}
     assert (round(min(flops.values()) / 1e6), round(max(flops.values()) / 1e6)) == (62, 73)
     assert list(ld.CHANGES) == list(ld.RUNGS)
+
+
+def test_convolutions_do_most_of_the_hybrids_flops():
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        built("hybrid").eval()(torch.zeros(1, 3, 32, 32))
+    convolutions = counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
+    assert f"{convolutions / count_flops(built('hybrid')):.0%}" == "76%"
+    assert "76% of the FLOPs" in ld.CHANGES["hybrid"]
 
 
 @pytest.mark.parametrize("name", ["Swin, convolutional stem", "ConvNeXt, convolutional stem"])
