@@ -156,6 +156,9 @@ def test_similarity_finding_follows_the_numbers():
         "The mean CKA of two different layers of a model is 0.40 (B) to 0.90 (A). Compared with random weights, it is "
         "lower in B and higher in A.")
     assert finding(0.62, 0.58).endswith("it is about the same in A and B.")
+    alone = {key: {"A": [[1, value], [value, 1]]} for key, value in (("within", 0.4), (RANDOM, 0.9))}
+    assert EXPERIMENTS["similarity"].finding(alone | {"across": {}}).startswith(
+        "The mean CKA of two different layers of a model is 0.40 (A). Compared")
     assert _off_diagonal_mean([[1, 0.2, 0.4], [0.2, 1, 0.6], [0.4, 0.6, 1]]) == pytest.approx(0.4)
 
 

@@ -121,6 +121,12 @@ def _clauses(*clauses):
     return join_words(f"{words} {join_words(names)}" for words, names in clauses if names)
 
 
+def _from_to(values):
+    """Return the smallest and the largest of {name: value} in words."""
+    ends = dict.fromkeys((min(values, key=values.get), max(values, key=values.get)))
+    return " to ".join(f"{values[name]:.2f} ({name})" for name in ends)
+
+
 # ---- 1. Cost ----------------------------------------------------------------------------------------------
 
 
@@ -181,10 +187,8 @@ class Cost(Experiment):
                    for name, rows in data["resolution"].items()}
         leaders = rank_speeds({name: row["images_per_second"] for name, row in largest.items()}).leaders
         exponents = {name: row["flops"] for name, row in data["exponents"].items()}
-        low, high = min(exponents, key=exponents.get), max(exponents, key=exponents.get)
-        return (f"FLOPs grow with the number of pixels to the power {exponents[low]:.2f} ({low}) to "
-                f"{exponents[high]:.2f} ({high}), and {is_or_are(leaders)} fastest at "
-                f"{next(iter(largest.values()))['size']} pixels a side.")
+        return (f"FLOPs grow with the number of pixels to the power {_from_to(exponents)}, and "
+                f"{is_or_are(leaders)} fastest at {next(iter(largest.values()))['size']} pixels a side.")
 
     def tables(self, data):
         heads = ["", "side (px)", "parameters", "MFLOPs", "images/s", "training", "MiB per image", "training"]
@@ -373,10 +377,9 @@ class Similarity(Experiment):
         own, random = ({name: _off_diagonal_mean(matrix) for name, matrix in data[key].items()}
                        for key in ("within", RANDOM))
         more, less, same = sort_by_change(random, own, 0.05)
-        low, high = min(own, key=own.get), max(own, key=own.get)
         changes = _clauses(("lower in", less), ("higher in", more), ("about the same in", same))
-        return (f"The mean CKA of two different layers of a model is {own[low]:.2f} ({low}) to {own[high]:.2f} "
-                f"({high}). Compared with random weights, it is {changes}.")
+        return (f"The mean CKA of two different layers of a model is {_from_to(own)}. Compared with random weights, "
+                f"it is {changes}.")
 
     def tables(self, data):
         rows = [["", "trained", RANDOM]]
