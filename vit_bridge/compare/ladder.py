@@ -1,4 +1,4 @@
-"""The ladder: from a plain ViT to a ConvNet, one change at a time, with nearly equal FLOPs and equal minutes.
+"""The ladder: from a plain ViT to a ConvNet, step by step, with nearly equal FLOPs and equal minutes.
 
     RUNGS       the networks; each differs from the one before in what CHANGES says
     BESIDE      what can be done without changing the network
@@ -222,8 +222,7 @@ class Ladder(TrainedExperiment):
         n_steps = steps_in(own, name, speeds)
 
         def train(rate):
-            return train_arm(RUNGS[name], part, n_steps, rate, trial.seed, start=copy.deepcopy(start),
-                             **run)
+            return train_arm(RUNGS[name], part, n_steps, rate, trial.seed, start=copy.deepcopy(start), **run)
 
         score = scorer(val_loader, **run)
         rates = (chosen["rate"]["learning_rate"],) if chosen else rates_around(RUNGS[name])
@@ -251,7 +250,7 @@ class Ladder(TrainedExperiment):
     def draw(self, trials, setup=None):
         """Draw a bar for each network, and for each way to leave the network as it is, with a line for each seed."""
         few = numbers_of(trials)[0]
-        shown = {f"one change at a time, {few:,} training images": [*RUNGS],
+        shown = {f"step by step, {few:,} training images": [*RUNGS],
                  f"{PLAIN}: without changing the network": [PLAIN, *BESIDE, MORE]}
         figure = new_figure(10.5, 4.6)
         panels = figure.subplots(1, 2, sharex=True)
@@ -269,8 +268,9 @@ class Ladder(TrainedExperiment):
             axes.invert_yaxis()
             axes.set_title(heading, fontsize=11)
             axes.set_xlabel("test accuracy (%)")
-        set_heading(figure, f"From a ViT to a CNN: {trials[0]['minutes']:g} minutes of training each, about "
-                            f"{trials[0]['flops'] / 1e6:.0f} MFLOPs; lines are seeds")
+        flops = [trial["flops"] / 1e6 for trial in trials]
+        set_heading(figure, f"From a ViT to a CNN: {trials[0]['minutes']:g} minutes of training each, "
+                            f"{min(flops):.0f} to {max(flops):.0f} MFLOPs; lines are seeds")
         return {"ladder": finish(figure, None)}
 
     def finding(self, trials):

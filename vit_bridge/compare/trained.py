@@ -1,6 +1,6 @@
 """The experiments that train their models: each model by its own recipe, with learning rates chosen for each task.
 
-    TRAINED["ladder"]  from a plain ViT to a ConvNet, one change at a time (ladder.py)
+    TRAINED["ladder"]  from a plain ViT to a ConvNet, step by step (ladder.py)
     TRAINED["data"]    how many training images a model needs
     TRAINED["reach"]   whether a model can compare marks that are far apart
     TRAINED["cues"]    whether a model follows outline or texture
