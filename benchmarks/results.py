@@ -93,8 +93,8 @@ TABLES = {
             "all models, and learning rates at the edge of their grid. Both used a residual ConvNet and a strided "
             "stem, which are several points worse than the networks that train_vit.py trains. Cues blamed the patch "
             "without changing it",
-    "verdicts": "The findings of `python cnn_vs_vit.py --data-dir DIR --minutes M` on folders with a known answer "
-                "(`python benchmarks/verdicts.py --keep`), quoted as they were printed at the time of the "
+    "verdicts": "The findings of `python cnn_vs_vit.py --data-dir DIR --minutes M` on folders with a known answer and "
+                "on photographs of CIFAR-10 (JPEG) (`python benchmarks/verdicts.py --keep`), quoted as they were printed at the time of the "
                 "measurement. Rows without an entry for what is better by construction are older: they compare "
                 "three models from scratch, all with one recipe and one learning rate",
     "verdict-errors": "How often the rule behind these findings makes a false claim, in simulated comparisons with "

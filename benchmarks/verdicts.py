@@ -86,7 +86,7 @@ class Folder:
     n_train, n_test : int
         Number of images; a tenth of the training images is held out for validation.
     winner : str or None
-        The candidate that is better than all others, if there is one.
+        The candidate that is better than all others, if there is one; "not known" for photographs.
     options : tuple of str
         Further options of cnn_vs_vit.py.
     """
@@ -141,8 +141,8 @@ def main():
     if "photographs" in options.names and not options.images:
         parser.error("photographs needs --images, a folder of CIFAR-10 (JPEG)")
     if options.images:
-        FOLDERS["photographs"] = Folder(Photographs(options.images), 2000, 1000,
-                                        options=("--pretrained", "vit_nano_shapes", "convnet_shapes"))
+        FOLDERS["photographs"] = Folder(Photographs(options.images), 2000, 1000, "not known",
+                                        ("--pretrained", "vit_nano_shapes", "convnet_shapes"))
     if options.smoke:
         print(judge("equal", 0, SMOKE_MINUTES, SMOKE_IMAGES)["finding"])
         return
