@@ -94,9 +94,9 @@ TABLES = {
             "stem, which are several points worse than the networks that train_vit.py trains. Cues blamed the patch "
             "without changing it",
     "verdicts": "The findings of `python cnn_vs_vit.py --data-dir DIR --minutes M` on folders with a known answer and "
-                "on photographs of CIFAR-10 (JPEG) (`python benchmarks/verdicts.py --keep`), quoted as they were printed at the time of the "
-                "measurement. Rows without an entry for what is better by construction are older: they compare "
-                "three models from scratch, all with one recipe and one learning rate",
+                "on photographs of CIFAR-10 (JPEG) (`python benchmarks/verdicts.py --keep`), quoted as they were "
+                "printed at the time of the measurement. Rows without an entry for what is better by construction are "
+                "older: they compare three models from scratch, all with one recipe and one learning rate",
     "verdict-errors": "How often the rule behind these findings makes a false claim, in simulated comparisons with "
                       "three seeds for each model (`python benchmarks/verdict_errors.py --keep`; the script describes "
                       "the settings). A claim that one model is ahead of another is false if the other is as good. "
