@@ -251,7 +251,7 @@ class Ladder(TrainedExperiment):
         """Draw a bar for each network, and for each way to leave the network as it is, with a line for each seed."""
         few = numbers_of(trials)[0]
         shown = {f"step by step, {few:,} training images": [*RUNGS],
-                 f"{PLAIN}: without changing the network": [PLAIN, *BESIDE, MORE]}
+                 f"{PLAIN}: the network stays": [PLAIN, *BESIDE, MORE]}
         figure = new_figure(10.5, 4.6)
         panels = figure.subplots(1, 2, sharex=True)
         looks = looks_of([*RUNGS])
