@@ -2,7 +2,7 @@
 
     TRAINED["ladder"]  from a plain ViT to a ConvNet, step by step (ladder.py)
     TRAINED["data"]    how many training images a model needs
-    TRAINED["reach"]   whether a model can compare marks that are far apart
+    TRAINED["reach"]   whether a model learns to compare marks that are far apart
     TRAINED["cues"]    whether a model follows outline or texture
 
 Shapes:  N images, S side of an image in pixels, n test images, M side of a mark.
@@ -282,7 +282,8 @@ class Cues(TrainedExperiment):
         for arm, own in by_arm(trials, self.arms).items():
             biases, by_rate = self.biases(trials, arm), max((trial["by_rate"] for trial in own), key=len)
             table.append([arm, len(own), format_range(biases) if biases else "",
-                          "; ".join(f"{share:.0%} at {float(rate):g}" for rate, share in by_rate.items()),
+                          "; ".join(f"{share:.0%} at {float(rate):g}" for rate, share in by_rate.items()
+                                    if not math.isnan(share)),
                           *(f"{mean(trial['choices'][cue] for trial in own):,.0f}"
                             for cue in ("outline", "texture", "neither")),
                           f"{mean(trial['val_acc'] for trial in own):.1%}"])
