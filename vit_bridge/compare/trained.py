@@ -67,7 +67,7 @@ class DataEfficiency(TrainedExperiment):
     on_images = True
     RISE = 0.01
 
-    def measure(self, trial, loaders, chosen, first_steps=250, most_steps=8000, **run):
+    def measure(self, trial, loaders, chosen, first_steps=250, most_steps=4000, **run):
         """Train one arm with one seed, and test it; the seed draws the images."""
         images, val_loader, test_loader = loaders
         part = part_of(images, draw_indices(images, trial.n_images, trial.seed))
@@ -152,11 +152,11 @@ class Reach(TrainedExperiment):
     title = "Reach"
     question = "Does a model learn to compare marks that are far apart?"
     arms = REACH_ARMS
-    DISTANCES = (8, 14, 20, 26, 32, 42)
+    DISTANCES = (8, 12, 16, 20, 23, 26)
     SOLVED = 0.95
 
     def measure(self, trial, chosen, n_steps=1000, n_images=20_000, n_val=2000, n_test=1000, distances=DISTANCES,
-                img_size=48, **run):
+                img_size=32, **run):
         """Train on squares of all sizes, and count how many of n_test predictions are right at each size."""
         train_set, val_set = (make_corners(n, img_size, seed=1 + trial.seed, start=start)
                               for n, start in ((n_images, 0), (n_val, VAL_START)))
