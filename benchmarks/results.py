@@ -126,6 +126,8 @@ TABLES = {
                 "benchmarks/commands.py --keep`)",
     "shipped": "What `python cnn_vs_vit.py` measures on the shipped models and new drawn shapes (kept by `python "
                "benchmarks/commands.py --keep`). The models were trained for different lengths of time",
+    "shipped-cifar10": "The same for the models trained on CIFAR-10 (JPEG) for ten minutes, on its test images. Nothing "
+                       "is timed (`python benchmarks/cifar_models.py --data-dir CIFAR --keep`)",
     "resolution": "What larger images cost in inference, in float32: models with about as many parameters, and images "
                   "per second as medians of rounds in which all models and sizes take turns. The exponents are fitted "
                   "to the upper half of the sides, against the number of pixels (`python benchmarks/growth.py models "
@@ -262,6 +264,7 @@ def page():
                 "ladder": trained_lines, "data": trained_lines, "reach": trained_lines, "cues": trained_lines,
                 "fell": fell_lines, "verdicts": verdict_lines, "verdict-errors": verdict_error_lines,
                 "trust": trust_lines, "views": view_lines, "commands": command_lines, "shipped": shipped_lines,
+                "shipped-cifar10": shipped_lines,
                 "augmentation": augmentation_lines, "gpu": gpu_lines,
                 "explorer": explorer_lines}.get(table, run_lines)
         lines += [f"## {table}", "", f"{title}.", "", *draw(tables[table])]

@@ -155,7 +155,7 @@ class Reach(TrainedExperiment):
     DISTANCES = (8, 12, 16, 20, 23, 26)
     SOLVED = 0.95
 
-    def measure(self, trial, chosen, n_steps=1000, n_images=20_000, n_val=2000, n_test=1000, distances=DISTANCES,
+    def measure(self, trial, chosen, n_steps=500, n_images=20_000, n_val=2000, n_test=1000, distances=DISTANCES,
                 img_size=32, **run):
         """Train on squares of all sizes, and count how many of n_test predictions are right at each size."""
         train_set, val_set = (make_corners(n, img_size, seed=1 + trial.seed, start=start)
