@@ -126,8 +126,8 @@ TABLES = {
                 "benchmarks/commands.py --keep`)",
     "shipped": "What `python cnn_vs_vit.py` measures on the shipped models and new drawn shapes (kept by `python "
                "benchmarks/commands.py --keep`). The models were trained for different lengths of time",
-    "shipped-cifar10": "The same for the models trained on CIFAR-10 (JPEG) for ten minutes, on its test images. Nothing "
-                       "is timed (`python benchmarks/cifar_models.py --data-dir CIFAR --keep`)",
+    "shipped-cifar10": "The same for the models trained on CIFAR-10 (JPEG) for ten minutes, on its test images. "
+                       "Nothing is timed (`python benchmarks/cifar_models.py --data-dir CIFAR --keep`)",
     "resolution": "What larger images cost in inference, in float32: models with about as many parameters, and images "
                   "per second as medians of rounds in which all models and sizes take turns. The exponents are fitted "
                   "to the upper half of the sides, against the number of pixels (`python benchmarks/growth.py models "
