@@ -384,8 +384,13 @@ def run_cell(cell, loaders, work, device):
 def is_ready(cell, options):
     """Return whether the model that a cell needs exists, and whether this job is to train such a cell."""
     source = cell.source
-    return options.only in cell.name and cell.seed in options.seeds and (
+    return is_chosen(cell, options) and (
         source is None or (source.result is not None and (options.work / f"{source.path.stem}.pt").exists()))
+
+
+def is_chosen(cell, options):
+    """Return whether this job is to train a cell."""
+    return options.only in cell.name and cell.seed in options.seeds
 
 
 def run_job(options, loaders, command):
@@ -399,6 +404,9 @@ def run_job(options, loaders, command):
                      and family.claim(options.work / f"{cell.path.stem}.claim")), None)
         if cell is None:
             if options.device == "cpu" or not wanted:
+                for left_out in (cell for cell in wanted if is_chosen(cell, options) and not is_ready(cell, options)):
+                    print(f"{left_out.path.stem} is left out: it starts from {left_out.source.path.stem}.pt, which is "
+                          f"not in {options.work}", flush=True)
                 return
             time.sleep(1)  # another job may be training what the next cell needs
             continue

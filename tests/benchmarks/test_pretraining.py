@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,3 +67,12 @@ def test_blocks_hide_as_many_patches_as_the_model_expects(pretraining):
     assert seen[0].sum(dim=1).tolist() == [hidden] * 3
     _, _, mask = model(torch.randn(3, 3, 32, 32), seen[0])
     assert torch.equal(mask, seen[0])  # exactly the blocks are hidden
+
+
+def test_a_job_names_the_cells_whose_start_is_missing(pretraining, monkeypatch, tmp_path, capsys):
+    cells = [pretraining.Cell("MAE, fine-tuned", seed, 450, 1e-3) for seed in (0, 1)]
+    monkeypatch.setattr(pretraining, "wanted_cells", lambda: cells)
+    options = SimpleNamespace(only="MAE", seeds=[1], work=tmp_path, device="cpu", until=1)
+    pretraining.run_job(options, (), "")
+    assert capsys.readouterr().out == (f"{cells[1].path.stem} is left out: it starts from "
+                                       f"{cells[1].source.path.stem}.pt, which is not in {tmp_path}\n")
