@@ -34,6 +34,7 @@ from vit_bridge.compare.which import (
     compare_candidates,
     describe_weights,
     draw_candidates,
+    fitting_candidates,
     next_step,
 )
 from vit_bridge.data.audit import audit_folder
@@ -194,6 +195,7 @@ def show_trials(names, folder, trials):
             _publish(sections[-1], folder)
         for dataset, own in by_dataset(trials.get(name, [])).items():
             data = [trial["result"] for trial in own]
+            experiment.check(data)
             ending = re.sub(r"[^\w-]+", "-", f"_{dataset}" if dataset else "").rstrip("-")  # of file names
             figures = {f"{key}{ending}": figure for key, figure in experiment.draw(data).items()}
             dates = sorted({trial["date"] for trial in own})
@@ -223,45 +225,60 @@ def compare_on_folder(options, folder):
     candidates = candidates_of(options.pretrained or DEFAULT_WEIGHTS)
     images = FolderImages(DRY_RUN_IMAGES if options.dry_run else None, data_dir=options.data_dir, seed=options.seed,
                           img_size=options.img_size, skip_corrupt=options.skip_corrupt)
-    expected, weights = _announce(options, candidates, images)
+    if images.loaders()[0].dataset_name == "folder":
+        audit = str(audit_folder(options.data_dir, seed=options.seed))
+        print(audit)
+    else:
+        audit = ""
+    run = dict(device=options.device, amp=options.amp)
+    candidates, left_out = fitting_candidates(candidates, images, options.minutes, **run)
+    print("\n".join(left_out), end="\n" * bool(left_out))
+    expected, unfair = _announce(options, candidates, images)
     with Interrupts() as interrupts:
         interrupts.advice = "a comparison needs all training runs, and none of them is saved; use fewer --minutes"
-        results = compare_candidates(candidates, images, options.minutes, device=options.device, amp=options.amp,
-                                     n_steps=1 if options.dry_run else None)
+        results, too_large = compare_candidates(candidates, images, options.minutes,
+                                                n_steps=1 if options.dry_run else None, **run)
     controls, guessing = baselines(images.loaders())
     rows, costs = ({name: result[key] for name, result in results.items()} for key in ("rows", "ms"))
-    commands = {one.name: one.command(options.data_dir, images.img_size, options.minutes) for one in candidates}
+    commands = {one.name: one.command(options.data_dir, images.img_size, options.minutes, results[one.name]["recipe"],
+                                      _same_run(options)) for one in candidates if one.name in results}
     report_skipped(images.skipped)
     finding = "\n".join([*describe_verdict(rows, guessing), *next_step(rows, costs, commands, guessing),
-                         *caveats(results, controls, guessing), *weights])
+                         *caveats(results, controls, guessing), *unfair, *left_out, *too_large])
     shown = results, controls, guessing
+    skipped = [f"Skipped, because it cannot be read: {file}" for file in images.skipped]
     section = Section(TITLE, QUESTION, finding, {"verdict": draw_candidates(*shown)}, [candidate_table(*shown)],
-                      expected)
+                      "\n".join(filter(None, [*expected, audit, *skipped])))
     _publish(section, folder, with_note=False)  # printed before the training
     data = dict(results=results, controls=controls, guessing=guessing, finding=finding, skipped=images.skipped)
     return {"verdict": data}, [section]
 
 
+def _same_run(options):
+    """Return the options that train_vit.py needs to read the same images on the same device."""
+    words = ["--skip-corrupt"] * options.skip_corrupt
+    for key in ("device", "amp"):
+        words += [f"--{key}", getattr(options, key)] * (getattr(options, key) != "auto")
+    return words
+
+
 def _announce(options, candidates, images):
-    """Print what is compared, and which lead can be found; return that line and the lines about unfair weights."""
+    """Print what is compared, and which lead can be found; return these lines, and those about unfair weights."""
     train_loader, val_loader, test_loader = images.loaders()
     part, tested = ("validation", val_loader) if test_loader is None else ("test", test_loader)
-    if train_loader.dataset_name == "folder":
-        print(audit_folder(options.data_dir, seed=options.seed))
     print(f"{train_loader.n_images:,} training images of {len(train_loader.class_names)} classes. "
           f"{len(candidates)} candidates, each with {len(SEEDS)} seeds, share {options.minutes:g} min and are compared "
           f"on {tested.n_images:,} {part} images. New models get images of {describe_size(train_loader.img_size)} "
           f"pixels, trained ones their own size.")
     described = dict.fromkeys(describe_weights(one, train_loader.class_names) for one in candidates if one.weights)
-    for origin, _ in described:
-        print(origin)
+    origins = [origin for origin, _ in described]
     expected = (f"Expected before any training (assuming an accuracy of 75%, and seeds that differ by 1 point): "
                 f"{describe_power(assumed_noise(tested.n_images, len(SEEDS), len(candidates)))}")
     if tested.n_images < MIN_IMAGES:
         expected = (f"{tested.n_images} {part} images are too few to name a winner; at least {MIN_IMAGES} are needed. "
                     f"{_more_images(options.data_dir)}")
-    print(expected, flush=True)
-    return expected, [unfair for _, unfair in described if unfair]
+    print("\n".join([*origins, expected]), flush=True)
+    return [expected, *origins], [unfair for _, unfair in described if unfair]
 
 
 def _more_images(data_dir):
@@ -383,6 +400,17 @@ def make_parser():
     return parser
 
 
+def _check_used(options):
+    """Raise InputError for an option that the requested comparison would ignore."""
+    defaults, images = vars(make_parser().parse_args([])), bool(options.train or options.data_dir)
+    needed = dict.fromkeys(("jobs", "train_fractions"), (options.train, "--train"))
+    needed |= dict.fromkeys(("img_size", "seed", "skip_corrupt"), (images, "--data-dir DIR or --train"))
+    needed |= dict(results_dir=(not options.minutes, "no --minutes, which keeps no trials"))
+    for key, (is_used, wanted) in needed.items():
+        if getattr(options, key) != defaults[key] and not is_used:
+            raise InputError(f"--{key.replace('_', '-')} has no effect here; it needs {wanted}")
+
+
 def main(argv=None):
     options = make_parser().parse_args(argv)
     for name in options.only or ():
@@ -404,6 +432,7 @@ def main(argv=None):
                          f"of the two")
     if options.data_dir and not Path(options.data_dir).exists():
         raise InputError(f"--data-dir {options.data_dir} does not exist; choose a folder with one folder per class")
+    _check_used(options)
     choose_device(options.device)
     if options.dry_run and not options.output_dir:
         with tempfile.TemporaryDirectory() as folder:

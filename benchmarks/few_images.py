@@ -61,8 +61,8 @@ def main():
 
     CIFAR contains train/<class>/ and test/<class>/ of CIFAR-10. vit_nano is pretrained on airplane, bird, deer, horse
     and truck (25,000 images). Then each of three seeds draws 100 images each of automobile, cat, dog, frog and ship: 90
-    to train on and 10 to validate. The learning rate of a method is the best of three by validation accuracy, averaged
-    over the seeds. The 5,000 test images are read once per method and seed, after that choice.
+    to train on and 10 to validate. The learning rate of a method is the best of three or four by validation accuracy,
+    averaged over the seeds. The 5,000 test images are read once per method and seed, after that choice.
     """
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data-dir", type=Path, required=True)

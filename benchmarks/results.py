@@ -158,9 +158,10 @@ TABLES = {
                  "3 processes share 2 cores",
     "few-images": "500 CIFAR-10 (JPEG) images of five classes: 90 per class for training and 10 for validation, with "
                   "5,000 test images. Pretraining used 25,000 images of the five other classes. The learning rate is "
-                  "the best of three by validation accuracy, averaged over three seeds; a seed draws the images, the "
-                  "weights and the order (`python benchmarks/few_images.py --data-dir CIFAR --keep`). Training "
-                  "from scratch uses the recipe classic, not the recipe that train_vit.py now chooses for images of "
+                  "the best of three or four by validation accuracy, averaged over three seeds; a seed draws the "
+                  "images, the weights and the order (`python benchmarks/few_images.py --data-dir CIFAR --keep`). "
+                  "Training from scratch uses the recipe classic, not the recipe that train_vit.py now chooses for "
+                  "images of "
                   "this size, so the table does not show how much pretraining helps",
     "gpu": "One GPU: the tests marked `cuda`; images per second at 224 pixels in bf16, measured as for throughput "
            "but with a matrix product of 8192 x 8192; and 45-second training runs on CIFAR-10 (JPEG) "

@@ -28,6 +28,7 @@ from results import write_cell
 
 from vit_bridge.compare.statistics import rank_candidates
 from vit_bridge.data.shapes import SHAPES, make_shapes
+from vit_bridge.runtime import choose_device
 
 TEST_START, DRAW = 10**9, 10**6  # the number of the first test image, and the distance between two draws
 SMOKE_MINUTES, SMOKE_IMAGES = 0.5, 100
@@ -125,7 +126,7 @@ def judge(name, draw, minutes, most=10**9):
         one["rows"] = [dict(row, right=sum(row["right"]), n=len(row["right"])) for row in one["rows"]]
     return dict(name=name, draw=draw, minutes=minutes, finding=found["finding"].replace(str(path), name),
                 winner=ranking and ranking.winner, expected=folder.winner, results=found["results"],
-                controls=found["controls"], device="cpu")
+                controls=found["controls"], device=choose_device("auto").type)
 
 
 def main():
@@ -138,6 +139,9 @@ def main():
                                                              "nothing")
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
+    for name in options.names:
+        if name not in (*FOLDERS, "photographs"):
+            parser.error(f"{name!r} is unknown; choose from {', '.join(FOLDERS)} and photographs")
     if "photographs" in options.names and not options.images:
         parser.error("photographs needs --images, a folder of CIFAR-10 (JPEG)")
     if options.images:
@@ -152,7 +156,8 @@ def main():
             print(f"{name}, draw {draw}: expected {result['expected']}, found {result['winner']}", flush=True)
             if options.keep:
                 write_cell("verdicts", f"{name}-{draw}", 0, f"python benchmarks/verdicts.py --minutes "
-                           f"{options.minutes:g} --draws {options.draws} --keep {name}", result)
+                           f"{options.minutes:g} --draws {options.draws} --keep {name}"
+                           + " --images CIFAR" * (name == "photographs"), result)
 
 
 if __name__ == "__main__":

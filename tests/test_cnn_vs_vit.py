@@ -18,6 +18,7 @@ from vit_bridge.compare.statistics import assumed_noise, describe_power
 from vit_bridge.compare.trained import TRAINED
 from vit_bridge.compare.trials import SEEDS, plan_trials, read_trials, run_trials
 from vit_bridge.compare.which import candidates_of
+from vit_bridge.data.audit import audit_folder
 from vit_bridge.models.hybrid import HybridCNNViT as HybridOfThePackage
 from vit_bridge.system import Interrupted
 from vit_model import InputError
@@ -210,7 +211,7 @@ def judged(monkeypatch):
         levels = [150] * (len(candidates) - 1) + [200]
         return {one.name: dict(recipe="classic", img_size=32, parameters=9, ms=2.0, seconds=1.0, rows=[
             dict(seed=seed, n_steps=9, epochs=9.0, diverged="", accuracy=n / 200, right=[i < n for i in range(200)])
-            for seed in SEEDS]) for one, n in zip(candidates, levels, strict=True)}
+            for seed in SEEDS]) for one, n in zip(candidates, levels, strict=True)}, []
 
     monkeypatch.setattr(cv, "compare_candidates", compare)
     return before
@@ -234,7 +235,8 @@ def test_compare_on_folder_says_beforehand_what_is_compared_and_can_be_found(par
                 f"{describe_power(assumed_noise(n, 3, 6))}")
     assert expected in before
     assert expected not in after
-    assert section.note == expected
+    assert section.note.startswith(f"{expected}\nvit_nano_cifar10 (VisionTransformer) was trained on ")
+    assert str(audit_folder(photos)) in section.note
     assert section.finding == found["finding"]
     assert section.finding in after
     ((caption, (heads, *rows)),) = section.tables
@@ -258,7 +260,8 @@ def test_compare_on_folder_recommends_the_winners_command(judged, tmp_path):
     found, _ = judge(photos, tmp_path, "--img-size", "20")
     first, second, *_ = found["finding"].splitlines()
     assert first.startswith("ConvNet from scratch is ahead of linear probe of vit_nano_cifar10 by 25.0 points (95% ")
-    assert second == f"Next: python train_vit.py --data-dir {photos} --model convnet --img-size 20 --minutes 1"
+    assert second == (f"Next: python train_vit.py --data-dir {photos} --model convnet --img-size 20 "
+                      f"--recipe classic --minutes 1")
 
 
 def test_compare_on_folder_names_an_unfair_start(judged, tmp_path):
@@ -279,7 +282,7 @@ def test_compare_on_folder_passes_the_options_on(judged, tmp_path):
     assert [one.name for one in candidates[:3]] == ["fine-tuned convnet_cifar10", "linear probe of vit_nano_shapes",
                                                     "fine-tuned vit_nano_shapes"]
     assert (minutes, run) == (1.0, dict(device="cpu", amp="off", n_steps=None))
-    assert (images.loaders()[0].seed, images.loaders()[0].img_size, images.limit) == (4, 24, None)
+    assert (images.data["seed"], images.loaders()[0].img_size, images.limit) == (4, 24, None)
 
 
 def test_cnn_vs_vit_says_a_stopped_verdict_keeps_nothing(tmp_path, monkeypatch):
@@ -304,6 +307,10 @@ def test_cnn_vs_vit_says_a_stopped_verdict_keeps_nothing(tmp_path, monkeypatch):
     (["--data-dir", ".", "--minutes", "3", "--pretrained", "vit_nanno"], "there is no pretrained model or file"),
     (["--data-dir", ".", "--minutes", "3", "--pretrained", "a.pt", "a.pt"], "--pretrained lists a.pt twice"),
     (["--data-dir", ".", "--minutes", "0"], "--minutes: 0 is out of range; expected a positive number"),
+    (["--jobs", "2"], "--jobs has no effect here; it needs --train"),
+    (["--data-dir", ".", "--minutes", "3", "--train-fractions", "0.5"], "--train-fractions has no effect here"),
+    (["--data-dir", ".", "--minutes", "3", "--results-dir", "x"], "--results-dir has no effect here"),
+    (["--img-size", "32"], "--img-size has no effect here; it needs --data-dir DIR or --train"),
     (["--device", "gpu"], "device 'gpu' is unknown"), (["--img-size", "96"], "a whole number from 8 to 64")])
 def test_cnn_vs_vit_reports_bad_options_in_one_line(words, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -136,10 +136,42 @@ def test_run_trials_in_two_processes(tmp_path):
     assert len({one["result"]["learning_rate"] for one in found}) == 1
 
 
+class FailingCues(td.Cues):
+    """Its measurements cannot go on."""
+
+    def measure(self, trial, **run):
+        raise InputError("the disk is full")
+
+
+@pytest.mark.slow
+def test_run_trials_ends_when_one_of_its_processes_does(tmp_path, capfd):
+    made = plan(["cues"], tmp_path)
+    made.experiments = dict(cues=FailingCues())
+    with pytest.raises(InputError, match=r"for the reason above\. 0 of 15 trials are in .*; the same command"):
+        tr.run_trials(made, jobs=2)
+    printed = capfd.readouterr()
+    assert "cues-ViT-patches-of-2-0: the disk is full" in printed.out
+    assert "Traceback" not in printed.err
+
+
 def test_speeds_are_measured_once(tmp_path, monkeypatch):
     monkeypatch.setattr(td.Ladder, "measure_speeds", lambda self, loader, **run: dict(ConvNet=7.0))
     made = plan(["ladder"], tmp_path, images=(images(), [4, 20], "photos", {}))
     assert tr._speeds_of("ladder", made) == dict(ConvNet=7.0)
     monkeypatch.setattr(td.Ladder, "measure_speeds", None)
     assert tr._speeds_of("ladder", made) == dict(ConvNet=7.0)
-    assert json.loads((tmp_path / "speeds-ladder-photos.json").read_text())["table"] == "speeds"
+    path = tmp_path / "speeds-ladder-photos.json"
+    assert json.loads(path.read_text())["table"] == "speeds"
+    other = plan(["ladder"], tmp_path, images=(images(), [4, 20], "photos", dict(content="b")))
+    with pytest.raises(InputError, match=r"speeds-ladder-photos\.json was measured on other images"):
+        tr._speeds_of("ladder", other)
+    path.write_text("{")
+    with pytest.raises(InputError, match="holds no speeds"):
+        tr._speeds_of("ladder", made)
+
+
+def test_trials_of_another_version_are_named():
+    whole = dict(arm="ViT", seed=1) | dict.fromkeys(td.Reach.keys)
+    td.Reach().check([whole])
+    with pytest.raises(InputError, match="'ViT' with seed 1 in 'Reach' has no sums, so it is from another version"):
+        td.Reach().check([whole, {key: value for key, value in whole.items() if key != "sums"}])

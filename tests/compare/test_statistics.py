@@ -265,13 +265,15 @@ def test_describe_verdict_names_a_winner_or_none():
 
 def test_step_gains_are_differences_between_neighbours():
     samples = accuracies_of(dict(ViT=0.3, Hybrid=0.301, ConvNet=0.4))
-    (first, gain, half), (second, larger, other) = st.step_gains(samples, 1000)
+    (first, gain, half), (second, larger, other) = st.step_gains(samples, 1000, ["ViT", "Hybrid", "ConvNet"])
     assert (first, second) == ("Hybrid", "ConvNet")
     assert gain == pytest.approx(0.001)
     level = (1 + math.sqrt(17)) / 2  # k (k - 1) / 2 = 2 steps
     assert half == st.margin(samples["ViT"], samples["Hybrid"], 1000, k=level) > gain
     assert larger == pytest.approx(0.099)
     assert larger > other
+    gains = st.step_gains(samples, 1000, ["ViT", "Swin", "Hybrid", "ConvNet"])  # Swin has no samples yet
+    assert [name for name, _, _ in gains] == ["ConvNet"]
 
 
 @pytest.mark.parametrize(("counts", "expected"), [

@@ -11,11 +11,17 @@ from toy_training import one_step
 import train_vit
 from train_vit import NotFinite, Trainer
 from vit_bridge.compare import which
-from vit_bridge.compare.which import Candidate, FolderImages, candidates_of, compare_candidates
+from vit_bridge.compare.which import (
+    Candidate,
+    FolderImages,
+    candidates_of,
+    compare_candidates,
+    fitting_candidates,
+)
 from vit_bridge.models.convnet import ConvNet
 from vit_bridge.models.registry import build_model
 from vit_bridge.preprocessing import Preprocessing
-from vit_bridge.runtime import predictions
+from vit_bridge.runtime import OutOfMemory, predictions
 from vit_bridge.training.config import RECIPES
 from vit_bridge.weights.checkpoints import load, save_model
 from vit_bridge.weights.heads import fit_head
@@ -91,7 +97,7 @@ def test_describe_weights_names_their_data_and_an_unfair_start(tmp_path):
 def test_commands_are_those_of_train_vit(tmp_path):
     for one in candidates_of():
         for img_size in (None, 64):
-            words = shlex.split(one.command(tmp_path / "my photos", img_size, 2.5))
+            words = shlex.split(one.command(tmp_path / "my photos", img_size, 2.5, "classic", ["--skip-corrupt"]))
             assert words[:2] == ["python", "train_vit.py"]
             options = train_vit.parse(words[2:])
             assert (options.data_dir, options.freeze_backbone) == (str(tmp_path / "my photos"), one.start == "head")
@@ -99,19 +105,20 @@ def test_commands_are_those_of_train_vit(tmp_path):
             new = one.start == "new"
             assert (options.model, options.pretrained) == ((one.model, None) if new else (None, one.model))
             assert options.img_size == (img_size if new else None)
+            assert (options.recipe, options.skip_corrupt) == ("classic" if new else None, True)
 
 
 @pytest.mark.slow
 def test_candidates_start_and_train_as_train_vit_does(images):
     """Recipe, settings, loss, images and first weights are those of the command that the report recommends."""
     for one in candidates_of():
-        words = shlex.split(one.command(images.data["data_dir"], None, 10))[2:]
         loader = images.loaders(one.preprocessing)[0]
-        name = which._recipe(one, loader, 10, torch.device("cpu"), "off")
+        name = which._recipe(one, loader, 2, torch.device("cpu"), "off")  # 2 of the 10 minutes are its share
+        words = shlex.split(one.command(images.data["data_dir"], None, 10, name))[2:]
         chosen = train_vit.parse([*words, "--amp", "off"])
         train_vit._choose_run_recipe(chosen, None, one.model, loader, torch.device("cpu"))
         assert chosen.recipe == name
-        words = [word for word in words if word not in ("--minutes", "10")]
+        words = [word for word in words if word not in ("--minutes", "10", "--recipe", name)]
         run = prepared(*words, "--amp", "off", "--recipe", name)  # of one step
         model = which._first_model(one, RECIPES[name], loader, 0)
         trainer = train_vit.trainer_for(RECIPES[name], model, "cpu", seed=0, amp="off")
@@ -176,7 +183,8 @@ def test_compare_candidates_trains_each_with_every_seed_in_its_share_of_the_time
     monkeypatch.setattr(which, "steps_within", lambda seconds, *rest, **run: asked.append(seconds) or 2)
     monkeypatch.setattr(which, "HEAD_EPOCHS", 3)
     candidates = candidates_of([weights_file(tmp_path / "vit.pt"), convnet_file(tmp_path / "cnn.pt")])
-    results = compare_candidates(candidates, images, 3, seeds=(0, 1), report=lines.append, **ON_CPU)
+    results, left_out = compare_candidates(candidates, images, 3, seeds=(0, 1), report=lines.append, **ON_CPU)
+    assert left_out == []
     assert list(results) == [one.name for one in candidates]
     assert asked == [18.0] * 5  # 3 minutes for 5 candidates and 2 seeds; the probe is not counted
     assert len(lines) == 12
@@ -195,7 +203,7 @@ def test_compare_candidates_trains_each_with_every_seed_in_its_share_of_the_time
 def test_compare_candidates_tests_the_right_model_on_the_right_images(images, monkeypatch):
     """Without a training, a probe and a fine-tuning are the trained model itself, with the rows of these classes."""
     monkeypatch.setattr(Trainer, "train", lambda self, *loaders, **settings: None)
-    results = compare_candidates(candidates_of(), images, 1, report=lambda line: None, **ON_CPU)
+    results, _ = compare_candidates(candidates_of(), images, 1, report=lambda line: None, **ON_CPU)
     for name in ("vit_nano_cifar10", "convnet_cifar10"):
         model = load(name)
         fit_head(model, images.loaders()[0].class_names)
@@ -230,20 +238,35 @@ def test_each_seed_has_its_own_new_weights_and_order(images, tmp_path, monkeypat
 
 @pytest.mark.usefixtures("small")
 def test_candidates_that_do_not_fit_are_left_out_with_a_reason(tmp_path):
-    photos, lines = make_folder(tmp_path / "photos", 18, ("train", "test")), []
+    photos = make_folder(tmp_path / "photos", 18, ("train", "test"))
     candidates = candidates_of([weights_file(tmp_path / "vit.pt"), weights_file(tmp_path / "two.pt", n_channels=2)])
-    results = compare_candidates(candidates, FolderImages(data_dir=photos, img_size=18), 1, n_steps=1,
-                                 report=lines.append, **ON_CPU)
-    left_out = [line for line in lines if " is left out: " in line]
+    images = FolderImages(data_dir=photos, img_size=18)
+    fitting, left_out = fitting_candidates(candidates, images, 1, **ON_CPU)
     two = tmp_path / "two.pt"
     assert [line.partition(" is left out: ")[0] for line in left_out] == [
         f"linear probe of {two}", f"fine-tuned {two}", "ViT from scratch", "hybrid from scratch"]
     assert "in_channels 2 is out of range; photographs have 1, 3 or 4 channels" in left_out[0]
     assert "img_size 18x18 is not divisible by patch_size 4x4" in left_out[2]
-    assert list(results) == [one.name for one in candidates if one.name not in "\n".join(left_out)]
-    images = FolderImages(data_dir=photos, img_size=18)
+    assert fitting == [one for one in candidates if one.name not in "\n".join(left_out)]
     with pytest.raises(InputError, match="only 1 of 2 candidates can be trained on these images"):
-        compare_candidates(candidates[-2:], images, 1, report=lines.append, **ON_CPU)
+        fitting_candidates(candidates[-2:], images, 1, **ON_CPU)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_candidate_that_needs_too_much_memory_is_left_out(images, monkeypatch):
+    def train(self, *loaders, **settings):
+        if isinstance(self.model, ConvNet):
+            raise OutOfMemory("out of memory", 2)
+
+    lines, candidates = [], candidates_of()
+    monkeypatch.setattr(Trainer, "train", train)
+    results, left_out = compare_candidates(candidates, images, 1, report=lines.append, **ON_CPU)
+    assert [line.partition(" is left out: ")[0] for line in left_out] == ["fine-tuned convnet_cifar10",
+                                                                          "ConvNet from scratch"]
+    assert set(left_out) < set(lines)
+    assert list(results) == [one.name for one in candidates if one.name not in "\n".join(left_out)]
+    with pytest.raises(InputError, match="only 0 of 1 candidates"):
+        compare_candidates(candidates[-1:], images, 1, report=lines.append, **ON_CPU)
 
 
 @pytest.mark.usefixtures("small")
@@ -253,8 +276,8 @@ def test_photographs_are_read_in_the_size_of_each_candidate(tmp_path):
     for part in ("train", "test"):
         (photos / part / "red" / "0.jpg").write_text("no picture")
     images = FolderImages(data_dir=photos, skip_corrupt=True)
-    results = compare_candidates(candidates_of([weights_file(tmp_path / "vit.pt", size=72)]), images, 1, n_steps=1,
-                                 report=lambda line: None, **ON_CPU)
+    results, _ = compare_candidates(candidates_of([weights_file(tmp_path / "vit.pt", size=72)]), images, 1, n_steps=1,
+                                    report=lambda line: None, **ON_CPU)
     assert [result["img_size"] for result in results.values()] == [72, 72, 64, 64, 64]
     assert {len(row["right"]) for result in results.values() for row in result["rows"]} == {7}
     assert images.skipped == [str(photos / part / "red" / "0.jpg") for part in ("test", "train")]
@@ -267,12 +290,26 @@ def test_a_diverging_training_counts_as_zero(images, tmp_path, monkeypatch):
 
     lines = []
     monkeypatch.setattr(Trainer, "train", train)
-    results = compare_candidates(candidates_of([convnet_file(tmp_path / "cnn.pt")]), images, 1, report=lines.append,
-                                 **ON_CPU)
+    results, _ = compare_candidates(candidates_of([convnet_file(tmp_path / "cnn.pt")]), images, 1,
+                                    report=lines.append, **ON_CPU)
     assert {row["accuracy"] for result in results.values() for row in result["rows"]} == {0.0}
     assert lines[0].endswith("; counts as 0%: the loss is not finite")
     assert which.caveats(results, {which.LINEAR: 0.4, which.LARGEST: 0.5}, 0.5)[:2] == [
         f"3 of 3 training runs of {name} diverged and count as 0%." for name in list(results)[:2]]
+
+
+@pytest.mark.usefixtures("small")
+def test_weights_that_are_not_finite_do_not_end_the_comparison(images, monkeypatch):
+    """The measurement of the speed already fails with them."""
+    def steps_within(seconds, model, *rest, **run):
+        raise NotFinite("the loss is not finite")
+
+    lines = []
+    monkeypatch.setattr(which, "steps_within", steps_within)
+    results, _ = compare_candidates(candidates_of()[-2:], images, 1, report=lines.append, **ON_CPU)
+    assert {(row["accuracy"], row["n_steps"]) for result in results.values() for row in result["rows"]} == {(0.0, 0)}
+    caveats = which.caveats(results, {which.LINEAR: 0.4, which.LARGEST: 0.5}, 0.5)
+    assert not any("less than one epoch" in sentence for sentence in caveats)
 
 
 # ---- The report

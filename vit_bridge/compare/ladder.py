@@ -171,6 +171,7 @@ class Ladder(TrainedExperiment):
     title = "From a ViT to a CNN"
     question = "Which step closes the gap between a plain ViT and a CNN?"
     arms = RUNGS | dict.fromkeys(BESIDE, RUNGS[PLAIN])
+    keys = ("correct", "n", "n_images", "n_steps", "learning_rate", "minutes", "parameters", "flops")
     on_images = True
     needs_speeds = True
 
@@ -274,7 +275,7 @@ class Ladder(TrainedExperiment):
         return {"ladder": finish(figure, None)}
 
     def finding(self, trials):
-        gains = {arm: (gain, half) for arm, gain, half in step_gains(samples_of(trials), trials[0]["n"])}
+        gains = {arm: (gain, half) for arm, gain, half in step_gains(samples_of(trials), trials[0]["n"], RUNGS)}
         if not gains:
             return "Only one network is measured, so there is no step to compare."
         sides = {"Steps that gain": [], "Steps that lose": [], "Not distinguishable from no change": []}
@@ -288,7 +289,7 @@ class Ladder(TrainedExperiment):
         few, most = numbers_of(trials)
         samples = samples_of(trials)
         gains = {arm: f"{100 * gain:+.1f} ± {100 * half:.1f}"
-                 for arm, gain, half in step_gains(samples, trials[0]["n"])}
+                 for arm, gain, half in step_gains(samples, trials[0]["n"], RUNGS)}
         rows = [["", "what changes", "MFLOPs", "parameters", "steps", "learning rate", "test accuracy", "gain"]]
         for arm, values in samples.items():
             one = next(trial for trial in trials if (trial["arm"], trial["n_images"]) == (arm, few))

@@ -47,7 +47,7 @@ class Section:
     tables : list
         (caption, rows); the first row holds the column headings.
     note : str
-        Where the numbers come from.
+        Where the numbers come from; may have several lines, too.
     """
 
     title: str
@@ -79,7 +79,7 @@ def _section_html(section, number, folder):
     parts += [f'<p class="finding">{_lines_html(section.finding)}</p>'] * bool(section.finding)
     parts += [_figure_html(folder / f"{name}.png", figure) for name, figure in section.figures.items()]
     parts += [_table_html(caption, rows) for caption, rows in section.tables]
-    parts += [f'<p class="note">{html.escape(section.note)}</p>'] * bool(section.note)
+    parts += [f'<p class="note">{_lines_html(section.note)}</p>'] * bool(section.note)
     return "\n".join([*parts, "</section>"])
 
 

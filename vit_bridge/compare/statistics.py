@@ -410,14 +410,15 @@ def rank_kept(counts, n, n_classes):
 # ---- Other comparisons ------------------------------------------------------------------------------------
 
 
-def step_gains(samples, n):
-    """Return [(name, gain, margin())] of each name over the previous one, for samples as in rank_samples().
+def step_gains(samples, n, order):
+    """Return [(name, gain, margin())] of each name in `order` over the one before it, if both have samples.
 
-    The intervals of all steps hold together with 95% probability.
+    The samples are those of rank_samples(). The intervals of all steps hold together with 95% probability.
     """
-    k = (1 + math.sqrt(1 + 8 * max(1, len(samples) - 1))) / 2  # k models have as many pairs as there are steps
+    steps = [(before, after) for before, after in pairwise(order) if {before, after} <= samples.keys()]
+    k = (1 + math.sqrt(1 + 8 * max(1, len(steps)))) / 2  # k models have as many pairs as there are steps
     return [(after, mean(samples[after]) - mean(samples[before]), margin(samples[before], samples[after], n, k=k))
-            for before, after in pairwise(samples)]
+            for before, after in steps]
 
 
 def majority_with_every_seed(counts):

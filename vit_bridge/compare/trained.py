@@ -64,6 +64,7 @@ class DataEfficiency(TrainedExperiment):
     title = "Data efficiency"
     question = "How many training images does each model need?"
     arms = DATA_ARMS
+    keys = ("correct", "n", "n_images", "n_steps", "learning_rate", "still_rising")
     on_images = True
     RISE = 0.01
 
@@ -152,6 +153,7 @@ class Reach(TrainedExperiment):
     title = "Reach"
     question = "Does a model learn to compare marks that are far apart?"
     arms = REACH_ARMS
+    keys = ("correct", "n", "distances", "sums", "window")
     DISTANCES = (8, 12, 16, 20, 23, 26)
     SOLVED = 0.95
 
@@ -242,6 +244,7 @@ class Cues(TrainedExperiment):
     title = "Outline or texture"
     question = "If outline and texture disagree, which one does a model follow, and does the patch size decide it?"
     arms = CUE_ARMS
+    keys = ("choices", "shape_bias", "by_rate", "val_acc")
 
     def measure(self, trial, chosen, n_steps=800, n_images=10_000, n_val=1000, n_test=1000, img_size=32, **run):
         """Train on images whose outline and texture show the same class, and test on images where they differ."""

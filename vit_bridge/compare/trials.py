@@ -1,7 +1,7 @@
 """Trainings for the comparison: arms, learning rates chosen on validation images, and trials in files.
 
     Arm, train_arm      one way to train: a recipe of train_vit.py with changes to its model
-    choose_rate         trains with several learning rates; the winner is never the edge of the grid
+    choose_rate         trains with several learning rates; the grid grows while its edge is best
     Trial, read_trials  an arm trained with one seed in an experiment, stored in its own file
     plan_trials         checks all inputs and lists the trials
     run_trials          measures those that have no file yet, in one or several processes
@@ -12,6 +12,7 @@ Shapes:  N images, S side of an image in pixels.
 import inspect
 import json
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -121,7 +122,7 @@ def rates_around(arm):
 def choose_rate(train, score, rates):
     """Train once with each learning rate and keep the model with the best score.
 
-    While the best rate is the smallest or the largest one, half or twice this rate is tried, too.
+    While the best rate is the smallest or the largest one, half or twice this rate is tried, too, up to MOST_RATES.
 
     Parameters
     ----------
@@ -202,18 +203,29 @@ class TrainedExperiment(Experiment):
         {name: Arm}, in the order of tables and figures.
     on_images : bool
         Whether it uses a data set, with several numbers of training images.
+    keys : tuple of str
+        What its figures and tables need of a result, besides arm and seed.
     needs_speeds : bool
         Whether its trainings have equal minutes. It then has measure_speeds(images, device=, amp=), whose result
         measure() gets as `speeds`.
     """
 
     arms: dict
+    keys: tuple
     on_images = False
     needs_speeds = False
 
     def plan(self, numbers):
         """Return (arm, number of images or None) of all trials, each after those whose choices it uses."""
         return [(arm, number) for number in (numbers if self.on_images else (None,)) for arm in self.arms]
+
+    def check(self, trials):
+        """Raise InputError for a result that lacks one of the keys."""
+        for trial in trials:
+            if missing := [key for key in self.keys if key not in trial]:
+                raise InputError(f"the trial of {trial['arm']!r} with seed {trial['seed']} in {self.title!r} has no "
+                                 f"{missing[0]}, so it is from another version; remove it, or choose another folder "
+                                 f"with --results-dir")
 
     def owners(self, trial, numbers):
         """Return the trials whose choices a trial uses, by name; {} if it chooses itself, as that of the first seed."""
@@ -481,11 +493,24 @@ def run_trials(plan, jobs=1, again="the same command"):
             processes = [context.Process(target=_work, args=(plan, states, threads), daemon=True) for _ in range(jobs)]
             with ThreadPoolExecutor(jobs) as pool:  # start() waits until the new process has imported torch
                 list(pool.map(torch.multiprocessing.Process.start, processes))
-            while any(process.is_alive() for process in processes):
+            failed = 0
+            while not failed and any(process.is_alive() for process in processes):
                 interrupts.advice = _advice(plan, states, again)
                 processes[0].join(POLL)
                 time.sleep(0 if processes[0].is_alive() else POLL)
+                failed = next((process.exitcode for process in processes if process.exitcode), 0)
+            for process in processes:  # after a failure, the others might wait for its trial
+                process.terminate()
+            if failed:
+                raise InputError(f"{_why(failed)}. {_advice(plan, states, again)}")
     return read_trials(plan.experiments, [plan.folder])
+
+
+def _why(exit_code):
+    """Return why a process that trains ended."""
+    if exit_code > 0:
+        return "a process could not go on, for the reason above"
+    return f"a process was ended by signal {-exit_code}, perhaps for lack of memory; use fewer --jobs"
 
 
 def _advice(plan, states, again):
@@ -522,17 +547,32 @@ def _work(plan, states, threads=0, interrupts=None, again=""):
         except NotFinite as error:
             states[i] = SKIPPED
             print(f"{name} is skipped: {error}", flush=True)
+        except (InputError, OSError) as error:
+            if not threads:
+                raise
+            print(f"{name}: {error}", flush=True)
+            sys.exit(2)  # the parent ends the others
 
 
 def _speeds_of(name, plan):
     """Return the speeds of an experiment's networks: those measured before on these images, or new ones."""
     dataset = next(trial.dataset for trial in plan.trials if trial.experiment == name)
     path = plan.folder / f"speeds-{'-'.join(filter(None, (name, dataset)))}.json"
+    setting = {key: value for key, value in plan.settings[name].items() if key != "arguments"}
     if not path.exists():
         print("Measuring the speed of each network, which should be alone on the machine ...", flush=True)
         short = dict(rounds=1, seconds=0) if plan.arguments[name] else {}  # in a dry run
         speeds = plan.experiments[name].measure_speeds(plan.loaders[0], **short, **plan.run)
         device = choose_device(plan.run["device"]).type
         write_json(cell("speeds", 0, plan.commands[name], dict(speeds=speeds, device=device,
-                                                               threads=torch.get_num_threads())), path)
-    return json.loads(path.read_text(encoding="utf-8"))["result"]["speeds"]
+                                                               threads=torch.get_num_threads()))
+                   | dict(setting=setting), path)
+    try:
+        measured = json.loads(path.read_text(encoding="utf-8"))
+        speeds = measured["result"]["speeds"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} holds no speeds ({type(error).__name__}); remove it to measure them again") from error
+    if measured.get("setting") != setting:
+        raise InputError(f"{path} was measured on other images, in another precision, or with other recipes; remove it "
+                         f"to measure again, with the trials that depend on it")
+    return speeds

@@ -2,6 +2,7 @@
 
     candidates_of         a linear probe and a fine-tuning of trained weights, and new models
     FolderImages          the loaders of the images, as each candidate needs them
+    fitting_candidates    those that can predict the classes of the images
     compare_candidates    trains every candidate with several seeds, each with the recipe that train_vit.py chooses
     baselines, next_step  what to compare the accuracies with, and what to do after the comparison
     draw_candidates, candidate_table
@@ -51,7 +52,7 @@ from vit_bridge.models.adapters import adapt
 from vit_bridge.models.protocol import ask, class_name
 from vit_bridge.plots.charts import plot_bars
 from vit_bridge.preprocessing import SMALL_SIDE, describe_size
-from vit_bridge.runtime import choose_device, choose_precision, predictions
+from vit_bridge.runtime import OutOfMemory, choose_device, choose_precision, predictions
 from vit_bridge.training.config import RECIPES, choose_recipe
 from vit_bridge.training.linear_probe import Heads, feature_loaders, linear_classifier
 from vit_bridge.weights.checkpoints import load
@@ -93,10 +94,24 @@ class Candidate:
         """How images for the trained weights must be prepared; None for a new model, which takes any."""
         return None if self.weights is None else adapt(self.weights).preprocessing
 
-    def command(self, data_dir, img_size, minutes):
-        """Return the command of train_vit.py that trains this candidate; img_size None is the images' own."""
-        words = ["--data-dir", data_dir, "--model" if self.start == "new" else "--pretrained", self.model]
-        words += ["--img-size", img_size] if self.start == "new" and img_size is not None else []
+    def command(self, data_dir, img_size, minutes, recipe, options=()):
+        """Return the command of train_vit.py that trains this candidate.
+
+        Parameters
+        ----------
+        data_dir : path
+        img_size : int or None
+            None is the images' own.
+        minutes : float
+        recipe : str
+            The recipe that was compared. A new model needs it: for more minutes, train_vit.py may choose a larger one.
+        options : sequence of str, optional
+            Further options.
+        """
+        new = self.start == "new"
+        words = ["--data-dir", data_dir, "--model" if new else "--pretrained", self.model, *options]
+        words += ["--img-size", img_size] if new and img_size is not None else []
+        words += ["--recipe", recipe] if new else []
         return command(*words, *(["--freeze-backbone"] if self.start == "head" else ["--minutes", f"{minutes:g}"]))
 
 
@@ -229,6 +244,25 @@ def baselines(loaders):
 # ---- Training ---------------------------------------------------------------------------------------------
 
 
+def fitting_candidates(candidates, images, minutes, seeds=SEEDS, device="auto", amp="auto"):
+    """Return the candidates that can predict the classes of these images, and a sentence about each of the others.
+
+    The arguments are those of compare_candidates(). Raises InputError if there are fewer than two.
+    """
+    share = _share(minutes, seeds, candidates)
+    reasons = {one.name: _reason_against(one, images, share, choose_device(device), amp) for one in candidates}
+    fitting = [one for one in candidates if not reasons[one.name]]
+    return _two_or_more(fitting, candidates), [f"{name} is left out: {reason}" for name, reason in reasons.items()
+                                               if reason]
+
+
+def _two_or_more(found, candidates):
+    if len(found) < 2:
+        raise InputError(f"only {len(found)} of {len(candidates)} candidates can be trained on these images; choose "
+                         f"another --img-size, or other weights with --pretrained")
+    return found
+
+
 def compare_candidates(candidates, images, minutes, seeds=SEEDS, device="auto", amp="auto", n_steps=None,
                        report=print):
     """Train each candidate with each seed on the same images, and test the weights after the last step.
@@ -244,44 +278,50 @@ def compare_candidates(candidates, images, minutes, seeds=SEEDS, device="auto", 
     n_steps : int, optional
         Train for this many steps instead.
     report : callable, optional
-        Called with one line of text for each candidate that is left out, and after each training run.
+        Called with one line of text after each training run.
 
     Returns
     -------
-    dict
+    results : dict
         {name: result} with the recipe, img_size, parameters, ms (milliseconds per image), seconds (of all training runs
         with their tests) and rows, one for each seed. A row holds seed, n_steps, epochs, diverged, accuracy, and right,
         one boolean per image.
+    left_out : list of str
+        A sentence about each candidate that needs more memory than there is.
 
     Raises
     ------
     InputError
-        If fewer than two candidates can be trained on these images.
+        If fewer than two candidates can be trained.
     """
-    run = dict(device=choose_device(device), amp=amp, n_steps=n_steps, report=report)
-    share = minutes / len(seeds) / max(1, sum(one.start != "head" for one in candidates))
-    fitting = [one for one in candidates if _fits(one, images, share, run)]
-    if len(fitting) < 2:
-        raise InputError(f"only {len(fitting)} of {len(candidates)} candidates can be trained on these images; choose "
-                         f"another --img-size, or other weights with --pretrained")
-    share = minutes / len(seeds) / max(1, sum(one.start != "head" for one in fitting))
-    return {one.name: _train(one, images, share, seeds, **run) for one in fitting}
+    share, results, left_out = _share(minutes, seeds, candidates), {}, []
+    for one in candidates:
+        try:
+            results[one.name] = _train(one, images, share, seeds, choose_device(device), amp, n_steps, report)
+        except OutOfMemory:
+            left_out.append(f"{one.name} is left out: its training needs more memory than the device has")
+            report(left_out[-1])
+    return _two_or_more(results, candidates), left_out
 
 
-def _fits(candidate, images, minutes, run):
-    """Return whether a candidate can predict the classes of these images; report why not."""
+def _share(minutes, seeds, candidates):
+    """Return the minutes of one training run."""
+    return minutes / len(seeds) / max(1, sum(one.start != "head" for one in candidates))
+
+
+def _reason_against(candidate, images, minutes, device, amp):
+    """Return why a candidate cannot predict the classes of these images; "" if it can."""
     try:
         loaders = images.loaders(candidate.preprocessing)
-        recipe = RECIPES[_recipe(candidate, loaders[0], minutes, **run)]
+        recipe = RECIPES[_recipe(candidate, loaders[0], minutes, device, amp)]
         model = _first_model(candidate, recipe, loaders[0], 0)
         predictions(model, torch.zeros(2, loaders[0].preprocessing.n_channels, *loaders[0].size))
     except InputError as error:
-        run["report"](f"{candidate.name} is left out: {error}")
-        return False
-    return True
+        return str(error)
+    return ""
 
 
-def _recipe(candidate, loader, minutes, device, amp, **_):
+def _recipe(candidate, loader, minutes, device, amp):
     """Return the name of the recipe that train_vit.py chooses for a candidate and a number of minutes."""
     precision = choose_precision(amp, device)
     minutes = None if candidate.start == "head" else minutes
@@ -311,12 +351,13 @@ def _train(candidate, images, minutes, seeds, device, amp, n_steps, report):
         model, given[0].seed = _first_model(candidate, recipe, train_loader, seed), seed
         trained = Heads(freeze_backbone(model)) if candidate.start == "head" else model
         trainer = trainer_for(recipe, model, device, trained=trained, seed=seed, amp=amp)
-        if n_steps is None:  # measured with the first seed
-            one_batch = list(itertools.islice(val_loader, 1))  # these training runs do not validate
-            n_steps = steps_within(60 * minutes, model, train_loader, one_batch, device, trainer.objective,
-                                   trainer.config)
-        row = dict(seed=seed, n_steps=n_steps, epochs=round(n_steps / len(given[0]), 2), diverged="")
+        row = dict(seed=seed, n_steps=0, epochs=0.0, diverged="")
         try:
+            if n_steps is None:  # measured with the first seed
+                one_batch = list(itertools.islice(val_loader, 1))  # these training runs do not validate
+                n_steps = steps_within(60 * minutes, model, train_loader, one_batch, device, trainer.objective,
+                                       trainer.config)
+            row |= dict(n_steps=n_steps, epochs=round(n_steps / len(given[0]), 2))
             trainer.train(given[0], n_steps=n_steps, progress=False)
         except NotFinite as error:
             row["diverged"] = str(error)
@@ -324,7 +365,7 @@ def _train(candidate, images, minutes, seeds, device, amp, n_steps, report):
         right &= not row["diverged"]
         rows.append(row | dict(accuracy=right.double().mean().item(), right=right.tolist()))
         report(f"{candidate.name}, seed {seed}: {rows[-1]['accuracy']:.1%} of {len(right):,} images after "
-               f"{counted(n_steps, 'step')} ({counted(row['epochs'], 'epoch')})"
+               f"{counted(row['n_steps'], 'step')} ({counted(row['epochs'], 'epoch')})"
                + (f"; counts as 0%: {row['diverged']}" if row["diverged"] else ""))
     return dict(recipe=name, img_size=train_loader.img_size, parameters=count_parameters(model),
                 ms=1e3 / throughput(model, batch_size=32, seconds=0.5, device=device),
@@ -393,7 +434,7 @@ def caveats(results, controls, guessing=0.0):
     for name, own in rows.items():
         diverged = sum(bool(row["diverged"]) for row in own)
         sentences += [f"{diverged} of {len(own)} training runs of {name} diverged and count as 0%."] * bool(diverged)
-    if short := [name for name, own in rows.items() if own[0]["epochs"] < 1]:
+    if short := [name for name, own in rows.items() if own[0]["epochs"] < 1 and not own[0]["diverged"]]:
         sentences.append(f"{join_words(short)} trained for less than one epoch; use more --minutes.")
     if none_beats(accuracies_of(rows), guessing, n):
         sentences.append(f"No candidate beats guessing ({guessing:.1%}) by more than chance.")

@@ -650,9 +650,9 @@ class PhotoLoader(DatasetLoader):
     def __init__(self, files, labels, info, batch_size, seed=0, training=False, workers=0, skip_corrupt=False):
         super().__init__(labels, info, batch_size, seed, training, files)
         self.workers, self.skip_corrupt = workers, skip_corrupt
-        self.keys, self.device = [], torch.device("cpu")  # keys: the batches of a pass as lists of (epoch, index)
+        self.keys, self.device = [], torch.device("cpu")  # keys: the batches of a pass, see PhotoDataset
         self.loader = DataLoader(
-            PhotoDataset(files, labels.tolist(), info, seed, training), batch_sampler=self.keys, num_workers=workers,
+            PhotoDataset(files, labels.tolist(), info, training), batch_sampler=self.keys, num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=partial(_collate_photos, shape=(info.preprocessing.n_channels, *self.size)),
             worker_init_fn=_leave_to_main, pin_memory=torch.cuda.is_available())
@@ -671,7 +671,7 @@ class PhotoLoader(DatasetLoader):
 
     def __iter__(self):
         epoch, batches = self.epoch_batches()
-        self.keys[:] = [[(epoch, index) for index in batch.tolist()] for batch in batches]
+        self.keys[:] = [[(self.seed, epoch, index) for index in batch.tolist()] for batch in batches]
         for images, labels, errors in self.loader:
             if errors and not self.skip_corrupt:
                 raise errors[0].in_a_set()
@@ -683,25 +683,25 @@ class PhotoLoader(DatasetLoader):
 
 
 class PhotoDataset(Dataset):
-    """Image files as (normalised image (C, H, W), label), indexed by (epoch, index).
+    """Image files as (normalised image (C, H, W), label), indexed by (seed, epoch, index).
 
     A file that cannot be read yields its InputError as a value, because an error raised in a worker process would
     arrive wrapped in a traceback.
     """
 
-    def __init__(self, files, labels, info, seed, training):
-        self.files, self.labels, self.seed, self.n_channels = files, labels, seed, info.preprocessing.n_channels
+    def __init__(self, files, labels, info, training):
+        self.files, self.labels, self.n_channels = files, labels, info.preprocessing.n_channels
         make_transform = train_transform if training else eval_transform
         self.transform = make_transform(info.preprocessing)
 
     def __getitem__(self, key):
-        epoch, index = key
+        index = key[-1]
         try:
             image = open_image(self.files[index], self.n_channels)
         except InputError as error:
             return error
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
+            torch.default_generator.manual_seed(mix_seed(*key))
             return self.transform(image), self.labels[index]
 
 
