@@ -380,7 +380,7 @@ def make_parser():
                         metavar="PIXELS", help=f"image side in pixels, at most {SMALL_SIDE} (default: small images "
                                                f"keep their size, photographs get {SMALL_SIDE})")
     parser.add_argument("--minutes", type=positive(), metavar="M", help="with --data-dir: train all candidates on "
-                        "these images within this time, and report which is best")
+                        "these images, together for this time, and report which is best (tests take a little longer)")
     parser.add_argument("--pretrained", nargs="+", metavar="NAME|PATH", help="with --minutes: trained weights to "
                         "start from, as in train_vit.py; from each ViT a linear probe and a fine-tuning, from each CNN "
                         f"a fine-tuning (default: {' '.join(DEFAULT_WEIGHTS)})")

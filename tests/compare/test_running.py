@@ -94,7 +94,9 @@ def test_run_trials_skips_an_arm_that_diverges(measured, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(td.Reach, "measure", diverges)
     found = tr.run_trials(plan(["reach"], tmp_path))["reach"]
-    assert "reach-Swin-0 is skipped: the loss is NaN" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "reach-Swin-0 is skipped: the loss is NaN" in printed
+    assert printed.endswith("2 more trials are not measured, because they need the choices of a skipped one\n")
     assert {one["result"]["arm"] for one in found} == set(td.REACH_ARMS) - {"Swin"}  # its other seeds need its rate
 
 

@@ -503,6 +503,9 @@ def run_trials(plan, jobs=1, again="the same command"):
                 process.terminate()
             if failed:
                 raise InputError(f"{_why(failed)}. {_advice(plan, states, again)}")
+    if FREE in states[:]:
+        print(f"{states[:].count(FREE)} more trials are not measured, because they need the choices of a skipped one",
+              flush=True)
     return read_trials(plan.experiments, [plan.folder])
 
 
