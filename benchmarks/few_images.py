@@ -89,7 +89,7 @@ def main():
                       folder, *(checkpoint if word == "CHECKPOINT" else word for word in words))
         chosen = {rate: mean(json.loads((folders[rate, seed] / "result.json").read_text())["val_acc"]
                              for seed in SEEDS) for rate in rates}
-        best = max(chosen, key=chosen.get)
+        best = max(rates, key=lambda rate: (chosen[rate], min(rates) < rate < max(rates)))  # of equals, an inner one
         print(f"{method}: validation accuracies {chosen}, chosen {best}", flush=True)
         for seed in SEEDS:
             folder = folders[best, seed]
