@@ -257,11 +257,11 @@ def test_compare_on_folder_says_beforehand_that_images_are_too_few(parts, advice
 
 def test_compare_on_folder_recommends_the_winners_command(judged, tmp_path):
     photos = make_folder(tmp_path / "photos", 16, ("train", "test"))
-    found, _ = judge(photos, tmp_path, "--img-size", "20")
+    found, _ = judge(photos, tmp_path, "--img-size", "20", "--skip-corrupt", "--device", "cpu")
     first, second, *_ = found["finding"].splitlines()
     assert first.startswith("ConvNet from scratch is ahead of linear probe of vit_nano_cifar10 by 25.0 points (95% ")
-    assert second == (f"Next: python train_vit.py --data-dir {photos} --model convnet --img-size 20 "
-                      f"--recipe classic --minutes 1")
+    assert second == (f"Next: python train_vit.py --data-dir {photos} --model convnet --skip-corrupt "
+                      f"--device cpu --img-size 20 --recipe classic --minutes 1")
 
 
 def test_compare_on_folder_names_an_unfair_start(judged, tmp_path):
