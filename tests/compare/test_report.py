@@ -62,3 +62,8 @@ def test_write_report_escapes_its_text(page):
 def test_write_report_refuses_a_missing_folder(tmp_path):
     with pytest.raises(InputError, match="cannot write"):
         write_report(tmp_path / "missing" / "report.html", "T", "I", [])
+
+
+def test_write_report_keeps_the_lines_of_a_note(tmp_path):
+    write_report(tmp_path / "report.html", "T", "I", [Section("S", note="a < b\nc")])
+    assert "a &lt; b<br>\nc</p>" in (tmp_path / "report.html").read_text(encoding="utf-8")
