@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from train_vit import report_skipped
+from train_vit import describe_skipped, report_skipped
 from vit_bridge.cli import Bounded, HelpFormatter, OneLineParser, int_at_least, positive, script, seed
 from vit_bridge.compare.experiments import EXPERIMENTS, ComparisonSetup
 from vit_bridge.compare.report import Section, write_report
@@ -225,14 +225,11 @@ def compare_on_folder(options, folder):
     candidates = candidates_of(options.pretrained or DEFAULT_WEIGHTS)
     images = FolderImages(DRY_RUN_IMAGES if options.dry_run else None, data_dir=options.data_dir, seed=options.seed,
                           img_size=options.img_size, skip_corrupt=options.skip_corrupt)
-    if images.loaders()[0].dataset_name == "folder":
-        audit = str(audit_folder(options.data_dir, seed=options.seed))
-        print(audit)
-    else:
-        audit = ""
-    run = dict(device=options.device, amp=options.amp)
+    is_folder, run = images.loaders()[0].dataset_name == "folder", dict(device=options.device, amp=options.amp)
+    audit = [str(audit_folder(options.data_dir, seed=options.seed))] if is_folder else []
     candidates, left_out = fitting_candidates(candidates, images, options.minutes, **run)
-    print("\n".join(left_out), end="\n" * bool(left_out))
+    for line in [*audit, *left_out]:
+        print(line)
     expected, unfair = _announce(options, candidates, images)
     with Interrupts() as interrupts:
         interrupts.advice = "a comparison needs all training runs, and none of them is saved; use fewer --minutes"
@@ -246,9 +243,8 @@ def compare_on_folder(options, folder):
     finding = "\n".join([*describe_verdict(rows, guessing), *next_step(rows, costs, commands, guessing),
                          *caveats(results, controls, guessing), *unfair, *left_out, *too_large])
     shown = results, controls, guessing
-    skipped = [f"Skipped, because it cannot be read: {file}" for file in images.skipped]
     section = Section(TITLE, QUESTION, finding, {"verdict": draw_candidates(*shown)}, [candidate_table(*shown)],
-                      "\n".join(filter(None, [*expected, audit, *skipped])))
+                      "\n".join([*expected, *audit, *describe_skipped(images.skipped)]))
     _publish(section, folder, with_note=False)  # printed before the training
     data = dict(results=results, controls=controls, guessing=guessing, finding=finding, skipped=images.skipped)
     return {"verdict": data}, [section]
@@ -402,13 +398,18 @@ def make_parser():
 
 def _check_used(options):
     """Raise InputError for an option that the requested comparison would ignore."""
-    defaults, images = vars(make_parser().parse_args([])), bool(options.train or options.data_dir)
-    needed = dict.fromkeys(("jobs", "train_fractions"), (options.train, "--train"))
-    needed |= dict.fromkeys(("img_size", "seed", "skip_corrupt"), (images, "--data-dir DIR or --train"))
-    needed |= dict(results_dir=(not options.minutes, "no --minutes, which keeps no trials"))
-    for key, (is_used, wanted) in needed.items():
-        if getattr(options, key) != defaults[key] and not is_used:
-            raise InputError(f"--{key.replace('_', '-')} has no effect here; it needs {wanted}")
+    ignored = []
+    if not options.train:
+        ignored += ["jobs", "train_fractions"]
+    if not (options.train or options.data_dir):
+        ignored += ["img_size", "seed", "skip_corrupt"]
+    if options.minutes:
+        ignored += ["results_dir"]
+    defaults = vars(make_parser().parse_args([]))
+    for key in ignored:
+        if getattr(options, key) != defaults[key]:
+            raise InputError(f"--{key.replace('_', '-')} has no effect here; remove it, or see --help for the options "
+                             f"that it belongs to")
 
 
 def main(argv=None):

@@ -1386,12 +1386,16 @@ def _complete_result(folder):
     return result if result.keys() & {"linear_test_acc", "linear_val_acc", "pretraining"} else None
 
 
+def describe_skipped(files):
+    """Return lines about image files that were skipped; the first five are named."""
+    more = [f"... and {len(files) - 5} more, {len(files)} in all."] if len(files) > 5 else []
+    return [*(f"Skipped, because it cannot be read: {file}" for file in files[:5]), *more]
+
+
 def report_skipped(files):
     """Print which image files were skipped, if there were any."""
-    for file in files[:5]:
-        print(f"Skipped, because it cannot be read: {file}")
-    if len(files) > 5:
-        print(f"... and {len(files) - 5} more, {len(files)} in all.")
+    for line in describe_skipped(files):
+        print(line)
 
 
 # ---- The arguments of a run -------------------------------------------------------------------------------

@@ -87,8 +87,8 @@ def main():
         for (rate, seed), folder in folders.items():
             train_vit("--data-dir", runs / f"images-{seed}", "--seed", seed, "--lr", rate, "--resume", "--output-dir",
                       folder, *(checkpoint if word == "CHECKPOINT" else word for word in words))
-        chosen = {rate: mean(json.loads((folders[rate, seed] / "result.json").read_text())["val_acc"]
-                             for seed in SEEDS) for rate in rates}
+        chosen = {rate: round(mean(json.loads((folders[rate, seed] / "result.json").read_text())["val_acc"]
+                                   for seed in SEEDS), 6) for rate in rates}
         best = max(rates, key=lambda rate: (chosen[rate], min(rates) < rate < max(rates)))  # of equals, an inner one
         print(f"{method}: validation accuracies {chosen}, chosen {best}", flush=True)
         for seed in SEEDS:

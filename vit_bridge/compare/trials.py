@@ -499,9 +499,9 @@ def run_trials(plan, jobs=1, again="the same command"):
                 processes[0].join(POLL)
                 time.sleep(0 if processes[0].is_alive() else POLL)
                 failed = next((process.exitcode for process in processes if process.exitcode), 0)
-            for process in processes:  # after a failure, the others might wait for its trial
-                process.terminate()
             if failed:
+                for process in processes:  # the others might wait for its trial
+                    process.terminate()
                 raise InputError(f"{_why(failed)}. {_advice(plan, states, again)}")
     if FREE in states[:]:
         print(f"{states[:].count(FREE)} more trials are not measured, because they need the choices of a skipped one",

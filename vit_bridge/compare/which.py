@@ -106,7 +106,7 @@ class Candidate:
         recipe : str
             The recipe that was compared. A new model needs it: for more minutes, train_vit.py may choose a larger one.
         options : sequence of str, optional
-            Further options.
+            Further options of train_vit.py.
         """
         new = self.start == "new"
         words = ["--data-dir", data_dir, "--model" if new else "--pretrained", self.model, *options]
@@ -257,6 +257,7 @@ def fitting_candidates(candidates, images, minutes, seeds=SEEDS, device="auto", 
 
 
 def _two_or_more(found, candidates):
+    """Return what was found for these candidates; raise InputError if it is for fewer than two."""
     if len(found) < 2:
         raise InputError(f"only {len(found)} of {len(candidates)} candidates can be trained on these images; choose "
                          f"another --img-size, or other weights with --pretrained")
