@@ -547,6 +547,7 @@ PAGES["docs/training.md"] = Page(
         ("| fine-tuned, `--layer-decay 0.75` | {:.1%} | {:.1f} |", *few_images("fine-tuned-layer-decay-0.75")),
         ("| from scratch, `--recipe classic` | {:.1%} | {:.1f} |", *few_images("from-scratch-recipe-classic")),
         ("| from scratch | {:.1%} | {:.1f} |", *few_images("from-scratch")),
+        ("| ConvNet from scratch | {:.1%} | {:.1f} |", *few_images("ConvNet-from-scratch")),
         ("([{:.1f} images/s])", cell("throughput-cpu-tiny-16-training-float32", "libraries", "ours",
                                      "images_per_second")),
         ("(a plain ViT) | {:.1%} ± {:.1f} |", *mean_and_spread("targets-vit_nano-10-vit_nano_fast-?", "test_acc")),
