@@ -45,6 +45,8 @@ from visualizations import (
 )
 from vit_bridge.cli import OneLineParser, script
 from vit_bridge.compare.experiments import EXPERIMENTS
+from vit_bridge.compare.trained import TRAINED
+from vit_bridge.compare.trials import read_trials
 from vit_bridge.data.images import sample_photographs
 from vit_bridge.errors import InputError, check_choice
 from vit_bridge.models.registry import build_model
@@ -154,7 +156,15 @@ def draw_patches_changed():
     return EXPERIMENTS["position"].draw(cell("shipped-cpu")["position"])["patches_changed"]
 
 
+def draw_trained(name):
+    """Draw the figure of an experiment of cnn_vs_vit.py --train from its trials."""
+    trials = [trial["result"] for trial in read_trials([name], [RESULTS])[name]]
+    (figure,) = TRAINED[name].draw(trials).values()
+    return figure
+
+
 OF_CELLS = {
+    "ladder": lambda: draw_trained("ladder"),
     "patches_changed": draw_patches_changed,
     "growth": lambda: growth.draw(cell("growth-cpu")),
     "resolution": lambda: growth.draw_models(cell("resolution-cpu")),

@@ -120,16 +120,31 @@ def trials(levels, beside=()):
 
 
 LEVELS = dict(zip(ld.RUNGS, (6000, 6005, 7000, 7000, 6500, 7500, 7900), strict=True))
-BESIDE = [(ld.TEACHER, 100, 6600), (ld.LONG, 100, 6010), (ld.PLAIN, 1000, 7800)]
+BESIDE = [(ld.TEACHER, 100, 6604), (ld.LONG, 100, 6010), (ld.PLAIN, 1000, 7800)]
 
 
 def test_ladder_finding_separates_gains_losses_and_steps_that_buy_nothing():
     text = re.sub(r" ± \d\.\d", "", ld.Ladder().finding(trials(LEVELS, BESIDE)))
     assert text == (
-        "Test accuracy with 100 images, in points over the network before. Steps that gain: ViT, convolutional stem "
-        "(+9.9); ConvNeXt, convolutional stem (+10.0); ConvNet (+4.0). Steps that lose: Swin, convolutional stem "
-        "(-5.0). Not distinguishable from no change: ViT, mean pooling (+0.1); hybrid (+0.0).")
-    assert "no step to compare" in ld.Ladder().finding(trials({"ConvNet": 6000}))
+        "Test accuracy with 100 images, in points over the network before. Gains: ViT, convolutional stem (+9.9); "
+        "ConvNeXt, convolutional stem (+10.0); ConvNet (+4.0). Losses: Swin, convolutional stem (-5.0). No clear "
+        "change: ViT, mean pooling (+0.1); hybrid (+0.0). If the network stays (ViT, mean pooling), in points over "
+        "it. Gains: labels from the ConvNet (+6.0); all labels (+17.9). No clear change: three times the minutes "
+        "(+0.0).")
+    assert "If the network stays" not in ld.Ladder().finding(trials(LEVELS))
+
+
+def test_ladder_judges_no_step_without_two_networks_and_seeds():
+    single = [trial for trial in trials(LEVELS) if trial["seed"] == 0]
+    for few in (trials({"ConvNet": 6000}), single):
+        assert "no step to compare" in ld.Ladder().finding(few)
+        rungs = ld.Ladder().tables(few)[0][1]
+        assert {row[-1] for row in rungs[1:]} == {""}
+        assert not words_in(ld.Ladder().draw(few)["ladder"].axes[0]) & {"points", "change"}
+
+
+def words_in(axes):
+    return {word for text in axes.texts for word in text.get_text().split()}
 
 
 def test_ladder_tables_and_figure_hold_every_arm():
@@ -140,9 +155,15 @@ def test_ladder_tables_and_figure_hold_every_arm():
     assert rungs[3][-1].startswith("+9.9 ± ")
     assert [row[0] for row in beside[1:]] == [ld.PLAIN, ld.TEACHER, ld.LONG, ld.MORE]
     assert beside[1][2] == "60.2% (60.1 to 60.2)"
-    assert beside[-1][1:] == ["1,000 labels", "78.1% (78.0 to 78.2)"]
+    assert beside[-1][1:-1] == ["1,000 labels", "78.1% (78.0 to 78.2)"]
+    assert beside[1][-1] == ""
+    assert beside[-1][-1].startswith("+17.9 ± ")
     figure = ld.Ladder().draw(made)["ladder"]
     assert [len(axes.patches) for axes in figure.axes] == [7, 4]
+    written = [[text.get_text().strip() for text in axes.texts] for axes in figure.axes]
+    assert written[0][:5] == ["60.1", "60.2", "no clear change", "70.1", "+9.9 points"]
+    assert written[1][:3] == ["60.2", "66.1", "+6.0 points"]
+    assert figure.axes[1].get_yticklabels()[-1].get_text() == "1,000 labels"
 
 
 def test_unfinished_ladder_does_not_show_few_labels_as_all():

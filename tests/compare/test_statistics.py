@@ -263,17 +263,18 @@ def test_describe_verdict_names_a_winner_or_none():
 # ---- Yes or no
 
 
-def test_step_gains_are_differences_between_neighbours():
+def test_gains_are_differences_of_pairs_whose_intervals_hold_together():
     samples = accuracies_of(dict(ViT=0.3, Hybrid=0.301, ConvNet=0.4))
-    (first, gain, half), (second, larger, other) = st.step_gains(samples, 1000, ["ViT", "Hybrid", "ConvNet"])
-    assert (first, second) == ("Hybrid", "ConvNet")
+    pairs = [("ViT", "Hybrid"), ("ViT", "ConvNet"), ("Hybrid", "Swin")]  # Swin has no samples yet
+    gains = st.gains_over(samples, 1000, pairs)
+    assert list(gains) == ["Hybrid", "ConvNet"]
+    level = (1 + math.sqrt(17)) / 2  # k (k - 1) / 2 = 2 pairs
+    gain, half = gains["Hybrid"]
     assert gain == pytest.approx(0.001)
-    level = (1 + math.sqrt(17)) / 2  # k (k - 1) / 2 = 2 steps
     assert half == st.margin(samples["ViT"], samples["Hybrid"], 1000, k=level) > gain
-    assert larger == pytest.approx(0.099)
-    assert larger > other
-    gains = st.step_gains(samples, 1000, ["ViT", "Swin", "Hybrid", "ConvNet"])  # Swin has no samples yet
-    assert [name for name, _, _ in gains] == ["ConvNet"]
+    gain, half = gains["ConvNet"]
+    assert gain == pytest.approx(0.1)
+    assert gain > half
 
 
 @pytest.mark.parametrize(("counts", "expected"), [

@@ -8,14 +8,16 @@ Shapes:  B images, C channels, D width of a token, h, w height and width of a ma
 """
 
 import copy
+import math
 from dataclasses import replace
+from itertools import pairwise
 from statistics import mean, median
 
 import torch
 from torch import nn
 
 from vit_bridge.analysis.cost import count_flops, count_parameters
-from vit_bridge.compare.statistics import format_range, step_gains
+from vit_bridge.compare.statistics import format_range, gains_over
 from vit_bridge.compare.trials import (
     SEEDS,
     Arm,
@@ -159,6 +161,7 @@ BESIDE = {
     LONG: "the same images again",
 }
 MORE = "all labels"  # PLAIN with all images
+COMPARED = (*pairwise(RUNGS), *((PLAIN, arm) for arm in (*BESIDE, MORE)))  # (before, after)
 MAE = Arm("mae_nano_fast")
 
 
@@ -250,7 +253,8 @@ class Ladder(TrainedExperiment):
 
     def draw(self, trials, setup=None):
         """Draw a bar for each network, and for each way to leave the network as it is, with a line for each seed."""
-        few = numbers_of(trials)[0]
+        few, most = numbers_of(trials)
+        samples, gains = samples_of(trials), gains_of(trials)
         shown = {f"step by step, {few:,} training images": [*RUNGS],
                  f"{PLAIN}: the network stays": [PLAIN, *BESIDE, MORE]}
         figure = new_figure(10.5, 4.6)
@@ -258,14 +262,18 @@ class Ladder(TrainedExperiment):
         looks = looks_of([*RUNGS])
         for axes, (heading, arms) in zip(panels, shown.items(), strict=True):
             for i, arm in enumerate(arms):
-                accuracies = [100 * value for value in accuracies_of(trials, arm)]
-                if not accuracies:
+                if arm not in samples:
                     continue
+                accuracies = [100 * value for value in samples[arm]]
                 axes.barh(i, mean(accuracies), color=looks[arm if arm in RUNGS else PLAIN].colour, alpha=0.6)
                 axes.plot(accuracies, [i] * len(accuracies), "k|", markersize=9)
                 axes.annotate(f"  {mean(accuracies):.1f}", (max(accuracies), i), va="center", fontsize=9)
+                if i > 0 and arm in gains:
+                    words = f"{100 * gains[arm][0]:+.1f} points" if is_clear(*gains[arm]) else "no clear change"
+                    axes.annotate(f"  {words}", (0, i), va="center", fontsize=9)
             axes.margins(x=0.12)
-            axes.set_yticks(range(len(arms)), [arm.replace(", ", ",\n") for arm in arms], fontsize=9)
+            axes.set_yticks(range(len(arms)), [f"{most:,} labels" if arm == MORE else arm.replace(", ", ",\n")
+                                               for arm in arms], fontsize=9)
             axes.invert_yaxis()
             axes.set_title(heading, fontsize=11)
             axes.set_xlabel("test accuracy (%)")
@@ -275,29 +283,28 @@ class Ladder(TrainedExperiment):
         return {"ladder": finish(figure, None)}
 
     def finding(self, trials):
-        gains = {arm: (gain, half) for arm, gain, half in step_gains(samples_of(trials), trials[0]["n"], RUNGS)}
-        if not gains:
-            return "Only one network is measured, so there is no step to compare."
-        sides = {"Steps that gain": [], "Steps that lose": [], "Not distinguishable from no change": []}
-        for arm, (gain, half) in gains.items():
-            side = list(sides)[2 if abs(gain) <= half else 0 if gain > 0 else 1]
-            sides[side].append(f"{arm} ({100 * gain:+.1f} ± {100 * half:.1f})")
-        return (f"Test accuracy with {numbers_of(trials)[0]:,} images, in points over the network before. "
-                + " ".join(f"{side}: {'; '.join(arms)}." for side, arms in sides.items() if arms))
+        gains = gains_of(trials)
+        steps = describe_gains({arm: gains[arm] for arm in RUNGS if arm in gains})
+        if not steps:
+            return "No two neighbouring networks are measured with several seeds, so there is no step to compare."
+        beside = describe_gains({arm: gains[arm] for arm in (*BESIDE, MORE) if arm in gains})
+        return (f"Test accuracy with {numbers_of(trials)[0]:,} images, in points over the network before. {steps}"
+                + (f" If the network stays ({PLAIN}), in points over it. {beside}" if beside else ""))
 
     def tables(self, trials):
         few, most = numbers_of(trials)
         samples = samples_of(trials)
-        gains = {arm: f"{100 * gain:+.1f} ± {100 * half:.1f}"
-                 for arm, gain, half in step_gains(samples, trials[0]["n"], RUNGS)}
+        gains = {arm: format_gain(*gain) for arm, gain in gains_of(trials).items()}
         rows = [["", "what changes", "MFLOPs", "parameters", "steps", "learning rate", "test accuracy", "gain"]]
-        for arm, values in samples.items():
-            one = next(trial for trial in trials if (trial["arm"], trial["n_images"]) == (arm, few))
-            rows.append([arm, CHANGES[arm], f"{one['flops'] / 1e6:.1f}", f"{one['parameters']:,}",
-                         f"{one['n_steps']:,}", f"{one['learning_rate']:g}", format_range(values), gains.get(arm, "")])
-        beside = [["", "what is done", "test accuracy"]]
-        beside += [[arm, {MORE: f"{most:,} labels", PLAIN: "", **BESIDE}[arm], format_range(values)]
-                   for arm in (PLAIN, *BESIDE, MORE) if (values := accuracies_of(trials, arm))]
+        for arm in RUNGS:
+            if arm in samples:
+                one = next(trial for trial in trials if (trial["arm"], trial["n_images"]) == (arm, few))
+                rows.append([arm, CHANGES[arm], f"{one['flops'] / 1e6:.1f}", f"{one['parameters']:,}",
+                             f"{one['n_steps']:,}", f"{one['learning_rate']:g}", format_range(samples[arm]),
+                             gains.get(arm, "")])
+        beside = [["", "what is done", "test accuracy", "gain"]]
+        beside += [[arm, {MORE: f"{most:,} labels", PLAIN: "", **BESIDE}[arm], format_range(samples[arm]),
+                    "" if arm == PLAIN else gains.get(arm, "")] for arm in (PLAIN, *BESIDE, MORE) if arm in samples]
         return [(f"{few:,} training images; ± is the range that seeds and test images can explain", rows),
                 (f"The network stays: {PLAIN}, {few:,} labels", beside)]
 
@@ -310,8 +317,33 @@ def numbers_of(trials):
 
 
 def samples_of(trials):
-    """Return {network: [test accuracy of each seed]} of RUNGS."""
-    return {arm: values for arm in RUNGS if (values := accuracies_of(trials, arm))}
+    """Return {arm: [test accuracy of each seed]} of RUNGS, BESIDE and MORE."""
+    return {arm: values for arm in (*RUNGS, *BESIDE, MORE) if (values := accuracies_of(trials, arm))}
+
+
+def gains_of(trials):
+    """Return {arm: (gain, half of its interval)} of COMPARED, as fractions; a single seed has no interval."""
+    gains = gains_over(samples_of(trials), trials[0]["n"], COMPARED)
+    return {arm: (gain, half) for arm, (gain, half) in gains.items() if math.isfinite(half)}
+
+
+def is_clear(gain, half):
+    """Return whether seeds and test images cannot explain a gain."""
+    return abs(gain) > half
+
+
+def format_gain(gain, half):
+    """Return a gain in points, such as "+3.7 ± 2.5"."""
+    return f"{100 * gain:+.1f} ± {100 * half:.1f}"
+
+
+def describe_gains(gains):
+    """Return a sentence for each kind of gain: clear ones, clear losses, and no clear change."""
+    sides = {"Gains": [], "Losses": [], "No clear change": []}
+    for arm, (gain, half) in gains.items():
+        side = "No clear change" if not is_clear(gain, half) else "Gains" if gain > 0 else "Losses"
+        sides[side].append(f"{arm} ({format_gain(gain, half)})")
+    return " ".join(f"{side}: {'; '.join(arms)}." for side, arms in sides.items() if arms)
 
 
 def accuracies_of(trials, arm):

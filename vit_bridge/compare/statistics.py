@@ -15,7 +15,7 @@ Shapes:  S seeds, n test images, k models.
 import math
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import combinations, pairwise
+from itertools import combinations
 from statistics import mean, stdev, variance
 
 import numpy as np
@@ -410,15 +410,15 @@ def rank_kept(counts, n, n_classes):
 # ---- Other comparisons ------------------------------------------------------------------------------------
 
 
-def step_gains(samples, n, order):
-    """Return [(name, gain, margin())] of each name in `order` over the one before it, if both have samples.
+def gains_over(samples, n, pairs):
+    """Return {name: (gain, margin())} for each pair (before, name), if both have samples.
 
-    The samples are those of rank_samples(). The intervals of all steps hold together with 95% probability.
+    The samples are those of rank_samples(). The intervals of all pairs hold together with 95% probability.
     """
-    steps = [(before, after) for before, after in pairwise(order) if {before, after} <= samples.keys()]
-    k = (1 + math.sqrt(1 + 8 * max(1, len(steps)))) / 2  # k models have as many pairs as there are steps
-    return [(after, mean(samples[after]) - mean(samples[before]), margin(samples[before], samples[after], n, k=k))
-            for before, after in steps]
+    pairs = [pair for pair in pairs if samples.keys() >= {*pair}]
+    k = (1 + math.sqrt(1 + 8 * max(1, len(pairs)))) / 2  # k models have as many pairs
+    return {after: (mean(samples[after]) - mean(samples[before]), margin(samples[before], samples[after], n, k=k))
+            for before, after in pairs}
 
 
 def majority_with_every_seed(counts):
