@@ -311,6 +311,8 @@ def test_cnn_vs_vit_says_a_stopped_verdict_keeps_nothing(tmp_path, monkeypatch):
     (["--data-dir", ".", "--minutes", "3", "--train-fractions", "0.5"], "--train-fractions has no effect here"),
     (["--data-dir", ".", "--minutes", "3", "--results-dir", "x"], "--results-dir has no effect here"),
     (["--img-size", "32"], "--img-size has no effect here"),
+    (["--seed", "3"], "--seed has no effect here"),
+    (["--skip-corrupt"], "--skip-corrupt has no effect here"),
     (["--device", "gpu"], "device 'gpu' is unknown"), (["--img-size", "96"], "a whole number from 8 to 64")])
 def test_cnn_vs_vit_reports_bad_options_in_one_line(words, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
