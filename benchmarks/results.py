@@ -78,6 +78,9 @@ TABLES = {
               "learning rate, chosen on validation images from a grid whose edge does not win (`python cnn_vs_vit.py "
               "--train --only ladder --data-dir CIFAR --train-fractions 0.01 0.1 1`). The speeds that fix the numbers "
               "of steps were measured in rounds in which the networks took turns",
+    "repeats": "Networks of the ladder, trained again on another machine with the same learning rate, steps, images "
+               "and seed (`python benchmarks/repeat.py --keep`). Rounding differs between machines, and training "
+               "amplifies it",
     "data": "Data efficiency: each model trains for as many steps as raise its validation accuracy, by the same rule, "
             "with its own learning rate for each number of images (`python cnn_vs_vit.py --train --only data "
             "--data-dir CIFAR --train-fractions 0.01 0.1 1`)",
@@ -262,6 +265,7 @@ def page():
                 "targets": target_lines, "factors": factor_lines, "family": family_lines, "steps": step_lines,
                 "pretraining": pretraining_lines,
                 "ladder": trained_lines, "data": trained_lines, "reach": trained_lines, "cues": trained_lines,
+                "repeats": repeat_lines,
                 "fell": fell_lines, "verdicts": verdict_lines, "verdict-errors": verdict_error_lines,
                 "trust": trust_lines, "views": view_lines, "commands": command_lines, "shipped": shipped_lines,
                 "shipped-cifar10": shipped_lines,
@@ -327,6 +331,16 @@ def trained_lines(cells):
     experiment = TRAINED[cells[0]["table"]]
     return [line for dataset, own in by_dataset(cells).items()
             for line in table_lines(experiment.tables([cell["result"] for cell in own]), dataset or "drawn images")]
+
+
+def repeat_lines(cells):
+    lines = ["| network | seed | trained on | test accuracy | trained again on | test accuracy |",
+             "|---|---:|---|---:|---|---:|"]
+    for cell in cells:
+        result, first = cell["result"], cell["result"]["first"]
+        lines.append(f"| {result['arm']} | {cell['seed']} | {first['machine']} | {first['correct'] / first['n']:.1%} | "
+                     f"{cell['machine']} | {result['correct'] / result['n']:.1%} |")
+    return [*lines, ""]
 
 
 def table_lines(tables, title):
