@@ -111,11 +111,14 @@ def test_ladder_trains_every_arm():
 # ---- Findings
 
 
+RATES = {"0.001": 0.7, "0.0005": 0.65}
+
+
 def trials(levels, beside=()):
     found = [dict(arm=arm, seed=seed, n_images=number, correct=correct + 10 * seed, n=10_000, minutes=3, n_steps=9,
-                  learning_rate=1e-3, parameters=5, flops=6e7)
+                  learning_rate=1e-3, rates=RATES if seed == 0 else {"0.001": 0.7}, parameters=5, flops=6e7)
              for arm, number, correct in ((arm, 100, correct) for arm, correct in levels.items()) for seed in SEEDS]
-    return found + [dict(found[0], arm=arm, n_images=number, seed=seed, correct=correct + 10 * seed)
+    return found + [dict(found[seed], arm=arm, n_images=number, correct=correct + 10 * seed)
                     for arm, number, correct in beside for seed in SEEDS]
 
 
@@ -149,7 +152,7 @@ def words_in(axes):
 
 def test_ladder_tables_and_figure_hold_every_arm():
     made = trials(LEVELS, BESIDE)
-    rungs, beside = (rows for _, rows in ld.Ladder().tables(made))
+    rungs, beside, chosen = (rows for _, rows in ld.Ladder().tables(made))
     assert len(rungs) == 1 + len(ld.RUNGS)
     assert rungs[2][:3] == ["ViT, mean pooling", ld.CHANGES["ViT, mean pooling"], "60.0"]
     assert rungs[3][-1].startswith("+9.9 ± ")
@@ -157,6 +160,8 @@ def test_ladder_tables_and_figure_hold_every_arm():
     assert beside[1][2] == "60.2% (60.1 to 60.2)"
     assert beside[-1][1:-1] == ["1,000 labels", "78.1% (78.0 to 78.2)"]
     assert beside[1][-1] == ""
+    assert chosen[1] == ["ViT, CLS", "100", "65.0% at 0.0005; 70.0% at 0.001"]
+    assert len(chosen) == 1 + len(LEVELS) + len(BESIDE)  # seed 0
     assert beside[-1][-1].startswith("+17.9 ± ")
     figure = ld.Ladder().draw(made)["ladder"]
     assert [len(axes.patches) for axes in figure.axes] == [7, 4]

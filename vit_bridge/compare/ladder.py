@@ -174,7 +174,7 @@ class Ladder(TrainedExperiment):
     title = "From a ViT to a CNN"
     question = "Which step closes the gap between a plain ViT and a CNN?"
     arms = RUNGS | dict.fromkeys(BESIDE, RUNGS[PLAIN])
-    keys = ("correct", "n", "n_images", "n_steps", "learning_rate", "minutes", "parameters", "flops")
+    keys = ("correct", "n", "n_images", "n_steps", "learning_rate", "rates", "minutes", "parameters", "flops")
     on_images = True
     needs_speeds = True
 
@@ -305,8 +305,12 @@ class Ladder(TrainedExperiment):
         beside = [["", "what is done", "test accuracy", "gain"]]
         beside += [[arm, {MORE: f"{most:,} labels", PLAIN: "", **BESIDE}[arm], format_range(samples[arm]),
                     "" if arm == PLAIN else gains.get(arm, "")] for arm in (PLAIN, *BESIDE, MORE) if arm in samples]
+        chosen = [["", "training images", "validation accuracy with each learning rate tried"]]
+        chosen += [[trial["arm"], f"{trial['n_images']:,}", describe_rates(trial["rates"])]
+                   for own in by_arm(trials, self.arms).values() for trial in own if len(trial["rates"]) > 1]
         return [(f"{few:,} training images; ± is the range that seeds and test images can explain", rows),
-                (f"The network stays: {PLAIN}, {few:,} labels", beside)]
+                (f"The network stays: {PLAIN}, {few:,} labels", beside),
+                ("The first seed chooses the learning rate", chosen)]
 
 
 def numbers_of(trials):
@@ -335,6 +339,12 @@ def is_clear(gain, half):
 def format_gain(gain, half):
     """Return a gain in points, such as "+3.7 ± 2.5"."""
     return f"{100 * gain:+.1f} ± {100 * half:.1f}"
+
+
+def describe_rates(rates):
+    """Return {learning rate: validation accuracy} as text, in ascending order of the rates."""
+    return "; ".join(f"{accuracy:.1%} at {float(rate):g}" for rate, accuracy in sorted(
+        rates.items(), key=lambda pair: float(pair[0])))
 
 
 def describe_gains(gains):
