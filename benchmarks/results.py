@@ -78,9 +78,9 @@ TABLES = {
               "learning rate, chosen on validation images from a grid whose edge does not win (`python cnn_vs_vit.py "
               "--train --only ladder --data-dir CIFAR --train-fractions 0.01 0.1 1`). The speeds that fix the numbers "
               "of steps were measured in rounds in which the networks took turns",
-    "repeats": "Networks of the ladder, trained again on another machine with the same learning rate, steps, images "
-               "and seed (`python benchmarks/repeat.py --keep`). Rounding differs between machines, and training "
-               "amplifies it",
+    "repeats": "Networks of the ladder, trained again with the same learning rate, images and seed, on another machine "
+               "or for more steps (`python benchmarks/repeat.py --keep`). Rounding differs between machines, and "
+               "training amplifies it",
     "data": "Data efficiency: each model trains for as many steps as raise its validation accuracy, by the same rule, "
             "with its own learning rate for each number of images (`python cnn_vs_vit.py --train --only data "
             "--data-dir CIFAR --train-fractions 0.01 0.1 1`)",
@@ -334,12 +334,12 @@ def trained_lines(cells):
 
 
 def repeat_lines(cells):
-    lines = ["| network | seed | trained on | test accuracy | trained again on | test accuracy |",
-             "|---|---:|---|---:|---|---:|"]
+    lines = ["| network | seed | trained on | steps | test accuracy | again on | steps | test accuracy |",
+             "|---|---:|---|---:|---:|---|---:|---:|"]
     for cell in cells:
-        result, first = cell["result"], cell["result"]["first"]
-        lines.append(f"| {result['arm']} | {cell['seed']} | {first['machine']} | {first['correct'] / first['n']:.1%} | "
-                     f"{cell['machine']} | {result['correct'] / result['n']:.1%} |")
+        both = [(cell["result"]["first"]["machine"], cell["result"]["first"]), (cell["machine"], cell["result"])]
+        lines.append(f"| {cell['result']['arm']} | {cell['seed']} | " + " | ".join(
+            f"{where} | {one['n_steps']:,} | {one['correct'] / one['n']:.1%}" for where, one in both) + " |")
     return [*lines, ""]
 
 
