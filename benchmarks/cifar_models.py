@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import torch
 from results import write_cell
 
 from vit_bridge.compare.experiments import EXPERIMENTS, ComparisonSetup
@@ -32,6 +33,7 @@ def cifar_setup(data_dir):
     preprocessing = models["ViT"].preprocessing
     loader = get_test_loader(data_dir, img_size=preprocessing.img_size, preprocessing=preprocessing)
     drawn = draw_indices(loader, N_IMAGES, seed=0)
+    drawn = drawn[torch.randperm(N_IMAGES, generator=torch.Generator().manual_seed(0))]  # a folder is sorted by class
     return ComparisonSetup(models, preprocessing.normalise(loader.images[drawn]), loader.labels[drawn], preprocessing,
                            sizes=(), patches=())  # nothing is timed
 

@@ -24,6 +24,8 @@ SEEDS = (0, 1, 2)
 METHODS = {  # {method: (options of train_vit.py, learning rates to choose from)}
     "from scratch": (["--epochs", "60"], (5e-4, 1e-3, 2e-3, 4e-3)),
     "ConvNet from scratch": (["--model", "convnet", "--epochs", "60"], (1e-3, 2e-3, 4e-3, 8e-3)),
+    "small ConvNet from scratch": (["--model", "convnet", "--recipe", "convnet_fast", "--epochs", "60"],
+                                   (2e-3, 4e-3, 8e-3, 1.6e-2)),
     "from scratch, recipe classic": (["--recipe", "classic", "--epochs", "60"], (5e-4, 1e-3, 2e-3)),
     "fine-tuned": (["--pretrained", "CHECKPOINT", "--epochs", "60"], (2e-4, 5e-4, 1e-3)),
     "fine-tuned, layer decay 0.75": (["--pretrained", "CHECKPOINT", "--epochs", "60", "--layer-decay", "0.75"],

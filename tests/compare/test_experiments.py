@@ -175,8 +175,8 @@ def test_position_finding_follows_the_numbers():
     finding = EXPERIMENTS["position"].finding
     assert finding(position_data(A=(0.9, 0.4, 0.5, 0.2), B=(0.5, 0.8, 0.5, 0.9))) == (
         "Shifting the image leaves the largest fraction of predictions unchanged in A. With 75% of the ViT's own "
-        "patches shuffled, A keeps 40% of its accuracy and B 80%; none is no better than guessing. With the shuffled "
-        "grid moved by half a patch, A keeps 50% of its accuracy and B 50%; none is no better than guessing. With the "
+        "patches shuffled, A keeps 40% of its accuracy and B 80%; all are better than guessing. With the shuffled "
+        "grid moved by half a patch, A keeps 50% of its accuracy and B 50%; all are better than guessing. With the "
         "patches hidden, A keeps 20% of its accuracy and B 90%; A is no better than guessing.")
     few = finding(position_data(50, A=(0.9, 0.5, 0.5, 0.5), B=(0.88, 0.6, 0.5, 0.5)))
     assert "unchanged in A and B (a tie)." in few

@@ -68,7 +68,7 @@ class ComparisonSetup:
     models : dict
         {name: trained model}, all for the same image size and normalisation.
     images : Tensor, shape (N, 3, S, S)
-        Normalised test images.
+        Normalised test images, in random order: some experiments use the first few only.
     labels : Tensor, shape (N,)
         Their classes.
     preprocessing : Preprocessing
@@ -515,7 +515,9 @@ def _describe_kept(models, change, n, n_classes):
         return "nothing can be compared: all models guess to begin with"
     first, *rest = (f"{name} keeps {counts[name][1] / counts[name][0]:.0%}" for name in learned)
     kept = join_words([f"{first} of its accuracy", *(words.replace(" keeps", "") for words in rest)])
-    return f"{kept}; {join_words(lost) or 'none'} {'are' if len(lost) > 1 else 'is'} no better than guessing"
+    if not lost:
+        return f"{kept}; all are better than guessing"
+    return f"{kept}; {is_or_are(lost)} no better than guessing"
 
 
 def _leaders(ranking):
