@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+from vit_bridge.compare.ladder import MINUTES
 from vit_bridge.compare.trials import Trial
 
 
-def test_repeat_uses_the_rate_and_speeds_of_the_files(tmp_path, monkeypatch):
+def test_repeat_changes_only_what_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     repeat = importlib.import_module("repeat").repeat
     trial = Trial("ladder", "ViT, CLS", 0, 450, "photos")
@@ -22,12 +23,15 @@ def test_repeat_uses_the_rate_and_speeds_of_the_files(tmp_path, monkeypatch):
         given.update(options, trial=trial)
         return dict(arm=trial.arm, correct=5, n=10, n_steps=6)
 
-    plan = SimpleNamespace(trials=[trial, Trial("ladder", "ViT, CLS", 1, 450, "photos")], loaders="images",
-                           run=dict(device="cpu", amp="off"), experiments=dict(ladder=SimpleNamespace(measure=measure)))
-    found, result = repeat("ViT, CLS", 0, plan, tmp_path)
-    assert found == trial
-    assert result == dict(arm="ViT, CLS", correct=5, n=10, n_steps=6, device="cpu",
-                          first=dict(machine="an old one", correct=6, n=10, n_steps=3))
-    assert given == dict(trial=trial, loaders="images", speeds=speeds, chosen=dict(rate=first), device="cpu", amp="off")
-    repeat("ViT, CLS", 0, plan, tmp_path, "ConvNet")
-    assert given["speeds"] == {"ViT, CLS": 200.0, "ConvNet": 200.0}
+    plan = SimpleNamespace(loaders="images", run=dict(device="cpu", amp="off"),
+                           experiments=dict(ladder=SimpleNamespace(measure=measure)))
+    result = repeat(trial, plan, tmp_path)
+    assert result == dict(arm="ViT, CLS", correct=5, n=10, n_steps=6, device="cpu", first=dict(
+        machine="an old one", correct=6, n=10, n_steps=3, learning_rate=0.004))
+    same = dict(trial=trial, loaders="images", speeds=speeds, chosen=dict(rate=dict(learning_rate=0.004)),
+                minutes=MINUTES, device="cpu", amp="off")
+    assert given == same
+    repeat(trial, plan, tmp_path, as_fast_as="ConvNet")
+    assert given == same | dict(speeds={"ViT, CLS": 200.0, "ConvNet": 200.0})
+    repeat(trial, plan, tmp_path, minutes=2.5, lr=0.008)
+    assert given == same | dict(minutes=2.5, chosen=dict(rate=dict(learning_rate=0.008)))
