@@ -79,8 +79,8 @@ TABLES = {
               "--train --only ladder --data-dir CIFAR --train-fractions 0.01 0.1 1`). The speeds that fix the numbers "
               "of steps were measured in rounds in which the networks took turns",
     "repeats": "Networks of the ladder, trained again with the same images and seed: on another machine, or with the "
-               "steps of a faster network, in other minutes or with another learning rate (`python benchmarks/repeat.py "
-               "--keep`). Rounding differs between machines, and training amplifies it. `validation` is the accuracy "
+               "steps of a faster network, in other minutes or with another learning rate (`python "
+               "benchmarks/repeat.py --keep`). Rounding differs between machines, and training amplifies it. `validation` is the accuracy "
                "by which the ladder chose its learning rates",
     "data": "Data efficiency: each model trains for as many steps as raise its validation accuracy, by the same rule, "
             "with its own learning rate for each number of images (`python cnn_vs_vit.py --train --only data "
@@ -338,8 +338,8 @@ def trained_lines(cells):
 
 
 def repeat_lines(cells):
-    lines = ["| network | seed | trained on | steps | learning rate | test accuracy | again on | steps | learning rate | "
-             "test accuracy | validation |", f"|---|---:|{'---|---:|---:|---:|' * 2}---:|"]
+    lines = ["| network | seed | trained on | steps | learning rate | test accuracy | again on | steps | "
+             "learning rate | test accuracy | validation |", f"|---|---:|{'---|---:|---:|---:|' * 2}---:|"]
     for cell in cells:
         both = [(cell["result"]["first"]["machine"], cell["result"]["first"]), (cell["machine"], cell["result"])]
         lines.append(f"| {cell['result']['arm']} | {cell['seed']} | " + " | ".join(
