@@ -80,8 +80,8 @@ TABLES = {
               "of steps were measured in rounds in which the networks took turns",
     "repeats": "Networks of the ladder, trained again with the same images and seed: on another machine, or with the "
                "steps of a faster network, in other minutes or with another learning rate (`python "
-               "benchmarks/repeat.py --keep`). Rounding differs between machines, and training amplifies it. `validation` is the accuracy "
-               "by which the ladder chose its learning rates",
+               "benchmarks/repeat.py --keep`). Rounding differs between machines, and training amplifies it. "
+               "`validation` is the accuracy by which the ladder chose its learning rates",
     "data": "Data efficiency: each model trains for as many steps as raise its validation accuracy, by the same rule, "
             "with its own learning rate for each number of images (`python cnn_vs_vit.py --train --only data "
             "--data-dir CIFAR --train-fractions 0.01 0.1 1`)",

@@ -131,9 +131,10 @@ def test_ladder_finding_separates_gains_losses_and_steps_that_buy_nothing():
     assert text == (
         "Test accuracy with 100 images, in points over the network before. Gains: ViT, convolutional stem (+9.9); "
         "ConvNeXt, convolutional stem (+10.0); ConvNet (+4.0). Losses: Swin, convolutional stem (-5.0). No clear "
-        "change: ViT, mean pooling (+0.1); hybrid (+0.0). If the network stays (ViT, mean pooling), in points over "
-        "it. Gains: labels from the ConvNet (+6.0); all labels (+17.9). No clear change: three times the minutes "
-        "(+0.0).")
+        "change: ViT, mean pooling (+0.1); hybrid (+0.0). Several steps at once. Gains: ViT, mean pooling → hybrid "
+        "(+9.9); ViT, mean pooling → ConvNet (+18.9); hybrid → ConvNet (+9.0). If the network stays (ViT, mean "
+        "pooling), in points over it. Gains: labels from the ConvNet (+6.0); all labels (+17.9). No clear change: "
+        "three times the minutes (+0.0).")
     assert "If the network stays" not in ld.Ladder().finding(trials(LEVELS))
 
 
@@ -152,7 +153,7 @@ def words_in(axes):
 
 def test_ladder_tables_and_figure_hold_every_arm():
     made = trials(LEVELS, BESIDE)
-    rungs, beside, chosen = (rows for _, rows in ld.Ladder().tables(made))
+    rungs, across, beside, chosen = (rows for _, rows in ld.Ladder().tables(made))
     assert len(rungs) == 1 + len(ld.RUNGS)
     assert rungs[2][:3] == ["ViT, mean pooling", ld.CHANGES["ViT, mean pooling"], "60.0"]
     assert rungs[3][-1].startswith("+9.9 ± ")
@@ -160,6 +161,8 @@ def test_ladder_tables_and_figure_hold_every_arm():
     assert beside[1][2] == "60.2% (60.1 to 60.2)"
     assert beside[-1][1:-1] == ["1,000 labels", "78.1% (78.0 to 78.2)"]
     assert beside[1][-1] == ""
+    assert across[3][:2] == ["hybrid", "ConvNet"]
+    assert across[3][2].startswith("+9.0 ± ")
     assert chosen[1] == ["ViT, CLS", "100", "65.0% at 0.0005; 70.0% at 0.001"]
     assert len(chosen) == 1 + len(LEVELS) + len(BESIDE)  # seed 0
     assert beside[-1][-1].startswith("+17.9 ± ")
@@ -172,5 +175,5 @@ def test_ladder_tables_and_figure_hold_every_arm():
 
 
 def test_unfinished_ladder_does_not_show_few_labels_as_all():
-    rows = ld.Ladder().tables(trials(LEVELS))[1][1]
+    rows = ld.Ladder().tables(trials(LEVELS))[2][1]
     assert [row[0] for row in rows[1:]] == [ld.PLAIN]

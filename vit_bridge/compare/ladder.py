@@ -148,20 +148,22 @@ CHANGES = {
     "ViT, CLS": "patches, global attention, the head reads CLS",
     "ViT, mean pooling": "the head reads the mean of the patches",
     "ViT, convolutional stem": "a small stem of convolutions makes the 64 tokens; the same four blocks",
-    "hybrid": "wider convolutions with one more stage make 16 tokens, and do 76% of the FLOPs; the same four blocks",
-    "Swin, convolutional stem": "one stage of convolutions, then attention in windows, in three stages",
+    "hybrid": "three stages of wider convolutions (76% of the FLOPs) make 16 tokens; the same four blocks follow",
+    "Swin, convolutional stem": "one stage of convolutions, then three stages of attention in windows",
     "ConvNeXt, convolutional stem": "depthwise convolutions instead of attention, in wider stages",
     "ConvNet": "full convolutions and pooling instead of ConvNeXt's blocks",
 }
 PLAIN = "ViT, mean pooling"  # the network of the bars beside the ladder
 TEACHER, PRETRAINED, LONG = "labels from the ConvNet", "pre-trained with MAE", "three times the minutes"
 BESIDE = {
-    TEACHER: "half of the minutes train the ConvNet, which then labels the other images; the ViT learns from all",
+    TEACHER: "the ConvNet trains for half of the minutes and labels the other images; the ViT learns from all of them",
     PRETRAINED: "half of the minutes train a MAE on all images without labels",
     LONG: "the same images again",
 }
 MORE = "all labels"  # PLAIN with all images
-COMPARED = (*pairwise(RUNGS), *((PLAIN, arm) for arm in (*BESIDE, MORE)))  # (before, after)
+STEPS = tuple(pairwise(RUNGS))  # (before, after)
+ACROSS = ((PLAIN, "hybrid"), (PLAIN, "ConvNet"), ("hybrid", "ConvNet"))  # several steps at once
+OTHER_MEANS = tuple((PLAIN, arm) for arm in (*BESIDE, MORE))
 MAE = Arm("mae_nano_fast")
 
 
@@ -260,7 +262,8 @@ class Ladder(TrainedExperiment):
         figure = new_figure(10.5, 4.6)
         panels = figure.subplots(1, 2, sharex=True)
         looks = looks_of([*RUNGS])
-        for axes, (heading, arms) in zip(panels, shown.items(), strict=True):
+        for axes, (heading, arms), pairs in zip(panels, shown.items(), (STEPS, OTHER_MEANS), strict=True):
+            before = {after: before for before, after in pairs}
             for i, arm in enumerate(arms):
                 if arm not in samples:
                     continue
@@ -268,8 +271,8 @@ class Ladder(TrainedExperiment):
                 axes.barh(i, mean(accuracies), color=looks[arm if arm in RUNGS else PLAIN].colour, alpha=0.6)
                 axes.plot(accuracies, [i] * len(accuracies), "k|", markersize=9)
                 axes.annotate(f"  {mean(accuracies):.1f}", (max(accuracies), i), va="center", fontsize=9)
-                if i > 0 and arm in gains:
-                    words = f"{100 * gains[arm][0]:+.1f} points" if is_clear(*gains[arm]) else "no clear change"
+                if found := gains.get((before.get(arm), arm)):
+                    words = f"{100 * found[0]:+.1f} points" if is_clear(*found) else "no clear change"
                     axes.annotate(f"  {words}", (0, i), va="center", fontsize=9)
             axes.margins(x=0.12)
             axes.set_yticks(range(len(arms)), [f"{most:,} labels" if arm == MORE else arm.replace(", ", ",\n")
@@ -284,31 +287,36 @@ class Ladder(TrainedExperiment):
 
     def finding(self, trials):
         gains = gains_of(trials)
-        steps = describe_gains({arm: gains[arm] for arm in RUNGS if arm in gains})
+        steps, across, beside = (
+            describe_gains({words.format(*pair): gains[pair] for pair in pairs if pair in gains})
+            for pairs, words in ((STEPS, "{1}"), (ACROSS, "{0} → {1}"), (OTHER_MEANS, "{1}")))
         if not steps:
             return "No two neighbouring networks are measured with several seeds, so there is no step to compare."
-        beside = describe_gains({arm: gains[arm] for arm in (*BESIDE, MORE) if arm in gains})
         return (f"Test accuracy with {numbers_of(trials)[0]:,} images, in points over the network before. {steps}"
+                + (f" Several steps at once. {across}" if across else "")
                 + (f" If the network stays ({PLAIN}), in points over it. {beside}" if beside else ""))
 
     def tables(self, trials):
         few, most = numbers_of(trials)
         samples = samples_of(trials)
-        gains = {arm: format_gain(*gain) for arm, gain in gains_of(trials).items()}
+        gains = {pair: format_gain(*gain) for pair, gain in gains_of(trials).items()}
+        steps = {pair[1]: gains.get(pair, "") for pair in STEPS}
         rows = [["", "what changes", "MFLOPs", "parameters", "steps", "learning rate", "test accuracy", "gain"]]
         for arm in RUNGS:
             if arm in samples:
                 one = next(trial for trial in trials if (trial["arm"], trial["n_images"]) == (arm, few))
                 rows.append([arm, CHANGES[arm], f"{one['flops'] / 1e6:.1f}", f"{one['parameters']:,}",
                              f"{one['n_steps']:,}", f"{one['learning_rate']:g}", format_range(samples[arm]),
-                             gains.get(arm, "")])
+                             steps.get(arm, "")])
         beside = [["", "what is done", "test accuracy", "gain"]]
         beside += [[arm, {MORE: f"{most:,} labels", PLAIN: "", **BESIDE}[arm], format_range(samples[arm]),
-                    "" if arm == PLAIN else gains.get(arm, "")] for arm in (PLAIN, *BESIDE, MORE) if arm in samples]
+                    gains.get((PLAIN, arm), "")] for arm in (PLAIN, *BESIDE, MORE) if arm in samples]
         chosen = [["", "training images", "validation accuracy with each learning rate tried"]]
         chosen += [[trial["arm"], f"{trial['n_images']:,}", describe_rates(trial["rates"])]
                    for own in by_arm(trials, self.arms).values() for trial in own if len(trial["rates"]) > 1]
+        across = [["from", "to", "gain"], *([*pair, gains[pair]] for pair in ACROSS if pair in gains)]
         return [(f"{few:,} training images; ± is the range that seeds and test images can explain", rows),
+                ("Several steps at once", across),
                 (f"The network stays: {PLAIN}, {few:,} labels", beside),
                 ("The first seed chooses the learning rate", chosen)]
 
@@ -326,9 +334,9 @@ def samples_of(trials):
 
 
 def gains_of(trials):
-    """Return {arm: (gain, half of its interval)} of COMPARED, as fractions; a single seed has no interval."""
-    gains = gains_over(samples_of(trials), trials[0]["n"], COMPARED)
-    return {arm: (gain, half) for arm, (gain, half) in gains.items() if math.isfinite(half)}
+    """Return {(before, after): (gain, half of its interval)}, as fractions; a single seed has no interval."""
+    gains = gains_over(samples_of(trials), trials[0]["n"], (*STEPS, *ACROSS, *OTHER_MEANS))
+    return {pair: (gain, half) for pair, (gain, half) in gains.items() if math.isfinite(half)}
 
 
 def is_clear(gain, half):
@@ -350,10 +358,10 @@ def describe_rates(rates):
 def describe_gains(gains):
     """Return a sentence for each kind of gain: clear ones, clear losses, and no clear change."""
     sides = {"Gains": [], "Losses": [], "No clear change": []}
-    for arm, (gain, half) in gains.items():
+    for name, (gain, half) in gains.items():
         side = "No clear change" if not is_clear(gain, half) else "Gains" if gain > 0 else "Losses"
-        sides[side].append(f"{arm} ({format_gain(gain, half)})")
-    return " ".join(f"{side}: {'; '.join(arms)}." for side, arms in sides.items() if arms)
+        sides[side].append(f"{name} ({format_gain(gain, half)})")
+    return " ".join(f"{side}: {'; '.join(names)}." for side, names in sides.items() if names)
 
 
 def accuracies_of(trials, arm):

@@ -411,14 +411,14 @@ def rank_kept(counts, n, n_classes):
 
 
 def gains_over(samples, n, pairs):
-    """Return {name: (gain, margin())} for each pair (before, name), if both have samples.
+    """Return {pair: (gain, margin())} for each pair (before, after) of names, if both have samples.
 
     The samples are those of rank_samples(). The intervals of all pairs hold together with 95% probability.
     """
     pairs = [pair for pair in pairs if samples.keys() >= {*pair}]
     k = (1 + math.sqrt(1 + 8 * max(1, len(pairs)))) / 2  # k models have as many pairs
-    return {after: (mean(samples[after]) - mean(samples[before]), margin(samples[before], samples[after], n, k=k))
-            for before, after in pairs}
+    return {(before, after): (mean(samples[after]) - mean(samples[before]),
+                              margin(samples[before], samples[after], n, k=k)) for before, after in pairs}
 
 
 def majority_with_every_seed(counts):
