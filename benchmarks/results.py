@@ -77,7 +77,8 @@ TABLES = {
     "ladder": "From a ViT to a CNN, step by step: equal minutes, nearly equal FLOPs, and for each network its own "
               "learning rate, chosen on validation images from a grid whose edge does not win (`python cnn_vs_vit.py "
               "--train --only ladder --data-dir CIFAR --train-fractions 0.01 0.1 1`). The speeds that fix the numbers "
-              "of steps were measured in rounds in which the networks took turns",
+              "of steps were measured in rounds in which the networks took turns; those of the hybrid, the ViT with a "
+              "stem and the Swin later the same day, as ratios to networks that were measured before",
     "repeats": "Networks of the ladder, trained again with the same images and seed: on another machine, or with the "
                "steps of a faster network, in other minutes or with another learning rate (`python "
                "benchmarks/repeat.py --keep`). Rounding differs between machines, and training amplifies it. "
