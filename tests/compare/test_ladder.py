@@ -132,8 +132,8 @@ def test_ladder_finding_separates_gains_losses_and_steps_that_buy_nothing():
     assert text == (
         "Test accuracy with 100 images, in points over the network before. Gains: ViT, convolutional stem (+9.9); "
         "ConvNeXt, convolutional stem (+10.0); ConvNet (+4.0). Losses: Swin, convolutional stem (-5.0). No clear "
-        "change: ViT, mean pooling (+0.1); hybrid (+0.0). Several steps at once. Gains: ViT, mean pooling → hybrid "
-        "(+9.9); ViT, mean pooling → ConvNet (+18.9); hybrid → ConvNet (+9.0). If the network stays (ViT, mean "
+        "change: ViT, mean pooling (+0.1); hybrid (+0.0).\nSeveral steps at once. Gains: ViT, mean pooling → hybrid "
+        "(+9.9); ViT, mean pooling → ConvNet (+18.9); hybrid → ConvNet (+9.0).\nIf the network stays (ViT, mean "
         "pooling), in points over it. Gains: labels from the ConvNet (+6.0); all labels (+17.9). No clear change: "
         "three times the minutes (+0.0).")
     assert "If the network stays" not in ld.Ladder().finding(trials(LEVELS))

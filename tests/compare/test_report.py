@@ -67,3 +67,12 @@ def test_write_report_refuses_a_missing_folder(tmp_path):
 def test_write_report_keeps_the_lines_of_a_note(tmp_path):
     write_report(tmp_path / "report.html", "T", "I", [Section("S", note="a < b\nc")])
     assert "a &lt; b<br>\nc</p>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_write_report_aligns_sentences_to_the_left(tmp_path):
+    sentence = "a cell with more characters than a number has, such as this one"
+    table = "C", [["", "x", "y"], ["a", sentence, 5]]
+    write_report(tmp_path / "report.html", "T", "I", [Section("S", tables=[table])])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert '<th></th><th class="words">x</th><th>y</th>' in page
+    assert f'<td>a</td><td class="words">{sentence}</td><td>5</td>' in page

@@ -293,8 +293,8 @@ class Ladder(TrainedExperiment):
         if not steps:
             return "No two neighbouring networks are measured with several seeds, so there is no step to compare."
         return (f"Test accuracy with {numbers_of(trials)[0]:,} images, in points over the network before. {steps}"
-                + (f" Several steps at once. {across}" if across else "")
-                + (f" If the network stays ({PLAIN}), in points over it. {beside}" if beside else ""))
+                + (f"\nSeveral steps at once. {across}" if across else "")
+                + (f"\nIf the network stays ({PLAIN}), in points over it. {beside}" if beside else ""))
 
     def tables(self, trials):
         few, most = numbers_of(trials)

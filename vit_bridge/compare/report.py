@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from vit_bridge.system import write_whole
 
 SCREEN_DPI = 110  # pixels of the page for an inch of a figure
+WORDS = 40  # characters; a column with a longer cell holds sentences, and is aligned to the left
 STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8882; --page: Canvas; }
 body { font: 17px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }
@@ -30,7 +31,7 @@ img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
 .table + .table { margin-top: 1.2rem; } caption { text-align: left; padding: .3rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child { text-align: left; } thead th { background: var(--soft); }
+th:first-child, td:first-child, th.words, td.words { text-align: left; } thead th { background: var(--soft); }
 """
 
 
@@ -97,8 +98,10 @@ def _figure_html(path, figure):
 
 
 def _table_html(caption, rows):
-    head, *body = [[html.escape(str(cell)) for cell in row] for row in rows]
-    lines = ["".join(f"<td>{cell}</td>" for cell in row) for row in body]
-    return (f'<div class="table"><table><caption>{html.escape(caption)}</caption><thead><tr>'
-            + "".join(f"<th>{cell}</th>" for cell in head) + "</tr></thead><tbody>"
+    rows = [[str(cell) for cell in row] for row in rows]
+    classes = [' class="words"' if max(map(len, column)) > WORDS else "" for column in zip(*rows, strict=True)]
+    head, *lines = ["".join(f"<{tag}{words}>{html.escape(cell)}</{tag}>"
+                            for words, cell in zip(classes, row, strict=True))
+                    for tag, row in zip(["th"] + ["td"] * len(rows), rows, strict=False)]
+    return (f'<div class="table"><table><caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>'
             + "".join(f"<tr>{line}</tr>" for line in lines) + "</tbody></table></div>")
