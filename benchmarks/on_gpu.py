@@ -3,13 +3,12 @@
     benchmarks/on_gpu.sh OUT                             tests, throughput, training; writes OUT/cells.json and logs
     python benchmarks/results.py gpu OUT/cells.json      adds the outcome to RESULTS.md
     benchmarks/on_gpu.sh OUT --only tests                one part; `results.py gpu` keeps the others as they are
-    benchmarks/on_gpu.sh OUT --only trials               trains what cnn_vs_vit.py --train still lacks; writes
+    benchmarks/on_gpu.sh OUT --only trials               trains for cnn_vs_vit.py --train, all but the ladder; writes
                                                          OUT/trials.tar.gz, for `results.py cells` once unpacked
     benchmarks/on_gpu.sh OUT --dry-run                   runs a tiny version of everything on the CPU
 
-Trials start from those in benchmarks/results/unfinished/. The speeds there were measured on a CPU, and give the ladder
-its equal minutes. The training runs and trials need CIFAR-10 (JPEG) in the checkout, in data/cifar10-jpeg/ or
-data/cifar10-jpeg.tar.xz; git ignores both.
+Trials start from those in benchmarks/results/unfinished/, if there are any. The ladder is complete. The training runs
+and trials need CIFAR-10 (JPEG) in the checkout, in data/cifar10-jpeg/ or data/cifar10-jpeg.tar.xz; git ignores both.
 """
 
 import argparse
@@ -41,7 +40,7 @@ TEST_SECONDS, THROUGHPUT_SECONDS, PACK_SECONDS = 150, 210, 5
 TRAINING_SECONDS = 70  # one run: 45 seconds, plus start and test
 PARTS = ("tests", "throughput", "training")  # all but "trials", which takes minutes of its own
 UNFINISHED = ROOT / "benchmarks" / "results" / "unfinished"
-JOBS = {"ladder data": 9, "reach cues": 6}  # processes of each command; each needs a core
+JOBS = {"data": 9, "reach cues": 6}  # processes of each command; each needs a core
 TRAINED = ("vit_nano", "hybrid", "convnet")
 DRY_ENVIRONMENT = dict(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1")  # torch.compile then returns the model unchanged
 IMAGES = ROOT / "data" / "cifar10-jpeg"
@@ -147,7 +146,9 @@ class Check:
                 raise InputError(f"no images in {IMAGES.relative_to(ROOT)}/, and no {IMAGES.name}.tar.xz beside it")
             unpack_images()
         folder = self.scratch / "trials"
-        shutil.copytree(UNFINISHED, folder)
+        if UNFINISHED.exists():
+            shutil.copytree(UNFINISHED, folder)
+        folder.mkdir(exist_ok=True)
         with ThreadPoolExecutor(len(JOBS)) as pool:
             failures = list(pool.map(lambda names: self.compare_with(names, folder), JOBS))
         with tarfile.open(self.out / "trials.tar.gz", "w:gz") as archive:
@@ -160,7 +161,7 @@ class Check:
         command = [sys.executable, "cnn_vs_vit.py", "--train", "--only", *names.split(), "--device", self.device.type,
                    "--amp", "off", "--jobs", "2" if self.dry_run else str(JOBS[names]), "--results-dir", str(folder),
                    "--output-dir", str(self.scratch / names.replace(" ", "-"))]
-        if names == "ladder data" and not self.dry_run:
+        if names == "data" and not self.dry_run:
             command += ["--data-dir", str(IMAGES.relative_to(ROOT))]
         return self.run(f"trials-{names.replace(' ', '-')}", command + ["--dry-run"] * self.dry_run,
                         self.seconds_left - PACK_SECONDS)

@@ -209,22 +209,21 @@ def test_on_gpu_dry_run_goes_through_all_parts(results, tmp_path):
 def test_trials_are_packed_with_those_that_they_started_from(on_gpu, check, monkeypatch, tmp_path):
     start = tmp_path / "unfinished"
     start.mkdir()
-    (start / "speeds-ladder-x.json").write_text("{}")
+    (start / "speeds-x.json").write_text("{}")
     monkeypatch.setattr(on_gpu, "UNFINISHED", start)
     check.run_all(["trials"])
     result = check.cells[0]["result"]
-    assert result["stopped"] == [], (check.out / "trials-ladder-data.log").read_text()
+    assert result["stopped"] == [], (check.out / "trials-data.log").read_text()
     assert result["trials"] == 1
     with tarfile.open(check.out / "trials.tar.gz") as archive:
-        assert archive.getnames() == ["trials", "trials/speeds-ladder-x.json"]
+        assert archive.getnames() == ["trials", "trials/speeds-x.json"]
 
 
 def test_trials_that_stop_are_named_and_packed(on_gpu, check, monkeypatch, tmp_path):
     monkeypatch.setattr(on_gpu, "UNFINISHED", tmp_path / "none")
-    (tmp_path / "none").mkdir()
     monkeypatch.setattr(check, "run", lambda name, *_: dict(error=f"{name} ended after 1 s", tail=""))
     check.run_all(["trials"])
-    stopped = [f"trials-{names} ended after 1 s" for names in ("ladder-data", "reach-cues")]
+    stopped = [f"trials-{names} ended after 1 s" for names in ("data", "reach-cues")]
     assert check.cells[0]["result"]["stopped"] == stopped
-    assert "0 files, trials-ladder-data ended after 1 s" in on_gpu.summary(check.cells)
+    assert "0 files, trials-data ended after 1 s" in on_gpu.summary(check.cells)
     assert (check.out / "trials.tar.gz").exists()
