@@ -9,6 +9,7 @@ looks measured (a decimal fraction, a percentage, or a number with a unit of tim
 
 import json
 import math
+from functools import cache
 from pathlib import Path
 from statistics import geometric_mean, mean, stdev
 
@@ -17,6 +18,8 @@ import torch
 import vit_bridge.models
 import vit_model
 from benchmarks.results import band
+from vit_bridge.compare.ladder import BESIDE, CHANGES, MORE, PLAIN, STEPS, gains_of, samples_of
+from vit_bridge.compare.trials import read_trials
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
@@ -79,6 +82,46 @@ def pretraining(name, n_labels):
     return mean(found), band(found)
 
 
+@cache
+def ladder():
+    """Return the results of the ladder's trials."""
+    return [trial["result"] for trial in read_trials(["ladder"], [RESULTS])["ladder"]]
+
+
+def ladder_mean(name):
+    """Return the mean test accuracy of a bar of the ladder."""
+    return mean(samples_of(ladder())[name])
+
+
+def ladder_gain(before, after):
+    """Return (gain, half of its interval) between two bars of the ladder, in points."""
+    return map(points, gains_of(ladder())[before, after])
+
+
+def before_and_again(name):
+    """Return the test accuracy of a network that was trained again, and that of the first time."""
+    result = cell(f"repeats-cifar10-jpeg-{name}")
+    return [one["correct"] / one["n"] for one in (result, result["first"])]
+
+
+def mean_and_spread(pattern, *keys):
+    """Return the mean over seeds and the standard deviation in points."""
+    values = seeds(pattern, *keys)
+    return mean(values), points(stdev(values))
+
+
+def few_images(method):
+    return mean_and_spread(f"few-images-{method}-?", "test", "accuracy")
+
+
+def lead_of_fine_tuning():
+    """Return the smallest and the largest lead over training from scratch with the same recipe, in points."""
+    fine_tuned, new = (seeds(f"few-images-{name}-?", "test", "accuracy")
+                       for name in ("fine-tuned", "from-scratch-recipe-classic"))
+    leads = [points(first - second) for first, second in zip(fine_tuned, new, strict=True)]
+    return min(leads), max(leads)
+
+
 class Page:
     """The numbers of one page."""
 
@@ -96,14 +139,15 @@ PAGES["README.md"] = Page(
          mean(seeds("targets-vit_nano-10-vit_nano_fast-?", "test_acc")),
          mean(seeds("targets-hybrid-10-hybrid_fast-?", "test_acc")),
          mean(seeds("targets-convnet-10-convnet_wide-?", "test_acc"))),
+        ("a ViT reached {:.1%}, a hybrid {:.1%} and a ConvNet {:.1%}", *map(ladder_mean, (PLAIN, "hybrid", "ConvNet"))),
+        ("ten times the labels gained {:.1f}", next(ladder_gain(PLAIN, MORE))),
         ("A ViT-Tiny training step was {:.0%} faster than the same step in the fastest of four other libraries",
          smallest_ratio("throughput-cpu-tiny-16-training-float32") - 1),
         ("{} runs were killed at random moments and resumed; all ended with the same tensors as an uninterrupted run. "
          "({} had no checkpoint yet and started again.)",
          len(cell("kills-cpu", "rows")), sum(row["kept_step"] is None for row in cell("kills-cpu", "rows"))),
-        ("In five minutes on CIFAR-10 (JPEG), no: {:.1f}% on labels alone, {:.1f}% with a hard teacher. The teacher's "
-         "own five minutes, spent on the ViT, gave {:.1f}%.",
-         *(arm(name)[0] for name in ("ViT", "ViT, hard", "ViT, the teacher's minutes added"))),
+        ("in five minutes, {:.1f}% on labels alone and {:.1f}% with a hard teacher",
+         *(arm(name)[0] for name in ("ViT", "ViT, hard"))),
         ("on 4,500 labels of CIFAR-10 (JPEG), ten minutes of MAE raised a ViT from {:.1f}% to {:.1f}%. A hybrid "
          "reached {:.1f}% without.", *(pretraining(name, 4_500)[0] for name in ("ViT", "MAE, fine-tuned", "hybrid"))),
         ("| `create_vit_nano` (32 pixels) | {:.1f}M |", parameters("create_vit_nano", n_classes=1000) / 1e6),
@@ -176,11 +220,11 @@ def on_photographs(candidate):
 
 PAGES["docs/comparison.md"] = Page(
     measured=[
-        ("reached {:.0%} to {:.0%} after fine-tuning, and a new ViT {:.0%} to {:.0%}",
+        ("reached {:.0%} to {:.0%}, and a new ViT {:.0%} to {:.0%}",
          *on_photographs("fine-tuned vit_nano_shapes"), *on_photographs("ViT from scratch")),
-        ("at most {:.1%} of the comparisons made a false claim",
+        ("no setting had more than {:.1%} of comparisons with a false claim",
          max(row["false_claims"] / row["n"] for row in cell("verdict-errors-cpu", "rows"))),
-        ("30 test images find only leads of about {:.0f} points, and 1,000 images leads of about {:.0f} points",
+        ("30 test images, it finds only leads of about {:.0f} points; with 1,000 images, leads of about {:.0f} points",
          announced(30), announced(1000)),
         (f"parameters, thousands | {columns('{:.0f}')} |",
          *(rows[0]["parameters"] / 1e3 for rows in shipped("cost", "resolution", "KIND"))),
@@ -189,7 +233,7 @@ PAGES["docs/comparison.md"] = Page(
         (f"from 32 to 512 pixels | {columns('{:.2f}')} |", *shipped("cost", "exponents", "KIND", "flops")),
         ("last unit, pixels | {} | | | {} | | |",
          *(cell(trio, "receptive_field", "ConvNet")[-1]["window"] for trio in TRIOS)),
-        (f"unit's gradient | {columns('{:.1f}')} | | … with random weights | {columns('{:.1f}')} |",
+        (f"half of its gradient | {columns('{:.1f}')} | | … with random weights | {columns('{:.1f}')} |",
          *(rows[-1][weights][0] for weights in ("trained", UNTRAINED) for rows in shipped("receptive_field", "KIND"))),
         (" | | ".join(["first block's heads, pixels", *[columns("{:.1f} to {:.1f}", 2)] * 2, "… with random weights",
                        *[columns("{:.1f} to {:.1f}", 2)] * 2]) + " |",
@@ -202,33 +246,77 @@ PAGES["docs/comparison.md"] = Page(
          *shipped("position", "models", "KIND", "consistency_beyond")),
         (f"by up to 4 pixels, with random weights | {columns('{:.0%}')} |",
          *shipped("position", "models", "KIND", "consistency, random weights")),
-        ("keep at least {:.0%} of their predictions. Models with random weights keep {:.0%} to {:.0%}",
-         min(shipped("position", "models", "KIND", "consistency_beyond")),
-         *(end(shipped("position", "models", "KIND", "consistency, random weights")) for end in (min, max))),
-        ("radii of {:.1f} and {:.1f} pixels",
-         *(cell(trio, "receptive_field", "ViT")[-1][UNTRAINED][0] for trio in TRIOS)),
+        ("CLS lowers its row to {:.1f} to {:.1f} pixels",
+         *(end(cell("shipped-cifar10-cpu", "attention_distance", "Hybrid", "trained, CLS counted")[0])
+           for end in (min, max))),
+        ("keep at least {:.0%} of their predictions",
+         min(shipped("position", "models", "KIND", "consistency_beyond"))),
+        ("took {:.0f}, {:.0f} and {:.0f} minutes in bfloat16, to {:.1%}, {:.1%} and {:.1%}",
+         *(cell(f"weights-{name}-bf16-0", "seconds") / 60 for name in ("convnet", "hybrid", "vit_nano")),
+         *(cell(f"weights-{name}-bf16-0", "test_acc") for name in ("convnet", "hybrid", "vit_nano"))),
         ("it took {:.0f} seconds on 2 cores", cell("commands-cpu", "comparison", "median")),
         (f"75% of the ViT's own patches | {columns('{:.0%}')} |", *kept("shuffled")),
-        (f"moved by half a patch | {columns('{:.0%}')} |", *kept("shuffled, grid moved")),
+        (f"that is moved by half a patch | {columns('{:.0%}')} |", *kept("shuffled, grid moved")),
         ("{} steps (ConvNet), {} (hybrid) and {:,} (ViT), to test accuracies of {:.1%}, {:.1%} and {:.1%}.",
          *(cell(f"weights-{name}-0", key) for key in ("n_steps", "test_acc")
            for name in ("convnet", "hybrid", "vit_nano"))),
-        ("has a distance of {:.1f} pixels ({:.1f} in the CIFAR-10 hybrid)",
+        ("the distance is {:.1f} pixels ({:.1f} in the CIFAR-10 hybrid)",
          cell("shipped-cpu", "attention_distance", "ViT", "uniform"),
          cell("shipped-cifar10-cpu", "attention_distance", "Hybrid", "uniform")),
-        ("the ViT has {:.1%}, the hybrid {:.1%} and the ConvNet {:.1%}",
+        ("| 450, of five classes | 240 steps | {:.1%} | | {:.1%} |", few_images("from-scratch")[0],
+         few_images("ConvNet-from-scratch")[0]),
+        (f"| 4,500 | five minutes | {columns('{:.1%}', 3)} |", *map(ladder_mean, (PLAIN, "hybrid", "ConvNet"))),
+        (f"| 45,000 | ten minutes | {columns('{:.1%}', 3)} |",
          *(mean(seeds(f"targets-{name}-?", "test_acc")) for name in (
              "vit_nano-10-vit_nano_fast", "hybrid-10-hybrid_fast", "convnet-10-convnet_wide"))),
+        (f"| ViT, CLS | {CHANGES['ViT, CLS']} | {{:.1%}} | |", ladder_mean("ViT, CLS")),
+        *((f"| {after} | {CHANGES[after]} | {{:.1%}} | {{:+.1f}} ± {{:.1f}} |", ladder_mean(after),
+           *ladder_gain(before, after)) for before, after in STEPS),
+        *((f"| {name} | {words} | {{:.1%}} | {{:+.1f}} ± {{:.1f}} |", ladder_mean(name), *ladder_gain(PLAIN, name))
+          for name, words in (BESIDE | {MORE: "45,000 labels instead of 4,500"}).items()),
+        ("The hybrid covers {:.1f} of the {:.1f} points between the ViT with mean pooling and the ConvNet.** The "
+         "ConvNet is {:.1f} ± {:.1f} points above the hybrid.", *(next(ladder_gain(PLAIN, name))
+                                                                for name in ("hybrid", "ConvNet")),
+         *ladder_gain("hybrid", "ConvNet")),
+        ("With twice the steps and all labels, the ViT has {:.1%}",
+         mean(seeds("targets-vit_nano-10-vit_nano_fast-?", "test_acc"))),
+        ("a ViT taught by a hybrid has {:.1f}% instead of {:.1f}%",
+         *(pretraining(name, 4_500)[0] for name in ("ViT taught by the hybrid", "ViT, 10 minutes more"))),
+        ("{} for the ConvNeXt, whose depthwise convolutions are slow there, and {:,} for the ConvNet",
+         *(cell(f"ladder-cifar10-jpeg-{name}-4500-0", "n_steps")
+           for name in ("ConvNeXt-convolutional-stem", "ConvNet"))),
+        ("alone reaches {:.1%} beside the pre-trained one's {:.1%}, and {:.1%} beside the taught one's {:.1%}",
+         *(share for minutes, name in (("2.5", "pre-trained-with-MAE"), ("1.825", "labels-from-the-ConvNet"))
+           for share in (before_and_again(f"ViT-mean-pooling-4500-0-minutes-{minutes}")[0],
+                         *accuracies(f"ladder-cifar10-jpeg-{name}-4500-0")))),
+        ("the ConvNeXt has {:.1%} instead of {:.1%}",
+         *before_and_again("ConvNeXt-convolutional-stem-4500-0-as-fast-as-ConvNet")),
+        ("{:.1%} at its rate, and {:.1%} at four times this rate",
+         cell("ladder-cifar10-jpeg-hybrid-4500-0", "rates", "0.002"),
+         cell("repeats-cifar10-jpeg-hybrid-4500-0-lr-0.008", "rates", "0.008")),
+        ("they have {:.1%} instead of {:.1%}, and {:.1%} instead of {:.1%}",
+         *before_and_again("ViT-CLS-4500-0"), *before_and_again("ViT-mean-pooling-4500-0")),
+        ("rose from {:.1%} with its recipe's rate to {:.1%}",
+         *(cell("ladder-cifar10-jpeg-ConvNet-4500-0", "rates", rate) for rate in ("0.002", "0.064"))),
+        ("Ten times the labels gain {:.1f} points", next(ladder_gain(PLAIN, MORE))),
+        ("taught by a hybrid reached {:.1f}% instead of {:.1f}% with 4,500 labels",
+         *(pretraining(name, 4_500)[0] for name in ("ViT taught by the hybrid", "ViT, 10 minutes more"))),
+        ("mean pooling gains {:.1f} points over CLS", next(ladder_gain("ViT, CLS", PLAIN))),
+        ("fast, raised a ViT from {:.1f}% to {:.1f}%",
+         *(arm(name)[0] for name in ("ViT", "ViT, the teacher's minutes added"))),
     ],
     stated=[
+        ("With 95% probability, all true gains lie within their ±", "LEVEL in vit_bridge/compare/statistics.py"),
+        ("a model of more than 1.2 million parameters", "the ConvNet of docs/training.md, below"),
         ("All networks need 62 to 73 MFLOPs", "test_rungs_have_nearly_equal_flops in tests/compare/test_ladder.py"),
-        ("convolutions already do 76% of the FLOPs", "test_convolutions_do_most_of_the_hybrids_flops in the same file"),
+        ("(76% of the FLOPs) make 16 tokens", "test_convolutions_do_a_share_of_the_flops in the same file"),
+        ("Its convolutions do 12% of the FLOPs", "the same test"),
         ("65 MFLOPs with patches of 4 pixels", "the ViT's MFLOPs above, rounded"),
         ("classifies 75% of the images", "test_reach_sums_over_single_marks_solve_at_most_three_quarters in "
                                             "tests/compare/test_trained.py"),
         ("A ConvNet for the 2020s", "the title of Liu et al. 2022"),
         ("assumes an accuracy of 75% and seeds that differ by one point", "the defaults of assumed_noise()"),
-        ("On 1,800 small photographs", "2,000 images in benchmarks/verdicts.py, less a tenth for validation"),
+        ("on 1,800 small photographs", "2,000 images in benchmarks/verdicts.py, less a tenth for validation"),
         ("--minutes 30", "an option"),
     ],
 )
@@ -515,16 +603,6 @@ PAGES["docs/speed.md"] = Page(
 # ---- docs/training.md -------------------------------------------------------------------------------------
 
 
-def mean_and_spread(pattern, *keys):
-    """Return the mean over seeds and the standard deviation in points."""
-    values = seeds(pattern, *keys)
-    return mean(values), points(stdev(values))
-
-
-def few_images(method):
-    return mean_and_spread(f"few-images-{method}-?", "test", "accuracy")
-
-
 def level(model):
     """Return the validation accuracy of a model's recipe after two minutes, mean of three seeds."""
     return mean(seeds(f"factors-{model}-the-recipe-2-?", "val_acc"))
@@ -548,6 +626,13 @@ PAGES["docs/training.md"] = Page(
         ("| from scratch, `--recipe classic` | {:.1%} | {:.1f} |", *few_images("from-scratch-recipe-classic")),
         ("| from scratch | {:.1%} | {:.1f} |", *few_images("from-scratch")),
         ("| ConvNet from scratch | {:.1%} | {:.1f} |", *few_images("ConvNet-from-scratch")),
+        ("worse than the fine-tuned one by {:.1f} to {:.1f} points", *lead_of_fine_tuning()),
+        ("from {:.1%} at the recipe's learning rate to {:.1%} at 32 times this rate",
+         *(cell("ladder-cifar10-jpeg-ConvNet-4500-0", "rates", rate) for rate in ("0.002", "0.064"))),
+        ("the largest model has {:.1f} million weights",
+         cell("few-images-ConvNet-from-scratch-0", "run", "parameters") / 1e6),
+        ("It has {:.1f} times the ViT's weights", cell("few-images-ConvNet-from-scratch-0", "run", "parameters")
+         / cell("few-images-from-scratch-0", "run", "parameters")),
         ("([{:.1f} images/s])", cell("throughput-cpu-tiny-16-training-float32", "libraries", "ours",
                                      "images_per_second")),
         ("(a plain ViT) | {:.1%} ± {:.1f} |", *mean_and_spread("targets-vit_nano-10-vit_nano_fast-?", "test_acc")),
