@@ -172,7 +172,7 @@ TABLES = {
                   "chooses now, and classic beside it",
     "gpu": "One GPU: the tests marked `cuda`; images per second at 224 pixels in bf16, measured as for throughput "
            "but with a matrix product of 8192 x 8192; and 45-second training runs on CIFAR-10 (JPEG) "
-           "(`benchmarks/on_gpu.sh OUT`, then `python benchmarks/results.py gpu OUT/cells.json`).",
+           "(`benchmarks/on_gpu.sh OUT`, then `python benchmarks/results.py gpu OUT/cells.json`)",
 }
 
 INTRODUCTION = """# Results

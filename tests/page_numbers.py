@@ -139,6 +139,8 @@ PAGES["README.md"] = Page(
          mean(seeds("targets-hybrid-10-hybrid_fast-?", "test_acc")),
          mean(seeds("targets-convnet-10-convnet_wide-?", "test_acc"))),
         ("a ViT reached {:.1%}, a hybrid {:.1%} and a ConvNet {:.1%}", *map(ladder_mean, (PLAIN, "hybrid", "ConvNet"))),
+        ("The Swin lost {:.1f} points against the hybrid",
+         -next(ladder_gain("hybrid", "Swin, convolutional stem"))),
         ("ten times the labels gained {:.1f}", next(ladder_gain(PLAIN, MORE))),
         ("A ViT-Tiny training step was {:.0%} faster than the same step in the fastest of four other libraries",
          smallest_ratio("throughput-cpu-tiny-16-training-float32") - 1),
@@ -279,7 +281,7 @@ PAGES["docs/comparison.md"] = Page(
          *ladder_gain("hybrid", "ConvNet")),
         ("With twice the steps and all labels, the ViT has {:.1%}",
          mean(seeds("targets-vit_nano-10-vit_nano_fast-?", "test_acc"))),
-        ("a ViT taught by a hybrid has {:.1f}% instead of {:.1f}%",
+        ("a teacher does help: {:.1f}% instead of {:.1f}%",
          *(pretraining(name, 4_500)[0] for name in ("ViT taught by the hybrid", "ViT, 10 minutes more"))),
         ("{} for the ConvNeXt, whose depthwise convolutions are slow there, and {:,} for the ConvNet",
          *(cell(f"ladder-cifar10-jpeg-{name}-4500-0", "n_steps")
@@ -297,6 +299,9 @@ PAGES["docs/comparison.md"] = Page(
          *before_and_again("ViT-CLS-4500-0"), *before_and_again("ViT-mean-pooling-4500-0")),
         ("rose from {:.1%} with its recipe's rate to {:.1%}",
          *(cell("ladder-cifar10-jpeg-ConvNet-4500-0", "rates", rate) for rate in ("0.002", "0.064"))),
+        ("in five minutes, a teacher cost {:.1f} points", -next(ladder_gain(PLAIN, "labels from the ConvNet"))),
+        ("was {:.1f} points better after fine-tuning than a new ViT with the same recipe",
+         points(few_images("fine-tuned")[0] - few_images("from-scratch-recipe-classic")[0])),
         ("Ten times the labels gain {:.1f} points", next(ladder_gain(PLAIN, MORE))),
         ("taught by a hybrid reached {:.1f}% instead of {:.1f}% with 4,500 labels",
          *(pretraining(name, 4_500)[0] for name in ("ViT taught by the hybrid", "ViT, 10 minutes more"))),
@@ -305,7 +310,7 @@ PAGES["docs/comparison.md"] = Page(
          *(arm(name)[0] for name in ("ViT", "ViT, the teacher's minutes added"))),
     ],
     stated=[
-        ("With 95% probability, all true gains lie within their ±", "LEVEL in vit_bridge/compare/statistics.py"),
+        ("The ± are 95% intervals for all gains together", "LEVEL in vit_bridge/compare/statistics.py"),
         ("a model of more than 1.2 million parameters", "the ConvNet of docs/training.md, below"),
         ("All networks need 62 to 73 MFLOPs", "test_rungs_have_nearly_equal_flops in tests/compare/test_ladder.py"),
         ("(76% of the FLOPs) make 16 tokens", "test_convolutions_do_a_share_of_the_flops in the same file"),
@@ -350,6 +355,7 @@ PAGES["docs/family.md"] = Page(
     ],
     stated=[
         ("A ConvNet for the 2020s", "the title of the paper"),
+        ("saw the images 1.7 times as often", "3,446 steps and 1,994 in benchmarks/results/family-*"),
         ("the mean over three seeds and its 95% interval", "benchmarks/results.py, band"),
         ("By default λ is 0.1 and T is 3, as in the paper", "Touvron et al. 2021, Sec. 5.1; DISTILLATIONS in "
          "vit_bridge/training/objectives.py"),
