@@ -89,6 +89,8 @@ TABLES = {
     "reach": "Reach: four marks at the corners of a square, two of each kind. The class says whether equal marks share "
              "a row or a column. The table shows the accuracy on 1,000 test images at each distance (`python "
              "cnn_vs_vit.py --train --only reach`)",
+    "repeats-reach": "Networks of reach, trained again with the same images and seed for more steps, and tested on "
+                     "1,000 images at every distance (`python benchmarks/repeat.py --experiment reach --keep`)",
     "cues": "Outline or texture: predictions for images whose outline and texture belong to different classes "
             "(`python cnn_vs_vit.py --train --only cues`)",
     "fell": "What fell: results of older versions of these experiments, whose conclusions did not survive. Reach "
@@ -270,7 +272,7 @@ def page():
                 "targets": target_lines, "factors": factor_lines, "family": family_lines, "steps": step_lines,
                 "pretraining": pretraining_lines,
                 "ladder": trained_lines, "data": trained_lines, "reach": trained_lines, "cues": trained_lines,
-                "repeats": repeat_lines,
+                "repeats": repeat_lines, "repeats-reach": reach_repeat_lines,
                 "fell": fell_lines, "verdicts": verdict_lines, "verdict-errors": verdict_error_lines,
                 "trust": trust_lines, "views": view_lines, "commands": command_lines, "shipped": shipped_lines,
                 "shipped-cifar10": shipped_lines,
@@ -346,6 +348,17 @@ def repeat_lines(cells):
         lines.append(f"| {cell['result']['arm']} | {cell['seed']} | " + " | ".join(
             f"{where} | {one['n_steps']:,} | {one['learning_rate']:g} | {one['correct'] / one['n']:.1%}"
             for where, one in both) + f" | {max(cell['result']['rates'].values()):.1%} |")
+    return [*lines, ""]
+
+
+def reach_repeat_lines(cells):
+    lines = ["| network | seed | steps | learning rate | accuracy at each distance in pixels |",
+             "|---|---:|---:|---:|---|"]
+    for cell in cells:
+        r = cell["result"]
+        shares = ", ".join(f"{distance}: {count / r['n']:.1%}"
+                           for distance, count in zip(r["distances"], r["correct"], strict=True))
+        lines.append(f"| {r['arm']} | {cell['seed']} | {r['n_steps']:,} | {r['learning_rate']:g} | {shares} |")
     return [*lines, ""]
 
 

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-from vit_bridge.compare.ladder import MINUTES
 from vit_bridge.compare.trials import Trial
 
 
@@ -23,15 +22,23 @@ def test_repeat_changes_only_what_is_asked_for(tmp_path, monkeypatch):
         given.update(options, trial=trial)
         return dict(arm=trial.arm, correct=5, n=10, n_steps=6)
 
+    ladder, reach = (SimpleNamespace(measure=measure, needs_speeds=needs_speeds) for needs_speeds in (True, False))
     plan = SimpleNamespace(loaders="images", run=dict(device="cpu", amp="off"),
-                           experiments=dict(ladder=SimpleNamespace(measure=measure)))
+                           experiments=dict(ladder=ladder, reach=reach))
     result = repeat(trial, plan, tmp_path)
     assert result == dict(arm="ViT, CLS", correct=5, n=10, n_steps=6, device="cpu", first=dict(
         machine="an old one", correct=6, n=10, n_steps=3, learning_rate=0.004))
     same = dict(trial=trial, loaders="images", speeds=speeds, chosen=dict(rate=dict(learning_rate=0.004)),
-                minutes=MINUTES, device="cpu", amp="off")
+                device="cpu", amp="off")
     assert given == same
+    given.clear()
     repeat(trial, plan, tmp_path, as_fast_as="ConvNet")
     assert given == same | dict(speeds={"ViT, CLS": 200.0, "ConvNet": 200.0})
     repeat(trial, plan, tmp_path, minutes=2.5, lr=0.008)
     assert given == same | dict(minutes=2.5, chosen=dict(rate=dict(learning_rate=0.008)))
+    given.clear()
+    trial = Trial("reach", "Swin", 0)
+    trial.path(tmp_path).write_text(json.dumps(dict(date="", command="", machine="an old one", result=first)))
+    repeat(trial, plan, tmp_path, n_steps=8, distances=(8, 9))
+    assert given == dict(trial=trial, chosen=dict(rate=dict(learning_rate=0.004)), n_steps=8, distances=(8, 9),
+                         device="cpu", amp="off")
