@@ -165,6 +165,7 @@ def draw_trained(name):
 
 OF_CELLS = {
     "ladder": lambda: draw_trained("ladder"),
+    "reach": lambda: draw_trained("reach"),
     "patches_changed": draw_patches_changed,
     "growth": lambda: growth.draw(cell("growth-cpu")),
     "resolution": lambda: growth.draw_models(cell("resolution-cpu")),

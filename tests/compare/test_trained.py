@@ -67,6 +67,15 @@ def test_reach_sums_over_single_marks_solve_at_most_three_quarters():
     assert td.best_threshold(by_row, drawn.labels) == pytest.approx(0.75, abs=0.1)
 
 
+@pytest.mark.parametrize(("distance", "accuracy"), [(8, 0.5), (23, 1.0), (26, 0.5)])
+def test_reach_has_a_shortcut_at_odd_distances(distance, accuracy):
+    """Then one of the square's rows is even and one is odd, so the marks of a kind on even rows determine the class."""
+    drawn = make_corners(200, 32, start=8, distance=distance)
+    windows = drawn.images[:, 0].float().div(255).unfold(1, td.M, 1).unfold(2, td.M, 1)
+    on_even_rows = (windows == td.MARKS[0]).all(dim=(3, 4))[:, ::2].sum(dim=(1, 2))  # (N)
+    assert td.best_threshold((on_even_rows == 1).long(), drawn.labels) == pytest.approx(accuracy)
+
+
 @pytest.mark.parametrize(("values", "labels", "accuracy"), [
     ([0, 1, 2, 3], [0, 0, 1, 1], 1.0), ([0, 1, 2, 3], [1, 1, 0, 0], 1.0), ([0, 1, 2, 2], [1, 0, 1, 1], 0.75),
     ([0, 1, 2], [1, 0, 1], 2 / 3)])
@@ -150,9 +159,10 @@ def reach_trials(levels):
 def test_reach_finding_lists_the_solved_distances():
     trials = reach_trials({"ViT": (98, 97), "ConvNet, 2 stages": (99, 55), "Swin": (94, 96), "hybrid": (60, 50)})
     assert td.TRAINED["reach"].finding(trials).endswith(
-        "95% of the images: ViT: 8 and 42; Swin: 42; hybrid: none; ConvNet, 2 stages, window 23: 8.")
+        "95% of the images at every distance: ViT; at 42 pixels: Swin; at no distance: hybrid; at 8 pixels: ConvNet, "
+        "2 stages (window 23).")
     trials[1]["correct"] = [94, 99]  # one seed of the ViT
-    assert "ViT: 42;" in td.TRAINED["reach"].finding(trials)
+    assert "at 42 pixels: ViT and Swin;" in td.TRAINED["reach"].finding(trials)
 
 
 def cue_trial(arm, level):
@@ -206,8 +216,7 @@ def test_trained_experiments_give_tables_and_banded_figures(name, trials):
     experiment = td.TRAINED[name]
     (figure,) = experiment.draw(trials).values()
     if name != "cues":
-        bands = [part.get_paths()[0].vertices[:, 1] for part in figure.axes[0].collections
-                 if isinstance(part, PolyCollection)]
+        bands = [part for axes in figure.axes for part in axes.collections if isinstance(part, PolyCollection)]
         assert len(bands) == 2
     assert "of 3 seeds" in " ".join(figure.get_suptitle().split())
     for caption, (heads, *rows) in experiment.tables(trials):

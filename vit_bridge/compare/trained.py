@@ -176,24 +176,28 @@ class Reach(TrainedExperiment):
                     parameters=count_parameters(model))
 
     def draw(self, trials, setup=None):
-        points = {self.label(own[0]): [(distance, *mean_min_max([trial["correct"][i] / trial["n"] for trial in own]))
-                                       for i, distance in enumerate(own[0]["distances"])]
-                  for own in by_arm(trials, self.arms).values()}
+        panels = {}
+        for own in by_arm(trials, self.arms).values():
+            points = [(distance, *mean_min_max([trial["correct"][i] / trial["n"] for trial in own]))
+                      for i, distance in enumerate(own[0]["distances"])]
+            panels.setdefault("with attention" if own[0]["window"] is None else "without attention", {})[
+                self.label(own[0])] = points
         single = mean(max(own) for own in trials[0]["sums"])
-        return {"reach": plot_curves({"Are equal marks in rows or in columns?": points},
-                                     "distance between the marks (pixels)", "accuracy (%)", percent=True,
+        return {"reach": plot_curves(panels, "distance between the marks (pixels)", "accuracy (%)", percent=True,
                                      lines=[("guessing", 0.5), ("a sum over single marks", single)],
-                                     title=title_of_bands(trials))}
+                                     title=f"Are equal marks in rows or in columns?\n{title_of_bands(trials)}")}
 
     def finding(self, trials):
-        parts = []
+        parts = {}
         for own in by_arm(trials, self.arms).values():
             worst = [min(trial["correct"][i] / trial["n"] for trial in own) for i in range(len(own[0]["distances"]))]
             solved = [distance for distance, accuracy in zip(own[0]["distances"], worst, strict=True)
                       if accuracy >= self.SOLVED]
-            parts.append(f"{self.label(own[0])}: {join_words(map(str, solved)) if solved else 'none'}")
-        return (f"Distances in pixels at which every seed is right in at least {self.SOLVED:.0%} of the images: "
-                f"{'; '.join(parts)}.")
+            where = ("at every distance" if len(solved) == len(worst) else
+                     f"at {join_words(map(str, solved))} pixels" if solved else "at no distance")
+            parts.setdefault(where, []).append(self.label(own[0]))
+        parts = "; ".join(f"{where}: {join_words(names)}" for where, names in parts.items())
+        return f"Every seed is right in at least {self.SOLVED:.0%} of the images {parts}."
 
     def tables(self, trials):
         distances = trials[0]["distances"]
@@ -207,7 +211,7 @@ class Reach(TrainedExperiment):
 
     def label(self, trial):
         """Return the name of an arm, with the window of a ConvNet in pixels."""
-        return trial["arm"] if trial["window"] is None else f"{trial['arm']}, window {trial['window']}"
+        return trial["arm"] if trial["window"] is None else f"{trial['arm']} (window {trial['window']})"
 
 
 def mark_sums(images):

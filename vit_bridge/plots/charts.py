@@ -29,6 +29,8 @@ MARKERS = "osD^vPXh"
 DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1.5)), (0, (5, 1.5, 1.5, 1.5)))
 CLOSE = 0.006  # as a fraction of the axis: lines at most this far apart hide each other
 THICK = "thick: hidden behind another line"
+LEVELS = (":", "--")  # horizontal lines
+MOST_INSIDE = 6  # entries of a legend that find room inside a panel
 CLIP = 0.99  # the quantile of a map's values at which its colour scale ends
 
 # A word in the name of a model -> colour and marker of its family in every figure. The first match counts, so
@@ -131,7 +133,7 @@ def plot_curves(panels, xlabel, ylabel, save_path=None, title=None, log=(), perc
     percent : bool, optional
         If True, y is a fraction from 0 to 1 and is shown in per cent.
     lines : sequence, optional
-        (label, y) of dotted horizontal lines in every panel, such as chance.
+        (label, y) of horizontal lines in every panel, such as chance.
 
     Returns
     -------
@@ -166,8 +168,8 @@ def plot_curves(panels, xlabel, ylabel, save_path=None, title=None, log=(), perc
             if band:
                 panel.fill_between(x, scale * band[0], scale * band[1], alpha=0.2, linewidth=0,
                                    color=looks[name].colour)
-        for label, level in lines:
-            panel.axhline(scale * level, color="black", linestyle=":", linewidth=1.5, label=label)
+        for i, (label, level) in enumerate(lines):
+            panel.axhline(scale * level, color="black", linestyle=LEVELS[i % len(LEVELS)], linewidth=1.5, label=label)
         panel.set(title=heading, xlabel=xlabel)
         panel.grid(alpha=0.3)
         for axis in log:
@@ -186,8 +188,9 @@ def plot_curves(panels, xlabel, ylabel, save_path=None, title=None, log=(), perc
         panel.set_ylabel(ylabel)
     handles = {line.get_label(): line for panel in reversed(axes) for line in panel.lines}
     order = [*names, *(label for label, _ in lines)]
-    axes[-1].legend([handles[label] for label in order], order, fontsize=11, title=THICK if hidden else None,
-                    title_fontsize=10)
+    where, loc = (axes[-1], "best") if len(order) <= MOST_INSIDE else (figure, "outside right upper")
+    where.legend([handles[label] for label in order], order, fontsize=11, title=THICK if hidden else None,
+                 title_fontsize=10, loc=loc)
     if title:
         set_heading(figure, title, fontsize=14)
     return finish(figure, save_path)
@@ -479,7 +482,7 @@ def finish(figure, save_path):
         for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts, *(legend.texts if legend else ())):
             text.set_parse_math(False)
     for part in (figure, *figure.subfigs):
-        for text in part.texts:
+        for text in (*part.texts, *(text for legend in part.legends for text in legend.texts)):
             text.set_parse_math(False)
     if save_path is not None:
         save_figure(figure, save_path)
