@@ -121,6 +121,21 @@ def lead_with_few_images(method, other):
     return min(leads), max(leads)
 
 
+def reach_range(name, *distances):
+    """Return the lowest and the highest accuracy of all seeds at these distances in reach."""
+    found = [trial["result"] for trial in read_trials(["reach"], [RESULTS])["reach"] if trial["result"]["arm"] == name]
+    assert len(found) == 3
+    accuracies = [one["correct"][one["distances"].index(distance)] / one["n"] for one in found
+                  for distance in distances]
+    return min(accuracies), max(accuracies)
+
+
+def right_everywhere(name, window):
+    """Return the row of a network that is right at every distance in reach."""
+    everywhere = round(reach_range(name, 8, 12, 16, 20, 23, 26)[0], 2)
+    return f"| {name} | {window} | {{0:.0%}} | {{0:.0%}} | {{0:.0%}} |", everywhere
+
+
 class Page:
     """The numbers of one page."""
 
@@ -299,6 +314,16 @@ PAGES["docs/comparison.md"] = Page(
          *before_and_again("ViT-CLS-4500-0"), *before_and_again("ViT-mean-pooling-4500-0")),
         ("rose from {:.1%} with its recipe's rate to {:.1%}",
          *(cell("ladder-cifar10-jpeg-ConvNet-4500-0", "rates", rate) for rate in ("0.002", "0.064"))),
+        right_everywhere("ViT", "the whole image"),
+        right_everywhere("hybrid", "the whole image"),
+        ("| Swin | the whole image | {:.0%} to {:.0%} | {:.0%} to {:.0%} | {:.0%} to {:.0%} |",
+         *reach_range("Swin", 8, 12, 16, 20), *reach_range("Swin", 23), *reach_range("Swin", 26)),
+        ("| … with 2,000 steps (one seed) | the whole image | {0:.0%} | {0:.0%} | {0:.0%} |",
+         min(cell("repeats-reach-Swin-0-steps-2000", "correct")) / 1000),
+        (f"| ConvNet, 2 stages | {cell('reach-ConvNet-2-stages-0', 'window')} | {{:.0%}} | {{:.0%}} | {{:.0%}} to "
+         "{:.0%} |", reach_range("ConvNet, 2 stages", 8, 12, 16, 20)[0], reach_range("ConvNet, 2 stages", 23)[0],
+         *reach_range("ConvNet, 2 stages", 26)),
+        *(right_everywhere(f"ConvNet, {n} stages", cell(f"reach-ConvNet-{n}-stages-0", "window")) for n in (3, 4)),
         ("in five minutes, a teacher cost {:.1f} points", -next(ladder_gain(PLAIN, "labels from the ConvNet"))),
         ("was {:.1f} points better after fine-tuning than a new ViT with the same recipe",
          points(few_images("fine-tuned")[0] - few_images("from-scratch-recipe-classic")[0])),
