@@ -11,6 +11,7 @@ from vit_bridge.compare import trained as td
 from vit_bridge.compare import trials as tr
 from vit_bridge.compare.trials import SEEDS, Arm, Trial
 from vit_bridge.data.shapes import CUES, make_corners, make_cues, make_mark
+from vit_bridge.models.registry import build_model
 
 ON_CPU = dict(device="cpu", amp="off")
 TINY = Arm("vit_nano_fast", dict(embed_dim=12, depth=1, n_heads=2), first_smaller=False)
@@ -67,13 +68,36 @@ def test_reach_sums_over_single_marks_solve_at_most_three_quarters():
     assert td.best_threshold(by_row, drawn.labels) == pytest.approx(0.75, abs=0.1)
 
 
-@pytest.mark.parametrize(("distance", "accuracy"), [(8, 0.5), (23, 1.0), (26, 0.5)])
-def test_reach_has_a_shortcut_at_odd_distances(distance, accuracy):
-    """Then one of the square's rows is even and one is odd, so the marks of a kind on even rows determine the class."""
+@pytest.mark.parametrize(("distance", "period", "accuracy"), [
+    (8, 2, 0.5), (23, 2, 1.0), (26, 2, 0.5), (26, 4, 1.0), (16, 4, 0.5), (16, 8, 0.5)])
+def test_reach_has_shortcuts_where_the_rows_of_the_square_lie_differently_on_a_grid(distance, period, accuracy):
+    """Then the number of marks of a kind in the upper halves of the grid's cells determines the class."""
     drawn = make_corners(200, 32, start=8, distance=distance)
     windows = drawn.images[:, 0].float().div(255).unfold(1, td.M, 1).unfold(2, td.M, 1)
-    on_even_rows = (windows == td.MARKS[0]).all(dim=(3, 4))[:, ::2].sum(dim=(1, 2))  # (N)
-    assert td.best_threshold((on_even_rows == 1).long(), drawn.labels) == pytest.approx(accuracy)
+    marks = (windows == td.MARKS[0]).all(dim=(3, 4))  # (N, rows, columns)
+    in_upper_halves = marks[:, torch.arange(marks.shape[1]) % period < period / 2].sum(dim=(1, 2))  # (N)
+    assert td.best_threshold((in_upper_halves == 1).long(), drawn.labels) == pytest.approx(accuracy)
+
+
+def columns_in_windows(model, side):
+    """Return which columns of pixels can change each column of the last map: (W, S), by where a NaN shows."""
+    seen = []
+    for column in range(side):
+        images = torch.zeros(1, 3, side, side, dtype=torch.float64)
+        images[..., column] = math.nan
+        seen.append(model.forward_features(images).isnan().flatten(0, 2).any(dim=0))  # (W)
+    return torch.stack(seen, dim=1)
+
+
+@pytest.mark.parametrize(("distance", "touched"), [(20, True), (23, True), (26, False)])
+def test_narrow_windows_touch_two_marks_up_to_23_pixels_apart(distance, touched):
+    """Elsewhere the ConvNet with two stages only averages over single marks."""
+    arm = td.REACH_ARMS["ConvNet, 2 stages"].own_recipe()
+    model = build_model(arm.model, n_classes=2, img_size=32, **arm.model_options).double().eval()
+    windows = columns_in_windows(model, 32)
+    for first in range(32 - td.M - distance + 1):
+        both = (windows[:, at:at + td.M].any(dim=1) for at in (first, first + distance))
+        assert torch.logical_and(*both).any().item() == touched
 
 
 @pytest.mark.parametrize(("values", "labels", "accuracy"), [
