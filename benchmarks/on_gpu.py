@@ -3,12 +3,13 @@
     benchmarks/on_gpu.sh OUT                             tests, throughput, training; writes OUT/cells.json and logs
     python benchmarks/results.py gpu OUT/cells.json      adds the outcome to RESULTS.md
     benchmarks/on_gpu.sh OUT --only tests                one part; `results.py gpu` keeps the others as they are
-    benchmarks/on_gpu.sh OUT --only trials               trains for cnn_vs_vit.py --train, all but the ladder; writes
+    benchmarks/on_gpu.sh OUT --only trials               trains for cnn_vs_vit.py --train, data and cues; writes
                                                          OUT/trials.tar.gz, for `results.py cells` once unpacked
     benchmarks/on_gpu.sh OUT --dry-run                   runs a tiny version of everything on the CPU
 
-Trials start from those in benchmarks/results/unfinished/, if there are any. The ladder is complete. The training runs
-and trials need CIFAR-10 (JPEG) in the checkout, in data/cifar10-jpeg/ or data/cifar10-jpeg.tar.xz; git ignores both.
+Trials start from those in benchmarks/results/unfinished/, if there are any. The ladder and reach are complete. The
+training runs and trials need CIFAR-10 (JPEG) in the checkout, in data/cifar10-jpeg/ or data/cifar10-jpeg.tar.xz; git
+ignores both.
 """
 
 import argparse
@@ -40,7 +41,7 @@ TEST_SECONDS, THROUGHPUT_SECONDS, PACK_SECONDS = 150, 210, 5
 TRAINING_SECONDS = 70  # one run: 45 seconds, plus start and test
 PARTS = ("tests", "throughput", "training")  # all but "trials", which takes minutes of its own
 UNFINISHED = ROOT / "benchmarks" / "results" / "unfinished"
-JOBS = {"data": 9, "reach cues": 6}  # processes of each command; each needs a core
+JOBS = {"data": 9, "cues": 6}  # processes of each command; each needs a core
 TRAINED = ("vit_nano", "hybrid", "convnet")
 DRY_ENVIRONMENT = dict(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1")  # torch.compile then returns the model unchanged
 IMAGES = ROOT / "data" / "cifar10-jpeg"

@@ -223,7 +223,7 @@ def test_trials_that_stop_are_named_and_packed(on_gpu, check, monkeypatch, tmp_p
     monkeypatch.setattr(on_gpu, "UNFINISHED", tmp_path / "none")
     monkeypatch.setattr(check, "run", lambda name, *_: dict(error=f"{name} ended after 1 s", tail=""))
     check.run_all(["trials"])
-    stopped = [f"trials-{names} ended after 1 s" for names in ("data", "reach-cues")]
+    stopped = [f"trials-{names} ended after 1 s" for names in ("data", "cues")]
     assert check.cells[0]["result"]["stopped"] == stopped
     assert "0 files, trials-data ended after 1 s" in on_gpu.summary(check.cells)
     assert (check.out / "trials.tar.gz").exists()
