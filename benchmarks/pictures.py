@@ -166,6 +166,7 @@ def draw_trained(name):
 OF_CELLS = {
     "ladder": lambda: draw_trained("ladder"),
     "reach": lambda: draw_trained("reach"),
+    "shape_bias": lambda: draw_trained("cues"),
     "patches_changed": draw_patches_changed,
     "growth": lambda: growth.draw(cell("growth-cpu")),
     "resolution": lambda: growth.draw_models(cell("resolution-cpu")),

@@ -130,6 +130,14 @@ def reach_range(name, *distances):
     return min(accuracies), max(accuracies)
 
 
+def cue_row(name):
+    """Return the row of a network in the table of outline and texture."""
+    pattern = f"cues-{name.replace(', ', '-').replace(' ', '-')}-?"
+    biases = seeds(pattern, "shape_bias")
+    return (f"| {name} | {{:.0%}} ({{:.0%}} to {{:.0%}}) | {{:.1%}} |", mean(biases), min(biases), max(biases),
+            mean(seeds(pattern, "val_acc")))
+
+
 def right_everywhere(name, window):
     """Return the row of a network that is right at every distance in reach."""
     everywhere = round(reach_range(name, 8, 12, 16, 20, 23, 26)[0], 2)
@@ -314,6 +322,7 @@ PAGES["docs/comparison.md"] = Page(
          *before_and_again("ViT-CLS-4500-0"), *before_and_again("ViT-mean-pooling-4500-0")),
         ("rose from {:.1%} with its recipe's rate to {:.1%}",
          *(cell("ladder-cifar10-jpeg-ConvNet-4500-0", "rates", rate) for rate in ("0.002", "0.064"))),
+        *map(cue_row, ("ViT, patches of 4", "ViT, patches of 8", "hybrid", "ConvNet")),
         right_everywhere("ViT", "the whole image"),
         right_everywhere("hybrid", "the whole image"),
         ("| Swin | the whole image | {:.0%} to {:.0%} | {:.0%} to {:.0%} | {:.0%} to {:.0%} |",
@@ -342,7 +351,8 @@ PAGES["docs/comparison.md"] = Page(
         ("All networks need 62 to 73 MFLOPs", "test_rungs_have_nearly_equal_flops in tests/compare/test_ladder.py"),
         ("(76% of the FLOPs) make 16 tokens", "test_convolutions_do_a_share_of_the_flops in the same file"),
         ("Its convolutions do 12% of the FLOPs", "the same test"),
-        ("65 MFLOPs with patches of 4 pixels", "the ViT's MFLOPs above, rounded"),
+        ("The models train on 10,000 drawn images", "the default of Cues.measure()"),
+        ("An image then costs five times as much", "4.9 times the FLOPs, by count_flops()"),
         ("Each network learned from 20,000 images", "the default of Reach.measure()"),
         ("classifies 75% of the images", "test_reach_sums_over_single_marks_solve_at_most_three_quarters in "
                                             "tests/compare/test_trained.py"),
