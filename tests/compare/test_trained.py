@@ -183,8 +183,8 @@ def reach_trials(levels):
 def test_reach_finding_lists_the_solved_distances():
     trials = reach_trials({"ViT": (98, 97), "ConvNet, 2 stages": (99, 55), "Swin": (94, 96), "hybrid": (60, 50)})
     assert td.TRAINED["reach"].finding(trials).endswith(
-        "95% of the images at every distance: ViT; at 42 pixels: Swin; at no distance: hybrid; at 8 pixels: ConvNet, "
-        "2 stages (window 23).")
+        "95% of the images at every distance: ViT; at 42 pixels: Swin; at no distance: hybrid; at 8 pixels: ConvNet "
+        "of 2 stages (window 23).")
     trials[1]["correct"] = [94, 99]  # one seed of the ViT
     assert "at 42 pixels: ViT and Swin;" in td.TRAINED["reach"].finding(trials)
 

@@ -210,8 +210,9 @@ class Reach(TrainedExperiment):
         return [("Accuracy at each distance: mean over the seeds (lowest to highest)", rows)]
 
     def label(self, trial):
-        """Return the name of an arm, with the window of a ConvNet in pixels."""
-        return trial["arm"] if trial["window"] is None else f"{trial['arm']} (window {trial['window']})"
+        """Return the name of an arm without a comma, with the window of a ConvNet in pixels."""
+        name = trial["arm"].replace(", ", " of ")
+        return name if trial["window"] is None else f"{name} (window {trial['window']})"
 
 
 def mark_sums(images):
