@@ -270,3 +270,12 @@ def test_legend_says_what_a_thick_line_means_where_there_is_one():
     two = c.plot_curves({"": {"ViT": points, "ConvNet": points}}, "x", "y")
     assert one.axes[0].get_legend().get_title().get_text() == ""
     assert two.axes[0].get_legend().get_title().get_text() == c.THICK
+
+
+def test_a_long_legend_stands_beside_the_panels():
+    """Its names may hold a $, which is not parsed as maths."""
+    few, many = (c.plot_curves({"": {f"${i}$": [(0, i), (1, i)] for i in range(n)}}, "x", "y") for n in (6, 7))
+    assert few.axes[0].get_legend() is not None
+    assert few.legends == []
+    assert many.axes[0].get_legend() is None
+    assert [text.get_parse_math() for text in many.legends[0].texts] == [False] * 7
