@@ -85,7 +85,7 @@ def test_cnn_vs_vit_measures_and_reports_trials(few, tmp_path, monkeypatch, caps
     cv.main(["--train", "--only", "reach", "--results-dir", "trials", "--output-dir", "out"])
     shown = capsys.readouterr().out
     assert "reach-ViT-0: saved" in shown
-    assert "ViT: none" in shown
+    assert "at no distance: ViT" in shown
     assert len(few) == len(SEEDS) * len(trained.REACH_ARMS)
     assert (tmp_path / "out" / "reach.png").is_file()
     assert set(json.loads((tmp_path / "out" / "results.json").read_text())["results"]) == {"reach"}
