@@ -53,8 +53,8 @@ from vit_bridge.runtime import predictions
 from vit_model import pair
 
 MASS_FRACTIONS = (0.5, 0.9, 0.99)  # of the gradient; we measure the radius that holds each
-HIDDEN = (0.0, 0.125, 0.25, 0.5, 0.75)  # fractions of the patches that are hidden or shuffled
-SIZES, COUNTED_SIZES = (32, 128, 256), (32, 64, 128, 256, 512)  # image sides in pixels: timed, and only counted
+HIDDEN = (0.0, 0.25, 0.5, 0.75)  # fractions of the patches that are hidden or shuffled
+SIZES, COUNTED_SIZES = (32, 96, 192), (32, 64, 128, 256, 512)  # image sides in pixels: timed, and only counted
 PATCHES, PATCH_SIZE_IMAGE = (4, 8, 16, 32), 128  # patch sizes, and the image size at which they are compared
 RANDOM, MOVED = "random weights", "shuffled, grid moved"  # keys in results.json
 
@@ -149,8 +149,9 @@ class Cost(Experiment):
                     row |= _costs_of(twin, size, setup.seconds)
                 rows.append(row)
             data["resolution"][name] = rows
-            pixels, textbook = [row["size"] ** 2 for row in rows], [_textbook_cost(model, row["size"]) for row in rows]
-            data["exponents"][name] = dict(flops=fitted_exponent(pixels, [row["flops"] for row in rows]),
+            flops = {row["size"]: row["flops"] for row in rows if row["size"] in COUNTED_SIZES}
+            pixels, textbook = [size**2 for size in flops], [_textbook_cost(model, size) for size in flops]
+            data["exponents"][name] = dict(flops=fitted_exponent(pixels, list(flops.values())),
                                            formula=fitted_exponent(pixels, textbook))
         vit = next((model for model in setup.models.values() if model.attends and adapt(model).projects_patches), None)
         for patch in setup.patches if vit is not None else ():
