@@ -45,11 +45,13 @@ from visualizations import (
 )
 from vit_bridge.cli import OneLineParser, script
 from vit_bridge.compare.experiments import EXPERIMENTS
+from vit_bridge.compare.statistics import mean_min_max
 from vit_bridge.compare.trained import TRAINED
-from vit_bridge.compare.trials import read_trials
+from vit_bridge.compare.trials import SEEDS, read_trials
 from vit_bridge.data.images import sample_photographs
 from vit_bridge.errors import InputError, check_choice
 from vit_bridge.models.registry import build_model
+from vit_bridge.plots.charts import plot_curves
 from vit_bridge.plots.explorer import explore
 from vit_bridge.plots.look import draw_look, look
 from vit_bridge.preprocessing import Whole
@@ -163,7 +165,24 @@ def draw_trained(name):
     return figure
 
 
+def draw_few_or_many():
+    """Draw the accuracies of ViT and hybrid on 450, 4,500 and 45,000 images: mean, lowest and highest of the seeds."""
+    curves = {
+        "ViT, 1, 2 and 5 minutes": {450: "pretraining-ViT-450-0.0005", 4500: "pretraining-ViT-4500-0.002",
+                                    45_000: "family-ViT-0.001"},
+        "ViT, 11, 12 and 15 minutes": {n: f"pretraining-ViT-10-minutes-more-{n}-{rate}"
+                                       for n, rate in ((450, 0.0005), (4500, 0.002), (45_000, 0.001))},
+        "hybrid, 1, 2 and 5 minutes": {450: "pretraining-hybrid-450-0.001", 4500: "pretraining-hybrid-4500-0.008",
+                                       45_000: "family-Hybrid-0.002"}}
+    points = {name: [(n, *mean_min_max([cell(f"{key}-{seed}")["test_acc"] for seed in SEEDS]))
+                     for n, key in own.items()]
+              for name, own in curves.items()}
+    return plot_curves({"CIFAR-10 (JPEG)": points}, "training images", "test accuracy (%)",
+                       percent=True, log=("x",), title=f"Bands: lowest to highest of {len(SEEDS)} seeds")
+
+
 OF_CELLS = {
+    "few_or_many": draw_few_or_many,
     "ladder": lambda: draw_trained("ladder"),
     "reach": lambda: draw_trained("reach"),
     "shape_bias": lambda: draw_trained("cues"),

@@ -114,11 +114,15 @@ def few_images(method):
     return mean_and_spread(f"few-images-{method}-?", "test", "accuracy")
 
 
-def lead_with_few_images(method, other):
-    """Return the smallest and the largest lead of a method over another, in points."""
-    pairs = zip(*(seeds(f"few-images-{name}-?", "test", "accuracy") for name in (method, other)), strict=True)
+def lead(name, other, *keys):
+    """Return the smallest and the largest lead of cells over others with the same seeds, in points."""
+    pairs = zip(*(seeds(f"{one}-?", *(keys or ["test_acc"])) for one in (name, other)), strict=True)
     leads = [points(first - second) for first, second in pairs]
     return min(leads), max(leads)
+
+
+def lead_with_few_images(method, other):
+    return lead(f"few-images-{method}", f"few-images-{other}", "test", "accuracy")
 
 
 def reach_range(name, *distances):
@@ -287,6 +291,17 @@ PAGES["docs/comparison.md"] = Page(
         ("the distance is {:.1f} pixels ({:.1f} in the CIFAR-10 hybrid)",
          cell("shipped-cpu", "attention_distance", "ViT", "uniform"),
          cell("shipped-cifar10-cpu", "attention_distance", "Hybrid", "uniform")),
+        ("| 450 | one minute | {:.1f}% | {:.1f}% | |", *(pretraining(name, 450)[0] for name in ("ViT", "hybrid"))),
+        ("| 4,500 | two minutes | {:.1f}% | {:.1f}% | |", *(pretraining(name, 4500)[0] for name in ("ViT", "hybrid"))),
+        ("| 45,000 | five minutes | {:.1f}% | {:.1f}% | |", *(arm(name)[0] for name in ("ViT", "Hybrid"))),
+        ("leads by {:.1f} to {:.1f} points, depending on the seed; with 4,500 images by {:.1f} to {:.1f}, and with 45,000 "
+         "by {:.1f} to {:.1f} points",
+         *lead("pretraining-hybrid-450-0.001", "pretraining-ViT-450-0.0005"),
+         *lead("pretraining-hybrid-4500-0.008", "pretraining-ViT-4500-0.002"),
+         *lead("family-Hybrid-0.002", "family-ViT-0.001")),
+        ("from {:.1f}% to {:.1f}% with 450 images, and from {:.1f}% to {:.1f}% with 4,500. With 45,000 images, it rises "
+         "to {:.1f}%", *(pretraining(name, n)[0] for n in (450, 4500) for name in ("ViT", "ViT, 10 minutes more")),
+         pretraining("ViT, 10 minutes more", 45_000)[0]),
         ("| 450, of five classes | 240 steps | {:.1%} | | {:.1%} |", few_images("from-scratch")[0],
          few_images("ConvNet-from-scratch")[0]),
         (f"| 4,500 | five minutes | {columns('{:.1%}', 3)} |", *map(ladder_mean, (PLAIN, "hybrid", "ConvNet"))),
@@ -352,7 +367,10 @@ PAGES["docs/comparison.md"] = Page(
         ("(76% of the FLOPs) make 16 tokens", "test_convolutions_do_a_share_of_the_flops in the same file"),
         ("Its convolutions do 12% of the FLOPs", "the same test"),
         ("The models train on 10,000 drawn images", "the default of Cues.measure()"),
-        ("An image then costs five times as much", "4.9 times the FLOPs, by count_flops()"),
+        ("makes up to 1.8 times as many steps", "1,413 steps and 797 in benchmarks/results/pretraining-*-4500-*"),
+        ("no model trained for more than 15 minutes", "the minutes of the tables in benchmarks/RESULTS.md"),
+        ("On 72 drawn shapes", "benchmarks/verdicts.py; the table in benchmarks/RESULTS.md"),
+        ("an image costs five times as much", "4.9 times the FLOPs, by count_flops()"),
         ("Each network learned from 20,000 images", "the default of Reach.measure()"),
         ("classifies 75% of the images", "test_reach_sums_over_single_marks_solve_at_most_three_quarters in "
                                             "tests/compare/test_trained.py"),
