@@ -294,13 +294,14 @@ PAGES["docs/comparison.md"] = Page(
         ("| 450 | one minute | {:.1f}% | {:.1f}% | |", *(pretraining(name, 450)[0] for name in ("ViT", "hybrid"))),
         ("| 4,500 | two minutes | {:.1f}% | {:.1f}% | |", *(pretraining(name, 4500)[0] for name in ("ViT", "hybrid"))),
         ("| 45,000 | five minutes | {:.1f}% | {:.1f}% | |", *(arm(name)[0] for name in ("ViT", "Hybrid"))),
-        ("leads by {:.1f} to {:.1f} points, depending on the seed; with 4,500 images by {:.1f} to {:.1f}, and with 45,000 "
-         "by {:.1f} to {:.1f} points",
+        ("leads by {:.1f} to {:.1f} points, depending on the seed; with 4,500 images by {:.1f} to {:.1f}, and with "
+         "45,000 by {:.1f} to {:.1f} points",
          *lead("pretraining-hybrid-450-0.001", "pretraining-ViT-450-0.0005"),
          *lead("pretraining-hybrid-4500-0.008", "pretraining-ViT-4500-0.002"),
          *lead("family-Hybrid-0.002", "family-ViT-0.001")),
         ("from {:.1f}% to {:.1f}% with 450 images, and from {:.1f}% to {:.1f}% with 4,500. With 45,000 images, it rises "
-         "to {:.1f}%", *(pretraining(name, n)[0] for n in (450, 4500) for name in ("ViT", "ViT, 10 minutes more")),
+         "to {:.1f}%",
+         *(pretraining(name, n)[0] for n in (450, 4500) for name in ("ViT", "ViT, 10 minutes more")),
          pretraining("ViT, 10 minutes more", 45_000)[0]),
         ("| 450, of five classes | 240 steps | {:.1%} | | {:.1%} |", few_images("from-scratch")[0],
          few_images("ConvNet-from-scratch")[0]),
