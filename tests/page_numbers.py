@@ -299,8 +299,8 @@ PAGES["docs/comparison.md"] = Page(
          *lead("pretraining-hybrid-450-0.001", "pretraining-ViT-450-0.0005"),
          *lead("pretraining-hybrid-4500-0.008", "pretraining-ViT-4500-0.002"),
          *lead("family-Hybrid-0.002", "family-ViT-0.001")),
-        ("from {:.1f}% to {:.1f}% with 450 images, and from {:.1f}% to {:.1f}% with 4,500. With 45,000 images, it rises "
-         "to {:.1f}%",
+        ("from {:.1f}% to {:.1f}% with 450 images, and from {:.1f}% to {:.1f}% with 4,500. With 45,000 images, it "
+         "rises to {:.1f}%",
          *(pretraining(name, n)[0] for n in (450, 4500) for name in ("ViT", "ViT, 10 minutes more")),
          pretraining("ViT, 10 minutes more", 45_000)[0]),
         ("| 450, of five classes | 240 steps | {:.1%} | | {:.1%} |", few_images("from-scratch")[0],

@@ -453,6 +453,7 @@ def test_join_words_uses_commas_and_and():
 def test_bands_are_of_all_seeds():
     assert st.mean_min_max([2, 1, 6]) == (3, 1, 6)
     assert st.format_range([0.2, 0.1, 0.6]) == "30.0% (10.0 to 60.0)"
+    assert st.format_range([0.99999, 1.0]) == "100.0%"
 
 
 @pytest.mark.parametrize(("values", "half", "words"), [

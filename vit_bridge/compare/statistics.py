@@ -467,8 +467,9 @@ def mean_min_max(values):
 
 
 def format_range(shares):
-    """Return the mean, lowest and highest of fractions as text, in percent."""
-    return f"{mean(shares):.1%} ({100 * min(shares):.1f} to {100 * max(shares):.1f})"
+    """Return the mean of fractions as text, in percent, with the lowest and the highest where these differ."""
+    low, high = (f"{100 * one:.1f}" for one in (min(shares), max(shares)))
+    return f"{mean(shares):.1%}" + (f" ({low} to {high})" if low != high else "")
 
 
 def format_lead(ranking, name):
