@@ -69,7 +69,8 @@ def test_reach_sums_over_single_marks_solve_at_most_three_quarters():
 
 
 @pytest.mark.parametrize(("distance", "period", "accuracy"), [
-    (8, 2, 0.5), (23, 2, 1.0), (26, 2, 0.5), (26, 4, 1.0), (16, 4, 0.5), (16, 8, 0.5)])
+    (8, 2, 0.5), (23, 2, 1.0), (26, 2, 0.5), (26, 4, 1.0), (16, 4, 0.5), (16, 8, 0.5), (24, 4, 0.5),
+    (24, 8, 0.5), (24, 16, 1.0)])
 def test_reach_has_shortcuts_where_the_rows_of_the_square_lie_differently_on_a_grid(distance, period, accuracy):
     """Then the number of marks of a kind in the upper halves of the grid's cells determines the class."""
     drawn = make_corners(200, 32, start=8, distance=distance)
