@@ -94,15 +94,15 @@ def test_textbook_cost_is_half_the_flops_of_the_blocks(setup):
 
 def test_cost_finding_follows_the_numbers(measured):
     data = copy.deepcopy(measured["cost"])
-    for speeds, words in (((9, 9), ", and A is fastest at 32 pixels a side."),
-                          ((9, 1), ", and B is fastest at 32 pixels a side."),
-                          ((9, 4.8), ", and B and A are fastest at 32 pixels a side.")):
+    for speeds, words in (((9, 9), ". In inference, A is fastest at 16 and 32 pixels a side."),
+                          ((9, 1), ". In inference, A is fastest at 16 pixels a side; B is fastest at 32 pixels a side."),
+                          ((9, 4.8), "; B and A are fastest at 32 pixels a side.")):
         data["resolution"] = {"A": [dict(size=size, images_per_second=speed)
                                     for size, speed in zip((16, 32), speeds, strict=True)],
                               "B": [dict(size=size, images_per_second=5) for size in (16, 32)]}
         assert EXPERIMENTS["cost"].finding(data).endswith(words)
     data["exponents"] = dict(A=dict(flops=1.234, formula=1.5), B=dict(flops=1.6, formula=1.6))
-    assert "to the power 1.23 (A) to 1.60 (B)," in EXPERIMENTS["cost"].finding(data)
+    assert "to the power 1.23 (A) to 1.60 (B)." in EXPERIMENTS["cost"].finding(data)
 
 
 def test_receptive_field_of_a_vit_starts_with_one_patch(measured, setup):
@@ -171,15 +171,23 @@ def position_data(n=1000, **models):
         for name, (stays, *kept) in models.items()})
 
 
+def test_attention_distance_draws_the_uniform_line_of_each_model():
+    rows = {"trained": [[8.0, 9.0]], RANDOM: [[8.0, 8.5]]}
+    for uniform, labels in ((16.5, {"uniform: 16.5"}), (16.1, {"uniform: 16.5", "uniform: 16.1"})):
+        (figure,) = EXPERIMENTS["attention_distance"].draw({"A": dict(rows, uniform=16.5),
+                                                            "B": dict(rows, uniform=uniform)}).values()
+        assert {line.get_label() for line in figure.axes[0].lines if line.get_label().startswith("uniform")} == labels
+
+
 def test_position_finding_follows_the_numbers():
     finding = EXPERIMENTS["position"].finding
     assert finding(position_data(A=(0.9, 0.4, 0.5, 0.2), B=(0.5, 0.8, 0.5, 0.9))) == (
-        "Shifting the image leaves the largest fraction of predictions unchanged in A. With 75% of the ViT's own "
-        "patches shuffled, A keeps 40% of its accuracy and B 80%; all are better than guessing. With the shuffled "
+        "By the fraction of predictions that stay the same when the image is shifted, A is ahead. With 75% of the "
+        "ViT's own patches shuffled, A keeps 40% of its accuracy and B 80%; all are better than guessing. With the shuffled "
         "grid moved by half a patch, A keeps 50% of its accuracy and B 50%; all are better than guessing. With the "
         "patches hidden, A keeps 20% of its accuracy and B 90%; A is no better than guessing.")
     few = finding(position_data(50, A=(0.9, 0.5, 0.5, 0.5), B=(0.88, 0.6, 0.5, 0.5)))
-    assert "unchanged in A and B (a tie)." in few
+    assert "shifted, A and B cannot be distinguished." in few
 
 
 def test_position_finding_sets_guessing_models_apart():

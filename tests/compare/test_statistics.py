@@ -164,9 +164,15 @@ def test_rank_shares_ties_shares_of_few_images():
 def test_rank_by_variance_takes_a_95_percent_interval():
     """The two-sided 5% of a normal distribution: ndtr(-1.96) = 2.5%."""
     ranking = st.rank_by_variance(dict(A=3.0, B=0.0), dict(A=1.0, B=3.0))
-    assert ranking.half_widths == pytest.approx(dict(B=1.96 * 2))
+    assert ranking.half_widths == pytest.approx(dict(B=1.96 * 2), rel=1e-4)
     assert torch.special.ndtr(torch.tensor(-ranking.half_widths["B"] / 2)).item() == pytest.approx(0.025, rel=1e-3)
     assert (ranking.winner, st.rank_by_variance(dict(A=4.0, B=0.0), dict(A=1.0, B=3.0)).winner) == (None, "A")
+
+
+def test_rank_by_variance_takes_wider_intervals_for_more_models():
+    """Bonferroni: each of the three pairs of three models has 5% / 3."""
+    half = st.rank_by_variance(dict(A=1.0, B=0.5, C=0.0), dict(A=0.5, B=0.5, C=0.5)).half_widths["B"]
+    assert torch.special.ndtr(torch.tensor(-half, dtype=torch.float64)).item() == pytest.approx(0.05 / 6)
 
 
 def test_rank_speeds_ties_speeds_within_a_tenth():

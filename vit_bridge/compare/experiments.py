@@ -3,7 +3,7 @@
     EXPERIMENTS[name]    an Experiment: measure, draw, finding, tables
     ComparisonSetup      the models and images to measure
 
-The control is the same model with random weights, uniform attention, guessing or a formula. trials.py contains the
+The control is the same model with random weights, uniform attention, guessing or a formula. trained.py contains the
 experiments that train their models.
 
 Shapes:  N images, S side of an image in pixels, L blocks, H heads, M tokens including the padding.
@@ -36,6 +36,7 @@ from vit_bridge.analysis.receptive_field import (
 )
 from vit_bridge.analysis.similarity import layer_similarity
 from vit_bridge.compare.statistics import (
+    describe_leaders,
     is_or_are,
     mean_min_max,
     rank_kept,
@@ -184,12 +185,15 @@ class Cost(Experiment):
         return figures
 
     def finding(self, data):
-        largest = {name: [row for row in rows if "images_per_second" in row][-1]
-                   for name, rows in data["resolution"].items()}
-        leaders = rank_speeds({name: row["images_per_second"] for name, row in largest.items()}).leaders
+        timed = {name: [row for row in rows if "images_per_second" in row]
+                 for name, rows in data["resolution"].items()}
+        fastest = {}
+        for end in (0, -1):
+            leaders = rank_speeds({name: rows[end]["images_per_second"] for name, rows in timed.items()}).leaders
+            fastest.setdefault(is_or_are(leaders), {})[str(next(iter(timed.values()))[end]["size"])] = None
+        fastest = "; ".join(f"{who} fastest at {join_words(sizes)} pixels a side" for who, sizes in fastest.items())
         exponents = {name: row["flops"] for name, row in data["exponents"].items()}
-        return (f"FLOPs grow with the number of pixels to the power {_from_to(exponents)}, and "
-                f"{is_or_are(leaders)} fastest at {next(iter(largest.values()))['size']} pixels a side.")
+        return (f"FLOPs grow with the number of pixels to the power {_from_to(exponents)}. In inference, {fastest}.")
 
     def tables(self, data):
         heads = ["", "side (px)", "parameters", "MFLOPs", "images/s", "training", "MiB per image", "training"]
@@ -319,9 +323,9 @@ class AttentionDistance(Experiment):
         panels = {name: {words: [(block, *mean_min_max(heads)) for block, heads in enumerate(rows[weights], start=1)]
                          for words, weights in ((name, "trained"), (f"{name}, {RANDOM}", RANDOM))}
                   for name, rows in data.items()}
-        uniform = next(iter(data.values()))["uniform"]
+        uniform = {f"uniform: {rows['uniform']:.1f}": rows["uniform"] for rows in data.values()}
         return {"attention_distance": plot_curves(
-            panels, "block", "mean distance (pixels)", lines=[(f"uniform: {uniform:.1f}", uniform)],
+            panels, "block", "mean distance (pixels)", lines=[*uniform.items()],
             title="Attention distance: mean of the heads (band: nearest to farthest)")}
 
     def finding(self, data):
@@ -463,8 +467,8 @@ class Position(Experiment):
                    MOVED: "With the shuffled grid moved by half a patch", "hidden, mean": "With the patches hidden"}
         kept = [f"{words}, {_describe_kept(models, change, data['n'], data['classes'])}."
                 for change, words in changed.items()]
-        return " ".join([f"Shifting the image leaves the largest fraction of predictions unchanged in "
-                         f"{_leaders(shifted)}.", *kept])
+        return " ".join([f"By the fraction of predictions that stay the same when the image is shifted, "
+                         f"{describe_leaders(shifted)}.", *kept])
 
     def tables(self, data):
         moved = [["", "as in training", "further", f"as in training, {RANDOM}"]]
@@ -519,10 +523,6 @@ def _describe_kept(models, change, n, n_classes):
     if not lost:
         return f"{kept}; all are better than guessing"
     return f"{kept}; {is_or_are(lost)} no better than guessing"
-
-
-def _leaders(ranking):
-    return f"{join_words(ranking.leaders)}{' (a tie)' if ranking.tied else ''}"
 
 
 # ---- 6. A convolution as attention ------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
-from statistics import mean, stdev, variance
+from statistics import NormalDist, mean, stdev, variance
 
 import numpy as np
 import torch
@@ -366,9 +366,10 @@ def rank_samples(samples, n):
 
 
 def rank_by_variance(values, variances):
-    """Return the Ranking of values with known variances; each difference has its own 95% interval."""
-    best = variances[max(values, key=values.get)]
-    return rank(values, {name: 1.96 * math.sqrt(best + variances[name]) for name in values})
+    """Return the Ranking of values with known variances; the intervals of all pairs hold together with 95%."""
+    best, k = variances[max(values, key=values.get)], max(2, len(values))
+    z = NormalDist().inv_cdf(1 - 0.05 / (k * (k - 1)))  # Bonferroni
+    return rank(values, {name: z * math.sqrt(best + variances[name]) for name in values})
 
 
 def rank_shares(shares, n):
