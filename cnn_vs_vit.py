@@ -1,6 +1,6 @@
 """Compare a CNN, a ViT and a hybrid of the two; every experiment has a control.
 
-    python cnn_vs_vit.py                                    compare the shipped models, in a few minutes
+    python cnn_vs_vit.py                                    compare the shipped models, in about two minutes
     python cnn_vs_vit.py --only position                    run one experiment
     python cnn_vs_vit.py --train                            add the experiments that train (hours; can be resumed)
     python cnn_vs_vit.py --data-dir photos --minutes 30     find the model that suits your images
@@ -9,6 +9,7 @@ A run writes report.html (one file that you can open or send), results.json and 
 """
 
 import hashlib
+import itertools
 import re
 import shlex
 import tempfile
@@ -23,7 +24,7 @@ from vit_bridge.compare.experiments import EXPERIMENTS, ComparisonSetup
 from vit_bridge.compare.report import Section, write_report
 from vit_bridge.compare.statistics import MIN_IMAGES, assumed_noise, describe_power, describe_verdict
 from vit_bridge.compare.trained import TRAINED
-from vit_bridge.compare.trials import SEEDS, by_dataset, plan_trials, read_trials, run_trials
+from vit_bridge.compare.trials import SEEDS, by_dataset, draw_indices, plan_trials, read_trials, run_trials
 from vit_bridge.compare.which import (
     DEFAULT_WEIGHTS,
     FolderImages,
@@ -36,11 +37,12 @@ from vit_bridge.compare.which import (
     draw_candidates,
     fitting_candidates,
     next_step,
+    share_of,
 )
 from vit_bridge.data.audit import audit_folder
 from vit_bridge.data.loaders import MemoryLoader, get_data_loaders, get_test_loader
 from vit_bridge.data.shapes import TEST_START, make_shapes
-from vit_bridge.errors import InputError
+from vit_bridge.errors import InputError, join_words
 from vit_bridge.models.hybrid import HybridCNNViT
 from vit_bridge.plots.charts import save_figure
 from vit_bridge.preprocessing import SMALL_SIDE, describe_size
@@ -54,7 +56,7 @@ DESCRIPTION = """\
 Compare a CNN, a ViT and a hybrid of the two; every experiment has a control.
 
 examples:
-  python cnn_vs_vit.py                                  compare the shipped models, in a few minutes
+  python cnn_vs_vit.py                                  compare the shipped models, in about two minutes
   python cnn_vs_vit.py --only position                  run one experiment
   python cnn_vs_vit.py --data-dir photos --minutes 30   find the model that suits your images"""
 COMMITTED = ROOT / "benchmarks" / "results"  # trials that come with the project
@@ -145,6 +147,11 @@ def _describe_loaders(loaders, options):
     dataset = train_loader.dataset_name if options.data_dir else ""  # "" for the built-in shapes
     dataset = Path(options.data_dir).resolve().name if dataset == "folder" else dataset
     numbers = sorted({max(n_classes, round(fraction * n)) for fraction in options.train_fractions})
+    for number, one in itertools.product(numbers, SEEDS * (not options.dry_run)):
+        drawn = train_loader.labels[draw_indices(train_loader, number, one)].unique()
+        if len(drawn) < n_classes:
+            raise InputError(f"{number} training images, drawn by seed {one}, show only {len(drawn)} of {n_classes} "
+                             f"classes; use larger --train-fractions")
     return loaders, numbers, dataset, facts
 
 
@@ -190,14 +197,19 @@ def show_trials(names, folder, trials):
     for name in names:
         experiment = TRAINED[name]
         if not trials.get(name):
-            finding = f"Not measured yet; run python cnn_vs_vit.py --train --only {name}."
+            images = " --data-dir DIR" * experiment.on_images
+            finding = (f"Not measured yet. python cnn_vs_vit.py --train --only {name}{images} measures it, which takes "
+                       f"hours.")
             sections.append(Section(experiment.title, experiment.question, finding))
             _publish(sections[-1], folder)
         for dataset, own in by_dataset(trials.get(name, [])).items():
             data = [trial["result"] for trial in own]
             experiment.check(data)
             ending = re.sub(r"[^\w-]+", "-", f"_{dataset}" if dataset else "").rstrip("-")  # of file names
-            figures = {f"{key}{ending}": figure for key, figure in experiment.draw(data).items()}
+            drawn = experiment.draw(data)
+            while any((folder / f"{key}{ending}.png").exists() for key in drawn):
+                ending += "-2"  # "my photos" and "my-photos" have the same ending
+            figures = {f"{key}{ending}": figure for key, figure in drawn.items()}
             dates = sorted({trial["date"] for trial in own})
             note = (f"{len(own)} trials, measured {' to '.join(dict.fromkeys([dates[0], dates[-1]]))} with: "
                     f"{own[0]['command']}")
@@ -262,10 +274,11 @@ def _announce(options, candidates, images):
     """Print what is compared, and which lead can be found; return these lines, and those about unfair weights."""
     train_loader, val_loader, test_loader = images.loaders()
     part, tested = ("validation", val_loader) if test_loader is None else ("test", test_loader)
+    seconds = 60 * share_of(options.minutes, SEEDS, candidates)
     print(f"{train_loader.n_images:,} training images of {len(train_loader.class_names)} classes. "
-          f"{len(candidates)} candidates, each with {len(SEEDS)} seeds, share {options.minutes:g} min and are compared "
-          f"on {tested.n_images:,} {part} images. New models get images of {describe_size(train_loader.img_size)} "
-          f"pixels, trained ones their own size.")
+          f"{len(candidates)} candidates, each with {len(SEEDS)} seeds, share {options.minutes:g} min ({seconds:.0f} s "
+          f"for each training run, except that of a probe) and are compared on {tested.n_images:,} {part} images. New "
+          f"models get images of {describe_size(train_loader.img_size)} pixels, trained ones their own size.")
     described = dict.fromkeys(describe_weights(one, train_loader.class_names) for one in candidates if one.weights)
     origins = [origin for origin, _ in described]
     expected = (f"Expected before any training (assuming an accuracy of 75%, and seeds that differ by 1 point): "
@@ -342,6 +355,9 @@ def compare_models(options, folder):
     if results_dir.exists() and not results_dir.is_dir():
         raise InputError(f"--results-dir {results_dir} is a file; choose the folder in which --train keeps its trials")
     if options.train:
+        if not training:
+            raise InputError(f"--train has no effect on {join_words(looking)}; remove it, or add one of "
+                             f"{', '.join(TRAINED)} to --only")
         plan = make_plan(training, results_dir, options)
     else:
         trials = read_trials(training, [results_dir, COMMITTED])
@@ -355,8 +371,9 @@ def compare_models(options, folder):
         trials = run_trials(plan, options.jobs, again)
     more_results, more_sections = show_trials(training, folder, trials)
     if not options.train:
-        print("\nThese are the shipped models and saved results; they show nothing about other images. To compare on "
-              "your own images, use --data-dir DIR --minutes M.")
+        shown = join_words(["the shipped models"] * bool(looking) + ["saved results"] * bool(training))
+        print(f"\nThese are {shown}; they show nothing about other images. To compare on your own images, use "
+              f"--data-dir DIR --minutes M.")
     return introduction, results | more_results, sections + more_sections
 
 

@@ -7,7 +7,7 @@
                                                          OUT/trials.tar.gz, for `results.py cells` once unpacked
     benchmarks/on_gpu.sh OUT --dry-run                   runs a tiny version of everything on the CPU
 
-Trials start from those in benchmarks/results/unfinished/, if there are any. The ladder and reach are complete. The
+Trials start from those in benchmarks/results/ and its folder unfinished/. The ladder and reach are complete. The
 training runs and trials need CIFAR-10 (JPEG) in the checkout, in data/cifar10-jpeg/ or data/cifar10-jpeg.tar.xz; git
 ignores both.
 """
@@ -40,7 +40,7 @@ TOTAL_SECONDS = 520  # for the whole call; commands still running then are kille
 TEST_SECONDS, THROUGHPUT_SECONDS, PACK_SECONDS = 150, 210, 5
 TRAINING_SECONDS = 70  # one run: 45 seconds, plus start and test
 PARTS = ("tests", "throughput", "training")  # all but "trials", which takes minutes of its own
-UNFINISHED = ROOT / "benchmarks" / "results" / "unfinished"
+RESULTS = ROOT / "benchmarks" / "results"
 JOBS = {"data": 9, "cues": 6}  # processes of each command; each needs a core
 TRAINED = ("vit_nano", "hybrid", "convnet")
 DRY_ENVIRONMENT = dict(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1")  # torch.compile then returns the model unchanged
@@ -147,9 +147,10 @@ class Check:
                 raise InputError(f"no images in {IMAGES.relative_to(ROOT)}/, and no {IMAGES.name}.tar.xz beside it")
             unpack_images()
         folder = self.scratch / "trials"
-        if UNFINISHED.exists():
-            shutil.copytree(UNFINISHED, folder)
-        folder.mkdir(exist_ok=True)
+        folder.mkdir()
+        for name in () if self.dry_run else JOBS:
+            for path in [*RESULTS.glob(f"{name}-*.json"), *(RESULTS / "unfinished").glob(f"{name}-*.json")]:
+                shutil.copy(path, folder)
         with ThreadPoolExecutor(len(JOBS)) as pool:
             failures = list(pool.map(lambda names: self.compare_with(names, folder), JOBS))
         with tarfile.open(self.out / "trials.tar.gz", "w:gz") as archive:

@@ -47,7 +47,7 @@ from vit_bridge.cli import OneLineParser, script
 from vit_bridge.compare.experiments import EXPERIMENTS
 from vit_bridge.compare.statistics import mean_min_max
 from vit_bridge.compare.trained import TRAINED
-from vit_bridge.compare.trials import SEEDS, read_trials
+from vit_bridge.compare.trials import SEEDS, by_dataset, read_trials
 from vit_bridge.data.images import sample_photographs
 from vit_bridge.errors import InputError, check_choice
 from vit_bridge.models.registry import build_model
@@ -160,25 +160,26 @@ def draw_patches_changed():
 
 def draw_trained(name):
     """Draw the figure of an experiment of cnn_vs_vit.py --train from its trials."""
-    trials = [trial["result"] for trial in read_trials([name], [RESULTS])[name]]
-    (figure,) = TRAINED[name].draw(trials).values()
+    (trials,) = by_dataset(read_trials([name], [RESULTS])[name]).values()
+    (figure,) = TRAINED[name].draw([trial["result"] for trial in trials]).values()
     return figure
 
 
 def draw_few_or_many():
     """Draw the accuracies of ViT and hybrid on 450, 4,500 and 45,000 images: mean, lowest and highest of the seeds."""
     curves = {
-        "ViT, 1, 2 and 5 minutes": {450: "pretraining-ViT-450-0.0005", 4500: "pretraining-ViT-4500-0.002",
+        "ViT": {450: "pretraining-ViT-450-0.0005", 4500: "pretraining-ViT-4500-0.002",
                                     45_000: "family-ViT-0.001"},
-        "ViT, 11, 12 and 15 minutes": {n: f"pretraining-ViT-10-minutes-more-{n}-{rate}"
+        "ViT, ten minutes more": {n: f"pretraining-ViT-10-minutes-more-{n}-{rate}"
                                        for n, rate in ((450, 0.0005), (4500, 0.002), (45_000, 0.001))},
-        "hybrid, 1, 2 and 5 minutes": {450: "pretraining-hybrid-450-0.001", 4500: "pretraining-hybrid-4500-0.008",
+        "hybrid": {450: "pretraining-hybrid-450-0.001", 4500: "pretraining-hybrid-4500-0.008",
                                        45_000: "family-Hybrid-0.002"}}
     points = {name: [(n, *mean_min_max([cell(f"{key}-{seed}")["test_acc"] for seed in SEEDS]))
                      for n, key in own.items()]
               for name, own in curves.items()}
-    return plot_curves({"CIFAR-10 (JPEG)": points}, "training images", "test accuracy (%)",
-                       percent=True, log=("x",), title=f"Bands: lowest to highest of {len(SEEDS)} seeds")
+    heading = f"CIFAR-10 (JPEG): mean, lowest and highest of {len(SEEDS)} seeds"
+    return plot_curves({"1, 2 and 5 minutes of training": points}, "training images", "test accuracy (%)", percent=True,
+                       log=("x",), title=heading)
 
 
 OF_CELLS = {

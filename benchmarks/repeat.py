@@ -31,7 +31,8 @@ from vit_bridge.cli import OneLineParser, int_at_least, positive, script
 from vit_bridge.compare.ladder import RUNGS
 from vit_bridge.compare.trained import REACH_ARMS
 from vit_bridge.compare.trials import SEEDS, read_trial
-from vit_bridge.errors import check_choice
+from vit_bridge.errors import InputError, check_choice, join_words
+from vit_bridge.runtime import choose_device
 from vit_bridge.system import machine
 
 DISTANCES = tuple(range(8, 27))  # all that the training images of reach have
@@ -43,6 +44,11 @@ def repeat(trial, plan, folder, as_fast_as=None, lr=None, **changes):
     Returns its result, with that of its file as `first`.
     """
     first = read_trial(trial.path(folder))
+    setting = plan.setting_of(trial.experiment, trial.arm)
+    same = dict(recipe="recipes", images="images")
+    if differing := [words for key, words in same.items() if first.get("setting", {}).get(key) != setting[key]]:
+        raise InputError(f"{trial.path(folder)} was trained with other {join_words(differing)} than this version and "
+                         f"--data-dir give")
     experiment = plan.experiments[trial.experiment]
     if experiment.needs_speeds:
         speeds = json.loads((folder / f"speeds-ladder-{trial.dataset}.json").read_text())["result"]["speeds"]
@@ -51,7 +57,7 @@ def repeat(trial, plan, folder, as_fast_as=None, lr=None, **changes):
     chosen = dict(rate=dict(learning_rate=lr or first["result"]["learning_rate"]))
     result = experiment.measure(trial, chosen=chosen, **changes, **plan.run)
     kept = {key: first["result"][key] for key in ("correct", "n", "n_steps", "learning_rate")}
-    return result | dict(device=plan.run["device"], first=dict(machine=first["machine"], **kept))
+    return result | dict(device=choose_device(plan.run["device"]).type, first=dict(machine=first["machine"], **kept))
 
 
 def main(argv=None):
@@ -91,6 +97,7 @@ def main(argv=None):
         print(f"{arm}, seed {seed}, {changed or 'the same'}: {_describe(again)}, validation {result['rates']}; first: "
               f"{_describe(first)}", flush=True)
         if options.keep:
+            changed |= {} if result["device"] == "cpu" else dict(device=result["device"])
             more = [word for key, value in changed.items() for word in (f"--{key.replace('_', '-')}", str(value))]
             path = trial.path(Path()).stem.removeprefix(f"{options.experiment}-")
             name = "-".join([path, *(word.strip("-") for word in more)])

@@ -293,9 +293,9 @@ PAGES["docs/comparison.md"] = Page(
         ("the distance is {:.1f} pixels ({:.1f} in the CIFAR-10 hybrid)",
          cell("shipped-cpu", "attention_distance", "ViT", "uniform"),
          cell("shipped-cifar10-cpu", "attention_distance", "Hybrid", "uniform")),
-        ("| 450 | one minute | {:.1f}% | {:.1f}% | |", *(pretraining(name, 450)[0] for name in ("ViT", "hybrid"))),
-        ("| 4,500 | two minutes | {:.1f}% | {:.1f}% | |", *(pretraining(name, 4500)[0] for name in ("ViT", "hybrid"))),
-        ("| 45,000 | five minutes | {:.1f}% | {:.1f}% | |", *(arm(name)[0] for name in ("ViT", "Hybrid"))),
+        *((f"| {words} | {{:.1f}}% | {{:.1f}}% | |", *(pretraining(name, n)[0] for name in ("ViT", "hybrid")))
+          for n, words in ((450, "450 | one minute (398)"), (4500, "4,500 | two minutes (797)"))),
+        ("| 45,000 | five minutes (1,994) | {:.1f}% | {:.1f}% | |", *(arm(name)[0] for name in ("ViT", "Hybrid"))),
         ("leads by {:.1f} to {:.1f} points, depending on the seed; with 4,500 images by {:.1f} to {:.1f}, and with "
          "45,000 by {:.1f} to {:.1f} points",
          *lead("pretraining-hybrid-450-0.001", "pretraining-ViT-450-0.0005"),
@@ -305,10 +305,11 @@ PAGES["docs/comparison.md"] = Page(
          "raise it to {:.1f}%",
          *(pretraining(name, n)[0] for n in (450, 4500) for name in ("ViT", "ViT, 10 minutes more")),
          pretraining("ViT, 10 minutes more", 45_000)[0]),
-        ("| 450, of five classes | 240 steps | {:.1%} | | {:.1%} |", few_images("from-scratch")[0],
+        ("| 450, of five classes | 240 steps (240) | {:.1%} | | {:.1%} |", few_images("from-scratch")[0],
          few_images("ConvNet-from-scratch")[0]),
-        (f"| 4,500 | five minutes | {columns('{:.1%}', 3)} |", *map(ladder_mean, (PLAIN, "hybrid", "ConvNet"))),
-        (f"| 45,000 | ten minutes | {columns('{:.1%}', 3)} |",
+        (f"| 4,500 | five minutes (959) | {columns('{:.1%}', 3)} |", *map(ladder_mean, (PLAIN, "hybrid", "ConvNet"))),
+        (f"| 45,000 | ten minutes ({{:,.0f}}) | {columns('{:.1%}', 3)} |",
+         mean(seeds("targets-vit_nano-10-vit_nano_fast-?", "n_steps")),
          *(mean(seeds(f"targets-{name}-?", "test_acc")) for name in (
              "vit_nano-10-vit_nano_fast", "hybrid-10-hybrid_fast", "convnet-10-convnet_wide"))),
         (f"| ViT, CLS | {CHANGES['ViT, CLS']} | {{:.1%}} | |", ladder_mean("ViT, CLS")),
@@ -382,8 +383,10 @@ PAGES["docs/comparison.md"] = Page(
         ("(76% of the FLOPs) make 16 tokens", "test_convolutions_do_a_share_of_the_flops in the same file"),
         ("Its convolutions do 12% of the FLOPs", "the same test"),
         ("The models train on 10,000 drawn images", "the default of Cues.measure()"),
+        ("30 minutes are two for each of 15 runs", "five candidates besides the probe, three seeds"),
         ("makes up to 1.8 times as many steps", "1,413 steps and 797 in benchmarks/results/pretraining-*-4500-*"),
-        ("no model in that table trained for more than 15 minutes", "the minutes of the tables in benchmarks/RESULTS.md"),
+        ("no model in that table trained for more than 15 minutes", "the minutes of the tables in "
+         "benchmarks/RESULTS.md"),
         ("On 72 drawn shapes", "benchmarks/verdicts.py; the table in benchmarks/RESULTS.md"),
         ("its steps take twice as long as those of the ViT", "seconds in benchmarks/results/few-images-*"),
         ("a minute of the ViT has about twice as many steps as in the others, and a minute of the hybrid up to three "

@@ -85,7 +85,7 @@ def test_cnn_vs_vit_measures_and_reports_trials(few, tmp_path, monkeypatch, caps
     cv.main(["--train", "--only", "reach", "--results-dir", "trials", "--output-dir", "out"])
     shown = capsys.readouterr().out
     assert "reach-ViT-0: saved" in shown
-    assert "at no distance: ViT" in shown
+    assert "no network is right in at least 95% of the images" in shown
     assert len(few) == len(SEEDS) * len(trained.REACH_ARMS)
     assert (tmp_path / "out" / "reach.png").is_file()
     assert set(json.loads((tmp_path / "out" / "results.json").read_text())["results"]) == {"reach"}
@@ -108,6 +108,10 @@ def test_show_trials_separates_datasets(few, tmp_path, capsys):
     assert "python cnn_vs_vit.py --train --only cues" in capsys.readouterr().out
     assert [section.finding[:16] for section in sections if section.title == "Outline or texture"] == [
         "Not measured yet"]
+    for trial, dataset in zip(trials[:6], ["my photos", "my-photos"] * 3, strict=True):
+        trial["result"]["dataset"] = dataset
+    _, sections = cv.show_trials(["reach"], tmp_path, dict(reach=trials[:6]))
+    assert [*sections[0].figures, *sections[1].figures] == ["reach_my-photos", "reach_my-photos-2"]
 
 
 def test_make_plan_describes_the_images(tmp_path):
@@ -126,8 +130,9 @@ def test_make_plan_tells_changed_images_of_the_same_names_apart(tmp_path):
     first = make_folder(tmp_path / "a" / "photos", 16, ("train", "test"))
     other = make_folder(tmp_path / "b" / "photos", 16, ("train", "test"))
     shutil.copy(other / "train" / "red" / "0.jpg", other / "train" / "red" / "1.jpg")
-    contents = [cv.make_plan(["data"], tmp_path / "trials", options("--train", "--data-dir", str(folder))).settings[
-        "data"]["images"]["content"] for folder in (first, first, other)]
+    contents = [cv.make_plan(["data"], tmp_path / "trials", options(
+        "--train", "--data-dir", str(folder), "--train-fractions", "1")).settings["data"]["images"]["content"]
+        for folder in (first, first, other)]
     assert contents[0] == contents[1] != contents[2]
 
 
@@ -143,7 +148,10 @@ def test_cnn_vs_vit_reports_every_error_before_measuring(few, tmp_path, monkeypa
                             ([*two, "--results-dir", "file"], "--results-dir file is a file; choose the folder"),
                             (["--train", *two, "--results-dir", "trials"], "is not a result"),
                             (["--train", "--results-dir", "file"], "--results-dir file is a file; choose the folder"),
-                            (["--train", "--data-dir", str(folder), "--img-size", "18"], "not divisible by patch")):
+                            (["--train", "--only", "cost"], "--train has no effect on cost; remove it, or add one of"),
+                            (["--train", "--data-dir", str(folder)], "2 training images, drawn by seed 0, show only 1"),
+                            (["--train", "--data-dir", str(folder), "--train-fractions", "0.5", "1", "--img-size",
+                              "18"], "not divisible by patch")):
         monkeypatch.chdir(tmp_path)
         with pytest.raises(InputError, match=expected):
             cv.main([*words, "--output-dir", "out"])
@@ -229,7 +237,8 @@ def test_compare_on_folder_says_beforehand_what_is_compared_and_can_be_found(par
     found, section = judge(photos, tmp_path)
     before, _, after = capsys.readouterr().out.partition("TRAINING")
     n = judged[0][1].loaders()[1 if split == "validation" else 2].n_images
-    assert f"6 candidates, each with 3 seeds, share 1 min and are compared on {n} {split} images." in before
+    assert f"6 candidates, each with 3 seeds, share 1 min (4 s for each training run, except that of a probe) and " \
+           f"are compared on {n} {split} images." in before
     assert "vit_nano_cifar10 (VisionTransformer) was trained on CIFAR-10 (JPEG)." in before
     expected = (f"Expected before any training (assuming an accuracy of 75%, and seeds that differ by 1 point): "
                 f"{describe_power(assumed_noise(n, 3, 6))}")

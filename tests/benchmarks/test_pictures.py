@@ -39,12 +39,22 @@ def test_figures_are_small_enough_for_a_page(pictures):
     assert sum(sizes.values()) < 3_200_000
 
 
-@pytest.mark.parametrize("name", ["patches_changed", "processes"])
+@pytest.mark.parametrize("name", ["few_or_many", "ladder", "reach", "shape_bias", "patches_changed", "processes"])
 def test_pictures_draws_a_chart_from_its_cells(pictures, name, tmp_path):
     pictures.main([name, "--output-dir", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == [f"{name}.png"]
     with Image.open(tmp_path / f"{name}.png") as image:
         assert 400 < image.width <= pictures.WIDTH
+
+
+def test_figure_of_few_or_many_shows_test_accuracies_of_three_seeds(pictures, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures, "plot_curves", lambda panels, *words, **options: drawn.append(panels))
+    pictures.draw_few_or_many()
+    ((curves,),) = (panels.values() for panels in drawn)
+    accuracies = [pictures.cell(f"pretraining-hybrid-4500-0.008-{seed}")["test_acc"] for seed in (0, 1, 2)]
+    assert curves["hybrid"][1] == pytest.approx((4500, sum(accuracies) / 3, min(accuracies), max(accuracies)))
+    assert [[n for n, *_ in points] for points in curves.values()] == [[450, 4500, 45_000]] * 3
 
 
 def test_pictures_says_which_figures_need_weights(pictures, tmp_path):

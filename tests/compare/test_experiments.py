@@ -95,7 +95,7 @@ def test_textbook_cost_is_half_the_flops_of_the_blocks(setup):
 def test_cost_finding_follows_the_numbers(measured):
     data = copy.deepcopy(measured["cost"])
     for speeds, words in (((9, 9), ". In inference, A is fastest at 16 and 32 pixels a side."),
-                          ((9, 1), ". In inference, A is fastest at 16 pixels a side; B is fastest at 32 pixels a side."),
+                          ((9, 1), "A is fastest at 16 pixels a side; B is fastest at 32 pixels a side."),
                           ((9, 4.8), "; B and A are fastest at 32 pixels a side.")):
         data["resolution"] = {"A": [dict(size=size, images_per_second=speed)
                                     for size, speed in zip((16, 32), speeds, strict=True)],
@@ -183,9 +183,9 @@ def test_position_finding_follows_the_numbers():
     finding = EXPERIMENTS["position"].finding
     assert finding(position_data(A=(0.9, 0.4, 0.5, 0.2), B=(0.5, 0.8, 0.5, 0.9))) == (
         "By the fraction of predictions that stay the same when the image is shifted, A is ahead. With 75% of the "
-        "ViT's own patches shuffled, A keeps 40% of its accuracy and B 80%; all are better than guessing. With the shuffled "
-        "grid moved by half a patch, A keeps 50% of its accuracy and B 50%; all are better than guessing. With the "
-        "patches hidden, A keeps 20% of its accuracy and B 90%; A is no better than guessing.")
+        "ViT's own patches shuffled, A keeps 40% of its accuracy and B 80%; all are better than guessing. With the "
+        "shuffled grid moved by half a patch, A keeps 50% of its accuracy and B 50%; all are better than guessing. "
+        "With the patches hidden, A keeps 20% of its accuracy and B 90%; A is no better than guessing.")
     few = finding(position_data(50, A=(0.9, 0.5, 0.5, 0.5), B=(0.88, 0.6, 0.5, 0.5)))
     assert "shifted, A and B cannot be distinguished." in few
 

@@ -77,11 +77,27 @@ def test_ladder_divides_the_minutes(arm, minutes, monkeypatch):
 
     monkeypatch.setattr(ld, "train_arm", train_arm)
     found = ld.Ladder().measure(Trial("ladder", arm, 1, 10), images(), SPEEDS, CHOSEN, 3, device="cpu")
-    assert [n for n, _, _ in steps] == [int(60 * part * 1000 / size) for part, (_, size, _) in zip(minutes, steps,
-                                                                                                  strict=True)]
+    assert [n for n, _, _ in steps] == pytest.approx([60 * part * 1000 / min(size, n_images) for part, (
+        _, size, n_images) in zip(minutes, steps, strict=True)], abs=1)
     n_images = {ld.TEACHER: [10, 40], ld.PRETRAINED: [40, 10]}.get(arm, [10])
     assert [n for _, _, n in steps] == n_images
     assert (found["minutes"], found["n_images"], found["n"]) == (max(3, sum(minutes)), 10, 14)
+
+
+@pytest.mark.parametrize(("n_images", "n_steps"), [(4500, 468), (128, 468), (64, 937)])
+def test_steps_of_a_minute_have_batches_of_at_most_all_images(n_images, n_steps):
+    assert ld.steps_in(1, "ViT, mean pooling", SPEEDS, n_images) == n_steps
+
+
+def test_ladder_chooses_on_validation_images(monkeypatch):
+    """Of images(), 12 are validation images and 14 test images."""
+    monkeypatch.setattr(ld, "train_arm", lambda *words, **options: built("ViT, mean pooling", 2, 16))
+    for module in (ld, tr):
+        monkeypatch.setattr(module, "count_correct", lambda model, loader, device: (loader.n_images - 10,
+                                                                                     loader.n_images))
+    found = ld.Ladder().measure(Trial("ladder", ld.PLAIN, 0, 10), images(), SPEEDS, {}, 3, device="cpu")
+    assert set(found["rates"].values()) == {2 / 12}
+    assert (found["correct"], found["n"]) == (4, 14)
 
 
 def test_labelled_keeps_true_labels_and_predicts_the_others(monkeypatch):
@@ -134,7 +150,7 @@ def test_ladder_finding_separates_gains_losses_and_steps_that_buy_nothing():
         "ConvNeXt, convolutional stem (+10.0); ConvNet (+4.0). Losses: Swin, convolutional stem (-5.0). No clear "
         "change: ViT, mean pooling (+0.1); hybrid (+0.0).\nSeveral steps at once. Gains: ViT, mean pooling → hybrid "
         "(+9.9); ViT, mean pooling → ConvNet (+18.9); hybrid → ConvNet (+9.0).\nIf the network stays (ViT, mean "
-        "pooling), in points over it. Gains: labels from the ConvNet (+6.0); all labels (+17.9). No clear change: "
+        "pooling), in points over it. Gains: labels from the ConvNet (+6.0); 1,000 labels (+17.9). No clear change: "
         "three times the minutes (+0.0).")
     assert "If the network stays" not in ld.Ladder().finding(trials(LEVELS))
 
@@ -158,9 +174,10 @@ def test_ladder_tables_and_figure_hold_every_arm():
     assert len(rungs) == 1 + len(ld.RUNGS)
     assert rungs[2][:3] == ["ViT, mean pooling", ld.CHANGES["ViT, mean pooling"], "60.0"]
     assert rungs[3][-1].startswith("+9.9 ± ")
-    assert [row[0] for row in beside[1:]] == [ld.PLAIN, ld.TEACHER, ld.LONG, ld.MORE]
-    assert beside[1][2] == "60.2% (60.1 to 60.2)"
-    assert beside[-1][1:-1] == ["1,000 labels", "78.1% (78.0 to 78.2)"]
+    assert rungs[3][6] == len(SEEDS)
+    assert [row[0] for row in beside[1:]] == [ld.PLAIN, ld.TEACHER, ld.LONG, "1,000 labels"]
+    assert beside[1][2:5] == ["9", 3, "60.2% (60.1 to 60.2)"]
+    assert beside[-1][1:-1] == ["more labels", "9", 3, "78.1% (78.0 to 78.2)"]
     assert beside[1][-1] == ""
     assert across[3][:2] == ["hybrid", "ConvNet"]
     assert across[3][2].startswith("+9.0 ± ")
@@ -178,3 +195,5 @@ def test_ladder_tables_and_figure_hold_every_arm():
 def test_unfinished_ladder_does_not_show_few_labels_as_all():
     rows = ld.Ladder().tables(trials(LEVELS))[2][1]
     assert [row[0] for row in rows[1:]] == [ld.PLAIN]
+    figure = ld.Ladder().draw(trials(LEVELS))["ladder"]
+    assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["ViT,\nmean pooling"]

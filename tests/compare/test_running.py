@@ -120,8 +120,12 @@ def test_plan_trials_checks_everything_first(tmp_path):
     plan(["data"], tmp_path, images=(images(), [20], "other", dict(content="b")))
     with pytest.raises(InputError, match="measured on other images"):
         plan(["data"], tmp_path, images=(images(), [20], "photos", dict(content="b")))
-    with pytest.raises(InputError, match="--train-fractions has one"):
+    with pytest.raises(InputError, match="--train-fractions gives only 20"):
         plan(["ladder"], tmp_path, images=(images(), [20], "", {}))
+    tr.write_json(dict(date="", command="", result=dict(arm="hybrid", seed=0, learning_rate=0.1, n_images=20,
+                                                        dataset="")), tmp_path / "ladder-hybrid-20-0.json")
+    with pytest.raises(InputError, match="has 20 training images, but --train-fractions gives 2 and 4;"):
+        plan(["ladder"], tmp_path, images=(images(), [2, 4], "", {}))
     (tmp_path / "reach-ViT-0.json").write_text("{")
     with pytest.raises(InputError, match="is not a result"):
         plan(["reach"], tmp_path)
@@ -169,6 +173,10 @@ def test_speeds_are_measured_once(tmp_path, monkeypatch):
         tr._speeds_of("ladder", other)
     path.write_text("{")
     with pytest.raises(InputError, match="holds no speeds"):
+        tr._speeds_of("ladder", made)
+    path.unlink()
+    made.trials[0].path(tmp_path).write_text("{}")
+    with pytest.raises(InputError, match=r"is missing, but ladder-photos-ViT-CLS-4-0\.json was trained with its"):
         tr._speeds_of("ladder", made)
 
 

@@ -7,6 +7,7 @@ import torch
 from matplotlib.collections import PolyCollection
 from torch import nn
 
+from train_vit import NotFinite
 from vit_bridge.compare import trained as td
 from vit_bridge.compare import trials as tr
 from vit_bridge.compare.trials import SEEDS, Arm, Trial
@@ -136,18 +137,20 @@ def test_cues_separates_predictions_by_outline_and_texture(monkeypatch):
 
 
 def test_data_efficiency_doubles_the_steps_until_validation_stops_rising(monkeypatch):
-    scores = {1: 0.5, 2: 0.6, 4: 0.65, 8: 0.655, 16: 0.9}  # correct fractions by steps
+    scores = {1: 0.5, 2: 0.6, 4: 0.65, 8: 0.655, 16: 0.9}  # validation accuracies by steps
     trained = []
     monkeypatch.setattr(td, "train_arm", lambda arm, part, n_steps, rate, seed, **run: trained.append(
         (part.n_images, n_steps, rate, seed)) or n_steps)
     for module in (td, tr):
-        monkeypatch.setattr(module, "count_correct", lambda model, loader, device: (scores[model] * 1000, 1000))
+        monkeypatch.setattr(module, "count_correct", lambda model, loader, device: (
+            (scores[model] * 1000, 1000) if loader.n_images == 12 else (7, 14)))  # of 12 validation images, or of 14
     monkeypatch.setattr(td, "count_parameters", lambda model: 0)
     experiment, images = td.DataEfficiency(), loaders()
     found = experiment.measure(Trial("data", "ViT", 0, 30), images, {}, first_steps=1, most_steps=16)
     rate = found["learning_rate"]
     assert found["lengths"] == {1: 0.5, 2: 0.6, 4: 0.65, 8: 0.655}
-    assert (found["n_steps"], found["still_rising"], found["correct"]) == (4, False, 650)
+    assert (found["n_steps"], found["still_rising"], found["correct"], found["n"]) == (4, False, 7, 14)
+    assert set(found["rates"].values()) == {0.65}
     doubled, again = trained[-5:-2], trained[-2:]
     assert doubled == [(30, 2, rate, 0), (30, 4, rate, 0), (30, 8, rate, 0)]
     assert again == [(30, 4, rate / 2, 0), (30, 4, 2 * rate, 0)]
@@ -156,6 +159,28 @@ def test_data_efficiency_doubles_the_steps_until_validation_stops_rising(monkeyp
     trained.clear()
     found = experiment.measure(Trial("data", "ViT", 2, 30), images, dict(rate=dict(learning_rate=0.1, n_steps=8)))
     assert trained == [(30, 8, 0.1, 2)]
+
+
+def test_data_efficiency_keeps_the_shorter_model_if_the_longer_training_diverges(monkeypatch):
+    def train_arm(arm, part, n_steps, rate, seed, **run):
+        if n_steps > 2:
+            raise NotFinite("it diverged")
+        return n_steps
+
+    monkeypatch.setattr(td, "train_arm", train_arm)
+    for module in (td, tr):
+        monkeypatch.setattr(module, "count_correct", lambda model, loader, device: (model, 10))
+    monkeypatch.setattr(td, "count_parameters", lambda model: 0)
+    found = td.DataEfficiency().measure(Trial("data", "ViT", 0, 30), loaders(), {}, first_steps=1, most_steps=16)
+    assert (found["n_steps"], found["lengths"], found["correct"]) == (2, {1: 0.1, 2: 0.2, 4: 0.0}, 2)
+
+
+def test_drawn_experiments_choose_on_validation_images(monkeypatch):
+    monkeypatch.setattr(tr, "train_arm", lambda *words, **options: None)
+    monkeypatch.setattr(tr, "count_correct", lambda model, loader, device: (loader.n_images - 10, loader.n_images))
+    train_loader, val_loader, _ = loaders()
+    _, _, rates = td.Reach().train(Trial("reach", "ViT", 0), {}, train_loader, val_loader, 1)
+    assert set(rates.values()) == {2 / 12}
 
 
 @pytest.mark.slow
@@ -183,11 +208,12 @@ def reach_trials(levels):
 
 def test_reach_finding_lists_the_solved_distances():
     trials = reach_trials({"ViT": (98, 97), "ConvNet, 2 stages": (99, 55), "Swin": (94, 96), "hybrid": (60, 50)})
-    assert td.TRAINED["reach"].finding(trials).endswith(
-        "95% of the images at every distance: ViT; at 42 pixels: Swin; at no distance: hybrid; at 8 pixels: ConvNet "
-        "of 2 stages (window 23).")
+    assert td.TRAINED["reach"].finding(trials) == (
+        "With every seed, ViT is right in at least 95% of the images at every distance. Below 95% with some seed: Swin "
+        "at 8 pixels; hybrid at every distance; ConvNet of 2 stages (window 23) at 42 pixels.")
     trials[1]["correct"] = [94, 99]  # one seed of the ViT
-    assert "at 42 pixels: ViT and Swin;" in td.TRAINED["reach"].finding(trials)
+    assert td.TRAINED["reach"].finding(trials).startswith("With every seed, no network is right")
+    assert "some seed: ViT at 8 pixels; Swin" in td.TRAINED["reach"].finding(trials)
 
 
 def cue_trial(arm, level):
@@ -230,6 +256,8 @@ def test_data_efficiency_tables_hold_steps_and_rates():
     trials[0]["still_rising"] = True
     accuracies, lengths = (rows for _, rows in td.TRAINED["data"].tables(trials))
     assert accuracies[1] == ["100", "30.1% (30.0 to 30.2)", "40.1% (40.0 to 40.2)"]
+    accuracies, _ = (rows for _, rows in td.TRAINED["data"].tables(trials[1:]))
+    assert accuracies[1] == ["100", "30.1% (30.1 to 30.2), 2 seeds", "40.1% (40.0 to 40.2)"]
     assert lengths[1] == ["100", "4,000 (still rising) at 0.001", "4,000 at 0.001"]
 
 

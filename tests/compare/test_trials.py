@@ -141,6 +141,7 @@ def trial(**changes):
 
 
 @pytest.mark.parametrize("changes", [dict(correct=-1), dict(correct=[1, 2.5]), dict(n=0), dict(learning_rate=1),
+                                     dict(correct=[3, 11]), dict(dataset=["x"]),
                                      dict(choices=dict(outline="1")), dict(arm=3), dict(seed=None)])
 def test_read_trial_refuses_what_is_no_trial(changes, tmp_path):
     path = tmp_path / "data-ViT-0.json"
@@ -162,6 +163,9 @@ def test_read_trials_takes_the_folder_with_most_trials(tmp_path):
     found = tr.read_trials(["reach", "cues"], [tmp_path / "a", tmp_path / "b"])
     assert [one["result"]["arm"] for one in found["reach"]] == ["b", "b"]
     assert found["cues"] == []
+    (tmp_path / "b" / "reach-ViT-large-1 (1).json").write_text(path.read_text())
+    with pytest.raises(InputError, match=r"reach-ViT-large-1 \(1\)\.json and reach-ViT-large-1\.json hold the same"):
+        tr.read_trials(["reach"], [tmp_path / "b"])
 
 
 def test_by_arm_keeps_the_order_and_needs_trials():

@@ -81,11 +81,11 @@ def test_candidates_are_a_probe_fine_tunings_and_new_models(tmp_path):
 
 def test_describe_weights_names_their_data_and_an_unfair_start(tmp_path):
     ours = candidates_of()[0]
-    origin, unfair = which.describe_weights(ours, ["cat", "dog"])
+    origin, unfair = which.describe_weights(ours, ["tabby", "poodle"])
     assert (origin, unfair) == ("vit_nano_cifar10 (VisionTransformer) was trained on CIFAR-10 (JPEG).", "")
     names = ours.preprocessing.class_names
-    assert "the comparison is unfair" in which.describe_weights(ours, names[::-1])[1]
-    assert which.describe_weights(ours, names[1:])[1] == ""
+    assert "was trained on the same classes. If these" in which.describe_weights(ours, names[::-1])[1]
+    assert "was trained on classes of the same names (cat)." in which.describe_weights(ours, ["cat", "poodle"])[1]
     path = weights_file(tmp_path / "vit.pt")
     assert which.describe_weights(candidates_of([path])[0], ["cat"])[0] == (
         f"{path} (VisionTransformer) was trained on images of 2 classes (a, b).")
@@ -323,6 +323,15 @@ def results_of(accuracies, n=1000, epochs=9.0):
             for ms, (name, own) in enumerate(accuracies.items(), 1)}
 
 
+@pytest.mark.usefixtures("small")
+def test_compare_candidates_gives_a_probe_and_a_fine_tuning_the_same_cost(images, tmp_path, monkeypatch):
+    speeds = iter((100, 200, 400, 800, 1600))
+    monkeypatch.setattr(which, "throughput", lambda *words, **options: next(speeds))
+    candidates = candidates_of([weights_file(tmp_path / "vit.pt")])
+    results, _ = compare_candidates(candidates, images, 1, n_steps=1, report=lambda line: None, **ON_CPU)
+    assert [result["ms"] for result in results.values()] == [5.0, 5.0, 2.5, 1.25, 0.625]
+
+
 def next_of(accuracies, n=1000, costs=None, guessing=0.1):
     rows = {name: result["rows"] for name, result in results_of(accuracies, n).items()}
     costs = costs or dict.fromkeys(rows, 1.0)
@@ -355,8 +364,13 @@ def test_caveats_are_those_that_hold():
         controls = {which.LINEAR: linear, which.LARGEST: guessing}
         return which.caveats(results_of(dict(A=(level,) * 3, B=(guessing,) * 3), n, **how), controls, guessing)
 
-    assert caveats(0.9, 0.6) == []
-    assert caveats(0.9, 0.6, epochs=0.99) == ["A and B trained for less than one epoch; use more --minutes."]
+    weak = "Not shown to beat guessing (50.0%): B."
+    assert caveats(0.9, 0.6) == [weak]
+    assert caveats(0.9, 0.6, epochs=0.99) == ["A and B trained for less than one epoch; use more --minutes.", weak]
+    both = results_of(dict(A=(0.9,) * 3, B=(0.8,) * 3), 400)
+    assert which.caveats(both, {which.LINEAR: 0.8}, 0.5) == [
+        "Not shown to beat the linear classifier on pixels (80.0%): B."]
+    assert which.caveats(both, {which.LINEAR: 0.6}, 0.5) == []
     assert caveats(0.52, 0.52) == ["No candidate beats guessing (50.0%) by more than chance."]
     assert caveats(0.9, 1.0) == [
         "No candidate can beat the linear classifier on pixels, which classifies all 400 images correctly."]

@@ -160,7 +160,7 @@ BESIDE = {
     PRETRAINED: "half of the minutes train a MAE on all images without labels",
     LONG: "the same images again",
 }
-MORE = "all labels"  # PLAIN with all images
+MORE = "all labels"  # PLAIN with the larger number of images
 STEPS = tuple(pairwise(RUNGS))  # (before, after)
 ACROSS = ((PLAIN, "hybrid"), (PLAIN, "ConvNet"), ("hybrid", "ConvNet"))  # several steps at once
 OTHER_MEANS = tuple((PLAIN, arm) for arm in (*BESIDE, MORE))
@@ -179,12 +179,14 @@ class Ladder(TrainedExperiment):
     keys = ("correct", "n", "n_images", "n_steps", "learning_rate", "rates", "minutes", "parameters", "flops")
     on_images = True
     needs_speeds = True
+    fixed_numbers = True
 
     def plan(self, numbers):
         """Return (arm, number of images) of all trials, each after those whose choices it uses."""
         if len(numbers) < 2:
-            raise InputError("the ladder needs two numbers of training images, but --train-fractions has one; set "
-                             "--train-fractions 0.1 1, or choose other experiments with --only")
+            raise InputError(f"the ladder compares two numbers of training images, but --train-fractions gives only "
+                             f"{numbers[0]:,}; use other fractions, such as 0.1 1, more images, or choose other "
+                             f"experiments with --only")
         few, most = numbers[-2:]
         return [*((arm, few) for arm in RUNGS), (PLAIN, most), *((arm, few) for arm in BESIDE)]
 
@@ -225,7 +227,7 @@ class Ladder(TrainedExperiment):
             own -= minutes_to_label(images.n_images - len(indices), speeds)
         elif trial.arm == PRETRAINED:
             start = pretrained(images, minutes / 2, speeds, trial.seed, **run)
-        n_steps = steps_in(own, name, speeds)
+        n_steps = steps_in(own, name, speeds, part.n_images)
 
         def train(rate):
             return train_arm(RUNGS[name], part, n_steps, rate, trial.seed, start=copy.deepcopy(start), **run)
@@ -264,9 +266,8 @@ class Ladder(TrainedExperiment):
         looks = looks_of([*RUNGS])
         for axes, (heading, arms), pairs in zip(panels, shown.items(), (STEPS, OTHER_MEANS), strict=True):
             before = {after: before for before, after in pairs}
+            arms = [arm for arm in arms if arm in samples]
             for i, arm in enumerate(arms):
-                if arm not in samples:
-                    continue
                 accuracies = [100 * value for value in samples[arm]]
                 axes.barh(i, mean(accuracies), color=looks[arm if arm in RUNGS else PLAIN].colour, alpha=0.6)
                 axes.plot(accuracies, [i] * len(accuracies), "k|", markersize=9)
@@ -286,13 +287,14 @@ class Ladder(TrainedExperiment):
         return {"ladder": finish(figure, None)}
 
     def finding(self, trials):
-        gains = gains_of(trials)
+        gains, (few, most) = gains_of(trials), numbers_of(trials)
         steps, across, beside = (
-            describe_gains({words.format(*pair): gains[pair] for pair in pairs if pair in gains})
+            describe_gains({words.format(*pair).replace(MORE, f"{most:,} labels"): gains[pair] for pair in pairs
+                            if pair in gains})
             for pairs, words in ((STEPS, "{1}"), (ACROSS, "{0} → {1}"), (OTHER_MEANS, "{1}")))
         if not steps:
             return "No two neighbouring networks are measured with several seeds, so there is no step to compare."
-        return (f"Test accuracy with {numbers_of(trials)[0]:,} images, in points over the network before. {steps}"
+        return (f"Test accuracy with {few:,} images, in points over the network before. {steps}"
                 + (f"\nSeveral steps at once. {across}" if across else "")
                 + (f"\nIf the network stays ({PLAIN}), in points over it. {beside}" if beside else ""))
 
@@ -301,16 +303,20 @@ class Ladder(TrainedExperiment):
         samples = samples_of(trials)
         gains = {pair: format_gain(*gain) for pair, gain in gains_of(trials).items()}
         steps = {pair[1]: gains.get(pair, "") for pair in STEPS}
-        rows = [["", "what changes", "MFLOPs", "parameters", "steps", "learning rate", "test accuracy", "gain"]]
+        first = {(trial["arm"], trial["n_images"]): trial for trial in reversed(trials)}
+        rows = [["", "what changes", "MFLOPs", "parameters", "steps", "learning rate", "seeds", "test accuracy",
+                 "gain"]]
         for arm in RUNGS:
             if arm in samples:
-                one = next(trial for trial in trials if (trial["arm"], trial["n_images"]) == (arm, few))
+                one = first[arm, few]
                 rows.append([arm, CHANGES[arm], f"{one['flops'] / 1e6:.1f}", f"{one['parameters']:,}",
-                             f"{one['n_steps']:,}", f"{one['learning_rate']:g}", format_range(samples[arm]),
-                             steps.get(arm, "")])
-        beside = [["", "what is done", "test accuracy", "gain"]]
-        beside += [[arm, {MORE: f"{most:,} labels", PLAIN: "", **BESIDE}[arm], format_range(samples[arm]),
-                    gains.get((PLAIN, arm), "")] for arm in (PLAIN, *BESIDE, MORE) if arm in samples]
+                             f"{one['n_steps']:,}", f"{one['learning_rate']:g}", len(samples[arm]),
+                             format_range(samples[arm]), steps.get(arm, "")])
+        beside = [["", "what is done", "steps", "seeds", "test accuracy", "gain"]]
+        beside += [[f"{most:,} labels" if arm == MORE else arm, {MORE: "more labels", PLAIN: "", **BESIDE}[arm],
+                    f"{first[(PLAIN, most) if arm == MORE else (arm, few)]['n_steps']:,}", len(samples[arm]),
+                    format_range(samples[arm]), gains.get((PLAIN, arm), "")]
+                   for arm in (PLAIN, *BESIDE, MORE) if arm in samples]
         chosen = [["", "training images", "validation accuracy with each learning rate tried"]]
         chosen += [[trial["arm"], f"{trial['n_images']:,}", describe_rates(trial["rates"])]
                    for own in by_arm(trials, self.arms).values() for trial in own if len(trial["rates"]) > 1]
@@ -375,8 +381,8 @@ def accuracies_of(trials, arm):
 
 def labelled(images, indices, minutes, speeds, seed, learning_rate, **run):
     """Train a ConvNet on the images at `indices`; return all images, the others with the classes that it predicts."""
-    teacher = train_arm(RUNGS["ConvNet"], part_of(images, indices), steps_in(minutes, "ConvNet", speeds), learning_rate,
-                        seed, **run)
+    n_steps = steps_in(minutes, "ConvNet", speeds, len(indices))
+    teacher = train_arm(RUNGS["ConvNet"], part_of(images, indices), n_steps, learning_rate, seed, **run)
     labels = torch.cat([predictions(teacher, batch) for batch, _ in images.without_augmentation()])
     return part_of(images, labels=labels.to(images.labels.device).index_copy(0, indices, images.labels[indices]))
 
@@ -388,7 +394,7 @@ def minutes_to_label(n_images, speeds):
 
 def pretrained(images, minutes, speeds, seed, **run):
     """Train a MAE on the images without their labels; return its encoder with a new head."""
-    model = train_arm(MAE, without_labels(images), steps_in(minutes, "MAE", speeds),
+    model = train_arm(MAE, without_labels(images), steps_in(minutes, "MAE", speeds, images.n_images),
                       RECIPES[MAE.recipe].train.learning_rate, seed, objective=MaskedPixels(), **run)
     encoder = model.encoder()
     fit_head(encoder, images.class_names)
@@ -401,7 +407,7 @@ def without_labels(images):
     return MemoryLoader(images.images, images.labels, info, images.batch_size)
 
 
-def steps_in(minutes, name, speeds):
-    """Return how many steps a rung, or the MAE, makes in these minutes."""
+def steps_in(minutes, name, speeds, n_images):
+    """Return how many steps a rung, or the MAE, makes in these minutes; a batch has at most all n_images images."""
     arm = (RUNGS | {"MAE": MAE})[name]
-    return max(1, int(60 * minutes * speeds[name] / arm.own_recipe().batch_size))
+    return max(1, int(60 * minutes * speeds[name] / min(arm.own_recipe().batch_size, n_images)))

@@ -14,18 +14,22 @@ from statistics import mean
 
 import torch
 
+from train_vit import NotFinite
 from vit_bridge.analysis.cost import count_parameters
 from vit_bridge.analysis.perturbations import cue_choices, shape_bias
 from vit_bridge.analysis.receptive_field import theoretical_receptive_field
+from vit_bridge.cli import counted
 from vit_bridge.compare.ladder import RUNGS, Ladder
 from vit_bridge.compare.statistics import (
     describe_leaders,
     format_range,
+    is_or_are,
     majority_with_every_seed,
     mean_min_max,
     rank_samples,
 )
 from vit_bridge.compare.trials import (
+    SEEDS,
     Arm,
     TrainedExperiment,
     by_arm,
@@ -82,8 +86,11 @@ class DataEfficiency(TrainedExperiment):
         model, rate, tried = choose_rate(partial(train, n_steps=n_steps), score, rates)
         lengths = {n_steps: tried[rate]}
         while not chosen and 2 * n_steps <= most_steps:
-            longer = train(rate, 2 * n_steps)
-            lengths[2 * n_steps] = score(longer)
+            try:
+                longer = train(rate, 2 * n_steps)
+                lengths[2 * n_steps] = score(longer)
+            except NotFinite:  # the shorter model stays
+                lengths[2 * n_steps] = 0.0
             if lengths[2 * n_steps] < lengths[n_steps] + self.RISE:
                 break
             model, n_steps = longer, 2 * n_steps
@@ -115,7 +122,7 @@ class DataEfficiency(TrainedExperiment):
         arms = list(by_arm(trials, self.arms))
         accuracies, lengths = [["training images", *arms]], [["training images", *arms]]
         for number, own in sorted(self.accuracies(trials).items()):
-            accuracies.append([f"{number:,}", *(format_range(own[arm]) if arm in own else "" for arm in arms)])
+            accuracies.append([f"{number:,}", *(_with_missing(own[arm]) if arm in own else "" for arm in arms)])
             first = {arm: next((one for one in trials if (one["arm"], one["n_images"]) == (arm, number)), None)
                      for arm in arms}
             lengths.append([f"{number:,}", *(f"{one['n_steps']:,}{' (still rising)' if one['still_rising'] else ''} at "
@@ -131,6 +138,12 @@ class DataEfficiency(TrainedExperiment):
             for trial in own:
                 found.setdefault(trial["n_images"], {}).setdefault(arm, []).append(trial["correct"] / trial["n"])
         return found
+
+
+def _with_missing(accuracies):
+    """Return the range of accuracies as text, with the number of seeds if some are missing."""
+    n = len(accuracies)
+    return format_range(accuracies) + (f", {counted(n, 'seed')}" if n < len(SEEDS) else "")
 
 
 # ---- Reach ------------------------------------------------------------------------------------------------
@@ -188,16 +201,19 @@ class Reach(TrainedExperiment):
                                      title=f"Are equal marks in rows or in columns?\n{title_of_bands(trials)}")}
 
     def finding(self, trials):
-        parts = {}
+        right, failing = [], []
         for own in by_arm(trials, self.arms).values():
             worst = [min(trial["correct"][i] / trial["n"] for trial in own) for i in range(len(own[0]["distances"]))]
-            solved = [distance for distance, accuracy in zip(own[0]["distances"], worst, strict=True)
-                      if accuracy >= self.SOLVED]
-            where = ("at every distance" if len(solved) == len(worst) else
-                     f"at {join_words(map(str, solved))} pixels" if solved else "at no distance")
-            parts.setdefault(where, []).append(self.label(own[0]))
-        parts = "; ".join(f"{where}: {join_words(names)}" for where, names in parts.items())
-        return f"Every seed is right in at least {self.SOLVED:.0%} of the images {parts}."
+            failed = [str(distance) for distance, accuracy in zip(own[0]["distances"], worst, strict=True)
+                      if accuracy < self.SOLVED]
+            if failed:
+                where = f"{join_words(failed)} pixels" if len(failed) < len(worst) else "every distance"
+                failing.append(f"{self.label(own[0])} at {where}")
+            else:
+                right.append(self.label(own[0]))
+        return " ".join([f"With every seed, {is_or_are(right or ['no network'])} right in at least {self.SOLVED:.0%} "
+                         f"of the images at every distance.",
+                         *[f"Below {self.SOLVED:.0%} with some seed: {'; '.join(failing)}."] * bool(failing)])
 
     def tables(self, trials):
         distances = trials[0]["distances"]

@@ -208,24 +208,29 @@ class TrainedExperiment(Experiment):
     needs_speeds : bool
         Whether its trainings have equal minutes. It then has measure_speeds(images, device=, amp=), whose result
         measure() gets as `speeds`.
+    fixed_numbers : bool
+        Whether all trials in a folder must have the numbers of images of one plan, because it compares them.
     """
 
     arms: dict
     keys: tuple
     on_images = False
     needs_speeds = False
+    fixed_numbers = False
 
     def plan(self, numbers):
         """Return (arm, number of images or None) of all trials, each after those whose choices it uses."""
         return [(arm, number) for number in (numbers if self.on_images else (None,)) for arm in self.arms]
 
     def check(self, trials):
-        """Raise InputError for a result that lacks one of the keys."""
+        """Raise InputError for a result of an unknown arm, or one that lacks one of the keys."""
         for trial in trials:
-            if missing := [key for key in self.keys if key not in trial]:
-                raise InputError(f"the trial of {trial['arm']!r} with seed {trial['seed']} in {self.title!r} has no "
-                                 f"{missing[0]}, so it is from another version; remove it, or choose another folder "
-                                 f"with --results-dir")
+            missing = [key for key in self.keys if key not in trial]
+            if missing or trial["arm"] not in self.arms:
+                reason = f"has no {missing[0]}" if missing else "is of an unknown network"
+                raise InputError(f"the trial of {trial['arm']!r} with seed {trial['seed']} in {self.title!r} {reason}, "
+                                 f"so it is from another version; remove it, or choose another folder with "
+                                 f"--results-dir")
 
     def owners(self, trial, numbers):
         """Return the trials whose choices a trial uses, by name; {} if it chooses itself, as that of the first seed."""
@@ -276,13 +281,18 @@ def read_trials(names, folders):
     """Read the trials of these experiments: {experiment: [file contents]}.
 
     All trials of an experiment and data set come from one folder: the folder with the most trials, or the first of
-    several with equally many. Raises InputError for a file that holds no trial.
+    several with equally many. Raises InputError for a file that holds no trial, and for two files with the same one.
     """
     trials = {}
     for name in names:
         groups = {}
         for folder in folders:
-            found = [read_trial(path) for path in sorted(folder.glob(f"{name}-*.json"))]
+            paths, found = {}, []
+            for path in sorted(folder.glob(f"{name}-*.json")):
+                found.append(read_trial(path))
+                which = tuple(found[-1]["result"].get(key) for key in ("dataset", "arm", "n_images", "seed"))
+                if paths.setdefault(which, path) != path:
+                    raise InputError(f"{paths[which]} and {path.name} hold the same trial; remove one of them")
             for dataset, own in by_dataset(found).items():
                 groups[dataset] = max(groups.get(dataset, []), own, key=len)
         trials[name] = [trial for own in groups.values() for trial in own]
@@ -294,14 +304,17 @@ def read_trial(path):
     try:
         trial = json.loads(path.read_text(encoding="utf-8"))
         result = trial["result"]
-        if not all(isinstance(value, str) for value in (trial["date"], trial["command"], result["arm"])):
-            raise TypeError("date, command and arm must be strings")
+        if not all(isinstance(value, str) for value in (trial["date"], trial["command"], result["arm"],
+                                                        result.get("dataset", ""))):
+            raise TypeError("date, command, arm and dataset must be strings")
         if not isinstance(result["learning_rate"], float):
             raise TypeError("the learning rate is not a float")
         counts = [result["seed"], *(result[key] for key in ("n", "n_images", "n_steps") if key in result),
                   *_counts(result.get("correct", 0)), *_counts(result.get("choices", 0))]
         if not all(type(count) is int and count >= 0 for count in counts) or result.get("n") == 0:
             raise ValueError(f"{counts} are not all numbers of images")
+        if "n" in result and max(_counts(result.get("correct", 0))) > result["n"]:
+            raise ValueError(f"more correct predictions than the {result['n']} images")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a result of cnn_vs_vit.py --train ({type(error).__name__}); remove it, or "
                          f"choose another folder with --results-dir") from error
@@ -464,10 +477,17 @@ def _defaults(function):
 
 def _check_settings(plan, name, dataset):
     """Raise InputError if the folder holds a trial of the same experiment and data set with another setting."""
+    numbers = {number for _, number in plan.experiments[name].plan(plan.numbers)}
     for path in plan.folder.glob(f"{name}-*.json"):
         trial = read_trial(path)
         result = trial["result"]
-        if result.get("dataset", "") == dataset and trial.get("setting") != plan.setting_of(name, result["arm"]):
+        if result.get("dataset", "") != dataset:
+            continue
+        if plan.experiments[name].fixed_numbers and result.get("n_images") not in numbers:
+            raise InputError(f"{path} has {result.get('n_images'):,} training images, but --train-fractions gives "
+                             f"{' and '.join(f'{number:,}' for number in sorted(numbers))}; use the fractions of the "
+                             f"first command, or choose another folder with --results-dir")
+        if trial.get("setting") != plan.setting_of(name, result["arm"]):
             raise InputError(f"{path} was measured on other images, in another precision, or with other recipes or "
                              f"numbers of steps; remove it, or choose another folder with --results-dir")
 
@@ -563,6 +583,10 @@ def _speeds_of(name, plan):
     path = plan.folder / f"speeds-{'-'.join(filter(None, (name, dataset)))}.json"
     setting = {key: value for key, value in plan.settings[name].items() if key != "arguments"}
     if not path.exists():
+        own = (trial.path(plan.folder) for trial in plan.trials if trial.experiment == name)
+        if trained := next((one for one in own if one.exists()), None):
+            raise InputError(f"{path} is missing, but {trained.name} was trained with its speeds; put it back, or "
+                             f"choose another folder with --results-dir")
         print("Measuring the speed of each network, which should be alone on the machine ...", flush=True)
         short = dict(rounds=1, seconds=0) if plan.arguments[name] else {}  # in a dry run
         speeds = plan.experiments[name].measure_speeds(plan.loaders[0], **short, **plan.run)

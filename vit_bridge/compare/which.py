@@ -153,7 +153,7 @@ def describe_weights(candidate, class_names):
     origin : str
         One sentence.
     unfair : str
-        "", or a sentence if the weights know classes of the same names as these images.
+        "", or a sentence if some of these classes are among those of the weights, by name.
     """
     names = adapt(candidate.weights).class_names
     if candidate.model in OURS:
@@ -162,10 +162,11 @@ def describe_weights(candidate, class_names):
         origin = f"its authors' data ({PUBLIC[candidate.model].source})"
     else:
         origin = f"images of {len(names)} classes{listed(names)}" if names else "images that its file does not record"
-    same = names is not None and set(map(str, names)) == set(map(str, class_names))
+    known = [name for name in map(str, class_names) if name in set(map(str, names or ()))]
+    same = "the same classes" if len(known) == len(class_names) else f"classes of the same names{listed(known)}"
     return (f"{candidate.model} ({class_name(candidate.weights)}) was trained on {origin}.",
-            f"{candidate.model} was trained on classes with the same names. If these images were among its training "
-            f"images, the comparison is unfair." if same else "")
+            f"{candidate.model} was trained on {same}. If these images were among its training images, the comparison "
+            f"is unfair." if known else "")
 
 
 # ---- Images -----------------------------------------------------------------------------------------------
@@ -249,7 +250,7 @@ def fitting_candidates(candidates, images, minutes, seeds=SEEDS, device="auto", 
 
     The arguments are those of compare_candidates(). Raises InputError if there are fewer than two.
     """
-    share = _share(minutes, seeds, candidates)
+    share = share_of(minutes, seeds, candidates)
     reasons = {one.name: _reason_against(one, images, share, choose_device(device), amp) for one in candidates}
     fitting = [one for one in candidates if not reasons[one.name]]
     return _two_or_more(fitting, candidates), [f"{name} is left out: {reason}" for name, reason in reasons.items()
@@ -284,9 +285,9 @@ def compare_candidates(candidates, images, minutes, seeds=SEEDS, device="auto", 
     Returns
     -------
     results : dict
-        {name: result} with the recipe, img_size, parameters, ms (milliseconds per image), seconds (of all training runs
-        with their tests) and rows, one for each seed. A row holds seed, n_steps, epochs, diverged, accuracy, and right,
-        one boolean per image.
+        {name: result} with the recipe, img_size, parameters, ms (milliseconds per image; the same for a linear probe
+        and a fine-tuning of the same weights), seconds (of all training runs with their tests) and rows, one for each
+        seed. A row holds seed, n_steps, epochs, diverged, accuracy, and right, one boolean per image.
     left_out : list of str
         A sentence about each candidate that needs more memory than there is.
 
@@ -295,17 +296,20 @@ def compare_candidates(candidates, images, minutes, seeds=SEEDS, device="auto", 
     InputError
         If fewer than two candidates can be trained.
     """
-    share, results, left_out = _share(minutes, seeds, candidates), {}, []
+    share, results, left_out = share_of(minutes, seeds, candidates), {}, []
     for one in candidates:
         try:
             results[one.name] = _train(one, images, share, seeds, choose_device(device), amp, n_steps, report)
         except OutOfMemory:
             left_out.append(f"{one.name} is left out: its training needs more memory than the device has")
             report(left_out[-1])
+    for one, other in itertools.permutations([one for one in candidates if one.name in results and one.weights], 2):
+        if one.weights is other.weights:  # the same network
+            results[one.name]["ms"] = min(results[one.name]["ms"], results[other.name]["ms"])
     return _two_or_more(results, candidates), left_out
 
 
-def _share(minutes, seeds, candidates):
+def share_of(minutes, seeds, candidates):
     """Return the minutes of one training run."""
     return minutes / len(seeds) / max(1, sum(one.start != "head" for one in candidates))
 
@@ -412,7 +416,7 @@ def next_step(rows, costs, commands, guessing=0.0):
             f"count): {commands[first]}",
             f"{ranking.best} and {second} differ by {100 * lead:.1f} points; " + (
                 "more test images alone would not tell them apart." if needed == math.inf else
-                f"about {max(needed, n):,} test images instead of {n:,} would tell them apart.")]
+                f"about {max(float(f'{needed:.2g}'), n):,.0f} test images instead of {n:,} would tell them apart.")]
 
 
 def accuracies_of(rows):
@@ -443,6 +447,12 @@ def caveats(results, controls, guessing=0.0):
         sentences.append(f"No candidate can beat the {LINEAR}, which classifies all {n:,} images correctly.")
     elif none_beats(accuracies_of(rows), linear, n):
         sentences.append(f"With {n:,} images, it cannot be shown that any candidate beats the {LINEAR} ({linear:.1%}).")
+    else:
+        left = rows
+        for control, level in (("guessing", guessing), (f"the {LINEAR}", linear)):
+            weak = [name for name in left if none_beats(accuracies_of({name: rows[name]}), level, n)]
+            left = [name for name in left if name not in weak]
+            sentences += [f"Not shown to beat {control} ({level:.1%}): {join_words(weak)}."] * bool(weak)
     return sentences
 
 
