@@ -252,7 +252,8 @@ def compare_on_folder(options, folder):
     commands = {one.name: one.command(options.data_dir, images.img_size, options.minutes, results[one.name]["recipe"],
                                       _same_run(options)) for one in candidates if one.name in results}
     report_skipped(images.skipped)
-    finding = "\n".join([*describe_verdict(rows, guessing), *next_step(rows, costs, commands, guessing),
+    little = ["A dry run: every model trained for one step, so what follows means nothing."] * options.dry_run
+    finding = "\n".join([*little, *describe_verdict(rows, guessing), *next_step(rows, costs, commands, guessing),
                          *caveats(results, controls, guessing), *unfair, *left_out, *too_large])
     shown = results, controls, guessing
     section = Section(TITLE, QUESTION, finding, {"verdict": draw_candidates(*shown)}, [candidate_table(*shown)],

@@ -196,6 +196,7 @@ def test_cnn_vs_vit_judges_a_folder_in_a_dry_run(tmp_path, capsys):
     assert list(found["results"]) == [one.name for one in candidates_of()]
     assert {len(row["right"]) for result in found["results"].values() for row in result["rows"]} == {DRY_RUN_IMAGES}
     assert found["finding"] in printed
+    assert found["finding"].startswith("A dry run: every model trained for one step, so what follows means nothing.")
     assert found["skipped"] == sorted(map(str, broken))
     assert all(f"Skipped, because it cannot be read: {path}" in printed for path in broken)
     assert (tmp_path / "out" / "verdict.png").is_file()

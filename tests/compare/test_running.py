@@ -185,3 +185,5 @@ def test_trials_of_another_version_are_named():
     td.Reach().check([whole])
     with pytest.raises(InputError, match="'ViT' with seed 1 in 'Reach' has no sums, so it is from another version"):
         td.Reach().check([whole, {key: value for key, value in whole.items() if key != "sums"}])
+    with pytest.raises(InputError, match="'ViT-9' with seed 1 in 'Reach' is of an unknown network, so it is"):
+        td.Reach().check([whole | dict(arm="ViT-9")])
