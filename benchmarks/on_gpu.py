@@ -148,7 +148,7 @@ class Check:
             unpack_images()
         folder = self.scratch / "trials"
         folder.mkdir()
-        for name in () if self.dry_run else JOBS:
+        for name in JOBS:
             for path in [*RESULTS.glob(f"{name}-*.json"), *(RESULTS / "unfinished").glob(f"{name}-*.json")]:
                 shutil.copy(path, folder)
         with ThreadPoolExecutor(len(JOBS)) as pool:

@@ -207,20 +207,20 @@ def test_on_gpu_dry_run_goes_through_all_parts(results, tmp_path):
 
 @pytest.mark.slow
 def test_trials_are_packed_with_those_that_they_started_from(on_gpu, check, monkeypatch, tmp_path):
-    start = tmp_path / "unfinished"
-    start.mkdir()
-    (start / "speeds-x.json").write_text("{}")
-    monkeypatch.setattr(on_gpu, "UNFINISHED", start)
+    (tmp_path / "unfinished").mkdir()
+    for name in ("cues-x", "reach-x", "unfinished/data-y"):
+        (tmp_path / f"{name}.json").write_text("{}")
+    monkeypatch.setattr(on_gpu, "RESULTS", tmp_path)
     check.run_all(["trials"])
     result = check.cells[0]["result"]
     assert result["stopped"] == [], (check.out / "trials-data.log").read_text()
-    assert result["trials"] == 1
+    assert result["trials"] == 2
     with tarfile.open(check.out / "trials.tar.gz") as archive:
-        assert archive.getnames() == ["trials", "trials/speeds-x.json"]
+        assert sorted(archive.getnames()) == ["trials", "trials/cues-x.json", "trials/data-y.json"]
 
 
 def test_trials_that_stop_are_named_and_packed(on_gpu, check, monkeypatch, tmp_path):
-    monkeypatch.setattr(on_gpu, "UNFINISHED", tmp_path / "none")
+    monkeypatch.setattr(on_gpu, "RESULTS", tmp_path)
     monkeypatch.setattr(check, "run", lambda name, *_: dict(error=f"{name} ended after 1 s", tail=""))
     check.run_all(["trials"])
     stopped = [f"trials-{names} ended after 1 s" for names in ("data", "cues")]
