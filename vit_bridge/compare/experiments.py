@@ -55,7 +55,7 @@ from vit_model import pair
 
 MASS_FRACTIONS = (0.5, 0.9, 0.99)  # of the gradient; we measure the radius that holds each
 HIDDEN = (0.0, 0.25, 0.5, 0.75)  # fractions of the patches that are hidden or shuffled
-SIZES, COUNTED_SIZES = (32, 96, 192), (32, 64, 128, 256, 512)  # image sides in pixels: timed, and only counted
+SIZES, COUNTED_SIZES = (32, 80, 160), (32, 64, 128, 256, 512)  # image sides in pixels: timed, and only counted
 PATCHES, PATCH_SIZE_IMAGE = (4, 8, 16, 32), 128  # patch sizes, and the image size at which they are compared
 RANDOM, MOVED = "random weights", "shuffled, grid moved"  # keys in results.json
 
@@ -91,7 +91,7 @@ class ComparisonSetup:
     labels: torch.Tensor
     preprocessing: Preprocessing
     patch_size: int = 4
-    seconds: float = 0.3
+    seconds: float = 0.2
     sizes: tuple = SIZES
     patches: tuple = PATCHES
     reach: int = 5
