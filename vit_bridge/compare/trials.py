@@ -484,7 +484,7 @@ def _check_settings(plan, name, dataset):
         if result.get("dataset", "") != dataset:
             continue
         if plan.experiments[name].fixed_numbers and result.get("n_images") not in numbers:
-            raise InputError(f"{path} has {result.get('n_images'):,} training images, but --train-fractions gives "
+            raise InputError(f"{path} has {result.get('n_images')} training images, but --train-fractions gives "
                              f"{' and '.join(f'{number:,}' for number in sorted(numbers))}; use the fractions of the "
                              f"first command, or choose another folder with --results-dir")
         if trial.get("setting") != plan.setting_of(name, result["arm"]):
