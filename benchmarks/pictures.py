@@ -168,15 +168,13 @@ def draw_trained(name):
 def draw_few_or_many():
     """Draw the accuracies of ViT and hybrid on 450, 4,500 and 45,000 images: mean, lowest and highest of the seeds."""
     curves = {
-        "ViT": {450: "pretraining-ViT-450-0.0005", 4500: "pretraining-ViT-4500-0.002",
-                                    45_000: "family-ViT-0.001"},
+        "ViT": {450: "pretraining-ViT-450-0.0005", 4500: "pretraining-ViT-4500-0.002", 45_000: "family-ViT-0.001"},
         "ViT, ten minutes more": {n: f"pretraining-ViT-10-minutes-more-{n}-{rate}"
-                                       for n, rate in ((450, 0.0005), (4500, 0.002), (45_000, 0.001))},
+                                  for n, rate in ((450, 0.0005), (4500, 0.002), (45_000, 0.001))},
         "hybrid": {450: "pretraining-hybrid-450-0.001", 4500: "pretraining-hybrid-4500-0.008",
-                                       45_000: "family-Hybrid-0.002"}}
+                   45_000: "family-Hybrid-0.002"}}
     points = {name: [(n, *mean_min_max([cell(f"{key}-{seed}")["test_acc"] for seed in SEEDS]))
-                     for n, key in own.items()]
-              for name, own in curves.items()}
+                     for n, key in own.items()] for name, own in curves.items()}
     heading = f"CIFAR-10 (JPEG): mean, lowest and highest of {len(SEEDS)} seeds"
     return plot_curves({"1, 2 and 5 minutes of training": points}, "training images", "test accuracy (%)", percent=True,
                        log=("x",), title=heading)

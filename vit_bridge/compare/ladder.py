@@ -276,8 +276,7 @@ class Ladder(TrainedExperiment):
                     words = f"{100 * found[0]:+.1f} points" if is_clear(*found) else "no clear change"
                     axes.annotate(f"  {words}", (0, i), va="center", fontsize=9)
             axes.margins(x=0.12)
-            axes.set_yticks(range(len(arms)), [f"{most:,} labels" if arm == MORE else arm.replace(", ", ",\n")
-                                               for arm in arms], fontsize=9)
+            axes.set_yticks(range(len(arms)), [shown_as(arm, most).replace(", ", ",\n") for arm in arms], fontsize=9)
             axes.invert_yaxis()
             axes.set_title(heading, fontsize=11)
             axes.set_xlabel("test accuracy (%)")
@@ -289,7 +288,7 @@ class Ladder(TrainedExperiment):
     def finding(self, trials):
         gains, (few, most) = gains_of(trials), numbers_of(trials)
         steps, across, beside = (
-            describe_gains({words.format(*pair).replace(MORE, f"{most:,} labels"): gains[pair] for pair in pairs
+            describe_gains({words.format(*(shown_as(arm, most) for arm in pair)): gains[pair] for pair in pairs
                             if pair in gains})
             for pairs, words in ((STEPS, "{1}"), (ACROSS, "{0} → {1}"), (OTHER_MEANS, "{1}")))
         if not steps:
@@ -313,7 +312,7 @@ class Ladder(TrainedExperiment):
                              f"{one['n_steps']:,}", f"{one['learning_rate']:g}", len(samples[arm]),
                              format_range(samples[arm]), steps.get(arm, "")])
         beside = [["", "what is done", "steps", "seeds", "test accuracy", "gain"]]
-        beside += [[f"{most:,} labels" if arm == MORE else arm, {MORE: "more labels", PLAIN: "", **BESIDE}[arm],
+        beside += [[shown_as(arm, most), {MORE: "more labels", PLAIN: "", **BESIDE}[arm],
                     f"{first[(PLAIN, most) if arm == MORE else (arm, few)]['n_steps']:,}", len(samples[arm]),
                     format_range(samples[arm]), gains.get((PLAIN, arm), "")]
                    for arm in (PLAIN, *BESIDE, MORE) if arm in samples]
@@ -332,6 +331,11 @@ def numbers_of(trials):
     by_arm(trials, RUNGS)  # an error if there are none
     numbers = [trial["n_images"] for trial in trials]
     return min(numbers), max(numbers)
+
+
+def shown_as(arm, most):
+    """Return the name of an arm in figures and tables; MORE is the larger number of labels."""
+    return f"{most:,} labels" if arm == MORE else arm
 
 
 def samples_of(trials):
